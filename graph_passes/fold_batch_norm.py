@@ -1,0 +1,184 @@
+"""BatchNormalization behind a Conv, folded into the Conv.
+
+    X --> Conv W, b --> BatchNormalization scale, B, mean, var --> Y      becomes      X --> Conv W', b' --> Y
+
+    s = scale / sqrt(var + epsilon),   W' = s W (by output channel),   b' = s (b - mean) + B
+
+in float64, stored in the weight's dtype. Do this before a Conv is split: the statistics belong to the dense output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+import numpy as np
+import onnx_ir as ir
+
+from graph_passes.cleanup import other_consumers, remove_unused
+from graph_passes.names import Names, name_of
+from graph_passes.records import Array, Skip
+from graph_passes.weights import Refusal, Weight, is_zeros, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """One BatchNormalization went into a Conv.
+
+    Attributes:
+        node: Name of the BatchNormalization.
+        conv: Name of the Conv it went into.
+        weight: Name of the folded weight.
+        bias: Name of the folded bias.
+    """
+
+    node: str
+    conv: str
+    weight: str
+    bias: str
+
+
+FoldRecord: TypeAlias = Fold | Skip
+
+
+@dataclass
+class FoldResult(ir.passes.PassResult):
+    """A pass result with one record for every BatchNormalization, in graph order."""
+
+    records: tuple[FoldRecord, ...] = ()
+
+
+class FoldBatchNormPass(ir.passes.InPlacePass):
+    """Folds an inference BatchNormalization into the Conv in front of it.
+
+    1. The Conv's output must go nowhere else, and its weight, its bias and the statistics must be constant.
+    2. The folded weight and bias keep their names unless somebody else uses them; a new bias takes the name of B.
+    3. The output keeps its name.
+    """
+
+    def call(self, model: ir.Model) -> FoldResult:
+        """Fold wherever it is possible."""
+        names = Names(model)
+        nodes = [n for n in model.graph.all_nodes() if n.op_type == "BatchNormalization" and n.domain == ""]
+        records = tuple(_fold(node, names) for node in nodes)
+        return FoldResult(model, any(isinstance(record, Fold) for record in records), records)
+
+    def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> FoldResult:
+        """Run the pass; the result carries the records."""
+        return cast(FoldResult, super().__call__(model_or_result))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Constants:
+    weight: Weight
+    scale: Weight
+    shift: Weight
+    mean: Weight
+    var: Weight
+    bias: Weight | None
+
+
+def _fold(node: ir.Node, names: Names) -> FoldRecord:
+    """Fold one BatchNormalization, or say why not."""
+    conv = _conv_in_front(node)
+    constants = conv if isinstance(conv, str) else _constants(node, conv)
+    if isinstance(conv, str) or isinstance(constants, str):
+        return Skip(node=name_of(node), op_type=node.op_type, reason=str(constants))
+    weight, bias = _folded(constants, node.attributes.get_float("epsilon", 1e-5))
+    if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+        reason = f"the folded numbers do not fit {weight.dtype.name}"
+        return Skip(node=name_of(node), op_type=node.op_type, weight=constants.weight.name, reason=reason)
+    statistics = tuple(node.inputs[1:5])
+    _take_over_output(node, conv)
+    for value in statistics:
+        remove_unused(value)
+    if _bias(conv) is None and len(conv.inputs) > 2:
+        zeros = conv.inputs[2]
+        conv.replace_input_with(2, None)
+        remove_unused(zeros)
+    bias_root = (constants.bias or constants.shift).root
+    return Fold(
+        node=name_of(node),
+        conv=name_of(conv),
+        weight=_replace_constant(conv, 1, weight, constants.weight.root, names),
+        bias=_replace_constant(conv, 2, bias, bias_root, names),
+    )
+
+
+def _folded(constants: _Constants, epsilon: float) -> tuple[Array, Array]:
+    """The new weight, shaped as the Conv has it, and the new bias `(out,)`; infinite where they overflow the dtype."""
+    scale, shift, mean, var = (
+        vector.numpy().astype(np.float64)
+        for vector in (constants.scale, constants.shift, constants.mean, constants.var)
+    )
+    old_bias = np.zeros_like(mean) if constants.bias is None else constants.bias.numpy().astype(np.float64)
+    weight = constants.weight.numpy()
+    s = scale / np.sqrt(var + epsilon)
+    with np.errstate(over="ignore"):
+        new_weight = (s.reshape(-1, *(1,) * (weight.ndim - 1)) * weight.astype(np.float64)).astype(weight.dtype)
+        new_bias = (s * (old_bias - mean) + shift).astype(weight.dtype)
+    return new_weight, new_bias
+
+
+def _conv_in_front(node: ir.Node) -> ir.Node | str:
+    """The Conv to fold into, or why not."""
+    if node.attributes.get_int("training_mode", 0) or any(output.name for output in node.outputs[1:]):
+        return "training mode: the statistics are computed from the batch"
+    data = node.inputs[0]
+    conv = None if data is None else data.producer()
+    if data is None or conv is None or conv.op_type != "Conv" or conv.domain != "" or conv.graph is not node.graph:
+        return "input does not come from a Conv"
+    if len(data.uses()) > 1 or data.is_graph_output():
+        return f"the output of Conv {name_of(conv)!r} is also used elsewhere"
+    return conv
+
+
+def _bias(conv: ir.Node) -> ir.Value | None:
+    """The Conv's bias, None also where it is written out as zeros."""
+    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+    return None if bias is None or is_zeros(bias) else bias
+
+
+def _constants(node: ir.Node, conv: ir.Node) -> _Constants | str:
+    """Everything the fold reads, or why not."""
+    weight = resolve(conv.inputs[1])
+    if isinstance(weight, Refusal):
+        return weight.reason
+    if weight is None or weight.dtype != weight.stored_dtype:
+        return "the Conv's weight is not a stored constant"
+    bias = _bias(conv)
+    values = (*node.inputs[1:5], bias) if bias is not None else node.inputs[1:5]
+    vectors = [vector for value in values if isinstance(vector := resolve(value), Weight)]
+    if len(vectors) < len(values) or any(vector.shape != weight.shape[:1] for vector in vectors):
+        return "statistics or bias are not constant vectors with one number an output channel"
+    if any(constant.is_overridable for constant in (weight, *vectors)):
+        return "overridable: the weight, the bias or a statistic is a graph input too"
+    scale, shift, mean, var, *rest = vectors
+    return _Constants(weight=weight, scale=scale, shift=shift, mean=mean, var=var, bias=rest[0] if rest else None)
+
+
+def _take_over_output(node: ir.Node, conv: ir.Node) -> None:
+    """The Conv's output stands in for the node's, under its name; the node goes."""
+    old, new = node.outputs[0], conv.outputs[0]
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    if node.graph is not None:
+        node.graph.remove(node, safe=True)
+    new.name = old.name
+    new.type = old.type or new.type
+    new.shape = new.shape if old.shape is None else old.shape
+
+
+def _replace_constant(conv: ir.Node, index: int, array: Array, root: ir.Value, names: Names) -> str:
+    """Give the Conv a new initializer, under the name of `root` unless somebody else still uses that one."""
+    wanted = root.name or "folded"
+    is_private = all(consumer is conv for consumer, _ in other_consumers(root))
+    name = wanted if is_private else names.fresh_value(wanted)
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    old = conv.inputs[index] if index < len(conv.inputs) else None
+    conv.resize_inputs(max(len(conv.inputs), index + 1))
+    conv.replace_input_with(index, value)
+    remove_unused(old)
+    if conv.graph is not None:
+        conv.graph.register_initializer(value)
+    return name

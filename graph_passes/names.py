@@ -1,0 +1,63 @@
+"""Fresh names: readable, deterministic, and never one that exists anywhere in the model.
+
+classifier.0.weight  ->  classifier.0.right, classifier.0.left      (_1, _2, ... when taken)
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+
+class Names:
+    """Every value name and node name of a model: graphs, subgraphs and functions alike.
+
+    An initializer under a reused name silently replaces the other one, and a subgraph's name shadows the outer one, so
+    scopes are ignored and a name is free only when nobody has it.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self._values: set[str] = set()
+        self._nodes: set[str] = set()
+        for graph in (model.graph, *(function.graph for function in model.functions.values())):
+            self._add_graph(graph)
+            for subgraph in graph.subgraphs():
+                self._add_graph(subgraph)
+
+    def _add_graph(self, graph: ir.Graph) -> None:
+        self._values.update(graph.initializers)
+        self._values.update(value.name or "" for value in (*graph.inputs, *graph.outputs))
+        for node in graph:
+            self._nodes.add(node.name or "")
+            self._values.update(value.name or "" for value in (*node.inputs, *node.outputs) if value is not None)
+
+    def fresh_value(self, wanted: str) -> str:
+        """`wanted`, or `wanted_1`, `wanted_2`, ...: free, and taken from now on."""
+        return _fresh(wanted, self._values)
+
+    def fresh_node(self, wanted: str) -> str:
+        """The same for node names."""
+        return _fresh(wanted, self._nodes)
+
+
+def _fresh(wanted: str, taken: set[str]) -> str:
+    name, count = wanted, 0
+    while name in taken:
+        count += 1
+        name = f"{wanted}_{count}"
+    taken.add(name)
+    return name
+
+
+def name_of(node: ir.Node) -> str:
+    """The node's name, or that of its first output where it has none."""
+    return node.name or next((value.name for value in node.outputs if value.name), "")
+
+
+def stem(weight: str) -> str:
+    """What the names of a weight's factors begin with.
+
+    Examples:
+        >>> stem("classifier.0.weight"), stem("onnx::MatMul_12"), stem("attn.in_proj_weight")
+        ('classifier.0', 'onnx::MatMul_12', 'attn.in_proj_weight')
+    """
+    return weight.removesuffix(".weight") or weight

@@ -1,0 +1,178 @@
+"""What a pass is told and what it tells: sites, factors, and one record for every weight-bearing node.
+
+    find_sites(model)  -> Site | Skip        what could be split, and what cannot and why
+    factors(site)      -> Factors | Dense    the answer of whoever computes factors (never this package)
+    split(model, ...)  -> Split | Skip       what was done
+
+One orientation everywhere: weight (groups, out, in) ~ left (groups, out, rank) @ right (groups, rank, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+Array: TypeAlias = npt.NDArray[Any]
+Form: TypeAlias = Literal["matmul", "gemm", "channel"]
+
+_FLOAT_DTYPES = tuple(np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One node that could be split.
+
+    A site refers to its weight, so keep sites no longer than needed: while one lives, so does the dense weight.
+
+    Attributes:
+        node: Name of the node (of its first output where the node has none).
+        op_type: "MatMul", "Gemm" or "Conv".
+        weight: Name of the initializer or constant the weight comes from, such as "features.0.weight".
+        out_features: Rows of the weight; per group for a Conv: `out / groups`.
+        in_features: Columns of the weight; for a Conv: `in / groups * kh * kw`.
+        groups: 1 except for a grouped Conv.
+        dtype: numpy name of the stored dtype: "float32", "float16", "bfloat16" or "float64".
+    """
+
+    node: str
+    op_type: str
+    weight: str
+    out_features: int
+    in_features: int
+    groups: int
+    dtype: str
+    loader: Callable[[], Array] = field(repr=False, compare=False)
+
+    def load(self) -> Array:
+        """The weight, `(groups, out_features, in_features)` in its stored dtype.
+
+        A view of the model's own memory (or memory map) where the layout allows it: do not write into it.
+        """
+        return self.loader()
+
+    @property
+    def break_even_rank(self) -> float:
+        """At or above this rank the two factors hold as many numbers as the dense weight, or more."""
+        return self.out_features * self.in_features / (self.out_features + self.in_features)
+
+    @property
+    def full_rank(self) -> int:
+        """The rank at which the factors can hold any weight of this shape."""
+        return min(self.out_features, self.in_features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """The two factors of one weight, in the dtype in which they are stored (that of `Site.load()`).
+
+    Attributes:
+        left: `(groups, out_features, rank)`.
+        right: `(groups, rank, in_features)`.
+
+    Raises:
+        ValueError: When the two do not fit together.
+
+    Examples:
+        >>> Factors(left=np.ones((1, 6, 2)), right=np.ones((1, 2, 4))).rank
+        2
+    """
+
+    left: Array
+    right: Array
+
+    def __post_init__(self) -> None:
+        left, right = self.left, self.right
+        fits = left.ndim == right.ndim == 3 and left.shape[0] == right.shape[0] and left.shape[2] == right.shape[1]
+        if not fits or self.rank < 1:
+            raise ValueError(
+                "expected left (groups, out, rank) and right (groups, rank, in) with rank >= 1, "
+                f"but got left {left.shape} and right {right.shape}"
+            )
+        if left.dtype != right.dtype or left.dtype not in _FLOAT_DTYPES:
+            raise ValueError(
+                "expected both factors in one dtype of float16, bfloat16, float32, float64, "
+                f"but got left {left.dtype} and right {right.dtype}"
+            )
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension."""
+        return int(self.left.shape[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """The factor source's "leave this one dense, because"."""
+
+    reason: str
+
+
+FactorSource: TypeAlias = Callable[[Site], Factors | Dense]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One node became two.
+
+    Attributes:
+        node: Name the node had.
+        op_type: "MatMul", "Gemm" or "Conv".
+        weight: Name of the weight that was split.
+        out_features: Rows of the weight (per group).
+        in_features: Columns of the weight (per group).
+        groups: 1 except for a grouped Conv.
+        rank: Inner dimension (per group).
+        form: "matmul", "gemm" or "channel" (Conv).
+        first_node: Name of the new node that multiplies by `right`.
+        second_node: Name of the new node that multiplies by `left`.
+    """
+
+    node: str
+    op_type: str
+    weight: str
+    out_features: int
+    in_features: int
+    groups: int
+    rank: int
+    form: Form
+    first_node: str
+    second_node: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skip:
+    """One weight-bearing node stayed as it was, with the reason.
+
+    Attributes:
+        node: Name of the node.
+        op_type: Its operator.
+        reason: Why, in words for the report.
+        weight: Name of the weight; "" where no single one is known.
+        out_features: Rows of the weight (per group); 0 where unknown.
+        in_features: Columns of the weight (per group); 0 where unknown.
+        groups: 0 where unknown.
+    """
+
+    node: str
+    op_type: str
+    reason: str
+    weight: str = ""
+    out_features: int = 0
+    in_features: int = 0
+    groups: int = 0
+
+
+Record: TypeAlias = Split | Skip
+
+
+@dataclass
+class SplitResult(ir.passes.PassResult):
+    """A pass result with its records, in graph order. (`ir.passes.Sequential` drops them: call the pass itself.)"""
+
+    records: tuple[Record, ...] = ()

@@ -1,0 +1,64 @@
+"""Gemm with one constant operand.
+
+    Y = alpha * A' @ B' + beta * C,  A' = A or A^T (transA), B' = B or B^T (transB), C broadcast to (M, N) or absent
+
+    B constant, W = B'^T (out = N, in = K)          A constant, W = A' (out = M, in = K)
+
+    A --> Gemm --> Y                                B --> Gemm --> Y
+          B, C                                            A, C
+    becomes                                         becomes
+    A --> MatMul --> Gemm --> Y                     B --> MatMul --> Gemm --> Y
+         right^T    left^T, C                            right      left, C
+
+The first node is a MatMul: a Gemm without C exists only since opset 11. Where the data enters transposed the product is
+transposed as a whole, (A^T @ right^T)^T = right @ A, and the Gemm keeps its transA (or transB). The Gemm keeps alpha,
+beta and C; the factor it holds is stored untransposed.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graph_passes.split_pass import Parts, SplitPass
+from graph_passes.survey import Found
+from graph_passes.weights import Refusal, Weight
+
+TRANS = ("transA", "transB")
+
+
+class SplitGemmPass(SplitPass):
+    """Splits `Gemm(A, B, C)` with a constant B (or A), any alpha, beta, transA, transB, and any C or none."""
+
+    op_type = "Gemm"
+    form = "gemm"
+    operands = (1, 0)
+
+    @staticmethod
+    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | Refusal:
+        """B is (out, in) when transB is set, A is (out, in) when transA is not."""
+        is_transposed = bool(node.attributes.get_int(TRANS[operand], 0))
+        turned = weight if is_transposed == (operand == 1) else weight.transposed(1, 0)
+        return turned.reshaped(1, *turned.shape)
+
+    @staticmethod
+    def rewrite(found: Found, parts: Parts) -> ir.Node:
+        """A MatMul in front, on whichever side of the data the right factor belongs."""
+        node, site, rank = found.node, found.site, parts.factors.rank
+        weight_is_b = found.operand == 1
+        data_is_transposed = bool(node.attributes.get_int(TRANS[1 - found.operand], 0))
+        data = node.inputs[1 - found.operand]
+        if weight_is_b != data_is_transposed:  # data (M, K) of A, or (N, K) of B^T: data @ right^T
+            right = parts.operand("right", (site.in_features, rank), turned=True)
+            inputs = [data, right]
+        else:  # data (K, M) of A^T, or (K, N) of B: right @ data
+            right = parts.operand("right", (rank, site.in_features))
+            inputs = [right, data]
+        first = parts.first("MatMul", inputs, (), axis=1 if weight_is_b else 0)
+        if data_is_transposed and first.outputs[0].shape is not None:
+            first.outputs[0].shape = ir.Shape(reversed(first.outputs[0].shape.dims))
+        left_shape = (rank, site.out_features) if weight_is_b else (site.out_features, rank)
+        left = parts.operand("left", left_shape, turned=weight_is_b)
+        node.attributes.pop(TRANS[found.operand], None)
+        node.replace_input_with(1 - found.operand, first.outputs[0])
+        node.replace_input_with(found.operand, left)
+        return first

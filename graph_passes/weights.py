@@ -1,0 +1,237 @@
+"""From a node's operand back to the stored weight.
+
+    initializer | Constant --> Identity | Transpose | Reshape | Squeeze | Unsqueeze | one Cast --> ... --> operand
+    root                       steps: transposes and reshapes, merged                              shape, dtype
+
+The walk reads shapes only; `Weight.numpy` reads the data, as a view where the layout allows it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from graph_passes.names import name_of
+from graph_passes.records import Array
+
+Step: TypeAlias = tuple[Literal["transpose", "reshape"], tuple[int, ...]]
+
+LAYOUT_OPS = frozenset({"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze"})
+SPREADING_OPS = LAYOUT_OPS | {"CastLike", "Expand"}
+FLOAT_DTYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A constant operand that is no weight we can split, with the reason and the weight's name where known."""
+
+    reason: str
+    weight: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A constant seen through layout steps.
+
+    Attributes:
+        root: The initializer's value, or the output of the Constant node.
+        tensor: Its data, not yet read.
+        steps: What turns the stored array into this one; equal steps on one root mean equal arrays.
+        shape: Shape after the steps.
+        dtype: The dtype the operator sees; differs from `tensor.dtype` after a Cast.
+    """
+
+    root: ir.Value
+    tensor: ir.TensorProtocol
+    steps: tuple[Step, ...] = ()
+    shape: tuple[int, ...]
+    dtype: ir.DataType
+
+    @property
+    def name(self) -> str:
+        """Name of the initializer or constant."""
+        return self.root.name or ""
+
+    @property
+    def stored_dtype(self) -> ir.DataType:
+        """The dtype in the file."""
+        return self.tensor.dtype
+
+    @property
+    def is_overridable(self) -> bool:
+        """Whether a caller may feed another value: the initializer is a graph input too."""
+        return self.root.is_graph_input()
+
+    def transposed(self, *perm: int) -> Weight:
+        """This weight with its axes permuted."""
+        steps = self.steps
+        shape = tuple(self.shape[axis] for axis in perm)
+        if steps and steps[-1][0] == "transpose":
+            perm = tuple(steps[-1][1][axis] for axis in perm)
+            steps = steps[:-1]
+        if perm != tuple(range(len(perm))):
+            steps = (*steps, ("transpose", perm))
+        return self._with(steps, shape)
+
+    def reshaped(self, *shape: int) -> Weight:
+        """This weight with another shape of the same size."""
+        if shape == self.shape:
+            return self
+        steps = self.steps
+        if steps and steps[-1][0] == "reshape":
+            steps = steps[:-1]
+        return self._with((*steps, ("reshape", shape)), shape)
+
+    def _with(self, steps: tuple[Step, ...], shape: tuple[int, ...]) -> Weight:
+        return Weight(root=self.root, tensor=self.tensor, steps=steps, shape=shape, dtype=self.dtype)
+
+    def numpy(self) -> Array:
+        """The array, of `shape` and `stored_dtype`."""
+        array: Array = self.tensor.numpy()
+        for kind, arguments in self.steps:
+            array = array.transpose(arguments) if kind == "transpose" else array.reshape(arguments)
+        return array
+
+
+def resolve(value: ir.Value | None) -> Weight | Refusal | None:
+    """The weight behind an operand; None when the operand depends on the model's inputs (or is missing)."""
+    if value is None:
+        return None
+    chain: list[ir.Node] = []
+    while (producer := value.producer()) is not None and is_layout(producer):
+        chain.append(producer)
+        if producer.inputs[0] is None:
+            return None
+        value = producer.inputs[0]
+    name = value.name or ""
+    tensor = constant_tensor(value)
+    if tensor is None and value.producer() is None and not value.is_graph_input():
+        return Refusal(reason="weight has no data: a sparse initializer, or a broken model", weight=name)
+    if tensor is None:
+        return _refuse_computed(value) if _is_constant_expression(value) else None
+    if tensor.dtype not in FLOAT_DTYPES:
+        return Refusal(reason=f"weight is stored as {tensor.dtype.name.lower()}, not as a float", weight=name)
+    weight = Weight(root=value, tensor=tensor, shape=tuple(tensor.shape.numpy()), dtype=tensor.dtype)
+    for node in reversed(chain):
+        step = _follow(weight, node)
+        if isinstance(step, Refusal):
+            return step
+        weight = step
+    return weight
+
+
+def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node's output; None for anything else."""
+    if value.is_initializer():
+        return value.const_value
+    producer = value.producer()
+    if producer is None or producer.op_type != "Constant" or producer.domain != "":
+        return None
+    if not producer.attributes.keys() & {"value", "value_float", "value_floats", "value_int", "value_ints"}:
+        return None  # sparse_value, strings
+    return ir.convenience.get_const_tensor(value)
+
+
+def constant_array(value: ir.Value | None) -> Array | None:
+    """The array of a small constant (axes, a shape, statistics), or None when it is not constant."""
+    tensor = None if value is None or value.is_graph_input() else constant_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def is_zeros(value: ir.Value) -> bool:
+    """Whether a value is zero whatever its shape: how the torch exporter writes the bias of a Conv without one.
+
+    Constant 0 --> CastLike --> Expand --> value
+    """
+    while (producer := value.producer()) is not None and producer.domain == "" and producer.op_type in SPREADING_OPS:
+        if producer.inputs[0] is None:
+            return False
+        value = producer.inputs[0]
+    array = constant_array(value)
+    return array is not None and not array.any()
+
+
+def is_layout(node: ir.Node) -> bool:
+    """Whether a node only passes its first operand on: other layout or dtype, same numbers."""
+    return node.domain == "" and node.op_type in LAYOUT_OPS
+
+
+def _is_constant_expression(value: ir.Value) -> bool:
+    """Whether a value follows from constants alone."""
+    pending, seen = [value], {value}
+    while pending:
+        value = pending.pop()
+        if constant_tensor(value) is not None:
+            continue
+        producer = value.producer()
+        if producer is None:
+            return False
+        operands = [operand for operand in producer.inputs if operand is not None]
+        holds_subgraph = any(attribute.type == ir.AttributeType.GRAPH for attribute in producer.attributes.values())
+        if holds_subgraph or not (operands or producer.op_type == "Constant"):
+            return False
+        pending.extend(operand for operand in operands if operand not in seen)
+        seen.update(operands)
+    return True
+
+
+def _refuse_computed(value: ir.Value) -> Refusal:
+    producer = value.producer()
+    op_type = "" if producer is None else producer.op_type
+    if op_type == "DequantizeLinear":
+        return Refusal(reason="weight is quantized (DequantizeLinear)")
+    if op_type == "Constant":
+        return Refusal(reason="weight is a sparse constant", weight=value.name or "")
+    return Refusal(reason=f"weight is computed by {op_type}: fold constants first")
+
+
+def _follow(weight: Weight, node: ir.Node) -> Weight | Refusal:
+    """One layout operator applied to a weight."""
+    match node.op_type:
+        case "Transpose":
+            reverse = tuple(reversed(range(len(weight.shape))))
+            return weight.transposed(*node.attributes.get_ints("perm", reverse))
+        case "Cast":
+            to = ir.DataType(node.attributes["to"].as_int())
+            if weight.dtype != weight.stored_dtype or to not in FLOAT_DTYPES:
+                return Refusal(
+                    reason=f"weight goes through more than one Cast, or to {to.name.lower()}", weight=weight.name
+                )
+            return Weight(root=weight.root, tensor=weight.tensor, steps=weight.steps, shape=weight.shape, dtype=to)
+        case "Reshape" | "Squeeze" | "Unsqueeze":
+            shape = _new_shape(weight.shape, node)
+            if shape is None:
+                reason = f"weight goes through {node.op_type} {name_of(node)!r} with computed arguments"
+                return Refusal(reason=reason, weight=weight.name)
+            return weight.reshaped(*shape)
+        case _:
+            return weight
+
+
+def _new_shape(shape: tuple[int, ...], node: ir.Node) -> tuple[int, ...] | None:
+    """Shape behind a Reshape, Squeeze or Unsqueeze; None when its arguments are not constant."""
+    operand = node.inputs[1] if len(node.inputs) > 1 else None
+    given = constant_array(operand)
+    if operand is not None and given is None:
+        return None
+    if given is None and "axes" in node.attributes:  # before opset 13
+        given = np.array(node.attributes["axes"].as_ints())
+    if node.op_type == "Reshape":
+        if given is None:
+            return None
+        keep = not node.attributes.get_int("allowzero", 0)
+        target = [shape[i] if size == 0 and keep else int(size) for i, size in enumerate(given)]
+        rest = math.prod(size for size in target if size != -1)
+        return tuple(math.prod(shape) // max(rest, 1) if size == -1 else size for size in target)
+    if node.op_type == "Squeeze":
+        drop = {int(a) % len(shape) for a in given} if given is not None else {i for i, n in enumerate(shape) if n == 1}
+        return tuple(size for axis, size in enumerate(shape) if axis not in drop)
+    if given is None:
+        return None
+    rank = len(shape) + len(given)
+    added, sizes = {int(axis) % rank for axis in given}, iter(shape)
+    return tuple(1 if axis in added else next(sizes) for axis in range(rank))

@@ -1,0 +1,123 @@
+"""What the tests of the passes share: models from ONNX text, factor sources with a known answer, and the comparison."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx import numpy_helper
+
+from graph_passes import Factors, Record, Site, Split, find_sites, split
+
+
+def numbers(*shape: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def model(text: str, **initializers: np.ndarray) -> ir.Model:
+    """ONNX text plus initializers given as arrays; checked."""
+    proto = onnx.parser.parse_model(text)
+    for name, array in initializers.items():
+        proto.graph.initializer.append(numpy_helper.from_array(array, name))
+    onnx.checker.check_model(proto, full_check=True)
+    return ir.from_proto(proto)
+
+
+def graph(
+    body: str, *, opset: int = 17, signature: str = "(float[N,6] x) => (float[N,4] y)", **initializers: np.ndarray
+) -> ir.Model:
+    return model(f'<ir_version: 8, opset_import: ["" : {opset}]> g {signature} {{ {body} }}', **initializers)
+
+
+def orthogonal(size: int, seed: int = 0) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))[0]
+
+
+def full_rank(site: Site) -> Factors:
+    """Exact factors from a random orthogonal matrix: not symmetric, so a missing transpose shows."""
+    weight = site.load()
+    dense = weight.astype(np.float64)
+    q = np.stack([orthogonal(site.full_rank, seed) for seed in range(site.groups)])
+    if site.out_features <= site.in_features:
+        left, right = q, q.swapaxes(1, 2) @ dense
+    else:
+        left, right = dense @ q.swapaxes(1, 2), q
+    return Factors(left=left.astype(weight.dtype), right=right.astype(weight.dtype))
+
+
+def best_of_rank(rank: int) -> Callable[[Site], Factors]:
+    """The exact SVD, truncated."""
+
+    def source(site: Site) -> Factors:
+        weight = site.load()
+        u, s, vt = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
+        left, right = u[..., :rank] * s[:, None, :rank], vt[:, :rank]
+        return Factors(left=left.astype(weight.dtype), right=right.astype(weight.dtype))
+
+    return source
+
+
+def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
+    """The nearest matrix of that rank: the oracle of the low-rank tests. Leading axes are batch axes."""
+    u, s, vt = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+    return ((u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]).astype(matrix.dtype)
+
+
+def run(a_model: ir.Model, **feeds: np.ndarray) -> np.ndarray:
+    """First output in onnxruntime."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    data = ir.to_proto(a_model).SerializeToString()
+    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)[0]
+
+
+def error(came: np.ndarray, expected: np.ndarray) -> float:
+    """Relative L2 distance; infinite when the shapes or dtypes differ."""
+    if came.shape != expected.shape or came.dtype != expected.dtype:
+        return float("inf")
+    came, expected = came.astype(np.float64), expected.astype(np.float64)
+    return float(np.linalg.norm(came - expected) / np.linalg.norm(expected))
+
+
+def ops(a_model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in a_model.graph.all_nodes())
+
+
+def splits(records: list[Record]) -> list[Split]:
+    return [record for record in records if isinstance(record, Split)]
+
+
+def assert_sound(a_model: ir.Model) -> None:
+    """The checker, unique names, and a second run that finds nothing."""
+    onnx.checker.check_model(ir.to_proto(a_model), full_check=True)
+    produced = [value.name for node in a_model.graph.all_nodes() for value in node.outputs if value.name]
+    for each in a_model.graphs():
+        produced += [*each.initializers, *(value.name for value in each.inputs if value.name not in each.initializers)]
+    assert len(produced) == len(set(produced))
+    reloaded = ir.from_proto(ir.to_proto(a_model))
+    before = ir.to_proto(reloaded).SerializeToString()
+    again = split(reloaded, full_rank)
+    assert not splits(again)
+    assert ir.to_proto(reloaded).SerializeToString() == before
+
+
+def assert_same_at_full_rank(a_model: ir.Model, tolerance: float, **feeds: np.ndarray) -> list[Record]:
+    """Split everything with exact factors: same outputs, sound model. Returns the records."""
+    names = [value.name for value in a_model.graph.outputs]
+    values = list(a_model.graph.outputs)
+    expected = run(a_model, **feeds)
+    sites = [site for site in find_sites(a_model) if isinstance(site, Site)]
+    records = split(a_model, full_rank)
+    assert [s.node for s in splits(records)] == [site.node for site in sites]
+    assert sites
+    assert error(run(a_model, **feeds), expected) <= tolerance
+    assert [value.name for value in a_model.graph.outputs] == names
+    assert all(now is then for now, then in zip(a_model.graph.outputs, values, strict=True))
+    assert_sound(a_model)
+    return records

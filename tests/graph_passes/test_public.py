@@ -1,0 +1,38 @@
+import ast
+import sys
+from pathlib import Path
+
+import graph_passes
+
+ALLOWED = {"numpy", "onnx", "onnx_ir", "ml_dtypes", "graph_passes"}
+STANDARD = sys.stdlib_module_names
+
+
+def test_public_names():
+    assert graph_passes.__all__ == [
+        "Dense",
+        "FactorSource",
+        "Factors",
+        "Fold",
+        "FoldBatchNormPass",
+        "FoldResult",
+        "Record",
+        "Site",
+        "Skip",
+        "Split",
+        "SplitConvPass",
+        "SplitGemmPass",
+        "SplitMatMulPass",
+        "SplitResult",
+        "find_sites",
+        "split",
+    ]
+    assert all(hasattr(graph_passes, name) for name in graph_passes.__all__)
+
+
+def test_imports_stay_within_numpy_and_onnx():
+    for file in Path(graph_passes.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {name.split(".")[0] for name in names} <= ALLOWED | STANDARD, file

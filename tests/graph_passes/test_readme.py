@@ -1,0 +1,28 @@
+import re
+from pathlib import Path
+
+import graph_passes
+
+FOLDER = Path(graph_passes.__file__).parent
+REASON = re.compile(r'(?:reason\s*=\s*|return |who = |, )f?"([a-zA-Z][^"]* [^"]*)"')
+
+
+def test_every_reason_stands_in_the_readme():
+    readme = (FOLDER / "README.md").read_text()
+    sources = [FOLDER / f"{name}.py" for name in ("survey", "weights", "split_matmul", "split_conv", "fold_batch_norm")]
+    reasons = [reason for file in sources for reason in REASON.findall(file.read_text())]
+    assert len(reasons) >= 20
+    for reason in reasons:
+        for fixed in re.split(r"\{[^}]*\}", reason):
+            assert fixed.strip(" '") in readme, reason
+
+
+def test_example_runs(tmp_path, monkeypatch):
+    from split_checks import graph, ir, numbers
+
+    monkeypatch.chdir(tmp_path)
+    model = graph("h = MatMul(x, w)  y = MatMul(h, v)", w=numbers(6, 80), v=numbers(80, 4))
+    ir.save(model, "model.onnx")
+    (example,) = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "small.onnx").exists()
