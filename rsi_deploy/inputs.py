@@ -1,0 +1,221 @@
+"""What a model wants to be fed, and seeded inputs that fit.
+
+    dimension of an input        size
+    fixed                        as the model says
+    first, dynamic               the batch
+    other, dynamic               from `input_shape`, directly or through a symbol that is known by then
+
+Every input draws from a generator of its own, seeded by (seed, input name): another order of inputs, or one
+more of them, changes nothing in the rest.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rsi_deploy.errors import ModelError, UsageError
+
+Dim = int | str | None
+
+# onnxruntime's words that are not numpy's
+_DTYPES = {"float": "float32", "double": "float64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """One model input; a dimension is a number, a symbol (dynamic, named) or None (dynamic, unnamed)."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[Dim, ...]
+
+    def __str__(self) -> str:
+        dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
+        return f"{self.name}: {self.dtype} ({dims})"
+
+
+def model_inputs(model: Any) -> list[InputSpec]:
+    """The inputs that must be fed (initializers that are inputs too are not among them).
+
+    Args:
+        model: an `onnxruntime.InferenceSession`, an `onnx.ModelProto`, or the path of an ONNX file.
+
+    Raises:
+        ModelError: the file cannot be read, or an input is no tensor of numbers.
+    """
+    if hasattr(model, "get_inputs"):
+        return [
+            InputSpec(
+                name=value.name,
+                dtype=_dtype_of_runtime(value.name, value.type),
+                shape=tuple(dim if isinstance(dim, int | str) else None for dim in value.shape),
+            )
+            for value in model.get_inputs()
+        ]
+    return _inputs_of_proto(_loaded(model))
+
+
+def random_feeds(
+    specs: Sequence[InputSpec],
+    batch: int,
+    seed: int,
+    input_shape: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, npt.NDArray[Any]]:
+    """Seeded inputs: standard normal floats, integers 0 or 1 (valid indices of any table), random booleans.
+
+    Integer inputs whose name contains "mask" are all ones: nothing is masked away.
+
+    Args:
+        specs: the inputs.
+        batch: size of every dynamic first dimension.
+        seed: any number of 0 or more.
+        input_shape: input name -> its whole shape, batch included; needed where a later dimension is dynamic.
+
+    Returns:
+        Input name -> array of the input's dtype.
+
+    Raises:
+        UsageError: an unknown name or a shape that does not fit, a dynamic dimension left open, or a batch
+            that no input takes.
+    """
+    given = dict(input_shape or {})
+    unknown = sorted(set(given) - {spec.name for spec in specs})
+    if unknown:
+        raise UsageError(f"--input-shape: no input named {', '.join(unknown)}; the model has {_listed(specs)}")
+    if batch < 1:
+        raise UsageError(f"batch must be 1 or more, but got {batch}")
+    symbols: dict[str, int] = {}
+    for spec in specs:
+        _bind(spec, batch, given.get(spec.name), symbols)
+    _check_batch(specs, batch)
+    feeds = {}
+    for spec in specs:
+        shape = tuple(given.get(spec.name) or _resolved(spec, batch, symbols))
+        feeds[spec.name] = _drawn(spec, shape, np.random.default_rng([seed, *spec.name.encode()]))
+    return feeds
+
+
+def check_feeds(specs: Sequence[InputSpec], feeds: Mapping[str, npt.NDArray[Any]], model: str) -> None:
+    """Refuse feeds whose names, types or shapes are not those of `model`.
+
+    Raises:
+        UsageError: says what the model takes and what came.
+    """
+    wanted, came = {spec.name for spec in specs}, set(feeds)
+    if wanted != came:
+        raise UsageError(f"{model} takes {_listed(specs)}, but the inputs given are {', '.join(sorted(came))}")
+    for spec in specs:
+        array = feeds[spec.name]
+        fits = len(spec.shape) == array.ndim and all(
+            not isinstance(dim, int) or dim == size for dim, size in zip(spec.shape, array.shape, strict=True)
+        )
+        if array.dtype != spec.dtype or not fits:
+            raise UsageError(f"{model} takes {spec}, but the input given is {array.dtype} {array.shape}")
+
+
+def _bind(spec: InputSpec, batch: int, given: Sequence[int] | None, symbols: dict[str, int]) -> None:
+    """Note the size of every symbol that the batch or the given shape of one input settles."""
+    if given is not None and (len(given) != len(spec.shape) or any(size < 1 for size in given)):
+        raise UsageError(f"--input-shape: {spec} needs {len(spec.shape)} sizes of 1 or more, but got {tuple(given)}")
+    for axis, dim in enumerate(spec.shape):
+        size = batch if axis == 0 and not isinstance(dim, int) else None
+        if given is not None:
+            if isinstance(dim, int) and dim != given[axis]:
+                raise UsageError(f"--input-shape: {spec} has {dim} fixed at axis {axis}, but got {tuple(given)}")
+            if size is not None and size != given[axis]:
+                raise UsageError(
+                    f"--input-shape: {spec} takes the batch first, which is {batch}, but got {tuple(given)}; "
+                    f"pass --batch {given[axis]} with it"
+                )
+            size = given[axis]
+        if isinstance(dim, str) and size is not None and symbols.setdefault(dim, size) != size:
+            raise UsageError(f"--input-shape: {dim} of {spec} is {size}, but {symbols[dim]} elsewhere")
+
+
+def _resolved(spec: InputSpec, batch: int, symbols: Mapping[str, int]) -> list[int]:
+    sizes = []
+    for axis, dim in enumerate(spec.shape):
+        size = dim if isinstance(dim, int) else batch if axis == 0 else symbols.get(dim or "")
+        if size is None:
+            dims = [dim if isinstance(dim, int) else "?" if at else batch for at, dim in enumerate(spec.shape)]
+            example = "x".join(map(str, dims))
+            raise UsageError(
+                f"input {spec} leaves axis {axis} open; give its whole shape: --input-shape {spec.name}={example}"
+            )
+        sizes.append(size)
+    return sizes
+
+
+def _check_batch(specs: Sequence[InputSpec], batch: int) -> None:
+    """A batch that nothing in the model takes would be a lie in the result."""
+    firsts = [spec.shape[0] for spec in specs if spec.shape]
+    if firsts and batch != 1 and all(isinstance(dim, int) and dim != batch for dim in firsts):
+        raise UsageError(
+            f"the batch is fixed in this model: {_listed(specs)}, but got {batch}; "
+            f"pass --batch {firsts[0]}, or export with a dynamic batch"
+        )
+
+
+def _drawn(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[Any]:
+    if spec.dtype.kind in "iu":
+        values = np.ones(shape) if "mask" in spec.name.lower() else rng.integers(0, 2, shape)
+    elif spec.dtype.kind == "b":
+        values = rng.integers(0, 2, shape)
+    else:
+        values = rng.standard_normal(shape)
+    return np.asarray(values).astype(spec.dtype)
+
+
+def _listed(specs: Sequence[InputSpec]) -> str:
+    return "; ".join(str(spec) for spec in specs) or "no inputs"
+
+
+def _dtype_of_runtime(name: str, type_name: str) -> np.dtype[Any]:
+    """`tensor(float)` as a numpy dtype."""
+    inner = type_name.removeprefix("tensor(").removesuffix(")")
+    try:
+        if not type_name.startswith("tensor(") or inner == "string":
+            raise TypeError
+        if inner.startswith(("bfloat", "float8", "float4", "int4", "uint4", "int2", "uint2")):
+            import ml_dtypes
+
+            inner = getattr(ml_dtypes, inner)
+        return np.dtype(_DTYPES.get(inner, inner))
+    except (TypeError, AttributeError):
+        raise ModelError(f"input {name} is {type_name}; only tensors of numbers can be fed") from None
+
+
+def _inputs_of_proto(proto: Any) -> list[InputSpec]:
+    import onnx
+
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    specs = []
+    for value in proto.graph.input:
+        if value.name in initializers:
+            continue
+        tensor = value.type.tensor_type
+        if not value.type.HasField("tensor_type") or tensor.elem_type in (0, onnx.TensorProto.STRING):
+            raise ModelError(f"input {value.name} is no tensor of numbers; only those can be fed")
+        if not tensor.HasField("shape"):
+            raise ModelError(f"input {value.name} has no shape, not even a rank; run onnx.shape_inference first")
+        dims = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim)
+        dtype: np.dtype[Any] = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        specs.append(InputSpec(name=value.name, dtype=dtype, shape=dims))
+    return specs
+
+
+def _loaded(model: Any) -> Any:
+    """A ModelProto from itself or from a path, without its external weights."""
+    if not isinstance(model, str | Path):
+        return model
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        return onnx.load(str(model), load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise ModelError(f"{model}: cannot be read as ONNX: {error}") from error
