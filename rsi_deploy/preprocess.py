@@ -112,6 +112,12 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
             where = ".".join(str(part) for part in first["loc"]) or "the whole text"
             raise UsageError(f"metadata {METADATA_KEY}: {where}: {first['msg']}") from error
 
+    def over(self, base: "Preprocessing | None") -> "Preprocessing":
+        """The fields that were set here, and those of `base` for the rest."""
+        if base is None:
+            return self
+        return Preprocessing(**{**base.model_dump(), **self.model_dump(include=self.model_fields_set)})
+
     def to_metadata(self) -> str:
         """Compact JSON with the fields in the order of their declaration: equal settings give equal bytes."""
         return json.dumps(self.model_dump(mode="json"), separators=(",", ":"))

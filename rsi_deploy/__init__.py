@@ -1,0 +1,60 @@
+"""rsi-deploy: a trained network in, a compressed and measurably faster ONNX model out, with an honest report.
+
+Every verb of the command line is a function here, with the same options. Nothing heavy is imported until it is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from rsi_deploy.accuracy import AccuracyResult as AccuracyResult
+    from rsi_deploy.accuracy import evaluate as evaluate
+    from rsi_deploy.compress import compress_ as compress_
+    from rsi_deploy.diagnosis import doctor as doctor
+    from rsi_deploy.errors import GateError as GateError
+    from rsi_deploy.errors import ModelError as ModelError
+    from rsi_deploy.errors import RsiDeployError as RsiDeployError
+    from rsi_deploy.errors import UsageError as UsageError
+    from rsi_deploy.inspection import inspect as inspect
+    from rsi_deploy.measure import BenchResult as BenchResult
+    from rsi_deploy.measure import bench as bench
+    from rsi_deploy.pipeline import export as export
+    from rsi_deploy.preprocess import Preprocessing as Preprocessing
+    from rsi_deploy.report import Report as Report
+    from rsi_deploy.report import read_report as read_report
+    from rsi_deploy.sites import SiteRecord as SiteRecord
+    from rsi_deploy.verification import verify as verify
+
+_HOMES = {
+    "AccuracyResult": "accuracy",
+    "BenchResult": "measure",
+    "GateError": "errors",
+    "ModelError": "errors",
+    "Preprocessing": "preprocess",
+    "Report": "report",
+    "RsiDeployError": "errors",
+    "SiteRecord": "sites",
+    "UsageError": "errors",
+    "bench": "measure",
+    "compress_": "compress",
+    "doctor": "diagnosis",
+    "evaluate": "accuracy",
+    "export": "pipeline",
+    "inspect": "inspection",
+    "read_report": "report",
+    "verify": "verification",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,252 @@
+"""The PyTorch pass: replace a model's dense layers by low-rank ones, in place.
+
+    nn.Linear, transformers' Conv1D      -> LowRankLinear
+    nn.Conv1d / 2d / 3d (groups too)     -> LowRankConv, a BatchNorm behind it folded first
+    nn.MultiheadAttention, packed        -> LowRankMultiheadAttention (in_proj), LowRankLinear (out_proj)
+
+The result stays an ordinary trainable module. Exporting it gives the same numbers as exporting the dense model and
+splitting in ONNX, because a site's factors depend on its weight, its name and the seed alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from rsi_deploy.errors import UsageError
+from rsi_deploy.fold import batch_norms_behind_convs, fold_batch_norm_
+from rsi_deploy.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention
+from rsi_deploy.plan import Planner, RankSpec, site_name
+from rsi_deploy.rsi import Factors, Method, Solver
+from rsi_deploy.sites import SiteRecord, dense_record, factorize_site
+
+FACTOR_KEYS = {"left", "right", "in_proj_left", "in_proj_right"}
+
+Progress = Callable[[str, int, int], None]
+"""Called with the site's name, its index from 0, and the number of sites."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleSite:
+    """One weight of a module tree and every layer that uses it (several, when tied).
+
+    `obstacle` says why it cannot be split, or is empty.
+    """
+
+    weight: str
+    kind: str
+    parameter: nn.Parameter
+    paths: tuple[str, ...]
+    obstacle: str = ""
+
+    @property
+    def name(self) -> str:
+        """The site's name, as in reports and filters."""
+        return site_name(self.weight)
+
+    @property
+    def groups(self) -> int:
+        """Groups of a Conv, else 1."""
+        return self._groups
+
+    _groups: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)`, per group."""
+        if self.kind == "Conv1D":  # transformers stores (in, out)
+            return self.parameter.shape[1], self.parameter.shape[0]
+        return self.parameter.shape[0] // self.groups, self.parameter.shape[1:].numel()
+
+    def matrix(self) -> Tensor:
+        """The canonical weight `(groups, out, in)`, a view where possible."""
+        parameter = self.parameter.detach()
+        if self.kind == "Conv1D":
+            return parameter.T.contiguous()[None]
+        return parameter.reshape(self.groups, *self.shape)
+
+
+def compress_(
+    module: nn.Module,
+    rank: str | int | RankSpec,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    method: Method = "rsi",
+    power_iterations: int = 4,
+    oversampling: int = 0,
+    seed: int = 0,
+    always_split: bool = False,
+    progress: Progress | None = None,
+) -> list[SiteRecord]:
+    """Replace `module`'s layers by low-rank ones, in place, and say what was done at every site.
+
+    Args:
+        module: any torch module; put in evaluation mode first if it has BatchNorms to fold.
+        rank: a rank (`64`) or the paper's ratio (`"40%"`), see `RankSpec.parse`.
+        include: globs on site names (the weight's name less `.weight`); empty means all.
+        exclude: globs on site names that stay dense.
+        method: "rsi", or a baseline: "rsvd", "svd".
+        power_iterations: the paper's q for "rsi".
+        oversampling: extra sketch columns.
+        seed: of the random sketches.
+        always_split: split even where nothing is saved.
+        progress: called before each factorization.
+
+    Returns:
+        One record a site, in the module tree's order.
+
+    Raises:
+        UsageError: a rank or filter that cannot be meant, or a module that is itself the layer to be replaced.
+        ModelError: NaN or infinite values in a weight, with the site's name.
+    """
+    planner = Planner(
+        spec=RankSpec.parse(rank), include=tuple(include), exclude=tuple(exclude), always_split=always_split
+    )
+    solver = Solver(method=method, power_iterations=power_iterations, oversampling=oversampling, seed=seed)
+    sites = find_module_sites(module)
+    planner.check([(site.name, *site.shape) for site in sites if not site.obstacle])
+    decisions = [planner.decide(site.name, *site.shape) for site in sites]
+    if any("" in s.paths and d.rank is not None and not s.obstacle for s, d in zip(sites, decisions, strict=True)):
+        raise UsageError(
+            f"the module is itself a {type(module).__name__}, which cannot be replaced in place: "
+            f"pass nn.Sequential(module)"
+        )
+    norms = {} if module.training else batch_norms_behind_convs(module)
+    records = []
+    for index, (site, decision) in enumerate(zip(sites, decisions, strict=True)):
+        if site.obstacle or decision.rank is None:
+            reason = site.obstacle or decision.reason
+            records.append(
+                dense_record(site.name, site.kind, *site.shape, reason, groups=site.groups, nodes=site.paths)
+            )
+            continue
+        if progress:
+            progress(site.name, index, len(sites))
+        site = _folded(module, site, norms)
+        factors, record = factorize_site(
+            site.name,
+            site.kind,
+            site.matrix(),
+            decision.rank,
+            solver,
+            reason=decision.reason,
+            nodes=site.paths,
+        )
+        _replace_(module, site, factors)
+        records.append(record)
+    return records
+
+
+def find_module_sites(module: nn.Module) -> list[ModuleSite]:
+    """Every weight-bearing layer of the tree, tied weights once, with what stands in the way of a split."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    owners: dict[int, list[str]] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        for key, parameter in child._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(_join(path, key))
+    sites: dict[int, ModuleSite] = {}
+    for child in module.modules():
+        for key, kind, groups, obstacle in _weights_of(child):
+            parameter = child._parameters.get(key)
+            if parameter is None or (id(parameter) in sites and not obstacle):
+                continue
+            users = tuple(owner for owner in owners[id(parameter)])
+            strangers = [u for u in users if not _splittable(module, u)]
+            if not obstacle and strangers:
+                obstacle = f"tied to {strangers[0]}, which needs the dense weight: splitting would grow the file"
+            sites[id(parameter)] = ModuleSite(
+                weight=names[id(parameter)],
+                kind=kind,
+                parameter=parameter,
+                paths=tuple(u.rpartition(".")[0] for u in users),
+                obstacle=obstacle,
+                _groups=groups,
+            )
+    return list(sites.values())
+
+
+def _weights_of(layer: nn.Module) -> list[tuple[str, str, int, str]]:
+    """`(parameter key, kind, groups, obstacle)` of the weights a layer bears itself."""
+    kind = type(layer).__name__
+    if parametrize.is_parametrized(layer):
+        return []  # its weight is computed, not stored; the parametrization's own modules are visited by themselves
+    if isinstance(layer, nn.MultiheadAttention):
+        if layer._qkv_same_embed_dim and layer.bias_k is None and not layer.add_zero_attn:
+            return [("in_proj_weight", kind, 1, "")]
+        why = "MultiheadAttention with separate q/k/v widths, bias_kv or zero_attn is not split in PyTorch"
+        keys = ("in_proj_weight",) if layer._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return [(key, kind, 1, why) for key in keys]
+    if isinstance(layer, nn.Linear):
+        custom = type(layer).forward is not nn.Linear.forward
+        return [("weight", "Linear", 1, f"{kind} has a forward of its own" if custom else "")]
+    if _is_transformers_conv1d(layer):
+        return [("weight", "Conv1D", 1, "")]
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return [("weight", kind, 1, "ConvTranspose is not split")]
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        custom = type(layer).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+        return [("weight", kind, layer.groups, f"{kind} has a forward of its own" if custom else "")]
+    if isinstance(layer, nn.RNNBase):
+        return [(key, kind, 1, "recurrent weights are not split") for key in layer._parameters if "weight" in key]
+    return []
+
+
+def _splittable(module: nn.Module, parameter_path: str) -> bool:
+    path, _, key = parameter_path.rpartition(".")
+    return any(k == key and not obstacle for k, _, _, obstacle in _weights_of(module.get_submodule(path)))
+
+
+def _is_transformers_conv1d(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers.")
+
+
+def _folded(module: nn.Module, site: ModuleSite, norms: dict[str, str]) -> ModuleSite:
+    """The site with the BatchNorm behind it folded in, where there is one."""
+    if len(site.paths) != 1 or site.paths[0] not in norms:
+        return site
+    path, norm_path = site.paths[0], norms[site.paths[0]]
+    conv, norm = module.get_submodule(path), module.get_submodule(norm_path)
+    assert isinstance(conv, nn.modules.conv._ConvNd)
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    if norm.running_mean is None or norm.training:
+        return site
+    fold_batch_norm_(conv, norm)
+    module.set_submodule(norm_path, nn.Identity())
+    weight = conv.weight
+    assert isinstance(weight, nn.Parameter)
+    return ModuleSite(weight=site.weight, kind=site.kind, parameter=weight, paths=site.paths, _groups=site.groups)
+
+
+def _replace_(module: nn.Module, site: ModuleSite, factors: Factors) -> None:
+    """Put the low-rank layer in every place the weight is used; tied places share the two parameters."""
+    flat = Factors(factors.left[0], factors.right[0])
+    for path in site.paths:
+        layer = module.get_submodule(path)
+        new: nn.Module
+        if isinstance(layer, nn.MultiheadAttention):
+            new = LowRankMultiheadAttention(layer, flat)
+        elif isinstance(layer, nn.modules.conv._ConvNd):
+            new = LowRankConv(layer, factors)
+        else:
+            bias = layer.bias
+            assert bias is None or isinstance(bias, Tensor)
+            new = LowRankLinear(flat, bias)
+        for key in FACTOR_KEYS & new._parameters.keys():
+            new.get_parameter(key).requires_grad_(site.parameter.requires_grad)
+        module.set_submodule(path, new.train(layer.training))
+    _tie_(module, site.paths)
+
+
+def _tie_(module: nn.Module, paths: tuple[str, ...]) -> None:
+    first = module.get_submodule(paths[0])
+    for path in paths[1:]:
+        other = module.get_submodule(path)
+        for key in FACTOR_KEYS & first._parameters.keys() & other._parameters.keys():
+            other._parameters[key] = first._parameters[key]
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key

@@ -1,0 +1,120 @@
+"""Three errors, kept apart, because each has another cause and another remedy.
+
+    exporter       torch            against dense ONNX       the exporter's fault
+    surgery        dense ONNX       against full-rank split  ours, if it is above rounding
+    approximation  dense ONNX       against compressed       the price of the rank: reported, gated only on request
+
+The surgery check splits the same nodes with full-rank factors that cost nothing and hide nothing: a rotated identity
+`P` and `P^T W`. The product is exactly `W`, and because `P` is not symmetric a forgotten transpose shows.
+"""
+
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pydantic
+
+import graph_passes as gp
+from rsi_deploy.errors import GateError
+from rsi_deploy.providers import make_session, run_session
+from rsi_deploy.to_onnx import forget_weights_, save_dense
+
+Arrays = Sequence[npt.NDArray[Any]]
+
+# Relative L2, by the width of the narrowest floating output: what rounding alone may do to a deep network.
+EXPORTER_TOLERANCE = {2: 3e-2, 4: 1e-4, 8: 1e-6}
+SURGERY_TOLERANCE = {2: 3e-2, 4: 2e-5, 8: 1e-10}
+
+
+class Comparison(pydantic.BaseModel, frozen=True, extra="forbid"):
+    """How far one model's outputs are from another's on the probe inputs.
+
+    Attributes:
+        relative_l2: `||a - b||_2 / ||a||_2` of the worst output; 0 where both are zero.
+        max_abs: largest absolute difference.
+        tolerance: what `relative_l2` may be; None where nothing is demanded.
+        informative: False where the reference's outputs are all zero, so that equality shows little.
+    """
+
+    relative_l2: float
+    max_abs: float
+    tolerance: float | None = None
+    informative: bool = True
+
+
+def compare_outputs(reference: Arrays, candidate: Arrays, *, what: str, tolerance: float | None = None) -> Comparison:
+    """Compare two models' outputs, given in the same order.
+
+    Raises:
+        GateError: another number of outputs, another shape, NaN or infinity where the reference has none, or an error
+            above `tolerance`. The message begins with `what`.
+    """
+    if len(reference) != len(candidate):
+        raise GateError(f"{what}: {len(reference)} outputs expected, but got {len(candidate)}")
+    worst, largest, informative = 0.0, 0.0, False
+    for index, (a, b) in enumerate(zip(reference, candidate, strict=True)):
+        if a.shape != b.shape:
+            raise GateError(f"{what}: output {index} has shape {b.shape}, expected {a.shape}")
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        if np.isfinite(x).all() and not np.isfinite(y).all():
+            raise GateError(f"{what}: output {index} holds NaN or infinite values, the reference has none")
+        with np.errstate(invalid="ignore"):
+            difference = np.where(x == y, 0.0, x - y)  # equal infinities do not differ
+        norm, error = float(np.linalg.norm(x)), float(np.linalg.norm(difference))
+        informative |= norm > 0
+        worst = max(worst, error / norm if norm else (0.0 if error == 0 else float("inf")))
+        largest = max(largest, float(np.abs(difference).max(initial=0.0)))
+    if tolerance is not None and not worst <= tolerance:
+        raise GateError(f"{what}: relative error {worst:.2e} is above the tolerance {tolerance:.0e}")
+    return Comparison(relative_l2=worst, max_abs=largest, tolerance=tolerance, informative=informative)
+
+
+def tolerance_for(outputs: Arrays, table: Mapping[int, float]) -> float:
+    """The tolerance that fits the narrowest floating output."""
+    return table[min((o.dtype.itemsize for o in outputs if o.dtype.kind not in "iub"), default=4)]
+
+
+def surgery_check(
+    dense: Path, weights: Collection[str], feeds: Mapping[str, npt.NDArray[Any]], expected: Arrays
+) -> Comparison:
+    """Split the same `weights` of the model at `dense` at full rank and compare with its own outputs `expected`.
+
+    Raises:
+        GateError: the split model differs by more than rounding, which is a defect of the surgery.
+    """
+    model = ir.load(dense)
+    gp.split(model, lambda site: rotated_identity(site) if site.weight in weights else gp.Dense(reason="not split"))
+    with tempfile.TemporaryDirectory(prefix=".surgery-", dir=dense.parent) as folder:
+        path = Path(folder) / "full_rank.onnx"
+        save_dense(model, path)
+        forget_weights_(model)
+        session = make_session(path, optimize="disabled", prepack=False)
+        outputs = run_session(session, feeds, "the full-rank split")
+        del session
+    tolerance = tolerance_for(expected, SURGERY_TOLERANCE)
+    return compare_outputs(expected, outputs, what="surgery gate (full-rank split against dense)", tolerance=tolerance)
+
+
+def rotated_identity(site: gp.Site) -> gp.Factors:
+    """Exact full-rank factors of a site's weight: `P` and `P^T W`, or `W P` and `P^T`, whichever is smaller."""
+    weight = site.load()
+    eye = np.roll(np.eye(site.full_rank, dtype=weight.dtype), 1, axis=0)[None].repeat(site.groups, axis=0)
+    if site.out_features <= site.in_features:
+        return gp.Factors(left=eye, right=_rolled(weight, 1, site.op_type))  # eye @ x moves row i to row i+1
+    return gp.Factors(left=_rolled(weight, 2, site.op_type), right=np.ascontiguousarray(eye.swapaxes(1, 2)))
+
+
+def _rolled(weight: npt.NDArray[Any], axis: int, op_type: str) -> npt.NDArray[Any]:
+    """The weight with its first row or column moved to the end, laid out as the split stores it: a single copy."""
+    groups, rows, columns = weight.shape
+    if op_type == "Conv":
+        rolled = np.empty(weight.shape, weight.dtype)
+    else:
+        rolled = np.empty((groups, columns, rows), weight.dtype).swapaxes(1, 2)
+    target, source = rolled.swapaxes(0, axis), weight.swapaxes(0, axis)
+    target[:-1], target[-1] = source[1:], source[0]
+    return rolled

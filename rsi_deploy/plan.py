@@ -1,0 +1,142 @@
+"""What becomes of every site: the chosen rank, or "dense" with the reason.
+
+The planner sees names and shapes and knows neither torch nor ONNX, so both ways of a model share it.
+"""
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rsi_deploy.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSpec:
+    """A user's `--rank`: exactly one of an absolute `rank` and a `ratio` of full rank in (0, 1]."""
+
+    rank: int | None = None
+    ratio: float | None = None
+
+    @classmethod
+    def parse(cls, text: "str | int | RankSpec") -> "RankSpec":
+        """Read `64` (a rank) or `40%` (the paper's ratio); refuse everything else with the spelling to use.
+
+        Raises:
+            UsageError: a bare fraction, zero, a negative number, a ratio outside (0 %, 100 %], or no number.
+
+        Example:
+            >>> RankSpec.parse("40%").resolve(1000, 300)
+            120
+            >>> RankSpec.parse(64).resolve(1000, 300)
+            64
+        """
+        if isinstance(text, RankSpec):
+            return text
+        text = str(text).strip()
+        if re.fullmatch(r"[+-]?\d+", text):
+            if int(text) < 1:
+                raise UsageError(f"--rank must be at least 1, but got {text!r}")
+            return cls(rank=int(text))
+        if number := re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+))\s*%", text):
+            percent = float(number[1])
+            if not 0 < percent <= 100:
+                raise UsageError(f"--rank as a ratio must lie in (0 %, 100 %], but got {text!r}")
+            return cls(ratio=percent / 100)
+        if re.fullmatch(r"[+-]?\d*\.\d*(e[+-]?\d+)?", text) and any(c.isdigit() for c in text):
+            percent = float(text) * 100
+            hint = (
+                f"write --rank {percent:g}%"
+                if 0 < percent <= 100
+                else "write a rank such as 64, or a ratio such as 40%"
+            )
+            raise UsageError(f"--rank {text} could be a rank or a ratio: {hint}")
+        raise UsageError(f"--rank must be a rank such as 64 or a ratio such as 40%, but got {text!r}")
+
+    def resolve(self, out_features: int, in_features: int) -> int:
+        """The rank at a site; a ratio is `ceil(ratio * min(out, in))`. May exceed what the site can have."""
+        if self.rank is not None:
+            return self.rank
+        assert self.ratio is not None
+        return max(1, math.ceil(round(self.ratio * min(out_features, in_features), 9)))
+
+    def __str__(self) -> str:
+        return str(self.rank) if self.rank is not None else f"{100 * (self.ratio or 0):g}%"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One site's fate: `rank` of the split, or None for dense; `reason` in words a user reads."""
+
+    rank: int | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """Uniform ranks: the same `RankSpec` at every site that the filters let through.
+
+    Attributes:
+        spec: the rank or ratio asked for.
+        include: globs on site names; empty lets every site through.
+        exclude: globs on site names; wins over `include`.
+        always_split: split even where nothing is saved (full-rank checks, teaching, tests).
+    """
+
+    spec: RankSpec
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    always_split: bool = False
+
+    def decide(self, name: str, out_features: int, in_features: int) -> Decision:
+        """Decide one site of matrix shape `(out, in)` (per group, for a grouped Conv)."""
+        if self.include and not any(fnmatch.fnmatchcase(name, p) for p in self.include):
+            return Decision(rank=None, reason="not matched by --include")
+        if pattern := next((p for p in self.exclude if fnmatch.fnmatchcase(name, p)), None):
+            return Decision(rank=None, reason=f"excluded by --exclude {pattern}")
+        full = min(out_features, in_features)
+        rank = self.spec.resolve(out_features, in_features)
+        if self.always_split:
+            return Decision(rank=min(rank, full), reason="split: asked for by --always-split")
+        limit = break_even_rank(out_features, in_features)
+        if rank >= limit:
+            return Decision(rank=None, reason=f"rank {rank} saves nothing: break-even is {limit:.1f}")
+        return Decision(rank=rank, reason="split")
+
+    def check(self, sites: Iterable[tuple[str, int, int]]) -> None:
+        """Refuse, before any long work, a request that cannot be meant.
+
+        Args:
+            sites: `(name, out, in)` of every site of the model.
+
+        Raises:
+            UsageError: a filter that matches no site, or an absolute rank above the full rank of every site.
+        """
+        sites = list(sites)
+        for option, patterns in (("--include", self.include), ("--exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(fnmatch.fnmatchcase(name, pattern) for name, _, _ in sites):
+                    some = ", ".join(name for name, _, _ in sites[:4])
+                    raise UsageError(f"{option} {pattern!r} matches none of the {len(sites)} sites ({some}, ...)")
+        full = max((min(out, in_) for _, out, in_ in sites), default=0)
+        if sites and self.spec.rank is not None and self.spec.rank > full:
+            raise UsageError(
+                f"--rank {self.spec.rank} is above the full rank of every site (the largest is {full}); "
+                f"type a smaller rank or a ratio such as 25%"
+            )
+
+
+def break_even_rank(out_features: int, in_features: int) -> float:
+    """`out*in/(out+in)`: at or above this rank two factors hold no fewer numbers than the weight."""
+    return out_features * in_features / (out_features + in_features)
+
+
+def site_name(weight_name: str) -> str:
+    """The name a user sees: the weight's, less a final `.weight`.
+
+    Example:
+        >>> site_name("classifier.0.weight"), site_name("attn.in_proj_weight")
+        ('classifier.0', 'attn.in_proj_weight')
+    """
+    return weight_name.removesuffix(".weight")

@@ -1,0 +1,212 @@
+"""One site's factorization and the record of it: shared by the PyTorch way and the ONNX way."""
+
+import math
+import time
+from typing import Literal
+
+import pydantic
+import torch
+from torch import Tensor
+
+from rsi_deploy.errors import ModelError
+from rsi_deploy.plan import break_even_rank
+from rsi_deploy.rsi import Factors, Solver, residual_norm, rounding_level, singular_values
+
+# Up to this full rank the optimum s_{rank+1} comes from an exact spectrum (some ms); above it from a bound.
+EXACT_SPECTRUM_LIMIT = 128
+
+
+class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
+    """What was done at one site and what it cost. Errors are of the factors as stored, relative to the weight.
+
+    Attributes:
+        name: the weight's name less a final `.weight`.
+        kind: the operation, e.g. "Linear", "Conv2d", "Gemm", "MatMul".
+        out_features, in_features: the weight matrix `(out, in)`; per group where `groups > 1`.
+        groups: of a grouped Conv, else 1.
+        break_even_rank: `out*in/(out+in)`; at or above it nothing is saved.
+        rank: of the split, None for a dense site.
+        decision: "split" or "dense".
+        reason: why, in words.
+        params_dense, params_compressed: numbers in the weight, before and after.
+        frobenius_error: `||W - left right||_F / ||W||_F`.
+        spectral_error: `||W - left right||_2 / ||W||_2`, estimated by power iteration (from below).
+        normalized_error: `||W - left right||_2 / s_{rank+1}`, 1.0 is optimal.
+        normalized_error_kind: "exact" spectrum or an "upper bound" for s_{rank+1} bounded from below.
+        seconds: time of the factorization alone.
+        macs_dense, macs_compressed: multiply-accumulates per sample, where the model was traced.
+        nodes: the operations (ONNX node names or module paths) that use the weight.
+    """
+
+    name: str
+    kind: str
+    out_features: int
+    in_features: int
+    groups: int = 1
+    break_even_rank: float
+    rank: int | None = None
+    decision: Literal["split", "dense"]
+    reason: str
+    params_dense: int
+    params_compressed: int
+    frobenius_error: float | None = None
+    spectral_error: float | None = None
+    normalized_error: float | None = None
+    normalized_error_kind: Literal["exact", "upper bound"] | None = None
+    seconds: float | None = None
+    macs_dense: int | None = None
+    macs_compressed: int | None = None
+    nodes: tuple[str, ...] = ()
+
+
+def dense_record(
+    name: str,
+    kind: str,
+    out_features: int,
+    in_features: int,
+    reason: str,
+    *,
+    groups: int = 1,
+    nodes: tuple[str, ...] = (),
+) -> SiteRecord:
+    """The record of a site that stays dense, with its reason."""
+    params = groups * out_features * in_features
+    return SiteRecord(
+        name=name,
+        kind=kind,
+        out_features=out_features,
+        in_features=in_features,
+        groups=groups,
+        break_even_rank=break_even_rank(out_features, in_features) if params else 0.0,
+        decision="dense",
+        reason=reason,
+        params_dense=params,
+        params_compressed=params,
+        nodes=nodes,
+    )
+
+
+def factorize_site(
+    name: str,
+    kind: str,
+    weight: Tensor,
+    rank: int,
+    solver: Solver,
+    *,
+    reason: str = "split",
+    nodes: tuple[str, ...] = (),
+) -> tuple[Factors, SiteRecord]:
+    """Factorize one site's `weight (groups, out, in)` at `rank` and measure the factors' errors.
+
+    Returns:
+        factors `left (groups, out, rank)`, `right (groups, rank, in)` in the weight's dtype, and the record.
+
+    Raises:
+        ModelError: the weight holds NaN or infinite values; the site is named.
+    """
+    groups, out_features, in_features = weight.shape
+    started = time.perf_counter()
+    try:
+        factors = solver(weight, rank, site=name)
+    except ValueError as error:
+        raise ModelError(f"{error} (type --exclude {name!r} to leave it dense)") from error
+    seconds = time.perf_counter() - started
+    frobenius, spectral, normalized, kind_of_bound = _errors(weight, factors)
+    record = SiteRecord(
+        name=name,
+        kind=kind,
+        out_features=out_features,
+        in_features=in_features,
+        groups=groups,
+        break_even_rank=break_even_rank(out_features, in_features),
+        rank=rank,
+        decision="split",
+        reason=reason,
+        params_dense=weight.numel(),
+        params_compressed=factors.left.numel() + factors.right.numel(),
+        frobenius_error=frobenius,
+        spectral_error=spectral,
+        normalized_error=normalized,
+        normalized_error_kind=kind_of_bound,
+        seconds=seconds,
+        nodes=nodes,
+    )
+    return factors, record
+
+
+def _errors(weight: Tensor, factors: Factors) -> tuple[float, float, float, Literal["exact", "upper bound"]]:
+    """(frobenius, spectral, normalized error, its kind); the worst group's for the last two."""
+    rank = factors.left.shape[-1]
+    full = min(weight.shape[-2:])
+    residual = residual_norm(weight, factors)
+    frobenius = _frobenius_error(weight, factors)
+    if full <= EXACT_SPECTRUM_LIMIT:
+        s = singular_values(weight)
+        top = s[..., 0]
+        optimum = s[..., rank] if rank < full else torch.zeros_like(top)
+    else:
+        top, optimum = _bounded_spectrum(weight, factors, residual.u)
+    norm = residual.norm.to(top.dtype)
+    # Both at rounding level (full rank, or a weight of lower rank than asked): optimal.
+    rounding = top * rounding_level(weight.dtype)
+    optimal = torch.maximum(norm, optimum) <= rounding
+    ratio = torch.where(optimal, torch.ones_like(norm), norm / optimum.clamp_min(1e-300))
+    spectral = float((norm / top.clamp_min(1e-300)).max())
+    return (
+        frobenius,
+        spectral,
+        max(float(ratio.max()), 1.0),
+        "exact" if full <= EXACT_SPECTRUM_LIMIT else "upper bound",
+    )
+
+
+def _bounded_spectrum(weight: Tensor, factors: Factors, u: Tensor) -> tuple[Tensor, Tensor]:
+    """`(s_1, lower bound of s_{rank+1})` from the factors, without a spectrum of the weight.
+
+    For orthonormal `Q (out, rank+1)`, `s_{rank+1}(Q^T W) <= s_{rank+1}(W)` (interlacing); `Q` is the span of `left`
+    and of the residual's leading direction `u`, so the bound is near the truth when the factors are near optimal.
+    """
+    W = weight.to(_working(weight))
+    left, u = factors.left.to(W.dtype), u.to(W.dtype)[..., None]
+    if weight.dtype.itemsize < 4:  # stored balanced and rounded: `left` is not orthonormal, `right` is not left^T W
+        Q = torch.linalg.qr(torch.cat([left, u], dim=-1)).Q
+        B = Q.mT @ W
+    else:
+        u = u - left @ (left.mT @ u)
+        u = u / torch.linalg.vector_norm(u, dim=-2, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
+        B = torch.cat([factors.right, u.mT @ W], dim=-2)
+    gram = torch.zeros(*B.shape[:-1], B.shape[-2], dtype=torch.float64, device=B.device)
+    for block in B.split(4096, dim=-1):  # float64 a block at a time: memory
+        gram += block.double() @ block.double().mT
+    s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    # Factors may miss the leading direction (RSVD does), so s_1 is looked for in the weight itself too.
+    nothing = Factors(factors.left[..., :0], factors.right[..., :0, :])
+    return torch.maximum(s[..., -1], residual_norm(weight, nothing).norm.to(s.dtype)), s[..., 0]
+
+
+def _frobenius_error(weight: Tensor, factors: Factors, *, rows: int = 256) -> float:
+    """`||W - left @ right||_F / ||W||_F`, without ever forming a residual of the weight's size.
+
+    `left @ right` is a projection of `W` for 32 and 64 bits, so Pythagoras gives the residual for free, unless it is
+    so small that the difference would cancel; then, and for rounded 16-bit factors, it is summed over blocks of rows.
+    """
+    total = _squared_norm(weight)
+    if total == 0:
+        return 0.0
+    if weight.dtype.itemsize >= 4 and (error := 1 - _squared_norm(factors.right) / total) > 1e-3:
+        return math.sqrt(error)
+    left, right = (factor.to(_working(weight)) for factor in factors)
+    residual = 0.0
+    for start in range(0, weight.shape[-2], rows):
+        block = weight[..., start : start + rows, :].to(left.dtype) - left[..., start : start + rows, :] @ right
+        residual += _squared_norm(block)
+    return math.sqrt(residual / total)
+
+
+def _squared_norm(values: Tensor, *, rows: int = 256) -> float:
+    """`||values||_F^2`, blocks of rows added up in float64."""
+    return sum(float(torch.linalg.vector_norm(block)) ** 2 for block in values.split(rows, dim=-2))
+
+
+def _working(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

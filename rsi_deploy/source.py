@@ -1,0 +1,217 @@
+"""Where a model comes from: MODEL on the command line becomes a `Source`.
+
+torchvision:NAME             with --weights DEFAULT | none | FILE
+package.module:factory       with --checkpoint FILE; the factory runs: name only code you trust
+model.pt2                    a torch.export program
+model.onnx                   an ONNX file, taken as it is
+"""
+
+import difflib
+import importlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rsi_deploy.checkpoint import load_checkpoint_
+from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.preprocess import Preprocessing
+from rsi_deploy.rsi import stream_seed
+
+
+@dataclass(kw_only=True)
+class Source:
+    """A loaded model and what is known about its inputs.
+
+    Exactly one of `module`, `program`, `onnx` is set. `example_inputs` are for one sample pair (batch 2, so that no
+    exporter mistakes the batch for a constant), or as the program was exported.
+    """
+
+    name: str
+    module: nn.Module | None = None
+    program: "torch.export.ExportedProgram | None" = None
+    onnx: Path | None = None
+    example_inputs: tuple[Any, ...] = ()
+    preprocessing: Preprocessing | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def load_source(
+    model: str,
+    *,
+    weights: str = "DEFAULT",
+    checkpoint: str | Path | None = None,
+    input_shape: str | tuple[int, ...] | None = None,
+    seed: int = 0,
+) -> Source:
+    """Load MODEL; see the module's docstring for the forms.
+
+    Args:
+        model: as typed on the command line.
+        weights: torchvision only: "DEFAULT" downloads, "none" is a seeded random initialization, else a file.
+        checkpoint: for a factory: the state dict to load.
+        input_shape: `1x3x32x32` (the first number is the batch and stays dynamic), where the model does not tell.
+        seed: of random initialization and of the example inputs.
+
+    Raises:
+        UsageError: no such model, factory or file; options that do not belong to this form.
+        ModelError: a checkpoint that does not fit, a factory that fails.
+    """
+    shape = parse_shape(input_shape)
+    if model.startswith("torchvision:"):
+        source = _torchvision(model.removeprefix("torchvision:"), weights, checkpoint, shape, seed)
+    elif model.endswith(".pt2"):
+        source = _pt2(_existing(model))
+    elif model.endswith(".onnx"):
+        path = _existing(model)
+        source = Source(name=path.name, onnx=path)
+    elif ":" in model and not Path(model).exists():
+        source = _factory(model, checkpoint, shape, seed)
+    else:
+        raise UsageError(
+            f"MODEL {model!r} is none of torchvision:NAME, package.module:factory, FILE.pt2, FILE.onnx"
+            + ("" if Path(model).exists() else " (and no such file exists)")
+        )
+    if source.module is None and checkpoint is not None:
+        raise UsageError(f"--checkpoint goes with a factory (package.module:factory), not with {model}")
+    return source
+
+
+def source_of_module(module: nn.Module, input_shape: str | tuple[int, ...] | None = None, seed: int = 0) -> Source:
+    """A `Source` of a torch module at hand; it tells its inputs as a factory's module does."""
+    module = module.eval()
+    name = type(module).__name__
+    source = Source(name=name, module=module, preprocessing=_told_preprocessing(module))
+    source.example_inputs = _told_inputs(module, name, parse_shape(input_shape), seed)
+    return source
+
+
+def parse_shape(text: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Read `1x3x32x32`.
+
+    Example:
+        >>> parse_shape("1x3x32x32")
+        (1, 3, 32, 32)
+    """
+    if text is None or isinstance(text, tuple):
+        return text
+    try:
+        shape = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise UsageError(f"--input-shape must be positive numbers joined by x, such as 1x3x32x32, but got {text!r}")
+    return shape
+
+
+def _torchvision(
+    name: str, weights: str, checkpoint: str | Path | None, shape: tuple[int, ...] | None, seed: int
+) -> Source:
+    import torchvision
+
+    if checkpoint is not None:
+        raise UsageError(f"torchvision:{name} takes its checkpoint as --weights FILE, not --checkpoint")
+    known = torchvision.models.list_models()
+    if name not in known:
+        near = (
+            ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or "see torchvision.models.list_models()"
+        )
+        raise UsageError(f"torchvision has no model {name!r}; near names: {near}")
+    preset = torchvision.models.get_model_weights(name).DEFAULT
+    # An init of its own generator: the user's global seed is neither used nor moved.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, "initialization"))
+        module = torchvision.models.get_model(name, weights=None)
+    if weights.lower() not in ("none", "default"):
+        load_checkpoint_(module, weights)
+    elif weights.lower() == "default":
+        try:
+            module.load_state_dict(preset.get_state_dict(progress=False, check_hash=True))
+        except OSError as error:  # urllib's errors are OSErrors
+            raise ModelError(
+                f"the weights of torchvision:{name} cannot be downloaded ({error}); fetch {preset.url} by hand and "
+                f"pass --weights FILE, or --weights none for random ones"
+            ) from error
+    preprocessing = Preprocessing.from_torchvision(preset.transforms())
+    height, width = preprocessing.crop or (224, 224)
+    source = Source(name=f"torchvision:{name}", module=module.eval(), preprocessing=preprocessing)
+    source.example_inputs = (_example((2, *(shape or (1, 3, height, width))[1:]), seed),)
+    if weights.lower() == "none":
+        source.notes.append("the weights are random (--weights none): accuracy means nothing, speed and size do")
+    return source
+
+
+def _factory(spec: str, checkpoint: str | Path | None, shape: tuple[int, ...] | None, seed: int) -> Source:
+    module_name, _, attribute = spec.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        namespace = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(f"cannot import {module_name!r} of MODEL {spec!r}: {error}") from error
+    factory = getattr(namespace, attribute, None)
+    if not callable(factory):
+        near = difflib.get_close_matches(attribute, dir(namespace), n=3, cutoff=0.4)
+        raise UsageError(
+            f"{module_name} has no factory {attribute!r}" + (f"; near names: {', '.join(near)}" * bool(near))
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "initialization"))
+            module = factory()
+    except Exception as error:  # the user's own code: whatever it raises is reported as theirs
+        raise ModelError(f"the factory {spec} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"the factory {spec} must return a torch.nn.Module, but returned {type(module).__name__}")
+    source = Source(name=spec, module=module.eval())
+    if checkpoint is not None:
+        load_checkpoint_(module, checkpoint)
+    else:
+        source.notes.append("no --checkpoint: the weights are those the factory made")
+    source.preprocessing = _told_preprocessing(module)
+    source.example_inputs = _told_inputs(module, spec, shape, seed)
+    return source
+
+
+def _told_preprocessing(module: nn.Module) -> Preprocessing | None:
+    told = getattr(module, "preprocessing", None)
+    return told if told is None or isinstance(told, Preprocessing) else Preprocessing.model_validate(told)
+
+
+def _told_inputs(module: nn.Module, spec: str, shape: tuple[int, ...] | None, seed: int) -> tuple[Any, ...]:
+    """Example inputs from --input-shape, or from the module's own `example_inputs` or `input_shape`."""
+    if shape is None and (inputs := getattr(module, "example_inputs", None)) is not None:
+        return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    shape = shape or getattr(module, "input_shape", None)
+    if shape is None:
+        raise UsageError(f"{spec} does not tell its input: add --input-shape, such as --input-shape 1x3x224x224")
+    return (_example((2, *shape[1:]), seed),)
+
+
+def _pt2(path: Path) -> Source:
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # torch.export.load raises many kinds on a damaged archive
+        raise ModelError(f"{path.name} is not a readable torch.export archive: {error}") from error
+    if program.example_inputs is None:
+        raise ModelError(
+            f"{path.name} carries no example inputs; export it again with torch.export.export(model, inputs)"
+        )
+    args, kwargs = program.example_inputs
+    if kwargs:
+        raise ModelError(f"{path.name} takes keyword inputs ({', '.join(kwargs)}); export it with positional ones")
+    return Source(name=path.name, program=program, example_inputs=tuple(args))
+
+
+def _existing(path: str) -> Path:
+    if not Path(path).is_file():
+        raise UsageError(f"no such file: {path}")
+    return Path(path)
+
+
+def _example(shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(stream_seed(seed, "example"))
+    return torch.randn(*shape, generator=generator)

@@ -1,0 +1,204 @@
+"""The dense ONNX model: the exporter's own graph, weights under their torch names, nothing machine-specific inside.
+
+    torch module --torch.export--> program --torch.onnx.export(dynamo)--> ir.Model --clean--> dense.onnx
+
+Cleaning folds constants (the exporter emits `Transpose(weight)` and loses the weight's name when it folds it), gives
+each weight its torch name back, folds every BatchNorm into the Conv before it, and drops stack traces and other paths
+of the exporting machine, so that the same model gives the same bytes anywhere.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from graph_passes import FoldBatchNormPass
+from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.source import Source
+
+logger = logging.getLogger(__name__)
+
+# From opset 23 on attention is one op, which stays fused whatever becomes of its projections.
+ATTENTION_OPSET = 23
+DEFAULT_OPSET = 20
+LAYOUT_OPS = {"Transpose", "Identity", "Cast", "CastLike"}
+
+
+@dataclass(kw_only=True)
+class DenseModel:
+    """The exported model, still in memory: its weights share the torch module's."""
+
+    model: ir.Model
+    opset: int
+    dynamic_batch: bool
+    notes: list[str] = field(default_factory=list)
+
+
+def to_onnx(source: Source, *, opset: int | None = None) -> DenseModel:
+    """Export a torch source to a clean `ir.Model`.
+
+    Args:
+        source: one with a `module` or a `program`.
+        opset: the ONNX opset; by default 23 for models with attention (kept as one op) and 20 for all others.
+
+    Raises:
+        ModelError: the exporter failed, with its reason and the stage.
+        UsageError: an opset this exporter does not write.
+    """
+    notes: list[str] = []
+    program = source.program
+    if program is None:
+        program = _captured(source, notes)
+    if opset is None:
+        opset = ATTENTION_OPSET if _has_attention(program) else DEFAULT_OPSET
+    elif not 18 <= opset <= ATTENTION_OPSET:
+        raise UsageError(f"--opset must be between 18 and {ATTENTION_OPSET} for a torch model, but got {opset}")
+    model = _converted(source, program, opset)
+    dynamic = all(v.shape is None or not isinstance(v.shape[0], int) for v in model.graph.inputs if v.shape != ())
+    if not dynamic and source.program is not None:
+        notes.append(f"the batch size is fixed at {model.graph.inputs[0].shape[0]}, as {source.name} was exported")  # type: ignore[index]
+    clean_(model)
+    return DenseModel(model=model, opset=opset, dynamic_batch=dynamic, notes=notes)
+
+
+def save_dense(model: ir.Model, path: Path) -> None:
+    """Write `model` with its weights beside it, streamed from torch's memory, so that others can memory-map them."""
+    ir.save(model, path, external_data=f"{path.name}.data")
+
+
+def forget_weights_(model: ir.Model) -> None:
+    """Let go of the weights now: a graph is full of cycles, and the exporter keeps its own alive in caches."""
+    for value in model.graph.initializers.values():
+        value.const_value = None
+
+
+def clean_(model: ir.Model) -> None:
+    """Fold constants and BatchNorms, name the weights as in torch, drop what belongs to the exporting machine."""
+    from onnxscript import optimizer
+
+    names = _weight_names_after_folding(model)
+    optimizer.optimize_ir(model)
+    _restore_names_(model, names)
+    FoldBatchNormPass()(model)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for value in node.outputs:
+            value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    model.graph.name = "main"
+
+
+def _captured(source: Source, notes: list[str]) -> "torch.export.ExportedProgram":
+    """`torch.export` with a dynamic batch; with a fixed one, and a note, where the model does not allow it."""
+    assert source.module is not None
+    module, inputs = source.module, source.example_inputs
+    batch = torch.export.Dim("batch")
+    dynamic = tuple({0: batch} if isinstance(t, torch.Tensor) and t.ndim else None for t in inputs)
+    try:
+        with _quiet():
+            return torch.export.export(module, inputs, dynamic_shapes=dynamic)
+    except Exception as error:
+        reason = _first_line(error)
+        logger.info("no dynamic batch: %s", error)
+    fixed = tuple(t[:1] if isinstance(t, torch.Tensor) and t.ndim else t for t in inputs)
+    try:
+        with _quiet():
+            program = torch.export.export(module, fixed)
+    except Exception as error:
+        raise ModelError(f"torch.export cannot capture {source.name}: {_first_line(error)}") from error
+    source.example_inputs = fixed
+    notes.append(f"the batch size is fixed at 1: the model does not export with a dynamic one ({reason})")
+    return program
+
+
+def _converted(source: Source, program: "torch.export.ExportedProgram", opset: int) -> ir.Model:
+    names = ["input"] if len(source.example_inputs) == 1 else None
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=False,
+                opset_version=opset,
+                input_names=names,
+                verbose=False,
+            )
+    except Exception as error:
+        raise ModelError(f"torch.onnx.export cannot convert {source.name}: {_first_line(error)}") from error
+    assert exported is not None
+    model: ir.Model = exported.model
+    outputs = model.graph.outputs
+    for i, value in enumerate(outputs):
+        value.name = "output" if len(outputs) == 1 else f"output_{i}"
+    _rename_batch_(model)
+    return model
+
+
+def _rename_batch_(model: ir.Model) -> None:
+    """Call the exporter's anonymous batch symbol (`s77`) "batch" everywhere."""
+    first = next((v.shape[0] for v in model.graph.inputs if v.shape), None)
+    symbol = first.value if isinstance(first, ir.SymbolicDim) else None
+    if not symbol:
+        return
+    values = list(model.graph.inputs)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        values.extend(node.outputs)
+    for value in values:
+        if value.shape is None or value.shape.frozen:
+            continue
+        for axis, dim in enumerate(value.shape):
+            if isinstance(dim, ir.SymbolicDim) and dim.value == symbol:
+                value.shape[axis] = "batch"
+            elif isinstance(dim, ir.SymbolicDim) and dim.value and symbol in dim.value:
+                value.shape[axis] = dim.value.replace(symbol, "batch")
+
+
+def _has_attention(program: "torch.export.ExportedProgram") -> bool:
+    return any("scaled_dot_product_attention" in str(node.target) for node in program.graph.nodes)
+
+
+def _weight_names_after_folding(model: ir.Model) -> dict[str, str]:
+    """Map each value that is only a new layout of one initializer to that initializer's name."""
+    names: dict[str, str] = {}
+    for node in model.graph:
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type not in LAYOUT_OPS or source is None:
+            continue
+        root = names.get(source.name or "", source.name if source.is_initializer() else None)
+        if root and node.outputs[0].name:
+            names[node.outputs[0].name] = root
+    return names
+
+
+def _restore_names_(model: ir.Model, names: dict[str, str]) -> None:
+    initializers = model.graph.initializers
+    for name in list(initializers):
+        root = names.get(name)
+        if root and root not in initializers:
+            initializers[name].name = root
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints to stdout and warns about its own future; neither is for our users."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:300]
