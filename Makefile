@@ -13,7 +13,7 @@ DEMO := demo-bundle
 
 demo: .venv/installed
 	$(BIN)/rsi-deploy export samples.digits:cnn --checkpoint samples/digits_cnn.safetensors --rank 25% \
-	  --data samples/digits_eval.npz -o $(DEMO) --force
+	  --include 'classifier.fc*' --data samples/digits_eval.npz -o $(DEMO) --force
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest
