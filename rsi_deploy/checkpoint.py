@@ -20,6 +20,8 @@ from rsi_deploy.errors import ModelError, UsageError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 PREFIXES = ("module.", "_orig_mod.")
+# BatchNorm's counter came with torch 0.4.1; older checkpoints lack it, inference never reads it.
+COUNTER = "num_batches_tracked"
 
 
 def load_checkpoint_(module: nn.Module, path: str | Path) -> None:
@@ -39,7 +41,7 @@ def load_checkpoint_(module: nn.Module, path: str | Path) -> None:
         **dict(module.named_buffers(remove_duplicate=False)),
     }
     problems = [
-        _listed("missing", sorted(expected.keys() - state.keys())),
+        _listed("missing", sorted(k for k in expected.keys() - state.keys() if not k.endswith(COUNTER))),
         _listed("unexpected", sorted(state.keys() - expected.keys())),
         _listed(
             "of another shape",
@@ -54,14 +56,14 @@ def load_checkpoint_(module: nn.Module, path: str | Path) -> None:
         raise ModelError(
             f"checkpoint {Path(path).name} does not fit {type(module).__name__}: " + "; ".join(filter(None, problems))
         )
-    module.load_state_dict(state)
+    module.load_state_dict(state, strict=False)  # strict by the checks above, but for the counter
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The state dict at `path`, unwrapped and with wrapper prefixes taken off the keys."""
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"no checkpoint at {path}; --checkpoint takes a .safetensors or torch.save file")
+        raise UsageError(f"no checkpoint at {path}; expected a .safetensors or torch.save file")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     while isinstance(content, Mapping) and not _is_state_dict(content):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)

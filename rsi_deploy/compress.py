@@ -136,6 +136,7 @@ def compress_(
         )
         _replace_(module, site, factors)
         records.append(record)
+    _leave_fused_path_(module)
     return records
 
 
@@ -238,6 +239,17 @@ def _replace_(module: nn.Module, site: ModuleSite, factors: Factors) -> None:
             new.get_parameter(key).requires_grad_(site.parameter.requires_grad)
         module.set_submodule(path, new.train(layer.training))
     _tie_(module, site.paths)
+
+
+def _leave_fused_path_(module: nn.Module) -> None:
+    """Keep torch's encoders off their fused inference path, which reads dense weights, where a layer is low-rank."""
+    low_rank = (LowRankLinear, LowRankMultiheadAttention)
+    for child in module.modules():
+        if isinstance(child, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and any(
+            isinstance(layer, low_rank) for layer in child.modules()
+        ):
+            child.use_nested_tensor = False  # of the stack
+            child.activation_relu_or_gelu = 0  # of the layer: "neither", so only its own `activation` is called
 
 
 def _tie_(module: nn.Module, paths: tuple[str, ...]) -> None:

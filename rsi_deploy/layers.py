@@ -105,7 +105,7 @@ class LowRankMultiheadAttention(nn.Module):
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = dense.embed_dim, dense.num_heads, dense.head_dim
         self.batch_first, self.dropout = dense.batch_first, dense.dropout
-        self._qkv_same_embed_dim = True
+        self._qkv_same_embed_dim = False  # keeps TransformerEncoderLayer off its fused path, which wants dense weights
         self.in_proj_left = _parameter(in_proj.left)
         self.in_proj_right = _parameter(in_proj.right)
         self.in_proj_bias = dense.in_proj_bias

@@ -98,7 +98,7 @@ class Planner:
         full = min(out_features, in_features)
         rank = self.spec.resolve(out_features, in_features)
         if self.always_split:
-            return Decision(rank=min(rank, full), reason="split: asked for by --always-split")
+            return Decision(rank=min(rank, full), reason="asked for by --always-split")
         limit = break_even_rank(out_features, in_features)
         if rank >= limit:
             return Decision(rank=None, reason=f"rank {rank} saves nothing: break-even is {limit:.1f}")

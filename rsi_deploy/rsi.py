@@ -157,7 +157,7 @@ def normalized_error(weight: Tensor, factors: Factors) -> float:
     optimum = float(s[rank]) if rank < s.numel() else 0.0
     error = float(torch.linalg.matrix_norm(W - factors.left.double() @ factors.right.double(), 2))
     rounding = float(s[0]) * rounding_level(weight.dtype)
-    return 1.0 if max(error, optimum) <= rounding else error / max(optimum, 1e-300)
+    return 1.0 if max(error, optimum) <= rounding else error / max(optimum, rounding)
 
 
 def rounding_level(dtype: torch.dtype) -> float:

@@ -147,10 +147,8 @@ def _errors(weight: Tensor, factors: Factors) -> tuple[float, float, float, Lite
     else:
         top, optimum = _bounded_spectrum(weight, factors, residual.u)
     norm = residual.norm.to(top.dtype)
-    # Both at rounding level (full rank, or a weight of lower rank than asked): optimal.
-    rounding = top * rounding_level(weight.dtype)
-    optimal = torch.maximum(norm, optimum) <= rounding
-    ratio = torch.where(optimal, torch.ones_like(norm), norm / optimum.clamp_min(1e-300))
+    # No optimum is below the rounding level (full rank, or a weight of lower rank than asked).
+    ratio = norm / torch.maximum(optimum, top * rounding_level(weight.dtype)).clamp_min(1e-300)
     spectral = float((norm / top.clamp_min(1e-300)).max())
     return (
         frobenius,
@@ -205,7 +203,8 @@ def _frobenius_error(weight: Tensor, factors: Factors, *, rows: int = 256) -> fl
 
 def _squared_norm(values: Tensor, *, rows: int = 256) -> float:
     """`||values||_F^2`, blocks of rows added up in float64."""
-    return sum(float(torch.linalg.vector_norm(block)) ** 2 for block in values.split(rows, dim=-2))
+    blocks = (values[..., start : start + rows, :] for start in range(0, values.shape[-2], rows))
+    return math.fsum(float(torch.linalg.vector_norm(block)) ** 2 for block in blocks)
 
 
 def _working(weight: Tensor) -> torch.dtype:

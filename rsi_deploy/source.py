@@ -7,12 +7,14 @@ model.onnx                   an ONNX file, taken as it is
 """
 
 import difflib
+import http.client
 import importlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
@@ -77,6 +79,8 @@ def load_source(
         )
     if source.module is None and checkpoint is not None:
         raise UsageError(f"--checkpoint goes with a factory (package.module:factory), not with {model}")
+    if weights != "DEFAULT" and not model.startswith("torchvision:"):
+        raise UsageError(f"--weights goes with torchvision:NAME, not with {model}; a factory takes --checkpoint")
     return source
 
 
@@ -96,11 +100,11 @@ def parse_shape(text: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
         >>> parse_shape("1x3x32x32")
         (1, 3, 32, 32)
     """
-    if text is None or isinstance(text, tuple):
-        return text
+    if text is None:
+        return None
     try:
-        shape = tuple(int(part) for part in text.lower().split("x"))
-    except ValueError:
+        shape = tuple(int(part) for part in (text.lower().split("x") if isinstance(text, str) else text))
+    except (TypeError, ValueError):
         shape = ()
     if not shape or min(shape) < 1:
         raise UsageError(f"--input-shape must be positive numbers joined by x, such as 1x3x32x32, but got {text!r}")
@@ -114,23 +118,32 @@ def _torchvision(
 
     if checkpoint is not None:
         raise UsageError(f"torchvision:{name} takes its checkpoint as --weights FILE, not --checkpoint")
-    known = torchvision.models.list_models()
+    known = torchvision.models.list_models(module=torchvision.models)  # the classifiers
     if name not in known:
-        near = (
-            ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or "see torchvision.models.list_models()"
-        )
+        if name in torchvision.models.list_models():
+            raise UsageError(
+                f"torchvision:{name} is no image classifier; write a factory for it: package.module:factory"
+            )
+        near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or "none is near"
         raise UsageError(f"torchvision has no model {name!r}; near names: {near}")
-    preset = torchvision.models.get_model_weights(name).DEFAULT
+    if shape is not None and len(shape) != 4:
+        raise UsageError(f"torchvision:{name} takes images: --input-shape such as 1x3x224x224, but got {shape}")
+    presets = torchvision.models.get_model_weights(name)
+    named = weights in presets.__members__
+    preset = presets[weights] if named else presets.DEFAULT
     # An init of its own generator: the user's global seed is neither used nor moved.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "initialization"))
         module = torchvision.models.get_model(name, weights=None)
-    if weights.lower() not in ("none", "default"):
+    if weights.lower() not in ("none", "default") and not named:
+        if not Path(weights).is_file():
+            listed = ", ".join(presets.__members__)
+            raise UsageError(f"--weights {weights!r} is no file, and none of DEFAULT, none, {listed}")
         load_checkpoint_(module, weights)
-    elif weights.lower() == "default":
+    elif weights.lower() != "none":
         try:
             module.load_state_dict(preset.get_state_dict(progress=False, check_hash=True))
-        except OSError as error:  # urllib's errors are OSErrors
+        except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, a wrong hash, a cut line
             raise ModelError(
                 f"the weights of torchvision:{name} cannot be downloaded ({error}); fetch {preset.url} by hand and "
                 f"pass --weights FILE, or --weights none for random ones"
@@ -148,10 +161,14 @@ def _factory(spec: str, checkpoint: str | Path | None, shape: tuple[int, ...] | 
     module_name, _, attribute = spec.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+    if not module_name or module_name.startswith(".") or not attribute:
+        raise UsageError(f"MODEL {spec!r}: a factory is spelled package.module:factory")
     try:
         namespace = importlib.import_module(module_name)
     except ImportError as error:
         raise UsageError(f"cannot import {module_name!r} of MODEL {spec!r}: {error}") from error
+    except Exception as error:  # the user's own code runs on import
+        raise ModelError(f"importing {module_name!r} failed: {type(error).__name__}: {error}") from error
     factory = getattr(namespace, attribute, None)
     if not callable(factory):
         near = difflib.get_close_matches(attribute, dir(namespace), n=3, cutoff=0.4)
@@ -178,14 +195,19 @@ def _factory(spec: str, checkpoint: str | Path | None, shape: tuple[int, ...] | 
 
 def _told_preprocessing(module: nn.Module) -> Preprocessing | None:
     told = getattr(module, "preprocessing", None)
-    return told if told is None or isinstance(told, Preprocessing) else Preprocessing.model_validate(told)
+    try:
+        return told if told is None or isinstance(told, Preprocessing) else Preprocessing.model_validate(told)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ModelError(f"{type(module).__name__}.preprocessing: {where}: {first['msg']}") from error
 
 
 def _told_inputs(module: nn.Module, spec: str, shape: tuple[int, ...] | None, seed: int) -> tuple[Any, ...]:
     """Example inputs from --input-shape, or from the module's own `example_inputs` or `input_shape`."""
     if shape is None and (inputs := getattr(module, "example_inputs", None)) is not None:
         return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    shape = shape or getattr(module, "input_shape", None)
+    shape = shape or parse_shape(getattr(module, "input_shape", None))
     if shape is None:
         raise UsageError(f"{spec} does not tell its input: add --input-shape, such as --input-shape 1x3x224x224")
     return (_example((2, *shape[1:]), seed),)

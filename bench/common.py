@@ -1,0 +1,110 @@
+"""What every benchmark script shares: its options, its goals, and how its results are stored."""
+
+import argparse
+import datetime
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rsi_deploy.errors import RsiDeployError, UsageError
+from rsi_deploy.machine import environment
+
+GATE_EXIT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """One promise of a script's docstring, judged: `row` says of what, with the numbers."""
+
+    name: str
+    held: bool
+    row: str
+
+
+def parser(doc: str, module: str) -> argparse.ArgumentParser:
+    """A parser with the script's docstring as help and the options that all scripts have."""
+    options = argparse.ArgumentParser(
+        prog=f"python -m {module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--quick", action="store_true", help="fewer cases, under a minute on two quiet cores")
+    options.add_argument("--json", type=Path, metavar="FILE", help="store all results, the machine and the command")
+    options.add_argument("--markdown", type=Path, metavar="FILE", help="store the tables as Markdown")
+    options.add_argument("--check", action="store_true", help="exit 4 when a goal named above is missed")
+    return options
+
+
+def run(main: Callable[[Sequence[str]], int]) -> None:
+    """Run a script's `main` and end the process: a user's error is one line on stderr, never a traceback."""
+    try:
+        code = main(sys.argv[1:])
+    except RsiDeployError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    raise SystemExit(code)
+
+
+def progress(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def console() -> Console:
+    """Where the tables go: stdout, wide enough for them where it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Refuse a result file that could not be written, before the long work.
+
+    Raises:
+        UsageError: its folder does not exist.
+    """
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"the folder of {path} does not exist: make it first, mkdir -p {path.parent}")
+
+
+def document(module: str, arguments: Sequence[str], settings: Mapping[str, Any], **results: Any) -> dict[str, Any]:
+    """The JSON document of one run: `results` with what they depend on."""
+    return {
+        "benchmark": module,
+        "command": shlex.join(["python", "-m", module, *arguments]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": environment().model_dump(mode="json"),
+        "settings": dict(settings),
+        **results,
+    }
+
+
+def write(path: Path | None, content: str | Mapping[str, Any]) -> None:
+    """Write text, or a JSON document, so that no partial file ever stands under the final name."""
+    if path is None:
+        return
+    text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of ready cells."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def judge(goals: Sequence[Goal], check: bool) -> int:
+    """Say which goals held; with `check`, the exit code is 4 when one was missed."""
+    out = console()
+    for goal in goals:
+        out.print(f"{'held  ' if goal.held else 'MISSED'}  {goal.name}: {goal.row}", soft_wrap=True)
+    missed = [goal for goal in goals if not goal.held]
+    if check:
+        for goal in missed:
+            print(f"goal missed: {goal.name}: {goal.row}", file=sys.stderr)
+    return GATE_EXIT if check and missed else 0

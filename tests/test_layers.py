@@ -1,0 +1,284 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from rsi_deploy.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention
+from rsi_deploy.rsi import Factors
+
+RANK = 3
+EMBED, HEADS, BATCH, LENGTH, SOURCE = 8, 2, 3, 5, 7
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def assert_equal(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def assert_factors_learn(layer, names):
+    """The last backward reached the named parameters."""
+    for name in names:
+        gradient = layer.get_parameter(name).grad
+        assert gradient is not None, name
+        assert float(gradient.abs().max()) > 0, name
+
+
+# -- Linear
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 4, 6), (0, 6)], ids=str)
+def test_linear_equals_the_dense_layer_of_its_weight(shape, bias):
+    low = LowRankLinear(Factors(normal(10, RANK), normal(RANK, 6)), normal(10) if bias else None)
+    dense = nn.Linear(6, 10, bias=bias).double()
+    dense.weight.data = low.weight.detach()
+    if bias:
+        dense.bias.data = low.bias.detach()
+    x = normal(*shape)
+    assert_equal(low(x), dense(x))
+
+
+def test_linear_rejects_a_transposed_factor():
+    left, right, x = normal(6, 6), normal(6, 6), normal(4, 6)
+    expected = nn.functional.linear(x, left @ right)
+    assert_equal(LowRankLinear(Factors(left, right), None)(x), expected)
+    for wrong in (Factors(left.T, right), Factors(left, right.T), Factors(right, left)):
+        with pytest.raises(AssertionError):
+            assert_equal(LowRankLinear(wrong, None)(x), expected)
+
+
+def test_linear_learns_and_says_what_it_is():
+    low = LowRankLinear(Factors(normal(10, RANK), normal(RANK, 6)), normal(10))
+    low(normal(4, 6)).square().sum().backward()
+    assert_factors_learn(low, ("left", "right", "bias"))
+    assert repr(low) == "LowRankLinear(in_features=6, out_features=10, rank=3)"
+    assert list(low.state_dict()) == ["left", "right", "bias"]
+
+
+def test_linear_takes_over_a_parameter_and_copies_nothing_else():
+    bias = nn.Parameter(normal(10))
+    left = normal(10, RANK)
+    low = LowRankLinear(Factors(left, normal(RANK, 6)), bias)
+    assert low.bias is bias
+    assert low.left.data_ptr() == left.data_ptr()
+
+
+# -- Conv
+
+CONVS = {
+    "1d": (nn.Conv1d, {"kernel_size": 3}),
+    "1d same": (nn.Conv1d, {"kernel_size": 4, "padding": "same", "dilation": 2}),
+    "1d circular": (nn.Conv1d, {"kernel_size": 3, "padding": 2, "padding_mode": "circular"}),
+    "2d": (nn.Conv2d, {"kernel_size": 3}),
+    "2d pointwise": (nn.Conv2d, {"kernel_size": 1}),
+    "2d oblong": (nn.Conv2d, {"kernel_size": (1, 5), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)}),
+    "2d strided": (nn.Conv2d, {"kernel_size": 3, "stride": 2, "padding": 1}),
+    "2d dilated": (nn.Conv2d, {"kernel_size": 3, "dilation": 2, "padding": 2}),
+    "2d same": (nn.Conv2d, {"kernel_size": (3, 4), "padding": "same"}),
+    "2d valid": (nn.Conv2d, {"kernel_size": 3, "padding": "valid"}),
+    "2d grouped": (nn.Conv2d, {"kernel_size": 3, "groups": 2, "padding": 1}),
+    "2d grouped strided": (nn.Conv2d, {"kernel_size": 3, "groups": 4, "stride": 2, "padding": 1, "bias": False}),
+    "2d reflect": (nn.Conv2d, {"kernel_size": 3, "padding": (1, 2), "padding_mode": "reflect"}),
+    "2d circular": (nn.Conv2d, {"kernel_size": 3, "padding": 1, "padding_mode": "circular", "groups": 2}),
+    "2d replicate same": (nn.Conv2d, {"kernel_size": (3, 4), "padding": "same", "padding_mode": "replicate"}),
+    "3d": (nn.Conv3d, {"kernel_size": (1, 3, 3), "padding": (0, 1, 1), "stride": (1, 2, 1)}),
+    "3d circular": (nn.Conv3d, {"kernel_size": 3, "padding": 1, "padding_mode": "circular", "groups": 2}),
+}
+
+
+def low_rank_conv(conv, rank=2):
+    out_features = conv.out_channels // conv.groups
+    factors = Factors(normal(conv.groups, out_features, rank), normal(conv.groups, rank, conv.weight[0].numel()))
+    return LowRankConv(conv, factors), factors
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same.")
+@pytest.mark.parametrize("case", CONVS)
+def test_conv_equals_the_dense_layer_of_its_weight(case):
+    kind, options = CONVS[case]
+    conv = kind(4, 8, **options).double()
+    low, factors = low_rank_conv(conv)
+    dense = copy.deepcopy(conv)
+    dense.weight.data = low.weight.detach()
+    assert_equal(low.weight.reshape(conv.groups, 8 // conv.groups, -1), factors.left @ factors.right)
+    x = normal(2, 4, *([9] * (conv.weight.ndim - 2)))
+    assert_equal(low(x), dense(x))
+    assert_equal(low(x[0]), dense(x[0]))  # without a batch
+
+
+@pytest.mark.parametrize("case", ["1d", "2d strided", "2d grouped", "3d circular"])
+def test_conv_learns(case):
+    kind, options = CONVS[case]
+    low, _ = low_rank_conv(kind(4, 8, **options).double())
+    low(normal(2, 4, *([9] * (low.left.ndim - 2)))).square().sum().backward()
+    assert_factors_learn(low, ("left", "right", "bias"))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_conv_rejects_wrong_factors(groups):
+    conv = nn.Conv2d(4, 8, 3, groups=groups).double()
+    low, (left, right) = low_rank_conv(conv)
+    x = normal(2, 4, 6, 6)
+    expected = low(x)
+    turned = right.reshape(groups, 2, -1, 3, 3).transpose(-1, -2).reshape(right.shape)  # the kernel on its side
+    wrong = [Factors(left, turned), Factors(left.flip(-1), right)]
+    if groups > 1:
+        wrong.append(Factors(left.flip(0), right))
+    for factors in wrong:
+        with pytest.raises(AssertionError):
+            assert_equal(LowRankConv(conv, factors)(x), expected)
+
+
+def test_conv_says_what_it_is():
+    low, _ = low_rank_conv(nn.Conv2d(4, 8, 3, stride=2, groups=2))
+    assert repr(low) == "LowRankConv(4, 8, rank=2, kernel_size=(3, 3), stride=(2, 2), groups=2)"
+
+
+# -- MultiheadAttention
+
+
+def attention(**options):
+    """A low-rank module and the dense one whose packed weight is its product."""
+    dense = nn.MultiheadAttention(EMBED, HEADS, **options).double().eval()
+    if dense.in_proj_bias is not None:
+        dense.in_proj_bias.data = normal(3 * EMBED)  # torch starts with zeros, which would hide a mistake
+        dense.out_proj.bias.data = normal(EMBED)
+    factors = Factors(normal(3 * EMBED, RANK), normal(RANK, EMBED))
+    low = LowRankMultiheadAttention(dense, factors).eval()
+    dense.in_proj_weight.data = low.in_proj_weight.detach()
+    return low, dense
+
+
+def inputs(batch_first, cross, batched=True):
+    query, key, value = normal(BATCH, LENGTH, EMBED), normal(BATCH, SOURCE, EMBED), normal(BATCH, SOURCE, EMBED)
+    if not cross:
+        key = value = query
+    if not batched:
+        query, key, value = query[0], key[0], value[0]
+        return (query, key, value) if cross else (query, query, query)
+    if batch_first:
+        return query, key, value
+    query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+    return (query, key, value) if cross else (query, query, query)
+
+
+def boolean(*shape):
+    """True masks out; the first source position always stays."""
+    mask = torch.rand(shape) < 0.4
+    mask[..., 0] = False
+    return mask
+
+
+def masks(source, batched=True):
+    n = BATCH if batched else 1
+    padding = boolean(n, source) if batched else boolean(source)
+    return {
+        "none": {},
+        "bool 2-D": {"attn_mask": boolean(LENGTH, source)},
+        "float 2-D": {"attn_mask": normal(LENGTH, source)},
+        "bool 3-D": {"attn_mask": boolean(n * HEADS, LENGTH, source)},
+        "float 3-D": {"attn_mask": normal(n * HEADS, LENGTH, source)},
+        "padding": {"key_padding_mask": padding},
+        "float padding": {"key_padding_mask": normal(*padding.shape)},
+        "bool and padding": {"attn_mask": boolean(LENGTH, source), "key_padding_mask": padding},
+        "float 3-D and padding": {
+            "attn_mask": normal(n * HEADS, LENGTH, source),
+            "key_padding_mask": normal(*padding.shape),
+        },
+    }
+
+
+def assert_same_results(low, dense, arguments, **options):
+    found, found_weights = low(*arguments, **options)
+    expected, expected_weights = dense(*arguments, **options)
+    assert_equal(found, expected)
+    assert (found_weights is None) == (expected_weights is None)
+    if expected_weights is not None:
+        assert_equal(found_weights, expected_weights)
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+@pytest.mark.parametrize("weights", ["mean", "each head", "none"])
+@pytest.mark.parametrize("mask", masks(SOURCE))
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("layout", ["batch first", "sequence first", "unbatched"])
+def test_attention_equals_the_dense_module_of_its_weight(layout, cross, mask, weights):
+    low, dense = attention(batch_first=layout == "batch first")
+    batched = layout != "unbatched"
+    arguments = inputs(layout == "batch first", cross, batched)
+    options = masks(SOURCE if cross else LENGTH, batched)[mask]
+    options |= {"need_weights": weights != "none", "average_attn_weights": weights == "mean"}
+    assert_same_results(low, dense, arguments, **options)
+    with torch.no_grad():  # torch's fast path, where it takes it
+        assert_same_results(low, dense, arguments, **options)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_with_a_causal_mask_and_its_hint(need_weights):
+    low, dense = attention(batch_first=True)
+    arguments = inputs(True, cross=False)
+    mask = nn.Transformer.generate_square_subsequent_mask(LENGTH, dtype=torch.float64)
+    assert_same_results(low, dense, arguments, attn_mask=mask, is_causal=True, need_weights=need_weights)
+    with pytest.raises(AssertionError):
+        assert_equal(low(*arguments, attn_mask=mask, is_causal=True)[0], dense(*arguments)[0])
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_refuses_the_hint_alone_as_torch_does(need_weights):
+    low, dense = attention()
+    for module in (low, dense):
+        with pytest.raises(RuntimeError, match="attn_mask"):
+            module(*inputs(False, cross=False), is_causal=True, need_weights=need_weights)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_attention_without_bias(cross):
+    low, dense = attention(bias=False, batch_first=True)
+    assert_same_results(low, dense, inputs(True, cross))
+
+
+def test_attention_where_only_key_and_value_are_one():
+    low, dense = attention(batch_first=True)
+    query, key, _ = inputs(True, cross=True)
+    assert_same_results(low, dense, (query, key, key))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_drops_out_in_training_alone(need_weights):
+    low, _ = attention(dropout=0.5, batch_first=True)
+    arguments = inputs(True, cross=False)
+    still = low(*arguments, need_weights=need_weights)[0]
+    assert_equal(low(*arguments, need_weights=need_weights)[0], still)
+    low.train()
+    with pytest.raises(AssertionError):
+        assert_equal(low(*arguments, need_weights=need_weights)[0], still)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_learns(cross, need_weights):
+    low, _ = attention(batch_first=True)
+    low(*inputs(True, cross), need_weights=need_weights)[0].square().sum().backward()
+    assert_factors_learn(low, ("in_proj_left", "in_proj_right", "in_proj_bias", "out_proj.weight"))
+
+
+def test_attention_rejects_wrong_factors():
+    low, dense = attention(batch_first=True)
+    arguments = inputs(True, cross=True)
+    expected = dense(*arguments)[0]
+    left, right = low.in_proj_left.detach(), low.in_proj_right.detach()
+    swapped = left.unflatten(0, (3, EMBED))[[1, 0, 2]].flatten(0, 1)  # query and key change places
+    for wrong in (Factors(swapped, right), Factors(left.flip(-1), right), Factors(left, right.flip(-1))):
+        with pytest.raises(AssertionError):
+            assert_equal(LowRankMultiheadAttention(dense, wrong).eval()(*arguments)[0], expected)
