@@ -8,7 +8,7 @@ numpy, onnx and onnx_ir only. Nothing here computes a factor.
 """
 
 from graph_passes.fold_batch_norm import Fold, FoldBatchNormPass, FoldResult
-from graph_passes.records import Dense, Factors, FactorSource, Record, Site, Skip, Split, SplitResult
+from graph_passes.records import Dense, Factors, FactorSource, Keep, Record, Site, Skip, Split, SplitResult, in_memory
 from graph_passes.split_all import find_sites, split
 from graph_passes.split_conv import SplitConvPass
 from graph_passes.split_gemm import SplitGemmPass
@@ -21,6 +21,7 @@ __all__ = [
     "Fold",
     "FoldBatchNormPass",
     "FoldResult",
+    "Keep",
     "Record",
     "Site",
     "Skip",
@@ -30,5 +31,6 @@ __all__ = [
     "SplitMatMulPass",
     "SplitResult",
     "find_sites",
+    "in_memory",
     "split",
 ]

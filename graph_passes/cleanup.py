@@ -53,9 +53,7 @@ def remove_unused(value: ir.Value | None) -> None:
     if value.is_initializer():
         if value.graph is not None and value.name is not None:
             del value.graph.initializers[value.name]
-            value.const_value = (
-                None  # a graph is full of cycles: else the weight lives on until they are collected
-            )
+            value.const_value = None  # a graph is full of cycles: else the weight lives on until they are collected
     elif producer is not None and producer.graph is not None and len(producer.outputs) == 1:
         inputs = tuple(producer.inputs)
         producer.graph.remove(producer, safe=True)

@@ -115,6 +115,14 @@ class Dense:
 
 FactorSource: TypeAlias = Callable[[Site], Factors | Dense]
 
+Keep: TypeAlias = Callable[[Array, str], ir.TensorProtocol]
+"""Where a factor goes, given the array as it is stored and its name: to memory, or to a file that frees the memory."""
+
+
+def in_memory(array: Array, name: str) -> ir.TensorProtocol:
+    """Keep a factor as a tensor in memory."""
+    return ir.tensor(array, name=name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:

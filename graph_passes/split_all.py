@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
-from graph_passes.records import FactorSource, Record, Site, Skip
+from graph_passes.records import FactorSource, Keep, Record, Site, Skip, in_memory
 from graph_passes.split_conv import SplitConvPass
 from graph_passes.split_gemm import SplitGemmPass
 from graph_passes.split_matmul import SplitMatMulPass
@@ -45,7 +45,7 @@ def find_sites(model: ir.Model) -> list[Site | Skip]:
     return [entry.site if isinstance(entry, Found) else entry for entry in survey(model, FAMILIES, UNSPLIT)]
 
 
-def split(model: ir.Model, factors: FactorSource) -> list[Record]:
+def split(model: ir.Model, factors: FactorSource, *, keep: Keep = in_memory) -> list[Record]:
     """Split in place every node for which the source gives factors.
 
     The source is called once a weight and orientation, in graph order; nodes that share a weight share its factors.
@@ -53,6 +53,7 @@ def split(model: ir.Model, factors: FactorSource) -> list[Record]:
     Args:
         model: Changed in place. Its opset, its inputs and its outputs stay.
         factors: Gives `Factors` (in the stored dtype) or `Dense` for a site. The rank is its business.
+        keep: Stores each factor; by default in memory. One that writes to disk bounds the memory by one weight.
 
     Returns:
         One record for every weight-bearing node, in graph order; those inside model functions last.
@@ -60,4 +61,4 @@ def split(model: ir.Model, factors: FactorSource) -> list[Record]:
     Raises:
         ValueError: When factors do not fit the site, have another dtype, or hold NaN; nodes before it are split.
     """
-    return list(run(model, FAMILIES, factors, UNSPLIT).records)
+    return list(run(model, FAMILIES, factors, UNSPLIT, keep).records)

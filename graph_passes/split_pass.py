@@ -21,7 +21,19 @@ import onnx_ir as ir
 
 from graph_passes.cleanup import freeze_shapes, other_consumers, remove_unused
 from graph_passes.names import Names, name_of, stem
-from graph_passes.records import Array, Dense, Factors, FactorSource, Form, Record, Skip, Split, SplitResult
+from graph_passes.records import (
+    Array,
+    Dense,
+    Factors,
+    FactorSource,
+    Form,
+    Keep,
+    Record,
+    Skip,
+    Split,
+    SplitResult,
+    in_memory,
+)
 from graph_passes.survey import MARK, Found, Unsplit, WeightKey, skipped, survey
 from graph_passes.weights import Refusal, Weight
 
@@ -61,14 +73,18 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
 
 
 def run(
-    model: ir.Model, families: Sequence[type[SplitPass]], factors: FactorSource, unsplit: Unsplit = MappingProxyType({})
+    model: ir.Model,
+    families: Sequence[type[SplitPass]],
+    factors: FactorSource,
+    unsplit: Unsplit = MappingProxyType({}),
+    keep: Keep = in_memory,
 ) -> SplitResult:
-    """Split in place every node of the families for which the source gives factors."""
+    """Split in place every node of the families for which the source gives factors; `keep` stores them."""
     entries = deque(survey(model, families, unsplit))
     uses_left = Counter(entry.key for entry in entries if isinstance(entry, Found))
     answers: dict[WeightKey, Factors | Dense] = {}
     splitters = {splitter.op_type: splitter for splitter in families}
-    store, names = _Store(), Names(model)
+    store, names = _Store(keep), Names(model)
     records: list[Record] = []
     while entries:  # popped, so that a dense weight can be freed as soon as it is split
         entry = entries.popleft()
@@ -94,7 +110,8 @@ def run(
 class _Store:
     """The factor initializers made so far, so that nodes that share a weight share its factors."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Keep) -> None:
+        self._keep = keep
         self._values: dict[tuple[WeightKey, str, bool, tuple[int, ...]], ir.Value] = {}
 
     def value(self, parts: Parts, side: Literal["left", "right"], shape: tuple[int, ...], turned: bool) -> ir.Value:
@@ -104,7 +121,7 @@ class _Store:
             factor: Array = getattr(parts.factors, side)
             array = np.ascontiguousarray((factor.swapaxes(-1, -2) if turned else factor).reshape(shape))
             name = parts.names.fresh_value(f"{stem(weight.name)}.{side}")
-            tensor = ir.tensor(array, name=name)
+            tensor = self._keep(array, name)
             value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
             graph = weight.root.graph
             if graph is None:

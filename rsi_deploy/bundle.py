@@ -9,19 +9,13 @@ the work early (an error, Ctrl-C, a full disk) removes that folder and leaves th
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import onnx_ir as ir
-
 from rsi_deploy.errors import UsageError
-
-# Above this many bytes of weights they go to model.onnx.data: a protobuf cannot pass 2 GiB, and copies cost memory.
-INLINE_LIMIT = 1 << 30
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -64,49 +58,19 @@ def whole_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def save_model(model: ir.Model, path: Path) -> None:
-    """Write the model as one file, or with `NAME.data` beside it above `INLINE_LIMIT` bytes of weights."""
-    if weight_bytes(model) > INLINE_LIMIT:
-        ir.save(model, path, external_data=f"{path.name}.data")
-        return
-    ir.external_data.load_to_model(model)  # else a weight read from another file would go on living there
-    ir.save(model, path)
-
-
-def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers of the main graph."""
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-
-
-def parameters(model: ir.Model) -> int:
-    """Numbers in all floating initializers of the main graph."""
-    tensors = (v.const_value for v in model.graph.initializers.values())
-    return sum(t.size for t in tensors if t is not None and t.dtype.is_floating_point())
-
-
-def file_bytes(path: Path) -> int:
-    """Bytes of a model file and of its data file."""
-    data = path.with_name(f"{path.name}.data")
-    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _replace(work: Path, path: Path) -> None:
     """Rename `work` to `path`; what was there is moved aside first and comes back if the rename fails."""
     if not path.exists():
         os.replace(work, path)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.replaced-", dir=path.parent))
-    os.replace(path, aside / "old")
     try:
+        os.replace(path, aside / "old")
         os.replace(work, path)
     except BaseException:
-        os.replace(aside / "old", path)
+        if not path.exists():
+            os.replace(aside / "old", path)
+        with contextlib.suppress(OSError):
+            aside.rmdir()  # empty by now; never a tree that may still hold the only copy
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -28,7 +28,10 @@ def model_card(report: Report, model: Path) -> str:
         "## Inputs and outputs",
         "",
         *(f"- input `{spec}`" for spec in model_inputs(model)),
-        *(f"- output `{p.name}` {p.shape} for a batch of {report.probe_batch}" for p in report.probe),
+        *(
+            f"- output `{p.name}` {p.shape} for inputs {', '.join(map(str, report.probe_shapes.values()))}"
+            for p in report.probe
+        ),
         "",
         f"Preprocessing: {report.preprocessing.describe() if report.preprocessing else 'unknown; feed ready inputs.'}",
         "",
@@ -79,9 +82,12 @@ def _verification(report: Report) -> list[str]:
         lines.append(f"- exporter (torch against dense ONNX): relative error {v.exporter.relative_l2:.1e}")
     if v.surgery:
         lines.append(f"- surgery (full-rank split against dense): relative error {v.surgery.relative_l2:.1e}")
-    lines.append(
-        f"- approximation (compressed against dense, random inputs): relative error {v.approximation.relative_l2:.3f}"
-    )
+    if v.approximation:
+        lines.append(
+            f"- approximation (compressed against dense, on probes): relative error {v.approximation.relative_l2:.3f}"
+        )
+    else:
+        lines.append("- nothing: onnxruntime cannot run this model here")
     if b := report.softmax_bound:
         lines.append(
             f"- classifier head `{b.site}` alone: the softmax bound guarantees {b.guaranteed_unchanged:.1f} % of the "

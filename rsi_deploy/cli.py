@@ -65,7 +65,12 @@ def cli(verbose: bool) -> None:
 def _source_options(function: F) -> F:
     """MODEL and the options that say how to load it."""
     for decorator in (
-        click.option("--input-shape", metavar="1x3x32x32", help="Where the model does not tell; batch first."),
+        click.option(
+            "--input-shape",
+            multiple=True,
+            metavar="[NAME=]1x3x32x32",
+            help="Where the model does not tell; batch first. By NAME for an ONNX file, repeatable.",
+        ),
         click.option("--checkpoint", metavar="FILE", help="State dict for a factory: .safetensors or torch.save."),
         click.option(
             "--weights",
@@ -118,6 +123,7 @@ def _runtime_options(function: F) -> F:
 @click.option("--rank", required=True, help="A rank (64), or a ratio of full rank (40%: ceil(0.4 * min(out, in))).")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--data", type=click.Path(), help="Labelled evaluation data: .npz or a tree of class folders.")
+@click.option("--feeds", type=click.Path(), help=".npz, one array per input: verify and measure with these.")
 @_preprocessing_options
 @click.option("--method", type=click.Choice(["rsi", "rsvd", "svd"]), default="rsi", show_default=True)
 @click.option(
@@ -212,10 +218,13 @@ def bench(
 ) -> None:
     """Latency of ONNX models side by side, interleaved in one process; with --data also accuracy."""
     from rsi_deploy.accuracy import evaluate
+    from rsi_deploy.data import open_data
     from rsi_deploy.measure import bench as run_bench
+    from rsi_deploy.probe import named_shapes
     from rsi_deploy.table import print_accuracy, print_bench
 
     paths = [_onnx_path(m) for m in models]
+    dataset = None if data is None else open_data(data)  # what is wrong with it must not wait for the measurement
     result = run_bench(
         paths,
         batch=batch,
@@ -223,13 +232,13 @@ def bench(
         threads=threads,
         seconds=seconds,
         seed=seed,
-        input_shape=_named_shapes(shapes) or None,
+        input_shape=named_shapes(shapes) or None,
         labels=list(models) if len(set(models)) == len(models) else None,
     )
     scores = {}
-    if data is not None:
+    if dataset is not None:
         scores = {
-            m: evaluate(p, data, provider=provider, reference=paths[0] if p != paths[0] else None)
+            m: evaluate(p, dataset, provider=provider, reference=paths[0] if p != paths[0] else None)
             for m, p in zip(models, paths, strict=True)
         }
     if as_json:
@@ -356,18 +365,6 @@ def _size(option: str, text: str) -> tuple[int, ...]:
     if not 1 <= len(parts) <= 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
         raise UsageError(f"{option} takes pixels such as 224 or 224x224, but got {text!r}")
     return tuple(int(p) for p in parts)
-
-
-def _named_shapes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    from rsi_deploy.source import parse_shape
-
-    shapes = {}
-    for text in texts:
-        name, equals, shape = text.rpartition("=")
-        if not equals or not name:
-            raise UsageError(f"--input-shape takes NAME=1x128, with the input's name, but got {text!r}")
-        shapes[name] = parse_shape(shape) or ()
-    return shapes
 
 
 def _onnx_path(text: str) -> Path:

@@ -20,8 +20,8 @@ import pydantic
 
 import graph_passes as gp
 from rsi_deploy.errors import GateError
+from rsi_deploy.onnx_file import forget_weights_, write_external
 from rsi_deploy.providers import make_session, run_session
-from rsi_deploy.to_onnx import forget_weights_, save_dense
 
 Arrays = Sequence[npt.NDArray[Any]]
 
@@ -34,10 +34,11 @@ class Comparison(pydantic.BaseModel, frozen=True, extra="forbid"):
     """How far one model's outputs are from another's on the probe inputs.
 
     Attributes:
-        relative_l2: `||a - b||_2 / ||a||_2` of the worst output; 0 where both are zero.
+        relative_l2: `||a - b||_2 / ||a||_2` of the worst output, over its finite values; where `a` is all zero, 0 if
+            `b` is too and 1 if not.
         max_abs: largest absolute difference.
         tolerance: what `relative_l2` may be; None where nothing is demanded.
-        informative: False where the reference's outputs are all zero, so that equality shows little.
+        informative: False where the reference's outputs are all zero or NaN, so that equality shows little.
     """
 
     relative_l2: float
@@ -50,8 +51,8 @@ def compare_outputs(reference: Arrays, candidate: Arrays, *, what: str, toleranc
     """Compare two models' outputs, given in the same order.
 
     Raises:
-        GateError: another number of outputs, another shape, NaN or infinity where the reference has none, or an error
-            above `tolerance`. The message begins with `what`.
+        GateError: another number of outputs, another shape, NaN or infinity elsewhere than in the reference, or an
+            error above `tolerance`. The message begins with `what`.
     """
     if len(reference) != len(candidate):
         raise GateError(f"{what}: {len(reference)} outputs expected, but got {len(candidate)}")
@@ -60,13 +61,13 @@ def compare_outputs(reference: Arrays, candidate: Arrays, *, what: str, toleranc
         if a.shape != b.shape:
             raise GateError(f"{what}: output {index} has shape {b.shape}, expected {a.shape}")
         x, y = a.astype(np.float64), b.astype(np.float64)
-        if np.isfinite(x).all() and not np.isfinite(y).all():
-            raise GateError(f"{what}: output {index} holds NaN or infinite values, the reference has none")
-        with np.errstate(invalid="ignore"):
-            difference = np.where(x == y, 0.0, x - y)  # equal infinities do not differ
-        norm, error = float(np.linalg.norm(x)), float(np.linalg.norm(difference))
+        finite = np.isfinite(x)
+        if not np.array_equal(x[~finite], y[~finite], equal_nan=True) or not np.isfinite(y[finite]).all():
+            raise GateError(f"{what}: output {index} holds NaN or infinite values elsewhere than the reference")
+        difference = x[finite] - y[finite]
+        norm, error = float(np.linalg.norm(x[finite])), float(np.linalg.norm(difference))
         informative |= norm > 0
-        worst = max(worst, error / norm if norm else (0.0 if error == 0 else float("inf")))
+        worst = max(worst, error / norm if norm else float(error > 0))
         largest = max(largest, float(np.abs(difference).max(initial=0.0)))
     if tolerance is not None and not worst <= tolerance:
         raise GateError(f"{what}: relative error {worst:.2e} is above the tolerance {tolerance:.0e}")
@@ -90,7 +91,7 @@ def surgery_check(
     gp.split(model, lambda site: rotated_identity(site) if site.weight in weights else gp.Dense(reason="not split"))
     with tempfile.TemporaryDirectory(prefix=".surgery-", dir=dense.parent) as folder:
         path = Path(folder) / "full_rank.onnx"
-        save_dense(model, path)
+        write_external(model, path)
         forget_weights_(model)
         session = make_session(path, optimize="disabled", prepack=False)
         outputs = run_session(session, feeds, "the full-rank split")

@@ -213,7 +213,7 @@ def _loaded(model: Any) -> Any:
     if not isinstance(model, str | Path):
         return model
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     try:
         return onnx.load(str(model), load_external_data=False)

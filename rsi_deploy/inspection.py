@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import onnx_ir as ir
 import pydantic
 import torch
 
 import graph_passes as gp
 from rsi_deploy.compress import find_module_sites
 from rsi_deploy.errors import ModelError
+from rsi_deploy.onnx_file import read_onnx
 from rsi_deploy.onnx_split import as_torch
 from rsi_deploy.plan import Planner, RankSpec, break_even_rank, site_name
 from rsi_deploy.rsi import singular_values
@@ -69,7 +69,7 @@ def inspect(
     rank: str | int | RankSpec = "25%",
     weights: str = "DEFAULT",
     checkpoint: str | Path | None = None,
-    input_shape: str | tuple[int, ...] | None = None,
+    input_shape: str | tuple[int, ...] | Sequence[str] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     spectra: bool = True,
@@ -95,7 +95,14 @@ def inspect(
     """
     spec = RankSpec.parse(rank)
     planner = Planner(spec=spec, include=tuple(include), exclude=tuple(exclude))
-    source = load_source(model, weights=weights, checkpoint=checkpoint, input_shape=input_shape or (1,), seed=seed)
+    told = None if model.startswith("torchvision:") else (1,)  # no input is run
+    source = load_source(
+        model,
+        weights=weights,
+        checkpoint=checkpoint,
+        input_shape=told,
+        seed=seed,
+    )
     if source.onnx is not None:
         found = _graph_sites(source.onnx)
     elif source.module is not None:
@@ -140,10 +147,7 @@ def _module_sites(module: torch.nn.Module) -> Iterator[Found]:
 
 
 def _graph_sites(path: Path) -> Iterator[Found]:
-    try:
-        model = ir.load(path)
-    except Exception as error:
-        raise ModelError(f"{path.name} is not a readable ONNX model: {error}") from error
+    model = read_onnx(path)
     gp.FoldBatchNormPass()(model)
     for site in gp.find_sites(model):
         shape, name = (site.out_features, site.in_features), site_name(site.weight or site.node)

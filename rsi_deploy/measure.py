@@ -391,7 +391,9 @@ def _labels(models: Sequence[str | Path], labels: Sequence[str] | None) -> list[
         raise UsageError("bench needs at least one ONNX file")
     if labels is None:
         stems = [Path(model).stem for model in models]
-        return stems if len(set(stems)) == len(stems) else [str(model) for model in models]
+        names = stems if len(set(stems)) == len(stems) else [str(model) for model in models]
+        earlier = [names[:i].count(name) for i, name in enumerate(names)]
+        return [f"{name} ({n + 1})" if n else name for name, n in zip(names, earlier, strict=True)]
     if len(labels) != len(models):
         raise UsageError(f"labels must be one for each of the {len(models)} models, but got {list(labels)}")
     return list(labels)

@@ -27,14 +27,14 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class SplitModel:
-    """What `rewrite` did: a record for every weight, and for every node."""
+    """What `split_graph` did: a record for every weight, and for every node."""
 
     sites: tuple[SiteRecord, ...]
     nodes: tuple[gp.Record, ...]
     kept: dict[str, gp.Factors]
 
 
-def rewrite(
+def split_graph(
     model: ir.Model,
     planner: Planner,
     solver: Solver,
@@ -42,6 +42,7 @@ def rewrite(
     progress: Progress | None = None,
     keep: Iterable[str] = (),
     device: torch.device = CPU,
+    store: gp.Keep = gp.in_memory,
 ) -> SplitModel:
     """Split `model` in place as the planner decides, with factors from the solver.
 
@@ -52,6 +53,7 @@ def rewrite(
         progress: called with (site, index, count) before each factorization.
         keep: names of weights whose factors the caller wants to see.
         device: where factors are computed.
+        store: where they are kept until the model is written.
 
     Raises:
         UsageError: filters or ranks that cannot be meant for this model.
@@ -82,7 +84,7 @@ def rewrite(
             kept[site.weight] = factors
         return factors
 
-    nodes = gp.split(model, factors_of)
+    nodes = gp.split(model, factors_of, keep=store)
     return SplitModel(sites=tuple(_by_weight(nodes, records)), nodes=tuple(nodes), kept=kept)
 
 

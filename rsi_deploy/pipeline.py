@@ -8,7 +8,6 @@ so the peak memory is about that of exporting alone.
 
 import datetime
 import gc
-import hashlib
 import json
 import shutil
 import time
@@ -18,37 +17,46 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import nn
 
-from graph_passes import Factors, Split
+from graph_passes import Factors, FoldBatchNormPass, Split
 from rsi_deploy import __version__
 from rsi_deploy.accuracy import AccuracyResult, evaluate
 from rsi_deploy.bound import Head, SoftmaxBound, find_head, softmax_bound
-from rsi_deploy.bundle import file_bytes, file_hash, parameters, save_model, weight_bytes, whole_folder
+from rsi_deploy.bundle import whole_folder
 from rsi_deploy.card import model_card
 from rsi_deploy.data import Dataset, open_data
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, surgery_check, tolerance_for
-from rsi_deploy.inputs import model_inputs, random_feeds
+from rsi_deploy.inputs import model_inputs
 from rsi_deploy.machine import environment, peak_memory
 from rsi_deploy.measure import BenchResult, bench
-from rsi_deploy.onnx_split import SplitModel, rewrite, with_macs
+from rsi_deploy.onnx_file import (
+    file_bytes,
+    file_hash,
+    forget_weights_,
+    parameters,
+    read_onnx,
+    weight_bytes,
+    weights_hash,
+    write_external,
+)
+from rsi_deploy.onnx_split import SplitModel, as_torch, with_macs
 from rsi_deploy.plan import Planner, RankSpec
 from rsi_deploy.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.probe import Feeds, named_shapes, probe_feeds, read_feeds
 from rsi_deploy.providers import make_session, resolve, run_session
 from rsi_deploy.report import Accuracy, ProbeOutput, Report, Settings, Size, SourceRecord, Stage, Verification
+from rsi_deploy.rewriting import split_and_write
 from rsi_deploy.rsi import Method, Solver
 from rsi_deploy.source import Source, load_source, source_of_module
-from rsi_deploy.to_onnx import forget_weights_, save_dense, to_onnx
-from rsi_deploy.trace import Trace, traced_run
+from rsi_deploy.to_onnx import to_onnx
+from rsi_deploy.trace import traced_run
 
 Progress = Callable[[str, int, int], None]
-PROBE_BATCH = 2
-Feeds = Mapping[str, npt.NDArray[Any]]
 
 
 def export(
@@ -58,7 +66,8 @@ def export(
     rank: str | int | RankSpec,
     weights: str = "DEFAULT",
     checkpoint: str | Path | None = None,
-    input_shape: str | tuple[int, ...] | None = None,
+    input_shape: str | tuple[int, ...] | Sequence[str] | None = None,
+    feeds: str | Path | Mapping[str, npt.NDArray[Any]] | None = None,
     preprocessing: Preprocessing | None = None,
     data: str | Path | Dataset | None = None,
     method: Method = "rsi",
@@ -89,7 +98,9 @@ def export(
         rank: a rank (`64`) or the paper's ratio (`"40%"`).
         weights: torchvision's: "DEFAULT", "none" (random, seeded) or a file.
         checkpoint: a factory's state dict.
-        input_shape: `1x3x32x32`, where the model does not tell; the first number is the batch and stays dynamic.
+        input_shape: `1x3x32x32`, where a torch model does not tell; the first number is the batch and stays dynamic.
+            For an ONNX file with more dynamic dimensions: `NAME=1x128`, or several of them.
+        feeds: input name -> array, or an `.npz` of them, to verify and measure with in place of random inputs.
         preprocessing: from 8-bit pictures to inputs; fields that are not set come from the model.
         data: labelled evaluation data (`.npz` or a tree of class folders); it chooses nothing.
         method: "rsi", or a baseline: "rsvd", "svd".
@@ -117,6 +128,9 @@ def export(
         ModelError: the model cannot be handled (exit 3).
         GateError: a verification gate failed (exit 4).
     """
+    texts = [input_shape] if isinstance(input_shape, str) else [s for s in input_shape or () if isinstance(s, str)]
+    sizes = tuple(s for s in input_shape or () if isinstance(s, int))
+    plain: str | tuple[int, ...] | None = next((t for t in texts if "=" not in t), None) or sizes or None
     job = _Job(
         settings=Settings(
             rank=str(RankSpec.parse(rank)),
@@ -136,6 +150,8 @@ def export(
         device=_device(device),
         provider=resolve(provider),
         progress=progress,
+        shapes=named_shapes([text for text in texts if "=" in text]),
+        given=None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds),
     )
     dataset = open_data(data) if isinstance(data, str | Path) else data
     if dataset is not None and dataset.labels is None:
@@ -143,21 +159,31 @@ def export(
     with whole_folder(Path(output), force=force) as folder:
         with job.stage("load"):
             source = (
-                load_source(model, weights=weights, checkpoint=checkpoint, input_shape=input_shape, seed=seed)
+                load_source(model, weights=weights, checkpoint=checkpoint, input_shape=plain, seed=seed)
                 if isinstance(model, str)
-                else source_of_module(model, input_shape, seed)
+                else source_of_module(model, plain, seed)
             )
-        steps = preprocessing.over(source.preprocessing) if preprocessing else source.preprocessing
+        told = source.preprocessing if source.onnx is None else _stored_preprocessing(source.onnx)
+        steps = preprocessing.over(told) if preprocessing else told
+        if dataset is not None and dataset.kind == "inputs" and preprocessing is not None:
+            raise UsageError(
+                "--data are ready model inputs: no preprocessing applies; leave out --mean, --std, --resize, --crop "
+                "and --layout, or give 8-bit images"
+            )
         # Apart from the bundle, so that a compressed model that still leans on the dense one's data cannot load.
         work = folder / "work"
         work.mkdir()
         dense = work / "dense.onnx"
         exporter = job.export_dense(source, dense, steps, opset)
-        before, accuracy = job.dense_facts(dense, dataset, steps)
+        before, accuracy = job.dense_facts(source, dense, dataset, steps)
         result = job.compress(dense, folder / "model.onnx", steps, with_head=dataset is not None)
         verification, probe = job.verify(dense, folder / "model.onnx", result, before, exporter, max_output_error)
         scores, bound = job.accuracy(dense, folder / "model.onnx", result, dataset, steps, accuracy)
-        latency = job.latency(dense, folder / "model.onnx", bench_batch, bench_seconds, threads) if measure else None
+        latency = (
+            job.latency(dense, folder / "model.onnx", before, bench_batch, bench_seconds, threads)
+            if measure and before.outputs is not None
+            else None
+        )
         sites = with_macs(result.split.sites, before.macs)
         report = Report(
             tool=f"rsi-deploy {__version__}",
@@ -177,7 +203,8 @@ def export(
             softmax_bound=bound,
             accuracy=scores,
             latency=latency,
-            probe_batch=before.batch,
+            probe_shapes={name: array.shape for name, array in before.feeds.items()},
+            probe_given=job.given is not None,
             probe=probe,
             files=_finish(folder, keep_dense=keep_dense),
             stages=tuple(job.stages),
@@ -195,7 +222,7 @@ class _DenseFacts:
     """What is known of the dense model before it is compressed: probe inputs, outputs on them, MACs a sample."""
 
     feeds: Feeds
-    outputs: list[npt.NDArray[Any]]
+    outputs: list[npt.NDArray[Any]] | None
     macs: dict[str, int]
     batch: int
 
@@ -222,6 +249,8 @@ class _Job:
     device: torch.device
     provider: str
     progress: Progress | None
+    shapes: Mapping[str, Sequence[int]]
+    given: Feeds | None
     stages: list[Stage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     dense_macs: int = 0
@@ -238,20 +267,21 @@ class _Job:
         """Write the dense ONNX model; for a torch source, hold it against torch and let the torch model go."""
         if source.onnx is not None:
             with self.stage("read"):
-                model = _read_onnx(source.onnx)
-                _describe_(model, {METADATA_KEY: steps.to_metadata()} if steps else {})
-                self._set_opset(model)
-                save_dense(model, path)
+                model = read_onnx(source.onnx)
+                if opset is not None and opset != model.opset_imports.get(""):
+                    raise UsageError(
+                        f"--opset {opset}: {source.name} keeps its opset {model.opset_imports.get('')}; --opset is for "
+                        f"torch models"
+                    )
+                FoldBatchNormPass()(model)
+                self._write_dense(model, path, steps)
             return None
         with self.stage("export dense"):
             exported = to_onnx(source, opset=opset)
             self.notes.extend(exported.notes)
-            _describe_(exported.model, {METADATA_KEY: steps.to_metadata()} if steps else {})
-            self._set_opset(exported.model)
-            save_dense(exported.model, path)
-            forget_weights_(exported.model)
+            self._write_dense(exported.model, path, steps)
         with self.stage("verify exporter"):
-            feeds = random_feeds(model_inputs(path), PROBE_BATCH, self.settings.seed)
+            feeds = probe_feeds(path, self.settings.seed, self.shapes, self.given)
             expected = _torch_outputs(source, list(feeds.values()))
             source.module = source.program = None
             del exported
@@ -262,18 +292,24 @@ class _Job:
         return compare_outputs(expected, outputs, what="exporter gate (torch against dense ONNX)", tolerance=tolerance)
 
     def dense_facts(
-        self, dense: Path, dataset: Dataset | None, steps: Preprocessing | None
+        self, source: Source, dense: Path, dataset: Dataset | None, steps: Preprocessing | None
     ) -> tuple[_DenseFacts, AccuracyResult | None]:
         with self.stage("trace"):
-            feeds = random_feeds(model_inputs(dense), PROBE_BATCH, self.settings.seed)
-            trace: Trace = traced_run(dense, feeds)
+            feeds = probe_feeds(dense, self.settings.seed, self.shapes, self.given)
+            try:
+                trace = traced_run(dense, feeds)
+            except ModelError as error:
+                if source.onnx is None or dataset is not None:
+                    raise
+                self.notes.append(f"nothing could be verified or measured: {error}")
+                return _DenseFacts(feeds=feeds, outputs=None, macs={}, batch=1), None
             batch = next((len(a) for a in feeds.values() if a.ndim), 1)
             macs = {node: count // batch for node, count in trace.macs.items()}
             self.dense_macs = sum(macs.values())
         accuracy = None
         if dataset is not None:  # first of all the long work: data that do not fit must say so now
             with self.stage("accuracy dense"):
-                accuracy = evaluate(dense, dataset, preprocessing=steps, provider=self.provider)
+                accuracy = evaluate(dense, dataset, preprocessing=_applied(steps, dataset), provider=self.provider)
         return _DenseFacts(feeds=feeds, outputs=trace.outputs, macs=macs, batch=batch), accuracy
 
     def compress(self, dense: Path, path: Path, steps: Preprocessing | None, *, with_head: bool) -> _Compressed:
@@ -284,24 +320,27 @@ class _Job:
                 bytes=dense.stat().st_size + weight_bytes(model), params=parameters(model), macs=self.dense_macs
             )
             head = find_head(model) if with_head else None
-        with self.stage("factorize and split"):
+        with self.stage("factorize, split, save"):
             keep = [head.weight] if head else []
-            split = rewrite(model, self.planner, self.solver, progress=self.progress, keep=keep, device=self.device)
-        if not any(site.rank for site in split.sites):
-            reasons = sorted({f"{s.name}: {s.reason}" for s in split.sites}) or ["the graph has no weight-bearing node"]
-            raise ModelError("nothing to split; " + "; ".join(reasons[:8]) + ("; ..." if len(reasons) > 8 else ""))
-        with self.stage("save"):
-            _describe_(
+            split = split_and_write(
                 model,
-                {
+                path,
+                self.planner,
+                self.solver,
+                progress=self.progress,
+                keep=keep,
+                device=self.device,
+                metadata={
                     "rsi_deploy.version": __version__,
                     "rsi_deploy.settings": json.dumps(self.settings.model_dump(), sort_keys=True),
                     "rsi_deploy.source_hash": source_hash,
                 },
             )
-            save_model(model, path)
             params = parameters(model)
             forget_weights_(model)
+        if not any(site.rank for site in split.sites):
+            reasons = sorted({f"{s.name}: {s.reason}" for s in split.sites}) or ["the graph has no weight-bearing node"]
+            raise ModelError("nothing to split; " + "; ".join(reasons[:8]) + ("; ..." if len(reasons) > 8 else ""))
         return _Compressed(
             split=split,
             head=head,
@@ -320,6 +359,8 @@ class _Job:
         exporter: Comparison | None,
         max_output_error: float | None,
     ) -> tuple[Verification, tuple[ProbeOutput, ...]]:
+        if facts.outputs is None:
+            return Verification(exporter=None, surgery=None, approximation=None), ()
         split = {node.weight for node in result.split.nodes if isinstance(node, Split)}
         with self.stage("verify surgery"):
             surgery = surgery_check(dense, split, facts.feeds, facts.outputs)
@@ -351,22 +392,35 @@ class _Job:
         if dataset is None or before is None:
             return None, None
         with self.stage("accuracy compressed"):
-            after = evaluate(path, dataset, preprocessing=steps, provider=self.provider, reference=dense)
+            after = evaluate(
+                path, dataset, preprocessing=_applied(steps, dataset), provider=self.provider, reference=dense
+            )
         bound = None
         if result.head is not None and result.head_factors is not None:
             with self.stage("softmax bound"):
                 spec = model_inputs(dense)[0]
-                fixed = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 64
-                whole = len(dataset) - len(dataset) % fixed if isinstance(spec.shape[0], int) else None
-                batches = (x.astype(spec.dtype, copy=False) for x, _ in dataset.batches(fixed, steps, whole))
+                size = spec.shape[0] if isinstance(spec.shape[0], int) else 64
+                # The tapped model takes whole batches only where its batch is fixed; samples left over are left out.
+                whole = len(dataset) // size * size if isinstance(spec.shape[0], int) else len(dataset)
+                if not whole:
+                    self.notes.append(
+                        f"no softmax bound: {len(dataset)} samples are less than the model's batch, {size}"
+                    )
+                    return Accuracy(dense=before, compressed=after), None
+                batches = (x.astype(spec.dtype, copy=False) for x, _ in dataset.batches(size, steps, whole))
                 bound = softmax_bound(dense, result.head, result.head_factors, batches, spec.name)
         return Accuracy(dense=before, compressed=after), bound
 
-    def latency(self, dense: Path, path: Path, batch: int, seconds: float, threads: int | None) -> BenchResult:
+    def latency(
+        self, dense: Path, path: Path, facts: _DenseFacts, batch: int, seconds: float, threads: int | None
+    ) -> BenchResult:
+        # Where the user told shapes or arrays, those are what the model is for; else any batch will do.
+        told = facts.feeds if self.given is not None or self.shapes else None
         with self.stage("latency"):
             result = bench(
                 [dense, path],
                 batch=batch,
+                feeds=told,
                 provider=self.provider,
                 threads=threads,
                 seconds=seconds,
@@ -376,22 +430,12 @@ class _Job:
         arms = tuple(arm.model_copy(update={"model": Path(arm.model).name}) for arm in result.arms)
         return result.model_copy(update={"arms": arms})
 
-    def _set_opset(self, model: ir.Model) -> None:
+    def _write_dense(self, model: ir.Model, path: Path, steps: Preprocessing | None) -> None:
+        if steps is not None:
+            model.metadata_props[METADATA_KEY] = steps.to_metadata()
         self.settings = self.settings.model_copy(update={"opset": model.opset_imports.get("", 0)})
-
-
-def weights_hash(model: ir.Model) -> str:
-    """sha256 over the names, types, shapes and bytes of all initializers, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is None:
-            continue
-        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        digest.update(np.ascontiguousarray(tensor.numpy()).view(np.uint8).data if tensor.size else b"")
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()  # unmap: pages that were read would count as ours
-    return digest.hexdigest()
+        write_external(model, path)
+        forget_weights_(model)
 
 
 def _device(name: str) -> torch.device:
@@ -404,23 +448,23 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _read_onnx(path: Path) -> ir.Model:
-    try:
-        return ir.load(path)
-    except Exception as error:  # a damaged file can fail in protobuf, in onnx or in onnx_ir
-        raise ModelError(f"{path.name} is not a readable ONNX model: {error}") from error
+def _applied(steps: Preprocessing | None, dataset: Dataset) -> Preprocessing | None:
+    """The steps, where the data are pictures; ready inputs go through none."""
+    return steps if dataset.kind == "images" else None
 
 
-def _describe_(model: ir.Model, metadata: dict[str, str]) -> None:
-    model.metadata_props.update(metadata)
-    model.producer_name, model.producer_version = "rsi-deploy", __version__
+def _stored_preprocessing(path: Path) -> Preprocessing | None:
+    """What an ONNX source's metadata tell."""
+    stored = read_onnx(path).metadata_props.get(METADATA_KEY)
+    return None if stored is None else Preprocessing.from_metadata(stored)
 
 
 def _torch_outputs(source: Source, inputs: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
     module: Any = source.module if source.module is not None else source.program.module()  # type: ignore[union-attr]
     with torch.inference_mode():
-        outputs = module(*(torch.from_numpy(array) for array in inputs))
-    leaves = torch.utils._pytree.tree_leaves(outputs)
+        outputs = module(*(as_torch(array) for array in inputs))
+    # What is no tensor (None, a number) is no output of the ONNX model either.
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
     return [leaf.float().numpy() if leaf.dtype == torch.bfloat16 else leaf.numpy() for leaf in leaves]
 
 

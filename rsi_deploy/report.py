@@ -72,7 +72,7 @@ class Verification(_Record):
 
     exporter: Comparison | None
     surgery: Comparison | None
-    approximation: Comparison
+    approximation: Comparison | None
 
 
 class Accuracy(_Record):
@@ -92,8 +92,9 @@ class ProbeOutput(_Record):
 
     @classmethod
     def of(cls, name: str, array: npt.NDArray[Any]) -> "ProbeOutput":
-        """The norm and the first values of an output array."""
+        """The norm and the first values of an output array; what is not finite counts as 0, as JSON has no NaN."""
         flat = array.astype(np.float64).ravel()
+        flat = np.where(np.isfinite(flat), flat, 0.0)
         return cls(
             name=name, shape=array.shape, norm=float(np.linalg.norm(flat)), first=tuple(float(x) for x in flat[:8])
         )
@@ -123,7 +124,8 @@ class Report(_Record):
         softmax_bound: for a factorized classifier head with evaluation data.
         accuracy: with evaluation data.
         latency: unless --no-bench; the first arm is the dense model.
-        probe_batch: samples of the probe inputs (`random_feeds` with the seed).
+        probe_shapes: shapes of the probe inputs (`rsi_deploy.probe`, with the seed).
+        probe_given: the user gave the probe inputs, so that they cannot be made again.
         probe: outputs on them, which `verify` computes again.
         files: sha256 of the bundle's model files.
         stages: wall time of each step, s.
@@ -146,7 +148,8 @@ class Report(_Record):
     softmax_bound: SoftmaxBound | None
     accuracy: Accuracy | None
     latency: BenchResult | None
-    probe_batch: int
+    probe_shapes: dict[str, tuple[int, ...]]
+    probe_given: bool
     probe: tuple[ProbeOutput, ...]
     files: dict[str, str]
     stages: tuple[Stage, ...]

@@ -6,10 +6,13 @@ model.pt2                    a torch.export program
 model.onnx                   an ONNX file, taken as it is
 """
 
+import contextlib
 import difflib
 import http.client
 import importlib
+import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,7 +218,8 @@ def _told_inputs(module: nn.Module, spec: str, shape: tuple[int, ...] | None, se
 
 def _pt2(path: Path) -> Source:
     try:
-        program = torch.export.load(path)
+        with no_torch_logs():
+            program = torch.export.load(path)
     except Exception as error:  # torch.export.load raises many kinds on a damaged archive
         raise ModelError(f"{path.name} is not a readable torch.export archive: {error}") from error
     if program.example_inputs is None:
@@ -226,6 +230,20 @@ def _pt2(path: Path) -> Source:
     if kwargs:
         raise ModelError(f"{path.name} takes keyword inputs ({', '.join(kwargs)}); export it with positional ones")
     return Source(name=path.name, program=program, example_inputs=tuple(args))
+
+
+@contextlib.contextmanager
+def no_torch_logs() -> Iterator[None]:
+    """Torch logs tracebacks of what it then raises, and warnings about its own future: neither is for our users."""
+    handlers = list(logging.getLogger("torch").handlers)
+    levels = [handler.level for handler in handlers]
+    for handler in handlers:
+        handler.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for handler, level in zip(handlers, levels, strict=True):
+            handler.setLevel(level)
 
 
 def _existing(path: str) -> Path:

@@ -27,11 +27,13 @@ def print_report(console: Console, report: Report, *, most_sites: int = 30) -> N
         table.add_row(*row)
     console.print(table)
     v = report.verification
-    gates = [f"exporter {v.exporter.relative_l2:.1e}"] if v.exporter else []
-    gates += [f"surgery {v.surgery.relative_l2:.1e}"] if v.surgery else []
-    console.print(
-        f"verified: {', '.join(gates)}; approximation {v.approximation.relative_l2:.3f} (relative error of outputs)"
-    )
+    if v.approximation is not None:
+        gates = [f"exporter {v.exporter.relative_l2:.1e}"] if v.exporter else []
+        gates += [f"surgery {v.surgery.relative_l2:.1e}"] if v.surgery else []
+        console.print(
+            f"verified: {', '.join(gates)}; approximation {v.approximation.relative_l2:.3f} "
+            "(relative error of outputs on probe inputs)"
+        )
     if b := report.softmax_bound:
         console.print(
             f"softmax bound at {escape(b.site)}: guarantees {b.guaranteed_unchanged:.1f} % of top-1 answers, "

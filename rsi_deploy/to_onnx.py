@@ -13,14 +13,13 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
 from graph_passes import FoldBatchNormPass
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.source import Source
+from rsi_deploy.source import Source, no_torch_logs
 
 logger = logging.getLogger(__name__)
 
@@ -63,19 +62,9 @@ def to_onnx(source: Source, *, opset: int | None = None) -> DenseModel:
     dynamic = all(v.shape is None or not isinstance(v.shape[0], int) for v in model.graph.inputs if v.shape != ())
     if not dynamic and source.program is not None:
         notes.append(f"the batch size is fixed at {model.graph.inputs[0].shape[0]}, as {source.name} was exported")  # type: ignore[index]
+    _name_tied_weights_(model, program)
     clean_(model)
     return DenseModel(model=model, opset=opset, dynamic_batch=dynamic, notes=notes)
-
-
-def save_dense(model: ir.Model, path: Path) -> None:
-    """Write `model` with its weights beside it, streamed from torch's memory, so that others can memory-map them."""
-    ir.save(model, path, external_data=f"{path.name}.data")
-
-
-def forget_weights_(model: ir.Model) -> None:
-    """Let go of the weights now: a graph is full of cycles, and the exporter keeps its own alive in caches."""
-    for value in model.graph.initializers.values():
-        value.const_value = None
 
 
 def clean_(model: ir.Model) -> None:
@@ -166,6 +155,16 @@ def _rename_batch_(model: ir.Model) -> None:
                 value.shape[axis] = dim.value.replace(symbol, "batch")
 
 
+def _name_tied_weights_(model: ir.Model, program: "torch.export.ExportedProgram") -> None:
+    """Call a weight with several names by the first of them, as `named_parameters` does; the exporter takes any."""
+    first: dict[tuple[int, torch.Size, torch.dtype], str] = {}
+    initializers = model.graph.initializers
+    for name, tensor in program.state_dict.items():
+        known = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), name)
+        if tensor.numel() and name in initializers and known not in initializers:
+            initializers[name].name = known
+
+
 def _has_attention(program: "torch.export.ExportedProgram") -> bool:
     return any("scaled_dot_product_attention" in str(node.target) for node in program.graph.nodes)
 
@@ -194,7 +193,7 @@ def _restore_names_(model: ir.Model, names: dict[str, str]) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter prints to stdout and warns about its own future; neither is for our users."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), no_torch_logs():
         warnings.simplefilter("ignore")
         yield
 

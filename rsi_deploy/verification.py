@@ -18,12 +18,12 @@ import onnx_ir as ir
 import pydantic
 
 from rsi_deploy.accuracy import evaluate
-from rsi_deploy.bundle import file_bytes, file_hash, parameters
-from rsi_deploy.data import open_data
+from rsi_deploy.data import Dataset, open_data
 from rsi_deploy.errors import RsiDeployError
 from rsi_deploy.gates import compare_outputs
-from rsi_deploy.inputs import model_inputs, random_feeds
-from rsi_deploy.providers import make_session, run_session
+from rsi_deploy.onnx_file import file_bytes, file_hash, parameters
+from rsi_deploy.probe import Feeds, probe_feeds
+from rsi_deploy.providers import make_session, resolve, run_session
 from rsi_deploy.report import ProbeOutput, Report, read_report
 
 Status = Literal["holds", "broken", "not checked"]
@@ -63,13 +63,14 @@ def verify(folder: str | Path, *, data: str | Path | None = None, provider: str 
     """
     folder = Path(folder)
     report = read_report(folder)
+    provider, dataset = resolve(provider), None if data is None else open_data(data)
     claims = [_files(folder, report)]
     model = folder / "model.onnx"
     if model.is_file():
         claims += _attempt("graph", lambda: _graph(model, report))
         claims += _attempt("outputs", lambda: [_outputs(model, report, provider)])
         claims += _attempt("parity", lambda: [_parity(folder, report, provider)])
-        claims += _attempt("accuracy", lambda: [_accuracy(folder, report, data, provider)])
+        claims += _attempt("accuracy", lambda: [_accuracy(folder, report, dataset, provider)])
     claims.append(
         Claim(name="latency", status="not checked", detail="times belong to their machine: run rsi-deploy bench")
     )
@@ -117,26 +118,41 @@ def _graph(path: Path, report: Report) -> list[Claim]:
         _claim("parameters", params == report.compressed.params, f"{params:,}, reported {report.compressed.params:,}")
     )
     claims.append(_claim("bytes", size == report.compressed.bytes, f"{size:,}, reported {report.compressed.bytes:,}"))
-    claims += _ranks(model, report)
+    claims.append(_ranks(found, report))
     return claims
 
 
-def _ranks(model: ir.Model, report: Report) -> list[Claim]:
-    initializers = model.graph.initializers
+def _ranks(found: dict[str, ir.Node], report: Report) -> Claim:
+    """The right factor holds `groups * rank * in_features` numbers, however it is turned."""
     wrong = []
     for site in report.split_sites:
-        value = initializers.get(f"{site.name}.right")
-        if value is None or value.shape is None:
-            continue  # a name that was taken got a suffix
-        dims = value.shape.numpy() if value.shape.is_static() else ()
-        if site.rank is not None and site.rank * site.groups not in dims:
-            wrong.append(f"{site.name}: {dims}, reported rank {site.rank}")
-    return [_claim("ranks", not wrong, "; ".join(wrong[:4]) or f"as reported at {len(report.split_sites)} sites")]
+        for node in filter(None, map(found.get, site.nodes)):
+            rank = _constant_size(node) / (site.groups * site.in_features)
+            if rank != site.rank:
+                wrong.append(f"{site.name}: {rank:g}, reported {site.rank}")
+    return _claim("ranks", not wrong, "; ".join(wrong[:4]) or f"as reported at {len(report.split_sites)} sites")
+
+
+def _constant_size(node: ir.Node) -> int:
+    """Numbers in the one constant operand of a split's first node; it may stand behind a Cast."""
+    for value in node.inputs:
+        if value is not None and (cast := value.producer()) is not None and cast.op_type == "Cast":
+            value = cast.inputs[0]
+        if value is not None and value.const_value is not None:
+            return value.const_value.size
+    return 0
+
+
+def _feeds(path: Path, report: Report) -> Feeds:
+    return probe_feeds(path, report.settings.seed, report.probe_shapes)
 
 
 def _outputs(path: Path, report: Report, provider: str) -> Claim:
+    if report.probe_given or report.verification.approximation is None:
+        why = "its inputs were given by hand" if report.probe_given else "onnxruntime could not run the model"
+        return Claim(name="outputs", status="not checked", detail=why)
     session = make_session(path, provider)
-    feeds = random_feeds(model_inputs(session), report.probe_batch, report.settings.seed)
+    feeds = _feeds(path, report)
     arrays = run_session(session, feeds, path.name)
     names = [output.name for output in session.get_outputs()]
     now = [ProbeOutput.of(name, array) for name, array in zip(names, arrays, strict=True)]
@@ -156,11 +172,11 @@ def _distance(a: ProbeOutput, b: ProbeOutput) -> float:
 
 def _parity(folder: Path, report: Report, provider: str) -> Claim:
     dense = folder / "dense.onnx"
-    if not dense.is_file():
+    if not dense.is_file() or report.probe_given or report.verification.approximation is None:
         return Claim(
             name="parity", status="not checked", detail="dense.onnx is not in the bundle (export --keep-dense)"
         )
-    feeds = random_feeds(model_inputs(dense), report.probe_batch, report.settings.seed)
+    feeds = _feeds(dense, report)
     a = run_session(make_session(dense, provider), feeds, dense.name)
     b = run_session(make_session(folder / "model.onnx", provider), feeds, "model.onnx")
     now, then = compare_outputs(a, b, what="parity").relative_l2, report.verification.approximation.relative_l2
@@ -169,14 +185,15 @@ def _parity(folder: Path, report: Report, provider: str) -> Claim:
     )
 
 
-def _accuracy(folder: Path, report: Report, data: str | Path | None, provider: str) -> Claim:
-    if report.accuracy is None or data is None:
+def _accuracy(folder: Path, report: Report, dataset: Dataset | None, provider: str) -> Claim:
+    if report.accuracy is None or dataset is None:
         why = "add --data with the evaluation data" if report.accuracy else "the report claims none"
         return Claim(name="accuracy", status="not checked", detail=why)
-    dataset, claimed = open_data(data), report.accuracy.compressed
+    claimed = report.accuracy.compressed
     if dataset.fingerprint() != claimed.data_fingerprint:
-        return Claim(name="accuracy", status="not checked", detail=f"{data} is not the data of the report")
-    result = evaluate(folder / "model.onnx", dataset, preprocessing=report.preprocessing, provider=provider)
+        return Claim(name="accuracy", status="not checked", detail="--data is not the data of the report")
+    steps = report.preprocessing if dataset.kind == "images" else None
+    result = evaluate(folder / "model.onnx", dataset, preprocessing=steps, provider=provider)
     # Another machine's kernels may tip an answer that is on the edge: two samples are allowed for that.
     slack = 200 / max(result.samples, 1)
     holds = abs((result.top1 or 0) - (claimed.top1 or 0)) <= slack

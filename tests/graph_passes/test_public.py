@@ -16,6 +16,7 @@ def test_public_names():
         "Fold",
         "FoldBatchNormPass",
         "FoldResult",
+        "Keep",
         "Record",
         "Site",
         "Skip",
@@ -25,6 +26,7 @@ def test_public_names():
         "SplitMatMulPass",
         "SplitResult",
         "find_sites",
+        "in_memory",
         "split",
     ]
     assert all(hasattr(graph_passes, name) for name in graph_passes.__all__)

@@ -1,0 +1,81 @@
+"""Weights that go to disk as they come: a data file beside an ONNX model, appended to, read back memory-mapped.
+
+    with DataFile(folder / "model.onnx.data") as data:
+        gp.split(model, factors, store=data.append)      every factor leaves memory once it is written
+        data.take_(model)                                the weights that stay dense follow
+    ir.save(model, folder / "model.onnx")                references alone: nothing is read or written again
+
+Tensors are padded to 64 bytes, or to a page where they are large, so that a runtime can map them.
+"""
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+ALIGNMENT, PAGE, LARGE = 64, 65536, 1 << 20
+SMALL = 1024  # bytes: below, a tensor stays in the model file, as shape arithmetic must
+CHUNK = 1 << 25  # bytes copied at a time
+
+
+class DataFile:
+    """A growing data file; what it gives back are `ir.ExternalTensor`s that hold no memory until they are read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, array: npt.NDArray[Any], name: str) -> ir.TensorProtocol:
+        """Write `array` in C order and return the tensor that reads it back; small ones stay in memory."""
+        tensor = ir.tensor(array, name=name)
+        return tensor if tensor.nbytes < SMALL else self._written(tensor, array)
+
+    def take_(self, model: ir.Model) -> None:
+        """Bring every large initializer of the model's graphs into this file, one at a time."""
+        for graph in model.graphs():
+            for value in graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes < SMALL or self._owns(tensor) or tensor.dtype == ir.DataType.STRING:
+                    continue
+                value.const_value = self._written(tensor, tensor.numpy())
+                if isinstance(tensor, ir.ExternalTensor):
+                    tensor.release()
+
+    def _owns(self, tensor: ir.TensorProtocol) -> bool:
+        return isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) == self.path
+
+    def _written(self, tensor: ir.TensorProtocol, array: npt.NDArray[Any]) -> ir.ExternalTensor:
+        unit = PAGE if tensor.nbytes >= LARGE else ALIGNMENT
+        offset = -(-self._file.tell() // unit) * unit
+        self._file.seek(offset)
+        if tensor.dtype.bitwidth < 8:
+            self._file.write(tensor.tobytes())  # packed
+        else:
+            rows = array.reshape(-1) if array.flags.c_contiguous else array
+            step = max(1, CHUNK // max(rows[:1].nbytes, 1)) if rows.ndim else 1
+            for start in range(0, len(rows), step) if rows.ndim else ():
+                self._file.write(np.ascontiguousarray(rows[start : start + step]).view(np.uint8).data)
+            if not rows.ndim:
+                self._file.write(array.tobytes())
+        self._file.flush()
+        return ir.ExternalTensor(
+            location=self.path.name,
+            offset=offset,
+            length=tensor.nbytes,
+            dtype=tensor.dtype,
+            shape=ir.Shape(list(array.shape)),
+            name=tensor.name or "",
+            base_dir=os.fspath(self.path.parent),
+        )

@@ -1,0 +1,79 @@
+"""Probe inputs: the seeded inputs on which models are held against each other, made again by `verify`.
+
+They are random (`random_feeds`), two samples, or the model's own batch where it is fixed; or they are given as a file,
+for models that random numbers make no sense to.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rsi_deploy.errors import UsageError
+from rsi_deploy.inputs import check_feeds, model_inputs, random_feeds
+
+PROBE_BATCH = 2
+
+Feeds = dict[str, npt.NDArray[Any]]
+
+
+def probe_feeds(
+    model: Path,
+    seed: int,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    given: Mapping[str, npt.NDArray[Any]] | None = None,
+) -> Feeds:
+    """Inputs for the model at `model`.
+
+    Args:
+        model: an ONNX file.
+        seed: of the random numbers.
+        shapes: input name -> whole shape, where dimensions after the first are dynamic.
+        given: input name -> array, in place of random inputs.
+
+    Raises:
+        UsageError: shapes or arrays that do not fit the model, or dynamic dimensions nobody gave.
+    """
+    specs = model_inputs(model)
+    if given is not None:
+        check_feeds(specs, given, model.name)
+        return dict(given)
+    firsts = [spec.shape[0] for spec in specs if spec.shape]
+    fixed = [size for size in firsts if isinstance(size, int)]
+    batch = fixed[0] if fixed and len(fixed) == len(firsts) else PROBE_BATCH
+    if shapes and (leading := {shape[0] for shape in shapes.values() if shape}):
+        batch = max(leading)
+    return random_feeds(specs, batch, seed, shapes)
+
+
+def read_feeds(path: str | Path) -> Feeds:
+    """Arrays by input name from an `.npz` file.
+
+    Raises:
+        UsageError: no such file, or no arrays in it.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--feeds {path}: expected an .npz with one array per model input ({error})") from error
+
+
+def named_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Read `NAME=1x128` texts.
+
+    Example:
+        >>> named_shapes(["ids=2x128"])
+        {'ids': (2, 128)}
+    """
+    from rsi_deploy.source import parse_shape
+
+    shapes = {}
+    for text in texts:
+        name, equals, shape = text.rpartition("=")
+        if not equals or not name:
+            raise UsageError(f"--input-shape takes NAME=1x128, with the input's name, but got {text!r}")
+        shapes[name] = parse_shape(shape) or ()
+    return shapes

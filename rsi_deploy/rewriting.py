@@ -1,0 +1,113 @@
+"""`rewrite`: from an ONNX file to a compressed ONNX file, and nothing else: no measurement, no bundle.
+
+Weights stay on disk and are factorized one at a time; above `onnx_file.INLINE_LIMIT` bytes of weights the factors are
+written as they come, so that peak memory is set by the largest weight and not by the model.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+import graph_passes as gp
+from rsi_deploy import onnx_file
+from rsi_deploy.bundle import whole_folder
+from rsi_deploy.datafile import DataFile
+from rsi_deploy.errors import UsageError
+from rsi_deploy.onnx_split import CPU, Progress, SplitModel, split_graph
+from rsi_deploy.plan import Planner, RankSpec
+from rsi_deploy.rsi import Method, Solver
+
+
+def rewrite(
+    source: str | Path,
+    target: str | Path,
+    *,
+    rank: str | int | RankSpec,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    method: Method = "rsi",
+    power_iterations: int = 4,
+    oversampling: int = 0,
+    seed: int = 0,
+    always_split: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> SplitModel:
+    """Compress the ONNX file `source` into `target` (and `target.data`, where the weights are too many for one file).
+
+    Args:
+        source: an ONNX file; its external data must lie in its folder.
+        target: the file to make.
+        rank: a rank (`64`) or a ratio (`"40%"`).
+        include: globs on site names; empty means all.
+        exclude: globs on site names that stay dense.
+        method: "rsi", or a baseline: "rsvd", "svd".
+        power_iterations: the paper's q.
+        oversampling: extra sketch columns.
+        seed: of the sketches.
+        always_split: split where nothing is saved, too.
+        force: replace `target` if it is there.
+        progress: called with (site, index, count) before each factorization.
+
+    Raises:
+        UsageError: no such file, a target that is there, or a request that cannot be meant.
+        ModelError: a file that cannot be read, or NaN in a weight.
+    """
+    source, target = Path(source), Path(target)
+    if not source.is_file():
+        raise UsageError(f"no such file: {source}")
+    if target.exists() and not force:
+        raise UsageError(f"{target} exists; choose another name, or pass force (--force)")
+    planner = Planner(
+        spec=RankSpec.parse(rank), include=tuple(include), exclude=tuple(exclude), always_split=always_split
+    )
+    solver = Solver(method=method, power_iterations=power_iterations, oversampling=oversampling, seed=seed)
+    model = onnx_file.read_onnx(source)
+    gp.FoldBatchNormPass()(model)
+    with whole_folder(target.with_name(f".{target.name}.files"), force=True) as folder:
+        result = split_and_write(model, folder / target.name, planner, solver, progress=progress)
+    made = target.with_name(f".{target.name}.files")
+    for path in sorted(made.iterdir(), reverse=True):  # the data file first: a model never stands without it
+        os.replace(path, target.with_name(path.name))
+    made.rmdir()
+    return result
+
+
+def split_and_write(
+    model: ir.Model,
+    path: Path,
+    planner: Planner,
+    solver: Solver,
+    *,
+    progress: Progress | None = None,
+    keep: Sequence[str] = (),
+    device: torch.device = CPU,
+    metadata: dict[str, str] | None = None,
+) -> SplitModel:
+    """Split `model` in place and write it to `path`, streaming the factors where the weights are many.
+
+    Args:
+        model: read with its weights on disk; BatchNorms folded.
+        path: the file to write.
+        planner: decides each site.
+        solver: computes factors.
+        progress: called with (site, index, count) before each factorization.
+        keep: names of weights whose factors the caller wants to see.
+        device: where factors are computed.
+        metadata: entries to add to the model's metadata.
+    """
+    streamed = onnx_file.weight_bytes(model) > onnx_file.INLINE_LIMIT
+    if not streamed:
+        result = split_graph(model, planner, solver, progress=progress, keep=keep, device=device)
+        model.metadata_props.update(metadata or {})
+        onnx_file.write_onnx(model, path)
+        return result
+    with DataFile(path.with_name(f"{path.name}.data")) as data:
+        result = split_graph(model, planner, solver, progress=progress, keep=keep, device=device, store=data.append)
+        data.take_(model)
+    model.metadata_props.update(metadata or {})
+    ir.save(model, path)
+    return result

@@ -1,0 +1,143 @@
+"""Tiny nets and models that several test files share; every one has seeded weights and tells its input."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch import nn
+
+SIZES = (12, 32, 24, 10)
+
+
+class Told(nn.Sequential):
+    """A sequence that carries `input_shape`, which a source reads."""
+
+    def __init__(self, shape, **layers):
+        super().__init__()
+        self.input_shape = shape
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+
+class Pick(nn.Module):
+    """The mean over the tokens."""
+
+    def forward(self, x):
+        return x.mean(dim=1)
+
+
+class Attend(nn.Module):
+    """A pre-norm attention block with a residual."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.attention(h, h, h, need_weights=False)[0]
+
+
+def seeded(make, seed=0):
+    """`make()` under a seed of its own, in evaluation mode; no BatchNorm and no bias at its trivial start."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = make()
+        for layer in module.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.running_mean.normal_(0, 0.2)
+                layer.running_var.uniform_(0.5, 2)
+                layer.weight.data.normal_(1, 0.2)
+                layer.bias.data.normal_(0, 0.2)
+        for parameter in module.parameters():
+            if parameter.ndim == 1 and not parameter.any():  # a bias of zeros would hide that it was lost
+                parameter.data.normal_(0, 0.02)
+    return module.eval()
+
+
+def mlp(seed=0):
+    a, b, c, d = SIZES
+    return seeded(
+        lambda: Told(
+            (1, a), fc1=nn.Linear(a, b), relu1=nn.ReLU(), fc2=nn.Linear(b, c), relu2=nn.ReLU(), head=nn.Linear(c, d)
+        ),
+        seed,
+    )
+
+
+def cnn(seed=0):
+    return seeded(
+        lambda: Told(
+            (1, 3, 8, 8),
+            conv1=nn.Conv2d(3, 16, 3, padding=1, bias=False),
+            norm1=nn.BatchNorm2d(16),
+            relu1=nn.ReLU(),
+            conv2=nn.Conv2d(16, 24, 3, stride=2, padding=1),
+            norm2=nn.BatchNorm2d(24),
+            relu2=nn.ReLU(),
+            grouped=nn.Conv2d(24, 32, 3, padding=1, groups=2),
+            flatten=nn.Flatten(),
+            head=nn.Linear(512, 10),
+        ),
+        seed,
+    )
+
+
+def attention(seed=0):
+    return seeded(
+        lambda: Told((1, 6, 16), block=Attend(16, 2), grow=nn.Linear(16, 40), pick=Pick(), head=nn.Linear(40, 10)),
+        seed,
+    )
+
+
+def mlp_onnx(path, *, seed=0, sizes=SIZES, softmax=False, batch="batch", **changed):
+    """The MLP written by hand as Gemms, so that no exporter is needed; `changed` replaces weights by name."""
+    rng = np.random.default_rng(seed)
+    nodes, weights, value = [], [], "input"
+    names = [*(f"fc{i}" for i in range(1, len(sizes) - 1)), "head"]
+    for name, into, out in zip(names, sizes[:-1], sizes[1:], strict=True):
+        given = changed.get(name)
+        weight = rng.standard_normal((out, into)) / np.sqrt(into) if given is None else given
+        weights.append(numpy_helper.from_array(weight.astype(np.float32), f"{name}.weight"))
+        weights.append(numpy_helper.from_array(0.1 * rng.standard_normal(out).astype(np.float32), f"{name}.bias"))
+        nodes.append(helper.make_node("Gemm", [value, f"{name}.weight", f"{name}.bias"], [f"{name}.y"], name, transB=1))
+        value = f"{name}.y"
+        if name != "head":
+            nodes.append(helper.make_node("Relu", [value], [f"{name}.r"], f"{name}.relu"))
+            value = f"{name}.r"
+    nodes.append(helper.make_node("Softmax" if softmax else "Identity", [value], ["output"], "end"))
+    x, y = (
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [batch, size])
+        for name, size in (("input", sizes[0]), ("output", sizes[-1]))
+    )
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), path)
+    return Path(path)
+
+
+def labelled(path, model, *, count=60, wrong=9, seed=1):
+    """Ready inputs for `mlp_onnx` with the model's own answers as labels, but for the first `wrong` of them."""
+    import onnxruntime
+
+    x = np.random.default_rng(seed).standard_normal((count, SIZES[0])).astype(np.float32)
+    labels = onnxruntime.InferenceSession(model).run(None, {"input": x})[0].argmax(1)
+    labels[:wrong] = (labels[:wrong] + 1) % SIZES[-1]
+    np.savez(path, x=x, labels=labels)
+    return Path(path)
+
+
+def initializers(path):
+    """Name -> array of every initializer of a model file."""
+    return {t.name: numpy_helper.to_array(t, str(Path(path).parent)) for t in onnx.load(path).graph.initializer}
+
+
+def run_onnx(path, feeds):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    if not isinstance(feeds, dict):
+        feeds = {session.get_inputs()[0].name: np.asarray(feeds)}
+    return session.run(None, feeds)

@@ -1,0 +1,285 @@
+import errno
+import os
+import shutil
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from nets import SIZES, initializers, mlp_onnx, run_onnx
+
+from rsi_deploy import export, onnx_file, onnx_split
+from rsi_deploy.bundle import check_target, whole_folder
+from rsi_deploy.cli import run
+from rsi_deploy.errors import UsageError
+from rsi_deploy.onnx_file import file_bytes, parameters, weight_bytes, write_onnx
+
+
+def tree(folder):
+    """Every path under the folder, hidden ones too, with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "in").mkdir()
+    return mlp_onnx(tmp_path / "in" / "m.onnx")
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder where only bundles are."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+# -- whole_folder: all or nothing
+
+
+def test_a_folder_appears_whole(place):
+    with whole_folder(place / "a" / "b") as work:
+        assert not (place / "a" / "b").exists()
+        assert work.parent == place / "a"  # the same file system: the last step is a rename
+        (work / "x").write_text("1")
+    assert tree(place) == {"a": None, "a/b": None, "a/b/x": b"1"}
+    assert (place / "a" / "b").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OSError])
+def test_an_error_leaves_nothing(place, error):
+    with pytest.raises(error), whole_folder(place / "b") as work:
+        (work / "x").write_text("1")
+        raise error
+    assert tree(place) == {}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_keeps_what_was_there(place, error):
+    (place / "b").mkdir()
+    (place / "b" / "old").write_text("old")
+    with pytest.raises(error), whole_folder(place / "b", force=True) as work:
+        (work / "x").write_text("1")
+        raise error
+    assert tree(place) == {"b": None, "b/old": b"old"}
+
+
+def test_force_replaces_the_whole_folder(place):
+    (place / "b" / "deep").mkdir(parents=True)
+    (place / "b" / "deep" / "old").write_text("old")
+    with whole_folder(place / "b", force=True) as work:
+        (work / "x").write_text("1")
+        assert (place / "b" / "deep" / "old").exists()
+    assert tree(place) == {"b": None, "b/x": b"1"}
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_rename_that_fails_brings_the_old_folder_back(place, monkeypatch, failing):
+    (place / "b").mkdir()
+    (place / "b" / "old").write_text("old")
+    real, calls = os.replace, []
+
+    def replace(a, b):
+        calls.append(a)
+        if len(calls) == failing:
+            raise OSError(errno.EIO, "broken disk")
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="broken disk"), whole_folder(place / "b", force=True) as work:
+        (work / "x").write_text("1")
+    assert tree(place) == {"b": None, "b/old": b"old"}
+
+
+def test_the_old_folder_is_never_deleted_where_it_cannot_come_back(place, monkeypatch):
+    (place / "b").mkdir()
+    (place / "b" / "old").write_text("old")
+    real, calls = os.replace, []
+
+    def replace(a, b):
+        calls.append(a)
+        if len(calls) > 1:
+            raise OSError(errno.EIO, "broken disk")
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="broken disk"), whole_folder(place / "b", force=True):
+        pass
+    assert b"old" in tree(place).values()
+
+
+def test_an_empty_folder_is_taken_and_a_link_is_followed(place):
+    (place / "b").mkdir()
+    (place / "link").symlink_to(place / "b")
+    with whole_folder(place / "link") as work:
+        (work / "x").write_text("1")
+    assert (place / "link").is_symlink()
+    assert (place / "b" / "x").read_text() == "1"
+
+
+def test_a_folder_that_filled_up_meanwhile_is_not_replaced(place):
+    with pytest.raises(UsageError, match="not empty"), whole_folder(place / "b") as work:
+        (work / "x").write_text("1")
+        (place / "b").mkdir()
+        (place / "b" / "other").write_text("theirs")
+    assert tree(place) == {"b": None, "b/other": b"theirs"}
+
+
+# -- refusals before any work
+
+
+def test_targets_that_are_refused(place):
+    (place / "file").write_text("")
+    (place / "full").mkdir()
+    (place / "full" / "x").write_text("")
+    for target, words in (
+        (place / "file", "is a file; -o takes a folder"),
+        (place / "full", "is not empty; choose another folder, or add --force"),
+        (place / "file" / "b", "cannot write into"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            check_target(target, force=False)
+    check_target(place / "full", force=True)
+    with pytest.raises(UsageError, match="is a file"):
+        check_target(place / "file", force=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_parent_that_cannot_be_written_is_refused(place):
+    place.chmod(0o555)
+    try:
+        with pytest.raises(UsageError, match="cannot write into"):
+            check_target(place / "a" / "b", force=False)
+    finally:
+        place.chmod(0o755)
+
+
+def test_export_refuses_a_full_folder_before_it_loads_the_model(place, monkeypatch):
+    (place / "b").mkdir()
+    (place / "b" / "mine").write_text("mine")
+    monkeypatch.setattr("rsi_deploy.pipeline.load_source", lambda *a, **k: pytest.fail("the model was loaded"))
+    with pytest.raises(UsageError, match="--force"):
+        export("m.onnx", place / "b", rank=4)
+    assert tree(place) == {"b": None, "b/mine": b"mine"}
+
+
+# -- export, ended early in every way
+
+
+@pytest.fixture(params=[False, True], ids=["new", "over_an_old_bundle"])
+def target(request, place, model):
+    """Where the next export goes: nothing there, or a bundle."""
+    if request.param:
+        export(str(model), place / "b", rank=2, measure=False)
+    return place / "b"
+
+
+def arguments(model, target):
+    return ["export", str(model), "--rank", "4", "-o", str(target), "--no-bench", "--force"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_full_disk(model, place, target, monkeypatch, capsys, code, failing):
+    before = tree(place)
+    real, calls = ir.save, []
+
+    def save(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == failing:
+            raise OSError(code, os.strerror(code), str(args[1]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ir, "save", save)
+    assert run(arguments(model, target)) == 3
+    assert tree(place) == before
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "no space left on the disk" in err
+
+
+def test_no_permission(model, place, target, monkeypatch, capsys):
+    before = tree(place)
+    monkeypatch.setattr(ir, "save", lambda *a, **k: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no", "x")))
+    assert run(arguments(model, target)) == 3
+    assert tree(place) == before
+    assert "no permission" in capsys.readouterr().err
+
+
+def test_an_interrupt_in_the_middle(model, place, target, monkeypatch, capsys):
+    before = tree(place)
+    real, calls = onnx_split.factorize_site, []
+
+    def factorize_site(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            assert [p for p in place.iterdir() if ".partial-" in p.name]
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(onnx_split, "factorize_site", factorize_site)
+    assert run(arguments(model, target)) == 130
+    assert tree(place) == before
+    out, err = capsys.readouterr()
+    assert (out, err.strip()) == ("", "rsi-deploy: interrupted; nothing was left under the final name")
+
+
+def test_a_gate_that_fails(model, place, target, capsys):
+    before = tree(place)
+    assert run([*arguments(model, target), "--max-output-error", "1e-6"]) == 4
+    assert tree(place) == before
+    assert "--max-output-error" in capsys.readouterr().err
+
+
+def test_success_replaces_the_old_bundle_whole(model, place, target):
+    if target.exists():
+        (target / "left over").write_text("from another time")
+    assert run(arguments(model, target)) == 0
+    assert set(tree(place)) == {"b", "b/model.onnx", "b/report.json", "b/README.md"}
+    assert initializers(target / "model.onnx")["fc1.right"].shape == (SIZES[0], 4)
+
+
+# -- how weights are stored
+
+
+def test_a_small_model_is_one_file_that_may_move_alone(model, tmp_path):
+    export(str(model), tmp_path / "b", rank=4, measure=False)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "b" / "model.onnx", tmp_path / "elsewhere" / "renamed.onnx")
+    shutil.rmtree(tmp_path / "b")
+    model.unlink()
+    (y,) = run_onnx(tmp_path / "elsewhere" / "renamed.onnx", np.zeros((3, SIZES[0]), np.float32))
+    assert y.shape == (3, SIZES[-1])
+
+
+def test_above_the_limit_weights_lie_in_a_file_beside_it(model, tmp_path, monkeypatch):
+    inline = export(str(model), tmp_path / "inline", rank=4, measure=False)
+    monkeypatch.setattr(onnx_file, "INLINE_LIMIT", 1000)
+    report = export(str(model), tmp_path / "b", rank=4, measure=False)
+    assert set(report.files) == {"model.onnx", "model.onnx.data"}
+    assert report.compressed.bytes == sum((tmp_path / "b" / n).stat().st_size for n in report.files)
+    assert report.compressed.params == inline.compressed.params
+    x = np.ones((3, SIZES[0]), np.float32)
+    shutil.move(tmp_path / "b", tmp_path / "moved")  # the path inside is relative
+    np.testing.assert_array_equal(
+        run_onnx(tmp_path / "moved" / "model.onnx", x)[0], run_onnx(tmp_path / "inline" / "model.onnx", x)[0]
+    )
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_save_model_leans_on_no_other_file(model, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(onnx_file, "INLINE_LIMIT", limit)
+    first, second = tmp_path / "one" / "a.onnx", tmp_path / "two" / "b.onnx"
+    first.parent.mkdir()
+    second.parent.mkdir()
+    ir.save(ir.load(model), first, external_data="weights.bin")
+    write_onnx(ir.load(first), second)
+    shutil.rmtree(first.parent)
+    x = np.ones((2, SIZES[0]), np.float32)
+    np.testing.assert_array_equal(run_onnx(second, x)[0], run_onnx(model, x)[0])
+    assert (second.parent / "b.onnx.data").exists() == (limit == 0)
+
+
+def test_counts(model):
+    loaded, arrays = ir.load(model), initializers(model)
+    assert parameters(loaded) == sum(a.size for a in arrays.values())
+    assert weight_bytes(loaded) == sum(a.nbytes for a in arrays.values())
+    assert file_bytes(model) == model.stat().st_size
