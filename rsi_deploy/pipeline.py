@@ -339,8 +339,7 @@ class _Job:
             params = parameters(model)
             forget_weights_(model)
         if not any(site.rank for site in split.sites):
-            reasons = sorted({f"{s.name}: {s.reason}" for s in split.sites}) or ["the graph has no weight-bearing node"]
-            raise ModelError("nothing to split; " + "; ".join(reasons[:8]) + ("; ..." if len(reasons) > 8 else ""))
+            raise ModelError(f"nothing to split: {_reasons(split)}")
         return _Compressed(
             split=split,
             head=head,
@@ -466,6 +465,15 @@ def _torch_outputs(source: Source, inputs: list[npt.NDArray[Any]]) -> list[npt.N
     # What is no tensor (None, a number) is no output of the ONNX model either.
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
     return [leaf.float().numpy() if leaf.dtype == torch.bfloat16 else leaf.numpy() for leaf in leaves]
+
+
+def _reasons(split: SplitModel) -> str:
+    """Why nothing is split: each reason with the sites it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for site in split.sites:
+        by_reason.setdefault(site.reason, []).append(site.name)
+    listed = [f"{reason} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for reason, names in by_reason.items()]
+    return "; ".join(listed) or "the graph has no weight-bearing node"
 
 
 def _finish(folder: Path, *, keep_dense: bool) -> dict[str, str]:

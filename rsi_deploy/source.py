@@ -235,7 +235,8 @@ def _pt2(path: Path) -> Source:
 @contextlib.contextmanager
 def no_torch_logs() -> Iterator[None]:
     """Torch logs tracebacks of what it then raises, and warnings about its own future: neither is for our users."""
-    handlers = list(logging.getLogger("torch").handlers)
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
     levels = [handler.level for handler in handlers]
     for handler in handlers:
         handler.setLevel(logging.CRITICAL)

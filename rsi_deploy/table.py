@@ -70,9 +70,9 @@ def print_sites(console: Console, sites: tuple[SiteRecord, ...], *, most: int = 
         table.add_row(
             escape(s.name),
             s.kind,
-            f"{s.out_features} x {s.in_features}{groups}",
+            f"{s.out_features} x {s.in_features}{groups}" if s.out_features else "",
             str(s.rank or ""),
-            f"{s.break_even_rank:.1f}",
+            f"{s.break_even_rank:.1f}" if s.out_features else "",
             error,
             macs,
             escape(s.decision if s.rank and s.reason == "split" else f"{s.decision}: {s.reason}"),
