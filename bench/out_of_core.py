@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def generate(path: Path, blocks: int) -> None:
-    """A chain of `blocks` times `MatMul (4096, 11008), Relu, MatMul (11008, 4096)`; weights are written as they are made."""
+    """A chain of `blocks` times MatMul (4096, 11008), Relu, MatMul (11008, 4096); weights go to disk as made."""
     rng = np.random.default_rng(0)
     graph_input = ir.val("x", ir.DataType.FLOAT, ["batch", NARROW])
     nodes, initializers, value = [], [], graph_input

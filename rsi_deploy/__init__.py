@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rsi_deploy.preprocess import Preprocessing as Preprocessing
     from rsi_deploy.report import Report as Report
     from rsi_deploy.report import read_report as read_report
+    from rsi_deploy.rewriting import rewrite as rewrite
     from rsi_deploy.sites import SiteRecord as SiteRecord
     from rsi_deploy.verification import verify as verify
 
@@ -44,6 +45,7 @@ _HOMES = {
     "export": "pipeline",
     "inspect": "inspection",
     "read_report": "report",
+    "rewrite": "rewriting",
     "verify": "verification",
 }
 

@@ -1,0 +1,148 @@
+import os
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from rsi_deploy.errors import ModelError
+from rsi_deploy.onnx_file import parameters, read_onnx, weight_bytes, weights_hash
+
+
+def proto(*nodes, initializers=(), output="y"):
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8])
+    y = helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", 8])
+    graph = helper.make_graph(list(nodes), "g", [x], [y], list(initializers))
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def weight(name="w", seed=0):
+    return numpy_helper.from_array(np.random.default_rng(seed).standard_normal((8, 8)).astype(np.float32), name)
+
+
+def matmul(a="x", b="w", y="y", name="fc"):
+    return helper.make_node("MatMul", [a, b], [y], name=name)
+
+
+@pytest.fixture
+def good(tmp_path):
+    path = tmp_path / "m.onnx"
+    onnx.save(proto(matmul(), initializers=[weight()]), path)
+    return path
+
+
+@pytest.fixture
+def external(tmp_path):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "m.onnx"
+    onnx.save(
+        proto(matmul(), initializers=[weight()]), path, save_as_external_data=True, location="m.data", size_threshold=0
+    )
+    return path
+
+
+def relocated(path, **entries):
+    """The model with other words about where its data lie."""
+    model = onnx.load_model(path, load_external_data=False)
+    tensor = model.graph.initializer[0]
+    kept = {entry.key: entry.value for entry in tensor.external_data} | {k: str(v) for k, v in entries.items()}
+    del tensor.external_data[:]
+    for key, value in kept.items():
+        tensor.external_data.add(key=key, value=value)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_a_good_file_is_read(good, external):
+    for path in (good, external):
+        model = read_onnx(path)
+        assert (parameters(model), weight_bytes(model)) == (64, 256)
+    assert weights_hash(read_onnx(good)) == weights_hash(read_onnx(external))
+
+
+def test_the_hash_sees_a_changed_value_and_a_changed_name(good, tmp_path):
+    onnx.save(proto(matmul(), initializers=[weight(seed=1)]), tmp_path / "value.onnx")
+    onnx.save(proto(matmul(b="v"), initializers=[weight("v")]), tmp_path / "name.onnx")
+    assert len({weights_hash(read_onnx(p)) for p in (good, tmp_path / "value.onnx", tmp_path / "name.onnx")}) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08" * 64, os.urandom(999), b'{"ir_version": 8}'])
+def test_what_is_no_onnx_file(tmp_path, content):
+    (tmp_path / "m.onnx").write_bytes(content)
+    with pytest.raises(ModelError, match=r"m\.onnx is not an ONNX file"):
+        read_onnx(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_a_truncated_file(good, share):
+    content = good.read_bytes()
+    good.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ModelError, match=r"m\.onnx"):
+        read_onnx(good)
+
+
+def test_external_data_missing(external):
+    (external.parent / "m.data").unlink()
+    with pytest.raises(ModelError, match="tensor 'w': its data file 'm.data' is missing"):
+        read_onnx(external)
+
+
+def test_external_data_too_short(external):
+    data = external.parent / "m.data"
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="'m.data' is too short: 255 bytes of 256"):
+        read_onnx(external)
+
+
+@pytest.mark.parametrize("location", ["../m.data", "/etc/hostname", "a/../../m.data", "..\\m.data", ""])
+def test_external_data_outside_the_folder(external, location):
+    (external.parent.parent / "m.data").write_bytes(b"\0" * 256)
+    with pytest.raises(ModelError, match="outside the model's folder"):
+        read_onnx(relocated(external, location=location))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_external_data_behind_a_link(external, inside):
+    data, real = external.parent / "m.data", (external.parent if inside else external.parent.parent) / "real"
+    data.rename(real)
+    data.symlink_to(real)
+    with pytest.raises(ModelError, match="which is refused"):
+        read_onnx(external)
+
+
+def test_external_data_of_another_length(external):
+    with pytest.raises(ModelError, match=r"dims \[8, 8\] \(256 bytes\), but refers to 128 bytes"):
+        read_onnx(relocated(external, length=128))
+    with pytest.raises(ModelError, match="is no number"):
+        read_onnx(relocated(external, length="many"))
+
+
+def test_dims_that_do_not_match_the_data(tmp_path):
+    wrong = weight()
+    wrong.dims[0] = 1 << 40
+    onnx.save(proto(matmul(), initializers=[wrong]), tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"tensor 'w' has dims \[1099511627776, 8\]"):
+        read_onnx(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([matmul(a="nowhere")], "node MatMul 'fc' uses 'nowhere': nothing defines it"),
+        ([matmul(a="b", y="a", name="1"), matmul(a="a", y="b", name="2"), matmul()], "a cycle, or nodes out of order"),
+        ([matmul(), matmul(name="again")], "'y' is defined twice, the second time by node MatMul 'again'"),
+        ([matmul(y="z")], "the graph's output 'y' is made by no node"),
+    ],
+)
+def test_names_that_cannot_be(tmp_path, nodes, message):
+    onnx.save(proto(*nodes, initializers=[weight()]), tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=message):
+        read_onnx(tmp_path / "m.onnx")
+
+
+def test_a_subgraph_sees_the_scopes_around_it(tmp_path):
+    branch = helper.make_graph([matmul(y="z")], "b", [], [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)])
+    yes = numpy_helper.from_array(np.array(True), "yes")
+    node = helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch)
+    onnx.save(proto(node, initializers=[weight(), yes]), tmp_path / "m.onnx")
+    assert parameters(read_onnx(tmp_path / "m.onnx")) == 64
