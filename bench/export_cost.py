@@ -78,7 +78,7 @@ def run_arm(arm: str, name: str) -> dict[str, float]:
     from rsi_deploy.source import load_source
 
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
         if arm == "export":
             from rsi_deploy.pipeline import export
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     rows: list[dict[str, Any]] = []
     for name in names:
         common.progress(f"{name}: exporting")
-        with tempfile.TemporaryDirectory(dir=".") as folder:
+        with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
             bundle = Path(folder) / name
             report = export(f"torchvision:{name}", bundle, rank=RANK, weights="none", measure=False, keep_dense=True)
             for batch in BATCHES:

@@ -62,7 +62,7 @@ class Head:
 
 def find_head(model: ir.Model) -> Head | None:
     """The classifier head of a graph with one output, or None if the output is not made by a linear layer."""
-    sites = {site.node: site for site in gp.find_sites(model) if isinstance(site, gp.Site)}
+    sites = {site.node: site for site in gp.find_sites(model) if isinstance(site, gp.Site) and site.groups == 1}
     value: ir.Value | None = model.graph.outputs[0] if len(model.graph.outputs) == 1 else None
     while value is not None and (node := value.producer()) is not None:
         if node.op_type in ("Gemm", "MatMul") and node.name in sites:

@@ -142,6 +142,7 @@ def _runtime_options(function: F) -> F:
 @click.option("--oversampling", default=0, show_default=True, type=click.IntRange(min=0), help="Extra sketch columns.")
 @_filter_options
 @click.option("--always-split", is_flag=True, help="Split also where nothing is saved (teaching, tests).")
+@click.option("--assume-constant", is_flag=True, help="ONNX: weights that are graph inputs too are constants.")
 @click.option("--opset", type=int, help="Of the ONNX model. [default: 23 with attention, else 20]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
@@ -193,6 +194,7 @@ def export(
 @_source_options
 @click.option("--rank", default="25%", show_default=True, help="What export would be asked for.")
 @_filter_options
+@click.option("--assume-constant", is_flag=True, help="ONNX: weights that are graph inputs too are constants.")
 @click.option("--no-spectra", is_flag=True, help="Shapes and decisions only.")
 @click.option(
     "--spectrum-limit", default=2048, show_default=True, help="Largest min(out, in) to compute a spectrum of."

@@ -72,6 +72,7 @@ def inspect(
     input_shape: str | tuple[int, ...] | Sequence[str] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    assume_constant: bool = False,
     spectra: bool = True,
     spectrum_limit: int = SPECTRUM_LIMIT,
     seed: int = 0,
@@ -86,6 +87,7 @@ def inspect(
         input_shape: not needed here; accepted, so that the same options work.
         include: as for export.
         exclude: as for export.
+        assume_constant: as for export.
         spectra: compute singular values.
         spectrum_limit: largest `min(out, in)` whose spectrum is computed.
         seed: of random weights.
@@ -104,7 +106,7 @@ def inspect(
         seed=seed,
     )
     if source.onnx is not None:
-        found = _graph_sites(source.onnx)
+        found = _graph_sites(source.onnx, assume_constant)
     elif source.module is not None:
         found = _module_sites(source.module)
     else:
@@ -146,8 +148,8 @@ def _module_sites(module: torch.nn.Module) -> Iterator[Found]:
         yield site.name, site.kind, site.shape, site.groups, site.obstacle, site.matrix
 
 
-def _graph_sites(path: Path) -> Iterator[Found]:
-    model = read_onnx(path)
+def _graph_sites(path: Path, assume_constant: bool) -> Iterator[Found]:
+    model = read_onnx(path, assume_constant=assume_constant)
     gp.FoldBatchNormPass()(model)
     for site in gp.find_sites(model):
         shape, name = (site.out_features, site.in_features), site_name(site.weight or site.node)

@@ -22,8 +22,15 @@ from rsi_deploy.errors import ModelError
 INLINE_LIMIT = 1 << 30
 
 
-def read_onnx(path: Path) -> ir.Model:
+def read_onnx(path: Path, *, assume_constant: bool = False) -> ir.Model:
     """Read an ONNX file; large weights stay on disk, memory-mapped when they are used.
+
+    Nodes without a name are called after their first output, so that reports and profiles can speak of them.
+
+    Args:
+        path: the file.
+        assume_constant: take initializers that are graph inputs too, which a caller could override, for constants:
+            they are no inputs any more. (Before IR version 4 every initializer had to be an input; those stay.)
 
     Raises:
         ModelError: not an ONNX file; external data missing, too short, or outside the model's folder; dims that do
@@ -43,6 +50,11 @@ def read_onnx(path: Path) -> ir.Model:
     except Exception as error:  # onnx_ir raises many kinds on a graph it cannot hold
         raise ModelError(f"{path.name} cannot be read: {_first_line(error)}") from error
     ir.external_data.set_base_dir(model.graph, path.parent)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.name = node.name or next((value.name for value in node.outputs if value.name), node.name)
+    if assume_constant and model.ir_version >= 4:
+        for value in [value for value in model.graph.inputs if value.is_initializer()]:
+            model.graph.inputs.remove(value)
     return model
 
 

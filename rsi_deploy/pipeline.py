@@ -77,6 +77,7 @@ def export(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     always_split: bool = False,
+    assume_constant: bool = False,
     opset: int | None = None,
     device: str = "auto",
     provider: str = "cpu",
@@ -110,6 +111,7 @@ def export(
         include: globs on site names; empty means all.
         exclude: globs on site names that stay dense.
         always_split: split where nothing is saved, too.
+        assume_constant: for an ONNX file: weights that are graph inputs too are constants, and no inputs any more.
         opset: of the ONNX model; by default 23 with attention, else 20.
         device: where factors are computed: "cpu", "cuda" or "auto".
         provider: onnxruntime provider to measure on.
@@ -152,6 +154,7 @@ def export(
         progress=progress,
         shapes=named_shapes([text for text in texts if "=" in text]),
         given=None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds),
+        assume_constant=assume_constant,
     )
     dataset = open_data(data) if isinstance(data, str | Path) else data
     if dataset is not None and dataset.labels is None:
@@ -251,6 +254,7 @@ class _Job:
     progress: Progress | None
     shapes: Mapping[str, Sequence[int]]
     given: Feeds | None
+    assume_constant: bool
     stages: list[Stage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     dense_macs: int = 0
@@ -267,7 +271,7 @@ class _Job:
         """Write the dense ONNX model; for a torch source, hold it against torch and let the torch model go."""
         if source.onnx is not None:
             with self.stage("read"):
-                model = read_onnx(source.onnx)
+                model = read_onnx(source.onnx, assume_constant=self.assume_constant)
                 if opset is not None and opset != model.opset_imports.get(""):
                     raise UsageError(
                         f"--opset {opset}: {source.name} keeps its opset {model.opset_imports.get('')}; --opset is for "
@@ -473,6 +477,8 @@ def _reasons(split: SplitModel) -> str:
     for site in split.sites:
         by_reason.setdefault(site.reason, []).append(site.name)
     listed = [f"{reason} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for reason, names in by_reason.items()]
+    if any(reason.startswith("overridable") for reason in by_reason):
+        listed.append("add --assume-constant if nobody feeds those weights")
     return "; ".join(listed) or "the graph has no weight-bearing node"
 
 

@@ -33,6 +33,7 @@ def rewrite(
     oversampling: int = 0,
     seed: int = 0,
     always_split: bool = False,
+    assume_constant: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> SplitModel:
@@ -49,6 +50,7 @@ def rewrite(
         oversampling: extra sketch columns.
         seed: of the sketches.
         always_split: split where nothing is saved, too.
+        assume_constant: weights that are graph inputs too are constants, and no inputs any more.
         force: replace `target` if it is there.
         progress: called with (site, index, count) before each factorization.
 
@@ -65,7 +67,7 @@ def rewrite(
         spec=RankSpec.parse(rank), include=tuple(include), exclude=tuple(exclude), always_split=always_split
     )
     solver = Solver(method=method, power_iterations=power_iterations, oversampling=oversampling, seed=seed)
-    model = onnx_file.read_onnx(source)
+    model = onnx_file.read_onnx(source, assume_constant=assume_constant)
     gp.FoldBatchNormPass()(model)
     with whole_folder(target.with_name(f".{target.name}.files"), force=True) as folder:
         result = split_and_write(model, folder / target.name, planner, solver, progress=progress)

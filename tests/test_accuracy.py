@@ -3,9 +3,9 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from rsi_deploy.accuracy import AccuracyResult, divergence, evaluate, label_ranks, log_probabilities, wilson_interval
 from rsi_deploy.data import ArrayData
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.accuracy import AccuracyResult, divergence, evaluate, label_ranks, log_probabilities, wilson_interval
 from rsi_deploy.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.providers import available
 

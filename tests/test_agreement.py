@@ -21,9 +21,9 @@ from rsi_deploy.source import source_of_module
 from rsi_deploy.to_onnx import to_onnx
 from samples import digits
 
-# Measured: at most 8e-7 (swin_t), 0 for most. The weights of both graphs are the same numbers, but a BatchNorm is folded
-# by torch in one and by numpy in the other, and onnxruntime may fuse and thread the two graphs differently. Depth
-# multiplies that rounding (6e-8 a step); 1e-5 leaves a decade for other machines and is far below any wrong factor.
+# Measured: at most 8e-7 (swin_t), 0 for most. The weights of both graphs are the same numbers, but a BatchNorm is
+# folded by torch in one and by numpy in the other, and onnxruntime may fuse and thread the two graphs differently.
+# Depth multiplies that rounding (6e-8 a step). 1e-5 leaves a decade for other machines; wrong factors are far above.
 ROUNDING = 1e-5
 
 

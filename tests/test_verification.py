@@ -106,8 +106,8 @@ def first(name):
         (lambda r: r["files"].update({"more.onnx": "0" * 64}), {"files"}),
     ],
     ids=[
-        "rank", "rank_like_in", "rank_like_out", "decision", "params", "bytes", "norm", "value", "shape", "name", "none",
-        "seed", "parity", "accuracy", "hash", "file",
+        "rank", "rank_like_in", "rank_like_out", "decision", "params", "bytes", "norm", "value", "shape", "name",
+        "none", "seed", "parity", "accuracy", "hash", "file",
     ],
 )  # fmt: skip
 def test_an_edited_report_is_noticed(bundle, data, change, claims, capsys):

@@ -1,0 +1,165 @@
+"""What imports what, and what is public: properties of the whole that no module can hold alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rsi_deploy
+
+ROOT = Path(rsi_deploy.__file__).parents[1]
+OURS = {"rsi_deploy", "graph_passes", "bench", "samples", "tests"}
+
+# A module may import modules of a lower layer, and those of its own that stand before it in the line.
+LAYERS = [
+    ["errors", "rsi"],
+    ["plan", "fold", "layers", "checkpoint", "machine", "preprocess", "datafile", "onnx_file", "sites"],
+    ["inputs", "data", "providers", "compress", "source", "onnx_split", "probe", "bundle"],
+    ["to_onnx", "accuracy", "measure", "trace", "gates", "bound", "rewriting"],
+    ["report", "diagnosis", "inspection"],
+    ["summary", "card", "verification", "table"],
+    ["pipeline"],
+    ["cli"],
+]
+POSITION = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
+
+PUBLIC = {
+    "AccuracyResult",
+    "BenchResult",
+    "GateError",
+    "ModelError",
+    "Preprocessing",
+    "Report",
+    "RsiDeployError",
+    "SiteRecord",
+    "UsageError",
+    "__version__",
+    "bench",
+    "compress_",
+    "doctor",
+    "evaluate",
+    "export",
+    "inspect",
+    "read_report",
+    "rewrite",
+    "verify",
+}
+
+
+def imports(file):
+    """Every module that a file imports, anywhere in it, written out in full."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(file, package="rsi_deploy"):
+    """The modules of the package that a file imports."""
+    files = {path.stem for path in (ROOT / package).glob("*.py")}
+    for name in imports(file):
+        parts = name.split(".")
+        if parts[0] == package and len(parts) > 1 and parts[1] in files:
+            yield parts[1]
+
+
+def modules(package):
+    return sorted((ROOT / package).glob("**/*.py"))
+
+
+@pytest.mark.parametrize("package", ["rsi_deploy", "graph_passes"])
+def test_packages_import_only_what_they_may(package):
+    allowed = {"rsi_deploy": {"rsi_deploy", "graph_passes"}, "graph_passes": {"graph_passes"}}[package]
+    for file in modules(package):
+        ours = {name.split(".")[0] for name in imports(file)} & OURS
+        assert ours <= allowed, file
+
+
+def test_graph_passes_know_neither_torch_nor_a_runtime():
+    for file in modules("graph_passes"):
+        assert not {name.split(".")[0] for name in imports(file)} & {"torch", "torchvision", "onnxruntime"}, file
+
+
+def test_the_kernel_stands_alone():
+    assert set(within(ROOT / "rsi_deploy" / "rsi.py")) == set()
+    assert {name.split(".")[0] for name in imports(ROOT / "rsi_deploy" / "rsi.py")} <= {
+        "torch",
+        *sys.stdlib_module_names,
+    }
+
+
+@pytest.mark.parametrize("name", ["plan", "errors", "preprocess", "data", "machine", "inputs", "cli"])
+def test_what_needs_no_torch_imports_none(name):
+    for imported in imports(ROOT / "rsi_deploy" / f"{name}.py"):
+        assert imported.split(".")[0] not in {"torch", "torchvision"}, imported
+
+
+def test_every_module_has_its_layer():
+    files = {path.stem for path in modules("rsi_deploy")} - {"__init__"}
+    assert files - POSITION.keys() == set(), "give the new module a layer, as low as it can be"
+
+
+@pytest.mark.parametrize("name", sorted(POSITION))
+def test_imports_point_downwards(name):
+    file = ROOT / "rsi_deploy" / f"{name}.py"
+    if not file.exists():
+        pytest.skip(f"no module {name}")
+    for imported in set(within(file)):
+        assert POSITION[imported] < POSITION[name], f"{name} imports {imported}"
+
+
+def test_the_public_names():
+    assert set(rsi_deploy.__all__) == PUBLIC
+    assert set(dir(rsi_deploy)) == PUBLIC
+    assert all(getattr(rsi_deploy, name) is not None for name in PUBLIC)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = rsi_deploy.nonsense
+
+
+def test_what_type_checkers_see_is_what_there_is():
+    tree = ast.parse((ROOT / "rsi_deploy" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {(alias.name, node.module) for node in block.body for alias in node.names}
+    assert seen == {(name, f"rsi_deploy.{home}") for name, home in rsi_deploy._HOMES.items()}
+
+
+def test_verbs_and_functions_have_the_same_names():
+    from rsi_deploy.cli import cli
+
+    names = {"eval": "evaluate", "schema": "Report"}
+    assert {names.get(verb, verb) for verb in cli.commands} <= PUBLIC
+
+
+def test_importing_is_light():
+    heavy = {"torch", "onnxruntime", "onnx", "numpy", "pydantic"}
+    code = f"import sys, rsi_deploy; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("package", ["rsi_deploy", "graph_passes"])
+def test_every_module_and_public_name_says_what_it_is(package):
+    for file in modules(package):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), file
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{file}: {node.name}"
+
+
+@pytest.mark.parametrize("package", ["rsi_deploy", "graph_passes"])
+def test_it_is_typed(package):
+    assert (ROOT / package / "py.typed").exists()
+
+
+def test_only_the_command_line_prints():
+    for file in modules("rsi_deploy"):
+        if file.stem in ("cli", "table"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            assert called != "print", file
