@@ -9,9 +9,12 @@ numpy, onnx and onnx_ir only. Nothing here computes a factor.
 
 from graph_passes.fold_batch_norm import Fold, FoldBatchNormPass, FoldResult
 from graph_passes.records import Dense, Factors, FactorSource, Keep, Record, Site, Skip, Split, SplitResult, in_memory
-from graph_passes.split_all import find_sites, split
-from graph_passes.split_conv import SplitConvPass
-from graph_passes.split_gemm import SplitGemmPass
+from graph_passes.split_all import find_sites, joint_groups, split
+from graph_passes.split_attention import SplitAttentionPass
+from graph_passes.split_conv import SplitConvPass, SplitFusedConvPass
+from graph_passes.split_conv_transpose import SplitConvTransposePass
+from graph_passes.split_fused_matmul import SplitFusedMatMulPass
+from graph_passes.split_gemm import SplitFusedGemmPass, SplitGemmPass
 from graph_passes.split_matmul import SplitMatMulPass
 
 __all__ = [
@@ -26,11 +29,17 @@ __all__ = [
     "Site",
     "Skip",
     "Split",
+    "SplitAttentionPass",
     "SplitConvPass",
+    "SplitConvTransposePass",
+    "SplitFusedConvPass",
+    "SplitFusedGemmPass",
+    "SplitFusedMatMulPass",
     "SplitGemmPass",
     "SplitMatMulPass",
     "SplitResult",
     "find_sites",
     "in_memory",
+    "joint_groups",
     "split",
 ]

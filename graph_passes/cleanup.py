@@ -10,27 +10,35 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.weights import Weight, is_layout, resolve
+from graph_passes.constants import is_layout
+from graph_passes.weights import Weight, resolve
 
 
 def other_consumers(root: ir.Value) -> Iterator[tuple[ir.Node | None, int]]:
     """Every use of a root behind layout operators, as (node, input index); (None, 0) for a graph output."""
-    if root.is_graph_output():
-        yield None, 0
-    for node, index in root.uses():
-        if is_layout(node) and index == 0:
-            yield from other_consumers(node.outputs[0])
-        else:
-            yield node, index
+    pending, seen = [root], {root}
+    while pending:
+        value = pending.pop()
+        if value.is_graph_output():
+            yield None, 0
+        for node, index in value.uses():
+            if not (is_layout(node) and index == 0):
+                yield node, index
+            elif node.outputs[0] not in seen:
+                seen.add(node.outputs[0])
+                pending.append(node.outputs[0])
 
 
 def freeze_shapes(root: ir.Value) -> None:
-    """Replaces `Shape(weight)` by its value, so that only the shape of a split weight is kept.
+    """Replaces `Shape(weight)` by its value where nobody else uses a weight, so that only its shape is kept.
 
     The torch exporter asks for the shape of a Conv weight to make the zeros of a missing bias.
     """
-    for node, _ in tuple(other_consumers(root)):
-        weight = None if node is None or node.op_type != "Shape" else resolve(node.inputs[0])
+    consumers = tuple(other_consumers(root))
+    if any(node is None or node.op_type != "Shape" for node, _ in consumers):
+        return
+    for node, _ in consumers:
+        weight = None if node is None else resolve(node.inputs[0])
         if node is None or node.graph is None or not isinstance(weight, Weight):
             continue
         start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(weight.shape))
@@ -42,20 +50,34 @@ def freeze_shapes(root: ir.Value) -> None:
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         data = node.inputs[0]
         node.graph.remove(node, safe=True)
-        remove_unused(data)
+        remove_unused(data, overridable=True)
 
 
-def remove_unused(value: ir.Value | None) -> None:
-    """Drops an initializer, or the chain of nodes that makes a value, once nobody uses it."""
-    if value is None or value.uses() or value.is_graph_output() or value.is_graph_input():
+def remove_unused(value: ir.Value | None, *, overridable: bool = False) -> None:
+    """Drops an initializer, or the chain of nodes that makes a value, once nobody uses it.
+
+    Args:
+        value: The value; nothing happens while it is used.
+        overridable: Drop an initializer that is a graph input too, and the input with it.
+    """
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if value is None or value.uses() or value.is_graph_output():
+            continue
+        producer = value.producer()
+        if value.is_initializer() and (overridable or not value.is_graph_input()):
+            _remove_initializer(value)
+        elif producer is not None and producer.graph is not None and len(producer.outputs) == 1:
+            pending.extend(producer.inputs)  # before the removal, which takes them away
+            producer.graph.remove(producer, safe=True)
+
+
+def _remove_initializer(value: ir.Value) -> None:
+    graph = value.graph
+    if graph is None or value.name is None:
         return
-    producer = value.producer()
-    if value.is_initializer():
-        if value.graph is not None and value.name is not None:
-            del value.graph.initializers[value.name]
-            value.const_value = None  # a graph is full of cycles: else the weight lives on until they are collected
-    elif producer is not None and producer.graph is not None and len(producer.outputs) == 1:
-        inputs = tuple(producer.inputs)
-        producer.graph.remove(producer, safe=True)
-        for operand in inputs:
-            remove_unused(operand)
+    del graph.initializers[value.name]
+    if value.is_graph_input():
+        graph.inputs.remove(value)
+    value.const_value = None  # a graph is full of cycles: else the weight lives on until they are collected

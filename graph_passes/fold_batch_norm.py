@@ -16,9 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.cleanup import other_consumers, remove_unused
+from graph_passes.constants import OVERRIDABLE_IR_VERSION, add_constant, is_zeros
 from graph_passes.names import Names, name_of
 from graph_passes.records import Array, Skip
-from graph_passes.weights import Refusal, Weight, is_zeros, resolve
+from graph_passes.weights import Refusal, Weight, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +55,25 @@ class FoldBatchNormPass(ir.passes.InPlacePass):
     1. The Conv's output must go nowhere else, and its weight, its bias and the statistics must be constant.
     2. The folded weight and bias keep their names unless somebody else uses them; a new bias takes the name of B.
     3. The output keeps its name.
+
+    Args:
+        overridable: Fold constants that are graph inputs too, and drop those inputs.
     """
+
+    def __init__(self, *, overridable: bool = False) -> None:
+        super().__init__()
+        self.overridable = overridable
 
     def call(self, model: ir.Model) -> FoldResult:
         """Fold wherever it is possible."""
-        names = Names(model)
+        place = _Place(
+            names=Names(model),
+            opset=model.opset_imports.get("", 7),
+            as_nodes=model.ir_version < OVERRIDABLE_IR_VERSION,
+            overridable=self.overridable or model.ir_version < OVERRIDABLE_IR_VERSION,
+        )
         nodes = [n for n in model.graph.all_nodes() if n.op_type == "BatchNormalization" and n.domain == ""]
-        records = tuple(_fold(node, names) for node in nodes)
+        records = tuple(_fold(node, place) for node in nodes)
         return FoldResult(model, any(isinstance(record, Fold) for record in records), records)
 
     def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> FoldResult:
@@ -78,10 +91,20 @@ class _Constants:
     bias: Weight | None
 
 
-def _fold(node: ir.Node, names: Names) -> FoldRecord:
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """What the model says about opset and constants: where they go, and whether they may replace graph inputs."""
+
+    names: Names
+    opset: int
+    as_nodes: bool
+    overridable: bool
+
+
+def _fold(node: ir.Node, place: _Place) -> FoldRecord:
     """Fold one BatchNormalization, or say why not."""
-    conv = _conv_in_front(node)
-    constants = conv if isinstance(conv, str) else _constants(node, conv)
+    conv = _conv_in_front(node, place.opset)
+    constants = conv if isinstance(conv, str) else _constants(node, conv, place)
     if isinstance(conv, str) or isinstance(constants, str):
         return Skip(node=name_of(node), op_type=node.op_type, reason=str(constants))
     weight, bias = _folded(constants, node.attributes.get_float("epsilon", 1e-5))
@@ -91,17 +114,17 @@ def _fold(node: ir.Node, names: Names) -> FoldRecord:
     statistics = tuple(node.inputs[1:5])
     _take_over_output(node, conv)
     for value in statistics:
-        remove_unused(value)
+        remove_unused(value, overridable=place.overridable)
     if _bias(conv) is None and len(conv.inputs) > 2:
         zeros = conv.inputs[2]
         conv.replace_input_with(2, None)
-        remove_unused(zeros)
+        remove_unused(zeros, overridable=place.overridable)
     bias_root = (constants.bias or constants.shift).root
     return Fold(
         node=name_of(node),
         conv=name_of(conv),
-        weight=_replace_constant(conv, 1, weight, constants.weight.root, names),
-        bias=_replace_constant(conv, 2, bias, bias_root, names),
+        weight=_replace_constant(conv, 1, weight, constants.weight.root, place),
+        bias=_replace_constant(conv, 2, bias, bias_root, place),
     )
 
 
@@ -120,9 +143,11 @@ def _folded(constants: _Constants, epsilon: float) -> tuple[Array, Array]:
     return new_weight, new_bias
 
 
-def _conv_in_front(node: ir.Node) -> ir.Node | str:
+def _conv_in_front(node: ir.Node, opset: int) -> ir.Node | str:
     """The Conv to fold into, or why not."""
-    if node.attributes.get_int("training_mode", 0) or any(output.name for output in node.outputs[1:]):
+    attributes = node.attributes
+    learns = not attributes.get_int("is_test", 0) if opset < 7 else attributes.get_int("training_mode", 0)
+    if learns or any(output.name for output in node.outputs[1:]):
         return "training mode: the statistics are computed from the batch"
     data = node.inputs[0]
     conv = None if data is None else data.producer()
@@ -139,7 +164,7 @@ def _bias(conv: ir.Node) -> ir.Value | None:
     return None if bias is None or is_zeros(bias) else bias
 
 
-def _constants(node: ir.Node, conv: ir.Node) -> _Constants | str:
+def _constants(node: ir.Node, conv: ir.Node, place: _Place) -> _Constants | str:
     """Everything the fold reads, or why not."""
     weight = resolve(conv.inputs[1])
     if isinstance(weight, Refusal):
@@ -151,7 +176,7 @@ def _constants(node: ir.Node, conv: ir.Node) -> _Constants | str:
     vectors = [vector for value in values if isinstance(vector := resolve(value), Weight)]
     if len(vectors) < len(values) or any(vector.shape != weight.shape[:1] for vector in vectors):
         return "statistics or bias are not constant vectors with one number an output channel"
-    if any(constant.is_overridable for constant in (weight, *vectors)):
+    if not place.overridable and any(constant.is_overridable for constant in (weight, *vectors)):
         return "overridable: the weight, the bias or a statistic is a graph input too"
     scale, shift, mean, var, *rest = vectors
     return _Constants(weight=weight, scale=scale, shift=shift, mean=mean, var=var, bias=rest[0] if rest else None)
@@ -168,17 +193,14 @@ def _take_over_output(node: ir.Node, conv: ir.Node) -> None:
     new.shape = new.shape if old.shape is None else old.shape
 
 
-def _replace_constant(conv: ir.Node, index: int, array: Array, root: ir.Value, names: Names) -> str:
-    """Give the Conv a new initializer, under the name of `root` unless somebody else still uses that one."""
+def _replace_constant(conv: ir.Node, index: int, array: Array, root: ir.Value, place: _Place) -> str:
+    """Give the Conv a new constant, under the name of `root` unless somebody else still uses that one."""
     wanted = root.name or "folded"
     is_private = all(consumer is conv for consumer, _ in other_consumers(root))
-    name = wanted if is_private else names.fresh_value(wanted)
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    name = wanted if is_private else place.names.fresh_value(wanted)
     old = conv.inputs[index] if index < len(conv.inputs) else None
     conv.resize_inputs(max(len(conv.inputs), index + 1))
-    conv.replace_input_with(index, value)
-    remove_unused(old)
-    if conv.graph is not None:
-        conv.graph.register_initializer(value)
+    conv.replace_input_with(index, None)
+    remove_unused(old, overridable=place.overridable)
+    conv.replace_input_with(index, add_constant(array, name, conv, as_node=place.as_nodes))
     return name

@@ -16,19 +16,19 @@ class Names:
     """
 
     def __init__(self, model: ir.Model) -> None:
-        self._values: set[str] = set()
-        self._nodes: set[str] = set()
+        self._values: dict[str, int] = {}  # taken name -> the last number tried behind it: thousands may want one name
+        self._nodes: dict[str, int] = {}
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
             self._add_graph(graph)
             for subgraph in graph.subgraphs():
                 self._add_graph(subgraph)
 
     def _add_graph(self, graph: ir.Graph) -> None:
-        self._values.update(graph.initializers)
-        self._values.update(value.name or "" for value in (*graph.inputs, *graph.outputs))
+        self._values.update(dict.fromkeys(graph.initializers, 0))
+        self._values.update((value.name or "", 0) for value in (*graph.inputs, *graph.outputs))
         for node in graph:
-            self._nodes.add(node.name or "")
-            self._values.update(value.name or "" for value in (*node.inputs, *node.outputs) if value is not None)
+            self._nodes[node.name or ""] = 0
+            self._values.update((value.name or "", 0) for value in (*node.inputs, *node.outputs) if value is not None)
 
     def fresh_value(self, wanted: str) -> str:
         """`wanted`, or `wanted_1`, `wanted_2`, ...: free, and taken from now on."""
@@ -39,12 +39,12 @@ class Names:
         return _fresh(wanted, self._nodes)
 
 
-def _fresh(wanted: str, taken: set[str]) -> str:
-    name, count = wanted, 0
+def _fresh(wanted: str, taken: dict[str, int]) -> str:
+    name = wanted
     while name in taken:
-        count += 1
-        name = f"{wanted}_{count}"
-    taken.add(name)
+        taken[wanted] += 1
+        name = f"{wanted}_{taken[wanted]}"
+    taken[name] = 0
     return name
 
 

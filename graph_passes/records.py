@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 Array: TypeAlias = npt.NDArray[Any]
-Form: TypeAlias = Literal["matmul", "gemm", "channel"]
+Form: TypeAlias = Literal["matmul", "gemm", "channel", "input"]
 
 _FLOAT_DTYPES = tuple(np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16))
 
@@ -32,12 +32,13 @@ class Site:
 
     Attributes:
         node: Name of the node (of its first output where the node has none).
-        op_type: "MatMul", "Gemm" or "Conv".
+        op_type: "MatMul", "Gemm", "Conv", "ConvTranspose", or onnxruntime's "FusedMatMul", "Attention" and the like.
         weight: Name of the initializer or constant the weight comes from, such as "features.0.weight".
-        out_features: Rows of the weight; per group for a Conv: `out / groups`.
-        in_features: Columns of the weight; for a Conv: `in / groups * kh * kw`.
-        groups: 1 except for a grouped Conv.
+        out_features: Rows of the weight; for a Conv `out / groups`, for a ConvTranspose `out / groups * kh * kw`.
+        in_features: Columns of the weight; for a Conv `in / groups * kh * kw`, for a ConvTranspose `in / groups`.
+        groups: How many matrices the weight holds: the groups of a Conv, the batch entries of a MatMul; else 1.
         dtype: numpy name of the stored dtype: "float32", "float16", "bfloat16" or "float64".
+        members: For a joint site, the names of the weights that are stacked in it; else empty.
     """
 
     node: str
@@ -48,6 +49,7 @@ class Site:
     groups: int
     dtype: str
     loader: Callable[[], Array] = field(repr=False, compare=False)
+    members: tuple[str, ...] = ()
 
     def load(self) -> Array:
         """The weight, `(groups, out_features, in_features)` in its stored dtype.
@@ -130,15 +132,16 @@ class Split:
 
     Attributes:
         node: Name the node had.
-        op_type: "MatMul", "Gemm" or "Conv".
+        op_type: Its operator.
         weight: Name of the weight that was split.
         out_features: Rows of the weight (per group).
         in_features: Columns of the weight (per group).
-        groups: 1 except for a grouped Conv.
+        groups: How many matrices the weight holds.
         rank: Inner dimension (per group).
-        form: "matmul", "gemm" or "channel" (Conv).
+        form: "matmul" (Attention too), "gemm", "channel" (Conv) or "input" (ConvTranspose).
         first_node: Name of the new node that multiplies by `right`.
         second_node: Name of the new node that multiplies by `left`.
+        joint: For a joint split, the names of all weights that share `right` and the first node; else empty.
     """
 
     node: str
@@ -151,6 +154,7 @@ class Split:
     form: Form
     first_node: str
     second_node: str
+    joint: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

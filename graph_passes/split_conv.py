@@ -8,7 +8,8 @@
     X --> Conv kernel, stride, pads, dilation, group --> Conv 1x1, group --> Y
           right (groups * rank, in/groups, *kernel)      left (out, rank, 1, ...), bias
 
-Each group's left mixes that group's own `rank` channels only, so the 1x1 Conv has the same group count.
+Each group's left mixes that group's own `rank` channels only, so the 1x1 Conv has the same group count. onnxruntime's
+FusedConv is a Conv with an activation and maybe a sum Z, which both stay with the second one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import math
 
 import onnx_ir as ir
 
-from graph_passes.split_pass import Parts, SplitPass
+from graph_passes.parts import Parts, resized
+from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
 from graph_passes.weights import Refusal, Weight
 
@@ -35,8 +37,8 @@ class SplitConvPass(SplitPass):
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | Refusal:
         """(out, in/groups, *kernel) as one matrix a group."""
         groups = node.attributes.get_int("group", 1)
-        out_channels, *rest = weight.shape
-        if out_channels % groups or len(rest) < 2:
+        out_channels, *rest = weight.shape or (0,)
+        if groups < 1 or out_channels % groups or len(rest) < 2:
             return Refusal(reason=f"weight of shape {weight.shape} does not fit a Conv of {groups} groups")
         return weight.reshaped(groups, out_channels // groups, math.prod(rest))
 
@@ -47,10 +49,19 @@ class SplitConvPass(SplitPass):
         ones = (1,) * (len(found.shape) - 2)
         right = parts.operand("right", (site.groups * rank, *found.shape[1:]))
         left = parts.operand("left", (site.groups * site.out_features, rank, *ones))
-        first = parts.first("Conv", (node.inputs[0], right), tuple(node.attributes.values()), axis=1)
+        attributes = [a for name, a in node.attributes.items() if name in (*SPATIAL, "group")]
+        shape = resized(node.outputs[0], 1, site.groups * rank)
+        first = parts.first("Conv", (node.inputs[0], right), attributes, shape=shape)
         for name in SPATIAL:
             node.attributes.pop(name, None)
         node.attributes.add(ir.AttrInt64s("kernel_shape", ones))
         node.replace_input_with(0, first.outputs[0])
         node.replace_input_with(1, left)
         return first
+
+
+class SplitFusedConvPass(SplitConvPass):
+    """The same for onnxruntime's FusedConv."""
+
+    domain = "com.microsoft"
+    op_type = "FusedConv"

@@ -12,14 +12,15 @@
 
 The first node is a MatMul: a Gemm without C exists only since opset 11. Where the data enters transposed the product is
 transposed as a whole, (A^T @ right^T)^T = right @ A, and the Gemm keeps its transA (or transB). The Gemm keeps alpha,
-beta and C; the factor it holds is stored untransposed.
+beta and C; the factor it holds is stored untransposed. FusedGemm is a Gemm with an activation, which stays with it.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from graph_passes.split_pass import Parts, SplitPass
+from graph_passes.parts import Parts, resized
+from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
 from graph_passes.weights import Refusal, Weight
 
@@ -36,6 +37,8 @@ class SplitGemmPass(SplitPass):
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | Refusal:
         """B is (out, in) when transB is set, A is (out, in) when transA is not."""
+        if len(weight.shape) != 2:
+            return Refusal(reason=f"weight has {len(weight.shape)} axes: only matrices are split")
         is_transposed = bool(node.attributes.get_int(TRANS[operand], 0))
         turned = weight if is_transposed == (operand == 1) else weight.transposed(1, 0)
         return turned.reshaped(1, *turned.shape)
@@ -53,12 +56,20 @@ class SplitGemmPass(SplitPass):
         else:  # data (K, M) of A^T, or (K, N) of B: right @ data
             right = parts.operand("right", (rank, site.in_features))
             inputs = [right, data]
-        first = parts.first("MatMul", inputs, (), axis=1 if weight_is_b else 0)
-        if data_is_transposed and first.outputs[0].shape is not None:
-            first.outputs[0].shape = ir.Shape(reversed(first.outputs[0].shape.dims))
+        shape = resized(node.outputs[0], 1 if weight_is_b else 0, rank)
+        if data_is_transposed and shape is not None:
+            shape = ir.Shape(reversed(shape.dims))
+        first = parts.first("MatMul", inputs, shape=shape)
         left_shape = (rank, site.out_features) if weight_is_b else (site.out_features, rank)
         left = parts.operand("left", left_shape, turned=weight_is_b)
         node.attributes.pop(TRANS[found.operand], None)
         node.replace_input_with(1 - found.operand, first.outputs[0])
         node.replace_input_with(found.operand, left)
         return first
+
+
+class SplitFusedGemmPass(SplitGemmPass):
+    """The same for onnxruntime's FusedGemm."""
+
+    domain = "com.microsoft"
+    op_type = "FusedGemm"

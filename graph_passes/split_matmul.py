@@ -1,31 +1,38 @@
 """MatMul with one constant operand.
 
-    X @ B,  B (in, out), W = B^T            A @ X,  A (out, in), W = A
+    X @ B,  B (*batch, in, out), W = B^T       A @ X,  A (*batch, out, in), W = A
 
-    X --> MatMul --> Y                      X --> MatMul --> Y
-            B                                       A
-    becomes                                 becomes
-    X --> MatMul --> MatMul --> Y           X --> MatMul --> MatMul --> Y
-        right^T    left^T                        right      left
-       (in, rank) (rank, out)                 (rank, in)  (out, rank)
+    X --> MatMul --> Y                         X --> MatMul --> Y
+            B                                          A
+    becomes                                    becomes
+    X --> MatMul --> MatMul --> Y              X --> MatMul --> MatMul --> Y
+         right^T    left^T                            right      left
+   (*batch, in, rank) (*batch, rank, out)    (*batch, rank, in) (*batch, out, rank)
 
-X may have any number of axes: only the last one (B) or the last but one (A) is multiplied.
+One factorization a batch entry: W is `(groups, out, in)` with groups = prod(batch). X may have any number of axes, and
+its own batch axes broadcast against those of the weight.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
-from graph_passes.split_pass import Parts, SplitPass
+from graph_passes.parts import Parts, resized
+from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
 from graph_passes.weights import Refusal, Weight
 
 
 class SplitMatMulPass(SplitPass):
-    """Splits `MatMul(X, B)` and `MatMul(A, X)` with a constant matrix B or A.
+    """Splits `MatMul(X, B)` and `MatMul(A, X)` with a constant B or A, batched or not.
 
-    1. A constant with fewer or more than two axes is refused.
-    2. MatMul between two computed values (attention scores) bears no weight and leaves no record.
+    1. A constant vector is refused.
+    2. A batched constant is refused where the data is a vector, or of unknown rank: its intermediate product would be
+       taken for a matrix.
+    3. MatMul between two computed values (attention scores) bears no weight and leaves no record.
     """
 
     op_type = "MatMul"
@@ -34,27 +41,64 @@ class SplitMatMulPass(SplitPass):
 
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | Refusal:
-        """(in, out) on the right is turned; (out, in) on the left stands as it is."""
-        if len(weight.shape) != 2:
-            return Refusal(reason=f"weight has {len(weight.shape)} axes: only matrices are split")
-        turned = weight.transposed(1, 0) if operand == 1 else weight
-        return turned.reshaped(1, *turned.shape)
+        """(*batch, in, out) on the right is turned; (*batch, out, in) on the left stands as it is."""
+        axes = len(weight.shape)
+        if axes < 2:
+            return Refusal(reason=f"weight has {axes} axes: only matrices are split")
+        if axes > 2 and (reason := _needs_matrix(node, operand, axes)):
+            return Refusal(reason=reason)
+        if operand == 1:
+            weight = weight.transposed(*range(axes - 2), axes - 1, axes - 2)
+        return weight.reshaped(math.prod(weight.shape[:-2]), *weight.shape[-2:])
 
     @staticmethod
     def rewrite(found: Found, parts: Parts) -> ir.Node:
         """Two MatMuls on the weight's side of the data."""
-        node, site, rank = found.node, found.site, parts.factors.rank
-        data = node.inputs[1 - found.operand]
-        if found.operand == 1:
-            right = parts.operand("right", (site.in_features, rank), turned=True)
-            left = parts.operand("left", (rank, site.out_features), turned=True)
-            first = parts.first("MatMul", (data, right), (), axis=-1)
-        else:
-            right = parts.operand("right", (rank, site.in_features))
-            left = parts.operand("left", (site.out_features, rank))
-            shape = node.outputs[0].shape
-            is_vector = shape is not None and len(shape) == 1
-            first = parts.first("MatMul", (right, data), (), axis=-1 if is_vector else -2)
-        node.replace_input_with(1 - found.operand, first.outputs[0])
-        node.replace_input_with(found.operand, left)
-        return first
+        return rewrite_product(found, parts, found.shape[:-2])
+
+
+def rewrite_product(
+    found: Found,
+    parts: Parts,
+    batch: tuple[int, ...],
+    *,
+    op_type: str = "MatMul",
+    attributes: Sequence[ir.Attr] = (),
+    domain: str = "",
+) -> ir.Node:
+    """Put the first product in front of the node and make the node the second one.
+
+    Args:
+        found: The node.
+        parts: Its factors.
+        batch: The batch axes of the weight.
+        op_type: Operator of the first product.
+        attributes: Its attributes.
+        domain: Its domain.
+    """
+    node, site, rank, output = found.node, found.site, parts.factors.rank, found.node.outputs[0]
+    if found.operand == 1:
+        right = parts.operand("right", (*batch, site.in_features, rank), turned=True)
+        left = parts.operand("left", (*batch, rank, site.out_features), turned=True)
+        inputs, axis = [found.data, right], -1
+    else:
+        right = parts.operand("right", (*batch, rank, site.in_features))
+        left = parts.operand("left", (*batch, site.out_features, rank))
+        is_vector = output.shape is not None and len(output.shape) == 1
+        inputs, axis = [right, found.data], -1 if is_vector else -2
+    first = parts.first(op_type, inputs, attributes, shape=resized(output, axis, rank), domain=domain)
+    node.replace_input_with(1 - found.operand, first.outputs[0])
+    node.replace_input_with(found.operand, left)
+    return first
+
+
+def _needs_matrix(node: ir.Node, operand: int, axes: int) -> str:
+    """Why the data of a batched product may be no matrix, or ""."""
+    data, output = node.inputs[1 - operand], node.outputs[0]
+    if data is not None and data.shape is not None:
+        is_vector = len(data.shape) < 2
+    elif output.shape is not None:
+        is_vector = len(output.shape) < axes
+    else:
+        return "weight is batched and the data's shape is unknown: infer shapes first"
+    return "weight is batched and the data is a vector: only matrices are multiplied in two steps" if is_vector else ""

@@ -10,17 +10,20 @@ Both nodes carry the mark `rsi_deploy.split` in metadata_props, which survives s
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast
 
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.cleanup import freeze_shapes, other_consumers, remove_unused
-from graph_passes.names import Names, name_of, stem
+from graph_passes.cleanup import freeze_shapes, remove_unused
+from graph_passes.constants import OVERRIDABLE_IR_VERSION
+from graph_passes.joint import cut, joint_members, joint_site
+from graph_passes.names import Names, name_of
+from graph_passes.parts import Parts, Store
 from graph_passes.records import (
     Array,
     Dense,
@@ -29,6 +32,7 @@ from graph_passes.records import (
     Form,
     Keep,
     Record,
+    Site,
     Skip,
     Split,
     SplitResult,
@@ -43,15 +47,18 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
 
     Args:
         factors: Gives the factors of a site, or says why to leave it dense. Called once a weight, in graph order.
+        overridable: Split weights that are graph inputs too, and drop those inputs.
     """
 
+    domain: ClassVar[str] = ""
     op_type: ClassVar[str]
     form: ClassVar[Form]
     operands: ClassVar[tuple[int, ...]]  # inputs where the weight may stand, likeliest first
 
-    def __init__(self, factors: FactorSource) -> None:
+    def __init__(self, factors: FactorSource, *, overridable: bool = False) -> None:
         super().__init__()
         self.factors = factors
+        self.overridable = overridable
 
     @staticmethod
     @abc.abstractmethod
@@ -65,7 +72,7 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
 
     def call(self, model: ir.Model) -> SplitResult:
         """Split every node of this family."""
-        return run(model, (type(self),), self.factors)
+        return run(model, (type(self),), self.factors, overridable=self.overridable)
 
     def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> SplitResult:
         """Run the pass; the result carries the records."""
@@ -78,117 +85,61 @@ def run(
     factors: FactorSource,
     unsplit: Unsplit = MappingProxyType({}),
     keep: Keep = in_memory,
+    *,
+    overridable: bool = False,
+    joint: bool = False,
 ) -> SplitResult:
     """Split in place every node of the families for which the source gives factors; `keep` stores them."""
-    entries = deque(survey(model, families, unsplit))
+    entries = deque(survey(model, families, unsplit, overridable=overridable))
+    heads = {members[0].node: members for members in (joint_members(entries) if joint else ())}
+    done: dict[ir.Node, Record] = {}  # nodes split together with one before them
     uses_left = Counter(entry.key for entry in entries if isinstance(entry, Found))
+    last = {entry.weight.root: entry.node for entry in entries if isinstance(entry, Found)}
     answers: dict[WeightKey, Factors | Dense] = {}
-    splitters = {splitter.op_type: splitter for splitter in families}
-    store, names = _Store(keep), Names(model)
+    splitters = {(splitter.domain, splitter.op_type): splitter for splitter in families}
+    store = Store(Names(model), keep, always_nodes=model.ir_version < OVERRIDABLE_IR_VERSION)
     records: list[Record] = []
     while entries:  # popped, so that a dense weight can be freed as soon as it is split
         entry = entries.popleft()
         if isinstance(entry, Skip):
             records.append(entry)
             continue
-        key = entry.key
-        if key not in answers:
-            answers[key] = _checked(factors(entry.site), entry)
-        answer = answers[key]
-        if isinstance(answer, Factors):
-            records.append(_split(entry, splitters[entry.site.op_type], answer, names, store))
+        node, root, key = entry.node, entry.weight.root, entry.key
+        if node in heads:
+            done |= _split_jointly(heads.pop(node), factors, splitters, store)
+        if node not in done and key not in answers:
+            answers[key] = _checked(factors(entry.site), entry.site)
+        if node in done:
+            records.append(done.pop(node))
         else:
-            records.append(skipped(entry, answer.reason))
+            records.append(_answered(entry, answers[key], splitters, store))
         uses_left[key] -= 1
         if not uses_left[key]:
-            del answers[key], uses_left[key]
+            del uses_left[key]
+            answers.pop(key, None)
             store.forget(key)
-        del entry, key, answer
+        if last[root] is node:
+            del last[root]
+            freeze_shapes(root)
+        del entry, key, root
     return SplitResult(model, any(isinstance(record, Split) for record in records), tuple(records))
 
 
-class _Store:
-    """The factor initializers made so far, so that nodes that share a weight share its factors."""
-
-    def __init__(self, keep: Keep) -> None:
-        self._keep = keep
-        self._values: dict[tuple[WeightKey, str, bool, tuple[int, ...]], ir.Value] = {}
-
-    def value(self, parts: Parts, side: Literal["left", "right"], shape: tuple[int, ...], turned: bool) -> ir.Value:
-        weight = parts.found.weight
-        key = (parts.found.key, side, turned, shape)
-        if key not in self._values:
-            factor: Array = getattr(parts.factors, side)
-            array = np.ascontiguousarray((factor.swapaxes(-1, -2) if turned else factor).reshape(shape))
-            name = parts.names.fresh_value(f"{stem(weight.name)}.{side}")
-            tensor = self._keep(array, name)
-            value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-            graph = weight.root.graph
-            if graph is None:
-                raise ValueError(f"weight {weight.name!r} belongs to no graph")
-            graph.register_initializer(value)
-            self._values[key] = value
-        return self._values[key]
-
-    def forget(self, weight: WeightKey) -> None:
-        for key in [key for key in self._values if key[0] == weight]:
-            del self._values[key]
+def _answered(
+    found: Found,
+    answer: Factors | Dense,
+    splitters: Mapping[tuple[str, str], type[SplitPass]],
+    store: Store,
+) -> Record:
+    if isinstance(answer, Dense):
+        return skipped(found, answer.reason)
+    return _split(found, splitters[found.node.domain, found.node.op_type], answer, store)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a rewrite builds with: the factors as operands, and the first node."""
-
-    found: Found
-    factors: Factors
-    names: Names
-    store: _Store
-
-    def operand(self, side: Literal["left", "right"], shape: Sequence[int], *, turned: bool = False) -> ir.Value:
-        """A factor as a node input: stored in `shape`, with its last two axes swapped first if `turned`."""
-        weight, node = self.found.weight, self.found.node
-        value = self.store.value(self, side, tuple(shape), turned)
-        if weight.dtype == weight.stored_dtype:
-            return value
-        cast_node = ir.node("Cast", [value], {"to": weight.dtype}, name=self.names.fresh_node(f"{name_of(node)}/cast"))
-        cast_node.outputs[0].name = self.names.fresh_value(f"{value.name}/cast")
-        cast_node.outputs[0].type = ir.TensorType(weight.dtype)
-        cast_node.outputs[0].shape = ir.Shape(shape)
-        node.prepend(cast_node)
-        return cast_node.outputs[0]
-
-    def first(
-        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Sequence[ir.Attr], axis: int
-    ) -> ir.Node:
-        """Insert the first node; its output is shaped like the node's, with groups * rank along `axis`."""
-        node, output = self.found.node, self.found.node.outputs[0]
-        value = ir.Value(
-            name=self.names.fresh_value(f"{output.name}/right"), type=ir.TensorType(self.found.weight.dtype)
-        )
-        if output.shape is not None:
-            dims = list(output.shape)
-            dims[axis] = self.found.site.groups * self.factors.rank
-            value.shape = ir.Shape(dims)
-        first = ir.Node(
-            "",
-            op_type,
-            inputs,
-            attributes,
-            outputs=[value],
-            version=node.version,
-            name=self.names.fresh_node(f"{name_of(node)}/right"),
-            doc_string=node.doc_string,
-            metadata_props={**node.metadata_props, MARK: "right"},
-        )
-        node.prepend(first)
-        return first
-
-
-def _checked(answer: Factors | Dense, found: Found) -> Factors | Dense:
+def _checked(answer: Factors | Dense, site: Site) -> Factors | Dense:
     """The source's answer, or a ValueError that names the site, what came and what was expected."""
     if isinstance(answer, Dense):
         return answer
-    site = found.site
     where = f"{site.op_type} {site.node!r}, weight {site.weight!r}"
     if not isinstance(answer, Factors):
         raise ValueError(f"{where}: expected Factors or Dense from the factor source, but got {answer!r}")
@@ -198,7 +149,7 @@ def _checked(answer: Factors | Dense, found: Found) -> Factors | Dense:
             f"{where}: expected left ({groups}, {out_features}, rank) and right ({groups}, rank, {in_features}), "
             f"but got left {answer.left.shape} and right {answer.right.shape}"
         )
-    if answer.left.dtype != found.weight.stored_dtype.numpy():
+    if answer.left.dtype.name != site.dtype:
         raise ValueError(f"{where}: expected factors in {site.dtype}, but got {answer.left.dtype}")
     if not (_finite(answer.left) and _finite(answer.right)):
         raise ValueError(f"{where}: expected finite factors, but got NaN or infinity")
@@ -210,17 +161,39 @@ def _finite(array: Array) -> bool:
     return all(np.isfinite(array[:, i : i + 256]).all() for i in range(0, array.shape[1], 256))
 
 
-def _split(found: Found, splitter: type[SplitPass], factors: Factors, names: Names, store: _Store) -> Split:
+def _split_jointly(
+    members: Sequence[Found],
+    factors: FactorSource,
+    splitters: Mapping[tuple[str, str], type[SplitPass]],
+    store: Store,
+) -> dict[ir.Node, Record]:
+    """Split nodes that multiply the same data with one shared right factor; none, if the source wants them apart."""
+    site = joint_site(members)
+    answer = _checked(factors(site), site)
+    if isinstance(answer, Dense):
+        return {}
+    records: dict[ir.Node, Record] = {}
+    first: ir.Node | None = None
+    for member, own in zip(members, cut(answer, members), strict=True):
+        splitter = splitters[member.node.domain, member.node.op_type]
+        record = _split(member, splitter, own, store, first)
+        records[member.node] = dataclasses.replace(record, joint=site.members)
+        data = member.data
+        first = None if data is None else data.producer()
+        store.forget(member.key)
+    return records
+
+
+def _split(
+    found: Found, splitter: type[SplitPass], factors: Factors, store: Store, joined: ir.Node | None = None
+) -> Split:
     """Rewrite one node and drop its dense weight if nobody else uses it."""
     node, site = found.node, found.site
     dense = node.inputs[found.operand]
-    parts = Parts(found=found, factors=factors, names=names, store=store)
-    first = splitter.rewrite(found, parts)
-    node.name = names.fresh_node(f"{site.node}/left")
+    first = splitter.rewrite(found, Parts(found=found, factors=factors, store=store, joined=joined))
+    node.name = store.names.fresh_node(f"{site.node}/left")
     node.metadata_props[MARK] = "left"
-    if all(consumer is not None and consumer.op_type == "Shape" for consumer, _ in other_consumers(found.weight.root)):
-        freeze_shapes(found.weight.root)
-    remove_unused(dense)
+    remove_unused(dense, overridable=True)  # an overridable weight is split only where the user said it is constant
     return Split(
         node=site.node,
         op_type=site.op_type,

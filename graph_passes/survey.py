@@ -7,22 +7,22 @@ Reads shapes, never a weight.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol, TypeAlias
 
 import onnx_ir as ir
 
-from graph_passes.cleanup import other_consumers
+from graph_passes.constants import OVERRIDABLE_IR_VERSION, computed_constants, constant_arguments, layout_chain
 from graph_passes.names import name_of
 from graph_passes.records import Site, Skip
-from graph_passes.weights import Refusal, Step, Weight, resolve
+from graph_passes.sharing import low_rank_pairs, shared_with_others
+from graph_passes.weights import Refusal, Step, Weight, refuse_computed, resolve
 
 MARK = "rsi_deploy.split"
-OLDEST_OPSET = 7
-_FACTOR_NAME = re.compile(r"(.+)\.(right|left)(?:_\d+)?")
+OLDEST_OPSET = 6
+INTEGER_CONSTANT_OPSET = 9  # before, a Constant could not hold the shape of a weight
 
 Unsplit: TypeAlias = Mapping[tuple[str, str], tuple[int, ...]]  # (domain, op_type) -> inputs that may hold a weight
 WeightKey: TypeAlias = tuple[ir.Value, tuple[Step, ...]]
@@ -30,6 +30,10 @@ WeightKey: TypeAlias = tuple[ir.Value, tuple[Step, ...]]
 
 class Family(Protocol):
     """What the survey asks of a split pass."""
+
+    @property
+    def domain(self) -> str:
+        """The operator's domain."""
 
     @property
     def op_type(self) -> str:
@@ -53,6 +57,7 @@ class Found:
         shape: Shape of that input, as the operator sees it.
         weight: The weight, canonical: `(groups, out_features, in_features)`.
         site: What the factor source is told.
+        in_function: Whether the node stands in a model function, which holds no initializers and no types.
     """
 
     node: ir.Node
@@ -60,65 +65,124 @@ class Found:
     shape: tuple[int, ...]
     weight: Weight
     site: Site
+    in_function: bool = False
 
     @property
     def key(self) -> WeightKey:
         """Equal for nodes that share the weight in the same orientation."""
         return self.weight.root, self.weight.steps
 
+    @property
+    def data(self) -> ir.Value | None:
+        """The other operand."""
+        return self.node.inputs[1 - self.operand]
 
-def survey(model: ir.Model, families: Sequence[Family], unsplit: Unsplit = MappingProxyType({})) -> list[Found | Skip]:
+
+def survey(
+    model: ir.Model,
+    families: Sequence[Family],
+    unsplit: Unsplit = MappingProxyType({}),
+    *,
+    overridable: bool = False,
+) -> list[Found | Skip]:
     """Every weight-bearing node of the families, in graph order; nodes inside model functions last.
 
     Args:
         model: The model; not changed, no weight is read.
         families: The passes whose operators are looked for.
         unsplit: Other operators to report, with the inputs where they hold a weight.
+        overridable: Take initializers that are graph inputs too for the constants they usually are.
     """
-    by_op_type = {family.op_type: family for family in families}
-    opset = model.graph.opset_imports.get("", OLDEST_OPSET)
+    by_operator = {(family.domain, family.op_type): family for family in families}
+    overridable = overridable or model.ir_version < OVERRIDABLE_IR_VERSION
+    arguments = constant_arguments(model)
     entries: list[Found | Skip] = []
-    for node in model.graph.all_nodes():
-        family = by_op_type.get(node.op_type) if node.domain == "" else None
-        if family is None:
-            entry: Found | Skip | None = _no_pass(node, unsplit.get((node.domain, node.op_type), ()))
-        else:
-            entry = _already_split(node) or _read(node, family)
-        if isinstance(entry, Found) and entry.weight.is_overridable:
-            entry = skipped(entry, "overridable: the weight is a graph input too, remove it from the inputs")
-        elif isinstance(entry, Found) and opset < OLDEST_OPSET:
-            entry = skipped(entry, f"opset {opset}: older than {OLDEST_OPSET}")
-        elif isinstance(entry, Found) and model.ir_version < 4:
-            entry = skipped(
-                entry, f"IR version {model.ir_version}: every initializer would be an input, save as 4 or later"
-            )
-        if entry is not None:
-            entries.append(entry)
+    entries += _in_scope(model.graph, None, by_operator, unsplit, arguments, overridable)
+    for function in model.functions.values():
+        entries += _in_scope(function.graph, function, by_operator, unsplit, arguments, overridable)
     found = {entry.node: entry for entry in entries if isinstance(entry, Found)}
-    reasons = _low_rank_pairs(found)
-    reasons |= _shared_with_others({node: entry for node, entry in found.items() if node not in reasons})
-    for i, entry in enumerate(entries):
-        if isinstance(entry, Found) and entry.node in reasons:
-            entries[i] = skipped(entry, reasons[entry.node])
-    return [*entries, *_in_functions(model, by_op_type)]
+    reasons = low_rank_pairs({node: (entry.site.weight, entry.data) for node, entry in found.items()})
+    operands = {node: (entry.operand, entry.weight.root) for node, entry in found.items() if node not in reasons}
+    opset = model.opset_imports.get("", OLDEST_OPSET)
+    reasons |= shared_with_others(operands, keep_shapes=opset < INTEGER_CONSTANT_OPSET)
+    return [
+        skipped(entry, reasons[entry.node]) if isinstance(entry, Found) and entry.node in reasons else entry
+        for entry in entries
+    ]
 
 
-def _read(node: ir.Node, family: Family) -> Found | Skip | None:
-    """What one node is: found, refused, or (None) without a constant operand."""
-    resolved = [(operand, resolve(node.inputs[operand])) for operand in family.operands if operand < len(node.inputs)]
+def _in_scope(
+    graph: ir.Graph,
+    function: ir.Function | None,
+    by_operator: Mapping[tuple[str, str], Family],
+    unsplit: Unsplit,
+    arguments: Collection[ir.Value],
+    overridable: bool,
+) -> Iterator[Found | Skip]:
+    """The records of the main graph or of a function's graph, with their subgraphs."""
+    computed = computed_constants(graph.all_nodes())
+    for node in graph.all_nodes():
+        operator = node.domain, node.op_type
+        family = by_operator.get(operator)
+        operands = unsplit.get(operator, ()) if family is None else family.operands
+        if not operands:
+            continue
+        operands = tuple(operand for operand in operands if operand < len(node.inputs))
+        if (entry := _already_split(node)) is not None:
+            yield entry
+        elif function is not None and any(_root(node.inputs[operand]) in arguments for operand in operands):
+            reason = f"inside the model function {function.name!r}, which is given the weight: inline functions first"
+            yield Skip(node=name_of(node), op_type=node.op_type, reason=reason)
+        elif family is None:
+            yield from _no_pass(node, operands, computed)
+        else:
+            for found in _read(node, family, operands, computed, in_function=function is not None):
+                reason = _out_of_reach(found, graph.opset_imports, overridable) if isinstance(found, Found) else ""
+                yield skipped(found, reason) if reason and isinstance(found, Found) else found
+
+
+def _root(value: ir.Value | None) -> ir.Value | None:
+    return None if value is None else layout_chain(value)[0]
+
+
+def _out_of_reach(found: Found, opsets: Mapping[str, int], overridable: bool) -> str:
+    """Why a node that its pass could split must stay, or ""."""
+    if found.weight.is_overridable and not overridable:
+        return "overridable: the weight is a graph input too, remove it from the inputs"
+    if "" not in opsets:
+        return "the model imports no opset of ONNX itself"
+    return f"opset {opsets['']}: older than {OLDEST_OPSET}" if opsets[""] < OLDEST_OPSET else ""
+
+
+def _constant(value: ir.Value | None, computed: Collection[ir.Value]) -> Weight | Refusal | None:
+    """The weight behind an operand, a refusal, or None for one that depends on the model's inputs."""
+    weight = resolve(value)
+    return refuse_computed(value) if weight is None and value is not None and value in computed else weight
+
+
+def _read(
+    node: ir.Node, family: Family, operands: Sequence[int], computed: Collection[ir.Value], *, in_function: bool
+) -> Iterator[Found | Skip]:
+    """What one node is: found, refused, or (nothing) without a constant operand."""
+    resolved = [(operand, _constant(node.inputs[operand], computed)) for operand in operands]
     constant = [(operand, weight) for operand, weight in resolved if weight is not None]
     if not constant:
-        return None
+        return
     operand, weight = constant[0]
     if len(constant) > 1:
         weight = Refusal(reason="both operands are constant: fold constants first")
     shape: tuple[int, ...] = ()
     if isinstance(weight, Weight):
-        shape, name, weight = weight.shape, weight.name, family.canonical(node, operand, weight)
+        shape, name = weight.shape, weight.name
+        if 0 in shape:
+            weight = Refusal(reason=f"weight of shape {shape} is empty")
+        else:
+            weight = family.canonical(node, operand, weight)
         if isinstance(weight, Refusal):
             weight = Refusal(reason=weight.reason, weight=name)
     if isinstance(weight, Refusal):
-        return Skip(node=name_of(node), op_type=node.op_type, weight=weight.weight, reason=weight.reason)
+        yield Skip(node=name_of(node), op_type=node.op_type, weight=weight.weight, reason=weight.reason)
+        return
     groups, out_features, in_features = weight.shape
     site = Site(
         node=name_of(node),
@@ -130,7 +194,7 @@ def _read(node: ir.Node, family: Family) -> Found | Skip | None:
         dtype=weight.stored_dtype.numpy().name,
         loader=weight.numpy,
     )
-    return Found(node=node, operand=operand, shape=shape, weight=weight, site=site)
+    yield Found(node=node, operand=operand, shape=shape, weight=weight, site=site, in_function=in_function)
 
 
 def _already_split(node: ir.Node) -> Skip | None:
@@ -140,64 +204,17 @@ def _already_split(node: ir.Node) -> Skip | None:
     return Skip(node=name_of(node), op_type=node.op_type, reason=reason)
 
 
-def _no_pass(node: ir.Node, operands: tuple[int, ...]) -> Skip | None:
+def _no_pass(node: ir.Node, operands: Sequence[int], computed: Collection[ir.Value]) -> Iterator[Skip]:
     """A record for an operator that holds a weight but has no pass."""
     for operand in operands:
-        weight = resolve(node.inputs[operand]) if operand < len(node.inputs) else None
+        weight = _constant(node.inputs[operand], computed)
         if isinstance(weight, Weight) and len(weight.shape) > 1:
-            reason = f"no pass splits {node.op_type}"
-            return Skip(node=name_of(node), op_type=node.op_type, weight=weight.name, reason=reason)
-        if isinstance(weight, Refusal) and node.op_type != "Gather":  # a Gather of integers is shape arithmetic
-            return Skip(node=name_of(node), op_type=node.op_type, weight=weight.weight, reason=weight.reason)
-    return None
-
-
-def _low_rank_pairs(found: dict[ir.Node, Found]) -> dict[ir.Node, str]:
-    """Our own pairs after a tool dropped the marks: two products with nothing between, factors of one weight by name.
-
-    The names are asked for, because networks hold such pairs by design: MobileNetV2's linear bottlenecks are two 1x1
-    Convs with nothing between, and each of them is a site like any other.
-    """
-    reasons: dict[ir.Node, str] = {}
-    for node, second in found.items():
-        data = node.inputs[1 - second.operand]
-        producer = None if data is None else data.producer()
-        first = None if producer is None else found.get(producer)
-        if data is None or producer is None or first is None or first.operand != second.operand:
+            weight = Refusal(reason=f"no pass splits {node.op_type}", weight=weight.name)
+        elif node.op_type == "Gather":  # of integers, or of a vector: shape arithmetic
             continue
-        right, left = (_FACTOR_NAME.fullmatch(entry.site.weight) for entry in (first, second))
-        if right and left and (right[1], right[2], left[2]) == (left[1], "right", "left"):
-            reasons[producer] = f"already low-rank together with {name_of(node)!r}"
-            reasons[node] = f"already low-rank together with {name_of(producer)!r}"
-    return reasons
-
-
-def _shared_with_others(found: dict[ir.Node, Found]) -> dict[ir.Node, str]:
-    """Nodes whose weight somebody else needs dense."""
-    reasons: dict[ir.Node, str] = {}
-    for node, entry in found.items():
-        for consumer, index in other_consumers(entry.weight.root):
-            if consumer is None:
-                who = "is a graph output"
-            elif consumer.op_type == "Shape" or (consumer in found and found[consumer].operand == index):
-                continue
-            else:
-                who = f"is also used by {consumer.op_type} {name_of(consumer)!r}"
-            reasons[node] = f"weight {who}: splitting would keep it and grow the file"
-            break
-    return reasons
-
-
-def _in_functions(model: ir.Model, by_op_type: dict[str, Family]) -> Iterator[Skip]:
-    """Weights in functions stand in Constants or in arguments; a function cannot hold initializers."""
-    for function in model.functions.values():
-        for node in function.all_nodes():
-            if node.op_type not in by_op_type or node.domain != "" or len(node.inputs) < 2 or node.inputs[1] is None:
-                continue
-            argument = node.inputs[1].is_graph_input()
-            if argument or resolve(node.inputs[1]) is not None:
-                reason = f"inside the model function {function.name!r}: inline functions first"
-                yield Skip(node=name_of(node), op_type=node.op_type, reason=reason)
+        if isinstance(weight, Refusal):
+            yield Skip(node=name_of(node), op_type=node.op_type, weight=weight.weight, reason=weight.reason)
+            return
 
 
 def skipped(found: Found, reason: str) -> Skip:

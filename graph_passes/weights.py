@@ -15,13 +15,12 @@ from typing import Literal, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.constants import layout_chain, stored_array, stored_tensor
 from graph_passes.names import name_of
 from graph_passes.records import Array
 
 Step: TypeAlias = tuple[Literal["transpose", "reshape"], tuple[int, ...]]
 
-LAYOUT_OPS = frozenset({"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze"})
-SPREADING_OPS = LAYOUT_OPS | {"CastLike", "Expand"}
 FLOAT_DTYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 
 
@@ -98,94 +97,41 @@ class Weight:
 
 
 def resolve(value: ir.Value | None) -> Weight | Refusal | None:
-    """The weight behind an operand; None when the operand depends on the model's inputs (or is missing)."""
+    """The weight behind an operand, a refusal for a stored constant that is none, or None for all other operands."""
     if value is None:
         return None
-    chain: list[ir.Node] = []
-    while (producer := value.producer()) is not None and is_layout(producer):
-        chain.append(producer)
-        if producer.inputs[0] is None:
-            return None
-        value = producer.inputs[0]
-    name = value.name or ""
-    tensor = constant_tensor(value)
-    if tensor is None and value.producer() is None and not value.is_graph_input():
+    root, chain = layout_chain(value)
+    name = root.name or ""
+    tensor = stored_tensor(root)
+    if tensor is None and root.producer() is None and not root.is_graph_input():
         return Refusal(reason="weight has no data: a sparse initializer, or a broken model", weight=name)
     if tensor is None:
-        return _refuse_computed(value) if _is_constant_expression(value) else None
+        return None
     if tensor.dtype not in FLOAT_DTYPES:
         return Refusal(reason=f"weight is stored as {tensor.dtype.name.lower()}, not as a float", weight=name)
-    weight = Weight(root=value, tensor=tensor, shape=tuple(tensor.shape.numpy()), dtype=tensor.dtype)
+    weight = Weight(root=root, tensor=tensor, shape=tuple(tensor.shape.numpy()), dtype=tensor.dtype)
     for node in reversed(chain):
-        step = _follow(weight, node)
+        try:
+            step = _follow(weight, node)
+        except (LookupError, ValueError, TypeError, ArithmeticError, StopIteration):
+            step = Refusal(reason=f"weight goes through {node.op_type} {name_of(node)!r}, which does not fit it")
         if isinstance(step, Refusal):
-            return step
+            return Refusal(reason=step.reason, weight=name)
         weight = step
     return weight
 
 
-def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
-    """The tensor of an initializer or of a Constant node's output; None for anything else."""
-    if value.is_initializer():
-        return value.const_value
-    producer = value.producer()
-    if producer is None or producer.op_type != "Constant" or producer.domain != "":
-        return None
-    if not producer.attributes.keys() & {"value", "value_float", "value_floats", "value_int", "value_ints"}:
-        return None  # sparse_value, strings
-    return ir.convenience.get_const_tensor(value)
-
-
-def constant_array(value: ir.Value | None) -> Array | None:
-    """The array of a small constant (axes, a shape, statistics), or None when it is not constant."""
-    tensor = None if value is None or value.is_graph_input() else constant_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
-def is_zeros(value: ir.Value) -> bool:
-    """Whether a value is zero whatever its shape: how the torch exporter writes the bias of a Conv without one.
-
-    Constant 0 --> CastLike --> Expand --> value
-    """
-    while (producer := value.producer()) is not None and producer.domain == "" and producer.op_type in SPREADING_OPS:
-        if producer.inputs[0] is None:
-            return False
-        value = producer.inputs[0]
-    array = constant_array(value)
-    return array is not None and not array.any()
-
-
-def is_layout(node: ir.Node) -> bool:
-    """Whether a node only passes its first operand on: other layout or dtype, same numbers."""
-    return node.domain == "" and node.op_type in LAYOUT_OPS
-
-
-def _is_constant_expression(value: ir.Value) -> bool:
-    """Whether a value follows from constants alone."""
-    pending, seen = [value], {value}
-    while pending:
-        value = pending.pop()
-        if constant_tensor(value) is not None:
-            continue
-        producer = value.producer()
-        if producer is None:
-            return False
-        operands = [operand for operand in producer.inputs if operand is not None]
-        holds_subgraph = any(attribute.type == ir.AttributeType.GRAPH for attribute in producer.attributes.values())
-        if holds_subgraph or not (operands or producer.op_type == "Constant"):
-            return False
-        pending.extend(operand for operand in operands if operand not in seen)
-        seen.update(operands)
-    return True
-
-
-def _refuse_computed(value: ir.Value) -> Refusal:
-    producer = value.producer()
+def refuse_computed(value: ir.Value) -> Refusal:
+    """The refusal for an operand that follows from constants but is not stored."""
+    root, _ = layout_chain(value)
+    producer = root.producer()
     op_type = "" if producer is None else producer.op_type
     if op_type == "DequantizeLinear":
         return Refusal(reason="weight is quantized (DequantizeLinear)")
+    if op_type == "Constant" and producer is not None and any(a.is_ref() for a in producer.attributes.values()):
+        return Refusal(reason="weight is an attribute of the model function: inline functions first")
     if op_type == "Constant":
-        return Refusal(reason="weight is a sparse constant", weight=value.name or "")
+        return Refusal(reason="weight is a sparse constant", weight=root.name or "")
     return Refusal(reason=f"weight is computed by {op_type}: fold constants first")
 
 
@@ -198,15 +144,14 @@ def _follow(weight: Weight, node: ir.Node) -> Weight | Refusal:
         case "Cast":
             to = ir.DataType(node.attributes["to"].as_int())
             if weight.dtype != weight.stored_dtype or to not in FLOAT_DTYPES:
-                return Refusal(
-                    reason=f"weight goes through more than one Cast, or to {to.name.lower()}", weight=weight.name
-                )
+                return Refusal(reason=f"weight goes through more than one Cast, or to {to.name.lower()}")
             return Weight(root=weight.root, tensor=weight.tensor, steps=weight.steps, shape=weight.shape, dtype=to)
         case "Reshape" | "Squeeze" | "Unsqueeze":
             shape = _new_shape(weight.shape, node)
             if shape is None:
-                reason = f"weight goes through {node.op_type} {name_of(node)!r} with computed arguments"
-                return Refusal(reason=reason, weight=weight.name)
+                return Refusal(reason=f"weight goes through {node.op_type} {name_of(node)!r} with computed arguments")
+            if math.prod(shape) != math.prod(weight.shape):
+                raise ValueError(f"{weight.shape} cannot become {shape}")
             return weight.reshaped(*shape)
         case _:
             return weight
@@ -215,7 +160,7 @@ def _follow(weight: Weight, node: ir.Node) -> Weight | Refusal:
 def _new_shape(shape: tuple[int, ...], node: ir.Node) -> tuple[int, ...] | None:
     """Shape behind a Reshape, Squeeze or Unsqueeze; None when its arguments are not constant."""
     operand = node.inputs[1] if len(node.inputs) > 1 else None
-    given = constant_array(operand)
+    given = stored_array(operand)
     if operand is not None and given is None:
         return None
     if given is None and "axes" in node.attributes:  # before opset 13

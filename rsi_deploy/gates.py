@@ -19,8 +19,9 @@ import onnx_ir as ir
 import pydantic
 
 import graph_passes as gp
+from rsi_deploy.datafile import DataFile
 from rsi_deploy.errors import GateError
-from rsi_deploy.onnx_file import forget_weights_, write_external
+from rsi_deploy.onnx_file import forget_weights_
 from rsi_deploy.providers import make_session, run_session
 
 Arrays = Sequence[npt.NDArray[Any]]
@@ -88,10 +89,16 @@ def surgery_check(
         GateError: the split model differs by more than rounding, which is a defect of the surgery.
     """
     model = ir.load(dense)
-    gp.split(model, lambda site: rotated_identity(site) if site.weight in weights else gp.Dense(reason="not split"))
+
+    def full_rank(site: gp.Site) -> gp.Factors | gp.Dense:
+        return rotated_identity(site) if site.weight in weights else gp.Dense(reason="not split")
+
     with tempfile.TemporaryDirectory(prefix=".surgery-", dir=dense.parent) as folder:
         path = Path(folder) / "full_rank.onnx"
-        write_external(model, path)
+        with DataFile(path.with_name(f"{path.name}.data")) as data:  # as large as the dense model: never in memory
+            gp.split(model, full_rank, keep=data.append)
+            data.take_(model)
+        ir.save(model, path)
         forget_weights_(model)
         session = make_session(path, optimize="disabled", prepack=False)
         outputs = run_session(session, feeds, "the full-rank split")

@@ -10,7 +10,8 @@ from rsi_deploy.datafile import SMALL, DataFile
 
 def a_model(weight):
     rows, columns = weight.shape
-    text = f'<ir_version: 10, opset_import: ["": 20]> g (float[n,{rows}] x) => (float[n,{columns}] y) {{ y = MatMul(x, w) }}'
+    signature = f"(float[n,{rows}] x) => (float[n,{columns}] y)"
+    text = f'<ir_version: 10, opset_import: ["": 20]> g {signature} {{ y = MatMul(x, w) }}'
     model = ir.from_proto(onnx.parser.parse_model(text))
     value = ir.Value(name="w", const_value=ir.tensor(weight), shape=ir.Shape(weight.shape))
     value.type = ir.TensorType(ir.tensor(weight).dtype)

@@ -82,7 +82,8 @@ def error(came: np.ndarray, expected: np.ndarray) -> float:
     if came.shape != expected.shape or came.dtype != expected.dtype:
         return float("inf")
     came, expected = came.astype(np.float64), expected.astype(np.float64)
-    return float(np.linalg.norm(came - expected) / np.linalg.norm(expected))
+    distance, size = float(np.linalg.norm(came - expected)), float(np.linalg.norm(expected))
+    return distance / size if size else float("inf") if distance else 0.0
 
 
 def ops(a_model: ir.Model) -> Counter[str]:

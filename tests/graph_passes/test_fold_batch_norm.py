@@ -112,3 +112,12 @@ def test_overridable_statistics_are_refused():
     model.graph.inputs.append(model.graph.initializers["m"])
     (skip,) = FoldBatchNormPass()(model).records
     assert skip.reason == "overridable: the weight, the bias or a statistic is a graph input too"
+
+
+@pytest.mark.parametrize(("is_test", "folds"), [(0, False), (1, True)])
+def test_before_opset_7_an_attribute_says_whether_it_learns(is_test, folds):
+    constants = {"w": numbers(4, 3, 3, 3)} | statistics()
+    body = f"h = Conv(x, w)  y = BatchNormalization<is_test={is_test}>(h, s, b, m, v)"
+    proto = onnx.parser.parse_model(f'<ir_version: 4, opset_import: ["" : 6]> g {SIGNATURE} {{ {body} }}')
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in constants.items())
+    assert FoldBatchNormPass()(ir.from_proto(proto)).modified == folds

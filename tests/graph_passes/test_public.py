@@ -21,12 +21,18 @@ def test_public_names():
         "Site",
         "Skip",
         "Split",
+        "SplitAttentionPass",
         "SplitConvPass",
+        "SplitConvTransposePass",
+        "SplitFusedConvPass",
+        "SplitFusedGemmPass",
+        "SplitFusedMatMulPass",
         "SplitGemmPass",
         "SplitMatMulPass",
         "SplitResult",
         "find_sites",
         "in_memory",
+        "joint_groups",
         "split",
     ]
     assert all(hasattr(graph_passes, name) for name in graph_passes.__all__)

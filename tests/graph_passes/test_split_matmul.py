@@ -96,18 +96,53 @@ def test_comparison_rejects_wrong_models():
     assert split_with(lambda f: {"right": f.right.swapaxes(1, 2)}) > 0.1
 
 
+def test_a_vector_is_refused():
+    model = graph(ON_THE_RIGHT, signature="(float[2,3,6] x) => (float[2,3] y)", w=numbers(6))
+    (skip,) = find_sites(model)
+    assert (skip.node, skip.weight, skip.reason) == ("y", "w", "weight has 1 axes: only matrices are split")
+
+
 @pytest.mark.parametrize(
-    ("weight", "reason"),
+    ("body", "weight", "data", "out"),
     [
-        (numbers(2, 6, 4), "weight has 3 axes: only matrices are split"),
-        (numbers(6), "weight has 1 axes: only matrices are split"),
+        (ON_THE_RIGHT, (2, 6, 4), (2, 3, 6), (2, 3, 4)),
+        (ON_THE_RIGHT, (2, 6, 4), (3, 6), (2, 3, 4)),
+        (ON_THE_RIGHT, (5, 1, 6, 4), (2, 3, 6), (5, 2, 3, 4)),
+        (ON_THE_RIGHT, (1, 6, 4), (7, 5, 3, 6), (7, 5, 3, 4)),
+        (ON_THE_LEFT, (2, 4, 6), (2, 6, 3), (2, 4, 3)),
+        (ON_THE_LEFT, (2, 4, 6), (6, 3), (2, 4, 3)),
+        (ON_THE_LEFT, (5, 1, 4, 6), (2, 6, 3), (5, 2, 4, 3)),
     ],
 )
-def test_other_ranks_are_refused(weight, reason):
-    out = "float[2,3,4]" if weight.ndim == 3 else "float[2,3]"
-    model = graph(ON_THE_RIGHT, signature=f"(float[2,3,6] x) => ({out} y)", w=weight)
+def test_batched_weight_is_one_factorization_an_entry(body, weight, data, out):
+    signature = f"(float[{','.join(map(str, data))}] x) => (float[{','.join(map(str, out))}] y)"
+    x, w = numbers(*data, seed=1), numbers(*weight)
+    model = graph(body, signature=signature, w=w)
+    (site,) = find_sites(model)
+    assert (site.groups, site.out_features, site.in_features) == (int(np.prod(weight[:-2])), 4, 6)
+    assert_same_at_full_rank(model, 1e-6, x=x)
+    model = graph(body, signature=signature, w=w)
+    split(model, best_of_rank(2))
+    expected = np.matmul(*((x, truncated(w, 2)) if body == ON_THE_RIGHT else (truncated(w, 2), x)))
+    assert error(run(model, x=x), expected) <= 1e-6
+    assert_sound(model)
+
+
+@pytest.mark.parametrize(("body", "weight"), [(ON_THE_RIGHT, (2, 6, 4)), (ON_THE_LEFT, (2, 4, 6))])
+def test_batched_weight_and_maybe_a_vector(body, weight):
+    model = graph(body, signature="(float[6] x) => (float[2,4] y)", w=numbers(*weight))
     (skip,) = find_sites(model)
-    assert (skip.node, skip.weight, skip.reason) == ("y", "w", reason)
+    assert skip.reason.startswith("weight is batched and the data is a vector")
+    model.graph.inputs[0].shape = model.graph.outputs[0].shape = None
+    (skip,) = find_sites(model)
+    assert skip.reason == "weight is batched and the data's shape is unknown: infer shapes first"
+
+
+def test_unknown_shape_of_the_data_and_known_shape_of_the_output():
+    model = graph(ON_THE_RIGHT, signature="(float[3,6] x) => (float[2,3,4] y)", w=numbers(2, 6, 4))
+    model.graph.inputs[0].shape = None
+    assert len(split(model, full_rank)) == 1
+    assert error(run(model, x=numbers(3, 6)), numbers(3, 6) @ numbers(2, 6, 4)) <= 1e-6
 
 
 def test_attention_scores_leave_no_record():

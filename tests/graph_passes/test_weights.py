@@ -118,22 +118,6 @@ def test_refused(reason):
     assert ir.to_proto(model).SerializeToString() == before
 
 
-def test_overridable_weight():
-    model = graph("y = MatMul(x, w)", w=numbers(6, 4))
-    model.graph.inputs.append(model.graph.initializers["w"])
-    (skip,) = split(model, full_rank)
-    assert skip.reason == "overridable: the weight is a graph input too, remove it from the inputs"
-    assert (skip.weight, skip.out_features, skip.in_features) == ("w", 4, 6)
-
-
-def test_ir_version_3_needs_initializers_as_inputs():
-    body = CONSTANT
-    model = graph(body, opset=8)
-    model.ir_version = 3
-    (skip,) = find_sites(model)
-    assert skip.reason == "IR version 3: every initializer would be an input, save as 4 or later"
-
-
 def test_sparse_initializer():
     values = helper.make_tensor("w", TensorProto.FLOAT, [2], [1.0, 2.0])
     sparse = helper.make_sparse_tensor(values, helper.make_tensor("i", TensorProto.INT64, [2], [1, 5]), [6, 4])

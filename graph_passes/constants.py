@@ -1,0 +1,146 @@
+"""Constants of a graph: which values are constant, and adding a new one.
+
+initializer | Constant                   stored: `stored_tensor` reads it
+Mul(constant, constant) --> value        computed: one walk in graph order finds them all
+f(x, constant) { ... argument ... }      an argument that somebody calls with a constant
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+import onnx_ir as ir
+
+from graph_passes.records import Array, Keep, in_memory
+
+OVERRIDABLE_IR_VERSION = 4  # before, every initializer had to be an input, and onnxruntime takes it as constant
+LAYOUT_OPS = frozenset({"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze"})
+SPREADING_OPS = LAYOUT_OPS | {"CastLike", "Expand"}
+_CONSTANT_ATTRIBUTES: Mapping[str, type[np.generic] | None] = MappingProxyType(
+    {
+        "value": None,
+        "value_float": np.float32,
+        "value_floats": np.float32,
+        "value_int": np.int64,
+        "value_ints": np.int64,
+    }
+)
+
+
+def stored_tensor(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node's output; None for anything else."""
+    if value.is_initializer():
+        return value.const_value
+    producer = value.producer()
+    if producer is None or producer.op_type != "Constant" or producer.domain != "":
+        return None
+    for name, dtype in _CONSTANT_ATTRIBUTES.items():
+        attribute = producer.attributes.get(name)
+        if attribute is not None and not attribute.is_ref():
+            return attribute.as_tensor() if dtype is None else ir.tensor(np.array(attribute.value, dtype))
+    return None  # sparse_value, strings, an attribute of the function
+
+
+def stored_array(value: ir.Value | None) -> Array | None:
+    """The array of a small constant (axes, a shape, statistics), or None when it is not constant."""
+    tensor = None if value is None or value.is_graph_input() else stored_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def is_layout(node: ir.Node) -> bool:
+    """Whether a node only passes its first operand on: other layout or dtype, same numbers."""
+    return node.domain == "" and node.op_type in LAYOUT_OPS and len(node.inputs) > 0 and len(node.outputs) == 1
+
+
+def layout_chain(value: ir.Value, operators: frozenset[str] = LAYOUT_OPS) -> tuple[ir.Value, list[ir.Node]]:
+    """What stands before the layout operators (or other ones) that make a value, and those nodes, last one first."""
+    chain: list[ir.Node] = []
+    seen = {value}
+    while (producer := value.producer()) is not None and producer.domain == "" and producer.op_type in operators:
+        operand = producer.inputs[0] if producer.inputs else None
+        if operand is None or operand in seen or len(producer.outputs) > 1:  # seen: a cycle, in a broken model
+            break
+        chain.append(producer)
+        seen.add(operand)
+        value = operand
+    return value, chain
+
+
+def is_zeros(value: ir.Value) -> bool:
+    """Whether a value is zero whatever its shape: how the torch exporter writes the bias of a Conv without one.
+
+    Constant 0 --> CastLike --> Expand --> value
+    """
+    array = stored_array(layout_chain(value, SPREADING_OPS)[0])
+    return array is not None and not array.any()
+
+
+def computed_constants(nodes: Iterable[ir.Node]) -> set[ir.Value]:
+    """Values that are not stored but follow from stored ones alone; the nodes come in graph order."""
+    computed: set[ir.Value] = set()
+
+    def is_known(operand: ir.Value) -> bool:
+        return operand in computed or stored_tensor(operand) is not None
+
+    for node in nodes:
+        operands = [operand for operand in node.inputs if operand is not None]
+        is_constant = node.op_type == "Constant" and node.domain == ""
+        holds_subgraph = any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
+        if is_constant:
+            is_computed = stored_tensor(node.outputs[0]) is None
+        else:
+            is_computed = bool(operands) and not holds_subgraph and all(map(is_known, operands))
+        if is_computed:
+            computed.update(node.outputs)
+    return computed
+
+
+def constant_arguments(model: ir.Model) -> set[ir.Value]:
+    """Arguments of model functions that at least one caller, itself maybe a function, gives a stored constant."""
+    arguments: set[ir.Value] = set()
+    if not model.functions:
+        return arguments
+    graphs = (model.graph, *(function.graph for function in model.functions.values()))
+    calls = [
+        (node, model.functions[node.op_identifier()])
+        for graph in graphs
+        for node in graph.all_nodes()
+        if node.op_identifier() in model.functions
+    ]
+    count = -1
+    while count != len(arguments):
+        count = len(arguments)
+        for node, function in calls:
+            for operand, argument in zip(node.inputs, function.inputs, strict=False):
+                root = None if operand is None else layout_chain(operand)[0]
+                if root is not None and (root in arguments or stored_tensor(root) is not None):
+                    arguments.add(argument)
+    return arguments
+
+
+def add_constant(array: Array, name: str, before: ir.Node, *, as_node: bool, keep: Keep = in_memory) -> ir.Value:
+    """A new constant in the graph of a node: an initializer, or a Constant node in front of it.
+
+    Args:
+        array: Its numbers, in row-major order.
+        name: Its name, free in the whole model.
+        before: The node.
+        as_node: As a Constant node, for a function, which holds no initializers, and for IR versions before 4, where
+            every initializer must be a graph input.
+        keep: Stores the numbers.
+    """
+    tensor = keep(array, name)
+    shape, dtype = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
+    if as_node:
+        node = ir.Node("", "Constant", (), [ir.AttrTensor("value", tensor)], name=name)
+        value = node.outputs[0]
+        value.name, value.shape, value.type = name, shape, dtype
+        before.prepend(node)
+    else:
+        value = ir.Value(name=name, shape=shape, type=dtype, const_value=tensor)
+        if before.graph is None:
+            raise ValueError(f"node {before.name!r} belongs to no graph, so {name!r} has no place")
+        before.graph.register_initializer(value)
+    return value

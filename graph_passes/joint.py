@@ -1,0 +1,67 @@
+"""Products of the same data: one factorization for all of them, with one shared right factor.
+
++--> MatMul W_q^T --> q                                 +--> MatMul left_q^T --> q
+X --+--> MatMul W_k^T --> k    becomes    X --> MatMul -----+--> MatMul left_k^T --> k
++--> MatMul W_v^T --> v                     right^T     +--> MatMul left_v^T --> v
+
+[W_q; W_k; W_v] (out_q + out_k + out_v, in) ~ left @ right,    left cut by rows into left_q, left_k, left_v
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from graph_passes.records import Array, Factors, Site, Skip
+from graph_passes.survey import Found
+
+PLAIN_DATA = ("transA", "transBatchA")  # attributes that turn the data of a product
+
+
+def joint_members(entries: Iterable[Found | Skip]) -> list[tuple[Found, ...]]:
+    """Groups of two or more nodes of one graph that multiply the same data by a matrix from the right."""
+    found = [entry for entry in entries if isinstance(entry, Found)]
+    uses = Counter(entry.key for entry in found)
+    groups: dict[object, list[Found]] = {}
+    for entry in found:
+        if _is_plain(entry) and uses[entry.key] == 1:
+            weight = entry.weight
+            kind = entry.data, entry.node.graph, weight.dtype, weight.stored_dtype, entry.site.in_features
+            groups.setdefault(kind, []).append(entry)
+    return [tuple(members) for members in groups.values() if len(members) > 1]
+
+
+def joint_site(members: Sequence[Found]) -> Site:
+    """What the factor source is told: the weights stacked, `(1, sum of out, in)`."""
+    sites = [member.site for member in members]
+
+    def load() -> Array:
+        return np.concatenate([site.load() for site in sites], axis=1)
+
+    return Site(
+        node=" + ".join(site.node for site in sites),
+        op_type=sites[0].op_type,
+        weight=" + ".join(site.weight for site in sites),
+        out_features=sum(site.out_features for site in sites),
+        in_features=sites[0].in_features,
+        groups=1,
+        dtype=sites[0].dtype,
+        members=tuple(site.weight for site in sites),
+        loader=load,
+    )
+
+
+def cut(factors: Factors, members: Sequence[Found]) -> list[Factors]:
+    """The factors of each member: its rows of `left`, and `right` as it is."""
+    ends = np.cumsum([member.site.out_features for member in members])[:-1]
+    return [Factors(left=left, right=factors.right) for left in np.split(factors.left, ends, axis=1)]
+
+
+def _is_plain(found: Found) -> bool:
+    """Whether a node is `data @ W^T`, with the data as it is and W one matrix."""
+    attributes = found.node.attributes
+    is_product = found.site.op_type in ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
+    is_turned = any(attributes.get_int(name, 0) for name in PLAIN_DATA)
+    return is_product and found.operand == 1 and len(found.shape) == 2 and not is_turned

@@ -1,0 +1,66 @@
+"""Weights that cannot be split because of their surroundings: halves of an old split, and those somebody else needs.
+
+x --> op X.right --> op X.left --> y          our own pair, its marks lost
+w --> MatMul, w --> Gather                    a tied weight: a split would keep it and grow the file
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from graph_passes.cleanup import other_consumers
+from graph_passes.names import name_of
+
+_FACTOR_NAME = re.compile(r".+\.(right|left)(?:_\d+)?")
+
+
+def low_rank_pairs(found: Mapping[ir.Node, tuple[str, ir.Value | None]]) -> dict[ir.Node, str]:
+    """Our own pairs after a tool dropped the marks: two products with nothing between, factors by their names.
+
+    The names are asked for, because networks hold such pairs by design: MobileNetV2's linear bottlenecks are two 1x1
+    Convs with nothing between, and each of them is a site like any other.
+
+    Args:
+        found: Name of the weight and the data operand of each node.
+    """
+    reasons: dict[ir.Node, str] = {}
+    for node, (weight, data) in found.items():
+        producer = None if data is None else data.producer()
+        if producer is None or producer not in found:
+            continue
+        right, left = (_FACTOR_NAME.fullmatch(name) for name in (found[producer][0], weight))
+        if right and left and (right[1], left[1]) == ("right", "left"):
+            reasons[producer] = f"already low-rank together with {name_of(node)!r}"
+            reasons[node] = f"already low-rank together with {name_of(producer)!r}"
+    return reasons
+
+
+def shared_with_others(found: Mapping[ir.Node, tuple[int, ir.Value]], *, keep_shapes: bool) -> dict[ir.Node, str]:
+    """Nodes whose weight somebody else needs dense.
+
+    Args:
+        found: Input index and root of the weight of each node that could be split.
+        keep_shapes: Whether a Shape needs the weight itself; else it is replaced by its value.
+    """
+    by_root: dict[ir.Value, str] = {}
+    for _, root in found.values():
+        if root not in by_root:
+            by_root[root] = _foreign_use(root, found, keep_shapes)
+    return {
+        node: f"weight {by_root[root]}: splitting would keep it and grow the file"
+        for node, (_, root) in found.items()
+        if by_root[root]
+    }
+
+
+def _foreign_use(root: ir.Value, found: Mapping[ir.Node, tuple[int, ir.Value]], keep_shapes: bool) -> str:
+    for consumer, index in other_consumers(root):
+        if consumer is None:
+            return "is a graph output"
+        is_shape = consumer.op_type == "Shape" and not keep_shapes
+        if not is_shape and (consumer not in found or found[consumer][0] != index):
+            return f"is also used by {consumer.op_type} {name_of(consumer)!r}"
+    return ""
