@@ -43,13 +43,16 @@ class DataFile:
         return tensor if tensor.nbytes < SMALL else self._written(tensor, array)
 
     def take_(self, model: ir.Model) -> None:
-        """Bring every large initializer of the model's graphs into this file, one at a time."""
+        """Bring every initializer into this file (or, if small, into the model), so that no other file is needed."""
         for graph in model.graphs():
             for value in graph.initializers.values():
                 tensor = value.const_value
-                if tensor is None or tensor.nbytes < SMALL or self._owns(tensor) or tensor.dtype == ir.DataType.STRING:
+                if tensor is None or self._owns(tensor) or tensor.dtype == ir.DataType.STRING:
                     continue
-                value.const_value = self._written(tensor, tensor.numpy())
+                if tensor.nbytes >= SMALL:
+                    value.const_value = self._written(tensor, tensor.numpy())
+                elif isinstance(tensor, ir.ExternalTensor):
+                    value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
                 if isinstance(tensor, ir.ExternalTensor):
                     tensor.release()
 

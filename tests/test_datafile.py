@@ -11,12 +11,17 @@ from rsi_deploy.datafile import SMALL, DataFile
 def a_model(weight):
     rows, columns = weight.shape
     signature = f"(float[n,{rows}] x) => (float[n,{columns}] y)"
-    text = f'<ir_version: 10, opset_import: ["": 20]> g {signature} {{ y = MatMul(x, w) }}'
+    text = f'<ir_version: 10, opset_import: ["": 20]> g {signature} {{ z = MatMul(x, w) y = Add(z, b) }}'
     model = ir.from_proto(onnx.parser.parse_model(text))
     value = ir.Value(name="w", const_value=ir.tensor(weight), shape=ir.Shape(weight.shape))
     value.type = ir.TensorType(ir.tensor(weight).dtype)
     model.graph.register_initializer(value)
     model.graph[0].replace_input_with(1, value)
+    bias = ir.Value(
+        name="b", const_value=ir.tensor(weight[0] * 0 + 1), shape=ir.Shape(weight[0].shape), type=value.type
+    )
+    model.graph.register_initializer(bias)
+    model.graph[1].replace_input_with(1, bias)
     return model
 
 
@@ -42,7 +47,7 @@ def test_small_and_scalar_tensors_stay_in_the_model(tmp_path):
 
 def test_a_taken_model_runs_alone(tmp_path):
     weight = np.random.default_rng(0).standard_normal((300, 40)).astype(np.float32)
-    ir.save(a_model(weight), tmp_path / "source.onnx", external_data="source.data")
+    ir.save(a_model(weight), tmp_path / "source.onnx", external_data="source.data", size_threshold_bytes=0)
     model = ir.load(tmp_path / "source.onnx")
     (tmp_path / "out").mkdir()
     with DataFile(tmp_path / "out" / "m.data") as data:
@@ -53,4 +58,4 @@ def test_a_taken_model_runs_alone(tmp_path):
     (tmp_path / "source.data").unlink()
     session = onnxruntime.InferenceSession(tmp_path / "out" / "m.onnx")
     x = np.ones((2, 300), np.float32)
-    np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight + 1, rtol=1e-4, atol=1e-4)
