@@ -305,7 +305,8 @@ class _Job:
             except ModelError as error:
                 if source.onnx is None or dataset is not None:
                     raise
-                self.notes.append(f"nothing could be verified or measured: {error}")
+                reason = str(error).replace(str(dense), source.name)
+                self.notes.append(f"nothing could be verified or measured: {reason}")
                 return _DenseFacts(feeds=feeds, outputs=None, macs={}, batch=1), None
             batch = next((len(a) for a in feeds.values() if a.ndim), 1)
             macs = {node: count // batch for node, count in trace.macs.items()}

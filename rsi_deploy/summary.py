@@ -16,8 +16,9 @@ def comparison_rows(report: Report) -> list[Row]:
     rows += [
         ("file", human_bytes(d.bytes), human_bytes(c.bytes), f"{d.bytes / c.bytes:.2f}x smaller"),
         ("parameters", f"{d.params:,}", f"{c.params:,}", _kept(c.params, d.params)),
-        ("MACs a sample", f"{d.macs:,}", f"{c.macs:,}", _kept(c.macs, d.macs)),
     ]
+    if d.macs:  # unknown where the model could not be run
+        rows.append(("MACs a sample", f"{d.macs:,}", f"{c.macs:,}", _kept(c.macs, d.macs)))
     if report.latency:
         dense, compressed = report.latency.arms
         rows.append(

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from nets import SIZES, Told, attention, cnn, initializers, labelled, mlp, mlp_onnx, run_onnx, seeded
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from safetensors.torch import save_file
 from torch import nn
 
@@ -583,3 +583,20 @@ def test_progress_is_told(tmp_path, model):
     seen = []
     export(str(model), tmp_path / "b", rank=4, progress=lambda *a: seen.append(a), **QUICK)
     assert seen == [("fc1", 0, 3), ("fc2", 1, 3), ("head", 2, 3)]
+
+
+def test_a_model_onnxruntime_cannot_run_is_rewritten_and_says_what_was_not_checked(tmp_path):
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Strange", ["h"], ["y"], domain="my.ops")]
+    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32), "w")
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 64]) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], [weight])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("my.ops", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    report = export(str(tmp_path / "m.onnx"), tmp_path / "out", rank="25%")
+    assert [site.rank for site in report.sites] == [16]
+    assert (report.verification.surgery, report.verification.approximation, report.latency) == (None, None, None)
+    (note,) = report.notes
+    assert note.startswith("nothing could be verified or measured: m.onnx")
+    assert "Strange" in note
+    assert str(tmp_path) not in note
+    assert onnx.load(tmp_path / "out" / "model.onnx").graph.node[-1].op_type == "Strange"
