@@ -192,10 +192,19 @@ def _restore_names_(model: ir.Model, names: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints to stdout and warns about its own future; neither is for our users."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), no_torch_logs():
+    """The exporter at work: without gradients, and without its prints and warnings, which are not for our users.
+
+    With gradients on, torch.export and torch.onnx disagree about the strides of attention with a learned bias
+    (pytorch/pytorch#136543). Without them, torch's modules would take fused paths that no exporter knows.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), no_torch_logs(), torch.no_grad():
         warnings.simplefilter("ignore")
-        yield
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _first_line(error: Exception) -> str:

@@ -30,12 +30,7 @@ from rsi_deploy.source import load_source, source_of_module
 from rsi_deploy.to_onnx import to_onnx
 
 # What torch's exporter cannot do, told by its own message. An entry that works is an error too: remove it then.
-EXPORTER_FAILURES = {
-    # Autograd is on while torch.export records sdpa with a learned bias, off while torch.onnx decomposes it, and the
-    # two disagree about strides (pytorch/pytorch#136543). Under torch.no_grad() both nets export.
-    "t5-sdpa": "Cannot view a tensor with shape",
-    "swin-sdpa": "Cannot view a tensor with shape",
-}
+EXPORTER_FAILURES: dict[str, str] = {}
 
 # Products with a constant that stay whole at full rank, and why; all others must be split.
 TIED = "weight is also used by Gather"
