@@ -20,7 +20,7 @@ LAYERS = [
     ["to_onnx", "accuracy", "measure", "trace", "gates", "bound", "rewriting"],
     ["report", "diagnosis", "inspection"],
     ["summary", "card", "verification", "table"],
-    ["pipeline"],
+    ["stages", "pipeline"],
     ["cli"],
 ]
 POSITION = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}

@@ -304,9 +304,9 @@ def test_defective_surgery_never_becomes_a_bundle(tmp_path, model, monkeypatch):
 
 
 def test_a_wrong_exporter_never_becomes_a_bundle(tmp_path, monkeypatch):
-    from rsi_deploy import pipeline
+    from rsi_deploy import stages
 
-    good = pipeline.to_onnx
+    good = stages.to_onnx
 
     def doubled(source, opset=None):
         exported = good(source, opset=opset)
@@ -314,7 +314,7 @@ def test_a_wrong_exporter_never_becomes_a_bundle(tmp_path, monkeypatch):
         bias.const_value = __import__("onnx_ir").tensor(bias.const_value.numpy() * 2 + 1)
         return exported
 
-    monkeypatch.setattr(pipeline, "to_onnx", doubled)
+    monkeypatch.setattr(stages, "to_onnx", doubled)
     with pytest.raises(GateError, match="^exporter gate"):
         export(mlp(), tmp_path / "b", rank=4, **QUICK)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,303 @@
+"""The steps of one export, with the settings they share and the times they took.
+
+    export_dense -> dense_facts -> compress -> verify -> accuracy -> latency
+
+Each takes paths and what the steps before it found; nothing large is kept between them.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from graph_passes import Factors, FoldBatchNormPass, Split
+from rsi_deploy import __version__
+from rsi_deploy.accuracy import AccuracyResult, evaluate
+from rsi_deploy.bound import Head, SoftmaxBound, find_head, softmax_bound
+from rsi_deploy.data import Dataset
+from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, surgery_check, tolerance_for
+from rsi_deploy.inputs import model_inputs
+from rsi_deploy.measure import BenchResult, bench
+from rsi_deploy.onnx_file import (
+    forget_weights_,
+    parameters,
+    read_onnx,
+    weight_bytes,
+    weights_hash,
+    write_external,
+)
+from rsi_deploy.onnx_split import SplitModel, as_torch
+from rsi_deploy.plan import Planner
+from rsi_deploy.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.probe import Feeds, probe_feeds
+from rsi_deploy.providers import make_session, run_session
+from rsi_deploy.report import Accuracy, ProbeOutput, Settings, Size, Stage, Verification
+from rsi_deploy.rewriting import split_and_write
+from rsi_deploy.rsi import Solver
+from rsi_deploy.source import Source
+from rsi_deploy.to_onnx import to_onnx
+from rsi_deploy.trace import traced_run
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseFacts:
+    """What is known of the dense model before it is compressed: probe inputs, outputs on them, MACs a sample."""
+
+    feeds: Feeds
+    outputs: list[npt.NDArray[Any]] | None
+    macs: dict[str, int]
+    batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """The written model, and what only its making knew."""
+
+    split: SplitModel
+    head: Head | None
+    head_factors: Factors | None
+    dense: Size
+    params: int
+    source_hash: str
+
+
+@dataclass(kw_only=True)
+class Job:
+    """The steps of one export, with the settings they share and the times they took."""
+
+    settings: Settings
+    planner: Planner
+    solver: Solver
+    device: torch.device
+    provider: str
+    progress: Progress | None
+    shapes: Mapping[str, Sequence[int]]
+    given: Feeds | None
+    assume_constant: bool
+    stages: list[Stage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    dense_macs: int = 0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one step."""
+        started = time.perf_counter()
+        yield
+        self.stages.append(Stage(name=name, seconds=time.perf_counter() - started))
+
+    def export_dense(
+        self, source: Source, path: Path, steps: Preprocessing | None, opset: int | None
+    ) -> Comparison | None:
+        """Write the dense ONNX model; for a torch source, hold it against torch and let the torch model go."""
+        if source.onnx is not None:
+            with self.stage("read"):
+                model = read_onnx(source.onnx, assume_constant=self.assume_constant)
+                if opset is not None and opset != model.opset_imports.get(""):
+                    raise UsageError(
+                        f"--opset {opset}: {source.name} keeps its opset {model.opset_imports.get('')}; --opset is for "
+                        f"torch models"
+                    )
+                FoldBatchNormPass()(model)
+                self._write_dense(model, path, steps)
+            return None
+        with self.stage("export dense"):
+            exported = to_onnx(source, opset=opset)
+            self.notes.extend(exported.notes)
+            self._write_dense(exported.model, path, steps)
+        with self.stage("verify exporter"):
+            feeds = probe_feeds(path, self.settings.seed, self.shapes, self.given)
+            expected = _torch_outputs(source, list(feeds.values()))
+            source.module = source.program = None
+            del exported
+            gc.collect()
+            session = make_session(path, optimize="disabled", prepack=False)
+            outputs = run_session(session, feeds, "the dense model")
+        tolerance = tolerance_for(expected, EXPORTER_TOLERANCE)
+        return compare_outputs(expected, outputs, what="exporter gate (torch against dense ONNX)", tolerance=tolerance)
+
+    def dense_facts(
+        self, source: Source, dense: Path, dataset: Dataset | None, steps: Preprocessing | None
+    ) -> tuple[DenseFacts, AccuracyResult | None]:
+        """Trace the dense model on the probe inputs, and measure its accuracy where there are data."""
+        with self.stage("trace"):
+            feeds = probe_feeds(dense, self.settings.seed, self.shapes, self.given)
+            try:
+                trace = traced_run(dense, feeds)
+            except ModelError as error:
+                if source.onnx is None or dataset is not None:
+                    raise
+                reason = str(error).replace(str(dense), source.name)
+                self.notes.append(f"nothing could be verified or measured: {reason}")
+                return DenseFacts(feeds=feeds, outputs=None, macs={}, batch=1), None
+            batch = next((len(a) for a in feeds.values() if a.ndim), 1)
+            macs = {node: count // batch for node, count in trace.macs.items()}
+            self.dense_macs = sum(macs.values())
+        accuracy = None
+        if dataset is not None:  # first of all the long work: data that do not fit must say so now
+            with self.stage("accuracy dense"):
+                accuracy = evaluate(dense, dataset, preprocessing=_applied(steps, dataset), provider=self.provider)
+        return DenseFacts(feeds=feeds, outputs=trace.outputs, macs=macs, batch=batch), accuracy
+
+    def compress(self, dense: Path, path: Path, steps: Preprocessing | None, *, with_head: bool) -> Compressed:
+        """Factorize, split and write the model at `path`."""
+        with self.stage("read dense"):
+            model = ir.load(dense)
+            source_hash = weights_hash(model)
+            before = Size(
+                bytes=dense.stat().st_size + weight_bytes(model), params=parameters(model), macs=self.dense_macs
+            )
+            head = find_head(model) if with_head else None
+        with self.stage("factorize, split, save"):
+            keep = [head.weight] if head else []
+            split = split_and_write(
+                model,
+                path,
+                self.planner,
+                self.solver,
+                progress=self.progress,
+                keep=keep,
+                device=self.device,
+                metadata={
+                    "rsi_deploy.version": __version__,
+                    "rsi_deploy.settings": json.dumps(self.settings.model_dump(), sort_keys=True),
+                    "rsi_deploy.source_hash": source_hash,
+                },
+            )
+            params = parameters(model)
+            forget_weights_(model)
+        if not any(site.rank for site in split.sites):
+            raise ModelError(f"nothing to split: {_reasons(split)}")
+        return Compressed(
+            split=split,
+            head=head,
+            head_factors=split.kept.get(head.weight) if head else None,
+            dense=before,
+            params=params,
+            source_hash=source_hash,
+        )
+
+    def verify(
+        self,
+        dense: Path,
+        path: Path,
+        result: Compressed,
+        facts: DenseFacts,
+        exporter: Comparison | None,
+        max_output_error: float | None,
+    ) -> tuple[Verification, tuple[ProbeOutput, ...]]:
+        """Hold the surgery and the compressed model against the dense one."""
+        if facts.outputs is None:
+            return Verification(exporter=None, surgery=None, approximation=None), ()
+        split = {node.weight for node in result.split.nodes if isinstance(node, Split)}
+        with self.stage("verify surgery"):
+            surgery = surgery_check(dense, split, facts.feeds, facts.outputs)
+        with self.stage("verify approximation"):
+            session = make_session(path)
+            outputs = run_session(session, facts.feeds, path.name)
+            names = [output.name for output in session.get_outputs()]
+            del session
+            approximation = compare_outputs(
+                facts.outputs,
+                outputs,
+                what="approximation gate (compressed against dense, --max-output-error)",
+                tolerance=max_output_error,
+            )
+        if not approximation.informative:
+            self.notes.append("the dense model's probe outputs are all zero: the gates on them show little")
+        probe = tuple(ProbeOutput.of(name, array) for name, array in zip(names, outputs, strict=True))
+        return Verification(exporter=exporter, surgery=surgery, approximation=approximation), probe
+
+    def accuracy(
+        self,
+        dense: Path,
+        path: Path,
+        result: Compressed,
+        dataset: Dataset | None,
+        steps: Preprocessing | None,
+        before: AccuracyResult | None,
+    ) -> tuple[Accuracy | None, SoftmaxBound | None]:
+        """Accuracy of the compressed model, and the softmax bound of a factorized head."""
+        if dataset is None or before is None:
+            return None, None
+        with self.stage("accuracy compressed"):
+            after = evaluate(
+                path, dataset, preprocessing=_applied(steps, dataset), provider=self.provider, reference=dense
+            )
+        bound = None
+        if result.head is not None and result.head_factors is not None:
+            with self.stage("softmax bound"):
+                spec = model_inputs(dense)[0]
+                size = spec.shape[0] if isinstance(spec.shape[0], int) else 64
+                # The tapped model takes whole batches only where its batch is fixed; samples left over are left out.
+                whole = len(dataset) // size * size if isinstance(spec.shape[0], int) else len(dataset)
+                if not whole:
+                    self.notes.append(
+                        f"no softmax bound: {len(dataset)} samples are less than the model's batch, {size}"
+                    )
+                    return Accuracy(dense=before, compressed=after), None
+                batches = (x.astype(spec.dtype, copy=False) for x, _ in dataset.batches(size, steps, whole))
+                bound = softmax_bound(dense, result.head, result.head_factors, batches, spec.name)
+        return Accuracy(dense=before, compressed=after), bound
+
+    def latency(
+        self, dense: Path, path: Path, facts: DenseFacts, batch: int, seconds: float, threads: int | None
+    ) -> BenchResult:
+        """Dense and compressed side by side."""
+        # Where the user told shapes or arrays, those are what the model is for; else any batch will do.
+        told = facts.feeds if self.given is not None or self.shapes else None
+        with self.stage("latency"):
+            result = bench(
+                [dense, path],
+                batch=batch,
+                feeds=told,
+                provider=self.provider,
+                threads=threads,
+                seconds=seconds,
+                seed=self.settings.seed,
+                labels=["dense", "compressed"],
+            )
+        arms = tuple(arm.model_copy(update={"model": Path(arm.model).name}) for arm in result.arms)
+        return result.model_copy(update={"arms": arms})
+
+    def _write_dense(self, model: ir.Model, path: Path, steps: Preprocessing | None) -> None:
+        if steps is not None:
+            model.metadata_props[METADATA_KEY] = steps.to_metadata()
+        self.settings = self.settings.model_copy(update={"opset": model.opset_imports.get("", 0)})
+        write_external(model, path)
+        forget_weights_(model)
+
+
+def _applied(steps: Preprocessing | None, dataset: Dataset) -> Preprocessing | None:
+    """The steps, where the data are pictures; ready inputs go through none."""
+    return steps if dataset.kind == "images" else None
+
+
+def _torch_outputs(source: Source, inputs: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    module: Any = source.module if source.module is not None else source.program.module()  # type: ignore[union-attr]
+    with torch.inference_mode():
+        outputs = module(*(as_torch(array) for array in inputs))
+    # What is no tensor (None, a number) is no output of the ONNX model either.
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    return [leaf.float().numpy() if leaf.dtype == torch.bfloat16 else leaf.numpy() for leaf in leaves]
+
+
+def _reasons(split: SplitModel) -> str:
+    """Why nothing is split: each reason with the sites it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for site in split.sites:
+        by_reason.setdefault(site.reason, []).append(site.name)
+    listed = [f"{reason} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for reason, names in by_reason.items()]
+    if any(reason.startswith("overridable") for reason in by_reason):
+        listed.append("add --assume-constant if nobody feeds those weights")
+    return "; ".join(listed) or "the graph has no weight-bearing node"
