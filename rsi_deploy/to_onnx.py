@@ -8,11 +8,14 @@ of the exporting machine, so that the same model gives the same bytes anywhere.
 """
 
 import contextlib
+import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -94,8 +97,7 @@ def _captured(source: Source, notes: list[str]) -> "torch.export.ExportedProgram
     """`torch.export` with a dynamic batch; with a fixed one, and a note, where the model does not allow it."""
     assert source.module is not None
     module, inputs = source.module, source.example_inputs
-    batch = torch.export.Dim("batch")
-    dynamic = tuple({0: batch} if isinstance(t, torch.Tensor) and t.ndim else None for t in inputs)
+    dynamic = _dynamic_batch(module, inputs)
     try:
         with _quiet():
             return torch.export.export(module, inputs, dynamic_shapes=dynamic)
@@ -111,6 +113,17 @@ def _captured(source: Source, notes: list[str]) -> "torch.export.ExportedProgram
     source.example_inputs = fixed
     notes.append(f"the batch size is fixed at 1: the model does not export with a dynamic one ({reason})")
     return program
+
+
+def _dynamic_batch(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`dynamic_shapes` for torch.export: one batch for all; what `*args` takes is one nested tuple there."""
+    batch = torch.export.Dim("batch")
+    flat = tuple({0: batch} if isinstance(t, torch.Tensor) and t.ndim else None for t in inputs)
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return flat
+    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*flat[:named], flat[named:])
 
 
 def _converted(source: Source, program: "torch.export.ExportedProgram", opset: int) -> ir.Model:
@@ -208,5 +221,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    r"""The reason in an exporter's message: torch.onnx puts it under a headline, below its advice.
+
+    >>> _first_line(ValueError("Failed.\nNext steps: ...\n## Exception summary\n\nCannot view a tensor\n(...)"))
+    'Cannot view a tensor'
+    """
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    _, _, summary = text.partition("## Exception summary")
+    lines = [line.strip() for line in (summary or text).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:300]

@@ -600,3 +600,20 @@ def test_a_model_onnxruntime_cannot_run_is_rewritten_and_says_what_was_not_check
     assert "Strange" in note
     assert str(tmp_path) not in note
     assert onnx.load(tmp_path / "out" / "model.onnx").graph.node[-1].op_type == "Strange"
+
+
+def test_a_forward_of_any_number_of_inputs_keeps_its_dynamic_batch(tmp_path):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+            self.example_inputs = (torch.zeros(2, 16), torch.zeros(2, 16))
+
+        def forward(self, *parts):
+            return self.fc(sum(parts))
+
+    report = export(Sum(), tmp_path / "out", rank=2, measure=False)
+    assert not any("batch" in note for note in report.notes)
+    x = np.ones((5, 16), np.float32)
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    assert session.run(None, {i.name: x for i in session.get_inputs()})[0].shape == (5, 16)
