@@ -158,8 +158,10 @@ def test_a_rank_above_every_site_is_refused_and_one_that_fits_a_single_site_is_n
     planner(64, include=("features.*",), exclude=("classifier",)).check(iter(SITES))
 
 
-def test_a_model_without_sites_is_not_an_error():
-    planner(64).check([])
+def test_an_absolute_rank_is_refused_only_where_there_are_sites():
+    assert planner(64).check([]) is None
+    with pytest.raises(UsageError, match="above the full rank"):
+        planner(64).check([("a", 8, 8)])
 
 
 @pytest.mark.parametrize(
