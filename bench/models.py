@@ -170,14 +170,14 @@ class CifarResNet(nn.Module):
 class SentenceEncoder(nn.Module):
     """A transformers encoder with mean pooling: `(N, length)` token ids and mask to unit vectors `(N, dim)`."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, length: int = 16) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.length = encoder, length
 
     @property
     def example_inputs(self) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask, int64 `(2, 16)`."""
-        return torch.full((2, 16), 2000), torch.ones(2, 16, dtype=torch.int64)
+        """Token ids and attention mask, int64 `(2, length)`."""
+        return torch.full((2, self.length), 2000), torch.ones(2, self.length, dtype=torch.int64)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Unit embeddings `(N, dim)`."""
@@ -206,8 +206,11 @@ def resnet56() -> nn.Module:
     return CifarResNet(9)
 
 
-def minilm() -> SentenceEncoder:
+def minilm(length: int = 16) -> SentenceEncoder:
     """The sentence encoder with its trained weights, without the pooler that mean pooling does not use.
+
+    Args:
+        length: tokens a text where it is exported.
 
     Raises:
         UnavailableError: the package or transformers is not installed.
@@ -218,7 +221,7 @@ def minilm() -> SentenceEncoder:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report that the pooler's weights go unused, which is what is asked for
-    module = SentenceEncoder(BertModel.from_pretrained(folder, add_pooling_layer=False))
+    module = SentenceEncoder(BertModel.from_pretrained(folder, add_pooling_layer=False), length)
     return module.eval().requires_grad_(False)
 
 
@@ -406,13 +409,16 @@ def _classifier(name: str, module: nn.Module, data: ArrayData, limit: int | None
     )
 
 
-def tokenize(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask int64 `(N, length)` for `minilm`, padded to the longest, at most 256 tokens."""
+def tokenize(texts: Sequence[str], length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask int64 `(N, length)` for `minilm`, cut and padded to `length`.
+
+    Without it they are padded to the longest and cut at 256 tokens.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(_minilm_folder() / "tokenizer.json"))
-    tokenizer.enable_truncation(256)
-    tokenizer.enable_padding()
+    tokenizer.enable_truncation(length or 256)
+    tokenizer.enable_padding(length=length)
     encoded = tokenizer.encode_batch(list(texts))
     return torch.tensor([entry.ids for entry in encoded]), torch.tensor([entry.attention_mask for entry in encoded])
 

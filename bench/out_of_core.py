@@ -121,8 +121,8 @@ def _rewrite(folder: Path) -> dict[str, float]:
 
 def _floor(folder: Path) -> dict[str, float]:
     import graph_passes as gp
+    from rsi_deploy.arrays import as_torch
     from rsi_deploy.onnx_file import read_onnx
-    from rsi_deploy.onnx_split import as_torch
     from rsi_deploy.plan import RankSpec
     from rsi_deploy.rsi import rsi
 

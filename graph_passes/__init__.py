@@ -8,6 +8,7 @@ numpy, onnx and onnx_ir only. Nothing here computes a factor.
 """
 
 from graph_passes.fold_batch_norm import Fold, FoldBatchNormPass, FoldResult
+from graph_passes.forms import Form
 from graph_passes.records import Dense, Factors, FactorSource, Keep, Record, Site, Skip, Split, SplitResult, in_memory
 from graph_passes.split_all import find_sites, joint_groups, split
 from graph_passes.split_attention import SplitAttentionPass
@@ -16,6 +17,7 @@ from graph_passes.split_conv_transpose import SplitConvTransposePass
 from graph_passes.split_fused_matmul import SplitFusedMatMulPass
 from graph_passes.split_gemm import SplitFusedGemmPass, SplitGemmPass
 from graph_passes.split_matmul import SplitMatMulPass
+from graph_passes.window import Window
 
 __all__ = [
     "Dense",
@@ -24,6 +26,7 @@ __all__ = [
     "Fold",
     "FoldBatchNormPass",
     "FoldResult",
+    "Form",
     "Keep",
     "Record",
     "Site",
@@ -38,6 +41,7 @@ __all__ = [
     "SplitGemmPass",
     "SplitMatMulPass",
     "SplitResult",
+    "Window",
     "find_sites",
     "in_memory",
     "joint_groups",

@@ -132,7 +132,8 @@ def add_constant(array: Array, name: str, before: ir.Node, *, as_node: bool, kee
         keep: Stores the numbers.
     """
     tensor = keep(array, name)
-    shape, dtype = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
+    shape = tensor.shape if isinstance(tensor.shape, ir.Shape) else ir.Shape(array.shape)  # one object less a factor
+    dtype = ir.TensorType(tensor.dtype)
     if as_node:
         node = ir.Node("", "Constant", (), [ir.AttrTensor("value", tensor)], name=name)
         value = node.outputs[0]

@@ -50,13 +50,20 @@ def joint_site(members: Sequence[Found]) -> Site:
         dtype=sites[0].dtype,
         members=tuple(site.weight for site in sites),
         loader=load,
+        forms=sites[0].forms,
+        data=sites[0].data,
+        output=" + ".join(site.output for site in sites),
+        nested=sites[0].nested,
+        plain=all(site.plain for site in sites),
     )
 
 
 def cut(factors: Factors, members: Sequence[Found]) -> list[Factors]:
-    """The factors of each member: its rows of `left`, and `right` as it is."""
+    """The factors of each member: its rows of `left` and its part of the bias, and `right` as it is."""
     ends = np.cumsum([member.site.out_features for member in members])[:-1]
-    return [Factors(left=left, right=factors.right) for left in np.split(factors.left, ends, axis=1)]
+    lefts = np.split(factors.left, ends, axis=1)
+    biases = [None] * len(members) if factors.bias is None else np.split(factors.bias, ends)
+    return [Factors(left=left, right=factors.right, bias=bias) for left, bias in zip(lefts, biases, strict=True)]
 
 
 def _is_plain(found: Found) -> bool:

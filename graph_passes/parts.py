@@ -1,48 +1,61 @@
-"""What a rewrite builds with: the factors as operands, and the first of the two nodes.
+"""What a rewrite builds with: the factors and the bias as operands, and the first of the two nodes.
 
 Nodes that share a weight share its factor constants; nodes split jointly share the first node too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.constants import add_constant
+from graph_passes.constants import OVERRIDABLE_IR_VERSION, add_constant
 from graph_passes.names import Names, name_of, stem
-from graph_passes.records import Array, Factors, Keep
+from graph_passes.records import Array, Factors, Form, Keep
 from graph_passes.survey import MARK, Found, WeightKey
+from graph_passes.weights import Weight
 
 
 class Store:
-    """The factor constants made so far, so that nodes that share a weight share its factors."""
+    """The constants made so far, so that nodes that share a weight share its factors.
 
-    def __init__(self, names: Names, keep: Keep, *, always_nodes: bool) -> None:
-        self.names = names
+    Args:
+        model: Where the constants go.
+        keep: Stores their numbers.
+        overridable: Constants that are graph inputs too are constants, as they always are before IR version 4.
+    """
+
+    def __init__(self, model: ir.Model, keep: Keep, *, overridable: bool) -> None:
+        self.names = Names(model)
+        self.opset = model.opset_imports.get("", 0)
+        self.overridable = overridable or model.ir_version < OVERRIDABLE_IR_VERSION
         self._keep = keep
-        self._always_nodes = always_nodes
-        self._values: dict[WeightKey, dict[tuple[str, bool, tuple[int, ...]], ir.Value]] = {}
+        self._always_nodes = model.ir_version < OVERRIDABLE_IR_VERSION
+        self._values: dict[WeightKey, dict[Hashable, ir.Value]] = {}
 
-    def value(self, parts: Parts, side: Literal["left", "right"], shape: tuple[int, ...], turned: bool) -> ir.Value:
-        """The constant of one factor, made when first asked for."""
-        weight, as_node = parts.found.weight, self._always_nodes or parts.found.in_function
-        values = self._values.setdefault(parts.found.key, {})
-        if (side, turned, shape) not in values:
-            factor: Array = getattr(parts.factors, side)
-            array = np.ascontiguousarray((factor.swapaxes(-1, -2) if turned else factor).reshape(shape))
-            name = self.names.fresh_value(f"{stem(weight.name)}.{side}")
-            before = weight.root.producer() or next(iter(weight.root.graph or ()))
-            value = add_constant(array, name, before, as_node=as_node, keep=self._keep)
-            values[side, turned, shape] = value
-        return values[side, turned, shape]
+    def made(self, weight: WeightKey, what: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
+        """A constant that belongs to a weight, made when first asked for."""
+        values = self._values.setdefault(weight, {})
+        if what not in values:
+            values[what] = make()
+        return values[what]
+
+    def add(self, array: Array, name: str, before: ir.Node, *, as_node: bool) -> ir.Value:
+        """A new constant under a name that is free; for a function, which holds no initializers, as a node."""
+        array = np.ascontiguousarray(array)
+        return add_constant(array, name, before, as_node=self._always_nodes or as_node, keep=self._keep)
 
     def forget(self, weight: WeightKey) -> None:
         """No node to come asks for the factors of this weight."""
         self._values.pop(weight, None)
+
+
+def _place(root: ir.Value) -> ir.Node:
+    """The node in front of which a constant is seen by all who see this one."""
+    return root.producer() or next(iter(root.graph or ()))
 
 
 def resized(value: ir.Value, axis: int, size: int) -> ir.Shape | None:
@@ -61,7 +74,7 @@ class Parts:
     Attributes:
         found: The node to split.
         factors: The factors of its weight.
-        store: The factor constants made so far.
+        store: The constants made so far.
         joined: The first node of a joint split, where it is there already.
     """
 
@@ -70,19 +83,83 @@ class Parts:
     store: Store
     joined: ir.Node | None = None
 
-    def operand(self, side: Literal["left", "right"], shape: Sequence[int], *, turned: bool = False) -> ir.Value:
-        """A factor as a node input: stored in `shape`, with its last two axes swapped first if `turned`."""
+    @property
+    def form(self) -> Form:
+        """The form of the split; the only one of a node that shares its weight with an operator of another form."""
+        forms = self.found.site.forms
+        return next((form for form in forms if form == self.factors.form), forms[0])
+
+    def operand(
+        self, side: Literal["left", "right"], shape: Sequence[int], *, matrices: int = 0, turned: bool = False
+    ) -> ir.Value:
+        """A factor as a node input.
+
+        Args:
+            side: Which one.
+            shape: The shape in which it is stored.
+            matrices: Cut it by rows into that many matrices first; 0 is one a group.
+            turned: Then swap its last two axes.
+        """
         if side == "right" and self.joined is not None and (right := self.joined.inputs[1]) is not None:
             return right
-        weight, node = self.found.weight, self.found.node
-        value = self.store.value(self, side, tuple(shape), turned)
-        if weight.dtype == weight.stored_dtype:
+        factor = self.factors.right if side == "right" else self.factors.left
+
+        def make() -> ir.Value:
+            array = factor.reshape(matrices, -1, factor.shape[-1]) if matrices else factor
+            return self._beside_weight((array.swapaxes(-1, -2) if turned else array).reshape(shape), side)
+
+        value = self.store.made(self.found.key, (side, tuple(shape), matrices, turned), make)
+        return self._as_seen(value, shape, self.found.weight)
+
+    def bias(self, shape: tuple[int, ...], scale: float = 1.0) -> ir.Value:
+        """The bias correction as a node input, in a shape, times a number."""
+        value = self.store.made(
+            self.found.key,
+            ("bias", shape, scale),
+            lambda: self._beside_weight(self._scaled_bias(shape, scale).astype(self.factors.left.dtype), "bias"),
+        )
+        return self._as_seen(value, shape, self.found.weight)
+
+    def corrected(self, old: Weight, shape: tuple[int, ...], scale: float, *, before: ir.Node | None) -> ir.Value:
+        """`old + scale * bias` as a node input.
+
+        Args:
+            old: A constant.
+            shape: The shape of the bias, to be broadcast.
+            scale: What the bias is multiplied by.
+            before: The node that alone used the constant, whose name is free again; else None.
+        """
+
+        def make() -> ir.Value:
+            total = old.numpy().astype(np.float64) + self._scaled_bias(shape, scale)
+            array = total.astype(old.stored_dtype.numpy())
+            name = old.name if before is not None else self.store.names.fresh_value(old.name)
+            place = before or _place(old.root)
+            return self.store.add(array, name, place, as_node=self.found.in_function)
+
+        value = self.store.made(self.found.key, ("bias", old.root, old.steps, shape, scale), make)
+        return self._as_seen(value, np.broadcast_shapes(old.shape, shape), old)
+
+    def _scaled_bias(self, shape: tuple[int, ...], scale: float) -> Array:
+        if self.factors.bias is None:
+            raise ValueError(f"{self.found.site.node!r} has no bias correction")
+        return self.factors.bias.astype(np.float64).reshape(shape) * scale
+
+    def _beside_weight(self, array: Array, kind: str) -> ir.Value:
+        """A new constant where the weight stands, named after it."""
+        weight = self.found.weight
+        name = self.store.names.fresh_value(f"{stem(weight.name)}.{kind}")
+        return self.store.add(array, name, _place(weight.root), as_node=self.found.in_function)
+
+    def _as_seen(self, value: ir.Value, shape: Sequence[int], old: Weight) -> ir.Value:
+        """A constant that stands for an old one, in the dtype in which the operator saw that."""
+        if old.dtype == old.stored_dtype:
             return value
-        names = self.store.names
-        cast_node = ir.node("Cast", [value], {"to": weight.dtype}, name=names.fresh_node(f"{name_of(node)}/cast"))
+        node, names = self.found.node, self.store.names
+        cast_node = ir.node("Cast", [value], {"to": old.dtype}, name=names.fresh_node(f"{name_of(node)}/cast"))
         cast_node.outputs[0].name = names.fresh_value(f"{value.name}/cast")
         if not self.found.in_function:  # functions carry types only since IR version 10
-            cast_node.outputs[0].type, cast_node.outputs[0].shape = ir.TensorType(weight.dtype), ir.Shape(shape)
+            cast_node.outputs[0].type, cast_node.outputs[0].shape = ir.TensorType(old.dtype), ir.Shape(shape)
         node.prepend(cast_node)
         return cast_node.outputs[0]
 

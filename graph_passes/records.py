@@ -9,17 +9,22 @@ One orientation everywhere: weight (groups, out, in) ~ left (groups, out, rank) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-Array: TypeAlias = npt.NDArray[Any]
-Form: TypeAlias = Literal["matmul", "gemm", "channel", "input"]
+from graph_passes.forms import Array as Array
+from graph_passes.forms import Form as Form
+from graph_passes.forms import unfold, unfolded_shape
+from graph_passes.window import Window
+
+AnyForm: TypeAlias = Form | Literal["first"]
+"""A form, or "first" for the first one of `Site.forms`."""
 
 _FLOAT_DTYPES = tuple(np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16))
 
@@ -39,6 +44,13 @@ class Site:
         groups: How many matrices the weight holds: the groups of a Conv, the batch entries of a MatMul; else 1.
         dtype: numpy name of the stored dtype: "float32", "float16", "bfloat16" or "float64".
         members: For a joint site, the names of the weights that are stacked in it; else empty.
+        forms: The forms in which it can be split, the default first; `out_features` and `in_features` are of that one.
+        data: Name of the value that is multiplied.
+        output: Name of the node's output; of a fused operator, what follows the product is in it.
+        nested: Whether the node stands in a subgraph or a model function, whose values no caller can look at.
+        plain: Whether the response (the output without bias, activation, attention) is `data @ weight^T` over the last
+            axis, or, where there is a window, the ordinary convolution of the data.
+        window: How a convolution moves over the data; None for products.
     """
 
     node: str
@@ -50,13 +62,52 @@ class Site:
     dtype: str
     loader: Callable[[], Array] = field(repr=False, compare=False)
     members: tuple[str, ...] = ()
+    forms: tuple[Form, ...] = ("matmul",)
+    data: str = ""
+    output: str = ""
+    nested: bool = False
+    plain: bool = False
+    window: Window | None = None
 
-    def load(self) -> Array:
-        """The weight, `(groups, out_features, in_features)` in its stored dtype.
+    def load(self, form: AnyForm = "first") -> Array:
+        """The weight, `(groups, *shape(form))` in its stored dtype.
 
         A view of the model's own memory (or memory map) where the layout allows it: do not write into it.
         """
-        return self.loader()
+        weight, form = self.loader(), self.form_of(form)
+        if form == self.forms[0] or self.window is None:
+            return weight
+        return unfold(weight.reshape(self.groups, self.out_features, -1, *self.window.kernel), form)
+
+    def shape(self, form: AnyForm = "first") -> tuple[int, int]:
+        """Rows and columns of the weight in a form (per group).
+
+        Raises:
+            ValueError: When the site cannot take the form.
+        """
+        form = self.form_of(form)
+        if form == self.forms[0] or self.window is None:
+            return self.out_features, self.in_features
+        kernel = self.window.kernel
+        return unfolded_shape(self.out_features, self.in_features // math.prod(kernel), kernel, form)
+
+    def form_of(self, form: AnyForm) -> Form:
+        """The form itself, "first" being the default.
+
+        Raises:
+            ValueError: When the site cannot take the form.
+        """
+        for own in self.forms:
+            if form in (own, "first"):
+                return own
+        where = f"{self.op_type} {self.node!r}, weight {self.weight!r}"
+        raise ValueError(f"{where}: expected form {' or '.join(self.forms)}, but got {form!r}")
+
+    @property
+    def bias_size(self) -> int:
+        """How many numbers a bias of the node has: one for each output channel or feature of all groups."""
+        spread = math.prod(self.window.kernel) if self.window is not None and self.forms[0] == "input" else 1
+        return self.groups * self.out_features // spread  # the rows of a ConvTranspose's weight are (out, *kernel)
 
     @property
     def break_even_rank(self) -> float:
@@ -74,11 +125,14 @@ class Factors:
     """The two factors of one weight, in the dtype in which they are stored (that of `Site.load()`).
 
     Attributes:
-        left: `(groups, out_features, rank)`.
-        right: `(groups, rank, in_features)`.
+        left: `(groups, rows, rank)`, with the rows and columns of `Site.shape(form)`.
+        right: `(groups, rank, columns)`.
+        form: What they are the factors of: `Site.load(form)`.
+        bias: `(Site.bias_size,)`, groups (of a batched product: batch entries) outermost: added to the output of every
+            node that shares the weight, in front of an activation or the attention; None adds nothing.
 
     Raises:
-        ValueError: When the two do not fit together.
+        ValueError: When they do not fit together.
 
     Examples:
         >>> Factors(left=np.ones((1, 6, 2)), right=np.ones((1, 2, 4))).rank
@@ -87,6 +141,8 @@ class Factors:
 
     left: Array
     right: Array
+    form: AnyForm = "first"
+    bias: Array | None = None
 
     def __post_init__(self) -> None:
         left, right = self.left, self.right
@@ -100,6 +156,10 @@ class Factors:
             raise ValueError(
                 "expected both factors in one dtype of float16, bfloat16, float32, float64, "
                 f"but got left {left.dtype} and right {right.dtype}"
+            )
+        if self.bias is not None and (self.bias.ndim != 1 or self.bias.dtype != left.dtype):
+            raise ValueError(
+                f"expected a bias with one axis in {left.dtype}, but got {self.bias.shape} in {self.bias.dtype}"
             )
 
     @property
@@ -123,7 +183,7 @@ Keep: TypeAlias = Callable[[Array, str], ir.TensorProtocol]
 
 def in_memory(array: Array, name: str) -> ir.TensorProtocol:
     """Keep a factor as a tensor in memory."""
-    return ir.tensor(array, name=name)
+    return ir.Tensor(array, name=name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +194,11 @@ class Split:
         node: Name the node had.
         op_type: Its operator.
         weight: Name of the weight that was split.
-        out_features: Rows of the weight (per group).
-        in_features: Columns of the weight (per group).
+        out_features: Rows of the weight in its form (per group).
+        in_features: Columns of the weight in its form (per group).
         groups: How many matrices the weight holds.
         rank: Inner dimension (per group).
-        form: "matmul" (Attention too), "gemm", "channel" (Conv) or "input" (ConvTranspose).
+        form: "matmul" (Attention too), "gemm", "channel", "input" or "separable" (Conv), or "input" (ConvTranspose).
         first_node: Name of the new node that multiplies by `right`.
         second_node: Name of the new node that multiplies by `left`.
         joint: For a joint split, the names of all weights that share `right` and the first node; else empty.

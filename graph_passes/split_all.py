@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
+from graph_passes.collector import paused_collector
 from graph_passes.joint import joint_members
 from graph_passes.records import FactorSource, Keep, Record, Site, Skip, in_memory
 from graph_passes.split_attention import SplitAttentionPass
@@ -115,4 +116,5 @@ def split(
     Raises:
         ValueError: When factors do not fit the site, have another dtype, or hold NaN; nodes before it are split.
     """
-    return list(run(model, FAMILIES, factors, UNSPLIT, keep, overridable=overridable, joint=joint).records)
+    with paused_collector():
+        return list(run(model, FAMILIES, factors, UNSPLIT, keep, overridable=overridable, joint=joint).records)

@@ -35,6 +35,11 @@ class SplitAttentionPass(SplitPass):
         return weight.transposed(1, 0).reshaped(1, *reversed(weight.shape))
 
     @staticmethod
+    def is_plain(node: ir.Node, operand: int, weight: Weight) -> bool:
+        """The projections are."""
+        return True
+
+    @staticmethod
     def rewrite(found: Found, parts: Parts) -> ir.Node:
         """A MatMul in front."""
         node, site, rank = found.node, found.site, parts.factors.rank

@@ -1,33 +1,45 @@
-"""Conv, channel form.
+"""Conv, in three forms: which spatial axes the first node takes, the second takes the others.
 
-    weight (out, in/groups, *kernel) = W (groups, out/groups, in/groups * prod(kernel)), one factorization a group
+    weight (out, in/groups, *kernel) = W (groups, rows, columns), one factorization a group (the matrices: forms.py)
 
     X --> Conv kernel, stride, pads, dilation, group --> Y
           weight (out, in/groups, *kernel), bias
-    becomes
+    becomes, in channel form
     X --> Conv kernel, stride, pads, dilation, group --> Conv 1x1, group --> Y
           right (groups * rank, in/groups, *kernel)      left (out, rank, 1, ...), bias
+    in input form
+    X --> Conv 1x1, group --> Conv kernel, stride, pads, dilation, group --> Y
+          right (groups * rank, in/groups, 1, ...)
+                              left (out, rank, *kernel), bias
+    in separable form, of two spatial axes
+    X --> Conv kh x 1, vertical stride, ... --> Conv 1 x kw, horizontal stride, ... --> Y
+          right (groups * rank, in/groups, kh, 1)       left (out, rank, 1, kw), bias
 
-Each group's left mixes that group's own `rank` channels only, so the 1x1 Conv has the same group count. onnxruntime's
-FusedConv is a Conv with an activation and maybe a sum Z, which both stay with the second one.
+Each group's left mixes that group's own `rank` channels only, so both have the same group count. The first has no bias:
+what the second pads with must be zero. auto_pad goes where the kernel goes: it works an axis at a time, and a kernel of
+1 with stride 1 needs no pads. onnxruntime's FusedConv is a Conv with an activation and maybe a sum Z, which both stay
+with the second one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from graph_passes.parts import Parts, resized
+from graph_passes.forms import Form, conv_forms, first_axes
+from graph_passes.parts import Parts
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
 from graph_passes.weights import Refusal, Weight
+from graph_passes.window import Window, window_of
 
 SPATIAL = ("auto_pad", "dilations", "kernel_shape", "pads", "strides")
 
 
 class SplitConvPass(SplitPass):
-    """Splits a Conv of any number of spatial axes, grouped and depthwise ones too, into kernel and 1x1."""
+    """Splits a Conv of any number of spatial axes, grouped and depthwise ones too."""
 
     op_type = "Conv"
     form = "channel"
@@ -42,19 +54,40 @@ class SplitConvPass(SplitPass):
             return Refusal(reason=f"weight of shape {weight.shape} does not fit a Conv of {groups} groups")
         return weight.reshaped(groups, out_channels // groups, math.prod(rest))
 
+    @classmethod
+    def forms(cls, shape: tuple[int, ...]) -> tuple[Form, ...]:
+        """Those that differ for its kernel."""
+        return conv_forms(shape[2:])
+
+    @staticmethod
+    def window(node: ir.Node, shape: tuple[int, ...]) -> Window:
+        """The kernel stands behind the channels."""
+        return window_of(node, shape[2:])
+
+    @staticmethod
+    def is_plain(node: ir.Node, operand: int, weight: Weight) -> bool:
+        """It is the ordinary convolution."""
+        return True
+
     @staticmethod
     def rewrite(found: Found, parts: Parts) -> ir.Node:
-        """The first Conv takes all that is spatial, the second the bias."""
+        """Each takes what is spatial on its axes, the second the bias."""
         node, site, rank = found.node, found.site, parts.factors.rank
-        ones = (1,) * (len(found.shape) - 2)
-        right = parts.operand("right", (site.groups * rank, *found.shape[1:]))
-        left = parts.operand("left", (site.groups * site.out_features, rank, *ones))
-        attributes = [a for name, a in node.attributes.items() if name in (*SPATIAL, "group")]
-        shape = resized(node.outputs[0], 1, site.groups * rank)
+        out_channels, in_channels, *kernel = found.shape
+        first_of = first_axes(parts.form, len(kernel))
+        second_of = range(len(first_of), len(kernel))
+        first_kernel = [size if axis in first_of else 1 for axis, size in enumerate(kernel)]
+        second_kernel = [size if axis in second_of else 1 for axis, size in enumerate(kernel)]
+        right = parts.operand("right", (site.groups * rank, in_channels, *first_kernel))
+        left = parts.operand("left", (out_channels, rank, *second_kernel), matrices=out_channels, turned=True)
+        attributes = [*_spatial(node, first_of, first_kernel), ir.AttrInt64("group", site.groups)]
+        shape = _between(node, first_of, site.groups * rank)
         first = parts.first("Conv", (node.inputs[0], right), attributes, shape=shape)
+        own = _spatial(node, second_of, second_kernel)
         for name in SPATIAL:
             node.attributes.pop(name, None)
-        node.attributes.add(ir.AttrInt64s("kernel_shape", ones))
+        for attribute in own:
+            node.attributes.add(attribute)
         node.replace_input_with(0, first.outputs[0])
         node.replace_input_with(1, left)
         return first
@@ -65,3 +98,26 @@ class SplitFusedConvPass(SplitConvPass):
 
     domain = "com.microsoft"
     op_type = "FusedConv"
+
+
+def _spatial(node: ir.Node, axes: Sequence[int], kernel: Sequence[int]) -> list[ir.Attr]:
+    """The spatial attributes of a Conv on some of its axes; on the others they do nothing."""
+    own: list[ir.Attr] = [ir.AttrInt64s("kernel_shape", kernel)]
+    if not axes:
+        return own
+    for name, nothing in (("dilations", 1), ("pads", 0), ("strides", 1)):
+        if name in node.attributes:
+            numbers = node.attributes[name].as_ints()
+            own.append(ir.AttrInt64s(name, [n if i % len(kernel) in axes else nothing for i, n in enumerate(numbers)]))
+    return own + [node.attributes[name] for name in ("auto_pad",) if name in node.attributes]
+
+
+def _between(node: ir.Node, axes: Sequence[int], channels: int) -> ir.Shape | None:
+    """Shape between the two: on the axes of the first as in the output, on the others as in the data."""
+    before, after = (None if value is None else value.shape for value in (node.inputs[0], node.outputs[0]))
+    batch = after if axes else before
+    others = before if batch is not None and len(axes) + 2 < len(batch) else batch
+    if batch is None or others is None or len(others) != len(batch):
+        return None
+    sizes = (batch[axis] if axis - 2 in axes else others[axis] for axis in range(2, len(batch)))
+    return ir.Shape([batch[0], channels, *sizes])

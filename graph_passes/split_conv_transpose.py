@@ -23,6 +23,7 @@ from graph_passes.parts import Parts, resized
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
 from graph_passes.weights import Refusal, Weight
+from graph_passes.window import Window, window_of
 
 
 class SplitConvTransposePass(SplitPass):
@@ -40,6 +41,11 @@ class SplitConvTransposePass(SplitPass):
         if groups < 1 or in_channels % groups or len(rest) < 2:
             return Refusal(reason=f"weight of shape {weight.shape} does not fit a ConvTranspose of {groups} groups")
         return weight.reshaped(groups, in_channels // groups, math.prod(rest)).transposed(0, 2, 1)
+
+    @staticmethod
+    def window(node: ir.Node, shape: tuple[int, ...]) -> Window:
+        """The kernel stands behind the channels."""
+        return window_of(node, shape[2:])
 
     @staticmethod
     def rewrite(found: Found, parts: Parts) -> ir.Node:

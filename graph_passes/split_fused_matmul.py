@@ -21,7 +21,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graph_passes.parts import Parts
-from graph_passes.split_matmul import SplitMatMulPass, rewrite_product
+from graph_passes.split_matmul import SplitMatMulPass, product_bias_shape, rewrite_product
 from graph_passes.survey import Found
 from graph_passes.weights import Refusal, Weight
 
@@ -46,13 +46,31 @@ class SplitFusedMatMulPass(SplitMatMulPass):
         return SplitMatMulPass.canonical(node, operand, weight)
 
     @staticmethod
+    def is_plain(node: ir.Node, operand: int, weight: Weight) -> bool:
+        """As for MatMul, with the data as it is, and no alpha."""
+        attributes = node.attributes
+        is_turned = any(attributes.get_int(name, 0) for name in TURNS[1 - operand])
+        alpha = attributes.get_float("alpha", 1.0)
+        return SplitMatMulPass.is_plain(node, operand, weight) and not is_turned and alpha == 1.0
+
+    @staticmethod
+    def bias_shape(found: Found) -> tuple[int, ...] | Refusal:
+        """As for MatMul."""
+        return product_bias_shape(found, _batch(found))
+
+    @staticmethod
     def rewrite(found: Found, parts: Parts) -> ir.Node:
         """The data's turns go to the first product, the weight's turns are done with."""
-        attributes = found.node.attributes
-        batch = found.shape[1:-1] if attributes.get_int(TURNS[found.operand][1], 0) else found.shape[:-2]
+        attributes, batch = found.node.attributes, _batch(found)
         turns = [attributes[name] for name in TURNS[1 - found.operand] if attributes.get_int(name, 0)]
         op_type, domain = ("FusedMatMul", "com.microsoft") if turns else ("MatMul", "")
         first = rewrite_product(found, parts, batch, op_type=op_type, attributes=turns, domain=domain)
         for name in (*TURNS[0], *TURNS[1]):
             attributes.pop(name, None)
         return first
+
+
+def _batch(found: Found) -> tuple[int, ...]:
+    """The batch axes of the weight, which stand between its matrix axes where they are moved."""
+    is_moved = found.node.attributes.get_int(TURNS[found.operand][1], 0)
+    return found.shape[1:-1] if is_moved else found.shape[:-2]

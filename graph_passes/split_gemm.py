@@ -13,12 +13,16 @@
 The first node is a MatMul: a Gemm without C exists only since opset 11. Where the data enters transposed the product is
 transposed as a whole, (A^T @ right^T)^T = right @ A, and the Gemm keeps its transA (or transB). The Gemm keeps alpha,
 beta and C; the factor it holds is stored untransposed. FusedGemm is a Gemm with an activation, which stays with it.
+
+A bias correction (N), or (M, 1) where A is constant, goes into C as correction / beta; without C, or with beta = 0, it
+becomes C, with beta = 1.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
+from graph_passes.bias import add_to_input, is_absent
 from graph_passes.parts import Parts, resized
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
@@ -42,6 +46,29 @@ class SplitGemmPass(SplitPass):
         is_transposed = bool(node.attributes.get_int(TRANS[operand], 0))
         turned = weight if is_transposed == (operand == 1) else weight.transposed(1, 0)
         return turned.reshaped(1, *turned.shape)
+
+    @staticmethod
+    def is_plain(node: ir.Node, operand: int, weight: Weight) -> bool:
+        """With the weight as B, A as it is, and no alpha."""
+        attributes = node.attributes
+        return operand == 1 and not attributes.get_int("transA", 0) and attributes.get_float("alpha", 1.0) == 1.0
+
+    @staticmethod
+    def bias_shape(found: Found) -> tuple[int, ...] | Refusal:
+        """Along the weight's side of the output."""
+        out_features = found.site.out_features
+        return (out_features,) if found.operand == 1 else (out_features, 1)
+
+    @staticmethod
+    def add_bias(parts: Parts, shape: tuple[int, ...]) -> None:
+        """Into C, which beta multiplies."""
+        node = parts.found.node
+        beta = node.attributes.get_float("beta", 1.0)
+        if is_absent(parts, 2) or beta == 0:
+            node.attributes.pop("beta", None)
+            add_to_input(parts, 2, shape, replace=True)
+        else:
+            add_to_input(parts, 2, shape, scale=1 / beta)
 
     @staticmethod
     def rewrite(found: Found, parts: Parts) -> ir.Node:

@@ -11,6 +11,8 @@
 
 One factorization a batch entry: W is `(groups, out, in)` with groups = prod(batch). X may have any number of axes, and
 its own batch axes broadcast against those of the weight.
+
+A bias correction goes into the Add behind, or becomes one: (*batch, 1, out), or (*batch, out, 1) on the left.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from graph_passes.bias import add_behind
 from graph_passes.parts import Parts, resized
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
@@ -50,6 +53,21 @@ class SplitMatMulPass(SplitPass):
         if operand == 1:
             weight = weight.transposed(*range(axes - 2), axes - 1, axes - 2)
         return weight.reshaped(math.prod(weight.shape[:-2]), *weight.shape[-2:])
+
+    @staticmethod
+    def is_plain(node: ir.Node, operand: int, weight: Weight) -> bool:
+        """One matrix, on the right."""
+        return operand == 1 and weight.shape[0] == 1
+
+    @staticmethod
+    def bias_shape(found: Found) -> tuple[int, ...] | Refusal:
+        """Along the weight's side of the output."""
+        return product_bias_shape(found, found.shape[:-2])
+
+    @staticmethod
+    def add_bias(parts: Parts, shape: tuple[int, ...]) -> None:
+        """A product has no input for it."""
+        add_behind(parts, shape)
 
     @staticmethod
     def rewrite(found: Found, parts: Parts) -> ir.Node:
@@ -90,6 +108,25 @@ def rewrite_product(
     node.replace_input_with(1 - found.operand, first.outputs[0])
     node.replace_input_with(found.operand, left)
     return first
+
+
+def product_bias_shape(found: Found, batch: tuple[int, ...]) -> tuple[int, ...] | Refusal:
+    """The shape in which a bias is added to a product, or why that is not known.
+
+    Args:
+        found: The node, not yet rewritten.
+        batch: The batch axes of the weight.
+    """
+    out_features = found.site.out_features
+    if found.operand == 1:
+        return (*batch, 1, out_features) if found.site.groups > 1 else (out_features,)
+    if len(found.shape) > 2:
+        return (*batch, out_features, 1)
+    shapes = [value.shape for value in (found.data, found.node.outputs[0]) if value is not None]
+    axes = [len(shape) for shape in shapes if shape is not None]
+    if not axes:
+        return Refusal(reason="a bias of a weight on the left needs the data's shape: infer shapes first")
+    return (out_features,) if 1 in axes else (out_features, 1)
 
 
 def _needs_matrix(node: ir.Node, operand: int, axes: int) -> str:

@@ -16,23 +16,21 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar, cast
 
-import numpy as np
 import onnx_ir as ir
 
+from graph_passes.answers import checked
+from graph_passes.bias import add_to_input
 from graph_passes.cleanup import freeze_shapes, remove_unused
-from graph_passes.constants import OVERRIDABLE_IR_VERSION
 from graph_passes.joint import cut, joint_members, joint_site
-from graph_passes.names import Names, name_of
+from graph_passes.names import name_of
 from graph_passes.parts import Parts, Store
 from graph_passes.records import (
-    Array,
     Dense,
     Factors,
     FactorSource,
     Form,
     Keep,
     Record,
-    Site,
     Skip,
     Split,
     SplitResult,
@@ -40,6 +38,9 @@ from graph_passes.records import (
 )
 from graph_passes.survey import MARK, Found, Unsplit, WeightKey, skipped, survey
 from graph_passes.weights import Refusal, Weight
+from graph_passes.window import Window
+
+BROADCAST_OPSET = 7  # before, an Add broadcast only along the axis that it was told
 
 
 class SplitPass(ir.passes.InPlacePass, abc.ABC):
@@ -64,6 +65,31 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
     @abc.abstractmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | Refusal:
         """The operand turned to `(groups, out, in)`, or why it cannot be."""
+
+    @classmethod
+    def forms(cls, shape: tuple[int, ...]) -> tuple[Form, ...]:
+        """The forms that a weight of this shape can take, the default first."""
+        return (cls.form,)
+
+    @staticmethod
+    def window(node: ir.Node, shape: tuple[int, ...]) -> Window | None:
+        """How a convolution moves over its data; None for products."""
+        return None
+
+    @staticmethod
+    def is_plain(node: ir.Node, operand: int, weight: Weight) -> bool:
+        """Whether the response is `data @ weight^T` over the last axis, or the ordinary convolution."""
+        return False
+
+    @staticmethod
+    def bias_shape(found: Found) -> tuple[int, ...] | Refusal:
+        """The shape in which a bias correction is added, or why that is not known; asked before `rewrite`."""
+        return (found.site.bias_size,)
+
+    @staticmethod
+    def add_bias(parts: Parts, shape: tuple[int, ...]) -> None:
+        """Add the bias correction to the node that was rewritten: by default to its third input."""
+        add_to_input(parts, 2, shape)
 
     @staticmethod
     @abc.abstractmethod
@@ -97,7 +123,7 @@ def run(
     last = {entry.weight.root: entry.node for entry in entries if isinstance(entry, Found)}
     answers: dict[WeightKey, Factors | Dense] = {}
     splitters = {(splitter.domain, splitter.op_type): splitter for splitter in families}
-    store = Store(Names(model), keep, always_nodes=model.ir_version < OVERRIDABLE_IR_VERSION)
+    store = Store(model, keep, overridable=overridable)
     records: list[Record] = []
     while entries:  # popped, so that a dense weight can be freed as soon as it is split
         entry = entries.popleft()
@@ -108,7 +134,7 @@ def run(
         if node in heads:
             done |= _split_jointly(heads.pop(node), factors, splitters, store)
         if node not in done and key not in answers:
-            answers[key] = _checked(factors(entry.site), entry.site)
+            answers[key] = checked(factors(entry.site), entry.site)
         if node in done:
             records.append(done.pop(node))
         else:
@@ -136,31 +162,6 @@ def _answered(
     return _split(found, splitters[found.node.domain, found.node.op_type], answer, store)
 
 
-def _checked(answer: Factors | Dense, site: Site) -> Factors | Dense:
-    """The source's answer, or a ValueError that names the site, what came and what was expected."""
-    if isinstance(answer, Dense):
-        return answer
-    where = f"{site.op_type} {site.node!r}, weight {site.weight!r}"
-    if not isinstance(answer, Factors):
-        raise ValueError(f"{where}: expected Factors or Dense from the factor source, but got {answer!r}")
-    groups, out_features, in_features, rank = site.groups, site.out_features, site.in_features, answer.rank
-    if answer.left.shape != (groups, out_features, rank) or answer.right.shape != (groups, rank, in_features):
-        raise ValueError(
-            f"{where}: expected left ({groups}, {out_features}, rank) and right ({groups}, rank, {in_features}), "
-            f"but got left {answer.left.shape} and right {answer.right.shape}"
-        )
-    if answer.left.dtype.name != site.dtype:
-        raise ValueError(f"{where}: expected factors in {site.dtype}, but got {answer.left.dtype}")
-    if not (_finite(answer.left) and _finite(answer.right)):
-        raise ValueError(f"{where}: expected finite factors, but got NaN or infinity")
-    return answer
-
-
-def _finite(array: Array) -> bool:
-    """Whether all values are finite, a row block at a time: a mask of a large factor's size is memory for nothing."""
-    return all(np.isfinite(array[:, i : i + 256]).all() for i in range(0, array.shape[1], 256))
-
-
 def _split_jointly(
     members: Sequence[Found],
     factors: FactorSource,
@@ -169,7 +170,7 @@ def _split_jointly(
 ) -> dict[ir.Node, Record]:
     """Split nodes that multiply the same data with one shared right factor; none, if the source wants them apart."""
     site = joint_site(members)
-    answer = _checked(factors(site), site)
+    answer = checked(factors(site), site)
     if isinstance(answer, Dense):
         return {}
     records: dict[ir.Node, Record] = {}
@@ -177,32 +178,43 @@ def _split_jointly(
     for member, own in zip(members, cut(answer, members), strict=True):
         splitter = splitters[member.node.domain, member.node.op_type]
         record = _split(member, splitter, own, store, first)
-        records[member.node] = dataclasses.replace(record, joint=site.members)
-        data = member.data
-        first = None if data is None else data.producer()
+        if isinstance(record, Split):
+            record, data = dataclasses.replace(record, joint=site.members), member.data
+            first = None if data is None else data.producer()
+        records[member.node] = record
         store.forget(member.key)
     return records
 
 
 def _split(
     found: Found, splitter: type[SplitPass], factors: Factors, store: Store, joined: ir.Node | None = None
-) -> Split:
+) -> Record:
     """Rewrite one node and drop its dense weight if nobody else uses it."""
     node, site = found.node, found.site
     dense = node.inputs[found.operand]
-    first = splitter.rewrite(found, Parts(found=found, factors=factors, store=store, joined=joined))
+    bias_shape = splitter.bias_shape(found)
+    if factors.bias is not None and store.opset < BROADCAST_OPSET:
+        bias_shape = Refusal(reason=f"opset {store.opset}: older than {BROADCAST_OPSET}, which a bias needs")
+    if factors.bias is not None and isinstance(bias_shape, Refusal):
+        return skipped(found, bias_shape.reason)
+    parts = Parts(found=found, factors=factors, store=store, joined=joined)
+    form = parts.form
+    first = splitter.rewrite(found, parts)
+    if factors.bias is not None and not isinstance(bias_shape, Refusal):
+        splitter.add_bias(parts, bias_shape)
     node.name = store.names.fresh_node(f"{site.node}/left")
     node.metadata_props[MARK] = "left"
     remove_unused(dense, overridable=True)  # an overridable weight is split only where the user said it is constant
+    rows, columns = site.shape(form)
     return Split(
         node=site.node,
         op_type=site.op_type,
         weight=site.weight,
-        out_features=site.out_features,
-        in_features=site.in_features,
+        out_features=rows,
+        in_features=columns,
         groups=site.groups,
         rank=factors.rank,
-        form=splitter.form,
+        form=form,
         first_node=name_of(first),
         second_node=name_of(node),
     )

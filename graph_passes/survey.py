@@ -7,14 +7,16 @@ Reads shapes, never a weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import onnx_ir as ir
 
 from graph_passes.constants import OVERRIDABLE_IR_VERSION, computed_constants, constant_arguments, layout_chain
+from graph_passes.family import Family
 from graph_passes.names import name_of
 from graph_passes.records import Site, Skip
 from graph_passes.sharing import low_rank_pairs, shared_with_others
@@ -25,26 +27,7 @@ OLDEST_OPSET = 6
 INTEGER_CONSTANT_OPSET = 9  # before, a Constant could not hold the shape of a weight
 
 Unsplit: TypeAlias = Mapping[tuple[str, str], tuple[int, ...]]  # (domain, op_type) -> inputs that may hold a weight
-WeightKey: TypeAlias = tuple[ir.Value, tuple[Step, ...]]
-
-
-class Family(Protocol):
-    """What the survey asks of a split pass."""
-
-    @property
-    def domain(self) -> str:
-        """The operator's domain."""
-
-    @property
-    def op_type(self) -> str:
-        """The operator."""
-
-    @property
-    def operands(self) -> tuple[int, ...]:
-        """Inputs where the weight may stand, likeliest first."""
-
-    def canonical(self, node: ir.Node, operand: int, weight: Weight, /) -> Weight | Refusal:
-        """The operand turned to `(groups, out, in)`, or why it cannot be."""
+WeightKey: TypeAlias = tuple[ir.Value, tuple[Step, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +52,10 @@ class Found:
 
     @property
     def key(self) -> WeightKey:
-        """Equal for nodes that share the weight in the same orientation."""
-        return self.weight.root, self.weight.steps
+        """Equal for nodes that share the weight in the same orientation, and the kernel that its forms are made of."""
+        window = self.site.window
+        kernel = () if window is None or math.prod(window.kernel) == 1 else window.kernel
+        return self.weight.root, self.weight.steps, kernel
 
     @property
     def data(self) -> ir.Value | None:
@@ -136,7 +121,8 @@ def _in_scope(
         elif family is None:
             yield from _no_pass(node, operands, computed)
         else:
-            for found in _read(node, family, operands, computed, in_function=function is not None):
+            nested = function is not None or node.graph is not graph
+            for found in _read(node, family, operands, computed, nested=nested, in_function=function is not None):
                 reason = _out_of_reach(found, graph.opset_imports, overridable) if isinstance(found, Found) else ""
                 yield skipped(found, reason) if reason and isinstance(found, Found) else found
 
@@ -161,7 +147,13 @@ def _constant(value: ir.Value | None, computed: Collection[ir.Value]) -> Weight 
 
 
 def _read(
-    node: ir.Node, family: Family, operands: Sequence[int], computed: Collection[ir.Value], *, in_function: bool
+    node: ir.Node,
+    family: Family,
+    operands: Sequence[int],
+    computed: Collection[ir.Value],
+    *,
+    nested: bool,
+    in_function: bool,
 ) -> Iterator[Found | Skip]:
     """What one node is: found, refused, or (nothing) without a constant operand."""
     resolved = [(operand, _constant(node.inputs[operand], computed)) for operand in operands]
@@ -171,6 +163,9 @@ def _read(
     operand, weight = constant[0]
     if len(constant) > 1:
         weight = Refusal(reason="both operands are constant: fold constants first")
+    if isinstance(weight, Weight) and any(attribute.is_ref() for attribute in node.attributes.values()):
+        reason = "the node takes an attribute of the model function: inline functions first"
+        weight = Refusal(reason=reason, weight=weight.name)
     shape: tuple[int, ...] = ()
     if isinstance(weight, Weight):
         shape, name = weight.shape, weight.name
@@ -183,8 +178,15 @@ def _read(
     if isinstance(weight, Refusal):
         yield Skip(node=name_of(node), op_type=node.op_type, weight=weight.weight, reason=weight.reason)
         return
+    site = _site(node, family, operand, shape, weight, nested)
+    yield Found(node=node, operand=operand, shape=shape, weight=weight, site=site, in_function=in_function)
+
+
+def _site(node: ir.Node, family: Family, operand: int, shape: tuple[int, ...], weight: Weight, nested: bool) -> Site:
+    """What the factor source is told about a canonical weight."""
     groups, out_features, in_features = weight.shape
-    site = Site(
+    data = node.inputs[1 - operand]
+    return Site(
         node=name_of(node),
         op_type=node.op_type,
         weight=weight.name,
@@ -193,8 +195,13 @@ def _read(
         groups=groups,
         dtype=weight.stored_dtype.numpy().name,
         loader=weight.numpy,
+        forms=family.forms(shape),
+        data="" if data is None else data.name or "",
+        output=node.outputs[0].name or "",
+        nested=nested,
+        plain=family.is_plain(node, operand, weight),
+        window=family.window(node, shape),
     )
-    yield Found(node=node, operand=operand, shape=shape, weight=weight, site=site, in_function=in_function)
 
 
 def _already_split(node: ir.Node) -> Skip | None:

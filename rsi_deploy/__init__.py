@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rsi_deploy.accuracy import AccuracyResult as AccuracyResult
     from rsi_deploy.accuracy import evaluate as evaluate
     from rsi_deploy.compress import compress_ as compress_
+    from rsi_deploy.compress_to_data import compress_to_data_ as compress_to_data_
     from rsi_deploy.diagnosis import doctor as doctor
     from rsi_deploy.errors import GateError as GateError
     from rsi_deploy.errors import ModelError as ModelError
@@ -40,6 +41,7 @@ _HOMES = {
     "UsageError": "errors",
     "bench": "measure",
     "compress_": "compress",
+    "compress_to_data_": "compress_to_data",
     "doctor": "diagnosis",
     "evaluate": "accuracy",
     "export": "pipeline",

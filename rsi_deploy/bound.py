@@ -89,7 +89,7 @@ def softmax_bound(
     Args:
         dense: the dense ONNX model.
         head: from `find_head`.
-        factors: the head's factors, `left (1, out, rank)`, `right (1, rank, in)`.
+        factors: the head's factors, `left (1, out, rank)`, `right (1, rank, in)`, and the change of its bias, if any.
         batches: ready model inputs `(n, ...)`.
         input_name: the model's input.
 
@@ -99,6 +99,8 @@ def softmax_bound(
     model = ir.load(dense)
     weight = next(s.load()[0] for s in gp.find_sites(model) if isinstance(s, gp.Site) and s.weight == head.weight)
     delta = weight.astype(np.float64) - factors.left[0].astype(np.float64) @ factors.right[0].astype(np.float64)
+    if factors.bias is not None:  # of (h, 1): what the bias changes by is one more column
+        delta = np.column_stack([delta, -factors.bias.astype(np.float64)])
     norm, kind = _upper_norm(delta)
     rows = [_observed(h, z, delta) for h, z in _tapped(model, dense, head, batches, input_name)]
     distances, norms, margins, unchanged = (np.concatenate(column) for column in zip(*rows, strict=True))
@@ -165,6 +167,7 @@ def _tapped(
 
 def _observed(h: Array, z: Array, delta: Array) -> tuple[Array, Array, Array, Array]:
     h, z = h.astype(np.float64), z.astype(np.float64)
+    h = np.pad(h, ((0, 0), (0, delta.shape[1] - h.shape[1])), constant_values=1.0)
     changed = z - h @ delta.T
     distance = np.linalg.norm(_softmax(z) - _softmax(changed), axis=1)
     top = np.sort(z, axis=1)

@@ -1,20 +1,35 @@
 """The model card: the bundle's README.md, from the report and the model's own inputs and outputs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rsi_deploy.inputs import model_inputs
-from rsi_deploy.report import Report
-from rsi_deploy.summary import comparison_rows, verdict
+from rsi_deploy.report import Report, Settings
+from rsi_deploy.sites import SiteRecord
+from rsi_deploy.summary import (
+    LOSS,
+    RESPONSE,
+    certificate_lines,
+    comparison_rows,
+    has_loss,
+    operation,
+    response_error,
+    verdict,
+)
+
+JOINTLY = (
+    "Sites split jointly share one right factor and the node that multiplies their input by it. Together they hold "
+    "fewer numbers than apart, and none has a larger error. Their normalized errors compare with the best of that rank "
+    "for each site alone."
+)
 
 
 def model_card(report: Report, model: Path) -> str:
     """Markdown: what it is, inputs and outputs, preprocessing, measured numbers, how to run it, every site."""
-    settings = report.settings
-    q = f", q = {settings.power_iterations}" if settings.method == "rsi" else ""
     lines = [
         f"# {report.source.model}, compressed",
         "",
-        f"Low-rank factorization ({settings.method}{q}, rank {settings.rank}, seed {settings.seed}) by {report.tool}. "
+        f"Low-rank factorization ({_asked(report.settings)}) by {report.tool}. "
         f"{len(report.split_sites)} of {len(report.sites)} weights are split; nothing was retrained. ",
         "",
         f"**{verdict(report)}**",
@@ -49,18 +64,46 @@ def model_card(report: Report, model: Path) -> str:
         "",
         "## Sites",
         "",
-        "| weight | op | out x in | rank | decision | normalized error | spectral error |",
-        "|---|---|---|---|---|---|---|",
-        *(
-            f"| {s.name} | {s.kind} | {_shape(s.out_features, s.in_features, s.groups)} | {s.rank or ''} | "
-            f"{s.decision if s.reason == s.decision else f'{s.decision}: {s.reason}'} | "
-            f"{_error(s.normalized_error, s.normalized_error_kind)} | {_number(s.spectral_error)} |"
-            for s in report.sites
-        ),
+        *_sites(report.sites),
     ]
+    if any(s.response_error is not None for s in report.sites):
+        lines += ["", f"{RESPONSE.replace('response', 'Response error', 1)}."]
+    if any(has_loss(s) for s in report.sites):
+        lines += ["", f"{LOSS.capitalize()}."]
+    if any(s.joint for s in report.sites):
+        lines += ["", JOINTLY]
     if report.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
     return "\n".join(lines) + "\n"
+
+
+def _asked(settings: Settings) -> str:
+    """What was asked for, in few words."""
+    q = f", q = {settings.power_iterations}" if settings.method == "rsi" else ""
+    ranks = settings.budget or f"rank {settings.rank}"
+    fitted = ", fitted to calibration data" if settings.factors == "response" else ""
+    return f"{settings.method}{q}, {ranks}{fitted}, seed {settings.seed}"
+
+
+def _sites(sites: Sequence[SiteRecord]) -> list[str]:
+    """A table with a line for each site; the errors of those fitted to data are those of their responses."""
+    fitted = any(s.response_error is not None for s in sites)
+    plain = any(s.normalized_error is not None for s in sites) or not fitted
+    columns = ["weight", "op", "out x in", "rank", "decision"]
+    columns += ["normalized error", "spectral error"] * plain + ["response error"] * fitted
+    rows = [
+        [
+            s.name,
+            operation(s),
+            _shape(s.out_features, s.in_features, s.groups),
+            str(s.rank or ""),
+            s.decision if s.reason == s.decision else f"{s.decision}: {s.reason}",
+            *[_error(s.normalized_error, s.normalized_error_kind), _number(s.spectral_error)] * plain,
+            *[response_error(s)] * fitted,
+        ]
+        for s in sites
+    ]
+    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
 
 
 def _measured_on(report: Report) -> str:
@@ -79,7 +122,7 @@ def _verification(report: Report) -> list[str]:
     v = report.verification
     lines = ["## Verification", ""]
     if v.exporter:
-        lines.append(f"- exporter (torch against dense ONNX): relative error {v.exporter.relative_l2:.1e}")
+        lines.append(f"- exporter (the source against dense ONNX): relative error {v.exporter.relative_l2:.1e}")
     if v.surgery:
         lines.append(f"- surgery (full-rank split against dense): relative error {v.surgery.relative_l2:.1e}")
     if v.approximation:
@@ -88,11 +131,7 @@ def _verification(report: Report) -> list[str]:
         )
     else:
         lines.append("- nothing: onnxruntime cannot run this model here")
-    if b := report.softmax_bound:
-        lines.append(
-            f"- classifier head `{b.site}` alone: the softmax bound guarantees {b.guaranteed_unchanged:.1f} % of the "
-            f"top-1 answers, {b.observed_unchanged:.1f} % stayed; {b.violations} violations in {b.samples} samples"
-        )
+    lines += [f"- {line}" for line in certificate_lines(report)]
     return lines
 
 

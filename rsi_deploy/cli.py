@@ -105,6 +105,50 @@ def _filter_options(function: F) -> F:
     return function
 
 
+def _ranks_options(function: F) -> F:
+    """What decides the ranks, and the data that factors are fitted to."""
+    for decorator in (
+        click.option("--allow-shared-data", is_flag=True, help="Calibration samples may be evaluation samples too."),
+        click.option(
+            "--rank-multiple", default=1, type=click.IntRange(min=1), help="Under a budget: ranks are its multiples."
+        ),
+        click.option("--min-rank", default=1, type=click.IntRange(min=1), help="Under a budget: no rank below it."),
+        click.option(
+            "--factors",
+            type=click.Choice(["response", "weights"]),
+            default="response",
+            show_default=True,
+            help="With --calib: fitted to the data, or the paper's plain method.",
+        ),
+        click.option(
+            "--calib-size",
+            default=1024,
+            show_default=True,
+            type=click.IntRange(min=1),
+            help="At most so many calibration samples.",
+        ),
+        click.option(
+            "--calib",
+            type=click.Path(),
+            help="Unlabelled data the factors are fitted to: as --data, or an .npz with one array per input.",
+        ),
+        click.option("--plan", type=click.Path(), help="A plan.json (of a bundle, perhaps edited): forms and ranks."),
+        click.option(
+            "--max-drop", type=float, metavar="POINTS", help="Smallest model losing at most so many points on --data."
+        ),
+        click.option("--max-size", metavar="20MB", help="Budget: bytes of model.onnx."),
+        click.option("--keep-macs", metavar="0.5|50%", help="Budget: share of the whole model's MACs."),
+        click.option("--keep-params", metavar="0.5|50%", help="Budget: share of the whole model's parameters."),
+        click.option(
+            "--rank",
+            help="A rank (64), or a ratio of full rank (40%: ceil(0.4 * min(out, in))). "
+            "Instead of it: a budget, --max-drop or --plan.",
+        ),
+    ):
+        function = decorator(function)
+    return function
+
+
 def _preprocessing_options(function: F) -> F:
     """From 8-bit pictures to inputs; what is not given comes from the model."""
     for decorator in (
@@ -130,7 +174,7 @@ def _runtime_options(function: F) -> F:
 
 @cli.command()
 @_source_options
-@click.option("--rank", required=True, help="A rank (64), or a ratio of full rank (40%: ceil(0.4 * min(out, in))).")
+@_ranks_options
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--data", type=click.Path(), help="Labelled evaluation data: .npz or a tree of class folders.")
 @click.option("--feeds", type=click.Path(), help=".npz, one array per input: verify and measure with these.")
@@ -141,9 +185,12 @@ def _runtime_options(function: F) -> F:
 )
 @click.option("--oversampling", default=0, show_default=True, type=click.IntRange(min=0), help="Extra sketch columns.")
 @_filter_options
-@click.option("--always-split", is_flag=True, help="Split also where nothing is saved (teaching, tests).")
+@click.option(
+    "--always-split", is_flag=True, help="Split also where nothing is saved, and nothing jointly (teaching, tests)."
+)
+@click.option("--no-joint", is_flag=True, help="No right factor shared by weights of the same input (q, k, v).")
 @click.option("--assume-constant", is_flag=True, help="ONNX: weights that are graph inputs too are constants.")
-@click.option("--opset", type=int, help="Of the ONNX model. [default: 23 with attention, else 20]")
+@click.option("--opset", type=int, help="Of the ONNX model. [default: an ONNX file's own; 23 with attention, else 20]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
 @click.option("--bench-batch", default=1, show_default=True, type=click.IntRange(min=1), help="Samples a run.")
@@ -156,6 +203,7 @@ def export(
     model: str,
     output: Path,
     no_bench: bool,
+    no_joint: bool,
     as_json: bool,
     mean: str | None,
     std: str | None,
@@ -164,7 +212,10 @@ def export(
     layout: str | None,
     **options: Any,
 ) -> None:
-    """Compress MODEL and write a bundle: model.onnx, report.json, README.md.
+    """Compress MODEL and write a bundle: model.onnx, report.json, plan.json, README.md.
+
+    How small: --rank, the same everywhere; or, with unlabelled data (--calib), a budget for the whole model
+    (--keep-params, --keep-macs, --max-size), or the smallest that keeps the accuracy (--max-drop); or a --plan.
 
     MODEL is torchvision:NAME, package.module:factory (its code runs: name only code you trust), FILE.pt2 or FILE.onnx.
     The paper's own rounding of a ratio is not known to us; here it is ceil(ratio * min(out, in)).
@@ -178,6 +229,7 @@ def export(
             output,
             preprocessing=_preprocessing(mean, std, resize, crop, layout),
             measure=not no_bench,
+            joint=not no_joint,
             progress=progress,
             command=shlex.join(["rsi-deploy", *sys.argv[1:]]),
             **options,
@@ -194,18 +246,19 @@ def export(
 @_source_options
 @click.option("--rank", default="25%", show_default=True, help="What export would be asked for.")
 @_filter_options
+@click.option("--no-joint", is_flag=True, help="As for export; without it, ONNX: says what might be split jointly.")
 @click.option("--assume-constant", is_flag=True, help="ONNX: weights that are graph inputs too are constants.")
 @click.option("--no-spectra", is_flag=True, help="Shapes and decisions only.")
 @click.option(
     "--spectrum-limit", default=2048, show_default=True, help="Largest min(out, in) to compute a spectrum of."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def inspect(model: str, as_json: bool, no_spectra: bool, **options: Any) -> None:
+def inspect(model: str, as_json: bool, no_spectra: bool, no_joint: bool, **options: Any) -> None:
     """Sites of MODEL, shapes, spectra, break-even ranks, and what export would do."""
     from rsi_deploy.inspection import inspect as run_inspect
     from rsi_deploy.table import print_inspection
 
-    result = run_inspect(model, spectra=not no_spectra, **options)
+    result = run_inspect(model, spectra=not no_spectra, joint=not no_joint, **options)
     click.echo(result.model_dump_json(indent=2)) if as_json else print_inspection(_console(), result)
 
 
@@ -308,14 +361,15 @@ def evaluate_verb(
 @cli.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(), help="The evaluation data of the report: recomputes the accuracy.")
+@click.option("--calib", type=click.Path(), help="The calibration data of the report: recomputes what it says of them.")
 @click.option("--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, ...")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def verify(folder: Path, data: str | None, provider: str, as_json: bool) -> None:
+def verify(folder: Path, data: str | None, calib: str | None, provider: str, as_json: bool) -> None:
     """Compute again what the report of the bundle DIR claims; exit 4 if a claim is broken."""
     from rsi_deploy.table import print_verification
     from rsi_deploy.verification import verify as run_verify
 
-    result = run_verify(folder, data=data, provider=provider)
+    result = run_verify(folder, data=data, calib=calib, provider=provider)
     click.echo(result.model_dump_json(indent=2)) if as_json else print_verification(_console(), result)
     if broken := [c for c in result.claims if c.status == "broken"]:
         raise GateError(f"{folder}: {', '.join(c.name for c in broken)} not as reported; export again")

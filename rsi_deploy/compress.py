@@ -5,21 +5,25 @@
     nn.MultiheadAttention, packed        -> LowRankMultiheadAttention (in_proj), LowRankLinear (out_proj)
 
 The result stays an ordinary trainable module. Exporting it gives the same numbers as exporting the dense model and
-splitting in ONNX, because a site's factors depend on its weight, its name and the seed alone.
+splitting in ONNX, because a site's factors depend on its weight, its name and the seed alone. (Joint splits are made in
+ONNX only, where the graph tells what multiplies the same input: `joint=False` for the same numbers there.)
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from graph_passes.forms import conv_forms
 from rsi_deploy.errors import UsageError
 from rsi_deploy.fold import batch_norms_behind_convs, fold_batch_norm_
-from rsi_deploy.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention
+from rsi_deploy.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention, changed_bias
 from rsi_deploy.plan import Planner, RankSpec, site_name
-from rsi_deploy.rsi import Factors, Method, Solver
+from rsi_deploy.rsi import Factors, Method, Solver, balanced
 from rsi_deploy.sites import SiteRecord, dense_record, factorize_site
+from rsi_deploy.streams import Form, Replacement
 
 FACTOR_KEYS = {"left", "right", "in_proj_left", "in_proj_right"}
 
@@ -59,6 +63,16 @@ class ModuleSite:
             return self.parameter.shape[1], self.parameter.shape[0]
         return self.parameter.shape[0] // self.groups, self.parameter.shape[1:].numel()
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Of a Conv; () for a product."""
+        return tuple(self.parameter.shape[2:])
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """The forms its split can take, the usual one first."""
+        return conv_forms(self.kernel) if self.kernel else ("matmul",)
+
     def matrix(self) -> Tensor:
         """The canonical weight `(groups, out, in)`, a view where possible."""
         parameter = self.parameter.detach()
@@ -81,6 +95,9 @@ def compress_(
     progress: Progress | None = None,
 ) -> list[SiteRecord]:
     """Replace `module`'s layers by low-rank ones, in place, and say what was done at every site.
+
+    Every layer gets factors of its own: a right factor shared by several layers (`export(..., joint=True)`) is not made
+    here.
 
     Args:
         module: any torch module; put in evaluation mode first if it has BatchNorms to fold.
@@ -134,9 +151,9 @@ def compress_(
             reason=decision.reason,
             nodes=site.paths,
         )
-        _replace_(module, site, factors)
+        unchanged = torch.zeros(site.groups, site.shape[0])
+        replace_site_(module, site, Replacement(site.forms[0], factors.left, factors.right, unchanged))
         records.append(record)
-    _leave_fused_path_(module)
     return records
 
 
@@ -167,6 +184,59 @@ def find_module_sites(module: nn.Module) -> list[ModuleSite]:
                 _groups=groups,
             )
     return list(sites.values())
+
+
+def replace_site_(module: nn.Module, site: ModuleSite, replacement: Replacement) -> None:
+    """Put what a site becomes in every place its weight is used, in place; tied places share the two factors.
+
+    Args:
+        module: the tree in which `find_module_sites` found the site.
+        site: without an obstacle; the BatchNorm behind it folded already, where the factors were made so.
+        replacement: in any floating dtype; stored in the weight's.
+
+    Raises:
+        UsageError: the module is itself the layer to be replaced.
+    """
+    if "" in site.paths:
+        raise UsageError(
+            f"the module is itself a {type(module).__name__}, which cannot be replaced in place: "
+            f"pass nn.Sequential(module)"
+        )
+    new: dict[nn.Module, nn.Module] = {}
+    layers = [module.get_submodule(path) for path in site.paths]
+    for layer in layers:
+        if layer not in new:
+            new[layer] = low_rank_layer(layer, replacement)
+            for key in FACTOR_KEYS & new[layer]._parameters.keys():
+                new[layer].get_parameter(key).requires_grad_(site.parameter.requires_grad)
+    for path, layer in zip(site.paths, layers, strict=True):
+        module.set_submodule(path, new[layer])
+    _tie_(list(new.values()))
+    _leave_fused_path_(module)
+
+
+def low_rank_layer(layer: nn.Module, replacement: Replacement) -> nn.Module:
+    """The layer that `layer` (of a kind that `find_module_sites` finds without an obstacle) becomes, in its dtype.
+
+    A bias that does not change stays the very same parameter.
+    """
+    weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
+    assert isinstance(weight, Tensor)
+    left, right = replacement.left, replacement.right
+    if weight.dtype.itemsize < 4 and left.dtype != weight.dtype:
+        left, right = balanced(left, right)
+    factors = Factors(left.to(weight), right.to(weight))
+    change = replacement.bias.reshape(-1).to(weight) if replacement.bias.any() else None
+    new: nn.Module
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        new = LowRankConv(layer, factors, replacement.form, bias_change=change)
+    elif isinstance(layer, nn.MultiheadAttention):
+        new = LowRankMultiheadAttention(layer, Factors(factors.left[0], factors.right[0]), bias_change=change)
+    else:
+        bias = layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        new = LowRankLinear(Factors(factors.left[0], factors.right[0]), changed_bias(bias, change))
+    return new.train(layer.training)
 
 
 def _weights_of(layer: nn.Module) -> list[tuple[str, str, int, str]]:
@@ -221,26 +291,6 @@ def _folded(module: nn.Module, site: ModuleSite, norms: dict[str, str]) -> Modul
     return ModuleSite(weight=site.weight, kind=site.kind, parameter=weight, paths=site.paths, _groups=site.groups)
 
 
-def _replace_(module: nn.Module, site: ModuleSite, factors: Factors) -> None:
-    """Put the low-rank layer in every place the weight is used; tied places share the two parameters."""
-    flat = Factors(factors.left[0], factors.right[0])
-    for path in site.paths:
-        layer = module.get_submodule(path)
-        new: nn.Module
-        if isinstance(layer, nn.MultiheadAttention):
-            new = LowRankMultiheadAttention(layer, flat)
-        elif isinstance(layer, nn.modules.conv._ConvNd):
-            new = LowRankConv(layer, factors)
-        else:
-            bias = layer.bias
-            assert bias is None or isinstance(bias, Tensor)
-            new = LowRankLinear(flat, bias)
-        for key in FACTOR_KEYS & new._parameters.keys():
-            new.get_parameter(key).requires_grad_(site.parameter.requires_grad)
-        module.set_submodule(path, new.train(layer.training))
-    _tie_(module, site.paths)
-
-
 def _leave_fused_path_(module: nn.Module) -> None:
     """Keep torch's encoders off their fused inference path, which reads dense weights, where a layer is low-rank."""
     low_rank = (LowRankLinear, LowRankMultiheadAttention)
@@ -252,12 +302,10 @@ def _leave_fused_path_(module: nn.Module) -> None:
             child.activation_relu_or_gelu = 0  # of the layer: "neither", so only its own `activation` is called
 
 
-def _tie_(module: nn.Module, paths: tuple[str, ...]) -> None:
-    first = module.get_submodule(paths[0])
-    for path in paths[1:]:
-        other = module.get_submodule(path)
-        for key in FACTOR_KEYS & first._parameters.keys() & other._parameters.keys():
-            other._parameters[key] = first._parameters[key]
+def _tie_(layers: Sequence[nn.Module]) -> None:
+    for other in layers[1:]:
+        for key in FACTOR_KEYS & layers[0]._parameters.keys() & other._parameters.keys():
+            other._parameters[key] = layers[0]._parameters[key]
 
 
 def _join(path: str, key: str) -> str:

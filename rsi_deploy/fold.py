@@ -8,6 +8,7 @@ statistics go stale. Computed in float64, as `graph_passes.FoldBatchNormPass` do
 """
 
 import logging
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,18 @@ def batch_norms_behind_convs(module: nn.Module) -> dict[str, str]:
         ):
             pairs[str(source.target)] = str(node.target)
     return pairs
+
+
+def fold_batch_norms_(module: nn.Module) -> None:
+    """Fold every BatchNorm of `module` that can be into the Conv before it, in place; an Identity stays behind."""
+    uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+    for path, norm_path in batch_norms_behind_convs(module).items():
+        conv, norm = module.get_submodule(path), module.get_submodule(norm_path)
+        assert isinstance(conv, nn.modules.conv._ConvNd)
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        if uses[id(conv.weight)] == 1 and norm.running_mean is not None and not norm.training:
+            fold_batch_norm_(conv, norm)
+            module.set_submodule(norm_path, nn.Identity())
 
 
 def fold_batch_norm_(conv: "nn.modules.conv._ConvNd", norm: "nn.modules.batchnorm._BatchNorm") -> None:

@@ -1,6 +1,6 @@
 """Three errors, kept apart, because each has another cause and another remedy.
 
-    exporter       torch            against dense ONNX       the exporter's fault
+    exporter       torch            against dense ONNX       the exporter's fault (or the opset converter's, for a file)
     surgery        dense ONNX       against full-rank split  ours, if it is above rounding
     approximation  dense ONNX       against compressed       the price of the rank: reported, gated only on request
 
@@ -81,9 +81,23 @@ def tolerance_for(outputs: Arrays, table: Mapping[int, float]) -> float:
 
 
 def surgery_check(
-    dense: Path, weights: Collection[str], feeds: Mapping[str, npt.NDArray[Any]], expected: Arrays
+    dense: Path,
+    weights: Mapping[str, gp.Form],
+    feeds: Mapping[str, npt.NDArray[Any]],
+    expected: Arrays,
+    *,
+    joint: Collection[tuple[str, ...]] = (),
+    bias: bool = False,
 ) -> Comparison:
     """Split the same `weights` of the model at `dense` at full rank and compare with its own outputs `expected`.
+
+    Args:
+        dense: the dense model.
+        weights: names of those to split, each with the form of its split.
+        feeds: the probe inputs.
+        expected: the dense model's outputs on them.
+        joint: groups of those weights that share one right factor.
+        bias: give every split a change of its bias too (of zero).
 
     Raises:
         GateError: the split model differs by more than rounding, which is a defect of the surgery.
@@ -91,12 +105,14 @@ def surgery_check(
     model = ir.load(dense)
 
     def full_rank(site: gp.Site) -> gp.Factors | gp.Dense:
-        return rotated_identity(site) if site.weight in weights else gp.Dense(reason="not split")
+        wanted = site.members in joint if site.members else site.weight in weights
+        form = weights.get(site.weight, site.forms[0])
+        return rotated_identity(site, form, bias=bias) if wanted else gp.Dense(reason="not split")
 
     with tempfile.TemporaryDirectory(prefix=".surgery-", dir=dense.parent) as folder:
         path = Path(folder) / "full_rank.onnx"
         with DataFile(path.with_name(f"{path.name}.data")) as data:  # as large as the dense model: never in memory
-            gp.split(model, full_rank, keep=data.append)
+            gp.split(model, full_rank, keep=data.append, joint=bool(joint))
             data.take_(model)
         ir.save(model, path)
         forget_weights_(model)
@@ -107,13 +123,16 @@ def surgery_check(
     return compare_outputs(expected, outputs, what="surgery gate (full-rank split against dense)", tolerance=tolerance)
 
 
-def rotated_identity(site: gp.Site) -> gp.Factors:
+def rotated_identity(site: gp.Site, form: gp.Form, *, bias: bool = False) -> gp.Factors:
     """Exact full-rank factors of a site's weight: `P` and `P^T W`, or `W P` and `P^T`, whichever is smaller."""
-    weight = site.load()
-    eye = np.roll(np.eye(site.full_rank, dtype=weight.dtype), 1, axis=0)[None].repeat(site.groups, axis=0)
-    if site.out_features <= site.in_features:
-        return gp.Factors(left=eye, right=_rolled(weight, 1, site.op_type))  # eye @ x moves row i to row i+1
-    return gp.Factors(left=_rolled(weight, 2, site.op_type), right=np.ascontiguousarray(eye.swapaxes(1, 2)))
+    weight = site.load(form)
+    rows, columns = site.shape(form)
+    eye = np.roll(np.eye(min(rows, columns), dtype=weight.dtype), 1, axis=0)[None].repeat(site.groups, axis=0)
+    change = np.zeros(site.bias_size, weight.dtype) if bias else None
+    if rows <= columns:  # eye @ x moves row i to row i+1
+        return gp.Factors(left=eye, right=_rolled(weight, 1, site.op_type), form=form, bias=change)
+    right = np.ascontiguousarray(eye.swapaxes(1, 2))
+    return gp.Factors(left=_rolled(weight, 2, site.op_type), right=right, form=form, bias=change)
 
 
 def _rolled(weight: npt.NDArray[Any], axis: int, op_type: str) -> npt.NDArray[Any]:

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import onnx_ir as ir
 import pydantic
 import torch
 
 import graph_passes as gp
+from rsi_deploy.arrays import as_torch
 from rsi_deploy.compress import find_module_sites
 from rsi_deploy.errors import ModelError
 from rsi_deploy.onnx_file import read_onnx
-from rsi_deploy.onnx_split import as_torch
+from rsi_deploy.onnx_split import joint_groups
 from rsi_deploy.plan import Planner, RankSpec, break_even_rank, site_name
 from rsi_deploy.rsi import singular_values
 from rsi_deploy.source import load_source
@@ -35,6 +37,8 @@ class SiteView(pydantic.BaseModel, frozen=True, extra="forbid"):
         params: numbers in the weight.
         rank: that export would split at; None for dense.
         reason: of that decision.
+        joint: names of the sites that multiply the same input, this one too, where export would have them share one
+            right factor if that costs less for the same errors, which only their factors tell; else empty.
         rank_90, rank_99: smallest rank that keeps 90 / 99 % of the squared singular values (of the worst group);
             None where the spectrum was not computed.
         stable_rank: `||W||_F^2 / ||W||_2^2`.
@@ -49,6 +53,7 @@ class SiteView(pydantic.BaseModel, frozen=True, extra="forbid"):
     params: int
     rank: int | None
     reason: str
+    joint: tuple[str, ...] = ()
     rank_90: int | None = None
     rank_99: int | None = None
     stable_rank: float | None = None
@@ -72,6 +77,7 @@ def inspect(
     input_shape: str | tuple[int, ...] | Sequence[str] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    joint: bool = True,
     assume_constant: bool = False,
     spectra: bool = True,
     spectrum_limit: int = SPECTRUM_LIMIT,
@@ -87,6 +93,7 @@ def inspect(
         input_shape: not needed here; accepted, so that the same options work.
         include: as for export.
         exclude: as for export.
+        joint: as for export; shown for an ONNX file alone, as modules do not tell what multiplies the same input.
         assume_constant: as for export.
         spectra: compute singular values.
         spectrum_limit: largest `min(out, in)` whose spectrum is computed.
@@ -105,8 +112,13 @@ def inspect(
         input_shape=told,
         seed=seed,
     )
+    together: list[tuple[str, ...]] = []
     if source.onnx is not None:
-        found = _graph_sites(source.onnx, assume_constant)
+        graph = read_onnx(source.onnx, assume_constant=assume_constant)
+        gp.FoldBatchNormPass()(graph)
+        found = _graph_sites(graph)
+        if joint:
+            together = [tuple(site_name(site.weight) for site in members) for members in joint_groups(graph)]
     elif source.module is not None:
         found = _module_sites(source.module)
     else:
@@ -140,7 +152,7 @@ def inspect(
         notes.append(
             f"no spectrum of {skipped} sites with min(out, in) above {spectrum_limit}: --spectrum-limit raises it"
         )
-    return Inspection(model=source.name, rank=str(spec), sites=tuple(views), notes=tuple(notes))
+    return Inspection(model=source.name, rank=str(spec), sites=_grouped(views, together), notes=tuple(notes))
 
 
 def _module_sites(module: torch.nn.Module) -> Iterator[Found]:
@@ -148,15 +160,20 @@ def _module_sites(module: torch.nn.Module) -> Iterator[Found]:
         yield site.name, site.kind, site.shape, site.groups, site.obstacle, site.matrix
 
 
-def _graph_sites(path: Path, assume_constant: bool) -> Iterator[Found]:
-    model = read_onnx(path, assume_constant=assume_constant)
-    gp.FoldBatchNormPass()(model)
+def _graph_sites(model: ir.Model) -> Iterator[Found]:
     for site in gp.find_sites(model):
         shape, name = (site.out_features, site.in_features), site_name(site.weight or site.node)
         if isinstance(site, gp.Site):
             yield name, site.op_type, shape, site.groups, "", partial(_loaded, site)
         else:
             yield name, site.op_type, shape, max(site.groups, 1), site.reason, None
+
+
+def _grouped(views: Sequence[SiteView], groups: Sequence[tuple[str, ...]]) -> tuple[SiteView, ...]:
+    """The views with the groups all of whose members would be split."""
+    split = {view.name for view in views if view.rank}
+    joint = {name: names for names in groups if split.issuperset(names) for name in names}
+    return tuple(view.model_copy(update={"joint": joint.get(view.name, ())}) for view in views)
 
 
 def _loaded(site: gp.Site) -> torch.Tensor:

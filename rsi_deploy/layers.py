@@ -1,8 +1,9 @@
 """Low-rank layers: ordinary trainable modules that replace a dense one, with the same numbers.
 
     LowRankLinear   y = left (right x) + bias
-    LowRankConvNd   right: kxk conv to `rank` channels a group, with the stride, padding and dilation of the
-                    original; left: 1x1 conv to `out`, with the bias ("channel" form)
+    LowRankConv     right: conv to `rank` channels a group; left: conv to `out`, with the bias. Which of the two
+                    takes which axes of the kernel (with their stride, padding and dilation) is the form:
+                    channel: k x k, 1 x 1    input: 1 x 1, k x k    separable: k x 1, 1 x k
 
 Each still answers to `.weight` (the product `left @ right`), because some models reach past `forward` for it, as
 torchvision's Swin does; such a use stays correct, only not low-rank.
@@ -12,7 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graph_passes.forms import first_axes
 from rsi_deploy.rsi import Factors
+from rsi_deploy.streams import Form
+
+Geometry = tuple[tuple[int, ...], str | tuple[int, ...], tuple[int, ...]]
+"""Stride, padding and dilation of a convolution."""
 
 
 class LowRankLinear(nn.Module):
@@ -46,77 +52,92 @@ class LowRankLinear(nn.Module):
 
 
 class LowRankConv(nn.Module):
-    """The channel form of a 1-D, 2-D or 3-D convolution, groups included.
+    """A 1-D, 2-D or 3-D convolution as two, groups included.
 
     Args:
         conv: the dense layer, whose geometry, padding mode and bias are taken over.
-        factors: `left (groups, out/groups, rank)`, `right (groups, rank, in/groups*prod(kernel))`.
+        factors: `left (groups, out/groups * prod(second), rank)`, `right (groups, rank, in/groups * prod(first))`, the
+            kernel being `(*first, *second)`, cut as the form says.
+        form: "channel", "input" or "separable".
+        bias_change: `(out,)`, added to the bias; None leaves it the very same parameter.
     """
 
-    def __init__(self, conv: "nn.modules.conv._ConvNd", factors: Factors) -> None:
+    def __init__(
+        self,
+        conv: "nn.modules.conv._ConvNd",
+        factors: Factors,
+        form: Form = "channel",
+        *,
+        bias_change: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.groups, _, self.rank = factors.left.shape
-        kernel = conv.weight.shape[2:]
-        self.left = _parameter(factors.left.reshape(conv.out_channels, self.rank, *(1 for _ in kernel)))
-        self.right = _parameter(factors.right.reshape(self.groups * self.rank, *conv.weight.shape[1:]))
-        self.bias = conv.bias
+        self.form, self.kernel_size = form, conv.kernel_size
+        axes = first_axes(form, len(conv.kernel_size))
+        first, second = conv.kernel_size[: len(axes)], conv.kernel_size[len(axes) :]
+        left = factors.left.reshape(conv.out_channels, *second, self.rank).movedim(-1, 1)
+        self.left = _parameter(left.reshape(conv.out_channels, self.rank, *(1 for _ in first), *second))
+        self.right = _parameter(factors.right.reshape(self.groups * self.rank, -1, *first, *(1 for _ in second)))
+        self.bias = changed_bias(conv.bias, bias_change)
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
-        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.stride, self.dilation = conv.stride, conv.dilation
         self.padding, self.padding_mode = conv.padding, conv.padding_mode
         self._edges = conv._reversed_padding_repeated_twice
-        self._convolve = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
+        self._first, self._second = _geometry(conv, axes), _geometry(conv, range(len(axes), len(conv.kernel_size)))
+        self._convolve = (F.conv1d, F.conv2d, F.conv3d)[len(conv.kernel_size) - 1]
 
     @property
     def weight(self) -> Tensor:
         """The dense equivalent `(out, in/groups, *kernel)`."""
-        left = self.left.reshape(self.groups, -1, self.rank)
-        right = self.right.reshape(self.groups, self.rank, -1)
-        return (left @ right).reshape(self.out_channels, *self.right.shape[1:])
+        channels, points = self.right.shape[1], self.left.shape[2:].numel()
+        left = self.left.reshape(self.groups, -1, self.rank, points)
+        right = self.right.reshape(self.groups, self.rank, channels, -1)
+        product = torch.einsum("gors,grif->goifs", left, right)
+        return product.reshape(self.out_channels, channels, *self.kernel_size)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """Map `(N, in, *spatial)` to `(N, out, *spatial')`."""
-        padding: str | int | tuple[int, ...] = self.padding
-        if self.padding_mode != "zeros":
-            input, padding = F.pad(input, self._edges, mode=self.padding_mode), 0  # noqa: A001
-        hidden = self._convolve(input, self.right, None, self.stride, padding, self.dilation, self.groups)
-        return self._convolve(hidden, self.left, self.bias, groups=self.groups)
+        if self.padding_mode != "zeros":  # a convolution of the padded data that pads no more, whatever the form
+            input = F.pad(input, self._edges, mode=self.padding_mode)  # noqa: A001
+        stride, padding, dilation = self._first
+        hidden = self._convolve(input, self.right, None, stride, padding, dilation, self.groups)
+        stride, padding, dilation = self._second
+        return self._convolve(hidden, self.left, self.bias, stride, padding, dilation, self.groups)
 
     def extra_repr(self) -> str:
         """What `repr(module)` shows."""
         return (
             f"{self.in_channels}, {self.out_channels}, rank={self.rank}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, groups={self.groups}"
+            f"stride={self.stride}, groups={self.groups}" + ("" if self.form == "channel" else f", form={self.form}")
         )
 
 
-class LowRankMultiheadAttention(nn.Module):
-    """`nn.MultiheadAttention` whose packed input projection (and output projection, where it pays) is low-rank.
+class OpenMultiheadAttention(nn.Module):
+    """`nn.MultiheadAttention` as plain calls of its two layers `in_proj` and `out_proj`, which hooks can see.
 
     Same call, same results: `attn_mask`, `key_padding_mask`, `need_weights`, `average_attn_weights`, `is_causal`,
     `batch_first`. Made for the packed case (`in_proj_weight`); separate q/k/v widths, `add_bias_kv` and
-    `add_zero_attn` stay dense.
+    `add_zero_attn` are not.
 
     Args:
-        dense: the module to replace.
-        in_proj: factors of the packed `(3*embed, embed)` weight.
+        dense: the module to stand in for, whose parameters are shared.
     """
 
-    def __init__(self, dense: nn.MultiheadAttention, in_proj: Factors) -> None:
+    def __init__(self, dense: nn.MultiheadAttention) -> None:
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = dense.embed_dim, dense.num_heads, dense.head_dim
         self.batch_first, self.dropout = dense.batch_first, dense.dropout
         self._qkv_same_embed_dim = False  # keeps TransformerEncoderLayer off its fused path, which wants dense weights
-        self.in_proj_left = _parameter(in_proj.left)
-        self.in_proj_right = _parameter(in_proj.right)
-        self.in_proj_bias = dense.in_proj_bias
+        self._take_in_proj_(dense)
         self.out_proj = dense.out_proj
         self.bias_k = self.bias_v = None
         self.add_zero_attn = False
+        self.training = dense.training
 
-    @property
-    def in_proj_weight(self) -> Tensor:
-        """The dense equivalent `(3*embed, embed)`."""
-        return self.in_proj_left @ self.in_proj_right
+    def _take_in_proj_(self, dense: nn.MultiheadAttention) -> None:
+        weight, bias = dense.in_proj_weight, dense.in_proj_bias
+        self.in_proj = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        self.in_proj.weight, self.in_proj.bias = weight, bias
 
     def forward(
         self,
@@ -154,14 +175,12 @@ class LowRankMultiheadAttention(nn.Module):
         return (out.transpose(0, 1) if sequence_first else out), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v `(..., embed)`; one pass of `right` where the three share their input."""
-        left, bias = self.in_proj_left.chunk(3), _chunk3(self.in_proj_bias)
+        """q, k, v `(..., embed)`; `in_proj` is called only where the three share their input."""
         if query is key and key is value:
-            return F.linear(F.linear(query, self.in_proj_right), self.in_proj_left, self.in_proj_bias).chunk(3, dim=-1)
-        return tuple(
-            F.linear(F.linear(t, self.in_proj_right), weight, b)
-            for t, weight, b in zip((query, key, value), left, bias, strict=True)
-        )
+            projected: Tensor = self.in_proj(query)
+            return projected.chunk(3, dim=-1)
+        weight, bias = self.in_proj.weight.chunk(3), _chunk3(self.in_proj.bias)
+        return tuple(F.linear(t, w, b) for t, w, b in zip((query, key, value), weight, bias, strict=True))
 
     def _bias(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
         """The two masks as one additive `(N or 1, heads or 1, length_q, length_k)`, or None."""
@@ -173,6 +192,63 @@ class LowRankMultiheadAttention(nn.Module):
             padding = _additive(key_padding_mask, q.dtype)[:, None, None, :]
             bias = padding if bias is None else bias + padding
         return bias
+
+
+class LowRankMultiheadAttention(OpenMultiheadAttention):
+    """`nn.MultiheadAttention` whose packed input projection (and output projection, where it pays) is low-rank.
+
+    Same call, same results, as of `OpenMultiheadAttention`.
+
+    Args:
+        dense: the module to replace.
+        in_proj: factors of the packed `(3*embed, embed)` weight.
+        bias_change: `(3*embed,)`, added to the bias of the input projection; None leaves it the very same parameter.
+    """
+
+    def __init__(self, dense: nn.MultiheadAttention, in_proj: Factors, *, bias_change: Tensor | None = None) -> None:
+        super().__init__(dense)
+        self.in_proj_left = _parameter(in_proj.left)
+        self.in_proj_right = _parameter(in_proj.right)
+        self.in_proj_bias = changed_bias(dense.in_proj_bias, bias_change)
+
+    def _take_in_proj_(self, dense: nn.MultiheadAttention) -> None:
+        """Nothing: the dense one is not kept."""
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """The dense equivalent `(3*embed, embed)`."""
+        return self.in_proj_left @ self.in_proj_right
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v `(..., embed)`; one pass of `right` where the three share their input."""
+        left, bias = self.in_proj_left.chunk(3), _chunk3(self.in_proj_bias)
+        if query is key and key is value:
+            return F.linear(F.linear(query, self.in_proj_right), self.in_proj_left, self.in_proj_bias).chunk(3, dim=-1)
+        return tuple(
+            F.linear(F.linear(t, self.in_proj_right), weight, b)
+            for t, weight, b in zip((query, key, value), left, bias, strict=True)
+        )
+
+
+def changed_bias(bias: Tensor | None, change: Tensor | None) -> nn.Parameter | None:
+    """`bias + change`, either of which may be missing; without a change the very same parameter."""
+    if change is None:
+        return None if bias is None else _parameter(bias)
+    if bias is None:
+        return _parameter(change)
+    return nn.Parameter((bias + change).detach().to(bias.dtype), requires_grad=bias.requires_grad)
+
+
+def _geometry(conv: "nn.modules.conv._ConvNd", axes: range) -> Geometry:
+    """What is left of a convolution's geometry when its kernel is cut down to some axes."""
+
+    def on(values: tuple[int, ...], nothing: int) -> tuple[int, ...]:
+        return tuple(value if axis in axes else nothing for axis, value in enumerate(values))
+
+    padding: str | tuple[int, ...] = on((0,) * len(conv.kernel_size), 0)
+    if axes and conv.padding_mode == "zeros":  # "same" and "valid" pad no axis whose kernel is 1
+        padding = conv.padding if isinstance(conv.padding, str) else on(conv.padding, 0)
+    return on(conv.stride, 1), padding, on(conv.dilation, 1)
 
 
 def _parameter(value: Tensor) -> nn.Parameter:

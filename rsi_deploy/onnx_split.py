@@ -2,24 +2,23 @@
 
     find_sites --> Planner.decide --> Solver (RSI) --> graph_passes.split --> one record a weight
 
-Weights are read one at a time from the model's memory or memory map and are not kept.
+Weights are read one at a time from the model's memory or memory map, those of a group that may share a right factor
+together, and are not kept.
 """
 
-import warnings
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import ml_dtypes
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
 import graph_passes as gp
-from rsi_deploy.plan import Planner, site_name
+from rsi_deploy.factor_source import FactorSource
+from rsi_deploy.plan import SitePlanner, site_name
 from rsi_deploy.rsi import Solver
-from rsi_deploy.sites import SiteRecord, dense_record, factorize_site
+from rsi_deploy.sites import SiteRecord, dense_record
+from rsi_deploy.streams import Fitted
 
 Progress = Callable[[str, int, int], None]
 CPU = torch.device("cpu")
@@ -36,9 +35,11 @@ class SplitModel:
 
 def split_graph(
     model: ir.Model,
-    planner: Planner,
+    planner: SitePlanner,
     solver: Solver,
     *,
+    fitted: Mapping[str, Fitted] | None = None,
+    joint: bool = True,
     progress: Progress | None = None,
     keep: Iterable[str] = (),
     device: torch.device = CPU,
@@ -50,6 +51,10 @@ def split_graph(
         model: the dense graph; BatchNorms already folded.
         planner: decides each site by its name and shape.
         solver: computes factors.
+        fitted: by site name, what calibration has made of a site; it is taken where the planner splits the site. With
+            it nothing is joint.
+        joint: let sites that multiply the same input share one right factor where that costs less for the same errors
+            (see `rsi_deploy.joint`); never with the planner's `always_split`.
         progress: called with (site, index, count) before each factorization.
         keep: names of weights whose factors the caller wants to see.
         device: where factors are computed.
@@ -59,63 +64,49 @@ def split_graph(
         UsageError: filters or ranks that cannot be meant for this model.
         ModelError: NaN or infinite values in a weight, with the site's name.
     """
+    joint = joint and not planner.always_split and not fitted
     found = gp.find_sites(model)
     sites = [entry for entry in found if isinstance(entry, gp.Site)]
     planner.check([(site_name(s.weight), s.out_features, s.in_features) for s in sites])
-    order = list(dict.fromkeys(s.weight for s in sites))
+    source = FactorSource(
+        planner=planner,
+        solver=solver,
+        fitted=fitted or {},
+        progress=progress,
+        wanted=frozenset(keep),
+        device=device,
+        order=list(dict.fromkeys(s.weight for s in sites)),
+        groups={tuple(s.weight for s in members): members for members in joint_groups(model)} if joint else {},
+    )
     del found, sites  # a site holds its dense weight; from here on each is let go as soon as it is split
-    records: dict[str, SiteRecord] = {}
-    kept: dict[str, gp.Factors] = {}
-    wanted = set(keep)
-
-    def factors_of(site: gp.Site) -> gp.Factors | gp.Dense:
-        name = site_name(site.weight)
-        decision = planner.decide(name, site.out_features, site.in_features)
-        if decision.rank is None:
-            return gp.Dense(reason=decision.reason)
-        if progress:
-            progress(name, order.index(site.weight), len(order))
-        pair, record = factorize_site(
-            name, site.op_type, as_torch(site.load()).to(device), decision.rank, solver, reason=decision.reason
-        )
-        factors = gp.Factors(left=as_numpy(pair.left.cpu()), right=as_numpy(pair.right.cpu()))
-        records[site.weight] = record
-        if site.weight in wanted:
-            kept[site.weight] = factors
-        return factors
-
-    nodes = gp.split(model, factors_of, keep=store)
-    return SplitModel(sites=tuple(_by_weight(nodes, records)), nodes=tuple(nodes), kept=kept)
+    nodes = gp.split(model, source, keep=store, joint=joint)
+    return SplitModel(sites=tuple(_by_weight(nodes, source.records)), nodes=tuple(nodes), kept=source.kept)
 
 
-def with_macs(sites: Iterable[SiteRecord], macs: dict[str, int]) -> list[SiteRecord]:
-    """The records with multiply-accumulates a sample, from those of each dense node by its name."""
+def joint_groups(model: ir.Model) -> list[tuple[gp.Site, ...]]:
+    """Sites that multiply the same input and might share one right factor: each alone bears its weight."""
+    uses = Counter(entry.weight for entry in gp.find_sites(model))
+    return [members for members in gp.joint_groups(model) if all(uses[member.weight] == 1 for member in members)]
+
+
+def with_macs(split: SplitModel, before: Mapping[str, int], after: Mapping[str, int]) -> list[SiteRecord]:
+    """The records with multiply-accumulates a sample, from those counted at each node of both models, by name.
+
+    The first node of a joint split counts at its first site.
+    """
+    counted: set[str] = set()
     result = []
-    for site in sites:
-        dense = sum(macs.get(node, 0) for node in site.nodes) or None
+    made = {node.node: node for node in split.nodes if isinstance(node, gp.Split)}
+    for site in split.sites:
+        dense = sum(before.get(node, 0) for node in site.nodes) or None
         compressed = dense
         if dense is not None and site.rank is not None:
-            # Every position of the output costs out*in before and rank*(out+in) after. A strided Conv's first
-            # factor works at the output's positions too, so this is exact for the channel form.
-            compressed = round(dense * site.params_compressed / site.params_dense)
+            pairs = [made[node] for node in site.nodes if node in made]
+            nodes = {name for pair in pairs for name in (pair.first_node, pair.second_node)} - counted
+            counted |= nodes
+            compressed = sum(after.get(node, 0) for node in nodes | (set(site.nodes) - made.keys()))
         result.append(site.model_copy(update={"macs_dense": dense, "macs_compressed": compressed}))
     return result
-
-
-def as_torch(array: npt.NDArray[Any]) -> torch.Tensor:
-    """A tensor on the array's memory, bfloat16 included; it must not be written to."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # memory maps are read-only, and so are we
-        if array.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
-
-
-def as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """An array on the tensor's memory, bfloat16 included."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 def _by_weight(nodes: Iterable[gp.Record], splits: dict[str, SiteRecord]) -> list[SiteRecord]:
@@ -126,10 +117,11 @@ def _by_weight(nodes: Iterable[gp.Record], splits: dict[str, SiteRecord]) -> lis
     result = []
     for weight, group in users.items():
         names = tuple(node.node for node in group)
-        if weight in splits:
-            result.append(splits[weight].model_copy(update={"nodes": names}))
-            continue
         first = group[0]
+        if weight in splits:
+            form = first.form if isinstance(first, gp.Split) else None
+            result.append(splits[weight].model_copy(update={"nodes": names, "form": form}))
+            continue
         reason = first.reason if isinstance(first, gp.Skip) else "split"
         result.append(
             dense_record(

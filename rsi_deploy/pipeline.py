@@ -10,29 +10,32 @@ import datetime
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy.typing as npt
 import torch
 from torch import nn
 
 from rsi_deploy import __version__
+from rsi_deploy.budget import Budget
 from rsi_deploy.bundle import whole_folder
+from rsi_deploy.calibrating import Calibrator, Dense
+from rsi_deploy.calibration_data import check_source
 from rsi_deploy.card import model_card
+from rsi_deploy.certificate import certificate
 from rsi_deploy.data import Dataset, open_data
 from rsi_deploy.errors import UsageError
 from rsi_deploy.machine import environment, peak_memory
-from rsi_deploy.onnx_file import (
-    file_bytes,
-    file_hash,
-    read_onnx,
-)
+from rsi_deploy.onnx_file import file_bytes, file_hash, read_onnx
 from rsi_deploy.onnx_split import with_macs
-from rsi_deploy.plan import Planner, RankSpec
+from rsi_deploy.plan import Filters, Planner, RankSpec
+from rsi_deploy.plan_file import read_plan, write_plan
+from rsi_deploy.planning import plan_of
 from rsi_deploy.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.probe import named_shapes, read_feeds
 from rsi_deploy.providers import resolve
 from rsi_deploy.report import Report, Settings, Size, SourceRecord
+from rsi_deploy.request import Request
 from rsi_deploy.rsi import Method, Solver
 from rsi_deploy.source import load_source, source_of_module
 from rsi_deploy.stages import Job
@@ -44,7 +47,18 @@ def export(
     model: str | nn.Module,
     output: str | Path,
     *,
-    rank: str | int | RankSpec,
+    rank: str | int | RankSpec | None = None,
+    calib: str | Path | Dataset | Mapping[str, npt.NDArray[Any]] | None = None,
+    calib_size: int = 1024,
+    factors: Literal["response", "weights"] = "response",
+    keep_params: str | float | None = None,
+    keep_macs: str | float | None = None,
+    max_size: str | int | None = None,
+    max_drop: float | None = None,
+    plan: str | Path | None = None,
+    min_rank: int = 1,
+    rank_multiple: int = 1,
+    allow_shared_data: bool = False,
     weights: str = "DEFAULT",
     checkpoint: str | Path | None = None,
     input_shape: str | tuple[int, ...] | Sequence[str] | None = None,
@@ -58,6 +72,7 @@ def export(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     always_split: bool = False,
+    joint: bool = True,
     assume_constant: bool = False,
     opset: int | None = None,
     device: str = "auto",
@@ -77,7 +92,18 @@ def export(
     Args:
         model: `torchvision:NAME`, `package.module:factory`, `FILE.pt2`, `FILE.onnx`, or a torch module.
         output: the folder to make.
-        rank: a rank (`64`) or the paper's ratio (`"40%"`).
+        rank: a rank (`64`) or the paper's ratio (`"40%"`); or exactly one of the budgets, or a plan.
+        calib: unlabelled calibration data: a data set as for `data`, or an `.npz` with one array per model input.
+        calib_size: at most so many samples, evenly spaced.
+        factors: "response" fits the factors to the calibration data, "weights" is the paper's plain method.
+        keep_params: share of the whole model's parameters to keep: 0.5 or "50%".
+        keep_macs: share of its multiply-accumulates.
+        max_size: bytes of the compressed model, "20MB".
+        max_drop: the smallest model that loses at most so many points of top-1 on `data`.
+        plan: a plan file (`plan.json` of a bundle, perhaps edited).
+        min_rank: no planned rank below it.
+        rank_multiple: planned ranks are multiples of it.
+        allow_shared_data: let calibration and evaluation data share samples.
         weights: torchvision's: "DEFAULT", "none" (random, seeded) or a file.
         checkpoint: a factory's state dict.
         input_shape: `1x3x32x32`, where a torch model does not tell; the first number is the batch and stays dynamic.
@@ -91,9 +117,11 @@ def export(
         seed: of sketches, probe inputs, and of random weights.
         include: globs on site names; empty means all.
         exclude: globs on site names that stay dense.
-        always_split: split where nothing is saved, too.
+        always_split: split where nothing is saved, too; nothing is then split jointly.
+        joint: let weights that multiply the same input (q, k, v; gate and up) share one right factor where that holds
+            fewer numbers at no larger error of any of them.
         assume_constant: for an ONNX file: weights that are graph inputs too are constants, and no inputs any more.
-        opset: of the ONNX model; by default 23 with attention, else 20.
+        opset: of the ONNX model; by default 23 with attention, else 20; of an ONNX file its own.
         device: where factors are computed: "cpu", "cuda" or "auto".
         provider: onnxruntime provider to measure on.
         threads: of onnxruntime while measuring.
@@ -111,35 +139,35 @@ def export(
         ModelError: the model cannot be handled (exit 3).
         GateError: a verification gate failed (exit 4).
     """
-    texts = [input_shape] if isinstance(input_shape, str) else [s for s in input_shape or () if isinstance(s, str)]
-    sizes = tuple(s for s in input_shape or () if isinstance(s, int))
-    plain: str | tuple[int, ...] | None = next((t for t in texts if "=" not in t), None) or sizes or None
+    plain, shapes = _shapes(input_shape)
+    request = Request(
+        rank=None if rank is None or rank == "auto" else RankSpec.parse(rank),
+        budget=_budget(keep_params, keep_macs, max_size),
+        max_drop=max_drop,
+        plan=None if plan is None else read_plan(plan),
+        plan_name="" if plan is None else Path(plan).name,
+        calib=calib,
+        calib_size=calib_size,
+        factors=factors,
+        min_rank=min_rank,
+        rank_multiple=rank_multiple,
+        allow_shared_data=allow_shared_data,
+    )
+    request.check_against(data=data, always_split=always_split)
+    check_source(calib)
+    filters = Filters(include=tuple(include), exclude=tuple(exclude))
+    solver = Solver(method=method, power_iterations=power_iterations, oversampling=oversampling, seed=seed)
     job = Job(
-        settings=Settings(
-            rank=str(RankSpec.parse(rank)),
-            method=method,
-            power_iterations=1 if method == "rsvd" else power_iterations,
-            oversampling=oversampling,
-            seed=seed,
-            include=tuple(include),
-            exclude=tuple(exclude),
-            always_split=always_split,
-            opset=opset or 0,
-        ),
-        planner=Planner(
-            spec=RankSpec.parse(rank), include=tuple(include), exclude=tuple(exclude), always_split=always_split
-        ),
-        solver=Solver(method=method, power_iterations=power_iterations, oversampling=oversampling, seed=seed),
+        settings=_settings(request, filters, solver, always_split=always_split, joint=joint, opset=opset),
+        solver=solver,
         device=_device(device),
         provider=resolve(provider),
         progress=progress,
-        shapes=named_shapes([text for text in texts if "=" in text]),
+        shapes=shapes,
         given=None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds),
         assume_constant=assume_constant,
     )
-    dataset = open_data(data) if isinstance(data, str | Path) else data
-    if dataset is not None and dataset.labels is None:
-        raise UsageError("--data has no labels; evaluation data need them (`labels` or `y`, or class folders)")
+    dataset = _evaluation_data(data, preprocessing)
     with whole_folder(Path(output), force=force) as folder:
         with job.stage("load"):
             source = (
@@ -149,41 +177,59 @@ def export(
             )
         told = source.preprocessing if source.onnx is None else _stored_preprocessing(source.onnx)
         steps = preprocessing.over(told) if preprocessing else told
-        if dataset is not None and dataset.kind == "inputs" and preprocessing is not None:
-            raise UsageError(
-                "--data are ready model inputs: no preprocessing applies; leave out --mean, --std, --resize, --crop "
-                "and --layout, or give 8-bit images"
-            )
         # Apart from the bundle, so that a compressed model that still leans on the dense one's data cannot load.
-        work = folder / "work"
+        work, path = folder / "work", folder / "model.onnx"
         work.mkdir()
         dense = work / "dense.onnx"
         exporter = job.export_dense(source, dense, steps, opset)
         before, accuracy = job.dense_facts(source, dense, dataset, steps)
-        result = job.compress(dense, folder / "model.onnx", steps, with_head=dataset is not None)
-        verification, probe = job.verify(dense, folder / "model.onnx", result, before, exporter, max_output_error)
-        scores, bound = job.accuracy(dense, folder / "model.onnx", result, dataset, steps, accuracy)
+        calibrator = Calibrator(
+            request=request,
+            dense=Dense(
+                path=dense,
+                size=before.size,
+                macs=before.macs,
+                feeds=before.feeds,
+                batch=before.batch,
+                accuracy=accuracy,
+            ),
+            planner=_planner(request, filters, always_split=always_split),
+            filters=filters,
+            solver=solver,
+            steps=steps,
+            evaluation=dataset,
+            write=lambda made, candidate: job.write(dense, candidate, made),
+            provider=job.provider,
+            seed=seed,
+            progress=progress,
+        )
+        with job.stage("calibrate and plan"):
+            made = calibrator.planned()
+        result = job.compress(dense, path, made, with_head=dataset is not None)
+        verification, probe = job.verify(dense, path, result, before, exporter, max_output_error)
+        scores, bound = job.accuracy(dense, path, result, dataset, steps, accuracy)
         latency = (
-            job.latency(dense, folder / "model.onnx", before, bench_batch, bench_seconds, threads)
+            job.latency(dense, path, before, bench_batch, bench_seconds, threads)
             if measure and before.outputs is not None
             else None
         )
-        sites = with_macs(result.split.sites, before.macs)
+        certified = None
+        if calib is not None and before.outputs is not None:
+            with job.stage("certificate"):
+                certified = certificate(dense, path, calibrator.data(), job.provider)
+        macs = job.macs(path, before)
         report = Report(
             tool=f"rsi-deploy {__version__}",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             command=command or "rsi_deploy.export(...)",
-            source=SourceRecord(model=source.name, hash=result.source_hash, notes=tuple(source.notes)),
+            source=SourceRecord(model=source.name, hash=job.source_hash, notes=tuple(source.notes)),
             settings=job.settings,
             preprocessing=steps,
-            dense=result.dense,
-            compressed=Size(
-                bytes=file_bytes(folder / "model.onnx"),
-                params=result.params,
-                macs=result.dense.macs - sum((s.macs_dense or 0) - (s.macs_compressed or 0) for s in sites),
-            ),
-            sites=tuple(sites),
+            dense=before.size,
+            compressed=Size(bytes=file_bytes(path), params=result.params, macs=sum(macs.values())),
+            sites=tuple(with_macs(result.split, before.macs, macs)),
             verification=verification,
+            calibration=certified,
             softmax_bound=bound,
             accuracy=scores,
             latency=latency,
@@ -194,11 +240,77 @@ def export(
             stages=tuple(job.stages),
             peak_memory=peak_memory(),
             environment=environment(),
-            notes=tuple(dict.fromkeys([*source.notes, *job.notes])),
+            notes=tuple(dict.fromkeys([*source.notes, *job.notes, *calibrator.notes])),
         )
         (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(report, folder / "model.onnx"), encoding="utf-8")
+        write_plan(folder / "plan.json", plan_of(report))
+        (folder / "README.md").write_text(model_card(report, path), encoding="utf-8")
     return report
+
+
+def _shapes(given: str | tuple[int, ...] | Sequence[str] | None) -> tuple[str | tuple[int, ...] | None, dict[str, Any]]:
+    """The one shape of a torch model's input, and those told by name."""
+    texts = [given] if isinstance(given, str) else [s for s in given or () if isinstance(s, str)]
+    sizes = tuple(s for s in given or () if isinstance(s, int))
+    plain: str | tuple[int, ...] | None = next((t for t in texts if "=" not in t), None) or sizes or None
+    return plain, dict(named_shapes([text for text in texts if "=" in text]))
+
+
+def _budget(
+    keep_params: str | float | None, keep_macs: str | float | None, max_size: str | int | None
+) -> Budget | None:
+    if keep_params is None and keep_macs is None and max_size is None:
+        return None
+    return Budget.parse(keep_params=keep_params, keep_macs=keep_macs, max_size=max_size)
+
+
+def _planner(request: Request, filters: Filters, *, always_split: bool) -> Planner | None:
+    """Of the same rank everywhere; None where a budget or a plan decides."""
+    if request.rank is None:
+        return None
+    return Planner(spec=request.rank, include=filters.include, exclude=filters.exclude, always_split=always_split)
+
+
+def _settings(
+    request: Request, filters: Filters, solver: Solver, *, always_split: bool, joint: bool, opset: int | None
+) -> Settings:
+    """What shapes model.onnx, for the report and the model's metadata."""
+    return Settings(
+        rank="" if request.rank is None else str(request.rank),
+        budget=request.decided_by,
+        factors="response" if request.is_fitted else "weights",
+        calib_size=0 if request.calib is None else request.calib_size,
+        min_rank=request.min_rank,
+        rank_multiple=request.rank_multiple,
+        method=solver.method,
+        power_iterations=1 if solver.method == "rsvd" else solver.power_iterations,
+        oversampling=solver.oversampling,
+        seed=solver.seed,
+        include=filters.include,
+        exclude=filters.exclude,
+        always_split=always_split,
+        joint=joint and not always_split and request.rank is not None and not request.is_fitted,
+        opset=opset or 0,
+    )
+
+
+def _evaluation_data(data: str | Path | Dataset | None, preprocessing: Preprocessing | None) -> Dataset | None:
+    """The labelled data, opened.
+
+    Raises:
+        UsageError: no labels, or ready inputs where a preprocessing was given.
+    """
+    dataset = open_data(data) if isinstance(data, str | Path) else data
+    if dataset is None:
+        return None
+    if dataset.labels is None:
+        raise UsageError("--data has no labels; evaluation data need them (`labels` or `y`, or class folders)")
+    if dataset.kind == "inputs" and preprocessing is not None:
+        raise UsageError(
+            "--data are ready model inputs: no preprocessing applies; leave out --mean, --std, --resize, --crop "
+            "and --layout, or give 8-bit images"
+        )
+    return dataset
 
 
 def _device(name: str) -> torch.device:

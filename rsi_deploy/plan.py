@@ -6,8 +6,9 @@ The planner sees names and shapes and knows neither torch nor ONNX, so both ways
 import fnmatch
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from rsi_deploy.errors import UsageError
 
@@ -67,10 +68,85 @@ class RankSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """One site's fate: `rank` of the split, or None for dense; `reason` in words a user reads."""
+    """One site's fate: `rank` of the split, or None for dense; `reason` in words a user reads.
+
+    `form` is of the split, "first" for the usual one of the operation.
+    """
 
     rank: int | None
     reason: str
+    form: Literal["matmul", "gemm", "channel", "input", "separable", "first"] = "first"
+
+
+class SitePlanner(Protocol):
+    """What decides every site; `always_split` forbids to do better than asked."""
+
+    @property
+    def always_split(self) -> bool:
+        """Whether to split where nothing is saved, too."""
+
+    def decide(self, name: str, out_features: int, in_features: int) -> Decision:
+        """Decide one site of matrix shape `(out, in)`."""
+
+    def check(self, sites: Iterable[tuple[str, int, int]]) -> None:
+        """Refuse, before any long work, what cannot be meant for these sites `(name, out, in)`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    """Which sites a user lets through: globs on site names.
+
+    Attributes:
+        include: empty lets every site through.
+        exclude: wins over `include`.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def refusal(self, name: str) -> str:
+        """Why a site stays out, or ""."""
+        if self.include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.include):
+            return "not matched by --include"
+        if pattern := next((p for p in self.exclude if fnmatch.fnmatchcase(name, p)), None):
+            return f"excluded by --exclude {pattern}"
+        return ""
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse a glob that matches none of the sites' names.
+
+        Raises:
+            UsageError: names the option, the glob, and some sites.
+        """
+        for option, patterns in (("--include", self.include), ("--exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                    some = ", ".join(names[:4])
+                    raise UsageError(f"{option} {pattern!r} matches none of the {len(names)} sites ({some}, ...)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPlanner:
+    """Every site decided beforehand: by a budget, or by a plan somebody wrote.
+
+    Attributes:
+        decisions: by site name.
+        filters: which sites were let through, for the reasons of those that were not.
+        otherwise: the reason for a site that is not among them; it stays dense.
+    """
+
+    decisions: Mapping[str, Decision]
+    filters: Filters = Filters()
+    otherwise: str = "not in the plan"
+    always_split: bool = False
+
+    def decide(self, name: str, out_features: int, in_features: int) -> Decision:
+        """What was decided for a site."""
+        known = self.decisions.get(name)
+        return known or Decision(rank=None, reason=self.filters.refusal(name) or self.otherwise)
+
+    def check(self, sites: Iterable[tuple[str, int, int]]) -> None:
+        """Nothing left to refuse."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +165,15 @@ class Planner:
     exclude: tuple[str, ...] = ()
     always_split: bool = False
 
+    @property
+    def filters(self) -> Filters:
+        """Which sites are let through."""
+        return Filters(include=self.include, exclude=self.exclude)
+
     def decide(self, name: str, out_features: int, in_features: int) -> Decision:
         """Decide one site of matrix shape `(out, in)` (per group, for a grouped Conv)."""
-        if self.include and not any(fnmatch.fnmatchcase(name, p) for p in self.include):
-            return Decision(rank=None, reason="not matched by --include")
-        if pattern := next((p for p in self.exclude if fnmatch.fnmatchcase(name, p)), None):
-            return Decision(rank=None, reason=f"excluded by --exclude {pattern}")
+        if refusal := self.filters.refusal(name):
+            return Decision(rank=None, reason=refusal)
         full = min(out_features, in_features)
         rank = self.spec.resolve(out_features, in_features)
         if self.always_split:
@@ -114,11 +193,7 @@ class Planner:
             UsageError: a filter that matches no site, or an absolute rank above the full rank of every site.
         """
         sites = list(sites)
-        for option, patterns in (("--include", self.include), ("--exclude", self.exclude)):
-            for pattern in patterns:
-                if not any(fnmatch.fnmatchcase(name, pattern) for name, _, _ in sites):
-                    some = ", ".join(name for name, _, _ in sites[:4])
-                    raise UsageError(f"{option} {pattern!r} matches none of the {len(sites)} sites ({some}, ...)")
+        self.filters.check([name for name, _, _ in sites])
         full = max((min(out, in_) for _, out, in_ in sites), default=0)
         if sites and self.spec.rank is not None and self.spec.rank > full:
             raise UsageError(

@@ -30,13 +30,18 @@ class Settings(_Record):
     """What the user asked for, as far as it shapes model.onnx.
 
     Attributes:
-        rank: as typed: "64" or "40%".
+        rank: as typed: "64" or "40%"; "" where a budget or a plan decided.
+        budget: as typed, such as "--keep-macs 50%", "--max-drop 1" or "--plan plan.json"; "" where a rank decided.
+        factors: "weights": of the weights alone; "response": fitted to calibration data.
+        calib_size: most calibration samples; 0 where there were none.
+        min_rank, rank_multiple: what planned ranks were held to.
         method: "rsi", "rsvd" or "svd".
         power_iterations: the paper's q.
         oversampling: extra sketch columns.
         seed: of sketches and probe inputs.
         include, exclude: globs on site names.
         always_split: split where nothing is saved, too.
+        joint: weights that multiply the same input may share one right factor; never with `always_split`.
         opset: of the ONNX model.
     """
 
@@ -48,7 +53,34 @@ class Settings(_Record):
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     always_split: bool
+    joint: bool = False
+    budget: str = ""
+    factors: Literal["weights", "response"] = "weights"
+    calib_size: int = 0
+    min_rank: int = 1
+    rank_multiple: int = 1
     opset: int
+
+
+class CalibrationRecord(_Record):
+    """What calibration was done on, and how far the outputs moved on it.
+
+    Attributes:
+        samples: used for fitting.
+        checked: of them, used for the numbers below.
+        output_error: squared distance of the outputs, relative to their variance over samples (to their size, where
+            they do not vary); None where the dense model's are all zero.
+        divergence: mean KL of the softmax, nats; None for other outputs than class scores.
+        agreement: share of equal top-1 answers in percent; None likewise.
+        data_fingerprint: sha256 of the checked samples as they enter the model.
+    """
+
+    samples: int
+    checked: int
+    output_error: float | None
+    divergence: float | None
+    agreement: float | None
+    data_fingerprint: str
 
 
 class SourceRecord(_Record):
@@ -68,7 +100,7 @@ class Size(_Record):
 
 
 class Verification(_Record):
-    """The three errors kept apart (see `rsi_deploy.gates`); exporter is None for an ONNX source."""
+    """The three errors kept apart (see `rsi_deploy.gates`); exporter is None for an ONNX file in its own opset."""
 
     exporter: Comparison | None
     surgery: Comparison | None
@@ -121,6 +153,7 @@ class Report(_Record):
         dense, compressed: sizes.
         sites: every weight, split or dense, with reasons and errors.
         verification: the three gates.
+        calibration: with calibration data: how far the outputs moved on them.
         softmax_bound: for a factorized classifier head with evaluation data.
         accuracy: with evaluation data.
         latency: unless --no-bench; the first arm is the dense model.
@@ -145,6 +178,7 @@ class Report(_Record):
     compressed: Size
     sites: tuple[SiteRecord, ...]
     verification: Verification
+    calibration: CalibrationRecord | None
     softmax_bound: SoftmaxBound | None
     accuracy: Accuracy | None
     latency: BenchResult | None

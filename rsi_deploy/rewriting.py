@@ -1,11 +1,13 @@
 """`rewrite`: from an ONNX file to a compressed ONNX file, and nothing else: no measurement, no bundle.
 
 Weights stay on disk and are factorized one at a time; above `onnx_file.INLINE_LIMIT` bytes of weights the factors are
-written as they come, so that peak memory is set by the largest weight and not by the model.
+written as they come, so that peak memory is set by the largest weight (or group of weights that multiply the same
+input) and not by the model.
 """
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,8 +19,9 @@ from rsi_deploy.bundle import whole_folder
 from rsi_deploy.datafile import DataFile
 from rsi_deploy.errors import UsageError
 from rsi_deploy.onnx_split import CPU, Progress, SplitModel, split_graph
-from rsi_deploy.plan import Planner, RankSpec
+from rsi_deploy.plan import Planner, RankSpec, SitePlanner
 from rsi_deploy.rsi import Method, Solver
+from rsi_deploy.streams import Fitted
 
 
 def rewrite(
@@ -33,6 +36,7 @@ def rewrite(
     oversampling: int = 0,
     seed: int = 0,
     always_split: bool = False,
+    joint: bool = True,
     assume_constant: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -49,7 +53,9 @@ def rewrite(
         power_iterations: the paper's q.
         oversampling: extra sketch columns.
         seed: of the sketches.
-        always_split: split where nothing is saved, too.
+        always_split: split where nothing is saved, too; nothing is then split jointly.
+        joint: let weights that multiply the same input share one right factor where that costs less (see
+            `rsi_deploy.joint`).
         assume_constant: weights that are graph inputs too are constants, and no inputs any more.
         force: replace `target` if it is there.
         progress: called with (site, index, count) before each factorization.
@@ -70,7 +76,7 @@ def rewrite(
     model = onnx_file.read_onnx(source, assume_constant=assume_constant)
     gp.FoldBatchNormPass()(model)
     with whole_folder(target.with_name(f".{target.name}.files"), force=True) as folder:
-        result = split_and_write(model, folder / target.name, planner, solver, progress=progress)
+        result = split_and_write(model, folder / target.name, planner, solver, joint=joint, progress=progress)
     made = target.with_name(f".{target.name}.files")
     for path in sorted(made.iterdir(), reverse=True):  # the data file first: a model never stands without it
         os.replace(path, target.with_name(path.name))
@@ -81,9 +87,11 @@ def rewrite(
 def split_and_write(
     model: ir.Model,
     path: Path,
-    planner: Planner,
+    planner: SitePlanner,
     solver: Solver,
     *,
+    fitted: Mapping[str, Fitted] | None = None,
+    joint: bool = True,
     progress: Progress | None = None,
     keep: Sequence[str] = (),
     device: torch.device = CPU,
@@ -96,19 +104,24 @@ def split_and_write(
         path: the file to write.
         planner: decides each site.
         solver: computes factors.
+        fitted: by site name, factors that calibration has made already.
+        joint: as for `rewrite`.
         progress: called with (site, index, count) before each factorization.
         keep: names of weights whose factors the caller wants to see.
         device: where factors are computed.
         metadata: entries to add to the model's metadata.
     """
     streamed = onnx_file.weight_bytes(model) > onnx_file.INLINE_LIMIT
+    split = functools.partial(
+        split_graph, model, planner, solver, fitted=fitted, joint=joint, progress=progress, keep=keep, device=device
+    )
     if not streamed:
-        result = split_graph(model, planner, solver, progress=progress, keep=keep, device=device)
+        result = split()
         model.metadata_props.update(metadata or {})
         onnx_file.write_onnx(model, path)
         return result
     with DataFile(path.with_name(f"{path.name}.data")) as data:
-        result = split_graph(model, planner, solver, progress=progress, keep=keep, device=device, store=data.append)
+        result = split(store=data.append)
         data.take_(model)
     model.metadata_props.update(metadata or {})
     ir.save(model, path)

@@ -32,10 +32,16 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
         frobenius_error: `||W - left right||_F / ||W||_F`.
         spectral_error: `||W - left right||_2 / ||W||_2`, estimated by power iteration (from below).
         normalized_error: `||W - left right||_2 / s_{rank+1}`, 1.0 is optimal.
-        normalized_error_kind: "exact" spectrum or an "upper bound" for s_{rank+1} bounded from below.
+        normalized_error_kind: "exact" spectrum or an "upper bound" for s_{rank+1} bounded from below. All four are
+            None for factors that were fitted to data: those are not meant to be near the weight.
+        form: of the split: "matmul", "gemm", "channel", "input", "separable"; None where it is dense or of no record.
+        response_error: `E|y - y~|^2 / E|y|^2` on calibration data, centred, for factors fitted to them.
         seconds: time of the factorization alone.
         macs_dense, macs_compressed: multiply-accumulates per sample, where the model was traced.
         nodes: the operations (ONNX node names or module paths) that use the weight.
+        joint: for a joint split, the names of all the sites that share `right`, in graph order; else empty. The first
+            of them bears the parameters and MACs of `right`. Errors are those of the site's own weight, and its
+            normalized error compares with the best of this rank for it alone (None where that is the weight itself).
     """
 
     name: str
@@ -53,10 +59,13 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
     spectral_error: float | None = None
     normalized_error: float | None = None
     normalized_error_kind: Literal["exact", "upper bound"] | None = None
+    form: str | None = None
+    response_error: float | None = None
     seconds: float | None = None
     macs_dense: int | None = None
     macs_compressed: int | None = None
     nodes: tuple[str, ...] = ()
+    joint: tuple[str, ...] = ()
 
 
 def dense_record(
@@ -104,15 +113,87 @@ def factorize_site(
     Raises:
         ModelError: the weight holds NaN or infinite values; the site is named.
     """
-    groups, out_features, in_features = weight.shape
     started = time.perf_counter()
     try:
         factors = solver(weight, rank, site=name)
     except ValueError as error:
         raise ModelError(f"{error} (type --exclude {name!r} to leave it dense)") from error
     seconds = time.perf_counter() - started
-    frobenius, spectral, normalized, kind_of_bound = _errors(weight, factors)
-    record = SiteRecord(
+    # 16-bit factors are stored balanced and rounded: `left` is not orthonormal, `right` is not left^T W.
+    projected = weight.dtype.itemsize >= 4
+    record = split_record(name, kind, weight, factors, reason=reason, seconds=seconds, projected=projected, nodes=nodes)
+    return factors, record
+
+
+def split_record(
+    name: str,
+    kind: str,
+    weight: Tensor,
+    factors: Factors,
+    *,
+    reason: str,
+    seconds: float,
+    projected: bool,
+    nodes: tuple[str, ...] = (),
+) -> SiteRecord:
+    """The record of a site split into `factors`, with their errors measured on `weight (groups, out, in)`.
+
+    Args:
+        name: of the site.
+        kind: of operation.
+        weight: what the factors stand for.
+        factors: as stored.
+        reason: of the decision.
+        seconds: that the factorization took.
+        projected: whether `left` is orthonormal and `right` is `left^T W`, which saves work.
+        nodes: that use the weight.
+    """
+    frobenius, spectral, normalized, kind_of_bound = _errors(weight, factors, projected)
+    record = unmeasured_record(
+        name,
+        kind,
+        (weight.shape[0], weight.shape[1], weight.shape[2]),
+        factors.left.shape[-1],
+        factors.left.numel() + factors.right.numel(),
+        reason=reason,
+        seconds=seconds,
+        nodes=nodes,
+    )
+    return record.model_copy(
+        update={
+            "frobenius_error": frobenius,
+            "spectral_error": spectral,
+            "normalized_error": normalized,
+            "normalized_error_kind": kind_of_bound,
+        }
+    )
+
+
+def unmeasured_record(
+    name: str,
+    kind: str,
+    shape: tuple[int, int, int],
+    rank: int,
+    params: int,
+    *,
+    reason: str,
+    seconds: float,
+    nodes: tuple[str, ...] = (),
+) -> SiteRecord:
+    """The record of a split site, without any error.
+
+    Args:
+        name: of the site.
+        kind: of operation.
+        shape: `(groups, out, in)` of the weight.
+        rank: of the split.
+        params: numbers in both factors.
+        reason: of the decision.
+        seconds: that the factorization took.
+        nodes: that use the weight.
+    """
+    groups, out_features, in_features = shape
+    return SiteRecord(
         name=name,
         kind=kind,
         out_features=out_features,
@@ -122,30 +203,27 @@ def factorize_site(
         rank=rank,
         decision="split",
         reason=reason,
-        params_dense=weight.numel(),
-        params_compressed=factors.left.numel() + factors.right.numel(),
-        frobenius_error=frobenius,
-        spectral_error=spectral,
-        normalized_error=normalized,
-        normalized_error_kind=kind_of_bound,
+        params_dense=groups * out_features * in_features,
+        params_compressed=params,
         seconds=seconds,
         nodes=nodes,
     )
-    return factors, record
 
 
-def _errors(weight: Tensor, factors: Factors) -> tuple[float, float, float, Literal["exact", "upper bound"]]:
+def _errors(
+    weight: Tensor, factors: Factors, projected: bool
+) -> tuple[float, float, float, Literal["exact", "upper bound"]]:
     """(frobenius, spectral, normalized error, its kind); the worst group's for the last two."""
     rank = factors.left.shape[-1]
     full = min(weight.shape[-2:])
     residual = residual_norm(weight, factors)
-    frobenius = _frobenius_error(weight, factors)
+    frobenius = _frobenius_error(weight, factors, projected)
     if full <= EXACT_SPECTRUM_LIMIT:
         s = singular_values(weight)
         top = s[..., 0]
         optimum = s[..., rank] if rank < full else torch.zeros_like(top)
     else:
-        top, optimum = _bounded_spectrum(weight, factors, residual.u)
+        top, optimum = _bounded_spectrum(weight, factors, residual.u, projected)
     norm = residual.norm.to(top.dtype)
     # No optimum is below the rounding level (full rank, or a weight of lower rank than asked).
     ratio = norm / torch.maximum(optimum, top * rounding_level(weight.dtype)).clamp_min(1e-300)
@@ -158,7 +236,7 @@ def _errors(weight: Tensor, factors: Factors) -> tuple[float, float, float, Lite
     )
 
 
-def _bounded_spectrum(weight: Tensor, factors: Factors, u: Tensor) -> tuple[Tensor, Tensor]:
+def _bounded_spectrum(weight: Tensor, factors: Factors, u: Tensor, projected: bool) -> tuple[Tensor, Tensor]:
     """`(s_1, lower bound of s_{rank+1})` from the factors, without a spectrum of the weight.
 
     For orthonormal `Q (out, rank+1)`, `s_{rank+1}(Q^T W) <= s_{rank+1}(W)` (interlacing); `Q` is the span of `left`
@@ -166,7 +244,7 @@ def _bounded_spectrum(weight: Tensor, factors: Factors, u: Tensor) -> tuple[Tens
     """
     W = weight.to(_working(weight))
     left, u = factors.left.to(W.dtype), u.to(W.dtype)[..., None]
-    if weight.dtype.itemsize < 4:  # stored balanced and rounded: `left` is not orthonormal, `right` is not left^T W
+    if not projected:
         Q = torch.linalg.qr(torch.cat([left, u], dim=-1)).Q
         B = Q.mT @ W
     else:
@@ -182,16 +260,16 @@ def _bounded_spectrum(weight: Tensor, factors: Factors, u: Tensor) -> tuple[Tens
     return torch.maximum(s[..., -1], residual_norm(weight, nothing).norm.to(s.dtype)), s[..., 0]
 
 
-def _frobenius_error(weight: Tensor, factors: Factors, *, rows: int = 256) -> float:
+def _frobenius_error(weight: Tensor, factors: Factors, projected: bool, *, rows: int = 256) -> float:
     """`||W - left @ right||_F / ||W||_F`, without ever forming a residual of the weight's size.
 
-    `left @ right` is a projection of `W` for 32 and 64 bits, so Pythagoras gives the residual for free, unless it is
-    so small that the difference would cancel; then, and for rounded 16-bit factors, it is summed over blocks of rows.
+    Where `left @ right` is a projection of `W`, Pythagoras gives the residual for free, unless it is so small that the
+    difference would cancel; then, and for other factors, it is summed over blocks of rows.
     """
     total = _squared_norm(weight)
     if total == 0:
         return 0.0
-    if weight.dtype.itemsize >= 4 and (error := 1 - _squared_norm(factors.right) / total) > 1e-3:
+    if projected and (error := 1 - _squared_norm(factors.right) / total) > 1e-3:
         return math.sqrt(error)
     left, right = (factor.to(_working(weight)) for factor in factors)
     residual = 0.0
@@ -204,7 +282,7 @@ def _frobenius_error(weight: Tensor, factors: Factors, *, rows: int = 256) -> fl
 def _squared_norm(values: Tensor, *, rows: int = 256) -> float:
     """`||values||_F^2`, blocks of rows added up in float64."""
     blocks = (values[..., start : start + rows, :] for start in range(0, values.shape[-2], rows))
-    return math.fsum(float(torch.linalg.vector_norm(block)) ** 2 for block in blocks)
+    return math.fsum(float(torch.linalg.vector_norm(block, dtype=_working(block))) ** 2 for block in blocks)
 
 
 def _working(weight: Tensor) -> torch.dtype:

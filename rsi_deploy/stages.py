@@ -18,12 +18,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from graph_passes import Factors, FoldBatchNormPass, Split
+from graph_passes import Factors, FoldBatchNormPass, Form, Split
 from rsi_deploy import __version__
 from rsi_deploy.accuracy import AccuracyResult, evaluate
+from rsi_deploy.arrays import as_torch
 from rsi_deploy.bound import Head, SoftmaxBound, find_head, softmax_bound
 from rsi_deploy.data import Dataset
-from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.errors import ModelError
 from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, surgery_check, tolerance_for
 from rsi_deploy.inputs import model_inputs
 from rsi_deploy.measure import BenchResult, bench
@@ -35,8 +36,9 @@ from rsi_deploy.onnx_file import (
     weights_hash,
     write_external,
 )
-from rsi_deploy.onnx_split import SplitModel, as_torch
-from rsi_deploy.plan import Planner
+from rsi_deploy.onnx_split import SplitModel
+from rsi_deploy.opset import check_conversion, convert_opset
+from rsi_deploy.planning import Planned
 from rsi_deploy.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.probe import Feeds, probe_feeds
 from rsi_deploy.providers import make_session, run_session
@@ -52,8 +54,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class DenseFacts:
-    """What is known of the dense model before it is compressed: probe inputs, outputs on them, MACs a sample."""
+    """What is known of the dense model before it is compressed: size, probe inputs, outputs on them, MACs a sample."""
 
+    size: Size
     feeds: Feeds
     outputs: list[npt.NDArray[Any]] | None
     macs: dict[str, int]
@@ -67,9 +70,8 @@ class Compressed:
     split: SplitModel
     head: Head | None
     head_factors: Factors | None
-    dense: Size
     params: int
-    source_hash: str
+    biased: bool
 
 
 @dataclass(kw_only=True)
@@ -77,7 +79,6 @@ class Job:
     """The steps of one export, with the settings they share and the times they took."""
 
     settings: Settings
-    planner: Planner
     solver: Solver
     device: torch.device
     provider: str
@@ -87,7 +88,7 @@ class Job:
     assume_constant: bool
     stages: list[Stage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    dense_macs: int = 0
+    source_hash: str = ""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -99,18 +100,23 @@ class Job:
     def export_dense(
         self, source: Source, path: Path, steps: Preprocessing | None, opset: int | None
     ) -> Comparison | None:
-        """Write the dense ONNX model; for a torch source, hold it against torch and let the torch model go."""
+        """Write the dense ONNX model, and hold it against the source where it was made anew.
+
+        A torch source is let go then; an ONNX file is made anew in another opset.
+        """
         if source.onnx is not None:
             with self.stage("read"):
                 model = read_onnx(source.onnx, assume_constant=self.assume_constant)
-                if opset is not None and opset != model.opset_imports.get(""):
-                    raise UsageError(
-                        f"--opset {opset}: {source.name} keeps its opset {model.opset_imports.get('')}; --opset is for "
-                        f"torch models"
-                    )
+                before = model.opset_imports.get("", 0)
+                if opset is not None:
+                    model = convert_opset(model, opset, source.name)
                 FoldBatchNormPass()(model)
                 self._write_dense(model, path, steps)
-            return None
+            if opset is None or opset == before:
+                return None
+            with self.stage("verify opset"):
+                feeds = probe_feeds(path, self.settings.seed, self.shapes, self.given)
+                return check_conversion(source.onnx, path, (before, opset), feeds)
         with self.stage("export dense"):
             exported = to_onnx(source, opset=opset)
             self.notes.extend(exported.notes)
@@ -130,6 +136,11 @@ class Job:
         self, source: Source, dense: Path, dataset: Dataset | None, steps: Preprocessing | None
     ) -> tuple[DenseFacts, AccuracyResult | None]:
         """Trace the dense model on the probe inputs, and measure its accuracy where there are data."""
+        with self.stage("read dense"):
+            model = ir.load(dense)
+            self.source_hash = weights_hash(model)
+            size = Size(bytes=dense.stat().st_size + weight_bytes(model), params=parameters(model), macs=0)
+            forget_weights_(model)
         with self.stage("trace"):
             feeds = probe_feeds(dense, self.settings.seed, self.shapes, self.given)
             try:
@@ -139,53 +150,59 @@ class Job:
                     raise
                 reason = str(error).replace(str(dense), source.name)
                 self.notes.append(f"nothing could be verified or measured: {reason}")
-                return DenseFacts(feeds=feeds, outputs=None, macs={}, batch=1), None
+                return DenseFacts(size=size, feeds=feeds, outputs=None, macs={}, batch=1), None
             batch = next((len(a) for a in feeds.values() if a.ndim), 1)
             macs = {node: count // batch for node, count in trace.macs.items()}
-            self.dense_macs = sum(macs.values())
+            size = size.model_copy(update={"macs": sum(macs.values())})
         accuracy = None
         if dataset is not None:  # first of all the long work: data that do not fit must say so now
             with self.stage("accuracy dense"):
                 accuracy = evaluate(dense, dataset, preprocessing=_applied(steps, dataset), provider=self.provider)
-        return DenseFacts(feeds=feeds, outputs=trace.outputs, macs=macs, batch=batch), accuracy
+        return DenseFacts(size=size, feeds=feeds, outputs=trace.outputs, macs=macs, batch=batch), accuracy
 
-    def compress(self, dense: Path, path: Path, steps: Preprocessing | None, *, with_head: bool) -> Compressed:
-        """Factorize, split and write the model at `path`."""
-        with self.stage("read dense"):
-            model = ir.load(dense)
-            source_hash = weights_hash(model)
-            before = Size(
-                bytes=dense.stat().st_size + weight_bytes(model), params=parameters(model), macs=self.dense_macs
-            )
-            head = find_head(model) if with_head else None
+    def compress(self, dense: Path, path: Path, made: Planned, *, with_head: bool) -> Compressed:
+        """Factorize what is not fitted already, split and write the model at `path`."""
         with self.stage("factorize, split, save"):
-            keep = [head.weight] if head else []
-            split = split_and_write(
-                model,
-                path,
-                self.planner,
-                self.solver,
-                progress=self.progress,
-                keep=keep,
-                device=self.device,
-                metadata={
-                    "rsi_deploy.version": __version__,
-                    "rsi_deploy.settings": json.dumps(self.settings.model_dump(), sort_keys=True),
-                    "rsi_deploy.source_hash": source_hash,
-                },
-            )
-            params = parameters(model)
-            forget_weights_(model)
+            head = find_head(ir.load(dense)) if with_head else None
+            split, params = self._split(dense, path, made, [head.weight] if head else [], self.progress)
         if not any(site.rank for site in split.sites):
             raise ModelError(f"nothing to split: {_reasons(split)}")
         return Compressed(
             split=split,
             head=head,
             head_factors=split.kept.get(head.weight) if head else None,
-            dense=before,
             params=params,
-            source_hash=source_hash,
+            biased=bool(made.fitted),
         )
+
+    def write(self, dense: Path, path: Path, made: Planned) -> None:
+        """Write the model that `made` gives as `compress` would, for a look at it."""
+        self._split(dense, path, made, [], None)
+
+    def _split(
+        self, dense: Path, path: Path, made: Planned, keep: Sequence[str], progress: Progress | None
+    ) -> tuple[SplitModel, int]:
+        """Write the split model; its records and its number of parameters."""
+        model = ir.load(dense)
+        split = split_and_write(
+            model,
+            path,
+            made.planner,
+            self.solver,
+            fitted=made.fitted,
+            joint=self.settings.joint,
+            progress=progress,
+            keep=keep,
+            device=self.device,
+            metadata={
+                "rsi_deploy.version": __version__,
+                "rsi_deploy.settings": json.dumps(self.settings.model_dump(), sort_keys=True),
+                "rsi_deploy.source_hash": self.source_hash,
+            },
+        )
+        params = parameters(model)
+        forget_weights_(model)
+        return split, params
 
     def verify(
         self,
@@ -199,9 +216,11 @@ class Job:
         """Hold the surgery and the compressed model against the dense one."""
         if facts.outputs is None:
             return Verification(exporter=None, surgery=None, approximation=None), ()
-        split = {node.weight for node in result.split.nodes if isinstance(node, Split)}
+        split = [node for node in result.split.nodes if isinstance(node, Split)]
+        weights: dict[str, Form] = {node.weight: node.form for node in split}
+        joint = {node.joint for node in split if node.joint}
         with self.stage("verify surgery"):
-            surgery = surgery_check(dense, split, facts.feeds, facts.outputs)
+            surgery = surgery_check(dense, weights, facts.feeds, facts.outputs, joint=joint, bias=result.biased)
         with self.stage("verify approximation"):
             session = make_session(path)
             outputs = run_session(session, facts.feeds, path.name)
@@ -249,6 +268,13 @@ class Job:
                 batches = (x.astype(spec.dtype, copy=False) for x, _ in dataset.batches(size, steps, whole))
                 bound = softmax_bound(dense, result.head, result.head_factors, batches, spec.name)
         return Accuracy(dense=before, compressed=after), bound
+
+    def macs(self, path: Path, facts: DenseFacts) -> dict[str, int]:
+        """MACs a sample of every node of the compressed model, counted on the probe inputs."""
+        if facts.outputs is None:
+            return {}
+        with self.stage("trace compressed"):
+            return {node: count // facts.batch for node, count in traced_run(path, facts.feeds).macs.items()}
 
     def latency(
         self, dense: Path, path: Path, facts: DenseFacts, batch: int, seconds: float, threads: int | None

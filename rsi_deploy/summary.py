@@ -2,9 +2,14 @@
 
 from rsi_deploy.accuracy import AccuracyResult
 from rsi_deploy.measure import ArmResult
+from rsi_deploy.plan import site_name
 from rsi_deploy.report import Report
+from rsi_deploy.sites import SiteRecord
 
 Row = tuple[str, str, str, str]
+
+RESPONSE = "response: share of a site's output variance that is lost, on calibration data"
+LOSS = "loss: how far the split of that site alone moves the model's outputs, estimated"
 
 
 def comparison_rows(report: Report) -> list[Row]:
@@ -39,6 +44,48 @@ def verdict(report: Report) -> str:
     if report.accuracy and report.accuracy.dense.top1 is not None and report.accuracy.compressed.top1 is not None:
         parts.append(f"top-1 {report.accuracy.compressed.top1 - report.accuracy.dense.top1:+.2f} points")
     return ", ".join(parts) + "."
+
+
+def certificate_lines(report: Report) -> list[str]:
+    """What calibration and the softmax bound vouch for, a line each."""
+    lines = []
+    if c := report.calibration:
+        checked = f", {c.checked:,} of them checked" if c.checked != c.samples else ""
+        ranks_alone = ", for ranks alone" if report.settings.factors == "weights" else ""
+        found = [
+            "the dense outputs are all zero" if c.output_error is None else f"output error {100 * c.output_error:.2g} %"
+        ]
+        found += [] if c.divergence is None else [f"KL {c.divergence:.2g}"]
+        found += [] if c.agreement is None else [f"agreement {c.agreement:.1f} %"]
+        lines.append(f"calibration, {c.samples:,} samples{checked}{ranks_alone}: {', '.join(found)}")
+    if b := report.softmax_bound:
+        lines.append(
+            f"unchanged top-1, {site_name(b.site)} alone: guaranteed {b.guaranteed_unchanged:.1f} %, observed "
+            f"{b.observed_unchanged:.1f} % (softmax bound, {b.violations} violations)"
+        )
+    return lines
+
+
+def operation(site: SiteRecord) -> str:
+    """The operation, and for the split of a Conv its form; a product has one form only."""
+    return site.kind if site.form in (None, "matmul", "gemm") else f"{site.kind} {site.form}"
+
+
+def has_loss(site: SiteRecord) -> bool:
+    """Whether its rank was chosen by what it loses."""
+    return site.reason.startswith("loss ")
+
+
+def normalized_error(site: SiteRecord) -> str:
+    """In units of the optimum, with a sign where it is an upper bound; "" where it was not measured."""
+    if site.normalized_error is None:
+        return ""
+    return f"{'≤ ' if site.normalized_error_kind != 'exact' else ''}{site.normalized_error:.2f}"
+
+
+def response_error(site: SiteRecord) -> str:
+    """In percent; "" where the factors were not fitted to data."""
+    return "" if site.response_error is None else f"{100 * site.response_error:.2g} %"
 
 
 def milliseconds(arm: ArmResult) -> str:

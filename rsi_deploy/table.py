@@ -9,11 +9,22 @@ from rich.table import Table
 
 from rsi_deploy.accuracy import AccuracyResult
 from rsi_deploy.diagnosis import Diagnosis
-from rsi_deploy.inspection import Inspection
+from rsi_deploy.inspection import Inspection, SiteView
 from rsi_deploy.measure import BenchResult
 from rsi_deploy.report import Report
 from rsi_deploy.sites import SiteRecord
-from rsi_deploy.summary import comparison_rows, milliseconds, verdict
+from rsi_deploy.summary import (
+    LOSS,
+    RESPONSE,
+    certificate_lines,
+    comparison_rows,
+    has_loss,
+    milliseconds,
+    normalized_error,
+    operation,
+    response_error,
+    verdict,
+)
 from rsi_deploy.verification import VerifyResult
 
 
@@ -34,11 +45,8 @@ def print_report(console: Console, report: Report, *, most_sites: int = 30) -> N
             f"verified: {', '.join(gates)}; approximation {v.approximation.relative_l2:.3f} "
             "(relative error of outputs on probe inputs)"
         )
-    if b := report.softmax_bound:
-        console.print(
-            f"softmax bound at {escape(b.site)}: guarantees {b.guaranteed_unchanged:.1f} % of top-1 answers, "
-            f"{b.observed_unchanged:.1f} % stayed, {b.violations} violations"
-        )
+    for line in certificate_lines(report):
+        console.print(escape(line))
     for note in [*report.notes, *(report.latency.notes if report.latency else ())]:
         console.print(f"note: {escape(note)}")
     console.print(f"verdict: {verdict(report)}", style="bold")
@@ -49,36 +57,46 @@ def print_sites(console: Console, sites: tuple[SiteRecord, ...], *, most: int = 
     split = [s for s in sites if s.rank]
     dense = Counter(s.reason for s in sites if not s.rank)
     if len(sites) > most:
-        console.print(f"{len(split)} of {len(sites)} sites split; every one is in report.json and README.md")
+        jointly = sum(bool(s.joint) for s in split)
+        console.print(
+            f"{len(split)} of {len(sites)} sites split{f' ({jointly} jointly)' * bool(jointly)}; every one is in "
+            "report.json and README.md"
+        )
         for reason, count in dense.most_common(8):
             console.print(f"  dense {count:4d}  {escape(reason)}")
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("site", "op"):
-        table.add_column(column)
-    for column in ("out x in", "rank", "break-even", "error", "MACs"):
-        table.add_column(column, justify="right")
+    with_errors, with_responses = (any(shown(site) for site in sites) for shown in (normalized_error, response_error))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("site", overflow="fold")
+    table.add_column("op", no_wrap=True)
+    for column in ("out x in", "rank", *["error"] * with_errors, *["response"] * with_responses, "MACs"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("decision")
     for s in sites:
         groups = f" x{s.groups}" if s.groups > 1 else ""
-        error = (
-            ""
-            if s.normalized_error is None
-            else f"{'≤ ' if s.normalized_error_kind != 'exact' else ''}{s.normalized_error:.2f}"
-        )
-        macs = "" if not s.macs_dense or not s.macs_compressed else f"{s.macs_compressed / s.macs_dense:.0%}"
         table.add_row(
             escape(s.name),
-            s.kind,
+            operation(s),
             f"{s.out_features} x {s.in_features}{groups}" if s.out_features else "",
             str(s.rank or ""),
-            f"{s.break_even_rank:.1f}" if s.out_features else "",
-            error,
-            macs,
+            *[normalized_error(s)] * with_errors,
+            *[response_error(s)] * with_responses,
+            "" if not s.macs_dense or not s.macs_compressed else f"{s.macs_compressed / s.macs_dense:.0%}",
             escape(s.decision if s.rank and s.reason == "split" else f"{s.decision}: {s.reason}"),
         )
     console.print(table)
-    console.print("error: normalized spectral error, 1.00 is the optimum of this rank", style="dim")
+    if with_errors:
+        console.print("error: normalized spectral error, 1.00 is the optimum of this rank", style="dim")
+    if with_responses:
+        console.print(RESPONSE, style="dim")
+    if any(has_loss(s) for s in sites):
+        console.print(LOSS, style="dim")
+    if any(s.joint for s in sites):
+        console.print(
+            "jointly: one right factor for several sites; its MACs count at the first, and the optimum is that of the "
+            "site alone",
+            style="dim",
+        )
 
 
 def print_bench(console: Console, result: BenchResult) -> None:
@@ -143,7 +161,7 @@ def print_inspection(console: Console, result: Inspection) -> None:
             str(s.rank_90 or ""),
             str(s.rank_99 or ""),
             f"{s.stable_rank:.1f}" if s.stable_rank is not None else "",
-            f"rank {s.rank}" if s.rank else escape(f"dense: {s.reason}"),
+            escape(_prospect(s)),
         )
     console.print(table)
     split = [s for s in result.sites if s.rank]
@@ -156,6 +174,14 @@ def print_inspection(console: Console, result: Inspection) -> None:
     )
     for note in result.notes:
         console.print(f"note: {escape(note)}")
+
+
+def _prospect(site: SiteView) -> str:
+    """What export would do at a site."""
+    if not site.rank:
+        return f"dense: {site.reason}"
+    others = [name for name in site.joint if name != site.name]
+    return f"rank {site.rank}" + f", or jointly with {', '.join(others)}" * bool(others)
 
 
 def print_verification(console: Console, result: VerifyResult) -> None:

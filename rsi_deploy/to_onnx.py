@@ -75,7 +75,7 @@ def clean_(model: ir.Model) -> None:
     from onnxscript import optimizer
 
     names = _weight_names_after_folding(model)
-    optimizer.optimize_ir(model)
+    optimizer.optimize_ir(model, should_fold=_unless_tied)
     _restore_names_(model, names)
     FoldBatchNormPass()(model)
     ir.passes.common.RemoveUnusedNodesPass()(model)
@@ -193,6 +193,12 @@ def _weight_names_after_folding(model: ir.Model) -> dict[str, str]:
         if root and node.outputs[0].name:
             names[node.outputs[0].name] = root
     return names
+
+
+def _unless_tied(node: ir.Node) -> bool | None:
+    """No folding into a copy of a weight that others use too; for all other nodes the optimizer's own rules."""
+    value = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
+    return False if value is not None and value.is_initializer() and len(value.uses()) > 1 else None
 
 
 def _restore_names_(model: ir.Model, names: dict[str, str]) -> None:

@@ -1,14 +1,19 @@
 """`verify`: compute again what a bundle's report claims, and say for each claim whether it holds.
 
     files        the sha256 of every model file
-    graph        the checker, the opset, the sites' ranks, parameters and bytes
+    graph        the checker, the opset, the sites, their forms and ranks, parameters and bytes
+    MACs         counted on a run on the seeded probe inputs
+    budget       whether the reported size or drop of top-1 keeps what was asked for
     outputs      the compressed model on the seeded probe inputs
-    accuracy     with --data: top-1 of the compressed model (and agreement, where dense.onnx was kept)
     parity       where dense.onnx was kept: approximation error against it
+    calibration  where it was kept, with --calib: output error, KL and agreement on the calibration data
+    accuracy     with --data: top-1 of the compressed model
 
 What cannot be computed again here (latency belongs to its machine; the dense model may be gone) is listed as such.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +23,19 @@ import onnx_ir as ir
 import pydantic
 
 from rsi_deploy.accuracy import evaluate
+from rsi_deploy.budget import Budget
+from rsi_deploy.calibration_data import CalibrationData, check_source
+from rsi_deploy.certificate import certificate
 from rsi_deploy.data import Dataset, open_data
 from rsi_deploy.errors import RsiDeployError
+from rsi_deploy.found_splits import FoundSplit, found_splits
 from rsi_deploy.gates import compare_outputs
+from rsi_deploy.inputs import model_inputs
 from rsi_deploy.onnx_file import file_bytes, file_hash, parameters
 from rsi_deploy.probe import Feeds, probe_feeds
 from rsi_deploy.providers import make_session, resolve, run_session
 from rsi_deploy.report import ProbeOutput, Report, read_report
+from rsi_deploy.trace import traced_run
 
 Status = Literal["holds", "broken", "not checked"]
 
@@ -49,12 +60,19 @@ class VerifyResult(pydantic.BaseModel, frozen=True, extra="forbid"):
         return all(claim.status != "broken" for claim in self.claims)
 
 
-def verify(folder: str | Path, *, data: str | Path | None = None, provider: str = "cpu") -> VerifyResult:
+def verify(
+    folder: str | Path,
+    *,
+    data: str | Path | None = None,
+    calib: str | Path | None = None,
+    provider: str = "cpu",
+) -> VerifyResult:
     """Compute again what the report of the bundle in `folder` claims.
 
     Args:
         folder: a bundle.
         data: evaluation data; its content must be the data of the report for the accuracy to be compared.
+        calib: calibration data; likewise, for what the report says of the outputs on them.
         provider: onnxruntime provider.
 
     Raises:
@@ -63,17 +81,19 @@ def verify(folder: str | Path, *, data: str | Path | None = None, provider: str 
     """
     folder = Path(folder)
     report = read_report(folder)
+    check_source(calib)
     provider, dataset = resolve(provider), None if data is None else open_data(data)
     claims = [_files(folder, report)]
     model = folder / "model.onnx"
     if model.is_file():
         claims += _attempt("graph", lambda: _graph(model, report))
+        claims += _attempt("MACs", lambda: [_macs(model, report)])
+        claims += _attempt("budget", lambda: _budget(report))
         claims += _attempt("outputs", lambda: [_outputs(model, report, provider)])
         claims += _attempt("parity", lambda: [_parity(folder, report, provider)])
+        claims += _attempt("calibration", lambda: _calibration(folder, report, calib, provider))
         claims += _attempt("accuracy", lambda: [_accuracy(folder, report, dataset, provider)])
-    claims.append(
-        Claim(name="latency", status="not checked", detail="times belong to their machine: run rsi-deploy bench")
-    )
+    claims.append(_not_checked("latency", "times belong to their machine: run rsi-deploy bench"))
     return VerifyResult(bundle=str(folder), claims=tuple(claims))
 
 
@@ -89,6 +109,14 @@ def _claim(name: str, holds: bool, detail: str) -> Claim:
     return Claim(name=name, status="holds" if holds else "broken", detail=detail)
 
 
+def _not_checked(name: str, why: str) -> Claim:
+    return Claim(name=name, status="not checked", detail=why)
+
+
+def _no_probe(report: Report) -> str:
+    return "its inputs were given by hand" if report.probe_given else "onnxruntime could not run the model"
+
+
 def _files(folder: Path, report: Report) -> Claim:
     missing = [name for name in report.files if not (folder / name).is_file()]
     changed = [n for n, digest in report.files.items() if n not in missing and file_hash(folder / n) != digest]
@@ -102,16 +130,16 @@ def _graph(path: Path, report: Report) -> list[Claim]:
         model = ir.load(path)
     except Exception as error:  # protobuf, checker and shape inference have no common base
         return [_claim("graph", False, f"onnx.checker: {str(error).strip().splitlines()[0]}")]
-    # A split node's mark says which factor it holds; the rank is the factor's inner dimension.
-    found = {}
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.metadata_props.get("rsi_deploy.split") == "right":
-            found[(node.name or "").removesuffix("/right")] = node
-    claimed = {node: site for site in report.split_sites for node in site.nodes}
-    same = set(found) == set(claimed)
+    found, claimed = found_splits(model), {node for site in report.split_sites for node in site.nodes}
+    shared = _shared_otherwise(found, report)
+    counts = f"{len(found)} split nodes in the graph, {len(claimed)} in the report"
     claims = [
         _claim("graph", True, f"onnx.checker passes, opset {model.opset_imports.get('')}"),
-        _claim("sites", same, f"{len(found)} split nodes in the graph, {len(claimed)} in the report"),
+        _claim(
+            "sites",
+            found.keys() == claimed and not shared,
+            counts + f"; right factors are shared otherwise at {', '.join(shared[:4])}" * bool(shared),
+        ),
     ]
     params, size = parameters(model), file_bytes(path)
     claims.append(
@@ -122,25 +150,92 @@ def _graph(path: Path, report: Report) -> list[Claim]:
     return claims
 
 
-def _ranks(found: dict[str, ir.Node], report: Report) -> Claim:
-    """The right factor holds `groups * rank * in_features` numbers, however it is turned."""
+def _shared_otherwise(found: Mapping[str, FoundSplit], report: Report) -> list[str]:
+    """Sites whose right factor is not shared by those, and only those, that the report says."""
+    users: dict[ir.Node, list[str]] = {}
+    for site in report.split_sites:
+        for split in filter(None, map(found.get, site.nodes)):
+            users.setdefault(split.first, []).append(site.name)
     wrong = []
     for site in report.split_sites:
-        for node in filter(None, map(found.get, site.nodes)):
-            rank = _constant_size(node) / (site.groups * site.in_features)
+        names = {tuple(users[split.first]) for split in filter(None, map(found.get, site.nodes))}
+        if any(site.joint != (shared if len(shared) > 1 else ()) for shared in names):
+            wrong.append(site.name)
+    return wrong
+
+
+def _ranks(found: Mapping[str, FoundSplit], report: Report) -> Claim:
+    """Forms and ranks as the graph has them."""
+    wrong = []
+    for site in report.split_sites:
+        for split in filter(None, map(found.get, site.nodes)):
+            rank = split.rank(site.groups, site.in_features)
             if rank != site.rank:
-                wrong.append(f"{site.name}: {rank:g}, reported {site.rank}")
-    return _claim("ranks", not wrong, "; ".join(wrong[:4]) or f"as reported at {len(report.split_sites)} sites")
+                wrong.append(f"{site.name}: rank {rank:g}, reported {site.rank}")
+            if split.form != site.form:
+                wrong.append(f"{site.name}: form {split.form}, reported {site.form}")
+    forms = Counter(site.form or "" for site in report.split_sites)
+    counts = ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
+    return _claim("ranks", not wrong, "; ".join(wrong[:4]) or f"ranks and forms as reported ({counts})")
 
 
-def _constant_size(node: ir.Node) -> int:
-    """Numbers in the one constant operand of a split's first node; it may stand behind a Cast."""
-    for value in node.inputs:
-        if value is not None and (cast := value.producer()) is not None and cast.op_type == "Cast":
-            value = cast.inputs[0]
-        if value is not None and value.const_value is not None:
-            return value.const_value.size
-    return 0
+def _macs(path: Path, report: Report) -> Claim:
+    if report.probe_given or report.verification.approximation is None:
+        return _not_checked("MACs", _no_probe(report))
+    feeds = _feeds(path, report)
+    batch = next((len(array) for array in feeds.values() if array.ndim), 1)
+    macs = sum(count // batch for count in traced_run(path, feeds).macs.values())
+    return _claim("MACs", macs == report.compressed.macs, f"{macs:,}, reported {report.compressed.macs:,}")
+
+
+def _budget(report: Report) -> list[Claim]:
+    """Whether the reported numbers, each of which has its own check, keep what was asked for."""
+    option, _, value = report.settings.budget.partition(" ")
+    if option == "--max-drop" and report.accuracy is not None:
+        before, after = report.accuracy.dense.top1, report.accuracy.compressed.top1
+        drop = (before or 0) - (after or 0)
+        return [_claim("budget", drop <= float(value), f"{option} {value}: top-1 drops by {drop:.2f} points")]
+    if option not in ("--keep-params", "--keep-macs", "--max-size"):
+        return []
+    budget = Budget.parse(**{option.removeprefix("--").replace("-", "_"): value})
+    allowed, cost = budget.total(getattr(report.dense, budget.cost)), getattr(report.compressed, budget.cost)
+    return [_claim("budget", cost <= allowed, f"{budget}: {cost:,} {budget.cost} of {allowed:,} allowed")]
+
+
+def _calibration(folder: Path, report: Report, source: str | Path | None, provider: str) -> list[Claim]:
+    claimed = report.calibration
+    if claimed is None:
+        return []
+    claims = []
+    if report.settings.factors == "response":
+        claims.append(_not_checked("responses", "only fitting again tells: rsi-deploy export --plan, --calib"))
+    if source is None or not (folder / "dense.onnx").is_file():
+        missing = (
+            "dense.onnx is not in the bundle (export --keep-dense)" if source else "add --calib with the same data"
+        )
+        return [*claims, _not_checked("calibration", missing)]
+    data = CalibrationData(
+        source, model_inputs(folder / "dense.onnx"), report.preprocessing, report.settings.calib_size
+    )
+    now = certificate(folder / "dense.onnx", folder / "model.onnx", data, provider)
+    if now.data_fingerprint != claimed.data_fingerprint or now.samples != claimed.samples:
+        return [*claims, _not_checked("calibration", "--calib is not the data of the report")]
+    pairs = [
+        (now.output_error, claimed.output_error),
+        (now.divergence, claimed.divergence),
+        (now.agreement, claimed.agreement),
+    ]
+    holds = all(_near(a, b) for a, b in pairs)
+    shown = ["none" if a is None else f"{a:.3g}" for pair in pairs for a in pair]
+    detail = "output error {}, KL {}, agreement {}; reported {}, {}, {}".format(*shown[::2], *shown[1::2])
+    return [*claims, _claim("calibration", holds, detail)]
+
+
+def _near(now: float | None, then: float | None) -> bool:
+    """Equal but for the rounding of another machine's kernels; a top-1 answer on the edge may tip."""
+    if now is None or then is None:
+        return now is then
+    return abs(now - then) <= 1e-2 * max(abs(now), abs(then)) + 1e-9
 
 
 def _feeds(path: Path, report: Report) -> Feeds:
@@ -149,8 +244,7 @@ def _feeds(path: Path, report: Report) -> Feeds:
 
 def _outputs(path: Path, report: Report, provider: str) -> Claim:
     if report.probe_given or report.verification.approximation is None:
-        why = "its inputs were given by hand" if report.probe_given else "onnxruntime could not run the model"
-        return Claim(name="outputs", status="not checked", detail=why)
+        return _not_checked("outputs", _no_probe(report))
     session = make_session(path, provider)
     feeds = _feeds(path, report)
     arrays = run_session(session, feeds, path.name)
@@ -173,9 +267,7 @@ def _distance(a: ProbeOutput, b: ProbeOutput) -> float:
 def _parity(folder: Path, report: Report, provider: str) -> Claim:
     dense = folder / "dense.onnx"
     if not dense.is_file() or report.probe_given or report.verification.approximation is None:
-        return Claim(
-            name="parity", status="not checked", detail="dense.onnx is not in the bundle (export --keep-dense)"
-        )
+        return _not_checked("parity", "dense.onnx is not in the bundle (export --keep-dense)")
     feeds = _feeds(dense, report)
     a = run_session(make_session(dense, provider), feeds, dense.name)
     b = run_session(make_session(folder / "model.onnx", provider), feeds, "model.onnx")
@@ -188,10 +280,10 @@ def _parity(folder: Path, report: Report, provider: str) -> Claim:
 def _accuracy(folder: Path, report: Report, dataset: Dataset | None, provider: str) -> Claim:
     if report.accuracy is None or dataset is None:
         why = "add --data with the evaluation data" if report.accuracy else "the report claims none"
-        return Claim(name="accuracy", status="not checked", detail=why)
+        return _not_checked("accuracy", why)
     claimed = report.accuracy.compressed
     if dataset.fingerprint() != claimed.data_fingerprint:
-        return Claim(name="accuracy", status="not checked", detail="--data is not the data of the report")
+        return _not_checked("accuracy", "--data is not the data of the report")
     steps = report.preprocessing if dataset.kind == "images" else None
     result = evaluate(folder / "model.onnx", dataset, preprocessing=steps, provider=provider)
     # Another machine's kernels may tip an answer that is on the edge: two samples are allowed for that.

@@ -87,7 +87,7 @@ def dense_file(module, path, x):
 def through_onnx(dense, rank, path, x, **settings):
     """`split_graph` of the exported dense model with the same settings: outputs, and rank by site."""
     model = ir.load(dense)
-    sites = split_graph(model, Planner(spec=RankSpec.parse(rank)), Solver(**settings)).sites
+    sites = split_graph(model, Planner(spec=RankSpec.parse(rank)), Solver(**settings), joint=False).sites
     return outputs(model, path, x), ranks(sites)
 
 

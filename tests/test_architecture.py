@@ -14,13 +14,19 @@ OURS = {"rsi_deploy", "graph_passes", "bench", "samples", "tests"}
 
 # A module may import modules of a lower layer, and those of its own that stand before it in the line.
 LAYERS = [
-    ["errors", "rsi"],
-    ["plan", "fold", "layers", "checkpoint", "machine", "preprocess", "datafile", "onnx_file", "sites"],
-    ["inputs", "data", "providers", "compress", "source", "onnx_split", "probe", "bundle"],
-    ["to_onnx", "accuracy", "measure", "trace", "gates", "bound", "rewriting"],
+    ["errors", "rsi", "arrays"],
+    ["moments", "streams", "response", "alternating"],
+    ["knapsack", "budget", "rank_grid", "plan_file"],
+    ["plan", "fold", "layers", "checkpoint", "machine", "preprocess", "datafile", "onnx_file", "sites", "joint"],
+    ["inputs", "data", "providers", "compress", "source", "factor_source", "onnx_split", "probe", "bundle"],
+    ["calibration_data", "calibrated", "live_values", "onnx_waves", "onnx_rows", "onnx_segment"],
+    ["onnx_reach", "onnx_readings", "onnx_two_streams", "onnx_streams"],
+    ["torch_rows", "torch_calls", "torch_readings", "torch_runs", "torch_trace", "torch_streams"],
+    ["to_onnx", "accuracy", "measure", "trace", "gates", "opset", "bound", "rewriting"],
     ["report", "diagnosis", "inspection"],
+    ["request", "certificate", "planning", "found_splits", "compress_to_data"],
     ["summary", "card", "verification", "table"],
-    ["stages", "pipeline"],
+    ["calibrating", "stages", "pipeline"],
     ["cli"],
 ]
 POSITION = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
@@ -38,6 +44,7 @@ PUBLIC = {
     "__version__",
     "bench",
     "compress_",
+    "compress_to_data_",
     "doctor",
     "evaluate",
     "export",

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from nets import SIZES, initializers, mlp_onnx, run_onnx
 
-from rsi_deploy import export, onnx_file, onnx_split
+from rsi_deploy import export, factor_source, onnx_file
 from rsi_deploy.bundle import check_target, whole_folder
 from rsi_deploy.cli import run
 from rsi_deploy.errors import UsageError
@@ -206,7 +206,7 @@ def test_no_permission(model, place, target, monkeypatch, capsys):
 
 def test_an_interrupt_in_the_middle(model, place, target, monkeypatch, capsys):
     before = tree(place)
-    real, calls = onnx_split.factorize_site, []
+    real, calls = factor_source.factorize_site, []
 
     def factorize_site(*args, **kwargs):
         calls.append(args)
@@ -215,7 +215,7 @@ def test_an_interrupt_in_the_middle(model, place, target, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(onnx_split, "factorize_site", factorize_site)
+    monkeypatch.setattr(factor_source, "factorize_site", factorize_site)
     assert run(arguments(model, target)) == 130
     assert tree(place) == before
     out, err = capsys.readouterr()
@@ -233,7 +233,7 @@ def test_success_replaces_the_old_bundle_whole(model, place, target):
     if target.exists():
         (target / "left over").write_text("from another time")
     assert run(arguments(model, target)) == 0
-    assert set(tree(place)) == {"b", "b/model.onnx", "b/report.json", "b/README.md"}
+    assert set(tree(place)) == {"b", "b/model.onnx", "b/plan.json", "b/report.json", "b/README.md"}
     assert initializers(target / "model.onnx")["fc1.right"].shape == (SIZES[0], 4)
 
 

@@ -39,7 +39,7 @@ def test_the_card_tells_what_was_done_and_measured(bundle):
         f"- input `input: float32 (batch, {SIZES[0]})`",
         f"- output `output` (2, {SIZES[-1]}) for inputs (2, {SIZES[0]})",
         "- surgery (full-rank split against dense): relative error",
-        "softmax bound guarantees",
+        "- unchanged top-1, head alone: guaranteed ",
         "| fc1 | Gemm | 32 x 12 | 6 | split | 1.",
         "| fc2 | Gemm | 24 x 32 |  | dense: excluded by --exclude fc2 |  |  |",
     ):

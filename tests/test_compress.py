@@ -1,16 +1,20 @@
 import copy
 import io
+import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from rsi_deploy.compress import compress_, find_module_sites
+from graph_passes.forms import unfold, unfolded_shape
+from rsi_deploy.compress import compress_, find_module_sites, replace_site_
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention
 from rsi_deploy.rsi import Solver, normalized_error
+from rsi_deploy.streams import Replacement
 
 
 @pytest.fixture(autouse=True)
@@ -236,6 +240,106 @@ def test_low_rank_changes_the_outputs_and_saves_parameters(kind):
     if kind is Conv1dStack:
         folded, biases = 16, 0
     assert parameter_count(model) == before - saved - folded + biases
+
+
+# -- replacing one site
+
+
+def replacement(site, form, dtype=torch.float64, *, scale=1.0):
+    rows, columns = unfolded_shape(site.shape[0], site.shape[1] // math.prod(site.kernel), site.kernel, form)
+    return Replacement(
+        form,
+        torch.randn(site.groups, rows, 2, dtype=dtype),
+        torch.randn(site.groups, 2, columns, dtype=dtype),
+        scale * torch.randn(site.groups, site.shape[0], dtype=dtype),
+    )
+
+
+def folded(weight, form, site):
+    """`(groups, rows, columns)` in a form back to the weight's own shape."""
+    if not site.kernel:
+        return weight[0].T if site.kind == "Conv1D" else weight[0]
+    shape = site.groups, site.shape[0], site.parameter.shape[1], *site.kernel
+    places = unfold(np.arange(math.prod(shape)).reshape(shape), form)
+    flat = torch.empty(math.prod(shape), dtype=weight.dtype)
+    flat[torch.from_numpy(places.reshape(-1).copy())] = weight.reshape(-1)
+    return flat.reshape(site.parameter.shape)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_replaced_site_is_its_dense_layer_with_that_weight_and_bias(kind):
+    model = kind().double().eval()
+    x = example(model)
+    for site in find_module_sites(model):
+        for form in site.forms:
+            low, dense = copy.deepcopy(model), copy.deepcopy(model)
+            (place,) = (s for s in find_module_sites(low) if s.name == site.name)
+            wanted = replacement(site, form)
+            replace_site_(low, place, wanted)
+            low_layers = [low.get_submodule(path) for path in site.paths]
+            changed = set()
+            for path, layer in zip(site.paths, low_layers, strict=True):
+                other, key = dense.get_submodule(path), site.weight.rpartition(".")[2]
+                assert layer in factor_layers(low).values()
+                assert layer.left is low_layers[0].left if hasattr(layer, "left") else True
+                if id(other) in changed:  # one layer under two names
+                    assert layer is low_layers[0]
+                    continue
+                changed.add(id(other))
+                other._parameters[key].data = folded(wanted.left @ wanted.right, form, site).clone()
+                name = key.replace("weight", "bias")
+                own = other._parameters[name]
+                bias = wanted.bias.reshape(-1)
+                other._parameters[name] = nn.Parameter(bias if own is None else own.detach() + bias)
+            assert_equal(outputs(low, x), outputs(dense, x))
+            assert_different(outputs(low, x), outputs(model, x))
+            wrong = copy.deepcopy(model)
+            (place,) = (s for s in find_module_sites(wrong) if s.name == site.name)
+            replace_site_(wrong, place, wanted._replace(bias=2 * wanted.bias))
+            assert_different(outputs(wrong, x), outputs(dense, x))
+
+
+def test_a_replacement_without_a_bias_leaves_it_alone():
+    model = Mlp()
+    bias = model.fc1.bias
+    for site in find_module_sites(model)[:2]:
+        replace_site_(model, site, replacement(site, "matmul", torch.float32, scale=0.0))
+    assert model.fc1.bias is bias
+    assert model.fc2.bias is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_replacement_is_stored_balanced_in_the_weights_dtype(dtype):
+    model = Mlp().to(dtype)
+    (site, *_) = find_module_sites(model)
+    wanted = replacement(site, "matmul", torch.float32)
+    wide = wanted._replace(left=wanted.left * 1e-4, right=wanted.right * 1e5)  # which float16 cannot hold
+    replace_site_(model, site, wide)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    expected = 10 * wanted.left[0] @ wanted.right[0]
+    assert (model.fc1.left.float() @ model.fc1.right.float() - expected).norm() < 0.02 * expected.norm()
+    assert (2 * model.fc1.left.float() @ model.fc1.right.float() - expected).norm() > 0.02 * expected.norm()
+
+
+def test_a_frozen_site_stays_frozen_and_the_root_is_refused():
+    model = Mlp()
+    model.fc1.requires_grad_(False)
+    (site, *_) = find_module_sites(model)
+    replace_site_(model, site, replacement(site, "matmul", torch.float32))
+    assert [p.requires_grad for p in model.fc1.parameters()] == [False] * 3
+    root = nn.Linear(4, 4)
+    (site,) = find_module_sites(root)
+    with pytest.raises(UsageError, match="itself a Linear"):
+        replace_site_(root, site, replacement(site, "matmul", torch.float32))
+
+
+def test_one_container_under_two_names():
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6))})
+    model["b"] = model["a"]
+    (site,) = find_module_sites(model)
+    replace_site_(model, site, replacement(site, "matmul", torch.float32))
+    assert isinstance(model["b"][0], LowRankLinear)
+    assert model["a"][0] is model["b"][0]
 
 
 # -- what each weight becomes

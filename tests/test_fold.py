@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from graph_passes import FoldBatchNormPass
-from rsi_deploy.fold import batch_norms_behind_convs, fold_batch_norm_
+from rsi_deploy.fold import batch_norms_behind_convs, fold_batch_norm_, fold_batch_norms_
 
 
 @pytest.fixture(autouse=True)
@@ -175,3 +175,33 @@ def test_both_ways_give_the_same_bytes():
         fold_batch_norm_(conv, norm)
         for value, parameter in zip(node.inputs[1:], (conv.weight, conv.bias), strict=True):
             np.testing.assert_array_equal(ir.convenience.get_const_tensor(value).numpy(), parameter.detach().numpy())
+
+
+def test_all_that_can_be_are_folded_at_once():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+            self.d = nn.Conv2d(4, 4, 3, padding=1)
+            self.d.weight = self.c.weight  # tied: folding would change the other
+            self.norm_a, self.norm_b, self.norm_c = (nn.BatchNorm2d(4) for _ in range(3))
+
+        def forward(self, x):
+            x = torch.relu(self.norm_a(self.a(x)))
+            x = torch.relu(self.norm_b(self.b(x))) + x
+            return self.d(self.norm_c(self.c(x)))
+
+    net = random_statistics_(Net().double())
+    net.norm_b.train()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    expected = copy.deepcopy(net)(x)
+    fold_batch_norms_(net)
+    assert [type(norm) for norm in (net.norm_a, net.norm_b, net.norm_c)] == [
+        nn.Identity,
+        nn.BatchNorm2d,
+        nn.BatchNorm2d,
+    ]
+    torch.testing.assert_close(net(x), expected, rtol=1e-10, atol=1e-10)
+    net.a.bias.data += 0.1
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(net(x), expected, rtol=1e-3, atol=1e-3)

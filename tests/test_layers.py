@@ -1,11 +1,20 @@
 import copy
 
+import onnx
 import pytest
 import torch
 from torch import nn
 
-from rsi_deploy.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention
+from graph_passes.forms import unfold, unfolded_shape
+from rsi_deploy.layers import (
+    LowRankConv,
+    LowRankLinear,
+    LowRankMultiheadAttention,
+    OpenMultiheadAttention,
+    changed_bias,
+)
 from rsi_deploy.rsi import Factors
+from tests.nets import run_onnx
 
 RANK = 3
 EMBED, HEADS, BATCH, LENGTH, SOURCE = 8, 2, 3, 5, 7
@@ -145,6 +154,72 @@ def test_conv_says_what_it_is():
     assert repr(low) == "LowRankConv(4, 8, rank=2, kernel_size=(3, 3), stride=(2, 2), groups=2)"
 
 
+@pytest.mark.filterwarnings("ignore:Using padding=.same.")
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [(case, form) for case in CONVS for form in ("channel", "input", "separable")[: 3 if "2d" in case else 2]],
+)
+def test_conv_forms_equal_the_dense_layer_of_their_weight(case, form):
+    kind, options = CONVS[case]
+    conv = kind(4, 8, **options).double()
+    rows, columns = unfolded_shape(8 // conv.groups, 4 // conv.groups, conv.kernel_size, form)
+    factors = Factors(normal(conv.groups, rows, 2), normal(conv.groups, 2, columns))
+    change = normal(8)
+    low = LowRankConv(conv, factors, form, bias_change=change)
+    weight = low.weight.detach()
+    apart = weight.reshape(conv.groups, 8 // conv.groups, *weight.shape[1:])
+    assert_equal(torch.from_numpy(unfold(apart.numpy(), form).copy()), factors.left @ factors.right)
+    dense = copy.deepcopy(conv)
+    dense.weight.data = weight
+    dense.bias = nn.Parameter(change if conv.bias is None else conv.bias.detach() + change)
+    x = normal(2, 4, *([9] * len(conv.kernel_size)))
+    assert_equal(low(x), dense(x))
+    assert_equal(low(x[0]), dense(x[0]))
+    low(x).square().sum().backward()
+    assert_factors_learn(low, ("left", "right", "bias"))
+    without = LowRankConv(conv, factors, form)
+    assert without.bias is conv.bias
+    with pytest.raises(AssertionError):
+        assert_equal(without(x), dense(x))
+    if min(conv.kernel_size) > 1:
+        with pytest.raises(AssertionError):
+            assert_equal(LowRankConv(conv, Factors(factors.left.flip(1), factors.right), form)(x), without(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["channel", "input", "separable"])
+@pytest.mark.parametrize("case", ["2d oblong", "2d grouped strided", "2d same"])
+def test_conv_forms_are_two_convs_in_onnx_with_the_same_numbers(case, form, tmp_path):
+    kind, options = CONVS[case]
+    conv = kind(4, 8, **options)
+    rows, columns = unfolded_shape(8 // conv.groups, 4 // conv.groups, conv.kernel_size, form)
+    factors = Factors(torch.randn(conv.groups, rows, 2), torch.randn(conv.groups, 2, columns))
+    low = LowRankConv(conv, factors, form).eval()
+    x = torch.randn(2, 4, 9, 9)
+    torch.onnx.export(low, (x,), tmp_path / "low.onnx", dynamo=True, verbose=False)
+    ops = [node.op_type for node in onnx.load(tmp_path / "low.onnx").graph.node]
+    assert ops.count("Conv") == 2
+    (found,) = run_onnx(tmp_path / "low.onnx", {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), low(x).detach(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(torch.from_numpy(found), low(x.flip(-1)).detach(), rtol=1e-4, atol=1e-4)
+
+
+# -- biases
+
+
+def test_a_bias_changes_only_where_it_is_told_to():
+    bias, change = nn.Parameter(normal(5)), normal(5)
+    frozen = nn.Parameter(normal(5), requires_grad=False)
+    assert changed_bias(bias, None) is bias
+    assert changed_bias(None, None) is None
+    assert_equal(changed_bias(None, change).detach(), change)
+    assert_equal(changed_bias(bias, change).detach(), bias.detach() + change)
+    assert changed_bias(bias, change).requires_grad
+    assert not changed_bias(frozen, change).requires_grad
+    assert changed_bias(nn.Parameter(torch.zeros(5).half()), change.float()).dtype == torch.float16
+
+
 # -- MultiheadAttention
 
 
@@ -215,11 +290,13 @@ def assert_same_results(low, dense, arguments, **options):
 @pytest.mark.parametrize("layout", ["batch first", "sequence first", "unbatched"])
 def test_attention_equals_the_dense_module_of_its_weight(layout, cross, mask, weights):
     low, dense = attention(batch_first=layout == "batch first")
+    opened = OpenMultiheadAttention(dense)
     batched = layout != "unbatched"
     arguments = inputs(layout == "batch first", cross, batched)
     options = masks(SOURCE if cross else LENGTH, batched)[mask]
     options |= {"need_weights": weights != "none", "average_attn_weights": weights == "mean"}
     assert_same_results(low, dense, arguments, **options)
+    assert_same_results(opened, dense, arguments, **options)
     with torch.no_grad():  # torch's fast path, where it takes it
         assert_same_results(low, dense, arguments, **options)
 
@@ -271,6 +348,35 @@ def test_attention_learns(cross, need_weights):
     low, _ = attention(batch_first=True)
     low(*inputs(True, cross), need_weights=need_weights)[0].square().sum().backward()
     assert_factors_learn(low, ("in_proj_left", "in_proj_right", "in_proj_bias", "out_proj.weight"))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_open_attention_calls_its_layers_and_shares_their_parameters(bias):
+    _, dense = attention(bias=bias, batch_first=True)
+    opened, seen = OpenMultiheadAttention(dense), []
+    assert opened.in_proj.weight is dense.in_proj_weight
+    assert opened.in_proj.bias is dense.in_proj_bias
+    assert opened.out_proj is dense.out_proj
+    assert not opened.training
+    opened.in_proj.register_forward_hook(lambda *_: seen.append("in_proj"))
+    handle = opened.out_proj.register_forward_hook(lambda *_: seen.append("out_proj"))
+    assert_same_results(opened, dense, inputs(True, cross=False))
+    assert seen == ["in_proj", "out_proj"]
+    assert_same_results(opened, dense, inputs(True, cross=True))
+    assert seen == ["in_proj", "out_proj", "out_proj"]
+    handle.remove()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_with_another_bias(bias):
+    _, dense = attention(bias=bias, batch_first=True)
+    factors, change = Factors(normal(3 * EMBED, RANK), normal(RANK, EMBED)), normal(3 * EMBED)
+    low, plain = (LowRankMultiheadAttention(dense, factors, bias_change=c).eval() for c in (change, None))
+    assert plain.in_proj_bias is dense.in_proj_bias
+    assert_equal(low.in_proj_bias.detach(), change + (dense.in_proj_bias.detach() if bias else 0))
+    arguments = inputs(True, cross=False)
+    with pytest.raises(AssertionError):
+        assert_equal(low(*arguments)[0], plain(*arguments)[0])
 
 
 def test_attention_rejects_wrong_factors():

@@ -34,7 +34,7 @@ def test_round_trip(bundle):
 
 def test_every_part_is_there(content):
     empty = {key for key, value in content.items() if value in (None, [], {}, "")}
-    assert empty == {"preprocessing", "notes"}
+    assert empty == {"preprocessing", "notes", "calibration"}
     assert content["verification"].keys() == {"exporter", "surgery", "approximation"}
     assert {"cpu", "cores"} <= content["environment"].keys()
 

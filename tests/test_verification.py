@@ -1,8 +1,10 @@
 import json
+import shutil
 
 import numpy as np
 import onnx
 import pytest
+from calibrated_nets import IMAGE, conv_net, inputs
 from nets import labelled, mlp_onnx
 from onnx import numpy_helper
 
@@ -11,7 +13,7 @@ from rsi_deploy.cli import run
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.onnx_file import file_hash
 
-CLAIMS = ["files", "graph", "sites", "parameters", "bytes", "ranks", "outputs", "parity", "accuracy", "latency"]
+CLAIMS = ["files", "graph", "sites", "parameters", "bytes", "ranks", "MACs", "outputs", "parity", "accuracy", "latency"]
 
 
 @pytest.fixture
@@ -102,12 +104,16 @@ def first(name):
         (lambda r: r["settings"].update(seed=1), {"outputs", "parity"}),
         (lambda r: r["verification"]["approximation"].update(relative_l2=0.01), {"parity"}),
         (lambda r: r["accuracy"]["compressed"].update(top1=99.9), {"accuracy"}),
+        (lambda r: r["compressed"].update(macs=r["compressed"]["macs"] - 1), {"MACs"}),
+        (lambda r: r["sites"][0].update(form="matmul"), {"ranks"}),
+        (lambda r: r["sites"][0].update(form=None), {"ranks"}),
+        (lambda r: r["sites"][0].update(groups=2), {"ranks"}),
         (lambda r: r["files"].update({"model.onnx": "0" * 64}), {"files"}),
         (lambda r: r["files"].update({"more.onnx": "0" * 64}), {"files"}),
     ],
     ids=[
         "rank", "rank_like_in", "rank_like_out", "decision", "params", "bytes", "norm", "value", "shape", "name",
-        "none", "seed", "parity", "accuracy", "hash", "file",
+        "none", "seed", "parity", "accuracy", "macs", "form", "no_form", "groups", "hash", "file",
     ],
 )  # fmt: skip
 def test_an_edited_report_is_noticed(bundle, data, change, claims, capsys):
@@ -115,6 +121,106 @@ def test_an_edited_report_is_noticed(bundle, data, change, claims, capsys):
     assert broken(bundle, data=data) == claims
     assert run(["verify", str(bundle), "--data", str(data)]) == 4
     assert all(name in capsys.readouterr().err for name in claims) or len(claims) > 1
+
+
+# -- forms, budgets and calibration
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """A model with one split in each form of a Conv, fitted to `c.npz`, under a plan; and one under a budget."""
+    root = tmp_path_factory.mktemp("calibrated")
+    conv_net(root / "m.onnx")
+    sites = {"conv1": ("separable", 7), "conv2": ("input", 6), "grouped": ("channel", 5), "head": ("gemm", 4)}
+    plan = {name: {"form": form, "rank": rank} for name, (form, rank) in sites.items()}
+    (root / "plan.json").write_text(json.dumps({"schema_version": 1, "tool": "", "sites": plan}))
+    common = {"calib": inputs(root / "c.npz", *IMAGE, count=60), "measure": False, "keep_dense": True}
+    export(str(root / "m.onnx"), root / "forms", plan=root / "plan.json", **common)
+    export(str(root / "m.onnx"), root / "budget", keep_macs=0.5, **common)
+    return root
+
+
+@pytest.fixture
+def forms(tmp_path, calibrated):
+    shutil.copytree(calibrated / "forms", tmp_path / "b")
+    return tmp_path / "b"
+
+
+@pytest.fixture
+def budgeted(tmp_path, calibrated):
+    shutil.copytree(calibrated / "budget", tmp_path / "b")
+    return tmp_path / "b"
+
+
+def test_every_form_is_read_from_the_graph(forms, calibrated):
+    result = verify(forms, calib=calibrated / "c.npz")
+    assert {c.name for c in result.claims if c.status != "holds"} == {"responses", "accuracy", "latency"}
+    details = {c.name: c.detail for c in result.claims}
+    assert details["ranks"] == "ranks and forms as reported (1 channel, 1 gemm, 1 input, 1 separable)"
+    assert result.ok
+
+
+@pytest.mark.parametrize("site", [0, 1, 2, 3])
+def test_other_ranks_and_forms_than_the_graph_has_are_noticed(forms, site):
+    edit_report(forms, lambda r: r["sites"][site].update(rank=r["sites"][site]["rank"] + 1))
+    assert broken(forms) == {"ranks"}
+    edit_report(forms, lambda r: r["sites"][site].update(rank=r["sites"][site]["rank"] - 1))
+    assert broken(forms) == set()
+    for form in ("channel", "input", "separable", "gemm", "matmul"):
+        before = json.loads((forms / "report.json").read_text())["sites"][site]["form"]
+        if form != before:
+            edit_report(forms, lambda r, form=form: r["sites"][site].update(form=form))
+            assert broken(forms) == {"ranks"}, form
+            edit_report(forms, lambda r, form=before: r["sites"][site].update(form=form))
+    assert broken(forms) == set()
+
+
+def test_a_budget_that_is_not_kept_is_noticed(budgeted):
+    assert statuses(budgeted)["budget"] == "holds"
+    edit_report(budgeted, lambda r: r["settings"].update(budget="--keep-macs 10%"))
+    assert broken(budgeted) == {"budget"}
+    edit_report(budgeted, lambda r: r["settings"].update(budget="--max-size 100"))
+    assert broken(budgeted) == {"budget"}
+    edit_report(budgeted, lambda r: r["settings"].update(budget="--keep-params 100%"))
+    assert broken(budgeted) == set()
+
+
+def test_a_drop_that_is_not_kept_is_noticed(bundle):
+    for drop, found in (("100", set()), ("0.001", {"budget"})):
+        edit_report(bundle, lambda r, drop=drop: r["settings"].update(budget=f"--max-drop {drop}"))
+        assert broken(bundle) == found
+
+
+@pytest.mark.parametrize(("key", "factor"), [("output_error", 0.9), ("divergence", 0.9), ("agreement", 1.05)])
+def test_what_the_report_says_of_calibration_is_computed_again(forms, calibrated, key, factor):
+    edit_report(forms, lambda r: r["calibration"].update({key: r["calibration"][key] * factor}))
+    assert broken(forms, calib=calibrated / "c.npz") == {"calibration"}
+    assert run(["verify", str(forms), "--calib", str(calibrated / "c.npz")]) == 4
+    assert broken(forms) == set()  # without the data nobody can know
+
+
+def test_what_of_calibration_cannot_be_checked_is_said(forms, calibrated, tmp_path):
+    def detail(**options):
+        claims = {c.name: c for c in verify(forms, **options).claims}
+        assert claims["calibration"].status == claims["responses"].status == "not checked"
+        return claims["calibration"].detail
+
+    assert detail() == "add --calib with the same data"
+    other = inputs(tmp_path / "other.npz", *IMAGE, count=60, seed=5)
+    assert detail(calib=other) == "--calib is not the data of the report"
+    fewer = inputs(tmp_path / "fewer.npz", *IMAGE, count=59)
+    assert detail(calib=fewer) == "--calib is not the data of the report"
+    for name in ("dense.onnx", "dense.onnx.data"):
+        (forms / name).unlink(missing_ok=True)
+        edit_report(forms, lambda r, name=name: r["files"].pop(name, None))
+    assert detail(calib=calibrated / "c.npz") == "dense.onnx is not in the bundle (export --keep-dense)"
+    with pytest.raises(UsageError, match=r"--calib: .*nowhere\.npz does not exist"):
+        verify(forms, calib=tmp_path / "nowhere.npz")
+
+
+def test_a_bias_that_is_lost_is_noticed(forms, calibrated):
+    edit_model(forms, scale("conv2.bias", 0.0))
+    assert broken(forms, calib=calibrated / "c.npz") - {"bytes"} == {"outputs", "parity", "calibration"}
 
 
 def scale(name, factor):

@@ -12,6 +12,7 @@ import onnxruntime as ort
 from onnx import numpy_helper
 
 from graph_passes import Factors, Record, Site, Split, find_sites, split
+from graph_passes.records import AnyForm
 
 
 def numbers(*shape: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:
@@ -37,26 +38,28 @@ def orthogonal(size: int, seed: int = 0) -> np.ndarray:
     return np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))[0]
 
 
-def full_rank(site: Site) -> Factors:
+def full_rank(site: Site, form: AnyForm = "first", bias: np.ndarray | None = None) -> Factors:
     """Exact factors from a random orthogonal matrix: not symmetric, so a missing transpose shows."""
-    weight = site.load()
+    weight = site.load(form)
     dense = weight.astype(np.float64)
-    q = np.stack([orthogonal(site.full_rank, seed) for seed in range(site.groups)])
-    if site.out_features <= site.in_features:
+    groups, rows, columns = dense.shape
+    q = np.stack([orthogonal(min(rows, columns), seed) for seed in range(groups)])
+    if rows <= columns:
         left, right = q, q.swapaxes(1, 2) @ dense
     else:
         left, right = dense @ q.swapaxes(1, 2), q
-    return Factors(left=left.astype(weight.dtype), right=right.astype(weight.dtype))
+    bias = None if bias is None else bias.astype(weight.dtype)
+    return Factors(left=left.astype(weight.dtype), right=right.astype(weight.dtype), form=form, bias=bias)
 
 
-def best_of_rank(rank: int) -> Callable[[Site], Factors]:
+def best_of_rank(rank: int, form: AnyForm = "first") -> Callable[[Site], Factors]:
     """The exact SVD, truncated."""
 
     def source(site: Site) -> Factors:
-        weight = site.load()
+        weight = site.load(form)
         u, s, vt = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
         left, right = u[..., :rank] * s[:, None, :rank], vt[:, :rank]
-        return Factors(left=left.astype(weight.dtype), right=right.astype(weight.dtype))
+        return Factors(left=left.astype(weight.dtype), right=right.astype(weight.dtype), form=form)
 
     return source
 
@@ -67,9 +70,10 @@ def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
     return ((u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]).astype(matrix.dtype)
 
 
-def run(a_model: ir.Model, **feeds: np.ndarray) -> np.ndarray:
+def run(a_model: ir.Model, level: str = "ORT_ENABLE_ALL", **feeds: np.ndarray) -> np.ndarray:
     """First output in onnxruntime."""
     options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     data = ir.to_proto(a_model).SerializeToString()
@@ -108,16 +112,19 @@ def assert_sound(a_model: ir.Model) -> None:
     assert ir.to_proto(reloaded).SerializeToString() == before
 
 
-def assert_same_at_full_rank(a_model: ir.Model, tolerance: float, **feeds: np.ndarray) -> list[Record]:
+def assert_same_at_full_rank(
+    a_model: ir.Model, tolerance: float, source: Callable[[Site], Factors] = full_rank, **feeds: np.ndarray
+) -> list[Record]:
     """Split everything with exact factors: same outputs, sound model. Returns the records."""
     names = [value.name for value in a_model.graph.outputs]
     values = list(a_model.graph.outputs)
     expected = run(a_model, **feeds)
     sites = [site for site in find_sites(a_model) if isinstance(site, Site)]
-    records = split(a_model, full_rank)
+    records = split(a_model, source)
     assert [s.node for s in splits(records)] == [site.node for site in sites]
     assert sites
     assert error(run(a_model, **feeds), expected) <= tolerance
+    assert error(run(a_model, "ORT_DISABLE_ALL", **feeds), expected) <= tolerance
     assert [value.name for value in a_model.graph.outputs] == names
     assert all(now is then for now, then in zip(a_model.graph.outputs, values, strict=True))
     assert_sound(a_model)

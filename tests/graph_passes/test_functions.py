@@ -90,3 +90,25 @@ def test_attribute_of_a_function():
     a_model = ir.from_proto(onnx.parser.parse_model(f'{text} <opset_import: ["" : 17], domain: "local"> {function}'))
     (skip,) = find_sites(a_model)
     assert skip.reason == "weight is an attribute of the model function: inline functions first"
+
+
+@pytest.mark.parametrize(
+    ("operator", "kind", "value"),
+    [
+        ("Gemm<transB: int = @t>(a, k)", "t", "1"),
+        ("Gemm<beta: float = @t>(a, k)", "t", "0.5"),
+        ("com.microsoft.FusedMatMul<alpha: float = @t>(a, k)", "t", "0.5"),
+    ],
+)
+def test_operator_with_an_attribute_of_a_function(operator, kind, value):
+    head = HEAD.replace('"local" : 1]', '"local" : 1, "com.microsoft" : 1]')
+    function = f'<opset_import: ["" : 17, "com.microsoft" : 1], domain: "local"> f <{kind}> (a) => (c)'
+    text = (
+        f"{head} g (float[N,4] x) => (float[N,4] y) {{ y = local.f<{kind} = {value}>(x) }}"
+        f"{function} {{ {constant(shape=(4, 4))}  c = {operator} }}"
+    )
+    (skip,) = find_sites(ir.from_proto(onnx.parser.parse_model(text)))
+    assert (skip.weight, skip.reason) == (
+        "k",
+        "the node takes an attribute of the model function: inline functions first",
+    )

@@ -10,7 +10,8 @@ REASON = re.compile(r'(?:reason\s*=\s*|return |who = |, )f?"([a-zA-Z][^"]* [^"]*
 
 def test_every_reason_stands_in_the_readme():
     readme = (FOLDER / "README.md").read_text()
-    records = {"records", "split_all", "split_pass", "constants", "names", "cleanup", "__init__"}  # no reasons in there
+    # no reasons in there
+    records = {"records", "split_all", "split_pass", "answers", "constants", "names", "cleanup", "__init__"}
     sources = [file for file in FOLDER.glob("*.py") if file.stem not in records]
     reasons = [reason for file in sources for reason in REASON.findall(file.read_text())]
     assert len(reasons) >= 30

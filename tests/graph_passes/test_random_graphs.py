@@ -1,13 +1,15 @@
-"""Random graphs of every form, at full rank: onnxruntime says the same as before."""
+"""Random graphs of every form, at full rank: onnxruntime says the same as before, and the corrections come on top."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, given, settings
-from random_graphs import models
+from random_graphs import Case, cases
 from split_checks import error, full_rank, numbers, run
 
 from graph_passes import Factors, Split, split
@@ -22,17 +24,19 @@ def is_same(came: np.ndarray, expected: np.ndarray) -> bool:
     return error(came, expected) <= 1e-4 or np.abs(came - expected).max(initial=0) <= 1e-5
 
 
-def check(case) -> None:
-    proto, shape = case
+def check(case: Case) -> None:
+    proto = case.proto
     onnx.checker.check_model(proto, full_check=True)
-    model, x = ir.from_proto(proto), numbers(*shape, seed=7)
-    expected = run(model, x=x)
+    model, x = ir.from_proto(proto), numbers(*case.data, seed=7)
+    expected = run(ir.from_proto(case.reference), x=x)
     signature = [(v.name, v.dtype, v.shape) for v in model.graph.outputs]
-    records = split(model, full_rank, overridable=True)
+    records = split(model, case.factors, overridable=True)
+    assert all(r.form == case.forms.get(r.node, r.form) for r in records if isinstance(r, Split))
     assert all(isinstance(r, Split) or (r.reason in EXPECTED_SKIPS and model.functions) for r in records), records
     rewritten = ir.to_proto(model)
     onnx.checker.check_model(rewritten, full_check=True)
     assert is_same(run(model, x=x), expected)
+    assert is_same(run(model, "ORT_DISABLE_ALL", x=x), expected)
     assert [(v.name, v.dtype, v.shape) for v in model.graph.outputs] == signature
     assert (model.ir_version, model.opset_imports) == (proto.ir_version, ir.from_proto(proto).opset_imports)
     again = ir.from_proto(rewritten)
@@ -40,34 +44,40 @@ def check(case) -> None:
     assert ir.to_proto(again).SerializeToString() == ir.to_proto(ir.from_proto(rewritten)).SerializeToString()
 
 
-@given(case=models())
+@given(case=cases())
 @settings(max_examples=500, **SETTINGS)
 def test_random_graphs(case):
     check(case)
 
 
 @pytest.mark.slow
-@given(case=models())
+@given(case=cases())
 @settings(max_examples=10_000, **SETTINGS)
 def test_many_random_graphs(case):
     check(case)
 
 
-def test_wrong_factors_are_noticed():
-    def sabotaged(site):
-        factors = full_rank(site)
-        return Factors(left=(factors.left * 1.01).astype(factors.left.dtype), right=factors.right)
+def worse_left(factors: Factors) -> Factors:
+    return dataclasses.replace(factors, left=(factors.left * 1.01).astype(factors.left.dtype))
 
+
+def worse_bias(factors: Factors) -> Factors:
+    if factors.bias is None:
+        return factors
+    return dataclasses.replace(factors, bias=(factors.bias * 1.1).astype(factors.left.dtype))
+
+
+@pytest.mark.parametrize("worse", [worse_left, worse_bias])
+def test_wrong_factors_are_noticed(worse):
     noticed = []
 
-    @given(case=models())
-    @settings(max_examples=50, **SETTINGS)
+    @given(case=cases())
+    @settings(max_examples=100, **SETTINGS)
     def collect(case):
-        proto, shape = case
-        model, x = ir.from_proto(proto), numbers(*shape, seed=7)
-        expected = run(model, x=x)
-        split(model, sabotaged, overridable=True)
-        if expected.any():
+        model, x = ir.from_proto(case.proto), numbers(*case.data, seed=7)
+        expected = run(ir.from_proto(case.reference), x=x)
+        split(model, lambda site: worse(case.factors(site)), overridable=True)
+        if expected.any() and (worse is worse_left or case.corrections):
             noticed.append(not is_same(run(model, x=x), expected))
 
     collect()

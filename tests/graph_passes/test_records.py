@@ -39,3 +39,12 @@ def test_factors_of_two_dtypes_or_no_float():
     with pytest.raises(ValueError, match="got left int64"):
         Factors(left=np.ones((1, 6, 2), np.int64), right=np.ones((1, 2, 4), np.int64))
     assert Factors(left=np.ones((1, 6, 2), ml_dtypes.bfloat16), right=np.ones((1, 2, 4), ml_dtypes.bfloat16)).rank == 2
+
+
+def test_a_bias_that_does_not_fit_the_factors():
+    left, right = np.ones((1, 6, 2), np.float32), np.ones((1, 2, 4), np.float32)
+    for bias, came in ((np.ones((1, 6), np.float32), r"\(1, 6\) in float32"), (np.ones(6), r"\(6,\) in float64")):
+        with pytest.raises(ValueError, match=f"expected a bias with one axis in float32, but got {came}"):
+            Factors(left=left, right=right, bias=bias)
+    assert Factors(left=left, right=right).bias is None
+    assert Factors(left=left, right=right).form == "first"

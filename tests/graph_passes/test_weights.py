@@ -1,6 +1,6 @@
 import ml_dtypes
 import numpy as np
-import onnx
+import onnx.reference
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest

@@ -1,0 +1,149 @@
+"""The ways to compress that are compared: which ranks a budget gives, and what the factors are fitted to.
+
+    RSVD, RSI, exact SVD     the same ratio everywhere     the weight alone
+    response-aware           the same                      each site's response in the dense network
+    sequential               the same                      its response after what the sites before it have become
+    sensitivities            planned, any form or dense    the same; this is what an export does
+
+"The same ratio everywhere" is the largest whose model keeps the budget, in each operation's usual form (channel, for
+Conv); output layers of at most `OUTPUTS` rows stay dense, which spares the baselines their worst damage.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from bench.cases import Case
+from rsi_deploy.budget import Budget
+from rsi_deploy.calibrated import Calibration
+from rsi_deploy.errors import ModelError
+from rsi_deploy.knapsack import SiteOptions
+from rsi_deploy.moments import Moments, Samples
+from rsi_deploy.onnx_file import write_external
+from rsi_deploy.onnx_split import split_graph
+from rsi_deploy.plan import Decision, FixedPlanner, Planner, RankSpec
+from rsi_deploy.planning import Decisions, blank, under, uniform, wanted_splits
+from rsi_deploy.report import Size
+from rsi_deploy.rsi import Solver
+from rsi_deploy.streams import Fitted, Streams, StreamSite
+
+OUTPUTS = 10
+BISECTIONS = 12
+"""Ratios to a 4096th: finer than a rank, at any width here."""
+
+Unit = Literal["MACs", "parameters", "linear parameters"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One method under comparison; those that look at no calibration data are `drawn` once."""
+
+    name: str
+    fitted_to: Literal["weight", "dense network", "sequence"]
+    planned: bool = False
+    solver: Solver = field(default_factory=Solver)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether calibration data make a difference."""
+        return self.fitted_to != "weight"
+
+
+PRODUCT = Arm(name="sensitivities", fitted_to="sequence", planned=True)
+ARMS = (
+    Arm(name="RSVD", fitted_to="weight", solver=Solver(method="rsvd")),
+    Arm(name="RSI q=4", fitted_to="weight", solver=Solver(power_iterations=4)),
+    Arm(name="exact SVD", fitted_to="weight", solver=Solver(method="svd")),
+    Arm(name="response-aware", fitted_to="dense network"),
+    Arm(name="sequential", fitted_to="sequence"),
+    PRODUCT,
+)
+
+
+def budget_of(unit: Unit, keep: float, dense: Size, streams: Streams) -> Budget:
+    """The budget of the whole model that keeps the share `keep` of its `unit`."""
+    if unit == "MACs":
+        return Budget(keep_macs=keep)
+    if unit == "parameters":
+        return Budget(keep_params=keep)
+    return Budget(keep_params=1 - (1 - keep) * linear_parameters(streams) / dense.params)
+
+
+def kept(unit: Unit, size: Size, dense: Size, streams: Streams) -> float:
+    """The share of the dense model's `unit` that a model of `size` has left."""
+    if unit == "MACs":
+        return size.macs / dense.macs
+    return 1 - (dense.params - size.params) / (dense.params if unit == "parameters" else linear_parameters(streams))
+
+
+def linear_parameters(streams: Streams) -> int:
+    """Numbers in the weights of all sites."""
+    return sum(site.groups * site.out_features * site.in_features for site in streams.sites)
+
+
+def same_ratio(case: Case, streams: Streams, budget: Budget, dense: Size) -> Decisions:
+    """The largest ratio for all sites whose model, as written, keeps the budget.
+
+    Raises:
+        ModelError: even the smallest ratio does not.
+    """
+    outputs = tuple(site.name for site in streams.sites if site.out_features <= OUTPUTS)
+    allowed = budget.total(getattr(dense, budget.cost))
+    low, high, best = 0.0, 1.0, None
+    for _ in range(BISECTIONS):
+        ratio = (low + high) / 2
+        decisions = uniform(Planner(spec=RankSpec(ratio=ratio), exclude=outputs), streams)
+        cost = cost_of(case, streams, decisions, budget)
+        if cost <= allowed:
+            low, best = ratio, decisions
+        else:
+            high = ratio
+    if best is None:
+        raise ModelError(f"{case.name}: no uniform ratio keeps {budget}; the smallest comes to {cost:,} {budget.cost}")
+    return best
+
+
+def planned(case: Case, streams: Streams, options: Sequence[SiteOptions], budget: Budget, dense: Size) -> Decisions:
+    """What an export decides under the budget, given the options of all sites."""
+    return under(budget, options, dense, streams, lambda decisions: cost_of(case, streams, decisions, budget))
+
+
+def cost_of(case: Case, streams: Streams, decisions: Decisions, budget: Budget) -> int:
+    """What the model costs that these decisions give, in what the budget is on, measured on the written file."""
+    sites = {site.name: site for site in streams.sites}
+    empty = {name: blank(sites[name], *split) for name, split in wanted_splits(decisions, streams).items()}
+    size = case.measured(write(case, decisions, empty, Solver(), case.path.with_name("candidate.onnx")))
+    cost: int = getattr(size, budget.cost)
+    return cost
+
+
+def factors(arm: Arm, calibration: Calibration, streams: Streams, decisions: Decisions) -> dict[str, Fitted]:
+    """What the arm makes of the sites that are to be split; nothing where the weight alone decides."""
+    wanted = wanted_splits(decisions, streams)
+    if arm.fitted_to == "weight":
+        return {}
+    if arm.fitted_to == "sequence":
+        return calibration.fit(streams, wanted)
+    made: dict[str, Fitted] = {}
+
+    def visit(site: StreamSite, moments: Moments | Samples) -> None:
+        if site.name in wanted and moments.varies:
+            replacement, error = calibration.replacement(site, moments, *wanted[site.name])
+            made[site.name] = Fitted(replacement=replacement, response_error=error, seconds=0.0)
+
+    streams.survey(visit)
+    return made
+
+
+def write(case: Case, decisions: Decisions, fitted: Mapping[str, Fitted], solver: Solver, path: Path) -> Path:
+    """Write the compressed model; of fitted sites those that calibration has declined stay dense."""
+    if fitted:
+        declined = {name: Decision(rank=None, reason="declined") for name in decisions.keys() - fitted.keys()}
+        decisions = decisions | declined
+    model = ir.load(case.path)
+    split_graph(model, FixedPlanner(decisions=decisions), solver, fitted=fitted, joint=False)
+    write_external(model, path)
+    return path

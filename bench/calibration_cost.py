@@ -1,0 +1,301 @@
+"""What do calibrating and fitting cost, in forward passes over the calibration data and in memory?
+
+    planned    options of every site (sensitivities measured), the choice at half of the MACs, sequential factors
+    uniform    sequential factors at `--rank 25%`
+
+passes     wall-clock seconds less those of factorizing, over the median seconds of one pass of all calibration data
+           through the dense model by onnxruntime: same batches, same threads, before, between and after the steps
+factorize  seconds in what the moments are made into: spectra, forms at all ranks, and the factors themselves
+memory     peak resident memory of a process that does nothing else. Its limit: that process before it starts (imports,
+           calibration data, and what is left of calibrating a tiny net), the dense model's file, the moments of the
+           largest site, and twice what running one batch through the dense model takes beyond its file, measured in
+           another process
+
+The written models that an export measures its budget on are not part of it. Sensitivities are measured on the first
+128 samples, whatever their number: few samples make planning dear in passes. So the time of "planned" is a goal only
+where as many samples are used as in `bench.accuracy`, which those of vgg19 (random weights, 32 random images) are not.
+
+Goals (`--check` exits 4 when one is missed):
+  1. at most 30 passes;
+  2. peak memory within its limit.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import cases, common
+from bench.cases import Case
+from bench.common import Goal
+from rsi_deploy.budget import Budget
+from rsi_deploy.calibrated import Calibration
+from rsi_deploy.errors import RsiDeployError
+from rsi_deploy.machine import peak_memory
+from rsi_deploy.moments import Moments, Samples, gathered_bytes
+from rsi_deploy.onnx_file import file_bytes
+from rsi_deploy.onnx_streams import OnnxStreams
+from rsi_deploy.plan import Planner, RankSpec
+from rsi_deploy.planning import under, uniform, wanted_splits
+from rsi_deploy.providers import make_session, run_session
+from rsi_deploy.rsi import Solver
+from rsi_deploy.streams import Form, Replacement, StreamSite
+
+NETS = ("resnet20", "resnet56", "minilm", "vgg19")
+QUICK_NETS = ("cnn_cifar10",)
+ARMS = ("planned", "uniform")
+VGG_IMAGES = 32
+KEEP_MACS, RANK = 0.5, "25%"
+PASSES_LIMIT = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One net and way; seconds are wall-clock, memory in bytes. `usual`: as many samples as in `bench.accuracy`."""
+
+    net: str
+    arm: str
+    samples: int
+    usual: bool
+    pass_seconds: float
+    seconds: float
+    factorization: float
+    peak: int
+    before: int
+    model: int
+    moments: int
+    batch: int
+
+    @property
+    def passes(self) -> float:
+        """Forward passes that the work took, factorizing apart."""
+        return (self.seconds - self.factorization) / self.pass_seconds
+
+    @property
+    def limit(self) -> int:
+        """What the peak memory may be."""
+        return self.before + self.model + self.moments + 2 * self.batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClockedCalibration(Calibration):
+    """A calibration that adds up the seconds of its factorizations."""
+
+    spent: list[float] = field(default_factory=list, compare=False)
+
+    def replacement(
+        self, site: StreamSite, moments: Moments | Samples, form: Form, rank: int, **more: Any
+    ) -> tuple[Replacement, float]:
+        """As `Calibration.replacement`."""
+        with self._clocked():
+            return super().replacement(site, moments, form, rank, **more)
+
+    def _errors(self, site: StreamSite, moments: Moments | Samples) -> Iterator[tuple[tuple[Form, int], float]]:
+        with self._clocked():
+            found = list(super()._errors(site, moments))
+        yield from found
+
+    @contextmanager
+    def _clocked(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.spent.append(time.perf_counter() - started)
+
+
+# --- in a process of its own ----------------------------------------------------------------------------------------
+
+
+def work(streams: OnnxStreams, calibration: Calibration, case: Case, arm: str) -> Iterator[str]:
+    """Calibrate and fit; gives way after each step, for a forward pass in between."""
+    if arm == "uniform":
+        decisions = uniform(Planner(spec=RankSpec.parse(RANK)), streams)
+    else:
+        options = calibration.options(streams)
+        decisions = under(Budget(keep_macs=KEEP_MACS), options, case.measured(case.path), streams)
+        yield "planned"
+    calibration.fit(streams, wanted_splits(decisions, streams))
+    yield "fitted"
+
+
+def timed(case: Case, arm: str) -> dict[str, float]:
+    """Seconds of the work, of the factorizations in it, and of a forward pass over the same data."""
+    data = case.draw(0)
+    session = make_session(case.path, spin_between_runs=False)
+
+    def forward() -> float:
+        started = time.perf_counter()
+        for batch in cases.batches(data, cases.BATCH):
+            run_session(session, batch, case.name)
+        return time.perf_counter() - started
+
+    forward()  # warm-up
+    passes, seconds = [forward()], 0.0
+    streams, calibration = case.streams(0), ClockedCalibration(solver=Solver())
+    steps = work(streams, calibration, case, arm)
+    while True:
+        started = time.perf_counter()
+        step = next(steps, None)
+        if step is None:
+            break
+        seconds += time.perf_counter() - started
+        passes.append(forward())
+    return {"pass_seconds": statistics.median(passes), "seconds": seconds, "factorization": sum(calibration.spent)}
+
+
+def remembered(case: Case, arm: str) -> dict[str, float]:
+    """Peak resident bytes of the work, those before it, and the moments of the largest site."""
+    small = cases.tiny(case.path.parent)
+    for _ in work(small.streams(0), Calibration(solver=Solver()), small, arm):
+        pass  # the libraries that are loaded and started where they are first needed
+    before = _resident("VmRSS")
+    streams = case.streams(0)
+    for _ in work(streams, Calibration(solver=Solver()), case, arm):
+        pass
+    moments = max(
+        gathered_bytes(site.in_features, site.out_features, site.groups, streams.rows_of(site.name))
+        for site in streams.sites
+    )
+    return {"peak": _resident("VmHWM"), "before": before, "moments": moments}
+
+
+def one_batch(case: Case) -> dict[str, float]:
+    """What running the dense model on one batch takes beyond its file, bytes."""
+    small = cases.tiny(case.path.parent)
+    cases.outputs_of(small.path, small.pool)
+    before = _resident("VmRSS")
+    first = next(cases.batches(case.draw(0), cases.BATCH))
+    run_session(make_session(case.path), first, case.name)
+    return {
+        "batch": max(_resident("VmHWM") - before - file_bytes(case.path), sum(array.nbytes for array in first.values()))
+    }
+
+
+def _resident(key: str) -> int:
+    """Resident memory of this program, now (VmRSS) or at its peak (VmHWM).
+
+    `getrusage` tells the peak of the process that started this one where that is larger: only where nothing else does.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return peak_memory()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), peak_memory())
+
+
+def _child(path: Path, task: str) -> dict[str, float]:
+    """What one process says of a `task`: "time planned", "memory uniform", "batch"."""
+    command = [sys.executable, "-m", "bench.calibration_cost", "--child", str(path), "--task", task]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RsiDeployError(f"{path.stem}, {task}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def _answer(path: Path, task: str) -> dict[str, float]:
+    with np.load(path.with_suffix(".npz")) as file:
+        pool = {name: file[name] for name in file.files}
+    case = cases.untested(path, pool)
+    what, *arm = task.split()
+    return one_batch(case) if what == "batch" else (timed if what == "time" else remembered)(case, *arm)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def measure(name: str, folder: Path) -> Iterator[Row]:
+    """Both ways of one net, each task in a process of its own."""
+    images = (VGG_IMAGES, 3, 224, 224)
+    case = cases.untrained(name, folder, images) if name == "vgg19" else cases.load(name, folder)
+    path, samples = case.path, case.size
+    cases.tiny(folder)
+    np.savez(path.with_suffix(".npz"), **case.draw(0))  # type: ignore[arg-type]
+    batch = _child(path, "batch")
+    for arm in ARMS:
+        common.progress(f"{name}, {arm}: {samples} samples")
+        facts = {**batch, **_child(path, f"time {arm}"), **_child(path, f"memory {arm}")}
+        yield Row(
+            net=name,
+            arm=arm,
+            samples=samples,
+            usual=samples == (cases.TEXTS if name == "minilm" else cases.IMAGES),
+            model=file_bytes(path),
+            pass_seconds=facts["pass_seconds"],
+            seconds=facts["seconds"],
+            factorization=facts["factorization"],
+            **{key: int(facts[key]) for key in ("peak", "before", "moments", "batch")},
+        )
+
+
+def goals(rows: Sequence[Row]) -> list[Goal]:
+    """The goals of the docstring."""
+    found = []
+    for row in rows:
+        at = f"{row.net}, {row.arm}, {row.samples} samples"
+        if row.usual or row.arm == "uniform":
+            said = f"{row.passes:.1f} of {PASSES_LIMIT:g} passes, and {row.factorization:.1f} s of factorizing"
+            found.append(Goal(name=f"time, {at}", held=row.passes <= PASSES_LIMIT, row=said))
+        said = f"{row.peak / 1e6:.0f} of {row.limit / 1e6:.0f} MB"
+        found.append(Goal(name=f"memory, {at}", held=row.peak <= row.limit, row=said))
+    return found
+
+
+COLUMNS = (
+    *("net", "way", "samples", "one pass, s", "all, s", "factorize, s", "passes"),
+    *("peak, MB", "limit, MB", "before", "model", "moments", "a batch"),
+)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    cells = []
+    for row in rows:
+        seconds = [f"{value:.1f}" for value in (row.seconds, row.factorization, row.passes)]
+        sizes = (row.peak, row.limit, row.before, row.model, row.moments, row.batch)
+        memory = [f"{value / 1e6:.0f}" for value in sizes]
+        cells.append([row.net, row.arm, str(row.samples), f"{row.pass_seconds:.2f}", *seconds, *memory])
+    return common.markdown_table(COLUMNS, cells)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark; returns the exit code."""
+    options = common.parser(__doc__ or "", "bench.calibration_cost")
+    options.add_argument("--nets", nargs="+", choices=(*cases.NETS, "vgg19"), help="only these")
+    options.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options.add_argument("--task", help=argparse.SUPPRESS)
+    given = options.parse_args(arguments)
+    if given.child:
+        print(json.dumps(_answer(given.child, given.task)))
+        return 0
+    common.check_writable(given.json, given.markdown)
+    if given.quick:
+        common.progress(f"quick: {', '.join(QUICK_NETS)} alone, where --nets names no other")
+    rows: list[Row] = []
+    for name in given.nets or (QUICK_NETS if given.quick else NETS):
+        with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
+            rows += measure(name, Path(folder))
+    print(markdown(rows))
+    judged = goals(rows)
+    settings = {"quick": given.quick, "torch_threads": torch.get_num_threads(), "keep_macs": KEEP_MACS, "rank": RANK}
+    stored = [{**asdict(row), "passes": row.passes, "limit": row.limit} for row in rows]
+    document = common.document(
+        "bench.calibration_cost", arguments, settings, rows=stored, goals=[asdict(goal) for goal in judged]
+    )
+    common.write(given.json, document)
+    common.write(given.markdown, markdown(rows))
+    return common.judge(judged, given.check)
+
+
+if __name__ == "__main__":
+    common.run(main)

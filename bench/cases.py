@@ -1,0 +1,256 @@
+"""Real networks as written ONNX models, each with calibration data to draw from and other data to be judged by.
+
+    mlp_mnist     the first 1,024 MNIST test images (no others are here)    the other 8,976         top-1
+    cnn_cifar10   1,024 of 2,000 CIFAR-10 training images                   2,000 test images       top-1
+    resnet20, 56  the same                                                  the same                top-1
+    minilm        300 texts (`bench.texts`) of 64 tokens                    600 others              cosine, neighbours
+
+What is drawn depends on the draw's number alone. Test data are seen by `Case.score` and by nothing else.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from torch import nn
+
+import graph_passes as gp
+from bench import models, texts
+from rsi_deploy.data import ArrayData, open_data
+from rsi_deploy.onnx_file import file_bytes, parameters, write_external
+from rsi_deploy.onnx_streams import OnnxStreams
+from rsi_deploy.preprocess import Preprocessing
+from rsi_deploy.providers import make_session, run_session
+from rsi_deploy.report import Size
+from rsi_deploy.source import Source, load_source, source_of_module
+from rsi_deploy.to_onnx import to_onnx
+from rsi_deploy.trace import traced_run
+
+Array = npt.NDArray[Any]
+Inputs = dict[str, Array]
+
+BATCH = 32
+"""Calibration samples a batch, as `rsi_deploy.calibration_data` takes them."""
+TEST_BATCH = 250
+IMAGES, TEXTS, TEST_TEXTS = 1024, 300, 600
+TOKENS = 64
+NEIGHBOURS = 10
+NETS = ("mlp_mnist", "cnn_cifar10", "resnet20", "resnet56", "minilm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How good a model is: `value` in points of 100 (top-1, or cosine to the dense embedding), `overlap` in 0 to 1."""
+
+    value: float
+    overlap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One dense network on disk, with its data.
+
+    Attributes:
+        name: one of `NETS`.
+        path: the dense ONNX model, BatchNorms folded.
+        pool: input name -> samples to draw calibration data from.
+        size: samples a draw.
+        apart: whether draws share no sample; there are then only so many.
+        test: input name -> samples to judge by.
+        reference: labels int64 `(N,)`, or the dense unit embeddings `(N, dim)`.
+        digest: sha256 of the texts, for the encoder.
+    """
+
+    name: str
+    path: Path
+    pool: Inputs
+    size: int
+    apart: bool
+    test: Inputs
+    reference: Array
+    digest: str = ""
+
+    @property
+    def available(self) -> int:
+        """Samples in the pool."""
+        return len(next(iter(self.pool.values())))
+
+    @property
+    def draws(self) -> int | None:
+        """How many different draws there are; None where they are enough for any number."""
+        if self.apart or self.size == self.available:
+            return self.available // self.size
+        return None
+
+    def draw(self, number: int) -> Inputs:
+        """Calibration data: without repetition, from a shuffled pool."""
+        if self.apart:
+            rows = np.arange(number * self.size, (number + 1) * self.size)
+        else:
+            rows = np.random.default_rng(number).permutation(self.available)[: self.size]
+        return {name: array[rows] for name, array in self.pool.items()}
+
+    def streams(self, draw: int) -> OnnxStreams:
+        """The streams of calibration, on one draw."""
+        data = self.draw(draw)
+        return OnnxStreams(self.path, lambda: batches(data, BATCH), self.size, macs=self.macs(self.path), seed=draw)
+
+    def macs(self, model: Path) -> dict[str, int]:
+        """Multiply-accumulates a sample, by node."""
+        two = {name: array[:2] for name, array in self.pool.items()}
+        return {node: count // 2 for node, count in traced_run(model, two).macs.items()}
+
+    def measured(self, model: Path) -> Size:
+        """What a written model really holds and costs."""
+        return Size(bytes=file_bytes(model), params=parameters(ir.load(model)), macs=sum(self.macs(model).values()))
+
+    def score(self, model: Path) -> Score:
+        """Judge a model by the test data."""
+        outputs = outputs_of(model, self.test)
+        if self.reference.ndim == 1:
+            return Score(value=100 * float((outputs.argmax(axis=1) == self.reference).mean()))
+        cosine = float((outputs * self.reference).sum(axis=1).mean())
+        return Score(value=100 * cosine, overlap=neighbour_overlap(outputs, self.reference))
+
+
+def load(name: str, folder: Path, *, size: int | None = None, limit: int | None = None) -> Case:
+    """Export the net `name` into `folder`, and get its data.
+
+    Args:
+        name: one of `NETS`.
+        folder: where the dense model and all temporary ones are written.
+        size: calibration samples a draw, where fewer than usual are wanted.
+        limit: use so many test samples, evenly spaced.
+
+    Raises:
+        UnavailableError: weights, data or a package are not on this machine.
+    """
+    if name == "minilm":
+        return _encoder(folder, min(size or TEXTS, TEXTS), limit)
+    module = models.trained(name)
+    shape: Any = module.input_shape
+    steps: Any = module.preprocessing
+    path = folder / f"{name}.onnx"
+    _write(source_of_module(module, shape), path)
+    (key,) = (value.name for value in make_session(path).get_inputs())
+    if name == "mlp_mnist":
+        images, labels = _images(models.mnist_test(), steps)
+        pool, images, labels = images[:IMAGES], images[IMAGES:], labels[IMAGES:]
+    else:
+        pool, _ = _images(open_data(models.DATA_ROOT / "cifar10" / "train_2000.npz"), steps)
+        images, labels = _images(models.cifar10_test(), steps)
+    rows = _spaced(len(labels), limit)
+    return Case(
+        name=name,
+        path=path,
+        pool={key: pool},
+        size=min(size or IMAGES, IMAGES),
+        apart=False,
+        test={key: images[rows]},
+        reference=labels[rows],
+    )
+
+
+def _encoder(folder: Path, size: int, limit: int | None) -> Case:
+    path = folder / "minilm.onnx"
+    _write(source_of_module(models.minilm(TOKENS)), path)
+    found = texts.harvest()
+    test, rest = texts.parted(found, TEST_TEXTS)
+    judged = [test[index] for index in _spaced(len(test), limit)]
+    inputs = _tokens(judged)
+    return Case(
+        name="minilm",
+        path=path,
+        pool=_tokens(rest),
+        size=size,
+        apart=True,
+        test=inputs,
+        reference=outputs_of(path, inputs),
+        digest=texts.digest(found),
+    )
+
+
+def untrained(name: str, folder: Path, shape: tuple[int, ...]) -> Case:
+    """A net of torchvision with random weights, and random images `shape` to calibrate it on; it is not tested."""
+    path = folder / f"{name}.onnx"
+    _write(load_source(f"torchvision:{name}", weights="none"), path)
+    (key,) = (value.name for value in make_session(path).get_inputs())
+    return untested(path, {key: np.random.default_rng(0).standard_normal(shape, dtype=np.float32)})
+
+
+def tiny(folder: Path) -> Case:
+    """A Conv and a Linear with random weights, on random inputs: what a process calibrates to have loaded all it needs.
+
+    It is written where it does not lie in `folder` yet.
+    """
+    path = folder / "tiny.onnx"
+    if not path.exists():
+        module = nn.Sequential(nn.Conv2d(4, 24, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(384, 40)).eval()
+        _write(source_of_module(module, (1, 4, 4, 4)), path)
+    (key,) = (value.name for value in make_session(path).get_inputs())
+    return untested(path, {key: np.random.default_rng(0).standard_normal((64, 4, 4, 4), dtype=np.float32)})
+
+
+def untested(path: Path, pool: Inputs) -> Case:
+    """A dense model of which all samples are drawn, and nothing is tested."""
+    size = len(next(iter(pool.values())))
+    return Case(name=path.stem, path=path, pool=pool, size=size, apart=False, test={}, reference=np.zeros(0))
+
+
+def batches(inputs: Mapping[str, Array], size: int) -> Iterator[Inputs]:
+    """The samples, `size` at a time."""
+    count = len(next(iter(inputs.values())))
+    for start in range(0, count, size):
+        yield {name: array[start : start + size] for name, array in inputs.items()}
+
+
+def outputs_of(model: Path, inputs: Mapping[str, Array]) -> Array:
+    """The model's first output on all samples, `(N, ...)`."""
+    session = make_session(model)
+    return np.concatenate([run_session(session, batch, model.name)[0] for batch in batches(inputs, TEST_BATCH)])
+
+
+def neighbour_overlap(embeddings: Array, reference: Array, count: int = NEIGHBOURS) -> float:
+    """Mean share of each sample's `count` nearest others that are the same in both, by cosine of unit rows.
+
+    Example:
+        >>> corners = np.eye(2)[[0, 0, 1, 1]] + [[0, 0.1], [0, 0], [0.1, 0], [0, 0]]
+        >>> neighbour_overlap(corners, corners, 1), neighbour_overlap(corners[[0, 2, 1, 3]], corners, 1)
+        (1.0, 0.0)
+    """
+
+    def nearest(rows: Array) -> Array:
+        similar = rows @ rows.T
+        np.fill_diagonal(similar, -np.inf)
+        return np.argsort(-similar, axis=1, kind="stable")[:, :count]
+
+    pairs = zip(nearest(embeddings).tolist(), nearest(reference).tolist(), strict=True)
+    return float(np.mean([len(set(one) & set(other)) / count for one, other in pairs]))
+
+
+def _write(source: Source, path: Path) -> None:
+    """The dense ONNX model that an export of the source would compress."""
+    model = to_onnx(source).model
+    gp.FoldBatchNormPass()(model)
+    write_external(model, path)
+
+
+def _images(data: Any, steps: Preprocessing) -> tuple[Array, Array]:
+    assert isinstance(data, ArrayData)
+    ((inputs, labels),) = data.batches(len(data), steps)
+    assert labels is not None
+    return inputs, labels
+
+
+def _tokens(found: Any) -> Inputs:
+    ids, mask = models.tokenize(found, TOKENS)
+    return {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+
+
+def _spaced(count: int, limit: int | None) -> Array:
+    wanted = min(count, limit or count)
+    return np.arange(wanted) * count // wanted

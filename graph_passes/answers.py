@@ -1,0 +1,36 @@
+"""Checking what the factor source answers: `Factors` in form, shape and dtype of the site, all finite; or `Dense`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from graph_passes.records import Array, Dense, Factors, Site
+
+
+def checked(answer: Factors | Dense, site: Site) -> Factors | Dense:
+    """The source's answer, or a ValueError that names the site, what came and what was expected."""
+    if isinstance(answer, Dense):
+        return answer
+    where = f"{site.op_type} {site.node!r}, weight {site.weight!r}"
+    if not isinstance(answer, Factors):
+        raise ValueError(f"{where}: expected Factors or Dense from the factor source, but got {answer!r}")
+    groups, rank, (rows, columns) = site.groups, answer.rank, site.shape(answer.form)
+    if answer.left.shape != (groups, rows, rank) or answer.right.shape != (groups, rank, columns):
+        raise ValueError(
+            f"{where}: expected left ({groups}, {rows}, rank) and right ({groups}, rank, {columns}), "
+            f"but got left {answer.left.shape} and right {answer.right.shape}"
+        )
+    if answer.bias is not None and answer.bias.shape != (site.bias_size,):
+        raise ValueError(f"{where}: expected a bias ({site.bias_size},), but got {answer.bias.shape}")
+    if answer.left.dtype.name != site.dtype:
+        raise ValueError(f"{where}: expected factors in {site.dtype}, but got {answer.left.dtype}")
+    if not (_finite(answer.left) and _finite(answer.right)):
+        raise ValueError(f"{where}: expected finite factors, but got NaN or infinity")
+    if answer.bias is not None and not np.isfinite(answer.bias).all():
+        raise ValueError(f"{where}: expected a finite bias, but got NaN or infinity")
+    return answer
+
+
+def _finite(array: Array) -> bool:
+    """Whether all values are finite, a row block at a time: a mask of a large factor's size is memory for nothing."""
+    return all(np.isfinite(array[:, i : i + 256]).all() for i in range(0, array.shape[1], 256))

@@ -1,0 +1,271 @@
+"""One option for every site so that the total loss is least under a limit on the total cost.
+
+    minimise  sum_i loss_i(o_i)   subject to   sum_i cost_i(o_i) <= limit        (multiple-choice knapsack)
+
+1. *Frontiers.* An option that another one beats in cost and loss is dropped. What is left of a site falls in loss as
+   it rises in cost; its lower convex hull is a chain of steps, each with a slope: loss saved per unit of cost.
+2. *Lagrangian sweep.* From every site's cheapest option, all hull steps are taken in the order of falling slope; after
+   any number of them the choice is optimal for its own cost. The sweep stops before the first step that does not fit.
+   By duality no choice within the limit is better by more than that one step's loss.
+3. *Core.* With `price` the slope of that step, every other option has a regret
+   `(loss + price * cost) - (loss + price * cost of the choice) >= 0`, and a set of changes can only help where its
+   regrets add up to less than the step's loss. The changes of least regret (fills, and swaps of an upgrade for
+   downgrades elsewhere) are combined by a dynamic program over Pareto-optimal states, which is exact unless there
+   are more than `CORE` changes or `STATES` states.
+
+What is combined in 3 depends on the step and not on the limit, so that a larger limit never gives a larger loss.
+(Sinha and Zoltners 1979 for the hulls, Pisinger 1995 for the core.)
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Cost: TypeAlias = Literal["params", "macs", "bytes"]
+Array: TypeAlias = npt.NDArray[Any]
+
+CORE = 192  # changes that are combined, those of least regret
+STATES = 1024  # kept after each site of the core, those of least regret
+
+
+class UnreachableLimitError(ValueError):
+    """Even the cheapest options together cost more than the limit.
+
+    Attributes:
+        limit: what was asked for.
+        smallest: the smallest total cost that any choice reaches.
+    """
+
+    def __init__(self, limit: int, smallest: int) -> None:
+        super().__init__(f"no choice costs {limit} or less; the smallest costs {smallest}")
+        self.limit = limit
+        self.smallest = smallest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way to treat a site.
+
+    Attributes:
+        form: "dense", or a form of the split: "matmul", "gemm", "channel", "input", "separable".
+        rank: of the split; None for dense.
+        params: numbers stored: the weight, or both factors.
+        macs: multiply-accumulates a sample.
+        bytes: stored.
+        loss: how much the model's output suffers, finite and at least 0; 0 for dense.
+    """
+
+    form: str
+    rank: int | None
+    params: int
+    macs: int
+    bytes: int
+    loss: float
+
+    def __post_init__(self) -> None:
+        if (self.form == "dense") != (self.rank is None) or (self.rank is not None and self.rank < 1):
+            raise ValueError(f"expected a rank of at least 1 for a split and None for dense, but got {self}")
+        if min(self.params, self.macs, self.bytes) < 0:
+            raise ValueError(f"expected params, macs and bytes of at least 0, but got {self}")
+        if not 0 <= self.loss < math.inf or (self.form == "dense" and self.loss != 0):
+            raise ValueError(f"expected a finite loss of at least 0, and 0 for dense, but got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteOptions:
+    """The ways to treat one site; the first is dense, the only one of its kind."""
+
+    name: str
+    options: tuple[Option, ...]
+
+    def __post_init__(self) -> None:
+        if [option.form == "dense" for option in self.options] != [True] + [False] * (len(self.options) - 1):
+            forms = [option.form for option in self.options]
+            raise ValueError(f"site {self.name}: expected dense first and then splits, but got {forms}")
+
+
+def smallest_cost(sites: Sequence[SiteOptions], *, cost: Cost) -> int:
+    """The smallest total cost that any choice reaches."""
+    return sum(min(getattr(option, cost) for option in site.options) for site in sites)
+
+
+def choose(sites: Sequence[SiteOptions], *, cost: Cost, limit: int) -> dict[str, Option]:
+    """The option for every site, by name and in the given order; their total cost is never above `limit`.
+
+    All stay dense where `limit` allows it, even if an option without loss is cheaper: nothing is changed that need not
+    be. Otherwise the result does not depend on the order of the sites (ties go by their names), and of a site's options
+    that agree in cost and loss the first is taken. The total loss is above the optimum by less than the largest single
+    hull step, and is the optimum where the core is complete (see the module).
+
+    Args:
+        sites: what there is to choose from; names are unique.
+        cost: which of an option's numbers the limit is on.
+        limit: on the total over all sites; what belongs to no site has been taken off.
+
+    Raises:
+        UnreachableLimitError: no choice costs that little; it carries the smallest cost that one reaches.
+        ValueError: two sites of one name.
+
+    Example:
+        >>> dense = Option(form="dense", rank=None, params=100, macs=100, bytes=400, loss=0.0)
+        >>> split = Option(form="gemm", rank=2, params=40, macs=40, bytes=160, loss=0.5)
+        >>> options = [SiteOptions(name=name, options=(dense, split)) for name in ("a", "b")]
+        >>> [option.form for option in choose(options, cost="params", limit=150).values()]
+        ['dense', 'gemm']
+    """
+    ordered = sorted(sites, key=lambda site: site.name)
+    for one, other in itertools.pairwise(ordered):
+        if one.name == other.name:
+            raise ValueError(f"expected every site once, but got {one.name} twice")
+    if sum(getattr(site.options[0], cost) for site in sites) <= limit:
+        return {site.name: site.options[0] for site in sites}
+    smallest = smallest_cost(sites, cost=cost)
+    if smallest > limit:
+        raise UnreachableLimitError(limit, smallest)
+    frontiers = [_Frontier.of(site.options, cost) for site in ordered]
+    chosen = _solve(frontiers, limit - smallest)
+    picks = {
+        site.name: site.options[frontier.options[at]]
+        for site, frontier, at in zip(ordered, frontiers, chosen, strict=True)
+    }
+    return {site.name: picks[site.name] for site in sites}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Frontier:
+    """A site's options that no other beats: costs rise, losses fall, both strictly. Places index these lists."""
+
+    options: list[int]  # index in the site's options
+    costs: list[int]
+    losses: list[float]
+
+    @classmethod
+    def of(cls, options: Sequence[Option], cost: Cost) -> "_Frontier":
+        points = sorted((getattr(option, cost), option.loss, index) for index, option in enumerate(options))
+        kept: list[tuple[int, float, int]] = []
+        for point in points:
+            if not kept or point[1] < kept[-1][1]:
+                kept.append(point)
+        return cls(options=[i for _, _, i in kept], costs=[c for c, _, _ in kept], losses=[x for _, x, _ in kept])
+
+    def hull(self) -> list[int]:
+        """Places on the lower convex hull, from the cheapest to the least loss; points on an edge are kept."""
+        places: list[int] = []
+        for place in range(len(self.costs)):
+            while len(places) > 1 and self.slope(places[-2], places[-1]) < self.slope(places[-1], place):
+                places.pop()
+            places.append(place)
+        return places
+
+    def slope(self, start: int, end: int) -> float:
+        return (self.losses[start] - self.losses[end]) / (self.costs[end] - self.costs[start])
+
+
+def _solve(frontiers: Sequence[_Frontier], room: int) -> list[int]:
+    """The place on every frontier, for `room` above the cost of the cheapest options."""
+    steps: list[tuple[float, int, int, int]] = []  # (-slope, site, step on its hull, place it leads to)
+    for site, frontier in enumerate(frontiers):
+        hull, slope = frontier.hull(), math.inf
+        for number, (start, end) in enumerate(itertools.pairwise(hull)):
+            slope = min(slope, frontier.slope(start, end))  # rounding must not reorder the steps of a site
+            steps.append((-slope, site, number, end))
+    chosen = [0] * len(frontiers)
+    for negative_slope, site, _, place in sorted(steps):
+        frontier, at = frontiers[site], chosen[site]
+        step = frontier.costs[place] - frontier.costs[at]
+        if step > room:
+            gap = frontier.losses[at] - frontier.losses[place]
+            return _improved(frontiers, chosen, price=-negative_slope, step=step, gap=gap, room=room)
+        chosen[site] = place
+        room -= step
+    return chosen
+
+
+def _improved(
+    frontiers: Sequence[_Frontier], chosen: list[int], *, price: float, step: int, gap: float, room: int
+) -> list[int]:
+    """`chosen`, with the changes of least regret that use up the room best.
+
+    Args:
+        frontiers: of all sites.
+        chosen: the place on each, where the sweep stopped.
+        price: slope of the step that did not fit.
+        step: its cost, above `room`.
+        gap: its loss: what there is to gain at most.
+        room: cost left. Only the last line looks at it.
+    """
+    sites, places, costs, losses = _changes(frontiers, chosen)
+    regrets = losses + price * costs
+    core = np.argsort(regrets, kind="stable")[:CORE]
+    core = core[regrets[core] < gap]
+    groups: dict[int, list[int]] = {}
+    for change in core.tolist():
+        groups.setdefault(int(sites[change]), []).append(change)
+    states = _States(cost=np.zeros(1, np.int64), loss=np.zeros(1))
+    lowest = [min(0, int(costs[group].min())) for group in groups.values()]
+    highest = [max(0, int(costs[group].max())) for group in groups.values()]
+    for number, group in enumerate(groups.values(), start=1):
+        states.extend_(
+            np.concatenate([[0], costs[group]]),
+            np.concatenate([[0.0], losses[group]]),
+            window=(-sum(highest[number:]), step - 1 - sum(lowest[number:])),
+            price=price,
+            gap=gap,
+        )
+    result = list(chosen)
+    for (site, group), move in zip(groups.items(), states.best_within(room), strict=True):
+        if move:
+            result[site] = int(places[group[move - 1]])
+    return result
+
+
+def _changes(frontiers: Sequence[_Frontier], chosen: Sequence[int]) -> tuple[Array, Array, Array, Array]:
+    """(site, place, cost, loss) of every option that is not chosen; cost and loss less those of the chosen one."""
+    sizes = [len(frontier.costs) for frontier in frontiers]
+    sites = np.repeat(np.arange(len(frontiers)), sizes)
+    places = np.concatenate([np.arange(size) for size in sizes])
+    costs = np.concatenate([np.array(f.costs, np.int64) - f.costs[at] for f, at in zip(frontiers, chosen, strict=True)])
+    losses = np.concatenate([np.array(f.losses) - f.losses[at] for f, at in zip(frontiers, chosen, strict=True)])
+    others = places != np.array(chosen)[sites]
+    return sites[others], places[others], costs[others], losses[others]
+
+
+@dataclass(kw_only=True)
+class _States:
+    """Pareto-optimal sums of changes: `cost (n,)` rises and `loss (n,)` falls; `moves` leads back to the changes."""
+
+    cost: Array
+    loss: Array
+
+    def __post_init__(self) -> None:
+        self.moves: list[tuple[Array, Array]] = []  # per site: (state before, which change; 0 is none)
+
+    def extend_(self, costs: Array, losses: Array, *, window: tuple[int, int], price: float, gap: float) -> None:
+        """Add one site's changes (the first is none); keep states that can still end in the room and below the gap."""
+        cost = np.add.outer(self.cost, costs).ravel()
+        loss = np.add.outer(self.loss, losses).ravel()
+        (keep,) = np.nonzero((cost >= window[0]) & (cost <= window[1]) & (loss + price * cost < gap))
+        keep = keep[np.lexsort((loss[keep], cost[keep]))]
+        least = np.minimum.accumulate(np.concatenate([[np.inf], loss[keep]]))[:-1]
+        keep = keep[loss[keep] < least]
+        if len(keep) > STATES:
+            regret = loss[keep] + price * cost[keep]
+            keep = keep[np.sort(np.argsort(regret, kind="stable")[:STATES])]
+        self.cost, self.loss = cost[keep], loss[keep]
+        self.moves.append(np.divmod(keep, len(costs)))
+
+    def best_within(self, room: int) -> list[int]:
+        """The change at every site (0 is none) of the state with the least loss among those that fit."""
+        at = int(np.searchsorted(self.cost, room, side="right")) - 1
+        if at < 0 or self.loss[at] >= 0:
+            return [0] * len(self.moves)
+        moves = []
+        for before, move in reversed(self.moves):
+            moves.append(int(move[at]))
+            at = int(before[at])
+        return moves[::-1]

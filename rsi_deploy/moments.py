@@ -1,0 +1,223 @@
+"""Second moments of what a site reads and of what it should answer, gathered over calibration data batch by batch.
+
+    x (in)   an input of the site in the network as it will be: its upstream sites already compressed
+    y (out)  the response the site should give to it, bias apart: the dense network's, in the dense network
+
+    xx = E[(x - E x)(x - E x)^T]     yx = E[(y - E y)(x - E x)^T]     yy = E|y - E y|^2
+
+Batches are centred by themselves, twice, and merged (Chan, Golub and LeVeque 1979), so a large mean costs no digits.
+An input wider than `GRAM_LIMIT` keeps its rows instead of a Gram matrix: there are fewer of them than columns.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+GRAM_LIMIT = 8192
+"""Widest input whose Gram matrix is kept; wider ones keep their rows."""
+_DOUBLE_LIMIT = 2048
+ROWS = 49_152
+"""Rows a site gets of all the data, or 16 times its inputs where that is more."""
+WIDE_ROWS = 4096
+"""Rows of a site that keeps them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Moments of one site, a group each; float64 up to 2,048 inputs, else float32.
+
+    Attributes:
+        rows: how many (x, y) they are of.
+        mean_x: `(groups, in)`.
+        mean_y: `(groups, out)`.
+        xx: `(groups, in, in)`, centred.
+        yx: `(groups, out, in)`, centred.
+        yy: `(groups,)`, the total variance of y.
+    """
+
+    rows: int
+    mean_x: Tensor
+    mean_y: Tensor
+    xx: Tensor
+    yx: Tensor
+    yy: Tensor
+
+    @property
+    def varies(self) -> bool:
+        """Whether the inputs of any group vary by more than the rounding of their float32 values."""
+        return bool(self._varying.any())
+
+    @property
+    def _varying(self) -> Tensor:
+        return _above_rounding(self.xx.diagonal(dim1=-2, dim2=-1), self.mean_x)
+
+    def steadied(self, weight: Tensor) -> "Moments":
+        """The same, but a group whose inputs do not vary is asked for what `weight (groups, out, in)` makes of them.
+
+        What its rounding has in common with y would be taken for a law.
+        """
+        varying = self._varying
+        if varying.all():
+            return self
+        return replace(self, yx=torch.where(varying[:, None, None], self.yx, weight.to(self.xx.dtype) @ self.xx))
+
+    @classmethod
+    def dense(cls, rows: int, mean_x: Tensor, xx: Tensor, weight: Tensor) -> "Moments":
+        """Moments in the dense network itself, where `y = W x` and so nothing of y has to be gathered."""
+        W = weight.to(xx.dtype)
+        yx = W @ xx
+        mean_y = (W @ mean_x.to(W.dtype).unsqueeze(-1)).squeeze(-1)
+        return cls(rows=rows, mean_x=mean_x, mean_y=mean_y, xx=xx, yx=yx, yy=(yx * W).sum(dim=(-2, -1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The rows themselves, for an input too wide for a Gram matrix; float32.
+
+    Attributes:
+        x: `(groups, rows, in)`.
+        y: `(groups, rows, out)`.
+    """
+
+    x: Tensor
+    y: Tensor
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return int(self.x.shape[-2])
+
+    @property
+    def mean_x(self) -> Tensor:
+        """`(groups, in)`."""
+        return self.x.mean(dim=-2)
+
+    @property
+    def mean_y(self) -> Tensor:
+        """`(groups, out)`."""
+        return self.y.mean(dim=-2)
+
+    @property
+    def varies(self) -> bool:
+        """See `Moments`."""
+        return bool(self._varying.any())
+
+    @property
+    def _varying(self) -> Tensor:
+        return _above_rounding(self.x.var(dim=-2, correction=0), self.mean_x)
+
+    def steadied(self, weight: Tensor) -> "Samples":
+        """See `Moments`."""
+        varying = self._varying
+        if varying.all():
+            return self
+        y = self.x @ weight.to(self.x.dtype).mT
+        y += (self.mean_y - y.mean(dim=-2)).unsqueeze(-2)
+        return Samples(x=self.x, y=torch.where(varying[:, None, None], self.y, y))
+
+
+class Gathering:
+    """Gathers the moments of one site.
+
+    Args:
+        in_features: columns of the weight, per group.
+        limit: widest input whose Gram matrix is kept.
+    """
+
+    def __init__(self, in_features: int, *, limit: int = GRAM_LIMIT) -> None:
+        self._wide = in_features > limit
+        self._dtype = torch.float64 if in_features <= _DOUBLE_LIMIT else torch.float32
+        self._sum: Moments | None = None
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def rows(self) -> int:
+        """How many rows have come."""
+        return sum(x.shape[-2] for x, _ in self._kept) + (self._sum.rows if self._sum else 0)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take in rows `x (groups, rows, in)` and `y (groups, rows, out)`; none at all is fine.
+
+        Raises:
+            ValueError: NaN or infinite values, or rows that do not fit together.
+        """
+        if x.shape[:-1] != y.shape[:-1]:
+            raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} do not fit together")
+        if not x.shape[-2]:
+            return
+        for name, values in (("inputs", x), ("responses", y)):
+            if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
+                raise ValueError(f"its {name} on the calibration data hold NaN or infinite values")
+        if self._wide:
+            self._kept.append((x.float(), y.float()))
+        else:
+            batch = _of(x.float(), y.float(), self._dtype)
+            if not torch.isfinite(batch.xx).all() or not torch.isfinite(batch.yy).all():
+                raise ValueError("its values on the calibration data are too large to be squared")
+            self._sum = _merged(self._sum, batch)
+
+    def result(self) -> Moments | Samples | None:
+        """The moments of all that came; None when nothing did."""
+        if self._kept:
+            return Samples(
+                x=torch.cat([x for x, _ in self._kept], dim=-2), y=torch.cat([y for _, y in self._kept], dim=-2)
+            )
+        return self._sum
+
+
+def rows_for(in_features: int) -> int:
+    """How many rows a site's moments are taken from, at most."""
+    return WIDE_ROWS if in_features > GRAM_LIMIT else max(ROWS, 16 * in_features)
+
+
+def gathered_bytes(in_features: int, out_features: int, groups: int, rows: int, *, limit: int = GRAM_LIMIT) -> int:
+    """Memory that gathering one site takes."""
+    if in_features > limit:
+        return 4 * groups * rows * (in_features + out_features)
+    width = 8 if in_features <= _DOUBLE_LIMIT else 4
+    return width * groups * in_features * (in_features + out_features)
+
+
+def _of(x: Tensor, y: Tensor, dtype: torch.dtype) -> Moments:
+    rows = x.shape[-2]
+    x, mean_x = _centred(x, dtype)
+    y, mean_y = _centred(y, dtype)
+    return Moments(
+        rows=rows,
+        mean_x=mean_x,
+        mean_y=mean_y,
+        xx=(x.mT @ x).to(dtype).div_(rows),
+        yx=(y.mT @ x).to(dtype).div_(rows),
+        yy=y.square().sum(dim=(-2, -1)).to(dtype) / rows,
+    )
+
+
+def _centred(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows less their mean, and the mean, to more digits than the rows have."""
+    mean = x.mean(dim=-2, keepdim=True)
+    x = x - mean
+    rest = x.mean(dim=-2, keepdim=True)  # what rounding has left
+    return x.sub_(rest), (mean.to(dtype) + rest).squeeze(-2)
+
+
+def _above_rounding(variances: Tensor, means: Tensor) -> Tensor:
+    """Bool `(groups,)`."""
+    rounding = 4 * torch.finfo(torch.float32).eps
+    return variances.sum(dim=-1) > rounding**2 * means.square().sum(dim=-1)
+
+
+def _merged(a: Moments | None, b: Moments) -> Moments:
+    if a is None:
+        return b
+    rows = a.rows + b.rows
+    t, u = a.rows / rows, b.rows / rows
+    dx, dy = b.mean_x - a.mean_x, b.mean_y - a.mean_y
+    return Moments(
+        rows=rows,
+        mean_x=a.mean_x + u * dx,
+        mean_y=a.mean_y + u * dy,
+        xx=a.xx.mul_(t).add_(b.xx, alpha=u).baddbmm_(dx[..., :, None], dx[..., None, :], alpha=t * u),
+        yx=a.yx.mul_(t).add_(b.yx, alpha=u).baddbmm_(dy[..., :, None], dx[..., None, :], alpha=t * u),
+        yy=t * a.yy + u * b.yy + t * u * dy.square().sum(dim=-1),
+    )

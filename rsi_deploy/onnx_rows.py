@@ -1,0 +1,125 @@
+"""Rows of what a site reads, gathered inside onnxruntime: a random part of the positions, chosen outside.
+
+    product   data (..., in) --Reshape--> (positions, in) --Gather--> rows (rows, in)
+    Conv      data (N, C, *size) --Reshape, Gather, Mul--> patches (N * positions, C * prod(kernel)), 0 in the padding
+
+so that no more leaves the provider than is used, and no patch matrix is ever made whole.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto, TensorProto, helper
+
+import graph_passes as gp
+
+Array = npt.NDArray[Any]
+
+
+class Taps:
+    """The nodes and constants that gather rows, to be added to a graph.
+
+    Attributes:
+        nodes: to put behind the graph's own.
+        constants: their shapes.
+        inputs: name -> ONNX type of the index inputs they want.
+        outputs: names of the rows.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.constants: list[TensorProto] = []
+        self.inputs: dict[str, int] = {}
+        self.outputs: list[str] = []
+
+    def rows(self, value: str, tag: str, width: int) -> str:
+        """Rows of `value (..., width)`; wants `{tag}/index (rows,)` into the flattened leading dimensions."""
+        flat = self._reshape(value, f"{tag}/flat", (-1, width))
+        return self._cast(self._gather(flat, tag, 0), f"{tag}/rows")
+
+    def positions(self, value: str, tag: str, width: int) -> str:
+        """Rows of `value (N, width, *size)`, `(N * positions, width)`; wants `{tag}/index (positions,)`."""
+        flat = self._gather(self._reshape(value, f"{tag}/flat", (0, width, -1)), tag, 2)
+        turned = self._node("Transpose", [flat], f"{tag}/turned", perm=[0, 2, 1])
+        return self._cast(self._reshape(turned, f"{tag}/2d", (-1, width)), f"{tag}/rows")
+
+    def patches(self, value: str, tag: str, channels: int, points: int) -> str:
+        """Patches of `value (N, channels, *size)`, `(N * positions, channels * points)`.
+
+        Wants `{tag}/index (positions * points,)` and `{tag}/inside`, float32 of the same shape, 0 for padding.
+        """
+        flat = self._gather(self._reshape(value, f"{tag}/flat", (0, channels, -1)), tag, 2)
+        cast = self._node("Cast", [flat], f"{tag}/float", to=TensorProto.FLOAT)
+        self.inputs[f"{tag}/inside"] = TensorProto.FLOAT
+        inside = self._node("Mul", [cast, f"{tag}/inside"], f"{tag}/masked")
+        apart = self._reshape(inside, f"{tag}/4d", (0, channels, -1, points))
+        turned = self._node("Transpose", [apart], f"{tag}/turned", perm=[0, 2, 1, 3])
+        rows = self._reshape(turned, f"{tag}/rows", (-1, channels * points))
+        self.outputs.append(rows)
+        return rows
+
+    def shape(self, value: str, tag: str) -> str:
+        """The shape of a value, int64."""
+        name = self._node("Shape", [value], f"{tag}/shape")
+        self.outputs.append(name)
+        return name
+
+    def _gather(self, value: str, tag: str, axis: int) -> str:
+        self.inputs[f"{tag}/index"] = TensorProto.INT64
+        return self._node("Gather", [value, f"{tag}/index"], f"{tag}/gathered", axis=axis)
+
+    def _reshape(self, value: str, name: str, shape: Sequence[int]) -> str:
+        self.constants.append(helper.make_tensor(f"{name}/shape", TensorProto.INT64, [len(shape)], shape))
+        return self._node("Reshape", [value, f"{name}/shape"], name)
+
+    def _cast(self, value: str, name: str) -> str:
+        self.outputs.append(self._node("Cast", [value], name, to=TensorProto.FLOAT))
+        return name
+
+    def _node(self, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(op_type, inputs, [output], name=output, **attributes))
+        return output
+
+
+def chosen(count: int, wanted: int, generator: np.random.Generator, allowed: Array | None = None) -> Array:
+    """`wanted` of the numbers below `count`, or of those `allowed`, ascending int64; all, where there are no more."""
+    pool = np.arange(count) if allowed is None else allowed
+    if wanted >= len(pool):
+        return pool.astype(np.int64)
+    return np.sort(generator.choice(pool, wanted, replace=False)).astype(np.int64)
+
+
+def output_size(window: gp.Window, size: Sequence[int]) -> tuple[int, ...]:
+    """The spatial size of a Conv's output over data of spatial size `size`."""
+    pads, axes = window.pads_over(size), len(size)
+    return tuple(
+        (size[a] + pads[a] + pads[axes + a] - (window.kernel[a] - 1) * window.dilations[a] - 1) // window.strides[a] + 1
+        for a in range(axes)
+    )
+
+
+def patch_index(window: gp.Window, size: Sequence[int], positions: Array) -> tuple[Array, Array]:
+    """Where the patches at these output positions lie in the flattened data.
+
+    Args:
+        window: the Conv's.
+        size: spatial size of the data.
+        positions: int64 `(positions,)` in the flattened output.
+
+    Returns:
+        index int64 and inside float32, both `(positions * prod(kernel),)`.
+    """
+    pads = window.pads_over(size)
+    where = np.unravel_index(positions, output_size(window, size))
+    points = np.array(list(itertools.product(*(range(k) for k in window.kernel)))).reshape(-1, len(size))
+    flat = np.zeros((len(positions), len(points)), np.int64)
+    inside = np.ones(flat.shape, bool)
+    for axis, length in enumerate(size):
+        start = where[axis] * window.strides[axis] - pads[axis]
+        at = start[:, None] + points[None, :, axis] * window.dilations[axis]
+        inside &= (at >= 0) & (at < length)
+        flat = flat * length + at.clip(0, length - 1)
+    return flat.reshape(-1), inside.reshape(-1).astype(np.float32)

@@ -1,0 +1,99 @@
+"""The calibrated PyTorch pass: better than the plain one at equal size, within its budget, and saying what it did."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rsi_deploy.compress import compress_
+from rsi_deploy.compress_to_data import compress_to_data_
+from rsi_deploy.errors import UsageError
+
+
+class Net(nn.Module):
+    """Two convolutions with a shortcut, one BatchNorm, one head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 3, padding=1)
+        self.norm = nn.BatchNorm2d(24)
+        self.branch = nn.Conv2d(24, 24, 3, padding=1)
+        self.head = nn.Linear(24 * 16, 20)
+
+    def forward(self, x):
+        """`(N, 3, 4, 4)` to `(N, 20)`."""
+        x = F.relu(self.norm(self.stem(x)))
+        return self.head((x + self.branch(x)).flatten(1))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    net = Net()
+    with torch.no_grad():
+        for _ in range(20):
+            net(data(64, torch.randint(1 << 30, ()).item()))
+    return net.eval().requires_grad_(False)
+
+
+def data(count, seed):
+    """Inputs that live near 12 directions of 48."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(12, 48, generator=torch.Generator().manual_seed(99))
+    x = torch.randn(count, 12, generator=generator) @ basis + 0.05 * torch.randn(count, 48, generator=generator)
+    return x.reshape(count, 3, 4, 4)
+
+
+def error(module, dense, x):
+    z, w = dense(x), module(x)
+    return float((z - w).square().sum() / (z - z.mean(dim=0)).square().sum())
+
+
+def test_better_than_the_weights_alone_at_the_same_rank(net):
+    plain, fitted = copy.deepcopy(net), copy.deepcopy(net)
+    compress_(plain, "25%")
+    records = compress_to_data_(fitted, [(data(128, seed),) for seed in range(4)], rank="25%")
+    test = data(256, 77)
+    assert error(fitted, net, test) < 0.5 * error(plain, net, test)
+    assert {record.name for record in records if record.decision == "split"} == {"branch", "head", "stem"}
+    assert all(record.response_error is not None for record in records if record.rank)
+
+
+@pytest.mark.parametrize("share", [0.8, 0.6, 0.45])
+def test_a_budget_is_kept_and_used(net, share):
+    dense = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in net.norm.parameters())
+    records = compress_to_data_(net, [(data(256, 1),)], keep_params=share)
+    kept = sum(p.numel() for p in net.parameters())
+    assert kept <= share * dense
+    assert kept > (share - 0.2) * dense
+    for record in records:
+        if record.rank:
+            assert net.get_submodule(record.name).right.shape[0] == record.rank
+
+
+def test_filters_are_respected_and_said(net):
+    records = {r.name: r for r in compress_to_data_(net, [(data(128, 1),)], rank="25%", exclude=["head"])}
+    assert records["head"].decision == "dense"
+    assert "--exclude head" in records["head"].reason
+    assert isinstance(net.head, nn.Linear)
+    assert not isinstance(net.branch, nn.Conv2d)
+
+
+def test_what_it_makes_is_trainable(net):
+    compress_to_data_(net, [(data(128, 1),)], rank="25%")
+    net.requires_grad_(True)
+    net(data(8, 3)).square().sum().backward()
+    assert all(p.grad is not None for p in net.branch.parameters())
+
+
+@pytest.mark.parametrize("asked", [{}, {"rank": 3, "keep_macs": 0.5}])
+def test_exactly_one_request(net, asked):
+    with pytest.raises(UsageError, match="exactly one"):
+        compress_to_data_(net, [(data(8, 1),)], **asked)
+
+
+def test_no_data(net):
+    with pytest.raises(UsageError, match="no batches"):
+        compress_to_data_(net, [], rank=3)
