@@ -11,7 +11,7 @@ The surgery check splits the same nodes with full-rank factors that cost nothing
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -123,7 +123,7 @@ def surgery_check(
     return compare_outputs(expected, outputs, what="surgery gate (full-rank split against dense)", tolerance=tolerance)
 
 
-def rotated_identity(site: gp.Site, form: gp.Form, *, bias: bool = False) -> gp.Factors:
+def rotated_identity(site: gp.Site, form: gp.Form | Literal["first"] = "first", *, bias: bool = False) -> gp.Factors:
     """Exact full-rank factors of a site's weight: `P` and `P^T W`, or `W P` and `P^T`, whichever is smaller."""
     weight = site.load(form)
     rows, columns = site.shape(form)

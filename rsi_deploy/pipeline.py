@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from rsi_deploy import __version__
-from rsi_deploy.budget import Budget
 from rsi_deploy.bundle import whole_folder
 from rsi_deploy.calibrating import Calibrator, Dense
 from rsi_deploy.calibration_data import check_source
@@ -28,14 +27,14 @@ from rsi_deploy.errors import UsageError
 from rsi_deploy.machine import environment, peak_memory
 from rsi_deploy.onnx_file import file_bytes, file_hash, read_onnx
 from rsi_deploy.onnx_split import with_macs
-from rsi_deploy.plan import Filters, Planner, RankSpec
+from rsi_deploy.plan import Filters, RankSpec
 from rsi_deploy.plan_file import read_plan, write_plan
 from rsi_deploy.planning import plan_of
 from rsi_deploy.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.probe import named_shapes, read_feeds
 from rsi_deploy.providers import resolve
-from rsi_deploy.report import Report, Settings, Size, SourceRecord
-from rsi_deploy.request import Request
+from rsi_deploy.report import Report, Size, SourceRecord
+from rsi_deploy.request import Request, given_budget
 from rsi_deploy.rsi import Method, Solver
 from rsi_deploy.source import load_source, source_of_module
 from rsi_deploy.stages import Job
@@ -142,7 +141,7 @@ def export(
     plain, shapes = _shapes(input_shape)
     request = Request(
         rank=None if rank is None or rank == "auto" else RankSpec.parse(rank),
-        budget=_budget(keep_params, keep_macs, max_size),
+        budget=given_budget(keep_params, keep_macs, max_size),
         max_drop=max_drop,
         plan=None if plan is None else read_plan(plan),
         plan_name="" if plan is None else Path(plan).name,
@@ -158,7 +157,7 @@ def export(
     filters = Filters(include=tuple(include), exclude=tuple(exclude))
     solver = Solver(method=method, power_iterations=power_iterations, oversampling=oversampling, seed=seed)
     job = Job(
-        settings=_settings(request, filters, solver, always_split=always_split, joint=joint, opset=opset),
+        settings=request.settings(filters, solver, always_split=always_split, joint=joint, opset=opset),
         solver=solver,
         device=_device(device),
         provider=resolve(provider),
@@ -193,7 +192,7 @@ def export(
                 batch=before.batch,
                 accuracy=accuracy,
             ),
-            planner=_planner(request, filters, always_split=always_split),
+            planner=request.planner(filters, always_split=always_split),
             filters=filters,
             solver=solver,
             steps=steps,
@@ -254,44 +253,6 @@ def _shapes(given: str | tuple[int, ...] | Sequence[str] | None) -> tuple[str | 
     sizes = tuple(s for s in given or () if isinstance(s, int))
     plain: str | tuple[int, ...] | None = next((t for t in texts if "=" not in t), None) or sizes or None
     return plain, dict(named_shapes([text for text in texts if "=" in text]))
-
-
-def _budget(
-    keep_params: str | float | None, keep_macs: str | float | None, max_size: str | int | None
-) -> Budget | None:
-    if keep_params is None and keep_macs is None and max_size is None:
-        return None
-    return Budget.parse(keep_params=keep_params, keep_macs=keep_macs, max_size=max_size)
-
-
-def _planner(request: Request, filters: Filters, *, always_split: bool) -> Planner | None:
-    """Of the same rank everywhere; None where a budget or a plan decides."""
-    if request.rank is None:
-        return None
-    return Planner(spec=request.rank, include=filters.include, exclude=filters.exclude, always_split=always_split)
-
-
-def _settings(
-    request: Request, filters: Filters, solver: Solver, *, always_split: bool, joint: bool, opset: int | None
-) -> Settings:
-    """What shapes model.onnx, for the report and the model's metadata."""
-    return Settings(
-        rank="" if request.rank is None else str(request.rank),
-        budget=request.decided_by,
-        factors="response" if request.is_fitted else "weights",
-        calib_size=0 if request.calib is None else request.calib_size,
-        min_rank=request.min_rank,
-        rank_multiple=request.rank_multiple,
-        method=solver.method,
-        power_iterations=1 if solver.method == "rsvd" else solver.power_iterations,
-        oversampling=solver.oversampling,
-        seed=solver.seed,
-        include=filters.include,
-        exclude=filters.exclude,
-        always_split=always_split,
-        joint=joint and not always_split and request.rank is not None and not request.is_fitted,
-        opset=opset or 0,
-    )
 
 
 def _evaluation_data(data: str | Path | Dataset | None, preprocessing: Preprocessing | None) -> Dataset | None:

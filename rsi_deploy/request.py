@@ -10,8 +10,10 @@ import numpy.typing as npt
 from rsi_deploy.budget import Budget
 from rsi_deploy.data import Dataset
 from rsi_deploy.errors import UsageError
-from rsi_deploy.plan import RankSpec
+from rsi_deploy.plan import Filters, Planner, RankSpec
 from rsi_deploy.plan_file import Plan
+from rsi_deploy.report import Settings
+from rsi_deploy.rsi import Solver
 
 Unlabelled = str | Path | Dataset | Mapping[str, npt.NDArray[Any]]
 
@@ -98,6 +100,34 @@ class Request:
         if always_split and self.rank is None:
             raise UsageError(f"--always-split goes with --rank alone, but got {self._given[0]}; leave it out")
 
+    def planner(self, filters: Filters, *, always_split: bool) -> Planner | None:
+        """Of the same rank everywhere; None where a budget or a plan decides."""
+        if self.rank is None:
+            return None
+        return Planner(spec=self.rank, include=filters.include, exclude=filters.exclude, always_split=always_split)
+
+    def settings(
+        self, filters: Filters, solver: Solver, *, always_split: bool, joint: bool, opset: int | None
+    ) -> Settings:
+        """What shapes model.onnx, for the report and the model's metadata."""
+        return Settings(
+            rank="" if self.rank is None else str(self.rank),
+            budget=self.decided_by,
+            factors="response" if self.is_fitted else "weights",
+            calib_size=0 if self.calib is None else self.calib_size,
+            min_rank=self.min_rank,
+            rank_multiple=self.rank_multiple,
+            method=solver.method,
+            power_iterations=1 if solver.method == "rsvd" else solver.power_iterations,
+            oversampling=solver.oversampling,
+            seed=solver.seed,
+            include=filters.include,
+            exclude=filters.exclude,
+            always_split=always_split,
+            joint=joint and not always_split and self.rank is not None and not self.is_fitted,
+            opset=opset or 0,
+        )
+
     @property
     def _given(self) -> list[str]:
         """The options that decide the ranks, as they were typed."""
@@ -109,3 +139,12 @@ class Request:
             "--max-drop": self.max_drop,
         }
         return [option for option, value in given.items() if value is not None]
+
+
+def given_budget(
+    keep_params: str | float | None, keep_macs: str | float | None, max_size: str | int | None
+) -> Budget | None:
+    """The budget as typed; None where none was."""
+    if keep_params is None and keep_macs is None and max_size is None:
+        return None
+    return Budget.parse(keep_params=keep_params, keep_macs=keep_macs, max_size=max_size)

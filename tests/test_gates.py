@@ -141,7 +141,7 @@ def saved(tmp_path, proto):
 def check(path, weights=None):
     feeds = random_feeds(model_inputs(path), 2, 0)
     weights = set(initializers(path)) if weights is None else weights
-    return surgery_check(path, weights, feeds, run_onnx(path, feeds))
+    return surgery_check(path, dict.fromkeys(weights, "first"), feeds, run_onnx(path, feeds))
 
 
 @pytest.mark.parametrize(("op", "shape", "groups"), FORMS)
@@ -154,7 +154,12 @@ def test_good_surgery_passes_and_leaves_nothing_behind(tmp_path, op, shape, grou
 
 def test_only_the_named_weights_are_split(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("rsi_deploy.gates.rotated_identity", lambda s: (seen.append(s.weight), rotated_identity(s))[1])
+
+    def noted(site, *args, **options):
+        seen.append(site.weight)
+        return rotated_identity(site, *args, **options)
+
+    monkeypatch.setattr("rsi_deploy.gates.rotated_identity", noted)
     check(mlp_onnx(tmp_path / "dense.onnx"), {"fc2.weight"})
     assert seen == ["fc2.weight"]
 
@@ -206,11 +211,41 @@ def test_a_lost_bias_fails(tmp_path, monkeypatch):
         check(mlp_onnx(tmp_path / "dense.onnx"), {"fc1.weight"})
 
 
+@pytest.mark.parametrize("form", ["channel", "input", "separable"])
+def test_surgery_is_checked_in_the_form_of_the_plan(tmp_path, monkeypatch, form):
+    path = tmp_path / "conv.onnx"
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((6, 4, 3, 3)).astype(np.float32)
+    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"], name="c", strides=[2, 1], pads=[1, 0, 1, 2])
+    graph = onnx.helper.make_graph(
+        [node],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", 1, ["n", 4, 8, 8])],
+        [onnx.helper.make_tensor_value_info("y", 1, None)],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path)
+    feeds = random_feeds(model_inputs(path), 2, 0)
+    good = run_onnx(path, feeds)
+    assert surgery_check(path, {"w": form}, feeds, good, bias=True).relative_l2 < 1e-6
+    right = rotated_identity
+    seen = []
+
+    def doctored(site, asked, **options):
+        seen.append(asked)
+        return turned(right(site, asked, **options), "left")
+
+    monkeypatch.setattr("rsi_deploy.gates.rotated_identity", doctored)
+    with pytest.raises(GateError, match="^surgery gate"):
+        surgery_check(path, {"w": form}, feeds, good, bias=True)
+    assert seen == [form]
+
+
 def test_weights_of_two_sites_exchanged_fail(tmp_path, monkeypatch):
     path = mlp_onnx(tmp_path / "dense.onnx", sizes=(12, 12, 12, 10))
     keep = {}
 
-    def exchanged(site):
+    def exchanged(site, *args, **options):
         return keep.setdefault("first", rotated_identity(site))
 
     monkeypatch.setattr("rsi_deploy.gates.rotated_identity", exchanged)
