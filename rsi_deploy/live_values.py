@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-MEMORY_LIMIT = 128 * 2**20
+MEMORY_LIMIT = 32 * 2**20
 
 
 class LiveValues:
