@@ -372,6 +372,8 @@ def test_what_the_message_says_to_type_can_be_met(here, capsys):
         err = refused(capsys, 3, "m.onnx", asked, "0.001" if asked != "--max-size" else "10")
         nearest = re.search(rf"type {asked} (\S+) or more", err)[1]
         export("m.onnx", asked, nearest)
+        assert report_of().settings.budget.startswith(asked)
+        assert any(site.rank for site in report_of().sites)
 
 
 def test_the_terminal_tells_forms_losses_and_the_certificate(here, capsys):

@@ -64,6 +64,7 @@ def one_by_one(path, *, op="Conv", kernel=(1, 1), group=1):
 
 def test_a_kernel_of_one_is_of_the_channel_form(tmp_path):
     records, found = split(one_by_one(tmp_path / "m.onnx"), lambda site: ("channel", 2))
+    assert found["conv"].form == "channel"
     check(records, found)
 
 
