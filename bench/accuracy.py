@@ -31,9 +31,9 @@ from bench.arms import ARMS, PRODUCT, Unit, budget_of, factors, kept, planned, s
 from bench.cases import Case
 from bench.common import Goal
 from bench.models import UnavailableError
-from rsi_deploy.calibrated import Calibration
+from rsi_deploy.calibrate.calibrated import Calibration
 from rsi_deploy.errors import UsageError
-from rsi_deploy.planning import Decisions
+from rsi_deploy.plan.decide import Decisions
 from rsi_deploy.rsi import Solver
 
 P = ParamSpec("P")

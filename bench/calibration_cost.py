@@ -39,18 +39,18 @@ import torch
 from bench import cases, common
 from bench.cases import Case
 from bench.common import Goal
-from rsi_deploy.budget import Budget
-from rsi_deploy.calibrated import Calibration
+from rsi_deploy.calibrate.calibrated import Calibration
+from rsi_deploy.calibrate.moments import Moments, Samples, gathered_bytes
+from rsi_deploy.calibrate.onnx_streams import OnnxStreams
+from rsi_deploy.calibrate.streams import Form, Replacement, StreamSite
 from rsi_deploy.errors import RsiDeployError
-from rsi_deploy.machine import peak_memory
-from rsi_deploy.moments import Moments, Samples, gathered_bytes
+from rsi_deploy.measure.machine import peak_memory
+from rsi_deploy.measure.providers import make_session, run_session
 from rsi_deploy.onnx_file import file_bytes
-from rsi_deploy.onnx_streams import OnnxStreams
-from rsi_deploy.plan import Planner, RankSpec
-from rsi_deploy.planning import under, uniform, wanted_splits
-from rsi_deploy.providers import make_session, run_session
+from rsi_deploy.plan.budget import Budget
+from rsi_deploy.plan.decide import under, uniform, wanted_splits
+from rsi_deploy.plan.planner import Planner, RankSpec
 from rsi_deploy.rsi import Solver
-from rsi_deploy.streams import Form, Replacement, StreamSite
 
 NETS = ("resnet20", "resnet56", "minilm", "vgg19")
 QUICK_NETS = ("cnn_cifar10",)

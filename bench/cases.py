@@ -20,12 +20,12 @@ from torch import nn
 
 import graph_passes as gp
 from bench import models, texts
-from rsi_deploy.data import ArrayData, open_data
+from rsi_deploy.calibrate.onnx_streams import OnnxStreams
+from rsi_deploy.measure.data import ArrayData, open_data
+from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.measure.providers import make_session, run_session
 from rsi_deploy.onnx_file import file_bytes, parameters, write_external
-from rsi_deploy.onnx_streams import OnnxStreams
-from rsi_deploy.preprocess import Preprocessing
-from rsi_deploy.providers import make_session, run_session
-from rsi_deploy.report import Size
+from rsi_deploy.report.schema import Size
 from rsi_deploy.source import Source, load_source, source_of_module
 from rsi_deploy.to_onnx import to_onnx
 from rsi_deploy.trace import traced_run
@@ -34,7 +34,7 @@ Array = npt.NDArray[Any]
 Inputs = dict[str, Array]
 
 BATCH = 32
-"""Calibration samples a batch, as `rsi_deploy.calibration_data` takes them."""
+"""Calibration samples a batch, as `rsi_deploy.calibrate.calibration_data` takes them."""
 TEST_BATCH = 250
 IMAGES, TEXTS, TEST_TEXTS = 1024, 300, 600
 TOKENS = 64

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from rsi_deploy.errors import RsiDeployError, UsageError
-from rsi_deploy.machine import environment
+from rsi_deploy.measure.machine import environment
 
 GATE_EXIT = 4
 

@@ -34,7 +34,7 @@ from rich.table import Table
 from bench import common
 from bench.common import Goal
 from rsi_deploy.errors import RsiDeployError
-from rsi_deploy.machine import peak_memory
+from rsi_deploy.measure.machine import peak_memory
 
 MODELS = ("vgg19", "vit_b_32")
 QUICK_MODELS = ("mobilenet_v2",)
@@ -103,7 +103,7 @@ def run_arm(arm: str, name: str) -> dict[str, float]:
 
 def _factorize(module: Any) -> None:
     from rsi_deploy.compress import find_module_sites
-    from rsi_deploy.plan import Planner, RankSpec
+    from rsi_deploy.plan.planner import Planner, RankSpec
     from rsi_deploy.rsi import Solver
 
     planner, solver = Planner(spec=RankSpec.parse(RANK)), Solver()

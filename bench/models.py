@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from rsi_deploy.checkpoint import load_checkpoint_
 from rsi_deploy.compress import find_module_sites
-from rsi_deploy.data import ArrayData, ImageFolderData, open_data
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.fold import batch_norms_behind_convs, fold_batch_norm_
-from rsi_deploy.preprocess import Preprocessing
+from rsi_deploy.measure.data import ArrayData, ImageFolderData, open_data
+from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.source import load_source
 
 DATA_ROOT = Path(__file__).resolve().parents[2] / "shared" / "data"

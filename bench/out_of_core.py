@@ -30,7 +30,7 @@ from bench import common
 from bench.common import Goal
 from rsi_deploy.datafile import DataFile
 from rsi_deploy.errors import RsiDeployError, UsageError
-from rsi_deploy.machine import peak_memory
+from rsi_deploy.measure.machine import peak_memory
 
 WIDE, NARROW = 11008, 4096
 BLOCK = 2 * WIDE * NARROW * 4
@@ -123,7 +123,7 @@ def _floor(folder: Path) -> dict[str, float]:
     import graph_passes as gp
     from rsi_deploy.arrays import as_torch
     from rsi_deploy.onnx_file import read_onnx
-    from rsi_deploy.plan import RankSpec
+    from rsi_deploy.plan.planner import RankSpec
     from rsi_deploy.rsi import rsi
 
     spec = RankSpec.parse(RANK)

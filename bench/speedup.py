@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bench import common
 from bench.common import Goal
-from rsi_deploy.measure import MIN_BLOCKS, bench
+from rsi_deploy.measure.latency import MIN_BLOCKS, bench
 from rsi_deploy.pipeline import export
 
 MODELS = ("vgg19", "vit_b_32", "resnet18", "mobilenet_v2", "convnext_tiny")

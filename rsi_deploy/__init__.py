@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from rsi_deploy.accuracy import AccuracyResult as AccuracyResult
-    from rsi_deploy.accuracy import evaluate as evaluate
     from rsi_deploy.compress import compress_ as compress_
     from rsi_deploy.compress_to_data import compress_to_data_ as compress_to_data_
     from rsi_deploy.diagnosis import doctor as doctor
@@ -19,34 +17,36 @@ if TYPE_CHECKING:
     from rsi_deploy.errors import RsiDeployError as RsiDeployError
     from rsi_deploy.errors import UsageError as UsageError
     from rsi_deploy.inspection import inspect as inspect
-    from rsi_deploy.measure import BenchResult as BenchResult
-    from rsi_deploy.measure import bench as bench
+    from rsi_deploy.measure.accuracy import AccuracyResult as AccuracyResult
+    from rsi_deploy.measure.accuracy import evaluate as evaluate
+    from rsi_deploy.measure.latency import BenchResult as BenchResult
+    from rsi_deploy.measure.latency import bench as bench
+    from rsi_deploy.measure.preprocess import Preprocessing as Preprocessing
     from rsi_deploy.pipeline import export as export
-    from rsi_deploy.preprocess import Preprocessing as Preprocessing
-    from rsi_deploy.report import Report as Report
-    from rsi_deploy.report import read_report as read_report
+    from rsi_deploy.report.schema import Report as Report
+    from rsi_deploy.report.schema import read_report as read_report
     from rsi_deploy.rewriting import rewrite as rewrite
     from rsi_deploy.sites import SiteRecord as SiteRecord
     from rsi_deploy.verification import verify as verify
 
 _HOMES = {
-    "AccuracyResult": "accuracy",
-    "BenchResult": "measure",
+    "AccuracyResult": "measure.accuracy",
+    "BenchResult": "measure.latency",
     "GateError": "errors",
     "ModelError": "errors",
-    "Preprocessing": "preprocess",
-    "Report": "report",
+    "Preprocessing": "measure.preprocess",
+    "Report": "report.schema",
     "RsiDeployError": "errors",
     "SiteRecord": "sites",
     "UsageError": "errors",
-    "bench": "measure",
+    "bench": "measure.latency",
     "compress_": "compress",
     "compress_to_data_": "compress_to_data",
     "doctor": "diagnosis",
-    "evaluate": "accuracy",
+    "evaluate": "measure.accuracy",
     "export": "pipeline",
     "inspect": "inspection",
-    "read_report": "report",
+    "read_report": "report.schema",
     "rewrite": "rewriting",
     "verify": "verification",
 }

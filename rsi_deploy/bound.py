@@ -20,7 +20,7 @@ import pydantic
 
 import graph_passes as gp
 from rsi_deploy.errors import GateError
-from rsi_deploy.providers import make_session
+from rsi_deploy.measure.providers import make_session
 
 Array = npt.NDArray[Any]
 PASS_THROUGH = {"Softmax", "LogSoftmax", "Identity", "Flatten", "Reshape", "Cast"}

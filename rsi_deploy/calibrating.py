@@ -13,21 +13,21 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 import graph_passes as gp
-from rsi_deploy.accuracy import AccuracyResult, evaluate
-from rsi_deploy.budget import Budget
-from rsi_deploy.calibrated import Calibration
-from rsi_deploy.calibration_data import CalibrationData, refuse_shared
-from rsi_deploy.data import Dataset
+from rsi_deploy.calibrate.calibrated import Calibration
+from rsi_deploy.calibrate.calibration_data import CalibrationData, refuse_shared
+from rsi_deploy.calibrate.onnx_streams import OnnxStreams
 from rsi_deploy.errors import GateError, ModelError
-from rsi_deploy.inputs import model_inputs
-from rsi_deploy.knapsack import SiteOptions, smallest_cost
+from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
+from rsi_deploy.measure.data import Dataset
+from rsi_deploy.measure.inputs import model_inputs
+from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.onnx_file import file_bytes, parameters
-from rsi_deploy.onnx_streams import OnnxStreams
-from rsi_deploy.plan import Decision, Filters, FixedPlanner, Planner, site_name
-from rsi_deploy.planning import Decisions, Planned, blank, from_plan, under, uniform, wanted_splits
-from rsi_deploy.preprocess import Preprocessing
-from rsi_deploy.report import Size
-from rsi_deploy.request import Request
+from rsi_deploy.plan.budget import Budget
+from rsi_deploy.plan.decide import Decisions, Planned, blank, from_plan, under, uniform, wanted_splits
+from rsi_deploy.plan.knapsack import SiteOptions, smallest_cost
+from rsi_deploy.plan.planner import Decision, Filters, FixedPlanner, Planner, site_name
+from rsi_deploy.plan.request import Request
+from rsi_deploy.report.schema import Size
 from rsi_deploy.rsi import Solver
 from rsi_deploy.trace import traced_run
 

@@ -22,7 +22,7 @@ from rsi_deploy.errors import GateError, ModelError, RsiDeployError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rsi_deploy.preprocess import Preprocessing
+    from rsi_deploy.measure.preprocess import Preprocessing
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -221,7 +221,7 @@ def export(
     The paper's own rounding of a ratio is not known to us; here it is ceil(ratio * min(out, in)).
     """
     from rsi_deploy.pipeline import export as run_export
-    from rsi_deploy.table import print_report
+    from rsi_deploy.report.table import print_report
 
     with _progress_bar() as progress:
         report = run_export(
@@ -256,7 +256,7 @@ def export(
 def inspect(model: str, as_json: bool, no_spectra: bool, no_joint: bool, **options: Any) -> None:
     """Sites of MODEL, shapes, spectra, break-even ranks, and what export would do."""
     from rsi_deploy.inspection import inspect as run_inspect
-    from rsi_deploy.table import print_inspection
+    from rsi_deploy.report.table import print_inspection
 
     result = run_inspect(model, spectra=not no_spectra, joint=not no_joint, **options)
     click.echo(result.model_dump_json(indent=2)) if as_json else print_inspection(_console(), result)
@@ -282,11 +282,11 @@ def bench(
     as_json: bool,
 ) -> None:
     """Latency of ONNX models side by side, interleaved in one process; with --data also accuracy."""
-    from rsi_deploy.accuracy import evaluate
-    from rsi_deploy.data import open_data
-    from rsi_deploy.measure import bench as run_bench
+    from rsi_deploy.measure.accuracy import evaluate
+    from rsi_deploy.measure.data import open_data
+    from rsi_deploy.measure.latency import bench as run_bench
     from rsi_deploy.probe import named_shapes
-    from rsi_deploy.table import print_accuracy, print_bench
+    from rsi_deploy.report.table import print_accuracy, print_bench
 
     paths = [_onnx_path(m) for m in models]
     dataset = None if data is None else open_data(data)  # what is wrong with it must not wait for the measurement
@@ -341,8 +341,8 @@ def evaluate_verb(
     layout: str | None,
 ) -> None:
     """Accuracy of an ONNX classifier; the preprocessing stored in it is used unless options say otherwise."""
-    from rsi_deploy.accuracy import evaluate
-    from rsi_deploy.table import print_accuracy
+    from rsi_deploy.measure.accuracy import evaluate
+    from rsi_deploy.report.table import print_accuracy
 
     with _progress_bar("samples") as progress:
         result = evaluate(
@@ -366,7 +366,7 @@ def evaluate_verb(
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def verify(folder: Path, data: str | None, calib: str | None, provider: str, as_json: bool) -> None:
     """Compute again what the report of the bundle DIR claims; exit 4 if a claim is broken."""
-    from rsi_deploy.table import print_verification
+    from rsi_deploy.report.table import print_verification
     from rsi_deploy.verification import verify as run_verify
 
     result = run_verify(folder, data=data, calib=calib, provider=provider)
@@ -380,7 +380,7 @@ def verify(folder: Path, data: str | None, calib: str | None, provider: str, as_
 def doctor(as_json: bool) -> None:
     """Versions, providers, CPU features: what will work here; exit 3 if something will not."""
     from rsi_deploy.diagnosis import doctor as run_doctor
-    from rsi_deploy.table import print_diagnosis
+    from rsi_deploy.report.table import print_diagnosis
 
     result = run_doctor()
     click.echo(result.model_dump_json(indent=2)) if as_json else print_diagnosis(_console(), result)
@@ -393,7 +393,7 @@ def schema() -> None:
     """The JSON schema of report.json."""
     import json
 
-    from rsi_deploy.report import Report
+    from rsi_deploy.report.schema import Report
 
     click.echo(json.dumps(Report.model_json_schema(), indent=2))
 
@@ -404,7 +404,7 @@ def _preprocessing(
     """Only the fields that were given; the rest comes from the model."""
     if not any((mean, std, resize, crop, layout)):
         return None
-    from rsi_deploy.preprocess import Preprocessing
+    from rsi_deploy.measure.preprocess import Preprocessing
 
     given: dict[str, Any] = {"layout": layout} if layout else {}
     for option, text in (("mean", mean), ("std", std)):

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from graph_passes.forms import conv_forms
+from rsi_deploy.calibrate.streams import Form, Replacement
 from rsi_deploy.errors import UsageError
 from rsi_deploy.fold import batch_norms_behind_convs, fold_batch_norm_
 from rsi_deploy.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention, changed_bias
-from rsi_deploy.plan import Planner, RankSpec, site_name
+from rsi_deploy.plan.planner import Planner, RankSpec, site_name
 from rsi_deploy.rsi import Factors, Method, Solver, balanced
 from rsi_deploy.sites import SiteRecord, dense_record, factorize_site
-from rsi_deploy.streams import Form, Replacement
 
 FACTOR_KEYS = {"left", "right", "in_proj_left", "in_proj_right"}
 

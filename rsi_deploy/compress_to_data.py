@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from rsi_deploy.budget import Budget
-from rsi_deploy.calibrated import Calibration, Progress
+from rsi_deploy.calibrate.calibrated import Calibration, Progress
+from rsi_deploy.calibrate.streams import Fitted
+from rsi_deploy.calibrate.torch_streams import TorchStreams
 from rsi_deploy.compress import ModuleSite, find_module_sites, replace_site_
 from rsi_deploy.errors import UsageError
 from rsi_deploy.fold import fold_batch_norms_
-from rsi_deploy.plan import Decision, Filters, Planner, RankSpec
-from rsi_deploy.planning import under, uniform, wanted_splits
-from rsi_deploy.report import Size
+from rsi_deploy.plan.budget import Budget
+from rsi_deploy.plan.decide import under, uniform, wanted_splits
+from rsi_deploy.plan.planner import Decision, Filters, Planner, RankSpec
+from rsi_deploy.report.schema import Size
 from rsi_deploy.rsi import Solver
 from rsi_deploy.sites import SiteRecord, dense_record
-from rsi_deploy.streams import Fitted
-from rsi_deploy.torch_streams import TorchStreams
 
 Batches = Callable[[], Iterator[tuple[Tensor, ...]]]
 

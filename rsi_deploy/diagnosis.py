@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pydantic
 
-from rsi_deploy.machine import Environment, environment, onnxruntime_distributions
+from rsi_deploy.measure.machine import Environment, environment, onnxruntime_distributions
 
 
 class Finding(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -35,7 +35,7 @@ def doctor() -> Diagnosis:
     findings = [_runtime_packages(onnxruntime_distributions()), *_imports(), _disk()]
     providers: tuple[str, ...] = ()
     try:
-        from rsi_deploy.providers import available
+        from rsi_deploy.measure.providers import available
 
         providers = tuple(available())
         findings += _cuda(providers)

@@ -14,11 +14,11 @@ import torch
 
 import graph_passes as gp
 from rsi_deploy.arrays import as_numpy, as_torch
-from rsi_deploy.joint import factorize_jointly
-from rsi_deploy.plan import Decision, SitePlanner, break_even_rank, site_name
+from rsi_deploy.calibrate.streams import Fitted, Replacement
+from rsi_deploy.plan.joint import factorize_jointly
+from rsi_deploy.plan.planner import Decision, SitePlanner, break_even_rank, site_name
 from rsi_deploy.rsi import Factors, Solver, balanced
 from rsi_deploy.sites import SiteRecord, factorize_site, unmeasured_record
-from rsi_deploy.streams import Fitted, Replacement
 
 Progress = Callable[[str, int, int], None]
 

@@ -18,7 +18,7 @@ from rsi_deploy.compress import find_module_sites
 from rsi_deploy.errors import ModelError
 from rsi_deploy.onnx_file import read_onnx
 from rsi_deploy.onnx_split import joint_groups
-from rsi_deploy.plan import Planner, RankSpec, break_even_rank, site_name
+from rsi_deploy.plan.planner import Planner, RankSpec, break_even_rank, site_name
 from rsi_deploy.rsi import singular_values
 from rsi_deploy.source import load_source
 

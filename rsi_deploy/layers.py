@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graph_passes.forms import first_axes
+from rsi_deploy.calibrate.streams import Form
 from rsi_deploy.rsi import Factors
-from rsi_deploy.streams import Form
 
 Geometry = tuple[tuple[int, ...], str | tuple[int, ...], tuple[int, ...]]
 """Stride, padding and dilation of a convolution."""

@@ -14,11 +14,11 @@ import onnx_ir as ir
 import torch
 
 import graph_passes as gp
+from rsi_deploy.calibrate.streams import Fitted
 from rsi_deploy.factor_source import FactorSource
-from rsi_deploy.plan import SitePlanner, site_name
+from rsi_deploy.plan.planner import SitePlanner, site_name
 from rsi_deploy.rsi import Solver
 from rsi_deploy.sites import SiteRecord, dense_record
-from rsi_deploy.streams import Fitted
 
 Progress = Callable[[str, int, int], None]
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def split_graph(
         fitted: by site name, what calibration has made of a site; it is taken where the planner splits the site. With
             it nothing is joint.
         joint: let sites that multiply the same input share one right factor where that costs less for the same errors
-            (see `rsi_deploy.joint`); never with the planner's `always_split`.
+            (see `rsi_deploy.plan.joint`); never with the planner's `always_split`.
         progress: called with (site, index, count) before each factorization.
         keep: names of weights whose factors the caller wants to see.
         device: where factors are computed.

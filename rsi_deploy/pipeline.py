@@ -18,23 +18,23 @@ from torch import nn
 
 from rsi_deploy import __version__
 from rsi_deploy.bundle import whole_folder
+from rsi_deploy.calibrate.calibration_data import check_source
+from rsi_deploy.calibrate.certificate import certificate
 from rsi_deploy.calibrating import Calibrator, Dense
-from rsi_deploy.calibration_data import check_source
-from rsi_deploy.card import model_card
-from rsi_deploy.certificate import certificate
-from rsi_deploy.data import Dataset, open_data
 from rsi_deploy.errors import UsageError
-from rsi_deploy.machine import environment, peak_memory
+from rsi_deploy.measure.data import Dataset, open_data
+from rsi_deploy.measure.machine import environment, peak_memory
+from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.measure.providers import resolve
 from rsi_deploy.onnx_file import file_bytes, file_hash, read_onnx
 from rsi_deploy.onnx_split import with_macs
-from rsi_deploy.plan import Filters, RankSpec
-from rsi_deploy.plan_file import read_plan, write_plan
-from rsi_deploy.planning import plan_of
-from rsi_deploy.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.plan.decide import plan_of
+from rsi_deploy.plan.plan_file import read_plan, write_plan
+from rsi_deploy.plan.planner import Filters, RankSpec
+from rsi_deploy.plan.request import Request, given_budget
 from rsi_deploy.probe import named_shapes, read_feeds
-from rsi_deploy.providers import resolve
-from rsi_deploy.report import Report, Size, SourceRecord
-from rsi_deploy.request import Request, given_budget
+from rsi_deploy.report.card import model_card
+from rsi_deploy.report.schema import Report, Size, SourceRecord
 from rsi_deploy.rsi import Method, Solver
 from rsi_deploy.source import load_source, source_of_module
 from rsi_deploy.stages import Job

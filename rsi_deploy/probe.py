@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.errors import UsageError
-from rsi_deploy.inputs import check_feeds, model_inputs, random_feeds
+from rsi_deploy.measure.inputs import check_feeds, model_inputs, random_feeds
 
 PROBE_BATCH = 2
 

@@ -16,12 +16,12 @@ import torch
 import graph_passes as gp
 from rsi_deploy import onnx_file
 from rsi_deploy.bundle import whole_folder
+from rsi_deploy.calibrate.streams import Fitted
 from rsi_deploy.datafile import DataFile
 from rsi_deploy.errors import UsageError
 from rsi_deploy.onnx_split import CPU, Progress, SplitModel, split_graph
-from rsi_deploy.plan import Planner, RankSpec, SitePlanner
+from rsi_deploy.plan.planner import Planner, RankSpec, SitePlanner
 from rsi_deploy.rsi import Method, Solver
-from rsi_deploy.streams import Fitted
 
 
 def rewrite(
@@ -55,7 +55,7 @@ def rewrite(
         seed: of the sketches.
         always_split: split where nothing is saved, too; nothing is then split jointly.
         joint: let weights that multiply the same input share one right factor where that costs less (see
-            `rsi_deploy.joint`).
+            `rsi_deploy.plan.joint`).
         assume_constant: weights that are graph inputs too are constants, and no inputs any more.
         force: replace `target` if it is there.
         progress: called with (site, index, count) before each factorization.

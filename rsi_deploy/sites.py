@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rsi_deploy.errors import ModelError
-from rsi_deploy.plan import break_even_rank
+from rsi_deploy.plan.planner import break_even_rank
 from rsi_deploy.rsi import Factors, Solver, residual_norm, rounding_level, singular_values
 
 # Up to this full rank the optimum s_{rank+1} comes from an exact spectrum (some ms); above it from a bound.

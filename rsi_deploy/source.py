@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rsi_deploy.checkpoint import load_checkpoint_
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.preprocess import Preprocessing
+from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.rsi import stream_seed
 
 

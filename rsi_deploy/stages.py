@@ -20,14 +20,16 @@ import torch
 
 from graph_passes import Factors, FoldBatchNormPass, Form, Split
 from rsi_deploy import __version__
-from rsi_deploy.accuracy import AccuracyResult, evaluate
 from rsi_deploy.arrays import as_torch
 from rsi_deploy.bound import Head, SoftmaxBound, find_head, softmax_bound
-from rsi_deploy.data import Dataset
 from rsi_deploy.errors import ModelError
 from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, surgery_check, tolerance_for
-from rsi_deploy.inputs import model_inputs
-from rsi_deploy.measure import BenchResult, bench
+from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
+from rsi_deploy.measure.data import Dataset
+from rsi_deploy.measure.inputs import model_inputs
+from rsi_deploy.measure.latency import BenchResult, bench
+from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.measure.providers import make_session, run_session
 from rsi_deploy.onnx_file import (
     forget_weights_,
     parameters,
@@ -38,11 +40,9 @@ from rsi_deploy.onnx_file import (
 )
 from rsi_deploy.onnx_split import SplitModel
 from rsi_deploy.opset import check_conversion, convert_opset
-from rsi_deploy.planning import Planned
-from rsi_deploy.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.plan.decide import Planned
 from rsi_deploy.probe import Feeds, probe_feeds
-from rsi_deploy.providers import make_session, run_session
-from rsi_deploy.report import Accuracy, ProbeOutput, Settings, Size, Stage, Verification
+from rsi_deploy.report.schema import Accuracy, ProbeOutput, Settings, Size, Stage, Verification
 from rsi_deploy.rewriting import split_and_write
 from rsi_deploy.rsi import Solver
 from rsi_deploy.source import Source

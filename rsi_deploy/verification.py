@@ -22,19 +22,19 @@ import onnx
 import onnx_ir as ir
 import pydantic
 
-from rsi_deploy.accuracy import evaluate
-from rsi_deploy.budget import Budget
-from rsi_deploy.calibration_data import CalibrationData, check_source
-from rsi_deploy.certificate import certificate
-from rsi_deploy.data import Dataset, open_data
+from rsi_deploy.calibrate.calibration_data import CalibrationData, check_source
+from rsi_deploy.calibrate.certificate import certificate
 from rsi_deploy.errors import RsiDeployError
 from rsi_deploy.found_splits import FoundSplit, found_splits
 from rsi_deploy.gates import compare_outputs
-from rsi_deploy.inputs import model_inputs
+from rsi_deploy.measure.accuracy import evaluate
+from rsi_deploy.measure.data import Dataset, open_data
+from rsi_deploy.measure.inputs import model_inputs
+from rsi_deploy.measure.providers import make_session, resolve, run_session
 from rsi_deploy.onnx_file import file_bytes, file_hash, parameters
+from rsi_deploy.plan.budget import Budget
 from rsi_deploy.probe import Feeds, probe_feeds
-from rsi_deploy.providers import make_session, resolve, run_session
-from rsi_deploy.report import ProbeOutput, Report, read_report
+from rsi_deploy.report.schema import ProbeOutput, Report, read_report
 from rsi_deploy.trace import traced_run
 
 Status = Literal["holds", "broken", "not checked"]

@@ -15,7 +15,7 @@ from rsi_deploy.errors import GateError
 from rsi_deploy.gates import compare_outputs
 from rsi_deploy.onnx_file import write_external
 from rsi_deploy.onnx_split import split_graph
-from rsi_deploy.plan import Planner, RankSpec
+from rsi_deploy.plan.planner import Planner, RankSpec
 from rsi_deploy.rsi import Solver
 from rsi_deploy.source import source_of_module
 from rsi_deploy.to_onnx import to_onnx

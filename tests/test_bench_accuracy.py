@@ -11,10 +11,10 @@ from torch import nn
 
 from bench import accuracy, arms, calibration_cost, cases, models, texts
 from bench.common import judge
-from rsi_deploy.budget import Budget
-from rsi_deploy.calibrated import Calibration
+from rsi_deploy.calibrate.calibrated import Calibration
 from rsi_deploy.errors import ModelError, RsiDeployError, UsageError
-from rsi_deploy.planning import wanted_splits
+from rsi_deploy.plan.budget import Budget
+from rsi_deploy.plan.decide import wanted_splits
 from rsi_deploy.rsi import Solver
 from rsi_deploy.source import source_of_module
 

@@ -12,7 +12,7 @@ from bench import models, paper
 from bench.common import judge
 from rsi_deploy.compress import compress_
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.preprocess import Preprocessing
+from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.rsi import normalized_error
 from rsi_deploy.source import Source
 

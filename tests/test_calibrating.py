@@ -6,12 +6,12 @@ from calibrated_nets import IMAGE, branch_net, conv_net, inputs
 from nets import mlp_onnx
 
 from rsi_deploy import calibrating, export
-from rsi_deploy.calibrated import Calibration
+from rsi_deploy.calibrate.calibrated import Calibration
+from rsi_deploy.calibrate.calibration_data import CalibrationData
+from rsi_deploy.calibrate.onnx_streams import OnnxStreams
 from rsi_deploy.calibrating import listed, remarks
-from rsi_deploy.calibration_data import CalibrationData
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.inputs import model_inputs
-from rsi_deploy.onnx_streams import OnnxStreams
+from rsi_deploy.measure.inputs import model_inputs
 
 
 def test_names_by_reason():

@@ -15,7 +15,7 @@ from torch import nn
 
 from rsi_deploy import diagnosis
 from rsi_deploy.cli import cli, run
-from rsi_deploy.providers import available
+from rsi_deploy.measure.providers import available
 
 VERBS = sorted(cli.commands)
 FACTORY = f"""

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from graph_passes.forms import unfold, unfolded_shape
+from rsi_deploy.calibrate.streams import Replacement
 from rsi_deploy.compress import compress_, find_module_sites, replace_site_
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention
 from rsi_deploy.rsi import Solver, normalized_error
-from rsi_deploy.streams import Replacement
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import graph_passes as gp
 from graph_passes import split_conv, split_gemm, split_matmul
 from rsi_deploy.errors import GateError
 from rsi_deploy.gates import SURGERY_TOLERANCE, compare_outputs, rotated_identity, surgery_check, tolerance_for
-from rsi_deploy.inputs import model_inputs, random_feeds
+from rsi_deploy.measure.inputs import model_inputs, random_feeds
 
 RNG = np.random.default_rng(0)
 A = RNG.standard_normal((4, 10)).astype(np.float32)

@@ -15,8 +15,8 @@ from torch import nn
 from rsi_deploy import export, inspect, onnx_file, read_report, rewrite, verify
 from rsi_deploy.cli import run
 from rsi_deploy.errors import GateError
-from rsi_deploy.inputs import model_inputs, random_feeds
-from rsi_deploy.table import print_sites
+from rsi_deploy.measure.inputs import model_inputs, random_feeds
+from rsi_deploy.report.table import print_sites
 from rsi_deploy.trace import traced_run
 
 WIDTH, RANK = 32, 9  # the related weights are of that rank, so their splits are exact but for rounding

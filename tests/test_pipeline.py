@@ -15,7 +15,7 @@ from torch import nn
 from rsi_deploy import compress_, export, read_report
 from rsi_deploy.cli import run
 from rsi_deploy.errors import GateError, ModelError, UsageError
-from rsi_deploy.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
 
 A, B, C, D = SIZES
 QUICK = {"measure": False}

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.preprocess import Preprocessing
+from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.source import load_source, parse_shape, source_of_module
 
 SMALL = "torchvision:squeezenet1_1"  # 5 MB of weights
@@ -124,7 +124,7 @@ def test_another_input_shape_for_torchvision():
 FACTORIES = """
 import torch
 from torch import nn
-from rsi_deploy.preprocess import Preprocessing
+from rsi_deploy.measure.preprocess import Preprocessing
 
 def make_model():
     return nn.Sequential(nn.Linear(6, 5), nn.Dropout(), nn.Linear(5, 2))

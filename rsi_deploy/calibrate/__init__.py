@@ -1,0 +1,1 @@
+"""Statistics of what a network feeds its sites, and factors fitted to them."""

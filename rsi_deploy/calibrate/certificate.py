@@ -1,0 +1,70 @@
+"""How far a compressed model's outputs are from the dense one's, on unlabelled data.
+
+output error   sum |z - z~|^2 / sum |z - E z|^2          of the first floating output
+divergence     mean KL(softmax z || softmax z~), nats    of class scores
+agreement      share of equal top-1 answers, percent     of class scores
+"""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rsi_deploy.calibrate.calibration_data import CalibrationData
+from rsi_deploy.calibrate.streams import output_distance
+from rsi_deploy.errors import GateError, UsageError
+from rsi_deploy.measure.accuracy import divergence
+from rsi_deploy.measure.providers import make_session, run_session
+from rsi_deploy.report.schema import CalibrationRecord
+
+Array = npt.NDArray[Any]
+
+CHECKED_SAMPLES = 512
+"""Samples after which no further batch is run."""
+
+
+def certificate(dense: Path, compressed: Path, data: CalibrationData, provider: str) -> CalibrationRecord:
+    """Run both models on the first batches of `data` and compare.
+
+    Raises:
+        UsageError: data that do not fit, or a model without a floating output.
+        GateError: NaN or infinity where the dense model has none.
+    """
+    before, after = make_session(dense, provider), make_session(compressed, provider)
+    seen = hashlib.sha256()
+    pairs: list[tuple[Array, Array]] = []
+    for feeds in data.feeds():
+        for name in sorted(feeds):
+            seen.update(feeds[name].tobytes())
+        pairs.append(
+            (_output(run_session(before, feeds, dense.name)), _output(run_session(after, feeds, compressed.name)))
+        )
+        if sum(len(z) for z, _ in pairs) >= CHECKED_SAMPLES:
+            break
+    z, w = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+    finite = np.isfinite(z)
+    if not np.isfinite(w[finite]).all():
+        raise GateError("the compressed model gives NaN or infinite outputs on the calibration data; export again")
+    z, w = np.where(finite, z, 0), np.where(finite, w, 0)
+    distance = output_distance(torch.from_numpy(z), torch.from_numpy(w))
+    is_scores = distance.kl is not None
+    return CalibrationRecord(
+        samples=data.samples,
+        checked=len(z),
+        output_error=distance.relative if math.isfinite(distance.relative) else None,
+        divergence=float(divergence(z, w).mean()) if is_scores else None,
+        agreement=100 * float((z.argmax(axis=1) == w.argmax(axis=1)).mean()) if is_scores else None,
+        data_fingerprint=seen.hexdigest(),
+    )
+
+
+def _output(outputs: list[Array]) -> Array:
+    """The first floating output, samples first."""
+    found = next((a for a in outputs if a.dtype.kind == "f" and a.ndim), None)
+    if found is None:
+        raise UsageError("the model has no floating output to compare on the calibration data; leave out --calib")
+    return found.astype(np.float32)

@@ -1,0 +1,163 @@
+"""Factors that keep a site's response on calibration data, instead of its weight.
+
+With the centred moments of `rsi_deploy.calibrate.moments` and a ridge `l = ridge * mean(diag(xx))` towards the weight:
+
+    M = (yx + l W)(xx + l I)^-1             the best full-rank answer (sequential response regression)
+    A = M (xx + l I)^1/2                    its response, in a metric where errors count as on the data
+    left = U_k of A by RSI,  right = left^T M
+    bias = E y - left right E x             the change of the bias
+
+In the dense network `yx = W xx`, hence `M = W`: response-aware RSI. Rank k leaves `|A - left left^T A|_F^2` of the
+response, so one spectrum of A tells the response error of every rank: the least one there is, in the metric of the
+ridge, which adds at most `l |W - left right|_F^2` to what `response_error` finds on the data.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rsi_deploy.calibrate.moments import Moments, Samples
+from rsi_deploy.rsi import Solver
+
+RIDGE = 1e-2
+EXACT_LIMIT = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """What a site should become, before a rank is chosen; one dtype, float64 or float32.
+
+    Attributes:
+        target: `M (groups, out, in)`.
+        whitened: `A (groups, out, m)`, whose left singular vectors are looked for.
+        floor: the response error of M itself, times `variance`.
+        variance: total variance of the response.
+        mean_x: `(groups, in)`.
+        mean_y: `(groups, out)`.
+    """
+
+    target: Tensor
+    whitened: Tensor
+    floor: float
+    variance: float
+    mean_x: Tensor
+    mean_y: Tensor
+
+    def errors(self) -> Tensor:
+        """Response error at ranks 0 (nothing but the bias) to full rank, relative, float64 `(full rank + 1,)`.
+
+        As `factors` with exact singular vectors leave it, errors where the data say nothing counted by the ridge.
+        """
+        A = self.whitened.double()
+        gram = A @ A.mT if A.shape[-2] <= A.shape[-1] else A.mT @ A
+        energy = torch.linalg.eigvalsh(gram).clamp_min(0).sum(dim=0).cpu()  # ascending, groups added up
+        tails = torch.cat([energy.new_zeros(1), energy.cumsum(0)]).flip(0)
+        return (tails[: min(self.target.shape[-2:]) + 1] + self.floor) / max(self.variance, 1e-300)
+
+    def factors(self, rank: int, solver: Solver, *, site: str = "") -> tuple[Tensor, Tensor]:
+        """`left (groups, out, rank)` and `right (groups, rank, in)`, in the dtype of `target`."""
+        left = leading(self.whitened, rank, solver, site=site)
+        return left, left.mT @ self.target
+
+    def bias(self, product: Tensor) -> Tensor:
+        """What a site with the weight `product (groups, out, in)` must add to its bias, `(groups, out)`."""
+        return self.mean_y - (product @ self.mean_x.unsqueeze(-1)).squeeze(-1)
+
+
+def respond(weight: Tensor, moments: Moments | Samples, *, ridge: float = RIDGE) -> Response:
+    """The response problem of a site with `weight (groups, out, in)`.
+
+    Args:
+        weight: floating, any precision.
+        moments: as gathered.
+        ridge: how strongly the answer is held to the weight where the data say little; in mean input variances.
+    """
+    moments = moments.steadied(weight)
+    if isinstance(moments, Samples):
+        return _from_samples(weight, moments, ridge)
+    xx, yx = moments.xx, moments.yx
+    W = weight.to(xx.dtype)
+    level = ridge_level(xx.diagonal(dim1=-2, dim2=-1), ridge)
+    root, level = held_root(xx, level)
+    M = torch.cholesky_solve((yx + level[..., None] * W).mT, root).mT
+    # E|y - M x|^2 = yy - 2 <M, yx> + <M xx, M>
+    floor = moments.yy.sum() - 2 * (M * yx).sum() + ((M @ xx) * M).sum()
+    return Response(
+        target=M,
+        whitened=M @ root,
+        floor=max(float(floor), 0.0),
+        variance=float(moments.yy.sum()),
+        mean_x=moments.mean_x,
+        mean_y=moments.mean_y,
+    )
+
+
+def response_error(product: Tensor, moments: Moments | Samples) -> float:
+    """`E|y - product x|^2 / E|y|^2`, centred, of a site that became `product (groups, out, in)`."""
+    if isinstance(moments, Samples):
+        x, y = moments.x - moments.x.mean(dim=-2, keepdim=True), moments.y - moments.y.mean(dim=-2, keepdim=True)
+        return float((y - x @ product.to(x.dtype).mT).square().sum() / y.square().sum().clamp_min(1e-30))
+    T = product.to(moments.xx.dtype)
+    error = moments.yy.sum() - 2 * (T * moments.yx).sum() + ((T @ moments.xx) * T).sum()
+    return max(float(error / moments.yy.sum().clamp_min(1e-300)), 0.0)
+
+
+def _from_samples(weight: Tensor, samples: Samples, ridge: float) -> Response:
+    """The same through the rows: `M = W + (Y - X W^T)^T X (X X^T + n l I)^-1`, never an `(in, in)` matrix."""
+    mean_x, mean_y = samples.x.mean(dim=-2), samples.y.mean(dim=-2)
+    X, Y, W = samples.x - mean_x.unsqueeze(-2), samples.y - mean_y.unsqueeze(-2), weight.float()
+    rows = samples.rows
+    level = ridge_level(X.square().mean(dim=-2), ridge)  # (groups, 1)
+    gram = (X @ X.mT).double()
+    root, held = held_root(gram, rows * level.double())
+    level = (held / rows).float()
+    M = W + torch.cholesky_solve((Y - X @ W.mT).double(), root).float().mT @ X
+    Z = X @ M.mT
+    return Response(
+        target=M,
+        whitened=torch.cat([Z.mT / rows**0.5, level.sqrt()[..., None] * M], dim=-1),
+        floor=float((Y - Z).square().sum()) / rows,
+        variance=float(Y.square().sum()) / rows,
+        mean_x=mean_x,
+        mean_y=mean_y,
+    )
+
+
+def held_root(gram: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of `gram + level I`, and the level `(groups, 1)`: raised where rounding makes it fail.
+
+    Args:
+        gram: `(groups, n, n)`, symmetric, positive but for rounding.
+        level: `(groups, 1)`, above zero.
+    """
+    most = gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1, keepdim=True)
+    level = torch.maximum(level, torch.finfo(gram.dtype).eps * most)
+    for _ in range(8):
+        held = gram + torch.diag_embed(level.expand(gram.shape[:-1]))
+        root, failed = torch.linalg.cholesky_ex(held)
+        if not failed.any():
+            break
+        level = torch.where(failed[:, None] > 0, 10 * level, level)
+    else:
+        raise ValueError("the moments of its inputs are no moments: not positive")
+    return root, level
+
+
+def ridge_level(variances: Tensor, ridge: float) -> Tensor:
+    """The ridge in units of the inputs' mean variance, `(groups, 1)`; above zero even for constant inputs."""
+    mean = variances.mean(dim=-1, keepdim=True)
+    return (ridge * mean).clamp_min(torch.finfo(mean.dtype).tiny ** 0.5)
+
+
+def leading(matrix: Tensor, rank: int, solver: Solver, *, site: str = "") -> Tensor:
+    """Orthonormal `(groups, out, rank)` that span the leading left singular vectors of `matrix (groups, out, m)`.
+
+    Up to `EXACT_LIMIT` rows from the exact eigenvectors of `matrix matrix^T`, which the moments have made small; above
+    it by RSI.
+    """
+    if matrix.shape[-2] > EXACT_LIMIT:
+        return solver(matrix, rank, site=site).left
+    A = matrix.double()
+    vectors: Tensor = torch.linalg.eigh(A @ A.mT).eigenvectors
+    return vectors[..., -rank:].flip(-1).to(matrix.dtype).contiguous()

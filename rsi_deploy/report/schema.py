@@ -1,0 +1,217 @@
+"""report.json: what was asked, decided, measured and found, as a versioned schema.
+
+`rsi-deploy schema` prints the JSON schema; `Report.model_validate_json` reads a report back.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+
+from rsi_deploy.bound import SoftmaxBound
+from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.gates import Comparison
+from rsi_deploy.measure.accuracy import AccuracyResult
+from rsi_deploy.measure.latency import BenchResult
+from rsi_deploy.measure.machine import Environment
+from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.sites import SiteRecord
+
+SCHEMA_VERSION = 1
+
+
+class _Record(pydantic.BaseModel, frozen=True, extra="forbid"):
+    pass
+
+
+class Settings(_Record):
+    """What the user asked for, as far as it shapes model.onnx.
+
+    Attributes:
+        rank: as typed: "64" or "40%"; "" where a budget or a plan decided.
+        budget: as typed, such as "--keep-macs 50%", "--max-drop 1" or "--plan plan.json"; "" where a rank decided.
+        factors: "weights": of the weights alone; "response": fitted to calibration data.
+        calib_size: most calibration samples; 0 where there were none.
+        min_rank, rank_multiple: what planned ranks were held to.
+        method: "rsi", "rsvd" or "svd".
+        power_iterations: the paper's q.
+        oversampling: extra sketch columns.
+        seed: of sketches and probe inputs.
+        include, exclude: globs on site names.
+        always_split: split where nothing is saved, too.
+        joint: weights that multiply the same input may share one right factor; never with `always_split`.
+        opset: of the ONNX model.
+    """
+
+    rank: str
+    method: str
+    power_iterations: int
+    oversampling: int
+    seed: int
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    always_split: bool
+    joint: bool = False
+    budget: str = ""
+    factors: Literal["weights", "response"] = "weights"
+    calib_size: int = 0
+    min_rank: int = 1
+    rank_multiple: int = 1
+    opset: int
+
+
+class CalibrationRecord(_Record):
+    """What calibration was done on, and how far the outputs moved on it.
+
+    Attributes:
+        samples: used for fitting.
+        checked: of them, used for the numbers below.
+        output_error: squared distance of the outputs, relative to their variance over samples (to their size, where
+            they do not vary); None where the dense model's are all zero.
+        divergence: mean KL of the softmax, nats; None for other outputs than class scores.
+        agreement: share of equal top-1 answers in percent; None likewise.
+        data_fingerprint: sha256 of the checked samples as they enter the model.
+    """
+
+    samples: int
+    checked: int
+    output_error: float | None
+    divergence: float | None
+    agreement: float | None
+    data_fingerprint: str
+
+
+class SourceRecord(_Record):
+    """Where the dense model came from; `hash` is the sha256 of its weights' names, types, shapes and bytes."""
+
+    model: str
+    hash: str
+    notes: tuple[str, ...] = ()
+
+
+class Size(_Record):
+    """Of one model: file bytes (weights in line), floating parameters, MACs a sample."""
+
+    bytes: int
+    params: int
+    macs: int
+
+
+class Verification(_Record):
+    """The three errors kept apart (see `rsi_deploy.gates`); exporter is None for an ONNX file in its own opset."""
+
+    exporter: Comparison | None
+    surgery: Comparison | None
+    approximation: Comparison | None
+
+
+class Accuracy(_Record):
+    """Dense and compressed on the same evaluation data."""
+
+    dense: AccuracyResult
+    compressed: AccuracyResult
+
+
+class ProbeOutput(_Record):
+    """Fingerprint of one output of the compressed model on the seeded probe inputs."""
+
+    name: str
+    shape: tuple[int, ...]
+    norm: float
+    first: tuple[float, ...]
+
+    @classmethod
+    def of(cls, name: str, array: npt.NDArray[Any]) -> "ProbeOutput":
+        """The norm and the first values of an output array; what is not finite counts as 0, as JSON has no NaN."""
+        flat = array.astype(np.float64).ravel()
+        flat = np.where(np.isfinite(flat), flat, 0.0)
+        return cls(
+            name=name, shape=array.shape, norm=float(np.linalg.norm(flat)), first=tuple(float(x) for x in flat[:8])
+        )
+
+
+class Stage(_Record):
+    """One step of the work and its wall time."""
+
+    name: str
+    seconds: float
+
+
+class Report(_Record):
+    """The whole report.
+
+    Attributes:
+        schema_version: of this layout.
+        tool: name and version.
+        created: UTC, ISO 8601.
+        command: the command line, or the Python call.
+        source: the dense model.
+        settings: what shapes the result.
+        preprocessing: from 8-bit pictures to inputs, where known.
+        dense, compressed: sizes.
+        sites: every weight, split or dense, with reasons and errors.
+        verification: the three gates.
+        calibration: with calibration data: how far the outputs moved on them.
+        softmax_bound: for a factorized classifier head with evaluation data.
+        accuracy: with evaluation data.
+        latency: unless --no-bench; the first arm is the dense model.
+        probe_shapes: shapes of the probe inputs (`rsi_deploy.probe`, with the seed).
+        probe_given: the user gave the probe inputs, so that they cannot be made again.
+        probe: outputs on them, which `verify` computes again.
+        files: sha256 of the bundle's model files.
+        stages: wall time of each step, s.
+        peak_memory: largest resident set of the process, bytes.
+        environment: machine and versions.
+        notes: what a reader must know.
+    """
+
+    schema_version: Literal[1] = 1
+    tool: str
+    created: str
+    command: str
+    source: SourceRecord
+    settings: Settings
+    preprocessing: Preprocessing | None
+    dense: Size
+    compressed: Size
+    sites: tuple[SiteRecord, ...]
+    verification: Verification
+    calibration: CalibrationRecord | None
+    softmax_bound: SoftmaxBound | None
+    accuracy: Accuracy | None
+    latency: BenchResult | None
+    probe_shapes: dict[str, tuple[int, ...]]
+    probe_given: bool
+    probe: tuple[ProbeOutput, ...]
+    files: dict[str, str]
+    stages: tuple[Stage, ...]
+    peak_memory: int
+    environment: Environment
+    notes: tuple[str, ...]
+
+    @property
+    def split_sites(self) -> tuple[SiteRecord, ...]:
+        """The sites that were split."""
+        return tuple(site for site in self.sites if site.decision == "split")
+
+
+def read_report(folder: Path) -> Report:
+    """The report of the bundle in `folder`.
+
+    Raises:
+        UsageError: no bundle there.
+        ModelError: a report that this version cannot read, and the first reason.
+    """
+    path = folder / "report.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} is no bundle: it has no report.json")
+    try:
+        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+    except (pydantic.ValidationError, UnicodeDecodeError) as error:
+        first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ModelError(
+            f"{path} is not a report of schema version {SCHEMA_VERSION}: {where}: {first['msg']}"
+        ) from error

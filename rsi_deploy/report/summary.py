@@ -1,0 +1,121 @@
+"""A report in a few rows and one sentence: the wording that terminal table and model card share."""
+
+from rsi_deploy.measure.accuracy import AccuracyResult
+from rsi_deploy.measure.latency import ArmResult
+from rsi_deploy.plan.planner import site_name
+from rsi_deploy.report.schema import Report
+from rsi_deploy.sites import SiteRecord
+
+Row = tuple[str, str, str, str]
+
+RESPONSE = "response: share of a site's output variance that is lost, on calibration data"
+LOSS = "loss: how far the split of that site alone moves the model's outputs, estimated"
+
+
+def comparison_rows(report: Report) -> list[Row]:
+    """Quantity, dense, compressed, change: what a user wants to know first."""
+    rows: list[Row] = []
+    if report.accuracy:
+        rows += _accuracy_rows(report.accuracy.dense, report.accuracy.compressed)
+    d, c = report.dense, report.compressed
+    rows += [
+        ("file", human_bytes(d.bytes), human_bytes(c.bytes), f"{d.bytes / c.bytes:.2f}x smaller"),
+        ("parameters", f"{d.params:,}", f"{c.params:,}", _kept(c.params, d.params)),
+    ]
+    if d.macs:  # unknown where the model could not be run
+        rows.append(("MACs a sample", f"{d.macs:,}", f"{c.macs:,}", _kept(c.macs, d.macs)))
+    if report.latency:
+        dense, compressed = report.latency.arms
+        rows.append(
+            (
+                f"latency, batch {report.latency.batch}",
+                milliseconds(dense),
+                milliseconds(compressed),
+                compressed.verdict,
+            )
+        )
+    return rows
+
+
+def verdict(report: Report) -> str:
+    """One sentence: smaller by, faster or not, accuracy change."""
+    parts = [f"{report.dense.bytes / report.compressed.bytes:.2f}x smaller"]
+    parts.append(report.latency.arms[1].verdict if report.latency else "latency not measured")
+    if report.accuracy and report.accuracy.dense.top1 is not None and report.accuracy.compressed.top1 is not None:
+        parts.append(f"top-1 {report.accuracy.compressed.top1 - report.accuracy.dense.top1:+.2f} points")
+    return ", ".join(parts) + "."
+
+
+def certificate_lines(report: Report) -> list[str]:
+    """What calibration and the softmax bound vouch for, a line each."""
+    lines = []
+    if c := report.calibration:
+        checked = f", {c.checked:,} of them checked" if c.checked != c.samples else ""
+        ranks_alone = ", for ranks alone" if report.settings.factors == "weights" else ""
+        found = [
+            "the dense outputs are all zero" if c.output_error is None else f"output error {100 * c.output_error:.2g} %"
+        ]
+        found += [] if c.divergence is None else [f"KL {c.divergence:.2g}"]
+        found += [] if c.agreement is None else [f"agreement {c.agreement:.1f} %"]
+        lines.append(f"calibration, {c.samples:,} samples{checked}{ranks_alone}: {', '.join(found)}")
+    if b := report.softmax_bound:
+        lines.append(
+            f"unchanged top-1, {site_name(b.site)} alone: guaranteed {b.guaranteed_unchanged:.1f} %, observed "
+            f"{b.observed_unchanged:.1f} % (softmax bound, {b.violations} violations)"
+        )
+    return lines
+
+
+def operation(site: SiteRecord) -> str:
+    """The operation, and for the split of a Conv its form; a product has one form only."""
+    return site.kind if site.form in (None, "matmul", "gemm") else f"{site.kind} {site.form}"
+
+
+def has_loss(site: SiteRecord) -> bool:
+    """Whether its rank was chosen by what it loses."""
+    return site.reason.startswith("loss ")
+
+
+def normalized_error(site: SiteRecord) -> str:
+    """In units of the optimum, with a sign where it is an upper bound; "" where it was not measured."""
+    if site.normalized_error is None:
+        return ""
+    return f"{'≤ ' if site.normalized_error_kind != 'exact' else ''}{site.normalized_error:.2f}"
+
+
+def response_error(site: SiteRecord) -> str:
+    """In percent; "" where the factors were not fitted to data."""
+    return "" if site.response_error is None else f"{100 * site.response_error:.2g} %"
+
+
+def milliseconds(arm: ArmResult) -> str:
+    """Median latency with its 95 % interval."""
+    low, high = arm.median_interval_ms
+    return f"{arm.median_ms:.3f} ms [{low:.3f}, {high:.3f}]"
+
+
+def human_bytes(count: int) -> str:
+    """Bytes for people, in powers of ten.
+
+    Example:
+        >>> human_bytes(2_390_000)
+        '2.39 MB'
+    """
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def _accuracy_rows(dense: AccuracyResult, compressed: AccuracyResult) -> list[Row]:
+    rows: list[Row] = []
+    for name, a, b in (("top-1", dense.top1, compressed.top1), ("top-5", dense.top5, compressed.top5)):
+        if a is not None and b is not None:
+            rows.append((name, f"{a:.2f} %", f"{b:.2f} %", f"{b - a:+.2f} points"))
+    if compressed.agreement is not None:
+        rows.append(("same answer as dense", "", f"{compressed.agreement:.2f} %", f"of {compressed.samples} samples"))
+    return rows
+
+
+def _kept(after: int, before: int) -> str:
+    return f"{after / before:.1%} kept" if before else ""

@@ -1,0 +1,212 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from rsi_deploy.calibrate.calibration_data import BATCH, CalibrationData, check_source, refuse_shared, sample_digest
+from rsi_deploy.errors import UsageError
+from rsi_deploy.measure.data import ArrayData
+from rsi_deploy.measure.inputs import InputSpec
+from rsi_deploy.measure.preprocess import Preprocessing
+
+STEPS = Preprocessing(mean=(0.5,), std=(0.25,), layout="NCHW")
+
+
+def spec(name="input", shape=("N", 4), dtype=np.float32):
+    return InputSpec(name=name, dtype=np.dtype(dtype), shape=shape)
+
+
+IDS, MASK = (spec(name, ("N", 5), np.int64) for name in ("ids", "mask"))
+PICTURE = spec("pixels", ("N", 1, 6, 6))
+
+
+def rows(count=100, width=4, dtype=np.float32):
+    """Every value is the number of its sample."""
+    return np.repeat(np.arange(count)[:, None], width, axis=1).astype(dtype)
+
+
+def together(data):
+    batches = list(data.feeds())
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+# -- where samples come from
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_arrays_by_the_models_input_names(tmp_path, as_file):
+    arrays = {"ids": rows(50, 5, np.int64), "mask": rows(50, 5, np.int64) % 2, "labels": np.arange(50)}
+    np.savez(tmp_path / "t.npz", **arrays)
+    data = CalibrationData(tmp_path / "t.npz" if as_file else arrays, [IDS, MASK], None, 1000)
+    assert (data.samples, data.available, data.batch) == (50, 50, BATCH)
+    found = together(data)
+    assert found.keys() == {"ids", "mask"}
+    np.testing.assert_array_equal(found["ids"], arrays["ids"])
+    np.testing.assert_array_equal(found["mask"], arrays["mask"])
+    assert [len(batch["ids"]) for batch in data.feeds()] == [32, 18]
+
+
+def test_a_data_set_for_a_model_with_one_input(tmp_path):
+    np.savez(tmp_path / "d.npz", x=rows(), labels=np.zeros(100, int))
+    for source in (tmp_path / "d.npz", str(tmp_path / "d.npz"), ArrayData(rows())):
+        np.testing.assert_array_equal(together(CalibrationData(source, [spec()], None, 1000))["input"], rows())
+
+
+@pytest.mark.parametrize("name", ["x", "images", "input"])
+def test_pictures_go_through_the_preprocessing_whatever_the_input_is_called(tmp_path, name):
+    pictures = np.random.default_rng(0).integers(0, 256, (10, 6, 6), np.uint8)
+    np.savez(tmp_path / "p.npz", **{"x" if name == "x" else "images": pictures})
+    data = CalibrationData(tmp_path / "p.npz", [spec(name, ("N", 1, 6, 6))], STEPS, 1000)
+    found = together(data)[name]
+    assert found.shape == (10, 1, 6, 6)
+    np.testing.assert_allclose(found[:, 0], (pictures / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_of_pictures(tmp_path):
+    for kind in "ab":
+        (tmp_path / "f" / kind).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(np.full((6, 6, 3), 40 * i, np.uint8)).save(tmp_path / "f" / kind / f"{i}.png")
+    data = CalibrationData(tmp_path / "f", [spec("pixels", ("N", 3, 6, 6))], STEPS, 1000)
+    assert together(data)["pixels"].shape == (6, 3, 6, 6)
+
+
+# -- which samples
+
+
+def test_samples_are_spaced_evenly():
+    expected = [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]
+    for source in ({"input": rows()}, ArrayData(rows())):
+        found = together(CalibrationData(source, [spec()], None, 10))["input"]
+        assert found[:, 0].tolist() == expected
+
+
+def test_every_pass_starts_anew():
+    data = CalibrationData({"input": rows()}, [spec()], None, 70)
+    first, second = (together(data)["input"] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_a_fixed_batch_gets_whole_batches():
+    for source in ({"input": rows()}, ArrayData(rows())):
+        data = CalibrationData(source, [spec(shape=(16, 4))], None, 50)
+        assert (data.batch, data.samples) == (16, 48)
+        assert [len(batch["input"]) for batch in data.feeds()] == [16, 16, 16]
+    message = "--calib: 15 samples are fewer than the model's fixed batch of 16; give more"
+    for source, size in (({"input": rows(15)}, 100), ({"input": rows(100)}, 15)):
+        with pytest.raises(UsageError) as caught:
+            CalibrationData(source, [spec(shape=(16, 4))], None, size)
+        assert str(caught.value) == message
+
+
+def test_types_of_one_kind_become_the_models():
+    for came, wanted in ((np.float64, np.float32), (np.float32, np.float16), (np.int32, np.int64), (bool, np.int64)):
+        data = CalibrationData({"input": rows(4).astype(came)}, [spec(dtype=wanted)], None, 10)
+        assert together(data)["input"].dtype == wanted
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"ids": rows(9, 5, np.int64)}, "--calib: no array for the input mask; there are ids"),
+        ({"ids": rows(9, 5, np.int64), "mask": rows(8, 5, np.int64)}, "as many samples as the others, but got"),
+        ({"ids": rows(0, 5, np.int64), "mask": rows(0, 5, np.int64)}, "as many samples as the others"),
+        ({"ids": np.int64(3), "mask": np.int64(3)}, "as many samples as the others"),
+        (
+            {"ids": rows(9, 5), "mask": rows(9, 5, np.int64)},
+            "takes ids: int64 (N, 5), but the data are float32 (samples, 5)",
+        ),
+        (
+            {"ids": rows(9, 6, np.int64), "mask": rows(9, 5, np.int64)},
+            "takes ids: int64 (N, 5), but the data are int64 (samples, 6)",
+        ),
+    ],
+)
+def test_arrays_that_do_not_fit(arrays, words):
+    with pytest.raises(UsageError) as caught:
+        CalibrationData(arrays, [IDS, MASK], None, 10)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "specs", "words"),
+    [
+        (rows(9, 5), [spec()], "--calib: the model takes input: float32 (N, 4), but the data are float32 (samples, 5)"),
+        (rows(9, 4, np.int64), [spec()], "ready inputs the model's own type"),
+        (np.zeros((9, 6, 6), np.uint8), [PICTURE], "8-bit pictures need a preprocessing (--mean, --std, ...)"),
+        (np.where(np.arange(4) == 2, np.nan, rows()).astype(np.float32), [spec()], "the data for input hold NaN"),
+        (rows(), [IDS, MASK], "the model has the inputs ids, mask; give an .npz with one array for each of them"),
+    ],
+)
+def test_data_sets_that_do_not_fit(tmp_path, values, specs, words):
+    np.savez(tmp_path / "d.npz", **{"images" if values.dtype == np.uint8 else "x": values})
+    with pytest.raises(UsageError) as caught:
+        list(CalibrationData(tmp_path / "d.npz", specs, None, 10).feeds())
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 cut off"])
+def test_files_that_cannot_be_read(tmp_path, content):
+    (tmp_path / "d.npz").write_bytes(content)
+    with pytest.raises(UsageError, match=r"^--calib: .*d\.npz"):
+        CalibrationData(tmp_path / "d.npz", [spec()], None, 10)
+
+
+def test_a_file_with_flipped_bytes(tmp_path):
+    np.savez_compressed(tmp_path / "d.npz", input=np.random.default_rng(0).standard_normal((100, 4)).astype(np.float32))
+    content = bytearray((tmp_path / "d.npz").read_bytes())
+    content[200:210] = bytes(10)
+    (tmp_path / "d.npz").write_bytes(content)
+    with pytest.raises(UsageError, match=r"^--calib: .*d\.npz cannot be read"):
+        CalibrationData(tmp_path / "d.npz", [spec()], None, 10)
+
+
+def test_a_pickle_is_not_executed(tmp_path):
+    np.savez(tmp_path / "d.npz", input=np.array([object()] * 3, dtype=object))
+    with pytest.raises(UsageError, match="cannot be read: Object arrays cannot be loaded"):
+        CalibrationData(tmp_path / "d.npz", [spec()], None, 10)
+
+
+def test_a_path_with_nothing_there_is_refused_before_any_work(tmp_path):
+    with pytest.raises(UsageError, match=r"--calib: .*no\.npz does not exist; expected an \.npz"):
+        check_source(tmp_path / "no.npz")
+    for fine in (None, tmp_path, ArrayData(rows()), {"input": rows()}):
+        check_source(fine)
+
+
+# -- samples that are evaluation data too
+
+
+def test_shared_samples_are_counted():
+    data = CalibrationData({"input": rows(60)}, [spec()], None, 1000)
+    with pytest.raises(UsageError, match=r"share samples \(20 of 30 evaluation samples looked at\)"):
+        refuse_shared(data, ArrayData(rows(70)[40:], np.zeros(30, int)), spec(), None)
+    refuse_shared(data, ArrayData(rows(90)[60:], np.zeros(30, int)), spec(), None)
+
+
+def test_samples_that_are_not_used_are_not_shared():
+    data = CalibrationData({"input": rows(60)}, [spec()], None, 6)  # every tenth
+    refuse_shared(data, ArrayData(rows(9)[1:]), spec(), None)
+    with pytest.raises(UsageError, match="1 of 9"):
+        refuse_shared(data, ArrayData(rows(9)), spec(), None)
+
+
+def test_pictures_are_compared_as_they_enter_the_model(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (10, 6, 6), np.uint8)
+    np.savez(tmp_path / "p.npz", images=pictures)
+    data = CalibrationData(tmp_path / "p.npz", [PICTURE], STEPS, 1000)
+    with pytest.raises(UsageError, match="4 of 4"):
+        refuse_shared(data, ArrayData(pictures[3:7]), PICTURE, STEPS)
+    with pytest.raises(UsageError, match="4 of 4"):  # ready inputs of the same pictures
+        ready = np.concatenate([batch for batch, _ in ArrayData(pictures[3:7]).batches(4, STEPS)])
+        refuse_shared(data, ArrayData(ready), PICTURE, STEPS)
+    refuse_shared(data, ArrayData(255 - pictures), PICTURE, STEPS)
+
+
+def test_a_digest_is_of_the_values():
+    assert sample_digest(rows(2)[0]) != sample_digest(rows(2)[1])
+    assert sample_digest(np.asfortranarray(rows(8, 4))) == sample_digest(rows(8, 4))
+    data = CalibrationData({"input": rows(70)}, [spec()], None, 1000)
+    assert len(data.digests()) == 70

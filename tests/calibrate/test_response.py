@@ -1,0 +1,237 @@
+"""The response problem against least squares and random factors, all by brute force over the rows."""
+
+import pytest
+import torch
+
+from rsi_deploy.calibrate.moments import Gathering, Moments, Samples
+from rsi_deploy.calibrate.response import EXACT_LIMIT, RIDGE, held_root, leading, respond, response_error, ridge_level
+from rsi_deploy.rsi import Solver
+
+SOLVER = Solver(power_iterations=8)
+SMALL = 1e-10
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(groups=1, rows=300, in_features=12, *, mean=1.0, seed=0):
+    """Inputs whose directions fade away."""
+    turn = torch.linalg.qr(randn(in_features, in_features, seed=seed + 1)).Q
+    return (randn(groups, rows, in_features, seed=seed) * 0.7 ** torch.arange(in_features)) @ turn + mean
+
+
+def gathered(x, y, limit=10**6):
+    gathering = Gathering(x.shape[-1], limit=limit)
+    half = x.shape[1] // 2
+    gathering.add(x[:, :half], y[:, :half])
+    gathering.add(x[:, half:], y[:, half:])
+    return gathering.result()
+
+
+def brute_error(x, y, product):
+    """Relative, centred, of all groups together."""
+    x, y = x.double(), y.double()
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    return float((y - x @ product.double().mT).square().sum() / y.square().sum())
+
+
+def stream(groups=1, out=8, seed=0, **settings):
+    """Dense inputs, those that compressed layers before would leave, a weight and what it should answer."""
+    x = correlated(groups, seed=seed, **settings)
+    xh = x @ (torch.eye(x.shape[-1]) + 0.2 * randn(x.shape[-1], x.shape[-1], seed=seed + 2)) + 0.1 * randn(
+        *x.shape, seed=seed + 7
+    )
+    W = randn(groups, out, x.shape[-1], seed=seed + 3)
+    return x, xh, W, x @ W.mT
+
+
+CASES = {"narrow": (1, 8), "wide": (1, 20), "grouped": (3, 5)}
+
+
+@pytest.mark.parametrize("limit", [10**6, 2], ids=["moments", "samples"])
+@pytest.mark.parametrize(("groups", "out"), CASES.values(), ids=CASES)
+def test_the_error_of_a_product_is_the_empirical_one(groups, out, limit):
+    _, xh, W, y = stream(groups, out)
+    found = response_error(W, gathered(xh, y, limit))
+    assert found == pytest.approx(brute_error(xh, y, W), rel=1e-4)
+    assert found != pytest.approx(brute_error(xh, y, 1.01 * W), rel=1e-3)
+
+
+@pytest.mark.parametrize(("groups", "out"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_errors_are_the_empirical_ones_at_every_rank(groups, out, sequential):
+    x, xh, W, y = stream(groups, out)
+    x = xh if sequential else x
+    problem = respond(W, gathered(x, y), ridge=SMALL)
+    errors, full = problem.errors(), min(W.shape[-2:])
+    assert len(errors) == full + 1
+    for rank in range(1, full + 1):
+        left, right = problem.factors(rank, SOLVER)
+        assert float(errors[rank]) == pytest.approx(brute_error(x, y, left @ right), rel=1e-3, abs=1e-5)
+        assert float(errors[rank - 1]) >= float(errors[rank])
+    assert float(errors[1]) != pytest.approx(brute_error(x, y, W), rel=1e-3, abs=1e-5)
+    assert float(errors[0]) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("groups", "out"), CASES.values(), ids=CASES)
+def test_no_factors_do_better(groups, out):
+    _, xh, W, y = stream(groups, out)
+    problem = respond(W, gathered(xh, y), ridge=SMALL)
+    errors = problem.errors()
+    for rank in (1, 3, 5):
+        left, right = (t.double() for t in problem.factors(rank, SOLVER))
+        for seed in range(30):
+            step = 10.0 ** -(seed % 4)
+            other = (left + step * randn(*left.shape, seed=seed)) @ (right + step * randn(*right.shape, seed=seed + 99))
+            assert brute_error(xh, y, other) >= float(errors[rank]) - 1e-5
+        assert brute_error(xh, y, left @ right) < float(errors[rank - 1]) - 1e-4  # a bound of another rank is none
+
+
+@pytest.mark.parametrize("limit", [10**6, 2], ids=["moments", "samples"])
+def test_with_a_ridge_errors_are_an_upper_bound_in_the_dense_network(limit):
+    x, _, W, y = stream()
+    problem = respond(W, gathered(x, y, limit))
+    level = RIDGE * float(x.var(1, correction=0).mean()) / float(y.var(1, correction=0).sum())
+    for rank in range(1, 9):
+        left, right = problem.factors(rank, SOLVER)
+        empirical, error = brute_error(x, y, left @ right), float(problem.errors()[rank])
+        allowed = level * float((W - left @ right).square().sum())
+        assert empirical - 1e-6 <= error <= empirical + allowed + 1e-6
+
+
+@pytest.mark.parametrize("rows", [300, 8])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_moments_and_samples_pose_the_same_problem(sequential, rows):
+    x, xh, W, y = stream(2, 7, rows=rows)
+    x = xh if sequential else x
+    a, b = respond(W, gathered(x, y)), respond(W, gathered(x, y, limit=2))
+    assert isinstance(gathered(x, y), Moments)
+    assert isinstance(gathered(x, y, limit=2), Samples)
+    torch.testing.assert_close(a.target, b.target.double(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(a.errors(), b.errors(), rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(a.mean_x, b.mean_x.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a.bias(a.target), b.bias(b.target).double(), rtol=1e-3, atol=1e-3)
+    left = [(p.factors(3, SOLVER)) for p in (a, b)]
+    torch.testing.assert_close(left[0][0] @ left[0][1], (left[1][0] @ left[1][1]).double(), rtol=1e-2, atol=1e-3)
+
+
+def test_in_the_dense_network_the_target_is_the_weight():
+    x, xh, W, y = stream()
+    torch.testing.assert_close(respond(W, gathered(x, y)).target, W.double(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(respond(W, gathered(xh, y)).target, W.double(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 6])
+def test_responses_are_kept_better_than_by_the_svd_of_the_weight(rank):
+    x, _, W, y = stream(2, 8)
+    problem = respond(W, gathered(x, y))
+    left, right = problem.factors(rank, SOLVER)
+    plain = Solver(method="svd")(W, rank)
+    assert response_error(left @ right, gathered(x, y)) < response_error(plain.left @ plain.right, gathered(x, y))
+
+
+def test_sequential_regression_beats_the_weight_and_the_dense_factors():
+    x, xh, W, y = stream()
+    moments = gathered(xh, y)
+    problem = respond(W, moments)
+    assert response_error(problem.target, moments) < 0.5 * response_error(W, moments)
+    dense_left, dense_right = respond(W, gathered(x, y)).factors(4, SOLVER)
+    left, right = problem.factors(4, SOLVER)
+    assert response_error(left @ right, moments) < response_error(dense_left @ dense_right, moments)
+
+
+@pytest.mark.parametrize("limit", [10**6, 2], ids=["moments", "samples"])
+def test_the_bias_makes_the_mean_error_zero(limit):
+    _, xh, W, y = stream(2, 6, mean=30.0)
+    problem = respond(W, gathered(xh, y, limit))
+    left, right = problem.factors(2, SOLVER)
+    product = left @ right
+    missing = y - xh @ product.float().mT
+    error = (missing.double() - problem.bias(product)[:, None]).mean(1)
+    assert error.abs().max() < 1e-3
+    assert missing.mean(1).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("limit", [10**6, 2], ids=["moments", "samples"])
+@pytest.mark.parametrize("inputs", ["zero", "constant", "some constant", "low rank", "few rows", "one group constant"])
+def test_poor_inputs_have_finite_answers(inputs, limit):
+    x, xh, W, _ = stream(2, 6, rows=4 if inputs == "few rows" else 60)
+    if inputs in ("zero", "constant"):
+        xh = torch.full_like(xh, 0.0 if inputs == "zero" else 1 / 3)
+    elif inputs == "some constant":
+        xh[..., ::2] = 5.0
+    elif inputs == "low rank":
+        xh = xh[..., :2] @ randn(2, 12)
+    elif inputs == "one group constant":
+        xh[1] = 1 / 3
+        xh[1, ::5] = torch.nextafter(xh[1, ::5], torch.tensor(1.0))
+    problem = respond(W, gathered(xh, x @ W.mT, limit))
+    errors = problem.errors()
+    left, right = problem.factors(3, SOLVER)
+    for value in (problem.target, errors, left, right, problem.bias(left @ right)):
+        assert torch.isfinite(value).all()
+    # Where the data say nothing, the answer is the weight's own, not noise blown up.
+    assert problem.target.abs().max() < 20 * W.abs().max()
+    if inputs in ("zero", "constant"):
+        torch.testing.assert_close(problem.target.double(), W.double(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_scales_of_the_data_change_nothing(scale):
+    _, xh, W, y = stream()
+    expected = respond(W, gathered(xh, y))
+    found = respond(W, gathered(scale * xh, scale * y))
+    torch.testing.assert_close(found.target, expected.target, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.errors(), expected.errors(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_every_precision(dtype):
+    x, _, W, _ = stream()
+    W = W.to(dtype)
+    y = x @ W.float().mT
+    found = respond(W, gathered(x, y))
+    assert found.target.dtype == torch.float64
+    torch.testing.assert_close(found.target, W.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_zero_weight_has_no_error():
+    x, _, W, _ = stream()
+    problem = respond(0 * W, gathered(x, 0 * x @ W.mT))
+    assert torch.equal(problem.errors(), torch.zeros(9, dtype=torch.float64))
+    left, right = problem.factors(2, SOLVER)
+    assert response_error(left @ right, gathered(x, 0 * x @ W.mT)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gram_matrices_that_rounding_made_indefinite_are_held(dtype):
+    x = randn(1, 3, 64).to(dtype)
+    gram = x.mT @ x
+    gram -= 5e-6 * torch.eye(64, dtype=dtype)
+    level = torch.full((1, 1), 1e-9, dtype=dtype)
+    assert torch.linalg.cholesky_ex(gram + level * torch.eye(64, dtype=dtype)).info.any()
+    root, raised = held_root(gram, level)
+    assert raised > level
+    torch.testing.assert_close(root @ root.mT, gram + raised * torch.eye(64, dtype=dtype), rtol=1e-4, atol=1e-4)
+    kept = held_root(torch.eye(64, dtype=dtype)[None], torch.full((1, 1), 0.1, dtype=dtype))[1]
+    assert float(kept) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="not positive"):
+        held_root(-torch.eye(4, dtype=dtype)[None], level)
+
+
+def test_the_ridge_is_above_zero():
+    assert ridge_level(torch.zeros(2, 3), 0.0).min() > 0
+    torch.testing.assert_close(ridge_level(torch.tensor([[1.0, 3.0]]), 0.5), torch.tensor([[1.0]]))
+
+
+@pytest.mark.parametrize("out", [40, EXACT_LIMIT + 6])
+def test_leading_vectors_span_what_the_svd_spans(out):
+    A = randn(1, out, 5) @ torch.diag(torch.tensor([5.0, 4, 3, 0.1, 0.01])) @ randn(5, 30, seed=1)
+    found = leading(A, 3, SOLVER)
+    U = torch.linalg.svd(A, full_matrices=False).U[..., :3]
+    torch.testing.assert_close(found @ found.mT, U @ U.mT, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.mT @ found, torch.eye(3)[None], rtol=1e-4, atol=1e-5)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(found @ found.mT, U[..., :2] @ U[..., :2].mT, rtol=1e-3, atol=1e-3)

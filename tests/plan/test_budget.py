@@ -1,0 +1,242 @@
+import re
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.plan.budget import Budget, parse_share, parse_size
+from rsi_deploy.plan.knapsack import Option, SiteOptions, UnreachableLimitError, choose, smallest_cost
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("0.5", 0.5),
+        (" .5 ", 0.5),
+        ("1", 1.0),
+        ("1.0", 1.0),
+        ("50%", 0.5),
+        ("50 %", 0.5),
+        ("12.7%", 0.127),
+        ("100%", 1.0),
+        ("1%", 0.01),
+        ("5e-1", 0.5),
+        (0.5, 0.5),
+        (1e-05, 1e-05),
+        (1, 1.0),
+    ],
+)
+def test_shares(text, share):
+    assert parse_share("--keep-params", text) == share
+
+
+@pytest.mark.parametrize(
+    ("text", "to_type"),
+    [
+        ("50", "write --keep-macs 50%"),
+        ("12.5", "write --keep-macs 12.5%"),
+        ("100", "write --keep-macs 100%"),
+        ("1.5", "write --keep-macs 1.5%"),
+        ("1e1", "write --keep-macs 10%"),
+        ("101", "for example 0.5 or 50%"),
+        ("0", "for example 0.5 or 50%"),
+        ("-0.5", "for example 0.5 or 50%"),
+        ("0%", "(0 %, 100 %]"),
+        ("101%", "(0 %, 100 %]"),
+        ("-5%", "(0 %, 100 %]"),
+        ("half", "such as 0.5 or 50%"),
+        ("", "such as 0.5 or 50%"),
+        ("%", "such as 0.5 or 50%"),
+        ("nan", "such as 0.5 or 50%"),
+        ("0,5", "such as 0.5 or 50%"),
+        ("50%%", "such as 0.5 or 50%"),
+        (True, "such as 0.5 or 50%"),
+    ],
+)
+def test_refused_shares_say_what_to_type(text, to_type):
+    with pytest.raises(UsageError) as caught:
+        parse_share("--keep-macs", text)
+    assert to_type in str(caught.value)
+    assert f"got {str(text)!r}" in str(caught.value)
+    assert str(caught.value).startswith("--keep-macs ")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("20MB", 20_000_000),
+        ("20 MB", 20_000_000),
+        ("20MiB", 20 * 1024**2),
+        ("1.5GiB", 3 * 1024**3 // 2),
+        ("1GB", 10**9),
+        ("5kB", 5000),
+        ("5KB", 5000),
+        ("5KiB", 5120),
+        (".5kB", 500),
+        ("0.29MB", 290_000),  # 0.29 * 10**6 is 289999.99999999994
+        ("1.2345kB", 1234),
+        ("4096", 4096),
+        ("4096B", 4096),
+        (4096, 4096),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size("--max-size", text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "to_type"),
+    [
+        ("20M", "write --max-size 20MB or 20MiB"),
+        ("20mb", "write --max-size 20MB or 20MiB"),
+        ("20Mb", "write --max-size 20MB or 20MiB"),
+        ("7K", "write --max-size 7kB or 7KiB"),
+        ("20 bytes", "write --max-size 20B"),
+        ("20TB", "write 20MB or 20MiB"),
+        ("0.5", "for example 0.5MB"),
+        ("0.5B", "for example 0.5MB"),
+        ("0", "at least 1 byte"),
+        ("0MB", "at least 1 byte"),
+        ("0.0001kB", "at least 1 byte"),
+        ("-5MB", "such as 20MB, 20MiB or 20000000"),
+        ("20,000,000", "such as 20MB, 20MiB or 20000000"),
+        ("1e6", "such as 20MB, 20MiB or 20000000"),
+        ("50%", "such as 20MB, 20MiB or 20000000"),
+        ("MB", "such as 20MB, 20MiB or 20000000"),
+        ("", "such as 20MB, 20MiB or 20000000"),
+        (True, "such as 20MB, 20MiB or 20000000"),
+    ],
+)
+def test_refused_sizes_say_what_to_type(text, to_type):
+    with pytest.raises(UsageError) as caught:
+        parse_size("--max-size", text)
+    assert to_type in str(caught.value)
+    assert f"got {str(text)!r}" in str(caught.value)
+
+
+def test_a_budget_is_exactly_one_of_three():
+    assert Budget.parse(keep_params="50%") == Budget(keep_params=0.5)
+    assert Budget.parse(keep_macs=0.25) == Budget(keep_macs=0.25)
+    assert Budget.parse(max_size="20MB") == Budget(max_size=20_000_000)
+    assert [Budget(keep_params=1.0).cost, Budget(keep_macs=1.0).cost, Budget(max_size=1).cost] == [
+        "params",
+        "macs",
+        "bytes",
+    ]
+    with pytest.raises(UsageError, match="exactly one of .*, but got none of them"):
+        Budget()
+    with pytest.raises(UsageError, match="but got --keep-params and --max-size"):
+        Budget.parse(keep_params="0.5", max_size="1MB")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"keep_params": 0.0}, r"--keep-params must lie in \(0, 1\], but got 0.0"),
+        ({"keep_params": 50.0}, r"--keep-params must lie in \(0, 1\], but got 50.0"),
+        ({"keep_macs": 1.1}, r"--keep-macs must lie in \(0, 1\], but got 1.1"),
+        ({"keep_macs": float("nan")}, r"--keep-macs must lie in \(0, 1\], but got nan"),
+        ({"max_size": 0}, "--max-size must be at least 1 byte, but got 0"),
+    ],
+)
+def test_budgets_that_make_no_sense(wrong, words):
+    with pytest.raises(UsageError, match=words):
+        Budget(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("--keep-params", "50%"),
+        ("--keep-params", "100%"),
+        ("--keep-macs", "12.5%"),
+        ("--keep-macs", "0.001%"),
+        ("--max-size", "20MB"),
+        ("--max-size", "20MiB"),
+        ("--max-size", "3GB"),
+        ("--max-size", "1234567"),
+    ],
+)
+def test_a_budget_prints_as_it_is_typed(option, text):
+    assert str(Budget.parse(**{option[2:].replace("-", "_"): text})) == f"{option} {text}"
+
+
+@given(st.floats(1e-9, 1) | st.integers(1, 10**12))
+@example(0.1 + 0.2)
+@example(1e-9)
+def test_what_it_prints_is_read_back(value):
+    budget = Budget(max_size=value) if isinstance(value, int) else Budget(keep_macs=value)
+    option, text = str(budget).split()
+    assert Budget.parse(**{option[2:].replace("-", "_"): text}) == budget
+
+
+def test_the_share_is_of_the_whole_model():
+    # 1000 parameters, 100 of them in no site: half of the model leaves 400 for the sites, not 450.
+    assert Budget(keep_params=0.5).limit(1000, 100) == 400
+    assert Budget(keep_macs=0.5).limit(1000, 0) == 500
+    assert Budget(max_size=700).limit(1000, 100) == 600
+    assert Budget(max_size=5000).limit(1000, 100) == 4900
+    assert Budget(keep_params=1.0).limit(1000, 100) == 900
+
+
+def test_whole_percentages_of_whole_hundreds_are_exact():
+    for percent in range(1, 101):
+        assert Budget.parse(keep_params=f"{percent}%").total(700) == 7 * percent
+    assert Budget(keep_params=0.5).total(7) == 3
+    assert Budget(keep_params=0.999999999).total(10**18) == 999999999 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("budget", "nearest", "message"),
+    [
+        (
+            Budget(keep_params=0.1),
+            312,
+            "no plan can meet --keep-params 10% (100 of 1,000 parameters): the smallest comes to 312 parameters; "
+            "type --keep-params 31.2% or more, or let more sites be split (--include, --exclude)",
+        ),
+        (Budget(keep_macs=0.3), 301, "the smallest comes to 301 MACs a sample; type --keep-macs 30.1% or more"),
+        (Budget(max_size=200), 300, "no plan can meet --max-size 200 (200 bytes): the smallest comes to 300 bytes"),
+        (Budget(max_size=200), 12_345_678, "12,345,678 bytes; type --max-size 12.4MB or more"),
+    ],
+)
+def test_a_budget_that_no_plan_meets_names_the_nearest(budget, nearest, message):
+    with pytest.raises(ModelError) as caught:
+        budget.limit(1000, nearest - 20, smallest=20)
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def test_what_lies_outside_the_sites_alone_may_be_too_much():
+    assert Budget(keep_params=0.3).limit(1000, 300) == 0
+    with pytest.raises(ModelError, match="type --keep-params 30.1% or more"):
+        Budget(keep_params=0.3).limit(1000, 301)
+
+
+@given(st.integers(1, 10**9), st.data())
+def test_what_it_says_to_type_can_be_met_and_is_near(dense_total, data):
+    nearest = data.draw(st.integers(1, dense_total))
+    for option, budget in (("keep_params", Budget(keep_params=1e-12)), ("max_size", Budget(max_size=1))):
+        typed = re.search(r"type --[a-z-]+ (\S+) or more", str(budget.unreachable(dense_total, nearest)))[1]
+        total = Budget.parse(**{option: typed}).total(dense_total)
+        # A tenth of a percent, or a tenth of a unit, above it at most.
+        assert nearest <= total <= nearest + (dense_total / 1000 if option == "keep_params" else nearest / 10)
+
+
+def test_with_the_knapsack():
+    dense = Option(form="dense", rank=None, params=100, macs=100, bytes=400, loss=0.0)
+    split = Option(form="gemm", rank=2, params=40, macs=40, bytes=160, loss=0.5)
+    sites = [SiteOptions(name=name, options=(dense, split)) for name in "ab"]
+    smallest = smallest_cost(sites, cost="params")
+    met = Budget(keep_params=0.5)
+    chosen = choose(sites, cost=met.cost, limit=met.limit(220, 20, smallest=smallest))
+    assert 20 + sum(option.params for option in chosen.values()) <= 110
+    missed = Budget(keep_params=0.45)
+    with pytest.raises(
+        ModelError, match=r"99 of 220 parameters\): the smallest comes to 100 .* type --keep-params 45.5%"
+    ):
+        missed.limit(220, 20, smallest=smallest)
+    with pytest.raises(UnreachableLimitError) as caught:
+        choose(sites, cost=missed.cost, limit=missed.limit(220, 20))
+    assert "comes to 100 parameters" in str(missed.unreachable(220, 20 + caught.value.smallest))

@@ -1,0 +1,64 @@
+import pytest
+
+from rsi_deploy.errors import UsageError
+from rsi_deploy.plan.budget import Budget
+from rsi_deploy.plan.plan_file import Plan
+from rsi_deploy.plan.planner import RankSpec
+from rsi_deploy.plan.request import Request
+
+RANK = {"rank": RankSpec.parse("25%")}
+BUDGET = {"budget": Budget(keep_macs=0.5), "calib": "c.npz"}
+PLAN = {"plan": Plan(tool="", sites={}), "plan_name": "mine.json"}
+DROP = {"max_drop": 1.0, "calib": "c.npz"}
+
+
+@pytest.mark.parametrize(
+    ("given", "decided_by", "searched", "fitted"),
+    [
+        (RANK, "", False, False),
+        (RANK | {"calib": "c.npz"}, "", False, True),
+        (RANK | {"calib": "c.npz", "factors": "weights"}, "", False, False),
+        (BUDGET, "--keep-macs 50%", True, True),
+        (BUDGET | {"factors": "weights", "min_rank": 4, "rank_multiple": 8}, "--keep-macs 50%", True, False),
+        (PLAN, "--plan mine.json", False, False),
+        (DROP, "--max-drop 1", True, True),
+    ],
+)
+def test_what_decides(given, decided_by, searched, fitted):
+    request = Request(**given)
+    assert (request.decided_by, request.is_searched, request.is_fitted) == (decided_by, searched, fitted)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "but got none"),
+        (RANK | BUDGET, "but got --rank and --keep-macs;"),
+        (BUDGET | PLAN | DROP, "but got --keep-macs and --plan and --max-drop"),
+        (BUDGET | {"calib": None}, "--keep-macs is planned on calibration data: add --calib DATA"),
+        (DROP | {"calib": None}, "--max-drop is planned on calibration data: add --calib DATA"),
+        (DROP | {"max_drop": -1.0}, "0 to 100, but got -1"),
+        (DROP | {"max_drop": 100.5}, "0 to 100, but got 100.5"),
+        (DROP | {"max_drop": float("nan")}, "0 to 100, but got nan"),
+        (RANK | {"min_rank": 2}, "--min-rank holds ranks that a budget chooses, but got --rank; leave --min-rank out"),
+        (PLAN | {"rank_multiple": 8}, "--rank-multiple holds ranks that a budget chooses, but got --plan"),
+        (BUDGET | {"min_rank": 0}, "--min-rank must be at least 1, but got 0"),
+        (BUDGET | {"rank_multiple": -8}, "--rank-multiple must be at least 1, but got -8"),
+        (BUDGET | {"factors": "magic"}, "--factors must be response or weights, but got 'magic'"),
+        (BUDGET | {"calib_size": 0}, "--calib-size must be at least 1, but got 0"),
+    ],
+)
+def test_contradictions(given, words):
+    with pytest.raises(UsageError) as caught:
+        Request(**given)
+    assert words in str(caught.value)
+
+
+def test_what_goes_with_nothing_else():
+    Request(**DROP).check_against(data="d.npz", always_split=False)
+    Request(**RANK).check_against(data=None, always_split=True)
+    with pytest.raises(UsageError, match="--max-drop is measured on labelled data: add --data DATA"):
+        Request(**DROP).check_against(data=None, always_split=False)
+    for given, option in ((BUDGET, "--keep-macs"), (PLAN, "--plan"), (DROP, "--max-drop")):
+        with pytest.raises(UsageError, match=f"--always-split goes with --rank alone, but got {option}; leave it out"):
+            Request(**given).check_against(data="d.npz", always_split=True)
