@@ -1,0 +1,74 @@
+"""The command line: verbs, options, streams and exit codes. All work is done by the functions of the same names.
+
+Results go to stdout (one JSON document with --json), progress and logs to stderr. Exit codes: 0 done, 2 usage,
+3 the model cannot be handled, 4 a gate failed, 130 interrupted, 1 what nobody foresaw.
+"""
+
+import errno
+import logging
+import os
+import sys
+
+import click
+
+from rsi_deploy import __version__
+from rsi_deploy.cli.bench import bench
+from rsi_deploy.cli.doctor import doctor, schema
+from rsi_deploy.cli.evaluate import evaluate_verb
+from rsi_deploy.cli.export import export
+from rsi_deploy.cli.inspect import inspect
+from rsi_deploy.cli.verify import verify
+from rsi_deploy.errors import RsiDeployError
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def yield_idle_threads() -> None:
+    """Have torch's idle OpenMP threads sleep instead of spin, unless the user chose; must come before torch loads.
+
+    Where another process wants the cores, spinning threads make small matrix work ten times slower.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: run a verb and end the process with its exit code."""
+    sys.exit(run(argv))
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Run a verb and return its exit code; every foreseen error is one message on stderr."""
+    yield_idle_threads()
+    try:
+        return cli.main(args=argv, prog_name="rsi-deploy", standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted; nothing was left under the final name", 130)
+    except RsiDeployError as error:
+        return _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            return _fail(f"no space left on the disk ({error.filename or 'while writing'}); nothing was left behind", 3)
+        if error.errno in NO_ACCESS:
+            return _fail(f"no permission: {error.filename or error}", 3)
+        raise
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rsi-deploy")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens to stderr.")
+def cli(verbose: bool) -> None:
+    """Compress a trained network into a smaller, measurably faster ONNX model, and tell the truth about it."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
+
+
+for verb in (export, inspect, bench, evaluate_verb, verify, doctor, schema):
+    cli.add_command(verb)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"rsi-deploy: {message}", err=True)
+    return code

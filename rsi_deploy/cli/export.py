@@ -1,0 +1,88 @@
+"""`rsi-deploy export`: the main job."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rsi_deploy.cli.options import (
+    filter_options,
+    preprocessing,
+    preprocessing_options,
+    ranks_options,
+    runtime_options,
+    source_options,
+)
+from rsi_deploy.cli.terminal import console, progress_bar
+
+
+@click.command()
+@source_options
+@ranks_options
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--data", type=click.Path(), help="Labelled evaluation data: .npz or a tree of class folders.")
+@click.option("--feeds", type=click.Path(), help=".npz, one array per input: verify and measure with these.")
+@preprocessing_options
+@click.option("--method", type=click.Choice(["rsi", "rsvd", "svd"]), default="rsi", show_default=True)
+@click.option(
+    "--power-iterations", "-q", default=4, show_default=True, type=click.IntRange(min=1), help="The paper's q."
+)
+@click.option("--oversampling", default=0, show_default=True, type=click.IntRange(min=0), help="Extra sketch columns.")
+@filter_options
+@click.option(
+    "--always-split", is_flag=True, help="Split also where nothing is saved, and nothing jointly (teaching, tests)."
+)
+@click.option("--no-joint", is_flag=True, help="No right factor shared by weights of the same input (q, k, v).")
+@click.option("--assume-constant", is_flag=True, help="ONNX: weights that are graph inputs too are constants.")
+@click.option("--opset", type=int, help="Of the ONNX model. [default: an ONNX file's own; 23 with attention, else 20]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--no-bench", is_flag=True, help="Do not measure latency.")
+@click.option("--bench-batch", default=1, show_default=True, type=click.IntRange(min=1), help="Samples a run.")
+@click.option("--bench-seconds", default=10.0, show_default=True, type=click.FloatRange(min=0, min_open=True))
+@click.option("--max-output-error", type=click.FloatRange(min=0), help="Gate: relative error of the outputs (exit 4).")
+@click.option("--keep-dense", is_flag=True, help="Keep dense.onnx in the bundle.")
+@click.option("--force", is_flag=True, help="Replace a bundle that is there.")
+@runtime_options
+def export(
+    model: str,
+    output: Path,
+    no_bench: bool,
+    no_joint: bool,
+    as_json: bool,
+    mean: str | None,
+    std: str | None,
+    resize: str | None,
+    crop: str | None,
+    layout: str | None,
+    **options: Any,
+) -> None:
+    """Compress MODEL and write a bundle: model.onnx, report.json, plan.json, README.md.
+
+    How small: --rank, the same everywhere; or, with unlabelled data (--calib), a budget for the whole model
+    (--keep-params, --keep-macs, --max-size), or the smallest that keeps the accuracy (--max-drop); or a --plan.
+
+    MODEL is torchvision:NAME, package.module:factory (its code runs: name only code you trust), FILE.pt2 or FILE.onnx.
+    The paper's own rounding of a ratio is not known to us; here it is ceil(ratio * min(out, in)).
+    """
+    from rsi_deploy.pipeline import export as run_export
+    from rsi_deploy.report.table import print_report
+
+    with progress_bar() as progress:
+        report = run_export(
+            model,
+            output,
+            preprocessing=preprocessing(mean, std, resize, crop, layout),
+            measure=not no_bench,
+            joint=not no_joint,
+            progress=progress,
+            command=shlex.join(["rsi-deploy", *sys.argv[1:]]),
+            **options,
+        )
+    if as_json:
+        click.echo(report.model_dump_json(indent=2))
+        return
+    terminal = console()
+    print_report(terminal, report)
+    terminal.print(f"bundle: {output}", markup=False)

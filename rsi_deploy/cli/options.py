@@ -1,0 +1,160 @@
+"""Options that verbs share, and what their texts mean."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from rsi_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from rsi_deploy.measure.preprocess import Preprocessing
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def source_options(function: F) -> F:
+    """MODEL and the options that say how to load it."""
+    for decorator in (
+        click.option(
+            "--input-shape",
+            multiple=True,
+            metavar="[NAME=]1x3x32x32",
+            help="Where the model does not tell; batch first. By NAME for an ONNX file, repeatable.",
+        ),
+        click.option("--checkpoint", metavar="FILE", help="State dict for a factory: .safetensors or torch.save."),
+        click.option(
+            "--weights",
+            default="DEFAULT",
+            show_default=True,
+            help="torchvision: DEFAULT (download), none (random) or a file.",
+        ),
+        click.argument("model", metavar="MODEL"),
+    ):
+        function = decorator(function)
+    return function
+
+
+def filter_options(function: F) -> F:
+    """Which sites, and the seed."""
+    for decorator in (
+        click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of all that is random."),
+        click.option("--exclude", multiple=True, metavar="GLOB", help="Sites that stay dense; repeatable."),
+        click.option("--include", multiple=True, metavar="GLOB", help="Only these sites; repeatable."),
+    ):
+        function = decorator(function)
+    return function
+
+
+def ranks_options(function: F) -> F:
+    """What decides the ranks, and the data that factors are fitted to."""
+    for decorator in (
+        click.option("--allow-shared-data", is_flag=True, help="Calibration samples may be evaluation samples too."),
+        click.option(
+            "--rank-multiple", default=1, type=click.IntRange(min=1), help="Under a budget: ranks are its multiples."
+        ),
+        click.option("--min-rank", default=1, type=click.IntRange(min=1), help="Under a budget: no rank below it."),
+        click.option(
+            "--factors",
+            type=click.Choice(["response", "weights"]),
+            default="response",
+            show_default=True,
+            help="With --calib: fitted to the data, or the paper's plain method.",
+        ),
+        click.option(
+            "--calib-size",
+            default=1024,
+            show_default=True,
+            type=click.IntRange(min=1),
+            help="At most so many calibration samples.",
+        ),
+        click.option(
+            "--calib",
+            type=click.Path(),
+            help="Unlabelled data the factors are fitted to: as --data, or an .npz with one array per input.",
+        ),
+        click.option("--plan", type=click.Path(), help="A plan.json (of a bundle, perhaps edited): forms and ranks."),
+        click.option(
+            "--max-drop", type=float, metavar="POINTS", help="Smallest model losing at most so many points on --data."
+        ),
+        click.option("--max-size", metavar="20MB", help="Budget: bytes of model.onnx."),
+        click.option("--keep-macs", metavar="0.5|50%", help="Budget: share of the whole model's MACs."),
+        click.option("--keep-params", metavar="0.5|50%", help="Budget: share of the whole model's parameters."),
+        click.option(
+            "--rank",
+            help="A rank (64), or a ratio of full rank (40%: ceil(0.4 * min(out, in))). "
+            "Instead of it: a budget, --max-drop or --plan.",
+        ),
+    ):
+        function = decorator(function)
+    return function
+
+
+def preprocessing_options(function: F) -> F:
+    """From 8-bit pictures to inputs; what is not given comes from the model."""
+    for decorator in (
+        click.option("--layout", type=click.Choice(["NCHW", "NHWC"]), help="Axes of the input."),
+        click.option("--crop", metavar="HxW", help="Centre crop in pixels."),
+        click.option("--resize", metavar="N|HxW", help="Shorter side, or height x width, in pixels."),
+        click.option("--std", metavar="S,S,S", help="Divisor per channel, after the mean."),
+        click.option("--mean", metavar="M,M,M", help="Subtracted per channel from pixels in 0..1."),
+    ):
+        function = decorator(function)
+    return function
+
+
+def runtime_options(function: F) -> F:
+    """Where to run, and how to answer."""
+    for decorator in (
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+        click.option("--threads", type=click.IntRange(min=1), help="onnxruntime threads; default: its own choice."),
+        click.option("--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, ..."),
+    ):
+        function = decorator(function)
+    return function
+
+
+def preprocessing(
+    mean: str | None, std: str | None, resize: str | None, crop: str | None, layout: str | None
+) -> "Preprocessing | None":
+    """Only the fields that were given; the rest comes from the model."""
+    if not any((mean, std, resize, crop, layout)):
+        return None
+    from rsi_deploy.measure.preprocess import Preprocessing
+
+    given: dict[str, Any] = {"layout": layout} if layout else {}
+    for option, text in (("mean", mean), ("std", std)):
+        if text is not None:
+            given[option] = _numbers(f"--{option}", text)
+    for option, text in (("resize", resize), ("crop", crop)):
+        if text is not None:
+            size = _size(f"--{option}", text)
+            given[option] = size[0] if len(size) == 1 and option == "resize" else (size * 2)[:2]
+    return Preprocessing(**given)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"{option} takes numbers joined by commas, such as 0.485,0.456,0.406, but got {text!r}"
+        ) from None
+
+
+def _size(option: str, text: str) -> tuple[int, ...]:
+    parts = text.lower().split("x")
+    if not 1 <= len(parts) <= 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise UsageError(f"{option} takes pixels such as 224 or 224x224, but got {text!r}")
+    return tuple(int(p) for p in parts)
+
+
+def onnx_path(text: str) -> Path:
+    """An ONNX file, or the one in a bundle."""
+    path = Path(text)
+    if path.is_dir() and (path / "model.onnx").is_file():
+        return path / "model.onnx"
+    if not path.is_file():
+        raise UsageError(f"no such model: {text}; expected an .onnx file or a bundle's folder")
+    return path

@@ -1,0 +1,38 @@
+"""Where results and progress go: stdout, and bars on stderr where it is a terminal."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console() -> "Console":
+    """Results, on stdout."""
+    from rich.console import Console
+
+    # A pipe has no width: tables must not be cut for whoever reads it.
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+@contextmanager
+def progress_bar(unit: str = "sites") -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar on stderr with the site at work; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading and exporting", total=None)
+        yield lambda name, index, total: bar.update(task, description=name, completed=index + 1, total=total)
