@@ -1,14 +1,29 @@
-"""The values that flow between two waves of a run, a batch each: in memory while they are few, then on disk."""
+"""The values that flow between two waves of a run, a batch each: in memory while they are few, then on disk.
 
+Memory is what calibration has least of, and a file that is read again soon stays in the system's own cache.
+"""
+
+import math
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-MEMORY_LIMIT = 32 * 2**20
+MEMORY_LIMIT = 4 * 2**20
+
+
+class _Stored(NamedTuple):
+    """An array in a file: its numbers and nothing else."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def load(self) -> Any:
+        return np.fromfile(self.path, self.dtype, math.prod(self.shape)).reshape(self.shape)
 
 
 class LiveValues:
@@ -21,6 +36,7 @@ class LiveValues:
     def __init__(self, limit: int = MEMORY_LIMIT) -> None:
         self._limit = limit
         self._bytes = 0
+        self._free: dict[int, list[Path]] = {}  # by size; written over, as their pages are in the cache already
         self._count = 0
         self._values: dict[tuple[int, str], Any] = {}  # an array, a sequence of them, or where one is stored
         self._folder = tempfile.TemporaryDirectory(prefix="rsi-deploy-live-")
@@ -43,10 +59,7 @@ class LiveValues:
                 self._bytes += _bytes_of(value)
                 self._values[batch, name] = value
                 continue
-            path = Path(self._folder.name) / f"{self._count}.npy"
-            self._count += 1
-            np.save(path, value, allow_pickle=False)
-            self._values[batch, name] = path
+            self._values[batch, name] = self._stored(value)
 
     def has(self, batch: int, name: str) -> bool:
         """Whether a value is there."""
@@ -57,15 +70,15 @@ class LiveValues:
         found = {}
         for name in names:
             value = self._values[batch, name]
-            found[name] = np.load(value, allow_pickle=False) if isinstance(value, Path) else value
+            found[name] = value.load() if isinstance(value, _Stored) else value
         return found
 
     def drop(self, batch: int, names: Iterable[str]) -> None:
         """Forget these values of a batch, where they are there."""
         for name in names:
             value = self._values.pop((batch, name), None)
-            if isinstance(value, Path):
-                value.unlink()
+            if isinstance(value, _Stored):
+                self._free.setdefault(value.path.stat().st_size, []).append(value.path)
             elif value is not None:
                 self._bytes -= _bytes_of(value)
 
@@ -73,6 +86,27 @@ class LiveValues:
         """Forget all values of a batch but these."""
         wanted = set(names)
         self.drop(batch, [name for number, name in list(self._values) if number == batch and name not in wanted])
+
+    def _stored(self, value: Any) -> _Stored:
+        if same := self._free.pop(value.nbytes, None):
+            path = same.pop()
+            self._free |= {value.nbytes: same} if same else {}
+        else:
+            self._remove_one()
+            path = Path(self._folder.name) / str(self._count)
+            path.touch()
+            self._count += 1
+        with path.open("r+b") as file:
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data if value.size else b"")
+        return _Stored(path, value.dtype, value.shape)
+
+    def _remove_one(self) -> None:
+        """Remove a free file, of another size than is wanted: so there are never more files than values at a time."""
+        for size, paths in self._free.items():
+            paths.pop().unlink()
+            if not paths:
+                del self._free[size]
+            return
 
 
 def _bytes_of(value: Any) -> int:

@@ -1,18 +1,25 @@
 """Which rows of a batch every site's moments are taken from, and the taps that read them in both streams.
 
 As many of every sample as `moments.rows_for` allows in all, chosen once a batch from (seed, site, batch): both streams,
-and what a response is added to, are read at the same places. Padding under a mask input is no row.
+the response and what it is added to are read at the same places. Padding under a mask input is no row.
+
+    x   what the site reads; a Conv's patches with their columns sorted by point, then by channel: see `in_order`
+    y   what it makes of x, less the bias that is in the node: no product of ours
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from onnx import ModelProto
+from torch import Tensor
 
-from rsi_deploy.calibrate.moments import rows_for
+from rsi_deploy.calibrate.moments import GRAM_LIMIT, Moments, Samples, rows_for
 from rsi_deploy.calibrate.onnx_reach import Reached
 from rsi_deploy.calibrate.onnx_rows import Taps, chosen, output_size, patch_index
 from rsi_deploy.calibrate.onnx_segment import Segment
@@ -44,14 +51,16 @@ class Readings:
         self._samples, self._seed = samples, seed
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Shapes] = {}
 
-    def index(self, group: Iterable[Reached], batch: Feeds, number: int) -> dict[str, Array]:
-        """What the taps of these sites are fed, for batch `number`."""
+    def index(self, group: Iterable[Reached], batch: Feeds, number: int, *, survey: bool = False) -> dict[str, Array]:
+        """What the taps of these sites are fed, for batch `number`; with fewer rows where it is for a survey."""
         shapes = self._shapes(batch)
         feeds: dict[str, Array] = {}
         for r in group:
             shape = shapes[r.graph.data]
             generator = np.random.default_rng(stream_seed(self._seed, f"{r.site.name}/{number}"))
-            quota = rows_for(r.site.in_features) * samples_of(batch) / max(self._samples, 1)
+            quota = (
+                (survey_rows if survey else rows_for)(r.site.in_features) * samples_of(batch) / max(self._samples, 1)
+            )
             if r.graph.window is not None:
                 size = shape[2:]
                 at = chosen(math.prod(output_size(r.graph.window, size)), _whole(quota / max(shape[0], 1)), generator)
@@ -59,7 +68,7 @@ class Readings:
             else:
                 at = chosen(math.prod(shape[:-1]), _whole(quota), generator, _tokens(batch, shape))
                 feeds[f"{r.tag}/index"] = at
-            feeds[f"{r.tag}/beside/index"] = at
+            feeds[f"{r.tag}/response/index"] = feeds[f"{r.tag}/beside/index"] = at
         return feeds
 
     def alone(self, batch: Feeds) -> set[str]:
@@ -83,21 +92,102 @@ class Readings:
         return self._known[key]
 
 
-def taps_of(group: Iterable[Reached], *, data: Collection[str] | None = None, beside: Collection[str] = ()) -> Taps:
-    """Taps of what the sites read, where it is among `data` (None: all), and of what they are added to, likewise."""
+def survey_rows(in_features: int) -> int:
+    """How many rows are enough to choose ranks by: where y = W x, nothing has to be told apart from noise."""
+    return min(rows_for(in_features), max(rows_for(in_features) // 3, 8 * in_features))
+
+
+def taps_of(
+    group: Iterable[Reached],
+    *,
+    data: Callable[[Reached], bool] = lambda r: True,
+    biases: Mapping[str, tuple[str, float]] | None = None,
+    beside: Collection[str] = (),
+) -> Taps:
+    """Taps of what the sites read where `data` says so, of the outputs in `biases`, and of what is among `beside`."""
     taps = Taps()
     for r in group:
         site = r.site
-        if data is None or r.graph.data in data:
-            if site.kernel:
-                points = math.prod(site.kernel)
-                taps.patches(r.graph.data, r.tag, site.groups * site.in_features // points, points)
-            else:
-                taps.rows(r.graph.data, r.tag, site.in_features)
+        width = site.groups * site.out_features
+        outputs = taps.positions if site.kernel else taps.rows
+        if data(r) and site.kernel:
+            points = math.prod(site.kernel)
+            taps.patches(r.graph.data, r.tag, site.groups * site.in_features // points, points)
+        elif data(r):
+            taps.rows(r.graph.data, r.tag, site.in_features)
+        if biases and r.graph.output in biases:
+            outputs(r.graph.output, f"{r.tag}/response", width)
+            if bias := biases[r.graph.output][0]:
+                taps.constant(bias, f"{r.tag}/bias")
         if r.beside in beside:
-            gather = taps.positions if site.kernel else taps.rows
-            gather(r.beside, f"{r.tag}/beside", site.groups * site.out_features)
+            outputs(r.beside, f"{r.tag}/beside", width)
     return taps
+
+
+def inputs_of(r: Reached, rows: Array) -> Tensor:
+    """`(groups, rows, in)` of gathered data, a Conv's columns by point and channel."""
+    groups, points = r.site.groups, math.prod(r.site.kernel)
+    x = torch.from_numpy(rows).reshape(len(rows), points, groups, rows.shape[1] // (points * groups))
+    x = x.movedim(2, 0).reshape(groups, len(rows), -1)
+    return x[..., _by_channel(r)] if _wide(r) else x
+
+
+def weight_of(r: Reached) -> Tensor:
+    """The weight, float32 `(groups, out, in)`, with its columns as those of `inputs_of`.
+
+    Raises:
+        ModelError: it holds NaN or infinite values.
+    """
+    weight, points = r.weight(), math.prod(r.site.kernel)
+    if points == 1 or _wide(r):
+        return weight
+    return weight.reshape(*weight.shape[:-1], -1, points).mT.reshape(weight.shape)
+
+
+def response_of(r: Reached, values: Mapping[str, Array], scale: float) -> Tensor:
+    """The response `(groups, rows, out)` of gathered outputs, the bias in them taken off."""
+    y = r.grouped(values[f"{r.tag}/response/rows"])
+    if (bias := values.get(f"{r.tag}/bias")) is not None:
+        y -= scale * torch.from_numpy(bias).reshape(r.site.groups if bias.size > 1 else 1, 1, -1)
+    return y
+
+
+def in_order(r: Reached, moments: Moments | Samples | None) -> Moments | Samples | None:
+    """Moments with a Conv's columns by channel and point, as the weight has them; rows that are kept are so already."""
+    if not isinstance(moments, Moments) or math.prod(r.site.kernel) == 1:
+        return moments
+    n, points = r.site.in_features, math.prod(r.site.kernel)
+    apart = moments.xx.reshape(-1, points, n // points, points, n // points)
+    order = _by_channel(r)
+    return replace(
+        moments,
+        mean_x=moments.mean_x[:, order],
+        xx=apart.permute(0, 2, 1, 4, 3).reshape(moments.xx.shape),
+        yx=moments.yx[..., order],
+    )
+
+
+def _wide(r: Reached) -> bool:
+    return r.site.in_features > GRAM_LIMIT and math.prod(r.site.kernel) > 1
+
+
+def _by_channel(r: Reached) -> Tensor:
+    """For each column by channel and point, where it stands by point and channel."""
+    points = math.prod(r.site.kernel)
+    return torch.arange(r.site.in_features).reshape(points, -1).T.reshape(-1)
+
+
+def own_biases(model: ModelProto) -> dict[str, tuple[str, float]]:
+    """For outputs that are response + scale * constant: the constant's name, or "", and the scale."""
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        bias = node.input[2] if len(node.input) > 2 else ""
+        scale = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
+        row = not bias or node.op_type == "Conv" or math.prod(sizes.get(bias, (2, 0))[:-1]) == 1
+        if node.op_type in ("Conv", "Gemm", "MatMul", "FusedMatMul") and row:
+            found[node.output[0]] = bias, scale
+    return found
 
 
 def padding_mask(batch: Feeds) -> Array | None:

@@ -1,9 +1,10 @@
 """Rows of what a site reads, gathered inside onnxruntime: a random part of the positions, chosen outside.
 
     product   data (..., in) --Reshape--> (positions, in) --Gather--> rows (rows, in)
-    Conv      data (N, C, *size) --Reshape, Gather, Mul--> patches (N * positions, C * prod(kernel)), 0 in the padding
+    Conv      data (N, C, *size) --Transpose--> (N, *size, C) --Gather, Mul--> patches (N * positions, points * C)
 
-so that no more leaves the provider than is used, and no patch matrix is ever made whole.
+so that no more leaves the provider than is used, and no patch matrix is ever made whole. A patch is gathered with its
+channels side by side, whole runs of memory: the columns are sorted by the kernel's points, then by channels.
 """
 
 import itertools
@@ -47,19 +48,22 @@ class Taps:
         return self._cast(self._reshape(turned, f"{tag}/2d", (-1, width)), f"{tag}/rows")
 
     def patches(self, value: str, tag: str, channels: int, points: int) -> str:
-        """Patches of `value (N, channels, *size)`, `(N * positions, channels * points)`.
+        """Patches of `value (N, channels, *size)`, `(N * positions, points * channels)`.
 
-        Wants `{tag}/index (positions * points,)` and `{tag}/inside`, float32 of the same shape, 0 for padding.
+        Wants `{tag}/index (positions * points,)` and `{tag}/inside (positions * points, 1)`, float32, 0 for padding.
         """
-        flat = self._gather(self._reshape(value, f"{tag}/flat", (0, channels, -1)), tag, 2)
-        cast = self._node("Cast", [flat], f"{tag}/float", to=TensorProto.FLOAT)
+        flat = self._reshape(value, f"{tag}/flat", (0, channels, -1))
+        last = self._node("Transpose", [flat], f"{tag}/last", perm=[0, 2, 1])
+        cast = self._node("Cast", [self._gather(last, tag, 1)], f"{tag}/float", to=TensorProto.FLOAT)
         self.inputs[f"{tag}/inside"] = TensorProto.FLOAT
         inside = self._node("Mul", [cast, f"{tag}/inside"], f"{tag}/masked")
-        apart = self._reshape(inside, f"{tag}/4d", (0, channels, -1, points))
-        turned = self._node("Transpose", [apart], f"{tag}/turned", perm=[0, 2, 1, 3])
-        rows = self._reshape(turned, f"{tag}/rows", (-1, channels * points))
+        rows = self._reshape(inside, f"{tag}/rows", (-1, points * channels))
         self.outputs.append(rows)
         return rows
+
+    def constant(self, value: str, tag: str) -> str:
+        """A value as it is, float32."""
+        return self._cast(value, tag)
 
     def shape(self, value: str, tag: str) -> str:
         """The shape of a value, int64."""
@@ -110,7 +114,7 @@ def patch_index(window: gp.Window, size: Sequence[int], positions: Array) -> tup
         positions: int64 `(positions,)` in the flattened output.
 
     Returns:
-        index int64 and inside float32, both `(positions * prod(kernel),)`.
+        index int64 `(positions * prod(kernel),)` and inside float32 `(positions * prod(kernel), 1)`.
     """
     pads = window.pads_over(size)
     where = np.unravel_index(positions, output_size(window, size))
@@ -122,4 +126,4 @@ def patch_index(window: gp.Window, size: Sequence[int], positions: Array) -> tup
         at = start[:, None] + points[None, :, axis] * window.dilations[axis]
         inside &= (at >= 0) & (at < length)
         flat = flat * length + at.clip(0, length - 1)
-    return flat.reshape(-1), inside.reshape(-1).astype(np.float32)
+    return flat.reshape(-1), inside.reshape(-1, 1).astype(np.float32)

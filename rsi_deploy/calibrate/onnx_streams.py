@@ -1,15 +1,16 @@
 """`Streams` of an ONNX graph: calibration data run through it in onnxruntime, wave by wave.
 
-    dense        alive values --wave--> alive values, rows x of every site of the wave
-    compressed   alive values --sites of the wave before, as they became; wave--> alive values, rows x^
+    survey       the dense stream: alive values --wave--> alive values, rows x of every site of the wave
+    sequence     the dense one, and beside it the compressed one, whose sites are what they became, to rows x^
+    distance     a survey's stream onwards from where it stands, on some samples, with one site replaced
 
-Both streams stand at the same wave, a batch at a time; what is alive between two waves waits in memory or on disk, so
-the network runs once a stream and not once a site. A site's target is its dense response; where its output is added to
-another stream, plus what that stream has lost on the way (`res - res^`), so each branch mends what it is added to.
+All streams go wave by wave, a batch at a time; what is alive between two waves waits in memory or on disk, so the
+network runs once a stream and not once a site, and only one wave's moments are in memory. A site's target is its dense
+response; where its output is added to another stream, plus what that stream has lost on the way (`res - res^`), so each
+branch mends what it is added to.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ import torch
 from torch import Tensor
 
 import graph_passes as gp
+from rsi_deploy.calibrate.gathered import Gathered
 from rsi_deploy.calibrate.live_values import LiveValues
-from rsi_deploy.calibrate.moments import GRAM_LIMIT, Gathering, Moments, Samples, gathered_bytes, rows_for
+from rsi_deploy.calibrate.moments import Moments, Samples
+from rsi_deploy.calibrate.onnx_checked import Checked
 from rsi_deploy.calibrate.onnx_reach import Reached, reach
-from rsi_deploy.calibrate.onnx_readings import Readings, padding_mask, samples_of, taps_of
+from rsi_deploy.calibrate.onnx_readings import Readings, in_order, padding_mask
 from rsi_deploy.calibrate.onnx_rows import Taps
 from rsi_deploy.calibrate.onnx_segment import Segment
-from rsi_deploy.calibrate.onnx_two_streams import TwoStreams, gather
+from rsi_deploy.calibrate.onnx_survey import Survey
+from rsi_deploy.calibrate.onnx_two_streams import TwoStreams
 from rsi_deploy.calibrate.onnx_waves import cut
 from rsi_deploy.calibrate.streams import Distance, Replacement, StreamSite, output_distance
 from rsi_deploy.errors import ModelError
@@ -36,8 +40,6 @@ Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 Visit = Callable[[StreamSite, Moments | Samples], Replacement | None]
 
-GATHERED_LIMIT = 512 * 2**20
-DISTANCE_SAMPLES = 128
 NEVER = "never executed on the calibration data"
 
 
@@ -71,7 +73,8 @@ class OnnxStreams:
         self._model = onnx.load(path, load_external_data=False)
         self._dense_outputs: Tensor | None = None
         self._rows: dict[str, int] = {}
-        self._samples, self._some = samples, list[Feeds]()
+        self._checked = Checked(self._model, samples)
+        self._survey: Survey | None = None
         self._reached, self.unreachable = reach(
             self._model, path, wanted=wanted, macs=macs or {}, compensate=compensate
         )
@@ -90,19 +93,30 @@ class OnnxStreams:
         return self._rows.get(name, 0)
 
     def survey(self, visit: Callable[[StreamSite, Moments | Samples], None]) -> None:
-        """See `Streams`; as many runs over the data as keep what is gathered in bounds.
+        """See `Streams`; in execution order. Within `visit`, the distance of the visited site alone is cheap.
 
         Raises:
             ModelError: NaN or infinite values, with the site's name.
         """
-        for group in self._groups():
-            gathered = self._surveyed(group)
-            for r in group:
-                moments = self._result(r, gathered)
-                if isinstance(moments, Moments):
-                    moments = Moments.dense(moments.rows, moments.mean_x, moments.xx, r.weight())
-                if moments is not None:
-                    visit(r.site, moments)
+        if not self._reached:
+            return
+        with Survey(self._program, self._path, self._reached, self._readings, provider=self._provider) as survey:
+            self._checked.clear()
+            self._dense_outputs = None
+            survey.load(map(self._checked.add, self._feeds()), self._checked.batches)
+            self._survey = survey
+            try:
+                for wave in self._program.waves:
+                    gathered = survey.advance(wave) if wave.sites else {}
+                    for node in wave.sites:
+                        r = self._reached[node.output[0]]
+                        moments = self._result(r, gathered)
+                        if isinstance(moments, Moments):
+                            moments = Moments.dense(moments.rows, moments.mean_x, moments.xx, r.weight())
+                        if moments is not None:
+                            visit(r.site, moments)
+            finally:
+                self._survey = None
 
     def sequence(self, visit: Visit) -> None:
         """See `Streams`.
@@ -131,7 +145,7 @@ class OnnxStreams:
                         became[r.graph.weight] = graph_factors(replacement, r.graph)
 
     def distance(self, replacements: Mapping[str, Replacement]) -> Distance:
-        """See `Streams`; of about `DISTANCE_SAMPLES` samples, the first floating output; padding is left out.
+        """See `Streams`; of some samples (see `Checked`), the first floating output; padding is left out.
 
         Raises:
             ModelError: an output with NaN or infinite values where nothing is replaced, or no floating output.
@@ -141,90 +155,55 @@ class OnnxStreams:
             if not torch.isfinite(dense).all():
                 raise ModelError(f"{self._path.name}: its output on the calibration data holds NaN or infinite values")
             self._dense_outputs = dense
-        factors = {
-            r.graph.weight: graph_factors(replacements[r.site.name], r.graph)
-            for r in self._reached.values()
-            if r.site.name in replacements
-        }
-        return output_distance(self._dense_outputs, self._outputs(factors))
+        reached = [r for r in self._reached.values() if r.site.name in replacements]
+        factors = {r.graph.weight: graph_factors(replacements[r.site.name], r.graph) for r in reached}
+        if self._survey is not None and len(reached) == 1 and self._survey.has(reached[0]):
+            (split,) = factors.values()
+            other = _stacked(self._survey.outputs(reached[0], split, self._ends), self._ends)
+        else:
+            other = self._outputs(factors)
+        return output_distance(self._dense_outputs, other)
 
     def _in_order(self) -> Iterator[Reached]:
         return (self._reached[node.output[0]] for wave in self._program.waves for node in wave.sites)
 
-    def _groups(self) -> Iterator[list[Reached]]:
-        """The sites, as many at a time as may be gathered together."""
-        group: list[Reached] = []
-        total = 0
-        for r in self._in_order():
-            site = r.site
-            wide = site.out_features if site.in_features > GRAM_LIMIT else 0
-            size = gathered_bytes(site.in_features, wide, site.groups, rows_for(site.in_features))
-            if group and total + size > GATHERED_LIMIT:
-                yield group
-                group, total = [], 0
-            group.append(r)
-            total += size
-        if group:
-            yield group
-
-    def _surveyed(self, group: list[Reached]) -> dict[str, Gathering]:
-        """What these sites gather in one run over the data; responses of the wide ones alone."""
-        gathered = {r.graph.output: Gathering(r.site.in_features) for r in group}
-        weights = {r.graph.output: r.weight() for r in group if r.site.in_features > GRAM_LIMIT}
-        with Segment(self._program, self._path, self._model.graph.node, taps_of(group), provider=self._provider) as run:
-            for number, batch in enumerate(self._feeds()):
-                rows = run({**batch, **self._readings.index(group, batch, number)})
-                for r in group:
-                    x = r.grouped(rows[f"{r.tag}/rows"])
-                    weight = weights.get(r.graph.output)
-                    y = x.new_zeros(*x.shape[:-1], 0) if weight is None else x @ weight.mT
-                    gather(gathered[r.graph.output], x, y, r.site.name)
-        return gathered
-
-    def _result(self, r: Reached, gathered: dict[str, Gathering]) -> Moments | Samples | None:
+    def _result(self, r: Reached, gathered: dict[str, Gathered]) -> Moments | Samples | None:
         gathering = gathered.pop(r.graph.output)
         self._rows[r.site.name] = gathering.rows
         if not gathering.rows:
             self.unreachable[r.site.name] = NEVER
-        return gathering.result()
+        return in_order(r, gathering.result())
 
-    def _checked(self) -> list[Feeds]:
-        """The samples that distances are measured on, from all over the data, which may be sorted by class."""
-        if not self._some:
-            share = min(1.0, DISTANCE_SAMPLES / max(self._samples, 1))
-            fixed = any(
-                value.type.tensor_type.shape.dim[:1] and value.type.tensor_type.shape.dim[0].HasField("dim_value")
-                for value in self._model.graph.input
-            )
-            due = 0.0
-            for batch in self._feeds():
-                count = samples_of(batch)
-                due += share * count
-                take = count if fixed else min(count, math.floor(due + 1e-9))
-                if due + 1e-9 < take or not take:
-                    continue
-                due -= take
-                at = np.arange(take) * count // take
-                self._some.append({name: a[at] if a.ndim and len(a) == count else a for name, a in batch.items()})
-        return self._some
+    @property
+    def _ends(self) -> list[str]:
+        """The graph's outputs, but for inputs and constants, which do not move."""
+        made = {name for node in self._model.graph.node for name in node.output} - self._program.fixed
+        return [value.name for value in self._model.graph.output if value.name in made]
 
     def _outputs(self, factors: Mapping[str, gp.Factors]) -> Tensor:
         """The first floating output on some samples, with these weights split."""
-        # What no node makes, an input or a constant, does not move.
-        made = {name for node in self._model.graph.node for name in node.output}
-        ends = [value.name for value in self._model.graph.output if value.name in made]
-        nodes, found = self._model.graph.node, []
-        with Segment(self._program, self._path, nodes, Taps(), ends, factors, provider=self._provider) as run:
-            for batch in self._checked():
-                values = run(batch)
-                floating = (values[name] for name in ends if isinstance(values[name], np.ndarray))
-                array = next((value for value in floating if value.dtype.kind == "f" and value.ndim), None)
-                if array is None:
-                    raise ModelError("no output of the model is floating: nothing to measure a distance by")
-                found.append(_tokens_alone(array.astype(np.float32), batch))
-        if len({array.shape[1:] for array in found}) > 1:
-            found = [array.reshape(-1, 1, array.shape[-1]) for array in found]
-        return torch.from_numpy(np.concatenate(found))
+        nodes = self._model.graph.node
+        with Segment(self._program, self._path, nodes, Taps(), self._ends, factors, provider=self._provider) as run:
+            return _stacked(((batch, run(batch)) for batch in self._checked.batches_of(self._feeds)), self._ends)
+
+
+def _stacked(outputs: Iterable[tuple[Feeds, Feeds]], names: Sequence[str]) -> Tensor:
+    """The first floating one, among `names`, of each batch's outputs, behind each other; padding is left out.
+
+    Args:
+        outputs: batches with the graph's outputs on them, by name.
+        names: of the outputs, in order.
+    """
+    found = []
+    for batch, values in outputs:
+        floating = (values[name] for name in names if isinstance(values[name], np.ndarray))
+        array = next((value for value in floating if value.dtype.kind == "f" and value.ndim), None)
+        if array is None:
+            raise ModelError("no output of the model is floating: nothing to measure a distance by")
+        found.append(_tokens_alone(array.astype(np.float32), batch))
+    if len({array.shape[1:] for array in found}) > 1:
+        found = [array.reshape(-1, 1, array.shape[-1]) for array in found]
+    return torch.from_numpy(np.concatenate(found))
 
 
 def _tokens_alone(output: Array, batch: Feeds) -> Array:

@@ -1,10 +1,10 @@
 """The dense and the compressed stream of an ONNX graph, side by side through its waves.
 
-    dense        alive values --wave, its sites--> alive values, rows x of every site, responses y = W x
+    dense        alive values --wave, its sites--> alive values, responses y = W x of every site
     compressed   alive values --sites of the wave before, as they became; wave--> alive values, rows x^
 
-Only what differs between the streams is run and kept twice. Where a site's output is added to another stream that has
-lost something on the way, y takes that in too: y + (beside - beside^).
+Only what differs between the streams is run and kept twice; x that does not comes from the dense one. Where a site's
+output is added to another stream that has lost something on the way, y takes that in too: y + (beside - beside^).
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,13 +16,12 @@ from onnx import NodeProto
 from torch import Tensor
 
 import graph_passes as gp
+from rsi_deploy.calibrate.gathered import Gathered
 from rsi_deploy.calibrate.live_values import LiveValues
-from rsi_deploy.calibrate.moments import Gathering
 from rsi_deploy.calibrate.onnx_reach import Reached
-from rsi_deploy.calibrate.onnx_readings import Readings, taps_of
+from rsi_deploy.calibrate.onnx_readings import Readings, inputs_of, own_biases, response_of, taps_of, weight_of
 from rsi_deploy.calibrate.onnx_segment import Segment
 from rsi_deploy.calibrate.onnx_waves import Program, Wave, reads
-from rsi_deploy.errors import ModelError
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -56,6 +55,7 @@ class TwoStreams:
         self._reached, self._readings = reached, readings
         self._dense, self._compressed = dense, compressed
         self._inputs = [value.name for value in program.model.graph.input if value.name not in program.fixed]
+        self._biases = own_biases(program.model)
         self._batches = 0
         self._alone: set[str] = set()  # outputs that nothing of their shape is added to
         self._moved: set[str] = set()  # values that differ between the streams
@@ -68,7 +68,7 @@ class TwoStreams:
             self._alone |= self._readings.alone(batch)
             self._batches += 1
 
-    def advance(self, wave: Wave, became: Mapping[str, gp.Factors]) -> dict[str, Gathering]:
+    def advance(self, wave: Wave, became: Mapping[str, gp.Factors]) -> dict[str, Gathered]:
         """Both streams through one wave, where sites of the one before became factors; what its sites gather.
 
         Raises:
@@ -84,7 +84,7 @@ class TwoStreams:
             self._program,
             self._path,
             changed,
-            taps_of(here, data=self._moved, beside=beside),
+            taps_of(here, data=lambda r: r.graph.data in self._moved, beside=beside),
             wave.alive,
             became,
             provider=self._provider,
@@ -93,18 +93,17 @@ class TwoStreams:
             self._program,
             self._path,
             [*wave.nodes, *wave.sites],
-            taps_of(here, beside=beside),
+            taps_of(here, data=self._is_read_once, biases=self._biases, beside=beside),
             wave.alive | again.reads,  # what changes may read what does not, within the wave
             provider=self._provider,
         )
-        gathered = {r.graph.output: Gathering(r.site.in_features) for r in here}
-        weights = {r.graph.output: r.weight() for r in here}
+        gathered = {r.graph.output: Gathered(r.site) for r in here}
+        weights = {r.graph.output: weight_of(r) for r in here if r.graph.output not in self._biases}
         with once, again:
             for number in range(self._batches):
                 values, other = self._run(number, here, once, again, earlier)
                 for r in here:
-                    x, y = _rows(r, weights[r.graph.output], values, other)
-                    gather(gathered[r.graph.output], x, y, r.site.name)
+                    gathered[r.graph.output].add(*self._rows(r, weights.get(r.graph.output), values, other))
                 self._dense.keep_only(number, {*wave.alive, *self._inputs})
                 self._compressed.keep_only(number, wave.alive)
         self._moved &= wave.alive
@@ -126,6 +125,21 @@ class TwoStreams:
         self._compressed.put(number, {name: other[name] for name in again.keeps})
         return values, other
 
+    def _is_read_once(self, r: Reached) -> bool:
+        """Whether x is read in the dense stream: where it is that of both, or where y is made of it."""
+        return r.graph.data not in self._moved or r.graph.output not in self._biases
+
+    def _rows(self, r: Reached, weight: Tensor | None, values: Feeds, other: Feeds) -> tuple[Tensor, Tensor]:
+        """Rows of a site's input in the compressed stream and of what it should answer."""
+        rows, beside = f"{r.tag}/rows", f"{r.tag}/beside/rows"
+        if weight is None:
+            y = response_of(r, values, self._biases[r.graph.output][1])
+        else:
+            y = inputs_of(r, values[rows]) @ weight.mT
+        if beside in other:
+            y += r.grouped(values[beside] - other[beside])
+        return inputs_of(r, (other if rows in other else values)[rows]), y
+
 
 def differing(nodes: Iterable[NodeProto], moved: Collection[str], split: Collection[str]) -> list[NodeProto]:
     """The nodes whose outputs differ between the streams: what is split, and what reads a value that differs."""
@@ -135,25 +149,3 @@ def differing(nodes: Iterable[NodeProto], moved: Collection[str], split: Collect
             differs |= set(node.output)
             found.append(node)
     return found
-
-
-def gather(gathering: Gathering, x: Tensor, y: Tensor, name: str) -> None:
-    """Add rows of a site.
-
-    Raises:
-        ModelError: NaN or infinite values, with the site's name.
-    """
-    try:
-        gathering.add(x, y)
-    except ValueError as error:
-        raise ModelError(f"site {name!r}: {error} (type --exclude {name!r} to leave it dense)") from error
-
-
-def _rows(r: Reached, weight: Tensor, values: Feeds, other: Feeds) -> tuple[Tensor, Tensor]:
-    """Rows of a site's input in the compressed stream and of what it should answer."""
-    rows, beside = f"{r.tag}/rows", f"{r.tag}/beside/rows"
-    x = r.grouped(values[rows])
-    y = x @ weight.mT
-    if beside in other:
-        y += r.grouped(values[beside] - other[beside])
-    return (r.grouped(other[rows]) if rows in other else x), y

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rsi_deploy.calibrate.moments import Moments, Samples
+from rsi_deploy.spectra import Spectrum
 
 Form = Literal["matmul", "gemm", "channel", "input", "separable"]
 
@@ -92,12 +93,14 @@ class Fitted:
         response_error: what they leave, relative.
         seconds: that fitting took.
         macs: multiply-accumulates a sample of the dense operation and of the split; None where unknown.
+        spectrum: singular values of the response; None where they take long.
     """
 
     replacement: Replacement
     response_error: float
     seconds: float
     macs: tuple[int, int] | None = None
+    spectrum: Spectrum | None = None
 
 
 class Distance(NamedTuple):
@@ -129,6 +132,16 @@ class Streams(Protocol):
 
     def distance(self, replacements: Mapping[str, Replacement]) -> Distance:
         """Distance of the outputs with these sites replaced and all others dense, on a part of the data."""
+
+
+def distance_samples(samples: int) -> int:
+    """How many of so many samples a distance is measured on, about: a sixteenth, so three a site cost few passes.
+
+    Examples:
+        >>> [distance_samples(samples) for samples in (8, 300, 1024, 50_000)]
+        [32, 32, 64, 128]
+    """
+    return min(max(samples // 16, 32), 128)
 
 
 def output_distance(dense: Tensor, other: Tensor) -> Distance:

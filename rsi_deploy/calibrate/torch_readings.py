@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsi_deploy.calibrate.moments import GRAM_LIMIT, Gathering
+from rsi_deploy.calibrate.gathered import Gathered as SiteGathered
+from rsi_deploy.calibrate.moments import GRAM_LIMIT
 from rsi_deploy.calibrate.torch_calls import Call, Layer, Stopped, Watch
 from rsi_deploy.calibrate.torch_rows import Choice
-from rsi_deploy.errors import ModelError
 from rsi_deploy.rsi import stream_seed
 
-Gathered = Mapping[str, Gathering]
+Gathered = Mapping[str, SiteGathered]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class SurveyRun(Reading):
         for rows in layer.reader.pieces(layer.reader.held(x, choice), choice):
             wide = rows.shape[-1] > GRAM_LIMIT
             y = rows @ self._weights[call.site].mT if wide else rows[..., :0]
-            add(self._gathered[call.site], rows, y, call.site)
+            self._gathered[call.site].add(rows, y)
 
 
 class DenseRun(Reading):
@@ -173,17 +173,5 @@ class CompressedRun(Reading):
         begin = 0
         for rows in layer.reader.pieces(held, self._answers[call].choice):
             end = begin + rows.shape[-2]
-            add(self._gathered[call.site], rows, y[..., begin:end, :], call.site)
+            self._gathered[call.site].add(rows, y[..., begin:end, :])
             begin = end
-
-
-def add(gathering: Gathering, x: Tensor, y: Tensor, site: str) -> None:
-    """Gather rows of a site.
-
-    Raises:
-        ModelError: they hold NaN or infinite values.
-    """
-    try:
-        gathering.add(x, y)
-    except ValueError as error:
-        raise ModelError(f"site {site!r}: {error} (type --exclude {site!r} to leave it dense)") from error

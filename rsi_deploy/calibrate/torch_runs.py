@@ -27,6 +27,7 @@ class Runs:
     Attributes:
         first: the first batch.
         count: how many there are.
+        samples: in all of them.
 
     Raises:
         UsageError: no batch at all.
@@ -35,13 +36,14 @@ class Runs:
     def __init__(self, module: nn.Module, batches: Callable[[], Iterable[Arguments]], mask: int | None) -> None:
         self._module, self._source = module, batches
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        first, count = None, 0
+        first, count, samples = None, 0, 0
         for batch in batches():
             first = self._placed(batch) if first is None else first
             count += 1
+            samples += samples_of(batch)
         if first is None:
             raise UsageError("there are no calibration data: the iterator of batches is empty")
-        self.first, self.count = first, count
+        self.first, self.count, self.samples = first, count, samples
         self._mask = find_mask(first) if mask is None else mask
 
     def batches(self) -> Iterator[Arguments]:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsi_deploy.calibrate.moments import GRAM_LIMIT, Gathering, Moments, Samples, gathered_bytes, rows_for
-from rsi_deploy.calibrate.streams import Distance, Replacement, StreamSite, output_distance
+from rsi_deploy.calibrate.gathered import Gathered
+from rsi_deploy.calibrate.moments import GRAM_LIMIT, Moments, Samples, gathered_bytes, rows_for
+from rsi_deploy.calibrate.streams import Distance, Replacement, StreamSite, distance_samples, output_distance
 from rsi_deploy.calibrate.torch_calls import Call, Layer, opened, overridden
 from rsi_deploy.calibrate.torch_readings import Choosing, CompressedRun, DenseRun, SurveyRun
 from rsi_deploy.calibrate.torch_runs import Arguments, Runs, samples_of, stacked
@@ -26,7 +27,6 @@ from rsi_deploy.errors import ModelError, UsageError
 Forwards = Mapping[nn.Module, Callable[..., Any]]
 
 GATHERED_LIMIT = 512 * 2**20
-DISTANCE_SAMPLES = 128
 NEVER = "never executed on the calibration data"
 
 
@@ -101,7 +101,7 @@ class TorchStreams:
         """
         for group in self._groups():
             names = [site.name for site in group]
-            gathered = {site.name: Gathering(site.in_features) for site in group}
+            gathered = {site.name: Gathered(site) for site in group}
             wide = {site.name: site.load().float() for site in group if site.in_features > GRAM_LIMIT}
             with opened(self._attentions):
                 layers, calls = self._layers_of(names), self._calls_of(names)
@@ -141,7 +141,7 @@ class TorchStreams:
             forwards |= self._forwards(became)
 
     def distance(self, replacements: Mapping[str, Replacement]) -> Distance:
-        """See `Streams`; of `DISTANCE_SAMPLES` samples from all over the data; padding is left out.
+        """See `Streams`; of some samples from all over the data; padding is left out.
 
         Raises:
             ModelError: an output with NaN or infinite values where nothing is replaced, or no floating output.
@@ -149,7 +149,7 @@ class TorchStreams:
         """
         with opened(self._attentions):
             if self._dense is None:
-                self._dense = self._runs.spread_outputs(DISTANCE_SAMPLES, self._memory)
+                self._dense = self._runs.spread_outputs(distance_samples(self._runs.samples), self._memory)
             batches, dense = self._dense
             with overridden(self._forwards(replacements)):
                 other = stacked([self._runs.output(batch) for batch in batches])
@@ -160,8 +160,8 @@ class TorchStreams:
 
     # --- runs ---------------------------------------------------------------------------------------------------
 
-    def _gathered_stage(self, names: Sequence[str], forwards: Forwards) -> dict[str, Gathering]:
-        gathered = {name: Gathering(self._sites[name].in_features) for name in names}
+    def _gathered_stage(self, names: Sequence[str], forwards: Forwards) -> dict[str, Gathered]:
+        gathered = {name: Gathered(self._sites[name]) for name in names}
         weights = {name: self._sites[name].load().float() for name in names}
         layers, calls = self._layers_of(names), self._calls_of(names)
         with opened(self._attentions):

@@ -75,7 +75,10 @@ def test_patches_times_the_weight_are_the_convolution(case):
     y, rows = run(model, taps, {"x": x, "t/index": index, "t/inside": inside})
     assert y.shape[2:] == size
     weight = site.load()  # (groups, out, in)
-    grouped = rows.reshape(len(rows), groups, -1)
+    points = int(np.prod(KERNELS[axes]))
+    assert rows.shape == (3 * len(at), points * 4)
+    by_channel = rows.reshape(len(rows), points, 4).transpose(0, 2, 1)
+    grouped = by_channel.reshape(len(rows), groups, -1)
     found = np.einsum("rgi,goi->rgo", grouped, weight).reshape(len(rows), -1)
     expected = y.reshape(3, 6, -1)[..., at].transpose(0, 2, 1).reshape(len(rows), 6)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from onnx import helper
 
-from rsi_deploy.calibrate import live_values, moments, onnx_streams
+from rsi_deploy.calibrate import gathered, live_values, moments, onnx_readings, onnx_survey
 from rsi_deploy.calibrate.moments import Moments, Samples
 from rsi_deploy.calibrate.onnx_readings import padding_mask
-from rsi_deploy.calibrate.onnx_streams import DISTANCE_SAMPLES, OnnxStreams
+from rsi_deploy.calibrate.onnx_streams import OnnxStreams
+from rsi_deploy.calibrate.onnx_survey import Survey
 from rsi_deploy.calibrate.onnx_waves import cut
-from rsi_deploy.calibrate.streams import Replacement, Streams, output_distance
+from rsi_deploy.calibrate.streams import Replacement, Streams, distance_samples, output_distance
 from rsi_deploy.errors import ModelError
 from rsi_deploy.rsi import exact_svd
 from tests import flows
@@ -265,20 +266,10 @@ def test_what_a_site_is_told(folder):
     assert sites["fc"].kernel == ()
 
 
-def test_little_memory_takes_more_runs_and_finds_the_same(folder, monkeypatch):
-    setting = Setting(folder, "cnn")
-    whole = surveyed(setting.streams())
-    monkeypatch.setattr(onnx_streams, "GATHERED_LIMIT", 1)
-    runs = []
-    streams = OnnxStreams(setting.path, lambda: iter(runs.append(0) or setting.batches), setting.samples)
-    for name, given in surveyed(streams).items():
-        torch.testing.assert_close(given.xx, whole[name].xx)
-    assert len(runs) == len(whole)
-
-
 def test_wide_sites_keep_their_rows(folder, monkeypatch):
     monkeypatch.setattr(moments.Gathering.__init__, "__kwdefaults__", {"limit": 8})
-    monkeypatch.setattr(onnx_streams, "GRAM_LIMIT", 8)
+    for module in (gathered, onnx_readings, onnx_survey):
+        monkeypatch.setattr(module, "GRAM_LIMIT", 8)
     setting = Setting(folder, "cnn")
     dense = setting.values()
     for found in (surveyed(setting.streams()), sequenced(setting.streams())):
@@ -301,7 +292,8 @@ def test_a_quota_of_rows_is_kept_and_chosen_by_the_seed(folder, monkeypatch):
     assert torch.equal(one.xx, same.xx)
     assert not torch.equal(one.xx, other.xx)
     block = Setting(folder, "block")
-    rows = {name: given.rows for name, given in surveyed(block.streams()).items()}
+    rows = {name: given.rows for name, given in sequenced(block.streams()).items()}
+    assert surveyed(block.streams())["wq"].rows < rows["wq"], "8 rows an input are enough to choose ranks by"
     quota = sum(min(20, int(batch["attention_mask"].sum())) for batch in block.batches)
     assert rows["wq"] == rows["out"] == quota <= 60
 
@@ -444,6 +436,29 @@ def test_the_distance_is_that_of_the_really_compressed_model(folder, case):
 
 
 @each_model
+def test_a_survey_measures_from_where_it_stands_what_the_whole_model_tells(folder, case, monkeypatch):
+    setting = Setting(folder, case)
+    streams, whole, used = setting.streams(), setting.streams(), []
+    outputs = Survey.outputs
+    monkeypatch.setattr(Survey, "outputs", lambda self, r, *rest: used.append(r.site.name) or outputs(self, r, *rest))
+
+    def visit(site, given):
+        for bias in (0.2, 0.1):
+            become = {site.name: setting.replacement(site.name, bias=bias)}
+            found, expected = streams.distance(become), whole.distance(become)
+            assert found.relative == pytest.approx(expected.relative, rel=1e-3)
+            assert found.kl == (None if expected.kl is None else pytest.approx(expected.kl, rel=1e-3))
+            assert found.relative != pytest.approx(1.1 * expected.relative, rel=1e-2)
+
+    streams.survey(visit)
+    names = [site.name for site in streams.sites]
+    assert used == [name for name in names for _ in range(2)]
+    both = {name: setting.replacement(name) for name in (names[0], names[-1])}
+    assert streams.distance(both) == whole.distance(both), "several sites, and none that a survey stands at"
+    assert len(used) == 2 * len(names)
+
+
+@each_model
 def test_exact_replacements_are_at_no_distance(folder, case):
     setting = Setting(folder, case)
     streams = setting.streams()
@@ -456,13 +471,15 @@ def test_exact_replacements_are_at_no_distance(folder, case):
 
 @pytest.mark.parametrize("case", ["fixed batch", "cnn", "several"])
 def test_the_distance_is_of_samples_from_all_over_the_data(folder, case):
-    setting = Setting(folder, case, batches=DISTANCE_SAMPLES)
-    taken = []
+    setting = Setting(folder, case, batches=128)
+    taken, wanted = [], distance_samples(setting.samples)
+    assert wanted < setting.samples / 4
     streams = OnnxStreams(setting.path, lambda: (taken.append(b) or b for b in setting.batches), setting.samples)
     assert streams.distance({}).relative == streams.distance({}).relative == 0
-    assert len(taken) == DISTANCE_SAMPLES  # once: what is needed is kept
-    used = [next(iter(batch.values())) for batch in streams._checked()]
-    assert 0.9 * DISTANCE_SAMPLES <= sum(map(len, used)) <= 1.1 * DISTANCE_SAMPLES + 4
+    assert len(taken) == 128  # once: what is needed is kept
+    used = [next(iter(batch.values())) for batch in streams._checked.batches()]
+    assert 0.9 * wanted <= sum(map(len, used)) <= 1.1 * wanted + 4
+    assert case == "several" or {len(rows) for rows in used[:-1]} == {len(taken[0]["x"])}
     first = next(iter(setting.batches[-8:][0]))
     late = {row.tobytes() for batch in setting.batches[-8:] for row in batch[first]}
     assert any(row.tobytes() in late for rows in used for row in rows)

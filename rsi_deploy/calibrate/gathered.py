@@ -1,0 +1,66 @@
+"""One site's moments as its rows come in: few rows wait for others, and a value that is not finite names the site.
+
+    add (x, y) --> [ waiting, less than in_features / 2 rows ] --> Gathering
+
+A product of few rows costs what merging it costs, `in_features^2` numbers in float64, whatever the rows.
+"""
+
+import torch
+from torch import Tensor
+
+from rsi_deploy.calibrate.moments import GRAM_LIMIT, Gathering, Moments, Samples
+from rsi_deploy.calibrate.streams import StreamSite
+from rsi_deploy.errors import ModelError
+
+
+class Gathered:
+    """Gathers the moments of one site.
+
+    Args:
+        site: whose rows they are.
+    """
+
+    def __init__(self, site: StreamSite) -> None:
+        self._name = site.name
+        self._gathering = Gathering(site.in_features)
+        self._enough = 0 if site.in_features > GRAM_LIMIT else site.in_features // 2
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def rows(self) -> int:
+        """How many rows have come."""
+        return self._gathering.rows + self._count
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take in rows `x (groups, rows, in)` and `y (groups, rows, out)`, which must not change afterwards.
+
+        Raises:
+            ModelError: NaN or infinite values, maybe among rows that came before.
+        """
+        self._waiting.append((x, y))
+        if self._count >= self._enough:
+            self._flush()
+
+    def result(self) -> Moments | Samples | None:
+        """The moments of all that came; None when nothing did.
+
+        Raises:
+            ModelError: as `add`.
+        """
+        self._flush()
+        return self._gathering.result()
+
+    @property
+    def _count(self) -> int:
+        return sum(x.shape[-2] for x, _ in self._waiting)
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        xs, ys = zip(*self._waiting, strict=True)
+        self._waiting.clear()
+        try:
+            self._gathering.add(*(some[0] if len(some) == 1 else torch.cat(some, dim=-2) for some in (xs, ys)))
+        except ValueError as error:
+            name = self._name
+            raise ModelError(f"site {name!r}: {error} (type --exclude {name!r} to leave it dense)") from error

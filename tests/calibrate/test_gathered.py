@@ -1,0 +1,63 @@
+"""Rows that wait for others make the same moments."""
+
+import pytest
+import torch
+
+from rsi_deploy.calibrate.gathered import Gathered
+from rsi_deploy.calibrate.moments import Gathering
+from rsi_deploy.calibrate.streams import StreamSite
+from rsi_deploy.errors import ModelError
+from tests import flows
+
+
+def site(in_features):
+    return StreamSite(
+        name="s", kind="Linear", groups=2, out_features=3, in_features=in_features, forms=("matmul",), load=torch.Tensor
+    )
+
+
+def rows(count, in_features):
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(2, count, in_features, generator=generator), torch.randn(2, count, 3, generator=generator)
+
+
+@pytest.mark.parametrize("in_features", [1, 8, 40])
+def test_few_rows_at_a_time_or_all_at_once(in_features):
+    parts = [rows(count, in_features) for count in (1, 3, 0, 2, 30, 5)]
+    one, whole = Gathered(site(in_features)), Gathering(in_features)
+    seen = 0
+    for x, y in parts:
+        one.add(x, y)
+        seen += x.shape[1]
+        assert one.rows == seen, "rows that wait count"
+    whole.add(*(torch.cat(some, dim=1) for some in zip(*parts, strict=True)))
+    found, expected = one.result(), vars(whole.result())
+    flows.assert_moments(found, expected)
+    with pytest.raises(AssertionError):
+        flows.assert_moments(found, {**expected, "yx": 1.01 * expected["yx"]})
+
+
+def test_products_are_of_many_rows(monkeypatch):
+    added = []
+    add = Gathering.add
+    monkeypatch.setattr(Gathering, "add", lambda self, x, y: added.append(x.shape[1]) or add(self, x, y))
+    one = Gathered(site(40))
+    for _ in range(9):
+        one.add(*rows(6, 40))
+    assert added == [24, 24]
+    assert one.result().rows == sum(added) == 54
+
+
+def test_no_rows_are_no_moments():
+    assert Gathered(site(4)).result() is None
+    empty = Gathered(site(4))
+    empty.add(*rows(0, 4))
+    assert (empty.rows, empty.result()) == (0, None)
+
+
+def test_what_is_not_finite_names_the_site_however_late():
+    one = Gathered(site(40))
+    x, y = rows(2, 40)
+    one.add(x * torch.nan, y)
+    with pytest.raises(ModelError, match="site 's': its inputs.*NaN.*--exclude 's'"):
+        one.result()
