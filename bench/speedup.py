@@ -1,76 +1,162 @@
-"""How much faster does the compressed model run than the dense one, on this machine's CPU provider?
+"""How much faster does the compressed model run than the dense one, on this machine's providers?
 
-Torchvision models with random weights (speed does not depend on their values) are exported at `--rank 25%`; dense and
-compressed run interleaved in shuffled blocks in one process (`rsi_deploy.bench`), at batch 1 and 8. The factor is
-dense over compressed median time with its 95 % bootstrap interval; slowdowns are shown as they are.
+Torchvision models with random weights (speed does not depend on their values) and a sentence encoder are exported at
+`--rank 25%`; dense and compressed run interleaved in shuffled blocks in one process (`rsi_deploy.bench`), at batch 1
+and 8. The factor is dense over compressed median time with its bootstrap interval; slowdowns are shown as they are.
 
-Goal (`--check` exits 4 when it is missed): VGG19 at 25 %, batch 8, is at least 2.5 times faster.
+    cpu         onnxruntime's own kernels
+    openvino    `onnxruntime-openvino` in the environment that `make openvino` makes: it runs on any x86 CPU
+    cuda        where this environment's onnxruntime has it and a GPU is at hand
+
+Every row is measured in a process of its own. A provider that is not here is skipped, and the table says why. What a
+provider does not load as exported (OpenVINO 2025.4 knows no Attention) is exported again at opset 20; the row says so.
+
+Goal (`--check` exits 4 when it is missed): VGG19 at 25 %, batch 8, CPU provider, is at least 2.5 times faster.
 """
 
+import json
+import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from bench import common
+from bench import common, models
 from bench.common import Goal
-from rsi_deploy.measure.latency import MIN_BLOCKS, bench
+from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.measure.providers import resolve
+from rsi_deploy.measure.statistics import MIN_BLOCKS
 from rsi_deploy.pipeline import export
 
-MODELS = ("vgg19", "vit_b_32", "resnet18", "mobilenet_v2", "convnext_tiny")
+MODELS = ("vgg19", "vit_b_32", "resnet50", "mobilenet_v2", "minilm", "resnet18", "convnext_tiny")
+QUICK_MODELS = ("mobilenet_v2", "minilm")
+PROVIDERS = ("cpu", "openvino", "cuda")
+OPENVINO = Path(".venv-openvino/bin/python")
 BATCHES = (1, 8)
 RANK = "25%"
+TOKENS = 64
+OLDER_OPSET = 20
+PATIENCE = 8.0
+"""Times `--seconds` that a row may take where those give too few blocks for a verdict: slow models, a busy machine."""
 GOAL_MODEL, GOAL_BATCH, GOAL_SPEEDUP = "vgg19", 8, 2.5
 
 
 def main(arguments: Sequence[str]) -> int:
     options = common.parser(__doc__ or "", "bench.speedup")
-    options.add_argument("--models", nargs="+", metavar="NAME", help="torchvision models")
-    options.add_argument("--seconds", type=float, default=30.0, help="per model and batch [default: 30]")
+    options.add_argument("--models", nargs="+", metavar="NAME", help="torchvision models, or minilm")
+    options.add_argument("--providers", nargs="+", default=PROVIDERS, metavar="NAME[:key=value]", help="[default: all]")
+    options.add_argument("--seconds", type=float, default=30.0, help="per row [default: 30]")
     given = options.parse_args(arguments)
     common.check_writable(given.json, given.markdown)
-    names = tuple(given.models or (MODELS[-2:] if given.quick else MODELS))
-    seconds = min(given.seconds, 5.0) if given.quick else given.seconds
+    names = tuple(given.models or (QUICK_MODELS if given.quick else MODELS))
+    seconds = min(given.seconds, 2.0) if given.quick else given.seconds
     if given.quick:
         common.progress(f"quick: {', '.join(names)}, {seconds:g} s a row")
+    pythons, skipped = environments(given.providers)
     rows: list[dict[str, Any]] = []
     for name in names:
-        common.progress(f"{name}: exporting")
-        with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
-            bundle = Path(folder) / name
-            report = export(f"torchvision:{name}", bundle, rank=RANK, weights="none", measure=False, keep_dense=True)
-            for batch in BATCHES:
-                common.progress(f"{name}: batch {batch}")
-                result = bench(
-                    [bundle / "dense.onnx", bundle / "model.onnx"],
-                    batch=batch,
-                    seconds=seconds,
-                    labels=["dense", "compressed"],
-                )
-                rows.append(row(name, batch, report.compressed, report.dense, result))
+        try:
+            rows += model_rows(name, pythons, seconds)
+        except models.UnavailableError as reason:
+            skipped[name] = str(reason)
+        settings = {"rank": RANK, "models": names, "batches": BATCHES, "seconds": seconds, "tokens": TOKENS}
+        document = common.document("bench.speedup", arguments, settings, rows=rows, skipped=skipped)
+        common.write(given.json, document)  # after every model: a long run that is stopped leaves what it has
+        common.write(given.markdown, markdown(rows, skipped, document))
     common.console().print(table(rows))
-    settings = {"rank": RANK, "models": names, "batches": BATCHES, "seconds": seconds}
-    common.write(given.json, common.document("bench.speedup", arguments, settings, rows=rows))
-    common.write(given.markdown, markdown(rows))
+    for name, reason in skipped.items():
+        common.console().print(f"skipped: {name}: {reason}", soft_wrap=True)
     return common.judge(goals(rows), given.check)
 
 
-def row(name: str, batch: int, compressed: Any, dense: Any, result: Any) -> dict[str, Any]:
+def model_rows(name: str, pythons: Mapping[str, str], seconds: float) -> list[dict[str, Any]]:
+    """Export one model and measure it on every provider at every batch.
+
+    Raises:
+        UnavailableError: the model cannot be had on this machine.
+    """
+    rows = []
+    common.progress(f"{name}: exporting")
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
+        bundle, older = Path(folder) / name, Path(folder) / "older"
+        report = exported(name, bundle)
+        for provider, python in pythons.items():
+            for batch in BATCHES:
+                common.progress(f"{name}: {provider}, batch {batch}")
+                result = measured(python, bundle, provider, batch, seconds)
+                if "cannot load it" in result.get("error", ""):
+                    if not older.exists():
+                        exported(name, older, OLDER_OPSET)
+                    result = measured(python, older, provider, batch, seconds) | {"opset": OLDER_OPSET}
+                rows.append(row(name, provider, batch, report, result))
+    return rows
+
+
+def environments(providers: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Provider -> the interpreter that has it, and provider -> why it is skipped."""
+    pythons, skipped = {}, {}
+    for provider in providers:
+        try:
+            resolve(provider)
+            pythons[provider] = sys.executable
+        except UsageError as error:
+            if provider.startswith("openvino") and OPENVINO.exists():
+                pythons[provider] = str(OPENVINO)
+            elif provider.startswith("openvino"):
+                skipped[provider] = "no environment with onnxruntime-openvino: run make openvino"
+            else:
+                skipped[provider] = str(error)
+    return pythons, skipped
+
+
+def exported(name: str, bundle: Path, opset: int | None = None) -> Any:
+    """The report of a bundle with `dense.onnx` and `model.onnx`."""
+    source = models.minilm(TOKENS) if name == "minilm" else f"torchvision:{name}"
+    return export(source, bundle, rank=RANK, weights="none", measure=False, keep_dense=True, opset=opset)
+
+
+def measured(python: str, bundle: Path, provider: str, batch: int, seconds: float) -> dict[str, Any]:
+    """The `BenchResult` of one row, from a process of its own; {"error": ...} where the provider refuses."""
+    command = [python, "-m", "bench.provider_row", str(bundle / "dense.onnx"), str(bundle / "model.onnx")]
+    command += ["--provider", provider, "--batch", str(batch), "--seconds", str(seconds), "--tokens", str(TOKENS)]
+    command += ["--patience", str(PATIENCE * seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
+        if done.returncode not in (UsageError.exit_code, ModelError.exit_code):
+            last = f"the process ended with {done.returncode}: {last}"
+        return {"error": last.replace(f"{bundle}/", "")}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def row(name: str, provider: str, batch: int, report: Any, result: dict[str, Any]) -> dict[str, Any]:
     """One line: sizes as shares of the dense model, both medians, the factor and its interval."""
-    first, second = result.arms
-    return {
+    found = {
         "model": name,
+        "provider": provider,
         "batch": batch,
-        "kept_params": compressed.params / dense.params,
-        "kept_macs": compressed.macs / dense.macs,
-        "dense_ms": first.median_ms,
-        "compressed_ms": second.median_ms,
-        "speedup": second.speedup,
-        "interval": second.speedup_interval,
-        "verdict": second.verdict,
-        "blocks": second.blocks,
+        "opset": result.get("opset", "as exported"),
+        "kept_params": report.compressed.params / report.dense.params,
+        "kept_macs": report.compressed.macs / report.dense.macs,
+    }
+    if "error" in result:
+        return {**found, "error": result["error"]}
+    first, second = result["arms"]
+    return {
+        **found,
+        "dense_ms": first["median_ms"],
+        "compressed_ms": second["median_ms"],
+        "speedup": second["speedup"],
+        "interval": second["speedup_interval"],
+        "verdict": second["verdict"],
+        "blocks": second["blocks"],
+        "provider_nodes": second["provider_nodes"],
+        "memcpy_nodes": second["memcpy_nodes"],
+        "onnxruntime": result["onnxruntime"],
     }
 
 
@@ -78,28 +164,24 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
     """The goal of the docstring, where its row was measured."""
     return [
         Goal(
-            name=f"{GOAL_MODEL} at {RANK}, batch {GOAL_BATCH}",
-            held=r["blocks"] >= MIN_BLOCKS and r["speedup"] >= GOAL_SPEEDUP,
-            row=f"{r['verdict']}, goal {GOAL_SPEEDUP}x",
+            name=f"{GOAL_MODEL} at {RANK}, batch {GOAL_BATCH}, cpu",
+            held="error" not in r and r["blocks"] >= MIN_BLOCKS and r["speedup"] >= GOAL_SPEEDUP,
+            row=f"{r.get('verdict') or r['error']}, goal {GOAL_SPEEDUP}x",
         )
         for r in rows
-        if r["model"] == GOAL_MODEL and r["batch"] == GOAL_BATCH
+        if (r["model"], r["batch"], r["provider"]) == (GOAL_MODEL, GOAL_BATCH, "cpu")
     ]
 
 
-COLUMNS = ("model", "batch", "kept params", "kept MACs", "dense ms", "compressed ms", "verdict")
+COLUMNS = ("model", "provider", "batch", "opset", "kept params", "kept MACs", "dense ms", "compressed ms", "verdict")
 
 
 def _cells(r: dict[str, Any]) -> list[str]:
-    return [
-        r["model"],
-        str(r["batch"]),
-        f"{r['kept_params']:.1%}",
-        f"{r['kept_macs']:.1%}",
-        f"{r['dense_ms']:.2f}",
-        f"{r['compressed_ms']:.2f}",
-        r["verdict"],
-    ]
+    kept = [f"{r['kept_params']:.1%}", f"{r['kept_macs']:.1%}"]
+    what = [r["model"], r["provider"], str(r["batch"]), str(r["opset"]), *kept]
+    if "error" in r:
+        return [*what, "", "", r["error"]]
+    return [*what, f"{r['dense_ms']:.2f}", f"{r['compressed_ms']:.2f}", r["verdict"]]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -110,9 +192,19 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return result
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    return common.markdown_table(COLUMNS, [_cells(r) for r in rows])
+def markdown(rows: Sequence[dict[str, Any]], skipped: dict[str, str], document: Mapping[str, Any]) -> str:
+    """The rows as a Markdown table, with the command that made it, the load beside it and what was skipped."""
+    versions = {r["provider"]: r["onnxruntime"] for r in rows if "onnxruntime" in r}
+    lines = [f"onnxruntime: {', '.join(f'{version} ({provider})' for provider, version in versions.items())}"]
+    machine = document["machine"]
+    load = ", ".join(f"{value:.1f}" for value in machine["load_average"] or ())
+    lines.append(f"{machine['cpu']}, {machine['cores']} cores; load average over 1, 5 and 15 minutes: {load}")
+    lines += [f"Skipped: {name}: {reason}" for name, reason in skipped.items()]
+    return (
+        f"`{document['command']}`\n\n{common.markdown_table(COLUMNS, [_cells(r) for r in rows])}\n"
+        + "\n\n".join(lines)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

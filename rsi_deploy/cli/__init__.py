@@ -7,6 +7,7 @@ Results go to stdout (one JSON document with --json), progress and logs to stder
 import errno
 import logging
 import os
+import shlex
 import sys
 
 import click
@@ -41,7 +42,8 @@ def run(argv: list[str] | None = None) -> int:
     """Run a verb and return its exit code; every foreseen error is one message on stderr."""
     yield_idle_threads()
     try:
-        return cli.main(args=argv, prog_name="rsi-deploy", standalone_mode=False) or 0
+        typed = shlex.join(["rsi-deploy", *(sys.argv[1:] if argv is None else argv)])  # for the record
+        return cli.main(args=argv, prog_name="rsi-deploy", standalone_mode=False, obj=typed) or 0
     except click.ClickException as error:
         error.show()
         return 2

@@ -1,61 +1,226 @@
 """`rsi-deploy bench`: models side by side."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
 import click
 
-from rsi_deploy.cli.options import onnx_path, runtime_options
-from rsi_deploy.cli.terminal import console
+from rsi_deploy.cli.bench_options import matrix_options, measurement_options
+from rsi_deploy.cli.gating import gate_options, show_comparison, wanted_gates
+from rsi_deploy.cli.options import loadgen_options, onnx_path
+from rsi_deploy.cli.page import check_page, page_option, write_page
+from rsi_deploy.cli.terminal import console, progress_bar
+from rsi_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from rsi_deploy.measure.dataset import Dataset
+    from rsi_deploy.measure.request import Request
+    from rsi_deploy.measure.result import BenchDocument
+
+INTERRUPTED = 130
 
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="A.onnx [B.onnx ...]")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1), help="Samples a run.")
-@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(min=0, min_open=True))
-@click.option("--input-shape", "shapes", multiple=True, metavar="NAME=1x128", help="Shape of one input; repeatable.")
-@click.option("--data", type=click.Path(), help="Labelled evaluation data: adds the accuracy of every model.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
-@runtime_options
+@click.option("--data", metavar="DATA", help="Evaluation data: adds accuracy, and gives the inputs that are timed.")
+@matrix_options
+@measurement_options
+@loadgen_options
+@gate_options
+@click.option(
+    "--provider",
+    default="cpu",
+    show_default=True,
+    metavar="NAME[:key=value,...]",
+    help="onnxruntime provider with options: cpu:spinning=off, cuda:use_tf32=0, ...",
+)
+@page_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.pass_context
 def bench(
+    context: click.Context,
+    /,
     models: tuple[str, ...],
-    batch: int,
-    seconds: float,
-    shapes: tuple[str, ...],
     data: str | None,
-    seed: int,
-    provider: str,
-    threads: int | None,
+    baseline: str | None,
+    max_slowdown: str | None,
+    max_drop: float | None,
+    compare: bool,
+    html: str | None,
     as_json: bool,
+    **asked: Any,
 ) -> None:
-    """Latency of ONNX models side by side, interleaved in one process; with --data also accuracy."""
-    from rsi_deploy.measure.accuracy import evaluate
-    from rsi_deploy.measure.data import open_data
-    from rsi_deploy.measure.latency import bench as run_bench
-    from rsi_deploy.probe import named_shapes
-    from rsi_deploy.report.table import print_accuracy, print_bench
+    """Latency of ONNX models side by side, interleaved in one process; with --data also accuracy.
 
-    paths = [onnx_path(m) for m in models]
-    dataset = None if data is None else open_data(data)  # what is wrong with it must not wait for the measurement
-    result = run_bench(
-        paths,
-        batch=batch,
-        provider=provider,
-        threads=threads,
-        seconds=seconds,
-        seed=seed,
-        input_shape=named_shapes(shapes) or None,
-        labels=list(models) if len(set(models)) == len(models) else None,
-    )
-    scores = {}
-    if dataset is not None:
-        scores = {
-            m: evaluate(p, dataset, provider=provider, reference=paths[0] if p != paths[0] else None)
-            for m, p in zip(models, paths, strict=True)
-        }
-    if as_json:
-        import json
-
-        document = {"latency": result.model_dump(), "accuracy": {m: s.model_dump() for m, s in scores.items()}}
-        click.echo(json.dumps(document, indent=2))
+    The first model is what the others are compared with. Ctrl-C ends the run and shows what was measured.
+    """
+    if compare:
+        show_comparison(models, as_json=as_json)
         return
-    print_bench(console(), result)
-    for name, score in scores.items():
-        print_accuracy(console(), name, score)
+    from rsi_deploy.measure.accuracy import check_data
+    from rsi_deploy.measure.data import open_data
+    from rsi_deploy.measure.matrix import run_bench
+
+    gates = wanted_gates(baseline, max_slowdown, max_drop, models=models, data=data)
+    page = check_page(html)
+    paths = [onnx_path(model) for model in models]
+    dataset = None if data is None else open_data(data)
+    if dataset is not None and (dataset.labels is not None or len(paths) > 1):
+        check_data(paths, dataset, provider=asked["provider"])  # what is wrong must not wait for the measurement
+    request = _request(models, paths, dataset, asked)
+    _check_loadgen(request, asked)
+    with progress_bar("%") as bar:
+        document = run_bench(
+            request,
+            command=context.find_root().obj or "",
+            progress=(lambda name, share: bar(name, round(100 * share) - 1, 100)) if bar else None,
+        )
+    document = _with_loadgen(document, request, asked)
+    document = _with_accuracy(document, request, dataset)
+    write_page(document, page)
+    _show(document, as_json=as_json)
+    if gates is not None:
+        gates.enforce(document, as_json=as_json)
+    if any("interrupted" in note for note in (*document.notes, *(n for c in document.cells for n in c.notes))):
+        context.exit(INTERRUPTED)
+
+
+def _request(
+    models: Sequence[str], paths: Sequence[Path], dataset: "Dataset | None", asked: dict[str, Any]
+) -> "Request":
+    """The options as typed, read."""
+    from rsi_deploy.measure.arms import short_names
+    from rsi_deploy.measure.gate import percentage
+    from rsi_deploy.measure.pinning import parse_cores
+    from rsi_deploy.measure.request import Request, matrix_shapes, parse_bytes, parse_numbers, parse_seconds
+
+    def read(option: str, parse: Any) -> Any:
+        """The option's value, None where it was not given."""
+        text = asked[option.removeprefix("--").replace("-", "_")]
+        return None if text is None else parse(text, option)
+
+    batches = parse_numbers(asked["batch"], "--batch")
+    shapes = matrix_shapes(asked["shapes"])
+    return Request(
+        models=tuple(paths),
+        labels=short_names(models),
+        batches=batches,
+        shapes=shapes,
+        threads=read("--threads", parse_numbers) or (None,),
+        precisions=_precisions(asked["precisions"]),
+        pinned=() if asked["pin"] is None else parse_cores(asked["pin"]),
+        provider=asked["provider"],
+        allow_fallback=asked["allow_fallback"],
+        seconds=asked["seconds"],
+        budget=read("--budget", parse_seconds),
+        precision=percentage(asked["precision"], "--precision") / 100,
+        seed=asked["seed"],
+        feeds=_feeds(asked, paths[0], dataset, max(batches), shaped=bool(shapes)),
+        cold_start=asked["cold_start"],
+        memory=asked["memory"],
+        memory_limit=read("--memory-limit", parse_bytes),
+        burst_gap=read("--bursts", parse_seconds),
+        streams=read("--streams", parse_numbers) or (),
+        throughput=asked["throughput"],
+        profile=asked["profile"],
+    )
+
+
+def _feeds(asked: dict[str, Any], model: Path, dataset: "Dataset | None", batch: int, *, shaped: bool) -> Any:
+    """Inputs from a file or from the data, None for random ones."""
+    given = asked["feeds"]
+    if given is not None and shaped:
+        raise UsageError(
+            "--feeds and --input-shape contradict each other: the arrays have their shapes; give one of them"
+        )
+    if given is not None:
+        from rsi_deploy.probe import read_feeds
+
+        return read_feeds(given)
+    if dataset is None or shaped:
+        return None
+    from rsi_deploy.measure.sample_feeds import sample_feeds
+
+    return sample_feeds(dataset, model, asked["provider"], batch)
+
+
+def _precisions(text: str) -> Any:
+    from rsi_deploy.measure.result import Precision
+
+    names = [part.strip() for part in text.split(",")]
+    known: tuple[Literal["stored", "float16"], ...] = get_args(Precision)
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"--dtype takes {', '.join(known)}, but got {unknown[0]!r}")
+    return tuple(dict.fromkeys(names))
+
+
+def _check_loadgen(request: "Request", asked: dict[str, Any]) -> None:
+    """What LoadGen cannot do must not wait for the measurement."""
+    if asked["loadgen"]:
+        from rsi_deploy.measure.loadgen import check_loadgen
+
+        for scenario in asked["loadgen"]:
+            check_loadgen(scenario, request.settings()[0].batch, request.share())
+
+
+def _with_loadgen(document: "BenchDocument", request: "Request", asked: dict[str, Any]) -> "BenchDocument":
+    """MLPerf LoadGen's tests of every arm, in the first configuration."""
+    if not asked["loadgen"] or (document.partial and any("interrupted" in note for note in document.notes)):
+        return document
+    from rsi_deploy.measure.loadgen import run_loadgen
+
+    setting = request.settings()[0]
+    found = {
+        label: tuple(
+            run_loadgen(
+                model,
+                scenario,
+                provider=request.provider,
+                threads=setting.threads,
+                batch=setting.batch,
+                seconds=request.share(),
+                seed=request.seed,
+                feeds=request.feeds,
+                input_shape=setting.shapes or None,
+                target_qps=asked["target_qps"] if scenario == "Server" else None,
+                target_latency_ms=asked["target_latency"] if scenario == "Server" else None,
+                allow_fallback=request.allow_fallback,
+            )
+            for scenario in asked["loadgen"]
+        )
+        for model, label in zip(request.models, request.labels, strict=True)
+    }
+    return document.model_copy(update={"loadgen": found})
+
+
+def _with_accuracy(document: "BenchDocument", request: "Request", dataset: "Dataset | None") -> "BenchDocument":
+    if dataset is None or (dataset.labels is None and len(request.models) < 2):  # inputs alone, nothing to compare
+        return document
+    from rsi_deploy.measure.accuracy import evaluate_all
+
+    with progress_bar("samples") as bar:
+        results = evaluate_all(
+            request.models,
+            dataset,
+            provider=request.provider,
+            progress=(lambda done, total: bar("accuracy", done - 1, total)) if bar else None,
+        )
+    return document.model_copy(update={"accuracy": dict(zip(request.labels, results, strict=True))})
+
+
+def _show(document: "BenchDocument", *, as_json: bool) -> None:
+    if as_json:
+        click.echo(document.model_dump_json(indent=2))
+        return
+    from rsi_deploy.report.accuracy_table import print_accuracies
+    from rsi_deploy.report.bench_table import print_document
+    from rsi_deploy.report.loadgen_table import print_loadgen
+
+    print_document(console(), document)
+    for label, results in document.loadgen.items():
+        for result in results:
+            print_loadgen(console(), label, result)
+    if document.accuracy:
+        named = list(document.accuracy.items())
+        print_accuracies(console(), named, reference=named[0][0] if len(named) > 1 else "")

@@ -1,15 +1,24 @@
 """`rsi-deploy eval`: accuracy alone."""
 
+from typing import Literal
+
 import click
 
-from rsi_deploy.cli.options import onnx_path, preprocessing, preprocessing_options
+from rsi_deploy.cli.options import DATA_HELP, onnx_path, preprocessing, preprocessing_options
 from rsi_deploy.cli.terminal import console, progress_bar
 
 
 @click.command("eval")
 @click.argument("model", metavar="MODEL.onnx")
-@click.option("--data", required=True, type=click.Path(), help="Labelled data: .npz or a tree of class folders.")
-@click.option("--reference", type=click.Path(), help="Another ONNX model: adds the agreement with it.")
+@click.option("--data", required=True, metavar="DATA", help=DATA_HELP)
+@click.option("--reference", type=click.Path(), help="Another ONNX model: how far the answers are from its answers.")
+@click.option(
+    "--outputs",
+    type=click.Choice(["auto", "classes", "values"]),
+    default="auto",
+    show_default=True,
+    help="Class scores, or values (embeddings, regressions) compared with the reference.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many samples, evenly spaced.")
 @preprocessing_options
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Samples a run.")
@@ -19,6 +28,7 @@ def evaluate_verb(
     model: str,
     data: str,
     reference: str | None,
+    outputs: Literal["auto", "classes", "values"],
     limit: int | None,
     batch: int,
     provider: str,
@@ -29,19 +39,31 @@ def evaluate_verb(
     crop: str | None,
     layout: str | None,
 ) -> None:
-    """Accuracy of an ONNX classifier; the preprocessing stored in it is used unless options say otherwise."""
-    from rsi_deploy.measure.accuracy import evaluate
-    from rsi_deploy.report.table import print_accuracy
+    """Accuracy of an ONNX model; the preprocessing stored in it is used unless options say otherwise.
 
+    With labels: top-1 and top-5. With a --reference: agreement and KL of class scores, cosine and distance of other
+    outputs, and whether as many answers are right (McNemar's exact test).
+    """
+    from rsi_deploy.measure.accuracy import evaluate_all
+    from rsi_deploy.report.accuracy_table import print_accuracies
+
+    models = [model] if reference is None else [reference, model]
+    paths = [onnx_path(name) for name in models]
     with progress_bar("samples") as progress:
-        result = evaluate(
-            onnx_path(model),
+        results = evaluate_all(
+            paths,
             data,
             preprocessing=preprocessing(mean, std, resize, crop, layout),
             provider=provider,
             batch_size=batch,
-            reference=onnx_path(reference) if reference else None,
+            outputs=outputs,
             limit=limit,
             progress=(lambda done, total: progress("", done - 1, total)) if progress else None,
         )
-    click.echo(result.model_dump_json(indent=2)) if as_json else print_accuracy(console(), model, result)
+    result = results[-1]
+    if as_json:
+        click.echo(result.model_dump_json(indent=2))
+    else:
+        print_accuracies(console(), list(zip(models, results, strict=True)), reference=reference or "")
+    if result.partial:
+        raise KeyboardInterrupt

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from rsi_deploy.cli.options import (
+    DATA_HELP,
     filter_options,
     preprocessing,
     preprocessing_options,
@@ -22,7 +23,7 @@ from rsi_deploy.cli.terminal import console, progress_bar
 @source_options
 @ranks_options
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@click.option("--data", type=click.Path(), help="Labelled evaluation data: .npz or a tree of class folders.")
+@click.option("--data", metavar="DATA", help=f"Labelled evaluation data. {DATA_HELP}")
 @click.option("--feeds", type=click.Path(), help=".npz, one array per input: verify and measure with these.")
 @preprocessing_options
 @click.option("--method", type=click.Choice(["rsi", "rsvd", "svd"]), default="rsi", show_default=True)

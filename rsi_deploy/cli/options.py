@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+DATA_HELP = (
+    "An .npz, .parquet or .arrow file, a folder of class folders or of a saved Hugging Face data set, or "
+    "package.module:function (its code runs)."
+)
+
 
 def source_options(function: F) -> F:
     """MODEL and the options that say how to load it."""
@@ -71,8 +76,8 @@ def ranks_options(function: F) -> F:
         ),
         click.option(
             "--calib",
-            type=click.Path(),
-            help="Unlabelled data the factors are fitted to: as --data, or an .npz with one array per input.",
+            metavar="DATA",
+            help="Unlabelled data the factors are fitted to; takes what --data takes.",
         ),
         click.option("--plan", type=click.Path(), help="A plan.json (of a bundle, perhaps edited): forms and ranks."),
         click.option(
@@ -109,7 +114,41 @@ def runtime_options(function: F) -> F:
     for decorator in (
         click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
         click.option("--threads", type=click.IntRange(min=1), help="onnxruntime threads; default: its own choice."),
-        click.option("--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, ..."),
+        click.option(
+            "--provider",
+            default="cpu",
+            show_default=True,
+            metavar="NAME[:key=value,...]",
+            help="onnxruntime provider with options: cpu:threads=2,spinning=off, cuda:use_tf32=0, ...",
+        ),
+    ):
+        function = decorator(function)
+    return function
+
+
+def loadgen_options(function: F) -> F:
+    """MLPerf LoadGen beside the tool's own loop, and whether a fallback is measured."""
+    for decorator in (
+        click.option(
+            "--allow-fallback", is_flag=True, help="Measure also what another provider runs than the one asked for."
+        ),
+        click.option(
+            "--target-latency",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="MS",
+            help="LoadGen Server: 99 % of the queries within it; default: ten calls' time, 10 ms or more.",
+        ),
+        click.option(
+            "--target-qps",
+            type=click.FloatRange(min=0, min_open=True),
+            help="LoadGen Server: queries a second; default: half of what back-to-back calls reach.",
+        ),
+        click.option(
+            "--loadgen",
+            type=click.Choice(["SingleStream", "MultiStream", "Server", "Offline"], case_sensitive=False),
+            multiple=True,
+            help="Also test every model with MLPerf LoadGen (extra: loadgen); repeatable.",
+        ),
     ):
         function = decorator(function)
     return function

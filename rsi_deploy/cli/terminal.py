@@ -9,12 +9,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def console() -> "Console":
-    """Results, on stdout."""
+def console(*, stderr: bool = False) -> "Console":
+    """Results, on stdout; on stderr what stands beside a JSON document."""
     from rich.console import Console
 
     # A pipe has no width: tables must not be cut for whoever reads it.
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=not sys.stdout.isatty())
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(width=None if terminal else 160, highlight=False, soft_wrap=not terminal, stderr=stderr)
 
 
 @contextmanager
@@ -34,5 +35,5 @@ def progress_bar(unit: str = "sites") -> Iterator[Callable[[str, int, int], None
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading and exporting", total=None)
+        task = bar.add_task("loading", total=None)
         yield lambda name, index, total: bar.update(task, description=name, completed=index + 1, total=total)

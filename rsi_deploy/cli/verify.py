@@ -10,8 +10,8 @@ from rsi_deploy.errors import GateError
 
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(), help="The evaluation data of the report: recomputes the accuracy.")
-@click.option("--calib", type=click.Path(), help="The calibration data of the report: recomputes what it says of them.")
+@click.option("--data", metavar="DATA", help="The evaluation data of the report: recomputes the accuracy.")
+@click.option("--calib", metavar="DATA", help="The calibration data of the report: recomputes what it says of them.")
 @click.option("--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, ...")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def verify(folder: Path, data: str | None, calib: str | None, provider: str, as_json: bool) -> None:

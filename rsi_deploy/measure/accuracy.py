@@ -1,44 +1,61 @@
-"""Accuracy of an ONNX classifier on labelled data, and how far it agrees with a reference model.
+"""How often ONNX models are right on labelled data, and how far they are from a reference, on the same samples.
 
-    top-1        share of samples whose label has the highest score        (percent, with Wilson's 95 % interval)
-    top-5        share of samples whose label is among the five highest    (percent; None below six classes)
-    agreement    share of samples where model and reference give the same top-1 answer             (percent)
-    divergence   mean over samples of KL(p_reference || p_model), p = softmax(scores)                 (nats)
+    class scores
+    top-1        share of samples whose label has the highest score            (percent, Wilson's 95 % interval)
+    top-5        share of samples whose label is among the five highest        (percent; None below six classes)
+    agreement    share of samples where model and reference give the same top-1 answer                 (percent)
+    divergence   mean over samples of KL(p_reference || p_model), p = softmax(scores)       (nats, bootstrapped)
+    paired       McNemar's exact test: is the model right less often than the reference?  (`rsi_deploy.measure.paired`)
 
-Equal scores rank by class number, as argmax does. What pictures go through is decided by one rule: the
-preprocessing that was passed, else the one stored in the model, else none, which is right only for a model that
-takes the 8-bit pictures as they are; with any other model it is refused, since to guess would falsify the result.
+    values: embeddings, regressions, whatever is no class score
+    cosine       mean cosine to the reference's outputs, sample by sample                         (bootstrapped)
+    distance     mean of ||y - y_ref|| / ||y_ref||                                                (bootstrapped)
+
+Outputs are class scores where there are labels; without labels where the reference's first floating output looks like
+them (`scores.are_scores`), and then cosine and distance are told as well. Equal scores rank by class number, as argmax
+does. What pictures go through is decided by one rule: the preprocessing that was passed, else the one stored in the
+model, else none, which is right only for a model that takes the 8-bit pictures as they are; with any other model it is
+refused, since to guess would falsify the result. Positions that an input with `mask` in its name masks away do not
+count. One batch is in memory at a time, with a few numbers for every sample.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel
 
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure import providers
+from rsi_deploy.errors import UsageError
+from rsi_deploy.measure.answers import Answers
 from rsi_deploy.measure.data import Dataset, open_data
-from rsi_deploy.measure.inputs import model_inputs
-from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.measure.feeding import Feeding, Feeds
+from rsi_deploy.measure.intervals import Interval
+from rsi_deploy.measure.paired import PairedTest
+from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.measure.tally import OutputKind, Scorer, Tally, ValueDistance
 
-Array = npt.NDArray[Any]
+Progress = Callable[[int, int], None]
 
 
 class AccuracyResult(BaseModel, frozen=True, extra="forbid"):
-    """What was found on `samples` samples; shares in percent.
+    """What was found on `samples` samples; shares in percent, intervals of 95 %.
 
     Attributes:
         samples: how many were read.
-        classes: scores a sample.
+        classes: scores a sample; 0 where the outputs are no class scores.
         top1: None without labels.
-        top1_interval: Wilson's 95 % interval of it.
+        top1_interval: of it.
         top5: None without labels or below six classes.
+        top5_interval: of it.
         agreement: with the reference's top-1 answers; None without a reference.
+        agreement_interval: of it.
         divergence: mean KL divergence from the reference, nats; None without a reference.
+        divergence_interval: of it.
+        paired: right answers against the reference's; None without labels or reference.
+        values: distance of each output to the reference's, where outputs are compared as values.
+        kind: whether the outputs are class scores.
+        partial: interrupted; `samples` are the first of the data then.
         provider: full name of the one that ran the model.
         preprocessing: in words; None where the data were ready inputs.
         data_fingerprint: sha256 of all the data, also where `limit` read a part.
@@ -47,10 +64,17 @@ class AccuracyResult(BaseModel, frozen=True, extra="forbid"):
     samples: int
     classes: int
     top1: float | None
-    top1_interval: tuple[float, float] | None
+    top1_interval: Interval | None
     top5: float | None
+    top5_interval: Interval | None = None
     agreement: float | None
+    agreement_interval: Interval | None = None
     divergence: float | None
+    divergence_interval: Interval | None = None
+    paired: PairedTest | None = None
+    values: tuple[ValueDistance, ...] = ()
+    kind: Literal["classes", "values"] = "classes"
+    partial: bool = False
     provider: str
     preprocessing: str | None
     data_fingerprint: str
@@ -64,18 +88,20 @@ def evaluate(
     provider: str = "cpu",
     batch_size: int = 64,
     reference: str | Path | None = None,
+    outputs: OutputKind = "auto",
     limit: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> AccuracyResult:
-    """Run a classifier over the data, batch by batch.
+    """Run a model over the data, batch by batch.
 
     Args:
-        model: an ONNX file with one input, whose first output is scores `(N, classes)`.
-        data: an opened data set, or its path.
+        model: an ONNX file.
+        data: an opened data set, or its name (see `rsi_deploy.measure.data`).
         preprocessing: for pictures; None takes what the model's metadata carries.
         provider: short or full name, for the model and the reference.
         batch_size: samples a run. A model with a fixed batch gets that one, the last filled up with copies.
         reference: another ONNX file, fed with the same samples.
+        outputs: "classes" or "values" says what the outputs are; "auto" decides by labels and looks.
         limit: at most so many samples, evenly spaced over the data.
         progress: called with (samples done, samples in all) after each batch.
 
@@ -83,202 +109,141 @@ def evaluate(
         UsageError: data that do not fit the model, labels outside its classes, no preprocessing known, neither
             labels nor reference; all of it before the long run.
         ModelError: a model cannot be loaded or run, gives no class scores, or gives NaN.
+        KeyboardInterrupt: again, before the first batch is done; later the result is partial.
     """
-    dataset = open_data(data) if isinstance(data, str | Path) else data
-    if dataset.labels is None and reference is None:
-        raise UsageError("the data have no labels and there is no reference: nothing to compare the answers with")
-    subject = _Classifier(model, provider)
-    other = None if reference is None else _Classifier(reference, provider)
-    steps = _steps(dataset, subject, preprocessing)
-    batches = dataset.batches(subject.batch or batch_size, steps, limit)
+    return evaluate_all(
+        [model] if reference is None else [reference, model],
+        data,
+        preprocessing=preprocessing,
+        provider=provider,
+        batch_size=batch_size,
+        outputs=outputs,
+        limit=limit,
+        progress=progress,
+    )[-1]
+
+
+def evaluate_all(
+    models: Sequence[str | Path],
+    data: Dataset | str | Path,
+    *,
+    preprocessing: Preprocessing | None = None,
+    provider: str = "cpu",
+    batch_size: int = 64,
+    outputs: OutputKind = "auto",
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> list[AccuracyResult]:
+    """Run models over the data in one pass; the first is the reference of the others.
+
+    Args:
+        models: ONNX files with the same inputs and outputs.
+        data: as in `evaluate`, like the others.
+        preprocessing: for all of them; None takes what the last of them that carries one stores.
+        provider: for all of them.
+        batch_size: samples a run.
+        outputs: what the outputs are.
+        limit: at most so many samples.
+        progress: called after each batch.
+
+    Returns:
+        One result a model, in their order; the first has no agreement, divergence or paired test.
+
+    Raises:
+        UsageError, ModelError, KeyboardInterrupt: as in `evaluate`.
+    """
+    run = _Run(models, data, preprocessing, provider, outputs)
+    dataset, arms, scorer = run.dataset, run.arms, run.scorer
     total = len(dataset) if limit is None else min(limit, len(dataset))
+    tallies: list[tuple[Tally, ...]] = []
+    done, partial = 0, False
+    try:
+        for inputs, labels in run.feeding.inputs(arms[-1].batch or batch_size, limit):
+            fed = [own.fitted(inputs) for own in run.feedings]
+            batch = [arm.outputs(feeds) for arm, feeds in zip(arms, fed, strict=True)]
+            if not tallies:
+                scorer.check(batch)
+                run.prove_providers(fed)
+            tallies.append(scorer.tally(batch, labels, fed[-1]))
+            done += tallies[-1][0].samples
+            if progress is not None:
+                progress(done, total)
+    except KeyboardInterrupt:
+        if not tallies:
+            raise
+        partial = True
+    whole = [Tally.joined(own) for own in zip(*tallies, strict=True)]
+    fingerprint = dataset.fingerprint()
+    return [
+        AccuracyResult(
+            kind=scorer.kind,
+            partial=partial,
+            provider=arm.provider,
+            preprocessing=None if run.steps is None else run.steps.describe(),
+            data_fingerprint=fingerprint,
+            **tally.findings(whole[0] if place else None),
+        )
+        for place, (arm, tally) in enumerate(zip(arms, whole, strict=True))
+    ]
 
-    tally = _Tally()
-    for number, (inputs, labels) in enumerate(batches):
-        scores = subject.scores(inputs)
-        if number == 0:
-            _check_labels(dataset.labels, scores.shape[1], model)
-            subject.prove_provider(inputs)
-        against = None if other is None else other.scores(inputs)
-        if against is not None and against.shape != scores.shape:
-            raise UsageError(
-                f"{model} gives {scores.shape[1]} classes, but the reference {reference} {against.shape[1]}"
-            )
-        tally.add(scores, labels, against)
-        if progress is not None:
-            progress(tally.samples, total)
-    return tally.result(subject.provider, steps, dataset)
 
+def check_data(models: Sequence[str | Path], data: Dataset | str | Path, *, provider: str = "cpu") -> None:
+    """Refuse at once, on one sample, what `evaluate_all` would refuse: for callers whose other work takes long.
 
-def wilson_interval(hits: int, samples: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, in percent (Wilson 1927): it stays inside 0 to 100 and holds near the ends.
-
-    >>> tuple(round(end, 2) for end in wilson_interval(50, 100))
-    (40.38, 59.62)
+    Raises:
+        UsageError, ModelError: as in `evaluate`.
     """
-    z = 1.959963984540054
-    centre = (hits + z * z / 2) / (samples + z * z)
-    half = z / (samples + z * z) * math.sqrt(hits * (samples - hits) / samples + z * z / 4)
-    return max(0.0, 100 * (centre - half)), min(100.0, 100 * (centre + half))
+    run = _Run(models, data, None, provider, "auto")
+    inputs, _ = next(run.feeding.inputs(1, 1))
+    run.scorer.check([arm.outputs(own.fitted(inputs)) for arm, own in zip(run.arms, run.feedings, strict=True)])
 
 
-def label_ranks(scores: Array, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Place of each label among its sample's scores `(N, classes)`, 0 is the highest; ties go by class number."""
-    own = np.take_along_axis(scores, labels[:, None], axis=1)
-    before = np.arange(scores.shape[1]) < labels[:, None]
-    return np.asarray(((scores > own) | ((scores == own) & before)).sum(axis=1), np.int64)
+class _Run:
+    """Models loaded and fed from one pass over the data."""
 
-
-def log_probabilities(scores: Array) -> npt.NDArray[np.float64]:
-    """Log-softmax of scores `(N, classes)`, float64; scores that are probabilities already are not squashed again."""
-    values = scores.astype(np.float64)
-    if (values >= 0).all() and np.allclose(values.sum(axis=1), 1, rtol=0, atol=1e-3):
-        return np.asarray(np.log(np.maximum(values, 1e-12)))
-    shifted = values - values.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
-
-
-def divergence(reference: Array, scores: Array) -> npt.NDArray[np.float64]:
-    """KL(p_reference || p_scores) of each sample, nats, float64 `(N,)`."""
-    log_p, log_q = log_probabilities(reference), log_probabilities(scores)
-    return np.asarray((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
-
-
-class _Classifier:
-    """A session with one input, and the answers to any number of samples."""
-
-    def __init__(self, model: str | Path, provider: str):
-        self.name = str(model)
-        self.session = providers.make_session(model, provider)
-        self.provider: str = self.session.get_providers()[0]
-        specs = model_inputs(self.session)
-        if len(specs) != 1:
-            listed = "; ".join(map(str, specs))
-            raise UsageError(f"{self.name} takes {len(specs)} inputs ({listed}); eval feeds models with one input")
-        self.spec = specs[0]
-        first = self.spec.shape[0] if self.spec.shape else None
-        self.batch = first if isinstance(first, int) else None
-
-    def scores(self, inputs: Array) -> Array:
-        """Scores `(n, classes)` of `inputs (n, ...)`.
-
-        Raises:
-            UsageError: inputs that do not fit.
-            ModelError: the run fails, or its first output is no scores, or holds NaN.
-        """
-        rows = [self._run(chunk) for chunk in self._chunks(self._fitted(inputs))]
-        return np.concatenate(rows)[: len(inputs)]
-
-    def prove_provider(self, inputs: Array) -> None:
-        """Refuse a provider that runs nothing; the CPU one needs no proof, everything else falls back to it."""
-        if providers.short_name(self.provider) != "cpu":
-            chunk = next(self._chunks(self._fitted(inputs)))
-            providers.proven_placement(self.name, self.provider, {self.spec.name: chunk})
-
-    def _fitted(self, inputs: Array) -> Array:
-        """Inputs in the model's type: one floating type may become another, nothing else is converted."""
-        wanted, came = self.spec.shape[1:], inputs.shape[1:]
-        fits = len(wanted) == len(came) and all(
-            not isinstance(dim, int) or dim == size for dim, size in zip(wanted, came, strict=True)
-        )
-        if not fits:
+    def __init__(
+        self,
+        models: Sequence[str | Path],
+        data: Dataset | str | Path,
+        preprocessing: Preprocessing | None,
+        provider: str,
+        outputs: OutputKind,
+    ):
+        self.dataset = open_data(data) if isinstance(data, str | Path) else data
+        if self.dataset.labels is None and len(models) == 1:
             raise UsageError(
-                f"{self.name} takes {self.spec}, but the data give {inputs.dtype} "
-                f"(batch, {', '.join(map(str, came))}); set resize, crop or layout in the preprocessing, "
-                "or give data of that shape"
+                "the data have no labels and there is no reference: nothing to compare the answers with; give labels, "
+                "or a second model (eval: --reference DENSE.onnx)"
             )
-        if inputs.dtype == self.spec.dtype:
-            return inputs
-        if inputs.dtype.kind != "f" or self.spec.dtype.kind != "f":
-            raise UsageError(f"{self.name} takes {self.spec}, but the data give {inputs.dtype}; convert the data")
-        return inputs.astype(self.spec.dtype)
+        self.arms = [Answers(model, provider) for model in models]
+        self.steps = _steps(self.dataset, self.arms, preprocessing)
+        self.feeding = Feeding(self.dataset, self.arms[-1].specs, self.steps, model=self.arms[-1].name)
+        self.feedings = [Feeding(self.feeding.dataset, arm.specs, self.steps, model=arm.name) for arm in self.arms]
+        names, classes = [arm.name for arm in self.arms], getattr(self.dataset, "classes", ())
+        self.scorer = Scorer(names, self.dataset.labels, classes, outputs)
 
-    def _chunks(self, inputs: Array) -> Iterator[Array]:
-        """Runs of the model's fixed batch, the last filled up with copies of its last sample."""
-        size = self.batch or len(inputs)
-        for start in range(0, len(inputs), size):
-            chunk = inputs[start : start + size]
-            yield np.concatenate([chunk, np.repeat(chunk[-1:], size - len(chunk), axis=0)])
-
-    def _run(self, inputs: Array) -> Array:
-        output = providers.run_session(self.session, {self.spec.name: inputs}, self.name)[0]
-        scores = (
-            output.reshape(output.shape[0], -1) if output.ndim > 2 and output[0].size == output.shape[1] else output
-        )
-        if scores.ndim != 2 or len(scores) != len(inputs) or scores.shape[1] < 2:
-            raise ModelError(
-                f"{self.name}: its first output must be class scores ({len(inputs)}, classes), but it is {output.shape}"
-            )
-        if not np.isfinite(scores).all():
-            raise ModelError(
-                f"{self.name}: its scores hold NaN or infinite values; the model is broken or its inputs are"
-            )
-        return scores
+    def prove_providers(self, fed: Sequence[Feeds]) -> None:
+        for arm, feeds in zip(self.arms, fed, strict=True):
+            arm.prove_provider(feeds)
 
 
-class _Tally:
-    """Counts that grow batch by batch."""
-
-    def __init__(self) -> None:
-        self.samples = self.classes = self.top1 = self.top5 = self.same = 0
-        self.divergence = 0.0
-        self.labelled = self.compared = False
-
-    def add(self, scores: Array, labels: npt.NDArray[np.int64] | None, against: Array | None) -> None:
-        self.samples += len(scores)
-        self.classes = scores.shape[1]
-        if labels is not None:
-            ranks = label_ranks(scores, labels)
-            self.labelled = True
-            self.top1 += int((ranks == 0).sum())
-            self.top5 += int((ranks < 5).sum())
-        if against is not None:
-            self.compared = True
-            self.same += int((scores.argmax(axis=1) == against.argmax(axis=1)).sum())
-            self.divergence += float(divergence(against, scores).sum())
-
-    def result(self, provider: str, steps: Preprocessing | None, dataset: Dataset) -> AccuracyResult:
-        share = 100 / self.samples
-        return AccuracyResult(
-            samples=self.samples,
-            classes=self.classes,
-            top1=self.top1 * share if self.labelled else None,
-            top1_interval=wilson_interval(self.top1, self.samples) if self.labelled else None,
-            top5=self.top5 * share if self.labelled and self.classes > 5 else None,
-            agreement=self.same * share if self.compared else None,
-            divergence=self.divergence / self.samples if self.compared else None,
-            provider=provider,
-            preprocessing=None if steps is None else steps.describe(),
-            data_fingerprint=dataset.fingerprint(),
-        )
-
-
-def _steps(dataset: Dataset, model: _Classifier, passed: Preprocessing | None) -> Preprocessing | None:
+def _steps(dataset: Dataset, arms: Sequence[Answers], passed: Preprocessing | None) -> Preprocessing | None:
     """The preprocessing by the rule of the module's docstring."""
-    if dataset.kind == "inputs":
+    if dataset.kind != "images":
         if passed is not None:
             raise UsageError(
                 "the data are ready model inputs, so no preprocessing can apply; pass none, or 8-bit images"
             )
         return None
-    stored = model.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if passed is not None:
         return passed
-    if stored is not None:
-        return Preprocessing.from_metadata(stored)
-    if model.spec.dtype == np.uint8:
+    for arm in reversed(arms):  # the model itself, then its reference
+        if (stored := arm.stored_preprocessing()) is not None:
+            return stored
+    subject = arms[-1]
+    if all(spec.dtype == np.uint8 for spec in subject.specs):
         return None
     raise UsageError(
-        f"{model.name} takes {model.spec} and does not say how 8-bit images become that; pass a preprocessing "
+        f"{subject.name} takes {subject.specs[0]} and does not say how 8-bit images become that; pass a preprocessing "
         "(its scale, mean and std), or store ready inputs as float32 in the data"
     )
-
-
-def _check_labels(labels: npt.NDArray[np.int64] | None, classes: int, model: str | Path) -> None:
-    if labels is None:
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise UsageError(
-            f"{model} tells {classes} classes apart (0 to {classes - 1}), but the labels run from {low} to {high}"
-        )

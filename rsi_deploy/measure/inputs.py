@@ -117,6 +117,24 @@ def check_feeds(specs: Sequence[InputSpec], feeds: Mapping[str, npt.NDArray[Any]
             raise UsageError(f"{model} takes {spec}, but the input given is {array.dtype} {array.shape}")
 
 
+def parse_shape(text: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Read `1x3x32x32`.
+
+    Example:
+        >>> parse_shape("1x3x32x32")
+        (1, 3, 32, 32)
+    """
+    if text is None:
+        return None
+    try:
+        shape = tuple(int(part) for part in (text.lower().split("x") if isinstance(text, str) else text))
+    except (TypeError, ValueError):
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise UsageError(f"--input-shape must be positive numbers joined by x, such as 1x3x32x32, but got {text!r}")
+    return shape
+
+
 def _bind(spec: InputSpec, batch: int, given: Sequence[int] | None, symbols: dict[str, int]) -> None:
     """Note the size of every symbol that the batch or the given shape of one input settles."""
     if given is not None and (len(given) != len(spec.shape) or any(size < 1 for size in given)):

@@ -35,6 +35,9 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
         cpu_flags: the instruction sets among them that matter for matrix products.
         gpus: names; empty where neither torch is loaded nor `nvidia-smi` found, or there are none.
         versions: package -> version; absent packages are left out; every onnxruntime distribution is listed.
+        affinity: logical cores this process may use; () where the system does not tell.
+        governor: what decides the cores' clocks ("performance", "schedutil"...); None where it is not readable.
+        clock_mhz: of the core that is fastest now, and the most it may have; None where not readable.
         load_average: processes wanting a core over 1, 5 and 15 minutes; timings are noisy above `cores`.
     """
 
@@ -48,6 +51,9 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
     gpus: tuple[str, ...]
     versions: dict[str, str]
     load_average: tuple[float, float, float] | None
+    affinity: tuple[int, ...] = ()
+    governor: str | None = None
+    clock_mhz: tuple[float, float | None] | None = None
 
 
 def environment() -> Environment:
@@ -63,8 +69,16 @@ def environment() -> Environment:
         cpu_flags=relevant_flags(flags),
         gpus=_gpus(),
         versions=_versions(),
-        load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
+        load_average=load_average(),
+        affinity=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (),
+        governor=_governor(),
+        clock_mhz=_clock(),
     )
+
+
+def load_average() -> tuple[float, float, float] | None:
+    """Processes wanting a core over 1, 5 and 15 minutes; None where the system does not tell."""
+    return os.getloadavg() if hasattr(os, "getloadavg") else None
 
 
 def onnxruntime_distributions() -> dict[str, str]:
@@ -112,6 +126,26 @@ def _cpuinfo() -> str:
         return ""
 
 
+def _governor() -> str | None:
+    """Of the first core, as Linux says it; virtual machines have none."""
+    try:
+        return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+
+
+def _clock() -> tuple[float, float | None] | None:
+    """MHz now and at most."""
+    try:
+        cores = psutil.cpu_freq(percpu=True)
+    except (AttributeError, NotImplementedError, OSError):  # not on this platform, or not readable
+        return None
+    if not cores:
+        return None
+    fastest = max(cores, key=lambda core: core.current)
+    return round(fastest.current, 1), fastest.max or None
+
+
 def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -143,11 +177,28 @@ def _versions() -> dict[str, str]:
     return versions | onnxruntime_distributions()
 
 
-def peak_memory() -> int:
-    """Largest resident set of this process so far, bytes (0 where the system does not tell)."""
+def peak_memory(process: int | None = None) -> int:
+    """Largest resident set so far of this process, or on Linux of another, bytes (0 where the system does not tell).
+
+    Linux hands `ru_maxrss` on from parent to child, so that a small process has its parent's: VmHWM is its own.
+    """
+    try:
+        status = Path(f"/proc/{process or 'self'}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        status = ""
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    if process is not None:
+        return 0
     try:
         import resource
     except ImportError:  # Windows
         return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in kB
+
+
+def resident_memory() -> int:
+    """Resident set of this process now, bytes."""
+    return int(psutil.Process().memory_info().rss)

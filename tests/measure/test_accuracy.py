@@ -1,20 +1,16 @@
+import weakref
+
 import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
 
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure.accuracy import (
-    AccuracyResult,
-    divergence,
-    evaluate,
-    label_ranks,
-    log_probabilities,
-    wilson_interval,
-)
-from rsi_deploy.measure.data import ArrayData
+from rsi_deploy.measure.accuracy import AccuracyResult, check_data, evaluate, evaluate_all
+from rsi_deploy.measure.data import ArrayData, NamedData
 from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.measure.providers import available
+from rsi_deploy.measure.scores import divergence
 
 RNG = np.random.default_rng(0)
 CLASSES = 8
@@ -107,33 +103,12 @@ def test_a_reference_alone_needs_no_labels(model):
 def test_probabilities_are_not_squashed_again(model, tmp_path):
     soft = save(tmp_path / "soft.onnx", softmax=True)
     assert evaluate(soft, DATA, reference=model).divergence == pytest.approx(0, abs=1e-6)
-    np.testing.assert_allclose(np.exp(log_probabilities(SCORES)).sum(axis=1), 1, rtol=1e-12)
-    uniform = np.full((1, 4), 0.25)
-    assert divergence(np.array([[0.7, 0.1, 0.1, 0.1]]), uniform)[0] == pytest.approx(
-        0.7 * np.log(2.8) + 0.3 * np.log(0.4)
-    )
 
 
 def test_few_classes_have_no_top5(tmp_path):
     result = evaluate(save(tmp_path / "m.onnx", WEIGHT[:, :5]), ArrayData(INPUTS, LABELS % 5))
     assert result.top5 is None
     assert result.top1 is not None
-
-
-def test_equal_scores_rank_by_class_number():
-    scores = np.array([[1.0, 1, 1, 0], [0, 2, 1, 2]])
-    assert label_ranks(scores, np.array([2, 3])).tolist() == [2, 1]
-    assert label_ranks(scores, np.array([0, 0])).tolist() == [0, 3]
-
-
-def test_wilson_interval_covers_and_stays_inside():
-    assert wilson_interval(0, 10)[0] == 0
-    assert wilson_interval(10, 10)[1] == 100
-    assert wilson_interval(0, 10)[1] == pytest.approx(27.75, abs=0.01)
-    hits = np.random.default_rng(0).binomial(200, 0.93, 2000)
-    covered = np.mean([wilson_interval(int(h), 200)[0] <= 93 <= wilson_interval(int(h), 200)[1] for h in hits])
-    assert 0.93 < covered < 0.98
-    assert wilson_interval(930, 1000)[1] < wilson_interval(93, 100)[1]
 
 
 PICTURES = RNG.integers(0, 256, (40, 3, 4, 2), dtype=np.uint8)[:, :, :, [0, 1, 1]]
@@ -167,15 +142,15 @@ def test_a_model_that_takes_8_bit_pictures_gets_them(tmp_path):
 def test_floats_become_the_models_floats_and_nothing_else_does(tmp_path, model, dtype):
     other = save(tmp_path / "other.onnx", dtype=dtype)
     assert evaluate(other, DATA, reference=model).agreement >= 98
-    with pytest.raises(UsageError, match=r"other\.onnx takes x.*data give int64"):
+    with pytest.raises(UsageError, match=r"other\.onnx takes x.*data are int64"):
         evaluate(other, ArrayData(INPUTS.astype(np.int64), LABELS))
 
 
 @pytest.mark.parametrize(
     ("data", "named"),
     [
-        (ArrayData(INPUTS[:, :5], LABELS), r"m\.onnx takes x: float32 \(N, 6\).*\(batch, 5\)"),
-        (ArrayData(INPUTS[:, :, None], LABELS), r"\(batch, 6, 1\)"),
+        (ArrayData(INPUTS[:, :5], LABELS), r"m\.onnx takes x: float32 \(N, 6\).*\(samples, 5\)"),
+        (ArrayData(INPUTS[:, :, None], LABELS), r"\(samples, 6, 1\)"),
         (ArrayData(INPUTS, LABELS + 1), r"8 classes.*to 8"),
         (ArrayData(INPUTS, LABELS - 1), "from -1"),
     ],
@@ -194,7 +169,7 @@ def test_a_provider_that_runs_nothing_is_refused(model):
 
 
 def test_models_that_do_not_fit_are_named(model, tmp_path):
-    with pytest.raises(UsageError, match=r"two\.onnx takes 2 inputs.*z"):
+    with pytest.raises(UsageError, match=r"two\.onnx has the inputs x, z, but the data hold one array; give an \.npz"):
         evaluate(save(tmp_path / "two.onnx", count=2), DATA)
     with pytest.raises(UsageError, match=r"5 classes.*reference .*m\.onnx 8"):
         evaluate(save(tmp_path / "five.onnx", WEIGHT[:, :5]), ArrayData(INPUTS, LABELS % 5), reference=model)
@@ -204,3 +179,174 @@ def test_models_that_do_not_fit_are_named(model, tmp_path):
         evaluate(save(tmp_path / "one.onnx", WEIGHT[:, :1]), DATA)
     with pytest.raises(ModelError, match=r"absent\.onnx"):
         evaluate(tmp_path / "absent.onnx", DATA)
+
+
+# -- against a reference: intervals, the paired test, values
+
+
+def test_intervals_hold_what_they_are_of(model, tmp_path):
+    noisy = WEIGHT + 0.8 * RNG.standard_normal(WEIGHT.shape).astype(np.float32)
+    found = evaluate(save(tmp_path / "noisy.onnx", noisy), DATA, reference=model)
+    for name in ("top1", "top5", "agreement", "divergence"):
+        low, high = getattr(found, f"{name}_interval")
+        assert low < getattr(found, name) < high, name
+    alone = evaluate(model, DATA)
+    assert (alone.agreement_interval, alone.divergence_interval, alone.paired, alone.values) == (None, None, None, ())
+
+
+def test_the_paired_test_counts_answers_that_became_wrong(model, tmp_path):
+    noisy = WEIGHT + 0.8 * RNG.standard_normal(WEIGHT.shape).astype(np.float32)
+    before, after = SCORES.argmax(axis=1) == LABELS, (INPUTS @ noisy).argmax(axis=1) == LABELS
+    paired = evaluate(save(tmp_path / "noisy.onnx", noisy), DATA, reference=model, batch_size=7).paired
+    assert (paired.lost, paired.won) == ((before & ~after).sum(), (after & ~before).sum())
+    assert paired.lost > paired.won, "the noise must lose answers for this test to say something"
+    assert paired.change == pytest.approx(100 * (after.mean() - before.mean()))
+    assert evaluate(model, DATA, reference=model).paired.verdict == "the same answers are right of 50"
+
+
+def test_all_models_in_one_pass_are_what_each_alone_is(model, tmp_path):
+    noisy = save(tmp_path / "noisy.onnx", WEIGHT + 0.5)
+    fixed = save(tmp_path / "fixed.onnx", -WEIGHT, batch=7)
+    alone = [evaluate(model, DATA), *(evaluate(m, DATA, reference=model) for m in (noisy, fixed))]
+    assert evaluate_all([model, noisy, fixed], DATA) == alone
+
+
+def test_embeddings_are_compared_by_angle_and_distance(tmp_path):
+    unit = INPUTS / np.linalg.norm(INPUTS, axis=1, keepdims=True)
+    rotated, _ = np.linalg.qr(np.eye(6) + 0.3 * RNG.standard_normal((6, 6)))
+    dense = save(tmp_path / "dense.onnx", np.eye(6, dtype=np.float32))
+    other = save(tmp_path / "other.onnx", rotated.astype(np.float32))
+    found = evaluate(other, ArrayData(unit), reference=dense)
+    (values,) = found.values
+    angles = (unit * (unit @ rotated)).sum(axis=1)
+    assert (found.kind, found.classes, found.top1, found.agreement, found.divergence) == ("values", 0, None, None, None)
+    assert values.output == "y"
+    np.testing.assert_allclose(values.cosine, angles.mean(), rtol=1e-5)
+    np.testing.assert_allclose(values.distance, np.sqrt(2 - 2 * angles).mean(), rtol=1e-5)
+    assert values.cosine_interval[0] < values.cosine < values.cosine_interval[1] < 1
+    assert AccuracyResult.model_validate_json(found.model_dump_json()) == found
+    (same,) = evaluate(dense, ArrayData(unit), reference=dense).values
+    assert (same.cosine, same.distance) == (pytest.approx(1), 0)
+
+
+def test_a_regression_has_values_and_the_user_may_say_what_outputs_are(model, tmp_path):
+    one = save(tmp_path / "one.onnx", WEIGHT[:, :1])
+    assert evaluate(one, ArrayData(INPUTS), reference=one).values[0].distance == 0
+    assert evaluate(one, DATA, reference=one, outputs="values").kind == "values", "its labels are none of these"
+    told = evaluate(model, ArrayData(INPUTS), reference=model, outputs="classes")
+    assert (told.kind, told.agreement, told.values) == ("classes", 100, ())
+    guessed = evaluate(model, ArrayData(INPUTS), reference=model)
+    assert guessed.agreement == 100
+    assert guessed.values[0].cosine == pytest.approx(1)
+    with pytest.raises(ModelError, match=r"one\.onnx.*class scores.*--outputs values"):
+        evaluate(one, ArrayData(INPUTS), reference=one, outputs="classes")
+    with pytest.raises(UsageError, match="need a reference.*--reference"):
+        evaluate(one, DATA, outputs="values")
+    with pytest.raises(UsageError, match=r"one\.onnx gives outputs \[\(50, 1\)\], but the reference .*\[\(50, 8\)\]"):
+        evaluate(one, ArrayData(INPUTS), reference=model, outputs="values")
+
+
+IDS = RNG.integers(0, 20, (30, 5))
+MASK = np.arange(5) < RNG.integers(1, 6, (30, 1))
+TABLE = RNG.standard_normal((20, 4)).astype(np.float32)
+TEXTS = {"ids": IDS, "mask": MASK.astype(np.int64)}
+
+
+def encoder(path, table=TABLE, *, pooled=False):
+    """`hidden = table[ids] (n, 5, 4)`, or its masked sum `(n, 4)`."""
+    shape = ["N", 4] if pooled else ["N", 5, 4]
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["h" if pooled else "hidden"]),
+        helper.make_node("Cast", ["mask"], ["m"], to=1),
+    ]
+    if pooled:
+        nodes += [
+            helper.make_node("Unsqueeze", ["m", "two"], ["m3"]),
+            helper.make_node("Mul", ["h", "m3"], ["kept"]),
+            helper.make_node("ReduceSum", ["kept", "one"], ["hidden"], keepdims=0),
+        ]
+    inputs = [helper.make_tensor_value_info(name, 7, ["N", 5]) for name in ("ids", "mask")]
+    weights = [numpy_helper.from_array(table, "table")]
+    weights += [numpy_helper.from_array(np.array([v]), n) for v, n in ((2, "two"), (1, "one"))]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("hidden", 1, shape)], weights)
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]), path)
+    return path
+
+
+def test_several_inputs_are_fed_by_their_names(tmp_path):
+    net = encoder(tmp_path / "m.onnx", pooled=True)
+    pooled = (TABLE[IDS] * MASK[..., None]).sum(axis=1)
+    np.savez(tmp_path / "t.npz", **TEXTS, labels=pooled.argmax(axis=1))
+    assert evaluate(net, tmp_path / "t.npz").top1 == 100
+    unmasked = NamedData({"ids": IDS, "mask": np.ones_like(IDS)}, pooled.argmax(axis=1))
+    assert evaluate(net, unmasked).top1 < 100, "the mask must have been fed"
+    with pytest.raises(UsageError, match=r"--data: .*m\.onnx has the inputs ids, mask, but the data hold ids, masks"):
+        evaluate(net, NamedData({"ids": IDS, "masks": MASK}, np.zeros(30, int)))
+
+
+def test_positions_that_are_masked_away_do_not_count(tmp_path):
+    net = encoder(tmp_path / "m.onnx")
+    padded = IDS.copy()
+    padded[~MASK] = 0
+    assert not MASK.all()
+    table = TABLE.copy()
+    table[0] += 100  # seen at masked positions, and where 0 is a word
+    words = {"ids": np.where(MASK & (IDS == 0), 1, padded), "mask": TEXTS["mask"]}
+    other = encoder(tmp_path / "o.onnx", table)
+    assert evaluate(other, NamedData(words), reference=net).values[0].distance == 0
+    words["mask"] = np.ones_like(IDS)
+    assert evaluate(other, NamedData(words), reference=net).values[0].distance > 1
+
+
+def test_labels_and_classes_that_do_not_match_are_told_with_both_numbers(model):
+    data = ArrayData(INPUTS, LABELS % 3)
+    data.classes = ("ant", "bee", "cat", "dog")
+    with pytest.raises(UsageError, match=r"tells 8 classes apart, but the data name 4 \(ant, bee, cat, \.\.\.\)"):
+        evaluate(model, data)
+
+
+def test_interrupted_it_tells_what_was_seen(model):
+    def stop(done, total):
+        if done >= 20:
+            raise KeyboardInterrupt
+
+    found = evaluate(model, DATA, reference=model, batch_size=10, progress=stop)
+    assert (found.partial, found.samples, found.paired.samples) == (True, 20, 20)
+    np.testing.assert_allclose(found.top1, direct(SCORES[:20], LABELS[:20])[0])
+
+    def at_once(*_):
+        raise KeyboardInterrupt
+
+    data = ArrayData(INPUTS, LABELS)
+    data.batches = at_once
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, data)
+
+
+def test_one_batch_is_in_memory_at_a_time(model):
+    """Every batch of the data must be gone when the next but one is asked for."""
+    alive = []
+
+    class Counted(ArrayData):
+        def batches(self, *args):
+            for inputs, labels in super().batches(*args):
+                batch = inputs.copy()
+                alive.append(weakref.ref(batch))
+                assert sum(ref() is not None for ref in alive) <= 2
+                del inputs
+                yield batch, labels
+                del batch
+
+    assert evaluate(model, Counted(INPUTS, LABELS), reference=model, batch_size=5).samples == 50
+    assert len(alive) == 10
+
+
+def test_what_is_wrong_can_be_told_on_one_sample(model):
+    check_data([model, model], DATA)
+    for data, words in (
+        (ArrayData(INPUTS, LABELS + 1), "8 classes.*to 8"),
+        (ArrayData(INPUTS[:, :5], LABELS), "takes x"),
+        (ArrayData(INPUTS), "no labels"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            check_data([model], data)

@@ -1,0 +1,113 @@
+"""`bench --baseline` and `bench --compare`: measurements held against stored ones."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from rsi_deploy.cli.terminal import console
+from rsi_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from rsi_deploy.measure.result import BenchDocument
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def gate_options(function: F) -> F:
+    """What a measurement is held against."""
+    for decorator in (
+        click.option(
+            "--compare", is_flag=True, help="The arguments are results (a.json b.json) to lay side by side; no run."
+        ),
+        click.option(
+            "--max-drop", type=click.FloatRange(min=0), metavar="POINTS", help="Gate: top-1 lost on --data (exit 4)."
+        ),
+        click.option("--max-slowdown", metavar="5%", help="Gate: a slowdown shown to be larger fails (exit 4)."),
+        click.option(
+            "--baseline", type=click.Path(), help="A stored --json result for the gates; without: the first model."
+        ),
+    ):
+        function = decorator(function)
+    return function
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """What was asked for.
+
+    Attributes:
+        baseline: a stored result; None is the first model of the run.
+        max_slowdown: percent.
+        max_drop: percentage points of top-1.
+    """
+
+    baseline: "BenchDocument | None"
+    max_slowdown: float | None
+    max_drop: float | None
+
+    def enforce(self, now: "BenchDocument", *, as_json: bool) -> None:
+        """Show every check and fail where one does; beside a JSON document they go to stderr.
+
+        Raises:
+            GateError: a gate failed, in one sentence.
+            UsageError: the two cannot be compared.
+        """
+        from rsi_deploy.measure.gate import check_gates
+        from rsi_deploy.report.comparison_table import print_gates
+
+        report = check_gates(now, self.baseline, max_slowdown=self.max_slowdown, max_drop=self.max_drop)
+        print_gates(console(stderr=as_json), report)
+        report.enforce()
+
+
+def wanted_gates(
+    baseline: str | None, max_slowdown: str | None, max_drop: float | None, *, models: Sequence[str], data: str | None
+) -> Gates | None:
+    """The gates as typed, None where there are none; what is wrong with them must not wait for the measurement.
+
+    Raises:
+        UsageError: gates that cannot be checked.
+        ModelError: a baseline of another version.
+    """
+    if baseline is None and max_slowdown is None and max_drop is None:
+        return None
+    from rsi_deploy.measure.gate import percentage
+    from rsi_deploy.measure.result import read_bench
+
+    if max_slowdown is None and max_drop is None:
+        raise UsageError("--baseline gates nothing by itself: add --max-slowdown 5% or --max-drop 0.5")
+    if baseline is None and len(models) < 2:
+        raise UsageError("a gate needs something to compare with: --baseline result.json, or a second model")
+    if max_drop is not None and data is None:
+        raise UsageError("--max-drop is about top-1 on labelled data: add --data DATA")
+    slowdown = None if max_slowdown is None else percentage(max_slowdown, "--max-slowdown")
+    stored = None if baseline is None else read_bench(baseline)
+    if stored is not None and max_drop is not None and not stored.accuracy:
+        raise UsageError(f"--max-drop: {baseline} holds no accuracy; measure it again with --data DATA")
+    return Gates(baseline=stored, max_slowdown=slowdown, max_drop=max_drop)
+
+
+def show_comparison(paths: Sequence[str], *, as_json: bool) -> None:
+    """Results of several devices side by side.
+
+    Raises:
+        UsageError: fewer than two, no such file, or nothing in common.
+        ModelError: a result of another version.
+    """
+    from rsi_deploy.measure.compare import compare_documents, device_names
+    from rsi_deploy.measure.result import read_bench
+    from rsi_deploy.report.comparison_table import print_comparison
+
+    if wrong := [path for path in paths if path.endswith(".onnx")]:
+        raise UsageError(f"--compare takes results of bench --json, but got the model {wrong[0]}; measure it first")
+    documents = [read_bench(path) for path in paths]
+    if len(set(paths)) < len(paths):
+        raise UsageError(f"--compare: the same result twice in {', '.join(paths)}")
+    result = compare_documents(dict(zip(device_names(paths), documents, strict=True)))
+    if as_json:
+        click.echo(json.dumps(result.model_dump(mode="json"), indent=2))
+    else:
+        print_comparison(console(), result)

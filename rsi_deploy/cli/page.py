@@ -1,0 +1,55 @@
+"""`bench --html FILE`: the page of a measurement, written whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from rsi_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from rsi_deploy.measure.result import BenchDocument
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def page_option(function: F) -> F:
+    """Where the page goes."""
+    return click.option(
+        "--html", type=click.Path(), metavar="FILE", help="Also write one page to look at, which opens from disk."
+    )(function)
+
+
+def check_page(html: str | None) -> Path | None:
+    """The file to write, refused before any long work where it cannot be.
+
+    Raises:
+        UsageError: it is there already, or its folder is not.
+    """
+    if html is None:
+        return None
+    path = Path(html)
+    if path.exists():
+        raise UsageError(f"--html {html} is there already; type another name, or remove it")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot write into {path.parent}; type another place for --html")
+    return path
+
+
+def write_page(document: "BenchDocument", path: Path | None) -> None:
+    """Write the page of `document`; what ends the work early leaves nothing behind."""
+    if path is None:
+        return
+    from rsi_deploy.report.page_bench import bench_page
+
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(bench_page(document))
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)

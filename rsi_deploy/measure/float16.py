@@ -1,0 +1,35 @@
+"""The float16 variant of a float32 model, by onnxruntime's own converter (`onnxruntime.transformers.float16`).
+
+It comes with onnxruntime, is the maintained form of what `onnxconverter-common` has, and needs neither torch nor
+transformers. Inputs and outputs stay float32, so that the arms are fed alike. A CPU that has no float16 arithmetic
+casts around every node: slower, and that is what the measurement shows.
+"""
+
+from pathlib import Path
+
+from rsi_deploy.errors import ModelError, UsageError
+
+
+def float16_file(model: Path, folder: Path) -> Path:
+    """Write the float16 variant of `model` into `folder`.
+
+    Raises:
+        UsageError: a model in onnxruntime's own format.
+        ModelError: it cannot be read or converted.
+    """
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    if model.suffix == ".ort":
+        raise UsageError(f"{model} is in onnxruntime's own format and cannot be converted; give the .onnx file")
+    try:
+        converted = convert_float_to_float16(onnx.load(str(model)), keep_io_types=True)
+    except Exception as error:  # the converter's and protobuf's own
+        raise ModelError(f"{model}: cannot be converted to float16: {error}") from error
+    path = folder / f"{model.stem}.float16.onnx"
+    number = 1
+    while path.exists():
+        number += 1
+        path = folder / f"{model.stem}.float16.{number}.onnx"
+    onnx.save(converted, str(path), save_as_external_data=converted.ByteSize() > 2**30, location=f"{path.name}.data")
+    return path
