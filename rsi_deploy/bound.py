@@ -8,7 +8,7 @@ With `z = W h + b`, `p = softmax(z)` and the factorized `z~`, `p~` of the same `
 Both are for the head alone: the `h` is the dense model's, so layers before it do not enter.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pydantic
 
 import graph_passes as gp
 from rsi_deploy.errors import GateError
-from rsi_deploy.measure.providers import make_session
+from rsi_deploy.measure.sessions import make_session
 
 Array = npt.NDArray[Any]
 PASS_THROUGH = {"Softmax", "LogSoftmax", "Identity", "Flatten", "Reshape", "Cast"}
@@ -81,17 +81,14 @@ def find_head(model: ir.Model) -> Head | None:
     return None
 
 
-def softmax_bound(
-    dense: Path, head: Head, factors: gp.Factors, batches: Iterable[Array], input_name: str
-) -> SoftmaxBound:
+def softmax_bound(dense: Path, head: Head, factors: gp.Factors, batches: Iterable[Mapping[str, Array]]) -> SoftmaxBound:
     """Measure the bound for `head` of the model at `dense` on evaluation inputs.
 
     Args:
         dense: the dense ONNX model.
         head: from `find_head`.
         factors: the head's factors, `left (1, out, rank)`, `right (1, rank, in)`, and the change of its bias, if any.
-        batches: ready model inputs `(n, ...)`.
-        input_name: the model's input.
+        batches: input name -> ready model input `(n, ...)`.
 
     Raises:
         GateError: a sample violates the bound, which only wrong factors or a wrong norm can do.
@@ -102,7 +99,7 @@ def softmax_bound(
     if factors.bias is not None:  # of (h, 1): what the bias changes by is one more column
         delta = np.column_stack([delta, -factors.bias.astype(np.float64)])
     norm, kind = _upper_norm(delta)
-    rows = [_observed(h, z, delta) for h, z in _tapped(model, dense, head, batches, input_name)]
+    rows = [_observed(h, z, delta) for h, z in _tapped(model, dense, head, batches)]
     distances, norms, margins, unchanged = (np.concatenate(column) for column in zip(*rows, strict=True))
     return checked_bound(head.weight, norm, kind, distances, norms, margins, unchanged)
 
@@ -147,7 +144,7 @@ def checked_bound(
 
 
 def _tapped(
-    model: ir.Model, dense: Path, head: Head, batches: Iterable[Array], input_name: str
+    model: ir.Model, dense: Path, head: Head, batches: Iterable[Mapping[str, Array]]
 ) -> Iterable[tuple[Array, Array]]:
     """`(h, z)` of each batch, from the dense model with two more outputs."""
     by_name = {value.name: value for node in model.graph for value in node.outputs}
@@ -158,8 +155,8 @@ def _tapped(
     ir.save(model, path)  # the weights stay in the dense model's own data file
     try:
         session = make_session(path)
-        for batch in batches:
-            h, z = session.run([head.input, head.output], {input_name: batch})
+        for feeds in batches:
+            h, z = session.run([head.input, head.output], dict(feeds))
             yield h.reshape(-1, h.shape[-1]), z.reshape(-1, z.shape[-1])
     finally:
         path.unlink(missing_ok=True)

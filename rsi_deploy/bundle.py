@@ -2,6 +2,7 @@
 
     DIR/model.onnx  [model.onnx.data]     the compressed model
     DIR/report.json                       everything that was decided and measured
+    DIR/report.html                       the same to look at, offline
     DIR/README.md                         the model card
 
 Everything is written into `.DIR.partial-XXXX` beside it, which takes the name in one rename at the end. Whatever ends

@@ -107,7 +107,7 @@ class Calibrator:
         if request.calib is not None:
             data = self.data()
             if self.evaluation is not None and not request.allow_shared_data:
-                refuse_shared(data, self.evaluation, model_inputs(self.dense.path)[0], self.steps)
+                refuse_shared(data, self.evaluation, model_inputs(self.dense.path), self.steps)
             if request.is_fitted or request.is_searched:
                 return self._calibrated(data, decisions)
         if decisions is None:

@@ -67,7 +67,8 @@ class FactorSource:
             reason=decision.reason,
             seconds=fit.seconds,
         )
-        self._keep_record(site, factors, record.model_copy(update={"response_error": fit.response_error}))
+        fitted = {"response_error": fit.response_error, "spectrum": fit.spectrum}
+        self._keep_record(site, factors, record.model_copy(update=fitted))
         return self._kept(site, factors)
 
     def _in_form(self, site: gp.Site, decision: Decision) -> gp.Factors:

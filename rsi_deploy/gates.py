@@ -21,7 +21,7 @@ import pydantic
 import graph_passes as gp
 from rsi_deploy.datafile import DataFile
 from rsi_deploy.errors import GateError
-from rsi_deploy.measure.providers import make_session, run_session
+from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.onnx_file import forget_weights_
 
 Arrays = Sequence[npt.NDArray[Any]]

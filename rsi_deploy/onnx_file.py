@@ -84,6 +84,26 @@ def file_bytes(path: Path) -> int:
     return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
 
 
+def external_files(path: Path) -> list[Path]:
+    """The files beside a model that hold its external weights, by name; one that is missing is left out.
+
+    Raises:
+        ModelError: not an ONNX file.
+    """
+    try:
+        proto = onnx.load_model(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise ModelError(f"{path}: cannot be read as ONNX: {_first_line(error)}") from error
+    names = {
+        entry.value
+        for tensor in _tensors(proto)
+        if tensor.data_location == TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return [path.parent / name for name in sorted(names) if (path.parent / name).is_file()]
+
+
 def file_hash(path: Path) -> str:
     """sha256 of a file, in hexadecimal."""
     with path.open("rb") as f:

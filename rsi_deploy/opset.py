@@ -25,7 +25,7 @@ from graph_passes.constants import OVERRIDABLE_IR_VERSION
 from graph_passes.names import Names
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, tolerance_for
-from rsi_deploy.measure.providers import make_session, run_session
+from rsi_deploy.measure.sessions import make_session, run_session
 
 # Up to so many numbers, constants go through the converter: it reads axes, shapes and scales, and never a weight.
 STUB_NUMBERS = 1024

@@ -25,7 +25,7 @@ from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.data import Dataset, open_data
 from rsi_deploy.measure.machine import environment, peak_memory
 from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
-from rsi_deploy.measure.providers import resolve
+from rsi_deploy.measure.provider_spec import parse
 from rsi_deploy.onnx_file import file_bytes, file_hash, read_onnx
 from rsi_deploy.onnx_split import with_macs
 from rsi_deploy.plan.decide import plan_of
@@ -34,6 +34,7 @@ from rsi_deploy.plan.planner import Filters, RankSpec
 from rsi_deploy.plan.request import Request, given_budget
 from rsi_deploy.probe import named_shapes, read_feeds
 from rsi_deploy.report.card import model_card
+from rsi_deploy.report.page_report import report_page
 from rsi_deploy.report.schema import Report, Size, SourceRecord
 from rsi_deploy.rsi import Method, Solver
 from rsi_deploy.source import load_source, source_of_module
@@ -86,13 +87,13 @@ def export(
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Report:
-    """Compress a model and write the bundle `output` (model.onnx, report.json, README.md).
+    """Compress a model and write the bundle `output` (model.onnx, report.json, report.html, README.md).
 
     Args:
         model: `torchvision:NAME`, `package.module:factory`, `FILE.pt2`, `FILE.onnx`, or a torch module.
         output: the folder to make.
         rank: a rank (`64`) or the paper's ratio (`"40%"`); or exactly one of the budgets, or a plan.
-        calib: unlabelled calibration data: a data set as for `data`, or an `.npz` with one array per model input.
+        calib: unlabelled calibration data: as `data`, or input name -> array.
         calib_size: at most so many samples, evenly spaced.
         factors: "response" fits the factors to the calibration data, "weights" is the paper's plain method.
         keep_params: share of the whole model's parameters to keep: 0.5 or "50%".
@@ -109,7 +110,7 @@ def export(
             For an ONNX file with more dynamic dimensions: `NAME=1x128`, or several of them.
         feeds: input name -> array, or an `.npz` of them, to verify and measure with in place of random inputs.
         preprocessing: from 8-bit pictures to inputs; fields that are not set come from the model.
-        data: labelled evaluation data (`.npz` or a tree of class folders); it chooses nothing.
+        data: labelled evaluation data (see `rsi_deploy.measure.data`); it chooses nothing.
         method: "rsi", or a baseline: "rsvd", "svd".
         power_iterations: the paper's q.
         oversampling: extra sketch columns.
@@ -160,7 +161,7 @@ def export(
         settings=request.settings(filters, solver, always_split=always_split, joint=joint, opset=opset),
         solver=solver,
         device=_device(device),
-        provider=resolve(provider),
+        provider=str(parse(provider)),
         progress=progress,
         shapes=shapes,
         given=None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds),
@@ -241,7 +242,9 @@ def export(
             environment=environment(),
             notes=tuple(dict.fromkeys([*source.notes, *job.notes, *calibrator.notes])),
         )
-        (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        document = report.model_dump_json(indent=2) + "\n"
+        (folder / "report.json").write_text(document, encoding="utf-8", newline="\n")
+        (folder / "report.html").write_text(report_page(report, document), encoding="utf-8")
         write_plan(folder / "plan.json", plan_of(report))
         (folder / "README.md").write_text(model_card(report, path), encoding="utf-8")
     return report
@@ -266,7 +269,7 @@ def _evaluation_data(data: str | Path | Dataset | None, preprocessing: Preproces
         return None
     if dataset.labels is None:
         raise UsageError("--data has no labels; evaluation data need them (`labels` or `y`, or class folders)")
-    if dataset.kind == "inputs" and preprocessing is not None:
+    if dataset.kind != "images" and preprocessing is not None:
         raise UsageError(
             "--data are ready model inputs: no preprocessing applies; leave out --mean, --std, --resize, --crop "
             "and --layout, or give 8-bit images"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.inputs import check_feeds, model_inputs, random_feeds
+from rsi_deploy.measure.inputs import check_feeds, model_inputs, parse_shape, random_feeds
 
 PROBE_BATCH = 2
 
@@ -68,8 +68,6 @@ def named_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
         >>> named_shapes(["ids=2x128"])
         {'ids': (2, 128)}
     """
-    from rsi_deploy.source import parse_shape
-
     shapes = {}
     for text in texts:
         name, equals, shape = text.rpartition("=")

@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from rsi_deploy.errors import ModelError
 from rsi_deploy.plan.planner import break_even_rank
 from rsi_deploy.rsi import Factors, Solver, residual_norm, rounding_level, singular_values
+from rsi_deploy.spectra import Spectrum, thinned
 
 # Up to this full rank the optimum s_{rank+1} comes from an exact spectrum (some ms); above it from a bound.
 EXACT_SPECTRUM_LIMIT = 128
@@ -42,6 +43,8 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
         joint: for a joint split, the names of all the sites that share `right`, in graph order; else empty. The first
             of them bears the parameters and MACs of `right`. Errors are those of the site's own weight, and its
             normalized error compares with the best of this rank for it alone (None where that is the weight itself).
+        spectrum: singular values of the weight, as many as its errors took to compute (all of a small one, else the
+            leading rank + 1); of the response for factors fitted to data. None where none were computed.
     """
 
     name: str
@@ -66,6 +69,7 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
     macs_compressed: int | None = None
     nodes: tuple[str, ...] = ()
     joint: tuple[str, ...] = ()
+    spectrum: Spectrum | None = None
 
 
 def dense_record(
@@ -148,7 +152,6 @@ def split_record(
         projected: whether `left` is orthonormal and `right` is `left^T W`, which saves work.
         nodes: that use the weight.
     """
-    frobenius, spectral, normalized, kind_of_bound = _errors(weight, factors, projected)
     record = unmeasured_record(
         name,
         kind,
@@ -159,14 +162,7 @@ def split_record(
         seconds=seconds,
         nodes=nodes,
     )
-    return record.model_copy(
-        update={
-            "frobenius_error": frobenius,
-            "spectral_error": spectral,
-            "normalized_error": normalized,
-            "normalized_error_kind": kind_of_bound,
-        }
-    )
+    return record.model_copy(update=_errors(weight, factors, projected))
 
 
 def unmeasured_record(
@@ -210,10 +206,8 @@ def unmeasured_record(
     )
 
 
-def _errors(
-    weight: Tensor, factors: Factors, projected: bool
-) -> tuple[float, float, float, Literal["exact", "upper bound"]]:
-    """(frobenius, spectral, normalized error, its kind); the worst group's for the last two."""
+def _errors(weight: Tensor, factors: Factors, projected: bool) -> dict[str, Any]:
+    """The record's errors, the worst group's where they are not of all, and the spectrum that they took."""
     rank = factors.left.shape[-1]
     full = min(weight.shape[-2:])
     residual = residual_norm(weight, factors)
@@ -223,21 +217,22 @@ def _errors(
         top = s[..., 0]
         optimum = s[..., rank] if rank < full else torch.zeros_like(top)
     else:
-        top, optimum = _bounded_spectrum(weight, factors, residual.u, projected)
+        top, s = _bounded_spectrum(weight, factors, residual.u, projected)
+        optimum = s[..., -1]
     norm = residual.norm.to(top.dtype)
     # No optimum is below the rounding level (full rank, or a weight of lower rank than asked).
     ratio = norm / torch.maximum(optimum, top * rounding_level(weight.dtype)).clamp_min(1e-300)
-    spectral = float((norm / top.clamp_min(1e-300)).max())
-    return (
-        frobenius,
-        spectral,
-        max(float(ratio.max()), 1.0),
-        "exact" if full <= EXACT_SPECTRUM_LIMIT else "upper bound",
-    )
+    return {
+        "frobenius_error": frobenius,
+        "spectral_error": float((norm / top.clamp_min(1e-300)).max()),
+        "normalized_error": max(float(ratio.max()), 1.0),
+        "normalized_error_kind": "exact" if full <= EXACT_SPECTRUM_LIMIT else "upper bound",
+        "spectrum": thinned(s, full, rank),
+    }
 
 
 def _bounded_spectrum(weight: Tensor, factors: Factors, u: Tensor, projected: bool) -> tuple[Tensor, Tensor]:
-    """`(s_1, lower bound of s_{rank+1})` from the factors, without a spectrum of the weight.
+    """`s_1` and lower bounds of `s_1` to `s_{rank+1}` from the factors, without a spectrum of the weight.
 
     For orthonormal `Q (out, rank+1)`, `s_{rank+1}(Q^T W) <= s_{rank+1}(W)` (interlacing); `Q` is the span of `left`
     and of the residual's leading direction `u`, so the bound is near the truth when the factors are near optimal.
@@ -254,10 +249,10 @@ def _bounded_spectrum(weight: Tensor, factors: Factors, u: Tensor, projected: bo
     gram = torch.zeros(*B.shape[:-1], B.shape[-2], dtype=torch.float64, device=B.device)
     for block in B.split(4096, dim=-1):  # float64 a block at a time: memory
         gram += block.double() @ block.double().mT
-    s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    s = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
     # Factors may miss the leading direction (RSVD does), so s_1 is looked for in the weight itself too.
     nothing = Factors(factors.left[..., :0], factors.right[..., :0, :])
-    return torch.maximum(s[..., -1], residual_norm(weight, nothing).norm.to(s.dtype)), s[..., 0]
+    return torch.maximum(s[..., 0], residual_norm(weight, nothing).norm.to(s.dtype)), s
 
 
 def _frobenius_error(weight: Tensor, factors: Factors, projected: bool, *, rows: int = 256) -> float:

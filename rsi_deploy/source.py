@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rsi_deploy.checkpoint import load_checkpoint_
 from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.measure.inputs import parse_shape
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.rsi import stream_seed
 
@@ -94,24 +95,6 @@ def source_of_module(module: nn.Module, input_shape: str | tuple[int, ...] | Non
     source = Source(name=name, module=module, preprocessing=_told_preprocessing(module))
     source.example_inputs = _told_inputs(module, name, parse_shape(input_shape), seed)
     return source
-
-
-def parse_shape(text: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """Read `1x3x32x32`.
-
-    Example:
-        >>> parse_shape("1x3x32x32")
-        (1, 3, 32, 32)
-    """
-    if text is None:
-        return None
-    try:
-        shape = tuple(int(part) for part in (text.lower().split("x") if isinstance(text, str) else text))
-    except (TypeError, ValueError):
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise UsageError(f"--input-shape must be positive numbers joined by x, such as 1x3x32x32, but got {text!r}")
-    return shape
 
 
 def _torchvision(

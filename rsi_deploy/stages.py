@@ -22,14 +22,15 @@ from graph_passes import Factors, FoldBatchNormPass, Form, Split
 from rsi_deploy import __version__
 from rsi_deploy.arrays import as_torch
 from rsi_deploy.bound import Head, SoftmaxBound, find_head, softmax_bound
-from rsi_deploy.errors import ModelError
+from rsi_deploy.errors import ModelError, RsiDeployError
 from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, surgery_check, tolerance_for
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
 from rsi_deploy.measure.data import Dataset
+from rsi_deploy.measure.feeding import Feeding
 from rsi_deploy.measure.inputs import model_inputs
 from rsi_deploy.measure.latency import BenchResult, bench
 from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
-from rsi_deploy.measure.providers import make_session, run_session
+from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.onnx_file import (
     forget_weights_,
     parameters,
@@ -157,7 +158,10 @@ class Job:
         accuracy = None
         if dataset is not None:  # first of all the long work: data that do not fit must say so now
             with self.stage("accuracy dense"):
-                accuracy = evaluate(dense, dataset, preprocessing=_applied(steps, dataset), provider=self.provider)
+                try:
+                    accuracy = evaluate(dense, dataset, preprocessing=_applied(steps, dataset), provider=self.provider)
+                except RsiDeployError as error:  # the user knows the model by another name
+                    raise type(error)(str(error).replace(str(dense), source.name)) from error
         return DenseFacts(size=size, feeds=feeds, outputs=trace.outputs, macs=macs, batch=batch), accuracy
 
     def compress(self, dense: Path, path: Path, made: Planned, *, with_head: bool) -> Compressed:
@@ -256,17 +260,18 @@ class Job:
         bound = None
         if result.head is not None and result.head_factors is not None:
             with self.stage("softmax bound"):
-                spec = model_inputs(dense)[0]
-                size = spec.shape[0] if isinstance(spec.shape[0], int) else 64
+                specs = model_inputs(dense)
+                fixed = next((spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], int)), None)
+                size = fixed or 64
                 # The tapped model takes whole batches only where its batch is fixed; samples left over are left out.
-                whole = len(dataset) // size * size if isinstance(spec.shape[0], int) else len(dataset)
+                whole = len(dataset) // size * size if fixed else len(dataset)
                 if not whole:
                     self.notes.append(
                         f"no softmax bound: {len(dataset)} samples are less than the model's batch, {size}"
                     )
                     return Accuracy(dense=before, compressed=after), None
-                batches = (x.astype(spec.dtype, copy=False) for x, _ in dataset.batches(size, steps, whole))
-                bound = softmax_bound(dense, result.head, result.head_factors, batches, spec.name)
+                batches = (feeds for feeds, _ in Feeding(dataset, specs, steps).batches(size, whole))
+                bound = softmax_bound(dense, result.head, result.head_factors, batches)
         return Accuracy(dense=before, compressed=after), bound
 
     def macs(self, path: Path, facts: DenseFacts) -> dict[str, int]:

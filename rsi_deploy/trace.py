@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from rsi_deploy.measure.providers import make_session, run_session
+from rsi_deploy.measure.sessions import make_session, run_session
 
 Shape = tuple[int, ...]
 

@@ -8,6 +8,7 @@
     parity       where dense.onnx was kept: approximation error against it
     calibration  where it was kept, with --calib: output error, KL and agreement on the calibration data
     accuracy     with --data: top-1 of the compressed model
+    page         whether report.html was made from this report.json
 
 What cannot be computed again here (latency belongs to its machine; the dense model may be gone) is listed as such.
 """
@@ -30,10 +31,12 @@ from rsi_deploy.gates import compare_outputs
 from rsi_deploy.measure.accuracy import evaluate
 from rsi_deploy.measure.data import Dataset, open_data
 from rsi_deploy.measure.inputs import model_inputs
-from rsi_deploy.measure.providers import make_session, resolve, run_session
+from rsi_deploy.measure.provider_spec import parse
+from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.onnx_file import file_bytes, file_hash, parameters
 from rsi_deploy.plan.budget import Budget
 from rsi_deploy.probe import Feeds, probe_feeds
+from rsi_deploy.report.html import source_of
 from rsi_deploy.report.schema import ProbeOutput, Report, read_report
 from rsi_deploy.trace import traced_run
 
@@ -82,7 +85,7 @@ def verify(
     folder = Path(folder)
     report = read_report(folder)
     check_source(calib)
-    provider, dataset = resolve(provider), None if data is None else open_data(data)
+    provider, dataset = str(parse(provider)), None if data is None else open_data(data)
     claims = [_files(folder, report)]
     model = folder / "model.onnx"
     if model.is_file():
@@ -93,6 +96,7 @@ def verify(
         claims += _attempt("parity", lambda: [_parity(folder, report, provider)])
         claims += _attempt("calibration", lambda: _calibration(folder, report, calib, provider))
         claims += _attempt("accuracy", lambda: [_accuracy(folder, report, dataset, provider)])
+    claims.append(_page(folder))
     claims.append(_not_checked("latency", "times belong to their machine: run rsi-deploy bench"))
     return VerifyResult(bundle=str(folder), claims=tuple(claims))
 
@@ -122,6 +126,14 @@ def _files(folder: Path, report: Report) -> Claim:
     changed = [n for n, digest in report.files.items() if n not in missing and file_hash(folder / n) != digest]
     problems = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"changed: {', '.join(changed)}"] * bool(changed)
     return _claim("files", not problems, "; ".join(problems) or f"sha256 of {', '.join(report.files)} as reported")
+
+
+def _page(folder: Path) -> Claim:
+    """Whether the page shows this report; what else it may have been changed to is not looked at."""
+    if not (folder / "report.html").is_file():
+        return _not_checked("page", "the bundle has no report.html")
+    same = source_of(folder / "report.html") == file_hash(folder / "report.json")
+    return _claim("page", same, f"report.html was made from {'this' if same else 'another'} report.json")
 
 
 def _graph(path: Path, report: Report) -> list[Claim]:

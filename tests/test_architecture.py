@@ -14,22 +14,35 @@ OURS = {"rsi_deploy", "graph_passes", "bench", "samples", "tests"}
 
 # A module may import modules of a lower layer, and those of its own that stand before it in the line.
 LAYERS = """
-errors rsi arrays
+errors rsi arrays spectra
 calibrate.moments calibrate.streams calibrate.response calibrate.alternating
 plan.knapsack plan.budget plan.rank_grid plan.plan_file
-plan.planner fold layers checkpoint measure.machine measure.preprocess datafile onnx_file sites plan.joint
-measure.inputs measure.data measure.providers compress source factor_source onnx_split probe bundle
+plan.planner fold layers checkpoint measure.machine measure.statistics measure.sections measure.pinning
+measure.preprocess datafile found_splits onnx_file sites plan.joint
+measure.inputs measure.dataset measure.array_data measure.folder_data measure.arrow_files measure.arrow_data
+measure.callable_data measure.data measure.feeding measure.intervals measure.paired measure.scores
+measure.providers measure.provider_spec measure.sessions measure.placement measure.binding
+measure.timing measure.loadgen_worker measure.loadgen
+compress source factor_source onnx_split probe bundle
 calibrate.calibration_data calibrate.calibrated
-calibrate.live_values calibrate.onnx_waves calibrate.onnx_rows calibrate.onnx_segment
-calibrate.onnx_reach calibrate.onnx_readings calibrate.onnx_two_streams calibrate.onnx_streams
+calibrate.gathered calibrate.live_values calibrate.onnx_waves calibrate.onnx_rows calibrate.onnx_segment
+calibrate.onnx_reach calibrate.onnx_readings calibrate.onnx_checked calibrate.onnx_survey
+calibrate.onnx_two_streams calibrate.onnx_streams
 calibrate.torch_rows calibrate.torch_calls calibrate.torch_readings calibrate.torch_runs
 calibrate.torch_trace calibrate.torch_streams
-to_onnx measure.accuracy measure.latency trace gates opset bound rewriting
+to_onnx measure.answers measure.tally measure.accuracy measure.result
+measure.arms measure.blocks measure.latency measure.float16 measure.profiling measure.concurrency
+measure.worker measure.processes measure.request measure.sample_feeds measure.matrix trace gates opset bound rewriting
+measure.gate measure.compare
 report.schema diagnosis inspection
-plan.request calibrate.certificate plan.decide found_splits compress_to_data
-report.summary report.card verification report.table
+plan.request calibrate.certificate plan.decide compress_to_data
+report.text report.theme report.svg report.plots report.page report.charts report.html
+report.page_environment report.page_latency report.page_cells report.page_costs report.page_load report.page_bench
+report.summary report.accuracy_table report.comparison_table report.loadgen_table report.bench_table report.card
+report.page_errors report.page_sites report.page_report verification report.table
 calibrating stages pipeline
-cli.options cli.terminal cli.export cli.inspect cli.bench cli.evaluate cli.verify cli.doctor
+cli.options cli.terminal cli.gating cli.page
+cli.export cli.inspect cli.bench_options cli.bench cli.evaluate cli.verify cli.doctor
 """
 POSITION = {
     name: (layer, place)

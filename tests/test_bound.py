@@ -30,7 +30,7 @@ def measured(path, rank, *, samples=200, factors=None, scale=1.0):
     head = find_head(ir.load(path))
     factors = factors or truncated(weight_of(path, head.weight), rank)
     x = (scale * np.random.default_rng(5).standard_normal((samples, 12))).astype(np.float32)
-    return softmax_bound(path, head, factors, np.array_split(x, 3), "input")
+    return softmax_bound(path, head, factors, [{"input": part} for part in np.array_split(x, 3)])
 
 
 # -- the bound itself

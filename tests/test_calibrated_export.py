@@ -178,7 +178,8 @@ def test_a_text_model_with_two_inputs_and_a_mask(here, capsys):
     capsys.readouterr()
     np.savez("half.npz", ids=np.load("texts.npz")["ids"])
     err = refused(capsys, 2, "text.onnx", "--keep-params", "0.7", calib="half.npz")
-    assert "the model has the inputs ids, attention_mask; give an .npz with one array for each of them" in err
+    assert "the model has the inputs ids, attention_mask, but the data hold ids" in err
+    assert "give an .npz with one array for each of them" in err
 
 
 # -- plans
@@ -308,12 +309,12 @@ def test_too_few_samples_are_said_with_how_many_would_do(here):
         ("--keep-params 50 --calib c.npz", "write --keep-params 50%"),
         ("--max-size 20XB --calib c.npz", "--max-size takes B, kB, MB"),
         ("--rank 4 --calib nowhere.npz", "--calib: nowhere.npz does not exist; expected an .npz"),
-        ("--rank 4 --calib m.onnx", "--calib: m.onnx is neither an .npz file nor a folder"),
+        ("--rank 4 --calib m.onnx", "--calib: m.onnx is neither an .npz, .parquet or .arrow file nor a folder"),
         ("--rank 4 --calib wide.npz", "takes input: float32 (batch, 12), but the data are float32 (samples, 13)"),
         ("--rank 4 --calib whole.npz", "--calib: the model takes input: float32 (batch, 12), but the data are int64"),
         ("--rank 4 --calib pictures.npz", "8-bit pictures need a preprocessing"),
         ("--rank 4 --calib nan.npz", "--calib: the data for input hold NaN; take those samples out"),
-        ("--rank 4 --calib other.npz", "other.npz holds rows; expected images (or x)"),
+        ("--rank 4 --calib other.npz", "has the input input, but the data hold rows, columns; give data with"),
         ("--rank 4 --calib empty.npz", "holds no samples"),
         ("--rank 49 --calib c.npz", "--rank 49 is above the full rank of every site"),
         ("--rank 4 --calib c.npz --exclude nothing", "--exclude 'nothing' matches none of the 3 sites"),
@@ -338,7 +339,7 @@ def test_usage_errors(here, capsys, argv, words):
     np.savez("whole.npz", x=np.ones((64, 12), np.int64))
     np.savez("pictures.npz", images=np.ones((64, 3, 4), np.uint8))
     np.savez("nan.npz", x=np.where(np.arange(12) == 3, np.nan, x))
-    np.savez("other.npz", rows=x)
+    np.savez("other.npz", rows=x, columns=x)
     np.savez("empty.npz", x=x[:0])
     (here / "p.json").write_text('{"schema_version": 1, "tool": "", "sites": {}}')
     assert words in refused(capsys, 2, "m.onnx", *argv.split(), calib=None)

@@ -77,7 +77,8 @@ def test_what_needs_no_calibration_runs_none(tmp_path, monkeypatch):
 
 def test_candidates_are_not_left_behind(tmp_path):
     run(tmp_path, keep_params=0.5)
-    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["README.md", "model.onnx", "plan.json", "report.json"]
+    names = ["README.md", "model.onnx", "plan.json", "report.html", "report.json"]
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == names
 
 
 def test_refusals_come_before_calibration(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from torch import nn
 
 from rsi_deploy import diagnosis
 from rsi_deploy.cli import cli, run
+from rsi_deploy.measure.answers import Answers
 from rsi_deploy.measure.providers import available
 
 VERBS = sorted(cli.commands)
@@ -163,7 +164,7 @@ def test_export_json_is_one_document_of_the_schema(here, capsys):
     [
         (["inspect", "m.onnx"], {"model", "rank", "sites", "notes"}),
         (["eval", "m.onnx", "--data", "d.npz"], {"top1", "samples"}),
-        (["bench", "m.onnx", "m.onnx", "--seconds", "0.05"], {"latency", "accuracy"}),
+        (["bench", "m.onnx", "m.onnx", "--seconds", "0.05"], {"schema_version", "cells", "accuracy"}),
         (["doctor"], {"environment", "providers", "findings"}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -180,7 +181,14 @@ def test_json_of_every_verb(here, capsys, argv, keys):
 
 def test_eval_takes_a_file_or_a_bundle(bundle, capsys):
     assert run(["eval", "m.onnx", "--data", "d.npz"]) == 0
-    assert "m.onnx: top-1 85.00 % [" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "85.00 [73.89, 91.90]" in out
+    assert "top-1 %" in out
+    assert "same answer" not in out, "there is no reference"
+    assert run(["eval", "b", "--data", "d.npz", "--reference", "m.onnx"]) == 0
+    out = capsys.readouterr().out
+    assert "compared with m.onnx" in out
+    assert "of 60: less accurate (p < 0.0001)" in out
     assert (
         run(["eval", "b", "--data", "d.npz", "--reference", "m.onnx", "--limit", "20", "--batch", "7", "--json"]) == 0
     )
@@ -189,22 +197,68 @@ def test_eval_takes_a_file_or_a_bundle(bundle, capsys):
     assert 0 <= result["agreement"] <= 100
 
 
+def test_eval_interrupted_tells_what_it_saw(here, capsys, monkeypatch):
+    outputs, calls = Answers.outputs, []
+
+    def then_stop(self, feeds):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return outputs(self, feeds)
+
+    monkeypatch.setattr(Answers, "outputs", then_stop)
+    assert run(["eval", "m.onnx", "--data", "d.npz", "--batch", "10", "--json"]) == 130
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["samples"], json.loads(out)["partial"]) == (20, True)
+    assert "interrupted" in err
+
+
+def test_bench_of_a_matrix_and_the_rest(bundle, capsys):
+    argv = ["bench", "m.onnx", "b", "--seconds", "0.05", "--batch", "1,3", "--threads", "1,2", "--memory", "--profile"]
+    assert run([*argv, "--bursts", "1ms", "--streams", "1,2", "--throughput"]) == 0
+    out = capsys.readouterr().out
+    for said in ("batch 3, 2 threads", "Resident memory", "Bursts of 8", "Streams on", "Throughput", "split site"):
+        assert said in out
+    assert run([*argv, "--budget", "1s", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["cells"]) == 4
+    assert document["command"] == "rsi-deploy " + " ".join([*argv, "--budget", "1s", "--json"])
+
+
+def test_bench_interrupted_tells_what_it_saw(here, capsys, monkeypatch):
+    from rsi_deploy.measure.blocks import Cell
+
+    run_block, calls = Cell.run_block, []
+
+    def then_stop(self):
+        calls.append(1)
+        if len(calls) > 9:
+            raise KeyboardInterrupt
+        run_block(self)
+
+    monkeypatch.setattr(Cell, "run_block", then_stop)
+    assert run(["bench", "m.onnx", "--seconds", "60", "--json"]) == 130
+    document = json.loads(capsys.readouterr().out)
+    assert document["partial"]
+    assert document["cells"][0]["stopped"] == "interrupted"
+
+
 def test_bench_takes_files_and_bundles(bundle, capsys):
     argv = ["bench", "m.onnx", "b", "--seconds", "0.1", "--batch", "3", "--threads", "1", "--data", "d.npz"]
     assert run(argv) == 0
     out = capsys.readouterr().out
-    assert "batch 3, threads 1" in out
-    assert "m.onnx: top-1 85.00 %" in out
-    assert ", agreement " in out
+    assert "batch 3, 1 thread" in out
+    assert "85.00 [73.89, 91.90]" in out
+    assert "same answer" in out
     assert run([*argv, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert [arm["label"] for arm in result["latency"]["arms"]] == ["m.onnx", "b"]
+    assert [arm["label"] for arm in result["cells"][0]["arms"]] == ["m.onnx", "b"]
     assert result["accuracy"].keys() == {"m.onnx", "b"}
 
 
 def test_bench_of_a_model_against_itself(here, capsys):
     assert run(["bench", "m.onnx", "m.onnx", "--seconds", "0.1", "--json"]) == 0
-    arms = json.loads(capsys.readouterr().out)["latency"]["arms"]
+    arms = json.loads(capsys.readouterr().out)["cells"][0]["arms"]
     assert len({arm["label"] for arm in arms}) == 2
 
 
@@ -327,8 +381,8 @@ def export_of(*argv, rank="25%"):
         (export_of("m.onnx", "--checkpoint", "good.safetensors"), "--checkpoint goes with a factory"),
         (export_of("m.onnx", "--opset", "99"), "--opset must be between 1 and"),
         (export_of("m.onnx", "--data", "nowhere.npz"), "nowhere.npz does not exist"),
-        (export_of("m.onnx", "--data", "m.onnx"), "neither an .npz file nor a folder"),
-        (export_of("m.onnx", "--data", "wide.npz"), "the data give float32 (batch, 13)"),
+        (export_of("m.onnx", "--data", "m.onnx"), "neither an .npz, .parquet or .arrow file nor a folder"),
+        (export_of("m.onnx", "--data", "wide.npz"), "the data are float32 (samples, 13)"),
         (export_of("m.onnx", "--data", "range.npz"), "the labels run from 0 to 10"),
         (export_of("m.onnx", "--data", "unlabelled.npz"), "--data has no labels"),
         (export_of("m.onnx", "--data", "pictures.npz"), "does not say how 8-bit images become that"),
@@ -352,6 +406,13 @@ def export_of(*argv, rank="25%"):
         (["eval", "full", "--data", "d.npz"], "expected an .onnx file or a bundle's folder"),
         (["eval", "m.onnx", "--data", "unlabelled.npz"], "nothing to compare the answers with"),
         (["eval", "m.onnx", "--data", "range.npz"], "the labels run from 0 to 10"),
+        (["bench", "m.onnx", "--batch", "0"], "--batch takes numbers of 1 or more"),
+        (["bench", "m.onnx", "--precision", "2"], "--precision takes a percentage"),
+        (["bench", "m.onnx", "--budget", "soon"], "--budget takes a time"),
+        (["bench", "m.onnx", "--pin", "x"], "--pin takes core numbers"),
+        (["bench", "m.onnx", "--dtype", "int8"], "--dtype takes stored, float16"),
+        (["bench", "m.onnx", "--memory-limit", "5"], "--memory-limit takes a size"),
+        (["bench", "m.onnx", "--data", "d.npz", "--batch", "99"], "needs as many samples of data, but got 60"),
         (["bench", "m.onnx", "nowhere.onnx"], "no such model: nowhere.onnx"),
         (["bench", "m.onnx", "--data", "nowhere.npz"], "nowhere.npz does not exist"),
         (["bench", "m.onnx", "--input-shape", "1x12"], "takes NAME=1x128"),

@@ -19,6 +19,7 @@ from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
 
 A, B, C, D = SIZES
 QUICK = {"measure": False}
+BUNDLE = ["README.md", "model.onnx", "plan.json", "report.html", "report.json"]
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_every_form_of_a_model_gives_the_same_bundle(tmp_path, monkeypatch, form
     monkeypatch.chdir(tmp_path)
     source, options = form(tmp_path)
     report = export(source, "b", rank="25%", **options, **QUICK)
-    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["README.md", "model.onnx", "plan.json", "report.json"]
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == BUNDLE
     assert read_report(tmp_path / "b") == report
     assert {s.name: s.rank for s in report.sites} == {"fc1": 3, "fc2": 6, "head": 3}
     assert (report.verification.exporter is None) == (form is as_onnx)

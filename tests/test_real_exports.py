@@ -135,7 +135,8 @@ def test_doctored_factors_are_found_by_verify(bundles, name, tmp_path):
 
 
 def broken(result):
-    return {claim.name for claim in result.claims if claim.status == "broken"}
+    """But for the page, which was made from the report as it was before it was edited."""
+    return {claim.name for claim in result.claims if claim.status == "broken"} - {"page"}
 
 
 @pytest.mark.parametrize("name", MODELS)

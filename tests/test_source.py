@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.measure.inputs import parse_shape
 from rsi_deploy.measure.preprocess import Preprocessing
-from rsi_deploy.source import load_source, parse_shape, source_of_module
+from rsi_deploy.source import load_source, source_of_module
 
 SMALL = "torchvision:squeezenet1_1"  # 5 MB of weights
 

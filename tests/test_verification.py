@@ -13,7 +13,20 @@ from rsi_deploy.cli import run
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.onnx_file import file_hash
 
-CLAIMS = ["files", "graph", "sites", "parameters", "bytes", "ranks", "MACs", "outputs", "parity", "accuracy", "latency"]
+CLAIMS = [
+    "files",
+    "graph",
+    "sites",
+    "parameters",
+    "bytes",
+    "ranks",
+    "MACs",
+    "outputs",
+    "parity",
+    "accuracy",
+    "page",
+    "latency",
+]
 
 
 @pytest.fixture
@@ -32,7 +45,8 @@ def statuses(bundle, **options):
 
 
 def broken(bundle, **options):
-    return {name for name, status in statuses(bundle, **options).items() if status == "broken"}
+    """But for the page, which was made from the report as it was before it was edited (see test_html)."""
+    return {name for name, status in statuses(bundle, **options).items() if status == "broken"} - {"page"}
 
 
 def edit_report(bundle, change):
@@ -68,7 +82,7 @@ def test_what_cannot_be_checked_is_said(tmp_path, bundle):
     assert details.keys() == {"parity", "accuracy", "latency"}
     assert "--keep-dense" in details["parity"]
     assert "--data" in details["accuracy"]
-    assert result.ok
+    assert broken(bundle) == set()
 
 
 def test_other_data_say_nothing_about_the_accuracy(tmp_path, bundle):

@@ -56,15 +56,20 @@ class TwoKernels:
     def start(self, rank: int, solver: Solver, *, site: str = "") -> Tensor:
         """`right (groups, rank, m)` that is best if the x_j were independent."""
         if self.target.shape[-2] > EXACT_LIMIT:
-            left = leading(self.target @ self.root, rank, solver, site=site)
+            left = leading(self.whitened, rank, solver, site=site)
         else:
             left = self._basis[..., :rank]
         return left.mT @ self.target
 
+    @property
+    def whitened(self) -> Tensor:
+        """Whose leading left singular vectors the start keeps, `(groups, out * points, m)`."""
+        return self.target @ self.root
+
     @functools.cached_property
     def _basis(self) -> Tensor:
         """All of the start's left singular vectors, leading first: one decomposition serves every rank."""
-        return leading(self.target @ self.root, self.target.shape[-2], Solver())
+        return leading(self.whitened, self.target.shape[-2], Solver())
 
     def left_for(self, right: Tensor) -> Tensor:
         """The best `left (groups, out, points, rank)` for a given `right`."""

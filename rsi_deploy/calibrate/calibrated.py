@@ -14,16 +14,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
-from rsi_deploy.calibrate.alternating import STEPS, two_kernels
+from rsi_deploy.calibrate.alternating import STEPS, TwoKernels, two_kernels
 from rsi_deploy.calibrate.moments import GRAM_LIMIT, Moments, Samples
-from rsi_deploy.calibrate.response import RIDGE, respond, response_error
+from rsi_deploy.calibrate.response import EXACT_LIMIT, RIDGE, Response, respond, response_error
 from rsi_deploy.calibrate.streams import Distance, Fitted, Form, Replacement, Streams, StreamSite
 from rsi_deploy.errors import ModelError
 from rsi_deploy.plan.knapsack import Option, SiteOptions
 from rsi_deploy.plan.planner import break_even_rank
 from rsi_deploy.plan.rank_grid import rank_grid
-from rsi_deploy.rsi import Solver
+from rsi_deploy.rsi import Solver, singular_values
+from rsi_deploy.spectra import Spectrum, thinned
 
 LEVELS = (0.03, 0.15, 0.5)
 """Response errors at which the outputs' distance is measured."""
@@ -93,12 +95,16 @@ class Calibration:
                 return None
             started = time.perf_counter()
             form, rank = plan[site.name]
-            replacement, error = self.replacement(site, moments, form, rank)
+            spectra: list[Spectrum | None] = []
+            replacement, error = self.replacement(
+                site, moments, form, rank, look=lambda response: spectra.append(_spectrum(response, rank))
+            )
             made[site.name] = Fitted(
                 replacement=replacement,
                 response_error=error,
                 seconds=time.perf_counter() - started,
                 macs=(site.macs, site.split_macs(form, rank)) if site.macs else None,
+                spectrum=spectra[0] if spectra else None,
             )
             return replacement
 
@@ -106,16 +112,26 @@ class Calibration:
         return made
 
     def replacement(
-        self, site: StreamSite, moments: Moments | Samples, form: Form, rank: int, *, steps: int = STEPS
+        self,
+        site: StreamSite,
+        moments: Moments | Samples,
+        form: Form,
+        rank: int,
+        *,
+        steps: int = STEPS,
+        look: Callable[[Tensor], None] | None = None,
     ) -> tuple[Replacement, float]:
         """The site's factors in a form, and the response error they leave.
+
+        `look` is shown the matrix whose leading directions they keep.
 
         Raises:
             ModelError: a form that moments of so many inputs cannot be fitted in.
         """
         weight = site.load()
         if site.first_axes(form) == len(site.kernel):
-            left, right = respond(weight, moments, ridge=self.ridge).factors(rank, self.solver, site=site.name)
+            problem: Response | TwoKernels = respond(weight, moments, ridge=self.ridge)
+            left, right = problem.factors(rank, self.solver, site=site.name)
             product = left @ right
         else:
             if isinstance(moments, Samples):
@@ -126,6 +142,8 @@ class Calibration:
             problem = two_kernels(weight, moments, site.kernel, site.first_axes(form), ridge=self.ridge)
             left, right = problem.factors(rank, self.solver, site=site.name, steps=steps)
             product = problem.product(left, right)
+        if look is not None:
+            look(problem.whitened)
         bias = moments.mean_y - (product @ moments.mean_x.unsqueeze(-1)).squeeze(-1)
         replacement = Replacement(form, left.float(), right.float(), bias.float())
         return replacement, response_error(product, moments)
@@ -205,6 +223,12 @@ class Calibration:
             replacement, error = self.replacement(site, moments, form, rank, steps=2)
             law.learn(error, streams.distance({site.name: replacement}))
         return law
+
+
+def _spectrum(response: Tensor, rank: int) -> Spectrum | None:
+    """Singular values of the response, where they cost little beside the factors."""
+    full = min(response.shape[-2:])
+    return thinned(singular_values(response), full, rank, of="response") if full <= EXACT_LIMIT else None
 
 
 @dataclass

@@ -17,8 +17,8 @@ import torch
 from rsi_deploy.calibrate.calibration_data import CalibrationData
 from rsi_deploy.calibrate.streams import output_distance
 from rsi_deploy.errors import GateError, UsageError
-from rsi_deploy.measure.accuracy import divergence
-from rsi_deploy.measure.providers import make_session, run_session
+from rsi_deploy.measure.scores import divergence
+from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.report.schema import CalibrationRecord
 
 Array = npt.NDArray[Any]

@@ -20,7 +20,7 @@ import graph_passes as gp
 from rsi_deploy.calibrate.onnx_rows import Taps
 from rsi_deploy.calibrate.onnx_waves import Program, needed_constants, reads
 from rsi_deploy.errors import ModelError
-from rsi_deploy.measure.providers import make_session, run_session
+from rsi_deploy.measure.sessions import make_session, run_session
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

@@ -14,9 +14,9 @@ from rsi_deploy.bound import SoftmaxBound
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gates import Comparison
 from rsi_deploy.measure.accuracy import AccuracyResult
-from rsi_deploy.measure.latency import BenchResult
 from rsi_deploy.measure.machine import Environment
 from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.measure.result import BenchResult
 from rsi_deploy.sites import SiteRecord
 
 SCHEMA_VERSION = 1

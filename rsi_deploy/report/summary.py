@@ -1,10 +1,15 @@
 """A report in a few rows and one sentence: the wording that terminal table and model card share."""
 
+from typing import TYPE_CHECKING
+
 from rsi_deploy.measure.accuracy import AccuracyResult
-from rsi_deploy.measure.latency import ArmResult
+from rsi_deploy.measure.result import ArmResult
 from rsi_deploy.plan.planner import site_name
-from rsi_deploy.report.schema import Report
-from rsi_deploy.sites import SiteRecord
+from rsi_deploy.report.text import human_bytes as human_bytes
+
+if TYPE_CHECKING:  # a machine that only measures has no torch
+    from rsi_deploy.report.schema import Report
+    from rsi_deploy.sites import SiteRecord
 
 Row = tuple[str, str, str, str]
 
@@ -12,7 +17,7 @@ RESPONSE = "response: share of a site's output variance that is lost, on calibra
 LOSS = "loss: how far the split of that site alone moves the model's outputs, estimated"
 
 
-def comparison_rows(report: Report) -> list[Row]:
+def comparison_rows(report: "Report") -> list[Row]:
     """Quantity, dense, compressed, change: what a user wants to know first."""
     rows: list[Row] = []
     if report.accuracy:
@@ -37,7 +42,7 @@ def comparison_rows(report: Report) -> list[Row]:
     return rows
 
 
-def verdict(report: Report) -> str:
+def verdict(report: "Report") -> str:
     """One sentence: smaller by, faster or not, accuracy change."""
     parts = [f"{report.dense.bytes / report.compressed.bytes:.2f}x smaller"]
     parts.append(report.latency.arms[1].verdict if report.latency else "latency not measured")
@@ -46,7 +51,7 @@ def verdict(report: Report) -> str:
     return ", ".join(parts) + "."
 
 
-def certificate_lines(report: Report) -> list[str]:
+def certificate_lines(report: "Report") -> list[str]:
     """What calibration and the softmax bound vouch for, a line each."""
     lines = []
     if c := report.calibration:
@@ -66,24 +71,24 @@ def certificate_lines(report: Report) -> list[str]:
     return lines
 
 
-def operation(site: SiteRecord) -> str:
+def operation(site: "SiteRecord") -> str:
     """The operation, and for the split of a Conv its form; a product has one form only."""
     return site.kind if site.form in (None, "matmul", "gemm") else f"{site.kind} {site.form}"
 
 
-def has_loss(site: SiteRecord) -> bool:
+def has_loss(site: "SiteRecord") -> bool:
     """Whether its rank was chosen by what it loses."""
     return site.reason.startswith("loss ")
 
 
-def normalized_error(site: SiteRecord) -> str:
+def normalized_error(site: "SiteRecord") -> str:
     """In units of the optimum, with a sign where it is an upper bound; "" where it was not measured."""
     if site.normalized_error is None:
         return ""
     return f"{'≤ ' if site.normalized_error_kind != 'exact' else ''}{site.normalized_error:.2f}"
 
 
-def response_error(site: SiteRecord) -> str:
+def response_error(site: "SiteRecord") -> str:
     """In percent; "" where the factors were not fitted to data."""
     return "" if site.response_error is None else f"{100 * site.response_error:.2g} %"
 
@@ -94,24 +99,13 @@ def milliseconds(arm: ArmResult) -> str:
     return f"{arm.median_ms:.3f} ms [{low:.3f}, {high:.3f}]"
 
 
-def human_bytes(count: int) -> str:
-    """Bytes for people, in powers of ten.
-
-    Example:
-        >>> human_bytes(2_390_000)
-        '2.39 MB'
-    """
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
-
-
 def _accuracy_rows(dense: AccuracyResult, compressed: AccuracyResult) -> list[Row]:
     rows: list[Row] = []
     for name, a, b in (("top-1", dense.top1, compressed.top1), ("top-5", dense.top5, compressed.top5)):
         if a is not None and b is not None:
-            rows.append((name, f"{a:.2f} %", f"{b:.2f} %", f"{b - a:+.2f} points"))
+            tested = compressed.paired if name == "top-1" else None
+            ends = "" if tested is None else " [{:+.2f}, {:+.2f}]".format(*tested.change_interval)
+            rows.append((name, f"{a:.2f} %", f"{b:.2f} %", f"{b - a:+.2f} points{ends}"))
     if compressed.agreement is not None:
         rows.append(("same answer as dense", "", f"{compressed.agreement:.2f} %", f"of {compressed.samples} samples"))
     return rows

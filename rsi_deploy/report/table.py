@@ -1,34 +1,34 @@
 """What the terminal shows of results."""
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rsi_deploy.diagnosis import Diagnosis
-from rsi_deploy.inspection import Inspection, SiteView
-from rsi_deploy.measure.accuracy import AccuracyResult
-from rsi_deploy.measure.latency import BenchResult
-from rsi_deploy.report.schema import Report
 from rsi_deploy.report.summary import (
     LOSS,
     RESPONSE,
     certificate_lines,
     comparison_rows,
     has_loss,
-    milliseconds,
     normalized_error,
     operation,
     response_error,
     verdict,
 )
-from rsi_deploy.sites import SiteRecord
-from rsi_deploy.verification import VerifyResult
+
+if TYPE_CHECKING:  # a machine that only measures has no torch
+    from rsi_deploy.diagnosis import Diagnosis
+    from rsi_deploy.inspection import Inspection, SiteView
+    from rsi_deploy.report.schema import Report
+    from rsi_deploy.sites import SiteRecord
+    from rsi_deploy.verification import VerifyResult
 
 
-def print_report(console: Console, report: Report, *, most_sites: int = 30) -> None:
+def print_report(console: Console, report: "Report", *, most_sites: int = 30) -> None:
     """The sites, then dense against compressed, then the verdict."""
     print_sites(console, report.sites, most=most_sites)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -52,7 +52,7 @@ def print_report(console: Console, report: Report, *, most_sites: int = 30) -> N
     console.print(f"verdict: {verdict(report)}", style="bold")
 
 
-def print_sites(console: Console, sites: tuple[SiteRecord, ...], *, most: int = 30) -> None:
+def print_sites(console: Console, sites: "tuple[SiteRecord, ...]", *, most: int = 30) -> None:
     """One line a site, or a count by reason where there are more than `most`."""
     split = [s for s in sites if s.rank]
     dense = Counter(s.reason for s in sites if not s.rank)
@@ -99,50 +99,7 @@ def print_sites(console: Console, sites: tuple[SiteRecord, ...], *, most: int = 
         )
 
 
-def print_bench(console: Console, result: BenchResult) -> None:
-    """One line an arm, and how it was measured."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column, justify in (
-        ("model", "left"),
-        ("median ms [95 %]", "right"),
-        ("p90 ms", "right"),
-        ("runs", "right"),
-        ("", "left"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for arm in result.arms:
-        table.add_row(
-            escape(arm.label), milliseconds(arm).replace(" ms", ""), f"{arm.p90_ms:.3f}", str(arm.n), arm.verdict
-        )
-    console.print(table)
-    nodes = "; ".join(
-        f"{a.label}: " + ", ".join(f"{n} nodes on {p}" for p, n in a.provider_nodes.items()) for a in result.arms
-    )
-    console.print(
-        f"{result.provider}, batch {result.batch}, threads {result.threads or 'default'}, "
-        f"onnxruntime {result.onnxruntime}, "
-        f"{result.seconds:.1f} s" + (" (interrupted)" if result.partial else "")
-    )
-    console.print(f"ran: {escape(nodes)}")
-    for note in result.notes:
-        console.print(f"note: {escape(note)}")
-
-
-def print_accuracy(console: Console, name: str, result: AccuracyResult) -> None:
-    """The shares with their interval."""
-    if result.top1 is not None and result.top1_interval:
-        low, high = result.top1_interval
-        console.print(f"{escape(name)}: top-1 {result.top1:.2f} % [{low:.2f}, {high:.2f}]", end="")
-    else:
-        console.print(f"{escape(name)}: no labels", end="")
-    if result.top5 is not None:
-        console.print(f", top-5 {result.top5:.2f} %", end="")
-    if result.agreement is not None:
-        console.print(f", agreement {result.agreement:.2f} %", end="")
-    console.print(f", {result.samples} samples")
-
-
-def print_inspection(console: Console, result: Inspection) -> None:
+def print_inspection(console: Console, result: "Inspection") -> None:
     """One line a site: shape, break-even rank, spectrum, and what export would do."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("site", "op"):
@@ -176,7 +133,7 @@ def print_inspection(console: Console, result: Inspection) -> None:
         console.print(f"note: {escape(note)}")
 
 
-def _prospect(site: SiteView) -> str:
+def _prospect(site: "SiteView") -> str:
     """What export would do at a site."""
     if not site.rank:
         return f"dense: {site.reason}"
@@ -184,14 +141,14 @@ def _prospect(site: SiteView) -> str:
     return f"rank {site.rank}" + f", or jointly with {', '.join(others)}" * bool(others)
 
 
-def print_verification(console: Console, result: VerifyResult) -> None:
+def print_verification(console: Console, result: "VerifyResult") -> None:
     """One line a claim."""
     styles = {"holds": "green", "broken": "bold red", "not checked": "dim"}
     for claim in result.claims:
         console.print(f"[{styles[claim.status]}]{claim.status:>12}[/]  {claim.name:<12} {escape(claim.detail)}")
 
 
-def print_diagnosis(console: Console, result: Diagnosis) -> None:
+def print_diagnosis(console: Console, result: "Diagnosis") -> None:
     """One line a finding, with what to type where something is wrong."""
     styles = {"ok": "green", "note": "yellow", "problem": "bold red"}
     for finding in result.findings:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsi_deploy.calibrate.calibration_data import BATCH, CalibrationData, check_source, refuse_shared, sample_digest
+from rsi_deploy.calibrate.calibration_data import BATCH, CalibrationData, check_source, refuse_shared, sample_digests
 from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.data import ArrayData
 from rsi_deploy.measure.inputs import InputSpec
@@ -112,8 +112,8 @@ def test_types_of_one_kind_become_the_models():
     [
         ({"ids": rows(9, 5, np.int64)}, "--calib: no array for the input mask; there are ids"),
         ({"ids": rows(9, 5, np.int64), "mask": rows(8, 5, np.int64)}, "as many samples as the others, but got"),
-        ({"ids": rows(0, 5, np.int64), "mask": rows(0, 5, np.int64)}, "as many samples as the others"),
-        ({"ids": np.int64(3), "mask": np.int64(3)}, "as many samples as the others"),
+        ({"ids": rows(0, 5, np.int64), "mask": rows(0, 5, np.int64)}, "holds ids (0, 5), mask (0, 5); expected"),
+        ({"ids": np.int64(3), "mask": np.int64(3)}, "holds ids (), mask (); expected"),
         (
             {"ids": rows(9, 5), "mask": rows(9, 5, np.int64)},
             "takes ids: int64 (N, 5), but the data are float32 (samples, 5)",
@@ -137,7 +137,11 @@ def test_arrays_that_do_not_fit(arrays, words):
         (rows(9, 4, np.int64), [spec()], "ready inputs the model's own type"),
         (np.zeros((9, 6, 6), np.uint8), [PICTURE], "8-bit pictures need a preprocessing (--mean, --std, ...)"),
         (np.where(np.arange(4) == 2, np.nan, rows()).astype(np.float32), [spec()], "the data for input hold NaN"),
-        (rows(), [IDS, MASK], "the model has the inputs ids, mask; give an .npz with one array for each of them"),
+        (
+            rows(),
+            [IDS, MASK],
+            "the model has the inputs ids, mask, but the data hold x; give an .npz with one array for each of them",
+        ),
     ],
 )
 def test_data_sets_that_do_not_fit(tmp_path, values, specs, words):
@@ -182,15 +186,15 @@ def test_a_path_with_nothing_there_is_refused_before_any_work(tmp_path):
 def test_shared_samples_are_counted():
     data = CalibrationData({"input": rows(60)}, [spec()], None, 1000)
     with pytest.raises(UsageError, match=r"share samples \(20 of 30 evaluation samples looked at\)"):
-        refuse_shared(data, ArrayData(rows(70)[40:], np.zeros(30, int)), spec(), None)
-    refuse_shared(data, ArrayData(rows(90)[60:], np.zeros(30, int)), spec(), None)
+        refuse_shared(data, ArrayData(rows(70)[40:], np.zeros(30, int)), [spec()], None)
+    refuse_shared(data, ArrayData(rows(90)[60:], np.zeros(30, int)), [spec()], None)
 
 
 def test_samples_that_are_not_used_are_not_shared():
     data = CalibrationData({"input": rows(60)}, [spec()], None, 6)  # every tenth
-    refuse_shared(data, ArrayData(rows(9)[1:]), spec(), None)
+    refuse_shared(data, ArrayData(rows(9)[1:]), [spec()], None)
     with pytest.raises(UsageError, match="1 of 9"):
-        refuse_shared(data, ArrayData(rows(9)), spec(), None)
+        refuse_shared(data, ArrayData(rows(9)), [spec()], None)
 
 
 def test_pictures_are_compared_as_they_enter_the_model(tmp_path):
@@ -198,15 +202,18 @@ def test_pictures_are_compared_as_they_enter_the_model(tmp_path):
     np.savez(tmp_path / "p.npz", images=pictures)
     data = CalibrationData(tmp_path / "p.npz", [PICTURE], STEPS, 1000)
     with pytest.raises(UsageError, match="4 of 4"):
-        refuse_shared(data, ArrayData(pictures[3:7]), PICTURE, STEPS)
+        refuse_shared(data, ArrayData(pictures[3:7]), [PICTURE], STEPS)
     with pytest.raises(UsageError, match="4 of 4"):  # ready inputs of the same pictures
         ready = np.concatenate([batch for batch, _ in ArrayData(pictures[3:7]).batches(4, STEPS)])
-        refuse_shared(data, ArrayData(ready), PICTURE, STEPS)
-    refuse_shared(data, ArrayData(255 - pictures), PICTURE, STEPS)
+        refuse_shared(data, ArrayData(ready), [PICTURE], STEPS)
+    refuse_shared(data, ArrayData(255 - pictures), [PICTURE], STEPS)
 
 
 def test_a_digest_is_of_the_values():
-    assert sample_digest(rows(2)[0]) != sample_digest(rows(2)[1])
-    assert sample_digest(np.asfortranarray(rows(8, 4))) == sample_digest(rows(8, 4))
+    both = list(sample_digests({"ids": rows(2), "mask": np.ones((2, 5))}))
+    assert both[0] != both[1] != next(sample_digests({"ids": rows(2)}))
+    assert list(sample_digests({"x": np.asfortranarray(rows(8, 4))})) == list(sample_digests({"x": rows(8, 4)}))
+    first = list(sample_digests({"ids": rows(2), "mask": np.zeros((2, 5))}))
+    assert both[1] != first[1], "another mask is another sample"
     data = CalibrationData({"input": rows(70)}, [spec()], None, 1000)
     assert len(data.digests()) == 70

@@ -6,8 +6,8 @@ from nets import initializers, mlp_onnx, run_onnx
 from rsi_deploy.calibrate.calibration_data import CalibrationData
 from rsi_deploy.calibrate.certificate import CHECKED_SAMPLES, certificate
 from rsi_deploy.errors import GateError, UsageError
-from rsi_deploy.measure.accuracy import divergence
 from rsi_deploy.measure.inputs import model_inputs
+from rsi_deploy.measure.scores import divergence
 
 
 @pytest.fixture

@@ -65,7 +65,16 @@ def places(value, path=()):
 
 def test_unknown_fields_are_refused_everywhere(bundle, content):
     # these are tables by name, where any name will do
-    free = {"files", "packages", "inputs", "provider_nodes", "versions", "probe_shapes"}
+    free = {
+        "files",
+        "packages",
+        "inputs",
+        "provider_nodes",
+        "provider_options",
+        "percentiles_ms",
+        "versions",
+        "probe_shapes",
+    }
     checked = 0
     for path in places(content):
         if path and path[-1] in free:
