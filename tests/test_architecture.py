@@ -21,7 +21,7 @@ plan.planner fold layers checkpoint measure.machine measure.preprocess datafile 
 measure.inputs measure.data measure.providers compress source factor_source onnx_split probe bundle
 calibrate.calibration_data calibrate.calibrated
 calibrate.live_values calibrate.onnx_waves calibrate.onnx_rows calibrate.onnx_segment
-calibrate.onnx_reach calibrate.onnx_readings calibrate.onnx_two_streams calibrate.onnx_streams
+calibrate.onnx_reach calibrate.onnx_gradients calibrate.onnx_readings calibrate.onnx_two_streams calibrate.onnx_streams
 calibrate.torch_rows calibrate.torch_calls calibrate.torch_readings calibrate.torch_runs
 calibrate.torch_trace calibrate.torch_streams
 to_onnx measure.accuracy measure.latency trace gates opset bound rewriting

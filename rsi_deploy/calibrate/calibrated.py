@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from rsi_deploy.calibrate.alternating import STEPS, two_kernels
 from rsi_deploy.calibrate.moments import GRAM_LIMIT, Moments, Samples
@@ -29,6 +30,10 @@ LEVELS = (0.03, 0.15, 0.5)
 """Response errors at which the outputs' distance is measured."""
 GRID_POINTS = 10
 """Ranks at which a form that takes alternating steps is tried."""
+
+SCARCITY = 1.0
+"""The rows of a text are correlated and tell less than as many others. For a sentence encoder with 14,000 rows a ridge
+of 0.1 did better on held-out texts than 0.01 and 0.3; this gives it to inputs 1,536 wide, and to images hardly any."""
 
 NODE_BYTES = 1024
 """What one more node and its names add to a file, at the most."""
@@ -47,6 +52,8 @@ class Calibration:
     Attributes:
         solver: of the singular subspaces.
         ridge: towards the weight, in mean input variances.
+        scarcity: what the ridge rises by for one input a row of data: fewer rows are trusted less.
+        metric: count a response's errors by what they do to the outputs, where gradients tell.
         sensitivity: measure what each site's error does to the outputs; else the loss is the squared response error.
         min_rank: no option below it.
         rank_multiple: ranks are multiples of it.
@@ -56,6 +63,8 @@ class Calibration:
 
     solver: Solver
     ridge: float = RIDGE
+    scarcity: float = SCARCITY
+    metric: bool = True
     sensitivity: bool = True
     min_rank: int = 1
     rank_multiple: int = 1
@@ -83,6 +92,7 @@ class Calibration:
         Those of constant inputs are left out, and stand in `declined`.
         """
         made: dict[str, Fitted] = {}
+        metrics = streams.metrics() if self.metric else {}
 
         def visit(site: StreamSite, moments: Moments | Samples) -> Replacement | None:
             if site.name not in plan:
@@ -93,7 +103,9 @@ class Calibration:
                 return None
             started = time.perf_counter()
             form, rank = plan[site.name]
-            replacement, error = self.replacement(site, moments, form, rank)
+            replacement, error = self.replacement(
+                site, moments, form, rank, metric=metrics.get(site.name), scarcity=self.scarcity
+            )
             made[site.name] = Fitted(
                 replacement=replacement,
                 response_error=error,
@@ -106,16 +118,27 @@ class Calibration:
         return made
 
     def replacement(
-        self, site: StreamSite, moments: Moments | Samples, form: Form, rank: int, *, steps: int = STEPS
+        self,
+        site: StreamSite,
+        moments: Moments | Samples,
+        form: Form,
+        rank: int,
+        *,
+        steps: int = STEPS,
+        metric: Tensor | None = None,
+        scarcity: float = 0.0,
     ) -> tuple[Replacement, float]:
         """The site's factors in a form, and the response error they leave.
+
+        A `metric` counts where the second node has no kernel; `scarcity` as in the class, for a regression.
 
         Raises:
             ModelError: a form that moments of so many inputs cannot be fitted in.
         """
-        weight = site.load()
+        weight, ridge = site.load(), self.ridge + scarcity * site.in_features / moments.rows
         if site.first_axes(form) == len(site.kernel):
-            left, right = respond(weight, moments, ridge=self.ridge).factors(rank, self.solver, site=site.name)
+            problem = respond(weight, moments, ridge=ridge, metric=metric)
+            left, right = problem.factors(rank, self.solver, site=site.name)
             product = left @ right
         else:
             if isinstance(moments, Samples):
@@ -123,9 +146,9 @@ class Calibration:
                     f"site {site.name!r}: form {form!r} is fitted to at most {GRAM_LIMIT} inputs, but it has "
                     f"{site.in_features}; plan it as {site.forms[0]!r}"
                 )
-            problem = two_kernels(weight, moments, site.kernel, site.first_axes(form), ridge=self.ridge)
-            left, right = problem.factors(rank, self.solver, site=site.name, steps=steps)
-            product = problem.product(left, right)
+            kernels = two_kernels(weight, moments, site.kernel, site.first_axes(form), ridge=ridge)
+            left, right = kernels.factors(rank, self.solver, site=site.name, steps=steps)
+            product = kernels.product(left, right)
         bias = moments.mean_y - (product @ moments.mean_x.unsqueeze(-1)).squeeze(-1)
         replacement = Replacement(form, left.float(), right.float(), bias.float())
         return replacement, response_error(product, moments)

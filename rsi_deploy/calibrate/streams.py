@@ -130,6 +130,9 @@ class Streams(Protocol):
     def distance(self, replacements: Mapping[str, Replacement]) -> Distance:
         """Distance of the outputs with these sites replaced and all others dense, on a part of the data."""
 
+    def metrics(self) -> Mapping[str, Tensor]:
+        """What errors of the sites' responses do to the outputs, `(groups, out, out)` by name; none where unknown."""
+
 
 def output_distance(dense: Tensor, other: Tensor) -> Distance:
     """The distance between outputs `(N, ...)` of two networks on the same samples.

@@ -158,6 +158,10 @@ class TorchStreams:
         none = output_distance(dense, dense)
         return Distance(relative=math.inf, kl=None if none.kl is None else math.inf)
 
+    def metrics(self) -> Mapping[str, Tensor]:
+        """None: responses of a torch module are fitted without."""
+        return {}
+
     # --- runs ---------------------------------------------------------------------------------------------------
 
     def _gathered_stage(self, names: Sequence[str], forwards: Forwards) -> dict[str, Gathering]:
