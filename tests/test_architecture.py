@@ -15,15 +15,16 @@ OURS = {"rsi_deploy", "graph_passes", "bench", "samples", "tests"}
 # A module may import modules of a lower layer, and those of its own that stand before it in the line.
 LAYERS = """
 errors rsi arrays
-calibrate.moments calibrate.streams calibrate.response calibrate.alternating
+calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrate.alternating
 plan.knapsack plan.budget plan.rank_grid plan.plan_file
 plan.planner fold layers checkpoint measure.machine measure.preprocess datafile onnx_file sites plan.joint
 measure.inputs measure.data measure.providers compress source factor_source onnx_split probe bundle
 calibrate.calibration_data calibrate.calibrated
 calibrate.live_values calibrate.onnx_waves calibrate.onnx_rows calibrate.onnx_segment
-calibrate.onnx_reach calibrate.onnx_gradients calibrate.onnx_readings calibrate.onnx_two_streams calibrate.onnx_streams
+calibrate.onnx_operators calibrate.onnx_reach calibrate.onnx_readings calibrate.onnx_gradients
+calibrate.onnx_two_streams calibrate.onnx_streams
 calibrate.torch_rows calibrate.torch_calls calibrate.torch_readings calibrate.torch_runs
-calibrate.torch_trace calibrate.torch_streams
+calibrate.torch_gradients calibrate.torch_trace calibrate.torch_streams
 to_onnx measure.accuracy measure.latency trace gates opset bound rewriting
 report.schema diagnosis inspection
 plan.request calibrate.certificate plan.decide found_splits compress_to_data

@@ -8,7 +8,6 @@ the network runs once a stream and not once a site. A site's target is its dense
 another stream, plus what that stream has lost on the way (`res - res^`), so each branch mends what it is added to.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,8 +21,9 @@ from torch import Tensor
 
 import graph_passes as gp
 from rsi_deploy.calibrate.live_values import LiveValues
+from rsi_deploy.calibrate.metric import metrics_or_none
 from rsi_deploy.calibrate.moments import GRAM_LIMIT, Gathering, Moments, Samples, gathered_bytes, rows_for
-from rsi_deploy.calibrate.onnx_gradients import UnknownOperatorError, output_metrics
+from rsi_deploy.calibrate.onnx_gradients import output_metrics
 from rsi_deploy.calibrate.onnx_reach import Reached, reach
 from rsi_deploy.calibrate.onnx_readings import Readings, padding_mask, samples_of, taps_of
 from rsi_deploy.calibrate.onnx_rows import Taps
@@ -37,8 +37,6 @@ from rsi_deploy.factor_source import graph_factors
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 Visit = Callable[[StreamSite, Moments | Samples], Replacement | None]
-
-logger = logging.getLogger(__name__)
 
 GATHERED_LIMIT = 512 * 2**20
 DISTANCE_SAMPLES = 128
@@ -154,14 +152,18 @@ class OnnxStreams:
         return output_distance(self._dense_outputs, self._outputs(factors))
 
     def metrics(self) -> Mapping[str, Tensor]:
-        """See `Streams`; of the samples that distances are measured on, in torch."""
-        try:
-            return output_metrics(
-                self._program, self._path, self._reached, self._checked(), provider=self._provider, seed=self._seed
+        """See `Streams`; none where torch does not know what stands behind the sites."""
+        return metrics_or_none(
+            lambda: output_metrics(
+                self._program,
+                self._path,
+                self._reached,
+                self._feeds(),
+                samples=self._samples,
+                provider=self._provider,
+                seed=self._seed,
             )
-        except UnknownOperatorError as reason:
-            logger.info("responses are fitted without a metric: gradients do not pass %s", reason)
-            return {}
+        )
 
     def _in_order(self) -> Iterator[Reached]:
         return (self._reached[node.output[0]] for wave in self._program.waves for node in wave.sites)

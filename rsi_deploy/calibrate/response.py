@@ -71,7 +71,7 @@ class Response:
         if self.metric is None:
             left = leading(self.whitened, rank, solver, site=site)
             return left, left.mT @ self.target
-        S, inverse = roots(self.metric.to(self.target.dtype))
+        S, inverse = (root.to(self.target) for root in roots(self.metric))
         U = leading(S @ self.whitened, rank, solver, site=site)
         return inverse @ U, U.mT @ S @ self.target
 

@@ -1,11 +1,15 @@
 """Metrics of ONNX sites against Jacobians known on paper, or taken by torch through the same network."""
 
+import functools
+
 import numpy as np
 import onnx
 import pytest
 import torch
 from torch import nn
 
+from rsi_deploy.calibrate import onnx_gradients, onnx_operators
+from rsi_deploy.calibrate.metric import OutputMetric
 from rsi_deploy.calibrate.onnx_streams import OnnxStreams
 from rsi_deploy.onnx_file import write_external
 from rsi_deploy.source import source_of_module
@@ -113,3 +117,118 @@ def test_an_operator_that_has_no_gradient_here_leaves_all_without_metric(tmp_pat
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
     onnx.save(model, path)
     assert streams_of(path, {"x": np.ones((4, 4), np.float32)}).metrics() == {}
+
+
+HEAD = '<ir_version: 10, opset_import: ["" : 20]>'
+
+
+def saved(path, text, seed=0, **weights):
+    """A model written as text; its weights are random, of these shapes."""
+    rng = np.random.default_rng(seed)
+    model = onnx.parser.parse_model(HEAD + text)
+    for name, (shape, dtype) in weights.items():
+        array = rng.standard_normal(shape).astype(dtype)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(model, path)
+    return path
+
+
+def test_half_precision_is_computed_in_single(tmp_path):
+    metrics = {}
+    for kind, dtype in (("float16", np.float16), ("float", np.float32)):
+        text = f"g ({kind}[n, 4] x) => ({kind}[n, 3] y) {{ h = MatMul(x, a)  s = Tanh(h)  y = MatMul(s, b) }}"
+        path = saved(tmp_path / f"{kind}.onnx", text, a=((4, 5), dtype), b=((5, 3), dtype))
+        feeds = {"x": np.random.default_rng(1).standard_normal((64, 4)).astype(dtype)}
+        metrics[kind] = streams_of(path, feeds).metrics()
+    assert set(metrics["float16"]) == set(metrics["float"]) == {"a", "b"}
+    for site, G in metrics["float"].items():
+        torch.testing.assert_close(metrics["float16"][site], G, rtol=0.02, atol=1e-2 * float(G.abs().max()))
+
+
+def test_the_output_is_the_first_floating_one_and_other_branches_may_hold_anything(tmp_path):
+    path = saved(
+        tmp_path / "two.onnx",
+        """g (float[n, 4] x) => (int64[n] best, float[n, 3] y, float[n, 5] other) {
+          h = MatMul(x, a)
+          best = ArgMax<axis = 1, keepdims = 0>(h)
+          s = Tanh(h)
+          y = MatMul(s, b)
+          other = Selu(h)
+        }""",
+        a=((4, 5), np.float32),
+        b=((5, 3), np.float32),
+    )
+    metrics = streams_of(path, {"x": np.ones((64, 4), np.float32)}).metrics()
+    assert set(metrics) == {"a", "b"}
+    assert close(metrics["b"][0], torch.eye(3, dtype=torch.float64))
+
+
+def test_padding_is_not_asked(tmp_path):
+    path = saved(
+        tmp_path / "tokens.onnx",
+        """g (float[n, l, 4] x, int64[n, l] mask) => (float[n, l, 3] y) {
+          h = MatMul(x, a)
+          s = Relu(h)
+          y = MatMul(s, b)
+        }""",
+        a=((4, 5), np.float32),
+        b=((5, 3), np.float32),
+    )
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((8, 6, 4), dtype=np.float32)
+    mask = (np.arange(6) < rng.integers(1, 6, (8, 1))).astype(np.int64)
+    loud = np.where(mask[..., None] == 1, x, np.float32(50)).astype(np.float32)
+    one, two = (streams_of(path, {"x": data, "mask": mask}).metrics() for data in (x, loud))
+    torch.testing.assert_close(one["a"], two["a"])
+    whole = streams_of(path, {"x": loud, "mask": np.ones_like(mask)}).metrics()
+    assert not torch.allclose(whole["a"], one["a"], rtol=1e-2)
+
+
+def test_an_error_of_torch_is_logged_and_leaves_all_without(tmp_path, monkeypatch, caplog):
+    def broken(attributes, *given):
+        raise RuntimeError("the size of tensor a must match")
+
+    path = saved(
+        tmp_path / "m.onnx",
+        "g (float[n, 4] x) => (float[n, 3] y) { h = MatMul(x, a) s = Tanh(h) y = MatMul(s, b) }",
+        a=((4, 5), np.float32),
+        b=((5, 3), np.float32),
+    )
+    feeds = {"x": np.ones((4, 4), np.float32)}
+    assert streams_of(path, feeds).metrics()
+    monkeypatch.setitem(onnx_operators._OPERATORS, "Tanh", broken)
+    with caplog.at_level("WARNING"):
+        assert streams_of(path, feeds).metrics() == {}
+    assert "must match" in caplog.text
+
+
+def test_memory_is_bounded(tmp_path, monkeypatch, caplog):
+    path = saved(
+        tmp_path / "m.onnx",
+        "g (float[n, 4] x) => (float[n, 3] y) { h = MatMul(x, a) s = Tanh(h) y = MatMul(s, b) }",
+        a=((4, 500), np.float32),
+        b=((500, 3), np.float32),
+    )
+    feeds = {"x": np.random.default_rng(0).standard_normal((64, 4), dtype=np.float32)}
+    whole = streams_of(path, feeds).metrics()
+    fixed = 8 * (500**2 + 3**2) + 4 * 500 * 7  # the metrics, and the weights
+    for room, there in ((3 * 500 * 4 * 4, True), (500 * 4, False)):
+        limit = functools.partial(OutputMetric, memory=fixed + room)
+        monkeypatch.setattr(onnx_gradients, "OutputMetric", limit)
+        with caplog.at_level("INFO"):
+            cut = streams_of(path, feeds).metrics()
+        assert bool(cut) is there
+        for site in cut:
+            torch.testing.assert_close(cut[site], whole[site], rtol=1e-4, atol=1e-4)
+    assert "bytes" in caplog.text
+
+
+def test_an_old_opset_is_refused(tmp_path):
+    text = "g (float[n, 4] x) => (float[n, 5] y) { h = MatMul(x, a) y = Softmax(h) }"
+    path = saved(tmp_path / "m.onnx", text, a=((4, 5), np.float32))
+    feeds = {"x": np.random.default_rng(0).standard_normal((8, 4), dtype=np.float32)}
+    assert streams_of(path, feeds).metrics()
+    model = onnx.load(path)
+    model.opset_import[0].version = 12
+    onnx.save(model, path)
+    assert streams_of(path, feeds).metrics() == {}
