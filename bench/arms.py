@@ -3,14 +3,14 @@
     RSVD, RSI, exact SVD     the same ratio everywhere     the weight alone
     response-aware           the same                      each site's response in the dense network
     sequential               the same                      its response after what the sites before it have become
-    sensitivities            planned, any form or dense    the same; this is what an export does
+    sensitivities            planned, any form or dense    the same, in the output's metric; what an export does
 
 "The same ratio everywhere" is the largest whose model keeps the budget, in each operation's usual form (channel, for
 Conv); output layers of at most `OUTPUTS` rows stay dense, which spares the baselines their worst damage.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -125,6 +125,8 @@ def factors(arm: Arm, calibration: Calibration, streams: Streams, decisions: Dec
     wanted = wanted_splits(decisions, streams)
     if arm.fitted_to == "weight":
         return {}
+    if not arm.planned:  # as published: no metric of the output, one ridge
+        calibration = replace(calibration, metric=False, scarcity=0.0)
     if arm.fitted_to == "sequence":
         return calibration.fit(streams, wanted)
     made: dict[str, Fitted] = {}

@@ -15,7 +15,7 @@ OURS = {"rsi_deploy", "graph_passes", "bench", "samples", "tests"}
 # A module may import modules of a lower layer, and those of its own that stand before it in the line.
 LAYERS = """
 errors rsi arrays spectra
-calibrate.moments calibrate.streams calibrate.response calibrate.alternating
+calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrate.alternating
 plan.knapsack plan.budget plan.rank_grid plan.plan_file
 plan.planner fold layers checkpoint measure.machine measure.statistics measure.sections measure.pinning
 measure.preprocess datafile found_splits onnx_file sites plan.joint
@@ -26,10 +26,11 @@ measure.timing measure.loadgen_worker measure.loadgen
 compress source factor_source onnx_split probe bundle
 calibrate.calibration_data calibrate.calibrated
 calibrate.gathered calibrate.live_values calibrate.onnx_waves calibrate.onnx_rows calibrate.onnx_segment
-calibrate.onnx_reach calibrate.onnx_readings calibrate.onnx_checked calibrate.onnx_survey
+calibrate.onnx_operators calibrate.onnx_reach calibrate.onnx_readings calibrate.onnx_checked calibrate.onnx_survey
+calibrate.onnx_gradients
 calibrate.onnx_two_streams calibrate.onnx_streams
 calibrate.torch_rows calibrate.torch_calls calibrate.torch_readings calibrate.torch_runs
-calibrate.torch_trace calibrate.torch_streams
+calibrate.torch_gradients calibrate.torch_trace calibrate.torch_streams
 to_onnx measure.answers measure.tally measure.accuracy measure.result
 measure.arms measure.blocks measure.latency measure.float16 measure.profiling measure.concurrency
 measure.worker measure.processes measure.request measure.sample_feeds measure.matrix trace gates opset bound rewriting

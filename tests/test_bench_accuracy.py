@@ -141,6 +141,8 @@ def test_fitting_to_the_response_is_told_from_the_sequence(case: cases.Case) -> 
     assert alone.keys() == sequence.keys() == {first, second}
     assert torch.allclose(alone[first].replacement.left, sequence[first].replacement.left, atol=1e-3)
     assert not torch.allclose(alone[second].replacement.right, sequence[second].replacement.right, atol=1e-3)
+    exported = arms.factors(arms.PRODUCT, calibration, streams, decisions)  # in the metric of the output, too
+    assert not torch.allclose(exported[first].replacement.left, sequence[first].replacement.left, atol=1e-3)
 
 
 # --- goals ----------------------------------------------------------------------------------------------------------

@@ -23,8 +23,10 @@ from torch import Tensor
 import graph_passes as gp
 from rsi_deploy.calibrate.gathered import Gathered
 from rsi_deploy.calibrate.live_values import LiveValues
+from rsi_deploy.calibrate.metric import metrics_or_none
 from rsi_deploy.calibrate.moments import Moments, Samples
 from rsi_deploy.calibrate.onnx_checked import Checked
+from rsi_deploy.calibrate.onnx_gradients import output_metrics
 from rsi_deploy.calibrate.onnx_reach import Reached, reach
 from rsi_deploy.calibrate.onnx_readings import Readings, in_order, padding_mask
 from rsi_deploy.calibrate.onnx_rows import Taps
@@ -73,6 +75,7 @@ class OnnxStreams:
         self._model = onnx.load(path, load_external_data=False)
         self._dense_outputs: Tensor | None = None
         self._rows: dict[str, int] = {}
+        self._samples, self._seed = samples, seed
         self._checked = Checked(self._model, samples)
         self._survey: Survey | None = None
         self._reached, self.unreachable = reach(
@@ -163,6 +166,20 @@ class OnnxStreams:
         else:
             other = self._outputs(factors)
         return output_distance(self._dense_outputs, other)
+
+    def metrics(self) -> Mapping[str, Tensor]:
+        """See `Streams`; none where torch does not know what stands behind the sites."""
+        return metrics_or_none(
+            lambda: output_metrics(
+                self._program,
+                self._path,
+                self._reached,
+                self._feeds(),
+                samples=self._samples,
+                provider=self._provider,
+                seed=self._seed,
+            )
+        )
 
     def _in_order(self) -> Iterator[Reached]:
         return (self._reached[node.output[0]] for wave in self._program.waves for node in wave.sites)

@@ -133,6 +133,9 @@ class Streams(Protocol):
     def distance(self, replacements: Mapping[str, Replacement]) -> Distance:
         """Distance of the outputs with these sites replaced and all others dense, on a part of the data."""
 
+    def metrics(self) -> Mapping[str, Tensor]:
+        """What errors of the sites' responses do to the outputs, `(groups, out, out)` by name; none where unknown."""
+
 
 def distance_samples(samples: int) -> int:
     """How many of so many samples a distance is measured on, about: a sixteenth, so three a site cost few passes.

@@ -40,7 +40,7 @@ class Runs:
         for batch in batches():
             first = self._placed(batch) if first is None else first
             count += 1
-            samples += samples_of(batch)
+            samples += samples_of(_arguments(batch))
         if first is None:
             raise UsageError("there are no calibration data: the iterator of batches is empty")
         self.first, self.count, self.samples = first, count, samples
@@ -75,9 +75,9 @@ class Runs:
                 f"with {type(error).__name__}: {error}; give batches that are its positional arguments"
             ) from error
 
-    def output(self, batch: Arguments) -> Tensor:
+    def output(self, batch: Arguments, watch: AbstractContextManager[Any] | None = None) -> Tensor:
         """The first floating output, float32; of `(N, L, ...)` under a mask the tokens alone, `(tokens, 1, ...)`."""
-        leaves = pytree.tree_leaves(self.run(batch))
+        leaves = pytree.tree_leaves(self.run(batch, watch))
         z = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim), None)
         if z is None:
             raise ModelError(f"{type(self._module).__name__} has no floating output: nothing to measure a distance by")
@@ -111,14 +111,18 @@ class Runs:
         return batches[: len(outputs)], dense
 
     def _placed(self, batch: Arguments) -> Arguments:
-        if not isinstance(batch, (tuple, list)):
-            raise UsageError(f"a batch must be a tuple of positional arguments, but got {type(batch).__name__}")
-        return tuple(a.to(self._device) if isinstance(a, Tensor) else a for a in batch)
+        return tuple(a.to(self._device) if isinstance(a, Tensor) else a for a in _arguments(batch))
 
 
 def samples_of(batch: Arguments) -> int:
     """Samples in a batch, at least 1: the length of its first tensor."""
     return max(1, next((len(a) for a in batch if isinstance(a, Tensor) and a.ndim), 1))
+
+
+def _arguments(batch: Any) -> Arguments:
+    if not isinstance(batch, (tuple, list)):
+        raise UsageError(f"a batch must be a tuple of positional arguments, but got {type(batch).__name__}")
+    return tuple(batch)
 
 
 def stacked(outputs: Sequence[Tensor]) -> Tensor:
@@ -131,7 +135,7 @@ def stacked(outputs: Sequence[Tensor]) -> Tensor:
 def _part(batch: Arguments, count: int) -> Arguments:
     """`count` samples, evenly spaced, of a batch of tensors that all have as many; another one whole."""
     size = samples_of(batch)
-    if count >= size or not _aligned(batch):
+    if count >= size or not aligned(batch):
         return batch
     return tuple(a[torch.arange(count, device=a.device) * size // count] for a in batch)
 
@@ -141,7 +145,7 @@ def _joined(parts: Sequence[Arguments], size: int) -> list[Arguments]:
     batches: list[Arguments] = []
     for part in parts:
         last = batches[-1] if batches else ()
-        fits = _aligned(part) and _aligned(last) and [a.shape[1:] for a in part] == [a.shape[1:] for a in last]
+        fits = aligned(part) and aligned(last) and [a.shape[1:] for a in part] == [a.shape[1:] for a in last]
         if fits and samples_of(last) + samples_of(part) <= size:
             batches[-1] = tuple(torch.cat(pair) for pair in zip(last, part, strict=True))
         else:
@@ -149,6 +153,6 @@ def _joined(parts: Sequence[Arguments], size: int) -> list[Arguments]:
     return batches
 
 
-def _aligned(batch: Arguments) -> bool:
+def aligned(batch: Arguments) -> bool:
     """Whether a batch is tensors alone that all have one number of samples."""
     return all(isinstance(a, Tensor) and a.ndim and len(a) == samples_of(batch) for a in batch)

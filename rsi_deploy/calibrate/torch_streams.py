@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from rsi_deploy.calibrate.gathered import Gathered
+from rsi_deploy.calibrate.metric import metrics_or_none
 from rsi_deploy.calibrate.moments import GRAM_LIMIT, Moments, Samples, gathered_bytes, rows_for
 from rsi_deploy.calibrate.streams import Distance, Replacement, StreamSite, distance_samples, output_distance
 from rsi_deploy.calibrate.torch_calls import Call, Layer, opened, overridden
+from rsi_deploy.calibrate.torch_gradients import output_metrics
 from rsi_deploy.calibrate.torch_readings import Choosing, CompressedRun, DenseRun, SurveyRun
 from rsi_deploy.calibrate.torch_runs import Arguments, Runs, samples_of, stacked
 from rsi_deploy.calibrate.torch_trace import Trace, attentions_of, layers_of, staged
@@ -66,7 +68,7 @@ class TorchStreams:
             raise UsageError("calibration needs the module in evaluation mode: call module.eval() first")
         if stages < 1:
             raise UsageError(f"stages must be at least 1, but got {stages!r}")
-        self._seed, self._memory = seed, memory
+        self._module, self._seed, self._memory = module, seed, memory
         self._attentions = attentions_of(module)
         self._runs = Runs(module, batches, mask)
         found = [site for site in find_module_sites(module) if wanted(site.name)]
@@ -157,6 +159,17 @@ class TorchStreams:
             return output_distance(dense, other)
         none = output_distance(dense, dense)
         return Distance(relative=math.inf, kl=None if none.kl is None else math.inf)
+
+    def metrics(self) -> Mapping[str, Tensor]:
+        """See `Streams`; none where autograd does not pass."""
+
+        def ask() -> dict[str, Tensor]:
+            sites = {site.name: site for site in self.sites}
+            layers = self._layers_of(list(sites))
+            return output_metrics(self._module, self._runs, layers, sites, seed=self._seed)
+
+        with opened(self._attentions):
+            return metrics_or_none(ask)
 
     # --- runs ---------------------------------------------------------------------------------------------------
 

@@ -93,6 +93,9 @@ class OneSite:
         self.asked.append(error)
         return self.law(error)
 
+    def metrics(self):
+        return {}
+
 
 def fading(rows=400, into=12, seed=0):
     return randn(1, rows, into, seed=seed) * 0.8 ** torch.arange(into) + 2

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from rsi_deploy.calibrate.moments import Gathering, Moments, Samples
-from rsi_deploy.calibrate.response import EXACT_LIMIT, RIDGE, held_root, leading, respond, response_error, ridge_level
+from rsi_deploy.calibrate.response import (
+    EXACT_LIMIT,
+    METRIC_FLOOR,
+    RIDGE,
+    held_root,
+    leading,
+    respond,
+    response_error,
+    ridge_level,
+    roots,
+)
 from rsi_deploy.rsi import Solver
 
 SOLVER = Solver(power_iterations=8)
@@ -235,3 +245,59 @@ def test_leading_vectors_span_what_the_svd_spans(out):
     torch.testing.assert_close(found.mT @ found, torch.eye(3)[None], rtol=1e-4, atol=1e-5)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(found @ found.mT, U[..., :2] @ U[..., :2].mT, rtol=1e-3, atol=1e-3)
+
+
+# -- a metric
+
+
+def steep(groups, out, seed=5):
+    """A metric whose directions count very differently."""
+    turn = torch.linalg.qr(randn(groups, out, out, seed=seed).double()).Q
+    return (turn * 10.0 ** -torch.arange(out)) @ turn.mT
+
+
+@pytest.mark.parametrize("limit", [10**6, 2], ids=["moments", "samples"])
+def test_factors_are_the_best_in_the_metric(limit):
+    _, xh, W, y = stream(2, 6)
+    metric = steep(2, 6)
+    moments = gathered(xh, y, limit)
+    plain = respond(W, moments)
+    problem = respond(W, moments, metric=metric)
+    torch.testing.assert_close(problem.target, plain.target)
+    S, _ = roots(metric)
+    left, right = problem.factors(2, SOLVER)
+    # left right = P M with a projection P, so its error is |S (I - P) A|; the best is the tail of S A's spectrum
+    P = left.double() @ torch.linalg.lstsq(problem.target.mT.double(), right.mT.double()).solution.mT
+    A = problem.whitened.double()
+    found = float((S @ (A - P @ A)).square().sum())
+    best = float(torch.linalg.svdvals(S @ A)[..., 2:].square().sum())
+    assert found == pytest.approx(best, rel=1e-2)
+    U = plain.factors(2, SOLVER)[0].double()
+    assert float((S @ (A - U @ U.mT @ A)).square().sum()) > 1.2 * best
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_metric_that_counts_all_alike_changes_nothing(scale):
+    _, xh, W, y = stream(2, 6)
+    plain = respond(W, gathered(xh, y)).factors(3, SOLVER)
+    alike = torch.eye(6, dtype=torch.float64).expand(2, 6, 6)
+    same = respond(W, gathered(xh, y), metric=scale * alike).factors(3, SOLVER)
+    torch.testing.assert_close(same[0] @ same[1], plain[0] @ plain[1])
+    other = respond(W, gathered(xh, y), metric=scale * steep(2, 6)).factors(3, SOLVER)
+    assert not torch.allclose(other[0] @ other[1], plain[0] @ plain[1], rtol=1e-2)
+
+
+def test_a_metric_of_zeros_is_none():
+    S, inverse = roots(torch.zeros(1, 4, 4, dtype=torch.float64))
+    torch.testing.assert_close(S, torch.eye(4, dtype=torch.float64)[None])
+    torch.testing.assert_close(inverse, torch.eye(4, dtype=torch.float64)[None])
+
+
+def test_the_roots_are_of_the_metric_with_its_floor():
+    metric = steep(2, 5)
+    S, inverse = roots(7 * metric)
+    mean = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    expected = METRIC_FLOOR * torch.eye(5) + (1 - METRIC_FLOOR) * metric / mean
+    torch.testing.assert_close(S @ S, expected)
+    torch.testing.assert_close(S @ inverse, torch.eye(5, dtype=torch.float64).expand(2, 5, 5))
+    assert not torch.allclose(S, expected, rtol=1e-2)

@@ -1,0 +1,181 @@
+"""`OutputMetric` on networks whose Jacobians are known on paper, and the bounds that it keeps."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from rsi_deploy.calibrate import metric as metric_module
+from rsi_deploy.calibrate.metric import NoMetricError, OutputMetric, gradient_rows, metrics_or_none
+from rsi_deploy.calibrate.streams import StreamSite
+
+
+def site(name="a", out=3, groups=1, kernel=()):
+    return StreamSite(
+        name=name,
+        kind="Linear",
+        groups=groups,
+        out_features=out,
+        in_features=4,
+        kernel=kernel,
+        forms=("matmul",),
+        load=lambda: torch.zeros(groups, out, 4),
+    )
+
+
+def metric_of(samples, *sites, **options):
+    return OutputMetric({s.name: s for s in sites or (site(),)}, samples, **{"seed": 0, **options})
+
+
+def leaf(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+
+def linear(metric, y, V, *cuts):
+    """Ask z = y V^T, the samples cut at `cuts`."""
+    for part in torch.tensor_split(y.detach(), list(cuts)):
+        part = part.clone().requires_grad_()
+        with metric.keeping(len(part)):
+            z = part @ V.T
+        metric.listen(z, [("a", part)])
+    return metric.result()["a"][0]
+
+
+def test_it_is_the_gram_matrix_of_the_jacobian():
+    V = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    G = linear(metric_of(600), leaf(600, 3), V) / 600  # one probe each
+    expected = (V.T @ V).double()
+    assert float((G - expected).norm() / expected.norm()) < 0.15
+    control = (V.T @ V).diagonal().diag().double()
+    assert float((G - control).norm() / control.norm()) > 0.3
+
+
+def test_the_probes_do_not_know_how_samples_are_cut():
+    V = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    y = leaf(20, 3)
+    whole, cut = linear(metric_of(20), y, V), linear(metric_of(20), y, V, 1, 7, 8)
+    torch.testing.assert_close(whole, cut)
+    other = linear(metric_of(20, seed=1), y, V)
+    assert not torch.allclose(whole, other, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("samples", "probes"), [(1, 4), (128, 4), (256, 2), (512, 1), (9999, 1)])
+def test_more_samples_get_fewer_probes(samples, probes):
+    y, asked = leaf(2, 3), []
+    z = y * 1
+    z.register_hook(asked.append)
+    metric_of(samples).listen(z, [("a", y)])
+    assert len(asked) == probes
+
+
+@pytest.mark.parametrize("sizes", [[3000], [1] * 3000, [64] * 46 + [56]])
+def test_the_samples_asked_are_from_all_over_the_data(sizes):
+    metric = metric_of(3000)
+    begin, asked = 0, []
+    for count in sizes:
+        asked += [begin + int(i) for i in metric.chosen(count)]
+        begin += count
+    assert len(asked) == metric_module.SAMPLES
+    assert np.diff([-1, *asked, 3000]).max() <= 3
+    assert asked == [int(i) for i in metric_of(3000).chosen(3000)]
+
+
+def test_few_samples_are_all_asked():
+    assert list(metric_of(5).chosen(5)) == [0, 1, 2, 3, 4]
+
+
+def test_pieces_become_as_large_as_memory_allows():
+    metric = metric_of(100, memory=2**20)
+    pieces = metric.pieces(100)
+    assert next(pieces) == slice(0, 2)
+    y = leaf(2, 1000)
+    with metric.keeping(2):
+        _ = y.exp()  # 8,000 bytes kept; the reserve is one half
+    piece = next(pieces)
+    assert 2 + 50 < piece.stop <= 2 + 131
+
+
+def test_more_than_the_bound_is_refused():
+    metric = metric_of(4, memory=3 * 3 * 8 + 1000)
+    with pytest.raises(NoMetricError, match="4 samples need more than 1000 bytes"), metric.keeping(4):
+        _ = leaf(4, 1000).exp()
+    big = leaf(4, 1000)
+    with metric.keeping(4, [big]):
+        _ = big * big  # a weight that is there anyhow
+    with pytest.raises(NoMetricError, match="more than the bound"):
+        metric_of(4, memory=3 * 3 * 8 - 1)
+
+
+def test_a_value_written_over_is_noticed():
+    metric = metric_of(2)
+    y = leaf(2, 3)
+    with metric.keeping(2):
+        z = y.exp()
+        z.add_(1)
+    with pytest.raises(NoMetricError, match="writes over"):
+        metric.listen(z, [("a", y)])
+    with metric.keeping(2):
+        z = (y * 2).relu_()  # keeps what it wrote
+    metric.listen(z, [("a", y)])
+
+
+def test_a_wide_site_has_none(monkeypatch, caplog):
+    monkeypatch.setattr(metric_module, "OUT_LIMIT", 2)
+    with caplog.at_level(logging.INFO):
+        metric = metric_of(2, site("a", 3), site("b", 2))
+    assert set(metric.sites) == {"b"}
+    assert "'a'" in caplog.text
+    a, b = leaf(2, 3), leaf(2, 2)
+    metric.listen(a.sum(dim=1) + b.sum(dim=1), [("a", a), ("b", b)])
+    assert set(metric.result()) == {"b"}
+
+
+def test_gradients_that_are_not_finite_or_nothing_are_no_metric():
+    metric = metric_of(2, site("a"), site("b"), site("c"))
+    a, b, c = leaf(2, 3), leaf(2, 3), leaf(2, 3)
+    metric.listen((a + b * torch.inf + c * 0).sum(dim=1), [("a", a), ("b", b), ("c", c)])
+    assert set(metric.result()) == {"a"}
+
+
+def test_no_way_from_the_output_is_refused():
+    with pytest.raises(NoMetricError, match="no gradient passes"):
+        metric_of(2).listen(torch.zeros(2, 3), [("a", leaf(2, 3))])
+    with pytest.raises(NoMetricError, match="no gradient passes"):
+        metric_of(2).listen(leaf(2, 3), [])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "groups", "shape", "axis"),
+    [
+        ((), 1, (2, 5, 3), 2),
+        ((), 1, (3,), 0),
+        ((3, 3), 1, (2, 3, 4, 5), 1),
+        ((3,), 2, (2, 6, 4), 1),
+        ((3,), 2, (6, 4), 0),
+    ],
+)
+def test_rows_are_of_positions(kernel, groups, shape, axis):
+    gradient = torch.arange(float(np.prod(shape))).reshape(shape)
+    rows = gradient_rows(gradient, site(out=3, groups=groups, kernel=kernel))
+    assert rows.shape == (groups, gradient.numel() // (3 * groups), 3)
+    first = [0] * gradient.ndim
+    for channel in range(3 * groups):
+        first[axis] = channel
+        assert rows[channel // 3, 0, channel % 3] == gradient[tuple(first)]
+
+
+def test_what_finds_no_way_is_logged(caplog):
+    def refused():
+        raise NoMetricError("gradients do not pass Nonsense")
+
+    def broken():
+        raise RuntimeError("sizes of tensors must match")
+
+    with caplog.at_level(logging.INFO):
+        assert metrics_or_none(refused) == {}
+        assert metrics_or_none(broken) == {}
+        assert metrics_or_none(lambda: {"a": torch.eye(1)}).keys() == {"a"}
+    assert [r.levelname for r in caplog.records] == ["INFO", "WARNING"]
+    assert "Nonsense" in caplog.text
+    assert "RuntimeError: sizes" in caplog.text

@@ -1,0 +1,163 @@
+"""Every operator in torch against onnxruntime, with the settings that differ from torch's own."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from rsi_deploy.calibrate.metric import NoMetricError
+from rsi_deploy.calibrate.onnx_operators import _OPERATORS, operator
+
+X, Y, IMAGE = "float[2, 3, 4] x", "float[2, 3, 4] y", "float[2, 3, 7, 7] x"
+
+CASES = {
+    "Add": (f"{X}, float[4] y", "Add(x, y)"),
+    "Attention": ("float[2, 2, 3, 4] x, float[2, 2, 3, 4] y", "Attention<scale = 0.3>(x, y, x)"),
+    "Attention causal": ("float[2, 2, 3, 4] x, float[2, 2, 3, 4] y", "Attention<is_causal = 1>(x, y, x)"),
+    "AveragePool": (IMAGE, "AveragePool<kernel_shape = [3, 2], strides = [2, 1]>(x)"),
+    "Cast": (X, "Cast<to = 7>(x)"),
+    "Clip": (f"{X}, float y", "Clip(x, , y)"),
+    "Concat": (f"{X}, {Y}", "Concat<axis = -2>(x, y)"),
+    "Conv": (
+        "float[2, 4, 7, 8] x, float[6, 2, 3, 2] y, float[6] z",
+        "Conv<group = 2, pads = [1, 0, 2, 1], strides = [2, 1], dilations = [1, 2]>(x, y, z)",
+    ),
+    "Div": (f"{X}, {Y}", "Div(x, y)"),
+    "Elu": (X, "Elu<alpha = 0.5>(x)"),
+    "Erf": (X, "Erf(x)"),
+    "Exp": (X, "Exp(x)"),
+    "Expand": ("float[3, 1] x, int64[3] shape = {2, 1, 4}", "Expand(x, shape)"),
+    "Flatten": ("float[2, 3, 4, 5] x", "Flatten<axis = 2>(x)"),
+    "Gather": (f"{X}, int64[2, 2] at = {{1, -1, 0, 2}}", "Gather<axis = 1>(x, at)"),
+    "Gather scalar": (f"{X}, int64 at = {{-1}}", "Gather<axis = 1>(x, at)"),
+    "Gelu": (X, 'Gelu<approximate = "tanh">(x)'),
+    "Gemm": (
+        "float[4, 2] x, float[3, 4] y, float[3] z",
+        "Gemm<transA = 1, transB = 1, alpha = 0.5, beta = 2.0>(x, y, z)",
+    ),
+    "GlobalAveragePool": (IMAGE, "GlobalAveragePool(x)"),
+    "HardSigmoid": (X, "HardSigmoid<alpha = 0.3>(x)"),
+    "HardSwish": (X, "HardSwish(x)"),
+    "Identity": (X, "Identity(x)"),
+    "LayerNormalization": (
+        f"{X}, float[3, 4] y, float[3, 4] z",
+        "LayerNormalization<axis = 1, epsilon = 0.1>(x, y, z)",
+    ),
+    "LeakyRelu": (X, "LeakyRelu<alpha = 0.3>(x)"),
+    "LogSoftmax": (X, "LogSoftmax<axis = 1>(x)"),
+    "MatMul": (f"{X}, float[4, 5] y", "MatMul(x, y)"),
+    "MaxPool": (IMAGE, "MaxPool<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]>(x)"),
+    "Mul": (f"{X}, {Y}", "Mul(x, y)"),
+    "Neg": (X, "Neg(x)"),
+    "Pad": (f"{X}, int64[6] pads = {{0, 1, 2, 0, 3, -1}}", "Pad(x, pads)"),
+    "Pow": (f"{X}, float y = {{2}}", "Pow(x, y)"),
+    "Reciprocal": (X, "Reciprocal(x)"),
+    "ReduceL2": (f"{X}, int64[1] axes = {{-1}}", "ReduceL2(x, axes)"),
+    "ReduceMean": (f"{X}, int64[2] axes = {{0, 2}}", "ReduceMean<keepdims = 0>(x, axes)"),
+    "ReduceSum": (X, "ReduceSum(x)"),
+    "Relu": (X, "Relu(x)"),
+    "Reshape": (f"{X}, int64[3] shape = {{0, 2, -1}}", "Reshape(x, shape)"),
+    "Shape": (X, "Shape<start = 1>(x)"),
+    "Sigmoid": (X, "Sigmoid(x)"),
+    "Slice": (
+        f"{X}, int64[2] a = {{1, -3}}, int64[2] b = {{9, -1}}, int64[2] axes = {{-2, 2}}, int64[2] by = {{1, 2}}",
+        "Slice(x, a, b, axes, by)",
+    ),
+    "Softmax": (X, "Softmax<axis = 1>(x)"),
+    "Split": (f"{X}, int64[2] sizes = {{3, 1}}", "Split<axis = -1>(x, sizes)"),
+    "Split evenly": ("float[2, 5] x", "Split<axis = 1, num_outputs = 2>(x)"),
+    "Sqrt": (X, "Sqrt(x)"),
+    "Squeeze": ("float[1, 3, 1] x, int64[1] axes = {-1}", "Squeeze(x, axes)"),
+    "Sub": (f"{X}, {Y}", "Sub(x, y)"),
+    "Tanh": (X, "Tanh(x)"),
+    "Transpose": (X, "Transpose<perm = [2, 0, 1]>(x)"),
+    "Unsqueeze": (f"{X}, int64[2] axes = {{-1, 0}}", "Unsqueeze(x, axes)"),
+    "Where": (f"bool[2, 3, 4] held, {X}, float[4] y", "Where(held, x, y)"),
+}
+
+
+def model_of(given, call, outputs=1):
+    """A model of one node; what stands with a value is a constant."""
+    inputs = [part for part in split(given) if "=" not in part]
+    constants = [part for part in split(given) if "=" in part]
+    names = ["out", "more"][:outputs]
+    types = ", ".join(f"float {name}" for name in names)
+    text = f"""<ir_version: 10, opset_import: ["" : 23]> g ({", ".join(inputs)}) => ({types})
+        <{", ".join(constants)}> {{ {", ".join(names)} = {call} }}"""
+    model = onnx.parser.parse_model(text)
+    for value in model.graph.output:
+        value.ClearField("type")
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def split(text):
+    """The declarations in a list."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def feeds_of(model, seed=0):
+    rng = np.random.default_rng(seed)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    feeds = {}
+    for value in model.graph.input:
+        if value.name in constants:
+            continue
+        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        array = np.asarray(rng.standard_normal(shape), np.float32)
+        if value.type.tensor_type.elem_type == onnx.TensorProto.BOOL:
+            array = array > 0
+        feeds[value.name] = np.abs(array) + 0.1 if model.graph.node[0].op_type == "Sqrt" else array
+    return feeds
+
+
+def ours(model, feeds):
+    (node,) = model.graph.node
+    values = {name: torch.from_numpy(np.array(array)) for name, array in feeds.items()}
+    values |= {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
+    return operator(node)(*(values[name] if name else None for name in node.input))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_computes_what_onnxruntime_does(name):
+    given, call = CASES[name]
+    model = model_of(given, call, 2 if name.startswith("Split") else 1)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = feeds_of(model)
+    for expected, found in zip(session.run(None, feeds), ours(model, feeds), strict=True):
+        torch.testing.assert_close(found, torch.from_numpy(np.array(expected)).to(found.dtype), rtol=1e-4, atol=1e-5)
+        if found.is_floating_point():
+            with pytest.raises(AssertionError):
+                torch.testing.assert_close(found * 1.01, torch.from_numpy(np.array(expected)), rtol=1e-4, atol=1e-5)
+
+
+def test_every_operator_has_a_case():
+    assert {name.split()[0] for name in CASES} == _OPERATORS.keys()
+
+
+def test_whole_numbers_are_divided_as_onnx_does():
+    node = onnx.helper.make_node("Div", ["a", "b"], ["c"])
+    assert operator(node)(torch.tensor([7, -7]), torch.tensor([2, 2]))[0].tolist() == [3, -3]
+
+
+@pytest.mark.parametrize(
+    ("node", "given"),
+    [
+        (onnx.helper.make_node("Selu", ["a"], ["b"], "n"), None),
+        (onnx.helper.make_node("Relu", ["a"], ["b"], domain="com.microsoft"), None),
+        (onnx.helper.make_node("MaxPool", ["a"], ["b", "at"], kernel_shape=[2, 2]), torch.zeros(1, 1, 4, 4)),
+        (onnx.helper.make_node("MaxPool", ["a"], ["b"], kernel_shape=[2, 2], ceil_mode=1), torch.zeros(1, 1, 4, 4)),
+        (onnx.helper.make_node("Cast", ["a"], ["b"], to=onnx.TensorProto.INT8), torch.zeros(3)),
+    ],
+    ids=["unknown", "domain", "second output", "setting", "type"],
+)
+def test_what_is_not_known_is_refused(node, given):
+    with pytest.raises(NoMetricError, match="gradients do not pass"):
+        operator(node)(given)

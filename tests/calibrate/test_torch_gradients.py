@@ -1,0 +1,144 @@
+"""Metrics of a torch module's sites: those of the same network as ONNX, whatever the module does meanwhile."""
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from rsi_deploy.calibrate.onnx_streams import OnnxStreams
+from rsi_deploy.calibrate.torch_streams import TorchStreams
+from rsi_deploy.fold import fold_batch_norms_
+from rsi_deploy.onnx_file import write_external
+from rsi_deploy.source import source_of_module
+from rsi_deploy.to_onnx import to_onnx
+from tests import nets
+
+CASES = {"mlp": (nets.mlp, (12,)), "cnn": (nets.cnn, (3, 8, 8)), "attention": (nets.attention, (6, 16))}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def metrics_of(module, *data):
+    return TorchStreams(module.eval(), lambda: iter(data), seed=1).metrics()
+
+
+def relative(found, expected):
+    """Distance of two metrics but for their scale."""
+    a, b = found / found.norm(), expected / expected.norm()
+    return float((a - b).norm())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_ways_hear_the_same(tmp_path, name):
+    make, shape = CASES[name]
+    module = make().eval()
+    fold_batch_norms_(module)  # as compress_to_data_ does
+    path = tmp_path / "dense.onnx"
+    model = to_onnx(source_of_module(module, (2, *shape))).model
+    write_external(model, path)
+    (given,) = (value.name for value in onnx.load(path, load_external_data=False).graph.input)
+    data = [torch.randn(24, *shape), torch.randn(16, *shape)]
+    a = metrics_of(module, *((x,) for x in data))
+    b = OnnxStreams(path, lambda: iter({given: x.numpy()} for x in data), 40, seed=1).metrics()
+    common = a.keys() & b.keys()
+    assert len(common) >= 2
+    for site in common:
+        assert a[site].shape == b[site].shape
+        assert relative(a[site], b[site]) < 1e-3, site
+    other = OnnxStreams(path, lambda: iter({given: x.numpy()} for x in data), 40, seed=2).metrics()
+    assert any(relative(a[site], other[site]) > 1e-2 for site in common)
+
+
+class Block(nn.Module):
+    """Two sites and what the middle does."""
+
+    def __init__(self, middle):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 6)
+        self.middle = middle
+
+    def forward(self, x):
+        """The output."""
+        return self.second(self.middle(self.first(x)))
+
+
+def test_what_writes_over_the_response_changes_nothing():
+    x = torch.randn(32, 5)
+    plain, in_place = (metrics_of(Block(nn.ReLU(inplace=flag)), (x,)) for flag in (False, True))
+    assert set(plain) == {"first", "second"}
+    for site, G in plain.items():
+        torch.testing.assert_close(in_place[site], G)
+    assert relative(metrics_of(Block(nn.Tanh()), (x,))["first"], plain["first"]) > 1e-2
+
+
+class Called(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        """What the function gives."""
+        return self.function(x)
+
+
+def test_a_module_that_keeps_no_gradients_cuts_off_what_is_before():
+    x = torch.randn(8, 5)
+    assert set(metrics_of(Block(Called(torch.no_grad()(torch.relu))), (x,))) == {"second"}
+    whole = Block(nn.ReLU())
+    whole.forward = torch.no_grad()(whole.forward)
+    assert metrics_of(whole, (x,)) == {}
+
+
+def test_a_value_that_the_module_writes_over_leaves_all_without():
+    assert metrics_of(Block(Called(lambda x: x.exp().add_(1))), (torch.randn(8, 5),)) == {}
+
+
+def test_the_module_is_as_it_was():
+    module = Block(nn.ReLU())
+    module.first.weight.requires_grad_(False)
+    metrics_of(module, (torch.randn(8, 5),))
+    assert [p.requires_grad for p in module.parameters()] == [False, True, True, True]
+    assert all(p.grad is None for p in module.parameters())
+    assert not any(m._forward_hooks for m in module.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_heard_too(dtype):
+    x = torch.randn(32, 5)
+    exact, found = metrics_of(Block(nn.Tanh()), (x,)), metrics_of(Block(nn.Tanh()).to(dtype), (x.to(dtype),))
+    assert found.keys() == exact.keys()
+    for site, G in exact.items():
+        assert found[site].dtype == torch.float64
+        assert relative(found[site], G) < 0.03
+    assert relative(found["first"], torch.eye(8)[None]) > 0.1
+
+
+class Tokens(nn.Module):
+    """A site over tokens whose output at each is its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, mask):
+        """Tokens."""
+        return self.second(self.first(x).relu())
+
+
+def test_padding_is_not_asked():
+    module, x = Tokens(), torch.randn(6, 5, 4)
+    mask = torch.arange(5).expand(6, 5) < torch.tensor([5, 1, 3, 2, 5, 4])[:, None]
+    loud = torch.where(mask[..., None], x, 50 * torch.randn(6, 5, 4).abs())
+    one, two = (metrics_of(module, (data, mask.long())) for data in (x, loud))
+    torch.testing.assert_close(one["first"], two["first"])
+    all_of_it = metrics_of(module, (x, torch.ones_like(mask).long()))
+    assert relative(all_of_it["first"], one["first"]) > 1e-2
