@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from bench import cases, common
-from bench.arms import ARMS, PRODUCT, Unit, budget_of, factors, kept, planned, same_ratio, write
+from bench.arms import ARMS, PRODUCT, Arm, Unit, budget_of, factors, kept, planned, same_ratio, write
 from bench.cases import Case
 from bench.common import Goal
 from bench.models import UnavailableError
@@ -94,7 +94,7 @@ class Row:
     overlap: float | None
 
 
-def measure(case: Case, unit: Unit, keeps: Sequence[float], draws: int) -> Iterator[Run]:
+def measure(case: Case, unit: Unit, keeps: Sequence[float], draws: int, *, arms: Sequence[Arm] = ARMS) -> Iterator[Run]:
     """Compress and score a net by every arm, at every budget and on every draw; baselines on the first one alone."""
     dense = case.measured(case.path)
     ratios: dict[float, Decisions] = {}
@@ -105,9 +105,9 @@ def measure(case: Case, unit: Unit, keeps: Sequence[float], draws: int) -> Itera
         common.progress(f"{case.name}: draw {draw}: options, {seconds:.0f} s")
         for keep in keeps:
             budget = budget_of(unit, keep, dense, streams)
-            if keep not in ratios:
+            if keep not in ratios and not all(arm.planned for arm in arms):
                 ratios[keep] = same_ratio(case, streams, budget, dense)
-            for arm in (arm for arm in ARMS if arm.drawn or not draw):
+            for arm in (arm for arm in arms if arm.drawn or not draw):
                 decisions = planned(case, streams, options, budget, dense) if arm.planned else ratios[keep]
                 fitted, seconds = _timed(factors, arm, calibration, streams, decisions)
                 path = write(case, decisions, fitted, arm.solver, case.path.with_name("candidate.onnx"))
@@ -204,10 +204,12 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--nets", nargs="+", choices=cases.NETS, help="only these (default: all)")
     options.add_argument("--draws", type=int, default=3, metavar="N", help="of calibration data [default: 3]")
     options.add_argument("--keeps", nargs="+", type=float, metavar="SHARE", help="budgets (default: the goals')")
+    options.add_argument("--product", action="store_true", help=f"only {PRODUCT.name!r}, which the goals are about")
     given = options.parse_args(arguments)
     common.check_writable(given.json, given.markdown)
     if given.draws < 1 or not all(0 < keep < 1 for keep in given.keeps or ()):
         raise UsageError(f"--draws is at least 1 and --keeps lie in (0, 1), but got {given.draws} and {given.keeps}")
+    arms = [arm for arm in ARMS if arm == PRODUCT or not given.product]
     started = time.perf_counter()
     if given.quick:
         common.progress(f"quick: a draw of {QUICK_SIZE} samples, {QUICK_TEST} test samples; goals are the full run's")
@@ -217,7 +219,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in given.nets or (QUICK_NETS if given.quick else cases.NETS):
         keeps = given.keeps or (QUICK_KEEP.get(name) if given.quick else None) or tuple(TASKS[name].most_lost)
         try:
-            facts, own = _measured(name, keeps, given.draws, quick=given.quick)
+            facts, own = _measured(name, keeps, given.draws, quick=given.quick, arms=arms)
         except UnavailableError as reason:
             settings["left_out"][name] = str(reason)
             common.progress(f"{name} is left out: {reason}")
@@ -243,7 +245,9 @@ def main(arguments: Sequence[str]) -> int:
     return common.judge(goals, given.check)
 
 
-def _measured(name: str, keeps: Sequence[float], draws: int, *, quick: bool) -> tuple[dict[str, Any], list[Run]]:
+def _measured(
+    name: str, keeps: Sequence[float], draws: int, *, quick: bool, arms: Sequence[Arm]
+) -> tuple[dict[str, Any], list[Run]]:
     """What a reader of one net's results must know, and its runs."""
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
         if quick:
@@ -259,7 +263,7 @@ def _measured(name: str, keeps: Sequence[float], draws: int, *, quick: bool) -> 
             "tested": len(case.reference),
             "texts_sha256": case.digest or None,
         }
-        return facts, list(measure(case, TASKS[name].unit, keeps, draws))
+        return facts, list(measure(case, TASKS[name].unit, keeps, draws, arms=arms))
 
 
 def _timed(call: Callable[P, T], *arguments: P.args, **more: P.kwargs) -> tuple[T, float]:
