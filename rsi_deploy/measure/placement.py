@@ -106,14 +106,14 @@ def proven_placement(
     if not placement.provider_nodes.get(asked.name):
         raise UsageError(
             f"{named(model)}: asked for {asked.name}, but it ran no node of this model (nodes run: {ran}); "
-            f"--allow-fallback measures it all the same"
+            f"rsi-deploy bench --allow-fallback measures it all the same"
         )
     if elsewhere := placement.elsewhere(asked.name):
         node, other = next(iter(elsewhere.items()))
         raise UsageError(
             f"{named(model)}: asked for {asked.name}, but {len(elsewhere)} nodes that carry the work ran elsewhere, "
             f"such as {node} ({placement.ops[node]}) on {other} (nodes run: {ran}); "
-            f"--allow-fallback measures it all the same"
+            f"rsi-deploy bench --allow-fallback measures it all the same"
         )
     return placement
 

@@ -88,7 +88,7 @@ def make_session(
         mend = f"Try it without {given}" if given else install_hint(short_name(spec.name))
         raise UsageError(
             f"{name}: asked for {spec.name}, but onnxruntime fell back to {first}: the provider did not start "
-            f"(its reason is on stderr, from onnxruntime). {mend}; --allow-fallback measures what runs instead"
+            f"(its reason is on stderr, from onnxruntime). {mend}; bench --allow-fallback measures what runs instead"
         )
     listed = session.get_provider_options().get(spec.name, {})
     if first == spec.name and listed and (lost := [key for key in spec.options if key not in listed]):
