@@ -36,7 +36,8 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
         normalized_error_kind: "exact" spectrum or an "upper bound" for s_{rank+1} bounded from below. All four are
             None for factors that were fitted to data: those are not meant to be near the weight.
         form: of the split: "matmul", "gemm", "channel", "input", "separable"; None where it is dense or of no record.
-        response_error: `E|y - y~|^2 / E|y|^2` on calibration data, centred, for factors fitted to them.
+        response_error: `E|y - y~|^2 / E|y|^2` on calibration data, centred, for factors fitted to them. Rows of a
+            product (tokens) count in it, as in the fit, by what their errors do to the outputs.
         seconds: time of the factorization alone.
         macs_dense, macs_compressed: multiply-accumulates per sample, where the model was traced.
         nodes: the operations (ONNX node names or module paths) that use the weight.

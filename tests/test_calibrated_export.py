@@ -114,7 +114,7 @@ def answers(here):
     return "d.npz"
 
 
-@pytest.mark.parametrize(("factors", "drops"), [("response", (8, 40)), ("weights", (25, 60))])
+@pytest.mark.parametrize(("factors", "drops"), [("response", (8, 40)), ("weights", (35, 60))])
 def test_the_drop_is_kept_and_a_smaller_one_gives_a_larger_model(answers, factors, drops):
     kept = {}
     for drop in drops:

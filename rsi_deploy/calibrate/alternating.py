@@ -7,8 +7,9 @@ Such a Conv is a sum over the points j of the second node's kernel, each seeing 
 with x_j the part of the patch that the first node reads to make the output at point j. The best product for the weight
 is one SVD of the unfolded weight; the best for the response is not, because the x_j of one patch are correlated. Given
 `right`, `left` is a linear regression; given `left`, `right` is one too (normal equations by conjugate gradients). The
-two alternate from the response-aware start, and no step makes the response error larger. Moments as in
-`rsi_deploy.calibrate.moments`, of whole patches; all in the columns' order of `graph_passes.unfold(weight, "channel")`.
+two alternate from the response-aware start, and no step makes the response error larger. Where errors of y count by a
+metric `S S^T`, all of this is done for `S^T y`. Moments as in `rsi_deploy.calibrate.moments`, of whole patches; all in
+the columns' order of `graph_passes.unfold(weight, "channel")`.
 """
 
 import functools
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rsi_deploy.calibrate.moments import Moments
-from rsi_deploy.calibrate.response import EXACT_LIMIT, RIDGE, held_root, leading, ridge_level
+from rsi_deploy.calibrate.response import EXACT_LIMIT, RIDGE, held_root, leading, metric_root, ridge_level
 from rsi_deploy.rsi import Solver
 
 STEPS = 4
@@ -38,6 +39,8 @@ class TwoKernels:
         moments: as gathered, for means and errors.
         target: the unrestricted answer, unfolded: `(groups, out * points, m)`.
         root: Cholesky factor of the mean over the points of xx, `(groups, m, m)`.
+        outer: S `(groups, out, out)`, lower, where `S S^T` is what errors of the response cost; None for the identity.
+            `yx` and `target` are those of `S^T y` then.
     """
 
     kernel: tuple[int, ...]
@@ -47,6 +50,7 @@ class TwoKernels:
     moments: Moments
     target: Tensor
     root: Tensor
+    outer: Tensor | None = None
 
     @property
     def points(self) -> int:
@@ -118,6 +122,9 @@ class TwoKernels:
             right = self.right_for(left, right)
             left = self.left_for(right)
         groups, out, points, _ = left.shape
+        if self.outer is not None:
+            flat = left.reshape(groups, out, points * rank)
+            left = torch.linalg.solve_triangular(self.outer.mT, flat, upper=True)
         return left.reshape(groups, out * points, rank), right
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
@@ -128,7 +135,13 @@ class TwoKernels:
 
 
 def two_kernels(
-    weight: Tensor, moments: Moments, kernel: tuple[int, ...], first: int, *, ridge: float = RIDGE
+    weight: Tensor,
+    moments: Moments,
+    kernel: tuple[int, ...],
+    first: int,
+    *,
+    ridge: float = RIDGE,
+    metric: Tensor | None = None,
 ) -> TwoKernels:
     """The response problem of a Conv with a kernel in its second node.
 
@@ -138,6 +151,7 @@ def two_kernels(
         kernel: of the Conv.
         first: how many of the kernel's axes the first node takes.
         ridge: as for `response.respond`.
+        metric: the same.
     """
     groups, out, columns = weight.shape
     order = _by_point(columns, kernel, first)
@@ -146,6 +160,9 @@ def two_kernels(
     level = ridge_level(moments.xx.diagonal(dim1=-2, dim2=-1), ridge)
     root, level = held_root(moments.xx, level)
     yx = moments.steadied(weight).yx + level[..., None] * weight.to(moments.xx.dtype)
+    outer = None if metric is None else metric_root(metric).to(yx)
+    if outer is not None:
+        yx = outer.mT @ yx
     target = torch.cholesky_solve(yx.mT, root).mT
     del root
     xx = moments.xx[:, order[:, None], order]
@@ -160,6 +177,7 @@ def two_kernels(
         moments=moments,
         target=target[..., order].reshape(groups, out * points, m),
         root=held_root(mean, level)[0],
+        outer=outer,
     )
 
 

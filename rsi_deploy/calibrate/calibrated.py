@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rsi_deploy.calibrate.alternating import STEPS, TwoKernels, two_kernels
 from rsi_deploy.calibrate.moments import GRAM_LIMIT, Moments, Samples
-from rsi_deploy.calibrate.response import EXACT_LIMIT, RIDGE, Response, respond, response_error
+from rsi_deploy.calibrate.response import EXACT_LIMIT, RIDGE, Response, lost_response, respond, response_error
 from rsi_deploy.calibrate.streams import Distance, Fitted, Form, Replacement, Streams, StreamSite
 from rsi_deploy.errors import ModelError
 from rsi_deploy.plan.knapsack import Option, SiteOptions
@@ -76,11 +76,13 @@ class Calibration:
         """Every reachable site's options, dense first."""
         found: dict[str, SiteOptions] = {}
         sites = streams.sites
+        metrics = streams.metrics() if self.metric else {}
 
         def visit(site: StreamSite, moments: Moments | Samples) -> None:
             if progress:
                 progress(site.name, len(found), len(sites))
-            found[site.name] = self._options_of(site, moments, streams)
+            metric = metrics[site.name].directions if site.name in metrics else None
+            found[site.name] = self._options_of(site, moments, streams, metric)
 
         streams.survey(visit)
         return [found[site.name] for site in sites if site.name in found]
@@ -94,6 +96,7 @@ class Calibration:
         """
         made: dict[str, Fitted] = {}
         metrics = streams.metrics() if self.metric else {}
+        counts = {name: metric.rows for name, metric in metrics.items() if metric.rows is not None}
 
         def visit(site: StreamSite, moments: Moments | Samples) -> Replacement | None:
             if site.name not in plan:
@@ -110,7 +113,7 @@ class Calibration:
                 moments,
                 form,
                 rank,
-                metric=metrics.get(site.name),
+                metric=metrics[site.name].directions if site.name in metrics else None,
                 scarcity=self.scarcity,
                 look=lambda response: spectra.append(_spectrum(response, rank)),
             )
@@ -123,7 +126,7 @@ class Calibration:
             )
             return replacement
 
-        streams.sequence(visit)
+        streams.sequence(visit, counts)
         return made
 
     def replacement(
@@ -157,7 +160,7 @@ class Calibration:
                     f"site {site.name!r}: form {form!r} is fitted to at most {GRAM_LIMIT} inputs, but it has "
                     f"{site.in_features}; plan it as {site.forms[0]!r}"
                 )
-            problem = two_kernels(weight, moments, site.kernel, site.first_axes(form), ridge=ridge)
+            problem = two_kernels(weight, moments, site.kernel, site.first_axes(form), ridge=ridge, metric=metric)
             left, right = problem.factors(rank, self.solver, site=site.name, steps=steps)
             product = problem.product(left, right)
         if look is not None:
@@ -166,13 +169,15 @@ class Calibration:
         replacement = Replacement(form, left.float(), right.float(), bias.float())
         return replacement, response_error(product, moments)
 
-    def _options_of(self, site: StreamSite, moments: Moments | Samples, streams: Streams) -> SiteOptions:
+    def _options_of(
+        self, site: StreamSite, moments: Moments | Samples, streams: Streams, metric: Tensor | None
+    ) -> SiteOptions:
         params = site.groups * site.out_features * site.in_features
         dense = Option(form="dense", rank=None, params=params, macs=site.macs, bytes=params * site.item_bytes, loss=0.0)
         if self._declines(site, moments):
             return SiteOptions(name=site.name, options=(dense,))
-        errors = dict(self._errors(site, moments))
-        loss = self._loss(site, moments, errors, streams)
+        errors = dict(self._errors(site, moments, metric))
+        loss = self._loss(site, moments, errors, streams, metric)
         split = []
         for (form, rank), error in errors.items():
             # The corrected bias counts too: some sites have had none.
@@ -196,8 +201,10 @@ class Calibration:
             self.declined[site.name] = CONSTANT
         return site.name in self.declined
 
-    def _errors(self, site: StreamSite, moments: Moments | Samples) -> Iterator[tuple[tuple[Form, int], float]]:
-        """((form, rank), response error) of every option below break-even."""
+    def _errors(
+        self, site: StreamSite, moments: Moments | Samples, metric: Tensor | None
+    ) -> Iterator[tuple[tuple[Form, int], float]]:
+        """((form, rank), response error) of every option below break-even, in the metric."""
         weight = site.load()
         for form in site.forms:
             if form not in self.forms:
@@ -215,13 +222,17 @@ class Calibration:
             if not ranks:
                 continue
             if plain:
-                curve = respond(weight, moments, ridge=self.ridge).errors()
+                curve = respond(weight, moments, ridge=self.ridge, metric=metric).errors()
                 yield from (((form, rank), float(curve[rank])) for rank in ranks)
             elif isinstance(moments, Moments):
-                problem = two_kernels(weight, moments, site.kernel, site.first_axes(form), ridge=self.ridge)
+                problem = two_kernels(
+                    weight, moments, site.kernel, site.first_axes(form), ridge=self.ridge, metric=metric
+                )
+                known = {}
                 for rank in ranks:
                     left, right = problem.factors(rank, self.solver, site=site.name, steps=2)
-                    yield (form, rank), response_error(problem.product(left, right), moments)
+                    known[rank] = lost_response(weight, problem.product(left, right), moments, metric)
+                yield from (((form, rank), error) for rank, error in filled(known, self.rank_multiple).items())
 
     def _loss(
         self,
@@ -229,6 +240,7 @@ class Calibration:
         moments: Moments | Samples,
         errors: Mapping[tuple[Form, int], float],
         streams: Streams,
+        metric: Tensor | None,
     ) -> Callable[[float], float]:
         """What a response error of this site costs at the outputs."""
         if not self.sensitivity or not errors:
@@ -238,8 +250,8 @@ class Calibration:
             form, rank = min(errors, key=lambda key: abs(math.log(max(errors[key], 1e-12) / level)))
             if law.knows(errors[form, rank]):
                 continue
-            replacement, error = self.replacement(site, moments, form, rank, steps=2)
-            law.learn(error, streams.distance({site.name: replacement}))
+            replacement, _ = self.replacement(site, moments, form, rank, steps=2, metric=metric)
+            law.learn(errors[form, rank], streams.distance({site.name: replacement}))
         return law
 
 
@@ -247,6 +259,19 @@ def _spectrum(response: Tensor, rank: int) -> Spectrum | None:
     """Singular values of the response, where they cost little beside the factors."""
     full = min(response.shape[-2:])
     return thinned(singular_values(response), full, rank, of="response") if full <= EXACT_LIMIT else None
+
+
+def filled(known: Mapping[int, float], multiple: int) -> dict[int, float]:
+    """Errors at all ranks between those of some, straight in their logarithms.
+
+    Example:
+        >>> filled({2: 0.16, 6: 0.01}, 2)
+        {2: 0.16, 4: 0.04, 6: 0.01}
+    """
+    ranks = sorted(known)
+    every = range(ranks[0], ranks[-1] + 1, multiple)
+    logs = np.interp(every, ranks, [math.log(max(known[rank], 1e-30)) for rank in ranks])
+    return {rank: known.get(rank, float(math.exp(log))) for rank, log in zip(every, logs, strict=True)}
 
 
 @dataclass

@@ -24,20 +24,22 @@ class Gathered:
         self._name = site.name
         self._gathering = Gathering(site.in_features)
         self._enough = 0 if site.in_features > GRAM_LIMIT else site.in_features // 2
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @property
     def rows(self) -> int:
         """How many rows have come."""
         return self._gathering.rows + self._count
 
-    def add(self, x: Tensor, y: Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor, counts: Tensor | None = None) -> None:
         """Take in rows `x (groups, rows, in)` and `y (groups, rows, out)`, which must not change afterwards.
+
+        `counts (rows,)` says what each counts; None for 1.
 
         Raises:
             ModelError: NaN or infinite values, maybe among rows that came before.
         """
-        self._waiting.append((x, y))
+        self._waiting.append((x, y, x.new_ones(x.shape[-2]) if counts is None else counts))
         if self._count >= self._enough:
             self._flush()
 
@@ -52,15 +54,16 @@ class Gathered:
 
     @property
     def _count(self) -> int:
-        return sum(x.shape[-2] for x, _ in self._waiting)
+        return sum(len(counts) for _, _, counts in self._waiting)
 
     def _flush(self) -> None:
         if not self._waiting:
             return
-        xs, ys = zip(*self._waiting, strict=True)
+        xs, ys, counts = zip(*self._waiting, strict=True)
         self._waiting.clear()
         try:
-            self._gathering.add(*(some[0] if len(some) == 1 else torch.cat(some, dim=-2) for some in (xs, ys)))
+            x, y = (some[0] if len(some) == 1 else torch.cat(some, dim=-2) for some in (xs, ys))
+            self._gathering.add(x, y, torch.cat(counts))
         except ValueError as error:
             name = self._name
             raise ModelError(f"site {name!r}: {error} (type --exclude {name!r} to leave it dense)") from error

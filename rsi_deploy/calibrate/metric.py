@@ -13,6 +13,7 @@ into batches. Memory is bounded by cutting them; what cannot be told within the 
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsi_deploy.calibrate.streams import StreamSite
+from rsi_deploy.calibrate.streams import Metric, RowCounts, StreamSite
 from rsi_deploy.rsi import stream_seed
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,10 @@ SAMPLES = 1024
 OUT_LIMIT = 4096
 """A wider response gets no metric: its roots would cost more than all else."""
 
+COUNT_FLOOR = 0.5
+"""Of what a row counts, the share that is the same for all: one probe tells little of one row. On held-out texts 0.5
+did better for a sentence encoder than 0.1, and both better than 1."""
+
 MEMORY = 2 * 2**30
 """Bytes of weights, metrics and values kept for a backward pass."""
 
@@ -45,7 +50,7 @@ class NoMetricError(Exception):
     """There is no metric for a model, for the reason that the message tells."""
 
 
-def metrics_or_none(ask: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def metrics_or_none(ask: Callable[[], dict[str, Metric]]) -> dict[str, Metric]:
     """What `ask` finds; nothing, and a line in the log, where it finds no way."""
     try:
         return ask()
@@ -67,6 +72,7 @@ class OutputMetric:
 
     Attributes:
         sites: those that can have one.
+        seen: how many samples have come.
 
     Raises:
         NoMetricError: the metrics alone would take more memory.
@@ -76,12 +82,13 @@ class OutputMetric:
         self.sites = {name: site for name, site in sites.items() if site.out_features <= OUT_LIMIT}
         for name in sites.keys() - self.sites.keys():
             logger.info("site %r is fitted without a metric: it answers with more than %d numbers", name, OUT_LIMIT)
-        self._samples, self._seen = samples, 0
+        self._samples, self.seen = samples, 0
         probes = min(PROBES, max(1, BACKWARDS // max(samples, 1)))
         self._generators = [np.random.default_rng(stream_seed(seed, f"probe/{n}")) for n in range(probes)]
         self._found: dict[str, Tensor] = {}
+        self._energy: dict[str, dict[int, Tensor]] = {}  # of a product: mean square of the gradients of a sample's rows
         self._left, self._cut = memory, 2
-        self.take(sum(8 * site.groups * site.out_features**2 for site in self.sites.values()))
+        self.take(sum(4 * site.groups * site.out_features**2 for site in self.sites.values()))
 
     def take(self, size: int) -> None:
         """Set aside bytes of the bound.
@@ -96,8 +103,8 @@ class OutputMetric:
     def chosen(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Which of the next `count` samples are asked."""
         share = min(SAMPLES, self._samples)
-        number = self._seen + np.arange(count + 1)
-        self._seen += count
+        number = self.seen + np.arange(count + 1)
+        self.seen += count
         return np.flatnonzero(np.diff(number * share // max(self._samples, 1)))
 
     def pieces(self, count: int) -> Iterator[slice]:
@@ -143,8 +150,18 @@ class OutputMetric:
             yield
         self._cut = max(1, int(samples * self._left / max(2 * size, 1)))
 
-    def listen(self, z: Tensor, taps: Sequence[tuple[str, Tensor]]) -> None:
-        """Ask for gradients of the output `z (N, ...)` where the responses of sites, `(name, y)`, were tapped.
+    def listen(
+        self,
+        z: Tensor,
+        taps: Sequence[tuple[str, Tensor]],
+        samples: Sequence[int],
+    ) -> None:
+        """Ask for gradients of an output where the responses of sites were tapped.
+
+        Args:
+            z: the output, `(N, ...)`.
+            taps: `(name, y)` of every call of a site.
+            samples: the numbers, in all of the data, of the samples that were run.
 
         Raises:
             NoMetricError: no gradient reaches any of them.
@@ -160,15 +177,42 @@ class OutputMetric:
             for name, gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
                     rows = gradient_rows(gradient.detach(), self.sites[name])
-                    self._found[name] = self._found.get(name, 0) + (rows.mT @ rows).double()
+                    self._found[name] = self._found.get(name, 0) + rows.mT @ rows
+                    self._note(name, gradient.detach(), samples)
 
-    def result(self) -> dict[str, Tensor]:
-        """`G (groups, out, out)`, float64, by name; none where a gradient was not finite, or all were 0."""
+    def _note(self, name: str, gradient: Tensor, samples: Sequence[int]) -> None:
+        """Take down how large the gradients of a product's rows are."""
+        rows = math.prod(gradient.shape[1:-1])
+        if self.sites[name].kernel or self.sites[name].groups > 1 or len(gradient) != len(samples) or not rows:
+            return
+        energy = gradient.float().square().mean(dim=-1).reshape(len(samples), rows).cpu()
+        so_far = self._energy.setdefault(name, {})
+        if not so_far:
+            self.take(4 * min(SAMPLES, self._samples) * rows)
+        for sample, more in zip(samples, energy, strict=True):
+            before = so_far.get(sample)
+            so_far[sample] = more if before is None or before.shape != more.shape else before + more
+
+    def result(self) -> dict[str, Metric]:
+        """What was found, by name; none where a gradient was not finite, or all were 0."""
         traces = {name: float(G.diagonal(dim1=-2, dim2=-1).sum()) for name, G in self._found.items()}
         for name, trace in traces.items():
             if not np.isfinite(trace):
                 logger.info("site %r is fitted without a metric: its gradients are not finite", name)
-        return {name: G for name, G in self._found.items() if np.isfinite(traces[name]) and traces[name] > 0}
+        return {
+            name: Metric(directions=G, rows=counts_of(self._energy.get(name, {})))
+            for name, G in self._found.items()
+            if np.isfinite(traces[name]) and traces[name] > 0
+        }
+
+
+def counts_of(energy: Mapping[int, Tensor]) -> RowCounts | None:
+    """What rows count by the energy of their gradients, float32 `(places,)` of every sample; padding has none."""
+    asked = torch.cat([rows[rows > 0] for rows in energy.values()]) if energy else torch.empty(0)
+    if not len(asked):
+        return None
+    size = float(asked.mean())
+    return RowCounts(by_sample={n: COUNT_FLOOR + (1 - COUNT_FLOOR) / size * rows for n, rows in energy.items()})
 
 
 def gradient_rows(gradient: Tensor, site: StreamSite) -> Tensor:

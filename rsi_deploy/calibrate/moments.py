@@ -29,6 +29,7 @@ class Moments:
 
     Attributes:
         rows: how many (x, y) they are of.
+        mass: what the rows count together; `rows`, where each counts 1.
         mean_x: `(groups, in)`.
         mean_y: `(groups, out)`.
         xx: `(groups, in, in)`, centred.
@@ -37,6 +38,7 @@ class Moments:
     """
 
     rows: int
+    mass: float
     mean_x: Tensor
     mean_y: Tensor
     xx: Tensor
@@ -63,12 +65,12 @@ class Moments:
         return replace(self, yx=torch.where(varying[:, None, None], self.yx, weight.to(self.xx.dtype) @ self.xx))
 
     @classmethod
-    def dense(cls, rows: int, mean_x: Tensor, xx: Tensor, weight: Tensor) -> "Moments":
-        """Moments in the dense network itself, where `y = W x` and so nothing of y has to be gathered."""
-        W = weight.to(xx.dtype)
-        yx = W @ xx
-        mean_y = (W @ mean_x.to(W.dtype).unsqueeze(-1)).squeeze(-1)
-        return cls(rows=rows, mean_x=mean_x, mean_y=mean_y, xx=xx, yx=yx, yy=(yx * W).sum(dim=(-2, -1)))
+    def dense(cls, inputs: "Moments", weight: Tensor) -> "Moments":
+        """Moments in the dense network itself, where `y = W x` and so of `inputs` nothing of y has to be gathered."""
+        W = weight.to(inputs.xx.dtype)
+        yx = W @ inputs.xx
+        mean_y = (W @ inputs.mean_x.to(W.dtype).unsqueeze(-1)).squeeze(-1)
+        return replace(inputs, mean_y=mean_y, yx=yx, yy=(yx * W).sum(dim=(-2, -1)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +138,13 @@ class Gathering:
         """How many rows have come."""
         return sum(x.shape[-2] for x, _ in self._kept) + (self._sum.rows if self._sum else 0)
 
-    def add(self, x: Tensor, y: Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor, counts: Tensor | None = None) -> None:
         """Take in rows `x (groups, rows, in)` and `y (groups, rows, out)`; none at all is fine.
+
+        Args:
+            x: inputs.
+            y: responses.
+            counts: what each row counts, positive `(rows,)`; None for 1. Rows that are kept count 1 all the same.
 
         Raises:
             ValueError: NaN or infinite values, or rows that do not fit together.
@@ -152,7 +159,7 @@ class Gathering:
         if self._wide:
             self._kept.append((x.float(), y.float()))
         else:
-            batch = _of(x.float(), y.float(), self._dtype)
+            batch = _of(x.float(), y.float(), self._dtype, x.new_ones(x.shape[-2]) if counts is None else counts)
             if not torch.isfinite(batch.xx).all() or not torch.isfinite(batch.yy).all():
                 raise ValueError("its values on the calibration data are too large to be squared")
             self._sum = _merged(self._sum, batch)
@@ -179,26 +186,30 @@ def gathered_bytes(in_features: int, out_features: int, groups: int, rows: int, 
     return width * groups * in_features * (in_features + out_features)
 
 
-def _of(x: Tensor, y: Tensor, dtype: torch.dtype) -> Moments:
-    rows = x.shape[-2]
-    x, mean_x = _centred(x, dtype)
-    y, mean_y = _centred(y, dtype)
+def _of(x: Tensor, y: Tensor, dtype: torch.dtype, counts: Tensor) -> Moments:
+    shares = counts.to(dtype) / counts.to(dtype).sum()
+    x, mean_x = _centred(x, shares)
+    y, mean_y = _centred(y, shares)
+    root = shares.sqrt().to(x.dtype).unsqueeze(-1)
+    x, y = x.mul_(root), y.mul_(root)
     return Moments(
-        rows=rows,
+        rows=len(counts),
+        mass=float(counts.sum()),
         mean_x=mean_x,
         mean_y=mean_y,
-        xx=(x.mT @ x).to(dtype).div_(rows),
-        yx=(y.mT @ x).to(dtype).div_(rows),
-        yy=y.square().sum(dim=(-2, -1)).to(dtype) / rows,
+        xx=(x.mT @ x).to(dtype),
+        yx=(y.mT @ x).to(dtype),
+        yy=y.square().sum(dim=(-2, -1)).to(dtype),
     )
 
 
-def _centred(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _centred(x: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     """Rows less their mean, and the mean, to more digits than the rows have."""
-    mean = x.mean(dim=-2, keepdim=True)
+    weights = shares.to(x.dtype)
+    mean = (weights @ x).unsqueeze(-2)
     x = x - mean
-    rest = x.mean(dim=-2, keepdim=True)  # what rounding has left
-    return x.sub_(rest), (mean.to(dtype) + rest).squeeze(-2)
+    rest = (weights @ x).unsqueeze(-2)  # what rounding has left
+    return x.sub_(rest), (mean.to(shares.dtype) + rest).squeeze(-2)
 
 
 def _above_rounding(variances: Tensor, means: Tensor) -> Tensor:
@@ -210,11 +221,12 @@ def _above_rounding(variances: Tensor, means: Tensor) -> Tensor:
 def _merged(a: Moments | None, b: Moments) -> Moments:
     if a is None:
         return b
-    rows = a.rows + b.rows
-    t, u = a.rows / rows, b.rows / rows
+    mass = a.mass + b.mass
+    t, u = a.mass / mass, b.mass / mass
     dx, dy = b.mean_x - a.mean_x, b.mean_y - a.mean_y
     return Moments(
-        rows=rows,
+        rows=a.rows + b.rows,
+        mass=mass,
         mean_x=a.mean_x + u * dx,
         mean_y=a.mean_y + u * dy,
         xx=a.xx.mul_(t).add_(b.xx, alpha=u).baddbmm_(dx[..., :, None], dx[..., None, :], alpha=t * u),

@@ -26,6 +26,7 @@ from rsi_deploy.calibrate.onnx_readings import padding_mask, samples_of
 from rsi_deploy.calibrate.onnx_rows import Taps
 from rsi_deploy.calibrate.onnx_segment import Segment
 from rsi_deploy.calibrate.onnx_waves import Program, needed_constants, reads
+from rsi_deploy.calibrate.streams import Metric
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -42,8 +43,8 @@ def output_metrics(
     samples: int,
     provider: str,
     seed: int,
-) -> dict[str, Tensor]:
-    """`G (groups, out, out)`, float64, by the names of sites; those that do not reach the output have none.
+) -> dict[str, Metric]:
+    """By the names of sites; those that do not reach the output have none.
 
     Args:
         program: the dense model.
@@ -74,7 +75,7 @@ def output_metrics(
     fixed = _fixed_batch(program)
     with Segment(program, path, own, Taps(), replay.reads, provider=provider) as run:
         for batch in batches:
-            for piece in _pieces(batch, metric, fixed=fixed):
+            for piece, numbers in _pieces(batch, metric, fixed=fixed):
                 values = {name: _tensor(piece[name]) for name in replay.reads & piece.keys()}
                 if run.outputs:
                     values |= {name: _tensor(value) for name, value in run(piece).items()}
@@ -83,7 +84,7 @@ def output_metrics(
                     mask = padding_mask(piece)
                     if mask is not None and z.ndim > 2 and z.shape[:2] == mask.shape:
                         z = z[torch.from_numpy(mask)]
-                metric.listen(z, taps)
+                metric.listen(z, taps, numbers)
     return metric.result()
 
 
@@ -154,13 +155,14 @@ def _fixed_batch(program: Program) -> bool:
     return any(dims[0].HasField("dim_value") for dims in shapes if dims)
 
 
-def _pieces(batch: Feeds, metric: OutputMetric, *, fixed: bool) -> Iterator[Feeds]:
-    """The samples of a batch that are asked, cut; a batch of fixed size whole."""
-    count = samples_of(batch)
+def _pieces(batch: Feeds, metric: OutputMetric, *, fixed: bool) -> Iterator[tuple[Feeds, list[int]]]:
+    """The samples of a batch that are asked, cut, and their numbers; a batch of fixed size whole."""
+    count, begin = samples_of(batch), metric.seen
     at = metric.chosen(count)
     if fixed:
         if len(at):
-            yield batch
+            yield batch, list(range(begin, begin + count))
         return
     for part in metric.pieces(len(at)):
-        yield {name: a[at[part]] if a.ndim and len(a) == count else a for name, a in batch.items()}
+        some = {name: a[at[part]] if a.ndim and len(a) == count else a for name, a in batch.items()}
+        yield some, [begin + int(n) for n in at[part]]

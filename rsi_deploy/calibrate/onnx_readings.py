@@ -24,6 +24,7 @@ from rsi_deploy.calibrate.onnx_reach import Reached
 from rsi_deploy.calibrate.onnx_rows import Taps, chosen, output_size, patch_index
 from rsi_deploy.calibrate.onnx_segment import Segment
 from rsi_deploy.calibrate.onnx_waves import Program
+from rsi_deploy.calibrate.streams import RowCounts
 from rsi_deploy.rsi import stream_seed
 
 Array = npt.NDArray[Any]
@@ -70,6 +71,11 @@ class Readings:
                 feeds[f"{r.tag}/index"] = at
             feeds[f"{r.tag}/response/index"] = feeds[f"{r.tag}/beside/index"] = at
         return feeds
+
+    def counts(self, counts: RowCounts, r: Reached, batch: Feeds, begin: int, index: Feeds) -> Tensor | None:
+        """What the rows of a product count in a batch that begins with sample `begin`; None for 1 each."""
+        at = torch.from_numpy(index[f"{r.tag}/response/index"])
+        return counts.of(begin, samples_of(batch), self._shapes(batch)[r.graph.data], at)
 
     def alone(self, batch: Feeds) -> set[str]:
         """Outputs of the sites that are added to something of another shape than theirs, or to nothing."""

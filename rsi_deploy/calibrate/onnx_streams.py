@@ -34,7 +34,7 @@ from rsi_deploy.calibrate.onnx_segment import Segment
 from rsi_deploy.calibrate.onnx_survey import Survey
 from rsi_deploy.calibrate.onnx_two_streams import TwoStreams
 from rsi_deploy.calibrate.onnx_waves import cut
-from rsi_deploy.calibrate.streams import Distance, Replacement, StreamSite, output_distance
+from rsi_deploy.calibrate.streams import Distance, Metric, Replacement, RowCounts, StreamSite, output_distance
 from rsi_deploy.errors import ModelError
 from rsi_deploy.factor_source import graph_factors
 
@@ -78,6 +78,7 @@ class OnnxStreams:
         self._samples, self._seed = samples, seed
         self._checked = Checked(self._model, samples)
         self._survey: Survey | None = None
+        self._metrics: Mapping[str, Metric] | None = None
         self._reached, self.unreachable = reach(
             self._model, path, wanted=wanted, macs=macs or {}, compensate=compensate
         )
@@ -115,13 +116,13 @@ class OnnxStreams:
                         r = self._reached[node.output[0]]
                         moments = self._result(r, gathered)
                         if isinstance(moments, Moments):
-                            moments = Moments.dense(moments.rows, moments.mean_x, moments.xx, r.weight())
+                            moments = Moments.dense(moments, r.weight())
                         if moments is not None:
                             visit(r.site, moments)
             finally:
                 self._survey = None
 
-    def sequence(self, visit: Visit) -> None:
+    def sequence(self, visit: Visit, counts: Mapping[str, RowCounts] | None = None) -> None:
         """See `Streams`.
 
         Raises:
@@ -132,7 +133,14 @@ class OnnxStreams:
         became: dict[str, gp.Factors] = {}  # of the wave before, by weight
         with LiveValues() as dense, LiveValues() as compressed:
             streams = TwoStreams(
-                self._program, self._path, self._reached, self._readings, dense, compressed, provider=self._provider
+                self._program,
+                self._path,
+                self._reached,
+                self._readings,
+                dense,
+                compressed,
+                provider=self._provider,
+                counts=counts or {},
             )
             streams.load(self._feeds())
             for wave in self._program.waves:
@@ -167,19 +175,21 @@ class OnnxStreams:
             other = self._outputs(factors)
         return output_distance(self._dense_outputs, other)
 
-    def metrics(self) -> Mapping[str, Tensor]:
-        """See `Streams`; none where torch does not know what stands behind the sites."""
-        return metrics_or_none(
-            lambda: output_metrics(
-                self._program,
-                self._path,
-                self._reached,
-                self._feeds(),
-                samples=self._samples,
-                provider=self._provider,
-                seed=self._seed,
+    def metrics(self) -> Mapping[str, Metric]:
+        """See `Streams`; asked for once. None where torch does not know what stands behind the sites."""
+        if self._metrics is None:
+            self._metrics = metrics_or_none(
+                lambda: output_metrics(
+                    self._program,
+                    self._path,
+                    self._reached,
+                    self._feeds(),
+                    samples=self._samples,
+                    provider=self._provider,
+                    seed=self._seed,
+                )
             )
-        )
+        return self._metrics
 
     def _in_order(self) -> Iterator[Reached]:
         return (self._reached[node.output[0]] for wave in self._program.waves for node in wave.sites)

@@ -19,9 +19,18 @@ import graph_passes as gp
 from rsi_deploy.calibrate.gathered import Gathered
 from rsi_deploy.calibrate.live_values import LiveValues
 from rsi_deploy.calibrate.onnx_reach import Reached
-from rsi_deploy.calibrate.onnx_readings import Readings, inputs_of, own_biases, response_of, taps_of, weight_of
+from rsi_deploy.calibrate.onnx_readings import (
+    Readings,
+    inputs_of,
+    own_biases,
+    response_of,
+    samples_of,
+    taps_of,
+    weight_of,
+)
 from rsi_deploy.calibrate.onnx_segment import Segment
 from rsi_deploy.calibrate.onnx_waves import Program, Wave, reads
+from rsi_deploy.calibrate.streams import RowCounts
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -38,6 +47,7 @@ class TwoStreams:
         dense: holds the dense stream's values.
         compressed: holds the values of the compressed one that differ.
         provider: onnxruntime's.
+        counts: by site's name, what its rows count.
     """
 
     def __init__(
@@ -50,13 +60,15 @@ class TwoStreams:
         compressed: LiveValues,
         *,
         provider: str,
+        counts: Mapping[str, RowCounts],
     ) -> None:
         self._program, self._path, self._provider = program, path, provider
         self._reached, self._readings = reached, readings
         self._dense, self._compressed = dense, compressed
         self._inputs = [value.name for value in program.model.graph.input if value.name not in program.fixed]
         self._biases = own_biases(program.model)
-        self._batches = 0
+        self._begins = [0]  # of every batch among the samples
+        self._counts = counts
         self._alone: set[str] = set()  # outputs that nothing of their shape is added to
         self._moved: set[str] = set()  # values that differ between the streams
         self._before: Sequence[NodeProto] = ()  # sites of the wave before
@@ -66,7 +78,11 @@ class TwoStreams:
         for batch in batches:
             self._dense.put(self._batches, batch)
             self._alone |= self._readings.alone(batch)
-            self._batches += 1
+            self._begins.append(self._begins[-1] + samples_of(batch))
+
+    @property
+    def _batches(self) -> int:
+        return len(self._begins) - 1
 
     def advance(self, wave: Wave, became: Mapping[str, gp.Factors]) -> dict[str, Gathered]:
         """Both streams through one wave, where sites of the one before became factors; what its sites gather.
@@ -101,9 +117,15 @@ class TwoStreams:
         weights = {r.graph.output: weight_of(r) for r in here if r.graph.output not in self._biases}
         with once, again:
             for number in range(self._batches):
-                values, other = self._run(number, here, once, again, earlier)
+                batch = self._dense.get(number, self._inputs)
+                index = self._readings.index(here, batch, number)
+                values, other = self._run(number, index, once, again, earlier)
                 for r in here:
-                    gathered[r.graph.output].add(*self._rows(r, weights.get(r.graph.output), values, other))
+                    x, y = self._rows(r, weights.get(r.graph.output), values, other)
+                    told = self._counts.get(r.site.name)
+                    begin = self._begins[number]
+                    counts = None if told is None else self._readings.counts(told, r, batch, begin, index)
+                    gathered[r.graph.output].add(x, y, counts)
                 self._dense.keep_only(number, {*wave.alive, *self._inputs})
                 self._compressed.keep_only(number, wave.alive)
         self._moved &= wave.alive
@@ -111,10 +133,9 @@ class TwoStreams:
         return gathered
 
     def _run(
-        self, number: int, here: Sequence[Reached], once: Segment, again: Segment, earlier: frozenset[str]
+        self, number: int, index: Feeds, once: Segment, again: Segment, earlier: frozenset[str]
     ) -> tuple[Feeds, Feeds]:
         """One batch through the dense stream and, where anything differs, through the compressed one."""
-        index = self._readings.index(here, self._dense.get(number, self._inputs), number)
         values = once({**self._dense.get(number, once.reads - index.keys()), **index})
         self._dense.put(number, {name: values[name] for name in once.keeps})
         if not again.outputs:

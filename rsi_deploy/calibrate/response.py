@@ -11,9 +11,9 @@ In the dense network `yx = W xx`, hence `M = W`: response-aware RSI. Rank k leav
 response, so one spectrum of A tells the response error of every rank: the least one there is, in the metric of the
 ridge, which adds at most `l |W - left right|_F^2` to what `response_error` finds on the data.
 
-Where it is known what errors of y do to the outputs, `E e^T G e` counts and not `E e^T e`. With S the root of G:
+Where it is known what errors of y do to the outputs, `E e^T G e` counts and not `E e^T e`. With `G = S S^T`:
 
-    left = S^-1 U_k,  right = U_k^T S M         U_k of S A
+    left = S^-T U_k,  right = U_k^T S^T M       U_k of S^T A
 
 so M stays what it is, and the rank is spent on the directions of y that what comes after listens to.
 """
@@ -58,22 +58,28 @@ class Response:
     def errors(self) -> Tensor:
         """Response error at ranks 0 (nothing but the bias) to full rank, relative, float64 `(full rank + 1,)`.
 
-        As `factors` with exact singular vectors leave it, errors where the data say nothing counted by the ridge.
+        As `factors` with exact singular vectors leave it, errors where the data say nothing counted by the ridge; in
+        the metric, where there is one.
         """
         A = self.whitened.double()
+        if self.metric is not None:
+            A = metric_root(self.metric).to(A).mT @ A
         gram = A @ A.mT if A.shape[-2] <= A.shape[-1] else A.mT @ A
         energy = torch.linalg.eigvalsh(gram).clamp_min(0).sum(dim=0).cpu()  # ascending, groups added up
-        tails = torch.cat([energy.new_zeros(1), energy.cumsum(0)]).flip(0)
-        return (tails[: min(self.target.shape[-2:]) + 1] + self.floor) / max(self.variance, 1e-300)
+        tails = torch.cat([energy.new_zeros(1), energy.cumsum(0)]).flip(0)[: min(self.target.shape[-2:]) + 1]
+        floor = self.floor / max(self.variance, 1e-300)
+        if self.metric is None:
+            return tails / max(self.variance, 1e-300) + floor
+        return tails / max(float(tails[0]), 1e-300) + floor
 
     def factors(self, rank: int, solver: Solver, *, site: str = "") -> tuple[Tensor, Tensor]:
         """`left (groups, out, rank)` and `right (groups, rank, in)`, in the dtype of `target`."""
         if self.metric is None:
             left = leading(self.whitened, rank, solver, site=site)
             return left, left.mT @ self.target
-        S, inverse = (root.to(self.target) for root in roots(self.metric))
-        U = leading(S @ self.whitened, rank, solver, site=site)
-        return inverse @ U, U.mT @ S @ self.target
+        S = metric_root(self.metric).to(self.target)
+        U = leading(S.mT @ self.whitened, rank, solver, site=site)
+        return torch.linalg.solve_triangular(S.mT, U, upper=True), U.mT @ (S.mT @ self.target)
 
     def bias(self, product: Tensor) -> Tensor:
         """What a site with the weight `product (groups, out, in)` must add to its bias, `(groups, out)`."""
@@ -112,18 +118,19 @@ def respond(
     )
 
 
-def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric root `(groups, out, out)` of a metric, floor added, of mean eigenvalue 1; and the root's inverse.
+def metric_root(metric: Tensor) -> Tensor:
+    """S `(groups, out, out)`, float64, lower triangular: `S S^T` is the metric of mean eigenvalue 1, floor added.
 
     Args:
         metric: `(groups, out, out)`, symmetric, positive but for rounding; of zeros where nothing is known: the
             identity then.
     """
-    size = metric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None]  # (groups, 1)
-    values, vectors = torch.linalg.eigh(metric)
-    share = torch.where(size > 0, values.clamp_min(0) / size.clamp_min(torch.finfo(size.dtype).tiny), 1.0)
-    lengths = (METRIC_FLOOR + (1 - METRIC_FLOOR) * share).sqrt().unsqueeze(-2)
-    return (vectors * lengths) @ vectors.mT, (vectors / lengths) @ vectors.mT
+    metric = metric.double()
+    size = metric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+    eye = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
+    share = torch.where(size > 0, metric / size.clamp_min(torch.finfo(size.dtype).tiny), eye)
+    root: Tensor = torch.linalg.cholesky(METRIC_FLOOR * eye + (1 - METRIC_FLOOR) * share)
+    return root
 
 
 def response_error(product: Tensor, moments: Moments | Samples) -> float:
@@ -134,6 +141,28 @@ def response_error(product: Tensor, moments: Moments | Samples) -> float:
     T = product.to(moments.xx.dtype)
     error = moments.yy.sum() - 2 * (T * moments.yx).sum() + ((T @ moments.xx) * T).sum()
     return max(float(error / moments.yy.sum().clamp_min(1e-300)), 0.0)
+
+
+def lost_response(weight: Tensor, product: Tensor, moments: Moments | Samples, metric: Tensor | None = None) -> float:
+    """`response_error` in the dense network, where `y = W x`, in a metric.
+
+    Args:
+        weight: W `(groups, out, in)`.
+        product: what it became.
+        moments: of the dense network.
+        metric: what errors of the response cost; None for the identity.
+    """
+
+    def size(T: Tensor) -> float:
+        T = T if metric is None else metric_root(metric).to(T).mT @ T
+        if isinstance(moments, Samples):
+            x = moments.x - moments.x.mean(dim=-2, keepdim=True)
+            return float((x @ T.mT).square().sum())
+        return float(((T @ moments.xx) * T).sum())
+
+    dtype = moments.x.dtype if isinstance(moments, Samples) else moments.xx.dtype
+    W = weight.to(dtype)
+    return max(size(W - product.to(dtype)) / max(size(W), 1e-300), 0.0)
 
 
 def _from_samples(weight: Tensor, samples: Samples, ridge: float) -> Response:

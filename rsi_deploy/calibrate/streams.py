@@ -8,7 +8,7 @@
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -110,6 +110,49 @@ class Distance(NamedTuple):
     kl: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowCounts:
+    """What each row of a product's data counts beside the others.
+
+    Attributes:
+        by_sample: float32 `(places,)` by the sample's number, of mean 1 over all of them.
+    """
+
+    by_sample: Mapping[int, Tensor]
+
+    def of(self, begin: int, samples: int, shape: Sequence[int], at: Tensor) -> Tensor | None:
+        """Float32 `(rows,)` for some rows of a batch; 1 where nothing is known, None where it is not for any.
+
+        Args:
+            begin: number of the batch's first sample.
+            samples: how many it has.
+            shape: of the data, `(samples, ..., in)`; nothing is known of another one.
+            at: int64 `(rows,)`, which of its flattened leading dimensions.
+        """
+        places = math.prod(shape[1:-1])
+        known = {n: self.by_sample.get(begin + n) for n in range(samples)}
+        fitting = {n: counts for n, counts in known.items() if counts is not None and len(counts) == places}
+        if shape[0] != samples or not fitting:
+            return None
+        table = torch.ones(samples, places)
+        for n, counts in fitting.items():
+            table[n] = counts
+        return table.reshape(-1)[at.cpu()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What errors of a site's response do to the outputs.
+
+    Attributes:
+        directions: G `(groups, out, out)`, float32, of any scale: an error e costs `e^T G e`.
+        rows: what the same error costs at each row; None where it is not told apart.
+    """
+
+    directions: Tensor
+    rows: RowCounts | None
+
+
 class Streams(Protocol):
     """A model with calibration data flowing through it."""
 
@@ -124,17 +167,22 @@ class Streams(Protocol):
     def survey(self, visit: Callable[[StreamSite, Moments | Samples], None]) -> None:
         """Call `visit` for every site with its moments in the dense network; memory is bounded, the order is not."""
 
-    def sequence(self, visit: Callable[[StreamSite, Moments | Samples], Replacement | None]) -> None:
+    def sequence(
+        self,
+        visit: Callable[[StreamSite, Moments | Samples], Replacement | None],
+        counts: Mapping[str, RowCounts] | None = None,
+    ) -> None:
         """Call `visit` in execution order; each site then becomes what is returned (None: stays dense) for those after.
 
-        The moments are of the input in the network compressed so far, and of the dense network's response.
+        The moments are of the input in the network compressed so far, and of the dense network's response. `counts`
+        says by site's name what each row counts; where it says nothing, 1.
         """
 
     def distance(self, replacements: Mapping[str, Replacement]) -> Distance:
         """Distance of the outputs with these sites replaced and all others dense, on a part of the data."""
 
-    def metrics(self) -> Mapping[str, Tensor]:
-        """What errors of the sites' responses do to the outputs, `(groups, out, out)` by name; none where unknown."""
+    def metrics(self) -> Mapping[str, Metric]:
+        """What errors of the sites' responses do to the outputs, by name; none where unknown."""
 
 
 def distance_samples(samples: int) -> int:

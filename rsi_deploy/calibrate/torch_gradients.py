@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rsi_deploy.calibrate.metric import OutputMetric
-from rsi_deploy.calibrate.streams import StreamSite
+from rsi_deploy.calibrate.streams import Metric, StreamSite
 from rsi_deploy.calibrate.torch_calls import Layer
 from rsi_deploy.calibrate.torch_runs import Arguments, Runs, aligned, samples_of
 
@@ -22,8 +22,8 @@ Taps = list[tuple[str, Tensor]]
 
 def output_metrics(
     module: nn.Module, runs: Runs, layers: Sequence[Layer], sites: Mapping[str, StreamSite], *, seed: int
-) -> dict[str, Tensor]:
-    """`G (groups, out, out)`, float64, by the names of sites; those that move no output have none.
+) -> dict[str, Metric]:
+    """By the names of sites; those that move no output have none.
 
     Args:
         module: as in `runs`.
@@ -38,23 +38,24 @@ def output_metrics(
     metric = OutputMetric(sites, runs.samples, seed=seed)
     with _frozen(module):
         for batch in runs.batches():
-            for piece in _pieces(batch, metric):
+            for piece, numbers in _pieces(batch, metric):
                 taps: Taps = []
                 with metric.keeping(samples_of(piece), module.parameters()):
                     z = runs.output(piece, _tapped(layers, taps))
-                metric.listen(z, taps)
+                metric.listen(z, taps, numbers)
     return metric.result()
 
 
-def _pieces(batch: Arguments, metric: OutputMetric) -> Iterator[Arguments]:
-    """The samples of a batch that are asked, cut; a batch that cannot be cut whole."""
-    at = torch.from_numpy(metric.chosen(samples_of(batch)))
+def _pieces(batch: Arguments, metric: OutputMetric) -> Iterator[tuple[Arguments, list[int]]]:
+    """The samples of a batch that are asked, cut, and their numbers; a batch that cannot be cut whole."""
+    count, begin = samples_of(batch), metric.seen
+    at = torch.from_numpy(metric.chosen(count))
     if not aligned(batch):
         if len(at):
-            yield batch
+            yield batch, list(range(begin, begin + count))
         return
     for part in metric.pieces(len(at)):
-        yield tuple(a[at[part].to(a.device)] for a in batch)
+        yield tuple(a[at[part].to(a.device)] for a in batch), (begin + at[part]).tolist()
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from rsi_deploy.calibrate.gathered import Gathered as SiteGathered
 from rsi_deploy.calibrate.moments import GRAM_LIMIT
+from rsi_deploy.calibrate.streams import RowCounts
 from rsi_deploy.calibrate.torch_calls import Call, Layer, Stopped, Watch
-from rsi_deploy.calibrate.torch_rows import Choice
+from rsi_deploy.calibrate.torch_rows import Choice, LinearReader
 from rsi_deploy.rsi import stream_seed
 
 Gathered = Mapping[str, SiteGathered]
@@ -35,6 +36,22 @@ class Choosing:
         """The rows of `x` in this call."""
         seed = stream_seed(self.seed, f"{call.site}/{self.batch}/{call.number}")
         return layer.reader.choose(x, self.quotas[call.site], torch.Generator().manual_seed(seed), self.kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What rows count in a batch of `samples` that begins with sample `begin`, by site."""
+
+    counts: Mapping[str, RowCounts]
+    begin: int
+    samples: int
+
+    def of(self, call: Call, layer: Layer, answer: "Answer") -> Tensor | None:
+        """Float32 `(rows,)` of a product's rows; None for 1 each."""
+        counts = self.counts.get(call.site)
+        if counts is None or not isinstance(layer.reader, LinearReader):
+            return None
+        return counts.of(self.begin, self.samples, answer.shape, answer.choice.at)
 
 
 @dataclass(kw_only=True)
@@ -138,10 +155,15 @@ class CompressedRun(Reading):
     """Gathers what the compressed network reads where the dense one gave the answers; call `finish` behind it."""
 
     def __init__(
-        self, layers: Sequence[Layer], answers: Mapping[Call, Answer], added: Collection[Call], gathered: Gathered
+        self,
+        layers: Sequence[Layer],
+        answers: Mapping[Call, Answer],
+        added: Collection[Call],
+        gathered: Gathered,
+        counted: Counted,
     ) -> None:
         super().__init__(layers, answers.keys(), added)
-        self._answers, self._gathered = answers, gathered
+        self._answers, self._gathered, self._counted = answers, gathered, counted
         self._waiting: dict[Call, Tensor] = {}
 
     def take(self, call: Call, layer: Layer, x: Tensor) -> None:
@@ -170,8 +192,10 @@ class CompressedRun(Reading):
         self._waiting.clear()
 
     def _gather(self, call: Call, layer: Layer, held: Tensor, y: Tensor) -> None:
-        begin = 0
-        for rows in layer.reader.pieces(held, self._answers[call].choice):
+        begin, answer = 0, self._answers[call]
+        counts = self._counted.of(call, layer, answer)
+        for rows in layer.reader.pieces(held, answer.choice):
             end = begin + rows.shape[-2]
-            self._gathered[call.site].add(rows, y[..., begin:end, :])
+            some = None if counts is None else counts[begin:end].to(rows.device)
+            self._gathered[call.site].add(rows, y[..., begin:end, :], some)
             begin = end

@@ -17,10 +17,18 @@ from torch import Tensor, nn
 from rsi_deploy.calibrate.gathered import Gathered
 from rsi_deploy.calibrate.metric import metrics_or_none
 from rsi_deploy.calibrate.moments import GRAM_LIMIT, Moments, Samples, gathered_bytes, rows_for
-from rsi_deploy.calibrate.streams import Distance, Replacement, StreamSite, distance_samples, output_distance
+from rsi_deploy.calibrate.streams import (
+    Distance,
+    Metric,
+    Replacement,
+    RowCounts,
+    StreamSite,
+    distance_samples,
+    output_distance,
+)
 from rsi_deploy.calibrate.torch_calls import Call, Layer, opened, overridden
 from rsi_deploy.calibrate.torch_gradients import output_metrics
-from rsi_deploy.calibrate.torch_readings import Choosing, CompressedRun, DenseRun, SurveyRun
+from rsi_deploy.calibrate.torch_readings import Choosing, CompressedRun, Counted, DenseRun, SurveyRun
 from rsi_deploy.calibrate.torch_runs import Arguments, Runs, samples_of, stacked
 from rsi_deploy.calibrate.torch_trace import Trace, attentions_of, layers_of, staged
 from rsi_deploy.compress import ModuleSite, find_module_sites, low_rank_layer
@@ -89,6 +97,7 @@ class TorchStreams:
             for name, site in self._sites.items()
         }
         self._dense: tuple[list[Arguments], Tensor] | None = None
+        self._metrics: Mapping[str, Metric] | None = None
 
     @property
     def sites(self) -> tuple[StreamSite, ...]:
@@ -113,7 +122,7 @@ class TorchStreams:
             for site in group:
                 moments = gathered.pop(site.name).result()
                 if isinstance(moments, Moments):
-                    moments = Moments.dense(moments.rows, moments.mean_x, moments.xx, site.load())
+                    moments = Moments.dense(moments, site.load())
                 if moments is None:
                     self.unreachable[site.name] = NEVER
                 elif not torch.isfinite(moments.yy if isinstance(moments, Moments) else moments.y).all():
@@ -124,7 +133,11 @@ class TorchStreams:
                 else:
                     visit(site, moments)
 
-    def sequence(self, visit: Callable[[StreamSite, Moments | Samples], Replacement | None]) -> None:
+    def sequence(
+        self,
+        visit: Callable[[StreamSite, Moments | Samples], Replacement | None],
+        counts: Mapping[str, RowCounts] | None = None,
+    ) -> None:
         """See `Streams`; a site without rows is not visited.
 
         Raises:
@@ -133,7 +146,7 @@ class TorchStreams:
         """
         forwards: dict[nn.Module, Callable[..., Any]] = {}
         for names in self._stages:
-            gathered = self._gathered_stage(names, forwards)
+            gathered = self._gathered_stage(names, forwards, counts or {})
             became = {}
             for name in names:
                 moments = gathered.pop(name).result()
@@ -160,28 +173,35 @@ class TorchStreams:
         none = output_distance(dense, dense)
         return Distance(relative=math.inf, kl=None if none.kl is None else math.inf)
 
-    def metrics(self) -> Mapping[str, Tensor]:
-        """See `Streams`; none where autograd does not pass."""
+    def metrics(self) -> Mapping[str, Metric]:
+        """See `Streams`; asked for once. None where autograd does not pass."""
 
-        def ask() -> dict[str, Tensor]:
+        def ask() -> dict[str, Metric]:
             sites = {site.name: site for site in self.sites}
             layers = self._layers_of(list(sites))
             return output_metrics(self._module, self._runs, layers, sites, seed=self._seed)
 
-        with opened(self._attentions):
-            return metrics_or_none(ask)
+        if self._metrics is None:
+            with opened(self._attentions):
+                self._metrics = metrics_or_none(ask)
+        return self._metrics
 
     # --- runs ---------------------------------------------------------------------------------------------------
 
-    def _gathered_stage(self, names: Sequence[str], forwards: Forwards) -> dict[str, Gathered]:
+    def _gathered_stage(
+        self, names: Sequence[str], forwards: Forwards, counts: Mapping[str, RowCounts]
+    ) -> dict[str, Gathered]:
         gathered = {name: Gathered(self._sites[name]) for name in names}
         weights = {name: self._sites[name].load().float() for name in names}
         layers, calls = self._layers_of(names), self._calls_of(names)
+        begin = 0
         with opened(self._attentions):
             for number, batch in enumerate(self._runs.batches()):
                 dense = DenseRun(layers, calls, self._added, self._choosing(number, batch), weights)
                 self._runs.run(batch, dense)
-                compressed = CompressedRun(layers, dense.answers, self._added, gathered)
+                counted = Counted(counts=counts, begin=begin, samples=samples_of(batch))
+                compressed = CompressedRun(layers, dense.answers, self._added, gathered, counted)
+                begin += samples_of(batch)
                 with overridden(forwards):
                     self._runs.run(batch, compressed)
                 compressed.finish()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from graph_passes import forms
 from rsi_deploy.calibrate.alternating import two_kernels
 from rsi_deploy.calibrate.moments import Gathering, Moments
-from rsi_deploy.calibrate.response import respond, response_error
+from rsi_deploy.calibrate.response import lost_response, respond, response_error
 from rsi_deploy.rsi import Solver
 
 SOLVER = Solver(power_iterations=6)
@@ -221,6 +221,7 @@ def test_scales_and_precisions(scale, dtype):
     expected = two_kernels(W, moments, shape[0], 1)
     scaled = Moments(
         rows=moments.rows,
+        mass=moments.mass,
         mean_x=moments.mean_x * scale,
         mean_y=moments.mean_y * scale,
         xx=moments.xx * scale**2,
@@ -236,6 +237,34 @@ def test_float32_moments_do_as_well():
     shape = SHAPES["2d input"]
     problem, W, moments = problem_of(shape)
     single = {name: getattr(moments, name).float() for name in ("mean_x", "mean_y", "xx", "yx", "yy")}
-    other = two_kernels(W, Moments(rows=moments.rows, **single), shape[0], 0)
+    other = two_kernels(W, Moments(rows=moments.rows, mass=moments.mass, **single), shape[0], 0)
     a, b = (response_error(p.product(*p.factors(2, SOLVER)), moments) for p in (problem, other))
     assert b == pytest.approx(a, rel=1e-2)
+
+
+@each_shape
+def test_in_a_metric_the_error_that_counts_is_smaller(shape):
+    kernel, groups, _, _, _, first = shape
+    plain, W, moments = problem_of(shape)
+    turn = torch.linalg.qr(randn(groups, 4, 4, seed=9).double()).Q
+    metric = (turn * 30.0 ** -torch.arange(4)) @ turn.mT
+    problem = two_kernels(W, moments, kernel, first, metric=metric)
+
+    def cost(problem):
+        return lost_response(W, problem.product(*problem.factors(1, SOLVER)), moments, metric)
+
+    assert cost(problem) < 0.95 * cost(plain)
+    alike = two_kernels(W, moments, kernel, first, metric=5 * torch.eye(4).expand(groups, 4, 4))
+    torch.testing.assert_close(
+        alike.product(*alike.factors(1, SOLVER)), plain.product(*plain.factors(1, SOLVER)), rtol=1e-6, atol=1e-6
+    )
+
+
+@each_shape
+def test_in_a_metric_full_rank_is_still_the_exact_answer(shape):
+    kernel, groups, _, _, _, first = shape
+    _, W, moments = problem_of(shape)
+    metric = torch.diag_embed(torch.tensor([1.0, 0.3, 0.1, 0.0])).expand(groups, 4, 4)
+    problem = two_kernels(W, moments, kernel, first, metric=metric)
+    left, right = problem.factors(min(problem.target.shape[-2:]), SOLVER)
+    torch.testing.assert_close(problem.product(left, right), respond(W, moments).target, rtol=1e-6, atol=1e-6)

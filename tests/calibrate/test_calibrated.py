@@ -84,7 +84,7 @@ class OneSite:
     def survey(self, visit):
         visit(self.site, self.moments)
 
-    def sequence(self, visit):
+    def sequence(self, visit, counts=None):
         visit(self.site, self.moments)
 
     def distance(self, replacements):
@@ -190,7 +190,7 @@ def test_progress_is_told(net):
 def test_fitted_sites_leave_the_error_they_say(net, tmp_path, form):
     plan = {"c1": (form, 3), "c2": (form, 4), "fc": ("matmul", 3)}
     streams = net.streams(macs={site.node: 1000 for site in flows.graph_sites(net.path).values()}, compensate=False)
-    fitted = Calibration(solver=SOLVER).fit(streams, plan)
+    fitted = Calibration(solver=SOLVER, metric=False).fit(streams, plan)  # with it, rows count differently
     assert list(fitted) == ["c1", "c2", "fc"]
     sites, done = flows.graph_sites(net.path), {}
     dense = flows.all_values(net.path, {"x": net.x})

@@ -8,7 +8,7 @@ import torch
 
 from rsi_deploy.calibrate import metric as metric_module
 from rsi_deploy.calibrate.metric import NoMetricError, OutputMetric, gradient_rows, metrics_or_none
-from rsi_deploy.calibrate.streams import StreamSite
+from rsi_deploy.calibrate.streams import RowCounts, StreamSite
 
 
 def site(name="a", out=3, groups=1, kernel=()):
@@ -38,16 +38,16 @@ def linear(metric, y, V, *cuts):
         part = part.clone().requires_grad_()
         with metric.keeping(len(part)):
             z = part @ V.T
-        metric.listen(z, [("a", part)])
-    return metric.result()["a"][0]
+        metric.listen(z, [("a", part)], range(len(part)))
+    return metric.result()["a"].directions[0]
 
 
 def test_it_is_the_gram_matrix_of_the_jacobian():
     V = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     G = linear(metric_of(600), leaf(600, 3), V) / 600  # one probe each
-    expected = (V.T @ V).double()
+    expected = V.T @ V
     assert float((G - expected).norm() / expected.norm()) < 0.15
-    control = (V.T @ V).diagonal().diag().double()
+    control = (V.T @ V).diagonal().diag()
     assert float((G - control).norm() / control.norm()) > 0.3
 
 
@@ -65,7 +65,7 @@ def test_more_samples_get_fewer_probes(samples, probes):
     y, asked = leaf(2, 3), []
     z = y * 1
     z.register_hook(asked.append)
-    metric_of(samples).listen(z, [("a", y)])
+    metric_of(samples).listen(z, [("a", y)], range(2))
     assert len(asked) == probes
 
 
@@ -97,14 +97,14 @@ def test_pieces_become_as_large_as_memory_allows():
 
 
 def test_more_than_the_bound_is_refused():
-    metric = metric_of(4, memory=3 * 3 * 8 + 1000)
+    metric = metric_of(4, memory=3 * 3 * 4 + 1000)
     with pytest.raises(NoMetricError, match="4 samples need more than 1000 bytes"), metric.keeping(4):
         _ = leaf(4, 1000).exp()
     big = leaf(4, 1000)
     with metric.keeping(4, [big]):
         _ = big * big  # a weight that is there anyhow
     with pytest.raises(NoMetricError, match="more than the bound"):
-        metric_of(4, memory=3 * 3 * 8 - 1)
+        metric_of(4, memory=3 * 3 * 4 - 1)
 
 
 def test_a_value_written_over_is_noticed():
@@ -114,10 +114,10 @@ def test_a_value_written_over_is_noticed():
         z = y.exp()
         z.add_(1)
     with pytest.raises(NoMetricError, match="writes over"):
-        metric.listen(z, [("a", y)])
+        metric.listen(z, [("a", y)], range(2))
     with metric.keeping(2):
         z = (y * 2).relu_()  # keeps what it wrote
-    metric.listen(z, [("a", y)])
+    metric.listen(z, [("a", y)], range(2))
 
 
 def test_a_wide_site_has_none(monkeypatch, caplog):
@@ -127,22 +127,22 @@ def test_a_wide_site_has_none(monkeypatch, caplog):
     assert set(metric.sites) == {"b"}
     assert "'a'" in caplog.text
     a, b = leaf(2, 3), leaf(2, 2)
-    metric.listen(a.sum(dim=1) + b.sum(dim=1), [("a", a), ("b", b)])
+    metric.listen(a.sum(dim=1) + b.sum(dim=1), [("a", a), ("b", b)], range(2))
     assert set(metric.result()) == {"b"}
 
 
 def test_gradients_that_are_not_finite_or_nothing_are_no_metric():
     metric = metric_of(2, site("a"), site("b"), site("c"))
     a, b, c = leaf(2, 3), leaf(2, 3), leaf(2, 3)
-    metric.listen((a + b * torch.inf + c * 0).sum(dim=1), [("a", a), ("b", b), ("c", c)])
+    metric.listen((a + b * torch.inf + c * 0).sum(dim=1), [("a", a), ("b", b), ("c", c)], range(2))
     assert set(metric.result()) == {"a"}
 
 
 def test_no_way_from_the_output_is_refused():
     with pytest.raises(NoMetricError, match="no gradient passes"):
-        metric_of(2).listen(torch.zeros(2, 3), [("a", leaf(2, 3))])
+        metric_of(2).listen(torch.zeros(2, 3), [("a", leaf(2, 3))], range(2))
     with pytest.raises(NoMetricError, match="no gradient passes"):
-        metric_of(2).listen(leaf(2, 3), [])
+        metric_of(2).listen(leaf(2, 3), [], range(2))
 
 
 @pytest.mark.parametrize(
@@ -179,3 +179,49 @@ def test_what_finds_no_way_is_logged(caplog):
     assert [r.levelname for r in caplog.records] == ["INFO", "WARNING"]
     assert "Nonsense" in caplog.text
     assert "RuntimeError: sizes" in caplog.text
+
+
+# -- rows
+
+
+def test_rows_count_by_the_energy_of_their_gradients():
+    metric = metric_of(600, site(out=3))
+    y = leaf(600, 2, 3)
+    scale = torch.tensor([1.0, 3.0])[:, None]  # of the two places of each sample
+    with metric.keeping(600):
+        z = (y * scale).reshape(600, 6)
+    metric.listen(z, [("a", y)], range(600))
+    counts = metric.result()["a"].rows
+    by_place = torch.stack([counts.by_sample[n] for n in range(600)]).mean(0)
+    floor = metric_module.COUNT_FLOOR
+    assert float(by_place.mean()) == pytest.approx(1, rel=1e-3)
+    assert float(by_place[1] - floor) == pytest.approx(9 * float(by_place[0] - floor), rel=0.1)
+
+
+def test_padding_has_no_part_in_the_mean():
+    energy = {0: torch.tensor([2.0, 4.0, 0.0, 0.0]), 7: torch.tensor([3.0, 3.0])}
+    counts = metric_module.counts_of(energy).by_sample
+    assert float(torch.cat([counts[0][:2], counts[7]]).mean()) == pytest.approx(1)
+    assert counts[0][2] == metric_module.COUNT_FLOOR
+    assert metric_module.counts_of({}) is None
+    assert metric_module.counts_of({0: torch.zeros(3)}) is None
+
+
+def test_only_rows_of_products_that_can_be_given_to_samples_count():
+    sites = site("a"), site("conv", kernel=(3,)), site("turned")
+    metric = metric_of(2, *sites)
+    a, conv, turned = leaf(2, 5, 3), leaf(2, 3, 4), leaf(5, 2, 3)
+    metric.listen(a.sum(dim=(1, 2)) + conv.sum(dim=(1, 2)) + turned.sum(dim=(0, 2)),
+                  [("a", a), ("conv", conv), ("turned", turned)], range(2))  # fmt: skip
+    found = metric.result()
+    assert found["a"].rows is not None
+    assert found["conv"].rows is found["turned"].rows is None
+
+
+def test_counts_are_found_where_the_rows_lie():
+    counts = RowCounts(by_sample={4: torch.tensor([1.0, 2.0, 3.0]), 5: torch.tensor([4.0, 5.0])})
+    at = torch.tensor([0, 2, 4])  # of 2 samples of 3 places, sample 4 and another
+    assert counts.of(4, 2, (2, 3, 8), at).tolist() == [1.0, 3.0, 1.0]  # sample 5 has 2 places: not these
+    assert counts.of(3, 2, (2, 3, 8), at).tolist() == [1.0, 1.0, 2.0]
+    assert counts.of(6, 2, (2, 3, 8), at) is None
+    assert counts.of(4, 2, (6, 8), at) is None

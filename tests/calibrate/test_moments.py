@@ -106,11 +106,11 @@ def test_dense_moments_are_those_of_the_response():
     x, _ = rows(2, 50, 6, 1, mean=3.0)
     weight = torch.randn(2, 4, 6, generator=generator(1))
     found = gathered(x, x.new_zeros(2, 50, 0), [20, 30])
-    dense = Moments.dense(found.rows, found.mean_x, found.xx, weight)
+    dense = Moments.dense(found, weight)
     expected = brute(x, x @ weight.mT)
     assert_same(dense, expected)
     with pytest.raises(AssertionError):
-        assert_same(Moments.dense(found.rows, found.mean_x, found.xx, 1.01 * weight), expected)
+        assert_same(Moments.dense(found, 1.01 * weight), expected)
 
 
 def test_nothing_gathered_is_none():
@@ -176,3 +176,20 @@ def test_wide_sites_get_few_rows():
     assert rows_for(GRAM_LIMIT + 1) == WIDE_ROWS
     assert rows_for(GRAM_LIMIT) >= 16 * GRAM_LIMIT
     assert gathered_bytes(25_088, 4096, 1, rows_for(25_088)) < 2**29
+
+
+@pytest.mark.parametrize("parts", [[40], [13, 27], [1] * 40])
+def test_a_row_that_counts_twice_is_as_good_as_two(parts):
+    x, y = rows(2, 40, 6, 3, mean=3.0)
+    counts = 1.0 + torch.arange(40) % 3
+    gathering = Gathering(6)
+    for some in zip(x.split(parts, 1), y.split(parts, 1), counts.split(parts), strict=True):
+        gathering.add(*some)
+    found = gathering.result()
+    often = torch.arange(40).repeat_interleave(counts.long())
+    expected = brute(x[:, often], y[:, often])
+    assert found.rows == 40
+    assert found.mass == pytest.approx(len(often))
+    assert_same(found, expected)
+    with pytest.raises(AssertionError):
+        assert_same(found, brute(x, y), rtol=1e-2)

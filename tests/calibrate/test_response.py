@@ -10,10 +10,11 @@ from rsi_deploy.calibrate.response import (
     RIDGE,
     held_root,
     leading,
+    lost_response,
+    metric_root,
     respond,
     response_error,
     ridge_level,
-    roots,
 )
 from rsi_deploy.rsi import Solver
 
@@ -264,7 +265,7 @@ def test_factors_are_the_best_in_the_metric(limit):
     plain = respond(W, moments)
     problem = respond(W, moments, metric=metric)
     torch.testing.assert_close(problem.target, plain.target)
-    S, _ = roots(metric)
+    S = metric_root(metric).mT
     left, right = problem.factors(2, SOLVER)
     # left right = P M with a projection P, so its error is |S (I - P) A|; the best is the tail of S A's spectrum
     P = left.double() @ torch.linalg.lstsq(problem.target.mT.double(), right.mT.double()).solution.mT
@@ -288,16 +289,34 @@ def test_a_metric_that_counts_all_alike_changes_nothing(scale):
 
 
 def test_a_metric_of_zeros_is_none():
-    S, inverse = roots(torch.zeros(1, 4, 4, dtype=torch.float64))
+    S = metric_root(torch.zeros(1, 4, 4, dtype=torch.float64))
     torch.testing.assert_close(S, torch.eye(4, dtype=torch.float64)[None])
-    torch.testing.assert_close(inverse, torch.eye(4, dtype=torch.float64)[None])
 
 
-def test_the_roots_are_of_the_metric_with_its_floor():
+def test_the_root_is_of_the_metric_with_its_floor():
     metric = steep(2, 5)
-    S, inverse = roots(7 * metric)
+    S = metric_root(7 * metric)
     mean = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     expected = METRIC_FLOOR * torch.eye(5) + (1 - METRIC_FLOOR) * metric / mean
-    torch.testing.assert_close(S @ S, expected)
-    torch.testing.assert_close(S @ inverse, torch.eye(5, dtype=torch.float64).expand(2, 5, 5))
+    torch.testing.assert_close(S @ S.mT, expected)
     assert not torch.allclose(S, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("limit", [10**6, 2], ids=["moments", "samples"])
+def test_errors_in_a_metric_are_what_the_factors_lose_in_it(limit):
+    x = correlated(2, 200, 12)
+    W, metric = randn(2, 6, 12, seed=3), steep(2, 6)
+    moments = gathered(x, x @ W.mT, limit)
+    problem = respond(W, moments, ridge=SMALL, metric=metric)
+    curve = problem.errors()
+    S = metric_root(metric)
+    y = (x - x.mean(1, keepdim=True)).double() @ W.double().mT
+    for rank in (1, 3, 5):
+        left, right = problem.factors(rank, SOLVER)
+        lost = y - (x - x.mean(1, keepdim=True)).double() @ (left @ right).double().mT
+        expected = float((lost @ S).square().sum() / (y @ S).square().sum())
+        assert lost_response(W, left @ right, moments, metric) == pytest.approx(expected, rel=1e-3)
+        assert float(curve[rank]) == pytest.approx(expected, rel=2e-2, abs=1e-6)
+        plain = lost_response(W, left @ right, moments)
+        assert plain == pytest.approx(response_error(left @ right, moments), rel=1e-3)
+        assert plain > 1.2 * expected

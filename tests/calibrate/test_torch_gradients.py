@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rsi_deploy.calibrate.onnx_streams import OnnxStreams
+from rsi_deploy.calibrate.streams import RowCounts
 from rsi_deploy.calibrate.torch_streams import TorchStreams
 from rsi_deploy.fold import fold_batch_norms_
 from rsi_deploy.onnx_file import write_external
@@ -24,7 +25,11 @@ def _seed():
 
 
 def metrics_of(module, *data):
-    return TorchStreams(module.eval(), lambda: iter(data), seed=1).metrics()
+    return directions(TorchStreams(module.eval(), lambda: iter(data), seed=1))
+
+
+def directions(streams):
+    return {name: metric.directions.double() for name, metric in streams.metrics().items()}
 
 
 def relative(found, expected):
@@ -44,14 +49,47 @@ def test_both_ways_hear_the_same(tmp_path, name):
     (given,) = (value.name for value in onnx.load(path, load_external_data=False).graph.input)
     data = [torch.randn(24, *shape), torch.randn(16, *shape)]
     a = metrics_of(module, *((x,) for x in data))
-    b = OnnxStreams(path, lambda: iter({given: x.numpy()} for x in data), 40, seed=1).metrics()
+    b = directions(OnnxStreams(path, lambda: iter({given: x.numpy()} for x in data), 40, seed=1))
     common = a.keys() & b.keys()
     assert len(common) >= 2
     for site in common:
         assert a[site].shape == b[site].shape
         assert relative(a[site], b[site]) < 1e-3, site
-    other = OnnxStreams(path, lambda: iter({given: x.numpy()} for x in data), 40, seed=2).metrics()
+    other = directions(OnnxStreams(path, lambda: iter({given: x.numpy()} for x in data), 40, seed=2))
     assert any(relative(a[site], other[site]) > 1e-2 for site in common)
+
+
+def test_both_ways_count_rows_alike(tmp_path):
+    module = Block(nn.Tanh())
+    module = nn.Sequential(module.first, module.middle, module.second).eval()
+    path = tmp_path / "dense.onnx"
+    write_external(to_onnx(source_of_module(module, (2, 6, 5))).model, path)
+    (given,) = (value.name for value in onnx.load(path, load_external_data=False).graph.input)
+    data = [torch.randn(24, 6, 5), torch.randn(16, 6, 5)]
+    a = TorchStreams(module, lambda: iter((x,) for x in data), seed=1)
+    b = OnnxStreams(path, lambda: iter({given: x.numpy()} for x in data), 40, seed=1)
+    for site in ("0", "2"):
+        one, two = (streams.metrics()[site].rows.by_sample for streams in (a, b))
+        assert one.keys() == two.keys() == set(range(40))
+        torch.testing.assert_close(
+            torch.stack([one[n] for n in range(40)]), torch.stack([two[n] for n in range(40)]), rtol=1e-3, atol=1e-3
+        )
+
+    def gathered(streams, site, counts):
+        found = {}
+        streams.sequence(lambda s, moments: found.__setitem__(s.name, moments), counts)
+        return found[site]
+
+    generator = torch.Generator().manual_seed(0)
+    often = torch.randint(1, 4, (40, 6), generator=generator)
+    counts = {"2": RowCounts(by_sample={n: often[n].float() for n in range(40)})}
+    x = torch.tanh(module[0](torch.cat(data))).reshape(240, 8).double().detach()
+    x = x.repeat_interleave(often.reshape(-1), dim=0)
+    expected = torch.cov(x.mT, correction=0)
+    for streams in (a, b):
+        found = gathered(streams, "2", counts)
+        torch.testing.assert_close(found.xx[0], expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(gathered(streams, "2", {}).xx[0], expected, rtol=1e-2, atol=1e-4)
 
 
 class Block(nn.Module):

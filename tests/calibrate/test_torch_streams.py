@@ -91,6 +91,7 @@ def expected_moments(x, y):
     rows = x.shape[1]
     return Moments(
         rows=rows,
+        mass=float(rows),
         mean_x=x.mean(1),
         mean_y=y.mean(1),
         xx=a.mT @ a / rows,
@@ -292,7 +293,10 @@ def test_rows_stay_under_their_number_and_depend_on_the_seed_alone(case, rows):
     )
     whole = dense_moments(module, "0", batches)
     assert 1 <= found["0"].rows <= max(rows, 3)  # one a batch at least
-    assert_moments(again["0"], Moments(**{k: v.double() if k != "rows" else v for k, v in vars(found["0"]).items()}))
+    assert_moments(
+        again["0"],
+        Moments(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in vars(found["0"]).items()}),
+    )
     if found["0"].rows < whole.rows:
         assert_other_moments(other["0"], found["0"])
 
@@ -966,5 +970,5 @@ def test_on_a_gpu_the_moments_are_the_same():
     for found in (surveyed(streams), sequenced(streams)):
         for name, moments in found.items():
             assert moments.xx.is_cuda
-            cpu = Moments(**{k: v if k == "rows" else v.cpu() for k, v in vars(moments).items()})
+            cpu = Moments(**{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in vars(moments).items()})
             assert_moments(cpu, expected[name])
