@@ -53,7 +53,7 @@ class Calibration:
     Attributes:
         solver: of the singular subspaces.
         ridge: towards the weight, in mean input variances.
-        scarcity: what the ridge rises by for one input a row of data: fewer rows are trusted less.
+        scarcity: what the ridge of a regression rises by for one input a row of data: fewer rows are trusted less.
         metric: count a response's errors by what they do to the outputs, where gradients tell.
         sensitivity: measure what each site's error does to the outputs; else the loss is the squared response error.
         min_rank: no option below it.
@@ -149,9 +149,9 @@ class Calibration:
         Raises:
             ModelError: a form that moments of so many inputs cannot be fitted in.
         """
-        weight, ridge = site.load(), self.ridge + scarcity * site.in_features / moments.rows
+        weight, held = site.load(), scarcity * site.in_features / moments.rows
         if site.first_axes(form) == len(site.kernel):
-            problem: Response | TwoKernels = respond(weight, moments, ridge=ridge, metric=metric)
+            problem: Response | TwoKernels = respond(weight, moments, ridge=self.ridge, held=held, metric=metric)
             left, right = problem.factors(rank, self.solver, site=site.name)
             product = left @ right
         else:
@@ -160,7 +160,8 @@ class Calibration:
                     f"site {site.name!r}: form {form!r} is fitted to at most {GRAM_LIMIT} inputs, but it has "
                     f"{site.in_features}; plan it as {site.forms[0]!r}"
                 )
-            problem = two_kernels(weight, moments, site.kernel, site.first_axes(form), ridge=ridge, metric=metric)
+            first = site.first_axes(form)
+            problem = two_kernels(weight, moments, site.kernel, first, ridge=self.ridge + held, metric=metric)
             left, right = problem.factors(rank, self.solver, site=site.name, steps=steps)
             product = problem.product(left, right)
         if look is not None:

@@ -1,15 +1,16 @@
 """Factors that keep a site's response on calibration data, instead of its weight.
 
-With the centred moments of `rsi_deploy.calibrate.moments` and a ridge `l = ridge * mean(diag(xx))` towards the weight:
+With the centred moments of `rsi_deploy.calibrate.moments`, a ridge `r = ridge * mean(diag(xx))`, and a larger one, `l`,
+towards the weight for the regression, which is what few rows are too few for:
 
     M = (yx + l W)(xx + l I)^-1             the best full-rank answer (sequential response regression)
-    A = M (xx + l I)^1/2                    its response, in a metric where errors count as on the data
+    A = M (xx + r I)^1/2                    its response, in a metric where errors count as on the data
     left = U_k of A by RSI,  right = left^T M
     bias = E y - left right E x             the change of the bias
 
 In the dense network `yx = W xx`, hence `M = W`: response-aware RSI. Rank k leaves `|A - left left^T A|_F^2` of the
 response, so one spectrum of A tells the response error of every rank: the least one there is, in the metric of the
-ridge, which adds at most `l |W - left right|_F^2` to what `response_error` finds on the data.
+ridge, which adds at most `r |W - left right|_F^2` to what `response_error` finds on the data.
 
 Where it is known what errors of y do to the outputs, `E e^T G e` counts and not `E e^T e`. With `G = S S^T`:
 
@@ -87,24 +88,32 @@ class Response:
 
 
 def respond(
-    weight: Tensor, moments: Moments | Samples, *, ridge: float = RIDGE, metric: Tensor | None = None
+    weight: Tensor,
+    moments: Moments | Samples,
+    *,
+    ridge: float = RIDGE,
+    held: float = 0.0,
+    metric: Tensor | None = None,
 ) -> Response:
     """The response problem of a site with `weight (groups, out, in)`.
 
     Args:
         weight: floating, any precision.
         moments: as gathered.
-        ridge: how strongly the answer is held to the weight where the data say little; in mean input variances.
+        ridge: what errors count where the data say little; in mean input variances.
+        held: how much more strongly than that the regression is held to the weight; in the same unit.
         metric: what errors of the response cost, see `Response`.
     """
     moments = moments.steadied(weight)
     if isinstance(moments, Samples):
-        return replace(_from_samples(weight, moments, ridge), metric=metric)
+        return replace(_from_samples(weight, moments, ridge, held), metric=metric)
     xx, yx = moments.xx, moments.yx
     W = weight.to(xx.dtype)
-    level = ridge_level(xx.diagonal(dim1=-2, dim2=-1), ridge)
-    root, level = held_root(xx, level)
+    variances = xx.diagonal(dim1=-2, dim2=-1)
+    root, level = held_root(xx, ridge_level(variances, ridge + held))
     M = torch.cholesky_solve((yx + level[..., None] * W).mT, root).mT
+    if held:
+        root, _ = held_root(xx, ridge_level(variances, ridge))
     # E|y - M x|^2 = yy - 2 <M, yx> + <M xx, M>
     floor = moments.yy.sum() - 2 * (M * yx).sum() + ((M @ xx) * M).sum()
     return Response(
@@ -165,15 +174,15 @@ def lost_response(weight: Tensor, product: Tensor, moments: Moments | Samples, m
     return max(size(W - product.to(dtype)) / max(size(W), 1e-300), 0.0)
 
 
-def _from_samples(weight: Tensor, samples: Samples, ridge: float) -> Response:
+def _from_samples(weight: Tensor, samples: Samples, ridge: float, held: float) -> Response:
     """The same through the rows: `M = W + (Y - X W^T)^T X (X X^T + n l I)^-1`, never an `(in, in)` matrix."""
     mean_x, mean_y = samples.x.mean(dim=-2), samples.y.mean(dim=-2)
     X, Y, W = samples.x - mean_x.unsqueeze(-2), samples.y - mean_y.unsqueeze(-2), weight.float()
     rows = samples.rows
-    level = ridge_level(X.square().mean(dim=-2), ridge)  # (groups, 1)
+    variances = X.square().mean(dim=-2)
+    level = ridge_level(variances, ridge)  # (groups, 1)
     gram = (X @ X.mT).double()
-    root, held = held_root(gram, rows * level.double())
-    level = (held / rows).float()
+    root, _ = held_root(gram, rows * ridge_level(variances, ridge + held).double())
     M = W + torch.cholesky_solve((Y - X @ W.mT).double(), root).float().mT @ X
     Z = X @ M.mT
     return Response(
