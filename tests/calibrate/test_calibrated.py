@@ -11,8 +11,8 @@ from rsi_deploy.calibrate import calibrated
 from rsi_deploy.calibrate.calibrated import CONSTANT, FARTHEST, LEVELS, Calibration, PowerLaw
 from rsi_deploy.calibrate.moments import Gathering
 from rsi_deploy.calibrate.onnx_streams import OnnxStreams
-from rsi_deploy.calibrate.response import response_error
-from rsi_deploy.calibrate.streams import Distance, StreamSite
+from rsi_deploy.calibrate.response import lost_response, response_error
+from rsi_deploy.calibrate.streams import Distance, Metric, StreamSite
 from rsi_deploy.errors import ModelError
 from rsi_deploy.plan.planner import break_even_rank
 from rsi_deploy.rsi import Solver
@@ -136,6 +136,33 @@ def test_which_ranks_and_forms_are_offered_can_be_chosen(net):
     assert {option.form for option in options} == {"channel", "matmul"}
     assert {option.rank % 2 for option in options} == {0}
     assert min(option.rank for option in options) == 4
+
+
+def test_a_plan_may_take_every_rank_of_every_form(net, monkeypatch):
+    monkeypatch.setattr(calibrated, "GRID_POINTS", 3)
+    for site in Calibration(solver=SOLVER, sensitivity=False).options(net.streams()):
+        for form in {option.form for option in site.options[1:]}:
+            own = [option for option in site.options if option.form == form]
+            assert [option.rank for option in own] == list(range(1, len(own) + 1))
+            losses = [option.loss for option in own]
+            assert losses == sorted(losses, reverse=True)
+            assert len(set(losses)) == len(losses) or losses[-1] == 0
+
+
+def test_losses_are_told_in_the_metric_of_the_output():
+    weight, x = randn(1, 20, 12, seed=1), fading()
+    plain = OneSite(x, weight)
+    heard = OneSite(x, weight)
+    G = torch.zeros(1, 20, 20)
+    G[0, 0, 0] = 1.0  # the output hears the first number of the response, and little else
+    heard.metrics = lambda: {"one": Metric(directions=G, rows=None)}
+    calibration = Calibration(solver=SOLVER, sensitivity=False, ridge=1e-9)
+    ((blind,), (listening,)) = calibration.options(plain), calibration.options(heard)
+    for one, other in zip(blind.options[1:4], listening.options[1:4], strict=True):
+        replacement, _ = calibration.replacement(heard.site, heard.moments, other.form, other.rank, metric=G)
+        lost = lost_response(weight, replacement.left @ replacement.right, heard.moments, G)
+        assert other.loss == pytest.approx(lost**2, rel=1e-2)
+        assert other.loss < 0.9 * one.loss
 
 
 def test_without_sensitivity_the_loss_is_the_squared_error():

@@ -320,3 +320,21 @@ def test_errors_in_a_metric_are_what_the_factors_lose_in_it(limit):
         plain = lost_response(W, left @ right, moments)
         assert plain == pytest.approx(response_error(left @ right, moments), rel=1e-3)
         assert plain > 1.2 * expected
+
+
+@pytest.mark.parametrize("limit", [10**6, 2], ids=["moments", "samples"])
+def test_what_is_held_is_the_regression_alone(limit):
+    _, xh, W, y = stream(2, 6)
+    moments = gathered(xh, y, limit)
+    free, held, most = (respond(W, moments, held=held) for held in (0.0, 0.5, 1e9))
+    away = [float((problem.target - W).norm()) for problem in (free, held, most)]
+    assert away[0] > away[1] > 1e3 * away[2]
+    # what errors count is no more of the ridge than before: |(T - T') x|^2 plus RIDGE, whatever is held
+    x = (xh - xh.mean(1, keepdim=True)).double()
+    ridge = ridge_level(x.square().mean(1), RIDGE)
+    size = (x @ most.target.mT.double()).square().sum() / x.shape[1] + (
+        ridge * most.target.square().sum((1, 2))[:, None]
+    ).sum()
+    assert float(most.whitened.double().square().sum()) == pytest.approx(float(size), rel=1e-3)
+    wrong = respond(W, moments, ridge=RIDGE + 0.5)
+    assert float(wrong.whitened.double().square().sum()) > 1.05 * float(size)
