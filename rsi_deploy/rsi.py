@@ -185,7 +185,7 @@ def rsi(
         oversampling: extra sketch columns p; `rank + p` is cut at `min(out, in)`.
         seed: together with `site`, the random stream.
         site: the weight's name, for the random stream and for error messages.
-        route: "direct" is the algorithm above; "auto" the cheapest of the equivalent ones, or "gram", "krylov", "exact".
+        route: "direct" is the algorithm above; "auto" cheapest of the equivalent ones; or "gram", "krylov", "exact".
         mixed_precision: the iterations in bfloat16, where that is measured to be faster and does no harm.
 
     Raises:
@@ -215,7 +215,9 @@ def _iterated(
     columns = min(rank + oversampling, *W.shape[-2:])
     solved = solve(W, _sketch(W, columns, seed, site), rank, scale, how)
     if not torch.isfinite(solved.Y.sum()) and not torch.isfinite(solved.Y).all():
-        raise ValueError(f"{at(site)}the factors do not fit into {working_dtype(W)}: pass a smaller or a float64 weight")
+        raise ValueError(
+            f"{at(site)}the factors do not fit into {working_dtype(W)}: pass a smaller or a float64 weight"
+        )
     return solved, weight.dtype
 
 

@@ -26,7 +26,9 @@ def until_settled(operand: Operand, sketch: Tensor, *, mixed: bool) -> tuple[Ten
         operand.weight.shape[1], 4, generator=torch.Generator().manual_seed(1), dtype=operand.working
     ).to(X.device)
     known, probe = residual_estimate(operand, X, Y, start)
-    for done in range(3, MOST + 1):
+    done = 2
+    while done < MOST:
+        done += 1
         X = orthonormal_(operand.forward(unit_(Y, operand.scale)))
         Y = operand.adjoint(X)
         found, probe = residual_estimate(operand, X, Y, probe)
@@ -41,6 +43,6 @@ def residual_estimate(operand: Operand, X: Tensor, Y: Tensor, V: Tensor, *, step
     for _ in range(steps):
         V = unit_(torch.linalg.qr(V).Q, operand.scale)
         U = operand.forward(V) - X @ (Y.mT @ V)
-        Q, R = torch.linalg.qr(U)
+        Q = torch.linalg.qr(U).Q
         V = operand.adjoint(Q) - Y @ (X.mT @ Q)
     return float(torch.linalg.svdvals(V)[0]), V

@@ -31,6 +31,6 @@ def direct_batch(W: Tensor, Y: Tensor, q: int) -> tuple[Tensor, Tensor]:
 
 
 def exact_batch(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`X (batch, out, rank)` and `Y = W^T X (batch, in, rank)`, the best of this rank, by SVDs in the same precision."""
+    """`X (batch, out, rank)` and `Y = W^T X (batch, in, rank)`, the best of this rank, by SVDs."""
     X = torch.linalg.svd(W, full_matrices=False).U[..., :rank].contiguous()
     return X, W.mT @ X

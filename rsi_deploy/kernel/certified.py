@@ -1,7 +1,7 @@
 """A certified interval of a residual's norm `||W - left @ right||_2`: Lanczos from below, a theorem above.
 
-With `A = R^T R` (or `R R^T`, whichever is smaller, `n x n`), `l` its largest eigenvalue, `t_k` the largest Ritz value of
-`k` Lanczos steps from a start drawn uniformly from the sphere (Kuczynski and Wozniakowski 1992, SIAM J. Matrix Anal.
+With `A = R^T R` (or `R R^T`, whichever is smaller, `n x n`), `l` its largest eigenvalue, `t_k` the largest Ritz value
+of `k` Lanczos steps from a start drawn uniformly from the sphere (Kuczynski and Wozniakowski 1992, SIAM J. Matrix Anal.
 Appl. 13(4), theorem 4.2):
 
     P( l > t_k / (1 - e) )  <=  1.648 sqrt(n) exp(-sqrt(e) (2k - 1))
@@ -25,6 +25,7 @@ from rsi_deploy.kernel.factors import Factors
 from rsi_deploy.kernel.products import working_dtype
 
 FAILURE = 0.01
+DOUBLE = 1 << 20  # up to so many numbers everything is in float64: no rounding to speak of
 WIDTH = 0.045  # of the upper end over the lower; the rest of five percent is left to roundings
 
 
@@ -66,6 +67,8 @@ def certified_norm(
     """
     W = settled(weight.detach()).flatten(0, -3) if weight.ndim > 2 else settled(weight.detach())[None]
     dtype = working_dtype(W)
+    if W.numel() <= DOUBLE:
+        dtype = torch.float64
     W = W.to(dtype)
     L, R = (factor.detach().to(dtype).reshape(len(W), *factor.shape[-2:]) for factor in factors)
     generator = torch.Generator().manual_seed(seed)
@@ -76,7 +79,8 @@ def certified_norm(
     else:
         start = torch.randn(len(W), n, 1, generator=generator, dtype=torch.float64).to(W.device, dtype)
         lower, upper, u = _lanczos(W, L, R, start, steps, lanczos_gap(steps, n, failure / len(W)))
-    return Interval(*(end.reshape(weight.shape[:-2]) for end in (lower, upper)), u.reshape(weight.shape[:-1]))
+    lower, upper = (end.reshape(weight.shape[:-2]) for end in (lower, upper))
+    return Interval(lower, upper, u.reshape(weight.shape[:-1]).to(working_dtype(weight)))
 
 
 def _exact(W: Tensor, L: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +121,7 @@ def _lanczos(W: Tensor, L: Tensor, R: Tensor, start: Tensor, steps: int, gap: fl
     best = (torch.cat(basis, dim=-1).double() @ Bh[..., :1, :].mT).to(W.dtype)
     reached = _in_float64(W, L, R, best)
     lower = torch.linalg.vector_norm(reached, dim=(-2, -1)) / torch.linalg.vector_norm(best.double(), dim=(-2, -1))
-    slack = 8 * torch.finfo(W.dtype).eps * size
+    slack = 2 * torch.finfo(W.dtype).eps * size
     upper = torch.maximum(ritz, lower) / math.sqrt(1 - gap) + slack
     zero = size == 0
     lower, upper = (torch.where(zero, torch.zeros_like(end), end) for end in (lower, upper))

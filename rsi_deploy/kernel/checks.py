@@ -1,8 +1,8 @@
 """What a weight must be before it is factorized, and how far it is from a size that floats hold.
 
 Refused, with what came and what to pass: integers, complex numbers, fewer than two dimensions, an empty dimension, NaN
-and infinite values. A rank above `min(out, in)` is cut there. Huge and tiny weights, down to denormals, are brought near
-1 by a power of two wherever their products are squared, so that nothing overflows or vanishes.
+and infinite values. A rank above `min(out, in)` is cut there. Huge and tiny weights, down to denormals, are brought
+near 1 by a power of two wherever their products are squared, so that nothing overflows or vanishes.
 """
 
 import math
@@ -42,7 +42,9 @@ def checked(weight: Tensor, rank: int, site: str = "") -> Checked:
     if 0 in weight.shape:
         raise ValueError(f"{at(site)}a weight must have no empty dimension, but got {what}; exclude it")
     if rank < 1:
-        raise ValueError(f"{at(site)}rank must be between 1 and min(out, in) = {min(weight.shape[-2:])}, but got {rank!r}")
+        raise ValueError(
+            f"{at(site)}rank must be between 1 and min(out, in) = {min(weight.shape[-2:])}, but got {rank!r}"
+        )
     weight = settled(weight.detach())
     return Checked(weight, min(rank, *weight.shape[-2:]), _scale(weight, site))
 

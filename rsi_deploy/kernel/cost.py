@@ -64,10 +64,8 @@ def rates(device: torch.device) -> Rates:
     return _rates(device.type, torch.get_num_threads())
 
 
-def choose(
-    rates: Rates, shape: tuple[int, int], columns: int, rank: int, q: int, *, mixed: bool
-) -> Route:
-    """The route that should take the least time for a weight `(out, in)`; the direct one unless another is clearly so."""
+def choose(rates: Rates, shape: tuple[int, int], columns: int, rank: int, q: int, *, mixed: bool) -> Route:
+    """The route that should take the least time for a weight `(out, in)`; direct unless another is clearly faster."""
     times = predicted(rates, shape, columns, rank, q, mixed=mixed)
     best = min(times, key=lambda route: times[route])
     return best if times[best] < CLEARLY * times["direct"] else "direct"

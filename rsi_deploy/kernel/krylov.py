@@ -3,9 +3,9 @@
     X_1 = W Y,  X_{j+1} = W W^T X_j;  Q = orth [X_1 ... X_d],  B = Q^T W,  left = Q U_k(B)
 
 (Musco and Musco 2015, algorithm 2). Its polynomials in `W W^T` are Chebyshev's: near the top of the spectrum `d` blocks
-separate as `(2d - 1)^2` factors of a gap, where the power iteration's `q` separate as `2q - 1`. So `d` blocks stand for
-`q` iterations once `(2d - 1)^2 >= 2q - 1`, and it is `d (q)` blocks that this route takes. It needs `d * columns` columns
-to fit into `min(out, in)`, and holds `d` blocks.
+separate as `(2d - 1)^2` factors of a gap, where the power iteration's `q` separate as `2q - 1`. So `d` blocks stand
+for `q` iterations once `(2d - 1)^2 >= 2q - 1`, and `depth(q)` blocks are what this route takes. It needs `d * columns`
+columns to fit into `min(out, in)`, and holds `d` blocks.
 """
 
 import math

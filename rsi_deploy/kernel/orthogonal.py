@@ -11,6 +11,8 @@ orthogonal already and differ in scale: hence `D`, and one pass is the rule.
 Between two power iterations a basis need only be well-conditioned: `rough_basis` does one shifted pass in bfloat16.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -88,7 +90,8 @@ def inverse(R: Tensor) -> Tensor:
     """The inverse of an upper triangular `R (k, k)`, by halves: `k^3/3` flops, nearly all of them in products."""
     k = R.shape[0]
     if k <= 128:
-        return torch.linalg.solve_triangular(R, torch.eye(k, dtype=R.dtype, device=R.device), upper=True)
+        solved: Tensor = torch.linalg.solve_triangular(R, torch.eye(k, dtype=R.dtype, device=R.device), upper=True)
+        return solved
     half = k // 2
     first, last = inverse(R[:half, :half]), inverse(R[half:, half:])
     result = torch.zeros_like(R)
@@ -153,4 +156,4 @@ def _factor(X: Tensor, *, shift: float = 0.0) -> tuple[Tensor, float]:
 
 def _two_passes(dtype: torch.dtype) -> float:
     """The `|R^-1|_2` up to which a second pass mends the first: the first then leaves `|Q^T Q - I| < 0.01`."""
-    return 0.1 / float(torch.finfo(dtype).eps) ** 0.5
+    return 0.1 / math.sqrt(torch.finfo(dtype).eps)

@@ -102,7 +102,10 @@ def _batch(weight: Tensor, sketch: Tensor, rank: int, q: int, route: str) -> Sol
     batch = weight.shape[:-2]
     taken = route if route == "exact" else "direct"
     return Solved(
-        X=X.reshape(*batch, *X.shape[1:]), Y=Y.reshape(*batch, *Y.shape[1:]), route=taken, q=0 if route == "exact" else q
+        X=X.reshape(*batch, *X.shape[1:]),
+        Y=Y.reshape(*batch, *Y.shape[1:]),
+        route=taken,
+        q=0 if route == "exact" else q,
     )
 
 
