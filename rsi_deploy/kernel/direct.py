@@ -22,7 +22,9 @@ from rsi_deploy.kernel.products import Operand
 
 ROUNDING = 2.0**-9 / 3**0.5
 TILT = 0.1
-RESOLVED = 2.2
+RESOLVED = 3.0
+# Numbers in a weight from which two iterations in float32 and the rest in bfloat16 are faster than all in float32.
+LARGE = 1 << 22
 
 
 def direct(operand: Operand, Y: Tensor, q: int, *, mixed: bool) -> tuple[Tensor, Tensor]:
@@ -54,6 +56,9 @@ def _mixed(operand: Operand, sketch: Tensor, q: int) -> tuple[Tensor, bool]:
     """`Y` after `q - 1` iterations, and whether the last `W Y` must be made in float32."""
     X, resolved = rough_basis(operand.low_forward(unit_(sketch, operand.scale).to(torch.bfloat16)))
     in_full = 0
+    if resolved < RESOLVED and operand.weight.numel() < LARGE:
+        operand.forget()
+        return _exact(operand, sketch, q - 1), True
     if resolved < RESOLVED:
         X = near_basis_(operand.forward(sketch)).to(torch.bfloat16)
         in_full = 2
