@@ -54,7 +54,10 @@ def _exact(operand: Operand, Y: Tensor, iterations: int) -> Tensor:
 
 def _mixed(operand: Operand, sketch: Tensor, q: int) -> tuple[Tensor, bool]:
     """`Y` after `q - 1` iterations, and whether the last `W Y` must be made in float32."""
-    X, resolved = rough_basis(operand.low_forward(unit_(sketch, operand.scale).to(torch.bfloat16)))
+    Y = unit_(sketch, operand.scale).to(torch.bfloat16)
+    X = operand.low_forward(Y)
+    noise = operand.rounding(ROUNDING, X, Y)
+    X, resolved = rough_basis(X)
     in_full = 0
     if resolved < RESOLVED and operand.weight.numel() < LARGE:
         operand.forget()
@@ -65,7 +68,7 @@ def _mixed(operand: Operand, sketch: Tensor, q: int) -> tuple[Tensor, bool]:
     Y = operand.low_adjoint(X)
     norms = torch.linalg.vector_norm(Y, dim=0, dtype=torch.float32)
     least, most, all_ = float(norms.min()), float(norms.max()), float(norms.norm())
-    if not operand.rounding(ROUNDING) <= TILT * least:
+    if not noise <= TILT * least:
         operand.forget()
         return _exact(operand, sketch, q - 1), True
     del sketch

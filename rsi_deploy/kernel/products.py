@@ -32,6 +32,7 @@ class Operand:
     scale: float
     allowance: int
     _low: Tensor | None = None
+    _buffer: Tensor | None = None
 
     @property
     def working(self) -> torch.dtype:
@@ -70,8 +71,9 @@ class Operand:
         if self._whole():
             return self._low_weight().mT @ X
         Y = torch.zeros(self.weight.shape[1], X.shape[1], dtype=torch.float32, device=X.device)
+        part = torch.empty_like(Y, dtype=torch.bfloat16)
         for rows in self._panels(torch.bfloat16):
-            Y.add_(torch.mm(self._panel(rows, torch.bfloat16).mT, X[rows]))
+            Y.add_(torch.mm(self._panel(rows, torch.bfloat16).mT, X[rows], out=part))
         return Y
 
     def gram(self, *, tall: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -87,17 +89,28 @@ class Operand:
             G.addmm_(block.mT, block) if tall else G.addmm_(block, block.mT)
         return G
 
-    def rounding(self, relative: float) -> float:
-        """About the 2-norm of the weight's rounding to bfloat16, at this root mean square of a relative rounding."""
+    def rounding(self, relative: float, X: Tensor, Y: Tensor) -> float:
+        """About the 2-norm of the weight's rounding to bfloat16, from `X = W @ Y` with a Gaussian `Y (in, columns)`.
+
+        A matrix of independent entries is about as large as its largest row and column norm together. The rows' are read
+        off `X` (Johnson and Lindenstrauss), the columns' off every 16th row.
+
+        Args:
+            relative: root mean square of a relative rounding.
+            X: `(out, columns)`.
+            Y: what it was made from.
+        """
         if self.weight.dtype == torch.bfloat16:
             return 0.0
-        rows = torch.linalg.vector_norm(self.weight, dim=1, dtype=torch.float32).max()
-        columns = torch.linalg.vector_norm(self.weight, dim=0, dtype=torch.float32).max()
+        size = torch.linalg.vector_norm(Y, dtype=torch.float32) / self.weight.shape[1] ** 0.5
+        rows = torch.linalg.vector_norm(X, dim=1, dtype=torch.float32).max() / size
+        some = self.weight[::16].float().square()
+        columns = (some.sum(dim=0).max() * (self.weight.shape[0] / len(some))).sqrt()
         return relative * float(rows + columns)
 
     def forget(self) -> None:
-        """Let the bfloat16 copy go."""
-        self._low = None
+        """Let the copies go."""
+        self._low = self._buffer = None
 
     def _whole(self) -> bool:
         return self.weight.dtype == torch.bfloat16 or 2 * self.weight.numel() <= self.allowance
@@ -117,7 +130,11 @@ class Operand:
         return [slice(start, start + rows) for start in range(0, out_features, rows)]
 
     def _panel(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        return self.weight[rows].to(dtype)
+        """Some rows in another dtype, until the next panel takes their place: fresh memory for each would cost more."""
+        source = self.weight[rows]
+        if self._buffer is None or self._buffer.dtype != dtype or len(self._buffer) < len(source):
+            self._buffer = torch.empty(source.shape, dtype=dtype, device=source.device)
+        return self._buffer[: len(source)].copy_(source)
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
