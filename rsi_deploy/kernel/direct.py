@@ -5,13 +5,13 @@
 Three roundings could harm in bfloat16. With `e = 2^-9/sqrt(3)`, the root mean square of a relative rounding:
 
     of the weight   |E|_2 ~ e (largest row norm + largest column norm), which tilts the span by |E| / s_k
-    of the last X   e (s_1 + |S|_F / sqrt(out)) / s_k                   likewise, and no later product damps it
+    of the last X   e s_j in its column j, which no later product damps
     of the first X  as large as the distance of its columns from depending on each other: hides the last directions
 
-The first two add to the residual like independent noise, so a tilt of 0.1 costs half a percent. All are read off the
-first iteration. Where the first is too large the iteration starts anew in float32; where the second is, the last `W Y`
-is made in float32; where the third is, the first two are: from then on the columns are in order of their singular
-values, and a rounding relative to a column hurts nobody else's.
+The first two add to the residual like independent noise, so a tilt of 0.1 costs half a percent. Where the first is too
+large (read off the first iteration) the iteration starts anew in float32; columns for which the second is are made in
+float32. Where the third is, the last directions of the block begin as noise instead of as a sketch of the weight, half
+an iteration behind: one more iteration in bfloat16, of two cheap products, makes up for it.
 """
 
 import torch
@@ -23,8 +23,6 @@ from rsi_deploy.kernel.products import Operand
 ROUNDING = 2.0**-9 / 3**0.5
 TILT = 0.1
 RESOLVED = 3.0
-# Numbers in a weight from which two iterations in float32 and the rest in bfloat16 are faster than all in float32.
-LARGE = 1 << 22
 
 
 def direct(operand: Operand, Y: Tensor, q: int, *, mixed: bool) -> tuple[Tensor, Tensor]:
@@ -36,12 +34,25 @@ def direct(operand: Operand, Y: Tensor, q: int, *, mixed: bool) -> tuple[Tensor,
         q: iterations, at least 1.
         mixed: bfloat16 where it does no harm.
     """
-    Y, in_full = _mixed(operand, Y, q) if mixed and q > 1 else (_exact(operand, Y, q - 1), True)
-    X = operand.forward(unit_(Y, operand.scale)) if in_full else operand.low_forward(Y).to(operand.working)
+    Y, mixed = _mixed(operand, Y, q) if mixed and q > 1 else (_exact(operand, Y, q - 1), False)
+    X = _last(operand, Y) if mixed else operand.forward(unit_(Y, operand.scale))
     del Y
     operand.forget()
     X = orthonormal_(X)
     return X, operand.adjoint(X)
+
+
+def _last(operand: Operand, Y: Tensor) -> Tensor:
+    """`W @ Y` in bfloat16, but in float32 for those columns whose rounding would show beside the least."""
+    norms = torch.linalg.vector_norm(Y, dim=0, dtype=torch.float32)
+    large = (ROUNDING * norms > TILT / 2 * norms.min()).nonzero()[:, 0]
+    Y = unit_(Y, operand.scale)
+    if len(large) > Y.shape[1] // 2:
+        return operand.forward(Y.to(operand.working))
+    X = operand.low_forward(Y.to(torch.bfloat16)).to(operand.working)
+    if len(large):
+        X[:, large] = operand.forward(Y[:, large].to(operand.working))
+    return X
 
 
 def _exact(operand: Operand, Y: Tensor, iterations: int) -> Tensor:
@@ -53,34 +64,21 @@ def _exact(operand: Operand, Y: Tensor, iterations: int) -> Tensor:
 
 
 def _mixed(operand: Operand, sketch: Tensor, q: int) -> tuple[Tensor, bool]:
-    """`Y` after `q - 1` iterations, and whether the last `W Y` must be made in float32."""
+    """`Y` after `q - 1` iterations, and whether bfloat16 did no harm: else they were made anew in float32."""
     Y = unit_(sketch, operand.scale).to(torch.bfloat16)
     X = operand.low_forward(Y)
     noise = operand.rounding(ROUNDING, X, Y)
     X, resolved = rough_basis(X)
-    in_full = 0
-    if resolved < RESOLVED and operand.weight.numel() < LARGE:
-        operand.forget()
-        return _exact(operand, sketch, q - 1), True
-    if resolved < RESOLVED:
-        X = near_basis_(operand.forward(sketch)).to(torch.bfloat16)
-        in_full = 2
     Y = operand.low_adjoint(X)
-    norms = torch.linalg.vector_norm(Y, dim=0, dtype=torch.float32)
-    least, most, all_ = float(norms.min()), float(norms.max()), float(norms.norm())
+    least = float(torch.linalg.vector_norm(Y, dim=0, dtype=torch.float32).min())
     if not noise <= TILT * least:
         operand.forget()
-        return _exact(operand, sketch, q - 1), True
+        return _exact(operand, sketch, q - 1), False
     del sketch
-    for index in range(1, q - 1):
-        if index < in_full:
-            X = near_basis_(operand.forward(unit_(Y, operand.scale).float())).to(torch.bfloat16)
-        else:
-            X, _ = rough_basis(operand.low_forward(unit_(Y, operand.scale).to(torch.bfloat16)))
+    for _ in range(q - 2 + (resolved < RESOLVED)):
+        X, _resolved = rough_basis(operand.low_forward(unit_(Y, operand.scale).to(torch.bfloat16)))
         Y = operand.low_adjoint(X)
-    if ROUNDING * (most + all_ / X.shape[0] ** 0.5) <= TILT * least:
-        return unit_(Y, operand.scale).to(torch.bfloat16), False
-    return Y.float(), True
+    return Y, True
 
 
 def unit_(Y: Tensor, scale: float = 1.0) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 ONE_PASS = 10.0
 # The smallest diagonal entry of `R` down to which one pass in bfloat16 is enough.
 ROUGH = 0.25
+SHIFTED = 3
 # A column below this norm, beside others near 1, has squares that float32 cannot hold: scale first.
 SMALLEST = 1e-15
 
@@ -51,12 +52,13 @@ def _one_pass(X: Tensor) -> tuple[Tensor, float]:
     R, reached = _factor(X)
     if reached <= _two_passes(X.dtype):
         return _divided(X, R), reached
-    X = _scaled_(X)
-    R, _ = _factor(X, shift=10.0)
-    Q = _divided(X, R)
-    R, reached = _factor(Q)
-    if reached <= _two_passes(X.dtype):
-        return _divided(Q, R), reached
+    Q = _scaled_(X)
+    for _ in range(SHIFTED):  # each takes a factor of some hundreds off the condition
+        R, reached = _factor(Q, shift=10.0)
+        Q = _divided(Q, R)
+        R, reached = _factor(Q)
+        if reached <= _two_passes(X.dtype):
+            return _divided(Q, R), reached
     return torch.linalg.qr(X).Q, 1.0
 
 
