@@ -1,7 +1,7 @@
 """How near does the RSI kernel come to the speed of the products it is made of, and what do others take for the same?
 
-The floor is the direct route's products alone, `4 q out in rank` flops, at the rate at which `W @ Y` and `W^T @ X` run in
-float32 in the same rounds. Arms are interleaved in shuffled order; a ratio is that of the least times of all rounds,
+The floor is the direct route's products alone, `4 q out in rank` flops, at the rate at which `W @ Y` and `W^T @ X` run
+in float32 in the same rounds. Arms are interleaved in shuffled order; a ratio is that of the least times of all rounds,
 beside it the median of the ratios within a round. Spectra, over the place `i` in `n = min(out, in)`: slow `i^-0.4`,
 medium `i^-1`, fast `0.9^(80 (i-1) / n)`; and real weights where `--weights FILE.npz` gives them. Peers are given more
 iterations until their error is no larger than the kernel's, and the time of the cheapest such setting counts.
@@ -18,6 +18,7 @@ Goals (`--check` exits 4 when one is missed):
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -68,8 +69,12 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     common.check_writable(given.json, given.markdown)
     quick = given.quick
-    shapes = [_shape(text) for text in given.shapes.split(",")] if given.shapes else list(SHAPES[:3] if quick else SHAPES)
-    ratios = [float(text) for text in given.ratios.split(",")] if given.ratios else list(RATIOS[:2] if quick else RATIOS)
+    shapes = (
+        [_shape(text) for text in given.shapes.split(",")] if given.shapes else list(SHAPES[:3] if quick else SHAPES)
+    )
+    ratios = (
+        [float(text) for text in given.ratios.split(",")] if given.ratios else list(RATIOS[:2] if quick else RATIOS)
+    )
     spectra = given.spectra.split(",") if given.spectra else list(SPECTRA[:1] if quick else SPECTRA)
     if quick:
         common.progress("quick: the three small shapes, two ranks, the slow spectrum, without peers")
@@ -108,7 +113,8 @@ def with_spectrum(values: Tensor, out_features: int, in_features: int, seed: int
 def spectrum(name: str, n: int) -> Tensor:
     """Singular values `(n,)`, float64."""
     place = torch.arange(1, n + 1, dtype=torch.float64)
-    return {"slow": place**-0.4, "medium": place**-1.0, "fast": 0.9 ** (80 * (place - 1) / n)}[name]
+    values: dict[str, Tensor] = {"slow": place**-0.4, "medium": place**-1.0, "fast": 0.9 ** (80 * (place - 1) / n)}
+    return values[name]
 
 
 def _weights(shapes: list[tuple[int, int]], spectra: list[str], file: Path | None) -> Any:
@@ -134,7 +140,7 @@ def measured(name: str, weight: Tensor, values: Tensor, ratio: float, *, rounds:
         found[arm] = solvers[arm].solve(weight, rank, site=name)
 
     arms: dict[str, Callable[[], Any]] = {"floor": lambda: (weight @ Y, weight.mT @ X)}
-    arms |= {arm: lambda arm=arm: solve(arm) for arm in solvers}
+    arms |= {arm: functools.partial(solve, arm) for arm in solvers}
     times = interleaved(arms, rounds)
     floor = [Q * seconds for seconds in times["floor"]]
     errors = {arm: error(weight, solution.factors, values, rank) for arm, solution in found.items()}
@@ -263,7 +269,7 @@ def whole_model(name: str) -> Row:
         with torch.no_grad():
             if parameter.ndim == 2 and min(parameter.shape) > 1:
                 values = spectrum("slow", min(parameter.shape))
-                parameter.copy_(with_spectrum(values, *parameter.shape, seed=index))
+                parameter.copy_(with_spectrum(values, parameter.shape[0], parameter.shape[1], seed=index))
             else:
                 parameter.zero_()
     started = time.perf_counter()
@@ -339,7 +345,9 @@ def goals(rows: Sequence[Row], models: Sequence[Row]) -> list[Goal]:
     hold("2. error with bfloat16", [(r["error_ratio"], r["error_ratio"] <= ERROR_LIMIT, _name(r)) for r in rows])
     near = [row for row in rows if "near" in row]
     fast = [(r, r["near"]["speedup"] >= SVD_SPEEDUP and r["near"]["normalized_error"] <= NEAR) for r in near]
-    hold("3. 15 times faster than an exact SVD (1/speedup)", [(1 / r["near"]["speedup"], ok, _name(r)) for r, ok in fast])
+    hold(
+        "3. 15 times faster than an exact SVD (1/speedup)", [(1 / r["near"]["speedup"], ok, _name(r)) for r, ok in fast]
+    )
     pairs = [(row, name, peer) for row in rows for name, peer in row.get("peers", {}).items()]
     hold("4. peers (1/speedup)", [(1 / p["speedup"], p["speedup"] > 1, f"{_name(row)} {n}") for row, n, p in pairs])
     widths = [(row["interval"][1] / max(row["interval"][0], 1e-300) - 1, row) for row in rows]

@@ -4,8 +4,8 @@
 
 (Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa 2020). One pass leaves `|Q^T Q - I| ~ eps |R^-1|^2`, which is
 estimated from `R` (k^2 flops): where that is too much, a second pass follows (CholeskyQR2); where Cholesky breaks down
-the Gram matrix is shifted first (shifted CholeskyQR3); where that too leaves it ill-conditioned, as for a block of lower
-rank than it has columns, Householder's QR, which cannot fail, is taken. The columns of an iterated block are nearly
+the Gram matrix is shifted first (shifted CholeskyQR3); where that too leaves it ill-conditioned, as for a block of
+lower rank than it has columns, Householder's QR, which cannot fail, is taken. The columns of an iterated block are nearly
 orthogonal already and differ in scale: hence `D`, and one pass is the rule.
 
 Between two power iterations a basis need only be well-conditioned: `rough_basis` does one shifted pass in bfloat16.

@@ -92,8 +92,8 @@ class Operand:
     def rounding(self, relative: float, X: Tensor, Y: Tensor) -> float:
         """About the 2-norm of the weight's rounding to bfloat16, from `X = W @ Y` with a Gaussian `Y (in, columns)`.
 
-        A matrix of independent entries is about as large as its largest row and column norm together. The rows' are read
-        off `X` (Johnson and Lindenstrauss), the columns' off every 16th row.
+        A matrix of independent entries is about as large as its largest row and column norm together. The rows' are
+        read off `X` (Johnson and Lindenstrauss), the columns' off every 16th row.
 
         Args:
             relative: root mean square of a relative rounding.
