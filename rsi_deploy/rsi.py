@@ -215,9 +215,7 @@ def _iterated(
     columns = min(rank + oversampling, *W.shape[-2:])
     solved = solve(W, _sketch(W, columns, seed, site), rank, scale, how)
     if not torch.isfinite(solved.Y.sum()) and not torch.isfinite(solved.Y).all():
-        raise ValueError(
-            f"{at(site)}the factors do not fit into {working_dtype(W)}: pass a smaller or a float64 weight"
-        )
+        raise ValueError(f"{at(site)}the factors do not fit into {working_dtype(W)}; pass weight.double()")
     return solved, weight.dtype
 
 
