@@ -17,12 +17,11 @@ an iteration behind: one more iteration in bfloat16, of two cheap products, make
 import torch
 from torch import Tensor
 
-from rsi_deploy.kernel.orthogonal import near_basis_, orthonormal_, rough_basis
+from rsi_deploy.kernel.orthogonal import RESOLVED, near_basis_, orthonormal_, rough_basis
 from rsi_deploy.kernel.products import Operand
 
 ROUNDING = 2.0**-9 / 3**0.5
 TILT = 0.1
-RESOLVED = 3.0
 
 
 def direct(operand: Operand, Y: Tensor, q: int, *, mixed: bool) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@
 (Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa 2020). One pass leaves `|Q^T Q - I| ~ eps |R^-1|^2`, which is
 estimated from `R` (k^2 flops): where that is too much, a second pass follows (CholeskyQR2); where Cholesky breaks down
 the Gram matrix is shifted first (shifted CholeskyQR3); where that too leaves it ill-conditioned, as for a block of
-lower rank than it has columns, Householder's QR, which cannot fail, is taken. The columns of an iterated block are nearly
-orthogonal already and differ in scale: hence `D`, and one pass is the rule.
+lower rank than it has columns, Householder's QR, which cannot fail, is taken. The columns of an iterated block are
+nearly orthogonal already and differ in scale: hence `D`, and one pass is the rule.
 
 Between two power iterations a basis need only be well-conditioned: `rough_basis` does one shifted pass in bfloat16.
 """
@@ -20,6 +20,8 @@ from torch import Tensor
 ONE_PASS = 10.0
 # The smallest diagonal entry of `R` down to which one pass in bfloat16 is enough.
 ROUGH = 0.25
+# The least squared diagonal entry of `R` over the shift at which a column was told from a combination of the others.
+RESOLVED = 3.0
 SHIFTED = 3
 # A column below this norm, beside others near 1, has squares that float32 cannot hold: scale first.
 SMALLEST = 1e-15
@@ -83,7 +85,7 @@ def rough_basis(X: Tensor) -> tuple[Tensor, float]:
         X = X @ (inverse(R) / norms[:, None]).to(torch.bfloat16)
         least = float(R.diagonal().min())
         resolved = resolved if index else least**2 / shift
-        if least > ROUGH:
+        if least > ROUGH and least**2 > RESOLVED * shift:
             break
     return X, resolved
 
