@@ -284,7 +284,7 @@ def _memory(given: Row) -> Row:
     """In a process of its own: how far the largest resident set grows beyond the weight, in bytes."""
     out_features, in_features = given["shape"]
     Solver()(torch.randn(1100, 1000), 20)  # threads, workspaces, the machine's rates
-    weight = torch.rand(out_features, in_features) - 0.5
+    weight = torch.rand(out_features, in_features).sub_(0.5)  # in place: a temporary would raise the peak
     before = peak_memory()
     Solver(route="direct")(weight, given["rank"])
     allowed = 2 * 4 * (out_features + in_features) * given["rank"]

@@ -3,8 +3,8 @@
     small weights (`kernel.batched`)   the direct route, batched          left @ right = X X^T W
     all others, matrix by matrix       direct | gram | krylov | exact     with oversampling: cut by the SVD of Y^T
 
-Memory beyond the weight: the blocks `X (out, columns)` and `Y (in, columns)`, and for the copies of the weight in
-bfloat16 at most as much again.
+Memory beyond the weight: the blocks `X (out, columns)` and `Y (in, columns)`, the sketch, and for copies of the weight
+in bfloat16 as much again as two blocks; with the buffers of the libraries about four blocks of both, as measured.
 """
 
 import logging
