@@ -55,7 +55,7 @@ class Arm:
 PRODUCT = Arm(name="sensitivities", fitted_to="sequence", planned=True)
 ARMS = (
     Arm(name="RSVD", fitted_to="weight", solver=Solver(method="rsvd")),
-    Arm(name="RSI q=4", fitted_to="weight", solver=Solver(power_iterations=4)),
+    Arm(name="RSI q=4", fitted_to="weight", solver=Solver(power_iterations=4, route="direct")),
     Arm(name="exact SVD", fitted_to="weight", solver=Solver(method="svd")),
     Arm(name="response-aware", fitted_to="dense network"),
     Arm(name="sequential", fitted_to="sequence"),

@@ -179,7 +179,7 @@ def stored_factors(layer: nn.Module) -> Factors:
 def measure(net: models.Net, ratios: Sequence[int], seeds: int, errors: Errors) -> list[Run]:
     """Compress and score `net` by every arm, ratio and seed, in shuffled order."""
     for arm in ARMS:  # warm-up
-        compress_(copy.deepcopy(net.module), f"{ratios[0]}%", include=net.sites, method=arm.method)
+        compress_(copy.deepcopy(net.module), f"{ratios[0]}%", include=net.sites, method=arm.method, route="direct")
     # A round is a seed; the exact SVDs, one a ratio, are dealt out to the rounds.
     rounds = [
         [(ratio, arm) for index, ratio in enumerate(ratios) for arm in ARMS if arm is not SVD or index % seeds == seed]
@@ -201,6 +201,8 @@ def _run(net: models.Net, ratio: int, arm: Arm, seed: int, errors: Errors) -> Ru
         f"{ratio}%",
         include=net.sites,
         method=arm.method,
+        route="direct",  # the paper's algorithm itself, in its own precision
+        mixed_precision=False,
         power_iterations=arm.power_iterations,
         seed=seed,
     )

@@ -9,6 +9,7 @@ splitting in ONNX, because a site's factors depend on its weight, its name and t
 ONNX only, where the graph tells what multiplies the same input: `joint=False` for the same numbers there.)
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,12 @@ from torch.nn.utils import parametrize
 
 from graph_passes.forms import conv_forms
 from rsi_deploy.calibrate.streams import Form, Replacement
-from rsi_deploy.errors import UsageError
+from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.fold import batch_norms_behind_convs, fold_batch_norm_
 from rsi_deploy.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention, changed_bias
-from rsi_deploy.plan.planner import Planner, RankSpec, site_name
-from rsi_deploy.rsi import Factors, Method, Solver, balanced
+from rsi_deploy.plan.error_rank import smallest_rank
+from rsi_deploy.plan.planner import MaxError, Planner, RankSpec, rank_spec, site_name
+from rsi_deploy.rsi import Factors, Method, PowerIterations, Route, Solver, balanced
 from rsi_deploy.sites import SiteRecord, dense_record, factorize_site
 
 FACTOR_KEYS = {"left", "right", "in_proj_left", "in_proj_right"}
@@ -83,14 +85,17 @@ class ModuleSite:
 
 def compress_(
     module: nn.Module,
-    rank: str | int | RankSpec,
+    rank: str | int | RankSpec | None = None,
     *,
+    max_error: str | MaxError | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     method: Method = "rsi",
-    power_iterations: int = 4,
+    power_iterations: PowerIterations = 4,
     oversampling: int = 0,
     seed: int = 0,
+    route: Route = "auto",
+    mixed_precision: bool = True,
     always_split: bool = False,
     progress: Progress | None = None,
 ) -> list[SiteRecord]:
@@ -102,12 +107,16 @@ def compress_(
     Args:
         module: any torch module; put in evaluation mode first if it has BatchNorms to fold.
         rank: a rank (`64`) or the paper's ratio (`"40%"`), see `RankSpec.parse`.
+        max_error: instead of a rank, "5%" (of the weight's norm) or "1.1x" (times the best of that rank): at every site
+            the smallest rank that meets it; see `MaxError`.
         include: globs on site names (the weight's name less `.weight`); empty means all.
         exclude: globs on site names that stay dense.
         method: "rsi", or a baseline: "rsvd", "svd".
-        power_iterations: the paper's q for "rsi".
+        power_iterations: the paper's q for "rsi"; "auto" iterates until another pass would gain less than 1 %.
         oversampling: extra sketch columns.
         seed: of the random sketches.
+        route: of the kernel, see `rsi_deploy.rsi.Solver`; by default the cheapest.
+        mixed_precision: iterations in bfloat16 where that is faster and does no harm.
         always_split: split even where nothing is saved.
         progress: called before each factorization.
 
@@ -118,19 +127,33 @@ def compress_(
         UsageError: a rank or filter that cannot be meant, or a module that is itself the layer to be replaced.
         ModelError: NaN or infinite values in a weight, with the site's name.
     """
+    if max_error is not None and always_split:
+        raise UsageError("always_split goes with a rank; leave it out with max_error")
     planner = Planner(
-        spec=RankSpec.parse(rank), include=tuple(include), exclude=tuple(exclude), always_split=always_split
+        spec=rank_spec(rank, max_error), include=tuple(include), exclude=tuple(exclude), always_split=always_split
     )
-    solver = Solver(method=method, power_iterations=power_iterations, oversampling=oversampling, seed=seed)
+    solver = Solver(
+        method=method,
+        power_iterations=power_iterations,
+        oversampling=oversampling,
+        seed=seed,
+        route=route,
+        mixed_precision=mixed_precision,
+    )
     sites = find_module_sites(module)
     planner.check([(site.name, *site.shape) for site in sites if not site.obstacle])
+    norms = {} if module.training else batch_norms_behind_convs(module)
+    if isinstance(planner.spec, MaxError):
+        wanted = [not site.obstacle and not planner.filters.refusal(site.name) for site in sites]
+        sites = [_folded(module, s, norms) if want else s for s, want in zip(sites, wanted, strict=True)]
+        norms = {}
+        planner = _with_ranks(planner, sites, solver)
     decisions = [planner.decide(site.name, *site.shape) for site in sites]
     if any("" in s.paths and d.rank is not None and not s.obstacle for s, d in zip(sites, decisions, strict=True)):
         raise UsageError(
             f"the module is itself a {type(module).__name__}, which cannot be replaced in place: "
             f"pass nn.Sequential(module)"
         )
-    norms = {} if module.training else batch_norms_behind_convs(module)
     records = []
     for index, (site, decision) in enumerate(zip(sites, decisions, strict=True)):
         if site.obstacle or decision.rank is None:
@@ -155,6 +178,19 @@ def compress_(
         replace_site_(module, site, Replacement(site.forms[0], factors.left, factors.right, unchanged))
         records.append(record)
     return records
+
+
+def _with_ranks(planner: Planner, sites: Sequence[ModuleSite], solver: Solver) -> Planner:
+    """The planner with the rank of every site that meets its error."""
+    assert isinstance(planner.spec, MaxError)
+    ranks: dict[str, int | None] = {}
+    for site in sites:
+        if not site.obstacle and not planner.filters.refusal(site.name):
+            try:
+                ranks[site.name] = smallest_rank(site.matrix(), planner.spec, solver, site=site.name)
+            except ValueError as error:
+                raise ModelError(f"{error} (exclude {site.name!r} to leave it dense)") from error
+    return dataclasses.replace(planner, ranks=ranks)
 
 
 def find_module_sites(module: nn.Module) -> list[ModuleSite]:

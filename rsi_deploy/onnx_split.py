@@ -8,15 +8,18 @@ together, and are not kept.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
 
 import graph_passes as gp
+from rsi_deploy.arrays import as_torch
 from rsi_deploy.calibrate.streams import Fitted
+from rsi_deploy.errors import ModelError
 from rsi_deploy.factor_source import FactorSource
-from rsi_deploy.plan.planner import SitePlanner, site_name
+from rsi_deploy.plan.error_rank import smallest_rank
+from rsi_deploy.plan.planner import MaxError, Planner, SitePlanner, site_name
 from rsi_deploy.rsi import Solver
 from rsi_deploy.sites import SiteRecord, dense_record
 
@@ -68,6 +71,7 @@ def split_graph(
     found = gp.find_sites(model)
     sites = [entry for entry in found if isinstance(entry, gp.Site)]
     planner.check([(site_name(s.weight), s.out_features, s.in_features) for s in sites])
+    planner = _with_ranks(planner, sites, solver, device)
     source = FactorSource(
         planner=planner,
         solver=solver,
@@ -81,6 +85,22 @@ def split_graph(
     del found, sites  # a site holds its dense weight; from here on each is let go as soon as it is split
     nodes = gp.split(model, source, keep=store, joint=joint)
     return SplitModel(sites=tuple(_by_weight(nodes, source.records)), nodes=tuple(nodes), kept=source.kept)
+
+
+def _with_ranks(planner: SitePlanner, sites: Iterable[gp.Site], solver: Solver, device: torch.device) -> SitePlanner:
+    """The planner with the rank of every site, where they follow from an error."""
+    if not isinstance(planner, Planner) or not isinstance(planner.spec, MaxError):
+        return planner
+    ranks: dict[str, int | None] = {}
+    for site in sites:
+        name = site_name(site.weight)
+        if name not in ranks and not planner.filters.refusal(name):
+            weight = as_torch(site.load()).to(device)
+            try:
+                ranks[name] = smallest_rank(weight, planner.spec, solver, site=name)
+            except ValueError as error:
+                raise ModelError(f"{error} (type --exclude {name!r} to leave it dense)") from error
+    return replace(planner, ranks=ranks)
 
 
 def joint_groups(model: ir.Model) -> list[tuple[gp.Site, ...]]:

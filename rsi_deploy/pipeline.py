@@ -30,13 +30,13 @@ from rsi_deploy.onnx_file import file_bytes, file_hash, read_onnx
 from rsi_deploy.onnx_split import with_macs
 from rsi_deploy.plan.decide import plan_of
 from rsi_deploy.plan.plan_file import read_plan, write_plan
-from rsi_deploy.plan.planner import Filters, RankSpec
+from rsi_deploy.plan.planner import Filters, MaxError, RankSpec, rank_spec
 from rsi_deploy.plan.request import Request, given_budget
 from rsi_deploy.probe import named_shapes, read_feeds
 from rsi_deploy.report.card import model_card
 from rsi_deploy.report.page_report import report_page
 from rsi_deploy.report.schema import Report, Size, SourceRecord
-from rsi_deploy.rsi import Method, Solver
+from rsi_deploy.rsi import Method, PowerIterations, Route, Solver
 from rsi_deploy.source import load_source, source_of_module
 from rsi_deploy.stages import Job
 
@@ -48,6 +48,7 @@ def export(
     output: str | Path,
     *,
     rank: str | int | RankSpec | None = None,
+    max_error: str | MaxError | None = None,
     calib: str | Path | Dataset | Mapping[str, npt.NDArray[Any]] | None = None,
     calib_size: int = 1024,
     factors: Literal["response", "weights"] = "response",
@@ -66,8 +67,10 @@ def export(
     preprocessing: Preprocessing | None = None,
     data: str | Path | Dataset | None = None,
     method: Method = "rsi",
-    power_iterations: int = 4,
+    power_iterations: PowerIterations = 4,
     oversampling: int = 0,
+    route: Route = "auto",
+    mixed_precision: bool = True,
     seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -92,7 +95,9 @@ def export(
     Args:
         model: `torchvision:NAME`, `package.module:factory`, `FILE.pt2`, `FILE.onnx`, or a torch module.
         output: the folder to make.
-        rank: a rank (`64`) or the paper's ratio (`"40%"`); or exactly one of the budgets, or a plan.
+        rank: a rank (`64`) or the paper's ratio (`"40%"`); or exactly one of an error, the budgets, or a plan.
+        max_error: at every site the smallest rank with at most this error of the weight: "5%" of its norm, or "1.1x"
+            times the best error of that rank.
         calib: unlabelled calibration data: as `data`, or input name -> array.
         calib_size: at most so many samples, evenly spaced.
         factors: "response" fits the factors to the calibration data, "weights" is the paper's plain method.
@@ -112,8 +117,10 @@ def export(
         preprocessing: from 8-bit pictures to inputs; fields that are not set come from the model.
         data: labelled evaluation data (see `rsi_deploy.measure.data`); it chooses nothing.
         method: "rsi", or a baseline: "rsvd", "svd".
-        power_iterations: the paper's q.
+        power_iterations: the paper's q; "auto" iterates until another pass would gain less than 1 %.
         oversampling: extra sketch columns.
+        route: of the kernel: "auto" (the cheapest by its cost model), "direct", "gram", "krylov" or "exact".
+        mixed_precision: iterations in bfloat16 where that is faster and does no harm.
         seed: of sketches, probe inputs, and of random weights.
         include: globs on site names; empty means all.
         exclude: globs on site names that stay dense.
@@ -141,7 +148,7 @@ def export(
     """
     plain, shapes = _shapes(input_shape)
     request = Request(
-        rank=None if rank is None or rank == "auto" else RankSpec.parse(rank),
+        rank=_uniform(rank, max_error),
         budget=given_budget(keep_params, keep_macs, max_size),
         max_drop=max_drop,
         plan=None if plan is None else read_plan(plan),
@@ -156,7 +163,14 @@ def export(
     request.check_against(data=data, always_split=always_split)
     check_source(calib)
     filters = Filters(include=tuple(include), exclude=tuple(exclude))
-    solver = Solver(method=method, power_iterations=power_iterations, oversampling=oversampling, seed=seed)
+    solver = Solver(
+        method=method,
+        power_iterations=power_iterations,
+        oversampling=oversampling,
+        seed=seed,
+        route=route,
+        mixed_precision=mixed_precision,
+    )
     job = Job(
         settings=request.settings(filters, solver, always_split=always_split, joint=joint, opset=opset),
         solver=solver,
@@ -248,6 +262,14 @@ def export(
         write_plan(folder / "plan.json", plan_of(report))
         (folder / "README.md").write_text(model_card(report, path), encoding="utf-8")
     return report
+
+
+def _uniform(rank: str | int | RankSpec | None, max_error: str | MaxError | None) -> RankSpec | MaxError | None:
+    """The rank or the error that is the same everywhere; None where something else decides."""
+    given = None if rank == "auto" else rank
+    if max_error is not None:
+        return rank_spec(given, max_error)
+    return None if given is None else RankSpec.parse(given)
 
 
 def _shapes(given: str | tuple[int, ...] | Sequence[str] | None) -> tuple[str | tuple[int, ...] | None, dict[str, Any]]:

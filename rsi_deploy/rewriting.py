@@ -20,20 +20,23 @@ from rsi_deploy.calibrate.streams import Fitted
 from rsi_deploy.datafile import DataFile
 from rsi_deploy.errors import UsageError
 from rsi_deploy.onnx_split import CPU, Progress, SplitModel, split_graph
-from rsi_deploy.plan.planner import Planner, RankSpec, SitePlanner
-from rsi_deploy.rsi import Method, Solver
+from rsi_deploy.plan.planner import MaxError, Planner, RankSpec, SitePlanner, rank_spec
+from rsi_deploy.rsi import Method, PowerIterations, Route, Solver
 
 
 def rewrite(
     source: str | Path,
     target: str | Path,
     *,
-    rank: str | int | RankSpec,
+    rank: str | int | RankSpec | None = None,
+    max_error: str | MaxError | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     method: Method = "rsi",
-    power_iterations: int = 4,
+    power_iterations: PowerIterations = 4,
     oversampling: int = 0,
+    route: Route = "auto",
+    mixed_precision: bool = True,
     seed: int = 0,
     always_split: bool = False,
     joint: bool = True,
@@ -47,11 +50,14 @@ def rewrite(
         source: an ONNX file; its external data must lie in its folder.
         target: the file to make.
         rank: a rank (`64`) or a ratio (`"40%"`).
+        max_error: instead of a rank, the smallest one with at most this error: "5%" or "1.1x" (see `MaxError`).
         include: globs on site names; empty means all.
         exclude: globs on site names that stay dense.
         method: "rsi", or a baseline: "rsvd", "svd".
-        power_iterations: the paper's q.
+        power_iterations: the paper's q; "auto" iterates until another pass would gain less than 1 %.
         oversampling: extra sketch columns.
+        route: of the kernel: "auto" (the cheapest by its cost model), "direct", "gram", "krylov" or "exact".
+        mixed_precision: iterations in bfloat16 where that is faster and does no harm.
         seed: of the sketches.
         always_split: split where nothing is saved, too; nothing is then split jointly.
         joint: let weights that multiply the same input share one right factor where that costs less (see
@@ -64,15 +70,24 @@ def rewrite(
         UsageError: no such file, a target that is there, or a request that cannot be meant.
         ModelError: a file that cannot be read, or NaN in a weight.
     """
+    if max_error is not None and always_split:
+        raise UsageError("--always-split goes with --rank alone; leave it out with --max-error")
     source, target = Path(source), Path(target)
     if not source.is_file():
         raise UsageError(f"no such file: {source}")
     if target.exists() and not force:
         raise UsageError(f"{target} exists; choose another name, or pass force (--force)")
     planner = Planner(
-        spec=RankSpec.parse(rank), include=tuple(include), exclude=tuple(exclude), always_split=always_split
+        spec=rank_spec(rank, max_error), include=tuple(include), exclude=tuple(exclude), always_split=always_split
     )
-    solver = Solver(method=method, power_iterations=power_iterations, oversampling=oversampling, seed=seed)
+    solver = Solver(
+        method=method,
+        power_iterations=power_iterations,
+        oversampling=oversampling,
+        seed=seed,
+        route=route,
+        mixed_precision=mixed_precision,
+    )
     model = onnx_file.read_onnx(source, assume_constant=assume_constant)
     gp.FoldBatchNormPass()(model)
     with whole_folder(target.with_name(f".{target.name}.files"), force=True) as folder:

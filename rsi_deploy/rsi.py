@@ -10,24 +10,69 @@ so the approximation is `W` projected on the span of `X`: no inverse, no SVD. `q
 Halko, Martinsson and Tropp (2011, algorithm 4.1); scikit-learn's `n_iter` and Halko's `q` are ours minus one.
 With oversampling `p`, the iteration runs on `k + p` columns and is truncated through the SVD of the small `Y^T`.
 
+The same subspace may be reached in other ways, and the products may be made in bfloat16 but for the last one: how is
+`rsi_deploy.kernel`, which route a cost model measured on the machine chooses (`kernel.cost`).
+
 Leading dimensions are a batch: a grouped Conv's weight is `(groups, out/groups, in/groups*kh*kw)`.
 """
 
 import hashlib
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rsi_deploy.kernel.batched import is_small
+from rsi_deploy.kernel.certified import Interval, certified_norm
+from rsi_deploy.kernel.checks import at, checked
+from rsi_deploy.kernel.factors import Factors, balanced, stored
+from rsi_deploy.kernel.products import working_dtype
+from rsi_deploy.kernel.solve import How, Solved, solve
+
+__all__ = [
+    "Factors",
+    "Interval",
+    "Method",
+    "PowerIterations",
+    "Residual",
+    "Route",
+    "Solution",
+    "Solver",
+    "balanced",
+    "certified_norm",
+    "exact_svd",
+    "normalized_error",
+    "residual_norm",
+    "rounding_level",
+    "rsi",
+    "rsvd",
+    "singular_values",
+    "stream_seed",
+]
+
 Method = Literal["rsi", "rsvd", "svd"]
+Route = Literal["auto", "direct", "gram", "krylov", "exact"]
+PowerIterations = int | Literal["auto"]
+log = logging.getLogger(__name__)
 
 
-class Factors(NamedTuple):
-    """`left (..., out, rank)` and `right (..., rank, in)`, in the dtype and on the device of the weight."""
+class Solution(NamedTuple):
+    """Factors, and how they came about.
 
-    left: Tensor
-    right: Tensor
+    Attributes:
+        factors: `left`, `right`.
+        route: that was taken: "direct", "gram", "krylov", "exact", or "svd" for that method.
+        power_iterations: that were done (of block Krylov, its blocks); 0 for exact factors.
+        note: what was done otherwise than asked, in words, or "".
+    """
+
+    factors: Factors
+    route: str
+    power_iterations: int
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,38 +81,96 @@ class Solver:
 
     Attributes:
         method: "rsi"; "rsvd" (one power iteration, the baseline); or "svd" (exact, the other baseline).
-        power_iterations: the paper's q, at least 1. Ignored by "rsvd" (always 1) and "svd".
+        power_iterations: the paper's q, at least 1, or "auto": until another pass would gain less than 1 %. Ignored by
+            "rsvd" (always 1) and "svd".
         oversampling: extra sketch columns, truncated away at the end. The paper uses none.
         seed: with the site's name it fixes the random sketch, so filters and order change nothing.
+        route: of "rsi": "auto" takes the cheapest by the cost model, else the one named. "rsvd" is always direct.
+        mixed_precision: of "rsi": bfloat16 in the iterations where it is measured to be faster and does no harm.
     """
 
     method: Method = "rsi"
-    power_iterations: int = 4
+    power_iterations: PowerIterations = 4
     oversampling: int = 0
     seed: int = 0
+    route: Route = "auto"
+    mixed_precision: bool = True
 
     def __call__(self, weight: Tensor, rank: int, *, site: str = "") -> Factors:
         """Factorize `weight (..., out, in)` at `rank`; see `rsi` and `exact_svd`."""
+        return self.solve(weight, rank, site=site).factors
+
+    def solve(self, weight: Tensor, rank: int, *, site: str = "") -> Solution:
+        """Factorize `weight (..., out, in)` at `rank`, and say how it was done.
+
+        A rank above `min(out, in)` gives the exact factors of that rank, with a note. Where a GPU's memory does not
+        hold the blocks, the CPU's does, with a note.
+        """
+        full = min(weight.shape[-2:], default=0) if weight.ndim > 1 else 0
+        note = f"rank {rank} is above full rank: exact factors of rank {full}" if rank > full > 0 else ""
+        try:
+            solution = self._solved(weight, rank, site)
+        except torch.OutOfMemoryError:
+            log.warning("%sthe GPU's memory does not hold the blocks: factorized on the CPU", at(site))
+            factors, route, q, _ = self._solved(weight.cpu(), rank, site)
+            moved = Factors(*(factor.to(weight.device) for factor in factors))
+            solution = Solution(moved, route, q, "on the CPU, for want of GPU memory")
+        return solution._replace(note="; ".join(filter(None, (note, solution.note))))
+
+    def _solved(self, weight: Tensor, rank: int, site: str) -> Solution:
         if self.method == "svd":
-            return exact_svd(weight, rank, site=site)
-        return rsi(
+            return Solution(exact_svd(weight, rank, site=site), "svd", 0)
+        baseline = self.method == "rsvd"
+        solved, dtype = _iterated(
             weight,
             rank,
-            power_iterations=1 if self.method == "rsvd" else self.power_iterations,
+            How(
+                route="direct" if baseline else self.route,
+                q=1 if baseline else self.power_iterations,
+                mixed=self.mixed_precision and not baseline,
+            ),
             oversampling=self.oversampling,
             seed=self.seed,
             site=site,
         )
+        return Solution(stored(solved.X, solved.Y.mT, dtype), solved.route, solved.q)
+
+    def many(self, weights: Sequence[Tensor], rank: int, *, sites: Sequence[str]) -> list[Factors]:
+        """Factorize equal weights `(out, in)` at once, each with its own site's sketch.
+
+        Small ones go through batched products; the bytes of each are those that it has alone. For other methods than
+        "rsi" and "rsvd", for large or unequal weights, and with automatic power iterations, it is one after another.
+        """
+        first = weights[0]
+        alike = all(w.shape == first.shape and w.dtype == first.dtype and w.device == first.device for w in weights)
+        if not alike or first.ndim != 2 or not is_small(first) or self.method == "svd":
+            return [self(weight, rank, site=site) for weight, site in zip(weights, sites, strict=True)]
+        baseline = self.method == "rsvd"
+        how = How(
+            route="direct" if baseline else self.route,
+            q=1 if baseline else self.power_iterations,
+            mixed=self.mixed_precision and not baseline,
+        )
+        parts = [checked(weight, rank, site) for weight, site in zip(weights, sites, strict=True)]
+        sketches = [
+            _sketch(part.weight, min(rank + self.oversampling, *first.shape), self.seed, site)
+            for part, site in zip(parts, sites, strict=True)
+        ]
+        stack = torch.stack([part.weight for part in parts])
+        solved = solve(stack, torch.stack(sketches), parts[0].rank, 1.0, how)
+        return [stored(X.clone(), Y.mT, first.dtype) for X, Y in zip(solved.X, solved.Y, strict=True)]
 
 
 def rsi(
     weight: Tensor,
     rank: int,
     *,
-    power_iterations: int = 4,
+    power_iterations: PowerIterations = 4,
     oversampling: int = 0,
     seed: int = 0,
     site: str = "",
+    route: Route = "direct",
+    mixed_precision: bool = False,
 ) -> Factors:
     """Low-rank factors of `weight (..., out, in)` by randomized subspace iteration.
 
@@ -77,14 +180,16 @@ def rsi(
 
     Args:
         weight: float32, float64, bfloat16 or float16, on the CPU or a CUDA device.
-        rank: between 1 and `min(out, in)`.
-        power_iterations: the paper's q, at least 1 (1 is RSVD).
+        rank: at least 1; above `min(out, in)` the exact factors of that rank come back.
+        power_iterations: the paper's q, at least 1 (1 is RSVD), or "auto".
         oversampling: extra sketch columns p; `rank + p` is cut at `min(out, in)`.
         seed: together with `site`, the random stream.
         site: the weight's name, for the random stream and for error messages.
+        route: "direct" is the algorithm above; "auto" cheapest of the equivalent ones; or "gram", "krylov", "exact".
+        mixed_precision: the iterations in bfloat16, where that is measured to be faster and does no harm.
 
     Raises:
-        ValueError: a rank, q or p out of range, a weight that is not a floating matrix, or NaN/Inf in it.
+        ValueError: a rank, q, p or route out of range, a weight that is not a real floating matrix, or NaN/Inf in it.
 
     Example:
         >>> weight = torch.randn(30, 5) @ torch.randn(5, 40)
@@ -94,25 +199,31 @@ def rsi(
         >>> torch.allclose(left @ right, weight, atol=1e-4)
         True
     """
-    W = _checked(weight, rank, site)
-    if power_iterations < 1:
-        raise ValueError(f"{_at(site)}power_iterations must be at least 1 (1 is RSVD), but got {power_iterations!r}")
-    if oversampling < 0:
-        raise ValueError(f"{_at(site)}oversampling must not be negative, but got {oversampling!r}")
-    *batch, out_features, in_features = W.shape
-    columns = min(rank + oversampling, out_features, in_features)
+    how = How(route=route, q=power_iterations, mixed=mixed_precision)
+    solved, dtype = _iterated(weight, rank, how, oversampling=oversampling, seed=seed, site=site)
+    return stored(solved.X, solved.Y.mT, dtype)
 
+
+def _iterated(
+    weight: Tensor, rank: int, how: How, *, oversampling: int, seed: int, site: str
+) -> tuple[Solved, torch.dtype]:
+    W, rank, scale = checked(weight, rank, site)
+    if how.q != "auto" and how.q < 1:
+        raise ValueError(f"{at(site)}power_iterations must be at least 1 (1 is RSVD), but got {how.q!r}")
+    if oversampling < 0:
+        raise ValueError(f"{at(site)}oversampling must not be negative, but got {oversampling!r}")
+    columns = min(rank + oversampling, *W.shape[-2:])
+    solved = solve(W, _sketch(W, columns, seed, site), rank, scale, how)
+    if not torch.isfinite(solved.Y.sum()) and not torch.isfinite(solved.Y).all():
+        raise ValueError(f"{at(site)}the factors do not fit into {working_dtype(W)}; pass weight.double()")
+    return solved, weight.dtype
+
+
+def _sketch(weight: Tensor, columns: int, seed: int, site: str) -> Tensor:
+    """The Gaussian sketch `(..., in, columns)` of a site, in the working precision; drawn on the CPU."""
     generator = torch.Generator().manual_seed(stream_seed(seed, site))
-    Y = torch.randn(*batch, in_features, columns, generator=generator, dtype=W.dtype).to(W.device)
-    for _ in range(power_iterations):
-        X = torch.linalg.qr(W @ _unit_(Y)).Q  # (..., out, columns)
-        del Y  # before the next one is made: at most one block of the input's width lives
-        Y = W.mT @ X  # (..., in, columns)
-    if columns > rank:
-        U, S, Vh = torch.linalg.svd(Y.mT, full_matrices=False)
-        X = X @ U[..., :rank]
-        Y = (S[..., :rank, None] * Vh[..., :rank, :]).mT
-    return _stored(X, Y.mT, weight.dtype)
+    shape = (*weight.shape[:-2], weight.shape[-1], columns)
+    return torch.randn(shape, generator=generator, dtype=working_dtype(weight)).to(weight.device)
 
 
 def rsvd(weight: Tensor, rank: int, *, oversampling: int = 0, seed: int = 0, site: str = "") -> Factors:
@@ -122,10 +233,10 @@ def rsvd(weight: Tensor, rank: int, *, oversampling: int = 0, seed: int = 0, sit
 
 def exact_svd(weight: Tensor, rank: int, *, site: str = "") -> Factors:
     """The optimal factors `left = U_k`, `right = S_k V_k^T` of `weight (..., out, in)` (Eckart-Young)."""
-    W = _checked(weight, rank, site)
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    W, rank, _ = checked(weight, rank, site)
+    U, S, Vh = torch.linalg.svd(W.to(working_dtype(W)), full_matrices=False)
     left = U[..., :rank].contiguous()  # a slice would keep all of U alive
-    return _stored(left, S[..., :rank, None] * Vh[..., :rank, :], weight.dtype)
+    return stored(left, S[..., :rank, None] * Vh[..., :rank, :], weight.dtype)
 
 
 def stream_seed(seed: int, site: str) -> int:
@@ -201,47 +312,5 @@ def residual_norm(weight: Tensor, factors: Factors, *, iterations: int = 8, colu
     return Residual(S[..., 0], (U @ A[..., :1]).squeeze(-1))
 
 
-def balanced(left: Tensor, right: Tensor) -> Factors:
-    """The same product with each rank-one term's scale shared evenly between its two vectors."""
-    row = right.norm(dim=-1)
-    column = left.norm(dim=-2)
-    scale = torch.where((row > 0) & (column > 0), (row / column.clamp_min(1e-30)).sqrt(), torch.ones_like(row))
-    return Factors(left * scale[..., None, :], right / scale[..., :, None])
-
-
-def _unit_(Y: Tensor) -> Tensor:
-    """`Y` with a largest entry of 1: only its span matters, and iterating squares the scale past what floats hold."""
-    low, high = Y.amin(dim=(-2, -1), keepdim=True), Y.amax(dim=(-2, -1), keepdim=True)
-    return Y.div_(torch.maximum(high, -low).clamp_min(torch.finfo(Y.dtype).tiny))
-
-
-def _stored(left: Tensor, right: Tensor, dtype: torch.dtype) -> Factors:
-    if dtype.itemsize < 4:
-        left, right = balanced(left, right)
-    return Factors(left.to(dtype), right.to(dtype))
-
-
 def _computed(weight: Tensor) -> Tensor:
     return weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-
-
-def _checked(weight: Tensor, rank: int, site: str) -> Tensor:
-    if not weight.is_floating_point() or weight.ndim < 2:
-        raise ValueError(
-            f"{_at(site)}a weight must be floating, (..., out, in), but got {weight.dtype} {tuple(weight.shape)}"
-        )
-    full = min(weight.shape[-2:])
-    if not 1 <= rank <= full:
-        raise ValueError(f"{_at(site)}rank must be between 1 and min(out, in) = {full}, but got {rank!r}")
-    W = _computed(weight)
-    # A sum is finite only if every term is, and costs no mask of the weight's size; it may overflow, so then look.
-    if not torch.isfinite(W.sum()) and not torch.isfinite(W).all():
-        bad = int((~torch.isfinite(W)).sum())
-        raise ValueError(
-            f"{_at(site)}the weight holds {bad} NaN or infinite values of {W.numel()}; repair it or exclude it"
-        )
-    return W
-
-
-def _at(site: str) -> str:
-    return f"site {site!r}: " if site else ""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from rsi_deploy.errors import ModelError
+from rsi_deploy.kernel.certified import FAILURE
 from rsi_deploy.plan.planner import break_even_rank
-from rsi_deploy.rsi import Factors, Solver, residual_norm, rounding_level, singular_values
+from rsi_deploy.rsi import Factors, Solver, certified_norm, rounding_level, singular_values
 from rsi_deploy.spectra import Spectrum, thinned
 
 # Up to this full rank the optimum s_{rank+1} comes from an exact spectrum (some ms); above it from a bound.
@@ -31,7 +32,10 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
         reason: why, in words.
         params_dense, params_compressed: numbers in the weight, before and after.
         frobenius_error: `||W - left right||_F / ||W||_F`.
-        spectral_error: `||W - left right||_2 / ||W||_2`, estimated by power iteration (from below).
+        spectral_error: `||W - left right||_2 / ||W||_2`, both from below.
+        residual_interval: lower and upper end of `||W - left right||_2` itself, of the group where it is largest. The
+            lower end is certain, the upper but for `residual_failure`.
+        residual_failure: the probability that a norm lies above its upper end.
         normalized_error: `||W - left right||_2 / s_{rank+1}`, 1.0 is optimal.
         normalized_error_kind: "exact" spectrum or an "upper bound" for s_{rank+1} bounded from below. All four are
             None for factors that were fitted to data: those are not meant to be near the weight.
@@ -39,6 +43,9 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
         response_error: `E|y - y~|^2 / E|y|^2` on calibration data, centred, for factors fitted to them. Rows of a
             product (tokens) count in it, as in the fit, by what their errors do to the outputs.
         seconds: time of the factorization alone.
+        route: that the kernel took: "direct", "gram", "krylov", "exact"; "svd" for that method; None where factors
+            were fitted to data. It can be forced by --route.
+        power_iterations: that were done; 0 for exact factors.
         macs_dense, macs_compressed: multiply-accumulates per sample, where the model was traced.
         nodes: the operations (ONNX node names or module paths) that use the weight.
         joint: for a joint split, the names of all the sites that share `right`, in graph order; else empty. The first
@@ -61,11 +68,15 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
     params_compressed: int
     frobenius_error: float | None = None
     spectral_error: float | None = None
+    residual_interval: tuple[float, float] | None = None
+    residual_failure: float | None = None
     normalized_error: float | None = None
     normalized_error_kind: Literal["exact", "upper bound"] | None = None
     form: str | None = None
     response_error: float | None = None
     seconds: float | None = None
+    route: str | None = None
+    power_iterations: int | None = None
     macs_dense: int | None = None
     macs_compressed: int | None = None
     nodes: tuple[str, ...] = ()
@@ -120,14 +131,15 @@ def factorize_site(
     """
     started = time.perf_counter()
     try:
-        factors = solver(weight, rank, site=name)
+        factors, route, iterations, note = solver.solve(weight, rank, site=name)
     except ValueError as error:
         raise ModelError(f"{error} (type --exclude {name!r} to leave it dense)") from error
     seconds = time.perf_counter() - started
     # 16-bit factors are stored balanced and rounded: `left` is not orthonormal, `right` is not left^T W.
     projected = weight.dtype.itemsize >= 4
+    reason = f"{reason}; {note}" if note else reason
     record = split_record(name, kind, weight, factors, reason=reason, seconds=seconds, projected=projected, nodes=nodes)
-    return factors, record
+    return factors, record.model_copy(update={"route": route, "power_iterations": iterations})
 
 
 def split_record(
@@ -211,7 +223,7 @@ def _errors(weight: Tensor, factors: Factors, projected: bool) -> dict[str, Any]
     """The record's errors, the worst group's where they are not of all, and the spectrum that they took."""
     rank = factors.left.shape[-1]
     full = min(weight.shape[-2:])
-    residual = residual_norm(weight, factors)
+    residual = certified_norm(weight, factors)
     frobenius = _frobenius_error(weight, factors, projected)
     if full <= EXACT_SPECTRUM_LIMIT:
         s = singular_values(weight)
@@ -220,12 +232,14 @@ def _errors(weight: Tensor, factors: Factors, projected: bool) -> dict[str, Any]
     else:
         top, s = _bounded_spectrum(weight, factors, residual.u, projected)
         optimum = s[..., -1]
-    norm = residual.norm.to(top.dtype)
+    norm = residual.upper if full > EXACT_SPECTRUM_LIMIT else residual.lower
     # No optimum is below the rounding level (full rank, or a weight of lower rank than asked).
     ratio = norm / torch.maximum(optimum, top * rounding_level(weight.dtype)).clamp_min(1e-300)
     return {
         "frobenius_error": frobenius,
-        "spectral_error": float((norm / top.clamp_min(1e-300)).max()),
+        "spectral_error": float((residual.lower / top.clamp_min(1e-300)).max()),
+        "residual_interval": (float(residual.lower.max()), float(residual.upper.max())),
+        "residual_failure": FAILURE,
         "normalized_error": max(float(ratio.max()), 1.0),
         "normalized_error_kind": "exact" if full <= EXACT_SPECTRUM_LIMIT else "upper bound",
         "spectrum": thinned(s, full, rank),
@@ -253,7 +267,7 @@ def _bounded_spectrum(weight: Tensor, factors: Factors, u: Tensor, projected: bo
     s = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
     # Factors may miss the leading direction (RSVD does), so s_1 is looked for in the weight itself too.
     nothing = Factors(factors.left[..., :0], factors.right[..., :0, :])
-    return torch.maximum(s[..., 0], residual_norm(weight, nothing).norm.to(s.dtype)), s
+    return torch.maximum(s[..., 0], certified_norm(weight, nothing).lower), s
 
 
 def _frobenius_error(weight: Tensor, factors: Factors, projected: bool, *, rows: int = 256) -> float:

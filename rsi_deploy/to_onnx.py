@@ -75,6 +75,7 @@ def clean_(model: ir.Model) -> None:
     from onnxscript import optimizer
 
     names = _weight_names_after_folding(model)
+    FoldBatchNormPass()(model)  # before the optimizer, which would fold in float32
     optimizer.optimize_ir(model, should_fold=_unless_tied)
     _restore_names_(model, names)
     FoldBatchNormPass()(model)

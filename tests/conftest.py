@@ -11,6 +11,14 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """The machine's rates are measured once a session, and nothing of it stays behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def pytest_collection_modifyitems(config, items):
     """Slow tests run only where they are asked for: `-m slow`."""
     if "slow" in config.getoption("markexpr"):

@@ -355,10 +355,21 @@ def test_residual_norm_of_tiny_matrices_is_exact():
 
 
 @pytest.mark.parametrize("method", ["rsi", "rsvd", "svd"])
-@pytest.mark.parametrize("rank", [0, -1, 13, 10**9])
+@pytest.mark.parametrize("rank", [0, -1])
 def test_ranks_out_of_range(method, rank):
     with pytest.raises(ValueError, match=rf"site 'conv\.1': rank must be between 1 and .* = 12, but got {rank}"):
         Solver(method=method)(normal(12, 20), rank, site="conv.1")
+
+
+@pytest.mark.parametrize("method", ["rsi", "rsvd", "svd"])
+@pytest.mark.parametrize("rank", [13, 10**9])
+def test_a_rank_above_full_gives_the_exact_factors_and_says_so(method, rank):
+    weight = normal(12, 20, dtype=torch.float64)
+    solution = Solver(method=method).solve(weight, rank, site="conv.1")
+    assert solution.factors.left.shape == (12, 12)
+    assert distance(weight, solution.factors) < 1e-12
+    assert solution.note == f"rank {rank} is above full rank: exact factors of rank 12"
+    assert Solver(method=method).solve(weight, 12).note == ""
 
 
 @pytest.mark.parametrize("method", ["rsi", "svd"])
@@ -377,13 +388,20 @@ def test_a_finite_weight_whose_sum_overflows_is_not_refused():
 
 
 @pytest.mark.parametrize(
-    "weight",
-    [torch.zeros(4, 4, dtype=torch.int64), torch.zeros(4, 4, dtype=torch.complex64), torch.zeros(4)],
-    ids=["integer", "complex", "vector"],
+    ("weight", "message"),
+    [
+        (torch.zeros(4, 4, dtype=torch.int64), r"real and floating, but got torch.int64 \(4, 4\); pass weight.float"),
+        (torch.zeros(4, 4, dtype=torch.complex64), "real and floating, but got torch.complex64 .*; split it into real"),
+        (torch.zeros(4), r"a matrix \(..., out, in\), but got torch.float32 \(4,\)"),
+        (torch.zeros(4, 0), r"no empty dimension, but got torch.float32 \(4, 0\); exclude it"),
+        (torch.zeros(0, 3, 4), r"no empty dimension, but got torch.float32 \(0, 3, 4\)"),
+    ],
+    ids=["integer", "complex", "vector", "empty", "empty batch"],
 )
-def test_weights_that_are_no_floating_matrix(weight):
-    with pytest.raises(ValueError, match=r"site 'fc': a weight must be floating, \(..., out, in\), but got"):
-        rsi(weight, 1, site="fc")
+@pytest.mark.parametrize("method", ["rsi", "rsvd", "svd"])
+def test_weights_that_cannot_be_factorized(method, weight, message):
+    with pytest.raises(ValueError, match=f"site 'fc': a weight must (be|have) {message}"):
+        Solver(method=method).solve(weight, 1, site="fc")
 
 
 def test_settings_out_of_range():

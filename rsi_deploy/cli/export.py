@@ -10,6 +10,7 @@ import click
 from rsi_deploy.cli.options import (
     DATA_HELP,
     filter_options,
+    kernel_options,
     preprocessing,
     preprocessing_options,
     ranks_options,
@@ -27,10 +28,7 @@ from rsi_deploy.cli.terminal import console, progress_bar
 @click.option("--feeds", type=click.Path(), help=".npz, one array per input: verify and measure with these.")
 @preprocessing_options
 @click.option("--method", type=click.Choice(["rsi", "rsvd", "svd"]), default="rsi", show_default=True)
-@click.option(
-    "--power-iterations", "-q", default=4, show_default=True, type=click.IntRange(min=1), help="The paper's q."
-)
-@click.option("--oversampling", default=0, show_default=True, type=click.IntRange(min=0), help="Extra sketch columns.")
+@kernel_options
 @filter_options
 @click.option(
     "--always-split", is_flag=True, help="Split also where nothing is saved, and nothing jointly (teaching, tests)."
@@ -51,6 +49,7 @@ def export(
     output: Path,
     no_bench: bool,
     no_joint: bool,
+    no_mixed_precision: bool,
     as_json: bool,
     mean: str | None,
     std: str | None,
@@ -61,8 +60,9 @@ def export(
 ) -> None:
     """Compress MODEL and write a bundle: model.onnx, report.json, plan.json, README.md.
 
-    How small: --rank, the same everywhere; or, with unlabelled data (--calib), a budget for the whole model
-    (--keep-params, --keep-macs, --max-size), or the smallest that keeps the accuracy (--max-drop); or a --plan.
+    How small: --rank, the same everywhere; --max-error, as small as each weight allows; or, with unlabelled data
+    (--calib), a budget for the whole model (--keep-params, --keep-macs, --max-size), or the smallest that keeps the
+    accuracy (--max-drop); or a --plan.
 
     MODEL is torchvision:NAME, package.module:factory (its code runs: name only code you trust), FILE.pt2 or FILE.onnx.
     The paper's own rounding of a ratio is not known to us; here it is ceil(ratio * min(out, in)).
@@ -77,6 +77,7 @@ def export(
             preprocessing=preprocessing(mean, std, resize, crop, layout),
             measure=not no_bench,
             joint=not no_joint,
+            mixed_precision=not no_mixed_precision,
             progress=progress,
             command=shlex.join(["rsi-deploy", *sys.argv[1:]]),
             **options,

@@ -87,9 +87,57 @@ def ranks_options(function: F) -> F:
         click.option("--keep-macs", metavar="0.5|50%", help="Budget: share of the whole model's MACs."),
         click.option("--keep-params", metavar="0.5|50%", help="Budget: share of the whole model's parameters."),
         click.option(
+            "--max-error",
+            metavar="5%|1.1x",
+            help="Smallest rank of each weight with at most this error: of its norm, or times the best of that rank.",
+        ),
+        click.option(
             "--rank",
             help="A rank (64), or a ratio of full rank (40%: ceil(0.4 * min(out, in))). "
             "Instead of it: a budget, --max-drop or --plan.",
+        ),
+    ):
+        function = decorator(function)
+    return function
+
+
+class PowerIterationsType(click.ParamType["int | str"]):
+    """A count of power iterations, or "auto"."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The count, at least 1, or "auto"."""
+        if value == "auto" or isinstance(value, int):
+            return value
+        if not str(value).isdigit() or int(value) < 1:
+            self.fail(f"expected a count of at least 1, or auto, but got {value!r}", param, ctx)
+        return int(value)
+
+
+def kernel_options(function: F) -> F:
+    """How the factors of a weight are computed."""
+    for decorator in (
+        click.option(
+            "--no-mixed-precision", is_flag=True, help="No bfloat16 in the iterations, even where it is fast."
+        ),
+        click.option(
+            "--route",
+            type=click.Choice(["auto", "direct", "gram", "krylov", "exact"]),
+            default="auto",
+            show_default=True,
+            help="Of the kernel; auto: the cheapest by a model measured on this machine. The report names it.",
+        ),
+        click.option(
+            "--oversampling", default=0, show_default=True, type=click.IntRange(min=0), help="Extra sketch columns."
+        ),
+        click.option(
+            "--power-iterations",
+            "-q",
+            default=4,
+            show_default=True,
+            type=PowerIterationsType(),
+            help="The paper's q; auto: until another pass would gain less than 1 %.",
         ),
     ):
         function = decorator(function)

@@ -7,7 +7,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from rsi_deploy.errors import UsageError
@@ -64,6 +64,59 @@ class RankSpec:
 
     def __str__(self) -> str:
         return str(self.rank) if self.rank is not None else f"{100 * (self.ratio or 0):g}%"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxError:
+    """A user's `--max-error`: the rank of every site is the smallest whose error is at most `value`.
+
+    Attributes:
+        value: of the relative spectral error `||W - left right||_2 / ||W||_2`, or of the normalized error.
+        normalized: whether it is the latter, `||W - left right||_2 / s_{rank+1}(W)`.
+    """
+
+    value: float
+    normalized: bool
+
+    @classmethod
+    def parse(cls, text: "str | MaxError") -> "MaxError":
+        """Read `5%` (of the weight's norm) or `1.1x` (times the best of that rank); refuse everything else.
+
+        Raises:
+            UsageError: a bare number, nothing above 0 %, nothing above 1x.
+
+        Example:
+            >>> MaxError.parse("5%"), MaxError.parse("1.1x")
+            (MaxError(value=0.05, normalized=False), MaxError(value=1.1, normalized=True))
+        """
+        if isinstance(text, MaxError):
+            return text
+        number = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([%x])", str(text).strip())
+        if number is None:
+            raise UsageError(
+                f"--max-error takes a share of the weight's norm such as 5%, or a multiple of the best error of that "
+                f"rank such as 1.1x, but got {text!r}"
+            )
+        value, normalized = float(number[1]), number[2] == "x"
+        if not (value > 1 if normalized else 0 < value < 100):
+            raise UsageError(
+                f"--max-error must lie {'above 1x' if normalized else 'between 0% and 100%'}, got {text!r}"
+            )
+        return cls(value=value if normalized else value / 100, normalized=normalized)
+
+    def __str__(self) -> str:
+        return f"{self.value:g}x" if self.normalized else f"{100 * self.value:g}%"
+
+
+def rank_spec(rank: "str | int | RankSpec | None", max_error: str | MaxError | None) -> RankSpec | MaxError:
+    """What decides the ranks where it is one of the two.
+
+    Raises:
+        UsageError: both, none, or one that cannot be read.
+    """
+    if (rank is None) == (max_error is None):
+        raise UsageError("give exactly one of --rank and --max-error; type for example --rank 25%")
+    return RankSpec.parse(rank) if rank is not None else MaxError.parse(max_error or "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +204,18 @@ class FixedPlanner:
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """Uniform ranks: the same `RankSpec` at every site that the filters let through.
+    """Uniform ranks: the same `RankSpec` at every site that the filters let through; or the same `MaxError`.
 
     Attributes:
-        spec: the rank or ratio asked for.
+        spec: the rank, ratio or error asked for.
+        ranks: for an error: what was found, by site name (`plan.error_rank`); None where no rank that saves meets it.
         include: globs on site names; empty lets every site through.
         exclude: globs on site names; wins over `include`.
         always_split: split even where nothing is saved (full-rank checks, teaching, tests).
     """
 
-    spec: RankSpec
+    spec: RankSpec | MaxError
+    ranks: Mapping[str, int | None] = field(default_factory=dict)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     always_split: bool = False
@@ -174,6 +229,10 @@ class Planner:
         """Decide one site of matrix shape `(out, in)` (per group, for a grouped Conv)."""
         if refusal := self.filters.refusal(name):
             return Decision(rank=None, reason=refusal)
+        if isinstance(self.spec, MaxError):
+            if (found := self.ranks.get(name)) is None:
+                return Decision(rank=None, reason=f"no rank that saves anything meets --max-error {self.spec}")
+            return Decision(rank=found, reason=f"split: the smallest rank that meets --max-error {self.spec}")
         full = min(out_features, in_features)
         rank = self.spec.resolve(out_features, in_features)
         if self.always_split:
@@ -195,7 +254,7 @@ class Planner:
         sites = list(sites)
         self.filters.check([name for name, _, _ in sites])
         full = max((min(out, in_) for _, out, in_ in sites), default=0)
-        if sites and self.spec.rank is not None and self.spec.rank > full:
+        if sites and isinstance(self.spec, RankSpec) and self.spec.rank is not None and self.spec.rank > full:
             raise UsageError(
                 f"--rank {self.spec.rank} is above the full rank of every site (the largest is {full}); "
                 f"type a smaller rank or a ratio such as 25%"

@@ -11,7 +11,7 @@ from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.plan.budget import Budget
 from rsi_deploy.plan.plan_file import Plan
-from rsi_deploy.plan.planner import Filters, Planner, RankSpec
+from rsi_deploy.plan.planner import Filters, MaxError, Planner, RankSpec
 from rsi_deploy.report.schema import Settings
 from rsi_deploy.rsi import Solver
 
@@ -20,10 +20,10 @@ Unlabelled = str | Path | Dataset | Mapping[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What decides the ranks (exactly one of four), and the data that factors are fitted to.
+    """What decides the ranks (exactly one of five), and the data that factors are fitted to.
 
     Attributes:
-        rank: the same at every site.
+        rank: the same at every site; or the same error, at the smallest rank that meets it.
         budget: of the whole model.
         max_drop: percentage points of top-1 that may be lost on evaluation data.
         plan: forms and ranks site by site, read from `plan_name`.
@@ -39,7 +39,7 @@ class Request:
         UsageError: says what to type.
     """
 
-    rank: RankSpec | None = None
+    rank: RankSpec | MaxError | None = None
     budget: Budget | None = None
     max_drop: float | None = None
     plan: Plan | None = None
@@ -55,8 +55,8 @@ class Request:
         given = self._given
         if len(given) != 1:
             raise UsageError(
-                f"give exactly one of --rank, --keep-params, --keep-macs, --max-size, --max-drop and --plan, "
-                f"but got {' and '.join(given) or 'none'}; type for example --rank 25%"
+                f"give exactly one of --rank, --keep-params, --keep-macs, --max-size, --max-drop, --max-error and "
+                f"--plan, but got {' and '.join(given) or 'none'}; type for example --rank 25%"
             )
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop takes percentage points, 0 to 100, but got {self.max_drop:g}")
@@ -67,6 +67,8 @@ class Request:
                 raise UsageError(f"{option} must be at least 1, but got {value}")
             if value > 1 and not self.is_searched:
                 raise UsageError(f"{option} holds ranks that a budget chooses, but got {given[0]}; leave {option} out")
+        if isinstance(self.rank, MaxError) and self.calib is not None:
+            raise UsageError("--max-error judges factors of the weights alone: leave --calib out")
         if self.factors not in ("response", "weights"):
             raise UsageError(f"--factors must be response or weights, but got {self.factors!r}")
         if self.calib_size < 1:
@@ -87,6 +89,8 @@ class Request:
         """What decides the ranks, in the words of the command line; "" for a rank."""
         if self.max_drop is not None:
             return f"--max-drop {self.max_drop:g}"
+        if isinstance(self.rank, MaxError):
+            return f"--max-error {self.rank}"
         return f"--plan {self.plan_name}" if self.plan is not None else str(self.budget or "")
 
     def check_against(self, *, data: object, always_split: bool) -> None:
@@ -97,7 +101,7 @@ class Request:
         """
         if self.max_drop is not None and data is None:
             raise UsageError("--max-drop is measured on labelled data: add --data DATA")
-        if always_split and self.rank is None:
+        if always_split and not isinstance(self.rank, RankSpec):
             raise UsageError(f"--always-split goes with --rank alone, but got {self._given[0]}; leave it out")
 
     def planner(self, filters: Filters, *, always_split: bool) -> Planner | None:
@@ -111,7 +115,7 @@ class Request:
     ) -> Settings:
         """What shapes model.onnx, for the report and the model's metadata."""
         return Settings(
-            rank="" if self.rank is None else str(self.rank),
+            rank=str(self.rank) if isinstance(self.rank, RankSpec) else "",
             budget=self.decided_by,
             factors="response" if self.is_fitted else "weights",
             calib_size=0 if self.calib is None else self.calib_size,
@@ -120,6 +124,8 @@ class Request:
             method=solver.method,
             power_iterations=1 if solver.method == "rsvd" else solver.power_iterations,
             oversampling=solver.oversampling,
+            route=solver.route,
+            mixed_precision=solver.mixed_precision,
             seed=solver.seed,
             include=filters.include,
             exclude=filters.exclude,
@@ -133,7 +139,7 @@ class Request:
         """The options that decide the ranks, as they were typed."""
         budget = "" if self.budget is None else str(self.budget).split()[0]
         given = {
-            "--rank": self.rank,
+            "--max-error" if isinstance(self.rank, MaxError) else "--rank": self.rank,
             budget: self.budget,
             "--plan": self.plan,
             "--max-drop": self.max_drop,

@@ -36,18 +36,20 @@ class Settings(_Record):
         calib_size: most calibration samples; 0 where there were none.
         min_rank, rank_multiple: what planned ranks were held to.
         method: "rsi", "rsvd" or "svd".
-        power_iterations: the paper's q.
+        power_iterations: the paper's q, or "auto".
         oversampling: extra sketch columns.
         seed: of sketches and probe inputs.
         include, exclude: globs on site names.
         always_split: split where nothing is saved, too.
         joint: weights that multiply the same input may share one right factor; never with `always_split`.
         opset: of the ONNX model.
+        route: of the kernel: "auto" or the one that was forced; each site names the one it took.
+        mixed_precision: whether the kernel might iterate in bfloat16.
     """
 
     rank: str
     method: str
-    power_iterations: int
+    power_iterations: int | Literal["auto"]
     oversampling: int
     seed: int
     include: tuple[str, ...]
@@ -60,6 +62,8 @@ class Settings(_Record):
     min_rank: int = 1
     rank_multiple: int = 1
     opset: int
+    route: str = "direct"
+    mixed_precision: bool = False
 
 
 class CalibrationRecord(_Record):

@@ -1,0 +1,377 @@
+"""How near does the RSI kernel come to the speed of the products it is made of, and what do others take for the same?
+
+The floor is the direct route's products alone, `4 q out in rank` flops, at the rate at which `W @ Y` and `W^T @ X` run
+in float32 in the same rounds. Arms are interleaved in shuffled order; a ratio is that of the least times of all rounds,
+beside it the median of the ratios within a round. Spectra, over the place `i` in `n = min(out, in)`: slow `i^-0.4`,
+medium `i^-1`, fast `0.9^(80 (i-1) / n)`; and real weights where `--weights FILE.npz` gives them. Peers are given more
+iterations until their error is no larger than the kernel's, and the time of the cheapest such setting counts.
+
+Goals (`--check` exits 4 when one is missed):
+  1. q = 4 in at most 0.6 of the floor where min(out, in) is at least 2048 and at most 1.1 elsewhere, on a CPU with
+     fast bfloat16; at most 1.15 without;
+  2. normalized error with bfloat16 at most 1.01 times that without, same seed and q, on every row;
+  3. at normalized error at most 1.05, 15 times faster than torch.linalg.svd for ranks up to a tenth (--exact);
+  4. faster than every peer on every row, at equal or smaller error;
+  5. the certified interval holds the norm and is at most 5 % wide on every row;
+  6. extra memory at most two blocks of `(out + in) x rank` in float32;
+  7. all linear layers of VGG19 and ViT-B/32 at 25 % in at most 1.3 times the kernel's own time in them (--models).
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from bench import common
+from bench.common import Goal
+from rsi_deploy.kernel import cost
+from rsi_deploy.measure.machine import peak_memory
+from rsi_deploy.rsi import Factors, Solver, certified_norm, singular_values
+
+Q = 4
+SHAPES = ((768, 768), (3072, 768), (512, 4608), (4096, 4096), (11008, 4096), (4096, 25088))
+RATIOS = (0.05, 0.1, 0.25, 0.5)
+SPECTRA = ("slow", "medium", "fast")
+PEERED = (0.05, 0.1)
+LARGE, LARGE_LIMIT, SMALL_LIMIT, PLAIN_LIMIT = 2048, 0.6, 1.1, 1.15
+ERROR_LIMIT, WIDTH_LIMIT, SVD_SPEEDUP, NEAR, MODEL_LIMIT = 1.01, 0.05, 15.0, 1.05, 1.3
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = common.parser(__doc__ or "", "bench.kernel")
+    options.add_argument("--shapes", default="", help="such as 768x768,4096x4096 [default: all six]")
+    options.add_argument("--ratios", default="", help="ranks over min(out, in), such as 0.05,0.1 [default: four]")
+    options.add_argument("--spectra", default="", help="of slow,medium,fast [default: all]")
+    options.add_argument("--weights", type=Path, help="an .npz of matrices (out, in) to measure too")
+    options.add_argument("--rounds", type=int, default=5, help="of interleaved arms [default: 5]")
+    options.add_argument("--no-peers", action="store_true", help="leave the peers out")
+    options.add_argument("--exact", action="store_true", help="goal 3: minutes of torch.linalg.svd")
+    options.add_argument("--models", action="store_true", help="goal 7")
+    options.add_argument("--child", help=argparse.SUPPRESS)
+    given = options.parse_args(arguments)
+    if given.child:
+        print(json.dumps(_memory(json.loads(given.child))))
+        return 0
+    common.check_writable(given.json, given.markdown)
+    quick = given.quick
+    shapes = (
+        [_shape(text) for text in given.shapes.split(",")] if given.shapes else list(SHAPES[:3] if quick else SHAPES)
+    )
+    ratios = (
+        [float(text) for text in given.ratios.split(",")] if given.ratios else list(RATIOS[:2] if quick else RATIOS)
+    )
+    spectra = given.spectra.split(",") if given.spectra else list(SPECTRA[:1] if quick else SPECTRA)
+    if quick:
+        common.progress("quick: the three small shapes, two ranks, the slow spectrum, without peers")
+    rows: list[Row] = []
+    for name, weight, values in _weights(shapes, spectra, given.weights):
+        for ratio in ratios:
+            row = measured(name, weight, values, ratio, rounds=given.rounds)
+            if not (given.no_peers or quick) and ratio in PEERED:
+                row["peers"] = peers(weight, row, rounds=2)
+            if given.exact and ratio in PEERED and name.endswith("slow") and min(weight.shape) >= LARGE:
+                row["near"] = near_optimal(weight, row["rank"], values)
+            row["memory"] = _child({"shape": list(weight.shape), "rank": row["rank"]})
+            rows.append(row)
+            common.progress(
+                f"{row['matrix']} rank {row['rank']}: {row['ratio']:.2f} of the floor ({row['route']}, "
+                f"float32 {row['ratio_float32']:.2f}), error {row['error_ratio']:.4f} of float32's"
+            )
+    models = [whole_model(which) for which in ("vgg19", "vit_b_32")] if given.models else []
+    common.console().print(table(rows))
+    settings = {"q": Q, "rounds": given.rounds, "threads": torch.get_num_threads(), "load": list(_load())}
+    results = {"rates": vars(cost.rates(torch.device("cpu"))), "rows": rows, "models": models}
+    common.write(given.json, common.document("bench.kernel", arguments, settings, **results))
+    common.write(given.markdown, common.markdown_table(COLUMNS, [_cells(row) for row in rows]))
+    return common.judge(goals(rows, models), given.check)
+
+
+def with_spectrum(values: Tensor, out_features: int, in_features: int, seed: int) -> Tensor:
+    """A float32 weight `(out, in)` with these singular values: random orthogonal vectors on either side."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(values)
+    sides = (torch.linalg.qr(torch.randn(side, n, generator=generator)).Q for side in (out_features, in_features))
+    left, right = sides
+    return ((left * values.float()) @ right.mT).contiguous()
+
+
+def spectrum(name: str, n: int) -> Tensor:
+    """Singular values `(n,)`, float64."""
+    place = torch.arange(1, n + 1, dtype=torch.float64)
+    values: dict[str, Tensor] = {"slow": place**-0.4, "medium": place**-1.0, "fast": 0.9 ** (80 * (place - 1) / n)}
+    return values[name]
+
+
+def _weights(shapes: list[tuple[int, int]], spectra: list[str], file: Path | None) -> Any:
+    for (out_features, in_features), name in itertools.product(shapes, spectra):
+        values = spectrum(name, min(out_features, in_features))
+        yield f"{out_features}x{in_features} {name}", with_spectrum(values, out_features, in_features, 0), values
+    if file is not None:
+        with np.load(file) as arrays:
+            for name in arrays.files:
+                weight = torch.from_numpy(arrays[name]).float().contiguous()
+                yield f"{weight.shape[0]}x{weight.shape[1]} {name}", weight, singular_values(weight)
+
+
+def measured(name: str, weight: Tensor, values: Tensor, ratio: float, *, rounds: int) -> Row:
+    """The kernel with and without bfloat16 against the floor, and the errors of both."""
+    out_features, in_features = weight.shape
+    rank = math.ceil(ratio * min(weight.shape))
+    Y, X = torch.randn(in_features, rank), torch.randn(out_features, rank)
+    solvers = {"kernel": Solver(), "float32": Solver(mixed_precision=False, route="direct")}
+    found: dict[str, Any] = {}
+
+    def solve(arm: str) -> None:
+        found[arm] = solvers[arm].solve(weight, rank, site=name)
+
+    arms: dict[str, Callable[[], Any]] = {"floor": lambda: (weight @ Y, weight.mT @ X)}
+    arms |= {arm: functools.partial(solve, arm) for arm in solvers}
+    times = interleaved(arms, rounds)
+    floor = [Q * seconds for seconds in times["floor"]]
+    errors = {arm: error(weight, solution.factors, values, rank) for arm, solution in found.items()}
+    low, high = errors["kernel"][:2]
+    return {
+        "matrix": name,
+        "shape": [out_features, in_features],
+        "rank": rank,
+        "rank_ratio": ratio,
+        "route": found["kernel"].route,
+        "route_float32": found["float32"].route,
+        "floor_seconds": min(floor),
+        "seconds": min(times["kernel"]),
+        "ratio": min(times["kernel"]) / min(floor),
+        "ratio_float32": min(times["float32"]) / min(floor),
+        "median_ratio": statistics.median(a / b for a, b in zip(times["kernel"], floor, strict=True)),
+        "normalized_error": errors["kernel"][2],
+        "error_ratio": errors["kernel"][2] / errors["float32"][2],
+        "interval": [low, high],
+        "holds": errors["kernel"][3],
+        "times": times,
+    }
+
+
+def error(weight: Tensor, factors: Factors, values: Tensor, rank: int) -> tuple[float, float, float, bool]:
+    """The certified interval of the residual's norm, the normalized error, and whether the interval holds the norm.
+
+    The norm itself is exact up to 1024 on the smaller side; above, it is what 60 steps of Lanczos find from below.
+    """
+    interval = certified_norm(weight, factors)
+    low, high = float(interval.lower), float(interval.upper)
+    residual = weight - factors.left @ factors.right
+    if min(weight.shape) <= 1024:
+        gram = residual.double() @ residual.double().mT if len(weight) <= weight.shape[1] else None
+        gram = residual.double().mT @ residual.double() if gram is None else gram
+        truth = float(torch.linalg.eigvalsh(gram)[-1]) ** 0.5
+    else:
+        nothing = Factors(factors.left[:, :0] * 0, factors.right[:0])
+        truth = float(certified_norm(residual, nothing, failure=1e-12, width=0.004, seed=1).lower)
+    optimum = float(values[rank]) if rank < len(values) else 0.0
+    return low, high, truth / optimum if optimum else 1.0, low <= truth * (1 + 1e-6) and truth <= high
+
+
+def interleaved(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every arm in every round, in shuffled order, after one round to warm up."""
+    order, shuffled = list(arms), random.Random(0)
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    for index in range(rounds + 1):
+        shuffled.shuffle(order)
+        for arm in order:
+            started = time.perf_counter()
+            arms[arm]()
+            if index:
+                times[arm].append(time.perf_counter() - started)
+    return times
+
+
+def peers(weight: Tensor, row: Row, *, rounds: int) -> Row:
+    """Each peer's least time at an error no larger than the kernel's, over the kernel's own in the same rounds."""
+    from scipy.sparse.linalg import svds
+    from sklearn.utils.extmath import randomized_svd
+
+    rank, target = row["rank"], row["interval"][1]
+    array = weight.numpy()
+
+    def lowrank(steps: int) -> Factors:
+        U, S, V = torch.svd_lowrank(weight, q=rank, niter=steps)
+        return Factors(U, (V * S).mT)
+
+    def sklearn(steps: int) -> Factors:
+        U, S, Vh = randomized_svd(array, rank, n_iter=steps, random_state=0)
+        return Factors(torch.from_numpy(U), torch.from_numpy(S[:, None] * Vh))
+
+    def lanczos(_: int) -> Factors:
+        U, S, Vh = svds(array, k=rank)
+        return Factors(torch.from_numpy(U.copy()), torch.from_numpy(S[:, None] * Vh))
+
+    def svd(_: int) -> Factors:
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        return Factors(U[:, :rank], S[:rank, None] * Vh[:rank])
+
+    iterated = {"torch.svd_lowrank": lowrank, "sklearn randomized_svd": sklearn}
+    result: Row = {}
+    for name, peer in iterated.items():
+        steps = next((s for s in (3, 4, 6, 8) if float(certified_norm(weight, peer(s)).lower) <= target), 8)
+        reached = float(certified_norm(weight, peer(steps)).lower)
+        times = interleaved({"kernel": lambda: Solver()(weight, rank), "peer": lambda: peer(steps)}, rounds)  # noqa: B023
+        result[name] = _peer(times, steps=steps, error=reached)
+    if min(weight.shape) <= 1024:  # above, goal 3 measures them once
+        for name, exact in {"torch.linalg.svd": svd, "scipy svds": lanczos}.items():
+            times = interleaved({"kernel": lambda: Solver()(weight, rank), "peer": lambda: exact(0)}, 1)  # noqa: B023
+            result[name] = _peer(times, steps=0, error=float(certified_norm(weight, exact(0)).lower))
+    return result
+
+
+def _peer(times: dict[str, list[float]], **facts: Any) -> Row:
+    return {"seconds": min(times["peer"]), "speedup": min(times["peer"]) / min(times["kernel"]), **facts}
+
+
+def near_optimal(weight: Tensor, rank: int, values: Tensor) -> Row:
+    """The fewest iterations with a normalized error of at most 1.05, and how much faster that is than an exact SVD."""
+    for q in (4, 6, 8, 12, 16):
+        solver = Solver(power_iterations=q)
+        times = interleaved({"kernel": lambda: solver(weight, rank)}, 2)["kernel"]  # noqa: B023
+        reached = error(weight, solver(weight, rank), values, rank)[2]
+        if reached <= NEAR:
+            break
+    started = time.perf_counter()
+    torch.linalg.svd(weight, full_matrices=False)
+    seconds = time.perf_counter() - started
+    return {"q": q, "normalized_error": reached, "svd_seconds": seconds, "speedup": seconds / min(times)}
+
+
+def whole_model(name: str) -> Row:
+    """All linear layers of a torchvision model with random slow-spectrum weights, records and all, at 25 %."""
+    import torchvision
+    from torch import nn
+
+    from rsi_deploy.compress import compress_
+
+    with torch.device("meta"):
+        module = getattr(torchvision.models, name)(weights=None)
+    module = module.to_empty(device="cpu").eval()
+    names = [path for path, child in module.named_modules() if isinstance(child, nn.Linear)]
+    for index, parameter in enumerate(p for p in module.parameters()):
+        with torch.no_grad():
+            if parameter.ndim == 2 and min(parameter.shape) > 1:
+                values = spectrum("slow", min(parameter.shape))
+                parameter.copy_(with_spectrum(values, parameter.shape[0], parameter.shape[1], seed=index))
+            else:
+                parameter.zero_()
+    started = time.perf_counter()
+    records = compress_(module, "25%", include=[*names, "*in_proj*"] if name == "vit_b_32" else names)
+    seconds = time.perf_counter() - started
+    split = [record for record in records if record.rank]
+    kernel = sum(record.seconds or 0.0 for record in split)
+    return {"model": name, "sites": len(split), "seconds": seconds, "kernel": kernel, "ratio": seconds / kernel}
+
+
+def _memory(given: Row) -> Row:
+    """In a process of its own: how far the largest resident set grows beyond the weight, in bytes."""
+    out_features, in_features = given["shape"]
+    Solver()(torch.randn(1100, 1000), 20)  # threads, workspaces, the machine's rates
+    weight = torch.rand(out_features, in_features).sub_(0.5)  # in place: a temporary would raise the peak
+    before = peak_memory()
+    Solver(route="direct")(weight, given["rank"])
+    allowed = 2 * 4 * (out_features + in_features) * given["rank"]
+    return {"extra": peak_memory() - before, "allowed": allowed}
+
+
+def _child(given: Row) -> Row:
+    command = [sys.executable, "-m", "bench.kernel", "--child", json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: Row = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+COLUMNS = ("matrix", "rank", "route", "of the floor", "float32", "normalized error", "to float32", "memory", "peers")
+
+
+def _cells(row: Row) -> list[str]:
+    memory = row["memory"]
+    peered = ", ".join(f"{name.split('.')[-1]} {peer['speedup']:.1f}x" for name, peer in row.get("peers", {}).items())
+    return [
+        row["matrix"],
+        str(row["rank"]),
+        row["route"],
+        f"{row['ratio']:.2f}",
+        f"{row['ratio_float32']:.2f}",
+        f"{row['normalized_error']:.3f}",
+        f"{row['error_ratio']:.4f}",
+        f"{memory['extra'] / memory['allowed']:.2f}",
+        peered,
+    ]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The rows for the terminal."""
+    result = Table(*COLUMNS, title="the kernel against its float32 floor, q = 4")
+    for row in rows:
+        result.add_row(*_cells(row))
+    return result
+
+
+def goals(rows: Sequence[Row], models: Sequence[Row]) -> list[Goal]:
+    """The promises of the docstring, each with its worst row."""
+    mixed = cost.rates(torch.device("cpu")).mixed
+    found: list[Goal] = []
+
+    def hold(name: str, judged: Sequence[tuple[float, bool, str]]) -> None:
+        if judged:
+            missed = [one for one in judged if not one[1]]
+            worst = max(missed or judged, key=lambda one: one[0])
+            text = f"{len(judged) - len(missed)} of {len(judged)}, worst: {worst[2]} at {worst[0]:.4g}"
+            found.append(Goal(name=name, held=not missed, row=text))
+
+    for large in (True, False):
+        limit = (LARGE_LIMIT if large else SMALL_LIMIT) if mixed else PLAIN_LIMIT
+        of = [row for row in rows if (min(row["shape"]) >= LARGE) is large]
+        what = f"1. min(out, in) {'>=' if large else '<'} {LARGE}: at most {limit} of the floor"
+        hold(what, [(row["ratio"], row["ratio"] <= limit, _name(row)) for row in of])
+    hold("2. error with bfloat16", [(r["error_ratio"], r["error_ratio"] <= ERROR_LIMIT, _name(r)) for r in rows])
+    near = [row for row in rows if "near" in row]
+    fast = [(r, r["near"]["speedup"] >= SVD_SPEEDUP and r["near"]["normalized_error"] <= NEAR) for r in near]
+    hold(
+        "3. 15 times faster than an exact SVD (1/speedup)", [(1 / r["near"]["speedup"], ok, _name(r)) for r, ok in fast]
+    )
+    pairs = [(row, name, peer) for row in rows for name, peer in row.get("peers", {}).items()]
+    hold("4. peers (1/speedup)", [(1 / p["speedup"], p["speedup"] > 1, f"{_name(row)} {n}") for row, n, p in pairs])
+    widths = [(row["interval"][1] / max(row["interval"][0], 1e-300) - 1, row) for row in rows]
+    hold("5. interval", [(width, width <= WIDTH_LIMIT and row["holds"], _name(row)) for width, row in widths])
+    memory = [(row["memory"]["extra"] / row["memory"]["allowed"], _name(row)) for row in rows]
+    hold("6. memory, of two blocks", [(share, share <= 1, name) for share, name in memory])
+    hold("7. whole models", [(m["ratio"], m["ratio"] <= MODEL_LIMIT, m["model"]) for m in models])
+    return found
+
+
+def _name(row: Row) -> str:
+    return f"{row['matrix']} rank {row['rank']}"
+
+
+def _shape(text: str) -> tuple[int, int]:
+    out_features, in_features = (int(part) for part in text.split("x"))
+    return out_features, in_features
+
+
+def _load() -> tuple[float, float, float]:
+    import os
+
+    return os.getloadavg()
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,250 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from spectra import normal, spectral, values, weight_with
+
+from rsi_deploy.kernel import cost
+from rsi_deploy.kernel.cost import ROUTES, Rates
+from rsi_deploy.kernel.krylov import depth
+from rsi_deploy.rsi import Solver, rsi
+
+FAST_HALF = Rates(full=1e11, half=3.05e11, double=5e10, eigen=1e-9)
+SHAPES = [(560, 500), (500, 560), (530, 530)]
+
+
+def error(weight, factors):
+    return spectral(weight.double() - factors.left.double() @ factors.right.double())
+
+
+@pytest.fixture
+def fast_half(monkeypatch):
+    """A machine with fast bfloat16, whatever this one is."""
+    monkeypatch.setattr(cost, "rates", lambda device: FAST_HALF)
+
+
+# -- routes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["slow", "medium", "fast"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_route_is_as_good_as_the_direct_one(route, shape, name, dtype):
+    weight = weight_with(values(name, min(shape)), *shape).to(dtype)
+    solution = Solver(route=route, mixed_precision=False).solve(weight, 40)
+    assert solution.route == route
+    assert solution.power_iterations == {"direct": 4, "gram": 4, "krylov": 3, "exact": 0}[route]
+    left, right = solution.factors
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(left.T @ left, torch.eye(40, dtype=dtype), rtol=0, atol=tolerance)
+    torch.testing.assert_close(right, left.T @ weight, rtol=0, atol=tolerance)
+    optimum = float(values(name, min(shape))[40])
+    assert error(weight, solution.factors) / optimum < (1 + 1e-4 if route == "exact" else 1.25)
+    one = Solver(method="rsvd").solve(weight, 40)
+    assert error(weight, one.factors) / optimum > 1.25
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_direct_and_gram_reach_the_same_subspace(shape):
+    weight = weight_with(values("slow", min(shape)), *shape)
+    direct, gram, other = (
+        Solver(route=route, mixed_precision=False, seed=seed).solve(weight, 20).factors
+        for route, seed in (("direct", 0), ("gram", 0), ("direct", 1))
+    )
+    assert float((direct.left @ direct.right - gram.left @ gram.right).norm()) < 1e-9 * float(weight.norm())
+    assert float((direct.left @ direct.right - other.left @ other.right).norm()) > 1e-3 * float(weight.norm())
+
+
+def test_a_weight_whose_square_cannot_be_told_goes_directly():
+    weight = weight_with(torch.logspace(0, -6, 520, dtype=torch.float64), 520, 540).float()
+    solution = Solver(route="gram", mixed_precision=False).solve(weight, 400)
+    assert solution.route == "direct"
+    assert error(weight, solution.factors) < 2 * 10 ** (-6 * 400 / 519)
+    assert Solver(route="gram", mixed_precision=False).solve(weight, 40).route == "gram"
+
+
+@pytest.mark.parametrize("q", [2, 4, 8, 16])
+@pytest.mark.parametrize("name", ["slow", "medium", "fast"])
+def test_blocks_stand_for_iterations(name, q):
+    weight = weight_with(values(name, 520), 520, 540).float()
+    krylov, direct = (
+        error(weight, Solver(route=route, power_iterations=q, mixed_precision=False)(weight, 30))
+        for route in ("krylov", "direct")
+    )
+    assert krylov <= 1.02 * direct
+
+
+def test_krylov_that_does_not_fit_is_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        solution = Solver(route="krylov").solve(normal(520, 540), 300)
+    assert solution.route == "direct"
+    assert "block Krylov needs 900 columns of 520" in caplog.text
+    assert depth(4) == 3
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_full_sketch_is_exact_by_every_route(route):
+    weight = normal(540, 520)
+    solution = Solver(route=route, oversampling=10_000).solve(weight, 30)
+    assert solution.route == "exact"
+    assert error(weight, solution.factors) == pytest.approx(float(torch.linalg.svdvals(weight)[30]), rel=1e-4)
+
+
+# -- which route
+
+
+def test_the_model_takes_what_is_clearly_cheaper():
+    chosen = {
+        (shape, rank): cost.choose(FAST_HALF, shape, rank, rank, q, mixed=mixed)
+        for shape, rank, q, mixed in (
+            ((4096, 4096), 205, 4, True),
+            ((600, 40000), 20, 12, False),
+            ((4096, 50000), 2048, 4, False),
+        )
+    }
+    assert chosen == {
+        ((4096, 4096), 205): "direct",
+        ((600, 40000), 20): "krylov",
+        ((4096, 50000), 2048): "gram",
+    }
+    quick_eigen = Rates(full=1e11, half=1e11, double=9e10, eigen=1e-11)
+    assert cost.choose(quick_eigen, (200, 250), 150, 150, 8, mixed=False) == "exact"
+    for (out, in_), rank in chosen:
+        times = cost.predicted(FAST_HALF, (out, in_), rank, rank, 4, mixed=False)
+        assert all(seconds > 0 for seconds in times.values())
+        assert cost.predicted(FAST_HALF, (out, in_), rank, rank, 8, mixed=False)["direct"] > times["direct"]
+
+
+def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu = torch.device("cpu")
+    cost._rates.cache_clear()
+    first = cost.rates(cpu)
+    (file,) = (tmp_path / "rsi-deploy").iterdir()
+    kept = json.loads(file.read_text()) | {"eigen": 1.0}
+    file.write_text(json.dumps(kept))
+    cost._rates.cache_clear()
+    assert cost.rates(cpu) == Rates(**kept) != first
+    for broken in ("", "{", "[]", '{"full": 1.0}', json.dumps(kept | {"half": -1.0}), json.dumps(kept | {"half": "x"})):
+        file.write_text(broken)
+        cost._rates.cache_clear()
+        assert cost.rates(cpu).eigen < 1e-3, broken
+        assert json.loads(file.read_text())["eigen"] < 1e-3
+    cost._rates.cache_clear()
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    cost._rates.cache_clear()
+    assert cost.rates(torch.device("cpu")).full > 1e6
+    cost._rates.cache_clear()
+
+
+# -- bytes
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (300, 200), (600, 520)])
+@pytest.mark.parametrize("settings", [{}, {"route": "direct"}, {"method": "rsvd"}, {"mixed_precision": False}])
+def test_the_number_of_sites_at_once_changes_no_byte(shape, settings, fast_half):
+    weights, sites = [normal(*shape, seed=seed) for seed in range(4)], list("abcd")
+    solver = Solver(seed=3, **settings)
+    together = solver.many(weights, 8, sites=sites)
+    for weight, site, factors in zip(weights, sites, together, strict=True):
+        alone = solver(weight, 8, site=site)
+        assert torch.equal(alone.left, factors.left)
+        assert torch.equal(alone.right, factors.right)
+        other = solver(weight, 8, site="z")
+        assert not torch.equal(other.left, factors.left) or solver.solve(weight, 8).route == "exact"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_layout_alignment_and_threads_change_no_byte(threads, mixed, fast_half):
+    weight = weight_with(values("slow", 520), 520, 600).float()
+    solver = Solver(mixed_precision=mixed, route="direct")
+    expected = solver(weight, 30)
+    unaligned = torch.empty(weight.numel() + 1)[1:].view(520, 600).copy_(weight)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for view in (weight.T.contiguous().T, unaligned, weight.repeat(1, 2)[:, :600]):
+            assert torch.equal(solver(view, 30).left, expected.left)
+            assert torch.equal(solver(view, 30).right, expected.right)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_memory_mapped_weight_will_do(tmp_path):
+    weight = normal(600, 520)
+    path = tmp_path / "weight.bin"
+    path.write_bytes(weight.numpy().tobytes())
+    mapped = torch.from_numpy(np.memmap(path, dtype=np.float32, mode="c", shape=(600, 520)))
+    assert torch.equal(Solver()(mapped, 30).left, Solver()(weight, 30).left)
+
+
+# -- stopping by error
+
+
+@pytest.mark.parametrize("name", ["slow", "medium", "fast", "flat"])
+@pytest.mark.parametrize("shape", [(300, 400), (600, 520)])
+def test_automatic_iterations_stop_where_another_gains_less_than_a_percent(shape, name):
+    weight = weight_with(values(name, min(shape)), *shape).float()
+    solution = Solver(power_iterations="auto", route="direct", mixed_precision=False).solve(weight, 30)
+    done = solution.power_iterations
+    assert 2 < done < 40
+    here = error(weight, solution.factors)
+    more = error(weight, rsi(weight, 30, power_iterations=done + 1))
+    assert more > 0.985 * here
+    fewer = error(weight, rsi(weight, 30, power_iterations=2))
+    assert name == "flat" or fewer > 1.02 * here
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("scale", [1e-40, 1e-38, 1e-30, 1e-15, 1e15, 1e30])
+def test_denormal_tiny_and_huge_weights(scale, mixed, route, fast_half):
+    weight = weight_with(values("slow", 520), 520, 530).float()
+    expected = error(weight, Solver(route=route, mixed_precision=mixed)(weight, 30))
+    scaled = weight.double() * scale
+    left, right = Solver(route=route, mixed_precision=mixed)(scaled.float(), 30)
+    assert torch.isfinite(left).all()
+    assert torch.isfinite(right).all()
+    found = spectral(scaled.float().double() / scale - left.double() @ (right.double() / scale))
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_zero_and_rank_deficient_weights(route):
+    zero = Solver(route=route)(torch.zeros(520, 530), 30)
+    assert not (zero.left @ zero.right).any()
+    weight = normal(520, 9) @ normal(9, 530, seed=1)
+    left, right = Solver(route=route)(weight, 30)
+    assert float((weight - left @ right).norm()) < 1e-5 * float(weight.norm())
+    torch.testing.assert_close(left.T @ left, torch.eye(30), rtol=0, atol=1e-5)
+
+
+def test_what_does_not_fit_is_said():
+    with pytest.raises(ValueError, match="site 'a': the factors do not fit into torch.float32; pass weight.double"):
+        Solver(route="direct")(torch.full((600, 600), 3e38), 2, site="a")
+
+
+@pytest.mark.gpu
+def test_out_of_memory_on_the_gpu_falls_back_to_the_cpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    weight = normal(600, 520).cuda()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(max(torch.cuda.memory_reserved() / total, 1e-4))
+    try:
+        solution = Solver(route="direct").solve(weight, 400)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert solution.note == "on the CPU, for want of GPU memory"
+    assert solution.factors.left.is_cuda

@@ -1,0 +1,62 @@
+import pytest
+import torch
+from spectra import spectral, values, weight_with
+
+from rsi_deploy.errors import UsageError
+from rsi_deploy.plan.error_rank import smallest_rank
+from rsi_deploy.plan.planner import MaxError, Planner
+from rsi_deploy.rsi import Solver
+
+SOLVER = Solver(route="direct", mixed_precision=False)
+
+
+def relative(weight, rank):
+    left, right = SOLVER(weight, rank)
+    return spectral(weight.double() - left.double() @ right.double()) / spectral(weight)
+
+
+@pytest.mark.parametrize("text", ["5%", "20%", "60%"])
+@pytest.mark.parametrize("name", ["slow", "medium", "fast"])
+@pytest.mark.parametrize("shape", [(120, 200), (200, 120)])
+def test_the_smallest_rank_for_a_relative_error(shape, name, text):
+    weight = weight_with(values(name, 120), *shape).float()
+    asked = MaxError.parse(text)
+    rank = smallest_rank(weight, asked, SOLVER)
+    possible = [r for r in range(1, 75) if relative(weight, r) <= asked.value]
+    if rank is None:
+        assert not [r for r in possible if relative(weight, r) <= asked.value / 1.05]
+        return
+    assert relative(weight, rank) <= asked.value
+    assert min(possible) <= rank
+    assert rank == 1 or relative(weight, rank - 1) > asked.value / 1.05  # the certified end is at most that much above
+
+
+def test_a_normalized_error():
+    weight = weight_with(values("slow", 120), 120, 200).float()
+    rank = smallest_rank(weight, MaxError.parse("1.3x"), SOLVER)
+    left, right = SOLVER(weight, rank)
+    assert spectral(weight.double() - left.double() @ right.double()) <= 1.3 * float(values("slow", 120)[rank])
+
+
+def test_of_groups_all_must_meet_it():
+    steep, flat = (weight_with(values(name, 60), 60, 90).float() for name in ("fast", "flat"))
+    asked = MaxError.parse("50%")
+    assert smallest_rank(steep[None], asked, SOLVER) is not None
+    assert smallest_rank(torch.stack([steep, flat]), asked, SOLVER) is None
+    assert smallest_rank(torch.zeros(60, 90), asked, SOLVER) == 1
+    assert smallest_rank(torch.ones(1, 9), asked, SOLVER) is None  # nothing saves anything there
+
+
+@pytest.mark.parametrize("text", ["0.05", "5", "0%", "100%", "1x", "0.9x", "-5%", "x", "", "5 % x"])
+def test_what_is_no_error(text):
+    with pytest.raises(UsageError, match="--max-error"):
+        MaxError.parse(text)
+
+
+def test_a_planner_says_why():
+    planner = Planner(spec=MaxError.parse("5%"), ranks={"a": 7, "b": None})
+    assert planner.decide("a", 60, 90).rank == 7
+    assert planner.decide("a", 60, 90).reason == "split: the smallest rank that meets --max-error 5%"
+    assert planner.decide("b", 60, 90).rank is None
+    assert planner.decide("b", 60, 90).reason == "no rank that saves anything meets --max-error 5%"
+    assert str(MaxError.parse("1.10x")) == "1.1x"
