@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -9,6 +11,18 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory):
+    """Times that other work left in the user's cache must not decide a test, nor tests leave any there."""
+    before = os.environ.get("RSI_DEPLOY_CACHE")
+    os.environ["RSI_DEPLOY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["RSI_DEPLOY_CACHE"]
+    else:
+        os.environ["RSI_DEPLOY_CACHE"] = before
 
 
 def pytest_collection_modifyitems(config, items):
