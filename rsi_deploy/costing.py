@@ -160,7 +160,7 @@ class Costing:
         key = f"{digest} {told}"
         if not fresh and (known := cache.table(key)) is not None:
             return known
-        found, untimed = self._pieces(dense, feeds)
+        found, untimed = self.pieces(dense, feeds)
         shapes = shapes_of(found)
         costs = {} if fresh else cache.costs(list(shapes))
         missing = [shape for signature, shape in shapes.items() if signature not in costs]
@@ -196,7 +196,7 @@ class Costing:
         plans = trial_plans(table.by_site())
         return with_model_time(table, dense, feeds, plans, max(self.seconds * MODEL_SHARE, 1.0))
 
-    def _pieces(self, dense: Path, feeds: Feeds) -> tuple[dict[str, Piece], dict[str, str]]:
+    def pieces(self, dense: Path, feeds: Feeds) -> tuple[dict[str, Piece], dict[str, str]]:
         """Site name -> its piece, and site name -> why it has none."""
         trace = traced_run(dense, feeds)
         model = ir.load(dense)

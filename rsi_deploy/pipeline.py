@@ -21,14 +21,18 @@ from rsi_deploy.bundle import whole_folder
 from rsi_deploy.calibrate.calibration_data import check_source
 from rsi_deploy.calibrate.certificate import certificate
 from rsi_deploy.calibrating import Calibrator, Dense
+from rsi_deploy.costing import BUDGET, Costing
 from rsi_deploy.errors import UsageError
+from rsi_deploy.last_word import LastWord, Timed, splits_of, timing_notes, timing_record
 from rsi_deploy.measure.data import Dataset, open_data
 from rsi_deploy.measure.machine import environment, peak_memory
 from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.measure.provider_spec import parse
+from rsi_deploy.measure.request import parse_seconds
+from rsi_deploy.measure.result import BenchResult
 from rsi_deploy.onnx_file import file_bytes, file_hash, read_onnx
 from rsi_deploy.onnx_split import with_macs
-from rsi_deploy.plan.decide import plan_of
+from rsi_deploy.plan.decide import Planned, plan_of
 from rsi_deploy.plan.plan_file import read_plan, write_plan
 from rsi_deploy.plan.planner import Filters, RankSpec
 from rsi_deploy.plan.request import Request, given_budget
@@ -38,7 +42,8 @@ from rsi_deploy.report.page_report import report_page
 from rsi_deploy.report.schema import Report, Size, SourceRecord
 from rsi_deploy.rsi import Method, Solver
 from rsi_deploy.source import load_source, source_of_module
-from rsi_deploy.stages import Job
+from rsi_deploy.stages import Compressed, Job
+from rsi_deploy.timed_export import timed_export
 
 Progress = Callable[[str, int, int], None]
 
@@ -54,11 +59,17 @@ def export(
     keep_params: str | float | None = None,
     keep_macs: str | float | None = None,
     max_size: str | int | None = None,
+    keep_latency: str | float | None = None,
+    max_latency: str | None = None,
     max_drop: float | None = None,
     plan: str | Path | None = None,
     min_rank: int = 1,
     rank_multiple: int = 1,
     allow_shared_data: bool = False,
+    cost: str | Path | None = None,
+    foreign_cost: bool = False,
+    cost_budget: str | float = BUDGET,
+    smaller_is_enough: bool = False,
     weights: str = "DEFAULT",
     checkpoint: str | Path | None = None,
     input_shape: str | tuple[int, ...] | Sequence[str] | None = None,
@@ -99,11 +110,17 @@ def export(
         keep_params: share of the whole model's parameters to keep: 0.5 or "50%".
         keep_macs: share of its multiply-accumulates.
         max_size: bytes of the compressed model, "20MB".
+        keep_latency: share of the dense model's time for a call, as measured here or told by `cost`.
+        max_latency: time of a call, "25ms".
         max_drop: the smallest model that loses at most so many points of top-1 on `data`.
         plan: a plan file (`plan.json` of a bundle, perhaps edited).
         min_rank: no planned rank below it.
         rank_multiple: planned ranks are multiples of it.
         allow_shared_data: let calibration and evaluation data share samples.
+        cost: a cost table (`profile`) to plan with; without it one is measured where a budget needs it.
+        foreign_cost: take a `cost` of another machine, onnxruntime or provider: planned for there, measured nowhere.
+        cost_budget: time for a table that is measured: seconds, or `"240s"`.
+        smaller_is_enough: split also where it was not measured faster, and deliver the model however fast it is.
         weights: torchvision's: "DEFAULT", "none" (random, seeded) or a file.
         checkpoint: a factory's state dict.
         input_shape: `1x3x32x32`, where a torch model does not tell; the first number is the batch and stays dynamic.
@@ -142,7 +159,7 @@ def export(
     plain, shapes = _shapes(input_shape)
     request = Request(
         rank=None if rank is None or rank == "auto" else RankSpec.parse(rank),
-        budget=given_budget(keep_params, keep_macs, max_size),
+        budget=given_budget(keep_params, keep_macs, max_size, keep_latency, max_latency),
         max_drop=max_drop,
         plan=None if plan is None else read_plan(plan),
         plan_name="" if plan is None else Path(plan).name,
@@ -154,6 +171,15 @@ def export(
         allow_shared_data=allow_shared_data,
     )
     request.check_against(data=data, always_split=always_split)
+    timed = Timed(
+        request=request, cost=cost, foreign=foreign_cost, smaller_is_enough=smaller_is_enough, measure=measure
+    )
+    costing = Costing(
+        provider=str(parse(provider)),
+        threads=threads,
+        seconds=parse_seconds(str(cost_budget), "--cost-budget"),
+        seed=seed,
+    )
     check_source(calib)
     filters = Filters(include=tuple(include), exclude=tuple(exclude))
     solver = Solver(method=method, power_iterations=power_iterations, oversampling=oversampling, seed=seed)
@@ -183,6 +209,20 @@ def export(
         dense = work / "dense.onnx"
         exporter = job.export_dense(source, dense, steps, opset)
         before, accuracy = job.dense_facts(source, dense, dataset, steps)
+        fed = job.timing_feeds(dense, before, bench_batch) if before.outputs is not None else None
+        timing = None
+        if timed.needs_table and fed is not None:
+            with job.stage("cost table"):
+                timing = timed_export(
+                    dense,
+                    fed,
+                    costing,
+                    cost=cost,
+                    foreign=foreign_cost,
+                    must_be_faster=not smaller_is_enough,
+                    name=source.name,
+                    command=command or "rsi_deploy.export(...)",
+                )
         calibrator = Calibrator(
             request=request,
             dense=Dense(
@@ -202,17 +242,36 @@ def export(
             provider=job.provider,
             seed=seed,
             progress=progress,
+            timing=timing,
         )
         with job.stage("calibrate and plan"):
             made = calibrator.planned()
-        result = job.compress(dense, path, made, with_head=dataset is not None)
+
+        def compress(plan: Planned, *, may_be_dense: bool = True) -> Compressed:
+            return job.compress(dense, path, plan, with_head=dataset is not None, may_be_dense=may_be_dense)
+
+        def measured() -> BenchResult:
+            return job.latency(dense, path, before, bench_batch, bench_seconds, threads)
+
+        result = compress(made, may_be_dense=False)
+        predicted = None if timing is None else timing.table.predicted(splits_of(result))
+        latency, word = None, None
+        is_here = measure and before.outputs is not None and not (timing and timing.is_foreign)
+        if is_here and fed is not None and not always_split and not smaller_is_enough:
+            word = LastWord(
+                compress=compress,
+                measure=measured,
+                refit=calibrator.again if request.is_fitted else None,
+                dense=dense,
+                feeds=fed,
+                costing=costing,
+                table=None if timing is None else timing.table,
+            )
+            made, result, latency = word.spoken(made, result)
+        elif is_here:
+            latency = measured()
         verification, probe = job.verify(dense, path, result, before, exporter, max_output_error)
         scores, bound = job.accuracy(dense, path, result, dataset, steps, accuracy)
-        latency = (
-            job.latency(dense, path, before, bench_batch, bench_seconds, threads)
-            if measure and before.outputs is not None
-            else None
-        )
         certified = None
         if calib is not None and before.outputs is not None:
             with job.stage("certificate"):
@@ -233,6 +292,7 @@ def export(
             softmax_bound=bound,
             accuracy=scores,
             latency=latency,
+            timing=timing_record(timing, word, costing, predicted),
             probe_shapes={name: array.shape for name, array in before.feeds.items()},
             probe_given=job.given is not None,
             probe=probe,
@@ -240,7 +300,7 @@ def export(
             stages=tuple(job.stages),
             peak_memory=peak_memory(),
             environment=environment(),
-            notes=tuple(dict.fromkeys([*source.notes, *job.notes, *calibrator.notes])),
+            notes=tuple(dict.fromkeys([*source.notes, *job.notes, *calibrator.notes, *timing_notes(timing, word)])),
         )
         document = report.model_dump_json(indent=2) + "\n"
         (folder / "report.json").write_text(document, encoding="utf-8", newline="\n")

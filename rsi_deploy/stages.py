@@ -25,6 +25,7 @@ from rsi_deploy.bound import Head, SoftmaxBound, find_head, softmax_bound
 from rsi_deploy.errors import ModelError, RsiDeployError
 from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, surgery_check, tolerance_for
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
+from rsi_deploy.measure.arms import make_feeds
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.feeding import Feeding
 from rsi_deploy.measure.inputs import model_inputs
@@ -164,12 +165,14 @@ class Job:
                     raise type(error)(str(error).replace(str(dense), source.name)) from error
         return DenseFacts(size=size, feeds=feeds, outputs=trace.outputs, macs=macs, batch=batch), accuracy
 
-    def compress(self, dense: Path, path: Path, made: Planned, *, with_head: bool) -> Compressed:
-        """Factorize what is not fitted already, split and write the model at `path`."""
+    def compress(
+        self, dense: Path, path: Path, made: Planned, *, with_head: bool, may_be_dense: bool = False
+    ) -> Compressed:
+        """Factorize what is not fitted already, split and write the model at `path`; `may_be_dense` with no split."""
         with self.stage("factorize, split, save"):
             head = find_head(ir.load(dense)) if with_head else None
             split, params = self._split(dense, path, made, [head.weight] if head else [], self.progress)
-        if not any(site.rank for site in split.sites):
+        if not may_be_dense and not any(site.rank for site in split.sites):
             raise ModelError(f"nothing to split: {_reasons(split)}")
         return Compressed(
             split=split,
@@ -280,6 +283,14 @@ class Job:
             return {}
         with self.stage("trace compressed"):
             return {node: count // facts.batch for node, count in traced_run(path, facts.feeds).macs.items()}
+
+    def timing_feeds(self, dense: Path, facts: DenseFacts, batch: int) -> Feeds:
+        """What `latency` feeds the models."""
+        told = facts.feeds if self.given is not None or self.shapes else None
+        feeds, _ = make_feeds(
+            model_inputs(dense), batch=0 if told else batch, seed=self.settings.seed, given=told, shapes=None
+        )
+        return feeds
 
     def latency(
         self, dense: Path, path: Path, facts: DenseFacts, batch: int, seconds: float, threads: int | None

@@ -38,12 +38,12 @@ measure.cost_table measure.cost_cache measure.site_models measure.site_timing me
 costing
 measure.gate measure.compare
 report.schema diagnosis inspection
-plan.request calibrate.certificate plan.decide compress_to_data
+plan.request calibrate.certificate plan.decide plan.in_time compress_to_data
 report.cost_summary report.text report.theme report.svg report.plots report.page report.charts report.html
 report.page_environment report.page_latency report.page_cells report.page_costs report.page_load report.page_bench
 report.summary report.accuracy_table report.comparison_table report.loadgen_table report.bench_table report.card
 report.page_errors report.page_sites report.page_report verification report.table
-calibrating stages pipeline
+timed_export calibrating stages last_word pipeline
 cli.options cli.terminal cli.gating cli.page
 cli.export cli.profile cli.inspect cli.bench_options cli.bench cli.evaluate cli.verify cli.doctor
 """

@@ -3,8 +3,8 @@
     pieces --> one cell a shape: dense, and every form at `timing_ranks` --> interleaved blocks --> SiteCost
 
 The loop is that of `bench` (`rsi_deploy.measure.blocks`): variants of a shape take turns in shuffled blocks, and the
-time goes to the shape whose intervals are widest, until all are as narrow as asked or the time is over. Shapes are taken in
-groups, so that their sessions fit into memory together.
+time goes to the shape whose intervals are widest, until all are as narrow as asked or the time is over. Shapes are
+taken in groups, so that their sessions fit into memory together.
 """
 
 import time
@@ -24,7 +24,7 @@ from rsi_deploy.measure.statistics import Floats, compare
 from rsi_deploy.measure.timing import time_calls
 
 GROUP_BYTES = 2 << 30
-WARM_SECONDS = 0.02
+WARM_SECONDS = 0.005
 TURN_MS = 1.5
 """Timed calls in a turn take about so long, at least one: many short turns see more of a busy machine than few long."""
 LEAST_SECONDS = 0.2
