@@ -4,10 +4,10 @@ Every net at batch 1 and 8, with 1 and 2 threads, at every tenth of the kept-par
 
     naive       the same ratio of full rank at every site that it makes smaller, in the usual form, as all tools do
     delivered   what `export --keep-params` does: only splits that a cost table shows faster, planned under the budget;
-                then the last word: not shown faster as a whole, splits are undone from the least useful on, down to dense
+                then the last word: not shown faster as a whole, splits are undone from the least useful on
 
-Both are then judged in a run of their own, interleaved with the dense model (`rsi_deploy.bench`). A budget that no faster
-split can meet is refused by the tool, and counted apart. Factors are blank: values change no time.
+Both are then judged in a run of their own, interleaved with the dense model (`rsi_deploy.bench`). A budget that no
+faster split can meet is refused by the tool, and counted apart. Factors are blank: values change no time.
 
 Goal (`--check` exits 4 when it is missed): no delivered model is shown slower than dense.
 """

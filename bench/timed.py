@@ -1,8 +1,8 @@
-"""What the benchmarks of latency share: dense models on disk, their cost tables, and plans whose times are all that counts.
+"""What the benchmarks of latency share: dense models on disk, their cost tables, and plans of which only times count.
 
-Factors are blank (`rsi_deploy.measure.blank_models`): what they hold changes no time, and a plan is written in a moment.
-Where no calibration chooses the ranks, a plan's loss is the share of full rank that a site loses, squared, so that every
-site gives some.
+Factors are blank (`rsi_deploy.measure.blank_models`): what they hold changes no time, and a plan is written at once.
+Where no calibration chooses the ranks, a plan's loss is the share of full rank that a site loses, squared, so that
+every site gives some.
 """
 
 from collections.abc import Mapping, Sequence
