@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rsi_deploy.report.schema import read_report as read_report
     from rsi_deploy.rewriting import rewrite as rewrite
     from rsi_deploy.sites import SiteRecord as SiteRecord
+    from rsi_deploy.sweeping import sweep as sweep
     from rsi_deploy.verification import verify as verify
 
 _HOMES = {
@@ -52,6 +53,7 @@ _HOMES = {
     "profile": "costing",
     "read_report": "report.schema",
     "rewrite": "rewriting",
+    "sweep": "sweeping",
     "verify": "verification",
 }
 

@@ -17,6 +17,7 @@ from rsi_deploy.calibrate.calibrated import Calibration
 from rsi_deploy.calibrate.calibration_data import CalibrationData, refuse_shared
 from rsi_deploy.calibrate.onnx_streams import OnnxStreams
 from rsi_deploy.errors import GateError, ModelError
+from rsi_deploy.kept import Kept
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.inputs import model_inputs
@@ -77,6 +78,7 @@ class Calibrator:
         seed: of the choice of rows.
         progress: called before each site.
         timing: what is known of time; None where it decides nothing.
+        kept: what earlier exports of the same model and data have found; None without.
         notes: what a reader should know of the data.
     """
 
@@ -92,6 +94,7 @@ class Calibrator:
     seed: int
     progress: Progress | None
     timing: TimedExport | None = None
+    kept: Kept | None = None
     notes: list[str] = field(default_factory=list)
 
     def planned(self) -> Planned:
@@ -153,7 +156,7 @@ class Calibrator:
         elif self.planner is not None:
             made = fit(uniform(self.planner, streams))
         else:
-            options = calibration.options(streams, self.progress)
+            options = self._options(calibration, streams)
             if self.timing is not None:
                 options = self.timing.narrowed(options)
             if request.budget is not None:
@@ -162,6 +165,16 @@ class Calibrator:
                 made = self._smallest(options, streams, fit)
         self.notes.extend(remarks(streams, data))
         return made
+
+    def _options(self, calibration: Calibration, streams: OnnxStreams) -> Sequence[SiteOptions]:
+        """Every site's options, from an earlier export or this calibration."""
+        if self.kept is not None and (known := self.kept.options()) is not None:
+            calibration.declined.update(known[1])
+            return known[0]
+        options = calibration.options(streams, self.progress)
+        if self.kept is not None:
+            self.kept.keep_options(options, calibration.declined)
+        return options
 
     def again(self, planner: SitePlanner) -> Planned:
         """The same with factors fitted anew, each to what the sites before it have become under these decisions."""

@@ -24,6 +24,7 @@ from rsi_deploy.measure.arms import Feeds, Runtime, make_feeds
 from rsi_deploy.measure.cost_cache import CostCache, conditions_here
 from rsi_deploy.measure.cost_table import NOISY, CostTable, ModelTime, SiteCost
 from rsi_deploy.measure.inputs import model_inputs
+from rsi_deploy.measure.preprocess import METADATA_KEY
 from rsi_deploy.measure.request import parse_seconds
 from rsi_deploy.measure.site_models import Piece, pieces
 from rsi_deploy.measure.site_timing import Wanted, shapes_of, time_sites
@@ -94,7 +95,7 @@ def profile(
     given = None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds)
     with tempfile.TemporaryDirectory(prefix="rsi-deploy-") as folder:
         dense = Path(folder) / "dense.onnx"
-        name = _written(model, dense, weights, checkpoint, plain, seed, assume_constant)
+        name = write_dense(model, dense, weights, checkpoint, plain, seed, assume_constant=assume_constant)
         shapes = named_shapes([text for text in texts if "=" in text])
         fed = fed_with(dense, batch, seed, given, shapes)
         costing = Costing(provider=provider, threads=threads, seconds=seconds, precision=precision, seed=seed)
@@ -249,16 +250,22 @@ def _free(path: Path, force: bool) -> Path:
     return path
 
 
-def _written(
+def write_dense(
     model: str | Any,
     dense: Path,
     weights: str,
     checkpoint: str | Path | None,
     shape: str | None,
     seed: int,
-    assume_constant: bool,
+    *,
+    assume_constant: bool = False,
 ) -> str:
-    """Write the dense model that an export would compress; its name."""
+    """Write the dense model that an export would compress; its name.
+
+    Raises:
+        UsageError: no such model, or options that do not belong to it.
+        ModelError: it cannot be read or exported.
+    """
     if isinstance(model, str) and model.endswith(".onnx"):
         path = Path(model)
         if not path.is_file():
@@ -276,6 +283,8 @@ def _written(
             else source_of_module(model, shape, seed)
         )
         graph, name = to_onnx(source).model, source.name
+        if source.preprocessing is not None:
+            graph.metadata_props[METADATA_KEY] = source.preprocessing.to_metadata()
     FoldBatchNormPass()(graph)
     if not list(graph.graph):
         raise ModelError(f"{name} has no nodes")

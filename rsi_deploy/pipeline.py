@@ -23,6 +23,7 @@ from rsi_deploy.calibrate.certificate import certificate
 from rsi_deploy.calibrating import Calibrator, Dense
 from rsi_deploy.costing import BUDGET, Costing
 from rsi_deploy.errors import UsageError
+from rsi_deploy.kept import Kept
 from rsi_deploy.last_word import LastWord, Timed, splits_of, timing_notes, timing_record
 from rsi_deploy.measure.data import Dataset, open_data
 from rsi_deploy.measure.machine import environment, peak_memory
@@ -43,13 +44,14 @@ from rsi_deploy.report.schema import Report, Size, SourceRecord
 from rsi_deploy.rsi import Method, Solver
 from rsi_deploy.source import load_source, source_of_module
 from rsi_deploy.stages import Compressed, Job
+from rsi_deploy.sweep_points import deliver
 from rsi_deploy.timed_export import timed_export
 
 Progress = Callable[[str, int, int], None]
 
 
 def export(
-    model: str | nn.Module,
+    model: str | nn.Module | None,
     output: str | Path,
     *,
     rank: str | int | RankSpec | None = None,
@@ -97,6 +99,9 @@ def export(
     force: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
+    kept: Kept | None = None,
+    from_sweep: str | Path | None = None,
+    point: int | None = None,
 ) -> Report:
     """Compress a model and write the bundle `output` (model.onnx, report.json, report.html, README.md).
 
@@ -150,12 +155,19 @@ def export(
         force: replace a bundle that is there.
         progress: called with (site, index, count) before each factorization.
         command: for the report; by default the Python call's name.
+        kept: what earlier exports of the same model, data and settings have found (`sweep` makes many).
+        from_sweep: the folder of a sweep: nothing is computed, one of its points is delivered; without a model.
+        point: which.
 
     Raises:
         UsageError: a request that cannot be meant (exit 2).
         ModelError: the model cannot be handled (exit 3).
         GateError: a verification gate failed (exit 4).
     """
+    if from_sweep is not None or point is not None:
+        return _of_sweep(model, from_sweep, point, output, force=force)
+    if model is None:
+        raise UsageError("export takes a MODEL, or --from-sweep DIR --point N")
     plain, shapes = _shapes(input_shape)
     request = Request(
         rank=None if rank is None or rank == "auto" else RankSpec.parse(rank),
@@ -208,7 +220,9 @@ def export(
         work.mkdir()
         dense = work / "dense.onnx"
         exporter = job.export_dense(source, dense, steps, opset)
-        before, accuracy = job.dense_facts(source, dense, dataset, steps)
+        before, accuracy = job.dense_facts(source, dense, dataset, steps, kept.accuracy() if kept else None)
+        if kept is not None:
+            kept.keep_accuracy(accuracy)
         fed = job.timing_feeds(dense, before, bench_batch) if before.outputs is not None else None
         timing = None
         if timed.needs_table and fed is not None:
@@ -243,6 +257,7 @@ def export(
             seed=seed,
             progress=progress,
             timing=timing,
+            kept=kept,
         )
         with job.stage("calibrate and plan"):
             made = calibrator.planned()
@@ -308,6 +323,17 @@ def export(
         write_plan(folder / "plan.json", plan_of(report))
         (folder / "README.md").write_text(model_card(report, path), encoding="utf-8")
     return report
+
+
+def _of_sweep(
+    model: object, folder: str | Path | None, point: int | None, output: str | Path, *, force: bool
+) -> Report:
+    """A point of a sweep, delivered."""
+    if folder is None or point is None:
+        raise UsageError("--from-sweep DIR and --point N go together")
+    if model is not None:
+        raise UsageError("--from-sweep delivers a model that is made already: leave out MODEL")
+    return deliver(folder, point, output, force=force)
 
 
 def _shapes(given: str | tuple[int, ...] | Sequence[str] | None) -> tuple[str | tuple[int, ...] | None, dict[str, Any]]:

@@ -135,9 +135,14 @@ class Job:
         return compare_outputs(expected, outputs, what="exporter gate (torch against dense ONNX)", tolerance=tolerance)
 
     def dense_facts(
-        self, source: Source, dense: Path, dataset: Dataset | None, steps: Preprocessing | None
+        self,
+        source: Source,
+        dense: Path,
+        dataset: Dataset | None,
+        steps: Preprocessing | None,
+        known: AccuracyResult | None = None,
     ) -> tuple[DenseFacts, AccuracyResult | None]:
-        """Trace the dense model on the probe inputs, and measure its accuracy where there are data."""
+        """Trace the dense model on the probe inputs, and measure its accuracy where there are data, unless `known`."""
         with self.stage("read dense"):
             model = ir.load(dense)
             self.source_hash = weights_hash(model)
@@ -156,8 +161,8 @@ class Job:
             batch = next((len(a) for a in feeds.values() if a.ndim), 1)
             macs = {node: count // batch for node, count in trace.macs.items()}
             size = size.model_copy(update={"macs": sum(macs.values())})
-        accuracy = None
-        if dataset is not None:  # first of all the long work: data that do not fit must say so now
+        accuracy = known
+        if dataset is not None and known is None:  # first of all the long work: data that do not fit must say so now
             with self.stage("accuracy dense"):
                 try:
                     accuracy = evaluate(dense, dataset, preprocessing=_applied(steps, dataset), provider=self.provider)
