@@ -27,6 +27,8 @@ from rsi_deploy.stages import Compressed
 from rsi_deploy.timed_export import TimedExport
 
 UNDONE = "undone: the finished model was not measured faster with it"
+SURE = 0.05
+"""Relative half width of the speedup's interval above which the report speaks of noise."""
 SECONDS = 10.0
 """For the times of the splits alone, where no table has them."""
 
@@ -259,7 +261,11 @@ def kept(splits: Splits, savings: Mapping[str, int], *, first: bool) -> Splits:
 
 
 def _words(asked: int, left: int, latency: BenchResult) -> str:
-    told = latency.arms[1].verdict
+    """What came of it; a machine too noisy to decide is named, for the tie went to dense."""
+    told, width = latency.arms[1].verdict, latency.reached_precision
+    if left < asked and (width is None or width > SURE):
+        noise = "too few blocks" if width is None else f"+-{100 * width:.0f} %"
+        told += f"; the machine is too noisy to tell small gains ({noise}; more --bench-seconds help)"
     if not asked:
         return "nothing is split: the dense model is delivered"
     if left == asked:
@@ -269,7 +275,8 @@ def _words(asked: int, left: int, latency: BenchResult) -> str:
             f"{asked - left} of {asked} splits were undone, for the model was not measured faster with them; what is "
             f"left is {told}"
         )
+    noise = told.partition("; ")[2]
     return (
-        f"the DENSE model is delivered: with none of its {asked} splits was it measured faster here. Where smaller is "
-        f"enough, add --smaller-is-enough"
+        f"the DENSE model is delivered: with none of its {asked} splits was it measured faster here"
+        f"{f' ({noise})' if noise else ''}. Where smaller is enough, add --smaller-is-enough"
     )
