@@ -24,7 +24,7 @@ from rsi_deploy.calibrating import Calibrator, Dense
 from rsi_deploy.costing import BUDGET, Costing
 from rsi_deploy.errors import UsageError
 from rsi_deploy.kept import Kept
-from rsi_deploy.last_word import LastWord, Timed, splits_of, timing_notes, timing_record
+from rsi_deploy.last_word import LastWord, splits_of
 from rsi_deploy.measure.data import Dataset, open_data
 from rsi_deploy.measure.machine import environment, peak_memory
 from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
@@ -33,6 +33,7 @@ from rsi_deploy.measure.request import parse_seconds
 from rsi_deploy.measure.result import BenchResult
 from rsi_deploy.onnx_file import file_bytes, file_hash, read_onnx
 from rsi_deploy.onnx_split import with_macs
+from rsi_deploy.part_of_time import Timed, timing_notes, timing_record
 from rsi_deploy.plan.decide import Planned, plan_of
 from rsi_deploy.plan.plan_file import read_plan, write_plan
 from rsi_deploy.plan.planner import Filters, RankSpec
