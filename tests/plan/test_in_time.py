@@ -120,6 +120,17 @@ def test_an_unreachable_time_names_the_fastest():
         in_time(Budget(max_latency=TOTAL), OPTIONS, cost_table(), STREAMS, None)
 
 
+def test_a_time_that_the_table_alone_calls_unreachable_is_tried_first():
+    machine = Machine(factor=2.0)
+    table = cost_table(scale=0.3)  # by its word the fastest plan takes more than 0.8
+    landed = in_time(Budget(keep_latency=0.6), OPTIONS, table, STREAMS, machine)
+    assert machine.share(splits_of(landed)) <= 0.6
+    with pytest.raises(ModelError, match="the fastest takes"):
+        in_time(Budget(keep_latency=0.6), OPTIONS, table, STREAMS, None)
+    with pytest.raises(ModelError, match=r"\(93\.9 %\)"):  # what was measured, not what the table foretold
+        in_time(Budget(keep_latency=0.6), OPTIONS, table, STREAMS, Machine(factor=0.115))
+
+
 def test_only_what_is_shown_faster_is_left_and_the_others_say_why():
     slow = site_options("a", ranks=[62, 63, 64])  # slower than dense? 8,440 ns and more of 10,000: faster
     kept, reasons = faster_only([slow], cost_table())
