@@ -73,8 +73,8 @@ def main(arguments: Sequence[str]) -> int:
             with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
                 try:
                     results[part] += RUNS[part](net, Path(folder), seconds, table)
-                except models.UnavailableError as reason:
-                    skipped[net] = str(reason)
+                except (models.UnavailableError, ModelError) as reason:
+                    skipped[f"{part}, {net}"] = str(reason)
             made = common.document("bench.latency_plans", arguments, settings, results=results, skipped=skipped)
             common.write(given.json, made)
             common.write(given.markdown, markdown(results, skipped, made))
