@@ -1,7 +1,8 @@
 """Plans by time: options priced from a cost table, and a plan corrected by the whole model's time.
 
-    price of a split = dense time - scale * (dense time - split time)        each of the site alone, by the table
-    whole model      = dense model's time - sum over sites (dense time - price)
+    price of a split = price of dense - scale * (dense time - split time)    each of the site alone, by the table
+    price of dense   = max(1, scale) * dense time                            so that no price falls below 0
+    whole model      = dense model's time - sum over sites (price of dense - price)
 
 `scale` is what the whole model says: a plan is made, its model measured beside the dense one with blank factors, the
 scale set right by what was saved there, and the plan made again, until it lands.
@@ -65,13 +66,13 @@ def priced(options: Sequence[SiteOptions], table: CostTable) -> list[SiteOptions
         if cost is None:
             result.append(SiteOptions(name=site.name, options=site.options[:1]))
             continue
-        dense = cost.dense_nanoseconds
-        priced = [replace(site.options[0], nanoseconds=dense)]
+        dense, scale = cost.dense_nanoseconds, table.model.scale
+        whole = round(max(1.0, scale) * dense)
+        priced = [replace(site.options[0], nanoseconds=whole)]
         for option in site.options[1:]:
             time = cost.nanoseconds(option.form, option.rank or 0)
             if time is not None:
-                saving = round(table.model.scale * (dense - time))
-                priced.append(replace(option, nanoseconds=max(dense - saving, 0)))
+                priced.append(replace(option, nanoseconds=max(whole - round(scale * (dense - time)), 0)))
         result.append(SiteOptions(name=site.name, options=tuple(priced)))
     return result
 

@@ -150,6 +150,10 @@ def test_only_what_is_shown_faster_is_left_and_the_others_say_why():
 
 
 def test_prices_are_of_the_table_and_its_scale():
+    (steep,) = priced([OPTIONS[0]], cost_table(scale=4.0))  # prices stay apart where savings count for more
+    prices = [option.nanoseconds for option in steep.options[1:]]
+    assert prices == sorted(set(prices))
+    assert steep.options[0].nanoseconds - prices[7] == 4 * (DENSE - time_of(8))
     (a, unknown) = priced([OPTIONS[0], site_options("d")], cost_table(scale=0.5))
     assert a.options[0].nanoseconds == DENSE
     rank_8 = next(o for o in a.options if o.rank == 8)
