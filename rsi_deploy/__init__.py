@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from rsi_deploy.compress import compress_ as compress_
     from rsi_deploy.compress_to_data import compress_to_data_ as compress_to_data_
+    from rsi_deploy.costing import profile as profile
     from rsi_deploy.diagnosis import doctor as doctor
     from rsi_deploy.errors import GateError as GateError
     from rsi_deploy.errors import ModelError as ModelError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rsi_deploy.inspection import inspect as inspect
     from rsi_deploy.measure.accuracy import AccuracyResult as AccuracyResult
     from rsi_deploy.measure.accuracy import evaluate as evaluate
+    from rsi_deploy.measure.cost_table import CostTable as CostTable
     from rsi_deploy.measure.latency import BenchResult as BenchResult
     from rsi_deploy.measure.latency import bench as bench
     from rsi_deploy.measure.preprocess import Preprocessing as Preprocessing
@@ -27,11 +29,13 @@ if TYPE_CHECKING:
     from rsi_deploy.report.schema import read_report as read_report
     from rsi_deploy.rewriting import rewrite as rewrite
     from rsi_deploy.sites import SiteRecord as SiteRecord
+    from rsi_deploy.sweeping import sweep as sweep
     from rsi_deploy.verification import verify as verify
 
 _HOMES = {
     "AccuracyResult": "measure.accuracy",
     "BenchResult": "measure.latency",
+    "CostTable": "measure.cost_table",
     "GateError": "errors",
     "ModelError": "errors",
     "Preprocessing": "measure.preprocess",
@@ -46,8 +50,10 @@ _HOMES = {
     "evaluate": "measure.accuracy",
     "export": "pipeline",
     "inspect": "inspection",
+    "profile": "costing",
     "read_report": "report.schema",
     "rewrite": "rewriting",
+    "sweep": "sweeping",
     "verify": "verification",
 }
 

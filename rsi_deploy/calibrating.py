@@ -17,6 +17,7 @@ from rsi_deploy.calibrate.calibrated import Calibration
 from rsi_deploy.calibrate.calibration_data import CalibrationData, refuse_shared
 from rsi_deploy.calibrate.onnx_streams import OnnxStreams
 from rsi_deploy.errors import GateError, ModelError
+from rsi_deploy.kept import Kept
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.inputs import model_inputs
@@ -25,10 +26,11 @@ from rsi_deploy.onnx_file import file_bytes, parameters
 from rsi_deploy.plan.budget import Budget
 from rsi_deploy.plan.decide import Decisions, Planned, blank, from_plan, under, uniform, wanted_splits
 from rsi_deploy.plan.knapsack import SiteOptions, smallest_cost
-from rsi_deploy.plan.planner import Decision, Filters, FixedPlanner, Planner, site_name
+from rsi_deploy.plan.planner import Decision, Filters, FixedPlanner, Planner, SitePlanner, site_name
 from rsi_deploy.plan.request import Request
 from rsi_deploy.report.schema import Size
 from rsi_deploy.rsi import Solver
+from rsi_deploy.timed_export import TimedExport
 from rsi_deploy.trace import traced_run
 
 Progress = Callable[[str, int, int], None]
@@ -75,6 +77,8 @@ class Calibrator:
         provider: onnxruntime's.
         seed: of the choice of rows.
         progress: called before each site.
+        timing: what is known of time; None where it decides nothing.
+        kept: what earlier exports of the same model and data have found; None without.
         notes: what a reader should know of the data.
     """
 
@@ -89,6 +93,8 @@ class Calibrator:
     provider: str
     seed: int
     progress: Progress | None
+    timing: TimedExport | None = None
+    kept: Kept | None = None
     notes: list[str] = field(default_factory=list)
 
     def planned(self) -> Planned:
@@ -150,14 +156,49 @@ class Calibrator:
         elif self.planner is not None:
             made = fit(uniform(self.planner, streams))
         else:
-            options = calibration.options(streams, self.progress)
+            options = self._options(calibration, streams)
+            if self.timing is not None:
+                options = self.timing.narrowed(options)
             if request.budget is not None:
-                measure = self._measure(request.budget, streams)
-                made = fit(under(request.budget, options, self.dense.size, streams, measure))
+                made = fit(self._within(request.budget, options, streams))
             else:
                 made = self._smallest(options, streams, fit)
         self.notes.extend(remarks(streams, data))
         return made
+
+    def _options(self, calibration: Calibration, streams: OnnxStreams) -> Sequence[SiteOptions]:
+        """Every site's options, from an earlier export or this calibration."""
+        if self.kept is not None and (known := self.kept.options()) is not None:
+            calibration.declined.update(known[1])
+            return known[0]
+        options = calibration.options(streams, self.progress)
+        if self.kept is not None:
+            self.kept.keep_options(options, calibration.declined)
+        return options
+
+    def again(self, planner: SitePlanner) -> Planned:
+        """The same with factors fitted anew, each to what the sites before it have become under these decisions."""
+        sites = self._sites()
+        decisions = {
+            site_name(s.weight): planner.decide(site_name(s.weight), s.out_features, s.in_features) for s in sites
+        }
+        return self._calibrated(self.data(), decisions)
+
+    def _within(self, budget: Budget, options: Sequence[SiteOptions], streams: OnnxStreams) -> Decisions:
+        """The decisions for a budget of the whole model."""
+        if budget.cost == "nanoseconds":
+            assert self.timing is not None
+            return self.timing.explained(self.timing.within(budget, options, streams))
+        try:
+            decisions = under(budget, options, self.dense.size, streams, self._measure(budget, streams))
+        except ModelError as error:
+            if self.timing is None or not self.timing.reasons:
+                raise
+            raise ModelError(
+                f"{error}; only splits that were measured faster were taken ({len(self.timing.reasons)} sites have "
+                f"none): --smaller-is-enough takes the others too"
+            ) from error
+        return decisions if self.timing is None else self.timing.explained(decisions)
 
     def _made(
         self, decisions: Decisions, streams: OnnxStreams | None = None, calibration: Calibration | None = None

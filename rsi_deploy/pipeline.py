@@ -21,14 +21,20 @@ from rsi_deploy.bundle import whole_folder
 from rsi_deploy.calibrate.calibration_data import check_source
 from rsi_deploy.calibrate.certificate import certificate
 from rsi_deploy.calibrating import Calibrator, Dense
+from rsi_deploy.costing import BUDGET, Costing
 from rsi_deploy.errors import UsageError
+from rsi_deploy.kept import Kept
+from rsi_deploy.last_word import LastWord, splits_of
 from rsi_deploy.measure.data import Dataset, open_data
 from rsi_deploy.measure.machine import environment, peak_memory
 from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.measure.provider_spec import parse
+from rsi_deploy.measure.request import parse_seconds
+from rsi_deploy.measure.result import BenchResult
 from rsi_deploy.onnx_file import file_bytes, file_hash, read_onnx
 from rsi_deploy.onnx_split import with_macs
-from rsi_deploy.plan.decide import plan_of
+from rsi_deploy.part_of_time import Timed, timing_notes, timing_record
+from rsi_deploy.plan.decide import Planned, plan_of
 from rsi_deploy.plan.plan_file import read_plan, write_plan
 from rsi_deploy.plan.planner import Filters, MaxError, RankSpec, rank_spec
 from rsi_deploy.plan.request import Request, given_budget
@@ -38,13 +44,15 @@ from rsi_deploy.report.page_report import report_page
 from rsi_deploy.report.schema import Report, Size, SourceRecord
 from rsi_deploy.rsi import Method, PowerIterations, Route, Solver
 from rsi_deploy.source import load_source, source_of_module
-from rsi_deploy.stages import Job
+from rsi_deploy.stages import Compressed, Job
+from rsi_deploy.sweep_points import deliver
+from rsi_deploy.timed_export import timed_export
 
 Progress = Callable[[str, int, int], None]
 
 
 def export(
-    model: str | nn.Module,
+    model: str | nn.Module | None,
     output: str | Path,
     *,
     rank: str | int | RankSpec | None = None,
@@ -55,11 +63,17 @@ def export(
     keep_params: str | float | None = None,
     keep_macs: str | float | None = None,
     max_size: str | int | None = None,
+    keep_latency: str | float | None = None,
+    max_latency: str | None = None,
     max_drop: float | None = None,
     plan: str | Path | None = None,
     min_rank: int = 1,
     rank_multiple: int = 1,
     allow_shared_data: bool = False,
+    cost: str | Path | None = None,
+    foreign_cost: bool = False,
+    cost_budget: str | float = BUDGET,
+    smaller_is_enough: bool = False,
     weights: str = "DEFAULT",
     checkpoint: str | Path | None = None,
     input_shape: str | tuple[int, ...] | Sequence[str] | None = None,
@@ -89,6 +103,9 @@ def export(
     force: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
+    kept: Kept | None = None,
+    from_sweep: str | Path | None = None,
+    point: int | None = None,
 ) -> Report:
     """Compress a model and write the bundle `output` (model.onnx, report.json, report.html, README.md).
 
@@ -104,11 +121,17 @@ def export(
         keep_params: share of the whole model's parameters to keep: 0.5 or "50%".
         keep_macs: share of its multiply-accumulates.
         max_size: bytes of the compressed model, "20MB".
+        keep_latency: share of the dense model's time for a call, as measured here or told by `cost`.
+        max_latency: time of a call, "25ms".
         max_drop: the smallest model that loses at most so many points of top-1 on `data`.
         plan: a plan file (`plan.json` of a bundle, perhaps edited).
         min_rank: no planned rank below it.
         rank_multiple: planned ranks are multiples of it.
         allow_shared_data: let calibration and evaluation data share samples.
+        cost: a cost table (`profile`) to plan with; without it one is measured where a budget needs it.
+        foreign_cost: take a `cost` of another machine, onnxruntime or provider: planned for there, measured nowhere.
+        cost_budget: time for a table that is measured: seconds, or `"240s"`.
+        smaller_is_enough: split also where it was not measured faster, and deliver the model however fast it is.
         weights: torchvision's: "DEFAULT", "none" (random, seeded) or a file.
         checkpoint: a factory's state dict.
         input_shape: `1x3x32x32`, where a torch model does not tell; the first number is the batch and stays dynamic.
@@ -140,16 +163,23 @@ def export(
         force: replace a bundle that is there.
         progress: called with (site, index, count) before each factorization.
         command: for the report; by default the Python call's name.
+        kept: what earlier exports of the same model, data and settings have found (`sweep` makes many).
+        from_sweep: the folder of a sweep: nothing is computed, one of its points is delivered; without a model.
+        point: which.
 
     Raises:
         UsageError: a request that cannot be meant (exit 2).
         ModelError: the model cannot be handled (exit 3).
         GateError: a verification gate failed (exit 4).
     """
+    if from_sweep is not None or point is not None:
+        return _of_sweep(model, from_sweep, point, output, force=force)
+    if model is None:
+        raise UsageError("export takes a MODEL, or --from-sweep DIR --point N")
     plain, shapes = _shapes(input_shape)
     request = Request(
         rank=_uniform(rank, max_error),
-        budget=given_budget(keep_params, keep_macs, max_size),
+        budget=given_budget(keep_params, keep_macs, max_size, keep_latency, max_latency),
         max_drop=max_drop,
         plan=None if plan is None else read_plan(plan),
         plan_name="" if plan is None else Path(plan).name,
@@ -161,6 +191,15 @@ def export(
         allow_shared_data=allow_shared_data,
     )
     request.check_against(data=data, always_split=always_split)
+    timed = Timed(
+        request=request, cost=cost, foreign=foreign_cost, smaller_is_enough=smaller_is_enough, measure=measure
+    )
+    costing = Costing(
+        provider=str(parse(provider)),
+        threads=threads,
+        seconds=parse_seconds(str(cost_budget), "--cost-budget"),
+        seed=seed,
+    )
     check_source(calib)
     filters = Filters(include=tuple(include), exclude=tuple(exclude))
     solver = Solver(
@@ -196,7 +235,23 @@ def export(
         work.mkdir()
         dense = work / "dense.onnx"
         exporter = job.export_dense(source, dense, steps, opset)
-        before, accuracy = job.dense_facts(source, dense, dataset, steps)
+        before, accuracy = job.dense_facts(source, dense, dataset, steps, kept.accuracy() if kept else None)
+        if kept is not None:
+            kept.keep_accuracy(accuracy)
+        fed = job.timing_feeds(dense, before, bench_batch) if before.outputs is not None else None
+        timing = None
+        if timed.needs_table and fed is not None:
+            with job.stage("cost table"):
+                timing = timed_export(
+                    dense,
+                    fed,
+                    costing,
+                    cost=cost,
+                    foreign=foreign_cost,
+                    must_be_faster=not smaller_is_enough,
+                    name=source.name,
+                    command=command or "rsi_deploy.export(...)",
+                )
         calibrator = Calibrator(
             request=request,
             dense=Dense(
@@ -216,17 +271,37 @@ def export(
             provider=job.provider,
             seed=seed,
             progress=progress,
+            timing=timing,
+            kept=kept,
         )
         with job.stage("calibrate and plan"):
             made = calibrator.planned()
-        result = job.compress(dense, path, made, with_head=dataset is not None)
+
+        def compress(plan: Planned, *, may_be_dense: bool = True) -> Compressed:
+            return job.compress(dense, path, plan, with_head=dataset is not None, may_be_dense=may_be_dense)
+
+        def measured() -> BenchResult:
+            return job.latency(dense, path, before, bench_batch, bench_seconds, threads)
+
+        result = compress(made, may_be_dense=False)
+        predicted = None if timing is None else timing.table.predicted(splits_of(result))
+        latency, word = None, None
+        is_here = measure and before.outputs is not None and not (timing and timing.is_foreign)
+        if is_here and fed is not None and not always_split and not smaller_is_enough:
+            word = LastWord(
+                compress=compress,
+                measure=measured,
+                refit=calibrator.again if request.is_fitted else None,
+                dense=dense,
+                feeds=fed,
+                costing=costing,
+                table=None if timing is None else timing.table,
+            )
+            made, result, latency = word.spoken(made, result)
+        elif is_here:
+            latency = measured()
         verification, probe = job.verify(dense, path, result, before, exporter, max_output_error)
         scores, bound = job.accuracy(dense, path, result, dataset, steps, accuracy)
-        latency = (
-            job.latency(dense, path, before, bench_batch, bench_seconds, threads)
-            if measure and before.outputs is not None
-            else None
-        )
         certified = None
         if calib is not None and before.outputs is not None:
             with job.stage("certificate"):
@@ -247,6 +322,7 @@ def export(
             softmax_bound=bound,
             accuracy=scores,
             latency=latency,
+            timing=timing_record(timing, word, costing, predicted),
             probe_shapes={name: array.shape for name, array in before.feeds.items()},
             probe_given=job.given is not None,
             probe=probe,
@@ -254,7 +330,7 @@ def export(
             stages=tuple(job.stages),
             peak_memory=peak_memory(),
             environment=environment(),
-            notes=tuple(dict.fromkeys([*source.notes, *job.notes, *calibrator.notes])),
+            notes=tuple(dict.fromkeys([*source.notes, *job.notes, *calibrator.notes, *timing_notes(timing, word)])),
         )
         document = report.model_dump_json(indent=2) + "\n"
         (folder / "report.json").write_text(document, encoding="utf-8", newline="\n")
@@ -270,6 +346,17 @@ def _uniform(rank: str | int | RankSpec | None, max_error: str | MaxError | None
     if max_error is not None:
         return rank_spec(given, max_error)
     return None if given is None else RankSpec.parse(given)
+
+
+def _of_sweep(
+    model: object, folder: str | Path | None, point: int | None, output: str | Path, *, force: bool
+) -> Report:
+    """A point of a sweep, delivered."""
+    if folder is None or point is None:
+        raise UsageError("--from-sweep DIR and --point N go together")
+    if model is not None:
+        raise UsageError("--from-sweep delivers a model that is made already: leave out MODEL")
+    return deliver(folder, point, output, force=force)
 
 
 def _shapes(given: str | tuple[int, ...] | Sequence[str] | None) -> tuple[str | tuple[int, ...] | None, dict[str, Any]]:

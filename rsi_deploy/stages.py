@@ -25,6 +25,7 @@ from rsi_deploy.bound import Head, SoftmaxBound, find_head, softmax_bound
 from rsi_deploy.errors import ModelError, RsiDeployError
 from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, surgery_check, tolerance_for
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
+from rsi_deploy.measure.arms import make_feeds
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.feeding import Feeding
 from rsi_deploy.measure.inputs import model_inputs
@@ -134,9 +135,14 @@ class Job:
         return compare_outputs(expected, outputs, what="exporter gate (torch against dense ONNX)", tolerance=tolerance)
 
     def dense_facts(
-        self, source: Source, dense: Path, dataset: Dataset | None, steps: Preprocessing | None
+        self,
+        source: Source,
+        dense: Path,
+        dataset: Dataset | None,
+        steps: Preprocessing | None,
+        known: AccuracyResult | None = None,
     ) -> tuple[DenseFacts, AccuracyResult | None]:
-        """Trace the dense model on the probe inputs, and measure its accuracy where there are data."""
+        """Trace the dense model on the probe inputs, and measure its accuracy where there are data, unless `known`."""
         with self.stage("read dense"):
             model = ir.load(dense)
             self.source_hash = weights_hash(model)
@@ -155,8 +161,8 @@ class Job:
             batch = next((len(a) for a in feeds.values() if a.ndim), 1)
             macs = {node: count // batch for node, count in trace.macs.items()}
             size = size.model_copy(update={"macs": sum(macs.values())})
-        accuracy = None
-        if dataset is not None:  # first of all the long work: data that do not fit must say so now
+        accuracy = known
+        if dataset is not None and known is None:  # first of all the long work: data that do not fit must say so now
             with self.stage("accuracy dense"):
                 try:
                     accuracy = evaluate(dense, dataset, preprocessing=_applied(steps, dataset), provider=self.provider)
@@ -164,12 +170,14 @@ class Job:
                     raise type(error)(str(error).replace(str(dense), source.name)) from error
         return DenseFacts(size=size, feeds=feeds, outputs=trace.outputs, macs=macs, batch=batch), accuracy
 
-    def compress(self, dense: Path, path: Path, made: Planned, *, with_head: bool) -> Compressed:
-        """Factorize what is not fitted already, split and write the model at `path`."""
+    def compress(
+        self, dense: Path, path: Path, made: Planned, *, with_head: bool, may_be_dense: bool = False
+    ) -> Compressed:
+        """Factorize what is not fitted already, split and write the model at `path`; `may_be_dense` with no split."""
         with self.stage("factorize, split, save"):
             head = find_head(ir.load(dense)) if with_head else None
             split, params = self._split(dense, path, made, [head.weight] if head else [], self.progress)
-        if not any(site.rank for site in split.sites):
+        if not may_be_dense and not any(site.rank for site in split.sites):
             raise ModelError(f"nothing to split: {_reasons(split)}")
         return Compressed(
             split=split,
@@ -280,6 +288,14 @@ class Job:
             return {}
         with self.stage("trace compressed"):
             return {node: count // facts.batch for node, count in traced_run(path, facts.feeds).macs.items()}
+
+    def timing_feeds(self, dense: Path, facts: DenseFacts, batch: int) -> Feeds:
+        """What `latency` feeds the models."""
+        told = facts.feeds if self.given is not None or self.shapes else None
+        feeds, _ = make_feeds(
+            model_inputs(dense), batch=0 if told else batch, seed=self.settings.seed, given=told, shapes=None
+        )
+        return feeds
 
     def latency(
         self, dense: Path, path: Path, facts: DenseFacts, batch: int, seconds: float, threads: int | None

@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """Outputs of the run, in the model's order, and MACs of every node that has some, for the whole batch."""
+    """Outputs of the run, in the model's order; of the nodes, for the whole batch, MACs, where some, and inputs.
+
+    Inputs are (onnxruntime's word for the type, shape), of every input that is there; in a loop those of the last turn.
+    """
 
     outputs: list[npt.NDArray[Any]]
     macs: dict[str, int]
+    inputs: dict[str, tuple[tuple[str, Shape], ...]] = field(default_factory=dict)
 
 
 def traced_run(model: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> Trace:
@@ -48,15 +52,19 @@ def traced_run(model: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> Trace:
         outputs = run_session(session, feeds, model.name)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     macs: dict[str, int] = {}
+    inputs: dict[str, tuple[tuple[str, Shape], ...]] = {}
     for event in events:
         args = event.get("args", {})
         if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
             continue
+        node = event["name"].removesuffix("_kernel_time")
+        inputs[node] = tuple(
+            (kind, tuple(shape)) for entry in args["input_type_shape"] for kind, shape in entry.items()
+        )
         count = node_macs(args["op_name"], _shapes(args["input_type_shape"]), _shapes(args["output_type_shape"]))
         if count:
-            node = event["name"].removesuffix("_kernel_time")
             macs[node] = macs.get(node, 0) + count  # a node in a loop runs several times
-    return Trace(outputs=outputs, macs=macs)
+    return Trace(outputs=outputs, macs=macs, inputs=inputs)
 
 
 def node_macs(op_type: str, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:

@@ -207,11 +207,25 @@ def _budget(report: Report) -> list[Claim]:
         before, after = report.accuracy.dense.top1, report.accuracy.compressed.top1
         drop = (before or 0) - (after or 0)
         return [_claim("budget", drop <= float(value), f"{option} {value}: top-1 drops by {drop:.2f} points")]
+    if option in ("--keep-latency", "--max-latency"):
+        return _time_budget(report, option, value)
     if option not in ("--keep-params", "--keep-macs", "--max-size"):
         return []
     budget = Budget.parse(**{option.removeprefix("--").replace("-", "_"): value})
     allowed, cost = budget.total(getattr(report.dense, budget.cost)), getattr(report.compressed, budget.cost)
     return [_claim("budget", cost <= allowed, f"{budget}: {cost:,} {budget.cost} of {allowed:,} allowed")]
+
+
+def _time_budget(report: Report, option: str, value: str) -> list[Claim]:
+    """Whether the reported measurement keeps the time, as far as its interval tells."""
+    if report.latency is None or report.latency.arms[1].speedup_interval is None:
+        return [_not_checked("budget", f"{option} {value}: nothing was measured")]
+    dense, compressed = report.latency.arms
+    budget = Budget.parse(**{option.removeprefix("--").replace("-", "_"): value})
+    share = budget.total(round(1e6 * dense.median_ms)) / (1e6 * dense.median_ms)
+    least = 1 / report.latency.arms[1].speedup_interval[1]
+    told = f"{option} {value}: {compressed.median_ms:.4g} ms of {dense.median_ms:.4g} ms, asked {100 * share:.1f} %"
+    return [_claim("budget", least <= share, told)]
 
 
 def _calibration(folder: Path, report: Report, source: str | Path | None, provider: str) -> list[Claim]:

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -12,11 +14,15 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory):
-    """The machine's rates are measured once a session, and nothing of it stays behind."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+def _cache_of_its_own(tmp_path_factory):
+    """Times that other work left in the user's cache must not decide a test, nor tests leave any there."""
+    before = os.environ.get("RSI_DEPLOY_CACHE")
+    os.environ["RSI_DEPLOY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["RSI_DEPLOY_CACHE"]
+    else:
+        os.environ["RSI_DEPLOY_CACHE"] = before
 
 
 def pytest_collection_modifyitems(config, items):

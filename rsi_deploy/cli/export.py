@@ -42,10 +42,12 @@ from rsi_deploy.cli.terminal import console, progress_bar
 @click.option("--bench-seconds", default=10.0, show_default=True, type=click.FloatRange(min=0, min_open=True))
 @click.option("--max-output-error", type=click.FloatRange(min=0), help="Gate: relative error of the outputs (exit 4).")
 @click.option("--keep-dense", is_flag=True, help="Keep dense.onnx in the bundle.")
+@click.option("--from-sweep", type=click.Path(), metavar="DIR", help="Deliver a model of this sweep, without MODEL.")
+@click.option("--point", type=click.IntRange(min=1), help="Which point of the sweep.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @runtime_options
 def export(
-    model: str,
+    model: str | None,
     output: Path,
     no_bench: bool,
     no_joint: bool,
@@ -88,3 +90,6 @@ def export(
     terminal = console()
     print_report(terminal, report)
     terminal.print(f"bundle: {output}", markup=False)
+
+
+next(parameter for parameter in export.params if parameter.name == "model").required = False  # not with --from-sweep

@@ -83,6 +83,25 @@ def ranks_options(function: F) -> F:
         click.option(
             "--max-drop", type=float, metavar="POINTS", help="Smallest model losing at most so many points on --data."
         ),
+        click.option(
+            "--cost-budget", default="240s", show_default=True, metavar="TIME", help="Time for a table measured here."
+        ),
+        click.option(
+            "--smaller-is-enough",
+            is_flag=True,
+            help="Split also where it is not measured faster; deliver the model however fast it is.",
+        ),
+        click.option(
+            "--foreign-cost", is_flag=True, help="Take a --cost of another machine: plan for there, measure nothing."
+        ),
+        click.option(
+            "--cost",
+            type=click.Path(),
+            metavar="FILE",
+            help="Plan with this cost table (rsi-deploy profile); without it one is measured where a budget needs it.",
+        ),
+        click.option("--max-latency", metavar="25ms", help="Budget: time of a call, measured."),
+        click.option("--keep-latency", metavar="0.6|60%", help="Budget: share of the dense model's time for a call."),
         click.option("--max-size", metavar="20MB", help="Budget: bytes of model.onnx."),
         click.option("--keep-macs", metavar="0.5|50%", help="Budget: share of the whole model's MACs."),
         click.option("--keep-params", metavar="0.5|50%", help="Budget: share of the whole model's parameters."),

@@ -5,7 +5,7 @@
              block Krylov       (2 d - 1) 2 out in columns + 2 out in d columns + 2 out in rank + 8 out (d columns)^2
              the exact route    2 out in min in float64, `eigh` of a square of that side, and 4 out in rank
 
-Rates are measured in a second and kept in `$XDG_CACHE_HOME/rsi-deploy` (`~/.cache` without it), one file for the
+Rates are measured in a second and kept in `$RSI_DEPLOY_CACHE` (else `$XDG_CACHE_HOME/rsi-deploy`), one file for the
 processor, the version of torch and the number of threads. A file that cannot be read is measured again, one that cannot
 be written is done without. So that a choice does not hang on noise, rates are rounded to powers of 1.25 and the direct
 route is left only for one that should take less than `CLEARLY` of its time. The report names the route taken, and a
@@ -113,7 +113,8 @@ def _rates(device: str, threads: int) -> Rates:
 
 
 def _file(device: str, threads: int) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsi-deploy"
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsi-deploy"
+    root = Path(os.environ.get("RSI_DEPLOY_CACHE") or base)
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     key = hashlib.sha256(f"{name}\0{torch.__version__}\0{threads}\0{device}\0v1".encode()).hexdigest()[:16]
     return root / f"rates-{key}.json"

@@ -3,6 +3,8 @@
 --keep-params 0.5     half of the model's parameters, those of no site included        fraction in (0, 1], or 50%
 --keep-macs 0.5       half of its multiply-accumulates a sample                        the same
 --max-size 20MB       bytes of the compressed model: kB MB GB are powers of 1000, KiB MiB GiB of 1024
+--keep-latency 0.6    share of the dense model's time for a call                       fraction in (0, 1], or 60%
+--max-latency 25ms    time of a call: us, ms, s
 """
 
 import math
@@ -16,33 +18,50 @@ from rsi_deploy.plan.knapsack import Cost
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+TIMES = {"us": 10**3, "ms": 10**6, "s": 10**9}
+"""Nanoseconds."""
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Exactly one of three limits on the compressed model as a whole.
+    """Exactly one of five limits on the compressed model as a whole.
 
     Attributes:
         keep_params: share in (0, 1] of the whole model's parameters (not of those in sites alone).
         keep_macs: share in (0, 1] of the whole model's multiply-accumulates a sample.
         max_size: bytes of the whole compressed model, at least 1.
+        keep_latency: share in (0, 1] of the whole model's time for a call.
+        max_latency: nanoseconds of a call of the whole compressed model, at least 1.
     """
 
     keep_params: float | None = None
     keep_macs: float | None = None
     max_size: int | None = None
+    keep_latency: float | None = None
+    max_latency: int | None = None
 
     def __post_init__(self) -> None:
-        given = {"--keep-params": self.keep_params, "--keep-macs": self.keep_macs, "--max-size": self.max_size}
+        given = {
+            "--keep-params": self.keep_params,
+            "--keep-macs": self.keep_macs,
+            "--max-size": self.max_size,
+            "--keep-latency": self.keep_latency,
+            "--max-latency": self.max_latency,
+        }
         values = {option: value for option, value in given.items() if value is not None}
         if len(values) != 1:
             came = " and ".join(values) or "none of them"
-            raise UsageError(f"a budget is exactly one of --keep-params, --keep-macs and --max-size, but got {came}")
+            raise UsageError(
+                f"a budget is exactly one of --keep-params, --keep-macs, --max-size, --keep-latency and --max-latency, "
+                f"but got {came}"
+            )
         ((option, value),) = values.items()
         if self.max_size is not None and value < 1:
             raise UsageError(f"--max-size must be at least 1 byte, but got {value}; write for example 20MB")
-        if self.max_size is None and not 0 < value <= 1:
+        if self.max_latency is not None and value < 1:
+            raise UsageError(f"--max-latency must be at least 1 nanosecond, but got {value}; write for example 25ms")
+        if self.max_size is None and self.max_latency is None and not 0 < value <= 1:
             raise UsageError(f"{option} must lie in (0, 1], but got {value}; write for example 0.5 or 50%")
 
     @classmethod
@@ -52,6 +71,8 @@ class Budget:
         keep_params: str | float | None = None,
         keep_macs: str | float | None = None,
         max_size: str | int | None = None,
+        keep_latency: str | float | None = None,
+        max_latency: str | None = None,
     ) -> "Budget":
         """Read the options as they are typed; those that were not given are None.
 
@@ -59,18 +80,24 @@ class Budget:
             UsageError: not exactly one of them, or one that cannot be read, with the spelling to use.
 
         Examples:
-            >>> Budget.parse(keep_params="50%"), Budget.parse(max_size="20MB").max_size
-            (Budget(keep_params=0.5, keep_macs=None, max_size=None), 20000000)
+            >>> Budget.parse(keep_params="50%").keep_params, Budget.parse(max_size="20MB").max_size
+            (0.5, 20000000)
+            >>> Budget.parse(max_latency="25ms").max_latency
+            25000000
         """
         return cls(
             keep_params=None if keep_params is None else parse_share("--keep-params", keep_params),
             keep_macs=None if keep_macs is None else parse_share("--keep-macs", keep_macs),
             max_size=None if max_size is None else parse_size("--max-size", max_size),
+            keep_latency=None if keep_latency is None else parse_share("--keep-latency", keep_latency),
+            max_latency=None if max_latency is None else parse_latency("--max-latency", max_latency),
         )
 
     @property
     def cost(self) -> Cost:
         """Which of an option's numbers the budget is on."""
+        if self.keep_latency is not None or self.max_latency is not None:
+            return "nanoseconds"
         return "params" if self.keep_params is not None else "macs" if self.keep_macs is not None else "bytes"
 
     def total(self, dense_total: int) -> int:
@@ -80,8 +107,9 @@ class Budget:
             >>> Budget(keep_params=0.29).total(100)  # 0.29 * 100 is 28.999999999999996
             29
         """
-        if self.max_size is not None:
-            return self.max_size
+        exact = self.max_size if self.max_size is not None else self.max_latency
+        if exact is not None:
+            return exact
         return math.floor(Fraction(repr(self._share)) * dense_total)
 
     def limit(self, dense_total: int, fixed: int, *, smallest: int = 0) -> int:
@@ -108,6 +136,8 @@ class Budget:
             dense_total: what the whole dense model costs.
             nearest: the smallest total that a plan reaches (`fixed` and the smallest cost of the sites).
         """
+        if self.cost == "nanoseconds":
+            return self._too_fast(dense_total, nearest)
         noun = {"params": "parameters", "macs": "MACs a sample", "bytes": "bytes"}[self.cost]
         if self.max_size is not None:
             asked, to_type = f"{self.max_size:,}", f"--max-size {_rounded_up(nearest)}"
@@ -119,11 +149,27 @@ class Budget:
             f"type {to_type} or more, or let more sites be split (--include, --exclude)"
         )
 
+    def _too_fast(self, dense_total: int, fastest: int) -> ModelError:
+        """The error for a time that no plan reaches; times of the whole model."""
+        share = math.ceil(Fraction(1000 * fastest, max(dense_total, 1))) / 10
+        to_type = (
+            f"--keep-latency {share:g}%" if self.max_latency is None else f"--max-latency {_time(fastest, up=True)}"
+        )
+        return ModelError(
+            f"no plan can meet {self}: the fastest takes {_time(fastest)} of the dense model's {_time(dense_total)} "
+            f"({share:g} %); type {to_type} or more, or let more sites be split (--include, --exclude)"
+        )
+
     @property
     def _share(self) -> float | None:
-        return self.keep_params if self.keep_params is not None else self.keep_macs
+        shares = (self.keep_params, self.keep_macs, self.keep_latency)
+        return next((share for share in shares if share is not None), None)
 
     def __str__(self) -> str:
+        if self.max_latency is not None:
+            return f"--max-latency {_time(self.max_latency)}"
+        if self.keep_latency is not None:
+            return f"--keep-latency {(Decimal(repr(self._share)) * 100).normalize():f}%"
         if self.max_size is not None:
             return f"--max-size {_exact(self.max_size)}"
         return f"--keep-{self.cost} {(Decimal(repr(self._share)) * 100).normalize():f}%"
@@ -180,6 +226,34 @@ def parse_size(option: str, text: str | int) -> int:
     if size < 1:
         raise UsageError(f"{option} must be at least 1 byte, but got {text!r}; write for example 20MB")
     return size
+
+
+def parse_latency(option: str, text: str) -> int:
+    """Read a time of a call, with its unit: nanoseconds.
+
+    Raises:
+        UsageError: anything else, with the spelling to use; a bare number could be of any unit.
+
+    Examples:
+        >>> parse_latency("--max-latency", "25ms"), parse_latency("--max-latency", "1.5 us")
+        (25000000, 1500)
+    """
+    number = re.fullmatch(rf"({_NUMBER})\s*([a-z]*)", str(text).strip())
+    if not number or number[2] not in ("us", "ms", "s"):
+        hint = f": write {option} {number[1]}ms" if number and not number[2] else ""
+        raise UsageError(f"{option} must be a time such as 25ms, 800us or 1s, but got {str(text)!r}{hint}")
+    nanoseconds = math.floor(Fraction(number[1]) * TIMES[number[2]])
+    if nanoseconds < 1:
+        raise UsageError(f"{option} must be at least 1 nanosecond, but got {text!r}; write for example 25ms")
+    return nanoseconds
+
+
+def _time(nanoseconds: int, *, up: bool = False) -> str:
+    """In ms, to four digits; rounded up where a plan must fit into it."""
+    if up:
+        digits = max(0, len(str(nanoseconds)) - 3)
+        nanoseconds = -(-nanoseconds // 10**digits) * 10**digits
+    return f"{float(f'{nanoseconds / 1e6:.4g}'):.10g}ms"
 
 
 def _exact(size: int) -> str:

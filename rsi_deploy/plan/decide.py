@@ -7,7 +7,7 @@
 What a budget is on is measured on the model that the decisions give; where the estimate was off they are made again.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -72,8 +72,7 @@ def under(
         room = allowed - fixed - offset
         choice = choose(options, cost=budget.cost, limit=max(room, smallest))
         estimate = fixed + sum(getattr(option, budget.cost) for option in choice.values())
-        decisions = {name: _decision(option, name in several) for name, option in choice.items()}
-        decisions |= _out_of_reach(streams)
+        decisions = decisions_of(choice, several, streams)
         cost = estimate if measure is None else measure(decisions)
         if cost <= allowed:
             best = decisions
@@ -87,6 +86,11 @@ def under(
     if best is None:
         raise budget.unreachable(total, cost)
     return best
+
+
+def decisions_of(choice: Mapping[str, Option], several: Collection[str], streams: Streams) -> Decisions:
+    """The options as decisions, those out of reach dense; `several` names the sites that have any split to choose."""
+    return {name: _decision(option, name in several) for name, option in choice.items()} | _out_of_reach(streams)
 
 
 def total_of(budget: Budget, dense: Size) -> int:

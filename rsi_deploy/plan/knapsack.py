@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-Cost: TypeAlias = Literal["params", "macs", "bytes"]
+Cost: TypeAlias = Literal["params", "macs", "bytes", "nanoseconds"]
 Array: TypeAlias = npt.NDArray[Any]
 
 CORE = 192  # changes that are combined, those of least regret
@@ -58,6 +58,7 @@ class Option:
         macs: multiply-accumulates a sample.
         bytes: stored.
         loss: how much the model's output suffers, finite and at least 0; 0 for dense.
+        nanoseconds: a call's time, by a cost table; 0 where there is none.
     """
 
     form: str
@@ -66,12 +67,13 @@ class Option:
     macs: int
     bytes: int
     loss: float
+    nanoseconds: int = 0
 
     def __post_init__(self) -> None:
         if (self.form == "dense") != (self.rank is None) or (self.rank is not None and self.rank < 1):
             raise ValueError(f"expected a rank of at least 1 for a split and None for dense, but got {self}")
-        if min(self.params, self.macs, self.bytes) < 0:
-            raise ValueError(f"expected params, macs and bytes of at least 0, but got {self}")
+        if min(self.params, self.macs, self.bytes, self.nanoseconds) < 0:
+            raise ValueError(f"expected params, macs, bytes and nanoseconds of at least 0, but got {self}")
         if not 0 <= self.loss < math.inf or (self.form == "dense" and self.loss != 0):
             raise ValueError(f"expected a finite loss of at least 0, and 0 for dense, but got {self}")
 

@@ -55,8 +55,9 @@ class Request:
         given = self._given
         if len(given) != 1:
             raise UsageError(
-                f"give exactly one of --rank, --keep-params, --keep-macs, --max-size, --max-drop, --max-error and "
-                f"--plan, but got {' and '.join(given) or 'none'}; type for example --rank 25%"
+                f"give exactly one of --rank, --max-error, --keep-params, --keep-macs, --max-size, --keep-latency, "
+                f"--max-latency, --max-drop and --plan, but got {' and '.join(given) or 'none'}; type for example "
+                f"--rank 25%"
             )
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop takes percentage points, 0 to 100, but got {self.max_drop:g}")
@@ -148,9 +149,19 @@ class Request:
 
 
 def given_budget(
-    keep_params: str | float | None, keep_macs: str | float | None, max_size: str | int | None
+    keep_params: str | float | None,
+    keep_macs: str | float | None,
+    max_size: str | int | None,
+    keep_latency: str | float | None = None,
+    max_latency: str | None = None,
 ) -> Budget | None:
     """The budget as typed; None where none was."""
-    if keep_params is None and keep_macs is None and max_size is None:
+    if all(option is None for option in (keep_params, keep_macs, max_size, keep_latency, max_latency)):
         return None
-    return Budget.parse(keep_params=keep_params, keep_macs=keep_macs, max_size=max_size)
+    return Budget.parse(
+        keep_params=keep_params,
+        keep_macs=keep_macs,
+        max_size=max_size,
+        keep_latency=keep_latency,
+        max_latency=max_latency,
+    )

@@ -8,7 +8,7 @@ from rsi_deploy.report.page_environment import environment_section
 from rsi_deploy.report.page_latency import latency_section, speed_tone
 from rsi_deploy.report.page_sites import sections_of_sites
 from rsi_deploy.report.plots import Axis, Bar, Bars
-from rsi_deploy.report.schema import Report
+from rsi_deploy.report.schema import Report, Timing
 from rsi_deploy.report.summary import certificate_lines, comparison_rows, verdict
 from rsi_deploy.report.text import human_bytes, human_count
 
@@ -51,10 +51,17 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     q = f", q = {s.power_iterations}" if s.method == "rsi" else ""
     return [
         ("Asked", f"{s.budget or f'--rank {s.rank}'}; {s.method}{q}{fitted}, seed {s.seed}"),
+        *([("Time", _time(report.timing))] if report.timing else []),
         ("Split", f"{len(report.split_sites)} of {len(report.sites)} weights; nothing was retrained"),
         ("Machine", f"{e.cpu}, {e.cores} cores" + "".join(f", {gpu}" for gpu in e.gpus)),
         ("Made", report.created),
     ]
+
+
+def _time(timing: Timing) -> str:
+    """What time decided, in a line."""
+    foretold = "" if timing.predicted is None else f"; {100 * timing.predicted:.0f} % of the dense time foretold"
+    return f"{timing.last_word}; times: {timing.source}{foretold}"
 
 
 def _size(report: Report) -> Tile:

@@ -14,6 +14,7 @@ from rsi_deploy.bound import SoftmaxBound
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gates import Comparison
 from rsi_deploy.measure.accuracy import AccuracyResult
+from rsi_deploy.measure.cost_table import Conditions, PlanCheck
 from rsi_deploy.measure.machine import Environment
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.result import BenchResult
@@ -143,6 +144,43 @@ class Stage(_Record):
     seconds: float
 
 
+class Undone(_Record):
+    """A split that was made and taken back, for the finished model was not shown to be faster; what it saved alone."""
+
+    site: str
+    form: str
+    rank: int
+    saving_ns: int | None
+
+
+class Timing(_Record):
+    """What time decided.
+
+    Attributes:
+        source: where the times are from: "measured here", "--cost FILE", or "the finished model alone".
+        conditions: that they hold for.
+        rule: "faster": a site is split only where its split was measured faster; "none": for smaller was enough.
+        table_seconds: to get the table, from the cache or by measuring; 0 without one.
+        dense_ns: a call of the whole dense model, by the table; 0 without one.
+        scale: by what the saving of the model is that of its sites.
+        predicted: share of the dense model's time that the table foretells of the plan; None without one.
+        checks: plans that were measured as whole models while planning.
+        undone: splits taken back at the last word.
+        last_word: what the finished model's measurement has led to, in words.
+    """
+
+    source: str
+    conditions: Conditions
+    rule: Literal["faster", "none"]
+    table_seconds: float
+    dense_ns: int
+    scale: float
+    predicted: float | None
+    checks: tuple[PlanCheck, ...]
+    undone: tuple[Undone, ...]
+    last_word: str
+
+
 class Report(_Record):
     """The whole report.
 
@@ -161,6 +199,7 @@ class Report(_Record):
         softmax_bound: for a factorized classifier head with evaluation data.
         accuracy: with evaluation data.
         latency: unless --no-bench; the first arm is the dense model.
+        timing: what time decided; None where it decided nothing (--no-bench, --always-split).
         probe_shapes: shapes of the probe inputs (`rsi_deploy.probe`, with the seed).
         probe_given: the user gave the probe inputs, so that they cannot be made again.
         probe: outputs on them, which `verify` computes again.
@@ -186,6 +225,7 @@ class Report(_Record):
     softmax_bound: SoftmaxBound | None
     accuracy: Accuracy | None
     latency: BenchResult | None
+    timing: Timing | None = None
     probe_shapes: dict[str, tuple[int, ...]]
     probe_given: bool
     probe: tuple[ProbeOutput, ...]

@@ -119,11 +119,11 @@ def test_the_model_takes_what_is_clearly_cheaper():
 
 
 def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("RSI_DEPLOY_CACHE", str(tmp_path))
     cpu = torch.device("cpu")
     cost._rates.cache_clear()
     first = cost.rates(cpu)
-    (file,) = (tmp_path / "rsi-deploy").iterdir()
+    (file,) = tmp_path.iterdir()
     kept = json.loads(file.read_text()) | {"eigen": 1.0}
     file.write_text(json.dumps(kept))
     cost._rates.cache_clear()
@@ -138,7 +138,7 @@ def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("RSI_DEPLOY_CACHE", str(tmp_path / "file"))
     cost._rates.cache_clear()
     assert cost.rates(torch.device("cpu")).full > 1e6
     cost._rates.cache_clear()

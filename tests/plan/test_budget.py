@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.plan.budget import Budget, parse_share, parse_size
+from rsi_deploy.plan.budget import Budget, parse_latency, parse_share, parse_size
 from rsi_deploy.plan.knapsack import Option, SiteOptions, UnreachableLimitError, choose, smallest_cost
 
 
@@ -240,3 +240,41 @@ def test_with_the_knapsack():
     with pytest.raises(UnreachableLimitError) as caught:
         choose(sites, cost=missed.cost, limit=missed.limit(220, 20))
     assert "comes to 100 parameters" in str(missed.unreachable(220, 20 + caught.value.smallest))
+
+
+@pytest.mark.parametrize(
+    ("text", "nanoseconds"), [("25ms", 25_000_000), ("1.5 us", 1500), ("2s", 2 * 10**9), (".5ms", 500_000)]
+)
+def test_times_of_a_call(text, nanoseconds):
+    assert parse_latency("--max-latency", text) == nanoseconds
+    assert Budget.parse(max_latency=text) == Budget(max_latency=nanoseconds)
+    assert Budget.parse(max_latency=str(Budget(max_latency=nanoseconds)).split()[1]).max_latency == nanoseconds
+
+
+@pytest.mark.parametrize(
+    ("text", "to_type"),
+    [
+        ("25", "write --max-latency 25ms"),
+        ("25MS", "such as 25ms"),
+        ("0ms", "at least 1 nanosecond"),
+        ("-1ms", "such as 25ms"),
+        ("soon", "such as 25ms"),
+        ("25min", "such as 25ms"),
+    ],
+)
+def test_refused_times_say_what_to_type(text, to_type):
+    with pytest.raises(UsageError, match=to_type):
+        parse_latency("--max-latency", text)
+
+
+def test_budgets_of_time_are_of_the_dense_models_time():
+    assert Budget(keep_latency=0.6).cost == Budget(max_latency=7).cost == "nanoseconds"
+    assert Budget(keep_latency=0.6).total(1000) == 600
+    assert Budget(max_latency=700).total(1000) == 700
+    assert str(Budget(keep_latency=0.6)) == "--keep-latency 60%"
+    for budget in (Budget(keep_latency=0.6), Budget(max_latency=600)):
+        told = str(budget.unreachable(1_000_000, 700_001))
+        assert "the fastest takes 0.7ms of the dense model's 1ms (70.1 %)" in told
+    assert "type --max-latency 0.701ms or more" in told
+    with pytest.raises(UsageError, match="in \\(0, 1\\]"):
+        Budget(keep_latency=1.5)

@@ -10,7 +10,15 @@ from rsi_deploy.measure.preprocess import Preprocessing
 @pytest.fixture
 def bundle(tmp_path):
     data = labelled(tmp_path / "d.npz", mlp_onnx(tmp_path / "m.onnx"))
-    export(str(tmp_path / "m.onnx"), tmp_path / "b", rank=6, data=data, bench_seconds=0.05, exclude=["fc2"])
+    export(
+        str(tmp_path / "m.onnx"),
+        tmp_path / "b",
+        rank=6,
+        data=data,
+        bench_seconds=0.05,
+        exclude=["fc2"],
+        smaller_is_enough=True,
+    )
     return tmp_path / "b"
 
 

@@ -34,7 +34,16 @@ HOSTILE = [
 def bundle(tmp_path_factory):
     root = tmp_path_factory.mktemp("page")
     data = labelled(root / "d.npz", mlp_onnx(root / "m.onnx"))
-    export(str(root / "m.onnx"), root / "b", rank=6, data=data, calib=data, allow_shared_data=True, bench_seconds=0.2)
+    export(
+        str(root / "m.onnx"),
+        root / "b",
+        rank=6,
+        data=data,
+        calib=data,
+        allow_shared_data=True,
+        bench_seconds=0.2,
+        smaller_is_enough=True,
+    )
     export(str(root / "m.onnx"), root / "plain", rank=6, exclude=["fc2"], measure=False)
     return root
 

@@ -50,7 +50,16 @@ document.querySelector("#found").textContent = JSON.stringify({
 def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
     data = labelled(root / "d.npz", mlp_onnx(root / "m.onnx"))
-    export(str(root / "m.onnx"), root / "b", rank=6, data=data, calib=data, allow_shared_data=True, bench_seconds=0.2)
+    export(
+        str(root / "m.onnx"),
+        root / "b",
+        rank=6,
+        data=data,
+        calib=data,
+        allow_shared_data=True,
+        bench_seconds=0.2,
+        smaller_is_enough=True,
+    )
     report = read_report(root / "b")
     sites = tuple(
         site.model_copy(update={"name": LONG.format(i), "reason": "split " + "because of much " * 6})

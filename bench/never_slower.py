@@ -1,0 +1,235 @@
+"""Is a delivered model ever slower than the dense one, and how often is a naive one?
+
+Every net at batch 1 and 8, with 1 and 2 threads, at every tenth of the kept-parameters budget, two ways:
+
+    naive       the same ratio of full rank at every site that it makes smaller, in the usual form, as all tools do
+    delivered   what `export --keep-params` does: only splits that a cost table shows faster, planned under the budget;
+                then the last word: not shown faster as a whole, splits are undone from the least useful on
+
+Both are then judged in a run of their own, interleaved with the dense model (`rsi_deploy.bench`). A budget that no
+faster split can meet is refused by the tool, and counted apart. Factors are blank: values change no time.
+
+Goal (`--check` exits 4 when it is missed): no delivered model is shown slower than dense.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from bench import common, models, timed
+from bench.common import Goal
+from bench.timed import Setting, Splits
+from rsi_deploy.last_word import is_faster, kept
+from rsi_deploy.measure.blank_models import write_blank
+from rsi_deploy.measure.result import ArmResult
+from rsi_deploy.measure.statistics import MIN_BLOCKS, direction
+from rsi_deploy.plan.in_time import faster_only
+from rsi_deploy.plan.knapsack import UnreachableLimitError, choose
+from rsi_deploy.plan.planner import Planner, RankSpec
+
+BATCHES, THREADS = (1, 8), (1, 2)
+TENTHS = tuple(tenth / 10 for tenth in range(9, 0, -1))
+QUICK_NETS, QUICK_TENTHS = ("cnn_cifar10",), (0.5, 0.2)
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = common.parser(__doc__ or "", "bench.never_slower")
+    options.add_argument("--nets", nargs="+", metavar="NAME", help=f"of {', '.join(timed.NETS)} [default: all]")
+    options.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    options.add_argument("--threads", nargs="+", type=int, default=THREADS)
+    options.add_argument("--seconds", type=float, default=4.0, help="per measurement [default: 4]")
+    options.add_argument("--table", type=float, default=120.0, help="seconds for a cost table [default: 120]")
+    given = options.parse_args(arguments)
+    common.check_writable(given.json, given.markdown)
+    nets = tuple(given.nets or (QUICK_NETS if given.quick else timed.NETS))
+    batches, threads = ((1,), (2,)) if given.quick else (tuple(given.batches), tuple(given.threads))
+    seconds, table = (1.0, 8.0) if given.quick else (given.seconds, given.table)
+    tenths = QUICK_TENTHS if given.quick else TENTHS
+    rows: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
+    settings = {"nets": nets, "batches": batches, "threads": threads, "seconds": seconds, "table": table}
+    for net in nets:
+        with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
+            try:
+                dense = timed.dense_model(net, Path(folder))
+            except models.UnavailableError as reason:
+                skipped[net] = str(reason)
+                continue
+            for batch in batches:
+                for count in threads:
+                    common.progress(f"{net}: batch {batch}, {count} threads")
+                    here = timed.setting(net, dense, batch, count, table)
+                    for row in rows_of(here, batch, tenths, seconds, Path(folder)):
+                        rows.append(row)
+                        made = common.document(
+                            "bench.never_slower", arguments, settings, rows=rows, skipped=skipped, summary=summary(rows)
+                        )
+                        common.write(given.json, made)
+                        common.write(given.markdown, markdown(rows, skipped, made))
+    out = common.console()
+    shown = Table(*COLUMNS)
+    for cells in _cells(rows):
+        shown.add_row(*cells)
+    out.print(shown)
+    for name, reason in skipped.items():
+        out.print(f"skipped: {name}: {reason}", soft_wrap=True)
+    return common.judge(goals(rows), given.check)
+
+
+def rows_of(
+    here: Setting, batch: int, tenths: Sequence[float], seconds: float, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """One row a budget."""
+    options, _ = faster_only(here.options(), here.table)
+    for tenth in tenths:
+        what = {"net": here.net, "batch": batch, "threads": here.threads, "keep_params": tenth}
+        paths, labels = [], []
+        naive = naive_splits(here, tenth)
+        if naive:
+            write_blank(here.dense, folder / "naive.onnx", naive)
+            paths, labels = [folder / "naive.onnx"], ["naive"]
+        outcome, splits, asked = delivered(here, options, tenth, seconds, folder)
+        if splits:
+            paths.append(folder / "delivered.onnx")
+            labels.append("delivered")
+        arms = {arm.label: arm for arm in here.measured(paths, labels, seconds).arms[1:]} if paths else {}
+        yield {
+            **what,
+            "naive": judged(arms.get("naive")),
+            "delivered": judged(arms.get("delivered")),
+            "outcome": outcome,
+            "splits": len(splits),
+            "planned": asked,
+            "naive_splits": len(naive),
+        }
+
+
+def naive_splits(here: Setting, share: float) -> Splits:
+    """The uniform ratio, in tenths of a percent, at which the model keeps this share of its parameters or fewer."""
+    for permille in range(1000, 0, -5):
+        planner = Planner(spec=RankSpec(ratio=permille / 1000))
+        splits: Splits = {}
+        params = here.params
+        for name, site in here.sites.items():
+            rank = planner.decide(name, site.out_features, site.in_features).rank
+            if rank is not None:
+                splits[name] = (site.forms[0], rank)
+                numbers = site.out_features * site.in_features - rank * (site.out_features + site.in_features)
+                params -= site.groups * numbers
+        if splits and params <= share * here.params:
+            return splits
+    return {}
+
+
+def delivered(
+    here: Setting, options: Sequence[Any], share: float, seconds: float, folder: Path
+) -> tuple[str, Splits, int]:
+    """What is delivered (in words), its splits, and how many were planned; the model is `delivered.onnx`."""
+    fixed = here.params - sum(site.options[0].params for site in options)
+    try:
+        choice = choose(options, cost="params", limit=int(share * here.params) - fixed)
+    except UnreachableLimitError:
+        return "refused: no faster splits keep it", {}, 0
+    splits = timed.splits_of(choice)
+    asked, path = dict(splits), folder / "delivered.onnx"
+    costs = here.table.by_site()
+    savings = {
+        name: costs[name].dense_nanoseconds - (costs[name].nanoseconds(form, rank) or 0)
+        for name, (form, rank) in splits.items()
+    }
+    while splits:
+        write_blank(here.dense, path, splits)
+        if is_faster(here.measured([path], ["delivered"], seconds)):
+            words = "as planned" if splits == asked else f"{len(asked) - len(splits)} splits undone"
+            return words, splits, len(asked)
+        splits = kept(splits, savings, first=splits == asked)
+    return "dense", {}, len(asked)
+
+
+def judged(arm: ArmResult | None) -> dict[str, Any] | None:
+    """A comparison with the dense model; None where there is none to make: it is the dense model, or none at all."""
+    if arm is None:
+        return None
+    assert arm.speedup_interval is not None
+    sign = direction(arm.speedup_interval) if arm.blocks >= MIN_BLOCKS else 0
+    return {
+        "speedup": arm.speedup,
+        "interval": arm.speedup_interval,
+        "blocks": arm.blocks,
+        "shown": {1: "faster", 0: "nothing", -1: "slower"}[sign],
+    }
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many of what."""
+    naive = [row["naive"]["shown"] for row in rows if row["naive"]]
+    ours = [row["delivered"]["shown"] for row in rows if row["delivered"]]
+    return {
+        "rows": len(rows),
+        "naive": {shown: naive.count(shown) for shown in ("faster", "nothing", "slower")},
+        "delivered": {shown: ours.count(shown) for shown in ("faster", "nothing", "slower")},
+        "dense_delivered": sum(row["outcome"] == "dense" for row in rows),
+        "refused": sum(row["outcome"].startswith("refused") for row in rows),
+    }
+
+
+def goals(rows: Sequence[Mapping[str, Any]]) -> list[Goal]:
+    """The goal of the docstring."""
+    found = summary(rows)
+    if not rows:
+        return []
+    told = "; ".join(
+        f"{row['net']} batch {row['batch']} threads {row['threads']} at {row['keep_params']:.0%}"
+        for row in rows
+        if row["delivered"] and row["delivered"]["shown"] == "slower"
+    )
+    return [
+        Goal(
+            name="never slower",
+            held=not found["delivered"]["slower"],
+            row=f"delivered {found['delivered']}, dense {found['dense_delivered']}, refused {found['refused']}; "
+            f"naive {found['naive']}{f'; slower: {told}' if told else ''}",
+        )
+    ]
+
+
+COLUMNS = ("net", "batch", "threads", "kept params", "naive", "delivered", "outcome")
+
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    return [
+        [
+            row["net"],
+            str(row["batch"]),
+            str(row["threads"]),
+            f"{row['keep_params']:.0%}",
+            _told(row["naive"]),
+            _told(row["delivered"]),
+            row["outcome"],
+        ]
+        for row in rows
+    ]
+
+
+def _told(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    low, high = found["interval"]
+    mark = {"faster": "", "nothing": " (no difference)", "slower": " SLOWER"}[found["shown"]]
+    return f"{found['speedup']:.2f}x [{low:.2f}, {high:.2f}]{mark}"
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], skipped: Mapping[str, str], made: Mapping[str, Any]) -> str:
+    """The rows as a Markdown table, with the command, the counts and what was skipped."""
+    machine = made["machine"]
+    lines = [f"`{made['command']}`", f"{machine['cpu']}, {machine['cores']} cores; load {machine['load_average']}"]
+    lines += [goal.row for goal in goals(rows)]
+    lines += [f"Skipped: {name}: {reason}" for name, reason in skipped.items()]
+    return "\n\n".join(lines) + "\n\n" + common.markdown_table(COLUMNS, _cells(rows))
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,132 @@
+"""What the benchmarks of latency share: dense models on disk, their cost tables, and plans of which only times count.
+
+Factors are blank (`rsi_deploy.measure.blank_models`): what they hold changes no time, and a plan is written at once.
+Where no calibration chooses the ranks, a plan's loss is the share of full rank that a site loses, squared, so that
+every site gives some.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+import graph_passes as gp
+from bench import cases, models
+from rsi_deploy.costing import Costing, fed_with
+from rsi_deploy.measure.arms import Feeds
+from rsi_deploy.measure.cost_table import CostTable
+from rsi_deploy.measure.latency import bench
+from rsi_deploy.measure.result import BenchResult
+from rsi_deploy.onnx_file import parameters
+from rsi_deploy.plan.knapsack import Option, SiteOptions
+from rsi_deploy.plan.planner import break_even_rank, site_name
+from rsi_deploy.trace import traced_run
+
+TORCHVISION = ("mobilenet_v2", "resnet50", "vit_b_32", "vgg19", "convnext_tiny")
+SMALL = ("cnn_cifar10", "resnet20", "resnet56", "minilm")
+NETS = (*SMALL, *TORCHVISION)
+
+Splits = dict[str, tuple[str, int]]
+
+
+def dense_model(name: str, folder: Path) -> Path:
+    """The dense ONNX model of a net: trained weights for the small ones, random ones for torchvision's.
+
+    Raises:
+        UnavailableError: its weights or packages are not on this machine.
+    """
+    if name in TORCHVISION:
+        return cases.untrained(name, folder, (2, 3, 224, 224)).path
+    if name not in SMALL:
+        raise models.UnavailableError(f"no net of that name; there are {', '.join(NETS)}")
+    return cases.load(name, folder, size=64, limit=64).path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One net at one batch and number of threads, with its cost table.
+
+    Attributes:
+        net: its name.
+        dense: the file.
+        feeds: inputs.
+        table: measured here.
+        sites: all that can be split, by name, those that several nodes share left out.
+        macs: a batch, by site.
+        params: of the whole model.
+        total_macs: of the whole model.
+    """
+
+    net: str
+    dense: Path
+    feeds: Feeds
+    table: CostTable
+    sites: Mapping[str, gp.Site]
+    macs: Mapping[str, int]
+    params: int
+    total_macs: int
+
+    @property
+    def threads(self) -> int:
+        """Inside one operator."""
+        return self.table.conditions.threads or 0
+
+    def options(self) -> list[SiteOptions]:
+        """Every site's options; see the module for their loss."""
+        return [self._options(name, site) for name, site in self.sites.items()]
+
+    def _options(self, name: str, site: gp.Site) -> SiteOptions:
+        numbers, macs = site.groups * site.out_features * site.in_features, self.macs[name]
+        dense = Option(form="dense", rank=None, params=numbers, macs=macs, bytes=4 * numbers, loss=0.0)
+        splits = []
+        for form in site.forms:
+            rows, columns = site.shape(form)
+            strides = site.window.strides if site.window else ()
+            denser = {"input": 0, "separable": 1}.get(form, len(strides))
+            extra = 1
+            for stride in strides[denser:]:
+                extra *= stride
+            full = min(rows, columns)
+            for rank in range(1, full + 1):
+                if rank >= min(site.out_features * site.in_features / (rows + columns), break_even_rank(rows, columns)):
+                    break
+                kept = site.groups * rank * (rows + columns)
+                work = round(macs * rank * (rows + columns * extra) / (site.out_features * site.in_features))
+                loss = float((1 - rank / full) ** 2)
+                splits.append(Option(form=form, rank=rank, params=kept, macs=work, bytes=4 * kept, loss=loss))
+        return SiteOptions(name=name, options=(dense, *splits))
+
+    def measured(self, paths: Sequence[Path], labels: Sequence[str], seconds: float) -> BenchResult:
+        """The dense model and others side by side."""
+        return bench(
+            [self.dense, *paths],
+            feeds=self.feeds,
+            threads=self.threads,
+            seconds=seconds,
+            labels=["dense", *labels],
+        )
+
+
+def setting(net: str, dense: Path, batch: int, threads: int, seconds: float) -> Setting:
+    """The net at a batch and number of threads; its table is measured within `seconds`, or known from the cache."""
+    feeds = fed_with(dense, batch, 0, None, None)
+    table = Costing(threads=threads, seconds=seconds).table(dense, feeds, name=net)
+    model, counted = ir.load(dense), traced_run(dense, feeds).macs
+    sites = {site_name(s.weight): s for s in gp.find_sites(model) if isinstance(s, gp.Site)}
+    known = {name: site for name, site in sites.items() if name in table.sites and site.node in counted}
+    return Setting(
+        net=net,
+        dense=dense,
+        feeds=feeds,
+        table=table,
+        sites=known,
+        macs={name: counted[site.node] for name, site in known.items()},
+        params=parameters(model),
+        total_macs=sum(counted.values()),
+    )
+
+
+def splits_of(choice: Mapping[str, Option]) -> Splits:
+    """Site name -> (form, rank) of what is chosen to be split."""
+    return {name: (option.form, option.rank) for name, option in choice.items() if option.rank is not None}

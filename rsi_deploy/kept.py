@@ -1,0 +1,57 @@
+"""What exports of one model with the same data have in common, kept in a folder between them: `sweep` makes many.
+
+    options.json     every site's options: what each form and rank costs and loses, from one calibration
+    accuracy.json    of the dense model
+
+Whoever keeps them vouches that model, data and settings are the same.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rsi_deploy.measure.accuracy import AccuracyResult
+from rsi_deploy.plan.knapsack import Option, SiteOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A folder of what was found before.
+
+    Attributes:
+        folder: where it lies.
+    """
+
+    folder: Path
+
+    def options(self) -> tuple[list[SiteOptions], dict[str, str]] | None:
+        """The sites' options, and site name -> why it was declined; None where none are kept."""
+        path = self.folder / "options.json"
+        if not path.is_file():
+            return None
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        sites = [
+            SiteOptions(name=site["name"], options=tuple(Option(**option) for option in site["options"]))
+            for site in stored["sites"]
+        ]
+        return sites, dict(stored["declined"])
+
+    def keep_options(self, sites: Sequence[SiteOptions], declined: Mapping[str, str]) -> None:
+        """Keep them."""
+        self._write("options.json", json.dumps({"sites": [asdict(s) for s in sites], "declined": dict(declined)}))
+
+    def accuracy(self) -> AccuracyResult | None:
+        """The dense model's; None where it is not kept."""
+        path = self.folder / "accuracy.json"
+        return AccuracyResult.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def keep_accuracy(self, accuracy: AccuracyResult | None) -> None:
+        """Keep it, where there is one."""
+        if accuracy is not None:
+            self._write("accuracy.json", accuracy.model_dump_json())
+
+    def _write(self, name: str, text: str) -> None:
+        partial = self.folder / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.folder / name)

@@ -1,0 +1,217 @@
+"""`sweep`: many models from one calibration, the whole trade-off at a glance.
+
+    dense ONNX once --> options of every site once --> for each share: plan, fit, write, verify, measure --> a bundle
+
+What a site's forms and ranks cost and lose is found once and kept. The factors of a point are fitted for it, each to
+what the sites before it have become there: slices of one factorization would be made sooner and be worse. A sweep that
+was interrupted goes on with the same command: what is whole is not made again.
+"""
+
+import datetime
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rsi_deploy import __version__
+from rsi_deploy.costing import write_dense
+from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.kept import Kept
+from rsi_deploy.measure.machine import environment
+from rsi_deploy.onnx_file import external_files, file_hash
+from rsi_deploy.pipeline import export
+from rsi_deploy.report.page_sweep import sweep_page
+from rsi_deploy.sweep_points import By, Sweep, SweepPoint, point_of, read_sweep
+
+Progress = Callable[[str, int, int], None]
+
+POINTS, HIGHEST, LOWEST = 12, 0.95, 0.3
+KEYWORDS = {"macs": "keep_macs", "params": "keep_params", "latency": "keep_latency"}
+
+
+def sweep(
+    model: str | Any,
+    output: str | Path,
+    *,
+    calib: str | Path,
+    data: str | Path | None = None,
+    by: By = "macs",
+    points: int = POINTS,
+    highest: float = HIGHEST,
+    lowest: float = LOWEST,
+    calib_size: int = 512,
+    weights: str = "DEFAULT",
+    checkpoint: str | Path | None = None,
+    input_shape: str | Sequence[str] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    smaller_is_enough: bool = False,
+    cost_budget: str | float = "240s",
+    provider: str = "cpu",
+    threads: int | None = None,
+    measure: bool = True,
+    bench_batch: int = 1,
+    bench_seconds: float = 4.0,
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Sweep:
+    """Make a model at every one of some shares, and show what accuracy costs in time, bytes and MACs.
+
+    Args:
+        model: as for `export`.
+        output: the folder; one with an unfinished sweep of the same settings is gone on with.
+        calib: unlabelled calibration data.
+        data: labelled evaluation data; without them the points are told apart by their answers on `calib`.
+        by: what the shares are of: "macs", "params" or "latency".
+        points: how many shares.
+        highest: the first of them, in (0, 1).
+        lowest: the last.
+        calib_size: at most so many samples.
+        weights: torchvision's.
+        checkpoint: a factory's.
+        input_shape: as for `export`.
+        include: globs on site names.
+        exclude: globs on site names.
+        smaller_is_enough: as for `export`.
+        cost_budget: as for `export`.
+        provider: with options.
+        threads: inside one operator.
+        measure: whether to measure latency.
+        bench_batch: samples a call.
+        bench_seconds: for each point.
+        seed: of everything.
+        force: replace what is in `output`.
+        progress: called with (point, index, count).
+        command: for the document.
+
+    Raises:
+        UsageError: a request that cannot be meant, or a folder with something else in it.
+        ModelError: the model cannot be handled.
+    """
+    shares = _shares(points, highest, lowest)
+    if by not in KEYWORDS:
+        raise UsageError(f"--by must be {', '.join(KEYWORDS)}, but got {by!r}")
+    options: dict[str, Any] = {
+        "calib": str(calib),
+        "data": None if data is None else str(data),
+        "calib_size": calib_size,
+        "include": list(include),
+        "exclude": list(exclude),
+        "smaller_is_enough": smaller_is_enough,
+        "cost_budget": cost_budget,
+        "provider": provider,
+        "threads": threads,
+        "measure": measure,
+        "bench_batch": bench_batch,
+        "bench_seconds": bench_seconds,
+        "seed": seed,
+    }
+    named = [input_shape] if isinstance(input_shape, str) else list(input_shape or ())
+    folder, work = Path(output), Path(output) / "work"
+    _clear(folder, force)
+    is_new = not work.exists()
+    work.mkdir(parents=True, exist_ok=True)
+    dense = work / "dense.onnx"
+    name = write_dense(model, dense, weights, checkpoint, next((t for t in named if "=" not in t), None), seed)
+    options["input_shape"] = [text for text in named if "=" in text]
+    document = Sweep(
+        tool=f"rsi-deploy {__version__}",
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command or "rsi_deploy.sweep(...)",
+        model=name,
+        source_hash="".join(file_hash(path) for path in (dense, *external_files(dense)))[-64:],
+        settings=json.dumps(options, sort_keys=True),
+        by=by,
+        shares=shares,
+        environment=environment(),
+    )
+    try:
+        document = _begun(document, folder)
+    except UsageError:
+        if is_new:
+            shutil.rmtree(work)
+        raise
+    for number, share in enumerate(shares, start=1):
+        if number <= len(document.points):
+            continue
+        if progress is not None:
+            progress(f"{share:.0%} of {by}", number - 1, len(shares))
+        document = _with_point(document, number, folder, dense, options, Kept(folder=work))
+        _write(document, folder)
+    shutil.rmtree(work)
+    return document
+
+
+def _with_point(document: Sweep, number: int, folder: Path, dense: Path, options: dict[str, Any], kept: Kept) -> Sweep:
+    """The sweep with one more point, made or found impossible."""
+    share, place = document.shares[number - 1], f"point-{number:02d}"
+    started = time.monotonic()
+    asked: dict[str, Any] = {KEYWORDS[document.by]: share, **options}
+    try:
+        report = export(
+            str(dense),
+            folder / place,
+            **asked,
+            kept=kept,
+            force=True,
+            command=f"{document.command} (point {number})",
+        )
+    except ModelError as error:
+        if document.dense is None and number == len(document.shares):
+            raise  # no point at all: the model cannot be handled, and this says why
+        point = SweepPoint(number=number, share=share, problem=str(error), seconds=time.monotonic() - started)
+        return document.model_copy(update={"points": (*document.points, point)})
+    point = point_of(number, share, place, report, time.monotonic() - started)
+    top1 = None if report.accuracy is None else report.accuracy.dense.top1
+    return document.model_copy(update={"points": (*document.points, point), "dense": report.dense, "dense_top1": top1})
+
+
+def _begun(new: Sweep, folder: Path) -> Sweep:
+    """The sweep that is in the folder already, or a new one.
+
+    Raises:
+        UsageError: it is another one.
+    """
+    if not (folder / "sweep.json").is_file():
+        return new
+    old = read_sweep(folder)
+    for name in ("source_hash", "settings", "by", "shares"):
+        if getattr(old, name) != getattr(new, name):
+            raise UsageError(
+                f"{folder} holds a sweep with other {name.replace('_', ' ')}; choose another folder, or add --force"
+            )
+    return old
+
+
+def _clear(folder: Path, force: bool) -> None:
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file; -o takes a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if force:
+        shutil.rmtree(folder)
+    elif not (folder / "sweep.json").is_file() and not (folder / "work").is_dir():
+        raise UsageError(f"{folder} is not empty and holds no sweep; choose another folder, or add --force")
+
+
+def _write(document: Sweep, folder: Path) -> None:
+    """Both files, so that neither ever stands there half."""
+    text = document.model_dump_json(indent=1) + "\n"
+    for name, content in (("sweep.json", text), ("report.html", sweep_page(document, text))):
+        partial = folder / f".{name}.partial"
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(folder / name)
+
+
+def _shares(points: int, highest: float, lowest: float) -> tuple[float, ...]:
+    if points < 2:
+        raise UsageError(f"--points must be at least 2, but got {points}")
+    if not 0 < lowest < highest < 1:
+        raise UsageError(f"shares must rise from --lowest to --highest within 0 and 1, but got {lowest} and {highest}")
+    return tuple(round(float(share), 4) for share in np.linspace(highest, lowest, points))

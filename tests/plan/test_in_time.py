@@ -1,0 +1,164 @@
+"""Plans by time, against a made-up machine whose whole models save more or less than their sites do alone."""
+
+import datetime
+from types import SimpleNamespace
+
+import pytest
+
+from rsi_deploy.errors import ModelError
+from rsi_deploy.measure.cost_table import Conditions, CostTable, ModelTime, PlanCheck, SiteCost, SplitTime, timing_ranks
+from rsi_deploy.plan.budget import Budget
+from rsi_deploy.plan.in_time import FASTER, NOISY, faster_only, in_time, priced
+from rsi_deploy.plan.knapsack import Option, SiteOptions
+
+NAMES = ("a", "b", "c")
+DENSE, TOTAL, FULL = 10_000, 50_000, 64
+
+
+def time_of(rank):
+    return 1000 + 120 * rank
+
+
+def cost_table(*, width=0.02, scale=1.0, largest=FULL):
+    splits = tuple(
+        SplitTime(
+            form="gemm",
+            rank=rank,
+            nanoseconds=time_of(rank),
+            speedup_interval=(DENSE / time_of(rank) * (1 - width), DENSE / time_of(rank) * (1 + width)),
+        )
+        for rank in timing_ranks(largest)
+    )
+    return CostTable(
+        tool="t",
+        created=datetime.datetime.now(datetime.UTC),
+        command="c",
+        conditions=Conditions(
+            cpu="c", cores=1, cpu_flags=(), gpus=(), onnxruntime={"onnxruntime": "1"}, provider="cpu", threads=1
+        ),
+        model=ModelTime(name="m", hash="h", batch=1, inputs={}, dense_nanoseconds=TOTAL, scale=scale),
+        sites=dict.fromkeys(NAMES, "s"),
+        untimed={"d": "it never ran on the inputs"},
+        costs=(SiteCost(signature="s", dense_nanoseconds=DENSE, blocks=30, half_width=width, splits=splits),),
+        seconds=1.0,
+        precision=0.05,
+    )
+
+
+def site_options(name, weight=1.0, ranks=range(1, FULL + 1)):
+    dense = Option(form="dense", rank=None, params=9000, macs=9000, bytes=9000, loss=0.0)
+    splits = [Option(form="gemm", rank=r, params=100 * r, macs=100 * r, bytes=100 * r, loss=weight / r) for r in ranks]
+    return SiteOptions(name=name, options=(dense, *splits))
+
+
+OPTIONS = [site_options(name, weight) for name, weight in zip(NAMES, (1.0, 2.0, 4.0), strict=True)]
+STREAMS = SimpleNamespace(
+    sites=tuple(SimpleNamespace(name=name, forms=("gemm",)) for name in NAMES), unreachable={"d": "shared"}
+)
+
+
+class Machine:
+    """Whose models save `factor` times what their sites save alone, and `lost` at once, where a fusion is gone."""
+
+    def __init__(self, factor=1.0, lost=0.0):
+        self.factor, self.lost, self.measured = factor, lost, []
+
+    def share(self, splits):
+        return 1 - self.factor * sum(DENSE - time_of(r) for _, r in splits.values()) / TOTAL + self.lost
+
+    def __call__(self, splits, table):
+        found = self.share(splits)
+        self.measured.append(found)
+        return PlanCheck(
+            scale=table.model.scale, predicted=table.predicted(splits), measured=found, measured_interval=(found, found)
+        )
+
+
+def splits_of(landed):
+    return {name: ("gemm", d.rank) for name, d in landed.decisions.items() if d.rank is not None}
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.5])
+@pytest.mark.parametrize("lost", [0.0, 0.04])
+def test_a_plan_lands_where_the_model_is_measured(factor, lost):
+    machine = Machine(factor, lost)
+    landed = in_time(Budget(keep_latency=0.7), OPTIONS, cost_table(), STREAMS, machine)
+    assert 0.9 * 0.7 <= machine.share(splits_of(landed)) <= 0.7
+    assert landed.checks[-1].measured == machine.share(splits_of(landed))
+    # The first plan believed the table, and where the machine is another one it did not land.
+    if factor == 0.8:
+        assert machine.measured[0] > 0.7
+
+
+def test_the_site_that_hurts_most_is_spared_most():
+    landed = in_time(Budget(keep_latency=0.7), OPTIONS, cost_table(), STREAMS, Machine())
+    kept = [landed.decisions[name].rank or FULL + 1 for name in NAMES]
+    assert kept == sorted(kept)
+    assert landed.decisions["d"].rank is None
+
+
+def test_a_table_of_another_machine_is_believed_with_its_scale():
+    table = cost_table(scale=1.2)
+    landed = in_time(Budget(max_latency=35_000), OPTIONS, table, STREAMS, None)
+    assert landed.checks == ()
+    predicted = table.predicted(splits_of(landed))
+    assert 0.66 * TOTAL <= predicted * TOTAL <= 35_000
+    assert landed.table == table
+
+
+def test_an_unreachable_time_names_the_fastest():
+    fastest = TOTAL - 3 * (DENSE - time_of(1))
+    with pytest.raises(
+        ModelError, match=f"the fastest takes {fastest / 1e6:.4g}ms of the dense model's 0.05ms"
+    ) as told:
+        in_time(Budget(keep_latency=0.3), OPTIONS, cost_table(), STREAMS, Machine())
+    to_type = str(told.value).split("--keep-latency ")[2].split("%")[0]
+    in_time(Budget(keep_latency=float(to_type) / 100), OPTIONS, cost_table(), STREAMS, None)
+    with pytest.raises(ModelError, match=r"type --max-latency 0\.02\d*ms or more"):
+        in_time(Budget(max_latency=1000), OPTIONS, cost_table(), STREAMS, None)
+    with pytest.raises(ModelError, match="the dense model keeps it"):
+        in_time(Budget(max_latency=TOTAL), OPTIONS, cost_table(), STREAMS, None)
+
+
+def test_a_time_that_the_table_alone_calls_unreachable_is_tried_first():
+    machine = Machine(factor=2.0)
+    table = cost_table(scale=0.3)  # by its word the fastest plan takes more than 0.8
+    landed = in_time(Budget(keep_latency=0.6), OPTIONS, table, STREAMS, machine)
+    assert machine.share(splits_of(landed)) <= 0.6
+    with pytest.raises(ModelError, match="the fastest takes"):
+        in_time(Budget(keep_latency=0.6), OPTIONS, table, STREAMS, None)
+    with pytest.raises(ModelError, match=r"\(93\.9 %\)"):  # what was measured, not what the table foretold
+        in_time(Budget(keep_latency=0.6), OPTIONS, table, STREAMS, Machine(factor=0.115))
+
+
+def test_only_what_is_shown_faster_is_left_and_the_others_say_why():
+    slow = site_options("a", ranks=[62, 63, 64])  # slower than dense? 8,440 ns and more of 10,000: faster
+    kept, reasons = faster_only([slow], cost_table())
+    assert reasons == {}
+    assert len(kept[0].options) == 4
+    kept, reasons = faster_only([slow, *OPTIONS[1:]], cost_table(width=0.2))
+    assert reasons == {"a": FASTER}  # within the noise: the tie goes to dense
+    assert len(kept[0].options) == 1
+    assert all(len(site.options) > 1 for site in kept[1:])
+    _, reasons = faster_only(OPTIONS, cost_table(width=0.9))
+    assert reasons == dict.fromkeys(NAMES, NOISY)
+    _, reasons = faster_only([site_options("d"), site_options("e")], cost_table())
+    assert reasons == {
+        "d": "not timed: it never ran on the inputs",
+        "e": "not timed: its shape is not in the cost table",
+    }
+
+
+def test_prices_are_of_the_table_and_its_scale():
+    (steep,) = priced([OPTIONS[0]], cost_table(scale=4.0))  # prices stay apart where savings count for more
+    prices = [option.nanoseconds for option in steep.options[1:]]
+    assert prices == sorted(set(prices))
+    assert steep.options[0].nanoseconds - prices[7] == 4 * (DENSE - time_of(8))
+    (a, unknown) = priced([OPTIONS[0], site_options("d")], cost_table(scale=0.5))
+    assert a.options[0].nanoseconds == DENSE
+    rank_8 = next(o for o in a.options if o.rank == 8)
+    assert rank_8.nanoseconds == DENSE - round(0.5 * (DENSE - time_of(8)))
+    assert [o.form for o in unknown.options] == ["dense"]
+    # What lies outside the timed ranks has no price, and is no option.
+    (short,) = priced([OPTIONS[0]], cost_table(largest=16))
+    assert max(o.rank or 0 for o in short.options) == 16

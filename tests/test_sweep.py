@@ -1,0 +1,180 @@
+"""Sweeps: one calibration for all points, gone on with after an interruption, and every point a bundle."""
+
+import json
+
+import numpy as np
+import pytest
+from nets import SIZES, labelled, mlp_onnx
+
+import rsi_deploy
+from rsi_deploy import sweeping as sweep_module
+from rsi_deploy.calibrate.calibrated import Calibration
+from rsi_deploy.cli import run
+from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.report.html import source_of
+from rsi_deploy.report.schema import Size
+from rsi_deploy.sweep_points import Sweep, SweepPoint, deliver, read_sweep
+from rsi_deploy.verification import verify
+
+QUICK = {"points": 3, "highest": 0.9, "lowest": 0.4, "measure": False}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    model = mlp_onnx(folder / "m.onnx")
+    labelled(folder / "d.npz", model)
+    np.savez(folder / "c.npz", x=np.random.default_rng(3).standard_normal((128, SIZES[0])).astype(np.float32))
+    return folder
+
+
+def swept(place, output, **options):
+    model = str(place / "m.onnx")
+    return rsi_deploy.sweep(model, output, calib=place / "c.npz", data=place / "d.npz", **{**QUICK, **options})
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    swept(place, place / "s")
+    return place / "s"
+
+
+def test_every_point_is_a_bundle_within_its_share(done):
+    document = read_sweep(done)
+    assert [point.share for point in document.points] == [0.9, 0.65, 0.4]
+    assert document.is_done
+    for point in document.points:
+        assert point.size.macs <= point.share * document.dense.macs
+        assert all(claim.status != "broken" for claim in verify(done / point.folder).claims)
+    macs = [point.size.macs for point in document.points]
+    assert macs == sorted(macs, reverse=True)
+    assert not (done / "work").exists()
+
+
+def test_a_point_is_what_an_export_of_its_share_would_be(place, done, tmp_path):
+    options = {"calib": place / "c.npz", "calib_size": 512, "keep_macs": 0.65, "measure": False}
+    alone = rsi_deploy.export(str(place / "m.onnx"), tmp_path / "b", **options)
+    point = rsi_deploy.read_report(done / "point-02")
+    assert [(s.name, s.form, s.rank) for s in alone.sites] == [(s.name, s.form, s.rank) for s in point.sites]
+
+
+def test_the_page_is_of_the_document(done):
+    import hashlib
+
+    assert source_of(done / "report.html") == hashlib.sha256((done / "sweep.json").read_bytes()).hexdigest()
+    page = (done / "report.html").read_text()
+    assert "Quality over MACs a sample" in page
+    assert "<svg" in page
+
+
+def test_a_point_is_delivered(done, tmp_path):
+    report = deliver(done, 2, tmp_path / "b")
+    assert (tmp_path / "b" / "model.onnx").read_bytes() == (done / "point-02" / "model.onnx").read_bytes()
+    assert report == rsi_deploy.read_report(tmp_path / "b")
+    assert run(["export", "--from-sweep", str(done), "--point", "2", "-o", str(tmp_path / "c")]) == 0
+    with pytest.raises(UsageError, match="is not empty"):
+        deliver(done, 2, tmp_path / "b")
+
+
+def test_a_point_that_was_tampered_with_is_not_delivered(place, tmp_path):
+    swept(place, tmp_path / "s", points=2)
+    model = tmp_path / "s" / "point-01" / "model.onnx"
+    model.write_bytes(model.read_bytes() + b"\0")
+    with pytest.raises(ModelError, match="is not the file that its report speaks of"):
+        deliver(tmp_path / "s", 1, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--from-sweep", "S", "--point", "9"], "--point 9: the sweep in S has points 1, 2, 3"),
+        (["--from-sweep", "S"], "go together"),
+        (["--point", "1"], "go together"),
+        (["m.onnx", "--from-sweep", "S", "--point", "1"], "leave out MODEL"),
+        (["--from-sweep", "nowhere", "--point", "1"], "is no sweep"),
+        (["--rank", "4"], "export takes a MODEL"),
+    ],
+)
+def test_what_cannot_be_delivered(done, tmp_path, monkeypatch, capsys, argv, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "S").symlink_to(done)
+    assert run(["export", *argv, "-o", "b"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_an_interrupted_sweep_goes_on_and_calibrates_no_second_time(place, tmp_path, monkeypatch):
+    made, calls = sweep_module.export, []
+    surveyed, options_of = [], Calibration.options
+
+    def interrupted(*args, **options):
+        calls.append(options["keep_macs"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return made(*args, **options)
+
+    def counted(self, *args):
+        surveyed.append(1)
+        return options_of(self, *args)
+
+    monkeypatch.setattr(Calibration, "options", counted)
+    monkeypatch.setattr(sweep_module, "export", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        swept(place, tmp_path / "s")
+    half = read_sweep(tmp_path / "s")
+    assert [point.number for point in half.points] == [1]
+    assert "unfinished: 1 of 3 points" in (tmp_path / "s" / "report.html").read_text()
+    before = (tmp_path / "s" / "point-01" / "model.onnx").stat().st_mtime_ns
+    whole = swept(place, tmp_path / "s")
+    assert calls == [0.9, 0.65, 0.65, 0.4]
+    assert len(whole.points) == 3
+    assert (tmp_path / "s" / "point-01" / "model.onnx").stat().st_mtime_ns == before
+    assert len(surveyed) == 1
+
+
+def test_another_sweep_is_not_gone_on_with(place, done, tmp_path):
+    for other, words in [
+        ({"points": 4}, "other shares"),
+        ({"seed": 1}, "other settings"),
+        ({"by": "params"}, "other by"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            swept(place, done, **other)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds no sweep"):
+        swept(place, tmp_path / "full")
+    assert (tmp_path / "full" / "mine.txt").exists()
+
+
+def test_a_share_that_no_plan_reaches_is_a_point_with_its_reason(place, tmp_path):
+    document = swept(place, tmp_path / "s", points=2, lowest=0.01)
+    assert document.points[0].size is not None
+    assert "no plan can meet" in document.points[1].problem
+    with pytest.raises(UsageError, match="there is no such model: no plan can meet"):
+        deliver(tmp_path / "s", 2, tmp_path / "b")
+    with pytest.raises(ModelError, match="no plan can meet"):
+        swept(place, tmp_path / "t", points=2, highest=0.02, lowest=0.01)
+
+
+def test_fronts_hold_what_nothing_beats(done):
+    def point(number, macs, top1, speedup):
+        size = Size(bytes=macs * 4, params=macs, macs=macs)
+        return SweepPoint(number=number, share=0.5, size=size, top1=top1, speedup=speedup)
+
+    base = read_sweep(done)
+    points = (point(1, 90, 95.0, 1.1), point(2, 70, 95.5, 1.05), point(3, 50, 90.0, 2.0), point(4, 60, 89.0, 1.9))
+    made = Sweep.model_validate(base.model_dump() | {"points": [p.model_dump() for p in points]})
+    assert made.front("macs") == [3, 2]
+    assert made.front("time") == [3, 1, 2]
+
+
+def test_the_verb(place, tmp_path, capsys):
+    argv = ["sweep", str(place / "m.onnx"), "--calib", str(place / "c.npz"), "-o", str(tmp_path / "s"), "--no-bench"]
+    assert run([*argv, "--points", "2", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["points"]) == 2
+    assert document["points"][0]["agreement"] > 50
+    assert run([*argv, "--points", "2"]) == 0  # done already: shown again
+    assert "quality: equal top-1 answers" in capsys.readouterr().out
+    assert run([*argv, "--points", "2", "--lowest", "0.99"]) == 2

@@ -1,0 +1,242 @@
+"""Exports that time decides: never slower than dense, planned by tables, and honest where nothing is faster."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+from nets import mlp_onnx, run_onnx
+
+import rsi_deploy
+from rsi_deploy.cli import run
+from rsi_deploy.errors import UsageError
+from rsi_deploy.last_word import UNDONE
+from rsi_deploy.measure.cost_table import read_cost_table
+from rsi_deploy.plan.in_time import FASTER
+from rsi_deploy.report.schema import read_report
+from rsi_deploy.timed_export import as_now
+from rsi_deploy.verification import verify
+
+WIDE = (128, 1024, 1024, 10)
+"""Wide enough that a small rank is faster on any machine."""
+SLOWER = {"speedup_interval": (0.5, 0.6)}
+QUICK = {"cost_budget": 8, "bench_seconds": 1.0, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("timed")
+    mlp_onnx(folder / "wide.onnx", sizes=WIDE)
+    mlp_onnx(folder / "tiny.onnx")
+    rng = np.random.default_rng(0)
+    mixing = rng.standard_normal((24, 128)).astype(np.float32)  # inputs of 24 directions: small ranks lose little
+    np.savez(folder / "calib.npz", x=rng.standard_normal((96, 24)).astype(np.float32) @ mixing)
+    made_up = by_size(rsi_deploy.profile(str(folder / "wide.onnx"), budget=3, threads=1))
+    (folder / "cost.json").write_text(made_up.model_dump_json())
+    return folder
+
+
+def by_size(table):
+    """The table with times as they would be on a machine where numbers are all that costs: no clock decides a test."""
+    numbers = {"fc1": (1024, 128), "fc2": (1024, 1024), "head": (10, 1024)}
+    unit = table.model.dense_nanoseconds / sum(out * into for out, into in numbers.values())
+    shapes = {table.sites[name]: shape for name, shape in numbers.items()}
+    costs = []
+    for cost in table.costs:
+        out, into = shapes[cost.signature]
+        splits = []
+        for split in cost.splits:
+            speedup = out * into / (split.rank * (out + into))
+            told = {"nanoseconds": round(unit * split.rank * (out + into)), "speedup_interval": (speedup, speedup)}
+            splits.append(split.model_copy(update=told))
+        told = {"dense_nanoseconds": round(unit * out * into), "blocks": 30, "half_width": 0.01}
+        costs.append(cost.model_copy(update={**told, "splits": tuple(splits)}))
+    model = table.model.model_copy(update={"scale": 1.0})
+    return table.model_copy(update={"costs": tuple(costs), "model": model})
+
+
+def export(place, name, output, **options):
+    return rsi_deploy.export(str(place / name), output, **{**QUICK, **options})
+
+
+def test_a_share_of_the_time_is_planned_measured_and_delivered(place, tmp_path):
+    options = {"calib": place / "calib.npz", "keep_latency": "60%", "cost": place / "cost.json"}
+    report = export(place, "wide.onnx", tmp_path / "b", **options)
+    assert report.timing.rule == "faster"
+    assert report.timing.source == "--cost cost.json"
+    assert 1 <= len(report.timing.checks) <= 4
+    assert report.split_sites or report.timing.undone
+    assert report.timing.last_word.startswith(
+        ("the finished model is measured faster", "the DENSE model", "1 of", "2 of")
+    )
+    assert report.settings.budget == "--keep-latency 60%"
+    claims = {claim.name: claim for claim in verify(tmp_path / "b").claims}
+    assert claims["budget"].status in ("holds", "broken")  # told from the report's own measurement
+    assert "of" in claims["budget"].detail
+
+
+def test_without_a_table_one_is_measured(place, tmp_path):
+    report, refused = None, ""
+    try:
+        report = export(place, "wide.onnx", tmp_path / "b", calib=place / "calib.npz", keep_params=0.6)
+    except rsi_deploy.ModelError as error:  # a busy machine: nothing was shown faster, and that is said
+        refused = str(error)
+    assert (report is None) == ("faster" in refused)
+    if report is not None:
+        assert report.timing.source == "measured here"
+        assert report.compressed.params <= 0.6 * report.dense.params or report.timing.undone
+
+
+def test_a_split_that_is_not_faster_is_undone_and_the_dense_model_delivered(place, tmp_path):
+    report = export(place, "tiny.onnx", tmp_path / "b", rank=4, keep_dense=True)
+    assert not report.split_sites
+    assert {u.site for u in report.timing.undone} == {"fc1", "fc2", "head"} - {
+        s.name for s in report.sites if s.reason != UNDONE
+    }
+    assert report.timing.last_word.startswith("the DENSE model is delivered")
+    assert report.timing.last_word in report.notes
+    assert report.timing.last_word in (tmp_path / "b" / "README.md").read_text()
+    x = np.random.default_rng(0).standard_normal((5, 12)).astype(np.float32)
+    delivered, dense = (run_onnx(tmp_path / "b" / name, x)[0] for name in ("model.onnx", "dense.onnx"))
+    np.testing.assert_array_equal(delivered, dense)
+    assert all(claim.status != "broken" for claim in verify(tmp_path / "b").claims)
+
+
+@pytest.mark.parametrize(
+    "options", [{"smaller_is_enough": True}, {"always_split": True}, {"measure": False}], ids=lambda o: next(iter(o))
+)
+def test_who_asks_for_it_gets_the_split_all_the_same(place, tmp_path, options):
+    report = export(place, "tiny.onnx", tmp_path / "b", rank=4, **options)
+    assert report.split_sites
+    assert report.timing is None
+
+
+def test_a_wide_model_keeps_its_uniform_splits(place, tmp_path):
+    report = export(place, "wide.onnx", tmp_path / "b", rank=8)
+    assert {s.name for s in report.split_sites} >= {"fc1", "fc2"} - {u.site for u in report.timing.undone}
+    assert bool(report.split_sites) == ("DENSE" not in report.timing.last_word)
+
+
+def test_other_budgets_split_only_what_is_faster(place, tmp_path):
+    table = read_cost_table(place / "cost.json")
+    slow = [cost for cost in table.costs if cost.signature != table.sites["fc2"]]
+    late = [c.model_copy(update={"splits": tuple(s.model_copy(update=SLOWER) for s in c.splits)}) for c in slow]
+    costs = (*late, table.by_site()["fc2"])
+    (tmp_path / "late.json").write_text(table.model_copy(update={"costs": costs}).model_dump_json())
+    options = {"calib": place / "calib.npz", "keep_params": 0.5, "cost": tmp_path / "late.json"}
+    report = export(place, "wide.onnx", tmp_path / "b", **options)
+    reasons = {site.name: site.reason for site in report.sites if site.rank is None}
+    assert reasons["fc1"] == FASTER  # it would save parameters, and no time
+    assert "fc2" not in reasons or report.timing.undone
+    words = "only splits that were measured faster were taken|no split of any site is measured faster"
+    with pytest.raises(rsi_deploy.ModelError, match=words):
+        export(place, "tiny.onnx", tmp_path / "t", calib=calib_of(tmp_path), keep_params=0.3)
+    assert export(
+        place, "tiny.onnx", tmp_path / "t", calib=calib_of(tmp_path), keep_params=0.5, smaller_is_enough=True
+    ).split_sites
+
+
+def calib_of(folder):
+    np.savez(folder / "c.npz", x=np.random.default_rng(1).standard_normal((96, 12)).astype(np.float32))
+    return folder / "c.npz"
+
+
+def changed(place, folder, **conditions):
+    table = read_cost_table(place / "cost.json")
+    other = table.model_copy(update={"conditions": table.conditions.model_copy(update=conditions)})
+    (folder / "other.json").write_text(other.model_dump_json())
+    return folder / "other.json"
+
+
+@pytest.mark.parametrize(
+    ("conditions", "words"),
+    [
+        ({"cpu": "Another CPU"}, "cpu Another CPU against"),
+        ({"onnxruntime": {"onnxruntime": "0.1"}}, "onnxruntime onnxruntime 0.1 against onnxruntime"),
+        ({"threads": 7}, "threads 7 against 1"),
+        ({"provider": "openvino"}, r"provider openvino against cpu \(its provider is not here"),
+    ],
+)
+def test_a_table_of_other_conditions_is_refused_and_says_what_differs(place, tmp_path, conditions, words):
+    other = changed(place, tmp_path, **conditions)
+    options = {"calib": place / "calib.npz", "keep_latency": 0.6, "cost": other}
+    with pytest.raises(UsageError, match=words) as told:
+        export(place, "wide.onnx", tmp_path / "b", **options)
+    assert "--foreign-cost" in str(told.value)
+    report = export(place, "wide.onnx", tmp_path / "b", foreign_cost=True, **options)
+    assert report.latency is None
+    assert any("measured nowhere: run rsi-deploy bench there" in note for note in report.notes)
+    assert report.timing.predicted <= 0.6
+    assert report.split_sites
+
+
+def test_the_same_table_and_no_measuring_give_the_same_bytes(place, tmp_path):
+    other = changed(place, tmp_path, cpu="Another CPU")
+    options = {"calib": place / "calib.npz", "keep_latency": 0.5, "cost": other, "foreign_cost": True}
+    for name in "ab":
+        export(place, "wide.onnx", tmp_path / name, **options)
+    assert (tmp_path / "a" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()
+
+
+def test_a_stored_table_is_read_in_the_units_of_now(place):
+    table = read_cost_table(place / "cost.json")
+    slower = as_now(table, 3 * table.model.dense_nanoseconds)
+    plan = {"fc2": ("gemm", 32)}
+    assert slower.predicted(plan) == pytest.approx(table.predicted(plan))
+    assert slower.model.dense_nanoseconds == 3 * table.model.dense_nanoseconds
+
+
+def test_an_absolute_time_is_kept(place, tmp_path):
+    table = read_cost_table(place / "cost.json")
+    allowed = round(0.6 * table.model.dense_nanoseconds / 1e3)
+    options = {"calib": place / "calib.npz", "max_latency": f"{allowed}us", "cost": place / "cost.json"}
+    report = export(place, "wide.onnx", tmp_path / "b", **options)
+    assert report.settings.budget.startswith("--max-latency")
+    assert report.split_sites or report.timing.undone
+    assert "Time" in (tmp_path / "b" / "report.html").read_text()
+
+
+def test_an_unreachable_time_names_the_fastest_plan(place, tmp_path, capsys):
+    argv = ["export", str(place / "wide.onnx"), "--calib", str(place / "calib.npz"), "--keep-latency", "0.1%"]
+    argv += ["--cost", str(place / "cost.json"), "--threads", "1", "-o", str(tmp_path / "b")]
+    assert run(argv) == 3
+    assert "the fastest takes" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--keep-latency", "0.6", "--no-bench"], "are measured: leave out --no-bench"),
+        (["--keep-macs", "0.6", "--foreign-cost"], "add --cost, or leave it out"),
+        (["--max-latency", "25"], "write --max-latency 25ms"),
+        (["--max-latency", "fast"], "must be a time such as 25ms"),
+        (["--keep-latency", "60"], "write --keep-latency 60%"),
+        (["--keep-latency", "0.6", "--keep-macs", "0.5"], "exactly one of"),
+        (["--keep-latency", "0.6", "--cost", "none.json"], "make one with rsi-deploy profile"),
+    ],
+)
+def test_what_cannot_be_meant(place, tmp_path, capsys, argv, words):
+    base = ["export", str(place / "wide.onnx"), "--calib", str(place / "calib.npz"), "-o", str(tmp_path / "b")]
+    assert run([*base, *argv]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_table_goes_with_a_budget_and_with_its_own_inputs(place, tmp_path, capsys):
+    cost = ["--cost", str(place / "cost.json"), "--threads", "1", "-o", str(tmp_path / "b")]
+    assert run(["export", str(place / "wide.onnx"), "--rank", "4", *cost]) == 2
+    assert "--cost is planned with: give a budget" in capsys.readouterr().err
+    calib = ["--calib", str(place / "calib.npz"), "--keep-latency", "0.6"]
+    assert run(["export", str(place / "wide.onnx"), *calib, "--bench-batch", "4", *cost]) == 2
+    assert "float32 (1, 128), but this export measures with input: float32 (4, 128)" in capsys.readouterr().err
+    tiny = ["--calib", str(calib_of(tmp_path)), "--keep-latency", "0.6"]
+    assert run(["export", str(place / "tiny.onnx"), *tiny, *cost]) == 2
+    assert "this export measures with" in capsys.readouterr().err
+
+
+def test_the_report_is_read_back(place, tmp_path):
+    export(place, "tiny.onnx", tmp_path / "b", rank=4)
+    timing = read_report(tmp_path / "b").timing
+    assert timing.source == "the finished model alone"
+    assert timing.conditions.onnxruntime["onnxruntime"] == onnxruntime.__version__
+    assert json.loads((tmp_path / "b" / "report.json").read_text())["timing"]["undone"]
