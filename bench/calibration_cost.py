@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bench import cases, common
 from bench.cases import Case
@@ -102,9 +103,11 @@ class ClockedCalibration(Calibration):
         with self._clocked():
             return super().replacement(site, moments, form, rank, **more)
 
-    def _errors(self, site: StreamSite, moments: Moments | Samples) -> Iterator[tuple[tuple[Form, int], float]]:
+    def _errors(
+        self, site: StreamSite, moments: Moments | Samples, metric: Tensor | None
+    ) -> Iterator[tuple[tuple[Form, int], float]]:
         with self._clocked():
-            found = list(super()._errors(site, moments))
+            found = list(super()._errors(site, moments, metric))
         yield from found
 
     @contextmanager
