@@ -45,6 +45,9 @@ did better for a sentence encoder than 0.1, and both better than 1."""
 MEMORY = 2 * 2**30
 """Bytes of weights, metrics and values kept for a backward pass."""
 
+PIECE = 32 * 2**20
+"""Bytes of values kept for the backward pass of some samples, where one sample needs less: more save no time."""
+
 
 class NoMetricError(Exception):
     """There is no metric for a model, for the reason that the message tells."""
@@ -148,7 +151,7 @@ class OutputMetric:
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
-        self._cut = max(1, int(samples * self._left / max(2 * size, 1)))
+        self._cut = max(1, int(samples * min(self._left, PIECE) / max(2 * size, 1)))
 
     def listen(
         self,

@@ -105,7 +105,8 @@ class Segment:
         if self._factors:
             self._split()
         # The factors are computed between the runs: idle workers must not spin on their cores.
-        session = make_session(self._path, self._provider, spin_between_runs=False)
+        # An arena would keep what the largest wave needed.
+        session = make_session(self._path, self._provider, spin_between_runs=False, arena=False)
         self._path.unlink()
         return session
 

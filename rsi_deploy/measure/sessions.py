@@ -39,6 +39,7 @@ def make_session(
     prepack: bool = True,
     profile_prefix: str | None = None,
     spin_between_runs: bool = True,
+    arena: bool = True,
     allow_fallback: bool = False,
 ) -> "InferenceSession":
     """Load a model on the provider that was asked for, or refuse.
@@ -51,6 +52,7 @@ def make_session(
         prepack: rearrange weights at load time: faster, more memory.
         profile_prefix: start onnxruntime's profiler with this file prefix.
         spin_between_runs: let idle workers spin after a run. Off where several sessions share the cores.
+        arena: keep the memory of a run for the next one: faster, and as much as the largest run needs.
         allow_fallback: take a session on another provider where the one asked for does not start.
 
     Raises:
@@ -74,6 +76,8 @@ def make_session(
     SESSION_OPTIONS["optimization"].set_(options, optimize)
     if not prepack:
         SESSION_OPTIONS["prepacking"].set_(options, "off")
+    if not arena and "arena" not in spec.session:
+        SESSION_OPTIONS["arena"].set_(options, "off")
     if not spin_between_runs and "spinning" not in spec.session:
         SESSION_OPTIONS["spinning"].set_(options, "run")
     spec.apply_(options)
