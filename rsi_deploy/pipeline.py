@@ -21,10 +21,7 @@ from rsi_deploy.bundle import whole_folder
 from rsi_deploy.calibrate.calibration_data import check_source
 from rsi_deploy.calibrate.certificate import certificate
 from rsi_deploy.calibrating import Calibrator, Dense
-from rsi_deploy.costing import BUDGET, Costing
 from rsi_deploy.errors import UsageError
-from rsi_deploy.kept import Kept
-from rsi_deploy.last_word import LastWord, splits_of
 from rsi_deploy.measure.data import Dataset, open_data
 from rsi_deploy.measure.machine import environment, peak_memory
 from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
@@ -33,7 +30,6 @@ from rsi_deploy.measure.request import parse_seconds
 from rsi_deploy.measure.result import BenchResult
 from rsi_deploy.onnx_file import file_bytes, file_hash, read_onnx
 from rsi_deploy.onnx_split import with_macs
-from rsi_deploy.part_of_time import Timed, timing_notes, timing_record
 from rsi_deploy.plan.decide import Planned, plan_of
 from rsi_deploy.plan.plan_file import read_plan, write_plan
 from rsi_deploy.plan.planner import Filters, MaxError, RankSpec, rank_spec
@@ -45,8 +41,12 @@ from rsi_deploy.report.schema import Report, Size, SourceRecord
 from rsi_deploy.rsi import Method, PowerIterations, Route, Solver
 from rsi_deploy.source import load_source, source_of_module
 from rsi_deploy.stages import Compressed, Job
-from rsi_deploy.sweep_points import deliver
-from rsi_deploy.timed_export import timed_export
+from rsi_deploy.sweeps.kept import Kept
+from rsi_deploy.sweeps.points import deliver
+from rsi_deploy.timing.costing import BUDGET, Costing
+from rsi_deploy.timing.last_word import LastWord, splits_of
+from rsi_deploy.timing.part_of_time import Timed, timing_notes, timing_record
+from rsi_deploy.timing.timed_export import timed_export
 
 Progress = Callable[[str, int, int], None]
 

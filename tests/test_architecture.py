@@ -37,7 +37,7 @@ to_onnx measure.answers measure.tally measure.accuracy measure.result
 measure.arms measure.blocks measure.latency measure.float16 measure.profiling measure.concurrency
 measure.worker measure.processes measure.request measure.sample_feeds measure.matrix trace gates opset bound rewriting
 measure.cost_table measure.cost_cache measure.site_models measure.site_timing measure.blank_models measure.trial_plans
-costing
+timing.costing
 measure.gate measure.compare
 report.schema diagnosis inspection
 plan.request calibrate.certificate plan.decide plan.in_time compress_to_data
@@ -45,7 +45,8 @@ report.cost_summary report.text report.theme report.svg report.plots report.page
 report.page_environment report.page_latency report.page_cells report.page_costs report.page_load report.page_bench
 report.summary report.accuracy_table report.comparison_table report.loadgen_table report.bench_table report.card
 report.page_errors report.page_sites report.page_report verification report.table
-sweep_points report.page_sweep kept timed_export calibrating stages last_word part_of_time pipeline sweeping
+sweeps.points report.page_sweep sweeps.kept timing.timed_export calibrating stages timing.last_word timing.part_of_time
+pipeline sweeps.sweeping
 cli.options cli.terminal cli.gating cli.page
 cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.verify cli.doctor
 """
