@@ -167,7 +167,7 @@ def accuracy(net: str, folder: Path, seconds: float, table: float) -> list[dict[
 
 def table_cost(net: str, folder: Path, seconds: float, table: float) -> list[dict[str, Any]]:
     """Seconds for the first table, as `profile` makes it unasked, and for the second."""
-    from rsi_deploy.costing import Costing, fed_with
+    from rsi_deploy.timing.costing import Costing, fed_with
 
     dense = timed.dense_model(net, folder)
     feeds, costing = fed_with(dense, 1, 0, None, None), Costing(threads=THREADS)

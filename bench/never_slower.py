@@ -22,13 +22,13 @@ from rich.table import Table
 from bench import common, models, timed
 from bench.common import Goal
 from bench.timed import Setting, Splits
-from rsi_deploy.last_word import is_faster, kept
 from rsi_deploy.measure.blank_models import write_blank
 from rsi_deploy.measure.result import ArmResult
 from rsi_deploy.measure.statistics import MIN_BLOCKS, direction
 from rsi_deploy.plan.in_time import faster_only
 from rsi_deploy.plan.knapsack import UnreachableLimitError, choose
 from rsi_deploy.plan.planner import Planner, RankSpec
+from rsi_deploy.timing.last_word import is_faster, kept
 
 BATCHES, THREADS = (1, 8), (1, 2)
 TENTHS = tuple(tenth / 10 for tenth in range(9, 0, -1))

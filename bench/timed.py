@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 import graph_passes as gp
 from bench import cases, models
-from rsi_deploy.costing import Costing, fed_with
 from rsi_deploy.measure.arms import Feeds
 from rsi_deploy.measure.cost_table import CostTable
 from rsi_deploy.measure.latency import bench
@@ -21,6 +20,7 @@ from rsi_deploy.measure.result import BenchResult
 from rsi_deploy.onnx_file import parameters
 from rsi_deploy.plan.knapsack import Option, SiteOptions
 from rsi_deploy.plan.planner import break_even_rank, site_name
+from rsi_deploy.timing.costing import Costing, fed_with
 from rsi_deploy.trace import traced_run
 
 TORCHVISION = ("mobilenet_v2", "resnet50", "vit_b_32", "vgg19", "convnext_tiny")

@@ -11,7 +11,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from rsi_deploy.compress import compress_ as compress_
     from rsi_deploy.compress_to_data import compress_to_data_ as compress_to_data_
-    from rsi_deploy.costing import profile as profile
     from rsi_deploy.diagnosis import doctor as doctor
     from rsi_deploy.errors import GateError as GateError
     from rsi_deploy.errors import ModelError as ModelError
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
     from rsi_deploy.report.schema import read_report as read_report
     from rsi_deploy.rewriting import rewrite as rewrite
     from rsi_deploy.sites import SiteRecord as SiteRecord
-    from rsi_deploy.sweeping import sweep as sweep
+    from rsi_deploy.sweeps.sweeping import sweep as sweep
+    from rsi_deploy.timing.costing import profile as profile
     from rsi_deploy.verification import verify as verify
 
 _HOMES = {
@@ -50,10 +50,10 @@ _HOMES = {
     "evaluate": "measure.accuracy",
     "export": "pipeline",
     "inspect": "inspection",
-    "profile": "costing",
+    "profile": "timing.costing",
     "read_report": "report.schema",
     "rewrite": "rewriting",
-    "sweep": "sweeping",
+    "sweep": "sweeps.sweeping",
     "verify": "verification",
 }
 

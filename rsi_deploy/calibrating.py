@@ -17,7 +17,6 @@ from rsi_deploy.calibrate.calibrated import Calibration
 from rsi_deploy.calibrate.calibration_data import CalibrationData, refuse_shared
 from rsi_deploy.calibrate.onnx_streams import OnnxStreams
 from rsi_deploy.errors import GateError, ModelError
-from rsi_deploy.kept import Kept
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.inputs import model_inputs
@@ -30,7 +29,8 @@ from rsi_deploy.plan.planner import Decision, Filters, FixedPlanner, Planner, Si
 from rsi_deploy.plan.request import Request
 from rsi_deploy.report.schema import Size
 from rsi_deploy.rsi import Solver
-from rsi_deploy.timed_export import TimedExport
+from rsi_deploy.sweeps.kept import Kept
+from rsi_deploy.timing.timed_export import TimedExport
 from rsi_deploy.trace import traced_run
 
 Progress = Callable[[str, int, int], None]

@@ -6,47 +6,33 @@ The dense model is written to disk once; from then on everything reads it memory
 so the peak memory is about that of exporting alone.
 """
 
-import datetime
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy.typing as npt
-import torch
 from torch import nn
 
-from rsi_deploy import __version__
 from rsi_deploy.bundle import whole_folder
 from rsi_deploy.calibrate.calibration_data import check_source
-from rsi_deploy.calibrate.certificate import certificate
-from rsi_deploy.calibrating import Calibrator, Dense
-from rsi_deploy.costing import BUDGET, Costing
 from rsi_deploy.errors import UsageError
-from rsi_deploy.kept import Kept
-from rsi_deploy.last_word import LastWord, splits_of
-from rsi_deploy.measure.data import Dataset, open_data
-from rsi_deploy.measure.machine import environment, peak_memory
-from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.exporting.given import Origin, device_named, evaluation_data, told_shapes, uniform
+from rsi_deploy.exporting.run import ExportRun
+from rsi_deploy.measure.data import Dataset
+from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.provider_spec import parse
 from rsi_deploy.measure.request import parse_seconds
-from rsi_deploy.measure.result import BenchResult
-from rsi_deploy.onnx_file import file_bytes, file_hash, read_onnx
-from rsi_deploy.onnx_split import with_macs
-from rsi_deploy.part_of_time import Timed, timing_notes, timing_record
-from rsi_deploy.plan.decide import Planned, plan_of
-from rsi_deploy.plan.plan_file import read_plan, write_plan
-from rsi_deploy.plan.planner import Filters, MaxError, RankSpec, rank_spec
+from rsi_deploy.plan.plan_file import read_plan
+from rsi_deploy.plan.planner import Filters, MaxError, RankSpec
 from rsi_deploy.plan.request import Request, given_budget
-from rsi_deploy.probe import named_shapes, read_feeds
-from rsi_deploy.report.card import model_card
-from rsi_deploy.report.page_report import report_page
-from rsi_deploy.report.schema import Report, Size, SourceRecord
+from rsi_deploy.probe import read_feeds
+from rsi_deploy.report.schema import Report
 from rsi_deploy.rsi import Method, PowerIterations, Route, Solver
-from rsi_deploy.source import load_source, source_of_module
-from rsi_deploy.stages import Compressed, Job
-from rsi_deploy.sweep_points import deliver
-from rsi_deploy.timed_export import timed_export
+from rsi_deploy.stages import Job
+from rsi_deploy.sweeps.kept import Kept
+from rsi_deploy.sweeps.points import deliver
+from rsi_deploy.timing.costing import BUDGET, Costing
+from rsi_deploy.timing.part_of_time import Timed
 
 Progress = Callable[[str, int, int], None]
 
@@ -176,9 +162,9 @@ def export(
         return _of_sweep(model, from_sweep, point, output, force=force)
     if model is None:
         raise UsageError("export takes a MODEL, or --from-sweep DIR --point N")
-    plain, shapes = _shapes(input_shape)
+    plain, shapes = told_shapes(input_shape)
     request = Request(
-        rank=_uniform(rank, max_error),
+        rank=uniform(rank, max_error),
         budget=given_budget(keep_params, keep_macs, max_size, keep_latency, max_latency),
         max_drop=max_drop,
         plan=None if plan is None else read_plan(plan),
@@ -194,12 +180,7 @@ def export(
     timed = Timed(
         request=request, cost=cost, foreign=foreign_cost, smaller_is_enough=smaller_is_enough, measure=measure
     )
-    costing = Costing(
-        provider=str(parse(provider)),
-        threads=threads,
-        seconds=parse_seconds(str(cost_budget), "--cost-budget"),
-        seed=seed,
-    )
+    provider, seconds = str(parse(provider)), parse_seconds(str(cost_budget), "--cost-budget")
     check_source(calib)
     filters = Filters(include=tuple(include), exclude=tuple(exclude))
     solver = Solver(
@@ -213,139 +194,38 @@ def export(
     job = Job(
         settings=request.settings(filters, solver, always_split=always_split, joint=joint, opset=opset),
         solver=solver,
-        device=_device(device),
-        provider=str(parse(provider)),
+        device=device_named(device),
+        provider=provider,
         progress=progress,
         shapes=shapes,
         given=None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds),
         assume_constant=assume_constant,
     )
-    dataset = _evaluation_data(data, preprocessing)
+    origin = Origin(
+        model=model,
+        weights=weights,
+        checkpoint=checkpoint,
+        shape=plain,
+        seed=seed,
+        preprocessing=preprocessing,
+        opset=opset,
+    )
+    run = ExportRun(
+        job=job,
+        origin=origin,
+        timed=timed,
+        costing=Costing(provider=provider, threads=threads, seconds=seconds, seed=seed),
+        filters=filters,
+        dataset=evaluation_data(data, preprocessing),
+        bench_batch=bench_batch,
+        bench_seconds=bench_seconds,
+        max_output_error=max_output_error,
+        keep_dense=keep_dense,
+        command=command or "rsi_deploy.export(...)",
+        kept=kept,
+    )
     with whole_folder(Path(output), force=force) as folder:
-        with job.stage("load"):
-            source = (
-                load_source(model, weights=weights, checkpoint=checkpoint, input_shape=plain, seed=seed)
-                if isinstance(model, str)
-                else source_of_module(model, plain, seed)
-            )
-        told = source.preprocessing if source.onnx is None else _stored_preprocessing(source.onnx)
-        steps = preprocessing.over(told) if preprocessing else told
-        # Apart from the bundle, so that a compressed model that still leans on the dense one's data cannot load.
-        work, path = folder / "work", folder / "model.onnx"
-        work.mkdir()
-        dense = work / "dense.onnx"
-        exporter = job.export_dense(source, dense, steps, opset)
-        before, accuracy = job.dense_facts(source, dense, dataset, steps, kept.accuracy() if kept else None)
-        if kept is not None:
-            kept.keep_accuracy(accuracy)
-        fed = job.timing_feeds(dense, before, bench_batch) if before.outputs is not None else None
-        timing = None
-        if timed.needs_table and fed is not None:
-            with job.stage("cost table"):
-                timing = timed_export(
-                    dense,
-                    fed,
-                    costing,
-                    cost=cost,
-                    foreign=foreign_cost,
-                    must_be_faster=not smaller_is_enough,
-                    name=source.name,
-                    command=command or "rsi_deploy.export(...)",
-                )
-        calibrator = Calibrator(
-            request=request,
-            dense=Dense(
-                path=dense,
-                size=before.size,
-                macs=before.macs,
-                feeds=before.feeds,
-                batch=before.batch,
-                accuracy=accuracy,
-            ),
-            planner=request.planner(filters, always_split=always_split),
-            filters=filters,
-            solver=solver,
-            steps=steps,
-            evaluation=dataset,
-            write=lambda made, candidate: job.write(dense, candidate, made),
-            provider=job.provider,
-            seed=seed,
-            progress=progress,
-            timing=timing,
-            kept=kept,
-        )
-        with job.stage("calibrate and plan"):
-            made = calibrator.planned()
-
-        def compress(plan: Planned, *, may_be_dense: bool = True) -> Compressed:
-            return job.compress(dense, path, plan, with_head=dataset is not None, may_be_dense=may_be_dense)
-
-        def measured() -> BenchResult:
-            return job.latency(dense, path, before, bench_batch, bench_seconds, threads)
-
-        result = compress(made, may_be_dense=False)
-        predicted = None if timing is None else timing.table.predicted(splits_of(result))
-        latency, word = None, None
-        is_here = measure and before.outputs is not None and not (timing and timing.is_foreign)
-        if is_here and fed is not None and not always_split and not smaller_is_enough:
-            word = LastWord(
-                compress=compress,
-                measure=measured,
-                refit=calibrator.again if request.is_fitted else None,
-                dense=dense,
-                feeds=fed,
-                costing=costing,
-                table=None if timing is None else timing.table,
-            )
-            made, result, latency = word.spoken(made, result)
-        elif is_here:
-            latency = measured()
-        verification, probe = job.verify(dense, path, result, before, exporter, max_output_error)
-        scores, bound = job.accuracy(dense, path, result, dataset, steps, accuracy)
-        certified = None
-        if calib is not None and before.outputs is not None:
-            with job.stage("certificate"):
-                certified = certificate(dense, path, calibrator.data(), job.provider)
-        macs = job.macs(path, before)
-        report = Report(
-            tool=f"rsi-deploy {__version__}",
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            command=command or "rsi_deploy.export(...)",
-            source=SourceRecord(model=source.name, hash=job.source_hash, notes=tuple(source.notes)),
-            settings=job.settings,
-            preprocessing=steps,
-            dense=before.size,
-            compressed=Size(bytes=file_bytes(path), params=result.params, macs=sum(macs.values())),
-            sites=tuple(with_macs(result.split, before.macs, macs)),
-            verification=verification,
-            calibration=certified,
-            softmax_bound=bound,
-            accuracy=scores,
-            latency=latency,
-            timing=timing_record(timing, word, costing, predicted),
-            probe_shapes={name: array.shape for name, array in before.feeds.items()},
-            probe_given=job.given is not None,
-            probe=probe,
-            files=_finish(folder, keep_dense=keep_dense),
-            stages=tuple(job.stages),
-            peak_memory=peak_memory(),
-            environment=environment(),
-            notes=tuple(dict.fromkeys([*source.notes, *job.notes, *calibrator.notes, *timing_notes(timing, word)])),
-        )
-        document = report.model_dump_json(indent=2) + "\n"
-        (folder / "report.json").write_text(document, encoding="utf-8", newline="\n")
-        (folder / "report.html").write_text(report_page(report, document), encoding="utf-8")
-        write_plan(folder / "plan.json", plan_of(report))
-        (folder / "README.md").write_text(model_card(report, path), encoding="utf-8")
-    return report
-
-
-def _uniform(rank: str | int | RankSpec | None, max_error: str | MaxError | None) -> RankSpec | MaxError | None:
-    """The rank or the error that is the same everywhere; None where something else decides."""
-    given = None if rank == "auto" else rank
-    if max_error is not None:
-        return rank_spec(given, max_error)
-    return None if given is None else RankSpec.parse(given)
+        return run.made_in(folder)
 
 
 def _of_sweep(
@@ -357,56 +237,3 @@ def _of_sweep(
     if model is not None:
         raise UsageError("--from-sweep delivers a model that is made already: leave out MODEL")
     return deliver(folder, point, output, force=force)
-
-
-def _shapes(given: str | tuple[int, ...] | Sequence[str] | None) -> tuple[str | tuple[int, ...] | None, dict[str, Any]]:
-    """The one shape of a torch model's input, and those told by name."""
-    texts = [given] if isinstance(given, str) else [s for s in given or () if isinstance(s, str)]
-    sizes = tuple(s for s in given or () if isinstance(s, int))
-    plain: str | tuple[int, ...] | None = next((t for t in texts if "=" not in t), None) or sizes or None
-    return plain, dict(named_shapes([text for text in texts if "=" in text]))
-
-
-def _evaluation_data(data: str | Path | Dataset | None, preprocessing: Preprocessing | None) -> Dataset | None:
-    """The labelled data, opened.
-
-    Raises:
-        UsageError: no labels, or ready inputs where a preprocessing was given.
-    """
-    dataset = open_data(data) if isinstance(data, str | Path) else data
-    if dataset is None:
-        return None
-    if dataset.labels is None:
-        raise UsageError("--data has no labels; evaluation data need them (`labels` or `y`, or class folders)")
-    if dataset.kind != "images" and preprocessing is not None:
-        raise UsageError(
-            "--data are ready model inputs: no preprocessing applies; leave out --mean, --std, --resize, --crop "
-            "and --layout, or give 8-bit images"
-        )
-    return dataset
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device here; type --device cpu")
-    if name not in ("cpu", "cuda"):
-        raise UsageError(f"--device must be auto, cpu or cuda, but got {name!r}")
-    return torch.device(name)
-
-
-def _stored_preprocessing(path: Path) -> Preprocessing | None:
-    """What an ONNX source's metadata tell."""
-    stored = read_onnx(path).metadata_props.get(METADATA_KEY)
-    return None if stored is None else Preprocessing.from_metadata(stored)
-
-
-def _finish(folder: Path, *, keep_dense: bool) -> dict[str, str]:
-    """Drop what does not belong into the bundle and hash what stays."""
-    work = folder / "work"
-    if keep_dense:
-        for path in work.glob("dense.onnx*"):
-            path.rename(folder / path.name)
-    shutil.rmtree(work)
-    return {path.name: file_hash(path) for path in sorted(folder.glob("*.onnx*"))}

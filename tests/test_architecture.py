@@ -25,7 +25,7 @@ measure.inputs measure.dataset measure.array_data measure.folder_data measure.ar
 measure.callable_data measure.data measure.feeding measure.intervals measure.paired measure.scores
 measure.providers measure.provider_spec measure.sessions measure.placement measure.binding
 measure.timing measure.loadgen_worker measure.loadgen
-compress source factor_source onnx_split probe bundle
+compress source factor_source onnx_split probe bundle exporting.given
 calibrate.calibration_data calibrate.calibrated
 calibrate.gathered calibrate.live_values calibrate.onnx_waves calibrate.onnx_rows calibrate.onnx_segment
 calibrate.onnx_operators calibrate.onnx_reach calibrate.onnx_readings calibrate.onnx_checked calibrate.onnx_survey
@@ -37,7 +37,7 @@ to_onnx measure.answers measure.tally measure.accuracy measure.result
 measure.arms measure.blocks measure.latency measure.float16 measure.profiling measure.concurrency
 measure.worker measure.processes measure.request measure.sample_feeds measure.matrix trace gates opset bound rewriting
 measure.cost_table measure.cost_cache measure.site_models measure.site_timing measure.blank_models measure.trial_plans
-costing
+timing.costing
 measure.gate measure.compare
 report.schema diagnosis inspection
 plan.request calibrate.certificate plan.decide plan.in_time compress_to_data
@@ -45,7 +45,8 @@ report.cost_summary report.text report.theme report.svg report.plots report.page
 report.page_environment report.page_latency report.page_cells report.page_costs report.page_load report.page_bench
 report.summary report.accuracy_table report.comparison_table report.loadgen_table report.bench_table report.card
 report.page_errors report.page_sites report.page_report verification report.table
-sweep_points report.page_sweep kept timed_export calibrating stages last_word part_of_time pipeline sweeping
+sweeps.points report.page_sweep sweeps.kept timing.timed_export calibrating stages timing.last_word timing.part_of_time
+exporting.found exporting.written exporting.run pipeline sweeps.sweeping
 cli.options cli.terminal cli.gating cli.page
 cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.verify cli.doctor
 """

@@ -155,7 +155,7 @@ def test_a_parent_that_cannot_be_written_is_refused(place):
 def test_export_refuses_a_full_folder_before_it_loads_the_model(place, monkeypatch):
     (place / "b").mkdir()
     (place / "b" / "mine").write_text("mine")
-    monkeypatch.setattr("rsi_deploy.pipeline.load_source", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("rsi_deploy.exporting.given.load_source", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match="--force"):
         export("m.onnx", place / "b", rank=4)
     assert tree(place) == {"b": None, "b/mine": b"mine"}

@@ -33,8 +33,8 @@ def profile(model: str, output: Path, precision: float, as_json: bool, **options
 
     `export MODEL --cost FILE` then plans for this machine, here or anywhere else. For an ONNX file no torch is needed.
     """
-    from rsi_deploy.costing import profile as run_profile
     from rsi_deploy.report.cost_summary import print_costs
+    from rsi_deploy.timing.costing import profile as run_profile
 
     command = shlex.join(["rsi-deploy", *sys.argv[1:]])
     with progress_bar("shapes") as progress:

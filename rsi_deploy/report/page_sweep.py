@@ -8,7 +8,7 @@ from rsi_deploy.report.page import Block, Page, Picture, Section, Table, Tile
 from rsi_deploy.report.page_environment import environment_section
 from rsi_deploy.report.plots import Axis, Dots, Point
 from rsi_deploy.report.text import human_bytes, human_count
-from rsi_deploy.sweep_points import Sweep, SweepPoint
+from rsi_deploy.sweeps.points import Sweep, SweepPoint
 
 Cost = Literal["time", "bytes", "macs"]
 TITLES: dict[Cost, str] = {"time": "share of the dense time", "bytes": "bytes of the model", "macs": "MACs a sample"}

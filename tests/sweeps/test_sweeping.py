@@ -7,13 +7,13 @@ import pytest
 from nets import SIZES, labelled, mlp_onnx
 
 import rsi_deploy
-from rsi_deploy import sweeping as sweep_module
 from rsi_deploy.calibrate.calibrated import Calibration
 from rsi_deploy.cli import run
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.report.html import source_of
 from rsi_deploy.report.schema import Size
-from rsi_deploy.sweep_points import Sweep, SweepPoint, deliver, read_sweep
+from rsi_deploy.sweeps import sweeping as sweep_module
+from rsi_deploy.sweeps.points import Sweep, SweepPoint, deliver, read_sweep
 from rsi_deploy.verification import verify
 
 QUICK = {"points": 3, "highest": 0.9, "lowest": 0.4, "measure": False}

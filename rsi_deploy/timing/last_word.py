@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rsi_deploy.costing import Costing
 from rsi_deploy.measure.arms import Feeds, Runtime
 from rsi_deploy.measure.cost_table import CostTable
 from rsi_deploy.measure.result import BenchResult
@@ -21,6 +20,7 @@ from rsi_deploy.plan.decide import Planned
 from rsi_deploy.plan.planner import Decision, SitePlanner
 from rsi_deploy.report.schema import Undone
 from rsi_deploy.stages import Compressed
+from rsi_deploy.timing.costing import Costing
 
 UNDONE = "undone: the finished model was not measured faster with it"
 SURE = 0.05

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from rsi_deploy.costing import Costing
 from rsi_deploy.errors import UsageError
-from rsi_deploy.last_word import LastWord
 from rsi_deploy.measure.cost_cache import conditions_here
 from rsi_deploy.plan.request import Request
 from rsi_deploy.report.schema import Timing
-from rsi_deploy.timed_export import TimedExport
+from rsi_deploy.timing.costing import Costing
+from rsi_deploy.timing.last_word import LastWord
+from rsi_deploy.timing.timed_export import TimedExport
 
 
 @dataclass(frozen=True, kw_only=True)

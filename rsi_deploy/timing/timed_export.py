@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rsi_deploy.calibrate.streams import Streams
-from rsi_deploy.costing import Costing
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.measure.arms import Feeds
 from rsi_deploy.measure.cost_cache import conditions_here
@@ -22,6 +21,7 @@ from rsi_deploy.plan.decide import Decisions
 from rsi_deploy.plan.in_time import faster_only, in_time
 from rsi_deploy.plan.knapsack import SiteOptions
 from rsi_deploy.plan.planner import Decision
+from rsi_deploy.timing.costing import Costing
 
 CHECK_SECONDS = 10.0
 

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 
 from rsi_deploy import __version__
-from rsi_deploy.costing import write_dense
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.kept import Kept
 from rsi_deploy.measure.machine import environment
 from rsi_deploy.onnx_file import external_files, file_hash
 from rsi_deploy.pipeline import export
 from rsi_deploy.report.page_sweep import sweep_page
-from rsi_deploy.sweep_points import By, Sweep, SweepPoint, point_of, read_sweep
+from rsi_deploy.sweeps.kept import Kept
+from rsi_deploy.sweeps.points import By, Sweep, SweepPoint, point_of, read_sweep
+from rsi_deploy.timing.costing import write_dense
 
 Progress = Callable[[str, int, int], None]
 

@@ -1,0 +1,181 @@
+"""The run of one export: each step takes what the steps before it have found.
+
+start --> timing --> calibrator --> delivered --> checked --> report and files
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rsi_deploy.calibrate.certificate import certificate
+from rsi_deploy.calibrating import Calibrator, Dense
+from rsi_deploy.exporting.found import Checked, Delivered, Start, dense_file
+from rsi_deploy.exporting.given import Origin
+from rsi_deploy.exporting.written import Exported, write_files
+from rsi_deploy.measure.data import Dataset
+from rsi_deploy.measure.result import BenchResult
+from rsi_deploy.plan.planner import Filters
+from rsi_deploy.report.schema import Report
+from rsi_deploy.stages import Job
+from rsi_deploy.sweeps.kept import Kept
+from rsi_deploy.timing.costing import Costing
+from rsi_deploy.timing.last_word import LastWord, splits_of
+from rsi_deploy.timing.part_of_time import Timed
+from rsi_deploy.timing.timed_export import TimedExport, timed_export
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRun:
+    """One export, with all that was asked of it.
+
+    Attributes:
+        job: its steps, with the settings they share.
+        origin: where the model is from.
+        timed: the part that time has, with what decides the ranks.
+        costing: how tables are made; the models are timed with its threads.
+        filters: which sites are let through.
+        dataset: labelled evaluation data; None without.
+        bench_batch: samples a run while measuring.
+        bench_seconds: for the measurement.
+        max_output_error: gate on the approximation error; None only reports it.
+        keep_dense: keep the dense model in the bundle.
+        command: for the report.
+        kept: what earlier exports of the same model, data and settings have found; None without.
+    """
+
+    job: Job
+    origin: Origin
+    timed: Timed
+    costing: Costing
+    filters: Filters
+    dataset: Dataset | None
+    bench_batch: int
+    bench_seconds: float
+    max_output_error: float | None
+    keep_dense: bool
+    command: str
+    kept: Kept | None
+
+    def made_in(self, folder: Path) -> Report:
+        """Make the bundle in `folder`, which is there and empty; its report.
+
+        Raises:
+            UsageError: a request that does not fit the model or the data.
+            ModelError: the model cannot be handled.
+            GateError: a verification gate failed.
+        """
+        start = self._start(folder)
+        calibrator = self._calibrator(start, self._timing(start))
+        delivered = self._delivered(start, calibrator)
+        checked = self._checked(start, delivered, calibrator)
+        exported = Exported(job=self.job, start=start, calibrator=calibrator, delivered=delivered, checked=checked)
+        report = exported.report(self.costing, self.command, keep_dense=self.keep_dense)
+        write_files(folder, report, start.path)
+        return report
+
+    def _start(self, folder: Path) -> Start:
+        """The dense model, written, held against its source and traced."""
+        job, kept = self.job, self.kept
+        with job.stage("load"):
+            source = self.origin.load()
+        steps = self.origin.steps(source)
+        dense = dense_file(folder)
+        dense.parent.mkdir()
+        exporter = job.export_dense(source, dense, steps, self.origin.opset)
+        facts, accuracy = job.dense_facts(source, dense, self.dataset, steps, kept.accuracy() if kept else None)
+        if kept is not None:
+            kept.keep_accuracy(accuracy)
+        fed = job.timing_feeds(dense, facts, self.bench_batch) if facts.outputs is not None else None
+        return Start(
+            source=source, folder=folder, steps=steps, exporter=exporter, facts=facts, accuracy=accuracy, fed=fed
+        )
+
+    def _timing(self, start: Start) -> TimedExport | None:
+        """The times to plan with; None where they decide nothing, or the model cannot be run."""
+        if not self.timed.needs_table or start.fed is None:
+            return None
+        with self.job.stage("cost table"):
+            return timed_export(
+                start.dense,
+                start.fed,
+                self.costing,
+                cost=self.timed.cost,
+                foreign=self.timed.foreign,
+                must_be_faster=not self.timed.smaller_is_enough,
+                name=start.source.name,
+                command=self.command,
+            )
+
+    def _calibrator(self, start: Start, timing: TimedExport | None) -> Calibrator:
+        """What decides every site and fits the factors."""
+        job, request, facts = self.job, self.timed.request, start.facts
+        return Calibrator(
+            request=request,
+            dense=Dense(
+                path=start.dense,
+                size=facts.size,
+                macs=facts.macs,
+                feeds=facts.feeds,
+                batch=facts.batch,
+                accuracy=start.accuracy,
+            ),
+            planner=request.planner(self.filters, always_split=job.settings.always_split),
+            filters=self.filters,
+            solver=job.solver,
+            steps=start.steps,
+            evaluation=self.dataset,
+            write=lambda made, candidate: job.write(start.dense, candidate, made),
+            provider=job.provider,
+            seed=job.solver.seed,
+            progress=job.progress,
+            timing=timing,
+            kept=self.kept,
+        )
+
+    def _delivered(self, start: Start, calibrator: Calibrator) -> Delivered:
+        """The compressed model, written, and measured where that is asked for; its splits may be undone then."""
+        job, timing = self.job, calibrator.timing
+        with job.stage("calibrate and plan"):
+            made = calibrator.planned()
+        compress = partial(job.compress, start.dense, start.path, with_head=self.dataset is not None)
+        result = compress(made)
+        predicted = None if timing is None else timing.table.predicted(splits_of(result))
+        if start.fed is None or not self.timed.measure or (timing is not None and timing.is_foreign):
+            return Delivered(result=result, predicted=predicted)
+        if job.settings.always_split or self.timed.smaller_is_enough:
+            return Delivered(result=result, predicted=predicted, latency=self._latency(start))
+        word = LastWord(
+            compress=partial(compress, may_be_dense=True),
+            measure=partial(self._latency, start),
+            refit=calibrator.again if self.timed.request.is_fitted else None,
+            dense=start.dense,
+            feeds=start.fed,
+            costing=self.costing,
+            table=None if timing is None else timing.table,
+        )
+        _, result, latency = word.spoken(made, result)
+        return Delivered(result=result, predicted=predicted, latency=latency, word=word)
+
+    def _latency(self, start: Start) -> BenchResult:
+        """Dense and compressed side by side."""
+        return self.job.latency(
+            start.dense, start.path, start.facts, self.bench_batch, self.bench_seconds, self.costing.threads
+        )
+
+    def _checked(self, start: Start, delivered: Delivered, calibrator: Calibrator) -> Checked:
+        """The delivered model held against the dense one: outputs, accuracy, calibration data, MACs."""
+        job, dense, path, result = self.job, start.dense, start.path, delivered.result
+        verification, probe = job.verify(dense, path, result, start.facts, start.exporter, self.max_output_error)
+        accuracy, bound = job.accuracy(dense, path, result, self.dataset, start.steps, start.accuracy)
+        certified = None
+        if self.timed.request.calib is not None and start.facts.outputs is not None:
+            with job.stage("certificate"):
+                certified = certificate(dense, path, calibrator.data(), job.provider)
+        return Checked(
+            verification=verification,
+            probe=probe,
+            accuracy=accuracy,
+            bound=bound,
+            certified=certified,
+            macs=job.macs(path, start.facts),
+        )
