@@ -395,7 +395,7 @@ def export_of(*argv, rank="25%"):
         (["export", "m.onnx", "--rank", "4", "-o", "full", "--no-bench"], "add --force"),
         (["export", "m.onnx", "--rank", "4", "-o", "m.onnx", "--no-bench"], "is a file; -o takes a folder"),
         (["export", "m.onnx", "--rank", "4", "-o", "m.onnx/b", "--no-bench"], "cannot write into"),
-        (["export", "m.onnx", "-o", "b"], "give exactly one of --rank, --keep-params"),
+        (["export", "m.onnx", "-o", "b"], "give exactly one of --rank, --max-error, --keep-params"),
         (["export", "m.onnx", "--rank", "4"], "Missing option '-o'"),
         (export_of("m.onnx", "--seed", "-1"), "--seed"),
         (export_of("m.onnx", "--power-iterations", "0"), "--power-iterations"),

@@ -266,7 +266,7 @@ def filled(known: Mapping[int, float], multiple: int) -> dict[int, float]:
     """Errors at all ranks between those of some, straight in their logarithms.
 
     Example:
-        >>> filled({2: 0.16, 6: 0.01}, 2)
+        >>> {rank: round(error, 6) for rank, error in filled({2: 0.16, 6: 0.01}, 2).items()}
         {2: 0.16, 4: 0.04, 6: 0.01}
     """
     ranks = sorted(known)
