@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cases, common, models
 from bench.accuracy import TASKS
@@ -96,21 +97,10 @@ def _params(module: nn.Module) -> int:
 
 
 def _macs(module: nn.Module, sample: Tensor) -> int:
-    """Multiply-accumulates of all convolutions and linear layers on a sample."""
-    counts: list[int] = []
-
-    def count(layer: nn.Module, args: object, output: Tensor) -> None:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        counts.append(output.numel() // weight.shape[0] * weight.numel())
-
-    layers = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
-    handles = [layer.register_forward_hook(count) for layer in layers]
-    with torch.no_grad():
+    """Multiply-accumulates of all convolutions and products on a sample, whatever module they are in."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(sample)
-    for handle in handles:
-        handle.remove()
-    return sum(counts)
+    return counter.get_total_flops() // 2
 
 
 def measure(name: str, draws: int, folder: Path, *, quick: bool) -> Iterator[tuple[str, int, float, float]]:

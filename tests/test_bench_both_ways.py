@@ -10,6 +10,7 @@ from torch import nn
 
 from bench import both_ways, cases
 from bench.common import judge
+from rsi_deploy.compress import compress_
 from rsi_deploy.errors import UsageError
 from rsi_deploy.source import source_of_module
 
@@ -58,6 +59,13 @@ def test_macs_are_counted_by_hand() -> None:
     ).eval()
     assert both_ways._macs(net, torch.zeros(1, 4, 5, 5)) == 25 * 6 * 2 * 9 + 150 * 7
     assert both_ways._params(net) == 6 * 2 * 9 + 6 + 150 * 7 + 7
+
+
+def test_macs_of_what_replaced_a_layer_count() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.Flatten(), nn.Linear(150, 40)).eval()
+    compress_(net, 2)
+    conv, product = 25 * 2 * (4 * 9 + 6), 2 * (150 + 40)
+    assert both_ways._macs(net, torch.zeros(1, 4, 5, 5)) == conv + product
 
 
 def test_a_difference_and_a_model_above_its_budget_are_noticed() -> None:
