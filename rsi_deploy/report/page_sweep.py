@@ -11,6 +11,7 @@ from rsi_deploy.report.text import human_bytes, human_count
 from rsi_deploy.sweeps.points import Sweep, SweepPoint
 
 Cost = Literal["time", "bytes", "macs"]
+SHARES = {"macs": "MACs", "params": "parameters", "latency": "dense model's time"}
 TITLES: dict[Cost, str] = {"time": "share of the dense time", "bytes": "bytes of the model", "macs": "MACs a sample"}
 COLUMNS = ("point", "#asked", "#parameters", "#MACs", "#bytes", "#ms", "faster", "#quality", "on the front of")
 
@@ -30,9 +31,9 @@ def page_of_sweep(sweep: Sweep, source: str = "") -> Page:
     return Page(
         title=f"{sweep.model}, swept",
         kind=f"Sweep of {sweep.tool}",
-        verdict=f"{len(made)} models from {sweep.shares[0]:.0%} to {sweep.shares[-1]:.0%} of the {sweep.by}.",
+        verdict=f"{len(made)} models from {sweep.shares[0]:.0%} to {sweep.shares[-1]:.0%} of the {SHARES[sweep.by]}.",
         facts=[
-            ("Asked", f"{len(sweep.shares)} shares of {sweep.by}; {sweep.command}"),
+            ("Asked", f"{len(sweep.shares)} shares of the {SHARES[sweep.by]}; {sweep.command}"),
             ("Quality", quality_name(sweep)),
             ("Deliver one", "rsi-deploy export --from-sweep DIR --point N -o BUNDLE"),
             ("Made", sweep.created),
