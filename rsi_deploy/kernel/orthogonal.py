@@ -8,7 +8,7 @@ the Gram matrix is shifted first (shifted CholeskyQR3); where that too leaves it
 lower rank than it has columns, Householder's QR, which cannot fail, is taken. The columns of an iterated block are
 nearly orthogonal already and differ in scale: hence `D`, and one pass is the rule.
 
-Between two power iterations a basis need only be well-conditioned: `rough_basis` does one shifted pass in bfloat16.
+Between two power iterations a basis need only be well-conditioned: `rough_basis_` does one shifted pass in bfloat16.
 """
 
 import math
@@ -23,6 +23,9 @@ ROUGH = 0.25
 # The least squared diagonal entry of `R` over the shift at which a column was told from a combination of the others.
 RESOLVED = 3.0
 SHIFTED = 3
+# From so many columns on, products with triangles and Gram matrices skip the half that is zero or known.
+HALVED = 384
+PANEL_ROWS = 1024
 # A column below this norm, beside others near 1, has squares that float32 cannot hold: scale first.
 SMALLEST = 1e-15
 
@@ -37,8 +40,8 @@ def orthonormal_(X: Tensor) -> Tensor:
     Q, reached = _one_pass(X)
     if reached <= ONE_PASS:
         return Q
-    R, reached = _factor(Q)
-    return _divided(Q, R) if reached <= ONE_PASS else torch.linalg.qr(Q).Q
+    inverted, reached = _factor(Q)
+    return times_triangle_(Q, inverted) if reached <= ONE_PASS else torch.linalg.qr(Q).Q
 
 
 def near_basis_(X: Tensor) -> Tensor:
@@ -50,44 +53,77 @@ def near_basis_(X: Tensor) -> Tensor:
 
 
 def _one_pass(X: Tensor) -> tuple[Tensor, float]:
-    """A basis of `X (m, k)` with `|Q^T Q - I| < 0.01`, and what `|D R^-1|` its last pass had."""
-    R, reached = _factor(X)
+    """A basis of `X (m, k)` with `|Q^T Q - I| < 0.01`, and what `|D R^-1|` its last pass had; `X` is used up."""
+    inverted, reached = _factor(X)
     if reached <= _two_passes(X.dtype):
-        return _divided(X, R), reached
-    Q = _scaled_(X)
+        return times_triangle_(X, inverted), reached
+    Q = _scaled_(X.clone())
     for _ in range(SHIFTED):  # each takes a factor of some hundreds off the condition
-        R, reached = _factor(Q, shift=10.0)
-        Q = _divided(Q, R)
-        R, reached = _factor(Q)
+        inverted, reached = _factor(Q, shift=10.0)
+        Q = times_triangle_(Q, inverted)
+        inverted, reached = _factor(Q)
         if reached <= _two_passes(X.dtype):
-            return _divided(Q, R), reached
+            return times_triangle_(Q, inverted), reached
     return torch.linalg.qr(X).Q, 1.0
 
 
-def rough_basis(X: Tensor) -> tuple[Tensor, float]:
-    """A well-conditioned basis `(m, k)` in bfloat16 of the span of `X (m, k)` in bfloat16, to its rounding.
+def rough_basis_(X: Tensor, *, passes: int = 3) -> tuple[Tensor, float]:
+    """A well-conditioned basis `(m, k)` of the span of `X (m, k)`, bfloat16 or float32, to its rounding; `X` is used up.
 
     With it comes the smallest squared diagonal entry of the first `R` over the shift: near 1, some column could not be
     told from a combination of the others.
 
-    Shifted CholeskyQR, whose Gram matrix and quotient are bfloat16 products; again where the first left columns that
-    nearly depend on others, as it does for a fresh sketch. The shift is the 2-norm that roundings of the Gram matrix
-    reach. Where even so it has no factor, Householder's QR in float32.
+    Shifted CholeskyQR in the dtype of `X`, up to `passes` times where one leaves columns that nearly depend on others,
+    as it does for a fresh sketch. The shift is the 2-norm that roundings of the Gram matrix reach. Where even so it has
+    no factor, Householder's QR in float32.
+
+    Args:
+        X: `(m, k)`.
+        passes: at most; with 0, `X` comes back as it is where its columns are not told apart.
     """
     k, resolved = X.shape[1], 0.0
-    for index in range(3):
-        gram, norms = _normalized((X.mT @ X).float())
-        shift = 2.0**-8 * (1 + float(torch.linalg.matrix_norm(gram)) / k**0.5)
+    rounding = 2.0**-8 if X.dtype == torch.bfloat16 else 2.0**-20
+    for index in range(max(passes, 1)):
+        gram, norms = _normalized_(gram_of(X).float())
+        shift = rounding * (1 + float(torch.linalg.matrix_norm(gram)) / k**0.5)
         gram.diagonal().add_(shift)
         R, info = torch.linalg.cholesky_ex(gram, upper=True)
-        if int(info):
-            return torch.linalg.qr(X.float()).Q.to(torch.bfloat16), resolved
-        X = X @ (inverse(R) / norms[:, None]).to(torch.bfloat16)
         least = float(R.diagonal().min())
-        resolved = resolved if index else least**2 / shift
+        resolved = resolved if index else max(least, 0.0) ** 2 / shift
+        if not passes and (int(info) or resolved < RESOLVED):
+            return X, 0.0 if int(info) else resolved
+        if int(info):
+            return torch.linalg.qr(X.float()).Q.to(X.dtype), resolved
+        X = times_triangle_(X, inverse(R).div_(norms[:, None]).to(X.dtype))
         if least > ROUGH and least**2 > RESOLVED * shift:
             break
     return X, resolved
+
+
+def gram_of(X: Tensor) -> Tensor:
+    """`X^T X (k, k)`; of a wide `X (m, k)` only the blocks on and above the diagonal are right."""
+    k = X.shape[1]
+    if k < HALVED:
+        return X.mT @ X
+    G, half = torch.empty(k, k, dtype=X.dtype, device=X.device), k // 2
+    G[:half, :half] = gram_of(X[:, :half])
+    torch.mm(X[:, :half].mT, X[:, half:], out=G[:half, half:])
+    G[half:, half:] = gram_of(X[:, half:])
+    G[half:, :half] = G[:half, half:].mT
+    return G
+
+
+def times_triangle_(X: Tensor, R: Tensor) -> Tensor:
+    """`X R (m, k)` for an upper triangular `R (k, k)`, in the place of `X`, some rows at a time."""
+    k = R.shape[0]
+    size = PANEL_ROWS if X.device.type == "cpu" else 1 << 16
+    half = k // 2 if k >= HALVED else 0
+    for rows in X.split(size):
+        right = rows @ R[:, half:]
+        if half:
+            rows[:, :half] = rows[:, :half] @ R[:half, :half]
+        rows[:, half:] = right
+    return X
 
 
 def inverse(R: Tensor) -> Tensor:
@@ -126,36 +162,35 @@ def _scaled_(X: Tensor) -> Tensor:
     return X.div_(norms.clamp_min(torch.finfo(X.dtype).tiny))
 
 
-def _normalized(gram: Tensor) -> tuple[Tensor, Tensor]:
+def _normalized_(gram: Tensor) -> tuple[Tensor, Tensor]:
     """A Gram matrix with a diagonal of 1, and the column norms `(k,)` that were taken out of it."""
     norms = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-    return gram / norms / norms[:, None], norms
-
-
-def _divided(X: Tensor, R: Tensor) -> Tensor:
-    """`X R^-1`, for a well-conditioned `R` as accurate as a triangular solve, and at the speed of a product."""
-    return X @ inverse(R)
+    return gram.div_(norms).div_(norms[:, None]), norms
 
 
 def _factor(X: Tensor, *, shift: float = 0.0) -> tuple[Tensor, float]:
-    """`R` with `R^T R = X^T X`, and an estimate of `|D R^-1|_2`, `D` the column norms (inf: no `R`).
+    """`R^-1` for the `R` with `R^T R = X^T X`, and an estimate of `|D R^-1|_2`, `D` the column norms (inf: no `R`).
+
+    The inverse is as accurate as triangular solves while `R` is well-conditioned, and a product is faster than those.
 
     Args:
         X: `(m, k)`.
         shift: `shift * k` roundings are added to the diagonal of the normalized Gram matrix.
     """
     k = X.shape[1]
-    gram, norms = _normalized(X.mT @ X)
+    gram, norms = _normalized_(gram_of(X))
     if shift:
         gram.diagonal().add_(shift * k * torch.finfo(X.dtype).eps)
     R, info = torch.linalg.cholesky_ex(gram, upper=True)
+    del gram
     if int(info) or float(norms.min()) < SMALLEST * float(norms.max()):
-        return R * norms, float("inf")
-    v = torch.linalg.solve_triangular(R, torch.eye(k, 1, dtype=X.dtype, device=X.device).flip(0), upper=True)
-    for _ in range(3):  # inverse iteration, from the last column: the smallest diagonal entries stand last
-        v = torch.linalg.solve_triangular(R.mT, v / v.norm(), upper=False)
-        v = torch.linalg.solve_triangular(R, v / v.norm(), upper=True)
-    return R * norms, float(v.norm())
+        return inverse(R).div_(norms[:, None]), float("inf")
+    inverted = inverse(R)
+    v = inverted[:, -1]  # power iteration, from the last column: the smallest diagonal entries of R stand last
+    for _ in range(3):
+        v = inverted.mT @ (v / v.norm())
+        v = inverted @ (v / v.norm())
+    return inverted.div_(norms[:, None]), float(v.norm())
 
 
 def _two_passes(dtype: torch.dtype) -> float:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from spectra import normal, values, weight_with
 
-from rsi_deploy.kernel.orthogonal import inverse, near_basis_, orthonormal_, rough_basis
+from rsi_deploy.kernel.orthogonal import inverse, near_basis_, orthonormal_, rough_basis_
 
 BLOCKS = {
     "random": lambda: normal(90, 20),
@@ -72,7 +72,7 @@ def test_each_of_a_batch_has_the_bytes_it_has_alone():
 @pytest.mark.parametrize("name", [name for name in BLOCKS if name != "square"])
 def test_rough_bases_are_well_conditioned_and_say_what_they_resolved(name):
     X = BLOCKS[name]().bfloat16()
-    Q, resolved = rough_basis(X)
+    Q, resolved = rough_basis_(X)
     assert Q.dtype == torch.bfloat16
     assert torch.isfinite(Q).all()
     assert (resolved > 3) == (name in ("random", "one column", "graded")), resolved
