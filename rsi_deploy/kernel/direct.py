@@ -15,7 +15,8 @@ float32. Where the third is, the first block is made in float32 instead.
 Where bases are made. A basis costs as much as a product where the block is half as wide as it is long, so one an
 iteration is made, of the shorter of `X` and `Y` (the first of `X`, as no sketch of `W^T W` should be needed). Roundings
 of one basis lie `e / sqrt(m)` along each leading direction and come out of two products `(s_1/s_k)^2` times larger
-beside the last one; where that would pass `DROWNED`, both `X` and `Y` are made bases of: then it is `s_1/s_k`.
+beside the last one. Where that would pass `DROWNED`, the leading columns for which it would are taken out of the others
+on the longer side too.
 """
 
 from collections.abc import Callable
@@ -23,13 +24,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rsi_deploy.kernel.orthogonal import RESOLVED, near_basis_, orthonormal_, rough_basis_
+from rsi_deploy.kernel.orthogonal import TOLD, deflate_, near_basis_, orthonormal_, rough_basis_
 from rsi_deploy.kernel.products import Operand
 
 Draw = Callable[[], Tensor]
 ROUNDING = 2.0**-9 / 3**0.5
 TILT = 0.1
-DROWNED = 0.1
+DROWNED = 0.03
 
 
 def direct(operand: Operand, draw: Draw, q: int, *, mixed: bool) -> tuple[Tensor, Tensor]:
@@ -77,15 +78,16 @@ def _last(operand: Operand, Y: Tensor, norms: Tensor) -> Tensor:
 
 def _exact(operand: Operand, draw: Draw, iterations: int) -> Tensor:
     """`Y (in, columns)` after so many iterations in the working precision."""
-    Y, tall, drowning = draw(), operand.weight.shape[0] > operand.weight.shape[1], False
+    Y, tall = draw(), operand.weight.shape[0] > operand.weight.shape[1]
+    leading = 0
     for index in range(iterations):
         X = operand.forward(unit_(Y, operand.scale))
         del Y  # before the next one is made: at most one block of the input's width lives
-        X = near_basis_(X) if drowning or not tall or not index else unit_(X)
+        X = unit_(X) if index and tall and not leading else near_basis_(X)
         Y = operand.adjoint(X)
         del X
-        drowning = drowns(_norms(Y), torch.finfo(operand.working).eps, len(Y))
-        if drowning or tall:
+        if tall:
+            leading = drowning(_norms(Y), torch.finfo(operand.working).eps, len(Y))
             Y = near_basis_(Y)
     return Y
 
@@ -100,8 +102,8 @@ def _low(operand: Operand, draw: Draw, q: int) -> tuple[Tensor, Tensor] | None:
     X = operand.low_forward(Y)
     noise = operand.rounding(ROUNDING, X, Y)
     del Y
-    X, resolved = rough_basis_(X, passes=0)
-    if resolved < RESOLVED:
+    X, least = rough_basis_(X, passes=0)
+    if least < TOLD:
         del X
         X = rough_basis_(operand.forward(unit_(draw(), operand.scale)))[0].to(low)
     for index in range(q - 1):
@@ -110,27 +112,37 @@ def _low(operand: Operand, draw: Draw, q: int) -> tuple[Tensor, Tensor] | None:
         norms = _norms(Y)
         if not index and not noise <= TILT * float(norms.min()):
             return None
-        Y, drowning = unit_(Y, operand.scale).to(low), drowns(norms, ROUNDING, len(Y))
-        if drowning or tall:
-            Y = unit_(rough_basis_(Y)[0], operand.scale)
-        if index == q - 2:
+        leading = drowning(norms, ROUNDING, len(Y))
+        Y = unit_(Y, operand.scale).to(low)
+        last = index == q - 2  # nothing damps what is lost from here on: better a whole basis
+        if tall or leading:
+            Y = unit_(_basis(Y, leading, whole=tall or last), operand.scale)
+        if last:
             break
         X = operand.low_forward(Y)
         del Y
-        X = rough_basis_(X)[0] if drowning or not tall else unit_(X)
+        X = _basis(unit_(X), leading, whole=not tall)
     return Y, norms
 
 
-def drowns(norms: Tensor, rounding: float, length: int) -> bool:
-    """Whether after two products with the weight the rounding of a basis would show beside its least column.
+def _basis(X: Tensor, leading: int, *, whole: bool) -> Tensor:
+    """A rough basis, or only the leading columns taken out of the others; `X` is used up."""
+    if whole or 2 * leading > X.shape[1]:
+        return rough_basis_(X)[0]
+    return deflate_(X, leading) if leading else X
+
+
+def drowning(norms: Tensor, rounding: float, length: int) -> int:
+    """How many columns come first that, after two products, would lie in the rounding of the last more than it does.
 
     Args:
         norms: `(columns,)`, about the singular values that the columns stand for.
         rounding: root mean square of a relative rounding.
         length: of a column.
     """
-    ratio = float(norms.max()) / max(float(norms.min()), 1e-30)
-    return rounding * ratio**2 > DROWNED * length**0.5
+    limit = (DROWNED * length**0.5 / rounding) ** 0.5
+    found = (norms > limit * norms.min()).nonzero()
+    return int(found[-1]) + 1 if len(found) else 0
 
 
 def _norms(Y: Tensor) -> Tensor:

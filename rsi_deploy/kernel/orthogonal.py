@@ -18,10 +18,11 @@ from torch import Tensor
 
 # The |R^-1|_2 up to which one pass is enough: `|Q^T Q - I| <= 100 eps` at worst, a few eps as measured.
 ONE_PASS = 10.0
-# The smallest diagonal entry of `R` down to which one pass in bfloat16 is enough.
-ROUGH = 0.25
-# The least squared diagonal entry of `R` over the shift at which a column was told from a combination of the others.
-RESOLVED = 3.0
+# The least `1 / |D R^-1|` at which one pass in bfloat16 is enough.
+ROUGH = 0.03
+# The least `1 / |D R^-1|` at which roundings to bfloat16 of a block, about 1/500 each, leave every column told from a
+# combination of the others: they then tilt the span by a few percent.
+TOLD = 0.1
 SHIFTED = 3
 # From so many columns on, products with triangles and Gram matrices skip the half that is zero or known.
 HALVED = 384
@@ -70,7 +71,7 @@ def _one_pass(X: Tensor) -> tuple[Tensor, float]:
 def rough_basis_(X: Tensor, *, passes: int = 3) -> tuple[Tensor, float]:
     """A well-conditioned basis `(m, k)` of the span of `X (m, k)`, bfloat16 or float32, to its rounding; `X` is used up.
 
-    With it comes the smallest squared diagonal entry of the first `R` over the shift: near 1, some column could not be
+    With it comes about the least singular value that it had, columns scaled: below `TOLD`, some column could not be
     told from a combination of the others.
 
     Shifted CholeskyQR in the dtype of `X`, up to `passes` times where one leaves columns that nearly depend on others,
@@ -81,35 +82,59 @@ def rough_basis_(X: Tensor, *, passes: int = 3) -> tuple[Tensor, float]:
         X: `(m, k)`.
         passes: at most; with 0, `X` comes back as it is where its columns are not told apart.
     """
-    k, resolved = X.shape[1], 0.0
-    rounding = 2.0**-8 if X.dtype == torch.bfloat16 else 2.0**-20
+    k, first = X.shape[1], 0.0
+    rounding = 2.0**-16 if X.dtype == torch.bfloat16 else 2.0**-20
     for index in range(max(passes, 1)):
-        gram, norms = _normalized_(gram_of(X).float())
-        shift = rounding * (1 + float(torch.linalg.matrix_norm(gram)) / k**0.5)
-        gram.diagonal().add_(shift)
-        R, info = torch.linalg.cholesky_ex(gram, upper=True)
-        least = float(R.diagonal().min())
-        resolved = resolved if index else max(least, 0.0) ** 2 / shift
-        if not passes and (int(info) or resolved < RESOLVED):
-            return X, 0.0 if int(info) else resolved
+        gram, norms = _normalized_(gram_of(X))
+        gram.diagonal().add_(rounding * (1 + float(torch.linalg.matrix_norm(gram)) / k**0.5))
+        R, info = torch.linalg.cholesky_ex(gram)
         if int(info):
-            return torch.linalg.qr(X.float()).Q.to(X.dtype), resolved
-        X = times_triangle_(X, inverse(R).div_(norms[:, None]).to(X.dtype))
-        if least > ROUGH and least**2 > RESOLVED * shift:
+            return (torch.linalg.qr(X.float()).Q.to(X.dtype) if passes else X), first
+        inverted = inverse(R.mT)
+        least = min(1 / norm_estimate(inverted), float(R.diagonal().min()))
+        first = first if index else least
+        if not passes and least < TOLD:
             break
-    return X, resolved
+        X = times_triangle_(X, inverted.div_(norms[:, None]).to(X.dtype))
+        if least > ROUGH:
+            break
+    return X, first
+
+
+def deflate_(X: Tensor, leading: int) -> Tensor:
+    """`X (m, k)`, bfloat16 or float32, its first `leading` columns a basis and the others orthogonal to them."""
+    first, others = X[:, :leading], X[:, leading:]
+    first.copy_(rough_basis_(first.clone())[0])
+    others.sub_(first @ (first.mT @ others))
+    return X
 
 
 def gram_of(X: Tensor) -> Tensor:
-    """`X^T X (k, k)`; of a wide `X (m, k)` only the blocks on and above the diagonal are right."""
+    """`X^T X (k, k)` in float32 or better: products in bfloat16 would round it, where float32 holds them exactly."""
     k = X.shape[1]
-    if k < HALVED:
+    if X.dtype != torch.bfloat16 and k < HALVED:
         return X.mT @ X
-    G, half = torch.empty(k, k, dtype=X.dtype, device=X.device), k // 2
-    G[:half, :half] = gram_of(X[:, :half])
-    torch.mm(X[:, :half].mT, X[:, half:], out=G[:half, half:])
-    G[half:, half:] = gram_of(X[:, half:])
-    G[half:, :half] = G[:half, half:].mT
+    G = torch.zeros(k, k, dtype=torch.promote_types(X.dtype, torch.float32), device=X.device)
+    for rows in X.split(PANEL_ROWS if X.device.type == "cpu" else 1 << 16) if X.dtype == torch.bfloat16 else [X]:
+        add_gram_(G, rows.to(G.dtype))
+    return mirrored_(G)
+
+
+def add_gram_(G: Tensor, X: Tensor) -> None:
+    """`G (k, k) += X^T X`; of a large one without the lower left quarter, for `mirrored_` to fill."""
+    half = X.shape[1] // 2
+    if X.shape[1] < HALVED:
+        G.addmm_(X.mT, X)
+    else:
+        G[:half].addmm_(X[:, :half].mT, X)
+        G[half:, half:].addmm_(X[:, half:].mT, X[:, half:])
+
+
+def mirrored_(G: Tensor) -> Tensor:
+    """`G` with the quarter that `add_gram_` leaves out."""
+    half = G.shape[0] // 2
+    if G.shape[0] >= HALVED:
+        G[half:, :half] = G[:half, half:].mT
     return G
 
 
@@ -181,16 +206,23 @@ def _factor(X: Tensor, *, shift: float = 0.0) -> tuple[Tensor, float]:
     gram, norms = _normalized_(gram_of(X))
     if shift:
         gram.diagonal().add_(shift * k * torch.finfo(X.dtype).eps)
-    R, info = torch.linalg.cholesky_ex(gram, upper=True)
+    R, info = torch.linalg.cholesky_ex(gram)
+    R = R.mT
     del gram
     if int(info) or float(norms.min()) < SMALLEST * float(norms.max()):
         return inverse(R).div_(norms[:, None]), float("inf")
     inverted = inverse(R)
-    v = inverted[:, -1]  # power iteration, from the last column: the smallest diagonal entries of R stand last
+    reached = norm_estimate(inverted)
+    return inverted.div_(norms[:, None]), reached
+
+
+def norm_estimate(inverted: Tensor) -> float:
+    """About `|R^-1|_2` of an upper triangle's inverse `(k, k)`, from below: a few steps of power iteration."""
+    v = inverted[:, -1]  # from the last column: the smallest diagonal entries of R stand last
     for _ in range(3):
         v = inverted.mT @ (v / v.norm())
         v = inverted @ (v / v.norm())
-    return inverted.div_(norms[:, None]), float(v.norm())
+    return float(v.norm())
 
 
 def _two_passes(dtype: torch.dtype) -> float:

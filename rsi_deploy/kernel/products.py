@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rsi_deploy.kernel.orthogonal import add_gram_, mirrored_
+
 PANEL_BYTES = 4 << 20
 GRAM_BYTES = 16 << 20
 
@@ -86,8 +88,8 @@ class Operand:
         for start in range(0, out_features if tall else in_features, size):
             part = slice(start, start + size)
             block = (self.weight[part] if tall else self.weight[:, part]).to(dtype) * self.scale
-            G.addmm_(block.mT, block) if tall else G.addmm_(block, block.mT)
-        return G
+            add_gram_(G, block if tall else block.mT)
+        return mirrored_(G)
 
     def rounding(self, relative: float, X: Tensor, Y: Tensor) -> float:
         """About the 2-norm of the weight's rounding to bfloat16, from `X = W @ Y` with a Gaussian `Y (in, columns)`.
