@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rsi_deploy.kernel.orthogonal import add_gram_, mirrored_
 
-PANEL_BYTES = 4 << 20
+PANEL_BYTES = 2 << 20
 GRAM_BYTES = 16 << 20
 
 
@@ -106,8 +106,9 @@ class Operand:
             return 0.0
         size = torch.linalg.vector_norm(Y, dtype=torch.float32) / self.weight.shape[1] ** 0.5
         rows = torch.linalg.vector_norm(X, dim=1, dtype=torch.float32).max() / size
-        some = self.weight[::16].float().square()
-        columns = (some.sum(dim=0).max() * (self.weight.shape[0] / len(some))).sqrt()
+        some = self.weight[::16]
+        columns = torch.linalg.vector_norm(some, dim=0, dtype=torch.float32).max()
+        columns = columns * (self.weight.shape[0] / len(some)) ** 0.5
         return relative * float(rows + columns)
 
     def forget(self) -> None:
