@@ -16,7 +16,7 @@ Where bases are made. A basis costs as much as a product where the block is half
 iteration is made, of the shorter of `X` and `Y` (the first of `X`, as no sketch of `W^T W` should be needed). Roundings
 of one basis lie `e / sqrt(m)` along each leading direction and come out of two products `(s_1/s_k)^2` times larger
 beside the last one. Where that would pass `DROWNED`, the leading columns for which it would are taken out of the others
-on the longer side too.
+on the longer side too; the last `Y` is made a basis of as a whole.
 """
 
 from collections.abc import Callable
@@ -95,7 +95,7 @@ def _exact(operand: Operand, draw: Draw, iterations: int) -> Tensor:
 def _low(operand: Operand, draw: Draw, q: int) -> tuple[Tensor, Tensor] | None:
     """`Y (in, columns)` after `q - 1` iterations, all in bfloat16, and the norms its columns had.
 
-    None where bfloat16 would do harm.
+    None where bfloat16 would do harm, or nothing for a single iteration.
     """
     tall, low = operand.weight.shape[0] > operand.weight.shape[1], torch.bfloat16
     Y = unit_(draw(), operand.scale).to(low)
@@ -118,11 +118,11 @@ def _low(operand: Operand, draw: Draw, q: int) -> tuple[Tensor, Tensor] | None:
         if tall or leading:
             Y = unit_(_basis(Y, leading, whole=tall or last), operand.scale)
         if last:
-            break
+            return Y, norms
         X = operand.low_forward(Y)
         del Y
         X = _basis(unit_(X), leading, whole=not tall)
-    return Y, norms
+    return None  # a single iteration is not worth a cast
 
 
 def _basis(X: Tensor, leading: int, *, whole: bool) -> Tensor:
@@ -147,7 +147,9 @@ def drowning(norms: Tensor, rounding: float, length: int) -> int:
 
 def _norms(Y: Tensor) -> Tensor:
     """Of the columns, `(columns,)`, float32 or the dtype of `Y`."""
-    return torch.linalg.vector_norm(Y, dim=0, dtype=torch.float64 if Y.dtype == torch.float64 else torch.float32)
+    dtype = torch.float64 if Y.dtype == torch.float64 else torch.float32
+    norms: Tensor = torch.linalg.vector_norm(Y, dim=0, dtype=dtype)
+    return norms
 
 
 def unit_(Y: Tensor, scale: float = 1.0) -> Tensor:

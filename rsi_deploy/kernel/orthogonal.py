@@ -12,6 +12,7 @@ Between two power iterations a basis need only be well-conditioned: `rough_basis
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def _one_pass(X: Tensor) -> tuple[Tensor, float]:
 
 
 def rough_basis_(X: Tensor, *, passes: int = 3) -> tuple[Tensor, float]:
-    """A well-conditioned basis `(m, k)` of the span of `X (m, k)`, bfloat16 or float32, to its rounding; `X` is used up.
+    """A well-conditioned basis `(m, k)` of the span of `X (m, k)`, bfloat16 or float32, to its rounding; uses up `X`.
 
     With it comes about the least singular value that it had, columns scaled: below `TOLD`, some column could not be
     told from a combination of the others.
@@ -115,7 +116,7 @@ def gram_of(X: Tensor) -> Tensor:
     if X.dtype != torch.bfloat16 and k < HALVED:
         return X.mT @ X
     G = torch.zeros(k, k, dtype=torch.promote_types(X.dtype, torch.float32), device=X.device)
-    for rows in X.split(PANEL_ROWS if X.device.type == "cpu" else 1 << 16) if X.dtype == torch.bfloat16 else [X]:
+    for rows in _panels(X) if X.dtype == torch.bfloat16 else [X]:
         add_gram_(G, rows.to(G.dtype))
     return mirrored_(G)
 
@@ -138,12 +139,16 @@ def mirrored_(G: Tensor) -> Tensor:
     return G
 
 
+def _panels(X: Tensor) -> Sequence[Tensor]:
+    """`X (m, k)` some rows at a time: what is made of them then takes little memory."""
+    return torch.split(X, PANEL_ROWS if X.device.type == "cpu" else 1 << 16)
+
+
 def times_triangle_(X: Tensor, R: Tensor) -> Tensor:
     """`X R (m, k)` for an upper triangular `R (k, k)`, in the place of `X`, some rows at a time."""
     k = R.shape[0]
-    size = PANEL_ROWS if X.device.type == "cpu" else 1 << 16
     half = k // 2 if k >= HALVED else 0
-    for rows in X.split(size):
+    for rows in _panels(X):
         right = rows @ R[:, half:]
         if half:
             rows[:, :half] = rows[:, :half] @ R[:half, :half]

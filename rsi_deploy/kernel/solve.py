@@ -3,8 +3,8 @@
     small weights (`kernel.batched`)   the direct route, batched          left @ right = X X^T W
     all others, matrix by matrix       direct | gram | krylov | exact     with oversampling: cut by the SVD of Y^T
 
-Memory beyond the weight: the blocks `X (out, columns)` and `Y (in, columns)`, the sketch, and for copies of the weight
-in bfloat16 as much again as two blocks; with the buffers of the libraries about four blocks of both, as measured.
+Memory beyond the weight: the blocks `X (out, columns)` and `Y (in, columns)`, and for copies of the weight in bfloat16
+as much again as both in float32 (at least 2 MiB); with the buffers of the libraries it is measured by `bench.kernel`.
 """
 
 import logging
@@ -80,9 +80,7 @@ def solve(weight: Tensor, draw: Draw, columns: int, rank: int, scale: float, how
     if weight.ndim == 2:
         return _one(weight, draw, columns, rank, scale, route, how.q, mixed)
     pairs = zip(weight.flatten(0, -3), draw().flatten(0, -3), strict=True)
-    members = [
-        _one(settled(member), block.clone, columns, rank, scale, route, how.q, mixed) for member, block in pairs
-    ]
+    members = [_one(settled(member), block.clone, columns, rank, scale, route, how.q, mixed) for member, block in pairs]
     X, Y = (torch.stack(parts) for parts in zip(*((m.X, m.Y) for m in members), strict=True))
     batch = weight.shape[:-2]
     taken = sorted({member.route for member in members})
