@@ -157,7 +157,8 @@ class Solver:
             for part, site in zip(parts, sites, strict=True)
         ]
         stack = torch.stack([part.weight for part in parts])
-        solved = solve(stack, torch.stack(sketches), parts[0].rank, 1.0, how)
+        columns = sketches[0].shape[-1]
+        solved = solve(stack, lambda: torch.stack(sketches), columns, parts[0].rank, 1.0, how)
         return [stored(X.clone(), Y.mT, first.dtype) for X, Y in zip(solved.X, solved.Y, strict=True)]
 
 
@@ -213,7 +214,7 @@ def _iterated(
     if oversampling < 0:
         raise ValueError(f"{at(site)}oversampling must not be negative, but got {oversampling!r}")
     columns = min(rank + oversampling, *W.shape[-2:])
-    solved = solve(W, _sketch(W, columns, seed, site), rank, scale, how)
+    solved = solve(W, lambda: _sketch(W, columns, seed, site), columns, rank, scale, how)
     if not torch.isfinite(solved.Y.sum()) and not torch.isfinite(solved.Y).all():
         raise ValueError(f"{at(site)}the factors do not fit into {working_dtype(W)}; pass weight.double()")
     return solved, weight.dtype

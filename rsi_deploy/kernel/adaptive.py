@@ -11,7 +11,7 @@ in the comparison.
 import torch
 from torch import Tensor
 
-from rsi_deploy.kernel.direct import direct, unit_
+from rsi_deploy.kernel.direct import Draw, direct, unit_
 from rsi_deploy.kernel.orthogonal import orthonormal_
 from rsi_deploy.kernel.products import Operand
 
@@ -19,9 +19,9 @@ GAIN = 0.01
 MOST = 64
 
 
-def until_settled(operand: Operand, sketch: Tensor, *, mixed: bool) -> tuple[Tensor, Tensor, int]:
+def until_settled(operand: Operand, draw: Draw, *, mixed: bool) -> tuple[Tensor, Tensor, int]:
     """`X (out, columns)`, `Y = W^T X (in, columns)`, and the number of iterations it took."""
-    X, Y = direct(operand, sketch, 2, mixed=mixed)
+    X, Y = direct(operand, draw, 2, mixed=mixed)
     start = torch.randn(
         operand.weight.shape[1], 4, generator=torch.Generator().manual_seed(1), dtype=operand.working
     ).to(X.device)

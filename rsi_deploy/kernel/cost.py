@@ -1,9 +1,13 @@
 """The cost model: what each route would take on this machine, from rates that are measured once and kept.
 
-    flops of the direct route   4 q out in columns + 4 q out columns^2
-             the Gram route     2 out in min + 4 out in columns + 2 (q - 1) min^2 columns + 4 q out columns^2
+    flops of the direct route   4 q out in columns, and bases
+             the Gram route     1.5 out in min + 4 out in columns + 2 (q - 1) min^2 columns, and bases
              block Krylov       (2 d - 1) 2 out in columns + 2 out in d columns + 2 out in rank + 8 out (d columns)^2
              the exact route    2 out in min in float64, `eigh` of a square of that side, and 4 out in rank
+
+A basis of a block `(m, columns)` is `4 m columns^2` flops in products, and `2/3 columns^3` in a Cholesky factor and an
+inverse at about a quarter of their speed. The direct and the Gram route make `q`: the last of `(out, columns)`, those
+before it of the shorter side, which in bfloat16 takes `1 + AGAIN` times as long, as some are made twice.
 
 Rates are measured in a second and kept in `$RSI_DEPLOY_CACHE` (else `$XDG_CACHE_HOME/rsi-deploy`), one file for the
 processor, the version of torch and the number of threads. A file that cannot be read is measured again, one that cannot
@@ -32,7 +36,8 @@ from rsi_deploy.kernel.krylov import depth
 
 Route = Literal["direct", "gram", "krylov", "exact"]
 ROUTES: tuple[Route, ...] = ("direct", "gram", "krylov", "exact")
-CLEARLY = 0.8
+CLEARLY = 0.9
+AGAIN = 1.0
 FASTER = 1.3  # bfloat16 is used where it multiplies so many times as fast as float32
 log = logging.getLogger(__name__)
 
@@ -79,10 +84,13 @@ def predicted(
     small = min(out, in_)
     half = rates.half if mixed else rates.full
     product = 2.0 * out * in_ * columns
-    basis = 4.0 * out * columns**2 / rates.full + 2e-5
+    last, basis = ((4.0 * side * columns**2 + 3.0 * columns**3) / rates.full + 2e-5 for side in (out, small))
+    again = 1 + AGAIN if mixed else 1
     times: dict[Route, float] = {
-        "direct": (2 * q - 1) * product / half + product / rates.full + q * basis,
-        "gram": (2.0 * out * in_ * small + 2 * product + 2.0 * (q - 1) * small**2 * columns) / rates.full + q * basis,
+        "direct": (2 * q - 1) * product / half + product / rates.full + (q - 1) * again * basis + last,
+        "gram": (1.5 * out * in_ * small + 2 * product + 2.0 * (q - 1) * small**2 * columns) / rates.full
+        + (q - 1) * basis
+        + last,
         "exact": 2.0 * out * in_ * small / rates.double + rates.eigen * small**3 + 2 * product / rates.full,
     }
     d = depth(q)

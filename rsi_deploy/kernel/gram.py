@@ -13,7 +13,7 @@ where the direct route takes `4 out in columns`. It squares the singular values 
 import torch
 from torch import Tensor
 
-from rsi_deploy.kernel.direct import direct, unit_
+from rsi_deploy.kernel.direct import Draw, direct, unit_
 from rsi_deploy.kernel.orthogonal import near_basis_, orthonormal_
 from rsi_deploy.kernel.products import Operand
 
@@ -21,26 +21,25 @@ from rsi_deploy.kernel.products import Operand
 RESOLVED = 1e-3
 
 
-def gram(operand: Operand, Y: Tensor, q: int, *, mixed: bool) -> tuple[Tensor, Tensor, str]:
+def gram(operand: Operand, draw: Draw, q: int, *, mixed: bool) -> tuple[Tensor, Tensor, str]:
     """`X (out, columns)`, orthonormal, `Y = W^T X (in, columns)`, and the route that was taken in the end.
 
     Args:
         operand: the weight.
-        Y: the sketch `(in, columns)` in the working precision; used up.
+        draw: makes the sketch `(in, columns)` in the working precision.
         q: iterations, at least 1.
         mixed: for the direct route, where the weight turns out to need it.
     """
     tall = operand.weight.shape[0] > operand.weight.shape[1]
-    sketch = Y
     G = operand.gram(tall=tall)
-    block = unit_(Y) if tall else near_basis_(operand.forward(unit_(Y, operand.scale)))
+    block = unit_(draw()) if tall else near_basis_(operand.forward(unit_(draw(), operand.scale)))
     for index in range(q - 1):
         image = G @ block
         if index or not tall:
             norms = torch.linalg.vector_norm(image, dim=0)
             if not bool(norms.min() >= RESOLVED**2 * norms.max()):
                 del G, block, image
-                return *direct(operand, sketch, q, mixed=mixed), "direct"
+                return *direct(operand, draw, q, mixed=mixed), "direct"
         block = near_basis_(unit_(image))
     del G
     X = orthonormal_(operand.forward(unit_(block, operand.scale)) if tall else block)

@@ -8,21 +8,26 @@ the Gram matrix is shifted first (shifted CholeskyQR3); where that too leaves it
 lower rank than it has columns, Householder's QR, which cannot fail, is taken. The columns of an iterated block are
 nearly orthogonal already and differ in scale: hence `D`, and one pass is the rule.
 
-Between two power iterations a basis need only be well-conditioned: `rough_basis` does one shifted pass in bfloat16.
+Between two power iterations a basis need only be well-conditioned: `rough_basis_` does one shifted pass in bfloat16.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 # The |R^-1|_2 up to which one pass is enough: `|Q^T Q - I| <= 100 eps` at worst, a few eps as measured.
 ONE_PASS = 10.0
-# The smallest diagonal entry of `R` down to which one pass in bfloat16 is enough.
-ROUGH = 0.25
-# The least squared diagonal entry of `R` over the shift at which a column was told from a combination of the others.
-RESOLVED = 3.0
+# The least `1 / |D R^-1|` at which one pass in bfloat16 is enough.
+ROUGH = 0.03
+# The least `1 / |D R^-1|` at which roundings to bfloat16 of a block, about 1/500 each, leave every column told from a
+# combination of the others: they then tilt the span by a few percent.
+TOLD = 0.1
 SHIFTED = 3
+# From so many columns on, products with triangles and Gram matrices skip the half that is zero or known.
+HALVED = 384
+PANEL_ROWS = 1024
 # A column below this norm, beside others near 1, has squares that float32 cannot hold: scale first.
 SMALLEST = 1e-15
 
@@ -37,8 +42,8 @@ def orthonormal_(X: Tensor) -> Tensor:
     Q, reached = _one_pass(X)
     if reached <= ONE_PASS:
         return Q
-    R, reached = _factor(Q)
-    return _divided(Q, R) if reached <= ONE_PASS else torch.linalg.qr(Q).Q
+    inverted, reached = _factor(Q)
+    return times_triangle_(Q, inverted) if reached <= ONE_PASS else torch.linalg.qr(Q).Q
 
 
 def near_basis_(X: Tensor) -> Tensor:
@@ -50,44 +55,105 @@ def near_basis_(X: Tensor) -> Tensor:
 
 
 def _one_pass(X: Tensor) -> tuple[Tensor, float]:
-    """A basis of `X (m, k)` with `|Q^T Q - I| < 0.01`, and what `|D R^-1|` its last pass had."""
-    R, reached = _factor(X)
+    """A basis of `X (m, k)` with `|Q^T Q - I| < 0.01`, and what `|D R^-1|` its last pass had; `X` is used up."""
+    inverted, reached = _factor(X)
     if reached <= _two_passes(X.dtype):
-        return _divided(X, R), reached
-    Q = _scaled_(X)
+        return times_triangle_(X, inverted), reached
+    Q = _scaled_(X.clone())
     for _ in range(SHIFTED):  # each takes a factor of some hundreds off the condition
-        R, reached = _factor(Q, shift=10.0)
-        Q = _divided(Q, R)
-        R, reached = _factor(Q)
+        inverted, reached = _factor(Q, shift=10.0)
+        Q = times_triangle_(Q, inverted)
+        inverted, reached = _factor(Q)
         if reached <= _two_passes(X.dtype):
-            return _divided(Q, R), reached
+            return times_triangle_(Q, inverted), reached
     return torch.linalg.qr(X).Q, 1.0
 
 
-def rough_basis(X: Tensor) -> tuple[Tensor, float]:
-    """A well-conditioned basis `(m, k)` in bfloat16 of the span of `X (m, k)` in bfloat16, to its rounding.
+def rough_basis_(X: Tensor, *, passes: int = 3) -> tuple[Tensor, float]:
+    """A well-conditioned basis `(m, k)` of the span of `X (m, k)`, bfloat16 or float32, to its rounding; uses up `X`.
 
-    With it comes the smallest squared diagonal entry of the first `R` over the shift: near 1, some column could not be
+    With it comes about the least singular value that it had, columns scaled: below `TOLD`, some column could not be
     told from a combination of the others.
 
-    Shifted CholeskyQR, whose Gram matrix and quotient are bfloat16 products; again where the first left columns that
-    nearly depend on others, as it does for a fresh sketch. The shift is the 2-norm that roundings of the Gram matrix
-    reach. Where even so it has no factor, Householder's QR in float32.
+    Shifted CholeskyQR in the dtype of `X`, up to `passes` times where one leaves columns that nearly depend on others,
+    as it does for a fresh sketch. The shift is the 2-norm that roundings of the Gram matrix reach. Where even so it has
+    no factor, Householder's QR in float32.
+
+    Args:
+        X: `(m, k)`.
+        passes: at most; with 0, `X` comes back as it is where its columns are not told apart.
     """
-    k, resolved = X.shape[1], 0.0
-    for index in range(3):
-        gram, norms = _normalized((X.mT @ X).float())
-        shift = 2.0**-8 * (1 + float(torch.linalg.matrix_norm(gram)) / k**0.5)
-        gram.diagonal().add_(shift)
-        R, info = torch.linalg.cholesky_ex(gram, upper=True)
+    k, first = X.shape[1], 0.0
+    rounding = 2.0**-16 if X.dtype == torch.bfloat16 else 2.0**-20
+    for index in range(max(passes, 1)):
+        gram, norms = _normalized_(gram_of(X))
+        gram.diagonal().add_(rounding * (1 + float(torch.linalg.matrix_norm(gram)) / k**0.5))
+        R, info = torch.linalg.cholesky_ex(gram)
         if int(info):
-            return torch.linalg.qr(X.float()).Q.to(torch.bfloat16), resolved
-        X = X @ (inverse(R) / norms[:, None]).to(torch.bfloat16)
-        least = float(R.diagonal().min())
-        resolved = resolved if index else least**2 / shift
-        if least > ROUGH and least**2 > RESOLVED * shift:
+            return (torch.linalg.qr(X.float()).Q.to(X.dtype) if passes else X), first
+        inverted = inverse(R.mT)
+        least = min(1 / norm_estimate(inverted), float(R.diagonal().min()))
+        first = first if index else least
+        if not passes and least < TOLD:
             break
-    return X, resolved
+        X = times_triangle_(X, inverted.div_(norms[:, None]).to(X.dtype))
+        if least > ROUGH:
+            break
+    return X, first
+
+
+def deflate_(X: Tensor, leading: int) -> Tensor:
+    """`X (m, k)`, bfloat16 or float32, its first `leading` columns a basis and the others orthogonal to them."""
+    first, others = X[:, :leading], X[:, leading:]
+    first.copy_(rough_basis_(first.clone())[0])
+    others.sub_(first @ (first.mT @ others))
+    return X
+
+
+def gram_of(X: Tensor) -> Tensor:
+    """`X^T X (k, k)` in float32 or better: products in bfloat16 would round it, where float32 holds them exactly."""
+    k = X.shape[1]
+    if X.dtype != torch.bfloat16 and k < HALVED:
+        return X.mT @ X
+    G = torch.zeros(k, k, dtype=torch.promote_types(X.dtype, torch.float32), device=X.device)
+    for rows in _panels(X) if X.dtype == torch.bfloat16 else [X]:
+        add_gram_(G, rows.to(G.dtype))
+    return mirrored_(G)
+
+
+def add_gram_(G: Tensor, X: Tensor) -> None:
+    """`G (k, k) += X^T X`; of a large one without the lower left quarter, for `mirrored_` to fill."""
+    half = X.shape[1] // 2
+    if X.shape[1] < HALVED:
+        G.addmm_(X.mT, X)
+    else:
+        G[:half].addmm_(X[:, :half].mT, X)
+        G[half:, half:].addmm_(X[:, half:].mT, X[:, half:])
+
+
+def mirrored_(G: Tensor) -> Tensor:
+    """`G` with the quarter that `add_gram_` leaves out."""
+    half = G.shape[0] // 2
+    if G.shape[0] >= HALVED:
+        G[half:, :half] = G[:half, half:].mT
+    return G
+
+
+def _panels(X: Tensor) -> Sequence[Tensor]:
+    """`X (m, k)` some rows at a time: what is made of them then takes little memory."""
+    return torch.split(X, PANEL_ROWS if X.device.type == "cpu" else 1 << 16)
+
+
+def times_triangle_(X: Tensor, R: Tensor) -> Tensor:
+    """`X R (m, k)` for an upper triangular `R (k, k)`, in the place of `X`, some rows at a time."""
+    k = R.shape[0]
+    half = k // 2 if k >= HALVED else 0
+    for rows in _panels(X):
+        right = rows @ R[:, half:]
+        if half:
+            rows[:, :half] = rows[:, :half] @ R[:half, :half]
+        rows[:, half:] = right
+    return X
 
 
 def inverse(R: Tensor) -> Tensor:
@@ -126,36 +192,42 @@ def _scaled_(X: Tensor) -> Tensor:
     return X.div_(norms.clamp_min(torch.finfo(X.dtype).tiny))
 
 
-def _normalized(gram: Tensor) -> tuple[Tensor, Tensor]:
+def _normalized_(gram: Tensor) -> tuple[Tensor, Tensor]:
     """A Gram matrix with a diagonal of 1, and the column norms `(k,)` that were taken out of it."""
     norms = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-    return gram / norms / norms[:, None], norms
-
-
-def _divided(X: Tensor, R: Tensor) -> Tensor:
-    """`X R^-1`, for a well-conditioned `R` as accurate as a triangular solve, and at the speed of a product."""
-    return X @ inverse(R)
+    return gram.div_(norms).div_(norms[:, None]), norms
 
 
 def _factor(X: Tensor, *, shift: float = 0.0) -> tuple[Tensor, float]:
-    """`R` with `R^T R = X^T X`, and an estimate of `|D R^-1|_2`, `D` the column norms (inf: no `R`).
+    """`R^-1` for the `R` with `R^T R = X^T X`, and an estimate of `|D R^-1|_2`, `D` the column norms (inf: no `R`).
+
+    The inverse is as accurate as triangular solves while `R` is well-conditioned, and a product is faster than those.
 
     Args:
         X: `(m, k)`.
         shift: `shift * k` roundings are added to the diagonal of the normalized Gram matrix.
     """
     k = X.shape[1]
-    gram, norms = _normalized(X.mT @ X)
+    gram, norms = _normalized_(gram_of(X))
     if shift:
         gram.diagonal().add_(shift * k * torch.finfo(X.dtype).eps)
-    R, info = torch.linalg.cholesky_ex(gram, upper=True)
+    R, info = torch.linalg.cholesky_ex(gram)
+    R = R.mT
+    del gram
     if int(info) or float(norms.min()) < SMALLEST * float(norms.max()):
-        return R * norms, float("inf")
-    v = torch.linalg.solve_triangular(R, torch.eye(k, 1, dtype=X.dtype, device=X.device).flip(0), upper=True)
-    for _ in range(3):  # inverse iteration, from the last column: the smallest diagonal entries stand last
-        v = torch.linalg.solve_triangular(R.mT, v / v.norm(), upper=False)
-        v = torch.linalg.solve_triangular(R, v / v.norm(), upper=True)
-    return R * norms, float(v.norm())
+        return inverse(R).div_(norms[:, None]), float("inf")
+    inverted = inverse(R)
+    reached = norm_estimate(inverted)
+    return inverted.div_(norms[:, None]), reached
+
+
+def norm_estimate(inverted: Tensor) -> float:
+    """About `|R^-1|_2` of an upper triangle's inverse `(k, k)`, from below: a few steps of power iteration."""
+    v = inverted[:, -1]  # from the last column: the smallest diagonal entries of R stand last
+    for _ in range(3):
+        v = inverted.mT @ (v / v.norm())
+        v = inverted @ (v / v.norm())
+    return float(v.norm())
 
 
 def _two_passes(dtype: torch.dtype) -> float:

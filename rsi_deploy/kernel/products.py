@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PANEL_BYTES = 4 << 20
+from rsi_deploy.kernel.orthogonal import add_gram_, mirrored_
+
+PANEL_BYTES = 2 << 20
 GRAM_BYTES = 16 << 20
 
 
@@ -86,8 +88,8 @@ class Operand:
         for start in range(0, out_features if tall else in_features, size):
             part = slice(start, start + size)
             block = (self.weight[part] if tall else self.weight[:, part]).to(dtype) * self.scale
-            G.addmm_(block.mT, block) if tall else G.addmm_(block, block.mT)
-        return G
+            add_gram_(G, block if tall else block.mT)
+        return mirrored_(G)
 
     def rounding(self, relative: float, X: Tensor, Y: Tensor) -> float:
         """About the 2-norm of the weight's rounding to bfloat16, from `X = W @ Y` with a Gaussian `Y (in, columns)`.
@@ -104,8 +106,9 @@ class Operand:
             return 0.0
         size = torch.linalg.vector_norm(Y, dtype=torch.float32) / self.weight.shape[1] ** 0.5
         rows = torch.linalg.vector_norm(X, dim=1, dtype=torch.float32).max() / size
-        some = self.weight[::16].float().square()
-        columns = (some.sum(dim=0).max() * (self.weight.shape[0] / len(some))).sqrt()
+        some = self.weight[::16]
+        columns = torch.linalg.vector_norm(some, dim=0, dtype=torch.float32).max()
+        columns = columns * (self.weight.shape[0] / len(some)) ** 0.5
         return relative * float(rows + columns)
 
     def forget(self) -> None:

@@ -3,8 +3,8 @@
     small weights (`kernel.batched`)   the direct route, batched          left @ right = X X^T W
     all others, matrix by matrix       direct | gram | krylov | exact     with oversampling: cut by the SVD of Y^T
 
-Memory beyond the weight: the blocks `X (out, columns)` and `Y (in, columns)`, the sketch, and for copies of the weight
-in bfloat16 as much again as two blocks; with the buffers of the libraries about four blocks of both, as measured.
+Memory beyond the weight: the blocks `X (out, columns)` and `Y (in, columns)`, and for copies of the weight in bfloat16
+as much again as both in float32 (at least 2 MiB); with the buffers of the libraries it is measured by `bench.kernel`.
 """
 
 import logging
@@ -18,7 +18,7 @@ from rsi_deploy.kernel import cost
 from rsi_deploy.kernel.adaptive import until_settled
 from rsi_deploy.kernel.batched import direct_batch, exact_batch, is_small
 from rsi_deploy.kernel.checks import settled
-from rsi_deploy.kernel.direct import direct
+from rsi_deploy.kernel.direct import Draw, direct
 from rsi_deploy.kernel.exact import exact
 from rsi_deploy.kernel.gram import gram
 from rsi_deploy.kernel.krylov import depth, krylov
@@ -52,17 +52,18 @@ class Solved:
     q: int
 
 
-def solve(weight: Tensor, sketch: Tensor, rank: int, scale: float, how: How) -> Solved:
-    """Factorize `weight (..., out, in)` from `sketch (..., in, columns)`, which is used up.
+def solve(weight: Tensor, draw: Draw, columns: int, rank: int, scale: float, how: How) -> Solved:
+    """Factorize `weight (..., out, in)` from a sketch `(..., in, columns)`.
 
     Args:
         weight: checked (`kernel.checks`).
-        sketch: Gaussian, in the working precision, on the weight's device.
+        draw: makes the sketch: Gaussian, in the working precision, on the weight's device, the same each time.
+        columns: of the sketch.
         rank: at most `columns`.
         scale: of the weight.
         how: to do it.
     """
-    full, columns = min(weight.shape[-2:]), sketch.shape[-1]
+    full = min(weight.shape[-2:])
     q = how.q if how.q != "auto" else 8  # what an automatic choice reckons with
     mixed = how.mixed and working_dtype(weight) == torch.float32 and 2.0**-40 < scale < 2.0**40
     if mixed and (columns >= full or not cost.rates(weight.device).mixed):
@@ -75,11 +76,11 @@ def solve(weight: Tensor, sketch: Tensor, rank: int, scale: float, how: How) -> 
     if columns >= full:
         route = "exact"  # the sketch spans everything: nothing is left to iterate for
     if is_small(weight) and how.q != "auto" and route in ("direct", "exact"):
-        return _batch(weight, sketch, rank, q, route)
+        return _batch(weight, draw(), rank, q, route)
     if weight.ndim == 2:
-        return _one(weight, sketch, rank, scale, route, how.q, mixed)
-    pairs = zip(weight.flatten(0, -3), sketch.flatten(0, -3), strict=True)
-    members = [_one(settled(member), block, rank, scale, route, how.q, mixed) for member, block in pairs]
+        return _one(weight, draw, columns, rank, scale, route, how.q, mixed)
+    pairs = zip(weight.flatten(0, -3), draw().flatten(0, -3), strict=True)
+    members = [_one(settled(member), block.clone, columns, rank, scale, route, how.q, mixed) for member, block in pairs]
     X, Y = (torch.stack(parts) for parts in zip(*((m.X, m.Y) for m in members), strict=True))
     batch = weight.shape[:-2]
     taken = sorted({member.route for member in members})
@@ -110,10 +111,16 @@ def _batch(weight: Tensor, sketch: Tensor, rank: int, q: int, route: str) -> Sol
 
 
 def _one(
-    weight: Tensor, sketch: Tensor, rank: int, scale: float, route: str, q: int | Literal["auto"], mixed: bool
+    weight: Tensor,
+    draw: Draw,
+    columns: int,
+    rank: int,
+    scale: float,
+    route: str,
+    q: int | Literal["auto"],
+    mixed: bool,
 ) -> Solved:
     """One matrix by one route."""
-    columns = sketch.shape[-1]
     blocks = 4 * sum(weight.shape) * columns
     operand = Operand(weight=weight, scale=scale, allowance=max(blocks, 2 << 20))
     if route == "krylov" and q != "auto" and depth(q) * columns > min(weight.shape):
@@ -123,16 +130,16 @@ def _one(
         X, Y = exact(operand, rank)
         return Solved(X=X, Y=Y, route=route, q=0)
     if q == "auto":
-        X, Y, done = until_settled(operand, sketch, mixed=mixed)
+        X, Y, done = until_settled(operand, draw, mixed=mixed)
         X, Y = cut(X, Y, rank)
         return Solved(X=X, Y=Y, route="direct", q=done)
     if route == "krylov":
-        X, Y = krylov(operand, sketch, q, rank)
+        X, Y = krylov(operand, draw(), q, rank)
         return Solved(X=X, Y=Y, route=route, q=depth(q))
     if route == "gram":
-        X, Y, route = gram(operand, sketch, q, mixed=mixed)
+        X, Y, route = gram(operand, draw, q, mixed=mixed)
     else:
-        X, Y = direct(operand, sketch, q, mixed=mixed)
+        X, Y = direct(operand, draw, q, mixed=mixed)
     X, Y = cut(X, Y, rank)
     return Solved(X=X, Y=Y, route=route, q=q)
 

@@ -9,8 +9,8 @@ SHAPES = [(300, 420), (420, 300)]
 
 
 def factors(weight, rank, *, mixed, q=4, seed=0, allowance=1 << 20):
-    sketch = normal(weight.shape[1], rank, seed=seed)
-    return direct(Operand(weight=weight, scale=1.0, allowance=allowance), sketch, q, mixed=mixed)
+    operand = Operand(weight=weight, scale=1.0, allowance=allowance)
+    return direct(operand, lambda: normal(weight.shape[1], rank, seed=seed), q, mixed=mixed)
 
 
 def error(weight, X, Y):
