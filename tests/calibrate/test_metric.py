@@ -96,6 +96,17 @@ def test_pieces_become_as_large_as_memory_allows():
     assert 2 + 50 < piece.stop <= 2 + 131
 
 
+def test_pieces_are_no_larger_than_pays(monkeypatch):
+    monkeypatch.setattr(metric_module, "PIECE", 2**16)
+    metric = metric_of(100, memory=2**30)
+    pieces = metric.pieces(100)
+    assert next(pieces) == slice(0, 2)
+    with metric.keeping(2):
+        _ = leaf(2, 1000).exp()
+    piece = next(pieces)
+    assert 2 + 2 <= piece.stop <= 2 + 8  # 4,000 bytes a sample or two, one half in reserve
+
+
 def test_more_than_the_bound_is_refused():
     metric = metric_of(4, memory=3 * 3 * 4 + 1000)
     with pytest.raises(NoMetricError, match="4 samples need more than 1000 bytes"), metric.keeping(4):
