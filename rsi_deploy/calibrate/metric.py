@@ -141,7 +141,7 @@ class OutputMetric:
                 size += storage.nbytes()
             if size > self._left:
                 raise NoMetricError(f"gradients of {samples} samples need more than {self._left} bytes")
-            return tensor, tensor._version
+            return tensor.detach(), tensor._version  # the tensor itself, where it is an output, would keep its graph
 
         def unpack(kept: tuple[Tensor, int]) -> Tensor:
             tensor, version = kept
@@ -180,7 +180,9 @@ class OutputMetric:
             for name, gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
                     rows = gradient_rows(gradient.detach(), self.sites[name])
-                    self._found[name] = self._found.get(name, 0) + rows.mT @ rows
+                    if name not in self._found:
+                        self._found[name] = rows.new_zeros(len(rows), rows.shape[-1], rows.shape[-1])
+                    self._found[name].baddbmm_(rows.mT, rows)  # in place: memory that comes and goes falls to pieces
                     self._note(name, gradient.detach(), samples)
 
     def _note(self, name: str, gradient: Tensor, samples: Sequence[int]) -> None:
