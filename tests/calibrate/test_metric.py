@@ -118,6 +118,20 @@ def test_more_than_the_bound_is_refused():
         metric_of(4, memory=3 * 3 * 4 - 1)
 
 
+def test_a_matrix_stays_where_it_is_while_it_grows():
+    metric = metric_of(4)
+    places, sizes = [], []
+    for begin in (0, 2):
+        y = leaf(2, 3)
+        with metric.keeping(2):
+            z = y * 2
+        metric.listen(z, [("a", y)], range(begin, begin + 2))
+        places.append(metric._found["a"].data_ptr())
+        sizes.append(float(metric._found["a"].diagonal(dim1=-2, dim2=-1).sum()))
+    assert places[0] == places[1]
+    assert sizes[0] < sizes[1]
+
+
 def test_a_value_written_over_is_noticed():
     metric = metric_of(2)
     y = leaf(2, 3)
