@@ -128,7 +128,8 @@ def export(
         method: "rsi", or a baseline: "rsvd", "svd".
         power_iterations: the paper's q; "auto" iterates until another pass would gain less than 1 %.
         oversampling: extra sketch columns.
-        route: of the kernel: "auto" (the cheapest by its cost model), "direct", "gram", "krylov" or "exact".
+        route: of the kernel: "auto" (the cheapest by its cost model), "direct", "chebyshev", "gram", "krylov" or
+            "exact".
         mixed_precision: iterations in bfloat16 where that is faster and does no harm.
         seed: of sketches, probe inputs, and of random weights.
         include: globs on site names; empty means all.

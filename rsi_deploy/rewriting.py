@@ -56,7 +56,8 @@ def rewrite(
         method: "rsi", or a baseline: "rsvd", "svd".
         power_iterations: the paper's q; "auto" iterates until another pass would gain less than 1 %.
         oversampling: extra sketch columns.
-        route: of the kernel: "auto" (the cheapest by its cost model), "direct", "gram", "krylov" or "exact".
+        route: of the kernel: "auto" (the cheapest by its cost model), "direct", "chebyshev", "gram", "krylov" or
+            "exact".
         mixed_precision: iterations in bfloat16 where that is faster and does no harm.
         seed: of the sketches.
         always_split: split where nothing is saved, too; nothing is then split jointly.

@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 Method = Literal["rsi", "rsvd", "svd"]
-Route = Literal["auto", "direct", "gram", "krylov", "exact"]
+Route = Literal["auto", "direct", "chebyshev", "gram", "krylov", "exact"]
 PowerIterations = int | Literal["auto"]
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ class Solution(NamedTuple):
 
     Attributes:
         factors: `left`, `right`.
-        route: that was taken: "direct", "gram", "krylov", "exact", or "svd" for that method.
-        power_iterations: that were done (of block Krylov, its blocks); 0 for exact factors.
+        route: that was taken: "direct", "chebyshev", "gram", "krylov", "exact", or "svd" for that method.
+        power_iterations: that were done (shifted ones, and block Krylov's blocks, do more each); 0: exact.
         note: what was done otherwise than asked, in words, or "".
     """
 
@@ -143,7 +143,8 @@ class Solver:
         """
         first = weights[0]
         alike = all(w.shape == first.shape and w.dtype == first.dtype and w.device == first.device for w in weights)
-        if not alike or first.ndim != 2 or not is_small(first) or self.method == "svd":
+        batched = self.method != "svd" and self.route not in ("gram", "krylov")
+        if not alike or first.ndim != 2 or not is_small(first) or not batched:
             return [self(weight, rank, site=site) for weight, site in zip(weights, sites, strict=True)]
         baseline = self.method == "rsvd"
         how = How(
@@ -152,13 +153,14 @@ class Solver:
             mixed=self.mixed_precision and not baseline,
         )
         parts = [checked(weight, rank, site) for weight, site in zip(weights, sites, strict=True)]
-        sketches = [
-            _sketch(part.weight, min(rank + self.oversampling, *first.shape), self.seed, site)
-            for part, site in zip(parts, sites, strict=True)
-        ]
+        columns = min(rank + self.oversampling, *first.shape)
+
+        def draw(side: int) -> Tensor:
+            pairs = zip(parts, sites, strict=True)
+            return torch.stack([_sketch(part.weight, side, columns, self.seed, site) for part, site in pairs])
+
         stack = torch.stack([part.weight for part in parts])
-        columns = sketches[0].shape[-1]
-        solved = solve(stack, lambda: torch.stack(sketches), columns, parts[0].rank, 1.0, how)
+        solved = solve(stack, draw, columns, parts[0].rank, 1.0, how)
         return [stored(X.clone(), Y.mT, first.dtype) for X, Y in zip(solved.X, solved.Y, strict=True)]
 
 
@@ -186,7 +188,8 @@ def rsi(
         oversampling: extra sketch columns p; `rank + p` is cut at `min(out, in)`.
         seed: together with `site`, the random stream.
         site: the weight's name, for the random stream and for error messages.
-        route: "direct" is the algorithm above; "auto" cheapest of the equivalent ones; or "gram", "krylov", "exact".
+        route: "direct" is the algorithm above; "auto" the cheapest of the equivalent ones; or "chebyshev", "gram",
+            "krylov", "exact".
         mixed_precision: the iterations in bfloat16, where that is measured to be faster and does no harm.
 
     Raises:
@@ -214,16 +217,16 @@ def _iterated(
     if oversampling < 0:
         raise ValueError(f"{at(site)}oversampling must not be negative, but got {oversampling!r}")
     columns = min(rank + oversampling, *W.shape[-2:])
-    solved = solve(W, lambda: _sketch(W, columns, seed, site), columns, rank, scale, how)
+    solved = solve(W, lambda side: _sketch(W, side, columns, seed, site), columns, rank, scale, how)
     if not torch.isfinite(solved.Y.sum()) and not torch.isfinite(solved.Y).all():
         raise ValueError(f"{at(site)}the factors do not fit into {working_dtype(W)}; pass weight.double()")
     return solved, weight.dtype
 
 
-def _sketch(weight: Tensor, columns: int, seed: int, site: str) -> Tensor:
-    """The Gaussian sketch `(..., in, columns)` of a site, in the working precision; drawn on the CPU."""
+def _sketch(weight: Tensor, side: int, columns: int, seed: int, site: str) -> Tensor:
+    """The Gaussian sketch `(..., side, columns)` of a site, in the working precision; drawn on the CPU."""
     generator = torch.Generator().manual_seed(stream_seed(seed, site))
-    shape = (*weight.shape[:-2], weight.shape[-1], columns)
+    shape = (*weight.shape[:-2], side, columns)
     return torch.randn(shape, generator=generator, dtype=working_dtype(weight)).to(weight.device)
 
 

@@ -43,8 +43,8 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
         response_error: `E|y - y~|^2 / E|y|^2` on calibration data, centred, for factors fitted to them. Rows of a
             product (tokens) count in it, as in the fit, by what their errors do to the outputs.
         seconds: time of the factorization alone.
-        route: that the kernel took: "direct", "gram", "krylov", "exact"; "svd" for that method; None where factors
-            were fitted to data. It can be forced by --route.
+        route: that the kernel took: "direct", "chebyshev", "gram", "krylov", "exact"; "svd" for that method; None where
+            factors were fitted to data. It can be forced by --route.
         power_iterations: that were done; 0 for exact factors.
         macs_dense, macs_compressed: multiply-accumulates per sample, where the model was traced.
         nodes: the operations (ONNX node names or module paths) that use the weight.

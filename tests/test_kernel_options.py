@@ -39,7 +39,7 @@ def test_ranks_by_error_are_the_same_both_ways_and_hold(tmp_path, make):
     assert sum(s.rank for s in tighter.split_sites) < sum(torch_ranks.values())
 
 
-@pytest.mark.parametrize("route", ["direct", "gram", "krylov", "exact"])
+@pytest.mark.parametrize("route", ["direct", "chebyshev", "gram", "krylov", "exact"])
 def test_a_forced_route_is_taken_and_gives_the_same_bytes_again(tmp_path, route):
     source = mlp_onnx(tmp_path / "m.onnx")
     models = []
@@ -52,7 +52,7 @@ def test_a_forced_route_is_taken_and_gives_the_same_bytes_again(tmp_path, route)
     assert (report["settings"]["route"], report["settings"]["mixed_precision"]) == (route, False)
     assert {site["route"] for site in report["sites"] if site["rank"]} == {route}
     iterations = {site["power_iterations"] for site in report["sites"] if site["rank"]}
-    assert iterations == {{"direct": 3, "gram": 3, "krylov": 3, "exact": 0}[route]}
+    assert iterations == {{"direct": 3, "chebyshev": 3, "gram": 3, "krylov": 3, "exact": 0}[route]}
 
 
 def test_automatic_iterations_are_reported(tmp_path):

@@ -142,7 +142,7 @@ def kernel_options(function: F) -> F:
         ),
         click.option(
             "--route",
-            type=click.Choice(["auto", "direct", "gram", "krylov", "exact"]),
+            type=click.Choice(["auto", "direct", "chebyshev", "gram", "krylov", "exact"]),
             default="auto",
             show_default=True,
             help="Of the kernel; auto: the cheapest by a model measured on this machine. The report names it.",

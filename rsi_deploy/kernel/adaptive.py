@@ -11,7 +11,8 @@ in the comparison.
 import torch
 from torch import Tensor
 
-from rsi_deploy.kernel.direct import Draw, direct, unit_
+from rsi_deploy.kernel.chebyshev import Draw
+from rsi_deploy.kernel.direct import direct, unit_
 from rsi_deploy.kernel.orthogonal import orthonormal_
 from rsi_deploy.kernel.products import Operand
 

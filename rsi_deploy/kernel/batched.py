@@ -4,9 +4,12 @@ A batched product gives every matrix the bytes that it has alone (as does all el
 `SMALL` numbers always come this way, one or many, and the bytes of a site do not depend on what was next to it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from rsi_deploy.kernel.chebyshev import MARGIN
 from rsi_deploy.kernel.orthogonal import orthonormal_
 
 SMALL = 1 << 18
@@ -17,17 +20,35 @@ def is_small(weight: Tensor) -> bool:
     return weight.shape[-2] * weight.shape[-1] <= SMALL
 
 
-def direct_batch(W: Tensor, Y: Tensor, q: int) -> tuple[Tensor, Tensor]:
-    """`X (batch, out, columns)` and `Y = W^T X (batch, in, columns)` by the paper's iteration from `Y`, used up."""
+def iterate_batch(W: Tensor, Y: Tensor, fractions: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """`X (batch, out, columns)` and `Y = W^T X (batch, in, columns)` by the paper's iteration, shifted.
+
+    Args:
+        W: `(batch, out, in)`.
+        Y: the sketches `(batch, in, columns)`, used up.
+        fractions: the shifts of all iterations after the first, as in `kernel.chebyshev`; zeros: the paper's.
+    """
     largest = W.abs().amax(dim=(-2, -1), keepdim=True)
     tiny = torch.finfo(W.dtype).tiny
     scale = torch.where(largest > 0, 1 / largest.clamp_min(tiny), 1)
-    for _ in range(q):
-        low, high = Y.amin(dim=(-2, -1), keepdim=True), Y.amax(dim=(-2, -1), keepdim=True)
-        Y = Y.div_(torch.maximum(high, -low).clamp_min(tiny)).mul_(scale)  # X near 1, whatever the size of W
-        X = orthonormal_(W @ Y)
+    X = orthonormal_(W @ _unit_(Y).mul_(scale))
+    for fraction in fractions:
         Y = W.mT @ X
-    return X, Y
+        size = _largest(Y)
+        least = torch.linalg.vector_norm(Y.div_(size), dim=-2, keepdim=True).amin(-1, keepdim=True)
+        shift = (fraction * MARGIN) * (least * (size * scale)) * least  # of W^T times scale / size, as the product is
+        X = orthonormal_((W @ Y.mul_(scale)).sub_(X * shift))
+    return X, W.mT @ X
+
+
+def _unit_(Y: Tensor) -> Tensor:
+    """`Y` with a largest entry of 1 in each matrix: then the product with a scaled weight is near 1."""
+    return Y.div_(_largest(Y))
+
+
+def _largest(Y: Tensor) -> Tensor:
+    low, high = Y.amin(dim=(-2, -1), keepdim=True), Y.amax(dim=(-2, -1), keepdim=True)
+    return torch.maximum(high, -low).clamp_min(torch.finfo(Y.dtype).tiny)
 
 
 def exact_batch(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from rsi_deploy.kernel.products import working_dtype
 
+MODERATE = 10  # binary digits from 1 within which products of three weights and their squares are far from all limits
 ALIGNMENT = 64  # bytes: where a matrix begins may change the order in which a product is summed
 
 
 class Checked(NamedTuple):
     """A weight fit for the kernel: `weight (..., out, in)`, contiguous and aligned, its `rank`, and its `scale`.
 
-    `scale` is the power of two, between 2^-126 and 2^126, that brings the largest entry nearest to 1.
+    `scale` is the power of two, between 2^-126 and 2^126, that brings the largest entry nearest to 1; 1 where it
+    is within a factor of a thousand.
     """
 
     weight: Tensor
@@ -74,5 +76,7 @@ def _scale(weight: Tensor, site: str) -> float:
     if largest == 0:
         return 1.0
     exponent = math.frexp(largest)[1]
+    if abs(exponent) <= MODERATE:
+        return 1.0
     limit = 126 if working_dtype(weight) == torch.float32 else 1022
     return 2.0 ** min(max(-exponent, -limit), limit)

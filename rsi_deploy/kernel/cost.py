@@ -1,19 +1,20 @@
 """The cost model: what each route would take on this machine, from rates that are measured once and kept.
 
-    flops of the direct route   4 q out in columns, and bases
-             the Gram route     1.5 out in min + 4 out in columns + 2 (q - 1) min^2 columns, and bases
+    flops of the direct route   4 q out in columns, and q bases
+             Chebyshev          4 d out in columns, and d + 1 bases, for d = steps(q) iterations
+             the Gram route     1.5 out in min + 4 out in columns + 2 (d - 1) min^2 columns, and d + 1 bases
              block Krylov       (2 d - 1) 2 out in columns + 2 out in d columns + 2 out in rank + 8 out (d columns)^2
              the exact route    2 out in min in float64, `eigh` of a square of that side, and 4 out in rank
 
 A basis of a block `(m, columns)` is `4 m columns^2` flops in products, and `2/3 columns^3` in a Cholesky factor and an
-inverse at about a quarter of their speed. The direct and the Gram route make `q`: the last of `(out, columns)`, those
-before it of the shorter side, which in bfloat16 takes `1 + AGAIN` times as long, as some are made twice.
+inverse at about a quarter of their speed. All are of the shorter side but for one: the last of the direct route, and
+one more of the others where the weight is tall.
 
 Rates are measured in a second and kept in `$RSI_DEPLOY_CACHE` (else `$XDG_CACHE_HOME/rsi-deploy`), one file for the
 processor, the version of torch and the number of threads. A file that cannot be read is measured again, one that cannot
-be written is done without. So that a choice does not hang on noise, rates are rounded to powers of 1.25 and the direct
-route is left only for one that should take less than `CLEARLY` of its time. The report names the route taken, and a
-forced route gives the same bytes again.
+be written is done without. So that a choice does not hang on noise, rates are rounded to powers of 1.25 and the
+Chebyshev route is left only for one that should take less than `CLEARLY` of its time. The report names the route taken,
+and a forced route gives the same bytes again.
 """
 
 import functools
@@ -25,19 +26,19 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from rsi_deploy.kernel.chebyshev import steps
 from rsi_deploy.kernel.krylov import depth
 
-Route = Literal["direct", "gram", "krylov", "exact"]
-ROUTES: tuple[Route, ...] = ("direct", "gram", "krylov", "exact")
+Route = Literal["direct", "chebyshev", "gram", "krylov", "exact"]
+ROUTES: tuple[Route, ...] = ("direct", "chebyshev", "gram", "krylov", "exact")
 CLEARLY = 0.9
-AGAIN = 1.0
 FASTER = 1.3  # bfloat16 is used where it multiplies so many times as fast as float32
 log = logging.getLogger(__name__)
 
@@ -69,11 +70,20 @@ def rates(device: torch.device) -> Rates:
     return _rates(device.type, torch.get_num_threads())
 
 
-def choose(rates: Rates, shape: tuple[int, int], columns: int, rank: int, q: int, *, mixed: bool) -> Route:
-    """The route that should take the least time for a weight `(out, in)`; direct unless another is clearly faster."""
+def choose(
+    rates: Rates,
+    shape: tuple[int, int],
+    columns: int,
+    rank: int,
+    q: int,
+    *,
+    mixed: bool,
+    among: Sequence[Route] = ROUTES,
+) -> Route:
+    """The route that should take the least time for a weight `(out, in)`; Chebyshev unless it is clearly slower."""
     times = predicted(rates, shape, columns, rank, q, mixed=mixed)
-    best = min(times, key=lambda route: times[route])
-    return best if times[best] < CLEARLY * times["direct"] else "direct"
+    best = min((route for route in among if route in times), key=lambda route: times[route])
+    return next(route for route in ("chebyshev", best) if CLEARLY * times[route] <= times[best])
 
 
 def predicted(
@@ -85,18 +95,18 @@ def predicted(
     half = rates.half if mixed else rates.full
     product = 2.0 * out * in_ * columns
     last, basis = ((4.0 * side * columns**2 + 3.0 * columns**3) / rates.full + 2e-5 for side in (out, small))
-    again = 1 + AGAIN if mixed else 1
+    d = steps(q)
+    bases = d * basis + (last if out > in_ else 0.0)
     times: dict[Route, float] = {
-        "direct": (2 * q - 1) * product / half + product / rates.full + (q - 1) * again * basis + last,
-        "gram": (1.5 * out * in_ * small + 2 * product + 2.0 * (q - 1) * small**2 * columns) / rates.full
-        + (q - 1) * basis
-        + last,
+        "direct": (2 * q - 1) * product / half + product / rates.full + (q - 1) * basis + last,
+        "chebyshev": (2 * d - 1) * product / half + product / rates.full + bases,
+        "gram": (1.5 * out * in_ * small + 2 * product + 2.0 * (d - 1) * small**2 * columns) / rates.full + bases,
         "exact": 2.0 * out * in_ * small / rates.double + rates.eigen * small**3 + 2 * product / rates.full,
     }
-    d = depth(q)
-    if d * columns <= small // 2:
-        wide = 8.0 * out * (d * columns) ** 2 / rates.full + rates.eigen * (d * columns) ** 3
-        times["krylov"] = ((3 * d - 1) * product + 2.0 * out * in_ * rank) / rates.full + wide
+    blocks = depth(q)
+    if blocks * columns <= small // 2:
+        wide = 8.0 * out * (blocks * columns) ** 2 / rates.full + rates.eigen * (blocks * columns) ** 3
+        times["krylov"] = ((3 * blocks - 1) * product + 2.0 * out * in_ * rank) / rates.full + wide
     return times
 
 

@@ -69,25 +69,33 @@ def _one_pass(X: Tensor) -> tuple[Tensor, float]:
     return torch.linalg.qr(X).Q, 1.0
 
 
+def basis_and_triangle_(X: Tensor) -> tuple[Tensor, Tensor]:
+    """`Q (m, k)`, orthonormal, and `R (k, k)` with `X = Q R`, float32 or float64; `X` is used up."""
+    inverted, reached = _factor(X)
+    if reached <= ONE_PASS:
+        return times_triangle_(X, inverted), inverse(inverted)
+    Q = orthonormal_(X.clone())
+    return Q, Q.mT @ X
+
+
 def rough_basis_(X: Tensor, *, passes: int = 3) -> tuple[Tensor, float]:
-    """A well-conditioned basis `(m, k)` of the span of `X (m, k)`, bfloat16 or float32, to its rounding; uses up `X`.
+    """A well-conditioned basis `(m, k)` of the span of `X (m, k)`, bfloat16, to its rounding; `X` is used up.
 
     With it comes about the least singular value that it had, columns scaled: below `TOLD`, some column could not be
     told from a combination of the others.
 
-    Shifted CholeskyQR in the dtype of `X`, up to `passes` times where one leaves columns that nearly depend on others,
-    as it does for a fresh sketch. The shift is the 2-norm that roundings of the Gram matrix reach. Where even so it has
-    no factor, Householder's QR in float32.
+    Shifted CholeskyQR in float32, up to `passes` times where one leaves columns that nearly depend on others, as it may
+    for a fresh sketch. The shift is the 2-norm that roundings of the Gram matrix reach. Where even so it has no factor,
+    Householder's QR in float32.
 
     Args:
         X: `(m, k)`.
         passes: at most; with 0, `X` comes back as it is where its columns are not told apart.
     """
     k, first = X.shape[1], 0.0
-    rounding = 2.0**-16 if X.dtype == torch.bfloat16 else 2.0**-20
     for index in range(max(passes, 1)):
         gram, norms = _normalized_(gram_of(X))
-        gram.diagonal().add_(rounding * (1 + float(torch.linalg.matrix_norm(gram)) / k**0.5))
+        gram.diagonal().add_(2.0**-20 * (1 + float(torch.linalg.matrix_norm(gram)) / k**0.5))
         R, info = torch.linalg.cholesky_ex(gram)
         if int(info):
             return (torch.linalg.qr(X.float()).Q.to(X.dtype) if passes else X), first
@@ -96,17 +104,18 @@ def rough_basis_(X: Tensor, *, passes: int = 3) -> tuple[Tensor, float]:
         first = first if index else least
         if not passes and least < TOLD:
             break
-        X = times_triangle_(X, inverted.div_(norms[:, None]).to(X.dtype))
+        X = times_triangle_(X, inverted.div_(norms[:, None]))
         if least > ROUGH:
             break
     return X, first
 
 
 def deflate_(X: Tensor, leading: int) -> Tensor:
-    """`X (m, k)`, bfloat16 or float32, its first `leading` columns a basis and the others orthogonal to them."""
-    first, others = X[:, :leading], X[:, leading:]
-    first.copy_(rough_basis_(first.clone())[0])
-    others.sub_(first @ (first.mT @ others))
+    """`X (m, k)`, bfloat16, its first `leading` columns a basis and the others orthogonal to them."""
+    if leading:
+        first, others = X[:, :leading], X[:, leading:]
+        first.copy_(rough_basis_(first.clone())[0])
+        others.sub_(first @ (first.mT @ others))
     return X
 
 
@@ -148,11 +157,12 @@ def times_triangle_(X: Tensor, R: Tensor) -> Tensor:
     """`X R (m, k)` for an upper triangular `R (k, k)`, in the place of `X`, some rows at a time."""
     k = R.shape[0]
     half = k // 2 if k >= HALVED else 0
-    for rows in _panels(X):
+    for panel in _panels(X):
+        rows = panel.to(R.dtype)
         right = rows @ R[:, half:]
         if half:
-            rows[:, :half] = rows[:, :half] @ R[:half, :half]
-        rows[:, half:] = right
+            panel[:, :half] = rows[:, :half] @ R[:half, :half]
+        panel[:, half:] = right
     return X
 
 

@@ -1,10 +1,10 @@
-"""Products with a weight, in its own precision or, block of rows by block of rows, in bfloat16.
+"""Products with a weight, in its own precision or, panel by panel, in bfloat16.
 
     forward   X = W @ Y      (out, columns)
     adjoint   Y = W^T @ X    (in, columns)
 
-A bfloat16 copy of the whole weight is made only where the caller's allowance holds it; else `panel` rows at a time are
-cast, multiplied and forgotten: in cache, they cost little more. The adjoint adds its panels up in float32.
+A bfloat16 copy of the whole weight is made only where the caller's allowance holds it; else some rows at a time, for
+the adjoint some columns, are cast, multiplied and forgotten: in cache, they cost little more.
 
 A 16-bit weight is multiplied as it is in bfloat16, and cast to float32 in panels for the exact products.
 """
@@ -54,9 +54,9 @@ class Operand:
         """`W^T @ X (in, columns)` in the working precision."""
         if self.weight.dtype == self.working:
             return self.weight.mT @ X
-        Y = torch.zeros(self.weight.shape[1], X.shape[1], dtype=self.working, device=X.device)
-        for rows in self._panels(self.working):
-            Y.addmm_(self._panel(rows, self.working).mT, X[rows])
+        Y = torch.empty(self.weight.shape[1], X.shape[1], dtype=self.working, device=X.device)
+        for columns in self._panels(self.working, across=True):
+            torch.mm(self._panel(columns, self.working, across=True).mT, X, out=Y[columns])
         return Y
 
     def low_forward(self, Y: Tensor) -> Tensor:
@@ -69,14 +69,43 @@ class Operand:
         return X
 
     def low_adjoint(self, X: Tensor) -> Tensor:
-        """`W^T @ X (in, columns)` of `X` in bfloat16: bfloat16, or float32 where it is summed over panels."""
+        """`W^T @ X (in, columns)` in bfloat16, of `X` in bfloat16."""
         if self._whole():
             return self._low_weight().mT @ X
-        Y = torch.zeros(self.weight.shape[1], X.shape[1], dtype=torch.float32, device=X.device)
-        part = torch.empty_like(Y, dtype=torch.bfloat16)
-        for rows in self._panels(torch.bfloat16):
-            Y.add_(torch.mm(self._panel(rows, torch.bfloat16).mT, X[rows], out=part))
+        Y = torch.empty(self.weight.shape[1], X.shape[1], dtype=torch.bfloat16, device=X.device)
+        for columns in self._panels(torch.bfloat16, across=True):
+            torch.mm(self._panel(columns, torch.bfloat16, across=True).mT, X, out=Y[columns])
         return Y
+
+    @property
+    def tall(self) -> bool:
+        """Whether there are more rows than columns."""
+        return self.weight.shape[0] > self.weight.shape[1]
+
+    @property
+    def longer(self) -> int:
+        """The length of the longer side."""
+        return max(self.weight.shape)
+
+    def to_short(self, Z: Tensor) -> Tensor:
+        """`scale W @ Z (out, columns)`, of a tall weight `scale W^T @ Z (in, columns)`; `Z` is used up."""
+        return (self.adjoint if self.tall else self.forward)(self._scaled_(Z))
+
+    def to_long(self, B: Tensor) -> Tensor:
+        """`scale W^T @ B (in, columns)`, of a tall weight `scale W @ B (out, columns)`."""
+        return (self.forward if self.tall else self.adjoint)(B if self.scale == 1.0 else B * self.scale)
+
+    def low_to_short(self, Z: Tensor) -> Tensor:
+        """As `to_short`, in bfloat16."""
+        return (self.low_adjoint if self.tall else self.low_forward)(self._scaled_(Z))
+
+    def low_to_long(self, B: Tensor) -> Tensor:
+        """As `to_long`, in bfloat16."""
+        scaled = B if self.scale == 1.0 else B * self.scale
+        return (self.low_forward if self.tall else self.low_adjoint)(scaled)
+
+    def _scaled_(self, Z: Tensor) -> Tensor:
+        return Z if self.scale == 1.0 else Z.mul_(self.scale)
 
     def gram(self, *, tall: bool, dtype: torch.dtype | None = None) -> Tensor:
         """`W^T W (in, in)` of a tall weight, else `W W^T (out, out)`, of `scale * W`; by blocks in another `dtype`."""
@@ -125,19 +154,20 @@ class Operand:
             self._low = self.weight.to(torch.bfloat16)
         return self._low
 
-    def _panels(self, dtype: torch.dtype) -> list[slice]:
-        out_features, in_features = self.weight.shape
+    def _panels(self, dtype: torch.dtype, *, across: bool = False) -> list[slice]:
+        """Slices of the rows, or of the columns, of a panel each."""
+        length, width = reversed(self.weight.shape) if across else self.weight.shape
         budget = min(max(self.allowance, 1 << 16), PANEL_BYTES if self.weight.device.type == "cpu" else 64 << 20)
-        rows = max(min(budget // (in_features * dtype.itemsize), out_features), 1)
-        rows = max(rows // 16 * 16, min(rows, 16))
-        return [slice(start, start + rows) for start in range(0, out_features, rows)]
+        size = max(min(budget // (width * dtype.itemsize), length), 1)
+        size = max(size // 16 * 16, min(length, 16))
+        return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
-    def _panel(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows in another dtype, until the next panel takes their place: fresh memory for each would cost more."""
-        source = self.weight[rows]
-        if self._buffer is None or self._buffer.dtype != dtype or len(self._buffer) < len(source):
-            self._buffer = torch.empty(source.shape, dtype=dtype, device=source.device)
-        return self._buffer[: len(source)].copy_(source)
+    def _panel(self, part: slice, dtype: torch.dtype, *, across: bool = False) -> Tensor:
+        """Some rows or columns in another dtype, until the next panel takes their place."""
+        source = self.weight[:, part] if across else self.weight[part]
+        if self._buffer is None or self._buffer.dtype != dtype or self._buffer.numel() < source.numel():
+            self._buffer = torch.empty(source.numel(), dtype=dtype, device=source.device)
+        return self._buffer[: source.numel()].view(source.shape).copy_(source)
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:

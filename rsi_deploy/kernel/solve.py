@@ -1,10 +1,10 @@
 """One weight, from the sketch to its factors: which route, in which precision, in how many iterations.
 
-    small weights (`kernel.batched`)   the direct route, batched          left @ right = X X^T W
+    small weights (`kernel.batched`)   direct | chebyshev | exact, all at once
     all others, matrix by matrix       direct | gram | krylov | exact     with oversampling: cut by the SVD of Y^T
 
-Memory beyond the weight: the blocks `X (out, columns)` and `Y (in, columns)`, and for copies of the weight in bfloat16
-as much again as both in float32 (at least 2 MiB); with the buffers of the libraries it is measured by `bench.kernel`.
+Memory beyond the weight: twice the blocks `X (out, columns)` and `Y (in, columns)` in float32, copies of the weight in
+bfloat16 included (a panel of at least 2 MiB); with the buffers of the libraries it is measured by `bench.kernel`.
 """
 
 import logging
@@ -16,14 +16,16 @@ from torch import Tensor
 
 from rsi_deploy.kernel import cost
 from rsi_deploy.kernel.adaptive import until_settled
-from rsi_deploy.kernel.batched import direct_batch, exact_batch, is_small
+from rsi_deploy.kernel.batched import exact_batch, is_small, iterate_batch
+from rsi_deploy.kernel.chebyshev import Draw, chebyshev, shifts, steps
 from rsi_deploy.kernel.checks import settled
-from rsi_deploy.kernel.direct import Draw, direct
+from rsi_deploy.kernel.direct import direct
 from rsi_deploy.kernel.exact import exact
 from rsi_deploy.kernel.gram import gram
 from rsi_deploy.kernel.krylov import depth, krylov
-from rsi_deploy.kernel.products import Operand, working_dtype
+from rsi_deploy.kernel.products import PANEL_BYTES, Operand, working_dtype
 
+BATCHED: tuple[cost.Route, ...] = ("chebyshev", "exact")  # what is worth while for small weights
 log = logging.getLogger(__name__)
 
 
@@ -37,7 +39,7 @@ class How:
         mixed: bfloat16 where it is measured to be faster and does no harm.
     """
 
-    route: Literal["auto", "direct", "gram", "krylov", "exact"]
+    route: Literal["auto", "direct", "chebyshev", "gram", "krylov", "exact"]
     q: int | Literal["auto"]
     mixed: bool
 
@@ -53,11 +55,12 @@ class Solved:
 
 
 def solve(weight: Tensor, draw: Draw, columns: int, rank: int, scale: float, how: How) -> Solved:
-    """Factorize `weight (..., out, in)` from a sketch `(..., in, columns)`.
+    """Factorize `weight (..., out, in)` from a sketch.
 
     Args:
         weight: checked (`kernel.checks`).
-        draw: makes the sketch: Gaussian, in the working precision, on the weight's device, the same each time.
+        draw: makes a sketch `(..., side, columns)`: Gaussian, in the working precision, on the weight's device, the
+            same each time.
         columns: of the sketch.
         rank: at most `columns`.
         scale: of the weight.
@@ -70,17 +73,21 @@ def solve(weight: Tensor, draw: Draw, columns: int, rank: int, scale: float, how
         mixed = False
     route: str = how.route
     if route == "auto":
-        small = weight.shape[-2] * weight.shape[-1] <= 4096  # here every route is instant: no need to know the machine
+        instant = weight.shape[-2] * weight.shape[-1] <= 4096  # by every route: no need to know the machine
         shape = (weight.shape[-2], weight.shape[-1])
-        route = "direct" if small else cost.choose(cost.rates(weight.device), shape, columns, rank, q, mixed=mixed)
+        among = BATCHED if is_small(weight) else cost.ROUTES
+        known = None if instant else cost.rates(weight.device)
+        route = cost.choose(known, shape, columns, rank, q, mixed=mixed, among=among) if known else "chebyshev"
     if columns >= full:
         route = "exact"  # the sketch spans everything: nothing is left to iterate for
-    if is_small(weight) and how.q != "auto" and route in ("direct", "exact"):
-        return _batch(weight, draw(), rank, q, route)
+    if is_small(weight) and how.q != "auto" and route in (*BATCHED, "direct"):
+        return _batch(weight, draw(weight.shape[-1]), rank, q, route)
     if weight.ndim == 2:
         return _one(weight, draw, columns, rank, scale, route, how.q, mixed)
-    pairs = zip(weight.flatten(0, -3), draw().flatten(0, -3), strict=True)
-    members = [_one(settled(member), block.clone, columns, rank, scale, route, how.q, mixed) for member, block in pairs]
+    members = [
+        _one(settled(member), _drawn(draw, index), columns, rank, scale, route, how.q, mixed)
+        for index, member in enumerate(weight.flatten(0, -3))
+    ]
     X, Y = (torch.stack(parts) for parts in zip(*((m.X, m.Y) for m in members), strict=True))
     batch = weight.shape[:-2]
     taken = sorted({member.route for member in members})
@@ -92,21 +99,27 @@ def solve(weight: Tensor, draw: Draw, columns: int, rank: int, scale: float, how
     )
 
 
+def _drawn(draw: Draw, index: int) -> Draw:
+    """The sketch of one member of a batch."""
+    return lambda side: draw(side).flatten(0, -3)[index].clone()
+
+
 def _batch(weight: Tensor, sketch: Tensor, rank: int, q: int, route: str) -> Solved:
-    """A small weight, or a batch of them: direct, or exact; the other routes save nothing here."""
+    """A small weight, or a batch of them: direct, Chebyshev or exact; the others save nothing here."""
     W = weight.reshape(-1, *weight.shape[-2:]).to(working_dtype(weight))
+    done = {"exact": 0, "direct": q}.get(route, steps(q))
     if route == "exact":
         X, Y = exact_batch(W, rank)
     else:
-        X, Y = direct_batch(W, sketch.reshape(-1, *sketch.shape[-2:]), q)
+        fractions = shifts(done) if route == "chebyshev" else [0.0] * (q - 1)
+        X, Y = iterate_batch(W, sketch.reshape(-1, *sketch.shape[-2:]), fractions)
         X, Y = cut(X, Y, rank)
     batch = weight.shape[:-2]
-    taken = route if route == "exact" else "direct"
     return Solved(
         X=X.reshape(*batch, *X.shape[1:]),
         Y=Y.reshape(*batch, *Y.shape[1:]),
-        route=taken,
-        q=0 if route == "exact" else q,
+        route=route,
+        q=done,
     )
 
 
@@ -121,11 +134,11 @@ def _one(
     mixed: bool,
 ) -> Solved:
     """One matrix by one route."""
-    blocks = 4 * sum(weight.shape) * columns
-    operand = Operand(weight=weight, scale=scale, allowance=max(blocks, 2 << 20))
+    allowance = 3 * sum(weight.shape) * columns  # bytes: with what else is live, two blocks in float32
+    operand = Operand(weight=weight, scale=scale, allowance=max(allowance, PANEL_BYTES))
     if route == "krylov" and q != "auto" and depth(q) * columns > min(weight.shape):
-        log.warning("block Krylov needs %d columns of %d: direct instead", depth(q) * columns, min(weight.shape))
-        route = "direct"
+        log.warning("block Krylov needs %d columns of %d: Chebyshev instead", depth(q) * columns, min(weight.shape))
+        route = "chebyshev"
     if route == "exact":
         X, Y = exact(operand, rank)
         return Solved(X=X, Y=Y, route=route, q=0)
@@ -134,14 +147,17 @@ def _one(
         X, Y = cut(X, Y, rank)
         return Solved(X=X, Y=Y, route="direct", q=done)
     if route == "krylov":
-        X, Y = krylov(operand, draw(), q, rank)
+        X, Y = krylov(operand, draw(weight.shape[1]), q, rank)
         return Solved(X=X, Y=Y, route=route, q=depth(q))
+    done = q if route == "direct" else steps(q)
     if route == "gram":
-        X, Y, route = gram(operand, draw, q, mixed=mixed)
+        X, Y, route = gram(operand, draw, done, mixed=mixed)
+    elif route == "chebyshev":
+        X, Y = chebyshev(operand, draw, done, mixed=mixed)
     else:
         X, Y = direct(operand, draw, q, mixed=mixed)
     X, Y = cut(X, Y, rank)
-    return Solved(X=X, Y=Y, route=route, q=q)
+    return Solved(X=X, Y=Y, route=route, q=done)
 
 
 def cut(X: Tensor, Y: Tensor, rank: int) -> tuple[Tensor, Tensor]:

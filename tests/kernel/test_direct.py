@@ -2,31 +2,43 @@ import pytest
 import torch
 from spectra import normal, spectral, values, weight_with
 
+from rsi_deploy.kernel.chebyshev import chebyshev, iterate, shifts, steps
 from rsi_deploy.kernel.direct import direct
 from rsi_deploy.kernel.products import Operand
 
 SHAPES = [(300, 420), (420, 300)]
+SPECTRA = ["slow", "medium", "fast", "flat"]
 
 
-def factors(weight, rank, *, mixed, q=4, seed=0, allowance=1 << 20):
+def plain(operand, draw, q, *, mixed):
+    """The direct route's iteration on the shorter side, in either precision."""
+    return iterate(operand, draw, [0.0] * (q - 1), mixed=mixed)
+
+
+def filtered(operand, draw, q, *, mixed):
+    return chebyshev(operand, draw, steps(q), mixed=mixed)
+
+
+def factors(weight, rank, *, mixed, q=4, seed=0, allowance=1 << 20, route=plain):
     operand = Operand(weight=weight, scale=1.0, allowance=allowance)
-    return direct(operand, lambda: normal(weight.shape[1], rank, seed=seed), q, mixed=mixed)
+    return route(operand, lambda side: normal(side, rank, seed=seed), q, mixed=mixed)
 
 
 def error(weight, X, Y):
     return spectral(weight.double() - X.double() @ Y.double().T)
 
 
+@pytest.mark.parametrize("route", [plain, filtered])
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.5])
-@pytest.mark.parametrize("name", ["slow", "medium", "fast", "flat"])
+@pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bfloat16_costs_at_most_a_percent(shape, name, share):
+def test_bfloat16_costs_at_most_a_percent(shape, name, share, route):
     weight = weight_with(values(name, 300), *shape).float()
     for seed in range(2):
-        full = error(weight, *factors(weight, int(300 * share), mixed=False, seed=seed))
-        mixed = error(weight, *factors(weight, int(300 * share), mixed=True, seed=seed))
+        full = error(weight, *factors(weight, int(300 * share), mixed=False, seed=seed, route=route))
+        mixed = error(weight, *factors(weight, int(300 * share), mixed=True, seed=seed, route=route))
         assert mixed <= 1.01 * full
-        careless = error(weight, *factors(weight, int(300 * share), mixed=False, seed=seed, q=2))
+        careless = error(weight, *factors(weight, int(300 * share), mixed=False, seed=seed, q=2, route=route))
         assert careless > 1.01 * full or name == "flat"  # where every subspace is as good
 
 
@@ -40,6 +52,49 @@ def test_where_bfloat16_would_harm_it_is_not_used(decades):
     X, _ = factors(rounded, 100, mixed=False)
     if decades == 9:
         assert error(weight, X, weight.T @ X) > 1.5 * full
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("route", [direct, plain])
+def test_without_shifts_it_is_the_papers_iteration(route, shape):
+    """On the shorter side: of a tall weight's transpose."""
+    weight = weight_with(values("slow", 300), *shape).double()
+    wide = weight.T if shape[0] > shape[1] and route is plain else weight
+    Y = normal(wide.shape[1], 20).double()
+    for _ in range(4):
+        X = torch.linalg.qr(wide @ Y).Q
+        Y = wide.T @ X
+    expected = (X @ Y.T).T if wide is not weight else X @ Y.T
+    left, right = route(
+        Operand(weight=weight, scale=1.0, allowance=1 << 20), lambda side: normal(side, 20).double(), 4, mixed=False
+    )
+    torch.testing.assert_close(left @ right.T, expected, rtol=0, atol=1e-9)
+    assert float((left @ right.T - X[:, :-1] @ Y[:, :-1].T).norm() if wide is weight else 1.0) > 1e-3
+
+
+@pytest.mark.parametrize("q", [4, 6, 8])
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.5])
+@pytest.mark.parametrize("name", ["slow", "medium", "fast"])
+def test_fewer_shifted_iterations_do_as_much(name, share, q):
+    """At the same sketch, within the noise of one; and more than as many plain ones do."""
+    weight = weight_with(values(name, 300), 300, 420).float()
+    rank, seeds = int(300 * share), range(4)
+    shifted, others, fewer = (
+        sum(error(weight, *factors(weight, rank, mixed=False, seed=seed, q=count, route=route)) for seed in seeds)
+        for route, count in ((filtered, q), (plain, q), (plain, steps(q)))
+    )
+    assert shifted <= 1.005 * others
+    assert shifted < fewer
+
+
+def test_shifts_are_zeros_of_chebyshevs_polynomial():
+    for d in (3, 4, 5, 9):
+        zeros = torch.tensor(shifts(d)[1:]).double().sqrt()
+        assert shifts(d)[0] == 0
+        assert shifts(d) == sorted(shifts(d))
+        assert len(shifts(d)) == d - 1
+        assert float(torch.cos((2 * d - 1) * torch.acos(zeros)).abs().max()) < 1e-6
+    assert [shifts(d) for d in (1, 2)] == [[], [0.0]]
 
 
 @pytest.mark.parametrize("mixed", [False, True])
