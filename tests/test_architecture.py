@@ -18,7 +18,7 @@ kernel.orthogonal kernel.products kernel.factors kernel.checks kernel.batched ke
 kernel.krylov kernel.adaptive kernel.certified kernel.cost kernel.solve
 errors rsi arrays spectra
 calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrate.alternating
-plan.knapsack plan.budget plan.rank_grid plan.plan_file
+plan.knapsack plan.bracket plan.budget plan.rank_grid plan.plan_file
 plan.planner plan.error_rank fold layers checkpoint measure.machine measure.statistics measure.sections measure.pinning
 measure.preprocess datafile found_splits onnx_file sites plan.joint
 measure.inputs measure.dataset measure.array_data measure.folder_data measure.arrow_files measure.arrow_data

@@ -84,7 +84,7 @@ def timing_notes(timing: TimedExport | None, word: LastWord | None) -> list[str]
             f"run rsi-deploy bench there"
         )
     if timing is not None:
-        notes += timing.table.notes
+        notes += [*timing.table.notes, *timing.remarks]
     if word is not None and word.undone:
         notes.append(word.words)
     return notes

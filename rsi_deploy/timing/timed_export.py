@@ -40,6 +40,7 @@ class TimedExport:
         seconds: that it took to get the table.
         checks: whole models that were measured while planning.
         reasons: why sites stay dense, for want of a faster split.
+        remarks: what a reader must know of where a plan has landed.
     """
 
     table: CostTable
@@ -51,6 +52,7 @@ class TimedExport:
     seconds: float = 0.0
     checks: list[PlanCheck] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     def narrowed(self, options: Sequence[SiteOptions]) -> list[SiteOptions]:
         """The options that may be chosen.
@@ -80,6 +82,7 @@ class TimedExport:
         landed = in_time(budget, options, self.table, streams, None if self.is_foreign else self._check)
         self.table = landed.table
         self.checks += landed.checks
+        self.remarks += [landed.says] if landed.says else []
         return landed.decisions
 
     def explained(self, decisions: Decisions) -> Decisions:
