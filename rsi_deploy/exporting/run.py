@@ -138,7 +138,7 @@ class ExportRun:
         with job.stage("calibrate and plan"):
             made = calibrator.planned()
         compress = partial(job.compress, start.dense, start.path, with_head=self.dataset is not None)
-        result = compress(made)
+        result = compress(made, may_be_dense=timing is not None and timing.delivers_dense)
         predicted = None if timing is None else timing.table.predicted(splits_of(result))
         if start.fed is None or not self.timed.measure or (timing is not None and timing.is_foreign):
             return Delivered(result=result, predicted=predicted)

@@ -210,7 +210,7 @@ def _arm_notes(arm: Arm, provider: str) -> list[str]:
     if (waits := stalling(np.concatenate(arm.visits))) is not None:
         notes.append(
             f"{arm.label}: half of its calls take {waits:.1f} times what the fastest do or more: they wait for cores "
-            f"that other processes hold, or its threads for each other; a quieter machine or fewer threads may tell more"
+            f"that others hold, or its threads for each other; a quieter machine or fewer threads may tell more"
         )
     elsewhere = sum(count for name, count in arm.placement.provider_nodes.items() if name != provider)
     if elsewhere:
