@@ -141,6 +141,7 @@ class Calibrator:
             macs=self.dense.macs,
             provider=self.provider,
             seed=self.seed,
+            metrics=None if self.kept is None else self.kept.metrics,
         )
         if not streams.sites and decisions is None:
             raise ModelError(
@@ -222,6 +223,8 @@ class Calibrator:
         if streams is not None and calibration is not None and self.request.is_fitted:
             wanted = wanted_splits(decisions, streams)
             fitted = calibration.fit(streams, wanted, self.progress)
+            if self.kept is not None:
+                self.kept.metrics = streams.metrics()
             idle = dict.fromkeys(wanted.keys() - fitted.keys(), "never executed on the calibration data")
             decisions |= {name: Decision(rank=None, reason=reason) for name, reason in idle.items()}
         if calibration is not None:

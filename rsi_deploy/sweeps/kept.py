@@ -2,6 +2,7 @@
 
     options.json     every site's options: what each form and rank costs and loses, from one calibration
     accuracy.json    of the dense model
+    metrics          what every site's errors do to the outputs, by gradients; in memory alone
 
 Whoever keeps them vouches that model, data and settings are the same.
 """
@@ -11,19 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rsi_deploy.calibrate.streams import Metric
 from rsi_deploy.measure.accuracy import AccuracyResult
 from rsi_deploy.plan.knapsack import Option, SiteOptions
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Kept:
     """A folder of what was found before.
 
     Attributes:
         folder: where it lies.
+        metrics: of the sites; None before any were found.
     """
 
     folder: Path
+    metrics: Mapping[str, Metric] | None = None
 
     def options(self) -> tuple[list[SiteOptions], dict[str, str]] | None:
         """The sites' options, and site name -> why it was declined; None where none are kept."""
