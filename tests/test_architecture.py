@@ -45,7 +45,8 @@ report.cost_summary report.text report.theme report.svg report.plots report.page
 report.page_environment report.page_latency report.page_cells report.page_costs report.page_load report.page_bench
 report.summary report.accuracy_table report.comparison_table report.loadgen_table report.bench_table report.card
 report.page_errors report.page_sites report.page_report verification report.table
-sweeps.points report.page_sweep sweeps.kept timing.timed_export calibrating stages timing.last_word timing.part_of_time
+sweeps.points report.page_sweep sweeps.kept timing.timed_export calibrating stages
+timing.joint_or_apart timing.last_word timing.part_of_time
 exporting.found exporting.written exporting.run pipeline sweeps.sweeping
 cli.options cli.terminal cli.gating cli.page
 cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.verify cli.doctor

@@ -14,11 +14,13 @@ from rsi_deploy.exporting.given import Origin
 from rsi_deploy.exporting.written import Exported, write_files
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.result import BenchResult
+from rsi_deploy.plan.decide import Planned
 from rsi_deploy.plan.planner import Filters
 from rsi_deploy.report.schema import Report
-from rsi_deploy.stages import Job
+from rsi_deploy.stages import Compressed, Job
 from rsi_deploy.sweeps.kept import Kept
 from rsi_deploy.timing.costing import Costing
+from rsi_deploy.timing.joint_or_apart import JointOrApart
 from rsi_deploy.timing.last_word import LastWord, splits_of
 from rsi_deploy.timing.part_of_time import Timed
 from rsi_deploy.timing.timed_export import TimedExport, timed_export
@@ -139,10 +141,13 @@ class ExportRun:
             made = calibrator.planned()
         compress = partial(job.compress, start.dense, start.path, with_head=self.dataset is not None)
         result = compress(made, may_be_dense=timing is not None and timing.delivers_dense)
+        if self._must_be_faster and start.fed is not None and not self._stays_joint(start, made, result):
+            compress = partial(compress, joint=False)
+            result = compress(made)
         predicted = None if timing is None else timing.table.predicted(splits_of(result))
         if start.fed is None or not self.timed.measure or (timing is not None and timing.is_foreign):
             return Delivered(result=result, predicted=predicted)
-        if job.settings.always_split or self.timed.smaller_is_enough:
+        if not self._must_be_faster:
             return Delivered(result=result, predicted=predicted, latency=self._latency(start))
         word = LastWord(
             compress=partial(compress, may_be_dense=True),
@@ -155,6 +160,27 @@ class ExportRun:
         )
         _, result, latency = word.spoken(made, result)
         return Delivered(result=result, predicted=predicted, latency=latency, word=word)
+
+    @property
+    def _must_be_faster(self) -> bool:
+        """Whether times measured here decide what is delivered."""
+        return self.timed.measure and not self.job.settings.always_split and not self.timed.smaller_is_enough
+
+    def _stays_joint(self, start: Start, made: Planned, result: Compressed) -> bool:
+        """Whether what shares a right factor is not measured faster with one each."""
+
+        def compress(path: Path) -> Compressed:
+            return self.job.compress(start.dense, path, made, with_head=False, joint=False)
+
+        def measure(first: Path, second: Path) -> BenchResult:
+            return self.job.latency(
+                first, second, start.facts, self.bench_batch, self.bench_seconds, self.costing.threads
+            )
+
+        choice = JointOrApart(compress=compress, measure=measure, apart=start.dense.with_name("apart.onnx"))
+        stays = choice.is_joint(start.path, result)
+        self.job.notes += [choice.words] if choice.words else []
+        return stays
 
     def _latency(self, start: Start) -> BenchResult:
         """Dense and compressed side by side."""
