@@ -48,7 +48,7 @@ class JointOrApart:
         faster = arm.blocks >= MIN_BLOCKS and direction(arm.speedup_interval) > 0
         low, high = arm.speedup_interval
         self.words = (
-            f"{len(joint)} sites that may share a right factor are split {'apart' if faster else 'jointly'}: apart, the "
-            f"model takes {1 / arm.speedup:.3g} times as long [{1 / high:.3g}, {1 / low:.3g}]"
+            f"{len(joint)} sites that may share a right factor are split {'apart' if faster else 'jointly'}: apart, "
+            f"the model takes {1 / arm.speedup:.3g} times as long [{1 / high:.3g}, {1 / low:.3g}]"
         )
         return not faster
