@@ -22,7 +22,7 @@ from rsi_deploy.sweeps.kept import Kept
 from rsi_deploy.timing.costing import Costing
 from rsi_deploy.timing.joint_or_apart import JointOrApart
 from rsi_deploy.timing.last_word import LastWord, splits_of
-from rsi_deploy.timing.part_of_time import Timed
+from rsi_deploy.timing.part_of_time import Timed, missed_time
 from rsi_deploy.timing.timed_export import TimedExport, timed_export
 
 
@@ -159,6 +159,7 @@ class ExportRun:
             table=None if timing is None else timing.table,
         )
         _, result, latency = word.spoken(made, result)
+        job.notes += missed_time(self.timed.request.budget, latency)
         return Delivered(result=result, predicted=predicted, latency=latency, word=word)
 
     @property

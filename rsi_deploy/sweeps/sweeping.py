@@ -52,7 +52,7 @@ def sweep(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     smaller_is_enough: bool = False,
-    cost_budget: str | float = "240s",
+    cost_budget: str | float = "120s",
     provider: str = "cpu",
     threads: int | None = None,
     measure: bool = True,
@@ -81,7 +81,7 @@ def sweep(
         include: globs on site names.
         exclude: globs on site names.
         smaller_is_enough: as for `export`.
-        cost_budget: as for `export`.
+        cost_budget: time for the cost table, as for `export`.
         provider: with options.
         threads: inside one operator.
         measure: whether to measure latency.

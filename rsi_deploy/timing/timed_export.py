@@ -23,7 +23,8 @@ from rsi_deploy.plan.knapsack import SiteOptions
 from rsi_deploy.plan.planner import Decision
 from rsi_deploy.timing.costing import Costing
 
-CHECK_SECONDS = 10.0
+CHECK_SECONDS = 15.0
+"""For a plan; on a quiet machine it is precise much sooner."""
 
 
 @dataclass(kw_only=True)
