@@ -30,6 +30,10 @@ AIM = 0.97
 """Of the budget that is planned for: what is measured afterwards varies."""
 LOW, HIGH = 0.93, 1.0
 """Shares of the budget between which a measured plan is as good as any."""
+FAR = 0.87
+"""Share of the budget below which it is said why a plan is so much faster than asked for."""
+VAGUE = 0.1
+"""Relative half width of a measured share's interval from which on it is said that nothing was to be told better."""
 FASTER = "no split of it is measured faster"
 NOISY = "too noisy to tell whether a split is faster"
 
@@ -45,7 +49,7 @@ class Landed:
         decisions: of every site.
         table: with the scale that the plan's model has told.
         checks: the plans that were measured, the one that was taken last.
-        says: why it is much faster than asked for; "" where it is not.
+        says: why it is much faster than asked for, or how little is known of that; "" where it is neither.
     """
 
     decisions: Decisions
@@ -189,7 +193,7 @@ class _Search:
         """The slowest of those that keep the time, with all that was measured."""
         best = max(self.keeping, key=lambda landed: landed.checks[0].measured)
         others = [landed.checks[0] for landed in self.tried if landed is not best]
-        return replace(best, checks=(*others, best.checks[0]), says=self._says(best.checks[0].measured))
+        return replace(best, checks=(*others, best.checks[0]), says=self._says(best.checks[0]))
 
     def _share(self, saving: float) -> float:
         """The measured share of the dense model's time of the plan for a saving."""
@@ -203,15 +207,21 @@ class _Search:
             self._measured[key] = found.measured
         return self._measured[key]
 
-    def _says(self, measured: float) -> str:
-        """Why a plan that is faster than it need be was taken."""
-        if measured >= LOW * self.target:
+    def _says(self, taken: PlanCheck) -> str:
+        """What a reader must know of where the plan that was taken lies."""
+        low, high = taken.measured_interval
+        if high - low > VAGUE * (high + low):
+            return (
+                f"the machine is too noisy to land on {100 * self.target:.1f} % of the dense model's time: the plan "
+                f"takes between {100 * low:.0f} % and {100 * high:.0f} % of it; export again on a quieter one"
+            )
+        if taken.measured >= FAR * self.target:
             return ""
         slower = [share for share in self._measured.values() if share > HIGH * self.target]
         told = f"; the next slower one took {100 * min(slower):.1f} %" if slower else ""
         return (
-            f"the plan takes {100 * measured:.1f} % of the dense model's time where {100 * self.target:.1f} % were "
-            f"allowed: none of the {len(self.tried)} plans measured came nearer from below{told}. Times that jump so "
+            f"the plan takes {100 * taken.measured:.1f} % of the dense model's time where {100 * self.target:.1f} % "
+            f"were allowed: none of the {len(self.tried)} plans measured came nearer from below{told}. Times that jump so "
             f"are those of a busy machine, or of threads that wait for each other: other --threads may tell"
         )
 

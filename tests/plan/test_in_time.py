@@ -113,6 +113,18 @@ def test_a_machine_whose_times_jump_is_closed_in_on(cliff):
         assert landed.says == ""
 
 
+def test_a_machine_too_noisy_to_land_on_is_told():
+    class Noisy(Machine):
+        def __call__(self, splits, table):
+            found = super().__call__(splits, table)
+            return found.model_copy(update={"measured_interval": (0.6 * found.measured, 1.5 * found.measured)})
+
+    landed = in_time(Budget(keep_latency=0.7), OPTIONS, cost_table(), STREAMS, Noisy())
+    assert landed.says.startswith("the machine is too noisy to land on 70.0 % of the dense model's time")
+    assert f"and {100 * 1.5 * landed.checks[-1].measured:.0f} %" in landed.says
+    assert in_time(Budget(keep_latency=0.7), OPTIONS, cost_table(), STREAMS, Machine()).says == ""
+
+
 def test_a_time_that_no_try_keeps_is_not_refused_before_the_fastest_plan_was_measured():
     class Late(Machine):
         def share(self, splits):  # nothing helps until everything is split as small as can be
