@@ -221,8 +221,8 @@ class _Search:
         told = f"; the next slower one took {100 * min(slower):.1f} %" if slower else ""
         return (
             f"the plan takes {100 * taken.measured:.1f} % of the dense model's time where {100 * self.target:.1f} % "
-            f"were allowed: none of the {len(self.tried)} plans measured came nearer from below{told}. Times that jump so "
-            f"are those of a busy machine, or of threads that wait for each other: other --threads may tell"
+            f"were allowed: none of the {len(self.tried)} plans measured came nearer from below{told}. Times that jump "
+            f"so are those of a busy machine, or of threads that wait for each other: other --threads may tell"
         )
 
 
