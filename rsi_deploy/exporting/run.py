@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rsi_deploy.calibrate.certificate import certificate
+from rsi_deploy.calibrate.certificate import certified
 from rsi_deploy.calibrating import Calibrator, Dense
 from rsi_deploy.exporting.found import Checked, Delivered, Start, dense_file
 from rsi_deploy.exporting.given import Origin
@@ -194,15 +194,18 @@ class ExportRun:
         job, dense, path, result = self.job, start.dense, start.path, delivered.result
         verification, probe = job.verify(dense, path, result, start.facts, start.exporter, self.max_output_error)
         accuracy, bound = job.accuracy(dense, path, result, self.dataset, start.steps, start.accuracy)
-        certified = None
+        record, kept = None, self.kept
         if self.timed.request.calib is not None and start.facts.outputs is not None:
             with job.stage("certificate"):
-                certified = certificate(dense, path, calibrator.data(), job.provider)
+                known = None if kept is None else kept.answers
+                record, answers = certified(dense, path, calibrator.data(), job.provider, known)
+                if kept is not None:
+                    kept.answers = answers
         return Checked(
             verification=verification,
             probe=probe,
             accuracy=accuracy,
             bound=bound,
-            certified=certified,
+            certified=record,
             macs=job.macs(path, start.facts),
         )

@@ -2,7 +2,7 @@
 
     options.json     every site's options: what each form and rank costs and loses, from one calibration
     accuracy.json    of the dense model
-    metrics          what every site's errors do to the outputs, by gradients; in memory alone
+    in memory        what every site's errors do to the outputs, by gradients; the dense model's answers on the data
 
 Whoever keeps them vouches that model, data and settings are the same.
 """
@@ -11,6 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 from rsi_deploy.calibrate.streams import Metric
 from rsi_deploy.measure.accuracy import AccuracyResult
@@ -24,10 +27,12 @@ class Kept:
     Attributes:
         folder: where it lies.
         metrics: of the sites; None before any were found.
+        answers: float32, of the dense model on the first samples of the calibration data; None before it was asked.
     """
 
     folder: Path
     metrics: Mapping[str, Metric] | None = None
+    answers: npt.NDArray[Any] | None = None
 
     def options(self) -> tuple[list[SiteOptions], dict[str, str]] | None:
         """The sites' options, and site name -> why it was declined; None where none are kept."""
