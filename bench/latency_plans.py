@@ -8,7 +8,7 @@
     table        seconds for a table of ResNet-50, and for its reuse
 
 Where nothing but time counts, factors are blank and a plan's loss is the share of rank lost (`bench.timed`); accuracy
-is of really fitted factors, on data that chose nothing (`bench.cases`). Two threads.
+is of really fitted factors, on data that chose nothing (`bench.cases`).
 
 Goals (`--check` exits 4 when one is missed):
   1. every net that can reach 0.6 lands between 0.52 and 0.62;
@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,7 @@ from rsi_deploy.measure.cost_table import CostTable, PlanCheck
 from rsi_deploy.measure.trial_plans import measured_plans, share_of
 from rsi_deploy.plan.budget import Budget
 from rsi_deploy.plan.decide import Planned, under, wanted_splits
-from rsi_deploy.plan.in_time import faster_only, in_time, priced
+from rsi_deploy.plan.in_time import faster_only, in_time, priced, saving_of, with_saving
 from rsi_deploy.plan.knapsack import SiteOptions, choose
 from rsi_deploy.plan.planner import FixedPlanner
 from rsi_deploy.rewriting import split_and_write
@@ -53,26 +54,43 @@ EQUAL = 0.03
 QUICK_NETS = ("cnn_cifar10",)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """What is put into every part.
+
+    Attributes:
+        seconds: per measurement.
+        table: seconds for a cost table.
+        threads: inside one operator.
+    """
+
+    seconds: float
+    table: float
+    threads: int
+
+
 def main(arguments: Sequence[str]) -> int:
     options = common.parser(__doc__ or "", "bench.latency_plans")
     options.add_argument("--nets", nargs="+", metavar="NAME", help=f"of {', '.join(timed.NETS)} [default: all]")
     options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options.add_argument("--seconds", type=float, default=8.0, help="per measurement [default: 8]")
+    options.add_argument("--threads", type=int, default=THREADS, help=f"inside one operator [default: {THREADS}]")
     options.add_argument("--table", type=float, default=120.0, help="seconds for a cost table [default: 120]")
     given = options.parse_args(arguments)
     common.check_writable(given.json, given.markdown)
     nets = tuple(given.nets or (QUICK_NETS if given.quick else timed.NETS))
     parts = ("landing", "prediction") if given.quick else tuple(given.parts)
     seconds, table = (1.0, 8.0) if given.quick else (given.seconds, given.table)
+    effort = Effort(seconds=seconds, table=table, threads=given.threads)
     results: dict[str, Any] = {part: [] for part in parts}
     skipped: dict[str, str] = {}
-    settings = {"nets": nets, "parts": parts, "seconds": seconds, "table": table, "threads": THREADS}
+    settings = {"nets": nets, "parts": parts, **asdict(effort)}
     for part in parts:
         for net in _nets_of(part, nets):
             common.progress(f"{part}: {net}")
             with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
                 try:
-                    results[part] += RUNS[part](net, Path(folder), seconds, table)
+                    results[part] += RUNS[part](net, Path(folder), effort)
                 except (models.UnavailableError, ModelError) as reason:
                     skipped[f"{part}, {net}"] = str(reason)
             made = common.document("bench.latency_plans", arguments, settings, results=results, skipped=skipped)
@@ -88,41 +106,38 @@ def main(arguments: Sequence[str]) -> int:
     return common.judge(goals(results), given.check)
 
 
-def landing(net: str, folder: Path, seconds: float, table: float) -> list[dict[str, Any]]:
+def landing(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     """Where `--keep-latency 0.6` lands, judged in a run of its own."""
-    here = timed.setting(net, timed.dense_model(net, folder), 1, THREADS, table)
+    here = timed.setting(net, timed.dense_model(net, folder), 1, effort.threads, effort.table)
     options, _ = faster_only(here.options(), here.table)
     try:
-        landed = in_time(Budget(keep_latency=KEEP), options, here.table, _streams(here), _check(here, seconds))
+        landed = in_time(Budget(keep_latency=KEEP), options, here.table, _streams(here), _check(here, effort.seconds))
     except ModelError as error:
         return [{"net": net, "share": None, "interval": None, "rounds": 0, "says": str(error)}]
     splits = wanted_splits(landed.decisions, _streams(here))
     write_blank(here.dense, folder / "model.onnx", splits)
-    share, ends = share_of(here.measured([folder / "model.onnx"], ["plan"], 2 * seconds).arms[1])
-    return [{"net": net, "share": share, "interval": ends, "rounds": len(landed.checks), "says": ""}]
+    share, ends = share_of(here.measured([folder / "model.onnx"], ["plan"], 2 * effort.seconds).arms[1])
+    return [{"net": net, "share": share, "interval": ends, "rounds": len(landed.checks), "says": landed.says}]
 
 
-def prediction(net: str, folder: Path, seconds: float, table: float) -> list[dict[str, Any]]:
+def prediction(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     """Plans for several shares of the time, foretold and measured; those that no plan reaches are left out."""
-    here = timed.setting(net, timed.dense_model(net, folder), 1, THREADS, table)
+    here = timed.setting(net, timed.dense_model(net, folder), 1, effort.threads, effort.table)
     options = priced(faster_only(here.options(), here.table)[0], here.table)
-    total = here.table.model.dense_nanoseconds
-    fixed = total - sum(site.options[0].nanoseconds for site in options)
-    fastest = fixed + sum(min(option.nanoseconds for option in site.options) for site in options)
     rows = []
     for share in PREDICTED_AT:
-        if share * total < fastest:
+        splits = timed.splits_of(with_saving(options, saving_of(share, here.table), here.table))
+        if here.table.predicted(splits) > share + 1e-6:
             continue
-        splits = timed.splits_of(choose(options, cost="nanoseconds", limit=int(share * total) - fixed))
-        found = _check(here, seconds)(splits, here.table)
+        found = _check(here, effort.seconds)(splits, here.table)
         error = found.predicted / found.measured - 1
         rows.append({"net": net, "predicted": found.predicted, "measured": found.measured, "error": error})
     return rows
 
 
-def gemm(net: str, folder: Path, seconds: float, table: float) -> list[dict[str, Any]]:
+def gemm(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     """The speed-up at half of the MACs."""
-    here = timed.setting(net, timed.dense_model(net, folder), GEMM_BATCH, THREADS, table)
+    here = timed.setting(net, timed.dense_model(net, folder), GEMM_BATCH, effort.threads, effort.table)
     options, _ = faster_only(here.options(), here.table)
     fixed = here.total_macs - sum(site.options[0].macs for site in options)
     smallest = fixed + sum(min(option.macs for option in site.options) for site in options)
@@ -131,32 +146,32 @@ def gemm(net: str, folder: Path, seconds: float, table: float) -> list[dict[str,
     choice = choose(options, cost="macs", limit=int(GEMM_KEEP * here.total_macs) - fixed)
     kept = (fixed + sum(option.macs for option in choice.values())) / here.total_macs
     write_blank(here.dense, folder / "model.onnx", timed.splits_of(choice))
-    arm = here.measured([folder / "model.onnx"], ["plan"], 3 * seconds).arms[1]
+    arm = here.measured([folder / "model.onnx"], ["plan"], 3 * effort.seconds).arms[1]
     assert arm.speedup is not None
     return [{"net": net, "kept_macs": kept, "speedup": arm.speedup, "of_ideal": arm.speedup * kept}]
 
 
-def accuracy(net: str, folder: Path, seconds: float, table: float) -> list[dict[str, Any]]:
+def accuracy(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     """The plan by time and the plan by MACs that is as fast: fitted, scored, and measured in one run."""
     case = cases.load(net, folder)
-    here = timed.setting(net, case.path, 1, THREADS, table)
+    here = timed.setting(net, case.path, 1, effort.threads, effort.table)
     streams, calibration = case.streams(0), Calibration(solver=Solver())
     options, dense = calibration.options(streams), case.measured(case.path)
     narrowed, _ = faster_only(options, here.table)
-    landed = in_time(Budget(keep_latency=KEEP), narrowed, here.table, streams, _check(here, seconds))
+    landed = in_time(Budget(keep_latency=KEEP), narrowed, here.table, streams, _check(here, effort.seconds))
     by_time = wanted_splits(landed.decisions, streams)
 
     def by_macs(keep: float) -> Splits:
         return dict(wanted_splits(under(Budget(keep_macs=keep), options, dense, streams), streams))
 
-    keep = _as_fast(here, by_time, by_macs, options, dense.macs, seconds)
+    keep = _as_fast(here, by_time, by_macs, options, dense.macs, effort.seconds)
     paths = {"by time": folder / "time.onnx", "by MACs": folder / "macs.onnx"}
     decided = {"by time": landed.decisions, "by MACs": under(Budget(keep_macs=keep), options, dense, streams)}
     rows = []
     for name, path in paths.items():
         fitted = calibration.fit(streams, wanted_splits(decided[name], streams))
         _write(case.path, path, Planned(planner=FixedPlanner(decisions=decided[name]), fitted=fitted))
-    arms = here.measured(list(paths.values()), list(paths), 3 * seconds).arms[1:]
+    arms = here.measured(list(paths.values()), list(paths), 3 * effort.seconds).arms[1:]
     for arm, (name, path) in zip(arms, paths.items(), strict=True):
         share, ends = share_of(arm)
         kept = sum(case.macs(path).values()) / dense.macs
@@ -165,12 +180,12 @@ def accuracy(net: str, folder: Path, seconds: float, table: float) -> list[dict[
     return rows
 
 
-def table_cost(net: str, folder: Path, seconds: float, table: float) -> list[dict[str, Any]]:
+def table_cost(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     """Seconds for the first table, as `profile` makes it unasked, and for the second."""
     from rsi_deploy.timing.costing import Costing, fed_with
 
     dense = timed.dense_model(net, folder)
-    feeds, costing = fed_with(dense, 1, 0, None, None), Costing(threads=THREADS)
+    feeds, costing = fed_with(dense, 1, 0, None, None), Costing(threads=effort.threads)
     started = time.perf_counter()
     made = costing.table(dense, feeds, name=net, fresh=True)
     first = time.perf_counter() - started
@@ -188,7 +203,7 @@ def table_cost(net: str, folder: Path, seconds: float, table: float) -> list[dic
     ]
 
 
-RUNS: dict[str, Callable[[str, Path, float, float], list[dict[str, Any]]]] = {
+RUNS: dict[str, Callable[[str, Path, Effort], list[dict[str, Any]]]] = {
     "landing": landing,
     "prediction": prediction,
     "gemm": gemm,

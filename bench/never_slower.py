@@ -4,7 +4,8 @@ Every net at batch 1 and 8, with 1 and 2 threads, at every tenth of the kept-par
 
     naive       the same ratio of full rank at every site that it makes smaller, in the usual form, as all tools do
     delivered   what `export --keep-params` does: only splits that a cost table shows faster, planned under the budget;
-                then the last word: not shown faster as a whole, splits are undone from the least useful on
+                then the product's last word (`rsi_deploy.timing.last_word`): not shown faster as a whole, splits are
+                undone from the least useful on
 
 Both are then judged in a run of their own, interleaved with the dense model (`rsi_deploy.bench`). A budget that no
 faster split can meet is refused by the tool, and counted apart. Factors are blank: values change no time.
@@ -26,9 +27,8 @@ from rsi_deploy.measure.blank_models import write_blank
 from rsi_deploy.measure.result import ArmResult
 from rsi_deploy.measure.statistics import MIN_BLOCKS, direction
 from rsi_deploy.plan.in_time import faster_only
-from rsi_deploy.plan.knapsack import UnreachableLimitError, choose
+from rsi_deploy.plan.knapsack import SiteOptions, UnreachableLimitError, choose
 from rsi_deploy.plan.planner import Planner, RankSpec
-from rsi_deploy.timing.last_word import is_faster, kept
 
 BATCHES, THREADS = (1, 8), (1, 2)
 TENTHS = tuple(tenth / 10 for tenth in range(9, 0, -1))
@@ -125,28 +125,22 @@ def naive_splits(here: Setting, share: float) -> Splits:
 
 
 def delivered(
-    here: Setting, options: Sequence[Any], share: float, seconds: float, folder: Path
+    here: Setting, options: Sequence[SiteOptions], share: float, seconds: float, folder: Path
 ) -> tuple[str, Splits, int]:
     """What is delivered (in words), its splits, and how many were planned; the model is `delivered.onnx`."""
+    if all(len(site.options) == 1 for site in options):
+        return "dense", {}, 0
     fixed = here.params - sum(site.options[0].params for site in options)
     try:
         choice = choose(options, cost="params", limit=int(share * here.params) - fixed)
     except UnreachableLimitError:
         return "refused: no faster splits keep it", {}, 0
-    splits = timed.splits_of(choice)
-    asked, path = dict(splits), folder / "delivered.onnx"
-    costs = here.table.by_site()
-    savings = {
-        name: costs[name].dense_nanoseconds - (costs[name].nanoseconds(form, rank) or 0)
-        for name, (form, rank) in splits.items()
-    }
-    while splits:
-        write_blank(here.dense, path, splits)
-        if is_faster(here.measured([path], ["delivered"], seconds)):
-            words = "as planned" if splits == asked else f"{len(asked) - len(splits)} splits undone"
-            return words, splits, len(asked)
-        splits = kept(splits, savings, first=splits == asked)
-    return "dense", {}, len(asked)
+    asked = timed.splits_of(choice)
+    splits = timed.spoken(here, asked, folder / "delivered.onnx", seconds)
+    if not splits:
+        return "dense", {}, len(asked)
+    words = "as planned" if splits == asked else f"{len(asked) - len(splits)} splits undone"
+    return words, splits, len(asked)
 
 
 def judged(arm: ArmResult | None) -> dict[str, Any] | None:

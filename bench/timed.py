@@ -10,17 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+import torch
 
 import graph_passes as gp
 from bench import cases, models
+from rsi_deploy.calibrate.streams import Fitted, Replacement
 from rsi_deploy.measure.arms import Feeds
 from rsi_deploy.measure.cost_table import CostTable
 from rsi_deploy.measure.latency import bench
 from rsi_deploy.measure.result import BenchResult
 from rsi_deploy.onnx_file import parameters
+from rsi_deploy.plan.decide import Planned
 from rsi_deploy.plan.knapsack import Option, SiteOptions
-from rsi_deploy.plan.planner import break_even_rank, site_name
+from rsi_deploy.plan.planner import Decision, FixedPlanner, SitePlanner, break_even_rank, site_name
+from rsi_deploy.rewriting import split_and_write
+from rsi_deploy.rsi import Solver
+from rsi_deploy.stages import Compressed
 from rsi_deploy.timing.costing import Costing, fed_with
+from rsi_deploy.timing.last_word import LastWord
+from rsi_deploy.timing.last_word import splits_of as left_of
 from rsi_deploy.trace import traced_run
 
 TORCHVISION = ("mobilenet_v2", "resnet50", "vit_b_32", "vgg19", "convnext_tiny")
@@ -130,3 +138,41 @@ def setting(net: str, dense: Path, batch: int, threads: int, seconds: float) -> 
 def splits_of(choice: Mapping[str, Option]) -> Splits:
     """Site name -> (form, rank) of what is chosen to be split."""
     return {name: (option.form, option.rank) for name, option in choice.items() if option.rank is not None}
+
+
+def spoken(here: Setting, splits: Splits, path: Path, seconds: float) -> Splits:
+    """What the last word of an export leaves of these splits, whose factors are blank; the model is left at `path`."""
+    sites = {name: here.sites[name] for name in splits}
+
+    def planned(planner: SitePlanner) -> Planned:
+        kept = {name: split for name, split in splits.items() if planner.decide(name, 0, 0).rank is not None}
+        return Planned(planner=planner, fitted={n: blank_factors(sites[n], *split) for n, split in kept.items()})
+
+    def compress(made: Planned) -> Compressed:
+        split = split_and_write(ir.load(here.dense), path, made.planner, Solver(), fitted=made.fitted)
+        return Compressed(split=split, head=None, head_factors=None, params=0, biased=True)
+
+    decisions = {
+        name: Decision(rank=rank, reason="planned", form=site.form_of(form))
+        for (name, (form, rank)), site in zip(splits.items(), sites.values(), strict=True)
+    }
+    made = planned(FixedPlanner(decisions=decisions))
+    word = LastWord(
+        compress=compress,
+        measure=lambda: here.measured([path], ["delivered"], seconds),
+        refit=planned,
+        dense=here.dense,
+        feeds=here.feeds,
+        costing=Costing(threads=here.threads),
+        table=here.table,
+    )
+    _, result, _ = word.spoken(made, compress(made))
+    return left_of(result)
+
+
+def blank_factors(site: gp.Site, form: str, rank: int) -> Fitted:
+    """Factors of zeros, as calibration would hand them over."""
+    rows, columns = site.shape(own := site.form_of(form))
+    left, right = torch.zeros(site.groups, rows, rank), torch.zeros(site.groups, rank, columns)
+    replacement = Replacement(own, left, right, torch.zeros(site.bias_size))
+    return Fitted(replacement=replacement, response_error=0.0, seconds=0.0)

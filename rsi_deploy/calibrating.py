@@ -23,7 +23,7 @@ from rsi_deploy.measure.inputs import model_inputs
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.onnx_file import file_bytes, parameters
 from rsi_deploy.plan.budget import Budget
-from rsi_deploy.plan.decide import Decisions, Planned, blank, from_plan, under, uniform, wanted_splits
+from rsi_deploy.plan.decide import Decisions, Planned, blank, decisions_of, from_plan, under, uniform, wanted_splits
 from rsi_deploy.plan.knapsack import SiteOptions, smallest_cost
 from rsi_deploy.plan.planner import Decision, Filters, FixedPlanner, Planner, SitePlanner, site_name
 from rsi_deploy.plan.request import Request
@@ -141,6 +141,7 @@ class Calibrator:
             macs=self.dense.macs,
             provider=self.provider,
             seed=self.seed,
+            metrics=None if self.kept is None else self.kept.metrics,
         )
         if not streams.sites and decisions is None:
             raise ModelError(
@@ -159,12 +160,26 @@ class Calibrator:
             options = self._options(calibration, streams)
             if self.timing is not None:
                 options = self.timing.narrowed(options)
-            if request.budget is not None:
+            if (dense := self._nothing_faster(options, streams)) is not None:
+                made = self._made(dense)
+            elif request.budget is not None:
                 made = fit(self._within(request.budget, options, streams))
             else:
                 made = self._smallest(options, streams, fit)
         self.notes.extend(remarks(streams, data))
         return made
+
+    def _nothing_faster(self, options: Sequence[SiteOptions], streams: OnnxStreams) -> Decisions | None:
+        """All dense, where time leaves no split of any site; None where it leaves some.
+
+        Raises:
+            ModelError: dense does not keep what was asked for.
+        """
+        if self.timing is None or not self.timing.reasons or any(len(site.options) > 1 for site in options):
+            return None
+        self.timing.without_any(options, self.request.budget)
+        choice = {site.name: site.options[0] for site in options}
+        return self.timing.explained(decisions_of(choice, (), streams))
 
     def _options(self, calibration: Calibration, streams: OnnxStreams) -> Sequence[SiteOptions]:
         """Every site's options, from an earlier export or this calibration."""
@@ -208,6 +223,8 @@ class Calibrator:
         if streams is not None and calibration is not None and self.request.is_fitted:
             wanted = wanted_splits(decisions, streams)
             fitted = calibration.fit(streams, wanted, self.progress)
+            if self.kept is not None:
+                self.kept.metrics = streams.metrics()
             idle = dict.fromkeys(wanted.keys() - fitted.keys(), "never executed on the calibration data")
             decisions |= {name: Decision(rank=None, reason=reason) for name, reason in idle.items()}
         if calibration is not None:

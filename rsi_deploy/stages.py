@@ -171,12 +171,28 @@ class Job:
         return DenseFacts(size=size, feeds=feeds, outputs=trace.outputs, macs=macs, batch=batch), accuracy
 
     def compress(
-        self, dense: Path, path: Path, made: Planned, *, with_head: bool, may_be_dense: bool = False
+        self,
+        dense: Path,
+        path: Path,
+        made: Planned,
+        *,
+        with_head: bool,
+        may_be_dense: bool = False,
+        joint: bool = True,
     ) -> Compressed:
-        """Factorize what is not fitted already, split and write the model at `path`; `may_be_dense` with no split."""
+        """Factorize what is not fitted already, split and write the model at `path`.
+
+        Args:
+            dense: the dense model.
+            path: of the model to be.
+            made: what decides every site, and what is fitted.
+            with_head: keep the factors of the head for its softmax bound.
+            may_be_dense: with no split at all, too.
+            joint: split jointly what the settings let be.
+        """
         with self.stage("factorize, split, save"):
             head = find_head(ir.load(dense)) if with_head else None
-            split, params = self._split(dense, path, made, [head.weight] if head else [], self.progress)
+            split, params = self._split(dense, path, made, [head.weight] if head else [], self.progress, joint=joint)
         if not may_be_dense and not any(site.rank for site in split.sites):
             raise ModelError(f"nothing to split: {_reasons(split)}")
         return Compressed(
@@ -192,7 +208,14 @@ class Job:
         self._split(dense, path, made, [], None)
 
     def _split(
-        self, dense: Path, path: Path, made: Planned, keep: Sequence[str], progress: Progress | None
+        self,
+        dense: Path,
+        path: Path,
+        made: Planned,
+        keep: Sequence[str],
+        progress: Progress | None,
+        *,
+        joint: bool = True,
     ) -> tuple[SplitModel, int]:
         """Write the split model; its records and its number of parameters."""
         model = ir.load(dense)
@@ -202,7 +225,7 @@ class Job:
             made.planner,
             self.solver,
             fitted=made.fitted,
-            joint=self.settings.joint,
+            joint=joint and self.settings.joint,
             progress=progress,
             keep=keep,
             device=self.device,

@@ -18,7 +18,7 @@ kernel.orthogonal kernel.products kernel.factors kernel.checks kernel.chebyshev 
 kernel.exact kernel.krylov kernel.adaptive kernel.certified kernel.cost kernel.solve
 errors rsi arrays spectra
 calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrate.alternating
-plan.knapsack plan.budget plan.rank_grid plan.plan_file
+plan.knapsack plan.bracket plan.budget plan.rank_grid plan.plan_file
 plan.planner plan.error_rank fold layers checkpoint measure.machine measure.statistics measure.sections measure.pinning
 measure.preprocess datafile found_splits onnx_file sites plan.joint
 measure.inputs measure.dataset measure.array_data measure.folder_data measure.arrow_files measure.arrow_data
@@ -45,7 +45,8 @@ report.cost_summary report.text report.theme report.svg report.plots report.page
 report.page_environment report.page_latency report.page_cells report.page_costs report.page_load report.page_bench
 report.summary report.accuracy_table report.comparison_table report.loadgen_table report.bench_table report.card
 report.page_errors report.page_sites report.page_report verification report.table
-sweeps.points report.page_sweep sweeps.kept timing.timed_export calibrating stages timing.last_word timing.part_of_time
+sweeps.points report.page_sweep sweeps.kept timing.timed_export calibrating stages
+timing.joint_or_apart timing.last_word timing.part_of_time
 exporting.found exporting.written exporting.run pipeline sweeps.sweeping
 cli.options cli.terminal cli.gating cli.page
 cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.verify cli.doctor

@@ -1,9 +1,13 @@
 """The benches of time: what they count, and the plans they make without calibration."""
 
+from types import SimpleNamespace
+
+import onnx_ir as ir
 import pytest
 
 from bench import latency_plans, never_slower, timed
 from bench.never_slower import naive_splits, summary
+from rsi_deploy.found_splits import found_splits
 from rsi_deploy.measure.blank_models import write_blank
 from rsi_deploy.onnx_file import parameters, read_onnx
 from rsi_deploy.trace import traced_run
@@ -35,6 +39,25 @@ def test_the_naive_split_keeps_its_budget_and_uses_it(here, tmp_path):
     kept = parameters(read_onnx(tmp_path / "m.onnx")) / here.params
     assert 0.48 < kept <= 0.505  # biases of split sites that had none are not counted
     assert naive_splits(here, 0.001) == {}
+
+
+def test_the_last_word_is_that_of_an_export(here, tmp_path, monkeypatch):
+    splits = {"conv2": ("input", 2), "fc1": ("gemm", 4)}
+    written = []  # forms in each model that was measured; what came of it is made up
+
+    def measured(self, paths, labels, seconds):
+        written.append(sorted(split.form for split in found_splits(ir.load(paths[0])).values()))
+        arm = SimpleNamespace(speedup_interval=ends.pop(0), blocks=30, verdict="", label="delivered")
+        return SimpleNamespace(arms=(None, arm), reached_precision=0.01)
+
+    monkeypatch.setattr(timed.Setting, "measured", measured)
+    ends = [(1.2, 1.3)]
+    assert timed.spoken(here, splits, tmp_path / "m.onnx", 1.0) == splits
+    assert written[0] == ["gemm", "input"]
+    ends = [(0.7, 0.8)] * 6
+    assert timed.spoken(here, splits, tmp_path / "m.onnx", 1.0) == {}
+    assert written[-1] == []
+    assert parameters(read_onnx(tmp_path / "m.onnx")) == here.params
 
 
 def row(delivered, naive="slower", outcome="as planned"):

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from torch import nn
 
-from rsi_deploy import export, inspect, onnx_file, read_report, rewrite, verify
+from rsi_deploy import export, inspect, onnx_file, read_report, rewrite, stages, verify
 from rsi_deploy.cli import run
 from rsi_deploy.errors import GateError
 from rsi_deploy.measure.inputs import model_inputs, random_feeds
@@ -129,6 +129,32 @@ def test_totals_add_up(tmp_path, source):
     assert report.compressed.macs < apart.compressed.macs
     assert not apart.settings.joint
     assert not export(str(source), tmp_path / "d", rank=RANK, measure=False, always_split=True).settings.joint
+
+
+@pytest.mark.parametrize(("apart", "stays"), [((0.7, 0.8), True), ((0.98, 1.05), True), ((1.2, 1.3), False)])
+def test_jointly_or_apart_is_decided_by_time(tmp_path, source, monkeypatch, apart, stays):
+    bench, pairs = stages.bench, []
+
+    def measured(paths, **options):
+        """A real run, but for the clock: how fast split apart is is made up, and every model is faster than dense."""
+        pairs.append([path.name for path in paths])
+        result = bench(paths, **{**options, "seconds": 0.2})
+        ends = apart if "apart.onnx" in pairs[-1] else (1.4, 1.5)
+        arm = result.arms[1].model_copy(update={"speedup_interval": ends, "speedup": sum(ends) / 2, "blocks": 30})
+        return result.model_copy(update={"arms": (result.arms[0], arm)})
+
+    monkeypatch.setattr(stages, "bench", measured)
+    report = export(str(source), tmp_path / "b", rank=RANK, threads=1, keep_dense=True)
+    assert pairs == [["model.onnx", "apart.onnx"], ["dense.onnx", "model.onnx"]]
+    assert all(bool(site.joint) == stays for site in report.sites)
+    assert ("q.right" in initializers(tmp_path / "b" / "model.onnx")) or not stays
+    (told,) = [note for note in report.notes if "may share a right factor" in note]
+    assert ("jointly" if stays else "apart:") in told
+    assert claims(tmp_path / "b", "broken") == set()
+    assert not list((tmp_path / "b").glob("apart*"))
+    pairs.clear()
+    export(str(source), tmp_path / "c", rank=RANK, threads=1, smaller_is_enough=True)
+    assert pairs == [["dense.onnx", "model.onnx"]]  # jointly is smaller, whatever its time
 
 
 def claims(bundle, status):

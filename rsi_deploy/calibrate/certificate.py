@@ -34,18 +34,40 @@ def certificate(dense: Path, compressed: Path, data: CalibrationData, provider: 
         UsageError: data that do not fit, or a model without a floating output.
         GateError: NaN or infinity where the dense model has none.
     """
-    before, after = make_session(dense, provider), make_session(compressed, provider)
+    return certified(dense, compressed, data, provider)[0]
+
+
+def certified(
+    dense: Path, compressed: Path, data: CalibrationData, provider: str, known: Array | None = None
+) -> tuple[CalibrationRecord, Array]:
+    """As `certificate`, with the dense model's answers; where they are known, it is not asked again.
+
+    Args:
+        dense: the dense model.
+        compressed: the one that is held against it.
+        data: unlabelled.
+        provider: onnxruntime's.
+        known: float32, the dense model's answers on the same batches.
+    """
+    before = make_session(dense, provider) if known is None else None
+    after = make_session(compressed, provider)
     seen = hashlib.sha256()
-    pairs: list[tuple[Array, Array]] = []
+    asked: list[Array] = []
+    answers: list[Array] = []
     for feeds in data.feeds():
         for name in sorted(feeds):
             seen.update(feeds[name].tobytes())
-        pairs.append(
-            (_output(run_session(before, feeds, dense.name)), _output(run_session(after, feeds, compressed.name)))
-        )
-        if sum(len(z) for z, _ in pairs) >= CHECKED_SAMPLES:
+        if before is not None:
+            asked.append(_output(run_session(before, feeds, dense.name)))
+        answers.append(_output(run_session(after, feeds, compressed.name)))
+        if sum(map(len, answers)) >= CHECKED_SAMPLES:
             break
-    z, w = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+    told = np.concatenate(asked) if known is None else known
+    return _compared(told, np.concatenate(answers), data.samples, seen.hexdigest()), told
+
+
+def _compared(z: Array, w: Array, samples: int, fingerprint: str) -> CalibrationRecord:
+    """The dense model's answers `z` and the compressed one's `w`."""
     finite = np.isfinite(z)
     if not np.isfinite(w[finite]).all():
         raise GateError("the compressed model gives NaN or infinite outputs on the calibration data; export again")
@@ -53,12 +75,12 @@ def certificate(dense: Path, compressed: Path, data: CalibrationData, provider: 
     distance = output_distance(torch.from_numpy(z), torch.from_numpy(w))
     is_scores = distance.kl is not None
     return CalibrationRecord(
-        samples=data.samples,
+        samples=samples,
         checked=len(z),
         output_error=distance.relative if math.isfinite(distance.relative) else None,
         divergence=float(divergence(z, w).mean()) if is_scores else None,
         agreement=100 * float((z.argmax(axis=1) == w.argmax(axis=1)).mean()) if is_scores else None,
-        data_fingerprint=seen.hexdigest(),
+        data_fingerprint=fingerprint,
     )
 
 

@@ -57,6 +57,7 @@ class OnnxStreams:
         provider: onnxruntime's, to run on.
         seed: of the choice of rows.
         compensate: let a branch make up for what the stream it is added to has lost.
+        metrics: those of the same model, data and seed, where they are known: they are not asked for again.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class OnnxStreams:
         provider: str = "cpu",
         seed: int = 0,
         compensate: bool = True,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         self._path, self._feeds, self._provider = path, feeds, provider
         self._model = onnx.load(path, load_external_data=False)
@@ -78,7 +80,7 @@ class OnnxStreams:
         self._samples, self._seed = samples, seed
         self._checked = Checked(self._model, samples)
         self._survey: Survey | None = None
-        self._metrics: Mapping[str, Metric] | None = None
+        self._metrics = metrics
         self._reached, self.unreachable = reach(
             self._model, path, wanted=wanted, macs=macs or {}, compensate=compensate
         )

@@ -25,7 +25,7 @@ from rsi_deploy.cli.terminal import console, progress_bar
 )
 @filter_options
 @click.option("--smaller-is-enough", is_flag=True, help="Split also where it is not measured faster.")
-@click.option("--cost-budget", default="240s", show_default=True, metavar="TIME", help="Time for the cost table.")
+@click.option("--cost-budget", default="120s", show_default=True, metavar="TIME", help="Time for the cost table.")
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
 @click.option("--bench-batch", default=1, show_default=True, type=click.IntRange(min=1), help="Samples a call.")
 @click.option("--bench-seconds", default=4.0, show_default=True, type=click.FloatRange(min=0, min_open=True))

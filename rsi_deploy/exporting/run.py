@@ -7,20 +7,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rsi_deploy.calibrate.certificate import certificate
+from rsi_deploy.calibrate.certificate import certified
 from rsi_deploy.calibrating import Calibrator, Dense
 from rsi_deploy.exporting.found import Checked, Delivered, Start, dense_file
 from rsi_deploy.exporting.given import Origin
 from rsi_deploy.exporting.written import Exported, write_files
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.result import BenchResult
+from rsi_deploy.plan.decide import Planned
 from rsi_deploy.plan.planner import Filters
 from rsi_deploy.report.schema import Report
-from rsi_deploy.stages import Job
+from rsi_deploy.stages import Compressed, Job
 from rsi_deploy.sweeps.kept import Kept
 from rsi_deploy.timing.costing import Costing
+from rsi_deploy.timing.joint_or_apart import JointOrApart
 from rsi_deploy.timing.last_word import LastWord, splits_of
-from rsi_deploy.timing.part_of_time import Timed
+from rsi_deploy.timing.part_of_time import Timed, missed_time
 from rsi_deploy.timing.timed_export import TimedExport, timed_export
 
 
@@ -138,11 +140,14 @@ class ExportRun:
         with job.stage("calibrate and plan"):
             made = calibrator.planned()
         compress = partial(job.compress, start.dense, start.path, with_head=self.dataset is not None)
-        result = compress(made)
+        result = compress(made, may_be_dense=timing is not None and timing.delivers_dense)
+        if self._must_be_faster and start.fed is not None and not self._stays_joint(start, made, result):
+            compress = partial(compress, joint=False)
+            result = compress(made)
         predicted = None if timing is None else timing.table.predicted(splits_of(result))
         if start.fed is None or not self.timed.measure or (timing is not None and timing.is_foreign):
             return Delivered(result=result, predicted=predicted)
-        if job.settings.always_split or self.timed.smaller_is_enough:
+        if not self._must_be_faster:
             return Delivered(result=result, predicted=predicted, latency=self._latency(start))
         word = LastWord(
             compress=partial(compress, may_be_dense=True),
@@ -154,7 +159,29 @@ class ExportRun:
             table=None if timing is None else timing.table,
         )
         _, result, latency = word.spoken(made, result)
+        job.notes += missed_time(self.timed.request.budget, latency)
         return Delivered(result=result, predicted=predicted, latency=latency, word=word)
+
+    @property
+    def _must_be_faster(self) -> bool:
+        """Whether times measured here decide what is delivered."""
+        return self.timed.measure and not self.job.settings.always_split and not self.timed.smaller_is_enough
+
+    def _stays_joint(self, start: Start, made: Planned, result: Compressed) -> bool:
+        """Whether what shares a right factor is not measured faster with one each."""
+
+        def compress(path: Path) -> Compressed:
+            return self.job.compress(start.dense, path, made, with_head=False, joint=False)
+
+        def measure(first: Path, second: Path) -> BenchResult:
+            return self.job.latency(
+                first, second, start.facts, self.bench_batch, self.bench_seconds, self.costing.threads
+            )
+
+        choice = JointOrApart(compress=compress, measure=measure, apart=start.dense.with_name("apart.onnx"))
+        stays = choice.is_joint(start.path, result)
+        self.job.notes += [choice.words] if choice.words else []
+        return stays
 
     def _latency(self, start: Start) -> BenchResult:
         """Dense and compressed side by side."""
@@ -167,15 +194,18 @@ class ExportRun:
         job, dense, path, result = self.job, start.dense, start.path, delivered.result
         verification, probe = job.verify(dense, path, result, start.facts, start.exporter, self.max_output_error)
         accuracy, bound = job.accuracy(dense, path, result, self.dataset, start.steps, start.accuracy)
-        certified = None
+        record, kept = None, self.kept
         if self.timed.request.calib is not None and start.facts.outputs is not None:
             with job.stage("certificate"):
-                certified = certificate(dense, path, calibrator.data(), job.provider)
+                known = None if kept is None else kept.answers
+                record, answers = certified(dense, path, calibrator.data(), job.provider, known)
+                if kept is not None:
+                    kept.answers = answers
         return Checked(
             verification=verification,
             probe=probe,
             accuracy=accuracy,
             bound=bound,
-            certified=certified,
+            certified=record,
             macs=job.macs(path, start.facts),
         )

@@ -29,6 +29,7 @@ from rsi_deploy.measure.statistics import (
     median_interval,
     quantiles,
     seconds_needed,
+    stalling,
     supported_percentiles,
     verdict,
 )
@@ -206,6 +207,11 @@ def _arm_notes(arm: Arm, provider: str) -> list[str]:
     notes = []
     if not arm.warm:
         notes.append(f"{arm.label}: times had not settled after {arm.warmup_calls} warm-up calls")
+    if (waits := stalling(np.concatenate(arm.visits))) is not None:
+        notes.append(
+            f"{arm.label}: half of its calls take {waits:.1f} times what the fastest do or more: they wait for cores "
+            f"that others hold, or its threads for each other; a quieter machine or fewer threads may tell more"
+        )
     elsewhere = sum(count for name, count in arm.placement.provider_nodes.items() if name != provider)
     if elsewhere:
         notes.append(f"{arm.label}: {elsewhere} nodes ran on other providers than {provider}")

@@ -34,6 +34,7 @@ RESAMPLES, LOOK_RESAMPLES = 2000, 500
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9}
 BEYOND = 10  # timed calls beyond a percentile, without which it is not given
+STALLED = 1.5  # the median over the fastest twentieth, from which on a note says so
 SHORT_MS, VISIT_MS, MAX_CALLS = 20.0, 5.0, 50  # calls under SHORT_MS repeat until a visit has about VISIT_MS
 
 
@@ -178,6 +179,19 @@ def supported_percentiles(times: Floats) -> dict[str, float]:
 def quantiles(times: Floats) -> tuple[float, ...]:
     """The 0 %, 1 % ... 100 % quantiles of timed calls `(n,)`, five digits each: their whole distribution, compact."""
     return tuple(float(f"{value:.5g}") for value in np.percentile(times, np.arange(101)))
+
+
+def stalling(times: Floats) -> float | None:
+    """The median call over the fastest twentieth, where it is `STALLED` times that or more.
+
+    A call does the same work each time. Where half of them take so much longer than they can, they wait: for cores that
+    other processes hold, or for a worker thread that was put off for a time slice of the system.
+
+    >>> stalling(np.array([2.0, 2.1, 2.0, 2.2])), stalling(np.array([2.0, 6.0, 6.4, 6.2]))
+    (None, 3.05)
+    """
+    fast, middle = np.quantile(times, 0.05, method="lower"), np.median(times)
+    return float(middle / fast) if middle >= STALLED * fast else None
 
 
 def is_settled(times: Sequence[float]) -> bool:

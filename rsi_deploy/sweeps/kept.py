@@ -2,6 +2,7 @@
 
     options.json     every site's options: what each form and rank costs and loses, from one calibration
     accuracy.json    of the dense model
+    in memory        what every site's errors do to the outputs, by gradients; the dense model's answers on the data
 
 Whoever keeps them vouches that model, data and settings are the same.
 """
@@ -10,20 +11,28 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
+
+from rsi_deploy.calibrate.streams import Metric
 from rsi_deploy.measure.accuracy import AccuracyResult
 from rsi_deploy.plan.knapsack import Option, SiteOptions
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Kept:
     """A folder of what was found before.
 
     Attributes:
         folder: where it lies.
+        metrics: of the sites; None before any were found.
+        answers: float32, of the dense model on the first samples of the calibration data; None before it was asked.
     """
 
     folder: Path
+    metrics: Mapping[str, Metric] | None = None
+    answers: npt.NDArray[Any] | None = None
 
     def options(self) -> tuple[list[SiteOptions], dict[str, str]] | None:
         """The sites' options, and site name -> why it was declined; None where none are kept."""

@@ -2,9 +2,11 @@
 
     dense ONNX once --> options of every site once --> for each share: plan, fit, write, verify, measure --> a bundle
 
-What a site's forms and ranks cost and lose is found once and kept. The factors of a point are fitted for it, each to
-what the sites before it have become there: slices of one factorization would be made sooner and be worse. A sweep that
-was interrupted goes on with the same command: what is whole is not made again.
+What depends on the dense model and the data alone is found once and kept: what a site's forms and ranks cost and lose,
+what its errors do to the outputs, the cost table. The factors of a point are fitted for it: a site's matrix is a
+regression from what the sites before it have become *there* (`rsi_deploy.calibrate`), so that those of a lower rank are
+no slice of those of a higher one. They would be where nothing but the weight counts and its SVD is exact; no point of a
+sweep is such. A sweep that was interrupted goes on with the same command: what is whole is not made again.
 """
 
 import datetime
@@ -50,7 +52,7 @@ def sweep(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     smaller_is_enough: bool = False,
-    cost_budget: str | float = "240s",
+    cost_budget: str | float = "120s",
     provider: str = "cpu",
     threads: int | None = None,
     measure: bool = True,
@@ -79,7 +81,7 @@ def sweep(
         include: globs on site names.
         exclude: globs on site names.
         smaller_is_enough: as for `export`.
-        cost_budget: as for `export`.
+        cost_budget: time for the cost table, as for `export`.
         provider: with options.
         threads: inside one operator.
         measure: whether to measure latency.
@@ -137,12 +139,13 @@ def sweep(
         if is_new:
             shutil.rmtree(work)
         raise
+    kept = Kept(folder=work)
     for number, share in enumerate(shares, start=1):
         if number <= len(document.points):
             continue
         if progress is not None:
             progress(f"{share:.0%} of {by}", number - 1, len(shares))
-        document = _with_point(document, number, folder, dense, options, Kept(folder=work))
+        document = _with_point(document, number, folder, dense, options, kept)
         _write(document, folder)
     shutil.rmtree(work)
     return document

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.cost_cache import conditions_here
+from rsi_deploy.measure.result import BenchResult
+from rsi_deploy.plan.budget import Budget
 from rsi_deploy.plan.request import Request
 from rsi_deploy.report.schema import Timing
 from rsi_deploy.timing.costing import Costing
@@ -74,6 +76,26 @@ def timing_record(
     )
 
 
+def missed_time(budget: Budget | None, latency: BenchResult) -> list[str]:
+    """That the finished model was shown to take longer than its budget of time, where it was.
+
+    Args:
+        budget: what was asked for.
+        latency: of the dense and the finished model, side by side.
+    """
+    dense, finished = latency.arms
+    if budget is None or budget.cost != "nanoseconds" or finished.speedup_interval is None:
+        return []
+    allowed = budget.total(round(1e6 * dense.median_ms)) / (1e6 * dense.median_ms)
+    if 1 / finished.speedup_interval[1] <= allowed:
+        return []
+    return [
+        f"{budget} is MISSED: the finished model takes {finished.median_ms:.4g} ms of the dense one's "
+        f"{dense.median_ms:.4g} ms, where {100 * allowed:.1f} % were allowed, though its plan was measured to keep "
+        f"that: the machine is not what it was; export again, or aim lower"
+    ]
+
+
 def timing_notes(timing: TimedExport | None, word: LastWord | None) -> list[str]:
     """What a reader must know of time, in words."""
     notes = []
@@ -84,7 +106,7 @@ def timing_notes(timing: TimedExport | None, word: LastWord | None) -> list[str]
             f"run rsi-deploy bench there"
         )
     if timing is not None:
-        notes += timing.table.notes
+        notes += [*timing.table.notes, *timing.remarks]
     if word is not None and word.undone:
         notes.append(word.words)
     return notes

@@ -23,7 +23,8 @@ from rsi_deploy.plan.knapsack import SiteOptions
 from rsi_deploy.plan.planner import Decision
 from rsi_deploy.timing.costing import Costing
 
-CHECK_SECONDS = 10.0
+CHECK_SECONDS = 15.0
+"""For a plan; on a quiet machine it is precise much sooner."""
 
 
 @dataclass(kw_only=True)
@@ -40,6 +41,8 @@ class TimedExport:
         seconds: that it took to get the table.
         checks: whole models that were measured while planning.
         reasons: why sites stay dense, for want of a faster split.
+        remarks: what a reader must know of where a plan has landed.
+        delivers_dense: no split is faster, and that is no reason to refuse.
     """
 
     table: CostTable
@@ -51,23 +54,43 @@ class TimedExport:
     seconds: float = 0.0
     checks: list[PlanCheck] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    delivers_dense: bool = False
 
     def narrowed(self, options: Sequence[SiteOptions]) -> list[SiteOptions]:
-        """The options that may be chosen.
-
-        Raises:
-            ModelError: none but dense, and what to type.
-        """
+        """The options that may be chosen, and `reasons` of sites that lose all their splits by it."""
         if not self.must_be_faster:
             return list(options)
         kept, self.reasons = faster_only(options, self.table)
-        if not any(len(site.options) > 1 for site in kept):
-            some = "; ".join(f"{name}: {reason}" for name, reason in list(self.reasons.items())[:3])
-            raise ModelError(
-                f"no split of any site is measured faster than dense ({some}); the dense model is the fastest here. "
-                f"Where smaller is enough, add --smaller-is-enough"
-            )
         return kept
+
+    def without_any(self, options: Sequence[SiteOptions], budget: Budget | None) -> None:
+        """What becomes of an export where no split of any site is faster: the dense model is delivered, and it is said.
+
+        A share of the parameters or MACs is asked for as the way to a faster model, and dense is the fastest here. A
+        time or a size is a promise by itself, which dense breaks.
+
+        Args:
+            options: all of them dense.
+            budget: what was asked for; None for an accuracy to keep.
+
+        Raises:
+            ModelError: a time or a size, and what to type.
+        """
+        some = "; ".join(f"{name}: {reason}" for name, reason in list(self.reasons.items())[:3])
+        told = f"no split of any of {len(options)} sites is measured faster than dense ({some})"
+        if budget is not None and budget.cost == "nanoseconds":
+            raise ModelError(
+                f"no plan can meet {budget}: {told}, so that the dense model is the fastest here; leave {budget} out, "
+                f"or let more sites be split (--include, --exclude)"
+            )
+        if budget is not None and budget.cost == "bytes":
+            raise ModelError(
+                f"no plan can meet {budget} with splits that are faster: {told}. Where smaller is enough, add "
+                f"--smaller-is-enough"
+            )
+        self.delivers_dense = True
+        self.remarks.append(f"{told}: the DENSE model is delivered. Where smaller is enough, add --smaller-is-enough")
 
     def within(self, budget: Budget, options: Sequence[SiteOptions], streams: Streams) -> Decisions:
         """The decisions for a budget of time; the table has learnt from the plans' models then.
@@ -80,6 +103,7 @@ class TimedExport:
         landed = in_time(budget, options, self.table, streams, None if self.is_foreign else self._check)
         self.table = landed.table
         self.checks += landed.checks
+        self.remarks += [landed.says] if landed.says else []
         return landed.decisions
 
     def explained(self, decisions: Decisions) -> Decisions:

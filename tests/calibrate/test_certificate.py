@@ -4,7 +4,7 @@ from calibrated_nets import inputs, text_net, texts
 from nets import initializers, mlp_onnx, run_onnx
 
 from rsi_deploy.calibrate.calibration_data import CalibrationData
-from rsi_deploy.calibrate.certificate import CHECKED_SAMPLES, certificate
+from rsi_deploy.calibrate.certificate import CHECKED_SAMPLES, certificate, certified
 from rsi_deploy.errors import GateError, UsageError
 from rsi_deploy.measure.inputs import model_inputs
 from rsi_deploy.measure.scores import divergence
@@ -38,6 +38,17 @@ def test_a_model_against_itself(pair, tmp_path):
     path = inputs(tmp_path / "x.npz", 12, count=40)
     record = certificate(pair[0], pair[0], data_for(pair[0], path), "cpu")
     assert (record.output_error, record.divergence, record.agreement) == (0, 0, 100)
+
+
+def test_known_answers_are_not_asked_for_again(pair, tmp_path):
+    path = inputs(tmp_path / "x.npz", 12, count=700)
+    data = data_for(pair[0], path)
+    record, answers = certified(*pair, data, "cpu")
+    assert answers.shape[0] == CHECKED_SAMPLES
+    again, same = certified(tmp_path / "nowhere.onnx", pair[1], data, "cpu", answers)
+    assert again == record
+    assert same is answers
+    assert certified(tmp_path / "nowhere.onnx", pair[1], data, "cpu", answers + 1)[0] != record
 
 
 def test_many_samples_are_not_all_run(pair, tmp_path):

@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from nets import SIZES, labelled, mlp_onnx
+from nets import SIZES, labelled, mlp_onnx, run_onnx
 
 import rsi_deploy
+from rsi_deploy.calibrate import onnx_streams
 from rsi_deploy.calibrate.calibrated import Calibration
 from rsi_deploy.cli import run
 from rsi_deploy.errors import ModelError, UsageError
@@ -56,6 +57,25 @@ def test_a_point_is_what_an_export_of_its_share_would_be(place, done, tmp_path):
     alone = rsi_deploy.export(str(place / "m.onnx"), tmp_path / "b", **options)
     point = rsi_deploy.read_report(done / "point-02")
     assert [(s.name, s.form, s.rank) for s in alone.sites] == [(s.name, s.form, s.rank) for s in point.sites]
+
+
+def test_later_points_ask_no_gradients_again_and_are_fitted_the_same(place, done, tmp_path, monkeypatch):
+    asked, ask = [], onnx_streams.output_metrics
+
+    def counted(*args, **options):
+        asked.append(1)
+        return ask(*args, **options)
+
+    monkeypatch.setattr(onnx_streams, "output_metrics", counted)
+    swept(place, tmp_path / "s")
+    assert len(asked) == 1
+    alone = {"calib": place / "c.npz", "keep_macs": 0.4, "measure": False}
+    rsi_deploy.export(str(place / "m.onnx"), tmp_path / "b", **alone)
+    x = np.random.default_rng(0).standard_normal((4, SIZES[0])).astype(np.float32)
+    point, apart = (run_onnx(folder / "model.onnx", x)[0] for folder in (tmp_path / "s" / "point-03", tmp_path / "b"))
+    np.testing.assert_array_equal(point, apart)
+    other = run_onnx(tmp_path / "s" / "point-02" / "model.onnx", x)[0]
+    assert not np.allclose(other, apart, rtol=1e-3)
 
 
 def test_the_page_is_of_the_document(done):

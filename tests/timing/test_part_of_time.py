@@ -1,0 +1,28 @@
+"""What an export says of a time that its finished model does not keep."""
+
+import pytest
+from full_document import timed_arm
+
+from rsi_deploy.plan.budget import Budget
+from rsi_deploy.timing.part_of_time import missed_time
+
+
+class Measured:
+    """Dense takes 10 ms, and the finished model so long."""
+
+    def __init__(self, milliseconds):
+        self.arms = (timed_arm("dense", 10.0, None), timed_arm("compressed", milliseconds, 10.0))
+
+
+@pytest.mark.parametrize("budget", [Budget(keep_latency=0.6), Budget(max_latency=6_000_000)], ids=str)
+def test_a_time_that_is_missed_is_said_and_one_that_is_kept_is_not(budget):
+    (told,) = missed_time(budget, Measured(8.0))
+    assert told.startswith(f"{budget} is MISSED")
+    assert "60.0 % were allowed" in told
+    assert missed_time(budget, Measured(5.0)) == []
+    assert missed_time(budget, Measured(6.01)) == []  # within the interval: not shown
+
+
+def test_other_budgets_promise_no_time():
+    assert missed_time(Budget(keep_macs=0.5), Measured(8.0)) == []
+    assert missed_time(None, Measured(8.0)) == []
