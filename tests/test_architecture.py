@@ -16,7 +16,7 @@ OURS = {"rsi_deploy", "graph_passes", "bench", "samples", "tests"}
 LAYERS = """
 kernel.orthogonal kernel.products kernel.factors kernel.checks kernel.batched kernel.direct kernel.gram kernel.exact
 kernel.krylov kernel.adaptive kernel.certified kernel.cost kernel.solve
-errors rsi arrays spectra
+errors manifest rsi arrays spectra
 calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrate.alternating
 plan.knapsack plan.budget plan.rank_grid plan.plan_file
 plan.planner plan.error_rank fold layers checkpoint measure.machine measure.statistics measure.sections measure.pinning
@@ -131,7 +131,16 @@ def test_the_kernel_stands_alone():
 
 @pytest.mark.parametrize(
     "name",
-    ["plan.planner", "errors", "measure.preprocess", "measure.data", "measure.machine", "measure.inputs", "cli.export"],
+    [
+        "plan.planner",
+        "errors",
+        "measure.preprocess",
+        "measure.data",
+        "measure.machine",
+        "measure.inputs",
+        "cli.export",
+        "manifest",
+    ],
 )
 def test_what_needs_no_torch_imports_none(name):
     for imported in imports(ROOT / "rsi_deploy" / f"{name.replace('.', '/')}.py"):
