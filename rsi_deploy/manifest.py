@@ -4,7 +4,8 @@
 
 `write_manifest` is the last thing done to a folder, `check_manifest` the first thing done before its model is served.
 Names are POSIX paths within the folder; the manifest itself is not in it. It protects from accidents (a copy cut off, a
-file edited or forgotten), not from somebody who can write the manifest as well. No torch, no onnxruntime here.
+file edited or forgotten), not from somebody who can write the manifest as well. What Python leaves in `__pycache__`
+beside a module that it ran is passed over. No torch, no onnxruntime here.
 """
 
 import hashlib
@@ -144,9 +145,10 @@ def _record(path: Path) -> FileRecord:
 
 
 def _names(folder: Path) -> list[str]:
-    """Every file in the folder, and every link, but the manifest; sorted."""
+    """Every file in the folder, and every link, but the manifest and Python's own leavings; sorted."""
     found = []
     for here, folders, files in os.walk(folder):
+        files = [name for name in files if not (Path(here).name == "__pycache__" and name.endswith(".pyc"))]
         links = [name for name in folders if (Path(here) / name).is_symlink()]
         found += [(Path(here) / name).relative_to(folder).as_posix() for name in (*files, *links)]
     return sorted(name for name in found if name != MANIFEST)

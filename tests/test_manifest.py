@@ -80,6 +80,14 @@ def test_an_untouched_folder_holds(folder):
     assert (check.present, check.ok, check.summary) == (True, True, "size and sha256 of 3 files as listed")
 
 
+def test_what_python_leaves_is_passed_over(folder):
+    (folder / "deep" / "__pycache__").mkdir()
+    (folder / "deep" / "__pycache__" / "model.cpython-311.pyc").write_bytes(b"x")
+    assert check_manifest(folder).ok
+    (folder / "deep" / "__pycache__" / "more").write_bytes(b"x")
+    assert check_manifest(folder).summary == "not in the manifest: deep/__pycache__/more"
+
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
