@@ -45,8 +45,9 @@ report.cost_summary report.text report.theme report.svg report.plots report.page
 report.page_environment report.page_latency report.page_cells report.page_costs report.page_load report.page_bench
 report.summary report.accuracy_table report.comparison_table report.loadgen_table report.bench_table report.card
 report.page_errors report.page_sites report.page_report verification report.table
-packaging.shipped.triton_model
+packaging.shipped.triton_model packaging.shipped.ray_app
 packaging.servable packaging.result packaging.ort_format packaging.triton_config packaging.triton packaging.kserve
+packaging.ray_serve
 packaging.packing
 sweeps.points report.page_sweep sweeps.kept timing.timed_export calibrating stages timing.last_word timing.part_of_time
 exporting.found exporting.written exporting.run pipeline sweeps.sweeping

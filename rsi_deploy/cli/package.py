@@ -7,10 +7,14 @@ import click
 
 from rsi_deploy.cli.terminal import console
 
+TARGETS = ["ort", "triton", "kserve", "ray-serve"]
+
 
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--target", required=True, type=click.Choice(["ort", "triton", "kserve"]), help="The engine.")
+@click.option(
+    "--target", required=True, type=click.Choice(["ort", "triton", "kserve", "ray-serve"]), help="The engine."
+)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--name", help="Of the model in the engine. [default: the name of DIR]")
 @click.option("--feeds", type=click.Path(), help=".npz, one array per input: run the model with these.")
@@ -56,9 +60,15 @@ from rsi_deploy.cli.terminal import console
     show_default=True,
     help="Have TensorRT run it on the GPU.",
 )
-@click.option("--storage-uri", metavar="URI", help="kserve: where the models will lie (s3://..., gs://..., pvc://...).")
-@click.option("--replicas", default="1-4", show_default=True, help="kserve: the fewest and the most.")
-@click.option("--cpus", default=2, show_default=True, type=click.IntRange(min=1), help="kserve: of each replica.")
+@click.option(
+    "--storage-uri",
+    metavar="URI",
+    help="kserve: where the models will lie (s3://..., pvc://...); ray-serve: where the zipped package will lie.",
+)
+@click.option("--replicas", default="1-4", show_default=True, help="kserve, ray-serve: the fewest and the most.")
+@click.option(
+    "--cpus", default=2, show_default=True, type=click.IntRange(min=1), help="kserve, ray-serve: of each replica."
+)
 @click.option("--memory", default="2Gi", show_default=True, help="kserve: of each replica.")
 @click.option("--force", is_flag=True, help="Replace a folder that is there.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -66,9 +76,10 @@ def package(folder: Path, output: Path, as_json: bool, **options: Any) -> None:
     r"""Make of the bundle DIR what an engine serves: a folder with a README of the commands, and a manifest.
 
     \b
-    ort     ORT format with its required-operators file, for onnxruntime's minimal builds
-    triton  a model repository, for the onnxruntime backend or the Python backend
-    kserve  an InferenceService, and the repository for its storage
+    ort        ORT format with its required-operators file, for onnxruntime's minimal builds
+    triton     a model repository, for the onnxruntime backend or the Python backend
+    kserve     an InferenceService, and the repository for its storage
+    ray-serve  an application and its config, which run without rsi-deploy
     """
     from rsi_deploy.packaging.packing import package as run_package
 

@@ -15,6 +15,7 @@ from rsi_deploy.errors import UsageError
 from rsi_deploy.manifest import MANIFEST, write_manifest
 from rsi_deploy.packaging.kserve import KserveSettings, check_label, write_kserve
 from rsi_deploy.packaging.ort_format import Platform, write_ort
+from rsi_deploy.packaging.ray_serve import RaySettings, write_ray_serve
 from rsi_deploy.packaging.result import PackageResult, Target
 from rsi_deploy.packaging.servable import Servable, read_dense, read_servable
 from rsi_deploy.packaging.triton import DenseAs, entries, write_triton
@@ -25,6 +26,7 @@ USES: dict[str, set[str]] = {
     "ort": {"platform"},
     "triton": {*ENGINE, "backend", "dense", "dense_as"},
     "kserve": {*ENGINE, "storage_uri", "replicas", "cpus", "memory"},
+    "ray-serve": {"max_batch", "max_delay_ms", "threads", "storage_uri", "replicas", "cpus"},
 }
 """Which options each target has; another one that is given is refused."""
 
@@ -85,10 +87,11 @@ def package(
         max_batch: most samples that share a run.
         max_delay_ms: how long a request may wait for others.
         instances: copies of the model on each device.
-        threads: inside one operator; None leaves onnxruntime's default.
+        threads: inside one operator; None is onnxruntime's default, or a replica's CPUs in ray-serve.
         device: "cpu" or "gpu".
         tensorrt: "fp32" or "fp16" has TensorRT run the model on the GPU.
-        storage_uri: kserve: where the model repository will lie.
+        storage_uri: kserve: where the model repository will lie; ray-serve: where the zipped package will lie, which
+            only a cluster needs.
         replicas: fewest and most, "1-4".
         cpus: of each replica.
         memory: kserve: of each replica, "2Gi".
@@ -105,6 +108,7 @@ def package(
     check_target(Path(output), force=force)
     triton = _triton(backend, max_batch, max_delay_ms, instances, threads, device, tensorrt)
     kserve = _kserve(storage_uri, replicas, cpus, memory) if target == "kserve" else None
+    ray = _ray(storage_uri, replicas, cpus, triton) if target == "ray-serve" else None
     model = read_servable(folder, feeds)
     beside = None if dense is None else read_dense(Path(dense), model)
     held = entries(name, model, beside, dense_as)
@@ -113,6 +117,8 @@ def package(
             write_ort(work, model, platform)
         elif kserve is not None:
             write_kserve(work, held[0], kserve, triton)
+        elif ray is not None:
+            write_ray_serve(work, name, model, ray)
         else:
             write_triton(work, held, triton)
         files = (*write_manifest(work).files, MANIFEST)
@@ -190,16 +196,31 @@ def _triton(
 
 
 def _kserve(storage_uri: str | None, replicas: str, cpus: int, memory: str) -> KserveSettings:
-    if storage_uri is None or not re.match(r"[a-z][a-z0-9+.-]*://\S+$", storage_uri):
-        came = "nothing" if storage_uri is None else repr(storage_uri)
-        raise UsageError(
-            f"--target kserve needs --storage-uri, such as s3://bucket/models or pvc://name/models, but got {came}"
-        )
+    if storage_uri is None:
+        raise UsageError("--target kserve needs --storage-uri, such as s3://bucket/models or pvc://name/models")
     if not re.fullmatch(r"[1-9][0-9]*(Mi|Gi|M|G)", memory):
         raise UsageError(f"--memory must be a number and Mi or Gi, such as 2Gi, but got {memory!r}")
+    _check_cluster(storage_uri, cpus)
+    return KserveSettings(storage_uri=storage_uri, replicas=parse_replicas(replicas), cpus=cpus, memory=memory)
+
+
+def _ray(storage_uri: str | None, replicas: str, cpus: int, engine: TritonSettings) -> RaySettings:
+    _check_cluster(storage_uri, cpus)
+    return RaySettings(
+        storage_uri=storage_uri,
+        replicas=parse_replicas(replicas),
+        cpus=cpus,
+        threads=engine.threads or cpus,  # a replica's share: onnxruntime's default is every core of the node
+        max_batch=engine.max_batch,
+        max_delay_ms=engine.max_delay_ms,
+    )
+
+
+def _check_cluster(storage_uri: str | None, cpus: int) -> None:
+    if storage_uri is not None and not re.match(r"[a-z][a-z0-9+.-]*://\S+$", storage_uri):
+        raise UsageError(f"--storage-uri must be a URI, such as s3://bucket/models, but got {storage_uri!r}")
     if cpus < 1:
         raise UsageError(f"--cpus must be 1 or more, but got {cpus}")
-    return KserveSettings(storage_uri=storage_uri, replicas=parse_replicas(replicas), cpus=cpus, memory=memory)
 
 
 def parse_replicas(text: str) -> tuple[int, int]:
