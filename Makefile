@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo-bundle
 
-.PHONY: demo test lint bench openvino triton kserve clean
+.PHONY: demo test lint bench openvino triton kserve ray clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -54,6 +54,15 @@ openvino:
 	.venv-kserve/bin/python -m pip install --quiet kserve==0.21.0 "kubernetes<32"
 	touch $@
 
+# Ray installs beside our pins; it is apart only because it is large.
+.venv-ray/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu,ray,test]"
+	touch $@
+
+ray: .venv-triton/installed .venv-ray/installed
+	RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60 OMP_WAIT_POLICY=PASSIVE .venv-ray/bin/python -m pytest -m ray tests
+
 triton kserve: .venv/installed
 	@if $(MAKE) --no-print-directory .venv-$@/installed; then \
 	  OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m $@ tests/packaging; \
@@ -62,4 +71,4 @@ triton kserve: .venv/installed
 	fi
 
 clean:
-	rm -rf .venv .venv-openvino .venv-triton .venv-kserve $(DEMO) build dist
+	rm -rf .venv .venv-openvino .venv-triton .venv-kserve .venv-ray $(DEMO) build dist

@@ -79,6 +79,7 @@ def export(
     assume_constant: bool = False,
     opset: int | None = None,
     device: str = "auto",
+    ray: str | None = None,
     provider: str = "cpu",
     threads: int | None = None,
     measure: bool = True,
@@ -139,6 +140,8 @@ def export(
         assume_constant: for an ONNX file: weights that are graph inputs too are constants, and no inputs any more.
         opset: of the ONNX model; by default 23 with attention, else 20; of an ONNX file its own.
         device: where factors are computed: "cpu", "cuda" or "auto".
+        ray: address of a Ray cluster whose workers factorize the sites, on their CPUs, or "local" for one on this
+            machine; the model's bytes are those of a run without it.
         provider: onnxruntime provider to measure on.
         threads: of onnxruntime while measuring.
         measure: whether to measure latency.
@@ -177,6 +180,7 @@ def export(
         allow_shared_data=allow_shared_data,
     )
     request.check_against(data=data, always_split=always_split)
+    _check_ray(ray, request, device)
     timed = Timed(
         request=request, cost=cost, foreign=foreign_cost, smaller_is_enough=smaller_is_enough, measure=measure
     )
@@ -194,7 +198,8 @@ def export(
     job = Job(
         settings=request.settings(filters, solver, always_split=always_split, joint=joint, opset=opset),
         solver=solver,
-        device=device_named(device),
+        device=device_named("cpu" if ray is not None else device),
+        ray=ray,
         provider=provider,
         progress=progress,
         shapes=shapes,
@@ -226,6 +231,18 @@ def export(
     )
     with whole_folder(Path(output), force=force) as folder:
         return run.made_in(folder)
+
+
+def _check_ray(ray: str | None, request: Request, device: str) -> None:
+    if ray is None:
+        return
+    if request.is_fitted:
+        raise UsageError(
+            "--ray factorizes weights, each apart; with --calib a layer is fitted to what those before it have become, "
+            "one after another: leave out --ray, or add --factors weights"
+        )
+    if device == "cuda":
+        raise UsageError("--ray factorizes on the workers' CPUs: leave out --device cuda, or --ray")
 
 
 def _of_sweep(

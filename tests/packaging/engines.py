@@ -1,11 +1,13 @@
 """Environments of their own for what does not install beside us, and a real tritonserver from one of them."""
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +25,11 @@ def environment(name):
     if not python.is_file():
         pytest.skip(f"no .venv-{name} here: run make {name}")
     return python
+
+
+def with_tritonclient():
+    """A Python that has tritonclient: this one, or that of `.venv-triton`."""
+    return Path(sys.executable) if importlib.util.find_spec("tritonclient") else environment("triton")
 
 
 def asked(python, code, *arguments, **options):

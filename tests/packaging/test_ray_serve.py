@@ -12,7 +12,7 @@ import urllib.request
 
 import numpy as np
 import pytest
-from engines import asked, environment, free_port
+from engines import asked, free_port, with_tritonclient
 from models import bundle_of, mixing, mlp_bundle, tokens
 
 from rsi_deploy import ModelError, package
@@ -108,7 +108,7 @@ def test_ray_s_own_schema_takes_the_config(mlp, tmp_path):
 def served(tmp_path_factory):
     """`serve run config.yaml` in the package of a model of tokens, on a Ray of its own; address, bundle."""
     pytest.importorskip("ray.serve", reason='no ray here: pip install "rsi-deploy[ray]"')
-    python = environment("triton")
+    python = with_tritonclient()
     root = tmp_path_factory.mktemp("ray")
     bundle = bundle_of(tokens(root / "t.onnx"), root / "tokens", input_shape=["ids=2x7"])
     package(bundle, root / "p", target="ray-serve", replicas="1", cpus=1, max_delay_ms=200.0)
