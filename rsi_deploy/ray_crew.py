@@ -48,7 +48,7 @@ class RayCrew:
             )
         self._window = AHEAD * max(1, sum(count // threads for count in nodes))
         self._task = ray.remote(num_cpus=threads, max_retries=RETRIES)(_work)
-        self._settings = (threads, asdict(cost.rates(CPU)), _like())
+        self._settings = settings_of_driver()
         self._calls: Iterator[Call] = iter(())
         self._asked: dict[Hashable, Any] = {}
         self._held: dict[Hashable, Any] = {}
@@ -112,14 +112,9 @@ class RayCrew:
     def _look(self, like: Mapping[str, str]) -> None:
         """Refuse other versions, and note other processors."""
         here = self._settings[2]
-        for what in ("rsi-deploy", "torch", "numpy"):
-            if like[what] != here[what]:
-                raise UsageError(f"--ray: a worker has {what} {like[what]}, and here is {here[what]}; install the same")
-        note = (
-            "some sites were factorized on another kind of processor: the bytes may not be those of a run without Ray"
-        )
-        if like["processor"] != here["processor"] and note not in self._notes:
-            self._notes.append(note)
+        check_versions(like, here)
+        if like["processor"] != here["processor"] and OTHER not in self._notes:
+            self._notes.append(OTHER)
 
 
 @contextlib.contextmanager
@@ -127,22 +122,33 @@ def ray_crew(address: str, notes: list[str]) -> Iterator[RayCrew]:
     """Workers at `address`, for as long as the block lasts.
 
     Args:
+        address: as for `connected`.
+        notes: where to say what a reader of the report must know.
+
+    Raises:
+        UsageError: as `connected`; or a machine there has too few CPUs.
+    """
+    with connected(address) as ray:
+        yield RayCrew(ray, notes)
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """The module `ray`, connected for as long as the block lasts.
+
+    Args:
         address: of a cluster (`ray://HOST:PORT`, `HOST:PORT`, `auto`), or "local": a Ray of its own on this machine,
             which ends with the block. Where this process is connected already, that connection is used and stays.
-        notes: where to say what a reader of the report must know.
 
     Raises:
         UsageError: ray is not installed, or nobody answers at the address.
     """
-    try:
-        import ray
-        import ray.exceptions
-    except ImportError:
-        raise UsageError('--ray needs ray: pip install "rsi-deploy[ray]"') from None
+    check_ray(address)
+    import ray
+
     if ray.is_initialized():
-        yield RayCrew(ray, notes)
+        yield ray
         return
-    _check_answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
@@ -152,27 +158,56 @@ def ray_crew(address: str, notes: list[str]) -> Iterator[RayCrew]:
             ray.init(address=address, runtime_env={"py_modules": _modules()}, **quiet)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         said = " ".join(str(error).split())[:300]
-        raise UsageError(
-            f"--ray {address}: cannot connect: {said}; type --ray local, or a cluster's address"
-        ) from error
+        raise UsageError(f"--ray {address}: cannot connect: {said}; type local, or a cluster's address") from error
     try:
-        yield RayCrew(ray, notes)
+        yield ray
     finally:
         ray.shutdown()
 
 
-def _check_answers(address: str) -> None:
-    """Refuse at once an address where nobody listens; Ray itself tries for minutes."""
+def settings_of_driver() -> tuple[int, dict[str, float], dict[str, str]]:
+    """What a worker needs to compute as this process would: see `like_driver`."""
+    return torch.get_num_threads(), asdict(cost.rates(CPU)), _like()
+
+
+def like_driver(settings: tuple[int, dict[str, float], dict[str, str]]) -> dict[str, str]:
+    """On a worker: compute with the driver's threads and by its rates; what this worker is like."""
+    threads, rates, _ = settings
+    torch.set_num_threads(threads)
+    cost.tell_rates(CPU, cost.Rates(**rates))
+    return _like()
+
+
+def check_versions(like: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Refuse a worker with other versions than the driver's.
+
+    Raises:
+        UsageError: which, and what to install.
+    """
+    for what in ("rsi-deploy", "torch", "numpy"):
+        if like[what] != here[what]:
+            raise UsageError(f"--ray: a worker has {what} {like[what]}, and here is {here[what]}; install the same")
+
+
+def check_ray(address: str) -> None:
+    """Refuse, before any long work, where `connected` would; Ray itself tries for minutes where nobody listens.
+
+    Raises:
+        UsageError: ray is not installed, or nobody answers at the address.
+    """
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError:
+        raise UsageError('--ray needs ray: pip install "rsi-deploy[ray]"') from None
     host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon:
+    if ray.is_initialized() or not colon:
         return
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
             return
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--ray {address}: nobody answers there: {error}; type local, or a cluster's address"
-        ) from error
+        raise UsageError(f"--ray {address}: nobody answers there: {error}; type local, or an address") from error
 
 
 def _modules() -> list[str]:
@@ -184,10 +219,8 @@ def _modules() -> list[str]:
 
 def _work(compute: Any, how: Mapping[str, Any], settings: Any, *weights: Any) -> tuple[Any, dict[str, str]]:
     """On a worker: the result, and what the worker is like."""
-    threads, rates, _ = settings
-    torch.set_num_threads(threads)
-    cost.tell_rates(CPU, cost.Rates(**rates))
-    return compute(*(_unpacked(*weight) for weight in weights), **how), _like()
+    like = like_driver(settings)
+    return compute(*(_unpacked(*weight) for weight in weights), **how), like
 
 
 def _packed(weight: torch.Tensor) -> tuple[Any, tuple[int, ...]]:

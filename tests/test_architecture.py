@@ -50,7 +50,7 @@ packaging.servable packaging.result packaging.ort_format packaging.triton_config
 packaging.ray_serve
 packaging.packing
 sweeps.points report.page_sweep sweeps.kept timing.timed_export calibrating stages timing.last_word timing.part_of_time
-exporting.found exporting.written exporting.run pipeline sweeps.sweeping
+exporting.found exporting.written exporting.run pipeline sweeps.making sweeps.ray_points sweeps.sweeping
 cli.options cli.terminal cli.gating cli.page
 cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.package cli.verify cli.doctor
 """

@@ -40,7 +40,7 @@ from rsi_deploy.cli.terminal import console, progress_bar
 @click.option(
     "--ray",
     metavar="ADDRESS|local",
-    help="Have a Ray cluster's workers factorize, on their CPUs: the same bytes. [extra: rsi-deploy[ray]]",
+    help="Have a Ray cluster's workers factorize, on their CPUs: the same bytes. [extra: ray]",
 )
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
 @click.option("--bench-batch", default=1, show_default=True, type=click.IntRange(min=1), help="Samples a run.")
