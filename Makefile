@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo-bundle
 
-.PHONY: demo test lint bench openvino clean
+.PHONY: demo test lint bench openvino triton kserve ray clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,5 +41,34 @@ openvino:
 	  echo "SKIPPED: $(OPENVINO) cannot be installed here (wheels: x86-64 Linux and Windows, Python 3.11 to 3.14); pip says why above"; \
 	fi
 
+# Engines that pin other versions than ours, each in an environment of its own that tests/packaging drives: NVIDIA's
+# tritonserver out of nvidia-pytriton's wheel (Python backend) with tritonclient, and KServe's models.
+.venv-triton/installed:
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install --quiet nvidia-pytriton==0.7.0 "tritonclient[grpc,http]" \
+	  "$$(grep '^onnxruntime==' constraints.txt)"
+	touch $@
+
+.venv-kserve/installed:
+	$(PYTHON) -m venv .venv-kserve
+	.venv-kserve/bin/python -m pip install --quiet kserve==0.21.0 "kubernetes<32"
+	touch $@
+
+# Ray installs beside our pins; it is apart only because it is large.
+.venv-ray/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu,ray,test]"
+	touch $@
+
+ray: .venv-triton/installed .venv-ray/installed
+	RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60 OMP_WAIT_POLICY=PASSIVE .venv-ray/bin/python -m pytest -m ray tests
+
+triton kserve: .venv/installed
+	@if $(MAKE) --no-print-directory .venv-$@/installed; then \
+	  OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m $@ tests/packaging; \
+	else \
+	  echo "SKIPPED: the environment .venv-$@ cannot be installed here; pip says why above"; \
+	fi
+
 clean:
-	rm -rf .venv .venv-openvino $(DEMO) build dist
+	rm -rf .venv .venv-openvino .venv-triton .venv-kserve .venv-ray $(DEMO) build dist

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rsi_deploy.measure.latency import BenchResult as BenchResult
     from rsi_deploy.measure.latency import bench as bench
     from rsi_deploy.measure.preprocess import Preprocessing as Preprocessing
+    from rsi_deploy.packaging.packing import package as package
+    from rsi_deploy.packaging.result import PackageResult as PackageResult
     from rsi_deploy.pipeline import export as export
     from rsi_deploy.report.schema import Report as Report
     from rsi_deploy.report.schema import read_report as read_report
@@ -38,6 +40,7 @@ _HOMES = {
     "CostTable": "measure.cost_table",
     "GateError": "errors",
     "ModelError": "errors",
+    "PackageResult": "packaging.result",
     "Preprocessing": "measure.preprocess",
     "Report": "report.schema",
     "RsiDeployError": "errors",
@@ -50,6 +53,7 @@ _HOMES = {
     "evaluate": "measure.accuracy",
     "export": "pipeline",
     "inspect": "inspection",
+    "package": "packaging.packing",
     "profile": "timing.costing",
     "read_report": "report.schema",
     "rewrite": "rewriting",

@@ -4,6 +4,7 @@
     DIR/report.json                       everything that was decided and measured
     DIR/report.html                       the same to look at, offline
     DIR/README.md                         the model card
+    DIR/manifest.json                     sha256 and size of every file, written last
 
 Everything is written into `.DIR.partial-XXXX` beside it, which takes the name in one rename at the end. Whatever ends
 the work early (an error, Ctrl-C, a full disk) removes that folder and leaves the old bundle as it was.

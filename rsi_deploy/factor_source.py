@@ -4,10 +4,14 @@ site --> SitePlanner.decide --> dense, with the reason
                             --> as fitted to calibration data
                             --> Solver (RSI) on the weight alone, in any form
                             --> one right factor for a group of weights that multiply the same input
+
+Who factorizes is the crew's business (`rsi_deploy.crew`); which sites will be asked for, and how, is known ahead.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +19,7 @@ import torch
 import graph_passes as gp
 from rsi_deploy.arrays import as_numpy, as_torch
 from rsi_deploy.calibrate.streams import Fitted, Replacement
+from rsi_deploy.crew import Call, Crew
 from rsi_deploy.plan.joint import factorize_jointly
 from rsi_deploy.plan.planner import Decision, SitePlanner, break_even_rank, site_name
 from rsi_deploy.rsi import Factors, Solver, balanced
@@ -29,6 +34,7 @@ class FactorSource:
 
     planner: SitePlanner
     solver: Solver
+    crew: Crew
     fitted: Mapping[str, Fitted]
     progress: Progress | None
     wanted: frozenset[str]
@@ -73,13 +79,8 @@ class FactorSource:
 
     def _in_form(self, site: gp.Site, decision: Decision) -> gp.Factors:
         """Factors of the weight alone, in another form than the usual one."""
-        name, form = site_name(site.weight), site.form_of(decision.form)
-        self._tell(name, site)
-        weight = as_torch(site.load(form)).to(self.device)
-        pair, record = factorize_site(
-            name, site.op_type, weight, decision.rank or 0, self.solver, reason=decision.reason
-        )
-        factors = replace(_arrays(pair), form=form)
+        pair, record = self._factorized(site, decision.form, decision.rank or 0, decision.reason)
+        factors = replace(_arrays(pair), form=site.form_of(decision.form))
         self._keep_record(site, factors, record)
         return self._kept(site, factors)
 
@@ -93,12 +94,37 @@ class FactorSource:
             }
         )
 
-    def _alone(self, site: gp.Site, rank: int, reason: str) -> gp.Factors:
-        name = site_name(site.weight)
-        self._tell(name, site)
-        pair, record = factorize_site(name, site.op_type, self._loaded(site), rank, self.solver, reason=reason)
+    def _alone(self, site: gp.Site, rank: int, reason: str, *, again: bool = False) -> gp.Factors:
+        """Factors of the weight alone; `again` where the weight is needed once more."""
+        pair, record = self._factorized(site, "first", rank, reason, again=again)
         self.records[site.weight] = record
         return self._kept(site, _arrays(pair))
+
+    def _factorized(
+        self, site: gp.Site, form: gp.Form | Literal["first"], rank: int, reason: str, *, again: bool = False
+    ) -> tuple[Factors, SiteRecord]:
+        self._tell(site_name(site.weight), site)
+        call = self._call(site, form, rank)
+        factors, record = self.crew.made(call)
+        if not again:
+            self.crew.done(*call.weights)
+        return factors, record.model_copy(update={"reason": f"{reason}{record.reason}"})
+
+    def _call(self, site: gp.Site, form: gp.Form | Literal["first"], rank: int) -> Call:
+        """What factorizes a site; why it is split stands before what the record says, once that is known."""
+        how = {"name": site_name(site.weight), "kind": site.op_type, "rank": rank, "solver": self.solver}
+        return Call(compute=factorized, weights={weight_key(site, form): self._loader(site, form)}, how=how)
+
+    def ahead(self, sites: Iterable[gp.Site]) -> Iterator[Call]:
+        """The calls that these sites will come to; a site is let go when its turn has come."""
+        left = deque(sites)
+        del sites
+        while left:
+            site = left.popleft()
+            decision = self._decision(site)
+            if decision.rank is not None and site_name(site.weight) not in self.fitted:
+                form = "first" if decision.form in ("first", site.forms[0]) else decision.form
+                yield self._call(site, form, decision.rank)
 
     def _jointly(self, site: gp.Site) -> gp.Factors | None:
         """Factors for all members of a group, or None where they stay apart: then theirs alone wait for their turn."""
@@ -108,10 +134,16 @@ class FactorSource:
             self._remark(members, f"{', '.join(dense)} stays dense")
         if dense or not members:
             return None
-        alone = [self._alone(m, d.rank or 0, d.reason) for m, d in zip(members, decisions, strict=True)]
+        alone = [self._alone(m, d.rank or 0, d.reason, again=True) for m, d in zip(members, decisions, strict=True)]
         self._tell(" + ".join(site_name(member.weight) for member in members), members[-1])
-        weights = [self._loaded(member) for member in members]
-        result = factorize_jointly(weights, [self.records[member.weight] for member in members], self.solver)
+        call = Call(
+            compute=jointly,
+            weights={weight_key(member, "first"): self._loader(member, "first") for member in members},
+            how={"alone": [self.records[member.weight] for member in members], "solver": self.solver},
+            announced=False,
+        )
+        result = self.crew.made(call)
+        self.crew.done(*call.weights)
         if result is None:
             self._remark(members, "it costs no less for the same errors")
             self.waiting |= {member.weight: factors for member, factors in zip(members, alone, strict=True)}
@@ -126,8 +158,8 @@ class FactorSource:
     def _decision(self, site: gp.Site) -> Decision:
         return self.planner.decide(site_name(site.weight), site.out_features, site.in_features)
 
-    def _loaded(self, site: gp.Site) -> torch.Tensor:
-        return as_torch(site.load()).to(self.device)
+    def _loader(self, site: gp.Site, form: gp.Form | Literal["first"]) -> Callable[[], torch.Tensor]:
+        return lambda: as_torch(site.load(form)).to(self.device)
 
     def _kept(self, site: gp.Site, factors: gp.Factors) -> gp.Factors:
         if site.weight in self.wanted:
@@ -146,6 +178,23 @@ class FactorSource:
             self.remarks[weight] = f"not jointly with {others}: {why}"
             if weight in self.records:
                 self.records[weight] = self.records[weight].model_copy(update={"reason": self.remarks[weight]})
+
+
+def factorized(weight: torch.Tensor, *, name: str, kind: str, rank: int, solver: Solver) -> tuple[Factors, SiteRecord]:
+    """`factorize_site` as a call; the record's reason is "", or "; " and what came otherwise than asked."""
+    return factorize_site(name, kind, weight, rank, solver, reason="")
+
+
+def jointly(
+    *weights: torch.Tensor, alone: Sequence[SiteRecord], solver: Solver
+) -> tuple[Factors, list[SiteRecord]] | None:
+    """`factorize_jointly` as a call."""
+    return factorize_jointly(weights, alone, solver)
+
+
+def weight_key(site: gp.Site, form: gp.Form | Literal["first"]) -> Hashable:
+    """The same for the same weight in the same orientation."""
+    return site.weight, site.shape(form), site.form_of(form)
 
 
 def graph_factors(replacement: Replacement, site: gp.Site) -> gp.Factors:

@@ -7,7 +7,7 @@ together, and are not kept.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -16,8 +16,9 @@ import torch
 import graph_passes as gp
 from rsi_deploy.arrays import as_torch
 from rsi_deploy.calibrate.streams import Fitted
+from rsi_deploy.crew import Call, Crew, Here
 from rsi_deploy.errors import ModelError
-from rsi_deploy.factor_source import FactorSource
+from rsi_deploy.factor_source import FactorSource, weight_key
 from rsi_deploy.plan.error_rank import smallest_rank
 from rsi_deploy.plan.planner import MaxError, Planner, SitePlanner, site_name
 from rsi_deploy.rsi import Solver
@@ -25,6 +26,7 @@ from rsi_deploy.sites import SiteRecord, dense_record
 
 Progress = Callable[[str, int, int], None]
 CPU = torch.device("cpu")
+HERE = Here()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ def split_graph(
     keep: Iterable[str] = (),
     device: torch.device = CPU,
     store: gp.Keep = gp.in_memory,
+    crew: Crew = HERE,
 ) -> SplitModel:
     """Split `model` in place as the planner decides, with factors from the solver.
 
@@ -62,6 +65,7 @@ def split_graph(
         keep: names of weights whose factors the caller wants to see.
         device: where factors are computed.
         store: where they are kept until the model is written.
+        crew: who computes them.
 
     Raises:
         UsageError: filters or ranks that cannot be meant for this model.
@@ -71,10 +75,11 @@ def split_graph(
     found = gp.find_sites(model)
     sites = [entry for entry in found if isinstance(entry, gp.Site)]
     planner.check([(site_name(s.weight), s.out_features, s.in_features) for s in sites])
-    planner = _with_ranks(planner, sites, solver, device)
+    planner = _with_ranks(planner, sites, solver, device, crew)
     source = FactorSource(
         planner=planner,
         solver=solver,
+        crew=crew,
         fitted=fitted or {},
         progress=progress,
         wanted=frozenset(keep),
@@ -82,25 +87,39 @@ def split_graph(
         order=list(dict.fromkeys(s.weight for s in sites)),
         groups={tuple(s.weight for s in members): members for members in joint_groups(model)} if joint else {},
     )
+    crew.ahead(source.ahead(sites))
     del found, sites  # a site holds its dense weight; from here on each is let go as soon as it is split
     nodes = gp.split(model, source, keep=store, joint=joint)
     return SplitModel(sites=tuple(_by_weight(nodes, source.records)), nodes=tuple(nodes), kept=source.kept)
 
 
-def _with_ranks(planner: SitePlanner, sites: Iterable[gp.Site], solver: Solver, device: torch.device) -> SitePlanner:
+def _with_ranks(
+    planner: SitePlanner, sites: Sequence[gp.Site], solver: Solver, device: torch.device, crew: Crew
+) -> SitePlanner:
     """The planner with the rank of every site, where they follow from an error."""
     if not isinstance(planner, Planner) or not isinstance(planner.spec, MaxError):
         return planner
+    first = {site_name(site.weight): site for site in reversed(sites)}
+    names = [name for name in dict.fromkeys(site_name(s.weight) for s in sites) if not planner.filters.refusal(name)]
+    calls = {name: _rank_call(first[name], planner.spec, solver, device) for name in names}
+    crew.ahead(iter([*calls.values()]))
     ranks: dict[str, int | None] = {}
-    for site in sites:
-        name = site_name(site.weight)
-        if name not in ranks and not planner.filters.refusal(name):
-            weight = as_torch(site.load()).to(device)
-            try:
-                ranks[name] = smallest_rank(weight, planner.spec, solver, site=name)
-            except ValueError as error:
-                raise ModelError(f"{error} (type --exclude {name!r} to leave it dense)") from error
+    for name, call in calls.items():
+        try:
+            ranks[name] = crew.made(call)
+        except ValueError as error:
+            raise ModelError(f"{error} (type --exclude {name!r} to leave it dense)") from error
+        if ranks[name] is None:
+            crew.done(*call.weights)
     return replace(planner, ranks=ranks)
+
+
+def _rank_call(site: gp.Site, error: MaxError, solver: Solver, device: torch.device) -> Call:
+    return Call(
+        compute=smallest_rank,
+        weights={weight_key(site, "first"): lambda: as_torch(site.load()).to(device)},
+        how={"error": error, "solver": solver, "site": site_name(site.weight)},
+    )
 
 
 def joint_groups(model: ir.Model) -> list[tuple[gp.Site, ...]]:

@@ -26,6 +26,7 @@ from rsi_deploy.plan.plan_file import read_plan
 from rsi_deploy.plan.planner import Filters, MaxError, RankSpec
 from rsi_deploy.plan.request import Request, given_budget
 from rsi_deploy.probe import read_feeds
+from rsi_deploy.ray_crew import check_ray
 from rsi_deploy.report.schema import Report
 from rsi_deploy.rsi import Method, PowerIterations, Route, Solver
 from rsi_deploy.stages import Job
@@ -79,6 +80,7 @@ def export(
     assume_constant: bool = False,
     opset: int | None = None,
     device: str = "auto",
+    ray: str | None = None,
     provider: str = "cpu",
     threads: int | None = None,
     measure: bool = True,
@@ -140,6 +142,8 @@ def export(
         assume_constant: for an ONNX file: weights that are graph inputs too are constants, and no inputs any more.
         opset: of the ONNX model; by default 23 with attention, else 20; of an ONNX file its own.
         device: where factors are computed: "cpu", "cuda" or "auto".
+        ray: address of a Ray cluster whose workers factorize the sites, on their CPUs, or "local" for one on this
+            machine; the model's bytes are those of a run without it.
         provider: onnxruntime provider to measure on.
         threads: of onnxruntime while measuring.
         measure: whether to measure latency.
@@ -178,6 +182,7 @@ def export(
         allow_shared_data=allow_shared_data,
     )
     request.check_against(data=data, always_split=always_split)
+    _check_ray(ray, request, device)
     timed = Timed(
         request=request, cost=cost, foreign=foreign_cost, smaller_is_enough=smaller_is_enough, measure=measure
     )
@@ -195,7 +200,8 @@ def export(
     job = Job(
         settings=request.settings(filters, solver, always_split=always_split, joint=joint, opset=opset),
         solver=solver,
-        device=device_named(device),
+        device=device_named("cpu" if ray is not None else device),
+        ray=ray,
         provider=provider,
         progress=progress,
         shapes=shapes,
@@ -227,6 +233,19 @@ def export(
     )
     with whole_folder(Path(output), force=force) as folder:
         return run.made_in(folder)
+
+
+def _check_ray(ray: str | None, request: Request, device: str) -> None:
+    if ray is None:
+        return
+    if request.is_fitted:
+        raise UsageError(
+            "--ray factorizes weights, each apart; with --calib a layer is fitted to what those before it have become, "
+            "one after another: leave out --ray, or add --factors weights"
+        )
+    if device == "cuda":
+        raise UsageError("--ray factorizes on the workers' CPUs: leave out --device cuda, or --ray")
+    check_ray(ray)
 
 
 def _of_sweep(

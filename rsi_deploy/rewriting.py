@@ -17,9 +17,10 @@ import graph_passes as gp
 from rsi_deploy import onnx_file
 from rsi_deploy.bundle import whole_folder
 from rsi_deploy.calibrate.streams import Fitted
+from rsi_deploy.crew import Crew
 from rsi_deploy.datafile import DataFile
 from rsi_deploy.errors import UsageError
-from rsi_deploy.onnx_split import CPU, Progress, SplitModel, split_graph
+from rsi_deploy.onnx_split import CPU, HERE, Progress, SplitModel, split_graph
 from rsi_deploy.plan.planner import MaxError, Planner, RankSpec, SitePlanner, rank_spec
 from rsi_deploy.rsi import Method, PowerIterations, Route, Solver
 
@@ -112,6 +113,7 @@ def split_and_write(
     keep: Sequence[str] = (),
     device: torch.device = CPU,
     metadata: dict[str, str] | None = None,
+    crew: Crew = HERE,
 ) -> SplitModel:
     """Split `model` in place and write it to `path`, streaming the factors where the weights are many.
 
@@ -126,10 +128,20 @@ def split_and_write(
         keep: names of weights whose factors the caller wants to see.
         device: where factors are computed.
         metadata: entries to add to the model's metadata.
+        crew: who computes the factors.
     """
     streamed = onnx_file.weight_bytes(model) > onnx_file.INLINE_LIMIT
     split = functools.partial(
-        split_graph, model, planner, solver, fitted=fitted, joint=joint, progress=progress, keep=keep, device=device
+        split_graph,
+        model,
+        planner,
+        solver,
+        fitted=fitted,
+        joint=joint,
+        progress=progress,
+        keep=keep,
+        device=device,
+        crew=crew,
     )
     if not streamed:
         result = split()

@@ -9,7 +9,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from graph_passes import Factors, FoldBatchNormPass, Form, Split
 from rsi_deploy import __version__
 from rsi_deploy.arrays import as_torch
 from rsi_deploy.bound import Head, SoftmaxBound, find_head, softmax_bound
+from rsi_deploy.crew import Crew, Here
 from rsi_deploy.errors import ModelError, RsiDeployError
 from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, surgery_check, tolerance_for
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
@@ -44,6 +45,7 @@ from rsi_deploy.onnx_split import SplitModel
 from rsi_deploy.opset import check_conversion, convert_opset
 from rsi_deploy.plan.decide import Planned
 from rsi_deploy.probe import Feeds, probe_feeds
+from rsi_deploy.ray_crew import ray_crew
 from rsi_deploy.report.schema import Accuracy, ProbeOutput, Settings, Size, Stage, Verification
 from rsi_deploy.rewriting import split_and_write
 from rsi_deploy.rsi import Solver
@@ -88,6 +90,7 @@ class Job:
     shapes: Mapping[str, Sequence[int]]
     given: Feeds | None
     assume_constant: bool
+    ray: str | None = None
     stages: list[Stage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     source_hash: str = ""
@@ -192,7 +195,9 @@ class Job:
         """
         with self.stage("factorize, split, save"):
             head = find_head(ir.load(dense)) if with_head else None
-            split, params = self._split(dense, path, made, [head.weight] if head else [], self.progress, joint=joint)
+            with self._crew() as crew:
+                keep = [head.weight] if head else []
+                split, params = self._split(dense, path, made, keep, self.progress, crew, joint=joint)
         if not may_be_dense and not any(site.rank for site in split.sites):
             raise ModelError(f"nothing to split: {_reasons(split)}")
         return Compressed(
@@ -205,7 +210,7 @@ class Job:
 
     def write(self, dense: Path, path: Path, made: Planned) -> None:
         """Write the model that `made` gives as `compress` would, for a look at it."""
-        self._split(dense, path, made, [], None)
+        self._split(dense, path, made, [], None, Here())
 
     def _split(
         self,
@@ -214,6 +219,7 @@ class Job:
         made: Planned,
         keep: Sequence[str],
         progress: Progress | None,
+        crew: Crew,
         *,
         joint: bool = True,
     ) -> tuple[SplitModel, int]:
@@ -234,10 +240,15 @@ class Job:
                 "rsi_deploy.settings": json.dumps(self.settings.model_dump(), sort_keys=True),
                 "rsi_deploy.source_hash": self.source_hash,
             },
+            crew=crew,
         )
         params = parameters(model)
         forget_weights_(model)
         return split, params
+
+    def _crew(self) -> AbstractContextManager[Crew]:
+        """Who factorizes; workers are held no longer than that, so that nothing is measured beside them."""
+        return nullcontext(Here()) if self.ray is None else ray_crew(self.ray, self.notes)
 
     def verify(
         self,

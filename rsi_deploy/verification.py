@@ -1,6 +1,7 @@
 """`verify`: compute again what a bundle's report claims, and say for each claim whether it holds.
 
-    files        the sha256 of every model file
+    manifest     size and sha256 of every file of the folder; nothing missing, nothing added
+    files        the sha256 of every model file, as the report says
     graph        the checker, the opset, the sites, their forms and ranks, parameters and bytes
     MACs         counted on a run on the seeded probe inputs
     budget       whether the reported size or drop of top-1 keeps what was asked for
@@ -10,6 +11,7 @@
     accuracy     with --data: top-1 of the compressed model
     page         whether report.html was made from this report.json
 
+A folder that `package` wrote has no report of its own: there it is the manifest alone.
 What cannot be computed again here (latency belongs to its machine; the dense model may be gone) is listed as such.
 """
 
@@ -28,6 +30,7 @@ from rsi_deploy.calibrate.certificate import certificate
 from rsi_deploy.errors import RsiDeployError
 from rsi_deploy.found_splits import FoundSplit, found_splits
 from rsi_deploy.gates import compare_outputs
+from rsi_deploy.manifest import MANIFEST, check_manifest
 from rsi_deploy.measure.accuracy import evaluate
 from rsi_deploy.measure.data import Dataset, open_data
 from rsi_deploy.measure.inputs import model_inputs
@@ -70,10 +73,10 @@ def verify(
     calib: str | Path | None = None,
     provider: str = "cpu",
 ) -> VerifyResult:
-    """Compute again what the report of the bundle in `folder` claims.
+    """Compute again what the report of the bundle in `folder` claims, and hold its files against the manifest.
 
     Args:
-        folder: a bundle.
+        folder: a bundle, or what `package` made of one.
         data: evaluation data; its content must be the data of the report for the accuracy to be compared.
         calib: calibration data; likewise, for what the report says of the outputs on them.
         provider: onnxruntime provider.
@@ -83,10 +86,13 @@ def verify(
         ModelError: a report of another schema.
     """
     folder = Path(folder)
+    manifest = _attempt("manifest", lambda: [_manifest(folder)])
+    if not (folder / "report.json").is_file() and (folder / MANIFEST).is_file():
+        return VerifyResult(bundle=str(folder), claims=tuple(manifest))
     report = read_report(folder)
     check_source(calib)
     provider, dataset = str(parse(provider)), None if data is None else open_data(data)
-    claims = [_files(folder, report)]
+    claims = [*manifest, _files(folder, report)]
     model = folder / "model.onnx"
     if model.is_file():
         claims += _attempt("graph", lambda: _graph(model, report))
@@ -119,6 +125,11 @@ def _not_checked(name: str, why: str) -> Claim:
 
 def _no_probe(report: Report) -> str:
     return "its inputs were given by hand" if report.probe_given else "onnxruntime could not run the model"
+
+
+def _manifest(folder: Path) -> Claim:
+    check = check_manifest(folder)
+    return _claim("manifest", check.ok, check.summary) if check.present else _not_checked("manifest", check.summary)
 
 
 def _files(folder: Path, report: Report) -> Claim:

@@ -16,7 +16,7 @@ OURS = {"rsi_deploy", "graph_passes", "bench", "samples", "tests"}
 LAYERS = """
 kernel.orthogonal kernel.products kernel.factors kernel.checks kernel.chebyshev kernel.batched kernel.direct kernel.gram
 kernel.exact kernel.krylov kernel.adaptive kernel.certified kernel.cost kernel.solve
-errors rsi arrays spectra
+errors manifest rsi arrays spectra
 calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrate.alternating
 plan.knapsack plan.bracket plan.budget plan.rank_grid plan.plan_file
 plan.planner plan.error_rank fold layers checkpoint measure.machine measure.statistics measure.sections measure.pinning
@@ -25,7 +25,7 @@ measure.inputs measure.dataset measure.array_data measure.folder_data measure.ar
 measure.callable_data measure.data measure.feeding measure.intervals measure.paired measure.scores
 measure.providers measure.provider_spec measure.sessions measure.placement measure.binding
 measure.timing measure.loadgen_worker measure.loadgen
-compress source factor_source onnx_split probe bundle exporting.given
+crew ray_crew compress source factor_source onnx_split probe bundle exporting.given
 calibrate.calibration_data calibrate.calibrated
 calibrate.gathered calibrate.live_values calibrate.onnx_waves calibrate.onnx_rows calibrate.onnx_segment
 calibrate.onnx_operators calibrate.onnx_reach calibrate.onnx_readings calibrate.onnx_checked calibrate.onnx_survey
@@ -45,11 +45,15 @@ report.cost_summary report.text report.theme report.svg report.plots report.page
 report.page_environment report.page_latency report.page_cells report.page_costs report.page_load report.page_bench
 report.summary report.accuracy_table report.comparison_table report.loadgen_table report.bench_table report.card
 report.page_errors report.page_sites report.page_report verification report.table
+packaging.shipped.triton_model packaging.shipped.ray_app
+packaging.servable packaging.result packaging.ort_format packaging.triton_config packaging.triton packaging.kserve
+packaging.ray_serve
+packaging.packing
 sweeps.points report.page_sweep sweeps.kept timing.timed_export calibrating stages
 timing.joint_or_apart timing.last_word timing.part_of_time
-exporting.found exporting.written exporting.run pipeline sweeps.sweeping
+exporting.found exporting.written exporting.run pipeline sweeps.making sweeps.ray_points sweeps.sweeping
 cli.options cli.terminal cli.gating cli.page
-cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.verify cli.doctor
+cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.package cli.verify cli.doctor
 """
 POSITION = {
     name: (layer, place)
@@ -63,6 +67,7 @@ PUBLIC = {
     "CostTable",
     "GateError",
     "ModelError",
+    "PackageResult",
     "Preprocessing",
     "Report",
     "RsiDeployError",
@@ -76,6 +81,7 @@ PUBLIC = {
     "evaluate",
     "export",
     "inspect",
+    "package",
     "profile",
     "read_report",
     "rewrite",
@@ -132,7 +138,16 @@ def test_the_kernel_stands_alone():
 
 @pytest.mark.parametrize(
     "name",
-    ["plan.planner", "errors", "measure.preprocess", "measure.data", "measure.machine", "measure.inputs", "cli.export"],
+    [
+        "plan.planner",
+        "errors",
+        "measure.preprocess",
+        "measure.data",
+        "measure.machine",
+        "measure.inputs",
+        "cli.export",
+        "manifest",
+    ],
 )
 def test_what_needs_no_torch_imports_none(name):
     for imported in imports(ROOT / "rsi_deploy" / f"{name.replace('.', '/')}.py"):

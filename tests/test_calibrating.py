@@ -77,7 +77,7 @@ def test_what_needs_no_calibration_runs_none(tmp_path, monkeypatch):
 
 def test_candidates_are_not_left_behind(tmp_path):
     run(tmp_path, keep_params=0.5)
-    names = ["README.md", "model.onnx", "plan.json", "report.html", "report.json"]
+    names = ["README.md", "manifest.json", "model.onnx", "plan.json", "report.html", "report.json"]
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == names
 
 

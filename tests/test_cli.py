@@ -271,7 +271,7 @@ def test_verify(bundle, capsys):
     assert run(["verify", "b"]) == 4
     out, err = capsys.readouterr()
     assert "broken  files" in out
-    assert err == "rsi-deploy: b: files not as reported; export again\n"
+    assert err == "rsi-deploy: b: manifest, files not as reported; export (or package) again\n"
 
 
 def test_inspect(here, capsys):

@@ -186,14 +186,14 @@ def test_a_fresh_bundle_holds(bundle):
 )
 def test_a_doctored_record_is_rejected(bundle, change, broken):
     edit(bundle, change)
-    assert claims(bundle, "broken") == broken | {"page"}
+    assert claims(bundle, "broken") == broken | {"page", "manifest"}
 
 
 def test_a_joint_split_that_is_none_is_rejected(tmp_path, source):
     export(str(source), tmp_path / "b", rank=RANK, measure=False, joint=False)
     assert claims(tmp_path / "b", "broken") == set()
     edit(tmp_path / "b", lambda sites: [site.update(joint=["q", "k", "v"]) for site in sites])
-    assert claims(tmp_path / "b", "broken") == {"sites", "page"}
+    assert claims(tmp_path / "b", "broken") == {"sites", "page", "manifest"}
 
 
 def test_the_surgery_gate_sees_rows_given_to_the_wrong_member(tmp_path, source, monkeypatch):

@@ -19,7 +19,7 @@ from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
 
 A, B, C, D = SIZES
 QUICK = {"measure": False}
-BUNDLE = ["README.md", "model.onnx", "plan.json", "report.html", "report.json"]
+BUNDLE = ["README.md", "manifest.json", "model.onnx", "plan.json", "report.html", "report.json"]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.onnx_file import file_hash
 
 CLAIMS = [
+    "manifest",
     "files",
     "graph",
     "sites",
@@ -45,8 +46,8 @@ def statuses(bundle, **options):
 
 
 def broken(bundle, **options):
-    """But for the page, which was made from the report as it was before it was edited (see test_html)."""
-    return {name for name, status in statuses(bundle, **options).items() if status == "broken"} - {"page"}
+    """But for what notices every edit: the manifest (see test_manifest), and the page (see test_html)."""
+    return {name for name, status in statuses(bundle, **options).items() if status == "broken"} - {"page", "manifest"}
 
 
 def edit_report(bundle, change):
@@ -279,7 +280,7 @@ def test_flipped_bytes_are_noticed(bundle, capsys):
     assert run(["verify", str(bundle)]) == 4
     out, err = capsys.readouterr()
     assert "changed: model.onnx" in out
-    assert err.startswith(f"rsi-deploy: {bundle}: files")
+    assert err.startswith(f"rsi-deploy: {bundle}: manifest, files")
 
 
 @pytest.mark.parametrize("keep", [0, 10, 1500])
@@ -293,7 +294,10 @@ def test_a_cut_file_is_noticed_and_is_no_crash(bundle, keep, capsys):
 def test_a_missing_file_is_noticed(bundle):
     (bundle / "model.onnx").unlink()
     result = verify(bundle)
-    assert {c.name: c.detail for c in result.claims if c.status == "broken"} == {"files": "missing: model.onnx"}
+    assert {c.name: c.detail for c in result.claims if c.status == "broken"} == {
+        "manifest": "missing: model.onnx",
+        "files": "missing: model.onnx",
+    }
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from rsi_deploy.cli.doctor import doctor, schema
 from rsi_deploy.cli.evaluate import evaluate_verb
 from rsi_deploy.cli.export import export
 from rsi_deploy.cli.inspect import inspect
+from rsi_deploy.cli.package import package
 from rsi_deploy.cli.profile import profile
 from rsi_deploy.cli.sweep import sweep
 from rsi_deploy.cli.verify import verify
@@ -69,7 +70,7 @@ def cli(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
 
 
-for verb in (export, sweep, profile, inspect, bench, evaluate_verb, verify, doctor, schema):
+for verb in (export, sweep, profile, inspect, bench, evaluate_verb, package, verify, doctor, schema):
     cli.add_command(verb)
 
 

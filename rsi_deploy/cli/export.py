@@ -37,6 +37,11 @@ from rsi_deploy.cli.terminal import console, progress_bar
 @click.option("--assume-constant", is_flag=True, help="ONNX: weights that are graph inputs too are constants.")
 @click.option("--opset", type=int, help="Of the ONNX model. [default: an ONNX file's own; 23 with attention, else 20]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--ray",
+    metavar="ADDRESS|local",
+    help="Have a Ray cluster's workers factorize, on their CPUs: the same bytes. [extra: ray]",
+)
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
 @click.option("--bench-batch", default=1, show_default=True, type=click.IntRange(min=1), help="Samples a run.")
 @click.option("--bench-seconds", default=10.0, show_default=True, type=click.FloatRange(min=0, min_open=True))

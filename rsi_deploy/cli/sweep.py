@@ -29,6 +29,11 @@ from rsi_deploy.cli.terminal import console, progress_bar
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
 @click.option("--bench-batch", default=1, show_default=True, type=click.IntRange(min=1), help="Samples a call.")
 @click.option("--bench-seconds", default=4.0, show_default=True, type=click.FloatRange(min=0, min_open=True))
+@click.option(
+    "--ray",
+    metavar="ADDRESS|local",
+    help="Have a Ray cluster's workers make the points; measured ones each on a machine of their own. [extra: ray]",
+)
 @click.option("--force", is_flag=True, help="Start anew in a folder that is not empty.")
 @runtime_options
 def sweep(model: str, output: Path, no_bench: bool, as_json: bool, **options: Any) -> None:

@@ -15,11 +15,15 @@ from rsi_deploy.errors import GateError
 @click.option("--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, ...")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def verify(folder: Path, data: str | None, calib: str | None, provider: str, as_json: bool) -> None:
-    """Compute again what the report of the bundle DIR claims; exit 4 if a claim is broken."""
+    """Compute again what the report of the bundle DIR claims; exit 4 if a claim is broken.
+
+    The first claim is the manifest: every file of DIR has the size and sha256 it was written with, and no file is
+    missing or was added. Of a folder that `package` wrote it is the only one.
+    """
     from rsi_deploy.report.table import print_verification
     from rsi_deploy.verification import verify as run_verify
 
     result = run_verify(folder, data=data, calib=calib, provider=provider)
     click.echo(result.model_dump_json(indent=2)) if as_json else print_verification(console(), result)
     if broken := [c for c in result.claims if c.status == "broken"]:
-        raise GateError(f"{folder}: {', '.join(c.name for c in broken)} not as reported; export again")
+        raise GateError(f"{folder}: {', '.join(c.name for c in broken)} not as reported; export (or package) again")

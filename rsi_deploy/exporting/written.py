@@ -8,6 +8,7 @@ from pathlib import Path
 from rsi_deploy import __version__
 from rsi_deploy.calibrating import Calibrator
 from rsi_deploy.exporting.found import Checked, Delivered, Start, dense_file
+from rsi_deploy.manifest import write_manifest
 from rsi_deploy.measure.machine import environment, peak_memory
 from rsi_deploy.onnx_file import file_bytes, file_hash
 from rsi_deploy.onnx_split import with_macs
@@ -81,12 +82,13 @@ class Exported:
 
 
 def write_files(folder: Path, report: Report, model: Path) -> None:
-    """Write what stands beside the model: report.json, report.html, plan.json and the model card."""
+    """Write what stands beside the model: report.json, report.html, plan.json, the model card; last, the manifest."""
     document = report.model_dump_json(indent=2) + "\n"
     (folder / "report.json").write_text(document, encoding="utf-8", newline="\n")
     (folder / "report.html").write_text(report_page(report, document), encoding="utf-8")
     write_plan(folder / "plan.json", plan_of(report))
     (folder / "README.md").write_text(model_card(report, model), encoding="utf-8")
+    write_manifest(folder)
 
 
 def _finish(folder: Path, *, keep_dense: bool) -> dict[str, str]:

@@ -41,6 +41,7 @@ ROUTES: tuple[Route, ...] = ("direct", "chebyshev", "gram", "krylov", "exact")
 CLEARLY = 0.9
 FASTER = 1.3  # bfloat16 is used where it multiplies so many times as fast as float32
 log = logging.getLogger(__name__)
+_told: dict[tuple[str, int], "Rates"] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,14 @@ class Rates:
 
 
 def rates(device: torch.device) -> Rates:
-    """The rates of this machine on `device`, measured where no file tells them."""
-    return _rates(device.type, torch.get_num_threads())
+    """The rates of this machine on `device`, measured where no file tells them; or those that were told."""
+    threads = torch.get_num_threads()
+    return _told.get((device.type, threads)) or _rates(device.type, threads)
+
+
+def tell_rates(device: torch.device, rates: Rates) -> None:
+    """Have this process choose as a machine with these rates would, with the number of threads that it has now."""
+    _told[device.type, torch.get_num_threads()] = rates
 
 
 def choose(
@@ -133,12 +140,12 @@ def _rates(device: str, threads: int) -> Rates:
 def _file(device: str, threads: int) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsi-deploy"
     root = Path(os.environ.get("RSI_DEPLOY_CACHE") or base)
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
     key = hashlib.sha256(f"{name}\0{torch.__version__}\0{threads}\0{device}\0v1".encode()).hexdigest()[:16]
     return root / f"rates-{key}.json"
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name and features: equal names may differ in their instructions."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")

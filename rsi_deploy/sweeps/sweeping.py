@@ -12,21 +12,23 @@ sweep is such. A sweep that was interrupted goes on with the same command: what 
 import datetime
 import json
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rsi_deploy import __version__
-from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.machine import environment
 from rsi_deploy.onnx_file import external_files, file_hash
-from rsi_deploy.pipeline import export
+from rsi_deploy.ray_crew import check_ray
 from rsi_deploy.report.page_sweep import sweep_page
+from rsi_deploy.report.schema import read_report
 from rsi_deploy.sweeps.kept import Kept
+from rsi_deploy.sweeps.making import MadePoint, PointJob, place
 from rsi_deploy.sweeps.points import By, Sweep, SweepPoint, point_of, read_sweep
+from rsi_deploy.sweeps.ray_points import made_by_workers
 from rsi_deploy.timing.costing import write_dense
 
 Progress = Callable[[str, int, int], None]
@@ -60,6 +62,7 @@ def sweep(
     bench_seconds: float = 4.0,
     seed: int = 0,
     force: bool = False,
+    ray: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Sweep:
@@ -89,6 +92,8 @@ def sweep(
         bench_seconds: for each point.
         seed: of everything.
         force: replace what is in `output`.
+        ray: address of a Ray cluster whose workers make the points after the first, or "local" (see
+            `rsi_deploy.sweeps.ray_points`); calibration and evaluation data must be theirs under the same names.
         progress: called with (point, index, count).
         command: for the document.
 
@@ -99,6 +104,8 @@ def sweep(
     shares = _shares(points, highest, lowest)
     if by not in KEYWORDS:
         raise UsageError(f"--by must be {', '.join(KEYWORDS)}, but got {by!r}")
+    if ray is not None:
+        check_ray(ray)
     options: dict[str, Any] = {
         "calib": str(calib),
         "data": None if data is None else str(data),
@@ -139,38 +146,45 @@ def sweep(
         if is_new:
             shutil.rmtree(work)
         raise
-    kept = Kept(folder=work)
-    for number, share in enumerate(shares, start=1):
-        if number <= len(document.points):
-            continue
+    kept, todo = Kept(folder=work), list(enumerate(shares, start=1))[len(document.points) :]
+    jobs = [PointJob(number=number, asked=_asked(document, share, options, number)) for number, share in todo]
+    results = _made(jobs, folder, dense, kept, ray, exclusive=measure)
+    for job in jobs:
         if progress is not None:
-            progress(f"{share:.0%} of {by}", number - 1, len(shares))
-        document = _with_point(document, number, folder, dense, options, kept)
+            progress(f"{shares[job.number - 1]:.0%} of {by}", job.number - 1, len(shares))
+        document = _with_point(document, job.number, next(results), folder)
         _write(document, folder)
     shutil.rmtree(work)
     return document
 
 
-def _with_point(document: Sweep, number: int, folder: Path, dense: Path, options: dict[str, Any], kept: Kept) -> Sweep:
+def _asked(document: Sweep, share: float, options: dict[str, Any], number: int) -> dict[str, Any]:
+    """The options of the export that makes a point."""
+    return {KEYWORDS[document.by]: share, **options, "command": f"{document.command} (point {number})"}
+
+
+def _made(
+    jobs: Sequence[PointJob], folder: Path, dense: Path, kept: Kept, ray: str | None, *, exclusive: bool
+) -> Iterator[MadePoint]:
+    """The points, one after another; by workers from the moment that the one calibration is there."""
+    left = list(jobs)
+    while left and (ray is None or kept.options() is None):
+        job = left.pop(0)
+        yield job.made_in(folder / place(job.number), dense, kept)
+    if left and ray is not None:
+        yield from made_by_workers(ray, left, folder, dense, kept, exclusive=exclusive)
+
+
+def _with_point(document: Sweep, number: int, made: MadePoint, folder: Path) -> Sweep:
     """The sweep with one more point, made or found impossible."""
-    share, place = document.shares[number - 1], f"point-{number:02d}"
-    started = time.monotonic()
-    asked: dict[str, Any] = {KEYWORDS[document.by]: share, **options}
-    try:
-        report = export(
-            str(dense),
-            folder / place,
-            **asked,
-            kept=kept,
-            force=True,
-            command=f"{document.command} (point {number})",
-        )
-    except ModelError as error:
+    share = document.shares[number - 1]
+    if made.problem is not None:
         if document.dense is None and number == len(document.shares):
-            raise  # no point at all: the model cannot be handled, and this says why
-        point = SweepPoint(number=number, share=share, problem=str(error), seconds=time.monotonic() - started)
+            raise made.problem  # no point at all: the model cannot be handled, and this says why
+        point = SweepPoint(number=number, share=share, problem=str(made.problem), seconds=made.seconds)
         return document.model_copy(update={"points": (*document.points, point)})
-    point = point_of(number, share, place, report, time.monotonic() - started)
+    report = read_report(folder / place(number))
+    point = point_of(number, share, place(number), report, made.seconds)
     top1 = None if report.accuracy is None else report.accuracy.dense.top1
     return document.model_copy(update={"points": (*document.points, point), "dense": report.dense, "dense_top1": top1})
 

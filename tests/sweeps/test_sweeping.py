@@ -13,7 +13,7 @@ from rsi_deploy.cli import run
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.report.html import source_of
 from rsi_deploy.report.schema import Size
-from rsi_deploy.sweeps import sweeping as sweep_module
+from rsi_deploy.sweeps import making
 from rsi_deploy.sweeps.points import Sweep, SweepPoint, deliver, read_sweep
 from rsi_deploy.verification import verify
 
@@ -124,7 +124,7 @@ def test_what_cannot_be_delivered(done, tmp_path, monkeypatch, capsys, argv, wor
 
 
 def test_an_interrupted_sweep_goes_on_and_calibrates_no_second_time(place, tmp_path, monkeypatch):
-    made, calls = sweep_module.export, []
+    made, calls = making.export, []
     surveyed, options_of = [], Calibration.options
 
     def interrupted(*args, **options):
@@ -138,7 +138,7 @@ def test_an_interrupted_sweep_goes_on_and_calibrates_no_second_time(place, tmp_p
         return options_of(self, *args)
 
     monkeypatch.setattr(Calibration, "options", counted)
-    monkeypatch.setattr(sweep_module, "export", interrupted)
+    monkeypatch.setattr(making, "export", interrupted)
     with pytest.raises(KeyboardInterrupt):
         swept(place, tmp_path / "s")
     half = read_sweep(tmp_path / "s")

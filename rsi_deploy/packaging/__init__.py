@@ -1,0 +1,1 @@
+"""Bundles made ready for the engines that serve them."""

@@ -1,0 +1,249 @@
+"""The verb `package`: a bundle goes in, a folder for an engine comes out, whole, with a manifest of its files.
+
+bundle --read_servable--> Servable --> ort | triton | kserve | ray-serve --> manifest.json
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy.typing as npt
+
+from rsi_deploy.bundle import check_target, whole_folder
+from rsi_deploy.errors import UsageError
+from rsi_deploy.manifest import MANIFEST, write_manifest
+from rsi_deploy.packaging.kserve import KserveSettings, check_label, write_kserve
+from rsi_deploy.packaging.ort_format import Platform, write_ort
+from rsi_deploy.packaging.ray_serve import RaySettings, write_ray_serve
+from rsi_deploy.packaging.result import PackageResult, Target
+from rsi_deploy.packaging.servable import Servable, read_dense, read_servable
+from rsi_deploy.packaging.triton import DenseAs, entries, write_triton
+from rsi_deploy.packaging.triton_config import Backend, Precision, TritonSettings
+
+ENGINE = {"max_batch", "max_delay_ms", "instances", "threads", "device", "tensorrt"}
+USES: dict[str, set[str]] = {
+    "ort": {"platform"},
+    "triton": {*ENGINE, "backend", "dense", "dense_as"},
+    "kserve": {*ENGINE, "storage_uri", "replicas", "cpus", "memory"},
+    "ray-serve": {"max_batch", "max_delay_ms", "threads", "storage_uri", "replicas", "cpus"},
+}
+"""Which options each target has; another one that is given is refused."""
+
+DEFAULTS: dict[str, Any] = {
+    "platform": "arm",
+    "backend": "onnxruntime",
+    "dense": None,
+    "dense_as": "version",
+    "max_batch": 8,
+    "max_delay_ms": 1.0,
+    "instances": 1,
+    "threads": None,
+    "device": "cpu",
+    "tensorrt": "off",
+    "storage_uri": None,
+    "replicas": "1-4",
+    "cpus": 2,
+    "memory": "2Gi",
+}
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def package(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    target: Target,
+    name: str | None = None,
+    feeds: str | Path | Mapping[str, npt.NDArray[Any]] | None = None,
+    platform: Platform = "arm",
+    backend: Backend = "onnxruntime",
+    dense: str | Path | None = None,
+    dense_as: DenseAs = "version",
+    max_batch: int = 8,
+    max_delay_ms: float = 1.0,
+    instances: int = 1,
+    threads: int | None = None,
+    device: str = "cpu",
+    tensorrt: Precision = "off",
+    storage_uri: str | None = None,
+    replicas: str = "1-4",
+    cpus: int = 2,
+    memory: str = "2Gi",
+    force: bool = False,
+) -> PackageResult:
+    """Make of the bundle in `folder` what an engine serves, in `output`.
+
+    Args:
+        folder: a bundle; its files must be what its manifest says.
+        output: the folder to make.
+        target: "ort", "triton", "kserve" or "ray-serve".
+        name: of the model in the engine; None is the bundle folder's name.
+        feeds: inputs to run the model on: an `.npz` or input name -> array; None draws those of the report.
+        platform: ort: "arm" runs everywhere, "amd64" stores x86-64's own layouts too.
+        backend: triton: "onnxruntime", or "python" for servers that have no onnxruntime backend.
+        dense: triton: the dense ONNX model, to be served beside; None leaves it out.
+        dense_as: triton: "version" (1 dense, 2 compressed) or "name" (NAME-dense).
+        max_batch: most samples that share a run.
+        max_delay_ms: how long a request may wait for others.
+        instances: copies of the model on each device.
+        threads: inside one operator; None is onnxruntime's default, or a replica's CPUs in ray-serve.
+        device: "cpu" or "gpu".
+        tensorrt: "fp32" or "fp16" has TensorRT run the model on the GPU.
+        storage_uri: kserve: where the model repository will lie; ray-serve: where the zipped package will lie, which
+            only a cluster needs.
+        replicas: fewest and most, "1-4".
+        cpus: of each replica.
+        memory: kserve: of each replica, "2Gi".
+        force: replace a folder that is there and not empty.
+
+    Raises:
+        UsageError: a request that cannot be meant, or options that the target has not.
+        ModelError: the model cannot be run, or the engine cannot have it.
+        GateError: the bundle is not what its manifest says, or the package is not what the bundle is.
+    """
+    given = {key: value for key, value in locals().items() if key in DEFAULTS and value != DEFAULTS[key]}
+    _check_options(target, given)
+    name = _name(name, Path(folder), target)
+    check_target(Path(output), force=force)
+    triton = _triton(backend, max_batch, max_delay_ms, instances, threads, device, tensorrt)
+    kserve = _kserve(storage_uri, replicas, cpus, memory) if target == "kserve" else None
+    ray = _ray(storage_uri, replicas, cpus, triton) if target == "ray-serve" else None
+    model = read_servable(folder, feeds)
+    beside = None if dense is None else read_dense(Path(dense), model)
+    held = entries(name, model, beside, dense_as)
+    with whole_folder(Path(output), force=force) as work:
+        if target == "ort":
+            write_ort(work, model, platform)
+        elif kserve is not None:
+            write_kserve(work, held[0], kserve, triton)
+        elif ray is not None:
+            write_ray_serve(work, name, model, ray)
+        else:
+            write_triton(work, held, triton)
+        files = (*write_manifest(work).files, MANIFEST)
+    return PackageResult(
+        target=target,
+        name=name,
+        folder=str(output),
+        files=tuple(sorted(files)),
+        batched=None if target == "ort" else not held[0].versions[-1].unbatchable,
+        notes=(*model.notes, *_notes(target, held[0].versions[-1], dense)),
+    )
+
+
+def _check_options(target: str, given: Mapping[str, Any]) -> None:
+    if target not in USES:
+        raise UsageError(f"--target must be {', '.join(USES)}, but got {target!r}")
+    foreign = [key for key in given if key not in USES[target]]
+    if foreign:
+        key = foreign[0]
+        there = " and ".join(f"--target {other}" for other, known in USES.items() if key in known)
+        raise UsageError(f"{flag(key)} says nothing to --target {target}; it belongs to {there}")
+
+
+def flag(key: str) -> str:
+    """The option's spelling on the command line.
+
+    Example:
+        >>> flag("max_delay_ms")
+        '--max-delay'
+    """
+    return "--" + key.removesuffix("_ms").replace("_", "-")
+
+
+def _name(name: str | None, folder: Path, target: str) -> str:
+    made = folder.resolve().name if name is None else name
+    if target == "kserve":
+        check_label(made)
+    if not NAME.fullmatch(made):
+        raise UsageError(f"a model's name has letters, digits, . _ and -, but got {made!r}; give one with --name")
+    return made
+
+
+def _triton(
+    backend: Backend,
+    max_batch: int,
+    max_delay_ms: float,
+    instances: int,
+    threads: int | None,
+    device: str,
+    tensorrt: Precision,
+) -> TritonSettings:
+    for key, value, known in (
+        ("backend", backend, get_args(Backend)),
+        ("device", device, ("cpu", "gpu")),
+        ("tensorrt", tensorrt, get_args(Precision)),
+    ):
+        if value not in known:
+            raise UsageError(f"--{key} must be {', '.join(known)}, but got {value!r}")
+    for key, number in (("max_batch", max_batch), ("instances", instances), ("threads", threads)):
+        if number is not None and number < 1:
+            raise UsageError(f"{flag(key)} must be 1 or more, but got {number}")
+    if max_delay_ms < 0:
+        raise UsageError(f"--max-delay must be 0 or more milliseconds, but got {max_delay_ms}")
+    if tensorrt != "off" and (device != "gpu" or backend != "onnxruntime"):
+        raise UsageError("--tensorrt needs --device gpu and --backend onnxruntime")
+    return TritonSettings(
+        backend=backend,
+        max_batch=max_batch,
+        max_delay_ms=max_delay_ms,
+        instances=instances,
+        threads=threads,
+        device="gpu" if device == "gpu" else "cpu",
+        tensorrt=tensorrt,
+    )
+
+
+def _kserve(storage_uri: str | None, replicas: str, cpus: int, memory: str) -> KserveSettings:
+    if storage_uri is None:
+        raise UsageError("--target kserve needs --storage-uri, such as s3://bucket/models or pvc://name/models")
+    if not re.fullmatch(r"[1-9][0-9]*(Mi|Gi|M|G)", memory):
+        raise UsageError(f"--memory must be a number and Mi or Gi, such as 2Gi, but got {memory!r}")
+    _check_cluster(storage_uri, cpus)
+    return KserveSettings(storage_uri=storage_uri, replicas=parse_replicas(replicas), cpus=cpus, memory=memory)
+
+
+def _ray(storage_uri: str | None, replicas: str, cpus: int, engine: TritonSettings) -> RaySettings:
+    _check_cluster(storage_uri, cpus)
+    return RaySettings(
+        storage_uri=storage_uri,
+        replicas=parse_replicas(replicas),
+        cpus=cpus,
+        threads=engine.threads or cpus,  # a replica's share: onnxruntime's default is every core of the node
+        max_batch=engine.max_batch,
+        max_delay_ms=engine.max_delay_ms,
+    )
+
+
+def _check_cluster(storage_uri: str | None, cpus: int) -> None:
+    if storage_uri is not None and not re.match(r"[a-z][a-z0-9+.-]*://\S+$", storage_uri):
+        raise UsageError(f"--storage-uri must be a URI, such as s3://bucket/models, but got {storage_uri!r}")
+    if cpus < 1:
+        raise UsageError(f"--cpus must be 1 or more, but got {cpus}")
+
+
+def parse_replicas(text: str) -> tuple[int, int]:
+    """Read `1-4`: the fewest and the most.
+
+    Example:
+        >>> parse_replicas("1-4"), parse_replicas("2")
+        ((1, 4), (2, 2))
+
+    Raises:
+        UsageError: something else.
+    """
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if not 0 <= least <= most or most < 1:
+        raise UsageError(f"--replicas must be the fewest and the most, such as 1-4, but got {text!r}")
+    return least, most
+
+
+def _notes(target: str, model: Servable, dense: str | Path | None) -> list[str]:
+    notes = []
+    if target != "ort" and model.unbatchable:
+        notes.append(f"requests are not put together: {model.unbatchable}")
+    if target == "triton" and dense is None and (kept := model.model.with_name("dense.onnx")).is_file():
+        notes.append(f"the dense model is left out; --dense {kept} puts it beside for A/B")
+    return notes

@@ -1,0 +1,217 @@
+"""What a bundle offers to an engine: its model, the tensors it takes and gives, and whether samples may share a run.
+
+    bundle --manifest holds?--> model.onnx --onnxruntime--> names, types, shapes
+                                     |---- several samples in one run == each alone? ----> may be batched
+
+An engine that batches puts strangers' requests into one run. Names of dimensions say whether a batch fits in; that
+samples do not mix only a run shows, so it is run, here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rsi_deploy.errors import GateError, ModelError, UsageError
+from rsi_deploy.gates import EXPORTER_TOLERANCE, compare_outputs, tolerance_for
+from rsi_deploy.manifest import check_manifest
+from rsi_deploy.measure.inputs import Dim, check_feeds, model_inputs
+from rsi_deploy.measure.sessions import make_session, run_session
+from rsi_deploy.probe import Feeds, probe_feeds, read_feeds
+from rsi_deploy.report.schema import Report, read_report
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+SAMPLES = 3  # in the run that shows whether samples mix: an odd number, no kernel's favourite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """An input or output: onnxruntime's word for its type (`float`, `int64`, `string`), and its dimensions."""
+
+    name: str
+    type: str
+    shape: tuple[Dim, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.type} ({', '.join('?' if dim is None else str(dim) for dim in self.shape)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Servable:
+    """A bundle's model as an engine sees it.
+
+    Attributes:
+        model: its file.
+        report: of the bundle.
+        inputs, outputs: in the model's order.
+        feeds: inputs that the model runs on.
+        feeds_given: whether the user gave them.
+        unbatchable: why samples must not share a run; "" where they may.
+        notes: what a reader must know.
+    """
+
+    model: Path
+    report: Report
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    feeds: Feeds
+    feeds_given: bool
+    unbatchable: str
+    notes: tuple[str, ...]
+
+
+def read_servable(folder: str | Path, feeds: str | Path | Mapping[str, npt.NDArray[Any]] | None = None) -> Servable:
+    """Look at the bundle in `folder` and run its model.
+
+    Args:
+        folder: a bundle.
+        feeds: inputs to run it on, an `.npz` or name -> array; None draws the seeded ones of the report.
+
+    Raises:
+        UsageError: no bundle there; feeds that do not fit, or that must be given.
+        GateError: a file of it is not what its manifest says.
+        ModelError: the model cannot be run, or has tensors that no engine takes.
+    """
+    folder = Path(folder)
+    report, check = read_report(folder), check_manifest(folder)
+    if not check.ok:
+        raise GateError(f"{folder} is not the bundle that was written: {check.summary}; export again, or get it again")
+    model = folder / "model.onnx"
+    session = make_session(model)
+    inputs, outputs = tensors(session)
+    arrays = _feeds(model, report, feeds)
+    try:
+        run_session(session, arrays, str(model))
+    except ModelError as error:
+        if feeds is None:
+            raise UsageError(f"{error}; random inputs may make no sense to it: add --feeds FILE.npz") from error
+        raise
+    return Servable(
+        model=model,
+        report=report,
+        inputs=inputs,
+        outputs=outputs,
+        feeds=arrays,
+        feeds_given=feeds is not None,
+        unbatchable=_mixing(session, inputs, outputs, _several(arrays, given=feeds is not None)),
+        notes=() if check.present else (f"the bundle has {check.summary}",),
+    )
+
+
+def read_dense(path: Path, beside: Servable) -> Servable:
+    """The dense model at `path`, to be served beside the compressed one.
+
+    Raises:
+        UsageError: it takes or gives something else.
+        ModelError: it cannot be run.
+    """
+    session = make_session(path)
+    inputs, outputs = tensors(session)
+    for what, ours, theirs in (("takes", beside.inputs, inputs), ("gives", beside.outputs, outputs)):
+        if [_fixed(tensor) for tensor in ours] != [_fixed(tensor) for tensor in theirs]:
+            listed = [", ".join(map(str, tensors_)) for tensors_ in (theirs, ours)]
+            raise UsageError(
+                f"--dense {path} {what} {listed[0]}, the bundle's model {listed[1]}; "
+                "give the model that the bundle was made from"
+            )
+    run_session(session, beside.feeds, str(path))
+    mixing = _mixing(session, inputs, outputs, _several(beside.feeds, given=beside.feeds_given))
+    return replace(beside, model=path, inputs=inputs, outputs=outputs, unbatchable=mixing, notes=())
+
+
+def tensors(session: "InferenceSession") -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Inputs and outputs as onnxruntime has inferred them.
+
+    Raises:
+        ModelError: one that is no tensor (a sequence, a map, an optional).
+    """
+    return _tensors("input", session.get_inputs()), _tensors("output", session.get_outputs())
+
+
+def _fixed(tensor: Tensor) -> tuple[str, str, list[int]]:
+    """What must be equal: symbols may have other names."""
+    return tensor.name, tensor.type, [dim if isinstance(dim, int) else -1 for dim in tensor.shape]
+
+
+def _tensors(what: str, values: list[Any]) -> tuple[Tensor, ...]:
+    for value in values:
+        if not value.type.startswith("tensor("):
+            raise ModelError(f"{what} {value.name} is {value.type}; engines serve tensors only")
+    return tuple(
+        Tensor(
+            name=value.name,
+            type=value.type.removeprefix("tensor(").removesuffix(")"),
+            shape=tuple(dim if isinstance(dim, int | str) else None for dim in value.shape),
+        )
+        for value in values
+    )
+
+
+def _feeds(model: Path, report: Report, given: str | Path | Mapping[str, npt.NDArray[Any]] | None) -> Feeds:
+    if given is None:
+        return probe_feeds(model, report.settings.seed, report.probe_shapes)
+    arrays = read_feeds(given) if isinstance(given, str | Path) else dict(given)
+    check_feeds(model_inputs(model), arrays, str(model))
+    return arrays
+
+
+def _several(feeds: Feeds, *, given: bool) -> Feeds | None:
+    """The feeds with `SAMPLES` samples, no two alike where they were drawn; None where one sample is all there is."""
+    if any(array.ndim == 0 for array in feeds.values()):
+        return None
+    count = len(next(iter(feeds.values()), ()))
+    if any(len(array) != count for array in feeds.values()) or (given and count < 2):
+        return None
+    if given:
+        return feeds
+    more = {name: [array] * (1 + SAMPLES // max(count, 1)) for name, array in feeds.items()}
+    return {name: _scaled(np.concatenate(parts)[:SAMPLES]) for name, parts in more.items()}
+
+
+def _scaled(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Floats with another size in every sample, so that repeated ones are no copies."""
+    if array.dtype.kind != "f":
+        return array
+    sizes = 1 + np.arange(len(array)).reshape(-1, *[1] * (array.ndim - 1)) / 4
+    scaled: npt.NDArray[Any] = (array * sizes).astype(array.dtype)
+    return scaled
+
+
+def _mixing(
+    session: "InferenceSession", inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], feeds: Feeds | None
+) -> str:
+    """Why samples must not share a run; "" where several in one run give what each gives alone, within rounding."""
+    for what, values in (("input", inputs), ("output", outputs)):
+        for value in values:
+            if not value.shape or isinstance(value.shape[0], int):
+                dims = ", ".join(map(str, value.shape))
+                return f"{what} {value.name} ({dims}) has no dynamic first dimension"
+    if feeds is None:
+        return "one sample does not show whether samples mix: add --feeds FILE.npz with two or more"
+    count = len(next(iter(feeds.values())))
+    try:
+        together = run_session(session, feeds, "a batch")
+        alone = [
+            run_session(session, {name: array[at : at + 1] for name, array in feeds.items()}, "a sample")
+            for at in range(count)
+        ]
+        for value, array in zip(outputs, together, strict=True):
+            if array.ndim == 0 or len(array) != count:
+                return f"output {value.name} has shape {array.shape} for {count} samples"
+        expected = [np.concatenate(parts) for parts in zip(*alone, strict=True)]
+        numbers = [at for at, array in enumerate(expected) if array.dtype.kind not in "OUS"]
+        tolerance = tolerance_for([expected[at] for at in numbers], EXPORTER_TOLERANCE)
+        compare_outputs(
+            [expected[at] for at in numbers],
+            [together[at] for at in numbers],
+            what=f"{count} samples in one run against each alone",
+            tolerance=tolerance,
+        )
+    except (ModelError, GateError) as error:
+        return str(error)
+    return ""

@@ -1,0 +1,30 @@
+"""Run in the engine's environment: unmodified tritonclient.http, asked over feeds in a file, answers into another.
+
+python ask_triton.py ADDRESS MODEL VERSION json|binary FEEDS.npz ANSWERS.npz
+"""
+
+import sys
+
+import numpy as np
+
+
+def main(address, model, version, way, feeds, answers):
+    import tritonclient.http as triton
+    from tritonclient.utils import np_to_triton_dtype
+
+    client = triton.InferenceServerClient(address, network_timeout=120, connection_timeout=120)
+    binary = way == "binary"
+    with np.load(feeds) as arrays:
+        inputs = []
+        for name in arrays.files:
+            array = arrays[name]
+            inputs.append(triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
+            inputs[-1].set_data_from_numpy(array, binary_data=binary)
+    names = [output["name"] for output in client.get_model_metadata(model, version)["outputs"]]
+    wanted = [triton.InferRequestedOutput(name, binary_data=binary) for name in names]
+    answer = client.infer(model, inputs, model_version=version, outputs=wanted)
+    np.savez(answers, **{name: answer.as_numpy(name) for name in names})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,20 @@
+"""Run in the engine's environment: a config.pbtxt read by Triton's own protobuf, printed as JSON with every field.
+
+python check_config.py CONFIG.pbtxt
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(path):
+    from google.protobuf import json_format, text_format
+    from tritonclient.grpc import model_config_pb2
+
+    config = text_format.Parse(Path(path).read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+    print(json.dumps(json_format.MessageToDict(config, preserving_proto_field_name=True)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

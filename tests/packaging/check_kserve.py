@@ -1,0 +1,31 @@
+"""Run in the engine's environment: an InferenceService through kserve's own models and back, printed as JSON.
+
+    python check_kserve.py INFERENCESERVICE.yaml
+
+What kserve's models do not know is lost on the way, and so shows.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+
+def main(path):
+    import kserve
+    import kubernetes.client
+    import yaml
+
+    for name in dir(kubernetes.client):  # kserve's models name Kubernetes' own, which its client does not find
+        if name.startswith("V1") and not hasattr(kserve.models, name):
+            setattr(kserve.models, name, getattr(kubernetes.client, name))
+    given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    client = kserve.ApiClient()
+    made = client.deserialize(SimpleNamespace(data=json.dumps(given)), "V1beta1InferenceService")
+    assert isinstance(made, kserve.V1beta1InferenceService)
+    assert isinstance(made.spec.predictor.model, kserve.V1beta1ModelSpec)
+    print(json.dumps({"given": given, "back": client.sanitize_for_serialization(made)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,104 @@
+"""Environments of their own for what does not install beside us, and a real tritonserver from one of them."""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SERVED_WITHIN = 120  # s: the Python backend starts an interpreter for every instance
+
+
+def environment(name):
+    """The Python of `.venv-NAME`, or a skip that says what to type; $RSI_DEPLOY_ENVIRONMENTS names another parent."""
+    python = Path(os.environ.get("RSI_DEPLOY_ENVIRONMENTS", ROOT)) / f".venv-{name}" / "bin" / "python"
+    if not python.is_file():
+        pytest.skip(f"no .venv-{name} here: run make {name}")
+    return python
+
+
+def with_tritonclient():
+    """A Python that has tritonclient: this one, or that of `.venv-triton`."""
+    return Path(sys.executable) if importlib.util.find_spec("tritonclient") else environment("triton")
+
+
+def asked(python, code, *arguments, **options):
+    """Run a script of this folder in another environment, without our packages on its path; its stdout."""
+    command = [python, str(Path(__file__).with_name(code)), *map(str, arguments)]
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=300, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def free_port():
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+@contextlib.contextmanager
+def tritonserver(repository, work):
+    """NVIDIA's tritonserver, as its wheel has it, over a repository; gives its HTTP address, ready or not at all."""
+    python = environment("triton")
+    site = next(python.parents[1].glob("lib/python3.*/site-packages"))
+    wheel = site / "pytriton" / "tritonserver"
+    version = site.parent.name.removeprefix("python")
+    backends = work / "backends"
+    shutil.copytree(wheel / "backends", backends)
+    shutil.copy(wheel / "python_backend_stubs" / version / "triton_python_backend_stub", backends / "python")
+    library = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"], capture_output=True, text=True
+    ).stdout.strip()
+    port = free_port()
+    command = [
+        wheel / "bin" / "tritonserver",
+        f"--model-repository={repository}",
+        f"--backend-directory={backends}",
+        "--http-address=127.0.0.1",
+        f"--http-port={port}",
+        "--allow-grpc=false",
+        "--allow-metrics=false",
+        "--backend-config=python,shm-default-byte-size=4194304",
+        "--exit-on-error=false",
+    ]
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    clean |= {
+        "LD_LIBRARY_PATH": f"{site / 'nvidia_pytriton.libs'}:{library}",
+        "PATH": f"{python.parent}:{os.environ['PATH']}",  # the stub's interpreter finds its packages by it
+        "VIRTUAL_ENV": str(python.parents[1]),
+    }
+    log = work / "triton.log"
+    with log.open("wb") as out:
+        server = subprocess.Popen(command, env=clean, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            _wait(server, f"http://127.0.0.1:{port}/v2/health/ready", log)
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.send_signal(signal.SIGINT)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+
+
+def _wait(server, url, log):
+    deadline = time.monotonic() + SERVED_WITHIN
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text(errors="replace")[-4000:]
+        with contextlib.suppress(OSError, urllib.error.URLError), urllib.request.urlopen(url, timeout=5) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"not ready within {SERVED_WITHIN} s: {log.read_text(errors='replace')[-4000:]}")

@@ -1,0 +1,88 @@
+"""Small models of every kind that an engine must be told about, each in a bundle."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from nets import SIZES, mlp_onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from rsi_deploy import export
+
+
+def bundle_of(path, folder, **options):
+    """A bundle of the ONNX file, with rank 4 wherever that saves something."""
+    export(str(path), folder, **{"rank": 4, "measure": False, **options})
+    return folder
+
+
+def mlp_bundle(root, name="mlp", sizes=SIZES, **options):
+    """A perceptron `(batch, 12) -> (batch, 10)`."""
+    root.mkdir(parents=True, exist_ok=True)
+    return bundle_of(mlp_onnx(root / f"{name}.onnx", sizes=sizes), root / name, **options)
+
+
+def graph(path, nodes, inputs, outputs, weights=()):
+    """A model file; inputs and outputs are (name, type, dims)."""
+    values = [[helper.make_tensor_value_info(*value) for value in side] for side in (inputs, outputs)]
+    made = helper.make_graph(nodes, "g", *values, list(weights))
+    onnx.save(helper.make_model(made, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), path)
+    return Path(path)
+
+
+def weight(rows, columns, name="w", seed=0):
+    values = np.random.default_rng(seed).standard_normal((rows, columns)) / rows**0.5
+    return numpy_helper.from_array(values.astype(np.float32), name)
+
+
+def mixing(path):
+    """`x W - mean over the batch`: the dimensions say it could be batched, the values say it must not."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"]),
+        helper.make_node("ReduceMean", ["p", "axes"], ["m"], keepdims=1),
+        helper.make_node("Sub", ["p", "m"], ["y"]),
+    ]
+    axes = numpy_helper.from_array(np.array([0]), "axes")
+    return graph(
+        path,
+        nodes,
+        [("x", TensorProto.FLOAT, ["n", 32])],
+        [("y", TensorProto.FLOAT, ["n", 32])],
+        [weight(32, 32), axes],
+    )
+
+
+def pooled(path):
+    """One output a batch: `x W` summed over everything."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"]),
+        helper.make_node("ReduceSum", ["p"], ["y"], keepdims=0),
+    ]
+    return graph(path, nodes, [("x", TensorProto.FLOAT, ["n", 32])], [("y", TensorProto.FLOAT, [])], [weight(32, 32)])
+
+
+def tokens(path):
+    """Ids and a mask `(batch, length)` -> a vector and a score `(batch,)` for each sample, and the ids again."""
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"]),
+        helper.make_node("Cast", ["mask"], ["kept"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["kept", "last"], ["weights"]),
+        helper.make_node("Mul", ["rows", "weights"], ["masked"]),
+        helper.make_node("ReduceSum", ["masked", "first"], ["sum"], keepdims=0),
+        helper.make_node("MatMul", ["sum", "w"], ["vector"]),
+        helper.make_node("ReduceMax", ["vector", "first"], ["score"], keepdims=0),
+        helper.make_node("Identity", ["ids"], ["same"]),
+    ]
+    tensors = [
+        weight(50, 32, "table", 1),
+        weight(32, 32, "w"),
+        numpy_helper.from_array(np.array([1]), "first"),
+        numpy_helper.from_array(np.array([-1]), "last"),
+    ]
+    inputs = [(name, TensorProto.INT64, ["batch", "length"]) for name in ("ids", "mask")]
+    outputs = [
+        ("vector", TensorProto.FLOAT, ["batch", 32]),
+        ("score", TensorProto.FLOAT, ["batch"]),
+        ("same", TensorProto.INT64, ["batch", "length"]),
+    ]
+    return graph(path, nodes, inputs, outputs, tensors)
