@@ -141,7 +141,7 @@ def running_sum(path):
     return write(path, nodes, values[:1], values[1:], [zero])
 
 
-def slow(path, width=1536, layers=24):
+def slow(path, width=1536, layers=240):
     """Matrix products on `(N, 1536)` that take tens of ms a row."""
     rng, nodes, weights, before = np.random.default_rng(0), [], [], "x"
     weights.append(numpy_helper.from_array(rng.standard_normal((width, width)).astype(np.float32) / width**0.5, "w"))

@@ -76,6 +76,7 @@ def serve(
     from rsi_deploy.plan.budget import parse_share
     from rsi_deploy.serving.server import serve as run_serve
 
+    logging.getLogger("rsi_deploy.serving").setLevel(logging.WARNING)  # reloads, and models that are not batched
     key = api_key_file.read().strip() if api_key_file is not None else os.environ.get(KEY_VARIABLE, "")
     if api_key_file is not None and not key:
         raise UsageError("--api-key-file: the file is empty")

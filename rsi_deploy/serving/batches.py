@@ -275,8 +275,8 @@ class Batcher:
         key, start = batch[0].key, time.monotonic()
         try:
             answers, seconds = await worker.run(key, [job.feeds for job in batch], self._limits.run_timeout)
-        except WorkerDied:
-            self._retry(batch)
+        except WorkerDied as death:
+            self._retry(batch, counts=death.had_it)
         else:
             self._costs.setdefault(key, _Cost()).note(seconds, count)
             self._on_batch(key, count, len(batch), seconds)
@@ -293,8 +293,12 @@ class Batcher:
             self._ends.pop(worker, None)
             self.pump()
 
-    def _retry(self, batch: list[_Job]) -> None:
+    def _retry(self, batch: list[_Job], *, counts: bool) -> None:
         """Once more, in front of the others and with the whole bound again; what was lost twice is given up."""
+        if not counts:
+            for job in reversed(batch):
+                self._push(job, first=True)
+            return
         for job in reversed(batch):
             if job.future.done():
                 continue

@@ -93,6 +93,8 @@ class Front:
         if watcher is not None:
             watcher.cancel()
         self.service.leaving = True
+        for listening in http.servers:
+            listening.close()
         await asyncio.sleep(LEAVE_SECONDS)
         self.service.accepting = False
         http.should_exit = True

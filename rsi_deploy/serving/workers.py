@@ -28,7 +28,15 @@ STABLE_SECONDS = 10.0
 
 
 class WorkerDied(Exception):  # noqa: N818 - an event, not a mistake
-    """The process ended before it answered."""
+    """The process ended before it answered.
+
+    Args:
+        had_it: whether it may have begun with what it was asked.
+    """
+
+    def __init__(self, *, had_it: bool = True):
+        super().__init__()
+        self.had_it = had_it
 
 
 class Worker:
@@ -90,18 +98,20 @@ class Worker:
 
     async def _ask(self, message: Any, timeout: float) -> Any:
         if self.ended:
-            raise WorkerDied
+            raise WorkerDied(had_it=False)
         self._answer = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout):
                 try:
                     await send_frame_async(self._sock, message)
                 except OSError:
-                    raise WorkerDied from None
+                    self.ended = True
+                    raise WorkerDied(had_it=False) from None
                 return await self._answer
         except TimeoutError:
             logger.error("worker %d gave no answer in %.0f s and is killed", self.pid, timeout)
             self._process.kill()
+            self.ended = True
             raise WorkerDied from None
         finally:
             self._answer = None

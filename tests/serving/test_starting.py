@@ -110,7 +110,7 @@ def test_help_loads_nothing_heavy():
         "print(sorted({'torch', 'onnxruntime', 'uvicorn', 'grpc', 'tritonclient', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "Open Inference" in done.stdout
+    assert "Serve bundles" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
 
