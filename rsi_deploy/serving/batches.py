@@ -4,11 +4,12 @@
                more than a quarter of the bound is expected to run
     when       a worker is idle, and the batch is full, its oldest request has waited `batch_delay`, or there is no
                sign of other clients
-    refused    429 at once, where the work ahead is expected to take longer than `latency_bound`; 503 later, where a
-               request has waited that long after all
+    refused    429 at once, where the answer is expected to take longer than `latency_bound`; 503 later, where a request
+               has waited so long after all that it cannot be answered within it
     retried    once, where the worker died with it; then 503
 
-What a row costs is measured: a running mean of the time of the batches of its model.
+What a row costs is measured: a running mean over the batches of its model, and for promises twice its mean deviation on
+top, as TCP does for round trips: on a machine that others use, times come and go.
 """
 
 import asyncio
@@ -76,15 +77,18 @@ class _Job:
 
 @dataclass(kw_only=True)
 class _Cost:
-    """Seconds a row of one model takes."""
+    """Seconds a row of one model takes, and how far that strays."""
 
     a_row: float = 0.0
+    spread: float = 0.0
     batches: int = 0
 
     def note(self, seconds: float, count: int) -> None:
         self.batches += 1
-        share = max(_RECENT, 1 / self.batches)
-        self.a_row += share * (seconds / count - self.a_row)
+        share, off = max(_RECENT, 1 / self.batches), seconds / count - self.a_row
+        self.a_row += share * off
+        if self.batches > 1:
+            self.spread += share * (abs(off) - self.spread)
 
 
 @dataclass(kw_only=True)
@@ -194,8 +198,14 @@ class Batcher:
             raise Refusal(429, text, retry_after=max(expected - bound, 1.0))
 
     def _a_row(self, key: str) -> float:
+        """Seconds that a row is not expected to exceed; 0 before the first batch."""
         cost = self._costs.get(key)
-        return cost.a_row if cost else 0.0
+        return cost.a_row + 2 * cost.spread if cost else 0.0
+
+    def _latest(self, job: _Job) -> float:
+        """When a job must start to be answered in time; one that takes most of the bound itself has half of it."""
+        own = self._a_row(job.key) * max(job.rows, self._most_rows(job.key))
+        return job.deadline - min(own, self._limits.latency_bound / 2)
 
     def _most_rows(self, key: str) -> int:
         """Rows of a batch: what the limits allow, and what is expected to run in a quarter of the bound."""
@@ -228,7 +238,7 @@ class Batcher:
     def _drop_old(self, now: float) -> None:
         for place in list(self._queues):
             while place in self._queues and (
-                (head := self._queues[place].jobs[0]).future.done() or head.deadline < now
+                (head := self._queues[place].jobs[0]).future.done() or self._latest(head) < now
             ):
                 job = self._pop(place)
                 if not job.future.done():
@@ -317,7 +327,7 @@ class Batcher:
             self._timer = None
         if not self._queues:
             return
-        times = [head.deadline for head in self._heads() if head.deadline < math.inf]
+        times = [self._latest(head) for head in self._heads() if not head.behind]
         if any(not worker.busy and not worker.ended for worker in self.pool.active):
             times += [ripe for queue in self._queues.values() if (ripe := self._ripe_at(queue)) > now]
         pause = max(min(times, default=now + 1.0) - now, 0.0005)
