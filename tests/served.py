@@ -141,7 +141,7 @@ def running_sum(path):
     return write(path, nodes, values[:1], values[1:], [zero])
 
 
-def slow(path, width=1536, layers=240):
+def slow(path, width=1536, layers=160):
     """Matrix products on `(N, 1536)` that take tens of ms a row."""
     rng, nodes, weights, before = np.random.default_rng(0), [], [], "x"
     weights.append(numpy_helper.from_array(rng.standard_normal((width, width)).astype(np.float32) / width**0.5, "w"))
@@ -151,6 +151,23 @@ def slow(path, width=1536, layers=240):
         before = after
     x, y = (value(name, TensorProto.FLOAT, ["N", width]) for name in ("x", "y"))
     return write(path, nodes, [x], [y], weights)
+
+
+def echo(path):
+    """Gives back one input of every datatype that the protocol carries here, each `(N, 2)`."""
+    kinds = {
+        **{f"INT{bits}": getattr(TensorProto, f"INT{bits}") for bits in (8, 16, 32, 64)},
+        **{f"UINT{bits}": getattr(TensorProto, f"UINT{bits}") for bits in (8, 16, 32, 64)},
+        **{
+            "BOOL": TensorProto.BOOL,
+            "FP16": TensorProto.FLOAT16,
+            "FP32": TensorProto.FLOAT,
+            "FP64": TensorProto.DOUBLE,
+        },
+    }
+    nodes = [helper.make_node("Identity", [f"x{name}"], [f"y{name}"]) for name in kinds]
+    inputs = [value(f"x{name}", kind, ["N", 2]) for name, kind in kinds.items()]
+    return write(path, nodes, inputs, [value(f"y{name}", kind, ["N", 2]) for name, kind in kinds.items()], [])
 
 
 def value(name, kind, shape):

@@ -48,8 +48,8 @@ report.page_errors report.page_sites report.page_report verification report.tabl
 sweeps.points report.page_sweep sweeps.kept timing.timed_export calibrating stages timing.last_word timing.part_of_time
 exporting.found exporting.written exporting.run pipeline sweeps.sweeping
 serving.refusal serving.bundles serving.tensors serving.signature serving.model serving.requests serving.images
-serving.shadow serving.metrics serving.catalog serving.frames serving.worker serving.workers serving.batches
-serving.service serving.access_log serving.transport serving.http_body serving.http_app serving.grpc_app
+serving.shadow serving.metrics serving.catalog serving.frames serving.worker serving.workers serving.queues
+serving.batches serving.service serving.access_log serving.transport serving.http_body serving.http_app serving.grpc_app
 serving.watching serving.front serving.server
 cli.options cli.terminal cli.gating cli.page
 cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.verify cli.serve cli.doctor

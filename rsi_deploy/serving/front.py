@@ -72,6 +72,7 @@ class Front:
             await _first(starting, stop.wait())
             if not starting.done():
                 starting.cancel()
+                await asyncio.wait([starting])
                 return
             await starting
             await self._serve(stop, on_ready)
@@ -104,7 +105,7 @@ class Front:
     def _http(self) -> Any:
         config = uvicorn.Config(
             http_app(self.service, self.access, self.log),
-            http="httptools",
+            http="h11",  # httptools takes headers without end: 200 MB of them were 200 MB of memory
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -3,6 +3,7 @@
 A refusal is a status: its text is what the error object of HTTP would say.
 """
 
+import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable
@@ -92,6 +93,9 @@ class _Grpc:
                 return response
             except Refusal as refusal:
                 record.status, record.error = refusal.status, refusal.message
+            except asyncio.CancelledError:
+                record.status, record.error = 499, "the client has gone"
+                raise
             except Exception:
                 logger.exception("%s", name)
                 record.error = "the server failed; its log says why"

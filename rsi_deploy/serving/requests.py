@@ -43,3 +43,14 @@ class Answer:
     waited: float
     ran: float
     rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """A request's outputs, and how it ran: seconds in the queue and in its batch, and rows and requests of that."""
+
+    outputs: Outputs
+    waited: float
+    ran: float
+    rows: int
+    requests: int

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 NEEDED = {
     "grpc": "grpcio",
-    "httptools": "httptools",
     "orjson": "orjson",
     "prometheus_client": "prometheus_client",
     "starlette": "starlette",

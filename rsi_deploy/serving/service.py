@@ -5,12 +5,12 @@ import logging
 from collections.abc import Mapping
 
 from rsi_deploy.errors import RsiDeployError
-from rsi_deploy.serving.batches import Batcher, BatchLimits, Ran
+from rsi_deploy.serving.batches import Batcher, BatchLimits
 from rsi_deploy.serving.catalog import Catalog, Route, Served, all_served, replaced
 from rsi_deploy.serving.metrics import Metrics
 from rsi_deploy.serving.model import Outputs
 from rsi_deploy.serving.refusal import Refusal
-from rsi_deploy.serving.requests import Answer, Request
+from rsi_deploy.serving.requests import Answer, Ran, Request
 from rsi_deploy.serving.shadow import Shadow
 from rsi_deploy.serving.worker import Loaded
 from rsi_deploy.serving.workers import Pool

@@ -85,6 +85,9 @@ def from_values(values: object, dtype: np.dtype[Any], shape: tuple[int, ...], te
         raise Refusal(400, f"{tensor}: data must be a list of {name} values, but got {shown(values)}")
     try:
         array = np.asarray(values)
+        if dtype == np.uint64 and array.dtype.kind in "fO":  # small and large ones together become floats
+            array = np.asarray(values, np.dtype(object))
+            array = array.astype(np.uint64) if all(type(v) is int and v >= 0 for v in array.flat) else array
     except (ValueError, OverflowError):
         raise Refusal(400, f"{tensor}: data is a ragged list; expected the shape {list(shape)}") from None
     if array.shape not in (shape, (math.prod(shape),)):

@@ -2,10 +2,11 @@
 
 import json
 import re
+import socket
 
 import numpy as np
 import pytest
-from served import Server, alone, body, linear, running_sum, tokens
+from served import Server, alone, body, echo, linear, running_sum, tokens
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 import tritonclient.grpc
@@ -26,13 +27,15 @@ def models(tmp_path_factory, digits):
         "second": linear(folder / "second.onnx", seed=2),
         "tokens": tokens(folder / "tokens.onnx"),
         "sum": running_sum(folder / "sum.onnx"),
+        "echo": echo(folder / "echo.onnx"),
     }
 
 
 @pytest.fixture(scope="module")
 def server(models, digits):
     more = [f"linear:1={models['linear']}", f"linear:10={models['second']}", f"tokens={models['tokens']}"]
-    with Server(digits, *more, f"sum={models['sum']}", "--max-body", "1MB", "--max-json", "100KB") as server:
+    more += [f"sum={models['sum']}", f"echo={models['echo']}"]
+    with Server(digits, *more, "--max-body", "1MB", "--max-json", "100KB") as server:
         yield server
 
 
@@ -41,10 +44,11 @@ def client(server, module):
 
 
 def infer(module, server, model, feeds, *, binary=True, outputs=None, version="", **more):
-    names = {"float32": "FP32", "int64": "INT64"}
+    from tritonclient.utils import np_to_triton_dtype
+
     inputs = []
     for name, array in feeds.items():
-        inputs.append(module.InferInput(name, array.shape, names[str(array.dtype)]))
+        inputs.append(module.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
         inputs[-1].set_data_from_numpy(array, **({"binary_data": binary} if module is tritonclient.http else {}))
     wanted = None
     if outputs:
@@ -92,7 +96,7 @@ def test_health_and_metadata(server, module):
     assert told["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 12]}]
     index = c.get_model_repository_index()
     entries = index if isinstance(index, list) else [{"name": m.name, "state": m.state} for m in index.models]
-    assert {entry["name"] for entry in entries if entry["state"] == "READY"} == {"digits", "linear", "tokens", "sum"}
+    assert {entry["name"] for entry in entries if entry["state"] == "READY"} == set(server.told["models"])
 
 
 @pytest.mark.parametrize("module", [tritonclient.http, tritonclient.grpc])
@@ -109,6 +113,42 @@ def test_a_first_axis_that_is_no_batch_comes_through(server, models):
     x = np.random.default_rng(3).standard_normal((7, 3)).astype(np.float32)
     found = infer(tritonclient.http, server, "sum", {"x": x})
     np.testing.assert_allclose(found.as_numpy("y"), np.cumsum(x, axis=0), rtol=0, atol=1e-5)
+
+
+EXTREMES = {
+    **{f"{kind}{bits}": np.iinfo(f"{kind.lower()}{bits}") for kind in ("INT", "UINT") for bits in (8, 16, 32, 64)},
+    **{f"FP{bits}": np.finfo(f"float{bits}") for bits in (16, 32, 64)},
+}
+
+
+@pytest.mark.parametrize(("module", "binary"), KINDS, ids=["http binary", "http json", "grpc"])
+def test_every_datatype_comes_back_as_it_went(server, module, binary):
+    """The smallest and the largest value of each, to the bit."""
+    feeds = {f"x{name}": np.array([[limits.min, limits.max]], limits.dtype) for name, limits in EXTREMES.items()}
+    feeds["xBOOL"] = np.array([[True, False]])
+    found = infer(module, server, "echo", feeds, binary=binary, outputs=[f"y{name[1:]}" for name in feeds])
+    for name, array in feeds.items():
+        if name == "xFP16" and not binary:
+            continue  # tritonclient reads no FP16 from JSON; what is sent is held below
+        back = found.as_numpy(f"y{name[1:]}")
+        assert (back.dtype, back.tobytes()) == (array.dtype, array.tobytes()), name
+    if module is tritonclient.http and not binary:
+        assert found.get_output("yFP16")["data"] == [-65504.0, 65504.0]
+
+
+def test_json_cannot_carry_nan(server):
+    """It would be null; the same answer as binary data has it."""
+    feeds = {f"x{name}": np.zeros((1, 2), limits.dtype) for name, limits in EXTREMES.items()}
+    feeds |= {"xBOOL": np.zeros((1, 2), bool), "xFP32": np.array([[np.nan, np.inf]], np.float32)}
+    found = infer(tritonclient.http, server, "echo", feeds, outputs=["yFP32"])
+    np.testing.assert_array_equal(found.as_numpy("yFP32"), feeds["xFP32"])
+    put = []
+    for name, array in feeds.items():
+        put.append(tritonclient.http.InferInput(name, array.shape, name[1:]))
+        put[-1].set_data_from_numpy(array)
+    wanted = [tritonclient.http.InferRequestedOutput("yFP32", binary_data=False)]
+    with pytest.raises(InferenceServerException, match="NaN or infinity, which JSON cannot"):
+        client(server, tritonclient.http).infer("echo", put, outputs=wanted)
 
 
 # -- what is refused
@@ -218,6 +258,23 @@ def test_bodies_that_are_too_large(server):
     check_refused(server, body({"x": np.zeros((2000, 12), np.float32)}), {}, 413, "send tensors as binary data")
     chunks = iter([b"x" * 100_000] * 20)  # no length told beforehand
     check_refused(server, chunks, {}, 413, "more than 1000000 bytes")
+
+
+@pytest.mark.parametrize("start", [b"GET /v2 HTTP/1.1\r\nHost: x\r\nX-Long: ", b"GET /"])
+def test_headers_without_end(server, start):
+    address, port = server.http.split(":")
+    with socket.create_connection((address, int(port)), timeout=10) as connection:
+        connection.sendall(start)
+        with pytest.raises(OSError):  # noqa: PT011 - reset or broken pipe, as the system likes
+            for _ in range(50):
+                connection.sendall(b"a" * 1_000_000)
+    assert server.ask("GET", "/v2/health/live")[0] == 200
+
+
+def test_a_message_that_is_too_large_for_grpc(server):
+    with pytest.raises(InferenceServerException, match="RESOURCE_EXHAUSTED"):
+        infer(tritonclient.grpc, server, "linear", {"x": np.zeros((30_000, 12), np.float32)})
+    assert client(server, tritonclient.grpc).is_server_live()
 
 
 def test_compressed_bodies_are_not_taken(server):

@@ -4,6 +4,7 @@ import io
 import json
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip inst
 from rsi_deploy import Preprocessing, evaluate, read_report
 from rsi_deploy.serving.catalog import Route, Served
 
+EVAL = Path(__file__).parents[2] / "samples" / "digits_eval.npz"
 X = np.random.default_rng(0).standard_normal((1, 12)).astype(np.float32)
 
 
@@ -64,16 +66,14 @@ def compared(server, name, samples):
 
 def test_the_shadow_agrees_as_eval_does(digits, tmp_path):
     """The dense model answers, a harshly compressed one runs beside; `eval --reference` is the oracle."""
-    data = np.load("samples/digits_eval.npz")
+    data = np.load(EVAL)
     steps = read_report(digits).preprocessing or Preprocessing()
     inputs = steps.apply(data["images"])
     harsh = tmp_path / "harsh"
     from rsi_deploy import export
 
     export(str(digits / "dense.onnx"), harsh, rank="5%", measure=False, always_split=True)
-    oracle = evaluate(
-        harsh / "model.onnx", "samples/digits_eval.npz", reference=digits / "dense.onnx", preprocessing=steps
-    )
+    oracle = evaluate(harsh / "model.onnx", EVAL, reference=digits / "dense.onnx", preprocessing=steps)
     assert oracle.agreement < 99  # else any shadow would do
     with Server(f"m={digits / 'dense.onnx'}", "--shadow", harsh) as server:
         for start in range(0, len(inputs), 8):
@@ -129,7 +129,7 @@ def encoded(picture, kind="PNG"):
 
 def test_an_image_goes_through_the_bundle_s_preprocessing(digits):
     steps = read_report(digits).preprocessing
-    pixels = np.load("samples/digits_eval.npz")["images"][:4]
+    pixels = np.load(EVAL)["images"][:4]
     want = alone(digits / "model.onnx", {"input": steps.apply(pixels)})["output"]
     with Server(digits, f"plain={digits / 'model.onnx'}") as server:
         for place, picture in enumerate(pixels):
