@@ -18,7 +18,7 @@ from rsi_deploy.serving.frames import receive_frame, send_frame
 from rsi_deploy.serving.model import LoadedModel, Outputs
 from rsi_deploy.serving.signature import Feeds, Signature
 
-COMMAND = "import sys; from rsi_deploy.serving.worker import main; main(int(sys.argv[1]))"
+COMMAND = "import sys; sys.path.append(sys.argv[2]); from rsi_deploy.serving.worker import main; main(int(sys.argv[1]))"
 """What a worker's interpreter runs; as `-m` this module would be another one, whose objects nobody else knows."""
 
 

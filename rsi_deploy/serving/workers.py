@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import rsi_deploy
 from rsi_deploy.errors import GateError, ModelError, RsiDeployError, UsageError
 from rsi_deploy.serving.bundles import Bundle
 from rsi_deploy.serving.frames import receive_frame_async, send_frame_async
@@ -21,6 +23,7 @@ from rsi_deploy.serving.worker import COMMAND, Loaded, LoadOrder, NotLoaded
 
 logger = logging.getLogger(__name__)
 
+HOME = Path(rsi_deploy.__file__).parents[1]
 LOAD_TIMEOUT = 600.0
 SLOWEST_RESTART = 5.0
 STABLE_SECONDS = 10.0
@@ -54,7 +57,8 @@ class Worker:
 
     def __init__(self, order: LoadOrder, on_end: "Callable[[Worker], None]"):
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-c", COMMAND, str(theirs.fileno())]
+        # -P: what lies in the current folder is nobody's business, whatever it is called.
+        command = [sys.executable, "-P", "-c", COMMAND, str(theirs.fileno()), str(HOME)]
         with theirs:
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         ours.setblocking(False)

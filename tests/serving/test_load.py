@@ -16,6 +16,7 @@ import pytest
 from served import Server, alone, body, linear, running_sum, slow, together, tokens
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
+import tritonclient.grpc
 import tritonclient.http
 
 from rsi_deploy.bundle import whole_folder
@@ -331,10 +332,16 @@ def test_what_was_taken_is_answered_at_the_end(tmp_path):
     want = alone(model, {"x": row})["y"]
     with Server(model, "--latency-bound", "30s", "--max-batch", "1", "--workers", "1") as server:
         started = threading.Barrier(9)
+        rpc = tritonclient.grpc.InferenceServerClient(server.grpc)
 
         def client(number):
             started.wait()
-            status, found = asked(server, "slow", {"x": row})
+            if number < 2:
+                put = tritonclient.grpc.InferInput("x", row.shape, "FP32")
+                put.set_data_from_numpy(row)
+                status, found = 200, rpc.infer("slow", [put]).as_numpy("y")
+            else:
+                status, found = asked(server, "slow", {"x": row})
             np.testing.assert_allclose(found, want, rtol=0, atol=1e-4)
             return status
 

@@ -109,6 +109,21 @@ def test_versions(server, models, module):
         assert named == (version or "10")
 
 
+def test_metrics_are_what_prometheus_reads(server):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    infer(tritonclient.grpc, server, "linear", {"x": ROW}, version="1")
+    _, headers, text = server.ask("GET", "/metrics")
+    families = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    assert headers["content-type"].startswith("text/plain")
+    labels = {"model": "linear", "version": "1", "protocol": "grpc", "status": "200"}
+    (counted,) = [s for s in families["rsi_requests"].samples if s.name.endswith("_total") and s.labels == labels]
+    assert counted.value >= 1
+    assert families["rsi_workers"].samples[0].value == 2
+    server.ask("POST", "/v2/models/made-up/infer", body({"x": ROW}))
+    assert b"made-up" not in server.ask("GET", "/metrics")[2]  # clients make no labels
+
+
 def test_a_first_axis_that_is_no_batch_comes_through(server, models):
     x = np.random.default_rng(3).standard_normal((7, 3)).astype(np.float32)
     found = infer(tritonclient.http, server, "sum", {"x": x})
