@@ -50,7 +50,15 @@ class Job:
 
 @dataclass(kw_only=True)
 class Cost:
-    """Seconds a row of one model takes, and how far that strays."""
+    """Seconds a row of one model takes, and how far that strays.
+
+    >>> steady, straying = Cost(), Cost()
+    >>> for seconds in (0.1, 0.3, 0.1, 0.3):
+    ...     steady.note(0.2, 2)
+    ...     straying.note(seconds, 2)
+    >>> round(steady.likely_most, 6), straying.likely_most > 0.15
+    (0.1, True)
+    """
 
     a_row: float = 0.0
     spread: float = 0.0

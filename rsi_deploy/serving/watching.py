@@ -37,6 +37,8 @@ async def watch(service: Service, interval: float) -> None:
             refused |= {served.bundle.path: seen[served.bundle.path] for served in changed.values()}
             logger.error("not reloaded, the files before go on: %s", error)
             service.metrics.note_reload("refused")
+        except OSError as error:  # gone again while it was read: the next look will tell
+            logger.info("not read: %s", error)
         else:
             logger.warning("reloaded: %s", ", ".join(f"{s.name} {s.version}" for s in changed.values()))
             service.metrics.note_reload("done")

@@ -223,19 +223,26 @@ class Pool:
     async def _restart(self, dead: Worker) -> None:
         """Start a worker in the place of one that died; the quicker they die, the longer the pause."""
         lived = time.monotonic() - dead.started
-        self._quick_deaths = 0 if lived > STABLE_SECONDS else self._quick_deaths + 1
         logger.error("worker %d has died after %.1f s; another one is started", dead.pid, lived)
-        if self._quick_deaths > self._count:
-            await asyncio.sleep(min(0.1 * 2 ** (self._quick_deaths - self._count), SLOWEST_RESTART))
+        self._quick_deaths = 0 if lived > STABLE_SECONDS else self._quick_deaths + 1
         order = self._order
-        self.restarts += 1
-        worker = Worker(order, self._ended)
-        try:
-            await worker.load()
-        except WorkerDied:
-            await self._restart(worker)
+        while order is self._order:  # exchanged meanwhile, the new ones are complete without it
+            if self._quick_deaths > self._count:
+                await asyncio.sleep(min(0.1 * 2 ** min(self._quick_deaths - self._count, 10), SLOWEST_RESTART))
+            self.restarts += 1
+            try:
+                worker = Worker(order, self._ended)
+                await worker.load()
+            except (WorkerDied, OSError) as error:  # OSError: no process or socket to be had now
+                logger.error("a worker could not be started: %s", str(error) or "it died while it loaded the models")
+                self._quick_deaths += 1
+                continue
+            self._take(worker, order)
             return
-        if order is not self._order:  # exchanged meanwhile: the new ones are complete without it
+
+    def _take(self, worker: Worker, order: LoadOrder) -> None:
+        """Let a worker that was started again take requests, unless it holds what is no longer served."""
+        if order is not self._order:
             worker.close()
             return
         for key, said in worker.said.items():

@@ -72,6 +72,9 @@ def test_requests_are_joined_and_answered_right(batching):
     batches, requests = batches_and_requests(server, "linear")
     assert requests == 240
     assert batches < 150
+    assert server.metric("rsi_batch_rows_bucket", model="linear", le="16.0") == batches  # no more than --max-batch
+    np.testing.assert_allclose(asked(server, "linear", {"x": ROWS})[1], want, rtol=0, atol=1e-5)
+    assert batches_and_requests(server, "linear") == (batches + 1, 241)  # 64 rows in one request are one batch
 
 
 def test_only_the_request_to_blame_fails_in_a_batch(batching):
@@ -313,6 +316,11 @@ def test_a_replaced_bundle_is_taken_without_losing_a_request(tmp_path):
         (served / "model.onnx").write_bytes((old / "model.onnx").read_bytes())  # not what the report says
         wait_for(lambda: server.metric("rsi_reloads_total", outcome="refused"))
         assert asked(server, "m", {"x": ROWS})[1] == pytest.approx(answers["new"], abs=1e-4)
+
+        with whole_folder(served, force=True) as work:  # whole again: what was refused is not refused for good
+            shutil.copytree(old, work, dirs_exist_ok=True)
+        wait_for(lambda: server.metric("rsi_reloads_total", outcome="done") == 2)
+        assert asked(server, "m", {"x": ROWS})[1] == pytest.approx(answers["old"], abs=1e-4)
     assert "not reloaded" in server.errors()
     assert "not what the bundle claims" in server.errors()
 
