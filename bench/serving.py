@@ -47,8 +47,9 @@ MODELS = ("minilm", "vgg19")
 RANK, TOKENS, ROWS, CLIENTS = "25%", 128, 64, 64
 FEW = 16
 """Clients that find out what the server can under its bound: so few that none is refused."""
-BOUND = 1.0
-PATIENT = 30.0
+BOUND = {"minilm": 1.0, "vgg19": 4.0}
+"""Seconds, as one would set it: many times what a row takes."""
+PATIENT = 300.0
 """Bound in seconds while throughput is measured: nothing is to be refused there."""
 GOALS = {"throughput": 0.75, "factor": 0.85, "light_ms": 3.0, "ready": 5.0, "recovery": 5.0}
 
@@ -241,7 +242,7 @@ def offline_factor(pair: Pair, batches: Mapping[str, int], seconds: float) -> fl
 def limits(pair: Pair, seconds: float) -> dict[str, Any]:
     """The compressed model at 70 % of what it can, at twice that, and at half of it right after."""
     common.progress(f"{pair.name}: limits")
-    with Server(f"m={pair.files['compressed']}", "--latency-bound", f"{BOUND:g}s") as server:
+    with Server(f"m={pair.files['compressed']}", "--latency-bound", f"{BOUND[pair.name]:g}s") as server:
 
         def load(rate: float, time_: float, clients: int = CLIENTS) -> dict[str, Any]:
             return server.load(pair, "compressed", time_, rate=rate, name="m", clients=clients)
@@ -344,13 +345,13 @@ def throughput_goals(name: str, one: Mapping[str, Any]) -> list[Goal]:
 
 def limit_goals(name: str, one: Mapping[str, Any]) -> list[Goal]:
     """Of the open loop."""
-    calm, flood, after = one["calm"], one["flood"], one["after"]
+    calm, flood, after, bound = one["calm"], one["flood"], one["after"], BOUND[name]
     refused = sum(count for status, count in flood["statuses"].items() if status != "200")
     bad = sum(run["wrong"] + run["lost"] for run in (calm, flood, after))
     texts = {
-        "in time": (calm["ms"]["p99"] <= 1e3 * BOUND, f"p99 {calm['ms']['p99']:.0f} ms at 70 %, bound {BOUND:g} s"),
+        "in time": (calm["ms"]["p99"] <= 1e3 * bound, f"p99 {calm['ms']['p99']:.0f} ms at 70 %, bound {bound:g} s"),
         "refuses": (refused > 0 and not bad, f"{refused} refused past saturation, {bad} wrong or lost"),
-        "bounded": (flood["ms"]["p99"] <= 1e3 * BOUND, f"p99 {flood['ms']['p99']:.0f} ms past saturation"),
+        "bounded": (flood["ms"]["p99"] <= 1e3 * bound, f"p99 {flood['ms']['p99']:.0f} ms past saturation"),
         "recovers": (
             after["last_refusal_at"] <= GOALS["recovery"],
             f"last refusal {after['last_refusal_at']:.1f} s after it",

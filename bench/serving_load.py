@@ -1,6 +1,6 @@
 """The clients of `bench.serving`, in a process of their own: binary tensors over HTTP, every answer checked.
 
-    closed loop    `--clients N`: each sends its next request when it has the answer
+    closed loop    `--clients N`: each sends its next request when it has the answer; refused, after Retry-After
     open loop      `--rate R`: requests come as a Poisson process, whether or not answers do; latency counts from when a
                    request was due
 
@@ -42,18 +42,22 @@ class Client:
         self._address, self._requests, self._wanted, self._heard = (host, port), requests, wanted, heard
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def ask(self, row: int, due: float) -> None:
-        """One request; what comes of it is noted, whatever it is."""
+    async def ask(self, row: int, due: float) -> float:
+        """One request; what comes of it is noted, whatever it is.
+
+        Returns:
+            seconds after which the server wants to be asked again; 0 where it does not say.
+        """
         try:
             if self._streams is None:
                 self._streams = await asyncio.open_connection(*self._address)
             reader, writer = self._streams
             writer.write(self._requests[row])
-            status, content, length = await answer(reader)
+            status, content, length, pause = await answer(reader)
         except (OSError, asyncio.IncompleteReadError):
             self._heard.lost += 1
             self._streams = None
-            return
+            return 0.0
         now = time.perf_counter()
         self._heard.statuses[str(status)] += 1
         self._heard.events.append((now, status == 200))
@@ -62,15 +66,17 @@ class Client:
             found = np.frombuffer(content[length:], np.float32)
             far = np.abs(found - self._wanted[row]).max() if found.shape == self._wanted[row].shape else np.inf
             self._heard.wrong += not far <= TOLERANCE * np.abs(self._wanted[row]).max()
+        return pause
 
 
-async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes, int]:
-    """Status, body, and the bytes of JSON before the tensors."""
+async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes, int, float]:
+    """Status, body, the bytes of JSON before the tensors, and what Retry-After says."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     lines = head.split("\r\n")
     headers = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
     body = await reader.readexactly(int(headers["content-length"]))
-    return int(lines[0].split(" ")[1]), body, int(headers.get("inference-header-content-length", 0))
+    length, pause = int(headers.get("inference-header-content-length", 0)), float(headers.get("retry-after", 0))
+    return int(lines[0].split(" ")[1]), body, length, pause
 
 
 def encoded(path: str, feeds: dict[str, Any], output: str, host: str) -> bytes:
@@ -99,7 +105,7 @@ async def closed(clients: Sequence[Client], rows: int, seconds: float) -> None:
     async def one(number: int, client: Client) -> None:
         step = number
         while (now := time.perf_counter()) < end:
-            await client.ask(step % rows, now)
+            await asyncio.sleep(await client.ask(step % rows, now))
             step += len(clients)
 
     await asyncio.gather(*(one(number, client) for number, client in enumerate(clients)))

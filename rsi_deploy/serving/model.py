@@ -34,17 +34,18 @@ class LoadedModel:
         bundle: whose files were checked.
         provider: of onnxruntime, as `--provider` takes it.
         threads: inside one operator.
+        try_batches: whether it is to be found out if requests can be joined; it takes four rows' time.
 
     Attributes:
         signature: what it takes and gives.
-        alone: why requests cannot be joined; "" where they can.
+        alone: why requests cannot be joined; "" where they can, or where it was not tried.
 
     Raises:
         ModelError: it cannot be loaded, or has tensors that the protocol does not carry here.
         GateError: its files are not those that were checked.
     """
 
-    def __init__(self, bundle: Bundle, provider: str = "cpu", *, threads: int = 1):
+    def __init__(self, bundle: Bundle, provider: str = "cpu", *, threads: int = 1, try_batches: bool = True):
         self._name = str(bundle.path)
         # Idle threads must not spin: other workers and the front process want the cores.
         self._session = make_session(bundle.model, provider, threads=threads, spin_between_runs=False)
@@ -52,7 +53,7 @@ class LoadedModel:
             raise GateError(f"{bundle.path} has been replaced since it was checked")
         self.signature = Signature.of(self._session, self._name)
         self._outputs = [spec.name for spec in self.signature.outputs]
-        self.alone = self._why_alone(bundle.probe_shapes)
+        self.alone = self._why_alone(bundle.probe_shapes) if try_batches else ""
 
     def infer(self, feeds: Feeds) -> Outputs:
         """The outputs of one request.
@@ -84,7 +85,7 @@ class LoadedModel:
                 return f"input {spec} has no dynamic first axis"
         sizes = _open_sizes(self.signature.inputs, known)
         try:
-            one, two = (_made_up(self.signature.inputs, sizes, batch) for batch in (1, 2))
+            one, two = (_made_up(self.signature.inputs, sizes, seed) for seed in (1, 2))
             alone, together = [self.infer(feeds) for feeds in (one, two)], self.infer_together([one, two])
         except RsiDeployError as error:
             return f"it does not run on made-up inputs, so that batches cannot be tried: {error}"[:300]
@@ -108,8 +109,9 @@ def _open_sizes(specs: Sequence[InputSpec], known: Mapping[str, tuple[int, ...]]
     return found
 
 
-def _made_up(specs: Sequence[InputSpec], sizes: Mapping[str, tuple[int, ...]], batch: int) -> Feeds:
-    return random_feeds(specs, batch, batch, {name: (batch, *rest) for name, rest in sizes.items()})
+def _made_up(specs: Sequence[InputSpec], sizes: Mapping[str, tuple[int, ...]], seed: int) -> Feeds:
+    """One row of each input."""
+    return random_feeds(specs, 1, seed, {name: (1, *rest) for name, rest in sizes.items()})
 
 
 def _same(alone: Array, together: Array) -> bool:

@@ -24,16 +24,17 @@ COMMAND = "import sys; sys.path.append(sys.argv[2]); from rsi_deploy.serving.wor
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOrder:
-    """What a worker is to load: key -> bundle, and how."""
+    """What a worker is to load: key -> bundle, and how; one worker tries batches for all."""
 
     bundles: Mapping[str, Bundle]
     provider: str
     threads: int
+    try_batches: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What a worker says of a model it has loaded; `alone` says why requests cannot be joined, "" where they can."""
+    """What a worker says of a model it has loaded; `alone` is why requests cannot be joined, as far as it knows."""
 
     signature: Signature
     alone: str
@@ -79,7 +80,8 @@ def _load(sock: socket.socket) -> dict[str, LoadedModel]:
     said: dict[str, Loaded | NotLoaded] = {}
     for key, bundle in order.bundles.items():
         try:
-            models[key] = model = LoadedModel(bundle, order.provider, threads=order.threads)
+            model = LoadedModel(bundle, order.provider, threads=order.threads, try_batches=order.try_batches)
+            models[key] = model
             said[key] = Loaded(signature=model.signature, alone=model.alone)
         except RsiDeployError as error:
             said[key] = NotLoaded(message=str(error), exit_code=error.exit_code)

@@ -6,6 +6,7 @@ are ready, and the old ones end when they have answered what was accepted for th
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import socket
 import subprocess
@@ -177,7 +178,8 @@ class Pool:
             UsageError, ModelError, GateError: a model cannot be loaded; the workers there were go on.
         """
         order = LoadOrder(bundles=bundles, provider=self._provider, threads=self._threads)
-        fresh = [Worker(order, self._ended) for _ in range(self._count)]
+        first = Worker(dataclasses.replace(order, try_batches=True), self._ended)
+        fresh = [first, *(Worker(order, self._ended) for _ in range(self._count - 1))]
         try:
             await asyncio.gather(*(worker.load() for worker in fresh))
             said = [_loaded(worker.said) for worker in fresh]
