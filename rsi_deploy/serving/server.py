@@ -57,6 +57,8 @@ def serve(
 ) -> None:
     """Serve models until SIGTERM or SIGINT, then answer what was taken and return.
 
+    It must be called from the main thread, which is the one that gets signals.
+
     Args:
         models: `[NAME[:VERSION]=]PATH` of a bundle, an ONNX file, or a folder of numbered bundles (versions).
         host: address to listen on; the default is reachable from this machine alone.
