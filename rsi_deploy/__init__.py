@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rsi_deploy.report.schema import Report as Report
     from rsi_deploy.report.schema import read_report as read_report
     from rsi_deploy.rewriting import rewrite as rewrite
+    from rsi_deploy.serving.server import serve as serve
     from rsi_deploy.sites import SiteRecord as SiteRecord
     from rsi_deploy.sweeps.sweeping import sweep as sweep
     from rsi_deploy.timing.costing import profile as profile
@@ -57,6 +58,7 @@ _HOMES = {
     "profile": "timing.costing",
     "read_report": "report.schema",
     "rewrite": "rewriting",
+    "serve": "serving.server",
     "sweep": "sweeps.sweeping",
     "verify": "verification",
 }

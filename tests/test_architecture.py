@@ -52,8 +52,13 @@ packaging.packing
 sweeps.points report.page_sweep sweeps.kept timing.timed_export calibrating stages
 timing.joint_or_apart timing.last_word timing.part_of_time
 exporting.found exporting.written exporting.run pipeline sweeps.making sweeps.ray_points sweeps.sweeping
+serving.refusal serving.bundles serving.tensors serving.signature serving.model serving.requests serving.images
+serving.shadow serving.metrics serving.catalog serving.frames serving.worker serving.workers serving.queues
+serving.batches serving.service serving.access_log serving.transport serving.http_body serving.http_app serving.grpc_app
+serving.watching serving.front serving.server
 cli.options cli.terminal cli.gating cli.page
-cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.package cli.verify cli.doctor
+cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.package cli.verify
+cli.serve cli.doctor
 """
 POSITION = {
     name: (layer, place)
@@ -85,6 +90,7 @@ PUBLIC = {
     "profile",
     "read_report",
     "rewrite",
+    "serve",
     "sweep",
     "verify",
 }

@@ -20,6 +20,7 @@ from rsi_deploy.cli.export import export
 from rsi_deploy.cli.inspect import inspect
 from rsi_deploy.cli.package import package
 from rsi_deploy.cli.profile import profile
+from rsi_deploy.cli.serve import serve
 from rsi_deploy.cli.sweep import sweep
 from rsi_deploy.cli.verify import verify
 from rsi_deploy.errors import RsiDeployError
@@ -70,7 +71,7 @@ def cli(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
 
 
-for verb in (export, sweep, profile, inspect, bench, evaluate_verb, package, verify, doctor, schema):
+for verb in (export, sweep, profile, inspect, bench, evaluate_verb, package, verify, serve, doctor, schema):
     cli.add_command(verb)
 
 

@@ -4,7 +4,7 @@ A model whose batch is fixed gets that one, the last filled up with copies of it
 dropped. Outputs that are no floating numbers, or that have no row for each sample, are left out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +72,11 @@ class Answers:
     def _run(self, feeds: Feeds) -> dict[str, Array]:
         count = len(next(iter(feeds.values())))
         outputs = run_session(self._session, feeds, self.name)
-        return {
-            name: array
-            for name, array in zip(self._names, outputs, strict=True)
-            if array.dtype.kind == "f" and array.ndim and len(array) == count
-        }
+        return floating_rows(dict(zip(self._names, outputs, strict=True)), count)
+
+
+def floating_rows(outputs: Mapping[str, Array], count: int) -> dict[str, Array]:
+    """The outputs that are compared: floating, with one row for each of `count` samples."""
+    return {
+        name: array for name, array in outputs.items() if array.dtype.kind == "f" and array.ndim and len(array) == count
+    }

@@ -1,0 +1,117 @@
+"""`rsi-deploy serve`: bundles behind the Open Inference Protocol."""
+
+import dataclasses
+import json
+import logging
+import os
+from typing import IO, TYPE_CHECKING
+
+import click
+
+from rsi_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from rsi_deploy.serving.front import Listening
+
+KEY_VARIABLE = "RSI_DEPLOY_API_KEY"
+
+
+@click.command()
+@click.argument("models", metavar="[NAME[:VERSION]=]PATH...", nargs=-1, required=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--http-port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--grpc-port", default=8001, show_default=True, type=click.IntRange(0, 65535), help="Likewise.")
+@click.option("--no-grpc", is_flag=True, help="HTTP alone.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that run models. [default: 2; 1 on one core]")
+@click.option("--threads", type=click.IntRange(min=1), help="Of each worker. [default: the cores, shared out]")
+@click.option("--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, ...")
+@click.option(
+    "--max-batch", default=16, show_default=True, type=click.IntRange(min=1), help="Rows that are joined; 1: none."
+)
+@click.option("--batch-delay", default="2ms", show_default=True, help="A request waits so long for others, at most.")
+@click.option(
+    "--latency-bound", default="2s", show_default=True, help="What would take longer is refused: 429, try again later."
+)
+@click.option("--canary", default="", metavar="[NAME=]PATH", help="A model that answers a share of the requests.")
+@click.option("--canary-share", default="", metavar="10%", help="That share.")
+@click.option("--shadow", default="", metavar="[NAME=]PATH", help="A model that runs beside and is compared.")
+@click.option(
+    "--api-key-file", type=click.File(), help=f"A file with the key that clients must send; or set ${KEY_VARIABLE}."
+)
+@click.option("--max-body", default="64MB", show_default=True, help="Of a request.")
+@click.option("--max-json", default="8MB", show_default=True, help="Of JSON in a request.")
+@click.option("--access-log", default="-", show_default=True, metavar="FILE|-|off", help="JSON lines; -: stderr.")
+@click.option("--reload-every", default="1s", show_default=True, metavar="TIME|off", help="Look for replaced bundles.")
+@click.option("--drain", default="30s", show_default=True, help="Time for answers that are due when the server ends.")
+@click.option("--json", "as_json", is_flag=True, help="Where it listens as one JSON document on stdout.")
+def serve(
+    models: tuple[str, ...],
+    host: str,
+    http_port: int,
+    grpc_port: int,
+    no_grpc: bool,
+    workers: int | None,
+    threads: int | None,
+    provider: str,
+    max_batch: int,
+    batch_delay: str,
+    latency_bound: str,
+    canary: str,
+    canary_share: str,
+    shadow: str,
+    api_key_file: IO[str] | None,
+    max_body: str,
+    max_json: str,
+    access_log: str,
+    reload_every: str,
+    drain: str,
+    as_json: bool,
+) -> None:
+    """Serve bundles (or .onnx files) over HTTP and gRPC until interrupted: Open Inference Protocol v2.
+
+    PATH is a bundle, an .onnx file, or a folder of numbered bundles, which are versions of one model. A bundle whose
+    files are not what it claims is not served. Needs the extra: pip install 'rsi-deploy[serve,cpu]'.
+    """
+    from rsi_deploy.measure.request import parse_bytes, parse_seconds
+    from rsi_deploy.plan.budget import parse_share
+    from rsi_deploy.serving.server import serve as run_serve
+
+    logging.getLogger("rsi_deploy.serving").setLevel(logging.WARNING)  # reloads, and models that are not batched
+    key = api_key_file.read().strip() if api_key_file is not None else os.environ.get(KEY_VARIABLE, "")
+    if api_key_file is not None and not key:
+        raise UsageError("--api-key-file: the file is empty")
+    if host not in ("127.0.0.1", "localhost", "::1") and not key:
+        logging.getLogger(__name__).error("anyone who reaches %s may use the models: no API key is set", host)
+    run_serve(
+        models,
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        grpc=not no_grpc,
+        workers=workers or 0,
+        threads=threads or 0,
+        provider=provider,
+        max_batch=max_batch,
+        batch_delay=0.0 if batch_delay == "0" else parse_seconds(batch_delay, "--batch-delay"),
+        latency_bound=parse_seconds(latency_bound, "--latency-bound"),
+        canary=canary,
+        canary_share=parse_share("--canary-share", canary_share) if canary_share else 0.0,
+        shadow=shadow,
+        api_key=key,
+        max_body=parse_bytes(max_body, "--max-body"),
+        max_json=parse_bytes(max_json, "--max-json"),
+        access_log=access_log,
+        reload_seconds=0.0 if reload_every == "off" else parse_seconds(reload_every, "--reload-every"),
+        drain_seconds=parse_seconds(drain, "--drain"),
+        on_ready=lambda listening: _tell(listening, as_json),
+    )
+
+
+def _tell(listening: "Listening", as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(listening)))
+        return
+    for name, versions in listening.models.items():
+        click.echo(f"{name}, version {', '.join(versions)}: http://{listening.http}/v2/models/{name}/infer")
+    if listening.grpc:
+        click.echo(f"gRPC: {listening.grpc}")

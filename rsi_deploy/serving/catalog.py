@@ -1,0 +1,181 @@
+"""Which models are served under which names and versions: `[NAME[:VERSION]=]PATH` as typed, and what answers a name.
+
+    PATH of a bundle or FILE.onnx        version 1 of NAME, by default the folder's or file's own name
+    PATH of numbered folders (1/ 2/ ...) each a bundle, all of them versions of NAME
+    --canary PATH --canary-share 10%     the next version; answers that share of the requests that name no version
+    --shadow PATH                        the next version; runs beside the one that answers, and is compared with it
+
+A request that names no version gets the newest that is no canary or shadow.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rsi_deploy.errors import UsageError
+from rsi_deploy.serving.bundles import Bundle, open_bundle
+from rsi_deploy.serving.refusal import Refusal
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """One version of one model.
+
+    Attributes:
+        name: of the model.
+        version: a number of 1 or more, as text.
+        bundle: its files.
+        generation: how often the files have been replaced since the server started.
+    """
+
+    name: str
+    version: str
+    bundle: Bundle
+    generation: int = 0
+
+    @property
+    def key(self) -> str:
+        """Names these very files among all that are or were served."""
+        return f"{self.name}:{self.version}#{self.generation}"
+
+
+@dataclass(kw_only=True)
+class Route:
+    """What answers a name.
+
+    Attributes:
+        name: of the model.
+        versions: version -> what is served; grows and changes as bundles are replaced.
+        main: the version that answers where none is named.
+        canary: the version that answers `share` of those, or "".
+        share: of the canary, 0 to 1.
+        shadow: the version that runs beside, or "".
+    """
+
+    name: str
+    versions: dict[str, Served] = field(default_factory=dict)
+    main: str = ""
+    canary: str = ""
+    share: float = 0.0
+    shadow: str = ""
+    _asked: int = 0
+
+    def pick(self, version: str) -> Served:
+        """What answers a request; "" names no version. The canary gets its share exactly, evenly spread.
+
+        Raises:
+            Refusal: 404, no such version.
+        """
+        if version:
+            if version not in self.versions:
+                have = ", ".join(sorted(self.versions, key=int))
+                raise Refusal(404, f"model {self.name} has no version {version[:40]!r}; it has {have}")
+            return self.versions[version]
+        if self.canary:
+            before = int(self._asked * self.share + 1e-9)
+            self._asked += 1
+            if int(self._asked * self.share + 1e-9) > before:
+                return self.versions[self.canary]
+        return self.versions[self.main]
+
+
+Catalog = dict[str, Route]
+
+
+def read_catalog(models: Sequence[str], *, canary: str = "", canary_share: float = 0.0, shadow: str = "") -> Catalog:
+    """What the arguments say is to be served, every bundle checked.
+
+    Args:
+        models: `[NAME[:VERSION]=]PATH` each.
+        canary: `[NAME=]PATH`, or "".
+        canary_share: 0 to 1.
+        shadow: `[NAME=]PATH`, or "".
+
+    Raises:
+        UsageError: names or versions that are none, or are given twice; nothing at a path; a canary of no model.
+        ModelError, GateError: see `open_bundle`.
+    """
+    routes: Catalog = {}
+    for text in models:
+        for name, version, path in _versions(text):
+            route = routes.setdefault(name, Route(name=name))
+            if version in route.versions:
+                raise UsageError(f"{name} version {version} is given twice; type NAME:VERSION=PATH to tell them apart")
+            route.versions[version] = Served(name=name, version=version, bundle=open_bundle(path))
+    if not routes:
+        raise UsageError("nothing to serve: name a bundle, rsi-deploy serve DIR")
+    for route in routes.values():
+        route.main = max(route.versions, key=int)
+    if bool(canary) != bool(canary_share):
+        raise UsageError("--canary and --canary-share go together, e.g. --canary DIR --canary-share 10%")
+    if canary:
+        route = _candidate(routes, canary, "--canary")
+        route.canary, route.share = max(route.versions, key=int), canary_share
+    if shadow:
+        route = _candidate(routes, shadow, "--shadow")
+        route.shadow = max(route.versions, key=int)
+    return routes
+
+
+def all_served(routes: Mapping[str, Route]) -> list[Served]:
+    """Every version of every model."""
+    return [served for route in routes.values() for served in route.versions.values()]
+
+
+def replaced(served: Served) -> Served:
+    """The same name and version with the files that are there now.
+
+    Raises:
+        UsageError, ModelError, GateError: see `open_bundle`.
+    """
+    return dataclasses.replace(served, bundle=open_bundle(served.bundle.path), generation=served.generation + 1)
+
+
+def _versions(text: str) -> list[tuple[str, str, Path]]:
+    """Name, version and path of everything that one argument names."""
+    name, version, path = _parsed(text)
+    name = name or path.absolute().name.removesuffix(".onnx")
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{text}: a model's name is letters, digits, '.', '_' and '-', but got {name!r}; type NAME=PATH"
+        )
+    numbered = [] if version or not path.is_dir() or (path / "report.json").is_file() else _numbered(path)
+    return [(name, folder.name, folder) for folder in numbered] or [(name, version or "1", path)]
+
+
+def _parsed(text: str) -> tuple[str, str, Path]:
+    """Name, version and path as far as they are typed; "" where they are not."""
+    label, equals, rest = text.partition("=")
+    if not equals or "/" in label:
+        return "", "", Path(text)
+    name, colon, version = label.partition(":")
+    if colon and (not version.isdecimal() or version.startswith("0")):
+        raise UsageError(f"{text}: a version is a number of 1 or more, but got {version!r}")
+    if not rest:
+        raise UsageError(f"{text}: expected [NAME[:VERSION]=]PATH")
+    return name, version, Path(rest)
+
+
+def _numbered(path: Path) -> list[Path]:
+    found = [p for p in path.iterdir() if p.is_dir() and p.name.isdecimal() and not p.name.startswith("0")]
+    return sorted(found, key=lambda p: int(p.name))
+
+
+def _candidate(routes: Catalog, text: str, option: str) -> Route:
+    """Add a canary or shadow to the route it belongs to, as its newest version."""
+    name, version, path = _parsed(text)
+    if version:
+        raise UsageError(f"{option} {text}: it becomes the next version by itself; type [NAME=]PATH")
+    if not name and len(routes) > 1:
+        raise UsageError(f"{option} {text}: which of {', '.join(routes)} is it for? Type {option} NAME={path}")
+    name = name or next(iter(routes))
+    if name not in routes:
+        raise UsageError(f"{option} {text}: no model {name!r} is served; there are {', '.join(routes)}")
+    route = routes[name]
+    number = str(max(map(int, route.versions)) + 1)
+    route.versions[number] = Served(name=name, version=number, bundle=open_bundle(path))
+    return route

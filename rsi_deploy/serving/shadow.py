@@ -1,0 +1,105 @@
+"""How a shadow's answers compare with those that were given: the numbers of `eval --reference`, as they come in.
+
+Each pair of answers is judged by the very code of `eval` (`rsi_deploy.measure.tally`); only sums are kept.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rsi_deploy.measure.answers import floating_rows
+from rsi_deploy.measure.intervals import wilson_interval
+from rsi_deploy.measure.tally import Scorer
+from rsi_deploy.serving.model import Outputs
+from rsi_deploy.serving.signature import Feeds, rows
+
+
+@dataclass(kw_only=True)
+class _Time:
+    """Of the runs of one version: requests, seconds in all, and the last thousands of them."""
+
+    count: int = 0
+    total: float = 0.0
+    recent: list[float] = field(default_factory=list)
+
+    def note(self, seconds: float) -> None:
+        self.count += 1
+        self.total += seconds
+        self.recent.append(seconds)
+        del self.recent[:-4096]
+
+    def told(self) -> dict[str, float]:
+        recent = np.asarray(self.recent) * 1e3
+        p50, p99 = (float(p) for p in np.percentile(recent, (50, 99))) if len(recent) else (0.0, 0.0)
+        return {"mean_ms": 1e3 * self.total / max(self.count, 1), "p50_ms": p50, "p99_ms": p99}
+
+
+class Shadow:
+    """The comparison of one pair of versions.
+
+    Args:
+        main: version whose answers are given.
+        shadow: version that runs beside.
+
+    Attributes:
+        skipped: requests that the shadow did not run, because it had no time or failed.
+    """
+
+    def __init__(self, main: str, shadow: str):
+        self._versions = {"main": main, "shadow": shadow}
+        self._scorer: Scorer | None = None
+        self._sums: dict[str, float] = {}
+        self._times = {"main": _Time(), "shadow": _Time()}
+        self.samples = self.agreeing = self.requests = self.skipped = 0
+
+    def compare(self, feeds: Feeds, main: Outputs, shadow: Outputs, seconds: tuple[float, float]) -> None:
+        """Count one pair of answers; `seconds` are the run times of both.
+
+        Raises:
+            UsageError, ModelError: outputs that cannot be compared; nothing is counted then.
+        """
+        batch = [floating_rows(outputs, rows(feeds)) for outputs in (main, shadow)]
+        if not all(batch):
+            return
+        if self._scorer is None:
+            scorer = Scorer([f"version {v}" for v in self._versions.values()], None, (), "auto")
+            scorer.check(batch)
+            self._scorer = scorer
+        reference, tally = self._scorer.tally(batch, None, feeds)
+        self.samples += tally.samples
+        self.requests += 1
+        self.agreeing += int((tally.top == reference.top).sum())
+        self._add("divergence", tally.divergence)
+        for name, (angles, distances) in tally.values.items():
+            self._add(f"cosine {name}", angles)
+            self._add(f"distance {name}", distances)
+        for time, took in zip(self._times.values(), seconds, strict=True):
+            time.note(took)
+
+    def told(self) -> dict[str, Any]:
+        """The comparison so far; agreement in percent with its 95 % interval, None where outputs are no classes."""
+        is_classes = self._scorer is not None and self._scorer.kind == "classes"
+        means = {name: total / self.samples for name, total in self._sums.items()} if self.samples else {}
+        return {
+            "versions": self._versions,
+            "requests": self.requests,
+            "samples": self.samples,
+            "skipped": self.skipped,
+            "kind": None if self._scorer is None else self._scorer.kind,
+            "agreement": 100 * self.agreeing / self.samples if is_classes else None,
+            "agreement_interval": list(wilson_interval(self.agreeing, self.samples)) if is_classes else None,
+            "divergence": means.get("divergence") if is_classes else None,
+            "values": _values(means),
+            "latency": {which: time.told() for which, time in self._times.items()},
+        }
+
+    def _add(self, name: str, values: Any) -> None:
+        if len(values):
+            self._sums[name] = self._sums.get(name, 0.0) + float(values.sum())
+
+
+def _values(means: Mapping[str, float]) -> list[dict[str, Any]]:
+    names = [name.removeprefix("cosine ") for name in means if name.startswith("cosine ")]
+    return [{"output": n, "cosine": means[f"cosine {n}"], "distance": means[f"distance {n}"]} for n in names]

@@ -1,0 +1,97 @@
+"""What a model takes and gives, and whether a request fits it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.measure.inputs import InputSpec, check_feeds, model_inputs
+from rsi_deploy.serving.refusal import Refusal
+from rsi_deploy.serving.tensors import NAMES, Array
+
+Feeds = Mapping[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signature:
+    """Inputs and outputs of a model; a dimension is a number, a symbol (dynamic, named) or None (dynamic).
+
+    Attributes:
+        inputs: in the model's order.
+        outputs: likewise.
+    """
+
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[InputSpec, ...]
+
+    @classmethod
+    def of(cls, session: Any, name: str) -> "Signature":
+        """The signature of an `onnxruntime.InferenceSession`.
+
+        Raises:
+            ModelError: a tensor that the protocol cannot carry here; with its name and type.
+        """
+        found = cls(inputs=tuple(model_inputs(session)), outputs=tuple(model_inputs(_Outputs(session.get_outputs()))))
+        for spec in (*found.inputs, *found.outputs):
+            if spec.dtype not in NAMES:
+                raise ModelError(f"{name} cannot be served: {spec} is none of {', '.join(NAMES.values())}")
+        return found
+
+    def check(self, feeds: Feeds, model: str) -> None:
+        """Refuse inputs whose names, types or shapes are not the model's.
+
+        Raises:
+            Refusal: 400, with what the model takes and what came.
+        """
+        try:
+            check_feeds(self.inputs, feeds, model)
+        except UsageError as error:
+            raise Refusal(400, str(error)) from None
+        sizes: dict[str, tuple[int, str]] = {}
+        for spec in self.inputs:
+            for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True):
+                if not isinstance(dim, str):
+                    continue
+                known, where = sizes.setdefault(dim, (size, spec.name))
+                if known != size:
+                    raise Refusal(400, f"{model}: {dim} is {known} in {where}, but {size} in {spec.name}")
+
+    def check_outputs(self, names: tuple[str, ...], model: str) -> None:
+        """Refuse outputs that the model does not give.
+
+        Raises:
+            Refusal: 400, with the names there are.
+        """
+        given = [spec.name for spec in self.outputs]
+        if unknown := [name for name in names if name not in given]:
+            raise Refusal(400, f"{model} has no output {', '.join(unknown)[:200]}; it gives {', '.join(given)}")
+
+
+def rows(feeds: Feeds) -> int:
+    """Size of the first axis; 1 where an input has none."""
+    first = next(iter(feeds.values()))
+    return len(first) if first.ndim else 1
+
+
+def metadata(specs: tuple[InputSpec, ...]) -> list[dict[str, Any]]:
+    """Names, datatypes and shapes as the protocol writes them, -1 for a dynamic dimension."""
+    return [
+        {
+            "name": spec.name,
+            "datatype": NAMES[np.dtype(spec.dtype)],
+            "shape": [dim if isinstance(dim, int) else -1 for dim in spec.shape],
+        }
+        for spec in specs
+    ]
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Outputs where `model_inputs` looks for inputs: names, types and shapes are told in the same way."""
+
+    outputs: Any
+
+    def get_inputs(self) -> Any:
+        return self.outputs

@@ -1,0 +1,112 @@
+"""Tensors as the protocol writes them, and as numpy holds them.
+
+datatype   BOOL  UINT8 UINT16 UINT32 UINT64  INT8 INT16 INT32 INT64  FP16 FP32 FP64
+binary     the values in row-major order, little-endian; a BOOL is one byte
+JSON       a list of numbers, flat or nested as the shape says; its values must be the datatype's own: no 1.5 for an
+           INT64, no 300 for a UINT8, no "1", no null
+"""
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rsi_deploy.serving.refusal import Refusal
+
+Array = npt.NDArray[Any]
+
+DATATYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("bool"),
+    **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits}") for kind in ("UINT", "INT") for bits in (8, 16, 32, 64)},
+    **{f"FP{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+}
+NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+MOST_AXES = 32
+
+
+def dtype_of(datatype: object, tensor: str) -> np.dtype[Any]:
+    """The numpy dtype of a datatype's name.
+
+    Raises:
+        Refusal: 400, no such datatype here.
+    """
+    if not isinstance(datatype, str) or datatype not in DATATYPES:
+        raise Refusal(400, f"{tensor}: datatype must be one of {', '.join(DATATYPES)}, but got {shown(datatype)}")
+    return DATATYPES[datatype]
+
+
+def checked_shape(shape: object, tensor: str) -> tuple[int, ...]:
+    """The shape, where it is one.
+
+    Raises:
+        Refusal: 400, not a list of sizes of 1 or more.
+    """
+    fits = isinstance(shape, list | tuple) and len(shape) <= MOST_AXES
+    if not fits or not all(type(size) is int and 0 < size < 1 << 40 for size in shape):  # type: ignore[attr-defined]
+        raise Refusal(400, f"{tensor}: shape must be a list of sizes of 1 or more, but got {shown(shape)}")
+    return tuple(shape)  # type: ignore[arg-type]
+
+
+def from_binary(raw: bytes | memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], tensor: str) -> Array:
+    """The array `shape` of its little-endian bytes; not copied.
+
+    Raises:
+        Refusal: 400, as many bytes as the shape needs did not come.
+    """
+    needed = math.prod(shape) * dtype.itemsize
+    if len(raw) != needed:
+        name = NAMES[dtype]
+        raise Refusal(400, f"{tensor}: {name} {list(shape)} is {needed} bytes, but {len(raw)} bytes came")
+    if dtype == np.bool_:
+        found = np.frombuffer(raw, np.uint8)
+        if found.size and found.max() > 1:
+            raise Refusal(400, f"{tensor}: a BOOL is a byte of 0 or 1, but there is a {found.max()}")
+        return found.view(np.bool_).reshape(shape)
+    return np.frombuffer(raw, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+
+
+def to_binary(array: Array) -> bytes:
+    """The array's values in row-major order, little-endian."""
+    if sys.byteorder == "big":
+        array = array.astype(array.dtype.newbyteorder("<"))
+    return array.tobytes()
+
+
+def from_values(values: object, dtype: np.dtype[Any], shape: tuple[int, ...], tensor: str) -> Array:
+    """The array `shape` of a JSON list, or of the protocol's typed contents, flat or nested.
+
+    Raises:
+        Refusal: 400, too few or too many values, ragged lists, or values that the datatype does not hold.
+    """
+    name = NAMES[dtype]
+    if not isinstance(values, list):
+        raise Refusal(400, f"{tensor}: data must be a list of {name} values, but got {shown(values)}")
+    try:
+        array = np.asarray(values)
+        if dtype == np.uint64 and array.dtype.kind in "fO":  # small and large ones together become floats
+            array = np.asarray(values, np.dtype(object))
+            array = array.astype(np.uint64) if all(type(v) is int and v >= 0 for v in array.flat) else array
+    except (ValueError, OverflowError):
+        raise Refusal(400, f"{tensor}: data is a ragged list; expected the shape {list(shape)}") from None
+    if array.shape not in (shape, (math.prod(shape),)):
+        raise Refusal(400, f"{tensor}: data has the shape {list(array.shape)}, but shape says {list(shape)}")
+    allowed = {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}[dtype.kind]
+    if array.dtype.kind not in allowed:
+        raise Refusal(400, f"{tensor}: data holds values that are no {name}")
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        if int(array.min()) < limits.min or int(array.max()) > limits.max:
+            raise Refusal(400, f"{tensor}: data holds values outside {name}, {limits.min} to {limits.max}")
+    with np.errstate(over="ignore"):
+        found = array.astype(dtype).reshape(shape)
+    if dtype.kind == "f" and not np.isfinite(found).all():
+        raise Refusal(400, f"{tensor}: data holds values outside {name}, which reaches {np.finfo(dtype).max}")
+    return found
+
+
+def shown(value: object) -> str:
+    """What came, short enough for a message."""
+    text = repr(value) if not isinstance(value, list | dict) else f"a {type(value).__name__} of {len(value)}"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,31 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rsi_deploy import export
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A real bundle of the sample CNN, its dense model beside it."""
+    pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
+    folder = tmp_path_factory.mktemp("served") / "digits"
+    export(
+        "samples.digits:cnn",
+        checkpoint=SAMPLES / "digits_cnn.safetensors",
+        rank="25%",
+        include=["classifier.fc*"],
+        output=folder,
+        measure=False,
+        keep_dense=True,
+    )
+    return folder
+
+
+@pytest.fixture
+def copied(digits, tmp_path):
+    """The bundle where a test may change it."""
+    return Path(shutil.copytree(digits, tmp_path / "digits"))

@@ -1,0 +1,152 @@
+"""Rolling a compressed model out: the canary's share, and what the shadow says beside what `eval` says."""
+
+import io
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from served import Server, alone, body, linear, together
+
+pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
+
+from rsi_deploy import Preprocessing, evaluate, read_report
+from rsi_deploy.serving.catalog import Route, Served
+
+EVAL = Path(__file__).parents[2] / "samples" / "digits_eval.npz"
+X = np.random.default_rng(0).standard_normal((1, 12)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("share", "asked"), [(0.1, 1000), (0.25, 400), (1 / 3, 300), (0.5, 7), (1.0, 10), (0.01, 99)])
+def test_the_canary_gets_its_share_to_the_request(share, asked, digits):
+    served = {v: Served(name="m", version=v, bundle=None) for v in ("1", "2")}
+    route = Route(name="m", versions=served, main="1", canary="2", share=share)
+    picked = [route.pick("").version for _ in range(asked)]
+    assert picked.count("2") == int(asked * share + 1e-9)
+    gaps = np.diff([-1, *(place for place, version in enumerate(picked) if version == "2")])
+    assert all(gap in (int(1 / share), int(1 / share) + 1) for gap in gaps)  # evenly, not in one go
+    assert {route.pick("1").version, route.pick("2").version} == {"1", "2"}
+
+
+def test_a_canary_answers_its_share_and_says_so(tmp_path):
+    models = {v: linear(tmp_path / f"m{v}.onnx", seed=int(v)) for v in ("1", "2")}
+    want = {v: alone(path, {"x": X})["y"][0] for v, path in models.items()}
+    with Server(f"m={models['1']}", "--canary", models["2"], "--canary-share", "20%") as server:
+
+        def client(number):
+            found = []
+            for _ in range(10):
+                document = json.loads(server.ask("POST", "/v2/models/m/infer", body({"x": X}))[2])
+                version = document["model_version"]
+                np.testing.assert_allclose(document["outputs"][0]["data"], want[version], rtol=0, atol=1e-5)
+                found.append(version)
+            return found
+
+        versions = Counter(v for found in together(10, client) for v in found)
+        assert versions == {"1": 80, "2": 20}
+        for version, count in versions.items():
+            assert server.metric("rsi_requests_total", model="m", version=version) == count
+        for version in ("1", "2"):  # who names a version gets it
+            text = server.ask("POST", f"/v2/models/m/versions/{version}/infer", body({"x": X}))[2]
+            assert json.loads(text)["model_version"] == version
+
+
+def compared(server, name, samples):
+    """What the shadow says once it has caught up."""
+    end = time.monotonic() + 20
+    while True:
+        told = json.loads(server.ask("GET", f"/v2/models/{name}/shadow")[2])
+        if told["samples"] + told["skipped"] >= samples or time.monotonic() > end:
+            return told
+        time.sleep(0.05)
+
+
+def test_the_shadow_agrees_as_eval_does(digits, tmp_path):
+    """The dense model answers, a harshly compressed one runs beside; `eval --reference` is the oracle."""
+    data = np.load(EVAL)
+    steps = read_report(digits).preprocessing or Preprocessing()
+    inputs = steps.apply(data["images"])
+    harsh = tmp_path / "harsh"
+    from rsi_deploy import export
+
+    export(str(digits / "dense.onnx"), harsh, rank="5%", measure=False, always_split=True)
+    oracle = evaluate(harsh / "model.onnx", EVAL, reference=digits / "dense.onnx", preprocessing=steps)
+    assert oracle.agreement < 99  # else any shadow would do
+    with Server(f"m={digits / 'dense.onnx'}", "--shadow", harsh) as server:
+        for start in range(0, len(inputs), 8):
+            rows = inputs[start : start + 8]
+            status, _, text = server.ask("POST", "/v2/models/m/infer", body({"input": rows}))
+            assert (status, json.loads(text)["model_version"]) == (200, "1")
+        told = compared(server, "m", len(inputs))
+        assert told["samples"] == len(inputs) == oracle.samples
+        assert told["skipped"] == 0
+        assert told["kind"] == oracle.kind == "classes"
+        assert told["agreement"] == oracle.agreement
+        assert told["agreement_interval"] == pytest.approx(oracle.agreement_interval)
+        assert told["divergence"] == pytest.approx(oracle.divergence, rel=1e-4)
+        (value,) = told["values"]
+        assert value["output"] == "output"
+        assert 0 < value["cosine"] < 1
+        assert told["latency"]["main"]["mean_ms"] > 0 < told["latency"]["shadow"]["p99_ms"]
+        assert server.metric("rsi_shadow_agreement_percent", model="m") == pytest.approx(told["agreement"])
+        assert server.metric("rsi_shadow_samples", model="m") == len(inputs)
+
+
+def test_embeddings_are_compared_as_values(tmp_path):
+    """One number a row is no class score: cosine and distance are told, as `eval` tells them."""
+    data = np.random.default_rng(3).standard_normal((40, 12)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=data)
+    one, two = (linear(tmp_path / f"{seed}.onnx", seed=seed, rows_out=1) for seed in (1, 2))
+    oracle = evaluate(two, tmp_path / "data.npz", reference=one)
+    with Server(f"m={one}", "--shadow", two) as server:
+        for row in data:
+            assert server.ask("POST", "/v2/models/m/infer", body({"x": row[None]}))[0] == 200
+        told = compared(server, "m", 40)
+    assert (told["kind"], told["agreement"]) == (oracle.kind, None) == ("values", None)
+    (value,) = told["values"]
+    assert value["cosine"] == pytest.approx(oracle.values[0].cosine, abs=1e-4)
+    assert value["distance"] == pytest.approx(oracle.values[0].distance, rel=1e-4)
+
+
+def test_a_shadow_that_cannot_run_the_inputs_harms_nobody(tmp_path):
+    wide, narrow = linear(tmp_path / "wide.onnx"), linear(tmp_path / "narrow.onnx", rows_in=5)
+    with Server(f"m={wide}", "--shadow", narrow) as server:
+        assert server.ask("POST", "/v2/models/m/infer", body({"x": X}))[0] == 200
+        told = compared(server, "m", 1)
+        assert (told["skipped"], told["samples"]) == (1, 0)
+        assert server.ask("GET", "/v2/models/m/shadow")[0] == 200
+        assert server.ask("GET", "/v2/models/n/shadow")[0] == 404
+
+
+def encoded(picture, kind="PNG"):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_an_image_goes_through_the_bundle_s_preprocessing(digits):
+    steps = read_report(digits).preprocessing
+    pixels = np.load(EVAL)["images"][:4]
+    want = alone(digits / "model.onnx", {"input": steps.apply(pixels)})["output"]
+    with Server(digits, f"plain={digits / 'model.onnx'}") as server:
+        for place, picture in enumerate(pixels):
+            status, _, text = server.ask("POST", "/v2/models/digits/image", encoded(Image.fromarray(picture[..., 0])))
+            assert status == 200, text
+            np.testing.assert_allclose(json.loads(text)["outputs"][0]["data"], want[place], rtol=0, atol=1e-5)
+        grey = Image.fromarray(pixels[0, ..., 0])
+        colour = server.ask("POST", "/v2/models/digits/versions/1/image", encoded(grey.convert("RGB")))
+        np.testing.assert_allclose(json.loads(colour[2])["outputs"][0]["data"], want[0], rtol=0, atol=1e-5)
+        for path, content, status, words in (
+            ("digits/image", b"no picture", 400, "cannot be read as an image"),
+            ("digits/image", encoded(grey)[:60], 400, "cannot be read as an image"),
+            ("digits/image", encoded(Image.new("L", (9000, 9000))), 413, "pixels are more than"),
+            ("digits/image", encoded(Image.new("L", (9, 9))), 400, "output|input"),
+            ("plain/image", encoded(grey), 400, "does not say how pictures become its inputs"),
+            ("nobody/image", encoded(grey), 404, "no model"),
+        ):
+            came, _, text = server.ask("POST", f"/v2/models/{path}", content)
+            assert came == status, text
+            assert any(word in json.loads(text)["error"] for word in words.split("|")), text

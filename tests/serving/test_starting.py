@@ -1,0 +1,138 @@
+"""What `serve` refuses before it listens: each with its exit code, and what to type."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from served import BLOCKED, MAIN, Server, body, linear
+
+from rsi_deploy.cli import run
+
+pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
+
+ROW = np.ones((1, 12), np.float32)
+
+
+def refused(*arguments, code=MAIN):
+    done = subprocess.run(
+        [sys.executable, "-c", code, "serve", *map(str, arguments)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("option", ["--http-port", "--grpc-port"])
+def test_a_port_in_use(tmp_path, option):
+    model = linear(tmp_path / "m.onnx")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        others = {"--http-port": 0, "--grpc-port": 0, option: port}
+        code, said = refused(model, *(text for pair in others.items() for text in pair))
+    assert (code, f"{option}: port {port} on 127.0.0.1 is in use" in said) == (2, True), said
+
+
+@pytest.mark.parametrize("module", ["uvicorn", "grpc", "tritonclient", "onnxruntime"])
+def test_a_missing_extra(tmp_path, monkeypatch, capsys, module):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else found(name, *rest))
+    assert run(["serve", str(linear(tmp_path / "m.onnx"))]) == 2
+    assert "pip install 'rsi-deploy[serve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", ["changed", "missing", "swapped data", "no report", "broken report"])
+def test_a_bundle_that_is_not_what_it_claims_is_not_served(copied, capsys, harm):
+    model, report = copied / "model.onnx", copied / "report.json"
+    if harm == "changed":
+        content = bytearray(model.read_bytes())
+        content[-1000] ^= 1
+        model.write_bytes(content)
+        expected = (4, "not what the bundle claims: model.onnx")
+    elif harm == "missing":
+        model.unlink()
+        expected = (4, "missing: model.onnx")
+    elif harm == "swapped data":
+        (copied / "model.onnx.data").write_bytes(b"weights of somebody")
+        expected = (4, "claimed by nobody: model.onnx.data")
+    elif harm == "no report":
+        report.unlink()
+        expected = (2, "has no report.json")
+    else:
+        report.write_text(json.dumps({"schema_version": 99, "files": {}}))
+        expected = (3, "schema_version")
+    code = run(["serve", str(copied), "--http-port", "0", "--no-grpc"])
+    said = capsys.readouterr().err
+    assert (code, expected[1] in said) == (expected[0], True), said
+
+
+def test_what_is_typed_wrong(tmp_path, capsys):
+    model = linear(tmp_path / "m.onnx")
+    for arguments, words in (
+        ([tmp_path / "nothing"], "does not exist"),
+        ([tmp_path], "is no bundle"),
+        ([f"a={model}", f"a={model}"], "given twice"),
+        ([f"a:0={model}"], "a version is a number of 1 or more"),
+        ([f"a b={model}"], "a model's name is letters"),
+        ([model, "--canary", model], "go together"),
+        ([f"a={model}", f"b={model}", "--shadow", model], "which of a, b is it for?"),
+        ([model, "--shadow", f"z={model}"], "no model 'z' is served"),
+        ([model, "--canary", model, "--canary-share", "50"], "--canary-share"),
+        ([model, "--host", "no.such.host.invalid"], "--host"),
+    ):
+        code = run(["serve", *map(str, arguments), "--http-port", "0", "--no-grpc"])
+        said = capsys.readouterr().err
+        assert (code, words in said) == (2, True), said
+
+
+def test_a_file_that_is_no_model(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"nonsense")
+    code, said = refused(tmp_path / "m.onnx", "--http-port", 0, "--grpc-port", 0)
+    assert (code, "cannot load" in said) == (3, True), said
+
+
+def test_numbered_folders_are_versions(copied, tmp_path):
+    (tmp_path / "many").mkdir()
+    for version in ("2", "11"):
+        (tmp_path / "many" / version).symlink_to(copied)
+    with Server(tmp_path / "many", "--no-grpc") as server:
+        assert server.told["models"] == {"many": ["2", "11"]}
+        assert server.grpc == ""
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from rsi_deploy.cli import run; run(['serve', '--help']); "
+        "print(sorted({'torch', 'onnxruntime', 'uvicorn', 'grpc', 'tritonclient', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Serve bundles" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_access_log_is_json(tmp_path):
+    log = tmp_path / "access.log"
+    with Server(linear(tmp_path / "m.onnx"), "--access-log", log, code=BLOCKED + MAIN) as server:
+        server.ask("POST", "/v2/models/m/infer", body({"x": ROW}, id='q"\n'), {})
+        server.ask("POST", "/v2/models/m/infer", b"{")
+    right, wrong = [json.loads(line) for line in log.read_text().splitlines()]
+    assert (right["status"], right["model"], right["version"], right["id"]) == (200, "m", "1", 'q"\n')
+    assert right["bytes_in"] > 0 < right["bytes_out"]
+    assert right["ms"] >= right["batch_ms"] >= 0
+    assert (wrong["status"], "no JSON" in wrong["error"]) == (400, True)
+
+
+def test_nobody_reads_the_log(tmp_path):
+    """A log whose reader has stopped must not stop the server."""
+    reader, writer = os.pipe()
+    try:
+        with Server(linear(tmp_path / "m.onnx"), "--access-log", f"/dev/fd/{writer}", pass_fds=[writer]) as server:
+            for _ in range(250):  # more than a pipe holds
+                assert server.ask("POST", "/v2/models/m/infer", body({"x": ROW}, id="i" * 200))[0] == 200
+    finally:
+        os.close(reader)
+        os.close(writer)
