@@ -120,6 +120,7 @@ def served(tmp_path_factory):
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
+        "RAY_ADDRESS": "local",  # not to somebody else's cluster on this machine
     }
     command = [sys.executable, "-m", "ray.serve.scripts", "run", "config.yaml"]
     with (root / "log").open("wb") as out:
