@@ -45,7 +45,7 @@ def test_a_missing_extra(tmp_path, monkeypatch, capsys, module):
     assert "pip install 'rsi-deploy[serve" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("harm", ["changed", "missing", "swapped data", "no report", "broken report"])
+@pytest.mark.parametrize("harm", ["changed", "missing", "swapped data", "foreign", "no report", "broken report"])
 def test_a_bundle_that_is_not_what_it_claims_is_not_served(copied, capsys, harm):
     model, report = copied / "model.onnx", copied / "report.json"
     if harm == "changed":
@@ -59,6 +59,9 @@ def test_a_bundle_that_is_not_what_it_claims_is_not_served(copied, capsys, harm)
     elif harm == "swapped data":
         (copied / "model.onnx.data").write_bytes(b"weights of somebody")
         expected = (4, "claimed by nobody: model.onnx.data")
+    elif harm == "foreign":
+        (copied / "notes.txt").write_text("of somebody")
+        expected = (4, "not in the manifest: notes.txt")
     elif harm == "no report":
         report.unlink()
         expected = (2, "has no report.json")
