@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rsi_deploy.errors import ModelError
 from rsi_deploy.kernel.certified import FAILURE
+from rsi_deploy.kernel.orthogonal import orthonormal_
 from rsi_deploy.plan.planner import break_even_rank
 from rsi_deploy.rsi import Factors, Solver, certified_norm, rounding_level, singular_values
 from rsi_deploy.spectra import Spectrum, thinned
@@ -249,22 +250,25 @@ def _errors(weight: Tensor, factors: Factors, projected: bool) -> dict[str, Any]
 def _bounded_spectrum(weight: Tensor, factors: Factors, u: Tensor, projected: bool) -> tuple[Tensor, Tensor]:
     """`s_1` and lower bounds of `s_1` to `s_{rank+1}` from the factors, without a spectrum of the weight.
 
-    For orthonormal `Q (out, rank+1)`, `s_{rank+1}(Q^T W) <= s_{rank+1}(W)` (interlacing); `Q` is the span of `left`
-    and of the residual's leading direction `u`, so the bound is near the truth when the factors are near optimal.
+    For orthonormal `V (in, rank+1)`, `s_{rank+1}(W V) <= s_{rank+1}(W)` (interlacing); `V` is the span of `W^T Q`, with
+    `Q` that of `left` and of the residual's leading direction `u`. This last product with the weight brings the bound
+    near the truth, whether the factors were iterated plainly or with shifts, which leave the least direction less pure.
     """
     W = weight.to(_working(weight))
     left, u = factors.left.to(W.dtype), u.to(W.dtype)[..., None]
     if not projected:
         Q = torch.linalg.qr(torch.cat([left, u], dim=-1)).Q
-        B = Q.mT @ W
+        B = W.mT @ Q
     else:
         u = u - left @ (left.mT @ u)
-        u = u / torch.linalg.vector_norm(u, dim=-2, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
-        B = torch.cat([factors.right, u.mT @ W], dim=-2)
-    gram = torch.zeros(*B.shape[:-1], B.shape[-2], dtype=torch.float64, device=B.device)
-    for block in B.split(4096, dim=-1):  # float64 a block at a time: memory
-        gram += block.double() @ block.double().mT
+        B = torch.cat([factors.right.mT, W.mT @ u], dim=-1)
+    full = min(W.shape[-2:])
+    image = W @ orthonormal_(B[..., :full].contiguous())  # at full rank there is no s_{rank+1}
+    gram = torch.zeros(*B.shape[:-2], image.shape[-1], image.shape[-1], dtype=torch.float64, device=B.device)
+    for block in image.split(4096, dim=-2):  # float64 a block at a time: memory
+        gram += block.double().mT @ block.double()
     s = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
+    s = torch.nn.functional.pad(s, (0, B.shape[-1] - s.shape[-1]))
     # Factors may miss the leading direction (RSVD does), so s_1 is looked for in the weight itself too.
     nothing = Factors(factors.left[..., :0], factors.right[..., :0, :])
     return torch.maximum(s[..., 0], certified_norm(weight, nothing).lower), s

@@ -78,7 +78,7 @@ def test_the_bound_of_a_large_site_is_an_upper_one(shape, spectrum, method, seed
     # Not below the truth by more than the power iteration leaves, and for good factors of use.
     assert record.normalized_error >= 0.98 * normalized
     if method != "rsvd":
-        assert record.normalized_error <= 1.4 * normalized
+        assert record.normalized_error <= 1.5 * normalized
 
 
 def test_a_small_optimum_is_not_lost_in_float32():
