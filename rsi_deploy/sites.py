@@ -265,7 +265,7 @@ def _bounded_spectrum(weight: Tensor, factors: Factors, u: Tensor, projected: bo
     full = min(W.shape[-2:])
     image = W @ orthonormal_(B[..., :full].contiguous())  # at full rank there is no s_{rank+1}
     gram = torch.zeros(*B.shape[:-2], image.shape[-1], image.shape[-1], dtype=torch.float64, device=B.device)
-    for block in image.split(4096, dim=-2):  # float64 a block at a time: memory
+    for block in torch.split(image, 4096, dim=-2):  # float64 a block at a time: memory
         gram += block.double().mT @ block.double()
     s = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
     s = torch.nn.functional.pad(s, (0, B.shape[-1] - s.shape[-1]))
