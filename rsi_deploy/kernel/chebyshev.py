@@ -24,17 +24,14 @@ In bfloat16 four roundings could harm. With `u = 2^-9/sqrt(3)`, the root mean sq
     of a basis      u / sqrt(m) along each leading direction comes out of two products (s_1/s_k)^2 times larger beside
                     the last one, and the rounding of that covers it
 
-The first two add to the residual like independent noise, so a tilt of 0.1 costs half a percent. Columns for which the
-second is too large are made in float32, and columns that the fourth lets pass `COVERED` are taken out of the others
-between the two products. Where the third is, a few directions outweigh the others: they are found in float32 and
-multiplied in it (`Leading`), and only the rest of the weight is rounded, which makes all four smaller; where the third
-is too large even so, the first block is made in float32. Where the first or the fourth is, the iteration starts anew in
-float32. Bases are made in float32, and rounded.
+The first two add to the residual like independent noise, so a tilt of 0.1 costs half a percent. Where the first is too
+large the iteration starts anew in float32; columns for which the second is are made in float32; where the third is, the
+first block is; and columns that the fourth lets pass `COVERED` are taken out of the others between the two products.
+Bases are made in float32 throughout, and rounded.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,49 +44,6 @@ MARGIN = 0.75
 ROUNDING = 2.0**-9 / 3**0.5
 TILT = 0.1
 COVERED = 0.01
-# With a leading part apart: how much of the last column a rounding may cover, and how much smaller than in the rest the
-# singular values of the leading part count there, being multiplied in float32.
-COVERS, DEEP = 0.5, 0.04
-# Columns of the leading part: at least, and one in so many.
-LEAST, PART = 8, 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leading:
-    """A few directions in which the weight is large, kept in the working precision while the rest of it is rounded.
-
-    With `W = first image^T + W'` on the shorter side and `Z = W'^T B`:
-
-        W W^T B = W' Z + first (gram C + image^T Z) + cross C,   C = first^T B
-
-    Attributes:
-        first: `(shorter, few)`, orthonormal.
-        image: `(longer, few)`, `W^T first`.
-        gram: `(few, few)`, `image^T image`.
-        cross: `(shorter, few)`, `W' image`: nothing, were `first` singular vectors.
-    """
-
-    first: Tensor
-    image: Tensor
-    gram: Tensor
-    cross: Tensor
-
-    def without(self, operand: Operand) -> Operand:
-        """The operand of `W'`."""
-        image = self.image / operand.scale
-        return replace(operand, taken=(image, self.first) if operand.tall else (self.first, image))
-
-    def norms(self, B: Tensor) -> Tensor:
-        """Of the columns of `image first^T B`."""
-        C = self.first.mT @ B.to(self.first.dtype)
-        norms: Tensor = torch.linalg.vecdot(C, self.gram @ C, dim=0).clamp_min(0).sqrt()
-        return norms
-
-    def image_of(self, B: Tensor, Z: Tensor) -> Tensor:
-        """`W W^T B` but for `W' Z`."""
-        C = self.first.mT @ B.to(self.first.dtype)
-        inner = self.gram @ C + (self.image.to(Z.dtype).mT @ Z).to(C.dtype)
-        return (self.first @ inner).addmm_(self.cross, C)
 
 
 def steps(q: int) -> int:
@@ -152,86 +106,46 @@ def _exact(operand: Operand, draw: Draw, fractions: list[float]) -> Tensor:
 def _low(operand: Operand, draw: Draw, fractions: list[float]) -> Tensor | None:
     """The same, of products in bfloat16; None where they would do harm."""
     low = torch.bfloat16
-    B, told, noise = _begun(operand, draw)
-    leading, rest = None, operand
-    if told < TOLD:
-        leading = _leading(operand, draw, fractions, max(LEAST, B.shape[1] // PART))
-        rest = leading.without(operand)
-        B, told, noise = _begun(rest, draw, leading)
-    if told < TOLD:
-        B = near_basis_(operand.to_short(draw(operand.longer)))
-    B = B.to(low)
-    for index, fraction in enumerate(fractions):
-        B = rough_basis_(B)[0].to(low) if index else B
-        Z = rest.low_to_long(B)
-        among = column_norms(Z)
-        norms = among if leading is None else torch.hypot(among, leading.norms(B))
-        least = float(norms.min())
-        if index < 2 and not noise <= TILT * least:  # the first `least` is too large, so this may show only later
-            return None
-        if leading is None:
-            Z = deflate_(Z, covering(among, least, ROUNDING, len(B)))
-        elif not _may_cover(among, norms, len(B)):
-            return None
-        shift = fraction * MARGIN * least**2
-        exact = None if leading is None else leading.image_of(B, Z)
-        image = rest.low_to_short(Z)
-        del Z  # before the next one is made
-        image = image if exact is None else exact.add_(image)
-        if index < len(fractions) - 1:
-            B = image.sub_(B, alpha=shift)
-            del image, exact
-    found = image.to(operand.working).sub_(B, alpha=shift)
-    large = (ROUNDING * among > TILT / 2 * least).nonzero()[:, 0]
-    if len(large):
-        some = B[:, large].to(operand.working)
-        found[:, large] = operand.to_short(operand.to_long(some)).sub_(some, alpha=shift)
-    return found
-
-
-def _may_cover(among: Tensor, norms: Tensor, length: int) -> bool:
-    """Whether what roundings of a basis bring up stays small: of the rest in bfloat16, and of all in float32."""
-    most = norms.min() * (COVERS * length**0.5 / ROUNDING) ** 0.5
-    return bool((among.max() <= most) & (DEEP * norms.max() <= most))
-
-
-def _begun(operand: Operand, draw: Draw, leading: Leading | None = None) -> tuple[Tensor, float, float]:
-    """A first basis, how well its columns are told apart, and about the 2-norm of the weight's rounding."""
-    Z = draw(operand.longer)
-    exact = None if leading is None else leading.first @ (leading.image.mT @ Z)
-    Z = Z.to(torch.bfloat16)
+    Z = draw(operand.longer).to(low)
     B = operand.low_to_short(Z)
     noise = operand.rounding(ROUNDING, B, Z)
     del Z
-    if exact is None:
-        return *rough_basis_(B, passes=0), noise
-    exact.add_(B)
-    _, told = rough_basis_(B, passes=0)
-    return near_basis_(exact), told, noise
+    B, told = rough_basis_(B, passes=0)
+    if told < TOLD:
+        B = near_basis_(operand.to_short(draw(operand.longer))).to(low)
+    for index, fraction in enumerate(fractions):
+        B = rough_basis_(B)[0] if index else B
+        Z = operand.low_to_long(B)
+        norms = column_norms(Z)
+        least = float(norms.min())
+        if index < 2 and not noise <= TILT * least:  # the first `least` is too large, so this may show only later
+            return None
+        Z = deflate_(Z, covering(norms, ROUNDING, len(B)))
+        shift = fraction * MARGIN * least**2
+        if index < len(fractions) - 1:
+            B = operand.low_to_short(Z).sub_(B, alpha=shift)
+            del Z  # before the next one is made
+    large = (ROUNDING * norms > TILT / 2 * least).nonzero()[:, 0]
+    if 2 * len(large) > len(norms):
+        return operand.to_short(Z.to(operand.working)).sub_(B.to(operand.working), alpha=shift)
+    found = operand.low_to_short(Z).sub_(B, alpha=shift).to(operand.working)
+    if len(large):
+        some = operand.to_short(Z[:, large].to(operand.working))
+        found[:, large] = some.sub_(B[:, large].to(operand.working), alpha=shift)
+    return found
 
 
-def _leading(operand: Operand, draw: Draw, fractions: list[float], count: int) -> Leading:
-    """The part of the weight in about its first singular vectors, found in the working precision."""
-    operand.forget()
-    first = orthonormal_(_exact(operand, lambda side: draw(side)[:, :count].contiguous(), fractions))
-    image = operand.to_long(first)
-    gram = image.mT @ image
-    cross = operand.to_short(image.clone()).sub_(first @ gram)
-    return Leading(first=first, image=image, gram=gram, cross=cross)
-
-
-def covering(norms: Tensor, least: float, rounding: float, length: int) -> Tensor:
-    """Which columns, after two products, would lie in the rounding of the last too deep: indices, ascending.
+def covering(norms: Tensor, rounding: float, length: int) -> int:
+    """How many columns come first that, after two products, would lie in the rounding of the last too deep.
 
     Args:
         norms: `(columns,)`, about the singular values that the columns stand for.
-        least: about the least singular value in the block.
         rounding: root mean square of a relative rounding.
         length: of a column.
     """
     limit = (COVERED * length**0.5 / rounding) ** 0.5
-    found: Tensor = (norms > limit * least).nonzero()[:, 0]
-    return found
+    found = (norms > limit * norms.min()).nonzero()
+    return int(found[-1]) + 1 if len(found) else 0
 
 
 def column_norms(Z: Tensor) -> Tensor:

@@ -43,8 +43,7 @@ def _iterated(operand: Operand, draw: Draw, iterations: int) -> Tensor:
         Y = operand.adjoint(X)
         del X
         if operand.tall:
-            norms = column_norms(Y)
-            leading = len(covering(norms, float(norms.min()), torch.finfo(operand.working).eps, len(Y)))
+            leading = covering(column_norms(Y), torch.finfo(operand.working).eps, len(Y))
             Y = near_basis_(Y)
     return Y
 

@@ -110,12 +110,12 @@ def rough_basis_(X: Tensor, *, passes: int = 3) -> tuple[Tensor, float]:
     return X, first
 
 
-def deflate_(X: Tensor, leading: Tensor) -> Tensor:
-    """`X (m, k)`, bfloat16, with the columns after the last of `leading (few,)` made orthogonal to those."""
-    if len(leading):
-        others = X[:, int(leading[-1]) + 1 :]
-        basis = rough_basis_(X[:, leading])[0]
-        others.sub_(basis @ (basis.mT @ others))
+def deflate_(X: Tensor, leading: int) -> Tensor:
+    """`X (m, k)`, bfloat16, its first `leading` columns a basis and the others orthogonal to them."""
+    if leading:
+        first, others = X[:, :leading], X[:, leading:]
+        first.copy_(rough_basis_(first.clone())[0])
+        others.sub_(first @ (first.mT @ others))
     return X
 
 

@@ -28,14 +28,11 @@ class Operand:
         weight: `(out, in)`, contiguous; float64, float32, bfloat16 or float16.
         scale: a power of two that brings the largest entry of the weight near 1.
         allowance: bytes that copies of the weight, whole or in panels, may take.
-        taken: `(left (out, few), right (in, few))` in the working precision; where given, what is multiplied is
-            `W - left @ right^T`, in panels that are made as they are needed.
     """
 
     weight: Tensor
     scale: float
     allowance: int
-    taken: tuple[Tensor, Tensor] | None = None
     _low: Tensor | None = None
     _buffer: Tensor | None = None
 
@@ -47,22 +44,20 @@ class Operand:
     def forward(self, Y: Tensor) -> Tensor:
         """`W @ Y (out, columns)` in the working precision."""
         if self.weight.dtype == self.working:
-            X = self.weight @ Y
-        else:
-            X = torch.empty(self.weight.shape[0], Y.shape[1], dtype=self.working, device=Y.device)
-            for rows in self._panels(self.working):
-                torch.mm(self._panel(rows, self.working), Y, out=X[rows])
-        return X if self.taken is None else X.sub_(self.taken[0] @ (self.taken[1].mT @ Y))
+            return self.weight @ Y
+        X = torch.empty(self.weight.shape[0], Y.shape[1], dtype=self.working, device=Y.device)
+        for rows in self._panels(self.working):
+            torch.mm(self._panel(rows, self.working), Y, out=X[rows])
+        return X
 
     def adjoint(self, X: Tensor) -> Tensor:
         """`W^T @ X (in, columns)` in the working precision."""
         if self.weight.dtype == self.working:
-            Y = self.weight.mT @ X
-        else:
-            Y = torch.empty(self.weight.shape[1], X.shape[1], dtype=self.working, device=X.device)
-            for columns in self._panels(self.working, across=True):
-                torch.mm(self._panel(columns, self.working, across=True).mT, X, out=Y[columns])
-        return Y if self.taken is None else Y.sub_(self.taken[1] @ (self.taken[0].mT @ X))
+            return self.weight.mT @ X
+        Y = torch.empty(self.weight.shape[1], X.shape[1], dtype=self.working, device=X.device)
+        for columns in self._panels(self.working, across=True):
+            torch.mm(self._panel(columns, self.working, across=True).mT, X, out=Y[columns])
+        return Y
 
     def low_forward(self, Y: Tensor) -> Tensor:
         """`W @ Y (out, columns)` in bfloat16, of `Y` in bfloat16."""
@@ -70,7 +65,7 @@ class Operand:
             return self._low_weight() @ Y
         X = torch.empty(self.weight.shape[0], Y.shape[1], dtype=torch.bfloat16, device=Y.device)
         for rows in self._panels(torch.bfloat16):
-            torch.mm(self._low_panel(rows), Y, out=X[rows])
+            torch.mm(self._panel(rows, torch.bfloat16), Y, out=X[rows])
         return X
 
     def low_adjoint(self, X: Tensor) -> Tensor:
@@ -79,7 +74,7 @@ class Operand:
             return self._low_weight().mT @ X
         Y = torch.empty(self.weight.shape[1], X.shape[1], dtype=torch.bfloat16, device=X.device)
         for columns in self._panels(torch.bfloat16, across=True):
-            torch.mm(self._low_panel(columns, across=True).mT, X, out=Y[columns])
+            torch.mm(self._panel(columns, torch.bfloat16, across=True).mT, X, out=Y[columns])
         return Y
 
     @property
@@ -136,13 +131,11 @@ class Operand:
             X: `(out, columns)`.
             Y: what it was made from.
         """
-        if self._is_low:
+        if self.weight.dtype == torch.bfloat16:
             return 0.0
         size = torch.linalg.vector_norm(Y, dtype=torch.float32) / self.weight.shape[1] ** 0.5
         rows = torch.linalg.vector_norm(X, dim=1, dtype=torch.float32).max() / size
         some = self.weight[::16]
-        if self.taken is not None:
-            some = some - self.taken[0][::16] @ self.taken[1].mT
         columns = torch.linalg.vector_norm(some, dim=0, dtype=torch.float32).max()
         columns = columns * (self.weight.shape[0] / len(some)) ** 0.5
         return relative * float(rows + columns)
@@ -151,32 +144,15 @@ class Operand:
         """Let the copies go."""
         self._low = self._buffer = None
 
-    @property
-    def _is_low(self) -> bool:
-        """Whether what is multiplied is in bfloat16 as it is."""
-        return self.weight.dtype == torch.bfloat16 and self.taken is None
-
     def _whole(self) -> bool:
-        return self._is_low or 2 * self.weight.numel() <= self.allowance
+        return self.weight.dtype == torch.bfloat16 or 2 * self.weight.numel() <= self.allowance
 
     def _low_weight(self) -> Tensor:
-        if self._is_low:
+        if self.weight.dtype == torch.bfloat16:
             return self.weight
-        if self._low is None and self.taken is None:
+        if self._low is None:
             self._low = self.weight.to(torch.bfloat16)
-        elif self._low is None:
-            self._low = torch.empty(self.weight.shape, dtype=torch.bfloat16, device=self.weight.device)
-            for rows in self._panels(self.working):
-                self._low[rows] = self._difference(rows)
         return self._low
-
-    def _difference(self, part: slice, *, across: bool = False) -> Tensor:
-        """Some rows or columns of the weight, less what is taken out."""
-        assert self.taken is not None
-        left, right = self.taken
-        if across:
-            return self.weight[:, part] - left @ right[part].mT
-        return self.weight[part] - left[part] @ right.mT
 
     def _panels(self, dtype: torch.dtype, *, across: bool = False) -> list[slice]:
         """Slices of the rows, or of the columns, of a panel each."""
@@ -187,16 +163,8 @@ class Operand:
         return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
     def _panel(self, part: slice, dtype: torch.dtype, *, across: bool = False) -> Tensor:
-        """Some rows or columns of the weight in another dtype, until the next panel takes their place."""
-        return self._buffered(self.weight[:, part] if across else self.weight[part], dtype)
-
-    def _low_panel(self, part: slice, *, across: bool = False) -> Tensor:
-        """As `_panel`, in bfloat16, less what is taken out."""
-        if self.taken is None:
-            return self._panel(part, torch.bfloat16, across=across)
-        return self._buffered(self._difference(part, across=across), torch.bfloat16)
-
-    def _buffered(self, source: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows or columns in another dtype, until the next panel takes their place."""
+        source = self.weight[:, part] if across else self.weight[part]
         if self._buffer is None or self._buffer.dtype != dtype or self._buffer.numel() < source.numel():
             self._buffer = torch.empty(source.numel(), dtype=dtype, device=source.device)
         return self._buffer[: source.numel()].view(source.shape).copy_(source)
