@@ -25,7 +25,6 @@ import functools
 import itertools
 import json
 import math
-import random
 import statistics
 import subprocess
 import sys
@@ -42,9 +41,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import common
 from bench.common import Goal
+from bench.kernel_peers import NEAR, error, interleaved, near_optimal, peers
 from rsi_deploy.kernel import cost
 from rsi_deploy.measure.machine import peak_memory
-from rsi_deploy.rsi import Factors, Solver, certified_norm, singular_values
+from rsi_deploy.rsi import Solver, singular_values
 
 Q = 4
 SHAPES = ((768, 768), (3072, 768), (512, 4608), (4096, 4096), (11008, 4096), (4096, 25088))
@@ -52,8 +52,7 @@ RATIOS = (0.05, 0.1, 0.25, 0.5)
 SPECTRA = ("slow", "medium", "fast")
 PEERED = (0.05, 0.1)
 LARGE, LARGE_LIMIT, SMALL_LIMIT, PLAIN_LIMIT = 2048, 0.6, 1.1, 1.15
-ERROR_LIMIT, WIDTH_LIMIT, SVD_SPEEDUP, NEAR, MODEL_LIMIT = 1.01, 0.05, 15.0, 1.05, 1.3
-SECONDS, MOST_ROUNDS = 4.0, 40
+ERROR_LIMIT, WIDTH_LIMIT, SVD_SPEEDUP, MODEL_LIMIT = 1.01, 0.05, 15.0, 1.3
 Row = dict[str, Any]
 
 
@@ -171,98 +170,6 @@ def measured(name: str, weight: Tensor, values: Tensor, ratio: float, *, rounds:
         "holds": errors["kernel"][3],
         "times": times,
     }
-
-
-def error(weight: Tensor, factors: Factors, values: Tensor, rank: int) -> tuple[float, float, float, bool]:
-    """The certified interval of the residual's norm, the normalized error, and whether the interval holds the norm.
-
-    The norm itself is exact up to 1024 on the smaller side; above, it is what 60 steps of Lanczos find from below.
-    """
-    interval = certified_norm(weight, factors)
-    low, high = float(interval.lower), float(interval.upper)
-    residual = weight - factors.left @ factors.right
-    if min(weight.shape) <= 1024:
-        gram = residual.double() @ residual.double().mT if len(weight) <= weight.shape[1] else None
-        gram = residual.double().mT @ residual.double() if gram is None else gram
-        truth = float(torch.linalg.eigvalsh(gram)[-1]) ** 0.5
-    else:
-        nothing = Factors(factors.left[:, :0] * 0, factors.right[:0])
-        truth = float(certified_norm(residual, nothing, failure=1e-12, width=0.004, seed=1).lower)
-    optimum = float(values[rank]) if rank < len(values) else 0.0
-    return low, high, truth / optimum if optimum else 1.0, low <= truth * (1 + 1e-6) and truth <= high
-
-
-def interleaved(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every arm in every round, in shuffled order, after one round to warm up; more rounds where short."""
-    order, shuffled = list(arms), random.Random(0)
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
-    begun = time.perf_counter()
-    for index in range(MOST_ROUNDS + 1):
-        if index > rounds and time.perf_counter() - begun > SECONDS:
-            break
-        shuffled.shuffle(order)
-        for arm in order:
-            started = time.perf_counter()
-            arms[arm]()
-            if index:
-                times[arm].append(time.perf_counter() - started)
-    return times
-
-
-def peers(weight: Tensor, row: Row, *, rounds: int) -> Row:
-    """Each peer's least time at an error no larger than the kernel's, over the kernel's own in the same rounds."""
-    from scipy.sparse.linalg import svds
-    from sklearn.utils.extmath import randomized_svd
-
-    rank, target = row["rank"], row["interval"][1]
-    array = weight.numpy()
-
-    def lowrank(steps: int) -> Factors:
-        U, S, V = torch.svd_lowrank(weight, q=rank, niter=steps)
-        return Factors(U, (V * S).mT)
-
-    def sklearn(steps: int) -> Factors:
-        U, S, Vh = randomized_svd(array, rank, n_iter=steps, random_state=0)
-        return Factors(torch.from_numpy(U), torch.from_numpy(S[:, None] * Vh))
-
-    def lanczos(_: int) -> Factors:
-        U, S, Vh = svds(array, k=rank)
-        return Factors(torch.from_numpy(U.copy()), torch.from_numpy(S[:, None] * Vh))
-
-    def svd(_: int) -> Factors:
-        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-        return Factors(U[:, :rank], S[:rank, None] * Vh[:rank])
-
-    iterated = {"torch.svd_lowrank": lowrank, "sklearn randomized_svd": sklearn}
-    result: Row = {}
-    for name, peer in iterated.items():
-        steps = next((s for s in (3, 4, 6, 8) if float(certified_norm(weight, peer(s)).lower) <= target), 8)
-        reached = float(certified_norm(weight, peer(steps)).lower)
-        times = interleaved({"kernel": lambda: Solver()(weight, rank), "peer": lambda: peer(steps)}, rounds)  # noqa: B023
-        result[name] = _peer(times, steps=steps, error=reached)
-    if min(weight.shape) <= 1024:  # above, goal 3 measures them once
-        for name, exact in {"torch.linalg.svd": svd, "scipy svds": lanczos}.items():
-            times = interleaved({"kernel": lambda: Solver()(weight, rank), "peer": lambda: exact(0)}, 1)  # noqa: B023
-            result[name] = _peer(times, steps=0, error=float(certified_norm(weight, exact(0)).lower))
-    return result
-
-
-def _peer(times: dict[str, list[float]], **facts: Any) -> Row:
-    return {"seconds": min(times["peer"]), "speedup": min(times["peer"]) / min(times["kernel"]), **facts}
-
-
-def near_optimal(weight: Tensor, rank: int, values: Tensor) -> Row:
-    """The fewest iterations with a normalized error of at most 1.05, and how much faster that is than an exact SVD."""
-    for q in (4, 6, 8, 12, 16):
-        solver = Solver(power_iterations=q)
-        times = interleaved({"kernel": lambda: solver(weight, rank)}, 2)["kernel"]  # noqa: B023
-        reached = error(weight, solver(weight, rank), values, rank)[2]
-        if reached <= NEAR:
-            break
-    started = time.perf_counter()
-    torch.linalg.svd(weight, full_matrices=False)
-    seconds = time.perf_counter() - started
-    return {"q": q, "normalized_error": reached, "svd_seconds": seconds, "speedup": seconds / min(times)}
 
 
 def whole_model(name: str) -> Row:

@@ -139,9 +139,14 @@ def _is(path: Path, record: FileRecord) -> bool:
     return path.stat().st_size == record.bytes and _record(path) == record
 
 
-def _record(path: Path) -> FileRecord:
+def file_hash(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
-        return FileRecord(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _record(path: Path) -> FileRecord:
+    return FileRecord(bytes=path.stat().st_size, sha256=file_hash(path))
 
 
 def _names(folder: Path) -> list[str]:

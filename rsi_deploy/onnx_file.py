@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from rsi_deploy.errors import ModelError
+from rsi_deploy.manifest import file_hash
 
 # Above this many bytes of weights they go to model.onnx.data: a protobuf cannot pass 2 GiB, and copies cost memory.
 INLINE_LIMIT = 1 << 30
@@ -104,10 +105,10 @@ def external_files(path: Path) -> list[Path]:
     return [path.parent / name for name in sorted(names) if (path.parent / name).is_file()]
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def model_hash(path: Path) -> str:
+    """sha256 of an ONNX file, in hexadecimal; with external data, of the hashes of all its files."""
+    hashes = [file_hash(file) for file in (path, *external_files(path))]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def weights_hash(model: ir.Model) -> str:

@@ -30,13 +30,13 @@ from rsi_deploy.calibrate.certificate import certificate
 from rsi_deploy.errors import RsiDeployError
 from rsi_deploy.found_splits import FoundSplit, found_splits
 from rsi_deploy.gates import compare_outputs
-from rsi_deploy.manifest import MANIFEST, check_manifest
+from rsi_deploy.manifest import MANIFEST, check_manifest, file_hash
 from rsi_deploy.measure.accuracy import evaluate
 from rsi_deploy.measure.data import Dataset, open_data
 from rsi_deploy.measure.inputs import model_inputs
 from rsi_deploy.measure.provider_spec import parse
 from rsi_deploy.measure.sessions import make_session, run_session
-from rsi_deploy.onnx_file import file_bytes, file_hash, parameters
+from rsi_deploy.onnx_file import file_bytes, parameters
 from rsi_deploy.plan.budget import Budget
 from rsi_deploy.probe import Feeds, probe_feeds
 from rsi_deploy.report.html import source_of

@@ -25,6 +25,16 @@ def _cache_of_its_own(tmp_path_factory):
         os.environ["RSI_DEPLOY_CACHE"] = before
 
 
+@pytest.fixture(scope="module")
+def ray():
+    """A Ray of its own with two CPUs, for two workers at a time."""
+    found = pytest.importorskip("ray", reason='no ray here: pip install "rsi-deploy[ray]"')
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    found.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield found
+    found.shutdown()
+
+
 def pytest_collection_modifyitems(config, items):
     """Slow tests run only where they are asked for: `-m slow`."""
     if "slow" in config.getoption("markexpr"):

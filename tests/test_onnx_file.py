@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from rsi_deploy.errors import ModelError
-from rsi_deploy.onnx_file import parameters, read_onnx, weight_bytes, weights_hash
+from rsi_deploy.onnx_file import model_hash, parameters, read_onnx, weight_bytes, weights_hash
 
 
 def proto(*nodes, initializers=(), output="y"):
@@ -146,3 +146,23 @@ def test_a_subgraph_sees_the_scopes_around_it(tmp_path):
     node = helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch)
     onnx.save(proto(node, initializers=[weight(), yes]), tmp_path / "m.onnx")
     assert parameters(read_onnx(tmp_path / "m.onnx")) == 64
+
+
+def test_a_model_s_hash_is_of_all_its_files(tmp_path):
+    """One that looked at the weights alone would take an unfinished sweep of another graph for its own."""
+
+    def written(name, operator):
+        node = helper.make_node(operator, ["x", "w"], ["y"])
+        x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [4, 4]) for n in ("x", "y"))
+        weight = numpy_helper.from_array(np.arange(16, dtype=np.float32).reshape(4, 4), "w")
+        model = helper.make_model(helper.make_graph([node], "g", [x], [y], [weight]))
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "m.onnx"
+        onnx.save_model(model, path, save_as_external_data=True, location="m.data", size_threshold=0)
+        return path
+
+    first, same, other = written("a", "MatMul"), written("b", "MatMul"), written("c", "Add")
+    assert (first.parent / "m.data").read_bytes() == (other.parent / "m.data").read_bytes()
+    assert model_hash(first) == model_hash(same) != model_hash(other)
+    (same.parent / "m.data").write_bytes(b"\1" + (same.parent / "m.data").read_bytes()[1:])
+    assert model_hash(first) != model_hash(same)

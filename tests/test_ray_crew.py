@@ -25,9 +25,6 @@ from rsi_deploy.kernel import cost
 from rsi_deploy.plan.planner import Planner, rank_spec
 from rsi_deploy.rsi import Solver
 
-ABSENT = 'no ray here: pip install "rsi-deploy[ray]"'
-
-
 MAIN = "from rsi_deploy.cli import main; main()"
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 
@@ -57,16 +54,6 @@ def attention_like(folder, precision):
     path = folder / "attention.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     return path
-
-
-@pytest.fixture(scope="module")
-def ray():
-    """A Ray of its own with two CPUs, for two workers at a time."""
-    found = pytest.importorskip("ray", reason=ABSENT)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    found.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield found
-    found.shutdown()
 
 
 def same_bytes(a, b):
@@ -222,7 +209,7 @@ def test_a_machine_with_too_few_cpus_is_said(ray, tmp_path):
 
 @pytest.mark.ray
 def test_a_command_brings_its_own_ray_and_ends_it(tmp_path):
-    pytest.importorskip("ray", reason=ABSENT)
+    pytest.importorskip("ray", reason='no ray here: pip install "rsi-deploy[ray]"')
     model = mlp_onnx(tmp_path / "m.onnx")
     words = ["export", str(model), "--rank", "4", "--no-bench"]
     clean = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -236,7 +223,7 @@ def test_a_command_brings_its_own_ray_and_ends_it(tmp_path):
 
 @pytest.mark.ray
 def test_nobody_at_the_address(tmp_path):
-    pytest.importorskip("ray", reason=ABSENT)
+    pytest.importorskip("ray", reason='no ray here: pip install "rsi-deploy[ray]"')
     words = ["export", str(mlp_onnx(tmp_path / "m.onnx")), "--rank", "4", "--no-bench", "-o", str(tmp_path / "b")]
     command = [sys.executable, "-c", MAIN, *words, "--ray", "127.0.0.1:1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])

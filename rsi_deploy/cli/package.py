@@ -7,8 +7,6 @@ import click
 
 from rsi_deploy.cli.terminal import console
 
-TARGETS = ["ort", "triton", "kserve", "ray-serve"]
-
 
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))

@@ -8,9 +8,9 @@ from pathlib import Path
 from rsi_deploy import __version__
 from rsi_deploy.calibrating import Calibrator
 from rsi_deploy.exporting.found import Checked, Delivered, Start, dense_file
-from rsi_deploy.manifest import write_manifest
+from rsi_deploy.manifest import file_hash, write_manifest
 from rsi_deploy.measure.machine import environment, peak_memory
-from rsi_deploy.onnx_file import file_bytes, file_hash
+from rsi_deploy.onnx_file import file_bytes
 from rsi_deploy.onnx_split import with_macs
 from rsi_deploy.plan.decide import plan_of
 from rsi_deploy.plan.plan_file import write_plan

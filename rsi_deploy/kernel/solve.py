@@ -1,7 +1,9 @@
 """One weight, from the sketch to its factors: which route, in which precision, in how many iterations.
 
     small weights (`kernel.batched`)   direct | chebyshev | exact, all at once
-    all others, matrix by matrix       direct | gram | krylov | exact     with oversampling: cut by the SVD of Y^T
+    all others, matrix by matrix       direct | chebyshev | gram | krylov | exact
+
+With oversampling the result is cut by the SVD of `Y^T`.
 
 Memory beyond the weight: twice the blocks `X (out, columns)` and `Y (in, columns)` in float32, copies of the weight in
 bfloat16 included (a panel of at least 2 MiB); with the buffers of the libraries it is measured by `bench.kernel`.
@@ -73,11 +75,11 @@ def solve(weight: Tensor, draw: Draw, columns: int, rank: int, scale: float, how
         mixed = False
     route: str = how.route
     if route == "auto":
-        instant = weight.shape[-2] * weight.shape[-1] <= 4096  # by every route: no need to know the machine
+        route = "chebyshev"
         shape = (weight.shape[-2], weight.shape[-1])
-        among = BATCHED if is_small(weight) else cost.ROUTES
-        known = None if instant else cost.rates(weight.device)
-        route = cost.choose(known, shape, columns, rank, q, mixed=mixed, among=among) if known else "chebyshev"
+        if shape[0] * shape[1] > 4096:  # below, every route is instant: no need to know the machine
+            among = BATCHED if is_small(weight) else cost.ROUTES
+            route = cost.choose(cost.rates(weight.device), shape, columns, rank, q, mixed=mixed, among=among)
     if columns >= full:
         route = "exact"  # the sketch spans everything: nothing is left to iterate for
     if is_small(weight) and how.q != "auto" and route in (*BATCHED, "direct"):

@@ -7,7 +7,6 @@
 `stamps` is what a watcher looks at: it changes when a file is replaced, and costs no reading.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Literal
 import pydantic
 
 from rsi_deploy.errors import GateError, ModelError, UsageError
-from rsi_deploy.manifest import check_manifest
+from rsi_deploy.manifest import check_manifest, file_hash
 from rsi_deploy.measure.preprocess import Preprocessing
 
 Stamp = tuple[str, int, int, int]
@@ -94,7 +93,7 @@ def broken_files(folder: Path, claimed: Mapping[str, str]) -> list[str]:
     present = [name for name in ("model.onnx", "model.onnx.data") if (folder / name).is_file()]
     missing = [name for name in claimed if not (folder / name).is_file()]
     unclaimed = [name for name in present if name not in claimed]
-    changed = [name for name, digest in claimed.items() if name not in missing and _sha256(folder / name) != digest]
+    changed = [name for name, digest in claimed.items() if name not in missing and file_hash(folder / name) != digest]
     found = {"missing": missing, "not what the bundle claims": changed, "claimed by nobody": unclaimed}
     if "model.onnx" not in present and "model.onnx" not in missing:
         missing.append("model.onnx")
@@ -126,8 +125,3 @@ def _claims(folder: Path) -> _Claims:
         raise ModelError(
             f"{folder / 'report.json'} is no report that can be served: {where}: {first['msg']}"
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

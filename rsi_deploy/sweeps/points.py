@@ -13,9 +13,9 @@ import pydantic
 
 from rsi_deploy.bundle import whole_folder
 from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.manifest import file_hash
 from rsi_deploy.measure.machine import Environment
 from rsi_deploy.measure.statistics import Interval
-from rsi_deploy.onnx_file import file_hash
 from rsi_deploy.report.schema import Report, Size, read_report
 
 By = Literal["macs", "params", "latency"]

@@ -21,7 +21,7 @@ import numpy as np
 from rsi_deploy import __version__
 from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.machine import environment
-from rsi_deploy.onnx_file import external_files, file_hash
+from rsi_deploy.onnx_file import model_hash
 from rsi_deploy.ray_crew import check_ray
 from rsi_deploy.report.page_sweep import sweep_page
 from rsi_deploy.report.schema import read_report
@@ -134,7 +134,7 @@ def sweep(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command or "rsi_deploy.sweep(...)",
         model=name,
-        source_hash="".join(file_hash(path) for path in (dense, *external_files(dense)))[-64:],
+        source_hash=model_hash(dense),
         settings=json.dumps(options, sort_keys=True),
         by=by,
         shares=shares,

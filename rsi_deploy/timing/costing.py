@@ -29,7 +29,7 @@ from rsi_deploy.measure.request import parse_seconds
 from rsi_deploy.measure.site_models import Piece, pieces
 from rsi_deploy.measure.site_timing import Wanted, shapes_of, time_sites
 from rsi_deploy.measure.trial_plans import trial_plans, with_model_time
-from rsi_deploy.onnx_file import external_files, file_hash, read_onnx, write_external
+from rsi_deploy.onnx_file import model_hash, read_onnx, write_external
 from rsi_deploy.plan.planner import site_name
 from rsi_deploy.probe import named_shapes, read_feeds
 from rsi_deploy.trace import traced_run
@@ -157,7 +157,7 @@ class Costing:
         conditions = conditions_here(self.provider, self.threads)
         cache = CostCache.of(conditions)
         told = {key: f"{array.dtype} {array.shape}" for key, array in feeds.items()}
-        digest = "".join(file_hash(path) for path in (dense, *external_files(dense)))
+        digest = model_hash(dense)
         key = f"{digest} {told}"
         if not fresh and (known := cache.table(key)) is not None:
             return known
@@ -174,7 +174,7 @@ class Costing:
             created=datetime.datetime.now(datetime.UTC),
             command=command or "rsi_deploy.profile(...)",
             conditions=conditions,
-            model=ModelTime(name=name, hash=digest[:64], batch=_batch(feeds), inputs=told, dense_nanoseconds=1),
+            model=ModelTime(name=name, hash=digest, batch=_batch(feeds), inputs=told, dense_nanoseconds=1),
             sites={site: piece.signature for site, piece in found.items() if piece.signature in costs},
             untimed=untimed,
             costs=tuple(costs[signature] for signature in shapes if signature in costs),

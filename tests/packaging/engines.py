@@ -78,27 +78,33 @@ def tritonserver(repository, work):
         "PATH": f"{python.parent}:{os.environ['PATH']}",  # the stub's interpreter finds its packages by it
         "VIRTUAL_ENV": str(python.parents[1]),
     }
-    log = work / "triton.log"
+    with running(command, f"http://127.0.0.1:{port}/v2/health/ready", work / "triton.log", env=clean):
+        yield f"127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def running(command, url, log, *, within=SERVED_WITHIN, **options):
+    """A server in a process group of its own: there once `url` answers, gone at the end."""
     with log.open("wb") as out:
-        server = subprocess.Popen(command, env=clean, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, **options)
         try:
-            _wait(server, f"http://127.0.0.1:{port}/v2/health/ready", log)
-            yield f"127.0.0.1:{port}"
+            _wait(server, url, log, within)
+            yield
         finally:
             server.send_signal(signal.SIGINT)
             try:
-                server.wait(30)
+                server.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(server.pid, signal.SIGKILL)
                 server.wait()
 
 
-def _wait(server, url, log):
-    deadline = time.monotonic() + SERVED_WITHIN
+def _wait(server, url, log, within):
+    deadline = time.monotonic() + within
     while time.monotonic() < deadline:
         assert server.poll() is None, log.read_text(errors="replace")[-4000:]
         with contextlib.suppress(OSError, urllib.error.URLError), urllib.request.urlopen(url, timeout=5) as answer:
             if answer.status == 200:
                 return
         time.sleep(0.2)
-    raise AssertionError(f"not ready within {SERVED_WITHIN} s: {log.read_text(errors='replace')[-4000:]}")
+    raise AssertionError(f"not ready within {within} s: {log.read_text(errors='replace')[-4000:]}")

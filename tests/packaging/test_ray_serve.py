@@ -1,18 +1,14 @@
 """The packaged application in a real Ray Serve, asked by an unmodified tritonclient; skipped where there is no ray."""
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 
 import numpy as np
 import pytest
-from engines import asked, free_port, with_tritonclient
+from engines import asked, free_port, running, with_tritonclient
 from models import bundle_of, mixing, mlp_bundle, tokens
 
 from rsi_deploy import ModelError, package
@@ -123,30 +119,9 @@ def served(tmp_path_factory):
         "RAY_ADDRESS": "local",  # not to somebody else's cluster on this machine
     }
     command = [sys.executable, "-m", "ray.serve.scripts", "run", "config.yaml"]
-    with (root / "log").open("wb") as out:
-        server = subprocess.Popen(
-            command, cwd=root / "p", env=clean, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            wait(server, f"http://127.0.0.1:{port}/v2/models/tokens/ready", root / "log")
-            yield f"127.0.0.1:{port}", bundle, python
-        finally:
-            server.send_signal(signal.SIGINT)
-            try:
-                server.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
-
-
-def wait(server, url, log):
-    deadline = time.monotonic() + READY_WITHIN
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text(errors="replace")[-4000:]
-        with contextlib.suppress(OSError, urllib.error.URLError), urllib.request.urlopen(url, timeout=5):
-            return
-        time.sleep(1)
-    raise AssertionError(f"not ready within {READY_WITHIN} s: {log.read_text(errors='replace')[-4000:]}")
+    url = f"http://127.0.0.1:{port}/v2/models/tokens/ready"
+    with running(command, url, root / "log", within=READY_WITHIN, cwd=root / "p", env=clean):
+        yield f"127.0.0.1:{port}", bundle, python
 
 
 def some(count=4):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from engines import asked, environment
 from models import bundle_of, mixing, mlp_bundle, tokens
-from nets import mlp_onnx
+from nets import mlp_onnx, run_onnx
+from served import Server
 
 from rsi_deploy import onnx_file, package
 from rsi_deploy.packaging.triton_config import proto_text
@@ -156,10 +157,19 @@ def test_weights_beside_the_model_come_with_it(tmp_path, monkeypatch):
     assert session.run(None, {"input": np.ones((2, 12), np.float32)})[0].shape == (2, 10)
 
 
-def test_the_readme_s_client_compiles(mlp, tmp_path):
+def test_the_readme_s_client_asks_whoever_speaks_the_protocol(mlp, tmp_path):
+    """Our own server does, as Triton; what it is asked is what the packaged model takes."""
+    pytest.importorskip("tritonclient.http")
     package(mlp, tmp_path / "p", target="triton")
-    text = (tmp_path / "p" / "README.md").read_text()
-    compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec")
+    code = (tmp_path / "p" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "localhost:8000" in code
+    with Server(f"mlp={mlp}") as server:
+        code, found = code.replace("localhost:8000", server.http), {}
+        exec(code, found)
+        (want,) = run_onnx(mlp / "model.onnx", found["arrays"])
+        np.testing.assert_allclose(found["answer"], want, rtol=0, atol=1e-5)
+        with pytest.raises(Exception, match="nobody"):
+            exec(code.replace('infer("mlp"', 'infer("nobody"'), {})
 
 
 def test_strings_are_escaped():

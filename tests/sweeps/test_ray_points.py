@@ -1,45 +1,24 @@
 """Points made by workers: with a real Ray on this machine, skipped where there is none."""
 
 import contextlib
-import os
+import functools
 import signal
 import sys
 
-import numpy as np
 import psutil
 import pytest
-from nets import SIZES, labelled, mlp_onnx
+from sweeps import filled
+from sweeps import swept as swept_here
 
-import rsi_deploy
 from rsi_deploy import UsageError, read_report, verify
 from rsi_deploy.sweeps.points import read_sweep
 
-ABSENT = 'no ray here: pip install "rsi-deploy[ray]"'
-QUICK = {"points": 4, "highest": 0.9, "lowest": 0.4, "measure": False}
-
-
-@pytest.fixture(scope="module")
-def ray():
-    """A Ray of its own with two CPUs, for two workers at a time."""
-    found = pytest.importorskip("ray", reason=ABSENT)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    found.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield found
-    found.shutdown()
+swept = functools.partial(swept_here, points=4)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sweep")
-    model = mlp_onnx(folder / "m.onnx")
-    labelled(folder / "d.npz", model)
-    np.savez(folder / "c.npz", x=np.random.default_rng(3).standard_normal((128, SIZES[0])).astype(np.float32))
-    return folder
-
-
-def swept(place, output, **options):
-    model = str(place / "m.onnx")
-    return rsi_deploy.sweep(model, output, calib=place / "c.npz", data=place / "d.npz", **{**QUICK, **options})
+    return filled(tmp_path_factory.mktemp("sweep"))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from nets import SIZES, labelled, mlp_onnx, run_onnx
+from nets import SIZES, run_onnx
+from sweeps import filled, swept
 
 import rsi_deploy
 from rsi_deploy.calibrate import onnx_streams
@@ -17,21 +18,10 @@ from rsi_deploy.sweeps import making
 from rsi_deploy.sweeps.points import Sweep, SweepPoint, deliver, read_sweep
 from rsi_deploy.verification import verify
 
-QUICK = {"points": 3, "highest": 0.9, "lowest": 0.4, "measure": False}
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sweep")
-    model = mlp_onnx(folder / "m.onnx")
-    labelled(folder / "d.npz", model)
-    np.savez(folder / "c.npz", x=np.random.default_rng(3).standard_normal((128, SIZES[0])).astype(np.float32))
-    return folder
-
-
-def swept(place, output, **options):
-    model = str(place / "m.onnx")
-    return rsi_deploy.sweep(model, output, calib=place / "c.npz", data=place / "d.npz", **{**QUICK, **options})
+    return filled(tmp_path_factory.mktemp("sweep"))
 
 
 @pytest.fixture(scope="module")
