@@ -4,13 +4,15 @@
                              table-<model, inputs>.json  one model
 
 CACHE is $RSI_DEPLOY_CACHE, else $XDG_CACHE_HOME/rsi-deploy, else ~/.cache/rsi-deploy. What cannot be read there is
-measured again; a cache that cannot be written costs time and nothing else.
+measured again; a cache that cannot be written costs time and nothing else. Times that were too noisy to decide by are
+those of a busy hour: they are used again while it lasts, and measured again afterwards.
 """
 
 import contextlib
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,14 @@ from typing import TypeVar
 
 import pydantic
 
-from rsi_deploy.measure.cost_table import Conditions, CostTable, SiteCost
+from rsi_deploy.measure.cost_table import NOISY, Conditions, CostTable, SiteCost
 from rsi_deploy.measure.machine import environment, onnxruntime_distributions
 from rsi_deploy.measure.provider_spec import parse
 
 Document = TypeVar("Document", bound=pydantic.BaseModel)
+
+NOISY_FOR = 3600.0
+"""Seconds for which noisy times are used again."""
 
 
 def conditions_here(provider: str, threads: int | None) -> Conditions:
@@ -68,8 +73,13 @@ class CostCache:
 
     def costs(self, signatures: Sequence[str]) -> dict[str, SiteCost]:
         """Signature -> times, of those that are known."""
-        found = {name: self._read(SiteCost, f"site-{_digest(name)}.json") for name in signatures}
-        return {name: cost for name, cost in found.items() if cost is not None and cost.signature == name}
+        found = {}
+        for name in signatures:
+            file = f"site-{_digest(name)}.json"
+            cost = self._read(SiteCost, file)
+            if cost is not None and cost.signature == name and not self._is_past([cost], file):
+                found[name] = cost
+        return found
 
     def keep(self, costs: Sequence[SiteCost]) -> None:
         """Store times of shapes."""
@@ -78,11 +88,21 @@ class CostCache:
 
     def table(self, key: str) -> CostTable | None:
         """The table of a model, by all that it depends on in one text."""
-        return self._read(CostTable, f"table-{_digest(key)}.json")
+        file = f"table-{_digest(key)}.json"
+        table = self._read(CostTable, file)
+        return None if table is None or self._is_past(table.costs, file) else table
 
     def keep_table(self, key: str, table: CostTable) -> None:
         """Store it."""
         self._write(table, f"table-{_digest(key)}.json")
+
+    def _is_past(self, costs: Sequence[SiteCost], file: str) -> bool:
+        """Whether times are noisy and of an hour that is over."""
+        if all(cost.half_width is not None and cost.half_width < NOISY for cost in costs):
+            return False
+        with contextlib.suppress(OSError):
+            return time.time() - (self.folder / file).stat().st_mtime > NOISY_FOR
+        return True
 
     def _read(self, kind: type[Document], name: str) -> Document | None:
         try:

@@ -1,11 +1,13 @@
 """Times of splits: kept at steps, read back as written, and refused where they hold for something else."""
 
 import datetime
+import os
+import time
 
 import pytest
 
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure.cost_cache import CostCache, conditions_here
+from rsi_deploy.measure.cost_cache import NOISY_FOR, CostCache, conditions_here
 from rsi_deploy.measure.cost_table import (
     Conditions,
     CostTable,
@@ -159,6 +161,23 @@ def test_the_cache_is_of_its_conditions_alone(tmp_path, monkeypatch):
         path.write_text("{")  # cut off while it was written by something else
     assert cache.costs(["one"]) == {}
     assert cache.table("key") is None
+
+
+@pytest.mark.parametrize("width", [0.02, 0.4, None])
+def test_noisy_times_are_used_for_an_hour(tmp_path, monkeypatch, width):
+    """A quiet hour's times stay known; those of a busy one are measured again when it is over."""
+    monkeypatch.setenv("RSI_DEPLOY_CACHE", str(tmp_path))
+    cache = CostCache.of(conditions_here("cpu", 1))
+    entry = cost(signature="one").model_copy(update={"half_width": width})
+    cache.keep([entry])
+    cache.keep_table("key", table(a=entry))
+    assert cache.costs(["one"]) == {"one": entry}
+    assert cache.table("key") is not None
+    for path in cache.folder.glob("*.json"):
+        os.utime(path, (time.time() - 2 * NOISY_FOR,) * 2)
+    quiet = width == 0.02
+    assert (cache.costs(["one"]) == {"one": entry}) is quiet
+    assert (cache.table("key") is not None) is quiet
 
 
 def test_a_provider_that_is_not_here_has_no_conditions():
