@@ -43,7 +43,7 @@ def sweep(model: str, output: Path, no_bench: bool, as_json: bool, **options: An
     """
     from rich.table import Table
 
-    from rsi_deploy.report.page_sweep import COLUMNS, quality_name, sweep_rows
+    from rsi_deploy.report.page_sweep import COLUMNS, quality_name, sweep_rows, times_name
     from rsi_deploy.sweeps.sweeping import sweep as run_sweep
 
     command = shlex.join(["rsi-deploy", *sys.argv[1:]])
@@ -58,4 +58,6 @@ def sweep(model: str, output: Path, no_bench: bool, as_json: bool, **options: An
         table.add_row(*row)
     terminal.print(table)
     terminal.print(f"quality: {quality_name(document)}", markup=False)
+    if times := times_name(document):
+        terminal.print(f"times: {times}", markup=False)
     terminal.print(f"sweep: {output}", markup=False)

@@ -35,6 +35,7 @@ def page_of_sweep(sweep: Sweep, source: str = "") -> Page:
         facts=[
             ("Asked", f"{len(sweep.shares)} shares of the {SHARES[sweep.by]}; {sweep.command}"),
             ("Quality", quality_name(sweep)),
+            *([("Times", times)] if (times := times_name(sweep)) else []),
             ("Deliver one", "rsi-deploy export --from-sweep DIR --point N -o BUNDLE"),
             ("Made", sweep.created),
         ],
@@ -56,6 +57,15 @@ def quality_name(sweep: Sweep) -> str:
     if any(point.agreement is not None for point in sweep.points):
         return "equal top-1 answers on the calibration data, %"
     return "output error on the calibration data, with its sign turned"
+
+
+def times_name(sweep: Sweep) -> str:
+    """What the times of the points are of; "" without any."""
+    if all(point.speedup is None for point in sweep.points):
+        return ""
+    if sweep.side_by_side:
+        return "all points and the dense model in turn, in one run"
+    return "each point's with the dense model when it was made: compare them with care"
 
 
 def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:

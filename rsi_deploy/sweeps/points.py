@@ -80,6 +80,7 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
         dense: size of the dense model.
         dense_top1: on the evaluation data, percent.
         points: those that are done, in order.
+        side_by_side: whether their times are of one run; else each is of its own, when it was made.
         environment: machine and versions.
     """
 
@@ -95,6 +96,7 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
     dense: Size | None = None
     dense_top1: float | None = None
     points: tuple[SweepPoint, ...] = ()
+    side_by_side: bool = False
     environment: Environment
 
     @property

@@ -1,6 +1,7 @@
 """`sweep`: many models from one calibration, the whole trade-off at a glance.
 
     dense ONNX once --> options of every site once --> for each share: plan, fit, write, verify, measure --> a bundle
+                                                   --> all bundles measured in one run
 
 What depends on the dense model and the data alone is found once and kept: what a site's forms and ranks cost and lose,
 what its errors do to the outputs, the cost table. The factors of a point are fitted for it: a site's matrix is a
@@ -29,6 +30,7 @@ from rsi_deploy.sweeps.kept import Kept
 from rsi_deploy.sweeps.making import MadePoint, PointJob, place
 from rsi_deploy.sweeps.points import By, Sweep, SweepPoint, point_of, read_sweep
 from rsi_deploy.sweeps.ray_points import made_by_workers
+from rsi_deploy.sweeps.side_by_side import side_by_side
 from rsi_deploy.timing.costing import write_dense
 
 Progress = Callable[[str, int, int], None]
@@ -153,6 +155,9 @@ def sweep(
         if progress is not None:
             progress(f"{shares[job.number - 1]:.0%} of {by}", job.number - 1, len(shares))
         document = _with_point(document, job.number, next(results), folder)
+        _write(document, folder)
+    if measure and ray is None and not document.side_by_side:
+        document = side_by_side(document, folder, dense, options)
         _write(document, folder)
     shutil.rmtree(work)
     return document

@@ -14,7 +14,7 @@ from rsi_deploy.cli import run
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.report.html import source_of
 from rsi_deploy.report.schema import Size
-from rsi_deploy.sweeps import making
+from rsi_deploy.sweeps import making, side_by_side
 from rsi_deploy.sweeps.points import Sweep, SweepPoint, deliver, read_sweep
 from rsi_deploy.verification import verify
 
@@ -140,6 +140,22 @@ def test_an_interrupted_sweep_goes_on_and_calibrates_no_second_time(place, tmp_p
     assert len(whole.points) == 3
     assert (tmp_path / "s" / "point-01" / "model.onnx").stat().st_mtime_ns == before
     assert len(surveyed) == 1
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_times_of_all_points_are_of_one_run(place, tmp_path, monkeypatch, fits):
+    """A point's report has its own minute's time; the sweep's are measured together where memory lets it."""
+    if not fits:
+        monkeypatch.setattr(side_by_side, "MEMORY_SHARE", 0.0)
+    document = swept(place, tmp_path / "s", points=2, measure=True, bench_seconds=0.2, smaller_is_enough=True)
+    assert document == read_sweep(tmp_path / "s")
+    assert document.side_by_side is fits
+    own = [rsi_deploy.read_report(tmp_path / "s" / point.folder).latency.arms[1] for point in document.points]
+    for point, arm in zip(document.points, own, strict=True):
+        assert point.latency_ms > 0
+        assert ((point.latency_ms, point.speedup) == (arm.median_ms, arm.speedup)) is not fits
+    words = "in one run" if fits else "when it was made"
+    assert words in (tmp_path / "s" / "report.html").read_text()
 
 
 def test_another_sweep_is_not_gone_on_with(place, done, tmp_path):
