@@ -202,3 +202,8 @@ def peak_memory(process: int | None = None) -> int:
 def resident_memory() -> int:
     """Resident set of this process now, bytes."""
     return int(psutil.Process().memory_info().rss)
+
+
+def free_memory() -> int:
+    """Bytes of memory that the system could give out now."""
+    return int(psutil.virtual_memory().available)

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from rsi_deploy.errors import ModelError
 from rsi_deploy.measure.latency import bench
+from rsi_deploy.measure.machine import free_memory
 from rsi_deploy.onnx_file import file_bytes
 from rsi_deploy.probe import named_shapes
 from rsi_deploy.sweeps.points import Sweep
@@ -63,4 +62,4 @@ def side_by_side(document: Sweep, folder: Path, dense: Path, options: dict[str, 
 
 
 def _fit(files: Sequence[Path]) -> bool:
-    return sum(map(file_bytes, files)) < MEMORY_SHARE * psutil.virtual_memory().available
+    return sum(map(file_bytes, files)) < MEMORY_SHARE * free_memory()
