@@ -28,6 +28,9 @@ from rsi_deploy.measure.statistics import MIN_BLOCKS, Interval, direction
 SCHEMA_VERSION: Literal[1] = 1
 GROWTH = {32: 1.7, 16: 2.2, 8: 2.6, 1: 3.5}
 """Blocks of ranks, and the factor from one grid point of a class to the next: good ranks are looked at more closely."""
+DETAILS = (GROWTH, {32: 2.0, 16: 3.0}, {32: 3.2})
+"""Grids, finest first: with little time for a large site, few good ranks that are told apart are worth more than many
+that are not."""
 NOISY = 0.25
 """Relative half width of a speedup's interval beyond which nothing is decided by it."""
 
@@ -237,14 +240,22 @@ def block_of(rank: int) -> int:
     return next(block for block in GROWTH if rank % block == 0)
 
 
-def timing_ranks(largest: int) -> tuple[int, ...]:
+def timing_ranks(largest: int, growths: Mapping[int, float] = GROWTH) -> tuple[int, ...]:
     """The ranks that are timed, of those up to `largest`: of every class its first, its last, and some between.
+
+    Args:
+        largest: rank that saves anything.
+        growths: of `DETAILS`; where none of its classes has such a small rank, the best class that has.
 
     >>> timing_ranks(40)
     (1, 4, 8, 14, 16, 24, 32, 39, 40)
+    >>> timing_ranks(460, DETAILS[2]), timing_ranks(20, DETAILS[2])
+    ((32, 128, 416, 448), (16,))
     """
+    if largest >= 1 and all(block > largest for block in growths):
+        growths = {next(block for block in GROWTH if block <= largest): 2.0}
     chosen: set[int] = set()
-    for block, growth in GROWTH.items():
+    for block, growth in growths.items():
         members = [rank for rank in range(block, largest + 1, block) if block_of(rank) == block]
         wanted = 0.0
         for rank in members:

@@ -59,9 +59,14 @@ class Piece:
     signature: str
 
     @property
+    def numbers(self) -> int:
+        """Of the weight."""
+        return self.site.groups * self.site.out_features * self.site.in_features
+
+    @property
     def copies(self) -> int:
         """How many of them make one small model."""
-        size = self.site.groups * self.site.out_features * self.site.in_features * np.dtype(self.site.dtype).itemsize
+        size = self.numbers * np.dtype(self.site.dtype).itemsize
         wanted = math.ceil(ENOUGH_MACS / max(self.macs, 1))
         return max(1, min(COPIES, wanted, COPIED_BYTES // max(size, 1)))
 
@@ -72,7 +77,7 @@ class Piece:
 
     def model(self, form: gp.Form | None = None, rank: int = 0) -> bytes:
         """The small model, serialized: dense, or split in a form at a rank."""
-        made = _copied(self)
+        made = _copied(self, 0 if form is None else self.numbers)
         if form is not None:
             records = gp.split(made, lambda site: _factors(site, form, rank))
             if sum(isinstance(record, gp.Split) for record in records) < self.copies:
@@ -203,8 +208,8 @@ def _by(numbers: Sequence[int]) -> str:
     return "x".join(map(str, numbers))
 
 
-def _copied(piece: Piece) -> ir.Model:
-    """The dense small model."""
+def _copied(piece: Piece, blank: int) -> ir.Model:
+    """The dense small model; constants of so many numbers (the weight that a split replaces) of zeros, at no cost."""
     rng = np.random.default_rng(0)
     entries = {
         name: ir.Value(name=name, type=ir.TensorType(_word(dtype)), shape=ir.Shape(shape))
@@ -219,7 +224,7 @@ def _copied(piece: Piece) -> ir.Model:
             for value in node.inputs:
                 if value is None or value in known or value.name in entries:
                     continue
-                known[value] = _weight(value, number, rng)
+                known[value] = _weight(value, number, rng, blank)
                 weights.append(known[value])
             made = ir.Node(
                 node.domain,
@@ -245,14 +250,18 @@ def _copied(piece: Piece) -> ir.Model:
     return ir.Model(graph, ir_version=piece.ir_version)
 
 
-def _weight(value: ir.Value, number: int, rng: np.random.Generator) -> ir.Value:
-    """A copy's own constant: bounds and shapes as they are, weights and biases drawn."""
+def _weight(value: ir.Value, number: int, rng: np.random.Generator, blank: int) -> ir.Value:
+    """A copy's own constant: bounds and shapes as they are, weights and biases drawn; zeros, if of `blank` numbers."""
     stored = value.const_value
     assert stored is not None
     shape = tuple(int(n) for n in stored.shape.numpy())
     name = f"{value.name}.{number}"
     kept = math.prod(shape) <= 1 or not stored.dtype.is_floating_point()
-    array = stored.numpy() if kept else _drawn(rng, shape, _dtype_name(stored.dtype))
+    dtype = _dtype_name(stored.dtype)
+    if kept:
+        array = stored.numpy()
+    else:
+        array = np.zeros(shape, _numpy(dtype)) if math.prod(shape) == blank else _drawn(rng, shape, dtype)
     tensor = ir.Tensor(array, dtype=stored.dtype, name=name)
     return ir.Value(name=name, type=ir.TensorType(stored.dtype), shape=ir.Shape(shape), const_value=tensor)
 

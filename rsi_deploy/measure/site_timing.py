@@ -4,23 +4,24 @@
 
 The loop is that of `bench` (`rsi_deploy.measure.blocks`): variants of a shape take turns in shuffled blocks, and the
 time goes to the shape whose intervals are widest, until all are as narrow as asked or the time is over. Shapes are
-taken in groups, so that their sessions fit into memory together.
+taken in groups, so that their sessions fit into memory together. A shape gets the finest grid of ranks for which its
+share of the time allows enough blocks: a grid of which nothing can be said is time lost.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 import graph_passes as gp
 from rsi_deploy.measure.arms import Arm, Runtime
 from rsi_deploy.measure.blocks import Cell, run_cells
-from rsi_deploy.measure.cost_table import SiteCost, SplitTime, timing_ranks
+from rsi_deploy.measure.cost_table import DETAILS, GROWTH, SiteCost, SplitTime, timing_ranks
 from rsi_deploy.measure.placement import Placement, proven_placement
 from rsi_deploy.measure.sessions import make_session
 from rsi_deploy.measure.site_models import Piece
-from rsi_deploy.measure.statistics import Floats, compare
+from rsi_deploy.measure.statistics import MIN_BLOCKS, Floats, compare
 from rsi_deploy.measure.timing import time_calls
 
 GROUP_BYTES = 2 << 30
@@ -29,9 +30,14 @@ TURN_MS = 1.5
 """Timed calls in a turn take about so long, at least one: many short turns see more of a busy machine than few long."""
 LEAST_SECONDS = 0.2
 """Of measuring for a shape, whatever the budget."""
-DENSE = ("dense", 0)
+WANTED_BLOCKS = 1.5 * MIN_BLOCKS
+"""That a shape's time is to allow for: fewer than `MIN_BLOCKS` show nothing."""
+SESSION_SECONDS = 0.01
+"""For making a session of any size."""
+RATE, BANDWIDTH = 30e9, 8e9
+"""MACs and bytes a second, roughly: they share out the time before anything is measured."""
 
-Variant = tuple[str, int]
+Splits = tuple[tuple[gp.Form, int], ...]
 Progress = Callable[[str, int, int], None]
 
 
@@ -46,30 +52,64 @@ class ShortTurns(Arm):
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """A shape to be timed, and the splits, (form, rank), it is timed with."""
+    """A shape to be timed.
+
+    Attributes:
+        piece: of it.
+        splits: that it is timed with.
+        coarser: what it is timed with instead where time or memory is short, finest first.
+    """
 
     piece: Piece
-    splits: tuple[tuple[gp.Form, int], ...]
+    splits: Splits
+    coarser: tuple[Splits, ...] = ()
 
     @property
     def bytes(self) -> int:
         """Of its sessions together, about: weights are held twice while they are rearranged."""
-        site, item = self.piece.site, np.dtype(self.piece.site.dtype).itemsize
-        numbers = site.groups * site.out_features * site.in_features
-        for form, rank in self.splits:
-            numbers += site.groups * rank * sum(site.shape(form))
+        item = np.dtype(self.piece.site.dtype).itemsize
+        numbers = self.piece.numbers * (1 + self.share_of(self.splits))
         inputs = sum(int(np.prod(shape)) for _, shape in self.piece.feeds.values())
-        return item * (2 * self.piece.copies * numbers + 4 * inputs * (1 + len(self.splits)))
+        return round(item * (2 * self.piece.copies * numbers + 4 * inputs * (1 + len(self.splits))))
+
+    @property
+    def effort(self) -> float:
+        """Seconds for a block, roughly."""
+        numbers = self.piece.copies * self.piece.numbers
+        call = max(self.piece.copies * self.piece.macs / RATE, 4 * numbers / BANDWIDTH)
+        return (1 + self.share_of(self.splits)) * call + (1 + len(self.splits)) * TURN_MS / 1e3
+
+    def share_of(self, splits: Splits) -> float:
+        """Numbers of all these splits together over the weight's."""
+        site = self.piece.site
+        return sum(site.groups * rank * sum(site.shape(form)) for form, rank in splits) / self.piece.numbers
+
+    def affordable(self, seconds: float, call_ms: float, making: float) -> "Wanted":
+        """The shape with the finest grid that can be judged in a time, and that fits into memory; else the coarsest.
+
+        Args:
+            seconds: for making its sessions and for its blocks.
+            call_ms: of the dense small model.
+            making: seconds that the dense small model's session took.
+        """
+        for splits in (self.splits, *self.coarser):
+            shape = replace(self, splits=splits)
+            share = self.share_of(splits)
+            session = making * share + SESSION_SECONDS * len(splits)
+            block = (2 * call_ms * (1 + share) + TURN_MS * len(splits)) / 1e3
+            if session + WANTED_BLOCKS * block <= seconds and shape.bytes <= GROUP_BYTES:
+                return shape
+        return replace(self, splits=(self.splits, *self.coarser)[-1])
 
 
-def grid_of(site: gp.Site) -> tuple[tuple[gp.Form, int], ...]:
+def grid_of(site: gp.Site, growths: Mapping[int, float] = GROWTH) -> Splits:
     """Every (form, rank) that a site is timed with: ranks that hold fewer numbers than the weight."""
     found = []
     for form in site.forms:
         rows, columns = site.shape(form)
         limit = site.out_features * site.in_features / (rows + columns)
         largest = min(int(np.ceil(limit)) - 1, rows, columns)
-        found += [(form, rank) for rank in timing_ranks(max(largest, 0))]
+        found += [(form, rank) for rank in timing_ranks(max(largest, 0), growths)]
     return tuple(found)
 
 
@@ -97,19 +137,19 @@ def time_sites(
         ModelError: a small model cannot be run.
     """
     end = time.monotonic() + seconds
-    left = sum(1 + len(shape.splits) for shape in wanted)
+    left = sum(shape.effort for shape in wanted)
     done: list[SiteCost] = []
     for group in _groups(wanted):
         if progress is not None:
             progress(group[0].piece.signature, len(done), len(wanted))
-        arms = sum(1 + len(shape.splits) for shape in group)
-        due = time.monotonic() + max(end - time.monotonic(), 0) * arms / left
-        cells = [Cell(name=shape.piece.signature, arms=_arms(shape, runtime)) for shape in group]
+        effort = sum(shape.effort for shape in group)
+        due = time.monotonic() + max(end - time.monotonic(), 0) * effort / left
+        timed, cells = _opened(group, runtime, due)
         share = max(due - time.monotonic(), LEAST_SECONDS * len(group))
         if run_cells(cells, seconds=share, precision=precision, seed=seed):
             raise KeyboardInterrupt
-        done += [_cost(shape, cell, seed) for shape, cell in zip(group, cells, strict=True)]
-        left -= arms
+        done += [_cost(shape, cell, seed) for shape, cell in zip(timed, cells, strict=True)]
+        left -= effort
     return done
 
 
@@ -124,20 +164,37 @@ def _groups(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
         yield group
 
 
-def _arms(shape: Wanted, runtime: Runtime) -> list[Arm]:
+def _opened(group: Sequence[Wanted], runtime: Runtime, due: float) -> tuple[list[Wanted], list[Cell]]:
+    """The shapes with the grids that they can be timed with until `due`, and their cells."""
+    dense = [_dense(shape, runtime) for shape in group]
+    seconds, effort = due - time.monotonic(), sum(shape.effort for shape in group)
+    timed, cells = [], []
+    for shape, (arm, making) in zip(group, dense, strict=True):
+        chosen = shape.affordable(seconds * shape.effort / effort, arm.call_ms, making)
+        splits = [_arm(chosen.piece, form, rank, runtime) for form, rank in chosen.splits]
+        timed.append(chosen)
+        cells.append(Cell(name=shape.piece.signature, arms=[arm, *splits]))
+    return timed, cells
+
+
+def _dense(shape: Wanted, runtime: Runtime) -> tuple[Arm, float]:
+    """The dense arm, and the seconds that it took to make."""
     piece = shape.piece
+    proven_placement(piece.model(), runtime.provider, piece.inputs(), runtime.threads, runtime.allow_fallback)
+    start = time.monotonic()
+    arm = _arm(piece, None, 0, runtime)
+    return arm, time.monotonic() - start
+
+
+def _arm(piece: Piece, form: gp.Form | None, rank: int, runtime: Runtime) -> Arm:
     feeds = piece.inputs()
-    arms: list[Arm] = []
-    for form, rank in (DENSE, *shape.splits):
-        model = piece.model(None if form == "dense" else form, rank)  # type: ignore[arg-type]
-        if form == "dense":
-            proven_placement(model, runtime.provider, feeds, runtime.threads, runtime.allow_fallback)
-        session = make_session(model, runtime.provider, runtime.threads, spin_between_runs=False)
-        bound = runtime.bound(session, feeds)
-        nothing = Placement(provider_nodes={}, memcpy_nodes=0, nodes={})
-        arms.append(ShortTurns(label=f"{form} {rank}", model="", call=bound.call, placement=nothing))
-        arms[-1].warm_up(WARM_SECONDS)
-    return arms
+    session = make_session(piece.model(form, rank), runtime.provider, runtime.threads, spin_between_runs=False)
+    nothing = Placement(provider_nodes={}, memcpy_nodes=0, nodes={})
+    arm = ShortTurns(
+        label=f"{form or 'dense'} {rank}", model="", call=runtime.bound(session, feeds).call, placement=nothing
+    )
+    arm.warm_up(WARM_SECONDS)
+    return arm
 
 
 def _cost(shape: Wanted, cell: Cell, seed: int) -> SiteCost:
@@ -162,7 +219,7 @@ def shapes_of(found: Mapping[str, Piece]) -> dict[str, Wanted]:
     """Signature -> what is to be timed, each shape of a model once; those no rank of which saves are out."""
     shapes: dict[str, Wanted] = {}
     for piece in found.values():
-        splits = grid_of(piece.site)
+        splits, *coarser = (grid_of(piece.site, growths) for growths in DETAILS)
         if splits and piece.signature not in shapes:
-            shapes[piece.signature] = Wanted(piece=piece, splits=splits)
+            shapes[piece.signature] = Wanted(piece=piece, splits=splits, coarser=tuple(coarser))
     return shapes

@@ -7,6 +7,7 @@ import pytest
 from flows import saved, text_model
 from nets import run_onnx
 
+from rsi_deploy.measure import site_timing
 from rsi_deploy.measure.arms import Runtime
 from rsi_deploy.measure.blank_models import write_blank
 from rsi_deploy.measure.inputs import model_inputs, random_feeds
@@ -139,3 +140,35 @@ def test_times_are_of_every_variant_and_a_large_product_is_faster_at_a_small_ran
     assert cost.is_faster("matmul", 8)  # 64 times fewer multiplications
     assert cost.nanoseconds("matmul", 8) < cost.nanoseconds("matmul", 500)
     assert isinstance(piece, Piece)
+
+
+def large(tmp_path):
+    _, found = cut(PRODUCTS.replace("16", "512").replace("24", "1024"), tmp_path, batch=8)
+    return shapes_of({"v": found["v"]})[found["v"].signature]
+
+
+def test_a_shape_gets_the_finest_grid_that_its_time_allows(tmp_path):
+    """More time never means fewer ranks; with none of it the coarsest grid is left, and every grid has its ends."""
+    wanted = large(tmp_path)
+    grids = (wanted.splits, *wanted.coarser)
+    assert [len(splits) for splits in grids] == sorted({len(splits) for splits in grids}, reverse=True)
+    chosen = [wanted.affordable(seconds, 10.0, 0.1).splits for seconds in (0.0, 1.0, 2.0, 4.0, 8.0, 100.0)]
+    assert chosen[0] == grids[-1]
+    assert chosen[-1] == grids[0]
+    assert [len(splits) for splits in chosen] == sorted(len(splits) for splits in chosen)
+    assert len(set(chosen)) == 3
+    assert len(wanted.affordable(2.0, 1.0, 0.1).splits) > len(wanted.affordable(2.0, 10.0, 0.1).splits)
+
+
+def test_a_shape_too_large_for_memory_gets_a_coarser_grid(tmp_path, monkeypatch):
+    wanted = large(tmp_path)
+    monkeypatch.setattr(site_timing, "GROUP_BYTES", wanted.bytes - 1)
+    assert wanted.affordable(1e6, 1.0, 0.1).splits == wanted.coarser[0]
+
+
+def test_with_no_time_the_coarsest_grid_is_timed(tmp_path):
+    wanted = large(tmp_path)
+    (cost,) = time_sites([wanted], Runtime(threads=1), seconds=1e-3, precision=0.05)
+    assert tuple((s.form, s.rank) for s in cost.splits) == wanted.coarser[-1]
+    assert cost.nanoseconds("matmul", 64) is not None
+    assert cost.nanoseconds("matmul", 33) is None  # of a class that was not timed: no plan takes it
