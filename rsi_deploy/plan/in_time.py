@@ -128,13 +128,26 @@ def in_time(
     if check is None:
         decisions, splits = search.plan(saving_of(target, table))
         if (fastest := table.predicted(splits)) > target * (1 + 1e-9):  # but for rounding
-            raise budget.unreachable(total, math.ceil(fastest * total))
+            raise _refused(budget, table, fastest)
         return Landed(decisions=decisions, table=table, checks=())
     search.run()
     if not search.keeping:  # the fastest plan was measured: no table's word alone refuses
         fastest = min(landed.checks[0].measured for landed in search.tried)
-        raise budget.unreachable(total, math.ceil(fastest * total))
+        raise _refused(budget, table, fastest)
     return search.landed()
+
+
+def _refused(budget: Budget, table: CostTable, fastest: float) -> ModelError:
+    """The error for a time that no plan reaches, and whether times were too noisy to know of faster splits."""
+    total, costs = table.model.dense_nanoseconds, table.by_site()
+    error = budget.unreachable(total, math.ceil(fastest * total))
+    noisy = [name for name, cost in costs.items() if all(cost.is_noisy(s.form, s.rank) for s in cost.splits)]
+    if not noisy:
+        return error
+    return ModelError(
+        f"{error}. Of {len(noisy)} of {len(costs)} sites the times are too noisy to tell whether a split is faster: "
+        f"give the cost table more time (--cost-budget; profile's --budget), or a quieter machine"
+    )
 
 
 @dataclass(kw_only=True)

@@ -164,6 +164,14 @@ def test_an_unreachable_time_names_the_fastest():
         in_time(Budget(max_latency=TOTAL), OPTIONS, cost_table(), STREAMS, None)
 
 
+@pytest.mark.parametrize(("width", "told"), [(0.02, False), (0.6, True)])
+def test_a_refusal_says_when_times_were_too_noisy(width, told):
+    with pytest.raises(ModelError, match="no plan can meet") as caught:
+        in_time(Budget(keep_latency=0.001), OPTIONS, cost_table(width=width), STREAMS, None)
+    assert ("of 3 sites the times are too noisy" in str(caught.value)) is told
+    assert ("--cost-budget" in str(caught.value)) is told
+
+
 def test_a_time_that_the_table_alone_calls_unreachable_is_tried_first():
     machine = Machine(factor=2.0)
     table = cost_table(scale=0.3)  # by its word the fastest plan takes more than 0.8
