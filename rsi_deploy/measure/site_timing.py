@@ -28,8 +28,6 @@ GROUP_BYTES = 2 << 30
 WARM_SECONDS = 0.005
 TURN_MS = 1.5
 """Timed calls in a turn take about so long, at least one: many short turns see more of a busy machine than few long."""
-LEAST_SECONDS = 0.2
-"""Of measuring for a shape, whatever the budget."""
 WANTED_BLOCKS = 1.5 * MIN_BLOCKS
 """That a shape's time is to allow for: fewer than `MIN_BLOCKS` show nothing."""
 SESSION_SECONDS = 0.01
@@ -94,12 +92,14 @@ class Wanted:
         """
         for splits in (self.splits, *self.coarser):
             shape = replace(self, splits=splits)
-            share = self.share_of(splits)
-            session = making * share + SESSION_SECONDS * len(splits)
-            block = (2 * call_ms * (1 + share) + TURN_MS * len(splits)) / 1e3
-            if session + WANTED_BLOCKS * block <= seconds and shape.bytes <= GROUP_BYTES:
+            session = making * self.share_of(splits) + SESSION_SECONDS * len(splits)
+            if session + WANTED_BLOCKS * shape.block_seconds(call_ms) <= seconds and shape.bytes <= GROUP_BYTES:
                 return shape
         return replace(self, splits=(self.splits, *self.coarser)[-1])
+
+    def block_seconds(self, call_ms: float) -> float:
+        """Of a block, about, where a call of the dense small model takes so long."""
+        return (2 * call_ms * (1 + self.share_of(self.splits)) + TURN_MS * len(self.splits)) / 1e3
 
 
 def grid_of(site: gp.Site, growths: Mapping[int, float] = GROWTH) -> Splits:
@@ -127,7 +127,8 @@ def time_sites(
     Args:
         wanted: the shapes; all different.
         runtime: where they run.
-        seconds: for all of them, making the sessions included; every shape gets at least a block.
+        seconds: for all of them, making the sessions included; every shape gets about as many blocks as can show
+            anything, whatever the time.
         precision: relative half width of the intervals that is narrow enough.
         seed: of the order of turns.
         progress: called with (signature, index, count) before each group of shapes.
@@ -145,7 +146,8 @@ def time_sites(
         effort = sum(shape.effort for shape in group)
         due = time.monotonic() + max(end - time.monotonic(), 0) * effort / left
         timed, cells = _opened(group, runtime, due)
-        share = max(due - time.monotonic(), LEAST_SECONDS * len(group))
+        least = sum(MIN_BLOCKS * s.block_seconds(c.arms[0].call_ms) for s, c in zip(timed, cells, strict=True))
+        share = max(due - time.monotonic(), least)
         if run_cells(cells, seconds=share, precision=precision, seed=seed):
             raise KeyboardInterrupt
         done += [_cost(shape, cell, seed) for shape, cell in zip(timed, cells, strict=True)]
