@@ -1,7 +1,7 @@
 """Put on PYTHONPATH by tests/test_privacy.py: no process under it connects, sends or looks a name up outside itself.
 
-What was tried is added to the file that RSI_NO_NETWORK names, a line each, and fails as without a network. Python's audit
-events are the hook: they come before the call, in every library that goes through the socket module.
+What was tried is added to the file that RSI_NO_NETWORK names, a line each, and fails as without a network. Python's
+audit events are the hook: they come before the call, in every library that goes through the socket module.
 """
 
 import os
@@ -22,5 +22,5 @@ def refuse(event, arguments):
         raise OSError(101, "the network is blocked")
 
 
-if RECORD:
+if RECORD and __name__ == "sitecustomize":
     sys.addaudithook(refuse)

@@ -33,9 +33,9 @@ def listed(text: str) -> dict[str, str]:
 
 
 def unreached(record: Path, found: list[Statement]) -> list[Statement]:
-    """The statements whose place the record does not hold."""
-    places = set(record.read_text(encoding="utf-8").splitlines()) if record.exists() else set()
-    return [one for one in found if f"{ROOT / one.file}:{one.line}" not in places]
+    """The statements that the record does not hold."""
+    reached = set(record.read_text(encoding="utf-8").splitlines()) if record.exists() else set()
+    return [one for one in found if one.key not in reached]
 
 
 def run_pytest(record: Path, arguments: list[str]) -> int:
@@ -55,7 +55,7 @@ def judge(record: Path, *, whole: bool) -> int:
     new = [one for one in left if one.key not in known]
     gone = known.keys() - {one.key for one in found}
     for one in new:
-        print(f"unreached: {one.file}:{one.line}: {one.words}")
+        print(f"unreached, line {one.line}: {one.key}")
     for key in sorted(gone):
         print(f"listed in {LIST.name}, but not in the code: {key}")
     print(

@@ -1,7 +1,7 @@
 """Put on PYTHONPATH by tests/raises: every process that starts under it notes the raise statements that it runs.
 
 A raise statement gets a call before it, when its module is imported; nothing else is slowed down. Each process appends
-`file:line` to the file that RSI_RAISES names, once for each statement.
+the statement's key to the file that RSI_RAISES names, once.
 """
 
 import ast
@@ -14,23 +14,39 @@ RECORD = os.environ.get("RSI_RAISES", "")
 SEEN = set()
 
 
-def note(place):
-    """Write the place down, once in a process; one short append is whole or not there."""
-    if place not in SEEN:
-        SEEN.add(place)
+def note(key):
+    """Write the statement down, once in a process; one short append is whole or not there."""
+    if key not in SEEN:
+        SEEN.add(key)
         with open(RECORD, "a", encoding="utf-8") as record:
-            record.write(f"{place}\n")
+            record.write(f"{key}\n")
+
+
+def keys(tree, file):
+    """Key by raise statement: its file, its words, and which one it is where the same words stand there again.
+
+    Lines are no keys: they change with what stands above. A bare `raise` passes on what another one made.
+    """
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc is not None]
+    words = {node: ast.unparse(node.exc) for node in sorted(found, key=lambda node: node.lineno)}
+    seen, named = [], {}
+    for node, said in words.items():
+        seen.append(said)
+        named[node] = f"{file}: {said}" + f" #{seen.count(said)}" * (seen.count(said) > 1)
+    return named
 
 
 class Noting(ast.NodeTransformer):
     """Before every `raise`, a call that notes it."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, named):
+        self.named = named
 
     def visit_Raise(self, node):
         """The call, and then the statement as it was."""
-        call = ast.parse(f"__builtins_noted_raise__({f'{self.path}:{node.lineno}'!r})").body[0]
+        if node not in self.named:
+            return node
+        call = ast.parse(f"__builtins_noted_raise__({self.named[node]!r})").body[0]
         for made in ast.walk(call):
             ast.copy_location(made, node)
         return [call, node]
@@ -42,7 +58,9 @@ class Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname):
         """The module's code with its raise statements noted."""
         path = self.get_filename(fullname)
-        return compile(Noting(path).visit(ast.parse(self.get_data(path))), path, "exec", dont_inherit=True)
+        tree = ast.parse(self.get_data(path))
+        named = keys(tree, fullname.replace(".", "/"))
+        return compile(Noting(named).visit(tree), path, "exec", dont_inherit=True)
 
 
 class Finder:
@@ -59,6 +77,6 @@ class Finder:
         return spec
 
 
-if RECORD:
+if RECORD and __name__ == "sitecustomize":
     builtins.__builtins_noted_raise__ = note
     sys.meta_path.insert(0, Finder)
