@@ -1,4 +1,4 @@
-"""The checks of a release refuse what they are for: a wrong licence, a known vulnerability, a service that is silent."""
+"""The checks of a release refuse what they are for: a wrong licence, a vulnerability, a service that is silent."""
 
 import importlib.metadata
 
