@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from random_graphs import Case, cases
 from split_checks import error, full_rank, numbers, run
 
@@ -27,7 +28,7 @@ def is_same(came: np.ndarray, expected: np.ndarray) -> bool:
 
 @functools.cache
 def turns_what_stays() -> bool:
-    """Whether this onnxruntime takes a Transpose that changes nothing for one that does, before a MatMul with a bias."""
+    """Whether this onnxruntime takes a Transpose that changes nothing for one that does, in a MatMul with a bias."""
     text = "<ir_version: 8, opset_import: ['' : 15]> g (float[1,1] x, float[2,1] w) => (float[2,1] y) { "
     text += "n = Transpose<perm = [0, 1]>(w)  m = MatMul(n, x)  y = Add(m, b) }"
     proto = onnx.parser.parse_model(text.replace("'", '"'))
@@ -35,8 +36,7 @@ def turns_what_stays() -> bool:
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     try:
         run(ir.from_proto(proto), x=numbers(1, 1))
-    except Exception as error:
-        assert "bias shape" in str(error), error
+    except InvalidArgument:
         return True
     return False
 
