@@ -124,7 +124,8 @@ def _kind(node: ast.ClassDef, module: str, known: dict[str, Kind]) -> Kind:
     (code,) = codes or [next((known[base].exit_code for base in bases if base in known), None)]
     made = next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"), None)
     first = [argument.arg for argument in made.args.args[1:2]] if made else []
-    said = [call.args[0] for call in ast.walk(made) if _is_super_init(call) and call.args] if made else []
+    calls = [node for node in ast.walk(made) if isinstance(node, ast.Call)] if made else []
+    said = [call.args[0] for call in calls if ast.unparse(call.func) == "super().__init__" and call.args]
     return Kind(
         module=module,
         meaning=(ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " "),
@@ -145,10 +146,6 @@ def _known_to(file: str, tree: ast.Module, kinds: dict[str, Kind]) -> dict[str, 
 
 def _dotted(file: str) -> str:
     return file.removesuffix(".py").replace("/", ".")
-
-
-def _is_super_init(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and ast.unparse(node.func) == "super().__init__"
 
 
 def _rows(file: str, tree: ast.Module, kinds: dict[str, Kind]) -> Iterator[ErrorRow]:
@@ -183,8 +180,8 @@ def _makes_an_error(call: ast.Call, kind: Kind) -> bool:
 
 def _row(file: str, call: ast.Call, name: str, kind: Kind, function: ast.AST | None) -> ErrorRow:
     given = [*call.args, *(word.value for word in call.keywords)]
-    status, *rest = given if kind.status else [None, *given]
-    message = kind.message or next((one for one in rest if not _is_flag(one)), ast.Constant(kind.meaning))
+    status = given.pop(0) if kind.status else None
+    message = kind.message or next((one for one in given if not _is_flag(one)), ast.Constant(kind.meaning))
     return _ended(file, call, name, _how(kind, status), template(message, function))
 
 

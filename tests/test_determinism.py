@@ -16,8 +16,9 @@ from nets import mlp_onnx, run_onnx
 
 ROOT = Path(__file__).parents[1]
 MAIN = "from rsi_deploy.cli import main; main()"
-DIGITS = ["samples.digits:cnn", "--checkpoint", "samples/digits_cnn.safetensors", "--include", "classifier.fc*"]
-CALIBRATED = ["--calib", "samples/digits_calib.npz", "--calib-size", "256", "--keep-params", "0.5"]
+SAMPLES = ROOT / "samples"
+DIGITS = ["samples.digits:cnn", "--checkpoint", SAMPLES / "digits_cnn.safetensors", "--include", "classifier.fc*"]
+CALIBRATED = ["--calib", SAMPLES / "digits_calib.npz", "--calib-size", "256", "--keep-params", "0.5"]
 
 # Paths in report.json whose values are times, memory and the machine's state; manifest.json has report.json's hash.
 VARIES = re.compile(
@@ -36,10 +37,11 @@ def export(folder, name, *arguments, threads):
         "RSI_DEPLOY_CACHE": str(folder / "cache"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, "-c", MAIN, "export", *map(str, arguments), "--no-bench", "-o", str(folder / name)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", MAIN, "export", *map(str, arguments), "--no-bench", "-o", "bundle"]
+    (folder / name).mkdir()
+    done = subprocess.run(command, cwd=folder / name, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return folder / name
+    return folder / name / "bundle"
 
 
 def differences(one, other, path=""):

@@ -125,7 +125,7 @@ def test_every_verb_is_looked_at():
 def addresses(process):
     """Where a process listens; `connections` is psutil's name for it before 6.0."""
     found = getattr(process, "net_connections", None) or process.connections
-    return [one.laddr.ip for one in found("inet") if one.status == psutil.CONN_LISTEN]
+    return [one.laddr.ip.removeprefix("::ffff:") for one in found("inet") if one.status == psutil.CONN_LISTEN]
 
 
 def test_serve_listens_on_this_machine_alone(here):
