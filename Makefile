@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo-bundle
 
-.PHONY: demo test lint bench openvino triton kserve ray clean
+.PHONY: demo test lint bench oldest audit sbom licences openvino triton kserve ray clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,41 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The suite's core with the oldest versions that pyproject.toml allows: export of torch and ONNX, split passes, plan, bench,
+# verify, report, the command line. With Python 3.11 or 3.12: the oldest numpy has no wheels for newer ones.
+CORE := tests/graph_passes tests/plan tests/test_pipeline.py tests/test_onnx_file.py tests/test_rewriting.py \
+  tests/test_families.py tests/test_calibrated_export.py tests/test_bundle.py tests/test_verification.py tests/test_cli.py \
+  tests/test_opset.py tests/test_compress.py tests/measure/test_latency.py tests/measure/test_accuracy.py \
+  tests/measure/test_sessions.py tests/report tests/serving/test_protocol.py
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[cpu,test]"
+	touch $@
+
+oldest: .venv-oldest/installed
+	OMP_WAIT_POLICY=PASSIVE .venv-oldest/bin/python -m pytest $(CORE)
+
+# What a release is checked with. `audit` asks PyPI for known vulnerabilities, and fails, saying so, where it gets no answer.
+AUDITING := pip-audit==2.10.1 cyclonedx-bom==7.5.0
+
+.venv-audit/installed:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet $(AUDITING)
+	touch $@
+
+audit: .venv-audit/installed
+	.venv-audit/bin/python -m release.audit
+
+sbom: .venv-audit/installed .venv/installed
+	mkdir -p dist
+	.venv-audit/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible --of JSON \
+	  -o dist/rsi-deploy.cdx.json $(BIN)/python
+	@echo "dist/rsi-deploy.cdx.json: CycloneDX, of what .venv holds"
+
+licences: .venv/installed
+	$(BIN)/python -m release.licences
 
 # A second real provider. onnxruntime-openvino overwrites onnxruntime's folder, so it gets an environment of its own, with
 # what `rsi-deploy bench` needs and no torch. Where it cannot be installed, the job says so and is no failure.
@@ -71,4 +106,4 @@ triton kserve: .venv/installed
 	fi
 
 clean:
-	rm -rf .venv .venv-openvino .venv-triton .venv-kserve .venv-ray $(DEMO) build dist
+	rm -rf .venv .venv-oldest .venv-audit .venv-openvino .venv-triton .venv-kserve .venv-ray $(DEMO) build dist

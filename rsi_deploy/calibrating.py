@@ -146,6 +146,7 @@ class Calibrator:
         if not streams.sites and decisions is None:
             raise ModelError(
                 f"calibration reaches no site: {listed(streams.unreachable) or 'the filters let none through'}"
+                f"; change --include or --exclude, or leave out --calib"
             )
         calibration = Calibration(solver=self.solver, min_rank=request.min_rank, rank_multiple=request.rank_multiple)
 

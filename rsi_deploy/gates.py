@@ -56,7 +56,7 @@ def compare_outputs(reference: Arrays, candidate: Arrays, *, what: str, toleranc
             error above `tolerance`. The message begins with `what`.
     """
     if len(reference) != len(candidate):
-        raise GateError(f"{what}: {len(reference)} outputs expected, but got {len(candidate)}")
+        raise GateError(f"{what}: {len(reference)} outputs expected, but got {len(candidate)}; export again")
     worst, largest, informative = 0.0, 0.0, False
     for index, (a, b) in enumerate(zip(reference, candidate, strict=True)):
         if a.shape != b.shape:
@@ -64,14 +64,20 @@ def compare_outputs(reference: Arrays, candidate: Arrays, *, what: str, toleranc
         x, y = a.astype(np.float64), b.astype(np.float64)
         finite = np.isfinite(x)
         if not np.array_equal(x[~finite], y[~finite], equal_nan=True) or not np.isfinite(y[finite]).all():
-            raise GateError(f"{what}: output {index} holds NaN or infinite values elsewhere than the reference")
+            raise GateError(
+                f"{what}: output {index} holds NaN or infinite values elsewhere than the reference"
+                f"; find the site with --include and leave it out with --exclude"
+            )
         difference = x[finite] - y[finite]
         norm, error = float(np.linalg.norm(x[finite])), float(np.linalg.norm(difference))
         informative |= norm > 0
         worst = max(worst, error / norm if norm else float(error > 0))
         largest = max(largest, float(np.abs(difference).max(initial=0.0)))
     if tolerance is not None and not worst <= tolerance:
-        raise GateError(f"{what}: relative error {worst:.2e} is above the tolerance {tolerance:.0e}")
+        raise GateError(
+            f"{what}: relative error {worst:.2e} is above the tolerance {tolerance:.0e}"
+            f"; find the site with --include and leave it out with --exclude"
+        )
     return Comparison(relative_l2=worst, max_abs=largest, tolerance=tolerance, informative=informative)
 
 

@@ -76,7 +76,7 @@ def rewrite(
         raise UsageError("--always-split goes with --rank alone; leave it out with --max-error")
     source, target = Path(source), Path(target)
     if not source.is_file():
-        raise UsageError(f"no such file: {source}")
+        raise UsageError(f"no such file: {source}; expected an .onnx file")
     if target.exists() and not force:
         raise UsageError(f"{target} exists; choose another name, or pass force (--force)")
     planner = Planner(

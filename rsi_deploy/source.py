@@ -124,7 +124,9 @@ def _torchvision(
     if weights.lower() not in ("none", "default") and not named:
         if not Path(weights).is_file():
             listed = ", ".join(presets.__members__)
-            raise UsageError(f"--weights {weights!r} is no file, and none of DEFAULT, none, {listed}")
+            raise UsageError(
+                f"--weights {weights!r} is no file, and none of DEFAULT, none, {listed}; type one of these"
+            )
         load_checkpoint_(module, weights)
     elif weights.lower() != "none":
         try:
@@ -152,21 +154,27 @@ def _factory(spec: str, checkpoint: str | Path | None, shape: tuple[int, ...] | 
     try:
         namespace = importlib.import_module(module_name)
     except ImportError as error:
-        raise UsageError(f"cannot import {module_name!r} of MODEL {spec!r}: {error}") from error
+        raise UsageError(
+            f"cannot import {module_name!r} of MODEL {spec!r}: {error}; type a module that python finds from here"
+        ) from error
     except Exception as error:  # the user's own code runs on import
-        raise ModelError(f"importing {module_name!r} failed: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"importing {module_name!r} failed: {type(error).__name__}: {error}; repair the module"
+        ) from error
     factory = getattr(namespace, attribute, None)
     if not callable(factory):
         near = difflib.get_close_matches(attribute, dir(namespace), n=3, cutoff=0.4)
         raise UsageError(
-            f"{module_name} has no factory {attribute!r}" + (f"; near names: {', '.join(near)}" * bool(near))
+            f"{module_name} has no factory {attribute!r}"
+            + (f"; near names: {', '.join(near)}" * bool(near))
+            + "; type one that is there"
         )
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "initialization"))
             module = factory()
     except Exception as error:  # the user's own code: whatever it raises is reported as theirs
-        raise ModelError(f"the factory {spec} failed: {type(error).__name__}: {error}") from error
+        raise ModelError(f"the factory {spec} failed: {type(error).__name__}: {error}; repair the factory") from error
     if not isinstance(module, nn.Module):
         raise ModelError(f"the factory {spec} must return a torch.nn.Module, but returned {type(module).__name__}")
     source = Source(name=spec, module=module.eval())
@@ -186,7 +194,10 @@ def _told_preprocessing(module: nn.Module) -> Preprocessing | None:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ModelError(f"{type(module).__name__}.preprocessing: {where}: {first['msg']}") from error
+        raise ModelError(
+            f"{type(module).__name__}.preprocessing: {where}: {first['msg']}"
+            f"; repair that attribute, or give --mean and --std"
+        ) from error
 
 
 def _told_inputs(module: nn.Module, spec: str, shape: tuple[int, ...] | None, seed: int) -> tuple[Any, ...]:
@@ -204,7 +215,9 @@ def _pt2(path: Path) -> Source:
         with no_torch_logs():
             program = torch.export.load(path)
     except Exception as error:  # torch.export.load raises many kinds on a damaged archive
-        raise ModelError(f"{path.name} is not a readable torch.export archive: {error}") from error
+        raise ModelError(
+            f"{path.name} is not a readable torch.export archive: {error}; save it again with torch.export.save"
+        ) from error
     if program.example_inputs is None:
         raise ModelError(
             f"{path.name} carries no example inputs; export it again with torch.export.export(model, inputs)"
@@ -232,7 +245,7 @@ def no_torch_logs() -> Iterator[None]:
 
 def _existing(path: str) -> Path:
     if not Path(path).is_file():
-        raise UsageError(f"no such file: {path}")
+        raise UsageError(f"no such file: {path}; expected a FILE.pt2 or FILE.onnx that is there")
     return Path(path)
 
 

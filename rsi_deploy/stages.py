@@ -199,7 +199,7 @@ class Job:
                 keep = [head.weight] if head else []
                 split, params = self._split(dense, path, made, keep, self.progress, crew, joint=joint)
         if not may_be_dense and not any(site.rank for site in split.sites):
-            raise ModelError(f"nothing to split: {_reasons(split)}")
+            raise ModelError(f"nothing to split: {_reasons(split)}; rsi-deploy inspect shows every site")
         return Compressed(
             split=split,
             head=head,

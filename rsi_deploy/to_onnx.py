@@ -110,7 +110,10 @@ def _captured(source: Source, notes: list[str]) -> "torch.export.ExportedProgram
         with _quiet():
             program = torch.export.export(module, fixed)
     except Exception as error:
-        raise ModelError(f"torch.export cannot capture {source.name}: {_first_line(error)}") from error
+        raise ModelError(
+            f"torch.export cannot capture {source.name}: {_first_line(error)}"
+            f"; change the module, or export it to ONNX yourself and give that file"
+        ) from error
     source.example_inputs = fixed
     notes.append(f"the batch size is fixed at 1: the model does not export with a dynamic one ({reason})")
     return program
@@ -140,7 +143,10 @@ def _converted(source: Source, program: "torch.export.ExportedProgram", opset: i
                 verbose=False,
             )
     except Exception as error:
-        raise ModelError(f"torch.onnx.export cannot convert {source.name}: {_first_line(error)}") from error
+        raise ModelError(
+            f"torch.onnx.export cannot convert {source.name}: {_first_line(error)}"
+            f"; change the module, or export it to ONNX yourself and give that file"
+        ) from error
     assert exported is not None
     model: ir.Model = exported.model
     outputs = model.graph.outputs

@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+collect_ignore = ["no_network", "raises"]  # tools of tests, not tests: two of their files are called sitecustomize
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():

@@ -121,7 +121,10 @@ class Segment:
         records = gp.split(model, source)
         if missed := factors.keys() - {record.weight for record in records if isinstance(record, gp.Split)}:
             reasons = [f"{r.weight!r}: {r.reason}" for r in records if isinstance(r, gp.Skip) and r.weight in missed]
-            raise ModelError(f"calibration cannot split the weight {', '.join(reasons) or sorted(missed)}")
+            raise ModelError(
+                f"calibration cannot split the weight {', '.join(reasons) or sorted(missed)}"
+                f"; leave it out with --exclude"
+            )
         ir.save(model, self._path)
 
 

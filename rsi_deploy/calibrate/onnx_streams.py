@@ -166,7 +166,10 @@ class OnnxStreams:
         if self._dense_outputs is None:
             dense = self._outputs({})
             if not torch.isfinite(dense).all():
-                raise ModelError(f"{self._path.name}: its output on the calibration data holds NaN or infinite values")
+                raise ModelError(
+                    f"{self._path.name}: its output on the calibration data holds NaN or infinite values"
+                    f"; take those samples out of --calib, or repair the model"
+                )
             self._dense_outputs = dense
         reached = [r for r in self._reached.values() if r.site.name in replacements]
         factors = {r.graph.weight: graph_factors(replacements[r.site.name], r.graph) for r in reached}
@@ -228,7 +231,7 @@ def _stacked(outputs: Iterable[tuple[Feeds, Feeds]], names: Sequence[str]) -> Te
         floating = (values[name] for name in names if isinstance(values[name], np.ndarray))
         array = next((value for value in floating if value.dtype.kind == "f" and value.ndim), None)
         if array is None:
-            raise ModelError("no output of the model is floating: nothing to measure a distance by")
+            raise ModelError("no output of the model is floating: nothing to measure a distance by; leave out --calib")
         found.append(_tokens_alone(array.astype(np.float32), batch))
     if len({array.shape[1:] for array in found}) > 1:
         found = [array.reshape(-1, 1, array.shape[-1]) for array in found]

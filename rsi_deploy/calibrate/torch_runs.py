@@ -42,7 +42,7 @@ class Runs:
             count += 1
             samples += samples_of(_arguments(batch))
         if first is None:
-            raise UsageError("there are no calibration data: the iterator of batches is empty")
+            raise UsageError("there are no calibration data: the iterator of batches is empty; give at least one batch")
         self.first, self.count, self.samples = first, count, samples
         self._mask = find_mask(first) if mask is None else mask
 
@@ -80,7 +80,10 @@ class Runs:
         leaves = pytree.tree_leaves(self.run(batch, watch))
         z = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim), None)
         if z is None:
-            raise ModelError(f"{type(self._module).__name__} has no floating output: nothing to measure a distance by")
+            raise ModelError(
+                f"{type(self._module).__name__} has no floating output: nothing to measure a distance by"
+                f"; calibrate a module with one, or take plain ranks"
+            )
         kept = self.kept(batch)
         if kept is not None and z.ndim > 2 and z.shape[:2] == kept.shape:
             z = z[kept.to(z.device)][:, None]  # never to be taken for (N, classes)
@@ -107,7 +110,10 @@ class Runs:
         dense = stacked(outputs)
         if not torch.isfinite(dense).all():
             name = type(self._module).__name__
-            raise ModelError(f"{name}: its output on the calibration data holds NaN or infinite values")
+            raise ModelError(
+                f"{name}: its output on the calibration data holds NaN or infinite values"
+                f"; take those samples out, or repair the weights"
+            )
         return batches[: len(outputs)], dense
 
     def _placed(self, batch: Arguments) -> Arguments:

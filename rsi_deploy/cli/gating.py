@@ -105,7 +105,7 @@ def show_comparison(paths: Sequence[str], *, as_json: bool) -> None:
         raise UsageError(f"--compare takes results of bench --json, but got the model {wrong[0]}; measure it first")
     documents = [read_bench(path) for path in paths]
     if len(set(paths)) < len(paths):
-        raise UsageError(f"--compare: the same result twice in {', '.join(paths)}")
+        raise UsageError(f"--compare: the same result twice in {', '.join(paths)}; leave one out")
     result = compare_documents(dict(zip(device_names(paths), documents, strict=True)))
     if as_json:
         click.echo(json.dumps(result.model_dump(mode="json"), indent=2))

@@ -11,6 +11,10 @@ from rsi_deploy.errors import UsageError
 if TYPE_CHECKING:
     from rsi_deploy.measure.preprocess import Preprocessing
 
+    _CountOrWord = click.ParamType[int | str]
+else:
+    _CountOrWord = click.ParamType  # generic since click 8.4
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 DATA_HELP = (
@@ -120,7 +124,7 @@ def ranks_options(function: F) -> F:
     return function
 
 
-class PowerIterationsType(click.ParamType["int | str"]):
+class PowerIterationsType(_CountOrWord):
     """A count of power iterations, or "auto"."""
 
     name = "integer|auto"

@@ -79,7 +79,7 @@ def serve(
     logging.getLogger("rsi_deploy.serving").setLevel(logging.WARNING)  # reloads, and models that are not batched
     key = api_key_file.read().strip() if api_key_file is not None else os.environ.get(KEY_VARIABLE, "")
     if api_key_file is not None and not key:
-        raise UsageError("--api-key-file: the file is empty")
+        raise UsageError("--api-key-file: the file is empty; write the key into it")
     if host not in ("127.0.0.1", "localhost", "::1") and not key:
         logging.getLogger(__name__).error("anyone who reaches %s may use the models: no API key is set", host)
     run_serve(

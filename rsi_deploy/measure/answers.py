@@ -53,7 +53,9 @@ class Answers:
         runs = [self._run(chunk) for chunk in self._chunks(feeds)]
         found = {name: np.concatenate([run[name] for run in runs])[:count] for name in runs[0]}
         if not found:
-            raise ModelError(f"{self.name}: no output holds floating numbers with one row for each sample")
+            raise ModelError(
+                f"{self.name}: no output holds floating numbers with one row for each sample; give a model that has one"
+            )
         return found
 
     def prove_provider(self, feeds: Feeds) -> None:

@@ -73,7 +73,9 @@ class ArrayData:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {key: archive[key] for key in archive.files}
         except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UsageError(f"data: {path} cannot be read: {error}") from error
+            raise UsageError(
+                f"data: {path} cannot be read: {error}; copy it again, or write it with numpy.savez"
+            ) from error
         inputs, labels = ([key for key in keys if key in arrays] for keys in (INPUT_NAMES, LABEL_NAMES))
         if len(inputs) > 1 or len(labels) > 1:
             found = ", ".join(arrays)
@@ -124,7 +126,9 @@ class NamedData:
         counts = [len(array) if array.ndim else 0 for array in arrays.values()]
         samples = len(labels) if labels is not None and labels.ndim else max(counts, default=0)
         if labels is not None and max(counts, default=0) and samples not in counts:
-            raise UsageError(f"data: {name} holds {max(counts)} inputs but {samples} labels")
+            raise UsageError(
+                f"data: {name} holds {max(counts)} inputs but {samples} labels; store one label for each input"
+            )
         if not samples or samples not in counts:
             raise UsageError(
                 f"data: {name} holds {_listed(arrays) or 'nothing'}; expected images (or x), or one array for each "

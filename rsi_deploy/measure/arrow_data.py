@@ -58,7 +58,7 @@ class ArrowData:
     def __init__(self, files: Sequence[Path], name: str, *, image: str = "", label: str = ""):
         self._table, self._name = Table(files, name), name
         if not len(self._table):
-            raise UsageError(f"data: {name} holds no samples")
+            raise UsageError(f"data: {name} holds no samples; give another file or split")
         names = self._table.columns
         self._label = checked_columns([label], names, name)[0] if label else self._found_label()
         self._image = checked_columns([image], names, name)[0] if image else self._found_picture()
@@ -142,7 +142,10 @@ class ArrowData:
             elif path and (file := self._table.folder / path).is_file():
                 yield name, file
             else:
-                raise UsageError(f"data: {name}: a row has neither the bytes of a picture nor a file that is there")
+                raise UsageError(
+                    f"data: {name}: a row has neither the bytes of a picture nor a file that is there"
+                    f"; store the pictures' bytes, or put the files in their place"
+                )
 
     def _array(self, batch: Any, column: str) -> Array:
         try:

@@ -42,7 +42,7 @@ class Table:
             if tuple(schema.names) != self.columns:
                 raise UsageError(
                     f"data: {file} has the columns {', '.join(schema.names)}, but {self._files[0]} "
-                    f"{', '.join(self.columns)}"
+                    f"{', '.join(self.columns)}; store the same columns in every file"
                 )
         types = {field.name: field.type for field in schemas[0]}
         self.pictures = tuple(name for name, kind in types.items() if is_picture(kind) and not _is_binary(kind))
@@ -75,7 +75,7 @@ class Table:
                         batch = batch.take(pa.array(inside)) if len(inside) != len(batch) else batch
                     yield from (batch.slice(begin, most) for begin in range(0, len(batch), most))
             except (pa.ArrowException, OSError) as error:
-                raise UsageError(f"data: {file} cannot be read: {error}") from error
+                raise UsageError(f"data: {file} cannot be read: {error}; copy it again") from error
 
     def _schema(self, file: Path) -> Any:
         import pyarrow as pa
@@ -83,7 +83,7 @@ class Table:
         try:
             return _parquet(file).schema_arrow if file.suffix == ".parquet" else _arrow(file).schema
         except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"data: {file} cannot be read: {error}") from error
+            raise UsageError(f"data: {file} cannot be read: {error}; copy it again") from error
 
     def _row_count(self, file: Path) -> int:
         import pyarrow as pa
@@ -93,7 +93,7 @@ class Table:
                 return int(_parquet(file).metadata.num_rows)
             return sum(len(batch) for batch in _arrow_batches(file))
         except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"data: {file} cannot be read: {error}") from error
+            raise UsageError(f"data: {file} cannot be read: {error}; copy it again") from error
 
 
 def table_files(path: Path, split: str = "") -> list[Path]:
@@ -255,7 +255,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"data: {file} cannot be read: {error}") from error
+        raise UsageError(f"data: {file} cannot be read: {error}; copy it again") from error
     if not isinstance(found, dict):
         raise UsageError(f"data: {file} is not what datasets.save_to_disk writes; save the data again")
     return found

@@ -109,7 +109,9 @@ def bind(
         session.run_with_iobinding(binding, run_options)
         binding.synchronize_outputs()
     except Exception as error:  # onnxruntime's exceptions derive from nothing narrower
-        raise ModelError(f"the run with bound inputs and outputs failed on {device}: {error}") from error
+        raise ModelError(
+            f"the run with bound inputs and outputs failed on {device}: {error}; rsi-deploy doctor says what works here"
+        ) from error
     return Bound(
         call=_BoundRun(session, binding, run_options, device, (*inputs, *outputs)),
         device=device,

@@ -88,7 +88,10 @@ class CallableData:
         if first is None:
             raise UsageError(f"data: {name} gives no batches; it must return an iterable of (inputs, labels)")
         if labels and unlabelled:
-            raise UsageError(f"data: {name} gives labels with some batches and none with {unlabelled} samples")
+            raise UsageError(
+                f"data: {name} gives labels with some batches and none with {unlabelled} samples"
+                f"; give labels with every batch, or with none"
+            )
         self.labels: Labels | None = np.concatenate(labels) if labels else None
         self.columns: tuple[str, ...] = tuple(first) if isinstance(first, Mapping) else ()
         self.kind: Kind = "named" if isinstance(first, Mapping) else as_samples(first, name)[0]
@@ -161,7 +164,9 @@ class CallableData:
             try:
                 batch = next(iterator, None)
             except Exception as error:  # the user's own code
-                raise UsageError(f"data: {self._name} failed: {type(error).__name__}: {error}") from error
+                raise UsageError(
+                    f"data: {self._name} failed: {type(error).__name__}: {error}; repair the function"
+                ) from error
             if batch is None:
                 return
             yield self._checked(batch)
@@ -191,7 +196,9 @@ def _array(value: Any) -> Array:
     try:
         return np.asarray(value)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"data: a batch holds {type(value).__name__}, which is no array: {error}") from error
+        raise UsageError(
+            f"data: a batch holds {type(value).__name__}, which is no array: {error}; give numpy arrays or tensors"
+        ) from error
 
 
 def _feed(digest: Any, inputs: Inputs, labels: Labels | None) -> None:
@@ -208,7 +215,7 @@ def _called(function: Callable[[], Any], name: str) -> Any:
     try:
         return function()
     except Exception as error:  # the user's own code: whatever it raises is reported as theirs
-        raise UsageError(f"data: {name} failed: {type(error).__name__}: {error}") from error
+        raise UsageError(f"data: {name} failed: {type(error).__name__}: {error}; repair the function") from error
 
 
 def _imported(spec: str) -> Callable[[], Any]:
@@ -222,12 +229,16 @@ def _imported(spec: str) -> Callable[[], Any]:
             f"data: cannot import {module_name!r} of {spec}: {error}; data are a path, or package.module:function"
         ) from error
     except Exception as error:  # the user's own code runs on import
-        raise UsageError(f"data: importing {module_name!r} failed: {type(error).__name__}: {error}") from error
+        raise UsageError(
+            f"data: importing {module_name!r} failed: {type(error).__name__}: {error}; repair the module"
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         near = difflib.get_close_matches(attribute, dir(module), n=3, cutoff=0.4)
         raise UsageError(
-            f"data: {module_name} has no function {attribute!r}" + (f"; near names: {', '.join(near)}" * bool(near))
+            f"data: {module_name} has no function {attribute!r}"
+            + (f"; near names: {', '.join(near)}" * bool(near))
+            + "; type one that is there"
         )
     found: Callable[[], Any] = function
     return found

@@ -92,7 +92,10 @@ def compare_documents(documents: Mapping[str, BenchDocument]) -> Comparison:
     found = [[_timing(document, key, arm) for document in columns] for key, arm in rows]
     if not any(sum(timing is not None for timing in row) > 1 for row in found):
         there = "; ".join(f"{name}: {_told(document)}" for name, document in documents.items())
-        raise UsageError(f"--compare: the results have no model and configuration in common ({there})")
+        raise UsageError(
+            f"--compare: the results have no model and configuration in common ({there})"
+            f"; measure them with the same options"
+        )
     names = {_key(cell): cell.name for document in columns for cell in document.cells}
     ambiguous = len(set(names.values())) < len(names)
     return Comparison(

@@ -84,7 +84,10 @@ def split_choices(text: str) -> tuple[str, dict[str, str]]:
         return text, {}
     pairs = [part.partition("=") for part in tail.split(",")]
     if not all(key and equals and value for key, equals, value in pairs):
-        raise UsageError(f"data: behind the # go choices such as split=test,label=fine_label, but got {tail!r}")
+        raise UsageError(
+            f"data: behind the # go choices such as split=test,label=fine_label, but got {tail!r}"
+            f"; type {name}#split=NAME"
+        )
     return name, {key: value for key, _, value in pairs}
 
 

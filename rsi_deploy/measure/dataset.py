@@ -95,7 +95,9 @@ def as_samples(values: Array, name: str) -> tuple[Kind, Array]:
         UsageError: no samples, no numbers, or 8-bit pictures with another number of channels.
     """
     if values.ndim < 1 or len(values) == 0:
-        raise UsageError(f"data: {name} holds no samples (its inputs have the shape {values.shape})")
+        raise UsageError(
+            f"data: {name} holds no samples (its inputs have the shape {values.shape}); give data with one row a sample"
+        )
     if values.dtype.kind not in "fiub":
         raise UsageError(f"data: {name}: inputs must be numbers, but got {values.dtype}")
     if values.dtype != np.uint8 or values.ndim not in (3, 4):
@@ -116,7 +118,9 @@ def checked_labels(labels: Array, samples: int, name: str) -> Labels:
     if labels.ndim != 1:
         raise UsageError(f"data: {name}: labels must be class numbers (N,), but got the shape {labels.shape}")
     if len(labels) != samples:
-        raise UsageError(f"data: {name} holds {samples} inputs but {len(labels)} labels")
+        raise UsageError(
+            f"data: {name} holds {samples} inputs but {len(labels)} labels; store one label for each input"
+        )
     return labels.astype(np.int64)
 
 
@@ -235,7 +239,7 @@ def decoded_picture(source: Any, name: str) -> npt.NDArray[np.uint8]:
         with Image.open(source) as picture:
             return np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"data: {name} cannot be read as an image: {error}") from error
+        raise UsageError(f"data: {name} cannot be read as an image: {error}; repair the file or take it out") from error
 
 
 def existing(path: Path) -> Path:

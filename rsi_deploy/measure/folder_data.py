@@ -39,6 +39,7 @@ class ImageFolderData:
             raise UsageError(
                 f"data: the class list does not fit {root}: folders not in the list: {unknown or 'none'}, "
                 f"listed twice: {sorted({name for name in self.classes if self.classes.count(name) > 1}) or 'none'}"
+                f"; name every folder once in it"
             )
         self._root = root
         self._files: list[Path] = []

@@ -72,7 +72,7 @@ class GateReport(BaseModel, frozen=True, extra="forbid"):
         """
         failed = [check.sentence for check in self.checks if check.status == "failed"]
         if failed:
-            raise GateError(f"gate failed: {'; '.join(failed)}")
+            raise GateError(f"gate failed: {'; '.join(failed)}; --max-slowdown and --max-drop say what is allowed")
 
 
 def check_gates(

@@ -143,7 +143,9 @@ def _bind(spec: InputSpec, batch: int, given: Sequence[int] | None, symbols: dic
         size = batch if axis == 0 and not isinstance(dim, int) else None
         if given is not None:
             if isinstance(dim, int) and dim != given[axis]:
-                raise UsageError(f"--input-shape: {spec} has {dim} fixed at axis {axis}, but got {tuple(given)}")
+                raise UsageError(
+                    f"--input-shape: {spec} has {dim} fixed at axis {axis}, but got {tuple(given)}; give {dim} there"
+                )
             if size is not None and size != given[axis]:
                 raise UsageError(
                     f"--input-shape: {spec} takes the batch first, which is {batch}, but got {tuple(given)}; "
@@ -151,7 +153,10 @@ def _bind(spec: InputSpec, batch: int, given: Sequence[int] | None, symbols: dic
                 )
             size = given[axis]
         if isinstance(dim, str) and size is not None and symbols.setdefault(dim, size) != size:
-            raise UsageError(f"--input-shape: {dim} of {spec} is {size}, but {symbols[dim]} elsewhere")
+            raise UsageError(
+                f"--input-shape: {dim} of {spec} is {size}, but {symbols[dim]} elsewhere"
+                f"; give one size for {dim} everywhere"
+            )
 
 
 def _resolved(spec: InputSpec, batch: int, symbols: Mapping[str, int]) -> list[int]:
@@ -236,4 +241,4 @@ def _loaded(model: Any) -> Any:
     try:
         return onnx.load(str(model), load_external_data=False)
     except (OSError, DecodeError) as error:
-        raise ModelError(f"{model}: cannot be read as ONNX: {error}") from error
+        raise ModelError(f"{model}: cannot be read as ONNX: {error}; export it again, or name an .onnx file") from error

@@ -197,7 +197,7 @@ def parse_summary(text: str) -> dict[str, Any]:
     """
     verdict = re.search(r"^Result is\s*:\s*(\w+)", text, re.MULTILINE)
     if verdict is None:
-        raise ModelError("LoadGen wrote no verdict: the test did not come to its end")
+        raise ModelError("LoadGen wrote no verdict: the test did not come to its end; give it more --seconds")
     head, _, rest = text.partition(verdict.group(0))
     offline = "Scenario : Offline" in head
     queries = re.search(r"(?:Processed at least|Only processed|Processed).*?(\d+) queries(?: \((\d+)\))?", rest)
@@ -250,7 +250,10 @@ def _worked(request: Request, folder: Path) -> Reply:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if not answered.exists():
         last = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
-        raise ModelError(f"{request.model}: the process of the LoadGen test ended with {done.returncode}: {last}")
+        raise ModelError(
+            f"{request.model}: the process of the LoadGen test ended with {done.returncode}: {last}"
+            f"; see that bench without --loadgen runs it"
+        )
     reply = Reply.model_validate_json(answered.read_text(encoding="utf-8"))
     if reply.error:
         kind: type[errors.RsiDeployError] = getattr(errors, reply.error_kind, ModelError)

@@ -38,6 +38,8 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
         affinity: logical cores this process may use; () where the system does not tell.
         governor: what decides the cores' clocks ("performance", "schedutil"...); None where it is not readable.
         clock_mhz: of the core that is fastest now, and the most it may have; None where not readable.
+        torch_threads: that torch computes with; None where it is not loaded. Exact factors and those fitted to data are
+            summed in another order with another number, and may differ in their last bits.
         load_average: processes wanting a core over 1, 5 and 15 minutes; timings are noisy above `cores`.
     """
 
@@ -54,6 +56,7 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
     affinity: tuple[int, ...] = ()
     governor: str | None = None
     clock_mhz: tuple[float, float | None] | None = None
+    torch_threads: int | None = None
 
 
 def environment() -> Environment:
@@ -73,6 +76,7 @@ def environment() -> Environment:
         affinity=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (),
         governor=_governor(),
         clock_mhz=_clock(),
+        torch_threads=_torch_threads(),
     )
 
 
@@ -150,6 +154,11 @@ def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _torch_threads() -> int | None:
+    torch = sys.modules.get("torch")
+    return None if torch is None else int(torch.get_num_threads())
 
 
 def _gpus() -> tuple[str, ...]:

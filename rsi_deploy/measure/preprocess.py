@@ -59,9 +59,15 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
                 "many of both (mean 0 or std 1 leaves a channel as it is)"
             )
         if any(value == 0 for value in self.std):
-            raise UsageError(f"preprocessing: std divides, so none may be zero, but got {self.std}")
+            raise UsageError(
+                f"preprocessing: std divides, so none may be zero, but got {self.std}; type 1 where nothing"
+                f" is to be divided"
+            )
         if not all(math.isfinite(value) for value in (self.scale, *self.mean, *self.std)):
-            raise UsageError("preprocessing: scale, mean and std must be finite numbers")
+            raise UsageError(
+                f"preprocessing: scale, mean and std must be finite numbers, but got {self.scale}, "
+                f"{self.mean}, {self.std}"
+            )
         sizes = (self.resize,) if isinstance(self.resize, int) else (self.resize or ())
         if any(size < 1 for size in (*sizes, *(self.crop or ()))):
             raise UsageError(
@@ -110,7 +116,7 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the whole text"
-            raise UsageError(f"metadata {METADATA_KEY}: {where}: {first['msg']}") from error
+            raise UsageError(f"metadata {METADATA_KEY}: {where}: {first['msg']}; export the model again") from error
 
     def over(self, base: "Preprocessing | None") -> "Preprocessing":
         """The fields that were set here, and those of `base` for the rest."""
@@ -139,7 +145,10 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
             raise UsageError(f"expected uint8 images (N, H, W, C), but got {images.dtype} {images.shape}")
         channels = images.shape[3]
         if len(self.mean) not in (0, 1, channels):
-            raise UsageError(f"mean and std have {len(self.mean)} values, but the images have {channels} channels")
+            raise UsageError(
+                f"mean and std have {len(self.mean)} values, but the images have {channels} channels"
+                f"; give one value for each channel"
+            )
         if self.resize is not None:
             images = np.stack([self._resized(image) for image in images])
         if self.crop is not None:

@@ -158,7 +158,7 @@ def parse(provider: "str | ProviderSpec") -> ProviderSpec:
     options: dict[str, str] = {}
     for key, value in _pairs(provider):
         if key in session or key in options:
-            raise UsageError(f"--provider {provider}: {key} is given twice")
+            raise UsageError(f"--provider {provider}: {key} is given twice; leave one out")
         if key in SESSION_OPTIONS:
             session[key] = SESSION_OPTIONS[key].check(key, value)
         else:

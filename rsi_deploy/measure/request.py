@@ -114,7 +114,9 @@ class Request:
         counts = {len(shapes) for shapes in self.shapes.values()} - {1}
         if len(counts) > 1:
             told = ", ".join(f"{name} {len(shapes)}" for name, shapes in self.shapes.items())
-            raise UsageError(f"--input-shape: inputs have one shape or equally many, but got {told}")
+            raise UsageError(
+                f"--input-shape: inputs have one shape or equally many, but got {told}; give as many for each"
+            )
         return counts.pop() if counts else 1
 
     def _shapes(self, number: int, batch: int) -> Shapes:

@@ -207,4 +207,5 @@ def read_bench(path: str | Path) -> BenchDocument:
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ModelError(
             f"{path} is no bench result of schema version {SCHEMA_VERSION}: {where}: {first['msg']}"
+            f"; measure it again with rsi-deploy bench --json"
         ) from error

@@ -31,4 +31,4 @@ def sample_feeds(dataset: Dataset, model: Path, provider: str, batch: int) -> Fe
         )
     for feeds, _ in Feeding(dataset, arm.specs, steps, model=str(model)).batches(batch, batch):
         return feeds
-    raise UsageError(f"the data hold no samples to feed {model} with")
+    raise UsageError(f"the data hold no samples to feed {model} with; give other data, or leave out --data")

@@ -118,7 +118,9 @@ def run_session(
     try:
         outputs: list[npt.NDArray[Any]] = session.run(None, dict(feeds))
     except Exception as error:  # onnxruntime's exceptions derive from nothing narrower
-        raise ModelError(f"{name}: the run failed: {error}") from error
+        raise ModelError(
+            f"{name}: the run failed: {error}; give inputs that fit it: --input-shape or --feeds"
+        ) from error
     return outputs
 
 
@@ -203,6 +205,7 @@ def _created(model: str | bytes, name: str, spec: ProviderSpec, options: Any) ->
     """A session on the provider; a plug-in is added by its devices, TensorRT leaves over to CUDA."""
     import onnxruntime
 
+    onnxruntime.disable_telemetry_events()  # builds for Windows send some; elsewhere there is nothing to turn off
     built_in = onnxruntime.get_available_providers()
     if short_name(spec.name) in CUDA_FAMILY and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
@@ -232,7 +235,10 @@ def _refuse_option(spec: ProviderSpec, said: str) -> None:
         if re.search(rf"(unknown|invalid|unrecognized)\b.*\boption\W+{key}\b", said, re.IGNORECASE):
             raise unknown_option(spec.name, key, ())
         if key in said and "option" in said.lower():
-            raise UsageError(f"--provider {spec}: {short_name(spec.name)} refuses {key}={value}: {said.strip()}")
+            raise UsageError(
+                f"--provider {spec}: {short_name(spec.name)} refuses {key}={value}: {said.strip()}"
+                f"; leave it out, or give another value"
+            )
 
 
 def _chain(spec: ProviderSpec, built_in: list[str]) -> list[tuple[str, dict[str, str]]]:

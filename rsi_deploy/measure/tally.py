@@ -180,10 +180,13 @@ class Scorer:
         if self.kind == "classes" and _first(outputs).shape != _first(reference).shape:
             raise UsageError(
                 f"{name} gives {_first(outputs).shape[1]} classes, but the reference {self._names[0]} "
-                f"{_first(reference).shape[1]}"
+                f"{_first(reference).shape[1]}; give the model that it was made from"
             )
         if self._with_values and came != wanted:
-            raise UsageError(f"{name} gives outputs {came}, but the reference {self._names[0]} {wanted}")
+            raise UsageError(
+                f"{name} gives outputs {came}, but the reference {self._names[0]} {wanted}"
+                f"; give the model that it was made from"
+            )
 
 
 def check_labels(labels: Labels | None, class_names: Sequence[str], classes: int, model: str) -> None:
@@ -198,6 +201,7 @@ def check_labels(labels: Labels | None, class_names: Sequence[str], classes: int
     if low < 0 or high >= classes:
         raise UsageError(
             f"{model} tells {classes} classes apart (0 to {classes - 1}), but the labels run from {low} to {high}"
+            f"; give data of these classes, or the model's own"
         )
     if class_names and len(class_names) != classes:
         raise UsageError(

@@ -61,7 +61,9 @@ def _converted(folder: Path, model: Servable, platform: Platform) -> Path:
             path, config = path.rename(folder / "model.ort"), config.rename(folder / "required_operators.config")
             create_config_from_models([path], typed := folder / "required_operators_and_types.config", True)
     except Exception as error:  # onnxruntime's exceptions derive from nothing narrower
-        raise ModelError(f"{model.model}: onnxruntime cannot write it in ORT format: {error}") from error
+        raise ModelError(
+            f"{model.model}: onnxruntime cannot write it in ORT format: {error}; choose another --target"
+        ) from error
     finally:
         log.info("%s", said.getvalue())
     for listed in (config, typed):  # each tells the path that the model had here

@@ -135,7 +135,10 @@ def _tensor(what: str, tensor: Tensor, batched: bool) -> dict[str, Any]:
         raise ModelError(f"{what} {tensor.name} is {tensor.type}, which Triton has not; it has {', '.join(TYPES)}")
     dims = [dim if isinstance(dim, int) else -1 for dim in tensor.shape[batched:]]
     if 0 in dims:
-        raise ModelError(f"{what} {tensor.name} has a dimension of 0, which Triton refuses")
+        raise ModelError(
+            f"{what} {tensor.name} has a dimension of 0, which Triton refuses"
+            f"; export the model without it, or choose another --target"
+        )
     field: dict[str, Any] = {"name": tensor.name, "data_type": Word(TYPES[tensor.type]), "dims": dims or [1]}
     return field if dims else {**field, "reshape": {"shape": []}}
 

@@ -175,7 +175,10 @@ class Filters:
             for pattern in patterns:
                 if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                     some = ", ".join(names[:4])
-                    raise UsageError(f"{option} {pattern!r} matches none of the {len(names)} sites ({some}, ...)")
+                    raise UsageError(
+                        f"{option} {pattern!r} matches none of the {len(names)} sites ({some}, ...)"
+                        f"; rsi-deploy inspect lists them"
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)

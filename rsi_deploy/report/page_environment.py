@@ -11,6 +11,7 @@ def environment_section(e: Environment) -> Section:
     rows = [
         ("processor", e.cpu),
         ("cores", f"{e.cores} usable" + (f", {e.physical_cores} physical" if e.physical_cores else "")),
+        *([("torch's threads", str(e.torch_threads))] if e.torch_threads is not None else []),
         ("instructions", ", ".join(e.cpu_flags)),
         ("memory", human_bytes(e.memory_bytes)),
         ("GPUs", ", ".join(e.gpus) or "none"),

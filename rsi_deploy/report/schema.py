@@ -250,12 +250,12 @@ def read_report(folder: Path) -> Report:
     """
     path = folder / "report.json"
     if not path.is_file():
-        raise UsageError(f"{folder} is no bundle: it has no report.json")
+        raise UsageError(f"{folder} is no bundle: it has no report.json; name the folder that export wrote")
     try:
         return Report.model_validate_json(path.read_text(encoding="utf-8"))
     except (pydantic.ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ModelError(
-            f"{path} is not a report of schema version {SCHEMA_VERSION}: {where}: {first['msg']}"
+            f"{path} is not a report of schema version {SCHEMA_VERSION}: {where}: {first['msg']}; export again"
         ) from error

@@ -123,5 +123,5 @@ def _claims(folder: Path) -> _Claims:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ModelError(
-            f"{folder / 'report.json'} is no report that can be served: {where}: {first['msg']}"
+            f"{folder / 'report.json'} is no report that can be served: {where}: {first['msg']}; export again"
         ) from error

@@ -50,7 +50,7 @@ class LoadedModel:
         # Idle threads must not spin: other workers and the front process want the cores.
         self._session = make_session(bundle.model, provider, threads=threads, spin_between_runs=False)
         if stamps(bundle.path) != bundle.stamps:
-            raise GateError(f"{bundle.path} has been replaced since it was checked")
+            raise GateError(f"{bundle.path} has been replaced since it was checked; start again when it is whole")
         self.signature = Signature.of(self._session, self._name)
         self._outputs = [spec.name for spec in self.signature.outputs]
         self.alone = self._why_alone(bundle.probe_shapes) if try_batches else ""
@@ -75,7 +75,10 @@ class LoadedModel:
         joined = self.infer({name: np.concatenate([feeds[name] for feeds in requests]) for name in requests[0]})
         for name, array in joined.items():
             if not array.ndim or len(array) != ends[-1]:
-                raise ModelError(f"{self._name}: output {name} has the shape {array.shape} for {ends[-1]} rows")
+                raise ModelError(
+                    f"{self._name}: output {name} has the shape {array.shape} for {ends[-1]} rows"
+                    f"; serve it with --max-batch 1"
+                )
         parts = {name: np.split(array, ends[:-1]) for name, array in joined.items()}
         return [{name: part[place] for name, part in parts.items()} for place in range(len(requests))]
 

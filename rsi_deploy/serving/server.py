@@ -143,7 +143,9 @@ def bound_socket(host: str, port: int, option: str) -> socket.socket:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, socket.IPPROTO_TCP)  # unnamed, asyncio would leave Nagle's delays on
     except OSError as error:
-        raise UsageError(f"--host {host}: {error.strerror or error}") from None
+        raise UsageError(
+            f"--host {host}: {error.strerror or error}; type an address of this machine, such as 127.0.0.1"
+        ) from None
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
@@ -154,7 +156,9 @@ def bound_socket(host: str, port: int, option: str) -> socket.socket:
             raise UsageError(
                 f"{option}: port {port} on {host} is in use; choose another, or 0 for a free one"
             ) from None
-        raise UsageError(f"{option}: cannot listen on {host} port {port}: {error.strerror}") from None
+        raise UsageError(
+            f"{option}: cannot listen on {host} port {port}: {error.strerror}; choose another port or host"
+        ) from None
     return sock
 
 
@@ -176,4 +180,4 @@ def _log_stream(name: str, stack: contextlib.ExitStack) -> RawIOBase | None:
     try:
         return stack.enter_context(open(name, "ab", buffering=0))
     except OSError as error:
-        raise UsageError(f"--access-log {name}: {error.strerror}") from None
+        raise UsageError(f"--access-log {name}: {error.strerror}; choose another file") from None

@@ -36,7 +36,10 @@ class Signature:
         found = cls(inputs=tuple(model_inputs(session)), outputs=tuple(model_inputs(_Outputs(session.get_outputs()))))
         for spec in (*found.inputs, *found.outputs):
             if spec.dtype not in NAMES:
-                raise ModelError(f"{name} cannot be served: {spec} is none of {', '.join(NAMES.values())}")
+                raise ModelError(
+                    f"{name} cannot be served: {spec} is none of {', '.join(NAMES.values())}"
+                    f"; export a model with such inputs and outputs"
+                )
         return found
 
     def check(self, feeds: Feeds, model: str) -> None:

@@ -187,7 +187,9 @@ class Pool:
             for worker in fresh:
                 worker.close()
             if isinstance(error, WorkerDied):
-                raise ModelError("a worker ended while it loaded the models; is there memory for them?") from error
+                raise ModelError(
+                    "a worker ended while it loaded the models; serve fewer at a time, or give it more memory"
+                ) from error
             raise
         self._order = order
         self.active, self.retiring = fresh, [*self.retiring, *self.active]

@@ -152,7 +152,9 @@ def read_sweep(folder: str | Path) -> Sweep:
     except (pydantic.ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise ModelError(f"{path} is no sweep of schema version 1: {where}: {first['msg']}") from error
+        raise ModelError(
+            f"{path} is no sweep of schema version 1: {where}: {first['msg']}; make it again with rsi-deploy sweep"
+        ) from error
 
 
 def deliver(folder: str | Path, number: int, output: str | Path, *, force: bool = False) -> Report:
@@ -166,9 +168,9 @@ def deliver(folder: str | Path, number: int, output: str | Path, *, force: bool 
     known = {point.number: point for point in document.points}
     if number not in known:
         there = ", ".join(map(str, known)) or "none yet"
-        raise UsageError(f"--point {number}: the sweep in {folder} has points {there}")
+        raise UsageError(f"--point {number}: the sweep in {folder} has points {there}; choose one of them")
     if known[number].problem:
-        raise UsageError(f"--point {number}: there is no such model: {known[number].problem}")
+        raise UsageError(f"--point {number}: there is no such model: {known[number].problem}; choose another point")
     source = Path(folder) / known[number].folder
     report = read_report(source)
     for name, digest in report.files.items():

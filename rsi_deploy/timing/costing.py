@@ -269,9 +269,9 @@ def write_dense(
     if isinstance(model, str) and model.endswith(".onnx"):
         path = Path(model)
         if not path.is_file():
-            raise UsageError(f"no such file: {model}")
+            raise UsageError(f"no such file: {model}; expected an .onnx file, or another MODEL")
         if checkpoint is not None or weights != "DEFAULT":
-            raise UsageError("--checkpoint and --weights go with PyTorch models, not with an ONNX file")
+            raise UsageError("--checkpoint and --weights go with PyTorch models, not with an ONNX file; leave them out")
         graph, name = read_onnx(path, assume_constant=assume_constant), path.name
     else:
         from rsi_deploy.source import load_source, source_of_module
@@ -287,6 +287,6 @@ def write_dense(
             graph.metadata_props[METADATA_KEY] = source.preprocessing.to_metadata()
     FoldBatchNormPass()(graph)
     if not list(graph.graph):
-        raise ModelError(f"{name} has no nodes")
+        raise ModelError(f"{name} has no nodes; give a model that computes something")
     write_external(graph, dense)
     return name

@@ -214,5 +214,8 @@ def _of_this_model(table: CostTable, dense: Path, feeds: Feeds, costing: Costing
     known = {entry.signature for entry in table.costs}
     sites = {name: piece.signature for name, piece in found.items() if piece.signature in known}
     if not sites:
-        raise UsageError(f"--cost {cost} knows no site shape of this model: it was made for {table.model.name}")
+        raise UsageError(
+            f"--cost {cost} knows no site shape of this model: it was made for {table.model.name}"
+            f"; make one of this model with rsi-deploy profile"
+        )
     return table.model_copy(update={"sites": sites, "untimed": untimed})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from random_graphs import Case, cases
 from split_checks import error, full_rank, numbers, run
 
@@ -24,8 +26,28 @@ def is_same(came: np.ndarray, expected: np.ndarray) -> bool:
     return error(came, expected) <= 1e-4 or np.abs(came - expected).max(initial=0) <= 1e-5
 
 
+@functools.cache
+def turns_what_stays() -> bool:
+    """Whether this onnxruntime takes a Transpose that changes nothing for one that does, in a MatMul with a bias."""
+    text = "<ir_version: 8, opset_import: ['' : 15]> g (float[1,1] x, float[2,1] w) => (float[2,1] y) { "
+    text += "n = Transpose<perm = [0, 1]>(w)  m = MatMul(n, x)  y = Add(m, b) }"
+    proto = onnx.parser.parse_model(text.replace("'", '"'))
+    for name, array in (("w", numbers(2, 1)), ("b", numbers(2, 1))):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    try:
+        run(ir.from_proto(proto), x=numbers(1, 1))
+    except InvalidArgument:
+        return True
+    return False
+
+
+def stays(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Transpose" and any(list(a.ints) == sorted(a.ints) for a in node.attribute)
+
+
 def check(case: Case) -> None:
     proto = case.proto
+    assume(not any(map(stays, proto.graph.node)) or not turns_what_stays())
     onnx.checker.check_model(proto, full_check=True)
     model, x = ir.from_proto(proto), numbers(*case.data, seed=7)
     expected = run(ir.from_proto(case.reference), x=x)
@@ -74,6 +96,7 @@ def test_wrong_factors_are_noticed(worse):
     @given(case=cases())
     @settings(max_examples=100, **SETTINGS)
     def collect(case):
+        assume(not any(map(stays, case.proto.graph.node)) or not turns_what_stays())
         model, x = ir.from_proto(case.proto), numbers(*case.data, seed=7)
         expected = run(ir.from_proto(case.reference), x=x)
         split(model, lambda site: worse(case.factors(site)), overridable=True)

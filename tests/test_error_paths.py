@@ -1,0 +1,101 @@
+"""Errors that no other test reaches, in the order of how likely a user meets them: each by what a user would do."""
+
+import numpy as np
+import onnx
+import pytest
+from nets import labelled, mlp, mlp_onnx
+from onnx import TensorProto, helper
+
+import rsi_deploy
+from rsi_deploy import error_table
+from rsi_deploy.cli import run
+from rsi_deploy.errors import GateError, ModelError, UsageError
+from rsi_deploy.gates import compare_outputs
+from rsi_deploy.measure.arms import arm_labels
+from rsi_deploy.measure.concurrency import together
+from rsi_deploy.measure.inputs import model_inputs
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mlp_onnx(tmp_path / "m.onnx")
+    labelled(tmp_path / "d.npz", tmp_path / "m.onnx")
+    (tmp_path / "empty").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["serve", "a="], 2, "a=: expected [NAME[:VERSION]=]PATH"),
+        (
+            ["serve", "a=m.onnx", "--canary", "a:2=m.onnx", "--canary-share", "10%"],
+            2,
+            "it becomes the next version by itself",
+        ),
+        (["serve", "m.onnx", "--api-key-file", "empty"], 2, "--api-key-file: the file is empty; write the key into it"),
+        (["serve", "m.onnx", "--host", "192.0.2.1", "--http-port", "0"], 2, "cannot listen on 192.0.2.1 port 0"),
+        (["serve", "m.onnx", "--access-log", "no/such/log"], 2, "--access-log no/such/log: No such file or directory"),
+        (
+            ["profile", "m.onnx", "--weights", "none", "-o", "c.json"],
+            2,
+            "go with PyTorch models, not with an ONNX file",
+        ),
+        (["profile", "absent.onnx", "-o", "c.json"], 2, "no such file: absent.onnx; expected an .onnx file"),
+        (["profile", "empty.onnx", "-o", "c.json"], 3, "empty.onnx has no nodes; give a model that computes something"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_is_typed(here, capsys, argv, code, words):
+    nothing = helper.make_graph([], "g", [value("x")], [value("x")])
+    onnx.save(helper.make_model(nothing, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), "empty.onnx")
+    assert (run(argv), words in (said := capsys.readouterr().err)) == (code, True), said
+
+
+def value(name):
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4])
+
+
+def test_what_python_code_asks_for(here):
+    with pytest.raises(UsageError, match="--by must be .*, but got 'size'"):
+        rsi_deploy.sweep("m.onnx", "s", calib="d.npz", by="size")
+    with pytest.raises(UsageError, match="calib holds no batches; give a sequence of the positional arguments"):
+        rsi_deploy.compress_to_data_(mlp(), [], keep_macs=0.5)
+    with pytest.raises(UsageError, match="--device must be auto, cpu or cuda, but got 'gpu'"):
+        rsi_deploy.export(mlp(), "b", rank=4, device="gpu")
+    with pytest.raises(UsageError, match="labels must differ from each other, but got \\['a', 'a'\\]"):
+        arm_labels(["m.onnx", "n.onnx"], ["a", "a"])
+
+
+def test_inputs_that_no_array_can_feed(here):
+    whole = onnx.load("m.onnx")
+    shapeless = onnx.load("m.onnx")
+    shapeless.graph.input[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(ModelError, match="input input has no shape, not even a rank; run onnx.shape_inference first"):
+        model_inputs(shapeless)
+    sequence = onnx.load("m.onnx")
+    sequence.graph.input[0].CopyFrom(helper.make_tensor_sequence_value_info("input", TensorProto.FLOAT, [1]))
+    with pytest.raises(ModelError, match="input input is no tensor of numbers; only those can be fed"):
+        model_inputs(sequence)
+    assert [spec.name for spec in model_inputs(whole)] == ["input"]
+
+
+def test_a_call_that_fails_beside_others():
+    def failing():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(ModelError, match="a concurrent run failed: out of memory; give fewer --streams"):
+        together([failing, lambda: None], 0.01)
+
+
+def test_outputs_of_another_shape():
+    one, other = [np.zeros((2, 3), np.float32)], [np.zeros((2, 4), np.float32)]
+    with pytest.raises(GateError, match="split: output 0 has shape \\(2, 4\\), expected \\(2, 3\\)"):
+        compare_outputs(one, other, what="split")
+
+
+def test_errors_without_source(monkeypatch):
+    monkeypatch.setattr(error_table, "PACKAGES", ("absent",))
+    with pytest.raises(ModelError, match="absent holds no source to read the errors from; pip install rsi-deploy"):
+        error_table.read_errors()
