@@ -3,19 +3,19 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
 
+from rsi_deploy.serving.ports import quiet_port
+
 SERVED_WITHIN = 120  # s: Triton's Python backend starts an interpreter for every instance
 
 
 def free_port():
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
+    """Of those that nobody gets who asks for any: Ray does so, many times, before it listens where it was told to."""
+    return quiet_port("127.0.0.1", 0, "--http-port")
 
 
 @contextlib.contextmanager

@@ -21,3 +21,6 @@ So the parts are taken from where those libraries take them: `uvicorn` and `star
 `prometheus_client` for metrics, `orjson` for JSON; and the protocol's gRPC messages from `tritonclient`, the client
 that the server must please. Written here is what is left: the onnxruntime part, batching, workers and routing.
 """
+
+KEY_VARIABLE = "RSI_DEPLOY_API_KEY"
+"""Environment variable with the key that clients must send."""
