@@ -10,6 +10,8 @@ beside a module that it ran is passed over. No torch, no onnxruntime here.
 
 import hashlib
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -18,6 +20,7 @@ import pydantic
 from rsi_deploy.errors import GateError, UsageError
 
 MANIFEST = "manifest.json"
+THREADS = min(4, os.cpu_count() or 1)
 OLDER = "no manifest.json: it was written before bundles had one; export (or package) again to get one"
 
 
@@ -111,8 +114,12 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         ) from error
 
 
-def check_manifest(folder: str | Path) -> ManifestCheck:
+def check_manifest(folder: str | Path, hash_of: Callable[[Path], str] | None = None) -> ManifestCheck:
     """Hold every file of the folder against its manifest; sizes first, so that a short file is found without reading.
+
+    Args:
+        folder: with a manifest or without one.
+        hash_of: the sha256 of a file, called from several threads; None reads each file.
 
     Returns:
         what is changed, missing or foreign, by name; `present` is false where the folder has no manifest.
@@ -126,17 +133,20 @@ def check_manifest(folder: str | Path) -> ManifestCheck:
         return ManifestCheck(present=False)
     there = _names(folder)
     files = [name for name in manifest.files if (folder / name).is_file()]
+
+    def is_same(name: str) -> bool:
+        record = manifest.files[name]
+        return (folder / name).stat().st_size == record.bytes and (hash_of or file_hash)(folder / name) == record.sha256
+
+    with ThreadPoolExecutor(THREADS) as pool:  # hashing lets go of the interpreter's lock
+        same = list(pool.map(is_same, files))
     return ManifestCheck(
         present=True,
         files=len(manifest.files),
-        changed=tuple(name for name in files if not _is(folder / name, manifest.files[name])),
+        changed=tuple(name for name, is_as_listed in zip(files, same, strict=True) if not is_as_listed),
         missing=tuple(sorted(manifest.files.keys() - files)),
         foreign=tuple(name for name in there if name not in manifest.files),
     )
-
-
-def _is(path: Path, record: FileRecord) -> bool:
-    return path.stat().st_size == record.bytes and _record(path) == record
 
 
 def file_hash(path: Path) -> str:

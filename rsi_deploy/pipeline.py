@@ -26,7 +26,7 @@ from rsi_deploy.plan.plan_file import read_plan
 from rsi_deploy.plan.planner import Filters, MaxError, RankSpec
 from rsi_deploy.plan.request import Request, given_budget
 from rsi_deploy.probe import read_feeds
-from rsi_deploy.ray_crew import check_ray
+from rsi_deploy.ray_connection import check_ray
 from rsi_deploy.report.schema import Report
 from rsi_deploy.rsi import Method, PowerIterations, Route, Solver
 from rsi_deploy.stages import Job

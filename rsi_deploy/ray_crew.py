@@ -9,9 +9,6 @@ driver's the bytes are those of a run without Ray. A worker on another kind of p
 """
 
 import contextlib
-import logging
-import os
-import socket
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -24,13 +21,13 @@ from rsi_deploy.arrays import as_numpy, as_torch
 from rsi_deploy.crew import Call
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.kernel import cost
+from rsi_deploy.ray_connection import connected
 
 RETRIES = 5  # of a task whose worker is lost
 AHEAD = 2  # calls on their way, for each worker
 
 OTHER = "--ray: some sites were factorized on another kind of processor, so the bytes may be others than without it"
 CPU = torch.device("cpu")
-log = logging.getLogger(__name__)
 
 
 class RayCrew:
@@ -132,39 +129,6 @@ def ray_crew(address: str, notes: list[str]) -> Iterator[RayCrew]:
         yield RayCrew(ray, notes)
 
 
-@contextlib.contextmanager
-def connected(address: str) -> Iterator[Any]:
-    """The module `ray`, connected for as long as the block lasts.
-
-    Args:
-        address: of a cluster (`ray://HOST:PORT`, `HOST:PORT`, `auto`), or "local": a Ray of its own on this machine,
-            which ends with the block. Where this process is connected already, that connection is used and stays.
-
-    Raises:
-        UsageError: ray is not installed, or nobody answers at the address.
-    """
-    check_ray(address)
-    import ray
-
-    if ray.is_initialized():
-        yield ray
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    try:
-        if address == "local":
-            ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, runtime_env={"py_modules": _modules()}, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise UsageError(f"--ray {address}: cannot connect: {said}; type local, or a cluster's address") from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
 def settings_of_driver() -> tuple[int, dict[str, float], dict[str, str]]:
     """What a worker needs to compute as this process would: see `like_driver`."""
     return torch.get_num_threads(), asdict(cost.rates(CPU)), _like()
@@ -187,34 +151,6 @@ def check_versions(like: Mapping[str, str], here: Mapping[str, str]) -> None:
     for what in ("rsi-deploy", "torch", "numpy"):
         if like[what] != here[what]:
             raise UsageError(f"--ray: a worker has {what} {like[what]}, and here is {here[what]}; install the same")
-
-
-def check_ray(address: str) -> None:
-    """Refuse, before any long work, where `connected` would; Ray itself tries for minutes where nobody listens.
-
-    Raises:
-        UsageError: ray is not installed, or nobody answers at the address.
-    """
-    try:
-        import ray
-        import ray.exceptions
-    except ImportError:
-        raise UsageError('--ray needs ray: pip install "rsi-deploy[ray]"') from None
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if ray.is_initialized() or not colon:
-        return
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
-            return
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--ray {address}: nobody answers there: {error}; type local, or an address") from error
-
-
-def _modules() -> list[str]:
-    """Our packages, so that a cluster computes with this code."""
-    import graph_passes
-
-    return [next(iter(package.__path__)) for package in (rsi_deploy, graph_passes)]
 
 
 def _work(compute: Any, how: Mapping[str, Any], settings: Any, *weights: Any) -> tuple[Any, dict[str, str]]:

@@ -22,9 +22,11 @@ BLOCKED = "import sys; sys.modules['torch'] = sys.modules['torchvision'] = None;
 class Server:
     """`rsi-deploy serve` on free ports; a context manager that ends with SIGTERM and keeps what was printed."""
 
-    def __init__(self, *arguments, code=BLOCKED + MAIN, env=None, log=None, pass_fds=()):
+    def __init__(self, *arguments, code=BLOCKED + MAIN, env=None, log=None, pass_fds=(), ends_within=20, ports=(0, 0)):
+        self.ends_within = ends_within
         self.log = Path(log) if log else Path(os.devnull)
-        command = [sys.executable, "-c", code, "serve", *map(str, arguments), "--http-port", "0", "--grpc-port", "0"]
+        http, grpc = map(str, ports)
+        command = [sys.executable, "-c", code, "serve", *map(str, arguments), "--http-port", http, "--grpc-port", grpc]
         with self.log.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [*command, "--json"],
@@ -34,7 +36,7 @@ class Server:
                 pass_fds=pass_fds,
             )
         line = self.process.stdout.readline()
-        assert line, f"the server ended with {self.process.wait()}: {self.errors()}"
+        assert line.startswith(b"{"), f"not ready: {line!r}, ended with {self.process.wait()}: {self.errors()}"
         self.told = json.loads(line)
         self.http, self.grpc = self.told["http"], self.told["grpc"]
 
@@ -44,7 +46,7 @@ class Server:
     def __exit__(self, *_):
         self.process.send_signal(signal.SIGTERM)
         try:
-            assert self.process.wait(timeout=20) == 0
+            assert self.process.wait(timeout=self.ends_within) == 0
         finally:
             self.process.kill()
             self.process.stdout.close()

@@ -23,9 +23,9 @@ plan.planner plan.error_rank fold layers checkpoint measure.machine measure.stat
 measure.preprocess datafile found_splits onnx_file sites plan.joint
 measure.inputs measure.dataset measure.array_data measure.folder_data measure.arrow_files measure.arrow_data
 measure.callable_data measure.data measure.feeding measure.intervals measure.paired measure.scores
-measure.providers measure.provider_spec measure.sessions measure.placement measure.binding
+measure.providers measure.provider_spec measure.sessions measure.mixing measure.placement measure.binding
 measure.timing measure.loadgen_worker measure.loadgen
-crew ray_crew compress source factor_source onnx_split probe bundle exporting.given
+crew ray_connection ray_crew compress source factor_source onnx_split probe bundle exporting.given
 calibrate.calibration_data calibrate.calibrated
 calibrate.gathered calibrate.live_values calibrate.onnx_waves calibrate.onnx_rows calibrate.onnx_segment
 calibrate.onnx_operators calibrate.onnx_reach calibrate.onnx_readings calibrate.onnx_checked calibrate.onnx_survey
@@ -46,16 +46,17 @@ report.page_environment report.page_latency report.page_cells report.page_costs 
 report.summary report.accuracy_table report.comparison_table report.loadgen_table report.bench_table report.card
 report.page_errors report.page_sites report.page_report verification report.table
 packaging.shipped.triton_model packaging.shipped.ray_app
+packaging.yaml_text packaging.replicas
 packaging.servable packaging.result packaging.ort_format packaging.triton_config packaging.triton packaging.kserve
 packaging.ray_serve
 packaging.packing
 sweeps.points report.page_sweep sweeps.kept timing.timed_export calibrating stages
 timing.joint_or_apart timing.last_word timing.part_of_time
 exporting.found exporting.written exporting.run pipeline sweeps.making sweeps.ray_points sweeps.sweeping
-serving.refusal serving.bundles serving.tensors serving.signature serving.model serving.requests serving.images
-serving.shadow serving.metrics serving.catalog serving.frames serving.worker serving.workers serving.queues
-serving.batches serving.service serving.access_log serving.transport serving.http_body serving.http_app serving.grpc_app
-serving.watching serving.front serving.server
+serving.refusal serving.ports serving.bundles serving.tensors serving.signature serving.model serving.requests
+serving.images serving.shadow serving.metrics serving.catalog serving.frames serving.worker serving.workers
+serving.queues serving.batches serving.service serving.access_log serving.transport serving.http_body serving.http_app
+serving.grpc_app serving.watching serving.front serving.merging serving.ray_app serving.ray_engine serving.server
 cli.options cli.terminal cli.gating cli.page
 cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.package cli.verify
 cli.serve cli.doctor

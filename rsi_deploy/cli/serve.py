@@ -4,16 +4,15 @@ import dataclasses
 import json
 import logging
 import os
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Literal
 
 import click
 
 from rsi_deploy.errors import UsageError
+from rsi_deploy.serving import KEY_VARIABLE
 
 if TYPE_CHECKING:
     from rsi_deploy.serving.front import Listening
-
-KEY_VARIABLE = "RSI_DEPLOY_API_KEY"
 
 
 @click.command()
@@ -43,6 +42,21 @@ KEY_VARIABLE = "RSI_DEPLOY_API_KEY"
 @click.option("--access-log", default="-", show_default=True, metavar="FILE|-|off", help="JSON lines; -: stderr.")
 @click.option("--reload-every", default="1s", show_default=True, metavar="TIME|off", help="Look for replaced bundles.")
 @click.option("--drain", default="30s", show_default=True, help="Time for answers that are due when the server ends.")
+@click.option(
+    "--engine",
+    type=click.Choice(["own", "ray"]),
+    default="own",
+    show_default=True,
+    help="ray: as a Ray Serve application, whose replicas grow with the load. [extra: ray]",
+)
+@click.option("--ray", default="", metavar="ADDRESS|local", help="Engine ray: a cluster. [default: local, a Ray here]")
+@click.option("--replicas", default="", metavar="1-4", help="Engine ray: the fewest and the most. [default: 1-4]")
+@click.option(
+    "--write-config",
+    default="",
+    metavar="FILE",
+    help="Engine ray: write the config for `serve deploy` instead of serving.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Where it listens as one JSON document on stdout.")
 def serve(
     models: tuple[str, ...],
@@ -65,12 +79,19 @@ def serve(
     access_log: str,
     reload_every: str,
     drain: str,
+    engine: Literal["own", "ray"],
+    ray: str,
+    replicas: str,
+    write_config: str,
     as_json: bool,
 ) -> None:
     """Serve bundles (or .onnx files) over HTTP and gRPC until interrupted: Open Inference Protocol v2.
 
     PATH is a bundle, an .onnx file, or a folder of numbered bundles, which are versions of one model. A bundle whose
     files are not what it claims is not served. Needs the extra: pip install 'rsi-deploy[serve,cpu]'.
+
+    With --engine ray (pip install 'rsi-deploy[serve,ray,cpu]') each replica is such a server with one worker process
+    and takes --threads CPUs of its node, 1 by default. --workers, --provider and an --access-log FILE are not for it.
     """
     from rsi_deploy.measure.request import parse_bytes, parse_seconds
     from rsi_deploy.plan.budget import parse_share
@@ -103,8 +124,14 @@ def serve(
         access_log=access_log,
         reload_seconds=0.0 if reload_every == "off" else parse_seconds(reload_every, "--reload-every"),
         drain_seconds=parse_seconds(drain, "--drain"),
+        engine=engine,
+        ray=ray,
+        replicas=replicas,
+        write_config=write_config,
         on_ready=lambda listening: _tell(listening, as_json),
     )
+    if write_config:
+        click.echo(json.dumps({"config": write_config}) if as_json else f"serve deploy {write_config}")
 
 
 def _tell(listening: "Listening", as_json: bool) -> None:

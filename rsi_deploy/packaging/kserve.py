@@ -7,9 +7,8 @@
 The YAML is written as JSON values under YAML keys, which every YAML parser reads alike.
 """
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from rsi_deploy.errors import UsageError
 from rsi_deploy.packaging.result import described
 from rsi_deploy.packaging.triton import Entry, write_repository
 from rsi_deploy.packaging.triton_config import TritonSettings
+from rsi_deploy.packaging.yaml_text import yaml_text
 
 LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 
@@ -87,29 +87,6 @@ def write_kserve(folder: Path, entry: Entry, settings: KserveSettings, triton: T
     text = yaml_text(inference_service(entry.name, settings, triton))
     (folder / "inferenceservice.yaml").write_text(text, encoding="utf-8", newline="\n")
     (folder / "README.md").write_text(_readme(entry, settings), encoding="utf-8")
-
-
-def yaml_text(value: Mapping[str, Any], depth: int = 0) -> str:
-    """YAML of nested mappings and lists of mappings, with JSON for what is in them.
-
-    Example:
-        >>> print(yaml_text({"a": {"b": 1, "c": "no"}, "d": [{"e": [1, 2]}]}), end="")
-        a:
-          b: 1
-          c: "no"
-        d:
-          - e: [1, 2]
-    """
-    lines, pad = [], "  " * depth
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            lines.append(f"{pad}{key}:\n{yaml_text(item, depth + 1)}")
-        elif isinstance(item, list) and item and isinstance(item[0], Mapping):
-            blocks = [yaml_text(block, depth + 2) for block in item]
-            lines.append(f"{pad}{key}:\n" + "".join(f"{pad}  - {block.lstrip()}" for block in blocks))
-        else:
-            lines.append(f"{pad}{key}: {json.dumps(item)}\n")
-    return "".join(lines)
 
 
 def _readme(entry: Entry, settings: KserveSettings) -> str:

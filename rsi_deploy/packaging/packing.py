@@ -16,6 +16,7 @@ from rsi_deploy.manifest import MANIFEST, write_manifest
 from rsi_deploy.packaging.kserve import KserveSettings, check_label, write_kserve
 from rsi_deploy.packaging.ort_format import Platform, write_ort
 from rsi_deploy.packaging.ray_serve import RaySettings, write_ray_serve
+from rsi_deploy.packaging.replicas import parse_replicas
 from rsi_deploy.packaging.result import PackageResult, Target
 from rsi_deploy.packaging.servable import Servable, read_dense, read_servable
 from rsi_deploy.packaging.triton import DenseAs, entries, write_triton
@@ -221,23 +222,6 @@ def _check_cluster(storage_uri: str | None, cpus: int) -> None:
         raise UsageError(f"--storage-uri must be a URI, such as s3://bucket/models, but got {storage_uri!r}")
     if cpus < 1:
         raise UsageError(f"--cpus must be 1 or more, but got {cpus}")
-
-
-def parse_replicas(text: str) -> tuple[int, int]:
-    """Read `1-4`: the fewest and the most.
-
-    Example:
-        >>> parse_replicas("1-4"), parse_replicas("2")
-        ((1, 4), (2, 2))
-
-    Raises:
-        UsageError: something else.
-    """
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    least, most = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-    if not 0 <= least <= most or most < 1:
-        raise UsageError(f"--replicas must be the fewest and the most, such as 1-4, but got {text!r}")
-    return least, most
 
 
 def _notes(target: str, model: Servable, dense: str | Path | None) -> list[str]:

@@ -16,9 +16,9 @@ from typing import Any
 
 from rsi_deploy.errors import ModelError
 from rsi_deploy.packaging import shipped
-from rsi_deploy.packaging.kserve import yaml_text
 from rsi_deploy.packaging.result import copy_model, described
 from rsi_deploy.packaging.servable import Servable
+from rsi_deploy.packaging.yaml_text import yaml_text
 
 TYPES = ("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float", "double")
 

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.errors import GateError, ModelError, UsageError
-from rsi_deploy.gates import EXPORTER_TOLERANCE, compare_outputs, tolerance_for
 from rsi_deploy.manifest import check_manifest
 from rsi_deploy.measure.inputs import Dim, check_feeds, model_inputs
+from rsi_deploy.measure.mixing import no_batch_axis, why_alone, why_alone_on
 from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.probe import Feeds, probe_feeds, read_feeds
 from rsi_deploy.report.schema import Report, read_report
@@ -98,7 +97,7 @@ def read_servable(folder: str | Path, feeds: str | Path | Mapping[str, npt.NDArr
         outputs=outputs,
         feeds=arrays,
         feeds_given=feeds is not None,
-        unbatchable=_mixing(session, inputs, outputs, _several(arrays, given=feeds is not None)),
+        unbatchable=_mixing(session, arrays, given=feeds is not None),
         notes=() if check.present else (f"the bundle has {check.summary}",),
     )
 
@@ -120,7 +119,7 @@ def read_dense(path: Path, beside: Servable) -> Servable:
                 "give the model that the bundle was made from"
             )
     run_session(session, beside.feeds, str(path))
-    mixing = _mixing(session, inputs, outputs, _several(beside.feeds, given=beside.feeds_given))
+    mixing = _mixing(session, beside.feeds, given=beside.feeds_given)
     return replace(beside, model=path, inputs=inputs, outputs=outputs, unbatchable=mixing, notes=())
 
 
@@ -160,58 +159,14 @@ def _feeds(model: Path, report: Report, given: str | Path | Mapping[str, npt.NDA
     return arrays
 
 
-def _several(feeds: Feeds, *, given: bool) -> Feeds | None:
-    """The feeds with `SAMPLES` samples, no two alike where they were drawn; None where one sample is all there is."""
-    if any(array.ndim == 0 for array in feeds.values()):
-        return None
-    count = len(next(iter(feeds.values()), ()))
-    if any(len(array) != count for array in feeds.values()) or (given and count < 2):
-        return None
-    if given:
-        return feeds
-    more = {name: [array] * (1 + SAMPLES // max(count, 1)) for name, array in feeds.items()}
-    return {name: _scaled(np.concatenate(parts)[:SAMPLES]) for name, parts in more.items()}
-
-
-def _scaled(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Floats with another size in every sample, so that repeated ones are no copies."""
-    if array.dtype.kind != "f":
-        return array
-    sizes = 1 + np.arange(len(array)).reshape(-1, *[1] * (array.ndim - 1)) / 4
-    scaled: npt.NDArray[Any] = (array * sizes).astype(array.dtype)
-    return scaled
-
-
-def _mixing(
-    session: "InferenceSession", inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], feeds: Feeds | None
-) -> str:
-    """Why samples must not share a run; "" where several in one run give what each gives alone, within rounding."""
-    for what, values in (("input", inputs), ("output", outputs)):
-        for value in values:
-            if not value.shape or isinstance(value.shape[0], int):
-                dims = ", ".join(map(str, value.shape))
-                return f"{what} {value.name} ({dims}) has no dynamic first dimension"
-    if feeds is None:
+def _mixing(session: "InferenceSession", feeds: Feeds, *, given: bool) -> str:
+    """Why samples must not share a run, shown by the given ones or by samples of the same shapes; "" where they may."""
+    shapes = {name: array.shape for name, array in feeds.items()}
+    if not given:
+        return why_alone(session, shapes, SAMPLES)
+    if why := no_batch_axis(session):
+        return why
+    counts = {shape[0] if shape else 0 for shape in shapes.values()}
+    if len(counts) > 1 or min(counts, default=0) < 2:
         return "one sample does not show whether samples mix: add --feeds FILE.npz with two or more"
-    count = len(next(iter(feeds.values())))
-    try:
-        together = run_session(session, feeds, "a batch")
-        alone = [
-            run_session(session, {name: array[at : at + 1] for name, array in feeds.items()}, "a sample")
-            for at in range(count)
-        ]
-        for value, array in zip(outputs, together, strict=True):
-            if array.ndim == 0 or len(array) != count:
-                return f"output {value.name} has shape {array.shape} for {count} samples"
-        expected = [np.concatenate(parts) for parts in zip(*alone, strict=True)]
-        numbers = [at for at, array in enumerate(expected) if array.dtype.kind not in "OUS"]
-        tolerance = tolerance_for([expected[at] for at in numbers], EXPORTER_TOLERANCE)
-        compare_outputs(
-            [expected[at] for at in numbers],
-            [together[at] for at in numbers],
-            what=f"{count} samples in one run against each alone",
-            tolerance=tolerance,
-        )
-    except (ModelError, GateError) as error:
-        return str(error)
-    return ""
+    return why_alone_on(session, feeds)

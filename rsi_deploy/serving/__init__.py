@@ -5,7 +5,11 @@
 
 The model part (`bundles`, `signature`, `tensors`, `model`) knows no transport and no process but its own, so that
 another engine can use it. `worker`, `workers` and `batches` are the machinery of this server; `http_*` and `grpc_*` are
-its two transports; `service` is what both of them call.
+its two transports; `service` is what both of them call; `front` has the sockets.
+
+With `--engine ray` the sockets are Ray Serve's, and all behind them is one replica of many (`ray_app`, `ray_engine`,
+`merging`). What `package --target ray-serve` writes is an application of its own: it must run where there is no
+rsi-deploy.
 
 Why no serving library is underneath (looked at in November 2026, in environments of their own):
 
@@ -21,3 +25,6 @@ So the parts are taken from where those libraries take them: `uvicorn` and `star
 `prometheus_client` for metrics, `orjson` for JSON; and the protocol's gRPC messages from `tritonclient`, the client
 that the server must please. Written here is what is left: the onnxruntime part, batching, workers and routing.
 """
+
+KEY_VARIABLE = "RSI_DEPLOY_API_KEY"
+"""Environment variable with the key that clients must send."""

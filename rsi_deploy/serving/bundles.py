@@ -7,7 +7,8 @@
 `stamps` is what a watcher looks at: it changes when a file is replaced, and costs no reading.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -68,9 +69,11 @@ def open_bundle(path: Path) -> Bundle:
     if not (path / "report.json").is_file():
         raise UsageError(f"{path} is no bundle: it has no report.json; name the file to serve a plain model: FILE.onnx")
     claims = _claims(path)
-    if problems := broken_files(path, claims.files):
+    hash_once = functools.cache(file_hash)  # report and manifest list the same files
+    listed = check_manifest(path, hash_once)
+    if problems := broken_files(path, claims.files, hash_once):
         raise GateError(f"{path} is not served: {'; '.join(problems)}; export or fetch the bundle again")
-    if not (listed := check_manifest(path)).ok:
+    if not listed.ok:
         raise GateError(f"{path} is not served: {listed.summary}; export or fetch the bundle again")
     if stamps(path) != before:
         raise GateError(f"{path} changed while it was read; serve it when it is whole")
@@ -83,17 +86,18 @@ def open_bundle(path: Path) -> Bundle:
     )
 
 
-def broken_files(folder: Path, claimed: Mapping[str, str]) -> list[str]:
+def broken_files(folder: Path, claimed: Mapping[str, str], hash_of: Callable[[Path], str] = file_hash) -> list[str]:
     """What is wrong with the model files of a folder: missing, changed, or claimed by nobody.
 
     Args:
         folder: of the bundle.
         claimed: name -> sha256 in hexadecimal.
+        hash_of: the sha256 of a file.
     """
     present = [name for name in ("model.onnx", "model.onnx.data") if (folder / name).is_file()]
     missing = [name for name in claimed if not (folder / name).is_file()]
     unclaimed = [name for name in present if name not in claimed]
-    changed = [name for name, digest in claimed.items() if name not in missing and file_hash(folder / name) != digest]
+    changed = [name for name, digest in claimed.items() if name not in missing and hash_of(folder / name) != digest]
     found = {"missing": missing, "not what the bundle claims": changed, "claimed by nobody": unclaimed}
     if "model.onnx" not in present and "model.onnx" not in missing:
         missing.append("model.onnx")

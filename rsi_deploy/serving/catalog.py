@@ -121,6 +121,19 @@ def read_catalog(models: Sequence[str], *, canary: str = "", canary_share: float
     return routes
 
 
+def anchored(text: str) -> str:
+    """`[NAME[:VERSION]=]PATH` with PATH from the root, for a process that has another current folder.
+
+    Example:
+        >>> anchored("m:2=/models/m"), anchored("/models/a=b")
+        ('m:2=/models/m', '/models/a=b')
+    """
+    label, equals, rest = text.partition("=")
+    if not equals or "/" in label or not rest:
+        return str(Path(text).absolute())
+    return f"{label}={Path(rest).absolute()}"
+
+
 def all_served(routes: Mapping[str, Route]) -> list[Served]:
     """Every version of every model."""
     return [served for route in routes.values() for served in route.versions.values()]

@@ -31,7 +31,7 @@ class Listening:
         http: host and port.
         grpc: likewise; "" without gRPC.
         models: name -> versions.
-        workers: their process ids.
+        workers: their process ids; none where Ray has them.
     """
 
     http: str

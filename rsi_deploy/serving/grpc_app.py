@@ -33,6 +33,9 @@ from rsi_deploy.serving.transport import Access, Record
 logger = logging.getLogger(__name__)
 
 SERVICE = "inference.GRPCInferenceService"
+OPEN_TO_ALL = ("ServerLive", "ServerReady")
+
+Call = Callable[[Any, Any], Awaitable[Any]]
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -59,35 +62,51 @@ def grpc_server(service: Service, access: Access, log: AccessLog) -> Any:
     """A `grpc.aio.Server` with the protocol's service; ports are the caller's to add."""
     limits = [(f"grpc.max_{way}_message_length", most) for way, most in (("receive", access.max_body), ("send", -1))]
     server = grpc.aio.server(options=[*limits, ("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(SERVICE, _Grpc(service, access, log).methods()),)
-    )
+    calls = grpc_calls(service, access, log)
+    methods = {name: _typed(name, called) for name, called in calls.items()}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
     return server
+
+
+def grpc_calls(service: Service, access: Access, log: AccessLog) -> dict[str, Call]:
+    """The protocol's methods: name -> a function of the message and grpc's context for it."""
+    return _Grpc(service, access, log).calls()
+
+
+def _typed(name: str, called: Call) -> Any:
+    """A method as grpc wants it: with the types of its messages."""
+    taken, given = (getattr(pb, f"{name}{kind}") for kind in ("Request", "Response"))
+    return grpc.unary_unary_rpc_method_handler(
+        called, request_deserializer=taken.FromString, response_serializer=given.SerializeToString
+    )
 
 
 class _Grpc:
     def __init__(self, service: Service, access: Access, log: AccessLog):
         self._service, self._access, self._log = service, access, log
 
-    def methods(self) -> dict[str, Any]:
-        """Name -> how grpc calls it."""
-        return {
-            "ServerLive": self._method("ServerLive", self._live, open_to_all=True),
-            "ServerReady": self._method("ServerReady", self._ready, open_to_all=True),
-            "ModelReady": self._method("ModelReady", self._model_ready),
-            "ServerMetadata": self._method("ServerMetadata", self._server),
-            "ModelMetadata": self._method("ModelMetadata", self._model),
-            "ModelInfer": self._method("ModelInfer", self._infer),
-            "RepositoryIndex": self._method("RepositoryIndex", self._index),
+    def calls(self) -> dict[str, Call]:
+        """Name -> what answers it."""
+        handlers = {
+            "ServerLive": self._live,
+            "ServerReady": self._ready,
+            "ModelReady": self._model_ready,
+            "ServerMetadata": self._server,
+            "ModelMetadata": self._model,
+            "ModelInfer": self._infer,
+            "RepositoryIndex": self._index,
         }
+        return {name: self._call(name, handler) for name, handler in handlers.items()}
 
-    def _method(self, name: str, handler: Callable[[Any, Record], Awaitable[Any]], *, open_to_all: bool = False) -> Any:
+    def _call(self, name: str, handler: Callable[[Any, Record], Awaitable[Any]]) -> Call:
         async def called(message: Any, context: Any) -> Any:
             record = Record(protocol="grpc", what=name, client=context.peer(), bytes_in=message.ByteSize())
             try:
-                if not open_to_all:
+                if name not in OPEN_TO_ALL:
                     came = dict(context.invocation_metadata() or ())
                     self._access.check_key(str(came.get("authorization", "")), str(came.get("x-api-key", "")))
+                if record.bytes_in > self._access.max_body:  # grpc's own limit, where the server is ours
+                    raise Refusal(413, f"{record.bytes_in} bytes are more than {self._access.max_body}")
                 response = await handler(message, record)
                 record.status, record.bytes_out = 200, response.ByteSize()
                 return response
@@ -103,11 +122,7 @@ class _Grpc:
                 record.note(self._service, self._log)
             return await context.abort(_CODES.get(record.status, grpc.StatusCode.INTERNAL), record.error)
 
-        kinds = f"{name}Request", f"{name}Response"
-        taken, given = (getattr(pb, kind) for kind in kinds)
-        return grpc.unary_unary_rpc_method_handler(
-            called, request_deserializer=taken.FromString, response_serializer=given.SerializeToString
-        )
+        return called
 
     async def _live(self, message: Any, record: Record) -> Any:
         return pb.ServerLiveResponse(live=True)

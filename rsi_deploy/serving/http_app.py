@@ -14,6 +14,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import orjson
@@ -38,20 +39,28 @@ from rsi_deploy.serving.transport import Access, Record
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[HttpRequest, Record], Awaitable[Response]]
+Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 
 JSON, BINARY = "application/json", "application/octet-stream"
 
 
-def http_app(service: Service, access: Access, log: AccessLog) -> Starlette:
-    """The application that answers HTTP requests with the models of `service`."""
-    return _Http(service, access, log).app()
+def http_app(service: Service, access: Access, log: AccessLog, lifespan: Lifespan | None = None) -> Starlette:
+    """The application that answers HTTP requests with the models of `service`.
+
+    Args:
+        service: the models.
+        access: who may ask for how much.
+        log: of requests.
+        lifespan: what is to be done around all requests, where the transport's own server does not.
+    """
+    return _Http(service, access, log).app(lifespan)
 
 
 class _Http:
     def __init__(self, service: Service, access: Access, log: AccessLog):
         self._service, self._access, self._log = service, access, log
 
-    def app(self) -> Starlette:
+    def app(self, lifespan: Lifespan | None) -> Starlette:
         model = "/v2/models/{name}"
         routes = []
         for path in (model, f"{model}/versions/{{version}}"):
@@ -70,7 +79,7 @@ class _Http:
             self._route("POST", "/v2/repository/index", self._index),
             self._route("GET", "/metrics", self._metrics),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_path})
+        return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_path}, lifespan=lifespan)
 
     def _route(self, method: str, path: str, handler: Handler, *, open_to_all: bool = False) -> Route:
         async def endpoint(request: HttpRequest) -> Response:
@@ -172,10 +181,7 @@ class _Http:
 
     async def _shadow(self, request: HttpRequest, record: Record) -> Response:
         name, _ = _named(request)
-        self._service.find(name, "")
-        if name not in self._service.shadows:
-            raise Refusal(404, f"model {name} has no shadow; start the server with --shadow {name}=DIR")
-        return _json(self._service.shadows[name].told())
+        return _json(await self._service.compared(name))
 
     async def _index(self, request: HttpRequest, record: Record) -> Response:
         state = {True: "READY", False: "UNAVAILABLE"}
@@ -188,7 +194,7 @@ class _Http:
 
     async def _metrics(self, request: HttpRequest, record: Record) -> Response:
         self._service.metrics.note_lost_lines(self._log.lost)
-        return Response(self._service.measure(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await self._service.measured(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _named(request: HttpRequest) -> tuple[str, str]:

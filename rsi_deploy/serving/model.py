@@ -1,17 +1,16 @@
 """A model in memory: one request at a time, or several joined along their first axis where that is the batch.
 
-Whether the first axis is a batch is not believed but tried, once, when the model is loaded: on made-up inputs, rows
-that are run together must give what they give alone. A time-major recurrent net, a softmax over the batch or a
-quantizer that looks at the whole batch fail that, and get their requests one by one.
+Whether the first axis is a batch is not believed but tried, once, when the model is loaded (`measure.mixing`): models
+whose rows depend on each other get their requests one by one.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from rsi_deploy.errors import GateError, ModelError, RsiDeployError
-from rsi_deploy.measure.inputs import InputSpec, random_feeds
+from rsi_deploy.errors import GateError, ModelError
+from rsi_deploy.measure.mixing import why_alone
 from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.serving.bundles import Bundle, stamps
 from rsi_deploy.serving.signature import Feeds, Signature, rows
@@ -21,10 +20,8 @@ logger = logging.getLogger(__name__)
 
 Outputs = dict[str, Array]
 
-OPEN_SIZE = 16
-"""Of a dimension that is dynamic and whose size nothing tells, where batching is tried."""
-TOLERANCE = {2: 5e-3, 4: 1e-3, 8: 1e-6}
-"""Item size of a floating output -> how far rows may move in a batch, as a share of the largest value."""
+SAMPLES = 2
+"""That batching is tried with: each costs two rows' time before the server is ready."""
 
 
 class LoadedModel:
@@ -53,7 +50,7 @@ class LoadedModel:
             raise GateError(f"{bundle.path} has been replaced since it was checked; start again when it is whole")
         self.signature = Signature.of(self._session, self._name)
         self._outputs = [spec.name for spec in self.signature.outputs]
-        self.alone = self._why_alone(bundle.probe_shapes) if try_batches else ""
+        self.alone = why_alone(self._session, bundle.probe_shapes, SAMPLES) if try_batches else ""
 
     def infer(self, feeds: Feeds) -> Outputs:
         """The outputs of one request.
@@ -81,46 +78,3 @@ class LoadedModel:
                 )
         parts = {name: np.split(array, ends[:-1]) for name, array in joined.items()}
         return [{name: part[place] for name, part in parts.items()} for place in range(len(requests))]
-
-    def _why_alone(self, known: Mapping[str, tuple[int, ...]]) -> str:
-        for spec in self.signature.inputs:
-            if not spec.shape or isinstance(spec.shape[0], int):
-                return f"input {spec} has no dynamic first axis"
-        sizes = _open_sizes(self.signature.inputs, known)
-        try:
-            one, two = (_made_up(self.signature.inputs, sizes, seed) for seed in (1, 2))
-            alone, together = [self.infer(feeds) for feeds in (one, two)], self.infer_together([one, two])
-        except RsiDeployError as error:
-            return f"it does not run on made-up inputs, so that batches cannot be tried: {error}"[:300]
-        for name in self._outputs:
-            if any(not _same(a[name], b[name]) for a, b in zip(alone, together, strict=True)):
-                return f"rows of output {name} depend on the other rows of their batch"
-        return ""
-
-
-def _open_sizes(specs: Sequence[InputSpec], known: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Input name -> sizes of its axes but the first."""
-    found = {}
-    for spec in specs:
-        told = known.get(spec.name, ())
-        fits = len(told) == len(spec.shape)
-        found[spec.name] = tuple(
-            dim if isinstance(dim, int) else told[axis] if fits else OPEN_SIZE
-            for axis, dim in enumerate(spec.shape)
-            if axis
-        )
-    return found
-
-
-def _made_up(specs: Sequence[InputSpec], sizes: Mapping[str, tuple[int, ...]], seed: int) -> Feeds:
-    """One row of each input."""
-    return random_feeds(specs, 1, seed, {name: (1, *rest) for name, rest in sizes.items()})
-
-
-def _same(alone: Array, together: Array) -> bool:
-    if alone.shape != together.shape:
-        return False
-    if alone.dtype.kind != "f":
-        return bool((alone == together).all())
-    scale = float(np.abs(alone.astype(np.float64)).max(initial=0.0))
-    return bool(np.allclose(together, alone, rtol=0, atol=TOLERANCE[alone.itemsize] * scale + 1e-12, equal_nan=True))

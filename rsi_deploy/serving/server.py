@@ -6,16 +6,16 @@ SIGTERM or SIGINT: say "not ready", let connections go -> take no more -> answer
 
 import asyncio
 import contextlib
-import errno
 import importlib.util
 import os
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from io import RawIOBase
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rsi_deploy.errors import UsageError
+from rsi_deploy.serving.ports import bound_socket, bracketed, free_port, quiet_port
 
 if TYPE_CHECKING:
     from rsi_deploy.serving.front import Listening
@@ -29,6 +29,8 @@ NEEDED = {
     "uvicorn": "uvicorn",
 }
 """Module -> package of the extra `serve`."""
+Engine = Literal["own", "ray"]
+ENGINES = get_args(Engine)
 
 
 def serve(
@@ -53,6 +55,10 @@ def serve(
     access_log: str = "-",
     reload_seconds: float = 1.0,
     drain_seconds: float = 30.0,
+    engine: Engine = "own",
+    ray: str = "",
+    replicas: str = "",
+    write_config: str | Path = "",
     on_ready: "Callable[[Listening], None]" = lambda listening: None,
 ) -> None:
     """Serve models until SIGTERM or SIGINT, then answer what was taken and return.
@@ -80,6 +86,10 @@ def serve(
         access_log: a file, "-" for stderr, or "off".
         reload_seconds: between looks at the files; 0 never looks.
         drain_seconds: that requests which were taken have, to be answered when the server ends.
+        engine: "own" server, or "ray": a Ray Serve application (`rsi_deploy.serving.ray_app`).
+        ray: engine ray: address of a cluster; "" or "local" starts a Ray on this machine.
+        replicas: engine ray: fewest and most, "1-4" where it is "".
+        write_config: engine ray: the file to write for `serve deploy`, instead of serving.
         on_ready: called when it answers.
 
     Raises:
@@ -87,10 +97,33 @@ def serve(
         ModelError: a model that cannot be loaded.
         GateError: a bundle whose files are not what it claims.
     """
+    if min(max_batch, latency_bound, max_body, max_json) <= 0:
+        raise UsageError("max_batch, latency_bound, max_body and max_json must be more than 0")
+    check_engine(engine, ray, replicas, write_config, workers, provider, access_log)
     check_installed()
+    from rsi_deploy.serving.catalog import anchored, read_catalog
+
+    if engine == "ray":
+        settings = {
+            "models": tuple(map(anchored, models)),
+            "canary": canary and anchored(canary),
+            "canary_share": canary_share,
+            "shadow": shadow and anchored(shadow),
+            "threads": threads or 1,
+            "max_batch": max_batch,
+            "batch_delay": batch_delay,
+            "latency_bound": latency_bound,
+            "max_body": max_body,
+            "max_json": max_json,
+            "access_log": access_log,
+            "reload_seconds": reload_seconds,
+            "drain_seconds": drain_seconds,
+            "api_key": api_key,
+        }
+        _serve_on_ray(settings, replicas, (host, http_port, grpc_port if grpc else None), ray, write_config, on_ready)
+        return
     from rsi_deploy.serving.access_log import AccessLog
     from rsi_deploy.serving.batches import BatchLimits
-    from rsi_deploy.serving.catalog import read_catalog
     from rsi_deploy.serving.front import Front
     from rsi_deploy.serving.service import Service
     from rsi_deploy.serving.transport import Access
@@ -98,12 +131,10 @@ def serve(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = workers or min(2, cores)
     threads = threads or max(1, cores // workers)
-    if min(max_batch, latency_bound, max_body, max_json) <= 0:
-        raise UsageError("max_batch, latency_bound, max_body and max_json must be more than 0")
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(bound_socket(host, http_port, "--http-port"))
         if grpc:
-            grpc_port = _free_port(host, grpc_port)
+            grpc_port = free_port(host, grpc_port, "--grpc-port")
         routes = read_catalog(models, canary=canary, canary_share=canary_share, shadow=shadow)
         limits = BatchLimits(max_batch=max_batch, batch_delay=batch_delay, latency_bound=latency_bound)
         log = AccessLog(_log_stream(access_log, stack))
@@ -113,11 +144,38 @@ def serve(
             access=Access(api_key=api_key, max_body=max_body, max_json=max_json),
             log=log,
             listener=listener,
-            grpc=f"{_bracketed(host)}:{grpc_port}" if grpc else "",
+            grpc=f"{bracketed(host)}:{grpc_port}" if grpc else "",
             reload_seconds=reload_seconds,
             drain_seconds=drain_seconds,
         )
         asyncio.run(front.run(on_ready))
+
+
+def check_engine(
+    engine: str, ray: str, replicas: str, write_config: str | Path, workers: int, provider: str, access_log: str
+) -> None:
+    """Refuse options that say nothing to the engine.
+
+    Raises:
+        UsageError: which, and what to type.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"--engine must be one of {', '.join(ENGINES)}, but got {engine!r}")
+    if engine == "own":
+        for option, value in (("--ray", ray), ("--replicas", replicas), ("--write-config", str(write_config))):
+            if value:
+                raise UsageError(f"{option} says nothing without --engine ray")
+        return
+    if workers:
+        raise UsageError("--workers says nothing to --engine ray, where each replica has one; type --replicas 1-4")
+    if provider != "cpu":
+        raise UsageError(f"--engine ray serves on cpu alone, but got --provider {provider}; leave out --engine ray")
+    if access_log not in ("-", "off"):
+        raise UsageError(
+            f"--access-log {access_log}: with --engine ray it is -, the replica's stderr, which Ray keeps, or off"
+        )
+    if ray and write_config:
+        raise UsageError("--ray says nothing to --write-config: serve deploy takes the address; leave out one of them")
 
 
 def check_installed() -> None:
@@ -133,43 +191,34 @@ def check_installed() -> None:
         raise UsageError("serve needs onnxruntime: pip install 'rsi-deploy[serve,cpu]'")
 
 
-def bound_socket(host: str, port: int, option: str) -> socket.socket:
-    """A socket bound to the address, not listening yet.
+def _serve_on_ray(
+    settings: dict[str, Any],
+    replicas: str,
+    address: tuple[str, int, int | None],
+    ray: str,
+    write_config: str | Path,
+    on_ready: "Callable[[Listening], None]",
+) -> None:
+    """Ports found out, then `ray_engine`."""
+    from rsi_deploy.packaging.replicas import parse_replicas
+    from rsi_deploy.serving import ray_engine
+    from rsi_deploy.serving.ray_app import read_settings
 
-    Raises:
-        UsageError: it is in use, not allowed, or no address of this machine.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind, socket.IPPROTO_TCP)  # unnamed, asyncio would leave Nagle's delays on
-    except OSError as error:
-        raise UsageError(
-            f"--host {host}: {error.strerror or error}; type an address of this machine, such as 127.0.0.1"
-        ) from None
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(0)  # a bind alone may share the port with one who does not listen yet
-    except OSError as error:
-        sock.close()
-        if error.errno == errno.EADDRINUSE:
-            raise UsageError(
-                f"{option}: port {port} on {host} is in use; choose another, or 0 for a free one"
-            ) from None
-        raise UsageError(
-            f"{option}: cannot listen on {host} port {port}: {error.strerror}; choose another port or host"
-        ) from None
-    return sock
-
-
-def _free_port(host: str, port: int) -> int:
-    """The port, or a free one for 0, where it can be had."""
-    with bound_socket(host, port, "--grpc-port") as sock:
-        return int(sock.getsockname()[1])
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+    host, http, grpc = address
+    ray = ray or "local"
+    here = ray == "local" and not write_config
+    ports = {"--http-port": http} | ({} if grpc is None else {"--grpc-port": grpc})
+    for option, port in ports.items():
+        if here:
+            ports[option] = quiet_port(host, port, option)
+        elif not port:
+            raise UsageError(f"{option} 0: every node of a cluster listens on the same port; name one")
+    where = ray_engine.Address(host=host, http=ports["--http-port"], grpc=ports.get("--grpc-port"))
+    whole = read_settings({**settings, "replicas": parse_replicas(replicas or "1-4")})
+    if write_config:
+        ray_engine.write_config(Path(write_config), whole, where)
+    else:
+        ray_engine.serve_on_ray(whole, where, ray, on_ready)
 
 
 def _log_stream(name: str, stack: contextlib.ExitStack) -> RawIOBase | None:

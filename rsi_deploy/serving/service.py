@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from rsi_deploy.errors import RsiDeployError
 from rsi_deploy.serving.batches import Batcher, BatchLimits
@@ -128,7 +129,18 @@ class Service:
             if route.shadow:  # what was compared so far was between other files
                 self.shadows[route.name] = Shadow(route.main, route.shadow)
 
-    def measure(self) -> bytes:
+    async def compared(self, name: str) -> dict[str, Any]:
+        """How the shadow of a model compares so far.
+
+        Raises:
+            Refusal: 404, no such model, or none beside it.
+        """
+        self._route(name)
+        if name not in self.shadows:
+            raise Refusal(404, f"model {name} has no shadow; start the server with --shadow {name}=DIR")
+        return self.shadows[name].told()
+
+    async def measured(self) -> bytes:
         """The metrics in Prometheus' text format."""
         for name, shadow in self.shadows.items():
             self.metrics.note_shadow(name, shadow)

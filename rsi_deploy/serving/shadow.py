@@ -3,7 +3,7 @@
 Each pair of answers is judged by the very code of `eval` (`rsi_deploy.measure.tally`); only sums are kept.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,12 @@ class _Time:
         self.recent.append(seconds)
         del self.recent[:-4096]
 
+    @classmethod
+    def joined(cls, parts: "Sequence[_Time]") -> "_Time":
+        """Those of several servers as if they were one's."""
+        recent = [seconds for part in parts for seconds in part.recent]
+        return cls(count=sum(p.count for p in parts), total=sum(p.total for p in parts), recent=recent)
+
     def told(self) -> dict[str, float]:
         recent = np.asarray(self.recent) * 1e3
         p50, p99 = (float(p) for p in np.percentile(recent, (50, 99))) if len(recent) else (0.0, 0.0)
@@ -53,6 +59,21 @@ class Shadow:
         self._sums: dict[str, float] = {}
         self._times = {"main": _Time(), "shadow": _Time()}
         self.samples = self.agreeing = self.requests = self.skipped = 0
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Shadow]") -> "Shadow":
+        """The comparisons of several servers of one pair of versions, of which there is at least one, as one."""
+        whole = cls(*parts[0]._versions.values())
+        whole._scorer = next((part._scorer for part in parts if part._scorer is not None), None)
+        for part in parts:
+            for name, total in part._sums.items():
+                whole._sums[name] = whole._sums.get(name, 0.0) + total
+            whole.samples += part.samples
+            whole.agreeing += part.agreeing
+            whole.requests += part.requests
+            whole.skipped += part.skipped
+        whole._times = {which: _Time.joined([part._times[which] for part in parts]) for which in whole._times}
+        return whole
 
     def compare(self, feeds: Feeds, main: Outputs, shadow: Outputs, seconds: tuple[float, float]) -> None:
         """Count one pair of answers; `seconds` are the run times of both.

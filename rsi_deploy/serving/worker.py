@@ -24,12 +24,12 @@ COMMAND = "import sys; sys.path.append(sys.argv[2]); from rsi_deploy.serving.wor
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOrder:
-    """What a worker is to load: key -> bundle, and how; one worker tries batches for all."""
+    """What a worker is to load: key -> bundle, and how; and for which of them it tries if requests can be joined."""
 
     bundles: Mapping[str, Bundle]
     provider: str
     threads: int
-    try_batches: bool = False
+    try_batches: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,8 @@ def _load(sock: socket.socket) -> dict[str, LoadedModel]:
     said: dict[str, Loaded | NotLoaded] = {}
     for key, bundle in order.bundles.items():
         try:
-            model = LoadedModel(bundle, order.provider, threads=order.threads, try_batches=order.try_batches)
+            tried = key in order.try_batches
+            model = LoadedModel(bundle, order.provider, threads=order.threads, try_batches=tried)
             models[key] = model
             said[key] = Loaded(signature=model.signature, alone=model.alone)
         except RsiDeployError as error:

@@ -178,8 +178,9 @@ class Pool:
             UsageError, ModelError, GateError: a model cannot be loaded; the workers there were go on.
         """
         order = LoadOrder(bundles=bundles, provider=self._provider, threads=self._threads)
-        first = Worker(dataclasses.replace(order, try_batches=True), self._ended)
-        fresh = [first, *(Worker(order, self._ended) for _ in range(self._count - 1))]
+        keys = list(bundles)
+        shares = [frozenset(keys[place :: self._count]) for place in range(self._count)]  # each tries some for all
+        fresh = [Worker(dataclasses.replace(order, try_batches=share), self._ended) for share in shares]
         try:
             await asyncio.gather(*(worker.load() for worker in fresh))
             said = [_loaded(worker.said) for worker in fresh]
@@ -194,7 +195,7 @@ class Pool:
         self._order = order
         self.active, self.retiring = fresh, [*self.retiring, *self.active]
         self._on_change()
-        return said[0]
+        return {key: said[place % self._count][key] for place, key in enumerate(keys)}
 
     def retire(self, wanted: Callable[[Worker], bool]) -> None:
         """End the retiring workers that are idle and not `wanted` any more."""

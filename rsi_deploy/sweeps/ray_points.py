@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from rsi_deploy.bundle import whole_folder
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.ray_crew import RETRIES, check_versions, connected, like_driver, settings_of_driver
+from rsi_deploy.ray_connection import connected
+from rsi_deploy.ray_crew import RETRIES, check_versions, like_driver, settings_of_driver
 from rsi_deploy.sweeps.kept import Kept
 from rsi_deploy.sweeps.making import MadePoint, PointJob, place
 

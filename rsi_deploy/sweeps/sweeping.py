@@ -23,7 +23,7 @@ from rsi_deploy import __version__
 from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.machine import environment
 from rsi_deploy.onnx_file import model_hash
-from rsi_deploy.ray_crew import check_ray
+from rsi_deploy.ray_connection import check_ray
 from rsi_deploy.report.page_sweep import sweep_page
 from rsi_deploy.report.schema import read_report
 from rsi_deploy.sweeps.kept import Kept

@@ -4,19 +4,14 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+from processes import free_port, running
 
 ROOT = Path(__file__).parents[2]
-SERVED_WITHIN = 120  # s: the Python backend starts an interpreter for every instance
 
 
 def environment(name):
@@ -39,12 +34,6 @@ def asked(python, code, *arguments, **options):
     done = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=300, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-
-def free_port():
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -80,31 +69,3 @@ def tritonserver(repository, work):
     }
     with running(command, f"http://127.0.0.1:{port}/v2/health/ready", work / "triton.log", env=clean):
         yield f"127.0.0.1:{port}"
-
-
-@contextlib.contextmanager
-def running(command, url, log, *, within=SERVED_WITHIN, **options):
-    """A server in a process group of its own: there once `url` answers, gone at the end."""
-    with log.open("wb") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, **options)
-        try:
-            _wait(server, url, log, within)
-            yield
-        finally:
-            server.send_signal(signal.SIGINT)
-            try:
-                server.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
-
-
-def _wait(server, url, log, within):
-    deadline = time.monotonic() + within
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text(errors="replace")[-4000:]
-        with contextlib.suppress(OSError, urllib.error.URLError), urllib.request.urlopen(url, timeout=5) as answer:
-            if answer.status == 200:
-                return
-        time.sleep(0.2)
-    raise AssertionError(f"not ready within {within} s: {log.read_text(errors='replace')[-4000:]}")

@@ -5,7 +5,7 @@ from engines import asked, environment
 from models import mlp_bundle
 
 from rsi_deploy import package
-from rsi_deploy.packaging.kserve import yaml_text
+from rsi_deploy.packaging.yaml_text import yaml_text
 
 
 @pytest.fixture(scope="module")

@@ -27,13 +27,16 @@ def source(name):
         pytest.skip(str(reason))
 
 
+@pytest.mark.parametrize("engine", ["own", pytest.param("ray", marks=pytest.mark.ray)])
 @pytest.mark.parametrize("name", ["resnet56", "minilm"])
-def test_tritonclient_gets_what_onnxruntime_says(tmp_path, name):
+def test_tritonclient_gets_what_onnxruntime_says(tmp_path, name, engine):
+    if engine == "ray":
+        pytest.importorskip("ray.serve", reason="no ray here: pip install 'rsi-deploy[ray]'")
     net, feeds = source(name)
     shape = None if name == "minilm" else (1, 3, 32, 32)
     export(net, tmp_path / name, rank="25%", measure=False, input_shape=shape)
     (output, want), *_ = alone(tmp_path / name / "model.onnx", feeds).items()
-    with Server(tmp_path / name) as server:
+    with Server(tmp_path / name, "--engine", engine, ends_within=60) as server:
         for module, binary in ((tritonclient.http, True), (tritonclient.http, False), (tritonclient.grpc, True)):
             client = module.InferenceServerClient(server.http if module is tritonclient.http else server.grpc)
             kind = {"binary_data": binary} if module is tritonclient.http else {}

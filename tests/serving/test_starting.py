@@ -12,6 +12,8 @@ import pytest
 from served import BLOCKED, MAIN, Server, body, linear
 
 from rsi_deploy.cli import run
+from rsi_deploy.manifest import file_hash
+from rsi_deploy.serving import bundles
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 
@@ -71,6 +73,15 @@ def test_a_bundle_that_is_not_what_it_claims_is_not_served(copied, capsys, harm)
     code = run(["serve", str(copied), "--http-port", "0", "--no-grpc"])
     said = capsys.readouterr().err
     assert (code, expected[1] in said) == (expected[0], True), said
+
+
+def test_each_file_of_a_bundle_is_read_once(digits, monkeypatch):
+    """Report and manifest list the same files, of hundreds of MB."""
+    read = []
+    monkeypatch.setattr(bundles, "file_hash", lambda path: (read.append(path.name), file_hash(path))[1])
+    bundles.open_bundle(digits)
+    assert sorted(read) == sorted(set(read))
+    assert {"model.onnx", "dense.onnx", "report.json"} <= set(read)
 
 
 def test_what_is_typed_wrong(tmp_path, capsys):

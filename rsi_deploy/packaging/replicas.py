@@ -1,0 +1,22 @@
+"""How many replicas of a model a cluster is to have, as it is typed."""
+
+import re
+
+from rsi_deploy.errors import UsageError
+
+
+def parse_replicas(text: str) -> tuple[int, int]:
+    """Read `1-4`: the fewest and the most.
+
+    Example:
+        >>> parse_replicas("1-4"), parse_replicas("2")
+        ((1, 4), (2, 2))
+
+    Raises:
+        UsageError: something else.
+    """
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if not 0 <= least <= most or most < 1:
+        raise UsageError(f"--replicas must be the fewest and the most, such as 1-4, but got {text!r}")
+    return least, most

@@ -1,0 +1,28 @@
+"""Configs as YAML: JSON values under YAML keys, which every YAML parser reads alike."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def yaml_text(value: Mapping[str, Any], depth: int = 0) -> str:
+    """YAML of nested mappings and lists of mappings, with JSON for what is in them.
+
+    Example:
+        >>> print(yaml_text({"a": {"b": 1, "c": "no"}, "d": [{"e": [1, 2]}]}), end="")
+        a:
+          b: 1
+          c: "no"
+        d:
+          - e: [1, 2]
+    """
+    lines, pad = [], "  " * depth
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            lines.append(f"{pad}{key}:\n{yaml_text(item, depth + 1)}")
+        elif isinstance(item, list) and item and isinstance(item[0], Mapping):
+            blocks = [yaml_text(block, depth + 2) for block in item]
+            lines.append(f"{pad}{key}:\n" + "".join(f"{pad}  - {block.lstrip()}" for block in blocks))
+        else:
+            lines.append(f"{pad}{key}: {json.dumps(item)}\n")
+    return "".join(lines)
