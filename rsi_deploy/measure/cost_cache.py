@@ -10,7 +10,6 @@ measured again; a cache that cannot be written costs time and nothing else.
 import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TypeVar
 
 import pydantic
 
+from rsi_deploy.atomic import write_text
 from rsi_deploy.measure.cost_table import Conditions, CostTable, SiteCost
 from rsi_deploy.measure.machine import environment, onnxruntime_distributions
 from rsi_deploy.measure.provider_spec import parse
@@ -93,10 +93,7 @@ class CostCache:
     def _write(self, document: pydantic.BaseModel, name: str) -> None:
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(prefix=".partial-", dir=self.folder)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(document.model_dump_json())
-            os.replace(partial, self.folder / name)
+            write_text(self.folder / name, document.model_dump_json(), durable=False)
 
 
 def _digest(text: str) -> str:
