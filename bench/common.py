@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rsi_deploy.atomic import write_text
 from rsi_deploy.errors import RsiDeployError, UsageError
 from rsi_deploy.measure.machine import environment
 
@@ -87,9 +88,7 @@ def write(path: Path | None, content: str | Mapping[str, Any]) -> None:
     if path is None:
         return
     text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, text)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -16,6 +16,7 @@ import graph_passes as gp
 from rsi_deploy.calibrate.calibrated import Calibration
 from rsi_deploy.calibrate.calibration_data import CalibrationData, refuse_shared
 from rsi_deploy.calibrate.onnx_streams import OnnxStreams
+from rsi_deploy.calibrate.streams import Fitted, Form
 from rsi_deploy.errors import GateError, ModelError
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
 from rsi_deploy.measure.data import Dataset
@@ -28,6 +29,7 @@ from rsi_deploy.plan.knapsack import SiteOptions, smallest_cost
 from rsi_deploy.plan.planner import Decision, Filters, FixedPlanner, Planner, SitePlanner, site_name
 from rsi_deploy.plan.request import Request
 from rsi_deploy.report.schema import Size
+from rsi_deploy.resuming import Finished
 from rsi_deploy.rsi import Solver
 from rsi_deploy.sweeps.kept import Kept
 from rsi_deploy.timing.timed_export import TimedExport
@@ -79,6 +81,7 @@ class Calibrator:
         progress: called before each site.
         timing: what is known of time; None where it decides nothing.
         kept: what earlier exports of the same model and data have found; None without.
+        finished: what an earlier run of this export has finished before it was killed; None without.
         notes: what a reader should know of the data.
     """
 
@@ -95,6 +98,7 @@ class Calibrator:
     progress: Progress | None
     timing: TimedExport | None = None
     kept: Kept | None = None
+    finished: Finished | None = None
     notes: list[str] = field(default_factory=list)
 
     def planned(self) -> Planned:
@@ -184,12 +188,15 @@ class Calibrator:
 
     def _options(self, calibration: Calibration, streams: OnnxStreams) -> Sequence[SiteOptions]:
         """Every site's options, from an earlier export or this calibration."""
-        if self.kept is not None and (known := self.kept.options()) is not None:
+        kept = self.kept
+        if kept is None and self.finished is not None:
+            kept = Kept(folder=self.finished.begun())
+        if kept is not None and (known := kept.options()) is not None:
             calibration.declined.update(known[1])
             return known[0]
         options = calibration.options(streams, self.progress)
-        if self.kept is not None:
-            self.kept.keep_options(options, calibration.declined)
+        if kept is not None:
+            kept.keep_options(options, calibration.declined)
         return options
 
     def again(self, planner: SitePlanner) -> Planned:
@@ -223,14 +230,26 @@ class Calibrator:
         fitted = {}
         if streams is not None and calibration is not None and self.request.is_fitted:
             wanted = wanted_splits(decisions, streams)
-            fitted = calibration.fit(streams, wanted, self.progress)
-            if self.kept is not None:
-                self.kept.metrics = streams.metrics()
+            fitted = self._fitted(wanted, streams, calibration)
             idle = dict.fromkeys(wanted.keys() - fitted.keys(), "never executed on the calibration data")
             decisions |= {name: Decision(rank=None, reason=reason) for name, reason in idle.items()}
         if calibration is not None:
             decisions |= {name: Decision(rank=None, reason=why) for name, why in calibration.declined.items()}
         return Planned(planner=FixedPlanner(decisions=decisions, filters=self.filters), fitted=fitted)
+
+    def _fitted(
+        self, wanted: Mapping[str, tuple[Form, int]], streams: OnnxStreams, calibration: Calibration
+    ) -> dict[str, Fitted]:
+        """Factors of these splits: of a run that was killed after it had them, or fitted now."""
+        if self.finished is not None and (known := self.finished.fitted(wanted)) is not None:
+            calibration.declined.update(known[1])
+            return known[0]
+        fitted = calibration.fit(streams, wanted, self.progress)
+        if self.finished is not None:
+            self.finished.keep_fitted(wanted, fitted, calibration.declined)
+        if self.kept is not None:
+            self.kept.metrics = streams.metrics()
+        return fitted
 
     def _measure(self, budget: Budget, streams: OnnxStreams) -> Callable[[Decisions], int]:
         """What a model costs, in what the budget is on, told from the written model itself."""

@@ -10,7 +10,7 @@ beside a module that it ran is passed over. No torch, no onnxruntime here.
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -153,6 +153,30 @@ def file_hash(path: Path) -> str:
     """sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(source: object) -> str:
+    """What tells whether data are still the same: sha256 of a file, or of a folder's names, sizes and times.
+
+    Args:
+        source: a path, perhaps with a choice behind a `#`; "" is told of anything else, as of a function.
+    """
+    name = str(source).partition("#")[0] if isinstance(source, str | Path) else ""
+    if os.path.isfile(name):
+        return file_hash(Path(name))
+    if not os.path.isdir(name):
+        return ""
+    files = [Path(here, file) for here, _, names in os.walk(name) for file in names]
+    return stamps(sorted(files))
+
+
+def stamps(files: Iterable[Path]) -> str:
+    """What tells that none of these files was changed: sha256 of their names, sizes and times."""
+    digest = hashlib.sha256()
+    for file in files:
+        told = file.stat()
+        digest.update(f"{file.resolve()}\0{told.st_size}\0{told.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
 
 
 def _record(path: Path) -> FileRecord:

@@ -231,7 +231,8 @@ def export(
         command=command or "rsi_deploy.export(...)",
         kept=kept,
     )
-    with whole_folder(Path(output), force=force) as folder:
+    read = (model, weights, checkpoint, data, calib, feeds, plan, cost)
+    with whole_folder(Path(output), force=force, inputs=read) as folder:
         return run.made_in(folder)
 
 

@@ -14,14 +14,17 @@ import onnx_ir as ir
 import torch
 
 import graph_passes as gp
-from rsi_deploy import onnx_file
-from rsi_deploy.bundle import whole_folder
+from rsi_deploy import onnx_file, resuming
+from rsi_deploy.atomic import claimed, sync_tree
 from rsi_deploy.calibrate.streams import Fitted
 from rsi_deploy.crew import Crew
 from rsi_deploy.datafile import DataFile
-from rsi_deploy.errors import UsageError
+from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.manifest import stamps
+from rsi_deploy.onnx_file import external_files
 from rsi_deploy.onnx_split import CPU, HERE, Progress, SplitModel, split_graph
 from rsi_deploy.plan.planner import MaxError, Planner, RankSpec, SitePlanner, rank_spec
+from rsi_deploy.resuming import Finished, KeepingCrew
 from rsi_deploy.rsi import Method, PowerIterations, Route, Solver
 
 
@@ -46,6 +49,9 @@ def rewrite(
     progress: Progress | None = None,
 ) -> SplitModel:
     """Compress the ONNX file `source` into `target` (and `target.data`, where the weights are too many for one file).
+
+    Where `force` replaces a model with such data, the new ones are called `target.data2` (and next time `.data` again):
+    so the model that stands there is whole at any moment.
 
     Args:
         source: an ONNX file; its external data must lie in its folder.
@@ -74,11 +80,15 @@ def rewrite(
     """
     if max_error is not None and always_split:
         raise UsageError("--always-split goes with --rank alone; leave it out with --max-error")
-    source, target = Path(source), Path(target)
+    source, target = Path(source), Path(target).resolve()
     if not source.is_file():
         raise UsageError(f"no such file: {source}; expected an .onnx file")
-    if target.exists() and not force:
-        raise UsageError(f"{target} exists; choose another name, or pass force (--force)")
+    read = [source, *external_files(source)]
+    if target.exists() and any(target.samefile(file) for file in read):
+        raise UsageError(f"{target} is the model that is read, or its data; choose another name")
+    for path in (target, target.with_name(f"{target.name}.data")):
+        if path.exists() and not force:
+            raise UsageError(f"{path} exists; choose another name, or pass force (--force)")
     planner = Planner(
         spec=rank_spec(rank, max_error), include=tuple(include), exclude=tuple(exclude), always_split=always_split
     )
@@ -92,13 +102,40 @@ def rewrite(
     )
     model = onnx_file.read_onnx(source, assume_constant=assume_constant)
     gp.FoldBatchNormPass()(model)
-    with whole_folder(target.with_name(f".{target.name}.files"), force=True) as folder:
-        result = split_and_write(model, folder / target.name, planner, solver, joint=joint, progress=progress)
-    made = target.with_name(f".{target.name}.files")
-    for path in sorted(made.iterdir(), reverse=True):  # the data file first: a model never stands without it
-        os.replace(path, target.with_name(path.name))
-    made.rmdir()
+    with claimed(target) as claim:
+        claim.new.mkdir()
+        path, before = claim.new / target.name, _data_of(target)
+        taken = before | {file.name for file in read}
+        name = next(name for name in _data_names(target) if name not in taken)
+        crew: Crew = HERE
+        if onnx_file.weight_bytes(model) >= resuming.LARGE:
+            key = resuming.key_of(stamps(read), CPU)
+            crew = KeepingCrew(HERE, Finished(folder=claim.kept, key=key))
+        result = split_and_write(
+            model, path, planner, solver, joint=joint, progress=progress, crew=crew, data_name=name
+        )
+        sync_tree(claim.new)
+        data = path.with_name(name)
+        if data.exists() and data.stat().st_size:  # the data first: a model never stands without them
+            os.replace(data, target.with_name(name))
+        os.replace(path, target)
+        for old in before:
+            target.with_name(old).unlink(missing_ok=True)
     return result
+
+
+def _data_of(target: Path) -> set[str]:
+    """Names of the data files of what a forced `rewrite` replaces: those that it wrote itself."""
+    try:
+        names = {path.name for path in external_files(target)} if target.is_file() else set()
+    except ModelError:
+        return set()
+    return names & set(_data_names(target))
+
+
+def _data_names(target: Path) -> list[str]:
+    """What a data file may be called: one name is free beside those of an input and of what is replaced."""
+    return [f"{target.name}.data{number}" for number in ("", 2, 3)]
 
 
 def split_and_write(
@@ -114,6 +151,7 @@ def split_and_write(
     device: torch.device = CPU,
     metadata: dict[str, str] | None = None,
     crew: Crew = HERE,
+    data_name: str = "",
 ) -> SplitModel:
     """Split `model` in place and write it to `path`, streaming the factors where the weights are many.
 
@@ -129,6 +167,7 @@ def split_and_write(
         device: where factors are computed.
         metadata: entries to add to the model's metadata.
         crew: who computes the factors.
+        data_name: of the file beside `path` that streamed factors go to; "" is `path`'s own with ".data".
     """
     streamed = onnx_file.weight_bytes(model) > onnx_file.INLINE_LIMIT
     split = functools.partial(
@@ -148,7 +187,7 @@ def split_and_write(
         model.metadata_props.update(metadata or {})
         onnx_file.write_onnx(model, path)
         return result
-    with DataFile(path.with_name(f"{path.name}.data")) as data:
+    with DataFile(path.with_name(data_name or f"{path.name}.data")) as data:
         result = split(store=data.append)
         data.take_(model)
     model.metadata_props.update(metadata or {})

@@ -47,6 +47,7 @@ from rsi_deploy.plan.decide import Planned
 from rsi_deploy.probe import Feeds, probe_feeds
 from rsi_deploy.ray_crew import ray_crew
 from rsi_deploy.report.schema import Accuracy, ProbeOutput, Settings, Size, Stage, Verification
+from rsi_deploy.resuming import Finished, KeepingCrew
 from rsi_deploy.rewriting import split_and_write
 from rsi_deploy.rsi import Solver
 from rsi_deploy.source import Source
@@ -80,7 +81,11 @@ class Compressed:
 
 @dataclass(kw_only=True)
 class Job:
-    """The steps of one export, with the settings they share and the times they took."""
+    """The steps of one export, with the settings they share and the times they took.
+
+    `finished` is what an earlier run has finished before it was killed, and where this one keeps its own; None where
+    the model is not large.
+    """
 
     settings: Settings
     solver: Solver
@@ -91,6 +96,7 @@ class Job:
     given: Feeds | None
     assume_constant: bool
     ray: str | None = None
+    finished: Finished | None = None
     stages: list[Stage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     source_hash: str = ""
@@ -246,9 +252,14 @@ class Job:
         forget_weights_(model)
         return split, params
 
-    def _crew(self) -> AbstractContextManager[Crew]:
+    @contextmanager
+    def _crew(self) -> Iterator[Crew]:
         """Who factorizes; workers are held no longer than that, so that nothing is measured beside them."""
-        return nullcontext(Here()) if self.ray is None else ray_crew(self.ray, self.notes)
+        found: AbstractContextManager[Crew] = (
+            nullcontext(Here()) if self.ray is None else ray_crew(self.ray, self.notes)
+        )
+        with found as crew:
+            yield crew if self.finished is None else KeepingCrew(crew, self.finished)
 
     def verify(
         self,

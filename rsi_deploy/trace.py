@@ -9,10 +9,10 @@ is what was executed: no shape inference that gives up on a Reshape, no guess fo
     Attention      scores and mixture: batch * heads * queries * keys * (key width + value width)
 """
 
+import errno
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from rsi_deploy.locks import ScratchFolder
 from rsi_deploy.measure.sessions import make_session, run_session
 
 Shape = tuple[int, ...]
@@ -44,13 +45,18 @@ def traced_run(model: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> Trace:
 
     Raises:
         ModelError: onnxruntime cannot load or run the model.
+        OSError: the place for temporary files (TMPDIR) is full.
     """
-    with tempfile.TemporaryDirectory(prefix="rsi-deploy-") as folder:
+    with ScratchFolder() as folder:
         session = make_session(
             model, optimize="disabled", prepack=False, profile_prefix=os.path.join(folder, "profile")
         )
         outputs = run_session(session, feeds, model.name)
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        profile = Path(session.end_profiling())
+        try:
+            events = json.loads(profile.read_text(encoding="utf-8"))
+        except ValueError as error:  # onnxruntime says nothing of a file that it could not write to its end
+            raise OSError(errno.ENOSPC, "onnxruntime's profile is cut off", str(profile)) from error
     macs: dict[str, int] = {}
     inputs: dict[str, tuple[tuple[str, Shape], ...]] = {}
     for event in events:

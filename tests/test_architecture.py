@@ -16,7 +16,7 @@ OURS = {"rsi_deploy", "graph_passes", "bench", "samples", "tests"}
 LAYERS = """
 kernel.orthogonal kernel.products kernel.factors kernel.checks kernel.chebyshev kernel.batched kernel.direct kernel.gram
 kernel.exact kernel.krylov kernel.adaptive kernel.certified kernel.cost kernel.solve
-errors error_texts error_table manifest rsi arrays spectra
+errors error_texts error_table locks atomic manifest rsi arrays spectra
 calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrate.alternating
 plan.knapsack plan.bracket plan.budget plan.rank_grid plan.plan_file
 plan.planner plan.error_rank fold layers checkpoint measure.machine measure.statistics measure.sections measure.pinning
@@ -25,7 +25,7 @@ measure.inputs measure.dataset measure.array_data measure.folder_data measure.ar
 measure.callable_data measure.data measure.feeding measure.intervals measure.paired measure.scores
 measure.providers measure.provider_spec measure.sessions measure.mixing measure.placement measure.binding
 measure.timing measure.loadgen_worker measure.loadgen
-crew ray_connection ray_crew compress source factor_source onnx_split probe bundle exporting.given
+crew ray_connection ray_crew resuming compress source factor_source onnx_split probe bundle exporting.given
 calibrate.calibration_data calibrate.calibrated
 calibrate.gathered calibrate.live_values calibrate.onnx_waves calibrate.onnx_rows calibrate.onnx_segment
 calibrate.onnx_operators calibrate.onnx_reach calibrate.onnx_readings calibrate.onnx_checked calibrate.onnx_survey
@@ -52,12 +52,13 @@ packaging.ray_serve
 packaging.packing
 sweeps.points report.page_sweep sweeps.kept timing.timed_export calibrating stages
 timing.joint_or_apart timing.last_word timing.part_of_time
-exporting.found exporting.written exporting.run pipeline sweeps.making sweeps.ray_points sweeps.sweeping
+exporting.found exporting.room exporting.written exporting.run pipeline sweeps.making sweeps.ray_points
+sweeps.side_by_side sweeps.sweeping
 serving.refusal serving.ports serving.bundles serving.tensors serving.signature serving.model serving.requests
 serving.images serving.shadow serving.metrics serving.catalog serving.frames serving.worker serving.workers
 serving.queues serving.batches serving.service serving.access_log serving.transport serving.http_body serving.http_app
 serving.grpc_app serving.watching serving.front serving.merging serving.ray_app serving.ray_engine serving.server
-cli.options cli.terminal cli.gating cli.page
+cli.signals cli.options cli.terminal cli.gating cli.page
 cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.package cli.verify
 cli.serve cli.doctor
 """

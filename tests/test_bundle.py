@@ -1,13 +1,14 @@
 import errno
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from nets import SIZES, initializers, mlp_onnx, run_onnx
 
-from rsi_deploy import export, factor_source, onnx_file
+from rsi_deploy import atomic, export, factor_source, onnx_file
 from rsi_deploy.bundle import check_target, whole_folder
 from rsi_deploy.cli import run
 from rsi_deploy.errors import UsageError
@@ -38,7 +39,7 @@ def place(tmp_path):
 def test_a_folder_appears_whole(place):
     with whole_folder(place / "a" / "b") as work:
         assert not (place / "a" / "b").exists()
-        assert work.parent == place / "a"  # the same file system: the last step is a rename
+        assert work.parent.parent == place / "a"  # the same file system: the last step is a rename
         (work / "x").write_text("1")
     assert tree(place) == {"a": None, "a/b": None, "a/b/x": b"1"}
     assert (place / "a" / "b").stat().st_mode & 0o777 == 0o755
@@ -75,15 +76,16 @@ def test_force_replaces_the_whole_folder(place):
 def test_a_rename_that_fails_brings_the_old_folder_back(place, monkeypatch, failing):
     (place / "b").mkdir()
     (place / "b" / "old").write_text("old")
-    real, calls = os.replace, []
+    real, calls = os.rename, []
 
-    def replace(a, b):
+    def rename(a, b):
         calls.append(a)
         if len(calls) == failing:
             raise OSError(errno.EIO, "broken disk")
         real(a, b)
 
-    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(atomic, "exchange", lambda *paths: False)  # a system without
+    monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(OSError, match="broken disk"), whole_folder(place / "b", force=True) as work:
         (work / "x").write_text("1")
     assert tree(place) == {"b": None, "b/old": b"old"}
@@ -92,18 +94,23 @@ def test_a_rename_that_fails_brings_the_old_folder_back(place, monkeypatch, fail
 def test_the_old_folder_is_never_deleted_where_it_cannot_come_back(place, monkeypatch):
     (place / "b").mkdir()
     (place / "b" / "old").write_text("old")
-    real, calls = os.replace, []
+    real, calls = os.rename, []
 
-    def replace(a, b):
+    def rename(a, b):
         calls.append(a)
         if len(calls) > 1:
             raise OSError(errno.EIO, "broken disk")
         real(a, b)
 
-    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(atomic, "exchange", lambda *paths: False)
+    monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(OSError, match="broken disk"), whole_folder(place / "b", force=True):
         pass
     assert b"old" in tree(place).values()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="later"), whole_folder(place / "b", force=True):
+        raise ValueError("later")
+    assert tree(place) == {"b": None, "b/old": b"old"}  # the next run has brought it back
 
 
 def test_an_empty_folder_is_taken_and_a_link_is_followed(place):
@@ -137,9 +144,36 @@ def test_targets_that_are_refused(place):
     ):
         with pytest.raises(UsageError, match=words):
             check_target(target, force=False)
+    with pytest.raises(UsageError, match="is a mount point"):
+        check_target(Path("/"), force=True)
     check_target(place / "full", force=True)
     with pytest.raises(UsageError, match="is a file"):
         check_target(place / "file", force=True)
+
+
+def test_a_target_whose_replacing_would_take_an_input_is_refused(place):
+    (place / "full" / "deep").mkdir(parents=True)
+    (place / "full" / "deep" / "m.onnx").write_text("model")
+    (place / "link.onnx").symlink_to(place / "full" / "deep" / "m.onnx")
+    (place / "same").symlink_to(place / "full")
+    for target in (place / "full", place / "same", place / "full" / "deep"):
+        for given in (place / "full" / "deep" / "m.onnx", place / "link.onnx", str(place / "link.onnx")):
+            with pytest.raises(UsageError, match="--force would remove it"):
+                check_target(target, force=True, inputs=(given,))
+    with pytest.raises(UsageError, match="--force would remove it"):  # a part of a data set
+        check_target(place / "full" / "deep", force=True, inputs=(f"{place / 'full'}#split=test",))
+    elsewhere = ("torchvision:vgg19", None, 3, "", place / "nowhere", place / "link.onnx")
+    check_target(place / "new", force=True, inputs=elsewhere)
+    (place / "other").mkdir()
+    (place / "other" / "x").write_text("")
+    check_target(place / "other", force=True, inputs=elsewhere)
+
+
+def test_an_export_over_its_own_input_is_refused(model, capsys):
+    before = tree(model.parent)
+    assert run(["export", str(model), "--rank", "4", "-o", str(model.parent), "--no-bench", "--force"]) == 2
+    assert "is read: --force would remove it" in capsys.readouterr().err
+    assert tree(model.parent) == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -176,9 +210,11 @@ def arguments(model, target):
     return ["export", str(model), "--rank", "4", "-o", str(target), "--no-bench", "--force"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize(
+    ("code", "words"), [(errno.ENOSPC, "no space left on the disk"), (errno.EDQUOT, "the disk quota is used up")]
+)
 @pytest.mark.parametrize("failing", [1, 2, 3])
-def test_a_full_disk(model, place, target, monkeypatch, capsys, code, failing):
+def test_a_full_disk(model, place, target, monkeypatch, capsys, code, words, failing):
     before = tree(place)
     real, calls = ir.save, []
 
@@ -193,7 +229,8 @@ def test_a_full_disk(model, place, target, monkeypatch, capsys, code, failing):
     assert tree(place) == before
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert "no space left on the disk" in err
+    assert words in err
+    assert "MB are free there" in err
 
 
 def test_no_permission(model, place, target, monkeypatch, capsys):
@@ -211,7 +248,7 @@ def test_an_interrupt_in_the_middle(model, place, target, monkeypatch, capsys):
     def factorize_site(*args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
-            assert [p for p in place.iterdir() if ".partial-" in p.name]
+            assert [p for p in place.iterdir() if p.name == ".b.partial"]
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
@@ -219,7 +256,7 @@ def test_an_interrupt_in_the_middle(model, place, target, monkeypatch, capsys):
     assert run(arguments(model, target)) == 130
     assert tree(place) == before
     out, err = capsys.readouterr()
-    assert (out, err.strip()) == ("", "rsi-deploy: interrupted; nothing was left under the final name")
+    assert (out, err.strip()) == ("", "rsi-deploy: interrupted; nothing partial was left under the final name")
 
 
 def test_a_gate_that_fails(model, place, target, capsys):

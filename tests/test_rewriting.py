@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -83,3 +85,37 @@ def test_what_is_there_stays(source, tmp_path):
     assert (tmp_path / "out.onnx").read_text() == "mine"
     with pytest.raises(UsageError, match="no such file"):
         rewrite(tmp_path / "none.onnx", tmp_path / "b.onnx", rank=4)
+
+
+def test_a_model_that_is_replaced_is_whole_at_any_moment(source, tmp_path, monkeypatch):
+    """Its data are not written over: the new ones have another name until the new model stands."""
+    monkeypatch.setattr(onnx_file, "INLINE_LIMIT", 0)
+    target = tmp_path / "out.onnx"
+    rewrite(source, target, rank=6)
+    x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    whole, seen, real = ran(target, x), [], os.replace
+
+    def replace(a, b):
+        real(a, b)
+        seen.append(ran(target, x))
+
+    monkeypatch.setattr(os, "replace", replace)
+    rewrite(source, target, rank=4, force=True)
+    assert len(seen) == 2
+    np.testing.assert_array_equal(seen[0], whole)
+    assert not np.allclose(seen[1], whole, rtol=1e-3)
+    np.testing.assert_array_equal(seen[1], ran(target, x))
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["out.onnx", "out.onnx.data2"]
+    rewrite(source, target, rank=6, force=True)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["out.onnx", "out.onnx.data"]
+    np.testing.assert_array_equal(ran(target, x), whole)
+
+
+def test_the_input_is_never_the_output_by_whatever_name(source, tmp_path):
+    before = {path.name: path.read_bytes() for path in source.parent.iterdir()}
+    (source.parent / "hard.onnx").hardlink_to(source)
+    (source.parent / "soft.onnx").symlink_to(source)
+    for target in (source, source.with_name("hard.onnx"), source.with_name("soft.onnx"), source.with_name("m.data")):
+        with pytest.raises(UsageError, match="is the model that is read"):
+            rewrite(source, target, rank=4, force=True)
+    assert {name: (source.parent / name).read_bytes() for name in before} == before

@@ -4,13 +4,14 @@ Memory is what calibration has least of, and a file that is read again soon stay
 """
 
 import math
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from rsi_deploy.locks import ScratchFolder
 
 MEMORY_LIMIT = 4 * 2**20
 
@@ -39,7 +40,7 @@ class LiveValues:
         self._free: dict[int, list[Path]] = {}  # by size; written over, as their pages are in the cache already
         self._count = 0
         self._values: dict[tuple[int, str], Any] = {}  # an array, a sequence of them, or where one is stored
-        self._folder = tempfile.TemporaryDirectory(prefix="rsi-deploy-live-")
+        self._folder = ScratchFolder()
 
     def __enter__(self) -> "LiveValues":
         return self

@@ -1,7 +1,8 @@
 """The command line: verbs, options, streams and exit codes. All work is done by the functions of the same names.
 
 Results go to stdout (one JSON document with --json), progress and logs to stderr. Exit codes: 0 done, 2 usage,
-3 the model cannot be handled, 4 a gate failed, 130 interrupted, 1 what nobody foresaw.
+3 the model cannot be handled (or the disk does not hold it), 4 a gate failed, 130 interrupted (143 by SIGTERM, 129 by
+SIGHUP), 1 what nobody foresaw.
 """
 
 import errno
@@ -21,11 +22,17 @@ from rsi_deploy.cli.inspect import inspect
 from rsi_deploy.cli.package import package
 from rsi_deploy.cli.profile import profile
 from rsi_deploy.cli.serve import serve
+from rsi_deploy.cli.signals import EndedError, ending_signals
 from rsi_deploy.cli.sweep import sweep
 from rsi_deploy.cli.verify import verify
 from rsi_deploy.errors import RsiDeployError
 
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL_DISK = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file has come to the largest size that this process may write (ulimit -f)",
+}
+WHOLE = "nothing partial was left under the final name"
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -47,17 +54,21 @@ def run(argv: list[str] | None = None) -> int:
     yield_idle_threads()
     try:
         typed = shlex.join(["rsi-deploy", *(sys.argv[1:] if argv is None else argv)])  # for the record
-        return cli.main(args=argv, prog_name="rsi-deploy", standalone_mode=False, obj=typed) or 0
+        with ending_signals():
+            return cli.main(args=argv, prog_name="rsi-deploy", standalone_mode=False, obj=typed) or 0
     except click.ClickException as error:
         error.show()
         return 2
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted; nothing was left under the final name", 130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        return _fail(_noted(f"interrupted; {WHOLE}", error.__cause__ or error), 130)
+    except EndedError as error:
+        return _fail(_noted(f"ended by {error}; {WHOLE}", error), error.exit_code)
     except RsiDeployError as error:
         return _fail(str(error), error.exit_code)
     except OSError as error:
         if error.errno in FULL_DISK:
-            return _fail(f"no space left on the disk ({error.filename or 'while writing'}); nothing was left behind", 3)
+            words = f"{FULL_DISK[error.errno]} ({error.filename or 'while writing'}); {WHOLE}"
+            return _fail(_noted(words, error), 3)
         if error.errno in NO_ACCESS:
             return _fail(f"no permission: {error.filename or error}", 3)
         raise
@@ -73,6 +84,11 @@ def cli(verbose: bool) -> None:
 
 for verb in (export, sweep, profile, inspect, bench, evaluate_verb, package, verify, serve, doctor, schema):
     cli.add_command(verb)
+
+
+def _noted(words: str, error: BaseException) -> str:
+    """The words, and what was noted of the error on its way."""
+    return "; ".join([words, *getattr(error, "__notes__", [])])
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,13 +1,13 @@
 """`bench --html FILE`: the page of a measurement, written whole or not at all."""
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from rsi_deploy.atomic import write_text
 from rsi_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,11 +45,4 @@ def write_page(document: "BenchDocument", path: Path | None) -> None:
         return
     from rsi_deploy.report.page_bench import bench_page
 
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(bench_page(document))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    write_text(path, bench_page(document))

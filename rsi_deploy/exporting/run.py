@@ -7,16 +7,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from rsi_deploy import resuming
+from rsi_deploy.bundle import kept_beside
 from rsi_deploy.calibrate.certificate import certified
 from rsi_deploy.calibrating import Calibrator, Dense
 from rsi_deploy.exporting.found import Checked, Delivered, Start, dense_file
 from rsi_deploy.exporting.given import Origin
+from rsi_deploy.exporting.room import check_room, told_room
 from rsi_deploy.exporting.written import Exported, write_files
+from rsi_deploy.manifest import file_hash, fingerprint
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.result import BenchResult
 from rsi_deploy.plan.decide import Planned
 from rsi_deploy.plan.planner import Filters
 from rsi_deploy.report.schema import Report
+from rsi_deploy.resuming import Finished
 from rsi_deploy.stages import Compressed, Job
 from rsi_deploy.sweeps.kept import Kept
 from rsi_deploy.timing.costing import Costing
@@ -65,15 +70,22 @@ class ExportRun:
             UsageError: a request that does not fit the model or the data.
             ModelError: the model cannot be handled.
             GateError: a verification gate failed.
+            OSError: a full disk.
         """
-        start = self._start(folder)
-        calibrator = self._calibrator(start, self._timing(start))
-        delivered = self._delivered(start, calibrator)
-        checked = self._checked(start, delivered, calibrator)
-        exported = Exported(job=self.job, start=start, calibrator=calibrator, delivered=delivered, checked=checked)
-        report = exported.report(self.costing, self.command, keep_dense=self.keep_dense)
-        write_files(folder, report, start.path)
-        return report
+        with told_room(folder):
+            start = self._start(folder)
+            if start.facts.outputs is not None:
+                check_room(folder)
+            self.job.finished = self._finished(start)
+            calibrator = self._calibrator(start, self._timing(start))
+            delivered = self._delivered(start, calibrator)
+            checked = self._checked(start, delivered, calibrator)
+            if self.job.finished is not None and (note := self.job.finished.note()):
+                self.job.notes.append(note)
+            exported = Exported(job=self.job, start=start, calibrator=calibrator, delivered=delivered, checked=checked)
+            report = exported.report(self.costing, self.command, keep_dense=self.keep_dense)
+            write_files(folder, report, start.path)
+            return report
 
     def _start(self, folder: Path) -> Start:
         """The dense model, written, held against its source and traced."""
@@ -91,6 +103,18 @@ class ExportRun:
         return Start(
             source=source, folder=folder, steps=steps, exporter=exporter, facts=facts, accuracy=accuracy, fed=fed
         )
+
+    def _finished(self, start: Start) -> Finished | None:
+        """What an earlier run of this export has finished; None where the model is too small to keep anything."""
+        if start.facts.size.bytes < resuming.LARGE:
+            return None
+        job, calib = self.job, self.timed.request.calib
+        told: list[object] = []
+        if calib is not None:
+            shapes = {name: array.shape for name, array in start.facts.feeds.items()}  # what MACs are counted on
+            told = [fingerprint(calib), job.settings.model_dump_json(), job.provider, shapes]
+        key = resuming.key_of(f"{job.source_hash} {file_hash(start.dense)}", job.device, *told)
+        return Finished(folder=kept_beside(start.folder), key=key)
 
     def _timing(self, start: Start) -> TimedExport | None:
         """The times to plan with; None where they decide nothing, or the model cannot be run."""
@@ -132,6 +156,7 @@ class ExportRun:
             progress=job.progress,
             timing=timing,
             kept=self.kept,
+            finished=job.finished if fingerprint(request.calib) else None,
         )
 
     def _delivered(self, start: Start, calibrator: Calibrator) -> Delivered:

@@ -129,9 +129,10 @@ def _rates(device: str, threads: int) -> Rates:
     measured = _measured(torch.device(device))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(asdict(measured), file)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent) as folder:
+            work = Path(folder) / path.name
+            work.write_text(json.dumps(asdict(measured)), encoding="utf-8")
+            os.replace(work, path)
     except OSError as error:
         log.info("the machine's rates are not kept: %s", error)
     return measured

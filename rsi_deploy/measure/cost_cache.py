@@ -11,7 +11,6 @@ those of a busy hour: they are used again while it lasts, and measured again aft
 import contextlib
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import TypeVar
 
 import pydantic
 
+from rsi_deploy.atomic import write_text
 from rsi_deploy.measure.cost_table import NOISY, Conditions, CostTable, SiteCost
 from rsi_deploy.measure.machine import environment, onnxruntime_distributions
 from rsi_deploy.measure.provider_spec import parse
@@ -113,10 +113,7 @@ class CostCache:
     def _write(self, document: pydantic.BaseModel, name: str) -> None:
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(prefix=".partial-", dir=self.folder)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(document.model_dump_json())
-            os.replace(partial, self.folder / name)
+            write_text(self.folder / name, document.model_dump_json(), durable=False)
 
 
 def _digest(text: str) -> str:

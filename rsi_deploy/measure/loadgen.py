@@ -15,7 +15,6 @@ import importlib.util
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from pydantic import BaseModel
 
 from rsi_deploy import errors
 from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.locks import ScratchFolder
 from rsi_deploy.measure.loadgen_worker import FEEDS, STREAMS, Reply, Request, Scenario
 from rsi_deploy.measure.provider_spec import parse
 
@@ -123,7 +123,7 @@ def run_loadgen(
     """
     check_loadgen(scenario, batch, seconds, target_qps, target_latency_ms)
     parse(provider)  # what is wrong with it must not wait for a process
-    with tempfile.TemporaryDirectory(prefix="rsi-deploy-loadgen-") as folder:
+    with ScratchFolder() as folder:
         if feeds is not None:
             np.savez(Path(folder) / FEEDS, *feeds.values())
         request = Request(

@@ -7,7 +7,6 @@ closed. Ctrl-C ends the run and keeps what was measured.
 
 import datetime
 import importlib.metadata
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rsi_deploy.errors import UsageError
+from rsi_deploy.locks import ScratchFolder
 from rsi_deploy.measure import concurrency, processes
 from rsi_deploy.measure.arms import Feeds, Runtime, make_feeds, open_arms
 from rsi_deploy.measure.blocks import Cell, Progress, run_cells
@@ -64,7 +64,7 @@ def run_bench(request: Request, *, command: str = "", progress: Progress | None 
     files = tuple(arm_file(model, label) for model, label in zip(request.models, request.labels, strict=True))
     start = time.monotonic()
     notes: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="rsi-deploy-") as folder, pinned(request.pinned):
+    with ScratchFolder() as folder, pinned(request.pinned):
         opened = _opened(request, settings, Path(folder))
         cells, interrupted = _measured(request, opened, start, progress)
         first = opened[0]

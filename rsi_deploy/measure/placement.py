@@ -8,7 +8,6 @@ recurrent layer) on another one. Shape arithmetic that onnxruntime keeps on the 
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy.typing as npt
 
 from rsi_deploy.errors import UsageError
+from rsi_deploy.locks import ScratchFolder
 from rsi_deploy.measure.provider_spec import ProviderSpec, parse
 from rsi_deploy.measure.sessions import make_session, named, run_session
 
@@ -68,7 +68,7 @@ def node_placement(
     Raises:
         UsageError, ModelError: as in `make_session`; also when the run itself fails.
     """
-    with tempfile.TemporaryDirectory(prefix="rsi-deploy-") as folder:
+    with ScratchFolder() as folder:
         prefix = os.path.join(folder, "profile")
         session = make_session(model, provider, threads, profile_prefix=prefix, allow_fallback=allow_fallback)
         try:

@@ -22,6 +22,7 @@ import psutil  # type: ignore[import-untyped]
 
 from rsi_deploy import errors
 from rsi_deploy.errors import ModelError
+from rsi_deploy.locks import ScratchFolder
 from rsi_deploy.measure.arms import Feeds, Runtime
 from rsi_deploy.measure.machine import peak_memory
 from rsi_deploy.measure.sections import ColdStart, Memory, Phase
@@ -207,7 +208,7 @@ def _raise(told: Told, model: Path) -> None:
 @contextmanager
 def _requests(models: Sequence[Path], feeds: Feeds, runtime: Runtime, calls: int) -> Iterator[list[Path]]:
     """One request file a model, for as long as they are needed."""
-    with tempfile.TemporaryDirectory(prefix="rsi-deploy-") as folder:
+    with ScratchFolder() as folder:
         stored = Path(folder) / "feeds.npz"
         np.savez(stored, *feeds.values())
         paths = []

@@ -8,7 +8,6 @@ fused with the nodes behind it, of the last one's (a Conv in blocked layout with
 import json
 import os
 import re
-import tempfile
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rsi_deploy.found_splits import found_splits
+from rsi_deploy.locks import ScratchFolder
 from rsi_deploy.measure.arms import Feeds, Runtime
 from rsi_deploy.measure.sections import Profile, SiteTime
 from rsi_deploy.measure.sessions import make_session, named, run_session
@@ -153,7 +153,7 @@ def _behind(node: Any) -> list[str]:
 
 
 def _events(model: Path, feeds: Feeds, runtime: Runtime, calls: int) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory(prefix="rsi-deploy-") as folder:
+    with ScratchFolder() as folder:
         session = make_session(
             model,
             runtime.provider,

@@ -106,7 +106,7 @@ def package(
     given = {key: value for key, value in locals().items() if key in DEFAULTS and value != DEFAULTS[key]}
     _check_options(target, given)
     name = _name(name, Path(folder), target)
-    check_target(Path(output), force=force)
+    check_target(Path(output), force=force, inputs=(folder, dense, feeds))
     triton = _triton(backend, max_batch, max_delay_ms, instances, threads, device, tensorrt)
     kserve = _kserve(storage_uri, replicas, cpus, memory) if target == "kserve" else None
     ray = _ray(storage_uri, replicas, cpus, triton) if target == "ray-serve" else None

@@ -13,14 +13,13 @@
 
 import difflib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
 import pydantic
 
+from rsi_deploy.atomic import FULL_DISK, write_text
 from rsi_deploy.errors import UsageError
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -72,6 +71,7 @@ def write_plan(path: str | Path, plan: Plan) -> None:
 
     Raises:
         UsageError: a folder that cannot be written to.
+        OSError: a full disk.
     """
     path = Path(path)
     document: dict[str, Any] = plan.model_dump(exclude_none=True)
@@ -80,11 +80,10 @@ def write_plan(path: str | Path, plan: Plan) -> None:
             del site["reason"]
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent) as folder:
-            work = Path(folder) / path.name
-            work.write_text(text, encoding="utf-8")
-            os.replace(work, path)
+        write_text(path, text)
     except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
         raise UsageError(f"cannot write {path}: {error.strerror}; choose another name") from error
 
 

@@ -4,7 +4,8 @@
     accuracy.json    of the dense model
     in memory        what every site's errors do to the outputs, by gradients; the dense model's answers on the data
 
-Whoever keeps them vouches that model, data and settings are the same.
+They hold for one key: what they were found for, model, data and settings, in one text (`key.txt`). What was kept for
+another is dropped.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from rsi_deploy.atomic import write_text
 from rsi_deploy.calibrate.streams import Metric
 from rsi_deploy.measure.accuracy import AccuracyResult
 from rsi_deploy.plan.knapsack import Option, SiteOptions
@@ -33,6 +35,17 @@ class Kept:
     folder: Path
     metrics: Mapping[str, Metric] | None = None
     answers: npt.NDArray[Any] | None = None
+
+    @classmethod
+    def of(cls, folder: Path, key: str) -> "Kept":
+        """What `folder` keeps for this key; the folder is made where it is not there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        told = folder / "key.txt"
+        if not told.is_file() or told.read_text(encoding="utf-8") != key:
+            for name in ("options.json", "accuracy.json"):
+                (folder / name).unlink(missing_ok=True)
+            write_text(told, key)
+        return cls(folder=folder)
 
     def options(self) -> tuple[list[SiteOptions], dict[str, str]] | None:
         """The sites' options, and site name -> why it was declined; None where none are kept."""
@@ -61,6 +74,4 @@ class Kept:
             self._write("accuracy.json", accuracy.model_dump_json())
 
     def _write(self, name: str, text: str) -> None:
-        partial = self.folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.folder / name)
+        write_text(self.folder / name, text)

@@ -176,7 +176,7 @@ def deliver(folder: str | Path, number: int, output: str | Path, *, force: bool 
     for name, digest in report.files.items():
         if not (source / name).is_file() or file_hash(source / name) != digest:
             raise ModelError(f"{source / name} is not the file that its report speaks of; run the sweep again")
-    with whole_folder(Path(output), force=force) as target:
+    with whole_folder(Path(output), force=force, inputs=(source,)) as target:
         shutil.copytree(source, target, dirs_exist_ok=True)
     return report
 

@@ -8,7 +8,6 @@ driver has threads. A point whose worker or machine is lost is made again. Where
 worker's own.
 """
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from rsi_deploy.bundle import whole_folder
 from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.locks import ScratchFolder
 from rsi_deploy.ray_connection import connected
 from rsi_deploy.ray_crew import RETRIES, check_versions, like_driver, settings_of_driver
 from rsi_deploy.sweeps.kept import Kept
@@ -114,7 +114,7 @@ def _got(ray: Any, number: int, reference: Any) -> Any:
 def _made(job: PointJob, settings: Any, inputs: Files, found: Files) -> tuple[MadePoint, Files, dict[str, str]]:
     """On a worker: the point, the files of its bundle, and what the worker is like."""
     like = like_driver(settings)
-    with tempfile.TemporaryDirectory(prefix="rsi-deploy-point-") as temporary:
+    with ScratchFolder() as temporary:
         work, target = Path(temporary) / "work", Path(temporary) / "bundle"
         for folder, files in ((work, inputs), (work / "kept", found)):
             folder.mkdir()

@@ -12,6 +12,7 @@ sweep is such. A sweep that was interrupted goes on with the same command: what 
 
 import datetime
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,11 @@ from typing import Any
 import numpy as np
 
 from rsi_deploy import __version__
+from rsi_deploy.atomic import Claim, claimed, write_text
+from rsi_deploy.bundle import check_target
 from rsi_deploy.errors import UsageError
+from rsi_deploy.locks import remove
+from rsi_deploy.manifest import fingerprint
 from rsi_deploy.measure.machine import environment
 from rsi_deploy.onnx_file import model_hash
 from rsi_deploy.ray_connection import check_ray
@@ -124,40 +129,51 @@ def sweep(
         "seed": seed,
     }
     named = [input_shape] if isinstance(input_shape, str) else list(input_shape or ())
-    folder, work = Path(output), Path(output) / "work"
-    _clear(folder, force)
-    is_new = not work.exists()
-    work.mkdir(parents=True, exist_ok=True)
-    dense = work / "dense.onnx"
-    name = write_dense(model, dense, weights, checkpoint, next((t for t in named if "=" not in t), None), seed)
     options["input_shape"] = [text for text in named if "=" in text]
-    document = Sweep(
-        tool=f"rsi-deploy {__version__}",
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=command or "rsi_deploy.sweep(...)",
-        model=name,
-        source_hash=model_hash(dense),
-        settings=json.dumps(options, sort_keys=True),
-        by=by,
-        shares=shares,
-        environment=environment(),
-    )
-    try:
-        document = _begun(document, folder)
-    except UsageError:
-        if is_new:
-            shutil.rmtree(work)
-        raise
-    kept, todo = Kept(folder=work), list(enumerate(shares, start=1))[len(document.points) :]
-    jobs = [PointJob(number=number, asked=_asked(document, share, options, number)) for number, share in todo]
-    results = _made(jobs, folder, dense, kept, ray, exclusive=measure)
+    folder = Path(output)
+    _check_folder(folder, force, (model, weights, checkpoint, calib, data))
+    with claimed(folder) as claim:
+        claim.new.mkdir()
+        dense = claim.new / "dense.onnx"
+        name = write_dense(model, dense, weights, checkpoint, next((t for t in named if "=" not in t), None), seed)
+        document = Sweep(
+            tool=f"rsi-deploy {__version__}",
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            command=command or "rsi_deploy.sweep(...)",
+            model=name,
+            source_hash=model_hash(dense),
+            settings=json.dumps(options | {"read": [fingerprint(calib), fingerprint(data)]}, sort_keys=True),
+            by=by,
+            shares=shares,
+            environment=environment(),
+        )
+        if force and folder.exists():
+            claim.set_aside()
+        return _gone_on(_begun(document, folder), claim, options, ray=ray, progress=progress)
+
+
+def _gone_on(
+    document: Sweep, claim: Claim, options: dict[str, Any], *, ray: str | None, progress: Progress | None
+) -> Sweep:
+    """The sweep with the points that it lacks; the claim's new folder holds the dense model."""
+    folder, shares = claim.target, document.shares
+    work = folder / "work"
+    kept = Kept.of(work, f"{document.source_hash} {document.settings}")
+    remove(claim.old)
+    for path in claim.new.iterdir():
+        os.replace(path, work / path.name)
+    jobs = [
+        PointJob(number=number, asked=_asked(document, share, options, number))
+        for number, share in list(enumerate(shares, start=1))[len(document.points) :]
+    ]
+    results = _made(jobs, folder, work / "dense.onnx", kept, ray, exclusive=options["measure"])
     for job in jobs:
         if progress is not None:
-            progress(f"{shares[job.number - 1]:.0%} of {by}", job.number - 1, len(shares))
+            progress(f"{shares[job.number - 1]:.0%} of {document.by}", job.number - 1, len(shares))
         document = _with_point(document, job.number, next(results), folder)
         _write(document, folder)
-    if measure and ray is None and not document.side_by_side:
-        document = side_by_side(document, folder, dense, options)
+    if options["measure"] and ray is None and not document.side_by_side:
+        document = side_by_side(document, folder, work / "dense.onnx", options)
         _write(document, folder)
     shutil.rmtree(work)
     return document
@@ -211,24 +227,23 @@ def _begun(new: Sweep, folder: Path) -> Sweep:
     return old
 
 
-def _clear(folder: Path, force: bool) -> None:
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file; -o takes a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if force:
-        shutil.rmtree(folder)
-    elif not (folder / "sweep.json").is_file() and not (folder / "work").is_dir():
+def _check_folder(folder: Path, force: bool, inputs: Sequence[object]) -> None:
+    """Refuse a folder with something else in it.
+
+    Raises:
+        UsageError: which, and what to type.
+    """
+    is_sweep = (folder / "sweep.json").is_file() or (folder / "work").is_dir()
+    if folder.is_dir() and any(folder.iterdir()) and not is_sweep and not force:
         raise UsageError(f"{folder} is not empty and holds no sweep; choose another folder, or add --force")
+    check_target(folder, force=True, inputs=inputs if force else ())
 
 
 def _write(document: Sweep, folder: Path) -> None:
     """Both files, so that neither ever stands there half."""
     text = document.model_dump_json(indent=1) + "\n"
     for name, content in (("sweep.json", text), ("report.html", sweep_page(document, text))):
-        partial = folder / f".{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(folder / name)
+        write_text(folder / name, content)
 
 
 def _shares(points: int, highest: float, lowest: float) -> tuple[float, ...]:

@@ -6,7 +6,6 @@ For an ONNX file no torch is loaded: an edge box needs none.
 """
 
 import datetime
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,9 @@ import onnx_ir as ir
 
 from graph_passes import FoldBatchNormPass
 from rsi_deploy import __version__
+from rsi_deploy.atomic import write_text
 from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.locks import ScratchFolder
 from rsi_deploy.measure.arms import Feeds, Runtime, make_feeds
 from rsi_deploy.measure.cost_cache import CostCache, conditions_here
 from rsi_deploy.measure.cost_table import NOISY, CostTable, ModelTime, SiteCost
@@ -93,7 +94,7 @@ def profile(
     texts = [input_shape] if isinstance(input_shape, str) else list(input_shape or ())
     plain = next((text for text in texts if "=" not in text), None)
     given = None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds)
-    with tempfile.TemporaryDirectory(prefix="rsi-deploy-") as folder:
+    with ScratchFolder() as folder:
         dense = Path(folder) / "dense.onnx"
         name = write_dense(model, dense, weights, checkpoint, plain, seed, assume_constant=assume_constant)
         shapes = named_shapes([text for text in texts if "=" in text])
@@ -101,9 +102,7 @@ def profile(
         costing = Costing(provider=provider, threads=threads, seconds=seconds, precision=precision, seed=seed)
         table = costing.table(dense, fed, name=name, fresh=fresh, progress=progress, command=command)
     if target is not None:
-        partial = target.with_name(f".{target.name}.partial")
-        partial.write_text(table.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        partial.replace(target)
+        write_text(target, table.model_dump_json(indent=1) + "\n")
     return table
 
 

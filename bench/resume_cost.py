@@ -1,0 +1,119 @@
+"""What does it cost to keep finished sites for a next run, and what does it save?
+
+An ONNX model of six square products (96 MiB of weights at the full size) is rewritten at 25 %, the arms in turns, each
+round in shuffled order:
+
+    plain      nothing is kept
+    keeping    each finished site is kept, as in models of 64 MiB and more
+    going on   all sites but one are there from a run that was killed
+
+Goals (`--check` exits 4 when one is missed): keeping adds no more than 5 % to the time; going on takes less than half.
+"""
+
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import rsi_deploy
+from bench import common, small
+from bench.common import Goal
+from rsi_deploy import factor_source, resuming
+
+ARMS = ("plain", "keeping", "going on")
+WIDTH, QUICK_WIDTH = 2048, 512
+ROUNDS, QUICK_ROUNDS = 7, 3
+LAYERS = 6
+COLUMNS = ("arm", "median", "least", "most", "to plain")
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = common.parser(__doc__ or "", "bench.resume_cost")
+    options.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"[default: {ROUNDS}]")
+    given = options.parse_args(arguments)
+    common.check_writable(given.json, given.markdown)
+    width = QUICK_WIDTH if given.quick else WIDTH
+    rounds = min(given.rounds, QUICK_ROUNDS) if given.quick else given.rounds
+    if given.quick:
+        common.progress(f"quick: {rounds} rounds at width {width}")
+    times = measured(width, rounds)
+    plain = float(np.median(times["plain"]))
+    rows = [_row(arm, times[arm], plain) for arm in ARMS]
+    text = common.markdown_table(COLUMNS, [_cells(row) for row in rows])
+    common.console().print(text, soft_wrap=True)
+    settings = {"width": width, "layers": LAYERS, "rounds": rounds}
+    common.write(given.json, common.document("bench.resume_cost", arguments, settings, rows=rows, times=times))
+    common.write(given.markdown, text)
+    return common.judge(goals(rows), given.check)
+
+
+def measured(width: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each arm in each round; the first round, a warm-up, is dropped."""
+    order = random.Random(0)
+    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    limit = resuming.LARGE
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as name:
+        folder = Path(name)
+        source = small.perceptron(folder / "m.onnx", width=width, layers=LAYERS)
+        target = folder / "out.onnx"
+        try:
+            left = _killed(source, folder)
+            for number in range(rounds + 1):
+                for arm in order.sample(ARMS, len(ARMS)):
+                    resuming.LARGE = 1 << 60 if arm == "plain" else 0
+                    if arm == "going on":
+                        shutil.copytree(left, folder / f".{target.name}.partial")
+                    started = time.perf_counter()
+                    rsi_deploy.rewrite(source, target, rank="25%", joint=False)
+                    times[arm] += [time.perf_counter() - started] if number else []
+                    target.unlink()
+        finally:
+            resuming.LARGE = limit
+    return times
+
+
+def _killed(source: Path, folder: Path) -> Path:
+    """What a run leaves that dies at its last site."""
+    target, real = folder / "out.onnx", factor_source.factorize_site
+
+    def dying(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == f"w{LAYERS - 1}":
+            raise KeyboardInterrupt
+        return real(name, *args, **kwargs)
+
+    resuming.LARGE = 0
+    factor_source.factorize_site = dying
+    try:
+        rsi_deploy.rewrite(source, target, rank="25%", joint=False)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        factor_source.factorize_site = real
+    return (folder / f".{target.name}.partial").rename(folder / "left")
+
+
+def _row(arm: str, seconds: Sequence[float], plain: float) -> dict[str, Any]:
+    median = float(np.median(seconds))
+    return {"arm": arm, "median": median, "least": min(seconds), "most": max(seconds), "ratio": median / plain}
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [row["arm"], *(f"{row[key]:.3f} s" for key in ("median", "least", "most")), f"{row['ratio']:.3f}"]
+
+
+def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
+    """What the docstring promises."""
+    ratios = {row["arm"]: row["ratio"] for row in rows}
+    return [
+        Goal(name="keeping", held=ratios["keeping"] <= 1.05, row=f"{ratios['keeping']:.3f} of the plain time"),
+        Goal(name="going on", held=ratios["going on"] < 0.5, row=f"{ratios['going on']:.3f} of the plain time"),
+    ]
+
+
+if __name__ == "__main__":
+    common.run(main)
