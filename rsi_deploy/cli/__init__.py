@@ -24,6 +24,7 @@ from rsi_deploy.cli.serve import serve
 from rsi_deploy.cli.sweep import sweep
 from rsi_deploy.cli.verify import verify
 from rsi_deploy.errors import RsiDeployError
+from rsi_deploy.report.text import on_terminal
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -69,6 +70,15 @@ def run(argv: list[str] | None = None) -> int:
 def cli(verbose: bool) -> None:
     """Compress a trained network into a smaller, measurably faster ONNX model, and tell the truth about it."""
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
+    for handler in logging.root.handlers:
+        handler.setFormatter(_Guarded("%(message)s"))
+
+
+class _Guarded(logging.Formatter):
+    """Messages with names from files in them, whose control codes are shown and not obeyed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return on_terminal(super().format(record))
 
 
 for verb in (export, sweep, profile, inspect, bench, evaluate_verb, package, verify, serve, doctor, schema):
@@ -76,5 +86,5 @@ for verb in (export, sweep, profile, inspect, bench, evaluate_verb, package, ver
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"rsi-deploy: {message}", err=True)
+    click.echo(f"rsi-deploy: {on_terminal(message)}", err=True)
     return code
