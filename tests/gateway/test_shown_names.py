@@ -77,7 +77,7 @@ def test_the_check_for_what_steers_can_fail():
 
 def test_a_bundle_of_such_names(named, tmp_path):
     """Everything that `export` writes: no path is made of a name, and no text can be left by one."""
-    name, path = named
+    _, path = named
     report = rsi_deploy.export(str(path), output=tmp_path / "out", rank=4, measure=False)
     files = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
     bundle = {"model.onnx", "report.json", "report.html", "README.md", "manifest.json", "plan.json"}
