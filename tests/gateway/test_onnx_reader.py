@@ -25,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import rsi_deploy
 from rsi_deploy.errors import ModelError
-from rsi_deploy.gateway.onnx_reader import check_file, load_model, read_proto
+from rsi_deploy.gateway.onnx_reader import check_file, check_proto, load_model, read_proto
 from rsi_deploy.measure.sessions import make_session
 
 HOSTILE = GIGABYTES | ENDLESS | WRONG
@@ -245,3 +245,14 @@ def test_every_verb_refuses_it(tmp_path, verb, case):
     with pytest.raises(ModelError):
         VERBS[verb](path, tmp_path)
     assert not [file for file in tmp_path.iterdir() if file.name not in ("m.onnx", "data.npz")]
+
+
+@pytest.mark.slow
+def test_onnx_s_own_cases_are_let_through():
+    """Every operator as ONNX's backend suite has it, in every form: nothing valid is refused."""
+    from onnx.backend.test.case.node import collect_testcases
+
+    cases = [case for case in collect_testcases(None) if case.model is not None]
+    assert len(cases) > 1000
+    for case in cases:
+        check_proto(case.model, Path(f"{case.name}.onnx"))
