@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo-bundle
 
-.PHONY: demo test lint bench oldest audit sbom licences openvino triton kserve ray clean
+.PHONY: demo test lint bench oldest audit sbom licences openvino triton kserve ray fuzz clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -105,5 +105,26 @@ triton kserve: .venv/installed
 	  echo "SKIPPED: the environment .venv-$@ cannot be installed here; pip says why above"; \
 	fi
 
+# Coverage-guided fuzzing; atheris has wheels for x86-64 Linux. What is new is kept in $(FUZZ_CORPUS) for the next run.
+FUZZ_SECONDS ?= 60
+FUZZ_CORPUS ?= .fuzz-corpus
+FUZZ_TARGETS ?= onnx runtime report plan cost config
+
+.venv-fuzz/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu,fuzz]"
+	touch $@
+
+fuzz:
+	@if $(MAKE) --no-print-directory .venv-fuzz/installed; then \
+	  for target in $(FUZZ_TARGETS); do \
+	    OMP_WAIT_POLICY=PASSIVE .venv-fuzz/bin/python tests/fuzz/fuzz.py $$target --seconds $(FUZZ_SECONDS) \
+	      --corpus $(FUZZ_CORPUS)/$$target || exit 1; \
+	  done; \
+	else \
+	  echo "SKIPPED: the environment .venv-fuzz cannot be installed here; pip says why above"; \
+	fi
+
 clean:
-	rm -rf .venv .venv-oldest .venv-audit .venv-openvino .venv-triton .venv-kserve .venv-ray $(DEMO) build dist
+	rm -rf .venv .venv-oldest .venv-audit .venv-openvino .venv-triton .venv-kserve .venv-ray .venv-fuzz .fuzz-corpus $(DEMO) \
+	  build dist

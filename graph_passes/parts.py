@@ -60,7 +60,7 @@ def _place(root: ir.Value) -> ir.Node:
 
 def resized(value: ir.Value, axis: int, size: int) -> ir.Shape | None:
     """The shape of a value with another size along one axis; None where the shape is unknown."""
-    if value.shape is None:
+    if value.shape is None or not -len(value.shape) <= axis < len(value.shape):  # a file may declare any shape
         return None
     dims = list(value.shape)
     dims[axis] = size

@@ -117,7 +117,7 @@ def _between(node: ir.Node, axes: Sequence[int], channels: int) -> ir.Shape | No
     before, after = (None if value is None else value.shape for value in (node.inputs[0], node.outputs[0]))
     batch = after if axes else before
     others = before if batch is not None and len(axes) + 2 < len(batch) else batch
-    if batch is None or others is None or len(others) != len(batch):
+    if batch is None or others is None or len(others) != len(batch) or len(batch) < 2:
         return None
     sizes = (batch[axis] if axis - 2 in axes else others[axis] for axis in range(2, len(batch)))
     return ir.Shape([batch[0], channels, *sizes])

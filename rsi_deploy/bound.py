@@ -20,6 +20,7 @@ import pydantic
 
 import graph_passes as gp
 from rsi_deploy.errors import GateError
+from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.measure.sessions import make_session
 
 Array = npt.NDArray[Any]
@@ -93,7 +94,7 @@ def softmax_bound(dense: Path, head: Head, factors: gp.Factors, batches: Iterabl
     Raises:
         GateError: a sample violates the bound, which only wrong factors or a wrong norm can do.
     """
-    model = ir.load(dense)
+    model = load_model(dense)
     weight = next(s.load()[0] for s in gp.find_sites(model) if isinstance(s, gp.Site) and s.weight == head.weight)
     delta = weight.astype(np.float64) - factors.left[0].astype(np.float64) @ factors.right[0].astype(np.float64)
     if factors.bias is not None:  # of (h, 1): what the bias changes by is one more column

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-import onnx_ir as ir
 
 import graph_passes as gp
 from rsi_deploy.calibrate.calibrated import Calibration
@@ -18,6 +17,7 @@ from rsi_deploy.calibrate.calibration_data import CalibrationData, refuse_shared
 from rsi_deploy.calibrate.onnx_streams import OnnxStreams
 from rsi_deploy.calibrate.streams import Fitted, Form
 from rsi_deploy.errors import GateError, ModelError
+from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.inputs import model_inputs
@@ -260,7 +260,7 @@ class Calibrator:
             planner = FixedPlanner(decisions=decisions, filters=self.filters)
             with self._candidate(Planned(planner=planner, fitted=fitted)) as path:
                 if budget.cost == "params":
-                    return parameters(ir.load(path))
+                    return parameters(load_model(path))
                 if budget.cost == "bytes":
                     return file_bytes(path)
                 return sum(traced_run(path, self.dense.feeds).macs.values()) // self.dense.batch
@@ -314,7 +314,7 @@ class Calibrator:
                 file.unlink(missing_ok=True)
 
     def _sites(self) -> list[gp.Site]:
-        return [entry for entry in gp.find_sites(ir.load(self.dense.path)) if isinstance(entry, gp.Site)]
+        return [entry for entry in gp.find_sites(load_model(self.dense.path)) if isinstance(entry, gp.Site)]
 
 
 def remarks(streams: OnnxStreams, data: CalibrationData) -> list[str]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.gateway.archives import check_archive
+from rsi_deploy.gateway.limits import first_line, shown
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 PREFIXES = ("module.", "_orig_mod.")
@@ -93,26 +95,30 @@ def _read_torch(path: Path) -> object:
     if not _is_torch_save(path):
         raise ModelError(f"{path.name} is not a torch.save file, or only the beginning of one: save or copy it again")
     try:
+        if zipfile.is_zipfile(path):
+            check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise ModelError(
             f"{path.name} can only be read by executing its pickle, which is refused: it holds "
-            f"{found[1] if found else 'more than tensors'}. Where you trust it, convert it once: "
-            f"{conversion_command(path)}"
+            f"{shown(found[1]) if found else 'more than tensors'}. Where you trust it, on a machine that you would "
+            f"lend to whoever made it, convert it once: {conversion_command(path)}"
         ) from error
     except Exception as error:  # torch.load raises many kinds on a damaged file
-        raise ModelError(f"{path.name} is not a readable torch.save file: {_first_line(error)}") from error
+        raise ModelError(f"{path.name} is not a readable torch.save file: {first_line(error)}") from error
 
 
 def conversion_command(path: Path) -> str:
-    """The shell command that turns a full pickle at `path` into a state dict beside it. It executes the pickle."""
+    """The shell command that turns a full pickle at `path` into safetensors beside it. It executes the pickle."""
     script = (
-        'import sys, torch; m = torch.load(sys.argv[1], map_location="cpu", weights_only=False); '
+        "import sys, torch, safetensors.torch as st; "
+        'm = torch.load(sys.argv[1], map_location="cpu", weights_only=False); '
         f"m = next((m[k] for k in {json.dumps(WRAPPERS)} if k in m), m) if isinstance(m, dict) else m; "
-        'torch.save(getattr(m, "state_dict", lambda: m)(), sys.argv[2])'
+        's = getattr(m, "state_dict", lambda: m)(); '
+        "st.save_file({k: v.detach().contiguous().clone() for k, v in s.items() if torch.is_tensor(v)}, sys.argv[2])"
     )
-    return shlex.join(["python", "-c", script, str(path), str(path.with_suffix(".state.pth"))])
+    return shlex.join(["python", "-c", script, str(path), str(path.with_suffix(".state.safetensors"))])
 
 
 def _is_torch_save(path: Path) -> bool:
@@ -123,7 +129,14 @@ def _is_torch_save(path: Path) -> bool:
 
 
 def _is_state_dict(content: Mapping[object, object]) -> bool:
-    return bool(content) and all(isinstance(value, Tensor) for value in content.values())
+    """Tensors with numbers in them: neither quantized nor sparse, nor without storage."""
+    return bool(content) and all(
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        for value in content.values()
+    )
 
 
 def _without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -138,7 +151,3 @@ def _listed(what: str, names: list[str], *, show: int = 5) -> str:
         return ""
     more = f", and {len(names) - show} more" if len(names) > show else ""
     return f"{len(names)} {what}: {', '.join(names[:show])}{more}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -21,6 +21,7 @@ import pydantic
 import graph_passes as gp
 from rsi_deploy.datafile import DataFile
 from rsi_deploy.errors import GateError
+from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.onnx_file import forget_weights_
 
@@ -108,7 +109,7 @@ def surgery_check(
     Raises:
         GateError: the split model differs by more than rounding, which is a defect of the surgery.
     """
-    model = ir.load(dense)
+    model = load_model(dense)
 
     def full_rank(site: gp.Site) -> gp.Factors | gp.Dense:
         wanted = site.members in joint if site.members else site.weight in weights

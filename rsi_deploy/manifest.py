@@ -18,14 +18,19 @@ from typing import Annotated, Literal
 import pydantic
 
 from rsi_deploy.errors import GateError, UsageError
+from rsi_deploy.gateway.documents import read_document
 
 MANIFEST = "manifest.json"
 THREADS = min(4, os.cpu_count() or 1)
 OLDER = "no manifest.json: it was written before bundles had one; export (or package) again to get one"
 
 
-def _inside(name: str) -> str:
-    """A name that stays within the folder."""
+def inside(name: str) -> str:
+    """The name, where it stays within the folder.
+
+    Raises:
+        ValueError: it leaves the folder, or is not written as such a path is.
+    """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST):
         raise ValueError(f"a file's name must be its path within the folder, but got {name!r}")
@@ -43,7 +48,7 @@ class Manifest(pydantic.BaseModel, frozen=True, extra="forbid"):
     """The document: every file of the folder but itself."""
 
     schema_version: Literal[1] = 1
-    files: dict[Annotated[str, pydantic.AfterValidator(_inside)], FileRecord]
+    files: dict[Annotated[str, pydantic.AfterValidator(inside)], FileRecord]
 
 
 class ManifestCheck(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -105,9 +110,9 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
+        return Manifest.model_validate_json(read_document(path))
+    except (pydantic.ValidationError, UnicodeDecodeError) as error:
+        first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(map(str, first["loc"])) or "the file"
         raise GateError(
             f"{path} is not a manifest of schema version 1: {where}: {first['msg']}; get the folder again"

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.errors import UsageError
+from rsi_deploy.gateway.arrays import read_npz
 from rsi_deploy.measure.inputs import check_feeds, model_inputs, parse_shape, random_feeds
 
 PROBE_BATCH = 2
@@ -55,8 +55,7 @@ def read_feeds(path: str | Path) -> Feeds:
         UsageError: no such file, or no arrays in it.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        return read_npz(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"--feeds {path}: expected an .npz with one array per model input ({error})") from error
 

@@ -191,5 +191,5 @@ def split_and_write(
         result = split(store=data.append)
         data.take_(model)
     model.metadata_props.update(metadata or {})
-    ir.save(model, path)
+    onnx_file.save_model(model, path)
     return result

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rsi_deploy.checkpoint import load_checkpoint_
 from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.gateway.programs import read_program
 from rsi_deploy.measure.inputs import parse_shape
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.rsi import stream_seed
@@ -211,13 +212,8 @@ def _told_inputs(module: nn.Module, spec: str, shape: tuple[int, ...] | None, se
 
 
 def _pt2(path: Path) -> Source:
-    try:
-        with no_torch_logs():
-            program = torch.export.load(path)
-    except Exception as error:  # torch.export.load raises many kinds on a damaged archive
-        raise ModelError(
-            f"{path.name} is not a readable torch.export archive: {error}; save it again with torch.export.save"
-        ) from error
+    with no_torch_logs():
+        program = read_program(path)
     if program.example_inputs is None:
         raise ModelError(
             f"{path.name} carries no example inputs; export it again with torch.export.export(model, inputs)"

@@ -4,7 +4,7 @@ ranks    1 = i_1 < i_2 < ... , evenly spaced in their logarithm, the chosen one 
 values   s_i / s_1 at those ranks
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import pydantic
@@ -28,6 +28,12 @@ class Spectrum(pydantic.BaseModel, frozen=True, extra="forbid"):
     ranks: tuple[int, ...]
     values: tuple[float, ...]
     full_rank: int
+
+    @pydantic.model_validator(mode="after")
+    def _as_many(self) -> Self:
+        if len(self.ranks) != len(self.values):
+            raise ValueError(f"ranks and values must be as many, but are {len(self.ranks)} and {len(self.values)}")
+        return self
 
 
 def thinned(values: Tensor, full_rank: int, rank: int, of: Literal["weight", "response"] = "weight") -> Spectrum | None:

@@ -25,6 +25,7 @@ from rsi_deploy.bound import Head, SoftmaxBound, find_head, softmax_bound
 from rsi_deploy.crew import Crew, Here
 from rsi_deploy.errors import ModelError, RsiDeployError
 from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, surgery_check, tolerance_for
+from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
 from rsi_deploy.measure.arms import make_feeds
 from rsi_deploy.measure.data import Dataset
@@ -153,7 +154,7 @@ class Job:
     ) -> tuple[DenseFacts, AccuracyResult | None]:
         """Trace the dense model on the probe inputs, and measure its accuracy where there are data, unless `known`."""
         with self.stage("read dense"):
-            model = ir.load(dense)
+            model = load_model(dense)
             self.source_hash = weights_hash(model)
             size = Size(bytes=dense.stat().st_size + weight_bytes(model), params=parameters(model), macs=0)
             forget_weights_(model)
@@ -200,7 +201,7 @@ class Job:
             joint: split jointly what the settings let be.
         """
         with self.stage("factorize, split, save"):
-            head = find_head(ir.load(dense)) if with_head else None
+            head = find_head(load_model(dense)) if with_head else None
             with self._crew() as crew:
                 keep = [head.weight] if head else []
                 split, params = self._split(dense, path, made, keep, self.progress, crew, joint=joint)
@@ -230,7 +231,7 @@ class Job:
         joint: bool = True,
     ) -> tuple[SplitModel, int]:
         """Write the split model; its records and its number of parameters."""
-        model = ir.load(dense)
+        model = load_model(dense)
         split = split_and_write(
             model,
             path,

@@ -30,6 +30,7 @@ from rsi_deploy.calibrate.certificate import certificate
 from rsi_deploy.errors import RsiDeployError
 from rsi_deploy.found_splits import FoundSplit, found_splits
 from rsi_deploy.gates import compare_outputs
+from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.manifest import MANIFEST, check_manifest, file_hash
 from rsi_deploy.measure.accuracy import evaluate
 from rsi_deploy.measure.data import Dataset, open_data
@@ -149,8 +150,8 @@ def _page(folder: Path) -> Claim:
 
 def _graph(path: Path, report: Report) -> list[Claim]:
     try:
+        model = load_model(path)  # first: onnx's checker is native code, and believes much
         onnx.checker.check_model(str(path), full_check=True)
-        model = ir.load(path)
     except Exception as error:  # protobuf, checker and shape inference have no common base
         return [_claim("graph", False, f"onnx.checker: {str(error).strip().splitlines()[0]}")]
     found, claimed = found_splits(model), {node for site in report.split_sites for node in site.nodes}
@@ -217,7 +218,11 @@ def _budget(report: Report) -> list[Claim]:
     if option == "--max-drop" and report.accuracy is not None:
         before, after = report.accuracy.dense.top1, report.accuracy.compressed.top1
         drop = (before or 0) - (after or 0)
-        return [_claim("budget", drop <= float(value), f"{option} {value}: top-1 drops by {drop:.2f} points")]
+        try:
+            holds = drop <= float(value)
+        except ValueError:
+            return [_claim("budget", False, f"{option} {value!r} is no number of points")]
+        return [_claim("budget", holds, f"{option} {value}: top-1 drops by {drop:.2f} points")]
     if option in ("--keep-latency", "--max-latency"):
         return _time_budget(report, option, value)
     if option not in ("--keep-params", "--keep-macs", "--max-size"):
@@ -296,7 +301,7 @@ def _outputs(path: Path, report: Report, provider: str) -> Claim:
 
 
 def _distance(a: ProbeOutput, b: ProbeOutput) -> float:
-    if a.shape != b.shape:
+    if a.shape != b.shape or len(a.first) != len(b.first):
         return float("inf")
     scale = max(abs(a.norm), 1e-12)
     size = max(float(np.prod(a.shape)), 1.0)

@@ -16,7 +16,9 @@ OURS = {"rsi_deploy", "graph_passes", "bench", "samples", "tests"}
 LAYERS = """
 kernel.orthogonal kernel.products kernel.factors kernel.checks kernel.chebyshev kernel.batched kernel.direct kernel.gram
 kernel.exact kernel.krylov kernel.adaptive kernel.certified kernel.cost kernel.solve
-errors error_texts error_table locks atomic manifest rsi arrays spectra
+errors error_texts error_table gateway.documents gateway.limits locks atomic manifest rsi arrays spectra
+gateway.onnx_parts gateway.onnx_tensors gateway.onnx_names gateway.onnx_nodes gateway.onnx_sizes gateway.onnx_growth
+gateway.onnx_reader gateway.archives gateway.arrays gateway.pictures gateway.programs report.text
 calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrate.alternating
 plan.knapsack plan.bracket plan.budget plan.rank_grid plan.plan_file
 plan.planner plan.error_rank fold layers checkpoint measure.machine measure.statistics measure.sections measure.pinning
@@ -41,7 +43,7 @@ timing.costing
 measure.gate measure.compare
 report.schema diagnosis inspection
 plan.request calibrate.certificate plan.decide plan.in_time compress_to_data
-report.cost_summary report.text report.theme report.svg report.plots report.page report.charts report.html
+report.cost_summary report.theme report.svg report.plots report.page report.charts report.html
 report.page_environment report.page_latency report.page_cells report.page_costs report.page_load report.page_bench
 report.summary report.accuracy_table report.comparison_table report.loadgen_table report.bench_table report.card
 report.page_errors report.page_sites report.page_report verification report.table
@@ -136,6 +138,89 @@ def test_packages_import_only_what_they_may(package):
 def test_graph_passes_know_neither_torch_nor_a_runtime():
     for file in modules("graph_passes"):
         assert not {name.split(".")[0] for name in imports(file)} & {"torch", "torchvision", "onnxruntime"}, file
+
+
+OPENERS = {
+    "onnx": {"load", "load_model", "load_model_from_string", "load_from_string", "load_tensor"},
+    "onnx_ir": {"load", "from_onnx_text"},
+    "ModelProto": {"FromString"},
+    "onnxruntime": {"InferenceSession"},
+    "torch": {"load"},
+    "torch.export": {"load"},
+    "numpy": {"load", "loadtxt", "genfromtxt"},
+    "pickle": {"load", "loads", "Unpickler"},
+    "PIL.Image": {"open"},
+    "importlib": {"import_module", "__import__"},
+    "yaml": {"load"},
+}
+"""What opens a file that somebody else may have made, or runs what it holds."""
+
+ALIASES = {"ir": "onnx_ir", "np": "numpy", "Image": "PIL.Image"}
+
+MAY_OPEN = {
+    "gateway/onnx_reader.py": {"ModelProto.FromString"},
+    "gateway/pictures.py": {"PIL.Image.open"},
+    "gateway/programs.py": {"torch.export.load"},
+    "checkpoint.py": {"torch.load"},
+    # `package.module:factory` and `package.module:function`: the user names code, and it runs
+    "source.py": {"importlib.import_module"},
+    "measure/callable_data.py": {"importlib.import_module"},
+    # between processes of ours, over a socket pair that nobody else holds
+    "serving/frames.py": {"pickle.loads"},
+    # names that stand in the file itself: ours, or of packages that we look for
+    "__init__.py": {"importlib.import_module"},
+    "diagnosis.py": {"importlib.import_module"},
+    "measure/providers.py": {"importlib.import_module"},
+    # `make_session` checks the file first; what `package` ships runs where it was put, beside its model
+    "measure/sessions.py": {"onnxruntime.InferenceSession"},
+    "packaging/shipped/ray_app.py": {"onnxruntime.InferenceSession"},
+    "packaging/shipped/triton_model.py": {"onnxruntime.InferenceSession"},
+}
+
+
+def opened(file):
+    """The openers that a file calls or imports, written out in full."""
+    found = set()
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not isinstance(node, ast.If) or "TYPE_CHECKING" not in ast.dump(node)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            whole = ast.unparse(node)
+            base, _, name = whole.rpartition(".")
+            head, dot, rest = base.partition(".")
+            base = ALIASES.get(head, head) + dot + rest
+            if name in OPENERS.get(base, ()):
+                found.add(f"{base}.{name}")
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{a.name}" for a in node.names if a.name in OPENERS.get(node.module, ())}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+            found.add(node.func.id)
+    return found
+
+
+def test_files_come_in_through_the_gateway_alone():
+    for package in ("rsi_deploy", "graph_passes"):
+        for file in modules(package):
+            name = file.relative_to(ROOT / package).as_posix()
+            assert opened(file) <= MAY_OPEN.get(name, set()), file
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import onnx\nonnx.load(p)",
+        "import onnx_ir as ir\nir.load(p)",
+        "import torch\ntorch.load(p)",
+        "from torch import load",
+        "import numpy as np\nnp.load(p)",
+        "import pickle\npickle.loads(b)",
+        "from PIL import Image\nImage.open(p)",
+        "eval(p)",
+    ],
+)
+def test_what_opens_a_file_elsewhere_is_seen(tmp_path, line):
+    (tmp_path / "module.py").write_text(line)
+    assert opened(tmp_path / "module.py")
 
 
 def test_the_kernel_stands_alone():

@@ -3,6 +3,7 @@ import pickle
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -242,7 +243,7 @@ class Settings:
     ],
     ids=["module", "wrapped module", "state dict beside settings", "tensors beside a function"],
 )
-def test_the_printed_command_converts_it(tmp_path, trained, content, request):
+def test_the_printed_command_converts_it(tmp_path, trained, content):
     path = tmp_path / "it's a full one.pth"
     torch.save(content(trained), path)
     with pytest.raises(ModelError) as caught:
@@ -253,12 +254,8 @@ def test_the_printed_command_converts_it(tmp_path, trained, content, request):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    converted = tmp_path / "it's a full one.state.pth"
-    if "function" in request.node.callspec.id:  # tensors and the rest in one dict: nothing a command can know
-        with pytest.raises(ModelError):
-            read_state_dict(converted)
-    else:
-        assert_loads(converted, trained)
+    converted = tmp_path / "it's a full one.state.safetensors"
+    assert_loads(converted, trained)
 
 
 def test_a_batch_norm_counter_may_be_missing_and_nothing_else(tmp_path, trained):
@@ -270,3 +267,28 @@ def test_a_batch_norm_counter_may_be_missing_and_nothing_else(tmp_path, trained)
     torch.save(state, tmp_path / "older.pth")
     with pytest.raises(ModelError, match=r"1 missing: 1\.running_mean"):
         load_checkpoint_(make_model(2), tmp_path / "older.pth")
+
+
+def test_tensors_that_have_no_numbers_of_their_own(tmp_path):
+    tensors = {
+        "sparse": torch.eye(3).to_sparse(),
+        "meta": torch.zeros(3, 3, device="meta"),
+    }
+    for tensor in tensors.values():
+        torch.save({"0.weight": tensor}, tmp_path / "a.pth")
+        with pytest.raises(ModelError, match=r"a\.pth"):
+            read_state_dict(tmp_path / "a.pth")
+    torch.save({"0.weight": torch.eye(3)}, tmp_path / "a.pth")
+    assert read_state_dict(tmp_path / "a.pth")
+
+
+def test_a_torch_file_that_unpacks_to_far_more(tmp_path, monkeypatch):
+    torch.save({"w": torch.zeros(1 << 20)}, tmp_path / "a.pth")
+    packed = zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "a.pth") as stored, packed:
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    monkeypatch.setattr("rsi_deploy.gateway.archives.UNPACKED_BYTES", 1 << 20)
+    assert read_state_dict(tmp_path / "a.pth")
+    with pytest.raises(ModelError, match=r"b\.pth is not a readable torch\.save file: its \d+ bytes would unpack to"):
+        read_state_dict(tmp_path / "b.pth")

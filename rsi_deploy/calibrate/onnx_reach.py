@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 import torch
 from onnx import ModelProto, NodeProto
 from torch import Tensor
@@ -22,6 +21,7 @@ from rsi_deploy.arrays import as_torch
 from rsi_deploy.calibrate.onnx_waves import reads
 from rsi_deploy.calibrate.streams import StreamSite
 from rsi_deploy.errors import ModelError
+from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.plan.planner import site_name
 
 _ADDED = frozenset({"Conv", "MatMul", "Gemm", "FusedMatMul"})  # nothing but a bias stands between response and output
@@ -72,7 +72,7 @@ def reach(
         macs: multiply-accumulates a sample, by node name.
         compensate: look for what the responses are added to.
     """
-    sites = [entry for entry in gp.find_sites(ir.load(path)) if isinstance(entry, gp.Site)]
+    sites = [entry for entry in gp.find_sites(load_model(path)) if isinstance(entry, gp.Site)]
     uses = Counter(site.weight for site in sites)
     made = {name for node in model.graph.node for name in node.output}
     beside = added_to(model) if compensate else {}

@@ -20,6 +20,7 @@ import graph_passes as gp
 from rsi_deploy.calibrate.onnx_rows import Taps
 from rsi_deploy.calibrate.onnx_waves import Program, needed_constants, reads
 from rsi_deploy.errors import ModelError
+from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.measure.sessions import make_session, run_session
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Segment:
 
     def _split(self) -> None:
         """Split the weights that have become factors, in the file."""
-        model = ir.load(self._path)
+        model = load_model(self._path)
         factors = self._factors
 
         def source(site: gp.Site) -> gp.Factors | gp.Dense:

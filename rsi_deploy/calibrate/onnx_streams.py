@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import torch
 from torch import Tensor
 
@@ -37,6 +36,7 @@ from rsi_deploy.calibrate.onnx_waves import cut
 from rsi_deploy.calibrate.streams import Distance, Metric, Replacement, RowCounts, StreamSite, output_distance
 from rsi_deploy.errors import ModelError
 from rsi_deploy.factor_source import graph_factors
+from rsi_deploy.gateway.onnx_reader import read_proto
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -74,7 +74,7 @@ class OnnxStreams:
         metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         self._path, self._feeds, self._provider = path, feeds, provider
-        self._model = onnx.load(path, load_external_data=False)
+        self._model = read_proto(path)
         self._dense_outputs: Tensor | None = None
         self._rows: dict[str, int] = {}
         self._samples, self._seed = samples, seed

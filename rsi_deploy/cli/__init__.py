@@ -26,6 +26,7 @@ from rsi_deploy.cli.signals import EndedError, ending_signals
 from rsi_deploy.cli.sweep import sweep
 from rsi_deploy.cli.verify import verify
 from rsi_deploy.errors import RsiDeployError
+from rsi_deploy.report.text import on_terminal
 
 FULL_DISK = {
     errno.ENOSPC: "no space left on the disk",
@@ -80,6 +81,15 @@ def run(argv: list[str] | None = None) -> int:
 def cli(verbose: bool) -> None:
     """Compress a trained network into a smaller, measurably faster ONNX model, and tell the truth about it."""
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
+    for handler in logging.root.handlers:
+        handler.setFormatter(_Guarded("%(message)s"))
+
+
+class _Guarded(logging.Formatter):
+    """Messages with names from files in them, whose control codes are shown and not obeyed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return on_terminal(super().format(record))
 
 
 for verb in (export, sweep, profile, inspect, bench, evaluate_verb, package, verify, serve, doctor, schema):
@@ -92,5 +102,5 @@ def _noted(words: str, error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"rsi-deploy: {message}", err=True)
+    click.echo(f"rsi-deploy: {on_terminal(message)}", err=True)
     return code

@@ -38,16 +38,23 @@ class Runtime:
         provider: as it was typed, options included.
         threads: inside one operator; None is onnxruntime's default.
         allow_fallback: measure what runs, even where it is not the provider asked for.
+        checked: as for `make_session`.
     """
 
     provider: str = "cpu"
     threads: int | None = None
     allow_fallback: bool = False
+    checked: bool = False
 
     def session(self, model: Path) -> "InferenceSession":
         """A session whose workers stop spinning when a run ends, or they would take the cores from the next arm."""
         return make_session(
-            model, self.provider, self.threads, spin_between_runs=False, allow_fallback=self.allow_fallback
+            model,
+            self.provider,
+            self.threads,
+            spin_between_runs=False,
+            allow_fallback=self.allow_fallback,
+            checked=self.checked,
         )
 
     def placement(self, model: Path, feeds: Feeds) -> Placement:

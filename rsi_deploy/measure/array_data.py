@@ -8,13 +8,13 @@ inputs, or whose input has another name, the keys are the names of its inputs:
 
 import hashlib
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from rsi_deploy.errors import UsageError
+from rsi_deploy.gateway.arrays import read_npz
 from rsi_deploy.measure.dataset import (
     LABEL_NAMES,
     Array,
@@ -70,9 +70,8 @@ class ArrayData:
                 f"data: {path} is not an .npz file; write one with numpy.savez(path, images=..., labels=...)"
             )
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {key: archive[key] for key in archive.files}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = read_npz(path)
+        except (ValueError, OSError) as error:
             raise UsageError(
                 f"data: {path} cannot be read: {error}; copy it again, or write it with numpy.savez"
             ) from error

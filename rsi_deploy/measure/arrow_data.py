@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.arrow_files import Table, column_array, is_picture
+from rsi_deploy.measure.arrow_files import Table, column_array, is_inside, is_picture
 from rsi_deploy.measure.dataset import (
     LABEL_NAMES,
     Array,
@@ -139,11 +139,11 @@ class ArrowData:
             name = f"{self._name}, column {self._image}{f', {path}' if path else ''}"
             if content is not None:
                 yield name, io.BytesIO(content)
-            elif path and (file := self._table.folder / path).is_file():
+            elif path and is_inside(file := self._table.folder / path, self._table.folder) and file.is_file():
                 yield name, file
             else:
                 raise UsageError(
-                    f"data: {name}: a row has neither the bytes of a picture nor a file that is there"
+                    f"data: {name}: a row has neither the bytes of a picture nor a file in the table's folder"
                     f"; store the pictures' bytes, or put the files in their place"
                 )
 

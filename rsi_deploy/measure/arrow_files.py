@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from rsi_deploy.errors import UsageError
+from rsi_deploy.gateway.documents import read_document
 from rsi_deploy.measure.dataset import Array, Labels
 
 SUFFIXES = (".parquet", ".arrow")
+MOST_ROWS = 50_000_000  # of a table; their numbers alone take 400 MB
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _CACHES = ("cache-", "tmp")  # what `datasets` leaves beside the data
 
@@ -50,6 +52,8 @@ class Table:
         self.numeric = tuple(name for name, kind in types.items() if _is_numeric(kind))
         self.classes = _class_names(schemas[0].metadata)
         self._rows = [self._row_count(file) for file in self._files]
+        if sum(self._rows) > MOST_ROWS:
+            raise UsageError(f"data: {name} claims {sum(self._rows)} rows; up to {MOST_ROWS} are read")
 
     def __len__(self) -> int:
         return sum(self._rows)
@@ -68,21 +72,28 @@ class Table:
             start += count
             if here is not None and not len(here):
                 continue
+            missing = count if here is None else len(here)
             try:
                 for at, batch in _chunks(file, columns, here, most):
+                    batch.validate(full=True)  # offsets are believed afterwards, by native code
                     if here is not None:
                         inside = here[(here >= at) & (here < at + len(batch))] - at
                         batch = batch.take(pa.array(inside)) if len(inside) != len(batch) else batch
+                    missing -= len(batch)
                     yield from (batch.slice(begin, most) for begin in range(0, len(batch), most))
             except (pa.ArrowException, OSError) as error:
                 raise UsageError(f"data: {file} cannot be read: {error}; copy it again") from error
+            if missing:
+                raise UsageError(f"data: {file} lacks {missing} of the rows that it claims; copy it again")
 
     def _schema(self, file: Path) -> Any:
         import pyarrow as pa
 
         try:
-            return _parquet(file).schema_arrow if file.suffix == ".parquet" else _arrow(file).schema
-        except (pa.ArrowException, OSError) as error:
+            schema = _parquet(file).schema_arrow if file.suffix == ".parquet" else _arrow(file).schema
+            _ = schema.names  # decoded only when asked for
+            return schema
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UsageError(f"data: {file} cannot be read: {error}; copy it again") from error
 
     def _row_count(self, file: Path) -> int:
@@ -112,7 +123,7 @@ def table_files(path: Path, split: str = "") -> list[Path]:
         _refuse_split(path, split)
         entries = _json(path / "state.json").get("_data_files")
         names = [str(entry.get("filename")) for entry in entries if isinstance(entry, dict)] if entries else []
-        if not names or not all((path / name).is_file() for name in names):
+        if not names or not all(is_inside(path / name, path) and (path / name).is_file() for name in names):
             raise UsageError(f"data: {path} lacks files that its state.json names; copy the whole folder again")
         return [path / name for name in names]
     groups: dict[str, list[Path]] = {}
@@ -125,6 +136,14 @@ def table_files(path: Path, split: str = "") -> list[Path]:
     if len(groups) == 1 and not split:
         return next(iter(groups.values()))
     return groups[_chosen(path, split, list(groups))]
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path that a file names stays in the folder, links followed."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):
+        return False
 
 
 def column_array(values: Any) -> Array:
@@ -243,17 +262,17 @@ def _class_names(metadata: Any) -> dict[str, tuple[str, ...]]:
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return {
-            name: tuple(feature["names"])
-            for name, feature in features.items()
+            name: tuple(map(str, feature["names"]))
+            for name, feature in dict(features).items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return {}
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_document(file))
     except (OSError, ValueError) as error:
         raise UsageError(f"data: {file} cannot be read: {error}; copy it again") from error
     if not isinstance(found, dict):

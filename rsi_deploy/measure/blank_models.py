@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 import graph_passes as gp
+from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.onnx_file import forget_weights_, write_onnx
 from rsi_deploy.plan.planner import site_name
 
@@ -19,7 +19,7 @@ def write_blank(dense: Path, target: Path, splits: Splits) -> None:
 
     Zeros and not random numbers: what random factors make of a deep model may be denormal, and slow.
     """
-    model = ir.load(dense)
+    model = load_model(dense)
 
     def source(site: gp.Site) -> gp.Factors | gp.Dense:
         if site.members or site_name(site.weight) not in splits:

@@ -20,6 +20,7 @@ from typing import TypeVar
 import pydantic
 
 from rsi_deploy.atomic import write_text
+from rsi_deploy.gateway.documents import read_document
 from rsi_deploy.measure.cost_table import NOISY, Conditions, CostTable, SiteCost
 from rsi_deploy.measure.machine import environment, onnxruntime_distributions
 from rsi_deploy.measure.provider_spec import parse
@@ -106,7 +107,7 @@ class CostCache:
 
     def _read(self, kind: type[Document], name: str) -> Document | None:
         try:
-            return kind.model_validate_json((self.folder / name).read_text(encoding="utf-8"))
+            return kind.model_validate_json(read_document(self.folder / name))
         except (OSError, UnicodeDecodeError, pydantic.ValidationError):
             return None
 

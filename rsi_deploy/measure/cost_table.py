@@ -17,12 +17,13 @@ import bisect
 import datetime
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import pydantic
-from pydantic import BaseModel
+from pydantic import BaseModel, PositiveInt, model_validator
 
 from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.gateway.documents import read_document
 from rsi_deploy.measure.statistics import MIN_BLOCKS, Interval, direction
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -77,9 +78,16 @@ class SplitTime(BaseModel, frozen=True, extra="forbid"):
     """
 
     form: str
-    rank: int
-    nanoseconds: int
+    rank: PositiveInt
+    nanoseconds: PositiveInt
     speedup_interval: Interval
+
+    @model_validator(mode="after")
+    def _ends_in_order(self) -> Self:
+        low, high = self.speedup_interval
+        if not 0 < low <= high:
+            raise ValueError(f"speedup_interval must be two numbers above 0 in order, but is {low:g}, {high:g}")
+        return self
 
     @property
     def is_faster(self) -> bool:
@@ -105,7 +113,7 @@ class SiteCost(BaseModel, frozen=True, extra="forbid"):
     """
 
     signature: str
-    dense_nanoseconds: int
+    dense_nanoseconds: PositiveInt
     blocks: int
     half_width: float | None
     splits: tuple[SplitTime, ...]
@@ -159,7 +167,7 @@ class ModelTime(BaseModel, frozen=True, extra="forbid"):
     hash: str
     batch: int
     inputs: dict[str, str]
-    dense_nanoseconds: int
+    dense_nanoseconds: PositiveInt
     scale: float = 1.0
     checks: tuple["PlanCheck", ...] = ()
 
@@ -276,7 +284,7 @@ def read_cost_table(path: str | Path) -> CostTable:
     if not path.is_file():
         raise UsageError(f"--cost {path}: no such file; make one with rsi-deploy profile MODEL -o {path}")
     try:
-        return CostTable.model_validate_json(path.read_text(encoding="utf-8"))
+        return CostTable.model_validate_json(read_document(path))
     except (pydantic.ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rsi_deploy.errors import UsageError
+from rsi_deploy.gateway.documents import read_document
 from rsi_deploy.measure.array_data import ArrayData as ArrayData
 from rsi_deploy.measure.array_data import NamedData as NamedData
 from rsi_deploy.measure.arrow_data import ArrowData as ArrowData
@@ -108,7 +109,7 @@ def _refuse_classes(path: Path, classes: Sequence[str] | None) -> None:
 
 def _class_list(file: str) -> list[str]:
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = read_document(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"data: the class list {file} cannot be read: {error}; one class name a line") from error
     return [line.strip() for line in lines if line.strip()]

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.errors import UsageError
+from rsi_deploy.gateway.pictures import with_picture
 from rsi_deploy.measure.preprocess import Preprocessing
 
 Array = npt.NDArray[Any]
@@ -233,12 +234,9 @@ def decoded_picture(source: Any, name: str) -> npt.NDArray[np.uint8]:
     Raises:
         UsageError: it is no image that can be read.
     """
-    from PIL import Image
-
     try:
-        with Image.open(source) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return with_picture(source, lambda picture: np.asarray(picture.convert("RGB")))
+    except ValueError as error:
         raise UsageError(f"data: {name} cannot be read as an image: {error}; repair the file or take it out") from error
 
 

@@ -8,6 +8,7 @@ casts around every node: slower, and that is what the measurement shows.
 from pathlib import Path
 
 from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.gateway.onnx_reader import read_proto
 
 
 def float16_file(model: Path, folder: Path) -> Path:
@@ -22,8 +23,9 @@ def float16_file(model: Path, folder: Path) -> Path:
 
     if model.suffix == ".ort":
         raise UsageError(f"{model} is in onnxruntime's own format and cannot be converted; give the .onnx file")
+    loaded = read_proto(model, with_data=True)
     try:
-        converted = convert_float_to_float16(onnx.load(str(model)), keep_io_types=True)
+        converted = convert_float_to_float16(loaded, keep_io_types=True)
     except Exception as error:  # the converter's and protobuf's own
         raise ModelError(f"{model}: cannot be converted to float16: {error}; measure it with --dtype stored") from error
     path = folder / f"{model.stem}.float16.onnx"

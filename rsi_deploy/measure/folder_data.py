@@ -45,7 +45,9 @@ class ImageFolderData:
         self._files: list[Path] = []
         numbers: list[int] = []
         for number, name in enumerate(self.classes):
-            files = sorted(file for file in (root / name).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            files = sorted(
+                file for file in (root / name).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+            )
             self._files += files
             numbers += [number] * len(files)
         if not self._files:

@@ -9,6 +9,7 @@ Every input draws from a generator of its own, seeded by (seed, input name): ano
 more of them, changes nothing in the rest.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.gateway.limits import MADE_NUMBERS as MOST_NUMBERS
+from rsi_deploy.gateway.limits import shown
 
 Dim = int | str | None
 
@@ -95,6 +98,11 @@ def random_feeds(
     feeds = {}
     for spec in specs:
         shape = tuple(given.get(spec.name) or _resolved(spec, batch, symbols))
+        if math.prod(shape) > MOST_NUMBERS:
+            raise UsageError(
+                f"input {shown(spec.name)} of the shape {shape} has more than {MOST_NUMBERS} numbers; "
+                "give a smaller --input-shape or batch"
+            )
         feeds[spec.name] = _drawn(spec, shape, np.random.default_rng([seed, *spec.name.encode()]))
     return feeds
 
@@ -221,24 +229,28 @@ def _inputs_of_proto(proto: Any) -> list[InputSpec]:
         if value.name in initializers:
             continue
         tensor = value.type.tensor_type
-        if not value.type.HasField("tensor_type") or tensor.elem_type in (0, onnx.TensorProto.STRING):
+        known = set(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING}
+        if not value.type.HasField("tensor_type") or tensor.elem_type not in known:
             raise ModelError(f"input {value.name} is no tensor of numbers; only those can be fed")
         if not tensor.HasField("shape"):
             raise ModelError(f"input {value.name} has no shape, not even a rank; run onnx.shape_inference first")
-        dims = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim)
+        dims = tuple(_dim(dim) for dim in tensor.shape.dim)
         dtype: np.dtype[Any] = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         specs.append(InputSpec(name=value.name, dtype=dtype, shape=dims))
     return specs
+
+
+def _dim(dim: Any) -> Dim:
+    """A size, a symbol or None; some exporters write -1 where a size is dynamic."""
+    if dim.HasField("dim_value"):
+        return int(dim.dim_value) if dim.dim_value >= 0 else None
+    return dim.dim_param or None
 
 
 def _loaded(model: Any) -> Any:
     """A ModelProto from itself or from a path, without its external weights."""
     if not isinstance(model, str | Path):
         return model
-    import onnx
-    from google.protobuf.message import DecodeError
+    from rsi_deploy.gateway.onnx_reader import read_proto
 
-    try:
-        return onnx.load(str(model), load_external_data=False)
-    except (OSError, DecodeError) as error:
-        raise ModelError(f"{model}: cannot be read as ONNX: {error}; export it again, or name an .onnx file") from error
+    return read_proto(model)

@@ -27,6 +27,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from rsi_deploy.errors import ModelError, RsiDeployError
+from rsi_deploy.gateway.arrays import read_npz
 from rsi_deploy.measure.binding import bind
 from rsi_deploy.measure.inputs import check_feeds, model_inputs, random_feeds
 from rsi_deploy.measure.placement import proven_placement
@@ -112,8 +113,7 @@ def run(request: Request) -> Reply:
     if request.feeds is None:
         feeds = random_feeds(specs, request.batch, request.seed, request.input_shape)
     else:
-        with np.load(Path(request.folder) / FEEDS) as arrays:
-            feeds = dict(zip(request.feeds, arrays.values(), strict=True))
+        feeds = dict(zip(request.feeds, read_npz(Path(request.folder) / FEEDS).values(), strict=True))
     check_feeds(specs, feeds, request.model)
     batch = next((len(array) for array in feeds.values() if array.ndim), 1)
     ran = proven_placement(request.model, request.provider, feeds, request.threads, request.allow_fallback)

@@ -20,6 +20,8 @@ from rsi_deploy.errors import UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MOST_SIDE = 7_000  # pixels: squared, what one picture may have
+
 METADATA_KEY = "rsi_deploy.preprocessing"
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> what Pillow can resize
@@ -69,9 +71,9 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
                 f"{self.mean}, {self.std}"
             )
         sizes = (self.resize,) if isinstance(self.resize, int) else (self.resize or ())
-        if any(size < 1 for size in (*sizes, *(self.crop or ()))):
+        if any(not 1 <= size <= MOST_SIDE for size in (*sizes, *(self.crop or ()))):
             raise UsageError(
-                f"preprocessing: sizes are 1 pixel or more, but got resize={self.resize}, crop={self.crop}"
+                f"preprocessing: sizes are 1 to {MOST_SIDE} pixels, but got resize={self.resize}, crop={self.crop}"
             )
         return self
 
@@ -198,6 +200,10 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         if channels not in _MODES:
             raise UsageError(f"resize takes images of 1, 3 or 4 channels, but got {channels}")
         new_height, new_width = self._resized_size(height, width)
+        if not 0 < new_height * new_width <= MOST_SIDE**2:
+            raise UsageError(
+                f"an image of {height} x {width} would become {new_height} x {new_width}; set resize to (height, width)"
+            )
         if (new_height, new_width) == (height, width):
             return image
         picture = Image.fromarray(image[:, :, 0] if channels == 1 else image)

@@ -22,6 +22,7 @@ import psutil  # type: ignore[import-untyped]
 
 from rsi_deploy import errors
 from rsi_deploy.errors import ModelError
+from rsi_deploy.gateway.onnx_reader import check_file
 from rsi_deploy.locks import ScratchFolder
 from rsi_deploy.measure.arms import Feeds, Runtime
 from rsi_deploy.measure.machine import peak_memory
@@ -207,7 +208,10 @@ def _raise(told: Told, model: Path) -> None:
 
 @contextmanager
 def _requests(models: Sequence[Path], feeds: Feeds, runtime: Runtime, calls: int) -> Iterator[list[Path]]:
-    """One request file a model, for as long as they are needed."""
+    """One request file a model, for as long as they are needed; the models are checked here and not there."""
+    for model in models:
+        if model.suffix != ".ort":
+            check_file(model)
     with ScratchFolder() as folder:
         stored = Path(folder) / "feeds.npz"
         np.savez(stored, *feeds.values())

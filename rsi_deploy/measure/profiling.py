@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rsi_deploy.found_splits import found_splits
+from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.locks import ScratchFolder
 from rsi_deploy.measure.arms import Feeds, Runtime
 from rsi_deploy.measure.sections import Profile, SiteTime
@@ -103,22 +104,18 @@ def _median(times: Floats | None) -> float | None:
 
 def split_sites(models: Sequence[Path]) -> tuple[str, ...]:
     """Names of the nodes that some arm has split, in the order of its graph."""
-    import onnx_ir as ir
-
     found: dict[str, None] = {}
     for model in models:
         if model.suffix != ".ort":  # onnxruntime's own format keeps no metadata of nodes
-            found |= dict.fromkeys(found_splits(ir.load(model)))
+            found |= dict.fromkeys(found_splits(load_model(model)))
     return tuple(found)
 
 
 def _roles(model: Path, sites: Sequence[str]) -> dict[str, tuple[str, Side]]:
     """Name of a node, or of one that may be fused with it -> its site and side."""
-    import onnx_ir as ir
-
     if model.suffix == ".ort":
         return {name: (site, side) for site in sites for name, side in _names(site)}
-    loaded = ir.load(model)
+    loaded = load_model(model)
     splits = found_splits(loaded)
     nodes = {node.name: node for node in loaded.graph if node.name}
     own: dict[str, tuple[str, Side]] = {}

@@ -16,6 +16,7 @@ import pydantic
 from pydantic import BaseModel
 
 from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.gateway.documents import read_document
 from rsi_deploy.measure.accuracy import AccuracyResult
 from rsi_deploy.measure.loadgen import LoadGenResult
 from rsi_deploy.measure.machine import Environment
@@ -201,7 +202,7 @@ def read_bench(path: str | Path) -> BenchDocument:
     if not path.is_file():
         raise UsageError(f"no such file: {path}; expected a result of rsi-deploy bench --json")
     try:
-        return BenchDocument.model_validate_json(path.read_text(encoding="utf-8"))
+        return BenchDocument.model_validate_json(read_document(path))
     except (pydantic.ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(map(str, first["loc"])) or "the file"

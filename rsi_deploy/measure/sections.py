@@ -3,9 +3,9 @@
 Where a field ends in `_interval` or `_interval_ms` it is the 95 % bootstrap interval over repetitions.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
 from rsi_deploy.measure.statistics import Interval
 
@@ -134,6 +134,12 @@ class Throughput(Section):
     per_second_intervals: tuple[Interval, ...]
     best: int
     ended: str
+
+    @model_validator(mode="after")
+    def _as_many(self) -> Self:
+        if not len(self.batches) == len(self.per_second) == len(self.per_second_intervals):
+            raise ValueError("batches, per_second and per_second_intervals must be as many")
+        return self
 
 
 class SiteTime(BaseModel, frozen=True, extra="forbid"):

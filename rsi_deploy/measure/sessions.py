@@ -41,6 +41,7 @@ def make_session(
     spin_between_runs: bool = True,
     arena: bool = True,
     allow_fallback: bool = False,
+    checked: bool = False,
 ) -> "InferenceSession":
     """Load a model on the provider that was asked for, or refuse.
 
@@ -54,6 +55,8 @@ def make_session(
         spin_between_runs: let idle workers spin after a run. Off where several sessions share the cores.
         arena: keep the memory of a run for the next one: faster, and as much as the largest run needs.
         allow_fallback: take a session on another provider where the one asked for does not start.
+        checked: another process of ours has held the file against itself already (`rsi_deploy.gateway.onnx_reader`),
+            and this one measures its own time and memory.
 
     Raises:
         UsageError: unknown provider or option, fewer than one thread or two numbers of them, or the provider did
@@ -66,6 +69,10 @@ def make_session(
     name = named(model)
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise ModelError(f"{name}: no such file; expected an ONNX model")
+    if not isinstance(model, bytes) and Path(model).suffix != ".ort" and not checked:
+        from rsi_deploy.gateway.onnx_reader import check_file
+
+        check_file(model)
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be 1 or more, but got {threads}")
     if threads is not None and spec.session.get("threads", str(threads)) != str(threads):

@@ -33,18 +33,21 @@ def main(path: str) -> None:
 
 def _phases(request: dict[str, Any]) -> None:
     before = time.perf_counter_ns()
-    import numpy as np
+    import numpy as np  # noqa: F401
     import onnxruntime  # noqa: F401
 
     spent = time.perf_counter_ns() - before
     from pathlib import Path
 
+    from rsi_deploy.gateway.arrays import read_npz
     from rsi_deploy.measure.arms import Runtime
 
-    with np.load(request["feeds"]) as stored:
-        feeds = dict(zip(request["names"], (stored[name] for name in stored.files), strict=True))
+    feeds = dict(zip(request["names"], read_npz(request["feeds"]).values(), strict=True))
     runtime = Runtime(
-        provider=request["provider"], threads=request["threads"], allow_fallback=request["allow_fallback"]
+        provider=request["provider"],
+        threads=request["threads"],
+        allow_fallback=request["allow_fallback"],
+        checked=True,  # by whoever wrote the request
     )
     import rsi_deploy.measure.machine  # noqa: F401
 

@@ -8,6 +8,7 @@ import pydantic
 
 from rsi_deploy.onnx_file import external_files
 from rsi_deploy.packaging.servable import Servable
+from rsi_deploy.report.text import in_markdown
 
 Target = Literal["ort", "triton", "kserve", "ray-serve"]
 
@@ -46,8 +47,8 @@ def described(model: Servable) -> list[str]:
     """Lines of Markdown: what goes in and out, and how pictures become inputs."""
     steps = model.report.preprocessing
     return [
-        *(f"- input `{tensor}`" for tensor in model.inputs),
-        *(f"- output `{tensor}`" for tensor in model.outputs),
+        *(f"- input `{in_markdown(str(tensor))}`" for tensor in model.inputs),
+        *(f"- output `{in_markdown(str(tensor))}`" for tensor in model.outputs),
         "",
         f"Preprocessing, to be done by the client: {steps.describe() if steps else 'unknown; send ready inputs.'}",
     ]

@@ -9,6 +9,7 @@
 Triton's onnxruntime backend runs model.onnx; model.py is for the Python backend, on servers that have only that.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -98,12 +99,12 @@ def _client(name: str, model: Servable) -> list[str]:
         "",
         'client = triton.InferenceServerClient("localhost:8000")',
         "arrays = {",
-        *(f'    "{key}": np.zeros({array.shape}, "{array.dtype}"),' for key, array in shapes.items()),
+        *(f'    {json.dumps(key)}: np.zeros({array.shape}, "{array.dtype}"),' for key, array in shapes.items()),
         "}",
         "inputs = [triton.InferInput(n, a.shape, np_to_triton_dtype(a.dtype)) for n, a in arrays.items()]",
         "for value, array in zip(inputs, arrays.values()):",
         "    value.set_data_from_numpy(array)",
-        f'answer = client.infer("{name}", inputs).as_numpy("{model.outputs[0].name}")',
+        f'answer = client.infer("{name}", inputs).as_numpy({json.dumps(model.outputs[0].name)})',
         "```",
     ]
 

@@ -7,6 +7,7 @@ Triton has no empty dims: a scalar (of a sample) is `dims: [1]` with a reshape t
 numbers and random floats, in the shapes of the probe inputs: random whole numbers may be no valid indices.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -127,7 +128,8 @@ def _scalar(value: bool | int | str) -> str:
         return str(value).lower()
     if isinstance(value, int | Word):
         return str(value)
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    text = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return '"' + re.sub("[\x00-\x1f\x7f]", lambda found: f"\\{ord(found[0]):03o}", text) + '"'
 
 
 def _tensor(what: str, tensor: Tensor, batched: bool) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import pydantic
 
 from rsi_deploy.atomic import FULL_DISK, write_text
 from rsi_deploy.errors import UsageError
+from rsi_deploy.gateway.documents import read_document
 
 SCHEMA_VERSION: Literal[1] = 1
 SHOWN = 5  # problems that one message names
@@ -96,7 +97,7 @@ def read_plan(path: str | Path) -> Plan:
     """
     path = Path(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        document = json.loads(read_document(path), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise UsageError(f"cannot read the plan {path}: {error.strerror}; expected a plan.json") from error
     except _DuplicateError as error:

@@ -1,5 +1,6 @@
 """The model card: the bundle's README.md, from the report and the model's own inputs and outputs."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rsi_deploy.report.summary import (
     response_error,
     verdict,
 )
+from rsi_deploy.report.text import in_markdown
 from rsi_deploy.sites import SiteRecord
 
 JOINTLY = (
@@ -27,7 +29,7 @@ JOINTLY = (
 def model_card(report: Report, model: Path) -> str:
     """Markdown: what it is, inputs and outputs, preprocessing, measured numbers, how to run it, every site."""
     lines = [
-        f"# {report.source.model}, compressed",
+        f"# {in_markdown(report.source.model)}, compressed",
         "",
         f"Low-rank factorization ({_asked(report.settings)}) by {report.tool}. "
         f"{len(report.split_sites)} of {len(report.sites)} weights are split; nothing was retrained. ",
@@ -42,9 +44,9 @@ def model_card(report: Report, model: Path) -> str:
         "",
         "## Inputs and outputs",
         "",
-        *(f"- input `{spec}`" for spec in model_inputs(model)),
+        *(f"- input `{in_markdown(str(spec))}`" for spec in model_inputs(model)),
         *(
-            f"- output `{p.name}` {p.shape} for inputs {', '.join(map(str, report.probe_shapes.values()))}"
+            f"- output `{in_markdown(p.name)}` {p.shape} for inputs {', '.join(map(str, report.probe_shapes.values()))}"
             for p in report.probe
         ),
         "",
@@ -73,7 +75,7 @@ def model_card(report: Report, model: Path) -> str:
     if any(s.joint for s in report.sites):
         lines += ["", JOINTLY]
     if report.notes:
-        lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
+        lines += ["", "## Notes", "", *(f"- {in_markdown(note)}" for note in report.notes)]
     return "\n".join(lines) + "\n"
 
 
@@ -88,17 +90,17 @@ def _asked(settings: Settings) -> str:
 def _sites(sites: Sequence[SiteRecord]) -> list[str]:
     """A table with a line for each site; the errors of those fitted to data are those of their responses."""
     fitted = any(s.response_error is not None for s in sites)
-    plain = any(s.normalized_error is not None for s in sites) or not fitted
+    direct = any(s.normalized_error is not None for s in sites) or not fitted
     columns = ["weight", "op", "out x in", "rank", "decision"]
-    columns += ["normalized error", "spectral error"] * plain + ["response error"] * fitted
+    columns += ["normalized error", "spectral error"] * direct + ["response error"] * fitted
     rows = [
         [
-            s.name,
-            operation(s),
+            in_markdown(s.name),
+            in_markdown(operation(s)),
             _shape(s.out_features, s.in_features, s.groups),
             str(s.rank or ""),
-            s.decision if s.reason == s.decision else f"{s.decision}: {s.reason}",
-            *[_error(s.normalized_error, s.normalized_error_kind), _number(s.spectral_error)] * plain,
+            s.decision if s.reason == s.decision else in_markdown(f"{s.decision}: {s.reason}"),
+            *[_error(s.normalized_error, s.normalized_error_kind), _number(s.spectral_error)] * direct,
             *[response_error(s)] * fitted,
         ]
         for s in sites
@@ -139,7 +141,7 @@ def _feeds(model: Path) -> str:
     feeds = []
     for spec in model_inputs(model):
         shape = tuple(dim if isinstance(dim, int) else 1 for dim in spec.shape)
-        feeds.append(f'"{spec.name}": np.zeros({shape}, "{spec.dtype}")')
+        feeds.append(f'{json.dumps(spec.name)}: np.zeros({shape}, "{spec.dtype}")')
     return "{" + ", ".join(feeds) + "}"
 
 

@@ -28,7 +28,8 @@ _NO_PICTURES = (
 
 def source_of(page: Path) -> str | None:
     """The sha256 of the document that a page was made from; None where it does not tell."""
-    found = _SOURCE.search(page.read_text(encoding="utf-8", errors="replace")[:4096])
+    with page.open("rb") as file:
+        found = _SOURCE.search(file.read(4096).decode("utf-8", errors="replace"))
     return found[1] if found else None
 
 

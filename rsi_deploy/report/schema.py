@@ -4,7 +4,7 @@
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ import pydantic
 from rsi_deploy.bound import SoftmaxBound
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gates import Comparison
+from rsi_deploy.gateway.documents import read_document
+from rsi_deploy.manifest import inside
 from rsi_deploy.measure.accuracy import AccuracyResult
 from rsi_deploy.measure.cost_table import Conditions, PlanCheck
 from rsi_deploy.measure.machine import Environment
@@ -52,7 +54,7 @@ class Settings(_Record):
     method: str
     power_iterations: int | Literal["auto"]
     oversampling: int
-    seed: int
+    seed: pydantic.NonNegativeInt
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     always_split: bool
@@ -99,9 +101,9 @@ class SourceRecord(_Record):
 class Size(_Record):
     """Of one model: file bytes (weights in line), floating parameters, MACs a sample."""
 
-    bytes: int
-    params: int
-    macs: int
+    bytes: pydantic.PositiveInt
+    params: pydantic.NonNegativeInt
+    macs: pydantic.NonNegativeInt
 
 
 class Verification(_Record):
@@ -229,11 +231,17 @@ class Report(_Record):
     probe_shapes: dict[str, tuple[int, ...]]
     probe_given: bool
     probe: tuple[ProbeOutput, ...]
-    files: dict[str, str]
+    files: dict[Annotated[str, pydantic.AfterValidator(inside)], str]
     stages: tuple[Stage, ...]
     peak_memory: int
     environment: Environment
     notes: tuple[str, ...]
+
+    @pydantic.model_validator(mode="after")
+    def _two_arms(self) -> Self:
+        if self.latency is not None and len(self.latency.arms) != 2:
+            raise ValueError(f"latency must have the arms dense and compressed, but has {len(self.latency.arms)}")
+        return self
 
     @property
     def split_sites(self) -> tuple[SiteRecord, ...]:
@@ -252,7 +260,7 @@ def read_report(folder: Path) -> Report:
     if not path.is_file():
         raise UsageError(f"{folder} is no bundle: it has no report.json; name the folder that export wrote")
     try:
-        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+        return Report.model_validate_json(read_document(path))
     except (pydantic.ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -49,7 +49,7 @@ def print_report(console: Console, report: "Report", *, most_sites: int = 30) ->
         console.print(escape(line))
     for note in [*report.notes, *(report.latency.notes if report.latency else ())]:
         console.print(f"note: {escape(note)}")
-    console.print(f"verdict: {verdict(report)}", style="bold")
+    console.print(f"verdict: {escape(verdict(report))}", style="bold")
 
 
 def print_sites(console: Console, sites: "tuple[SiteRecord, ...]", *, most: int = 30) -> None:
@@ -76,7 +76,7 @@ def print_sites(console: Console, sites: "tuple[SiteRecord, ...]", *, most: int 
         groups = f" x{s.groups}" if s.groups > 1 else ""
         table.add_row(
             escape(s.name),
-            operation(s),
+            escape(operation(s)),
             f"{s.out_features} x {s.in_features}{groups}" if s.out_features else "",
             str(s.rank or ""),
             *[normalized_error(s)] * with_errors,
@@ -111,7 +111,7 @@ def print_inspection(console: Console, result: "Inspection") -> None:
         groups = f" x{s.groups}" if s.groups > 1 else ""
         table.add_row(
             escape(s.name),
-            s.kind,
+            escape(s.kind),
             f"{s.out_features} x {s.in_features}{groups}" if s.out_features else "",
             f"{s.params:,}",
             f"{s.break_even_rank:.1f}" if s.out_features else "",

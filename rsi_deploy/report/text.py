@@ -5,8 +5,12 @@ import re
 LONGEST = 1000
 """Characters of one text that a page shows; report.json has it whole."""
 
-# Controls, halves of surrogate pairs, and marks that turn the direction of what follows them.
-_UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+# Controls, halves of surrogate pairs, and marks that turn the direction of what follows them or are not seen at all.
+_UNFIT = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
+    "\ufffe\uffff\U000e0000-\U000e007f]"
+)
+_MARKDOWN = str.maketrans({"|": "\\|", "<": "&lt;", "`": "'", "\n": "\\n", "\t": " "})
 
 
 def plain(text: str) -> str:
@@ -17,6 +21,26 @@ def plain(text: str) -> str:
         'layer\\x1b[31m'
     """
     return shortened(_UNFIT.sub(lambda found: f"\\x{ord(found[0]):02x}", text), LONGEST)
+
+
+def on_terminal(text: str) -> str:
+    r"""The text with what would steer a terminal shown as its code; lines and tabs stay, and nothing is left out.
+
+    Example:
+        >>> on_terminal("layer\x1b[31m")
+        'layer\\x1b[31m'
+    """
+    return _UNFIT.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def in_markdown(text: str) -> str:
+    r"""A name from a file in one line of Markdown: no cell, code, link or tag ends or begins in it.
+
+    Example:
+        >>> in_markdown("a|b\n<img>`")
+        "a\\|b\\n&lt;img>'"
+    """
+    return plain(text).translate(_MARKDOWN).replace("](", "]\\(")
 
 
 def shortened(text: str, most: int) -> str:

@@ -11,12 +11,13 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 
 from rsi_deploy.errors import GateError, ModelError, UsageError
-from rsi_deploy.manifest import check_manifest, file_hash
+from rsi_deploy.gateway.documents import read_document
+from rsi_deploy.manifest import check_manifest, file_hash, inside
 from rsi_deploy.measure.preprocess import Preprocessing
 
 Stamp = tuple[str, int, int, int]
@@ -29,7 +30,7 @@ class _Claims(pydantic.BaseModel, frozen=True, extra="ignore"):
     """What a server needs of report.json; the whole of it needs torch to be read."""
 
     schema_version: Literal[1]
-    files: dict[str, str]
+    files: dict[Annotated[str, pydantic.AfterValidator(inside)], str]
     preprocessing: Preprocessing | None = None
     probe_shapes: dict[str, tuple[int, ...]] = pydantic.Field(default_factory=dict)
 
@@ -122,9 +123,9 @@ def stamps(path: Path) -> tuple[Stamp, ...]:
 
 def _claims(folder: Path) -> _Claims:
     try:
-        return _Claims.model_validate_json((folder / "report.json").read_bytes())
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
+        return _Claims.model_validate_json(read_document(folder / "report.json"))
+    except (pydantic.ValidationError, UnicodeDecodeError) as error:
+        first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ModelError(
             f"{folder / 'report.json'} is no report that can be served: {where}: {first['msg']}; export again"

@@ -3,12 +3,11 @@
 import io
 
 from rsi_deploy.errors import UsageError
+from rsi_deploy.gateway.pictures import TooLargeError, with_picture
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.serving.refusal import Refusal
 from rsi_deploy.serving.requests import Request
 from rsi_deploy.serving.signature import Signature
-
-MOST_PIXELS = 50_000_000
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels that a model takes -> Pillow's mode
 
@@ -25,8 +24,6 @@ def image_request(data: bytes, preprocessing: Preprocessing | None, signature: S
     Raises:
         Refusal: 400, no image, or a model that takes none or does not say how; 413, too many pixels.
     """
-    from PIL import Image
-
     if preprocessing is None:
         raise Refusal(400, f"{model} does not say how pictures become its inputs; export it with a preprocessing")
     if len(signature.inputs) != 1 or len(signature.inputs[0].shape) != 4:
@@ -34,13 +31,12 @@ def image_request(data: bytes, preprocessing: Preprocessing | None, signature: S
     (spec,) = signature.inputs
     channels = spec.shape[3 if preprocessing.layout == "NHWC" else 1]
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.width * picture.height > MOST_PIXELS:
-                raise Refusal(413, f"{picture.width} x {picture.height} pixels are more than {MOST_PIXELS}")
-            mode = _MODES.get(channels, "RGB") if isinstance(channels, int) else "RGB"
-            inputs = preprocessing.apply_image(picture.convert(mode))
+        mode = _MODES.get(channels, "RGB") if isinstance(channels, int) else "RGB"
+        inputs = with_picture(io.BytesIO(data), lambda picture: preprocessing.apply_image(picture.convert(mode)))
     except UsageError as error:
         raise Refusal(400, str(error)) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except TooLargeError as error:
+        raise Refusal(413, str(error)) from None
+    except (OSError, SyntaxError, ValueError) as error:
         raise Refusal(400, f"the body cannot be read as an image: {str(error)[:160]}") from None
     return Request(feeds={spec.name: inputs[None]}, outputs={})

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from rsi_deploy.atomic import write_text
 from rsi_deploy.calibrate.streams import Metric
+from rsi_deploy.gateway.documents import read_document
 from rsi_deploy.measure.accuracy import AccuracyResult
 from rsi_deploy.plan.knapsack import Option, SiteOptions
 
@@ -66,7 +67,7 @@ class Kept:
     def accuracy(self) -> AccuracyResult | None:
         """The dense model's; None where it is not kept."""
         path = self.folder / "accuracy.json"
-        return AccuracyResult.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return AccuracyResult.model_validate_json(read_document(path)) if path.is_file() else None
 
     def keep_accuracy(self, accuracy: AccuracyResult | None) -> None:
         """Keep it, where there is one."""

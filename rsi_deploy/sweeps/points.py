@@ -7,13 +7,14 @@ DIR/point-NN/      the bundle of a point, whole
 
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 
 from rsi_deploy.bundle import whole_folder
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.manifest import file_hash
+from rsi_deploy.gateway.documents import read_document
+from rsi_deploy.manifest import file_hash, inside
 from rsi_deploy.measure.machine import Environment
 from rsi_deploy.measure.statistics import Interval
 from rsi_deploy.report.schema import Report, Size, read_report
@@ -42,7 +43,7 @@ class SweepPoint(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     number: int
     share: float
-    folder: str = ""
+    folder: Annotated[str, pydantic.AfterValidator(lambda name: name and inside(name))] = ""
     problem: str = ""
     size: Size | None = None
     latency_ms: float | None = None
@@ -92,7 +93,7 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
     source_hash: str
     settings: str
     by: By
-    shares: tuple[float, ...]
+    shares: Annotated[tuple[float, ...], pydantic.Field(min_length=1)]
     dense: Size | None = None
     dense_top1: float | None = None
     points: tuple[SweepPoint, ...] = ()
@@ -148,7 +149,7 @@ def read_sweep(folder: str | Path) -> Sweep:
             f"{folder} is no sweep: it has no sweep.json; make one with rsi-deploy sweep MODEL -o {folder}"
         )
     try:
-        return Sweep.model_validate_json(path.read_text(encoding="utf-8"))
+        return Sweep.model_validate_json(read_document(path))
     except (pydantic.ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -176,6 +177,8 @@ def deliver(folder: str | Path, number: int, output: str | Path, *, force: bool 
     for name, digest in report.files.items():
         if not (source / name).is_file() or file_hash(source / name) != digest:
             raise ModelError(f"{source / name} is not the file that its report speaks of; run the sweep again")
+    if links := [path for path in source.rglob("*") if path.is_symlink()]:
+        raise ModelError(f"{links[0]} is a link, which no sweep writes; run the sweep again, or copy the file itself")
     with whole_folder(Path(output), force=force, inputs=(source,)) as target:
         shutil.copytree(source, target, dirs_exist_ok=True)
     return report

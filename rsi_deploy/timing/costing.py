@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-import onnx_ir as ir
 
 from graph_passes import FoldBatchNormPass
 from rsi_deploy import __version__
 from rsi_deploy.atomic import write_text
 from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.locks import ScratchFolder
 from rsi_deploy.measure.arms import Feeds, Runtime, make_feeds
 from rsi_deploy.measure.cost_cache import CostCache, conditions_here
@@ -199,7 +199,7 @@ class Costing:
     def pieces(self, dense: Path, feeds: Feeds) -> tuple[dict[str, Piece], dict[str, str]]:
         """Site name -> its piece, and site name -> why it has none."""
         trace = traced_run(dense, feeds)
-        model = ir.load(dense)
+        model = load_model(dense)
         entries = list(pieces(model, trace.inputs, trace.macs))
         uses = Counter(site.weight for site, _ in entries)
         found: dict[str, Piece] = {}

@@ -1,0 +1,78 @@
+"""Every tensor, node and graph of an ONNX model, wherever it stands: graphs in graphs, attributes, local functions."""
+
+from collections.abc import Iterable, Iterator
+
+from google.protobuf.message import Message
+from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
+
+
+def all_tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """Initializers and tensors in attributes; of the sparse ones their values and their indices."""
+    for graph in all_graphs(model):
+        yield from graph.initializer
+    for node in all_nodes(model):
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+    for sparse in all_sparse(model):
+        yield sparse.values
+        yield sparse.indices
+
+
+def all_sparse(model: ModelProto) -> Iterator[SparseTensorProto]:
+    """Sparse initializers, and sparse tensors in attributes."""
+    for graph in all_graphs(model):
+        yield from graph.sparse_initializer
+    for node in all_nodes(model):
+        for attribute in node.attribute:
+            if attribute.HasField("sparse_tensor"):
+                yield attribute.sparse_tensor
+            yield from attribute.sparse_tensors
+
+
+def all_graphs(model: ModelProto) -> Iterator[GraphProto]:
+    """The main graph and every subgraph, those in local functions too."""
+    yield model.graph
+    yield from _below(model.graph.node)
+    for function in model.functions:
+        yield from _below(function.node)
+
+
+def all_nodes(model: ModelProto) -> Iterator[NodeProto]:
+    """Every node."""
+    for graph in all_graphs(model):
+        yield from graph.node
+    for function in model.functions:
+        yield from function.node
+
+
+def texts(message: Message) -> Iterator[str | bytes]:
+    """Every text of a message and of all in it, a tensor's strings apart; bytes where it is no UTF-8."""
+    if isinstance(message, TensorProto):  # whose data are not to be copied
+        yield message.name
+        yield message.doc_string
+        for entry in message.external_data:
+            yield from (entry.key, entry.value)
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for each in value if field.is_repeated else (value,):
+                yield from texts(each)
+        elif field.type == field.TYPE_STRING:
+            yield from value if field.is_repeated else (value,)
+
+
+def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    """Graphs in the node's attributes."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _below(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
+    for node in nodes:
+        for graph in subgraphs(node):
+            yield graph
+            yield from _below(graph.node)

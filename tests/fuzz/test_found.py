@@ -1,0 +1,106 @@
+"""What fuzzing found, each made when the test runs: all of it ended in something that was none of our errors."""
+
+import copy
+import json
+
+import pytest
+from fuzz_seeds import documents, models
+from fuzz_targets import TARGETS
+from onnx import ModelProto, TensorProto
+
+
+def conv(proto):
+    """The seed with a Conv, by the value that it makes."""
+    return next(node for node in proto.graph.node if node.op_type == "Conv")
+
+
+def declared(proto, name, *dims):
+    """Declare the shape of a value."""
+    value = proto.graph.value_info.add(name=name)
+    value.type.tensor_type.elem_type = TensorProto.FLOAT
+    value.type.tensor_type.shape.SetInParent()
+    for dim in dims:
+        value.type.tensor_type.shape.dim.add(dim_value=dim)
+
+
+def a_segment(proto):
+    proto.graph.initializer[0].segment.SetInParent()
+
+
+def a_device_without_a_name(proto):
+    proto.graph.node[0].device_configurations.add()
+
+
+def an_input_of_no_type(proto):
+    proto.graph.input[0].type.tensor_type.elem_type = -(1 << 31)
+
+
+def a_name_that_is_no_utf8(proto):
+    """protobuf reads it as bytes; it is written as a name of as many ASCII characters first."""
+    proto.graph.node[0].name = "LATIN"
+
+
+def an_output_of_a_conv_that_is_a_scalar(proto):
+    declared(proto, conv(proto).output[0])
+    declared(proto, conv(proto).input[0])
+
+
+def an_input_of_a_conv_that_is_a_scalar(proto):
+    del proto.graph.input[0].type.tensor_type.shape.dim[:]
+    declared(proto, conv(proto).output[0])
+
+
+MODELS = {  # seed -> what was done to it
+    "a branch whose output is a scalar": (4, lambda proto: None),
+    "a segment": (0, a_segment),
+    "a device without a name": (0, a_device_without_a_name),
+    "an input of no type": (0, an_input_of_no_type),
+    "a name that is no UTF-8": (0, a_name_that_is_no_utf8),
+    "a conv's output that is a scalar": (2, an_output_of_a_conv_that_is_a_scalar),
+    "a conv's input that is a scalar": (2, an_input_of_a_conv_that_is_a_scalar),
+}
+
+
+@pytest.mark.parametrize("target", ["onnx", "runtime"])
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_ends_well(case, target):
+    number, change = MODELS[case]
+    made = ModelProto()
+    made.CopyFrom(models()[number])
+    change(made)
+    TARGETS[target](b"\0" + made.SerializePartialToString().replace(b"LATIN", b"\xff\xfe\xc0\x80\xe4"))
+
+
+def without(document, *path):
+    """The last of the path taken out of the document."""
+    for key in path[:-1]:
+        document = document[key]
+    del document[path[-1]]
+
+
+def put(document, value, *path):
+    """The last of the path set."""
+    for key in path[:-1]:
+        document = document[key]
+    document[path[-1]] = value
+
+
+DOCUMENTS = {
+    "a report of no bytes": ("report", 0, lambda d: put(d, 0, "compressed", "bytes")),
+    "a spectrum of fewer values than ranks": ("report", 0, lambda d: without(d, "sites", 0, "spectrum", "values", 0)),
+    "probe outputs of fewer numbers": ("report", 0, lambda d: without(d, "probe", 0, "first", 0)),
+    "a budget that is no number": ("report", 0, lambda d: put(d, "--max-drop x", "settings", "budget")),
+    "a seed below zero": ("report", 0, lambda d: put(d, -1, "settings", "seed")),
+    "throughput of fewer rates than batches": ("config", 3, lambda d: without(d, "throughput", 0, "per_second", 0)),
+    "a time of nothing": ("cost", 0, lambda d: put(d, [0.0, 0.0], "costs", 0, "splits", 0, "speedup_interval")),
+    "a sweep of no shares": ("config", 1, lambda d: put(d, [], "shares")),
+}
+
+
+@pytest.mark.parametrize("case", DOCUMENTS)
+def test_a_document_ends_well(case):
+    target, number, change = DOCUMENTS[case]
+    document = copy.deepcopy(documents()[target][number])
+    change(document)
+    which = bytes([number]) if target == "config" else b""
+    TARGETS[target](which + b"\0" + json.dumps(document).encode())

@@ -1,0 +1,105 @@
+"""A short run of every fuzz target with the same bytes each time; `make fuzz` is the long one.
+
+Whatever a target raises is a finding, and so is what takes longer than 10 s.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+from fuzz_seeds import documents, models
+from fuzz_targets import TARGETS, onnx_target, seeds, shown_input
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mutations import mutated_document, mutated_model
+
+sys.path.append(str(Path(__file__).parents[1] / "graph_passes"))
+from random_graphs import cases
+
+HANG_MS = 10_000
+EXAMPLES = {"onnx": 150, "runtime": 60, "report": 60, "plan": 150, "cost": 150, "config": 100}
+
+quiet = settings(
+    deadline=HANG_MS,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_valid_files_are_taken(target):
+    for seed in seeds(target):
+        TARGETS[target](seed)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_changed_files_end_well(target):
+    """Success, or one of our own errors."""
+
+    @settings(quiet, max_examples=EXAMPLES[target])
+    @given(st.binary(min_size=2, max_size=48))
+    def run(data):
+        TARGETS[target](b"\1" + data if target != "config" else data[:1] + b"\1" + data[1:])
+
+    run()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_damaged_bytes_end_well(target):
+    """Valid files with a byte changed, or cut off."""
+    files = [seed for seed in seeds(target) if seed[:1] == b"\0" or target == "config"]
+
+    @settings(quiet, max_examples=40)
+    @given(st.sampled_from(files), st.integers(0), st.integers(0, 255), st.booleans())
+    def run(file, at, value, cut):
+        at %= len(file)
+        TARGETS[target](file[:at] + (b"" if cut else bytes([value]) + file[at + 1 :]))
+
+    run()
+
+
+@settings(quiet, max_examples=100)
+@given(cases(), st.binary(max_size=40))
+def test_changed_graphs_of_every_form_end_well(case, data):
+    """Names, dims, types, attributes, edges, tensors, subgraphs, functions of valid graphs, changed."""
+    onnx_target(b"\0" + mutated_model(case.proto, data).SerializePartialToString())
+
+
+def test_a_target_lets_other_errors_out(monkeypatch):
+    """The runs above can fail: an error that is none of ours comes through."""
+
+    def broken(*args, **options):
+        raise IndexError("a defect")
+
+    monkeypatch.setattr("fuzz_targets.rsi_deploy.inspect", broken, raising=False)
+    with pytest.raises(IndexError, match="a defect"):
+        onnx_target(next(seeds("onnx")))
+
+
+@given(st.binary(max_size=40))
+@settings(quiet, max_examples=50)
+def test_bytes_are_choices(data):
+    """The same bytes make the same, and the seed stays as it was."""
+    for model in models():
+        before = model.SerializeToString(deterministic=True)
+        made = [mutated_model(model, data).SerializePartialToString(deterministic=True) for _ in range(2)]
+        assert made[0] == made[1]
+        assert model.SerializeToString(deterministic=True) == before
+    plan = documents()["plan"][0]
+    assert repr(mutated_document(plan, data)) == repr(mutated_document(plan, data))
+
+
+def test_mutations_change_something():
+    """Of many byte strings most make another model and another document."""
+    plan = documents()["plan"][0]
+    changed = [
+        mutated_model(models()[0], bytes([n, 3 * n % 256, 7 * n % 256, n // 2])) != models()[0] for n in range(256)
+    ]
+    assert sum(changed) > 150
+    assert sum(mutated_document(plan, bytes([n, 5 * n % 256, 3])) != plan for n in range(256)) > 150
+
+
+def test_a_finding_can_be_looked_at():
+    assert shown_input("onnx", b"\1\0\5\6\7").graph.node
+    assert shown_input("config", b"\0\0{}") == b"{}"
