@@ -28,7 +28,9 @@ def read_document(path: str | Path) -> str:
     with Path(path).open("rb") as file:
         content = file.read(DOCUMENT_BYTES + 1)
     if len(content) > DOCUMENT_BYTES:
-        raise UsageError(f"{path} has more than {DOCUMENT_BYTES >> 20} MiB, which no document of rsi-deploy has")
+        raise UsageError(
+            f"{path} has more than {DOCUMENT_BYTES >> 20} MiB, which no document of rsi-deploy has; name the right file"
+        )
     text = content.decode("utf-8")
     try:
         json.loads(text, parse_constant=_constant, parse_int=_number, parse_float=_number)

@@ -43,7 +43,7 @@ def functions_of(model: ModelProto) -> dict[FunctionKey, FunctionProto]:
 
 def _check_graph(graph: GraphProto, outer: tuple[set[str], ...], name: str) -> None:
     if len(outer) > NESTED_GRAPHS:
-        raise ModelError(f"{name}: graphs stand in graphs more than {NESTED_GRAPHS} deep, which is refused")
+        raise ModelError(f"{name}: graphs stand in graphs more than {NESTED_GRAPHS} deep, which is refused; flatten it")
     inputs = [value.name for value in graph.input]
     stored = [*(tensor.name for tensor in graph.initializer), *(s.values.name for s in graph.sparse_initializer)]
     for kind, names in (("input", inputs), ("initializer", stored)):
@@ -67,19 +67,22 @@ def _check_nodes(nodes: Sequence[NodeProto], own: set[str], outer: tuple[set[str
         for used in filter(None, node.input):
             if used not in own and not any(used in scope for scope in outer):
                 why = "a cycle, or nodes out of order" if used in made else "nothing defines it"
-                raise ModelError(f"{name}: node {called(node)} uses {shown(used)}: {why}")
+                raise ModelError(f"{name}: node {called(node)} uses {shown(used)}: {why}; export the model again")
         for subgraph in subgraphs(node):
             _check_graph(subgraph, (*outer, own), name)
         for output in filter(None, node.output):
             if output in own:
-                raise ModelError(f"{name}: {shown(output)} is defined twice, the second time by node {called(node)}")
+                raise ModelError(
+                    f"{name}: {shown(output)} is defined twice, the second time by node {called(node)}; "
+                    "export the model again"
+                )
             own.add(output)
 
 
 def _check_outputs(names: Iterable[str], own: set[str], outer: tuple[set[str], ...], name: str) -> None:
     for each in names:
         if each not in own and not any(each in scope for scope in outer):
-            raise ModelError(f"{name}: the graph's output {shown(each)} is made by no node")
+            raise ModelError(f"{name}: the graph's output {shown(each)} is made by no node; export the model again")
 
 
 def _check_length(text: str, name: str) -> None:
@@ -126,9 +129,13 @@ def _expanded_function(
     name: str,
 ) -> int:
     if key in within:
-        raise ModelError(f"{name}: the local function {shown(key[1])} calls itself, which no model may")
+        raise ModelError(
+            f"{name}: the local function {shown(key[1])} calls itself, which no model may; export it again"
+        )
     if len(within) >= NESTED_CALLS:
-        raise ModelError(f"{name}: local functions call each other more than {NESTED_CALLS} deep, which is refused")
+        raise ModelError(
+            f"{name}: local functions call each other more than {NESTED_CALLS} deep, which is refused; inline them"
+        )
     if key not in known:
         known[key] = _expanded(functions[key].node, functions, known, (*within, key), name)
     return known[key]

@@ -62,7 +62,7 @@ def _check_against(node: NodeProto, schema: onnx.defs.OpSchema, where: str) -> N
             raise ModelError(f"{where} has {there} {what}, but {schema.name} takes {least} to {most}")
     for index, formal in enumerate(schema.inputs[: schema.min_input]):
         if formal.option == onnx.defs.OpSchema.FormalParameterOption.Single and not node.input[index]:
-            raise ModelError(f"{where} lacks its input {formal.name}")
+            raise ModelError(f"{where} lacks its input {formal.name}; export the model again")
     given = {attribute.name: attribute for attribute in node.attribute}
     for key, wanted in schema.attributes.items():
         attribute = given.get(key)

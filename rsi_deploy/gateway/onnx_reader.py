@@ -44,10 +44,11 @@ def read_proto(path: str | Path, *, with_data: bool = False) -> ModelProto:
     try:
         proto: ModelProto = ModelProto.FromString(path.read_bytes())
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+        raise ModelError(f"{path} cannot be read: {error.strerror}; name an .onnx file") from error
     except (DecodeError, ValueError, UnicodeDecodeError) as error:
         raise ModelError(
-            f"{path.name} is not an ONNX file, is cut off, or nests too deeply: {first_line(error)}"
+            f"{path.name} is not an ONNX file, is cut off, or nests too deeply: {first_line(error)}; "
+            "copy or export it again"
         ) from error
     if stamp not in _known:
         check_proto(proto, path)
@@ -72,7 +73,7 @@ def load_model(path: str | Path) -> ir.Model:
     try:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir raises many kinds on a graph it cannot hold
-        raise ModelError(f"{path.name} cannot be read: {first_line(error)}") from error
+        raise ModelError(f"{path.name} cannot be read: {first_line(error)}; copy or export it again") from error
     ir.external_data.set_base_dir(model.graph, path.parent)
     return model
 
@@ -98,7 +99,7 @@ def check_proto(proto: ModelProto, path: Path) -> None:
         ModelError: as for `read_proto`.
     """
     if not proto.HasField("graph") or not proto.opset_import:
-        raise ModelError(f"{path.name} is not an ONNX file: it holds no graph (or no opset)")
+        raise ModelError(f"{path.name} is not an ONNX file: it holds no graph (or no opset); name an .onnx file")
     if strange := next((text for text in texts(proto) if isinstance(text, bytes)), None):
         raise ModelError(
             f"{path.name}: the name {shown(strange.decode('latin-1'))} is no UTF-8; export the model again"

@@ -41,7 +41,9 @@ def _check_type(declared: TypeProto, where: str) -> None:
     if kind in ("tensor_type", "sparse_tensor_type"):
         element = getattr(declared, kind).elem_type
         if element not in TensorProto.DataType.values():
-            raise ModelError(f"{where} has the type {element}, which onnx {onnx.__version__} does not know")
+            raise ModelError(
+                f"{where} has the type {element}, which onnx {onnx.__version__} does not know; upgrade onnx"
+            )
     elif kind in ("sequence_type", "optional_type"):
         _check_type(getattr(declared, kind).elem_type, where)
     elif kind == "map_type":
@@ -51,7 +53,7 @@ def _check_type(declared: TypeProto, where: str) -> None:
 def _check_tensor(tensor: TensorProto, path: Path) -> None:
     where = f"{path.name}: tensor {shown(tensor.name)}"
     if any(dim < 0 for dim in tensor.dims):
-        raise ModelError(f"{where} has a negative dimension: {_listed(tensor.dims)}")
+        raise ModelError(f"{where} has a negative dimension: {_listed(tensor.dims)}; export the model again")
     if len(tensor.dims) > RANK:
         raise ModelError(f"{where} has {len(tensor.dims)} dimensions; up to {RANK} can be read")
     if tensor.data_type not in TensorProto.DataType.values() or tensor.data_type == TensorProto.UNDEFINED:
@@ -91,7 +93,9 @@ def _check_fields(where: str, tensor: TensorProto, count: int, bits: int) -> Non
 
 def _check_count(where: str, tensor: TensorProto, needed: int, there: int, unit: str) -> None:
     if needed != there:
-        raise ModelError(f"{where} has dims {_listed(tensor.dims)} ({needed} {unit}), but {there} {unit}")
+        raise ModelError(
+            f"{where} has dims {_listed(tensor.dims)} ({needed} {unit}), but {there} {unit}; copy or export it again"
+        )
 
 
 def _check_external(tensor: TensorProto, needed: int, folder: Path, where: str) -> None:
@@ -118,15 +122,21 @@ def _check_external(tensor: TensorProto, needed: int, folder: Path, where: str) 
             raise ModelError(f"{where}: its data file {shown(location)} is missing; put it beside the model")
         size = file.stat().st_size
     except (OSError, ValueError) as error:  # names that no file can have; links in a ring
-        raise ModelError(f"{where}: its data file {shown(location)} cannot be looked at: {error}") from error
+        raise ModelError(
+            f"{where}: its data file {shown(location)} cannot be looked at: {error}; copy it beside the model"
+        ) from error
     try:
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", needed))
     except ValueError:
         raise ModelError(f"{where}: offset or length of its data is no number; export the model again") from None
     if length != needed or offset < 0:
-        raise ModelError(f"{where} has dims {_listed(tensor.dims)} ({needed} bytes), but refers to {length} bytes")
+        raise ModelError(
+            f"{where} has dims {_listed(tensor.dims)} ({needed} bytes), but refers to {length} bytes; export it again"
+        )
     if size < offset + length:
-        raise ModelError(f"{where}: its data file {shown(location)} is too short: {size} bytes of {offset + length}")
+        raise ModelError(
+            f"{where}: its data file {shown(location)} is too short: {size} bytes of {offset + length}; copy it again"
+        )
 
 
 def _check_sparse(sparse: SparseTensorProto, path: Path) -> None:
@@ -134,9 +144,11 @@ def _check_sparse(sparse: SparseTensorProto, path: Path) -> None:
     where = f"{path.name}: sparse tensor {shown(sparse.values.name)}"
     values = math.prod(sparse.values.dims)
     if tuple(sparse.indices.dims) not in ((values,), (values, len(sparse.dims))):
-        raise ModelError(f"{where} has {values} values, but indices of the shape {_listed(sparse.indices.dims)}")
+        raise ModelError(
+            f"{where} has {values} values, but indices of the shape {_listed(sparse.indices.dims)}; export it again"
+        )
     if any(dim <= 0 for dim in sparse.dims):
-        raise ModelError(f"{where} has a dimension below 1: {_listed(sparse.dims)}")
+        raise ModelError(f"{where} has a dimension below 1: {_listed(sparse.dims)}; export the model again")
     if (dense := math.prod(sparse.dims)) > max(MADE_NUMBERS, MADE_RATIO * values):
         raise ModelError(
             f"{where} is {_listed(sparse.dims)} when it is written out: {dense} numbers of {values} values, which is "

@@ -57,7 +57,9 @@ def read_program(path: Path) -> "torch.export.ExportedProgram":
         for name, content in _members(path):
             _check_member(name, content)
     except (ValueError, OSError, RecursionError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{path.name} is not a readable torch.export archive: {error}") from error
+        raise ModelError(
+            f"{path.name} is not a readable torch.export archive: {error}; save it again with torch.export.save"
+        ) from error
     except _CodeError as error:
         raise ModelError(
             f"{path.name} holds {error}, which could run code when it is loaded: refused; where you trust it, export "
@@ -67,7 +69,9 @@ def read_program(path: Path) -> "torch.export.ExportedProgram":
         with _weights_only():
             return torch.export.load(path)
     except Exception as error:  # torch.export.load raises many kinds on a damaged archive
-        raise ModelError(f"{path.name} is not a readable torch.export archive: {error}") from error
+        raise ModelError(
+            f"{path.name} is not a readable torch.export archive: {error}; save it again with torch.export.save"
+        ) from error
 
 
 class _CodeError(Exception):

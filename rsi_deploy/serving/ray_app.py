@@ -112,7 +112,10 @@ def read_settings(args: Mapping[str, Any]) -> Settings:
         return Settings.model_validate(args)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"args: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise UsageError(
+            f"args: {'.'.join(map(str, first['loc']))}: {first['msg']}; "
+            "rsi-deploy serve --engine ray --write-config writes valid ones"
+        ) from error
 
 
 class ReplicaService(Service):
@@ -162,7 +165,9 @@ class Replica:
         settings = read_settings(args)
         key = settings.api_key or (os.environ.get(KEY_VARIABLE, "") if settings.needs_key else "")
         if settings.needs_key and not key:
-            raise UsageError(f"an API key is wanted, but ${KEY_VARIABLE} is not set where the replicas run")
+            raise UsageError(
+                f"an API key is wanted, but ${KEY_VARIABLE} is not set where the replicas run; set it there"
+            )
         self._settings, self._board = settings, board
         self._service = ReplicaService(settings, self._exchange)
         stderr = None if settings.access_log == "off" else _stderr()
@@ -179,7 +184,7 @@ class Replica:
             RsiDeployError: no worker process lives.
         """
         if not self._service.ready:
-            raise RsiDeployError("the worker process has died and has not come back yet")
+            raise RsiDeployError("the worker process has died and has not come back yet; it is started again")
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:

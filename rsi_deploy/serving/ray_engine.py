@@ -144,7 +144,7 @@ def write_config(path: Path, settings: Settings, where: Address) -> None:
     except FileExistsError:
         raise UsageError(f"--write-config {path}: there is such a file already; name another one") from None
     except OSError as error:
-        raise UsageError(f"--write-config {path}: {error.strerror}") from None
+        raise UsageError(f"--write-config {path}: {error.strerror}; choose another file") from None
 
 
 def loadable(settings: Settings) -> Catalog:
@@ -181,13 +181,19 @@ def _start(serve: Any, settings: Settings, where: Address, *, everywhere: bool) 
         serve.start(proxy_location=location, **where.options(settings.longest))
         serve.run(build(settings.model_dump()), name=NAME, route_prefix="/", blocking=False)
     except (RuntimeError, TimeoutError) as error:
-        raise ModelError(f"Ray Serve did not start the service: {' '.join(str(error).split())[-1000:]}") from error
+        raise ModelError(
+            f"Ray Serve did not start the service: {' '.join(str(error).split())[-1000:]}; "
+            "`ray logs` on that cluster says more"
+        ) from error
     if everywhere:
         return  # there need be no proxy on this machine
     end = time.monotonic() + READY_SECONDS
     while not _answers(where):
         if time.monotonic() > end:
-            raise ModelError(f"Ray Serve's proxy does not answer on port {where.http} after {READY_SECONDS:g} s")
+            raise ModelError(
+                f"Ray Serve's proxy does not answer on port {where.http} after {READY_SECONDS:g} s; "
+                "choose another --http-port"
+            )
         time.sleep(0.05)
 
 

@@ -164,7 +164,7 @@ def check_engine(
     if engine == "own":
         for option, value in (("--ray", ray), ("--replicas", replicas), ("--write-config", str(write_config))):
             if value:
-                raise UsageError(f"{option} says nothing without --engine ray")
+                raise UsageError(f"{option} says nothing without --engine ray; add it, or leave {option} out")
         return
     if workers:
         raise UsageError("--workers says nothing to --engine ray, where each replica has one; type --replicas 1-4")
@@ -172,7 +172,8 @@ def check_engine(
         raise UsageError(f"--engine ray serves on cpu alone, but got --provider {provider}; leave out --engine ray")
     if access_log not in ("-", "off"):
         raise UsageError(
-            f"--access-log {access_log}: with --engine ray it is -, the replica's stderr, which Ray keeps, or off"
+            f"--access-log {access_log}: with --engine ray it is -, the replica's stderr, which Ray keeps, or off; "
+            "type one of these"
         )
     if ray and write_config:
         raise UsageError("--ray says nothing to --write-config: serve deploy takes the address; leave out one of them")
