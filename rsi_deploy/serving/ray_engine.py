@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -187,7 +188,7 @@ def _start(serve: Any, settings: Settings, where: Address, *, everywhere: bool) 
     end = time.monotonic() + READY_SECONDS
     while not _answers(where):
         if time.monotonic() > end:
-            raise ModelError(f"Ray Serve's proxy does not answer on port {where.http} after {READY_SECONDS:g} s")
+            raise ModelError(f"Ray Serve's proxy does not answer at {where} after {READY_SECONDS:g} s")
         time.sleep(0.05)
 
 
@@ -218,7 +219,11 @@ def _answers(where: Address) -> bool:
     connection = http.client.HTTPConnection(host, where.http, timeout=5)
     try:
         connection.request("GET", "/v2/health/ready")
-        return connection.getresponse().status == 200
+        if connection.getresponse().status != 200:
+            return False
+        if where.grpc is not None:
+            socket.create_connection((host, where.grpc), timeout=5).close()
+        return True
     except (OSError, http.client.HTTPException):
         return False
     finally:
