@@ -32,7 +32,7 @@ from rsi_deploy.serving.ports import bracketed
 from rsi_deploy.serving.ray_app import Settings, build
 
 NAME = "rsi-deploy"
-SERVICER = "tritonclient.grpc.service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
+SERVICER = "rsi_deploy.serving.ray_grpc.add_to_server"
 READY_SECONDS = 60.0
 
 

@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import pickle
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,16 @@ from processes import free_port, running
 from served import MAIN, Server, alone, body, linear, together
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
+import grpc
 import tritonclient.grpc
 import tritonclient.http
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from rsi_deploy import Preprocessing, UsageError, evaluate, export, read_report
 from rsi_deploy.cli import run
+from rsi_deploy.serving import ray_grpc
+from rsi_deploy.serving.grpc_app import grpc_calls
 from rsi_deploy.serving.ray_app import Settings, build
 
 EVAL = Path(__file__).parents[2] / "samples" / "digits_eval.npz"
@@ -91,6 +97,16 @@ def test_a_config_is_read_back_and_holds_no_key(tmp_path, monkeypatch, capsys):
     assert "there is such a file already" in capsys.readouterr().err
     with pytest.raises(UsageError, match="args: models: Field required"):
         build({})
+
+
+def test_every_grpc_message_can_travel():
+    ray_grpc.add_to_server(service_pb2_grpc.GRPCInferenceServiceServicer(), grpc.server(ThreadPoolExecutor(1)))
+    for name in ray_grpc.METHODS:
+        message = getattr(service_pb2, f"{name}Request")()
+        assert pickle.loads(pickle.dumps(message)) == message
+    with pytest.raises(pickle.PicklingError, match="grpc_service_pb2"):
+        pickle.dumps(service_pb2.ModelStatisticsRequest())  # one that is not offered, and so not mended
+    assert set(ray_grpc.METHODS) == set(grpc_calls(None, None, None))
 
 
 @pytest.mark.ray
