@@ -22,7 +22,8 @@ def free_port():
 def running(command, url, log, *, within=SERVED_WITHIN, **options):
     """A server in a process group of its own: there once `url` answers, gone at the end."""
     with log.open("wb") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, **options)
+        options |= {"stdout": out, "stderr": subprocess.STDOUT, "start_new_session": True}
+        server = subprocess.Popen(command, preexec_fn=_hear_interrupts, **options)
         try:
             _wait(server, url, log, within)
             yield
@@ -33,6 +34,11 @@ def running(command, url, log, *, within=SERVED_WITHIN, **options):
             except subprocess.TimeoutExpired:
                 os.killpg(server.pid, signal.SIGKILL)
                 server.wait()
+
+
+def _hear_interrupts():
+    """In the background of a shell SIGINT is ignored, and so it would be by what is started there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _wait(server, url, log, within):

@@ -25,8 +25,9 @@ class Server:
     def __init__(self, *arguments, code=BLOCKED + MAIN, env=None, log=None, pass_fds=(), ends_within=20, ports=(0, 0)):
         self.ends_within = ends_within
         self.log = Path(log) if log else Path(os.devnull)
-        http, grpc = map(str, ports)
-        command = [sys.executable, "-c", code, "serve", *map(str, arguments), "--http-port", http, "--grpc-port", grpc]
+        http, grpc = ports
+        way = ["--no-grpc"] if grpc is None else ["--grpc-port", str(grpc)]
+        command = [sys.executable, "-c", code, "serve", *map(str, arguments), "--http-port", str(http), *way]
         with self.log.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [*command, "--json"],

@@ -59,7 +59,8 @@ sweeps.side_by_side sweeps.sweeping
 serving.refusal serving.ports serving.bundles serving.tensors serving.signature serving.model serving.requests
 serving.images serving.shadow serving.metrics serving.catalog serving.frames serving.worker serving.workers
 serving.queues serving.batches serving.service serving.access_log serving.transport serving.http_body serving.http_app
-serving.grpc_app serving.watching serving.front serving.merging serving.ray_app serving.ray_engine serving.server
+serving.grpc_app serving.watching serving.front serving.merging serving.ray_grpc serving.ray_app
+serving.ray_engine serving.server
 cli.signals cli.options cli.terminal cli.gating cli.page
 cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.package cli.verify
 cli.serve cli.doctor

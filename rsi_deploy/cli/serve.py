@@ -7,6 +7,7 @@ import os
 from typing import IO, TYPE_CHECKING, Literal
 
 import click
+from click.core import ParameterSource
 
 from rsi_deploy.errors import UsageError
 from rsi_deploy.serving import KEY_VARIABLE
@@ -91,16 +92,23 @@ def serve(
     files are not what it claims is not served. Needs the extra: pip install 'rsi-deploy[serve,cpu]'.
 
     With --engine ray (pip install 'rsi-deploy[serve,ray,cpu]') each replica is such a server with one worker process
-    and takes --threads CPUs of its node, 1 by default. --workers, --provider and an --access-log FILE are not for it.
+    and takes --threads CPUs of its node, 1 by default. Ray Serve listens for gRPC on every address, so there is none
+    without --host 0.0.0.0. --workers, --provider and an --access-log FILE are not for it.
     """
     from rsi_deploy.measure.request import parse_bytes, parse_seconds
     from rsi_deploy.plan.budget import parse_share
+    from rsi_deploy.serving.server import EVERY_ADDRESS, RAY_GRPC
     from rsi_deploy.serving.server import serve as run_serve
 
     logging.getLogger("rsi_deploy.serving").setLevel(logging.WARNING)  # reloads, and models that are not batched
     key = api_key_file.read().strip() if api_key_file is not None else os.environ.get(KEY_VARIABLE, "")
     if api_key_file is not None and not key:
         raise UsageError("--api-key-file: the file is empty; write the key into it")
+    grpc = not no_grpc
+    typed = click.get_current_context().get_parameter_source("grpc_port") is not ParameterSource.DEFAULT
+    if engine == "ray" and grpc and not typed and host not in EVERY_ADDRESS:
+        logging.getLogger(__name__).error("HTTP alone: %s; --host 0.0.0.0 with an API key has both", RAY_GRPC)
+        grpc = False
     if host not in ("127.0.0.1", "localhost", "::1") and not key:
         logging.getLogger(__name__).error("anyone who reaches %s may use the models: no API key is set", host)
     run_serve(
@@ -108,7 +116,7 @@ def serve(
         host=host,
         http_port=http_port,
         grpc_port=grpc_port,
-        grpc=not no_grpc,
+        grpc=grpc,
         workers=workers or 0,
         threads=threads or 0,
         provider=provider,

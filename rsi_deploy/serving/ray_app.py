@@ -28,6 +28,7 @@ from rsi_deploy.serving.catalog import Catalog, read_catalog
 from rsi_deploy.serving.grpc_app import grpc_calls
 from rsi_deploy.serving.http_app import http_app
 from rsi_deploy.serving.merging import Board, Counted, joined_metrics
+from rsi_deploy.serving.ray_grpc import METHODS
 from rsi_deploy.serving.service import Service
 from rsi_deploy.serving.shadow import Shadow
 from rsi_deploy.serving.transport import Access
@@ -35,15 +36,6 @@ from rsi_deploy.serving.watching import watch
 
 TELL_SECONDS = 1.0
 STDERR = 2  # the descriptor: Ray may have put something else in the place of sys.stderr
-METHODS = (
-    "ServerLive",
-    "ServerReady",
-    "ModelReady",
-    "ServerMetadata",
-    "ModelMetadata",
-    "ModelInfer",
-    "RepositoryIndex",
-)
 
 Positive = Annotated[float, pydantic.Field(gt=0)]
 Count = Annotated[int, pydantic.Field(ge=1)]

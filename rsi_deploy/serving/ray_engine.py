@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -31,7 +32,7 @@ from rsi_deploy.serving.ports import bracketed
 from rsi_deploy.serving.ray_app import Settings, build
 
 NAME = "rsi-deploy"
-SERVICER = "tritonclient.grpc.service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
+SERVICER = "rsi_deploy.serving.ray_grpc.add_to_server"
 READY_SECONDS = 60.0
 
 
@@ -191,8 +192,7 @@ def _start(serve: Any, settings: Settings, where: Address, *, everywhere: bool) 
     while not _answers(where):
         if time.monotonic() > end:
             raise ModelError(
-                f"Ray Serve's proxy does not answer on port {where.http} after {READY_SECONDS:g} s; "
-                "choose another --http-port"
+                f"Ray Serve's proxy does not answer at {where} after {READY_SECONDS:g} s; choose another --http-port"
             )
         time.sleep(0.05)
 
@@ -224,7 +224,11 @@ def _answers(where: Address) -> bool:
     connection = http.client.HTTPConnection(host, where.http, timeout=5)
     try:
         connection.request("GET", "/v2/health/ready")
-        return connection.getresponse().status == 200
+        if connection.getresponse().status != 200:
+            return False
+        if where.grpc is not None:
+            socket.create_connection((host, where.grpc), timeout=5).close()
+        return True
     except (OSError, http.client.HTTPException):
         return False
     finally:

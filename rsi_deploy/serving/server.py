@@ -31,6 +31,8 @@ NEEDED = {
 """Module -> package of the extra `serve`."""
 Engine = Literal["own", "ray"]
 ENGINES = get_args(Engine)
+EVERY_ADDRESS = ("0.0.0.0", "::")
+RAY_GRPC = "Ray Serve listens for gRPC on every address of the machine, whatever --host says"
 
 
 def serve(
@@ -100,6 +102,8 @@ def serve(
     if min(max_batch, latency_bound, max_body, max_json) <= 0:
         raise UsageError("max_batch, latency_bound, max_body and max_json must be more than 0")
     check_engine(engine, ray, replicas, write_config, workers, provider, access_log)
+    if engine == "ray" and grpc and host not in EVERY_ADDRESS:
+        raise UsageError(f"--engine ray: {RAY_GRPC}; type --no-grpc, or --host 0.0.0.0 with an API key")
     check_installed()
     from rsi_deploy.serving.catalog import anchored, read_catalog
 

@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import pickle
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,16 @@ from processes import free_port, running
 from served import MAIN, Server, alone, body, linear, together
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
+import grpc
 import tritonclient.grpc
 import tritonclient.http
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from rsi_deploy import Preprocessing, UsageError, evaluate, export, read_report
 from rsi_deploy.cli import run
+from rsi_deploy.serving import ray_grpc
+from rsi_deploy.serving.grpc_app import grpc_calls
 from rsi_deploy.serving.ray_app import Settings, build
 
 EVAL = Path(__file__).parents[2] / "samples" / "digits_eval.npz"
@@ -42,6 +48,7 @@ def needs_ray():
         (["--engine", "ray", "--ray", "local", "--write-config", "c.yaml"], "--ray says nothing to --write-config"),
         (["--engine", "ray", "--write-config", "c.yaml", "--http-port", "0"], "--http-port 0: every node"),
         (["--engine", "ray", "--replicas", "4-1"], "--replicas must be the fewest and the most"),
+        (["--engine", "ray", "--grpc-port", "8001"], "listens for gRPC on every address of the machine"),
         (["--ray", "local"], "--ray says nothing without --engine ray"),
         (["--replicas", "2"], "--replicas says nothing without --engine ray"),
         (["--write-config", "c.yaml"], "--write-config says nothing without --engine ray"),
@@ -54,10 +61,11 @@ def test_what_does_not_apply_is_refused(tmp_path, capsys, monkeypatch, arguments
     assert not (tmp_path / "c.yaml").exists()
 
 
-def test_a_missing_extra(tmp_path, monkeypatch, capsys):
+def test_a_missing_extra(tmp_path, monkeypatch, capsys, caplog):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else found(name, *rest))
     assert run(["serve", str(linear(tmp_path / "m.onnx")), "--engine", "ray", "--http-port", "0"]) == 2
+    assert "HTTP alone: Ray Serve listens for gRPC on every address" in caplog.text
     assert "pip install 'rsi-deploy[serve,ray,cpu]'" in capsys.readouterr().err
 
 
@@ -91,12 +99,23 @@ def test_a_config_is_read_back_and_holds_no_key(tmp_path, monkeypatch, capsys):
         build({})
 
 
+def test_every_grpc_message_can_travel():
+    ray_grpc.add_to_server(service_pb2_grpc.GRPCInferenceServiceServicer(), grpc.server(ThreadPoolExecutor(1)))
+    for name in ray_grpc.METHODS:
+        message = getattr(service_pb2, f"{name}Request")()
+        assert pickle.loads(pickle.dumps(message)) == message
+    with pytest.raises(pickle.PicklingError, match="grpc_service_pb2"):
+        pickle.dumps(service_pb2.ModelStatisticsRequest())  # one that is not offered, and so not mended
+    assert set(ray_grpc.METHODS) == set(grpc_calls(None, None, None))
+
+
 @pytest.mark.ray
 def test_ray_s_own_schema_takes_the_config(tmp_path):
     needs_ray()
     yaml, schema = pytest.importorskip("yaml"), pytest.importorskip("ray.serve.schema")
     config = tmp_path / "c.yaml"
-    assert run(["serve", str(linear(tmp_path / "m.onnx")), "--engine", "ray", "--write-config", str(config)]) == 0
+    words = ["--engine", "ray", "--host", "0.0.0.0", "--write-config", str(config)]
+    assert run(["serve", str(linear(tmp_path / "m.onnx")), *words]) == 0
     given = yaml.safe_load(config.read_text())
     found = schema.ServeDeploySchema.model_validate(given).model_dump(exclude_unset=True)
     assert found["http_options"] == given["http_options"]
@@ -129,7 +148,9 @@ def server(digits, models, harsh, tmp_path_factory):
     canary = ("--canary", f"m={models['2']}", *CANARY)
     options = ("--engine", "ray", "--replicas", "1", "--max-body", "1MB", "--max-json", "100kB")
     log = tmp_path_factory.mktemp("log") / "stderr"
-    with Server(digits, f"m={models['1']}", *canary, *shadow, *options, code=MAIN, log=log, ends_within=60) as started:
+    everywhere = ("--host", "0.0.0.0")  # else there is no gRPC
+    served = (digits, f"m={models['1']}", *canary, *shadow)
+    with Server(*served, *options, *everywhere, code=MAIN, log=log, ends_within=60) as started:
         yield started
 
 

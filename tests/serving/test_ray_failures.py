@@ -46,7 +46,7 @@ def served(cluster, tmp_path):
     """The command on that cluster, and what its model answers to `ROW`."""
     model = slow(tmp_path / "m.onnx", width=512, layers=40)
     words = ("--engine", "ray", "--ray", cluster.address, "--replicas", "2", "--max-batch", "1")
-    ports = (free_port(), free_port())
+    ports = (free_port(), None)
     with Server(model, *words, code=MAIN, log=tmp_path / "log", ends_within=90, ports=ports) as started:
         yield started, alone(model, {"x": ROW})["y"].ravel()
 
