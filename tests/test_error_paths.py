@@ -2,9 +2,12 @@
 
 import numpy as np
 import onnx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from nets import labelled, mlp, mlp_onnx
 from onnx import TensorProto, helper
+from PIL import Image
 
 import rsi_deploy
 from rsi_deploy import error_table
@@ -13,12 +16,14 @@ from rsi_deploy.errors import GateError, ModelError, UsageError
 from rsi_deploy.gates import compare_outputs
 from rsi_deploy.measure.arms import arm_labels
 from rsi_deploy.measure.concurrency import together
+from rsi_deploy.measure.data import open_data
 from rsi_deploy.measure.inputs import model_inputs
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     mlp_onnx(tmp_path / "m.onnx")
     labelled(tmp_path / "d.npz", tmp_path / "m.onnx")
     (tmp_path / "empty").touch()
@@ -55,6 +60,31 @@ def test_what_is_typed(here, capsys, argv, code, words):
 
 def value(name):
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4])
+
+
+def test_what_data_can_get_wrong(here, capsys):
+    (here / "tree" / "a").mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(here / "tree" / "a" / "1.png")
+    (here / "saved").mkdir()
+    (here / "saved" / "state.json").write_text("[]")
+    (here / "parts").mkdir()
+    for number, names in enumerate((["x", "labels"], ["x", "answers"])):
+        table = pa.table({name: pa.array([1.0]) for name in names})
+        pq.write_table(table, here / "parts" / f"train-{number:05}-of-00002.parquet")
+    (here / "batches.py").write_text("def ragged():\n    yield [[1.0], [2.0, 3.0]], [0, 1]\n")
+    for data, words in (
+        ("tree#classes=absent.txt", "the class list absent.txt cannot be read"),
+        ("saved", "state.json is not what datasets.save_to_disk writes; save the data again"),
+        (
+            "parts",
+            "1.parquet has the columns x, answers, but parts/0.parquet x, labels; store the same columns in every file",
+        ),
+        ("batches:ragged", "a batch holds list, which is no array"),
+    ):
+        code = run(["eval", "m.onnx", "--data", data])
+        assert (code, words in (said := capsys.readouterr().err)) == (2, True), said
+    with pytest.raises(UsageError, match="d.npz carries class numbers already; a class list is for folder trees alone"):
+        open_data("d.npz", classes=["a", "b"])
 
 
 def test_what_python_code_asks_for(here):
