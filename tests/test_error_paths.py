@@ -75,10 +75,7 @@ def test_what_data_can_get_wrong(here, capsys):
     for data, words in (
         ("tree#classes=absent.txt", "the class list absent.txt cannot be read"),
         ("saved", "state.json is not what datasets.save_to_disk writes; save the data again"),
-        (
-            "parts",
-            "1.parquet has the columns x, answers, but parts/0.parquet x, labels; store the same columns in every file",
-        ),
+        ("parts", "00000-of-00002.parquet x, labels; store the same columns in every file"),
         ("batches:ragged", "a batch holds list, which is no array"),
     ):
         code = run(["eval", "m.onnx", "--data", data])
