@@ -89,6 +89,12 @@ def test_what_python_code_asks_for(here):
         rsi_deploy.sweep("m.onnx", "s", calib="d.npz", by="size")
     with pytest.raises(UsageError, match="calib holds no batches; give a sequence of the positional arguments"):
         rsi_deploy.compress_to_data_(mlp(), [], keep_macs=0.5)
+    with pytest.raises(UsageError, match="max_batch, latency_bound, max_body and max_json must be more than 0"):
+        rsi_deploy.serve(["m.onnx"], max_batch=0)
+    with pytest.raises(UsageError, match="nothing to serve: name a bundle"):
+        rsi_deploy.serve([], http_port=0, grpc_port=None)
+    with pytest.raises(UsageError, match="precision must be between 0 % and 100 %, but got 200 %"):
+        rsi_deploy.bench(["m.onnx"], precision=2)
     with pytest.raises(UsageError, match="--device must be auto, cpu or cuda, but got 'gpu'"):
         rsi_deploy.export(mlp(), "b", rank=4, device="gpu")
     with pytest.raises(UsageError, match="labels must differ from each other, but got \\['a', 'a'\\]"):
@@ -126,3 +132,32 @@ def test_errors_without_source(monkeypatch):
     monkeypatch.setattr(error_table, "PACKAGES", ("absent",))
     with pytest.raises(ModelError, match="absent holds no source to read the errors from; pip install rsi-deploy"):
         error_table.read_errors()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "more", "words"),
+    [
+        ([], {}, "there are no inputs; expected one for each input of the model"),
+        ([{}, {}], {}, "input x is given twice"),
+        ([{}], {"raw_input_contents": [b"", b""]}, "2 raw_input_contents for 1 inputs; expected one for each"),
+        ([{"datatype": "FP16"}], {}, "input x: FP16 has no contents; send raw_input_contents"),
+        ([{"shape": [1, 3]}], {}, "input x: 2 values came, but shape says [1, 3]"),
+        ([{"contents": {"int_contents": [1, 2]}}], {}, "input x: FP32 goes into fp32_contents, but int_contents came"),
+        (
+            [{"parameters": {"classification": {"int64_param": 3}}}],
+            {},
+            "the extension behind classification is not offered",
+        ),
+    ],
+)
+def test_what_a_grpc_request_can_get_wrong(inputs, more, words):
+    pb = pytest.importorskip("tritonclient.grpc.service_pb2", reason="needs the extra serve")
+    from rsi_deploy.serving.grpc_app import decode
+    from rsi_deploy.serving.refusal import Refusal
+
+    given = {"name": "x", "datatype": "FP32", "shape": [1, 2], "contents": {"fp32_contents": [1, 2]}}
+    right = decode(pb.ModelInferRequest(inputs=[given]))
+    np.testing.assert_array_equal(right.feeds["x"], [[1, 2]])
+    with pytest.raises(Refusal) as caught:
+        decode(pb.ModelInferRequest(inputs=[given | changed for changed in inputs], **more))
+    assert (caught.value.status, words in caught.value.message) == (400, True), caught.value.message
