@@ -158,7 +158,7 @@ def _usable_cores() -> int:
 
 def _torch_threads() -> int | None:
     torch = sys.modules.get("torch")
-    return int(torch.get_num_threads()) if hasattr(torch, "get_num_threads") else None
+    return int(torch.get_num_threads()) if torch is not None and hasattr(torch, "get_num_threads") else None
 
 
 def _gpus() -> tuple[str, ...]:
