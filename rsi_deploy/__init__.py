@@ -4,9 +4,13 @@ Every verb of the command line is a function here, with the same options. Nothin
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# From 1.29 on onnxruntime calls its maker as soon as it is initialized; told so before, it sends nothing.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from rsi_deploy.compress import compress_ as compress_

@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests that use onnxruntime alone send nothing either
+
 collect_ignore = ["no_network", "raises"]  # tools of tests, not tests: two of their files are called sitecustomize
 
 

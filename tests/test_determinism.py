@@ -25,6 +25,7 @@ VARIES = re.compile(
     r"\.created|\.peak_memory|\.sites\[\d+\]\.seconds|\.stages\[\d+\]\.seconds"
     r"|\.environment\.(load_average|clock_mhz|torch_threads|affinity).*"
 )
+ERRORS = re.compile(r"\.sites\[\d+\]\.(spectral_error|normalized_error|residual_interval\[\d\])")
 HOLD_TIMES = {"report.json", "report.html", "manifest.json"}
 
 
@@ -45,22 +46,29 @@ def export(folder, name, *arguments, threads):
 
 
 def differences(one, other, path=""):
-    """Paths at which two JSON values differ."""
+    """Path and both values wherever two JSON values differ."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return [found for key in one for found in differences(one[key], other[key], f"{path}.{key}")]
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         pairs = enumerate(zip(one, other, strict=True))
         return [found for index, pair in pairs for found in differences(*pair, f"{path}[{index}]")]
-    return [] if one == other else [path]
+    return [] if one == other else [(path, one, other)]
 
 
-def unlike(a, b):
-    """What differs between two bundles that must be equal: file names, and paths in report.json that may not vary."""
+def unlike(a, b, rounding=0.0):
+    """What differs between two bundles that must be equal: file names, and paths in report.json that may not vary.
+
+    Errors of sites may differ by `rounding`, relative: they are measured with other sums where the threads are others.
+    """
     files = [path.name for path in sorted(a.iterdir()) if path.name not in HOLD_TIMES]
     assert {path.name for path in b.iterdir()} == {*files, *HOLD_TIMES}
     found = [name for name in files if (a / name).read_bytes() != (b / name).read_bytes()]
     reports = [json.loads((folder / "report.json").read_text()) for folder in (a, b)]
-    return found + [path for path in differences(*reports) if not VARIES.fullmatch(path)]
+    for path, one, other in differences(*reports):
+        near = ERRORS.fullmatch(path) is not None and one == pytest.approx(other, rel=rounding, abs=0)
+        if not near and not VARIES.fullmatch(path):
+            found.append(path)
+    return found
 
 
 @pytest.fixture
@@ -68,16 +76,16 @@ def model(tmp_path):
     return mlp_onnx(tmp_path / "m.onnx", sizes=(96, 256, 192, 10))
 
 
-@pytest.mark.parametrize("route", ["direct", "chebyshev", "gram"])
-def test_an_onnx_export_is_the_same_with_one_thread_and_two(tmp_path, model, route):
-    """Twice with one thread and once with two; the checks see another seed."""
-    options = [model, "--rank", "12", "--route", route]
+def test_an_onnx_export_is_the_same_with_one_thread_and_two(tmp_path, model):
+    """Twice with one thread and once with two; both checks see another seed."""
+    options = [model, "--rank", "4", "--route", "chebyshev"]
     first = export(tmp_path, "first", *options, threads=1)
     assert unlike(first, export(tmp_path, "again", *options, threads=1)) == []
-    assert unlike(first, export(tmp_path, "two", *options, threads=2)) == []
-    if route == "direct":
-        other = export(tmp_path, "seed", *options, "--seed", "1", threads=1)
-        assert {"model.onnx", ".settings.seed"} <= set(unlike(first, other))
+    assert unlike(first, export(tmp_path, "two", *options, threads=2), rounding=1e-6) == []
+    other = export(tmp_path, "other", *options, "--seed", "1", threads=1)
+    assert {"model.onnx", ".settings.seed"} <= set(unlike(first, other))
+    assert distance(first / "model.onnx", first / "model.onnx", (32, 96)) == 0
+    assert distance(first / "model.onnx", other / "model.onnx", (32, 96)) > 1e-3
 
 
 @pytest.mark.parametrize("how", [["--rank", "25%"], CALIBRATED], ids=["weights", "calibrated"])
@@ -97,9 +105,3 @@ def distance(a, b, shape):
     x = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
     one, other = (run_onnx(path, x)[0] for path in (a, b))
     return float(np.linalg.norm(one - other) / np.linalg.norm(one))
-
-
-def test_the_distance_sees_another_seed(tmp_path, model):
-    one, other = (export(tmp_path, seed, model, "--rank", "4", "--seed", seed, threads=1) for seed in ("0", "1"))
-    assert distance(one / "model.onnx", one / "model.onnx", (32, 96)) == 0
-    assert distance(one / "model.onnx", other / "model.onnx", (32, 96)) > 1e-3

@@ -2,9 +2,12 @@
 
 import numpy as np
 import onnx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from nets import labelled, mlp, mlp_onnx
 from onnx import TensorProto, helper
+from PIL import Image
 
 import rsi_deploy
 from rsi_deploy import error_table
@@ -13,12 +16,14 @@ from rsi_deploy.errors import GateError, ModelError, UsageError
 from rsi_deploy.gates import compare_outputs
 from rsi_deploy.measure.arms import arm_labels
 from rsi_deploy.measure.concurrency import together
+from rsi_deploy.measure.data import open_data
 from rsi_deploy.measure.inputs import model_inputs
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     mlp_onnx(tmp_path / "m.onnx")
     labelled(tmp_path / "d.npz", tmp_path / "m.onnx")
     (tmp_path / "empty").touch()
@@ -57,11 +62,39 @@ def value(name):
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4])
 
 
+def test_what_data_can_get_wrong(here, capsys):
+    (here / "tree" / "a").mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(here / "tree" / "a" / "1.png")
+    (here / "saved").mkdir()
+    (here / "saved" / "state.json").write_text("[]")
+    (here / "parts").mkdir()
+    for number, names in enumerate((["x", "labels"], ["x", "answers"])):
+        table = pa.table({name: pa.array([1.0]) for name in names})
+        pq.write_table(table, here / "parts" / f"train-{number:05}-of-00002.parquet")
+    (here / "batches.py").write_text("def ragged():\n    yield [[1.0], [2.0, 3.0]], [0, 1]\n")
+    for data, words in (
+        ("tree#classes=absent.txt", "the class list absent.txt cannot be read"),
+        ("saved", "state.json is not what datasets.save_to_disk writes; save the data again"),
+        ("parts", "00000-of-00002.parquet x, labels; store the same columns in every file"),
+        ("batches:ragged", "a batch holds list, which is no array"),
+    ):
+        code = run(["eval", "m.onnx", "--data", data])
+        assert (code, words in (said := capsys.readouterr().err)) == (2, True), said
+    with pytest.raises(UsageError, match="d.npz carries class numbers already; a class list is for folder trees alone"):
+        open_data("d.npz", classes=["a", "b"])
+
+
 def test_what_python_code_asks_for(here):
     with pytest.raises(UsageError, match="--by must be .*, but got 'size'"):
         rsi_deploy.sweep("m.onnx", "s", calib="d.npz", by="size")
     with pytest.raises(UsageError, match="calib holds no batches; give a sequence of the positional arguments"):
         rsi_deploy.compress_to_data_(mlp(), [], keep_macs=0.5)
+    with pytest.raises(UsageError, match="max_batch, latency_bound, max_body and max_json must be more than 0"):
+        rsi_deploy.serve(["m.onnx"], max_batch=0)
+    with pytest.raises(UsageError, match="nothing to serve: name a bundle"):
+        rsi_deploy.serve([], http_port=0, grpc_port=None)
+    with pytest.raises(UsageError, match="precision must be between 0 % and 100 %, but got 200 %"):
+        rsi_deploy.bench(["m.onnx"], precision=2)
     with pytest.raises(UsageError, match="--device must be auto, cpu or cuda, but got 'gpu'"):
         rsi_deploy.export(mlp(), "b", rank=4, device="gpu")
     with pytest.raises(UsageError, match="labels must differ from each other, but got \\['a', 'a'\\]"):
@@ -99,3 +132,32 @@ def test_errors_without_source(monkeypatch):
     monkeypatch.setattr(error_table, "PACKAGES", ("absent",))
     with pytest.raises(ModelError, match="absent holds no source to read the errors from; pip install rsi-deploy"):
         error_table.read_errors()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "more", "words"),
+    [
+        ([], {}, "there are no inputs; expected one for each input of the model"),
+        ([{}, {}], {}, "input x is given twice"),
+        ([{}], {"raw_input_contents": [b"", b""]}, "2 raw_input_contents for 1 inputs; expected one for each"),
+        ([{"datatype": "FP16"}], {}, "input x: FP16 has no contents; send raw_input_contents"),
+        ([{"shape": [1, 3]}], {}, "input x: 2 values came, but shape says [1, 3]"),
+        ([{"contents": {"int_contents": [1, 2]}}], {}, "input x: FP32 goes into fp32_contents, but int_contents came"),
+        (
+            [{"parameters": {"classification": {"int64_param": 3}}}],
+            {},
+            "the extension behind classification is not offered",
+        ),
+    ],
+)
+def test_what_a_grpc_request_can_get_wrong(inputs, more, words):
+    pb = pytest.importorskip("tritonclient.grpc.service_pb2", reason="needs the extra serve")
+    from rsi_deploy.serving.grpc_app import decode
+    from rsi_deploy.serving.refusal import Refusal
+
+    given = {"name": "x", "datatype": "FP32", "shape": [1, 2], "contents": {"fp32_contents": [1, 2]}}
+    right = decode(pb.ModelInferRequest(inputs=[given]))
+    np.testing.assert_array_equal(right.feeds["x"], [[1, 2]])
+    with pytest.raises(Refusal) as caught:
+        decode(pb.ModelInferRequest(inputs=[given | changed for changed in inputs], **more))
+    assert (caught.value.status, words in caught.value.message) == (400, True), caught.value.message

@@ -16,6 +16,10 @@ from rsi_deploy.onnx_file import read_onnx, weights_hash, write_external
 from rsi_deploy.opset import STUB_NUMBERS, check_conversion, convert_opset
 
 RNG = np.random.default_rng(0)
+LOSES_AXES = pytest.mark.skipif(
+    tuple(map(int, onnx.__version__.split(".")[:2])) < (1, 22),
+    reason="onnx's converter before 1.22 loses axes on the way to opset 17; the exporter gate refuses what it makes",
+)
 
 
 def numbers(*shape):
@@ -130,6 +134,7 @@ def test_a_function_that_must_change_goes_into_the_graph(tmp_path):
     np.testing.assert_array_equal(run_onnx(path, {"x": x})[0], run_onnx(source, {"x": x})[0])
 
 
+@LOSES_AXES
 def test_weights_are_not_read(tmp_path):
     (tmp_path / "in").mkdir()
     side = int(STUB_NUMBERS**0.5) + 1
@@ -165,6 +170,7 @@ def test_initializers_that_had_to_be_inputs_are_constants_later(tmp_path):
         assert [value.name for value in convert_opset(read_onnx(source), opset, "m.onnx").graph.inputs] == inputs
 
 
+@LOSES_AXES
 def test_a_default_that_the_new_opset_does_not_know_is_dropped(tmp_path):
     def mean(noop):
         nodes = [helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=1, noop_with_empty_axes=noop)]

@@ -624,6 +624,7 @@ def test_a_model_onnxruntime_cannot_run_is_rewritten_and_says_what_was_not_check
     assert onnx.load(tmp_path / "out" / "model.onnx").graph.node[-1].op_type == "Strange"
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="torch 2.9 cannot convert *args")
 def test_a_forward_of_any_number_of_inputs_keeps_its_dynamic_batch(tmp_path):
     class Sum(nn.Module):
         def __init__(self):

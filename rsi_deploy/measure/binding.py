@@ -110,7 +110,8 @@ def bind(
         binding.synchronize_outputs()
     except Exception as error:  # onnxruntime's exceptions derive from nothing narrower
         raise ModelError(
-            f"the run with bound inputs and outputs failed on {device}: {error}; rsi-deploy doctor says what works here"
+            f"the run with bound inputs and outputs failed on {device}: {str(error).strip()}"
+            f"; rsi-deploy doctor says what works here"
         ) from error
     return Bound(
         call=_BoundRun(session, binding, run_options, device, (*inputs, *outputs)),

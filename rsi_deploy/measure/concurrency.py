@@ -193,7 +193,7 @@ def together(calls: Sequence[Callable[[], object]], window: float) -> tuple[floa
     for thread in threads:
         thread.join()
     if failures:
-        raise ModelError(f"a concurrent run failed: {failures[0]}; give fewer --streams") from failures[0]
+        raise ModelError(f"a concurrent run failed: {str(failures[0]).strip()}; give fewer --streams") from failures[0]
     rate = sum(len(kept) / (sum(kept) / 1e9) for kept in times)
     return rate, np.concatenate([np.asarray(kept, np.float64) for kept in times]) / 1e6
 

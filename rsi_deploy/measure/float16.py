@@ -27,7 +27,9 @@ def float16_file(model: Path, folder: Path) -> Path:
     try:
         converted = convert_float_to_float16(loaded, keep_io_types=True)
     except Exception as error:  # the converter's and protobuf's own
-        raise ModelError(f"{model}: cannot be converted to float16: {error}; measure it with --dtype stored") from error
+        raise ModelError(
+            f"{model}: cannot be converted to float16: {str(error).strip()}; measure it with --dtype stored"
+        ) from error
     path = folder / f"{model.stem}.float16.onnx"
     number = 1
     while path.exists():

@@ -221,7 +221,8 @@ def take_test(request: Request, call: Callable[[], object], batch: int, test_set
         mlperf_loadgen.DestroySUT(sut)
     if failures:
         raise ModelError(
-            f"{request.model}: a call failed during the test: {failures[0]}; see that bench without --loadgen runs it"
+            f"{request.model}: a call failed during the test: {str(failures[0]).strip()}"
+            f"; see that bench without --loadgen runs it"
         ) from failures[0]
     return times
 

@@ -158,7 +158,7 @@ def _usable_cores() -> int:
 
 def _torch_threads() -> int | None:
     torch = sys.modules.get("torch")
-    return None if torch is None else int(torch.get_num_threads())
+    return int(torch.get_num_threads()) if torch is not None and hasattr(torch, "get_num_threads") else None
 
 
 def _gpus() -> tuple[str, ...]:

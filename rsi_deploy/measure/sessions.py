@@ -126,7 +126,7 @@ def run_session(
         outputs: list[npt.NDArray[Any]] = session.run(None, dict(feeds))
     except Exception as error:  # onnxruntime's exceptions derive from nothing narrower
         raise ModelError(
-            f"{name}: the run failed: {error}; give inputs that fit it: --input-shape or --feeds"
+            f"{name}: the run failed: {str(error).strip()}; give inputs that fit it: --input-shape or --feeds"
         ) from error
     return outputs
 
@@ -212,7 +212,7 @@ def _created(model: str | bytes, name: str, spec: ProviderSpec, options: Any) ->
     """A session on the provider; a plug-in is added by its devices, TensorRT leaves over to CUDA."""
     import onnxruntime
 
-    onnxruntime.disable_telemetry_events()  # builds for Windows send some; elsewhere there is nothing to turn off
+    onnxruntime.disable_telemetry_events()  # on Windows; elsewhere rsi_deploy/__init__.py did
     built_in = onnxruntime.get_available_providers()
     if short_name(spec.name) in CUDA_FAMILY and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()

@@ -62,7 +62,7 @@ def _converted(folder: Path, model: Servable, platform: Platform) -> Path:
             create_config_from_models([path], typed := folder / "required_operators_and_types.config", True)
     except Exception as error:  # onnxruntime's exceptions derive from nothing narrower
         raise ModelError(
-            f"{model.model}: onnxruntime cannot write it in ORT format: {error}; choose another --target"
+            f"{model.model}: onnxruntime cannot write it in ORT format: {str(error).strip()}; choose another --target"
         ) from error
     finally:
         log.info("%s", said.getvalue())

@@ -47,6 +47,7 @@ def test_the_sentence_says_what_and_why():
         check_gates(one(12.0), BASE, max_slowdown=5.0).enforce()
     assert str(caught.value) == (
         "gate failed: m, batch 1: 20.0 % slower than the baseline [+18.3, +21.7], more than the 5 % allowed"
+        "; --max-slowdown and --max-drop say what is allowed"
     )
     (check,) = check_gates(one(10.6), BASE, max_slowdown=5.0).checks
     assert check.sentence.endswith("neither shows nor excludes more than the 5 % allowed; more --seconds would tell")
@@ -171,6 +172,7 @@ def test_the_sentence_of_a_drop():
         check_gates(scored(91.2), scored(92.0), max_drop=0.5).enforce()
     assert str(caught.value) == (
         "gate failed: m: top-1 91.20 %, 0.80 points below the baseline's 92.00 %, more than the 0.5 allowed"
+        "; --max-slowdown and --max-drop say what is allowed"
     )
     (same,) = check_gates(scored(92.0), scored(92.0), max_drop=0.0).checks
     assert same.sentence == "m: top-1 92.00 %, as the baseline's 92.00 %, within the 0 allowed"

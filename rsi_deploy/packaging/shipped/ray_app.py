@@ -11,12 +11,15 @@ What is wrong with a request is answered with 4xx and the protocol's error objec
 import asyncio
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before onnxruntime starts: nothing is sent
 import onnxruntime
 from ray import serve
 from starlette.requests import Request

@@ -5,10 +5,13 @@ none fails for its neighbour's fault. Names, types and shapes are checked by Tri
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before onnxruntime starts: nothing is sent
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 
