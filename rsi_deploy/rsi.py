@@ -29,6 +29,7 @@ from rsi_deploy.kernel.batched import is_small
 from rsi_deploy.kernel.certified import Interval, certified_norm
 from rsi_deploy.kernel.checks import at, checked
 from rsi_deploy.kernel.factors import Factors, balanced, stored
+from rsi_deploy.kernel.memory import or_on_cpu
 from rsi_deploy.kernel.products import working_dtype
 from rsi_deploy.kernel.solve import How, Solved, solve
 
@@ -108,13 +109,11 @@ class Solver:
         """
         full = min(weight.shape[-2:], default=0) if weight.ndim > 1 else 0
         note = f"rank {rank} is above full rank: exact factors of rank {full}" if rank > full > 0 else ""
-        try:
-            solution = self._solved(weight, rank, site)
-        except torch.OutOfMemoryError:
+        solution, moved = or_on_cpu(lambda W: self._solved(W, rank, site), weight)
+        if moved:
             log.warning("%sthe GPU's memory does not hold the blocks: factorized on the CPU", at(site))
-            factors, route, q, _ = self._solved(weight.cpu(), rank, site)
-            moved = Factors(*(factor.to(weight.device) for factor in factors))
-            solution = Solution(moved, route, q, "on the CPU, for want of GPU memory")
+            factors = Factors(*(factor.to(weight.device) for factor in solution.factors))
+            solution = solution._replace(factors=factors, note="factorized on the CPU, for want of GPU memory")
         return solution._replace(note="; ".join(filter(None, (note, solution.note))))
 
     def _solved(self, weight: Tensor, rank: int, site: str) -> Solution:

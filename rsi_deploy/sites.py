@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from rsi_deploy.errors import ModelError
-from rsi_deploy.kernel.certified import FAILURE
-from rsi_deploy.kernel.orthogonal import orthonormal_
+from rsi_deploy.kernel.certified import FAILURE, Search, searched
+from rsi_deploy.kernel.memory import or_on_cpu
 from rsi_deploy.plan.planner import break_even_rank
 from rsi_deploy.rsi import Factors, Solver, certified_norm, rounding_level, singular_values
 from rsi_deploy.spectra import Spectrum, thinned
 
 # Up to this full rank the optimum s_{rank+1} comes from an exact spectrum (some ms); above it from a bound.
 EXACT_SPECTRUM_LIMIT = 128
+# Of the residual's norm over s_1, up to which a s_1 that the factors miss is less than 1 % above the one they have.
+SMALL_BESIDE = 0.14
+TOP_WIDTH = 0.3  # of the interval in which s_1 is searched for elsewhere: its lower end is much nearer
+# Of the least singular value over the largest, from which a Gram matrix in float32 tells it to 1e-3.
+RESOLVED = 0.02
 
 
 class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -176,7 +181,10 @@ def split_record(
         seconds=seconds,
         nodes=nodes,
     )
-    return record.model_copy(update=_errors(weight, factors, projected))
+    errors, moved = or_on_cpu(lambda W, left, right: _errors(W, Factors(left, right), projected), weight, *factors)
+    if moved:
+        errors["reason"] = f"{reason}; errors measured on the CPU, for want of GPU memory"
+    return record.model_copy(update=errors)
 
 
 def unmeasured_record(
@@ -224,14 +232,17 @@ def _errors(weight: Tensor, factors: Factors, projected: bool) -> dict[str, Any]
     """The record's errors, the worst group's where they are not of all, and the spectrum that they took."""
     rank = factors.left.shape[-1]
     full = min(weight.shape[-2:])
-    residual = certified_norm(weight, factors)
+    if len(weight) == 1:  # one matrix as such: products in batches are slower
+        weight, factors = weight[0], Factors(factors.left[0], factors.right[0])
+    found = searched(weight, factors)
+    residual = found.interval
     frobenius = _frobenius_error(weight, factors, projected)
     if full <= EXACT_SPECTRUM_LIMIT:
         s = singular_values(weight)
         top = s[..., 0]
         optimum = s[..., rank] if rank < full else torch.zeros_like(top)
     else:
-        top, s = _bounded_spectrum(weight, factors, residual.u, projected)
+        top, s = _bounded_spectrum(weight, factors, found, projected)
         optimum = s[..., -1]
     norm = residual.upper if full > EXACT_SPECTRUM_LIMIT else residual.lower
     # No optimum is below the rounding level (full rank, or a weight of lower rank than asked).
@@ -247,31 +258,53 @@ def _errors(weight: Tensor, factors: Factors, projected: bool) -> dict[str, Any]
     }
 
 
-def _bounded_spectrum(weight: Tensor, factors: Factors, u: Tensor, projected: bool) -> tuple[Tensor, Tensor]:
+def _bounded_spectrum(weight: Tensor, factors: Factors, found: Search, projected: bool) -> tuple[Tensor, Tensor]:
     """`s_1` and lower bounds of `s_1` to `s_{rank+1}` from the factors, without a spectrum of the weight.
 
-    For orthonormal `V (in, rank+1)`, `s_{rank+1}(W V) <= s_{rank+1}(W)` (interlacing); `V` is the span of `W^T Q`, with
-    `Q` that of `left` and of the residual's leading direction `u`. This last product with the weight brings the bound
-    near the truth, whether the factors were iterated plainly or with shifts, which leave the least direction less pure.
+    For orthonormal `Q (out, rank+few)`, `s_{rank+1}(Q^T W) <= s_{rank+1}(W)` (interlacing). `Q` is the span of `left`
+    and of the directions in which the residual's norm was searched: those hold what the least directions of `left` lack,
+    and their products with the weight are known.
     """
     W = weight.to(_working(weight))
-    left, u = factors.left.to(W.dtype), u.to(W.dtype)[..., None]
+    full, rank = min(W.shape[-2:]), factors.left.shape[-1]
+    left, directions, images = factors.left.to(W.dtype), found.directions.to(W.dtype), found.images.to(W.dtype)
     if not projected:
-        Q = torch.linalg.qr(torch.cat([left, u], dim=-1)).Q
-        B = W.mT @ Q
+        B = torch.linalg.qr(torch.cat([left, directions.mT], dim=-1)).Q.mT @ W
     else:
-        u = u - left @ (left.mT @ u)
-        B = torch.cat([factors.right.mT, W.mT @ u], dim=-1)
-    full = min(W.shape[-2:])
-    image = W @ orthonormal_(B[..., :full].contiguous())  # at full rank there is no s_{rank+1}
-    gram = torch.zeros(*B.shape[:-2], image.shape[-1], image.shape[-1], dtype=torch.float64, device=B.device)
-    for block in torch.split(image, 4096, dim=-2):  # float64 a block at a time: memory
-        gram += block.double().mT @ block.double()
-    s = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
-    s = torch.nn.functional.pad(s, (0, B.shape[-1] - s.shape[-1]))
-    # Factors may miss the leading direction (RSVD does), so s_1 is looked for in the weight itself too.
-    nothing = Factors(factors.left[..., :0], factors.right[..., :0, :])
-    return torch.maximum(s[..., 0], certified_norm(weight, nothing).lower), s
+        # With N = T (1 - left left^T) directions orthonormal: N W = T (directions @ residual) = T images.
+        beside = directions - (directions @ left) @ left.mT
+        values, vectors = torch.linalg.eigh(beside @ beside.mT)
+        scale = torch.where(values > 0.01, values.clamp_min(0.01).rsqrt(), 0)  # the others are of `left`
+        B = torch.cat([factors.right.to(W.dtype), scale[..., None] * (vectors.mT @ images)], dim=-2)
+    s = _leading_values(B, min(rank + 1, full))
+    s = torch.nn.functional.pad(s, (0, rank + 1 - s.shape[-1]))  # at full rank there is no s_{rank+1}
+    # Factors may miss the leading direction (RSVD does): |W|^2 <= |Q^T W|^2 + |residual|^2 says whether they may have.
+    top = s[..., 0]
+    if bool((found.interval.upper > SMALL_BESIDE * top).any()):
+        nothing = Factors(factors.left[..., :0], factors.right[..., :0, :])
+        top = torch.maximum(top, certified_norm(weight, nothing, width=TOP_WIDTH).lower)
+    return top, s
+
+
+def _leading_values(B: Tensor, count: int) -> Tensor:
+    """The leading singular values of `B (..., n, in)`, `n >= count`, descending, float64 `(..., count)`.
+
+    Of its Gram matrix in float32, where that tells the last of them, else in float64.
+    """
+    largest = B.abs().amax(dim=(-2, -1), keepdim=True)
+    rows = B / largest.clamp_min(torch.finfo(B.dtype).tiny)
+    s = _roots(rows @ rows.mT, count)
+    if B.dtype != torch.float64 and bool((s[..., -1] < RESOLVED * s[..., 0]).any()):
+        gram = torch.zeros(*B.shape[:-1], B.shape[-2], dtype=torch.float64, device=B.device)
+        for block in torch.split(rows, 4096, dim=-1):  # float64 a block at a time: memory
+            gram += block.double() @ block.double().mT
+        s = _roots(gram, count)
+    return s * largest[..., 0].double()
+
+
+def _roots(gram: Tensor, count: int) -> Tensor:
+    values: Tensor = torch.linalg.eigvalsh(gram.double())
+    return values.flip(-1)[..., :count].clamp_min(0).sqrt()
 
 
 def _frobenius_error(weight: Tensor, factors: Factors, projected: bool, *, rows: int = 256) -> float:

@@ -15,7 +15,7 @@ OURS = {"rsi_deploy", "graph_passes", "bench", "samples", "tests"}
 # A module may import modules of a lower layer, and those of its own that stand before it in the line.
 LAYERS = """
 kernel.orthogonal kernel.products kernel.factors kernel.checks kernel.chebyshev kernel.batched kernel.direct kernel.gram
-kernel.exact kernel.krylov kernel.adaptive kernel.certified kernel.cost kernel.solve
+kernel.exact kernel.krylov kernel.adaptive kernel.certified kernel.cost kernel.solve kernel.memory
 errors manifest rsi arrays spectra
 calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrate.alternating
 plan.knapsack plan.bracket plan.budget plan.rank_grid plan.plan_file
