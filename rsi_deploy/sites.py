@@ -20,8 +20,8 @@ EXACT_SPECTRUM_LIMIT = 128
 # Of the residual's norm over s_1, up to which a s_1 that the factors miss is less than 1 % above the one they have.
 SMALL_BESIDE = 0.14
 TOP_WIDTH = 0.3  # of the interval in which s_1 is searched for elsewhere: its lower end is much nearer
-# Of the least singular value over the largest, from which a Gram matrix in float32 tells it to 1e-3.
-RESOLVED = 0.02
+# Of the least singular value over the largest, above which a Gram matrix in float32 tells it to 1e-3.
+RESOLVED = 0.05
 
 
 class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -270,13 +270,14 @@ def _bounded_spectrum(weight: Tensor, factors: Factors, found: Search, projected
     left, directions, images = factors.left.to(W.dtype), found.directions.to(W.dtype), found.images.to(W.dtype)
     if not projected:
         B = torch.linalg.qr(torch.cat([left, directions.mT], dim=-1)).Q.mT @ W
+        known, beside = B[..., :rank, :], B[..., rank:, :]
     else:
         # With N = T (1 - left left^T) directions orthonormal: N W = T (directions @ residual) = T images.
-        beside = directions - (directions @ left) @ left.mT
-        values, vectors = torch.linalg.eigh(beside @ beside.mT)
+        apart = directions - (directions @ left) @ left.mT
+        values, vectors = torch.linalg.eigh(apart @ apart.mT)
         scale = torch.where(values > 0.01, values.clamp_min(0.01).rsqrt(), 0)  # the others are of `left`
-        B = torch.cat([factors.right.to(W.dtype), scale[..., None] * (vectors.mT @ images)], dim=-2)
-    s = _leading_values(B, min(rank + 1, full))
+        known, beside = factors.right.to(W.dtype), scale[..., None] * (vectors.mT @ images)
+    s = _leading_values(known, beside, min(rank + 1, full))
     s = torch.nn.functional.pad(s, (0, rank + 1 - s.shape[-1]))  # at full rank there is no s_{rank+1}
     # Factors may miss the leading direction (RSVD does): |W|^2 <= |Q^T W|^2 + |residual|^2 says whether they may have.
     top = s[..., 0]
@@ -286,25 +287,34 @@ def _bounded_spectrum(weight: Tensor, factors: Factors, found: Search, projected
     return top, s
 
 
-def _leading_values(B: Tensor, count: int) -> Tensor:
-    """The leading singular values of `B (..., n, in)`, `n >= count`, descending, float64 `(..., count)`.
+def _leading_values(first: Tensor, last: Tensor, count: int) -> Tensor:
+    """The leading singular values of the rows of `first` and `last (..., n, in)`, descending, float64 `(..., count)`.
 
-    Of its Gram matrix in float32, where that tells the last of them, else in float64.
+    Of their Gram matrix in float32, where that tells the last of them, else in float64.
     """
-    largest = B.abs().amax(dim=(-2, -1), keepdim=True)
-    rows = B / largest.clamp_min(torch.finfo(B.dtype).tiny)
-    s = _roots(rows @ rows.mT, count)
-    if B.dtype != torch.float64 and bool((s[..., -1] < RESOLVED * s[..., 0]).any()):
-        gram = torch.zeros(*B.shape[:-1], B.shape[-2], dtype=torch.float64, device=B.device)
-        for block in torch.split(rows, 4096, dim=-1):  # float64 a block at a time: memory
-            gram += block.double() @ block.double().mT
-        s = _roots(gram, count)
-    return s * largest[..., 0].double()
+    largest = torch.linalg.vector_norm(first.flatten(-2), ord=torch.inf, dim=-1)[..., None, None]
+    if bool(((largest < 1e-8) & (largest > 0) | (largest > 1e8)).any()):  # squares would leave what float32 holds
+        largest = largest.clamp_min(torch.finfo(first.dtype).tiny)
+        return _leading_values(first / largest, last / largest, count) * largest[..., 0].double()
+    for dtype in (torch.float32, torch.float64)[first.dtype == torch.float64 :]:
+        values = torch.linalg.eigvalsh(_lower_gram(first, last, dtype)).flip(-1)[..., :count]
+        s: Tensor = values.double().clamp_min(0).sqrt()
+        if bool((s[..., -1] > RESOLVED * s[..., 0]).all()):
+            break
+    return s
 
 
-def _roots(gram: Tensor, count: int) -> Tensor:
-    values: Tensor = torch.linalg.eigvalsh(gram.double())
-    return values.flip(-1)[..., :count].clamp_min(0).sqrt()
+def _lower_gram(first: Tensor, last: Tensor, dtype: torch.dtype) -> Tensor:
+    """The lower triangle of `B B^T`, `B (..., n, in)` the rows of both; some columns at a time: memory."""
+    k = first.shape[-2]
+    n = k + last.shape[-2]
+    gram = torch.zeros(*first.shape[:-2], n, n, dtype=dtype, device=first.device)
+    for columns in zip(first.split(4096, dim=-1), last.split(4096, dim=-1), strict=True):
+        a, b = (part.to(dtype) for part in columns)
+        gram[..., :k, :k] += a @ a.mT
+        gram[..., k:, :k] += b @ a.mT
+        gram[..., k:, k:] += b @ b.mT
+    return gram
 
 
 def _frobenius_error(weight: Tensor, factors: Factors, projected: bool, *, rows: int = 256) -> float:
