@@ -1,7 +1,6 @@
 """One site's factorization and the record of it: shared by the PyTorch way and the ONNX way."""
 
 import math
-import time
 from typing import Any, Literal
 
 import pydantic
@@ -12,8 +11,9 @@ from rsi_deploy.errors import ModelError
 from rsi_deploy.kernel.certified import FAILURE, Search, searched
 from rsi_deploy.kernel.memory import or_on_cpu
 from rsi_deploy.plan.planner import break_even_rank
-from rsi_deploy.rsi import Factors, Solver, certified_norm, rounding_level, singular_values
+from rsi_deploy.rsi import Factors, certified_norm, rounding_level, singular_values
 from rsi_deploy.spectra import Spectrum, thinned
+from rsi_deploy.together import Solves
 
 # Up to this full rank the optimum s_{rank+1} comes from an exact spectrum (some ms); above it from a bound.
 EXACT_SPECTRUM_LIMIT = 128
@@ -122,7 +122,7 @@ def factorize_site(
     kind: str,
     weight: Tensor,
     rank: int,
-    solver: Solver,
+    solver: Solves,
     *,
     reason: str = "split",
     nodes: tuple[str, ...] = (),
@@ -135,12 +135,10 @@ def factorize_site(
     Raises:
         ModelError: the weight holds NaN or infinite values; the site is named.
     """
-    started = time.perf_counter()
     try:
-        factors, route, iterations, note = solver.solve(weight, rank, site=name)
+        factors, route, iterations, note, seconds = solver.solve(weight, rank, site=name)
     except ValueError as error:
         raise ModelError(f"{error} (type --exclude {name!r} to leave it dense)") from error
-    seconds = time.perf_counter() - started
     # 16-bit factors are stored balanced and rounded: `left` is not orthonormal, `right` is not left^T W.
     projected = weight.dtype.itemsize >= 4
     reason = f"{reason}; {note}" if note else reason
@@ -262,8 +260,8 @@ def _bounded_spectrum(weight: Tensor, factors: Factors, found: Search, projected
     """`s_1` and lower bounds of `s_1` to `s_{rank+1}` from the factors, without a spectrum of the weight.
 
     For orthonormal `Q (out, rank+few)`, `s_{rank+1}(Q^T W) <= s_{rank+1}(W)` (interlacing). `Q` is the span of `left`
-    and of the directions in which the residual's norm was searched: those hold what the least directions of `left` lack,
-    and their products with the weight are known.
+    and of the directions in which the residual's norm was searched: those hold what the least directions of `left`
+    lack, and their products with the weight are known.
     """
     W = weight.to(_working(weight))
     full, rank = min(W.shape[-2:]), factors.left.shape[-1]

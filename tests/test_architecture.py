@@ -16,7 +16,7 @@ OURS = {"rsi_deploy", "graph_passes", "bench", "samples", "tests"}
 LAYERS = """
 kernel.orthogonal kernel.products kernel.factors kernel.checks kernel.chebyshev kernel.batched kernel.direct kernel.gram
 kernel.exact kernel.krylov kernel.adaptive kernel.certified kernel.cost kernel.solve kernel.memory
-errors manifest rsi arrays spectra
+errors manifest rsi together arrays spectra
 calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrate.alternating
 plan.knapsack plan.bracket plan.budget plan.rank_grid plan.plan_file
 plan.planner plan.error_rank fold layers checkpoint measure.machine measure.statistics measure.sections measure.pinning

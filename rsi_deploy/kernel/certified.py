@@ -26,7 +26,6 @@ vectors at once need fewer, but a product with few vectors takes as long as that
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +37,9 @@ FAILURE = 0.01
 DOUBLE = 1 << 18  # up to so many numbers everything is in float64: no rounding to speak of
 WIDTH = 0.045  # of the upper end over the lower; the rest of five percent is left to roundings
 SQUARED = 1e-15  # below such a norm in float32, some squares are lost
-EMPTY = 1e-12  # of a random vector, in units of the norm squared, is added to the next one: where that is zero, it stays
+EMPTY = (
+    1e-12  # of a random vector, in units of the norm squared, is added to the next one: where that is zero, it stays
+)
 
 
 class Interval(NamedTuple):
@@ -145,59 +146,48 @@ def _lanczos(
     filler = start[..., 1:, :] * EMPTY
     basis = W.new_empty(*W.shape[:-2], most, W.shape[-2])
     images = W.new_empty(*W.shape[:-2], most, W.shape[-1])
-    v, ends = start[..., :1, :], np.zeros(W.shape[:-2], dtype=bool)
-    alphas: list[np.ndarray] = []
-    betas: list[np.ndarray] = []
+    T = torch.zeros(*W.shape[:-2], most, most, dtype=torch.float64)  # on the CPU, where it is judged
+    v, found = start[..., :1, :], torch.zeros(W.shape[:-2], dtype=torch.bool)
     for index in range(most):
         norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
         v = v / norm
         x = (v @ W - (v @ L) @ R) * unit
         basis[..., index, :], images[..., index, :] = v[..., 0, :], x[..., 0, :]
-        betas += [norm[..., 0, 0].double().cpu().numpy()] if index else []
-        alphas.append(torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square().cpu().numpy())
-        if 2 * index >= most:  # hardly ever before
-            ends = ends | _is_found(_tridiagonal(alphas, betas), part, width)
-        if ends.all():
+        T[..., index, index] = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square()
+        if index:
+            T[..., index, index - 1] = T[..., index - 1, index] = norm[..., 0, 0]
+        few = index + 1
+        if 2 * few > most:  # hardly ever before
+            found = found | is_told(T[..., :few, :few], part, width)
+        if found.all():
             break
-        known = basis[..., : index + 1, :]
+        known = basis[..., :few, :]
         v = (x @ W.mT - (x @ R.mT) @ L.mT) * unit + filler.roll(index, -1)
         for _ in range(2):
             v = v - (v @ known.mT) @ known
-    few = len(alphas)
-    mix = torch.from_numpy(np.linalg.eigh(_tridiagonal(alphas, betas))[1][..., -1]).to(W)
-    return basis[..., :few, :], images[..., :few, :], mix
+    mix = torch.linalg.eigh(T[..., :few, :few]).eigenvectors[..., -1]
+    return basis[..., :few, :], images[..., :few, :], mix.to(W)
 
 
-def _tridiagonal(alphas: list[np.ndarray], betas: list[np.ndarray]) -> np.ndarray:
-    """`(..., k, k)` of its diagonal and the one beside it."""
-    k = len(alphas)
-    T = np.zeros((*alphas[0].shape, k, k))
-    for index in range(k):
-        T[..., index, index] = alphas[index]
-        if index:
-            T[..., index - 1, index] = T[..., index, index - 1] = betas[index - 1]
-    return T
+def is_told(T: Tensor, part: float, width: float) -> Tensor:
+    """Whether `T (..., k, k)` tells that the norm is at most `1 + width` times the root of its largest eigenvalue.
 
-
-def _is_found(T: np.ndarray, part: float, width: float) -> np.ndarray:
-    """Whether the norm is at most `1 + width` times the root of the largest eigenvalue of `T (..., k, k)`."""
-    k = T.shape[-1]
-    top = np.linalg.eigvalsh(T)[..., -1]
+    Args:
+        T: tridiagonal, float64.
+        part: `d`, that the start has along the leading direction at least.
+        width: of the interval.
+    """
+    identity = torch.eye(T.shape[-1], dtype=T.dtype)
+    top = torch.linalg.eigvalsh(T)[..., -1, None, None].clamp_min(1e-300)
     at = (1 + width) ** 2 * top
-    values = [np.ones_like(top)]
-    with np.errstate(all="ignore"):  # a space that ends gives infinite values
-        for j in range(k - 1):
-            before = T[..., j - 1, j] * values[j - 1] if j else 0.0
-            values.append(((at - T[..., j, j]) * values[j] - before) / T[..., j, j + 1])
-        P = np.stack(values, axis=-1)[..., None]
-        # A little on the diagonal makes the condition no easier, and rounding harmless.
-        inverse = np.linalg.inv(T + (1e-5 * top + 1e-300)[..., None, None] * np.eye(k))
-        return ~(part**2 * at * (P * (inverse @ P)).sum((-2, -1)) < 1)
+    P = torch.linalg.solve(at * identity - T, identity[:, -1:].expand(*T.shape[:-1], 1))
+    P = P / P[..., :1, :]  # p_0 is 1; where a space ends, the others are infinite
+    # A little on the diagonal makes the condition no easier, and rounding harmless.
+    reached = part**2 * at * (P.mT @ torch.linalg.solve(T + 1e-5 * top * identity, P))
+    return ~(reached[..., 0, 0] < 1)
 
 
-def _ends(
-    W: Tensor, L: Tensor, R: Tensor, best: Tensor, size: Tensor, width: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _ends(W: Tensor, L: Tensor, R: Tensor, best: Tensor, size: Tensor, width: float) -> tuple[Tensor, Tensor, Tensor]:
     """Lower and upper end `(...)`, float64, and the unit vector of `best (..., 1, out)`, the Ritz vector."""
     best = best / torch.linalg.vector_norm(best, dim=-1, keepdim=True)
     image = best @ W - (best @ L) @ R

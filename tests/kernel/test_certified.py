@@ -1,11 +1,10 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 from spectra import normal, spectral, values, weight_with
 
-from rsi_deploy.kernel.certified import WIDTH, _is_found, certified_norm, least_part, most_steps, searched
+from rsi_deploy.kernel.certified import WIDTH, certified_norm, is_told, least_part, most_steps, searched
 from rsi_deploy.rsi import Factors, Solver
 
 
@@ -107,9 +106,9 @@ def test_the_best_polynomial_decides(name, k):
     at_powers = ((2 * at - high - low) / (high - low)) ** torch.arange(k, dtype=torch.float64)
     M = powers.T @ (eigenvalues[:, None] * powers)
     least = 1 / (at * float(at_powers @ torch.linalg.solve(M, at_powers)))
-    assert _is_found(T.numpy(), 1.02 * least**0.5, WIDTH)
-    assert not _is_found(T.numpy(), 0.98 * least**0.5, WIDTH)
-    assert _is_found(np.stack([T.numpy(), 2 * T.numpy()]), 1.02 * least**0.5, WIDTH).all()
+    assert is_told(T, 1.02 * least**0.5, WIDTH)
+    assert not is_told(T, 0.98 * least**0.5, WIDTH)
+    assert is_told(torch.stack([T, 2 * T]), 1.02 * least**0.5, WIDTH).all()
 
 
 def test_it_stops_early_and_the_more_so_the_less_is_asked():

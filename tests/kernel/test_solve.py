@@ -159,12 +159,13 @@ def test_the_number_of_sites_at_once_changes_no_byte(shape, settings, fast_half)
     weights, sites = [normal(*shape, seed=seed) for seed in range(4)], list("abcd")
     solver = Solver(seed=3, **settings)
     together = solver.many(weights, 8, sites=sites)
-    for weight, site, factors in zip(weights, sites, together, strict=True):
-        alone = solver(weight, 8, site=site)
-        assert torch.equal(alone.left, factors.left)
-        assert torch.equal(alone.right, factors.right)
+    for weight, site, (factors, *how) in zip(weights, sites, together, strict=True):
+        alone = solver.solve(weight, 8, site=site)
+        assert torch.equal(alone.factors.left, factors.left)
+        assert torch.equal(alone.factors.right, factors.right)
+        assert how[:-1] == [alone.route, alone.power_iterations, ""]
         other = solver(weight, 8, site="z")
-        assert not torch.equal(other.left, factors.left) or solver.solve(weight, 8).route == "exact"
+        assert not torch.equal(other.left, factors.left) or alone.route == "exact"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
