@@ -290,7 +290,7 @@ def _leading_values(first: Tensor, last: Tensor, count: int) -> Tensor:
 
     Of their Gram matrix in float32, where that tells the last of them, else in float64.
     """
-    largest = torch.linalg.vector_norm(first.flatten(-2), ord=torch.inf, dim=-1)[..., None, None]
+    largest: Tensor = torch.linalg.vector_norm(first.flatten(-2), ord=torch.inf, dim=-1)[..., None, None]
     if bool(((largest < 1e-8) & (largest > 0) | (largest > 1e8)).any()):  # squares would leave what float32 holds
         largest = largest.clamp_min(torch.finfo(first.dtype).tiny)
         return _leading_values(first / largest, last / largest, count) * largest[..., 0].double()
@@ -307,7 +307,7 @@ def _lower_gram(first: Tensor, last: Tensor, dtype: torch.dtype) -> Tensor:
     k = first.shape[-2]
     n = k + last.shape[-2]
     gram = torch.zeros(*first.shape[:-2], n, n, dtype=dtype, device=first.device)
-    for columns in zip(first.split(4096, dim=-1), last.split(4096, dim=-1), strict=True):
+    for columns in zip(torch.split(first, 4096, dim=-1), torch.split(last, 4096, dim=-1), strict=True):
         a, b = (part.to(dtype) for part in columns)
         gram[..., :k, :k] += a @ a.mT
         gram[..., k:, :k] += b @ a.mT

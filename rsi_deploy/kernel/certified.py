@@ -184,7 +184,8 @@ def is_told(T: Tensor, part: float, width: float) -> Tensor:
     P = P / P[..., :1, :]  # p_0 is 1; where a space ends, the others are infinite
     # A little on the diagonal makes the condition no easier, and rounding harmless.
     reached = part**2 * at * (P.mT @ torch.linalg.solve(T + 1e-5 * top * identity, P))
-    return ~(reached[..., 0, 0] < 1)
+    told: Tensor = ~(reached[..., 0, 0] < 1)
+    return told
 
 
 def _ends(W: Tensor, L: Tensor, R: Tensor, best: Tensor, size: Tensor, width: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,7 +201,7 @@ def _ends(W: Tensor, L: Tensor, R: Tensor, best: Tensor, size: Tensor, width: fl
 
 def _size(W: Tensor) -> Tensor:
     """`|W|_F (..., 1, 1)`, finite; where its squares leave what floats hold, of the weight scaled to 1."""
-    size = torch.linalg.vector_norm(W.flatten(-2), dim=-1)
+    size: Tensor = torch.linalg.vector_norm(W.flatten(-2), dim=-1)
     if not bool((torch.isfinite(size) & (size > SQUARED)).all()):
         largest = torch.linalg.vector_norm(W.flatten(-2), ord=torch.inf, dim=-1)
         scaled = W / largest.clamp_min(torch.finfo(W.dtype).tiny)[..., None, None]
