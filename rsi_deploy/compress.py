@@ -26,6 +26,7 @@ from rsi_deploy.plan.error_rank import smallest_rank
 from rsi_deploy.plan.planner import MaxError, Planner, RankSpec, rank_spec, site_name
 from rsi_deploy.rsi import Factors, Method, PowerIterations, Route, Solver, balanced
 from rsi_deploy.sites import SiteRecord, dense_record, factorize_site
+from rsi_deploy.together import Asked, gains, solved_together
 
 FACTOR_KEYS = {"left", "right", "in_proj_left", "in_proj_right"}
 
@@ -154,6 +155,16 @@ def compress_(
             f"the module is itself a {type(module).__name__}, which cannot be replaced in place: "
             f"pass nn.Sequential(module)"
         )
+    split = [d.rank is not None and not s.obstacle for s, d in zip(sites, decisions, strict=True)]
+    sites = [_folded(module, s, norms) if chosen else s for s, chosen in zip(sites, split, strict=True)]
+    ahead = solved_together(
+        solver,
+        {
+            site.name: Asked(site.matrix()[0], decision.rank)
+            for site, decision, chosen in zip(sites, decisions, split, strict=True)
+            if chosen and decision.rank is not None and site.groups == 1 and gains(site.shape)
+        },
+    )
     records = []
     for index, (site, decision) in enumerate(zip(sites, decisions, strict=True)):
         if site.obstacle or decision.rank is None:
@@ -164,13 +175,12 @@ def compress_(
             continue
         if progress:
             progress(site.name, index, len(sites))
-        site = _folded(module, site, norms)
         factors, record = factorize_site(
             site.name,
             site.kind,
             site.matrix(),
             decision.rank,
-            solver,
+            ahead,
             reason=decision.reason,
             nodes=site.paths,
         )

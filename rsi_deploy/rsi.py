@@ -18,6 +18,7 @@ Leading dimensions are a batch: a grouped Conv's weight is `(groups, out/groups,
 
 import hashlib
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -29,6 +30,7 @@ from rsi_deploy.kernel.batched import is_small
 from rsi_deploy.kernel.certified import Interval, certified_norm
 from rsi_deploy.kernel.checks import at, checked
 from rsi_deploy.kernel.factors import Factors, balanced, stored
+from rsi_deploy.kernel.memory import or_on_cpu
 from rsi_deploy.kernel.products import working_dtype
 from rsi_deploy.kernel.solve import How, Solved, solve
 
@@ -67,12 +69,14 @@ class Solution(NamedTuple):
         route: that was taken: "direct", "chebyshev", "gram", "krylov", "exact", or "svd" for that method.
         power_iterations: that were done (shifted ones, and block Krylov's blocks, do more each); 0: exact.
         note: what was done otherwise than asked, in words, or "".
+        seconds: that it took.
     """
 
     factors: Factors
     route: str
     power_iterations: int
     note: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,62 +110,58 @@ class Solver:
         A rank above `min(out, in)` gives the exact factors of that rank, with a note. Where a GPU's memory does not
         hold the blocks, the CPU's does, with a note.
         """
+        started = time.perf_counter()
         full = min(weight.shape[-2:], default=0) if weight.ndim > 1 else 0
         note = f"rank {rank} is above full rank: exact factors of rank {full}" if rank > full > 0 else ""
-        try:
-            solution = self._solved(weight, rank, site)
-        except torch.OutOfMemoryError:
+        solution, moved = or_on_cpu(lambda W: self._solved(W, rank, site), weight)
+        if moved:
             log.warning("%sthe GPU's memory does not hold the blocks: factorized on the CPU", at(site))
-            factors, route, q, _ = self._solved(weight.cpu(), rank, site)
-            moved = Factors(*(factor.to(weight.device) for factor in factors))
-            solution = Solution(moved, route, q, "on the CPU, for want of GPU memory")
-        return solution._replace(note="; ".join(filter(None, (note, solution.note))))
+            factors = Factors(*(factor.to(weight.device) for factor in solution.factors))
+            solution = solution._replace(factors=factors, note="factorized on the CPU, for want of GPU memory")
+        note = "; ".join(filter(None, (note, solution.note)))
+        return solution._replace(note=note, seconds=time.perf_counter() - started)
 
     def _solved(self, weight: Tensor, rank: int, site: str) -> Solution:
         if self.method == "svd":
             return Solution(exact_svd(weight, rank, site=site), "svd", 0)
-        baseline = self.method == "rsvd"
-        solved, dtype = _iterated(
-            weight,
-            rank,
-            How(
-                route="direct" if baseline else self.route,
-                q=1 if baseline else self.power_iterations,
-                mixed=self.mixed_precision and not baseline,
-            ),
-            oversampling=self.oversampling,
-            seed=self.seed,
-            site=site,
-        )
+        solved, dtype = _iterated(weight, rank, self._how(), oversampling=self.oversampling, seed=self.seed, site=site)
         return Solution(stored(solved.X, solved.Y.mT, dtype), solved.route, solved.q)
 
-    def many(self, weights: Sequence[Tensor], rank: int, *, sites: Sequence[str]) -> list[Factors]:
-        """Factorize equal weights `(out, in)` at once, each with its own site's sketch.
+    def batches(self, weight: Tensor) -> bool:
+        """Whether weights like this one `(out, in)` go through batched products in `many`."""
+        return weight.ndim == 2 and is_small(weight) and self.method != "svd" and self.route not in ("gram", "krylov")
 
-        Small ones go through batched products; the bytes of each are those that it has alone. For other methods than
-        "rsi" and "rsvd", for large or unequal weights, and with automatic power iterations, it is one after another.
+    def many(self, weights: Sequence[Tensor], rank: int, *, sites: Sequence[str]) -> list[Solution]:
+        """Factorize weights of one shape, dtype and device at once, each with its own site's sketch.
+
+        Those that `batches` names go through batched products, others one after another. The bytes of each are those
+        that it has alone; its seconds are its share.
         """
-        first = weights[0]
-        alike = all(w.shape == first.shape and w.dtype == first.dtype and w.device == first.device for w in weights)
-        batched = self.method != "svd" and self.route not in ("gram", "krylov")
-        if not alike or first.ndim != 2 or not is_small(first) or not batched:
-            return [self(weight, rank, site=site) for weight, site in zip(weights, sites, strict=True)]
-        baseline = self.method == "rsvd"
-        how = How(
-            route="direct" if baseline else self.route,
-            q=1 if baseline else self.power_iterations,
-            mixed=self.mixed_precision and not baseline,
-        )
+        if not self.batches(weights[0]) or self.power_iterations == "auto":
+            return [self.solve(weight, rank, site=site) for weight, site in zip(weights, sites, strict=True)]
+        started = time.perf_counter()
         parts = [checked(weight, rank, site) for weight, site in zip(weights, sites, strict=True)]
-        columns = min(rank + self.oversampling, *first.shape)
+        columns = min(rank + self.oversampling, *weights[0].shape)
 
         def draw(side: int) -> Tensor:
             pairs = zip(parts, sites, strict=True)
             return torch.stack([_sketch(part.weight, side, columns, self.seed, site) for part, site in pairs])
 
         stack = torch.stack([part.weight for part in parts])
-        solved = solve(stack, draw, columns, parts[0].rank, 1.0, how)
-        return [stored(X.clone(), Y.mT, first.dtype) for X, Y in zip(solved.X, solved.Y, strict=True)]
+        solved = solve(stack, draw, columns, parts[0].rank, 1.0, self._how())
+        if not torch.isfinite(solved.Y).all():
+            raise ValueError(f"the factors of one of {', '.join(sites)} do not fit into {working_dtype(stack)}")
+        pairs = [stored(X.clone(), Y.mT, stack.dtype) for X, Y in zip(solved.X, solved.Y, strict=True)]
+        seconds = (time.perf_counter() - started) / len(pairs)
+        return [Solution(factors, solved.route, solved.q, seconds=seconds) for factors in pairs]
+
+    def _how(self) -> How:
+        baseline = self.method == "rsvd"
+        return How(
+            route="direct" if baseline else self.route,
+            q=1 if baseline else self.power_iterations,
+            mixed=self.mixed_precision and not baseline,
+        )
 
 
 def rsi(

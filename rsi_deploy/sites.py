@@ -1,7 +1,6 @@
 """One site's factorization and the record of it: shared by the PyTorch way and the ONNX way."""
 
 import math
-import time
 from typing import Any, Literal
 
 import pydantic
@@ -9,14 +8,20 @@ import torch
 from torch import Tensor
 
 from rsi_deploy.errors import ModelError
-from rsi_deploy.kernel.certified import FAILURE
-from rsi_deploy.kernel.orthogonal import orthonormal_
+from rsi_deploy.kernel.certified import FAILURE, Search, searched
+from rsi_deploy.kernel.memory import or_on_cpu
 from rsi_deploy.plan.planner import break_even_rank
-from rsi_deploy.rsi import Factors, Solver, certified_norm, rounding_level, singular_values
+from rsi_deploy.rsi import Factors, certified_norm, rounding_level, singular_values
 from rsi_deploy.spectra import Spectrum, thinned
+from rsi_deploy.together import Solves
 
 # Up to this full rank the optimum s_{rank+1} comes from an exact spectrum (some ms); above it from a bound.
 EXACT_SPECTRUM_LIMIT = 128
+# Of the residual's norm over s_1, up to which a s_1 that the factors miss is less than 1 % above the one they have.
+SMALL_BESIDE = 0.14
+TOP_WIDTH = 0.3  # of the interval in which s_1 is searched for elsewhere: its lower end is much nearer
+# Of the least singular value over the largest, above which a Gram matrix in float32 tells it to 1e-3.
+RESOLVED = 0.05
 
 
 class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -117,7 +122,7 @@ def factorize_site(
     kind: str,
     weight: Tensor,
     rank: int,
-    solver: Solver,
+    solver: Solves,
     *,
     reason: str = "split",
     nodes: tuple[str, ...] = (),
@@ -130,12 +135,10 @@ def factorize_site(
     Raises:
         ModelError: the weight holds NaN or infinite values; the site is named.
     """
-    started = time.perf_counter()
     try:
-        factors, route, iterations, note = solver.solve(weight, rank, site=name)
+        factors, route, iterations, note, seconds = solver.solve(weight, rank, site=name)
     except ValueError as error:
         raise ModelError(f"{error} (type --exclude {name!r} to leave it dense)") from error
-    seconds = time.perf_counter() - started
     # 16-bit factors are stored balanced and rounded: `left` is not orthonormal, `right` is not left^T W.
     projected = weight.dtype.itemsize >= 4
     reason = f"{reason}; {note}" if note else reason
@@ -176,7 +179,10 @@ def split_record(
         seconds=seconds,
         nodes=nodes,
     )
-    return record.model_copy(update=_errors(weight, factors, projected))
+    errors, moved = or_on_cpu(lambda W, left, right: _errors(W, Factors(left, right), projected), weight, *factors)
+    if moved:
+        errors["reason"] = f"{reason}; errors measured on the CPU, for want of GPU memory"
+    return record.model_copy(update=errors)
 
 
 def unmeasured_record(
@@ -224,14 +230,17 @@ def _errors(weight: Tensor, factors: Factors, projected: bool) -> dict[str, Any]
     """The record's errors, the worst group's where they are not of all, and the spectrum that they took."""
     rank = factors.left.shape[-1]
     full = min(weight.shape[-2:])
-    residual = certified_norm(weight, factors)
+    if len(weight) == 1:  # one matrix as such: products in batches are slower
+        weight, factors = weight[0], Factors(factors.left[0], factors.right[0])
+    found = searched(weight, factors)
+    residual = found.interval
     frobenius = _frobenius_error(weight, factors, projected)
     if full <= EXACT_SPECTRUM_LIMIT:
         s = singular_values(weight)
         top = s[..., 0]
         optimum = s[..., rank] if rank < full else torch.zeros_like(top)
     else:
-        top, s = _bounded_spectrum(weight, factors, residual.u, projected)
+        top, s = _bounded_spectrum(weight, factors, found, projected)
         optimum = s[..., -1]
     norm = residual.upper if full > EXACT_SPECTRUM_LIMIT else residual.lower
     # No optimum is below the rounding level (full rank, or a weight of lower rank than asked).
@@ -247,31 +256,63 @@ def _errors(weight: Tensor, factors: Factors, projected: bool) -> dict[str, Any]
     }
 
 
-def _bounded_spectrum(weight: Tensor, factors: Factors, u: Tensor, projected: bool) -> tuple[Tensor, Tensor]:
+def _bounded_spectrum(weight: Tensor, factors: Factors, found: Search, projected: bool) -> tuple[Tensor, Tensor]:
     """`s_1` and lower bounds of `s_1` to `s_{rank+1}` from the factors, without a spectrum of the weight.
 
-    For orthonormal `V (in, rank+1)`, `s_{rank+1}(W V) <= s_{rank+1}(W)` (interlacing); `V` is the span of `W^T Q`, with
-    `Q` that of `left` and of the residual's leading direction `u`. This last product with the weight brings the bound
-    near the truth, whether the factors were iterated plainly or with shifts, which leave the least direction less pure.
+    For orthonormal `Q (out, rank+few)`, `s_{rank+1}(Q^T W) <= s_{rank+1}(W)` (interlacing). `Q` is the span of `left`
+    and of the directions in which the residual's norm was searched: those hold what the least directions of `left`
+    lack, and their products with the weight are known.
     """
     W = weight.to(_working(weight))
-    left, u = factors.left.to(W.dtype), u.to(W.dtype)[..., None]
+    full, rank = min(W.shape[-2:]), factors.left.shape[-1]
+    left, directions, images = factors.left.to(W.dtype), found.directions.to(W.dtype), found.images.to(W.dtype)
     if not projected:
-        Q = torch.linalg.qr(torch.cat([left, u], dim=-1)).Q
-        B = W.mT @ Q
+        B = torch.linalg.qr(torch.cat([left, directions.mT], dim=-1)).Q.mT @ W
+        known, beside = B[..., :rank, :], B[..., rank:, :]
     else:
-        u = u - left @ (left.mT @ u)
-        B = torch.cat([factors.right.mT, W.mT @ u], dim=-1)
-    full = min(W.shape[-2:])
-    image = W @ orthonormal_(B[..., :full].contiguous())  # at full rank there is no s_{rank+1}
-    gram = torch.zeros(*B.shape[:-2], image.shape[-1], image.shape[-1], dtype=torch.float64, device=B.device)
-    for block in torch.split(image, 4096, dim=-2):  # float64 a block at a time: memory
-        gram += block.double().mT @ block.double()
-    s = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
-    s = torch.nn.functional.pad(s, (0, B.shape[-1] - s.shape[-1]))
-    # Factors may miss the leading direction (RSVD does), so s_1 is looked for in the weight itself too.
-    nothing = Factors(factors.left[..., :0], factors.right[..., :0, :])
-    return torch.maximum(s[..., 0], certified_norm(weight, nothing).lower), s
+        # With N = T (1 - left left^T) directions orthonormal: N W = T (directions @ residual) = T images.
+        apart = directions - (directions @ left) @ left.mT
+        values, vectors = torch.linalg.eigh(apart @ apart.mT)
+        scale = torch.where(values > 0.01, values.clamp_min(0.01).rsqrt(), 0)  # the others are of `left`
+        known, beside = factors.right.to(W.dtype), scale[..., None] * (vectors.mT @ images)
+    s = _leading_values(known, beside, min(rank + 1, full))
+    s = torch.nn.functional.pad(s, (0, rank + 1 - s.shape[-1]))  # at full rank there is no s_{rank+1}
+    # Factors may miss the leading direction (RSVD does): |W|^2 <= |Q^T W|^2 + |residual|^2 says whether they may have.
+    top = s[..., 0]
+    if bool((found.interval.upper > SMALL_BESIDE * top).any()):
+        nothing = Factors(factors.left[..., :0], factors.right[..., :0, :])
+        top = torch.maximum(top, certified_norm(weight, nothing, width=TOP_WIDTH).lower)
+    return top, s
+
+
+def _leading_values(first: Tensor, last: Tensor, count: int) -> Tensor:
+    """The leading singular values of the rows of `first` and `last (..., n, in)`, descending, float64 `(..., count)`.
+
+    Of their Gram matrix in float32, where that tells the last of them, else in float64.
+    """
+    largest: Tensor = torch.linalg.vector_norm(first.flatten(-2), ord=torch.inf, dim=-1)[..., None, None]
+    if bool(((largest < 1e-8) & (largest > 0) | (largest > 1e8)).any()):  # squares would leave what float32 holds
+        largest = largest.clamp_min(torch.finfo(first.dtype).tiny)
+        return _leading_values(first / largest, last / largest, count) * largest[..., 0].double()
+    for dtype in (torch.float32, torch.float64)[first.dtype == torch.float64 :]:
+        values = torch.linalg.eigvalsh(_lower_gram(first, last, dtype)).flip(-1)[..., :count]
+        s: Tensor = values.double().clamp_min(0).sqrt()
+        if bool((s[..., -1] > RESOLVED * s[..., 0]).all()):
+            break
+    return s
+
+
+def _lower_gram(first: Tensor, last: Tensor, dtype: torch.dtype) -> Tensor:
+    """The lower triangle of `B B^T`, `B (..., n, in)` the rows of both; some columns at a time: memory."""
+    k = first.shape[-2]
+    n = k + last.shape[-2]
+    gram = torch.zeros(*first.shape[:-2], n, n, dtype=dtype, device=first.device)
+    for columns in zip(torch.split(first, 4096, dim=-1), torch.split(last, 4096, dim=-1), strict=True):
+        a, b = (part.to(dtype) for part in columns)
+        gram[..., :k, :k] += a @ a.mT
+        gram[..., k:, :k] += b @ a.mT
+        gram[..., k:, k:] += b @ b.mT
+    return gram
 
 
 def _frobenius_error(weight: Tensor, factors: Factors, projected: bool, *, rows: int = 256) -> float:

@@ -25,8 +25,9 @@ In bfloat16 four roundings could harm. With `u = 2^-9/sqrt(3)`, the root mean sq
                     the last one, and the rounding of that covers it
 
 The first two add to the residual like independent noise, so a tilt of 0.1 costs half a percent. Where the first is too
-large the iteration starts anew in float32; columns for which the second is are made in float32; where the third is, the
-first block is; and columns that the fourth lets pass `COVERED` are taken out of the others between the two products.
+large the iteration goes on in float32, which takes a tilt of up to 0.3 away again, and starts anew beyond that; columns
+for which the second is are made in float32; where the third is, the first block is; and columns that the fourth lets
+pass `COVERED` are taken out of the others between the two products.
 Bases are made in float32 throughout, and rounded.
 """
 
@@ -43,6 +44,7 @@ Draw = Callable[[int], Tensor]
 MARGIN = 0.75
 ROUNDING = 2.0**-9 / 3**0.5
 TILT = 0.1
+TURNED = 0.3
 COVERED = 0.01
 
 
@@ -78,7 +80,7 @@ def iterate(operand: Operand, draw: Draw, fractions: list[float], *, mixed: bool
     found = _low(operand, draw, fractions) if mixed and fractions else None
     if found is None:
         operand.forget()
-        found = _exact(operand, draw, fractions)
+        found = _exact(operand, operand.to_short(draw(operand.longer)), fractions)
     operand.forget()
     return finished(operand, found)
 
@@ -92,9 +94,8 @@ def finished(operand: Operand, B: Tensor) -> tuple[Tensor, Tensor]:
     return X, B @ R.mT
 
 
-def _exact(operand: Operand, draw: Draw, fractions: list[float]) -> Tensor:
-    """A block `(shorter side, columns)`, not yet orthonormal, in the working precision."""
-    B = operand.to_short(draw(operand.longer))
+def _exact(operand: Operand, B: Tensor, fractions: list[float]) -> Tensor:
+    """A block `(shorter side, columns)`, iterated, not yet orthonormal, in the working precision; `B` is used up."""
     for fraction in fractions:
         B = near_basis_(B)
         Z = operand.to_long(B)
@@ -119,7 +120,10 @@ def _low(operand: Operand, draw: Draw, fractions: list[float]) -> Tensor | None:
         norms = column_norms(Z)
         least = float(norms.min())
         if index < 2 and not noise <= TILT * least:  # the first `least` is too large, so this may show only later
-            return None
+            if not index or not noise <= TURNED * least:
+                return None
+            del Z
+            return _exact(operand, B.to(operand.working), fractions[index:])
         Z = deflate_(Z, covering(norms, ROUNDING, len(B)))
         shift = fraction * MARGIN * least**2
         if index < len(fractions) - 1:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from spectra import normal, spectral, values, weight_with
 
-from rsi_deploy.kernel.certified import WIDTH, certified_norm, lanczos_gap, lanczos_steps
+from rsi_deploy.kernel.certified import WIDTH, certified_norm, is_told, least_part, most_steps, searched
 from rsi_deploy.rsi import Factors, Solver
 
 
@@ -74,16 +74,59 @@ def test_large_and_of_extreme_size(scale):
     assert float(interval.lower) <= spectral(weight) <= float(interval.upper) <= 1.05 * float(interval.lower)
 
 
-def test_the_theorem_solved():
-    """`steps` is the least number for the width, and `gap` puts the failure where it was asked for."""
+def test_so_many_steps_are_enough_and_one_less_may_not_be():
     for n in (33, 1000, 10**6):
         for failure in (0.1, 0.01, 1e-6):
-            steps = lanczos_steps(n, failure)
-            gap = lanczos_gap(steps, n, failure)
-            assert 1.648 * math.sqrt(n) * math.exp(-math.sqrt(gap) * (2 * steps - 1)) == pytest.approx(failure)
-            assert 1 / math.sqrt(1 - gap) <= 1 + WIDTH
-            assert 1 / math.sqrt(1 - lanczos_gap(steps - 1, n, failure)) > 1 + WIDTH
-    assert lanczos_gap(1, 10**6, 0.01) == 1.0
+            steps, part = most_steps(n, failure), least_part(n, failure)
+            reached = [math.cosh((2 * k - 1) * math.acosh(1 + WIDTH)) * part for k in (steps - 1, steps)]
+            assert reached[0] < 1 <= reached[1]
+
+
+@pytest.mark.parametrize("n", [5, 50, 500])
+def test_a_random_direction_has_less_than_the_least_part_as_rarely_as_said(n):
+    v = normal(20_000, n)
+    parts = v[:, 0].abs() / v.norm(dim=1)
+    share = float((parts < least_part(n, 0.2)).float().mean())
+    assert 0.15 < share < 0.21
+    assert float((parts < 1.5 * least_part(n, 0.2)).float().mean()) > 0.21
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 6])
+@pytest.mark.parametrize("name", ["slow", "fast", "flat"])
+def test_the_best_polynomial_decides(name, k):
+    """Against a least-squares problem in powers: among all `p`, the least `|R^T p(A) v|^2 / (l p(l)^2)`."""
+    eigenvalues = values(name, 40).double() * (1 + 0.1 * normal(40).double().abs())
+    v = torch.nn.functional.normalize(normal(40).double(), dim=0)
+    low, high = torch.aminmax(eigenvalues)  # powers of what lies about zero: as good, and better conditioned
+    about = (2 * eigenvalues - high - low) / (high - low)
+    powers = torch.stack([about**j * v for j in range(k)], dim=1)
+    Q = torch.linalg.qr(powers).Q
+    T = Q.T @ (eigenvalues[:, None] * Q)
+    at = float(torch.linalg.eigvalsh(T)[-1]) * (1 + WIDTH) ** 2
+    at_powers = ((2 * at - high - low) / (high - low)) ** torch.arange(k, dtype=torch.float64)
+    M = powers.T @ (eigenvalues[:, None] * powers)
+    least = 1 / (at * float(at_powers @ torch.linalg.solve(M, at_powers)))
+    assert is_told(T, 1.02 * least**0.5, WIDTH)
+    assert not is_told(T, 0.98 * least**0.5, WIDTH)
+    assert is_told(torch.stack([T, 2 * T]), 1.02 * least**0.5, WIDTH).all()
+
+
+def test_it_stops_early_and_the_more_so_the_less_is_asked():
+    weight = weight_with(values("slow", 600), 600, 620).float()
+    few = [searched(weight, nothing(weight), width=width).directions.shape[0] for width in (0.3, 0.045, 0.01)]
+    assert few == sorted(few)
+    assert few[0] < few[1] < most_steps(600)
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(600, 620), normal(600, 3) @ normal(3, 620, seed=1)], ids=["0", "3"])
+def test_a_space_that_ends(weight):
+    """A residual of lower rank than there are steps: nothing is left to multiply."""
+    interval, directions, images = searched(weight, nothing(weight))
+    torch.testing.assert_close(directions @ directions.T, torch.eye(len(directions)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(images, directions @ weight, rtol=0, atol=1e-4 * float(weight.norm()))
+    truth = spectral(weight)
+    assert float(interval.lower) <= truth * (1 + 1e-9)
+    assert truth <= float(interval.upper) <= 1.05 * float(interval.lower) + 1e-30
 
 
 @pytest.mark.slow

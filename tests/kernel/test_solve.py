@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from spectra import normal, spectral, values, weight_with
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rsi_deploy.kernel import cost
 from rsi_deploy.kernel.cost import ROUTES, Rates
@@ -158,12 +159,13 @@ def test_the_number_of_sites_at_once_changes_no_byte(shape, settings, fast_half)
     weights, sites = [normal(*shape, seed=seed) for seed in range(4)], list("abcd")
     solver = Solver(seed=3, **settings)
     together = solver.many(weights, 8, sites=sites)
-    for weight, site, factors in zip(weights, sites, together, strict=True):
-        alone = solver(weight, 8, site=site)
-        assert torch.equal(alone.left, factors.left)
-        assert torch.equal(alone.right, factors.right)
+    for weight, site, (factors, *how) in zip(weights, sites, together, strict=True):
+        alone = solver.solve(weight, 8, site=site)
+        assert torch.equal(alone.factors.left, factors.left)
+        assert torch.equal(alone.factors.right, factors.right)
+        assert how[:-1] == [alone.route, alone.power_iterations, ""]
         other = solver(weight, 8, site="z")
-        assert not torch.equal(other.left, factors.left) or solver.solve(weight, 8).route == "exact"
+        assert not torch.equal(other.left, factors.left) or alone.route == "exact"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -240,6 +242,37 @@ def test_what_does_not_fit_is_said():
         Solver(route="direct")(torch.full((600, 600), 3e38), 2, site="a")
 
 
+class LittleMemory(TorchDispatchMode):
+    """A device that holds no result above so many bytes until it has once said so, as torch's own allocator does."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit, self.refused = limit, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not self.refused and result.nbytes > self.limit:
+            self.refused = result.nbytes
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {result.nbytes} bytes.")
+        return result
+
+
+@pytest.mark.parametrize("settings", [{}, {"route": "gram"}, {"method": "svd"}, {"method": "rsvd"}], ids=str)
+def test_what_the_device_s_memory_does_not_hold_is_done_on_the_cpu_and_said(settings, caplog):
+    weight, solver = normal(600, 520), Solver(**settings)
+    expected = solver.solve(weight, 200, site="a")
+    with caplog.at_level(logging.WARNING), LittleMemory(100_000) as memory:
+        solution = solver.solve(weight, 200, site="a")
+    assert memory.refused > memory.limit
+    assert solution.note == "factorized on the CPU, for want of GPU memory"
+    assert "site 'a': the GPU's memory does not hold the blocks: factorized on the CPU" in caplog.text
+    assert torch.equal(solution.factors.left, expected.factors.left)
+    assert torch.equal(solution.factors.right, expected.factors.right)
+    with LittleMemory(100_000_000) as memory:
+        assert solver.solve(weight, 200).note == ""
+    assert not memory.refused
+
+
 @pytest.mark.gpu
 def test_out_of_memory_on_the_gpu_falls_back_to_the_cpu():
     if not torch.cuda.is_available():
@@ -251,5 +284,5 @@ def test_out_of_memory_on_the_gpu_falls_back_to_the_cpu():
         solution = Solver(route="direct").solve(weight, 400)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert solution.note == "on the CPU, for want of GPU memory"
+    assert solution.note == "factorized on the CPU, for want of GPU memory"
     assert solution.factors.left.is_cuda
