@@ -43,12 +43,12 @@ def test_a_ceiling_tells_who_fits(model):
     assert (large.fits, large.stopped_in, large.detail) == (True, "done", "")
 
 
-def test_what_a_worker_cannot_do_is_raised(tmp_path):
+def test_what_a_worker_cannot_do_is_raised(tmp_path, model):
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     with pytest.raises(ModelError, match=r"bad\.onnx"):
         processes.measure_memory([tmp_path / "bad.onnx"], ["a"], FEEDS, RUNTIME)
     with pytest.raises(UsageError, match="teapot"):
-        processes.cold_starts([tmp_path / "bad.onnx"], ["a"], FEEDS, Runtime(provider="teapot"), seconds=0, seed=0)
+        processes.cold_starts([model], ["a"], FEEDS, Runtime(provider="teapot"), seconds=0, seed=0)
 
 
 def test_cold_start_has_four_phases(model, monkeypatch):

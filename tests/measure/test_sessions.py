@@ -218,7 +218,7 @@ def test_models_that_cannot_load_are_named(model, tmp_path):
     with pytest.raises(ModelError, match=r"absent\.onnx: no such file"):
         sessions.make_session(tmp_path / "absent.onnx")
     (tmp_path / "text.onnx").write_text("hello")
-    with pytest.raises(ModelError, match=r"text\.onnx.*INVALID_PROTOBUF"):
+    with pytest.raises(ModelError, match=r"text\.onnx is not an ONNX file"):
         sessions.make_session(tmp_path / "text.onnx")
     onnx.save(parser.parse_model(TEXT.replace("Sin", "Sine")), tmp_path / "unknown.onnx")
     with pytest.raises(ModelError, match=r"unknown\.onnx.*Sine"):
