@@ -4,6 +4,8 @@ They are random (`random_feeds`), two samples, or the model's own batch where it
 for models that random numbers make no sense to.
 """
 
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,7 @@ def read_feeds(path: str | Path) -> Feeds:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: an .npy
         raise UsageError(f"--feeds {path}: expected an .npz with one array per model input ({error})") from error
 
 

@@ -29,6 +29,8 @@ def here(tmp_path, monkeypatch):
     mlp_onnx(tmp_path / "m.onnx")
     labelled(tmp_path / "d.npz", tmp_path / "m.onnx")
     (tmp_path / "empty").touch()
+    np.save(tmp_path / "one.npy", np.zeros((1, 12), np.float32))
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "d.npz").read_bytes()[:200])
     return tmp_path
 
 
@@ -48,6 +50,20 @@ def here(tmp_path, monkeypatch):
             ["profile", "m.onnx", "--weights", "none", "-o", "c.json"],
             2,
             "go with PyTorch models, not with an ONNX file",
+        ),
+        (["export", "m.onnx", "--max-error", "5%", "--calib", "d.npz", "-o", "b"], 2, "leave --calib out"),
+        (
+            ["bench", "m.onnx", "--feeds", "d.npz", "--input-shape", "input=1x12"],
+            2,
+            "--feeds and --input-shape contradict",
+        ),
+        *(
+            (
+                ["export", "m.onnx", "--rank", "4", "--feeds", name, "-o", "b"],
+                2,
+                f"--feeds {name}: expected an .npz with",
+            )
+            for name in ("empty", "one.npy", "torn.npz", "absent.npz")
         ),
         (["profile", "absent.onnx", "-o", "c.json"], 2, "no such file: absent.onnx; expected an .onnx file"),
         (["profile", "empty.onnx", "-o", "c.json"], 3, "empty.onnx has no nodes; give a model that computes something"),
