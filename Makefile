@@ -26,9 +26,8 @@ lint: .venv/installed
 # The suite's core with the oldest versions that pyproject.toml allows: export of torch and ONNX, split passes, plan, bench,
 # verify, report, the command line. With Python 3.11 or 3.12: the oldest numpy has no wheels for newer ones.
 CORE := tests/graph_passes tests/plan tests/test_pipeline.py tests/test_onnx_file.py tests/test_rewriting.py \
-  tests/test_families.py tests/test_calibrated_export.py tests/test_bundle.py tests/test_verification.py tests/test_cli.py \
-  tests/test_opset.py tests/test_compress.py tests/measure/test_latency.py tests/measure/test_accuracy.py \
-  tests/measure/test_sessions.py tests/report tests/serving/test_protocol.py
+  tests/test_calibrated_export.py tests/test_bundle.py tests/test_verification.py tests/test_cli.py tests/test_opset.py \
+  tests/measure/test_latency.py tests/measure/test_accuracy.py tests/measure/test_sessions.py tests/report
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest

@@ -8,6 +8,7 @@ import pytest
 from nets import labelled, mlp, mlp_onnx
 from onnx import TensorProto, helper
 from PIL import Image
+from torch import nn
 
 import rsi_deploy
 from rsi_deploy import error_table
@@ -18,6 +19,7 @@ from rsi_deploy.measure.arms import arm_labels
 from rsi_deploy.measure.concurrency import together
 from rsi_deploy.measure.data import open_data
 from rsi_deploy.measure.inputs import model_inputs
+from rsi_deploy.plan.budget import Budget
 
 
 @pytest.fixture
@@ -27,6 +29,8 @@ def here(tmp_path, monkeypatch):
     mlp_onnx(tmp_path / "m.onnx")
     labelled(tmp_path / "d.npz", tmp_path / "m.onnx")
     (tmp_path / "empty").touch()
+    np.save(tmp_path / "one.npy", np.zeros((1, 12), np.float32))
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "d.npz").read_bytes()[:200])
     return tmp_path
 
 
@@ -46,6 +50,20 @@ def here(tmp_path, monkeypatch):
             ["profile", "m.onnx", "--weights", "none", "-o", "c.json"],
             2,
             "go with PyTorch models, not with an ONNX file",
+        ),
+        (["export", "m.onnx", "--max-error", "5%", "--calib", "d.npz", "-o", "b"], 2, "leave --calib out"),
+        (
+            ["bench", "m.onnx", "--feeds", "d.npz", "--input-shape", "input=1x12"],
+            2,
+            "--feeds and --input-shape contradict",
+        ),
+        *(
+            (
+                ["export", "m.onnx", "--rank", "4", "--feeds", name, "-o", "b"],
+                2,
+                f"--feeds {name}: expected an .npz with",
+            )
+            for name in ("empty", "one.npy", "torn.npz", "absent.npz")
         ),
         (["profile", "absent.onnx", "-o", "c.json"], 2, "no such file: absent.onnx; expected an .onnx file"),
         (["profile", "empty.onnx", "-o", "c.json"], 3, "empty.onnx has no nodes; give a model that computes something"),
@@ -95,10 +113,38 @@ def test_what_python_code_asks_for(here):
         rsi_deploy.serve([], http_port=0, grpc_port=None)
     with pytest.raises(UsageError, match="precision must be between 0 % and 100 %, but got 200 %"):
         rsi_deploy.bench(["m.onnx"], precision=2)
+    with pytest.raises(UsageError, match="always_split goes with a rank; leave it out with max_error"):
+        rsi_deploy.compress_(mlp(), max_error="5%", always_split=True)
+    with pytest.raises(UsageError, match="--always-split goes with --rank alone; leave it out with --max-error"):
+        rsi_deploy.rewrite("m.onnx", "n.onnx", max_error="5%", always_split=True)
+    with pytest.raises(
+        UsageError, match="--max-latency must be at least 1 nanosecond, but got 0; write for example 25ms"
+    ):
+        Budget(max_latency=0)
     with pytest.raises(UsageError, match="--device must be auto, cpu or cuda, but got 'gpu'"):
         rsi_deploy.export(mlp(), "b", rank=4, device="gpu")
     with pytest.raises(UsageError, match="labels must differ from each other, but got \\['a', 'a'\\]"):
         arm_labels(["m.onnx", "n.onnx"], ["a", "a"])
+
+
+class Decides(nn.Module):
+    """What it computes depends on the values that it sees."""
+
+    input_shape = (1, 12)
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 12)
+
+    def forward(self, x):
+        return self.fc(x) if x.sum().item() > 0 else x
+
+
+def test_a_model_that_no_graph_can_hold(here):
+    with pytest.raises(
+        ModelError, match="torch.export cannot capture .*; change the module, or export it to ONNX yourself"
+    ):
+        rsi_deploy.export(Decides(), "b", rank=4)
 
 
 def test_inputs_that_no_array_can_feed(here):

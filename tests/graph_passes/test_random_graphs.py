@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 import onnx
@@ -45,9 +46,21 @@ def stays(node: onnx.NodeProto) -> bool:
     return node.op_type == "Transpose" and any(list(a.ints) == sorted(a.ints) for a in node.attribute)
 
 
+def every_node(holder: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
+    for node in holder.node:
+        yield node
+        for attribute in node.attribute:
+            yield from every_node(attribute.g)
+
+
+def runs_here(proto: onnx.ModelProto) -> bool:
+    holders = [proto.graph, *proto.functions]
+    return not turns_what_stays() or not any(stays(node) for holder in holders for node in every_node(holder))
+
+
 def check(case: Case) -> None:
     proto = case.proto
-    assume(not any(map(stays, proto.graph.node)) or not turns_what_stays())
+    assume(runs_here(proto))
     onnx.checker.check_model(proto, full_check=True)
     model, x = ir.from_proto(proto), numbers(*case.data, seed=7)
     expected = run(ir.from_proto(case.reference), x=x)
@@ -96,7 +109,7 @@ def test_wrong_factors_are_noticed(worse):
     @given(case=cases())
     @settings(max_examples=100, **SETTINGS)
     def collect(case):
-        assume(not any(map(stays, case.proto.graph.node)) or not turns_what_stays())
+        assume(runs_here(case.proto))
         model, x = ir.from_proto(case.proto), numbers(*case.data, seed=7)
         expected = run(ir.from_proto(case.reference), x=x)
         split(model, lambda site: worse(case.factors(site)), overridable=True)
