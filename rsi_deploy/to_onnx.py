@@ -19,6 +19,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graph_passes import FoldBatchNormPass
 from rsi_deploy.errors import ModelError, UsageError
@@ -53,6 +54,13 @@ def to_onnx(source: Source, *, opset: int | None = None) -> DenseModel:
         ModelError: the exporter failed, with its reason and the stage.
         UsageError: an opset this exporter does not write.
     """
+    try:
+        return _exported(source, opset)
+    finally:
+        FakeTensorMode.cache_clear()  # of the class: it would hold every traced shape for as long as the process lives
+
+
+def _exported(source: Source, opset: int | None) -> DenseModel:
     notes: list[str] = []
     program = source.program
     if program is None:
