@@ -53,7 +53,7 @@ def test_torch_exports_leave_nothing_in_torchs_own_caches(tmp_path):
 
 def test_the_goals_tell_growth_from_none():
     """What the bench must reject: a leak of a tenth, and a file a run."""
-    flat = [{"bytes": 100.0 + n % 3, "threads": 3, "files": 20} for n in range(200)]
+    flat = [{"bytes": 100.0 + n % 3, "resident": 200.0, "threads": 3, "files": 20} for n in range(200)]
     assert all(goal.held for goal in goals(compared(flat), []))
     growing = [{**mark, "bytes": 100.0 + n / 10} for n, mark in enumerate(flat)]
     assert [goal.held for goal in goals(compared(growing), [])] == [False, True, True]
