@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         marks = exported(Path(folder), exports) if exports else []
         windows = judged(Path(folder), given.minutes) if given.minutes else []
     rows = compared(marks)
-    text = common.markdown_table(COLUMNS, [_cells(row) for row in rows]) + _told(windows)
+    text = (common.markdown_table(COLUMNS, [_cells(row) for row in rows]) if rows else "") + _told(windows)
     common.console().print(text, soft_wrap=True)
     settings = {"exports": len(marks), "minutes": given.minutes, "window": WINDOW}
     found = {"rows": rows, "marks": marks, "windows": windows}
