@@ -16,6 +16,7 @@ import hashlib
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--case", choices=[case.name for case in CASES], action="append", help="[default: all]")
     options.add_argument("--kills", type=int, default=KILLS, metavar="N", help=f"of each case [default: {KILLS}]")
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--seconds", type=float, default=1e9, metavar="S", help="begin no kill after so long")
     given = options.parse_args(arguments)
     common.check_writable(given.json, given.markdown)
     kills = min(given.kills, QUICK_KILLS) if given.quick else given.kills
@@ -89,19 +91,20 @@ def main(arguments: Sequence[str]) -> int:
         common.progress(f"quick: {kills} kills of each")
     wanted = [case for case in CASES if not given.case or case.name in given.case]
     with Runner() as runner:
-        rows = [killed(runner, case, kills, given.seed) for case in wanted]
+        end = time.monotonic() + given.seconds
+        rows = [killed(runner, case, kills, given.seed, end) for case in wanted]
     text = common.markdown_table(COLUMNS, [_cells(row) for row in rows])
     common.console().print(text, soft_wrap=True)
-    settings = {"kills": kills, "seed": given.seed}
+    settings = {"kills": kills, "seed": given.seed, "seconds": given.seconds}
     common.write(given.json, common.document("bench.kills", arguments, settings, rows=rows))
     common.write(given.markdown, text)
     return common.judge(goals(rows), given.check)
 
 
-def killed(runner: Runner, case: Case, kills: int, seed: int) -> dict[str, Any]:
-    """One case, killed again and again: what was found after each."""
+def killed(runner: Runner, case: Case, kills: int, seed: int, end: float) -> dict[str, Any]:
+    """One case, killed again and again, no more after `end` of the clock: what was found after each."""
     rng = random.Random(f"{case.name} {seed}")
-    row: dict[str, Any] = {"case": case.name, "kills": kills, "within": 0, "left": 0, "gone_on": 0}
+    row: dict[str, Any] = {"case": case.name, "kills": 0, "within": 0, "left": 0, "gone_on": 0}
     row |= {"partial": [], "damaged": [], "unmended": []}
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as name:
         place = Path(name).resolve()
@@ -113,7 +116,8 @@ def killed(runner: Runner, case: Case, kills: int, seed: int) -> dict[str, Any]:
             raise RuntimeError(whole.said)
         row["seconds"] = whole.seconds
         inputs, expected = hashes(place / "in"), models(out)
-        for number in range(kills):
+        while row["kills"] < kills and time.monotonic() < end:
+            row["kills"] += 1
             if case.afresh:
                 shutil.rmtree(out)
                 out.mkdir()
@@ -127,8 +131,8 @@ def killed(runner: Runner, case: Case, kills: int, seed: int) -> dict[str, Any]:
             row["damaged"] += [] if hashes(place / "in") == inputs else [f"{after:.3f} s"]
             if wrong := unmended(again.code, again.said, out, expected):
                 row["unmended"].append(f"{after:.3f} s: {wrong}")
-            if number % 10 == 9:
-                common.progress(f"{case.name}: {number + 1} of {kills}")
+            if row["kills"] % 10 == 0:
+                common.progress(f"{case.name}: {row['kills']} of {kills}")
     return row
 
 

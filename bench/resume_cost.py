@@ -4,7 +4,7 @@ An ONNX model of six square products (96 MiB of weights at the full size) is rew
 round in shuffled order:
 
     plain      nothing is kept
-    keeping    each finished site is kept, as in models of 64 MiB and more
+    keeping    each finished site is kept, as exports keep those of models of 64 MiB and more
     going on   all sites but one are there from a run that was killed
 
 Goals (`--check` exits 4 when one is missed): keeping adds no more than 5 % to the time; going on takes less than half.
@@ -23,7 +23,7 @@ import numpy as np
 import rsi_deploy
 from bench import common, small
 from bench.common import Goal
-from rsi_deploy import factor_source, resuming
+from rsi_deploy import factor_source
 
 ARMS = ("plain", "keeping", "going on")
 WIDTH, QUICK_WIDTH = 2048, 512
@@ -56,24 +56,19 @@ def measured(width: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each arm in each round; the first round, a warm-up, is dropped."""
     order = random.Random(0)
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    limit = resuming.LARGE
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as name:
         folder = Path(name)
         source = small.perceptron(folder / "m.onnx", width=width, layers=LAYERS)
         target = folder / "out.onnx"
-        try:
-            left = _killed(source, folder)
-            for number in range(rounds + 1):
-                for arm in order.sample(ARMS, len(ARMS)):
-                    resuming.LARGE = 1 << 60 if arm == "plain" else 0
-                    if arm == "going on":
-                        shutil.copytree(left, folder / f".{target.name}.partial")
-                    started = time.perf_counter()
-                    rsi_deploy.rewrite(source, target, rank="25%", joint=False)
-                    times[arm] += [time.perf_counter() - started] if number else []
-                    target.unlink()
-        finally:
-            resuming.LARGE = limit
+        left = _killed(source, folder)
+        for number in range(rounds + 1):
+            for arm in order.sample(ARMS, len(ARMS)):
+                if arm == "going on":
+                    shutil.copytree(left, folder / f".{target.name}.partial")
+                started = time.perf_counter()
+                rsi_deploy.rewrite(source, target, rank="25%", joint=False, resume=arm != "plain")
+                times[arm] += [time.perf_counter() - started] if number else []
+                target.unlink()
     return times
 
 
@@ -86,10 +81,9 @@ def _killed(source: Path, folder: Path) -> Path:
             raise KeyboardInterrupt
         return real(name, *args, **kwargs)
 
-    resuming.LARGE = 0
     factor_source.factorize_site = dying
     try:
-        rsi_deploy.rewrite(source, target, rank="25%", joint=False)
+        rsi_deploy.rewrite(source, target, rank="25%", joint=False, resume=True)
     except KeyboardInterrupt:
         pass
     finally:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 
 import graph_passes as gp
-from rsi_deploy import onnx_file, resuming
+from rsi_deploy import onnx_file
 from rsi_deploy.atomic import claimed, sync_tree
 from rsi_deploy.calibrate.streams import Fitted
 from rsi_deploy.crew import Crew
@@ -24,7 +24,7 @@ from rsi_deploy.manifest import stamps
 from rsi_deploy.onnx_file import external_files
 from rsi_deploy.onnx_split import CPU, HERE, Progress, SplitModel, split_graph
 from rsi_deploy.plan.planner import MaxError, Planner, RankSpec, SitePlanner, rank_spec
-from rsi_deploy.resuming import Finished, KeepingCrew
+from rsi_deploy.resuming import Finished, KeepingCrew, key_of
 from rsi_deploy.rsi import Method, PowerIterations, Route, Solver
 
 
@@ -46,6 +46,7 @@ def rewrite(
     joint: bool = True,
     assume_constant: bool = False,
     force: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> SplitModel:
     """Compress the ONNX file `source` into `target` (and `target.data`, where the weights are too many for one file).
@@ -72,6 +73,8 @@ def rewrite(
             `rsi_deploy.plan.joint`).
         assume_constant: weights that are graph inputs too are constants, and no inputs any more.
         force: replace `target` if it is there.
+        resume: keep finished sites beside `target` until it is there, and go on from those that a killed run has kept:
+            the factors are written once more for it.
         progress: called with (site, index, count) before each factorization.
 
     Raises:
@@ -108,9 +111,8 @@ def rewrite(
         taken = before | {file.name for file in read}
         name = next(name for name in _data_names(target) if name not in taken)
         crew: Crew = HERE
-        if onnx_file.weight_bytes(model) >= resuming.LARGE:
-            key = resuming.key_of(stamps(read), CPU)
-            crew = KeepingCrew(HERE, Finished(folder=claim.kept, key=key))
+        if resume:
+            crew = KeepingCrew(HERE, Finished(folder=claim.kept, key=key_of(stamps(read), CPU)))
         result = split_and_write(
             model, path, planner, solver, joint=joint, progress=progress, crew=crew, data_name=name
         )

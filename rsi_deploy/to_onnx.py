@@ -19,6 +19,9 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from graph_passes import FoldBatchNormPass
 from rsi_deploy.errors import ModelError, UsageError
@@ -53,6 +56,41 @@ def to_onnx(source: Source, *, opset: int | None = None) -> DenseModel:
         ModelError: the exporter failed, with its reason and the stage.
         UsageError: an opset this exporter does not write.
     """
+    try:
+        return _exported(source, opset)
+    finally:
+        _forget_traces()
+
+
+def _forget_traces() -> None:
+    """Empty caches that torch keeps for as long as the process lives, with every environment of symbols in them.
+
+    Those of `ShapeEnv`'s methods are emptied by torch only where two environments differ in a version, which those of
+    one model exported twice do not.
+    """
+    FakeTensorMode.cache_clear()
+    for found in (*vars(ShapeEnv).values(), *vars(symbolic_shapes).values()):
+        function = found
+        while callable(function):  # some caches lie under another decorator
+            if callable(clear := getattr(function, "cache_clear", None)):
+                clear()
+            function = getattr(function, "__wrapped__", None)
+
+
+def _untie(program: "torch.export.ExportedProgram") -> None:
+    """Break a cycle that Python cannot collect, since it goes through C++: symbols --> a tensor --> its symbolic sizes.
+
+    Each capture would stay for good, with its cache of traced operators.
+    """
+    for node in program.graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        environment: Any = getattr(mode, "shape_env", None)
+        if environment is not None:
+            environment.tracked_fakes = None
+            getattr(environment, "fake_tensor_cache", {}).clear()
+
+
+def _exported(source: Source, opset: int | None) -> DenseModel:
     notes: list[str] = []
     program = source.program
     if program is None:
@@ -62,6 +100,7 @@ def to_onnx(source: Source, *, opset: int | None = None) -> DenseModel:
     elif not 18 <= opset <= ATTENTION_OPSET:
         raise UsageError(f"--opset must be between 18 and {ATTENTION_OPSET} for a torch model, but got {opset}")
     model = _converted(source, program, opset)
+    _untie(program)
     dynamic = all(v.shape is None or not isinstance(v.shape[0], int) for v in model.graph.inputs if v.shape != ())
     if not dynamic and source.program is not None:
         notes.append(f"the batch size is fixed at {model.graph.inputs[0].shape[0]}, as {source.name} was exported")  # type: ignore[index]

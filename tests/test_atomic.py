@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from rsi_deploy import atomic, locks
 from rsi_deploy.atomic import claimed, exchange, whole_file, write_text
 from rsi_deploy.bundle import kept_beside, whole_folder
 from rsi_deploy.errors import GateError, UsageError
-from rsi_deploy.locks import ScratchFolder, remove_if_stale
+from rsi_deploy.locks import ScratchFolder, held_signals, remove_if_stale
 
 
 def names(folder):
@@ -192,6 +193,39 @@ def test_finished_work_goes_with_a_request_that_cannot_be_done(tmp_path):
     with pytest.raises(GateError), whole_folder(tmp_path / "b") as work:
         kept_beside(work).mkdir()
         raise GateError("no")
+    assert names(tmp_path) == []
+
+
+# -- signals wait where nothing could clean up after them
+
+
+def test_a_signal_waits_until_the_block_has_ended():
+    done = []
+    with pytest.raises(KeyboardInterrupt), held_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("after it")
+    assert done == ["after it"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with held_signals():
+        pass
+
+
+@pytest.mark.parametrize("step", ["_locked", "_locked_file"])
+def test_a_signal_while_the_lock_is_taken_leaves_nothing(tmp_path, monkeypatch, step):
+    real = getattr(atomic, step)
+
+    def struck(*args):
+        result = real(*args)
+        os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(atomic, step, struck)
+    with pytest.raises(KeyboardInterrupt):
+        if step == "_locked":
+            with claimed(tmp_path / "b"):
+                pytest.fail("the signal is lost")
+        else:
+            write_text(tmp_path / "b", "lost")
     assert names(tmp_path) == []
 
 

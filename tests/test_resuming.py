@@ -57,9 +57,10 @@ def failing_at(monkeypatch, number):
     return computed
 
 
-@pytest.mark.parametrize("options", [{"rank": 9}, {"rank": 9, "joint": False}, {"max_error": "30%"}])
+@pytest.mark.parametrize("asked", [{"rank": 9}, {"rank": 9, "joint": False}, {"max_error": "30%"}])
 @pytest.mark.parametrize("number", [2, 4])
-def test_a_rewrite_goes_on_and_gives_the_same_bytes(tmp_path, large, options, number):
+def test_a_rewrite_goes_on_and_gives_the_same_bytes(tmp_path, asked, number):
+    options = {**asked, "resume": True}
     source = attending(tmp_path / "m.onnx")
     whole = rsi_deploy.rewrite(source, tmp_path / "whole.onnx", **options)
     target = tmp_path / "b.onnx"
@@ -78,8 +79,8 @@ def test_a_rewrite_goes_on_and_gives_the_same_bytes(tmp_path, large, options, nu
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"rank": 8}, {"power_iterations": 2}, {"method": "svd"}])
-def test_what_was_kept_for_another_request_is_not_taken(tmp_path, large, monkeypatch, change):
-    source, options = attending(tmp_path / "m.onnx"), {"rank": 9, "joint": False}
+def test_what_was_kept_for_another_request_is_not_taken(tmp_path, monkeypatch, change):
+    source, options = attending(tmp_path / "m.onnx"), {"rank": 9, "joint": False, "resume": True}
     rsi_deploy.rewrite(source, tmp_path / "whole.onnx", **{**options, **change})
     with pytest.MonkeyPatch.context() as patch:
         failing_at(patch, 4)
@@ -121,8 +122,8 @@ def damaged(path, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "changed", "zeros", "empty", "another's"])
-def test_a_kept_file_that_is_damaged_is_made_again(tmp_path, large, monkeypatch, how):
-    source, options = attending(tmp_path / "m.onnx"), {"rank": 9, "joint": False}
+def test_a_kept_file_that_is_damaged_is_made_again(tmp_path, monkeypatch, how):
+    source, options = attending(tmp_path / "m.onnx"), {"rank": 9, "joint": False, "resume": True}
     rsi_deploy.rewrite(source, tmp_path / "whole.onnx", **options)
     with pytest.MonkeyPatch.context() as patch:
         failing_at(patch, 4)

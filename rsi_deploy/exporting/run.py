@@ -156,7 +156,7 @@ class ExportRun:
             progress=job.progress,
             timing=timing,
             kept=self.kept,
-            finished=job.finished if fingerprint(request.calib) else None,
+            finished=job.finished if job.finished is not None and fingerprint(request.calib) else None,
         )
 
     def _delivered(self, start: Start, calibrator: Calibrator) -> Delivered:

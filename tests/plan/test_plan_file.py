@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import typing
@@ -79,16 +80,23 @@ def test_what_is_written_is_read_back(tmp_path_factory, plan):
     assert path.read_bytes() == first
 
 
-def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "error", "words"),
+    [
+        (errno.EACCES, UsageError, r"cannot write .*plan\.json: Permission denied; choose another name"),
+        (errno.ENOSPC, OSError, "No space left on device"),  # which the command line says as of any other file
+    ],
+)
+def test_writing_is_all_or_nothing(tmp_path, monkeypatch, code, error, words):
     path = tmp_path / "plan.json"
     write_plan(path, PLAN)
     before = path.read_bytes()
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def failing(*_):
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UsageError, match=r"cannot write .*plan\.json: No space left on device"):
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(error, match=words):
         write_plan(path, PLAN.model_copy(update={"sites": {}}))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["plan.json"]

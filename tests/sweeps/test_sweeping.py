@@ -158,6 +158,49 @@ def test_times_of_all_points_are_of_one_run(place, tmp_path, monkeypatch, fits):
     assert words in (tmp_path / "s" / "report.html").read_text()
 
 
+def test_what_a_sweep_found_before_its_first_point_is_not_taken_for_other_data(place, tmp_path, monkeypatch):
+    folder, made = filled(tmp_path), making.export
+
+    def interrupted(*args, **options):
+        made(*args, **options)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(making, "export", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            swept(folder, folder / "s", points=2)
+    assert (folder / "s" / "work" / "options.json").exists()
+    assert not (folder / "s" / "sweep.json").exists()
+    x = 3 * np.random.default_rng(8).standard_normal((128, SIZES[0])).astype(np.float32) * np.arange(1, SIZES[0] + 1)
+    np.savez(folder / "c.npz", x=x.astype(np.float32))
+    swept(folder, folder / "s", points=2)
+    swept(folder, folder / "fresh", points=2)
+    found, fresh = ((folder / name / "point-02" / "model.onnx").read_bytes() for name in ("s", "fresh"))
+    assert found == fresh
+    np.savez(folder / "c.npz", x=x.astype(np.float32)[:64])
+    with pytest.raises(UsageError, match="other settings"):
+        swept(folder, folder / "s", points=2)
+
+
+def test_force_begins_anew_and_never_over_an_input(place, tmp_path):
+    folder = filled(tmp_path)
+    swept(folder, folder / "s", points=2)
+    (folder / "s" / "mine.npz").write_bytes((folder / "c.npz").read_bytes())
+    with pytest.raises(UsageError, match="--force would remove it"):
+        rsi_deploy.sweep(str(folder / "m.onnx"), folder / "s", calib=folder / "s" / "mine.npz", force=True)
+    with pytest.raises(UsageError, match="no such file"):  # found before anything is removed
+        rsi_deploy.sweep(str(folder / "none.onnx"), folder / "s", calib=folder / "c.npz", force=True)
+    assert len(read_sweep(folder / "s").points) == 2
+    swept(folder, folder / "s", points=3, force=True)
+    assert sorted(path.name for path in (folder / "s").iterdir()) == [
+        "point-01",
+        "point-02",
+        "point-03",
+        "report.html",
+        "sweep.json",
+    ]
+
+
 def test_another_sweep_is_not_gone_on_with(place, done, tmp_path):
     for other, words in [
         ({"points": 4}, "other shares"),
