@@ -295,22 +295,23 @@ def _leading_values(first: Tensor, last: Tensor, count: int) -> Tensor:
         largest = largest.clamp_min(torch.finfo(first.dtype).tiny)
         return _leading_values(first / largest, last / largest, count) * largest[..., 0].double()
     for dtype in (torch.float32, torch.float64)[first.dtype == torch.float64 :]:
-        values = torch.linalg.eigvalsh(_lower_gram(first, last, dtype)).flip(-1)[..., :count]
+        values = torch.linalg.eigvalsh(_upper_gram(first, last, dtype), UPLO="U").flip(-1)[..., :count]
         s: Tensor = values.double().clamp_min(0).sqrt()
         if bool((s[..., -1] > RESOLVED * s[..., 0]).all()):
             break
     return s
 
 
-def _lower_gram(first: Tensor, last: Tensor, dtype: torch.dtype) -> Tensor:
-    """The lower triangle of `B B^T`, `B (..., n, in)` the rows of both; some columns at a time: memory."""
+def _upper_gram(first: Tensor, last: Tensor, dtype: torch.dtype) -> Tensor:
+    """The upper triangle of `B B^T`, `B (..., n, in)` the rows of both; some columns at a time: memory."""
     k = first.shape[-2]
-    n = k + last.shape[-2]
+    n, half = k + last.shape[-2], k // 2
     gram = torch.zeros(*first.shape[:-2], n, n, dtype=dtype, device=first.device)
     for columns in zip(torch.split(first, 4096, dim=-1), torch.split(last, 4096, dim=-1), strict=True):
         a, b = (part.to(dtype) for part in columns)
-        gram[..., :k, :k] += a @ a.mT
-        gram[..., k:, :k] += b @ a.mT
+        gram[..., :half, :k] += a[..., :half, :] @ a.mT
+        gram[..., half:k, half:k] += a[..., half:, :] @ a[..., half:, :].mT
+        gram[..., :k, k:] += a @ b.mT
         gram[..., k:, k:] += b @ b.mT
     return gram
 
