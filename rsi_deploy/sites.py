@@ -17,8 +17,8 @@ from rsi_deploy.together import Solves
 
 # Up to this full rank the optimum s_{rank+1} comes from an exact spectrum (some ms); above it from a bound.
 EXACT_SPECTRUM_LIMIT = 128
-# Of the residual's norm over s_1, up to which a s_1 that the factors miss is less than 1 % above the one they have.
-SMALL_BESIDE = 0.14
+# Of the residual's norm over s_1, up to which a s_1 that the factors miss is less than 2 % above the one they have.
+SMALL_BESIDE = 0.2
 TOP_WIDTH = 0.3  # of the interval in which s_1 is searched for elsewhere: its lower end is much nearer
 # Of the least singular value over the largest, above which a Gram matrix in float32 tells it to 1e-3.
 RESOLVED = 0.05
