@@ -22,7 +22,7 @@ gateway.onnx_reader gateway.archives gateway.arrays gateway.pictures gateway.pro
 calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrate.alternating
 plan.knapsack plan.bracket plan.budget plan.rank_grid plan.plan_file
 plan.planner plan.error_rank fold layers checkpoint measure.machine measure.statistics measure.sections measure.pinning
-measure.preprocess datafile found_splits onnx_file sites plan.joint
+measure.preprocess datafile found_splits onnx_file factor_errors sites plan.joint
 measure.inputs measure.dataset measure.array_data measure.folder_data measure.arrow_files measure.arrow_data
 measure.callable_data measure.data measure.feeding measure.intervals measure.paired measure.scores
 measure.providers measure.provider_spec measure.sessions measure.mixing measure.placement measure.binding

@@ -1,10 +1,12 @@
 import pytest
 import torch
+from little_memory import LittleMemory
 from pydantic import ValidationError
 
 from rsi_deploy.errors import ModelError
+from rsi_deploy.factor_errors import EXACT_SPECTRUM_LIMIT
 from rsi_deploy.rsi import Factors, Solution, Solver
-from rsi_deploy.sites import EXACT_SPECTRUM_LIMIT, SiteRecord, dense_record, factorize_site
+from rsi_deploy.sites import SiteRecord, dense_record, factorize_site
 
 SPECTRA = {
     "flat": lambda k: torch.ones(k, dtype=torch.float64),
@@ -177,3 +179,19 @@ def test_a_weight_that_is_not_finite_is_a_model_error_with_the_way_out(value):
     weight[0, 3, 3] = value
     with pytest.raises(ModelError, match=r"site 'blocks\.2\.fc': .*1 NaN or infinite.*--exclude 'blocks\.2\.fc'"):
         factorize_site("blocks.2.fc", "Linear", weight, 4, Solver())
+
+
+@pytest.mark.parametrize("of", ["factors", "errors"])
+def test_what_the_device_s_memory_does_not_hold_is_said(of):
+    weight = weight_of("slow", 300, 400)
+    factors, expected = factorize_site("a", "Linear", weight, 40, Solver())
+    solver = Solver() if of == "factors" else Given(factors)
+    with LittleMemory(40_000) as memory:
+        again, record = factorize_site("a", "Linear", weight, 40, solver)
+    assert memory.refused > memory.limit
+    what = {"factors": "factorized", "errors": "errors measured"}[of]
+    assert record.reason == f"split; {what} on the CPU, for want of GPU memory"
+    assert torch.equal(again.left, factors.left)
+    assert record.residual_interval == pytest.approx(expected.residual_interval, rel=1e-5)
+    assert record.normalized_error == pytest.approx(expected.normalized_error, rel=1e-5)
+    assert expected.reason == "split"

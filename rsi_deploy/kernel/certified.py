@@ -37,9 +37,7 @@ FAILURE = 0.01
 DOUBLE = 1 << 18  # up to so many numbers everything is in float64: no rounding to speak of
 WIDTH = 0.045  # of the upper end over the lower; the rest of five percent is left to roundings
 SQUARED = 1e-15  # below such a norm in float32, some squares are lost
-EMPTY = (
-    1e-12  # of a random vector, in units of the norm squared, is added to the next one: where that is zero, it stays
-)
+EMPTY = 1e-12  # of a random vector, what is added to each, in units of the norm squared: where that is zero, it stays
 
 
 class Interval(NamedTuple):

@@ -91,6 +91,15 @@ def test_a_random_direction_has_less_than_the_least_part_as_rarely_as_said(n):
     assert float((parts < 1.5 * least_part(n, 0.2)).float().mean()) > 0.21
 
 
+@pytest.mark.parametrize("failure", [0.5, 0.1])
+def test_the_upper_end_fails_as_rarely_as_said_and_not_never(failure):
+    """On a spectrum that hides its largest value, one apart from many: a start may hardly have it."""
+    weight = torch.diag(torch.cat([torch.ones(1), torch.linspace(0.93, 0, 159)])).double()
+    uppers = [certified_norm(weight, nothing(weight), failure=failure, width=0.03, seed=n).upper for n in range(200)]
+    missed = sum(float(upper) < 1 for upper in uppers) / 200
+    assert 0.1 * failure < missed < failure
+
+
 @pytest.mark.parametrize("k", [1, 2, 4, 6])
 @pytest.mark.parametrize("name", ["slow", "fast", "flat"])
 def test_the_best_polynomial_decides(name, k):

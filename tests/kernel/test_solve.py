@@ -4,8 +4,8 @@ import logging
 import numpy as np
 import pytest
 import torch
+from little_memory import LittleMemory
 from spectra import normal, spectral, values, weight_with
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rsi_deploy.kernel import cost
 from rsi_deploy.kernel.cost import ROUTES, Rates
@@ -240,21 +240,6 @@ def test_zero_and_rank_deficient_weights(route):
 def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match="site 'a': the factors do not fit into torch.float32; pass weight.double"):
         Solver(route="direct")(torch.full((600, 600), 3e38), 2, site="a")
-
-
-class LittleMemory(TorchDispatchMode):
-    """A device that holds no result above so many bytes until it has once said so, as torch's own allocator does."""
-
-    def __init__(self, limit):
-        super().__init__()
-        self.limit, self.refused = limit, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not self.refused and result.nbytes > self.limit:
-            self.refused = result.nbytes
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {result.nbytes} bytes.")
-        return result
 
 
 @pytest.mark.parametrize("settings", [{}, {"route": "gram"}, {"method": "svd"}, {"method": "rsvd"}], ids=str)
