@@ -19,13 +19,16 @@ def float16_file(model: Path, folder: Path) -> Path:
         ModelError: it cannot be read or converted.
     """
     import onnx
+    import onnx_ir as ir
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     if model.suffix == ".ort":
         raise UsageError(f"{model} is in onnxruntime's own format and cannot be converted; give the .onnx file")
     loaded = read_proto(model, with_data=True)
     try:
-        converted = convert_float_to_float16(loaded, keep_io_types=True)
+        made = ir.serde.deserialize_model(convert_float_to_float16(loaded, keep_io_types=True))
+        made.graph.sort()  # the converter's casts stand behind the nodes that use them, which no ONNX file may have
+        converted = ir.serde.serialize_model(made)
     except Exception as error:  # the converter's and protobuf's own
         raise ModelError(
             f"{model}: cannot be converted to float16: {str(error).strip()}; measure it with --dtype stored"

@@ -106,7 +106,7 @@ def test_what_is_typed_wrong(tmp_path, capsys):
 def test_a_file_that_is_no_model(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"nonsense")
     code, said = refused(tmp_path / "m.onnx", "--http-port", 0, "--grpc-port", 0)
-    assert (code, "cannot load" in said) == (3, True), said
+    assert (code, "is not an ONNX file" in said) == (3, True), said
 
 
 def test_numbered_folders_are_versions(copied, tmp_path):
