@@ -46,7 +46,7 @@ AUDITING := pip-audit==2.10.1 cyclonedx-bom==7.5.0
 	touch $@
 
 audit: .venv-audit/installed
-	.venv-audit/bin/python -m release.audit
+	.venv-audit/bin/python -m tests.release.audit
 
 sbom: .venv-audit/installed .venv/installed
 	mkdir -p dist
@@ -55,7 +55,7 @@ sbom: .venv-audit/installed .venv/installed
 	@echo "dist/rsi-deploy.cdx.json: CycloneDX, of what .venv holds"
 
 licences: .venv/installed
-	$(BIN)/python -m release.licences
+	$(BIN)/python -m tests.release.licences
 
 # A second real provider. onnxruntime-openvino overwrites onnxruntime's folder, so it gets an environment of its own, with
 # what `rsi-deploy bench` needs and no torch. Where it cannot be installed, the job says so and is no failure.

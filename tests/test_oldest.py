@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from release.oldest import oldest
+from tests.release.oldest import oldest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -14,7 +14,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 def test_the_stored_constraints_are_the_bounds():
     stored = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8")
-    assert stored == oldest(PROJECT), "python -m release.oldest > constraints-oldest.txt"
+    assert stored == oldest(PROJECT), "python -m tests.release.oldest > constraints-oldest.txt"
     for name in ("torch", "onnx", "onnxruntime", "onnx-ir", "numpy", "onnxscript"):
         assert f"\n{name}==" in stored
 

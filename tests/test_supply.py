@@ -4,8 +4,8 @@ import importlib.metadata
 
 import pytest
 
-from release.audit import explained, verdict
-from release.licences import ALLOWED, EXTRAS, PROJECT, SPELLINGS, allowed, closure, judged
+from tests.release.audit import explained, verdict
+from tests.release.licences import ALLOWED, EXTRAS, PROJECT, SPELLINGS, allowed, closure, judged
 
 
 def installed(folder, name, *metadata, requires=()):
@@ -98,6 +98,6 @@ def test_explanations_have_reasons():
         "PYSEC-1": "only for servers",
         "PYSEC-2": "",
     }
-    from release.audit import EXPLAINED
+    from tests.release.audit import EXPLAINED
 
     assert all(explained(EXPLAINED.read_text(encoding="utf-8")).values())

@@ -1,4 +1,4 @@
-"""The lowest versions that pyproject.toml allows, as constraints: `python -m release.oldest > constraints-oldest.txt`
+"""The lowest versions that pyproject.toml allows: `python -m tests.release.oldest > constraints-oldest.txt`
 
 Every requirement of the project and of the extras that the suite needs is pinned at its lower bound; what these
 require in turn is left to pip. tests/test_oldest.py holds the stored file to it; `make oldest` runs the suite's core.
@@ -10,10 +10,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = ("cpu", "data", "loadgen", "serve", "test")
 BOUND = re.compile(r"(?P<name>[\w.-]+)(?P<extras>\[[\w,]+\])?>=(?P<version>[\d.]+)(?P<marker>\s*;.*)?")
-HEADER = "# The oldest versions that pyproject.toml allows; made by python -m release.oldest, tried by make oldest."
+HEADER = (
+    "# The oldest versions of pyproject.toml; made by python -m tests.release.oldest, tried by make oldest."
+)
 
 
 def oldest(project: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Are the licences of all that rsi-deploy installs ones that its users can live with? `python -m release.licences`
+"""Are the licences of all that rsi-deploy installs ones that users can live with? `python -m tests.release.licences`
 
 Reads the metadata of what is installed here, from rsi-deploy's own requirements on down. A licence is taken apart at
 AND and OR: every part of an AND must be allowed, one part of an OR is enough. What is not allowed ends with exit 1.
@@ -116,7 +116,7 @@ def judged(name: str, text: str) -> Licence:
         name=name,
         text=text,
         problem=f"{name}: its licence is {text or 'not told'!r}, which is not allowed; replace it, or look at it and"
-        f" add it to release/licences.py with the reason",
+        f" add it to tests/release/licences.py with the reason",
     )
 
 

@@ -1,4 +1,4 @@
-"""Known vulnerabilities of the versions in constraints.txt: `python -m release.audit`, run by `make audit`.
+"""Known vulnerabilities of the versions in constraints.txt: `python -m tests.release.audit`, run by `make audit`.
 
 pip-audit asks PyPI's advisories. Exit 0: every version was audited, and what is known is explained in explained.txt.
 Exit 1: a vulnerability that is not explained. Exit 2: nothing is known, because the service did not answer for some.
@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-EXPLAINED = ROOT / "release" / "explained.txt"
+ROOT = Path(__file__).resolve().parents[2]
+EXPLAINED = ROOT / "tests" / "release" / "explained.txt"
 
 
 def explained(text: str) -> dict[str, str]:
@@ -33,11 +33,11 @@ def verdict(document: dict[str, Any], reasons: dict[str, str]) -> tuple[int, str
     ]
     said = [
         f"{name} {version}: {bug['id']}, mended in {', '.join(bug.get('fix_versions', [])) or 'no version'}; raise it "
-        f"in constraints.txt, or say in release/explained.txt why it does not matter here"
+        f"in constraints.txt, or say in tests/release/explained.txt why it does not matter here"
         for name, version, bug in open_
     ]
     said += [
-        f"release/explained.txt: {name} is not known of any version here; take it out"
+        f"tests/release/explained.txt: {name} is not known of any version here; take it out"
         for name in reasons.keys() - names
     ]
     audited = len(versions) - len(skipped)
