@@ -84,8 +84,12 @@ def compress_to_data_(
         decisions = uniform(planner, streams)
     else:
         options = calibration.options(streams, progress)
-        params, macs = sum(p.numel() for p in module.parameters()), sum(site.macs for site in streams.sites)
-        size = Size(bytes=0, params=params, macs=macs)
+        weights = list(module.parameters())
+        size = Size(
+            bytes=sum(weight.nbytes for weight in weights),
+            params=sum(weight.numel() for weight in weights),
+            macs=sum(site.macs for site in streams.sites),
+        )
         decisions = under(Budget.parse(keep_params=keep_params, keep_macs=keep_macs), options, size, streams)
     fitted = calibration.fit(streams, wanted_splits(decisions, streams), progress)
     return [_finished(module, site, fitted, decisions, calibration, filters) for site in sites]

@@ -21,6 +21,8 @@ from rsi_deploy.errors import GateError, UsageError
 from rsi_deploy.gateway.documents import read_document
 
 MANIFEST = "manifest.json"
+NAME_BYTES = 255
+"""That a file system takes as one name."""
 THREADS = min(4, os.cpu_count() or 1)
 OLDER = "no manifest.json: it was written before bundles had one; export (or package) again to get one"
 
@@ -32,6 +34,8 @@ def inside(name: str) -> str:
         ValueError: it leaves the folder, or is not written as such a path is.
     """
     path = PurePosixPath(name)
+    if "\0" in name or any(len(part.encode()) > NAME_BYTES for part in path.parts):
+        raise ValueError(f"a file's name has up to {NAME_BYTES} bytes and no zero among them, but got {name[:40]!r}...")
     if path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST):
         raise ValueError(f"a file's name must be its path within the folder, but got {name!r}")
     return name

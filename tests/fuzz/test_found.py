@@ -93,6 +93,9 @@ DOCUMENTS = {
     "a seed below zero": ("report", 0, lambda d: put(d, -1, "settings", "seed")),
     "throughput of fewer rates than batches": ("config", 3, lambda d: without(d, "throughput", 0, "per_second", 0)),
     "a time of nothing": ("cost", 0, lambda d: put(d, [0.0, 0.0], "costs", 0, "splits", 0, "speedup_interval")),
+    "a file's name that no disk takes": ("report", 0, lambda d: put(d, {"n" * 300: "0" * 64}, "files")),
+    "a file's name with a zero": ("report", 0, lambda d: put(d, {"n\0": "0" * 64}, "files")),
+    "a file's name that is no text": ("report", 0, lambda d: put(d, {"\ud800": "0" * 64}, "files")),
     "a sweep of no shares": ("config", 1, lambda d: put(d, [], "shares")),
 }
 

@@ -13,9 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = ("cpu", "data", "loadgen", "serve", "test")
 BOUND = re.compile(r"(?P<name>[\w.-]+)(?P<extras>\[[\w,]+\])?>=(?P<version>[\d.]+)(?P<marker>\s*;.*)?")
-HEADER = (
-    "# The oldest versions of pyproject.toml; made by python -m tests.release.oldest, tried by make oldest."
-)
+HEADER = "# The oldest versions of pyproject.toml; made by python -m tests.release.oldest, tried by make oldest."
 
 
 def oldest(project: dict[str, Any]) -> str:
