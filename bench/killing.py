@@ -172,6 +172,8 @@ def _child(told: dict[str, Any]) -> None:
     import resource
 
     code = 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the background of a shell, and nohup, have them ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         said = os.open(f"{told['place']}/said", os.O_WRONLY | os.O_CREAT)
         os.dup2(said, 1)

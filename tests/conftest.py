@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -6,6 +7,13 @@ import torch
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests that use onnxruntime alone send nothing either
 
 collect_ignore = ["no_network", "raises"]  # tools of tests, not tests: two of their files are called sitecustomize
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts_are_heard():
+    """In the background of a shell they are ignored, by the tests and by all that they start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
