@@ -23,6 +23,20 @@ DATA_HELP = (
 )
 
 
+EARLY_BYTES = 64 << 20
+"""An ONNX file up to this size is looked at before anything large is imported: it is parsed twice for that."""
+
+
+def _looked_at(context: click.Context, parameter: click.Parameter, model: str | None) -> str | None:
+    """The model's name; a small ONNX file that claims what cannot be is refused before torch takes time and memory."""
+    path = Path(model or "")
+    if path.suffix == ".onnx" and path.is_file() and path.stat().st_size <= EARLY_BYTES:
+        from rsi_deploy.gateway.onnx_reader import check_file
+
+        check_file(path)
+    return model
+
+
 def source_options(function: F) -> F:
     """MODEL and the options that say how to load it."""
     for decorator in (
@@ -39,7 +53,7 @@ def source_options(function: F) -> F:
             show_default=True,
             help="torchvision: DEFAULT (download), none (random) or a file.",
         ),
-        click.argument("model", metavar="MODEL"),
+        click.argument("model", metavar="MODEL", callback=_looked_at),
     ):
         function = decorator(function)
     return function

@@ -256,3 +256,22 @@ def test_onnx_s_own_cases_are_let_through():
     assert len(cases) > 1000
     for case in cases:
         check_proto(case.model, Path(f"{case.name}.onnx"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's peak")
+def test_a_verb_refuses_a_hostile_file_before_it_imports_torch(tmp_path):
+    """A second and 500 MB are asked for; torch alone takes more."""
+    weight = onnx.TensorProto(name="w", data_type=1, dims=[1 << 28])
+    graph = onnx.helper.make_graph([], "g", [], [], [weight])
+    (tmp_path / "m.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    code = (
+        "import sys; from rsi_deploy.cli import run; code = run(sys.argv[1:]); "
+        "peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]; print(code, 'torch' in sys.modules, peak)"
+    )
+    for verb in (["inspect"], ["export", "--rank", "4", "-o", "b"], ["profile", "-o", "c.json"]):
+        argv = [sys.executable, "-c", code, verb[0], str(tmp_path / "m.onnx"), *verb[1:]]
+        done = subprocess.run(argv, capture_output=True, text=True, check=True)
+        told, torch_is_there, peak = done.stdout.split()
+        assert (told, torch_is_there) == ("3", "False"), done.stderr
+        assert int(peak) < 500_000
+        assert "has dims [268435456]" in done.stderr
