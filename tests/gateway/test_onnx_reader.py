@@ -266,7 +266,8 @@ def test_a_verb_refuses_a_hostile_file_before_it_imports_torch(tmp_path):
     (tmp_path / "m.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
     code = (
         "import sys; from rsi_deploy.cli import run; code = run(sys.argv[1:]); "
-        "peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]; print(code, 'torch' in sys.modules, peak)"
+        "peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]; "
+        "print(code, 'torch' in sys.modules, peak)"
     )
     for verb in (["inspect"], ["export", "--rank", "4", "-o", "b"], ["profile", "-o", "c.json"]):
         argv = [sys.executable, "-c", code, verb[0], str(tmp_path / "m.onnx"), *verb[1:]]
