@@ -110,7 +110,7 @@ def _section(sweep: Sweep, cost: Cost) -> Section | None:
         plot=Dots(
             points=list(places.values()),
             x=Axis(title=TITLES[cost], form="~s" if cost != "time" else ".2f"),
-            y=Axis(title=quality_name(sweep), form=".4~g"),
+            y=Axis(title=quality_name(sweep).partition(" on ")[0], form=".4~g"),
             series=["points"],
             front=front,
         ),
