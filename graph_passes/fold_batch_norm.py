@@ -196,7 +196,7 @@ def _take_over_output(node: ir.Node, conv: ir.Node) -> None:
 def _replace_constant(conv: ir.Node, index: int, array: Array, root: ir.Value, place: _Place) -> str:
     """Give the Conv a new constant, under the name of `root` unless somebody else still uses that one."""
     wanted = root.name or "folded"
-    is_private = all(consumer is conv for consumer, _ in other_consumers(root))
+    is_private = all(consumer is conv and at == index for consumer, at in other_consumers(root))
     name = wanted if is_private else place.names.fresh_value(wanted)
     old = conv.inputs[index] if index < len(conv.inputs) else None
     conv.resize_inputs(max(len(conv.inputs), index + 1))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ DOCUMENT_BYTES = 64 << 20
 LARGEST = 1 << 63
 """No number in a document is as large."""
 
+_QUOTED = re.compile(r'"\s*[+-]?[\d_]{300,}')
+"""A text that schemas would read as a number, larger than floats are."""
+
 
 def read_document(path: str | Path) -> str:
     """The text of a JSON document.
@@ -21,7 +25,7 @@ def read_document(path: str | Path) -> str:
         path: a file, or something else that can be read once, such as a shell's `<(...)`.
 
     Raises:
-        UsageError: more than `DOCUMENT_BYTES`, or a number that is not finite or not below `LARGEST`.
+        UsageError: more than `DOCUMENT_BYTES`, or a number that is not finite or not below `LARGEST`, or a text of one.
         UnicodeDecodeError: it is no UTF-8.
         OSError: it cannot be read.
     """
@@ -32,6 +36,8 @@ def read_document(path: str | Path) -> str:
             f"{path} has more than {DOCUMENT_BYTES >> 20} MiB, which no document of rsi-deploy has; name the right file"
         )
     text = content.decode("utf-8")
+    if found := _QUOTED.search(text):
+        raise UsageError(f"{path} holds the text {found[0][:20]}... for a number; make it again")
     try:
         json.loads(text, parse_constant=_constant, parse_int=_number, parse_float=_number)
     except _NumberError as error:

@@ -118,6 +118,14 @@ class SiteCost(BaseModel, frozen=True, extra="forbid"):
     half_width: float | None
     splits: tuple[SplitTime, ...]
 
+    @pydantic.model_validator(mode="after")
+    def _ranks_rise(self) -> "SiteCost":
+        for form in {split.form for split in self.splits}:
+            ranks = [split.rank for split in self.splits if split.form == form]
+            if ranks != sorted(set(ranks)):
+                raise ValueError(f"the ranks of form {form} must rise, but are {ranks[:20]}")
+        return self
+
     def nanoseconds(self, form: str, rank: int) -> int | None:
         """The time of a split, measured or interpolated; None where the form was not timed so far."""
         points = [s for s in self.splits if s.form == form and block_of(s.rank) == block_of(rank)]

@@ -96,6 +96,8 @@ DOCUMENTS = {
     "a file's name that no disk takes": ("report", 0, lambda d: put(d, {"n" * 300: "0" * 64}, "files")),
     "a file's name with a zero": ("report", 0, lambda d: put(d, {"n\0": "0" * 64}, "files")),
     "a file's name that is no text": ("report", 0, lambda d: put(d, {"\ud800": "0" * 64}, "files")),
+    "ranks that do not rise": ("cost", 0, lambda d: d["costs"][0]["splits"].reverse()),
+    "a number of a thousand digits in quotes": ("config", 3, lambda d: put(d, "9" * 1000, "memory", 0, "import_bytes")),
     "a sweep of no shares": ("config", 1, lambda d: put(d, [], "shares")),
 }
 

@@ -59,6 +59,17 @@ def test_shared_weight_gets_a_fresh_name_and_the_other_keeps_its_own():
     np.testing.assert_array_equal(model.graph.initializers["w"].const_value.numpy(), numbers(4, 3, 3, 3))
 
 
+def test_a_weight_that_is_the_convs_input_too_stays_for_that():
+    """Found by fuzzing: it was to be replaced under its own name while it was still there."""
+    body = "h = Conv(w, w)  n = BatchNormalization(h, s, b, m, v)  y = Add(x, n)"
+    model = conv_bn(body, signature="(float[4,4,1,1] x) => (float[4,4,1,1] y)", w=numbers(4, 4, 3, 3))
+    x = numbers(4, 4, 1, 1)
+    expected = run(model, x=x)
+    (fold,) = FoldBatchNormPass()(model).records
+    assert fold.weight == "w_1"
+    assert error(run(model, x=x), expected) <= 1e-6
+
+
 def test_shared_statistics_stay():
     body = (
         "h = Conv(x, w)  n = BatchNormalization(h, s, b, m, v)"
