@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,29 @@ def together(count, work, seconds=60):
 
 
 # -- models, plain ONNX files
+
+
+def versions_of_answers(server, models, x, clients, asked=10):
+    """Version -> how many answers, each held against that version's model run alone; of several clients at once.
+
+    Args:
+        server: serves the model `m`.
+        models: version -> path.
+        x: of every request.
+        clients: at once, of `asked` requests each.
+    """
+    want = {version: alone(path, {"x": x})["y"][0] for version, path in models.items()}
+
+    def client(number):
+        found = []
+        for _ in range(asked):
+            document = json.loads(server.ask("POST", "/v2/models/m/infer", body({"x": x}))[2])
+            version = document["model_version"]
+            np.testing.assert_allclose(document["outputs"][0]["data"], want[version], rtol=0, atol=1e-5)
+            found.append(version)
+        return found
+
+    return Counter(version for found in together(clients, client) for version in found)
 
 
 def linear(path, seed=0, rows_in=12, rows_out=5, scale=1.0):

@@ -3,18 +3,17 @@
 from collections.abc import Iterable, Iterator
 
 from google.protobuf.message import Message
-from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
 
 
 def all_tensors(model: ModelProto) -> Iterator[TensorProto]:
     """Initializers and tensors in attributes; of the sparse ones their values and their indices."""
     for graph in all_graphs(model):
         yield from graph.initializer
-    for node in all_nodes(model):
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
+    for attribute in all_attributes(model):
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
     for sparse in all_sparse(model):
         yield sparse.values
         yield sparse.indices
@@ -24,11 +23,10 @@ def all_sparse(model: ModelProto) -> Iterator[SparseTensorProto]:
     """Sparse initializers, and sparse tensors in attributes."""
     for graph in all_graphs(model):
         yield from graph.sparse_initializer
-    for node in all_nodes(model):
-        for attribute in node.attribute:
-            if attribute.HasField("sparse_tensor"):
-                yield attribute.sparse_tensor
-            yield from attribute.sparse_tensors
+    for attribute in all_attributes(model):
+        if attribute.HasField("sparse_tensor"):
+            yield attribute.sparse_tensor
+        yield from attribute.sparse_tensors
 
 
 def all_graphs(model: ModelProto) -> Iterator[GraphProto]:
@@ -45,6 +43,12 @@ def all_nodes(model: ModelProto) -> Iterator[NodeProto]:
         yield from graph.node
     for function in model.functions:
         yield from function.node
+
+
+def all_attributes(model: ModelProto) -> Iterator[AttributeProto]:
+    """Every attribute of every node."""
+    for node in all_nodes(model):
+        yield from node.attribute
 
 
 def texts(message: Message) -> Iterator[str | bytes]:

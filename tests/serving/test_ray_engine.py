@@ -5,14 +5,13 @@ import json
 import os
 import pickle
 import sys
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from processes import free_port, running
-from served import MAIN, Server, alone, body, linear, together
+from served import MAIN, Server, alone, body, linear, versions_of_answers
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 import grpc
@@ -198,19 +197,8 @@ def test_what_is_wrong_gets_an_error_object(server):
 
 @pytest.mark.ray
 def test_the_canary_answers_its_share(server, models):
-    want = {v: alone(path, {"x": ROW})["y"][0] for v, path in models.items()}
-
-    def client(number):
-        found = []
-        for _ in range(10):
-            document = json.loads(server.ask("POST", "/v2/models/m/infer", body({"x": ROW}))[2])
-            version = document["model_version"]
-            np.testing.assert_allclose(document["outputs"][0]["data"], want[version], rtol=0, atol=1e-5)
-            found.append(version)
-        return found
-
     before = server.metric("rsi_requests_total", model="m", version="2", status="200")
-    versions = Counter(v for found in together(5, client) for v in found)
+    versions = versions_of_answers(server, models, ROW, clients=5)
     assert versions == {"1": 40, "2": 10}
     assert server.metric("rsi_requests_total", model="m", version="2", status="200") - before == 10
 

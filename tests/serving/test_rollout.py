@@ -3,13 +3,12 @@
 import io
 import json
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from served import Server, alone, body, linear, together
+from served import Server, alone, body, linear, versions_of_answers
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 
@@ -33,19 +32,8 @@ def test_the_canary_gets_its_share_to_the_request(share, asked, digits):
 
 def test_a_canary_answers_its_share_and_says_so(tmp_path):
     models = {v: linear(tmp_path / f"m{v}.onnx", seed=int(v)) for v in ("1", "2")}
-    want = {v: alone(path, {"x": X})["y"][0] for v, path in models.items()}
     with Server(f"m={models['1']}", "--canary", models["2"], "--canary-share", "20%") as server:
-
-        def client(number):
-            found = []
-            for _ in range(10):
-                document = json.loads(server.ask("POST", "/v2/models/m/infer", body({"x": X}))[2])
-                version = document["model_version"]
-                np.testing.assert_allclose(document["outputs"][0]["data"], want[version], rtol=0, atol=1e-5)
-                found.append(version)
-            return found
-
-        versions = Counter(v for found in together(10, client) for v in found)
+        versions = versions_of_answers(server, models, X, clients=10)
         assert versions == {"1": 80, "2": 20}
         for version, count in versions.items():
             assert server.metric("rsi_requests_total", model="m", version=version) == count
