@@ -79,6 +79,12 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
     joint: tuple[str, ...] = ()
     spectrum: Spectrum | None = None
 
+    @pydantic.model_validator(mode="after")
+    def _a_split_has_sizes(self) -> "SiteRecord":
+        if self.decision == "split" and min(self.out_features, self.in_features, self.groups) < 1:
+            raise ValueError(f"{self.name}: a site that is split has rows, columns and groups")
+        return self
+
 
 def dense_record(
     name: str,

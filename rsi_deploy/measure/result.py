@@ -10,10 +10,10 @@
 
 import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gateway.documents import read_document
@@ -100,7 +100,7 @@ class BenchResult(BaseModel, frozen=True, extra="forbid"):
         notes: what a reader must know before trusting them.
     """
 
-    arms: tuple[ArmResult, ...]
+    arms: Annotated[tuple[ArmResult, ...], Field(min_length=1)]
     provider: str
     provider_options: dict[str, str] = {}
     threads: int | None
@@ -178,7 +178,7 @@ class BenchDocument(BaseModel, frozen=True, extra="forbid"):
     environment: Environment
     load_after: tuple[float, float, float] | None
     arms: tuple[ArmFile, ...]
-    cells: tuple[BenchResult, ...]
+    cells: Annotated[tuple[BenchResult, ...], Field(min_length=1)]
     cold_start: tuple[ColdStart, ...] = ()
     memory: tuple[Memory, ...] = ()
     bursts: tuple[Bursts, ...] = ()

@@ -98,6 +98,10 @@ DOCUMENTS = {
     "a file's name that is no text": ("report", 0, lambda d: put(d, {"\ud800": "0" * 64}, "files")),
     "ranks that do not rise": ("cost", 0, lambda d: d["costs"][0]["splits"].reverse()),
     "a number of a thousand digits in quotes": ("config", 3, lambda d: put(d, "9" * 1000, "memory", 0, "import_bytes")),
+    "a site of no group": ("report", 0, lambda d: put(d, 0, "sites", 0, "groups")),
+    "a site of no columns": ("report", 0, lambda d: put(d, 0, "sites", 0, "in_features")),
+    "a benchmark of nothing": ("config", 3, lambda d: put(d, [], "cells")),
+    "a benchmark of no arms": ("config", 3, lambda d: put(d, [], "cells", 0, "arms")),
     "a sweep of no shares": ("config", 1, lambda d: put(d, [], "shares")),
 }
 
