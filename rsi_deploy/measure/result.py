@@ -54,7 +54,7 @@ class ArmResult(BaseModel, frozen=True, extra="forbid"):
     model: str
     n: int
     blocks: int
-    median_ms: float
+    median_ms: pydantic.PositiveFloat
     median_interval_ms: Interval
     percentiles_ms: dict[str, float]
     quantiles_ms: tuple[float, ...]
@@ -62,7 +62,7 @@ class ArmResult(BaseModel, frozen=True, extra="forbid"):
     warm: bool
     provider_nodes: dict[str, int]
     memcpy_nodes: int
-    speedup: float | None
+    speedup: pydantic.PositiveFloat | None
     speedup_interval: Interval | None
     verdict: str
 
@@ -105,7 +105,7 @@ class BenchResult(BaseModel, frozen=True, extra="forbid"):
     provider_options: dict[str, str] = {}
     threads: int | None
     pinned: tuple[int, ...] = ()
-    batch: int
+    batch: pydantic.PositiveInt
     inputs: dict[str, str]
     precision: Precision = "stored"
     seed: int

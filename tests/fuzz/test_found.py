@@ -102,6 +102,8 @@ DOCUMENTS = {
     "a site of no columns": ("report", 0, lambda d: put(d, 0, "sites", 0, "in_features")),
     "a benchmark of nothing": ("config", 3, lambda d: put(d, [], "cells")),
     "a benchmark of no arms": ("config", 3, lambda d: put(d, [], "cells", 0, "arms")),
+    "a benchmark at no batch": ("config", 3, lambda d: put(d, 0, "cells", 0, "batch")),
+    "a benchmark that took no time": ("config", 3, lambda d: put(d, 0.0, "cells", 0, "arms", 0, "median_ms")),
     "a sweep of no shares": ("config", 1, lambda d: put(d, [], "shares")),
 }
 
