@@ -4,8 +4,8 @@ The floor is the direct route's products alone, `4 q out in rank` flops, at the 
 in float32 in the same rounds. Arms are interleaved in shuffled order; a ratio is that of the least times of all rounds,
 beside it the median of the ratios within a round; a row is repeated until it has taken `SECONDS`, at least `--rounds`
 times. Spectra, over the place `i` in `n = min(out, in)`: slow `i^-0.4`,
-medium `i^-1`, fast `0.9^(80 (i-1) / n)`; and real weights where `--weights FILE.npz` gives them. Peers are given more
-iterations until their error is no larger than the kernel's, and the time of the cheapest such setting counts.
+medium `i^-1`, fast `0.9^(80 (i-1) / n)`; with `--real NET` the weights of a trained net, one of each shape. Peers get
+more iterations until their error is no larger than the kernel's, and the time of the cheapest such setting counts.
 
 Goals (`--check` exits 4 when one is missed):
   1. q = 4 in at most 0.6 of the floor where min(out, in) is at least 2048 and at most 1.1 elsewhere, on a CPU with
@@ -29,17 +29,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from bench import common
+from bench import common, models
 from bench.common import Goal
 from bench.kernel_peers import NEAR, error, interleaved, near_optimal, peers
 from rsi_deploy.kernel import cost
@@ -48,6 +46,8 @@ from rsi_deploy.rsi import Solver, singular_values
 
 Q = 4
 SHAPES = ((768, 768), (3072, 768), (512, 4608), (4096, 4096), (11008, 4096), (4096, 25088))
+LEAST = 256
+"""Sides below which a real weight is nothing to measure: calls take longer than products."""
 RATIOS = (0.05, 0.1, 0.25, 0.5)
 SPECTRA = ("slow", "medium", "fast")
 PEERED = (0.05, 0.1)
@@ -58,10 +58,12 @@ Row = dict[str, Any]
 
 def main(arguments: Sequence[str]) -> int:
     options = common.parser(__doc__ or "", "bench.kernel")
-    options.add_argument("--shapes", default="", help="such as 768x768,4096x4096 [default: all six]")
+    options.add_argument("--shapes", default="", help="such as 768x768,4096x4096, or none [default: all six]")
     options.add_argument("--ratios", default="", help="ranks over min(out, in), such as 0.05,0.1 [default: four]")
     options.add_argument("--spectra", default="", help="of slow,medium,fast [default: all]")
-    options.add_argument("--weights", type=Path, help="an .npz of matrices (out, in) to measure too")
+    options.add_argument(
+        "--real", nargs="+", choices=models.NETS, default=(), help="nets whose weights are measured too"
+    )
     options.add_argument("--rounds", type=int, default=5, help="of interleaved arms [default: 5]")
     options.add_argument("--no-peers", action="store_true", help="leave the peers out")
     options.add_argument("--exact", action="store_true", help="goal 3: minutes of torch.linalg.svd")
@@ -73,9 +75,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     common.check_writable(given.json, given.markdown)
     quick = given.quick
-    shapes = (
-        [_shape(text) for text in given.shapes.split(",")] if given.shapes else list(SHAPES[:3] if quick else SHAPES)
-    )
+    names = [] if given.shapes == "none" else given.shapes.split(",") if given.shapes else None
+    shapes = list(SHAPES[:3] if quick else SHAPES) if names is None else [_shape(name) for name in names]
     ratios = (
         [float(text) for text in given.ratios.split(",")] if given.ratios else list(RATIOS[:2] if quick else RATIOS)
     )
@@ -83,7 +84,18 @@ def main(arguments: Sequence[str]) -> int:
     if quick:
         common.progress("quick: the three small shapes, two ranks, the slow spectrum, without peers")
     rows: list[Row] = []
-    for name, weight, values in _weights(shapes, spectra, given.weights):
+    wholes: list[Row] = []
+
+    def store() -> None:
+        settings = {"q": Q, "rounds": given.rounds, "threads": torch.get_num_threads(), "load": list(_load())}
+        results = {"rates": vars(cost.rates(torch.device("cpu"))), "rows": rows, "models": wholes}
+        made = common.document("bench.kernel", arguments, settings, **results)
+        common.write(given.json, made)
+        table = common.markdown_table(COLUMNS, [_cells(row) for row in rows])
+        held = [f"- {'held' if goal.held else 'MISSED'}: {goal.name}: {goal.row}" for goal in goals(rows, wholes)]
+        common.write(given.markdown, "\n\n".join([f"`{made['command']}`", table, *held]) + "\n")
+
+    for name, weight, values in itertools.chain(_weights(shapes, spectra), _real_weights(given.real)):
         for ratio in ratios:
             row = measured(name, weight, values, ratio, rounds=given.rounds)
             if not (given.no_peers or quick) and ratio in PEERED:
@@ -92,17 +104,16 @@ def main(arguments: Sequence[str]) -> int:
                 row["near"] = near_optimal(weight, row["rank"], values)
             row["memory"] = _child({"shape": list(weight.shape), "rank": row["rank"]})
             rows.append(row)
+            store()
             common.progress(
                 f"{row['matrix']} rank {row['rank']}: {row['ratio']:.2f} of the floor ({row['route']}, "
                 f"the paper's {row['ratio_float32']:.2f}), error {row['error_ratio']:.4f} of float32's"
             )
-    models = [whole_model(which) for which in ("vgg19", "vit_b_32")] if given.models else []
+    for which in ("vgg19", "vit_b_32") if given.models else ():
+        wholes.append(whole_model(which))
+        store()
     common.console().print(table(rows))
-    settings = {"q": Q, "rounds": given.rounds, "threads": torch.get_num_threads(), "load": list(_load())}
-    results = {"rates": vars(cost.rates(torch.device("cpu"))), "rows": rows, "models": models}
-    common.write(given.json, common.document("bench.kernel", arguments, settings, **results))
-    common.write(given.markdown, common.markdown_table(COLUMNS, [_cells(row) for row in rows]))
-    return common.judge(goals(rows, models), given.check)
+    return common.judge(goals(rows, wholes), given.check)
 
 
 def with_spectrum(values: Tensor, out_features: int, in_features: int, seed: int) -> Tensor:
@@ -121,15 +132,22 @@ def spectrum(name: str, n: int) -> Tensor:
     return values[name]
 
 
-def _weights(shapes: list[tuple[int, int]], spectra: list[str], file: Path | None) -> Any:
+def _weights(shapes: list[tuple[int, int]], spectra: list[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
     for (out_features, in_features), name in itertools.product(shapes, spectra):
         values = spectrum(name, min(out_features, in_features))
         yield f"{out_features}x{in_features} {name}", with_spectrum(values, out_features, in_features, 0), values
-    if file is not None:
-        with np.load(file) as arrays:
-            for name in arrays.files:
-                weight = torch.from_numpy(arrays[name]).float().contiguous()
-                yield f"{weight.shape[0]}x{weight.shape[1]} {name}", weight, singular_values(weight)
+
+
+def _real_weights(nets: Sequence[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The first weight of each shape of 256 and more, with its singular values."""
+    for net in nets:
+        seen = set()
+        for layer in models.load_net(net, limit=1).module.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                weight = layer.weight.detach().flatten(1).float().contiguous()
+                if min(weight.shape) >= LEAST and weight.shape not in seen:
+                    seen.add(weight.shape)
+                    yield f"{weight.shape[0]}x{weight.shape[1]} {net}", weight, singular_values(weight)
 
 
 def measured(name: str, weight: Tensor, values: Tensor, ratio: float, *, rounds: int) -> Row:
@@ -262,7 +280,7 @@ def table(rows: Sequence[Row]) -> Table:
     return result
 
 
-def goals(rows: Sequence[Row], models: Sequence[Row]) -> list[Goal]:
+def goals(rows: Sequence[Row], wholes: Sequence[Row]) -> list[Goal]:
     """The promises of the docstring, each with its worst row."""
     mixed = cost.rates(torch.device("cpu")).mixed
     found: list[Goal] = []
@@ -291,7 +309,7 @@ def goals(rows: Sequence[Row], models: Sequence[Row]) -> list[Goal]:
     hold("5. interval", [(width, width <= WIDTH_LIMIT and row["holds"], _name(row)) for width, row in widths])
     memory = [(row["memory"]["extra"] / row["memory"]["allowed"], _name(row)) for row in rows]
     hold("6. memory in tensors, of two blocks", [(share, share <= 1, name) for share, name in memory])
-    hold("7. whole models", [(m["ratio"], m["ratio"] <= MODEL_LIMIT, m["model"]) for m in models])
+    hold("7. whole models", [(m["ratio"], m["ratio"] <= MODEL_LIMIT, m["model"]) for m in wholes])
     return found
 
 
