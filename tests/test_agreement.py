@@ -127,7 +127,7 @@ def test_other_factors_are_told_apart(tmp_path):
     x = probe(shape)
     dense = dense_file(module, tmp_path / "dense.onnx", x)
     a, _ = through_torch(module, "25%", tmp_path / "a.onnx", x)
-    for changed in ({"seed": 1}, {"power_iterations": 3}, {"method": "rsvd"}, {"method": "svd"}):
+    for changed in ({"seed": 1}, {"power_iterations": 1}, {"method": "rsvd"}, {"method": "svd"}):
         b, _ = through_onnx(dense, "25%", tmp_path / "b.onnx", x, **changed)
         with pytest.raises(GateError, match="relative error"):
             compare_outputs(a, b, what=f"control, {changed}", tolerance=ROUNDING)
