@@ -15,8 +15,11 @@ demo: .venv/installed
 	$(BIN)/rsi-deploy export samples.digits:cnn --checkpoint samples/digits_cnn.safetensors --rank 25% \
 	  --include 'classifier.fc*' --data samples/digits_eval.npz -o $(DEMO) --force
 
+# Two files of tests at a time: more would wait for each other's threads, and times are measured in some.
+AT_A_TIME := -n 2 --dist loadfile
+
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(AT_A_TIME)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -35,7 +38,7 @@ CORE := tests/graph_passes tests/plan tests/test_pipeline.py tests/test_onnx_fil
 	touch $@
 
 oldest: .venv-oldest/installed
-	OMP_WAIT_POLICY=PASSIVE .venv-oldest/bin/python -m pytest $(CORE)
+	OMP_WAIT_POLICY=PASSIVE .venv-oldest/bin/python -m pytest $(AT_A_TIME) $(CORE)
 
 # What a release is checked with. `audit` asks PyPI for known vulnerabilities, and fails, saying so, where it gets no answer.
 AUDITING := pip-audit==2.10.1 cyclonedx-bom==7.5.0
