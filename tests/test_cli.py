@@ -415,6 +415,7 @@ def export_of(*argv, rank="25%"):
         (["bench", "m.onnx", "--data", "d.npz", "--batch", "99"], "needs as many samples of data, but got 60"),
         (["bench", "m.onnx", "nowhere.onnx"], "no such model: nowhere.onnx"),
         (["bench", "m.onnx", "--data", "nowhere.npz"], "nowhere.npz does not exist"),
+        (["bench", "m.onnx", "--data", "pictures.npz"], "store ready inputs in the data, or time it without --data"),
         (["bench", "m.onnx", "--input-shape", "1x12"], "takes NAME=1x128"),
         (["bench", "m.onnx", "--input-shape", "other=1x12"], "no input named other"),
         (["bench", "m.onnx", "other.onnx", "--seconds", "0.1"], "other.onnx takes"),
