@@ -106,3 +106,14 @@ def test_the_search_for_a_drop_ends_at_the_smallest_model(tmp_path):
     )  # anything will do
     smallest = 60 + 96 + 58 + 48 + 48 + 10  # rank 1 everywhere, and the biases
     assert smallest <= report.compressed.params <= smallest + report.dense.params / 64
+
+
+def test_a_drop_where_no_rank_saves_anything(tmp_path):
+    """Rank 1 of `(1, 12)` has 13 numbers for 12."""
+    model = mlp_onnx(tmp_path / "m.onnx", sizes=(12, 1, 10))
+    x = np.random.default_rng(7).standard_normal((50, 12)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=x, labels=np.arange(50) % 10)
+    data = inputs(tmp_path / "c.npz", 12)
+    with pytest.raises(ModelError, match=r"--max-drop: no rank of any site saves anything; let more sites be split"):
+        export(str(model), tmp_path / "b", calib=data, data=tmp_path / "d.npz", max_drop=5, measure=False)
+    assert not (tmp_path / "b").exists()

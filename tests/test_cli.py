@@ -415,6 +415,7 @@ def export_of(*argv, rank="25%"):
         (["bench", "m.onnx", "--data", "d.npz", "--batch", "99"], "needs as many samples of data, but got 60"),
         (["bench", "m.onnx", "nowhere.onnx"], "no such model: nowhere.onnx"),
         (["bench", "m.onnx", "--data", "nowhere.npz"], "nowhere.npz does not exist"),
+        (["bench", "m.onnx", "--data", "unseen.npz"], "store ready inputs in the data, or time it without --data"),
         (["bench", "m.onnx", "--input-shape", "1x12"], "takes NAME=1x128"),
         (["bench", "m.onnx", "--input-shape", "other=1x12"], "no input named other"),
         (["bench", "m.onnx", "other.onnx", "--seconds", "0.1"], "other.onnx takes"),
@@ -433,6 +434,7 @@ def test_usage_errors(here, capsys, argv, words):
     np.savez("range.npz", x=x, labels=np.arange(30) % 11)
     np.savez("unlabelled.npz", x=x)
     np.savez("pictures.npz", images=rng.integers(0, 256, (30, 3, 4), np.uint8), labels=labels)
+    np.savez("unseen.npz", images=np.load("pictures.npz")["images"])  # pictures without labels are timed alone
     mlp_onnx("other.onnx", sizes=(13, 32, 24, 10))
     err = messages(capsys, 2, argv)
     assert words in err

@@ -705,3 +705,12 @@ def test_exporting_and_scripting_tools_still_trace_it():
     x = example(model)
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), outputs(model, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_of_nan_is_named_with_what_leaves_it_dense():
+    module = Mlp()
+    module.fc2.weight.data[3, 4] = float("nan")
+    with pytest.raises(ModelError, match=r"'fc2'.*NaN.* \(exclude 'fc2' to leave it dense\)"):
+        compress_(module, max_error="50%")
+    records = compress_(module, max_error="50%", exclude=["fc2"])
+    assert {record.name: record.decision for record in records}["fc2"] == "dense"

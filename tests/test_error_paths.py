@@ -5,6 +5,7 @@ import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from nets import labelled, mlp, mlp_onnx
 from onnx import TensorProto, helper
 from PIL import Image
@@ -145,6 +146,29 @@ def test_a_model_that_no_graph_can_hold(here):
         ModelError, match="torch.export cannot capture .*; change the module, or export it to ONNX yourself"
     ):
         rsi_deploy.export(Decides(), "b", rank=4)
+
+
+class Eigen(nn.Module):
+    """Captured, but ONNX has no eigenvalues."""
+
+    input_shape = (1, 12)
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 12)
+
+    def forward(self, x):
+        y = self.fc(x)
+        return y * torch.linalg.eigvalsh(y[..., None] * y[..., None, :])
+
+
+def test_a_model_that_onnx_has_no_operators_for(here):
+    with pytest.raises(
+        ModelError,
+        match=r"torch\.onnx\.export cannot convert Eigen: .*; change the module, or export it to ONNX yourself",
+    ):
+        rsi_deploy.export(Eigen(), "b", rank=4)
+    assert not (here / "b").exists()
 
 
 def test_inputs_that_no_array_can_feed(here):

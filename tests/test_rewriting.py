@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graph_passes as gp
 from rsi_deploy import onnx_file, rewrite
-from rsi_deploy.errors import UsageError
+from rsi_deploy.errors import ModelError, UsageError
 
 
 @pytest.fixture
@@ -119,3 +119,16 @@ def test_the_input_is_never_the_output_by_whatever_name(source, tmp_path):
         with pytest.raises(UsageError, match="is the model that is read"):
             rewrite(source, target, rank=4, force=True)
     assert {name: (source.parent / name).read_bytes() for name in before} == before
+
+
+def test_a_weight_of_nan_is_named_with_what_leaves_it_dense(source, tmp_path):
+    model = onnx.load(source)
+    values = numpy_helper.to_array(model.graph.initializer[1]).copy()
+    values[2, 3] = np.nan
+    model.graph.initializer[1].CopyFrom(numpy_helper.from_array(values, "w1"))
+    onnx.save(model, tmp_path / "nan.onnx")
+    with pytest.raises(ModelError, match=r"'w1'.*NaN.* \(type --exclude 'w1' to leave it dense\)"):
+        rewrite(tmp_path / "nan.onnx", tmp_path / "out.onnx", max_error="50%")
+    assert not (tmp_path / "out.onnx").exists()
+    made = rewrite(tmp_path / "nan.onnx", tmp_path / "out.onnx", max_error="50%", exclude=["w1"])
+    assert {site.name: site.decision for site in made.sites} == {"w0": "split", "w1": "dense", "w2": "split"}

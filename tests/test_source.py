@@ -265,6 +265,11 @@ def test_pt2_files_that_do_not_work(tmp_path):
     torch.export.save(program, tmp_path / "keyword.pt2")
     with pytest.raises(ModelError, match=r"keyword\.pt2 takes keyword inputs \(scale\)"):
         load_source(str(tmp_path / "keyword.pt2"))
+    program = torch.export.export(nn.Linear(6, 2), (torch.ones(3, 6),))
+    program.example_inputs = None
+    torch.export.save(program, tmp_path / "bare.pt2")
+    with pytest.raises(ModelError, match=r"bare\.pt2 carries no example inputs; export it again with torch\.export"):
+        load_source(str(tmp_path / "bare.pt2"))
     (tmp_path / "text.pt2").write_text("no archive")
     with pytest.raises(ModelError, match=r"text\.pt2 is not a readable torch\.export archive"):
         load_source(str(tmp_path / "text.pt2"))

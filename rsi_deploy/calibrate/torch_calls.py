@@ -9,6 +9,7 @@ in evaluation) is no use of it. Where two layers' outputs meet, the later one is
 the other way round.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,10 +49,10 @@ class Stopped(BaseException):
     """Ends a run that has shown all that was wanted; no Exception, because models catch those."""
 
 
-class Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode, ABC):
     """Within it, one run of a module tells what happens to `layers`; tensors are not kept alive.
 
-    Override `called`, `joined` and `used`.
+    Define `called`, and override `joined` and `used` where they matter.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -62,9 +63,9 @@ class Watch(TorchFunctionMode):
         self._serials: dict[Call, int] = {}
         self._outputs: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
+    @abstractmethod
     def called(self, call: Call, layer: Layer, x: Tensor) -> bool:
         """A layer is about to be called with `x`; say whether to follow its output."""
-        raise NotImplementedError
 
     def joined(self, call: Call, beside: Tensor) -> None:
         """The output of a call is about to be added to `beside`, of the same shape."""

@@ -7,6 +7,7 @@
 A run stops behind the last call that it wants.
 """
 
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,9 +74,9 @@ class Reading(Watch):
         self._wanted, self._added = set(wanted), set(added) & set(wanted)
         self._pending = len(self._wanted) + len(self._added)
 
+    @abstractmethod
     def take(self, call: Call, layer: Layer, x: Tensor) -> None:
         """Take rows of an input."""
-        raise NotImplementedError
 
     def take_beside(self, call: Call, layer: Layer, beside: Tensor) -> None:
         """Take rows of what an output is added to."""

@@ -82,7 +82,7 @@ class Table:
                     missing -= len(batch)
                     yield from (batch.slice(begin, most) for begin in range(0, len(batch), most))
             except (pa.ArrowException, OSError) as error:
-                raise UsageError(f"data: {file} cannot be read: {error}; copy it again") from error
+                raise _unreadable(file, error) from error
             if missing:
                 raise UsageError(f"data: {file} lacks {missing} of the rows that it claims; copy it again")
 
@@ -94,7 +94,7 @@ class Table:
             _ = schema.names  # decoded only when asked for
             return schema
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"data: {file} cannot be read: {error}; copy it again") from error
+            raise _unreadable(file, error) from error
 
     def _row_count(self, file: Path) -> int:
         import pyarrow as pa
@@ -104,7 +104,7 @@ class Table:
                 return int(_parquet(file).metadata.num_rows)
             return sum(len(batch) for batch in _arrow_batches(file))
         except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"data: {file} cannot be read: {error}; copy it again") from error
+            raise _unreadable(file, error) from error
 
 
 def table_files(path: Path, split: str = "") -> list[Path]:
@@ -270,11 +270,16 @@ def _class_names(metadata: Any) -> dict[str, tuple[str, ...]]:
         return {}
 
 
+def _unreadable(file: Path, error: Exception) -> UsageError:
+    """The error for a file that its reader refuses, on one line whatever the reader says."""
+    return UsageError(f"data: {file} cannot be read: {' '.join(str(error).split())}; copy it again")
+
+
 def _json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_document(file))
     except (OSError, ValueError) as error:
-        raise UsageError(f"data: {file} cannot be read: {error}; copy it again") from error
+        raise _unreadable(file, error) from error
     if not isinstance(found, dict):
         raise UsageError(f"data: {file} is not what datasets.save_to_disk writes; save the data again")
     return found

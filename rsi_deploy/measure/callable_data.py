@@ -81,6 +81,11 @@ class CallableData:
         self._samples = unlabelled = 0
         for inputs, own in self._given():
             first = inputs if first is None else first
+            if _names(inputs) != _names(first):
+                raise UsageError(
+                    f"data: {name} gives {_names(first)} in its first batch and {_names(inputs)} in a later one"
+                    f"; give the same inputs in every batch"
+                )
             self._samples += row_count(inputs)
             unlabelled += row_count(inputs) if own is None else 0
             labels += [] if own is None else [own]
@@ -95,6 +100,7 @@ class CallableData:
         self.labels: Labels | None = np.concatenate(labels) if labels else None
         self.columns: tuple[str, ...] = tuple(first) if isinstance(first, Mapping) else ()
         self.kind: Kind = "named" if isinstance(first, Mapping) else as_samples(first, name)[0]
+        self._given_names = _names(first)
         self._fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -131,7 +137,8 @@ class CallableData:
         for inputs, labels in self._given():
             count = row_count(inputs)
             known = np.empty(0) if self.labels is None else self.labels[start : start + count]
-            if start + count > len(self) or (labels is not None and not np.array_equal(labels, known)):
+            is_other = labels is not None and not np.array_equal(labels, known)
+            if is_other or start + count > len(self) or _names(inputs) != self._given_names:
                 self._refuse_change()
             rows = wanted[(wanted >= start) & (wanted < start + count)] - start
             start += count
@@ -188,6 +195,11 @@ class CallableData:
             inputs = as_samples(_array(given), self._name)[1]
         own = None if labels is None else checked_labels(_array(labels), row_count(inputs), f"{self._name}, a batch")
         return inputs, own
+
+
+def _names(inputs: Inputs) -> str:
+    """What a batch holds, in words; the order of its arrays does not matter."""
+    return ", ".join(sorted(inputs)) if isinstance(inputs, Mapping) else "one array without a name"
 
 
 def _array(value: Any) -> Array:

@@ -73,7 +73,10 @@ class Feeding:
         elif len(names) == len(inputs) == 1:
             inputs = {names[0]: next(iter(inputs.values()))}
         if absent := [name for name in names if name not in inputs]:
-            raise UsageError(f"{self._option}: {self._model} takes {', '.join(absent)}, but got {', '.join(inputs)}")
+            raise UsageError(
+                f"{self._option}: {self._model} takes {', '.join(absent)}, but a batch holds {', '.join(inputs)}"
+                f"; give an array for each input in every batch"
+            )
         return {
             spec.name: as_input(inputs[spec.name], spec, option=self._option, model=self._model) for spec in self._specs
         }

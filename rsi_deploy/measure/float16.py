@@ -30,8 +30,9 @@ def float16_file(model: Path, folder: Path) -> Path:
         made.graph.sort()  # the converter's casts stand behind the nodes that use them, which no ONNX file may have
         converted = ir.serde.serialize_model(made)
     except Exception as error:  # the converter's and protobuf's own
+        said = str(error).strip() or type(error).__name__  # it asserts without a word
         raise ModelError(
-            f"{model}: cannot be converted to float16: {str(error).strip()}; measure it with --dtype stored"
+            f"{model}: onnxruntime's converter cannot make it float16: {said}; measure it with --dtype stored"
         ) from error
     path = folder / f"{model.stem}.float16.onnx"
     number = 1

@@ -59,7 +59,10 @@ class ImageFolderData:
 
     def select(self, names: Sequence[str]) -> Dataset:
         """Pictures have no columns: always refused."""
-        raise UsageError(f"data: {self._root} holds pictures for one input, but the model takes {', '.join(names)}")
+        raise UsageError(
+            f"data: {self._root} holds pictures for one input, but the model takes {', '.join(names)}"
+            f"; give an .npz with one array for each of them"
+        )
 
     def fingerprint(self) -> str:
         """The sha256 of the class list and of every image's path and bytes."""

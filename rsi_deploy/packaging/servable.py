@@ -140,7 +140,9 @@ def _fixed(tensor: Tensor) -> tuple[str, str, list[int]]:
 def _tensors(what: str, values: list[Any]) -> tuple[Tensor, ...]:
     for value in values:
         if not value.type.startswith("tensor("):
-            raise ModelError(f"{what} {value.name} is {value.type}; engines serve tensors only")
+            raise ModelError(
+                f"{what} {value.name} is {value.type}, but engines serve tensors only; export the model without it"
+            )
     return tuple(
         Tensor(
             name=value.name,

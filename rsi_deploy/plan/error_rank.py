@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from rsi_deploy.kernel.checks import checked
 from rsi_deploy.plan.planner import MaxError, break_even_rank
 from rsi_deploy.rsi import Factors, Solver, certified_norm, singular_values
 
@@ -37,6 +38,7 @@ def smallest_rank(weight: Tensor, error: MaxError, solver: Solver, *, site: str 
     most = min(full, int(limit) - (int(limit) == limit))
     if most < 1:
         return None
+    checked(weight, most, site)  # a spectrum of NaN would be torch's own error, of a matrix that is none of the user's
     values = singular_values(weight) if full <= EXACT_SPECTRUM or error.normalized else None
     begin = _least(values, error) if values is not None and not error.normalized else 1
     norm = certified_norm(weight, Factors(weight[..., :0], weight[..., :0, :])).lower

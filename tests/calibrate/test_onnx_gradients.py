@@ -236,3 +236,16 @@ def test_an_old_opset_is_refused(tmp_path):
     model.opset_import[0].version = 12
     onnx.save(model, path)
     assert metrics_of(streams_of(path, feeds)) == {}
+
+
+def test_outputs_that_depend_on_no_site_give_no_metric(tmp_path, caplog):
+    """A class number is no floating output, and the other output stands beside the site."""
+    text = "g (float[n, 4] x) => ({} top, float[n, 4] same) {{ h = MatMul(x, a) top = {} same = Relu(x) }}"
+    weight = ((4, 5), np.float32)
+    numbers = saved(tmp_path / "numbers.onnx", text.format("int64[n, 1]", "ArgMax <axis = 1> (h)"), a=weight)
+    scores = saved(tmp_path / "scores.onnx", text.format("float[n, 5]", "Relu(h)"), a=weight)
+    feeds = {"x": np.random.default_rng(0).standard_normal((8, 4), dtype=np.float32)}
+    with caplog.at_level("INFO"):
+        assert metrics_of(streams_of(numbers, feeds)) == {}
+    assert "no floating output depends on a site" in caplog.text
+    assert set(metrics_of(streams_of(scores, feeds))) == {"a"}

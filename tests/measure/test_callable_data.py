@@ -37,12 +37,15 @@ def shuffled():
     return [(X[order], Y[order])]
 
 def shrinking(): return [X[: 10 - next(calls)]]
+def renaming(): return [({f"ids{next(calls)}": X}, Y)]
 def empty(): return []
 def number(): return 7
 def triple(): return [(X, Y, Y)]
 def uneven(): return [({"a": X, "b": X[:3]}, Y)]
 def few_labels(): return [(X, Y[:3])]
 def some_labels(): return [(X, Y), X]
+def renamed(): return [({"ids": X}, Y), ({"tokens": X}, Y)]
+def unnamed(): return [(X, Y), ({"ids": X}, Y)]
 def ragged(): return [(X, Y), (X[:, :2], Y)]
 def failing():
     yield X, Y
@@ -122,6 +125,9 @@ def test_the_fingerprint_is_of_the_samples(spec):
         ("uneven", "as many samples as the others, but got {'a': 10, 'b': 3}"),
         ("few_labels", "10 inputs but 3 labels"),
         ("some_labels", "labels with some batches and none with 10"),
+        ("renaming", "gives other samples at every call"),
+        ("renamed", "gives ids in its first batch and tokens in a later one; give the same inputs in every batch"),
+        ("unnamed", "gives one array without a name in its first batch and ids in a later one"),
         ("ragged", "do not fit each other"),
         ("failing", "failed: RuntimeError: the disk is gone"),
         ("with_argument", "failed: TypeError"),

@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
+from nets import mlp_onnx
 
 from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.data import ArrayData, NamedData, open_data
 from rsi_deploy.measure.feeding import Feeding, as_input
 from rsi_deploy.measure.inputs import InputSpec
 from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.measure.sample_feeds import sample_feeds
 
 IDS = np.arange(30).reshape(10, 3)
 MASK = np.ones((10, 3), bool)
@@ -88,3 +90,43 @@ def test_a_type_is_changed_where_no_value_is():
     assert as_input(IDS.astype(np.int32), spec(), option="--data").dtype == np.int64
     assert as_input(IDS, spec(dtype=np.uint8), option="--data").dtype == np.uint8
     assert as_input(IDS * 1.0, spec(dtype=np.float16), option="--data").dtype == np.float16
+
+
+class Own:
+    """A data set of the user's own that gives other batches than its columns promise."""
+
+    kind, columns, default, classes, labels = "named", ("ids", "mask"), "", (), None
+
+    def __init__(self, *batches):
+        self._batches = batches
+
+    def __len__(self):
+        return 4
+
+    def select(self, names):
+        return self
+
+    def fingerprint(self):
+        return "own"
+
+    def batches(self, batch_size, steps, limit=None):
+        yield from ((inputs, None) for inputs in self._batches)
+
+
+def test_a_batch_that_lacks_an_input_is_refused():
+    assert list(fed(Own({"ids": IDS, "mask": MASK}), [spec("ids"), spec("mask")])) == ["ids", "mask"]
+    with pytest.raises(UsageError, match="--data: the model takes mask, but a batch holds ids; give an array for each"):
+        fed(Own({"ids": IDS}), [spec("ids"), spec("mask")])
+
+
+def test_data_that_give_no_samples_time_nothing(tmp_path):
+    model = mlp_onnx(tmp_path / "m.onnx")
+    given = Own({"input": np.ones((4, 12), np.float32)})
+    given.columns = ("input",)
+    assert sample_feeds(given, model, "cpu", 4)["input"].shape == (4, 12)
+    given = Own()
+    given.columns = ("input",)
+    with pytest.raises(
+        UsageError, match=r"hold no samples to feed .*m\.onnx with; give other data, or leave out --data"
+    ):
+        sample_feeds(given, model, "cpu", 4)

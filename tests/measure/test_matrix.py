@@ -266,3 +266,15 @@ def test_a_system_that_cannot_pin_says_so(monkeypatch):
     monkeypatch.delattr(os, "sched_setaffinity", raising=False)
     with pytest.raises(UsageError, match="no call to bind"), pinned((0,)):
         pass
+
+
+def test_what_the_converter_cannot_do_is_said_with_the_model(tmp_path):
+    """Two branches with a weight of the same name run, but onnxruntime's converter takes no such model."""
+    text = """g (float[N,4] x, bool c) => (float[N,4] y) {
+        y = If (c) <
+            then_branch = a () => (float[N,4] p) <float[4] w = {1, 1, 1, 1}> { p = Mul(x, w) },
+            else_branch = b () => (float[N,4] q) <float[4] w = {2, 2, 2, 2}> { q = Add(x, w) }
+        >
+    }"""
+    with pytest.raises(ModelError, match=r"two\.onnx: .*float16: AssertionError; measure it with --dtype stored"):
+        float16_file(save(tmp_path / "two.onnx", text), tmp_path)

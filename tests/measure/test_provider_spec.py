@@ -1,3 +1,5 @@
+import types
+
 import onnxruntime
 import pytest
 
@@ -103,3 +105,12 @@ def test_every_session_option_has_a_value_it_takes_and_one_it_refuses():
 def test_a_spec_can_be_compared():
     assert parse("cpu:threads=1") == parse("CPU: threads=1") != parse("cpu:threads=2")
     assert isinstance(parse("cpu"), ProviderSpec)
+
+
+def test_a_level_that_an_older_onnxruntime_has_not(monkeypatch):
+    known = {name: level for name, level in vars(onnxruntime.GraphOptimizationLevel).items() if name.startswith("ORT_")}
+    del known["ORT_ENABLE_LAYOUT"]
+    monkeypatch.setattr(onnxruntime, "GraphOptimizationLevel", types.SimpleNamespace(**known))
+    assert applied("cpu:optimization=extended").graph_optimization_level == known["ORT_ENABLE_EXTENDED"]
+    with pytest.raises(UsageError, match=r"optimization=layout is not known to onnxruntime .*; take extended"):
+        applied("cpu:optimization=layout")

@@ -232,3 +232,12 @@ def test_models_that_cannot_load_are_named(model, tmp_path):
 def test_a_failing_run_is_named(model):
     with pytest.raises(ModelError, match=r"m\.onnx: the run failed"):
         sessions.run_session(sessions.make_session(model), {"z": FEEDS["x"]}, str(model))
+
+
+def test_an_option_that_a_session_has_lost_is_refused(model, gpu, monkeypatch):
+    """Listed by the provider of a first session, and no more by the one that was made with it."""
+    assert "use_tf32" in sessions.known_options("CUDAExecutionProvider")
+    sessions.make_session(model, "cuda:use_tf32=0")
+    monkeypatch.setattr(gpu, "get_provider_options", lambda self: {"CUDAExecutionProvider": {"device_id": "0"}})
+    with pytest.raises(UsageError, match=r"'use_tf32' does not exist; .*; cuda also takes device_id$"):
+        sessions.make_session(model, "cuda:use_tf32=0")

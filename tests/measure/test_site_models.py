@@ -1,5 +1,7 @@
 """Small models of one site: they compute what the site computes, and split as the whole model does."""
 
+import signal
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -172,3 +174,19 @@ def test_with_no_time_the_coarsest_grid_is_timed(tmp_path):
     assert tuple((s.form, s.rank) for s in cost.splits) == wanted.coarser[-1]
     assert cost.nanoseconds("matmul", 64) is not None
     assert cost.nanoseconds("matmul", 33) is None  # of a class that was not timed: no plan takes it
+
+
+def test_an_interrupt_leaves_no_half_table(tmp_path, monkeypatch):
+    """Ctrl-C while the shapes are timed, as the system sends it; what was timed until then is no cost."""
+    wanted, turns, timed = large(tmp_path), [], site_timing.time_calls
+
+    def interrupted(call, count):
+        turns.append(count)
+        if len(turns) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return timed(call, count)
+
+    monkeypatch.setattr(site_timing, "time_calls", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        time_sites([wanted], Runtime(threads=1), seconds=1e-3, precision=0.05)
+    assert len(turns) == 3

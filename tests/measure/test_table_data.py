@@ -227,6 +227,21 @@ def test_damaged_files_are_named(tmp_path, source):
             open_data(source)
 
 
+def test_rows_that_are_damaged_behind_a_good_schema_are_named(tmp_path):
+    """A Parquet file says at its end what it holds, an Arrow stream at its beginning; its rows are read later."""
+    path = tmp_path / "d.parquet"
+    pq.write_table(WHOLE, path, compression="none")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + b"\xff" * 200 + whole[204:])
+    with pytest.raises(UsageError, match=r"d\.parquet cannot be read: .*; copy it again"):
+        read(open_data(path))
+    stream = save_to_disk(tmp_path / "s", WHOLE, shards=1) / "data-00000-of-00001.arrow"
+    assert len(open_data(stream)) == 30
+    stream.write_bytes(stream.read_bytes()[: stream.stat().st_size * 2 // 3])
+    with pytest.raises(UsageError, match=r"00001\.arrow cannot be read: .*; copy it again"):
+        open_data(stream)
+
+
 def test_without_pyarrow_it_says_what_to_type(tmp_path, monkeypatch):
     pq.write_table(WHOLE, tmp_path / "d.parquet")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)

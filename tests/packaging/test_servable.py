@@ -1,9 +1,11 @@
 import numpy as np
+import onnx
 import pytest
-from models import bundle_of, mixing, mlp_bundle, pooled, tokens
+from models import bundle_of, graph, mixing, mlp_bundle, pooled, tokens, weight
 from nets import mlp_onnx
+from onnx import TensorProto, helper
 
-from rsi_deploy.errors import GateError, UsageError
+from rsi_deploy.errors import GateError, ModelError, UsageError
 from rsi_deploy.packaging.servable import read_dense, read_servable
 
 
@@ -83,3 +85,29 @@ def test_the_dense_model_must_take_and_give_the_same(mlp, tmp_path):
         read_dense(pooled(tmp_path / "p.onnx"), beside)
     with pytest.raises(UsageError, match="gives output"):
         read_dense(mlp_onnx(tmp_path / "o.onnx", sizes=(12, 8, 9)), beside)
+
+
+def test_what_is_no_tensor_cannot_be_served(mlp, tmp_path):
+    """A model that gives a sequence runs; no engine has a place for it."""
+    x = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 12])
+    y = helper.make_tensor_sequence_value_info("pair", TensorProto.FLOAT, None)
+    pair = helper.make_graph([helper.make_node("SequenceConstruct", ["input", "input"], ["pair"])], "g", [x], [y])
+    onnx.save(helper.make_model(pair, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "s.onnx")
+    with pytest.raises(ModelError, match=r"output pair is seq\(tensor\(float\)\), but engines serve tensors only"):
+        read_dense(tmp_path / "s.onnx", read_servable(mlp))
+
+
+def test_inputs_that_make_no_sense_to_a_model_must_be_given(tmp_path):
+    """A table of one row: of the random ids 0 and 1 the second is none."""
+    nodes = [helper.make_node("Gather", ["table", "ids"], ["r"]), helper.make_node("MatMul", ["r", "w"], ["y"])]
+    values = [[("ids", TensorProto.INT64, ["n"])], [("y", TensorProto.FLOAT, ["n", 32])]]
+    path = graph(tmp_path / "m.onnx", nodes, *values, [weight(1, 32, "table"), weight(32, 32)])
+    feeds = {"ids": np.zeros(8, np.int64)}
+    made = bundle_of(path, tmp_path / "b", feeds=feeds)
+    assert read_servable(made, feeds).feeds_given
+    with pytest.raises(
+        UsageError, match=r"the run failed: .*random inputs may make no sense to it: add --feeds FILE\.npz"
+    ):
+        read_servable(made)
+    with pytest.raises(ModelError, match="the run failed"):
+        read_servable(made, {"ids": np.ones(8, np.int64)})

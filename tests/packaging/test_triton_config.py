@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -7,8 +8,9 @@ from models import bundle_of, mixing, mlp_bundle, tokens
 from nets import mlp_onnx, run_onnx
 from served import Server
 
-from rsi_deploy import onnx_file, package
-from rsi_deploy.packaging.triton_config import proto_text
+from rsi_deploy import ModelError, onnx_file, package
+from rsi_deploy.packaging.servable import Tensor, read_servable
+from rsi_deploy.packaging.triton_config import TritonSettings, config_text, proto_text
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +176,24 @@ def test_the_readme_s_client_asks_whoever_speaks_the_protocol(mlp, tmp_path):
 
 def test_strings_are_escaped():
     assert proto_text({"name": 'a"b\\c\nd'}) == 'name: "a\\"b\\\\c\\nd"\n'
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "words"),
+    [
+        ("bfloat16", ("n", 10), "output y is bfloat16, which Triton has not; it has bool, uint8"),
+        ("float", ("n", 0), "output y has a dimension of 0, which Triton refuses; export the model without it"),
+        ("float", (0, 10), ""),
+    ],
+)
+def test_tensors_that_triton_has_not(mlp, kind, shape, words):
+    """A batch may be of any size: its own dimension is not told."""
+    settings = TritonSettings(
+        backend="onnxruntime", max_batch=8, max_delay_ms=1, instances=1, threads=1, device="cpu", tensorrt="off"
+    )
+    model = dataclasses.replace(read_servable(mlp), outputs=(Tensor(name="y", type=kind, shape=shape),))
+    if not words:
+        assert "dims: [10]" in config_text("mlp", model, settings, versions=1)
+        return
+    with pytest.raises(ModelError, match=words):
+        config_text("mlp", model, settings, versions=1)

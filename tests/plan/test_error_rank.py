@@ -47,6 +47,17 @@ def test_of_groups_all_must_meet_it():
     assert smallest_rank(torch.ones(1, 9), asked, SOLVER) is None  # nothing saves anything there
 
 
+@pytest.mark.parametrize("text", ["5%", "1.1x"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_of_nan_or_infinity_is_refused_by_name(text, bad):
+    """Before its spectrum, which torch cannot compute."""
+    weight = weight_with(values("slow", 60), 60, 90).float()
+    assert smallest_rank(weight, MaxError.parse("60%"), SOLVER, site="fc") is not None
+    weight[3, 4] = bad
+    with pytest.raises(ValueError, match="site 'fc': the weight holds 1 NaN or infinite values of 5400; repair it"):
+        smallest_rank(weight, MaxError.parse(text), SOLVER, site="fc")
+
+
 @pytest.mark.parametrize("text", ["0.05", "5", "0%", "100%", "1x", "0.9x", "-5%", "x", "", "5 % x"])
 def test_what_is_no_error(text):
     with pytest.raises(UsageError, match="--max-error"):

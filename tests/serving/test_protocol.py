@@ -179,6 +179,12 @@ def told(**changed):
     return json.dumps({"inputs": [entry]}).encode()
 
 
+def truth(*numbers):
+    entry = {"name": "x", "shape": [1, 2], "datatype": "BOOL", "parameters": {"binary_data_size": len(numbers)}}
+    start = json.dumps({"inputs": [entry]}).encode()
+    return start + bytes(numbers), len(start)
+
+
 def values(*numbers, datatype="FP32"):
     return json.dumps({"inputs": [{"name": "x", "shape": [1, 2], "datatype": datatype, "data": numbers}]}).encode()
 
@@ -215,6 +221,7 @@ BAD = {
     "300 for a UINT8": (values(300, 1, datatype="UINT8"), "outside UINT8"),
     "-1 for a UINT64": (values(-1, 1, datatype="UINT64"), "outside UINT64"),
     "unknown output": (body({"x": ROW}, outputs=[{"name": "q"}]), "no output q"),
+    "parameters a list": (told(parameters=[1]), "parameters must be an object, but got a list of 1"),
     "classification": (
         body({"x": ROW}, outputs=[{"name": "y", "parameters": {"classification": 2}}]),
         "not offered",
@@ -244,6 +251,7 @@ BAD_BINARY = {
     "header too long": (head(), 99999, "must be a number of 1 to"),
     "header 0": (head(), 0, "must be a number of 1 to"),
     "header nonsense": (head(), "ten", "must be a number of 1 to"),
+    "a BOOL of 2": (*truth(0, 2), "a BOOL is a byte of 0 or 1, but there is a 2"),
     "data as well": (head(data=[1]) + ROW.tobytes(), len(head(data=[1])), "send one of them"),
     "shared memory": (
         head(parameters={"shared_memory_region": "r"}),
@@ -308,6 +316,12 @@ def test_compressed_bodies_are_not_taken(server):
 )
 def test_unknown_names_versions_and_paths(server, path, words):
     check_refused(server, body({"x": ROW}), {}, 404, words, path)
+
+
+def test_a_model_without_a_shadow_says_how_it_gets_one(server):
+    status, _, text = server.ask("GET", "/v2/models/linear/shadow")
+    assert status == 404
+    assert json.loads(text)["error"].endswith("linear has no shadow; start the server with --shadow linear=DIR")
 
 
 def test_wrong_methods(server):

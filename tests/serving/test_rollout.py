@@ -13,7 +13,11 @@ from served import Server, alone, body, linear, versions_of_answers
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 
 from rsi_deploy import Preprocessing, evaluate, read_report
+from rsi_deploy.measure.sessions import make_session
 from rsi_deploy.serving.catalog import Route, Served
+from rsi_deploy.serving.images import image_request
+from rsi_deploy.serving.refusal import Refusal
+from rsi_deploy.serving.signature import Signature
 
 EVAL = Path(__file__).parents[2] / "samples" / "digits_eval.npz"
 X = np.random.default_rng(0).standard_normal((1, 12)).astype(np.float32)
@@ -138,3 +142,19 @@ def test_an_image_goes_through_the_bundle_s_preprocessing(digits):
             came, _, text = server.ask("POST", f"/v2/models/{path}", content)
             assert came == status, text
             assert any(word in json.loads(text)["error"] for word in words.split("|")), text
+
+
+@pytest.mark.parametrize(
+    ("model", "picture", "words"),
+    [
+        ("vectors", (8, 8), r"vectors takes no pictures but x: float32 \(N, 12\); post to /infer"),
+        ("digits", (2, 6000), "an image of 6000 x 2 would become 672000 x 224; set resize to"),
+    ],
+)
+def test_pictures_that_a_model_cannot_take(digits, tmp_path, model, picture, words):
+    path = digits / "model.onnx" if model == "digits" else linear(tmp_path / "m.onnx")
+    signature = Signature.of(make_session(path), model)
+    data = encoded(Image.new("L", picture))
+    with pytest.raises(Refusal, match=words) as refused:
+        image_request(data, Preprocessing(resize=224), signature, model)
+    assert refused.value.status == 400

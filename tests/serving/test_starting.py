@@ -9,11 +9,14 @@ import sys
 
 import numpy as np
 import pytest
-from served import BLOCKED, MAIN, Server, body, linear
+from onnx import TensorProto, helper
+from served import BLOCKED, MAIN, Server, body, linear, value, write
 
 from rsi_deploy.cli import run
-from rsi_deploy.manifest import file_hash
+from rsi_deploy.errors import GateError, ModelError
+from rsi_deploy.manifest import check_manifest, file_hash
 from rsi_deploy.serving import bundles
+from rsi_deploy.serving.model import LoadedModel
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 
@@ -150,3 +153,47 @@ def test_nobody_reads_the_log(tmp_path):
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def test_a_bundle_that_changes_while_it_is_read_is_not_served(copied, monkeypatch):
+    bundles.open_bundle(copied)
+
+    def meanwhile(folder, hash_of):
+        os.utime(folder / "model.onnx")
+        return check_manifest(folder, hash_of)
+
+    monkeypatch.setattr(bundles, "check_manifest", meanwhile)
+    with pytest.raises(GateError, match="digits changed while it was read; serve it when it is whole"):
+        bundles.open_bundle(copied)
+
+
+def test_a_file_that_was_replaced_since_it_was_checked_is_not_loaded(tmp_path):
+    bundle = bundles.open_bundle(linear(tmp_path / "m.onnx"))
+    assert LoadedModel(bundle).infer({"x": ROW})["y"].shape == (1, 5)
+    linear(tmp_path / "m.onnx", seed=3)
+    with pytest.raises(
+        GateError, match=r"m\.onnx has been replaced since it was checked; start again when it is whole"
+    ):
+        LoadedModel(bundle)
+
+
+def test_a_tensor_that_the_protocol_does_not_carry_is_named(tmp_path):
+    x, y = value("x", TensorProto.BFLOAT16, ["N", 4]), value("y", TensorProto.FLOAT, ["N", 4])
+    cast = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
+    bundle = bundles.open_bundle(write(tmp_path / "m.onnx", [cast], [x], [y], []))
+    with pytest.raises(
+        ModelError, match=r"cannot be served: x: bfloat16 \(N, 4\) is none of BOOL, .*; export a model with"
+    ):
+        LoadedModel(bundle)
+
+
+def test_answers_without_a_row_for_each_request_are_not_cut(tmp_path):
+    """Rows that nobody has tried to join: one sum over everything is no answer to two requests."""
+    x, y = value("x", TensorProto.FLOAT, ["N", 12]), value("y", TensorProto.FLOAT, [])
+    total = helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)
+    bundle = bundles.open_bundle(write(tmp_path / "m.onnx", [total], [x], [y], []))
+    model = LoadedModel(bundle, try_batches=False)
+    assert model.infer_together([{"x": ROW}])[0]["y"] == 12
+    with pytest.raises(ModelError, match=r"output y has the shape \(\) for 2 rows; serve it with --max-batch 1"):
+        model.infer_together([{"x": ROW}, {"x": ROW}])
+    assert LoadedModel(bundle).alone  # tried, it is found

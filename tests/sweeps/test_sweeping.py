@@ -226,6 +226,28 @@ def test_a_share_that_no_plan_reaches_is_a_point_with_its_reason(place, tmp_path
         swept(place, tmp_path / "t", points=2, highest=0.02, lowest=0.01)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "the file: Invalid JSON"),
+        (b"\xff", "the file: 'utf-8' codec"),
+        (b'{"schema_version": 2}', "schema_version: Input should be 1"),
+    ],
+)
+def test_a_damaged_document_is_named(tmp_path, content, words):
+    (tmp_path / "sweep.json").write_bytes(content)
+    with pytest.raises(
+        ModelError, match=rf"sweep\.json is no sweep of schema version 1: {words}.*; make it again with"
+    ):
+        read_sweep(tmp_path)
+
+
+def test_one_point_is_no_sweep(place, tmp_path):
+    with pytest.raises(UsageError, match="--points must be at least 2, but got 1"):
+        swept(place, tmp_path / "s", points=1)
+    assert not (tmp_path / "s").exists()
+
+
 def test_fronts_hold_what_nothing_beats(done):
     def point(number, macs, top1, speedup):
         size = Size(bytes=macs * 4, params=macs, macs=macs)

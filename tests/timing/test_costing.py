@@ -74,6 +74,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path, capsys):
         (["profile", str(model), "-o", str(tmp_path / "d.json"), "--budget", "soon"], "takes a time such as"),
         (["profile", str(model), "-o", str(tmp_path / "d.json"), "--provider", "openvino"], "openvino"),
         (["profile", str(model), "-o", str(tmp_path)], "is a folder"),
+        (["profile", str(model), "-o", str(tmp_path / "no" / "c.json")], "no/c.json does not exist: make it first"),
     ]:
         assert cli(argv) == 2
         assert words in capsys.readouterr().err

@@ -282,6 +282,16 @@ def test_a_table_goes_with_a_budget_and_with_its_own_inputs(place, tmp_path, cap
     assert "this export measures with" in capsys.readouterr().err
 
 
+def test_a_table_of_other_shapes_is_refused(place, tmp_path, capsys):
+    """The same input, and not one site of the model that was timed."""
+    narrow = mlp_onnx(tmp_path / "narrow.onnx", sizes=(128, 48, 12))
+    argv = ["export", str(narrow), "--calib", str(place / "calib.npz"), "--keep-latency", "0.6", "--threads", "1"]
+    assert run([*argv, "--cost", str(place / "cost.json"), "-o", str(tmp_path / "b")]) == 2
+    said = capsys.readouterr().err
+    assert "knows no site shape of this model: it was made for wide.onnx; make one of this model with" in said
+    assert not (tmp_path / "b").exists()
+
+
 def test_the_report_is_read_back(place, tmp_path):
     export(place, "tiny.onnx", tmp_path / "b", rank=4)
     timing = read_report(tmp_path / "b").timing
