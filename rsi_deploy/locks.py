@@ -106,9 +106,13 @@ class ScratchFolder(tempfile.TemporaryDirectory[str]):
         _clear_scratch(tempfile.gettempdir())
         while True:
             super().__init__(prefix=SCRATCH)
-            handle = os.open(self.name, os.O_RDONLY)
+            try:
+                handle = os.open(self.name, os.O_RDONLY)
+            except FileNotFoundError:  # another run took it for a leftover before it was opened
+                self.cleanup()
+                continue
             if take_lock(handle, wait=True) is None or is_at(handle, Path(self.name)):
                 break
-            os.close(handle)  # another run took it for a leftover before it was locked
+            os.close(handle)  # or before it was locked
             self.cleanup()
         weakref.finalize(self, os.close, handle)

@@ -286,6 +286,29 @@ def test_a_scratch_folder_of_a_killed_process_is_removed_by_the_next(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
+def test_a_new_scratch_folder_that_another_run_takes_for_a_leftover_is_made_again(monkeypatch, moment):
+    """Two runs start at once: one looks for leftovers while the other has made its folder, and not yet locked it."""
+    taken, really = [], os.open
+
+    def opened(path, *flags):
+        late = moment == "before it is locked"
+        handle = really(path, *flags) if late or taken else None
+        if not taken:
+            taken.append(path)
+            os.rmdir(path)
+        return handle if handle is not None else really(path, *flags)
+
+    monkeypatch.setattr(locks.os, "open", opened)
+    with ScratchFolder() as folder:
+        monkeypatch.undo()
+        assert taken
+        assert taken != [folder]
+        remove_if_stale(atomic.Path(folder))
+        assert os.path.isdir(folder)
+    assert not os.path.exists(folder)
+
+
 def test_a_scratch_folder_in_use_is_not_removed():
     with ScratchFolder() as folder:
         remove_if_stale(atomic.Path(folder))
