@@ -66,7 +66,13 @@ class Weight:
         return self.root.is_graph_input()
 
     def transposed(self, *perm: int) -> Weight:
-        """This weight with its axes permuted."""
+        """This weight with its axes permuted.
+
+        Raises:
+            ValueError: it has others.
+        """
+        if sorted(perm) != list(range(len(self.shape))):
+            raise ValueError(f"{perm} permutes no {len(self.shape)} axes")
         steps = self.steps
         shape = tuple(self.shape[axis] for axis in perm)
         if steps and steps[-1][0] == "transpose":

@@ -3,10 +3,11 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 from fuzz_seeds import documents, models
 from fuzz_targets import TARGETS
-from onnx import ModelProto, TensorProto
+from onnx import AttributeProto, ModelProto, TensorProto, numpy_helper
 
 
 def conv(proto):
@@ -50,6 +51,15 @@ def an_input_of_a_conv_that_is_a_scalar(proto):
     declared(proto, conv(proto).output[0])
 
 
+def a_weight_transposed_to_fewer_axes(proto):
+    """The weight through Reshape and Transpose, as before, but of three axes before and two behind."""
+    shape = next(weight for weight in proto.graph.initializer if weight.name == "q")
+    shape.CopyFrom(numpy_helper.from_array(np.array([8, 8, 1]), "q"))
+    turned = next(node for node in proto.graph.node if node.op_type == "Transpose")
+    del turned.attribute[:]
+    turned.attribute.add(name="perm", type=AttributeProto.INTS, ints=[0, 1])
+
+
 MODELS = {  # seed -> what was done to it
     "a branch whose output is a scalar": (4, lambda proto: None),
     "a segment": (0, a_segment),
@@ -57,6 +67,7 @@ MODELS = {  # seed -> what was done to it
     "an input of no type": (0, an_input_of_no_type),
     "a name that is no UTF-8": (0, a_name_that_is_no_utf8),
     "a conv's output that is a scalar": (2, an_output_of_a_conv_that_is_a_scalar),
+    "a weight transposed to fewer axes": (3, a_weight_transposed_to_fewer_axes),
     "a conv's input that is a scalar": (2, an_input_of_a_conv_that_is_a_scalar),
 }
 
