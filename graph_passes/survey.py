@@ -163,6 +163,8 @@ def _read(
     operand, weight = constant[0]
     if len(constant) > 1:
         weight = Refusal(reason="both operands are constant: fold constants first")
+    if isinstance(weight, Weight) and len(node.inputs) < 2:
+        weight = Refusal(reason="the node has no input beside its weight", weight=weight.name)
     if isinstance(weight, Weight) and any(attribute.is_ref() for attribute in node.attributes.values()):
         reason = "the node takes an attribute of the model function: inline functions first"
         weight = Refusal(reason=reason, weight=weight.name)

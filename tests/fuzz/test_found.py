@@ -60,6 +60,12 @@ def a_weight_transposed_to_fewer_axes(proto):
     turned.attribute.add(name="perm", type=AttributeProto.INTS, ints=[0, 1])
 
 
+def a_product_of_a_weight_alone(proto):
+    """Of no opset that there is: no schema counts its inputs."""
+    proto.opset_import[0].version = 0
+    del proto.graph.node[1].input[0]
+
+
 MODELS = {  # seed -> what was done to it
     "a branch whose output is a scalar": (4, lambda proto: None),
     "a segment": (0, a_segment),
@@ -67,6 +73,7 @@ MODELS = {  # seed -> what was done to it
     "an input of no type": (0, an_input_of_no_type),
     "a name that is no UTF-8": (0, a_name_that_is_no_utf8),
     "a conv's output that is a scalar": (2, an_output_of_a_conv_that_is_a_scalar),
+    "a product of a weight alone": (1, a_product_of_a_weight_alone),
     "a weight transposed to fewer axes": (3, a_weight_transposed_to_fewer_axes),
     "a conv's input that is a scalar": (2, an_input_of_a_conv_that_is_a_scalar),
 }
