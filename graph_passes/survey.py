@@ -122,7 +122,13 @@ def _in_scope(
             yield from _no_pass(node, operands, computed)
         else:
             nested = function is not None or node.graph is not graph
-            for found in _read(node, family, operands, computed, nested=nested, in_function=function is not None):
+            try:
+                read = list(_read(node, family, operands, computed, nested=nested, in_function=function is not None))
+            except TypeError:  # of an attribute; a model of no known opset was held against no schema
+                reason = "an attribute of the node is of another type than its operator takes"
+                yield Skip(node=name_of(node), op_type=node.op_type, reason=reason)
+                continue
+            for found in read:
                 reason = _out_of_reach(found, graph.opset_imports, overridable) if isinstance(found, Found) else ""
                 yield skipped(found, reason) if reason and isinstance(found, Found) else found
 

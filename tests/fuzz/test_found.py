@@ -66,6 +66,12 @@ def a_product_of_a_weight_alone(proto):
     del proto.graph.node[1].input[0]
 
 
+def an_attribute_of_another_type(proto):
+    proto.opset_import[0].version = 0
+    alpha = next(one for one in proto.graph.node[1].attribute if one.name == "alpha")
+    alpha.CopyFrom(AttributeProto(name="alpha", type=AttributeProto.GRAPHS))
+
+
 MODELS = {  # seed -> what was done to it
     "a branch whose output is a scalar": (4, lambda proto: None),
     "a segment": (0, a_segment),
@@ -74,6 +80,7 @@ MODELS = {  # seed -> what was done to it
     "a name that is no UTF-8": (0, a_name_that_is_no_utf8),
     "a conv's output that is a scalar": (2, an_output_of_a_conv_that_is_a_scalar),
     "a product of a weight alone": (1, a_product_of_a_weight_alone),
+    "an attribute of another type": (1, an_attribute_of_another_type),
     "a weight transposed to fewer axes": (3, a_weight_transposed_to_fewer_axes),
     "a conv's input that is a scalar": (2, an_input_of_a_conv_that_is_a_scalar),
 }
