@@ -4,10 +4,13 @@ import copy
 import json
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from fuzz_seeds import documents, models
 from fuzz_targets import TARGETS
 from onnx import AttributeProto, ModelProto, TensorProto, numpy_helper
+
+import graph_passes as gp
 
 
 def conv(proto):
@@ -94,6 +97,28 @@ def test_a_model_ends_well(case, target):
     made.CopyFrom(models()[number])
     change(made)
     TARGETS[target](b"\0" + made.SerializePartialToString().replace(b"LATIN", b"\xff\xfe\xc0\x80\xe4"))
+
+
+def reasons(proto):
+    """Why nodes are not split, on a line each."""
+    return "\n".join(entry.reason for entry in gp.find_sites(ir.from_proto(proto)) if isinstance(entry, gp.Skip))
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("a product of a weight alone", "the node has no input beside its weight"),
+        ("an attribute of another type", "an attribute of the node is of another type than its operator takes"),
+        ("a weight transposed to fewer axes", "which does not fit it"),
+    ],
+)
+def test_a_broken_node_stays_dense_with_its_reason(case, reason):
+    number, change = MODELS[case]
+    made = ModelProto()
+    made.CopyFrom(models()[number])
+    assert reason not in reasons(made)
+    change(made)
+    assert reason in reasons(made)
 
 
 def without(document, *path):
