@@ -21,6 +21,7 @@ _HOLDERS = {
     AttributeProto.SPARSE_TENSOR: "sparse_tensor",
     AttributeProto.TYPE_PROTO: "tp",
 }
+_GRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 
 
 def check_nodes(model: ModelProto, name: str) -> None:
@@ -33,24 +34,35 @@ def check_nodes(model: ModelProto, name: str) -> None:
     Raises:
         ModelError: names the node, what it has and what its operator takes.
     """
-    _check_all(model.graph.node, _opset(model.opset_import), name)
+    _check_all(model.graph.node, _opset(model.opset_import), name, inside=False)
     for function in model.functions:
-        _check_all(function.node, _opset(function.opset_import), name)
+        _check_all(function.node, _opset(function.opset_import), name, inside=True)
 
 
-def _check_all(nodes: Iterable[NodeProto], opset: int, name: str) -> None:
+def _check_all(nodes: Iterable[NodeProto], opset: int, name: str, *, inside: bool) -> None:
+    """Check nodes and those of their graphs; `inside` a function an attribute may stand for one of the function's."""
     for node in nodes:
         where = f"{name}: node {called(node)}"
         if len({attribute.name for attribute in node.attribute}) != len(node.attribute):
             raise ModelError(f"{where} has an attribute twice; export the model again")
         for attribute in node.attribute:
+            if attribute.ref_attr_name and not inside:
+                raise ModelError(
+                    f"{where}: its attribute {shown(attribute.name)} refers to a function's, but it stands in none; "
+                    "export the model again"
+                )
+            if attribute.ref_attr_name and attribute.type in _GRAPHS:
+                raise ModelError(
+                    f"{where}: its attribute {shown(attribute.name)} is a graph that callers of a function give, which "
+                    "is not read; put functions in their callers' places first: onnx.inliner.inline_local_functions"
+                )
             holder = _HOLDERS.get(attribute.type)
             if holder and not attribute.ref_attr_name and not attribute.HasField(holder):
                 raise ModelError(f"{where}: its attribute {shown(attribute.name)} has no value; export the model again")
         if node.domain in ("", "ai.onnx") and (schema := _schema(node.op_type, opset)) is not None:
             _check_against(node, schema, where)
         for graph in subgraphs(node):
-            _check_all(graph.node, opset, name)
+            _check_all(graph.node, opset, name, inside=inside)
 
 
 def _check_against(node: NodeProto, schema: onnx.defs.OpSchema, where: str) -> None:

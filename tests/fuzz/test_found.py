@@ -75,6 +75,19 @@ def an_attribute_of_another_type(proto):
     alpha.CopyFrom(AttributeProto(name="alpha", type=AttributeProto.GRAPHS))
 
 
+def a_graph_that_refers_to_a_function_that_is_none(proto):
+    """Only a function's nodes have attributes of a caller's to refer to."""
+    proto.graph.node[0].attribute.add(name="body", type=AttributeProto.GRAPH, ref_attr_name="body")
+
+
+def a_graph_that_a_function_is_to_be_given(proto):
+    """Of an operator that nobody knows, in every function there is, and nobody gives it."""
+    assert proto.functions
+    for function in proto.functions:
+        node = function.node.add(op_type="Unknown", domain="nowhere", input=function.input[:1], output=["unused"])
+        node.attribute.add(name="body", type=AttributeProto.GRAPH, ref_attr_name="body")
+
+
 MODELS = {  # seed -> what was done to it
     "a branch whose output is a scalar": (4, lambda proto: None),
     "a segment": (0, a_segment),
@@ -85,6 +98,8 @@ MODELS = {  # seed -> what was done to it
     "a product of a weight alone": (1, a_product_of_a_weight_alone),
     "an attribute of another type": (1, an_attribute_of_another_type),
     "a weight transposed to fewer axes": (3, a_weight_transposed_to_fewer_axes),
+    "a graph that refers to a function that is none": (0, a_graph_that_refers_to_a_function_that_is_none),
+    "a graph that a function is to be given": (6, a_graph_that_a_function_is_to_be_given),
     "a conv's input that is a scalar": (2, an_input_of_a_conv_that_is_a_scalar),
 }
 
