@@ -171,6 +171,8 @@ def _constants(node: ir.Node, conv: ir.Node, place: _Place) -> _Constants | str:
         return weight.reason
     if weight is None or weight.dtype != weight.stored_dtype:
         return "the Conv's weight is not a stored constant"
+    if len(weight.shape) < 3:
+        return "the Conv's weight has too few axes"
     bias = _bias(conv)
     values = (*node.inputs[1:5], bias) if bias is not None else node.inputs[1:5]
     vectors = [vector for value in values if isinstance(vector := resolve(value), Weight)]

@@ -14,6 +14,7 @@ import torch
 
 import graph_passes as gp
 from rsi_deploy.arrays import as_torch
+from rsi_deploy.broken_models import blames_broken_models
 from rsi_deploy.compress import find_module_sites
 from rsi_deploy.errors import ModelError
 from rsi_deploy.onnx_file import read_onnx
@@ -68,6 +69,7 @@ class Inspection(pydantic.BaseModel, frozen=True, extra="forbid"):
     notes: tuple[str, ...] = ()
 
 
+@blames_broken_models
 def inspect(
     model: str,
     *,

@@ -23,6 +23,7 @@ from onnx_ir.passes.common import InlinePass
 
 from graph_passes.constants import OVERRIDABLE_IR_VERSION
 from graph_passes.names import Names
+from rsi_deploy.broken_models import objection
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, tolerance_for
 from rsi_deploy.measure.sessions import make_session, run_session
@@ -89,8 +90,8 @@ def check_conversion(
         GateError: its outputs are others, by more than rounding.
     """
     what = f"{source.name} converted from opset {opsets[0]} to {opsets[1]}"
-    if (reason := _invalid(converted)) and not _invalid(source):
-        raise ModelError(f"{what} is not valid: {reason}; {_REMEDY}")
+    if (against := objection(converted)) and not objection(source):
+        raise ModelError(f"{what} is not valid: {_reason(against)}; {_REMEDY}")
     try:
         expected = _outputs(source, feeds)
     except ModelError:
@@ -101,15 +102,6 @@ def check_conversion(
         raise ModelError(f"{what}: {str(error).replace(f'{converted}: ', '')}; {_REMEDY}") from error
     tolerance = tolerance_for(expected, EXPORTER_TOLERANCE)
     return compare_outputs(expected, outputs, what=f"exporter gate ({what}, against itself)", tolerance=tolerance)
-
-
-def _invalid(path: Path) -> str:
-    """What onnx's checker has against a file; empty where it has nothing."""
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except Exception as error:  # checker and shape inference have no common base
-        return _reason(error)
-    return ""
 
 
 def _outputs(path: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:

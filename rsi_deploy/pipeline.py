@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy.typing as npt
 from torch import nn
 
+from rsi_deploy.broken_models import blames_broken_models
 from rsi_deploy.bundle import whole_folder
 from rsi_deploy.calibrate.calibration_data import check_source
 from rsi_deploy.errors import UsageError
@@ -38,6 +39,7 @@ from rsi_deploy.timing.part_of_time import Timed
 Progress = Callable[[str, int, int], None]
 
 
+@blames_broken_models
 def export(
     model: str | nn.Module | None,
     output: str | Path,

@@ -16,6 +16,7 @@ import torch
 import graph_passes as gp
 from rsi_deploy import onnx_file
 from rsi_deploy.atomic import claimed, sync_tree
+from rsi_deploy.broken_models import blames_broken_models
 from rsi_deploy.calibrate.streams import Fitted
 from rsi_deploy.crew import Crew
 from rsi_deploy.datafile import DataFile
@@ -28,6 +29,7 @@ from rsi_deploy.resuming import Finished, KeepingCrew, key_of
 from rsi_deploy.rsi import Method, PowerIterations, Route, Solver
 
 
+@blames_broken_models
 def rewrite(
     source: str | Path,
     target: str | Path,

@@ -22,6 +22,7 @@ import numpy as np
 
 from rsi_deploy import __version__
 from rsi_deploy.atomic import Claim, claimed, write_text
+from rsi_deploy.broken_models import blames_broken_models
 from rsi_deploy.bundle import check_target
 from rsi_deploy.errors import UsageError
 from rsi_deploy.locks import remove
@@ -44,6 +45,7 @@ POINTS, HIGHEST, LOWEST = 12, 0.95, 0.3
 KEYWORDS = {"macs": "keep_macs", "params": "keep_params", "latency": "keep_latency"}
 
 
+@blames_broken_models
 def sweep(
     model: str | Any,
     output: str | Path,

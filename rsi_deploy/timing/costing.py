@@ -18,6 +18,7 @@ import numpy.typing as npt
 from graph_passes import FoldBatchNormPass
 from rsi_deploy import __version__
 from rsi_deploy.atomic import write_text
+from rsi_deploy.broken_models import blames_broken_models
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.locks import ScratchFolder
@@ -44,6 +45,7 @@ MODEL_SHARE = 0.2
 """Of the time, for the whole model."""
 
 
+@blames_broken_models
 def profile(
     model: str | Any,
     output: str | Path | None = None,

@@ -110,6 +110,15 @@ def test_reasons(body, reason):
     assert skip.reason == reason
 
 
+def test_a_weight_of_too_few_axes_is_a_reason():
+    """Found by fuzzing: one vector for the weight of the Conv and for all of the statistics."""
+    model = conv_bn()
+    conv = next(node for node in model.graph if node.op_type == "Conv")
+    conv.replace_input_with(1, model.graph.initializers["s"])
+    (skip,) = FoldBatchNormPass()(model).records
+    assert skip.reason == "the Conv's weight has too few axes"
+
+
 def test_overflow_is_refused():
     constants = statistics("float16") | {"s": np.full(4, 6e4, np.float16), "w": numbers(4, 3, 3, 3, dtype="float16")}
     model = conv_bn(signature=SIGNATURE.replace("float", "float16"), **constants)
