@@ -40,7 +40,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import common, models
 from bench.common import Goal
 from bench.kernel_peers import NEAR, error, interleaved, near_optimal, peers
-from rsi_deploy.kernel import cost
+from rsi_deploy.kernel.rates import rates
 from rsi_deploy.measure.machine import peak_memory
 from rsi_deploy.rsi import Solver, singular_values
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
 
     def store() -> None:
         settings = {"q": Q, "rounds": given.rounds, "threads": torch.get_num_threads(), "load": list(_load())}
-        results = {"rates": vars(cost.rates(torch.device("cpu"))), "rows": rows, "models": wholes}
+        results = {"rates": vars(rates(torch.device("cpu"))), "rows": rows, "models": wholes}
         made = common.document("bench.kernel", arguments, settings, **results)
         common.write(given.json, made)
         table = common.markdown_table(COLUMNS, [_cells(row) for row in rows])
@@ -282,7 +282,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 def goals(rows: Sequence[Row], wholes: Sequence[Row]) -> list[Goal]:
     """The promises of the docstring, each with its worst row."""
-    mixed = cost.rates(torch.device("cpu")).mixed
+    mixed = rates(torch.device("cpu")).mixed
     found: list[Goal] = []
 
     def hold(name: str, judged: Sequence[tuple[float, bool, str]]) -> None:

@@ -4,7 +4,7 @@
 
 Some more calls than there are workers are always on their way, so that memory stays bounded by a few weights. A task
 whose worker is lost runs again, from the weight that is in the store. It computes with the driver's number of threads
-(and takes as many CPUs), by the driver's rates (`kernel.cost`), and draws from (seed, site): on processors like the
+(and takes as many CPUs), by the driver's rates (`kernel.rates`), and draws from (seed, site): on processors like the
 driver's the bytes are those of a run without Ray. A worker on another kind of processor is told of in a note.
 """
 
@@ -20,7 +20,7 @@ import rsi_deploy
 from rsi_deploy.arrays import as_numpy, as_torch
 from rsi_deploy.crew import Call
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.kernel import cost
+from rsi_deploy.kernel.rates import Rates, processor, rates, tell_rates
 from rsi_deploy.ray_connection import connected
 
 RETRIES = 5  # of a task whose worker is lost
@@ -131,14 +131,14 @@ def ray_crew(address: str, notes: list[str]) -> Iterator[RayCrew]:
 
 def settings_of_driver() -> tuple[int, dict[str, float], dict[str, str]]:
     """What a worker needs to compute as this process would: see `like_driver`."""
-    return torch.get_num_threads(), asdict(cost.rates(CPU)), _like()
+    return torch.get_num_threads(), asdict(rates(CPU)), _like()
 
 
 def like_driver(settings: tuple[int, dict[str, float], dict[str, str]]) -> dict[str, str]:
     """On a worker: compute with the driver's threads and by its rates; what this worker is like."""
-    threads, rates, _ = settings
+    threads, measured, _ = settings
     torch.set_num_threads(threads)
-    cost.tell_rates(CPU, cost.Rates(**rates))
+    tell_rates(CPU, Rates(**measured))
     return _like()
 
 
@@ -176,5 +176,5 @@ def _like() -> dict[str, str]:
         "rsi-deploy": rsi_deploy.__version__,
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "processor": cost.processor(),
+        "processor": processor(),
     }

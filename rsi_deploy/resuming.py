@@ -31,7 +31,7 @@ from rsi_deploy import __version__
 from rsi_deploy.atomic import whole_file, write_text
 from rsi_deploy.calibrate.streams import Fitted, Form, Replacement
 from rsi_deploy.crew import Call, Crew
-from rsi_deploy.kernel.cost import processor, rates
+from rsi_deploy.kernel.rates import processor, rates
 from rsi_deploy.locks import remove
 from rsi_deploy.rsi import Factors
 from rsi_deploy.sites import SiteRecord

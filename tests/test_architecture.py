@@ -14,11 +14,12 @@ OURS = {"rsi_deploy", "graph_passes", "bench", "samples", "tests"}
 
 # A module may import modules of a lower layer, and those of its own that stand before it in the line.
 LAYERS = """
-kernel.orthogonal kernel.products kernel.factors kernel.checks kernel.chebyshev kernel.batched kernel.direct kernel.gram
-kernel.exact kernel.krylov kernel.adaptive kernel.certified kernel.cost kernel.solve kernel.memory
+kernel.onednn kernel.rates kernel.gemm kernel.orthogonal kernel.products kernel.factors kernel.checks kernel.chebyshev
+kernel.batched kernel.direct kernel.gram kernel.exact kernel.krylov kernel.adaptive kernel.certified kernel.cost
+kernel.solve kernel.memory
 errors error_texts error_table gateway.documents gateway.limits locks atomic manifest rsi together arrays spectra
 gateway.onnx_parts gateway.onnx_tensors gateway.onnx_names gateway.onnx_nodes gateway.onnx_sizes gateway.onnx_growth
-gateway.onnx_reader gateway.archives gateway.arrays gateway.pictures gateway.programs report.text
+gateway.onnx_reader broken_models gateway.archives gateway.arrays gateway.pictures gateway.programs report.text
 calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrate.alternating
 plan.knapsack plan.bracket plan.budget plan.rank_grid plan.plan_file
 plan.planner plan.error_rank fold layers checkpoint measure.machine measure.statistics measure.sections measure.pinning

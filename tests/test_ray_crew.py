@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rsi_deploy import ModelError, UsageError, export, ray_crew, read_report, rewriting
 from rsi_deploy.cli import run
 from rsi_deploy.crew import Here
-from rsi_deploy.kernel import cost
+from rsi_deploy.kernel import rates
 from rsi_deploy.plan.planner import Planner, rank_spec
 from rsi_deploy.rsi import Solver
 
@@ -281,14 +281,14 @@ def test_what_is_told_ahead_is_what_is_asked(tmp_path):
 
 
 def test_rates_that_are_told_are_taken():
-    mine = cost.Rates(full=1.0, half=2.0, double=3.0, eigen=4.0)
+    mine = rates.Rates(full=1.0, onednn=1.0, half=2.0, double=3.0, eigen=4.0)
     threads = torch.get_num_threads()
     try:
-        cost.tell_rates(torch.device("cpu"), mine)
-        assert cost.rates(torch.device("cpu")) == mine
+        rates.tell_rates(torch.device("cpu"), mine)
+        assert rates.rates(torch.device("cpu")) == mine
         torch.set_num_threads(threads + 1)
-        assert cost.rates(torch.device("cpu")) != mine
+        assert rates.rates(torch.device("cpu")) != mine
     finally:
         torch.set_num_threads(threads)
-        cost._told.clear()
-    assert cost.rates(torch.device("cpu")) != mine
+        rates._told.clear()
+    assert rates.rates(torch.device("cpu")) != mine

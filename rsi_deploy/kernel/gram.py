@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rsi_deploy.kernel.chebyshev import MARGIN, Draw, chebyshev, finished, shifts
+from rsi_deploy.kernel.gemm import product
 from rsi_deploy.kernel.orthogonal import near_basis_
 from rsi_deploy.kernel.products import Operand
 
@@ -35,7 +36,7 @@ def gram(operand: Operand, draw: Draw, d: int, *, mixed: bool) -> tuple[Tensor, 
     B = operand.to_short(draw(operand.longer))
     for fraction in shifts(d):
         B = near_basis_(B)
-        image = G @ B
+        image = product(G, B)
         quotients = torch.linalg.vecdot(B, image, dim=0)
         least = float(quotients.min())
         if not least >= RESOLVED**2 * float(quotients.max()):

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rsi_deploy.kernel.gemm import product
+
 # The |R^-1|_2 up to which one pass is enough: `|Q^T Q - I| <= 100 eps` at worst, a few eps as measured.
 ONE_PASS = 10.0
 # The least `1 / |D R^-1|` at which one pass in bfloat16 is enough.
@@ -25,8 +27,9 @@ ROUGH = 0.03
 # combination of the others: they then tilt the span by a few percent.
 TOLD = 0.1
 SHIFTED = 3
-# From so many columns on, products with triangles and Gram matrices skip the half that is zero or known.
+# From so many columns on, products with triangles and Gram matrices skip most of the half that is zero or known.
 HALVED = 384
+MOST_BLOCKS = 4
 PANEL_ROWS = 1024
 # A column below this norm, beside others near 1, has squares that float32 cannot hold: scale first.
 SMALLEST = 1e-15
@@ -42,7 +45,7 @@ def orthonormal_(X: Tensor) -> Tensor:
     Q, reached = _one_pass(X)
     if reached <= ONE_PASS:
         return Q
-    inverted, reached = _factor(Q)
+    inverted, reached = _factor(*_normalized_(gram_of(Q)))
     return times_triangle_(Q, inverted) if reached <= ONE_PASS else torch.linalg.qr(Q).Q
 
 
@@ -56,14 +59,21 @@ def near_basis_(X: Tensor) -> Tensor:
 
 def _one_pass(X: Tensor) -> tuple[Tensor, float]:
     """A basis of `X (m, k)` with `|Q^T Q - I| < 0.01`, and what `|D R^-1|` its last pass had; `X` is used up."""
-    inverted, reached = _factor(X)
+    gram, norms = _normalized_(gram_of(X))
+    inverted, reached = _factor(gram, norms)
     if reached <= _two_passes(X.dtype):
         return times_triangle_(X, inverted), reached
-    Q = _scaled_(X.clone())
+    Q = X.clone()  # Householder's needs the columns as they are
+    if not _squared(norms):
+        gram, norms = _normalized_(gram_of(_scaled_(Q)))
     for _ in range(SHIFTED):  # each takes a factor of some hundreds off the condition
-        inverted, reached = _factor(Q, shift=10.0)
+        gram.diagonal().add_(10.0 * len(gram) * torch.finfo(gram.dtype).eps)
+        inverted, reached = _factor(gram, norms)
+        if reached == math.inf:
+            break
         Q = times_triangle_(Q, inverted)
-        inverted, reached = _factor(Q)
+        gram, norms = _normalized_(gram_of(Q))
+        inverted, reached = _factor(gram, norms)
         if reached <= _two_passes(X.dtype):
             return times_triangle_(Q, inverted), reached
     return torch.linalg.qr(X).Q, 1.0
@@ -71,7 +81,7 @@ def _one_pass(X: Tensor) -> tuple[Tensor, float]:
 
 def basis_and_triangle_(X: Tensor) -> tuple[Tensor, Tensor]:
     """`Q (m, k)`, orthonormal, and `R (k, k)` with `X = Q R`, float32 or float64; `X` is used up."""
-    inverted, reached = _factor(X)
+    inverted, reached = _factor(*_normalized_(gram_of(X)))
     if reached <= ONE_PASS:
         return times_triangle_(X, inverted), inverse(inverted)
     Q = orthonormal_(X.clone())
@@ -131,21 +141,22 @@ def gram_of(X: Tensor) -> Tensor:
 
 
 def add_gram_(G: Tensor, X: Tensor) -> None:
-    """`G (k, k) += X^T X`; of a large one without the lower left quarter, for `mirrored_` to fill."""
-    half = X.shape[1] // 2
-    if X.shape[1] < HALVED:
-        G.addmm_(X.mT, X)
-    else:
-        G[:half].addmm_(X[:, :half].mT, X)
-        G[half:, half:].addmm_(X[:, half:].mT, X[:, half:])
+    """`G (k, k) += X^T X`; of a large one without the blocks below its diagonal, for `mirrored_` to fill."""
+    for block in _blocks(X.shape[1]):
+        G[block, block.start :].addmm_(X[:, block].mT, X[:, block.start :])
 
 
 def mirrored_(G: Tensor) -> Tensor:
-    """`G` with the quarter that `add_gram_` leaves out."""
-    half = G.shape[0] // 2
-    if G.shape[0] >= HALVED:
-        G[half:, :half] = G[:half, half:].mT
+    """`G` with the blocks that `add_gram_` leaves out."""
+    for block in _blocks(len(G)):
+        G[block.stop :, block] = G[block, block.stop :].mT
     return G
+
+
+def _blocks(k: int) -> Sequence[slice]:
+    """Columns some at a time: what is zero or known of a square is left out between them."""
+    count = min(max(k // (HALVED // 2), 1), MOST_BLOCKS)
+    return [slice(k * i // count, k * (i + 1) // count) for i in range(count)]
 
 
 def _panels(X: Tensor) -> Sequence[Tensor]:
@@ -155,14 +166,10 @@ def _panels(X: Tensor) -> Sequence[Tensor]:
 
 def times_triangle_(X: Tensor, R: Tensor) -> Tensor:
     """`X R (m, k)` for an upper triangular `R (k, k)`, in the place of `X`, some rows at a time."""
-    k = R.shape[0]
-    half = k // 2 if k >= HALVED else 0
     for panel in _panels(X):
         rows = panel.to(R.dtype)
-        right = rows @ R[:, half:]
-        if half:
-            panel[:, :half] = rows[:, :half] @ R[:half, :half]
-        panel[:, half:] = right
+        for block in reversed(_blocks(len(R))):  # none needs a column that was overwritten
+            panel[:, block] = product(rows[:, : block.stop], R[: block.stop, block])
     return X
 
 
@@ -208,25 +215,24 @@ def _normalized_(gram: Tensor) -> tuple[Tensor, Tensor]:
     return gram.div_(norms).div_(norms[:, None]), norms
 
 
-def _factor(X: Tensor, *, shift: float = 0.0) -> tuple[Tensor, float]:
-    """`R^-1` for the `R` with `R^T R = X^T X`, and an estimate of `|D R^-1|_2`, `D` the column norms (inf: no `R`).
+def _squared(norms: Tensor) -> bool:
+    """Whether the squares of columns with these norms are numbers that float32 holds beside each other."""
+    return float(norms.min()) >= SMALLEST * float(norms.max())
+
+
+def _factor(gram: Tensor, norms: Tensor) -> tuple[Tensor, float]:
+    """`R^-1` for the `R` with `R^T R = X^T X`, and an estimate of `|D R^-1|_2` (inf: no `R`, and no inverse).
 
     The inverse is as accurate as triangular solves while `R` is well-conditioned, and a product is faster than those.
 
     Args:
-        X: `(m, k)`.
-        shift: `shift * k` roundings are added to the diagonal of the normalized Gram matrix.
+        gram: `X^T X (k, k)`, normalized.
+        norms: `D`, the column norms `(k,)`.
     """
-    k = X.shape[1]
-    gram, norms = _normalized_(gram_of(X))
-    if shift:
-        gram.diagonal().add_(shift * k * torch.finfo(X.dtype).eps)
     R, info = torch.linalg.cholesky_ex(gram)
-    R = R.mT
-    del gram
-    if int(info) or float(norms.min()) < SMALLEST * float(norms.max()):
-        return inverse(R).div_(norms[:, None]), float("inf")
-    inverted = inverse(R)
+    if int(info) or not _squared(norms):
+        return gram, math.inf
+    inverted = inverse(R.mT)
     reached = norm_estimate(inverted)
     return inverted.div_(norms[:, None]), reached
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rsi_deploy.kernel.gemm import product
 from rsi_deploy.kernel.orthogonal import add_gram_, mirrored_
 
 PANEL_BYTES = 2 << 20
@@ -44,7 +45,7 @@ class Operand:
     def forward(self, Y: Tensor) -> Tensor:
         """`W @ Y (out, columns)` in the working precision."""
         if self.weight.dtype == self.working:
-            return self.weight @ Y
+            return product(self.weight, Y)
         X = torch.empty(self.weight.shape[0], Y.shape[1], dtype=self.working, device=Y.device)
         for rows in self._panels(self.working):
             torch.mm(self._panel(rows, self.working), Y, out=X[rows])
@@ -53,7 +54,7 @@ class Operand:
     def adjoint(self, X: Tensor) -> Tensor:
         """`W^T @ X (in, columns)` in the working precision."""
         if self.weight.dtype == self.working:
-            return self.weight.mT @ X
+            return product(self.weight.mT, X)
         Y = torch.empty(self.weight.shape[1], X.shape[1], dtype=self.working, device=X.device)
         for columns in self._panels(self.working, across=True):
             torch.mm(self._panel(columns, self.working, across=True).mT, X, out=Y[columns])

@@ -26,6 +26,7 @@ from rsi_deploy.kernel.exact import exact
 from rsi_deploy.kernel.gram import gram
 from rsi_deploy.kernel.krylov import depth, krylov
 from rsi_deploy.kernel.products import PANEL_BYTES, Operand, working_dtype
+from rsi_deploy.kernel.rates import rates
 
 BATCHED: tuple[cost.Route, ...] = ("chebyshev", "exact")  # what is worth while for small weights
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def solve(weight: Tensor, draw: Draw, columns: int, rank: int, scale: float, how
     full = min(weight.shape[-2:])
     q = how.q if how.q != "auto" else 8  # what an automatic choice reckons with
     mixed = how.mixed and working_dtype(weight) == torch.float32 and 2.0**-40 < scale < 2.0**40
-    if mixed and (columns >= full or not cost.rates(weight.device).mixed):
+    if mixed and (columns >= full or not rates(weight.device).mixed):
         mixed = False
     route: str = how.route
     if route == "auto":
@@ -79,7 +80,7 @@ def solve(weight: Tensor, draw: Draw, columns: int, rank: int, scale: float, how
         shape = (weight.shape[-2], weight.shape[-1])
         if shape[0] * shape[1] > 4096:  # below, every route is instant: no need to know the machine
             among = BATCHED if is_small(weight) else cost.ROUTES
-            route = cost.choose(cost.rates(weight.device), shape, columns, rank, q, mixed=mixed, among=among)
+            route = cost.choose(rates(weight.device), shape, columns, rank, q, mixed=mixed, among=among)
     if columns >= full:
         route = "exact"  # the sketch spans everything: nothing is left to iterate for
     if is_small(weight) and how.q != "auto" and route in (*BATCHED, "direct"):

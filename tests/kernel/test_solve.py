@@ -7,12 +7,12 @@ import torch
 from little_memory import LittleMemory
 from spectra import normal, spectral, values, weight_with
 
-from rsi_deploy.kernel import cost
-from rsi_deploy.kernel.cost import ROUTES, Rates
+from rsi_deploy.kernel import cost, rates
+from rsi_deploy.kernel.cost import ROUTES
 from rsi_deploy.kernel.krylov import depth
 from rsi_deploy.rsi import Solver, rsi
 
-FAST_HALF = Rates(full=1e11, half=3.05e11, double=5e10, eigen=1e-9)
+FAST_HALF = rates.Rates(full=1e11, onednn=1.0, half=3.05e11, double=5e10, eigen=1e-9)
 SHAPES = [(560, 500), (500, 560), (530, 530)]
 
 
@@ -23,7 +23,7 @@ def error(weight, factors):
 @pytest.fixture
 def fast_half(monkeypatch):
     """A machine with fast bfloat16, whatever this one is."""
-    monkeypatch.setattr(cost, "rates", lambda device: FAST_HALF)
+    monkeypatch.setitem(rates._told, ("cpu", torch.get_num_threads()), FAST_HALF)
 
 
 # -- routes
@@ -114,7 +114,7 @@ def test_the_model_takes_what_is_clearly_cheaper():
         ((600, 40000), 20): "krylov",
         ((4096, 50000), 2048): "gram",
     }
-    quick_eigen = Rates(full=1e11, half=1e11, double=9e10, eigen=1e-11)
+    quick_eigen = rates.Rates(full=1e11, onednn=1.0, half=1e11, double=9e10, eigen=1e-11)
     assert cost.choose(quick_eigen, (200, 250), 150, 150, 8, mixed=False) == "exact"
     for (out, in_), rank in chosen:
         times = cost.predicted(FAST_HALF, (out, in_), rank, rank, 4, mixed=False)
@@ -125,27 +125,27 @@ def test_the_model_takes_what_is_clearly_cheaper():
 def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("RSI_DEPLOY_CACHE", str(tmp_path))
     cpu = torch.device("cpu")
-    cost._rates.cache_clear()
-    first = cost.rates(cpu)
+    rates._rates.cache_clear()
+    first = rates.rates(cpu)
     (file,) = tmp_path.iterdir()
     kept = json.loads(file.read_text()) | {"eigen": 1.0}
     file.write_text(json.dumps(kept))
-    cost._rates.cache_clear()
-    assert cost.rates(cpu) == Rates(**kept) != first
+    rates._rates.cache_clear()
+    assert rates.rates(cpu) == rates.Rates(**kept) != first
     for broken in ("", "{", "[]", '{"full": 1.0}', json.dumps(kept | {"half": -1.0}), json.dumps(kept | {"half": "x"})):
         file.write_text(broken)
-        cost._rates.cache_clear()
-        assert cost.rates(cpu).eigen < 1e-3, broken
+        rates._rates.cache_clear()
+        assert rates.rates(cpu).eigen < 1e-3, broken
         assert json.loads(file.read_text())["eigen"] < 1e-3
-    cost._rates.cache_clear()
+    rates._rates.cache_clear()
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RSI_DEPLOY_CACHE", str(tmp_path / "file"))
-    cost._rates.cache_clear()
-    assert cost.rates(torch.device("cpu")).full > 1e6
-    cost._rates.cache_clear()
+    rates._rates.cache_clear()
+    assert rates.rates(torch.device("cpu")).full > 1e6
+    rates._rates.cache_clear()
 
 
 # -- bytes
