@@ -94,10 +94,13 @@ def finished(operand: Operand, B: Tensor) -> tuple[Tensor, Tensor]:
     return X, B @ R.mT
 
 
-def _exact(operand: Operand, B: Tensor, fractions: list[float]) -> Tensor:
-    """A block `(shorter side, columns)`, iterated, not yet orthonormal, in the working precision; `B` is used up."""
-    for fraction in fractions:
-        B = near_basis_(B)
+def _exact(operand: Operand, B: Tensor, fractions: list[float], *, based: bool = False) -> Tensor:
+    """A block `(shorter side, columns)`, iterated, not yet orthonormal, in the working precision.
+
+    `B`, which is used up, is a basis already where it is `based`.
+    """
+    for index, fraction in enumerate(fractions):
+        B = B if based and not index else near_basis_(B)
         Z = operand.to_long(B)
         shift = fraction * MARGIN * float(column_norms(Z).min()) ** 2
         B = operand.to_short(Z).sub_(B, alpha=shift)
@@ -112,18 +115,23 @@ def _low(operand: Operand, draw: Draw, fractions: list[float]) -> Tensor | None:
     noise = operand.rounding(ROUNDING, B, Z)
     del Z
     B, told = rough_basis_(B, passes=0)
+    full: Tensor | None = None
     if told < TOLD:
-        B = near_basis_(operand.to_short(draw(operand.longer))).to(low)
+        full = near_basis_(operand.to_short(draw(operand.longer)))
+        B = full.to(low)
     for index, fraction in enumerate(fractions):
         B = rough_basis_(B)[0] if index else B
         Z = operand.low_to_long(B)
         norms = column_norms(Z)
         least = float(norms.min())
         if index < 2 and not noise <= TILT * least:  # the first `least` is too large, so this may show only later
+            del Z
+            if full is not None:
+                return _exact(operand, full, fractions, based=True)
             if not index or not noise <= TURNED * least:
                 return None
-            del Z
             return _exact(operand, B.to(operand.working), fractions[index:])
+        full = None
         Z = deflate_(Z, covering(norms, ROUNDING, len(B)))
         shift = fraction * MARGIN * least**2
         if index < len(fractions) - 1:

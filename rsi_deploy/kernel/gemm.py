@@ -3,16 +3,17 @@
 import torch
 from torch import Tensor
 
-from rsi_deploy.kernel.onednn import by_onednn
+from rsi_deploy.kernel.onednn import by_onednn, is_dense
 from rsi_deploy.kernel.rates import rates
 
 # Below so many flops nothing is gained: oneDNN writes a program for each new shape, which takes milliseconds.
-LEAST_FLOPS = 1e9
+LEAST_FLOPS = 3e8
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
-    """`A (m, k) @ B (k, n)`, contiguous."""
+    """`A (m, k) @ B (k, n)`, of one dtype; contiguous."""
     large = 2.0 * A.shape[0] * A.shape[1] * B.shape[1] >= LEAST_FLOPS
-    if large and A.dtype == torch.float32 and A.device.type == "cpu" and rates(A.device).by_onednn:
+    plain = A.dtype == torch.float32 and A.device.type == "cpu" and is_dense(A) and is_dense(B)
+    if large and plain and rates(A.device).by_onednn:
         return by_onednn(A, B)
     return A @ B

@@ -17,12 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rsi_deploy.kernel.gemm import product
-
 # The |R^-1|_2 up to which one pass is enough: `|Q^T Q - I| <= 100 eps` at worst, a few eps as measured.
 ONE_PASS = 10.0
-# The least `1 / |D R^-1|` at which one pass in bfloat16 is enough.
-ROUGH = 0.03
+# The least `1 / |D R^-1|` at which one pass over a bfloat16 block is enough, and one with `R^-1` in bfloat16 too.
+ROUGH, ROUGHER = 0.003, 0.1
 # The least `1 / |D R^-1|` at which roundings to bfloat16 of a block, about 1/500 each, leave every column told from a
 # combination of the others: they then tilt the span by a few percent.
 TOLD = 0.1
@@ -114,7 +112,8 @@ def rough_basis_(X: Tensor, *, passes: int = 3) -> tuple[Tensor, float]:
         first = first if index else least
         if not passes and least < TOLD:
             break
-        X = times_triangle_(X, inverted.div_(norms[:, None]))
+        inverted.div_(norms[:, None])
+        X = times_triangle_(X, inverted.to(X.dtype) if least > ROUGHER else inverted)
         if least > ROUGH:
             break
     return X, first
@@ -169,7 +168,7 @@ def times_triangle_(X: Tensor, R: Tensor) -> Tensor:
     for panel in _panels(X):
         rows = panel.to(R.dtype)
         for block in reversed(_blocks(len(R))):  # none needs a column that was overwritten
-            panel[:, block] = product(rows[:, : block.stop], R[: block.stop, block])
+            panel[:, block] = rows[:, : block.stop] @ R[: block.stop, block]
     return X
 
 
