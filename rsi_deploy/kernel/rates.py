@@ -24,7 +24,7 @@ from rsi_deploy.kernel.onednn import by_onednn, has_onednn
 
 FASTER = 1.3  # bfloat16 is used where it multiplies so many times as fast as float32
 CLEAR = 1.2  # oneDNN is used for float32 where it multiplies so many times as fast as `@`
-SIDE, COLUMNS = 2048, 200  # as uneven as ranks are: multiples of 16 flatter some libraries
+SIDE, COLUMNS = 2048, 205  # as uneven as ranks are: even numbers flatter some libraries
 log = logging.getLogger(__name__)
 _told: dict[tuple[str, int], "Rates"] = {}
 
@@ -99,7 +99,7 @@ def _file(device: str, threads: int) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsi-deploy"
     root = Path(os.environ.get("RSI_DEPLOY_CACHE") or base)
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
-    key = hashlib.sha256(f"{name}\0{torch.__version__}\0{threads}\0{device}\0v2".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{name}\0{torch.__version__}\0{threads}\0{device}\0v3".encode()).hexdigest()[:16]
     return root / f"rates-{key}.json"
 
 
