@@ -26,8 +26,9 @@ In bfloat16 four roundings could harm. With `u = 2^-9/sqrt(3)`, the root mean sq
 
 The first two add to the residual like independent noise, so a tilt of 0.1 costs half a percent. Where the first is too
 large the iteration goes on in float32, which takes a tilt of up to 0.3 away again, and starts anew beyond that; columns
-for which the second is are made in float32; where the third is, the first block is; and columns that the fourth lets
-pass `COVERED` are taken out of the others between the two products.
+for which the second is are made in float32; where the third is, the first block is, and where a later block comes by
+more than `HIDDEN` near to depending columns, the iteration goes on in float32; and columns that the fourth lets pass
+`COVERED` are taken out of the others between the two products.
 Bases are made in float32 throughout, and rounded.
 """
 
@@ -45,6 +46,7 @@ MARGIN = 0.75
 ROUNDING = 2.0**-9 / 3**0.5
 TILT = 0.1
 TURNED = 0.3
+HIDDEN = 0.2
 COVERED = 0.01
 
 
@@ -120,7 +122,10 @@ def _low(operand: Operand, draw: Draw, fractions: list[float]) -> Tensor | None:
         full = near_basis_(operand.to_short(draw(operand.longer)))
         B = full.to(low)
     for index, fraction in enumerate(fractions):
-        B = rough_basis_(B)[0] if index else B
+        if index:
+            B, told = rough_basis_(B)
+            if HIDDEN * told < ROUNDING:
+                return _exact(operand, B.to(operand.working), fractions[index:])
         Z = operand.low_to_long(B)
         norms = column_norms(Z)
         least = float(norms.min())
