@@ -40,6 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--nets", nargs="+", metavar="NAME", help=f"of {', '.join(timed.NETS)} [default: all]")
     options.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     options.add_argument("--threads", nargs="+", type=int, default=THREADS)
+    options.add_argument("--provider", default="cpu", help="of onnxruntime, with options [default: cpu]")
+    options.add_argument("--tenths", nargs="+", type=int, help="budgets, such as 5 2 [default: 9 to 1]")
     options.add_argument("--seconds", type=float, default=4.0, help="per measurement [default: 4]")
     options.add_argument("--table", type=float, default=120.0, help="seconds for a cost table [default: 120]")
     given = options.parse_args(arguments)
@@ -47,10 +49,11 @@ def main(arguments: Sequence[str]) -> int:
     nets = tuple(given.nets or (QUICK_NETS if given.quick else timed.NETS))
     batches, threads = ((1,), (2,)) if given.quick else (tuple(given.batches), tuple(given.threads))
     seconds, table = (1.0, 8.0) if given.quick else (given.seconds, given.table)
-    tenths = QUICK_TENTHS if given.quick else TENTHS
+    tenths = tuple(t / 10 for t in given.tenths) if given.tenths else QUICK_TENTHS if given.quick else TENTHS
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
     settings = {"nets": nets, "batches": batches, "threads": threads, "seconds": seconds, "table": table}
+    settings["provider"] = given.provider
     for net in nets:
         with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
             try:
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
             for batch in batches:
                 for count in threads:
                     common.progress(f"{net}: batch {batch}, {count} threads")
-                    here = timed.setting(net, dense, batch, count, table)
+                    here = timed.setting(net, dense, batch, count, table, given.provider)
                     for row in rows_of(here, batch, tenths, seconds, Path(folder)):
                         rows.append(row)
                         made = common.document(

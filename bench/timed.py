@@ -110,16 +110,17 @@ class Setting:
         return bench(
             [self.dense, *paths],
             feeds=self.feeds,
+            provider=self.table.conditions.provider,
             threads=self.threads,
             seconds=seconds,
             labels=["dense", *labels],
         )
 
 
-def setting(net: str, dense: Path, batch: int, threads: int, seconds: float) -> Setting:
+def setting(net: str, dense: Path, batch: int, threads: int, seconds: float, provider: str = "cpu") -> Setting:
     """The net at a batch and number of threads; its table is measured within `seconds`, or known from the cache."""
     feeds = fed_with(dense, batch, 0, None, None)
-    table = Costing(threads=threads, seconds=seconds).table(dense, feeds, name=net)
+    table = Costing(provider=provider, threads=threads, seconds=seconds).table(dense, feeds, name=net)
     model, counted = ir.load(dense), traced_run(dense, feeds).macs
     sites = {site_name(s.weight): s for s in gp.find_sites(model) if isinstance(s, gp.Site)}
     known = {name: site for name, site in sites.items() if name in table.sites and site.node in counted}
@@ -163,7 +164,7 @@ def spoken(here: Setting, splits: Splits, path: Path, seconds: float) -> Splits:
         refit=planned,
         dense=here.dense,
         feeds=here.feeds,
-        costing=Costing(threads=here.threads),
+        costing=Costing(provider=here.table.conditions.provider, threads=here.threads),
         table=here.table,
     )
     _, result, _ = word.spoken(made, compress(made))

@@ -179,7 +179,7 @@ def rsi(
 
     Computes in float32 (float64 for float64 weights) and returns the weight's dtype; 16-bit factors are balanced in
     scale first, so that neither overflows nor underflows. `left` has orthonormal columns for 32 and 64 bits.
-    Deterministic in (seed, site): the sketch is always drawn on the CPU, so CPU and CUDA start from the same one.
+    Deterministic in (seed, site) on one machine; a GPU draws other numbers than a CPU.
 
     Args:
         weight: float32, float64, bfloat16 or float16, on the CPU or a CUDA device.
@@ -224,10 +224,15 @@ def _iterated(
 
 
 def _sketch(weight: Tensor, side: int, columns: int, seed: int, site: str) -> Tensor:
-    """The Gaussian sketch `(..., side, columns)` of a site, in the working precision; drawn on the CPU."""
-    generator = torch.Generator().manual_seed(stream_seed(seed, site))
-    shape = (*weight.shape[:-2], side, columns)
-    return torch.randn(shape, generator=generator, dtype=working_dtype(weight)).to(weight.device)
+    """The Gaussian sketch `(..., side, columns)` of a site, in the working precision; on a GPU by columns.
+
+    Drawn where the weight is: a CPU takes 50 times as long to draw one as a GPU to factorize with it.
+    """
+    generator = torch.Generator(weight.device).manual_seed(stream_seed(seed, site))
+    dtype, batch = working_dtype(weight), weight.shape[:-2]
+    if weight.is_cuda:
+        return torch.randn(*batch, columns, side, generator=generator, dtype=dtype, device=weight.device).mT
+    return torch.randn(*batch, side, columns, generator=generator, dtype=dtype)
 
 
 def rsvd(weight: Tensor, rank: int, *, oversampling: int = 0, seed: int = 0, site: str = "") -> Factors:

@@ -14,5 +14,7 @@ def or_on_cpu(compute: Callable[..., Result], *tensors: Tensor) -> tuple[Result,
     try:
         return compute(*tensors), False
     except torch.OutOfMemoryError:
-        pass  # with the exception goes what the attempt held: the GPU has room again for what comes back
+        pass  # with the exception goes what the attempt held
+    if any(tensor.is_cuda for tensor in tensors):
+        torch.cuda.empty_cache()  # room for what comes back, in pieces of any size
     return compute(*(tensor.cpu() for tensor in tensors)), True

@@ -17,8 +17,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rsi_deploy.kernel.gemm import product
+
 # The |R^-1|_2 up to which one pass is enough: `|Q^T Q - I| <= 100 eps` at worst, a few eps as measured.
 ONE_PASS = 10.0
+# A second pass needs no Cholesky factor where `|Q^T Q - I|_F` is so many sqrt(eps): what is left is its square.
+NEARLY = 3.0
 # The least `1 / |D R^-1|` at which one pass over a bfloat16 block is enough, and one with `R^-1` in bfloat16 too.
 ROUGH, ROUGHER = 0.003, 0.1
 # The least `1 / |D R^-1|` at which roundings to bfloat16 of a block, about 1/500 each, leave every column told from a
@@ -26,9 +30,10 @@ ROUGH, ROUGHER = 0.003, 0.1
 TOLD = 0.1
 SHIFTED = 3
 # From so many columns on, products with triangles and Gram matrices skip most of the half that is zero or known.
-HALVED = 384
+HALVED, HALVED_GPU = 384, 2048
 MOST_BLOCKS = 4
-PANEL_ROWS = 1024
+LEAF, BATCHED = 128, 1024
+PANEL_ROWS, PANEL_ROWS_GPU = 1024, 4096
 # A column below this norm, beside others near 1, has squares that float32 cannot hold: scale first.
 SMALLEST = 1e-15
 
@@ -43,7 +48,15 @@ def orthonormal_(X: Tensor) -> Tensor:
     Q, reached = _one_pass(X)
     if reached <= ONE_PASS:
         return Q
-    inverted, reached = _factor(*_normalized_(gram_of(Q)))
+    gram = gram_of(Q)
+    off = gram.clone()
+    off.diagonal().sub_(1.0)
+    if float(torch.linalg.matrix_norm(off)) <= NEARLY * math.sqrt(torch.finfo(Q.dtype).eps):
+        # Of I + E the inverse of the triangle is I - (E's triangle, half its diagonal) - O(E^2).
+        inverted = off.triu_().neg_()
+        inverted.diagonal().mul_(0.5).add_(1.0)
+        return times_triangle_(Q, inverted)
+    inverted, reached = _factor(*_normalized_(gram))
     return times_triangle_(Q, inverted) if reached <= ONE_PASS else torch.linalg.qr(Q).Q
 
 
@@ -103,12 +116,15 @@ def rough_basis_(X: Tensor, *, passes: int = 3) -> tuple[Tensor, float]:
     k, first = X.shape[1], 0.0
     for index in range(max(passes, 1)):
         gram, norms = _normalized_(gram_of(X))
-        gram.diagonal().add_(2.0**-20 * (1 + float(torch.linalg.matrix_norm(gram)) / k**0.5))
+        gram.diagonal().add_((1 + torch.linalg.matrix_norm(gram) / k**0.5).mul_(2.0**-20))
         R, info = torch.linalg.cholesky_ex(gram)
-        if int(info):
-            return (torch.linalg.qr(X.float()).Q.to(X.dtype) if passes else X), first
         inverted = inverse(R.mT)
-        least = min(1 / norm_estimate(inverted), float(R.diagonal().min()))
+        failed, reached, shortest = torch.stack(
+            [info.to(R.dtype), norm_estimate(inverted), R.diagonal().min()]
+        ).tolist()
+        if failed:
+            return (torch.linalg.qr(X.float()).Q.to(X.dtype) if passes else X), first
+        least = min(1 / reached, shortest)
         first = first if index else least
         if not passes and least < TOLD:
             break
@@ -129,7 +145,11 @@ def deflate_(X: Tensor, leading: int) -> Tensor:
 
 
 def gram_of(X: Tensor) -> Tensor:
-    """`X^T X (k, k)` in float32 or better: products in bfloat16 would round it, where float32 holds them exactly."""
+    """`X^T X (k, k)` in float32 or better: products in bfloat16 would round it, where float32 holds them exactly.
+
+    (A GPU's tensor cores would multiply bfloat16 exactly too, and lose 1e-5 in the sums: columns that nearly depend on
+    each other then hide.)
+    """
     k = X.shape[1]
     if X.dtype != torch.bfloat16 and k < HALVED:
         return X.mT @ X
@@ -141,41 +161,56 @@ def gram_of(X: Tensor) -> Tensor:
 
 def add_gram_(G: Tensor, X: Tensor) -> None:
     """`G (k, k) += X^T X`; of a large one without the blocks below its diagonal, for `mirrored_` to fill."""
-    for block in _blocks(X.shape[1]):
+    for block in _blocks(G):
         G[block, block.start :].addmm_(X[:, block].mT, X[:, block.start :])
 
 
 def mirrored_(G: Tensor) -> Tensor:
     """`G` with the blocks that `add_gram_` leaves out."""
-    for block in _blocks(len(G)):
+    for block in _blocks(G):
         G[block.stop :, block] = G[block, block.stop :].mT
     return G
 
 
-def _blocks(k: int) -> Sequence[slice]:
-    """Columns some at a time: what is zero or known of a square is left out between them."""
-    count = min(max(k // (HALVED // 2), 1), MOST_BLOCKS)
+def _blocks(square: Tensor) -> Sequence[slice]:
+    """Its columns some at a time: what is zero or known of a square is left out between them."""
+    k = len(square)
+    count = min(max(2 * k // (HALVED_GPU if square.is_cuda else HALVED), 1), MOST_BLOCKS)
     return [slice(k * i // count, k * (i + 1) // count) for i in range(count)]
 
 
 def _panels(X: Tensor) -> Sequence[Tensor]:
     """`X (m, k)` some rows at a time: what is made of them then takes little memory."""
-    return torch.split(X, PANEL_ROWS if X.device.type == "cpu" else 1 << 16)
+    return torch.split(X, PANEL_ROWS_GPU if X.is_cuda else PANEL_ROWS)
 
 
 def times_triangle_(X: Tensor, R: Tensor) -> Tensor:
     """`X R (m, k)` for an upper triangular `R (k, k)`, in the place of `X`, some rows at a time."""
+    if X.is_cuda and R.dtype != X.dtype:
+        return _by_digits_(X, R)
     for panel in _panels(X):
         rows = panel.to(R.dtype)
-        for block in reversed(_blocks(len(R))):  # none needs a column that was overwritten
-            panel[:, block] = rows[:, : block.stop] @ R[: block.stop, block]
+        for block in reversed(_blocks(R)):  # none needs a column that was overwritten
+            panel[:, block] = product(rows[:, : block.stop], R[: block.stop, block])
+    return X
+
+
+def _by_digits_(X: Tensor, R: Tensor) -> Tensor:
+    """`X R (m, k)` of bfloat16 `X` and float32 `R` on a GPU's tensor cores: two bfloat16 hold 16 of R's digits."""
+    head = R.to(X.dtype)
+    tail = (R - head).to(X.dtype)
+    for panel in _panels(X):
+        found = torch.mm(head.mT, panel.mT, out_dtype=torch.float32)
+        panel.copy_(found.add_(torch.mm(tail.mT, panel.mT, out_dtype=torch.float32)).mT)
     return X
 
 
 def inverse(R: Tensor) -> Tensor:
     """The inverse of an upper triangular `R (k, k)`, by halves: `k^3/3` flops, nearly all of them in products."""
     k = R.shape[0]
-    if k <= 128:
+    if R.is_cuda and k >= BATCHED:
+        return inverse_in_batches(R)
+    if k <= LEAF or R.is_cuda:
         solved: Tensor = torch.linalg.solve_triangular(R, torch.eye(k, dtype=R.dtype, device=R.device), upper=True)
         return solved
     half = k // 2
@@ -185,6 +220,25 @@ def inverse(R: Tensor) -> Tensor:
     torch.mm(first, R[:half, half:] @ last, out=result[:half, half:])
     result[:half, half:].neg_()
     return result
+
+
+def inverse_in_batches(R: Tensor) -> Tensor:
+    """The same, all halves of one size at once: a GPU takes as long for one small block as for all."""
+    k = R.shape[0]
+    size, count = LEAF, 1 << (-(-k // LEAF) - 1).bit_length()
+    padded = torch.eye(size * count, dtype=R.dtype, device=R.device)
+    padded[:k, :k] = R
+    blocks = padded.view(count, size, count, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    identity = torch.eye(size, dtype=R.dtype, device=R.device).expand(count, size, size)
+    found: Tensor = torch.linalg.solve_triangular(blocks, identity, upper=True)
+    while len(found) > 1:
+        first, last = found[::2], found[1::2]
+        count, size = len(first), first.shape[-1]
+        corners = padded.view(count, 2, size, count, 2, size)[:, 0, :, :, 1].diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        found = found.new_zeros(count, 2 * size, 2 * size)
+        found[:, :size, :size], found[:, size:, size:] = first, last
+        found[:, :size, size:] = -(first @ (corners @ last))
+    return found[0, :k, :k]
 
 
 def _each(X: Tensor) -> Tensor:
@@ -229,20 +283,23 @@ def _factor(gram: Tensor, norms: Tensor) -> tuple[Tensor, float]:
         norms: `D`, the column norms `(k,)`.
     """
     R, info = torch.linalg.cholesky_ex(gram)
-    if int(info) or not _squared(norms):
-        return gram, math.inf
     inverted = inverse(R.mT)
-    reached = norm_estimate(inverted)
+    # At once: a GPU is waited for at each.
+    facts = torch.stack([info.to(R.dtype), norms.min(), norms.max(), norm_estimate(inverted)])
+    failed, shortest, longest, reached = facts.tolist()
+    if failed or shortest < SMALLEST * longest:
+        return gram, math.inf
     return inverted.div_(norms[:, None]), reached
 
 
-def norm_estimate(inverted: Tensor) -> float:
-    """About `|R^-1|_2` of an upper triangle's inverse `(k, k)`, from below: a few steps of power iteration."""
+def norm_estimate(inverted: Tensor) -> Tensor:
+    """About `|R^-1|_2 ()` of an upper triangle's inverse `(k, k)`, from below: a few steps of power iteration."""
     v = inverted[:, -1]  # from the last column: the smallest diagonal entries of R stand last
     for _ in range(3):
-        v = inverted.mT @ (v / v.norm())
-        v = inverted @ (v / v.norm())
-    return float(v.norm())
+        u = inverted.mT @ (v / v.norm())
+        v = inverted @ u
+    estimate: Tensor = v.norm() / u.norm()
+    return estimate
 
 
 def _two_passes(dtype: torch.dtype) -> float:

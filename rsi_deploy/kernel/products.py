@@ -46,7 +46,7 @@ class Operand:
         """`W @ Y (out, columns)` in the working precision."""
         if self.weight.dtype == self.working:
             return product(self.weight, Y)
-        X = torch.empty(self.weight.shape[0], Y.shape[1], dtype=self.working, device=Y.device)
+        X = _block(self.weight.shape[0], Y, self.working)
         for rows in self._panels(self.working):
             torch.mm(self._panel(rows, self.working), Y, out=X[rows])
         return X
@@ -55,7 +55,7 @@ class Operand:
         """`W^T @ X (in, columns)` in the working precision."""
         if self.weight.dtype == self.working:
             return product(self.weight.mT, X)
-        Y = torch.empty(self.weight.shape[1], X.shape[1], dtype=self.working, device=X.device)
+        Y = _block(self.weight.shape[1], X, self.working)
         for columns in self._panels(self.working, across=True):
             torch.mm(self._panel(columns, self.working, across=True).mT, X, out=Y[columns])
         return Y
@@ -63,8 +63,8 @@ class Operand:
     def low_forward(self, Y: Tensor) -> Tensor:
         """`W @ Y (out, columns)` in bfloat16, of `Y` in bfloat16."""
         if self._whole():
-            return self._low_weight() @ Y
-        X = torch.empty(self.weight.shape[0], Y.shape[1], dtype=torch.bfloat16, device=Y.device)
+            return product(self._low_weight(), Y)
+        X = _block(self.weight.shape[0], Y, torch.bfloat16)
         for rows in self._panels(torch.bfloat16):
             torch.mm(self._panel(rows, torch.bfloat16), Y, out=X[rows])
         return X
@@ -72,8 +72,8 @@ class Operand:
     def low_adjoint(self, X: Tensor) -> Tensor:
         """`W^T @ X (in, columns)` in bfloat16, of `X` in bfloat16."""
         if self._whole():
-            return self._low_weight().mT @ X
-        Y = torch.empty(self.weight.shape[1], X.shape[1], dtype=torch.bfloat16, device=X.device)
+            return product(self._low_weight().mT, X)
+        Y = _block(self.weight.shape[1], X, torch.bfloat16)
         for columns in self._panels(torch.bfloat16, across=True):
             torch.mm(self._panel(columns, torch.bfloat16, across=True).mT, X, out=Y[columns])
         return Y
@@ -169,6 +169,13 @@ class Operand:
         if self._buffer is None or self._buffer.dtype != dtype or self._buffer.numel() < source.numel():
             self._buffer = torch.empty(source.numel(), dtype=dtype, device=source.device)
         return self._buffer[: source.numel()].view(source.shape).copy_(source)
+
+
+def _block(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(rows, columns)` for as many columns as another block has, empty, in the layout of `gemm.product`."""
+    if like.is_cuda:
+        return torch.empty(like.shape[1], rows, dtype=dtype, device=like.device).mT
+    return torch.empty(rows, like.shape[1], dtype=dtype)
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:

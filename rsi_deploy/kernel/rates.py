@@ -25,6 +25,7 @@ from rsi_deploy.kernel.onednn import by_onednn, has_onednn
 FASTER = 1.3  # bfloat16 is used where it multiplies so many times as fast as float32
 CLEAR = 1.2  # oneDNN is used for float32 where it multiplies so many times as fast as `@`
 SIDE, COLUMNS = 2048, 205  # as uneven as ranks are: even numbers flatter some libraries
+SIDE_GPU, COLUMNS_GPU = 8192, 1025  # less does not fill one
 log = logging.getLogger(__name__)
 _told: dict[tuple[str, int], "Rates"] = {}
 
@@ -99,7 +100,7 @@ def _file(device: str, threads: int) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsi-deploy"
     root = Path(os.environ.get("RSI_DEPLOY_CACHE") or base)
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
-    key = hashlib.sha256(f"{name}\0{torch.__version__}\0{threads}\0{device}\0v3".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{name}\0{torch.__version__}\0{threads}\0{device}\0v4".encode()).hexdigest()[:16]
     return root / f"rates-{key}.json"
 
 
@@ -113,17 +114,22 @@ def processor() -> str:
 
 
 def _measured(device: torch.device) -> Rates:
-    generator = torch.Generator().manual_seed(0)
-    full = torch.randn(SIDE, SIDE, generator=generator).to(device)
-    block = torch.randn(SIDE, COLUMNS, generator=generator).to(device)
+    side, columns = (SIDE_GPU, COLUMNS_GPU) if device.type == "cuda" else (SIDE, COLUMNS)
+    generator = torch.Generator(device).manual_seed(0)
+    full = torch.randn(side, side, generator=generator, device=device)
+    block = torch.randn(side, columns, generator=generator, device=device)
     square = full[:256, :256].double()
     square = square @ square.mT
     half, half_block = full.bfloat16(), block.bfloat16()
-    double, double_block = full[: SIDE // 2, : SIDE // 2].double(), block[: SIDE // 2].double()
-    flops = 2.0 * SIDE * SIDE * COLUMNS
-    works: list[Callable[[], object]] = [
-        lambda: full @ block,
-        lambda: half @ half_block,
+    double, double_block = full[: side // 2, : side // 2].double(), block[: side // 2].double()
+    flops = 2.0 * side * side * columns
+    if device.type == "cuda":  # as `gemm.product` does
+        block, half_block = block.mT.contiguous(), half_block.mT.contiguous()
+        full, half = full.mT, half.mT
+        works: list[Callable[[], object]] = [lambda: block @ full, lambda: half_block @ half]
+    else:
+        works = [lambda: full @ block, lambda: half @ half_block]
+    works += [
         lambda: double @ double_block,
         lambda: _eigh(square),
     ]

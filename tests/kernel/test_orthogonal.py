@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 from spectra import normal, values, weight_with
 
-from rsi_deploy.kernel.orthogonal import TOLD, inverse, near_basis_, orthonormal_, rough_basis_
+from rsi_deploy.kernel import orthogonal
+from rsi_deploy.kernel.orthogonal import TOLD, inverse, inverse_in_batches, near_basis_, orthonormal_, rough_basis_
 
 BLOCKS = {
     "random": lambda: normal(90, 20),
@@ -82,11 +85,26 @@ def test_rough_bases_are_well_conditioned_and_say_what_they_resolved(name):
         assert missed(Q, scaled @ torch.linalg.svd(scaled.float()).Vh[:5].mT.bfloat16()) < 0.05
 
 
-@pytest.mark.parametrize("k", [1, 2, 127, 128, 129, 300])
-def test_the_inverse_of_a_triangle(k):
+@pytest.mark.parametrize("invert", [inverse, inverse_in_batches])
+@pytest.mark.parametrize("k", [1, 2, 127, 128, 129, 300, 512])
+def test_the_inverse_of_a_triangle(k, invert):
     R = torch.triu(normal(k, k, dtype=torch.float64)) / k + 2 * torch.eye(k, dtype=torch.float64)
-    torch.testing.assert_close(inverse(R) @ R, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-10)
-    assert torch.equal(inverse(R), torch.triu(inverse(R)))
+    torch.testing.assert_close(invert(R) @ R, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert torch.equal(invert(R), torch.triu(invert(R)))
+
+
+@pytest.mark.parametrize("condition", [60.0, 300.0, 3e4])
+def test_a_second_pass_with_and_without_a_factor(condition, monkeypatch):
+    """One pass leaves such a block off by 1e-5 and more, and both kinds of second pass take it away."""
+    # Columns of one norm, which no scaling mends.
+    X = weight_with(torch.logspace(0, -math.log10(condition), 60, dtype=torch.float64), 400, 60).float()
+    X /= X.norm(dim=0)
+    assert off(orthonormal_(X.clone())) < 3e-6
+    monkeypatch.setattr(orthogonal, "NEARLY", 0.0)
+    assert off(orthonormal_(X.clone())) < 3e-6
+    monkeypatch.setattr(orthogonal, "NEARLY", math.inf)
+    monkeypatch.setattr(orthogonal, "_one_pass", lambda X: (X, math.inf))
+    assert off(orthonormal_(X.clone())) > 1e-3  # far from orthonormal, a series alone is none
 
 
 def test_spectra_of_the_helper():
