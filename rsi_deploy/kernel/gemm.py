@@ -8,6 +8,8 @@ from rsi_deploy.kernel.rates import rates
 
 # Below so many flops nothing is gained: oneDNN writes a program for each new shape, which takes milliseconds.
 LEAST_FLOPS = 3e8
+# Of a matrix, for products with a few rows.
+LEAST_NUMBERS = 1 << 17
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
@@ -23,3 +25,11 @@ def product(A: Tensor, B: Tensor) -> Tensor:
     if large and plain and rates(A.device).by_onednn:
         return by_onednn(A, B)
     return A @ B
+
+
+def times(rows: Tensor, B: Tensor) -> Tensor:
+    """`rows (..., few, k) @ B (..., k, n)`: oneDNN multiplies a few rows in hardly more time than one, MKL does not."""
+    plain = rows.ndim == 2 and len(rows) > 1 and rows.dtype == torch.float32 and rows.device.type == "cpu"
+    if plain and B.numel() >= LEAST_NUMBERS and is_dense(B) and rates(B.device).by_onednn:
+        return by_onednn(rows, B)
+    return rows @ B
