@@ -119,6 +119,7 @@ def _low(operand: Operand, draw: Draw, fractions: list[float]) -> Tensor | None:
     B, told = rough_basis_(B, passes=0)
     full: Tensor | None = None
     if told < TOLD:
+        del B  # before it is made anew: memory
         full = near_basis_(operand.to_short(draw(operand.longer)))
         B = full.to(low)
     for index, fraction in enumerate(fractions):

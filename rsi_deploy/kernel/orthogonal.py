@@ -32,8 +32,8 @@ SHIFTED = 3
 # From so many columns on, products with triangles and Gram matrices skip most of the half that is zero or known.
 HALVED, HALVED_GPU = 384, 2048
 MOST_BLOCKS = 4
-LEAF, BATCHED = 128, 1024
-PANEL_ROWS, PANEL_ROWS_GPU = 1024, 4096
+LEAF, BATCHED = 128, 1536
+PANEL_ROWS, GPU_PANEL_BYTES = 1024, 8 << 20
 # A column below this norm, beside others near 1, has squares that float32 cannot hold: scale first.
 SMALLEST = 1e-15
 
@@ -181,7 +181,8 @@ def _blocks(square: Tensor) -> Sequence[slice]:
 
 def _panels(X: Tensor) -> Sequence[Tensor]:
     """`X (m, k)` some rows at a time: what is made of them then takes little memory."""
-    return torch.split(X, PANEL_ROWS_GPU if X.is_cuda else PANEL_ROWS)
+    rows = max(GPU_PANEL_BYTES // (4 * X.shape[1]), PANEL_ROWS) if X.is_cuda else PANEL_ROWS
+    return torch.split(X, rows)
 
 
 def times_triangle_(X: Tensor, R: Tensor) -> Tensor:
@@ -225,16 +226,19 @@ def inverse(R: Tensor) -> Tensor:
 def inverse_in_batches(R: Tensor) -> Tensor:
     """The same, all halves of one size at once: a GPU takes as long for one small block as for all."""
     k = R.shape[0]
-    size, count = LEAF, 1 << (-(-k // LEAF) - 1).bit_length()
-    padded = torch.eye(size * count, dtype=R.dtype, device=R.device)
-    padded[:k, :k] = R
-    blocks = padded.view(count, size, count, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    count = 1 << (-(-k // LEAF) - 1).bit_length()
+    size = -(-k // count)
+    padded = R
+    if size * count > k:
+        padded = torch.eye(size * count, dtype=R.dtype, device=R.device)
+        padded[:k, :k] = R
+    blocks = padded.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
     identity = torch.eye(size, dtype=R.dtype, device=R.device).expand(count, size, size)
     found: Tensor = torch.linalg.solve_triangular(blocks, identity, upper=True)
     while len(found) > 1:
         first, last = found[::2], found[1::2]
         count, size = len(first), first.shape[-1]
-        corners = padded.view(count, 2, size, count, 2, size)[:, 0, :, :, 1].diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        corners = padded.reshape(count, 2, size, count, 2, size)[:, 0, :, :, 1].diagonal(dim1=0, dim2=2).movedim(-1, 0)
         found = found.new_zeros(count, 2 * size, 2 * size)
         found[:, :size, :size], found[:, size:, size:] = first, last
         found[:, :size, size:] = -(first @ (corners @ last))

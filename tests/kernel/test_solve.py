@@ -262,12 +262,14 @@ def test_what_the_device_s_memory_does_not_hold_is_done_on_the_cpu_and_said(sett
 def test_out_of_memory_on_the_gpu_falls_back_to_the_cpu():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    weight = normal(600, 520).cuda()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(max(torch.cuda.memory_reserved() / total, 1e-4))
+    weight = normal(3000, 2000).cuda()
+    torch.cuda.empty_cache()
+    total, room = torch.cuda.get_device_properties(0).total_memory, 50 << 20  # for the factors, 30 MB, not for the work
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
     try:
-        solution = Solver(route="direct").solve(weight, 400)
+        solution = Solver(route="direct").solve(weight, 1500)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert solution.note == "factorized on the CPU, for want of GPU memory"
     assert solution.factors.left.is_cuda
+    assert Solver(route="direct").solve(weight, 1500).note == ""
