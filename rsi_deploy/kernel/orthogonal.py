@@ -154,8 +154,8 @@ def gram_of(X: Tensor) -> Tensor:
     if X.dtype != torch.bfloat16 and k < HALVED:
         return X.mT @ X
     G = torch.zeros(k, k, dtype=torch.promote_types(X.dtype, torch.float32), device=X.device)
-    for rows in _panels(X) if X.dtype == torch.bfloat16 else [X]:
-        add_gram_(G, rows.to(G.dtype))
+    for rows in _panels(X) if X.dtype == torch.bfloat16 or X.is_cuda else [X]:
+        add_gram_(G, rows.to(G.dtype).contiguous())  # a GPU multiplies float32 twice as fast by rows
     return mirrored_(G)
 
 

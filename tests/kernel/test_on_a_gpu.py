@@ -2,12 +2,20 @@
 
 import pytest
 import torch
-from spectra import normal, values, weight_with
+from spectra import normal, values
 
 from rsi_deploy.kernel.rates import rates
 from rsi_deploy.rsi import Factors, Solver, certified_norm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def weight_with(singular, *sides):
+    """As `spectra.weight_with`, made on the GPU: float32 `(out, in)`."""
+    n = len(singular)
+    blocks = (normal(side, n, seed=seed, dtype=torch.float64) for seed, side in enumerate(sides))
+    left, right = (torch.linalg.qr(block.cuda()).Q for block in blocks)
+    return ((left * singular.cuda()) @ right.T).float()
 
 
 def lost(weight, factors):
@@ -23,7 +31,7 @@ def lost(weight, factors):
 def test_mixed_precision_loses_next_to_nothing(spectrum, shape, rank, monkeypatch):
     """At half rank, where columns nearly depend on others, a little more than at the sizes of `bench.kernel`."""
     monkeypatch.setattr("rsi_deploy.kernel.solve.LEAST_GPU_FLOPS", 0.0)
-    weight = weight_with(values(spectrum, 2100), *shape).float().cuda()
+    weight = weight_with(values(spectrum, 2100), *shape)
     assert rates(weight.device).mixed
     mixed, plain = (
         Solver(route="chebyshev", mixed_precision=flag).solve(weight, rank, site="a") for flag in (True, False)
@@ -39,13 +47,13 @@ def test_mixed_precision_loses_next_to_nothing(spectrum, shape, rank, monkeypatc
 
 @pytest.mark.parametrize("route", ["auto", "direct", "gram", "krylov", "exact"])
 def test_every_route_is_near_the_optimum(route):
-    weight = weight_with(values("medium", 300), 700, 300).float()
-    factors = Solver(route=route)(weight.cuda(), 30)
+    weight = weight_with(values("medium", 300), 700, 300)
+    factors = Solver(route=route)(weight, 30)
     assert factors.left.is_cuda
     assert factors.right.is_cuda
     limit = (1.001 if route == "exact" else 1.15) / 31  # the optimum is the next singular value
-    assert lost(weight.cuda(), factors) <= limit
-    assert lost(weight.cuda(), Factors(factors.left, factors.right * 1.1)) > limit
+    assert lost(weight, factors) <= limit
+    assert lost(weight, Factors(factors.left, factors.right * 1.1)) > limit
 
 
 def test_each_of_many_has_the_bytes_it_has_alone():
@@ -61,7 +69,7 @@ def test_each_of_many_has_the_bytes_it_has_alone():
 
 @pytest.mark.parametrize("rank", [105, 525, 1050])
 def test_memory_is_at_most_two_blocks(rank):
-    weight = weight_with(values("slow", 2100), 2100, 4000).float().cuda()
+    weight = weight_with(values("slow", 2100), 2100, 4000)
     Solver(route="chebyshev")(weight, rank)  # workspaces of the libraries
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -80,7 +88,7 @@ def test_what_is_refused_on_the_cpu_is_refused_here():
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
 def test_huge_and_tiny_weights(scale):
-    weight = weight_with(values("medium", 600), 700, 600).cuda()
+    weight = weight_with(values("medium", 600), 700, 600).double()
     plain, scaled = (Solver()((weight * s).float(), 150) for s in (1.0, scale))
     back = Factors(scaled.left, (scaled.right.double() / scale).float())
     assert lost(weight, back) <= 1.05 * lost(weight, plain)
