@@ -81,10 +81,9 @@ def iterate(operand: Operand, draw: Draw, fractions: list[float], *, mixed: bool
         mixed: bfloat16 where it does no harm.
     """
     found = _low(operand, draw, fractions) if mixed and fractions else None
-    if found is None:
-        operand.forget()
-        found = _exact(operand, operand.to_short(draw(operand.longer)), fractions)
     operand.forget()
+    if found is None:
+        found = _exact(operand, operand.to_short(draw(operand.longer)), fractions)
     return finished(operand, found)
 
 
@@ -107,6 +106,7 @@ def _exact(operand: Operand, B: Tensor, fractions: list[float], *, based: bool =
         Z = operand.to_long(B)
         shift = fraction * MARGIN * float(column_norms(Z).min()) ** 2
         B = operand.to_short(Z).sub_(B, alpha=shift)
+        del Z  # before the next one is made
     return B
 
 
