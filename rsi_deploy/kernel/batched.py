@@ -28,9 +28,8 @@ def iterate_batch(W: Tensor, Y: Tensor, fractions: Sequence[float]) -> tuple[Ten
         Y: the sketches `(batch, in, columns)`, used up.
         fractions: the shifts of all iterations after the first, as in `kernel.chebyshev`; zeros: the paper's.
     """
-    largest = W.abs().amax(dim=(-2, -1), keepdim=True)
-    tiny = torch.finfo(W.dtype).tiny
-    scale = torch.where(largest > 0, 1 / largest.clamp_min(tiny), 1)
+    largest = _largest(W)
+    scale = torch.where(largest > torch.finfo(W.dtype).tiny, 1 / largest, 1)
     X = orthonormal_(W @ _unit_(Y).mul_(scale))
     for fraction in fractions:
         Y = W.mT @ X

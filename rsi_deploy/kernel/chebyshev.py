@@ -27,7 +27,8 @@ In bfloat16 four roundings could harm. With `u = 2^-9/sqrt(3)`, the root mean sq
 The first two add to the residual like independent noise, so a tilt of 0.1 costs half a percent. Where the first is too
 large the iteration goes on in float32, which takes a tilt of up to 0.3 away again, and starts anew beyond that; columns
 for which the second is are made in float32; where the third is, the first block is, and where a later block comes by
-more than `HIDDEN` near to depending columns, the iteration goes on in float32; and columns that the fourth lets pass
+more than `HIDDEN` near to depending columns, the iteration goes on in float32: with the second block already where the
+first tells so, to which the second is nearer by `SHRINKS` and more; and columns that the fourth lets pass
 `COVERED` are taken out of the others between the two products.
 Bases are made in float32 throughout, and rounded.
 """
@@ -47,6 +48,7 @@ ROUNDING = 2.0**-9 / 3**0.5
 TILT = 0.1
 TURNED = 0.3
 HIDDEN = 0.2
+SHRINKS = 0.35
 COVERED = 0.01
 NORM_ROWS = 1024
 
@@ -138,9 +140,13 @@ def _low(operand: Operand, draw: Draw, fractions: list[float]) -> Tensor | None:
             if not index or not noise <= TURNED * least:
                 return None
             return _exact(operand, B.to(operand.working), fractions[index:])
+        deep = full is not None and HIDDEN * SHRINKS * told < ROUNDING
         full = None
         Z = deflate_(Z, covering(norms, ROUNDING, len(B)))
         shift = fraction * MARGIN * least**2
+        if deep:
+            exact = operand.to_short(Z.to(operand.working)).sub_(B.to(operand.working), alpha=shift)
+            return _exact(operand, exact, fractions[1:])
         if index < len(fractions) - 1:
             B = operand.low_to_short(Z).sub_(B, alpha=shift)
             del Z  # before the next one is made

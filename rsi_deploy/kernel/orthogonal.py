@@ -3,7 +3,8 @@
     D = diag(|x_1|, ..., |x_k|),  R^T R = (X D^-1)^T (X D^-1)  (Cholesky),  Q = X D^-1 R^-1
 
 (Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa 2020). One pass leaves `|Q^T Q - I| ~ eps |R^-1|^2`, which is
-estimated from `R` (k^2 flops): where that is too much, a second pass follows (CholeskyQR2); where Cholesky breaks down
+estimated from `R` (k^2 flops): where that is too much, a second pass follows (CholeskyQR2; of what is orthonormal but
+for a little, the triangle's inverse is known without Cholesky); where Cholesky breaks down
 the Gram matrix is shifted first (shifted CholeskyQR3); where that too leaves it ill-conditioned, as for a block of
 lower rank than it has columns, Householder's QR, which cannot fail, is taken. The columns of an iterated block are
 nearly orthogonal already and differ in scale: hence `D`, and one pass is the rule.
@@ -32,7 +33,9 @@ SHIFTED = 3
 # From so many columns on, products with triangles and Gram matrices skip most of the half that is zero or known.
 HALVED, HALVED_GPU = 384, 2048
 MOST_BLOCKS = 4
+# Sides of triangles that are solved at once, and from which on a GPU inverts those of one size together.
 LEAF, BATCHED = 128, 1536
+# Rows at a time; on a GPU, where each call costs, so many that they take these bytes.
 PANEL_ROWS, GPU_PANEL_BYTES = 1024, 8 << 20
 # A column below this norm, beside others near 1, has squares that float32 cannot hold: scale first.
 SMALLEST = 1e-15
@@ -246,18 +249,28 @@ def inverse_in_batches(R: Tensor) -> Tensor:
 
 
 def _each(X: Tensor) -> Tensor:
-    """A batch: two passes for all at once, Householder's QR for those that need more."""
-    Q = X = _scaled_(X)
-    good = torch.ones(X.shape[:-2], dtype=torch.bool, device=X.device)
-    for _ in range(2):
-        R, info = torch.linalg.cholesky_ex(Q.mT @ Q, upper=True)
-        # |R^-1| is at least 1/min(diagonal), and rarely much more.
-        good &= (info == 0) & (R.diagonal(dim1=-2, dim2=-1).amin(-1) > 4 / _two_passes(X.dtype))
-        Q = torch.linalg.solve_triangular(R, Q, upper=True, left=False)
-    bad = ~good | ~torch.isfinite(Q).all(-1).all(-1)
+    """A batch: a second pass, and Householder's QR, for those that need them alone."""
+    X = _scaled_(X)
+    Q, shortest = _pass(X)
+    bad = ~(shortest > 4 / _two_passes(X.dtype))  # NaN is bad
+    again = (~bad & (shortest < 4 / ONE_PASS)).nonzero(as_tuple=True)
+    if len(again[0]):
+        Q[again], shortest = _pass(Q[again])
+        bad[again] |= ~(shortest > 4 / _two_passes(X.dtype))
+    bad |= ~torch.isfinite(Q.sum((-2, -1)))
     for index in bad.nonzero().tolist():
         Q[tuple(index)] = torch.linalg.qr(X[tuple(index)]).Q
     return Q
+
+
+def _pass(X: Tensor) -> tuple[Tensor, Tensor]:
+    """One pass of CholeskyQR for each of a batch `(..., m, k)`, and the least of the diagonal of `R (...)`, 0 without.
+
+    `|R^-1|` is at least its inverse, and rarely much more.
+    """
+    R, info = torch.linalg.cholesky_ex(X.mT @ X, upper=True)
+    shortest = torch.where(info == 0, R.diagonal(dim1=-2, dim2=-1).amin(-1), 0)
+    return torch.linalg.solve_triangular(R, X, upper=True, left=False), shortest
 
 
 def _scaled_(X: Tensor) -> Tensor:

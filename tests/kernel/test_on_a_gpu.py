@@ -29,7 +29,6 @@ def lost(weight, factors):
 @pytest.mark.parametrize("shape", [(3000, 2100), (2100, 3000)])
 @pytest.mark.parametrize("rank", [210, 1050])
 def test_mixed_precision_loses_next_to_nothing(spectrum, shape, rank, monkeypatch):
-    """At half rank, where columns nearly depend on others, a little more than at the sizes of `bench.kernel`."""
     monkeypatch.setattr("rsi_deploy.kernel.solve.LEAST_GPU_FLOPS", 0.0)
     weight = weight_with(values(spectrum, 2100), *shape)
     assert rates(weight.device).mixed
@@ -37,7 +36,7 @@ def test_mixed_precision_loses_next_to_nothing(spectrum, shape, rank, monkeypatc
         Solver(route="chebyshev", mixed_precision=flag).solve(weight, rank, site="a") for flag in (True, False)
     )
     assert mixed.route == plain.route == "chebyshev"
-    assert lost(weight, mixed.factors) <= (1.04 if 2 * rank == min(shape) else 1.01) * lost(weight, plain.factors)
+    assert lost(weight, mixed.factors) <= 1.01 * lost(weight, plain.factors)
     left = mixed.factors.left.double()
     assert float((left.mT @ left - torch.eye(rank, device="cuda")).abs().max()) < 1e-5
     interval = certified_norm(weight, mixed.factors)
