@@ -311,11 +311,12 @@ def _factor(gram: Tensor, norms: Tensor) -> tuple[Tensor, float]:
 
 def norm_estimate(inverted: Tensor) -> Tensor:
     """About `|R^-1|_2 ()` of an upper triangle's inverse `(k, k)`, from below: a few steps of power iteration."""
+    norm = torch.linalg.vector_norm
     v = inverted[:, -1]  # from the last column: the smallest diagonal entries of R stand last
     for _ in range(3):
-        u = inverted.mT @ (v / v.norm())
-        v = inverted @ u
-    estimate: Tensor = v.norm() / u.norm()
+        u = torch.mv(inverted.mT, v / norm(v))
+        v = torch.mv(inverted, u)
+    estimate: Tensor = norm(v) / norm(u)
     return estimate
 
 

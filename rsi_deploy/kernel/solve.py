@@ -29,8 +29,8 @@ from rsi_deploy.kernel.products import PANEL_BYTES, Operand, working_dtype
 from rsi_deploy.kernel.rates import rates
 
 BATCHED: tuple[cost.Route, ...] = ("chebyshev", "exact")  # what is worth while for small weights
-# Of a product; below, a GPU saves less time in bfloat16 than it takes to start the operations that make it safe.
-LEAST_GPU_FLOPS = 2.5e10
+# Of a product; below, bfloat16 saves less time than it takes to start the operations that make it safe.
+LEAST_LOW_FLOPS = {"cpu": 3e7, "cuda": 2.5e10}
 log = logging.getLogger(__name__)
 
 
@@ -76,7 +76,7 @@ def solve(weight: Tensor, draw: Draw, columns: int, rank: int, scale: float, how
     mixed = how.mixed and working_dtype(weight) == torch.float32 and 2.0**-40 < scale < 2.0**40
     if mixed and (columns >= full or not rates(weight.device).mixed):
         mixed = False
-    if mixed and weight.is_cuda and 2.0 * weight.shape[-2] * weight.shape[-1] * columns < LEAST_GPU_FLOPS:
+    if 2.0 * weight.shape[-2] * weight.shape[-1] * columns < LEAST_LOW_FLOPS.get(weight.device.type, 0.0):
         mixed = False
     route: str = how.route
     if route == "auto":

@@ -29,7 +29,7 @@ def lost(weight, factors):
 @pytest.mark.parametrize("shape", [(3000, 2100), (2100, 3000)])
 @pytest.mark.parametrize("rank", [210, 1050])
 def test_mixed_precision_loses_next_to_nothing(spectrum, shape, rank, monkeypatch):
-    monkeypatch.setattr("rsi_deploy.kernel.solve.LEAST_GPU_FLOPS", 0.0)
+    monkeypatch.setattr("rsi_deploy.kernel.solve.LEAST_LOW_FLOPS", {})
     weight = weight_with(values(spectrum, 2100), *shape)
     assert rates(weight.device).mixed
     mixed, plain = (

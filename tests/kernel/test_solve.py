@@ -22,8 +22,21 @@ def error(weight, factors):
 
 @pytest.fixture
 def fast_half(monkeypatch):
-    """A machine with fast bfloat16, whatever this one is."""
+    """A machine with fast bfloat16, whatever this one is, and for small products too."""
     monkeypatch.setitem(rates._told, ("cpu", torch.get_num_threads()), FAST_HALF)
+    monkeypatch.setattr("rsi_deploy.kernel.solve.LEAST_LOW_FLOPS", {})
+
+
+def test_bfloat16_is_for_products_that_gain_by_it(monkeypatch):
+    monkeypatch.setitem(rates._told, ("cpu", torch.get_num_threads()), FAST_HALF)
+    weight = weight_with(values("slow", 520), 700, 520).float()
+
+    def same(rank):
+        mixed, plain = (Solver(route="chebyshev", mixed_precision=flag)(weight, rank).left for flag in (True, False))
+        return torch.equal(mixed, plain)
+
+    assert same(20)
+    assert not same(60)
 
 
 # -- routes
