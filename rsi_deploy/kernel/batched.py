@@ -29,7 +29,7 @@ def iterate_batch(W: Tensor, Y: Tensor, fractions: Sequence[float]) -> tuple[Ten
         fractions: the shifts of all iterations after the first, as in `kernel.chebyshev`; zeros: the paper's.
     """
     largest = _largest(W)
-    scale = torch.where(largest > torch.finfo(W.dtype).tiny, 1 / largest, 1)
+    scale = 1 / largest  # `_largest` is never 0
     X = orthonormal_(W @ _unit_(Y).mul_(scale))
     for fraction in fractions:
         Y = W.mT @ X
