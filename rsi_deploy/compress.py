@@ -10,15 +10,15 @@ ONNX only, where the graph tells what multiplies the same input: `joint=False` f
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from graph_passes.forms import conv_forms
 from rsi_deploy.calibrate.streams import Form, Replacement
+from rsi_deploy.computed_weights import computed_tensors, fold_computed_, value_of
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.fold import batch_norms_behind_convs, fold_batch_norm_
 from rsi_deploy.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention, changed_bias
@@ -101,6 +101,9 @@ def compress_(
     progress: Progress | None = None,
 ) -> list[SiteRecord]:
     """Replace `module`'s layers by low-rank ones, in place, and say what was done at every site.
+
+    A weight that is computed (weight_norm, spectral_norm, pruning) is factorized as the value it has in evaluation
+    mode. What computes it goes with the layer, and stays where the layer stays dense.
 
     Every layer gets factors of its own: a right factor shared by several layers (`export(..., joint=True)`) is not made
     here.
@@ -205,19 +208,23 @@ def _with_ranks(planner: Planner, sites: Sequence[ModuleSite], solver: Solver) -
 
 def find_module_sites(module: nn.Module) -> list[ModuleSite]:
     """Every weight-bearing layer of the tree, tied weights once, with what stands in the way of a split."""
+    computed = {child: _computed_parameters(child) for child in module.modules()}
     names = {id(p): name for name, p in module.named_parameters()}
     owners: dict[int, list[str]] = {}
     for path, child in module.named_modules(remove_duplicate=False):
-        for key, parameter in child._parameters.items():
+        for key, parameter in (child._parameters | computed[child]).items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(_join(path, key))
+                names.setdefault(id(parameter), _join(path, key))
     sites: dict[int, ModuleSite] = {}
     for child in module.modules():
         for key, kind, groups, obstacle in _weights_of(child):
-            parameter = child._parameters.get(key)
+            parameter = (child._parameters | computed[child]).get(key)
             if parameter is None or (id(parameter) in sites and not obstacle):
                 continue
-            users = tuple(owner for owner in owners[id(parameter)])
+            users = tuple(owners[id(parameter)])
+            if sharing := _sharing(computed_tensors(child).get(key, ()), users, owners):
+                obstacle = obstacle or f"computed from a tensor that {sharing} uses too: splitting would grow the file"
             strangers = [u for u in users if not _splittable(module, u)]
             if not obstacle and strangers:
                 obstacle = f"tied to {strangers[0]}, which needs the dense weight: splitting would grow the file"
@@ -230,6 +237,21 @@ def find_module_sites(module: nn.Module) -> list[ModuleSite]:
                 _groups=groups,
             )
     return list(sites.values())
+
+
+def _computed_parameters(layer: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The weights of a layer that are computed at every call, as parameters of their value."""
+    return {
+        name: nn.Parameter(value_of(layer, name), requires_grad=any(source.requires_grad for source in sources))
+        for name, sources in computed_tensors(layer).items()
+    }
+
+
+def _sharing(sources: Sequence[Tensor], users: Sequence[str], owners: Mapping[int, Sequence[str]]) -> str:
+    """Who else owns one of the tensors that the weight at the paths `users` is computed from; "" for nobody."""
+    layers = tuple(f"{user.rpartition('.')[0]}." for user in users)
+    others = (owner for source in sources for owner in owners.get(id(source), ()))
+    return next((owner for owner in others if not owner.startswith(layers) and "." not in layers), "")
 
 
 def replace_site_(module: nn.Module, site: ModuleSite, replacement: Replacement) -> None:
@@ -252,6 +274,7 @@ def replace_site_(module: nn.Module, site: ModuleSite, replacement: Replacement)
     layers = [module.get_submodule(path) for path in site.paths]
     for layer in layers:
         if layer not in new:
+            fold_computed_(layer)
             new[layer] = low_rank_layer(layer, replacement)
             for key in FACTOR_KEYS & new[layer]._parameters.keys():
                 new[layer].get_parameter(key).requires_grad_(site.parameter.requires_grad)
@@ -288,8 +311,6 @@ def low_rank_layer(layer: nn.Module, replacement: Replacement) -> nn.Module:
 def _weights_of(layer: nn.Module) -> list[tuple[str, str, int, str]]:
     """`(parameter key, kind, groups, obstacle)` of the weights a layer bears itself."""
     kind = type(layer).__name__
-    if parametrize.is_parametrized(layer):
-        return []  # its weight is computed, not stored; the parametrization's own modules are visited by themselves
     if isinstance(layer, nn.MultiheadAttention):
         if layer._qkv_same_embed_dim and layer.bias_k is None and not layer.add_zero_attn:
             return [("in_proj_weight", kind, 1, "")]
@@ -307,7 +328,9 @@ def _weights_of(layer: nn.Module) -> list[tuple[str, str, int, str]]:
         custom = type(layer).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
         return [("weight", kind, layer.groups, f"{kind} has a forward of its own" if custom else "")]
     if isinstance(layer, nn.RNNBase):
-        return [(key, kind, 1, "recurrent weights are not split") for key in layer._parameters if "weight" in key]
+        return [
+            (key, kind, 1, "recurrent weights are not split") for key in layer._flat_weights_names if "weight" in key
+        ]
     return []
 
 
@@ -330,6 +353,7 @@ def _folded(module: nn.Module, site: ModuleSite, norms: dict[str, str]) -> Modul
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     if norm.running_mean is None or norm.training:
         return site
+    fold_computed_(conv)
     fold_batch_norm_(conv, norm)
     module.set_submodule(norm_path, nn.Identity())
     weight = conv.weight

@@ -14,6 +14,7 @@ from rsi_deploy.calibrate.calibrated import Calibration, Progress
 from rsi_deploy.calibrate.streams import Fitted
 from rsi_deploy.calibrate.torch_streams import TorchStreams
 from rsi_deploy.compress import ModuleSite, find_module_sites, replace_site_
+from rsi_deploy.computed_weights import fold_computed_
 from rsi_deploy.errors import UsageError
 from rsi_deploy.fold import fold_batch_norms_
 from rsi_deploy.plan.budget import Budget
@@ -43,7 +44,8 @@ def compress_to_data_(
     """Replace `module`'s layers by low-rank ones fitted to calibration data, in place.
 
     Args:
-        module: in evaluation mode; its BatchNorms behind convolutions are folded first. Works on its own device.
+        module: in evaluation mode; weights that are computed (weight_norm and the like) and BatchNorms behind
+            convolutions are folded first. Works on its own device.
         calib: unlabelled data, the positional arguments of one call each; or what gives a fresh iterator over them.
             Shuffled, where the data are sorted by class.
         rank: a rank (`64`) or a ratio (`"40%"`), the same at every site; or exactly one of the budgets.
@@ -74,6 +76,8 @@ def compress_to_data_(
     if (rank is None) == all(budget is None for budget in budgets.values()):
         raise UsageError("give exactly one of rank, keep_params and keep_macs; type for example keep_macs=0.5")
     filters = Filters(include=tuple(include), exclude=tuple(exclude))
+    for layer in module.modules():
+        fold_computed_(layer)
     fold_batch_norms_(module)
     sites = find_module_sites(module)
     filters.check([site.name for site in sites])

@@ -9,7 +9,8 @@ The surgery check splits the same nodes with full-rank factors that cost nothing
 """
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,9 @@ import onnx_ir as ir
 import pydantic
 
 import graph_passes as gp
+from graph_passes.constants import stored_array
 from rsi_deploy.datafile import DataFile
-from rsi_deploy.errors import GateError
+from rsi_deploy.errors import GateError, ModelError
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.onnx_file import forget_weights_
@@ -30,6 +32,14 @@ Arrays = Sequence[npt.NDArray[Any]]
 # Relative L2, by the width of the narrowest floating output: what rounding alone may do to a deep network.
 EXPORTER_TOLERANCE = {2: 3e-2, 4: 1e-4, 8: 1e-6}
 SURGERY_TOLERANCE = {2: 3e-2, 4: 2e-5, 8: 1e-10}
+RANDOM_OPERATORS = {
+    "Bernoulli",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+}
 
 
 class Comparison(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -80,6 +90,63 @@ def compare_outputs(reference: Arrays, candidate: Arrays, *, what: str, toleranc
             f"; find the site with --include and leave it out with --exclude"
         )
     return Comparison(relative_l2=worst, max_abs=largest, tolerance=tolerance, informative=informative)
+
+
+def check_repeatable(model: Path, feeds: Mapping[str, npt.NDArray[Any]], name: str, expected: Arrays) -> None:
+    """Refuse a model that gives other outputs in another session on the same inputs.
+
+    Args:
+        model: an ONNX file that runs.
+        feeds: input name -> array.
+        name: of the model, for the error.
+        expected: its outputs on them, from the first run of a session.
+
+    Raises:
+        ModelError: the outputs differ by more than rounding.
+    """
+    session = make_session(model, optimize="disabled", prepack=False)
+    _check_equal(model, name, expected, run_session(session, feeds, name))
+
+
+@contextmanager
+def blames_random_models(model: Path, feeds: Mapping[str, npt.NDArray[Any]], name: str) -> Iterator[None]:
+    """Where a gate fails and `model` gives other outputs in every run of a session, say that instead.
+
+    Raises:
+        ModelError: instead of the gate's error.
+    """
+    try:
+        yield
+    except GateError:
+        session = make_session(model, optimize="disabled", prepack=False)
+        _check_equal(model, name, *(run_session(session, feeds, name) for _ in range(2)))
+        raise
+
+
+def _check_equal(model: Path, name: str, first: Arrays, second: Arrays) -> None:
+    try:
+        compare_outputs(first, second, what=name, tolerance=tolerance_for(first, SURGERY_TOLERANCE))
+    except GateError as error:
+        nodes = random_nodes(load_model(model))
+        listed = f" ({', '.join(nodes[:3])}{', ...' * (len(nodes) > 3)})" if nodes else ""
+        raise ModelError(
+            f"{name} gives other outputs in every run on the same inputs{listed}, so that nothing can be held against "
+            f"it; export it in evaluation mode (torch: model.eval()), without random operators"
+        ) from error
+
+
+def random_nodes(model: ir.Model) -> list[str]:
+    """The nodes of a model that draw random numbers, each as `Dropout 'name' with training_mode`."""
+    found = []
+    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    for node in (node for graph in graphs for node in graph.all_nodes()):
+        if node.op_type in RANDOM_OPERATORS:
+            found.append(f"{node.op_type} {node.name!r}")
+        elif node.op_type == "Dropout" and len(node.inputs) > 2:
+            mode = stored_array(node.inputs[2])
+            if mode is None or mode.any():
+                found.append(f"Dropout {node.name!r} with training_mode")
+    return found
 
 
 def tolerance_for(outputs: Arrays, table: Mapping[int, float]) -> float:

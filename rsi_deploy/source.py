@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rsi_deploy.checkpoint import load_checkpoint_
+from rsi_deploy.computed_weights import folded
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gateway.programs import read_program
 from rsi_deploy.measure.inputs import parse_shape
@@ -86,6 +87,8 @@ def load_source(
         raise UsageError(f"--checkpoint goes with a factory (package.module:factory), not with {model}")
     if weights != "DEFAULT" and not model.startswith("torchvision:"):
         raise UsageError(f"--weights goes with torchvision:NAME, not with {model}; a factory takes --checkpoint")
+    if source.module is not None:
+        source.module = folded(source.module)
     return source
 
 
@@ -93,7 +96,7 @@ def source_of_module(module: nn.Module, input_shape: str | tuple[int, ...] | Non
     """A `Source` of a torch module at hand; it tells its inputs as a factory's module does."""
     module = module.eval()
     name = type(module).__name__
-    source = Source(name=name, module=module, preprocessing=_told_preprocessing(module))
+    source = Source(name=name, module=folded(module), preprocessing=_told_preprocessing(module))
     source.example_inputs = _told_inputs(module, name, parse_shape(input_shape), seed)
     return source
 

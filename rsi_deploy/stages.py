@@ -24,7 +24,16 @@ from rsi_deploy.arrays import as_torch
 from rsi_deploy.bound import Head, SoftmaxBound, find_head, softmax_bound
 from rsi_deploy.crew import Crew, Here
 from rsi_deploy.errors import ModelError, RsiDeployError
-from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, surgery_check, tolerance_for
+from rsi_deploy.gates import (
+    EXPORTER_TOLERANCE,
+    Comparison,
+    blames_random_models,
+    check_repeatable,
+    compare_outputs,
+    random_nodes,
+    surgery_check,
+    tolerance_for,
+)
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
 from rsi_deploy.measure.arms import make_feeds
@@ -128,7 +137,8 @@ class Job:
                 return None
             with self.stage("verify opset"):
                 feeds = probe_feeds(path, self.settings.seed, self.shapes, self.given)
-                return check_conversion(source.onnx, path, (before, opset), feeds)
+                with blames_random_models(path, feeds, source.name):
+                    return check_conversion(source.onnx, path, (before, opset), feeds)
         with self.stage("export dense"):
             exported = to_onnx(source, opset=opset)
             self.notes.extend(exported.notes)
@@ -142,7 +152,10 @@ class Job:
             session = make_session(path, optimize="disabled", prepack=False)
             outputs = run_session(session, feeds, "the dense model")
         tolerance = tolerance_for(expected, EXPORTER_TOLERANCE)
-        return compare_outputs(expected, outputs, what="exporter gate (torch against dense ONNX)", tolerance=tolerance)
+        with blames_random_models(path, feeds, source.name):
+            return compare_outputs(
+                expected, outputs, what="exporter gate (torch against dense ONNX)", tolerance=tolerance
+            )
 
     def dense_facts(
         self,
@@ -168,6 +181,12 @@ class Job:
                 reason = str(error).replace(str(dense), source.name)
                 self.notes.append(f"nothing could be verified or measured: {reason}")
                 return DenseFacts(size=size, feeds=feeds, outputs=None, macs={}, batch=1), None
+            check_repeatable(dense, feeds, source.name, trace.outputs)
+            if nodes := random_nodes(model):
+                self.notes.append(
+                    f"the model draws random numbers ({', '.join(nodes)}): its outputs were compared in the "
+                    "first run of a session, where onnxruntime draws the same ones"
+                )
             batch = next((len(a) for a in feeds.values() if a.ndim), 1)
             macs = {node: count // batch for node, count in trace.macs.items()}
             size = size.model_copy(update={"macs": sum(macs.values())})
@@ -277,7 +296,7 @@ class Job:
         split = [node for node in result.split.nodes if isinstance(node, Split)]
         weights: dict[str, Form] = {node.weight: node.form for node in split}
         joint = {node.joint for node in split if node.joint}
-        with self.stage("verify surgery"):
+        with self.stage("verify surgery"), blames_random_models(dense, facts.feeds, "the dense model"):
             surgery = surgery_check(dense, weights, facts.feeds, facts.outputs, joint=joint, bias=result.biased)
         with self.stage("verify approximation"):
             session = make_session(path)

@@ -11,9 +11,10 @@ import contextlib
 import inspect
 import io
 import logging
+import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from graph_passes import FoldBatchNormPass
+from graph_passes.constants import computed_constants
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.source import Source, no_torch_logs
 
@@ -33,6 +35,21 @@ logger = logging.getLogger(__name__)
 ATTENTION_OPSET = 23
 DEFAULT_OPSET = 20
 LAYOUT_OPS = {"Transpose", "Identity", "Cast", "CastLike"}
+_COMPUTED_FROM = re.compile(r"_(v|orig|mask)$|parametrizations\.(?=[^.]+\.original\d*$)|(?<=\w)\.original\d*$")
+# What weight_norm, spectral_norm and pruning compute a weight with.
+WEIGHT_ARITHMETIC = {
+    "Add",
+    "Div",
+    "MatMul",
+    "Mul",
+    "Pow",
+    "ReduceL2",
+    "ReduceSum",
+    "Reshape",
+    "Sqrt",
+    "Sub",
+    "Transpose",
+}
 
 
 @dataclass(kw_only=True)
@@ -115,7 +132,7 @@ def clean_(model: ir.Model) -> None:
 
     names = _weight_names_after_folding(model)
     FoldBatchNormPass()(model)  # before the optimizer, which would fold in float32
-    optimizer.optimize_ir(model, should_fold=_unless_tied)
+    optimizer.optimize_ir(model, should_fold=_folding(model))
     _restore_names_(model, names)
     FoldBatchNormPass()(model)
     ir.passes.common.RemoveUnusedNodesPass()(model)
@@ -229,22 +246,50 @@ def _has_attention(program: "torch.export.ExportedProgram") -> bool:
 
 
 def _weight_names_after_folding(model: ir.Model) -> dict[str, str]:
-    """Map each value that is only a new layout of one initializer to that initializer's name."""
+    """Map each value that is only a new layout of one initializer, or computed from it, to that initializer's name."""
     names: dict[str, str] = {}
+    computed = computed_constants(model.graph)
     for node in model.graph:
-        source = node.inputs[0] if node.inputs else None
-        if node.op_type not in LAYOUT_OPS or source is None:
+        is_layout = node.op_type in LAYOUT_OPS
+        if not is_layout and node.outputs[0] not in computed:
             continue
-        root = names.get(source.name or "", source.name if source.is_initializer() else None)
+        sources = [value for value in (node.inputs[:1] if is_layout else node.inputs) if value is not None]
+        source = max(sources, key=_size, default=None)
+        root = source and names.get(source.name or "", source.name if source.is_initializer() else None)
         if root and node.outputs[0].name:
-            names[node.outputs[0].name] = root
+            names[node.outputs[0].name] = root if is_layout else _COMPUTED_FROM.sub("", root)
     return names
 
 
-def _unless_tied(node: ir.Node) -> bool | None:
-    """No folding into a copy of a weight that others use too; for all other nodes the optimizer's own rules."""
-    value = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
-    return False if value is not None and value.is_initializer() and len(value.uses()) > 1 else None
+def _folding(model: ir.Model) -> Callable[[ir.Node], bool | None]:
+    """Which nodes of constants become one constant: True, False, or None for the optimizer's own rules.
+
+    No folding into a copy of a weight that others use too. A weight that is computed from constants, as weight_norm,
+    spectral_norm and pruning do, is folded however large it is, unless the file grows by it.
+    """
+    computed = {value.name for value in computed_constants(model.graph.all_nodes())}
+
+    def stays(value: ir.Value) -> bool:
+        return any(user.outputs[0].name not in computed for user, _ in value.uses())
+
+    def is_folded(node: ir.Node) -> bool | None:
+        weight = node.inputs[0] if node.inputs else None
+        if node.op_type == "Transpose" and weight is not None and weight.is_initializer() and len(weight.uses()) > 1:
+            return False
+        operands = [value for value in node.inputs if value is not None and value.shape is not None]
+        shape = node.outputs[0].shape
+        if node.op_type not in WEIGHT_ARITHMETIC or node.outputs[0].name not in computed or shape is None:
+            return None
+        largest = max(operands, key=_size, default=None)
+        return True if largest and not stays(largest) and 0 <= _size(node.outputs[0]) <= _size(largest) else None
+
+    return is_folded
+
+
+def _size(value: ir.Value) -> int:
+    """Numbers in a value; -1 where its shape is not known."""
+    shape = value.shape
+    return math.prod(shape.numpy()) if shape is not None and shape.is_static() else -1
 
 
 def _restore_names_(model: ir.Model, names: dict[str, str]) -> None:

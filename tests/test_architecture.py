@@ -28,7 +28,8 @@ measure.inputs measure.dataset measure.array_data measure.folder_data measure.ar
 measure.callable_data measure.data measure.feeding measure.intervals measure.paired measure.scores
 measure.providers measure.provider_spec measure.sessions measure.mixing measure.placement measure.binding
 measure.timing measure.loadgen_worker measure.loadgen
-crew ray_connection ray_crew resuming compress source factor_source onnx_split probe bundle exporting.given
+crew ray_connection ray_crew resuming computed_weights compress source factor_source onnx_split probe bundle
+exporting.given
 calibrate.calibration_data calibrate.calibrated
 calibrate.gathered calibrate.live_values calibrate.onnx_waves calibrate.onnx_rows calibrate.onnx_segment
 calibrate.onnx_operators calibrate.onnx_reach calibrate.onnx_readings calibrate.onnx_checked calibrate.onnx_survey

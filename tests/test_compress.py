@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
 
 from graph_passes.forms import unfold, unfolded_shape
 from rsi_deploy.calibrate.streams import Replacement
@@ -466,15 +465,6 @@ def test_what_is_never_split_is_listed_with_the_reason():
         assert "is not split in PyTorch" in records[name].reason
     assert records["fc"].decision == "split"
     assert isinstance(model["biased"], nn.MultiheadAttention)
-
-
-@pytest.mark.parametrize("normalize", [parametrizations.spectral_norm, parametrizations.weight_norm])
-def test_parametrized_weights_are_left_alone(normalize):
-    model = nn.Sequential(normalize(nn.Linear(8, 8)), nn.Linear(8, 8)).eval()
-    x = torch.randn(2, 8)
-    expected = outputs(model[0], x)
-    assert [record.name for record in compress_(model, 2)] == ["1"]
-    assert torch.equal(outputs(model[0], x), expected)
 
 
 def test_an_output_projection_alone():
