@@ -15,7 +15,13 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from graph_passes.constants import OVERRIDABLE_IR_VERSION, computed_constants, constant_arguments, layout_chain
+from graph_passes.constants import (
+    INTEGER_CONSTANT_OPSET,
+    OVERRIDABLE_IR_VERSION,
+    computed_constants,
+    constant_arguments,
+    layout_chain,
+)
 from graph_passes.family import Family
 from graph_passes.names import name_of
 from graph_passes.records import Site, Skip
@@ -24,7 +30,6 @@ from graph_passes.weights import Refusal, Step, Weight, refuse_computed, resolve
 
 MARK = "rsi_deploy.split"
 OLDEST_OPSET = 6
-INTEGER_CONSTANT_OPSET = 9  # before, a Constant could not hold the shape of a weight
 
 Unsplit: TypeAlias = Mapping[tuple[str, str], tuple[int, ...]]  # (domain, op_type) -> inputs that may hold a weight
 WeightKey: TypeAlias = tuple[ir.Value, tuple[Step, ...], tuple[int, ...]]

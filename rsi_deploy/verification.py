@@ -25,6 +25,7 @@ import onnx
 import onnx_ir as ir
 import pydantic
 
+from graph_passes import count_parameters
 from rsi_deploy.calibrate.calibration_data import CalibrationData, check_source
 from rsi_deploy.calibrate.certificate import certificate
 from rsi_deploy.errors import RsiDeployError
@@ -37,7 +38,7 @@ from rsi_deploy.measure.data import Dataset, open_data
 from rsi_deploy.measure.inputs import model_inputs
 from rsi_deploy.measure.provider_spec import parse
 from rsi_deploy.measure.sessions import make_session, run_session
-from rsi_deploy.onnx_file import file_bytes, parameters
+from rsi_deploy.onnx_file import file_bytes
 from rsi_deploy.plan.budget import Budget
 from rsi_deploy.probe import Feeds, probe_feeds
 from rsi_deploy.report.html import source_of
@@ -165,7 +166,7 @@ def _graph(path: Path, report: Report) -> list[Claim]:
             counts + f"; right factors are shared otherwise at {', '.join(shared[:4])}" * bool(shared),
         ),
     ]
-    params, size = parameters(model), file_bytes(path)
+    params, size = count_parameters(model), file_bytes(path)
     claims.append(
         _claim("parameters", params == report.compressed.params, f"{params:,}, reported {report.compressed.params:,}")
     )
