@@ -105,8 +105,8 @@ def _group(
         other = None if user is None or index != 1 else candidates.get(user)
         is_same = other is entry or (other is not None and not place.as_nodes and entry.is_equal(other))
         if other is None or not is_same or other.conv.graph is not entry.conv.graph:
-            who = "a graph output" if user is None else f"also used by {user.op_type} {name_of(user)!r}"
-            return f"the Conv's weight is {who}: a folded copy would grow the file"
+            who = "the caller" if user is None else f"{user.op_type} {name_of(user)!r}"
+            return f"the Conv's weight is needed as it is by {who}: a folded copy would grow the file"
         group.append(other)
     return tuple(group)
 

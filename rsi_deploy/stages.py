@@ -280,7 +280,7 @@ class Job:
         if facts.outputs is None:
             return Verification(exporter=None, surgery=None, approximation=None), ()
         split = [node for node in result.split.nodes if isinstance(node, Split)]
-        weights: dict[str, Form] = {node.weight: node.form for node in split}
+        weights: dict[str, Form] = {node.weight: node.form for node in reversed(split)}  # of the first that is asked
         joint = {node.joint for node in split if node.joint}
         with self.stage("verify surgery"):
             surgery = surgery_check(dense, weights, facts.feeds, facts.outputs, joint=joint, bias=result.biased)

@@ -190,14 +190,15 @@ def _shared_otherwise(found: Mapping[str, FoundSplit], report: Report) -> list[s
 
 
 def _ranks(found: Mapping[str, FoundSplit], report: Report) -> Claim:
-    """Forms and ranks as the graph has them."""
+    """Forms and ranks as the graph has them; the form is that of the first node that uses the weight."""
     wrong = []
     for site in report.split_sites:
-        for split in filter(None, map(found.get, site.nodes)):
-            rank = split.rank(site.groups, site.in_features)
-            if rank != site.rank:
-                wrong.append(f"{site.name}: rank {rank:g}, reported {site.rank}")
-            if split.form != site.form:
+        for node, split in ((node, found[node]) for node in site.nodes if node in found):
+            columns = {site.in_features, *((site.out_features,) if len(site.nodes) > 1 else ())}  # maybe transposed
+            ranks = [split.rank(site.groups, size) for size in columns]
+            if site.rank not in ranks:
+                wrong.append(f"{site.name}: rank {ranks[0]:g}, reported {site.rank}")
+            if node == site.nodes[0] and split.form != site.form:
                 wrong.append(f"{site.name}: form {split.form}, reported {site.form}")
     forms = Counter(site.form or "" for site in report.split_sites)
     counts = ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
