@@ -3,6 +3,7 @@
 What a file claims is not believed: it comes in through `rsi_deploy.gateway.onnx_reader`.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,12 +67,27 @@ def save_model(model: ir.Model, path: Path, external_data: str | None = None) ->
         ModelError: it was read with something that ONNX cannot hold, such as a device without a name.
     """
     try:
-        ir.save(model, path, external_data=external_data)
+        with _untyped_initializers(model):
+            ir.save(model, path, external_data=external_data)
     except ir.serde.SerdeError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise ModelError(f"the model cannot be written again: {first_line(cause)}; export it anew") from error
+
+
+@contextlib.contextmanager
+def _untyped_initializers(model: ir.Model) -> Iterator[None]:
+    """Have initializers written without an entry in value_info, which would say their types and shapes twice."""
+    values = [v for graph in model.graphs() for v in graph.initializers.values() if not v.is_graph_input()]
+    known = [(value, value.type, value.shape) for value in values if not value.is_graph_output()]
+    try:
+        for value, _, _ in known:
+            value.type = value.shape = None
+        yield
+    finally:
+        for value, kind, shape in known:
+            value.type, value.shape = kind, shape
 
 
 def forget_weights_(model: ir.Model) -> None:
@@ -109,7 +125,7 @@ def bytes_in_one_file(path: Path) -> int:
             tensor.ClearField("external_data")
             tensor.ClearField("data_location")
             weights += size + 2 * _varint_bytes(size)  # lengths of the field and of the tensor, a byte for each tag
-    return proto.ByteSize() + weights
+    return int(proto.ByteSize()) + weights
 
 
 def _varint_bytes(number: int) -> int:
