@@ -24,7 +24,7 @@ from rsi_deploy.calibrate.onnx_streams import OnnxStreams
 from rsi_deploy.measure.data import ArrayData, open_data
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.sessions import make_session, run_session
-from rsi_deploy.onnx_file import file_bytes, parameters, write_external
+from rsi_deploy.onnx_file import file_bytes, write_external
 from rsi_deploy.report.schema import Size
 from rsi_deploy.source import Source, load_source, source_of_module
 from rsi_deploy.to_onnx import to_onnx
@@ -106,7 +106,9 @@ class Case:
 
     def measured(self, model: Path) -> Size:
         """What a written model really holds and costs."""
-        return Size(bytes=file_bytes(model), params=parameters(ir.load(model)), macs=sum(self.macs(model).values()))
+        return Size(
+            bytes=file_bytes(model), params=gp.count_parameters(ir.load(model)), macs=sum(self.macs(model).values())
+        )
 
     def score(self, model: Path) -> Score:
         """Judge a model by the test data."""

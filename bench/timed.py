@@ -19,7 +19,6 @@ from rsi_deploy.measure.arms import Feeds
 from rsi_deploy.measure.cost_table import CostTable
 from rsi_deploy.measure.latency import bench
 from rsi_deploy.measure.result import BenchResult
-from rsi_deploy.onnx_file import parameters
 from rsi_deploy.plan.decide import Planned
 from rsi_deploy.plan.knapsack import Option, SiteOptions
 from rsi_deploy.plan.planner import Decision, FixedPlanner, SitePlanner, break_even_rank, site_name
@@ -131,7 +130,7 @@ def setting(net: str, dense: Path, batch: int, threads: int, seconds: float, pro
         table=table,
         sites=known,
         macs={name: counted[site.node] for name, site in known.items()},
-        params=parameters(model),
+        params=gp.count_parameters(model),
         total_macs=sum(counted.values()),
     )
 

@@ -9,6 +9,7 @@ numpy, onnx and onnx_ir only. Nothing here computes a factor.
 
 from graph_passes.fold_batch_norm import Fold, FoldBatchNormPass, FoldResult
 from graph_passes.forms import Form
+from graph_passes.parameters import count_parameters
 from graph_passes.records import Dense, Factors, FactorSource, Keep, Record, Site, Skip, Split, SplitResult, in_memory
 from graph_passes.split_all import find_sites, joint_groups, split
 from graph_passes.split_attention import SplitAttentionPass
@@ -42,6 +43,7 @@ __all__ = [
     "SplitMatMulPass",
     "SplitResult",
     "Window",
+    "count_parameters",
     "find_sites",
     "in_memory",
     "joint_groups",

@@ -22,6 +22,8 @@ def checked(answer: Factors | Dense, site: Site) -> Factors | Dense:
         )
     if answer.bias is not None and answer.bias.shape != (site.bias_size,):
         raise ValueError(f"{where}: expected a bias ({site.bias_size},), but got {answer.bias.shape}")
+    if answer.bias is not None and site.both_ways:
+        raise ValueError(f"{where}: expected no bias, for other nodes use the weight transposed, but got one")
     if answer.left.dtype.name != site.dtype:
         raise ValueError(f"{where}: expected factors in {site.dtype}, but got {answer.left.dtype}")
     if not (_finite(answer.left) and _finite(answer.right)):

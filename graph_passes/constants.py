@@ -16,6 +16,7 @@ import onnx_ir as ir
 from graph_passes.records import Array, Keep, in_memory
 
 OVERRIDABLE_IR_VERSION = 4  # before, every initializer had to be an input, and onnxruntime takes it as constant
+INTEGER_CONSTANT_OPSET = 9  # before, a Constant could not hold the shape of a weight
 LAYOUT_OPS = frozenset({"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze"})
 SPREADING_OPS = LAYOUT_OPS | {"CastLike", "Expand"}
 _CONSTANT_ATTRIBUTES: Mapping[str, type[np.generic] | None] = MappingProxyType(

@@ -5,18 +5,27 @@
     s = scale / sqrt(var + epsilon),   W' = s W (by output channel),   b' = s (b - mean) + B
 
 in float64, stored in the weight's dtype. Do this before a Conv is split: the statistics belong to the dense output.
+
+A weight that several Convs share (heads of a detector) is folded once where their BatchNorms are equal:
+
+    X1 --> Conv W --> BatchNormalization --> Y1               X1 --> Conv W', b' --> Y1
+    X2 --> Conv W --> BatchNormalization --> Y2    becomes    X2 --> Conv W', b' --> Y2
+
+Where they differ they stay: each would need a copy of W.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.cleanup import other_consumers, remove_unused
-from graph_passes.constants import OVERRIDABLE_IR_VERSION, add_constant, is_zeros
+from graph_passes.batch_norm_groups import Candidate, Constants, Place, foldable_groups
+from graph_passes.cleanup import freeze_shapes, other_consumers, remove_unused
+from graph_passes.constants import INTEGER_CONSTANT_OPSET, OVERRIDABLE_IR_VERSION, add_constant, is_zeros
 from graph_passes.names import Names, name_of
 from graph_passes.records import Array, Skip
 from graph_passes.weights import Refusal, Weight, resolve
@@ -53,8 +62,10 @@ class FoldBatchNormPass(ir.passes.InPlacePass):
     """Folds an inference BatchNormalization into the Conv in front of it.
 
     1. The Conv's output must go nowhere else, and its weight, its bias and the statistics must be constant.
-    2. The folded weight and bias keep their names unless somebody else uses them; a new bias takes the name of B.
-    3. The output keeps its name.
+    2. Nobody else may use the weight but Convs with an equal BatchNormalization each, and the new bias must not hold
+       more numbers than the constants that go: a fold never grows the model.
+    3. The folded weight and bias keep their names unless somebody else uses them; a new bias takes the name of B.
+    4. The output keeps its name.
 
     Args:
         overridable: Fold constants that are graph inputs too, and drop those inputs.
@@ -66,69 +77,71 @@ class FoldBatchNormPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> FoldResult:
         """Fold wherever it is possible."""
-        place = _Place(
+        place = Place(
             names=Names(model),
             opset=model.opset_imports.get("", 7),
             as_nodes=model.ir_version < OVERRIDABLE_IR_VERSION,
             overridable=self.overridable or model.ir_version < OVERRIDABLE_IR_VERSION,
         )
         nodes = [n for n in model.graph.all_nodes() if n.op_type == "BatchNormalization" and n.domain == ""]
-        records = tuple(_fold(node, place) for node in nodes)
-        return FoldResult(model, any(isinstance(record, Fold) for record in records), records)
+        entries = [_read(node, place) for node in nodes]
+        groups = foldable_groups([entry for entry in entries if isinstance(entry, Candidate)], place)
+        records: dict[ir.Node, FoldRecord] = {}
+        for entry in entries:
+            if isinstance(entry, Skip) or entry.node in records:
+                continue
+            group = groups[entry.conv]
+            reason = group if isinstance(group, str) else _fold(group, place)
+            for member in (entry,) if isinstance(group, str) else group:
+                records[member.node] = _record(member, reason)
+        found = tuple(entry if isinstance(entry, Skip) else records[entry.node] for entry in entries)
+        return FoldResult(model, any(isinstance(record, Fold) for record in found), found)
 
     def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> FoldResult:
         """Run the pass; the result carries the records."""
         return cast(FoldResult, super().__call__(model_or_result))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Constants:
-    weight: Weight
-    scale: Weight
-    shift: Weight
-    mean: Weight
-    var: Weight
-    bias: Weight | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """What the model says about opset and constants: where they go, and whether they may replace graph inputs."""
-
-    names: Names
-    opset: int
-    as_nodes: bool
-    overridable: bool
-
-
-def _fold(node: ir.Node, place: _Place) -> FoldRecord:
-    """Fold one BatchNormalization, or say why not."""
+def _read(node: ir.Node, place: Place) -> Candidate | Skip:
+    """What one BatchNormalization would be folded with, or why not."""
     conv = _conv_in_front(node, place.opset)
     constants = conv if isinstance(conv, str) else _constants(node, conv, place)
     if isinstance(conv, str) or isinstance(constants, str):
         return Skip(node=name_of(node), op_type=node.op_type, reason=str(constants))
-    weight, bias = _folded(constants, node.attributes.get_float("epsilon", 1e-5))
+    return Candidate(node=node, conv=conv, constants=constants)
+
+
+def _fold(group: Sequence[Candidate], place: Place) -> tuple[str, str] | str:
+    """Fold the BatchNormalizations of all Convs that share a weight: names of the new weight and bias, or why not."""
+    constants = group[0].constants
+    weight, bias = _folded(constants, group[0].epsilon)
     if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
-        reason = f"the folded numbers do not fit {weight.dtype.name}"
-        return Skip(node=name_of(node), op_type=node.op_type, weight=constants.weight.name, reason=reason)
-    statistics = tuple(node.inputs[1:5])
-    _take_over_output(node, conv)
-    for value in statistics:
-        remove_unused(value, overridable=place.overridable)
-    if _bias(conv) is None and len(conv.inputs) > 2:
-        zeros = conv.inputs[2]
-        conv.replace_input_with(2, None)
-        remove_unused(zeros, overridable=place.overridable)
-    bias_root = (constants.bias or constants.shift).root
-    return Fold(
-        node=name_of(node),
-        conv=name_of(conv),
-        weight=_replace_constant(conv, 1, weight, constants.weight.root, place),
-        bias=_replace_constant(conv, 2, bias, bias_root, place),
+        return f"the folded numbers do not fit {weight.dtype.name}"
+    for entry in group:
+        statistics = tuple(entry.node.inputs[1:5])
+        _take_over_output(entry.node, entry.conv)
+        for value in statistics:
+            remove_unused(value, overridable=place.overridable)
+        if _bias(entry.conv) is None and len(entry.conv.inputs) > 2:
+            zeros = entry.conv.inputs[2]
+            entry.conv.replace_input_with(2, None)
+            remove_unused(zeros, overridable=place.overridable)
+    convs = [entry.conv for entry in group]
+    return (
+        _replace_constant(convs, 1, weight, constants.weight.root, place),
+        _replace_constant(convs, 2, bias, (constants.bias or constants.shift).root, place),
     )
 
 
-def _folded(constants: _Constants, epsilon: float) -> tuple[Array, Array]:
+def _record(entry: Candidate, folded: tuple[str, str] | str) -> FoldRecord:
+    """What became of one BatchNormalization."""
+    if isinstance(folded, str):
+        weight = entry.constants.weight.name
+        return Skip(node=name_of(entry.node), op_type=entry.node.op_type, weight=weight, reason=folded)
+    return Fold(node=name_of(entry.node), conv=name_of(entry.conv), weight=folded[0], bias=folded[1])
+
+
+def _folded(constants: Constants, epsilon: float) -> tuple[Array, Array]:
     """The new weight, shaped as the Conv has it, and the new bias `(out,)`; infinite where they overflow the dtype."""
     scale, shift, mean, var = (
         vector.numpy().astype(np.float64)
@@ -164,7 +177,7 @@ def _bias(conv: ir.Node) -> ir.Value | None:
     return None if bias is None or is_zeros(bias) else bias
 
 
-def _constants(node: ir.Node, conv: ir.Node, place: _Place) -> _Constants | str:
+def _constants(node: ir.Node, conv: ir.Node, place: Place) -> Constants | str:
     """Everything the fold reads, or why not."""
     weight = resolve(conv.inputs[1])
     if isinstance(weight, Refusal):
@@ -181,7 +194,7 @@ def _constants(node: ir.Node, conv: ir.Node, place: _Place) -> _Constants | str:
     if not place.overridable and any(constant.is_overridable for constant in (weight, *vectors)):
         return "overridable: the weight, the bias or a statistic is a graph input too"
     scale, shift, mean, var, *rest = vectors
-    return _Constants(weight=weight, scale=scale, shift=shift, mean=mean, var=var, bias=rest[0] if rest else None)
+    return Constants(weight=weight, scale=scale, shift=shift, mean=mean, var=var, bias=rest[0] if rest else None)
 
 
 def _take_over_output(node: ir.Node, conv: ir.Node) -> None:
@@ -195,14 +208,19 @@ def _take_over_output(node: ir.Node, conv: ir.Node) -> None:
     new.shape = new.shape if old.shape is None else old.shape
 
 
-def _replace_constant(conv: ir.Node, index: int, array: Array, root: ir.Value, place: _Place) -> str:
-    """Give the Conv a new constant, under the name of `root` unless somebody else still uses that one."""
+def _replace_constant(convs: Sequence[ir.Node], index: int, array: Array, root: ir.Value, place: Place) -> str:
+    """Give the Convs a new constant, under the name of `root` unless somebody else still uses that one."""
     wanted = root.name or "folded"
-    is_private = all(consumer is conv and at == index for consumer, at in other_consumers(root))
-    name = wanted if is_private else place.names.fresh_value(wanted)
-    old = conv.inputs[index] if index < len(conv.inputs) else None
-    conv.resize_inputs(max(len(conv.inputs), index + 1))
-    conv.replace_input_with(index, None)
-    remove_unused(old, overridable=place.overridable)
-    conv.replace_input_with(index, add_constant(array, name, conv, as_node=place.as_nodes))
+    for conv in convs:
+        old = conv.inputs[index] if index < len(conv.inputs) else None
+        conv.resize_inputs(max(len(conv.inputs), index + 1))
+        conv.replace_input_with(index, None)
+        remove_unused(old, overridable=place.overridable)
+    if place.opset >= INTEGER_CONSTANT_OPSET:
+        freeze_shapes(root)
+    is_gone = not any(other_consumers(root))
+    name = wanted if is_gone else place.names.fresh_value(wanted)
+    constant = add_constant(array, name, convs[0], as_node=place.as_nodes)
+    for conv in convs:
+        conv.replace_input_with(index, constant)
     return name

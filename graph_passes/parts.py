@@ -1,13 +1,16 @@
 """What a rewrite builds with: the factors and the bias as operands, and the first of the two nodes.
 
-Nodes that share a weight share its factor constants; nodes split jointly share the first node too.
+Nodes that share a weight share its factor constants; nodes split jointly share the first node too. A matrix that is
+used plainly and transposed, or by operators that lay it out otherwise, has each factor stored once:
+
+    W ~ left @ right, W^T ~ right^T @ left^T       right --> MatMul        right --> Transpose --> MatMul
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +20,8 @@ from graph_passes.names import Names, name_of, stem
 from graph_passes.records import Array, Factors, Form, Keep
 from graph_passes.survey import MARK, Found, WeightKey
 from graph_passes.weights import Weight
+
+Side: TypeAlias = Literal["left", "right"]
 
 
 class Store:
@@ -42,6 +47,10 @@ class Store:
         if what not in values:
             values[what] = make()
         return values[what]
+
+    def known(self, weight: WeightKey, what: Hashable) -> ir.Value | None:
+        """A constant that was made for a weight before; None where there is none."""
+        return self._values.get(weight, {}).get(what)
 
     def add(self, array: Array, name: str, before: ir.Node, *, as_node: bool) -> ir.Value:
         """A new constant under a name that is free; for a function, which holds no initializers, as a node."""
@@ -76,12 +85,14 @@ class Parts:
         factors: The factors of its weight.
         store: The constants made so far.
         joined: The first node of a joint split, where it is there already.
+        transposed: Whether these are the factors of the transpose of what the constants were made for.
     """
 
     found: Found
     factors: Factors
     store: Store
     joined: ir.Node | None = None
+    transposed: bool = False
 
     @property
     def form(self) -> Form:
@@ -89,9 +100,7 @@ class Parts:
         forms = self.found.site.forms
         return next((form for form in forms if form == self.factors.form), forms[0])
 
-    def operand(
-        self, side: Literal["left", "right"], shape: Sequence[int], *, matrices: int = 0, turned: bool = False
-    ) -> ir.Value:
+    def operand(self, side: Side, shape: Sequence[int], *, matrices: int = 0, turned: bool = False) -> ir.Value:
         """A factor as a node input.
 
         Args:
@@ -103,13 +112,37 @@ class Parts:
         if side == "right" and self.joined is not None and (right := self.joined.inputs[1]) is not None:
             return right
         factor = self.factors.right if side == "right" else self.factors.left
-
-        def make() -> ir.Value:
-            array = factor.reshape(matrices, -1, factor.shape[-1]) if matrices else factor
-            return self._beside_weight((array.swapaxes(-1, -2) if turned else array).reshape(shape), side)
-
-        value = self.store.made(self.found.key, (side, tuple(shape), matrices, turned), make)
+        array = factor.reshape(matrices, -1, factor.shape[-1]) if matrices else factor
+        array = (array.swapaxes(-1, -2) if turned else array).reshape(shape)
+        if self.found.is_turned is None:
+            what = side, tuple(shape), matrices, turned
+            value = self.store.made(self.found.key, what, lambda: self._beside_weight(array, side))
+        else:
+            value = self._matrix(array, side, turned=turned and not matrices)
         return self._as_seen(value, shape, self.found.weight)
+
+    def _matrix(self, array: Array, side: Side, *, turned: bool) -> ir.Value:
+        """A factor of a single matrix, stored once: as the first node needs it, and turned and reshaped for others."""
+        rows, columns = (self.factors.left if side == "left" else self.factors.right).shape[1:]
+        needed = (columns, rows) if turned else (rows, columns)
+        what: tuple[Side, bool] = (side, turned)
+        if self.transposed:
+            what = "left" if side == "right" else "right", not turned
+        other = self.store.known(self.found.key, (what[0], not what[1]))
+        if other is None:
+            value = self.store.made(self.found.key, what, lambda: self._beside_weight(array, side))
+        else:
+            perm = ir.AttrInt64s("perm", (1, 0))
+            value = self._laid_out("Transpose", [self._reshaped(other, needed[::-1])], needed, [perm])
+        return self._reshaped(value, array.shape)
+
+    def _reshaped(self, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+        """A factor in another shape, by a node where it differs."""
+        if value.shape is not None and tuple(value.shape) == shape:
+            return value
+        name = self.store.names.fresh_value(f"{value.name}/shape")
+        sizes = add_constant(np.array(shape, np.int64), name, self.found.node, as_node=True)
+        return self._laid_out("Reshape", [value, sizes], shape)
 
     def bias(self, shape: tuple[int, ...], scale: float = 1.0) -> ir.Value:
         """The bias correction as a node input, in a shape, times a number."""
@@ -155,13 +188,30 @@ class Parts:
         """A constant that stands for an old one, in the dtype in which the operator saw that."""
         if old.dtype == old.stored_dtype:
             return value
+        cast = [ir.AttrInt64("to", old.dtype)]
+        return self._laid_out("Cast", [value], tuple(shape), cast, dtype=old.dtype)
+
+    def _laid_out(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        shape: tuple[int, ...],
+        attributes: Sequence[ir.Attr] = (),
+        *,
+        dtype: ir.DataType | None = None,
+    ) -> ir.Value:
+        """The first of the inputs behind a layout operator in front of the node; its dtype stays by default."""
         node, names = self.found.node, self.store.names
-        cast_node = ir.node("Cast", [value], {"to": old.dtype}, name=names.fresh_node(f"{name_of(node)}/cast"))
-        cast_node.outputs[0].name = names.fresh_value(f"{value.name}/cast")
-        if not self.found.in_function:  # functions carry types only since IR version 10
-            cast_node.outputs[0].type, cast_node.outputs[0].shape = ir.TensorType(old.dtype), ir.Shape(shape)
-        node.prepend(cast_node)
-        return cast_node.outputs[0]
+        name = f"{inputs[0].name}/{op_type.lower()}"
+        layout = ir.Node("", op_type, inputs, attributes, name=names.fresh_node(f"{name_of(node)}/{op_type.lower()}"))
+        value = layout.outputs[0]
+        value.name, value.shape, value.type = names.fresh_value(name), ir.Shape(shape), inputs[0].type
+        if dtype is not None:
+            value.type = ir.TensorType(dtype)
+        if self.found.in_function:  # functions carry types only since IR version 10
+            value.type = None
+        node.prepend(layout)
+        return value
 
     def first(
         self,

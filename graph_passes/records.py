@@ -68,6 +68,7 @@ class Site:
     nested: bool = False
     plain: bool = False
     window: Window | None = None
+    both_ways: bool = False
 
     def load(self, form: AnyForm = "first") -> Array:
         """The weight, `(groups, *shape(form))` in its stored dtype.
@@ -166,6 +167,10 @@ class Factors:
     def rank(self) -> int:
         """The inner dimension."""
         return int(self.left.shape[-1])
+
+    def transposed(self) -> Factors:
+        """The factors of the transposed weight, `(left @ right)^T = right^T @ left^T`; without a bias."""
+        return Factors(left=self.right.swapaxes(1, 2), right=self.left.swapaxes(1, 2))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,13 @@
 
 x --> op X.right --> op X.left --> y          our own pair, its marks lost
 w --> MatMul, w --> Gather                    a tied weight: a split would keep it and grow the file
+w --> Conv, w --> ConvTranspose               a tied kernel: it would take two pairs of factors
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import onnx_ir as ir
 
@@ -54,6 +55,26 @@ def shared_with_others(found: Mapping[ir.Node, tuple[int, ir.Value]], *, keep_sh
         for node, (_, root) in found.items()
         if by_root[root]
     }
+
+
+def used_in_other_ways(found: Mapping[ir.Node, tuple[ir.Value, Hashable]]) -> dict[ir.Node, str]:
+    """Nodes whose weight another node uses in a way that no pair of factors serves beside theirs.
+
+    Args:
+        found: Root of the weight of each node, and the way in which it is used.
+    """
+    reasons: dict[ir.Node, str] = {}
+    first: dict[ir.Value, ir.Node] = {}
+    for node, (root, way) in found.items():
+        other = first.setdefault(root, node)
+        if found[other][1] != way:
+            for one, two in ((node, other), (other, node)):
+                reasons.setdefault(one, _other_way(two))
+    return {n: reasons.get(n) or reasons[first[root]] for n, (root, _) in found.items() if first[root] in reasons}
+
+
+def _other_way(node: ir.Node) -> str:
+    return f"{node.op_type} {name_of(node)!r} uses the weight otherwise: two pairs of factors would grow the file"
 
 
 def _foreign_use(root: ir.Value, found: Mapping[ir.Node, tuple[int, ir.Value]], keep_shapes: bool) -> str:

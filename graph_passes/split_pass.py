@@ -14,7 +14,7 @@ import dataclasses
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar, cast
+from typing import ClassVar, NamedTuple, cast
 
 import onnx_ir as ir
 
@@ -121,7 +121,7 @@ def run(
     done: dict[ir.Node, Record] = {}  # nodes split together with one before them
     uses_left = Counter(entry.key for entry in entries if isinstance(entry, Found))
     last = {entry.weight.root: entry.node for entry in entries if isinstance(entry, Found)}
-    answers: dict[WeightKey, Factors | Dense] = {}
+    answers: dict[WeightKey, _Answer] = {}
     splitters = {(splitter.domain, splitter.op_type): splitter for splitter in families}
     store = Store(model, keep, overridable=overridable)
     records: list[Record] = []
@@ -134,7 +134,7 @@ def run(
         if node in heads:
             done |= _split_jointly(heads.pop(node), factors, splitters, store)
         if node not in done and key not in answers:
-            answers[key] = checked(factors(entry.site), entry.site)
+            answers[key] = _Answer(checked(factors(entry.site), entry.site), entry.is_turned)
         if node in done:
             records.append(done.pop(node))
         else:
@@ -151,15 +151,25 @@ def run(
     return SplitResult(model, any(isinstance(record, Split) for record in records), tuple(records))
 
 
+class _Answer(NamedTuple):
+    """What the source answered for a weight, and how the node that it was asked for uses the stored matrix."""
+
+    factors: Factors | Dense
+    is_turned: bool | None
+
+
 def _answered(
     found: Found,
-    answer: Factors | Dense,
+    answer: _Answer,
     splitters: Mapping[tuple[str, str], type[SplitPass]],
     store: Store,
 ) -> Record:
-    if isinstance(answer, Dense):
-        return skipped(found, answer.reason)
-    return _split(found, splitters[found.node.domain, found.node.op_type], answer, store)
+    factors, splitter = answer.factors, splitters[found.node.domain, found.node.op_type]
+    if isinstance(factors, Dense):
+        return skipped(found, factors.reason)
+    if found.is_turned == answer.is_turned:
+        return _split(found, splitter, factors, store)
+    return _split(found, splitter, factors.transposed(), store, transposed=True)
 
 
 def _split_jointly(
@@ -187,7 +197,13 @@ def _split_jointly(
 
 
 def _split(
-    found: Found, splitter: type[SplitPass], factors: Factors, store: Store, joined: ir.Node | None = None
+    found: Found,
+    splitter: type[SplitPass],
+    factors: Factors,
+    store: Store,
+    joined: ir.Node | None = None,
+    *,
+    transposed: bool = False,
 ) -> Record:
     """Rewrite one node and drop its dense weight if nobody else uses it."""
     node, site = found.node, found.site
@@ -197,7 +213,7 @@ def _split(
         bias_shape = Refusal(reason=f"opset {store.opset}: older than {BROADCAST_OPSET}, which a bias needs")
     if factors.bias is not None and isinstance(bias_shape, Refusal):
         return skipped(found, bias_shape.reason)
-    parts = Parts(found=found, factors=factors, store=store, joined=joined)
+    parts = Parts(found=found, factors=factors, store=store, joined=joined, transposed=transposed)
     form = parts.form
     first = splitter.rewrite(found, parts)
     if factors.bias is not None and not isinstance(bias_shape, Refusal):

@@ -8,26 +8,31 @@ Reads shapes, never a weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeAlias
 
 import onnx_ir as ir
 
-from graph_passes.constants import OVERRIDABLE_IR_VERSION, computed_constants, constant_arguments, layout_chain
+from graph_passes.constants import (
+    INTEGER_CONSTANT_OPSET,
+    OVERRIDABLE_IR_VERSION,
+    computed_constants,
+    constant_arguments,
+    layout_chain,
+)
 from graph_passes.family import Family
 from graph_passes.names import name_of
 from graph_passes.records import Site, Skip
-from graph_passes.sharing import low_rank_pairs, shared_with_others
-from graph_passes.weights import Refusal, Step, Weight, refuse_computed, resolve
+from graph_passes.sharing import low_rank_pairs, shared_with_others, used_in_other_ways
+from graph_passes.weights import Refusal, Weight, refuse_computed, resolve
 
 MARK = "rsi_deploy.split"
 OLDEST_OPSET = 6
-INTEGER_CONSTANT_OPSET = 9  # before, a Constant could not hold the shape of a weight
 
 Unsplit: TypeAlias = Mapping[tuple[str, str], tuple[int, ...]]  # (domain, op_type) -> inputs that may hold a weight
-WeightKey: TypeAlias = tuple[ir.Value, tuple[Step, ...], tuple[int, ...]]
+WeightKey: TypeAlias = tuple[ir.Value, Hashable]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +56,22 @@ class Found:
     in_function: bool = False
 
     @property
-    def key(self) -> WeightKey:
-        """Equal for nodes that share the weight in the same orientation, and the kernel that its forms are made of."""
+    def kernel(self) -> tuple[int, ...]:
+        """Of a convolution whose kernel has more than one point; else ()."""
         window = self.site.window
-        kernel = () if window is None or math.prod(window.kernel) == 1 else window.kernel
-        return self.weight.root, self.weight.steps, kernel
+        return () if window is None or math.prod(window.kernel) == 1 else window.kernel
+
+    @property
+    def is_turned(self) -> bool | None:
+        """Whether the weight is its stored matrix transposed; None where it is no single matrix."""
+        return None if self.kernel or self.site.groups > 1 else self.weight.is_turned
+
+    @property
+    def key(self) -> WeightKey:
+        """Equal for nodes that share a pair of factors: in the same layout; of a matrix, or of its transpose."""
+        if self.is_turned is not None:
+            return self.weight.root, "matrix"
+        return self.weight.root, (self.weight.steps, self.kernel, self.operand)
 
     @property
     def data(self) -> ir.Value | None:
@@ -90,10 +106,32 @@ def survey(
     operands = {node: (entry.operand, entry.weight.root) for node, entry in found.items() if node not in reasons}
     opset = model.opset_imports.get("", OLDEST_OPSET)
     reasons |= shared_with_others(operands, keep_shapes=opset < INTEGER_CONSTANT_OPSET)
-    return [
-        skipped(entry, reasons[entry.node]) if isinstance(entry, Found) and entry.node in reasons else entry
-        for entry in entries
-    ]
+    found = {node: entry for node, entry in found.items() if node not in reasons}
+    reasons |= used_in_other_ways(
+        {
+            node: (entry.weight.root, _way(entry, reshape=opset >= INTEGER_CONSTANT_OPSET))
+            for node, entry in found.items()
+        }
+    )
+    turned = {(entry.weight.root, entry.is_turned) for entry in found.values()}
+    return [_judged(entry, reasons, turned) for entry in entries]
+
+
+def _way(found: Found, *, reshape: bool) -> Hashable:
+    """Equal for nodes that can share one pair of factors; where factors cannot be reshaped, in one layout only."""
+    return found.key if reshape else (found.weight.steps, found.kernel, found.operand, found.site.op_type)
+
+
+def _judged(
+    entry: Found | Skip, reasons: Mapping[ir.Node, str], turned: Collection[tuple[ir.Value, bool | None]]
+) -> Found | Skip:
+    """The entry as its surroundings leave it: skipped, or told that its weight is used transposed, too."""
+    if isinstance(entry, Skip):
+        return entry
+    if entry.node in reasons:
+        return skipped(entry, reasons[entry.node])
+    both_ways = all((entry.weight.root, way) in turned for way in (False, True))
+    return replace(entry, site=replace(entry.site, both_ways=True)) if both_ways else entry
 
 
 def _in_scope(

@@ -94,6 +94,25 @@ class Weight:
     def _with(self, steps: tuple[Step, ...], shape: tuple[int, ...]) -> Weight:
         return Weight(root=self.root, tensor=self.tensor, steps=steps, shape=shape, dtype=self.dtype)
 
+    @property
+    def is_turned(self) -> bool | None:
+        """Whether this is the stored matrix transposed, axes of size 1 aside; None where it is something else."""
+        sizes = [int(size) for size in self.tensor.shape.numpy()]
+        if sum(size != 1 for size in sizes) != 2:
+            return None
+        axes = [axis if size != 1 else None for axis, size in enumerate(sizes)]
+        for kind, arguments in self.steps:
+            if kind == "transpose":
+                axes = [axes[axis] for axis in arguments]
+                continue
+            order = [axis for axis in axes if axis is not None]
+            if [sizes[axis] for axis in order] != [size for size in arguments if size != 1]:
+                return None
+            left = iter(order)
+            axes = [None if size == 1 else next(left) for size in arguments]
+        first, second = (axis for axis in axes if axis is not None)
+        return first > second
+
     def numpy(self) -> Array:
         """The array, of `shape` and `stored_dtype`."""
         array: Array = self.tensor.numpy()

@@ -22,7 +22,7 @@ from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.inputs import model_inputs
 from rsi_deploy.measure.preprocess import Preprocessing
-from rsi_deploy.onnx_file import file_bytes, parameters
+from rsi_deploy.onnx_file import file_bytes
 from rsi_deploy.plan.budget import Budget
 from rsi_deploy.plan.decide import Decisions, Planned, blank, decisions_of, from_plan, under, uniform, wanted_splits
 from rsi_deploy.plan.knapsack import SiteOptions, smallest_cost
@@ -260,7 +260,7 @@ class Calibrator:
             planner = FixedPlanner(decisions=decisions, filters=self.filters)
             with self._candidate(Planned(planner=planner, fitted=fitted)) as path:
                 if budget.cost == "params":
-                    return parameters(load_model(path))
+                    return gp.count_parameters(load_model(path))
                 if budget.cost == "bytes":
                     return file_bytes(path)
                 return sum(traced_run(path, self.dense.feeds).macs.values()) // self.dense.batch

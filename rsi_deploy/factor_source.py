@@ -116,9 +116,12 @@ class FactorSource:
         return Call(compute=factorized, weights={weight_key(site, form): self._loader(site, form)}, how=how)
 
     def ahead(self, sites: Iterable[gp.Site]) -> Iterator[Call]:
-        """The calls that these sites will come to; a site is let go when its turn has come."""
-        left = deque(sites)
-        del sites
+        """The calls that these sites will come to, one a weight; a site is let go when its turn has come."""
+        first: dict[str, gp.Site] = {}
+        for site in sites:
+            first.setdefault(site.weight, site)
+        left = deque(first.values())
+        del sites, first
         while left:
             site = left.popleft()
             decision = self._decision(site)
@@ -162,7 +165,7 @@ class FactorSource:
         return lambda: as_torch(site.load(form)).to(self.device)
 
     def _kept(self, site: gp.Site, factors: gp.Factors) -> gp.Factors:
-        if site.weight in self.wanted:
+        if site.weight in self.wanted and not site.both_ways:  # else nobody knows which of its nodes is meant
             self.kept[site.weight] = factors
         return factors
 

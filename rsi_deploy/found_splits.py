@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graph_passes.weights import Weight, resolve
+
 MARK = "rsi_deploy.split"
 
 
@@ -63,10 +65,9 @@ def _read(first: ir.Node, second: ir.Node) -> FoundSplit:
 
 
 def _constant_shape(node: ir.Node) -> tuple[int, ...]:
-    """Shape of the one factor among a node's inputs; it may stand behind a Cast. () where there is none."""
+    """Shape of the one factor among a node's inputs; it may stand behind layout operators. () where there is none."""
     for value in node.inputs[:2]:
-        if value is not None and (cast := value.producer()) is not None and cast.op_type == "Cast":
-            value = cast.inputs[0]
-        if value is not None and value.const_value is not None:
-            return tuple(int(size) for size in value.const_value.shape.numpy())
+        factor = resolve(value)
+        if isinstance(factor, Weight):
+            return factor.shape
     return ()

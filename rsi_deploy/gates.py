@@ -202,7 +202,7 @@ def rotated_identity(site: gp.Site, form: gp.Form | Literal["first"] = "first", 
     weight = site.load(form)
     rows, columns = site.shape(form)
     eye = np.roll(np.eye(min(rows, columns), dtype=weight.dtype), 1, axis=0)[None].repeat(site.groups, axis=0)
-    change = np.zeros(site.bias_size, weight.dtype) if bias else None
+    change = np.zeros(site.bias_size, weight.dtype) if bias and not site.both_ways else None
     if rows <= columns:  # eye @ x moves row i to row i+1
         return gp.Factors(left=eye, right=_rolled(weight, 1, site.op_type), form=form, bias=change)
     right = np.ascontiguousarray(eye.swapaxes(1, 2))

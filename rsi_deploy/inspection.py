@@ -163,7 +163,11 @@ def _module_sites(module: torch.nn.Module) -> Iterator[Found]:
 
 
 def _graph_sites(model: ir.Model) -> Iterator[Found]:
+    """Every weight once, as its first node uses it."""
+    first: dict[str, gp.Site | gp.Skip] = {}
     for site in gp.find_sites(model):
+        first.setdefault(site.weight or f"node {site.node}", site)
+    for site in first.values():
         shape, name = (site.out_features, site.in_features), site_name(site.weight or site.node)
         if isinstance(site, gp.Site):
             yield name, site.op_type, shape, site.groups, "", partial(_loaded, site)

@@ -3,6 +3,7 @@
 What a file claims is not believed: it comes in through `rsi_deploy.gateway.onnx_reader`.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import TensorProto
 
+from graph_passes.cleanup import remove_unused
 from rsi_deploy.errors import ModelError
 from rsi_deploy.gateway.limits import first_line
 from rsi_deploy.gateway.onnx_parts import all_tensors
@@ -65,12 +67,27 @@ def save_model(model: ir.Model, path: Path, external_data: str | None = None) ->
         ModelError: it was read with something that ONNX cannot hold, such as a device without a name.
     """
     try:
-        ir.save(model, path, external_data=external_data)
+        with _untyped_initializers(model):
+            ir.save(model, path, external_data=external_data)
     except ir.serde.SerdeError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise ModelError(f"the model cannot be written again: {first_line(cause)}; export it anew") from error
+
+
+@contextlib.contextmanager
+def _untyped_initializers(model: ir.Model) -> Iterator[None]:
+    """Have initializers written without an entry in value_info, which would say their types and shapes twice."""
+    values = [v for graph in model.graphs() for v in graph.initializers.values() if not v.is_graph_input()]
+    known = [(value, value.type, value.shape) for value in values if not value.is_graph_output()]
+    try:
+        for value, _, _ in known:
+            value.type = value.shape = None
+        yield
+    finally:
+        for value, kind, shape in known:
+            value.type, value.shape = kind, shape
 
 
 def forget_weights_(model: ir.Model) -> None:
@@ -83,6 +100,37 @@ def file_bytes(path: Path) -> int:
     """Bytes of a model file and of its data file."""
     data = path.with_name(f"{path.name}.data")
     return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+
+
+def bytes_as_given(path: Path) -> int:
+    """Bytes of a model file and of all the files beside it that hold its weights.
+
+    Raises:
+        ModelError: not an ONNX file.
+    """
+    return sum(file.stat().st_size for file in (path, *external_files(path)))
+
+
+def bytes_in_one_file(path: Path) -> int:
+    """Bytes that a model file would have with its external weights in it; none of them is read.
+
+    Raises:
+        ModelError: not an ONNX file.
+    """
+    proto = read_proto(path)
+    weights = 0
+    for tensor in all_tensors(proto):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            size = next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0)
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+            weights += size + 2 * _varint_bytes(size)  # lengths of the field and of the tensor, a byte for each tag
+    return int(proto.ByteSize()) + weights
+
+
+def _varint_bytes(number: int) -> int:
+    """Bytes of a length in protobuf: seven bits in each."""
+    return max(1, -(-number.bit_length() // 7))
 
 
 def external_files(path: Path) -> list[Path]:
@@ -123,19 +171,30 @@ def weights_hash(model: ir.Model) -> str:
     return digest.hexdigest()
 
 
+def remove_unused_(model: ir.Model) -> str:
+    """Remove the initializers that nobody uses; a note that says which, or "".
+
+    One that is a graph input too stays where a caller may feed it (from IR version 4 on).
+    """
+    unused = [
+        value
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if not (value.uses() or value.is_graph_output() or (value.is_graph_input() and model.ir_version >= 4))
+    ]
+    if not unused:
+        return ""
+    size = sum(value.const_value.nbytes for value in unused if value.const_value is not None)
+    names = [value.name or "" for value in unused]
+    for value in unused:
+        remove_unused(value, overridable=True)
+    more = f" and {len(names) - 3} more" * (len(names) > 3)
+    return f"unused initializers are left out: {', '.join(names[:3])}{more}, {size:,} bytes"
+
+
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers of the model's graphs."""
     return sum(tensor.nbytes for tensor in _initializers(model))
-
-
-def parameters(model: ir.Model) -> int:
-    """Numbers in all floating initializers of the model's graphs, and in floating Constant nodes."""
-    counted = sum(tensor.size for tensor in _initializers(model) if tensor.dtype.is_floating_point())
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.op_type == "Constant" and (attribute := node.attributes.get("value")) is not None:
-            tensor = attribute.as_tensor()
-            counted += tensor.size if tensor.dtype.is_floating_point() else 0
-    return counted
 
 
 def _initializers(model: ir.Model) -> Iterator[ir.TensorProtocol]:

@@ -90,6 +90,7 @@ def export(
     bench_seconds: float = 10.0,
     max_output_error: float | None = None,
     keep_dense: bool = False,
+    allow_larger: bool = False,
     force: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
@@ -153,6 +154,7 @@ def export(
         bench_seconds: time budget of the measurement.
         max_output_error: gate on the approximation error (relative L2 on probe inputs); None only reports it.
         keep_dense: keep the dense model as `dense.onnx` in the bundle, so that `verify` can compare again.
+        allow_larger: deliver a compressed model that is larger than the dense one, too; `always_split` does so anyway.
         force: replace a bundle that is there.
         progress: called with (site, index, count) before each factorization.
         command: for the report; by default the Python call's name.
@@ -230,6 +232,7 @@ def export(
         bench_seconds=bench_seconds,
         max_output_error=max_output_error,
         keep_dense=keep_dense,
+        allow_larger=allow_larger,
         command=command or "rsi_deploy.export(...)",
         kept=kept,
     )

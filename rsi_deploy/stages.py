@@ -6,7 +6,6 @@ Each takes paths and what the steps before it found; nothing large is kept betwe
 """
 
 import gc
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,11 +17,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from graph_passes import Factors, FoldBatchNormPass, Form, Split
+from graph_passes import Factors, FoldBatchNormPass, Form, Split, count_parameters
 from rsi_deploy import __version__
 from rsi_deploy.arrays import as_torch
 from rsi_deploy.bound import Head, SoftmaxBound, find_head, softmax_bound
 from rsi_deploy.crew import Crew, Here
+from rsi_deploy.dense_size import dense_size
 from rsi_deploy.errors import ModelError, RsiDeployError
 from rsi_deploy.gates import (
     EXPORTER_TOLERANCE,
@@ -45,9 +45,8 @@ from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.onnx_file import (
     forget_weights_,
-    parameters,
     read_onnx,
-    weight_bytes,
+    remove_unused_,
     weights_hash,
     write_external,
 )
@@ -128,6 +127,8 @@ class Job:
         if source.onnx is not None:
             with self.stage("read"):
                 model = read_onnx(source.onnx, assume_constant=self.assume_constant)
+                if unused := remove_unused_(model):
+                    self.notes.append(unused)
                 before = model.opset_imports.get("", 0)
                 if opset is not None:
                     model = convert_opset(model, opset, source.name)
@@ -164,13 +165,17 @@ class Job:
         dataset: Dataset | None,
         steps: Preprocessing | None,
         known: AccuracyResult | None = None,
+        size: Size | None = None,
     ) -> tuple[DenseFacts, AccuracyResult | None]:
-        """Trace the dense model on the probe inputs, and measure its accuracy where there are data, unless `known`."""
+        """Trace the dense model on the probe inputs, and measure its accuracy where there are data, unless `known`.
+
+        `size` is that of the user's model where it is known already, as in a sweep, whose source is a copy of it.
+        """
         with self.stage("read dense"):
             model = load_model(dense)
             self.source_hash = weights_hash(model)
-            size = Size(bytes=dense.stat().st_size + weight_bytes(model), params=parameters(model), macs=0)
             forget_weights_(model)
+            size = size or dense_size(source.onnx, dense)
         with self.stage("trace"):
             feeds = probe_feeds(dense, self.settings.seed, self.shapes, self.given)
             try:
@@ -263,12 +268,12 @@ class Job:
             device=self.device,
             metadata={
                 "rsi_deploy.version": __version__,
-                "rsi_deploy.settings": json.dumps(self.settings.model_dump(), sort_keys=True),
+                "rsi_deploy.settings": self.settings.model_dump_json(),
                 "rsi_deploy.source_hash": self.source_hash,
             },
             crew=crew,
         )
-        params = parameters(model)
+        params = count_parameters(model)
         forget_weights_(model)
         return split, params
 
@@ -294,7 +299,7 @@ class Job:
         if facts.outputs is None:
             return Verification(exporter=None, surgery=None, approximation=None), ()
         split = [node for node in result.split.nodes if isinstance(node, Split)]
-        weights: dict[str, Form] = {node.weight: node.form for node in split}
+        weights: dict[str, Form] = {node.weight: node.form for node in reversed(split)}  # of the first that is asked
         joint = {node.joint for node in split if node.joint}
         with self.stage("verify surgery"), blames_random_models(dense, facts.feeds, "the dense model"):
             surgery = surgery_check(dense, weights, facts.feeds, facts.outputs, joint=joint, bias=result.biased)

@@ -25,6 +25,7 @@ import onnx
 import onnx_ir as ir
 import pydantic
 
+from graph_passes import count_parameters
 from rsi_deploy.calibrate.calibration_data import CalibrationData, check_source
 from rsi_deploy.calibrate.certificate import certificate
 from rsi_deploy.errors import RsiDeployError
@@ -37,7 +38,7 @@ from rsi_deploy.measure.data import Dataset, open_data
 from rsi_deploy.measure.inputs import model_inputs
 from rsi_deploy.measure.provider_spec import parse
 from rsi_deploy.measure.sessions import make_session, run_session
-from rsi_deploy.onnx_file import file_bytes, parameters
+from rsi_deploy.onnx_file import file_bytes
 from rsi_deploy.plan.budget import Budget
 from rsi_deploy.probe import Feeds, probe_feeds
 from rsi_deploy.report.html import source_of
@@ -165,7 +166,7 @@ def _graph(path: Path, report: Report) -> list[Claim]:
             counts + f"; right factors are shared otherwise at {', '.join(shared[:4])}" * bool(shared),
         ),
     ]
-    params, size = parameters(model), file_bytes(path)
+    params, size = count_parameters(model), file_bytes(path)
     claims.append(
         _claim("parameters", params == report.compressed.params, f"{params:,}, reported {report.compressed.params:,}")
     )
@@ -189,14 +190,15 @@ def _shared_otherwise(found: Mapping[str, FoundSplit], report: Report) -> list[s
 
 
 def _ranks(found: Mapping[str, FoundSplit], report: Report) -> Claim:
-    """Forms and ranks as the graph has them."""
+    """Forms and ranks as the graph has them; the form is that of the first node that uses the weight."""
     wrong = []
     for site in report.split_sites:
-        for split in filter(None, map(found.get, site.nodes)):
-            rank = split.rank(site.groups, site.in_features)
-            if rank != site.rank:
-                wrong.append(f"{site.name}: rank {rank:g}, reported {site.rank}")
-            if split.form != site.form:
+        for node, split in ((node, found[node]) for node in site.nodes if node in found):
+            columns = {site.in_features, *((site.out_features,) if len(site.nodes) > 1 else ())}  # maybe transposed
+            ranks = [split.rank(site.groups, size) for size in columns]
+            if site.rank not in ranks:
+                wrong.append(f"{site.name}: rank {ranks[0]:g}, reported {site.rank}")
+            if node == site.nodes[0] and split.form != site.form:
                 wrong.append(f"{site.name}: form {split.form}, reported {site.form}")
     forms = Counter(site.form or "" for site in report.split_sites)
     counts = ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))

@@ -43,7 +43,7 @@ measure.worker measure.processes measure.request measure.sample_feeds measure.ma
 measure.cost_table measure.cost_cache measure.site_models measure.site_timing measure.blank_models measure.trial_plans
 timing.costing
 measure.gate measure.compare
-report.schema diagnosis inspection
+report.schema dense_size diagnosis inspection
 plan.request calibrate.certificate plan.decide plan.in_time compress_to_data
 report.cost_summary report.theme report.svg report.plots report.page report.charts report.html
 report.page_environment report.page_latency report.page_cells report.page_costs report.page_load report.page_bench

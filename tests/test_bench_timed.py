@@ -7,9 +7,10 @@ import pytest
 
 from bench import latency_plans, never_slower, timed
 from bench.never_slower import naive_splits, summary
+from graph_passes import count_parameters
 from rsi_deploy.found_splits import found_splits
 from rsi_deploy.measure.blank_models import write_blank
-from rsi_deploy.onnx_file import parameters, read_onnx
+from rsi_deploy.onnx_file import read_onnx
 from rsi_deploy.trace import traced_run
 
 
@@ -28,7 +29,7 @@ def test_options_cost_what_the_written_model_costs(here, tmp_path):
         (site,) = [s for s in here.options() if s.name == "conv2"]
         option = next(o for o in site.options if o.form == form and o.rank == 4)
         write_blank(here.dense, tmp_path / "m.onnx", {"conv2": (form, 4)})
-        saved = here.params - parameters(read_onnx(tmp_path / "m.onnx"))
+        saved = here.params - count_parameters(read_onnx(tmp_path / "m.onnx"))
         assert saved == site.options[0].params - option.params
         macs = sum(traced_run(tmp_path / "m.onnx", here.feeds).macs.values())
         assert here.total_macs - macs == site.options[0].macs - option.macs
@@ -36,7 +37,7 @@ def test_options_cost_what_the_written_model_costs(here, tmp_path):
 
 def test_the_naive_split_keeps_its_budget_and_uses_it(here, tmp_path):
     write_blank(here.dense, tmp_path / "m.onnx", naive_splits(here, 0.5))
-    kept = parameters(read_onnx(tmp_path / "m.onnx")) / here.params
+    kept = count_parameters(read_onnx(tmp_path / "m.onnx")) / here.params
     assert 0.48 < kept <= 0.505  # biases of split sites that had none are not counted
     assert naive_splits(here, 0.001) == {}
 
@@ -57,7 +58,7 @@ def test_the_last_word_is_that_of_an_export(here, tmp_path, monkeypatch):
     ends = [(0.7, 0.8)] * 6
     assert timed.spoken(here, splits, tmp_path / "m.onnx", 1.0) == {}
     assert written[-1] == []
-    assert parameters(read_onnx(tmp_path / "m.onnx")) == here.params
+    assert count_parameters(read_onnx(tmp_path / "m.onnx")) == here.params
 
 
 def row(delivered, naive="slower", outcome="as planned"):

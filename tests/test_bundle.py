@@ -8,11 +8,12 @@ import onnx_ir as ir
 import pytest
 from nets import SIZES, initializers, mlp_onnx, run_onnx
 
+from graph_passes import count_parameters
 from rsi_deploy import atomic, export, factor_source, onnx_file
 from rsi_deploy.bundle import check_target, whole_folder
 from rsi_deploy.cli import run
 from rsi_deploy.errors import UsageError
-from rsi_deploy.onnx_file import file_bytes, parameters, weight_bytes, write_onnx
+from rsi_deploy.onnx_file import file_bytes, weight_bytes, write_onnx
 
 
 def tree(folder):
@@ -318,6 +319,6 @@ def test_save_model_leans_on_no_other_file(model, tmp_path, monkeypatch, limit):
 
 def test_counts(model):
     loaded, arrays = ir.load(model), initializers(model)
-    assert parameters(loaded) == sum(a.size for a in arrays.values())
+    assert count_parameters(loaded) == sum(a.size for a in arrays.values())
     assert weight_bytes(loaded) == sum(a.nbytes for a in arrays.values())
     assert file_bytes(model) == model.stat().st_size

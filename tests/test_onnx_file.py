@@ -5,8 +5,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from graph_passes import count_parameters
 from rsi_deploy.errors import ModelError
-from rsi_deploy.onnx_file import model_hash, parameters, read_onnx, weight_bytes, weights_hash
+from rsi_deploy.onnx_file import model_hash, read_onnx, weight_bytes, weights_hash
 
 
 def proto(*nodes, initializers=(), output="y"):
@@ -56,7 +57,7 @@ def relocated(path, **entries):
 def test_a_good_file_is_read(good, external):
     for path in (good, external):
         model = read_onnx(path)
-        assert (parameters(model), weight_bytes(model)) == (64, 256)
+        assert (count_parameters(model), weight_bytes(model)) == (64, 256)
     assert weights_hash(read_onnx(good)) == weights_hash(read_onnx(external))
 
 
@@ -147,7 +148,7 @@ def test_a_subgraph_sees_the_scopes_around_it(tmp_path):
     yes = numpy_helper.from_array(np.array(True), "yes")
     node = helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch)
     onnx.save(proto(node, initializers=[weight(), yes]), tmp_path / "m.onnx")
-    assert parameters(read_onnx(tmp_path / "m.onnx")) == 64
+    assert count_parameters(read_onnx(tmp_path / "m.onnx")) == 64
 
 
 def test_a_model_s_hash_is_of_all_its_files(tmp_path):

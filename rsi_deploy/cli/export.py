@@ -46,6 +46,7 @@ from rsi_deploy.cli.terminal import console, progress_bar
 @click.option("--bench-batch", default=1, show_default=True, type=click.IntRange(min=1), help="Samples a run.")
 @click.option("--bench-seconds", default=10.0, show_default=True, type=click.FloatRange(min=0, min_open=True))
 @click.option("--max-output-error", type=click.FloatRange(min=0), help="Gate: relative error of the outputs (exit 4).")
+@click.option("--allow-larger", is_flag=True, help="Deliver the model even where it is larger than the dense one.")
 @click.option("--keep-dense", is_flag=True, help="Keep dense.onnx in the bundle.")
 @click.option("--from-sweep", type=click.Path(), metavar="DIR", help="Deliver a model of this sweep, without MODEL.")
 @click.option("--point", type=click.IntRange(min=1), help="Which point of the sweep.")

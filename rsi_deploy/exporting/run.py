@@ -11,6 +11,7 @@ from rsi_deploy import resuming
 from rsi_deploy.bundle import kept_beside
 from rsi_deploy.calibrate.certificate import certified
 from rsi_deploy.calibrating import Calibrator, Dense
+from rsi_deploy.dense_size import refuse_growth
 from rsi_deploy.exporting.found import Checked, Delivered, Start, dense_file
 from rsi_deploy.exporting.given import Origin
 from rsi_deploy.exporting.room import check_room, told_room
@@ -46,6 +47,7 @@ class ExportRun:
         bench_seconds: for the measurement.
         max_output_error: gate on the approximation error; None only reports it.
         keep_dense: keep the dense model in the bundle.
+        allow_larger: deliver a compressed model that is larger than the dense one, too.
         command: for the report.
         kept: what earlier exports of the same model, data and settings have found; None without.
     """
@@ -60,6 +62,7 @@ class ExportRun:
     bench_seconds: float
     max_output_error: float | None
     keep_dense: bool
+    allow_larger: bool
     command: str
     kept: Kept | None
 
@@ -96,7 +99,8 @@ class ExportRun:
         dense = dense_file(folder)
         dense.parent.mkdir()
         exporter = job.export_dense(source, dense, steps, self.origin.opset)
-        facts, accuracy = job.dense_facts(source, dense, self.dataset, steps, kept.accuracy() if kept else None)
+        known, size = (kept.accuracy(), kept.size()) if kept else (None, None)
+        facts, accuracy = job.dense_facts(source, dense, self.dataset, steps, known, size)
         if kept is not None:
             kept.keep_accuracy(accuracy)
         fed = job.timing_feeds(dense, facts, self.bench_batch) if facts.outputs is not None else None
@@ -166,6 +170,7 @@ class ExportRun:
             made = calibrator.planned()
         compress = partial(job.compress, start.dense, start.path, with_head=self.dataset is not None)
         result = compress(made, may_be_dense=timing is not None and timing.delivers_dense)
+        self._refuse_growth(start, result)
         if self._must_be_faster and start.fed is not None and not self._stays_joint(start, made, result):
             compress = partial(compress, joint=False)
             result = compress(made)
@@ -184,8 +189,15 @@ class ExportRun:
             table=None if timing is None else timing.table,
         )
         _, result, latency = word.spoken(made, result)
+        self._refuse_growth(start, result)
         job.notes += missed_time(self.timed.request.budget, latency)
         return Delivered(result=result, predicted=predicted, latency=latency, word=word)
+
+    def _refuse_growth(self, start: Start, result: Compressed) -> None:
+        """Refuse a split model that is larger than the user's, unless that was asked for."""
+        is_asked_for = self.allow_larger or self.job.settings.always_split
+        if not is_asked_for and any(site.rank for site in result.split.sites):
+            refuse_growth(start.path, start.facts.size.bytes, start.source.name)
 
     @property
     def _must_be_faster(self) -> bool:

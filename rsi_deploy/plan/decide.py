@@ -112,8 +112,8 @@ def from_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> Decisio
         UsageError: the plan does not fit the model, or a glob matches nothing.
     """
     possible: dict[str, dict[str, int]] = {
-        site_name(site.weight): {form: min(site.shape(form)) for form in site.forms} for site in sites
-    }
+        site_name(site.weight): {form: min(site.shape(form)) for form in site.forms} for site in reversed([*sites])
+    }  # of the first node that uses a weight, as the report has it
     filters.check(list(possible))
     decisions = {}
     for name, site in check_plan(plan, possible.items()).items():

@@ -10,7 +10,7 @@ from rsi_deploy.report.page_sites import sections_of_sites
 from rsi_deploy.report.plots import Axis, Bar, Bars
 from rsi_deploy.report.schema import Report, Timing
 from rsi_deploy.report.summary import certificate_lines, comparison_rows, verdict
-from rsi_deploy.report.text import human_bytes, human_count
+from rsi_deploy.report.text import human_bytes, human_count, share_kept, size_change
 
 
 def report_page(report: Report, document: str) -> str:
@@ -70,8 +70,8 @@ def _size(report: Report) -> Tile:
         label="File",
         before=human_bytes(d.bytes),
         after=human_bytes(c.bytes),
-        change=f"{d.bytes / c.bytes:.2f}x smaller" if c.bytes <= d.bytes else f"{c.bytes / d.bytes:.2f}x larger",
-        tone="good" if c.bytes < d.bytes else "bad",
+        change=size_change(d.bytes, c.bytes),
+        tone="good" if c.bytes < d.bytes else "neutral" if c.bytes == d.bytes else "bad",
     )
 
 
@@ -82,7 +82,7 @@ def _parameters(report: Report) -> Tile:
         label="Parameters",
         before=human_count(d.params),
         after=human_count(c.params),
-        change=(f"{c.params / d.params:.1%} kept" if d.params else "") + macs,
+        change=share_kept(d.params, c.params) + macs,
     )
 
 
@@ -136,8 +136,8 @@ def _remarks(report: Report) -> list[str]:
         compressed = report.latency.arms[1]
         if speed_tone(compressed) == "bad":
             remarks.append(
-                f"The compressed model is slower than the dense one on this machine: {compressed.verdict}. It is "
-                "smaller, but if speed was the aim, keep the dense one here, or split fewer sites (--exclude)."
+                f"The compressed model is slower than the dense one on this machine: {compressed.verdict}. If speed "
+                "was the aim, keep the dense one here, or split fewer sites (--exclude)."
             )
         elif speed_tone(compressed) == "neutral":
             remarks.append(f"The compressed model is not shown to be faster on this machine: {compressed.verdict}.")

@@ -99,7 +99,13 @@ class SourceRecord(_Record):
 
 
 class Size(_Record):
-    """Of one model: file bytes (weights in line), floating parameters, MACs a sample."""
+    """Of one model.
+
+    Attributes:
+        bytes: of its file and its data files; of the dense model, as the user has it (see `rsi_deploy.dense_size`).
+        params: trained or quantized numbers, however they are stored (see `graph_passes.count_parameters`).
+        macs: multiply-accumulates a sample.
+    """
 
     bytes: pydantic.PositiveInt
     params: pydantic.NonNegativeInt
@@ -249,14 +255,14 @@ class Report(_Record):
         return tuple(site for site in self.sites if site.decision == "split")
 
 
-def read_report(folder: Path) -> Report:
+def read_report(folder: str | Path) -> Report:
     """The report of the bundle in `folder`.
 
     Raises:
         UsageError: no bundle there.
         ModelError: a report that this version cannot read, and the first reason.
     """
-    path = folder / "report.json"
+    path = Path(folder) / "report.json"
     if not path.is_file():
         raise UsageError(f"{folder} is no bundle: it has no report.json; name the folder that export wrote")
     try:

@@ -6,6 +6,7 @@ from rsi_deploy.measure.accuracy import AccuracyResult
 from rsi_deploy.measure.result import ArmResult
 from rsi_deploy.plan.planner import site_name
 from rsi_deploy.report.text import human_bytes as human_bytes
+from rsi_deploy.report.text import share_kept, size_change
 
 if TYPE_CHECKING:  # a machine that only measures has no torch
     from rsi_deploy.report.schema import Report
@@ -24,11 +25,11 @@ def comparison_rows(report: "Report") -> list[Row]:
         rows += _accuracy_rows(report.accuracy.dense, report.accuracy.compressed)
     d, c = report.dense, report.compressed
     rows += [
-        ("file", human_bytes(d.bytes), human_bytes(c.bytes), f"{d.bytes / c.bytes:.2f}x smaller"),
-        ("parameters", f"{d.params:,}", f"{c.params:,}", _kept(c.params, d.params)),
+        ("file", human_bytes(d.bytes), human_bytes(c.bytes), size_change(d.bytes, c.bytes)),
+        ("parameters", f"{d.params:,}", f"{c.params:,}", share_kept(d.params, c.params)),
     ]
     if d.macs:  # unknown where the model could not be run
-        rows.append(("MACs a sample", f"{d.macs:,}", f"{c.macs:,}", _kept(c.macs, d.macs)))
+        rows.append(("MACs a sample", f"{d.macs:,}", f"{c.macs:,}", share_kept(d.macs, c.macs)))
     if report.latency:
         dense, compressed = report.latency.arms
         rows.append(
@@ -43,8 +44,8 @@ def comparison_rows(report: "Report") -> list[Row]:
 
 
 def verdict(report: "Report") -> str:
-    """One sentence: smaller by, faster or not, accuracy change."""
-    parts = [f"{report.dense.bytes / report.compressed.bytes:.2f}x smaller"]
+    """One sentence: the change of the size, of the time, of the accuracy."""
+    parts = [size_change(report.dense.bytes, report.compressed.bytes)]
     parts.append(report.latency.arms[1].verdict if report.latency else "latency not measured")
     if report.accuracy and report.accuracy.dense.top1 is not None and report.accuracy.compressed.top1 is not None:
         parts.append(f"top-1 {report.accuracy.compressed.top1 - report.accuracy.dense.top1:+.2f} points")
@@ -109,7 +110,3 @@ def _accuracy_rows(dense: AccuracyResult, compressed: AccuracyResult) -> list[Ro
     if compressed.agreement is not None:
         rows.append(("same answer as dense", "", f"{compressed.agreement:.2f} %", f"of {compressed.samples} samples"))
     return rows
-
-
-def _kept(after: int, before: int) -> str:
-    return f"{after / before:.1%} kept" if before else ""

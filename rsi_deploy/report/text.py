@@ -80,3 +80,27 @@ def human_count(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return str(count)
+
+
+def size_change(before: int, after: int) -> str:
+    """How a size changed; what grew is never called smaller.
+
+    Example:
+        >>> size_change(300, 150), size_change(150, 300), size_change(7, 7)
+        ('2.00x smaller', '2.00x larger', 'same size')
+    """
+    if before == after:
+        return "same size"
+    return f"{before / after:.2f}x smaller" if after < before else f"{after / before:.2f}x larger"
+
+
+def share_kept(before: int, after: int) -> str:
+    """What is left of a count, or how often it is there now; "" where there was none.
+
+    Example:
+        >>> share_kept(200, 50), share_kept(200, 350)
+        ('25.0% kept', '1.75x as many')
+    """
+    if not before:
+        return ""
+    return f"{after / before:.1%} kept" if after <= before else f"{after / before:.2f}x as many"

@@ -2,6 +2,7 @@
 
     options.json     every site's options: what each form and rank costs and loses, from one calibration
     accuracy.json    of the dense model
+    size.json        of the dense model as the user has it
     in memory        what every site's errors do to the outputs, by gradients; the dense model's answers on the data
 
 They hold for one key: what they were found for, model, data and settings, in one text (`key.txt`). What was kept for
@@ -21,6 +22,7 @@ from rsi_deploy.calibrate.streams import Metric
 from rsi_deploy.gateway.documents import read_document
 from rsi_deploy.measure.accuracy import AccuracyResult
 from rsi_deploy.plan.knapsack import Option, SiteOptions
+from rsi_deploy.report.schema import Size
 
 
 @dataclass(kw_only=True)
@@ -43,7 +45,7 @@ class Kept:
         folder.mkdir(parents=True, exist_ok=True)
         told = folder / "key.txt"
         if not told.is_file() or told.read_text(encoding="utf-8") != key:
-            for name in ("options.json", "accuracy.json"):
+            for name in ("options.json", "accuracy.json", "size.json"):
                 (folder / name).unlink(missing_ok=True)
             write_text(told, key)
         return cls(folder=folder)
@@ -73,6 +75,15 @@ class Kept:
         """Keep it, where there is one."""
         if accuracy is not None:
             self._write("accuracy.json", accuracy.model_dump_json())
+
+    def size(self) -> Size | None:
+        """The dense model's, as the user has it; None where it is not kept."""
+        path = self.folder / "size.json"
+        return Size.model_validate_json(read_document(path)) if path.is_file() else None
+
+    def keep_size(self, size: Size) -> None:
+        """Keep it."""
+        self._write("size.json", size.model_dump_json())
 
     def _write(self, name: str, text: str) -> None:
         write_text(self.folder / name, text)

@@ -24,6 +24,7 @@ from rsi_deploy import __version__
 from rsi_deploy.atomic import Claim, claimed, write_text
 from rsi_deploy.broken_models import blames_broken_models
 from rsi_deploy.bundle import check_target
+from rsi_deploy.dense_size import dense_size
 from rsi_deploy.errors import UsageError
 from rsi_deploy.locks import remove
 from rsi_deploy.manifest import fingerprint
@@ -31,7 +32,7 @@ from rsi_deploy.measure.machine import environment
 from rsi_deploy.onnx_file import model_hash
 from rsi_deploy.ray_connection import check_ray
 from rsi_deploy.report.page_sweep import sweep_page
-from rsi_deploy.report.schema import read_report
+from rsi_deploy.report.schema import Size, read_report
 from rsi_deploy.sweeps.kept import Kept
 from rsi_deploy.sweeps.making import MadePoint, PointJob, place
 from rsi_deploy.sweeps.points import By, Sweep, SweepPoint, point_of, read_sweep
@@ -63,6 +64,7 @@ def sweep(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     smaller_is_enough: bool = False,
+    allow_larger: bool = False,
     cost_budget: str | float = "120s",
     provider: str = "cpu",
     threads: int | None = None,
@@ -93,6 +95,7 @@ def sweep(
         include: globs on site names.
         exclude: globs on site names.
         smaller_is_enough: as for `export`.
+        allow_larger: as for `export`; without it a point that is larger than the dense model has no bundle.
         cost_budget: time for the cost table, as for `export`.
         provider: with options.
         threads: inside one operator.
@@ -122,6 +125,7 @@ def sweep(
         "include": list(include),
         "exclude": list(exclude),
         "smaller_is_enough": smaller_is_enough,
+        "allow_larger": allow_larger,
         "cost_budget": cost_budget,
         "provider": provider,
         "threads": threads,
@@ -149,18 +153,20 @@ def sweep(
             shares=shares,
             environment=environment(),
         )
+        size = dense_size(Path(model) if isinstance(model, str) and model.endswith(".onnx") else None, dense)
         if force and folder.exists():
             claim.set_aside()
-        return _gone_on(_begun(document, folder), claim, options, ray=ray, progress=progress)
+        return _gone_on(_begun(document, folder), claim, options, size, ray=ray, progress=progress)
 
 
 def _gone_on(
-    document: Sweep, claim: Claim, options: dict[str, Any], *, ray: str | None, progress: Progress | None
+    document: Sweep, claim: Claim, options: dict[str, Any], size: Size, *, ray: str | None, progress: Progress | None
 ) -> Sweep:
-    """The sweep with the points that it lacks; the claim's new folder holds the dense model."""
+    """The sweep with the points that it lacks; the claim's new folder holds the dense model, `size` is the user's."""
     folder, shares = claim.target, document.shares
     work = folder / "work"
     kept = Kept.of(work, f"{document.source_hash} {document.settings}")
+    kept.keep_size(size)
     remove(claim.old)
     for path in claim.new.iterdir():
         os.replace(path, work / path.name)

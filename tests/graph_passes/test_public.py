@@ -32,6 +32,7 @@ def test_public_names():
         "SplitMatMulPass",
         "SplitResult",
         "Window",
+        "count_parameters",
         "find_sites",
         "in_memory",
         "joint_groups",

@@ -17,6 +17,7 @@ from split_checks import (
     ops,
     run,
     splits,
+    truncated,
 )
 
 from graph_passes import Dense, Factors, find_sites, split
@@ -56,14 +57,44 @@ def test_shared_weight_is_factored_once_and_stored_once():
     assert_sound(a_model)
 
 
-def test_one_weight_in_both_orientations_is_factored_twice():
+BOTH_WAYS = [
+    "a = MatMul(x, w)  t = Transpose(w)  r = Relu(a)  y = MatMul(r, t)",
+    "a = Gemm(x, w)  r = Relu(a)  y = Gemm<transB=1>(r, w)",
+    "a = Gemm<transA=0>(x, w)  t = Transpose(a)  m = MatMul(w, t)  y = Transpose(m)",
+    "i = Identity(w)  t = Transpose(i)  a = MatMul(x, w)  b = MatMul(a, t)  c = MatMul(b, i)  y = Gemm<transB=1>(c, w)",
+    """
+        k = Constant<value_ints=[6,4,1,1]>()  v = Reshape(w, k)  a = MatMul(x, w)  n = Constant<value_ints=[0,0,1,1]>()
+        f = Reshape(a, n)  c = Conv(f, v)  g = Conv(c, u)  d = ConvTranspose(g, v)  e = Conv(d, v)
+        o = Constant<value_ints=[0,-1]>()  y = Reshape(e, o)
+    """,
+]
+
+
+@pytest.mark.parametrize("body", BOTH_WAYS)
+@pytest.mark.parametrize("rank", [1, 4])
+def test_one_weight_in_both_orientations_has_one_pair_of_factors(body, rank):
+    signature, x = "(float[N,6] x) => (float[N,6] y)", numbers(3, 6)
+    w, u = numbers(6, 4), np.eye(6, dtype="float32").reshape(6, 6, 1, 1)[::-1].copy()
+    constants = {"w": w, "u": u} if "Conv" in body else {"w": w}
+    a_model = graph(body, signature=signature, **constants)
+    near = {"w": truncated(w.astype("float64"), rank).astype("float32")}
+    expected = run(graph(body, signature=signature, **constants | near), x=x)
+    source, seen = counting(lambda site: best_of_rank(rank)(site) if site.weight == "w" else full_rank(site))
+    split(a_model, source)
+    assert seen.count("w") == 1
+    stored = {name: value.const_value.size for name, value in a_model.graph.initializers.items() if not name.startswith("u")}
+    assert stored == {"w.right": rank * 6, "w.left": rank * 4}
+    assert error(run(a_model, x=x), expected) <= 1e-5
+    assert error(run(a_model, x=x), 2 * expected) > 0.1
+    assert_sound(a_model)
+
+
+def test_no_bias_serves_both_ways():
     body = "a = MatMul(x, w)  t = Transpose(w)  r = Relu(a)  y = MatMul(r, t)"
     a_model = graph(body, signature="(float[N,6] x) => (float[N,6] y)", w=numbers(6, 4))
-    source, seen = counting(full_rank)
-    split(a_model, source)
-    assert seen == ["w", "w"]
-    assert list(a_model.graph.initializers) == ["w.right", "w.left", "w.right_1", "w.left_1"]
-    assert_sound(a_model)
+    assert all(site.both_ways for site in find_sites(a_model))
+    with pytest.raises(ValueError, match="no bias"):
+        split(a_model, lambda site: full_rank(site, bias=np.zeros(site.bias_size, "float32")))
 
 
 def test_tied_embedding_stays():
