@@ -174,6 +174,7 @@ class Job:
                 reason = str(error).replace(str(dense), source.name)
                 self.notes.append(f"nothing could be verified or measured: {reason}")
                 unknown = unknown_operators(dense)
+                self.notes += [f"the MACs leave out {uncounted_nodes(unknown)}"] if unknown else []
                 return DenseFacts(size=size, feeds=feeds, outputs=None, macs={}, batch=1, uncounted=unknown), None
             batch = next((len(a) for a in feeds.values() if a.ndim), 1)
             macs = {node: count // batch for node, count in trace.macs.items()}

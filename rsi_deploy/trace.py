@@ -122,7 +122,7 @@ def unknown_operators(model: Path) -> tuple[UncountedNode, ...]:
 
 
 def _count(event: NodeEvent, candidates: Sequence[Candidate]) -> Macs | NotCounted:
-    """What one execution counts; not known where the nodes that it may be count differently."""
+    """What one execution counts; not known where the nodes that it may have been count differently."""
     inputs, outputs = _shapes(event.args["input_type_shape"]), _shapes(event.args["output_type_shape"])
     if not candidates:  # what onnxruntime has put in: casts, the body of an operator that is a function of others
         domain = next((domain for domain in INSERTED if not why_not_counted(domain, event.op_type)), "")
@@ -141,7 +141,9 @@ def _count(event: NodeEvent, candidates: Sequence[Candidate]) -> Macs | NotCount
         )
         for candidate in candidates
     }
-    if len(counts) > 1:
+    if len(counts) > 1:  # a candidate that does not fit the shapes is not the one that ran
+        counts = {count for count in counts if not isinstance(count, NotCounted)}
+    if len(counts) != 1:
         return NotCounted("several nodes, or calls of its function, run under this name and count differently")
     return counts.pop()
 

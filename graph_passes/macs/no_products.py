@@ -97,7 +97,7 @@ _NO_FORMULA = "no formula is written for it"
 _UNKNOWN: Mapping[tuple[str, str], str] = {
     (_ONNX, _COMPILED): "DisentangledAttention_TRT",
     (_TRAINING, _NO_FORMULA): "Gradient",
-    (_ORT, _NO_FORMULA): "AttnLSTM GatedDeltaNet",
+    (_ORT, _NO_FORMULA): "GatedDeltaNet",
     (_ORT, _COMPILED): "EPContext Snpe",
     (_ORT, _SEARCHES): "BeamSearch GreedySearch Sampling WhisperBeamSearch",
     (_ORT, _BY_VALUES): """

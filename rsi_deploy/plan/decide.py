@@ -102,7 +102,8 @@ def total_of(budget: Budget, dense: Size) -> int:
     total = {"params": dense.params, "macs": dense.macs, "bytes": dense.bytes}[budget.cost]
     if not total:
         raise ModelError(
-            f"{budget}: this model has no {budget.cost} that could be counted; type --keep-params or --max-size instead"
+            f"{budget}: this model has no {budget.cost} that could be counted; type --keep-params or --max-size "
+            f"instead, in a sweep --by params"
         )
     return total
 
@@ -123,7 +124,7 @@ def refuse_uncounted(budget: Budget | None, dense: Size, uncounted: str) -> None
     if uncounted:
         raise ModelError(
             f"{budget}: the MACs of {uncounted} are not known, so nobody could say whether the model keeps the budget; "
-            f"type --keep-params or --max-size instead"
+            f"type --keep-params or --max-size instead, in a sweep --by params"
         )
     total_of(budget, dense)
 
