@@ -9,6 +9,7 @@ numpy, onnx and onnx_ir only. Nothing here computes a factor.
 
 from graph_passes.fold_batch_norm import Fold, FoldBatchNormPass, FoldResult
 from graph_passes.forms import Form
+from graph_passes.macs import ExecutedNode, Macs, NotCounted, count_macs, why_not_counted
 from graph_passes.parameters import count_parameters
 from graph_passes.records import Dense, Factors, FactorSource, Keep, Record, Site, Skip, Split, SplitResult, in_memory
 from graph_passes.split_all import find_sites, joint_groups, split
@@ -22,6 +23,7 @@ from graph_passes.window import Window
 
 __all__ = [
     "Dense",
+    "ExecutedNode",
     "FactorSource",
     "Factors",
     "Fold",
@@ -29,6 +31,8 @@ __all__ = [
     "FoldResult",
     "Form",
     "Keep",
+    "Macs",
+    "NotCounted",
     "Record",
     "Site",
     "Skip",
@@ -43,9 +47,11 @@ __all__ = [
     "SplitMatMulPass",
     "SplitResult",
     "Window",
+    "count_macs",
     "count_parameters",
     "find_sites",
     "in_memory",
     "joint_groups",
     "split",
+    "why_not_counted",
 ]

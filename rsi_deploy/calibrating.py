@@ -49,7 +49,7 @@ class Dense:
     Attributes:
         path: its file.
         size: of it.
-        macs: a sample, by node.
+        macs: a sample, by node; of the products with its weight alone, not of the attention that a node has beside.
         feeds: probe inputs, to count MACs with.
         batch: samples in them.
         accuracy: on the evaluation data, where there are some.

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from rsi_deploy.calibrate.calibrated import Calibration, Progress
 from rsi_deploy.calibrate.streams import Fitted
-from rsi_deploy.calibrate.torch_streams import TorchStreams
+from rsi_deploy.calibrate.torch_streams import NEVER, TorchStreams
 from rsi_deploy.compress import ModuleSite, find_module_sites, replace_site_
 from rsi_deploy.computed_weights import fold_computed_
 from rsi_deploy.errors import UsageError
 from rsi_deploy.fold import fold_batch_norms_
 from rsi_deploy.plan.budget import Budget
-from rsi_deploy.plan.decide import under, uniform, wanted_splits
+from rsi_deploy.plan.decide import refuse_uncounted, under, uniform, wanted_splits
 from rsi_deploy.plan.planner import Decision, Filters, Planner, RankSpec
 from rsi_deploy.report.schema import Size
 from rsi_deploy.rsi import Solver
@@ -50,7 +50,8 @@ def compress_to_data_(
             Shuffled, where the data are sorted by class.
         rank: a rank (`64`) or a ratio (`"40%"`), the same at every site; or exactly one of the budgets.
         keep_params: share of the module's parameters to keep.
-        keep_macs: share of the multiply-accumulates in its linear and convolutional layers.
+        keep_macs: share of the multiply-accumulates in its linear and convolutional layers, those that `include` and
+            `exclude` leave dense among them. Refused where another layer computes with weights: a recurrent one, say.
         include: globs on site names; empty means all.
         exclude: globs on site names that stay dense.
         min_rank: no planned rank below it.
@@ -87,16 +88,35 @@ def compress_to_data_(
         planner = Planner(spec=RankSpec.parse(rank), include=filters.include, exclude=filters.exclude)
         decisions = uniform(planner, streams)
     else:
-        options = calibration.options(streams, progress)
-        weights = list(module.parameters())
-        size = Size(
-            bytes=sum(weight.nbytes for weight in weights),
-            params=sum(weight.numel() for weight in weights),
-            macs=sum(site.macs for site in streams.sites),
-        )
-        decisions = under(Budget.parse(keep_params=keep_params, keep_macs=keep_macs), options, size, streams)
+        budget = Budget.parse(keep_params=keep_params, keep_macs=keep_macs)
+        size = _size(module, calib, streams, budget, seed)
+        decisions = under(budget, calibration.options(streams, progress), size, streams)
     fitted = calibration.fit(streams, wanted_splits(decisions, streams), progress)
     return [_finished(module, site, fitted, decisions, calibration, filters) for site in sites]
+
+
+def _size(
+    module: nn.Module,
+    calib: Batches | Sequence[tuple[Tensor, ...]],
+    streams: TorchStreams,
+    budget: Budget,
+    seed: int,
+) -> Size:
+    """What a budget of the whole module is held against: its MACs are those of all layers, whatever the filters say.
+
+    Raises:
+        ModelError: a budget of MACs, and layers whose MACs are not known.
+    """
+    weights = list(module.parameters())
+    whole = TorchStreams(module, _batches(calib), seed=seed) if budget.cost == "macs" else streams
+    size = Size(
+        bytes=sum(weight.nbytes for weight in weights),
+        params=sum(weight.numel() for weight in weights),
+        macs=sum(site.macs for site in whole.sites),
+    )
+    unknown = {name: why for name, why in whole.unreachable.items() if not why.startswith(NEVER)}
+    refuse_uncounted(budget, size, ", ".join(f"{name} ({why})" for name, why in unknown.items()))
+    return size
 
 
 def _finished(

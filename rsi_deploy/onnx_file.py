@@ -26,7 +26,7 @@ INLINE_LIMIT = 1 << 30
 def read_onnx(path: Path, *, assume_constant: bool = False) -> ir.Model:
     """Read an ONNX file; large weights stay on disk, memory-mapped when they are used.
 
-    Nodes without a name are called after their first output, so that reports and profiles can speak of them.
+    Every node gets a name of its own (see `name_nodes_`), so that reports and profiles can speak of it.
 
     Args:
         path: the file.
@@ -38,12 +38,30 @@ def read_onnx(path: Path, *, assume_constant: bool = False) -> ir.Model:
             not match the data; names that dangle, repeat or form a cycle.
     """
     model = load_model(path)
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        node.name = node.name or next((value.name for value in node.outputs if value.name), node.name)
+    name_nodes_(model)
     if assume_constant and model.ir_version >= 4:
         for value in [value for value in model.graph.inputs if value.is_initializer()]:
             model.graph.inputs.remove(value)
     return model
+
+
+def name_nodes_(model: ir.Model) -> None:
+    """Give every node a name that no other node of the model has, in functions and bodies too.
+
+    A node without a name is called after its first output; of several with one name the first one keeps it.
+    """
+    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    nodes = [node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)]
+    taken = {node.name for node in nodes}
+    seen: set[str] = set()
+    for node in nodes:
+        wanted = name = node.name or next((value.name for value in node.outputs if value.name), node.op_type)
+        number = 0
+        while name in seen or (name != node.name and name in taken):
+            number += 1
+            name = f"{wanted}_{number}"
+        seen.add(name)
+        node.name = name
 
 
 def write_onnx(model: ir.Model, path: Path) -> None:

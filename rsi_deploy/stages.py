@@ -45,6 +45,7 @@ from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.onnx_file import (
     forget_weights_,
+    name_nodes_,
     read_onnx,
     remove_unused_,
     weights_hash,
@@ -61,20 +62,25 @@ from rsi_deploy.rewriting import split_and_write
 from rsi_deploy.rsi import Solver
 from rsi_deploy.source import Source
 from rsi_deploy.to_onnx import to_onnx
-from rsi_deploy.trace import traced_run
+from rsi_deploy.trace import UncountedNode, traced_run, uncounted_nodes, unknown_operators
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseFacts:
-    """What is known of the dense model before it is compressed: size, probe inputs, outputs on them, MACs a sample."""
+    """What is known of the dense model before it is compressed: size, probe inputs, outputs on them, MACs a sample.
+
+    `attention_macs` are the part of `macs` that no factorization changes; `uncounted` are nodes whose MACs are unknown.
+    """
 
     size: Size
     feeds: Feeds
     outputs: list[npt.NDArray[Any]] | None
     macs: dict[str, int]
     batch: int
+    attention_macs: dict[str, int] = field(default_factory=dict)
+    uncounted: tuple[UncountedNode, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +191,9 @@ class Job:
                     raise
                 reason = str(error).replace(str(dense), source.name)
                 self.notes.append(f"nothing could be verified or measured: {reason}")
-                return DenseFacts(size=size, feeds=feeds, outputs=None, macs={}, batch=1), None
+                unknown = unknown_operators(dense)
+                self.notes += [f"the MACs leave out {uncounted_nodes(unknown)}"] if unknown else []
+                return DenseFacts(size=size, feeds=feeds, outputs=None, macs={}, batch=1, uncounted=unknown), None
             check_repeatable(dense, feeds, source.name, trace.outputs)
             if nodes := random_nodes(model):
                 self.notes.append(
@@ -194,7 +202,10 @@ class Job:
                 )
             batch = next((len(a) for a in feeds.values() if a.ndim), 1)
             macs = {node: count // batch for node, count in trace.macs.items()}
+            attention = {node: count // batch for node, count in trace.attention_macs.items()}
             size = size.model_copy(update={"macs": sum(macs.values())})
+            if trace.uncounted:
+                self.notes.append(f"the MACs leave out {uncounted_nodes(trace.uncounted)}")
         accuracy = known
         if dataset is not None and known is None:  # first of all the long work: data that do not fit must say so now
             with self.stage("accuracy dense"):
@@ -202,7 +213,16 @@ class Job:
                     accuracy = evaluate(dense, dataset, preprocessing=_applied(steps, dataset), provider=self.provider)
                 except RsiDeployError as error:  # the user knows the model by another name
                     raise type(error)(str(error).replace(str(dense), source.name)) from error
-        return DenseFacts(size=size, feeds=feeds, outputs=trace.outputs, macs=macs, batch=batch), accuracy
+        facts = DenseFacts(
+            size=size,
+            feeds=feeds,
+            outputs=trace.outputs,
+            macs=macs,
+            batch=batch,
+            attention_macs=attention,
+            uncounted=trace.uncounted,
+        )
+        return facts, accuracy
 
     def compress(
         self,
@@ -391,6 +411,7 @@ class Job:
         if steps is not None:
             model.metadata_props[METADATA_KEY] = steps.to_metadata()
         self.settings = self.settings.model_copy(update={"opset": model.opset_imports.get("", 0)})
+        name_nodes_(model)
         write_external(model, path)
         forget_weights_(model)
 

@@ -1,17 +1,10 @@
-"""One plain run of an ONNX model that also tells every node's shapes, and so its multiply-accumulates.
+"""One plain run of an ONNX model that also tells every node's shapes, and so its multiply-accumulates (MACs).
 
 onnxruntime's profile of an unoptimized run holds the actual input and output shapes of each node, so what is counted
-is what was executed: no shape inference that gives up on a Reshape, no guess for dynamic dimensions.
-
-    Conv           out elements * in/groups * prod(kernel)
-    ConvTranspose  in elements * out/groups * prod(kernel)
-    MatMul, Gemm   out elements * inner dimension
-    Attention      scores and mixture: batch * heads * queries * keys * (key width + value width)
+is what was executed: no shape inference that gives up on a Reshape, no guess for dynamic dimensions, each turn of a
+loop, one branch of an If. `graph_passes.count_macs` says what a node counts; what it cannot tell is listed by name.
 """
 
-import errno
-import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,21 +13,50 @@ from typing import Any
 
 import numpy.typing as npt
 
+from graph_passes import ExecutedNode, Macs, NotCounted, count_macs, why_not_counted
 from rsi_deploy.locks import ScratchFolder
+from rsi_deploy.measure.profile_events import NodeEvent, node_events, read_events
 from rsi_deploy.measure.sessions import make_session, run_session
+from rsi_deploy.node_index import Candidate, NodeIndex
 
 Shape = tuple[int, ...]
+
+INSERTED = ("", "com.microsoft")
+"""Domains of what onnxruntime puts in, likeliest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UncountedNode:
+    """A node whose MACs are not known.
+
+    Attributes:
+        node: its name.
+        op_type: its operator, with the domain in front where it is not ONNX's.
+        reason: why.
+    """
+
+    node: str
+    op_type: str
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """Outputs of the run, in the model's order; of the nodes, for the whole batch, MACs, where some, and inputs.
+    """A run. Counts are those of the whole batch, by the name of the node in the model.
 
-    Inputs are (onnxruntime's word for the type, shape), of every input that is there; in a loop those of the last turn.
+    Attributes:
+        outputs: of the model, in its order.
+        macs: of every node that has some.
+        attention_macs: of them, those of scores and mixture inside a fused attention, which no factorization changes.
+        uncounted: nodes whose MACs are not known.
+        inputs: of every node, (onnxruntime's word for the type, shape) of each input that is there; in a loop those of
+            the last turn.
     """
 
     outputs: list[npt.NDArray[Any]]
     macs: dict[str, int]
+    attention_macs: dict[str, int] = field(default_factory=dict)
+    uncounted: tuple[UncountedNode, ...] = ()
     inputs: dict[str, tuple[tuple[str, Shape], ...]] = field(default_factory=dict)
 
 
@@ -47,57 +69,95 @@ def traced_run(model: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> Trace:
         ModelError: onnxruntime cannot load or run the model.
         OSError: the place for temporary files (TMPDIR) is full.
     """
+    index = NodeIndex(model)
     with ScratchFolder() as folder:
         session = make_session(
             model, optimize="disabled", prepack=False, profile_prefix=os.path.join(folder, "profile")
         )
         outputs = run_session(session, feeds, model.name)
-        profile = Path(session.end_profiling())
-        try:
-            events = json.loads(profile.read_text(encoding="utf-8"))
-        except ValueError as error:  # onnxruntime says nothing of a file that it could not write to its end
-            raise OSError(errno.ENOSPC, "onnxruntime's profile is cut off", str(profile)) from error
+        events = read_events(session.end_profiling())
     macs: dict[str, int] = {}
+    attention: dict[str, int] = {}
+    uncounted: dict[str, UncountedNode] = {}
     inputs: dict[str, tuple[tuple[str, Shape], ...]] = {}
-    for event in events:
-        args = event.get("args", {})
-        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
-            continue
-        node = event["name"].removesuffix("_kernel_time")
+    for event in node_events(events):
+        candidates = index.find(event.op_type, event.node)
+        names = {candidate.name for candidate in candidates}
+        node = names.pop() if len(names) == 1 else event.node
         inputs[node] = tuple(
-            (kind, tuple(shape)) for entry in args["input_type_shape"] for kind, shape in entry.items()
+            (kind, tuple(shape)) for entry in event.args["input_type_shape"] for kind, shape in entry.items()
         )
-        count = node_macs(args["op_name"], _shapes(args["input_type_shape"]), _shapes(args["output_type_shape"]))
-        if count:
-            macs[node] = macs.get(node, 0) + count  # a node in a loop runs several times
-    return Trace(outputs=outputs, macs=macs, inputs=inputs)
+        count = _count(event, candidates)
+        if isinstance(count, NotCounted):
+            operator = _operator(candidates[0].domain if candidates else "", event.op_type)
+            uncounted[node] = UncountedNode(node=node, op_type=operator, reason=count.reason)
+            continue
+        if count.total:
+            macs[node] = macs.get(node, 0) + count.total  # a node in a loop runs several times
+        if count.attention:
+            attention[node] = attention.get(node, 0) + count.attention
+    return Trace(
+        outputs=outputs, macs=macs, attention_macs=attention, uncounted=tuple(uncounted.values()), inputs=inputs
+    )
 
 
-def node_macs(op_type: str, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
-    """MACs of one executed node; 0 for an operator that multiplies no matrices.
+def uncounted_nodes(nodes: Sequence[UncountedNode], shown: int = 3) -> str:
+    """Nodes in words: the first few by name, each with its operator and the reason.
 
     Example:
-        >>> node_macs("MatMul", [(8, 50, 768), (768, 3072)], [(8, 50, 3072)]) == 8 * 50 * 768 * 3072
-        True
-        >>> node_macs("Conv", [(1, 64, 56, 56), (128, 64, 3, 3)], [(1, 128, 28, 28)]) == 128 * 28 * 28 * 64 * 9
-        True
+        >>> uncounted_nodes([UncountedNode(node="mix", op_type="com.example.Mix", reason="no formula is known for it")])
+        "node 'mix' (com.example.Mix: no formula is known for it)"
     """
-    if op_type == "Conv":
-        return math.prod(outputs[0]) * math.prod(inputs[1][1:])
-    if op_type == "ConvTranspose":
-        return math.prod(inputs[0]) * math.prod(inputs[1][1:])
-    if op_type == "MatMul":
-        return math.prod(outputs[0]) * inputs[0][-1]
-    if op_type == "Gemm":
-        rows, columns = outputs[0]
-        inner = math.prod(inputs[0]) // max(rows, 1)
-        return rows * columns * inner
-    if op_type == "Attention" and len(inputs) >= 3:
-        # 4-D (batch, heads, length, width) or 3-D (batch, length, heads*width): heads*width is one product either way.
-        q, k, v = inputs[:3]
-        width = [math.prod(s) // (s[0] * s[-2]) if len(s) == 4 else s[-1] for s in (q, v)]
-        return q[0] * q[-2] * k[-2] * sum(width)
-    return 0
+    listed = "; ".join(f"node {node.node!r} ({node.op_type}: {node.reason})" for node in nodes[:shown])
+    return listed + (f"; and {len(nodes) - shown} more" if len(nodes) > shown else "")
+
+
+def unknown_operators(model: Path) -> tuple[UncountedNode, ...]:
+    """The nodes of a model whose operators no run could count, read from its file."""
+    return tuple(
+        UncountedNode(node=node, op_type=_operator(domain, op_type), reason=reason)
+        for node, domain, op_type in NodeIndex(model).operators()
+        if (reason := why_not_counted(domain, op_type))
+    )
+
+
+def _count(event: NodeEvent, candidates: Sequence[Candidate]) -> Macs | NotCounted:
+    """What one execution counts; not known where the nodes that it may have been count differently."""
+    inputs, outputs = _shapes(event.args["input_type_shape"]), _shapes(event.args["output_type_shape"])
+    if not candidates:  # what onnxruntime has put in: casts, the body of an operator that is a function of others
+        domain = next((domain for domain in INSERTED if not why_not_counted(domain, event.op_type)), "")
+        return count_macs(
+            ExecutedNode(domain=domain, op_type=event.op_type, inputs=tuple(inputs), outputs=tuple(outputs))
+        )
+    counts = {
+        count_macs(
+            ExecutedNode(
+                domain=candidate.domain,
+                op_type=event.op_type,
+                inputs=_placed(inputs, candidate.inputs),
+                outputs=_placed(outputs, candidate.outputs),
+                attributes=candidate.attributes,
+            )
+        )
+        for candidate in candidates
+    }
+    if len(counts) > 1:  # a candidate that does not fit the shapes is not the one that ran
+        counts = {count for count in counts if not isinstance(count, NotCounted)}
+    if len(counts) != 1:
+        return NotCounted("several nodes, or calls of its function, run under this name and count differently")
+    return counts.pop()
+
+
+def _placed(shapes: Sequence[Shape], there: Sequence[bool]) -> tuple[Shape | None, ...]:
+    """The shapes at the positions that are there; as they are where some value is no tensor and has no shape."""
+    if len(shapes) != sum(there):
+        return tuple(shapes)
+    found = iter(shapes)
+    return tuple(next(found) if is_there else None for is_there in there)
+
+
+def _operator(domain: str, op_type: str) -> str:
+    return f"{domain}.{op_type}" if domain not in ("", "ai.onnx") else op_type
 
 
 def _shapes(typed: list[dict[str, list[int]]]) -> list[Shape]:

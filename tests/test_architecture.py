@@ -26,7 +26,8 @@ plan.planner plan.error_rank fold layers checkpoint measure.machine measure.stat
 measure.preprocess datafile found_splits onnx_file factor_errors sites plan.joint
 measure.inputs measure.dataset measure.array_data measure.folder_data measure.arrow_files measure.arrow_data
 measure.callable_data measure.data measure.feeding measure.intervals measure.paired measure.scores
-measure.providers measure.provider_spec measure.sessions measure.mixing measure.placement measure.binding
+measure.providers measure.provider_spec measure.sessions measure.mixing measure.profile_events
+measure.placement measure.binding
 measure.timing measure.loadgen_worker measure.loadgen
 crew ray_connection ray_crew resuming computed_weights compress source factor_source onnx_split probe bundle
 exporting.given
@@ -39,7 +40,8 @@ calibrate.torch_rows calibrate.torch_calls calibrate.torch_readings calibrate.to
 calibrate.torch_gradients calibrate.torch_trace calibrate.torch_streams
 to_onnx measure.answers measure.tally measure.accuracy measure.result
 measure.arms measure.blocks measure.latency measure.float16 measure.profiling measure.concurrency
-measure.worker measure.processes measure.request measure.sample_feeds measure.matrix trace gates opset bound rewriting
+measure.worker measure.processes measure.request measure.sample_feeds measure.matrix
+node_index trace gates opset bound rewriting
 measure.cost_table measure.cost_cache measure.site_models measure.site_timing measure.blank_models measure.trial_plans
 timing.costing
 measure.gate measure.compare

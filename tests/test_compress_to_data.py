@@ -9,7 +9,7 @@ from torch import nn
 
 from rsi_deploy.compress import compress_
 from rsi_deploy.compress_to_data import compress_to_data_
-from rsi_deploy.errors import UsageError
+from rsi_deploy.errors import ModelError, UsageError
 
 
 class Net(nn.Module):
@@ -97,3 +97,30 @@ def test_exactly_one_request(net, asked):
 def test_no_data(net):
     with pytest.raises(UsageError, match="no batches"):
         compress_to_data_(net, [], rank=3)
+
+
+def test_a_budget_of_macs_counts_what_the_filters_leave_dense():
+    """Two equal layers, one of them excluded: half of all is a share that the other one cannot reach alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)).eval()
+    (record,) = [
+        record
+        for record in compress_to_data_(net, [(torch.randn(256, 32),)], keep_macs=0.75, exclude=["1"])
+        if record.rank
+    ]
+    assert 0.9 * 0.5 <= record.rank * 64 / (32 * 32) <= 0.5
+
+
+def test_a_budget_of_macs_is_refused_where_a_layer_is_not_counted():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(16, 16, batch_first=True), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0])
+
+    calib = [(torch.randn(64, 5, 16),)]
+    with pytest.raises(ModelError, match=r"lstm\.weight_ih_l0 .*keep-params"):
+        compress_to_data_(Net().eval(), calib, keep_macs=0.5)
+    assert compress_to_data_(Net().eval(), calib, keep_params=0.95)

@@ -2,6 +2,7 @@ import random
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -169,3 +170,27 @@ def test_a_model_s_hash_is_of_all_its_files(tmp_path):
     assert model_hash(first) == model_hash(same) != model_hash(other)
     (same.parent / "m.data").write_bytes(b"\1" + (same.parent / "m.data").read_bytes()[1:])
     assert model_hash(first) != model_hash(same)
+
+
+def test_every_node_has_a_name_of_its_own(tmp_path):
+    """Without a name, with one twice, with an output that another node is called after, in a body and a function."""
+    info = helper.make_tensor_value_info
+    body = helper.make_graph([helper.make_node("Relu", ["x"], ["b"], "twice")], "b", [], [info("b", 1, [4])])
+    function = helper.make_function(
+        "my", "F", ["x"], ["y"], [helper.make_node("Relu", ["x"], ["y"])], [helper.make_opsetid("", 17)]
+    )
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"], "twice"),
+        helper.make_node("Relu", ["a"], ["named"]),
+        helper.make_node("Relu", ["named"], ["c"], "named"),
+        helper.make_node("If", ["go"], ["d"], then_branch=body, else_branch=body),
+        helper.make_node("F", ["d"], ["y"], domain="my"),
+    ]
+    graph = helper.make_graph(nodes, "g", [info("x", 1, [4]), info("go", 9, [])], [info("y", 1, [4])])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("my", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=9), tmp_path / "m.onnx")
+    model = read_onnx(tmp_path / "m.onnx")
+    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    names = [node.name for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)]
+    assert sorted(names) == sorted(set(names))
+    assert {"twice", "named", "named_1", "d", "y", "y_1"} <= set(names), "names that were its own stay"

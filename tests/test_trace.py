@@ -6,30 +6,7 @@ from nets import SIZES, mlp_onnx, run_onnx
 from onnx import helper, numpy_helper
 
 from rsi_deploy.errors import ModelError
-from rsi_deploy.trace import node_macs, traced_run
-
-
-@pytest.mark.parametrize(
-    ("op", "inputs", "outputs", "macs"),
-    [
-        ("Conv", [(2, 6, 8, 8), (10, 6, 3, 3), (10,)], [(2, 10, 4, 4)], 2 * 10 * 16 * 6 * 9),
-        ("Conv", [(1, 6, 8, 8), (12, 2, 3, 3)], [(1, 12, 8, 8)], 12 * 64 * 2 * 9),  # three groups
-        ("Conv", [(1, 6, 8, 8), (6, 1, 3, 3)], [(1, 6, 8, 8)], 6 * 64 * 9),  # depthwise
-        ("Conv", [(1, 4, 20), (8, 4, 5)], [(1, 8, 16)], 8 * 16 * 4 * 5),
-        ("ConvTranspose", [(1, 4, 5, 5), (4, 3, 2, 2)], [(1, 3, 10, 10)], 4 * 25 * 3 * 4),
-        ("MatMul", [(7, 12), (12, 5)], [(7, 5)], 7 * 5 * 12),
-        ("MatMul", [(2, 3, 7, 12), (2, 3, 12, 5)], [(2, 3, 7, 5)], 6 * 7 * 5 * 12),
-        ("MatMul", [(12,), (12, 5)], [(5,)], 5 * 12),
-        ("Gemm", [(7, 12), (5, 12), (5,)], [(7, 5)], 7 * 5 * 12),
-        ("Gemm", [(12, 7), (12, 5)], [(7, 5)], 7 * 5 * 12),  # transA
-        ("Attention", [(2, 3, 10, 8), (2, 3, 11, 8), (2, 3, 11, 4)], [(2, 3, 10, 4)], 2 * 3 * 10 * 11 * (8 + 4)),
-        ("Attention", [(2, 10, 24), (2, 11, 24), (2, 11, 12)], [(2, 10, 12)], 2 * 10 * 11 * (24 + 12)),
-        ("Relu", [(7, 12)], [(7, 12)], 0),
-        ("Add", [(7, 12), (12,)], [(7, 12)], 0),
-    ],
-)
-def test_macs_of_a_node_by_hand(op, inputs, outputs, macs):
-    assert node_macs(op, inputs, outputs) == macs
+from rsi_deploy.trace import traced_run
 
 
 def test_a_run_gives_the_outputs_and_counts_what_was_executed(tmp_path):
@@ -79,3 +56,66 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path):
     path = mlp_onnx(tmp_path / "m.onnx")
     with pytest.raises(ModelError, match=r"m\.onnx: the run failed"):
         traced_run(path, {"input": np.ones((2, SIZES[0] + 1), np.float32)})
+
+
+def info(name, shape, kind=1):
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def saved(path, nodes, initializers, functions=(), shape=(2, 4)):
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [info("x", shape)],
+        [info("y", None)],
+        [numpy_helper.from_array(a, n) for n, a in initializers.items()],
+    )
+    opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 17), ("my", 1), ("com.microsoft", 1))]
+    onnx.save(helper.make_model(graph, ir_version=9, opset_imports=opsets, functions=list(functions)), path)
+    return path
+
+
+SQUARE = {"w": np.eye(4, dtype=np.float32)}
+ONES = {"x": np.ones((2, 4), np.float32)}
+
+
+def test_nodes_of_functions_count_under_their_own_names(tmp_path):
+    """F calls nothing, G calls F: onnxruntime inlines both and renames their nodes."""
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("my", 1)]
+    product = helper.make_node("MatMul", ["x", "w"], ["y"], name="F_product")
+    f = helper.make_function("my", "F", ["x", "w"], ["y"], [product], opsets)
+    inner = [helper.make_node("F", ["x", "w"], ["h"], domain="my", name="call")]
+    inner += [helper.make_node("Einsum", ["h", "w"], ["y"], equation="ij,jk->ik", name="sum")]
+    g = helper.make_function("my", "G", ["x", "w"], ["y"], inner, opsets)
+    nodes = [
+        helper.make_node("G", ["x", "w"], ["a"], domain="my", name="first"),
+        helper.make_node("F", ["a", "w"], ["b"], domain="my", name="second"),
+        helper.make_node("F", ["b", "w"], ["y"], domain="my", name="third"),
+    ]
+    trace = traced_run(saved(tmp_path / "m.onnx", nodes, SQUARE, [f, g]), ONES)
+    assert trace.macs == {"F_product": 3 * 2 * 4 * 4, "sum": 2 * 4 * 4}
+    assert trace.uncounted == ()
+
+
+def test_nodes_without_a_name_count_with_their_attributes(tmp_path):
+    nodes = [
+        helper.make_node("Einsum", ["x", "w"], ["h"], equation="ij,jk->ik"),
+        helper.make_node("FusedMatMul", ["h", "h"], ["y"], domain="com.microsoft", transA=1),
+    ]
+    trace = traced_run(saved(tmp_path / "m.onnx", nodes, SQUARE), ONES)
+    assert sorted(trace.macs.values()) == [2 * 4 * 4, 2 * 4 * 4]
+    assert trace.uncounted == ()
+
+
+def test_absent_inputs_are_not_taken_for_others(tmp_path):
+    """A past of three tokens stands behind an absent mask; the profile lists shapes without gaps."""
+    past = np.zeros((2, 1, 2, 3, 2), np.float32)
+    initializers = {"w": np.ones((4, 12), np.float32), "b": np.ones(12, np.float32), "past": past}
+    node = helper.make_node(
+        "Attention", ["x", "w", "b", "", "past"], ["y", "present"], "attend", domain="com.microsoft", num_heads=2
+    )
+    x = {"x": np.ones((1, 5, 4), np.float32)}
+    trace = traced_run(saved(tmp_path / "m.onnx", [node], initializers, shape=(1, 5, 4)), x)
+    scores = 5 * (3 + 5) * (4 + 4)
+    assert trace.macs == {"attend": 5 * 4 * 12 + scores}
+    assert trace.attention_macs == {"attend": scores}

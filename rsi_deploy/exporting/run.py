@@ -19,7 +19,7 @@ from rsi_deploy.exporting.written import Exported, write_files
 from rsi_deploy.manifest import file_hash, fingerprint
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.result import BenchResult
-from rsi_deploy.plan.decide import Planned
+from rsi_deploy.plan.decide import Planned, refuse_uncounted
 from rsi_deploy.plan.planner import Filters
 from rsi_deploy.report.schema import Report
 from rsi_deploy.resuming import Finished
@@ -30,6 +30,7 @@ from rsi_deploy.timing.joint_or_apart import JointOrApart
 from rsi_deploy.timing.last_word import LastWord, splits_of
 from rsi_deploy.timing.part_of_time import Timed, missed_time
 from rsi_deploy.timing.timed_export import TimedExport, timed_export
+from rsi_deploy.trace import uncounted_nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,8 @@ class ExportRun:
         """
         with told_room(folder):
             start = self._start(folder)
+            facts = start.facts
+            refuse_uncounted(self.timed.request.budget, facts.size, uncounted_nodes(facts.uncounted))
             if start.facts.outputs is not None:
                 check_room(folder)
             self.job.finished = self._finished(start)
@@ -144,7 +147,7 @@ class ExportRun:
             dense=Dense(
                 path=start.dense,
                 size=facts.size,
-                macs=facts.macs,
+                macs={node: count - facts.attention_macs.get(node, 0) for node, count in facts.macs.items()},
                 feeds=facts.feeds,
                 batch=facts.batch,
                 accuracy=start.accuracy,

@@ -6,7 +6,6 @@ a provider that ran no node, or a node that carries the work (a matrix product, 
 recurrent layer) on another one. Shape arithmetic that onnxruntime keeps on the CPU on purpose is recorded only.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from rsi_deploy.errors import UsageError
 from rsi_deploy.locks import ScratchFolder
+from rsi_deploy.measure.profile_events import node_events, read_events
 from rsi_deploy.measure.provider_spec import ProviderSpec, parse
 from rsi_deploy.measure.sessions import make_session, named, run_session
 
@@ -75,7 +75,7 @@ def node_placement(
             run_session(session, feeds, named(model))
         finally:
             profile = session.end_profiling()
-        return parse_profile(json.loads(Path(profile).read_text(encoding="utf-8")))
+        return parse_profile(read_events(profile))
 
 
 def proven_placement(
@@ -126,12 +126,9 @@ def parse_profile(events: list[dict[str, Any]]) -> Placement:
     {'P': 1}
     """
     seen: dict[tuple[str, str], tuple[str, str]] = {}
-    for event in events:
-        args = event.get("args", {})
-        name, provider = str(event.get("name", "")), args.get("provider")
-        if event.get("cat") == "Node" and provider and name.endswith("_kernel_time"):
-            node = name.removesuffix("_kernel_time")
-            seen[node, str(args.get("node_index"))] = (provider, args.get("op_name", ""))
+    for event in node_events(events):
+        if provider := event.args.get("provider"):
+            seen[event.node, str(event.args.get("node_index"))] = (provider, event.op_type)
     counts: dict[str, int] = {}
     for provider, _ in seen.values():
         counts[provider] = counts.get(provider, 0) + 1

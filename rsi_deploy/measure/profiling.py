@@ -5,7 +5,6 @@ known ornament ("fused X", "X_nchwc", "X/MatMulAddFusion", "X_token_3"); and the
 fused with the nodes behind it, of the last one's (a Conv in blocked layout with its Relu is "relu_nchwc").
 """
 
-import json
 import os
 import re
 from bisect import bisect_right
@@ -19,6 +18,7 @@ from rsi_deploy.found_splits import found_splits
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.locks import ScratchFolder
 from rsi_deploy.measure.arms import Feeds, Runtime
+from rsi_deploy.measure.profile_events import node_events, read_events
 from rsi_deploy.measure.sections import Profile, SiteTime
 from rsi_deploy.measure.sessions import make_session, named, run_session
 from rsi_deploy.measure.statistics import Floats
@@ -59,6 +59,8 @@ def read_profile(
 ) -> Profile:
     """What the events of `calls` runs say, those of the warm-up left out: medians over the runs.
 
+    A Loop, an If or a Scan counts without the nodes of its bodies, which count for themselves.
+
     Args:
         label: of the arm.
         events: of onnxruntime's profile.
@@ -70,19 +72,17 @@ def read_profile(
     ops: dict[str, Floats] = {}
     nodes: dict[str, set[str]] = {}
     sites: dict[str, dict[Side, Floats]] = {site: {} for site, _ in roles.values()}
-    for event in events:
-        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
-            continue
-        run = bisect_right(starts, event["ts"]) - 1
+    for event in node_events(events):
+        run = bisect_right(starts, event.start) - 1
         if run < 0:
             continue
-        op, node = event["args"].get("op_name", "?"), event["name"].removesuffix("_kernel_time")
+        op, node = event.op_type, event.node
         nodes.setdefault(op, set()).add(node)
-        ops.setdefault(op, np.zeros(len(runs)))[run] += event["dur"] / 1e3
+        ops.setdefault(op, np.zeros(len(runs)))[run] += event.own / 1e3
         role = roles.get(node) or roles.get(_ORNAMENTS.sub("", node))
         if role and any(part in op for part in _WORK):
             site, side = role
-            sites[site].setdefault(side, np.zeros(len(runs)))[run] += event["dur"] / 1e3
+            sites[site].setdefault(side, np.zeros(len(runs)))[run] += event.own / 1e3
     op_ms = {op: float(np.median(times)) for op, times in ops.items()}
     return Profile(
         label=label,
@@ -164,5 +164,4 @@ def _events(model: Path, feeds: Feeds, runtime: Runtime, calls: int) -> list[dic
                 run_session(session, feeds, named(model))
         finally:
             path = session.end_profiling()
-        events: list[dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))
-        return events
+        return read_events(path)

@@ -97,12 +97,36 @@ def total_of(budget: Budget, dense: Size) -> int:
     """What the whole dense model costs.
 
     Raises:
-        ModelError: its MACs are unknown.
+        ModelError: it costs nothing that could be counted.
     """
     total = {"params": dense.params, "macs": dense.macs, "bytes": dense.bytes}[budget.cost]
     if not total:
-        raise ModelError(f"{budget}: nothing is known of this model's MACs; type --keep-params instead")
+        raise ModelError(
+            f"{budget}: this model has no {budget.cost} that could be counted; type --keep-params or --max-size "
+            f"instead, in a sweep --by params"
+        )
     return total
+
+
+def refuse_uncounted(budget: Budget | None, dense: Size, uncounted: str) -> None:
+    """Refuse a budget of MACs for a model whose MACs are not known to the last node.
+
+    Args:
+        budget: of the whole model; None where none is given.
+        dense: size of the whole dense model.
+        uncounted: the nodes whose MACs are not known, in words; "" where all are counted.
+
+    Raises:
+        ModelError: the budget cannot be held against the whole model; names the nodes.
+    """
+    if budget is None or budget.cost != "macs":
+        return
+    if uncounted:
+        raise ModelError(
+            f"{budget}: the MACs of {uncounted} are not known, so nobody could say whether the model keeps the budget; "
+            f"type --keep-params or --max-size instead, in a sweep --by params"
+        )
+    total_of(budget, dense)
 
 
 def from_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> Decisions:

@@ -85,7 +85,7 @@ def test_a_site_that_keeps_its_size_says_so():
 def test_each_budget_is_on_its_own_cost():
     for budget in (Budget(keep_params=0.8), Budget(keep_macs=0.9), Budget(max_size=3800)):  # each leaves 400
         assert ranks(under(budget, SITES, DENSE, Known())) == {"a": 4, "b": 2, "never": None}, budget
-    with pytest.raises(ModelError, match="nothing is known of this model's MACs; type --keep-params instead"):
+    with pytest.raises(ModelError, match="no macs that could be counted; type --keep-params or --max-size instead"):
         total_of(Budget(keep_macs=0.5), DENSE.model_copy(update={"macs": 0}))
 
 

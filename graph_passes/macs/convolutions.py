@@ -1,0 +1,56 @@
+"""MACs of convolutions, whatever the layout of their data.
+
+Conv             output elements * numbers in one filter, (in / groups) * kernel
+ConvTranspose    input elements * numbers that one input channel meets, (out / groups) * kernel
+
+Points in the padding count, as they are multiplied or could be.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from graph_passes.macs.executed_node import ExecutedNode, Formula, Macs, Operator
+
+
+def conv(node: ExecutedNode, weight: int = 1) -> Macs:
+    """Conv and its kin; `weight` is the position of the weight (out, in / groups, *kernel)."""
+    return Macs(node.output_size * math.prod(node.input(weight)[1:]))
+
+
+def conv_transpose(node: ExecutedNode, weight: int = 1) -> Macs:
+    """ConvTranspose and its kin, weight (in, out / groups, *kernel)."""
+    return Macs(math.prod(node.input(0)) * math.prod(node.input(weight)[1:]))
+
+
+def word_conv(node: ExecutedNode) -> Macs:
+    """WordConvEmbedding: a filter (filters, 1, window, character size) slides over the characters of every word."""
+    (*words, characters), weight = node.input(0), node.input(1)
+    return Macs(math.prod(words) * max(characters - weight[2] + 1, 1) * math.prod(weight))
+
+
+QUANTIZED = 3
+"""Position of the weight of a QLinearConv."""
+
+FORMULAS: dict[Operator, Formula] = {
+    ("", "CausalConvWithState"): conv,
+    ("", "Conv"): conv,
+    ("", "ConvInteger"): conv,
+    ("", "ConvTranspose"): conv_transpose,
+    ("", "DeformConv"): conv,
+    ("", "QLinearConv"): partial(conv, weight=QUANTIZED),
+    ("com.microsoft", "CausalConvWithState"): conv,
+    ("com.microsoft", "ConvTransposeWithDynamicPads"): conv_transpose,
+    ("com.microsoft", "FusedConv"): conv,
+    ("com.microsoft", "NhwcConv"): conv,
+    ("com.microsoft", "NhwcFusedConv"): conv,
+    ("com.microsoft", "QLinearConv"): partial(conv, weight=QUANTIZED),
+    ("com.microsoft", "VarlenCausalConvWithState"): conv,
+    ("com.microsoft", "WordConvEmbedding"): word_conv,
+    ("com.microsoft.nchwc", "Conv"): conv,  # channels are filled up to whole blocks, and those count
+    ("com.ms.internal.nhwc", "Conv"): conv,
+    ("com.ms.internal.nhwc", "ConvTranspose"): conv_transpose,
+    ("com.ms.internal.nhwc", "QLinearConv"): partial(conv, weight=QUANTIZED),
+    ("com.ms.internal.nhwc", "QLinearConvTranspose"): partial(conv_transpose, weight=QUANTIZED),
+}

@@ -1,0 +1,87 @@
+"""One executed node, as a formula of multiply-accumulates (MACs) sees it, and what a formula gives back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+Shape: TypeAlias = tuple[int, ...]
+Operator: TypeAlias = tuple[str, str]
+"""Domain and op type; the domain of ONNX itself is ""."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutedNode:
+    """The shapes of one execution of a node, with its attributes.
+
+    Attributes:
+        domain: of the operator; "" is ONNX itself.
+        op_type: of the operator.
+        inputs: shape of every input by its position in the operator; None for an optional input that is absent.
+        outputs: the same of the outputs.
+        attributes: those that the node has, by name; tensors and graphs may be left out.
+    """
+
+    domain: str
+    op_type: str
+    inputs: tuple[Shape | None, ...]
+    outputs: tuple[Shape | None, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    def input(self, position: int) -> Shape:
+        """Shape of an input that must be there.
+
+        Raises:
+            LookupError: it is absent; no count is made of this node then.
+        """
+        shape = self.find(position)
+        if shape is None:
+            raise LookupError(f"{self.op_type} has no input {position}; expected a tensor there")
+        return shape
+
+    def find(self, position: int) -> Shape | None:
+        """Shape of an input, or None where it is absent."""
+        return self.inputs[position] if position < len(self.inputs) else None
+
+    @property
+    def output(self) -> Shape:
+        """Shape of the first output that is there."""
+        return next(shape for shape in self.outputs if shape is not None)
+
+    @property
+    def output_size(self) -> int:
+        """Numbers in the first output."""
+        return math.prod(self.output)
+
+    def flag(self, name: str) -> bool:
+        """Whether an integer attribute is there and not 0."""
+        return bool(self.attributes.get(name, 0))
+
+
+class Macs(NamedTuple):
+    """Multiply-accumulates of one execution.
+
+    Attributes:
+        product: of the products with the operand that may be a weight; a factorization of it changes them.
+        attention: of scores and mixture inside the node, which multiply activations only.
+    """
+
+    product: int = 0
+    attention: int = 0
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.product + self.attention
+
+
+@dataclass(frozen=True)
+class NotCounted:
+    """Why no MACs are known of a node."""
+
+    reason: str
+
+
+Formula: TypeAlias = Callable[[ExecutedNode], Macs]
