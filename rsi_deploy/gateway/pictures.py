@@ -38,7 +38,7 @@ class TooLargeError(ValueError):
 
 
 class UnknownRangeError(ValueError):
-    """A picture whose pixels have no known range: which of them are black and white cannot be told."""
+    """A picture whose pixels have no known range, so that black and white are not known; says what it has."""
 
 
 def read_picture(source: str | Path | IO[bytes]) -> Pixels:
@@ -83,6 +83,12 @@ def with_picture(source: str | Path | IO[bytes], use: Callable[["Image"], Result
     """
     from PIL import Image
 
+    if isinstance(source, str | Path):  # Pillow maps a file that it opens, and scrambles a TIFF that it turns then
+        try:
+            with open(source, "rb") as file:
+                return with_picture(file, use)
+        except OSError as error:
+            raise ValueError(str(error)) from error
     try:
         picture = Image.open(source, formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -111,16 +117,12 @@ def _largest_value(picture: "Image") -> int | None:
     if picture.mode == "I" and picture.format in ("PNG", "PPM"):  # Pillow scales a PPM to 16 bits
         return 65535
     if picture.mode == "I":
-        raise UnknownRangeError(
-            "its pixels are integers of a range that is not known (Pillow's mode I, 32 bits); store it with 8 or 16 "
-            "bits a channel"
-        )
+        raise UnknownRangeError("integer pixels whose range is not known (mode I, 32 bits)")
     if picture.mode == "F":
         pixels = np.asarray(picture)
         if not (pixels.min() >= 0 and pixels.max() <= 1):  # not so for NaN either
             raise UnknownRangeError(
-                f"its pixels are floating numbers from {pixels.min():g} to {pixels.max():g} (Pillow's mode F), but "
-                f"only 0 to 1 is a known range; divide them by their largest value, or store it with 8 or 16 bits"
+                f"floating pixels from {pixels.min():g} to {pixels.max():g} (mode F), where only 0 to 1 is known"
             )
         return 1
     return None

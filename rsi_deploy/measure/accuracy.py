@@ -239,9 +239,18 @@ class _Run:
 
 
 def picture_steps(
-    dataset: Dataset, arms: Sequence[Answers], passed: Preprocessing | None
+    dataset: Dataset,
+    arms: Sequence[Answers],
+    passed: Preprocessing | None,
+    else_do: str = "or store ready inputs as float32 in the data",
 ) -> tuple[Preprocessing | None, list[str]]:
-    """The preprocessing by the rule of the module's docstring, and what it does to the size of pictures unasked.
+    """The preprocessing by the rule of the module's docstring, and notes on what a model's own does to the size.
+
+    Args:
+        dataset: the data.
+        arms: the models; the last is the one that counts most.
+        passed: fields that go before what the models store.
+        else_do: what else helps where there is no preprocessing.
 
     Raises:
         UsageError: ready inputs with a preprocessing, or a model that needs one and has none.
@@ -249,8 +258,8 @@ def picture_steps(
     if dataset.kind != "images":
         if passed is not None:
             raise UsageError(
-                "the data are ready model inputs, so no preprocessing can apply; leave out --mean, --std, --resize, "
-                "--crop and --layout, or give pictures"
+                "the data are ready model inputs, so no preprocessing can apply; pass none (leave out --mean, --std, "
+                "--resize, --crop, --layout), or pictures"
             )
         return None, []
     subject = arms[-1]
@@ -264,7 +273,7 @@ def picture_steps(
         return None, []
     raise UsageError(
         f"{subject.name} takes {subject.specs[0]} and does not say how 8-bit images become that; pass a preprocessing "
-        "(--mean, --std, ...), or store ready inputs as float32 in the data"
+        f"(--mean, --std, ...), {else_do}"
     )
 
 

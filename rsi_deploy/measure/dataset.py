@@ -240,7 +240,7 @@ def decoded_picture(source: Any, name: str) -> Array:
     try:
         return read_picture(source)
     except UnknownRangeError as error:
-        raise UsageError(f"data: {name}: {error}") from error
+        raise UsageError(f"data: {name} has {error}; store it with 8 or 16 bits a channel, or take it out") from error
     except ValueError as error:
         raise UsageError(f"data: {name} cannot be read as an image: {error}; repair the file or take it out") from error
 

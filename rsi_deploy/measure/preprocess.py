@@ -194,7 +194,7 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         try:
             array = picture_array(image)
         except UnknownRangeError as error:
-            raise UsageError(f"the image cannot become an input: {error}") from error
+            raise UsageError(f"the image has {error}; scale its pixels to 8 or 16 bits first") from error
         array = array if image.mode == "RGBA" else array[..., :3]
         return np.asarray(self.apply(array[None])[0])
 
@@ -246,7 +246,7 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         filter_, size = Image.Resampling[self.interpolation.upper()], (new_width, new_height)
         if image.dtype != np.uint8:  # Pillow resizes floating numbers one channel at a time
             planes = [np.asarray(Image.fromarray(plane).resize(size, filter_)) for plane in np.moveaxis(image, 2, 0)]
-            return np.clip(np.stack(planes, axis=2), 0, 255)  # bicubic goes beyond, with 8-bit pictures too
+            return np.asarray(np.clip(np.stack(planes, axis=2), 0, 255))  # bicubic goes beyond, with 8-bit pictures too
         picture = Image.fromarray(image[:, :, 0] if channels == 1 else image)
         return np.asarray(picture.resize(size, filter_)).reshape(new_height, new_width, channels)
 

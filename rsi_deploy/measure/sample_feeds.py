@@ -26,7 +26,8 @@ def sample_feeds(
         UsageError: the data do not hold what the model takes.
     """
     arm = Answers(model, provider)
-    steps, _ = picture_steps(dataset, [arm], preprocessing)
+    else_do = "store ready inputs in the data, or time it without --data"
+    steps, _ = picture_steps(dataset, [arm], preprocessing, else_do)
     for feeds, _ in Feeding(dataset, arm.specs, steps, model=str(model)).batches(batch, batch):
         return feeds
     raise UsageError(f"the data hold no samples to feed {model} with; give other data, or leave out --data")

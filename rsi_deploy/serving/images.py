@@ -39,7 +39,7 @@ def image_request(data: bytes, preprocessing: Preprocessing | None, signature: S
     except UsageError as error:
         raise Refusal(400, str(error)) from None
     except UnknownRangeError as error:
-        raise Refusal(400, f"the image is not taken: {error}") from None
+        raise Refusal(400, f"the image has {error}; send it with 8 or 16 bits a channel") from None
     except TooLargeError as error:
         raise Refusal(413, str(error)) from None
     except (OSError, SyntaxError, ValueError) as error:
