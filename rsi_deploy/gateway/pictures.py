@@ -81,7 +81,7 @@ def with_picture(source: str | Path | IO[bytes], use: Callable[["Image"], Result
         TooLargeError: more than `MOST_PIXELS`; found before anything is decoded.
         ValueError: it is no picture that can be read.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(source, str | Path):  # Pillow maps a file that it opens, and scrambles a TIFF that it turns then
         try:
@@ -93,6 +93,8 @@ def with_picture(source: str | Path | IO[bytes], use: Callable[["Image"], Result
         picture = Image.open(source, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise TooLargeError(str(error)) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot identify it as one of {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders raise many kinds on damaged files
         raise ValueError(str(error)[:200] or type(error).__name__) from error
     with picture:

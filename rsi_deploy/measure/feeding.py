@@ -129,7 +129,7 @@ def as_input(values: Array, spec: InputSpec, *, option: str, model: str = "the m
     )
     if not fits:
         raise UsageError(
-            f"{option}: {model} takes {spec}, but the data are {came}; set resize, crop or layout where they are "
+            f"{option}: {model} takes {spec}, but the data are {came}; set --resize, --crop or --layout where they are "
             f"pictures, or give data of that shape"
         )
     if values.dtype.kind == "f" and np.isnan(values).any():
