@@ -19,13 +19,14 @@ kernel.batched kernel.direct kernel.gram kernel.exact kernel.krylov kernel.adapt
 kernel.solve kernel.memory
 errors error_texts error_table gateway.documents gateway.limits locks atomic manifest rsi together arrays spectra
 gateway.onnx_parts gateway.onnx_tensors gateway.onnx_names gateway.onnx_nodes gateway.onnx_sizes gateway.onnx_growth
-gateway.onnx_reader broken_models gateway.archives gateway.arrays gateway.pictures gateway.programs report.text
+gateway.onnx_reader broken_models gateway.archives gateway.arrays gateway.pictures gateway.system_files
+gateway.programs report.text
 calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrate.alternating
 plan.knapsack plan.bracket plan.budget plan.rank_grid plan.plan_file
 plan.planner plan.error_rank fold layers checkpoint measure.machine measure.statistics measure.sections measure.pinning
 measure.preprocess datafile found_splits onnx_file factor_errors sites plan.joint
-measure.inputs measure.dataset measure.array_data measure.folder_data measure.arrow_files measure.arrow_data
-measure.callable_data measure.data measure.feeding measure.intervals measure.paired measure.scores
+measure.inputs measure.model_pictures measure.dataset measure.array_data measure.folder_data measure.arrow_files
+measure.arrow_data measure.callable_data measure.data measure.feeding measure.intervals measure.paired measure.scores
 measure.providers measure.provider_spec measure.sessions measure.mixing measure.profile_events
 measure.placement measure.binding
 measure.timing measure.loadgen_worker measure.loadgen

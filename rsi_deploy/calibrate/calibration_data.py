@@ -69,6 +69,15 @@ class CalibrationData:
         for feeds, _ in self._feeding.batches(self.batch, self.samples):
             yield feeds
 
+    @property
+    def are_pictures(self) -> bool:
+        """Whether they go through the preprocessing."""
+        return self._feeding.dataset.kind == "images"
+
+    def notes(self) -> list[str]:
+        """What a reader should know of the samples that were read so far."""
+        return self._feeding.notes()
+
     def digests(self, limit: int = 4096) -> set[bytes]:
         """A hash of each sample, as it enters the model."""
         found: set[bytes] = set()

@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 
 import click
 
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(argv: list[str] | None = None) -> int:
     """Run a verb and return its exit code; every foreseen error is one message on stderr."""
     yield_idle_threads()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # our own message says what is wrong with a picture
     try:
         typed = shlex.join(["rsi-deploy", *(sys.argv[1:] if argv is None else argv)])  # for the record
         with ending_signals():

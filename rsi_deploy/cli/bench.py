@@ -8,7 +8,7 @@ import click
 
 from rsi_deploy.cli.bench_options import matrix_options, measurement_options
 from rsi_deploy.cli.gating import gate_options, show_comparison, wanted_gates
-from rsi_deploy.cli.options import loadgen_options, onnx_path
+from rsi_deploy.cli.options import loadgen_options, onnx_path, preprocessing_options
 from rsi_deploy.cli.page import check_page, page_option, write_page
 from rsi_deploy.cli.terminal import console, progress_bar
 from rsi_deploy.errors import UsageError
@@ -24,6 +24,7 @@ INTERRUPTED = 130
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="A.onnx [B.onnx ...]")
 @click.option("--data", metavar="DATA", help="Evaluation data: adds accuracy, and gives the inputs that are timed.")
+@preprocessing_options
 @matrix_options
 @measurement_options
 @loadgen_options
@@ -66,8 +67,11 @@ def bench(
     page = check_page(html)
     paths = [onnx_path(model) for model in models]
     dataset = None if data is None else open_data(data)
+    if dataset is None and asked["preprocessing"] is not None:
+        raise UsageError("--mean, --std, --resize, --crop and --layout are for the pictures of --data; add --data DATA")
     if dataset is not None and (dataset.labels is not None or len(paths) > 1):
-        check_data(paths, dataset, provider=asked["provider"])  # what is wrong must not wait for the measurement
+        # what is wrong must not wait for the measurement
+        check_data(paths, dataset, preprocessing=asked["preprocessing"], provider=asked["provider"])
     request = _request(models, paths, dataset, asked)
     _check_loadgen(request, asked)
     with progress_bar("%") as bar:
@@ -77,7 +81,7 @@ def bench(
             progress=(lambda name, share: bar(name, round(100 * share) - 1, 100)) if bar else None,
         )
     document = _with_loadgen(document, request, asked)
-    document = _with_accuracy(document, request, dataset)
+    document = _with_accuracy(document, request, dataset, asked)
     write_page(document, page)
     _show(document, as_json=as_json)
     if gates is not None:
@@ -142,7 +146,7 @@ def _feeds(asked: dict[str, Any], model: Path, dataset: "Dataset | None", batch:
         return None
     from rsi_deploy.measure.sample_feeds import sample_feeds
 
-    return sample_feeds(dataset, model, asked["provider"], batch)
+    return sample_feeds(dataset, model, asked["provider"], batch, asked["preprocessing"])
 
 
 def _precisions(text: str) -> Any:
@@ -194,7 +198,9 @@ def _with_loadgen(document: "BenchDocument", request: "Request", asked: dict[str
     return document.model_copy(update={"loadgen": found})
 
 
-def _with_accuracy(document: "BenchDocument", request: "Request", dataset: "Dataset | None") -> "BenchDocument":
+def _with_accuracy(
+    document: "BenchDocument", request: "Request", dataset: "Dataset | None", asked: dict[str, Any]
+) -> "BenchDocument":
     if dataset is None or (dataset.labels is None and len(request.models) < 2):  # inputs alone, nothing to compare
         return document
     from rsi_deploy.measure.accuracy import evaluate_all
@@ -203,6 +209,7 @@ def _with_accuracy(document: "BenchDocument", request: "Request", dataset: "Data
         results = evaluate_all(
             request.models,
             dataset,
+            preprocessing=asked["preprocessing"],
             provider=request.provider,
             progress=(lambda done, total: bar("accuracy", done - 1, total)) if bar else None,
         )

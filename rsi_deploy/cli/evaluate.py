@@ -1,11 +1,14 @@
 """`rsi-deploy eval`: accuracy alone."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from rsi_deploy.cli.options import DATA_HELP, onnx_path, preprocessing, preprocessing_options
+from rsi_deploy.cli.options import DATA_HELP, onnx_path, preprocessing_options
 from rsi_deploy.cli.terminal import console, progress_bar
+
+if TYPE_CHECKING:
+    from rsi_deploy.measure.preprocess import Preprocessing
 
 
 @click.command("eval")
@@ -33,11 +36,7 @@ def evaluate_verb(
     batch: int,
     provider: str,
     as_json: bool,
-    mean: str | None,
-    std: str | None,
-    resize: str | None,
-    crop: str | None,
-    layout: str | None,
+    preprocessing: "Preprocessing | None",
 ) -> None:
     """Accuracy of an ONNX model; the preprocessing stored in it is used unless options say otherwise.
 
@@ -53,7 +52,7 @@ def evaluate_verb(
         results = evaluate_all(
             paths,
             data,
-            preprocessing=preprocessing(mean, std, resize, crop, layout),
+            preprocessing=preprocessing,
             provider=provider,
             batch_size=batch,
             outputs=outputs,

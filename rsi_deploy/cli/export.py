@@ -11,7 +11,6 @@ from rsi_deploy.cli.options import (
     DATA_HELP,
     filter_options,
     kernel_options,
-    preprocessing,
     preprocessing_options,
     ranks_options,
     runtime_options,
@@ -59,11 +58,6 @@ def export(
     no_joint: bool,
     no_mixed_precision: bool,
     as_json: bool,
-    mean: str | None,
-    std: str | None,
-    resize: str | None,
-    crop: str | None,
-    layout: str | None,
     **options: Any,
 ) -> None:
     """Compress MODEL and write a bundle: model.onnx, report.json, plan.json, README.md.
@@ -82,7 +76,6 @@ def export(
         report = run_export(
             model,
             output,
-            preprocessing=preprocessing(mean, std, resize, crop, layout),
             measure=not no_bench,
             joint=not no_joint,
             mixed_precision=not no_mixed_precision,

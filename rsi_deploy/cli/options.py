@@ -1,8 +1,9 @@
 """Options that verbs share, and what their texts mean."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -182,16 +183,33 @@ def kernel_options(function: F) -> F:
 
 
 def preprocessing_options(function: F) -> F:
-    """From 8-bit pictures to inputs; what is not given comes from the model."""
+    """From pictures to inputs: the verb gets `preprocessing`, which has the fields that were typed, or None."""
+
+    @functools.wraps(function)
+    def verb(
+        *args: Any,
+        mean: str | None,
+        std: str | None,
+        resize: str | None,
+        crop: str | None,
+        layout: str | None,
+        **options: Any,
+    ) -> Any:
+        return function(*args, preprocessing=_preprocessing(mean, std, resize, crop, layout), **options)
+
     for decorator in (
         click.option("--layout", type=click.Choice(["NCHW", "NHWC"]), help="Axes of the input."),
-        click.option("--crop", metavar="HxW", help="Centre crop in pixels."),
-        click.option("--resize", metavar="N|HxW", help="Shorter side, or height x width, in pixels."),
+        click.option("--crop", metavar="HxW|none", help="Centre crop in pixels; none: not the model's own either."),
+        click.option(
+            "--resize",
+            metavar="N|HxW|none",
+            help="Shorter side, or height x width, in pixels; none: not the model's own either.",
+        ),
         click.option("--std", metavar="S,S,S", help="Divisor per channel, after the mean."),
         click.option("--mean", metavar="M,M,M", help="Subtracted per channel from pixels in 0..1."),
     ):
-        function = decorator(function)
-    return function
+        verb = decorator(verb)
+    return cast(F, verb)
 
 
 def runtime_options(function: F) -> F:
@@ -239,11 +257,11 @@ def loadgen_options(function: F) -> F:
     return function
 
 
-def preprocessing(
+def _preprocessing(
     mean: str | None, std: str | None, resize: str | None, crop: str | None, layout: str | None
 ) -> "Preprocessing | None":
-    """Only the fields that were given; the rest comes from the model."""
-    if not any((mean, std, resize, crop, layout)):
+    """Only the fields that were typed; None without any."""
+    if all(text is None for text in (mean, std, resize, crop, layout)):
         return None
     from rsi_deploy.measure.preprocess import Preprocessing
 
@@ -253,8 +271,8 @@ def preprocessing(
             given[option] = _numbers(f"--{option}", text)
     for option, text in (("resize", resize), ("crop", crop)):
         if text is not None:
-            size = _size(f"--{option}", text)
-            given[option] = size[0] if len(size) == 1 and option == "resize" else (size * 2)[:2]
+            size = () if text.lower() == "none" else _size(f"--{option}", text)
+            given[option] = None if not size else size[0] if len(size) == 1 and option == "resize" else (size * 2)[:2]
     return Preprocessing(**given)
 
 
@@ -270,7 +288,7 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
 def _size(option: str, text: str) -> tuple[int, ...]:
     parts = text.lower().split("x")
     if not 1 <= len(parts) <= 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise UsageError(f"{option} takes pixels such as 224 or 224x224, but got {text!r}")
+        raise UsageError(f"{option} takes pixels such as 224 or 224x224, or none, but got {text!r}")
     return tuple(int(p) for p in parts)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from rsi_deploy.cli.options import runtime_options, source_options
+from rsi_deploy.cli.options import preprocessing_options, runtime_options, source_options
 from rsi_deploy.cli.terminal import console, progress_bar
 
 
@@ -24,6 +24,7 @@ from rsi_deploy.cli.terminal import console, progress_bar
     help="Half width of the intervals that is narrow enough, %.",
 )
 @click.option("--feeds", type=click.Path(), help=".npz, one array per input: time with these; they tell the batch.")
+@preprocessing_options
 @click.option("--assume-constant", is_flag=True, help="ONNX: weights that are graph inputs too are constants.")
 @click.option("--fresh", is_flag=True, help="Measure what the cache knows, too.")
 @click.option("--force", is_flag=True, help="Replace a file that is there.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from rsi_deploy.cli.options import DATA_HELP, filter_options, runtime_options, source_options
+from rsi_deploy.cli.options import DATA_HELP, filter_options, preprocessing_options, runtime_options, source_options
 from rsi_deploy.cli.terminal import console, progress_bar
 
 
@@ -23,6 +23,7 @@ from rsi_deploy.cli.terminal import console, progress_bar
 @click.option(
     "--calib-size", default=512, show_default=True, type=click.IntRange(min=1), help="At most so many samples."
 )
+@preprocessing_options
 @filter_options
 @click.option("--smaller-is-enough", is_flag=True, help="Split also where it is not measured faster.")
 @click.option("--allow-larger", is_flag=True, help="Keep points that are larger than the dense model, too.")
@@ -61,4 +62,6 @@ def sweep(model: str, output: Path, no_bench: bool, as_json: bool, **options: An
     terminal.print(f"quality: {quality_name(document)}", markup=False)
     if times := times_name(document):
         terminal.print(f"times: {times}", markup=False)
+    for note in document.notes:
+        terminal.print(f"note: {note}", style="yellow", markup=False)
     terminal.print(f"sweep: {output}", markup=False)

@@ -10,7 +10,7 @@ from torch import nn
 
 from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.data import Dataset, open_data
-from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.onnx_file import read_onnx
 from rsi_deploy.plan.planner import MaxError, RankSpec, rank_spec
 from rsi_deploy.probe import named_shapes
@@ -56,7 +56,9 @@ class Origin:
 
     def steps(self, source: Source) -> Preprocessing | None:
         """From 8-bit pictures to inputs: what was given, over what the model tells."""
-        told = source.preprocessing if source.onnx is None else _stored_preprocessing(source.onnx)
+        told = source.preprocessing
+        if source.onnx is not None:
+            told = Preprocessing.stored(read_onnx(source.onnx).metadata_props)
         return self.preprocessing.over(told) if self.preprocessing else told
 
 
@@ -118,9 +120,3 @@ def device_named(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise UsageError(f"--device must be auto, cpu or cuda, but got {name!r}")
     return torch.device(name)
-
-
-def _stored_preprocessing(path: Path) -> Preprocessing | None:
-    """What an ONNX source's metadata tell."""
-    stored = read_onnx(path).metadata_props.get(METADATA_KEY)
-    return None if stored is None else Preprocessing.from_metadata(stored)

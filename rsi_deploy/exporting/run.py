@@ -18,6 +18,7 @@ from rsi_deploy.exporting.room import check_room, told_room
 from rsi_deploy.exporting.written import Exported, write_files
 from rsi_deploy.manifest import file_hash, fingerprint
 from rsi_deploy.measure.data import Dataset
+from rsi_deploy.measure.model_pictures import preset_note
 from rsi_deploy.measure.result import BenchResult
 from rsi_deploy.plan.decide import Planned, refuse_uncounted
 from rsi_deploy.plan.planner import Filters
@@ -110,6 +111,10 @@ class ExportRun:
         return Start(
             source=source, folder=folder, steps=steps, exporter=exporter, facts=facts, accuracy=accuracy, fed=fed
         )
+
+    def _of_pictures(self, start: Start, are_pictures: bool) -> list[str]:
+        """What the model's own preprocessing does to the size of the data, where they are pictures."""
+        return preset_note(start.steps, self.origin.preprocessing, start.source.name) if are_pictures else []
 
     def _finished(self, start: Start) -> Finished | None:
         """What an earlier run of this export has finished; None where the model is too small to keep anything."""
@@ -233,12 +238,15 @@ class ExportRun:
         """The delivered model held against the dense one: outputs, accuracy, calibration data, MACs."""
         job, dense, path, result = self.job, start.dense, start.path, delivered.result
         verification, probe = job.verify(dense, path, result, start.facts, start.exporter, self.max_output_error)
+        job.notes += self._of_pictures(start, self.dataset is not None and self.dataset.kind == "images")
         accuracy, bound = job.accuracy(dense, path, result, self.dataset, start.steps, start.accuracy)
         record, kept = None, self.kept
         if self.timed.request.calib is not None and start.facts.outputs is not None:
             with job.stage("certificate"):
                 known = None if kept is None else kept.answers
-                record, answers = certified(dense, path, calibrator.data(), job.provider, known)
+                data = calibrator.data()
+                record, answers = certified(dense, path, data, job.provider, known)
+                job.notes += self._of_pictures(start, data.are_pictures) + data.notes()
                 if kept is not None:
                     kept.answers = answers
         return Checked(

@@ -78,7 +78,10 @@ class Exported:
     def _notes(self) -> tuple[str, ...]:
         """What a reader should know, each once."""
         of_time = timing_notes(self.calibrator.timing, self.delivered.word)
-        return tuple(dict.fromkeys([*self.start.source.notes, *self.job.notes, *self.calibrator.notes, *of_time]))
+        accuracy = self.start.accuracy
+        of_data = [] if accuracy is None else accuracy.notes
+        found = [*self.start.source.notes, *self.job.notes, *of_data, *self.calibrator.notes, *of_time]
+        return tuple(dict.fromkeys(found))
 
 
 def write_files(folder: Path, report: Report, model: Path) -> None:

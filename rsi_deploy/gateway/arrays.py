@@ -13,6 +13,7 @@ from rsi_deploy.gateway.archives import check_archive
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _SUFFIX = ".npy"
+_NOT_DATA = ("__MACOSX/", ".DS_Store")  # what macOS adds to an archive that it packs again
 
 
 def read_npz(path: str | Path) -> dict[str, npt.NDArray[Any]]:
@@ -23,7 +24,7 @@ def read_npz(path: str | Path) -> dict[str, npt.NDArray[Any]]:
             size, or a header that claims more than there is.
         OSError: it cannot be read.
     """
-    entries = check_archive(Path(path))
+    entries = [entry for entry in check_archive(Path(path)) if not entry.filename.startswith(_NOT_DATA)]
     if strange := [entry.filename for entry in entries if not entry.filename.endswith(_SUFFIX)]:
         raise ValueError(f"{strange[0]!r} in it is no array; write it with numpy.savez")
     arrays: dict[str, npt.NDArray[Any]] = {}

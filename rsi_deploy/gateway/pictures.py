@@ -1,8 +1,22 @@
-"""Pictures from anywhere: a few formats, whose decoders run no other program, and no more pixels than a photograph."""
+"""Pictures from anywhere: a few formats, whose decoders run no other program, and no more pixels than a photograph.
+
+A picture becomes an array `(height, width, channels)` of 1 (gray), 3 (RGB) or 4 (RGBA) channels, turned as its EXIF
+orientation says. Of several frames the first is read.
+
+    Pillow's mode                            array
+    1, L                                     uint8, gray
+    P, RGB, CMYK, YCbCr, LAB, HSV            uint8, RGB
+    the same with transparency, LA           uint8, RGBA
+    I;16, I of a PNG or PPM, F of 0 to 1     uint16, gray: the pixels' own range becomes 0 to 65535, nothing is clipped
+    other I and F                            refused: their range is unknown
+"""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -12,11 +26,52 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 MOST_PIXELS = 50_000_000
 
+_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
+
 Result = TypeVar("Result")
+Pixels = npt.NDArray[Any]
 
 
 class TooLargeError(ValueError):
     """A picture of more than `MOST_PIXELS`."""
+
+
+class UnknownRangeError(ValueError):
+    """A picture whose pixels have no known range, so that black and white are not known; says what it has."""
+
+
+def read_picture(source: str | Path | IO[bytes]) -> Pixels:
+    """The picture in a file as uint8 or uint16 `(height, width, channels)`; see the module's docstring.
+
+    Raises:
+        TooLargeError: more than `MOST_PIXELS`; found before anything is decoded.
+        UnknownRangeError: pixels of 32-bit integers, or of floating numbers outside 0 to 1.
+        ValueError: it is no picture that can be read.
+    """
+    try:
+        return with_picture(source, picture_array)
+    except ValueError:
+        raise
+    except Exception as error:  # a conversion that this Pillow cannot do
+        raise ValueError(str(error)[:200] or type(error).__name__) from error
+
+
+def picture_array(picture: "Image") -> Pixels:
+    """A picture that Pillow holds, as `read_picture` gives it.
+
+    Raises:
+        UnknownRangeError: as in `read_picture`.
+    """
+    largest = _largest_value(picture)
+    white_is_zero = _tiff_tag(picture, _PHOTOMETRIC) == _WHITE_IS_ZERO  # Pillow turns 8-bit pictures alone
+    picture = _upright(picture)
+    if largest is not None:
+        values = largest - np.asarray(picture) if white_is_zero else np.asarray(picture)
+        return np.rint(values * np.float32(65535 / largest)).astype(np.uint16)[:, :, None]
+    picture = picture.convert("LA") if picture.mode == "La" else picture  # Pillow converts it to nothing else
+    mode = "RGBA" if _has_alpha(picture) else "L" if picture.mode in ("1", "L") else "RGB"
+    return np.asarray(picture.convert(mode)).reshape(picture.height, picture.width, -1)
 
 
 def with_picture(source: str | Path | IO[bytes], use: Callable[["Image"], Result]) -> Result:
@@ -26,12 +81,20 @@ def with_picture(source: str | Path | IO[bytes], use: Callable[["Image"], Result
         TooLargeError: more than `MOST_PIXELS`; found before anything is decoded.
         ValueError: it is no picture that can be read.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
+    if isinstance(source, str | Path):  # Pillow maps a file that it opens, and scrambles a TIFF that it turns then
+        try:
+            with open(source, "rb") as file:
+                return with_picture(file, use)
+        except OSError as error:
+            raise ValueError(str(error)) from error
     try:
         picture = Image.open(source, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise TooLargeError(str(error)) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot identify it as one of {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders raise many kinds on damaged files
         raise ValueError(str(error)[:200] or type(error).__name__) from error
     with picture:
@@ -42,3 +105,49 @@ def with_picture(source: str | Path | IO[bytes], use: Callable[["Image"], Result
         except Exception as error:  # as above
             raise ValueError(str(error)[:200] or type(error).__name__) from error
         return use(picture)
+
+
+def _largest_value(picture: "Image") -> int | None:
+    """The value of a white pixel, where pixels have more than 8 bits; else None.
+
+    Raises:
+        UnknownRangeError: nothing says which value is white.
+    """
+    if picture.mode.startswith("I;16"):
+        bits = _tiff_tag(picture, _BITS) or (16,)
+        return int((1 << bits[0]) - 1)
+    if picture.mode == "I" and picture.format in ("PNG", "PPM"):  # Pillow scales a PPM to 16 bits
+        return 65535
+    if picture.mode == "I":
+        raise UnknownRangeError("integer pixels whose range is not known (mode I, 32 bits)")
+    if picture.mode == "F":
+        pixels = np.asarray(picture)
+        if not (pixels.min() >= 0 and pixels.max() <= 1):  # not so for NaN either
+            raise UnknownRangeError(
+                f"floating pixels from {pixels.min():g} to {pixels.max():g} (mode F), where only 0 to 1 is known"
+            )
+        return 1
+    return None
+
+
+def _tiff_tag(picture: "Image", number: int) -> Any:
+    """A tag of a TIFF; None where the picture is none, or has no such tag."""
+    tags = getattr(picture, "tag_v2", None)
+    return None if tags is None else tags.get(number)
+
+
+def _upright(picture: "Image") -> "Image":
+    """The picture the way up that its EXIF orientation says; Pillow turns a TIFF by itself."""
+    from PIL import ImageOps
+
+    if picture.format == "TIFF":
+        return picture
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # damaged EXIF says nothing about the pixels; readers raise many kinds on it
+        return picture
+
+
+def _has_alpha(picture: "Image") -> bool:
+    palette = picture.palette.mode if picture.mode == "P" and picture.palette is not None else ""
+    return picture.mode in _WITH_ALPHA or "transparency" in picture.info or palette.endswith("A")

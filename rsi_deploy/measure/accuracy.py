@@ -13,10 +13,10 @@
 
 Outputs are class scores where there are labels; without labels where the reference's first floating output looks like
 them (`scores.are_scores`), and then cosine and distance are told as well. Equal scores rank by class number, as argmax
-does. What pictures go through is decided by one rule: the preprocessing that was passed, else the one stored in the
-model, else none, which is right only for a model that takes the 8-bit pictures as they are; with any other model it is
-refused, since to guess would falsify the result. Positions that an input with `mask` in its name masks away do not
-count. One batch is in memory at a time, with a few numbers for every sample.
+does. Pictures go through the preprocessing that was passed; fields that it does not set come from the one stored in the
+model. Without both they stay as they are, which is right only for a model of integers; any other model is refused,
+since to guess would falsify the result. Positions that an input with `mask` in its name masks away do not count. One
+batch is in memory at a time, with a few numbers for every sample.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,9 @@ from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.answers import Answers
 from rsi_deploy.measure.data import Dataset, open_data
 from rsi_deploy.measure.feeding import Feeding, Feeds
+from rsi_deploy.measure.inputs import InputSpec
 from rsi_deploy.measure.intervals import Interval
+from rsi_deploy.measure.model_pictures import preset_note
 from rsi_deploy.measure.paired import PairedTest
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.tally import OutputKind, Scorer, Tally, ValueDistance
@@ -59,6 +61,7 @@ class AccuracyResult(BaseModel, frozen=True, extra="forbid"):
         provider: full name of the one that ran the model.
         preprocessing: in words; None where the data were ready inputs.
         data_fingerprint: sha256 of all the data, also where `limit` read a part.
+        notes: what a reader should know of how pictures became inputs.
     """
 
     samples: int
@@ -78,6 +81,7 @@ class AccuracyResult(BaseModel, frozen=True, extra="forbid"):
     provider: str
     preprocessing: str | None
     data_fingerprint: str
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -97,7 +101,7 @@ def evaluate(
     Args:
         model: an ONNX file.
         data: an opened data set, or its name (see `rsi_deploy.measure.data`).
-        preprocessing: for pictures; None takes what the model's metadata carries.
+        preprocessing: for pictures; fields that are not set come from what the model's metadata carries.
         provider: short or full name, for the model and the reference.
         batch_size: samples a run. A model with a fixed batch gets that one, the last filled up with copies.
         reference: another ONNX file, fed with the same samples.
@@ -139,7 +143,7 @@ def evaluate_all(
     Args:
         models: ONNX files with the same inputs and outputs.
         data: as in `evaluate`, like the others.
-        preprocessing: for all of them; None takes what the last of them that carries one stores.
+        preprocessing: for all of them; fields that are not set come from the last of them that carries one.
         provider: for all of them.
         batch_size: samples a run.
         outputs: what the outputs are.
@@ -181,19 +185,26 @@ def evaluate_all(
             provider=arm.provider,
             preprocessing=None if run.steps is None else run.steps.describe(),
             data_fingerprint=fingerprint,
+            notes=(*run.notes, *run.feeding.notes()),
             **tally.findings(whole[0] if place else None),
         )
         for place, (arm, tally) in enumerate(zip(arms, whole, strict=True))
     ]
 
 
-def check_data(models: Sequence[str | Path], data: Dataset | str | Path, *, provider: str = "cpu") -> None:
+def check_data(
+    models: Sequence[str | Path],
+    data: Dataset | str | Path,
+    *,
+    preprocessing: Preprocessing | None = None,
+    provider: str = "cpu",
+) -> None:
     """Refuse at once, on one sample, what `evaluate_all` would refuse: for callers whose other work takes long.
 
     Raises:
         UsageError, ModelError: as in `evaluate`.
     """
-    run = _Run(models, data, None, provider, "auto")
+    run = _Run(models, data, preprocessing, provider, "auto")
     inputs, _ = next(run.feeding.inputs(1, 1))
     run.scorer.check([arm.outputs(own.fitted(inputs)) for arm, own in zip(run.arms, run.feedings, strict=True)])
 
@@ -216,7 +227,7 @@ class _Run:
                 "or a second model (eval: --reference DENSE.onnx)"
             )
         self.arms = [Answers(model, provider) for model in models]
-        self.steps = _steps(self.dataset, self.arms, preprocessing)
+        self.steps, self.notes = picture_steps(self.dataset, self.arms, preprocessing)
         self.feeding = Feeding(self.dataset, self.arms[-1].specs, self.steps, model=self.arms[-1].name)
         self.feedings = [Feeding(self.feeding.dataset, arm.specs, self.steps, model=arm.name) for arm in self.arms]
         names, classes = [arm.name for arm in self.arms], getattr(self.dataset, "classes", ())
@@ -227,23 +238,45 @@ class _Run:
             arm.prove_provider(feeds)
 
 
-def _steps(dataset: Dataset, arms: Sequence[Answers], passed: Preprocessing | None) -> Preprocessing | None:
-    """The preprocessing by the rule of the module's docstring."""
+def picture_steps(
+    dataset: Dataset,
+    arms: Sequence[Answers],
+    passed: Preprocessing | None,
+    else_do: str = "or store ready inputs as float32 in the data",
+) -> tuple[Preprocessing | None, list[str]]:
+    """The preprocessing by the rule of the module's docstring, and notes on what a model's own does to the size.
+
+    Args:
+        dataset: the data.
+        arms: the models; the last is the one that counts most.
+        passed: fields that go before what the models store.
+        else_do: what else helps where there is no preprocessing.
+
+    Raises:
+        UsageError: ready inputs with a preprocessing, or a model that needs one and has none.
+    """
     if dataset.kind != "images":
         if passed is not None:
             raise UsageError(
-                "the data are ready model inputs, so no preprocessing can apply; pass none, or 8-bit images"
+                "the data are ready model inputs, so no preprocessing can apply; pass none (leave out --mean, --std, "
+                "--resize, --crop, --layout), or pictures"
             )
-        return None
-    if passed is not None:
-        return passed
+        return None, []
+    subject = arms[-1]
     for arm in reversed(arms):  # the model itself, then its reference
         if (stored := arm.stored_preprocessing()) is not None:
-            return stored
-    subject = arms[-1]
-    if all(spec.dtype == np.uint8 for spec in subject.specs):
-        return None
+            steps = stored if passed is None else passed.over(stored)
+            return steps, preset_note(steps, passed, arm.name)
+    if passed is not None:
+        return passed, []
+    if all(_takes_raw(spec) for spec in subject.specs):
+        return None, []
     raise UsageError(
         f"{subject.name} takes {subject.specs[0]} and does not say how 8-bit images become that; pass a preprocessing "
-        "(its scale, mean and std), or store ready inputs as float32 in the data"
+        f"(--mean, --std, ...), {else_do}"
     )
+
+
+def _takes_raw(spec: InputSpec) -> bool:
+    """Whether an input takes pictures as they are, or what only looks like pictures: integers `(N, ..., ...)`."""
+    return spec.dtype in (np.uint8, np.uint16) or (spec.dtype.kind in "iu" and len(spec.shape) == 3)

@@ -15,7 +15,7 @@ from rsi_deploy.measure.dataset import Array
 from rsi_deploy.measure.feeding import Feeds
 from rsi_deploy.measure.inputs import InputSpec, model_inputs
 from rsi_deploy.measure.placement import proven_placement
-from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.sessions import make_session, run_session
 
 
@@ -40,8 +40,7 @@ class Answers:
 
     def stored_preprocessing(self) -> Preprocessing | None:
         """What the model's metadata carry."""
-        stored = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-        return None if stored is None else Preprocessing.from_metadata(stored)
+        return Preprocessing.stored(self._session.get_modelmeta().custom_metadata_map)
 
     def outputs(self, feeds: Feeds) -> dict[str, Array]:
         """Floating outputs `(n, ...)` of feeds of `n` samples, by name.

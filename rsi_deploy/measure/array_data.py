@@ -21,12 +21,12 @@ from rsi_deploy.measure.dataset import (
     Batch,
     Kind,
     Labels,
+    Steps,
     as_samples,
     checked_columns,
     checked_labels,
     row_batches,
 )
-from rsi_deploy.measure.preprocess import Preprocessing
 
 INPUT_NAMES = ("images", "x")
 
@@ -102,9 +102,7 @@ class ArrayData:
         """The sha256 of shapes, dtypes and bytes of inputs and labels."""
         return _digest([self._values] if self.labels is None else [self._values, self.labels])
 
-    def batches(
-        self, batch_size: int, preprocessing: Preprocessing | None, limit: int | None = None
-    ) -> Iterator[Batch]:
+    def batches(self, batch_size: int, preprocessing: Steps | None, limit: int | None = None) -> Iterator[Batch]:
         """See `Dataset.batches`."""
         for rows in row_batches(len(self), batch_size, limit):
             values = self._values[rows]
@@ -161,9 +159,7 @@ class NamedData:
         names = np.frombuffer("\0".join(sorted(self._arrays)).encode(), np.uint8)
         return _digest([names, *arrays, *([] if self.labels is None else [self.labels])])
 
-    def batches(
-        self, batch_size: int, preprocessing: Preprocessing | None, limit: int | None = None
-    ) -> Iterator[Batch]:
+    def batches(self, batch_size: int, preprocessing: Steps | None, limit: int | None = None) -> Iterator[Batch]:
         """See `Dataset.batches`; arrays of another length than the samples are left out."""
         arrays = {key: array for key, array in self._arrays.items() if array.ndim and len(array) == len(self)}
         for rows in row_batches(len(self), batch_size, limit):

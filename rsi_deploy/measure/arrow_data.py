@@ -27,6 +27,7 @@ from rsi_deploy.measure.dataset import (
     Inputs,
     Kind,
     Labels,
+    Steps,
     as_samples,
     checked_columns,
     checked_labels,
@@ -36,7 +37,6 @@ from rsi_deploy.measure.dataset import (
     spaced_rows,
     stacked_pictures,
 )
-from rsi_deploy.measure.preprocess import Preprocessing
 
 PICTURE_NAMES = ("image", "images", "img", "picture", "pixel_values", "x")
 DECODED = 64  # rows at a time
@@ -108,15 +108,13 @@ class ArrowData:
         chosen = f"{self._image}\0{self._label}\0{len(self)}".encode()
         return hashlib.sha256(chosen + b"".join(digest.digest() for digest in digests.values())).hexdigest()
 
-    def batches(
-        self, batch_size: int, preprocessing: Preprocessing | None, limit: int | None = None
-    ) -> Iterator[Batch]:
-        """See `Dataset.batches`; every picture is read as RGB, whatever its mode."""
+    def batches(self, batch_size: int, preprocessing: Steps | None, limit: int | None = None) -> Iterator[Batch]:
+        """See `Dataset.batches`."""
         pieces = self._inputs(spaced_rows(len(self), batch_size, limit), preprocessing)
         for inputs, rows in zip(regrouped(pieces, batch_size), row_batches(len(self), batch_size, limit), strict=True):
             yield inputs, None if self.labels is None else self.labels[rows]
 
-    def _inputs(self, rows: Labels, steps: Preprocessing | None) -> Iterator[Inputs]:
+    def _inputs(self, rows: Labels, steps: Steps | None) -> Iterator[Inputs]:
         """Inputs of these rows, a piece at a time."""
         wanted = [self._image] if self._image else list(self.columns)
         shape: tuple[int, ...] | None = None

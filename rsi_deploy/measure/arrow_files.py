@@ -15,6 +15,7 @@ import numpy as np
 
 from rsi_deploy.errors import UsageError
 from rsi_deploy.gateway.documents import read_document
+from rsi_deploy.gateway.system_files import is_system_file
 from rsi_deploy.measure.dataset import Array, Labels
 
 SUFFIXES = (".parquet", ".arrow")
@@ -128,7 +129,8 @@ def table_files(path: Path, split: str = "") -> list[Path]:
         return [path / name for name in names]
     groups: dict[str, list[Path]] = {}
     for file in sorted([*path.glob("*"), *path.glob("data/*")]):
-        if file.suffix in SUFFIXES and file.is_file() and not file.name.startswith(_CACHES):
+        is_data = not file.name.startswith(_CACHES) and not is_system_file(file.name)
+        if file.suffix in SUFFIXES and is_data and file.is_file():
             groups.setdefault(_SHARD.sub("", file.stem), []).append(file)
     if not groups:
         _refuse_split(path, split)

@@ -29,6 +29,7 @@ from rsi_deploy.measure.dataset import (
     Inputs,
     Kind,
     Labels,
+    Steps,
     as_samples,
     checked_columns,
     checked_labels,
@@ -38,7 +39,6 @@ from rsi_deploy.measure.dataset import (
     row_count,
     spaced_rows,
 )
-from rsi_deploy.measure.preprocess import Preprocessing
 
 _SPEC = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -116,9 +116,7 @@ class CallableData:
         """The sha256 of all samples and labels, whatever the size of the batches."""
         return self._fingerprint
 
-    def batches(
-        self, batch_size: int, preprocessing: Preprocessing | None, limit: int | None = None
-    ) -> Iterator[Batch]:
+    def batches(self, batch_size: int, preprocessing: Steps | None, limit: int | None = None) -> Iterator[Batch]:
         """See `Dataset.batches`.
 
         Raises:
@@ -131,7 +129,7 @@ class CallableData:
         ):
             yield inputs, None if self.labels is None else self.labels[rows]
 
-    def _pieces(self, wanted: Labels, steps: Preprocessing | None) -> Iterator[Inputs]:
+    def _pieces(self, wanted: Labels, steps: Steps | None) -> Iterator[Inputs]:
         """The wanted rows of each batch."""
         start = 0
         for inputs, labels in self._given():

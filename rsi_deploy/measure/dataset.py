@@ -1,12 +1,12 @@
 """What calibration and evaluation read: samples in batches, as one array or as one array for each model input.
 
     kind      a batch's inputs                  goes through
-    images    uint8 `(n, H, W, C)`              the preprocessing
+    images    uint8 or uint16 `(n, H, W, C)`    the model's channels and the preprocessing
     inputs    one array `(n, ...)`              nothing: ready model input
     named     name -> array `(n, ...)`          nothing: one array for each model input
 
-One rule decides which arrays are pictures: **uint8 with the shape `(N, H, W)` or `(N, H, W, C)`, C one of 1, 3, 4, is
-pictures**; every other numeric array is ready model input.
+One rule decides which arrays are pictures: **uint8 or uint16 with the shape `(N, H, W)` or `(N, H, W, C)`, C one of 1,
+3, 4, is pictures**; every other numeric array is ready model input.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,13 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.errors import UsageError
-from rsi_deploy.gateway.pictures import with_picture
+from rsi_deploy.gateway.pictures import UnknownRangeError, read_picture
+from rsi_deploy.measure.model_pictures import CHANNELS, ModelPictures
 from rsi_deploy.measure.preprocess import Preprocessing
 
 Array = npt.NDArray[Any]
 Labels = npt.NDArray[np.int64]
 Inputs = Array | Mapping[str, Array]
 Batch = tuple[Inputs, Labels | None]
+Steps = Preprocessing | ModelPictures
 Kind = Literal["images", "inputs", "named"]
 
 LABEL_NAMES = ("labels", "label", "y")
@@ -64,15 +66,13 @@ class Dataset(Protocol):
     def fingerprint(self) -> str:
         """The sha256 (hex) of the content (arrays, or paths and images), not of file times or compression."""
 
-    def batches(
-        self, batch_size: int, preprocessing: Preprocessing | None, limit: int | None = None
-    ) -> Iterator[Batch]:
+    def batches(self, batch_size: int, preprocessing: Steps | None, limit: int | None = None) -> Iterator[Batch]:
         """Walk the samples in order, `batch_size` at a time; the last batch may be smaller.
 
         Args:
             batch_size: samples a batch, at least 1.
-            preprocessing: applied to pictures; None gives them as uint8 `(n, H, W, C)`.
-                Ready inputs pass by it.
+            preprocessing: whose `apply` pictures go through; None gives them as `(n, H, W, C)`, those of files as
+                8-bit RGB. Ready inputs pass by it.
             limit: read at most so many samples, evenly spaced over the whole set: data are often sorted by
                 class, and the first thousand would be one class.
 
@@ -101,10 +101,12 @@ def as_samples(values: Array, name: str) -> tuple[Kind, Array]:
         )
     if values.dtype.kind not in "fiub":
         raise UsageError(f"data: {name}: inputs must be numbers, but got {values.dtype}")
-    if values.dtype != np.uint8 or values.ndim not in (3, 4):
+    if values.dtype not in (np.uint8, np.uint16) or values.ndim not in (3, 4):
         return "inputs", values
     pictures = values[..., None] if values.ndim == 3 else values
-    if pictures.shape[3] not in (1, 3, 4):
+    if pictures.shape[3] not in CHANNELS and values.dtype == np.uint16:
+        return "inputs", values
+    if pictures.shape[3] not in CHANNELS:
         raise UsageError(
             f"data: {name}: 8-bit images must be (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels, "
             f"but got {pictures.shape}; transpose them, or store ready inputs as float32"
@@ -158,26 +160,27 @@ def row_batches(samples: int, batch_size: int, limit: int | None) -> Iterator[La
 
 
 def stacked_pictures(
-    pictures: Iterable[tuple[str, Array]], steps: Preprocessing | None, shape: tuple[int, ...] | None = None
+    pictures: Iterable[tuple[str, Array]], steps: Steps | None, shape: tuple[int, ...] | None = None
 ) -> Array:
-    """Pictures `(H, W, C)` of any size, each with its name, through the preprocessing: `(n, ...)`.
+    """Pictures of files `(H, W, C)`, of any size, each with its name, through the preprocessing: `(n, ...)`.
 
     Args:
-        pictures: name and uint8 array of each.
-        steps: the preprocessing; None leaves them as they are.
+        pictures: name and array of each.
+        steps: the preprocessing; None leaves them as they are, but for 8-bit RGB.
         shape: of the pictures before them, where there were some.
 
     Raises:
         UsageError: they end up in different shapes.
     """
     arrays: list[Array] = []
+    steps = steps if isinstance(steps, ModelPictures) else ModelPictures(steps=steps)
     for name, picture in pictures:
-        array = picture if steps is None else steps.apply(picture[None])[0]
+        array = steps.apply_file(picture)
         shape = array.shape if shape is None else shape
         if array.shape != shape:
             raise UsageError(
                 f"data: {name} gives {array.shape}, the images before it {shape}; "
-                "set resize and crop in the preprocessing so that all end up equal"
+                "make all equal with --resize HxW, or --resize N --crop HxW"
             )
         arrays.append(array)
     return np.stack(arrays)
@@ -228,14 +231,16 @@ def joined(pieces: Sequence[Inputs]) -> Inputs:
         ) from error
 
 
-def decoded_picture(source: Any, name: str) -> npt.NDArray[np.uint8]:
-    """One image file (a path or an open file) as uint8 `(H, W, 3)`; orientation tags are ignored, as in torchvision.
+def decoded_picture(source: Any, name: str) -> Array:
+    """One image file (a path or an open file) as `(H, W, C)`; see `rsi_deploy.gateway.pictures`.
 
     Raises:
-        UsageError: it is no image that can be read.
+        UsageError: it is no image that can be read, or its pixels have no known range.
     """
     try:
-        return with_picture(source, lambda picture: np.asarray(picture.convert("RGB")))
+        return read_picture(source)
+    except UnknownRangeError as error:
+        raise UsageError(f"data: {name} has {error}; store it with 8 or 16 bits a channel, or take it out") from error
     except ValueError as error:
         raise UsageError(f"data: {name} cannot be read as an image: {error}; repair the file or take it out") from error
 

@@ -13,6 +13,7 @@ import numpy as np
 from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.dataset import Array, Batch, Dataset, Inputs, Labels
 from rsi_deploy.measure.inputs import InputSpec
+from rsi_deploy.measure.model_pictures import ModelPictures
 from rsi_deploy.measure.preprocess import Preprocessing
 
 Feeds = dict[str, Array]
@@ -46,7 +47,9 @@ class Feeding:
     ):
         self._specs, self._option, self._model = list(specs), option, model
         self.dataset = self._view(dataset)
-        self._steps = steps if self.dataset.kind == "images" else None
+        self._pictures = (
+            ModelPictures.of_input(steps, specs[0], f"{option}: {model}") if self.dataset.kind == "images" else None
+        )
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[tuple[Feeds, Labels | None]]:
         """Feeds and labels, `size` samples at a time.
@@ -59,7 +62,11 @@ class Feeding:
 
     def inputs(self, size: int, limit: int | None = None) -> Iterator[Batch]:
         """What `fitted` takes, and labels: so that several models are fed by one pass over the data."""
-        yield from self.dataset.batches(size, self._steps, limit)
+        yield from self.dataset.batches(size, self._pictures, limit)
+
+    def notes(self) -> list[str]:
+        """What a reader should know of the samples that were read."""
+        return [] if self._pictures is None else self._pictures.notes(self._option)
 
     def fitted(self, inputs: Inputs) -> Feeds:
         """A batch as this model's feeds.
@@ -122,7 +129,7 @@ def as_input(values: Array, spec: InputSpec, *, option: str, model: str = "the m
     )
     if not fits:
         raise UsageError(
-            f"{option}: {model} takes {spec}, but the data are {came}; set resize, crop or layout where they are "
+            f"{option}: {model} takes {spec}, but the data are {came}; set --resize, --crop or --layout where they are "
             f"pictures, or give data of that shape"
         )
     if values.dtype.kind == "f" and np.isnan(values).any():

@@ -7,8 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.dataset import Batch, Dataset, Kind, Labels, decoded_picture, row_batches, stacked_pictures
-from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.gateway.system_files import is_system_file
+from rsi_deploy.measure.dataset import (
+    Batch,
+    Dataset,
+    Kind,
+    Labels,
+    Steps,
+    decoded_picture,
+    row_batches,
+    stacked_pictures,
+)
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -30,7 +39,7 @@ class ImageFolderData:
     default = ""
 
     def __init__(self, root: Path, classes: Sequence[str] | None = None):
-        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_system_file(entry.name))
         self.classes = tuple(found if classes is None else classes)
         if not found:
             raise UsageError(f"data: {root} has no class folders; expected {root}/<class>/<image>.png")
@@ -45,9 +54,7 @@ class ImageFolderData:
         self._files: list[Path] = []
         numbers: list[int] = []
         for number, name in enumerate(self.classes):
-            files = sorted(
-                file for file in (root / name).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
-            )
+            files = sorted(file for file in (root / name).rglob("*") if _is_image(file, root / name))
             self._files += files
             numbers += [number] * len(files)
         if not self._files:
@@ -72,13 +79,16 @@ class ImageFolderData:
             digest.update(hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()
 
-    def batches(
-        self, batch_size: int, preprocessing: Preprocessing | None, limit: int | None = None
-    ) -> Iterator[Batch]:
-        """See `Dataset.batches`; every image is read as RGB, whatever its mode."""
+    def batches(self, batch_size: int, preprocessing: Steps | None, limit: int | None = None) -> Iterator[Batch]:
+        """See `Dataset.batches`."""
         shape: tuple[int, ...] | None = None
         for rows in row_batches(len(self), batch_size, limit):
             files = ((str(file), decoded_picture(file, str(file))) for file in (self._files[row] for row in rows))
             pictures = stacked_pictures(files, preprocessing, shape)
             shape = pictures.shape[1:]
             yield pictures, self.labels[rows]
+
+
+def _is_image(file: Path, folder: Path) -> bool:
+    """Whether a file below a class folder is an image by its name; hidden files and those of the system are not."""
+    return file.suffix.lower() in IMAGE_SUFFIXES and not is_system_file(file.relative_to(folder)) and file.is_file()

@@ -1,14 +1,16 @@
 """From pictures to model inputs, as data: the steps are the fields of one small frozen object.
 
-    uint8 (N, H, W, C) --resize--> --centre crop--> * scale --> - mean --> / std --> dtype, layout
+    pictures (N, H, W, C) --resize--> --centre crop--> * scale --> - mean --> / std --> dtype, layout
 
 The steps and their rounding are torchvision's `ImageClassification` on Pillow images (resized with antialias,
-on 8-bit values). The object is stored in the ONNX file itself, under `METADATA_KEY`: whoever evaluates or serves
-the model then feeds it what it was trained on.
+on 8-bit values). Pictures of 16 bits are divided by 257, which is the 8-bit scale, and are not rounded. The object is
+stored in the ONNX file itself, under `METADATA_KEY`: whoever evaluates or serves the model then feeds it what it was
+trained on.
 """
 
 import json
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ValidationError, model_validator
 
 from rsi_deploy.errors import UsageError
+from rsi_deploy.gateway.pictures import UnknownRangeError, picture_array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,7 +27,7 @@ MOST_SIDE = 7_000  # pixels: squared, what one picture may have
 
 METADATA_KEY = "rsi_deploy.preprocessing"
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> what Pillow can resize
+_RESIZABLE = (1, 3, 4)  # channels that Pillow can resize
 
 
 class Preprocessing(BaseModel, frozen=True, extra="forbid"):
@@ -32,7 +35,8 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
 
     Attributes:
         layout: axes of the result, `NCHW` or `NHWC`.
-        resize: pixels of the shorter side (the other follows, cut to whole pixels), or `(height, width)`.
+        resize: pixels of the shorter side (the other follows, cut to whole pixels), or `(height, width)`; None, set,
+            turns off a model's own (see `over`).
         crop: `(height, width)` of the centre crop; a picture that is smaller gets a black border.
         interpolation: filter of the resize; always antialiased, as Pillow does it.
         scale: factor on the 8-bit values.
@@ -120,8 +124,18 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
             where = ".".join(str(part) for part in first["loc"]) or "the whole text"
             raise UsageError(f"metadata {METADATA_KEY}: {where}: {first['msg']}; export the model again") from error
 
+    @classmethod
+    def stored(cls, metadata: Mapping[str, str]) -> Self | None:
+        """What the metadata of a model carry; None where they carry nothing.
+
+        Raises:
+            UsageError: as `from_metadata`.
+        """
+        text = metadata.get(METADATA_KEY)
+        return None if text is None else cls.from_metadata(text)
+
     def over(self, base: "Preprocessing | None") -> "Preprocessing":
-        """The fields that were set here, and those of `base` for the rest."""
+        """The fields that were set here (to None, too), and those of `base` for the rest."""
         if base is None:
             return self
         return Preprocessing(**{**base.model_dump(), **self.model_dump(include=self.model_fields_set)})
@@ -130,27 +144,29 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         """Compact JSON with the fields in the order of their declaration: equal settings give equal bytes."""
         return json.dumps(self.model_dump(mode="json"), separators=(",", ":"))
 
-    def apply(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    def apply(self, images: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Turn a batch of pictures into model inputs.
 
         Args:
-            images: uint8 `(N, H, W, C)`.
+            images: uint8 or uint16 `(N, H, W, C)`.
 
         Returns:
             `(N, C, h, w)` or `(N, h, w, C)` by `layout`, in `dtype`.
 
         Raises:
-            UsageError: not uint8, not four axes, channels that do not fit `mean` or that Pillow cannot
+            UsageError: neither uint8 nor uint16, not four axes, channels that do not fit `mean` or that Pillow cannot
                 resize.
         """
-        if images.dtype != np.uint8 or images.ndim != 4:
-            raise UsageError(f"expected uint8 images (N, H, W, C), but got {images.dtype} {images.shape}")
+        if images.dtype not in (np.uint8, np.uint16) or images.ndim != 4:
+            raise UsageError(f"expected uint8 or uint16 images (N, H, W, C), but got {images.dtype} {images.shape}")
         channels = images.shape[3]
         if len(self.mean) not in (0, 1, channels):
             raise UsageError(
                 f"mean and std have {len(self.mean)} values, but the images have {channels} channels"
                 f"; give one value for each channel"
             )
+        if images.dtype == np.uint16:
+            images = images / np.float32(257)
         if self.resize is not None:
             images = np.stack([self._resized(image) for image in images])
         if self.crop is not None:
@@ -166,23 +182,25 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
     def apply_image(self, image: "Image") -> npt.NDArray[Any]:
         """Turn one Pillow image into one model input, without the batch axis.
 
-        An image of one, three or four channels keeps them; any other mode (palette, CMYK...) becomes RGB.
+        Gray, RGB and RGBA images keep their channels, any other mode (palette, CMYK...) becomes RGB. The image is
+        turned as its EXIF orientation says.
 
         Returns:
             `(C, h, w)` or `(h, w, C)` by `layout`, in `dtype`.
+
+        Raises:
+            UsageError: pixels whose range is not known.
         """
-        array = np.asarray(image if image.mode in _MODES.values() else image.convert("RGB"))
-        return np.asarray(self.apply(array.reshape(1, image.height, image.width, -1))[0])
+        try:
+            array = picture_array(image)
+        except UnknownRangeError as error:
+            raise UsageError(f"the image has {error}; scale its pixels to 8 or 16 bits first") from error
+        array = array if image.mode == "RGBA" else array[..., :3]
+        return np.asarray(self.apply(array[None])[0])
 
     def describe(self) -> str:
         """One plain sentence for a model card."""
-        steps = []
-        if isinstance(self.resize, int):
-            steps.append(f"resize the shorter side to {self.resize} pixels ({self.interpolation}, antialiased)")
-        elif self.resize:
-            steps.append(f"resize to {self.resize[0]} x {self.resize[1]} ({self.interpolation}, antialiased)")
-        if self.crop:
-            steps.append(f"crop the centre {self.crop[0]} x {self.crop[1]}")
+        steps = [words] if (words := self.size_words()) else []
         if self.scale != 1:
             by = "divide by 255" if self.scale == 1 / 255 else f"multiply by {self.scale:g}"
             steps.append(f"{by}")
@@ -192,34 +210,48 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         steps.append(f"pass {self.dtype} in {self.layout} order")
         return f"From 8-bit images: {'; '.join(steps)}."
 
-    def _resized(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """`(H, W, C)` to the asked size, through Pillow."""
-        from PIL import Image
+    def size_words(self) -> str:
+        """What happens to the size of pictures, in words; "" where nothing does."""
+        steps = []
+        if isinstance(self.resize, int):
+            steps.append(f"resize the shorter side to {self.resize} pixels ({self.interpolation}, antialiased)")
+        elif self.resize:
+            steps.append(f"resize to {self.resize[0]} x {self.resize[1]} ({self.interpolation}, antialiased)")
+        if self.crop:
+            steps.append(f"crop the centre {self.crop[0]} x {self.crop[1]}")
+        return "; ".join(steps)
 
-        height, width, channels = image.shape
-        if channels not in _MODES:
-            raise UsageError(f"resize takes images of 1, 3 or 4 channels, but got {channels}")
-        new_height, new_width = self._resized_size(height, width)
-        if not 0 < new_height * new_width <= MOST_SIDE**2:
-            raise UsageError(
-                f"an image of {height} x {width} would become {new_height} x {new_width}; set resize to (height, width)"
-            )
-        if (new_height, new_width) == (height, width):
-            return image
-        picture = Image.fromarray(image[:, :, 0] if channels == 1 else image)
-        filter_ = Image.Resampling[self.interpolation.upper()]
-        resized = np.asarray(picture.resize((new_width, new_height), filter_))
-        return resized.reshape(new_height, new_width, channels)
-
-    def _resized_size(self, height: int, width: int) -> tuple[int, int]:
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size of a picture of this size after the resize, before the crop."""
         if not isinstance(self.resize, int):
             return self.resize or (height, width)
         if height <= width:
             return self.resize, int(self.resize * width / height)
         return int(self.resize * height / width), self.resize
 
+    def _resized(self, image: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """`(H, W, C)`, uint8 or float32 on the 8-bit scale, to the size of `resize`, through Pillow."""
+        from PIL import Image
 
-def _centre_crop(images: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+        height, width, channels = image.shape
+        if channels not in _RESIZABLE:
+            raise UsageError(f"resize takes images of 1, 3 or 4 channels, but got {channels}")
+        new_height, new_width = self.resized_size(height, width)
+        if not 0 < new_height * new_width <= MOST_SIDE**2:
+            raise UsageError(
+                f"an image of {height} x {width} would become {new_height} x {new_width}; set resize to (height, width)"
+            )
+        if (new_height, new_width) == (height, width):
+            return image
+        filter_, size = Image.Resampling[self.interpolation.upper()], (new_width, new_height)
+        if image.dtype != np.uint8:  # Pillow resizes floating numbers one channel at a time
+            planes = [np.asarray(Image.fromarray(plane).resize(size, filter_)) for plane in np.moveaxis(image, 2, 0)]
+            return np.asarray(np.clip(np.stack(planes, axis=2), 0, 255))  # bicubic goes beyond, with 8-bit pictures too
+        picture = Image.fromarray(image[:, :, 0] if channels == 1 else image)
+        return np.asarray(picture.resize(size, filter_)).reshape(new_height, new_width, channels)
+
+
+def _centre_crop(images: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[Any]:
     """`(N, H, W, C)` to `(N, height, width, C)`; what is smaller gets zeros around it, as in torchvision."""
     pad_h, pad_w = max(height - images.shape[1], 0), max(width - images.shape[2], 0)
     if pad_h or pad_w:

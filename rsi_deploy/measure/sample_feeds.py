@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from rsi_deploy.errors import UsageError
+from rsi_deploy.measure.accuracy import picture_steps
 from rsi_deploy.measure.answers import Answers
 from rsi_deploy.measure.dataset import Dataset
 from rsi_deploy.measure.feeding import Feeding, Feeds
+from rsi_deploy.measure.preprocess import Preprocessing
 
 
-def sample_feeds(dataset: Dataset, model: Path, provider: str, batch: int) -> Feeds:
+def sample_feeds(
+    dataset: Dataset, model: Path, provider: str, batch: int, preprocessing: Preprocessing | None = None
+) -> Feeds:
     """The first `batch` samples as the model takes them; fewer where the data have no more.
 
     Args:
@@ -18,17 +20,14 @@ def sample_feeds(dataset: Dataset, model: Path, provider: str, batch: int) -> Fe
         model: whose inputs and stored preprocessing count.
         provider: that can load it.
         batch: of the largest configuration.
+        preprocessing: for pictures; fields that are not set come from the model.
 
     Raises:
         UsageError: the data do not hold what the model takes.
     """
     arm = Answers(model, provider)
-    steps = arm.stored_preprocessing() if dataset.kind == "images" else None
-    if dataset.kind == "images" and steps is None and not all(spec.dtype == np.uint8 for spec in arm.specs):
-        raise UsageError(
-            f"{model} does not say how 8-bit images become {arm.specs[0]}; store ready inputs in the data, or time it "
-            "without --data"
-        )
+    else_do = "store ready inputs in the data, or time it without --data"
+    steps, _ = picture_steps(dataset, [arm], preprocessing, else_do)
     for feeds, _ in Feeding(dataset, arm.specs, steps, model=str(model)).batches(batch, batch):
         return feeds
     raise UsageError(f"the data hold no samples to feed {model} with; give other data, or leave out --data")

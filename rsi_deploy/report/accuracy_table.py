@@ -33,6 +33,8 @@ def print_accuracies(console: Console, results: Named, *, reference: str = "") -
             console.print(
                 escape(f"{name}: {result.paired.verdict}; top-1 {change:+.2f} points [{low:+.2f}, {high:+.2f}]")
             )
+    for note in dict.fromkeys(note for _, result in results for note in result.notes):
+        console.print(escape(f"note: {note}"), style="yellow")
     if some.partial:
         console.print("note: interrupted; these are the first samples of the data, in their order", style="yellow")
 

@@ -40,7 +40,7 @@ def page_of_sweep(sweep: Sweep, source: str = "") -> Page:
             ("Made", sweep.created),
         ],
         tiles=[Tile(label="Points", after=str(len(made)), change=f"of {len(sweep.shares)} asked for")],
-        remarks=problems,
+        remarks=[*problems, *sweep.notes],
         sections=[
             Section(name="points", title="All points", blocks=[Block(table=_table(sweep), wide=True)]),
             *sections,

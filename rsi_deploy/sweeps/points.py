@@ -83,6 +83,7 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
         points: those that are done, in order.
         side_by_side: whether their times are of one run; else each is of its own, when it was made.
         environment: machine and versions.
+        notes: those that all points' reports have.
     """
 
     schema_version: Literal[1] = 1
@@ -99,6 +100,7 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
     points: tuple[SweepPoint, ...] = ()
     side_by_side: bool = False
     environment: Environment
+    notes: tuple[str, ...] = ()
 
     @property
     def is_done(self) -> bool:

@@ -29,6 +29,7 @@ from rsi_deploy.errors import UsageError
 from rsi_deploy.locks import remove
 from rsi_deploy.manifest import fingerprint
 from rsi_deploy.measure.machine import environment
+from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.onnx_file import model_hash
 from rsi_deploy.ray_connection import check_ray
 from rsi_deploy.report.page_sweep import sweep_page
@@ -61,6 +62,7 @@ def sweep(
     weights: str = "DEFAULT",
     checkpoint: str | Path | None = None,
     input_shape: str | Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     smaller_is_enough: bool = False,
@@ -92,6 +94,7 @@ def sweep(
         weights: torchvision's.
         checkpoint: a factory's.
         input_shape: as for `export`.
+        preprocessing: as for `export`.
         include: globs on site names.
         exclude: globs on site names.
         smaller_is_enough: as for `export`.
@@ -141,7 +144,8 @@ def sweep(
     with claimed(folder) as claim:
         claim.new.mkdir()
         dense = claim.new / "dense.onnx"
-        name = write_dense(model, dense, weights, checkpoint, next((t for t in named if "=" not in t), None), seed)
+        plain = next((text for text in named if "=" not in text), None)
+        name = write_dense(model, dense, weights, checkpoint, plain, seed, preprocessing)
         document = Sweep(
             tool=f"rsi-deploy {__version__}",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -156,6 +160,7 @@ def sweep(
         size = dense_size(Path(model) if isinstance(model, str) and model.endswith(".onnx") else None, dense)
         if force and folder.exists():
             claim.set_aside()
+        options["preprocessing"] = preprocessing  # in the settings it is part of the model's hash
         return _gone_on(_begun(document, folder), claim, options, size, ray=ray, progress=progress)
 
 
@@ -215,7 +220,9 @@ def _with_point(document: Sweep, number: int, made: MadePoint, folder: Path) -> 
     report = read_report(folder / place(number))
     point = point_of(number, share, place(number), report, made.seconds)
     top1 = None if report.accuracy is None else report.accuracy.dense.top1
-    return document.model_copy(update={"points": (*document.points, point), "dense": report.dense, "dense_top1": top1})
+    shared = [note for note in report.notes if document.dense is None or note in document.notes]
+    made_so_far = {"points": (*document.points, point), "notes": tuple(shared)}
+    return document.model_copy(update=made_so_far | {"dense": report.dense, "dense_top1": top1})
 
 
 def _begun(new: Sweep, folder: Path) -> Sweep:

@@ -26,7 +26,7 @@ from rsi_deploy.measure.arms import Feeds, Runtime, make_feeds
 from rsi_deploy.measure.cost_cache import CostCache, conditions_here
 from rsi_deploy.measure.cost_table import NOISY, CostTable, ModelTime, SiteCost
 from rsi_deploy.measure.inputs import model_inputs
-from rsi_deploy.measure.preprocess import METADATA_KEY
+from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.measure.request import parse_seconds
 from rsi_deploy.measure.site_models import Piece, pieces
 from rsi_deploy.measure.site_timing import Wanted, shapes_of, time_sites
@@ -59,6 +59,7 @@ def profile(
     checkpoint: str | Path | None = None,
     input_shape: str | Sequence[str] | None = None,
     feeds: str | Path | Mapping[str, npt.NDArray[Any]] | None = None,
+    preprocessing: Preprocessing | None = None,
     assume_constant: bool = False,
     fresh: bool = False,
     force: bool = False,
@@ -80,6 +81,7 @@ def profile(
         checkpoint: a factory's.
         input_shape: as for `export`.
         feeds: input name -> array, or an `.npz` of them, in place of random inputs; they tell the batch.
+        preprocessing: as for `export`, which with the same one finds this table in the cache.
         assume_constant: as for `export`.
         fresh: measure what the cache knows, too.
         force: replace `output`.
@@ -98,7 +100,9 @@ def profile(
     given = None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds)
     with ScratchFolder() as folder:
         dense = Path(folder) / "dense.onnx"
-        name = write_dense(model, dense, weights, checkpoint, plain, seed, assume_constant=assume_constant)
+        name = write_dense(
+            model, dense, weights, checkpoint, plain, seed, preprocessing, assume_constant=assume_constant
+        )
         shapes = named_shapes([text for text in texts if "=" in text])
         fed = fed_with(dense, batch, seed, given, shapes)
         costing = Costing(provider=provider, threads=threads, seconds=seconds, precision=precision, seed=seed)
@@ -258,10 +262,11 @@ def write_dense(
     checkpoint: str | Path | None,
     shape: str | None,
     seed: int,
+    preprocessing: Preprocessing | None = None,
     *,
     assume_constant: bool = False,
 ) -> str:
-    """Write the dense model that an export would compress; its name.
+    """Write the dense model that an export would compress, with the same preprocessing stored in it; its name.
 
     Raises:
         UsageError: no such model, or options that do not belong to it.
@@ -274,6 +279,7 @@ def write_dense(
         if checkpoint is not None or weights != "DEFAULT":
             raise UsageError("--checkpoint and --weights go with PyTorch models, not with an ONNX file; leave them out")
         graph, name = read_onnx(path, assume_constant=assume_constant), path.name
+        own = Preprocessing.stored(graph.metadata_props)
     else:
         from rsi_deploy.source import load_source, source_of_module
         from rsi_deploy.to_onnx import to_onnx
@@ -283,9 +289,9 @@ def write_dense(
             if isinstance(model, str)
             else source_of_module(model, shape, seed)
         )
-        graph, name = to_onnx(source).model, source.name
-        if source.preprocessing is not None:
-            graph.metadata_props[METADATA_KEY] = source.preprocessing.to_metadata()
+        graph, name, own = to_onnx(source).model, source.name, source.preprocessing
+    if (steps := own if preprocessing is None else preprocessing.over(own)) is not None:
+        graph.metadata_props[METADATA_KEY] = steps.to_metadata()
     FoldBatchNormPass()(graph)
     if not list(graph.graph):
         raise ModelError(f"{name} has no nodes; give a model that computes something")

@@ -1,0 +1,160 @@
+"""What a model's own preprocessing does to the size of pictures is said, and can be turned off, in every verb."""
+
+import inspect
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from rsi_deploy import cli, evaluate, export, profile, sweep
+from rsi_deploy.cli.bench import bench
+from rsi_deploy.cli.evaluate import evaluate_verb
+from rsi_deploy.cli.export import export as export_verb
+from rsi_deploy.cli.profile import profile as profile_verb
+from rsi_deploy.cli.sweep import sweep as sweep_verb
+from rsi_deploy.errors import UsageError
+from rsi_deploy.measure.accuracy import evaluate_all
+from rsi_deploy.measure.model_pictures import preset_note
+from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.timing.costing import write_dense
+
+SIDE, CLASSES = 8, 6
+RNG = np.random.default_rng(0)
+WEIGHT = RNG.standard_normal((SIDE * SIDE, CLASSES)).astype(np.float32)
+PRESET = Preprocessing(resize=10, crop=(SIDE, SIDE), mean=(0.4,), std=(0.25,))
+OFF = Preprocessing(resize=None, crop=None)
+NONE = ("--resize", "none", "--crop", "none")
+
+
+def images(count=40, side=SIDE, seed=1):
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side), np.uint8)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A linear model of gray pictures with a preset stored in it, and data that it gets right without the preset."""
+    monkeypatch.chdir(tmp_path)
+    nodes = [helper.make_node("Flatten", ["x"], ["flat"]), helper.make_node("MatMul", ["flat", "weight"], ["y"])]
+    takes = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1, SIDE, SIDE])
+    gives = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", CLASSES])
+    graph = helper.make_graph(nodes, "g", [takes], [gives], [numpy_helper.from_array(WEIGHT, "weight")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, "bare.onnx")
+    helper.set_model_props(model, {METADATA_KEY: PRESET.to_metadata()})
+    onnx.save(model, "m.onnx")
+    inputs = OFF.over(PRESET).apply(images()[..., None])
+    np.savez("d.npz", images=images(), labels=(inputs.reshape(40, -1) @ WEIGHT).argmax(axis=1))
+    np.savez("c.npz", images=images(64, seed=2))
+    np.savez("large.npz", images=images(side=12), labels=np.arange(40) % CLASSES)
+    return tmp_path
+
+
+def said(notes, *words):
+    return any(all(word in note for word in words) for note in notes)
+
+
+def test_a_preset_is_said_and_turned_off_with_the_rest_of_it_kept(here):
+    found = evaluate("m.onnx", "d.npz")
+    assert found.top1 < 100
+    assert said(found.notes, "the preprocessing of m.onnx", "shorter side to 10", "centre 8 x 8", " ".join(NONE))
+    assert said(found.notes, "every picture had the size of the model's input, 8 x 8, already", " ".join(NONE))
+    off = evaluate("m.onnx", "d.npz", preprocessing=OFF)
+    assert (off.top1, off.notes) == (100, ())
+    assert "0.4" in off.preprocessing, "the model's own mean is still subtracted"
+    assert evaluate("m.onnx", "d.npz", preprocessing=Preprocessing(resize=None)).top1 == 100
+
+
+def test_pictures_of_another_size_are_not_said_to_have_the_right_one(here):
+    found = evaluate("m.onnx", "large.npz")
+    assert said(found.notes, "the preprocessing of m.onnx")
+    assert not said(found.notes, "already")
+
+
+def test_a_preset_that_changes_no_size_is_not_said(here):
+    steps = Preprocessing(resize=None, crop=(SIDE, SIDE), mean=(0.5,), std=(0.5,))
+    assert not evaluate("bare.onnx", "d.npz", preprocessing=steps).notes
+    assert not evaluate("bare.onnx", "d.npz", preprocessing=Preprocessing(resize=SIDE)).notes
+
+
+def test_what_options_have_settled_is_no_preset():
+    assert preset_note(PRESET, None, "m")[0].endswith("--resize none --crop none turns it off")
+    (crop,) = preset_note(Preprocessing(resize=9).over(PRESET), Preprocessing(resize=9), "m")
+    assert "shorter side" not in crop
+    assert crop.endswith("; --crop none turns it off")
+    assert preset_note(OFF.over(PRESET), OFF, "m") == preset_note(None, None, "m") == []
+
+
+def test_models_side_by_side_say_it_once_each(here, capsys):
+    assert cli.run(["eval", "m.onnx", "--reference", "bare.onnx", "--data", "d.npz"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("the preprocessing of m.onnx") == text.count("already; still they went through this") == 1
+    first, second = evaluate_all(["bare.onnx", "m.onnx"], "d.npz", preprocessing=OFF)
+    assert first.top1 == second.top1 == 100
+
+
+@pytest.mark.parametrize("verb", [export_verb, sweep_verb, evaluate_verb, profile_verb, bench])
+def test_every_verb_that_reads_pictures_has_the_options(verb):
+    assert {"mean", "std", "resize", "crop", "layout"} <= {parameter.name for parameter in verb.params}
+
+
+@pytest.mark.parametrize("function", [export, sweep, profile, evaluate])
+def test_every_function_that_reads_pictures_has_the_preprocessing(function):
+    assert "preprocessing" in inspect.signature(function).parameters
+
+
+def test_export_says_it_in_its_report_and_stores_what_it_used(here):
+    quick = {"rank": 2, "measure": False, "always_split": True}
+    for data in ({"data": "d.npz"}, {"calib": "c.npz"}):
+        report = export("m.onnx", f"b-{next(iter(data))}", **quick, **data)
+        option = f"--{next(iter(data))}"
+        assert said(report.notes, "the preprocessing of m.onnx", "shorter side to 10")
+        assert said(report.notes, f"{option}: every picture had the size of the model's input")
+        assert report.preprocessing == PRESET
+    report = export("m.onnx", "b-off", **quick, data="d.npz", calib="c.npz", preprocessing=OFF)
+    assert report.preprocessing == OFF.over(PRESET)
+    assert report.accuracy.dense.top1 == 100
+    assert not said(report.notes, "shorter side")
+
+
+def test_sweep_takes_the_options_and_says_what_all_points_share(here, capsys):
+    common = ["sweep", "m.onnx", "--calib", "c.npz", "--data", "d.npz", "--points", "2", "--no-bench"]
+    common += ["--smaller-is-enough", "--highest", "0.9", "--lowest", "0.5"]
+    assert cli.run([*common, "-o", "s"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "shorter side to 10" in text
+    assert "every picture had the size" in text
+    assert cli.run([*common, "-o", "off", *NONE, "--json"]) == 0
+    text = capsys.readouterr().out
+    assert "shorter side" not in text
+    assert '"dense_top1": 100.0' in text
+    assert cli.run([*common, "-o", "off", *NONE, "--json"]) == 0, "the same command goes on with it"
+    assert cli.run([*common, "-o", "off"]) == 2, "without the options it is another sweep"
+
+
+def test_a_profiled_model_is_the_one_that_an_export_with_the_same_options_makes(here):
+    for steps, stored in ((None, PRESET), (OFF, OFF.over(PRESET))):
+        write_dense("m.onnx", here / "dense.onnx", "DEFAULT", None, None, 0, steps)
+        metadata = {entry.key: entry.value for entry in onnx.load("dense.onnx").metadata_props}
+        assert metadata[METADATA_KEY] == stored.to_metadata()
+    assert cli.run(["profile", "bare.onnx", "-o", "cost.json", "--budget", "1s", "--mean", "0.5", "--std", "0.5"]) == 0
+
+
+def test_bench_takes_the_options_with_data_alone(here, capsys):
+    quick = ["--seconds", "0.05", "--json"]
+    assert cli.run(["bench", "bare.onnx", "--data", "d.npz", "--mean", "0.4", "--std", "0.25", *quick]) == 0
+    assert '"top1": 100.0' in capsys.readouterr().out
+    assert cli.run(["bench", "m.onnx", *NONE, *quick]) == 2
+    assert "add --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["no", "0", "8x", "none x none", ""])
+def test_other_words_than_none_are_refused(here, capsys, text):
+    assert cli.run(["eval", "m.onnx", "--data", "d.npz", "--resize", text]) == 2
+    assert "or none, but got" in capsys.readouterr().err
+
+
+def test_none_does_not_help_ready_inputs(here):
+    np.savez("ready.npz", x=np.zeros((4, 1, SIDE, SIDE), np.float32), labels=np.zeros(4, int))
+    with pytest.raises(UsageError, match="--resize"):
+        evaluate("m.onnx", "ready.npz", preprocessing=OFF)
