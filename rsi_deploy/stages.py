@@ -28,6 +28,7 @@ from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, su
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
 from rsi_deploy.measure.arms import make_feeds
+from rsi_deploy.measure.batch_independence import samples_in
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.feeding import Feeding
 from rsi_deploy.measure.inputs import model_inputs
@@ -168,7 +169,7 @@ class Job:
                 reason = str(error).replace(str(dense), source.name)
                 self.notes.append(f"nothing could be verified or measured: {reason}")
                 return DenseFacts(size=size, feeds=feeds, outputs=None, macs={}, batch=1), None
-            batch = next((len(a) for a in feeds.values() if a.ndim), 1)
+            batch = samples_in(dense, feeds)
             macs = {node: count // batch for node, count in trace.macs.items()}
             size = size.model_copy(update={"macs": sum(macs.values())})
         accuracy = known

@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from served import linear, running_sum, tokens, value, write
 
-from rsi_deploy.measure.mixing import TOLERANCE, why_alone, why_alone_on
+from rsi_deploy.measure.batch_independence import TOLERANCE, why_alone, why_alone_on
 
 MIXED = "rows of output y depend on the other rows of their batch"
 
