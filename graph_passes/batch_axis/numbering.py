@@ -21,10 +21,9 @@ from graph_passes.batch_axis.values import MOST_NUMBERS, Call, Place, Rows, Valu
 Plain = Callable[[Call], Sequence[Value]]
 """The outputs of a call, as if its inputs counted nothing."""
 
-KEEPING = frozenset(["Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
-COMPUTING = frozenset(
-    ["Add", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Sub"]
-)
+KEEPING = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+COMPARING = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+COMPUTING = ("Add", "Max", "Min", "Mod", "Mul", "Sub", *COMPARING)
 UNKNOWN = Rows()
 
 
@@ -80,8 +79,8 @@ def _computed(call: Call) -> Rows:
     if call.node.op_type == "Sub" or first is None or second is None or (first.rows and second.rows):
         return UNKNOWN
     counting, other = (first, second) if first.rows else (second, first)
-    (rows,) = counting.rows or (UNKNOWN,)
-    if len(counting.rows or ()) != 1 or rows.step is None or other.data is None or not other.free:
+    rows = counting.rows[0] if counting.rows is not None and len(counting.rows) == 1 else None
+    if rows is None or rows.step is None or other.data is None or not other.free:
         return UNKNOWN
     low, high = int(other.data[0].min(initial=0)), int(other.data[0].max(initial=0))
     if call.node.op_type == "Add":

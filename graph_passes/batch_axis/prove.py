@@ -74,7 +74,7 @@ def prove(
     names = [value.name for value in model.graph.output]
     if counted := [name for name, value in zip(names, made, strict=True) if value.counted or value.rows]:
         return Proof(
-            reason=f"output {counted[0]!r} follows from the size of the batch, or the number of a sample in it"
+            reason=f"output {counted[0]!r} follows from the size of the batch, or from a sample's number in it"
         )
     return Proof(outputs={name: value.place for name, value in zip(names, made, strict=True)})
 

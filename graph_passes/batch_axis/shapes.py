@@ -22,66 +22,14 @@ from graph_passes.batch_axis.values import MOST_NUMBERS, Array, Call, Dims, Valu
 
 T = TypeVar("T")
 
-FOLDED = frozenset(
-    [
-        "Abs",
-        "Add",
-        "And",
-        "BitwiseAnd",
-        "BitwiseOr",
-        "Cast",
-        "CastLike",
-        "Ceil",
-        "Clip",
-        "Concat",
-        "ConstantOfShape",
-        "Div",
-        "Equal",
-        "Exp",
-        "Expand",
-        "Flatten",
-        "Floor",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Greater",
-        "GreaterOrEqual",
-        "Identity",
-        "Less",
-        "LessOrEqual",
-        "Log",
-        "Max",
-        "Min",
-        "Mod",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "Pow",
-        "Reciprocal",
-        "ReduceMax",
-        "ReduceMin",
-        "ReduceProd",
-        "ReduceSum",
-        "Reshape",
-        "Round",
-        "ScatterElements",
-        "ScatterND",
-        "Sign",
-        "Slice",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Sum",
-        "Tile",
-        "Transpose",
-        "Trilu",
-        "Unsqueeze",
-        "Where",
-        "Xor",
-    ]
-)
-"""Operators of shape arithmetic, which are computed where all their inputs are known."""
+_SHAPE_ARITHMETIC = """
+Abs Add And BitwiseAnd BitwiseOr Cast CastLike Ceil Clip Concat ConstantOfShape Div Equal Exp Expand Flatten Floor
+Gather GatherElements GatherND Greater GreaterOrEqual Identity Less LessOrEqual Log Max Min Mod Mul Neg Not Or Pow
+Reciprocal ReduceMax ReduceMin ReduceProd ReduceSum Reshape Round ScatterElements ScatterND Sign Slice Sqrt
+Squeeze Sub Sum Tile Transpose Trilu Unsqueeze Where Xor
+"""
+FOLDED = frozenset(_SHAPE_ARITHMETIC.split())
+"""Operators that are computed where all their inputs are known."""
 
 KINDS = frozenset(
     (
@@ -145,7 +93,7 @@ def folded(call: Call, kind: int, shapes: tuple[Dims, ...] | None) -> Value | No
     for value in call.inputs:
         if value is not None and value.data is None:
             return None
-        contents.append(value and value.data)
+        contents.append(None if value is None else value.data)
     attributes = {name: call.attribute(name) for name in call.attributes}
     try:
         operator = load_op("", call.node.op_type, call.opset)

@@ -1,4 +1,4 @@
-"""What is known of a value: the axis where its samples lie, its shape for every trial size of the batch, small contents.
+"""What is known of a value: where its samples lie, its shape for every trial size of the batch, small contents.
 
     x (7, 3, 4)        Place(axis=0)                   sample b is x[b]
     x (5, 7, 3)        Place(axis=1)                   sample b is x[:, b]

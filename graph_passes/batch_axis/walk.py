@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import onnx
 
 # Each module enters its rules into the table.
@@ -12,19 +13,19 @@ from graph_passes.batch_axis import layout, pointwise, products, reductions, seq
 from graph_passes.batch_axis.control import followed
 from graph_passes.batch_axis.moves import RULES, Moves, outputs
 from graph_passes.batch_axis.numbering import numbered, ranged
-from graph_passes.batch_axis.shapes import constant, folded, inferred
-from graph_passes.batch_axis.values import Call, Dims, MixesError, Value
+from graph_passes.batch_axis.shapes import constant, folded, inferred, of_arrays
+from graph_passes.batch_axis.values import Call, MixesError, Value
 
 RULE_MODULES = (layout, pointwise, products, reductions, sequences)
 
-RANDOM = frozenset(
-    ["Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"]
-)
+RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 CONTROL = frozenset(("If", "Loop", "Scan"))
 OF_SHAPES = frozenset(("ConstantOfShape", "Expand", "Shape", "Size"))
 """Their rules answer for values without samples too."""
 MOST_NODES = 200_000
 """A walk that comes by more nodes, in functions and turns of loops, ends."""
+
+_WRITTEN = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
 
 Scope = ChainMap[str, Value]
 
@@ -156,8 +157,7 @@ class Walk:
         attribute = call.node.attribute[0]
         if attribute.type == onnx.AttributeProto.TENSOR:
             return constant(attribute.t, len(self._sizes))
-        ((kind, shapes),) = inferred(call)
-        return folded_constant(call, kind, shapes)
+        return _written(call)
 
     def _function(self, function: onnx.FunctionProto, call: Call) -> list[Value]:
         values = [*call.inputs, *[None] * len(function.input)]
@@ -168,18 +168,14 @@ class Walk:
         return [scope[name] for name in function.output]
 
 
-def folded_constant(call: Call, kind: int, shapes: tuple[Dims, ...] | None) -> Value:
+def _written(call: Call) -> Value:
     """A Constant that is written as a number or a list of numbers."""
-    import numpy as np
-
-    from graph_passes.batch_axis.shapes import of_arrays
-
-    (name, attribute), *_ = call.attributes.items()
-    dtypes = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
-    if name not in dtypes:
+    name, attribute = next(iter(call.attributes.items()))
+    if name not in _WRITTEN:
+        ((kind, shapes),) = inferred(call)
         return Value(kind=kind, shapes=shapes)
-    array = np.array(onnx.helper.get_attribute_value(attribute), dtypes[name])
-    return of_arrays([array] * len(call.sizes), kind)
+    array = np.array(onnx.helper.get_attribute_value(attribute), _WRITTEN[name])
+    return of_arrays([array] * len(call.sizes), int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)))
 
 
 def _kind(call: Call) -> int:

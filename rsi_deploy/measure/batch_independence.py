@@ -4,7 +4,7 @@
     run      several samples in one run == each of them alone, within rounding
     run      a sample answers the same beside larger, smaller and other samples
 
-Both the proof and the runs must hold. The proof covers every input; the runs cover what the runtime does with the graph.
+Both the proof and the runs must hold. The proof covers every input; the runs cover what the runtime does.
 A server that joins requests of several clients (`serve`), and packages whose engine does so (`package`), ask here.
 """
 

@@ -163,7 +163,7 @@ def _feeds(model: Path, report: Report, given: str | Path | Mapping[str, npt.NDA
 
 
 def _why_unbatchable(model: Path, session: "InferenceSession", feeds: Feeds, *, given: bool) -> str:
-    """Why samples must not share a run, proved, and tried with `feeds` or samples of the same shapes; "" where they may."""
+    """Why samples must not share a run, proved, and tried with `feeds` or others of their shapes; "" where they may."""
     shapes = {name: array.shape for name, array in feeds.items()}
     if not given:
         return why_alone(model, session, shapes, SAMPLES)
