@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from graph_passes.batch_axis.moves import Moves, Target, aligned, kept, rule, same_everywhere, settled
+from graph_passes.batch_axis.moves import MICROSOFT, Moves, Target, aligned, kept, rule, same_everywhere, settled
 from graph_passes.batch_axis.shapes import inferred, of_arrays
 from graph_passes.batch_axis.values import Array, Call, Dims, Place, Value
 
@@ -144,6 +144,23 @@ def _concat(call: Call) -> Moves:
         dims=lambda _: (None,) * rank,
         strict=True,
     )
+
+
+@rule("QLinearConcat", MICROSOFT)
+def _quantized_concat(call: Call) -> Moves:
+    """Scale and zero point of the output, then each operand with its own two."""
+    rank, parts = call.rank(2), range(2, len(call.inputs), 3)
+    axis = call.axis(rank, default=1)
+
+    def dims(trial: int) -> Dims:
+        each = [
+            value.shapes[trial] for at in parts if (value := call.value(at)) is not None and value.shapes is not None
+        ]
+        sizes = [dims[axis] for dims in each]
+        whole = None if None in sizes else sum(size for size in sizes if size is not None)
+        return (*each[0][:axis], whole, *each[0][axis + 1 :])
+
+    return Moves(inputs={index: kept(rank, "joins along", [axis]) for index in parts}, dims=dims, strict=True)
 
 
 @rule("Split")

@@ -62,7 +62,8 @@ def numbered(call: Call, plain: Plain) -> Sequence[Value]:
             return plain(bare)
         if op_type in KEEPING and rows[0] is not None and not any(rows[1:]):
             return [replace(value, rows=rows[0]) for value in plain(bare)]
-        if op_type in COMPUTING:
+        beside = [value for value in call.inputs if value is not None and value.rows is None]
+        if op_type in COMPUTING and all(value.place is None for value in beside):
             return [replace(value, rows=(_computed(call),)) for value in plain(bare)]
         if op_type == "Concat" and call.axis(call.rank(0), default=1) == call.rank(0) - 1:
             return [replace(plain(bare)[0], rows=_columns(call))]

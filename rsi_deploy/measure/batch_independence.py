@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from graph_passes.batch_axis import find_batch_axes, prove
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.gateway.onnx_reader import read_proto
+from rsi_deploy.gateway.onnx_reader import read_graph
 from rsi_deploy.measure.inputs import InputSpec, model_inputs, random_feeds
 from rsi_deploy.measure.sessions import run_session
 
@@ -41,7 +41,7 @@ def samples_in(model: str | Path, feeds: Mapping[str, Array]) -> int:
         ModelError: the model cannot be read.
     """
     shapes = {name: np.shape(array) for name, array in feeds.items()}
-    axes = find_batch_axes(read_proto(model), shapes)
+    axes = find_batch_axes(read_graph(model), shapes)
     return next((shapes[name][axis] for name, axis in axes.items() if axis is not None), 1)
 
 
@@ -51,7 +51,7 @@ def why_not_proved(model: str | Path) -> str:
     Raises:
         ModelError: the model cannot be read.
     """
-    proto = read_proto(model)
+    proto = read_graph(model)
     proof = prove(proto, {spec.name: 0 for spec in model_inputs(proto)})
     if not proof.holds:
         return f"samples are not proved independent: {proof.reason}"
@@ -78,7 +78,7 @@ def why_alone(model: str | Path, session: "InferenceSession", known: Mapping[str
         others = random_feeds(specs, count, 2, _shapes(specs, known, count))
     except UsageError as error:
         return f"samples to try a batch with cannot be made up: {error}"[:300]
-    return _why_alone_on(session, samples, _neighbours(samples, others))
+    return why_runs_differ(session, samples, others)
 
 
 def why_alone_on(model: str | Path, session: "InferenceSession", samples: Mapping[str, Array]) -> str:
@@ -91,7 +91,7 @@ def why_alone_on(model: str | Path, session: "InferenceSession", samples: Mappin
     """
     if why := no_batch_axis(session) or why_not_proved(model):
         return why
-    return _why_alone_on(session, samples, _neighbours(samples, {name: a[::-1] for name, a in samples.items()}))
+    return why_runs_differ(session, samples, {name: array[::-1] for name, array in samples.items()})
 
 
 def no_batch_axis(session: "InferenceSession") -> str:
@@ -129,9 +129,14 @@ def _neighbours(samples: Mapping[str, Array], others: Mapping[str, Array]) -> It
         yield batch
 
 
-def _why_alone_on(
-    session: "InferenceSession", samples: Mapping[str, Array], neighbours: Iterator[Mapping[str, Array]]
-) -> str:
+def why_runs_differ(session: "InferenceSession", samples: Mapping[str, Array], others: Mapping[str, Array]) -> str:
+    """How samples answer otherwise in a batch than alone, or beside others; "" where they do not.
+
+    Args:
+        session: the model; it runs each sample, and all of them.
+        samples: input name -> `(n, ...)`, with `n` of 2 or more, no two samples alike.
+        others: whole numbers and booleans to put beside the first sample, of the same shapes.
+    """
     count = len(next(iter(samples.values())))
     try:
         together = run_session(session, samples, "a batch")
@@ -139,7 +144,7 @@ def _why_alone_on(
             run_session(session, {name: array[at : at + 1] for name, array in samples.items()}, "a sample")
             for at in range(count)
         ]
-        beside = [run_session(session, batch, "a batch") for batch in neighbours]
+        beside = [run_session(session, batch, "a batch") for batch in _neighbours(samples, others)]
     except ModelError as error:
         return f"it does not run on these samples, so that a batch cannot be tried: {error}"[:300]
     for place, (value, whole) in enumerate(zip(session.get_outputs(), together, strict=True)):
