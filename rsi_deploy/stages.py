@@ -37,6 +37,7 @@ from rsi_deploy.gates import (
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
 from rsi_deploy.measure.arms import make_feeds
+from rsi_deploy.measure.batch_independence import samples_in
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.feeding import Feeding
 from rsi_deploy.measure.inputs import model_inputs
@@ -200,7 +201,7 @@ class Job:
                     f"the model draws random numbers ({', '.join(nodes)}): its outputs were compared in the "
                     "first run of a session, where onnxruntime draws the same ones"
                 )
-            batch = next((len(a) for a in feeds.values() if a.ndim), 1)
+            batch = samples_in(dense, feeds)
             macs = {node: count // batch for node, count in trace.macs.items()}
             attention = {node: count // batch for node, count in trace.attention_macs.items()}
             size = size.model_copy(update={"macs": sum(macs.values())})

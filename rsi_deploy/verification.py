@@ -34,6 +34,7 @@ from rsi_deploy.gates import compare_outputs
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.manifest import MANIFEST, check_manifest, file_hash
 from rsi_deploy.measure.accuracy import evaluate
+from rsi_deploy.measure.batch_independence import samples_in
 from rsi_deploy.measure.data import Dataset, open_data
 from rsi_deploy.measure.inputs import model_inputs
 from rsi_deploy.measure.provider_spec import parse
@@ -209,7 +210,7 @@ def _macs(path: Path, report: Report) -> Claim:
     if report.probe_given or report.verification.approximation is None:
         return _not_checked("MACs", _no_probe(report))
     feeds = _feeds(path, report)
-    batch = next((len(array) for array in feeds.values() if array.ndim), 1)
+    batch = samples_in(path, feeds)
     macs = sum(count // batch for count in traced_run(path, feeds).macs.values())
     return _claim("MACs", macs == report.compressed.macs, f"{macs:,}, reported {report.compressed.macs:,}")
 

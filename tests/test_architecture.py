@@ -27,7 +27,7 @@ plan.planner plan.error_rank fold layers checkpoint measure.machine measure.stat
 measure.preprocess datafile found_splits onnx_file factor_errors sites plan.joint
 measure.inputs measure.model_pictures measure.dataset measure.array_data measure.folder_data measure.arrow_files
 measure.arrow_data measure.callable_data measure.data measure.feeding measure.intervals measure.paired measure.scores
-measure.providers measure.provider_spec measure.sessions measure.mixing measure.profile_events
+measure.providers measure.provider_spec measure.sessions measure.batch_independence measure.profile_events
 measure.placement measure.binding
 measure.timing measure.loadgen_worker measure.loadgen
 crew ray_connection ray_crew resuming computed_weights compress source factor_source onnx_split probe bundle

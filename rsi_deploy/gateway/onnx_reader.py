@@ -9,22 +9,25 @@ r"""The one reader of ONNX files: what a file claims is held against itself befo
 A file that was checked is known by its inode, size and time, and not checked again while it stays as it is.
 """
 
+import math
 import os
 from pathlib import Path
 
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
-from onnx import ModelProto
-from onnx.external_data_helper import load_external_data_for_model
+from onnx import ModelProto, TensorProto
+from onnx.external_data_helper import load_external_data_for_model, load_external_data_for_tensor
 
 from rsi_deploy.errors import ModelError
 from rsi_deploy.gateway.limits import MODEL_BYTES, first_line, shown
 from rsi_deploy.gateway.onnx_growth import check_growth
 from rsi_deploy.gateway.onnx_names import check_names
 from rsi_deploy.gateway.onnx_nodes import check_nodes
-from rsi_deploy.gateway.onnx_parts import texts
+from rsi_deploy.gateway.onnx_parts import all_tensors, texts
 from rsi_deploy.gateway.onnx_tensors import check_tensors
 
+SMALL = 4096
+"""Numbers in an external tensor that is read with the graph."""
 _MOST_KNOWN = 1024
 _known: set[tuple[str, int, int, int]] = set()
 
@@ -55,6 +58,21 @@ def read_proto(path: str | Path, *, with_data: bool = False) -> ModelProto:
         _remember(stamp)
     if with_data:
         load_external_data_for_model(proto, os.fspath(path.parent))
+    return proto
+
+
+def read_graph(path: str | Path) -> ModelProto:
+    """The model in a file, checked, with those of its external tensors that are small: shapes, axes, indices.
+
+    Raises:
+        ModelError: as for `read_proto`.
+    """
+    proto = read_proto(path)
+    for tensor in all_tensors(proto):
+        if tensor.data_location == TensorProto.EXTERNAL and math.prod(tensor.dims) <= SMALL:
+            load_external_data_for_tensor(tensor, os.fspath(Path(path).parent))
+            tensor.data_location = TensorProto.DEFAULT
+            del tensor.external_data[:]
     return proto
 
 

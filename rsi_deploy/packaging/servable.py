@@ -1,10 +1,11 @@
 """What a bundle offers to an engine: its model, the tensors it takes and gives, and whether samples may share a run.
 
     bundle --manifest holds?--> model.onnx --onnxruntime--> names, types, shapes
-                                     |---- several samples in one run == each alone? ----> may be batched
+                                     |---- samples proved independent on the graph, and
+                                           several samples in one run == each alone? ----> may be batched
 
 An engine that batches puts strangers' requests into one run. Names of dimensions say whether a batch fits in; that
-samples do not mix only a run shows, so it is run, here.
+samples do not mix is proved on the graph, and tried here.
 """
 
 from collections.abc import Mapping
@@ -16,8 +17,8 @@ import numpy.typing as npt
 
 from rsi_deploy.errors import GateError, ModelError, UsageError
 from rsi_deploy.manifest import check_manifest
+from rsi_deploy.measure.batch_independence import no_batch_axis, why_alone, why_alone_on, why_not_proved
 from rsi_deploy.measure.inputs import Dim, check_feeds, model_inputs
-from rsi_deploy.measure.mixing import no_batch_axis, why_alone, why_alone_on
 from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.probe import Feeds, probe_feeds, read_feeds
 from rsi_deploy.report.schema import Report, read_report
@@ -97,7 +98,7 @@ def read_servable(folder: str | Path, feeds: str | Path | Mapping[str, npt.NDArr
         outputs=outputs,
         feeds=arrays,
         feeds_given=feeds is not None,
-        unbatchable=_mixing(session, arrays, given=feeds is not None),
+        unbatchable=_why_unbatchable(model, session, arrays, given=feeds is not None),
         notes=() if check.present else (f"the bundle has {check.summary}",),
     )
 
@@ -119,8 +120,8 @@ def read_dense(path: Path, beside: Servable) -> Servable:
                 "give the model that the bundle was made from"
             )
     run_session(session, beside.feeds, str(path))
-    mixing = _mixing(session, beside.feeds, given=beside.feeds_given)
-    return replace(beside, model=path, inputs=inputs, outputs=outputs, unbatchable=mixing, notes=())
+    why = _why_unbatchable(path, session, beside.feeds, given=beside.feeds_given)
+    return replace(beside, model=path, inputs=inputs, outputs=outputs, unbatchable=why, notes=())
 
 
 def tensors(session: "InferenceSession") -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -161,14 +162,14 @@ def _feeds(model: Path, report: Report, given: str | Path | Mapping[str, npt.NDA
     return arrays
 
 
-def _mixing(session: "InferenceSession", feeds: Feeds, *, given: bool) -> str:
-    """Why samples must not share a run, shown by the given ones or by samples of the same shapes; "" where they may."""
+def _why_unbatchable(model: Path, session: "InferenceSession", feeds: Feeds, *, given: bool) -> str:
+    """Why samples must not share a run, proved, and tried with `feeds` or others of their shapes; "" where they may."""
     shapes = {name: array.shape for name, array in feeds.items()}
     if not given:
-        return why_alone(session, shapes, SAMPLES)
-    if why := no_batch_axis(session):
+        return why_alone(model, session, shapes, SAMPLES)
+    if why := no_batch_axis(session) or why_not_proved(model):
         return why
     counts = {shape[0] if shape else 0 for shape in shapes.values()}
     if len(counts) > 1 or min(counts, default=0) < 2:
         return "one sample does not show whether samples mix: add --feeds FILE.npz with two or more"
-    return why_alone_on(session, feeds)
+    return why_alone_on(model, session, feeds)

@@ -1,7 +1,7 @@
 """A model in memory: one request at a time, or several joined along their first axis where that is the batch.
 
-Whether the first axis is a batch is not believed but tried, once, when the model is loaded (`measure.mixing`): models
-whose rows depend on each other get their requests one by one.
+Whether the first axis is a batch is proved on the graph and tried, once, when the model is loaded
+(`measure.batch_independence`): models whose rows depend on each other get their requests one by one.
 """
 
 import logging
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rsi_deploy.errors import GateError, ModelError
-from rsi_deploy.measure.mixing import why_alone
+from rsi_deploy.measure.batch_independence import why_alone
 from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.serving.bundles import Bundle, stamps
 from rsi_deploy.serving.signature import Feeds, Signature, rows
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 Outputs = dict[str, Array]
 
 SAMPLES = 2
-"""That batching is tried with: each costs two rows' time before the server is ready."""
+"""That batching is tried with: each costs four rows' time before the server is ready."""
 
 
 class LoadedModel:
@@ -31,7 +31,7 @@ class LoadedModel:
         bundle: whose files were checked.
         provider: of onnxruntime, as `--provider` takes it.
         threads: inside one operator.
-        try_batches: whether it is to be found out if requests can be joined; it takes four rows' time.
+        try_batches: whether it is to be found out if requests can be joined; it takes eight rows' time.
 
     Attributes:
         signature: what it takes and gives.
@@ -50,7 +50,7 @@ class LoadedModel:
             raise GateError(f"{bundle.path} has been replaced since it was checked; start again when it is whole")
         self.signature = Signature.of(self._session, self._name)
         self._outputs = [spec.name for spec in self.signature.outputs]
-        self.alone = why_alone(self._session, bundle.probe_shapes, SAMPLES) if try_batches else ""
+        self.alone = why_alone(bundle.model, self._session, bundle.probe_shapes, SAMPLES) if try_batches else ""
 
     def infer(self, feeds: Feeds) -> Outputs:
         """The outputs of one request.

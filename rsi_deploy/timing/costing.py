@@ -23,6 +23,7 @@ from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.locks import ScratchFolder
 from rsi_deploy.measure.arms import Feeds, Runtime, make_feeds
+from rsi_deploy.measure.batch_independence import samples_in
 from rsi_deploy.measure.cost_cache import CostCache, conditions_here
 from rsi_deploy.measure.cost_table import NOISY, CostTable, ModelTime, SiteCost
 from rsi_deploy.measure.inputs import model_inputs
@@ -179,7 +180,7 @@ class Costing:
             created=datetime.datetime.now(datetime.UTC),
             command=command or "rsi_deploy.profile(...)",
             conditions=conditions,
-            model=ModelTime(name=name, hash=digest, batch=_batch(feeds), inputs=told, dense_nanoseconds=1),
+            model=ModelTime(name=name, hash=digest, batch=samples_in(dense, feeds), inputs=told, dense_nanoseconds=1),
             sites={site: piece.signature for site, piece in found.items() if piece.signature in costs},
             untimed=untimed,
             costs=tuple(costs[signature] for signature in shapes if signature in costs),
@@ -239,10 +240,6 @@ def _notes(costs: Mapping[str, SiteCost], precision: float) -> list[str]:
             f"taken for faster"
         )
     return notes
-
-
-def _batch(feeds: Feeds) -> int:
-    return next((len(array) for array in feeds.values() if array.ndim), 1)
 
 
 def _free(path: Path, force: bool) -> Path:

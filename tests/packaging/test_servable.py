@@ -38,10 +38,10 @@ def test_samples_that_do_not_mix_may_be_batched(mlp, tmp_path):
 
 def test_samples_that_mix_are_found_by_a_run(tmp_path):
     made = bundle_of(mixing(tmp_path / "m.onnx"), tmp_path / "m")
-    assert read_servable(made).unbatchable == "rows of output y depend on the other rows of their batch"
+    assert "ReduceMean 'm' reduces over the batch axis (axis 0 of 'p')" in read_servable(made).unbatchable
     rng = np.random.default_rng(0)
     given = read_servable(made, {"x": rng.standard_normal((2, 32)).astype(np.float32)})
-    assert given.unbatchable == "rows of output y depend on the other rows of their batch"
+    assert "ReduceMean 'm'" in given.unbatchable
 
 
 def test_dimensions_that_forbid_a_batch_are_named(tmp_path):

@@ -109,7 +109,7 @@ def test_rows_that_depend_on_each_other_are_never_joined(batching):
 
     assert together(12, client) == [200] * 12
     assert batches_and_requests(server, "sum") == (12, 12)
-    assert "sum 1: requests are not batched: rows of output y depend on the other rows" in server.errors()
+    assert "sum 1: requests are not batched: samples are not proved independent: CumSum" in server.errors()
 
 
 class Load:
