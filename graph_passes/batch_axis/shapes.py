@@ -134,8 +134,16 @@ def _inferred_once(call: Call, schema: defs.OpSchema, trial: int) -> dict[str, t
         if value.data is not None:
             contents[name] = numpy_helper.from_array(np.ascontiguousarray(value.data[trial]), name)
     try:
+        node = call.node
+        if node.op_type != schema.name or node.domain not in ("", "ai.onnx"):  # one that has the shapes of another
+            node = onnx.NodeProto()
+            node.CopyFrom(call.node)
+            node.op_type, node.domain = schema.name, ""
+            del node.input[schema.max_input :]
+            del node.attribute[:]
+            node.attribute.extend(each for each in call.node.attribute if each.name in schema.attributes)
         opsets = [helper.make_opsetid("", call.opset)]
-        found = shape_inference.infer_node_outputs(schema, call.node, types, contents, opset_imports=opsets)
+        found = shape_inference.infer_node_outputs(schema, node, types, contents, opset_imports=opsets)
     except Exception:  # of sizes that do not fit, or attributes that are missing; the shape stays unknown
         return {}
     return {name: (kind.tensor_type.elem_type, _dims(kind)) for name, kind in found.items()}

@@ -40,7 +40,7 @@ def samples_in(model: str | Path, feeds: Mapping[str, Array]) -> int:
     Raises:
         ModelError: the model cannot be read.
     """
-    shapes = {name: np.shape(array) for name, array in feeds.items()}
+    shapes = {name: getattr(array, "shape", ()) for name, array in feeds.items()}
     axes = find_batch_axes(read_graph(model), shapes)
     return next((shapes[name][axis] for name, axis in axes.items() if axis is not None), 1)
 
