@@ -82,7 +82,9 @@ def test_one_weight_in_both_orientations_has_one_pair_of_factors(body, rank):
     source, seen = counting(lambda site: best_of_rank(rank)(site) if site.weight == "w" else full_rank(site))
     split(a_model, source)
     assert seen.count("w") == 1
-    stored = {name: value.const_value.size for name, value in a_model.graph.initializers.items() if not name.startswith("u")}
+    stored = {
+        name: value.const_value.size for name, value in a_model.graph.initializers.items() if not name.startswith("u")
+    }
     assert stored == {"w.right": rank * 6, "w.left": rank * 4}
     assert error(run(a_model, x=x), expected) <= 1e-5
     assert error(run(a_model, x=x), 2 * expected) > 0.1
