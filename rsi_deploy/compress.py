@@ -228,6 +228,8 @@ def find_module_sites(module: nn.Module) -> list[ModuleSite]:
             strangers = [u for u in users if not _splittable(module, u)]
             if not obstacle and strangers:
                 obstacle = f"tied to {strangers[0]}, which needs the dense weight: splitting would grow the file"
+            if not obstacle and (other := _used_otherwise(module, users)):
+                obstacle = f"tied to {other}, which uses the weight otherwise: two pairs of factors would grow the file"
             sites[id(parameter)] = ModuleSite(
                 weight=names[id(parameter)],
                 kind=kind,
@@ -332,6 +334,18 @@ def _weights_of(layer: nn.Module) -> list[tuple[str, str, int, str]]:
             (key, kind, 1, "recurrent weights are not split") for key in layer._flat_weights_names if "weight" in key
         ]
     return []
+
+
+def _used_otherwise(module: nn.Module, users: Sequence[str]) -> str:
+    """A user that turns the weight, or cuts it into groups, otherwise than the first one; or ""."""
+    ways = {}
+    for user in users:
+        path, _, key = user.rpartition(".")
+        (way,) = [
+            (kind == "Conv1D", groups) for k, kind, groups, _ in _weights_of(module.get_submodule(path)) if k == key
+        ]
+        ways[user] = way
+    return next((user for user, way in ways.items() if way != ways[users[0]]), "")
 
 
 def _splittable(module: nn.Module, parameter_path: str) -> bool:

@@ -7,9 +7,8 @@ a torch model    what the exporter makes of it, as one file
 from pathlib import Path
 
 from graph_passes import count_parameters
-from rsi_deploy.errors import ModelError
 from rsi_deploy.gateway.onnx_reader import load_model
-from rsi_deploy.onnx_file import bytes_as_given, bytes_in_one_file, file_bytes
+from rsi_deploy.onnx_file import bytes_as_given, bytes_in_one_file
 from rsi_deploy.report.schema import Size
 
 
@@ -26,22 +25,3 @@ def dense_size(source: Path | None, dense: Path) -> Size:
     if source is None:
         return Size(bytes=bytes_in_one_file(dense), params=count_parameters(load_model(dense)), macs=0)
     return Size(bytes=bytes_as_given(source), params=count_parameters(load_model(source)), macs=0)
-
-
-def refuse_growth(model: Path, dense_bytes: int, name: str) -> None:
-    """Refuse a compressed model that is larger than the dense one.
-
-    Args:
-        model: the compressed model's file.
-        dense_bytes: of the dense model, as the user has it.
-        name: of the dense model.
-
-    Raises:
-        ModelError: both sizes, and what to type.
-    """
-    made = file_bytes(model)
-    if made > dense_bytes:
-        raise ModelError(
-            f"{name} has {dense_bytes:,} bytes, but the compressed model has {made:,}: nothing is delivered; type a "
-            f"smaller rank or budget, split other sites (--include, --exclude), or add --allow-larger to have it anyway"
-        )

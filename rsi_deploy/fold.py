@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 def batch_norms_behind_convs(module: nn.Module) -> dict[str, str]:
     """Map each Conv's path to the path of the BatchNorm that alone consumes its output.
 
+    A Conv whose weight the model also reads past the layer (`F.conv2d(x, self.conv.weight)`) is left out: there it is
+    needed as it is.
+
     Found by symbolic tracing (torch.fx). A model that cannot be traced gets no folding, which costs some accuracy
     and no correctness; the log says so.
     """
@@ -33,6 +36,7 @@ def batch_norms_behind_convs(module: nn.Module) -> dict[str, str]:
     calls = [node for node in graph.nodes if node.op == "call_module"]
     targets = [node.target for node in calls]
     modules = dict(module.named_modules())
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     pairs: dict[str, str] = {}
     for node in calls:
         source = node.args[0] if node.args else None
@@ -43,6 +47,7 @@ def batch_norms_behind_convs(module: nn.Module) -> dict[str, str]:
             and isinstance(modules[str(source.target)], nn.modules.conv._ConvNd)
             and len(source.users) == 1
             and targets.count(node.target) == targets.count(source.target) == 1
+            and read.isdisjoint((node.target, source.target))
         ):
             pairs[str(source.target)] = str(node.target)
     return pairs

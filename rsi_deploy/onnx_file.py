@@ -120,6 +120,24 @@ def file_bytes(path: Path) -> int:
     return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
 
 
+def refuse_growth(made: int, dense: int, name: str) -> None:
+    """Refuse a compressed model that is larger than the dense one.
+
+    Args:
+        made: bytes of the compressed model.
+        dense: bytes of the dense model, as the user has it.
+        name: of the dense model.
+
+    Raises:
+        ModelError: both sizes, and what to type.
+    """
+    if made > dense:
+        raise ModelError(
+            f"{name} has {dense:,} bytes, but the compressed model has {made:,}, so it is not delivered; type a "
+            f"smaller rank or budget, split other sites (--include, --exclude), or add --allow-larger to have it anyway"
+        )
+
+
 def bytes_as_given(path: Path) -> int:
     """Bytes of a model file and of all the files beside it that hold its weights.
 

@@ -47,6 +47,7 @@ def rewrite(
     always_split: bool = False,
     joint: bool = True,
     assume_constant: bool = False,
+    allow_larger: bool = False,
     force: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
@@ -74,6 +75,7 @@ def rewrite(
         joint: let weights that multiply the same input share one right factor where that costs less (see
             `rsi_deploy.plan.joint`).
         assume_constant: weights that are graph inputs too are constants, and no inputs any more.
+        allow_larger: write a model that is larger than the source, too; `always_split` does so anyway.
         force: replace `target` if it is there.
         resume: keep finished sites beside `target` until it is there, and go on from those that a killed run has kept:
             the factors are written once more for it.
@@ -81,7 +83,7 @@ def rewrite(
 
     Raises:
         UsageError: no such file, a target that is there, or a request that cannot be meant.
-        ModelError: a file that cannot be read, or NaN in a weight.
+        ModelError: a file that cannot be read, NaN in a weight, or splits that make the model larger.
     """
     if max_error is not None and always_split:
         raise UsageError("--always-split goes with --rank alone; leave it out with --max-error")
@@ -106,6 +108,7 @@ def rewrite(
         mixed_precision=mixed_precision,
     )
     model = onnx_file.read_onnx(source, assume_constant=assume_constant)
+    onnx_file.remove_unused_(model)
     gp.FoldBatchNormPass()(model)
     with claimed(target) as claim:
         claim.new.mkdir()
@@ -118,6 +121,8 @@ def rewrite(
         result = split_and_write(
             model, path, planner, solver, joint=joint, progress=progress, crew=crew, data_name=name
         )
+        if any(site.rank for site in result.sites) and not (allow_larger or always_split):
+            onnx_file.refuse_growth(onnx_file.bytes_as_given(path), onnx_file.bytes_as_given(source), source.name)
         sync_tree(claim.new)
         data = path.with_name(name)
         if data.exists() and data.stat().st_size:  # the data first: a model never stands without them

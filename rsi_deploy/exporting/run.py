@@ -11,7 +11,6 @@ from rsi_deploy import resuming
 from rsi_deploy.bundle import kept_beside
 from rsi_deploy.calibrate.certificate import certified
 from rsi_deploy.calibrating import Calibrator, Dense
-from rsi_deploy.dense_size import refuse_growth
 from rsi_deploy.exporting.found import Checked, Delivered, Start, dense_file
 from rsi_deploy.exporting.given import Origin
 from rsi_deploy.exporting.room import check_room, told_room
@@ -20,6 +19,7 @@ from rsi_deploy.manifest import file_hash, fingerprint
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.model_pictures import preset_note
 from rsi_deploy.measure.result import BenchResult
+from rsi_deploy.onnx_file import file_bytes, refuse_growth
 from rsi_deploy.plan.decide import Planned, refuse_uncounted
 from rsi_deploy.plan.planner import Filters
 from rsi_deploy.report.schema import Report
@@ -205,7 +205,7 @@ class ExportRun:
         """Refuse a split model that is larger than the user's, unless that was asked for."""
         is_asked_for = self.allow_larger or self.job.settings.always_split
         if not is_asked_for and any(site.rank for site in result.split.sites):
-            refuse_growth(start.path, start.facts.size.bytes, start.source.name)
+            refuse_growth(file_bytes(start.path), start.facts.size.bytes, start.source.name)
 
     @property
     def _must_be_faster(self) -> bool:

@@ -18,6 +18,7 @@ def bundle(tmp_path):
         bench_seconds=0.05,
         exclude=["fc2"],
         smaller_is_enough=True,
+        allow_larger=True,
     )
     return tmp_path / "b"
 
