@@ -31,6 +31,7 @@ from rsi_deploy.plan.request import Request
 from rsi_deploy.report.schema import Size
 from rsi_deploy.resuming import Finished
 from rsi_deploy.rsi import Solver
+from rsi_deploy.steps import at_samples
 from rsi_deploy.sweeps.kept import Kept
 from rsi_deploy.timing.timed_export import TimedExport
 from rsi_deploy.trace import traced_run
@@ -305,7 +306,7 @@ class Calibrator:
         assert self.evaluation is not None
         steps = self.steps if self.evaluation.kind == "images" else None
         with self._candidate(made) as path:
-            result = evaluate(path, self.evaluation, preprocessing=steps, provider=self.provider)
+            result = evaluate(path, self.evaluation, preprocessing=steps, provider=self.provider, progress=at_samples)
         return result.top1 or 0.0
 
     @contextmanager

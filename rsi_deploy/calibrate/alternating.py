@@ -35,8 +35,8 @@ class TwoKernels:
     Attributes:
         kernel: of the Conv.
         first: how many of its axes belong to the first node (0: input, 1 of 2: separable).
-        blocks: xx of each pair of points, ridge added: `(groups, points j, points k, m of k, m of j)`, contiguous, so that
-            every product of an iteration is one matrix product.
+        blocks: xx of each pair of points, ridge added: `(groups, points j, points k, m of k, m of j)`, contiguous, so
+            that every product of an iteration is one matrix product.
         yx: `(groups, out, points, m)`, ridge added.
         moments: as gathered, for means and errors.
         target: the unrestricted answer, unfolded: `(groups, out * points, m)`.

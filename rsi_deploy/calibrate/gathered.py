@@ -2,8 +2,8 @@
 
     add (x, y) --> [ waiting, less than in_features / 2 rows or than `waiting` numbers ] --> Gathering
 
-A product of few rows costs what merging it costs, `in_features^2` numbers in float64, whatever the rows; of a small site
-it costs what calling it costs.
+A product of few rows costs what merging it costs, `in_features^2` numbers in float64, whatever the rows. At a small
+site it costs what the calls cost.
 """
 
 import torch

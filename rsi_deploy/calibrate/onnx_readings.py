@@ -63,7 +63,9 @@ class Readings:
                 (survey_rows if survey else rows_for)(r.site.in_features) * samples_of(batch) / max(self._samples, 1)
             )
             if r.graph.window is not None:
-                at, where, inside = self._patches(r, r.graph.window, number, _whole(quota / max(shape[0], 1)), shape[2:])
+                at, where, inside = self._patches(
+                    r, r.graph.window, number, _whole(quota / max(shape[0], 1)), shape[2:]
+                )
                 feeds[f"{r.tag}/index"], feeds[f"{r.tag}/inside"] = where, inside
             else:
                 at = chosen(math.prod(shape[:-1]), _whole(quota), self._generator(r, number), _tokens(batch, shape))

@@ -18,7 +18,6 @@ import numpy.typing as npt
 from onnx import NodeProto
 
 import graph_passes as gp
-
 from rsi_deploy.calibrate.gathered import WAITING, Gathered
 from rsi_deploy.calibrate.live_values import LiveValues
 from rsi_deploy.calibrate.moments import GRAM_LIMIT

@@ -70,11 +70,11 @@ def bench(
         check_data(paths, dataset, provider=asked["provider"])  # what is wrong must not wait for the measurement
     request = _request(models, paths, dataset, asked)
     _check_loadgen(request, asked)
-    with progress_bar("%") as bar:
+    with progress_bar("%", is_short=True) as bar:
         document = run_bench(
             request,
             command=context.find_root().obj or "",
-            progress=(lambda name, share: bar(name, round(100 * share) - 1, 100)) if bar else None,
+            progress=lambda name, share: bar(name, round(100 * share) - 1, 100),
         )
     document = _with_loadgen(document, request, asked)
     document = _with_accuracy(document, request, dataset)
@@ -199,12 +199,12 @@ def _with_accuracy(document: "BenchDocument", request: "Request", dataset: "Data
         return document
     from rsi_deploy.measure.accuracy import evaluate_all
 
-    with progress_bar("samples") as bar:
+    with progress_bar("samples", is_short=True) as bar:
         results = evaluate_all(
             request.models,
             dataset,
             provider=request.provider,
-            progress=(lambda done, total: bar("accuracy", done - 1, total)) if bar else None,
+            progress=lambda done, total: bar("accuracy", done - 1, total),
         )
     return document.model_copy(update={"accuracy": dict(zip(request.labels, results, strict=True))})
 
