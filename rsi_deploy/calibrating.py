@@ -31,6 +31,7 @@ from rsi_deploy.plan.request import Request
 from rsi_deploy.report.schema import Size
 from rsi_deploy.resuming import Finished
 from rsi_deploy.rsi import Solver
+from rsi_deploy.steps import at_samples
 from rsi_deploy.sweeps.kept import Kept
 from rsi_deploy.timing.timed_export import TimedExport
 from rsi_deploy.trace import traced_run
@@ -100,6 +101,7 @@ class Calibrator:
     kept: Kept | None = None
     finished: Finished | None = None
     notes: list[str] = field(default_factory=list)
+    _streams: OnnxStreams | None = field(default=None, init=False)
 
     def planned(self) -> Planned:
         """Decide every site and fit the factors.
@@ -136,17 +138,7 @@ class Calibrator:
 
     def _calibrated(self, data: CalibrationData, decisions: Decisions | None) -> Planned:
         """Decide what is not decided yet, and fit."""
-        request = self.request
-        streams = OnnxStreams(
-            self.dense.path,
-            data.feeds,
-            data.samples,
-            wanted=lambda name: not self.filters.refusal(name),
-            macs=self.dense.macs,
-            provider=self.provider,
-            seed=self.seed,
-            metrics=None if self.kept is None else self.kept.metrics,
-        )
+        request, streams = self.request, self._streams_of(data)
         if not streams.sites and decisions is None:
             raise ModelError(
                 f"calibration reaches no site: {listed(streams.unreachable) or 'the filters let none through'}"
@@ -173,6 +165,21 @@ class Calibrator:
                 made = self._smallest(options, streams, fit)
         self.notes.extend(remarks(streams, data))
         return made
+
+    def _streams_of(self, data: CalibrationData) -> OnnxStreams:
+        """The model with the data; made once, as what `metrics` tells holds for every fit."""
+        if self._streams is None:
+            self._streams = OnnxStreams(
+                self.dense.path,
+                data.feeds,
+                data.samples,
+                wanted=lambda name: not self.filters.refusal(name),
+                macs=self.dense.macs,
+                provider=self.provider,
+                seed=self.seed,
+                metrics=None if self.kept is None else self.kept.metrics,
+            )
+        return self._streams
 
     def _nothing_faster(self, options: Sequence[SiteOptions], streams: OnnxStreams) -> Decisions | None:
         """All dense, where time leaves no split of any site; None where it leaves some.
@@ -244,7 +251,7 @@ class Calibrator:
         if self.finished is not None and (known := self.finished.fitted(wanted)) is not None:
             calibration.declined.update(known[1])
             return known[0]
-        fitted = calibration.fit(streams, wanted, self.progress)
+        fitted = calibration.fit(streams.only(wanted), wanted, self.progress)
         if self.finished is not None:
             self.finished.keep_fitted(wanted, fitted, calibration.declined)
         if self.kept is not None:
@@ -299,7 +306,7 @@ class Calibrator:
         assert self.evaluation is not None
         steps = self.steps if self.evaluation.kind == "images" else None
         with self._candidate(made) as path:
-            result = evaluate(path, self.evaluation, preprocessing=steps, provider=self.provider)
+            result = evaluate(path, self.evaluation, preprocessing=steps, provider=self.provider, progress=at_samples)
         return result.top1 or 0.0
 
     @contextmanager
@@ -322,7 +329,7 @@ def remarks(streams: OnnxStreams, data: CalibrationData) -> list[str]:
     found = []
     if streams.unreachable:
         found.append(f"not calibrated: {listed(streams.unreachable)}")
-    rows = {site: streams.rows_of(site.name) for site in streams.sites}
+    rows = {site: count for site in streams.sites if (count := streams.rows_of(site.name))}
     scarce = [site for site, count in rows.items() if count < ENOUGH_ROWS * site.in_features]
     if scarce:
         site = min(scarce, key=lambda site: rows[site] / site.in_features)

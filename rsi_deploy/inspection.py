@@ -22,6 +22,7 @@ from rsi_deploy.onnx_split import joint_groups
 from rsi_deploy.plan.planner import Planner, RankSpec, break_even_rank, site_name
 from rsi_deploy.rsi import singular_values
 from rsi_deploy.source import load_source
+from rsi_deploy.steps import at, step
 
 # A larger spectrum takes minutes on two cores, so inspect leaves it out unless it is asked for.
 SPECTRUM_LIMIT = 2048
@@ -127,7 +128,7 @@ def inspect(
         raise ModelError(f"{model}: a .pt2 program has no modules to list; export it and inspect the dense ONNX file")
     views, notes = [], list(source.notes)
     skipped = 0
-    for name, kind, (out_features, in_features), groups, obstacle, load in found:
+    for name, kind, (out_features, in_features), groups, obstacle, load in _in_turn(list(found)):
         decision = planner.decide(name, out_features, in_features) if out_features else None
         rank_ = None if obstacle or decision is None else decision.rank
         extra: dict[str, float | int] = {}
@@ -155,6 +156,14 @@ def inspect(
             f"no spectrum of {skipped} sites with min(out, in) above {spectrum_limit}: --spectrum-limit raises it"
         )
     return Inspection(model=source.name, rank=str(spec), sites=_grouped(views, together), notes=tuple(notes))
+
+
+def _in_turn(found: Sequence[Found]) -> Iterator[Found]:
+    """The sites, each said before its spectrum is computed."""
+    with step("spectra"):
+        for number, site in enumerate(found):
+            at(site[0], number, len(found))
+            yield site
 
 
 def _module_sites(module: torch.nn.Module) -> Iterator[Found]:

@@ -62,6 +62,7 @@ from rsi_deploy.resuming import Finished, KeepingCrew
 from rsi_deploy.rewriting import split_and_write
 from rsi_deploy.rsi import Solver
 from rsi_deploy.source import Source
+from rsi_deploy.steps import at_samples, step
 from rsi_deploy.to_onnx import to_onnx
 from rsi_deploy.trace import UncountedNode, traced_run, uncounted_nodes, unknown_operators
 
@@ -121,7 +122,8 @@ class Job:
     def stage(self, name: str) -> Iterator[None]:
         """Time one step."""
         started = time.perf_counter()
-        yield
+        with step(name):
+            yield
         self.stages.append(Stage(name=name, seconds=time.perf_counter() - started))
 
     def export_dense(
@@ -211,7 +213,13 @@ class Job:
         if dataset is not None and known is None:  # first of all the long work: data that do not fit must say so now
             with self.stage("accuracy dense"):
                 try:
-                    accuracy = evaluate(dense, dataset, preprocessing=_applied(steps, dataset), provider=self.provider)
+                    accuracy = evaluate(
+                        dense,
+                        dataset,
+                        preprocessing=_applied(steps, dataset),
+                        provider=self.provider,
+                        progress=at_samples,
+                    )
                 except RsiDeployError as error:  # the user knows the model by another name
                     raise type(error)(str(error).replace(str(dense), source.name)) from error
         facts = DenseFacts(
@@ -354,7 +362,12 @@ class Job:
             return None, None
         with self.stage("accuracy compressed"):
             after = evaluate(
-                path, dataset, preprocessing=_applied(steps, dataset), provider=self.provider, reference=dense
+                path,
+                dataset,
+                preprocessing=_applied(steps, dataset),
+                provider=self.provider,
+                reference=dense,
+                progress=at_samples,
             )
         bound = None
         if result.head is not None and result.head_factors is not None:

@@ -44,6 +44,7 @@ from rsi_deploy.plan.budget import Budget
 from rsi_deploy.probe import Feeds, probe_feeds
 from rsi_deploy.report.html import source_of
 from rsi_deploy.report.schema import ProbeOutput, Report, read_report
+from rsi_deploy.steps import at_samples, step
 from rsi_deploy.trace import traced_run
 
 Status = Literal["holds", "broken", "not checked"]
@@ -113,7 +114,8 @@ def verify(
 def _attempt(name: str, check) -> list[Claim]:  # type: ignore[no-untyped-def]
     """The claims of a check; what it raises about the model is a broken claim, not the end of the others."""
     try:
-        return list(check())
+        with step(name):
+            return list(check())
     except RsiDeployError as error:
         return [Claim(name=name, status="broken", detail=str(error))]
 
@@ -333,7 +335,7 @@ def _accuracy(folder: Path, report: Report, dataset: Dataset | None, provider: s
     if dataset.fingerprint() != claimed.data_fingerprint:
         return _not_checked("accuracy", "--data is not the data of the report")
     steps = report.preprocessing if dataset.kind == "images" else None
-    result = evaluate(folder / "model.onnx", dataset, preprocessing=steps, provider=provider)
+    result = evaluate(folder / "model.onnx", dataset, preprocessing=steps, provider=provider, progress=at_samples)
     # Another machine's kernels may tip an answer that is on the edge: two samples are allowed for that.
     slack = 200 / max(result.samples, 1)
     holds = abs((result.top1 or 0) - (claimed.top1 or 0)) <= slack

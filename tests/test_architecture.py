@@ -17,7 +17,7 @@ LAYERS = """
 kernel.onednn kernel.rates kernel.gemm kernel.orthogonal kernel.products kernel.factors kernel.checks kernel.chebyshev
 kernel.batched kernel.direct kernel.gram kernel.exact kernel.krylov kernel.adaptive kernel.certified kernel.cost
 kernel.solve kernel.memory
-errors error_texts error_table gateway.documents gateway.limits locks atomic manifest rsi together arrays spectra
+errors steps error_texts error_table gateway.documents gateway.limits locks atomic manifest rsi together arrays spectra
 gateway.onnx_parts gateway.onnx_tensors gateway.onnx_names gateway.onnx_nodes gateway.onnx_sizes gateway.onnx_growth
 gateway.onnx_reader broken_models gateway.archives gateway.arrays gateway.pictures gateway.system_files
 gateway.programs report.text
@@ -34,8 +34,8 @@ crew ray_connection ray_crew resuming computed_weights compress source factor_so
 exporting.given
 calibrate.calibration_data calibrate.calibrated
 calibrate.gathered calibrate.live_values calibrate.onnx_waves calibrate.onnx_rows calibrate.onnx_segment
-calibrate.onnx_operators calibrate.onnx_reach calibrate.onnx_readings calibrate.onnx_checked calibrate.onnx_survey
-calibrate.onnx_gradients
+calibrate.onnx_operators calibrate.onnx_reach calibrate.onnx_readings calibrate.onnx_checked calibrate.onnx_fed
+calibrate.onnx_survey calibrate.onnx_gradients
 calibrate.onnx_two_streams calibrate.onnx_streams
 calibrate.torch_rows calibrate.torch_calls calibrate.torch_readings calibrate.torch_runs
 calibrate.torch_gradients calibrate.torch_trace calibrate.torch_streams
@@ -66,7 +66,7 @@ serving.images serving.shadow serving.metrics serving.catalog serving.frames ser
 serving.queues serving.batches serving.service serving.access_log serving.transport serving.http_body serving.http_app
 serving.grpc_app serving.watching serving.front serving.merging serving.ray_grpc serving.ray_app
 serving.ray_engine serving.server
-cli.signals cli.options cli.terminal cli.gating cli.page
+cli.signals cli.options cli.progress_lines cli.terminal cli.gating cli.page
 cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.package cli.verify
 cli.serve cli.doctor
 """

@@ -114,7 +114,7 @@ def test_version(capsys):
 def test_results_go_to_stdout_and_no_bar_to_a_pipe(here, capsys):
     assert run(["export", "m.onnx", "--rank", "25%", "-o", "b", "--bench-seconds", "0.05", "--data", "d.npz"]) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert all(line.startswith("[0:") for line in err.splitlines()), "lines for a log, no bar"
     for words in (
         "fc1",
         "parameters",
@@ -128,17 +128,20 @@ def test_results_go_to_stdout_and_no_bar_to_a_pipe(here, capsys):
         assert words in out
 
 
-def test_no_progress_where_stderr_is_no_terminal(here, capsys, monkeypatch):
+def test_lines_are_for_a_log_and_bars_for_a_terminal(here, capsys, monkeypatch):
     from rsi_deploy import pipeline
 
     seen, real = [], pipeline.export
     monkeypatch.setattr(pipeline, "export", lambda *a, **k: (seen.append(k["progress"]), real(*a, **k))[1])
     argv = ["export", "m.onnx", "--rank", "4", "-o", "b", "--no-bench", "--force"]
     assert run(argv) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "load: " in line]
+    assert all(line.startswith("[0:") for line in lines)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert run(argv) == 0
-    assert seen[0] is None
-    assert callable(seen[1])
+    assert "[0:0" not in capsys.readouterr().err
+    assert all(map(callable, seen))
 
 
 def test_export_json_is_one_document_of_the_schema(here, capsys):
@@ -148,7 +151,7 @@ def test_export_json_is_one_document_of_the_schema(here, capsys):
     argv = ["export", "m.onnx", "--rank", "25%", "-o", "b", "--bench-seconds", "0.05", "--data", "d.npz", "--json"]
     assert run(argv) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert all(line.startswith("[0:") for line in err.splitlines()), "progress alone"
     report = json.loads(out)
     jsonschema.validate(report, schema)
     assert report == json.loads((here / "b" / "report.json").read_text())

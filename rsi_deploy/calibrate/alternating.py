@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rsi_deploy.calibrate.moments import Moments
 from rsi_deploy.calibrate.response import EXACT_LIMIT, RIDGE, held_root, leading, metric_root, ridge_level
+from rsi_deploy.calibrate.streams import Replacement, StreamSite
 from rsi_deploy.rsi import Solver
 
 STEPS = 4
@@ -34,7 +35,8 @@ class TwoKernels:
     Attributes:
         kernel: of the Conv.
         first: how many of its axes belong to the first node (0: input, 1 of 2: separable).
-        xx: `(groups, points, m, points, m)`, ridge added.
+        blocks: xx of each pair of points, ridge added: `(groups, points j, points k, m of k, m of j)`, contiguous, so
+            that every product of an iteration is one matrix product.
         yx: `(groups, out, points, m)`, ridge added.
         moments: as gathered, for means and errors.
         target: the unrestricted answer, unfolded: `(groups, out * points, m)`.
@@ -45,7 +47,7 @@ class TwoKernels:
 
     kernel: tuple[int, ...]
     first: int
-    xx: Tensor
+    blocks: Tensor
     yx: Tensor
     moments: Moments
     target: Tensor
@@ -55,7 +57,12 @@ class TwoKernels:
     @property
     def points(self) -> int:
         """Points of the second node's kernel."""
-        return self.xx.shape[1]
+        return self.blocks.shape[1]
+
+    @property
+    def xx(self) -> Tensor:
+        """The same as `(groups, points, m, points, m)`."""
+        return self.blocks.permute(0, 1, 4, 2, 3)
 
     def start(self, rank: int, solver: Solver, *, site: str = "") -> Tensor:
         """`right (groups, rank, m)` that is best if the x_j were independent."""
@@ -70,6 +77,11 @@ class TwoKernels:
         """Whose leading left singular vectors the start keeps, `(groups, out * points, m)`."""
         return self.target @ self.root
 
+    @property
+    def _flat(self) -> Tensor:
+        """`(groups, points * points * m, m)`."""
+        return self.blocks.flatten(1, 3)
+
     @functools.cached_property
     def _basis(self) -> Tensor:
         """All of the start's left singular vectors, leading first: one decomposition serves every rank."""
@@ -79,23 +91,28 @@ class TwoKernels:
         """The best `left (groups, out, points, rank)` for a given `right`."""
         groups, out, points, _ = self.yx.shape
         rank = right.shape[-2]
-        half = torch.einsum("grm,gjmkn->gjrkn", right, self.xx)
-        gram = torch.einsum("gjrkn,gsn->gjrks", half, right).reshape(groups, points * rank, points * rank)
+        half = self._flat @ right.mT  # (groups, points * points * m, rank)
+        gram = half.reshape(groups, points * points, -1, rank).mT @ right.mT.unsqueeze(1)
+        gram = gram.reshape(groups, points, points, rank, rank).transpose(2, 3)
+        gram = gram.reshape(groups, points * rank, points * rank)
         gram = (gram + gram.mT) / 2
         # `right` may have fewer directions than rows; what is added must not outweigh its shortest row.
         held = torch.finfo(gram.dtype).eps ** 0.75 * gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True)
         gram.diagonal(dim1=-2, dim2=-1).add_(held.clamp_min(torch.finfo(gram.dtype).tiny))
-        cross = torch.einsum("gokn,grn->gokr", self.yx, right).reshape(groups, out, points * rank)
+        cross = (self.yx @ right.mT.unsqueeze(1)).reshape(groups, out, points * rank)
         solved = torch.cholesky_solve(cross.mT, torch.linalg.cholesky(gram)).mT
         return solved.reshape(groups, out, points, rank)
 
     def right_for(self, left: Tensor, right: Tensor, steps: int = GRADIENT_STEPS) -> Tensor:
         """A better `right (groups, rank, m)` for a given `left`, from `right`: conjugate gradients."""
-        weights = torch.einsum("gojr,goks->gjrks", left, left)
-        goal = torch.einsum("gojr,gojm->grm", left, self.yx)
+        groups, out, points, rank = left.shape
+        flat = left.reshape(groups, out, points * rank)
+        weights = (flat.mT @ flat).reshape(groups, points, rank, points, rank).transpose(1, 2)
+        weights = weights.reshape(groups, rank * points * points, rank)
+        goal = left.reshape(groups, out * points, rank).mT @ self.yx.reshape(groups, out * points, -1)
 
         def normal(R: Tensor) -> Tensor:
-            return torch.einsum("gjrkn,gknjm->grm", torch.einsum("gjrks,gsn->gjrkn", weights, R), self.xx)
+            return (weights @ R).reshape(groups, rank, -1) @ self._flat
 
         def dot(a: Tensor, b: Tensor) -> Tensor:
             return (a * b).sum(dim=(-2, -1), keepdim=True)
@@ -165,20 +182,31 @@ def two_kernels(
         yx = outer.mT @ yx
     target = torch.cholesky_solve(yx.mT, root).mT
     del root
-    xx = moments.xx[:, order[:, None], order]
-    xx.diagonal(dim1=-2, dim2=-1).add_(level)
-    xx = xx.reshape(groups, points, m, points, m)
-    mean = torch.einsum("gjmjn->gmn", xx) / points
+    of_point = order.reshape(points, m)
+    blocks = moments.xx[:, of_point[:, None, None, :], of_point[None, :, :, None]]
+    own = blocks.diagonal(dim1=1, dim2=2)  # (groups, m, m, points)
+    own.diagonal(dim1=1, dim2=2).add_(level[..., None])
+    mean = own.mean(dim=-1).mT
     return TwoKernels(
         kernel=kernel,
         first=first,
-        xx=xx,
+        blocks=blocks,
         yx=yx[..., order].reshape(groups, out, points, m),
         moments=moments,
         target=target[..., order].reshape(groups, out * points, m),
         root=held_root(mean, level)[0],
         outer=outer,
     )
+
+
+def product_of(site: StreamSite, replacement: Replacement) -> Tensor:
+    """The weight that a site's replacement amounts to, `(groups, out, in)`."""
+    product, first = replacement.left @ replacement.right, site.first_axes(replacement.form)
+    if first == len(site.kernel):
+        return product
+    points = math.prod(site.kernel[first:])
+    unfolded = product.reshape(site.groups, site.out_features, points, site.in_features // points)
+    return _folded(unfolded, site.kernel, first)
 
 
 def _by_point(columns: int, kernel: tuple[int, ...], first: int) -> Tensor:

@@ -1,8 +1,9 @@
 """One site's moments as its rows come in: few rows wait for others, and a value that is not finite names the site.
 
-    add (x, y) --> [ waiting, less than in_features / 2 rows ] --> Gathering
+    add (x, y) --> [ waiting, less than in_features / 2 rows or than `waiting` numbers ] --> Gathering
 
-A product of few rows costs what merging it costs, `in_features^2` numbers in float64, whatever the rows.
+A product of few rows costs what merging it costs, `in_features^2` numbers in float64, whatever the rows. At a small
+site it costs what the calls cost.
 """
 
 import torch
@@ -12,18 +13,23 @@ from rsi_deploy.calibrate.moments import GRAM_LIMIT, Gathering, Moments, Samples
 from rsi_deploy.calibrate.streams import StreamSite
 from rsi_deploy.errors import ModelError
 
+WAITING = 2**19
+"""Numbers of a site with few inputs that may wait for others: 2 MB."""
+
 
 class Gathered:
     """Gathers the moments of one site.
 
     Args:
         site: whose rows they are.
+        waiting: numbers that wait for others where the site has few inputs.
     """
 
-    def __init__(self, site: StreamSite) -> None:
+    def __init__(self, site: StreamSite, waiting: int = 0) -> None:
         self._name = site.name
         self._gathering = Gathering(site.in_features)
-        self._enough = 0 if site.in_features > GRAM_LIMIT else site.in_features // 2
+        few = max(site.in_features // 2, waiting // (site.groups * site.in_features))
+        self._enough = 0 if site.in_features > GRAM_LIMIT else few
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @property

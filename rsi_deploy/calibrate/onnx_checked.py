@@ -32,12 +32,14 @@ class Checked:
             for value in model.graph.input
         )
         self._parts = list[Feeds]()
+        self._whole: dict[int, Feeds] = {}  # by number: the batches that were taken as they are
+        self._seen = 0
         self._due = 0.0
         self._size = 0
 
     def clear(self) -> None:
         """Begin again."""
-        self._parts, self._due = [], 0.0
+        self._parts, self._whole, self._seen, self._due = [], {}, 0, 0.0
 
     def add(self, batch: Feeds) -> Feeds:
         """Take the share of a batch; gives it back."""
@@ -47,9 +49,15 @@ class Checked:
         take = count if self._fixed else min(count, math.floor(self._due + 1e-9))
         if self._due + 1e-9 >= take > 0:
             self._due -= take
-            at = np.arange(take) * count // take
-            self._parts.append({name: a[at] if a.ndim and len(a) == count else a for name, a in batch.items()})
+            self._parts.append(batch if take == count else _spread(batch, count, take))
+            if take == count:
+                self._whole[self._seen] = batch
+        self._seen += 1
         return batch
+
+    def number_of(self, batch: Feeds) -> int | None:
+        """The number among the data of one of `batches`; None where it is a part of theirs."""
+        return next((number for number, whole in self._whole.items() if whole is batch), None)
 
     def batches(self) -> list[Feeds]:
         """What was taken, no more in a batch than the data have in theirs."""
@@ -70,6 +78,12 @@ class Checked:
             for batch in feeds():
                 self.add(batch)
         yield from self.batches()
+
+
+def _spread(batch: Feeds, count: int, take: int) -> Feeds:
+    """Some of the `count` samples of a batch, evenly spaced."""
+    at = np.arange(take) * count // take
+    return {name: a[at] if a.ndim and len(a) == count else a for name, a in batch.items()}
 
 
 def _row_shapes(batch: Feeds) -> dict[str, tuple[Any, ...]] | None:

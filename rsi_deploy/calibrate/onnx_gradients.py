@@ -27,6 +27,7 @@ from rsi_deploy.calibrate.onnx_rows import Taps
 from rsi_deploy.calibrate.onnx_segment import Segment
 from rsi_deploy.calibrate.onnx_waves import Program, needed_constants, reads
 from rsi_deploy.calibrate.streams import Metric
+from rsi_deploy.steps import at
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -75,6 +76,7 @@ def output_metrics(
     fixed = _fixed_batch(program)
     with Segment(program, path, own, Taps(), replay.reads, provider=provider) as run:
         for batch in batches:
+            at("gradients of the output", metric.seen, samples)
             for piece, numbers in _pieces(batch, metric, fixed=fixed):
                 values = {name: _tensor(piece[name]) for name in replay.reads & piece.keys()}
                 if run.outputs:

@@ -24,7 +24,8 @@ from rsi_deploy.errors import ModelError
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.plan.planner import site_name
 
-_ADDED = frozenset({"Conv", "MatMul", "Gemm", "FusedMatMul"})  # nothing but a bias stands between response and output
+LINEAR = frozenset({"Conv", "MatMul", "Gemm", "FusedMatMul"})
+"""Operators with nothing but a bias between response and output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def reach(
         if reason := _out_of_reach(site, uses[site.weight], made):
             unreachable[name] = reason
         else:
-            near = beside.get(site.output, "") if site.op_type in _ADDED else ""
+            near = beside.get(site.output, "") if site.op_type in LINEAR else ""
             found[site.output] = Reached(site=_stream_site(site, macs), graph=site, beside=near)
     return found, unreachable
 

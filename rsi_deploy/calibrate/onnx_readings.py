@@ -19,9 +19,10 @@ import torch
 from onnx import ModelProto
 from torch import Tensor
 
+import graph_passes as gp
 from rsi_deploy.calibrate.moments import GRAM_LIMIT, Moments, Samples, rows_for
 from rsi_deploy.calibrate.onnx_reach import Reached
-from rsi_deploy.calibrate.onnx_rows import Taps, chosen, output_size, patch_index
+from rsi_deploy.calibrate.onnx_rows import Taps, all_patches, chosen, output_size, patch_index
 from rsi_deploy.calibrate.onnx_segment import Segment
 from rsi_deploy.calibrate.onnx_waves import Program
 from rsi_deploy.calibrate.streams import RowCounts
@@ -58,19 +59,32 @@ class Readings:
         feeds: dict[str, Array] = {}
         for r in group:
             shape = shapes[r.graph.data]
-            generator = np.random.default_rng(stream_seed(self._seed, f"{r.site.name}/{number}"))
             quota = (
                 (survey_rows if survey else rows_for)(r.site.in_features) * samples_of(batch) / max(self._samples, 1)
             )
             if r.graph.window is not None:
-                size = shape[2:]
-                at = chosen(math.prod(output_size(r.graph.window, size)), _whole(quota / max(shape[0], 1)), generator)
-                feeds[f"{r.tag}/index"], feeds[f"{r.tag}/inside"] = patch_index(r.graph.window, size, at)
+                at, where, inside = self._patches(
+                    r, r.graph.window, number, _whole(quota / max(shape[0], 1)), shape[2:]
+                )
+                feeds[f"{r.tag}/index"], feeds[f"{r.tag}/inside"] = where, inside
             else:
-                at = chosen(math.prod(shape[:-1]), _whole(quota), generator, _tokens(batch, shape))
+                at = chosen(math.prod(shape[:-1]), _whole(quota), self._generator(r, number), _tokens(batch, shape))
                 feeds[f"{r.tag}/index"] = at
             feeds[f"{r.tag}/response/index"] = feeds[f"{r.tag}/beside/index"] = at
         return feeds
+
+    def _generator(self, r: Reached, number: int) -> np.random.Generator:
+        return np.random.default_rng(stream_seed(self._seed, f"{r.site.name}/{number}"))
+
+    def _patches(
+        self, r: Reached, window: gp.Window, number: int, wanted: int, size: tuple[int, ...]
+    ) -> tuple[Array, Array, Array]:
+        """Some output positions of a Conv, and where their patches lie: see `patch_index`."""
+        count = math.prod(output_size(window, size))
+        if wanted >= count:
+            return all_patches(window, size)
+        at = chosen(count, wanted, self._generator(r, number))
+        return (at, *patch_index(window, size, at))
 
     def counts(self, counts: RowCounts, r: Reached, batch: Feeds, begin: int, index: Feeds) -> Tensor | None:
         """What the rows of a product count in a batch that begins with sample `begin`; None for 1 each."""

@@ -7,7 +7,9 @@ so that no more leaves the provider than is used, and no patch matrix is ever ma
 channels side by side, whole runs of memory: the columns are sorted by the kernel's points, then by channels.
 """
 
+import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,6 +105,13 @@ def output_size(window: gp.Window, size: Sequence[int]) -> tuple[int, ...]:
         (size[a] + pads[a] + pads[axes + a] - (window.kernel[a] - 1) * window.dilations[a] - 1) // window.strides[a] + 1
         for a in range(axes)
     )
+
+
+@functools.lru_cache(maxsize=8)
+def all_patches(window: gp.Window, size: tuple[int, ...]) -> tuple[Array, Array, Array]:
+    """All positions, int64, with what `patch_index` says of them; kept, as every batch of a size has the same."""
+    positions = np.arange(math.prod(output_size(window, size)), dtype=np.int64)
+    return (positions, *patch_index(window, size, positions))
 
 
 def patch_index(window: gp.Window, size: Sequence[int], positions: Array) -> tuple[Array, Array]:

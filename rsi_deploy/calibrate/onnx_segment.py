@@ -107,7 +107,8 @@ class Segment:
             self._split()
         # The factors are computed between the runs: idle workers must not spin on their cores.
         # An arena would keep what the largest wave needed.
-        session = make_session(self._path, self._provider, spin_between_runs=False, arena=False)
+        # It is a part of a model that was checked when it was read.
+        session = make_session(self._path, self._provider, spin_between_runs=False, arena=False, checked=True)
         self._path.unlink()
         return session
 

@@ -10,13 +10,17 @@ response; where its output is added to another stream, plus what that stream has
 branch mends what it is added to.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import copy
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from onnx import ModelProto
 from torch import Tensor
 
 import graph_passes as gp
@@ -32,17 +36,21 @@ from rsi_deploy.calibrate.onnx_rows import Taps
 from rsi_deploy.calibrate.onnx_segment import Segment
 from rsi_deploy.calibrate.onnx_survey import Survey
 from rsi_deploy.calibrate.onnx_two_streams import TwoStreams
-from rsi_deploy.calibrate.onnx_waves import cut
+from rsi_deploy.calibrate.onnx_waves import cut, thinned
 from rsi_deploy.calibrate.streams import Distance, Metric, Replacement, RowCounts, StreamSite, output_distance
 from rsi_deploy.errors import ModelError
 from rsi_deploy.factor_source import graph_factors
 from rsi_deploy.gateway.onnx_reader import read_proto
+from rsi_deploy.measure.provider_spec import parse
+from rsi_deploy.measure.providers import short_name
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 Visit = Callable[[StreamSite, Moments | Samples], Replacement | None]
 
 NEVER = "never executed on the calibration data"
+SMALL_WORK = 20_000_000
+"""MACs of a run below which one thread is as fast as several, which wait for each other at every operator."""
 
 
 class OnnxStreams:
@@ -57,7 +65,7 @@ class OnnxStreams:
         provider: onnxruntime's, to run on.
         seed: of the choice of rows.
         compensate: let a branch make up for what the stream it is added to has lost.
-        metrics: those of the same model, data and seed, where they are known: they are not asked for again.
+        metrics: those of the same model, data and seed, where they are known: they are not computed again.
     """
 
     def __init__(
@@ -73,14 +81,15 @@ class OnnxStreams:
         compensate: bool = True,
         metrics: Mapping[str, Metric] | None = None,
     ) -> None:
-        self._path, self._feeds, self._provider = path, feeds, provider
+        self._path, self._feeds = path, feeds
         self._model = read_proto(path)
+        self._provider = _for_work(provider, _fixed_batch(self._model) * sum((macs or {}).values()))
         self._dense_outputs: Tensor | None = None
         self._rows: dict[str, int] = {}
         self._samples, self._seed = samples, seed
         self._checked = Checked(self._model, samples)
         self._survey: Survey | None = None
-        self._metrics = metrics
+        self._metrics = functools.cache(self._computed_metrics if metrics is None else lambda: metrics)
         self._reached, self.unreachable = reach(
             self._model, path, wanted=wanted, macs=macs or {}, compensate=compensate
         )
@@ -98,22 +107,31 @@ class OnnxStreams:
         """How many rows the moments of a site were taken from; 0 before any were."""
         return self._rows.get(name, 0)
 
+    def only(self, names: Collection[str]) -> "OnnxStreams":
+        """The same streams, of which these sites alone are gathered and visited; the others are run as they are."""
+        fewer = copy.copy(self)
+        wanted = {output for output, r in self._reached.items() if r.site.name in names}
+        fewer._program = thinned(self._program, wanted)
+        return fewer
+
     def survey(self, visit: Callable[[StreamSite, Moments | Samples], None]) -> None:
         """See `Streams`; in execution order. Within `visit`, the distance of the visited site alone is cheap.
 
         Raises:
             ModelError: NaN or infinite values, with the site's name.
         """
-        if not self._reached:
+        if not self.sites:
             return
         with Survey(self._program, self._path, self._reached, self._readings, provider=self._provider) as survey:
             self._checked.clear()
             self._dense_outputs = None
-            survey.load(map(self._checked.add, self._feeds()), self._checked.batches)
+            survey.load(self._feeds(), self._checked)
             self._survey = survey
             try:
                 for wave in self._program.waves:
-                    gathered = survey.advance(wave) if wave.sites else {}
+                    if not wave.sites:
+                        break
+                    gathered = survey.advance(wave)
                     for node in wave.sites:
                         r = self._reached[node.output[0]]
                         moments = self._result(r, gathered)
@@ -130,7 +148,7 @@ class OnnxStreams:
         Raises:
             ModelError: NaN or infinite values, with the site's name.
         """
-        if not self._reached:
+        if not self.sites:
             return
         became: dict[str, gp.Factors] = {}  # of the wave before, by weight
         with LiveValues() as dense, LiveValues() as compressed:
@@ -172,29 +190,33 @@ class OnnxStreams:
                 )
             self._dense_outputs = dense
         reached = [r for r in self._reached.values() if r.site.name in replacements]
-        factors = {r.graph.weight: graph_factors(replacements[r.site.name], r.graph) for r in reached}
         if self._survey is not None and len(reached) == 1 and self._survey.has(reached[0]):
-            (split,) = factors.values()
-            other = _stacked(self._survey.outputs(reached[0], split, self._ends), self._ends)
+            (r,) = reached
+            other = _stacked(self._survey.outputs(r, replacements[r.site.name], self._ends), self._ends)
         else:
-            other = self._outputs(factors)
+            other = self._outputs({r.graph.weight: graph_factors(replacements[r.site.name], r.graph) for r in reached})
         return output_distance(self._dense_outputs, other)
 
     def metrics(self) -> Mapping[str, Metric]:
-        """See `Streams`; asked for once. None where torch does not know what stands behind the sites."""
-        if self._metrics is None:
-            self._metrics = metrics_or_none(
-                lambda: output_metrics(
-                    self._program,
-                    self._path,
-                    self._reached,
-                    self._feeds(),
-                    samples=self._samples,
-                    provider=self._provider,
-                    seed=self._seed,
-                )
+        """See `Streams`; computed once. None where torch does not know what stands behind the sites.
+
+        They are those of all sites, in `only` some of them too: a plan is then fitted to the same numbers as the export
+        that made it.
+        """
+        return self._metrics()
+
+    def _computed_metrics(self) -> Mapping[str, Metric]:
+        return metrics_or_none(
+            lambda: output_metrics(
+                self._program,
+                self._path,
+                self._reached,
+                self._feeds(),
+                samples=self._samples,
+                provider=self._provider,
+                seed=self._seed,
             )
-        return self._metrics
+        )
 
     def _in_order(self) -> Iterator[Reached]:
         return (self._reached[node.output[0]] for wave in self._program.waves for node in wave.sites)
@@ -217,6 +239,21 @@ class OnnxStreams:
         nodes = self._model.graph.node
         with Segment(self._program, self._path, nodes, Taps(), self._ends, factors, provider=self._provider) as run:
             return _stacked(((batch, run(batch)) for batch in self._checked.batches_of(self._feeds)), self._ends)
+
+
+def _for_work(provider: str, macs: int) -> str:
+    """The provider for runs of so many MACs, 0 for an unknown number: one thread of the CPU where they are few."""
+    spec = parse(provider)
+    if short_name(spec.name) != "cpu" or "threads" in spec.session or not 0 < macs < SMALL_WORK:
+        return provider
+    return str(replace(spec, session={**spec.session, "threads": "1"}))
+
+
+def _fixed_batch(model: ModelProto) -> int:
+    """Samples a run of a model that fixes its batch; 0 for any number."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    dims = (value.type.tensor_type.shape.dim[:1] for value in model.graph.input if value.name not in weights)
+    return max((dim[0].dim_value for dim in dims if dim), default=0)
 
 
 def _stacked(outputs: Iterable[tuple[Feeds, Feeds]], names: Sequence[str]) -> Tensor:

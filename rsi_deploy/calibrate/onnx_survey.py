@@ -1,28 +1,35 @@
 """The dense stream of an ONNX graph through its waves, and what its outputs become where it stands.
 
     all the data      alive values --wave, its sites--> alive values, rows x of every site
-    checked samples   the same, and then, as often as asked:
-                      alive values --one site as replaced--> its output --all later waves--> outputs
+    checked samples   the same, and then, as often as a replacement is tried:
+                      alive values --one site as replaced, all later waves--> outputs
 
-So a look at one site's replacement costs what lies behind the site, and the network in front of it runs once.
+So a look at one site's replacement costs what lies behind the site, and the network in front of it runs once. The model
+of this part is made once a site, where weight and bias can be fed to it: those of a replacement are its product. Of the
+checked samples, whole batches of the data are not run twice.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy.typing as npt
+from onnx import NodeProto
 
 import graph_passes as gp
-from rsi_deploy.calibrate.gathered import Gathered
+from rsi_deploy.calibrate.gathered import WAITING, Gathered
 from rsi_deploy.calibrate.live_values import LiveValues
 from rsi_deploy.calibrate.moments import GRAM_LIMIT
+from rsi_deploy.calibrate.onnx_checked import Checked
+from rsi_deploy.calibrate.onnx_fed import FedSite
 from rsi_deploy.calibrate.onnx_reach import Reached
 from rsi_deploy.calibrate.onnx_readings import Readings, inputs_of, taps_of, weight_of
 from rsi_deploy.calibrate.onnx_rows import Taps
 from rsi_deploy.calibrate.onnx_segment import Segment
 from rsi_deploy.calibrate.onnx_waves import Program, Wave
+from rsi_deploy.calibrate.streams import Replacement
+from rsi_deploy.factor_source import graph_factors
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -47,7 +54,8 @@ class Survey:
         self._inputs = [value.name for value in program.model.graph.input if value.name not in program.fixed]
         self._values = LiveValues()
         self._batches = self._all = self._done = 0
-        self._rest: Segment | None = None
+        self._looked_at: list[int] = []  # numbers of the checked samples' batches
+        self._fed: tuple[str, Segment] | None = None  # the site that is fed, and the model behind it
 
     def __enter__(self) -> "Survey":
         return self
@@ -58,15 +66,19 @@ class Survey:
         self._close()
         self._values.__exit__(kind, error, trace)
 
-    def load(self, batches: Iterable[Feeds], checked: Callable[[], Iterable[Feeds]]) -> None:
+    def load(self, batches: Iterable[Feeds], checked: Checked) -> None:
         """Take the data in, then the samples to look at outputs on."""
-        for batch in batches:
+        for batch in map(checked.add, batches):
             self._values.put(self._batches, batch)
             self._batches += 1
         self._all = self._batches
-        for batch in checked():
-            self._values.put(self._all, batch)
-            self._all += 1
+        for batch in checked.batches():
+            number = checked.number_of(batch)
+            if number is None:
+                number = self._all
+                self._values.put(number, batch)
+                self._all += 1
+            self._looked_at.append(number)
 
     def advance(self, wave: Wave) -> dict[str, Gathered]:
         """The stream through the next wave; what its sites gather.
@@ -77,7 +89,7 @@ class Survey:
         self._close()
         self._done += 1
         here = [self._reached[node.output[0]] for node in wave.sites]
-        gathered = {r.graph.output: Gathered(r.site) for r in here}
+        gathered = {r.graph.output: Gathered(r.site, WAITING) for r in here}
         weights = {r.graph.output: weight_of(r) for r in here if r.site.in_features > GRAM_LIMIT}
         nodes = [*wave.nodes, *wave.sites]
         with Segment(self._program, self._path, nodes, taps_of(here), wave.alive, provider=self._provider) as run:
@@ -97,36 +109,44 @@ class Survey:
         """Whether the stream stands at this site."""
         return bool(self._done) and r.graph.output in {n.output[0] for n in self._program.waves[self._done - 1].sites}
 
-    def outputs(self, r: Reached, factors: gp.Factors, names: Iterable[str]) -> Iterator[tuple[Feeds, Feeds]]:
+    def outputs(self, r: Reached, replacement: Replacement, names: Iterable[str]) -> Iterator[tuple[Feeds, Feeds]]:
         """The checked samples, a batch at a time, with what the graph's outputs `names` become.
 
         Args:
             r: a site where the stream stands.
-            factors: what it is replaced by.
+            replacement: what it is replaced by.
             names: of the outputs.
         """
         wave = self._program.waves[self._done - 1]
         (node,) = (node for node in wave.sites if node.output[0] == r.graph.output)
         ends = set(names)
-        rest = self._behind(ends)
-        split = {r.graph.weight: factors}
-        made = set(node.output)
-        with Segment(self._program, self._path, [node], Taps(), made, split, provider=self._provider) as site:
-            for number in range(self._batches, self._all):
-                own = site(self._values.get(number, site.reads))
-                values = {**self._values.get(number, (rest.reads | ends) - made - set(rest.keeps)), **own}
-                values |= rest(values) if rest.outputs else {}
-                yield self._values.get(number, self._inputs), {name: values[name] for name in ends}
+        fed = FedSite.of(r, node, self._program.model)
+        if fed is None:
+            with self._behind([node], ends, {r.graph.weight: graph_factors(replacement, r.graph)}) as run:
+                yield from self._run(run, {}, ends)
+            return
+        if self._fed is None or self._fed[0] != r.graph.output:
+            self._close()
+            self._fed = r.graph.output, self._behind(fed.nodes, ends)
+        yield from self._run(self._fed[1], fed.feeds(replacement), ends)
 
-    def _behind(self, ends: set[str]) -> Segment:
-        """All that lies behind the sites of the wave."""
-        if self._rest is None:
-            later = self._program.waves[self._done :]
-            nodes = [node for wave in later for node in (*wave.nodes, *wave.sites)]
-            self._rest = Segment(self._program, self._path, nodes, Taps(), ends, provider=self._provider)
-        return self._rest
+    def _behind(
+        self, site: Sequence[NodeProto], ends: set[str], factors: Mapping[str, gp.Factors] | None = None
+    ) -> Segment:
+        """A site's own nodes, and all that lies behind its wave."""
+        later = self._program.waves[self._done :]
+        nodes = [*site, *(node for wave in later for node in (*wave.nodes, *wave.sites))]
+        return Segment(self._program, self._path, nodes, Taps(), ends, factors, provider=self._provider)
+
+    def _run(self, run: Segment, fed: Feeds, ends: set[str]) -> Iterator[tuple[Feeds, Feeds]]:
+        """The checked samples through a part of the graph, with its outputs `ends`."""
+        read = run.reads - fed.keys()
+        for number in self._looked_at:
+            values = self._values.get(number, read | (ends - set(run.keeps)))
+            values |= run({**values, **fed})
+            yield self._values.get(number, self._inputs), {name: values[name] for name in ends}
 
     def _close(self) -> None:
-        if self._rest is not None:
-            self._rest.__exit__(None, None, None)
-        self._rest = None
+        if self._fed is not None:
+            self._fed[1].__exit__(None, None, None)
+        self._fed = None

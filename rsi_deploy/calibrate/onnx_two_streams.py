@@ -16,7 +16,7 @@ from onnx import NodeProto
 from torch import Tensor
 
 import graph_passes as gp
-from rsi_deploy.calibrate.gathered import Gathered
+from rsi_deploy.calibrate.gathered import WAITING, Gathered
 from rsi_deploy.calibrate.live_values import LiveValues
 from rsi_deploy.calibrate.onnx_reach import Reached
 from rsi_deploy.calibrate.onnx_readings import (
@@ -113,7 +113,7 @@ class TwoStreams:
             wave.alive | again.reads,  # what changes may read what does not, within the wave
             provider=self._provider,
         )
-        gathered = {r.graph.output: Gathered(r.site) for r in here}
+        gathered = {r.graph.output: Gathered(r.site, WAITING) for r in here}
         weights = {r.graph.output: weight_of(r) for r in here if r.graph.output not in self._biases}
         with once, again:
             for number in range(self._batches):

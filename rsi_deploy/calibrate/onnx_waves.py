@@ -8,8 +8,8 @@ Within a wave no site reads what another one made (q, k and v stand together), s
 same run, and the next wave starts from the values that are still alive.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from onnx import GraphProto, ModelProto, NodeProto
 
@@ -72,6 +72,30 @@ def cut(model: ModelProto, sites: Iterable[str]) -> Program:
         waves.append(Wave(nodes=tuple(nodes), sites=tuple(here), alive=frozenset(alive)))
         rest = later
     return Program(model=model, fixed=frozenset(fixed), constants=constants, waves=tuple(waves))
+
+
+def thinned(program: Program, outputs: Collection[str]) -> Program:
+    """The same program with fewer sites: waves without any of them are run together with the next wave.
+
+    The sites that remain keep their order, and two of them share a wave only where they shared one before.
+
+    Args:
+        program: as cut.
+        outputs: first outputs of the sites that remain.
+    """
+    waves: list[Wave] = []
+    carried: list[NodeProto] = []  # of the waves before that are run with this one
+    for wave in program.waves:
+        nodes = [*carried, *wave.nodes]
+        sites = [node for node in wave.sites if node.output[0] in outputs]
+        carried = [node for node in wave.sites if node.output[0] not in outputs]
+        if sites:
+            waves.append(Wave(nodes=tuple(nodes), sites=tuple(sites), alive=wave.alive))
+        else:
+            carried = [*nodes, *carried]
+    if carried:
+        waves.append(Wave(nodes=tuple(carried), sites=(), alive=program.waves[-1].alive))
+    return replace(program, waves=tuple(waves))
 
 
 def reads(node: NodeProto) -> set[str]:

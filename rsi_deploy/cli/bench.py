@@ -74,11 +74,11 @@ def bench(
         check_data(paths, dataset, preprocessing=asked["preprocessing"], provider=asked["provider"])
     request = _request(models, paths, dataset, asked)
     _check_loadgen(request, asked)
-    with progress_bar("%") as bar:
+    with progress_bar("%", is_short=True) as bar:
         document = run_bench(
             request,
             command=context.find_root().obj or "",
-            progress=(lambda name, share: bar(name, round(100 * share) - 1, 100)) if bar else None,
+            progress=lambda name, share: bar(name, round(100 * share) - 1, 100),
         )
     document = _with_loadgen(document, request, asked)
     document = _with_accuracy(document, request, dataset, asked)
@@ -205,13 +205,13 @@ def _with_accuracy(
         return document
     from rsi_deploy.measure.accuracy import evaluate_all
 
-    with progress_bar("samples") as bar:
+    with progress_bar("samples", is_short=True) as bar:
         results = evaluate_all(
             request.models,
             dataset,
             preprocessing=asked["preprocessing"],
             provider=request.provider,
-            progress=(lambda done, total: bar("accuracy", done - 1, total)) if bar else None,
+            progress=lambda done, total: bar("accuracy", done - 1, total),
         )
     return document.model_copy(update={"accuracy": dict(zip(request.labels, results, strict=True))})
 

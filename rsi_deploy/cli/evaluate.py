@@ -48,7 +48,7 @@ def evaluate_verb(
 
     models = [model] if reference is None else [reference, model]
     paths = [onnx_path(name) for name in models]
-    with progress_bar("samples") as progress:
+    with progress_bar("samples", is_short=True) as progress:
         results = evaluate_all(
             paths,
             data,
@@ -57,7 +57,7 @@ def evaluate_verb(
             batch_size=batch,
             outputs=outputs,
             limit=limit,
-            progress=(lambda done, total: progress("", done - 1, total)) if progress else None,
+            progress=lambda done, total: progress("", done - 1, total),
         )
     result = results[-1]
     if as_json:

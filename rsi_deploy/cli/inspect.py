@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from rsi_deploy.cli.options import filter_options, source_options
-from rsi_deploy.cli.terminal import console
+from rsi_deploy.cli.terminal import console, progress_bar
 
 
 @click.command()
@@ -24,5 +24,6 @@ def inspect(model: str, as_json: bool, no_spectra: bool, no_joint: bool, **optio
     from rsi_deploy.inspection import inspect as run_inspect
     from rsi_deploy.report.table import print_inspection
 
-    result = run_inspect(model, spectra=not no_spectra, joint=not no_joint, **options)
+    with progress_bar(is_short=True):
+        result = run_inspect(model, spectra=not no_spectra, joint=not no_joint, **options)
     click.echo(result.model_dump_json(indent=2)) if as_json else print_inspection(console(), result)

@@ -1,14 +1,22 @@
-"""Where results and progress go: stdout, and bars on stderr where it is a terminal."""
+"""Where results and progress go: stdout, and on stderr bars where it is a terminal, else lines for a log."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from rsi_deploy.cli.progress_lines import ProgressLines
 from rsi_deploy.report.text import on_terminal
+from rsi_deploy.steps import listening
+
+QUIET = 10.0
+"""Seconds before which a verb that is mostly short writes no line of progress."""
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, TaskID
     from rich.text import Text
 
 
@@ -28,13 +36,44 @@ def console(*, stderr: bool = False) -> "Console":
     return Guarded(width=width, highlight=False, soft_wrap=not terminal, stderr=stderr, emoji=False)
 
 
-@contextmanager
-def progress_bar(unit: str = "sites") -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar on stderr with the site at work; None where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
+class _Bar:
+    """A bar that shows the step, or the piece of work within it; a `rsi_deploy.steps.Listener`."""
+
+    def __init__(self, bar: "Progress", task: "TaskID") -> None:
+        self._bar, self._task = bar, task
+
+    def begin(self, name: str) -> None:
+        """See `Listener`."""
+        self._bar.update(self._task, description=_plain(name))
+
+    def end(self, name: str) -> None:
+        """See `Listener`."""
+
+    def at(self, what: str, index: int, total: int) -> None:
+        """See `Listener`."""
+        self._bar.update(self._task, description=_plain(what), completed=index + 1, total=total)
+
+
+def _plain(name: str) -> str:
+    """A name as it is, without control codes or markup."""
     from rich.markup import escape
+
+    return escape(on_terminal(name))
+
+
+@contextmanager
+def progress_bar(unit: str = "sites", *, is_short: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr with the site at work; where stderr is no terminal, lines (see `progress_lines`).
+
+    Args:
+        unit: what is counted.
+        is_short: whether runs are mostly short: lines are written after `QUIET` seconds only.
+    """
+    if not sys.stderr.isatty():
+        lines = ProgressLines(lambda line: click.echo(line, err=True), after=QUIET if is_short else 0.0)
+        with listening(lines):
+            yield lines.at
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -45,7 +84,6 @@ def progress_bar(unit: str = "sites") -> Iterator[Callable[[str, int, int], None
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda name, index, total: bar.update(
-            task, description=escape(on_terminal(name)), completed=index + 1, total=total
-        )
+        shown = _Bar(bar, bar.add_task("loading", total=None))
+        with listening(shown):
+            yield shown.at

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from rsi_deploy.cli.terminal import console
+from rsi_deploy.cli.terminal import console, progress_bar
 from rsi_deploy.errors import GateError
 
 
@@ -23,7 +23,8 @@ def verify(folder: Path, data: str | None, calib: str | None, provider: str, as_
     from rsi_deploy.report.table import print_verification
     from rsi_deploy.verification import verify as run_verify
 
-    result = run_verify(folder, data=data, calib=calib, provider=provider)
+    with progress_bar("claims", is_short=True):
+        result = run_verify(folder, data=data, calib=calib, provider=provider)
     click.echo(result.model_dump_json(indent=2)) if as_json else print_verification(console(), result)
     if broken := [c for c in result.claims if c.status == "broken"]:
         raise GateError(f"{folder}: {', '.join(c.name for c in broken)} not as reported; export (or package) again")

@@ -55,8 +55,8 @@ def make_session(
         spin_between_runs: let idle workers spin after a run. Off where several sessions share the cores.
         arena: keep the memory of a run for the next one: faster, and as much as the largest run needs.
         allow_fallback: take a session on another provider where the one asked for does not start.
-        checked: another process of ours has held the file against itself already (`rsi_deploy.gateway.onnx_reader`),
-            and this one measures its own time and memory.
+        checked: the file need not be held against itself (`rsi_deploy.gateway.onnx_reader`): another process of ours
+            has done so, and this one measures its own time and memory; or it was made of a model that was.
 
     Raises:
         UsageError: unknown provider or option, fewer than one thread or two numbers of them, or the provider did

@@ -23,6 +23,7 @@ from rsi_deploy.measure.sessions import make_session
 from rsi_deploy.measure.site_models import Piece
 from rsi_deploy.measure.statistics import MIN_BLOCKS, Floats, compare
 from rsi_deploy.measure.timing import time_calls
+from rsi_deploy.steps import at
 
 GROUP_BYTES = 2 << 30
 WARM_SECONDS = 0.005
@@ -148,11 +149,16 @@ def time_sites(
         timed, cells = _opened(group, runtime, due)
         least = sum(MIN_BLOCKS * s.block_seconds(c.arms[0].call_ms) for s, c in zip(timed, cells, strict=True))
         share = max(due - time.monotonic(), least)
-        if run_cells(cells, seconds=share, precision=precision, seed=seed):
+        if run_cells(cells, seconds=share, precision=precision, seed=seed, progress=_at_share):
             raise KeyboardInterrupt
         done += [_cost(shape, cell, seed) for shape, cell in zip(timed, cells, strict=True)]
         left -= effort
     return done
+
+
+def _at_share(name: str, share: float) -> None:
+    """How much of the time for a group of shapes is over."""
+    at(name, round(100 * share), 100)
 
 
 def _groups(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:

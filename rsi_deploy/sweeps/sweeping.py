@@ -34,6 +34,7 @@ from rsi_deploy.onnx_file import model_hash
 from rsi_deploy.ray_connection import check_ray
 from rsi_deploy.report.page_sweep import sweep_page
 from rsi_deploy.report.schema import Size, read_report
+from rsi_deploy.steps import step
 from rsi_deploy.sweeps.kept import Kept
 from rsi_deploy.sweeps.making import MadePoint, PointJob, place
 from rsi_deploy.sweeps.points import By, Sweep, SweepPoint, point_of, read_sweep
@@ -183,10 +184,13 @@ def _gone_on(
     for job in jobs:
         if progress is not None:
             progress(f"{shares[job.number - 1]:.0%} of {document.by}", job.number - 1, len(shares))
-        document = _with_point(document, job.number, next(results), folder)
+        with step(f"point {job.number} of {len(shares)}, {shares[job.number - 1]:.0%} of {document.by}"):
+            made = next(results)
+        document = _with_point(document, job.number, made, folder)
         _write(document, folder)
     if options["measure"] and ray is None and not document.side_by_side:
-        document = side_by_side(document, folder, work / "dense.onnx", options)
+        with step("side by side"):
+            document = side_by_side(document, folder, work / "dense.onnx", options)
         _write(document, folder)
     shutil.rmtree(work)
     return document

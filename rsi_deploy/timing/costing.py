@@ -35,6 +35,7 @@ from rsi_deploy.measure.trial_plans import trial_plans, with_model_time
 from rsi_deploy.onnx_file import model_hash, read_onnx, write_external
 from rsi_deploy.plan.planner import site_name
 from rsi_deploy.probe import named_shapes, read_feeds
+from rsi_deploy.steps import step
 from rsi_deploy.trace import traced_run
 
 Progress = Callable[[str, int, int], None]
@@ -101,13 +102,15 @@ def profile(
     given = None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds)
     with ScratchFolder() as folder:
         dense = Path(folder) / "dense.onnx"
-        name = write_dense(
-            model, dense, weights, checkpoint, plain, seed, preprocessing, assume_constant=assume_constant
-        )
+        with step("load"):
+            name = write_dense(
+                model, dense, weights, checkpoint, plain, seed, preprocessing, assume_constant=assume_constant
+            )
         shapes = named_shapes([text for text in texts if "=" in text])
         fed = fed_with(dense, batch, seed, given, shapes)
         costing = Costing(provider=provider, threads=threads, seconds=seconds, precision=precision, seed=seed)
-        table = costing.table(dense, fed, name=name, fresh=fresh, progress=progress, command=command)
+        with step("cost table"):
+            table = costing.table(dense, fed, name=name, fresh=fresh, progress=progress, command=command)
     if target is not None:
         write_text(target, table.model_dump_json(indent=1) + "\n")
     return table
