@@ -25,6 +25,8 @@ from rsi_deploy.calibrate.onnx_rows import Taps, chosen, output_size, patch_inde
 from rsi_deploy.calibrate.onnx_segment import Segment
 from rsi_deploy.calibrate.onnx_waves import Program
 from rsi_deploy.calibrate.streams import RowCounts
+from rsi_deploy.measure.batch_axes import BatchAxes
+from rsi_deploy.measure.inputs import dim_of
 from rsi_deploy.rsi import stream_seed
 
 Array = npt.NDArray[Any]
@@ -42,6 +44,9 @@ class Readings:
         samples: how many the calibration data have.
         seed: of the choice of rows.
         provider: onnxruntime's.
+
+    Attributes:
+        axes: the batch axes of the model's inputs.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Readings:
         self._program, self._path, self._provider = program, path, provider
         self._reached = list(reached)
         self._samples, self._seed = samples, seed
+        self.axes = axes_of(program.model)
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Shapes] = {}
 
     def index(self, group: Iterable[Reached], batch: Feeds, number: int, *, survey: bool = False) -> dict[str, Array]:
@@ -60,7 +66,9 @@ class Readings:
             shape = shapes[r.graph.data]
             generator = np.random.default_rng(stream_seed(self._seed, f"{r.site.name}/{number}"))
             quota = (
-                (survey_rows if survey else rows_for)(r.site.in_features) * samples_of(batch) / max(self._samples, 1)
+                (survey_rows if survey else rows_for)(r.site.in_features)
+                * self.axes.samples(batch)
+                / max(self._samples, 1)
             )
             if r.graph.window is not None:
                 size = shape[2:]
@@ -75,7 +83,7 @@ class Readings:
     def counts(self, counts: RowCounts, r: Reached, batch: Feeds, begin: int, index: Feeds) -> Tensor | None:
         """What the rows of a product count in a batch that begins with sample `begin`; None for 1 each."""
         at = torch.from_numpy(index[f"{r.tag}/response/index"])
-        return counts.of(begin, samples_of(batch), self._shapes(batch)[r.graph.data], at)
+        return counts.of(begin, self.axes.samples(batch), self._shapes(batch)[r.graph.data], at)
 
     def alone(self, batch: Feeds) -> set[str]:
         """Outputs of the sites that are added to something of another shape than theirs, or to nothing."""
@@ -210,9 +218,11 @@ def padding_mask(batch: Feeds) -> Array | None:
     return None
 
 
-def samples_of(batch: Feeds) -> int:
-    """Samples in a batch: the length of its first array."""
-    return next((len(array) for array in batch.values() if array.ndim), 1)
+def axes_of(model: ModelProto) -> BatchAxes:
+    """The batch axes of a model's inputs."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input if value.name not in stored}
+    return BatchAxes.of({name: tuple(map(dim_of, dims)) for name, dims in shapes.items()})
 
 
 def _tokens(batch: Feeds, shape: Sequence[int]) -> Array | None:

@@ -234,13 +234,13 @@ def _inputs_of_proto(proto: Any) -> list[InputSpec]:
             raise ModelError(f"input {value.name} is no tensor of numbers; only those can be fed")
         if not tensor.HasField("shape"):
             raise ModelError(f"input {value.name} has no shape, not even a rank; run onnx.shape_inference first")
-        dims = tuple(_dim(dim) for dim in tensor.shape.dim)
+        dims = tuple(dim_of(dim) for dim in tensor.shape.dim)
         dtype: np.dtype[Any] = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         specs.append(InputSpec(name=value.name, dtype=dtype, shape=dims))
     return specs
 
 
-def _dim(dim: Any) -> Dim:
+def dim_of(dim: Any) -> Dim:
     """A size, a symbol or None; some exporters write -1 where a size is dynamic."""
     if dim.HasField("dim_value"):
         return int(dim.dim_value) if dim.dim_value >= 0 else None

@@ -6,7 +6,7 @@ import numpy as np
 
 from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.answers import Answers
-from rsi_deploy.measure.dataset import Dataset
+from rsi_deploy.measure.dataset import Dataset, for_inputs
 from rsi_deploy.measure.feeding import Feeding, Feeds
 
 
@@ -23,6 +23,7 @@ def sample_feeds(dataset: Dataset, model: Path, provider: str, batch: int) -> Fe
         UsageError: the data do not hold what the model takes.
     """
     arm = Answers(model, provider)
+    dataset = for_inputs(dataset, arm.specs)
     steps = arm.stored_preprocessing() if dataset.kind == "images" else None
     if dataset.kind == "images" and steps is None and not all(spec.dtype == np.uint8 for spec in arm.specs):
         raise UsageError(
