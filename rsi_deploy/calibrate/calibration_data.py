@@ -70,10 +70,6 @@ class CalibrationData:
         for feeds, _ in self._feeding.batches(self.batch, self.samples):
             yield feeds
 
-    def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        """See `Feeding.shapes`."""
-        return self._feeding.shapes(batch)
-
     def digests(self, limit: int = 4096) -> set[bytes]:
         """A hash of each sample, as it enters the model."""
         found: set[bytes] = set()
@@ -82,6 +78,25 @@ class CalibrationData:
             if len(found) >= limit:
                 break
         return found
+
+
+def example_shapes(
+    sources: Mapping[str, Any], specs: Sequence[InputSpec], steps: Preprocessing | None
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the inputs with one sample, of the first data there are; empty without any.
+
+    Args:
+        sources: option -> data as `CalibrationData` takes them, or None.
+        specs: the model's inputs.
+        steps: from 8-bit pictures to inputs.
+
+    Raises:
+        UsageError: data that do not fit the model.
+    """
+    for option, source in sources.items():
+        if source is not None:
+            return Feeding(_opened(source, specs, option), specs, steps, option=option).shapes(1)
+    return {}
 
 
 def check_source(source: object) -> None:
@@ -125,14 +140,16 @@ def refuse_shared(
         )
 
 
-def _opened(source: str | Path | Dataset | Mapping[str, Array], specs: Sequence[InputSpec]) -> Dataset:
+def _opened(
+    source: str | Path | Dataset | Mapping[str, Array], specs: Sequence[InputSpec], option: str = OPTION
+) -> Dataset:
     """The samples as a data set."""
     if isinstance(source, Mapping):
         if absent := [spec.name for spec in specs if spec.name not in source]:
-            raise UsageError(f"{OPTION}: no array for the input {', '.join(absent)}; there are {', '.join(source)}")
-        with named_option(OPTION):
+            raise UsageError(f"{option}: no array for the input {', '.join(absent)}; there are {', '.join(source)}")
+        with named_option(option):
             return NamedData.of_rows({spec.name: source[spec.name] for spec in specs}, specs, None, "arrays")
     if not isinstance(source, str | Path):
         return source
-    with named_option(OPTION):
+    with named_option(option):
         return open_data(source, specs=specs, labelled=False)

@@ -94,13 +94,23 @@ class BatchAxes:
         }
 
 
+def is_batch_name(symbol: str) -> bool:
+    """Whether a dimension is called as the batch usually is.
+
+    Example:
+        >>> [is_batch_name(symbol) for symbol in ("batch_size", "N", "seq")]
+        [True, True, False]
+    """
+    return _BATCH_NAME.fullmatch(symbol) is not None
+
+
 def _batch_symbol(shapes: Sequence[Sequence[Dim]]) -> str | None:
     """The name of the batch among the dynamic dimensions; None where the batch has no name."""
     uses = Counter(dim for shape in shapes for dim in dict.fromkeys(shape) if isinstance(dim, str))
     firsts = [shape[0] for shape in shapes if shape and isinstance(shape[0], str)]
     # (1, n) is one sample of n numbers, not n samples.
     ones = {symbol for shape in shapes for symbol in shape if shape[0] == 1 and not firsts}
-    called = [s for s in uses if _BATCH_NAME.fullmatch(s) and (s not in ones or "batch" in s.lower())]
+    called = [s for s in uses if is_batch_name(s) and (s not in ones or "batch" in s.lower())]
     if called:
         return max(called, key=lambda symbol: (symbol in firsts, uses[symbol]))
     best = max(firsts, key=lambda symbol: uses[symbol], default=None)
