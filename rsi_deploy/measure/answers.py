@@ -97,7 +97,7 @@ class Answers:
         specs = {spec.name: spec for spec in self.specs}
         symbols = {specs[name].shape[axis] for name, axis in self.axes.axes.items() if axis is not None}
         names = [symbol for symbol in symbols if isinstance(symbol, str)]
-        found = {}
+        found: dict[str, int] = {}
         for output in self._session.get_outputs():
             axis = next((at for at, dim in enumerate(output.shape or ()) if dim in names), 0)
             found |= {output.name: axis} if axis else {}

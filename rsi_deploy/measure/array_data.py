@@ -253,7 +253,7 @@ def told_apart(
         made = ArrayData(named[default], own, name, named, default)
     else:
         made = NamedData.of_rows(named, specs, own, name) if by_name else NamedData(named, own, name)
-    made._stored = arrays
+    made._stored = {} if specs else arrays
     return made
 
 

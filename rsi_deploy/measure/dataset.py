@@ -119,12 +119,13 @@ class UndecidedData:
         return self._decide(specs)
 
     def __len__(self) -> int:
-        raise self._problem
+        return len(self.columns)  # refused
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
-            raise AttributeError(name)
-        raise self._problem
+            return object.__getattribute__(self, name)
+        error = self._problem
+        raise type(error)(str(error))
 
 
 def as_samples(values: Array, name: str) -> tuple[Kind, Array]:

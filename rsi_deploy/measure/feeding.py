@@ -102,7 +102,8 @@ class Feeding:
         axis, options = self.axes.axes[spec.name], {"option": self._option, "model": self._model}
         is_once = axis is None or (rows.ndim == len(spec.shape) + 1 and isinstance(spec.shape[axis], int))
         if not is_once:
-            return as_input(np.moveaxis(rows, 0, axis) if 0 < (axis or 0) < rows.ndim else rows, spec, axis, **options)
+            moved = np.moveaxis(rows, 0, axis) if axis is not None and axis < rows.ndim else rows
+            return as_input(moved, spec, axis, **options)
         value = as_input(np.asarray(rows[0]), spec, None, **options)
         known = self._once.setdefault(spec.name, np.asarray(rows[0]))
         differ = (rows != known).reshape(len(rows), -1).any(axis=1)
@@ -144,7 +145,7 @@ def named_option(option: str) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        raise UsageError(f"{option}: {str(error).removeprefix('data: ')}") from error
+        raise type(error)(f"{option}: {str(error).removeprefix('data: ').removeprefix(f'{option}: ')}") from error
 
 
 def as_input(values: Array, spec: InputSpec, axis: int | None = 0, *, option: str, model: str = "the model") -> Array:

@@ -97,10 +97,10 @@ def random_feeds(
     for spec in specs:
         _bind(spec, axes[spec.name], batch, given.get(spec.name), symbols)
     _check_batch(specs, batch)
-    _refuse_open(specs, axes, batch, given, symbols)
+    shapes = _settled(specs, axes, batch, given, symbols)
     feeds = {}
     for spec in specs:
-        shape = tuple(given[spec.name] if spec.name in given else _resolved(spec, axes[spec.name], batch, symbols))
+        shape = shapes[spec.name]
         if math.prod(shape) > MOST_NUMBERS:
             raise UsageError(
                 f"input {shown(spec.name)} of the shape {shape} has more than {MOST_NUMBERS} numbers; "
@@ -220,18 +220,18 @@ def unsettled_inputs(specs: Sequence[InputSpec], input_shape: Mapping[str, Seque
     return {s.name for s in specs if s.name not in given and _open_axes(_resolved(s, axes[s.name], 1, symbols))}
 
 
-def _refuse_open(
+def _settled(
     specs: Sequence[InputSpec],
     axes: Mapping[str, int | None],
     batch: int,
     given: Mapping[str, Sequence[int]],
     symbols: Mapping[str, int],
-) -> None:
-    """Refuse axes whose size nobody has given, with shapes that would do for all of them."""
-    sizes = {spec.name: _resolved(spec, axes[spec.name], batch, symbols) for spec in specs if spec.name not in given}
-    unsettled = [spec for spec in specs if _open_axes(sizes.get(spec.name, ()))]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of all inputs; axes whose size nobody has given are refused, with shapes that would do."""
+    sizes = {s.name: given.get(s.name) or _resolved(s, axes[s.name], batch, symbols) for s in specs}
+    unsettled = [spec for spec in specs if _open_axes(sizes[spec.name])]
     if not unsettled:
-        return
+        return {name: tuple(dim for dim in dims if isinstance(dim, int)) for name, dims in sizes.items()}
     spec = unsettled[0]
     places = _open_axes(sizes[spec.name])
     names = ", ".join(str(spec.shape[axis] or f"axis {axis}") for axis in places)

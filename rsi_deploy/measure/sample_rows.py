@@ -89,16 +89,22 @@ def _count(array: Array, spec: InputSpec, axes: BatchAxes) -> int | None:
     is_whole = isinstance(spec.shape[axis], int) and fits(array.shape, spec.shape)
     if axis == 0:
         return None if is_whole and len(axes.axes) > 1 else len(array)
-    if fits(array.shape, _with_open(spec.shape, axis)):
-        return None if array.shape[axis] == 1 else array.shape[axis]
-    return len(array)
+    is_own = fits(array.shape, _with_open(spec.shape, axis))
+    is_rows = fits(array.shape[1:], (*spec.shape[:axis], *spec.shape[axis + 1 :]))
+    if is_own and (is_rows or array.shape[axis] == 1):
+        return None
+    return array.shape[axis] if is_own else len(array)
 
 
 def _other_counts(arrays: Mapping[str, Array], specs: Sequence[InputSpec], axes: BatchAxes) -> set[int]:
     """Samples where no array tells them for certain: of whole batches, or of inputs without a batch axis."""
-    batched = {s.name for s in specs if axes.axes[s.name] is not None and arrays[s.name].ndim == len(s.shape)}
+    batched = {
+        arrays[spec.name].shape[axis]
+        for spec in specs
+        if (axis := axes.axes[spec.name]) is not None and arrays[spec.name].ndim == len(spec.shape)
+    }
     once = {s.name for s in specs if axes.axes[s.name] is None and arrays[s.name].ndim == len(s.shape) + 1}
-    return {len(arrays[name]) for name in batched or once}
+    return batched or {len(arrays[name]) for name in once}
 
 
 def _rows(array: Array, spec: InputSpec, axis: int | None, samples: int, name: str) -> Array:

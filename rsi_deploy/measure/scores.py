@@ -30,7 +30,7 @@ def id_ranks(ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> npt.N
         [0, 1, 2]
     """
     hits = ids == labels[:, None]
-    return np.where(hits.any(axis=1), hits.argmax(axis=1), ids.shape[1])
+    return np.asarray(np.where(hits.any(axis=1), hits.argmax(axis=1), ids.shape[1]), np.int64)
 
 
 def log_probabilities(scores: Array) -> Floats:

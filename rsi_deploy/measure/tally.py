@@ -158,7 +158,9 @@ class Scorer:
             raise UsageError("the outputs are class ids alone, no values: leave out --outputs values")
         looks_so = self._outputs == "auto" and (self._with_ids or are_scores(answers[0]))
         self.kind = "classes" if self._is_told or looks_so else "values"
-        self._with_values = len(batch) > 1 and not self._is_told
+        # Ids of a model may be compared with the scores of another one, which has no such values.
+        alike = len({tuple(array.shape for array in _floats(outputs).values()) for outputs in batch}) == 1
+        self._with_values = len(batch) > 1 and not self._is_told and (alike or not self._with_ids)
         for name, answer in zip(self._names, answers, strict=True):
             if self.kind == "classes":
                 self._check_answer(name, answer)
@@ -205,13 +207,13 @@ class Scorer:
 
     def _classes(self, answer: Array, labels: Labels | None) -> dict[str, Any]:
         """What is noted of class scores or class ids."""
-        known = self._labels is not None and labels is not None
+        labels = None if self._labels is None else labels
         if not self._with_ids:
-            parts = {"classes": answer.shape[1], "top": answer.argmax(axis=1)}
-            return parts | ({"ranks": label_ranks(answer, labels).astype(np.int32)} if known else {})
+            parts: dict[str, Any] = {"classes": answer.shape[1], "top": answer.argmax(axis=1)}
+            return parts if labels is None else parts | {"ranks": label_ranks(answer, labels).astype(np.int32)}
         ids = _as_ids(answer)
         parts = {"classes": self._ids.classes if self._ids is not None else 0, "top": ids[:, 0], "places": ids.shape[1]}
-        return parts | ({"ranks": id_ranks(ids, labels).astype(np.int32)} if known else {})
+        return parts if labels is None else parts | {"ranks": id_ranks(ids, labels).astype(np.int32)}
 
     def _check_answer(self, name: str, answer: Array) -> None:
         """Refuse what is neither class scores nor, under labels, one class id or a ranking of them a sample."""
