@@ -177,6 +177,7 @@ class Calibrator:
                 macs=self.dense.macs,
                 provider=self.provider,
                 seed=self.seed,
+                before_ids=True,
                 metrics=None if self.kept is None else self.kept.metrics,
             )
         return self._streams

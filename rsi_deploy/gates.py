@@ -47,10 +47,11 @@ class Comparison(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     Attributes:
         relative_l2: `||a - b||_2 / ||a||_2` of the worst output, over its finite values; where `a` is all zero, 0 if
-            `b` is too and 1 if not.
+            `b` is too and 1 if not. Of whole numbers the share that differs, where that is less: ids are no sizes.
         max_abs: largest absolute difference.
         tolerance: what `relative_l2` may be; None where nothing is demanded.
-        informative: False where the reference's outputs are all zero or NaN, so that equality shows little.
+        informative: False where the reference's outputs are all zero or NaN, so that equality shows little; outputs
+            without any number are not looked at.
     """
 
     relative_l2: float
@@ -82,14 +83,17 @@ def compare_outputs(reference: Arrays, candidate: Arrays, *, what: str, toleranc
         difference = x[finite] - y[finite]
         norm, error = float(np.linalg.norm(x[finite])), float(np.linalg.norm(difference))
         informative |= norm > 0
-        worst = max(worst, error / norm if norm else float(error > 0))
+        relative = error / norm if norm else float(error > 0)
+        is_whole = a.size and a.dtype.kind in "iub" and b.dtype.kind in "iub"
+        worst = max(worst, min(relative, float((a != b).mean())) if is_whole else relative)
         largest = max(largest, float(np.abs(difference).max(initial=0.0)))
     if tolerance is not None and not worst <= tolerance:
         raise GateError(
             f"{what}: relative error {worst:.2e} is above the tolerance {tolerance:.0e}"
             f"; find the site with --include and leave it out with --exclude"
         )
-    return Comparison(relative_l2=worst, max_abs=largest, tolerance=tolerance, informative=informative)
+    is_empty = all(not a.size for a in reference)
+    return Comparison(relative_l2=worst, max_abs=largest, tolerance=tolerance, informative=informative or is_empty)
 
 
 def check_repeatable(model: Path, feeds: Mapping[str, npt.NDArray[Any]], name: str, expected: Arrays) -> None:

@@ -201,6 +201,7 @@ def export(
         route=route,
         mixed_precision=mixed_precision,
     )
+    dataset = evaluation_data(data, preprocessing)
     job = Job(
         settings=request.settings(filters, solver, always_split=always_split, joint=joint, opset=opset),
         solver=solver,
@@ -211,6 +212,7 @@ def export(
         shapes=shapes,
         given=None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds),
         assume_constant=assume_constant,
+        sources={"--calib": calib, "--data": dataset},
     )
     origin = Origin(
         model=model,
@@ -227,7 +229,7 @@ def export(
         timed=timed,
         costing=Costing(provider=provider, threads=threads, seconds=seconds, seed=seed),
         filters=filters,
-        dataset=evaluation_data(data, preprocessing),
+        dataset=dataset,
         bench_batch=bench_batch,
         bench_seconds=bench_seconds,
         max_output_error=max_output_error,

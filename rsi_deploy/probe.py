@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from rsi_deploy.errors import UsageError
 from rsi_deploy.gateway.arrays import read_npz
-from rsi_deploy.measure.inputs import check_feeds, model_inputs, parse_shape, random_feeds
+from rsi_deploy.measure.batch_axes import BatchAxes
+from rsi_deploy.measure.given_feeds import given_feeds
+from rsi_deploy.measure.inputs import model_inputs, parse_shape, random_feeds
 
 PROBE_BATCH = 2
 
@@ -24,6 +26,7 @@ def probe_feeds(
     seed: int,
     shapes: Mapping[str, Sequence[int]] | None = None,
     given: Mapping[str, npt.NDArray[Any]] | None = None,
+    examples: Mapping[str, Sequence[int]] | None = None,
 ) -> Feeds:
     """Inputs for the model at `model`.
 
@@ -32,20 +35,29 @@ def probe_feeds(
         seed: of the random numbers.
         shapes: input name -> whole shape, where dimensions after the first are dynamic.
         given: input name -> array, in place of random inputs.
+        examples: input name -> shape with a batch of any size, for inputs that `shapes` does not name.
 
     Raises:
         UsageError: shapes or arrays that do not fit the model, or dynamic dimensions nobody gave.
     """
     specs = model_inputs(model)
     if given is not None:
-        check_feeds(specs, given, model.name)
-        return dict(given)
+        feeds = given_feeds(specs, given, model.name)
+        for name, shape in (shapes or {}).items():
+            if name in feeds and feeds[name].shape != tuple(shape):
+                raise UsageError(
+                    f"--feeds and --input-shape contradict each other: {name} is {feeds[name].shape} in --feeds, but "
+                    f"{tuple(shape)} in --input-shape; leave out one of them"
+                )
+        return feeds
+    axes = BatchAxes.of({spec.name: spec.shape for spec in specs})
     firsts = [spec.shape[0] for spec in specs if spec.shape]
     fixed = [size for size in firsts if isinstance(size, int)]
     batch = fixed[0] if fixed and len(fixed) == len(firsts) else PROBE_BATCH
-    if shapes and (leading := {shape[0] for shape in shapes.values() if shape}):
+    if leading := {shape[0] for name, shape in (shapes or {}).items() if shape and axes.axes.get(name) == 0}:
         batch = max(leading)
-    return random_feeds(specs, batch, seed, shapes)
+    others = axes.with_batch(examples or {}, axes.fixed or (batch if leading else PROBE_BATCH))
+    return random_feeds(specs, batch, seed, {**others, **(shapes or {})})
 
 
 def read_feeds(path: str | Path) -> Feeds:

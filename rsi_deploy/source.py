@@ -68,7 +68,7 @@ def load_source(
         UsageError: no such model, factory or file; options that do not belong to this form.
         ModelError: a checkpoint that does not fit, a factory that fails.
     """
-    shape = parse_shape(input_shape)
+    shape = _torch_shape(input_shape)
     if model.startswith("torchvision:"):
         source = _torchvision(model.removeprefix("torchvision:"), weights, checkpoint, shape, seed)
     elif model.endswith(".pt2"):
@@ -97,8 +97,16 @@ def source_of_module(module: nn.Module, input_shape: str | tuple[int, ...] | Non
     module = module.eval()
     name = type(module).__name__
     source = Source(name=name, module=folded(module), preprocessing=_told_preprocessing(module))
-    source.example_inputs = _told_inputs(module, name, parse_shape(input_shape), seed)
+    source.example_inputs = _told_inputs(module, name, _torch_shape(input_shape), seed)
     return source
+
+
+def _torch_shape(text: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """The shape of the one input; the first size is the batch."""
+    shape = parse_shape(text)
+    if shape is not None and not shape[0]:
+        raise UsageError(f"--input-shape: the batch comes first and must be 1 or more, but got {text!r}")
+    return shape
 
 
 def _torchvision(

@@ -21,6 +21,7 @@ from graph_passes import Factors, FoldBatchNormPass, Form, Split, count_paramete
 from rsi_deploy import __version__
 from rsi_deploy.arrays import as_torch
 from rsi_deploy.bound import Head, SoftmaxBound, find_head, softmax_bound
+from rsi_deploy.calibrate.calibration_data import example_shapes
 from rsi_deploy.crew import Crew, Here
 from rsi_deploy.dense_size import dense_size
 from rsi_deploy.errors import ModelError, RsiDeployError
@@ -37,10 +38,11 @@ from rsi_deploy.gates import (
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
 from rsi_deploy.measure.arms import make_feeds
+from rsi_deploy.measure.batch_axes import BatchAxes
 from rsi_deploy.measure.batch_independence import samples_in
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.feeding import Feeding
-from rsi_deploy.measure.inputs import model_inputs
+from rsi_deploy.measure.inputs import model_inputs, unsettled_inputs
 from rsi_deploy.measure.latency import BenchResult, bench
 from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.measure.sessions import make_session, run_session
@@ -101,7 +103,8 @@ class Job:
     """The steps of one export, with the settings they share and the times they took.
 
     `finished` is what an earlier run has finished before it was killed, and where this one keeps its own; None where
-    the model is not large.
+    the model is not large. `sources` are data, --calib before --data, whose first sample gives the open
+    shapes.
     """
 
     settings: Settings
@@ -112,11 +115,21 @@ class Job:
     shapes: Mapping[str, Sequence[int]]
     given: Feeds | None
     assume_constant: bool
+    sources: Mapping[str, Any] = field(default_factory=dict)
     ray: str | None = None
     finished: Finished | None = None
     stages: list[Stage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     source_hash: str = ""
+    _examples: dict[str, tuple[int, ...]] | None = None
+
+    def probe(self, model: Path, steps: Preprocessing | None) -> Feeds:
+        """Probe inputs for the dense model at `model`; what nobody gives a shape takes that of the data."""
+        if self._examples is None:
+            specs = model_inputs(model)
+            known = self.given is not None or not unsettled_inputs(specs, self.shapes)
+            self._examples = {} if known else example_shapes(self.sources, specs, steps)
+        return probe_feeds(model, self.settings.seed, self.shapes, self.given, self._examples)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -146,7 +159,7 @@ class Job:
             if opset is None or opset == before:
                 return None
             with self.stage("verify opset"):
-                feeds = probe_feeds(path, self.settings.seed, self.shapes, self.given)
+                feeds = self.probe(path, steps)
                 with blames_random_models(path, feeds, source.name):
                     return check_conversion(source.onnx, path, (before, opset), feeds)
         with self.stage("export dense"):
@@ -154,7 +167,7 @@ class Job:
             self.notes.extend(exported.notes)
             self._write_dense(exported.model, path, steps)
         with self.stage("verify exporter"):
-            feeds = probe_feeds(path, self.settings.seed, self.shapes, self.given)
+            feeds = self.probe(path, steps)
             expected = _torch_outputs(source, list(feeds.values()))
             source.module = source.program = None
             del exported
@@ -186,7 +199,7 @@ class Job:
             forget_weights_(model)
             size = size or dense_size(source.onnx, dense)
         with self.stage("trace"):
-            feeds = probe_feeds(dense, self.settings.seed, self.shapes, self.given)
+            feeds = self.probe(dense, steps)
             try:
                 trace = traced_run(dense, feeds)
             except ModelError as error:
@@ -372,17 +385,14 @@ class Job:
         bound = None
         if result.head is not None and result.head_factors is not None:
             with self.stage("softmax bound"):
-                specs = model_inputs(dense)
-                fixed = next((spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], int)), None)
-                size = fixed or 64
+                feeding = Feeding(dataset, model_inputs(dense), steps)
+                size, count = feeding.axes.fixed or 64, len(feeding.dataset)
                 # The tapped model takes whole batches only where its batch is fixed; samples left over are left out.
-                whole = len(dataset) // size * size if fixed else len(dataset)
+                whole = count // size * size if feeding.axes.fixed else count
                 if not whole:
-                    self.notes.append(
-                        f"no softmax bound: {len(dataset)} samples are less than the model's batch, {size}"
-                    )
+                    self.notes.append(f"no softmax bound: {count} samples are less than the model's batch, {size}")
                     return Accuracy(dense=before, compressed=after), None
-                batches = (feeds for feeds, _ in Feeding(dataset, specs, steps).batches(size, whole))
+                batches = (feeds for feeds, _ in feeding.batches(size, whole))
                 bound = softmax_bound(dense, result.head, result.head_factors, batches)
         return Accuracy(dense=before, compressed=after), bound
 
@@ -396,10 +406,16 @@ class Job:
     def timing_feeds(self, dense: Path, facts: DenseFacts, batch: int) -> Feeds:
         """What `latency` feeds the models."""
         told = facts.feeds if self.given is not None or self.shapes else None
+        shapes = None if told else self._example_shapes(dense, batch)
         feeds, _ = make_feeds(
-            model_inputs(dense), batch=0 if told else batch, seed=self.settings.seed, given=told, shapes=None
+            model_inputs(dense), batch=0 if told else batch, seed=self.settings.seed, given=told, shapes=shapes
         )
         return feeds
+
+    def _example_shapes(self, dense: Path, batch: int) -> dict[str, tuple[int, ...]] | None:
+        """The shapes of the data with a batch of this size, where inputs are left open; None where they are not."""
+        axes = BatchAxes.of({spec.name: spec.shape for spec in model_inputs(dense)})
+        return axes.with_batch(self._examples, axes.fixed or batch) if self._examples else None
 
     def latency(
         self, dense: Path, path: Path, facts: DenseFacts, batch: int, seconds: float, threads: int | None
@@ -412,6 +428,7 @@ class Job:
                 [dense, path],
                 batch=batch,
                 feeds=told,
+                input_shape=None if told else self._example_shapes(dense, batch),
                 provider=self.provider,
                 threads=threads,
                 seconds=seconds,

@@ -35,7 +35,8 @@ from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.manifest import MANIFEST, check_manifest, file_hash
 from rsi_deploy.measure.accuracy import evaluate
 from rsi_deploy.measure.batch_independence import samples_in
-from rsi_deploy.measure.data import Dataset, open_data
+from rsi_deploy.measure.data import Dataset, open_undecided
+from rsi_deploy.measure.dataset import for_inputs
 from rsi_deploy.measure.inputs import model_inputs
 from rsi_deploy.measure.provider_spec import parse
 from rsi_deploy.measure.sessions import make_session, run_session
@@ -95,7 +96,7 @@ def verify(
         return VerifyResult(bundle=str(folder), claims=tuple(manifest))
     report = read_report(folder)
     check_source(calib)
-    provider, dataset = str(parse(provider)), None if data is None else open_data(data)
+    provider, dataset = str(parse(provider)), None if data is None else open_undecided(data)
     claims = [*manifest, _files(folder, report)]
     model = folder / "model.onnx"
     if model.is_file():
@@ -332,6 +333,7 @@ def _accuracy(folder: Path, report: Report, dataset: Dataset | None, provider: s
         why = "add --data with the evaluation data" if report.accuracy else "the report claims none"
         return _not_checked("accuracy", why)
     claimed = report.accuracy.compressed
+    dataset = for_inputs(dataset, model_inputs(folder / "model.onnx"))
     if dataset.fingerprint() != claimed.data_fingerprint:
         return _not_checked("accuracy", "--data is not the data of the report")
     steps = report.preprocessing if dataset.kind == "images" else None

@@ -25,8 +25,9 @@ calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrat
 plan.knapsack plan.bracket plan.budget plan.rank_grid plan.plan_file
 plan.planner plan.error_rank fold layers checkpoint measure.machine measure.statistics measure.sections measure.pinning
 measure.preprocess datafile found_splits onnx_file factor_errors sites plan.joint
-measure.inputs measure.model_pictures measure.dataset measure.array_data measure.folder_data measure.arrow_files
-measure.arrow_data measure.callable_data measure.data measure.feeding measure.intervals measure.paired measure.scores
+measure.answer_outputs measure.batch_axes measure.inputs measure.given_feeds measure.model_pictures measure.dataset
+measure.sample_rows measure.array_data measure.folder_data measure.arrow_files measure.arrow_data
+measure.callable_data measure.data measure.feeding measure.intervals measure.paired measure.scores
 measure.providers measure.provider_spec measure.sessions measure.batch_independence measure.profile_events
 measure.placement measure.binding
 measure.timing measure.loadgen_worker measure.loadgen

@@ -6,15 +6,15 @@ to array; labels are not looked at.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
 from rsi_deploy.errors import UsageError
+from rsi_deploy.measure.batch_axes import BatchAxes
 from rsi_deploy.measure.data import Dataset, NamedData, check_exists, open_data
-from rsi_deploy.measure.feeding import Feeding
+from rsi_deploy.measure.feeding import Feeding, named_option
 from rsi_deploy.measure.inputs import InputSpec
 from rsi_deploy.measure.preprocess import Preprocessing
 
@@ -37,6 +37,7 @@ class CalibrationData:
         available: how many samples there are.
         samples: how many of them are used; whole batches, where the model fixes its batch.
         batch: how many go through the model at a time.
+        axes: the batch axes of the model's inputs.
 
     Raises:
         UsageError: data that do not fit the model, or too few for a model of a fixed batch.
@@ -51,11 +52,11 @@ class CalibrationData:
     ) -> None:
         self._specs = list(specs)
         self._feeding = Feeding(_opened(source, self._specs), self._specs, preprocessing, option=OPTION)
-        fixed = {spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], int)}
-        self.batch = fixed.pop() if len(fixed) == 1 else BATCH
+        self.axes = self._feeding.axes
+        self.batch = self.axes.fixed or BATCH
         self.available = len(self._feeding.dataset)
         self.samples = min(size, self.available)
-        if any(spec.shape and isinstance(spec.shape[0], int) for spec in specs):
+        if self.axes.fixed:
             self.samples -= self.samples % self.batch
         if self.samples < 1:
             raise UsageError(
@@ -82,10 +83,29 @@ class CalibrationData:
         """A hash of each sample, as it enters the model."""
         found: set[bytes] = set()
         for feeds in self.feeds():
-            found |= set(sample_digests(feeds))
+            found |= set(sample_digests(feeds, self.axes))
             if len(found) >= limit:
                 break
         return found
+
+
+def example_shapes(
+    sources: Mapping[str, Any], specs: Sequence[InputSpec], steps: Preprocessing | None
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the inputs with one sample, of the first data there are; empty without any.
+
+    Args:
+        sources: option -> data as `CalibrationData` takes them, or None.
+        specs: the model's inputs.
+        steps: from 8-bit pictures to inputs.
+
+    Raises:
+        UsageError: data that do not fit the model.
+    """
+    for option, source in sources.items():
+        if source is not None:
+            return Feeding(_opened(source, specs, option), specs, steps, option=option).shapes(1)
+    return {}
 
 
 def check_source(source: object) -> None:
@@ -95,14 +115,16 @@ def check_source(source: object) -> None:
         UsageError: says what was expected.
     """
     if isinstance(source, str | Path):
-        with _named_option():
+        with named_option(OPTION):
             check_exists(source)
 
 
-def sample_digests(feeds: Mapping[str, Array]) -> Iterator[bytes]:
-    """A hash of each sample's values, over all inputs."""
-    for row in range(len(next(iter(feeds.values())))):
-        yield hashlib.sha256(b"".join(array[row].tobytes() for array in feeds.values())).digest()
+def sample_digests(feeds: Mapping[str, Array], axes: BatchAxes | None = None) -> Iterator[bytes]:
+    """A hash of each sample's values, over all inputs; without `axes` the first axis of each is the batch."""
+    axes = axes or BatchAxes(axes=dict.fromkeys(feeds, 0), fixed=None)
+    for row in range(axes.samples(feeds)):
+        sample = axes.cut(feeds, slice(row, row + 1))
+        yield hashlib.sha256(b"".join(array.tobytes() for array in sample.values())).digest()
 
 
 def refuse_shared(
@@ -115,8 +137,9 @@ def refuse_shared(
     """
     known = calibration.digests()
     seen = shared = 0
-    for feeds, _ in Feeding(evaluation, specs, steps).batches(64, min(len(evaluation), 2048)):
-        digests = list(sample_digests(feeds))
+    feeding = Feeding(evaluation, specs, steps)
+    for feeds, _ in feeding.batches(64, min(len(feeding.dataset), 2048)):
+        digests = list(sample_digests(feeds, feeding.axes))
         seen += len(digests)
         shared += sum(digest in known for digest in digests)
     if shared:
@@ -126,23 +149,16 @@ def refuse_shared(
         )
 
 
-def _opened(source: str | Path | Dataset | Mapping[str, Array], specs: Sequence[InputSpec]) -> Dataset:
+def _opened(
+    source: str | Path | Dataset | Mapping[str, Array], specs: Sequence[InputSpec], option: str = OPTION
+) -> Dataset:
     """The samples as a data set."""
     if isinstance(source, Mapping):
         if absent := [spec.name for spec in specs if spec.name not in source]:
-            raise UsageError(f"{OPTION}: no array for the input {', '.join(absent)}; there are {', '.join(source)}")
-        with _named_option():
-            return NamedData({spec.name: source[spec.name] for spec in specs})
+            raise UsageError(f"{option}: no array for the input {', '.join(absent)}; there are {', '.join(source)}")
+        with named_option(option):
+            return NamedData.of_rows({spec.name: source[spec.name] for spec in specs}, specs, None, "arrays")
     if not isinstance(source, str | Path):
         return source
-    with _named_option():
-        return open_data(source)
-
-
-@contextmanager
-def _named_option() -> Iterator[None]:
-    """What is wrong with the data names the option."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{OPTION}: {str(error).removeprefix('data: ')}") from error
+    with named_option(option):
+        return open_data(source, specs=specs, labelled=False)

@@ -1,6 +1,6 @@
 """How far a compressed model's outputs are from the dense one's, on unlabelled data.
 
-output error   sum |z - z~|^2 / sum |z - E z|^2          of the first floating output
+output error   sum |z - z~|^2 / sum |z - E z|^2          of the first floating output, or of what ids are read from
 divergence     mean KL(softmax z || softmax z~), nats    of class scores
 agreement      share of equal top-1 answers, percent     of class scores
 """
@@ -8,7 +8,7 @@ agreement      share of equal top-1 answers, percent     of class scores
 import hashlib
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,14 @@ import torch
 from rsi_deploy.calibrate.calibration_data import CalibrationData
 from rsi_deploy.calibrate.streams import output_distance
 from rsi_deploy.errors import GateError, UsageError
+from rsi_deploy.gateway.onnx_reader import read_proto
+from rsi_deploy.measure.answer_outputs import with_readable_output
 from rsi_deploy.measure.scores import divergence
 from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.report.schema import CalibrationRecord
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 Array = npt.NDArray[Any]
 
@@ -49,8 +54,8 @@ def certified(
         provider: onnxruntime's.
         known: float32, the dense model's answers on the same batches.
     """
-    before = make_session(dense, provider) if known is None else None
-    after = make_session(compressed, provider)
+    before = _readable_session(dense, provider) if known is None else None
+    after = _readable_session(compressed, provider)
     seen = hashlib.sha256()
     asked: list[Array] = []
     answers: list[Array] = []
@@ -58,8 +63,8 @@ def certified(
         for name in sorted(feeds):
             seen.update(feeds[name].tobytes())
         if before is not None:
-            asked.append(_output(run_session(before, feeds, dense.name)))
-        answers.append(_output(run_session(after, feeds, compressed.name)))
+            asked.append(_output(run_session(before, feeds, dense.name), before))
+        answers.append(_output(run_session(after, feeds, compressed.name), after))
         if sum(map(len, answers)) >= CHECKED_SAMPLES:
             break
     told = np.concatenate(asked) if known is None else known
@@ -84,9 +89,22 @@ def _compared(z: Array, w: Array, samples: int, fingerprint: str) -> Calibration
     )
 
 
-def _output(outputs: list[Array]) -> Array:
+def _readable_session(model: Path, provider: str) -> "InferenceSession":
+    """A session that gives what lies before an ArgMax or a TopK, where the model itself does not."""
+    proto = read_proto(model)
+    readable = with_readable_output(proto)
+    if readable is proto:
+        return make_session(model, provider)
+    return make_session(readable.SerializeToString(), provider, data_folder=model.parent)
+
+
+def _output(outputs: list[Array], session: "InferenceSession") -> Array:
     """The first floating output, samples first."""
-    found = next((a for a in outputs if a.dtype.kind == "f" and a.ndim), None)
+    found = next((a for a in outputs if a.dtype.kind == "f" and a.ndim and a.size), None)
     if found is None:
-        raise UsageError("the model has no floating output to compare on the calibration data; leave out --calib")
+        gives = ", ".join(f"{value.name}: {value.type}" for value in session.get_outputs())
+        raise UsageError(
+            f"the model has no floating output to compare on the calibration data, and nothing floating is before its "
+            f"outputs ({gives}); leave out --calib and choose a size with --rank"
+        )
     return found.astype(np.float32)

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto
 
-from rsi_deploy.calibrate.onnx_readings import samples_of
 from rsi_deploy.calibrate.streams import distance_samples
+from rsi_deploy.measure.batch_axes import BatchAxes
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 
@@ -21,16 +20,13 @@ class Checked:
     """Takes its share of the data.
 
     Args:
-        model: whose inputs they are; where they fix the batch, batches are taken whole.
+        axes: of the model's inputs; where they fix the batch, batches are taken whole.
         samples: how many there are in all.
     """
 
-    def __init__(self, model: ModelProto, samples: int) -> None:
+    def __init__(self, axes: BatchAxes, samples: int) -> None:
         self._share = min(1.0, distance_samples(samples) / max(samples, 1))
-        self._fixed = any(
-            value.type.tensor_type.shape.dim[:1] and value.type.tensor_type.shape.dim[0].HasField("dim_value")
-            for value in model.graph.input
-        )
+        self._axes, self._fixed = axes, axes.fixed is not None
         self._parts = list[Feeds]()
         self._whole: dict[int, Feeds] = {}  # by number: the batches that were taken as they are
         self._seen = 0
@@ -43,13 +39,14 @@ class Checked:
 
     def add(self, batch: Feeds) -> Feeds:
         """Take the share of a batch; gives it back."""
-        count = samples_of(batch)
+        count = self._axes.samples(batch)
         self._size = max(self._size, count)
         self._due += self._share * count
         take = count if self._fixed else min(count, math.floor(self._due + 1e-9))
         if self._due + 1e-9 >= take > 0:
             self._due -= take
-            self._parts.append(batch if take == count else _spread(batch, count, take))
+            at = np.arange(take) * count // take
+            self._parts.append(batch if take == count else self._axes.cut(batch, at))
             if take == count:
                 self._whole[self._seen] = batch
         self._seen += 1
@@ -64,9 +61,9 @@ class Checked:
         joined: list[Feeds] = []
         for part in self._parts:
             last = joined[-1] if joined and not self._fixed else {}
-            fits = _row_shapes(last) is not None and _row_shapes(last) == _row_shapes(part)
-            if fits and samples_of(last) + samples_of(part) <= self._size:
-                joined[-1] = {name: np.concatenate([last[name], array]) for name, array in part.items()}
+            fits = bool(last) and self._kinds(last) == self._kinds(part)
+            if fits and self._axes.samples(last) + self._axes.samples(part) <= self._size:
+                joined[-1] = self._axes.joined([last, part])
             else:
                 joined.append(part)
         self._parts = joined
@@ -79,16 +76,6 @@ class Checked:
                 self.add(batch)
         yield from self.batches()
 
-
-def _spread(batch: Feeds, count: int, take: int) -> Feeds:
-    """Some of the `count` samples of a batch, evenly spaced."""
-    at = np.arange(take) * count // take
-    return {name: a[at] if a.ndim and len(a) == count else a for name, a in batch.items()}
-
-
-def _row_shapes(batch: Feeds) -> dict[str, tuple[Any, ...]] | None:
-    """The type and shape of one sample of each array; None where not all of them have as many samples."""
-    count = samples_of(batch)
-    if not batch or any(not array.ndim or len(array) != count for array in batch.values()):
-        return None
-    return {name: (array.dtype, *array.shape[1:]) for name, array in batch.items()}
+    def _kinds(self, batch: Feeds) -> dict[str, tuple[Any, ...]]:
+        """The type and shape of one sample of each array."""
+        return {name: (batch[name].dtype, *shape) for name, shape in self._axes.sample_shapes(batch).items()}

@@ -22,11 +22,12 @@ from rsi_deploy.arrays import as_torch
 from rsi_deploy.calibrate.metric import NoMetricError, OutputMetric
 from rsi_deploy.calibrate.onnx_operators import FIRST_OPSET, operator
 from rsi_deploy.calibrate.onnx_reach import Reached
-from rsi_deploy.calibrate.onnx_readings import padding_mask, samples_of
+from rsi_deploy.calibrate.onnx_readings import axes_of, padding_mask
 from rsi_deploy.calibrate.onnx_rows import Taps
 from rsi_deploy.calibrate.onnx_segment import Segment
 from rsi_deploy.calibrate.onnx_waves import Program, needed_constants, reads
 from rsi_deploy.calibrate.streams import Metric
+from rsi_deploy.measure.batch_axes import BatchAxes
 from rsi_deploy.steps import at
 
 Array = npt.NDArray[Any]
@@ -73,15 +74,15 @@ def output_metrics(
     replay = _Replay(_ancestors(behind, end), {name: r.site.name for name, r in reached.items()}, end)
     weights = _weights(program, path, replay.reads, metric)
     own = [*needed_constants(program, replay.nodes), *ahead]
-    fixed = _fixed_batch(program)
+    axes = axes_of(program.model)
     with Segment(program, path, own, Taps(), replay.reads, provider=provider) as run:
         for batch in batches:
             at("gradients of the output", metric.seen, samples)
-            for piece, numbers in _pieces(batch, metric, fixed=fixed):
+            for piece, numbers in _pieces(batch, metric, axes):
                 values = {name: _tensor(piece[name]) for name in replay.reads & piece.keys()}
                 if run.outputs:
                     values |= {name: _tensor(value) for name, value in run(piece).items()}
-                with metric.keeping(samples_of(piece), weights.values()):
+                with metric.keeping(axes.samples(piece), weights.values()):
                     z, taps = replay(weights | values)
                     mask = padding_mask(piece)
                     if mask is not None and z.ndim > 2 and z.shape[:2] == mask.shape:
@@ -151,20 +152,13 @@ def _tensor(value: Any) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _fixed_batch(program: Program) -> bool:
-    """Whether the batch is of one size alone."""
-    shapes = (value.type.tensor_type.shape.dim for value in program.model.graph.input)
-    return any(dims[0].HasField("dim_value") for dims in shapes if dims)
-
-
-def _pieces(batch: Feeds, metric: OutputMetric, *, fixed: bool) -> Iterator[tuple[Feeds, list[int]]]:
+def _pieces(batch: Feeds, metric: OutputMetric, axes: BatchAxes) -> Iterator[tuple[Feeds, list[int]]]:
     """The samples of a batch that are asked, cut, and their numbers; a batch of fixed size whole."""
-    count, begin = samples_of(batch), metric.seen
+    count, begin = axes.samples(batch), metric.seen
     at = metric.chosen(count)
-    if fixed:
+    if axes.fixed is not None:
         if len(at):
             yield batch, list(range(begin, begin + count))
         return
     for part in metric.pieces(len(at)):
-        some = {name: a[at[part]] if a.ndim and len(a) == count else a for name, a in batch.items()}
-        yield some, [begin + int(n) for n in at[part]]
+        yield axes.cut(batch, at[part]), [begin + int(n) for n in at[part]]

@@ -26,6 +26,8 @@ from rsi_deploy.calibrate.onnx_rows import Taps, all_patches, chosen, output_siz
 from rsi_deploy.calibrate.onnx_segment import Segment
 from rsi_deploy.calibrate.onnx_waves import Program
 from rsi_deploy.calibrate.streams import RowCounts
+from rsi_deploy.measure.batch_axes import BatchAxes
+from rsi_deploy.measure.inputs import dim_of
 from rsi_deploy.rsi import stream_seed
 
 Array = npt.NDArray[Any]
@@ -43,6 +45,9 @@ class Readings:
         samples: how many the calibration data have.
         seed: of the choice of rows.
         provider: onnxruntime's.
+
+    Attributes:
+        axes: the batch axes of the model's inputs.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Readings:
         self._program, self._path, self._provider = program, path, provider
         self._reached = list(reached)
         self._samples, self._seed = samples, seed
+        self.axes = axes_of(program.model)
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Shapes] = {}
 
     def index(self, group: Iterable[Reached], batch: Feeds, number: int, *, survey: bool = False) -> dict[str, Array]:
@@ -60,7 +66,9 @@ class Readings:
         for r in group:
             shape = shapes[r.graph.data]
             quota = (
-                (survey_rows if survey else rows_for)(r.site.in_features) * samples_of(batch) / max(self._samples, 1)
+                (survey_rows if survey else rows_for)(r.site.in_features)
+                * self.axes.samples(batch)
+                / max(self._samples, 1)
             )
             if r.graph.window is not None:
                 at, where, inside = self._patches(
@@ -89,7 +97,7 @@ class Readings:
     def counts(self, counts: RowCounts, r: Reached, batch: Feeds, begin: int, index: Feeds) -> Tensor | None:
         """What the rows of a product count in a batch that begins with sample `begin`; None for 1 each."""
         at = torch.from_numpy(index[f"{r.tag}/response/index"])
-        return counts.of(begin, samples_of(batch), self._shapes(batch)[r.graph.data], at)
+        return counts.of(begin, self.axes.samples(batch), self._shapes(batch)[r.graph.data], at)
 
     def alone(self, batch: Feeds) -> set[str]:
         """Outputs of the sites that are added to something of another shape than theirs, or to nothing."""
@@ -224,9 +232,11 @@ def padding_mask(batch: Feeds) -> Array | None:
     return None
 
 
-def samples_of(batch: Feeds) -> int:
-    """Samples in a batch: the length of its first array."""
-    return next((len(array) for array in batch.values() if array.ndim), 1)
+def axes_of(model: ModelProto) -> BatchAxes:
+    """The batch axes of a model's inputs."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input if value.name not in stored}
+    return BatchAxes.of({name: tuple(map(dim_of, dims)) for name, dims in shapes.items()})
 
 
 def _tokens(batch: Feeds, shape: Sequence[int]) -> Array | None:

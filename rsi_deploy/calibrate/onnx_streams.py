@@ -31,7 +31,7 @@ from rsi_deploy.calibrate.moments import Moments, Samples
 from rsi_deploy.calibrate.onnx_checked import Checked
 from rsi_deploy.calibrate.onnx_gradients import output_metrics
 from rsi_deploy.calibrate.onnx_reach import Reached, reach
-from rsi_deploy.calibrate.onnx_readings import Readings, in_order, padding_mask
+from rsi_deploy.calibrate.onnx_readings import Readings, axes_of, in_order, padding_mask
 from rsi_deploy.calibrate.onnx_rows import Taps
 from rsi_deploy.calibrate.onnx_segment import Segment
 from rsi_deploy.calibrate.onnx_survey import Survey
@@ -41,6 +41,7 @@ from rsi_deploy.calibrate.streams import Distance, Metric, Replacement, RowCount
 from rsi_deploy.errors import ModelError
 from rsi_deploy.factor_source import graph_factors
 from rsi_deploy.gateway.onnx_reader import read_proto
+from rsi_deploy.measure.answer_outputs import with_readable_output
 from rsi_deploy.measure.provider_spec import parse
 from rsi_deploy.measure.providers import short_name
 
@@ -65,6 +66,7 @@ class OnnxStreams:
         provider: onnxruntime's, to run on.
         seed: of the choice of rows.
         compensate: let a branch make up for what the stream it is added to has lost.
+        before_ids: where the model gives class ids alone, measure at the scores that they are read from.
         metrics: those of the same model, data and seed, where they are known: they are not computed again.
     """
 
@@ -79,15 +81,16 @@ class OnnxStreams:
         provider: str = "cpu",
         seed: int = 0,
         compensate: bool = True,
+        before_ids: bool = False,
         metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         self._path, self._feeds = path, feeds
-        self._model = read_proto(path)
+        self._model = with_readable_output(read_proto(path)) if before_ids else read_proto(path)
         self._provider = _for_work(provider, _fixed_batch(self._model) * sum((macs or {}).values()))
         self._dense_outputs: Tensor | None = None
         self._rows: dict[str, int] = {}
         self._samples, self._seed = samples, seed
-        self._checked = Checked(self._model, samples)
+        self._checked = Checked(axes_of(self._model), samples)
         self._survey: Survey | None = None
         self._metrics = functools.cache(self._computed_metrics if metrics is None else lambda: metrics)
         self._reached, self.unreachable = reach(
@@ -266,9 +269,12 @@ def _stacked(outputs: Iterable[tuple[Feeds, Feeds]], names: Sequence[str]) -> Te
     found = []
     for batch, values in outputs:
         floating = (values[name] for name in names if isinstance(values[name], np.ndarray))
-        array = next((value for value in floating if value.dtype.kind == "f" and value.ndim), None)
+        array = next((value for value in floating if value.dtype.kind == "f" and value.ndim and value.size), None)
         if array is None:
-            raise ModelError("no output of the model is floating: nothing to measure a distance by; leave out --calib")
+            raise ModelError(
+                f"no output of the model is floating ({', '.join(names)}), and nothing floating is before it: nothing "
+                "to measure a distance by; leave out --calib and choose a size with --rank"
+            )
         found.append(_tokens_alone(array.astype(np.float32), batch))
     if len({array.shape[1:] for array in found}) > 1:
         found = [array.reshape(-1, 1, array.shape[-1]) for array in found]

@@ -24,7 +24,6 @@ from rsi_deploy.calibrate.onnx_readings import (
     inputs_of,
     own_biases,
     response_of,
-    samples_of,
     taps_of,
     weight_of,
 )
@@ -78,7 +77,7 @@ class TwoStreams:
         for batch in batches:
             self._dense.put(self._batches, batch)
             self._alone |= self._readings.alone(batch)
-            self._begins.append(self._begins[-1] + samples_of(batch))
+            self._begins.append(self._begins[-1] + self._readings.axes.samples(batch))
 
     @property
     def _batches(self) -> int:

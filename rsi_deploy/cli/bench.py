@@ -60,13 +60,12 @@ def bench(
         show_comparison(models, as_json=as_json)
         return
     from rsi_deploy.measure.accuracy import check_data
-    from rsi_deploy.measure.data import open_data
     from rsi_deploy.measure.matrix import run_bench
 
     gates = wanted_gates(baseline, max_slowdown, max_drop, models=models, data=data)
     page = check_page(html)
     paths = [onnx_path(model) for model in models]
-    dataset = None if data is None else open_data(data)
+    dataset = None if data is None else _dataset(data, paths[0])
     if dataset is None and asked["preprocessing"] is not None:
         raise UsageError("--mean, --std, --resize, --crop and --layout are for the pictures of --data; add --data DATA")
     if dataset is not None and (dataset.labels is not None or len(paths) > 1):
@@ -88,6 +87,14 @@ def bench(
         gates.enforce(document, as_json=as_json)
     if any("interrupted" in note for note in (*document.notes, *(n for c in document.cells for n in c.notes))):
         context.exit(INTERRUPTED)
+
+
+def _dataset(data: str, model: Path) -> "Dataset":
+    """The data for the first model's inputs."""
+    from rsi_deploy.measure.data import open_data
+    from rsi_deploy.measure.inputs import model_inputs
+
+    return open_data(data, specs=() if model.suffix == ".ort" else model_inputs(model))
 
 
 def _request(

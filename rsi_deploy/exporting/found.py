@@ -10,6 +10,7 @@ from pathlib import Path
 from rsi_deploy.bound import SoftmaxBound
 from rsi_deploy.gates import Comparison
 from rsi_deploy.measure.accuracy import AccuracyResult
+from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.result import BenchResult
 from rsi_deploy.probe import Feeds
@@ -29,7 +30,8 @@ class Start:
         steps: from pictures to inputs.
         exporter: the dense model against its source, where it was made anew.
         facts: its size, probe inputs, outputs and MACs.
-        accuracy: on the evaluation data, where there are some.
+        dataset: the evaluation data for this model's inputs, where there are some.
+        accuracy: on them.
         fed: what it is timed with; None where it could not be run.
     """
 
@@ -38,6 +40,7 @@ class Start:
     steps: Preprocessing | None
     exporter: Comparison | None
     facts: DenseFacts
+    dataset: Dataset | None
     accuracy: AccuracyResult | None
     fed: Feeds | None
 

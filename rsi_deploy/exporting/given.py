@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.data import Dataset, open_data
+from rsi_deploy.measure.data import Dataset, open_undecided
+from rsi_deploy.measure.dataset import UndecidedData
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.onnx_file import read_onnx
 from rsi_deploy.plan.planner import MaxError, RankSpec, rank_spec
@@ -94,9 +95,9 @@ def evaluation_data(data: str | Path | Dataset | None, preprocessing: Preprocess
     Raises:
         UsageError: no labels, or ready inputs where a preprocessing was given.
     """
-    dataset = open_data(data) if isinstance(data, str | Path) else data
-    if dataset is None:
-        return None
+    dataset = open_undecided(data) if isinstance(data, str | Path) else data
+    if dataset is None or isinstance(dataset, UndecidedData):
+        return dataset  # the model's inputs decide
     if dataset.labels is None:
         raise UsageError("--data has no labels; evaluation data need them (`labels` or `y`, or class folders)")
     if dataset.kind != "images" and preprocessing is not None:

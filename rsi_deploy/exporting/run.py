@@ -17,6 +17,9 @@ from rsi_deploy.exporting.room import check_room, told_room
 from rsi_deploy.exporting.written import Exported, write_files
 from rsi_deploy.manifest import file_hash, fingerprint
 from rsi_deploy.measure.data import Dataset
+from rsi_deploy.measure.dataset import for_inputs
+from rsi_deploy.measure.feeding import named_option
+from rsi_deploy.measure.inputs import model_inputs
 from rsi_deploy.measure.model_pictures import preset_note
 from rsi_deploy.measure.result import BenchResult
 from rsi_deploy.onnx_file import file_bytes, refuse_growth
@@ -44,7 +47,7 @@ class ExportRun:
         timed: the part that time has, with what decides the ranks.
         costing: how tables are made; the models are timed with its threads.
         filters: which sites are let through.
-        dataset: labelled evaluation data; None without.
+        dataset: labelled evaluation data, as they are before the model's inputs are known; None without.
         bench_batch: samples a run while measuring.
         bench_seconds: for the measurement.
         max_output_error: gate on the approximation error; None only reports it.
@@ -104,12 +107,21 @@ class ExportRun:
         dense.parent.mkdir()
         exporter = job.export_dense(source, dense, steps, self.origin.opset)
         known, size = (kept.accuracy(), kept.size()) if kept else (None, None)
-        facts, accuracy = job.dense_facts(source, dense, self.dataset, steps, known, size)
+        with named_option("--data"):
+            dataset = None if self.dataset is None else for_inputs(self.dataset, model_inputs(dense))
+        facts, accuracy = job.dense_facts(source, dense, dataset, steps, known, size)
         if kept is not None:
             kept.keep_accuracy(accuracy)
         fed = job.timing_feeds(dense, facts, self.bench_batch) if facts.outputs is not None else None
         return Start(
-            source=source, folder=folder, steps=steps, exporter=exporter, facts=facts, accuracy=accuracy, fed=fed
+            source=source,
+            folder=folder,
+            steps=steps,
+            exporter=exporter,
+            facts=facts,
+            dataset=dataset,
+            accuracy=accuracy,
+            fed=fed,
         )
 
     def _of_pictures(self, start: Start, are_pictures: bool) -> list[str]:
@@ -161,7 +173,7 @@ class ExportRun:
             filters=self.filters,
             solver=job.solver,
             steps=start.steps,
-            evaluation=self.dataset,
+            evaluation=start.dataset,
             write=lambda made, candidate: job.write(start.dense, candidate, made),
             provider=job.provider,
             seed=job.solver.seed,
@@ -176,7 +188,7 @@ class ExportRun:
         job, timing = self.job, calibrator.timing
         with job.stage("calibrate and plan"):
             made = calibrator.planned()
-        compress = partial(job.compress, start.dense, start.path, with_head=self.dataset is not None)
+        compress = partial(job.compress, start.dense, start.path, with_head=start.dataset is not None)
         result = compress(made, may_be_dense=timing is not None and timing.delivers_dense)
         self._refuse_growth(start, result)
         if self._must_be_faster and start.fed is not None and not self._stays_joint(start, made, result):
@@ -238,8 +250,8 @@ class ExportRun:
         """The delivered model held against the dense one: outputs, accuracy, calibration data, MACs."""
         job, dense, path, result = self.job, start.dense, start.path, delivered.result
         verification, probe = job.verify(dense, path, result, start.facts, start.exporter, self.max_output_error)
-        job.notes += self._of_pictures(start, self.dataset is not None and self.dataset.kind == "images")
-        accuracy, bound = job.accuracy(dense, path, result, self.dataset, start.steps, start.accuracy)
+        job.notes += self._of_pictures(start, start.dataset is not None and start.dataset.kind == "images")
+        accuracy, bound = job.accuracy(dense, path, result, start.dataset, start.steps, start.accuracy)
         record, kept = None, self.kept
         if self.timed.request.calib is not None and start.facts.outputs is not None:
             with job.stage("certificate"):

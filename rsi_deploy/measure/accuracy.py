@@ -1,8 +1,10 @@
 """How often ONNX models are right on labelled data, and how far they are from a reference, on the same samples.
 
     class scores
-    top-1        share of samples whose label has the highest score            (percent, Wilson's 95 % interval)
-    top-5        share of samples whose label is among the five highest        (percent; None below six classes)
+    top-1        share of samples whose label has the highest score, or is the first class id that a model gives
+                                                                               (percent, Wilson's 95 % interval)
+    top-5        share of samples whose label is among the five highest        (percent; None below six classes
+                                                                               or five ids)
     agreement    share of samples where model and reference give the same top-1 answer                 (percent)
     divergence   mean over samples of KL(p_reference || p_model), p = softmax(scores)       (nats, bootstrapped)
     paired       McNemar's exact test: is the model right less often than the reference?  (`rsi_deploy.measure.paired`)
@@ -29,7 +31,8 @@ from pydantic import BaseModel
 from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.answers import Answers
 from rsi_deploy.measure.data import Dataset, open_data
-from rsi_deploy.measure.feeding import Feeding, Feeds
+from rsi_deploy.measure.dataset import LABEL_NAMES, for_inputs
+from rsi_deploy.measure.feeding import Feeding, Feeds, named_option
 from rsi_deploy.measure.inputs import InputSpec
 from rsi_deploy.measure.intervals import Interval
 from rsi_deploy.measure.model_pictures import preset_note
@@ -220,22 +223,37 @@ class _Run:
         provider: str,
         outputs: OutputKind,
     ):
-        self.dataset = open_data(data) if isinstance(data, str | Path) else data
+        self.arms = [Answers(model, provider) for model in models]
+        self.dataset = _opened(data, self.arms[-1])
         if self.dataset.labels is None and len(models) == 1:
             raise UsageError(
-                "the data have no labels and there is no reference: nothing to compare the answers with; give labels, "
-                "or a second model (eval: --reference DENSE.onnx)"
+                "the data have no labels and there is no reference: nothing to compare the answers with; give labels"
+                f"{_taken_labels(self.arms[-1])}, or a second model (eval: --reference DENSE.onnx)"
             )
-        self.arms = [Answers(model, provider) for model in models]
         self.steps, self.notes = picture_steps(self.dataset, self.arms, preprocessing)
         self.feeding = Feeding(self.dataset, self.arms[-1].specs, self.steps, model=self.arms[-1].name)
         self.feedings = [Feeding(self.feeding.dataset, arm.specs, self.steps, model=arm.name) for arm in self.arms]
         names, classes = [arm.name for arm in self.arms], getattr(self.dataset, "classes", ())
-        self.scorer = Scorer(names, self.dataset.labels, classes, outputs)
+        self.scorer = Scorer(names, self.dataset.labels, classes, outputs, self.arms[-1].ids)
 
     def prove_providers(self, fed: Sequence[Feeds]) -> None:
         for arm, feeds in zip(self.arms, fed, strict=True):
             arm.prove_provider(feeds)
+
+
+def _opened(data: Dataset | str | Path, arm: Answers) -> Dataset:
+    """The data for a model: what has the name of one of its inputs is no label."""
+    if isinstance(data, str | Path):
+        return open_data(data, specs=arm.specs)
+    with named_option("--data"):
+        return for_inputs(data, arm.specs)
+
+
+def _taken_labels(arm: Answers) -> str:
+    """What must be said where a usual name of labels is that of an input."""
+    taken = [spec.name for spec in arm.specs if spec.name in LABEL_NAMES]
+    free = next((name for name in LABEL_NAMES if name not in taken), "")
+    return f" under the name {free} ({', '.join(taken)} is an input of the model)" if taken and free else ""
 
 
 def picture_steps(

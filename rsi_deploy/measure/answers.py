@@ -1,22 +1,30 @@
 """A model's outputs for any number of samples, whatever batch it takes.
 
 A model whose batch is fixed gets that one, the last filled up with copies of its last sample, whose answers are
-dropped. Outputs that are no floating numbers, or that have no row for each sample, are left out.
+dropped. Outputs that have no row for each sample are left out, and so are those of whole numbers, but for class ids:
+those that an ArgMax or a TopK makes come first, unless the scores are an output too.
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rsi_deploy.errors import ModelError
+from rsi_deploy.gateway.onnx_reader import read_proto
 from rsi_deploy.measure import providers
+from rsi_deploy.measure.answer_outputs import ClassIds, class_ids
+from rsi_deploy.measure.batch_axes import BatchAxes
 from rsi_deploy.measure.dataset import Array
 from rsi_deploy.measure.feeding import Feeds
 from rsi_deploy.measure.inputs import InputSpec, model_inputs
 from rsi_deploy.measure.placement import proven_placement
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.sessions import make_session, run_session
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 
 class Answers:
@@ -27,6 +35,7 @@ class Answers:
         provider: full name of the one that runs it.
         specs: its inputs.
         batch: the batch it fixes, or None.
+        ids: the output that comes from an ArgMax or a TopK; None without one.
     """
 
     def __init__(self, model: str | Path, provider: str):
@@ -35,25 +44,29 @@ class Answers:
         self.provider: str = self._session.get_providers()[0]
         self.specs: list[InputSpec] = model_inputs(self._session)
         self._names = [output.name for output in self._session.get_outputs()]
-        fixed = [spec.shape[0] for spec in self.specs if spec.shape and isinstance(spec.shape[0], int)]
-        self.batch: int | None = fixed[0] if fixed else None
+        self.axes = BatchAxes.of({spec.name: spec.shape for spec in self.specs})
+        self.batch: int | None = self.axes.fixed
+        self._output_axes = self._batch_axes_of_outputs()
+        self.ids = _class_ids(self._session, Path(model))
 
     def stored_preprocessing(self) -> Preprocessing | None:
         """What the model's metadata carry."""
         return Preprocessing.stored(self._session.get_modelmeta().custom_metadata_map)
 
     def outputs(self, feeds: Feeds) -> dict[str, Array]:
-        """Floating outputs `(n, ...)` of feeds of `n` samples, by name.
+        """Class ids, where there are some, and floating outputs `(n, ...)` of feeds of `n` samples, by name.
 
         Raises:
             ModelError: the run fails, or there is no such output.
         """
-        count = len(next(iter(feeds.values())))
+        count = self.axes.samples(feeds)
         runs = [self._run(chunk) for chunk in self._chunks(feeds)]
         found = {name: np.concatenate([run[name] for run in runs])[:count] for name in runs[0]}
         if not found:
+            gives = ", ".join(f"{output.name}: {output.type}" for output in self._session.get_outputs())
             raise ModelError(
-                f"{self.name}: no output holds floating numbers with one row for each sample; give a model that has one"
+                f"{self.name}: no output holds floating numbers with one row for each sample, or class ids; it gives "
+                f"{gives}; give a model that has one"
             )
         return found
 
@@ -64,20 +77,60 @@ class Answers:
 
     def _chunks(self, feeds: Feeds) -> Iterator[Feeds]:
         """Runs of the model's fixed batch, the last filled up with copies of its last sample."""
-        count = len(next(iter(feeds.values())))
+        count = self.axes.samples(feeds)
         size = self.batch or count
         for start in range(0, count, size):
-            rows = np.minimum(np.arange(start, start + size), count - 1)
-            yield {name: array[rows] for name, array in feeds.items()}
+            yield self.axes.cut(feeds, np.minimum(np.arange(start, start + size), count - 1))
 
     def _run(self, feeds: Feeds) -> dict[str, Array]:
-        count = len(next(iter(feeds.values())))
+        count = self.axes.samples(feeds)
         outputs = run_session(self._session, feeds, self.name)
-        return floating_rows(dict(zip(self._names, outputs, strict=True)), count)
+        named = dict(zip(self._names, outputs, strict=True))
+        for name, axis in self._output_axes.items():
+            if axis < named[name].ndim:
+                named[name] = np.moveaxis(named[name], axis, 0)
+        return answer_rows(named, count, self.ids)
+
+    def _batch_axes_of_outputs(self) -> dict[str, int]:
+        """Output name -> its batch axis, where that is not the first: where the name of the inputs' batch stands."""
+        specs = {spec.name: spec for spec in self.specs}
+        symbols = {specs[name].shape[axis] for name, axis in self.axes.axes.items() if axis is not None}
+        names = [symbol for symbol in symbols if isinstance(symbol, str)]
+        found: dict[str, int] = {}
+        for output in self._session.get_outputs():
+            axis = next((at for at, dim in enumerate(output.shape or ()) if dim in names), 0)
+            found |= {output.name: axis} if axis else {}
+        return found
 
 
 def floating_rows(outputs: Mapping[str, Array], count: int) -> dict[str, Array]:
-    """The outputs that are compared: floating, with one row for each of `count` samples."""
+    """The outputs that are compared: floating, with one row of numbers for each of `count` samples."""
     return {
-        name: array for name, array in outputs.items() if array.dtype.kind == "f" and array.ndim and len(array) == count
+        name: array
+        for name, array in outputs.items()
+        if array.dtype.kind == "f" and array.ndim and len(array) == count and array.size
     }
+
+
+def answer_rows(outputs: Mapping[str, Array], count: int, ids: ClassIds | None) -> dict[str, Array]:
+    """The outputs that are compared, the answers first: scores, or class ids where there are none; then other floats.
+
+    Args:
+        outputs: of `count` samples.
+        count: of samples.
+        ids: the output of an ArgMax or a TopK; without one a whole number a sample comes last, if there is one.
+    """
+    found = floating_rows(outputs, count)
+    if ids is not None and ids.scores in found:
+        return {ids.scores: found[ids.scores], **found}
+    whole = {n: a for n, a in outputs.items() if a.dtype.kind in "iub" and a.ndim and len(a) == count and a.size}
+    if ids is not None and ids.output in whole:
+        return {ids.output: whole[ids.output], **found}
+    single = {name: array for name, array in whole.items() if not found or array.size == count}
+    return {**found, **dict(list(single.items())[:1])}
+
+
+def _class_ids(session: "InferenceSession", model: Path) -> ClassIds | None:
+    """What is known of the class ids that a model gives; nothing of a file in onnxruntime's own format."""
+    whole = any("int" in output.type for output in session.get_outputs())
+    return class_ids(read_proto(model)) if whole and model.suffix != ".ort" else None

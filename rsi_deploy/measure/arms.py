@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.errors import UsageError
+from rsi_deploy.measure.batch_axes import BatchAxes
 from rsi_deploy.measure.binding import Bound, bind
+from rsi_deploy.measure.given_feeds import given_feeds
 from rsi_deploy.measure.inputs import InputSpec, check_feeds, model_inputs, random_feeds
 from rsi_deploy.measure.placement import Placement, proven_placement
 from rsi_deploy.measure.sessions import make_session, named, run_session, settings_in_force
@@ -164,13 +166,13 @@ def make_feeds(
     """
     if given is None:
         return random_feeds(specs, batch, seed, shapes), batch
-    rows = next((len(array) for array in given.values() if array.ndim), 1)
+    feeds, axes = given_feeds(specs, given, "the model"), BatchAxes.of({spec.name: spec.shape for spec in specs})
+    rows = axes.samples(feeds)
     if not batch or batch == rows:
-        return dict(given), rows
+        return feeds, rows
     if batch > rows:
         raise UsageError(f"batch {batch} needs as many samples of data, but got {rows}")
-    cut = {name: array[:batch] if array.ndim and len(array) == rows else array for name, array in given.items()}
-    return {name: np.ascontiguousarray(array) for name, array in cut.items()}, batch
+    return axes.cut(feeds, slice(0, batch)), batch
 
 
 def arm_labels(models: Sequence[str | Path], labels: Sequence[str] | None) -> list[str]:

@@ -24,6 +24,7 @@ from rsi_deploy.measure.dataset import (
     LABEL_NAMES,
     Array,
     Batch,
+    ColumnError,
     Inputs,
     Kind,
     Labels,
@@ -37,6 +38,7 @@ from rsi_deploy.measure.dataset import (
     spaced_rows,
     stacked_pictures,
 )
+from rsi_deploy.measure.inputs import InputSpec
 
 PICTURE_NAMES = ("image", "images", "img", "picture", "pixel_values", "x")
 DECODED = 64  # rows at a time
@@ -50,13 +52,26 @@ class ArrowData:
         name: of the data, for messages.
         image: column of the pictures (or of the one ready input); "" finds it.
         label: column of the class numbers; "" finds it.
+        inputs: names of the model's inputs, as far as they are known: columns of these names are no labels.
+        labelled: whether labels are of interest.
 
     Raises:
         UsageError: a column that is not there or leaves a choice, labels that are none, no samples.
     """
 
-    def __init__(self, files: Sequence[Path], name: str, *, image: str = "", label: str = ""):
+    def __init__(
+        self,
+        files: Sequence[Path],
+        name: str,
+        *,
+        image: str = "",
+        label: str = "",
+        inputs: Sequence[str] = (),
+        labelled: bool = True,
+    ):
         self._table, self._name = Table(files, name), name
+        self._model_inputs, self._labelled = tuple(inputs), labelled
+        self._asked = {"image": image, "label": label}
         if not len(self._table):
             raise UsageError(f"data: {name} holds no samples; give another file or split")
         names = self._table.columns
@@ -64,7 +79,7 @@ class ArrowData:
         self._image = checked_columns([image], names, name)[0] if image else self._found_picture()
         self.classes = self._table.classes.get(self._label, ())
         self.labels: Labels | None = None
-        if self._label:
+        if self._label and labelled:
             values = [self._array(batch, self._label) for batch in self._table.pieces([self._label])]
             self.labels = checked_labels(np.concatenate(values), len(self._table), f"{name}, column {self._label}")
         self._selected: tuple[str, ...] = ()
@@ -75,6 +90,13 @@ class ArrowData:
             self.kind = "images" if is_file else as_samples(self._array(batch, self._image), name)[0]
         elif not self.columns:
             raise UsageError(f"data: {name} has no column of pictures or numbers; there are {', '.join(names)}")
+
+    def for_inputs(self, specs: Sequence[InputSpec]) -> "ArrowData":
+        """See `dataset.for_inputs`."""
+        names = tuple(spec.name for spec in specs)
+        if self._selected or names == self._model_inputs:
+            return self
+        return ArrowData(self._table.files, self._name, **self._asked, inputs=names, labelled=self._labelled)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -152,12 +174,19 @@ class ArrowData:
             raise UsageError(f"data: {self._name}, column {column}: {error}") from error
 
     def _found_label(self) -> str:
-        named = [column for column in self._table.columns if column in LABEL_NAMES]
-        found = named or [column for column in self._table.columns if column in self._table.classes]
-        return self._only(found, "label")
+        columns = [column for column in self._table.columns if column not in self._model_inputs]
+        named = [column for column in columns if column in LABEL_NAMES]
+        found = named or [column for column in columns if column in self._table.classes]
+        return self._only(found if self._labelled else found[:1], "label")
 
     def _found_picture(self) -> str:
         columns = [column for column in self._table.columns if column != self._label]
+        if self._model_inputs and set(self._model_inputs) <= set(
+            columns
+        ):  # what has the name of an input is that input
+            columns = [column for column in columns if column in self._model_inputs]
+            if len(columns) > 1:
+                return ""
         pictures = [column for column in columns if column in self._table.pictures]
         named = [column for column in columns if column in PICTURE_NAMES and column in self._table.numeric]
         binaries = [column for column in columns if column in PICTURE_NAMES and column in self._table.binary]
@@ -165,7 +194,7 @@ class ArrowData:
 
     def _only(self, found: Sequence[str], role: str) -> str:
         if len(found) > 1:
-            raise UsageError(
+            raise ColumnError(
                 f"data: {self._name} has {len(found)} columns that may be the {role}: {', '.join(found)}; say which: "
                 f"{self._name}#{role}={found[0]}"
             )

@@ -33,18 +33,19 @@ class Table:
         pictures: columns of `{bytes, path}` structs.
         binary: columns of bare bytes.
         numeric: columns of numbers, or lists of them.
+        files: of the table.
         folder: the first file's.
     """
 
     def __init__(self, files: Sequence[Path], name: str):
-        self._files, self._name = list(files), name
-        self.folder = self._files[0].parent
-        schemas = [self._schema(file) for file in self._files]
+        self.files, self._name = list(files), name
+        self.folder = self.files[0].parent
+        schemas = [self._schema(file) for file in self.files]
         self.columns: tuple[str, ...] = tuple(schemas[0].names)
-        for file, schema in zip(self._files, schemas, strict=True):
+        for file, schema in zip(self.files, schemas, strict=True):
             if tuple(schema.names) != self.columns:
                 raise UsageError(
-                    f"data: {file} has the columns {', '.join(schema.names)}, but {self._files[0]} "
+                    f"data: {file} has the columns {', '.join(schema.names)}, but {self.files[0]} "
                     f"{', '.join(self.columns)}; store the same columns in every file"
                 )
         types = {field.name: field.type for field in schemas[0]}
@@ -52,7 +53,7 @@ class Table:
         self.binary = tuple(name for name, kind in types.items() if _is_binary(kind))
         self.numeric = tuple(name for name, kind in types.items() if _is_numeric(kind))
         self.classes = _class_names(schemas[0].metadata)
-        self._rows = [self._row_count(file) for file in self._files]
+        self._rows = [self._row_count(file) for file in self.files]
         if sum(self._rows) > MOST_ROWS:
             raise UsageError(f"data: {name} claims {sum(self._rows)} rows; up to {MOST_ROWS} are read")
 
@@ -68,7 +69,7 @@ class Table:
         import pyarrow as pa
 
         start = 0
-        for file, count in zip(self._files, self._rows, strict=True):
+        for file, count in zip(self.files, self._rows, strict=True):
             here = None if rows is None else rows[(rows >= start) & (rows < start + count)] - start
             start += count
             if here is not None and not len(here):

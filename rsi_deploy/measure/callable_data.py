@@ -3,7 +3,8 @@
 The function is called without arguments and returns
 
     an iterable of batches     `(inputs, labels)`, `(inputs, None)` or `inputs`; inputs are an array `(n, ...)` or a
-                               mapping of model input to array, labels class numbers `(n,)`; tensors are taken too
+                               mapping of model input to array, labels class numbers `(n,)`; tensors are taken too,
+                               and a number for an input that has no batch axis
     a `Dataset`                anything with `batches`, `labels` and `fingerprint` (see `rsi_deploy.measure.dataset`)
 
 It is called once to count, check and hash the samples, and again for every pass: data need not fit into memory, and
@@ -184,11 +185,14 @@ class CallableData:
         inputs: Inputs
         if isinstance(given, Mapping):
             inputs = {str(key): _array(value) for key, value in given.items()}
-            counts = {key: len(array) if array.ndim else 0 for key, array in inputs.items()}
+            counts = {key: len(array) for key, array in inputs.items() if array.ndim}
             if len(set(counts.values())) != 1 or not min(counts.values()):
                 raise UsageError(
                     f"data: {self._name}: every input of a batch needs as many samples as the others, but got {counts}"
+                    f"; an input without a batch axis is given as one number, or once for each sample"
                 )
+            samples = next(iter(counts.values()))
+            inputs = {key: array if array.ndim else np.full(samples, array) for key, array in inputs.items()}
         else:
             inputs = as_samples(_array(given), self._name)[1]
         own = None if labels is None else checked_labels(_array(labels), row_count(inputs), f"{self._name}, a batch")

@@ -9,26 +9,37 @@ package.module:function        Python code that gives batches; it runs, so only 
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rsi_deploy.errors import UsageError
 from rsi_deploy.gateway.documents import read_document
 from rsi_deploy.measure.array_data import ArrayData as ArrayData
 from rsi_deploy.measure.array_data import NamedData as NamedData
+from rsi_deploy.measure.array_data import read_arrays, told_apart
 from rsi_deploy.measure.arrow_data import ArrowData as ArrowData
 from rsi_deploy.measure.arrow_files import SUFFIXES, table_files
 from rsi_deploy.measure.callable_data import CallableData as CallableData
 from rsi_deploy.measure.callable_data import callable_data, is_callable_spec
+from rsi_deploy.measure.dataset import ColumnError, UndecidedData, existing
 from rsi_deploy.measure.dataset import Dataset as Dataset
-from rsi_deploy.measure.dataset import existing
 from rsi_deploy.measure.folder_data import ImageFolderData as ImageFolderData
+from rsi_deploy.measure.inputs import InputSpec
 
 
-def open_data(path: str | Path, classes: Sequence[str] | None = None) -> Dataset:
+def open_data(
+    path: str | Path,
+    classes: Sequence[str] | None = None,
+    *,
+    specs: Sequence[InputSpec] = (),
+    labelled: bool = True,
+) -> Dataset:
     """Open data by the name that was typed; see the module's docstring for the forms.
 
     Args:
         path: file, folder or `package.module:function`, with choices behind a `#`.
         classes: for a folder tree, the class folders in label order; without it they are sorted by name.
+        specs: the model's inputs, as far as they are known: what has the name of one is no label.
+        labelled: whether labels are of interest; else columns that may be labels are not looked at.
 
     Raises:
         UsageError: nothing there, an unknown format, unknown keys or columns, labels that do not fit, no samples,
@@ -45,7 +56,8 @@ def open_data(path: str | Path, classes: Sequence[str] | None = None) -> Dataset
             _refuse_unknown(path, choices, ("split", "image", "label"))
             _refuse_classes(location, classes)
             _need_pyarrow(location)
-            return ArrowData(files, path, image=choices.get("image", ""), label=choices.get("label", ""))
+            image, label = (choices.get(key, "") for key in ("image", "label"))
+            return ArrowData(files, path, image=image, label=label, inputs=[s.name for s in specs], labelled=labelled)
     if location.is_dir():
         _refuse_unknown(path, choices, ("classes",))
         return ImageFolderData(location, _class_list(choices["classes"]) if "classes" in choices else classes)
@@ -56,7 +68,21 @@ def open_data(path: str | Path, classes: Sequence[str] | None = None) -> Dataset
         )
     _refuse_unknown(path, choices, ())
     _refuse_classes(location, classes)
-    return ArrayData.from_npz(location)
+    return told_apart(read_arrays(location), str(location), specs, labelled=labelled)
+
+
+def open_undecided(path: str | Path) -> Dataset:
+    """As `open_data`, for a model whose inputs are not known yet: what they may decide is refused later.
+
+    Raises:
+        UsageError: as `open_data`, but for names that leave a choice and labels that are none.
+    """
+    try:
+        return open_data(path)
+    except ColumnError as problem:
+        undecided: Any = UndecidedData(problem, lambda specs: open_data(path, specs=specs))
+        found: Dataset = undecided
+        return found
 
 
 def check_exists(path: str | Path) -> None:

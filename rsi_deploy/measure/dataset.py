@@ -9,7 +9,7 @@ One rule decides which arrays are pictures: **uint8 or uint16 with the shape `(N
 3, 4, is pictures**; every other numeric array is ready model input.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from rsi_deploy.errors import UsageError
 from rsi_deploy.gateway.pictures import UnknownRangeError, read_picture
+from rsi_deploy.measure.inputs import InputSpec
 from rsi_deploy.measure.model_pictures import CHANNELS, ModelPictures
 from rsi_deploy.measure.preprocess import Preprocessing
 
@@ -29,6 +30,10 @@ Steps = Preprocessing | ModelPictures
 Kind = Literal["images", "inputs", "named"]
 
 LABEL_NAMES = ("labels", "label", "y")
+
+
+class ColumnError(UsageError):
+    """Arrays or columns that are no samples or labels, or may be several things: a model's inputs may decide."""
 
 
 class Dataset(Protocol):
@@ -85,6 +90,44 @@ class Dataset(Protocol):
         """
 
 
+def for_inputs(dataset: Dataset, specs: Sequence[InputSpec]) -> Dataset:
+    """The data set once the model's inputs are known: what has the name of an input is that input, not the labels.
+
+    Data sets that can tell their arrays apart in more than one way have a method `for_inputs`; others stay as they are.
+
+    Raises:
+        UsageError: the arrays do not fit the inputs, or leave a choice.
+    """
+    decide = getattr(dataset, "for_inputs", None)
+    found: Dataset = dataset if decide is None else decide(specs)
+    return found
+
+
+class UndecidedData:
+    """Data that only a model's inputs can tell apart: whether `y` is an input or the labels. Until then it is refused.
+
+    Args:
+        problem: why they cannot be read by the usual names alone.
+        decide: opens them for a model's inputs.
+    """
+
+    def __init__(self, problem: UsageError, decide: Callable[[Sequence[InputSpec]], Dataset]):
+        self._problem, self._decide = problem, decide
+
+    def for_inputs(self, specs: Sequence[InputSpec]) -> Dataset:
+        """See `for_inputs`."""
+        return self._decide(specs)
+
+    def __len__(self) -> int:
+        return len(self.columns)  # refused
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            return object.__getattribute__(self, name)
+        error = self._problem
+        raise type(error)(str(error))
+
+
 def as_samples(values: Array, name: str) -> tuple[Kind, Array]:
     """Whether an array is pictures or ready inputs, and pictures with their channel axis.
 
@@ -93,21 +136,21 @@ def as_samples(values: Array, name: str) -> tuple[Kind, Array]:
         name: of the data, for messages.
 
     Raises:
-        UsageError: no samples, no numbers, or 8-bit pictures with another number of channels.
+        ColumnError: no samples, no numbers, or 8-bit pictures with another number of channels.
     """
     if values.ndim < 1 or len(values) == 0:
-        raise UsageError(
+        raise ColumnError(
             f"data: {name} holds no samples (its inputs have the shape {values.shape}); give data with one row a sample"
         )
     if values.dtype.kind not in "fiub":
-        raise UsageError(f"data: {name}: inputs must be numbers, but got {values.dtype}")
+        raise ColumnError(f"data: {name}: inputs must be numbers, but got {values.dtype}")
     if values.dtype not in (np.uint8, np.uint16) or values.ndim not in (3, 4):
         return "inputs", values
     pictures = values[..., None] if values.ndim == 3 else values
     if pictures.shape[3] not in CHANNELS and values.dtype == np.uint16:
         return "inputs", values
     if pictures.shape[3] not in CHANNELS:
-        raise UsageError(
+        raise ColumnError(
             f"data: {name}: 8-bit images must be (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels, "
             f"but got {pictures.shape}; transpose them, or store ready inputs as float32"
         )
@@ -117,11 +160,11 @@ def as_samples(values: Array, name: str) -> tuple[Kind, Array]:
 def checked_labels(labels: Array, samples: int, name: str) -> Labels:
     """Labels as int64 `(N,)`, or the reason why they are none."""
     if labels.dtype.kind not in "iu":
-        raise UsageError(f"data: {name}: labels must be integers (class numbers), but got {labels.dtype}")
+        raise ColumnError(f"data: {name}: labels must be integers (class numbers), but got {labels.dtype}")
     if labels.ndim != 1:
-        raise UsageError(f"data: {name}: labels must be class numbers (N,), but got the shape {labels.shape}")
+        raise ColumnError(f"data: {name}: labels must be class numbers (N,), but got the shape {labels.shape}")
     if len(labels) != samples:
-        raise UsageError(
+        raise ColumnError(
             f"data: {name} holds {samples} inputs but {len(labels)} labels; store one label for each input"
         )
     return labels.astype(np.int64)

@@ -4,17 +4,23 @@ the data hold                                        a model with one input gets
 pictures or one array                                that one                         refused
 arrays that have the names of the model's inputs     the one of its name              one each
 a single named array                                 that one, whatever its name      refused
+
+An input without a batch axis gets one value a run: the rows of the data must be equal there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
 from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.dataset import Array, Batch, Dataset, Inputs, Labels
+from rsi_deploy.measure.batch_axes import BatchAxes
+from rsi_deploy.measure.dataset import Array, Batch, Dataset, Inputs, Labels, for_inputs
 from rsi_deploy.measure.inputs import InputSpec
 from rsi_deploy.measure.model_pictures import ModelPictures
 from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.measure.sample_rows import near_names
 
 Feeds = dict[str, Array]
 
@@ -31,6 +37,7 @@ class Feeding:
 
     Attributes:
         dataset: the samples, with one array for each input where there are several.
+        axes: the batch axes of the inputs.
 
     Raises:
         UsageError: the data do not hold what the model takes.
@@ -46,6 +53,8 @@ class Feeding:
         model: str = "the model",
     ):
         self._specs, self._option, self._model = list(specs), option, model
+        self.axes = BatchAxes.of({spec.name: spec.shape for spec in self._specs})
+        self._once: dict[str, Array] = {}
         self.dataset = self._view(dataset)
         self._pictures = (
             ModelPictures.of_input(steps, specs[0], f"{option}: {model}") if self.dataset.kind == "images" else None
@@ -84,12 +93,40 @@ class Feeding:
                 f"{self._option}: {self._model} takes {', '.join(absent)}, but a batch holds {', '.join(inputs)}"
                 f"; give an array for each input in every batch"
             )
-        return {
-            spec.name: as_input(inputs[spec.name], spec, option=self._option, model=self._model) for spec in self._specs
-        }
+        return {spec.name: self._input(inputs[spec.name], spec) for spec in self._specs}
+
+    def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the inputs as the first sample has them, with a batch of this size.
+
+        Raises:
+            UsageError: arrays that do not fit the model's inputs.
+        """
+        feeds, _ = next(self.batches(1, 1))
+        return self.axes.with_batch({name: array.shape for name, array in feeds.items()}, self.axes.fixed or batch)
+
+    def _input(self, rows: Array, spec: InputSpec) -> Array:
+        """The rows of one input `(n, ...)` as the model takes it."""
+        axis, options = self.axes.axes[spec.name], {"option": self._option, "model": self._model}
+        is_once = axis is None or (rows.ndim == len(spec.shape) + 1 and isinstance(spec.shape[axis], int))
+        if not is_once:
+            moved = np.moveaxis(rows, 0, axis) if axis is not None and axis < rows.ndim else rows
+            return as_input(moved, spec, axis, **options)
+        value = as_input(np.asarray(rows[0]), spec, None, **options)
+        known = self._once.setdefault(spec.name, np.asarray(rows[0]))
+        differ = (rows != known).reshape(len(rows), -1).any(axis=1)
+        if differ.any():
+            another = _shown(np.asarray(rows[differ][0]))
+            raise UsageError(
+                f"{self._option}: {self._model} takes {spec} once for a whole run, for it has no batch axis, but the "
+                f"data hold several values: {_shown(known)} and {another}; store one for all samples, "
+                f"numpy.savez(..., {spec.name}={_shown(known)}), or split the data by it"
+            )
+        return value
 
     def _view(self, dataset: Dataset) -> Dataset:
         names = [spec.name for spec in self._specs]
+        with named_option(self._option):
+            dataset = for_inputs(dataset, self._specs)
         columns = getattr(dataset, "columns", ())
         # The default is given as it is: pictures go through the preprocessing, whatever the model calls its input.
         by_name = set(names) <= set(columns) and names != [getattr(dataset, "default", "")]
@@ -104,28 +141,45 @@ class Feeding:
             else "give data with an array or column of that name, or an .npz with images (or x)"
         )
         raise UsageError(
-            f"{self._option}: {self._model} has the input{'s' * (len(names) > 1)} {', '.join(names)}, but {there}; "
-            f"{one_for_each}"
+            f"{self._option}: {self._model} has the input{'s' * (len(names) > 1)} {', '.join(names)}, but {there}"
+            f"{near_names(names, columns)}; {one_for_each}"
         )
 
 
-def as_input(values: Array, spec: InputSpec, *, option: str, model: str = "the model") -> Array:
+@contextmanager
+def named_option(option: str) -> Iterator[None]:
+    """What is wrong with the data names the option."""
+    try:
+        yield
+    except UsageError as error:
+        raise type(error)(f"{option}: {str(error).removeprefix('data: ').removeprefix(f'{option}: ')}") from error
+
+
+def as_input(values: Array, spec: InputSpec, axis: int | None = 0, *, option: str, model: str = "the model") -> Array:
     """The values in the input's dtype and checked against its shape.
 
     One floating type may become another, and integers and booleans each other where no value changes.
 
+    Args:
+        values: for the input.
+        spec: of the input.
+        axis: its batch axis, whose size is free; None where it has none.
+        option: where the data were named, for messages.
+        model: the model's name, for messages.
+
     Raises:
         UsageError: says what the model takes and what came.
     """
-    came = f"{values.dtype} ({', '.join(map(str, ['samples', *values.shape[1:]]))})"
+    sizes: list[Any] = list(values.shape)
+    if axis is not None and axis < len(sizes):
+        sizes[axis] = "samples"
+    came = f"{values.dtype} ({', '.join(map(str, sizes))})"
     kinds = {values.dtype.kind, spec.dtype.kind}
     if values.dtype != spec.dtype and not (kinds <= {"f"} or kinds <= {"i", "u", "b"}):
-        raise UsageError(
-            f"{option}: {model} takes {spec}, but the data are {came}; 8-bit pictures need a "
-            f"preprocessing (--mean, --std, ...), ready inputs the model's own type"
-        )
+        raise UsageError(f"{option}: {model} takes {spec}, but the data are {came}; {_other_type(values, spec)}")
     fits = values.ndim == len(spec.shape) and all(
-        not isinstance(dim, int) or dim == size for dim, size in zip(spec.shape[1:], values.shape[1:], strict=True)
+        at == axis or not isinstance(dim, int) or dim == size
+        for at, (dim, size) in enumerate(zip(spec.shape, values.shape, strict=True))
     )
     if not fits:
         raise UsageError(
@@ -139,4 +193,17 @@ def as_input(values: Array, spec: InputSpec, *, option: str, model: str = "the m
         raise UsageError(
             f"{option}: {model} takes {spec}, but the data hold {values.min()} to {values.max()}, which do not fit it"
         )
-    return np.ascontiguousarray(converted)
+    return np.ascontiguousarray(converted) if values.ndim else converted
+
+
+def _other_type(values: Array, spec: InputSpec) -> str:
+    """What to do about numbers of another kind."""
+    ready = f"ready inputs the model's own type: array.astype({str(spec.dtype)!r})"
+    is_picture = values.dtype == np.uint8 and values.ndim > 2
+    return f"{'8-bit pictures need a preprocessing (--mean, --std, ...), ' * is_picture}{ready}"
+
+
+def _shown(value: Array) -> str:
+    """A value in a message, short."""
+    text = np.array2string(value, precision=4, threshold=6, edgeitems=2).replace("\n", " ")
+    return text if len(text) <= 60 else f"{text[:57]}..."

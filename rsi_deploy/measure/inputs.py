@@ -10,6 +10,7 @@ more of them, changes nothing in the rest.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,7 @@ import numpy.typing as npt
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gateway.limits import MADE_NUMBERS as MOST_NUMBERS
 from rsi_deploy.gateway.limits import shown
-
-Dim = int | str | None
+from rsi_deploy.measure.batch_axes import BatchAxes, Dim, is_batch_name
 
 # onnxruntime's words that are not numpy's
 _DTYPES = {"float": "float32", "double": "float64"}
@@ -89,15 +89,18 @@ def random_feeds(
     unknown = sorted(set(given) - {spec.name for spec in specs})
     if unknown:
         raise UsageError(f"--input-shape: no input named {', '.join(unknown)}; the model has {_listed(specs)}")
+    _refuse_no_samples(specs, given, "--input-shape")
     if batch < 1:
         raise UsageError(f"batch must be 1 or more, but got {batch}")
     symbols: dict[str, int] = {}
+    axes = drawn_axes(specs)
     for spec in specs:
-        _bind(spec, batch, given.get(spec.name), symbols)
+        _bind(spec, axes[spec.name], batch, given.get(spec.name), symbols)
     _check_batch(specs, batch)
+    shapes = _settled(specs, axes, batch, given, symbols)
     feeds = {}
     for spec in specs:
-        shape = tuple(given.get(spec.name) or _resolved(spec, batch, symbols))
+        shape = shapes[spec.name]
         if math.prod(shape) > MOST_NUMBERS:
             raise UsageError(
                 f"input {shown(spec.name)} of the shape {shape} has more than {MOST_NUMBERS} numbers; "
@@ -122,15 +125,27 @@ def check_feeds(specs: Sequence[InputSpec], feeds: Mapping[str, npt.NDArray[Any]
             not isinstance(dim, int) or dim == size for dim, size in zip(spec.shape, array.shape, strict=True)
         )
         if array.dtype != spec.dtype or not fits:
-            raise UsageError(f"{model} takes {spec}, but the input given is {array.dtype} {array.shape}")
+            raise UsageError(
+                f"{model} takes {spec}, but the input given is {array.dtype} {array.shape}"
+                + f"; store it as array.astype({str(spec.dtype)!r})" * (fits and array.dtype != spec.dtype)
+            )
+    _refuse_no_samples(specs, {name: array.shape for name, array in feeds.items()}, model)
+    sizes: dict[str, tuple[int, str]] = {}
+    for spec in specs:
+        for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True):
+            known, where = sizes.setdefault(dim, (size, spec.name)) if isinstance(dim, str) else (size, "")
+            if known != size:
+                raise UsageError(
+                    f"{model}: {dim} is {known} in {where}, but {size} in {spec.name}; give one size for it"
+                )
 
 
 def parse_shape(text: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """Read `1x3x32x32`.
+    """Read `1x3x32x32`; a size of 0 is an empty cache, say.
 
     Example:
-        >>> parse_shape("1x3x32x32")
-        (1, 3, 32, 32)
+        >>> parse_shape("1x3x32x32"), parse_shape("1x0x48")
+        ((1, 3, 32, 32), (1, 0, 48))
     """
     if text is None:
         return None
@@ -138,17 +153,25 @@ def parse_shape(text: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
         shape = tuple(int(part) for part in (text.lower().split("x") if isinstance(text, str) else text))
     except (TypeError, ValueError):
         shape = ()
-    if not shape or min(shape) < 1:
-        raise UsageError(f"--input-shape must be positive numbers joined by x, such as 1x3x32x32, but got {text!r}")
+    if not shape or min(shape) < 0:
+        raise UsageError(f"--input-shape must be numbers joined by x, such as 1x3x32x32, but got {text!r}")
     return shape
 
 
-def _bind(spec: InputSpec, batch: int, given: Sequence[int] | None, symbols: dict[str, int]) -> None:
+def drawn_axes(specs: Sequence[InputSpec]) -> dict[str, int | None]:
+    """Input name -> the axis that is as long as the batch; None where the model fixes its first size, or has none."""
+    axes = BatchAxes.of({spec.name: spec.shape for spec in specs}).axes
+    return {spec.name: axes[spec.name] if not isinstance((*spec.shape, 0)[0], int) else None for spec in specs}
+
+
+def _bind(
+    spec: InputSpec, batch_axis: int | None, batch: int, given: Sequence[int] | None, symbols: dict[str, int]
+) -> None:
     """Note the size of every symbol that the batch or the given shape of one input settles."""
-    if given is not None and (len(given) != len(spec.shape) or any(size < 1 for size in given)):
-        raise UsageError(f"--input-shape: {spec} needs {len(spec.shape)} sizes of 1 or more, but got {tuple(given)}")
+    if given is not None and (len(given) != len(spec.shape) or any(size < 0 for size in given)):
+        raise UsageError(f"--input-shape: {spec} needs {len(spec.shape)} sizes of 0 or more, but got {tuple(given)}")
     for axis, dim in enumerate(spec.shape):
-        size = batch if axis == 0 and not isinstance(dim, int) else None
+        size = batch if axis == batch_axis else None
         if given is not None:
             if isinstance(dim, int) and dim != given[axis]:
                 raise UsageError(
@@ -156,8 +179,8 @@ def _bind(spec: InputSpec, batch: int, given: Sequence[int] | None, symbols: dic
                 )
             if size is not None and size != given[axis]:
                 raise UsageError(
-                    f"--input-shape: {spec} takes the batch first, which is {batch}, but got {tuple(given)}; "
-                    f"pass --batch {given[axis]} with it"
+                    f"--input-shape: {spec} takes the batch {f'at axis {axis}' if axis else 'first'}, which is "
+                    f"{batch}, but got {tuple(given)}; pass --batch {given[axis]} with it"
                 )
             size = given[axis]
         if isinstance(dim, str) and size is not None and symbols.setdefault(dim, size) != size:
@@ -167,18 +190,91 @@ def _bind(spec: InputSpec, batch: int, given: Sequence[int] | None, symbols: dic
             )
 
 
-def _resolved(spec: InputSpec, batch: int, symbols: Mapping[str, int]) -> list[int]:
-    sizes = []
-    for axis, dim in enumerate(spec.shape):
-        size = dim if isinstance(dim, int) else batch if axis == 0 else symbols.get(dim or "")
-        if size is None:
-            dims = [dim if isinstance(dim, int) else "?" if at else batch for at, dim in enumerate(spec.shape)]
-            example = "x".join(map(str, dims))
+def _resolved(spec: InputSpec, batch_axis: int | None, batch: int, symbols: Mapping[str, int]) -> list[Dim]:
+    """The sizes of an input; a dimension that nothing settles stays as it is."""
+    return [
+        dim if isinstance(dim, int) else batch if axis == batch_axis else symbols.get(dim or "", dim)
+        for axis, dim in enumerate(spec.shape)
+    ]
+
+
+def _open_axes(sizes: Sequence[Dim]) -> list[int]:
+    return [axis for axis, dim in enumerate(sizes) if not isinstance(dim, int)]
+
+
+def unsettled_inputs(specs: Sequence[InputSpec], input_shape: Mapping[str, Sequence[int]] | None = None) -> set[str]:
+    """Names of the inputs with an axis beside the batch whose size nobody has given.
+
+    Args:
+        specs: the inputs.
+        input_shape: input name -> its whole shape.
+    """
+    given = dict(input_shape or {})
+    axes = drawn_axes(specs)
+    symbols: dict[str, int] = {}
+    for spec in specs:
+        sizes = given.get(spec.name, [1 if axis == axes[spec.name] else -1 for axis in range(len(spec.shape))])
+        symbols |= {
+            dim: size for dim, size in zip(spec.shape, sizes, strict=False) if isinstance(dim, str) and size >= 0
+        }
+    return {s.name for s in specs if s.name not in given and _open_axes(_resolved(s, axes[s.name], 1, symbols))}
+
+
+def _settled(
+    specs: Sequence[InputSpec],
+    axes: Mapping[str, int | None],
+    batch: int,
+    given: Mapping[str, Sequence[int]],
+    symbols: Mapping[str, int],
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of all inputs; axes whose size nobody has given are refused, with shapes that would do."""
+    sizes = {s.name: given.get(s.name) or _resolved(s, axes[s.name], batch, symbols) for s in specs}
+    unsettled = [spec for spec in specs if _open_axes(sizes[spec.name])]
+    if not unsettled:
+        return {name: tuple(dim for dim in dims if isinstance(dim, int)) for name, dims in sizes.items()}
+    spec = unsettled[0]
+    places = _open_axes(sizes[spec.name])
+    names = ", ".join(str(spec.shape[axis] or f"axis {axis}") for axis in places)
+    examples = [f"{each.name}={'x'.join(map(str, example_shape(each, sizes[each.name], batch)))}" for each in unsettled]
+    raise UsageError(
+        f"input {spec} leaves {'axis' if len(places) == 1 else 'axes'} {' and '.join(map(str, places))} open; give its "
+        f"whole shape: {' '.join(f'--input-shape {example}' for example in examples)} (with a size of your own for "
+        f"{names}), or data that have it"
+    )
+
+
+def example_shape(spec: InputSpec, sizes: Sequence[Dim], batch: int) -> list[int]:
+    """A shape that would do for an input: 224 for pictures, 1 for caches, 128 for anything else that is open.
+
+    Example:
+        >>> ids = InputSpec(name="ids", dtype=np.dtype(np.int64), shape=("n", "s"))
+        >>> example_shape(ids, (2, "s"), 2)
+        [2, 128]
+    """
+    is_picture = len(spec.shape) == 4 and bool({1, 3, 4} & {spec.shape[1], spec.shape[3]})
+    found = []
+    for dim in sizes:
+        name = f"{spec.name} {dim or ''}".lower()
+        if isinstance(dim, int):
+            found.append(dim)
+        elif is_batch_name(dim or ""):
+            found.append(batch)
+        elif re.search("past|cache|state|hidden|kv", name):
+            found.append(1)
+        else:
+            found.append(224 if is_picture or re.fullmatch("h|w|height|width", dim or "") else 128)
+    return found
+
+
+def _refuse_no_samples(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]], where: str) -> None:
+    """A batch of nothing is no run; other axes may be empty."""
+    axes = BatchAxes.of({spec.name: spec.shape for spec in specs}).axes
+    for spec in specs:
+        axis, shape = axes[spec.name], shapes.get(spec.name, ())
+        if axis is not None and axis < len(shape) and shape[axis] == 0:
             raise UsageError(
-                f"input {spec} leaves axis {axis} open; give its whole shape: --input-shape {spec.name}={example}"
+                f"{where}: {spec} has the batch at axis {axis}, which must be 1 or more, but got {tuple(shape)}"
             )
-        sizes.append(size)
-    return sizes
 
 
 def _check_batch(specs: Sequence[InputSpec], batch: int) -> None:
@@ -234,13 +330,13 @@ def _inputs_of_proto(proto: Any) -> list[InputSpec]:
             raise ModelError(f"input {value.name} is no tensor of numbers; only those can be fed")
         if not tensor.HasField("shape"):
             raise ModelError(f"input {value.name} has no shape, not even a rank; run onnx.shape_inference first")
-        dims = tuple(_dim(dim) for dim in tensor.shape.dim)
+        dims = tuple(dim_of(dim) for dim in tensor.shape.dim)
         dtype: np.dtype[Any] = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         specs.append(InputSpec(name=value.name, dtype=dtype, shape=dims))
     return specs
 
 
-def _dim(dim: Any) -> Dim:
+def dim_of(dim: Any) -> Dim:
     """A size, a symbol or None; some exporters write -1 where a size is dynamic."""
     if dim.HasField("dim_value"):
         return int(dim.dim_value) if dim.dim_value >= 0 else None

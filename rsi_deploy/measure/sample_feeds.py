@@ -5,7 +5,7 @@ from pathlib import Path
 from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.accuracy import picture_steps
 from rsi_deploy.measure.answers import Answers
-from rsi_deploy.measure.dataset import Dataset
+from rsi_deploy.measure.dataset import Dataset, for_inputs
 from rsi_deploy.measure.feeding import Feeding, Feeds
 from rsi_deploy.measure.preprocess import Preprocessing
 
@@ -26,6 +26,7 @@ def sample_feeds(
         UsageError: the data do not hold what the model takes.
     """
     arm = Answers(model, provider)
+    dataset = for_inputs(dataset, arm.specs)
     else_do = "store ready inputs in the data, or time it without --data"
     steps, _ = picture_steps(dataset, [arm], preprocessing, else_do)
     for feeds, _ in Feeding(dataset, arm.specs, steps, model=str(model)).batches(batch, batch):

@@ -1,6 +1,6 @@
 """What two models' outputs on the same samples say about each other, sample by sample: pure functions of arrays.
 
-label rank     place of the label among a sample's scores, 0 is the highest; equal scores go by class number
+label rank     place of the label among a sample's scores or class ids, 0 is the best; equal scores go by class number
 divergence     KL(p_reference || p_model), p = softmax(scores), nats
 cosine         <y, y_ref> / (||y|| ||y_ref||)                     1 where both are zero, 0 where one is
 distance       ||y - y_ref|| / ||y_ref||                          0 where both are zero, 1 where y_ref is
@@ -20,6 +20,17 @@ def label_ranks(scores: Array, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.
     own = np.take_along_axis(scores, labels[:, None], axis=1)
     before = np.arange(scores.shape[1]) < labels[:, None]
     return np.asarray(((scores > own) | ((scores == own) & before)).sum(axis=1), np.int64)
+
+
+def id_ranks(ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Place of each label among its sample's class ids `(N, places)`, 0 is the first; `places` where it is not there.
+
+    Example:
+        >>> id_ranks(np.array([[3, 1], [0, 2], [5, 4]]), np.array([3, 2, 0])).tolist()
+        [0, 1, 2]
+    """
+    hits = ids == labels[:, None]
+    return np.asarray(np.where(hits.any(axis=1), hits.argmax(axis=1), ids.shape[1]), np.int64)
 
 
 def log_probabilities(scores: Array) -> Floats:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Optimize = Literal["all", "layout", "extended", "basic", "disabled"]
 
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 CUDA_FAMILY = ("cuda", "tensorrt", "nvtensorrtrtx")
 """Short names of the providers whose memory is a CUDA device's."""
 
@@ -42,6 +43,7 @@ def make_session(
     arena: bool = True,
     allow_fallback: bool = False,
     checked: bool = False,
+    data_folder: Path | None = None,
 ) -> "InferenceSession":
     """Load a model on the provider that was asked for, or refuse.
 
@@ -57,6 +59,7 @@ def make_session(
         allow_fallback: take a session on another provider where the one asked for does not start.
         checked: the file need not be held against itself (`rsi_deploy.gateway.onnx_reader`): another process of ours
             has done so, and this one measures its own time and memory; or it was made of a model that was.
+        data_folder: where the external data of a serialized model lie.
 
     Raises:
         UsageError: unknown provider or option, fewer than one thread or two numbers of them, or the provider did
@@ -88,6 +91,8 @@ def make_session(
     if not spin_between_runs and "spinning" not in spec.session:
         SESSION_OPTIONS["spinning"].set_(options, "run")
     spec.apply_(options)
+    if data_folder is not None:
+        options.add_session_config_entry(_DATA_FOLDER, str(data_folder.resolve()))
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = profile_prefix

@@ -278,11 +278,11 @@ def _factors(site: gp.Site, form: gp.Form, rank: int) -> gp.Factors:
 def _drawn(rng: np.random.Generator, shape: Shape, dtype: str) -> Array:
     """Small random numbers of either sign; integers are 0 or 1."""
     if dtype.startswith("int") or dtype.startswith("uint"):
-        return rng.integers(0, 2, shape).astype(dtype)
+        return np.asarray(rng.integers(0, 2, shape)).astype(dtype)
     if dtype == "bool":
         return np.ones(shape, bool)
-    drawn = (rng.random(shape, np.float32) - np.float32(0.5)) / np.float32(math.sqrt(max(shape[-1:] or (1,))))
-    return drawn.astype(_numpy(dtype))
+    drawn = (rng.random(shape, np.float32) - np.float32(0.5)) / np.float32(math.sqrt(max((1, *shape[-1:]))))
+    return np.asarray(drawn).astype(_numpy(dtype))
 
 
 def _numpy(dtype: str) -> Any:

@@ -183,6 +183,9 @@ def decode(message: Any) -> Request:
         if raw:
             feeds[tensor.name] = from_binary(raw[place], dtype, shape, what)
             continue
+        if not math.prod(shape) and not tensor.contents.ListFields():
+            feeds[tensor.name] = from_binary(b"", dtype, shape, what)
+            continue
         if (name := _CONTENTS.get(tensor.datatype)) is None:
             raise Refusal(400, f"{what}: {tensor.datatype} has no contents; send raw_input_contents")
         _check_contents(tensor, name, what)

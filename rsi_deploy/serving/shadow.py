@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rsi_deploy.measure.answers import floating_rows
+from rsi_deploy.measure.answers import answer_rows
 from rsi_deploy.measure.intervals import wilson_interval
 from rsi_deploy.measure.tally import Scorer
 from rsi_deploy.serving.model import Outputs
@@ -81,7 +81,7 @@ class Shadow:
         Raises:
             UsageError, ModelError: outputs that cannot be compared; nothing is counted then.
         """
-        batch = [floating_rows(outputs, rows(feeds)) for outputs in (main, shadow)]
+        batch = [answer_rows(outputs, rows(feeds), None) for outputs in (main, shadow)]
         if not all(batch):
             return
         if self._scorer is None:

@@ -52,14 +52,6 @@ class Signature:
             check_feeds(self.inputs, feeds, model)
         except UsageError as error:
             raise Refusal(400, str(error)) from None
-        sizes: dict[str, tuple[int, str]] = {}
-        for spec in self.inputs:
-            for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True):
-                if not isinstance(dim, str):
-                    continue
-                known, where = sizes.setdefault(dim, (size, spec.name))
-                if known != size:
-                    raise Refusal(400, f"{model}: {dim} is {known} in {where}, but {size} in {spec.name}")
 
     def check_outputs(self, names: tuple[str, ...], model: str) -> None:
         """Refuse outputs that the model does not give.
@@ -73,9 +65,9 @@ class Signature:
 
 
 def rows(feeds: Feeds) -> int:
-    """Size of the first axis; 1 where an input has none."""
+    """Size of the first axis; 1 where an input has none, or an empty one that is no batch."""
     first = next(iter(feeds.values()))
-    return len(first) if first.ndim else 1
+    return max(len(first), 1) if first.ndim else 1
 
 
 def metadata(specs: tuple[InputSpec, ...]) -> list[dict[str, Any]]:

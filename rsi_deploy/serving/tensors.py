@@ -41,11 +41,11 @@ def checked_shape(shape: object, tensor: str) -> tuple[int, ...]:
     """The shape, where it is one.
 
     Raises:
-        Refusal: 400, not a list of sizes of 1 or more.
+        Refusal: 400, not a list of sizes; a size may be 0, as of an empty cache.
     """
     fits = isinstance(shape, list | tuple) and len(shape) <= MOST_AXES
-    if not fits or not all(type(size) is int and 0 < size < 1 << 40 for size in shape):  # type: ignore[attr-defined]
-        raise Refusal(400, f"{tensor}: shape must be a list of sizes of 1 or more, but got {shown(shape)}")
+    if not fits or not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):  # type: ignore[attr-defined]
+        raise Refusal(400, f"{tensor}: shape must be a list of sizes of 0 or more, but got {shown(shape)}")
     return tuple(shape)  # type: ignore[arg-type]
 
 
@@ -59,6 +59,8 @@ def from_binary(raw: bytes | memoryview, dtype: np.dtype[Any], shape: tuple[int,
     if len(raw) != needed:
         name = NAMES[dtype]
         raise Refusal(400, f"{tensor}: {name} {list(shape)} is {needed} bytes, but {len(raw)} bytes came")
+    if not needed:
+        return np.empty(shape, dtype)
     if dtype == np.bool_:
         found = np.frombuffer(raw, np.uint8)
         if found.size and found.max() > 1:
@@ -83,6 +85,8 @@ def from_values(values: object, dtype: np.dtype[Any], shape: tuple[int, ...], te
     name = NAMES[dtype]
     if not isinstance(values, list):
         raise Refusal(400, f"{tensor}: data must be a list of {name} values, but got {shown(values)}")
+    if not math.prod(shape) and not _count(values):
+        return np.empty(shape, dtype)
     try:
         array = np.asarray(values)
         if dtype == np.uint64 and array.dtype.kind in "fO":  # small and large ones together become floats
@@ -104,6 +108,11 @@ def from_values(values: object, dtype: np.dtype[Any], shape: tuple[int, ...], te
     if dtype.kind == "f" and not np.isfinite(found).all():
         raise Refusal(400, f"{tensor}: data holds values outside {name}, which reaches {np.finfo(dtype).max}")
     return found
+
+
+def _count(values: object) -> int:
+    """How many values a nested list holds."""
+    return sum(map(_count, values)) if isinstance(values, list) else 1
 
 
 def shown(value: object) -> str:

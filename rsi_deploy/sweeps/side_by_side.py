@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rsi_deploy.errors import ModelError
+from rsi_deploy.measure.batch_axes import BatchAxes
+from rsi_deploy.measure.inputs import model_inputs, unsettled_inputs
 from rsi_deploy.measure.latency import bench
 from rsi_deploy.measure.machine import free_memory
 from rsi_deploy.onnx_file import file_bytes
 from rsi_deploy.probe import named_shapes
+from rsi_deploy.report.schema import read_report
 from rsi_deploy.sweeps.points import Sweep
 
 MEMORY_SHARE = 0.4
@@ -36,7 +39,7 @@ def side_by_side(document: Sweep, folder: Path, dense: Path, options: dict[str, 
         result = bench(
             [dense, *files],
             batch=options["bench_batch"],
-            input_shape=named_shapes(options["input_shape"]),
+            input_shape=_shapes(folder / made[0].folder, dense, options),
             provider=options["provider"],
             threads=options["threads"],
             seconds=options["bench_seconds"] * (len(files) + 1) / 2,
@@ -59,6 +62,16 @@ def side_by_side(document: Sweep, folder: Path, dense: Path, options: dict[str, 
         for point in document.points
     )
     return document.model_copy(update={"points": points, "side_by_side": True})
+
+
+def _shapes(point: Path, dense: Path, options: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes that were typed, else those of the data that the points were made with, where any are left open."""
+    specs = model_inputs(dense)
+    typed = named_shapes(options["input_shape"])
+    if not unsettled_inputs(specs, typed):
+        return typed
+    axes = BatchAxes.of({spec.name: spec.shape for spec in specs})
+    return {**axes.with_batch(read_report(point).probe_shapes, axes.fixed or options["bench_batch"]), **typed}
 
 
 def _fit(files: Sequence[Path]) -> bool:

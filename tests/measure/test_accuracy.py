@@ -352,13 +352,13 @@ def test_what_is_wrong_can_be_told_on_one_sample(model):
             check_data([model], data)
 
 
-def test_a_model_of_whole_numbers_gives_nothing_to_compare(tmp_path):
-    """Class numbers are no scores: the model is named, and what it would have to give."""
-    nodes = [helper.make_node("ArgMax", ["x"], ["y"], axis=1, keepdims=0)]
+def test_several_whole_numbers_a_sample_are_no_answers_to_labels(tmp_path):
+    """They are neither scores nor one class id: the model is named, and what it would have to give."""
+    nodes = [helper.make_node("Cast", ["x"], ["y"], to=onnx.TensorProto.INT64)]
     x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 6])
-    y = helper.make_tensor_value_info("y", onnx.TensorProto.INT64, ["N"])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.INT64, ["N", 6])
     model = helper.make_model(helper.make_graph(nodes, "g", [x], [y]), opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 8
     onnx.save(model, tmp_path / "top.onnx")
-    with pytest.raises(ModelError, match=r"top\.onnx: no output holds floating numbers with one row for each sample"):
+    with pytest.raises(ModelError, match=r"top\.onnx: .*one class id a sample, but it gives .*6\)"):
         evaluate(tmp_path / "top.onnx", DATA)

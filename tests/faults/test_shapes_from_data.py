@@ -1,0 +1,172 @@
+"""Open lengths take the shape of the data; where there are none, the message holds shapes that would do."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from rsi_deploy import export, read_report
+from rsi_deploy.cli import run
+from rsi_deploy.errors import UsageError
+from rsi_deploy.measure.inputs import InputSpec, check_feeds, random_feeds, unsettled_inputs
+from rsi_deploy.probe import named_shapes, probe_feeds
+from rsi_deploy.sweeps.sweeping import sweep
+
+RNG = np.random.default_rng(0)
+IDS = RNG.integers(0, 20, (64, 12))
+
+
+def spec(name, *shape, dtype=np.float32):
+    return InputSpec(name=name, dtype=np.dtype(dtype), shape=shape)
+
+
+def text_model(path):
+    """The mean over the steps of embedded and multiplied tokens; `ids` and `kinds` have two open lengths."""
+    nodes = [
+        helper.make_node("Gather", ["e", "ids"], ["g"]),
+        helper.make_node("MatMul", ["g", "w"], ["a"]),
+        helper.make_node("ReduceMean", ["a"], ["m"], axes=[1], keepdims=0),
+        helper.make_node("ReduceSum", ["kinds", "one"], ["k"], keepdims=1),
+        helper.make_node("Add", ["m", "k"], ["y"]),
+    ]
+    weights = {
+        "e": RNG.standard_normal((20, 64)).astype(np.float32),
+        "w": RNG.standard_normal((64, 48)).astype(np.float32) / 8,
+        "one": np.array([1]),
+    }
+    values = [
+        [
+            helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", "s"]),
+            helper.make_tensor_value_info("kinds", TensorProto.FLOAT, ["n", "k"]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 48])],
+    ]
+    graph = helper.make_graph(nodes, "g", *values, [numpy_helper.from_array(a, name) for name, a in weights.items()])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text_model("m.onnx")
+    kinds = RNG.standard_normal((64, 5)).astype(np.float32)
+    np.savez("t.npz", ids=IDS, kinds=kinds)
+    np.savez("d.npz", ids=IDS[:40, :7], kinds=kinds[:40, :2], labels=np.arange(40) % 12)
+    np.savez("f.npz", ids=IDS[:3, :4], kinds=kinds[:3, :3])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"calib": "t.npz", "keep_macs": 0.6}, ((2, 12), (2, 5))),
+        ({"calib": "t.npz", "keep_macs": 0.6, "data": "d.npz"}, ((2, 12), (2, 5))),
+        ({"rank": "50%", "data": "d.npz"}, ((2, 7), (2, 2))),
+        ({"rank": "50%", "feeds": "f.npz"}, ((3, 4), (3, 3))),
+        ({"calib": "t.npz", "keep_macs": 0.6, "feeds": "f.npz"}, ((3, 4), (3, 3))),
+        ({"calib": "t.npz", "keep_macs": 0.6, "input_shape": ["ids=1x9", "kinds=1x3"]}, ((1, 9), (1, 3))),
+        ({"calib": "t.npz", "keep_macs": 0.6, "input_shape": ["ids=1x9"]}, ((1, 9), (1, 5))),
+    ],
+)
+def test_where_an_export_takes_its_shapes_from(here, options, expected):
+    report = export("m.onnx", "b", measure=False, allow_shared_data=True, **options)
+    assert (report.probe_shapes["ids"], report.probe_shapes["kinds"]) == expected
+    steps = expected[0][1]
+    assert report.dense.macs == steps * 64 * 48
+
+
+def test_the_readmes_own_line_and_verify(here, capsys):
+    size = (here / "m.onnx").stat().st_size - 2000
+    assert run(["export", "m.onnx", "--calib", "t.npz", "--max-size", f"{size}B", "--no-bench", "-o", "b"]) == 0
+    assert run(["verify", "b"]) == 0
+    assert "not checked  MACs" not in capsys.readouterr().out
+
+
+def test_an_export_is_timed_with_the_batch_that_is_asked_for(here):
+    options = {"bench_batch": 4, "bench_seconds": 0.1, "smaller_is_enough": True}
+    report = export("m.onnx", "b", calib="t.npz", keep_macs=0.6, **options)
+    assert report.latency.inputs == {"ids": "int64 (4, 12)", "kinds": "float32 (4, 5)"}
+    assert report.latency.batch == 4
+
+
+def test_a_sweep_takes_them_too(here):
+    found = sweep(
+        "m.onnx",
+        "s",
+        calib="t.npz",
+        points=2,
+        smaller_is_enough=True,
+        bench_batch=3,
+        bench_seconds=0.1,
+        cost_budget=0.1,
+    )
+    assert found.side_by_side
+    assert all(point.latency_ms for point in found.points)
+    assert read_report(Path("s/point-01")).probe_shapes["ids"] == (2, 12)
+
+
+def test_data_that_do_not_fit_say_so_and_not_that_a_shape_is_missing(here):
+    np.savez("bad.npz", ids=IDS * 1.0, kinds=np.ones((64, 5), np.float32))
+    with pytest.raises(UsageError, match=r"^--calib: .*ids: int64 \(n, s\), but the data are float64"):
+        export("m.onnx", "b", calib="bad.npz", keep_macs=0.6, measure=False)
+
+
+def test_a_shape_and_feeds_of_another_one_contradict_each_other(here):
+    with pytest.raises(UsageError, match=r"ids is \(3, 4\) in --feeds, but \(1, 9\) in --input-shape"):
+        export("m.onnx", "b", rank="50%", feeds="f.npz", input_shape=["ids=1x9"], measure=False)
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        [spec("ids", "n", "s", dtype=np.int64), spec("mask", "n", "s", dtype=np.int64)],
+        [spec("ids", "n", "s", dtype=np.int64), spec("kinds", "n", "k")],
+        [spec("x", "n", 3, "h", "w")],
+        [spec("x", "n", None, None, 3)],
+        [spec("x", None, None)],
+        [spec("x", "b", "s", 16), spec("past", "b", "past_length", 12)],
+        [spec("x", "t", "batch", 16), spec("state", 2, "batch", 12)],
+        [spec("x", 1, "N", 3)],
+        [spec("k"), spec("ids", "n", "s")],
+    ],
+)
+def test_what_the_message_says_to_type_is_taken(specs):
+    """The shapes of the message, typed, are enough; and each input that they are for is named."""
+    unsettled = unsettled_inputs(specs)
+    for batch in (1,) if specs[0].shape[:1] == (1,) else (1, 2):
+        with pytest.raises(UsageError, match=r"leaves ax[ie]s .* open; give its whole shape") as caught:
+            random_feeds(specs, batch, 0)
+        typed = re.findall(r"--input-shape (\S+)", str(caught.value))
+        shapes = named_shapes(typed)
+        assert set(shapes) <= unsettled
+        assert "?" not in "".join(typed)
+        feeds = random_feeds(specs, batch, 0, shapes)
+        check_feeds(specs, feeds, "m.onnx")
+
+
+def test_sizes_that_would_do():
+    def typed(*dims, name="x"):
+        with pytest.raises(UsageError) as caught:
+            random_feeds([spec(name, *dims)], 2, 0)
+        return re.search(r"--input-shape \S+=(\S+)", str(caught.value)).group(1)
+
+    assert typed("n", "s") == "2x128"
+    assert typed("n", 3, "h", "w") == "2x3x224x224"
+    assert typed("n", "height", "width", 3) == "2x224x224x3"
+    assert typed("n", 4, "past_length", 64, name="past_key") == "2x4x1x64"
+
+
+def test_symbols_that_a_shape_settles_are_not_asked_for():
+    specs = [spec("ids", "n", "s"), spec("mask", "n", "s"), spec("other", "n", "t")]
+    assert unsettled_inputs(specs) == {"ids", "mask", "other"}
+    assert unsettled_inputs(specs, {"ids": (1, 5)}) == {"other"}
+    assert unsettled_inputs([spec("x", "n", 3), spec("k")]) == set()
+
+
+def test_examples_stand_behind_what_is_typed(here):
+    feeds = probe_feeds(here / "m.onnx", 0, {"ids": (5, 3)}, None, {"ids": (1, 12), "kinds": (1, 4)})
+    assert (feeds["ids"].shape, feeds["kinds"].shape) == ((5, 3), (5, 4))
