@@ -9,7 +9,7 @@ The surgery check splits the same nodes with full-rank factors that cost nothing
 """
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +23,8 @@ from rsi_deploy.datafile import DataFile
 from rsi_deploy.errors import GateError
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.measure.sessions import make_session, run_session
+from rsi_deploy.measure.values import Array, Value, arrays_of, is_text
 from rsi_deploy.onnx_file import forget_weights_
-
-Arrays = Sequence[npt.NDArray[Any]]
 
 # Relative L2, by the width of the narrowest floating output: what rounding alone may do to a deep network.
 EXPORTER_TOLERANCE = {2: 3e-2, 4: 1e-4, 8: 1e-6}
@@ -49,20 +48,24 @@ class Comparison(pydantic.BaseModel, frozen=True, extra="forbid"):
     informative: bool = True
 
 
-def compare_outputs(reference: Arrays, candidate: Arrays, *, what: str, tolerance: float | None = None) -> Comparison:
-    """Compare two models' outputs, given in the same order.
+def compare_outputs(
+    reference: Sequence[Value], candidate: Sequence[Value], *, what: str, tolerance: float | None = None
+) -> Comparison:
+    """Compare two models' outputs, given in the same order: sequences element by element, maps key by key.
+
+    A text is right or wrong: where it differs it counts as 0 in place of 1.
 
     Raises:
-        GateError: another number of outputs, another shape, NaN or infinity elsewhere than in the reference, or an
-            error above `tolerance`. The message begins with `what`.
+        GateError: another number of outputs or of their elements, another shape, NaN or infinity elsewhere than in the
+            reference, or an error above `tolerance`. The message begins with `what`.
     """
     if len(reference) != len(candidate):
         raise GateError(f"{what}: {len(reference)} outputs expected, but got {len(candidate)}; export again")
     worst, largest, informative = 0.0, 0.0, False
-    for index, (a, b) in enumerate(zip(reference, candidate, strict=True)):
+    for index, a, b in _pairs(reference, candidate, what):
         if a.shape != b.shape:
             raise GateError(f"{what}: output {index} has shape {b.shape}, expected {a.shape}")
-        x, y = a.astype(np.float64), b.astype(np.float64)
+        x, y = _as_floats(a, b)
         finite = np.isfinite(x)
         if not np.array_equal(x[~finite], y[~finite], equal_nan=True) or not np.isfinite(y[finite]).all():
             raise GateError(
@@ -82,16 +85,36 @@ def compare_outputs(reference: Arrays, candidate: Arrays, *, what: str, toleranc
     return Comparison(relative_l2=worst, max_abs=largest, tolerance=tolerance, informative=informative)
 
 
-def tolerance_for(outputs: Arrays, table: Mapping[int, float]) -> float:
+def tolerance_for(outputs: Sequence[Value], table: Mapping[int, float]) -> float:
     """The tolerance that fits the narrowest floating output."""
-    return table[min((o.dtype.itemsize for o in outputs if o.dtype.kind not in "iub"), default=4)]
+    arrays = [array for output in outputs for array in arrays_of("", output).values()]
+    return table[min((a.dtype.itemsize for a in arrays if a.dtype.kind not in "iubOU"), default=4)]
+
+
+def _pairs(reference: Sequence[Value], candidate: Sequence[Value], what: str) -> Iterator[tuple[str, Array, Array]]:
+    """The arrays that the outputs consist of, side by side, each with its place."""
+    for index, (a, b) in enumerate(zip(reference, candidate, strict=True)):
+        expected, came = arrays_of(str(index), a), arrays_of(str(index), b)
+        if expected.keys() != came.keys():
+            raise GateError(
+                f"{what}: output {index} has {len(came)} elements, or other keys, expected the {len(expected)} of the "
+                "reference"
+            )
+        yield from ((place, array, came[place]) for place, array in expected.items())
+
+
+def _as_floats(a: Array, b: Array) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Both as float64; of texts, what `compare_outputs` says."""
+    if is_text(a.dtype) and is_text(b.dtype):
+        return np.ones(a.shape), np.asarray(a == b, np.float64)
+    return a.astype(np.float64), b.astype(np.float64)
 
 
 def surgery_check(
     dense: Path,
     weights: Mapping[str, gp.Form],
     feeds: Mapping[str, npt.NDArray[Any]],
-    expected: Arrays,
+    expected: Sequence[Value],
     *,
     joint: Collection[tuple[str, ...]] = (),
     bias: bool = False,

@@ -26,6 +26,7 @@ from graph_passes.names import Names
 from rsi_deploy.broken_models import objection
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, tolerance_for
+from rsi_deploy.gateway.onnx_maps import keep_map_types_, map_types
 from rsi_deploy.measure.sessions import make_session, run_session
 
 # Up to so many numbers, constants go through the converter: it reads axes, shapes and scales, and never a weight.
@@ -169,6 +170,7 @@ def _carry_over_(model: ir.Model, made: ir.Model, opset: int) -> None:
             function.opset_imports[""] = opset
         made.functions[function.identifier()] = function
     made.graph.metadata_props.update(model.graph.metadata_props)
+    keep_map_types_(made, map_types(model))
     names = Names(made)
     nodes: dict[tuple[str | None, str | None], deque[ir.Node]] = defaultdict(deque)  # branches may use the same names
     for node in model.graph.all_nodes():

@@ -34,6 +34,7 @@ from rsi_deploy.measure.inputs import model_inputs
 from rsi_deploy.measure.latency import BenchResult, bench
 from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.measure.sessions import make_session, run_session
+from rsi_deploy.measure.values import Value, named_arrays
 from rsi_deploy.onnx_file import (
     forget_weights_,
     parameters,
@@ -64,7 +65,7 @@ class DenseFacts:
 
     size: Size
     feeds: Feeds
-    outputs: list[npt.NDArray[Any]] | None
+    outputs: list[Value] | None
     macs: dict[str, int]
     batch: int
 
@@ -159,8 +160,9 @@ class Job:
             size = Size(bytes=dense.stat().st_size + weight_bytes(model), params=parameters(model), macs=0)
             forget_weights_(model)
         with self.stage("trace"):
-            feeds = probe_feeds(dense, self.settings.seed, self.shapes, self.given)
+            feeds: Feeds = {}
             try:
+                feeds = probe_feeds(dense, self.settings.seed, self.shapes, self.given)
                 trace = traced_run(dense, feeds)
             except ModelError as error:
                 if source.onnx is None or dataset is not None:
@@ -292,7 +294,7 @@ class Job:
             )
         if not approximation.informative:
             self.notes.append("the dense model's probe outputs are all zero: the gates on them show little")
-        probe = tuple(ProbeOutput.of(name, array) for name, array in zip(names, outputs, strict=True))
+        probe = tuple(ProbeOutput.of(name, array) for name, array in named_arrays(names, outputs).items())
         return Verification(exporter=exporter, surgery=surgery, approximation=approximation), probe
 
     def accuracy(

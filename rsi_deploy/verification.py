@@ -37,6 +37,7 @@ from rsi_deploy.measure.data import Dataset, open_data
 from rsi_deploy.measure.inputs import model_inputs
 from rsi_deploy.measure.provider_spec import parse
 from rsi_deploy.measure.sessions import make_session, run_session
+from rsi_deploy.measure.values import named_arrays
 from rsi_deploy.onnx_file import file_bytes, parameters
 from rsi_deploy.plan.budget import Budget
 from rsi_deploy.probe import Feeds, probe_feeds
@@ -294,7 +295,7 @@ def _outputs(path: Path, report: Report, provider: str) -> Claim:
     feeds = _feeds(path, report)
     arrays = run_session(session, feeds, path.name)
     names = [output.name for output in session.get_outputs()]
-    now = [ProbeOutput.of(name, array) for name, array in zip(names, arrays, strict=True)]
+    now = [ProbeOutput.of(name, array) for name, array in named_arrays(names, arrays).items()]
     worst = max((_distance(a, b) for a, b in zip(report.probe, now, strict=False)), default=0.0)
     same = [p.name for p in now] == [p.name for p in report.probe] and worst <= 1e-3
     return _claim("outputs", same, f"probe outputs differ by {worst:.1e} (relative)")

@@ -19,6 +19,7 @@ from rsi_deploy.calibrate.streams import output_distance
 from rsi_deploy.errors import GateError, UsageError
 from rsi_deploy.measure.scores import divergence
 from rsi_deploy.measure.sessions import make_session, run_session
+from rsi_deploy.measure.values import Value, arrays_of
 from rsi_deploy.report.schema import CalibrationRecord
 
 Array = npt.NDArray[Any]
@@ -84,9 +85,10 @@ def _compared(z: Array, w: Array, samples: int, fingerprint: str) -> Calibration
     )
 
 
-def _output(outputs: list[Array]) -> Array:
+def _output(outputs: list[Value]) -> Array:
     """The first floating output, samples first."""
-    found = next((a for a in outputs if a.dtype.kind == "f" and a.ndim), None)
+    arrays = (array for output in outputs for array in arrays_of("", output).values())
+    found = next((a for a in arrays if a.dtype.kind == "f" and a.ndim), None)
     if found is None:
         raise UsageError("the model has no floating output to compare on the calibration data; leave out --calib")
     return found.astype(np.float32)

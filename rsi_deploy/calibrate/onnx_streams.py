@@ -37,6 +37,7 @@ from rsi_deploy.calibrate.streams import Distance, Metric, Replacement, RowCount
 from rsi_deploy.errors import ModelError
 from rsi_deploy.factor_source import graph_factors
 from rsi_deploy.gateway.onnx_reader import read_proto
+from rsi_deploy.measure.values import arrays_of
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -228,8 +229,8 @@ def _stacked(outputs: Iterable[tuple[Feeds, Feeds]], names: Sequence[str]) -> Te
     """
     found = []
     for batch, values in outputs:
-        floating = (values[name] for name in names if isinstance(values[name], np.ndarray))
-        array = next((value for value in floating if value.dtype.kind == "f" and value.ndim), None)
+        arrays = (array for name in names for array in arrays_of(name, values[name]).values())
+        array = next((array for array in arrays if array.dtype.kind == "f" and array.ndim), None)
         if array is None:
             raise ModelError("no output of the model is floating: nothing to measure a distance by; leave out --calib")
         found.append(_tokens_alone(array.astype(np.float32), batch))

@@ -28,7 +28,9 @@ from pydantic import BaseModel
 
 from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.answers import Answers
+from rsi_deploy.measure.class_ids import class_numbers
 from rsi_deploy.measure.data import Dataset, open_data
+from rsi_deploy.measure.dataset import Labels
 from rsi_deploy.measure.feeding import Feeding, Feeds
 from rsi_deploy.measure.intervals import Interval
 from rsi_deploy.measure.paired import PairedTest
@@ -164,7 +166,7 @@ def evaluate_all(
             if not tallies:
                 scorer.check(batch)
                 run.prove_providers(fed)
-            tallies.append(scorer.tally(batch, labels, fed[-1]))
+            tallies.append(scorer.tally(batch, run.class_numbers(labels), fed[-1]))
             done += tallies[-1][0].samples
             if progress is not None:
                 progress(done, total)
@@ -220,7 +222,11 @@ class _Run:
         self.feeding = Feeding(self.dataset, self.arms[-1].specs, self.steps, model=self.arms[-1].name)
         self.feedings = [Feeding(self.feeding.dataset, arm.specs, self.steps, model=arm.name) for arm in self.arms]
         names, classes = [arm.name for arm in self.arms], getattr(self.dataset, "classes", ())
-        self.scorer = Scorer(names, self.dataset.labels, classes, outputs)
+        self.scorer = Scorer(names, self.class_numbers(self.dataset.labels), classes, outputs)
+
+    def class_numbers(self, labels: Labels | None) -> Labels | None:
+        """The columns of the scores that the labels stand for."""
+        return class_numbers(labels, self.arms[-1].class_ids, self.arms[-1].name)
 
     def prove_providers(self, fed: Sequence[Feeds]) -> None:
         for arm, feeds in zip(self.arms, fed, strict=True):

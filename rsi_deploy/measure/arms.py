@@ -22,6 +22,7 @@ from rsi_deploy.measure.placement import Placement, proven_placement
 from rsi_deploy.measure.sessions import make_session, named, run_session, settings_in_force
 from rsi_deploy.measure.statistics import SHORT_MS, Floats, calls_per_visit, is_settled
 from rsi_deploy.measure.timing import time_calls
+from rsi_deploy.measure.values import described
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -124,7 +125,7 @@ def open_arms(
     arms: list[Arm] = []
     outputs: dict[str, str] = {}
     for model, label, session in zip(models, labels, sessions, strict=True):
-        check_feeds(model_inputs(session), feeds, named(model))
+        check_feeds(model_inputs(session, named(model)), feeds, named(model))
         run_session(session, feeds, named(model))  # a failing model says so here, once
         placement = runtime.placement(model, feeds) if prove else Placement(provider_nodes={}, memcpy_nodes=0, nodes={})
         bound = runtime.bound(session, feeds)
@@ -154,7 +155,7 @@ def make_feeds(
 
     Args:
         specs: the inputs of the first arm.
-        batch: samples; 0 with `given` arrays takes them whole.
+        batch: samples; 0 with `given` arrays takes them whole, as does a model with a fixed first axis.
         seed: of random inputs.
         given: input name -> array.
         shapes: see `random_feeds`.
@@ -165,7 +166,8 @@ def make_feeds(
     if given is None:
         return random_feeds(specs, batch, seed, shapes), batch
     rows = next((len(array) for array in given.values() if array.ndim), 1)
-    if not batch or batch == rows:
+    is_fixed = any(isinstance(dim, int) for spec in specs for dim in spec.shape[:1])
+    if not batch or batch == rows or is_fixed:
         return dict(given), rows
     if batch > rows:
         raise UsageError(f"batch {batch} needs as many samples of data, but got {rows}")
@@ -215,7 +217,7 @@ def _described(session: Any, bound: Bound) -> dict[str, str]:
     if not arrays:  # outputs that are no tensors are known by name alone
         return {output.name: output.type for output in session.get_outputs()}
     return {
-        output.name: f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else output.type
+        output.name: described(array) if isinstance(array, np.ndarray) else output.type
         for output, array in zip(session.get_outputs(), arrays, strict=True)
     }
 

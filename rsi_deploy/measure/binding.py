@@ -6,8 +6,8 @@
                 and not of its launch
 
 Copies to and from a device are therefore not in the time; that onnxruntime puts copies *inside* the graph is in
-`placement.Placement.memcpy_nodes`. A model whose outputs are no tensors (a sequence, a map) cannot be bound: it is
-called through `session.run`, and `Bound.how` says so.
+`placement.Placement.memcpy_nodes`. A model with an input or output that is no tensor of numbers (texts, a sequence, a
+map) cannot be bound: it is called through `session.run`, and `Bound.how` says so.
 """
 
 import itertools
@@ -85,9 +85,10 @@ def bind(
     spec = parse(provider)
     device = device_of(spec, session.get_providers())
     graph = _wants_graph(spec)
-    if not all(output.type.startswith("tensor(") for output in session.get_outputs()):
+    if unbindable := [v for v in (*session.get_inputs(), *session.get_outputs()) if not _can_be_bound(v.type)]:
         if graph:
-            raise UsageError(f"{graph}=1 needs outputs that are tensors; run it with {graph}=0")
+            named = f"{unbindable[0].name} is {unbindable[0].type}"
+            raise UsageError(f"{graph}=1 needs inputs and outputs that are tensors of numbers, but {named}; {graph}=0")
         return _unbound(session, feeds)
     names = [output.name for output in session.get_outputs()]
     try:
@@ -187,6 +188,10 @@ class _BoundRun:
             self._synchronize()
 
 
+def _can_be_bound(type_name: str) -> bool:
+    return type_name.startswith("tensor(") and type_name != "tensor(string)"
+
+
 def _unbound(session: Any, feeds: Mapping[str, npt.NDArray[Any]]) -> Bound:
     last: list[list[Any]] = [[]]
     fed = dict(feeds)
@@ -197,7 +202,7 @@ def _unbound(session: Any, feeds: Mapping[str, npt.NDArray[Any]]) -> Bound:
     return Bound(
         call=call,
         device=Device(kind="cpu"),
-        how="plain session.run, for an output is no tensor: allocation and copies are in the time",
+        how="plain session.run, for an input or output is no tensor of numbers: allocation and copies are in the time",
         outputs=lambda: last[0],
     )
 

@@ -14,6 +14,7 @@ from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.dataset import Array, Batch, Dataset, Inputs, Labels
 from rsi_deploy.measure.inputs import InputSpec
 from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.measure.values import is_text
 
 Feeds = dict[str, Array]
 
@@ -112,7 +113,7 @@ def as_input(values: Array, spec: InputSpec, *, option: str, model: str = "the m
     """
     came = f"{values.dtype} ({', '.join(map(str, ['samples', *values.shape[1:]]))})"
     kinds = {values.dtype.kind, spec.dtype.kind}
-    if values.dtype != spec.dtype and not (kinds <= {"f"} or kinds <= {"i", "u", "b"}):
+    if values.dtype != spec.dtype and not any(kinds <= set(same) for same in ("f", "iub", "OU")):
         raise UsageError(
             f"{option}: {model} takes {spec}, but the data are {came}; 8-bit pictures need a "
             f"preprocessing (--mean, --std, ...), ready inputs the model's own type"
@@ -127,7 +128,7 @@ def as_input(values: Array, spec: InputSpec, *, option: str, model: str = "the m
         )
     if values.dtype.kind == "f" and np.isnan(values).any():
         raise UsageError(f"{option}: the data for {spec.name} hold NaN; take those samples out")
-    converted = values.astype(spec.dtype, copy=False)
+    converted = values if is_text(spec.dtype) else values.astype(spec.dtype, copy=False)
     if kinds <= {"i", "u", "b"} and not np.array_equal(converted, values):
         raise UsageError(
             f"{option}: {model} takes {spec}, but the data hold {values.min()} to {values.max()}, which do not fit it"

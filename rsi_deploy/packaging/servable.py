@@ -7,11 +7,12 @@ An engine that batches puts strangers' requests into one run. Names of dimension
 samples do not mix only a run shows, so it is run, here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.errors import GateError, ModelError, UsageError
@@ -19,6 +20,7 @@ from rsi_deploy.manifest import check_manifest
 from rsi_deploy.measure.inputs import Dim, check_feeds, model_inputs
 from rsi_deploy.measure.mixing import no_batch_axis, why_alone, why_alone_on
 from rsi_deploy.measure.sessions import make_session, run_session
+from rsi_deploy.measure.values import Value
 from rsi_deploy.probe import Feeds, probe_feeds, read_feeds
 from rsi_deploy.report.schema import Report, read_report
 
@@ -30,7 +32,12 @@ SAMPLES = 3  # in the run that shows whether samples mix: an odd number, no kern
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """An input or output: onnxruntime's word for its type (`float`, `int64`, `string`), and its dimensions."""
+    """An input or output: its name, its type in onnxruntime's words, and its dimensions.
+
+    Attributes:
+        type: of a tensor that of its elements (`float`, `int64`, `string`); else the whole type (`seq(tensor(float))`).
+        shape: each a number, a symbol (dynamic, named) or None (dynamic).
+    """
 
     name: str
     type: str
@@ -82,14 +89,14 @@ def read_servable(folder: str | Path, feeds: str | Path | Mapping[str, npt.NDArr
         raise GateError(f"{folder} is not the bundle that was written: {check.summary}; export again, or get it again")
     model = folder / "model.onnx"
     session = make_session(model)
-    inputs, outputs = tensors(session)
     arrays = _feeds(model, report, feeds)
     try:
-        run_session(session, arrays, str(model))
+        values = run_session(session, arrays, str(model))
     except ModelError as error:
         if feeds is None:
             raise UsageError(f"{error}; random inputs may make no sense to it: add --feeds FILE.npz") from error
         raise
+    inputs, outputs = tensors(session, values)
     return Servable(
         model=model,
         report=report,
@@ -110,7 +117,7 @@ def read_dense(path: Path, beside: Servable) -> Servable:
         ModelError: it cannot be run.
     """
     session = make_session(path)
-    inputs, outputs = tensors(session)
+    inputs, outputs = tensors(session, run_session(session, beside.feeds, str(path)))
     for what, ours, theirs in (("takes", beside.inputs, inputs), ("gives", beside.outputs, outputs)):
         if [_fixed(tensor) for tensor in ours] != [_fixed(tensor) for tensor in theirs]:
             listed = [", ".join(map(str, tensors_)) for tensors_ in (theirs, ours)]
@@ -118,18 +125,22 @@ def read_dense(path: Path, beside: Servable) -> Servable:
                 f"--dense {path} {what} {listed[0]}, the bundle's model {listed[1]}; "
                 "give the model that the bundle was made from"
             )
-    run_session(session, beside.feeds, str(path))
     mixing = _mixing(session, beside.feeds, given=beside.feeds_given)
     return replace(beside, model=path, inputs=inputs, outputs=outputs, unbatchable=mixing, notes=())
 
 
-def tensors(session: "InferenceSession") -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def tensors(session: "InferenceSession", values: Sequence[Value]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Inputs and outputs as onnxruntime has inferred them.
 
-    Raises:
-        ModelError: one that is no tensor (a sequence, a map, an optional).
+    Args:
+        session: of the model.
+        values: outputs of a run: they tell the rank where the model does not, which onnxruntime calls () like a scalar.
     """
-    return _tensors("input", session.get_inputs()), _tensors("output", session.get_outputs())
+    outputs = [
+        replace(tensor, shape=(None,) * value.ndim) if isinstance(value, np.ndarray) and not tensor.shape else tensor
+        for tensor, value in zip(map(_tensor, session.get_outputs()), values, strict=True)
+    ]
+    return tuple(map(_tensor, session.get_inputs())), tuple(outputs)
 
 
 def _fixed(tensor: Tensor) -> tuple[str, str, list[int]]:
@@ -137,19 +148,12 @@ def _fixed(tensor: Tensor) -> tuple[str, str, list[int]]:
     return tensor.name, tensor.type, [dim if isinstance(dim, int) else -1 for dim in tensor.shape]
 
 
-def _tensors(what: str, values: list[Any]) -> tuple[Tensor, ...]:
-    for value in values:
-        if not value.type.startswith("tensor("):
-            raise ModelError(
-                f"{what} {value.name} is {value.type}, but engines serve tensors only; export the model without it"
-            )
-    return tuple(
-        Tensor(
-            name=value.name,
-            type=value.type.removeprefix("tensor(").removesuffix(")"),
-            shape=tuple(dim if isinstance(dim, int | str) else None for dim in value.shape),
-        )
-        for value in values
+def _tensor(value: Any) -> Tensor:
+    is_tensor = value.type.startswith("tensor(")
+    return Tensor(
+        name=value.name,
+        type=value.type.removeprefix("tensor(").removesuffix(")") if is_tensor else value.type,
+        shape=tuple(dim if isinstance(dim, int | str) else None for dim in value.shape),
     )
 
 

@@ -20,6 +20,7 @@ from rsi_deploy.measure.cost_table import Conditions, PlanCheck
 from rsi_deploy.measure.machine import Environment
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.result import BenchResult
+from rsi_deploy.measure.values import as_numbers
 from rsi_deploy.sites import SiteRecord
 
 SCHEMA_VERSION = 1
@@ -132,7 +133,7 @@ class ProbeOutput(_Record):
     @classmethod
     def of(cls, name: str, array: npt.NDArray[Any]) -> "ProbeOutput":
         """The norm and the first values of an output array; what is not finite counts as 0, as JSON has no NaN."""
-        flat = array.astype(np.float64).ravel()
+        flat = as_numbers(array).ravel()
         flat = np.where(np.isfinite(flat), flat, 0.0)
         return cls(
             name=name, shape=array.shape, norm=float(np.linalg.norm(flat)), first=tuple(float(x) for x in flat[:8])
