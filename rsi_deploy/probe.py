@@ -30,7 +30,8 @@ def probe_feeds(
     Args:
         model: an ONNX file.
         seed: of the random numbers.
-        shapes: input name -> whole shape, where dimensions after the first are dynamic.
+        shapes: input name -> whole shape, where dimensions after the first are dynamic, or as a report has them of all
+            inputs; they are taken as they are, whatever their first sizes.
         given: input name -> array, in place of random inputs.
 
     Raises:
@@ -43,9 +44,10 @@ def probe_feeds(
     firsts = [spec.shape[0] for spec in specs if spec.shape]
     fixed = [size for size in firsts if isinstance(size, int)]
     batch = fixed[0] if fixed and len(fixed) == len(firsts) else PROBE_BATCH
-    if shapes and (leading := {shape[0] for shape in shapes.values() if shape}):
+    open_first = {spec.name for spec in specs if spec.shape and not isinstance(spec.shape[0], int)}
+    if leading := {shape[0] for name, shape in (shapes or {}).items() if shape and name in open_first}:
         batch = max(leading)
-    return random_feeds(specs, batch, seed, shapes)
+    return random_feeds(specs, batch, seed, shapes, shapes_settle_batch=True)
 
 
 def read_feeds(path: str | Path) -> Feeds:

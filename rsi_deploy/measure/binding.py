@@ -22,6 +22,7 @@ from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.measure.provider_spec import ProviderSpec, parse
 from rsi_deploy.measure.providers import short_name
 from rsi_deploy.measure.sessions import CUDA_FAMILY
+from rsi_deploy.measure.values import is_text
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -85,10 +86,13 @@ def bind(
     spec = parse(provider)
     device = device_of(spec, session.get_providers())
     graph = _wants_graph(spec)
-    if unbindable := [v for v in (*session.get_inputs(), *session.get_outputs()) if not _can_be_bound(v.type)]:
+    texts = [name for name, array in feeds.items() if is_text(array.dtype)]
+    if unbindable := texts + [value.name for value in session.get_outputs() if not _can_be_bound(value.type)]:
         if graph:
-            named = f"{unbindable[0].name} is {unbindable[0].type}"
-            raise UsageError(f"{graph}=1 needs inputs and outputs that are tensors of numbers, but {named}; {graph}=0")
+            raise UsageError(
+                f"{graph}=1 needs inputs and outputs that are tensors of numbers, but {unbindable[0]} is none; run it "
+                f"with {graph}=0"
+            )
         return _unbound(session, feeds)
     names = [output.name for output in session.get_outputs()]
     try:

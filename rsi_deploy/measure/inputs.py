@@ -85,6 +85,8 @@ def random_feeds(
     batch: int,
     seed: int,
     input_shape: Mapping[str, Sequence[int]] | None = None,
+    *,
+    shapes_settle_batch: bool = False,
 ) -> dict[str, npt.NDArray[Any]]:
     """Seeded inputs: standard normal floats, integers 0 or 1 (valid indices of any table), random booleans.
 
@@ -95,6 +97,7 @@ def random_feeds(
         batch: size of every dynamic first dimension.
         seed: any number of 0 or more.
         input_shape: input name -> its whole shape, batch included; needed where a later dimension is dynamic.
+        shapes_settle_batch: take the first sizes in `input_shape` as they are, though they are not `batch`.
 
     Returns:
         Input name -> array of the input's dtype.
@@ -110,18 +113,13 @@ def random_feeds(
     if batch < 1:
         raise UsageError(f"batch must be 1 or more, but got {batch}")
     symbols: dict[str, int] = {}
-    for spec in specs:
-        _bind(spec, batch, given.get(spec.name), symbols)
+    for spec in sorted(specs, key=lambda spec: spec.name not in given):
+        _bind(spec, batch, given.get(spec.name), symbols, any_batch=shapes_settle_batch)
     _check_batch(specs, batch)
     feeds = {}
     for spec in specs:
         shape = tuple(given.get(spec.name) or _resolved(spec, batch, symbols))
-        if math.prod(shape) > MOST_NUMBERS:
-            raise UsageError(
-                f"input {shown(spec.name)} of the shape {shape} has more than {MOST_NUMBERS} numbers; "
-                "give a smaller --input-shape or batch"
-            )
-        feeds[spec.name] = _drawn(spec, shape, np.random.default_rng([seed, *spec.name.encode()]))
+        feeds[spec.name] = _of_shape(spec, shape, seed)
     return feeds
 
 
@@ -162,7 +160,9 @@ def parse_shape(text: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
     return shape
 
 
-def _bind(spec: InputSpec, batch: int, given: Sequence[int] | None, symbols: dict[str, int]) -> None:
+def _bind(
+    spec: InputSpec, batch: int, given: Sequence[int] | None, symbols: dict[str, int], *, any_batch: bool
+) -> None:
     """Note the size of every symbol that the batch or the given shape of one input settles."""
     if given is not None and (len(given) != len(spec.shape) or any(size < 1 for size in given)):
         raise UsageError(f"--input-shape: {spec} needs {len(spec.shape)} sizes of 1 or more, but got {tuple(given)}")
@@ -173,12 +173,14 @@ def _bind(spec: InputSpec, batch: int, given: Sequence[int] | None, symbols: dic
                 raise UsageError(
                     f"--input-shape: {spec} has {dim} fixed at axis {axis}, but got {tuple(given)}; give {dim} there"
                 )
-            if size is not None and size != given[axis]:
+            if size is not None and size != given[axis] and not any_batch:
                 raise UsageError(
                     f"--input-shape: {spec} takes the batch first, which is {batch}, but got {tuple(given)}; "
                     f"pass --batch {given[axis]} with it"
                 )
             size = given[axis]
+        elif any_batch and size is not None and isinstance(dim, str):
+            size = symbols.get(dim, size)
         if isinstance(dim, str) and size is not None and symbols.setdefault(dim, size) != size:
             raise UsageError(
                 f"--input-shape: {dim} of {spec} is {size}, but {symbols[dim]} elsewhere"
@@ -189,7 +191,7 @@ def _bind(spec: InputSpec, batch: int, given: Sequence[int] | None, symbols: dic
 def _resolved(spec: InputSpec, batch: int, symbols: Mapping[str, int]) -> list[int]:
     sizes = []
     for axis, dim in enumerate(spec.shape):
-        size = dim if isinstance(dim, int) else batch if axis == 0 else symbols.get(dim or "")
+        size = dim if isinstance(dim, int) else symbols.get(dim or "", None if axis else batch)
         if size is None:
             dims = [dim if isinstance(dim, int) else "?" if at else batch for at, dim in enumerate(spec.shape)]
             example = "x".join(map(str, dims))
@@ -208,6 +210,16 @@ def _check_batch(specs: Sequence[InputSpec], batch: int) -> None:
             f"the batch is fixed in this model: {_listed(specs)}, but got {batch}; "
             f"pass --batch {firsts[0]}, or export with a dynamic batch"
         )
+
+
+def _of_shape(spec: InputSpec, shape: tuple[int, ...], seed: int) -> npt.NDArray[Any]:
+    """The input, drawn from a generator of its own."""
+    if math.prod(shape) > MOST_NUMBERS:
+        raise UsageError(
+            f"input {shown(spec.name)} of the shape {shape} has more than {MOST_NUMBERS} numbers; "
+            "give a smaller --input-shape or batch"
+        )
+    return _drawn(spec, shape, np.random.default_rng([seed, *spec.name.encode()]))
 
 
 def _drawn(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[Any]:

@@ -37,11 +37,13 @@ class Tensor:
     Attributes:
         type: of a tensor that of its elements (`float`, `int64`, `string`); else the whole type (`seq(tensor(float))`).
         shape: each a number, a symbol (dynamic, named) or None (dynamic).
+        ranked: whether onnxruntime itself knows how many dimensions there are; where not, a run has told.
     """
 
     name: str
     type: str
     shape: tuple[Dim, ...]
+    ranked: bool = True
 
     def __str__(self) -> str:
         return f"{self.name}: {self.type} ({', '.join('?' if dim is None else str(dim) for dim in self.shape)})"
@@ -117,14 +119,9 @@ def read_dense(path: Path, beside: Servable) -> Servable:
         ModelError: it cannot be run.
     """
     session = make_session(path)
+    _check_same("takes", path, beside.inputs, tuple(map(_tensor, session.get_inputs())))
     inputs, outputs = tensors(session, run_session(session, beside.feeds, str(path)))
-    for what, ours, theirs in (("takes", beside.inputs, inputs), ("gives", beside.outputs, outputs)):
-        if [_fixed(tensor) for tensor in ours] != [_fixed(tensor) for tensor in theirs]:
-            listed = [", ".join(map(str, tensors_)) for tensors_ in (theirs, ours)]
-            raise UsageError(
-                f"--dense {path} {what} {listed[0]}, the bundle's model {listed[1]}; "
-                "give the model that the bundle was made from"
-            )
+    _check_same("gives", path, beside.outputs, outputs)
     mixing = _mixing(session, beside.feeds, given=beside.feeds_given)
     return replace(beside, model=path, inputs=inputs, outputs=outputs, unbatchable=mixing, notes=())
 
@@ -136,11 +133,21 @@ def tensors(session: "InferenceSession", values: Sequence[Value]) -> tuple[tuple
         session: of the model.
         values: outputs of a run: they tell the rank where the model does not, which onnxruntime calls () like a scalar.
     """
-    outputs = [
-        replace(tensor, shape=(None,) * value.ndim) if isinstance(value, np.ndarray) and not tensor.shape else tensor
-        for tensor, value in zip(map(_tensor, session.get_outputs()), values, strict=True)
-    ]
+    outputs = []
+    for tensor, value in zip(map(_tensor, session.get_outputs()), values, strict=True):
+        unranked = isinstance(value, np.ndarray) and value.ndim > 0 and not tensor.shape
+        outputs.append(replace(tensor, shape=(None,) * value.ndim, ranked=False) if unranked else tensor)
     return tuple(map(_tensor, session.get_inputs())), tuple(outputs)
+
+
+def _check_same(what: str, path: Path, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Refuse a dense model that takes or gives something else than the bundle's."""
+    if [_fixed(tensor) for tensor in ours] != [_fixed(tensor) for tensor in theirs]:
+        listed = [", ".join(map(str, tensors_)) for tensors_ in (theirs, ours)]
+        raise UsageError(
+            f"--dense {path} {what} {listed[0]}, the bundle's model {listed[1]}; "
+            "give the model that the bundle was made from"
+        )
 
 
 def _fixed(tensor: Tensor) -> tuple[str, str, list[int]]:

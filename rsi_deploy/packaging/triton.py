@@ -100,7 +100,7 @@ def _client(name: str, model: Servable) -> list[str]:
         "",
         'client = triton.InferenceServerClient("localhost:8000")',
         "arrays = {",
-        *(f"    {json.dumps(key)}: {_zeros(array)}," for key, array in arrays.items()),
+        *(f"    {json.dumps(key)}: {_zeros(array, batched=not model.unbatchable)}," for key, array in arrays.items()),
         "}",
         "inputs = [triton.InferInput(n, a.shape, np_to_triton_dtype(a.dtype)) for n, a in arrays.items()]",
         "for value, array in zip(inputs, arrays.values()):",
@@ -110,9 +110,9 @@ def _client(name: str, model: Servable) -> list[str]:
     ]
 
 
-def _zeros(array: Array) -> str:
-    """An array of that shape in Python, as a client sends it: a scalar is one number, a text bytes."""
-    shape = array.shape or (1,)
+def _zeros(array: Array, *, batched: bool) -> str:
+    """An array of that shape in Python, as a client sends it: a scalar (of a sample) is one number, a text bytes."""
+    shape = array.shape if array.ndim > batched else (*array.shape, 1)
     return f'np.full({shape}, b"", object)' if is_text(array.dtype) else f'np.zeros({shape}, "{array.dtype}")'
 
 

@@ -82,8 +82,8 @@ def config_text(name: str, model: Servable, settings: TritonSettings, *, version
         "name": name,
         "backend": settings.backend,
         "max_batch_size": settings.max_batch if batched else 0,
-        "input": [_tensor("input", tensor, batched) for tensor in model.inputs],
-        "output": [_tensor("output", tensor, batched) for tensor in model.outputs],
+        "input": [_tensor("input", tensor, batched, settings.backend) for tensor in model.inputs],
+        "output": [_tensor("output", tensor, batched, settings.backend) for tensor in model.outputs],
     }
     if versions > 1:
         fields["version_policy"] = {"all": {}}
@@ -134,11 +134,16 @@ def _scalar(value: bool | int | str) -> str:
     return '"' + re.sub("[\x00-\x1f\x7f]", lambda found: f"\\{ord(found[0]):03o}", text) + '"'
 
 
-def _tensor(what: str, tensor: Tensor, batched: bool) -> dict[str, Any]:
+def _tensor(what: str, tensor: Tensor, batched: bool, backend: Backend) -> dict[str, Any]:
     if tensor.type not in TYPES:
         raise ModelError(
             f"{what} {tensor.name} is {tensor.type}, which Triton does not take; it takes tensors of "
             f"{', '.join(TYPES)}: choose another --target, or export the model without it"
+        )
+    if not tensor.ranked and backend == "onnxruntime":
+        raise ModelError(
+            f"{what} {tensor.name} has no number of dimensions in the model, which Triton's onnxruntime backend takes for "
+            "a scalar; declare its shape in the model, or choose --target triton --backend python"
         )
     dims = [dim if isinstance(dim, int) else -1 for dim in tensor.shape[batched:]]
     if 0 in dims:
