@@ -30,6 +30,8 @@ from rsi_deploy.onnx_file import forget_weights_
 EXPORTER_TOLERANCE = {2: 3e-2, 4: 1e-4, 8: 1e-6}
 SURGERY_TOLERANCE = {2: 3e-2, 4: 2e-5, 8: 1e-10}
 
+EXCLUDE = "find the site with --include and leave it out with --exclude"
+
 
 class Comparison(pydantic.BaseModel, frozen=True, extra="forbid"):
     """How far one model's outputs are from another's on the probe inputs.
@@ -49,11 +51,17 @@ class Comparison(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 
 def compare_outputs(
-    reference: Sequence[Value], candidate: Sequence[Value], *, what: str, tolerance: float | None = None
+    reference: Sequence[Value],
+    candidate: Sequence[Value],
+    *,
+    what: str,
+    tolerance: float | None = None,
+    remedy: str = EXCLUDE,
 ) -> Comparison:
     """Compare two models' outputs, given in the same order: sequences element by element, maps key by key.
 
-    A text is right or wrong: where it differs it counts as 0 in place of 1.
+    A text is right or wrong: where it differs it counts as 0 in place of 1. The error's message ends with `remedy`, for
+    the verb that compares.
 
     Raises:
         GateError: another number of outputs or of their elements, another shape, NaN or infinity elsewhere than in the
@@ -69,8 +77,7 @@ def compare_outputs(
         finite = np.isfinite(x)
         if not np.array_equal(x[~finite], y[~finite], equal_nan=True) or not np.isfinite(y[finite]).all():
             raise GateError(
-                f"{what}: output {index} holds NaN or infinite values elsewhere than the reference"
-                f"; find the site with --include and leave it out with --exclude"
+                f"{what}: output {index} holds NaN or infinite values elsewhere than the reference; {remedy}"
             )
         difference = x[finite] - y[finite]
         norm, error = float(np.linalg.norm(x[finite])), float(np.linalg.norm(difference))
@@ -78,10 +85,7 @@ def compare_outputs(
         worst = max(worst, error / norm if norm else float(error > 0))
         largest = max(largest, float(np.abs(difference).max(initial=0.0)))
     if tolerance is not None and not worst <= tolerance:
-        raise GateError(
-            f"{what}: relative error {worst:.2e} is above the tolerance {tolerance:.0e}"
-            f"; find the site with --include and leave it out with --exclude"
-        )
+        raise GateError(f"{what}: relative error {worst:.2e} is above the tolerance {tolerance:.0e}; {remedy}")
     return Comparison(relative_l2=worst, max_abs=largest, tolerance=tolerance, informative=informative)
 
 

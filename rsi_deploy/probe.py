@@ -4,15 +4,18 @@ They are random (`random_feeds`), two samples, or the model's own batch where it
 for models that random numbers make no sense to.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.errors import UsageError
 from rsi_deploy.gateway.arrays import read_npz
 from rsi_deploy.measure.inputs import check_feeds, model_inputs, parse_shape, random_feeds
+from rsi_deploy.measure.values import described, is_text
 
 PROBE_BATCH = 2
 
@@ -60,6 +63,16 @@ def read_feeds(path: str | Path) -> Feeds:
         return read_npz(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"--feeds {path}: expected an .npz with one array per model input ({error})") from error
+
+
+def feeds_fingerprint(feeds: Feeds) -> str:
+    """The sha256 (hex) of names, types, shapes and values; of texts, whatever width their array has."""
+    digest = hashlib.sha256()
+    for name, array in sorted(feeds.items()):
+        digest.update(f"{name}\0{described(array)}\0".encode())
+        texts = is_text(array.dtype)
+        digest.update("\0".join(map(str, array.ravel())).encode() if texts else np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def named_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from rsi_deploy.errors import UsageError
+from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.measure.binding import Bound, bind
 from rsi_deploy.measure.inputs import InputSpec, check_feeds, model_inputs, random_feeds
 from rsi_deploy.measure.placement import Placement, proven_placement
@@ -126,7 +126,7 @@ def open_arms(
     outputs: dict[str, str] = {}
     for model, label, session in zip(models, labels, sessions, strict=True):
         check_feeds(model_inputs(session, named(model)), feeds, named(model))
-        run_session(session, feeds, named(model))  # a failing model says so here, once
+        _try(session, feeds, named(model))  # a failing model says so here, once
         placement = runtime.placement(model, feeds) if prove else Placement(provider_nodes={}, memcpy_nodes=0, nodes={})
         bound = runtime.bound(session, feeds)
         given = _described(session, bound)
@@ -141,6 +141,13 @@ def open_arms(
             Arm(label=label, model=str(model), call=bound.call, placement=placement, settings=settings, how=bound.how)
         )
     return arms
+
+
+def _try(session: "InferenceSession", feeds: Feeds, name: str) -> None:
+    try:
+        run_session(session, feeds, name)
+    except ModelError as error:
+        raise ModelError(f"{error}: --input-shape or --feeds") from error
 
 
 def make_feeds(

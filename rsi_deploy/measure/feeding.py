@@ -116,7 +116,7 @@ def as_input(values: Array, spec: InputSpec, *, option: str, model: str = "the m
     if values.dtype != spec.dtype and not any(kinds <= set(same) for same in ("f", "iub", "OU")):
         raise UsageError(
             f"{option}: {model} takes {spec}, but the data are {came}; 8-bit pictures need a "
-            f"preprocessing (--mean, --std, ...), ready inputs the model's own type"
+            f"preprocessing (mean, std, ...), ready inputs the model's own type"
         )
     fits = values.ndim == len(spec.shape) and all(
         not isinstance(dim, int) or dim == size for dim, size in zip(spec.shape[1:], values.shape[1:], strict=True)

@@ -208,7 +208,7 @@ def _check_batch(specs: Sequence[InputSpec], batch: int) -> None:
     if firsts and batch != 1 and all(isinstance(dim, int) and dim != batch for dim in firsts):
         raise UsageError(
             f"the batch is fixed in this model: {_listed(specs)}, but got {batch}; "
-            f"pass --batch {firsts[0]}, or export with a dynamic batch"
+            f"take a batch of {firsts[0]}, or export the model with a dynamic batch"
         )
 
 
@@ -217,7 +217,7 @@ def _of_shape(spec: InputSpec, shape: tuple[int, ...], seed: int) -> npt.NDArray
     if math.prod(shape) > MOST_NUMBERS:
         raise UsageError(
             f"input {shown(spec.name)} of the shape {shape} has more than {MOST_NUMBERS} numbers; "
-            "give a smaller --input-shape or batch"
+            "give a smaller shape or batch"
         )
     return _drawn(spec, shape, np.random.default_rng([seed, *spec.name.encode()]))
 

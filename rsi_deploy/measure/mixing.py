@@ -52,7 +52,7 @@ def why_alone(session: "InferenceSession", known: Mapping[str, Sequence[int]], c
     try:
         samples = random_feeds(specs, count, 1, shapes)
     except UsageError as error:
-        return f"samples to try a batch with cannot be made up: {error}"[:300]
+        return f"samples to try a batch with cannot be made up: {str(error).partition(';')[0]}"[:300]
     return why_alone_on(session, samples)
 
 
@@ -75,6 +75,8 @@ def why_alone_on(session: "InferenceSession", samples: Mapping[str, Array]) -> s
     except ModelError as error:
         return f"it does not run on these samples, so that a batch cannot be tried: {error}"[:300]
     for place, (value, whole) in enumerate(zip(session.get_outputs(), together, strict=True)):
+        if not isinstance(whole, np.ndarray):
+            return f"output {value.name} is no tensor"
         if whole.ndim == 0 or len(whole) != count:
             return f"output {value.name} has shape {whole.shape} for {count} samples"
         if not all(_same(parts[place], whole[at : at + 1]) for at, parts in enumerate(alone)):

@@ -124,9 +124,7 @@ def run_session(session: "InferenceSession", feeds: Mapping[str, npt.NDArray[Any
     try:
         outputs: list[Value] = session.run(None, dict(feeds))
     except Exception as error:  # onnxruntime's exceptions derive from nothing narrower
-        raise ModelError(
-            f"{name}: the run failed: {str(error).strip()}; give inputs that fit it: --input-shape or --feeds"
-        ) from error
+        raise ModelError(f"{name}: the run failed: {str(error).strip()}; give inputs that fit it") from error
     return outputs
 
 

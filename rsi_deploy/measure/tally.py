@@ -145,7 +145,7 @@ class Scorer:
             if is_classes and (first.ndim != 2 or first.shape[1] < 2):
                 raise ModelError(
                     f"{name}: its first output must be class scores ({len(first)}, classes), but it is {first.shape}; "
-                    "values are compared with a reference: --reference DENSE.onnx --outputs values"
+                    "values are compared with a reference: rsi-deploy eval --reference DENSE.onnx --outputs values"
                 )
         for name, outputs in zip(self._names[1:], batch[1:], strict=True):
             self._check_shapes(name, outputs, batch[0])

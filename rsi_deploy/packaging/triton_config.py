@@ -142,8 +142,8 @@ def _tensor(what: str, tensor: Tensor, batched: bool, backend: Backend) -> dict[
         )
     if not tensor.ranked and backend == "onnxruntime":
         raise ModelError(
-            f"{what} {tensor.name} has no number of dimensions in the model, which Triton's onnxruntime backend takes for "
-            "a scalar; declare its shape in the model, or choose --target triton --backend python"
+            f"{what} {tensor.name} has no number of dimensions in the model, which Triton's onnxruntime backend takes "
+            "for a scalar; declare its shape in the model, or choose --target triton --backend python"
         )
     dims = [dim if isinstance(dim, int) else -1 for dim in tensor.shape[batched:]]
     if 0 in dims:

@@ -205,6 +205,7 @@ class Report(_Record):
         timing: what time decided; None where it decided nothing (--no-bench, --always-split).
         probe_shapes: shapes of the probe inputs (`rsi_deploy.probe`, with the seed).
         probe_given: the user gave the probe inputs, so that they cannot be made again.
+        probe_fingerprint: of those (`rsi_deploy.probe.feeds_fingerprint`); None where they were made.
         probe: outputs on them, which `verify` computes again.
         files: sha256 of the bundle's model files.
         stages: wall time of each step, s.
@@ -231,6 +232,7 @@ class Report(_Record):
     timing: Timing | None = None
     probe_shapes: dict[str, tuple[int, ...]]
     probe_given: bool
+    probe_fingerprint: str | None = None
     probe: tuple[ProbeOutput, ...]
     files: dict[Annotated[str, pydantic.AfterValidator(inside)], str]
     stages: tuple[Stage, ...]

@@ -60,6 +60,7 @@ def sweep(
     weights: str = "DEFAULT",
     checkpoint: str | Path | None = None,
     input_shape: str | Sequence[str] | None = None,
+    feeds: str | Path | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     smaller_is_enough: bool = False,
@@ -90,6 +91,7 @@ def sweep(
         weights: torchvision's.
         checkpoint: a factory's.
         input_shape: as for `export`.
+        feeds: an `.npz` of inputs, as for `export`.
         include: globs on site names.
         exclude: globs on site names.
         smaller_is_enough: as for `export`.
@@ -130,6 +132,8 @@ def sweep(
         "bench_seconds": bench_seconds,
         "seed": seed,
     }
+    if feeds is not None:
+        options["feeds"] = str(feeds)
     named = [input_shape] if isinstance(input_shape, str) else list(input_shape or ())
     options["input_shape"] = [text for text in named if "=" in text]
     folder = Path(output)

@@ -124,7 +124,7 @@ def test_a_symbol_that_is_known_once_is_known_everywhere():
         (("N", 3, "h"), 2, {"x": (8, 3, 5)}, "pass --batch 8"),
         (("N", 3), 0, None, "batch must be 1 or more, but got 0"),
         ((2, "N", 8), 1, None, r"--input-shape x=2x\?x8"),
-        ((1, 3), 8, None, "batch is fixed.*pass --batch 1"),
+        ((1, 3), 8, None, "batch is fixed.*take a batch of 1"),
     ],
 )
 def test_shapes_that_do_not_fit_say_what_to_type(shape, batch, given, named):
