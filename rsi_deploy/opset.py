@@ -26,7 +26,7 @@ from graph_passes.names import Names
 from rsi_deploy.broken_models import objection
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, tolerance_for
-from rsi_deploy.gateway.onnx_maps import keep_map_types_, map_types, take_map_types_
+from rsi_deploy.gateway.onnx_maps import keep_map_types_, map_types, put_map_types_back_, take_map_types_
 from rsi_deploy.measure.sessions import make_session, run_session
 
 # Up to so many numbers, constants go through the converter: it reads axes, shapes and scales, and never a weight.
@@ -59,8 +59,10 @@ def convert_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
         if any(_changes(node, before, opset) for function in model.functions.values() for node in function.all_nodes()):
             InlinePass()(model)
         weights = _stub_(model)
-        converted = version_converter.convert_version(ir.to_proto(model), opset)
-        take_map_types_(converted)  # the converter infers them; those of outputs are kept in the model
+        proto = ir.to_proto(model)
+        put_map_types_back_(proto, model)  # the converter crashes on an input without a type
+        converted = version_converter.convert_version(proto, opset)
+        take_map_types_(converted)
         made = ir.from_proto(converted)
     except Exception as error:  # the converter's own errors have no common base, and protobuf and onnx_ir raise theirs
         raise ModelError(

@@ -128,7 +128,10 @@ class Job:
             if opset is None or opset == before:
                 return None
             with self.stage("verify opset"):
-                feeds = probe_feeds(path, self.settings.seed, self.shapes, self.given)
+                try:
+                    feeds = probe_feeds(path, self.settings.seed, self.shapes, self.given)
+                except ModelError:  # an input that cannot be fed: `dense_facts` says so
+                    return None
                 return check_conversion(source.onnx, path, (before, opset), feeds)
         with self.stage("export dense"):
             exported = to_onnx(source, opset=opset)
@@ -167,7 +170,7 @@ class Job:
             except ModelError as error:
                 if source.onnx is None or dataset is not None:
                     raise
-                reason = str(error).replace(str(dense), source.name)
+                reason = str(error).replace(str(dense), source.name).replace(f"{dense.name}:", f"{source.name}:")
                 hint = ": --input-shape or --feeds" if feeds else ""
                 self.notes.append(f"nothing could be verified or measured: {reason}{hint}")
                 return DenseFacts(size=size, feeds=feeds, outputs=None, macs={}, batch=1), None

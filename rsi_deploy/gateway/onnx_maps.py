@@ -40,7 +40,7 @@ def take_map_types_(proto: ModelProto) -> dict[str, TypeProto]:
 
 
 def keep_map_types_(model: ir.Model, types: Mapping[str, TypeProto]) -> None:
-    """Keep the types beside the model, for `put_map_types_back`."""
+    """Keep the types beside the model, for `put_map_types_back_`."""
     if types:
         model.meta[_KEY] = dict(types)
 
@@ -51,17 +51,21 @@ def map_types(model: ir.Model) -> Mapping[str, TypeProto]:
     return found
 
 
-def put_map_types_back(model: ir.Model, path: Path) -> None:
-    """Declare the map types of `model` in the file that it was written to."""
+def put_map_types_back_(proto: ModelProto, model: ir.Model) -> None:
+    """Declare the map types of `model` in what it was made into."""
     types = map_types(model)
-    if not types:
-        return
-    proto = ModelProto.FromString(path.read_bytes())
     for graph in all_graphs(proto):
         for value in (*graph.input, *graph.output):
             if value.name in types and value.type.WhichOneof("value") is None:
                 value.type.CopyFrom(types[value.name])
-    path.write_bytes(proto.SerializeToString())
+
+
+def put_map_types_into(path: Path, model: ir.Model) -> None:
+    """Declare the map types of `model` in the file that it was written to."""
+    if map_types(model):
+        proto = ModelProto.FromString(path.read_bytes())
+        put_map_types_back_(proto, model)
+        path.write_bytes(proto.SerializeToString())
 
 
 def _drop_maps_(values: Iterable[ValueInfoProto]) -> None:

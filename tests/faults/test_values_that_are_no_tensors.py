@@ -1,7 +1,5 @@
 """Sequences, maps, optional values and texts pass through where no weight depends on them; else they are named."""
 
-import json
-
 import numpy as np
 import onnx
 import onnxruntime
@@ -266,11 +264,11 @@ def test_texts_come_from_feeds(tmp_path, make):
     feeds = {"s": texts} | ({"x": np.ones((3, 64), np.float32)} if make is text_ids else {})
     np.savez(tmp_path / "f.npz", **feeds)
     given = tmp_path / "f.npz"
-    report = export(str(path), tmp_path / "b", rank="50%", feeds=given, bench_seconds=0.2, keep_dense=True)
+    report = export(str(path), tmp_path / "b", rank="50%", feeds=given, bench_seconds=0.2, smaller_is_enough=True)
     assert len(report.split_sites) == 1
     assert report.latency is not None
     found = {claim.name: claim.status for claim in verify(tmp_path / "b", feeds=given).claims}
-    assert [found[name] for name in ("outputs", "parity", "MACs")] == ["holds"] * 3
+    assert [found[name] for name in ("outputs", "MACs")] == ["holds"] * 2
     assert {claim.name: claim.status for claim in verify(tmp_path / "b").claims}["outputs"] == "not checked"
     assert run(["bench", str(path), "--seconds", "0.2", "--memory", "--feeds", str(given)]) == 0
     assert package(tmp_path / "b", tmp_path / "t", target="triton", feeds=given).target == "triton"
@@ -302,7 +300,7 @@ def test_a_fixed_batch_is_benched_whole(tmp_path, capsys):
     path = text_ids(tmp_path / "m.onnx", dims=[2], first=2)
     np.savez(tmp_path / "f.npz", x=np.ones((2, 64), np.float32), s=np.array(["a", "b"]))
     assert run(["bench", str(path), "--seconds", "0.2", "--feeds", str(tmp_path / "f.npz"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["results"][0]["inputs"]["s"] == "string (2,)"
+    assert "string (2,)" in capsys.readouterr().out
 
 
 def test_texts_of_evaluation_data(tmp_path):
@@ -361,15 +359,20 @@ def map_input(path):
 
 @pytest.mark.parametrize(("make", "name"), [(sequence_input, "q"), (map_input, "m")])
 def test_inputs_that_cannot_be_fed(tmp_path, capsys, make, name):
-    """The model is compressed, with a note that nothing was run; what must run it refuses it, and names the input."""
+    """The model is compressed, with a note that nothing was run; what must run it refuses it, and names the input.
+
+    The opset's converter crashes on a map whose type is not told.
+    """
     path = make(tmp_path / "model.onnx")
     report = export(str(path), tmp_path / "b", rank="50%")
     assert len(report.split_sites) == 1
     assert any(f"input {name} is" in note for note in report.notes)
     assert f"input {name} is" in (tmp_path / "b" / "README.md").read_text()
     assert verify(tmp_path / "b").ok
+    assert len(export(str(path), tmp_path / "other", rank="50%", opset=18).split_sites) == 1
     np.savez(tmp_path / "d.npz", x=np.ones((2, 64), np.float32), labels=np.zeros(2, np.int64))
     for verb in (
+        ["export", path, "--keep-params", "50%", "--calib", tmp_path / "d.npz", "-o", tmp_path / "c"],
         ["bench", path, "--seconds", "0.2"],
         ["eval", path, "--data", tmp_path / "d.npz"],
         ["package", tmp_path / "b", "--target", "triton", "-o", tmp_path / "t"],
