@@ -22,7 +22,7 @@ def has_map(declared: TypeProto) -> bool:
     kind = declared.WhichOneof("value")
     if kind in ("sequence_type", "optional_type"):
         return has_map(getattr(declared, kind).elem_type)
-    return kind == "map_type"
+    return bool(kind == "map_type")
 
 
 def take_map_types_(proto: ModelProto) -> dict[str, TypeProto]:

@@ -53,9 +53,9 @@ class Service:
         Raises:
             UsageError, ModelError, GateError: none can be loaded.
         """
-        served = {served.key: served for served in all_served(self.routes)}
-        for key, error in (await self._load(list(served.values()), all_or_none=False)).items():
-            self.routes.refuse(served[key].name, served[key].version, error)
+        wanted = {served.key: served for served in all_served(self.routes)}
+        for key, error in (await self._load(list(wanted.values()), all_or_none=False)).items():
+            self.routes.refuse(wanted[key].name, wanted[key].version, error)
         self.routes.check_any()
         self.shadows = {name: Shadow(r.main, r.shadow) for name, r in self.routes.items() if r.shadow}
         for served in all_served(self.routes):

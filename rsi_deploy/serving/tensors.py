@@ -122,7 +122,8 @@ def from_values(values: object, dtype: np.dtype[Any], shape: tuple[int, ...], te
 
 def _split_texts(raw: bytes, shape: tuple[int, ...], tensor: str) -> list[bytes]:
     """Texts that each have their length before them."""
-    texts, at = [], 0
+    texts: list[bytes] = []
+    at = 0
     while at < len(raw) and len(texts) <= MOST_TEXTS:
         start = at + _LENGTH.size
         end = start + (_LENGTH.unpack_from(raw, at)[0] if start <= len(raw) else 0)

@@ -93,15 +93,6 @@ def with_sequence_beside(path):
     return written(path, nodes, [tensor(*X)], [tensor(*Y), sequence("twice")])
 
 
-def with_optional_output(path):
-    return written(
-        path,
-        [PRODUCT, helper.make_node("Optional", ["y"], ["o"])],
-        [tensor(*X)],
-        [tensor(*Y), optional("o", ["n", 48])],
-    )
-
-
 def with_empty_optional_output(path):
     kind = helper.make_tensor_type_proto(TensorProto.FLOAT, ["n", 48])
     nodes = [PRODUCT, helper.make_node("Optional", [], ["o"], type=kind)]
@@ -171,7 +162,6 @@ PASSED_THROUGH = [
     lambda path: classifier(path, ["z", "b", "c"]),
     split_into_columns,
     with_sequence_beside,
-    with_optional_output,
     with_empty_optional_output,
     with_sequence_of_a_function,
     with_constant_texts,
@@ -396,7 +386,7 @@ def test_an_optional_input_is_fed_like_a_tensor(tmp_path):
     [
         ("triton", split_into_columns, r"output parts is seq\(tensor\(float\)\)"),
         ("ray-serve", split_into_columns, r"output parts is seq\(tensor\(float\)\)"),
-        ("triton", with_optional_output, r"output o is optional\(tensor\(float\)\)"),
+        ("ray-serve", with_empty_optional_output, r"output o is optional\(tensor\(float\)\)"),
         ("ray-serve", with_constant_texts, "output classes is string"),
     ],
 )
