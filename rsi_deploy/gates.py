@@ -25,9 +25,8 @@ from rsi_deploy.datafile import DataFile
 from rsi_deploy.errors import GateError, ModelError
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.measure.sessions import make_session, run_session
+from rsi_deploy.measure.values import Array, Value, arrays_of, is_text
 from rsi_deploy.onnx_file import forget_weights_
-
-Arrays = Sequence[npt.NDArray[Any]]
 
 # Relative L2, by the width of the narrowest floating output: what rounding alone may do to a deep network.
 EXPORTER_TOLERANCE = {2: 3e-2, 4: 1e-4, 8: 1e-6}
@@ -40,6 +39,8 @@ RANDOM_OPERATORS = {
     "RandomUniform",
     "RandomUniformLike",
 }
+
+EXCLUDE = "find the site with --include and leave it out with --exclude"
 
 
 class Comparison(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -60,25 +61,34 @@ class Comparison(pydantic.BaseModel, frozen=True, extra="forbid"):
     informative: bool = True
 
 
-def compare_outputs(reference: Arrays, candidate: Arrays, *, what: str, tolerance: float | None = None) -> Comparison:
-    """Compare two models' outputs, given in the same order.
+def compare_outputs(
+    reference: Sequence[Value],
+    candidate: Sequence[Value],
+    *,
+    what: str,
+    tolerance: float | None = None,
+    remedy: str = EXCLUDE,
+) -> Comparison:
+    """Compare two models' outputs, given in the same order: sequences element by element, maps key by key.
+
+    A text is right or wrong: where it differs it counts as 0 in place of 1. The error's message ends with `remedy`, for
+    the verb that compares.
 
     Raises:
-        GateError: another number of outputs, another shape, NaN or infinity elsewhere than in the reference, or an
-            error above `tolerance`. The message begins with `what`.
+        GateError: another number of outputs or of their elements, another shape, NaN or infinity elsewhere than in the
+            reference, or an error above `tolerance`. The message begins with `what`.
     """
     if len(reference) != len(candidate):
         raise GateError(f"{what}: {len(reference)} outputs expected, but got {len(candidate)}; export again")
     worst, largest, informative = 0.0, 0.0, False
-    for index, (a, b) in enumerate(zip(reference, candidate, strict=True)):
+    for index, a, b in _pairs(reference, candidate, what):
         if a.shape != b.shape:
             raise GateError(f"{what}: output {index} has shape {b.shape}, expected {a.shape}")
-        x, y = a.astype(np.float64), b.astype(np.float64)
+        x, y = _as_floats(a, b)
         finite = np.isfinite(x)
         if not np.array_equal(x[~finite], y[~finite], equal_nan=True) or not np.isfinite(y[finite]).all():
             raise GateError(
-                f"{what}: output {index} holds NaN or infinite values elsewhere than the reference"
-                f"; find the site with --include and leave it out with --exclude"
+                f"{what}: output {index} holds NaN or infinite values elsewhere than the reference; {remedy}"
             )
         difference = x[finite] - y[finite]
         norm, error = float(np.linalg.norm(x[finite])), float(np.linalg.norm(difference))
@@ -88,15 +98,12 @@ def compare_outputs(reference: Arrays, candidate: Arrays, *, what: str, toleranc
         worst = max(worst, min(relative, float((a != b).mean())) if is_whole else relative)
         largest = max(largest, float(np.abs(difference).max(initial=0.0)))
     if tolerance is not None and not worst <= tolerance:
-        raise GateError(
-            f"{what}: relative error {worst:.2e} is above the tolerance {tolerance:.0e}"
-            f"; find the site with --include and leave it out with --exclude"
-        )
-    is_empty = all(not a.size for a in reference)
+        raise GateError(f"{what}: relative error {worst:.2e} is above the tolerance {tolerance:.0e}; {remedy}")
+    is_empty = not any(array.size for value in reference for array in arrays_of("", value).values())
     return Comparison(relative_l2=worst, max_abs=largest, tolerance=tolerance, informative=informative or is_empty)
 
 
-def check_repeatable(model: Path, feeds: Mapping[str, npt.NDArray[Any]], name: str, expected: Arrays) -> None:
+def check_repeatable(model: Path, feeds: Mapping[str, npt.NDArray[Any]], name: str, expected: Sequence[Value]) -> None:
     """Refuse a model that gives other outputs in another session on the same inputs.
 
     Args:
@@ -127,7 +134,7 @@ def blames_random_models(model: Path, feeds: Mapping[str, npt.NDArray[Any]], nam
         raise
 
 
-def _check_equal(model: Path, name: str, first: Arrays, second: Arrays) -> None:
+def _check_equal(model: Path, name: str, first: Sequence[Value], second: Sequence[Value]) -> None:
     try:
         compare_outputs(first, second, what=name, tolerance=tolerance_for(first, SURGERY_TOLERANCE))
     except GateError as error:
@@ -153,16 +160,36 @@ def random_nodes(model: ir.Model) -> list[str]:
     return found
 
 
-def tolerance_for(outputs: Arrays, table: Mapping[int, float]) -> float:
+def tolerance_for(outputs: Sequence[Value], table: Mapping[int, float]) -> float:
     """The tolerance that fits the narrowest floating output."""
-    return table[min((o.dtype.itemsize for o in outputs if o.dtype.kind not in "iub"), default=4)]
+    arrays = [array for output in outputs for array in arrays_of("", output).values()]
+    return table[min((a.dtype.itemsize for a in arrays if a.dtype.kind not in "iubOU"), default=4)]
+
+
+def _pairs(reference: Sequence[Value], candidate: Sequence[Value], what: str) -> Iterator[tuple[str, Array, Array]]:
+    """The arrays that the outputs consist of, side by side, each with its place."""
+    for index, (a, b) in enumerate(zip(reference, candidate, strict=True)):
+        expected, came = arrays_of(str(index), a), arrays_of(str(index), b)
+        if expected.keys() != came.keys():
+            raise GateError(
+                f"{what}: output {index} has {len(came)} elements, or other keys, expected the {len(expected)} of the "
+                "reference"
+            )
+        yield from ((place, array, came[place]) for place, array in expected.items())
+
+
+def _as_floats(a: Array, b: Array) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Both as float64; of texts, what `compare_outputs` says."""
+    if is_text(a.dtype) and is_text(b.dtype):
+        return np.ones(a.shape), np.asarray(a == b, np.float64)
+    return a.astype(np.float64), b.astype(np.float64)
 
 
 def surgery_check(
     dense: Path,
     weights: Mapping[str, gp.Form],
     feeds: Mapping[str, npt.NDArray[Any]],
-    expected: Arrays,
+    expected: Sequence[Value],
     *,
     joint: Collection[tuple[str, ...]] = (),
     bias: bool = False,

@@ -15,6 +15,7 @@ from onnx import TensorProto
 from graph_passes.cleanup import remove_unused
 from rsi_deploy.errors import ModelError
 from rsi_deploy.gateway.limits import first_line
+from rsi_deploy.gateway.onnx_maps import put_map_types_into
 from rsi_deploy.gateway.onnx_parts import all_tensors
 from rsi_deploy.gateway.onnx_reader import load_model, read_proto
 from rsi_deploy.manifest import file_hash
@@ -87,6 +88,7 @@ def save_model(model: ir.Model, path: Path, external_data: str | None = None) ->
     try:
         with _untyped_initializers(model):
             ir.save(model, path, external_data=external_data)
+        put_map_types_into(path, model)
     except ir.serde.SerdeError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:

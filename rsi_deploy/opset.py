@@ -26,6 +26,7 @@ from graph_passes.names import Names
 from rsi_deploy.broken_models import objection
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gates import EXPORTER_TOLERANCE, Comparison, compare_outputs, tolerance_for
+from rsi_deploy.gateway.onnx_maps import keep_map_types_, map_types, put_map_types_back_, take_map_types_
 from rsi_deploy.measure.sessions import make_session, run_session
 
 # Up to so many numbers, constants go through the converter: it reads axes, shapes and scales, and never a weight.
@@ -58,7 +59,11 @@ def convert_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
         if any(_changes(node, before, opset) for function in model.functions.values() for node in function.all_nodes()):
             InlinePass()(model)
         weights = _stub_(model)
-        made = ir.from_proto(version_converter.convert_version(ir.to_proto(model), opset))
+        proto = ir.to_proto(model)
+        put_map_types_back_(proto, model)  # the converter crashes on an input without a type
+        converted = version_converter.convert_version(proto, opset)
+        take_map_types_(converted)
+        made = ir.from_proto(converted)
     except Exception as error:  # the converter's own errors have no common base, and protobuf and onnx_ir raise theirs
         raise ModelError(
             f"{name} cannot be converted from opset {before} to {opset}: {_reason(error)}; {_REMEDY}"
@@ -169,6 +174,7 @@ def _carry_over_(model: ir.Model, made: ir.Model, opset: int) -> None:
             function.opset_imports[""] = opset
         made.functions[function.identifier()] = function
     made.graph.metadata_props.update(model.graph.metadata_props)
+    keep_map_types_(made, map_types(model))
     names = Names(made)
     nodes: dict[tuple[str | None, str | None], deque[ir.Node]] = defaultdict(deque)  # branches may use the same names
     for node in model.graph.all_nodes():

@@ -4,10 +4,12 @@ They are random (`random_feeds`), two samples, or the model's own batch where it
 for models that random numbers make no sense to.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.errors import UsageError
@@ -15,6 +17,7 @@ from rsi_deploy.gateway.arrays import read_npz
 from rsi_deploy.measure.batch_axes import BatchAxes
 from rsi_deploy.measure.given_feeds import given_feeds
 from rsi_deploy.measure.inputs import model_inputs, parse_shape, random_feeds
+from rsi_deploy.measure.values import described, is_text
 
 PROBE_BATCH = 2
 
@@ -33,7 +36,8 @@ def probe_feeds(
     Args:
         model: an ONNX file.
         seed: of the random numbers.
-        shapes: input name -> whole shape, where dimensions after the first are dynamic.
+        shapes: input name -> whole shape, where dimensions after the first are dynamic, or as a report has them of all
+            inputs; they are taken as they are, whatever their first sizes.
         given: input name -> array, in place of random inputs.
         examples: input name -> shape with a batch of any size, for inputs that `shapes` does not name.
 
@@ -57,7 +61,7 @@ def probe_feeds(
     if leading := {shape[0] for name, shape in (shapes or {}).items() if shape and axes.axes.get(name) == 0}:
         batch = max(leading)
     others = axes.with_batch(examples or {}, axes.fixed or (batch if leading else PROBE_BATCH))
-    return random_feeds(specs, batch, seed, {**others, **(shapes or {})})
+    return random_feeds(specs, batch, seed, {**others, **(shapes or {})}, shapes_settle_batch=True)
 
 
 def read_feeds(path: str | Path) -> Feeds:
@@ -70,6 +74,16 @@ def read_feeds(path: str | Path) -> Feeds:
         return read_npz(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"--feeds {path}: expected an .npz with one array per model input ({error})") from error
+
+
+def feeds_fingerprint(feeds: Feeds) -> str:
+    """The sha256 (hex) of names, types, shapes and values; of texts, whatever width their array has."""
+    digest = hashlib.sha256()
+    for name, array in sorted(feeds.items()):
+        digest.update(f"{name}\0{described(array)}\0".encode())
+        texts = is_text(array.dtype)
+        digest.update("\0".join(map(str, array.ravel())).encode() if texts else np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def named_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

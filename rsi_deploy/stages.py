@@ -46,6 +46,7 @@ from rsi_deploy.measure.inputs import model_inputs, unsettled_inputs
 from rsi_deploy.measure.latency import BenchResult, bench
 from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.measure.sessions import make_session, run_session
+from rsi_deploy.measure.values import Value, named_arrays
 from rsi_deploy.onnx_file import (
     forget_weights_,
     name_nodes_,
@@ -80,7 +81,7 @@ class DenseFacts:
 
     size: Size
     feeds: Feeds
-    outputs: list[npt.NDArray[Any]] | None
+    outputs: list[Value] | None
     macs: dict[str, int]
     batch: int
     attention_macs: dict[str, int] = field(default_factory=dict)
@@ -159,7 +160,10 @@ class Job:
             if opset is None or opset == before:
                 return None
             with self.stage("verify opset"):
-                feeds = self.probe(path, steps)
+                try:
+                    feeds = self.probe(path, steps)
+                except ModelError:  # an input that cannot be fed: `dense_facts` says so
+                    return None
                 with blames_random_models(path, feeds, source.name):
                     return check_conversion(source.onnx, path, (before, opset), feeds)
         with self.stage("export dense"):
@@ -196,24 +200,27 @@ class Job:
         with self.stage("read dense"):
             model = load_model(dense)
             self.source_hash = weights_hash(model)
+            random = random_nodes(model)
             forget_weights_(model)
             size = size or dense_size(source.onnx, dense)
         with self.stage("trace"):
-            feeds = self.probe(dense, steps)
+            feeds: Feeds = {}
             try:
+                feeds = self.probe(dense, steps)
                 trace = traced_run(dense, feeds)
             except ModelError as error:
                 if source.onnx is None or dataset is not None:
                     raise
-                reason = str(error).replace(str(dense), source.name)
-                self.notes.append(f"nothing could be verified or measured: {reason}")
+                reason = str(error).replace(str(dense), source.name).replace(f"{dense.name}:", f"{source.name}:")
+                hint = ": --input-shape or --feeds" if feeds else ""
+                self.notes.append(f"nothing could be verified or measured: {reason}{hint}")
                 unknown = unknown_operators(dense)
                 self.notes += [f"the MACs leave out {uncounted_nodes(unknown)}"] if unknown else []
                 return DenseFacts(size=size, feeds=feeds, outputs=None, macs={}, batch=1, uncounted=unknown), None
             check_repeatable(dense, feeds, source.name, trace.outputs)
-            if nodes := random_nodes(model):
+            if random:
                 self.notes.append(
-                    f"the model draws random numbers ({', '.join(nodes)}): its outputs were compared in the "
+                    f"the model draws random numbers ({', '.join(random)}): its outputs were compared in the "
                     "first run of a session, where onnxruntime draws the same ones"
                 )
             batch = samples_in(dense, feeds)
@@ -358,7 +365,7 @@ class Job:
             )
         if not approximation.informative:
             self.notes.append("the dense model's probe outputs are all zero: the gates on them show little")
-        probe = tuple(ProbeOutput.of(name, array) for name, array in zip(names, outputs, strict=True))
+        probe = tuple(ProbeOutput.of(name, array) for name, array in named_arrays(names, outputs).items())
         return Verification(exporter=exporter, surgery=surgery, approximation=approximation), probe
 
     def accuracy(

@@ -40,9 +40,10 @@ from rsi_deploy.measure.dataset import for_inputs
 from rsi_deploy.measure.inputs import model_inputs
 from rsi_deploy.measure.provider_spec import parse
 from rsi_deploy.measure.sessions import make_session, run_session
+from rsi_deploy.measure.values import named_arrays
 from rsi_deploy.onnx_file import file_bytes
 from rsi_deploy.plan.budget import Budget
-from rsi_deploy.probe import Feeds, probe_feeds
+from rsi_deploy.probe import Feeds, feeds_fingerprint, probe_feeds, read_feeds
 from rsi_deploy.report.html import source_of
 from rsi_deploy.report.schema import ProbeOutput, Report, read_report
 from rsi_deploy.steps import at_samples, step
@@ -76,6 +77,7 @@ def verify(
     *,
     data: str | Path | None = None,
     calib: str | Path | None = None,
+    feeds: str | Path | Feeds | None = None,
     provider: str = "cpu",
 ) -> VerifyResult:
     """Compute again what the report of the bundle in `folder` claims, and hold its files against the manifest.
@@ -84,6 +86,7 @@ def verify(
         folder: a bundle, or what `package` made of one.
         data: evaluation data; its content must be the data of the report for the accuracy to be compared.
         calib: calibration data; likewise, for what the report says of the outputs on them.
+        feeds: the inputs that the export was given in place of random ones: an `.npz`, or input name -> array.
         provider: onnxruntime provider.
 
     Raises:
@@ -97,14 +100,15 @@ def verify(
     report = read_report(folder)
     check_source(calib)
     provider, dataset = str(parse(provider)), None if data is None else open_undecided(data)
+    given = read_feeds(feeds) if isinstance(feeds, str | Path) else feeds
     claims = [*manifest, _files(folder, report)]
     model = folder / "model.onnx"
     if model.is_file():
         claims += _attempt("graph", lambda: _graph(model, report))
-        claims += _attempt("MACs", lambda: [_macs(model, report)])
+        claims += _attempt("MACs", lambda: [_macs(model, report, given)])
         claims += _attempt("budget", lambda: _budget(report))
-        claims += _attempt("outputs", lambda: [_outputs(model, report, provider)])
-        claims += _attempt("parity", lambda: [_parity(folder, report, provider)])
+        claims += _attempt("outputs", lambda: [_outputs(model, report, given, provider)])
+        claims += _attempt("parity", lambda: [_parity(folder, report, given, provider)])
         claims += _attempt("calibration", lambda: _calibration(folder, report, calib, provider))
         claims += _attempt("accuracy", lambda: [_accuracy(folder, report, dataset, provider)])
     claims.append(_page(folder))
@@ -129,8 +133,17 @@ def _not_checked(name: str, why: str) -> Claim:
     return Claim(name=name, status="not checked", detail=why)
 
 
-def _no_probe(report: Report) -> str:
-    return "its inputs were given by hand" if report.probe_given else "onnxruntime could not run the model"
+def _probe(path: Path, report: Report, given: Feeds | None) -> Feeds | str:
+    """The probe inputs of the report; in words, why there are none."""
+    if report.verification.approximation is None:
+        return "onnxruntime could not run the model"
+    if not report.probe_given:
+        return probe_feeds(path, report.settings.seed, report.probe_shapes)
+    if given is None:
+        return "its inputs were given by hand: add --feeds with the same"
+    if feeds_fingerprint(given) != report.probe_fingerprint:
+        return "--feeds are not those of the report"
+    return given
 
 
 def _manifest(folder: Path) -> Claim:
@@ -209,10 +222,10 @@ def _ranks(found: Mapping[str, FoundSplit], report: Report) -> Claim:
     return _claim("ranks", not wrong, "; ".join(wrong[:4]) or f"ranks and forms as reported ({counts})")
 
 
-def _macs(path: Path, report: Report) -> Claim:
-    if report.probe_given or report.verification.approximation is None:
-        return _not_checked("MACs", _no_probe(report))
-    feeds = _feeds(path, report)
+def _macs(path: Path, report: Report, given: Feeds | None) -> Claim:
+    feeds = _probe(path, report, given)
+    if isinstance(feeds, str):
+        return _not_checked("MACs", feeds)
     batch = samples_in(path, feeds)
     macs = sum(count // batch for count in traced_run(path, feeds).macs.values())
     return _claim("MACs", macs == report.compressed.macs, f"{macs:,}, reported {report.compressed.macs:,}")
@@ -289,18 +302,14 @@ def _near(now: float | None, then: float | None) -> bool:
     return abs(now - then) <= 1e-2 * max(abs(now), abs(then)) + 1e-9
 
 
-def _feeds(path: Path, report: Report) -> Feeds:
-    return probe_feeds(path, report.settings.seed, report.probe_shapes)
-
-
-def _outputs(path: Path, report: Report, provider: str) -> Claim:
-    if report.probe_given or report.verification.approximation is None:
-        return _not_checked("outputs", _no_probe(report))
+def _outputs(path: Path, report: Report, given: Feeds | None, provider: str) -> Claim:
+    feeds = _probe(path, report, given)
+    if isinstance(feeds, str):
+        return _not_checked("outputs", feeds)
     session = make_session(path, provider)
-    feeds = _feeds(path, report)
     arrays = run_session(session, feeds, path.name)
     names = [output.name for output in session.get_outputs()]
-    now = [ProbeOutput.of(name, array) for name, array in zip(names, arrays, strict=True)]
+    now = [ProbeOutput.of(name, array) for name, array in named_arrays(names, arrays).items()]
     worst = max((_distance(a, b) for a, b in zip(report.probe, now, strict=False)), default=0.0)
     same = [p.name for p in now] == [p.name for p in report.probe] and worst <= 1e-3
     return _claim("outputs", same, f"probe outputs differ by {worst:.1e} (relative)")
@@ -315,17 +324,18 @@ def _distance(a: ProbeOutput, b: ProbeOutput) -> float:
     return max(abs(a.norm - b.norm) / scale, first / (scale / size**0.5)) if a.norm else abs(b.norm)
 
 
-def _parity(folder: Path, report: Report, provider: str) -> Claim:
-    dense = folder / "dense.onnx"
-    if not dense.is_file() or report.probe_given or report.verification.approximation is None:
+def _parity(folder: Path, report: Report, given: Feeds | None, provider: str) -> Claim:
+    dense, then = folder / "dense.onnx", report.verification.approximation
+    if not dense.is_file() or then is None:
         return _not_checked("parity", "dense.onnx is not in the bundle (export --keep-dense)")
-    feeds = _feeds(dense, report)
+    feeds = _probe(dense, report, given)
+    if isinstance(feeds, str):
+        return _not_checked("parity", feeds)
     a = run_session(make_session(dense, provider), feeds, dense.name)
     b = run_session(make_session(folder / "model.onnx", provider), feeds, "model.onnx")
-    now, then = compare_outputs(a, b, what="parity").relative_l2, report.verification.approximation.relative_l2
-    return _claim(
-        "parity", abs(now - then) <= 1e-3 * max(then, 1e-3), f"approximation error {now:.4f}, reported {then:.4f}"
-    )
+    now, reported = compare_outputs(a, b, what="parity", remedy="export again").relative_l2, then.relative_l2
+    holds = abs(now - reported) <= 1e-3 * max(reported, 1e-3)
+    return _claim("parity", holds, f"approximation error {now:.4f}, reported {reported:.4f}")
 
 
 def _accuracy(folder: Path, report: Report, dataset: Dataset | None, provider: str) -> Claim:

@@ -21,6 +21,7 @@ from rsi_deploy.gateway.onnx_reader import read_proto
 from rsi_deploy.measure.answer_outputs import with_readable_output
 from rsi_deploy.measure.scores import divergence
 from rsi_deploy.measure.sessions import make_session, run_session
+from rsi_deploy.measure.values import Value, arrays_of
 from rsi_deploy.report.schema import CalibrationRecord
 
 if TYPE_CHECKING:
@@ -98,9 +99,10 @@ def _readable_session(model: Path, provider: str) -> "InferenceSession":
     return make_session(readable.SerializeToString(), provider, data_folder=model.parent)
 
 
-def _output(outputs: list[Array], session: "InferenceSession") -> Array:
+def _output(outputs: list[Value], session: "InferenceSession") -> Array:
     """The first floating output, samples first."""
-    found = next((a for a in outputs if a.dtype.kind == "f" and a.ndim and a.size), None)
+    arrays = (array for output in outputs for array in arrays_of("", output).values())
+    found = next((a for a in arrays if a.dtype.kind == "f" and a.ndim and a.size), None)
     if found is None:
         gives = ", ".join(f"{value.name}: {value.type}" for value in session.get_outputs())
         raise UsageError(

@@ -44,6 +44,7 @@ from rsi_deploy.gateway.onnx_reader import read_proto
 from rsi_deploy.measure.answer_outputs import with_readable_output
 from rsi_deploy.measure.provider_spec import parse
 from rsi_deploy.measure.providers import short_name
+from rsi_deploy.measure.values import arrays_of
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -268,8 +269,8 @@ def _stacked(outputs: Iterable[tuple[Feeds, Feeds]], names: Sequence[str]) -> Te
     """
     found = []
     for batch, values in outputs:
-        floating = (values[name] for name in names if isinstance(values[name], np.ndarray))
-        array = next((value for value in floating if value.dtype.kind == "f" and value.ndim and value.size), None)
+        arrays = (array for name in names for array in arrays_of(name, values[name]).values())
+        array = next((value for value in arrays if value.dtype.kind == "f" and value.ndim and value.size), None)
         if array is None:
             raise ModelError(
                 f"no output of the model is floating ({', '.join(names)}), and nothing floating is before it: nothing "

@@ -16,6 +16,7 @@ from rsi_deploy.cli.terminal import console, progress_bar
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the sweep.")
 @click.option("--calib", required=True, metavar="DATA", help=f"Unlabelled calibration data. {DATA_HELP}")
 @click.option("--data", metavar="DATA", help="Labelled evaluation data; without them answers on --calib are compared.")
+@click.option("--feeds", type=click.Path(), help=".npz, one array per input: verify and measure with these.")
 @click.option("--by", type=click.Choice(["macs", "params", "latency"]), default="macs", show_default=True)
 @click.option("--points", default=12, show_default=True, type=click.IntRange(min=2), help="How many models.")
 @click.option("--highest", default=0.95, show_default=True, help="Share of the first one.")

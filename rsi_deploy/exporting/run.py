@@ -3,6 +3,9 @@
 start --> timing --> calibrator --> delivered --> checked --> report and files
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +14,7 @@ from rsi_deploy import resuming
 from rsi_deploy.bundle import kept_beside
 from rsi_deploy.calibrate.certificate import certified
 from rsi_deploy.calibrating import Calibrator, Dense
+from rsi_deploy.errors import RsiDeployError
 from rsi_deploy.exporting.found import Checked, Delivered, Start, dense_file
 from rsi_deploy.exporting.given import Origin
 from rsi_deploy.exporting.room import check_room, told_room
@@ -88,7 +92,8 @@ class ExportRun:
                 check_room(folder)
             self.job.finished = self._finished(start)
             calibrator = self._calibrator(start, self._timing(start))
-            delivered = self._delivered(start, calibrator)
+            with _named(start.source.name, start.dense):
+                delivered = self._delivered(start, calibrator)
             checked = self._checked(start, delivered, calibrator)
             if self.job.finished is not None and (note := self.job.finished.note()):
                 self.job.notes.append(note)
@@ -105,11 +110,12 @@ class ExportRun:
         steps = self.origin.steps(source)
         dense = dense_file(folder)
         dense.parent.mkdir()
-        exporter = job.export_dense(source, dense, steps, self.origin.opset)
         known, size = (kept.accuracy(), kept.size()) if kept else (None, None)
-        with named_option("--data"):
-            dataset = None if self.dataset is None else for_inputs(self.dataset, model_inputs(dense))
-        facts, accuracy = job.dense_facts(source, dense, dataset, steps, known, size)
+        with _named(source.name, dense):
+            exporter = job.export_dense(source, dense, steps, self.origin.opset)
+            with named_option("--data"):
+                dataset = None if self.dataset is None else for_inputs(self.dataset, model_inputs(dense))
+            facts, accuracy = job.dense_facts(source, dense, dataset, steps, known, size)
         if kept is not None:
             kept.keep_accuracy(accuracy)
         fed = job.timing_feeds(dense, facts, self.bench_batch) if facts.outputs is not None else None
@@ -269,3 +275,15 @@ class ExportRun:
             certified=record,
             macs=job.macs(path, start.facts),
         )
+
+
+@contextmanager
+def _named(name: str, dense: Path) -> Iterator[None]:
+    """What is wrong with the dense model's file is said of the model that the user named."""
+    try:
+        yield
+    except RsiDeployError as error:
+        words = re.sub(rf"(?<![\w/]){dense.name}(?=:| takes)", lambda _: name, str(error).replace(str(dense), name))
+        if words == str(error):
+            raise
+        raise type(error)(words) from error

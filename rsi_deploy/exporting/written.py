@@ -14,6 +14,7 @@ from rsi_deploy.onnx_file import file_bytes
 from rsi_deploy.onnx_split import with_macs
 from rsi_deploy.plan.decide import plan_of
 from rsi_deploy.plan.plan_file import write_plan
+from rsi_deploy.probe import feeds_fingerprint
 from rsi_deploy.report.card import model_card
 from rsi_deploy.report.page_report import report_page
 from rsi_deploy.report.schema import Report, Size, SourceRecord
@@ -62,6 +63,7 @@ class Exported:
             timing=timing_record(timing, delivered.word, costing, delivered.predicted),
             probe_shapes={name: array.shape for name, array in facts.feeds.items()},
             probe_given=job.given is not None,
+            probe_fingerprint=None if job.given is None else feeds_fingerprint(job.given),
             probe=checked.probe,
             files=_finish(start.folder, keep_dense=keep_dense),
             stages=tuple(job.stages),

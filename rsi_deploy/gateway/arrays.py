@@ -17,7 +17,7 @@ _NOT_DATA = ("__MACOSX/", ".DS_Store")  # what macOS adds to an archive that it 
 
 
 def read_npz(path: str | Path) -> dict[str, npt.NDArray[Any]]:
-    """All arrays of an archive that `numpy.savez` wrote, by name.
+    """All arrays of an archive that `numpy.savez` wrote, by name; texts that are bytes (dtype S) as dtype U.
 
     Raises:
         ValueError: no such archive, a damaged one, pickled (object) arrays, one that would unpack to far more than its
@@ -35,10 +35,20 @@ def read_npz(path: str | Path) -> dict[str, npt.NDArray[Any]]:
                 with archive.open(entry) as file:
                     _check_header(file, entry.file_size, name)
                 with archive.open(entry) as file:
-                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+                    arrays[name] = _decoded(np.lib.format.read_array(file, allow_pickle=False), name)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
         raise ValueError(f"the archive is damaged: {error}") from error
     return arrays
+
+
+def _decoded(array: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
+    """Bytes as the texts they encode: onnxruntime would read those beyond the end of each one."""
+    if array.dtype.kind != "S":
+        return array
+    try:
+        return np.char.decode(array, "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"array {name!r} holds bytes that are no UTF-8; store texts (dtype U)") from error
 
 
 def _check_header(file: IO[bytes], size: int, name: str) -> None:
@@ -48,7 +58,7 @@ def _check_header(file: IO[bytes], size: int, name: str) -> None:
     except (ValueError, MemoryError, RecursionError, SyntaxError, TypeError, KeyError) as error:  # no header of ours
         raise ValueError(f"array {name!r} has a header that cannot be read; write it with numpy.savez") from error
     if dtype.hasobject:
-        raise ValueError(f"array {name!r} holds pickled objects, which are refused; store numbers")
+        raise ValueError(f"array {name!r} holds pickled objects, which are refused; store numbers, or texts as dtype U")
     there, claimed = size - file.tell(), math.prod(shape) * dtype.itemsize
     if any(dim < 0 for dim in shape) or claimed != there:
         raise ValueError(f"array {name!r} claims {shape} of {dtype}, {claimed} bytes, but has {there}")

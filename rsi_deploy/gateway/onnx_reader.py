@@ -21,6 +21,7 @@ from onnx.external_data_helper import load_external_data_for_model, load_externa
 from rsi_deploy.errors import ModelError
 from rsi_deploy.gateway.limits import MODEL_BYTES, first_line, shown
 from rsi_deploy.gateway.onnx_growth import check_growth
+from rsi_deploy.gateway.onnx_maps import keep_map_types_, take_map_types_
 from rsi_deploy.gateway.onnx_names import check_names
 from rsi_deploy.gateway.onnx_nodes import check_nodes
 from rsi_deploy.gateway.onnx_parts import all_tensors, texts
@@ -88,11 +89,13 @@ def load_model(path: str | Path) -> ir.Model:
         raise ModelError(
             f"{path.name} has sparse initializers, which only a runtime reads; store them dense to compress the model"
         )
+    map_types = take_map_types_(proto)
     try:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir raises many kinds on a graph it cannot hold
         raise ModelError(f"{path.name} cannot be read: {first_line(error)}; copy or export it again") from error
     ir.external_data.set_base_dir(model.graph, path.parent)
+    keep_map_types_(model, map_types)
     return model
 
 

@@ -31,7 +31,7 @@ from pydantic import BaseModel
 from rsi_deploy.errors import UsageError
 from rsi_deploy.measure.answers import Answers
 from rsi_deploy.measure.data import Dataset, open_data
-from rsi_deploy.measure.dataset import LABEL_NAMES, for_inputs
+from rsi_deploy.measure.dataset import LABEL_NAMES, Labels, for_inputs
 from rsi_deploy.measure.feeding import Feeding, Feeds, named_option
 from rsi_deploy.measure.inputs import InputSpec
 from rsi_deploy.measure.intervals import Interval
@@ -39,6 +39,7 @@ from rsi_deploy.measure.model_pictures import preset_note
 from rsi_deploy.measure.paired import PairedTest
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.tally import OutputKind, Scorer, Tally, ValueDistance
+from rsi_deploy.measure.zipmap_columns import class_numbers
 
 Progress = Callable[[int, int], None]
 
@@ -171,7 +172,7 @@ def evaluate_all(
             if not tallies:
                 scorer.check(batch)
                 run.prove_providers(fed)
-            tallies.append(scorer.tally(batch, labels, fed[-1]))
+            tallies.append(scorer.tally(batch, run.class_numbers(labels), fed[-1]))
             done += tallies[-1][0].samples
             if progress is not None:
                 progress(done, total)
@@ -234,7 +235,11 @@ class _Run:
         self.feeding = Feeding(self.dataset, self.arms[-1].specs, self.steps, model=self.arms[-1].name)
         self.feedings = [Feeding(self.feeding.dataset, arm.specs, self.steps, model=arm.name) for arm in self.arms]
         names, classes = [arm.name for arm in self.arms], getattr(self.dataset, "classes", ())
-        self.scorer = Scorer(names, self.dataset.labels, classes, outputs, self.arms[-1].ids)
+        self.scorer = Scorer(names, self.class_numbers(self.dataset.labels), classes, outputs, self.arms[-1].ids)
+
+    def class_numbers(self, labels: Labels | None) -> Labels | None:
+        """The columns of the scores that the labels stand for."""
+        return class_numbers(labels, self.arms[-1].column_classes, self.arms[-1].name)
 
     def prove_providers(self, fed: Sequence[Feeds]) -> None:
         for arm, feeds in zip(self.arms, fed, strict=True):

@@ -2,7 +2,8 @@
 
 A model whose batch is fixed gets that one, the last filled up with copies of its last sample, whose answers are
 dropped. Outputs that have no row for each sample are left out, and so are those of whole numbers, but for class ids:
-those that an ArgMax or a TopK makes come first, unless the scores are an output too.
+those that an ArgMax or a TopK makes come first, unless the scores are an output too. A sequence of maps from classes to
+scores, as ZipMap makes them, counts as the scores `(n, classes)`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ from rsi_deploy.measure.inputs import InputSpec, model_inputs
 from rsi_deploy.measure.placement import proven_placement
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.sessions import make_session, run_session
+from rsi_deploy.measure.values import arrays_of
+from rsi_deploy.measure.zipmap_columns import ColumnClasses, zipmap_columns
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -42,12 +45,13 @@ class Answers:
         self.name, self._asked = str(model), provider
         self._session = make_session(model, provider)
         self.provider: str = self._session.get_providers()[0]
-        self.specs: list[InputSpec] = model_inputs(self._session)
+        self.specs: list[InputSpec] = model_inputs(self._session, self.name)
         self._names = [output.name for output in self._session.get_outputs()]
         self.axes = BatchAxes.of({spec.name: spec.shape for spec in self.specs})
         self.batch: int | None = self.axes.fixed
         self._output_axes = self._batch_axes_of_outputs()
         self.ids = _class_ids(self._session, Path(model))
+        self._columns = zipmap_columns(Path(model), self._session)
 
     def stored_preprocessing(self) -> Preprocessing | None:
         """What the model's metadata carry."""
@@ -61,7 +65,8 @@ class Answers:
         """
         count = self.axes.samples(feeds)
         runs = [self._run(chunk) for chunk in self._chunks(feeds)]
-        found = {name: np.concatenate([run[name] for run in runs])[:count] for name in runs[0]}
+        names = [name for name in runs[0] if all(name in run for run in runs)]  # a sequence may be longer in one run
+        found = {name: np.concatenate([run[name] for run in runs])[:count] for name in names}
         if not found:
             gives = ", ".join(f"{output.name}: {output.type}" for output in self._session.get_outputs())
             raise ModelError(
@@ -69,6 +74,13 @@ class Answers:
                 f"{gives}; give a model that has one"
             )
         return found
+
+    @property
+    def column_classes(self) -> ColumnClasses | None:
+        """What the columns of the class scores stand for, where they are a ZipMap's: then no tensor is before them."""
+        floating = ("tensor(float", "tensor(double", "seq(map(")
+        first = next((o.name for o in self._session.get_outputs() if o.type.startswith(floating)), "")
+        return self._columns.get(first)
 
     def prove_provider(self, feeds: Feeds) -> None:
         """Refuse a provider that runs nothing; the CPU one needs no proof, everything else falls back to it."""
@@ -85,9 +97,11 @@ class Answers:
     def _run(self, feeds: Feeds) -> dict[str, Array]:
         count = self.axes.samples(feeds)
         outputs = run_session(self._session, feeds, self.name)
-        named = dict(zip(self._names, outputs, strict=True))
+        named: dict[str, Array] = {}
+        for name, value in zip(self._names, outputs, strict=True):
+            named |= arrays_of(name, value, self._columns.get(name))
         for name, axis in self._output_axes.items():
-            if axis < named[name].ndim:
+            if name in named and axis < named[name].ndim:
                 named[name] = np.moveaxis(named[name], axis, 0)
         return answer_rows(named, count, self.ids)
 

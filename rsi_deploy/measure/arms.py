@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from rsi_deploy.errors import UsageError
+from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.measure.batch_axes import BatchAxes
 from rsi_deploy.measure.binding import Bound, bind
 from rsi_deploy.measure.given_feeds import given_feeds
@@ -24,6 +24,7 @@ from rsi_deploy.measure.placement import Placement, proven_placement
 from rsi_deploy.measure.sessions import make_session, named, run_session, settings_in_force
 from rsi_deploy.measure.statistics import SHORT_MS, Floats, calls_per_visit, is_settled
 from rsi_deploy.measure.timing import time_calls
+from rsi_deploy.measure.values import described
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -126,8 +127,8 @@ def open_arms(
     arms: list[Arm] = []
     outputs: dict[str, str] = {}
     for model, label, session in zip(models, labels, sessions, strict=True):
-        check_feeds(model_inputs(session), feeds, named(model))
-        run_session(session, feeds, named(model))  # a failing model says so here, once
+        check_feeds(model_inputs(session, named(model)), feeds, named(model))
+        _try(session, feeds, named(model))  # a failing model says so here, once
         placement = runtime.placement(model, feeds) if prove else Placement(provider_nodes={}, memcpy_nodes=0, nodes={})
         bound = runtime.bound(session, feeds)
         given = _described(session, bound)
@@ -144,6 +145,13 @@ def open_arms(
     return arms
 
 
+def _try(session: "InferenceSession", feeds: Feeds, name: str) -> None:
+    try:
+        run_session(session, feeds, name)
+    except ModelError as error:
+        raise ModelError(f"{error}: --input-shape or --feeds") from error
+
+
 def make_feeds(
     specs: Sequence[InputSpec],
     *,
@@ -156,7 +164,7 @@ def make_feeds(
 
     Args:
         specs: the inputs of the first arm.
-        batch: samples; 0 with `given` arrays takes them whole.
+        batch: samples; 0 with `given` arrays takes them whole, as does a model with a fixed first axis.
         seed: of random inputs.
         given: input name -> array.
         shapes: see `random_feeds`.
@@ -168,7 +176,7 @@ def make_feeds(
         return random_feeds(specs, batch, seed, shapes), batch
     feeds, axes = given_feeds(specs, given, "the model"), BatchAxes.of({spec.name: spec.shape for spec in specs})
     rows = axes.samples(feeds)
-    if not batch or batch == rows:
+    if not batch or batch == rows or axes.fixed is not None:
         return feeds, rows
     if batch > rows:
         raise UsageError(f"batch {batch} needs as many samples of data, but got {rows}")
@@ -217,7 +225,7 @@ def _described(session: Any, bound: Bound) -> dict[str, str]:
     if not arrays:  # outputs that are no tensors are known by name alone
         return {output.name: output.type for output in session.get_outputs()}
     return {
-        output.name: f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else output.type
+        output.name: described(array) if isinstance(array, np.ndarray) else output.type
         for output, array in zip(session.get_outputs(), arrays, strict=True)
     }
 

@@ -6,8 +6,8 @@
                 and not of its launch
 
 Copies to and from a device are therefore not in the time; that onnxruntime puts copies *inside* the graph is in
-`placement.Placement.memcpy_nodes`. A model whose outputs are no tensors (a sequence, a map) cannot be bound: it is
-called through `session.run`, and `Bound.how` says so.
+`placement.Placement.memcpy_nodes`. A model with an input or output that is no tensor of numbers (texts, a sequence, a
+map) cannot be bound: it is called through `session.run`, and `Bound.how` says so.
 """
 
 import itertools
@@ -22,6 +22,7 @@ from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.measure.provider_spec import ProviderSpec, parse
 from rsi_deploy.measure.providers import short_name
 from rsi_deploy.measure.sessions import CUDA_FAMILY
+from rsi_deploy.measure.values import is_text
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -85,9 +86,13 @@ def bind(
     spec = parse(provider)
     device = device_of(spec, session.get_providers())
     graph = _wants_graph(spec)
-    if not all(output.type.startswith("tensor(") for output in session.get_outputs()):
+    texts = [name for name, array in feeds.items() if is_text(array.dtype)]
+    if unbindable := texts + [value.name for value in session.get_outputs() if not _can_be_bound(value.type)]:
         if graph:
-            raise UsageError(f"{graph}=1 needs outputs that are tensors; run it with {graph}=0")
+            raise UsageError(
+                f"{graph}=1 needs inputs and outputs that are tensors of numbers, but {unbindable[0]} is none; run it "
+                f"with {graph}=0"
+            )
         return _unbound(session, feeds)
     names = [output.name for output in session.get_outputs()]
     try:
@@ -187,6 +192,10 @@ class _BoundRun:
             self._synchronize()
 
 
+def _can_be_bound(type_name: str) -> bool:
+    return type_name.startswith("tensor(") and type_name != "tensor(string)"
+
+
 def _unbound(session: Any, feeds: Mapping[str, npt.NDArray[Any]]) -> Bound:
     last: list[list[Any]] = [[]]
     fed = dict(feeds)
@@ -197,7 +206,7 @@ def _unbound(session: Any, feeds: Mapping[str, npt.NDArray[Any]]) -> Bound:
     return Bound(
         call=call,
         device=Device(kind="cpu"),
-        how="plain session.run, for an output is no tensor: allocation and copies are in the time",
+        how="plain session.run, for an input or output is no tensor of numbers: allocation and copies are in the time",
         outputs=lambda: last[0],
     )
 

@@ -142,8 +142,8 @@ def as_samples(values: Array, name: str) -> tuple[Kind, Array]:
         raise ColumnError(
             f"data: {name} holds no samples (its inputs have the shape {values.shape}); give data with one row a sample"
         )
-    if values.dtype.kind not in "fiub":
-        raise ColumnError(f"data: {name}: inputs must be numbers, but got {values.dtype}")
+    if values.dtype.kind not in "fiubU":
+        raise ColumnError(f"data: {name}: inputs must be numbers or texts, but got {values.dtype}")
     if values.dtype not in (np.uint8, np.uint16) or values.ndim not in (3, 4):
         return "inputs", values
     pictures = values[..., None] if values.ndim == 3 else values

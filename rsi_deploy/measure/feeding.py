@@ -21,6 +21,7 @@ from rsi_deploy.measure.inputs import InputSpec
 from rsi_deploy.measure.model_pictures import ModelPictures
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.sample_rows import near_names
+from rsi_deploy.measure.values import is_text
 
 Feeds = dict[str, Array]
 
@@ -175,7 +176,7 @@ def as_input(values: Array, spec: InputSpec, axis: int | None = 0, *, option: st
         sizes[axis] = "samples"
     came = f"{values.dtype} ({', '.join(map(str, sizes))})"
     kinds = {values.dtype.kind, spec.dtype.kind}
-    if values.dtype != spec.dtype and not (kinds <= {"f"} or kinds <= {"i", "u", "b"}):
+    if values.dtype != spec.dtype and not any(kinds <= set(same) for same in ("f", "iub", "OU")):
         raise UsageError(f"{option}: {model} takes {spec}, but the data are {came}; {_other_type(values, spec)}")
     fits = values.ndim == len(spec.shape) and all(
         at == axis or not isinstance(dim, int) or dim == size
@@ -188,7 +189,7 @@ def as_input(values: Array, spec: InputSpec, axis: int | None = 0, *, option: st
         )
     if values.dtype.kind == "f" and np.isnan(values).any():
         raise UsageError(f"{option}: the data for {spec.name} hold NaN; take those samples out")
-    converted = values.astype(spec.dtype, copy=False)
+    converted = values if is_text(spec.dtype) else values.astype(spec.dtype, copy=False)
     if kinds <= {"i", "u", "b"} and not np.array_equal(converted, values):
         raise UsageError(
             f"{option}: {model} takes {spec}, but the data hold {values.min()} to {values.max()}, which do not fit it"

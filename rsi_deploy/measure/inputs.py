@@ -23,6 +23,7 @@ from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gateway.limits import MADE_NUMBERS as MOST_NUMBERS
 from rsi_deploy.gateway.limits import shown
 from rsi_deploy.measure.batch_axes import BatchAxes, Dim, is_batch_name
+from rsi_deploy.measure.values import TEXT, described, is_text
 
 # onnxruntime's words that are not numpy's
 _DTYPES = {"float": "float32", "double": "float64"}
@@ -30,7 +31,10 @@ _DTYPES = {"float": "float32", "double": "float64"}
 
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
-    """One model input; a dimension is a number, a symbol (dynamic, named) or None (dynamic, unnamed)."""
+    """One model input; a dimension is a number, a symbol (dynamic, named) or None (dynamic, unnamed).
+
+    The dtype of a string tensor is `values.TEXT`.
+    """
 
     name: str
     dtype: np.dtype[Any]
@@ -38,28 +42,42 @@ class InputSpec:
 
     def __str__(self) -> str:
         dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
-        return f"{self.name}: {self.dtype} ({dims})"
+        return f"{self.name}: {'string' if is_text(self.dtype) else self.dtype} ({dims})"
 
 
-def model_inputs(model: Any) -> list[InputSpec]:
+def model_inputs(model: Any, name: str = "") -> list[InputSpec]:
     """The inputs that must be fed (initializers that are inputs too are not among them).
+
+    An optional tensor is fed like a tensor.
 
     Args:
         model: an `onnxruntime.InferenceSession`, an `onnx.ModelProto`, or the path of an ONNX file.
+        name: of the model, for messages; "" takes the file's.
 
     Raises:
-        ModelError: the file cannot be read, or an input is no tensor of numbers.
+        ModelError: the file cannot be read, or an input is no tensor.
     """
     if hasattr(model, "get_inputs"):
         return [
-            InputSpec(
-                name=value.name,
-                dtype=_dtype_of_runtime(value.name, value.type),
-                shape=tuple(dim if isinstance(dim, int | str) else None for dim in value.shape),
-            )
+            _spec_of_runtime(f"{name}: input" if name else "input", value, value.type.removeprefix("optional("))
             for value in model.get_inputs()
         ]
-    return _inputs_of_proto(_loaded(model))
+    if not name and isinstance(model, str | Path):
+        name = Path(model).name
+    return _inputs_of_proto(_loaded(model), f"{name}: input" if name else "input")
+
+
+def model_outputs(session: Any, name: str) -> list[InputSpec]:
+    """The outputs of an `onnxruntime.InferenceSession`, for those who can only pass on tensors.
+
+    Args:
+        session: of the model.
+        name: of the model, for messages.
+
+    Raises:
+        ModelError: an output is no tensor: a sequence, a map or an optional value.
+    """
+    return [_spec_of_runtime(f"{name}: output", value, value.type) for value in session.get_outputs()]
 
 
 def random_feeds(
@@ -67,6 +85,8 @@ def random_feeds(
     batch: int,
     seed: int,
     input_shape: Mapping[str, Sequence[int]] | None = None,
+    *,
+    shapes_settle_batch: bool = False,
 ) -> dict[str, npt.NDArray[Any]]:
     """Seeded inputs: standard normal floats, integers 0 or 1 (valid indices of any table), random booleans.
 
@@ -77,6 +97,7 @@ def random_feeds(
         batch: size of every dynamic first dimension.
         seed: any number of 0 or more.
         input_shape: input name -> its whole shape, batch included; needed where a later dimension is dynamic.
+        shapes_settle_batch: take the first sizes in `input_shape` as they are, though they are not `batch`.
 
     Returns:
         Input name -> array of the input's dtype.
@@ -94,19 +115,13 @@ def random_feeds(
         raise UsageError(f"batch must be 1 or more, but got {batch}")
     symbols: dict[str, int] = {}
     axes = drawn_axes(specs)
-    for spec in specs:
-        _bind(spec, axes[spec.name], batch, given.get(spec.name), symbols)
+    for spec in sorted(specs, key=lambda spec: spec.name not in given):
+        _bind(spec, axes[spec.name], batch, given.get(spec.name), symbols, any_batch=shapes_settle_batch)
     _check_batch(specs, batch)
     shapes = _settled(specs, axes, batch, given, symbols)
     feeds = {}
     for spec in specs:
-        shape = shapes[spec.name]
-        if math.prod(shape) > MOST_NUMBERS:
-            raise UsageError(
-                f"input {shown(spec.name)} of the shape {shape} has more than {MOST_NUMBERS} numbers; "
-                "give a smaller --input-shape or batch"
-            )
-        feeds[spec.name] = _drawn(spec, shape, np.random.default_rng([seed, *spec.name.encode()]))
+        feeds[spec.name] = _of_shape(spec, shapes[spec.name], seed)
     return feeds
 
 
@@ -124,10 +139,11 @@ def check_feeds(specs: Sequence[InputSpec], feeds: Mapping[str, npt.NDArray[Any]
         fits = len(spec.shape) == array.ndim and all(
             not isinstance(dim, int) or dim == size for dim, size in zip(spec.shape, array.shape, strict=True)
         )
-        if array.dtype != spec.dtype or not fits:
+        same = array.dtype == spec.dtype or (is_text(array.dtype) and is_text(spec.dtype))
+        if not same or not fits:
             raise UsageError(
-                f"{model} takes {spec}, but the input given is {array.dtype} {array.shape}"
-                + f"; store it as array.astype({str(spec.dtype)!r})" * (fits and array.dtype != spec.dtype)
+                f"{model} takes {spec}, but the input given is {described(array)}"
+                + f"; store it as array.astype({str(spec.dtype)!r})" * (fits and not is_text(spec.dtype))
             )
     _refuse_no_samples(specs, {name: array.shape for name, array in feeds.items()}, model)
     sizes: dict[str, tuple[int, str]] = {}
@@ -165,7 +181,13 @@ def drawn_axes(specs: Sequence[InputSpec]) -> dict[str, int | None]:
 
 
 def _bind(
-    spec: InputSpec, batch_axis: int | None, batch: int, given: Sequence[int] | None, symbols: dict[str, int]
+    spec: InputSpec,
+    batch_axis: int | None,
+    batch: int,
+    given: Sequence[int] | None,
+    symbols: dict[str, int],
+    *,
+    any_batch: bool,
 ) -> None:
     """Note the size of every symbol that the batch or the given shape of one input settles."""
     if given is not None and (len(given) != len(spec.shape) or any(size < 0 for size in given)):
@@ -177,12 +199,14 @@ def _bind(
                 raise UsageError(
                     f"--input-shape: {spec} has {dim} fixed at axis {axis}, but got {tuple(given)}; give {dim} there"
                 )
-            if size is not None and size != given[axis]:
+            if size is not None and size != given[axis] and not any_batch:
                 raise UsageError(
                     f"--input-shape: {spec} takes the batch {f'at axis {axis}' if axis else 'first'}, which is "
                     f"{batch}, but got {tuple(given)}; pass --batch {given[axis]} with it"
                 )
             size = given[axis]
+        elif any_batch and size is not None and isinstance(dim, str):
+            size = symbols.get(dim, size)
         if isinstance(dim, str) and size is not None and symbols.setdefault(dim, size) != size:
             raise UsageError(
                 f"--input-shape: {dim} of {spec} is {size}, but {symbols[dim]} elsewhere"
@@ -193,7 +217,7 @@ def _bind(
 def _resolved(spec: InputSpec, batch_axis: int | None, batch: int, symbols: Mapping[str, int]) -> list[Dim]:
     """The sizes of an input; a dimension that nothing settles stays as it is."""
     return [
-        dim if isinstance(dim, int) else batch if axis == batch_axis else symbols.get(dim or "", dim)
+        dim if isinstance(dim, int) else symbols.get(dim or "", batch if axis == batch_axis else dim)
         for axis, dim in enumerate(spec.shape)
     ]
 
@@ -283,11 +307,25 @@ def _check_batch(specs: Sequence[InputSpec], batch: int) -> None:
     if firsts and batch != 1 and all(isinstance(dim, int) and dim != batch for dim in firsts):
         raise UsageError(
             f"the batch is fixed in this model: {_listed(specs)}, but got {batch}; "
-            f"pass --batch {firsts[0]}, or export with a dynamic batch"
+            f"take a batch of {firsts[0]}, or export the model with a dynamic batch"
         )
 
 
+def _of_shape(spec: InputSpec, shape: tuple[int, ...], seed: int) -> npt.NDArray[Any]:
+    """The input, drawn from a generator of its own."""
+    if math.prod(shape) > MOST_NUMBERS:
+        raise UsageError(
+            f"input {shown(spec.name)} of the shape {shape} has more than {MOST_NUMBERS} numbers; "
+            "give a smaller shape or batch"
+        )
+    return _drawn(spec, shape, np.random.default_rng([seed, *spec.name.encode()]))
+
+
 def _drawn(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[Any]:
+    if is_text(spec.dtype):
+        raise UsageError(
+            f"input {spec} takes texts, which are not drawn at random; give them in an .npz file: --feeds FILE.npz"
+        )
     if spec.dtype.kind in "iu":
         values = np.ones(shape) if "mask" in spec.name.lower() else rng.integers(0, 2, shape)
     elif spec.dtype.kind == "b":
@@ -301,22 +339,31 @@ def _listed(specs: Sequence[InputSpec]) -> str:
     return "; ".join(str(spec) for spec in specs) or "no inputs"
 
 
-def _dtype_of_runtime(name: str, type_name: str) -> np.dtype[Any]:
-    """`tensor(float)` as a numpy dtype."""
-    inner = type_name.removeprefix("tensor(").removesuffix(")")
+def _spec_of_runtime(what: str, value: Any, type_name: str) -> InputSpec:
+    """A value of a session; of the type `tensor(float)`, say."""
+    inner = type_name.removeprefix("tensor(").rstrip(")")
     try:
-        if not type_name.startswith("tensor(") or inner == "string":
+        if not type_name.startswith("tensor("):
             raise TypeError
         if inner.startswith(("bfloat", "float8", "float4", "int4", "uint4", "int2", "uint2")):
             import ml_dtypes
 
             inner = getattr(ml_dtypes, inner)
-        return np.dtype(_DTYPES.get(inner, inner))
+        dtype = TEXT if inner == "string" else np.dtype(_DTYPES.get(inner, inner))
     except (TypeError, AttributeError):
-        raise ModelError(f"input {name} is {type_name}; only tensors of numbers can be fed") from None
+        raise _no_tensor(what, value.name, value.type) from None
+    shape = tuple(dim if isinstance(dim, int | str) else None for dim in value.shape)
+    return InputSpec(name=value.name, dtype=dtype, shape=shape)
 
 
-def _inputs_of_proto(proto: Any) -> list[InputSpec]:
+def _no_tensor(what: str, name: str, type_name: str) -> ModelError:
+    return ModelError(
+        f"{what} {name} is {type_name}, but only tensors of numbers and strings can be handled here"
+        "; export a model without it"
+    )
+
+
+def _inputs_of_proto(proto: Any, what: str) -> list[InputSpec]:
     import onnx
 
     initializers = {tensor.name for tensor in proto.graph.initializer}
@@ -324,14 +371,19 @@ def _inputs_of_proto(proto: Any) -> list[InputSpec]:
     for value in proto.graph.input:
         if value.name in initializers:
             continue
-        tensor = value.type.tensor_type
-        known = set(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING}
-        if not value.type.HasField("tensor_type") or tensor.elem_type not in known:
-            raise ModelError(f"input {value.name} is no tensor of numbers; only those can be fed")
+        declared = value.type
+        if declared.WhichOneof("value") == "optional_type":
+            declared = declared.optional_type.elem_type
+        tensor = declared.tensor_type
+        known = set(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
+        if not declared.HasField("tensor_type") or tensor.elem_type not in known:
+            kind = (value.type.WhichOneof("value") or "of no type").removesuffix("_type").replace("_", " ")
+            raise _no_tensor(what, value.name, f"a {kind}" if kind != "of no type" else kind)
         if not tensor.HasField("shape"):
-            raise ModelError(f"input {value.name} has no shape, not even a rank; run onnx.shape_inference first")
+            raise ModelError(f"{what} {value.name} has no shape, not even a rank; run onnx.shape_inference first")
         dims = tuple(dim_of(dim) for dim in tensor.shape.dim)
-        dtype: np.dtype[Any] = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        is_string = tensor.elem_type == onnx.TensorProto.STRING
+        dtype: np.dtype[Any] = TEXT if is_string else onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         specs.append(InputSpec(name=value.name, dtype=dtype, shape=dims))
     return specs
 

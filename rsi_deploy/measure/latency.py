@@ -33,6 +33,7 @@ from rsi_deploy.measure.statistics import (
     supported_percentiles,
     verdict,
 )
+from rsi_deploy.measure.values import described
 
 PRECISION = 0.02  # relative half width of the intervals at which measuring ends early
 PARTIAL_BLOCKS = 5  # an interrupted cell with fewer is not kept
@@ -86,7 +87,7 @@ def bench(
     runtime = Runtime(provider=provider, threads=threads, allow_fallback=allow_fallback)
     files = [Path(model) for model in models]
     sessions = [runtime.session(model) for model in files]
-    specs = model_inputs(sessions[0])
+    specs = model_inputs(sessions[0], str(files[0]))
     fed, batch = make_feeds(specs, batch=0 if feeds else batch, seed=seed, given=feeds or None, shapes=input_shape)
     arms = open_arms(files, names, sessions, fed, runtime)
     for arm in arms:
@@ -135,7 +136,7 @@ def cell_result(
         threads=runtime.threads,
         pinned=pinned,
         batch=batch,
-        inputs={name: f"{array.dtype} {array.shape}" for name, array in feeds.items()},
+        inputs={name: described(array) for name, array in feeds.items()},
         precision=stored,
         seed=seed,
         seconds=cell.seconds,

@@ -32,6 +32,7 @@ from rsi_deploy.measure.binding import bind
 from rsi_deploy.measure.inputs import check_feeds, model_inputs, random_feeds
 from rsi_deploy.measure.placement import proven_placement
 from rsi_deploy.measure.sessions import make_session
+from rsi_deploy.measure.values import described
 
 Scenario = Literal["SingleStream", "MultiStream", "Server", "Offline"]
 
@@ -109,7 +110,7 @@ def run(request: Request) -> Reply:
         UsageError, ModelError: as `make_session`, `random_feeds` and `proven_placement` do.
     """
     session = make_session(request.model, request.provider, request.threads, allow_fallback=request.allow_fallback)
-    specs = model_inputs(session)
+    specs = model_inputs(session, request.model)
     if request.feeds is None:
         feeds = random_feeds(specs, request.batch, request.seed, request.input_shape)
     else:
@@ -128,7 +129,7 @@ def run(request: Request) -> Reply:
         target_qps=qps,
         target_latency_ms=latency_ms,
         batch=batch,
-        inputs={name: f"{array.dtype} {array.shape}" for name, array in feeds.items()},
+        inputs={name: described(array) for name, array in feeds.items()},
         provider=session.get_providers()[0],
         provider_nodes=ran.provider_nodes,
         how=bound.how,

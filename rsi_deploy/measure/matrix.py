@@ -130,7 +130,7 @@ def _opened(request: Request, settings: Sequence[Setting], folder: Path) -> list
         key = (setting.threads, setting.precision)
         if key not in sessions:
             sessions[key] = [runtime.session(model) for model in models]
-        specs = model_inputs(sessions[key][0])
+        specs = model_inputs(sessions[key][0], str(models[0]))
         feeds, batch = make_feeds(
             specs, batch=setting.batch, seed=request.seed, given=request.feeds, shapes=setting.shapes or None
         )

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.measure.provider_spec import SESSION_OPTIONS, ProviderSpec, checks_options, parse, unknown_option
 from rsi_deploy.measure.providers import install_hint, plugin_devices, short_name
+from rsi_deploy.measure.values import Value
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -119,20 +120,16 @@ def flushes_denormals() -> bool:
     return not (tiny * tiny).any()
 
 
-def run_session(
-    session: "InferenceSession", feeds: Mapping[str, npt.NDArray[Any]], name: str
-) -> list[npt.NDArray[Any]]:
+def run_session(session: "InferenceSession", feeds: Mapping[str, npt.NDArray[Any]], name: str) -> list[Value]:
     """One run with the failure said as ours.
 
     Raises:
         ModelError: onnxruntime refused the inputs or a node failed; carries its message and `name`.
     """
     try:
-        outputs: list[npt.NDArray[Any]] = session.run(None, dict(feeds))
+        outputs: list[Value] = session.run(None, dict(feeds))
     except Exception as error:  # onnxruntime's exceptions derive from nothing narrower
-        raise ModelError(
-            f"{name}: the run failed: {str(error).strip()}; give inputs that fit it: --input-shape or --feeds"
-        ) from error
+        raise ModelError(f"{name}: the run failed: {str(error).strip()}; give inputs that fit it") from error
     return outputs
 
 

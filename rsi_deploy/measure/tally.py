@@ -220,7 +220,7 @@ class Scorer:
         if answer.dtype.kind == "f" and (answer.ndim != 2 or answer.shape[1] < 2):
             raise ModelError(
                 f"{name}: its first output must be class scores ({len(answer)}, classes), but it is {answer.shape}; "
-                "values are compared with a reference: --reference DENSE.onnx --outputs values"
+                "values are compared with a reference: rsi-deploy eval --reference DENSE.onnx --outputs values"
             )
         is_single = self._is_ranked or answer.size == len(answer)
         if answer.dtype.kind != "f" and self._labels is not None and not is_single:

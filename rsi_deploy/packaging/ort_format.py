@@ -41,7 +41,8 @@ def write_ort(folder: Path, model: Servable, platform: Platform) -> None:
     expected = run_session(make_session(model.model), model.feeds, "model.onnx")
     outputs = run_session(make_session(path), model.feeds, path.name)
     tolerance = tolerance_for(expected, EXPORTER_TOLERANCE)
-    compare_outputs(expected, outputs, what="ORT-format gate (model.ort against model.onnx)", tolerance=tolerance)
+    what = "ORT-format gate (model.ort against model.onnx)"
+    compare_outputs(expected, outputs, what=what, tolerance=tolerance, remedy="choose another --target")
     (folder / "README.md").write_text(_readme(model, platform), encoding="utf-8")
 
 

@@ -81,9 +81,13 @@ def write_ray_serve(folder: Path, name: str, model: Servable, settings: RaySetti
     Raises:
         ModelError: a tensor of a type that the protocol's layer here has not.
     """
-    for tensor in (*model.inputs, *model.outputs):
-        if tensor.type not in TYPES:
-            raise ModelError(f"{tensor.name} is {tensor.type}; --target ray-serve has {', '.join(TYPES)}")
+    for what, tensors in (("input", model.inputs), ("output", model.outputs)):
+        for tensor in tensors:
+            if tensor.type not in TYPES:
+                raise ModelError(
+                    f"{what} {tensor.name} is {tensor.type}, which --target ray-serve does not take; it takes tensors "
+                    f"of {', '.join(TYPES)}: choose another --target, or export the model without it"
+                )
     shutil.copyfile(Path(shipped.__path__[0]) / "ray_app.py", folder / "app.py")
     copy_model(model.model, folder / "model")
     (folder / "config.yaml").write_text(yaml_text(deployment(name, model, settings)), encoding="utf-8", newline="\n")

@@ -8,11 +8,12 @@ An engine that batches puts strangers' requests into one run. Names of dimension
 samples do not mix is proved on the graph, and tried here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.errors import GateError, ModelError, UsageError
@@ -21,6 +22,7 @@ from rsi_deploy.measure.batch_axes import Dim
 from rsi_deploy.measure.batch_independence import no_batch_axis, why_alone, why_alone_on, why_not_proved
 from rsi_deploy.measure.inputs import check_feeds, model_inputs
 from rsi_deploy.measure.sessions import make_session, run_session
+from rsi_deploy.measure.values import Value
 from rsi_deploy.probe import Feeds, probe_feeds, read_feeds
 from rsi_deploy.report.schema import Report, read_report
 
@@ -32,11 +34,18 @@ SAMPLES = 3  # in the run that shows whether samples mix: an odd number, no kern
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """An input or output: onnxruntime's word for its type (`float`, `int64`, `string`), and its dimensions."""
+    """An input or output: its name, its type in onnxruntime's words, and its dimensions.
+
+    Attributes:
+        type: of a tensor that of its elements (`float`, `int64`, `string`); else the whole type (`seq(tensor(float))`).
+        shape: each a number, a symbol (dynamic, named) or None (dynamic).
+        ranked: whether onnxruntime itself knows how many dimensions there are; where not, a run has told.
+    """
 
     name: str
     type: str
     shape: tuple[Dim, ...]
+    ranked: bool = True
 
     def __str__(self) -> str:
         return f"{self.name}: {self.type} ({', '.join('?' if dim is None else str(dim) for dim in self.shape)})"
@@ -84,14 +93,14 @@ def read_servable(folder: str | Path, feeds: str | Path | Mapping[str, npt.NDArr
         raise GateError(f"{folder} is not the bundle that was written: {check.summary}; export again, or get it again")
     model = folder / "model.onnx"
     session = make_session(model)
-    inputs, outputs = tensors(session)
     arrays = _feeds(model, report, feeds)
     try:
-        run_session(session, arrays, str(model))
+        values = run_session(session, arrays, str(model))
     except ModelError as error:
         if feeds is None:
             raise UsageError(f"{error}; random inputs may make no sense to it: add --feeds FILE.npz") from error
         raise
+    inputs, outputs = tensors(session, values)
     return Servable(
         model=model,
         report=report,
@@ -112,26 +121,35 @@ def read_dense(path: Path, beside: Servable) -> Servable:
         ModelError: it cannot be run.
     """
     session = make_session(path)
-    inputs, outputs = tensors(session)
-    for what, ours, theirs in (("takes", beside.inputs, inputs), ("gives", beside.outputs, outputs)):
-        if [_fixed(tensor) for tensor in ours] != [_fixed(tensor) for tensor in theirs]:
-            listed = [", ".join(map(str, tensors_)) for tensors_ in (theirs, ours)]
-            raise UsageError(
-                f"--dense {path} {what} {listed[0]}, the bundle's model {listed[1]}; "
-                "give the model that the bundle was made from"
-            )
-    run_session(session, beside.feeds, str(path))
+    _check_same("takes", path, beside.inputs, tuple(map(_tensor, session.get_inputs())))
+    inputs, outputs = tensors(session, run_session(session, beside.feeds, str(path)))
+    _check_same("gives", path, beside.outputs, outputs)
     why = _why_unbatchable(path, session, beside.feeds, given=beside.feeds_given)
     return replace(beside, model=path, inputs=inputs, outputs=outputs, unbatchable=why, notes=())
 
 
-def tensors(session: "InferenceSession") -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def tensors(session: "InferenceSession", values: Sequence[Value]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Inputs and outputs as onnxruntime has inferred them.
 
-    Raises:
-        ModelError: one that is no tensor (a sequence, a map, an optional).
+    Args:
+        session: of the model.
+        values: outputs of a run: they tell the rank where the model does not, which onnxruntime calls () like a scalar.
     """
-    return _tensors("input", session.get_inputs()), _tensors("output", session.get_outputs())
+    outputs = []
+    for tensor, value in zip(map(_tensor, session.get_outputs()), values, strict=True):
+        unranked = isinstance(value, np.ndarray) and value.ndim > 0 and not tensor.shape
+        outputs.append(replace(tensor, shape=(None,) * value.ndim, ranked=False) if unranked else tensor)
+    return tuple(map(_tensor, session.get_inputs())), tuple(outputs)
+
+
+def _check_same(what: str, path: Path, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Refuse a dense model that takes or gives something else than the bundle's."""
+    if [_fixed(tensor) for tensor in ours] != [_fixed(tensor) for tensor in theirs]:
+        listed = [", ".join(map(str, tensors_)) for tensors_ in (theirs, ours)]
+        raise UsageError(
+            f"--dense {path} {what} {listed[0]}, the bundle's model {listed[1]}; "
+            "give the model that the bundle was made from"
+        )
 
 
 def _fixed(tensor: Tensor) -> tuple[str, str, list[int]]:
@@ -139,19 +157,12 @@ def _fixed(tensor: Tensor) -> tuple[str, str, list[int]]:
     return tensor.name, tensor.type, [dim if isinstance(dim, int) else -1 for dim in tensor.shape]
 
 
-def _tensors(what: str, values: list[Any]) -> tuple[Tensor, ...]:
-    for value in values:
-        if not value.type.startswith("tensor("):
-            raise ModelError(
-                f"{what} {value.name} is {value.type}, but engines serve tensors only; export the model without it"
-            )
-    return tuple(
-        Tensor(
-            name=value.name,
-            type=value.type.removeprefix("tensor(").removesuffix(")"),
-            shape=tuple(dim if isinstance(dim, int | str) else None for dim in value.shape),
-        )
-        for value in values
+def _tensor(value: Any) -> Tensor:
+    is_tensor = value.type.startswith("tensor(")
+    return Tensor(
+        name=value.name,
+        type=value.type.removeprefix("tensor(").removesuffix(")") if is_tensor else value.type,
+        shape=tuple(dim if isinstance(dim, int | str) else None for dim in value.shape),
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from rsi_deploy.measure.values import Array, is_text
 from rsi_deploy.packaging import shipped
 from rsi_deploy.packaging.result import copy_model, described
 from rsi_deploy.packaging.servable import Servable
@@ -90,7 +91,7 @@ def _readme(held: Sequence[Entry], settings: TritonSettings) -> str:
 
 def _client(name: str, model: Servable) -> list[str]:
     """How to ask, with `tritonclient`."""
-    shapes = {tensor.name: model.feeds[tensor.name] for tensor in model.inputs}
+    arrays = {tensor.name: model.feeds[tensor.name] for tensor in model.inputs}
     return [
         "```python",
         "import numpy as np",
@@ -99,7 +100,7 @@ def _client(name: str, model: Servable) -> list[str]:
         "",
         'client = triton.InferenceServerClient("localhost:8000")',
         "arrays = {",
-        *(f'    {json.dumps(key)}: np.zeros({array.shape}, "{array.dtype}"),' for key, array in shapes.items()),
+        *(f"    {json.dumps(key)}: {_zeros(array, batched=not model.unbatchable)}," for key, array in arrays.items()),
         "}",
         "inputs = [triton.InferInput(n, a.shape, np_to_triton_dtype(a.dtype)) for n, a in arrays.items()]",
         "for value, array in zip(inputs, arrays.values()):",
@@ -107,6 +108,12 @@ def _client(name: str, model: Servable) -> list[str]:
         f'answer = client.infer("{name}", inputs).as_numpy({json.dumps(model.outputs[0].name)})',
         "```",
     ]
+
+
+def _zeros(array: Array, *, batched: bool) -> str:
+    """An array of that shape in Python, as a client sends it: a scalar (of a sample) is one number, a text bytes."""
+    shape = array.shape if array.ndim > batched else (*array.shape, 1)
+    return f'np.full({shape}, b"", object)' if is_text(array.dtype) else f'np.zeros({shape}, "{array.dtype}")'
 
 
 def _batching(model: Servable, settings: TritonSettings) -> list[str]:

@@ -3,8 +3,10 @@
     batched       max_batch_size 8, dims without the batch, dynamic_batching with a bound on the wait
     not batched   max_batch_size 0, dims as the model has them; what forbids a batch is in a comment
 
-Triton has no empty dims: a scalar (of a sample) is `dims: [1]` with a reshape to none. Warm-up runs zeros of whole
-numbers and random floats, in the shapes of the probe inputs: random whole numbers may be no valid indices.
+Triton has no empty dims. A scalar of a sample in a batched model is `dims: [1]` with a reshape to none. A scalar of a
+model that is not batched is `dims: [1]` alone: there Triton refuses a reshape to none, and its onnxruntime backend and
+`triton_model.py` make the scalar of one number themselves. Warm-up runs zeros of whole numbers and random floats, in
+the shapes of the probe inputs: random whole numbers may be no valid indices.
 """
 
 import re
@@ -80,8 +82,8 @@ def config_text(name: str, model: Servable, settings: TritonSettings, *, version
         "name": name,
         "backend": settings.backend,
         "max_batch_size": settings.max_batch if batched else 0,
-        "input": [_tensor("input", tensor, batched) for tensor in model.inputs],
-        "output": [_tensor("output", tensor, batched) for tensor in model.outputs],
+        "input": [_tensor("input", tensor, batched, settings.backend) for tensor in model.inputs],
+        "output": [_tensor("output", tensor, batched, settings.backend) for tensor in model.outputs],
     }
     if versions > 1:
         fields["version_policy"] = {"all": {}}
@@ -132,9 +134,17 @@ def _scalar(value: bool | int | str) -> str:
     return '"' + re.sub("[\x00-\x1f\x7f]", lambda found: f"\\{ord(found[0]):03o}", text) + '"'
 
 
-def _tensor(what: str, tensor: Tensor, batched: bool) -> dict[str, Any]:
+def _tensor(what: str, tensor: Tensor, batched: bool, backend: Backend) -> dict[str, Any]:
     if tensor.type not in TYPES:
-        raise ModelError(f"{what} {tensor.name} is {tensor.type}, which Triton has not; it has {', '.join(TYPES)}")
+        raise ModelError(
+            f"{what} {tensor.name} is {tensor.type}, which Triton does not take; it takes tensors of "
+            f"{', '.join(TYPES)}: choose another --target, or export the model without it"
+        )
+    if not tensor.ranked and backend == "onnxruntime":
+        raise ModelError(
+            f"{what} {tensor.name} has no number of dimensions in the model, which Triton's onnxruntime backend takes "
+            "for a scalar; declare its shape in the model, or choose --target triton --backend python"
+        )
     dims = [dim if isinstance(dim, int) else -1 for dim in tensor.shape[batched:]]
     if 0 in dims:
         raise ModelError(
@@ -142,7 +152,7 @@ def _tensor(what: str, tensor: Tensor, batched: bool) -> dict[str, Any]:
             f"; export the model without it, or choose another --target"
         )
     field: dict[str, Any] = {"name": tensor.name, "data_type": Word(TYPES[tensor.type]), "dims": dims or [1]}
-    return field if dims else {**field, "reshape": {"shape": []}}
+    return {**field, "reshape": {"shape": []}} if batched and not dims else field
 
 
 def _tensorrt(settings: TritonSettings) -> dict[str, Any]:

@@ -4,7 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from rsi_deploy.errors import ModelError
 from rsi_deploy.measure.inputs import model_inputs
+from rsi_deploy.measure.values import is_text
 from rsi_deploy.report.schema import Report, Settings
 from rsi_deploy.report.summary import (
     LOSS,
@@ -44,7 +46,7 @@ def model_card(report: Report, model: Path) -> str:
         "",
         "## Inputs and outputs",
         "",
-        *(f"- input `{in_markdown(str(spec))}`" for spec in model_inputs(model)),
+        *_inputs(model),
         *(
             f"- output `{in_markdown(p.name)}` {p.shape} for inputs {', '.join(map(str, report.probe_shapes.values()))}"
             for p in report.probe
@@ -137,11 +139,24 @@ def _verification(report: Report) -> list[str]:
     return lines
 
 
+def _inputs(model: Path) -> list[str]:
+    try:
+        return [f"- input `{in_markdown(str(spec))}`" for spec in model_inputs(model)]
+    except ModelError as error:
+        return [f"- {in_markdown(str(error))}"]
+
+
 def _feeds(model: Path) -> str:
+    """An example of what the model is fed; "feeds" where an input is no tensor."""
     feeds = []
-    for spec in model_inputs(model):
+    try:
+        specs = model_inputs(model)
+    except ModelError:
+        return "feeds"
+    for spec in specs:
         shape = tuple(dim if isinstance(dim, int) else 1 for dim in spec.shape)
-        feeds.append(f'{json.dumps(spec.name)}: np.zeros({shape}, "{spec.dtype}")')
+        dtype = "str" if is_text(spec.dtype) else spec.dtype
+        feeds.append(f'{json.dumps(spec.name)}: np.zeros({shape}, "{dtype}")')
     return "{" + ", ".join(feeds) + "}"
 
 

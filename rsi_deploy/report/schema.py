@@ -20,6 +20,7 @@ from rsi_deploy.measure.cost_table import Conditions, PlanCheck
 from rsi_deploy.measure.machine import Environment
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.result import BenchResult
+from rsi_deploy.measure.values import as_numbers
 from rsi_deploy.sites import SiteRecord
 
 SCHEMA_VERSION = 1
@@ -138,7 +139,7 @@ class ProbeOutput(_Record):
     @classmethod
     def of(cls, name: str, array: npt.NDArray[Any]) -> "ProbeOutput":
         """The norm and the first values of an output array; what is not finite counts as 0, as JSON has no NaN."""
-        flat = array.astype(np.float64).ravel()
+        flat = as_numbers(array).ravel()
         flat = np.where(np.isfinite(flat), flat, 0.0)
         return cls(
             name=name, shape=array.shape, norm=float(np.linalg.norm(flat)), first=tuple(float(x) for x in flat[:8])
@@ -210,6 +211,7 @@ class Report(_Record):
         timing: what time decided; None where it decided nothing (--no-bench, --always-split).
         probe_shapes: shapes of the probe inputs (`rsi_deploy.probe`, with the seed).
         probe_given: the user gave the probe inputs, so that they cannot be made again.
+        probe_fingerprint: of those (`rsi_deploy.probe.feeds_fingerprint`); None where they were made.
         probe: outputs on them, which `verify` computes again.
         files: sha256 of the bundle's model files.
         stages: wall time of each step, s.
@@ -236,6 +238,7 @@ class Report(_Record):
     timing: Timing | None = None
     probe_shapes: dict[str, tuple[int, ...]]
     probe_given: bool
+    probe_fingerprint: str | None = None
     probe: tuple[ProbeOutput, ...]
     files: dict[Annotated[str, pydantic.AfterValidator(inside)], str]
     stages: tuple[Stage, ...]

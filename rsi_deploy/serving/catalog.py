@@ -9,14 +9,17 @@ A request that names no version gets the newest that is no canary or shadow.
 """
 
 import dataclasses
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rsi_deploy.errors import UsageError
+from rsi_deploy.errors import GateError, ModelError, RsiDeployError, UsageError
 from rsi_deploy.serving.bundles import Bundle, open_bundle
 from rsi_deploy.serving.refusal import Refusal
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -83,7 +86,41 @@ class Route:
         return self.versions[self.main]
 
 
-Catalog = dict[str, Route]
+class Catalog(dict[str, Route]):
+    """Name -> what answers it.
+
+    Attributes:
+        refused: "NAME, version N" -> why it is not served, while others are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused: dict[str, RsiDeployError] = {}
+
+    def refuse(self, name: str, version: str, error: RsiDeployError) -> None:
+        """Note why a version is not served, and take it out where it is in."""
+        self.refused[label := f"{name}, version {version}"] = error
+        logger.error("%s is not served: %s", label, error)
+        if (route := self.get(name)) is None or route.versions.pop(version, None) is None:
+            return
+        if version == route.canary:
+            route.canary, route.share = "", 0.0
+        if version == route.shadow:
+            route.shadow = ""
+        left = [number for number in route.versions if number not in (route.canary, route.shadow)]
+        if left:
+            route.main = max(left, key=int)
+        else:
+            del self[name]
+
+    def check_any(self) -> None:
+        """Refuse to serve nothing.
+
+        Raises:
+            RsiDeployError: as the first model was refused with.
+        """
+        if not self and self.refused:
+            raise next(iter(self.refused.values()))
 
 
 def read_catalog(models: Sequence[str], *, canary: str = "", canary_share: float = 0.0, shadow: str = "") -> Catalog:
@@ -97,15 +134,19 @@ def read_catalog(models: Sequence[str], *, canary: str = "", canary_share: float
 
     Raises:
         UsageError: names or versions that are none, or are given twice; nothing at a path; a canary of no model.
-        ModelError, GateError: see `open_bundle`.
+        ModelError, GateError: see `open_bundle`; of the first model, where none can be served.
     """
-    routes: Catalog = {}
-    for text in models:
-        for name, version, path in _versions(text):
-            route = routes.setdefault(name, Route(name=name))
-            if version in route.versions:
-                raise UsageError(f"{name} version {version} is given twice; type NAME:VERSION=PATH to tell them apart")
-            route.versions[version] = Served(name=name, version=version, bundle=open_bundle(path))
+    routes = Catalog()
+    for name, version, path in [found for text in models for found in _versions(text)]:
+        if name in routes and version in routes[name].versions:
+            raise UsageError(f"{name} version {version} is given twice; type NAME:VERSION=PATH to tell them apart")
+        try:
+            served = Served(name=name, version=version, bundle=open_bundle(path))
+        except (ModelError, GateError) as error:
+            routes.refuse(name, version, error)
+            continue
+        routes.setdefault(name, Route(name=name)).versions[version] = served
+    routes.check_any()
     if not routes:
         raise UsageError("nothing to serve: name a bundle, rsi-deploy serve DIR")
     for route in routes.values():

@@ -5,7 +5,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
@@ -32,12 +32,14 @@ class Listening:
         grpc: likewise; "" without gRPC.
         models: name -> versions.
         workers: their process ids; none where Ray has them.
+        refused: "NAME, version N" -> why it is not served.
     """
 
     http: str
     grpc: str
     models: dict[str, list[str]]
     workers: list[int]
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,9 @@ class Front:
         host, port = self.listener.getsockname()[:2]
         models = {name: sorted(route.versions, key=int) for name, route in self.service.routes.items()}
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        on_ready(Listening(http=address, grpc=self.grpc, models=models, workers=self.service.worker_pids()))
+        refused = {label: str(error) for label, error in self.service.routes.refused.items()}
+        pids = self.service.worker_pids()
+        on_ready(Listening(http=address, grpc=self.grpc, models=models, workers=pids, refused=refused))
         await _first(serving, stop.wait())
         if watcher is not None:
             watcher.cancel()

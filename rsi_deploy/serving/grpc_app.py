@@ -54,6 +54,7 @@ _CONTENTS = {
     "UINT64": "uint64_contents",
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
 }
 """Datatype -> the field of InferTensorContents that holds it; FP16 goes as raw bytes alone."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from rsi_deploy.measure.values import TEXT
 from rsi_deploy.serving.refusal import Refusal
 from rsi_deploy.serving.requests import Answer, Request
 from rsi_deploy.serving.tensors import NAMES, Array, checked_shape, dtype_of, from_binary, from_values, shown, to_binary
@@ -77,8 +78,11 @@ def encode(answer: Answer, request: Request) -> tuple[bytes, int | None]:
     return (head, None) if not tensors else (b"".join((head, *tensors)), len(head))
 
 
-def _json_values(name: str, array: Array) -> Array:
+def _json_values(name: str, array: Array) -> Array | list[str]:
     """The flat values, as orjson writes them: float32 in its own digits, and nothing that it would turn into null."""
+    if array.dtype == TEXT:
+        texts: list[str] = array.ravel().tolist()
+        return texts
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise Refusal(400, f"output {name} holds NaN or infinity, which JSON cannot; ask for it as binary data")
     return np.ascontiguousarray(array).ravel()

@@ -48,12 +48,15 @@ class Service:
         self.shadows: dict[str, Shadow] = {}
 
     async def start(self) -> None:
-        """Load every model on every worker.
+        """Load every model on every worker; those that cannot be loaded are taken out, where others can.
 
         Raises:
-            UsageError, ModelError, GateError: one cannot be loaded.
+            UsageError, ModelError, GateError: none can be loaded.
         """
-        await self._load(all_served(self.routes))
+        wanted = {served.key: served for served in all_served(self.routes)}
+        for key, error in (await self._load(list(wanted.values()), all_or_none=False)).items():
+            self.routes.refuse(wanted[key].name, wanted[key].version, error)
+        self.routes.check_any()
         self.shadows = {name: Shadow(r.main, r.shadow) for name, r in self.routes.items() if r.shadow}
         for served in all_served(self.routes):
             if why := self._loaded[served.key].alone:
@@ -151,10 +154,13 @@ class Service:
         """Of the workers that take requests."""
         return [worker.pid for worker in self._pool.active]
 
-    async def _load(self, wanted: list[Served]) -> None:
-        said = await self._pool.exchange({served.key: served.bundle for served in wanted})
+    async def _load(self, wanted: list[Served], *, all_or_none: bool = True) -> Mapping[str, RsiDeployError]:
+        """Have workers with these models; the reasons of those that they have not."""
+        bundles = {served.key: served.bundle for served in wanted}
+        said, refused = await self._pool.exchange(bundles, all_or_none=all_or_none)
         self._loaded |= said
         self._labels |= {served.key: (served.name, served.version) for served in wanted}
+        return refused
 
     def _route(self, name: str) -> Route:
         if name not in self.routes:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure.inputs import InputSpec, check_feeds, model_inputs
+from rsi_deploy.measure.inputs import InputSpec, check_feeds, model_inputs, model_outputs
 from rsi_deploy.serving.refusal import Refusal
 from rsi_deploy.serving.tensors import NAMES, Array
 
@@ -33,13 +33,14 @@ class Signature:
         Raises:
             ModelError: a tensor that the protocol cannot carry here; with its name and type.
         """
-        found = cls(inputs=tuple(model_inputs(session)), outputs=tuple(model_inputs(_Outputs(session.get_outputs()))))
-        for spec in (*found.inputs, *found.outputs):
-            if spec.dtype not in NAMES:
-                raise ModelError(
-                    f"{name} cannot be served: {spec} is none of {', '.join(NAMES.values())}"
-                    f"; export a model with such inputs and outputs"
-                )
+        found = cls(inputs=tuple(model_inputs(session, name)), outputs=tuple(model_outputs(session, name)))
+        for what, specs in (("input", found.inputs), ("output", found.outputs)):
+            for spec in specs:
+                if spec.dtype not in NAMES:
+                    raise ModelError(
+                        f"{name} cannot be served: {what} {spec} is none of {', '.join(NAMES.values())}"
+                        f"; export a model with such inputs and outputs"
+                    )
         return found
 
     def check(self, feeds: Feeds, model: str) -> None:
@@ -80,13 +81,3 @@ def metadata(specs: tuple[InputSpec, ...]) -> list[dict[str, Any]]:
         }
         for spec in specs
     ]
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    """Outputs where `model_inputs` looks for inputs: names, types and shapes are told in the same way."""
-
-    outputs: Any
-
-    def get_inputs(self) -> Any:
-        return self.outputs

@@ -1,18 +1,21 @@
 """Tensors as the protocol writes them, and as numpy holds them.
 
-datatype   BOOL  UINT8 UINT16 UINT32 UINT64  INT8 INT16 INT32 INT64  FP16 FP32 FP64
-binary     the values in row-major order, little-endian; a BOOL is one byte
-JSON       a list of numbers, flat or nested as the shape says; its values must be the datatype's own: no 1.5 for an
-           INT64, no 300 for a UINT8, no "1", no null
+datatype   BOOL  UINT8 UINT16 UINT32 UINT64  INT8 INT16 INT32 INT64  FP16 FP32 FP64  BYTES
+binary     the values in row-major order, little-endian; a BOOL is one byte; BYTES are texts in UTF-8, each with its
+           length in 4 bytes before it
+JSON       a list of numbers or texts, flat or nested as the shape says; its values must be the datatype's own: no 1.5
+           for an INT64, no 300 for a UINT8, no "1" but for BYTES, no null
 """
 
 import math
+import struct
 import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from rsi_deploy.measure.values import TEXT
 from rsi_deploy.serving.refusal import Refusal
 
 Array = npt.NDArray[Any]
@@ -21,9 +24,13 @@ DATATYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("bool"),
     **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits}") for kind in ("UINT", "INT") for bits in (8, 16, 32, 64)},
     **{f"FP{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    "BYTES": TEXT,
 }
 NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 MOST_AXES = 32
+MOST_TEXTS = 1 << 20
+"""In one tensor: a text takes some sixty bytes more in memory than in a request."""
+_LENGTH = struct.Struct("<I")
 
 
 def dtype_of(datatype: object, tensor: str) -> np.dtype[Any]:
@@ -55,6 +62,8 @@ def from_binary(raw: bytes | memoryview, dtype: np.dtype[Any], shape: tuple[int,
     Raises:
         Refusal: 400, as many bytes as the shape needs did not come.
     """
+    if dtype == TEXT:
+        return _as_texts(_split_texts(bytes(raw), shape, tensor), shape, tensor)
     needed = math.prod(shape) * dtype.itemsize
     if len(raw) != needed:
         name = NAMES[dtype]
@@ -71,6 +80,9 @@ def from_binary(raw: bytes | memoryview, dtype: np.dtype[Any], shape: tuple[int,
 
 def to_binary(array: Array) -> bytes:
     """The array's values in row-major order, little-endian."""
+    if array.dtype == TEXT:
+        encoded = [str(text).encode() for text in array.ravel()]
+        return b"".join(part for text in encoded for part in (_LENGTH.pack(len(text)), text))
     if sys.byteorder == "big":
         array = array.astype(array.dtype.newbyteorder("<"))
     return array.tobytes()
@@ -85,6 +97,8 @@ def from_values(values: object, dtype: np.dtype[Any], shape: tuple[int, ...], te
     name = NAMES[dtype]
     if not isinstance(values, list):
         raise Refusal(400, f"{tensor}: data must be a list of {name} values, but got {shown(values)}")
+    if dtype == TEXT:
+        return _as_texts(values, shape, tensor)
     if not math.prod(shape) and not _count(values):
         return np.empty(shape, dtype)
     try:
@@ -113,6 +127,41 @@ def from_values(values: object, dtype: np.dtype[Any], shape: tuple[int, ...], te
 def _count(values: object) -> int:
     """How many values a nested list holds."""
     return sum(map(_count, values)) if isinstance(values, list) else 1
+
+
+def _split_texts(raw: bytes, shape: tuple[int, ...], tensor: str) -> list[bytes]:
+    """Texts that each have their length before them."""
+    texts: list[bytes] = []
+    at = 0
+    while at < len(raw) and len(texts) <= MOST_TEXTS:
+        start = at + _LENGTH.size
+        end = start + (_LENGTH.unpack_from(raw, at)[0] if start <= len(raw) else 0)
+        if end > len(raw) or start > len(raw):
+            raise Refusal(400, f"{tensor}: BYTES are texts, each with its length in 4 bytes before it; one is cut off")
+        texts.append(raw[start:end])
+        at = end
+    return texts
+
+
+def _as_texts(values: list[Any], shape: tuple[int, ...], tensor: str) -> Array:
+    """The texts of a list, flat or nested as the shape says; bytes are UTF-8."""
+    count = math.prod(shape)
+    if count > MOST_TEXTS:
+        raise Refusal(413, f"{tensor}: {count} texts are more than {MOST_TEXTS}, the most of one tensor")
+    flat: list[Any] = values
+    for size in shape[1:] if flat and isinstance(flat[0], list) else ():
+        if not all(isinstance(row, list) and len(row) == size for row in flat):
+            raise Refusal(400, f"{tensor}: data is a ragged list; expected the shape {list(shape)}")
+        flat = [text for row in flat for text in row]
+    if len(flat) != count:
+        raise Refusal(400, f"{tensor}: {len(flat)} texts came, but shape says {list(shape)}")
+    try:
+        texts = [text.decode() if isinstance(text, bytes) else text for text in flat]
+    except UnicodeDecodeError:
+        raise Refusal(400, f"{tensor}: BYTES must be texts in UTF-8") from None
+    if not all(isinstance(text, str) for text in texts):
+        raise Refusal(400, f"{tensor}: data holds values that are no texts")
+    return np.array(texts, TEXT).reshape(shape)
 
 
 def shown(value: object) -> str:

@@ -168,11 +168,17 @@ class Pool:
         """What is served now, whether or not a worker lives."""
         return frozenset(self._order.bundles)
 
-    async def exchange(self, bundles: Mapping[str, Bundle]) -> Mapping[str, Loaded]:
+    async def exchange(
+        self, bundles: Mapping[str, Bundle], *, all_or_none: bool = True
+    ) -> tuple[Mapping[str, Loaded], Mapping[str, RsiDeployError]]:
         """Start workers with these models and let them take over when all are ready.
 
+        Args:
+            bundles: key -> model.
+            all_or_none: let them take over only where they have loaded every model.
+
         Returns:
-            key -> what they say of it.
+            key -> what they say of it; key -> why it could not be loaded.
 
         Raises:
             UsageError, ModelError, GateError: a model cannot be loaded; the workers there were go on.
@@ -183,7 +189,9 @@ class Pool:
         fresh = [Worker(dataclasses.replace(order, try_batches=share), self._ended) for share in shares]
         try:
             await asyncio.gather(*(worker.load() for worker in fresh))
-            said = [_loaded(worker.said) for worker in fresh]
+            refused = _refused([worker.said for worker in fresh])
+            if refused and (all_or_none or len(refused) == len(bundles)):
+                raise next(iter(refused.values()))
         except BaseException as error:
             for worker in fresh:
                 worker.close()
@@ -192,10 +200,12 @@ class Pool:
                     "a worker ended while it loaded the models; serve fewer at a time, or give it more memory"
                 ) from error
             raise
-        self._order = order
+        loaded = {key: bundle for key, bundle in bundles.items() if key not in refused}
+        self._order = dataclasses.replace(order, bundles=loaded)
         self.active, self.retiring = fresh, [*self.retiring, *self.active]
         self._on_change()
-        return {key: said[place % self._count][key] for place, key in enumerate(keys)}
+        said = {key: fresh[place % self._count].said[key] for place, key in enumerate(keys)}
+        return {key: answer for key, answer in said.items() if isinstance(answer, Loaded)}, refused
 
     def retire(self, wanted: Callable[[Worker], bool]) -> None:
         """End the retiring workers that are idle and not `wanted` any more."""
@@ -257,14 +267,12 @@ class Pool:
         self._on_change()
 
 
-def _loaded(said: Mapping[str, Loaded | NotLoaded]) -> Mapping[str, Loaded]:
-    """What was said, where everything was loaded; else the first failure, as the error it was."""
-    found = {}
-    for key, answer in said.items():
-        if isinstance(answer, NotLoaded):
-            kinds: dict[int, type[RsiDeployError]] = {
-                kind.exit_code: kind for kind in (UsageError, ModelError, GateError)
-            }
-            raise kinds.get(answer.exit_code, ModelError)(answer.message)
-        found[key] = answer
-    return found
+def _refused(workers: Sequence[Mapping[str, Loaded | NotLoaded]]) -> dict[str, RsiDeployError]:
+    """Why a worker could not load a model, as the error it was there."""
+    kinds: dict[int, type[RsiDeployError]] = {kind.exit_code: kind for kind in (UsageError, ModelError, GateError)}
+    return {
+        key: kinds.get(answer.exit_code, ModelError)(answer.message)
+        for said in reversed(workers)
+        for key, answer in said.items()
+        if isinstance(answer, NotLoaded)
+    }

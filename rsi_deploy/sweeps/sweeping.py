@@ -13,6 +13,7 @@ sweep is such. A sweep that was interrupted goes on with the same command: what 
 import datetime
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -64,6 +65,7 @@ def sweep(
     checkpoint: str | Path | None = None,
     input_shape: str | Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
+    feeds: str | Path | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     smaller_is_enough: bool = False,
@@ -96,6 +98,7 @@ def sweep(
         checkpoint: a factory's.
         input_shape: as for `export`.
         preprocessing: as for `export`.
+        feeds: an `.npz` of inputs, as for `export`.
         include: globs on site names.
         exclude: globs on site names.
         smaller_is_enough: as for `export`.
@@ -138,6 +141,8 @@ def sweep(
         "bench_seconds": bench_seconds,
         "seed": seed,
     }
+    if feeds is not None:
+        options["feeds"] = str(feeds)
     named = [input_shape] if isinstance(input_shape, str) else list(input_shape or ())
     options["input_shape"] = [text for text in named if "=" in text]
     folder = Path(output)
@@ -217,9 +222,10 @@ def _with_point(document: Sweep, number: int, made: MadePoint, folder: Path) -> 
     """The sweep with one more point, made or found impossible."""
     share = document.shares[number - 1]
     if made.problem is not None:
-        if document.dense is None and number == len(document.shares):
-            raise made.problem  # no point at all: the model cannot be handled, and this says why
-        point = SweepPoint(number=number, share=share, problem=str(made.problem), seconds=made.seconds)
+        problem = _in_words_of_sweep(str(made.problem))
+        if document.dense is None and number == len(document.shares):  # no point at all: the model cannot be handled
+            raise type(made.problem)(problem) from made.problem
+        point = SweepPoint(number=number, share=share, problem=problem, seconds=made.seconds)
         return document.model_copy(update={"points": (*document.points, point)})
     report = read_report(folder / place(number))
     point = point_of(number, share, place(number), report, made.seconds)
@@ -227,6 +233,17 @@ def _with_point(document: Sweep, number: int, made: MadePoint, folder: Path) -> 
     shared = [note for note in report.notes if document.dense is None or note in document.notes]
     made_so_far = {"points": (*document.points, point), "notes": tuple(shared)}
     return document.model_copy(update=made_so_far | {"dense": report.dense, "dense_top1": top1})
+
+
+def _in_words_of_sweep(problem: str) -> str:
+    """An export's message without the budget options of export, which the sweep sets.
+
+    Example:
+        >>> _in_words_of_sweep("no plan can meet --keep-macs 30% (9 of 30); type --keep-macs 40% or more, or add sites")
+        'no plan can meet 30% of the macs (9 of 30); add sites'
+    """
+    problem = re.sub(r"type --keep-\w+ \S+ or more, or ", "", problem)
+    return re.sub(r"--keep-(\w+) (\S+%)", r"\2 of the \1", problem)
 
 
 def _begun(new: Sweep, folder: Path) -> Sweep:

@@ -32,6 +32,7 @@ from rsi_deploy.measure.request import parse_seconds
 from rsi_deploy.measure.site_models import Piece, pieces
 from rsi_deploy.measure.site_timing import Wanted, shapes_of, time_sites
 from rsi_deploy.measure.trial_plans import trial_plans, with_model_time
+from rsi_deploy.measure.values import described
 from rsi_deploy.onnx_file import model_hash, read_onnx, write_external
 from rsi_deploy.plan.planner import site_name
 from rsi_deploy.probe import named_shapes, read_feeds
@@ -165,7 +166,7 @@ class Costing:
         started = time.monotonic()
         conditions = conditions_here(self.provider, self.threads)
         cache = CostCache.of(conditions)
-        told = {key: f"{array.dtype} {array.shape}" for key, array in feeds.items()}
+        told = {key: described(array) for key, array in feeds.items()}
         digest = model_hash(dense)
         key = f"{digest} {told}"
         if not fresh and (known := cache.table(key)) is not None:

@@ -16,6 +16,7 @@ from rsi_deploy.measure.cost_cache import conditions_here
 from rsi_deploy.measure.cost_table import CostTable, PlanCheck, read_cost_table
 from rsi_deploy.measure.providers import resolve
 from rsi_deploy.measure.trial_plans import measured_plans, share_of
+from rsi_deploy.measure.values import described
 from rsi_deploy.plan.budget import Budget
 from rsi_deploy.plan.decide import Decisions
 from rsi_deploy.plan.in_time import faster_only, in_time
@@ -203,7 +204,7 @@ def _absent(table: CostTable) -> str:
 
 def _of_this_model(table: CostTable, dense: Path, feeds: Feeds, costing: Costing, cost: str | Path) -> CostTable:
     """The table with this model's sites, found by their shapes."""
-    told = {key: f"{array.dtype} {array.shape}" for key, array in feeds.items()}
+    told = {key: described(array) for key, array in feeds.items()}
     if told != table.model.inputs:
         theirs, ours = (", ".join(f"{k}: {v}" for k, v in inputs.items()) for inputs in (table.model.inputs, told))
         raise UsageError(

@@ -17,13 +17,20 @@ def main(address, model, version, way, feeds, answers):
     with np.load(feeds) as arrays:
         inputs = []
         for name in arrays.files:
-            array = arrays[name]
+            array = arrays[name] if arrays[name].shape else arrays[name].reshape(1)  # Triton has no scalars
+            if array.dtype.kind == "U":
+                array = np.array([text.encode() for text in array.ravel()], object).reshape(array.shape)
             inputs.append(triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
             inputs[-1].set_data_from_numpy(array, binary_data=binary)
     names = [output["name"] for output in client.get_model_metadata(model, version)["outputs"]]
     wanted = [triton.InferRequestedOutput(name, binary_data=binary) for name in names]
     answer = client.infer(model, inputs, model_version=version, outputs=wanted)
-    np.savez(answers, **{name: answer.as_numpy(name) for name in names})
+    arrays = {name: answer.as_numpy(name) for name in names}
+    np.savez(answers, **{name: decoded(array) if array.dtype.kind == "O" else array for name, array in arrays.items()})
+
+
+def decoded(array):
+    return np.array([text.decode() if isinstance(text, bytes) else text for text in array.ravel()]).reshape(array.shape)
 
 
 if __name__ == "__main__":

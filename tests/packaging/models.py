@@ -86,3 +86,25 @@ def tokens(path):
         ("same", TensorProto.INT64, ["batch", "length"]),
     ]
     return graph(path, nodes, inputs, outputs, tensors)
+
+
+def scalars(path):
+    """`x W` times a number, or zero where a flag says so: both scalars of the whole run, as is the flag's opposite."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"]),
+        helper.make_node("Mul", ["p", "k"], ["scaled"]),
+        helper.make_node("Where", ["flag", "scaled", "zero"], ["y"]),
+        helper.make_node("Not", ["flag"], ["not"]),
+    ]
+    inputs = [("x", TensorProto.FLOAT, [2, 32]), ("k", TensorProto.FLOAT, []), ("flag", TensorProto.BOOL, [])]
+    outputs = [("y", TensorProto.FLOAT, [2, 32]), ("not", TensorProto.BOOL, [])]
+    zero = numpy_helper.from_array(np.float32(0), "zero")
+    return graph(path, nodes, inputs, outputs, [weight(32, 32), zero])
+
+
+def words(path):
+    """`x W`, and texts that are passed on."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("Identity", ["s"], ["same"])]
+    inputs = [("x", TensorProto.FLOAT, [2, 32]), ("s", TensorProto.STRING, [2])]
+    outputs = [("y", TensorProto.FLOAT, [2, 32]), ("same", TensorProto.STRING, [2])]
+    return graph(path, nodes, inputs, outputs, [weight(32, 32)])

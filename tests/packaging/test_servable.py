@@ -87,13 +87,12 @@ def test_the_dense_model_must_take_and_give_the_same(mlp, tmp_path):
         read_dense(mlp_onnx(tmp_path / "o.onnx", sizes=(12, 8, 9)), beside)
 
 
-def test_what_is_no_tensor_cannot_be_served(mlp, tmp_path):
-    """A model that gives a sequence runs; no engine has a place for it."""
+def test_a_dense_model_that_gives_no_tensor_is_another_one(mlp, tmp_path):
     x = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 12])
     y = helper.make_tensor_sequence_value_info("pair", TensorProto.FLOAT, None)
     pair = helper.make_graph([helper.make_node("SequenceConstruct", ["input", "input"], ["pair"])], "g", [x], [y])
     onnx.save(helper.make_model(pair, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "s.onnx")
-    with pytest.raises(ModelError, match=r"output pair is seq\(tensor\(float\)\), but engines serve tensors only"):
+    with pytest.raises(UsageError, match=r"gives pair: seq\(tensor\(float\)\)"):
         read_dense(tmp_path / "s.onnx", read_servable(mlp))
 
 

@@ -181,7 +181,7 @@ def test_strings_are_escaped():
 @pytest.mark.parametrize(
     ("kind", "shape", "words"),
     [
-        ("bfloat16", ("n", 10), "output y is bfloat16, which Triton has not; it has bool, uint8"),
+        ("bfloat16", ("n", 10), "output y is bfloat16, which Triton does not take; it takes tensors of bool, uint8"),
         ("float", ("n", 0), "output y has a dimension of 0, which Triton refuses; export the model without it"),
         ("float", (0, 10), ""),
     ],

@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from engines import asked, environment, tritonserver
-from models import bundle_of, mixing, tokens
+from models import bundle_of, mixing, scalars, tokens, words
 from nets import mlp_onnx
 
 from bench import models as bench_models
@@ -27,10 +27,17 @@ def outputs(model, feeds):
 
 
 def distance(a, b):
-    return max(
-        float(np.linalg.norm(np.float64(a[name]) - b[name]) / max(np.linalg.norm(np.float64(b[name])), 1e-12))
-        for name in b
-    )
+    return max(apart(a[name], b[name]) for name in b)
+
+
+def apart(a, b):
+    if b.dtype.kind == "O":
+        return 0.0 if a.tolist() == b.tolist() else np.inf
+    return float(np.linalg.norm(np.float64(a) - b) / max(np.linalg.norm(np.float64(b)), 1e-12))
+
+
+def kinds(arrays):
+    return {name: "text" if array.dtype.kind in "OU" else array.dtype for name, array in arrays.items()}
 
 
 def digits(net, count=5):
@@ -67,11 +74,19 @@ def made(name, root):
     if name == "fixed":
         bundle_of(mlp_onnx(root / "f.onnx", batch=2), root / name, keep_dense=True)
         return root / name, {"input": rng.standard_normal((2, 12)).astype(np.float32)}
+    if name == "scalars":
+        bundle_of(scalars(root / "s.onnx"), root / name, keep_dense=True)
+        x = rng.standard_normal((2, 32)).astype(np.float32)
+        return root / name, {"x": x, "k": np.array(2.5, np.float32), "flag": np.array(True)}
+    if name == "words":
+        feeds = {"x": rng.standard_normal((2, 32)).astype(np.float32), "s": np.array(["a", "größer"])}
+        bundle_of(words(root / "w.onnx"), root / name, keep_dense=True, feeds=feeds)
+        return root / name, feeds
     bundle_of(mixing(root / "m.onnx"), root / name, keep_dense=True)
     return root / name, {"x": rng.standard_normal((4, 32)).astype(np.float32)}
 
 
-NAMES = ["cnn", "vit", "resnet56", "minilm", "tokens", "fixed", "mixing"]
+NAMES = ["cnn", "vit", "resnet56", "minilm", "tokens", "fixed", "mixing", "scalars", "words"]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +106,7 @@ def served(tmp_path_factory):
             target="triton",
             backend="python",
             dense=bundle / "dense.onnx",
+            feeds=feeds if name == "words" else None,
             max_delay_ms=300.0,
             threads=1,
         )
@@ -123,8 +139,11 @@ def test_it_answers_as_onnxruntime_alone(served, tmp_path, name, way):
         assert answers.keys() == expected.keys()
         if name == "tokens":
             answers["score"] = answers["score"].reshape(-1)  # Triton has no scalars: (batch, 1)
+        if name == "scalars":
+            assert answers["not"].shape == (1,)
+            answers["not"] = answers["not"].reshape(())
         assert distance(answers, expected) < ROUNDING
-        assert {key: a.dtype for key, a in answers.items()} == {key: a.dtype for key, a in expected.items()}
+        assert kinds(answers) == kinds(expected)
     assert distance(alone["1"], alone["2"]) > 100 * ROUNDING  # so the wrong version would be noticed
 
 

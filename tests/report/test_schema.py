@@ -42,7 +42,7 @@ def test_round_trip(bundle):
 
 def test_every_part_is_there(content):
     empty = {key for key, value in content.items() if value in (None, [], {}, "")}
-    assert empty == {"preprocessing", "notes", "calibration", "timing"}
+    assert empty == {"preprocessing", "notes", "calibration", "timing", "probe_fingerprint"}
     assert content["verification"].keys() == {"exporter", "surgery", "approximation"}
     assert {"cpu", "cores"} <= content["environment"].keys()
 
@@ -58,7 +58,11 @@ def test_the_json_schema_describes_reports(content):
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(content, schema)
     assert schema["properties"]["schema_version"]["const"] == 1
-    assert set(schema["required"]) == set(content) - {"schema_version", "timing"}  # reports of before read, too
+    assert set(schema["required"]) == set(content) - {
+        "schema_version",
+        "timing",
+        "probe_fingerprint",
+    }  # reports of before read, too
 
 
 def places(value, path=()):

@@ -1,7 +1,8 @@
 """Triton's Python backend: onnxruntime on the model.onnx beside this file. Needs onnxruntime and numpy, nothing else.
 
 Requests that Triton has put together go through the model in one run. Where that run fails, each goes alone, so that
-none fails for its neighbour's fault. Names, types and shapes are checked by Triton against config.pbtxt before.
+none fails for its neighbour's fault. Names, types and shapes are checked by Triton against config.pbtxt before; Triton
+has no scalars, which come and go as one number.
 """
 
 import json
@@ -33,6 +34,7 @@ class TritonPythonModel:
             providers = [("CUDAExecutionProvider", {"device_id": args["model_instance_device_id"]}), *providers]
         model = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
         self.session = onnxruntime.InferenceSession(str(model), options, providers=providers)
+        self.scalars = [value.name for value in self.session.get_inputs() if not value.shape and not self.batched]
         wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
         if self.session.get_providers()[0] != wanted:
             raise pb_utils.TritonModelException(f"{wanted} did not start; install onnxruntime-gpu, or use KIND_CPU")
@@ -59,13 +61,15 @@ class TritonPythonModel:
 
     def _feeds(self, request: Any) -> dict[str, Any]:
         arrays = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
+        for name in self.scalars:
+            arrays[name] = arrays[name].reshape(())
         return {name: _texts(array) if array.dtype.kind == "O" else array for name, array in arrays.items()}
 
     def _response(self, request: Any, outputs: list[Any]) -> Any:
         wanted = set(request.requested_output_names())
         tensors = [
             pb_utils.Tensor(name, _bytes(array) if array.dtype.kind in "OU" else np.ascontiguousarray(array))
-            for name, array in zip(self.outputs, outputs, strict=True)
+            for name, array in zip(self.outputs, map(np.atleast_1d, outputs), strict=True)
             if name in wanted
         ]
         return pb_utils.InferenceResponse(output_tensors=tensors)
