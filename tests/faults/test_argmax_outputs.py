@@ -122,7 +122,9 @@ def test_calibration_and_certificate_by_the_scores(ending, capsys):
     path, _, _ = ending
     np.savez("c.npz", x=X)
     np.savez("d.npz", x=-X, labels=LABELS_OF_NEGATIVE)
-    report = export(path.name, "b", calib="c.npz", data="d.npz", keep_macs=0.6, measure=False, keep_dense=True)
+    report = export(
+        path.name, "b", calib="c.npz", data="d.npz", keep_macs=0.6, measure=False, keep_dense=True, allow_larger=True
+    )
     assert report.compressed.macs <= 0.6 * report.dense.macs
     assert report.calibration.divergence is not None, "class scores were compared, not ids"
     assert 0 < report.calibration.output_error < 1
@@ -170,7 +172,24 @@ def test_a_comparison_of_scores_is_read_before_it(tmp_path, monkeypatch, capsys)
     nodes = [("Greater", "l zero", "b", {}), ("Cast", "b", "y", {"to": INT64})]
     save("m.onnx", nodes, {"y": (INT64, ["n", CLASSES])}, {"zero": np.zeros(1, np.float32)})
     np.savez("c.npz", x=X)
-    assert run(["export", "m.onnx", "--calib", "c.npz", "--keep-macs", "0.6", "--no-bench", "-o", "b", "--json"]) == 0
+    assert (
+        run(
+            [
+                "export",
+                "m.onnx",
+                "--calib",
+                "c.npz",
+                "--keep-macs",
+                "0.6",
+                "--no-bench",
+                "-o",
+                "b",
+                "--allow-larger",
+                "--json",
+            ]
+        )
+        == 0
+    )
     assert 0 < json.loads(capsys.readouterr().out)["calibration"]["output_error"] < 1
 
 

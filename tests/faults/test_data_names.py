@@ -128,7 +128,9 @@ def test_export_evaluation_and_verification_of_inputs_called_x_and_y(here, capsy
     two_inputs("m.onnx")
     np.savez("c.npz", x=X, y=Y)
     np.savez("d.npz", x=X[::-1], y=Y, labels=LABELS)
-    report = export("m.onnx", "b", calib="c.npz", data="d.npz", keep_macs=0.7, measure=False, keep_dense=True)
+    report = export(
+        "m.onnx", "b", calib="c.npz", data="d.npz", keep_macs=0.7, measure=False, keep_dense=True, allow_larger=True
+    )
     assert report.compressed.macs <= 0.7 * report.dense.macs
     assert report.accuracy.dense.samples == 40
     assert run(["verify", "b", "--calib", "c.npz", "--data", "d.npz"]) == 0
@@ -237,7 +239,7 @@ def test_a_scalar_in_every_verb(here, capsys, k):
     np.savez("d.npz", x=X, k=k, labels=LABELS)
     np.savez("f.npz", x=X[:4], k=k if k.ndim == 0 else k[:4])
     shared = ["--calib", "d.npz", "--data", "d.npz", "--allow-shared-data", "--keep-macs", "0.7", "--no-bench"]
-    assert run(["export", "m.onnx", *shared, "-o", "b", "--keep-dense"]) == 0
+    assert run(["export", "m.onnx", *shared, "-o", "b", "--keep-dense", "--allow-larger"]) == 0
     assert run(["verify", "b", "--calib", "d.npz", "--data", "d.npz"]) == 0
     assert run(["eval", "m.onnx", "--data", "d.npz", "--reference", "b/model.onnx"]) == 0
     for source in (["--feeds", "f.npz"], ["--data", "d.npz"]):
