@@ -45,14 +45,12 @@ class _Step:
     Attributes:
         name: of the step.
         began: when it began, by the clock.
-        is_said: whether its first line is written.
         series: number of pieces, and when and with which of them their count began.
         index: of the last piece.
     """
 
     name: str
     began: float
-    is_said: bool = False
     series: tuple[int, float, int] = (0, 0.0, 0)
     index: int = -1
 
@@ -63,7 +61,7 @@ class ProgressLines:
     Args:
         write: takes a line without its end.
         clock: seconds that only rise.
-        after: seconds before which nothing is written: verbs that are mostly short have nothing to say.
+        after: seconds for which the lines are held back: what fails at once says its error alone.
     """
 
     def __init__(
@@ -71,48 +69,51 @@ class ProgressLines:
     ) -> None:
         self._write, self._clock, self._after = write, clock, after
         self._began = self._last = clock()
+        self._held: list[str] = []
         self._steps: list[_Step] = []
 
     def begin(self, name: str) -> None:
         """See `Listener`."""
         self._steps.append(_Step(name=name, began=self._clock()))
-        self._say_begun()
+        meaning = MEANINGS.get(name)
+        self._line(name if meaning is None else f"{name}: {meaning}")
 
     def end(self, name: str) -> None:
         """See `Listener`."""
-        ended = self._steps.pop()
-        took = self._clock() - ended.began
-        if ended.is_said and took >= EVERY:
-            self._line(f"{ended.name}: done after {_clocked(took)}", depth=len(self._steps))
+        took = self._clock() - self._steps[-1].began
+        if took >= EVERY:
+            self._line(f"{name}: done after {_clocked(took)}")
+        self._steps.pop()
 
     def at(self, what: str, index: int, total: int) -> None:
         """See `Listener`; without a step, what is at work stands alone."""
         now = self._clock()
-        here = self._steps[-1] if self._steps else _Step(name="", began=self._began, is_said=True)
+        here = self._steps[-1] if self._steps else _Step(name="", began=self._began)
         if index <= here.index or total != here.series[0]:
             here.series = (total, now, index)
         here.index = index
-        self._say_begun()
-        if now - self._last < EVERY or now - self._began < self._after:
+        if now - self._began >= self._after:
+            self.flush()
+        if now - self._last < EVERY:
             return
         _, since, first = here.series
-        left = (now - since) / (index - first) * (total - index) if index > first else None
         words = [what, f"{index} of {total} done ({100 * index / max(total, 1):.0f} %)"]
-        words += [] if left is None else [f"about {_duration(left)} left"]
-        self._line(": ".join(filter(None, [here.name, ", ".join(filter(None, words))])), depth=len(self._steps) - 1)
+        if index > first:
+            words.append(f"about {_duration((now - since) / (index - first) * (total - index))} left")
+        self._line(": ".join(filter(None, [here.name, ", ".join(filter(None, words))])))
 
-    def _say_begun(self) -> None:
-        """The first lines of the steps at work, where they are not written yet."""
-        if self._clock() - self._began < self._after:
-            return
-        for depth, step in enumerate(self._steps):
-            if not step.is_said:
-                step.is_said = True
-                self._line(": ".join(filter(None, [step.name, MEANINGS.get(step.name, "")])), depth=depth)
+    def flush(self) -> None:
+        """Write what is held back."""
+        for line in self._held:
+            self._write(line)
+        self._held.clear()
 
-    def _line(self, text: str, depth: int) -> None:
+    def _line(self, text: str) -> None:
         self._last = self._clock()
-        self._write(f"[{_clocked(self._last - self._began)}] {'  ' * max(depth, 0)}{on_terminal(text)}")
+        indent = "  " * max(len(self._steps) - 1, 0)
+        self._held.append(f"[{_clocked(self._last - self._began)}] {indent}{on_terminal(' '.join(text.split()))}")
+        if self._last - self._began >= self._after:
+            self.flush()
 
 
 def _clocked(seconds: float) -> str:

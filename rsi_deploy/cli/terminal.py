@@ -11,8 +11,8 @@ from rsi_deploy.cli.progress_lines import ProgressLines
 from rsi_deploy.report.text import on_terminal
 from rsi_deploy.steps import listening
 
-QUIET = 10.0
-"""Seconds before which a verb that is mostly short writes no line of progress."""
+QUIET = 5.0
+"""Seconds for which lines of progress are held back, so that what fails at once gives one line, its error."""
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,12 +67,14 @@ def progress_bar(unit: str = "sites", *, is_short: bool = False) -> Iterator[Cal
 
     Args:
         unit: what is counted.
-        is_short: whether runs are mostly short: lines are written after `QUIET` seconds only.
+        is_short: whether runs are mostly short: the lines of those that are so are not written at all.
     """
     if not sys.stderr.isatty():
-        lines = ProgressLines(lambda line: click.echo(line, err=True), after=QUIET if is_short else 0.0)
+        lines = ProgressLines(lambda line: click.echo(line, err=True), after=QUIET)
         with listening(lines):
             yield lines.at
+        if not is_short:
+            lines.flush()
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -12,6 +12,7 @@ from onnx import helper
 from rsi_deploy.calibrate import gathered, live_values, moments, onnx_readings, onnx_survey
 from rsi_deploy.calibrate.moments import Moments, Samples
 from rsi_deploy.calibrate.onnx_readings import padding_mask
+from rsi_deploy.calibrate.onnx_segment import Segment
 from rsi_deploy.calibrate.onnx_streams import OnnxStreams
 from rsi_deploy.calibrate.onnx_survey import Survey
 from rsi_deploy.calibrate.onnx_waves import cut
@@ -413,6 +414,39 @@ def test_padding_is_no_row_and_no_distance(folder):
     assert found.kl is None
 
 
+# -- some of the sites
+
+
+@each_model
+def test_some_sites_alone_are_told_what_they_are_told_among_all(folder, case):
+    setting = Setting(folder, case)
+    names = [site.name for site in setting.streams().sites]
+    for wanted in ({names[-1]}, {names[0], names[-1]}, set(names[::2]), set()):
+        become = {name: setting.replacement(name) for name in wanted}
+        streams = setting.streams()
+        whole = sequenced(streams, lambda site, become=become: become.get(site.name))
+        fewer = streams.only(wanted)
+        found = sequenced(fewer, lambda site, become=become: become.get(site.name))
+        assert list(found) == [name for name in whole if name in wanted] == [site.name for site in fewer.sites]
+        for name, given in found.items():
+            torch.testing.assert_close(given.xx, whole[name].xx)
+            torch.testing.assert_close(given.yx, whole[name].yx)
+            with pytest.raises(AssertionError):
+                torch.testing.assert_close(1.01 * given.xx, whole[name].xx)
+        assert surveyed(fewer).keys() == wanted
+        assert [site.name for site in streams.sites] == names, "the streams themselves stay as they are"
+
+
+def test_a_branch_among_some_sites_makes_up_for_what_another_has_lost(folder):
+    setting = Setting(folder, "cnn")  # `h2 + d`: c2 stands behind c1, beside down
+    become = {"down": setting.replacement("down")}
+    found = sequenced(setting.streams().only({"down", "c2"}), lambda site: become.get(site.name))
+    alone = sequenced(OnnxStreams(setting.path, lambda: iter(setting.batches), setting.samples, compensate=False))
+    expected = setting.expected("c2", setting.values(), setting.values(become), beside="d")
+    flows.assert_moments(found["c2"], expected)
+    assert not torch.allclose(alone["c2"].yx, found["c2"].yx, rtol=1e-2)
+
+
 # -- distance
 
 
@@ -458,6 +492,44 @@ def test_a_survey_measures_from_where_it_stands_what_the_whole_model_tells(folde
     assert len(used) == 2 * len(names)
 
 
+PRODUCTS = {
+    "square": ("float[n, 6] x) => (float[n, 6] y) <float[6, 6] a, float[6, 6] b>", "Gemm(r, b)"),
+    "turned": ("float[n, 6] x) => (float[n, 6] y) <float[6, 6] a, float[6, 6] b>", "Gemm <transB = 1> (r, b)"),
+    "half": ("float16[n, 6] x) => (float16[n, 5] y) <float16[6, 6] a, float16[6, 5] b>", "MatMul(r, b)"),
+    "constant": ("float[n, 6] x) => (float[n, 5] y) <float[6, 6] a, float[5, 6] c>", "MatMul(r, b)"),
+}
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_one_session_serves_all_that_is_tried_at_a_site(folder, monkeypatch, case):
+    head, last = PRODUCTS[case]
+    turned = "b = Transpose(c)" if case == "constant" else ""
+    text = f"agraph ({head} {{\n h = MatMul(x, a)\n r = Relu(h)\n {turned}\n y = {last}\n}}"
+    dtype = np.float16 if case == "half" else np.float32
+    monkeypatch.setitem(MODELS, "product", (text, lambda rng: {"x": rng.standard_normal((8, 6)).astype(dtype)}))
+    setting = Setting(folder, "product")
+    streams, whole = setting.streams(), setting.streams()
+    sessions = []
+    started = Segment._started
+    monkeypatch.setattr(Segment, "_started", lambda self, feeds: sessions.append(self) or started(self, feeds))
+    before = {}
+
+    def visit(site, given):
+        for rank in (1, 2, 3):
+            become = {site.name: setting.replacement(site.name, rank=rank)}
+            sessions.clear()
+            found = streams.distance(become).relative
+            before[site.name] = [*before.get(site.name, []), len(sessions)]
+            expected = whole.distance(become).relative
+            assert found == pytest.approx(expected, rel=2e-2 if case == "half" else 1e-3)
+            assert found != pytest.approx(1.1 * expected, rel=2e-2)
+
+    streams.survey(visit)
+    assert len(before) == 2
+    for name, counts in before.items():
+        assert counts[1:] == ([1, 1] if (case, name) == ("constant", "c") else [0, 0])
+
+
 @each_model
 def test_exact_replacements_are_at_no_distance(folder, case):
     setting = Setting(folder, case)
@@ -467,6 +539,15 @@ def test_exact_replacements_are_at_no_distance(folder, case):
             full = setting.replacement(site.name, rank=min(site.shape(form)), bias=0, form=form)
             assert streams.distance({site.name: full}).relative < 1e-9
     assert streams.distance({site.name: setting.replacement(site.name, rank=1)}).relative > 1e-6
+
+
+def test_whole_batches_that_are_looked_at_are_not_run_twice(folder, monkeypatch):
+    setting = Setting(folder, "fixed batch")
+    rows, run = [], Segment.__call__
+    monkeypatch.setattr(Segment, "__call__", lambda self, feeds: rows.append(feeds) or run(self, feeds))
+    setting.streams().survey(lambda site, given: None)
+    waves = len(setting.waves())
+    assert len(rows) == 1 + waves * len(setting.batches), "one run tells the shapes"
 
 
 @pytest.mark.parametrize("case", ["fixed batch", "cnn", "several"])

@@ -60,13 +60,14 @@ def assert_same(a, b):
 
 
 def test_a_bundles_own_plan_gives_the_same_bytes_of_weights_for_a_fraction_of_the_work(tmp_path, model, data, work):
-    export(model, tmp_path / "a", calib=data, keep_macs=0.5, measure=False)
+    report = export(model, tmp_path / "a", calib=data, keep_macs=0.6, measure=False)
     first = dict(work)
     work.clear()
     export(model, tmp_path / "b", calib=data, plan=tmp_path / "a" / "plan.json", measure=False)
     assert first["survey"] == 1
     assert not work.keys() & {"survey", "sensitivity", "error curve"}
     assert work["run"] < first["run"] / 3
+    assert {key for key in work if key.startswith("moments")} == {f"moments of {s.name}" for s in report.split_sites}
     assert_same(weights(tmp_path / "a" / "model.onnx"), weights(tmp_path / "b" / "model.onnx"))
 
 

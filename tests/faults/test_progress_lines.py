@@ -88,23 +88,38 @@ def test_steps_within_steps_are_indented_and_a_failure_leaves_none_open(log):
     assert [len(line[7:]) - len(line[7:].lstrip()) for line in lines] == [0, 2, 0]
 
 
-def test_short_runs_of_quiet_verbs_write_nothing_and_long_ones_what_is_at_work():
+def test_lines_are_held_back_for_some_seconds_and_none_is_lost():
     lines, clock = [], Clock()
-    with listening(ProgressLines(lines.append, clock, after=10)), step("accuracy"):
-        at("samples", 1, 100)
-        assert lines == []
-        clock.now += 11
-        at("samples", 2, 100)
-        assert lines == ["[0:11] accuracy"]
+    listener = ProgressLines(lines.append, clock, after=10)
+    with listening(listener):
+        with step("first"):
+            clock.now += 2
+        with step("second"):
+            at("samples", 1, 100)
+            assert lines == []
+            clock.now += 11
+            at("samples", 2, 100)
+            assert lines == ["[0:00] first", "[0:02] second"]
+
+
+def test_what_is_held_back_at_the_end_can_be_written(log):
+    lines, clock = [], Clock()
+    listener = ProgressLines(lines.append, clock, after=10)
+    with listening(listener), step("first"):
+        pass
+    assert lines == []
+    listener.flush()
+    assert lines == ["[0:00] first"]
 
 
 def test_control_codes_in_names_are_shown(log):
     lines, clock, listener = log
     with listening(listener), step("spectra"):
         clock.now += 61
-        at("conv\x1b[31m", 1, 2)
-    assert "\x1b" not in "".join(lines)
-    assert "conv" in lines[-1]
+        at("conv\x1b[31m\nleft", 1, 2)
+    assert not {"\x1b", "\n"} & set("".join(lines))
+    assert "conv" in lines[1]
+    assert "left" in lines[1]
 
 
 def test_nobody_listens_to_a_function():
@@ -159,6 +174,13 @@ def test_a_profile_says_what_it_times(here, capsys):
     out, err = capsys.readouterr()
     json.loads(out)
     assert [name for _, name in steps_in(err)] == ["load", "cost table"]
+
+
+def test_an_export_that_fails_at_once_says_its_error_and_nothing_else(here, capsys):
+    argv = ["export", "m.onnx", "-o", "b", "--calib", "c.npz", "--keep-macs", "1%", "--no-bench"]
+    assert run(argv) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("rsi-deploy: ")
 
 
 @pytest.mark.parametrize("argv", [["inspect", "m.onnx", "--json"], ["verify", "b", "--json"]])
