@@ -171,7 +171,7 @@ class Job:
                 if source.onnx is None or dataset is not None:
                     raise
                 reason = str(error).replace(str(dense), source.name).replace(f"{dense.name}:", f"{source.name}:")
-                hint = ": --input-shape or --feeds" if feeds else ""
+                hint = ": pass --input-shape or --feeds" if feeds else ""
                 self.notes.append(f"nothing could be verified or measured: {reason}{hint}")
                 return DenseFacts(size=size, feeds=feeds, outputs=None, macs={}, batch=1), None
             batch = next((len(a) for a in feeds.values() if a.ndim), 1)

@@ -18,13 +18,13 @@ kernel.onednn kernel.rates kernel.gemm kernel.orthogonal kernel.products kernel.
 kernel.batched kernel.direct kernel.gram kernel.exact kernel.krylov kernel.adaptive kernel.certified kernel.cost
 kernel.solve kernel.memory
 errors error_texts error_table gateway.documents gateway.limits locks atomic manifest rsi together arrays spectra
-gateway.onnx_parts gateway.onnx_tensors gateway.onnx_names gateway.onnx_nodes gateway.onnx_sizes gateway.onnx_growth
+gateway.onnx_parts gateway.onnx_maps gateway.onnx_tensors gateway.onnx_names gateway.onnx_nodes gateway.onnx_sizes gateway.onnx_growth
 gateway.onnx_reader broken_models gateway.archives gateway.arrays gateway.pictures gateway.programs report.text
 calibrate.moments calibrate.streams calibrate.metric calibrate.response calibrate.alternating
 plan.knapsack plan.bracket plan.budget plan.rank_grid plan.plan_file
 plan.planner plan.error_rank fold layers checkpoint measure.machine measure.statistics measure.sections measure.pinning
 measure.preprocess datafile found_splits onnx_file factor_errors sites plan.joint
-measure.inputs measure.dataset measure.array_data measure.folder_data measure.arrow_files measure.arrow_data
+measure.values measure.inputs measure.dataset measure.array_data measure.folder_data measure.arrow_files measure.arrow_data
 measure.callable_data measure.data measure.feeding measure.intervals measure.paired measure.scores
 measure.providers measure.provider_spec measure.sessions measure.mixing measure.placement measure.binding
 measure.timing measure.loadgen_worker measure.loadgen
@@ -36,7 +36,7 @@ calibrate.onnx_gradients
 calibrate.onnx_two_streams calibrate.onnx_streams
 calibrate.torch_rows calibrate.torch_calls calibrate.torch_readings calibrate.torch_runs
 calibrate.torch_gradients calibrate.torch_trace calibrate.torch_streams
-to_onnx measure.answers measure.tally measure.accuracy measure.result
+to_onnx measure.class_ids measure.answers measure.tally measure.accuracy measure.result
 measure.arms measure.blocks measure.latency measure.float16 measure.profiling measure.concurrency
 measure.worker measure.processes measure.request measure.sample_feeds measure.matrix trace gates opset bound rewriting
 measure.cost_table measure.cost_cache measure.site_models measure.site_timing measure.blank_models measure.trial_plans
@@ -161,6 +161,7 @@ ALIASES = {"ir": "onnx_ir", "np": "numpy", "Image": "PIL.Image"}
 
 MAY_OPEN = {
     "gateway/onnx_reader.py": {"ModelProto.FromString"},
+    "gateway/onnx_maps.py": {"ModelProto.FromString"},  # a file that was just written
     "gateway/pictures.py": {"PIL.Image.open"},
     "gateway/programs.py": {"torch.export.load"},
     "checkpoint.py": {"torch.load"},
