@@ -212,7 +212,7 @@ class Job:
                 if source.onnx is None or dataset is not None:
                     raise
                 reason = str(error).replace(str(dense), source.name).replace(f"{dense.name}:", f"{source.name}:")
-                hint = ": --input-shape or --feeds" if feeds else ""
+                hint = ": pass --input-shape or --feeds" if feeds else ""
                 self.notes.append(f"nothing could be verified or measured: {reason}{hint}")
                 unknown = unknown_operators(dense)
                 self.notes += [f"the MACs leave out {uncounted_nodes(unknown)}"] if unknown else []

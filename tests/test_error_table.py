@@ -20,8 +20,8 @@ PLACES = {(row.module, row.line) for row in TABLE.errors}
 PASSED_ON = {
     "error.cause": "by a worker of Ray",
     "kind": "by a process that measures",
-    "kinds.get(answer.exit_code, ModelError)": "by a process that serves",
-    "made.problem": "by a point of a sweep",
+    "first_refusal": "of the first model that cannot be served",
+    "type(made.problem)": "by a point of a sweep",
     "type(error)": "with the model under the name that the user knows it by",
     "pb_utils.TritonModelException": "to Triton, which runs that file",
 }

@@ -149,7 +149,7 @@ def _try(session: "InferenceSession", feeds: Feeds, name: str) -> None:
     try:
         run_session(session, feeds, name)
     except ModelError as error:
-        raise ModelError(f"{error}: --input-shape or --feeds") from error
+        raise ModelError(f"{error}: pass --input-shape or --feeds") from error
 
 
 def make_feeds(

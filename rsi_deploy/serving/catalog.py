@@ -120,7 +120,8 @@ class Catalog(dict[str, Route]):
             RsiDeployError: as the first model was refused with.
         """
         if not self and self.refused:
-            raise next(iter(self.refused.values()))
+            first_refusal = next(iter(self.refused.values()))
+            raise first_refusal
 
 
 def read_catalog(models: Sequence[str], *, canary: str = "", canary_share: float = 0.0, shadow: str = "") -> Catalog:

@@ -191,7 +191,8 @@ class Pool:
             await asyncio.gather(*(worker.load() for worker in fresh))
             refused = _refused([worker.said for worker in fresh])
             if refused and (all_or_none or len(refused) == len(bundles)):
-                raise next(iter(refused.values()))
+                first_refusal = next(iter(refused.values()))
+                raise first_refusal
         except BaseException as error:
             for worker in fresh:
                 worker.close()

@@ -103,6 +103,7 @@ def test_a_sweep_takes_them_too(here):
         bench_batch=3,
         bench_seconds=0.1,
         cost_budget=0.1,
+        allow_larger=True,
     )
     assert found.side_by_side
     assert all(point.latency_ms for point in found.points)

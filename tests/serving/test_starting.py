@@ -182,7 +182,7 @@ def test_a_tensor_that_the_protocol_does_not_carry_is_named(tmp_path):
     cast = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
     bundle = bundles.open_bundle(write(tmp_path / "m.onnx", [cast], [x], [y], []))
     with pytest.raises(
-        ModelError, match=r"cannot be served: x: bfloat16 \(N, 4\) is none of BOOL, .*; export a model with"
+        ModelError, match=r"cannot be served: input x: bfloat16 \(N, 4\) is none of BOOL, .*; export a model with"
     ):
         LoadedModel(bundle)
 
