@@ -26,13 +26,14 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The documentation, into build/site: strict, so that a broken link or an unknown name fails, and without network.
+# The documentation, into build/site, without network. It is strict: a broken link or an unknown name fails. (Not with
+# --quiet: MkDocs does not count the warnings that it does not show.)
 .venv/installed-docs: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cpu,docs]"
 	touch $@
 
 docs: .venv/installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # The suite's core with the oldest versions that pyproject.toml allows: export of torch and ONNX, split passes, plan, bench,
 # verify, report, the command line. With Python 3.11 or 3.12: the oldest numpy has no wheels for newer ones.

@@ -24,10 +24,13 @@ def hooks():
 
 def test_the_table_of_errors_has_a_row_for_each(hooks):
     text = hooks.on_page_markdown((DOCS / "reference" / "errors.md").read_text(encoding="utf-8"))
-    rows = re.findall(r"^\| (?:exit \d|HTTP \d+|within)", text, re.M)
-    assert len(rows) == len(read_errors().errors) > 200
-    assert all(len(re.findall(r"(?<!\\)\|", line)) == 4 for line in text.splitlines() if line.startswith("| exit"))
-    assert "{{" not in text
+    table = text[text.index("| ends with |") : text.index("## What each class means")].strip().splitlines()
+    errors = read_errors().errors
+    assert len(table) == 2 + len(errors) > 200
+    for line, error in zip(table[2:], errors, strict=True):
+        cells = re.split(r"(?<!\\)\|", line)
+        assert len(cells) == 5, line
+        assert cells[1].startswith(f" {hooks._cell(error.ends)} "), line
 
 
 def test_the_tables_of_the_report_have_every_field(hooks):
