@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo-bundle
 
-.PHONY: demo test lint bench oldest audit sbom licences openvino triton kserve ray fuzz clean
+.PHONY: demo test lint docs bench oldest audit sbom licences openvino triton kserve ray fuzz clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +25,15 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation, into build/site, without network. It is strict: a broken link or an unknown name fails. (Not with
+# --quiet: MkDocs does not count the warnings that it does not show.)
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cpu,docs]"
+	touch $@
+
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # The suite's core with the oldest versions that pyproject.toml allows: export of torch and ONNX, split passes, plan, bench,
 # verify, report, the command line. With Python 3.11 or 3.12: the oldest numpy has no wheels for newer ones.

@@ -66,7 +66,7 @@ def compress_to_data_(
         UsageError: a request that cannot be meant, or data that do not fit the module.
         ModelError: no plan can meet the budget, or NaN in the activations; the site is named.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
         >>> records = compress_to_data_(net, [(torch.randn(256, 64),)], keep_params=0.8)

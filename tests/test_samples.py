@@ -1,5 +1,9 @@
 """The samples are what their README says: size, accuracy, and an evaluation split that training never saw."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +105,25 @@ def test_no_calibration_image_is_an_evaluation_image(
     evaluation: tuple[np.ndarray, np.ndarray], calibration: np.ndarray
 ) -> None:
     assert not {image.tobytes() for image in evaluation[0]} & {image.tobytes() for image in calibration}
+
+
+@pytest.mark.parametrize("name", ["compress_torch", "latency_budget", "serve_and_roll_out"])
+def test_the_scripts_run(name: str, tmp_path: Path) -> None:
+    script = SAMPLES / f"{name}.py"
+    text = script.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 60
+    assert text.count("\n# %% ") >= 3
+    if name.startswith("serve"):
+        pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
+    environment = {**os.environ, "SAMPLE_SECONDS": "1", "PYTHONPATH": os.pathsep.join([str(SAMPLES.parent), *sys.path])}
+    command = [sys.executable, "-m", f"samples.{name}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert WANTED[name].search(done.stdout), done.stdout
+
+
+WANTED = {
+    "compress_torch": re.compile(r"top-1 99\.\d+ % -> 9\d\.\d+ %"),
+    "latency_budget": re.compile(r"speed-up|--keep-latency"),  # or the machine is too busy to tell, and that is said
+    "serve_and_roll_out": re.compile(r"shadow: \{'1': 40\}.*agreement: \d.*canary: \{'1': 36, '2': 4\}", re.S),
+}
