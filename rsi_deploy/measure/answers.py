@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rsi_deploy.errors import ModelError
-from rsi_deploy.gateway.onnx_reader import read_proto
 from rsi_deploy.measure import providers
-from rsi_deploy.measure.answer_outputs import ClassIds, class_ids
 from rsi_deploy.measure.batch_axes import BatchAxes
 from rsi_deploy.measure.dataset import Array
 from rsi_deploy.measure.feeding import Feeds
@@ -25,6 +23,8 @@ from rsi_deploy.measure.sessions import make_session, run_session
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+
+    from rsi_deploy.measure.answer_outputs import ClassIds
 
 
 class Answers:
@@ -113,7 +113,7 @@ def floating_rows(outputs: Mapping[str, Array], count: int) -> dict[str, Array]:
     }
 
 
-def answer_rows(outputs: Mapping[str, Array], count: int, ids: ClassIds | None) -> dict[str, Array]:
+def answer_rows(outputs: Mapping[str, Array], count: int, ids: "ClassIds | None") -> dict[str, Array]:
     """The outputs that are compared, the answers first: scores, or class ids where there are none; then other floats.
 
     Args:
@@ -131,7 +131,11 @@ def answer_rows(outputs: Mapping[str, Array], count: int, ids: ClassIds | None) 
     return {**found, **dict(list(single.items())[:1])}
 
 
-def _class_ids(session: "InferenceSession", model: Path) -> ClassIds | None:
+def _class_ids(session: "InferenceSession", model: Path) -> "ClassIds | None":
     """What is known of the class ids that a model gives; nothing of a file in onnxruntime's own format."""
-    whole = any("int" in output.type for output in session.get_outputs())
-    return class_ids(read_proto(model)) if whole and model.suffix != ".ort" else None
+    if model.suffix == ".ort" or not any("int" in output.type for output in session.get_outputs()):
+        return None
+    from rsi_deploy.gateway.onnx_reader import read_proto
+    from rsi_deploy.measure.answer_outputs import class_ids
+
+    return class_ids(read_proto(model))
