@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rsi_deploy.errors import ModelError
-from rsi_deploy.gateway.onnx_reader import read_proto
 from rsi_deploy.measure import providers
-from rsi_deploy.measure.answer_outputs import ClassIds, class_ids
 from rsi_deploy.measure.batch_axes import BatchAxes
 from rsi_deploy.measure.dataset import Array
 from rsi_deploy.measure.feeding import Feeds
@@ -28,6 +26,8 @@ from rsi_deploy.measure.zipmap_columns import ColumnClasses, zipmap_columns
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+
+    from rsi_deploy.measure.answer_outputs import ClassIds
 
 
 class Answers:
@@ -126,7 +126,7 @@ def floating_rows(outputs: Mapping[str, Array], count: int) -> dict[str, Array]:
     }
 
 
-def answer_rows(outputs: Mapping[str, Array], count: int, ids: ClassIds | None) -> dict[str, Array]:
+def answer_rows(outputs: Mapping[str, Array], count: int, ids: "ClassIds | None") -> dict[str, Array]:
     """The outputs that are compared, the answers first: scores, or class ids where there are none; then other floats.
 
     Args:
@@ -144,7 +144,11 @@ def answer_rows(outputs: Mapping[str, Array], count: int, ids: ClassIds | None) 
     return {**found, **dict(list(single.items())[:1])}
 
 
-def _class_ids(session: "InferenceSession", model: Path) -> ClassIds | None:
+def _class_ids(session: "InferenceSession", model: Path) -> "ClassIds | None":
     """What is known of the class ids that a model gives; nothing of a file in onnxruntime's own format."""
-    whole = any("int" in output.type for output in session.get_outputs())
-    return class_ids(read_proto(model)) if whole and model.suffix != ".ort" else None
+    if model.suffix == ".ort" or not any("int" in output.type for output in session.get_outputs()):
+        return None
+    from rsi_deploy.gateway.onnx_reader import read_proto
+    from rsi_deploy.measure.answer_outputs import class_ids
+
+    return class_ids(read_proto(model))

@@ -170,7 +170,10 @@ def parse_shape(text: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
     except (TypeError, ValueError):
         shape = ()
     if not shape or min(shape) < 0:
-        raise UsageError(f"--input-shape must be numbers joined by x, such as 1x3x32x32, but got {text!r}")
+        raise UsageError(
+            f"--input-shape must be positive numbers joined by x, such as 1x3x32x32 (0 where an input is empty), but "
+            f"got {text!r}"
+        )
     return shape
 
 

@@ -6,18 +6,20 @@ or a ranking of them), as values (every floating output), or both: see `rsi_depl
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel
 
 from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure.answer_outputs import ClassIds
 from rsi_deploy.measure.dataset import Array, Labels
 from rsi_deploy.measure.intervals import Interval, mean_interval, wilson_interval
 from rsi_deploy.measure.paired import paired_test
 from rsi_deploy.measure.scores import Floats, are_scores, cosine, divergence, id_ranks, label_ranks, relative_distance
+
+if TYPE_CHECKING:
+    from rsi_deploy.measure.answer_outputs import ClassIds
 
 OutputKind = Literal["auto", "classes", "values"]
 Batch = Sequence[Mapping[str, Array]]  # for every model: output name -> (n, ...)
@@ -135,7 +137,7 @@ class Scorer:
         labels: Labels | None,
         class_names: Sequence[str],
         outputs: OutputKind,
-        ids: ClassIds | None = None,
+        ids: "ClassIds | None" = None,
     ) -> None:
         if outputs == "values" and len(names) < 2:
             raise UsageError("outputs that are values need a reference to be compared with: --reference DENSE.onnx")
