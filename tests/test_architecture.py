@@ -71,7 +71,7 @@ serving.grpc_app serving.watching serving.front serving.merging serving.ray_grpc
 serving.ray_engine serving.server
 cli.signals cli.options cli.progress_lines cli.terminal cli.gating cli.page
 cli.export cli.profile cli.sweep cli.inspect cli.bench_options cli.bench cli.evaluate cli.package cli.verify
-cli.serve cli.doctor
+cli.serve cli.doctor __main__
 """
 POSITION = {
     name: (layer, place)

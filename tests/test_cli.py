@@ -523,3 +523,8 @@ def test_a_failing_run_of_the_unforeseen_is_a_defect_of_ours(here, monkeypatch):
     monkeypatch.setattr("rsi_deploy.pipeline.export", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(export_of("m.onnx"))
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "rsi_deploy", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split(",")[0]) == (0, "rsi-deploy")
