@@ -12,7 +12,7 @@ from nets import run_onnx
 
 from rsi_deploy import export, stages, verify
 from rsi_deploy.errors import GateError
-from rsi_deploy.onnx_file import file_bytes, file_hash
+from rsi_deploy.onnx_file import file_bytes, file_hash, save_model
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data" / "onnx"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no model files in {FOLDER}")
@@ -120,7 +120,7 @@ def doctored_(path):
     assert lefts
     for value in lefts:
         value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.5), name=value.name)
-    ir.save(model, path)
+    save_model(model, path)
 
 
 @pytest.mark.parametrize("name", MODELS)

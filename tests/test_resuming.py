@@ -215,7 +215,7 @@ def test_an_export_killed_at_random_moments_comes_to_the_same_bytes(tmp_path):
 def test_a_sweep_killed_within_a_point_goes_on_within_it(tmp_path):
     mlp_onnx(tmp_path / "m.onnx")
     np.savez(tmp_path / "c.npz", x=np.random.default_rng(3).standard_normal((64, SIZES[0])).astype(np.float32))
-    argv = ["sweep", "m.onnx", "--calib", "c.npz", "--no-bench", "--points", "2", "-o"]
+    argv = ["sweep", "m.onnx", "--calib", "c.npz", "--no-bench", "--allow-larger", "--points", "2", "-o"]
     with Runner() as runner:
         whole = runner.run([*argv, "whole"], tmp_path, constants=ALWAYS)
         assert whole.code == 0, whole.said
