@@ -179,7 +179,7 @@ def test_inputs_that_no_array_can_feed(here):
         model_inputs(shapeless)
     sequence = onnx.load("m.onnx")
     sequence.graph.input[0].CopyFrom(helper.make_tensor_sequence_value_info("input", TensorProto.FLOAT, [1]))
-    with pytest.raises(ModelError, match="input input is no tensor of numbers; only those can be fed"):
+    with pytest.raises(ModelError, match="input input is a sequence, but only tensors"):
         model_inputs(sequence)
     assert [spec.name for spec in model_inputs(whole)] == ["input"]
 

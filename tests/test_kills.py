@@ -18,7 +18,7 @@ from rsi_deploy.manifest import check_manifest
 from rsi_deploy.sweeps.points import read_sweep
 
 EXPORT = ["export", "in/m.onnx", "--rank", "25%", "--data", "in/d.npz", "-o", "out/b", "--no-bench", "--force"]
-SWEEP = ["sweep", "in/m.onnx", "--calib", "in/c.npz", "-o", "out/s", "--no-bench", "--points", "2"]
+SWEEP = ["sweep", "in/m.onnx", "--calib", "in/c.npz", "-o", "out/s", "--no-bench", "--allow-larger", "--points", "2"]
 BUNDLE = ["README.md", "manifest.json", "model.onnx", "plan.json", "report.html", "report.json"]
 KILLS = 5
 

@@ -148,6 +148,8 @@ def why_runs_differ(session: "InferenceSession", samples: Mapping[str, Array], o
     except ModelError as error:
         return f"it does not run on these samples, so that a batch cannot be tried: {error}"[:300]
     for place, (value, whole) in enumerate(zip(session.get_outputs(), together, strict=True)):
+        if not isinstance(whole, np.ndarray):
+            return f"output {value.name} is no tensor"
         if whole.ndim == 0 or len(whole) != count:
             return f"output {value.name} has shape {whole.shape} for {count} samples"
         apart = all(_same(parts[place], whole[at : at + 1]) for at, parts in enumerate(alone))

@@ -8,6 +8,7 @@ casts around every node: slower, and that is what the measurement shows.
 from pathlib import Path
 
 from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.gateway.onnx_maps import take_map_types_
 from rsi_deploy.gateway.onnx_reader import read_proto
 
 
@@ -26,7 +27,9 @@ def float16_file(model: Path, folder: Path) -> Path:
         raise UsageError(f"{model} is in onnxruntime's own format and cannot be converted; give the .onnx file")
     loaded = read_proto(model, with_data=True)
     try:
-        made = ir.serde.deserialize_model(convert_float_to_float16(loaded, keep_io_types=True))
+        half = convert_float_to_float16(loaded, keep_io_types=True)
+        take_map_types_(half)  # onnx_ir has none; onnxruntime infers them
+        made = ir.serde.deserialize_model(half)
         made.graph.sort()  # the converter's casts stand behind the nodes that use them, which no ONNX file may have
         converted = ir.serde.serialize_model(made)
     except Exception as error:  # the converter's and protobuf's own

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 
 from rsi_deploy.errors import UsageError
-from rsi_deploy.gateway.onnx_parts import all_nodes
-from rsi_deploy.gateway.onnx_reader import read_proto
 from rsi_deploy.measure.dataset import Labels
 
 ColumnClasses = Sequence[int] | Sequence[str]
@@ -25,6 +23,9 @@ def zipmap_columns(model: Path, session: Any) -> dict[str, ColumnClasses]:
         model: an ONNX file; of onnxruntime's own format nothing is known.
         session: of it.
     """
+    from rsi_deploy.gateway.onnx_parts import all_nodes
+    from rsi_deploy.gateway.onnx_reader import read_proto
+
     tables = {output.name for output in session.get_outputs() if output.type.startswith("seq(map(")}
     if not tables or model.suffix == ".ort":
         return {}

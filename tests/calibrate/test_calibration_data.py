@@ -135,7 +135,7 @@ def test_arrays_that_do_not_fit(arrays, words):
     [
         (rows(9, 5), [spec()], "--calib: the model takes input: float32 (N, 4), but the data are float32 (samples, 5)"),
         (rows(9, 4, np.int64), [spec()], "ready inputs the model's own type"),
-        (np.zeros((9, 6, 6), np.uint8), [PICTURE], "8-bit pictures need a preprocessing (mean, std, ...)"),
+        (np.zeros((9, 6, 6), np.uint8), [PICTURE], "8-bit pictures need a preprocessing"),
         (np.where(np.arange(4) == 2, np.nan, rows()).astype(np.float32), [spec()], "the data for input hold NaN"),
         (
             rows(),

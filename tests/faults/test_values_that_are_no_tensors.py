@@ -200,6 +200,11 @@ def test_a_model_with_maps_goes_into_another_opset(tmp_path):
     assert onnx.load(tmp_path / "b" / "model.onnx").graph.output[1].type.HasField("sequence_type")
 
 
+def test_a_model_with_maps_is_benched_in_float16(tmp_path):
+    path = classifier(tmp_path / "m.onnx", ["z", "b", "c"])
+    assert run(["bench", str(path), "--seconds", "0.2", "--dtype", "stored,float16"]) == 0
+
+
 def test_a_map_deep_inside_is_no_obstacle(tmp_path):
     """A branch that gives a map, and a declared map between two nodes."""
     path = classifier(tmp_path / "m.onnx", [0, 1, 2])

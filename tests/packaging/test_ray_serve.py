@@ -60,10 +60,10 @@ def test_what_must_not_share_a_run_does_not(tmp_path):
 
 def test_a_type_that_the_application_has_not_is_refused(mlp, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "rsi_deploy.packaging.servable._tensors",
-        lambda what, values: (Tensor(name="text", type="string", shape=("n",)),),
+        "rsi_deploy.packaging.servable._tensor",
+        lambda value: Tensor(name="text", type="string", shape=("n",)),
     )
-    with pytest.raises(ModelError, match="text is string; --target ray-serve has bool"):
+    with pytest.raises(ModelError, match="text is string, which --target ray-serve does not take"):
         package(mlp, tmp_path / "p", target="ray-serve")
     assert not (tmp_path / "p").exists()
 
