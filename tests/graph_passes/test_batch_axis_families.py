@@ -15,6 +15,8 @@ from rsi_deploy.gateway.onnx_reader import read_graph
 from samples.digits import cnn, vit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+OLD_EXPORTER = torch.__version__.startswith("2.9.")  # its sequences and open shapes are not proved, and not batched
+OLD_RUNTIME = onnxruntime.__version__.startswith("1.23.")
 
 
 class Tagger(nn.Module):
@@ -125,6 +127,8 @@ SLOW = ("resnet18", "mobilenet", "vit", "time first")
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NETS])
 def bundle(request, tmp_path_factory):
+    if OLD_EXPORTER and request.param in ("convnext", "tagger"):
+        pytest.skip("torch 2.9 exports it with sequences or shapes that are known only when it runs")
     make, shape = NETS[request.param]
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("net") / "b"
@@ -158,6 +162,7 @@ class Reader(CalibrationDataReader):
         return self.left.pop() if self.left else None
 
 
+@pytest.mark.skipif(OLD_RUNTIME, reason="onnxruntime 1.23 runs no QuantizeLinear of opset 23")
 def test_static_quantization_keeps_samples_apart_and_dynamic_does_not(bundle, tmp_path):
     path = str(bundle / "model.onnx")
     for form in (QuantFormat.QDQ, QuantFormat.QOperator):
