@@ -277,6 +277,9 @@ def example_shape(spec: InputSpec, sizes: Sequence[Dim], batch: int) -> list[int
         >>> ids = InputSpec(name="ids", dtype=np.dtype(np.int64), shape=("n", "s"))
         >>> example_shape(ids, (2, "s"), 2)
         [2, 128]
+        >>> state = InputSpec(name="state", dtype=np.dtype(np.float32), shape=(2, None, 64))
+        >>> example_shape(state, (2, None, 64), 3)
+        [2, 3, 64]
     """
     is_picture = len(spec.shape) == 4 and bool({1, 3, 4} & {spec.shape[1], spec.shape[3]})
     found = []
@@ -287,7 +290,8 @@ def example_shape(spec: InputSpec, sizes: Sequence[Dim], batch: int) -> list[int
         elif is_batch_name(dim or ""):
             found.append(batch)
         elif re.search("past|cache|state|hidden|kv", name):
-            found.append(1)
+            is_batch = len(found) == 1 and isinstance(spec.shape[0], int)  # (layers, batch, width)
+            found.append(batch if is_batch else 1)
         else:
             found.append(224 if is_picture or re.fullmatch("h|w|height|width", dim or "") else 128)
     return found
