@@ -122,9 +122,15 @@ def test_control_codes_in_names_are_shown(log):
     assert "left" in lines[1]
 
 
-def test_nobody_listens_to_a_function():
+def test_a_function_that_is_called_from_python_writes_nothing(capsys, log):
+    lines, _, listener = log
     with step("trace"):
         at("conv", 0, 1)
+    assert lines == []
+    assert capsys.readouterr() == ("", "")
+    with listening(listener), step("trace"):  # a listener would hear the same step
+        pass
+    assert lines
 
 
 def test_every_step_of_an_export_says_what_it_does():
