@@ -35,7 +35,7 @@ class WorkerDied(Exception):  # noqa: N818 - an event, not a mistake
     """The process ended before it answered.
 
     Args:
-        had_it: whether it may have begun with what it was asked.
+        had_it: whether it may have read the request. Linux reports a socket that is closed with unread data as reset.
     """
 
     def __init__(self, *, had_it: bool = True):
@@ -122,17 +122,20 @@ class Worker:
             self._answer = None
 
     async def _read(self) -> None:
+        death = WorkerDied()
         try:
             while True:
                 frame = await receive_frame_async(self._sock)
                 if self._answer is not None and not self._answer.done():
                     self._answer.set_result(frame)
+        except ConnectionResetError:
+            death = WorkerDied(had_it=False)
         except (EOFError, OSError):
             pass
         finally:
             self.ended, self.keys = True, frozenset()
             if self._answer is not None and not self._answer.done():
-                self._answer.set_exception(WorkerDied())
+                self._answer.set_exception(death)
             self._sock.close()
             self._on_end(self)
             await asyncio.to_thread(self._process.wait)

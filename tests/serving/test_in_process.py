@@ -126,8 +126,17 @@ def test_what_a_dead_worker_never_had_is_told_apart():
     async def going(worker, ended):
         worker.close()  # nobody has read yet that it is
 
+    async def unread(worker, ended):
+        os.kill(worker.pid, signal.SIGSTOP)
+        asyncio.get_running_loop().call_later(0.2, os.kill, worker.pid, signal.SIGKILL)
+
+    async def read(worker, ended):
+        """The worker serves no "m": it ends after it has read the request."""
+
     assert asyncio.run(asked(gone)) is False
     assert asyncio.run(asked(going)) is False
+    assert asyncio.run(asked(unread)) is False
+    assert asyncio.run(asked(read)) is True
 
 
 def test_a_grpc_port_that_is_taken_meanwhile(tmp_path):

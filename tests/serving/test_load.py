@@ -227,21 +227,25 @@ def test_a_worker_that_hangs_is_killed(tmp_path):
 
 def test_a_request_that_kills_workers_is_given_up(tmp_path):
     async def poison():
-        service = Service(
-            read_catalog([str(linear(tmp_path / "m.onnx"))]), BatchLimits(), workers=1, threads=1, provider="cpu"
-        )
+        model, rows = slow(tmp_path / "m.onnx"), np.ones((1000, 1536), np.float32)  # runs for seconds
+        limits = BatchLimits(max_batch=1000, latency_bound=60.0)
+        service = Service(read_catalog([str(model)]), limits, workers=1, threads=1, provider="cpu")
         await service.start()
+        killed = set()
 
         async def kill_all():
             while True:
-                for pid in service.worker_pids():
+                pids = service.worker_pids()
+                await asyncio.sleep(0.5)  # they have read the request
+                for pid in set(pids) - killed:
                     os.kill(pid, signal.SIGKILL)
-                await asyncio.sleep(0)
+                    killed.add(pid)
 
         killer = asyncio.create_task(kill_all())
         try:
-            with pytest.raises(Refusal) as refused:
-                await service.infer("m", "", Request(feeds={"x": ROWS}, outputs={}))
+            with pytest.raises(Refusal, match="twice") as refused:
+                await service.infer("m", "", Request(feeds={"x": rows}, outputs={}))
+            assert len(killed) == 2
             return refused.value
         finally:
             killer.cancel()
