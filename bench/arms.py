@@ -20,6 +20,7 @@ from bench.cases import Case
 from rsi_deploy.calibrate.calibrated import Calibration
 from rsi_deploy.calibrate.moments import Moments, Samples
 from rsi_deploy.calibrate.streams import Fitted, Streams, StreamSite
+from rsi_deploy.core_size import Size
 from rsi_deploy.errors import ModelError
 from rsi_deploy.onnx_file import write_external
 from rsi_deploy.onnx_split import split_graph
@@ -27,7 +28,6 @@ from rsi_deploy.plan.budget import Budget
 from rsi_deploy.plan.decide import Decisions, blank, under, uniform, wanted_splits
 from rsi_deploy.plan.knapsack import SiteOptions
 from rsi_deploy.plan.planner import Decision, FixedPlanner, Planner, RankSpec
-from rsi_deploy.report.schema import Size
 from rsi_deploy.rsi import Solver
 
 OUTPUTS = 10

@@ -21,11 +21,11 @@ from torch import nn
 import graph_passes as gp
 from bench import models, texts
 from rsi_deploy.calibrate.onnx_streams import OnnxStreams
+from rsi_deploy.core_size import Size
 from rsi_deploy.measure.data import ArrayData, open_data
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.onnx_file import file_bytes, write_external
-from rsi_deploy.report.schema import Size
 from rsi_deploy.source import Source, load_source, source_of_module
 from rsi_deploy.to_onnx import to_onnx
 from rsi_deploy.trace import traced_run

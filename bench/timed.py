@@ -15,13 +15,14 @@ import torch
 import graph_passes as gp
 from bench import cases, models
 from rsi_deploy.calibrate.streams import Fitted, Replacement
+from rsi_deploy.core_sites import break_even_rank, site_name
 from rsi_deploy.measure.arms import Feeds
 from rsi_deploy.measure.cost_table import CostTable
 from rsi_deploy.measure.latency import bench
 from rsi_deploy.measure.result import BenchResult
 from rsi_deploy.plan.decide import Planned
 from rsi_deploy.plan.knapsack import Option, SiteOptions
-from rsi_deploy.plan.planner import Decision, FixedPlanner, SitePlanner, break_even_rank, site_name
+from rsi_deploy.plan.planner import Decision, FixedPlanner, SitePlanner
 from rsi_deploy.rewriting import split_and_write
 from rsi_deploy.rsi import Solver
 from rsi_deploy.stages import Compressed

@@ -15,6 +15,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if TYPE_CHECKING:
     from rsi_deploy.compress import compress_ as compress_
     from rsi_deploy.compress_to_data import compress_to_data_ as compress_to_data_
+    from rsi_deploy.core_sites import SiteRecord as SiteRecord
     from rsi_deploy.diagnosis import doctor as doctor
     from rsi_deploy.errors import GateError as GateError
     from rsi_deploy.errors import ModelError as ModelError
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from rsi_deploy.report.schema import read_report as read_report
     from rsi_deploy.rewriting import rewrite as rewrite
     from rsi_deploy.serving.server import serve as serve
-    from rsi_deploy.sites import SiteRecord as SiteRecord
     from rsi_deploy.sweeps.sweeping import sweep as sweep
     from rsi_deploy.timing.costing import profile as profile
     from rsi_deploy.verification import verify as verify

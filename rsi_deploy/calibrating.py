@@ -16,6 +16,8 @@ from rsi_deploy.calibrate.calibrated import Calibration
 from rsi_deploy.calibrate.calibration_data import CalibrationData, refuse_shared
 from rsi_deploy.calibrate.onnx_streams import OnnxStreams
 from rsi_deploy.calibrate.streams import Fitted, Form
+from rsi_deploy.core_sites import site_name
+from rsi_deploy.core_size import Size
 from rsi_deploy.errors import GateError, ModelError
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.measure.accuracy import AccuracyResult, evaluate
@@ -26,9 +28,8 @@ from rsi_deploy.onnx_file import file_bytes
 from rsi_deploy.plan.budget import Budget
 from rsi_deploy.plan.decide import Decisions, Planned, blank, decisions_of, from_plan, under, uniform, wanted_splits
 from rsi_deploy.plan.knapsack import SiteOptions, smallest_cost
-from rsi_deploy.plan.planner import Decision, Filters, FixedPlanner, Planner, SitePlanner, site_name
+from rsi_deploy.plan.planner import Decision, Filters, FixedPlanner, Planner, SitePlanner
 from rsi_deploy.plan.request import Request
-from rsi_deploy.report.schema import Size
 from rsi_deploy.resuming import Finished
 from rsi_deploy.rsi import Solver
 from rsi_deploy.steps import at_samples

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from graph_passes.forms import conv_forms
 from rsi_deploy.calibrate.streams import Form, Replacement
 from rsi_deploy.computed_weights import computed_tensors, fold_computed_, value_of
+from rsi_deploy.core_sites import SiteRecord, dense_record, site_name
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.fold import batch_norms_behind_convs, fold_batch_norm_
 from rsi_deploy.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention, changed_bias
 from rsi_deploy.plan.error_rank import smallest_rank
-from rsi_deploy.plan.planner import MaxError, Planner, RankSpec, rank_spec, site_name
+from rsi_deploy.plan.planner import MaxError, Planner, RankSpec, rank_spec
 from rsi_deploy.rsi import Factors, Method, PowerIterations, Route, Solver, balanced
-from rsi_deploy.sites import SiteRecord, dense_record, factorize_site
+from rsi_deploy.sites import factorize_site
 from rsi_deploy.together import Asked, gains, solved_together
 
 FACTOR_KEYS = {"left", "right", "in_proj_left", "in_proj_right"}

@@ -15,14 +15,14 @@ from rsi_deploy.calibrate.streams import Fitted
 from rsi_deploy.calibrate.torch_streams import NEVER, TorchStreams
 from rsi_deploy.compress import ModuleSite, find_module_sites, replace_site_
 from rsi_deploy.computed_weights import fold_computed_
+from rsi_deploy.core_sites import SiteRecord, dense_record
+from rsi_deploy.core_size import Size
 from rsi_deploy.errors import UsageError
 from rsi_deploy.fold import fold_batch_norms_
 from rsi_deploy.plan.budget import Budget
 from rsi_deploy.plan.decide import refuse_uncounted, under, uniform, wanted_splits
 from rsi_deploy.plan.planner import Decision, Filters, Planner, RankSpec
-from rsi_deploy.report.schema import Size
 from rsi_deploy.rsi import Solver
-from rsi_deploy.sites import SiteRecord, dense_record
 
 Batches = Callable[[], Iterator[tuple[Tensor, ...]]]
 

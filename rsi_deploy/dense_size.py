@@ -7,9 +7,9 @@ a torch model    what the exporter makes of it, as one file
 from pathlib import Path
 
 from graph_passes import count_parameters
+from rsi_deploy.core_size import Size
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.onnx_file import bytes_as_given, bytes_in_one_file
-from rsi_deploy.report.schema import Size
 
 
 def dense_size(source: Path | None, dense: Path) -> Size:

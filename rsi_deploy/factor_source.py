@@ -19,11 +19,12 @@ import torch
 import graph_passes as gp
 from rsi_deploy.arrays import as_numpy, as_torch
 from rsi_deploy.calibrate.streams import Fitted, Replacement
+from rsi_deploy.core_sites import SiteRecord, break_even_rank, site_name, unmeasured_record
 from rsi_deploy.crew import Call, Crew
 from rsi_deploy.plan.joint import factorize_jointly
-from rsi_deploy.plan.planner import Decision, SitePlanner, break_even_rank, site_name
+from rsi_deploy.plan.planner import Decision, SitePlanner
 from rsi_deploy.rsi import Factors, Solver, balanced
-from rsi_deploy.sites import SiteRecord, factorize_site, unmeasured_record
+from rsi_deploy.sites import factorize_site
 
 Progress = Callable[[str, int, int], None]
 

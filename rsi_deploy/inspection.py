@@ -16,10 +16,11 @@ import graph_passes as gp
 from rsi_deploy.arrays import as_torch
 from rsi_deploy.broken_models import blames_broken_models
 from rsi_deploy.compress import find_module_sites
+from rsi_deploy.core_sites import break_even_rank, site_name
 from rsi_deploy.errors import ModelError
 from rsi_deploy.onnx_file import read_onnx
 from rsi_deploy.onnx_split import joint_groups
-from rsi_deploy.plan.planner import Planner, RankSpec, break_even_rank, site_name
+from rsi_deploy.plan.planner import Planner, RankSpec
 from rsi_deploy.rsi import singular_values
 from rsi_deploy.source import load_source
 from rsi_deploy.steps import at, step

@@ -16,13 +16,13 @@ import torch
 import graph_passes as gp
 from rsi_deploy.arrays import as_torch
 from rsi_deploy.calibrate.streams import Fitted
+from rsi_deploy.core_sites import SiteRecord, dense_record, site_name
 from rsi_deploy.crew import Call, Crew, Here
 from rsi_deploy.errors import ModelError
 from rsi_deploy.factor_source import FactorSource, weight_key
 from rsi_deploy.plan.error_rank import smallest_rank
-from rsi_deploy.plan.planner import MaxError, Planner, SitePlanner, site_name
+from rsi_deploy.plan.planner import MaxError, Planner, SitePlanner
 from rsi_deploy.rsi import Solver
-from rsi_deploy.sites import SiteRecord, dense_record
 
 Progress = Callable[[str, int, int], None]
 CPU = torch.device("cpu")

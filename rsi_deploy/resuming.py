@@ -30,12 +30,11 @@ from torch import Tensor
 from rsi_deploy import __version__
 from rsi_deploy.atomic import whole_file, write_text
 from rsi_deploy.calibrate.streams import Fitted, Form, Replacement
+from rsi_deploy.core_sites import SiteRecord, Spectrum
 from rsi_deploy.crew import Call, Crew
 from rsi_deploy.kernel.rates import processor, rates
 from rsi_deploy.locks import remove
 from rsi_deploy.rsi import Factors
-from rsi_deploy.sites import SiteRecord
-from rsi_deploy.spectra import Spectrum
 
 LARGE = 64 * 2**20
 """Bytes of a model's weights from which its finished sites are kept."""

@@ -4,36 +4,15 @@ ranks    1 = i_1 < i_2 < ... , evenly spaced in their logarithm, the chosen one 
 values   s_i / s_1 at those ranks
 """
 
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
-import pydantic
 from torch import Tensor
+
+from rsi_deploy.core_sites import Spectrum
 
 POINTS = 24
 """At most so many are kept: about 0.6 kB a site in report.json."""
-
-
-class Spectrum(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """Singular values at some ranks, relative to the largest.
-
-    Attributes:
-        of: "weight", or "response": of the matrix whose leading directions factors fitted to data keep.
-        ranks: ascending, from 1. The last is the full rank, or where only the leading values were computed the last.
-        values: `s_i / s_1`, four digits; over groups their root mean square.
-        full_rank: `min(out, in)` of the matrix they are of.
-    """
-
-    of: Literal["weight", "response"]
-    ranks: tuple[int, ...]
-    values: tuple[float, ...]
-    full_rank: int
-
-    @pydantic.model_validator(mode="after")
-    def _as_many(self) -> Self:
-        if len(self.ranks) != len(self.values):
-            raise ValueError(f"ranks and values must be as many, but are {len(self.ranks)} and {len(self.values)}")
-        return self
 
 
 def thinned(values: Tensor, full_rank: int, rank: int, of: Literal["weight", "response"] = "weight") -> Spectrum | None:

@@ -22,6 +22,7 @@ from rsi_deploy import __version__
 from rsi_deploy.arrays import as_torch
 from rsi_deploy.bound import Head, SoftmaxBound, find_head, softmax_bound
 from rsi_deploy.calibrate.calibration_data import example_shapes
+from rsi_deploy.core_size import Size
 from rsi_deploy.crew import Crew, Here
 from rsi_deploy.dense_size import dense_size
 from rsi_deploy.errors import ModelError, RsiDeployError
@@ -58,9 +59,10 @@ from rsi_deploy.onnx_file import (
 from rsi_deploy.onnx_split import SplitModel
 from rsi_deploy.opset import check_conversion, convert_opset
 from rsi_deploy.plan.decide import Planned
+from rsi_deploy.plan.settings import Settings
 from rsi_deploy.probe import Feeds, probe_feeds
 from rsi_deploy.ray_crew import ray_crew
-from rsi_deploy.report.schema import Accuracy, ProbeOutput, Settings, Size, Stage, Verification
+from rsi_deploy.report.schema import Accuracy, ProbeOutput, Stage, Verification
 from rsi_deploy.resuming import Finished, KeepingCrew
 from rsi_deploy.rewriting import split_and_write
 from rsi_deploy.rsi import Solver

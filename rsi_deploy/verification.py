@@ -18,18 +18,16 @@ What cannot be computed again here (latency belongs to its machine; the dense mo
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import pydantic
 
 from graph_passes import count_parameters
+from graph_passes.split_markers import FoundSplit, found_splits
 from rsi_deploy.calibrate.calibration_data import CalibrationData, check_source
 from rsi_deploy.calibrate.certificate import certificate
 from rsi_deploy.errors import RsiDeployError
-from rsi_deploy.found_splits import FoundSplit, found_splits
 from rsi_deploy.gates import compare_outputs
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.manifest import MANIFEST, check_manifest, file_hash
@@ -46,30 +44,9 @@ from rsi_deploy.plan.budget import Budget
 from rsi_deploy.probe import Feeds, feeds_fingerprint, probe_feeds, read_feeds
 from rsi_deploy.report.html import source_of
 from rsi_deploy.report.schema import ProbeOutput, Report, read_report
+from rsi_deploy.report.verification import Claim, VerifyResult
 from rsi_deploy.steps import at_samples, step
 from rsi_deploy.trace import traced_run
-
-Status = Literal["holds", "broken", "not checked"]
-
-
-class Claim(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """One claim of the report: what was found when it was computed again."""
-
-    name: str
-    status: Status
-    detail: str
-
-
-class VerifyResult(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """All claims; `ok` when none is broken."""
-
-    bundle: str
-    claims: tuple[Claim, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether no claim is broken."""
-        return all(claim.status != "broken" for claim in self.claims)
 
 
 def verify(

@@ -3,10 +3,11 @@ import torch
 from little_memory import LittleMemory
 from pydantic import ValidationError
 
+from rsi_deploy.core_sites import SiteRecord, dense_record
 from rsi_deploy.errors import ModelError
 from rsi_deploy.factor_errors import EXACT_SPECTRUM_LIMIT
 from rsi_deploy.rsi import Factors, Solution, Solver
-from rsi_deploy.sites import SiteRecord, dense_record, factorize_site
+from rsi_deploy.sites import factorize_site
 
 SPECTRA = {
     "flat": lambda k: torch.ones(k, dtype=torch.float64),

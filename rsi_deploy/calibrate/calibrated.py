@@ -20,12 +20,12 @@ from rsi_deploy.calibrate.alternating import STEPS, TwoKernels, two_kernels
 from rsi_deploy.calibrate.moments import GRAM_LIMIT, Moments, Samples
 from rsi_deploy.calibrate.response import EXACT_LIMIT, RIDGE, Response, lost_response, respond, response_error
 from rsi_deploy.calibrate.streams import Distance, Fitted, Form, Replacement, Streams, StreamSite
+from rsi_deploy.core_sites import Spectrum, break_even_rank
 from rsi_deploy.errors import ModelError
 from rsi_deploy.plan.knapsack import Option, SiteOptions
-from rsi_deploy.plan.planner import break_even_rank
 from rsi_deploy.plan.rank_grid import rank_grid
 from rsi_deploy.rsi import Solver, singular_values
-from rsi_deploy.spectra import Spectrum, thinned
+from rsi_deploy.spectra import thinned
 
 LEVELS = (0.03, 0.15, 0.5)
 """Response errors at which the outputs' distance is measured."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from rsi_deploy.calibrate.calibration_data import CalibrationData
+from rsi_deploy.calibrate.record import CalibrationRecord
 from rsi_deploy.calibrate.streams import output_distance
 from rsi_deploy.errors import GateError, UsageError
 from rsi_deploy.gateway.onnx_reader import read_proto
@@ -22,7 +23,6 @@ from rsi_deploy.measure.answer_outputs import with_readable_output
 from rsi_deploy.measure.scores import divergence
 from rsi_deploy.measure.sessions import make_session, run_session
 from rsi_deploy.measure.values import Value, arrays_of
-from rsi_deploy.report.schema import CalibrationRecord
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

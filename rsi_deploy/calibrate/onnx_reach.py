@@ -20,9 +20,9 @@ import graph_passes as gp
 from rsi_deploy.arrays import as_torch
 from rsi_deploy.calibrate.onnx_waves import reads
 from rsi_deploy.calibrate.streams import StreamSite
+from rsi_deploy.core_sites import site_name
 from rsi_deploy.errors import ModelError
 from rsi_deploy.gateway.onnx_reader import load_model
-from rsi_deploy.plan.planner import site_name
 
 LINEAR = frozenset({"Conv", "MatMul", "Gemm", "FusedMatMul"})
 """Operators with nothing but a bias between response and output."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rsi_deploy.calibrate.moments import Moments, Samples
-from rsi_deploy.spectra import Spectrum
+from rsi_deploy.core_sites import Spectrum
 
 Form = Literal["matmul", "gemm", "channel", "input", "separable"]
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rsi_deploy.bound import SoftmaxBound
+from rsi_deploy.calibrate.record import CalibrationRecord
 from rsi_deploy.gates import Comparison
 from rsi_deploy.measure.accuracy import AccuracyResult
 from rsi_deploy.measure.data import Dataset
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.result import BenchResult
 from rsi_deploy.probe import Feeds
-from rsi_deploy.report.schema import Accuracy, CalibrationRecord, ProbeOutput, Verification
+from rsi_deploy.report.schema import Accuracy, ProbeOutput, Verification
 from rsi_deploy.source import Source
 from rsi_deploy.stages import Compressed, DenseFacts
 from rsi_deploy.timing.last_word import LastWord

@@ -7,17 +7,18 @@ from pathlib import Path
 
 from rsi_deploy import __version__
 from rsi_deploy.calibrating import Calibrator
+from rsi_deploy.core_size import Size
 from rsi_deploy.exporting.found import Checked, Delivered, Start, dense_file
 from rsi_deploy.manifest import file_hash, write_manifest
 from rsi_deploy.measure.machine import environment, peak_memory
 from rsi_deploy.onnx_file import file_bytes
 from rsi_deploy.onnx_split import with_macs
-from rsi_deploy.plan.decide import plan_of
 from rsi_deploy.plan.plan_file import write_plan
 from rsi_deploy.probe import feeds_fingerprint
 from rsi_deploy.report.card import model_card
 from rsi_deploy.report.page_report import report_page
-from rsi_deploy.report.schema import Report, Size, SourceRecord
+from rsi_deploy.report.plan_of_report import plan_of
+from rsi_deploy.report.schema import Report, SourceRecord
 from rsi_deploy.stages import Job
 from rsi_deploy.timing.costing import Costing
 from rsi_deploy.timing.part_of_time import timing_notes, timing_record

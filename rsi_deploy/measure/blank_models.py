@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 import graph_passes as gp
+from rsi_deploy.core_sites import site_name
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.onnx_file import forget_weights_, write_onnx
-from rsi_deploy.plan.planner import site_name
 
 Splits = Mapping[str, tuple[str, int]]
 """Site name -> (form, rank) of those that are split."""

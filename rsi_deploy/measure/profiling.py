@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rsi_deploy.found_splits import found_splits
+from graph_passes.split_markers import found_splits
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.locks import ScratchFolder
 from rsi_deploy.measure.arms import Feeds, Runtime

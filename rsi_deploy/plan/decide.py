@@ -15,12 +15,13 @@ import torch
 
 import graph_passes as gp
 from rsi_deploy.calibrate.streams import Fitted, Form, Replacement, Streams, StreamSite
+from rsi_deploy.core_sites import site_name
+from rsi_deploy.core_size import Size
 from rsi_deploy.errors import ModelError
 from rsi_deploy.plan.budget import Budget
 from rsi_deploy.plan.knapsack import Option, SiteOptions, choose, smallest_cost
-from rsi_deploy.plan.plan_file import Plan, PlannedForm, PlannedSite, check_plan
-from rsi_deploy.plan.planner import Decision, Filters, Planner, SitePlanner, site_name
-from rsi_deploy.report.schema import Report, Size
+from rsi_deploy.plan.plan_file import Plan, check_plan
+from rsi_deploy.plan.planner import Decision, Filters, Planner, SitePlanner
 
 Decisions = dict[str, Decision]
 
@@ -148,21 +149,6 @@ def from_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> Decisio
             reason = plan.sites[name].reason or "split"
             decisions[name] = Decision(rank=site.rank, reason=reason, form=site.form)
     return decisions
-
-
-def plan_of(report: Report) -> Plan:
-    """What became of every site, as a plan that can be written, edited and asked for again.
-
-    Only dense sites bring their reason: that of a split would go stale with the first edit.
-    """
-    sites = {
-        site.name: PlannedSite(
-            form=cast(PlannedForm, site.form or "dense"), rank=site.rank, reason="" if site.rank else site.reason
-        )
-        for site in report.sites
-        if site.rank is None or site.form is not None
-    }
-    return Plan(tool=report.tool, source_hash=report.source.hash, sites=sites)
 
 
 def wanted_splits(decisions: Mapping[str, Decision], streams: Streams) -> dict[str, tuple[Form, int]]:

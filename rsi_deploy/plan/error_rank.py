@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from rsi_deploy.core_sites import break_even_rank
 from rsi_deploy.kernel.checks import checked
-from rsi_deploy.plan.planner import MaxError, break_even_rank
+from rsi_deploy.plan.planner import MaxError
 from rsi_deploy.rsi import Factors, Solver, certified_norm, singular_values
 
 EXACT_SPECTRUM = 2048  # up to this full rank the spectrum says where to begin

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rsi_deploy.core_sites import SiteRecord
 from rsi_deploy.rsi import Factors, Solver, balanced, rounding_level
-from rsi_deploy.sites import SiteRecord, split_record
+from rsi_deploy.sites import split_record
 
 
 def factorize_jointly(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from rsi_deploy.core_sites import break_even_rank
 from rsi_deploy.errors import UsageError
 
 
@@ -262,18 +263,3 @@ class Planner:
                 f"--rank {self.spec.rank} is above the full rank of every site (the largest is {full}); "
                 f"type a smaller rank or a ratio such as 25%"
             )
-
-
-def break_even_rank(out_features: int, in_features: int) -> float:
-    """`out*in/(out+in)`: at or above this rank two factors hold no fewer numbers than the weight."""
-    return out_features * in_features / (out_features + in_features)
-
-
-def site_name(weight_name: str) -> str:
-    """The name a user sees: the weight's, less a final `.weight`.
-
-    Example:
-        >>> site_name("classifier.0.weight"), site_name("attn.in_proj_weight")
-        ('classifier.0', 'attn.in_proj_weight')
-    """
-    return weight_name.removesuffix(".weight")

@@ -12,7 +12,7 @@ from rsi_deploy.measure.data import Dataset
 from rsi_deploy.plan.budget import Budget
 from rsi_deploy.plan.plan_file import Plan
 from rsi_deploy.plan.planner import Filters, MaxError, Planner, RankSpec
-from rsi_deploy.report.schema import Settings
+from rsi_deploy.plan.settings import Settings
 from rsi_deploy.rsi import Solver
 
 Unlabelled = str | Path | Dataset | Mapping[str, npt.NDArray[Any]]

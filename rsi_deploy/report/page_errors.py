@@ -5,11 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rsi_deploy.core_sites import SiteRecord, Spectrum
 from rsi_deploy.report.page import Block, Picture, Section, Table
 from rsi_deploy.report.plots import Axis, Bar, Bars, Panel, Panels
 from rsi_deploy.report.summary import RESPONSE, normalized_error, response_error
-from rsi_deploy.sites import SiteRecord
-from rsi_deploy.spectra import Spectrum
 
 MOST = 48
 """Rows of a picture; beyond them the largest sites are drawn. The decisions list all."""

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from rsi_deploy.core_sites import SiteRecord
 from rsi_deploy.report.page import Block, Picture, Section, Table
 from rsi_deploy.report.page_errors import errors_section, largest, of_all, spectra_section
 from rsi_deploy.report.plots import Axis, Bar, Bars
@@ -13,7 +14,6 @@ from rsi_deploy.report.summary import (
     operation,
     response_error,
 )
-from rsi_deploy.sites import SiteRecord
 
 _FOLD = 16
 """Rows from which a table is folded."""

@@ -11,6 +11,9 @@ import numpy.typing as npt
 import pydantic
 
 from rsi_deploy.bound import SoftmaxBound
+from rsi_deploy.calibrate.record import CalibrationRecord
+from rsi_deploy.core_sites import SiteRecord
+from rsi_deploy.core_size import Size
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gates import Comparison
 from rsi_deploy.gateway.documents import read_document
@@ -21,7 +24,7 @@ from rsi_deploy.measure.machine import Environment
 from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.measure.result import BenchResult
 from rsi_deploy.measure.values import as_numbers
-from rsi_deploy.sites import SiteRecord
+from rsi_deploy.plan.settings import Settings
 
 SCHEMA_VERSION = 1
 
@@ -30,87 +33,12 @@ class _Record(pydantic.BaseModel, frozen=True, extra="forbid"):
     pass
 
 
-class Settings(_Record):
-    """What the user asked for, as far as it shapes model.onnx.
-
-    Attributes:
-        rank: as typed: "64" or "40%"; "" where a budget or a plan decided.
-        budget: as typed, such as "--keep-macs 50%", "--max-drop 1" or "--plan plan.json"; "" where a rank decided.
-        factors: "weights": of the weights alone; "response": fitted to calibration data.
-        calib_size: most calibration samples; 0 where there were none.
-        min_rank, rank_multiple: what planned ranks were held to.
-        method: "rsi", "rsvd" or "svd".
-        power_iterations: the paper's q, or "auto".
-        oversampling: extra sketch columns.
-        seed: of sketches and probe inputs.
-        include, exclude: globs on site names.
-        always_split: split where nothing is saved, too.
-        joint: weights that multiply the same input may share one right factor; never with `always_split`.
-        opset: of the ONNX model.
-        route: of the kernel: "auto" or the one that was forced; each site names the one it took.
-        mixed_precision: whether the kernel might iterate in bfloat16.
-    """
-
-    rank: str
-    method: str
-    power_iterations: int | Literal["auto"]
-    oversampling: int
-    seed: pydantic.NonNegativeInt
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    always_split: bool
-    joint: bool = False
-    budget: str = ""
-    factors: Literal["weights", "response"] = "weights"
-    calib_size: int = 0
-    min_rank: int = 1
-    rank_multiple: int = 1
-    opset: int
-    route: str = "direct"
-    mixed_precision: bool = False
-
-
-class CalibrationRecord(_Record):
-    """What calibration was done on, and how far the outputs moved on it.
-
-    Attributes:
-        samples: used for fitting.
-        checked: of them, used for the numbers below.
-        output_error: squared distance of the outputs, relative to their variance over samples (to their size, where
-            they do not vary); None where the dense model's are all zero.
-        divergence: mean KL of the softmax, nats; None for other outputs than class scores.
-        agreement: share of equal top-1 answers in percent; None likewise.
-        data_fingerprint: sha256 of the checked samples as they enter the model.
-    """
-
-    samples: int
-    checked: int
-    output_error: float | None
-    divergence: float | None
-    agreement: float | None
-    data_fingerprint: str
-
-
 class SourceRecord(_Record):
     """Where the dense model came from; `hash` is the sha256 of its weights' names, types, shapes and bytes."""
 
     model: str
     hash: str
     notes: tuple[str, ...] = ()
-
-
-class Size(_Record):
-    """Of one model.
-
-    Attributes:
-        bytes: of its file and its data files; of the dense model, as the user has it (see `rsi_deploy.dense_size`).
-        params: trained or quantized numbers, however they are stored (see `graph_passes.count_parameters`).
-        macs: multiply-accumulates a sample.
-    """
-
-    bytes: pydantic.PositiveInt
-    params: pydantic.NonNegativeInt
-    macs: pydantic.NonNegativeInt
 
 
 class Verification(_Record):

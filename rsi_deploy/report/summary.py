@@ -2,15 +2,15 @@
 
 from typing import TYPE_CHECKING
 
+from rsi_deploy.core_sites import site_name
 from rsi_deploy.measure.accuracy import AccuracyResult
 from rsi_deploy.measure.result import ArmResult
-from rsi_deploy.plan.planner import site_name
 from rsi_deploy.report.text import human_bytes as human_bytes
 from rsi_deploy.report.text import share_kept, size_change
 
 if TYPE_CHECKING:  # a machine that only measures has no torch
+    from rsi_deploy.core_sites import SiteRecord
     from rsi_deploy.report.schema import Report
-    from rsi_deploy.sites import SiteRecord
 
 Row = tuple[str, str, str, str]
 

@@ -21,11 +21,11 @@ from rsi_deploy.report.summary import (
 )
 
 if TYPE_CHECKING:  # a machine that only measures has no torch
+    from rsi_deploy.core_sites import SiteRecord
     from rsi_deploy.diagnosis import Diagnosis
     from rsi_deploy.inspection import Inspection, SiteView
     from rsi_deploy.report.schema import Report
-    from rsi_deploy.sites import SiteRecord
-    from rsi_deploy.verification import VerifyResult
+    from rsi_deploy.report.verification import VerifyResult
 
 
 def print_report(console: Console, report: "Report", *, most_sites: int = 30) -> None:

@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from rsi_deploy.atomic import write_text
 from rsi_deploy.calibrate.streams import Metric
+from rsi_deploy.core_size import Size
 from rsi_deploy.gateway.documents import read_document
 from rsi_deploy.measure.accuracy import AccuracyResult
 from rsi_deploy.plan.knapsack import Option, SiteOptions
-from rsi_deploy.report.schema import Size
 
 
 @dataclass(kw_only=True)

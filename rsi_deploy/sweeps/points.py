@@ -12,12 +12,13 @@ from typing import Annotated, Literal
 import pydantic
 
 from rsi_deploy.bundle import whole_folder
+from rsi_deploy.core_size import Size
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gateway.documents import read_document
 from rsi_deploy.manifest import file_hash, inside
 from rsi_deploy.measure.machine import Environment
 from rsi_deploy.measure.statistics import Interval
-from rsi_deploy.report.schema import Report, Size, read_report
+from rsi_deploy.report.schema import Report, read_report
 
 By = Literal["macs", "params", "latency"]
 

@@ -25,6 +25,7 @@ from rsi_deploy import __version__
 from rsi_deploy.atomic import Claim, claimed, write_text
 from rsi_deploy.broken_models import blames_broken_models
 from rsi_deploy.bundle import check_target
+from rsi_deploy.core_size import Size
 from rsi_deploy.dense_size import dense_size
 from rsi_deploy.errors import UsageError
 from rsi_deploy.locks import remove
@@ -34,7 +35,7 @@ from rsi_deploy.measure.preprocess import Preprocessing
 from rsi_deploy.onnx_file import model_hash
 from rsi_deploy.ray_connection import check_ray
 from rsi_deploy.report.page_sweep import sweep_page
-from rsi_deploy.report.schema import Size, read_report
+from rsi_deploy.report.schema import read_report
 from rsi_deploy.steps import step
 from rsi_deploy.sweeps.kept import Kept
 from rsi_deploy.sweeps.making import MadePoint, PointJob, place

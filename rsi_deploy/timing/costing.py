@@ -19,6 +19,7 @@ from graph_passes import FoldBatchNormPass
 from rsi_deploy import __version__
 from rsi_deploy.atomic import write_text
 from rsi_deploy.broken_models import blames_broken_models
+from rsi_deploy.core_sites import site_name
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.gateway.onnx_reader import load_model
 from rsi_deploy.locks import ScratchFolder
@@ -34,7 +35,6 @@ from rsi_deploy.measure.site_timing import Wanted, shapes_of, time_sites
 from rsi_deploy.measure.trial_plans import trial_plans, with_model_time
 from rsi_deploy.measure.values import described
 from rsi_deploy.onnx_file import model_hash, read_onnx, write_external
-from rsi_deploy.plan.planner import site_name
 from rsi_deploy.probe import named_shapes, read_feeds
 from rsi_deploy.steps import step
 from rsi_deploy.trace import traced_run

@@ -13,8 +13,8 @@ from rsi_deploy.calibrate.moments import Gathering
 from rsi_deploy.calibrate.onnx_streams import OnnxStreams
 from rsi_deploy.calibrate.response import lost_response, response_error
 from rsi_deploy.calibrate.streams import Distance, Metric, StreamSite
+from rsi_deploy.core_sites import break_even_rank
 from rsi_deploy.errors import ModelError
-from rsi_deploy.plan.planner import break_even_rank
 from rsi_deploy.rsi import Solver
 from tests import flows
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rsi_deploy.plan.planner import break_even_rank
+from rsi_deploy.core_sites import break_even_rank
 from rsi_deploy.plan.rank_grid import rank_grid
 
 FULL, BREAK_EVEN = st.integers(1, 600), st.floats(0.1, 700)

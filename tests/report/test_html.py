@@ -8,13 +8,12 @@ from nets import labelled, mlp_onnx
 from pages import PageReader, assert_self_contained
 
 from rsi_deploy import export, verify
+from rsi_deploy.core_sites import SiteRecord, Spectrum
 from rsi_deploy.report.html import source_of
 from rsi_deploy.report.page_errors import MOST
 from rsi_deploy.report.page_report import report_page
 from rsi_deploy.report.schema import read_report
 from rsi_deploy.report.text import LONGEST
-from rsi_deploy.sites import SiteRecord
-from rsi_deploy.spectra import Spectrum
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -11,9 +11,9 @@ import rsi_deploy
 from rsi_deploy.calibrate import onnx_streams
 from rsi_deploy.calibrate.calibrated import Calibration
 from rsi_deploy.cli import run
+from rsi_deploy.core_size import Size
 from rsi_deploy.errors import ModelError, UsageError
 from rsi_deploy.report.html import source_of
-from rsi_deploy.report.schema import Size
 from rsi_deploy.sweeps import making, side_by_side
 from rsi_deploy.sweeps.points import Sweep, SweepPoint, deliver, read_sweep
 from rsi_deploy.verification import verify

@@ -5,7 +5,7 @@ from calibrated_nets import conv_net, saved, weight
 from onnx import TensorProto, helper
 
 import graph_passes as gp
-from rsi_deploy.found_splits import found_splits
+from graph_passes.split_markers import found_splits
 
 
 def split(path, form_and_rank, *, joint=False):
