@@ -31,10 +31,10 @@ from bench.arms import ARMS, PRODUCT, Arm, Unit, budget_of, factors, kept, plann
 from bench.cases import Case
 from bench.common import Goal
 from bench.models import UnavailableError
-from rsi_deploy.calibrate.calibrated import Calibration
-from rsi_deploy.errors import UsageError
-from rsi_deploy.plan.decide import Decisions
-from rsi_deploy.rsi import Solver
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.planning.decide import Decisions
+from rsi_deploy.planning.site_options import Calibration
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -17,18 +17,18 @@ from typing import Literal
 import onnx_ir as ir
 
 from bench.cases import Case
-from rsi_deploy.calibrate.calibrated import Calibration
-from rsi_deploy.calibrate.moments import Moments, Samples
-from rsi_deploy.calibrate.streams import Fitted, Streams, StreamSite
-from rsi_deploy.core_size import Size
-from rsi_deploy.errors import ModelError
-from rsi_deploy.onnx_file import write_external
-from rsi_deploy.onnx_split import split_graph
-from rsi_deploy.plan.budget import Budget
-from rsi_deploy.plan.decide import Decisions, blank, under, uniform, wanted_splits
-from rsi_deploy.plan.knapsack import SiteOptions
-from rsi_deploy.plan.planner import Decision, FixedPlanner, Planner, RankSpec
-from rsi_deploy.rsi import Solver
+from rsi_deploy.calibration.activations import Fitted, Streams, StreamSite
+from rsi_deploy.calibration.moments import Moments, Samples
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.core.model_size import Size
+from rsi_deploy.io.onnx_file import write_external
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.onnx_models.split import split_graph
+from rsi_deploy.planning.budget import Budget
+from rsi_deploy.planning.decide import Decisions, blank, under, uniform, wanted_splits
+from rsi_deploy.planning.knapsack import SiteOptions
+from rsi_deploy.planning.planner import Decision, FixedPlanner, Planner, RankSpec
+from rsi_deploy.planning.site_options import Calibration
 
 OUTPUTS = 10
 BISECTIONS = 12

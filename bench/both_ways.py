@@ -28,11 +28,11 @@ from bench.accuracy import TASKS
 from bench.arms import budget_of, planned, write
 from bench.cases import Case
 from bench.common import Goal
-from rsi_deploy.calibrate.calibrated import Calibration
-from rsi_deploy.compress_to_data import compress_to_data_
-from rsi_deploy.errors import UsageError
-from rsi_deploy.plan.decide import wanted_splits
-from rsi_deploy.rsi import Solver
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.planning.decide import wanted_splits
+from rsi_deploy.planning.site_options import Calibration
+from rsi_deploy.torch_models.compress_to_data import compress_to_data_
 
 KEEPS = {"resnet20": 0.6, "cnn_cifar10": 0.3}
 QUICK_NETS, QUICK_SIZE, QUICK_TEST = ("cnn_cifar10",), 256, 500

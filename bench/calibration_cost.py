@@ -40,18 +40,18 @@ from torch import Tensor
 from bench import cases, common
 from bench.cases import Case
 from bench.common import Goal
-from rsi_deploy.calibrate.calibrated import Calibration, Progress
-from rsi_deploy.calibrate.moments import Moments, Samples, gathered_bytes
-from rsi_deploy.calibrate.onnx_streams import OnnxStreams
-from rsi_deploy.calibrate.streams import Form, Replacement, StreamSite
-from rsi_deploy.errors import RsiDeployError
-from rsi_deploy.measure.machine import peak_memory
-from rsi_deploy.measure.sessions import make_session, run_session
-from rsi_deploy.onnx_file import file_bytes
-from rsi_deploy.plan.budget import Budget
-from rsi_deploy.plan.decide import under, uniform, wanted_splits
-from rsi_deploy.plan.planner import Planner, RankSpec
-from rsi_deploy.rsi import Solver
+from rsi_deploy.calibration.activations import Form, Replacement, StreamSite
+from rsi_deploy.calibration.moments import Moments, Samples, gathered_bytes
+from rsi_deploy.core.errors import RsiDeployError
+from rsi_deploy.io.onnx_file import file_bytes
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
+from rsi_deploy.planning.budget import Budget
+from rsi_deploy.planning.decide import under, uniform, wanted_splits
+from rsi_deploy.planning.planner import Planner, RankSpec
+from rsi_deploy.planning.site_options import Calibration, Progress
+from rsi_deploy.runtime.machine import peak_memory
+from rsi_deploy.runtime.sessions import make_session, run_session
 
 NETS = ("resnet20", "resnet56", "minilm", "vgg19")
 QUICK_NETS = ("cnn_cifar10",)

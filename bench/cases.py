@@ -20,21 +20,21 @@ from torch import nn
 
 import graph_passes as gp
 from bench import models, texts
-from rsi_deploy.calibrate.onnx_streams import OnnxStreams
-from rsi_deploy.core_size import Size
-from rsi_deploy.measure.data import ArrayData, open_data
-from rsi_deploy.measure.preprocess import Preprocessing
-from rsi_deploy.measure.sessions import make_session, run_session
-from rsi_deploy.onnx_file import file_bytes, write_external
-from rsi_deploy.source import Source, load_source, source_of_module
-from rsi_deploy.to_onnx import to_onnx
-from rsi_deploy.trace import traced_run
+from rsi_deploy.core.model_size import Size
+from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.data.sources import ArrayData, open_data
+from rsi_deploy.io.onnx_file import file_bytes, write_external
+from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
+from rsi_deploy.runtime.sessions import make_session, run_session
+from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.torch_models.model_source import Source, load_source, source_of_module
+from rsi_deploy.torch_models.to_onnx import to_onnx
 
 Array = npt.NDArray[Any]
 Inputs = dict[str, Array]
 
 BATCH = 32
-"""Calibration samples a batch, as `rsi_deploy.calibrate.calibration_data` takes them."""
+"""Calibration samples a batch, as `rsi_deploy.calibration.calibration_data` takes them."""
 TEST_BATCH = 250
 IMAGES, TEXTS, TEST_TEXTS = 1024, 300, 600
 TOKENS = 64

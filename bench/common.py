@@ -12,9 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
-from rsi_deploy.atomic import write_text
-from rsi_deploy.errors import RsiDeployError, UsageError
-from rsi_deploy.measure.machine import environment
+from rsi_deploy.core.errors import RsiDeployError, UsageError
+from rsi_deploy.io.atomic import write_text
+from rsi_deploy.runtime.machine import environment
 
 GATE_EXIT = 4
 

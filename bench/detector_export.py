@@ -27,7 +27,7 @@ import onnx
 
 from bench import common, small
 from bench.common import Goal
-from rsi_deploy.errors import RsiDeployError
+from rsi_deploy.core.errors import RsiDeployError
 
 SAMPLES, QUICK_SAMPLES = 32, 8
 SECONDS, AGAIN = 30.0, 0.5

@@ -33,8 +33,8 @@ from rich.table import Table
 
 from bench import common
 from bench.common import Goal
-from rsi_deploy.errors import RsiDeployError
-from rsi_deploy.measure.machine import peak_memory
+from rsi_deploy.core.errors import RsiDeployError
+from rsi_deploy.runtime.machine import peak_memory
 
 MODELS = ("vgg19", "vit_b_32")
 QUICK_MODELS = ("mobilenet_v2",)
@@ -75,12 +75,12 @@ def run_arm(arm: str, name: str) -> dict[str, float]:
     """Run one arm in this process; seconds of its work without making the model, and peak bytes."""
     import torch
 
-    from rsi_deploy.source import load_source
+    from rsi_deploy.torch_models.model_source import load_source
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
         if arm == "export":
-            from rsi_deploy.pipeline import export
+            from rsi_deploy.exporting.api import export
 
             report = export(f"torchvision:{name}", Path(folder) / "out", rank=RANK, weights="none", measure=False)
             making = next(stage.seconds for stage in report.stages if stage.name == "load")
@@ -102,9 +102,9 @@ def run_arm(arm: str, name: str) -> dict[str, float]:
 
 
 def _factorize(module: Any) -> None:
-    from rsi_deploy.compress import find_module_sites
-    from rsi_deploy.plan.planner import Planner, RankSpec
-    from rsi_deploy.rsi import Solver
+    from rsi_deploy.linalg.solver import Solver
+    from rsi_deploy.planning.planner import Planner, RankSpec
+    from rsi_deploy.torch_models.compress import find_module_sites
 
     planner, solver = Planner(spec=RankSpec.parse(RANK)), Solver()
     for site in find_module_sites(module):

@@ -31,8 +31,8 @@ import torch
 from bench import common
 from bench.common import Goal
 from rsi_deploy import cli, compress_, compress_to_data_
-from rsi_deploy.measure.machine import environment
-from rsi_deploy.timing import timed_export
+from rsi_deploy.exporting import timed_export
+from rsi_deploy.runtime.machine import environment
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "bench" / "results" / "golden.json"

@@ -40,9 +40,9 @@ from torch.profiler import ProfilerActivity, profile
 from bench import common, models
 from bench.common import Goal
 from bench.kernel_peers import NEAR, error, interleaved, near_optimal, peers
-from rsi_deploy.kernel.rates import rates
-from rsi_deploy.measure.machine import peak_memory
-from rsi_deploy.rsi import Solver, singular_values
+from rsi_deploy.linalg.products.rates import rates
+from rsi_deploy.linalg.solver import Solver, singular_values
+from rsi_deploy.runtime.machine import peak_memory
 
 Q = 4
 SHAPES = ((768, 768), (3072, 768), (512, 4608), (4096, 4096), (11008, 4096), (4096, 25088))
@@ -208,7 +208,7 @@ def whole_model(name: str, device: torch.device) -> Row:
     import torchvision
     from torch import nn
 
-    from rsi_deploy.compress import compress_
+    from rsi_deploy.torch_models.compress import compress_
 
     with torch.device("meta"):
         module = getattr(torchvision.models, name)(weights=None)

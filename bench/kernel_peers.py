@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsi_deploy.rsi import Factors, Solver, certified_norm
+from rsi_deploy.linalg.solver import Factors, Solver, certified_norm
 
 SECONDS, MOST_ROUNDS = 4.0, 40
 GPU_SECONDS = 0.5

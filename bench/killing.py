@@ -221,8 +221,7 @@ def _import_all() -> None:
     import onnxscript  # noqa: F401
     import torch
 
-    import rsi_deploy.sweeps.sweeping  # noqa: F401
-    from rsi_deploy.report import page_sweep, table  # noqa: F401
+    import rsi_deploy.sweeping.api  # noqa: F401
 
     torch.set_num_threads(1)
 

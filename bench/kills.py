@@ -28,7 +28,7 @@ import rsi_deploy
 from bench import common, small
 from bench.common import Goal
 from bench.killing import Runner
-from rsi_deploy.manifest import check_manifest
+from rsi_deploy.io.manifest import check_manifest
 
 KILLS, QUICK_KILLS = 50, 2
 SAMPLES = Path(rsi_deploy.__file__).parents[1] / "samples"
@@ -67,7 +67,7 @@ CASES = (
         name="large",
         argv=("export", "in/mlp.onnx", "--rank", "25%", "-o", "out/b", "--no-bench", "--force"),
         afresh=False,
-        constants={"rsi_deploy.resuming:LARGE": 0},
+        constants={"rsi_deploy.execution.result_store:LARGE": 0},
     ),
     Case(
         name="sweep",

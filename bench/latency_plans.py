@@ -32,18 +32,18 @@ from rich.table import Table
 from bench import cases, common, models, timed
 from bench.common import Goal
 from bench.timed import Setting, Splits
-from rsi_deploy.calibrate.calibrated import Calibration
-from rsi_deploy.errors import ModelError
-from rsi_deploy.measure.blank_models import write_blank
-from rsi_deploy.measure.cost_table import CostTable, PlanCheck
-from rsi_deploy.measure.trial_plans import measured_plans, share_of
-from rsi_deploy.plan.budget import Budget
-from rsi_deploy.plan.decide import Planned, under, wanted_splits
-from rsi_deploy.plan.in_time import faster_only, in_time, priced, saving_of, with_saving
-from rsi_deploy.plan.knapsack import SiteOptions, choose
-from rsi_deploy.plan.planner import FixedPlanner
-from rsi_deploy.rewriting import split_and_write
-from rsi_deploy.rsi import Solver
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.costing.cost_table import CostTable, PlanCheck
+from rsi_deploy.costing.trial_plans import measured_plans, share_of
+from rsi_deploy.costing.zero_filled import write_blank
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.onnx_models.rewrite import split_and_write
+from rsi_deploy.planning.budget import Budget
+from rsi_deploy.planning.decide import Planned, under, wanted_splits
+from rsi_deploy.planning.in_time import faster_only, in_time, priced, saving_of, with_saving
+from rsi_deploy.planning.knapsack import SiteOptions, choose
+from rsi_deploy.planning.planner import FixedPlanner
+from rsi_deploy.planning.site_options import Calibration
 
 PARTS = ("landing", "prediction", "gemm", "accuracy", "table")
 THREADS, KEEP, LOWEST, HIGHEST = 2, 0.6, 0.52, 0.62
@@ -182,7 +182,7 @@ def accuracy(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
 
 def table_cost(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     """Seconds for the first table, as `profile` makes it unasked, and for the second."""
-    from rsi_deploy.timing.costing import Costing, fed_with
+    from rsi_deploy.exporting.profile import Costing, fed_with
 
     dense = timed.dense_model(net, folder)
     feeds, costing = fed_with(dense, 1, 0, None, None), Costing(threads=effort.threads)

@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsi_deploy.checkpoint import load_checkpoint_
-from rsi_deploy.compress import find_module_sites
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.fold import batch_norms_behind_convs, fold_batch_norm_
-from rsi_deploy.measure.data import ArrayData, ImageFolderData, open_data
-from rsi_deploy.measure.preprocess import Preprocessing
-from rsi_deploy.source import load_source
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.data.sources import ArrayData, ImageFolderData, open_data
+from rsi_deploy.io.checkpoint import load_checkpoint_
+from rsi_deploy.torch_models.compress import find_module_sites
+from rsi_deploy.torch_models.fold_batch_norm import batch_norms_behind_convs, fold_batch_norm_
+from rsi_deploy.torch_models.model_source import load_source
 
 DATA_ROOT = Path(__file__).resolve().parents[2] / "shared" / "data"
 BATCH = 500
@@ -285,7 +285,7 @@ def load_imagenet_net(
         name: one of `IMAGENET_NETS`.
         folder: 1,000 class folders (their sorted order is ImageNet's), or fewer with `classes`.
         classes: folder name -> ImageNet class number, where the folder holds a subset.
-        weights: as `rsi_deploy.source.load_source` takes them.
+        weights: as `rsi_deploy.torch_models.model_source.load_source` takes them.
         limit: use so many images, evenly spaced.
 
     Raises:

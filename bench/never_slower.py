@@ -4,8 +4,8 @@ Every net at batch 1 and 8, with 1 and 2 threads, at every tenth of the kept-par
 
     naive       the same ratio of full rank at every site that it makes smaller, in the usual form, as all tools do
     delivered   what `export --keep-params` does: only splits that a cost table shows faster, planned under the budget;
-                then the product's last word (`rsi_deploy.timing.last_word`): not shown faster as a whole, splits are
-                undone from the least useful on
+                then the product's last word (`rsi_deploy.exporting.slowdown_rollback`): not shown faster as a whole,
+                splits are undone from the least useful on
 
 Both are then judged in a run of their own, interleaved with the dense model (`rsi_deploy.bench`). A budget that no
 faster split can meet is refused by the tool, and counted apart. Factors are blank: values change no time.
@@ -23,12 +23,12 @@ from rich.table import Table
 from bench import common, models, timed
 from bench.common import Goal
 from bench.timed import Setting, Splits
-from rsi_deploy.measure.blank_models import write_blank
-from rsi_deploy.measure.result import ArmResult
-from rsi_deploy.measure.statistics import MIN_BLOCKS, direction
-from rsi_deploy.plan.in_time import faster_only
-from rsi_deploy.plan.knapsack import SiteOptions, UnreachableLimitError, choose
-from rsi_deploy.plan.planner import Planner, RankSpec
+from rsi_deploy.benchmark.result import ArmResult
+from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
+from rsi_deploy.costing.zero_filled import write_blank
+from rsi_deploy.planning.in_time import faster_only
+from rsi_deploy.planning.knapsack import SiteOptions, UnreachableLimitError, choose
+from rsi_deploy.planning.planner import Planner, RankSpec
 
 BATCHES, THREADS = (1, 8), (1, 2)
 TENTHS = tuple(tenth / 10 for tenth in range(9, 0, -1))

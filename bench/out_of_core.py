@@ -28,9 +28,9 @@ from rich.table import Table
 
 from bench import common
 from bench.common import Goal
-from rsi_deploy.datafile import DataFile
-from rsi_deploy.errors import RsiDeployError, UsageError
-from rsi_deploy.measure.machine import peak_memory
+from rsi_deploy.core.errors import RsiDeployError, UsageError
+from rsi_deploy.io.external_data import DataFile
+from rsi_deploy.runtime.machine import peak_memory
 
 WIDE, NARROW = 11008, 4096
 BLOCK = 2 * WIDE * NARROW * 4
@@ -109,7 +109,7 @@ def generate(path: Path, blocks: int) -> None:
 
 
 def _rewrite(folder: Path) -> dict[str, float]:
-    from rsi_deploy.rewriting import rewrite
+    from rsi_deploy.onnx_models.rewrite import rewrite
 
     started = time.perf_counter()
     rewrite(folder / "source.onnx", folder / "result.onnx", rank=RANK, power_iterations=POWER_ITERATIONS)
@@ -121,10 +121,10 @@ def _rewrite(folder: Path) -> dict[str, float]:
 
 def _floor(folder: Path) -> dict[str, float]:
     import graph_passes as gp
-    from rsi_deploy.arrays import as_torch
-    from rsi_deploy.onnx_file import read_onnx
-    from rsi_deploy.plan.planner import RankSpec
-    from rsi_deploy.rsi import rsi
+    from rsi_deploy.core.arrays import as_torch
+    from rsi_deploy.io.onnx_file import read_onnx
+    from rsi_deploy.linalg.solver import rsi
+    from rsi_deploy.planning.planner import RankSpec
 
     spec = RankSpec.parse(RANK)
     factorization = 0.0

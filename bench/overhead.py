@@ -26,9 +26,9 @@ from rich.table import Table
 
 from bench import common, small
 from bench.common import Goal
-from rsi_deploy.measure.binding import bound_call
-from rsi_deploy.measure.sessions import make_session
-from rsi_deploy.measure.timing import time_calls
+from rsi_deploy.benchmark.timing import time_calls
+from rsi_deploy.runtime.binding import bound_call
+from rsi_deploy.runtime.sessions import make_session
 
 LIMIT_US = 3.0
 CALLS = 200  # half a millisecond: most rounds go by between two turns of another process

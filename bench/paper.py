@@ -51,10 +51,10 @@ from torch import Tensor, nn
 
 from bench import common, models
 from bench.common import Goal
-from rsi_deploy.compress import compress_, find_module_sites
-from rsi_deploy.errors import UsageError
-from rsi_deploy.layers import LowRankConv, LowRankMultiheadAttention
-from rsi_deploy.rsi import Factors, Method, residual_norm, singular_values
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.linalg.solver import Factors, Method, residual_norm, singular_values
+from rsi_deploy.torch_models.compress import compress_, find_module_sites
+from rsi_deploy.torch_models.layers import LowRankConv, LowRankMultiheadAttention
 
 RATIOS = (10, 20, 30, 40, 50, 60)
 EXACT_RESIDUAL_LIMIT = 1024

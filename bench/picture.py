@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rsi_deploy.atomic import write_text
-from rsi_deploy.report.charts import svg
-from rsi_deploy.report.plots import Axis, Curves, Dots, Plot, Point
-from rsi_deploy.report.theme import ALL
+from rsi_deploy.io.atomic import write_text
+from rsi_deploy.report.pages.charts import svg
+from rsi_deploy.report.pages.plots import Axis, Curves, Dots, Plot, Point
+from rsi_deploy.report.pages.theme import ALL
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

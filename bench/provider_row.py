@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from bench import common
 
 if TYPE_CHECKING:
-    from rsi_deploy.measure.latency import BenchResult
+    from rsi_deploy.benchmark.latency import BenchResult
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,15 +27,15 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--tokens", type=int, help="length of inputs whose second axis is open")
     given = options.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from rsi_deploy.measure.inputs import model_inputs
-    from rsi_deploy.measure.latency import bench
+    from rsi_deploy.benchmark.latency import bench
+    from rsi_deploy.runtime.feeds.inputs import model_inputs
 
     shapes = {
         spec.name: (given.batch, given.tokens)
         for spec in model_inputs(given.dense)
         if given.tokens and len(spec.shape) == 2 and not isinstance(spec.shape[1], int)
     }
-    from rsi_deploy.measure.statistics import MIN_BLOCKS
+    from rsi_deploy.benchmark.statistics import MIN_BLOCKS
 
     def measured(seconds: float) -> "BenchResult":
         return bench(

@@ -23,7 +23,7 @@ import numpy as np
 import rsi_deploy
 from bench import common, small
 from bench.common import Goal
-from rsi_deploy import factor_source
+from rsi_deploy.onnx_models import factor_source
 
 ARMS = ("plain", "keeping", "going on")
 WIDTH, QUICK_WIDTH = 2048, 512

@@ -38,10 +38,10 @@ from rich.table import Table
 
 from bench import common, models, small
 from bench.common import Goal
-from rsi_deploy.measure.arms import Feeds
-from rsi_deploy.measure.latency import bench
-from rsi_deploy.measure.sessions import make_session
-from rsi_deploy.pipeline import export
+from rsi_deploy.benchmark.latency import bench
+from rsi_deploy.benchmark.variants import Feeds
+from rsi_deploy.exporting.api import export
+from rsi_deploy.runtime.sessions import make_session
 
 MODELS = ("minilm", "vgg19")
 RANK, TOKENS, ROWS, CLIENTS = "25%", 128, 64, 64

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rsi_deploy.measure.sessions import make_session
+from rsi_deploy.runtime.sessions import make_session
 
 
 def main() -> None:

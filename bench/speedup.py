@@ -26,10 +26,10 @@ from rich.table import Table
 
 from bench import common, models
 from bench.common import Goal
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure.providers import resolve
-from rsi_deploy.measure.statistics import MIN_BLOCKS
-from rsi_deploy.pipeline import export
+from rsi_deploy.benchmark.statistics import MIN_BLOCKS
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.exporting.api import export
+from rsi_deploy.runtime.providers import resolve
 
 MODELS = ("vgg19", "vit_b_32", "resnet50", "mobilenet_v2", "minilm", "resnet18", "convnext_tiny")
 QUICK_MODELS = ("mobilenet_v2", "minilm")

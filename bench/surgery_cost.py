@@ -30,7 +30,7 @@ from rich.table import Table
 import graph_passes as gp
 from bench import common
 from bench.common import Goal
-from rsi_deploy.errors import RsiDeployError
+from rsi_deploy.core.errors import RsiDeployError
 
 SIZES, QUICK_SIZES = (10_000, 100_000), (2_000, 20_000)
 WIDTH, RANK = 8, 2

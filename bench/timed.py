@@ -1,6 +1,6 @@
 """What the benchmarks of latency share: dense models on disk, their cost tables, and plans of which only times count.
 
-Factors are blank (`rsi_deploy.measure.blank_models`): what they hold changes no time, and a plan is written at once.
+Factors are blank (`rsi_deploy.costing.zero_filled`): what they hold changes no time, and a plan is written at once.
 Where no calibration chooses the ranks, a plan's loss is the share of full rank that a site loses, squared, so that
 every site gives some.
 """
@@ -14,22 +14,22 @@ import torch
 
 import graph_passes as gp
 from bench import cases, models
-from rsi_deploy.calibrate.streams import Fitted, Replacement
-from rsi_deploy.core_sites import break_even_rank, site_name
-from rsi_deploy.measure.arms import Feeds
-from rsi_deploy.measure.cost_table import CostTable
-from rsi_deploy.measure.latency import bench
-from rsi_deploy.measure.result import BenchResult
-from rsi_deploy.plan.decide import Planned
-from rsi_deploy.plan.knapsack import Option, SiteOptions
-from rsi_deploy.plan.planner import Decision, FixedPlanner, SitePlanner
-from rsi_deploy.rewriting import split_and_write
-from rsi_deploy.rsi import Solver
-from rsi_deploy.stages import Compressed
-from rsi_deploy.timing.costing import Costing, fed_with
-from rsi_deploy.timing.last_word import LastWord
-from rsi_deploy.timing.last_word import splits_of as left_of
-from rsi_deploy.trace import traced_run
+from rsi_deploy.benchmark.latency import bench
+from rsi_deploy.benchmark.result import BenchResult
+from rsi_deploy.benchmark.variants import Feeds
+from rsi_deploy.calibration.activations import Fitted, Replacement
+from rsi_deploy.core.sites import break_even_rank, site_name
+from rsi_deploy.costing.cost_table import CostTable
+from rsi_deploy.exporting.profile import Costing, fed_with
+from rsi_deploy.exporting.slowdown_rollback import LastWord
+from rsi_deploy.exporting.slowdown_rollback import splits_of as left_of
+from rsi_deploy.exporting.steps import Compressed
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.onnx_models.rewrite import split_and_write
+from rsi_deploy.planning.decide import Planned
+from rsi_deploy.planning.knapsack import Option, SiteOptions
+from rsi_deploy.planning.planner import Decision, FixedPlanner, SitePlanner
+from rsi_deploy.runtime.shape_trace import traced_run
 
 TORCHVISION = ("mobilenet_v2", "resnet50", "vit_b_32", "vgg19", "convnext_tiny")
 SMALL = ("cnn_cifar10", "resnet20", "resnet56", "minilm")

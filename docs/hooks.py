@@ -7,7 +7,7 @@ import html
 import json
 from typing import Any
 
-from rsi_deploy.error_table import read_errors
+from rsi_deploy.core.error_table import read_errors
 from rsi_deploy.report.schema import Report
 
 

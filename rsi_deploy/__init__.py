@@ -13,58 +13,58 @@ __version__ = "0.1.0"
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from rsi_deploy.compress import compress_ as compress_
-    from rsi_deploy.compress_to_data import compress_to_data_ as compress_to_data_
-    from rsi_deploy.core_sites import SiteRecord as SiteRecord
-    from rsi_deploy.diagnosis import doctor as doctor
-    from rsi_deploy.errors import GateError as GateError
-    from rsi_deploy.errors import ModelError as ModelError
-    from rsi_deploy.errors import RsiDeployError as RsiDeployError
-    from rsi_deploy.errors import UsageError as UsageError
-    from rsi_deploy.inspection import inspect as inspect
-    from rsi_deploy.measure.accuracy import AccuracyResult as AccuracyResult
-    from rsi_deploy.measure.accuracy import evaluate as evaluate
-    from rsi_deploy.measure.cost_table import CostTable as CostTable
-    from rsi_deploy.measure.latency import BenchResult as BenchResult
-    from rsi_deploy.measure.latency import bench as bench
-    from rsi_deploy.measure.preprocess import Preprocessing as Preprocessing
+    from rsi_deploy.benchmark.latency import BenchResult as BenchResult
+    from rsi_deploy.benchmark.latency import bench as bench
+    from rsi_deploy.core.errors import GateError as GateError
+    from rsi_deploy.core.errors import ModelError as ModelError
+    from rsi_deploy.core.errors import RsiDeployError as RsiDeployError
+    from rsi_deploy.core.errors import UsageError as UsageError
+    from rsi_deploy.core.sites import SiteRecord as SiteRecord
+    from rsi_deploy.costing.cost_table import CostTable as CostTable
+    from rsi_deploy.data.preprocess import Preprocessing as Preprocessing
+    from rsi_deploy.evaluation.accuracy import AccuracyResult as AccuracyResult
+    from rsi_deploy.evaluation.accuracy import evaluate as evaluate
+    from rsi_deploy.exporting.api import export as export
+    from rsi_deploy.exporting.profile import profile as profile
+    from rsi_deploy.onnx_models.inspection import inspect as inspect
+    from rsi_deploy.onnx_models.rewrite import rewrite as rewrite
     from rsi_deploy.packaging.packing import package as package
     from rsi_deploy.packaging.result import PackageResult as PackageResult
-    from rsi_deploy.pipeline import export as export
     from rsi_deploy.report.schema import Report as Report
     from rsi_deploy.report.schema import read_report as read_report
-    from rsi_deploy.rewriting import rewrite as rewrite
+    from rsi_deploy.runtime.doctor import doctor as doctor
     from rsi_deploy.serving.server import serve as serve
-    from rsi_deploy.sweeps.sweeping import sweep as sweep
-    from rsi_deploy.timing.costing import profile as profile
-    from rsi_deploy.verification import verify as verify
+    from rsi_deploy.sweeping.api import sweep as sweep
+    from rsi_deploy.torch_models.compress import compress_ as compress_
+    from rsi_deploy.torch_models.compress_to_data import compress_to_data_ as compress_to_data_
+    from rsi_deploy.verifying.api import verify as verify
 
 _HOMES = {
-    "AccuracyResult": "measure.accuracy",
-    "BenchResult": "measure.latency",
-    "CostTable": "measure.cost_table",
-    "GateError": "errors",
-    "ModelError": "errors",
+    "AccuracyResult": "evaluation.accuracy",
+    "BenchResult": "benchmark.latency",
+    "CostTable": "costing.cost_table",
+    "GateError": "core.errors",
+    "ModelError": "core.errors",
     "PackageResult": "packaging.result",
-    "Preprocessing": "measure.preprocess",
+    "Preprocessing": "data.preprocess",
     "Report": "report.schema",
-    "RsiDeployError": "errors",
-    "SiteRecord": "sites",
-    "UsageError": "errors",
-    "bench": "measure.latency",
-    "compress_": "compress",
-    "compress_to_data_": "compress_to_data",
-    "doctor": "diagnosis",
-    "evaluate": "measure.accuracy",
-    "export": "pipeline",
-    "inspect": "inspection",
+    "RsiDeployError": "core.errors",
+    "SiteRecord": "linalg.site_factors",
+    "UsageError": "core.errors",
+    "bench": "benchmark.latency",
+    "compress_": "torch_models.compress",
+    "compress_to_data_": "torch_models.compress_to_data",
+    "doctor": "runtime.doctor",
+    "evaluate": "evaluation.accuracy",
+    "export": "exporting.api",
+    "inspect": "onnx_models.inspection",
     "package": "packaging.packing",
-    "profile": "timing.costing",
+    "profile": "exporting.profile",
     "read_report": "report.schema",
-    "rewrite": "rewriting",
+    "rewrite": "onnx_models.rewrite",
     "serve": "serving.server",
-    "sweep": "sweeps.sweeping",
-    "verify": "verification",
+    "sweep": "sweeping.api",
+    "verify": "verifying.api",
 }
 
 __all__ = ["__version__", *_HOMES]

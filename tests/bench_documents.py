@@ -2,10 +2,10 @@
 
 import datetime
 
-from rsi_deploy.measure.accuracy import AccuracyResult
-from rsi_deploy.measure.machine import Environment
-from rsi_deploy.measure.paired import paired_test
-from rsi_deploy.measure.result import ArmFile, ArmResult, BenchDocument, BenchResult
+from rsi_deploy.benchmark.result import ArmFile, ArmResult, BenchDocument, BenchResult
+from rsi_deploy.evaluation.accuracy import AccuracyResult
+from rsi_deploy.evaluation.paired_test import paired_test
+from rsi_deploy.runtime.machine import Environment
 
 
 def environment(**changes):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from onnx import helper, numpy_helper, parser
 
 import graph_passes as gp
-from rsi_deploy.core_sites import site_name
-from rsi_deploy.factor_source import graph_factors
+from rsi_deploy.core.sites import site_name
+from rsi_deploy.onnx_models.factor_source import graph_factors
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>\n'
 

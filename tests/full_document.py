@@ -5,10 +5,10 @@ import datetime
 import numpy as np
 from bench_documents import accuracy, environment
 
-from rsi_deploy.measure.loadgen import LoadGenResult
-from rsi_deploy.measure.result import ArmFile, ArmResult, BenchDocument, BenchResult
-from rsi_deploy.measure.sections import Bursts, ColdStart, Memory, Profile, SiteTime, Streams, Throughput
-from rsi_deploy.measure.statistics import quantiles, supported_percentiles, verdict
+from rsi_deploy.benchmark.loadgen import LoadGenResult
+from rsi_deploy.benchmark.result import ArmFile, ArmResult, BenchDocument, BenchResult
+from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SiteTime, Streams, Throughput
+from rsi_deploy.benchmark.statistics import quantiles, supported_percentiles, verdict
 
 LABELS = ("dense", "rank 50%", "rank 25%")
 SPEEDS = (1.0, 0.7, 0.45)

@@ -10,15 +10,15 @@ import torch
 from nets import attention, cnn, mlp, seeded
 from torch import nn
 
-from rsi_deploy.compress import compress_
-from rsi_deploy.errors import GateError
-from rsi_deploy.gates import compare_outputs
-from rsi_deploy.onnx_file import write_external
-from rsi_deploy.onnx_split import split_graph
-from rsi_deploy.plan.planner import Planner, RankSpec
-from rsi_deploy.rsi import Solver
-from rsi_deploy.source import source_of_module
-from rsi_deploy.to_onnx import to_onnx
+from rsi_deploy.core.errors import GateError
+from rsi_deploy.io.onnx_file import write_external
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.onnx_models.split import split_graph
+from rsi_deploy.planning.planner import Planner, RankSpec
+from rsi_deploy.runtime.parity import compare_outputs
+from rsi_deploy.torch_models.compress import compress_
+from rsi_deploy.torch_models.model_source import source_of_module
+from rsi_deploy.torch_models.to_onnx import to_onnx
 from samples import digits
 
 # Measured: at most 8e-7 (swin_t), 0 for most. The weights of both graphs are the same numbers, but a BatchNorm is

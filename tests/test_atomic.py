@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from rsi_deploy import atomic, locks
-from rsi_deploy.atomic import claimed, exchange, whole_file, write_text
-from rsi_deploy.bundle import kept_beside, whole_folder
-from rsi_deploy.errors import GateError, UsageError
-from rsi_deploy.locks import ScratchFolder, held_signals, remove_if_stale
+from rsi_deploy.core.errors import GateError, UsageError
+from rsi_deploy.io import atomic, locks
+from rsi_deploy.io.atomic import claimed, exchange, whole_file, write_text
+from rsi_deploy.io.bundle import kept_beside, whole_folder
+from rsi_deploy.io.locks import ScratchFolder, held_signals, remove_if_stale
 
 
 def names(folder):
@@ -23,7 +23,7 @@ def names(folder):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from rsi_deploy.bundle import whole_folder
+from rsi_deploy.io.bundle import whole_folder
 with whole_folder(Path(sys.argv[1]), force=True) as work:
     (work / "x").write_text("half")
     print("holding", flush=True)
@@ -272,7 +272,7 @@ def test_a_link_is_replaced_and_what_it_points_to_is_not_touched(tmp_path):
 
 
 def test_a_scratch_folder_of_a_killed_process_is_removed_by_the_next(tmp_path):
-    code = "import os; from rsi_deploy.locks import ScratchFolder\nf = ScratchFolder(); print(f.name, flush=True)\n"
+    code = "import os; from rsi_deploy.io.locks import ScratchFolder\nf = ScratchFolder(); print(f.name, flush=True)\n"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
 
     def left(ending):

@@ -11,12 +11,12 @@ from torch import nn
 
 from bench import accuracy, arms, calibration_cost, cases, models, texts
 from bench.common import judge
-from rsi_deploy.calibrate.calibrated import Calibration
-from rsi_deploy.errors import ModelError, RsiDeployError, UsageError
-from rsi_deploy.plan.budget import Budget
-from rsi_deploy.plan.decide import wanted_splits
-from rsi_deploy.rsi import Solver
-from rsi_deploy.source import source_of_module
+from rsi_deploy.core.errors import ModelError, RsiDeployError, UsageError
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.planning.budget import Budget
+from rsi_deploy.planning.decide import wanted_splits
+from rsi_deploy.planning.site_options import Calibration
+from rsi_deploy.torch_models.model_source import source_of_module
 
 PROSE = "This is a paragraph of plain prose which is long enough to be counted, since it goes on, and on, and on"
 

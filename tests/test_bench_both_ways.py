@@ -10,9 +10,9 @@ from torch import nn
 
 from bench import both_ways, cases
 from bench.common import judge
-from rsi_deploy.compress import compress_
-from rsi_deploy.errors import UsageError
-from rsi_deploy.source import source_of_module
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.torch_models.compress import compress_
+from rsi_deploy.torch_models.model_source import source_of_module
 
 
 def small() -> nn.Module:

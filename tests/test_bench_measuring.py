@@ -10,8 +10,8 @@ import pytest
 
 from bench import loadgen_check, overhead, small, speedup
 from bench.common import judge
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.sessions import make_session
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.runtime.sessions import make_session
 
 
 def overheads(recorded: float, whole: float):

@@ -10,11 +10,11 @@ from torch import nn
 
 from bench import models, paper
 from bench.common import judge
-from rsi_deploy.compress import compress_
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure.preprocess import Preprocessing
-from rsi_deploy.rsi import normalized_error
-from rsi_deploy.source import Source
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.linalg.solver import normalized_error
+from rsi_deploy.torch_models.compress import compress_
+from rsi_deploy.torch_models.model_source import Source
 
 DENSE = {"mlp_mnist": 98.17, "cnn_cifar10": 77.15, "resnet20": 92.30, "resnet56": 94.10}
 """Percent top-1 on the stored subset, by the data folder's SOURCE.txt."""

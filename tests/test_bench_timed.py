@@ -9,9 +9,9 @@ from bench import latency_plans, never_slower, timed
 from bench.never_slower import naive_splits, summary
 from graph_passes import count_parameters
 from graph_passes.split_markers import found_splits
-from rsi_deploy.measure.blank_models import write_blank
-from rsi_deploy.onnx_file import read_onnx
-from rsi_deploy.trace import traced_run
+from rsi_deploy.costing.zero_filled import write_blank
+from rsi_deploy.io.onnx_file import read_onnx
+from rsi_deploy.runtime.shape_trace import traced_run
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from nets import mlp_onnx
 from onnx import helper, numpy_helper
 
 import graph_passes as gp
-from rsi_deploy import bound as bound_module
-from rsi_deploy.bound import checked_bound, find_head, softmax_bound
-from rsi_deploy.errors import GateError
+from rsi_deploy.core.errors import GateError
+from rsi_deploy.evaluation import softmax_bound as bound_module
+from rsi_deploy.evaluation.softmax_bound import checked_bound, find_head, softmax_bound
 
 RNG = np.random.default_rng(0)
 

@@ -4,8 +4,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from rsi_deploy.broken_models import blames_broken_models, objection
-from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.io.onnx_checks.broken_models import blames_broken_models, objection
 
 
 def model_of(op_type, path):

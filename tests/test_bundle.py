@@ -9,11 +9,13 @@ import pytest
 from nets import SIZES, initializers, mlp_onnx, run_onnx
 
 from graph_passes import count_parameters
-from rsi_deploy import atomic, export, factor_source, onnx_file
-from rsi_deploy.bundle import check_target, whole_folder
+from rsi_deploy import export
 from rsi_deploy.cli import run
-from rsi_deploy.errors import UsageError
-from rsi_deploy.onnx_file import file_bytes, weight_bytes, write_onnx
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.io import atomic, onnx_file
+from rsi_deploy.io.bundle import check_target, whole_folder
+from rsi_deploy.io.onnx_file import file_bytes, weight_bytes, write_onnx
+from rsi_deploy.onnx_models import factor_source
 
 
 def tree(folder):
@@ -190,7 +192,7 @@ def test_a_parent_that_cannot_be_written_is_refused(place):
 def test_export_refuses_a_full_folder_before_it_loads_the_model(place, monkeypatch):
     (place / "b").mkdir()
     (place / "b" / "mine").write_text("mine")
-    monkeypatch.setattr("rsi_deploy.exporting.given.load_source", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("rsi_deploy.exporting.inputs.load_source", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match="--force"):
         export("m.onnx", place / "b", rank=4)
     assert tree(place) == {"b": None, "b/mine": b"mine"}

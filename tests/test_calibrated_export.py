@@ -10,8 +10,8 @@ from nets import SIZES, labelled, mlp_onnx, run_onnx
 
 from rsi_deploy import read_report
 from rsi_deploy.cli import run
-from rsi_deploy.onnx_file import file_bytes
-from rsi_deploy.trace import traced_run
+from rsi_deploy.io.onnx_file import file_bytes
+from rsi_deploy.runtime.shape_trace import traced_run
 
 
 @pytest.fixture

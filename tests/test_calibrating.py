@@ -5,13 +5,14 @@ import pytest
 from calibrated_nets import IMAGE, branch_net, conv_net, inputs
 from nets import mlp_onnx
 
-from rsi_deploy import calibrating, export
-from rsi_deploy.calibrate.calibrated import Calibration
-from rsi_deploy.calibrate.calibration_data import CalibrationData
-from rsi_deploy.calibrate.onnx_streams import OnnxStreams
-from rsi_deploy.calibrating import listed, remarks
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure.inputs import model_inputs
+from rsi_deploy import export
+from rsi_deploy.calibration.calibration_data import CalibrationData
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.exporting import calibration_step as calibrating
+from rsi_deploy.exporting.calibration_step import listed, remarks
+from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
+from rsi_deploy.planning.site_options import Calibration
+from rsi_deploy.runtime.feeds.inputs import model_inputs
 
 
 def test_names_by_reason():

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from rsi_deploy.checkpoint import WRAPPERS, conversion_command, load_checkpoint_, read_state_dict
-from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.io.checkpoint import WRAPPERS, conversion_command, load_checkpoint_, read_state_dict
 
 
 def make_model(seed):
@@ -288,7 +288,7 @@ def test_a_torch_file_that_unpacks_to_far_more(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "a.pth") as stored, packed:
         for name in stored.namelist():
             packed.writestr(name, stored.read(name))
-    monkeypatch.setattr("rsi_deploy.gateway.archives.UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr("rsi_deploy.io.archives.UNPACKED_BYTES", 1 << 20)
     assert read_state_dict(tmp_path / "a.pth")
     with pytest.raises(ModelError, match=r"b\.pth is not a readable torch\.save file: its \d+ bytes would unpack to"):
         read_state_dict(tmp_path / "b.pth")

@@ -13,10 +13,10 @@ from nets import SIZES, labelled, mlp_onnx
 from safetensors.torch import save_file
 from torch import nn
 
-from rsi_deploy import diagnosis
 from rsi_deploy.cli import cli, run
-from rsi_deploy.measure.answers import Answers
-from rsi_deploy.measure.providers import available
+from rsi_deploy.evaluation.predictor import Answers
+from rsi_deploy.runtime import doctor as diagnosis
+from rsi_deploy.runtime.providers import available
 
 VERBS = sorted(cli.commands)
 FACTORY = f"""
@@ -129,7 +129,7 @@ def test_results_go_to_stdout_and_no_bar_to_a_pipe(here, capsys):
 
 
 def test_lines_are_for_a_log_and_bars_for_a_terminal(here, capsys, monkeypatch):
-    from rsi_deploy import pipeline
+    from rsi_deploy.exporting import api as pipeline
 
     seen, real = [], pipeline.export
     monkeypatch.setattr(pipeline, "export", lambda *a, **k: (seen.append(k["progress"]), real(*a, **k))[1])
@@ -229,7 +229,7 @@ def test_bench_of_a_matrix_and_the_rest(bundle, capsys):
 
 
 def test_bench_interrupted_tells_what_it_saw(here, capsys, monkeypatch):
-    from rsi_deploy.measure.blocks import Cell
+    from rsi_deploy.benchmark.blocks import Cell
 
     run_block, calls = Cell.run_block, []
 
@@ -520,7 +520,7 @@ def test_a_model_cut_in_the_middle(here, capsys):
 
 def test_a_failing_run_of_the_unforeseen_is_a_defect_of_ours(here, monkeypatch):
     """Code 1 is Python's own, with the traceback that a report needs."""
-    monkeypatch.setattr("rsi_deploy.pipeline.export", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("rsi_deploy.exporting.api.export", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(export_of("m.onnx"))
 

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from bench import small
+from rsi_deploy.benchmark import loadgen
 from rsi_deploy.cli import run
-from rsi_deploy.measure import loadgen
 
 needs_loadgen = pytest.mark.skipif(
     importlib.util.find_spec("mlperf_loadgen") is None, reason="pip install mlcommons-loadgen"
@@ -37,7 +37,7 @@ def test_its_verdict_is_shown_and_stored(model, capsys):
 
 @pytest.fixture
 def _nothing_is_measured(monkeypatch):
-    from rsi_deploy.measure import matrix
+    from rsi_deploy.benchmark import matrix
 
     monkeypatch.setattr(matrix, "run_bench", lambda *_, **__: pytest.fail("it was measured"))
 

@@ -5,7 +5,7 @@ from pages import assert_self_contained
 
 from rsi_deploy.cli import run
 from rsi_deploy.cli.page import check_page, write_page
-from rsi_deploy.errors import UsageError
+from rsi_deploy.core.errors import UsageError
 
 
 def test_a_page_is_written_whole(tmp_path):
@@ -36,7 +36,7 @@ def test_an_error_leaves_nothing(tmp_path, monkeypatch, error):
     def fail(document):
         raise error
 
-    monkeypatch.setattr("rsi_deploy.report.page_bench.bench_page", fail)
+    monkeypatch.setattr("rsi_deploy.report.pages.bench.bench_page", fail)
     with pytest.raises(error):
         write_page(document(cell(arm("a", 2.0))), tmp_path / "b.html")
     assert list(tmp_path.iterdir()) == []

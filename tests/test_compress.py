@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from graph_passes.forms import unfold, unfolded_shape
-from rsi_deploy.calibrate.streams import Replacement
-from rsi_deploy.compress import compress_, find_module_sites, replace_site_
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention
-from rsi_deploy.rsi import Solver, normalized_error
+from rsi_deploy.calibration.activations import Replacement
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.linalg.solver import Solver, normalized_error
+from rsi_deploy.torch_models.compress import compress_, find_module_sites, replace_site_
+from rsi_deploy.torch_models.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rsi_deploy.compress import compress_
-from rsi_deploy.compress_to_data import compress_to_data_
-from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.torch_models.compress import compress_
+from rsi_deploy.torch_models.compress_to_data import compress_to_data_
 
 
 class Net(nn.Module):

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from rsi_deploy.datafile import SMALL, DataFile
+from rsi_deploy.io.external_data import SMALL, DataFile
 
 
 def a_model(weight):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import rsi_deploy
-from rsi_deploy.error_table import read_errors
+from rsi_deploy.core.error_table import read_errors
 from rsi_deploy.report.schema import Report
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -12,15 +12,15 @@ from PIL import Image
 from torch import nn
 
 import rsi_deploy
-from rsi_deploy import error_table
+from rsi_deploy.benchmark.concurrency import together
+from rsi_deploy.benchmark.variants import arm_labels
 from rsi_deploy.cli import run
-from rsi_deploy.errors import GateError, ModelError, UsageError
-from rsi_deploy.gates import compare_outputs
-from rsi_deploy.measure.arms import arm_labels
-from rsi_deploy.measure.concurrency import together
-from rsi_deploy.measure.data import open_data
-from rsi_deploy.measure.inputs import model_inputs
-from rsi_deploy.plan.budget import Budget
+from rsi_deploy.core import error_table
+from rsi_deploy.core.errors import GateError, ModelError, UsageError
+from rsi_deploy.data.sources import open_data
+from rsi_deploy.planning.budget import Budget
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.parity import compare_outputs
 
 
 @pytest.fixture
@@ -222,8 +222,8 @@ def test_errors_without_source(monkeypatch):
 )
 def test_what_a_grpc_request_can_get_wrong(inputs, more, words):
     pb = pytest.importorskip("tritonclient.grpc.service_pb2", reason="needs the extra serve")
-    from rsi_deploy.serving.grpc_app import decode
-    from rsi_deploy.serving.refusal import Refusal
+    from rsi_deploy.serving.protocol.grpc_app import decode
+    from rsi_deploy.serving.protocol.refusal import Refusal
 
     given = {"name": "x", "datatype": "FP32", "shape": [1, 2], "contents": {"fp32_contents": [1, 2]}}
     right = decode(pb.ModelInferRequest(inputs=[given]))

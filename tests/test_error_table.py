@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import rsi_deploy
-from rsi_deploy import errors
 from rsi_deploy.cli import run
-from rsi_deploy.error_table import PACKAGES, read_errors, table
+from rsi_deploy.core import errors
+from rsi_deploy.core.error_table import PACKAGES, read_errors, table
 
 ROOT = Path(rsi_deploy.__file__).parents[1]
 TABLE = read_errors()
@@ -27,14 +27,14 @@ PASSED_ON = {
 }
 # Messages whose advice is in the text that they pass on; the first two files are about what a hostile file holds.
 NO_ADVICE_OF_THEIR_OWN = {
-    "rsi_deploy/onnx_file.py": {...},
-    "rsi_deploy/checkpoint.py": {...},
-    "rsi_deploy/calibrate/calibration_data.py": {"{OPTION}: {value}"},
-    "rsi_deploy/measure/arrow_data.py": {"data: {name}, column {column}: {error}"},
-    "rsi_deploy/plan/plan_file.py": {"plan {path}: {value}", "the plan does not fit the model: {problems}"},
-    "rsi_deploy/measure/sessions.py": {"{name}: onnxruntime cannot load it on {name}: {said}{mend}"},
+    "rsi_deploy/io/onnx_file.py": {...},
+    "rsi_deploy/io/checkpoint.py": {...},
+    "rsi_deploy/calibration/calibration_data.py": {"{OPTION}: {value}"},
+    "rsi_deploy/data/arrow_data.py": {"data: {name}, column {column}: {error}"},
+    "rsi_deploy/planning/plan_file.py": {"plan {path}: {value}", "the plan does not fit the model: {problems}"},
+    "rsi_deploy/runtime/sessions.py": {"{name}: onnxruntime cannot load it on {name}: {said}{mend}"},
     "rsi_deploy/cli/__init__.py": {"no permission: {filename}", "{words}", "{WHOLE}"},
-    "rsi_deploy/serving/ray_app.py": {"{details}"},
+    "rsi_deploy/serving/ray/app.py": {"{details}"},
 }
 
 
@@ -82,7 +82,7 @@ def test_a_raise_without_a_row_is_found():
     files = list(trees())
     foreign = ("rsi_deploy/new.py", ast.parse("import other\nraise other.Trouble('x')"))
     assert list(without_a_row([*files, foreign], PLACES)) == ["rsi_deploy/new.py:2"]
-    lost = next(row for row in TABLE.errors if row.module == "rsi_deploy/bundle.py")
+    lost = next(row for row in TABLE.errors if row.module == "rsi_deploy/io/bundle.py")
     assert list(without_a_row(files, PLACES - {(lost.module, lost.line)})) == [f"{lost.module}:{lost.line}"]
 
 
@@ -108,8 +108,8 @@ def test_every_message_says_what_to_type_or_what_was_expected():
 
 
 def test_a_message_that_says_nothing_is_found():
-    source = "from rsi_deploy.errors import UsageError\nraise UsageError(f'{path} is broken')"
-    known = {"rsi_deploy/errors.py": ast.parse((ROOT / "rsi_deploy" / "errors.py").read_text())}
+    source = "from rsi_deploy.core.errors import UsageError\nraise UsageError(f'{path} is broken')"
+    known = {"rsi_deploy/core/errors.py": ast.parse((ROOT / "rsi_deploy" / "core/errors.py").read_text())}
     found = table({**known, "rsi_deploy/new.py": ast.parse(source)})
     assert list(silent(found.errors)) == ["rsi_deploy/new.py:2: {path} is broken"]
 

@@ -23,11 +23,11 @@ from nets import run_onnx
 from torch import nn
 
 import graph_passes as gp
-from rsi_deploy.errors import GateError, ModelError
-from rsi_deploy.gates import EXPORTER_TOLERANCE, SURGERY_TOLERANCE, compare_outputs, rotated_identity
-from rsi_deploy.onnx_file import write_external
-from rsi_deploy.source import load_source, source_of_module
-from rsi_deploy.to_onnx import to_onnx
+from rsi_deploy.core.errors import GateError, ModelError
+from rsi_deploy.io.onnx_file import write_external
+from rsi_deploy.runtime.parity import EXPORTER_TOLERANCE, SURGERY_TOLERANCE, compare_outputs, rotated_identity
+from rsi_deploy.torch_models.model_source import load_source, source_of_module
+from rsi_deploy.torch_models.to_onnx import to_onnx
 
 # What torch's exporter cannot do, told by its own message. An entry that works is an error too: remove it then.
 EXPORTER_FAILURES: dict[str, str] = {}

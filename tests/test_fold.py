@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from graph_passes import FoldBatchNormPass
-from rsi_deploy.fold import batch_norms_behind_convs, fold_batch_norm_, fold_batch_norms_
+from rsi_deploy.torch_models.fold_batch_norm import batch_norms_behind_convs, fold_batch_norm_, fold_batch_norms_
 
 
 @pytest.fixture(autouse=True)

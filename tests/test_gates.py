@@ -9,9 +9,9 @@ from onnx import helper, numpy_helper
 
 import graph_passes as gp
 from graph_passes import split_conv, split_gemm, split_matmul
-from rsi_deploy.errors import GateError
-from rsi_deploy.gates import SURGERY_TOLERANCE, compare_outputs, rotated_identity, surgery_check, tolerance_for
-from rsi_deploy.measure.inputs import model_inputs, random_feeds
+from rsi_deploy.core.errors import GateError
+from rsi_deploy.runtime.feeds.inputs import model_inputs, random_feeds
+from rsi_deploy.runtime.parity import SURGERY_TOLERANCE, compare_outputs, rotated_identity, surgery_check, tolerance_for
 
 RNG = np.random.default_rng(0)
 A = RNG.standard_normal((4, 10)).astype(np.float32)
@@ -159,7 +159,7 @@ def test_only_the_named_weights_are_split(tmp_path, monkeypatch):
         seen.append(site.weight)
         return rotated_identity(site, *args, **options)
 
-    monkeypatch.setattr("rsi_deploy.gates.rotated_identity", noted)
+    monkeypatch.setattr("rsi_deploy.runtime.parity.rotated_identity", noted)
     check(mlp_onnx(tmp_path / "dense.onnx"), {"fc2.weight"})
     assert seen == ["fc2.weight"]
 
@@ -235,7 +235,7 @@ def test_surgery_is_checked_in_the_form_of_the_plan(tmp_path, monkeypatch, form)
         seen.append(asked)
         return turned(right(site, asked, **options), "left")
 
-    monkeypatch.setattr("rsi_deploy.gates.rotated_identity", doctored)
+    monkeypatch.setattr("rsi_deploy.runtime.parity.rotated_identity", doctored)
     with pytest.raises(GateError, match="^surgery gate"):
         surgery_check(path, {"w": form}, feeds, good, bias=True)
     assert seen == [form]
@@ -248,6 +248,6 @@ def test_weights_of_two_sites_exchanged_fail(tmp_path, monkeypatch):
     def exchanged(site, *args, **options):
         return keep.setdefault("first", rotated_identity(site))
 
-    monkeypatch.setattr("rsi_deploy.gates.rotated_identity", exchanged)
+    monkeypatch.setattr("rsi_deploy.runtime.parity.rotated_identity", exchanged)
     with pytest.raises(GateError, match="^surgery gate"):
         check(path, {"fc1.weight", "fc2.weight"})

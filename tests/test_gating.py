@@ -9,7 +9,7 @@ from nets import labelled, mlp_onnx
 
 from rsi_deploy.cli import run
 from rsi_deploy.cli.gating import show_comparison, wanted_gates
-from rsi_deploy.errors import GateError, ModelError, UsageError
+from rsi_deploy.core.errors import GateError, ModelError, UsageError
 
 BASE = document(cell(arm("m", 10.0)), accuracy={"m": accuracy(92.0)})
 

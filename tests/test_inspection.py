@@ -5,7 +5,7 @@ from nets import initializers, mlp, mlp_onnx
 from onnx import load, save
 
 from rsi_deploy import export, inspect
-from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.core.errors import ModelError, UsageError
 
 FACTORY = """
 import torch

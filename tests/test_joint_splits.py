@@ -12,12 +12,14 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from torch import nn
 
-from rsi_deploy import export, inspect, onnx_file, read_report, rewrite, stages, verify
+from rsi_deploy import export, inspect, read_report, rewrite, verify
 from rsi_deploy.cli import run
-from rsi_deploy.errors import GateError
-from rsi_deploy.measure.inputs import model_inputs, random_feeds
-from rsi_deploy.report.table import print_sites
-from rsi_deploy.trace import traced_run
+from rsi_deploy.core.errors import GateError
+from rsi_deploy.exporting import steps as stages
+from rsi_deploy.io import onnx_file
+from rsi_deploy.report.tables.report import print_sites
+from rsi_deploy.runtime.feeds.inputs import model_inputs, random_feeds
+from rsi_deploy.runtime.shape_trace import traced_run
 
 WIDTH, RANK = 32, 9  # the related weights are of that rank, so their splits are exact but for rounding
 

@@ -9,7 +9,7 @@ from spectra import spectral
 
 from rsi_deploy import compress_, export, rewrite, verify
 from rsi_deploy.cli import cli, run
-from rsi_deploy.errors import UsageError
+from rsi_deploy.core.errors import UsageError
 
 QUICK = {"measure": False}
 

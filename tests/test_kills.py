@@ -14,8 +14,8 @@ import pytest
 from nets import SIZES, labelled, mlp_onnx
 
 from bench.killing import Runner
-from rsi_deploy.manifest import check_manifest
-from rsi_deploy.sweeps.points import read_sweep
+from rsi_deploy.io.manifest import check_manifest
+from rsi_deploy.report.sweep_schema import read_sweep
 
 EXPORT = ["export", "in/m.onnx", "--rank", "25%", "--data", "in/d.npz", "-o", "out/b", "--no-bench", "--force"]
 SWEEP = ["sweep", "in/m.onnx", "--calib", "in/c.npz", "-o", "out/s", "--no-bench", "--allow-larger", "--points", "2"]
@@ -174,7 +174,9 @@ def test_a_disk_that_will_not_do_is_refused_before_the_long_work(place, runner, 
     mounted("-t", "tmpfs", "-o", "size=512k", "tmpfs")
     mlp_onnx(place / "in" / "wide.onnx", sizes=(64, 256, 256, 10))  # 0.34 MB
     argv = ["in/wide.onnx" if a == "in/m.onnx" else a for a in EXPORT if a not in ("--data", "in/d.npz")]
-    early = runner.run(argv, place, constants={"rsi_deploy.factor_source:factorize_site": None})  # never called
+    early = runner.run(
+        argv, place, constants={"rsi_deploy.onnx_models.factor_source:factorize_site": None}
+    )  # never called
     assert early.code == 3, early.said
     assert "no space left on the disk" in early.said
     assert "an export of this model writes up to 1.7 MB there" in early.said

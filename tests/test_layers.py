@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from graph_passes.forms import unfold, unfolded_shape
-from rsi_deploy.layers import (
+from rsi_deploy.linalg.solver import Factors
+from rsi_deploy.torch_models.layers import (
     LowRankConv,
     LowRankLinear,
     LowRankMultiheadAttention,
     OpenMultiheadAttention,
     changed_bias,
 )
-from rsi_deploy.rsi import Factors
 from tests.nets import run_onnx
 
 RANK = 3

@@ -9,8 +9,8 @@ from nets import mlp_onnx
 
 from rsi_deploy import export, verify
 from rsi_deploy.cli import run
-from rsi_deploy.errors import GateError, UsageError
-from rsi_deploy.manifest import check_manifest, read_manifest, write_manifest
+from rsi_deploy.core.errors import GateError, UsageError
+from rsi_deploy.io.manifest import check_manifest, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_link_is_refused(folder):
 
 def test_it_may_be_read_without_torch_or_a_runtime(folder):
     code = (
-        "import sys; from rsi_deploy.manifest import check_manifest; "
+        "import sys; from rsi_deploy.io.manifest import check_manifest; "
         f"assert check_manifest({str(folder)!r}).ok; print({{'torch', 'onnx', 'onnxruntime'}} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

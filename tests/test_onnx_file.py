@@ -7,8 +7,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graph_passes import count_parameters
-from rsi_deploy.errors import ModelError
-from rsi_deploy.onnx_file import model_hash, read_onnx, weight_bytes, weights_hash
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.io.onnx_file import model_hash, read_onnx, weight_bytes, weights_hash
 
 
 def proto(*nodes, initializers=(), output="y"):

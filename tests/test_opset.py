@@ -11,9 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rsi_deploy import export, verify
 from rsi_deploy.cli import run
-from rsi_deploy.errors import GateError, ModelError, UsageError
-from rsi_deploy.onnx_file import read_onnx, weights_hash, write_external
-from rsi_deploy.opset import STUB_NUMBERS, check_conversion, convert_opset
+from rsi_deploy.core.errors import GateError, ModelError, UsageError
+from rsi_deploy.io.onnx_file import read_onnx, weights_hash, write_external
+from rsi_deploy.onnx_models.opset import STUB_NUMBERS, check_conversion, convert_opset
 
 RNG = np.random.default_rng(0)
 LOSES_AXES = pytest.mark.skipif(

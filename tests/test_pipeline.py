@@ -14,8 +14,8 @@ from torch import nn
 
 from rsi_deploy import compress_, export, read_report
 from rsi_deploy.cli import run
-from rsi_deploy.errors import GateError, ModelError, UsageError
-from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.core.errors import GateError, ModelError, UsageError
+from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
 
 A, B, C, D = SIZES
 QUICK = {"measure": False}
@@ -307,7 +307,7 @@ def test_defective_surgery_never_becomes_a_bundle(tmp_path, model, monkeypatch):
 
 
 def test_a_wrong_exporter_never_becomes_a_bundle(tmp_path, monkeypatch):
-    from rsi_deploy import stages
+    from rsi_deploy.exporting import steps as stages
 
     good = stages.to_onnx
 

@@ -18,12 +18,14 @@ from joint_weights import related
 from nets import mlp_onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from rsi_deploy import ModelError, UsageError, export, ray_crew, read_report, rewriting
+from rsi_deploy import ModelError, UsageError, export, read_report
 from rsi_deploy.cli import run
-from rsi_deploy.crew import Here
-from rsi_deploy.kernel import rates
-from rsi_deploy.plan.planner import Planner, rank_spec
-from rsi_deploy.rsi import Solver
+from rsi_deploy.execution import ray_executor as ray_crew
+from rsi_deploy.execution.executor import Here
+from rsi_deploy.linalg.products import rates
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.onnx_models import rewrite as rewriting
+from rsi_deploy.planning.planner import Planner, rank_spec
 
 MAIN = "from rsi_deploy.cli import main; main()"
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}

@@ -10,9 +10,10 @@ import onnx_ir as ir
 import pytest
 from nets import run_onnx
 
-from rsi_deploy import export, stages, verify
-from rsi_deploy.errors import GateError
-from rsi_deploy.onnx_file import file_bytes, file_hash, save_model
+from rsi_deploy import export, verify
+from rsi_deploy.core.errors import GateError
+from rsi_deploy.exporting import steps as stages
+from rsi_deploy.io.onnx_file import file_bytes, file_hash, save_model
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data" / "onnx"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no model files in {FOLDER}")

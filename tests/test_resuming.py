@@ -13,13 +13,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 import rsi_deploy
 from bench.killing import Runner
-from rsi_deploy import factor_source, resuming, stages
-from rsi_deploy.calibrate.calibrated import Calibration
-from rsi_deploy.crew import Call, Here
-from rsi_deploy.resuming import Finished, KeepingCrew
-from rsi_deploy.rsi import Solver
+from rsi_deploy.execution import result_store as resuming
+from rsi_deploy.execution.executor import Call, Here
+from rsi_deploy.execution.result_store import Finished, KeepingCrew
+from rsi_deploy.exporting import steps as stages
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.onnx_models import factor_source
+from rsi_deploy.planning.site_options import Calibration
 
-ALWAYS = {"rsi_deploy.resuming:LARGE": 0}
+ALWAYS = {"rsi_deploy.execution.result_store:LARGE": 0}
 DEEP = (24, 64, 48, 64, 48, 64, 48, 10)
 
 

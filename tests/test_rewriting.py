@@ -7,8 +7,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import graph_passes as gp
-from rsi_deploy import onnx_file, rewrite
-from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy import rewrite
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.io import onnx_file
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_rewriting_twice_changes_nothing(source, tmp_path):
 
 def test_a_failure_leaves_nothing(source, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "INLINE_LIMIT", 0)
-    monkeypatch.setattr("rsi_deploy.factor_source.factorize_site", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("rsi_deploy.onnx_models.factor_source.factorize_site", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rewrite(source, tmp_path / "out.onnx", rank=4)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsi_deploy.rsi import (
+from rsi_deploy.linalg.solver import (
     Factors,
     Solver,
     balanced,

@@ -3,11 +3,11 @@ import torch
 from little_memory import LittleMemory
 from pydantic import ValidationError
 
-from rsi_deploy.core_sites import SiteRecord, dense_record
-from rsi_deploy.errors import ModelError
-from rsi_deploy.factor_errors import EXACT_SPECTRUM_LIMIT
-from rsi_deploy.rsi import Factors, Solution, Solver
-from rsi_deploy.sites import factorize_site
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.core.sites import SiteRecord, dense_record
+from rsi_deploy.linalg.factor_errors import EXACT_SPECTRUM_LIMIT
+from rsi_deploy.linalg.site_factors import factorize_site
+from rsi_deploy.linalg.solver import Factors, Solution, Solver
 
 SPECTRA = {
     "flat": lambda k: torch.ones(k, dtype=torch.float64),

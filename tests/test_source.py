@@ -8,10 +8,10 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure.inputs import parse_shape
-from rsi_deploy.measure.preprocess import Preprocessing
-from rsi_deploy.source import load_source, source_of_module
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.runtime.feeds.inputs import parse_shape
+from rsi_deploy.torch_models.model_source import load_source, source_of_module
 
 SMALL = "torchvision:squeezenet1_1"  # 5 MB of weights
 
@@ -125,7 +125,7 @@ def test_another_input_shape_for_torchvision():
 FACTORIES = """
 import torch
 from torch import nn
-from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.data.preprocess import Preprocessing
 
 def make_model():
     return nn.Sequential(nn.Linear(6, 5), nn.Dropout(), nn.Linear(5, 2))

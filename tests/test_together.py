@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from rsi_deploy.compress import compress_, find_module_sites
-from rsi_deploy.layers import LowRankMultiheadAttention
-from rsi_deploy.rsi import Solver
-from rsi_deploy.together import Ahead, Asked, solved_together
+from rsi_deploy.linalg.batched_solver import Ahead, Asked, solved_together
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.torch_models.compress import compress_, find_module_sites
+from rsi_deploy.torch_models.layers import LowRankMultiheadAttention
 
 
 def transformer():

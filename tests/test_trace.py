@@ -5,8 +5,8 @@ import pytest
 from nets import SIZES, mlp_onnx, run_onnx
 from onnx import helper, numpy_helper
 
-from rsi_deploy.errors import ModelError
-from rsi_deploy.trace import traced_run
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.runtime.shape_trace import traced_run
 
 
 def test_a_run_gives_the_outputs_and_counts_what_was_executed(tmp_path):

@@ -10,8 +10,8 @@ from onnx import numpy_helper
 
 from rsi_deploy import export, verify
 from rsi_deploy.cli import run
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.onnx_file import file_hash
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.io.onnx_file import file_hash
 
 CLAIMS = [
     "manifest",

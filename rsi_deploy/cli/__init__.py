@@ -26,8 +26,8 @@ from rsi_deploy.cli.serve import serve
 from rsi_deploy.cli.signals import EndedError, ending_signals
 from rsi_deploy.cli.sweep import sweep
 from rsi_deploy.cli.verify import verify
-from rsi_deploy.errors import RsiDeployError
-from rsi_deploy.report.text import on_terminal
+from rsi_deploy.core.errors import RsiDeployError
+from rsi_deploy.core.text import on_terminal
 
 FULL_DISK = {
     errno.ENOSPC: "no space left on the disk",

@@ -11,12 +11,12 @@ from rsi_deploy.cli.gating import gate_options, show_comparison, wanted_gates
 from rsi_deploy.cli.options import loadgen_options, onnx_path, preprocessing_options
 from rsi_deploy.cli.page import check_page, page_option, write_page
 from rsi_deploy.cli.terminal import console, progress_bar
-from rsi_deploy.errors import UsageError
+from rsi_deploy.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rsi_deploy.measure.dataset import Dataset
-    from rsi_deploy.measure.request import Request
-    from rsi_deploy.measure.result import BenchDocument
+    from rsi_deploy.benchmark.request import Request
+    from rsi_deploy.benchmark.result import BenchDocument
+    from rsi_deploy.data.dataset import Dataset
 
 INTERRUPTED = 130
 
@@ -59,8 +59,8 @@ def bench(
     if compare:
         show_comparison(models, as_json=as_json)
         return
-    from rsi_deploy.measure.accuracy import check_data
-    from rsi_deploy.measure.matrix import run_bench
+    from rsi_deploy.benchmark.matrix import run_bench
+    from rsi_deploy.evaluation.accuracy import check_data
 
     gates = wanted_gates(baseline, max_slowdown, max_drop, models=models, data=data)
     page = check_page(html)
@@ -91,8 +91,8 @@ def bench(
 
 def _dataset(data: str, model: Path) -> "Dataset":
     """The data for the first model's inputs."""
-    from rsi_deploy.measure.data import open_data
-    from rsi_deploy.measure.inputs import model_inputs
+    from rsi_deploy.data.sources import open_data
+    from rsi_deploy.runtime.feeds.inputs import model_inputs
 
     return open_data(data, specs=() if model.suffix == ".ort" else model_inputs(model))
 
@@ -101,10 +101,10 @@ def _request(
     models: Sequence[str], paths: Sequence[Path], dataset: "Dataset | None", asked: dict[str, Any]
 ) -> "Request":
     """The options as typed, read."""
-    from rsi_deploy.measure.arms import short_names
-    from rsi_deploy.measure.gate import percentage
-    from rsi_deploy.measure.pinning import parse_cores
-    from rsi_deploy.measure.request import Request, matrix_shapes, parse_bytes, parse_numbers, parse_seconds
+    from rsi_deploy.benchmark.ci_gate import percentage
+    from rsi_deploy.benchmark.request import Request, matrix_shapes, parse_bytes, parse_numbers, parse_seconds
+    from rsi_deploy.benchmark.variants import short_names
+    from rsi_deploy.runtime.pinning import parse_cores
 
     def read(option: str, parse: Any) -> Any:
         """The option's value, None where it was not given."""
@@ -146,18 +146,18 @@ def _feeds(asked: dict[str, Any], model: Path, dataset: "Dataset | None", batch:
             "--feeds and --input-shape contradict each other: the arrays have their shapes; give one of them"
         )
     if given is not None:
-        from rsi_deploy.probe import read_feeds
+        from rsi_deploy.runtime.feeds.probe import read_feeds
 
         return read_feeds(given)
     if dataset is None or shaped:
         return None
-    from rsi_deploy.measure.sample_feeds import sample_feeds
+    from rsi_deploy.evaluation.sample_feeds import sample_feeds
 
     return sample_feeds(dataset, model, asked["provider"], batch, asked["preprocessing"])
 
 
 def _precisions(text: str) -> Any:
-    from rsi_deploy.measure.result import Precision
+    from rsi_deploy.benchmark.result import Precision
 
     names = [part.strip() for part in text.split(",")]
     known: tuple[Literal["stored", "float16"], ...] = get_args(Precision)
@@ -169,7 +169,7 @@ def _precisions(text: str) -> Any:
 def _check_loadgen(request: "Request", asked: dict[str, Any]) -> None:
     """What LoadGen cannot do must not wait for the measurement."""
     if asked["loadgen"]:
-        from rsi_deploy.measure.loadgen import check_loadgen
+        from rsi_deploy.benchmark.loadgen import check_loadgen
 
         for scenario in asked["loadgen"]:
             check_loadgen(scenario, request.settings()[0].batch, request.share())
@@ -179,7 +179,7 @@ def _with_loadgen(document: "BenchDocument", request: "Request", asked: dict[str
     """MLPerf LoadGen's tests of every arm, in the first configuration."""
     if not asked["loadgen"] or (document.partial and any("interrupted" in note for note in document.notes)):
         return document
-    from rsi_deploy.measure.loadgen import run_loadgen
+    from rsi_deploy.benchmark.loadgen import run_loadgen
 
     setting = request.settings()[0]
     found = {
@@ -210,7 +210,7 @@ def _with_accuracy(
 ) -> "BenchDocument":
     if dataset is None or (dataset.labels is None and len(request.models) < 2):  # inputs alone, nothing to compare
         return document
-    from rsi_deploy.measure.accuracy import evaluate_all
+    from rsi_deploy.evaluation.accuracy import evaluate_all
 
     with progress_bar("samples", is_short=True) as bar:
         results = evaluate_all(
@@ -227,9 +227,9 @@ def _show(document: "BenchDocument", *, as_json: bool) -> None:
     if as_json:
         click.echo(document.model_dump_json(indent=2))
         return
-    from rsi_deploy.report.accuracy_table import print_accuracies
-    from rsi_deploy.report.bench_table import print_document
-    from rsi_deploy.report.loadgen_table import print_loadgen
+    from rsi_deploy.report.tables.accuracy import print_accuracies
+    from rsi_deploy.report.tables.bench import print_document
+    from rsi_deploy.report.tables.loadgen import print_loadgen
 
     print_document(console(), document)
     for label, results in document.loadgen.items():

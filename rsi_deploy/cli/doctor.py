@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 import click
 
 from rsi_deploy.cli.terminal import console
-from rsi_deploy.errors import ModelError
+from rsi_deploy.core.errors import ModelError
 
 if TYPE_CHECKING:
-    from rsi_deploy.error_table import ErrorTable
+    from rsi_deploy.core.error_table import ErrorTable
 
 
 @click.command()
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 def doctor(as_json: bool, errors: bool) -> None:
     """Versions, providers, CPU features: what will work here; exit 3 if something will not."""
     if errors:
-        from rsi_deploy.error_table import read_errors
+        from rsi_deploy.core.error_table import read_errors
 
         listing = read_errors()
         click.echo(listing.model_dump_json(indent=2)) if as_json else _print_errors(listing)
         return
-    from rsi_deploy.diagnosis import doctor as run_doctor
-    from rsi_deploy.report.table import print_diagnosis
+    from rsi_deploy.report.tables.report import print_diagnosis
+    from rsi_deploy.runtime.doctor import doctor as run_doctor
 
     result = run_doctor()
     click.echo(result.model_dump_json(indent=2)) if as_json else print_diagnosis(console(), result)

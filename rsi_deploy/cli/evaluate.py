@@ -8,7 +8,7 @@ from rsi_deploy.cli.options import DATA_HELP, onnx_path, preprocessing_options
 from rsi_deploy.cli.terminal import console, progress_bar
 
 if TYPE_CHECKING:
-    from rsi_deploy.measure.preprocess import Preprocessing
+    from rsi_deploy.data.preprocess import Preprocessing
 
 
 @click.command("eval")
@@ -43,8 +43,8 @@ def evaluate_verb(
     With labels: top-1 and top-5. With a --reference: agreement and KL of class scores, cosine and distance of other
     outputs, and whether as many answers are right (McNemar's exact test).
     """
-    from rsi_deploy.measure.accuracy import evaluate_all
-    from rsi_deploy.report.accuracy_table import print_accuracies
+    from rsi_deploy.evaluation.accuracy import evaluate_all
+    from rsi_deploy.report.tables.accuracy import print_accuracies
 
     models = [model] if reference is None else [reference, model]
     paths = [onnx_path(name) for name in models]

@@ -69,8 +69,8 @@ def export(
     MODEL is torchvision:NAME, package.module:factory (its code runs: name only code you trust), FILE.pt2 or FILE.onnx.
     The paper's own rounding of a ratio is not known to us; here it is ceil(ratio * min(out, in)).
     """
-    from rsi_deploy.pipeline import export as run_export
-    from rsi_deploy.report.table import print_report
+    from rsi_deploy.exporting.api import export as run_export
+    from rsi_deploy.report.tables.report import print_report
 
     with progress_bar() as progress:
         report = run_export(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from rsi_deploy.cli.terminal import console
-from rsi_deploy.errors import UsageError
+from rsi_deploy.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rsi_deploy.measure.result import BenchDocument
+    from rsi_deploy.benchmark.result import BenchDocument
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,8 +55,8 @@ class Gates:
             GateError: a gate failed, in one sentence.
             UsageError: the two cannot be compared.
         """
-        from rsi_deploy.measure.gate import check_gates
-        from rsi_deploy.report.comparison_table import print_gates
+        from rsi_deploy.benchmark.ci_gate import check_gates
+        from rsi_deploy.report.tables.comparison import print_gates
 
         report = check_gates(now, self.baseline, max_slowdown=self.max_slowdown, max_drop=self.max_drop)
         print_gates(console(stderr=as_json), report)
@@ -74,8 +74,8 @@ def wanted_gates(
     """
     if baseline is None and max_slowdown is None and max_drop is None:
         return None
-    from rsi_deploy.measure.gate import percentage
-    from rsi_deploy.measure.result import read_bench
+    from rsi_deploy.benchmark.ci_gate import percentage
+    from rsi_deploy.benchmark.result import read_bench
 
     if max_slowdown is None and max_drop is None:
         raise UsageError("--baseline gates nothing by itself: add --max-slowdown 5% or --max-drop 0.5")
@@ -97,9 +97,9 @@ def show_comparison(paths: Sequence[str], *, as_json: bool) -> None:
         UsageError: fewer than two, no such file, or nothing in common.
         ModelError: a result of another version.
     """
-    from rsi_deploy.measure.compare import compare_documents, device_names
-    from rsi_deploy.measure.result import read_bench
-    from rsi_deploy.report.comparison_table import print_comparison
+    from rsi_deploy.benchmark.compare import compare_documents, device_names
+    from rsi_deploy.benchmark.result import read_bench
+    from rsi_deploy.report.tables.comparison import print_comparison
 
     if wrong := [path for path in paths if path.endswith(".onnx")]:
         raise UsageError(f"--compare takes results of bench --json, but got the model {wrong[0]}; measure it first")

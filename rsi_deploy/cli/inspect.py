@@ -21,8 +21,8 @@ from rsi_deploy.cli.terminal import console, progress_bar
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def inspect(model: str, as_json: bool, no_spectra: bool, no_joint: bool, **options: Any) -> None:
     """Sites of MODEL, shapes, spectra, break-even ranks, and what export would do."""
-    from rsi_deploy.inspection import inspect as run_inspect
-    from rsi_deploy.report.table import print_inspection
+    from rsi_deploy.onnx_models.inspection import inspect as run_inspect
+    from rsi_deploy.report.tables.report import print_inspection
 
     with progress_bar(is_short=True):
         result = run_inspect(model, spectra=not no_spectra, joint=not no_joint, **options)

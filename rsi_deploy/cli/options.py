@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from rsi_deploy.errors import UsageError
+from rsi_deploy.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rsi_deploy.measure.preprocess import Preprocessing
+    from rsi_deploy.data.preprocess import Preprocessing
 
     _CountOrWord = click.ParamType[int | str]
 else:
@@ -32,7 +32,7 @@ def _looked_at(context: click.Context, parameter: click.Parameter, model: str | 
     """The model's name; a small ONNX file that claims what cannot be is refused before torch takes time and memory."""
     path = Path(model or "")
     if path.suffix == ".onnx" and path.is_file() and path.stat().st_size <= EARLY_BYTES:
-        from rsi_deploy.gateway.onnx_reader import check_file
+        from rsi_deploy.io.onnx_reader import check_file
 
         check_file(path)
     return model
@@ -263,7 +263,7 @@ def _preprocessing(
     """Only the fields that were typed; None without any."""
     if all(text is None for text in (mean, std, resize, crop, layout)):
         return None
-    from rsi_deploy.measure.preprocess import Preprocessing
+    from rsi_deploy.data.preprocess import Preprocessing
 
     given: dict[str, Any] = {"layout": layout} if layout else {}
     for option, text in (("mean", mean), ("std", std)):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from rsi_deploy.atomic import write_text
-from rsi_deploy.errors import UsageError
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.io.atomic import write_text
 
 if TYPE_CHECKING:
-    from rsi_deploy.measure.result import BenchDocument
+    from rsi_deploy.benchmark.result import BenchDocument
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,6 +43,6 @@ def write_page(document: "BenchDocument", path: Path | None) -> None:
     """Write the page of `document`; what ends the work early leaves nothing behind."""
     if path is None:
         return
-    from rsi_deploy.report.page_bench import bench_page
+    from rsi_deploy.report.pages.bench import bench_page
 
     write_text(path, bench_page(document))

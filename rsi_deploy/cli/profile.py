@@ -34,8 +34,8 @@ def profile(model: str, output: Path, precision: float, as_json: bool, **options
 
     `export MODEL --cost FILE` then plans for this machine, here or anywhere else. For an ONNX file no torch is needed.
     """
-    from rsi_deploy.report.cost_summary import print_costs
-    from rsi_deploy.timing.costing import profile as run_profile
+    from rsi_deploy.exporting.profile import profile as run_profile
+    from rsi_deploy.report.tables.costs import print_costs
 
     command = shlex.join(["rsi-deploy", *sys.argv[1:]])
     with progress_bar("shapes") as progress:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rsi_deploy.report.text import on_terminal
+from rsi_deploy.core.text import on_terminal
 
 EVERY = 60.0
 """Seconds between two lines within a step."""
@@ -56,7 +56,7 @@ class _Step:
 
 
 class ProgressLines:
-    """Writes the lines; a `rsi_deploy.steps.Listener`.
+    """Writes the lines; a `rsi_deploy.core.progress.Listener`.
 
     Args:
         write: takes a line without its end.

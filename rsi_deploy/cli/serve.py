@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Literal
 import click
 from click.core import ParameterSource
 
-from rsi_deploy.errors import UsageError
+from rsi_deploy.core.errors import UsageError
 from rsi_deploy.serving import KEY_VARIABLE
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def serve(
     and takes --threads CPUs of its node, 1 by default. Ray Serve listens for gRPC on every address, so there is none
     without --host 0.0.0.0. --workers, --provider and an --access-log FILE are not for it.
     """
-    from rsi_deploy.measure.request import parse_bytes, parse_seconds
-    from rsi_deploy.plan.budget import parse_share
+    from rsi_deploy.benchmark.request import parse_bytes, parse_seconds
+    from rsi_deploy.planning.budget import parse_share
     from rsi_deploy.serving.server import EVERY_ADDRESS, RAY_GRPC
     from rsi_deploy.serving.server import serve as run_serve
 

@@ -46,8 +46,8 @@ def sweep(model: str, output: Path, no_bench: bool, as_json: bool, **options: An
     """
     from rich.table import Table
 
-    from rsi_deploy.report.page_sweep import COLUMNS, quality_name, sweep_rows, times_name
-    from rsi_deploy.sweeps.sweeping import sweep as run_sweep
+    from rsi_deploy.report.pages.sweep import COLUMNS, quality_name, sweep_rows, times_name
+    from rsi_deploy.sweeping.api import sweep as run_sweep
 
     command = shlex.join(["rsi-deploy", *sys.argv[1:]])
     with progress_bar("points") as progress:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rsi_deploy.cli.progress_lines import ProgressLines
-from rsi_deploy.report.text import on_terminal
-from rsi_deploy.steps import listening
+from rsi_deploy.core.progress import listening
+from rsi_deploy.core.text import on_terminal
 
 QUIET = 5.0
 """Seconds for which lines of progress are held back, so that what fails at once gives one line, its error."""
@@ -37,7 +37,7 @@ def console(*, stderr: bool = False) -> "Console":
 
 
 class _Bar:
-    """A bar that shows the step, or the piece of work within it; a `rsi_deploy.steps.Listener`."""
+    """A bar that shows the step, or the piece of work within it; a `rsi_deploy.core.progress.Listener`."""
 
     def __init__(self, bar: "Progress", task: "TaskID") -> None:
         self._bar, self._task = bar, task

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from rsi_deploy.cli.terminal import console, progress_bar
-from rsi_deploy.errors import GateError
+from rsi_deploy.core.errors import GateError
 
 
 @click.command()
@@ -21,8 +21,8 @@ def verify(folder: Path, data: str | None, calib: str | None, feeds: str | None,
     The first claim is the manifest: every file of DIR has the size and sha256 it was written with, and no file is
     missing or was added. Of a folder that `package` wrote it is the only one.
     """
-    from rsi_deploy.report.table import print_verification
-    from rsi_deploy.verification import verify as run_verify
+    from rsi_deploy.report.tables.report import print_verification
+    from rsi_deploy.verifying.api import verify as run_verify
 
     with progress_bar("claims", is_short=True):
         result = run_verify(folder, data=data, calib=calib, feeds=feeds, provider=provider)

@@ -10,35 +10,35 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rsi_deploy import resuming
-from rsi_deploy.bundle import kept_beside
-from rsi_deploy.calibrate.certificate import certified
-from rsi_deploy.calibrating import Calibrator, Dense
-from rsi_deploy.errors import RsiDeployError
-from rsi_deploy.exporting.found import Checked, Delivered, Start, dense_file
-from rsi_deploy.exporting.given import Origin
-from rsi_deploy.exporting.room import check_room, told_room
-from rsi_deploy.exporting.written import Exported, write_files
-from rsi_deploy.manifest import file_hash, fingerprint
-from rsi_deploy.measure.data import Dataset
-from rsi_deploy.measure.dataset import for_inputs
-from rsi_deploy.measure.feeding import named_option
-from rsi_deploy.measure.inputs import model_inputs
-from rsi_deploy.measure.model_pictures import preset_note
-from rsi_deploy.measure.result import BenchResult
-from rsi_deploy.onnx_file import file_bytes, refuse_growth
-from rsi_deploy.plan.decide import Planned, refuse_uncounted
-from rsi_deploy.plan.planner import Filters
+from rsi_deploy.benchmark.result import BenchResult
+from rsi_deploy.calibration.output_agreement import certified
+from rsi_deploy.core.errors import RsiDeployError
+from rsi_deploy.data.dataset import for_inputs
+from rsi_deploy.data.feeding import named_option
+from rsi_deploy.data.model_pictures import preset_note
+from rsi_deploy.data.sources import Dataset
+from rsi_deploy.execution import result_store as resuming
+from rsi_deploy.execution.result_store import Finished
+from rsi_deploy.exporting.cache import Kept
+from rsi_deploy.exporting.calibration_step import Calibrator, Dense
+from rsi_deploy.exporting.disk_space import check_room, told_room
+from rsi_deploy.exporting.inputs import Origin
+from rsi_deploy.exporting.latency_options import Timed, missed_time
+from rsi_deploy.exporting.profile import Costing
+from rsi_deploy.exporting.results import Checked, Delivered, Start, dense_file
+from rsi_deploy.exporting.shared_factor_choice import JointOrApart
+from rsi_deploy.exporting.slowdown_rollback import LastWord, splits_of
+from rsi_deploy.exporting.steps import Compressed, Job
+from rsi_deploy.exporting.timed_export import TimedExport, timed_export
+from rsi_deploy.exporting.writer import Exported, write_files
+from rsi_deploy.io.bundle import kept_beside
+from rsi_deploy.io.manifest import file_hash, fingerprint
+from rsi_deploy.io.onnx_file import file_bytes, refuse_growth
+from rsi_deploy.planning.decide import Planned, refuse_uncounted
+from rsi_deploy.planning.planner import Filters
 from rsi_deploy.report.schema import Report
-from rsi_deploy.resuming import Finished
-from rsi_deploy.stages import Compressed, Job
-from rsi_deploy.sweeps.kept import Kept
-from rsi_deploy.timing.costing import Costing
-from rsi_deploy.timing.joint_or_apart import JointOrApart
-from rsi_deploy.timing.last_word import LastWord, splits_of
-from rsi_deploy.timing.part_of_time import Timed, missed_time
-from rsi_deploy.timing.timed_export import TimedExport, timed_export
-from rsi_deploy.trace import uncounted_nodes
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.shape_trace import uncounted_nodes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rsi_deploy.errors import UsageError
+from rsi_deploy.core.errors import UsageError
 from rsi_deploy.packaging.result import described
 from rsi_deploy.packaging.triton import Entry, write_repository
 from rsi_deploy.packaging.triton_config import TritonSettings

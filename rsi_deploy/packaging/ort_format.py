@@ -14,11 +14,11 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from rsi_deploy.errors import ModelError
-from rsi_deploy.gates import EXPORTER_TOLERANCE, compare_outputs, tolerance_for
-from rsi_deploy.measure.sessions import make_session, run_session
+from rsi_deploy.core.errors import ModelError
 from rsi_deploy.packaging.result import described
 from rsi_deploy.packaging.servable import Servable
+from rsi_deploy.runtime.parity import EXPORTER_TOLERANCE, compare_outputs, tolerance_for
+from rsi_deploy.runtime.sessions import make_session, run_session
 
 Platform = Literal["arm", "amd64"]
 

@@ -10,9 +10,9 @@ from typing import Any, get_args
 
 import numpy.typing as npt
 
-from rsi_deploy.bundle import check_target, whole_folder
-from rsi_deploy.errors import UsageError
-from rsi_deploy.manifest import MANIFEST, write_manifest
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.io.bundle import check_target, whole_folder
+from rsi_deploy.io.manifest import MANIFEST, write_manifest
 from rsi_deploy.packaging.kserve import KserveSettings, check_label, write_kserve
 from rsi_deploy.packaging.ort_format import Platform, write_ort
 from rsi_deploy.packaging.ray_serve import RaySettings, write_ray_serve

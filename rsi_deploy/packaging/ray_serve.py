@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rsi_deploy.errors import ModelError
+from rsi_deploy.core.errors import ModelError
 from rsi_deploy.packaging import shipped
 from rsi_deploy.packaging.result import copy_model, described
 from rsi_deploy.packaging.servable import Servable

@@ -2,7 +2,7 @@
 
 import re
 
-from rsi_deploy.errors import UsageError
+from rsi_deploy.core.errors import UsageError
 
 
 def parse_replicas(text: str) -> tuple[int, int]:

@@ -6,9 +6,9 @@ from typing import Literal
 
 import pydantic
 
-from rsi_deploy.onnx_file import external_files
+from rsi_deploy.core.text import in_markdown
+from rsi_deploy.io.onnx_file import external_files
 from rsi_deploy.packaging.servable import Servable
-from rsi_deploy.report.text import in_markdown
 
 Target = Literal["ort", "triton", "kserve", "ray-serve"]
 

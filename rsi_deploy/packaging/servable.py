@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from rsi_deploy.errors import GateError, ModelError, UsageError
-from rsi_deploy.manifest import check_manifest
-from rsi_deploy.measure.batch_axes import Dim
-from rsi_deploy.measure.batch_independence import no_batch_axis, why_alone, why_alone_on, why_not_proved
-from rsi_deploy.measure.inputs import check_feeds, model_inputs
-from rsi_deploy.measure.sessions import make_session, run_session
-from rsi_deploy.measure.values import Value
-from rsi_deploy.probe import Feeds, probe_feeds, read_feeds
+from rsi_deploy.core.errors import GateError, ModelError, UsageError
+from rsi_deploy.io.manifest import check_manifest
 from rsi_deploy.report.schema import Report, read_report
+from rsi_deploy.runtime.batch_independence import no_batch_axis, why_alone, why_alone_on, why_not_proved
+from rsi_deploy.runtime.feeds.batch_axes import Dim
+from rsi_deploy.runtime.feeds.inputs import check_feeds, model_inputs
+from rsi_deploy.runtime.feeds.probe import Feeds, probe_feeds, read_feeds
+from rsi_deploy.runtime.feeds.values import Value
+from rsi_deploy.runtime.sessions import make_session, run_session
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

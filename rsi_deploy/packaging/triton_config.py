@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rsi_deploy.errors import ModelError
+from rsi_deploy.core.errors import ModelError
 from rsi_deploy.packaging.servable import Servable, Tensor
 
 Backend = Literal["onnxruntime", "python"]

@@ -1,1 +1,1 @@
-"""What an export found out: the versioned record, and the ways to look at it."""
+"""What an export found: the versioned record, and its renderers for terminals and browsers."""

@@ -4,11 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rsi_deploy.core_sites import SiteRecord
-from rsi_deploy.errors import ModelError
-from rsi_deploy.measure.inputs import model_inputs
-from rsi_deploy.measure.values import is_text
-from rsi_deploy.plan.settings import Settings
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.core.sites import SiteRecord
+from rsi_deploy.core.text import in_markdown
+from rsi_deploy.planning.settings import Settings
 from rsi_deploy.report.schema import Report
 from rsi_deploy.report.summary import (
     LOSS,
@@ -20,7 +19,8 @@ from rsi_deploy.report.summary import (
     response_error,
     verdict,
 )
-from rsi_deploy.report.text import in_markdown
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.values import is_text
 
 JOINTLY = (
     "Sites split jointly share one right factor and the node that multiplies their input by it. Together they hold "

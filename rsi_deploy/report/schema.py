@@ -10,21 +10,21 @@ import numpy as np
 import numpy.typing as npt
 import pydantic
 
-from rsi_deploy.bound import SoftmaxBound
-from rsi_deploy.calibrate.record import CalibrationRecord
-from rsi_deploy.core_sites import SiteRecord
-from rsi_deploy.core_size import Size
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.gates import Comparison
-from rsi_deploy.gateway.documents import read_document
-from rsi_deploy.manifest import inside
-from rsi_deploy.measure.accuracy import AccuracyResult
-from rsi_deploy.measure.cost_table import Conditions, PlanCheck
-from rsi_deploy.measure.machine import Environment
-from rsi_deploy.measure.preprocess import Preprocessing
-from rsi_deploy.measure.result import BenchResult
-from rsi_deploy.measure.values import as_numbers
-from rsi_deploy.plan.settings import Settings
+from rsi_deploy.benchmark.result import BenchResult
+from rsi_deploy.calibration.record import CalibrationRecord
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.model_size import Size
+from rsi_deploy.core.sites import SiteRecord
+from rsi_deploy.costing.cost_table import Conditions, PlanCheck
+from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.evaluation.accuracy import AccuracyResult
+from rsi_deploy.evaluation.softmax_bound import SoftmaxBound
+from rsi_deploy.io.documents import read_document
+from rsi_deploy.io.manifest import inside
+from rsi_deploy.planning.settings import Settings
+from rsi_deploy.runtime.feeds.values import as_numbers
+from rsi_deploy.runtime.machine import Environment
+from rsi_deploy.runtime.parity import Comparison
 
 SCHEMA_VERSION = 1
 
@@ -42,7 +42,9 @@ class SourceRecord(_Record):
 
 
 class Verification(_Record):
-    """The three errors kept apart (see `rsi_deploy.gates`); exporter is None for an ONNX file in its own opset."""
+    """The three errors kept apart (see `rsi_deploy.runtime.parity`); exporter is None for an ONNX file in its
+    own opset.
+    """
 
     exporter: Comparison | None
     surgery: Comparison | None
@@ -137,9 +139,9 @@ class Report(_Record):
         accuracy: with evaluation data.
         latency: unless --no-bench; the first arm is the dense model.
         timing: what time decided; None where it decided nothing (--no-bench, --always-split).
-        probe_shapes: shapes of the probe inputs (`rsi_deploy.probe`, with the seed).
+        probe_shapes: shapes of the probe inputs (`rsi_deploy.runtime.feeds.probe`, with the seed).
         probe_given: the user gave the probe inputs, so that they cannot be made again.
-        probe_fingerprint: of those (`rsi_deploy.probe.feeds_fingerprint`); None where they were made.
+        probe_fingerprint: of those (`rsi_deploy.runtime.feeds.probe.feeds_fingerprint`); None where they were made.
         probe: outputs on them, which `verify` computes again.
         files: sha256 of the bundle's model files.
         stages: wall time of each step, s.

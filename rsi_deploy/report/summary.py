@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from rsi_deploy.core_sites import site_name
-from rsi_deploy.measure.accuracy import AccuracyResult
-from rsi_deploy.measure.result import ArmResult
-from rsi_deploy.report.text import human_bytes as human_bytes
-from rsi_deploy.report.text import share_kept, size_change
+from rsi_deploy.benchmark.result import ArmResult
+from rsi_deploy.core.sites import site_name
+from rsi_deploy.core.text import human_bytes as human_bytes
+from rsi_deploy.core.text import share_kept, size_change
+from rsi_deploy.evaluation.accuracy import AccuracyResult
 
 if TYPE_CHECKING:  # a machine that only measures has no torch
-    from rsi_deploy.core_sites import SiteRecord
+    from rsi_deploy.core.sites import SiteRecord
     from rsi_deploy.report.schema import Report
 
 Row = tuple[str, str, str, str]

@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from rsi_deploy.errors import GateError, ModelError, UsageError
-from rsi_deploy.gateway.documents import read_document
-from rsi_deploy.manifest import check_manifest, file_hash, inside
-from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.core.errors import GateError, ModelError, UsageError
+from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.io.documents import read_document
+from rsi_deploy.io.manifest import check_manifest, file_hash, inside
 
 Stamp = tuple[str, int, int, int]
 """Of a file: name, inode, bytes, time of its last change in ns."""

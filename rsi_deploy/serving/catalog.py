@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rsi_deploy.errors import GateError, ModelError, RsiDeployError, UsageError
+from rsi_deploy.core.errors import GateError, ModelError, RsiDeployError, UsageError
 from rsi_deploy.serving.bundles import Bundle, open_bundle
-from rsi_deploy.serving.refusal import Refusal
+from rsi_deploy.serving.protocol.refusal import Refusal
 
 logger = logging.getLogger(__name__)
 

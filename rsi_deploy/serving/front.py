@@ -10,12 +10,12 @@ from typing import Any
 
 import uvicorn
 
-from rsi_deploy.errors import UsageError
+from rsi_deploy.core.errors import UsageError
 from rsi_deploy.serving.access_log import AccessLog
-from rsi_deploy.serving.grpc_app import grpc_server
-from rsi_deploy.serving.http_app import http_app
+from rsi_deploy.serving.protocol.grpc_app import grpc_server
+from rsi_deploy.serving.protocol.http_app import http_app
+from rsi_deploy.serving.protocol.transport import Access
 from rsi_deploy.serving.service import Service
-from rsi_deploy.serving.transport import Access
 from rsi_deploy.serving.watching import watch
 
 LEAVE_SECONDS = 0.3

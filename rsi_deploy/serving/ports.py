@@ -5,7 +5,7 @@ import errno
 import random
 import socket
 
-from rsi_deploy.errors import UsageError
+from rsi_deploy.core.errors import UsageError
 
 QUIET = range(20000, 32768)
 """Between the ports that Ray gives its workers and those that Linux gives to whoever asks for any."""

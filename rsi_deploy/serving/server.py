@@ -14,7 +14,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from rsi_deploy.errors import UsageError
+from rsi_deploy.core.errors import UsageError
 from rsi_deploy.serving.ports import bound_socket, bracketed, free_port, quiet_port
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def serve(
         access_log: a file, "-" for stderr, or "off".
         reload_seconds: between looks at the files; 0 never looks.
         drain_seconds: that requests which were taken have, to be answered when the server ends.
-        engine: "own" server, or "ray": a Ray Serve application (`rsi_deploy.serving.ray_app`).
+        engine: "own" server, or "ray": a Ray Serve application (`rsi_deploy.serving.ray.app`).
         ray: engine ray: address of a cluster; "" or "local" starts a Ray on this machine.
         replicas: engine ray: fewest and most, "1-4" where it is "".
         write_config: engine ray: the file to write for `serve deploy`, instead of serving.
@@ -127,10 +127,10 @@ def serve(
         _serve_on_ray(settings, replicas, (host, http_port, grpc_port if grpc else None), ray, write_config, on_ready)
         return
     from rsi_deploy.serving.access_log import AccessLog
-    from rsi_deploy.serving.batches import BatchLimits
+    from rsi_deploy.serving.engine.batches import BatchLimits
     from rsi_deploy.serving.front import Front
+    from rsi_deploy.serving.protocol.transport import Access
     from rsi_deploy.serving.service import Service
-    from rsi_deploy.serving.transport import Access
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = workers or min(2, cores)
@@ -206,8 +206,8 @@ def _serve_on_ray(
 ) -> None:
     """Ports found out, then `ray_engine`."""
     from rsi_deploy.packaging.replicas import parse_replicas
-    from rsi_deploy.serving import ray_engine
-    from rsi_deploy.serving.ray_app import read_settings
+    from rsi_deploy.serving.ray import engine as ray_engine
+    from rsi_deploy.serving.ray.app import read_settings
 
     host, http, grpc = address
     ray = ray or "local"

@@ -5,16 +5,16 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from rsi_deploy.errors import RsiDeployError
-from rsi_deploy.serving.batches import Batcher, BatchLimits
+from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.serving.catalog import Catalog, Route, Served, all_served, replaced
+from rsi_deploy.serving.engine.batches import Batcher, BatchLimits
+from rsi_deploy.serving.engine.model import Outputs
+from rsi_deploy.serving.engine.pool import Pool
+from rsi_deploy.serving.engine.worker import Loaded
 from rsi_deploy.serving.metrics import Metrics
-from rsi_deploy.serving.model import Outputs
-from rsi_deploy.serving.refusal import Refusal
-from rsi_deploy.serving.requests import Answer, Ran, Request
+from rsi_deploy.serving.protocol.refusal import Refusal
+from rsi_deploy.serving.protocol.requests import Answer, Ran, Request
 from rsi_deploy.serving.shadow import Shadow
-from rsi_deploy.serving.worker import Loaded
-from rsi_deploy.serving.workers import Pool
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """How a shadow's answers compare with those that were given: the numbers of `eval --reference`, as they come in.
 
-Each pair of answers is judged by the very code of `eval` (`rsi_deploy.measure.tally`); only sums are kept.
+Each pair of answers is judged by the very code of `eval` (`rsi_deploy.evaluation.accumulator`); only sums are kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from rsi_deploy.measure.answers import answer_rows
-from rsi_deploy.measure.intervals import wilson_interval
-from rsi_deploy.measure.tally import Scorer
-from rsi_deploy.serving.model import Outputs
-from rsi_deploy.serving.signature import Feeds, rows
+from rsi_deploy.evaluation.accumulator import Scorer
+from rsi_deploy.evaluation.intervals import wilson_interval
+from rsi_deploy.evaluation.predictor import answer_rows
+from rsi_deploy.serving.engine.model import Outputs
+from rsi_deploy.serving.protocol.signature import Feeds, rows
 
 
 @dataclass(kw_only=True)

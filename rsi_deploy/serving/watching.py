@@ -4,7 +4,7 @@ import asyncio
 import logging
 from pathlib import Path
 
-from rsi_deploy.errors import RsiDeployError
+from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.serving.bundles import Stamp, stamps
 from rsi_deploy.serving.catalog import all_served
 from rsi_deploy.serving.service import Service

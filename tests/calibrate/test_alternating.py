@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from graph_passes import forms
-from rsi_deploy.calibrate.alternating import two_kernels
-from rsi_deploy.calibrate.moments import Gathering, Moments
-from rsi_deploy.calibrate.response import lost_response, respond, response_error
-from rsi_deploy.rsi import Solver
+from rsi_deploy.calibration.als import two_kernels
+from rsi_deploy.calibration.moments import Gathering, Moments
+from rsi_deploy.calibration.reduced_rank_regression import lost_response, respond, response_error
+from rsi_deploy.linalg.solver import Solver
 
 SOLVER = Solver(power_iterations=6)
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -7,15 +7,15 @@ import onnx
 import pytest
 import torch
 
-from rsi_deploy.calibrate import calibrated
-from rsi_deploy.calibrate.calibrated import CONSTANT, FARTHEST, LEVELS, Calibration, PowerLaw
-from rsi_deploy.calibrate.moments import Gathering
-from rsi_deploy.calibrate.onnx_streams import OnnxStreams
-from rsi_deploy.calibrate.response import lost_response, response_error
-from rsi_deploy.calibrate.streams import Distance, Metric, StreamSite
-from rsi_deploy.core_sites import break_even_rank
-from rsi_deploy.errors import ModelError
-from rsi_deploy.rsi import Solver
+from rsi_deploy.calibration.activations import Distance, Metric, StreamSite
+from rsi_deploy.calibration.moments import Gathering
+from rsi_deploy.calibration.reduced_rank_regression import lost_response, response_error
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.core.sites import break_even_rank
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
+from rsi_deploy.planning import site_options as calibrated
+from rsi_deploy.planning.site_options import CONSTANT, FARTHEST, LEVELS, Calibration, PowerLaw
 from tests import flows
 
 SOLVER = Solver(power_iterations=6)

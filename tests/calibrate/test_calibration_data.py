@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsi_deploy.calibrate.calibration_data import BATCH, CalibrationData, check_source, refuse_shared, sample_digests
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.data import ArrayData
-from rsi_deploy.measure.inputs import InputSpec
-from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.calibration.calibration_data import BATCH, CalibrationData, check_source, refuse_shared, sample_digests
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.data.sources import ArrayData
+from rsi_deploy.runtime.feeds.inputs import InputSpec
 
 STEPS = Preprocessing(mean=(0.5,), std=(0.25,), layout="NCHW")
 

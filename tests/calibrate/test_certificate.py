@@ -3,11 +3,11 @@ import pytest
 from calibrated_nets import inputs, text_net, texts
 from nets import initializers, mlp_onnx, run_onnx
 
-from rsi_deploy.calibrate.calibration_data import CalibrationData
-from rsi_deploy.calibrate.certificate import CHECKED_SAMPLES, certificate, certified
-from rsi_deploy.errors import GateError, UsageError
-from rsi_deploy.measure.inputs import model_inputs
-from rsi_deploy.measure.scores import divergence
+from rsi_deploy.calibration.calibration_data import CalibrationData
+from rsi_deploy.calibration.output_agreement import CHECKED_SAMPLES, certificate, certified
+from rsi_deploy.core.errors import GateError, UsageError
+from rsi_deploy.evaluation.scores import divergence
+from rsi_deploy.runtime.feeds.inputs import model_inputs
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from rsi_deploy.calibrate.gathered import Gathered
-from rsi_deploy.calibrate.moments import Gathering
-from rsi_deploy.calibrate.streams import StreamSite
-from rsi_deploy.errors import ModelError
+from rsi_deploy.calibration.accumulator import Gathered
+from rsi_deploy.calibration.activations import StreamSite
+from rsi_deploy.calibration.moments import Gathering
+from rsi_deploy.core.errors import ModelError
 from tests import flows
 
 

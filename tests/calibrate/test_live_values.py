@@ -3,7 +3,7 @@ import tempfile
 import numpy as np
 import pytest
 
-from rsi_deploy.calibrate.live_values import LiveValues
+from rsi_deploy.calibration.live_values import LiveValues
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from rsi_deploy.calibrate import metric as metric_module
-from rsi_deploy.calibrate.metric import NoMetricError, OutputMetric, gradient_rows, metrics_or_none
-from rsi_deploy.calibrate.streams import RowCounts, StreamSite
+from rsi_deploy.calibration import output_sensitivity as metric_module
+from rsi_deploy.calibration.activations import RowCounts, StreamSite
+from rsi_deploy.calibration.output_sensitivity import NoMetricError, OutputMetric, gradient_rows, metrics_or_none
 
 
 def site(name="a", out=3, groups=1, kernel=()):

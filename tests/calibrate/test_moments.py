@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rsi_deploy.calibrate import moments as module
-from rsi_deploy.calibrate.moments import GRAM_LIMIT, WIDE_ROWS, Gathering, Moments, Samples, gathered_bytes, rows_for
+from rsi_deploy.calibration import moments as module
+from rsi_deploy.calibration.moments import GRAM_LIMIT, WIDE_ROWS, Gathering, Moments, Samples, gathered_bytes, rows_for
 
 
 def generator(seed=0):

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from rsi_deploy.calibrate import onnx_gradients, onnx_operators
-from rsi_deploy.calibrate.metric import OutputMetric
-from rsi_deploy.calibrate.onnx_streams import OnnxStreams
-from rsi_deploy.onnx_file import write_external
-from rsi_deploy.source import source_of_module
-from rsi_deploy.to_onnx import to_onnx
+from rsi_deploy.calibration.output_sensitivity import OutputMetric
+from rsi_deploy.io.onnx_file import write_external
+from rsi_deploy.onnx_models.calibration import gradients as onnx_gradients
+from rsi_deploy.onnx_models.calibration import operators as onnx_operators
+from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
+from rsi_deploy.torch_models.model_source import source_of_module
+from rsi_deploy.torch_models.to_onnx import to_onnx
 
 SAMPLES = 64
 

@@ -6,8 +6,8 @@ import onnxruntime
 import pytest
 import torch
 
-from rsi_deploy.calibrate.metric import NoMetricError
-from rsi_deploy.calibrate.onnx_operators import _OPERATORS, operator
+from rsi_deploy.calibration.output_sensitivity import NoMetricError
+from rsi_deploy.onnx_models.calibration.operators import _OPERATORS, operator
 
 X, Y, IMAGE = "float[2, 3, 4] x", "float[2, 3, 4] y", "float[2, 3, 7, 7] x"
 

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import graph_passes as gp
-from rsi_deploy.calibrate.onnx_rows import Taps, chosen, output_size, patch_index
+from rsi_deploy.onnx_models.calibration.rows import Taps, chosen, output_size, patch_index
 
 PADS = {
     1: [{}, {"pads": [2, 1]}, {"auto_pad": "SAME_UPPER"}, {"auto_pad": "SAME_LOWER"}, {"auto_pad": "VALID"}],

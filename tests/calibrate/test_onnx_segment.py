@@ -7,12 +7,12 @@ import torch
 from onnx import helper
 
 import graph_passes as gp
-from rsi_deploy.calibrate.onnx_rows import Taps
-from rsi_deploy.calibrate.onnx_segment import Segment
-from rsi_deploy.calibrate.onnx_waves import cut
-from rsi_deploy.calibrate.streams import Replacement
-from rsi_deploy.errors import ModelError
-from rsi_deploy.rsi import exact_svd
+from rsi_deploy.calibration.activations import Replacement
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.linalg.solver import exact_svd
+from rsi_deploy.onnx_models.calibration.rows import Taps
+from rsi_deploy.onnx_models.calibration.segment import Segment
+from rsi_deploy.onnx_models.calibration.stages import cut
 from tests import flows
 
 MLP = """agraph (float[n, 6] x) => (float[n, 3] y)

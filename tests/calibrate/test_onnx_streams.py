@@ -9,16 +9,19 @@ import pytest
 import torch
 from onnx import helper
 
-from rsi_deploy.calibrate import gathered, live_values, moments, onnx_readings, onnx_survey
-from rsi_deploy.calibrate.moments import Moments, Samples
-from rsi_deploy.calibrate.onnx_readings import padding_mask
-from rsi_deploy.calibrate.onnx_segment import Segment
-from rsi_deploy.calibrate.onnx_streams import OnnxStreams
-from rsi_deploy.calibrate.onnx_survey import Survey
-from rsi_deploy.calibrate.onnx_waves import cut
-from rsi_deploy.calibrate.streams import Replacement, Streams, distance_samples, output_distance
-from rsi_deploy.errors import ModelError
-from rsi_deploy.rsi import exact_svd
+from rsi_deploy.calibration import accumulator as gathered
+from rsi_deploy.calibration import live_values, moments
+from rsi_deploy.calibration.activations import Replacement, Streams, distance_samples, output_distance
+from rsi_deploy.calibration.moments import Moments, Samples
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.linalg.solver import exact_svd
+from rsi_deploy.onnx_models.calibration import dense_pass as onnx_survey
+from rsi_deploy.onnx_models.calibration import row_sampling as onnx_readings
+from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
+from rsi_deploy.onnx_models.calibration.dense_pass import Survey
+from rsi_deploy.onnx_models.calibration.row_sampling import padding_mask
+from rsi_deploy.onnx_models.calibration.segment import Segment
+from rsi_deploy.onnx_models.calibration.stages import cut
 from tests import flows
 
 CNN = """agraph (float[n, 3, 8, 8] x) => (float[n, 5] y)
@@ -284,7 +287,7 @@ def test_wide_sites_keep_their_rows(folder, monkeypatch):
 
 
 def test_a_quota_of_rows_is_kept_and_chosen_by_the_seed(folder, monkeypatch):
-    monkeypatch.setattr("rsi_deploy.calibrate.onnx_readings.rows_for", lambda width: 60)
+    monkeypatch.setattr("rsi_deploy.onnx_models.calibration.row_sampling.rows_for", lambda width: 60)
     setting = Setting(folder, "cnn")
     rows = {name: given.rows for name, given in surveyed(setting.streams()).items()}
     assert rows["c1"] == 60  # 4 positions each of 15 samples

@@ -3,7 +3,7 @@
 import onnx
 import pytest
 
-from rsi_deploy.calibrate.onnx_waves import cut, needed_constants, reads
+from rsi_deploy.onnx_models.calibration.stages import cut, needed_constants, reads
 from tests import flows
 
 CHAIN = """agraph (float[n, 4] x) => (float[n, 2] y) <float[4, 4] a, float[4, 4] b, float[4, 2] c> {

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rsi_deploy.calibrate.moments import Gathering, Moments, Samples
-from rsi_deploy.calibrate.response import (
+from rsi_deploy.calibration.moments import Gathering, Moments, Samples
+from rsi_deploy.calibration.reduced_rank_regression import (
     EXACT_LIMIT,
     METRIC_FLOOR,
     RIDGE,
@@ -16,7 +16,7 @@ from rsi_deploy.calibrate.response import (
     response_error,
     ridge_level,
 )
-from rsi_deploy.rsi import Solver
+from rsi_deploy.linalg.solver import Solver
 
 SOLVER = Solver(power_iterations=8)
 SMALL = 1e-10

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from graph_passes import forms
-from rsi_deploy.calibrate.streams import StreamSite, output_distance
+from rsi_deploy.calibration.activations import StreamSite, output_distance
 
 
 def randn(*shape, seed=0):

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from rsi_deploy.calibrate.onnx_streams import OnnxStreams
-from rsi_deploy.calibrate.streams import RowCounts
-from rsi_deploy.calibrate.torch_streams import TorchStreams
-from rsi_deploy.fold import fold_batch_norms_
-from rsi_deploy.onnx_file import write_external
-from rsi_deploy.source import source_of_module
-from rsi_deploy.to_onnx import to_onnx
+from rsi_deploy.calibration.activations import RowCounts
+from rsi_deploy.io.onnx_file import write_external
+from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
+from rsi_deploy.torch_models.calibration.activations import TorchStreams
+from rsi_deploy.torch_models.fold_batch_norm import fold_batch_norms_
+from rsi_deploy.torch_models.model_source import source_of_module
+from rsi_deploy.torch_models.to_onnx import to_onnx
 from tests import nets
 
 CASES = {"mlp": (nets.mlp, (12,)), "cnn": (nets.cnn, (3, 8, 8)), "attention": (nets.attention, (6, 16))}

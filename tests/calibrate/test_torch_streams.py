@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from graph_passes import forms
-from rsi_deploy.calibrate import torch_rows
-from rsi_deploy.calibrate.moments import Moments, Samples
-from rsi_deploy.calibrate.streams import Replacement, Streams
-from rsi_deploy.calibrate.torch_rows import find_mask
-from rsi_deploy.calibrate.torch_streams import TorchStreams
-from rsi_deploy.calibrate.torch_trace import staged
-from rsi_deploy.compress import find_module_sites, replace_site_
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.rsi import Solver
+from rsi_deploy.calibration.activations import Replacement, Streams
+from rsi_deploy.calibration.moments import Moments, Samples
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.torch_models.calibration import rows as torch_rows
+from rsi_deploy.torch_models.calibration.activations import TorchStreams
+from rsi_deploy.torch_models.calibration.rows import find_mask
+from rsi_deploy.torch_models.calibration.trace import staged
+from rsi_deploy.torch_models.compress import find_module_sites, replace_site_
 from tests import nets
 
 

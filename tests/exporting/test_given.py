@@ -5,10 +5,10 @@ import onnx
 import pytest
 from nets import mlp, mlp_onnx
 
-from rsi_deploy.errors import UsageError
-from rsi_deploy.exporting.given import Origin, device_named, evaluation_data, told_shapes, uniform
-from rsi_deploy.measure.data import open_data
-from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.data.sources import open_data
+from rsi_deploy.exporting.inputs import Origin, device_named, evaluation_data, told_shapes, uniform
 
 TOLD = Preprocessing(mean=(0.25,), std=(2.0,))
 

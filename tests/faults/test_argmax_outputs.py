@@ -10,11 +10,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rsi_deploy import evaluate, export
 from rsi_deploy.cli import run
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.gates import compare_outputs
-from rsi_deploy.gateway.onnx_reader import read_proto
-from rsi_deploy.measure.answer_outputs import class_ids, with_readable_output
-from rsi_deploy.measure.scores import id_ranks
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.evaluation.answer_outputs import class_ids, with_readable_output
+from rsi_deploy.evaluation.scores import id_ranks
+from rsi_deploy.io.onnx_reader import read_proto
+from rsi_deploy.runtime.parity import compare_outputs
 
 RNG = np.random.default_rng(0)
 CLASSES = 10

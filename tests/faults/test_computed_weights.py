@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 
 import rsi_deploy
 from rsi_deploy import compress_, compress_to_data_
-from rsi_deploy.computed_weights import computed_tensors, fold_computed_, folded
+from rsi_deploy.torch_models.computed_weights import computed_tensors, fold_computed_, folded
 
 
 def pruned(layer):

@@ -8,15 +8,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from rsi_deploy import evaluate, export
-from rsi_deploy.calibrate.calibration_data import CalibrationData
+from rsi_deploy.benchmark.variants import make_feeds
+from rsi_deploy.calibration.calibration_data import CalibrationData
 from rsi_deploy.cli import run
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.arms import make_feeds
-from rsi_deploy.measure.batch_axes import BatchAxes
-from rsi_deploy.measure.data import open_data
-from rsi_deploy.measure.dataset import for_inputs
-from rsi_deploy.measure.feeding import Feeding
-from rsi_deploy.measure.inputs import InputSpec, model_inputs
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.data.dataset import for_inputs
+from rsi_deploy.data.feeding import Feeding
+from rsi_deploy.data.sources import open_data
+from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
+from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
 
 RNG = np.random.default_rng(0)
 X, Y = (RNG.standard_normal((40, 16)).astype(np.float32) for _ in range(2))

@@ -13,8 +13,8 @@ from torch import nn
 import rsi_deploy
 from graph_passes import count_parameters
 from rsi_deploy.cli import run
-from rsi_deploy.errors import ModelError
-from rsi_deploy.onnx_file import file_bytes, read_onnx
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.io.onnx_file import file_bytes, read_onnx
 from rsi_deploy.report.schema import read_report
 
 ONNX, CONTRIB = helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)

@@ -8,7 +8,7 @@ import pytest
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from rsi_deploy.cli import run
-from rsi_deploy.trace import traced_run
+from rsi_deploy.runtime.shape_trace import traced_run
 
 MS = "com.microsoft"
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL

@@ -11,15 +11,15 @@ from PIL import Image
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 
-from rsi_deploy.calibrate.calibration_data import CalibrationData
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.data import ArrayData, open_data
-from rsi_deploy.measure.feeding import Feeding
-from rsi_deploy.measure.inputs import InputSpec
-from rsi_deploy.measure.preprocess import Preprocessing
-from rsi_deploy.serving.images import image_request
-from rsi_deploy.serving.refusal import Refusal
-from rsi_deploy.serving.signature import Signature
+from rsi_deploy.calibration.calibration_data import CalibrationData
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.data.feeding import Feeding
+from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.data.sources import ArrayData, open_data
+from rsi_deploy.runtime.feeds.inputs import InputSpec
+from rsi_deploy.serving.protocol.images import image_request
+from rsi_deploy.serving.protocol.refusal import Refusal
+from rsi_deploy.serving.protocol.signature import Signature
 
 HEIGHT, WIDTH = 24, 16
 Y, X = np.mgrid[0:HEIGHT, 0:WIDTH]

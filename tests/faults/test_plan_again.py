@@ -9,11 +9,11 @@ from calibrated_nets import IMAGE, conv_net, inputs
 from onnx import numpy_helper
 
 from rsi_deploy import export
-from rsi_deploy.calibrate.calibrated import Calibration
-from rsi_deploy.calibrate.gathered import Gathered
-from rsi_deploy.calibrate.onnx_segment import Segment
-from rsi_deploy.calibrate.onnx_streams import OnnxStreams
-from rsi_deploy.plan.plan_file import PlannedSite, read_plan, write_plan
+from rsi_deploy.calibration.accumulator import Gathered
+from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
+from rsi_deploy.onnx_models.calibration.segment import Segment
+from rsi_deploy.planning.plan_file import PlannedSite, read_plan, write_plan
+from rsi_deploy.planning.site_options import Calibration
 
 
 @pytest.fixture

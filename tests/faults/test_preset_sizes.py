@@ -13,11 +13,11 @@ from rsi_deploy.cli.evaluate import evaluate_verb
 from rsi_deploy.cli.export import export as export_verb
 from rsi_deploy.cli.profile import profile as profile_verb
 from rsi_deploy.cli.sweep import sweep as sweep_verb
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.accuracy import evaluate_all
-from rsi_deploy.measure.model_pictures import preset_note
-from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
-from rsi_deploy.timing.costing import write_dense
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.data.model_pictures import preset_note
+from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.evaluation.accuracy import evaluate_all
+from rsi_deploy.exporting.profile import write_dense
 
 SIDE, CLASSES = 8, 6
 RNG = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from calibrated_nets import IMAGE, conv_net, inputs
 import rsi_deploy
 from rsi_deploy.cli import run
 from rsi_deploy.cli.progress_lines import MEANINGS, ProgressLines
-from rsi_deploy.steps import at, listening, step
+from rsi_deploy.core.progress import at, listening, step
 
 
 class Clock:

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 import rsi_deploy
-from rsi_deploy.errors import GateError, ModelError
-from rsi_deploy.gates import blames_random_models, check_repeatable
+from rsi_deploy.core.errors import GateError, ModelError
+from rsi_deploy.runtime.parity import blames_random_models, check_repeatable
 
 
 def written(path, nodes, opset=17, **initializers):

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rsi_deploy import export, package, verify
 from rsi_deploy.packaging.servable import read_servable
 from rsi_deploy.serving.bundles import open_bundle
-from rsi_deploy.serving.model import LoadedModel
+from rsi_deploy.serving.engine.model import LoadedModel
 
 STORED = """
 int64[1] c0 = {0}, int64[1] c1 = {1}, int64 s0 = {0}, int64 s1 = {1},

@@ -10,10 +10,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rsi_deploy import export, read_report
 from rsi_deploy.cli import run
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.inputs import InputSpec, check_feeds, random_feeds, unsettled_inputs
-from rsi_deploy.probe import named_shapes, probe_feeds
-from rsi_deploy.sweeps.sweeping import sweep
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.runtime.feeds.inputs import InputSpec, check_feeds, random_feeds, unsettled_inputs
+from rsi_deploy.runtime.feeds.probe import named_shapes, probe_feeds
+from rsi_deploy.sweeping.api import sweep
 
 RNG = np.random.default_rng(0)
 IDS = RNG.integers(0, 20, (64, 12))

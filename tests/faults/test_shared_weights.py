@@ -10,8 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import rsi_deploy
-from rsi_deploy.fold import fold_batch_norms_
-from rsi_deploy.onnx_file import file_bytes
+from rsi_deploy.io.onnx_file import file_bytes
+from rsi_deploy.torch_models.fold_batch_norm import fold_batch_norms_
 
 
 def weight(*shape, seed=0):

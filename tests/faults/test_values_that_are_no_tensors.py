@@ -7,17 +7,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from rsi_deploy import export, inspect, verify
+from rsi_deploy.benchmark.latency import bench
 from rsi_deploy.cli import run
-from rsi_deploy.errors import GateError, ModelError, UsageError
-from rsi_deploy.gates import compare_outputs
-from rsi_deploy.gateway.arrays import read_npz
-from rsi_deploy.measure.accuracy import evaluate
-from rsi_deploy.measure.latency import bench
-from rsi_deploy.measure.values import arrays_of
-from rsi_deploy.onnx_file import read_onnx
+from rsi_deploy.core.errors import GateError, ModelError, UsageError
+from rsi_deploy.evaluation.accuracy import evaluate
+from rsi_deploy.io.arrays import read_npz
+from rsi_deploy.io.onnx_file import read_onnx
+from rsi_deploy.onnx_models.rewrite import rewrite
 from rsi_deploy.packaging.packing import package
 from rsi_deploy.report.schema import ProbeOutput
-from rsi_deploy.rewriting import rewrite
+from rsi_deploy.runtime.feeds.values import arrays_of
+from rsi_deploy.runtime.parity import compare_outputs
 
 RNG = np.random.default_rng(0)
 W = RNG.standard_normal((64, 48)).astype(np.float32) / 8

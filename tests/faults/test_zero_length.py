@@ -10,15 +10,15 @@ from onnx import TensorProto, helper, numpy_helper
 from served import Server
 
 from rsi_deploy import evaluate, export
-from rsi_deploy.calibrate.calibration_data import CalibrationData
+from rsi_deploy.calibration.calibration_data import CalibrationData
 from rsi_deploy.cli import run
-from rsi_deploy.errors import UsageError
-from rsi_deploy.gates import compare_outputs
-from rsi_deploy.measure.answers import floating_rows
-from rsi_deploy.measure.inputs import InputSpec, check_feeds, model_inputs, parse_shape, random_feeds
-from rsi_deploy.serving.grpc_app import decode
-from rsi_deploy.serving.refusal import Refusal
-from rsi_deploy.serving.tensors import checked_shape, dtype_of, from_binary, from_values, to_binary
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.evaluation.predictor import floating_rows
+from rsi_deploy.runtime.feeds.inputs import InputSpec, check_feeds, model_inputs, parse_shape, random_feeds
+from rsi_deploy.runtime.parity import compare_outputs
+from rsi_deploy.serving.protocol.grpc_app import decode
+from rsi_deploy.serving.protocol.refusal import Refusal
+from rsi_deploy.serving.protocol.tensors import checked_shape, dtype_of, from_binary, from_values, to_binary
 
 RNG = np.random.default_rng(0)
 SHAPES = ["--input-shape", "x=1x3x16", "--input-shape", "past=1x0x12"]

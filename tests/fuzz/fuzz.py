@@ -1,8 +1,8 @@
 """Fuzz one target by coverage: `python tests/fuzz/fuzz.py TARGET --seconds 60 [--corpus DIR]`.
 
 Needs atheris (`pip install "rsi-deploy[fuzz]"`), which instruments the bytecode of rsi_deploy and graph_passes.
-Ends with 0 where nothing was found. A finding is an exception that is none of `rsi_deploy.errors`, a crash of native
-code, 10 s without an answer, or 2 GB of memory; its bytes are left in a file that the last lines name, and
+Ends with 0 where nothing was found. A finding is an exception that is none of `rsi_deploy.core.errors`, a crash of
+native code, 10 s without an answer, or 2 GB of memory; its bytes are left in a file that the last lines name, and
 `python tests/fuzz/fuzz.py TARGET FILE` shows it again.
 """
 

@@ -12,7 +12,7 @@ from full_document import full_document
 from onnx import ModelProto, numpy_helper
 
 import rsi_deploy
-from rsi_deploy.measure.cost_table import Conditions, CostTable, ModelTime, PlanCheck, SiteCost, SplitTime
+from rsi_deploy.costing.cost_table import Conditions, CostTable, ModelTime, PlanCheck, SiteCost, SplitTime
 
 TEXTS = {
     "matmul": """g (float[n,8] x) => (float[n,8] y) { a = MatMul(x, w) b = Relu(a) c = MatMul(b, w) y = Add(c, v) }""",

@@ -7,8 +7,8 @@
     cost       a table of times: read, printed, planned with
     config     a preprocessing, a sweep, a manifest, a benchmark's document: read and shown
 
-Bytes are a file as it is, or choices for `mutations`. The errors of `rsi_deploy.errors` are what a hostile file should
-come to; they are passed over here, and everything else is not.
+Bytes are a file as it is, or choices for `mutations`. The errors of `rsi_deploy.core.errors` are what a hostile file
+should come to; they are passed over here, and everything else is not.
 """
 
 import contextlib
@@ -27,25 +27,25 @@ from mutations import mutated_document, mutated_model
 from rich.console import Console
 
 import rsi_deploy
-from rsi_deploy.errors import RsiDeployError
-from rsi_deploy.gateway.onnx_reader import check_file
-from rsi_deploy.manifest import check_manifest, write_manifest
-from rsi_deploy.measure.cost_table import read_cost_table
-from rsi_deploy.measure.inputs import model_inputs, random_feeds
-from rsi_deploy.measure.preprocess import Preprocessing
-from rsi_deploy.measure.result import read_bench
-from rsi_deploy.measure.sessions import make_session
-from rsi_deploy.measure.trial_plans import trial_plans
-from rsi_deploy.plan.plan_file import check_plan, read_plan
-from rsi_deploy.report.bench_table import print_document
-from rsi_deploy.report.cost_summary import print_costs
-from rsi_deploy.report.page_bench import page_of_bench
-from rsi_deploy.report.page_report import page_of_report
-from rsi_deploy.report.page_sweep import page_of_sweep, sweep_rows
+from rsi_deploy.benchmark.result import read_bench
+from rsi_deploy.core.errors import RsiDeployError
+from rsi_deploy.costing.cost_table import read_cost_table
+from rsi_deploy.costing.trial_plans import trial_plans
+from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.io.manifest import check_manifest, write_manifest
+from rsi_deploy.io.onnx_reader import check_file
+from rsi_deploy.planning.plan_file import check_plan, read_plan
+from rsi_deploy.report.pages.bench import page_of_bench
+from rsi_deploy.report.pages.report import page_of_report
+from rsi_deploy.report.pages.sweep import page_of_sweep, sweep_rows
 from rsi_deploy.report.schema import read_report
-from rsi_deploy.report.table import print_report
+from rsi_deploy.report.sweep_schema import read_sweep
+from rsi_deploy.report.tables.bench import print_document
+from rsi_deploy.report.tables.costs import print_costs
+from rsi_deploy.report.tables.report import print_report
+from rsi_deploy.runtime.feeds.inputs import model_inputs, random_feeds
+from rsi_deploy.runtime.sessions import make_session
 from rsi_deploy.serving.bundles import open_bundle
-from rsi_deploy.sweeps.points import read_sweep
 
 PASSED_OVER: tuple[type[Exception], ...] = (RsiDeployError,)
 """What may come of a hostile file; a test takes it away for files that are good."""

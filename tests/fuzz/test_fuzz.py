@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import mutated_document, mutated_model
 
-from rsi_deploy.errors import RsiDeployError
+from rsi_deploy.core.errors import RsiDeployError
 
 sys.path.append(str(Path(__file__).parents[1] / "graph_passes"))
 from random_graphs import cases

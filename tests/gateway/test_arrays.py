@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rsi_deploy.errors import UsageError
-from rsi_deploy.gateway.arrays import read_npz
-from rsi_deploy.measure.array_data import ArrayData
-from rsi_deploy.probe import read_feeds
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.data.array_data import ArrayData
+from rsi_deploy.io.arrays import read_npz
+from rsi_deploy.runtime.feeds.probe import read_feeds
 
 
 class WritesAFile:
@@ -97,7 +97,7 @@ def test_an_archive_that_unpacks_to_far_more(tmp_path, monkeypatch):
     path = archive(tmp_path / "a.npz", zipfile.ZIP_DEFLATED, x=header((1 << 23,)) + bytes(1 << 25))
     assert path.stat().st_size < 1 << 16
     assert not read_npz(path)["x"].any()
-    monkeypatch.setattr("rsi_deploy.gateway.archives.UNPACKED_BYTES", 1 << 24)
+    monkeypatch.setattr("rsi_deploy.io.archives.UNPACKED_BYTES", 1 << 24)
     with pytest.raises(ValueError, match=r"would unpack to 33554\d+, which is refused; write it without compression"):
         read_npz(path)
     assert not read_npz(archive(tmp_path / "b.npz", x=header((1 << 23,)) + bytes(1 << 25)))["x"].any()

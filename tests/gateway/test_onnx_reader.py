@@ -24,9 +24,9 @@ from hostile_models import (
 from onnx import TensorProto, helper, numpy_helper
 
 import rsi_deploy
-from rsi_deploy.errors import ModelError
-from rsi_deploy.gateway.onnx_reader import check_file, check_proto, load_model, read_proto
-from rsi_deploy.measure.sessions import make_session
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.io.onnx_reader import check_file, check_proto, load_model, read_proto
+from rsi_deploy.runtime.sessions import make_session
 
 HOSTILE = GIGABYTES | ENDLESS | WRONG
 MEMORY = 500 << 20
@@ -86,9 +86,9 @@ def test_every_type_is_counted_as_onnx_writes_it(tmp_path, kind):
 
 LIMITED = """
 import resource, sys, time
-from rsi_deploy.gateway.onnx_reader import read_proto
-from rsi_deploy.errors import ModelError
-from rsi_deploy.measure.sessions import make_session
+from rsi_deploy.io.onnx_reader import read_proto
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.runtime.sessions import make_session
 import onnxruntime
 before = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (before + {memory}, before + {memory}))

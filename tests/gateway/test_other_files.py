@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsi_deploy.errors import GateError, ModelError, UsageError
-from rsi_deploy.gateway.documents import DOCUMENT_BYTES, read_document
-from rsi_deploy.manifest import read_manifest
-from rsi_deploy.measure.arrow_data import ArrowData
-from rsi_deploy.measure.arrow_files import table_files
-from rsi_deploy.measure.data import open_data
-from rsi_deploy.measure.folder_data import ImageFolderData
-from rsi_deploy.report.html import source_of
+from rsi_deploy.core.errors import GateError, ModelError, UsageError
+from rsi_deploy.data.arrow_data import ArrowData
+from rsi_deploy.data.arrow_files import table_files
+from rsi_deploy.data.folder_data import ImageFolderData
+from rsi_deploy.data.sources import open_data
+from rsi_deploy.io.documents import DOCUMENT_BYTES, read_document
+from rsi_deploy.io.manifest import read_manifest
+from rsi_deploy.report.pages.html import source_of
 from rsi_deploy.serving.bundles import open_bundle
 
 pa = pytest.importorskip("pyarrow", reason='pip install "rsi-deploy[data]"')
@@ -78,7 +78,7 @@ def test_a_damaged_table_ends_in_a_message(tmp_path):
 
 
 def test_more_rows_than_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("rsi_deploy.measure.arrow_files.MOST_ROWS", 1)
+    monkeypatch.setattr("rsi_deploy.data.arrow_files.MOST_ROWS", 1)
     path = tmp_path / "t.arrow"
     rows = pa.table({"x": [1.0, 2.0]})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, rows.schema) as writer:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsi_deploy.errors import UsageError
-from rsi_deploy.gateway.pictures import FORMATS, MOST_PIXELS, TooLargeError, with_picture
-from rsi_deploy.measure.dataset import decoded_picture
-from rsi_deploy.measure.preprocess import MOST_SIDE, Preprocessing
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.data.dataset import decoded_picture
+from rsi_deploy.data.preprocess import MOST_SIDE, Preprocessing
+from rsi_deploy.io.pictures import FORMATS, MOST_PIXELS, TooLargeError, with_picture
 
 
 def encoded(kind, size=(5, 4)):

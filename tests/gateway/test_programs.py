@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from rsi_deploy.errors import ModelError
-from rsi_deploy.gateway.programs import read_program
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.io.programs import read_program
 
 
 class WritesAFile:

@@ -14,12 +14,12 @@ from onnx import helper, numpy_helper
 import rsi_deploy
 from rsi_deploy.cli import run
 from rsi_deploy.cli.terminal import console
-from rsi_deploy.errors import ModelError
-from rsi_deploy.gateway.limits import first_line, shown
-from rsi_deploy.gateway.onnx_reader import read_proto
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.core.text import in_markdown, on_terminal
+from rsi_deploy.io.limits import first_line, shown
+from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.packaging.triton_config import proto_text
 from rsi_deploy.report.card import model_card
-from rsi_deploy.report.text import in_markdown, on_terminal
 
 NAMES = (
     "clear\x1b[2J\x1b]0;title\x07",

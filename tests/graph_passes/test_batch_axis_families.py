@@ -11,7 +11,7 @@ from torch import nn
 from graph_passes.batch_axis import prove
 from graph_passes.batch_axis.values import Place
 from rsi_deploy import export
-from rsi_deploy.gateway.onnx_reader import read_graph
+from rsi_deploy.io.onnx_reader import read_graph
 from samples.digits import cnn, vit
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from spectra import normal, spectral, values, weight_with
 
-from rsi_deploy.kernel.certified import STARTS, WIDTH, certified_norm, is_told, least_part, most_steps, searched
-from rsi_deploy.rsi import Factors, Solver
+from rsi_deploy.linalg.certified_norm import STARTS, WIDTH, certified_norm, is_told, least_part, most_steps, searched
+from rsi_deploy.linalg.solver import Factors, Solver
 
 
 def nothing(weight):

@@ -2,9 +2,9 @@ import pytest
 import torch
 from spectra import normal, spectral, values, weight_with
 
-from rsi_deploy.kernel.chebyshev import chebyshev, iterate, shifts, steps
-from rsi_deploy.kernel.direct import direct
-from rsi_deploy.kernel.products import Operand
+from rsi_deploy.linalg.products.products import Operand
+from rsi_deploy.linalg.routes.chebyshev import chebyshev, iterate, shifts, steps
+from rsi_deploy.linalg.routes.direct import direct
 
 SHAPES = [(300, 420), (420, 300)]
 SPECTRA = ["slow", "medium", "fast", "flat"]

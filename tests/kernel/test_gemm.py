@@ -6,8 +6,8 @@ import pytest
 import torch
 from spectra import normal, spectral, values, weight_with
 
-from rsi_deploy.kernel import gemm, onednn, rates
-from rsi_deploy.rsi import Solver
+from rsi_deploy.linalg.products import gemm, onednn, rates
+from rsi_deploy.linalg.solver import Solver
 
 CPU = torch.device("cpu")
 here = pytest.mark.skipif(not onednn.has_onednn(CPU), reason="this torch has no float32 product of oneDNN here")

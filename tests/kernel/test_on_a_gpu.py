@@ -4,8 +4,8 @@ import pytest
 import torch
 from spectra import normal, values
 
-from rsi_deploy.kernel.rates import rates
-from rsi_deploy.rsi import Factors, Solver, certified_norm
+from rsi_deploy.linalg.products.rates import rates
+from rsi_deploy.linalg.solver import Factors, Solver, certified_norm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -29,7 +29,7 @@ def lost(weight, factors):
 @pytest.mark.parametrize("shape", [(3000, 2100), (2100, 3000)])
 @pytest.mark.parametrize("rank", [210, 1050])
 def test_mixed_precision_loses_next_to_nothing(spectrum, shape, rank, monkeypatch):
-    monkeypatch.setattr("rsi_deploy.kernel.solve.LEAST_LOW_FLOPS", {})
+    monkeypatch.setattr("rsi_deploy.linalg.solve.LEAST_LOW_FLOPS", {})
     weight = weight_with(values(spectrum, 2100), *shape)
     assert rates(weight.device).mixed
     mixed, plain = (

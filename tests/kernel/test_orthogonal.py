@@ -4,8 +4,8 @@ import pytest
 import torch
 from spectra import normal, values, weight_with
 
-from rsi_deploy.kernel import orthogonal
-from rsi_deploy.kernel.orthogonal import TOLD, inverse, inverse_in_batches, near_basis_, orthonormal_, rough_basis_
+from rsi_deploy.linalg import orthogonal
+from rsi_deploy.linalg.orthogonal import TOLD, inverse, inverse_in_batches, near_basis_, orthonormal_, rough_basis_
 
 BLOCKS = {
     "random": lambda: normal(90, 20),

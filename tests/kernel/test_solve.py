@@ -10,10 +10,11 @@ from little_memory import LittleMemory
 from spectra import normal, spectral, values, weight_with
 from torch.profiler import ProfilerActivity, profile
 
-from rsi_deploy.kernel import cost, rates
-from rsi_deploy.kernel.cost import ROUTES
-from rsi_deploy.kernel.krylov import depth
-from rsi_deploy.rsi import Solver, rsi
+from rsi_deploy.linalg import cost_model as cost
+from rsi_deploy.linalg.cost_model import ROUTES
+from rsi_deploy.linalg.products import rates
+from rsi_deploy.linalg.routes.krylov import depth
+from rsi_deploy.linalg.solver import Solver, rsi
 
 FAST_HALF = rates.Rates(full=1e11, onednn=1.0, half=3.05e11, double=5e10, eigen=1e-9)
 SHAPES = [(560, 500), (500, 560), (530, 530)]
@@ -27,7 +28,7 @@ def error(weight, factors):
 def fast_half(monkeypatch):
     """A machine with fast bfloat16, whatever this one is, and for small products too."""
     monkeypatch.setitem(rates._told, ("cpu", torch.get_num_threads()), FAST_HALF)
-    monkeypatch.setattr("rsi_deploy.kernel.solve.LEAST_LOW_FLOPS", {})
+    monkeypatch.setattr("rsi_deploy.linalg.solve.LEAST_LOW_FLOPS", {})
 
 
 def test_a_second_block_whose_columns_would_hide_in_bfloat16_is_made_in_float32(monkeypatch, fast_half):
@@ -43,7 +44,7 @@ def test_a_second_block_whose_columns_would_hide_in_bfloat16_is_made_in_float32(
         return max(found)
 
     assert worst() < 1.003
-    monkeypatch.setattr("rsi_deploy.kernel.chebyshev.SHRINKS", math.inf)
+    monkeypatch.setattr("rsi_deploy.linalg.routes.chebyshev.SHRINKS", math.inf)
     assert worst() > 1.004
 
 

@@ -5,12 +5,12 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure.accuracy import AccuracyResult, check_data, evaluate, evaluate_all
-from rsi_deploy.measure.data import ArrayData, NamedData
-from rsi_deploy.measure.preprocess import METADATA_KEY, Preprocessing
-from rsi_deploy.measure.providers import available
-from rsi_deploy.measure.scores import divergence
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.data.sources import ArrayData, NamedData
+from rsi_deploy.evaluation.accuracy import AccuracyResult, check_data, evaluate, evaluate_all
+from rsi_deploy.evaluation.scores import divergence
+from rsi_deploy.runtime.providers import available
 
 RNG = np.random.default_rng(0)
 CLASSES = 8

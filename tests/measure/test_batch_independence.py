@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from served import linear, running_sum, tokens, value, write
 
-from rsi_deploy.measure.batch_independence import (
+from rsi_deploy.runtime.batch_independence import (
     TOLERANCE,
     samples_in,
     why_alone,

@@ -7,11 +7,11 @@ import onnxruntime
 import pytest
 from onnx import parser
 
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure import binding
-from rsi_deploy.measure.binding import Device, bind, bound_call, device_of
-from rsi_deploy.measure.provider_spec import ProviderSpec
-from rsi_deploy.measure.sessions import make_session
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.runtime import binding
+from rsi_deploy.runtime.binding import Device, bind, bound_call, device_of
+from rsi_deploy.runtime.provider_spec import ProviderSpec
+from rsi_deploy.runtime.sessions import make_session
 
 
 def session_of(body, inputs="float[N,4] x", outputs="float[N,4] y"):

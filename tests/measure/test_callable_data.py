@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.data import ArrayData, check_exists, open_data
-from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.data.sources import ArrayData, check_exists, open_data
 
 X = np.arange(40, dtype=np.float32).reshape(10, 4)
 Y = np.arange(10) % 3
@@ -14,7 +14,7 @@ MODULE = """
 import itertools
 import numpy as np
 import torch
-from rsi_deploy.measure.data import ArrayData
+from rsi_deploy.data.sources import ArrayData
 
 X = np.arange(40, dtype=np.float32).reshape(10, 4)
 Y = np.arange(10) % 3

@@ -1,8 +1,8 @@
 import pytest
 from bench_documents import accuracy, arm, cell, document
 
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.compare import Comparison, compare_documents, device_names
+from rsi_deploy.benchmark.compare import Comparison, compare_documents, device_names
+from rsi_deploy.core.errors import UsageError
 
 
 def measured(scale=1.0, batches=(1, 8), **changes):

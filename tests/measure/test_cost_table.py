@@ -6,9 +6,10 @@ import time
 
 import pytest
 
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure.cost_cache import NOISY_FOR, CostCache, conditions_here
-from rsi_deploy.measure.cost_table import (
+from rsi_deploy.benchmark.statistics import MIN_BLOCKS
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.costing.cost_cache import NOISY_FOR, CostCache, conditions_here
+from rsi_deploy.costing.cost_table import (
     Conditions,
     CostTable,
     ModelTime,
@@ -18,8 +19,7 @@ from rsi_deploy.measure.cost_table import (
     read_cost_table,
     timing_ranks,
 )
-from rsi_deploy.measure.statistics import MIN_BLOCKS
-from rsi_deploy.measure.trial_plans import fitted_scale, trial_plans
+from rsi_deploy.costing.trial_plans import fitted_scale, trial_plans
 
 HERE = Conditions(
     cpu="a cpu", cores=2, cpu_flags=("avx2",), gpus=(), onnxruntime={"onnxruntime": "1.2"}, provider="cpu", threads=2

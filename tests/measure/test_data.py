@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.data import open_data
-from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.data.sources import open_data
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 6, 5, 3), dtype=np.uint8)
 LABELS = np.arange(10, dtype=np.uint8) // 2

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from nets import mlp_onnx
 
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.data import ArrayData, NamedData, open_data
-from rsi_deploy.measure.feeding import Feeding, as_input
-from rsi_deploy.measure.inputs import InputSpec
-from rsi_deploy.measure.preprocess import Preprocessing
-from rsi_deploy.measure.sample_feeds import sample_feeds
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.data.feeding import Feeding, as_input
+from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.data.sources import ArrayData, NamedData, open_data
+from rsi_deploy.evaluation.sample_feeds import sample_feeds
+from rsi_deploy.runtime.feeds.inputs import InputSpec
 
 IDS = np.arange(30).reshape(10, 3)
 MASK = np.ones((10, 3), bool)

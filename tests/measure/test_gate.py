@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from bench_documents import accuracy, arm, cell, document, environment
 
-from rsi_deploy.errors import GateError, UsageError
-from rsi_deploy.measure.gate import GateReport, check_gates, machine_differences, percentage, slowdown_check
-from rsi_deploy.measure.intervals import ratio
+from rsi_deploy.benchmark.ci_gate import GateReport, check_gates, machine_differences, percentage, slowdown_check
+from rsi_deploy.core.errors import GateError, UsageError
+from rsi_deploy.evaluation.intervals import ratio
 
 BASE = document(cell(arm("m", 10.0)))
 

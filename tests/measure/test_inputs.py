@@ -5,8 +5,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, parser
 
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure.inputs import InputSpec, check_feeds, model_inputs, random_feeds
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.runtime.feeds.inputs import InputSpec, check_feeds, model_inputs, random_feeds
 
 
 def spec(name, shape, dtype="float32"):

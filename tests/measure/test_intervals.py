@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rsi_deploy.measure.intervals import difference_interval, mean_interval, wilson_interval
+from rsi_deploy.evaluation.intervals import difference_interval, mean_interval, wilson_interval
 
 
 def test_wilson_interval_covers_and_stays_inside():

@@ -8,8 +8,10 @@ import onnx
 import pytest
 from onnx import parser
 
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure import arms, blocks, latency, placement
+from rsi_deploy.benchmark import blocks, latency
+from rsi_deploy.benchmark import variants as arms
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.runtime import placement
 
 WEIGHTS = ", ".join(["0.5"] * 16)
 

@@ -6,10 +6,10 @@ import onnx
 import pytest
 from onnx import parser
 
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure import loadgen, loadgen_worker
-from rsi_deploy.measure.loadgen import parse_summary, run_loadgen
-from rsi_deploy.measure.loadgen_worker import Request
+from rsi_deploy.benchmark import loadgen, loadgen_worker
+from rsi_deploy.benchmark.loadgen import parse_summary, run_loadgen
+from rsi_deploy.benchmark.loadgen_worker import Request
+from rsi_deploy.core.errors import ModelError, UsageError
 
 needs_loadgen = pytest.mark.skipif(
     importlib.util.find_spec("mlperf_loadgen") is None, reason="pip install mlcommons-loadgen"

@@ -8,12 +8,13 @@ import onnx
 import pytest
 from onnx import parser
 
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure import arms, blocks, matrix
-from rsi_deploy.measure.float16 import float16_file
-from rsi_deploy.measure.pinning import pinned
-from rsi_deploy.measure.request import Request, matrix_shapes, parse_bytes, parse_numbers, parse_seconds
-from rsi_deploy.measure.result import BenchDocument, read_bench
+from rsi_deploy.benchmark import blocks, matrix
+from rsi_deploy.benchmark import variants as arms
+from rsi_deploy.benchmark.request import Request, matrix_shapes, parse_bytes, parse_numbers, parse_seconds
+from rsi_deploy.benchmark.result import BenchDocument, read_bench
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.runtime.float16 import float16_file
+from rsi_deploy.runtime.pinning import pinned
 
 WEIGHTS = ", ".join(["0.5"] * 16)
 

@@ -58,8 +58,8 @@ def bench(*arguments):
 
 
 def test_it_computes_what_the_cpu_does(model, feeds):
-    from rsi_deploy.measure.binding import bind
-    from rsi_deploy.measure.sessions import make_session
+    from rsi_deploy.runtime.binding import bind
+    from rsi_deploy.runtime.sessions import make_session
 
     expected = make_session(model, "cpu").run(None, feeds)[0]
     bound = bind(make_session(model, "openvino"), feeds, "openvino")
@@ -69,7 +69,7 @@ def test_it_computes_what_the_cpu_does(model, feeds):
 
 
 def test_the_nodes_run_on_it(model, feeds):
-    from rsi_deploy.measure.placement import node_placement, proven_placement
+    from rsi_deploy.runtime.placement import node_placement, proven_placement
 
     ran = proven_placement(model, "openvino:device_type=CPU,num_of_threads=1", feeds)
     assert set(ran.nodes.values()) == {NAME}
@@ -102,15 +102,15 @@ def test_what_does_not_run_on_it_is_refused(model, provider, said):
 
 
 def test_a_fallback_that_is_allowed_is_recorded(model, feeds):
-    from rsi_deploy.measure.placement import proven_placement
+    from rsi_deploy.runtime.placement import proven_placement
 
     ran = proven_placement(model, "openvino:device_type=Toaster", feeds, allow_fallback=True)
     assert set(ran.nodes.values()) == {"CPUExecutionProvider"}
 
 
 def test_options_are_refused_or_taken_one_by_one(model):
-    from rsi_deploy.errors import UsageError
-    from rsi_deploy.measure.sessions import make_session, settings_in_force
+    from rsi_deploy.core.errors import UsageError
+    from rsi_deploy.runtime.sessions import make_session, settings_in_force
 
     session = make_session(model, "openvino:num_of_threads=1,device_type=CPU")
     assert settings_in_force(session, "openvino:num_of_threads=1")["num_of_threads"] == "1"

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from rsi_deploy.measure.paired import mcnemar, paired_test, verdict
+from rsi_deploy.evaluation.paired_test import mcnemar, paired_test, verdict
 
 stats = pytest.importorskip("scipy.stats", reason="scipy comes with scikit-learn")
 

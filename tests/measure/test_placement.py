@@ -6,8 +6,8 @@ import onnx
 import pytest
 from onnx import parser
 
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure import placement
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.runtime import placement
 
 TEXT = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,4] x) => (float[N,4] y) { a = Sin(x)  b = Relu(a)  y = Softmax(b) }"""

@@ -4,8 +4,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification, SemanticSegmentation
 
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.data.preprocess import Preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -5,9 +5,9 @@ import onnx
 import pytest
 from onnx import parser
 
-from rsi_deploy.measure.arms import Runtime
-from rsi_deploy.measure.profile_events import node_events, read_events
-from rsi_deploy.measure.profiling import profile_arms
+from rsi_deploy.benchmark.profiling import profile_arms
+from rsi_deploy.benchmark.variants import Runtime
+from rsi_deploy.runtime.profile_events import node_events, read_events
 
 
 def event(name, op, start, duration, thread=1):

@@ -3,8 +3,8 @@ import types
 import onnxruntime
 import pytest
 
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.provider_spec import SESSION_OPTIONS, ProviderSpec, parse
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.runtime.provider_spec import SESSION_OPTIONS, ProviderSpec, parse
 
 CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 

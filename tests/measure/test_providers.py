@@ -5,8 +5,8 @@ import types
 import onnxruntime
 import pytest
 
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure import providers
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.runtime import providers
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rsi_deploy.measure.scores import (
+from rsi_deploy.evaluation.scores import (
     are_scores,
     cosine,
     divergence,

@@ -7,10 +7,10 @@ import onnx
 import pytest
 from onnx import parser
 
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure import concurrency, processes
-from rsi_deploy.measure.arms import Runtime
-from rsi_deploy.measure.profiling import profile_arms, read_profile
+from rsi_deploy.benchmark import concurrency, processes
+from rsi_deploy.benchmark.profiling import profile_arms, read_profile
+from rsi_deploy.benchmark.variants import Runtime
+from rsi_deploy.core.errors import ModelError, UsageError
 
 WEIGHTS = ", ".join(["0.5"] * 16)
 FEEDS = {"x": np.ones((1, 4), np.float32)}

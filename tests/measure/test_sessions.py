@@ -7,8 +7,8 @@ import onnxruntime
 import pytest
 from onnx import parser
 
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.measure import sessions
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.runtime import sessions
 
 TEXT = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,4] x) => (float[N,4] y) { a = Sin(x)  b = Relu(a)  y = Softmax(b) }"""
@@ -82,8 +82,8 @@ DENORMALS = """
 import sys
 import numpy as np
 from onnx import parser
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.sessions import make_session
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.runtime.sessions import make_session
 text = '<ir_version: 8, opset_import: ["" : 17]> g (float[N,4] x) => (float[N,4] y) { y = Mul(x, x) }'
 for wanted in sys.argv[1:]:
     try:

@@ -9,16 +9,16 @@ import pytest
 from flows import saved, text_model
 from nets import run_onnx
 
-from rsi_deploy.measure import site_timing
-from rsi_deploy.measure.arms import Runtime
-from rsi_deploy.measure.blank_models import write_blank
-from rsi_deploy.measure.inputs import model_inputs, random_feeds
-from rsi_deploy.measure.sessions import make_session
-from rsi_deploy.measure.site_models import Piece, pieces
-from rsi_deploy.measure.site_timing import Wanted, grid_of, shapes_of, time_sites
-from rsi_deploy.measure.statistics import MIN_BLOCKS
-from rsi_deploy.onnx_file import read_onnx, write_onnx
-from rsi_deploy.trace import traced_run
+from rsi_deploy.benchmark.statistics import MIN_BLOCKS
+from rsi_deploy.benchmark.variants import Runtime
+from rsi_deploy.costing import site_timing
+from rsi_deploy.costing.site_models import Piece, pieces
+from rsi_deploy.costing.site_timing import Wanted, grid_of, shapes_of, time_sites
+from rsi_deploy.costing.zero_filled import write_blank
+from rsi_deploy.io.onnx_file import read_onnx, write_onnx
+from rsi_deploy.runtime.feeds.inputs import model_inputs, random_feeds
+from rsi_deploy.runtime.sessions import make_session
+from rsi_deploy.runtime.shape_trace import traced_run
 
 CONVS = """
 net (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] y)

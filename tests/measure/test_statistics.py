@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from rsi_deploy.measure import statistics
+from rsi_deploy.benchmark import statistics
 
 
 def synthetic(ratio, blocks=60, noise=0.05, seed=0):

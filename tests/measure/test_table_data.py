@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.data import ArrowData, open_data
-from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.data.sources import ArrowData, open_data
 
 pa = pytest.importorskip("pyarrow", reason="needs rsi-deploy[data]")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -107,7 +107,7 @@ def test_the_fingerprint_is_of_the_content(source, tmp_path):
 
 
 def test_only_rows_that_are_wanted_are_decoded(tmp_path, monkeypatch):
-    import rsi_deploy.measure.arrow_data as module
+    import rsi_deploy.data.arrow_data as module
 
     pq.write_table(WHOLE, tmp_path / "d.parquet", row_group_size=5)
     decoded = []

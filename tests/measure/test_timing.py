@@ -1,6 +1,6 @@
 import numpy as np
 
-from rsi_deploy.measure import timing
+from rsi_deploy.benchmark import timing
 
 
 def test_every_call_is_timed_by_itself(monkeypatch):

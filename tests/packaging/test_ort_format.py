@@ -6,8 +6,9 @@ import onnxruntime
 import pytest
 from models import bundle_of, mlp_bundle, tokens
 
-from rsi_deploy import GateError, ModelError, onnx_file, package, verify
+from rsi_deploy import GateError, ModelError, package, verify
 from rsi_deploy.cli import run
+from rsi_deploy.io import onnx_file
 from rsi_deploy.packaging import ort_format
 
 FILES = ("README.md", "manifest.json", "model.ort", "required_operators.config", "required_operators_and_types.config")

@@ -7,7 +7,7 @@ from models import mlp_bundle
 
 from rsi_deploy import UsageError, package
 from rsi_deploy.cli import cli, run
-from rsi_deploy.manifest import check_manifest
+from rsi_deploy.io.manifest import check_manifest
 from rsi_deploy.packaging.packing import DEFAULTS, USES, flag
 
 KSERVE = {"storage_uri": "s3://bucket/models"}

@@ -5,7 +5,7 @@ from models import bundle_of, graph, mixing, mlp_bundle, pooled, tokens, weight
 from nets import mlp_onnx
 from onnx import TensorProto, helper
 
-from rsi_deploy.errors import GateError, ModelError, UsageError
+from rsi_deploy.core.errors import GateError, ModelError, UsageError
 from rsi_deploy.packaging.servable import read_dense, read_servable
 
 

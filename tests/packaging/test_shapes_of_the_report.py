@@ -6,7 +6,7 @@ import pytest
 from models import bundle_of, graph, weight
 from onnx import TensorProto, helper
 
-from rsi_deploy.errors import ModelError
+from rsi_deploy.core.errors import ModelError
 from rsi_deploy.packaging.packing import package
 from rsi_deploy.packaging.servable import read_servable
 

@@ -8,7 +8,8 @@ from models import bundle_of, mixing, mlp_bundle, tokens
 from nets import mlp_onnx, run_onnx
 from served import Server
 
-from rsi_deploy import ModelError, onnx_file, package
+from rsi_deploy import ModelError, package
+from rsi_deploy.io import onnx_file
 from rsi_deploy.packaging.servable import Tensor, read_servable
 from rsi_deploy.packaging.triton_config import TritonSettings, config_text, proto_text
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rsi_deploy.plan.bracket import Aim, Trial, next_planned
+from rsi_deploy.planning.bracket import Aim, Trial, next_planned
 
 AIM = Aim(low=0.40, middle=0.418, high=0.442)
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.plan.budget import Budget, parse_latency, parse_share, parse_size
-from rsi_deploy.plan.knapsack import Option, SiteOptions, UnreachableLimitError, choose, smallest_cost
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.planning.budget import Budget, parse_latency, parse_share, parse_size
+from rsi_deploy.planning.knapsack import Option, SiteOptions, UnreachableLimitError, choose, smallest_cost
 
 
 @pytest.mark.parametrize(

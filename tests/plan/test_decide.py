@@ -7,15 +7,15 @@ from calibrated_nets import branch_net, conv_net
 
 import graph_passes as gp
 from rsi_deploy import export, read_report
-from rsi_deploy.calibrate.streams import StreamSite
-from rsi_deploy.core_size import Size
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.plan.budget import Budget
-from rsi_deploy.plan.decide import blank, from_plan, total_of, under, uniform, wanted_splits
-from rsi_deploy.plan.knapsack import Option, SiteOptions
-from rsi_deploy.plan.plan_file import Plan, PlannedSite, read_plan
-from rsi_deploy.plan.planner import Decision, Filters, Planner, RankSpec
-from rsi_deploy.report.plan_of_report import plan_of
+from rsi_deploy.calibration.activations import StreamSite
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.model_size import Size
+from rsi_deploy.planning.budget import Budget
+from rsi_deploy.planning.decide import blank, from_plan, total_of, under, uniform, wanted_splits
+from rsi_deploy.planning.knapsack import Option, SiteOptions
+from rsi_deploy.planning.plan_file import Plan, PlannedSite, read_plan
+from rsi_deploy.planning.planner import Decision, Filters, Planner, RankSpec
+from rsi_deploy.report.report_plan import plan_of
 
 DENSE = Size(bytes=4000, params=1000, macs=2000)
 REASON = "2 nodes share its weight"

@@ -2,10 +2,10 @@ import pytest
 import torch
 from spectra import spectral, values, weight_with
 
-from rsi_deploy.errors import UsageError
-from rsi_deploy.plan.error_rank import smallest_rank
-from rsi_deploy.plan.planner import MaxError, Planner
-from rsi_deploy.rsi import Solver
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.planning.error_rank import smallest_rank
+from rsi_deploy.planning.planner import MaxError, Planner
 
 SOLVER = Solver(route="direct", mixed_precision=False)
 

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from rsi_deploy.errors import ModelError
-from rsi_deploy.measure.cost_table import Conditions, CostTable, ModelTime, PlanCheck, SiteCost, SplitTime, timing_ranks
-from rsi_deploy.plan.budget import Budget
-from rsi_deploy.plan.in_time import FASTER, NOISY, faster_only, in_time, priced, saving_of, with_saving
-from rsi_deploy.plan.knapsack import Option, SiteOptions
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.costing.cost_table import Conditions, CostTable, ModelTime, PlanCheck, SiteCost, SplitTime, timing_ranks
+from rsi_deploy.planning.budget import Budget
+from rsi_deploy.planning.in_time import FASTER, NOISY, faster_only, in_time, priced, saving_of, with_saving
+from rsi_deploy.planning.knapsack import Option, SiteOptions
 
 NAMES = ("a", "b", "c")
 DENSE, TOTAL, FULL = 10_000, 50_000, 64

@@ -4,10 +4,10 @@ import pytest
 import torch
 from joint_weights import related, unrelated
 
-from rsi_deploy.factor_errors import EXACT_SPECTRUM_LIMIT
-from rsi_deploy.plan.joint import factorize_jointly, largest_cheaper_rank
-from rsi_deploy.rsi import Solver
-from rsi_deploy.sites import factorize_site
+from rsi_deploy.linalg.factor_errors import EXACT_SPECTRUM_LIMIT
+from rsi_deploy.linalg.site_factors import factorize_site
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.planning.joint import factorize_jointly, largest_cheaper_rank
 
 WIDTH, RANK = 32, 7
 SVD = Solver(method="svd")

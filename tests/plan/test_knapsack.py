@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsi_deploy.plan import knapsack
-from rsi_deploy.plan.knapsack import Option, SiteOptions, UnreachableLimitError, choose, smallest_cost
+from rsi_deploy.planning import knapsack
+from rsi_deploy.planning.knapsack import Option, SiteOptions, UnreachableLimitError, choose, smallest_cost
 
 
 def dense(cost):

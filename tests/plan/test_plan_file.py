@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import graph_passes.forms
-from rsi_deploy.errors import UsageError
-from rsi_deploy.plan import plan_file
-from rsi_deploy.plan.plan_file import Plan, PlannedForm, PlannedSite, check_plan, read_plan, write_plan
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.planning import plan_file
+from rsi_deploy.planning.plan_file import Plan, PlannedForm, PlannedSite, check_plan, read_plan, write_plan
 
 SITES = [
     ("features.0", {"channel": 27, "input": 3, "separable": 9}),

@@ -1,8 +1,8 @@
 import pytest
 
-from rsi_deploy.core_sites import break_even_rank, site_name
-from rsi_deploy.errors import UsageError
-from rsi_deploy.plan.planner import Planner, RankSpec
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.sites import break_even_rank, site_name
+from rsi_deploy.planning.planner import Planner, RankSpec
 
 SITES = [("features.0", 64, 27), ("features.3", 128, 576), ("classifier", 10, 512)]
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rsi_deploy.core_sites import break_even_rank
-from rsi_deploy.plan.rank_grid import rank_grid
+from rsi_deploy.core.sites import break_even_rank
+from rsi_deploy.planning.rank_grid import rank_grid
 
 FULL, BREAK_EVEN = st.integers(1, 600), st.floats(0.1, 700)
 MIN_RANK, MULTIPLE, POINTS = st.integers(1, 40), st.integers(1, 20), st.integers(1, 50)

@@ -1,10 +1,10 @@
 import pytest
 
-from rsi_deploy.errors import UsageError
-from rsi_deploy.plan.budget import Budget
-from rsi_deploy.plan.plan_file import Plan
-from rsi_deploy.plan.planner import RankSpec
-from rsi_deploy.plan.request import Request
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.planning.budget import Budget
+from rsi_deploy.planning.plan_file import Plan
+from rsi_deploy.planning.planner import RankSpec
+from rsi_deploy.planning.request import Request
 
 RANK = {"rank": RankSpec.parse("25%")}
 BUDGET = {"budget": Budget(keep_macs=0.5), "calib": "c.npz"}

@@ -5,7 +5,7 @@ from bench_documents import arm, cell, document
 from full_document import LABELS, full_document, loadgen
 from pages import assert_self_contained
 
-from rsi_deploy.report.page_bench import bench_page
+from rsi_deploy.report.pages.bench import bench_page
 
 HOSTILE = ("<script>alert(1)</script>", "\"'><img src=x>", "\u202egnirts & nul\x00")
 SECTIONS = {
@@ -72,7 +72,7 @@ def test_its_numbers_are_those_of_the_document(full, page):
 
 
 def test_a_distribution_holds_all_of_its_calls(full):
-    from rsi_deploy.report.page_latency import latency_blocks
+    from rsi_deploy.report.pages.latency import latency_blocks
 
     _, block = latency_blocks(full.cells[0], "x")
     for label in LABELS:

@@ -4,7 +4,7 @@ import pytest
 from nets import SIZES, labelled, mlp_onnx
 
 from rsi_deploy import export
-from rsi_deploy.measure.preprocess import Preprocessing
+from rsi_deploy.data.preprocess import Preprocessing
 
 
 @pytest.fixture

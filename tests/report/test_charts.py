@@ -3,9 +3,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rsi_deploy.report.charts import svg
-from rsi_deploy.report.plots import Axis, Bar, Bars, Curves, Dots, Panel, Panels, Point, Span, Spans
-from rsi_deploy.report.theme import ALL, GRID, MUTED, SERIES, TEXT, WARN
+from rsi_deploy.report.pages.charts import svg
+from rsi_deploy.report.pages.plots import Axis, Bar, Bars, Curves, Dots, Panel, Panels, Point, Span, Spans
+from rsi_deploy.report.pages.theme import ALL, GRID, MUTED, SERIES, TEXT, WARN
 
 LINEAR = Axis(title="x", zero=True)
 POINTS = [Point(x=x, y=1 / x, low=0.9 / x, high=1.1 / x, series=s) for x in (1, 2, 4) for s in ("a", "b")]

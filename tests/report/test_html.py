@@ -8,12 +8,12 @@ from nets import labelled, mlp_onnx
 from pages import PageReader, assert_self_contained
 
 from rsi_deploy import export, verify
-from rsi_deploy.core_sites import SiteRecord, Spectrum
-from rsi_deploy.report.html import source_of
-from rsi_deploy.report.page_errors import MOST
-from rsi_deploy.report.page_report import report_page
+from rsi_deploy.core.sites import SiteRecord, Spectrum
+from rsi_deploy.core.text import LONGEST
+from rsi_deploy.report.pages.errors import MOST
+from rsi_deploy.report.pages.html import source_of
+from rsi_deploy.report.pages.report import report_page
 from rsi_deploy.report.schema import read_report
-from rsi_deploy.report.text import LONGEST
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -272,7 +272,7 @@ def test_two_thousand_sites_stay_small(report):
 
 
 def test_without_the_library_the_page_has_its_tables_and_says_so(report, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rsi_deploy.report.charts", None)
+    monkeypatch.setitem(sys.modules, "rsi_deploy.report.pages.charts", None)
     text = page_of(report)
     page = assert_self_contained(text)
     assert "This page has no pictures" in page.words
@@ -283,9 +283,9 @@ def test_without_the_library_the_page_has_its_tables_and_says_so(report, monkeyp
 
 def test_the_library_is_loaded_for_a_page_alone():
     code = (
-        "import sys, json, rsi_deploy.pipeline, rsi_deploy.cli, rsi_deploy.verification\n"
-        "import rsi_deploy.report.html, rsi_deploy.cli.bench, rsi_deploy.cli.export\n"
-        "print(json.dumps(sorted({'vl_convert', 'rsi_deploy.report.charts'} & set(sys.modules))))"
+        "import sys, json, rsi_deploy.exporting.api, rsi_deploy.cli, rsi_deploy.verifying.api\n"
+        "import rsi_deploy.report.pages.html, rsi_deploy.cli.bench, rsi_deploy.cli.export\n"
+        "print(json.dumps(sorted({'vl_convert', 'rsi_deploy.report.pages.charts'} & set(sys.modules))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []

@@ -3,8 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
-from rsi_deploy.measure.loadgen import LoadGenResult
-from rsi_deploy.report.loadgen_table import print_loadgen
+from rsi_deploy.benchmark.loadgen import LoadGenResult
+from rsi_deploy.report.tables.loadgen import print_loadgen
 
 RESULT = LoadGenResult(
     model="m.onnx",

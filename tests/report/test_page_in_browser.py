@@ -17,8 +17,8 @@ from nets import labelled, mlp_onnx
 from PIL import Image
 
 from rsi_deploy import export
-from rsi_deploy.report.page_bench import bench_page
-from rsi_deploy.report.page_report import report_page
+from rsi_deploy.report.pages.bench import bench_page
+from rsi_deploy.report.pages.report import report_page
 from rsi_deploy.report.schema import read_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -7,9 +7,9 @@ import pytest
 from nets import labelled, mlp_onnx
 
 from rsi_deploy import Report, export, read_report
-from rsi_deploy.core_size import Size
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.plan.settings import Settings
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.model_size import Size
+from rsi_deploy.planning.settings import Settings
 from rsi_deploy.report.schema import ProbeOutput
 
 

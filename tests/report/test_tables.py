@@ -5,12 +5,12 @@ import io
 from bench_documents import accuracy, arm, cell, document
 from rich.console import Console
 
-from rsi_deploy.measure.accuracy import AccuracyResult
-from rsi_deploy.measure.compare import compare_documents
-from rsi_deploy.measure.gate import check_gates
-from rsi_deploy.measure.tally import ValueDistance
-from rsi_deploy.report.accuracy_table import print_accuracies
-from rsi_deploy.report.comparison_table import print_comparison, print_gates
+from rsi_deploy.benchmark.ci_gate import check_gates
+from rsi_deploy.benchmark.compare import compare_documents
+from rsi_deploy.evaluation.accumulator import ValueDistance
+from rsi_deploy.evaluation.accuracy import AccuracyResult
+from rsi_deploy.report.tables.accuracy import print_accuracies
+from rsi_deploy.report.tables.comparison import print_comparison, print_gates
 
 
 def shown(print_, *args, **options):

@@ -13,17 +13,17 @@ from served import linear
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 
-from rsi_deploy.errors import ModelError, UsageError
+from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.serving.access_log import AccessLog
-from rsi_deploy.serving.batches import MOST_BEHIND, MOST_WAITING, Batcher, BatchLimits
 from rsi_deploy.serving.catalog import read_catalog
+from rsi_deploy.serving.engine.batches import MOST_BEHIND, MOST_WAITING, Batcher, BatchLimits
+from rsi_deploy.serving.engine.pool import Pool, Worker, WorkerDied
+from rsi_deploy.serving.engine.worker import LoadOrder
 from rsi_deploy.serving.front import Front
-from rsi_deploy.serving.refusal import Refusal
-from rsi_deploy.serving.requests import Request
+from rsi_deploy.serving.protocol.refusal import Refusal
+from rsi_deploy.serving.protocol.requests import Request
+from rsi_deploy.serving.protocol.transport import Access
 from rsi_deploy.serving.service import Service
-from rsi_deploy.serving.transport import Access
-from rsi_deploy.serving.worker import LoadOrder
-from rsi_deploy.serving.workers import Pool, Worker, WorkerDied
 
 ROW = np.ones((1, 12), np.float32)
 

@@ -20,11 +20,11 @@ pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip inst
 import tritonclient.grpc
 import tritonclient.http
 
-from rsi_deploy.bundle import whole_folder
-from rsi_deploy.serving.batches import BatchLimits
+from rsi_deploy.io.bundle import whole_folder
 from rsi_deploy.serving.catalog import read_catalog
-from rsi_deploy.serving.refusal import Refusal
-from rsi_deploy.serving.requests import Request
+from rsi_deploy.serving.engine.batches import BatchLimits
+from rsi_deploy.serving.protocol.refusal import Refusal
+from rsi_deploy.serving.protocol.requests import Request
 from rsi_deploy.serving.service import Service
 
 ROWS = np.random.default_rng(0).standard_normal((64, 12)).astype(np.float32)

@@ -13,11 +13,11 @@ from served import Server, alone, body, linear, versions_of_answers
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 
 from rsi_deploy import Preprocessing, evaluate, read_report
-from rsi_deploy.measure.sessions import make_session
+from rsi_deploy.runtime.sessions import make_session
 from rsi_deploy.serving.catalog import Route, Served
-from rsi_deploy.serving.images import image_request
-from rsi_deploy.serving.refusal import Refusal
-from rsi_deploy.serving.signature import Signature
+from rsi_deploy.serving.protocol.images import image_request
+from rsi_deploy.serving.protocol.refusal import Refusal
+from rsi_deploy.serving.protocol.signature import Signature
 
 EVAL = Path(__file__).parents[2] / "samples" / "digits_eval.npz"
 X = np.random.default_rng(0).standard_normal((1, 12)).astype(np.float32)

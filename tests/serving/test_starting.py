@@ -13,10 +13,10 @@ from onnx import TensorProto, helper
 from served import BLOCKED, MAIN, Server, body, linear, value, write
 
 from rsi_deploy.cli import run
-from rsi_deploy.errors import GateError, ModelError
-from rsi_deploy.manifest import check_manifest, file_hash
+from rsi_deploy.core.errors import GateError, ModelError
+from rsi_deploy.io.manifest import check_manifest, file_hash
 from rsi_deploy.serving import bundles
-from rsi_deploy.serving.model import LoadedModel
+from rsi_deploy.serving.engine.model import LoadedModel
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 

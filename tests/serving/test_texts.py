@@ -8,9 +8,9 @@ from onnx import TensorProto, helper
 from served import Server, body, linear, value, write
 
 from rsi_deploy.cli import run
-from rsi_deploy.measure.values import TEXT
-from rsi_deploy.serving.refusal import Refusal
-from rsi_deploy.serving.tensors import from_binary, from_values, to_binary
+from rsi_deploy.runtime.feeds.values import TEXT
+from rsi_deploy.serving.protocol.refusal import Refusal
+from rsi_deploy.serving.protocol.tensors import from_binary, from_values, to_binary
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 

@@ -11,7 +11,7 @@ from sweeps import filled
 from sweeps import swept as swept_here
 
 from rsi_deploy import UsageError, read_report, verify
-from rsi_deploy.sweeps.points import read_sweep
+from rsi_deploy.report.sweep_schema import read_sweep
 
 swept = functools.partial(swept_here, points=4)
 
@@ -94,7 +94,7 @@ def test_measured_points_never_share_a_machine(ray, place, tmp_path, monkeypatch
 
 @pytest.mark.ray
 def test_one_calibration_serves_all_and_an_unfinished_sweep_is_gone_on_with(ray, place, local, tmp_path, monkeypatch):
-    from rsi_deploy.sweeps import ray_points
+    from rsi_deploy.sweeping import ray_points
 
     real = ray_points._got
 

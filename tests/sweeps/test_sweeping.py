@@ -8,15 +8,15 @@ from nets import SIZES, run_onnx
 from sweeps import filled, swept
 
 import rsi_deploy
-from rsi_deploy.calibrate import onnx_streams
-from rsi_deploy.calibrate.calibrated import Calibration
 from rsi_deploy.cli import run
-from rsi_deploy.core_size import Size
-from rsi_deploy.errors import ModelError, UsageError
-from rsi_deploy.report.html import source_of
-from rsi_deploy.sweeps import making, side_by_side
-from rsi_deploy.sweeps.points import Sweep, SweepPoint, deliver, read_sweep
-from rsi_deploy.verification import verify
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.model_size import Size
+from rsi_deploy.onnx_models.calibration import activations as onnx_streams
+from rsi_deploy.planning.site_options import Calibration
+from rsi_deploy.report.pages.html import source_of
+from rsi_deploy.report.sweep_schema import Sweep, SweepPoint, deliver, read_sweep
+from rsi_deploy.sweeping import making, side_by_side
+from rsi_deploy.verifying.api import verify
 
 
 @pytest.fixture(scope="module")

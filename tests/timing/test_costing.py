@@ -8,8 +8,8 @@ from test_without_torch import run
 
 import rsi_deploy
 from rsi_deploy.cli import run as cli
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.cost_table import read_cost_table
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.costing.cost_table import read_cost_table
 
 SIZES = (24, 64, 64, 64, 10)
 FAST = {"budget": 2, "threads": 1}

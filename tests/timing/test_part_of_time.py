@@ -3,8 +3,8 @@
 import pytest
 from full_document import timed_arm
 
-from rsi_deploy.plan.budget import Budget
-from rsi_deploy.timing.part_of_time import missed_time
+from rsi_deploy.exporting.latency_options import missed_time
+from rsi_deploy.planning.budget import Budget
 
 
 class Measured:

@@ -9,13 +9,13 @@ from nets import mlp_onnx, run_onnx
 
 import rsi_deploy
 from rsi_deploy.cli import run
-from rsi_deploy.errors import UsageError
-from rsi_deploy.measure.cost_table import read_cost_table
-from rsi_deploy.plan.in_time import FASTER
+from rsi_deploy.core.errors import UsageError
+from rsi_deploy.costing.cost_table import read_cost_table
+from rsi_deploy.exporting.slowdown_rollback import UNDONE
+from rsi_deploy.exporting.timed_export import as_now
+from rsi_deploy.planning.in_time import FASTER
 from rsi_deploy.report.schema import read_report
-from rsi_deploy.timing.last_word import UNDONE
-from rsi_deploy.timing.timed_export import as_now
-from rsi_deploy.verification import verify
+from rsi_deploy.verifying.api import verify
 
 WIDE = (128, 1024, 1024, 10)
 """Wide enough that a small rank is faster on any machine."""

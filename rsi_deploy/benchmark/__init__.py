@@ -1,0 +1,1 @@
+"""Latency of ONNX models: interleaved blocks, matrices of conditions, load generation, profiles, gates for CI."""

@@ -1,0 +1,240 @@
+"""One MLPerf LoadGen test of one model, in the process that `loadgen.run_loadgen` starts for it.
+
+    python -m rsi_deploy.benchmark.loadgen_worker REQUEST.json REPLY.json
+
+LoadGen issues queries, this system under test answers each with bound calls (`binding`), and LoadGen's logs in the
+request's folder say what came of it. A sample is one input of the model; a call answers `batch` of them.
+
+    SingleStream, MultiStream   answered in the thread that LoadGen issues in: the next query waits for it anyway
+    Offline                     the same, in batches
+    Server                      put in a queue for one worker thread: the schedule must not wait for an answer
+
+Without a target the Server scenario is asked for half of what back-to-back calls reach, within ten times the time of
+a call but not less than 10 ms: a light load, stated in the reply, not a search for the highest one.
+"""
+
+import contextlib
+import math
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel
+
+from rsi_deploy.core.errors import ModelError, RsiDeployError
+from rsi_deploy.io.arrays import read_npz
+from rsi_deploy.runtime.binding import bind
+from rsi_deploy.runtime.feeds.inputs import check_feeds, model_inputs, random_feeds
+from rsi_deploy.runtime.feeds.values import described
+from rsi_deploy.runtime.placement import proven_placement
+from rsi_deploy.runtime.sessions import make_session
+
+Scenario = Literal["SingleStream", "MultiStream", "Server", "Offline"]
+
+# Queries below which LoadGen's early stopping finds no estimate: of the 90th percentile, of the 99th, and of the
+# 99th with no query over the latency (MLPerf inference rules, early stopping).
+MIN_QUERIES: dict[str, int] = {"SingleStream": 64, "MultiStream": 662, "Server": 459, "Offline": 1}
+SERVER_SHARE, SERVER_CALLS, SERVER_LEAST_MS = 0.5, 10.0, 10.0
+AROUND_S = 1e-4  # of Python and of the queue around a call, at most
+FEEDS = "feeds.npz"
+STREAMS = 8  # samples of a MultiStream query
+
+
+class Request(BaseModel, frozen=True, extra="forbid"):
+    """What to test; paths are strings, times in seconds or ms as named, `feeds` the names of the arrays in `FEEDS`."""
+
+    model: str
+    scenario: Scenario
+    folder: str
+    provider: str
+    threads: int | None
+    batch: int
+    seconds: float
+    seed: int
+    input_shape: dict[str, tuple[int, ...]] | None
+    feeds: tuple[str, ...] | None
+    target_qps: float | None
+    target_latency_ms: float | None
+    allow_fallback: bool
+
+
+class Reply(BaseModel, frozen=True, extra="forbid"):
+    """What only the worker knows; the rest is in LoadGen's logs.
+
+    Attributes:
+        error: of a user's mistake or a model that cannot be run, else "".
+        error_kind: its class in `rsi_deploy.core.errors`.
+        call_ms: median time of a call after warm-up, before the test.
+        own_p90_ms: 90th percentile of the calls in the test by this tool's clock; None where calls are no queries.
+        target_qps: of the Server scenario; for Offline the samples a second its query was sized for.
+        target_latency_ms: of the Server scenario.
+        batch: samples a call.
+        inputs: input name -> dtype and shape.
+        provider: the session's first.
+        provider_nodes: as in `Placement`.
+        how: as in `Bound`.
+    """
+
+    error: str = ""
+    error_kind: str = ""
+    call_ms: float = 0.0
+    own_p90_ms: float | None = None
+    target_qps: float | None = None
+    target_latency_ms: float | None = None
+    batch: int = 1
+    inputs: dict[str, str] = {}
+    provider: str = ""
+    provider_nodes: dict[str, int] = {}
+    how: str = ""
+
+
+def main(request_file: str, reply_file: str) -> None:
+    """Run the request and write the reply; a foreseen error is a reply too."""
+    request = Request.model_validate_json(Path(request_file).read_text(encoding="utf-8"))
+    try:
+        reply = run(request)
+    except RsiDeployError as error:
+        reply = Reply(error=str(error), error_kind=type(error).__name__)
+    Path(reply_file).write_text(reply.model_dump_json(), encoding="utf-8")
+
+
+def run(request: Request) -> Reply:
+    """Load, warm up, and have LoadGen test.
+
+    Raises:
+        UsageError, ModelError: as `make_session`, `random_feeds` and `proven_placement` do.
+    """
+    session = make_session(request.model, request.provider, request.threads, allow_fallback=request.allow_fallback)
+    specs = model_inputs(session, request.model)
+    if request.feeds is None:
+        feeds = random_feeds(specs, request.batch, request.seed, request.input_shape)
+    else:
+        feeds = dict(zip(request.feeds, read_npz(Path(request.folder) / FEEDS).values(), strict=True))
+    check_feeds(specs, feeds, request.model)
+    batch = next((len(array) for array in feeds.values() if array.ndim), 1)
+    ran = proven_placement(request.model, request.provider, feeds, request.threads, request.allow_fallback)
+    bound = bind(session, feeds, request.provider)
+    call_s = warm_up(bound.call, min(1.0, request.seconds / 4))
+    qps, latency_ms = targets(request, batch, call_s)
+    times = take_test(request, bound.call, batch, settings(request, batch, call_s, qps, latency_ms))
+    in_order = request.scenario == "SingleStream"
+    return Reply(
+        call_ms=1e3 * call_s,
+        own_p90_ms=float(np.percentile(times, 90)) / 1e6 if in_order and times else None,
+        target_qps=qps,
+        target_latency_ms=latency_ms,
+        batch=batch,
+        inputs={name: described(array) for name, array in feeds.items()},
+        provider=session.get_providers()[0],
+        provider_nodes=ran.provider_nodes,
+        how=bound.how,
+    )
+
+
+def warm_up(call: Callable[[], object], seconds: float) -> float:
+    """Call at least 5 times and for `seconds`; the median time of the last half of the calls, seconds."""
+    times: list[float] = []
+    end = time.monotonic() + seconds
+    while len(times) < 5 or time.monotonic() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[len(times) // 2 :]))
+
+
+def targets(request: Request, batch: int, call_s: float) -> tuple[float | None, float | None]:
+    """Queries a second and latency in ms that the scenario aims at; None where it has no such target."""
+    if request.scenario == "Offline":
+        return request.target_qps or batch / call_s, None
+    if request.scenario != "Server":
+        return None, None
+    default_ms = max(SERVER_LEAST_MS, SERVER_CALLS * 1e3 * call_s)
+    return request.target_qps or SERVER_SHARE / (call_s + AROUND_S), request.target_latency_ms or default_ms
+
+
+def settings(request: Request, batch: int, call_s: float, qps: float | None, latency_ms: float | None) -> Any:
+    """LoadGen's `TestSettings`. It runs until both duration and queries are enough, at most four times `seconds`."""
+    import mlperf_loadgen
+
+    made = mlperf_loadgen.TestSettings()
+    made.scenario = getattr(mlperf_loadgen.TestScenario, request.scenario)
+    made.mode = mlperf_loadgen.TestMode.PerformanceOnly
+    made.min_duration_ms = math.ceil(1e3 * request.seconds)
+    made.max_duration_ms = math.ceil(4e3 * request.seconds)
+    made.min_query_count = MIN_QUERIES[request.scenario]
+    made.multi_stream_samples_per_query = STREAMS
+    # LoadGen makes its queries beforehand, as many as fit at the expected latency: half a call's, so that they suffice
+    made.single_stream_expected_latency_ns = math.ceil(0.5e9 * call_s)
+    made.multi_stream_expected_latency_ns = math.ceil(0.5e9 * call_s * STREAMS / batch)
+    made.sample_index_rng_seed = made.schedule_rng_seed = made.qsl_rng_seed = request.seed
+    if qps is not None:
+        made.server_target_qps = made.offline_expected_qps = qps
+    if latency_ms is not None:
+        made.server_target_latency_ns = math.ceil(1e6 * latency_ms)
+    return made
+
+
+def take_test(request: Request, call: Callable[[], object], batch: int, test_settings: Any) -> list[int]:
+    """Run LoadGen to its end, logs in the request's folder. Returns the time of each call, ns."""
+    import mlperf_loadgen
+
+    times: list[int] = []
+    failures: list[Exception] = []
+
+    def answer(samples: Sequence[Any]) -> None:
+        """Every query is completed, whatever happens: LoadGen waits for it for ever."""
+        for start in range(0, len(samples), batch):
+            with contextlib.suppress(Exception) if failures else _noting(failures):
+                before = time.perf_counter_ns()
+                call()
+                times.append(time.perf_counter_ns() - before)
+            done = [mlperf_loadgen.QuerySampleResponse(sample.id, 0, 0) for sample in samples[start : start + batch]]
+            mlperf_loadgen.QuerySamplesComplete(done)
+
+    waiting: queue.SimpleQueue[Sequence[Any] | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        while (samples := waiting.get()) is not None:
+            answer(samples)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    issue = waiting.put if request.scenario == "Server" else answer
+    sut = mlperf_loadgen.ConstructSUT(issue, lambda: None)
+    library = mlperf_loadgen.ConstructQSL(1, 1, lambda _: None, lambda _: None)
+    logs = mlperf_loadgen.LogSettings()
+    output = mlperf_loadgen.LogOutputSettings()
+    output.outdir = request.folder
+    output.copy_summary_to_stdout = False
+    logs.log_output = output
+    logs.enable_trace = False
+    try:
+        mlperf_loadgen.StartTestWithLogSettings(sut, library, test_settings, logs)
+    finally:
+        waiting.put(None)
+        worker.join()
+        mlperf_loadgen.DestroyQSL(library)
+        mlperf_loadgen.DestroySUT(sut)
+    if failures:
+        raise ModelError(
+            f"{request.model}: a call failed during the test: {str(failures[0]).strip()}"
+            f"; see that bench without --loadgen runs it"
+        ) from failures[0]
+    return times
+
+
+@contextlib.contextmanager
+def _noting(failures: list[Exception]) -> Any:
+    try:
+        yield
+    except Exception as error:  # raising through LoadGen's threads would end the process without a word
+        failures.append(error)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

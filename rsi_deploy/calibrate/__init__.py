@@ -1,1 +1,0 @@
-"""Statistics of what a network feeds its sites, and factors fitted to them."""

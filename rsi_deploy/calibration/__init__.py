@@ -1,0 +1,1 @@
+"""The mathematics of fitting factors to data: moments, regressions, alternating least squares, sensitivities."""

@@ -1,0 +1,114 @@
+"""The values that flow between two waves of a run, a batch each: in memory while they are few, then on disk.
+
+Memory is what calibration has least of, and a file that is read again soon stays in the system's own cache.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rsi_deploy.io.locks import ScratchFolder
+
+MEMORY_LIMIT = 4 * 2**20
+
+
+class _Stored(NamedTuple):
+    """An array in a file: its numbers and nothing else."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def load(self) -> Any:
+        return np.fromfile(self.path, self.dtype, math.prod(self.shape)).reshape(self.shape)
+
+
+class LiveValues:
+    """Arrays by (batch, name). Use it in a `with`: the files go when it ends.
+
+    Args:
+        limit: bytes kept in memory; what comes beyond goes to temporary files, but for strings and sequences of arrays.
+    """
+
+    def __init__(self, limit: int = MEMORY_LIMIT) -> None:
+        self._limit = limit
+        self._bytes = 0
+        self._free: dict[int, list[Path]] = {}  # by size; written over, as their pages are in the cache already
+        self._count = 0
+        self._values: dict[tuple[int, str], Any] = {}  # an array, a sequence of them, or where one is stored
+        self._folder = ScratchFolder()
+
+    def __enter__(self) -> "LiveValues":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._values.clear()
+        self._folder.cleanup()
+
+    def put(self, batch: int, values: Mapping[str, Any]) -> None:
+        """Keep these values of a batch, in place of those of the same names."""
+        for name, value in values.items():
+            self.drop(batch, [name])
+            plain = isinstance(value, np.ndarray) and not value.dtype.hasobject
+            if not plain or self._bytes + _bytes_of(value) <= self._limit:
+                self._bytes += _bytes_of(value)
+                self._values[batch, name] = value
+                continue
+            self._values[batch, name] = self._stored(value)
+
+    def has(self, batch: int, name: str) -> bool:
+        """Whether a value is there."""
+        return (batch, name) in self._values
+
+    def get(self, batch: int, names: Iterable[str]) -> dict[str, Any]:
+        """These values of a batch."""
+        found = {}
+        for name in names:
+            value = self._values[batch, name]
+            found[name] = value.load() if isinstance(value, _Stored) else value
+        return found
+
+    def drop(self, batch: int, names: Iterable[str]) -> None:
+        """Forget these values of a batch, where they are there."""
+        for name in names:
+            value = self._values.pop((batch, name), None)
+            if isinstance(value, _Stored):
+                self._free.setdefault(value.path.stat().st_size, []).append(value.path)
+            elif value is not None:
+                self._bytes -= _bytes_of(value)
+
+    def keep_only(self, batch: int, names: Iterable[str]) -> None:
+        """Forget all values of a batch but these."""
+        wanted = set(names)
+        self.drop(batch, [name for number, name in list(self._values) if number == batch and name not in wanted])
+
+    def _stored(self, value: Any) -> _Stored:
+        if same := self._free.pop(value.nbytes, None):
+            path = same.pop()
+            self._free |= {value.nbytes: same} if same else {}
+        else:
+            self._remove_one()
+            path = Path(self._folder.name) / str(self._count)
+            path.touch()
+            self._count += 1
+        with path.open("r+b") as file:
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data if value.size else b"")
+        return _Stored(path, value.dtype, value.shape)
+
+    def _remove_one(self) -> None:
+        """Remove a free file, of another size than is wanted: so there are never more files than values at a time."""
+        for size, paths in self._free.items():
+            paths.pop().unlink()
+            if not paths:
+                del self._free[size]
+            return
+
+
+def _bytes_of(value: Any) -> int:
+    return sum(map(_bytes_of, value)) if isinstance(value, list) else int(value.nbytes)

@@ -1,0 +1,302 @@
+"""Small models made on the fly of one site: dense, and split as the whole model would be, to be timed.
+
+    the site's node, what makes its weights out of constants, and the element-wise nodes behind it that runtimes fuse
+    with it (MatMul + Add + Gelu, Conv + Add + Relu)
+        --> `copies` of them side by side, on inputs of the shapes that the whole model gives them
+
+The split is done by `graph_passes.split`, so that what is timed is what will be written. Weights are random: their
+values change no time. Copies make a call long enough for the clock, and keep one weight from staying in the cache as it
+never does in a model. Sites that make the same small model have the same `signature` and are timed once.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+import graph_passes as gp
+
+Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+Inputs = Mapping[str, Sequence[tuple[str, Shape]]]
+"""Name of a node -> (onnxruntime's word for the type, shape) of its inputs; see
+`rsi_deploy.runtime.shape_trace.Trace`."""
+
+FOLLOWERS = 3
+UNARY = frozenset(
+    ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu", "Elu", "Swish", "Mish")
+)
+BINARY = frozenset(("Add", "Sub", "Mul", "Div"))
+ENOUGH_MACS = 20_000_000
+"""MACs of a call that is long enough for the clock; fewer are repeated in copies."""
+COPIES, COPIED_BYTES = 8, 8 << 20
+_DTYPES = {"float": "float32", "double": "float64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What is cut out of a model for one site.
+
+    Attributes:
+        site: the site.
+        nodes: in an order that runs; the site's node among them.
+        feeds: name of a value from outside -> (dtype, shape).
+        macs: of the site's node, whole batch.
+        opsets: domain -> version.
+        ir_version: of the model.
+        signature: the same for sites that make the same small model.
+    """
+
+    site: gp.Site
+    nodes: tuple[ir.Node, ...]
+    feeds: Mapping[str, tuple[str, Shape]]
+    macs: int
+    opsets: Mapping[str, int]
+    ir_version: int
+    signature: str
+
+    @property
+    def numbers(self) -> int:
+        """Of the weight."""
+        return self.site.groups * self.site.out_features * self.site.in_features
+
+    @property
+    def copies(self) -> int:
+        """How many of them make one small model."""
+        size = self.numbers * np.dtype(self.site.dtype).itemsize
+        wanted = math.ceil(ENOUGH_MACS / max(self.macs, 1))
+        return max(1, min(COPIES, wanted, COPIED_BYTES // max(size, 1)))
+
+    def inputs(self, seed: int = 0) -> dict[str, Array]:
+        """Random inputs."""
+        rng = np.random.default_rng(seed)
+        return {name: _drawn(rng, shape, dtype) for name, (dtype, shape) in self.feeds.items()}
+
+    def model(self, form: gp.Form | None = None, rank: int = 0) -> bytes:
+        """The small model, serialized: dense, or split in a form at a rank."""
+        made = _copied(self, 0 if form is None else self.numbers)
+        if form is not None:
+            records = gp.split(made, lambda site: _factors(site, form, rank))
+            if sum(isinstance(record, gp.Split) for record in records) < self.copies:
+                raise ValueError(f"site {self.site.weight}: form {form} at rank {rank} does not split its small model")
+        return bytes(ir.to_proto(made).SerializeToString())
+
+
+def pieces(model: ir.Model, inputs: Inputs, macs: Mapping[str, int]) -> Iterator[tuple[gp.Site, Piece | str]]:
+    """Every site of the model with its piece, or the reason why it cannot be timed alone.
+
+    Args:
+        model: the dense model; weights are not read.
+        inputs: of the nodes that ran, for the batch that counts.
+        macs: of the nodes, for the same batch.
+    """
+    nodes = {node.name or node.outputs[0].name: node for node in model.graph}
+    for site in gp.find_sites(model):
+        if not isinstance(site, gp.Site):
+            continue
+        node = nodes.get(site.node)
+        if site.nested or node is None:
+            yield site, "it stands in a subgraph or function"
+        elif site.node not in inputs:
+            yield site, "it never ran on the inputs"
+        else:
+            yield site, _piece(model, site, node, inputs, macs.get(site.node, 0))
+
+
+def _piece(model: ir.Model, site: gp.Site, node: ir.Node, inputs: Inputs, macs: int) -> Piece | str:
+    chain: list[ir.Node] = []
+    feeds: dict[str, tuple[str, Shape]] = {}
+    for member in [node, *_followers(node, inputs)]:
+        present = [value for value in member.inputs if value is not None]
+        typed = inputs[member.name or member.outputs[0].name or ""]
+        if len(typed) != len(present):
+            return "its inputs are not all tensors"
+        inside = {value for other in chain for value in other.outputs}
+        for value, (kind, shape) in zip(present, typed, strict=True):
+            if value in inside:
+                continue
+            makers = _constant(value)
+            if makers is None:
+                feeds[value.name or ""] = (_DTYPES.get(kind, kind), shape)
+            else:
+                chain += [maker for maker in makers if maker not in chain]
+        chain.append(member)
+    return Piece(
+        site=site,
+        nodes=tuple(chain),
+        feeds=feeds,
+        macs=macs,
+        opsets=dict(model.opset_imports),
+        ir_version=model.ir_version,
+        signature=_signature(site, chain, feeds),
+    )
+
+
+def _followers(node: ir.Node, inputs: Inputs) -> Iterator[ir.Node]:
+    """The element-wise nodes behind a node that take its output alone."""
+    for _ in range(FOLLOWERS):
+        if len(node.outputs) != 1 or node.outputs[0].is_graph_output():
+            return
+        users = list(node.outputs[0].uses())
+        if (
+            len(users) != 1
+            or users[0].node.op_type not in UNARY | BINARY
+            or users[0].node.domain not in ("", "ai.onnx")
+        ):
+            return
+        node = users[0].node
+        if (node.name or node.outputs[0].name) not in inputs:
+            return
+        yield node
+
+
+def _constant(value: ir.Value, depth: int = 6) -> list[ir.Node] | None:
+    """The nodes that make a value out of constants, in order; None where it depends on an input."""
+    if value.const_value is not None or value.is_initializer():
+        maker = value.producer()
+        return [maker] if maker is not None else []
+    maker = value.producer()
+    if maker is None or depth == 0:
+        return None
+    if maker.op_type == "Constant":
+        return [maker]
+    found: list[ir.Node] = []
+    for source in maker.inputs:
+        if source is None:
+            continue
+        behind = _constant(source, depth - 1)
+        if behind is None:
+            return None
+        found += [node for node in behind if node not in found]
+    return [*found, maker] if maker.inputs else None
+
+
+def _signature(site: gp.Site, chain: Sequence[ir.Node], feeds: Mapping[str, tuple[str, Shape]]) -> str:
+    """The small model in words that leave out every name."""
+    window = site.window
+    moves = "" if window is None else f" k{_by(window.kernel)} s{_by(window.strides)} d{_by(window.dilations)}"
+    pads = "" if window is None else f" p{window.pads if isinstance(window.pads, str) else _by(window.pads)}"
+    weight = f"{site.groups}x{site.out_features}x{site.in_features} {site.dtype}"
+    known: dict[ir.Value, str] = {}
+    words = []
+    for node in chain:
+        attributes = [f"{a.name}={a.value}" for a in sorted(node.attributes.values(), key=lambda a: a.name)]
+        if node.op_type == "Constant":
+            attributes = []
+        came = [_told(value, known, feeds) for value in node.inputs]
+        known |= {value: f"#{len(known) + place}" for place, value in enumerate(node.outputs)}
+        words.append(f"{node.op_type}({', '.join([*came, *attributes])})")
+    return f"{site.op_type} {weight}{moves}{pads}: {'; '.join(words)}"
+
+
+def _told(value: ir.Value | None, known: Mapping[ir.Value, str], feeds: Mapping[str, tuple[str, Shape]]) -> str:
+    if value is None:
+        return "-"
+    if value in known:
+        return known[value]
+    if (value.name or "") in feeds:
+        dtype, shape = feeds[value.name or ""]
+        return f"{dtype}[{_by(shape)}]"
+    constant = value.const_value
+    return "constant" if constant is None else f"constant[{_by(tuple(int(n) for n in constant.shape.numpy()))}]"
+
+
+def _by(numbers: Sequence[int]) -> str:
+    return "x".join(map(str, numbers))
+
+
+def _copied(piece: Piece, blank: int) -> ir.Model:
+    """The dense small model; constants of so many numbers (the weight that a split replaces) of zeros, at no cost."""
+    rng = np.random.default_rng(0)
+    entries = {
+        name: ir.Value(name=name, type=ir.TensorType(_word(dtype)), shape=ir.Shape(shape))
+        for name, (dtype, shape) in piece.feeds.items()
+    }
+    nodes: list[ir.Node] = []
+    weights: list[ir.Value] = []
+    outputs: list[ir.Value] = []
+    for number in range(piece.copies):
+        known: dict[ir.Value, ir.Value] = {}
+        for node in piece.nodes:
+            for value in node.inputs:
+                if value is None or value in known or value.name in entries:
+                    continue
+                known[value] = _weight(value, number, rng, blank)
+                weights.append(known[value])
+            made = ir.Node(
+                node.domain,
+                node.op_type,
+                [None if v is None else entries.get(v.name or "") or known[v] for v in node.inputs],
+                list(node.attributes.values()),
+                outputs=[ir.Value(name=f"{v.name}.{number}") for v in node.outputs],
+                name=f"{node.name or node.outputs[0].name}.{number}",
+            )
+            nodes.append(made)
+            known |= dict(zip(node.outputs, made.outputs, strict=True))
+        outputs += [value for value in nodes[-1].outputs if value.name]
+        for value, source in zip(nodes[-1].outputs, piece.nodes[-1].outputs, strict=True):
+            value.type = source.type or ir.TensorType(_word(piece.site.dtype))
+    graph = ir.Graph(
+        list(entries.values()),
+        outputs,
+        nodes=nodes,
+        initializers=weights,
+        opset_imports=dict(piece.opsets),
+        name="site",
+    )
+    return ir.Model(graph, ir_version=piece.ir_version)
+
+
+def _weight(value: ir.Value, number: int, rng: np.random.Generator, blank: int) -> ir.Value:
+    """A copy's own constant: bounds and shapes as they are, weights and biases drawn; zeros, if of `blank` numbers."""
+    stored = value.const_value
+    assert stored is not None
+    shape = tuple(int(n) for n in stored.shape.numpy())
+    name = f"{value.name}.{number}"
+    kept = math.prod(shape) <= 1 or not stored.dtype.is_floating_point()
+    dtype = _dtype_name(stored.dtype)
+    if kept:
+        array = stored.numpy()
+    else:
+        array = np.zeros(shape, _numpy(dtype)) if math.prod(shape) == blank else _drawn(rng, shape, dtype)
+    tensor = ir.Tensor(array, dtype=stored.dtype, name=name)
+    return ir.Value(name=name, type=ir.TensorType(stored.dtype), shape=ir.Shape(shape), const_value=tensor)
+
+
+def _factors(site: gp.Site, form: gp.Form, rank: int) -> gp.Factors:
+    """Random factors, with the change of the bias that fitted ones bring."""
+    rng = np.random.default_rng(1)
+    rows, columns = site.shape(form)
+    sizes = ((site.groups, rows, rank), (site.groups, rank, columns), (site.bias_size,))
+    left, right, bias = (_drawn(rng, size, site.dtype) for size in sizes)
+    return gp.Factors(left=left, right=right, form=form, bias=bias)
+
+
+def _drawn(rng: np.random.Generator, shape: Shape, dtype: str) -> Array:
+    """Small random numbers of either sign; integers are 0 or 1."""
+    if dtype.startswith("int") or dtype.startswith("uint"):
+        return np.asarray(rng.integers(0, 2, shape)).astype(dtype)
+    if dtype == "bool":
+        return np.ones(shape, bool)
+    drawn = (rng.random(shape, np.float32) - np.float32(0.5)) / np.float32(math.sqrt(max((1, *shape[-1:]))))
+    return np.asarray(drawn).astype(_numpy(dtype))
+
+
+def _numpy(dtype: str) -> Any:
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return ml_dtypes.bfloat16
+    return np.dtype(dtype)
+
+
+def _word(dtype: str) -> ir.DataType:
+    return ir.DataType.from_numpy(np.dtype(_numpy(dtype)))
+
+
+def _dtype_name(dtype: ir.DataType) -> str:
+    return str(np.dtype(dtype.numpy()).name)

@@ -1,0 +1,1 @@
+"""Calibration and evaluation data: arrays, image folders, Arrow files, callables; preprocessing and batches."""

@@ -1,0 +1,1 @@
+"""Accuracy of models on data, agreement of two models, intervals and paired tests."""

@@ -1,0 +1,27 @@
+"""The size of the dense model as the user has it: what a compressed model is compared with.
+
+an ONNX file     the file itself and its data files, before anything is folded, renamed or written again
+a torch model    what the exporter makes of it, as one file
+"""
+
+from pathlib import Path
+
+from graph_passes import count_parameters
+from rsi_deploy.core.model_size import Size
+from rsi_deploy.io.onnx_file import bytes_as_given, bytes_in_one_file
+from rsi_deploy.io.onnx_reader import load_model
+
+
+def dense_size(source: Path | None, dense: Path) -> Size:
+    """Bytes and parameters of the dense model; its MACs are left 0.
+
+    Args:
+        source: the ONNX file that the user named; None for a torch model.
+        dense: what was made of it.
+
+    Raises:
+        ModelError: a file that cannot be read.
+    """
+    if source is None:
+        return Size(bytes=bytes_in_one_file(dense), params=count_parameters(load_model(dense)), macs=0)
+    return Size(bytes=bytes_as_given(source), params=count_parameters(load_model(source)), macs=0)

@@ -1,0 +1,300 @@
+"""`profile`: what every split of every site of a model costs in time on this machine.
+
+    model --> dense ONNX --> pieces of one site --> timed (or known from the cache) --> whole model held against the sum
+
+For an ONNX file no torch is loaded: an edge box needs none.
+"""
+
+import datetime
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from graph_passes import FoldBatchNormPass
+from rsi_deploy import __version__
+from rsi_deploy.benchmark.request import parse_seconds
+from rsi_deploy.benchmark.variants import Feeds, Runtime, make_feeds
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.progress import step
+from rsi_deploy.core.sites import site_name
+from rsi_deploy.costing.cost_cache import CostCache, conditions_here
+from rsi_deploy.costing.cost_table import NOISY, CostTable, ModelTime, SiteCost
+from rsi_deploy.costing.site_models import Piece, pieces
+from rsi_deploy.costing.site_timing import Wanted, shapes_of, time_sites
+from rsi_deploy.costing.trial_plans import trial_plans, with_model_time
+from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
+from rsi_deploy.io.atomic import write_text
+from rsi_deploy.io.locks import ScratchFolder
+from rsi_deploy.io.onnx_checks.broken_models import blames_broken_models
+from rsi_deploy.io.onnx_file import model_hash, read_onnx, write_external
+from rsi_deploy.io.onnx_reader import load_model
+from rsi_deploy.runtime.batch_independence import samples_in
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.probe import named_shapes, read_feeds
+from rsi_deploy.runtime.feeds.values import described
+from rsi_deploy.runtime.shape_trace import traced_run
+
+Progress = Callable[[str, int, int], None]
+
+BUDGET = 240.0
+"""Seconds for a table, unless told otherwise."""
+PRECISION = 0.05
+MODEL_SHARE = 0.2
+"""Of the time, for the whole model."""
+
+
+@blames_broken_models
+def profile(
+    model: str | Any,
+    output: str | Path | None = None,
+    *,
+    batch: int = 1,
+    provider: str = "cpu",
+    threads: int | None = None,
+    budget: str | float = BUDGET,
+    precision: float = PRECISION,
+    weights: str = "DEFAULT",
+    checkpoint: str | Path | None = None,
+    input_shape: str | Sequence[str] | None = None,
+    feeds: str | Path | Mapping[str, npt.NDArray[Any]] | None = None,
+    preprocessing: Preprocessing | None = None,
+    assume_constant: bool = False,
+    fresh: bool = False,
+    force: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> CostTable:
+    """Measure a cost table on this machine, for `export(cost=...)` here or anywhere else.
+
+    Args:
+        model: as for `export`; for an ONNX file no torch is needed.
+        output: the JSON file to write; None writes none.
+        batch: samples a call; the table holds for this one.
+        provider: with options.
+        threads: inside one operator; None is onnxruntime's default.
+        budget: of time: seconds, or `"240s"`.
+        precision: relative half width of the speedups' intervals that is narrow enough.
+        weights: torchvision's.
+        checkpoint: a factory's.
+        input_shape: as for `export`.
+        feeds: input name -> array, or an `.npz` of them, in place of random inputs; they tell the batch.
+        preprocessing: as for `export`, which with the same one finds this table in the cache.
+        assume_constant: as for `export`.
+        fresh: measure what the cache knows, too.
+        force: replace `output`.
+        seed: of random inputs and the order of turns.
+        progress: called with (shape, index, count).
+        command: for the table.
+
+    Raises:
+        UsageError: a request that cannot be meant, or a provider that is not here.
+        ModelError: the model cannot be run.
+    """
+    target = None if output is None else _free(Path(output), force)
+    seconds = parse_seconds(str(budget), "--budget")
+    texts = [input_shape] if isinstance(input_shape, str) else list(input_shape or ())
+    plain = next((text for text in texts if "=" not in text), None)
+    given = None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds)
+    with ScratchFolder() as folder:
+        dense = Path(folder) / "dense.onnx"
+        with step("load"):
+            name = write_dense(
+                model, dense, weights, checkpoint, plain, seed, preprocessing, assume_constant=assume_constant
+            )
+        shapes = named_shapes([text for text in texts if "=" in text])
+        fed = fed_with(dense, batch, seed, given, shapes)
+        costing = Costing(provider=provider, threads=threads, seconds=seconds, precision=precision, seed=seed)
+        with step("cost table"):
+            table = costing.table(dense, fed, name=name, fresh=fresh, progress=progress, command=command)
+    if target is not None:
+        write_text(target, table.model_dump_json(indent=1) + "\n")
+    return table
+
+
+def fed_with(
+    dense: Path,
+    batch: int,
+    seed: int,
+    given: Mapping[str, npt.NDArray[Any]] | None,
+    shapes: Mapping[str, Sequence[int]] | None,
+) -> Feeds:
+    """What a model is timed on: as `bench` feeds it, so that a table's whole times are those of `bench`."""
+    feeds, _ = make_feeds(model_inputs(dense), batch=0 if given else batch, seed=seed, given=given, shapes=shapes)
+    return feeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costing:
+    """How tables are made.
+
+    Attributes:
+        provider: with options.
+        threads: inside one operator.
+        seconds: for a table.
+        precision: relative half width of the intervals that is narrow enough.
+        seed: of the order of turns.
+    """
+
+    provider: str = "cpu"
+    threads: int | None = None
+    seconds: float = BUDGET
+    precision: float = PRECISION
+    seed: int = 0
+
+    def table(
+        self,
+        dense: Path,
+        feeds: Feeds,
+        *,
+        name: str,
+        fresh: bool = False,
+        progress: Progress | None = None,
+        command: str | None = None,
+    ) -> CostTable:
+        """The table of the dense model at `dense` on these inputs, from the cache or measured.
+
+        Raises:
+            UsageError: the provider is not here, or does not run the model.
+            ModelError: the model cannot be run.
+        """
+        started = time.monotonic()
+        conditions = conditions_here(self.provider, self.threads)
+        cache = CostCache.of(conditions)
+        told = {key: described(array) for key, array in feeds.items()}
+        digest = model_hash(dense)
+        key = f"{digest} {told}"
+        if not fresh and (known := cache.table(key)) is not None:
+            return known
+        found, untimed = self.pieces(dense, feeds)
+        shapes = shapes_of(found)
+        costs = {} if fresh else cache.costs(list(shapes))
+        missing = [shape for signature, shape in shapes.items() if signature not in costs]
+        left = self.seconds * (1 - MODEL_SHARE) - (time.monotonic() - started)
+        made = self._timed(missing, left, progress)
+        cache.keep(made)
+        costs |= {cost.signature: cost for cost in made}
+        table = CostTable(
+            tool=f"rsi-deploy {__version__}",
+            created=datetime.datetime.now(datetime.UTC),
+            command=command or "rsi_deploy.profile(...)",
+            conditions=conditions,
+            model=ModelTime(name=name, hash=digest, batch=samples_in(dense, feeds), inputs=told, dense_nanoseconds=1),
+            sites={site: piece.signature for site, piece in found.items() if piece.signature in costs},
+            untimed=untimed,
+            costs=tuple(costs[signature] for signature in shapes if signature in costs),
+            seconds=0.0,
+            precision=self.precision,
+            notes=tuple(_notes(costs, self.precision)),
+        )
+        table = self._with_model(table, dense, feeds)
+        table = table.model_copy(update={"seconds": time.monotonic() - started})
+        cache.keep_table(key, table)
+        return table
+
+    def _timed(self, missing: Sequence[Wanted], seconds: float, progress: Progress | None) -> list[SiteCost]:
+        runtime = Runtime(provider=self.provider, threads=self.threads)
+        return time_sites(
+            missing, runtime, seconds=max(seconds, 1.0), precision=self.precision, seed=self.seed, progress=progress
+        )
+
+    def _with_model(self, table: CostTable, dense: Path, feeds: Feeds) -> CostTable:
+        plans = trial_plans(table.by_site())
+        return with_model_time(table, dense, feeds, plans, max(self.seconds * MODEL_SHARE, 1.0))
+
+    def pieces(self, dense: Path, feeds: Feeds) -> tuple[dict[str, Piece], dict[str, str]]:
+        """Site name -> its piece, and site name -> why it has none."""
+        trace = traced_run(dense, feeds)
+        model = load_model(dense)
+        entries = list(pieces(model, trace.inputs, trace.macs))
+        uses = Counter(site.weight for site, _ in entries)
+        found: dict[str, Piece] = {}
+        untimed: dict[str, str] = {}
+        for site, piece in entries:
+            name = site_name(site.weight)
+            if uses[site.weight] > 1:
+                untimed[name] = "several nodes share its weight"
+            elif isinstance(piece, str):
+                untimed[name] = piece
+            else:
+                found[name] = piece
+        return found, untimed
+
+
+def _notes(costs: Mapping[str, SiteCost], precision: float) -> list[str]:
+    """What a reader must know of the times."""
+    wide = [cost for cost in costs.values() if cost.half_width is None or cost.half_width > precision]
+    notes = []
+    if wide:
+        widest = max((cost.half_width for cost in wide if cost.half_width is not None), default=None)
+        told = "" if widest is None else f" (the widest interval is +-{100 * widest:.0f} %)"
+        notes.append(
+            f"{len(wide)} of {len(costs)} shapes were not measured to {100 * precision:g} %{told}: the machine was "
+            f"busy, or the time short (--budget)"
+        )
+    noisy = [cost for cost in costs.values() if any(cost.is_noisy(s.form, s.rank) for s in cost.splits)]
+    if noisy:
+        notes.append(
+            f"{len(noisy)} shapes have splits that are too noisy to tell (+-{100 * NOISY:g} % or more): those are not "
+            f"taken for faster"
+        )
+    return notes
+
+
+def _free(path: Path, force: bool) -> Path:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; -o takes a file such as cost.json")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; choose another name, or add --force to replace it")
+    if not path.resolve().parent.is_dir():
+        raise UsageError(f"the folder of {path} does not exist: make it first")
+    return path
+
+
+def write_dense(
+    model: str | Any,
+    dense: Path,
+    weights: str,
+    checkpoint: str | Path | None,
+    shape: str | None,
+    seed: int,
+    preprocessing: Preprocessing | None = None,
+    *,
+    assume_constant: bool = False,
+) -> str:
+    """Write the dense model that an export would compress, with the same preprocessing stored in it; its name.
+
+    Raises:
+        UsageError: no such model, or options that do not belong to it.
+        ModelError: it cannot be read or exported.
+    """
+    if isinstance(model, str) and model.endswith(".onnx"):
+        path = Path(model)
+        if not path.is_file():
+            raise UsageError(f"no such file: {model}; expected an .onnx file, or another MODEL")
+        if checkpoint is not None or weights != "DEFAULT":
+            raise UsageError("--checkpoint and --weights go with PyTorch models, not with an ONNX file; leave them out")
+        graph, name = read_onnx(path, assume_constant=assume_constant), path.name
+        own = Preprocessing.stored(graph.metadata_props)
+    else:
+        from rsi_deploy.torch_models.model_source import load_source, source_of_module
+        from rsi_deploy.torch_models.to_onnx import to_onnx
+
+        source = (
+            load_source(model, weights=weights, checkpoint=checkpoint, input_shape=shape, seed=seed)
+            if isinstance(model, str)
+            else source_of_module(model, shape, seed)
+        )
+        graph, name, own = to_onnx(source).model, source.name, source.preprocessing
+    if (steps := own if preprocessing is None else preprocessing.over(own)) is not None:
+        graph.metadata_props[METADATA_KEY] = steps.to_metadata()
+    FoldBatchNormPass()(graph)
+    if not list(graph.graph):
+        raise ModelError(f"{name} has no nodes; give a model that computes something")
+    write_external(graph, dense)
+    return name

@@ -1,0 +1,222 @@
+"""What an export knows of time: a cost table of its machine or of another one, and how it decides with it.
+
+--cost FILE    a table made by `rsi-deploy profile`; one of other conditions is refused without --foreign-cost
+a budget       a table measured here, or known from the cache
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rsi_deploy.benchmark.variants import Feeds
+from rsi_deploy.calibration.activations import Streams
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.costing.cost_cache import conditions_here
+from rsi_deploy.costing.cost_table import CostTable, PlanCheck, read_cost_table
+from rsi_deploy.costing.trial_plans import measured_plans, share_of
+from rsi_deploy.exporting.profile import Costing
+from rsi_deploy.planning.budget import Budget
+from rsi_deploy.planning.decide import Decisions
+from rsi_deploy.planning.in_time import faster_only, in_time
+from rsi_deploy.planning.knapsack import SiteOptions
+from rsi_deploy.planning.planner import Decision
+from rsi_deploy.runtime.feeds.values import described
+from rsi_deploy.runtime.providers import resolve
+
+CHECK_SECONDS = 15.0
+"""For a plan; on a quiet machine it is precise much sooner."""
+
+
+@dataclass(kw_only=True)
+class TimedExport:
+    """The times that one export plans with.
+
+    Attributes:
+        table: of the model's sites.
+        source: where it is from, in words.
+        is_foreign: of another machine: nothing here can be held against it.
+        must_be_faster: a site is split only where that was measured faster.
+        dense: the dense model.
+        feeds: that it is measured with.
+        seconds: that it took to get the table.
+        checks: whole models that were measured while planning.
+        reasons: why sites stay dense, for want of a faster split.
+        remarks: what a reader must know of where a plan has landed.
+        delivers_dense: no split is faster, and that is no reason to refuse.
+    """
+
+    table: CostTable
+    source: str
+    is_foreign: bool
+    must_be_faster: bool
+    dense: Path
+    feeds: Feeds
+    seconds: float = 0.0
+    checks: list[PlanCheck] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    delivers_dense: bool = False
+
+    def narrowed(self, options: Sequence[SiteOptions]) -> list[SiteOptions]:
+        """The options that may be chosen, and `reasons` of sites that lose all their splits by it."""
+        if not self.must_be_faster:
+            return list(options)
+        kept, self.reasons = faster_only(options, self.table)
+        return kept
+
+    def without_any(self, options: Sequence[SiteOptions], budget: Budget | None) -> None:
+        """What becomes of an export where no split of any site is faster: the dense model is delivered, and it is said.
+
+        A share of the parameters or MACs is asked for as the way to a faster model, and dense is the fastest here. A
+        time or a size is a promise by itself, which dense breaks.
+
+        Args:
+            options: all of them dense.
+            budget: what was asked for; None for an accuracy to keep.
+
+        Raises:
+            ModelError: a time or a size, and what to type.
+        """
+        some = "; ".join(f"{name}: {reason}" for name, reason in list(self.reasons.items())[:3])
+        told = f"no split of any of {len(options)} sites is measured faster than dense ({some})"
+        if budget is not None and budget.cost == "nanoseconds":
+            raise ModelError(
+                f"no plan can meet {budget}: {told}, so that the dense model is the fastest here; leave {budget} out, "
+                f"or let more sites be split (--include, --exclude)"
+            )
+        if budget is not None and budget.cost == "bytes":
+            raise ModelError(
+                f"no plan can meet {budget} with splits that are faster: {told}. Where smaller is enough, add "
+                f"--smaller-is-enough"
+            )
+        self.delivers_dense = True
+        self.remarks.append(f"{told}: the DENSE model is delivered. Where smaller is enough, add --smaller-is-enough")
+
+    def within(self, budget: Budget, options: Sequence[SiteOptions], streams: Streams) -> Decisions:
+        """The decisions for a budget of time; the table has learnt from the plans' models then.
+
+        Raises:
+            ModelError: no plan is so fast, and which is the fastest.
+        """
+        if budget.max_latency is not None and not self.is_foreign:
+            self.table = as_now(self.table, self._dense_now())
+        landed = in_time(budget, options, self.table, streams, None if self.is_foreign else self._check)
+        self.table = landed.table
+        self.checks += landed.checks
+        self.remarks += [landed.says] if landed.says else []
+        return landed.decisions
+
+    def explained(self, decisions: Decisions) -> Decisions:
+        """The decisions, with the reason of those sites that stay dense for want of a faster split."""
+        late = {name: why for name, why in self.reasons.items() if decisions[name].rank is None}
+        return decisions | {name: Decision(rank=None, reason=why) for name, why in late.items()}
+
+    def _dense_now(self) -> int:
+        """Nanoseconds of a call of the dense model, measured again: a stored table may be of another hour."""
+        conditions = self.table.conditions
+        result = measured_plans(self.dense, self.feeds, [], conditions.provider, conditions.threads, CHECK_SECONDS / 2)
+        return round(1e6 * result.arms[0].median_ms)
+
+    def _check(self, splits: Mapping[str, tuple[str, int]], table: CostTable) -> PlanCheck:
+        conditions = table.conditions
+        result = measured_plans(
+            self.dense, self.feeds, [splits], conditions.provider, conditions.threads, CHECK_SECONDS
+        )
+        share, ends = share_of(result.arms[1])
+        return PlanCheck(
+            scale=table.model.scale, predicted=table.predicted(splits), measured=share, measured_interval=ends
+        )
+
+
+def as_now(table: CostTable, dense_nanoseconds: int) -> CostTable:
+    """The table in the units of a dense model that takes so long now; shares of its time stay what they are."""
+    factor = dense_nanoseconds / table.model.dense_nanoseconds
+    told = {"dense_nanoseconds": dense_nanoseconds, "scale": table.model.scale * factor}
+    return table.model_copy(update={"model": table.model.model_copy(update=told)})
+
+
+def timed_export(
+    dense: Path,
+    feeds: Feeds,
+    costing: Costing,
+    *,
+    cost: str | Path | None,
+    foreign: bool,
+    must_be_faster: bool,
+    name: str,
+    command: str,
+) -> TimedExport:
+    """The times for an export: from a file, or measured.
+
+    Args:
+        dense: the dense model.
+        feeds: that it is measured with.
+        costing: how tables are made here.
+        cost: a table's file, or None.
+        foreign: take one of another machine.
+        must_be_faster: a site is split only where that was measured faster.
+        name: of the model.
+        command: for a table that is measured.
+
+    Raises:
+        UsageError: a table of other conditions, inputs or shapes, with what differs and what to type.
+    """
+    started = time.monotonic()
+    if cost is None:
+        table, source, elsewhere = costing.table(dense, feeds, name=name, command=command), "measured here", False
+    else:
+        table, elsewhere = _from_file(cost, costing, foreign=foreign)
+        table = _of_this_model(table, dense, feeds, costing, cost)
+        source = f"--cost {Path(cost).name}"
+    return TimedExport(
+        table=table,
+        source=source,
+        is_foreign=elsewhere,
+        must_be_faster=must_be_faster,
+        dense=dense,
+        feeds=feeds,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _from_file(cost: str | Path, costing: Costing, *, foreign: bool) -> tuple[CostTable, bool]:
+    """The table, and whether it is of another machine."""
+    table = read_cost_table(cost)
+    differences = table.conditions.differences(conditions_here(costing.provider, costing.threads))
+    if differences and not foreign:
+        raise UsageError(
+            f"--cost {cost} holds for another machine or setting: {'; '.join(differences)}{_absent(table)}. Make one "
+            f"here (rsi-deploy profile), give the same --provider and --threads, or add --foreign-cost to plan for "
+            f"that machine: nothing is measured here then"
+        )
+    return table, bool(differences)
+
+
+def _absent(table: CostTable) -> str:
+    """That the table's provider is not here, where it is not."""
+    try:
+        resolve(table.conditions.provider)
+    except UsageError as error:
+        return f" (its provider is not here: {error})"
+    return ""
+
+
+def _of_this_model(table: CostTable, dense: Path, feeds: Feeds, costing: Costing, cost: str | Path) -> CostTable:
+    """The table with this model's sites, found by their shapes."""
+    told = {key: described(array) for key, array in feeds.items()}
+    if told != table.model.inputs:
+        theirs, ours = (", ".join(f"{k}: {v}" for k, v in inputs.items()) for inputs in (table.model.inputs, told))
+        raise UsageError(
+            f"--cost {cost} was measured with {theirs}, but this export measures with {ours}; give --bench-batch, "
+            f"--input-shape or --feeds as for the table, or make one with these"
+        )
+    found, untimed = costing.pieces(dense, feeds)
+    known = {entry.signature for entry in table.costs}
+    sites = {name: piece.signature for name, piece in found.items() if piece.signature in known}
+    if not sites:
+        raise UsageError(
+            f"--cost {cost} knows no site shape of this model: it was made for {table.model.name}"
+            f"; make one of this model with rsi-deploy profile"
+        )
+    return table.model_copy(update={"sites": sites, "untimed": untimed})

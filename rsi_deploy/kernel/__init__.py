@@ -1,1 +1,0 @@
-"""The kernel of `rsi_deploy.rsi`: products, orthogonalization, routes, their costs and certified norms. torch alone."""

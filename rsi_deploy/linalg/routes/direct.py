@@ -1,0 +1,58 @@
+"""The direct route: the paper's iteration.
+
+    X = basis(W Y),  Y = W^T X      q times from the sketch Y; the last basis orthonormal
+
+Where bases are made. A basis costs as much as a product where the block is half as wide as it is long, so one an
+iteration is made, of the shorter of `X` and `Y` (the first of `X`, as no sketch of `W^T W` should be needed). Roundings
+of one basis lie `eps / sqrt(m)` along each leading direction and come out of two products `(s_1/s_k)^2` times larger
+beside the last one (`kernel.chebyshev`): where that would show, both are made.
+
+In bfloat16 it is the Chebyshev route without its shifts.
+"""
+
+import torch
+from torch import Tensor
+
+from rsi_deploy.linalg.orthogonal import near_basis_, orthonormal_
+from rsi_deploy.linalg.products.products import Operand
+from rsi_deploy.linalg.routes.chebyshev import Draw, column_norms, covering, iterate
+
+
+def direct(operand: Operand, draw: Draw, q: int, *, mixed: bool) -> tuple[Tensor, Tensor]:
+    """`X (out, columns)`, orthonormal, and `Y (in, columns)` with `W ~ X Y^T`.
+
+    Args:
+        operand: the weight.
+        draw: makes the sketch `(side, columns)` in the working precision, the same each time.
+        q: iterations, at least 1.
+        mixed: bfloat16 where it does no harm.
+    """
+    if mixed and q > 1:
+        return iterate(operand, draw, [0.0] * (q - 1), mixed=True)
+    X = orthonormal_(operand.forward(unit_(_iterated(operand, draw, q - 1), operand.scale)))
+    return X, operand.adjoint(X)
+
+
+def _iterated(operand: Operand, draw: Draw, iterations: int) -> Tensor:
+    """`Y (in, columns)` after so many iterations."""
+    Y, leading = draw(operand.weight.shape[1]), 0
+    for index in range(iterations):
+        X = operand.forward(unit_(Y, operand.scale))
+        del Y  # before the next one is made: at most one block of the input's width lives
+        X = unit_(X) if index and operand.tall and not leading else near_basis_(X)
+        Y = operand.adjoint(X)
+        del X
+        if operand.tall:
+            leading = covering(column_norms(Y), torch.finfo(operand.working).eps, len(Y))
+            Y = near_basis_(Y)
+    return Y
+
+
+def unit_(Y: Tensor, scale: float = 1.0) -> Tensor:
+    """`Y` with a largest entry of `scale`: only its span matters, and iterating squares its size past what floats hold.
+
+    `scale` is the operand's, so that the product with the weight comes out near 1 too.
+    """
+    low, high = torch.aminmax(Y)
+    Y = Y.div_(torch.maximum(high, -low).clamp_min(torch.finfo(Y.dtype).tiny))
+    return Y if scale == 1.0 else Y.mul_(scale)

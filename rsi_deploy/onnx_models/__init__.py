@@ -1,0 +1,1 @@
+"""ONNX models: factors for the sites of a graph, the split, and its verification."""

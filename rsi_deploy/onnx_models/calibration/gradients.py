@@ -1,0 +1,164 @@
+"""Metrics of the sites of an ONNX graph: what stands behind the sites again in torch, where autograd knows it.
+
+    upstream of all sites   onnxruntime      |  values that the rest reads
+    behind a site           torch, float32   |  y_site --> ... --> z --(probe u)--> g at y_site
+
+The output is the first floating one behind a site; only its ancestors are run again. Of `(N, L, ...)` under a padding
+mask the tokens alone are asked.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from onnx import NodeProto, TensorProto, numpy_helper
+from torch import Tensor
+
+from rsi_deploy.calibration.activations import Metric
+from rsi_deploy.calibration.output_sensitivity import NoMetricError, OutputMetric
+from rsi_deploy.core.arrays import as_torch
+from rsi_deploy.core.progress import at
+from rsi_deploy.onnx_models.calibration.operators import FIRST_OPSET, operator
+from rsi_deploy.onnx_models.calibration.reachable_sites import Reached
+from rsi_deploy.onnx_models.calibration.row_sampling import axes_of, padding_mask
+from rsi_deploy.onnx_models.calibration.rows import Taps
+from rsi_deploy.onnx_models.calibration.segment import Segment
+from rsi_deploy.onnx_models.calibration.stages import Program, needed_constants, reads
+from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+
+FLOATING = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
+
+
+def output_metrics(
+    program: Program,
+    path: Path,
+    reached: Mapping[str, Reached],
+    batches: Iterable[Feeds],
+    *,
+    samples: int,
+    provider: str,
+    seed: int,
+) -> dict[str, Metric]:
+    """By the names of sites; those that do not reach the output have none.
+
+    Args:
+        program: the dense model.
+        path: its file.
+        reached: its sites, by output.
+        batches: model inputs.
+        samples: how many they hold.
+        provider: onnxruntime's.
+        seed: of the probes.
+
+    Raises:
+        NoMetricError: gradients do not pass, or take too much memory.
+    """
+    if any(entry.version < FIRST_OPSET for entry in program.model.opset_import if entry.domain in ("", "ai.onnx")):
+        raise NoMetricError(f"the model is of an opset before {FIRST_OPSET}")
+    nodes = [node for node in program.model.graph.node if not set(node.output) & program.constants.keys()]
+    behind = _behind(nodes, reached)
+    known = {name for node in behind for name in node.output}
+    ahead = [node for node in nodes if node.output[0] not in known]
+    outputs = program.model.graph.output
+    end = next((v.name for v in outputs if v.name in known and v.type.tensor_type.elem_type in FLOATING), None)
+    if end is None:
+        raise NoMetricError("no floating output depends on a site")
+    metric = OutputMetric({r.site.name: r.site for r in reached.values()}, samples, seed=seed)
+    replay = _Replay(_ancestors(behind, end), {name: r.site.name for name, r in reached.items()}, end)
+    weights = _weights(program, path, replay.reads, metric)
+    own = [*needed_constants(program, replay.nodes), *ahead]
+    axes = axes_of(program.model)
+    with Segment(program, path, own, Taps(), replay.reads, provider=provider) as run:
+        for batch in batches:
+            at("gradients of the output", metric.seen, samples)
+            for piece, numbers in _pieces(batch, metric, axes):
+                values = {name: _tensor(piece[name]) for name in replay.reads & piece.keys()}
+                if run.outputs:
+                    values |= {name: _tensor(value) for name, value in run(piece).items()}
+                with metric.keeping(axes.samples(piece), weights.values()):
+                    z, taps = replay(weights | values)
+                    mask = padding_mask(piece)
+                    if mask is not None and z.ndim > 2 and z.shape[:2] == mask.shape:
+                        z = z[torch.from_numpy(mask)]
+                metric.listen(z, taps, numbers)
+    return metric.result()
+
+
+class _Replay:
+    """Runs nodes in torch, `sites` (output -> site) tapped, up to the value `end`."""
+
+    def __init__(self, nodes: Sequence[NodeProto], sites: Mapping[str, str], end: str) -> None:
+        self.nodes, self._sites, self._end = nodes, sites, end
+        self._operators = [operator(node) for node in nodes]
+        self.reads = set().union(*(reads(node) for node in nodes)) - {name for node in nodes for name in node.output}
+        self._uses = Counter(name for node in nodes for name in node.input if name)
+
+    def __call__(self, values: dict[str, Tensor]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+        """The output, and the responses of the sites."""
+        taps: list[tuple[str, Tensor]] = []
+        left = self._uses.copy()
+        for node, call in zip(self.nodes, self._operators, strict=True):
+            made = call(*(values[name] if name else None for name in node.input))
+            for name, value in zip(node.output, made, strict=False):
+                if name in self._sites:
+                    value = value if value.requires_grad else value.detach().requires_grad_()
+                    taps.append((self._sites[name], value))
+                values[name] = value
+            for name in filter(None, node.input):
+                left[name] -= 1
+                if not left[name] and name != self._end:
+                    values.pop(name, None)
+        return values[self._end], taps
+
+
+def _behind(nodes: Iterable[NodeProto], reached: Mapping[str, Reached]) -> list[NodeProto]:
+    """The sites and all nodes that depend on one, in order."""
+    known: set[str] = set()
+    found = []
+    for node in nodes:
+        if node.output[0] in reached or known & reads(node):
+            known |= set(node.output) - {""}
+            found.append(node)
+    return found
+
+
+def _ancestors(nodes: Sequence[NodeProto], end: str) -> list[NodeProto]:
+    """Those of the nodes that the value `end` needs, in order."""
+    wanted, found = {end}, []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            wanted |= reads(node)
+            found.append(node)
+    return found[::-1]
+
+
+def _weights(program: Program, path: Path, wanted: set[str], metric: OutputMetric) -> dict[str, Tensor]:
+    """The initializers among the wanted values; their memory is set aside."""
+    tensors = [tensor for tensor in program.model.graph.initializer if tensor.name in wanted]
+    metric.take(sum(4 * int(np.prod(tensor.dims)) for tensor in tensors))
+    return {tensor.name: _tensor(numpy_helper.to_array(tensor, str(path.parent))) for tensor in tensors}
+
+
+def _tensor(value: Any) -> Tensor:
+    """Float32 where it is floating."""
+    tensor = as_torch(np.array(value))
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _pieces(batch: Feeds, metric: OutputMetric, axes: BatchAxes) -> Iterator[tuple[Feeds, list[int]]]:
+    """The samples of a batch that are asked, cut, and their numbers; a batch of fixed size whole."""
+    count, begin = axes.samples(batch), metric.seen
+    at = metric.chosen(count)
+    if axes.fixed is not None:
+        if len(at):
+            yield batch, list(range(begin, begin + count))
+        return
+    for part in metric.pieces(len(at)):
+        yield axes.cut(batch, at[part]), [begin + int(n) for n in at[part]]

@@ -1,0 +1,171 @@
+"""The dense and the compressed stream of an ONNX graph, side by side through its waves.
+
+    dense        alive values --wave, its sites--> alive values, responses y = W x of every site
+    compressed   alive values --sites of the wave before, as they became; wave--> alive values, rows x^
+
+Only what differs between the streams is run and kept twice; x that does not comes from the dense one. Where a site's
+output is added to another stream that has lost something on the way, y takes that in too: y + (beside - beside^).
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+from onnx import NodeProto
+from torch import Tensor
+
+import graph_passes as gp
+from rsi_deploy.calibration.accumulator import WAITING, Gathered
+from rsi_deploy.calibration.activations import RowCounts
+from rsi_deploy.calibration.live_values import LiveValues
+from rsi_deploy.onnx_models.calibration.reachable_sites import Reached
+from rsi_deploy.onnx_models.calibration.row_sampling import (
+    Readings,
+    inputs_of,
+    own_biases,
+    response_of,
+    taps_of,
+    weight_of,
+)
+from rsi_deploy.onnx_models.calibration.segment import Segment
+from rsi_deploy.onnx_models.calibration.stages import Program, Wave, reads
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+
+
+class TwoStreams:
+    """Both streams, standing before the first wave.
+
+    Args:
+        program: the dense model.
+        path: its file.
+        reached: its sites, by output.
+        readings: of the sites.
+        dense: holds the dense stream's values.
+        compressed: holds the values of the compressed one that differ.
+        provider: onnxruntime's.
+        counts: by site's name, what its rows count.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        path: Path,
+        reached: Mapping[str, Reached],
+        readings: Readings,
+        dense: LiveValues,
+        compressed: LiveValues,
+        *,
+        provider: str,
+        counts: Mapping[str, RowCounts],
+    ) -> None:
+        self._program, self._path, self._provider = program, path, provider
+        self._reached, self._readings = reached, readings
+        self._dense, self._compressed = dense, compressed
+        self._inputs = [value.name for value in program.model.graph.input if value.name not in program.fixed]
+        self._biases = own_biases(program.model)
+        self._begins = [0]  # of every batch among the samples
+        self._counts = counts
+        self._alone: set[str] = set()  # outputs that nothing of their shape is added to
+        self._moved: set[str] = set()  # values that differ between the streams
+        self._before: Sequence[NodeProto] = ()  # sites of the wave before
+
+    def load(self, batches: Iterable[Feeds]) -> None:
+        """Take the data in."""
+        for batch in batches:
+            self._dense.put(self._batches, batch)
+            self._alone |= self._readings.alone(batch)
+            self._begins.append(self._begins[-1] + self._readings.axes.samples(batch))
+
+    @property
+    def _batches(self) -> int:
+        return len(self._begins) - 1
+
+    def advance(self, wave: Wave, became: Mapping[str, gp.Factors]) -> dict[str, Gathered]:
+        """Both streams through one wave, where sites of the one before became factors; what its sites gather.
+
+        Raises:
+            ModelError: NaN or infinite values, with the site's name.
+        """
+        here = [self._reached[node.output[0]] for node in wave.sites]
+        split = {n.output[0] for n in self._before if self._reached[n.output[0]].graph.weight in became}
+        changed = differing([*self._before, *wave.nodes], self._moved, split)
+        earlier = frozenset(self._moved)
+        self._moved |= {name for node in changed for name in node.output if name}
+        beside = {r.beside for r in here if r.graph.output not in self._alone} & self._moved
+        again = Segment(
+            self._program,
+            self._path,
+            changed,
+            taps_of(here, data=lambda r: r.graph.data in self._moved, beside=beside),
+            wave.alive,
+            became,
+            provider=self._provider,
+        )
+        once = Segment(
+            self._program,
+            self._path,
+            [*wave.nodes, *wave.sites],
+            taps_of(here, data=self._is_read_once, biases=self._biases, beside=beside),
+            wave.alive | again.reads,  # what changes may read what does not, within the wave
+            provider=self._provider,
+        )
+        gathered = {r.graph.output: Gathered(r.site, WAITING) for r in here}
+        weights = {r.graph.output: weight_of(r) for r in here if r.graph.output not in self._biases}
+        with once, again:
+            for number in range(self._batches):
+                batch = self._dense.get(number, self._inputs)
+                index = self._readings.index(here, batch, number)
+                values, other = self._run(number, index, once, again, earlier)
+                for r in here:
+                    x, y = self._rows(r, weights.get(r.graph.output), values, other)
+                    told = self._counts.get(r.site.name)
+                    begin = self._begins[number]
+                    counts = None if told is None else self._readings.counts(told, r, batch, begin, index)
+                    gathered[r.graph.output].add(x, y, counts)
+                self._dense.keep_only(number, {*wave.alive, *self._inputs})
+                self._compressed.keep_only(number, wave.alive)
+        self._moved &= wave.alive
+        self._before = wave.sites
+        return gathered
+
+    def _run(
+        self, number: int, index: Feeds, once: Segment, again: Segment, earlier: frozenset[str]
+    ) -> tuple[Feeds, Feeds]:
+        """One batch through the dense stream and, where anything differs, through the compressed one."""
+        values = once({**self._dense.get(number, once.reads - index.keys()), **index})
+        self._dense.put(number, {name: values[name] for name in once.keeps})
+        if not again.outputs:
+            return values, {}
+        outside = again.reads - index.keys()
+        same = self._dense.get(number, outside - earlier)
+        other = again({**same, **self._compressed.get(number, outside & earlier), **index})
+        self._compressed.put(number, {name: other[name] for name in again.keeps})
+        return values, other
+
+    def _is_read_once(self, r: Reached) -> bool:
+        """Whether x is read in the dense stream: where it is that of both, or where y is made of it."""
+        return r.graph.data not in self._moved or r.graph.output not in self._biases
+
+    def _rows(self, r: Reached, weight: Tensor | None, values: Feeds, other: Feeds) -> tuple[Tensor, Tensor]:
+        """Rows of a site's input in the compressed stream and of what it should answer."""
+        rows, beside = f"{r.tag}/rows", f"{r.tag}/beside/rows"
+        if weight is None:
+            y = response_of(r, values, self._biases[r.graph.output][1])
+        else:
+            y = inputs_of(r, values[rows]) @ weight.mT
+        if beside in other:
+            y += r.grouped(values[beside] - other[beside])
+        return inputs_of(r, (other if rows in other else values)[rows]), y
+
+
+def differing(nodes: Iterable[NodeProto], moved: Collection[str], split: Collection[str]) -> list[NodeProto]:
+    """The nodes whose outputs differ between the streams: what is split, and what reads a value that differs."""
+    differs, found = set(moved), []
+    for node in nodes:
+        if node.output[0] in split or differs & reads(node):
+            differs |= set(node.output)
+            found.append(node)
+    return found

@@ -1,0 +1,150 @@
+"""Which weights of an ONNX graph calibration can look at, and what their responses are added to.
+
+data --> [ site ] --> output --> (Add a constant) --> Add --> ...
+                                         beside -------'
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from onnx import ModelProto, NodeProto
+from torch import Tensor
+
+import graph_passes as gp
+from rsi_deploy.calibration.activations import StreamSite
+from rsi_deploy.core.arrays import as_torch
+from rsi_deploy.core.errors import ModelError
+from rsi_deploy.core.sites import site_name
+from rsi_deploy.io.onnx_reader import load_model
+from rsi_deploy.onnx_models.calibration.stages import reads
+
+LINEAR = frozenset({"Conv", "MatMul", "Gemm", "FusedMatMul"})
+"""Operators with nothing but a bias between response and output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reached:
+    """A site with what the graph says of it; `beside` is the value its output is added to, or ""."""
+
+    site: StreamSite
+    graph: gp.Site
+    beside: str
+
+    @property
+    def tag(self) -> str:
+        """Prefix of its taps' names."""
+        return f"rsi_deploy/{self.graph.output}"
+
+    def weight(self) -> Tensor:
+        """The weight, float32 `(groups, out, in)`.
+
+        Raises:
+            ModelError: it holds NaN or infinite values.
+        """
+        weight = self.site.load().float()
+        if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+            name = self.site.name
+            raise ModelError(
+                f"site {name!r}: its weight holds NaN or infinite values (type --exclude {name!r} to leave it dense)"
+            )
+        return weight
+
+    def grouped(self, rows: npt.NDArray[Any]) -> Tensor:
+        """`(groups, rows, features)` of gathered rows `(rows, groups * features)`."""
+        groups = self.site.groups
+        return torch.from_numpy(rows).reshape(len(rows), groups, rows.shape[1] // groups).movedim(1, 0)
+
+
+def reach(
+    model: ModelProto, path: Path, *, wanted: Callable[[str], bool], macs: Mapping[str, int], compensate: bool
+) -> tuple[dict[str, Reached], dict[str, str]]:
+    """The sites that calibration can look at, by the name of their output, and the others' reasons by their own.
+
+    Args:
+        model: without its external data.
+        path: of the same model.
+        wanted: says by name which sites to look at.
+        macs: multiply-accumulates a sample, by node name.
+        compensate: look for what the responses are added to.
+    """
+    sites = [entry for entry in gp.find_sites(load_model(path)) if isinstance(entry, gp.Site)]
+    uses = Counter(site.weight for site in sites)
+    made = {name for node in model.graph.node for name in node.output}
+    beside = added_to(model) if compensate else {}
+    found: dict[str, Reached] = {}
+    unreachable: dict[str, str] = {}
+    for site in sites:
+        name = site_name(site.weight)
+        if not wanted(name):
+            continue
+        if reason := _out_of_reach(site, uses[site.weight], made):
+            unreachable[name] = reason
+        else:
+            near = beside.get(site.output, "") if site.op_type in LINEAR else ""
+            found[site.output] = Reached(site=_stream_site(site, macs), graph=site, beside=near)
+    return found, unreachable
+
+
+def added_to(model: ModelProto) -> dict[str, str]:
+    """For every value, what it is added to by its only reader, directly or behind the addition of a constant."""
+    readers = _readers(model.graph.node)
+    fixed = {tensor.name for tensor in model.graph.initializer}
+    fixed |= {node.output[0] for node in model.graph.node if node.op_type == "Constant"}
+    ends = {value.name for value in model.graph.output}
+    found = {}
+    for value in readers:
+        end = value
+        for _ in range(2):
+            users = readers.get(end, [])
+            if len(users) != 1 or users[0].op_type != "Add" or users[0].domain or end in ends:
+                break
+            others = [name for name in users[0].input if name != end]
+            if len(others) != 1:  # to itself
+                break
+            if others[0] not in fixed:
+                found[value] = others[0]
+                break
+            end = users[0].output[0]
+    return found
+
+
+def _readers(nodes: Iterable[NodeProto]) -> dict[str, list[NodeProto]]:
+    readers: dict[str, list[NodeProto]] = {}
+    for node in nodes:
+        for name in reads(node):
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
+def _out_of_reach(site: gp.Site, uses: int, made: set[str]) -> str:
+    """Why calibration cannot look at a site, or ""."""
+    if site.nested or site.output not in made:
+        return "it sits in a subgraph or function, where calibration cannot look"
+    if uses > 1:
+        return f"{uses} nodes share its weight"
+    if site.op_type == "ConvTranspose":
+        return "calibration does not know the rows of a ConvTranspose"
+    return "" if site.plain else "its data are turned or scaled, or the weight is the first operand"
+
+
+def _stream_site(site: gp.Site, macs: Mapping[str, int]) -> StreamSite:
+    window = site.window
+    return StreamSite(
+        name=site_name(site.weight),
+        kind=site.op_type,
+        groups=site.groups,
+        out_features=site.out_features,
+        in_features=site.in_features,
+        kernel=window.kernel if window else (),
+        strides=window.strides if window else (),
+        forms=site.forms,
+        macs=macs.get(site.node, 0),
+        item_bytes=np.dtype(site.dtype).itemsize if site.dtype != "bfloat16" else 2,
+        load=lambda: as_torch(site.load()),
+    )

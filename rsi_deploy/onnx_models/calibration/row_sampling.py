@@ -1,0 +1,253 @@
+"""Which rows of a batch every site's moments are taken from, and the taps that read them in both streams.
+
+As many of every sample as `moments.rows_for` allows in all, chosen once a batch from (seed, site, batch): both streams,
+the response and what it is added to are read at the same places. Padding under a mask input is no row.
+
+    x   what the site reads; a Conv's patches with their columns sorted by point, then by channel: see `in_order`
+    y   what it makes of x, less the bias that is in the node: no product of ours
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from onnx import ModelProto
+from torch import Tensor
+
+import graph_passes as gp
+from rsi_deploy.calibration.activations import RowCounts
+from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples, rows_for
+from rsi_deploy.linalg.solver import stream_seed
+from rsi_deploy.onnx_models.calibration.reachable_sites import Reached
+from rsi_deploy.onnx_models.calibration.rows import Taps, all_patches, chosen, output_size, patch_index
+from rsi_deploy.onnx_models.calibration.segment import Segment
+from rsi_deploy.onnx_models.calibration.stages import Program
+from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
+from rsi_deploy.runtime.feeds.inputs import dim_of
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Readings:
+    """Reads the rows of the sites of a program.
+
+    Args:
+        program: the dense model.
+        path: its file.
+        reached: the sites.
+        samples: how many the calibration data have.
+        seed: of the choice of rows.
+        provider: onnxruntime's.
+
+    Attributes:
+        axes: the batch axes of the model's inputs.
+    """
+
+    def __init__(
+        self, program: Program, path: Path, reached: Iterable[Reached], *, samples: int, seed: int, provider: str
+    ) -> None:
+        self._program, self._path, self._provider = program, path, provider
+        self._reached = list(reached)
+        self._samples, self._seed = samples, seed
+        self.axes = axes_of(program.model)
+        self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Shapes] = {}
+
+    def index(self, group: Iterable[Reached], batch: Feeds, number: int, *, survey: bool = False) -> dict[str, Array]:
+        """What the taps of these sites are fed, for batch `number`; with fewer rows where it is for a survey."""
+        shapes = self._shapes(batch)
+        feeds: dict[str, Array] = {}
+        for r in group:
+            shape = shapes[r.graph.data]
+            quota = (
+                (survey_rows if survey else rows_for)(r.site.in_features)
+                * self.axes.samples(batch)
+                / max(self._samples, 1)
+            )
+            if r.graph.window is not None:
+                at, where, inside = self._patches(
+                    r, r.graph.window, number, _whole(quota / max(shape[0], 1)), shape[2:]
+                )
+                feeds[f"{r.tag}/index"], feeds[f"{r.tag}/inside"] = where, inside
+            else:
+                at = chosen(math.prod(shape[:-1]), _whole(quota), self._generator(r, number), _tokens(batch, shape))
+                feeds[f"{r.tag}/index"] = at
+            feeds[f"{r.tag}/response/index"] = feeds[f"{r.tag}/beside/index"] = at
+        return feeds
+
+    def _generator(self, r: Reached, number: int) -> np.random.Generator:
+        return np.random.default_rng(stream_seed(self._seed, f"{r.site.name}/{number}"))
+
+    def _patches(
+        self, r: Reached, window: gp.Window, number: int, wanted: int, size: tuple[int, ...]
+    ) -> tuple[Array, Array, Array]:
+        """Some output positions of a Conv, and where their patches lie: see `patch_index`."""
+        count = math.prod(output_size(window, size))
+        if wanted >= count:
+            return all_patches(window, size)
+        at = chosen(count, wanted, self._generator(r, number))
+        return (at, *patch_index(window, size, at))
+
+    def counts(self, counts: RowCounts, r: Reached, batch: Feeds, begin: int, index: Feeds) -> Tensor | None:
+        """What the rows of a product count in a batch that begins with sample `begin`; None for 1 each."""
+        at = torch.from_numpy(index[f"{r.tag}/response/index"])
+        return counts.of(begin, self.axes.samples(batch), self._shapes(batch)[r.graph.data], at)
+
+    def alone(self, batch: Feeds) -> set[str]:
+        """Outputs of the sites that are added to something of another shape than theirs, or to nothing."""
+        shapes = self._shapes(batch)
+        return {r.graph.output for r in self._reached if not r.beside or shapes[r.beside] != shapes[r.graph.output]}
+
+    def _shapes(self, batch: Feeds) -> Shapes:
+        """Shapes of what sites read, make and are added to, on a batch of these shapes."""
+        key = tuple((name, array.shape) for name, array in sorted(batch.items()))
+        if key not in self._known:
+            values = {value for r in self._reached for value in (r.graph.data, r.graph.output, r.beside) if value}
+            taps = Taps()
+            for value in sorted(values):
+                taps.shape(value, f"rsi_deploy/{value}")
+            nodes = self._program.model.graph.node
+            with Segment(self._program, self._path, nodes, taps, provider=self._provider) as run:
+                found = run(batch)
+            shapes = {value: found[f"rsi_deploy/{value}/shape"] for value in values}
+            self._known[key] = {value: tuple(int(n) for n in shape) for value, shape in shapes.items()}
+        return self._known[key]
+
+
+def survey_rows(in_features: int) -> int:
+    """How many rows are enough to choose ranks by: where y = W x, nothing has to be told apart from noise."""
+    return min(rows_for(in_features), max(rows_for(in_features) // 3, 8 * in_features))
+
+
+def taps_of(
+    group: Iterable[Reached],
+    *,
+    data: Callable[[Reached], bool] = lambda r: True,
+    biases: Mapping[str, tuple[str, float]] | None = None,
+    beside: Collection[str] = (),
+) -> Taps:
+    """Taps of what the sites read where `data` says so, of the outputs in `biases`, and of what is among `beside`."""
+    taps = Taps()
+    for r in group:
+        site = r.site
+        width = site.groups * site.out_features
+        outputs = taps.positions if site.kernel else taps.rows
+        if data(r) and site.kernel:
+            points = math.prod(site.kernel)
+            taps.patches(r.graph.data, r.tag, site.groups * site.in_features // points, points)
+        elif data(r):
+            taps.rows(r.graph.data, r.tag, site.in_features)
+        if biases and r.graph.output in biases:
+            outputs(r.graph.output, f"{r.tag}/response", width)
+            if bias := biases[r.graph.output][0]:
+                taps.constant(bias, f"{r.tag}/bias")
+        if r.beside in beside:
+            outputs(r.beside, f"{r.tag}/beside", width)
+    return taps
+
+
+def inputs_of(r: Reached, rows: Array) -> Tensor:
+    """`(groups, rows, in)` of gathered data, a Conv's columns by point and channel."""
+    groups, points = r.site.groups, math.prod(r.site.kernel)
+    x = torch.from_numpy(rows).reshape(len(rows), points, groups, rows.shape[1] // (points * groups))
+    x = x.movedim(2, 0).reshape(groups, len(rows), -1)
+    return x[..., _by_channel(r)] if _wide(r) else x
+
+
+def weight_of(r: Reached) -> Tensor:
+    """The weight, float32 `(groups, out, in)`, with its columns as those of `inputs_of`.
+
+    Raises:
+        ModelError: it holds NaN or infinite values.
+    """
+    weight, points = r.weight(), math.prod(r.site.kernel)
+    if points == 1 or _wide(r):
+        return weight
+    return weight.reshape(*weight.shape[:-1], -1, points).mT.reshape(weight.shape)
+
+
+def response_of(r: Reached, values: Mapping[str, Array], scale: float) -> Tensor:
+    """The response `(groups, rows, out)` of gathered outputs, the bias in them taken off."""
+    y = r.grouped(values[f"{r.tag}/response/rows"])
+    if (bias := values.get(f"{r.tag}/bias")) is not None:
+        y -= scale * torch.from_numpy(bias).reshape(r.site.groups if bias.size > 1 else 1, 1, -1)
+    return y
+
+
+def in_order(r: Reached, moments: Moments | Samples | None) -> Moments | Samples | None:
+    """Moments with a Conv's columns by channel and point, as the weight has them; rows that are kept are so already."""
+    if not isinstance(moments, Moments) or math.prod(r.site.kernel) == 1:
+        return moments
+    n, points = r.site.in_features, math.prod(r.site.kernel)
+    apart = moments.xx.reshape(-1, points, n // points, points, n // points)
+    order = _by_channel(r)
+    return replace(
+        moments,
+        mean_x=moments.mean_x[:, order],
+        xx=apart.permute(0, 2, 1, 4, 3).reshape(moments.xx.shape),
+        yx=moments.yx[..., order],
+    )
+
+
+def _wide(r: Reached) -> bool:
+    return r.site.in_features > GRAM_LIMIT and math.prod(r.site.kernel) > 1
+
+
+def _by_channel(r: Reached) -> Tensor:
+    """For each column by channel and point, where it stands by point and channel."""
+    points = math.prod(r.site.kernel)
+    return torch.arange(r.site.in_features).reshape(points, -1).T.reshape(-1)
+
+
+def own_biases(model: ModelProto) -> dict[str, tuple[str, float]]:
+    """For outputs that are response + scale * constant: the constant's name, or "", and the scale."""
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        bias = node.input[2] if len(node.input) > 2 else ""
+        scale = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
+        row = not bias or node.op_type == "Conv" or math.prod(sizes.get(bias, (2, 0))[:-1]) == 1
+        if node.op_type in ("Conv", "Gemm", "MatMul", "FusedMatMul") and row:
+            found[node.output[0]] = bias, scale
+    return found
+
+
+def padding_mask(batch: Feeds) -> Array | None:
+    """The padding mask among the inputs, bool `(N, L)`, False for padding; None where there is none.
+
+    An input called a mask, of zeros and ones alone, with a token at the begin of every row, or at the end of every
+    row. So no mask that marks the padding itself is taken for one.
+    """
+    for name, array in batch.items():
+        if "mask" in name.lower() and array.ndim == 2 and array.size and np.isin(array, (0, 1)).all():
+            mask: Array = array == 1
+            if mask[:, 0].all() or mask[:, -1].all():
+                return mask
+    return None
+
+
+def axes_of(model: ModelProto) -> BatchAxes:
+    """The batch axes of a model's inputs."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input if value.name not in stored}
+    return BatchAxes.of({name: tuple(map(dim_of, dims)) for name, dims in shapes.items()})
+
+
+def _tokens(batch: Feeds, shape: Sequence[int]) -> Array | None:
+    """Flat positions of the rows of data of this shape that are no padding; None where no mask fits them."""
+    mask = padding_mask(batch)
+    if mask is None:
+        return None
+    if tuple(shape[:2]) == mask.shape and len(shape) > 2:
+        return np.flatnonzero(np.repeat(mask, math.prod(shape[2:-1])))
+    return np.flatnonzero(mask) if tuple(shape[:-1]) == (mask.size,) and mask.shape[1] > 1 else None
+
+
+def _whole(rows: float) -> int:
+    return max(1, round(rows))

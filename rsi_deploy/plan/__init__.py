@@ -1,1 +1,0 @@
-"""Which site gets which form and rank, from what a user asks for."""

@@ -1,0 +1,1 @@
+"""The HTML page: sections, tables and plots, rendered by one template."""

@@ -1,0 +1,142 @@
+"""The page of a sweep: what accuracy costs in time, bytes and MACs, a picture and a table each."""
+
+import hashlib
+from typing import Literal
+
+from rsi_deploy.core.text import human_bytes, human_count
+from rsi_deploy.report.pages.environment import environment_section
+from rsi_deploy.report.pages.html import render
+from rsi_deploy.report.pages.page import Block, Page, Picture, Section, Table, Tile
+from rsi_deploy.report.pages.plots import Axis, Dots, Point
+from rsi_deploy.report.sweep_schema import Sweep, SweepPoint
+
+Cost = Literal["time", "bytes", "macs"]
+SHARES = {"macs": "MACs", "params": "parameters", "latency": "dense model's time"}
+TITLES: dict[Cost, str] = {"time": "share of the dense time", "bytes": "bytes of the model", "macs": "MACs a sample"}
+COLUMNS = ("point", "#asked", "#parameters", "#MACs", "#bytes", "#ms", "faster", "#quality", "on the front of")
+
+
+def sweep_page(sweep: Sweep, document: str) -> str:
+    """The page, as HTML; `document` is the content of sweep.json."""
+    return render(page_of_sweep(sweep, hashlib.sha256(document.encode()).hexdigest()))
+
+
+def page_of_sweep(sweep: Sweep, source: str = "") -> Page:
+    """The page that shows `sweep`."""
+    made = [point for point in sweep.points if not point.problem]
+    problems = [f"point {p.number} ({p.share:.0%}): {p.problem}" for p in sweep.points if p.problem]
+    if not sweep.is_done:
+        problems.insert(0, f"unfinished: {len(sweep.points)} of {len(sweep.shares)} points; the same command goes on")
+    sections = [section for cost in TITLES if (section := _section(sweep, cost)) is not None]
+    return Page(
+        title=f"{sweep.model}, swept",
+        kind=f"Sweep of {sweep.tool}",
+        verdict=f"{len(made)} models from {sweep.shares[0]:.0%} to {sweep.shares[-1]:.0%} of the {SHARES[sweep.by]}.",
+        facts=[
+            ("Asked", f"{len(sweep.shares)} shares of the {SHARES[sweep.by]}; {sweep.command}"),
+            ("Quality", quality_name(sweep)),
+            *([("Times", times)] if (times := times_name(sweep)) else []),
+            ("Deliver one", "rsi-deploy export --from-sweep DIR --point N -o BUNDLE"),
+            ("Made", sweep.created),
+        ],
+        tiles=[Tile(label="Points", after=str(len(made)), change=f"of {len(sweep.shares)} asked for")],
+        remarks=[*problems, *sweep.notes],
+        sections=[
+            Section(name="points", title="All points", blocks=[Block(table=_table(sweep), wide=True)]),
+            *sections,
+            environment_section(sweep.environment),
+        ],
+        source=source,
+    )
+
+
+def quality_name(sweep: Sweep) -> str:
+    """What the quality of the points is."""
+    if any(point.top1 is not None for point in sweep.points):
+        return "top-1 on the evaluation data, %"
+    if any(point.agreement is not None for point in sweep.points):
+        return "equal top-1 answers on the calibration data, %"
+    return "output error on the calibration data, with its sign turned"
+
+
+def times_name(sweep: Sweep) -> str:
+    """What the times of the points are of; "" without any."""
+    if all(point.speedup is None for point in sweep.points):
+        return ""
+    if sweep.side_by_side:
+        return "all points and the dense model in turn, in one run"
+    return "each point's with the dense model when it was made: compare them with care"
+
+
+def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
+    """A row a point; see `COLUMNS`."""
+    fronts: dict[Cost, list[int]] = {cost: sweep.front(cost) for cost in TITLES}
+    rows = []
+    for point in sweep.points:
+        if point.size is None:
+            rows.append((str(point.number), f"{point.share:.0%}", *[""] * 6, point.problem))
+            continue
+        on = ", ".join(cost for cost, numbers in fronts.items() if point.number in numbers)
+        dense = sweep.dense
+        rows.append(
+            (
+                str(point.number),
+                f"{point.share:.0%}",
+                _share(point.size.params, dense.params if dense else 0),
+                _share(point.size.macs, dense.macs if dense else 0),
+                human_bytes(point.size.bytes),
+                "" if point.latency_ms is None else f"{point.latency_ms:.3g}",
+                _faster(point),
+                "" if point.quality is None else f"{point.quality:.4g}",
+                on,
+            )
+        )
+    return rows
+
+
+def _table(sweep: Sweep) -> Table:
+    return Table(caption="Every point of the sweep", columns=COLUMNS, rows=sweep_rows(sweep))
+
+
+def _section(sweep: Sweep, cost: Cost) -> Section | None:
+    places = {p.number: place for p in sweep.points if (place := _place(p, cost)) is not None}
+    if not places:
+        return None
+    front = [places[number] for number in sweep.front(cost)]
+    picture = Picture(
+        name=f"front-{cost}",
+        title=f"Quality over {TITLES[cost]}",
+        description=f"A dot for each point: {quality_name(sweep)} over {TITLES[cost]}; the front is joined.",
+        plot=Dots(
+            points=list(places.values()),
+            x=Axis(title=TITLES[cost], form="~s" if cost != "time" else ".2f"),
+            y=Axis(title=quality_name(sweep).partition(" on ")[0], form=".4~g"),
+            series=["points"],
+            front=front,
+        ),
+    )
+    return Section(name=f"front-{cost}", title=f"Against {TITLES[cost]}", blocks=[Block(picture=picture)])
+
+
+def _place(point: SweepPoint, cost: Cost) -> Point | None:
+    if point.size is None or point.quality is None or (cost == "time" and point.speedup is None):
+        return None
+    x = {"time": 1 / (point.speedup or 1.0), "bytes": float(point.size.bytes), "macs": float(point.size.macs)}[cost]
+    ends = (None, None)
+    if cost == "time" and point.speedup_interval is not None:
+        low, high = point.speedup_interval
+        ends = (1 / high, 1 / low)  # type: ignore[assignment]
+    told = human_count(point.size.macs) if cost == "macs" else f"{x:.3g}"
+    note = f"point {point.number}: {told}, {point.quality:.4g}"
+    return Point(x=x, y=point.quality, series="points", x_low=ends[0], x_high=ends[1], note=note)
+
+
+def _share(after: int, before: int) -> str:
+    return f"{after / before:.1%}" if before else ""
+
+
+def _faster(point: SweepPoint) -> str:
+    if point.speedup is None or point.speedup_interval is None:
+        return ""
+    low, high = point.speedup_interval
+    return f"{point.speedup:.2f}x [{low:.2f}, {high:.2f}]"

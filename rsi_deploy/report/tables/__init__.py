@@ -1,0 +1,1 @@
+"""The same results as tables on a terminal."""

@@ -1,0 +1,224 @@
+"""One call of a session with everything bound beforehand: what the timing loop calls, and nothing else in it.
+
+    inputs      copied once, before the timing, to where the provider computes
+    outputs     allocated once, with the shapes that an untimed run gave: no allocation in a timed call
+    call        `run_with_iobinding`; on a device followed by `synchronize_outputs`, so that the time is of the work
+                and not of its launch
+
+Copies to and from a device are therefore not in the time; that onnxruntime puts copies *inside* the graph is in
+`placement.Placement.memcpy_nodes`. A model with an input or output that is no tensor of numbers (texts, a sequence, a
+map) cannot be bound: it is called through `session.run`, and `Bound.how` says so.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.runtime.feeds.values import is_text
+from rsi_deploy.runtime.provider_spec import ProviderSpec, parse
+from rsi_deploy.runtime.providers import short_name
+from rsi_deploy.runtime.sessions import CUDA_FAMILY
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+_GRAPH_OPTIONS = ("enable_cuda_graph", "trt_cuda_graph_enable")
+_NO_GRAPH = -1
+_graphs = itertools.count(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Where tensors lie, in onnxruntime's words: `cpu` or `cuda`, and its number."""
+
+    kind: str
+    number: int = 0
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "cpu" else f"{self.kind}:{self.number}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """A session with its inputs and outputs bound.
+
+    Attributes:
+        call: one inference; returns when its outputs are there.
+        device: where inputs and outputs lie.
+        how: one sentence for the record.
+        outputs: the outputs of the last call, copied to host memory.
+    """
+
+    call: Callable[[], None]
+    device: Device
+    how: str
+    outputs: Callable[[], list[npt.NDArray[Any]]]
+
+
+def bound_call(
+    session: "InferenceSession", feeds: Mapping[str, npt.NDArray[Any]], provider: str | ProviderSpec = "cpu"
+) -> Callable[[], None]:
+    """`bind(...).call`: the function a timing loop calls."""
+    return bind(session, feeds, provider).call
+
+
+def bind(
+    session: "InferenceSession", feeds: Mapping[str, npt.NDArray[Any]], provider: str | ProviderSpec = "cpu"
+) -> Bound:
+    """Bind the inputs, run once to learn the outputs' shapes, bind outputs of those shapes, and run again.
+
+    Args:
+        session: of the model.
+        feeds: input name -> array, fitting.
+        provider: as the session was made with.
+
+    Raises:
+        ModelError: the run fails; carries onnxruntime's message.
+        UsageError: a CUDA graph is asked for, and the model cannot be bound.
+    """
+    import onnxruntime
+
+    spec = parse(provider)
+    device = device_of(spec, session.get_providers())
+    graph = _wants_graph(spec)
+    texts = [name for name, array in feeds.items() if is_text(array.dtype)]
+    if unbindable := texts + [value.name for value in session.get_outputs() if not _can_be_bound(value.type)]:
+        if graph:
+            raise UsageError(
+                f"{graph}=1 needs inputs and outputs that are tensors of numbers, but {unbindable[0]} is none; run it "
+                f"with {graph}=0"
+            )
+        return _unbound(session, feeds)
+    names = [output.name for output in session.get_outputs()]
+    try:
+        inputs = [on_device(array, device) for array in feeds.values()]
+        # Tensors of our own: those that a first run leaves behind may not be bound again (OpenVINO 1.24 crashes).
+        first = _first_run(session, dict(zip(feeds, inputs, strict=True)), names, device)
+        outputs = [
+            onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                value.shape(), value.element_type(), device.kind, device.number
+            )
+            for value in first
+        ]
+        binding = session.io_binding()
+        for name, value in zip(feeds, inputs, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name, value in zip(names, outputs, strict=True):
+            binding.bind_ortvalue_output(name, value)
+        run_options = _graph_options(next(_graphs)) if graph else None
+        session.run_with_iobinding(binding, run_options)
+        binding.synchronize_outputs()
+    except Exception as error:  # onnxruntime's exceptions derive from nothing narrower
+        raise ModelError(
+            f"the run with bound inputs and outputs failed on {device}: {str(error).strip()}"
+            f"; rsi-deploy doctor says what works here"
+        ) from error
+    return Bound(
+        call=_BoundRun(session, binding, run_options, device, (*inputs, *outputs)),
+        device=device,
+        how=_sentence(device, graph),
+        outputs=lambda: [np.asarray(value.numpy()) for value in outputs],
+    )
+
+
+def device_of(spec: ProviderSpec, started: Sequence[str]) -> Device:
+    """Where the provider wants its inputs: a CUDA device for the CUDA family, else host memory.
+
+    Args:
+        spec: the provider asked for.
+        started: the session's providers; one that did not start (an allowed fallback) binds nothing.
+    """
+    if spec.name not in started or short_name(spec.name) not in CUDA_FAMILY:
+        return Device(kind="cpu")
+    number = spec.options.get("device_id", "0")
+    if not number.isdigit():
+        raise UsageError(f"--provider {spec}: device_id takes a number of 0 or more, but got {number!r}")
+    return Device(kind="cuda", number=int(number))
+
+
+def on_device(array: npt.NDArray[Any], device: Device) -> Any:
+    """An `onnxruntime.OrtValue` with a copy of the array, or on the host the array itself."""
+    from onnxruntime import OrtValue
+
+    contiguous = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar (1,)
+    if array.dtype.kind == "V":  # bfloat16 and others of ml_dtypes, which numpy does not know
+        from onnx.helper import np_dtype_to_tensor_dtype
+
+        if device.kind != "cpu":
+            raise UsageError(f"{array.dtype} inputs cannot be bound to {device}; take a model with float16 inputs")
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(contiguous, np_dtype_to_tensor_dtype(array.dtype))
+    return OrtValue.ortvalue_from_numpy(contiguous, device.kind, device.number)
+
+
+def _first_run(session: Any, inputs: Mapping[str, Any], names: Sequence[str], device: Device) -> list[Any]:
+    """The outputs of a run that allocates them, never captured into a graph; their shapes are what is wanted."""
+    binding = session.io_binding()
+    for name, value in inputs.items():
+        binding.bind_ortvalue_input(name, value)
+    for name in names:
+        binding.bind_output(name, device.kind, device.number)
+    binding.synchronize_inputs()
+    session.run_with_iobinding(binding, None if device.kind == "cpu" else _graph_options(_NO_GRAPH))
+    binding.synchronize_outputs()
+    return list(binding.get_outputs())
+
+
+def _graph_options(number: int) -> Any:
+    """Run options that name the graph to capture and replay: it belongs to the addresses of one binding."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(number))
+    return options
+
+
+class _BoundRun:
+    """One inference. It keeps what is bound alive: a binding holds the host arrays by address alone."""
+
+    __slots__ = ("_binding", "_kept", "_options", "_run", "_synchronize")
+
+    def __init__(self, session: Any, binding: Any, options: Any, device: Device, kept: tuple[Any, ...]):
+        self._run, self._binding, self._options, self._kept = session.run_with_iobinding, binding, options, kept
+        self._synchronize = None if device.kind == "cpu" else binding.synchronize_outputs
+
+    def __call__(self) -> None:
+        self._run(self._binding, self._options)
+        if self._synchronize is not None:
+            self._synchronize()
+
+
+def _can_be_bound(type_name: str) -> bool:
+    return type_name.startswith("tensor(") and type_name != "tensor(string)"
+
+
+def _unbound(session: Any, feeds: Mapping[str, npt.NDArray[Any]]) -> Bound:
+    last: list[list[Any]] = [[]]
+    fed = dict(feeds)
+
+    def call() -> None:
+        last[0] = session.run(None, fed)
+
+    return Bound(
+        call=call,
+        device=Device(kind="cpu"),
+        how="plain session.run, for an input or output is no tensor of numbers: allocation and copies are in the time",
+        outputs=lambda: last[0],
+    )
+
+
+def _wants_graph(spec: ProviderSpec) -> str:
+    """The option that asks for a CUDA graph, or ""."""
+    on = [key for key in _GRAPH_OPTIONS if spec.options.get(key, "0").lower() in ("1", "true")]
+    return on[0] if on else ""
+
+
+def _sentence(device: Device, graph: str) -> str:
+    if device.kind == "cpu":
+        return "inputs and outputs bound in host memory before the timing"
+    said = f"inputs and outputs bound on {device} before the timing, copies left out, each call synchronised"
+    return f"{said}; replayed as a CUDA graph ({graph}=1)" if graph else said

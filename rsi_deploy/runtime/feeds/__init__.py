@@ -1,0 +1,1 @@
+"""What a model's inputs are, and arrays that fit them."""

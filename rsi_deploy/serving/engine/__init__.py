@@ -1,0 +1,1 @@
+"""Worker processes that run models, and the queues and batches in front of them."""

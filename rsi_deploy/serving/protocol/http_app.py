@@ -1,0 +1,218 @@
+"""The Open Inference Protocol over HTTP.
+
+    GET  /v2   /v2/health/live   /v2/health/ready   /v2/models   /v2/models/NAME[/versions/N][/ready]
+    POST /v2/models/NAME[/versions/N]/infer         JSON, or JSON and binary tensors
+    POST /v2/models/NAME[/versions/N]/image         an image file; the bundle's preprocessing is applied
+    POST /v2/repository/index                       names, versions and states, as Triton tells them
+    GET  /v2/models/NAME/shadow                     how the shadow's answers compare
+    GET  /metrics                                   Prometheus
+
+Whatever is refused gets `{"error": "..."}` with a 4xx or 503.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+import rsi_deploy
+from rsi_deploy.serving.access_log import AccessLog
+from rsi_deploy.serving.catalog import all_served
+from rsi_deploy.serving.protocol import http_body
+from rsi_deploy.serving.protocol.images import image_request
+from rsi_deploy.serving.protocol.refusal import Refusal
+from rsi_deploy.serving.protocol.requests import Request
+from rsi_deploy.serving.protocol.signature import metadata
+from rsi_deploy.serving.protocol.transport import Access, Record
+from rsi_deploy.serving.service import Service
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[HttpRequest, Record], Awaitable[Response]]
+Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
+
+JSON, BINARY = "application/json", "application/octet-stream"
+
+
+def http_app(service: Service, access: Access, log: AccessLog, lifespan: Lifespan | None = None) -> Starlette:
+    """The application that answers HTTP requests with the models of `service`.
+
+    Args:
+        service: the models.
+        access: who may ask for how much.
+        log: of requests.
+        lifespan: what is to be done around all requests, where the transport's own server does not.
+    """
+    return _Http(service, access, log).app(lifespan)
+
+
+class _Http:
+    def __init__(self, service: Service, access: Access, log: AccessLog):
+        self._service, self._access, self._log = service, access, log
+
+    def app(self, lifespan: Lifespan | None) -> Starlette:
+        model = "/v2/models/{name}"
+        routes = []
+        for path in (model, f"{model}/versions/{{version}}"):
+            routes += [
+                self._route("POST", f"{path}/infer", self._infer),
+                self._route("POST", f"{path}/image", self._image),
+                self._route("GET", path, self._model),
+                self._route("GET", f"{path}/ready", self._model_ready),
+            ]
+        routes += [
+            self._route("GET", "/v2/health/live", self._live, open_to_all=True),
+            self._route("GET", "/v2/health/ready", self._ready, open_to_all=True),
+            self._route("GET", "/v2", self._server),
+            self._route("GET", "/v2/models", self._models),
+            self._route("GET", f"{model}/shadow", self._shadow),
+            self._route("POST", "/v2/repository/index", self._index),
+            self._route("GET", "/metrics", self._metrics),
+        ]
+        return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_path}, lifespan=lifespan)
+
+    def _route(self, method: str, path: str, handler: Handler, *, open_to_all: bool = False) -> Route:
+        async def endpoint(request: HttpRequest) -> Response:
+            return await self._answer(request, handler, open_to_all)
+
+        return Route(path, endpoint, methods=[method])
+
+    async def _answer(self, request: HttpRequest, handler: Handler, open_to_all: bool) -> Response:
+        """Run a handler; refusals, and what nobody foresaw, become error objects; then note what came of it."""
+        client = request.client.host if request.client else ""
+        record = Record(protocol="http", what=f"{request.method} {request.url.path}", client=client)
+        headers = request.headers
+        try:
+            if not open_to_all:
+                self._access.check_key(headers.get("authorization", ""), headers.get("x-api-key", ""))
+            response = await handler(request, record)
+        except Refusal as refusal:
+            record.error = refusal.message
+            response = _error(refusal)
+        except ClientDisconnect:
+            record.error = "the client has gone"
+            response = _error(Refusal(400, record.error))
+        except Exception:
+            logger.exception("%s", record.what)
+            record.error = "the server failed; its log says why"
+            response = _error(Refusal(500, record.error))
+        record.status, record.bytes_out = response.status_code, len(response.body)
+        if self._service.leaving:
+            response.headers["connection"] = "close"
+        record.note(self._service, self._log)
+        return response
+
+    async def _infer(self, request: HttpRequest, record: Record) -> Response:
+        body = await self._body(request, record)
+        header_length = request.headers.get(http_body.HEADER_LENGTH)
+        asked = http_body.decode(body, header_length, most_json=self._access.max_json)
+        return await self._inferred(request, record, asked)
+
+    async def _image(self, request: HttpRequest, record: Record) -> Response:
+        name, version = _named(request)
+        served = self._service.find(name, version)
+        loaded = self._service.loaded(served)
+        body = await self._body(request, record)
+        steps = served.bundle.preprocessing
+        asked = await asyncio.to_thread(image_request, body, steps, loaded.signature, name)
+        return await self._inferred(request, record, asked)
+
+    async def _inferred(self, request: HttpRequest, record: Record, asked: Request) -> Response:
+        record.id = asked.id
+        record.answer = answer = await self._service.infer(*_named(request), asked)
+        content, header_length = http_body.encode(answer, asked)
+        if header_length is None:
+            return Response(content, media_type=JSON)
+        return Response(content, media_type=BINARY, headers={http_body.HEADER_LENGTH: str(header_length)})
+
+    async def _body(self, request: HttpRequest, record: Record) -> bytes:
+        """The whole body, refused as soon as it is known to be too long."""
+        most = self._access.max_body
+        told = request.headers.get("content-length", "0")
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise Refusal(415, "compressed bodies are not taken")
+        chunks, size = [], 0
+        if not told.isdecimal() or int(told) > most:
+            raise Refusal(413, f"{told[:20]} bytes are more than {most}, the most that a request may have")
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > most:
+                raise Refusal(413, f"the body has more than {most} bytes, the most that a request may have")
+            chunks.append(chunk)
+        record.bytes_in = size
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def _live(self, request: HttpRequest, record: Record) -> Response:
+        return _json({"live": True})
+
+    async def _ready(self, request: HttpRequest, record: Record) -> Response:
+        ready = self._service.ready
+        return _json({"ready": ready}, 200 if ready else 503)
+
+    async def _server(self, request: HttpRequest, record: Record) -> Response:
+        extensions = ["binary_tensor_data", "model_repository(index)"]
+        return _json({"name": "rsi-deploy", "version": rsi_deploy.__version__, "extensions": extensions})
+
+    async def _models(self, request: HttpRequest, record: Record) -> Response:
+        return _json({"models": list(self._service.routes)})
+
+    async def _model(self, request: HttpRequest, record: Record) -> Response:
+        name, version = _named(request)
+        served = self._service.find(name, version)
+        signature = self._service.loaded(served).signature
+        versions = sorted(self._service.routes[name].versions, key=int)
+        told: dict[str, Any] = {"name": name, "versions": versions, "platform": "onnxruntime_onnx"}
+        return _json(told | {"inputs": metadata(signature.inputs), "outputs": metadata(signature.outputs)})
+
+    async def _model_ready(self, request: HttpRequest, record: Record) -> Response:
+        name, version = _named(request)
+        ready = self._service.can_answer(self._service.find(name, version))
+        return _json({"name": name, "ready": ready}, 200 if ready else 503)
+
+    async def _shadow(self, request: HttpRequest, record: Record) -> Response:
+        name, _ = _named(request)
+        return _json(await self._service.compared(name))
+
+    async def _index(self, request: HttpRequest, record: Record) -> Response:
+        state = {True: "READY", False: "UNAVAILABLE"}
+        return _json(
+            [
+                {"name": s.name, "version": s.version, "state": state[self._service.can_answer(s)], "reason": ""}
+                for s in all_served(self._service.routes)
+            ]
+        )
+
+    async def _metrics(self, request: HttpRequest, record: Record) -> Response:
+        self._service.metrics.note_lost_lines(self._log.lost)
+        return Response(await self._service.measured(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _named(request: HttpRequest) -> tuple[str, str]:
+    parts = request.path_params
+    return parts["name"], parts.get("version", "")
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type=JSON)
+
+
+def _error(refusal: Refusal) -> Response:
+    headers = {"retry-after": str(math.ceil(refusal.retry_after))} if refusal.retry_after else None
+    # What a client sent may not be valid text (lone surrogates), which orjson refuses.
+    message = refusal.message.encode("utf-8", "replace").decode()
+    return Response(orjson.dumps({"error": message}), refusal.status, headers, media_type=JSON)
+
+
+async def _no_such_path(request: HttpRequest, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    return _error(Refusal(status, f"{request.method} {request.url.path[:200]} is not part of the protocol"))

@@ -1,0 +1,1 @@
+"""The same server as an application of Ray Serve."""

@@ -1,0 +1,1 @@
+"""Sweeps: many exports of one calibration, from nearly dense to small."""

@@ -1,0 +1,90 @@
+"""Metrics of the sites of a torch module: autograd behind them, by hooks.
+
+    x --layer--> y,  tapped   --clone--> ... --> z --(probe u)--> g at the tap
+
+The clone lets what follows write over the response (`ReLU(inplace=True)`) without changing what was tapped. Parameters
+ask for no gradient meanwhile: the first tap of a run is a leaf, and what stands before it keeps nothing.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from rsi_deploy.calibration.activations import Metric, StreamSite
+from rsi_deploy.calibration.output_sensitivity import OutputMetric
+from rsi_deploy.torch_models.calibration.calls import Layer
+from rsi_deploy.torch_models.calibration.runs import Arguments, Runs, aligned, samples_of
+
+Taps = list[tuple[str, Tensor]]
+
+
+def output_metrics(
+    module: nn.Module, runs: Runs, layers: Sequence[Layer], sites: Mapping[str, StreamSite], *, seed: int
+) -> dict[str, Metric]:
+    """By the names of sites; those that move no output have none.
+
+    Args:
+        module: as in `runs`.
+        runs: of the module, and its data.
+        layers: what is called where the weights of `sites` are used.
+        sites: by name.
+        seed: of the probes.
+
+    Raises:
+        NoMetricError: gradients do not pass, or take too much memory.
+    """
+    metric = OutputMetric(sites, runs.samples, seed=seed)
+    with _frozen(module):
+        for batch in runs.batches():
+            for piece, numbers in _pieces(batch, metric):
+                taps: Taps = []
+                with metric.keeping(samples_of(piece), module.parameters()):
+                    z = runs.output(piece, _tapped(layers, taps))
+                metric.listen(z, taps, numbers)
+    return metric.result()
+
+
+def _pieces(batch: Arguments, metric: OutputMetric) -> Iterator[tuple[Arguments, list[int]]]:
+    """The samples of a batch that are asked, cut, and their numbers; a batch that cannot be cut whole."""
+    count, begin = samples_of(batch), metric.seen
+    at = torch.from_numpy(metric.chosen(count))
+    if not aligned(batch):
+        if len(at):
+            yield batch, list(range(begin, begin + count))
+        return
+    for part in metric.pieces(len(at)):
+        yield tuple(a[at[part].to(a.device)] for a in batch), (begin + at[part]).tolist()
+
+
+@contextmanager
+def _tapped(layers: Sequence[Layer], taps: Taps) -> Iterator[None]:
+    """Within it gradients are on, and every call of the layers adds (site, response) to `taps`."""
+
+    def hook(site: str) -> Callable[[nn.Module, object, Tensor], Tensor]:
+        def behind(module: nn.Module, args: object, y: Tensor) -> Tensor:
+            tap = y if y.requires_grad else y.detach().requires_grad_()
+            taps.append((site, tap))
+            return tap.clone()
+
+        return behind
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.module.register_forward_hook(hook(layer.site)))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Within it no parameter asks for a gradient."""
+    asking = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)

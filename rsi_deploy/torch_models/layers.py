@@ -1,0 +1,269 @@
+"""Low-rank layers: ordinary trainable modules that replace a dense one, with the same numbers.
+
+    LowRankLinear   y = left (right x) + bias
+    LowRankConv     right: conv to `rank` channels a group; left: conv to `out`, with the bias. Which of the two
+                    takes which axes of the kernel (with their stride, padding and dilation) is the form:
+                    channel: k x k, 1 x 1    input: 1 x 1, k x k    separable: k x 1, 1 x k
+
+Each still answers to `.weight` (the product `left @ right`), because some models reach past `forward` for it, as
+torchvision's Swin does; such a use stays correct, only not low-rank.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graph_passes.forms import first_axes
+from rsi_deploy.calibration.activations import Form
+from rsi_deploy.linalg.solver import Factors
+
+Geometry = tuple[tuple[int, ...], str | tuple[int, ...], tuple[int, ...]]
+"""Stride, padding and dilation of a convolution."""
+
+
+class LowRankLinear(nn.Module):
+    """`y = left @ (right @ x) + bias` for `x (..., in)`.
+
+    Args:
+        factors: `left (out, rank)` and `right (rank, in)`.
+        bias: `(out,)` or None.
+    """
+
+    def __init__(self, factors: Factors, bias: Tensor | None) -> None:
+        super().__init__()
+        self.left = _parameter(factors.left)
+        self.right = _parameter(factors.right)
+        self.bias = None if bias is None else _parameter(bias)
+        self.out_features, self.rank = factors.left.shape
+        self.in_features = factors.right.shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense equivalent `left @ right (out, in)`."""
+        return self.left @ self.right
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+        """Map `(..., in)` to `(..., out)`."""
+        return F.linear(F.linear(input, self.right), self.left, self.bias)
+
+    def extra_repr(self) -> str:
+        """What `repr(module)` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class LowRankConv(nn.Module):
+    """A 1-D, 2-D or 3-D convolution as two, groups included.
+
+    Args:
+        conv: the dense layer, whose geometry, padding mode and bias are taken over.
+        factors: `left (groups, out/groups * prod(second), rank)`, `right (groups, rank, in/groups * prod(first))`, the
+            kernel being `(*first, *second)`, cut as the form says.
+        form: "channel", "input" or "separable".
+        bias_change: `(out,)`, added to the bias; None leaves it the very same parameter.
+    """
+
+    def __init__(
+        self,
+        conv: "nn.modules.conv._ConvNd",
+        factors: Factors,
+        form: Form = "channel",
+        *,
+        bias_change: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.groups, _, self.rank = factors.left.shape
+        self.form, self.kernel_size = form, conv.kernel_size
+        axes = first_axes(form, len(conv.kernel_size))
+        first, second = conv.kernel_size[: len(axes)], conv.kernel_size[len(axes) :]
+        left = factors.left.reshape(conv.out_channels, *second, self.rank).movedim(-1, 1)
+        self.left = _parameter(left.reshape(conv.out_channels, self.rank, *(1 for _ in first), *second))
+        self.right = _parameter(factors.right.reshape(self.groups * self.rank, -1, *first, *(1 for _ in second)))
+        self.bias = changed_bias(conv.bias, bias_change)
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.stride, self.dilation = conv.stride, conv.dilation
+        self.padding, self.padding_mode = conv.padding, conv.padding_mode
+        self._edges = conv._reversed_padding_repeated_twice
+        self._first, self._second = _geometry(conv, axes), _geometry(conv, range(len(axes), len(conv.kernel_size)))
+        self._convolve = (F.conv1d, F.conv2d, F.conv3d)[len(conv.kernel_size) - 1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense equivalent `(out, in/groups, *kernel)`."""
+        channels, points = self.right.shape[1], self.left.shape[2:].numel()
+        left = self.left.reshape(self.groups, -1, self.rank, points)
+        right = self.right.reshape(self.groups, self.rank, channels, -1)
+        product = torch.einsum("gors,grif->goifs", left, right)
+        return product.reshape(self.out_channels, channels, *self.kernel_size)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+        """Map `(N, in, *spatial)` to `(N, out, *spatial')`."""
+        if self.padding_mode != "zeros":  # a convolution of the padded data that pads no more, whatever the form
+            input = F.pad(input, self._edges, mode=self.padding_mode)  # noqa: A001
+        stride, padding, dilation = self._first
+        hidden = self._convolve(input, self.right, None, stride, padding, dilation, self.groups)
+        stride, padding, dilation = self._second
+        return self._convolve(hidden, self.left, self.bias, stride, padding, dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        """What `repr(module)` shows."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, rank={self.rank}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, groups={self.groups}" + ("" if self.form == "channel" else f", form={self.form}")
+        )
+
+
+class OpenMultiheadAttention(nn.Module):
+    """`nn.MultiheadAttention` as plain calls of its two layers `in_proj` and `out_proj`, which hooks can see.
+
+    Same call, same results: `attn_mask`, `key_padding_mask`, `need_weights`, `average_attn_weights`, `is_causal`,
+    `batch_first`. Made for the packed case (`in_proj_weight`); separate q/k/v widths, `add_bias_kv` and
+    `add_zero_attn` are not.
+
+    Args:
+        dense: the module to stand in for, whose parameters are shared.
+    """
+
+    def __init__(self, dense: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads, self.head_dim = dense.embed_dim, dense.num_heads, dense.head_dim
+        self.batch_first, self.dropout = dense.batch_first, dense.dropout
+        self._qkv_same_embed_dim = False  # keeps TransformerEncoderLayer off its fused path, which wants dense weights
+        self._take_in_proj_(dense)
+        self.out_proj = dense.out_proj
+        self.bias_k = self.bias_v = None
+        self.add_zero_attn = False
+        self.training = dense.training
+
+    def _take_in_proj_(self, dense: nn.MultiheadAttention) -> None:
+        weight, bias = dense.in_proj_weight, dense.in_proj_bias
+        self.in_proj = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        self.in_proj.weight, self.in_proj.bias = weight, bias
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention.forward`."""
+        if is_causal and attn_mask is None:  # a hint about the mask, never one by itself; torch refuses it too
+            raise RuntimeError("is_causal needs attn_mask beside it: pass the causal mask")
+        batched = query.ndim == 3
+        sequence_first = batched and not self.batch_first
+        q, k, v = self._project(query, key, value)
+        q, k, v = ((t.transpose(0, 1) if sequence_first else t if batched else t.unsqueeze(0)) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))  # type: ignore[no-untyped-call]
+        bias = self._bias(q, k, attn_mask, key_padding_mask if batched else _unsqueeze(key_padding_mask))
+        dropout = self.dropout if self.training else 0.0
+        weights: Tensor | None = None
+        if need_weights:
+            scores = q @ k.mT / self.head_dim**0.5
+            weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+            weights = F.dropout(weights, dropout, self.training)
+            mixed = weights @ v
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        out = self.out_proj(mixed.transpose(1, 2).flatten(-2))
+        if not batched:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return (out.transpose(0, 1) if sequence_first else out), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v `(..., embed)`; `in_proj` is called only where the three share their input."""
+        if query is key and key is value:
+            projected: Tensor = self.in_proj(query)
+            return projected.chunk(3, dim=-1)
+        weight, bias = self.in_proj.weight.chunk(3), _chunk3(self.in_proj.bias)
+        return tuple(F.linear(t, w, b) for t, w, b in zip((query, key, value), weight, bias, strict=True))
+
+    def _bias(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
+        """The two masks as one additive `(N or 1, heads or 1, length_q, length_k)`, or None."""
+        bias: Tensor | None = None
+        if attn_mask is not None:
+            bias = _additive(attn_mask, q.dtype)
+            bias = bias.unflatten(0, (-1, self.num_heads)) if bias.ndim == 3 else bias  # type: ignore[no-untyped-call]
+        if key_padding_mask is not None:
+            padding = _additive(key_padding_mask, q.dtype)[:, None, None, :]
+            bias = padding if bias is None else bias + padding
+        return bias
+
+
+class LowRankMultiheadAttention(OpenMultiheadAttention):
+    """`nn.MultiheadAttention` whose packed input projection (and output projection, where it pays) is low-rank.
+
+    Same call, same results, as of `OpenMultiheadAttention`.
+
+    Args:
+        dense: the module to replace.
+        in_proj: factors of the packed `(3*embed, embed)` weight.
+        bias_change: `(3*embed,)`, added to the bias of the input projection; None leaves it the very same parameter.
+    """
+
+    def __init__(self, dense: nn.MultiheadAttention, in_proj: Factors, *, bias_change: Tensor | None = None) -> None:
+        super().__init__(dense)
+        self.in_proj_left = _parameter(in_proj.left)
+        self.in_proj_right = _parameter(in_proj.right)
+        self.in_proj_bias = changed_bias(dense.in_proj_bias, bias_change)
+
+    def _take_in_proj_(self, dense: nn.MultiheadAttention) -> None:
+        """Nothing: the dense one is not kept."""
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """The dense equivalent `(3*embed, embed)`."""
+        return self.in_proj_left @ self.in_proj_right
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v `(..., embed)`; one pass of `right` where the three share their input."""
+        left, bias = self.in_proj_left.chunk(3), _chunk3(self.in_proj_bias)
+        if query is key and key is value:
+            return F.linear(F.linear(query, self.in_proj_right), self.in_proj_left, self.in_proj_bias).chunk(3, dim=-1)
+        return tuple(
+            F.linear(F.linear(t, self.in_proj_right), weight, b)
+            for t, weight, b in zip((query, key, value), left, bias, strict=True)
+        )
+
+
+def changed_bias(bias: Tensor | None, change: Tensor | None) -> nn.Parameter | None:
+    """`bias + change`, either of which may be missing; without a change the very same parameter."""
+    if change is None:
+        return None if bias is None else _parameter(bias)
+    if bias is None:
+        return _parameter(change)
+    return nn.Parameter((bias + change).detach().to(bias.dtype), requires_grad=bias.requires_grad)
+
+
+def _geometry(conv: "nn.modules.conv._ConvNd", axes: range) -> Geometry:
+    """What is left of a convolution's geometry when its kernel is cut down to some axes."""
+
+    def on(values: tuple[int, ...], nothing: int) -> tuple[int, ...]:
+        return tuple(value if axis in axes else nothing for axis, value in enumerate(values))
+
+    padding: str | tuple[int, ...] = on((0,) * len(conv.kernel_size), 0)
+    if axes and conv.padding_mode == "zeros":  # "same" and "valid" pad no axis whose kernel is 1
+        padding = conv.padding if isinstance(conv.padding, str) else on(conv.padding, 0)
+    return on(conv.stride, 1), padding, on(conv.dilation, 1)
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach().contiguous())
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
+
+
+def _unsqueeze(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.unsqueeze(0)
+
+
+def _chunk3(bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (None, None, None) if bias is None else bias.chunk(3)

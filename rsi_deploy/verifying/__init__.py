@@ -1,0 +1,1 @@
+"""`verify`: computes again what a bundle's report claims."""

@@ -1,0 +1,331 @@
+"""`verify`: compute again what a bundle's report claims, and say for each claim whether it holds.
+
+    manifest     size and sha256 of every file of the folder; nothing missing, nothing added
+    files        the sha256 of every model file, as the report says
+    graph        the checker, the opset, the sites, their forms and ranks, parameters and bytes
+    MACs         counted on a run on the seeded probe inputs
+    budget       whether the reported size or drop of top-1 keeps what was asked for
+    outputs      the compressed model on the seeded probe inputs
+    parity       where dense.onnx was kept: approximation error against it
+    calibration  where it was kept, with --calib: output error, KL and agreement on the calibration data
+    accuracy     with --data: top-1 of the compressed model
+    page         whether report.html was made from this report.json
+
+A folder that `package` wrote has no report of its own: there it is the manifest alone.
+What cannot be computed again here (latency belongs to its machine; the dense model may be gone) is listed as such.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from graph_passes import count_parameters
+from graph_passes.split_markers import FoundSplit, found_splits
+from rsi_deploy.calibration.calibration_data import CalibrationData, check_source
+from rsi_deploy.calibration.output_agreement import certificate
+from rsi_deploy.core.errors import RsiDeployError
+from rsi_deploy.core.progress import at_samples, step
+from rsi_deploy.data.dataset import for_inputs
+from rsi_deploy.data.sources import Dataset, open_undecided
+from rsi_deploy.evaluation.accuracy import evaluate
+from rsi_deploy.io.manifest import MANIFEST, check_manifest, file_hash
+from rsi_deploy.io.onnx_file import file_bytes
+from rsi_deploy.io.onnx_reader import load_model
+from rsi_deploy.planning.budget import Budget
+from rsi_deploy.report.pages.html import source_of
+from rsi_deploy.report.schema import ProbeOutput, Report, read_report
+from rsi_deploy.report.verification import Claim, VerifyResult
+from rsi_deploy.runtime.batch_independence import samples_in
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.probe import Feeds, feeds_fingerprint, probe_feeds, read_feeds
+from rsi_deploy.runtime.feeds.values import named_arrays
+from rsi_deploy.runtime.parity import compare_outputs
+from rsi_deploy.runtime.provider_spec import parse
+from rsi_deploy.runtime.sessions import make_session, run_session
+from rsi_deploy.runtime.shape_trace import traced_run
+
+
+def verify(
+    folder: str | Path,
+    *,
+    data: str | Path | None = None,
+    calib: str | Path | None = None,
+    feeds: str | Path | Feeds | None = None,
+    provider: str = "cpu",
+) -> VerifyResult:
+    """Compute again what the report of the bundle in `folder` claims, and hold its files against the manifest.
+
+    Args:
+        folder: a bundle, or what `package` made of one.
+        data: evaluation data; its content must be the data of the report for the accuracy to be compared.
+        calib: calibration data; likewise, for what the report says of the outputs on them.
+        feeds: the inputs that the export was given in place of random ones: an `.npz`, or input name -> array.
+        provider: onnxruntime provider.
+
+    Raises:
+        UsageError: no bundle there, or no such data.
+        ModelError: a report of another schema.
+    """
+    folder = Path(folder)
+    manifest = _attempt("manifest", lambda: [_manifest(folder)])
+    if not (folder / "report.json").is_file() and (folder / MANIFEST).is_file():
+        return VerifyResult(bundle=str(folder), claims=tuple(manifest))
+    report = read_report(folder)
+    check_source(calib)
+    provider, dataset = str(parse(provider)), None if data is None else open_undecided(data)
+    given = read_feeds(feeds) if isinstance(feeds, str | Path) else feeds
+    claims = [*manifest, _files(folder, report)]
+    model = folder / "model.onnx"
+    if model.is_file():
+        claims += _attempt("graph", lambda: _graph(model, report))
+        claims += _attempt("MACs", lambda: [_macs(model, report, given)])
+        claims += _attempt("budget", lambda: _budget(report))
+        claims += _attempt("outputs", lambda: [_outputs(model, report, given, provider)])
+        claims += _attempt("parity", lambda: [_parity(folder, report, given, provider)])
+        claims += _attempt("calibration", lambda: _calibration(folder, report, calib, provider))
+        claims += _attempt("accuracy", lambda: [_accuracy(folder, report, dataset, provider)])
+    claims.append(_page(folder))
+    claims.append(_not_checked("latency", "times belong to their machine: run rsi-deploy bench"))
+    return VerifyResult(bundle=str(folder), claims=tuple(claims))
+
+
+def _attempt(name: str, check) -> list[Claim]:  # type: ignore[no-untyped-def]
+    """The claims of a check; what it raises about the model is a broken claim, not the end of the others."""
+    try:
+        with step(name):
+            return list(check())
+    except RsiDeployError as error:
+        return [Claim(name=name, status="broken", detail=str(error))]
+
+
+def _claim(name: str, holds: bool, detail: str) -> Claim:
+    return Claim(name=name, status="holds" if holds else "broken", detail=detail)
+
+
+def _not_checked(name: str, why: str) -> Claim:
+    return Claim(name=name, status="not checked", detail=why)
+
+
+def _probe(path: Path, report: Report, given: Feeds | None) -> Feeds | str:
+    """The probe inputs of the report; in words, why there are none."""
+    if report.verification.approximation is None:
+        return "onnxruntime could not run the model"
+    if not report.probe_given:
+        return probe_feeds(path, report.settings.seed, report.probe_shapes)
+    if given is None:
+        return "its inputs were given by hand: add --feeds with the same"
+    if feeds_fingerprint(given) != report.probe_fingerprint:
+        return "--feeds are not those of the report"
+    return given
+
+
+def _manifest(folder: Path) -> Claim:
+    check = check_manifest(folder)
+    return _claim("manifest", check.ok, check.summary) if check.present else _not_checked("manifest", check.summary)
+
+
+def _files(folder: Path, report: Report) -> Claim:
+    missing = [name for name in report.files if not (folder / name).is_file()]
+    changed = [n for n, digest in report.files.items() if n not in missing and file_hash(folder / n) != digest]
+    problems = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"changed: {', '.join(changed)}"] * bool(changed)
+    return _claim("files", not problems, "; ".join(problems) or f"sha256 of {', '.join(report.files)} as reported")
+
+
+def _page(folder: Path) -> Claim:
+    """Whether the page shows this report; what else it may have been changed to is not looked at."""
+    if not (folder / "report.html").is_file():
+        return _not_checked("page", "the bundle has no report.html")
+    same = source_of(folder / "report.html") == file_hash(folder / "report.json")
+    return _claim("page", same, f"report.html was made from {'this' if same else 'another'} report.json")
+
+
+def _graph(path: Path, report: Report) -> list[Claim]:
+    try:
+        model = load_model(path)  # first: onnx's checker is native code, and believes much
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # protobuf, checker and shape inference have no common base
+        return [_claim("graph", False, f"onnx.checker: {str(error).strip().splitlines()[0]}")]
+    found, claimed = found_splits(model), {node for site in report.split_sites for node in site.nodes}
+    shared = _shared_otherwise(found, report)
+    counts = f"{len(found)} split nodes in the graph, {len(claimed)} in the report"
+    claims = [
+        _claim("graph", True, f"onnx.checker passes, opset {model.opset_imports.get('')}"),
+        _claim(
+            "sites",
+            found.keys() == claimed and not shared,
+            counts + f"; right factors are shared otherwise at {', '.join(shared[:4])}" * bool(shared),
+        ),
+    ]
+    params, size = count_parameters(model), file_bytes(path)
+    claims.append(
+        _claim("parameters", params == report.compressed.params, f"{params:,}, reported {report.compressed.params:,}")
+    )
+    claims.append(_claim("bytes", size == report.compressed.bytes, f"{size:,}, reported {report.compressed.bytes:,}"))
+    claims.append(_ranks(found, report))
+    return claims
+
+
+def _shared_otherwise(found: Mapping[str, FoundSplit], report: Report) -> list[str]:
+    """Sites whose right factor is not shared by those, and only those, that the report says."""
+    users: dict[ir.Node, list[str]] = {}
+    for site in report.split_sites:
+        for split in filter(None, map(found.get, site.nodes)):
+            users.setdefault(split.first, []).append(site.name)
+    wrong = []
+    for site in report.split_sites:
+        names = {tuple(users[split.first]) for split in filter(None, map(found.get, site.nodes))}
+        if any(site.joint != (shared if len(shared) > 1 else ()) for shared in names):
+            wrong.append(site.name)
+    return wrong
+
+
+def _ranks(found: Mapping[str, FoundSplit], report: Report) -> Claim:
+    """Forms and ranks as the graph has them; the form is that of the first node that uses the weight."""
+    wrong = []
+    for site in report.split_sites:
+        for node, split in ((node, found[node]) for node in site.nodes if node in found):
+            columns = {site.in_features, *((site.out_features,) if len(site.nodes) > 1 else ())}  # maybe transposed
+            ranks = [split.rank(site.groups, size) for size in columns]
+            if site.rank not in ranks:
+                wrong.append(f"{site.name}: rank {ranks[0]:g}, reported {site.rank}")
+            if node == site.nodes[0] and split.form != site.form:
+                wrong.append(f"{site.name}: form {split.form}, reported {site.form}")
+    forms = Counter(site.form or "" for site in report.split_sites)
+    counts = ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
+    return _claim("ranks", not wrong, "; ".join(wrong[:4]) or f"ranks and forms as reported ({counts})")
+
+
+def _macs(path: Path, report: Report, given: Feeds | None) -> Claim:
+    feeds = _probe(path, report, given)
+    if isinstance(feeds, str):
+        return _not_checked("MACs", feeds)
+    batch = samples_in(path, feeds)
+    macs = sum(count // batch for count in traced_run(path, feeds).macs.values())
+    return _claim("MACs", macs == report.compressed.macs, f"{macs:,}, reported {report.compressed.macs:,}")
+
+
+def _budget(report: Report) -> list[Claim]:
+    """Whether the reported numbers, each of which has its own check, keep what was asked for."""
+    option, _, value = report.settings.budget.partition(" ")
+    if option == "--max-drop" and report.accuracy is not None:
+        before, after = report.accuracy.dense.top1, report.accuracy.compressed.top1
+        drop = (before or 0) - (after or 0)
+        try:
+            holds = drop <= float(value)
+        except ValueError:
+            return [_claim("budget", False, f"{option} {value!r} is no number of points")]
+        return [_claim("budget", holds, f"{option} {value}: top-1 drops by {drop:.2f} points")]
+    if option in ("--keep-latency", "--max-latency"):
+        return _time_budget(report, option, value)
+    if option not in ("--keep-params", "--keep-macs", "--max-size"):
+        return []
+    budget = Budget.parse(**{option.removeprefix("--").replace("-", "_"): value})
+    allowed, cost = budget.total(getattr(report.dense, budget.cost)), getattr(report.compressed, budget.cost)
+    told = f"{budget}: {cost:,} {budget.cost} of {allowed:,} allowed"
+    if cost > allowed and report.timing is not None and (report.timing.undone or not report.split_sites):
+        return [_not_checked("budget", f"{told}: given up, for what would keep it was not faster, as the report says")]
+    return [_claim("budget", cost <= allowed, told)]
+
+
+def _time_budget(report: Report, option: str, value: str) -> list[Claim]:
+    """Whether the reported measurement keeps the time, as far as its interval tells."""
+    if report.latency is None or report.latency.arms[1].speedup_interval is None:
+        return [_not_checked("budget", f"{option} {value}: nothing was measured")]
+    dense, compressed = report.latency.arms
+    budget = Budget.parse(**{option.removeprefix("--").replace("-", "_"): value})
+    share = budget.total(round(1e6 * dense.median_ms)) / (1e6 * dense.median_ms)
+    least = 1 / report.latency.arms[1].speedup_interval[1]
+    told = f"{option} {value}: {compressed.median_ms:.4g} ms of {dense.median_ms:.4g} ms, asked {100 * share:.1f} %"
+    return [_claim("budget", least <= share, told)]
+
+
+def _calibration(folder: Path, report: Report, source: str | Path | None, provider: str) -> list[Claim]:
+    claimed = report.calibration
+    if claimed is None:
+        return []
+    claims = []
+    if report.settings.factors == "response":
+        claims.append(_not_checked("responses", "only fitting again tells: rsi-deploy export --plan, --calib"))
+    if source is None or not (folder / "dense.onnx").is_file():
+        missing = (
+            "dense.onnx is not in the bundle (export --keep-dense)" if source else "add --calib with the same data"
+        )
+        return [*claims, _not_checked("calibration", missing)]
+    data = CalibrationData(
+        source, model_inputs(folder / "dense.onnx"), report.preprocessing, report.settings.calib_size
+    )
+    now = certificate(folder / "dense.onnx", folder / "model.onnx", data, provider)
+    if now.data_fingerprint != claimed.data_fingerprint or now.samples != claimed.samples:
+        return [*claims, _not_checked("calibration", "--calib is not the data of the report")]
+    pairs = [
+        (now.output_error, claimed.output_error),
+        (now.divergence, claimed.divergence),
+        (now.agreement, claimed.agreement),
+    ]
+    holds = all(_near(a, b) for a, b in pairs)
+    shown = ["none" if a is None else f"{a:.3g}" for pair in pairs for a in pair]
+    detail = "output error {}, KL {}, agreement {}; reported {}, {}, {}".format(*shown[::2], *shown[1::2])
+    return [*claims, _claim("calibration", holds, detail)]
+
+
+def _near(now: float | None, then: float | None) -> bool:
+    """Equal but for the rounding of another machine's kernels; a top-1 answer on the edge may tip."""
+    if now is None or then is None:
+        return now is then
+    return abs(now - then) <= 1e-2 * max(abs(now), abs(then)) + 1e-9
+
+
+def _outputs(path: Path, report: Report, given: Feeds | None, provider: str) -> Claim:
+    feeds = _probe(path, report, given)
+    if isinstance(feeds, str):
+        return _not_checked("outputs", feeds)
+    session = make_session(path, provider)
+    arrays = run_session(session, feeds, path.name)
+    names = [output.name for output in session.get_outputs()]
+    now = [ProbeOutput.of(name, array) for name, array in named_arrays(names, arrays).items()]
+    worst = max((_distance(a, b) for a, b in zip(report.probe, now, strict=False)), default=0.0)
+    same = [p.name for p in now] == [p.name for p in report.probe] and worst <= 1e-3
+    return _claim("outputs", same, f"probe outputs differ by {worst:.1e} (relative)")
+
+
+def _distance(a: ProbeOutput, b: ProbeOutput) -> float:
+    if a.shape != b.shape or len(a.first) != len(b.first):
+        return float("inf")
+    scale = max(abs(a.norm), 1e-12)
+    size = max(float(np.prod(a.shape)), 1.0)
+    first = max((abs(x - y) for x, y in zip(a.first, b.first, strict=True)), default=0.0)
+    return max(abs(a.norm - b.norm) / scale, first / (scale / size**0.5)) if a.norm else abs(b.norm)
+
+
+def _parity(folder: Path, report: Report, given: Feeds | None, provider: str) -> Claim:
+    dense, then = folder / "dense.onnx", report.verification.approximation
+    if not dense.is_file() or then is None:
+        return _not_checked("parity", "dense.onnx is not in the bundle (export --keep-dense)")
+    feeds = _probe(dense, report, given)
+    if isinstance(feeds, str):
+        return _not_checked("parity", feeds)
+    a = run_session(make_session(dense, provider), feeds, dense.name)
+    b = run_session(make_session(folder / "model.onnx", provider), feeds, "model.onnx")
+    now, reported = compare_outputs(a, b, what="parity", remedy="export again").relative_l2, then.relative_l2
+    holds = abs(now - reported) <= 1e-3 * max(reported, 1e-3)
+    return _claim("parity", holds, f"approximation error {now:.4f}, reported {reported:.4f}")
+
+
+def _accuracy(folder: Path, report: Report, dataset: Dataset | None, provider: str) -> Claim:
+    if report.accuracy is None or dataset is None:
+        why = "add --data with the evaluation data" if report.accuracy else "the report claims none"
+        return _not_checked("accuracy", why)
+    claimed = report.accuracy.compressed
+    dataset = for_inputs(dataset, model_inputs(folder / "model.onnx"))
+    if dataset.fingerprint() != claimed.data_fingerprint:
+        return _not_checked("accuracy", "--data is not the data of the report")
+    steps = report.preprocessing if dataset.kind == "images" else None
+    result = evaluate(folder / "model.onnx", dataset, preprocessing=steps, provider=provider, progress=at_samples)
+    # Another machine's kernels may tip an answer that is on the edge: two samples are allowed for that.
+    slack = 200 / max(result.samples, 1)
+    holds = abs((result.top1 or 0) - (claimed.top1 or 0)) <= slack
+    return _claim("accuracy", holds, f"top-1 {result.top1:.2f} %, reported {claimed.top1:.2f} %")
