@@ -25,6 +25,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The documentation, into build/site, without network. It is strict: a broken link or an unknown name fails. (Not with
 # --quiet: MkDocs does not count the warnings that it does not show.)
@@ -37,9 +38,9 @@ docs: .venv/installed-docs
 
 # The suite's core with the oldest versions that pyproject.toml allows: export of torch and ONNX, split passes, plan, bench,
 # verify, report, the command line. With Python 3.11 or 3.12: the oldest numpy has no wheels for newer ones.
-CORE := tests/graph_passes tests/plan tests/test_pipeline.py tests/test_onnx_file.py tests/test_rewriting.py \
-  tests/test_calibrated_export.py tests/test_bundle.py tests/test_verification.py tests/test_cli.py tests/test_opset.py \
-  tests/measure/test_latency.py tests/measure/test_accuracy.py tests/measure/test_sessions.py tests/report
+CORE := tests/graph_passes tests/planning tests/exporting/test_pipeline.py tests/io/test_onnx_file.py tests/onnx_models/test_rewrite.py \
+  tests/test_calibrated_export.py tests/io/test_bundle.py tests/verifying/test_verification.py tests/test_cli.py tests/onnx_models/test_opset.py \
+  tests/benchmark/test_latency.py tests/evaluation/test_accuracy.py tests/runtime/test_sessions.py tests/report
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
@@ -82,7 +83,7 @@ MEASURING := click ml_dtypes numpy onnx onnx-ir pillow psutil pydantic rich
 
 openvino:
 	@if $(MAKE) --no-print-directory .venv-openvino/installed; then \
-	  OMP_WAIT_POLICY=PASSIVE .venv-openvino/bin/python -m pytest --noconftest -m openvino tests/measure/test_openvino.py; \
+	  OMP_WAIT_POLICY=PASSIVE .venv-openvino/bin/python -m pytest --noconftest -m openvino tests/runtime/test_openvino.py; \
 	else \
 	  echo "SKIPPED: $(OPENVINO) cannot be installed here (wheels: x86-64 Linux and Windows, Python 3.11 to 3.14); pip says why above"; \
 	fi

@@ -49,7 +49,7 @@ _HOMES = {
     "Preprocessing": "data.preprocess",
     "Report": "report.schema",
     "RsiDeployError": "core.errors",
-    "SiteRecord": "linalg.site_factors",
+    "SiteRecord": "core.sites",
     "UsageError": "core.errors",
     "bench": "benchmark.latency",
     "compress_": "torch_models.compress",

@@ -222,8 +222,8 @@ def test_errors_without_source(monkeypatch):
 )
 def test_what_a_grpc_request_can_get_wrong(inputs, more, words):
     pb = pytest.importorskip("tritonclient.grpc.service_pb2", reason="needs the extra serve")
-    from rsi_deploy.serving.protocol.grpc_app import decode
     from rsi_deploy.serving.protocol.refusal import Refusal
+    from rsi_deploy.serving.transports.grpc_app import decode
 
     given = {"name": "x", "datatype": "FP32", "shape": [1, 2], "contents": {"fp32_contents": [1, 2]}}
     right = decode(pb.ModelInferRequest(inputs=[given]))

@@ -20,8 +20,8 @@ import rsi_deploy
 from rsi_deploy.core.arrays import as_numpy, as_torch
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.execution.executor import Call
-from rsi_deploy.execution.ray_connection import connected
 from rsi_deploy.linalg.products.rates import Rates, processor, rates, tell_rates
+from rsi_deploy.runtime.ray_connection import connected
 
 RETRIES = 5  # of a task whose worker is lost
 AHEAD = 2  # calls on their way, for each worker

@@ -18,7 +18,6 @@ from rsi_deploy.calibration.calibration_data import check_source
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset
-from rsi_deploy.execution.ray_connection import check_ray
 from rsi_deploy.exporting.cache import Kept
 from rsi_deploy.exporting.inputs import Origin, device_named, evaluation_data, told_shapes, uniform
 from rsi_deploy.exporting.latency_options import Timed
@@ -35,6 +34,7 @@ from rsi_deploy.report.schema import Report
 from rsi_deploy.report.sweep_schema import deliver
 from rsi_deploy.runtime.feeds.probe import read_feeds
 from rsi_deploy.runtime.provider_spec import parse
+from rsi_deploy.runtime.ray_connection import check_ray
 
 Progress = Callable[[str, int, int], None]
 

@@ -11,8 +11,8 @@ in the comparison.
 import torch
 from torch import Tensor
 
+from rsi_deploy.linalg.operand import Operand
 from rsi_deploy.linalg.orthogonal import orthonormal_
-from rsi_deploy.linalg.products.products import Operand
 from rsi_deploy.linalg.routes.chebyshev import Draw
 from rsi_deploy.linalg.routes.direct import direct, unit_
 

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from rsi_deploy.linalg.checks import settled
 from rsi_deploy.linalg.factors import Factors
+from rsi_deploy.linalg.operand import working_dtype
 from rsi_deploy.linalg.products.gemm import times
-from rsi_deploy.linalg.products.products import working_dtype
 
 FAILURE = 0.01  # that is stated
 WORKED = FAILURE / 10  # that is worked with, unless told otherwise: the bound is sharp, and roundings are no part of it

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rsi_deploy.linalg.products.products import working_dtype
+from rsi_deploy.linalg.operand import working_dtype
 
 MODERATE = 10  # binary digits from 1 within which products of three weights and their squares are far from all limits
 ALIGNMENT = 64  # bytes: where a matrix begins may change the order in which a product is summed

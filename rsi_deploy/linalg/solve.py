@@ -20,7 +20,7 @@ from rsi_deploy.linalg import cost_model as cost
 from rsi_deploy.linalg.adaptive import until_settled
 from rsi_deploy.linalg.batched import exact_batch, is_small, iterate_batch
 from rsi_deploy.linalg.checks import settled
-from rsi_deploy.linalg.products.products import PANEL_BYTES, Operand, working_dtype
+from rsi_deploy.linalg.operand import PANEL_BYTES, Operand, working_dtype
 from rsi_deploy.linalg.products.rates import rates
 from rsi_deploy.linalg.routes.chebyshev import Draw, chebyshev, shifts, steps
 from rsi_deploy.linalg.routes.direct import direct

@@ -31,7 +31,7 @@ from rsi_deploy.linalg.certified_norm import Interval, certified_norm
 from rsi_deploy.linalg.checks import at, checked
 from rsi_deploy.linalg.factors import Factors, balanced, stored
 from rsi_deploy.linalg.memory import or_on_cpu
-from rsi_deploy.linalg.products.products import working_dtype
+from rsi_deploy.linalg.operand import working_dtype
 from rsi_deploy.linalg.solve import How, Solved, solve
 
 __all__ = [

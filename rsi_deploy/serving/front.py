@@ -12,10 +12,10 @@ import uvicorn
 
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.serving.access_log import AccessLog
-from rsi_deploy.serving.protocol.grpc_app import grpc_server
-from rsi_deploy.serving.protocol.http_app import http_app
-from rsi_deploy.serving.protocol.transport import Access
 from rsi_deploy.serving.service import Service
+from rsi_deploy.serving.transports.common import Access
+from rsi_deploy.serving.transports.grpc_app import grpc_server
+from rsi_deploy.serving.transports.http_app import http_app
 from rsi_deploy.serving.watching import watch
 
 LEAVE_SECONDS = 0.3

@@ -129,8 +129,8 @@ def serve(
     from rsi_deploy.serving.access_log import AccessLog
     from rsi_deploy.serving.engine.batches import BatchLimits
     from rsi_deploy.serving.front import Front
-    from rsi_deploy.serving.protocol.transport import Access
     from rsi_deploy.serving.service import Service
+    from rsi_deploy.serving.transports.common import Access
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = workers or min(2, cores)

@@ -8,12 +8,12 @@ from typing import Any
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.serving.catalog import Catalog, Route, Served, all_served, replaced
 from rsi_deploy.serving.engine.batches import Batcher, BatchLimits
-from rsi_deploy.serving.engine.model import Outputs
 from rsi_deploy.serving.engine.pool import Pool
 from rsi_deploy.serving.engine.worker import Loaded
 from rsi_deploy.serving.metrics import Metrics
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.requests import Answer, Ran, Request
+from rsi_deploy.serving.protocol.signature import Outputs
 from rsi_deploy.serving.shadow import Shadow
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ import numpy as np
 from rsi_deploy.evaluation.accumulator import Scorer
 from rsi_deploy.evaluation.intervals import wilson_interval
 from rsi_deploy.evaluation.predictor import answer_rows
-from rsi_deploy.serving.engine.model import Outputs
-from rsi_deploy.serving.protocol.signature import Feeds, rows
+from rsi_deploy.serving.protocol.signature import Feeds, Outputs, rows
 
 
 @dataclass(kw_only=True)

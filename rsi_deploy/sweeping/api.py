@@ -26,7 +26,6 @@ from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.progress import step
 from rsi_deploy.data.preprocess import Preprocessing
-from rsi_deploy.execution.ray_connection import check_ray
 from rsi_deploy.exporting.cache import Kept
 from rsi_deploy.exporting.dense_size import dense_size
 from rsi_deploy.exporting.profile import write_dense
@@ -40,6 +39,7 @@ from rsi_deploy.report.pages.sweep import sweep_page
 from rsi_deploy.report.schema import read_report
 from rsi_deploy.report.sweep_schema import By, Sweep, SweepPoint, point_of, read_sweep
 from rsi_deploy.runtime.machine import environment
+from rsi_deploy.runtime.ray_connection import check_ray
 from rsi_deploy.sweeping.making import MadePoint, PointJob, place
 from rsi_deploy.sweeping.ray_points import made_by_workers
 from rsi_deploy.sweeping.side_by_side import side_by_side

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.execution.ray_connection import connected
 from rsi_deploy.execution.ray_executor import RETRIES, check_versions, like_driver, settings_of_driver
 from rsi_deploy.exporting.cache import Kept
 from rsi_deploy.io.bundle import whole_folder
 from rsi_deploy.io.locks import ScratchFolder
+from rsi_deploy.runtime.ray_connection import connected
 from rsi_deploy.sweeping.making import MadePoint, PointJob, place
 
 Files = Mapping[str, npt.NDArray[np.uint8]]

@@ -16,9 +16,9 @@ from rsi_deploy.core.errors import UsageError
 from rsi_deploy.evaluation.predictor import floating_rows
 from rsi_deploy.runtime.feeds.inputs import InputSpec, check_feeds, model_inputs, parse_shape, random_feeds
 from rsi_deploy.runtime.parity import compare_outputs
-from rsi_deploy.serving.protocol.grpc_app import decode
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.tensors import checked_shape, dtype_of, from_binary, from_values, to_binary
+from rsi_deploy.serving.transports.grpc_app import decode
 
 RNG = np.random.default_rng(0)
 SHAPES = ["--input-shape", "x=1x3x16", "--input-shape", "past=1x0x12"]

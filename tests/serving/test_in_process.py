@@ -22,8 +22,8 @@ from rsi_deploy.serving.engine.worker import LoadOrder
 from rsi_deploy.serving.front import Front
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.requests import Request
-from rsi_deploy.serving.protocol.transport import Access
 from rsi_deploy.serving.service import Service
+from rsi_deploy.serving.transports.common import Access
 
 ROW = np.ones((1, 12), np.float32)
 

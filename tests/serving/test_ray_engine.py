@@ -22,9 +22,9 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from rsi_deploy import Preprocessing, UsageError, evaluate, export, read_report
 from rsi_deploy.cli import run
-from rsi_deploy.serving.protocol.grpc_app import grpc_calls
 from rsi_deploy.serving.ray import grpc as ray_grpc
 from rsi_deploy.serving.ray.app import Settings, build
+from rsi_deploy.serving.transports.grpc_app import grpc_calls
 
 EVAL = Path(__file__).parents[2] / "samples" / "digits_eval.npz"
 ROW = np.random.default_rng(0).standard_normal((1, 12)).astype(np.float32)

@@ -39,8 +39,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rsi_deploy.linalg.operand import Operand
 from rsi_deploy.linalg.orthogonal import TOLD, basis_and_triangle_, deflate_, near_basis_, orthonormal_, rough_basis_
-from rsi_deploy.linalg.products.products import Operand
 
 Draw = Callable[[int], Tensor]
 MARGIN = 0.75

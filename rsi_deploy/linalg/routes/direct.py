@@ -13,8 +13,8 @@ In bfloat16 it is the Chebyshev route without its shifts.
 import torch
 from torch import Tensor
 
+from rsi_deploy.linalg.operand import Operand
 from rsi_deploy.linalg.orthogonal import near_basis_, orthonormal_
-from rsi_deploy.linalg.products.products import Operand
 from rsi_deploy.linalg.routes.chebyshev import Draw, column_norms, covering, iterate
 
 

@@ -10,8 +10,8 @@ weights go through an SVD. For `min(out, in)` up to some hundreds this is cheape
 import torch
 from torch import Tensor
 
+from rsi_deploy.linalg.operand import Operand
 from rsi_deploy.linalg.orthogonal import orthonormal_
-from rsi_deploy.linalg.products.products import Operand
 
 
 def exact(operand: Operand, rank: int) -> tuple[Tensor, Tensor]:

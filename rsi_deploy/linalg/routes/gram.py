@@ -14,9 +14,9 @@ block reaches down there.
 import torch
 from torch import Tensor
 
+from rsi_deploy.linalg.operand import Operand
 from rsi_deploy.linalg.orthogonal import near_basis_
 from rsi_deploy.linalg.products.gemm import product
-from rsi_deploy.linalg.products.products import Operand
 from rsi_deploy.linalg.routes.chebyshev import MARGIN, Draw, chebyshev, finished, shifts
 
 # The ratio s_k / s_1 below which squares in float32 no longer resolve s_k: sqrt(eps) times a margin of 3.

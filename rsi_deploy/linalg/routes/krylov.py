@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from rsi_deploy.linalg.operand import Operand
 from rsi_deploy.linalg.orthogonal import near_basis_, orthonormal_
-from rsi_deploy.linalg.products.products import Operand
 from rsi_deploy.linalg.routes.direct import unit_
 
 

@@ -13,12 +13,10 @@ from rsi_deploy.core.errors import GateError, ModelError
 from rsi_deploy.runtime.batch_independence import why_alone
 from rsi_deploy.runtime.sessions import make_session, run_session
 from rsi_deploy.serving.bundles import Bundle, stamps
-from rsi_deploy.serving.protocol.signature import Feeds, Signature, rows
-from rsi_deploy.serving.protocol.tensors import Array
+from rsi_deploy.serving.protocol.signature import Feeds, Outputs, Signature, rows
 
 logger = logging.getLogger(__name__)
 
-Outputs = dict[str, Array]
 
 SAMPLES = 2
 """That batching is tried with: each costs four rows' time before the server is ready."""

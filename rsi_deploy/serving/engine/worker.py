@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.serving.bundles import Bundle
 from rsi_deploy.serving.engine.frames import receive_frame, send_frame
-from rsi_deploy.serving.engine.model import LoadedModel, Outputs
-from rsi_deploy.serving.protocol.signature import Feeds, Signature
+from rsi_deploy.serving.engine.model import LoadedModel
+from rsi_deploy.serving.protocol.signature import Feeds, Outputs, Signature
 
 COMMAND = (
     "import sys; sys.path.append(sys.argv[2]); "

@@ -1,1 +1,1 @@
-"""The Open Inference Protocol v2: requests, tensors, images and refusals, over HTTP and gRPC."""
+"""The Open Inference Protocol v2: requests, tensors, images and refusals."""

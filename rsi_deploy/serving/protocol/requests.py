@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rsi_deploy.serving.engine.model import Outputs
-from rsi_deploy.serving.protocol.signature import Feeds, Signature
+from rsi_deploy.serving.protocol.signature import Feeds, Outputs, Signature
 
 
 @dataclass(frozen=True, kw_only=True)

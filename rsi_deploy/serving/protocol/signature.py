@@ -12,6 +12,7 @@ from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.tensors import NAMES, Array
 
 Feeds = Mapping[str, Array]
+Outputs = dict[str, Array]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,12 +26,12 @@ from rsi_deploy.serving.access_log import AccessLog
 from rsi_deploy.serving.catalog import Catalog, read_catalog
 from rsi_deploy.serving.engine.batches import MOST_WAITING, BatchLimits
 from rsi_deploy.serving.merging import Board, Counted, joined_metrics
-from rsi_deploy.serving.protocol.grpc_app import grpc_calls
-from rsi_deploy.serving.protocol.http_app import http_app
-from rsi_deploy.serving.protocol.transport import Access
 from rsi_deploy.serving.ray.grpc import METHODS
 from rsi_deploy.serving.service import Service
 from rsi_deploy.serving.shadow import Shadow
+from rsi_deploy.serving.transports.common import Access
+from rsi_deploy.serving.transports.grpc_app import grpc_calls
+from rsi_deploy.serving.transports.http_app import http_app
 from rsi_deploy.serving.watching import watch
 
 TELL_SECONDS = 1.0

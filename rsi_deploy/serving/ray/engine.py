@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.execution.ray_connection import connected
 from rsi_deploy.packaging.yaml_text import yaml_text
+from rsi_deploy.runtime.ray_connection import connected
 from rsi_deploy.serving import KEY_VARIABLE
 from rsi_deploy.serving.catalog import Catalog, all_served
 from rsi_deploy.serving.engine.model import LoadedModel

@@ -2,7 +2,7 @@ import pytest
 import torch
 from spectra import normal, spectral, values, weight_with
 
-from rsi_deploy.linalg.products.products import Operand
+from rsi_deploy.linalg.operand import Operand
 from rsi_deploy.linalg.routes.chebyshev import chebyshev, iterate, shifts, steps
 from rsi_deploy.linalg.routes.direct import direct
 

@@ -28,13 +28,13 @@ from starlette.routing import Route
 import rsi_deploy
 from rsi_deploy.serving.access_log import AccessLog
 from rsi_deploy.serving.catalog import all_served
-from rsi_deploy.serving.protocol import http_body
 from rsi_deploy.serving.protocol.images import image_request
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.requests import Request
 from rsi_deploy.serving.protocol.signature import metadata
-from rsi_deploy.serving.protocol.transport import Access, Record
 from rsi_deploy.serving.service import Service
+from rsi_deploy.serving.transports import http_body
+from rsi_deploy.serving.transports.common import Access, Record
 
 logger = logging.getLogger(__name__)
 

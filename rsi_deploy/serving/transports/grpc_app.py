@@ -27,8 +27,8 @@ from rsi_deploy.serving.protocol.tensors import (
     from_values,
     to_binary,
 )
-from rsi_deploy.serving.protocol.transport import Access, Record
 from rsi_deploy.serving.service import Service
+from rsi_deploy.serving.transports.common import Access, Record
 
 logger = logging.getLogger(__name__)
 

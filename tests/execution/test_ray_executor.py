@@ -217,7 +217,7 @@ def test_a_command_brings_its_own_ray_and_ends_it(tmp_path):
     clean = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, more in (("local", []), ("ray", ["--ray", "local"])):
         command = [sys.executable, "-c", MAIN, *words, "-o", str(tmp_path / name), *more]
-        done = subprocess.run(command, capture_output=True, text=True, env=clean, cwd=Path(__file__).parents[1])
+        done = subprocess.run(command, capture_output=True, text=True, env=clean, cwd=Path(__file__).parents[2])
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
     assert same_bytes(tmp_path / "local", tmp_path / "ray")
@@ -228,7 +228,7 @@ def test_nobody_at_the_address(tmp_path):
     pytest.importorskip("ray", reason='no ray here: pip install "rsi-deploy[ray]"')
     words = ["export", str(mlp_onnx(tmp_path / "m.onnx")), "--rank", "4", "--no-bench", "-o", str(tmp_path / "b")]
     command = [sys.executable, "-c", MAIN, *words, "--ray", "127.0.0.1:1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2, done.stderr
     assert "--ray 127.0.0.1:1: nobody answers there" in done.stderr
     assert not (tmp_path / "b").exists()
