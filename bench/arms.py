@@ -17,7 +17,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from bench.cases import Case
-from rsi_deploy.calibration.activations import Fitted, Streams, StreamSite
+from rsi_deploy.calibration.activations import CalibratedSite, Fitted, ModelActivations
 from rsi_deploy.calibration.moments import Moments, Samples
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.model_size import Size
@@ -63,7 +63,7 @@ ARMS = (
 )
 
 
-def budget_of(unit: Unit, keep: float, dense: Size, streams: Streams) -> Budget:
+def budget_of(unit: Unit, keep: float, dense: Size, streams: ModelActivations) -> Budget:
     """The budget of the whole model that keeps the share `keep` of its `unit`."""
     if unit == "MACs":
         return Budget(keep_macs=keep)
@@ -72,19 +72,19 @@ def budget_of(unit: Unit, keep: float, dense: Size, streams: Streams) -> Budget:
     return Budget(keep_params=1 - (1 - keep) * linear_parameters(streams) / dense.params)
 
 
-def kept(unit: Unit, size: Size, dense: Size, streams: Streams) -> float:
+def kept(unit: Unit, size: Size, dense: Size, streams: ModelActivations) -> float:
     """The share of the dense model's `unit` that a model of `size` has left."""
     if unit == "MACs":
         return size.macs / dense.macs
     return 1 - (dense.params - size.params) / (dense.params if unit == "parameters" else linear_parameters(streams))
 
 
-def linear_parameters(streams: Streams) -> int:
+def linear_parameters(streams: ModelActivations) -> int:
     """Numbers in the weights of all sites."""
     return sum(site.groups * site.out_features * site.in_features for site in streams.sites)
 
 
-def same_ratio(case: Case, streams: Streams, budget: Budget, dense: Size) -> Decisions:
+def same_ratio(case: Case, streams: ModelActivations, budget: Budget, dense: Size) -> Decisions:
     """The largest ratio for all sites whose model, as written, keeps the budget.
 
     Raises:
@@ -106,12 +106,14 @@ def same_ratio(case: Case, streams: Streams, budget: Budget, dense: Size) -> Dec
     return best
 
 
-def planned(case: Case, streams: Streams, options: Sequence[SiteOptions], budget: Budget, dense: Size) -> Decisions:
+def planned(
+    case: Case, streams: ModelActivations, options: Sequence[SiteOptions], budget: Budget, dense: Size
+) -> Decisions:
     """What an export decides under the budget, given the options of all sites."""
     return under(budget, options, dense, streams, lambda decisions: cost_of(case, streams, decisions, budget))
 
 
-def cost_of(case: Case, streams: Streams, decisions: Decisions, budget: Budget) -> int:
+def cost_of(case: Case, streams: ModelActivations, decisions: Decisions, budget: Budget) -> int:
     """What the model costs that these decisions give, in what the budget is on, measured on the written file."""
     sites = {site.name: site for site in streams.sites}
     empty = {name: blank(sites[name], *split) for name, split in wanted_splits(decisions, streams).items()}
@@ -120,7 +122,7 @@ def cost_of(case: Case, streams: Streams, decisions: Decisions, budget: Budget) 
     return cost
 
 
-def factors(arm: Arm, calibration: Calibration, streams: Streams, decisions: Decisions) -> dict[str, Fitted]:
+def factors(arm: Arm, calibration: Calibration, streams: ModelActivations, decisions: Decisions) -> dict[str, Fitted]:
     """What the arm makes of the sites that are to be split; nothing where the weight alone decides."""
     wanted = wanted_splits(decisions, streams)
     if arm.fitted_to == "weight":
@@ -131,7 +133,7 @@ def factors(arm: Arm, calibration: Calibration, streams: Streams, decisions: Dec
         return calibration.fit(streams, wanted)
     made: dict[str, Fitted] = {}
 
-    def visit(site: StreamSite, moments: Moments | Samples) -> None:
+    def visit(site: CalibratedSite, moments: Moments | Samples) -> None:
         if site.name in wanted and moments.varies:
             replacement, error = calibration.replacement(site, moments, *wanted[site.name])
             made[site.name] = Fitted(replacement=replacement, response_error=error, seconds=0.0)

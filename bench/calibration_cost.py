@@ -40,7 +40,7 @@ from torch import Tensor
 from bench import cases, common
 from bench.cases import Case
 from bench.common import Goal
-from rsi_deploy.calibration.activations import Form, Replacement, StreamSite
+from rsi_deploy.calibration.activations import CalibratedSite, Form, Replacement
 from rsi_deploy.calibration.moments import Moments, Samples, gathered_bytes
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.io.onnx_file import file_bytes
@@ -97,14 +97,14 @@ class ClockedCalibration(Calibration):
     spent: list[float] = field(default_factory=list, compare=False)
 
     def replacement(
-        self, site: StreamSite, moments: Moments | Samples, form: Form, rank: int, **more: Any
+        self, site: CalibratedSite, moments: Moments | Samples, form: Form, rank: int, **more: Any
     ) -> tuple[Replacement, float]:
         """As `Calibration.replacement`."""
         with self._clocked():
             return super().replacement(site, moments, form, rank, **more)
 
     def _errors(
-        self, site: StreamSite, moments: Moments | Samples, metric: Tensor | None
+        self, site: CalibratedSite, moments: Moments | Samples, metric: Tensor | None
     ) -> Iterator[tuple[tuple[Form, int], float]]:
         with self._clocked():
             found = list(super()._errors(site, moments, metric))

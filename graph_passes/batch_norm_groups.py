@@ -35,7 +35,7 @@ class Constants:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ConstantPlace:
     """What the model says about opset and constants: where they go, and whether they may replace graph inputs."""
 
     names: Names
@@ -82,7 +82,9 @@ class Candidate:
         )
 
 
-def foldable_groups(candidates: Sequence[Candidate], place: Place) -> dict[ir.Node, tuple[Candidate, ...] | str]:
+def foldable_groups(
+    candidates: Sequence[Candidate], place: ConstantPlace
+) -> dict[ir.Node, tuple[Candidate, ...] | str]:
     """For the Conv of every candidate: all that are folded with it, or why it is not folded."""
     by_conv = {entry.conv: entry for entry in candidates}
     users = {root: tuple(other_consumers(root)) for entry in candidates for root in entry.roots}
@@ -95,7 +97,7 @@ def foldable_groups(candidates: Sequence[Candidate], place: Place) -> dict[ir.No
 
 
 def _group(
-    entry: Candidate, candidates: Mapping[ir.Node, Candidate], users: _Users, place: Place
+    entry: Candidate, candidates: Mapping[ir.Node, Candidate], users: _Users, place: ConstantPlace
 ) -> tuple[Candidate, ...] | str:
     """All that use the weight, each with an equal BatchNormalization; or who needs the weight as it is."""
     group = []

@@ -7,7 +7,7 @@ from typing import Protocol
 import onnx_ir as ir
 
 from graph_passes.records import Form
-from graph_passes.weights import Refusal, Weight
+from graph_passes.weights import NoWeight, Weight
 from graph_passes.window import Window
 
 
@@ -26,7 +26,7 @@ class Family(Protocol):
     def operands(self) -> tuple[int, ...]:
         """Inputs where the weight may stand, likeliest first."""
 
-    def canonical(self, node: ir.Node, operand: int, weight: Weight, /) -> Weight | Refusal:
+    def canonical(self, node: ir.Node, operand: int, weight: Weight, /) -> Weight | NoWeight:
         """The operand turned to `(groups, out, in)`, or why it cannot be."""
 
     def forms(self, shape: tuple[int, ...], /) -> tuple[Form, ...]:

@@ -23,12 +23,12 @@ from typing import TypeAlias, cast
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.batch_norm_groups import Candidate, Constants, Place, foldable_groups
+from graph_passes.batch_norm_groups import Candidate, ConstantPlace, Constants, foldable_groups
 from graph_passes.cleanup import freeze_shapes, other_consumers, remove_unused
 from graph_passes.constants import INTEGER_CONSTANT_OPSET, OVERRIDABLE_IR_VERSION, add_constant, is_zeros
 from graph_passes.names import Names, name_of
 from graph_passes.records import Array, Skip
-from graph_passes.weights import Refusal, Weight, resolve
+from graph_passes.weights import NoWeight, Weight, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class FoldBatchNormPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> FoldResult:
         """Fold wherever it is possible."""
-        place = Place(
+        place = ConstantPlace(
             names=Names(model),
             opset=model.opset_imports.get("", 7),
             as_nodes=model.ir_version < OVERRIDABLE_IR_VERSION,
@@ -102,7 +102,7 @@ class FoldBatchNormPass(ir.passes.InPlacePass):
         return cast(FoldResult, super().__call__(model_or_result))
 
 
-def _read(node: ir.Node, place: Place) -> Candidate | Skip:
+def _read(node: ir.Node, place: ConstantPlace) -> Candidate | Skip:
     """What one BatchNormalization would be folded with, or why not."""
     conv = _conv_in_front(node, place.opset)
     constants = conv if isinstance(conv, str) else _constants(node, conv, place)
@@ -111,7 +111,7 @@ def _read(node: ir.Node, place: Place) -> Candidate | Skip:
     return Candidate(node=node, conv=conv, constants=constants)
 
 
-def _fold(group: Sequence[Candidate], place: Place) -> tuple[str, str] | str:
+def _fold(group: Sequence[Candidate], place: ConstantPlace) -> tuple[str, str] | str:
     """Fold the BatchNormalizations of all Convs that share a weight: names of the new weight and bias, or why not."""
     constants = group[0].constants
     weight, bias = _folded(constants, group[0].epsilon)
@@ -177,10 +177,10 @@ def _bias(conv: ir.Node) -> ir.Value | None:
     return None if bias is None or is_zeros(bias) else bias
 
 
-def _constants(node: ir.Node, conv: ir.Node, place: Place) -> Constants | str:
+def _constants(node: ir.Node, conv: ir.Node, place: ConstantPlace) -> Constants | str:
     """Everything the fold reads, or why not."""
     weight = resolve(conv.inputs[1])
-    if isinstance(weight, Refusal):
+    if isinstance(weight, NoWeight):
         return weight.reason
     if weight is None or weight.dtype != weight.stored_dtype:
         return "the Conv's weight is not a stored constant"
@@ -208,7 +208,7 @@ def _take_over_output(node: ir.Node, conv: ir.Node) -> None:
     new.shape = new.shape if old.shape is None else old.shape
 
 
-def _replace_constant(convs: Sequence[ir.Node], index: int, array: Array, root: ir.Value, place: Place) -> str:
+def _replace_constant(convs: Sequence[ir.Node], index: int, array: Array, root: ir.Value, place: ConstantPlace) -> str:
     """Give the Convs a new constant, under the name of `root` unless somebody else still uses that one."""
     wanted = root.name or "folded"
     for conv in convs:

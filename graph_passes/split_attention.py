@@ -16,7 +16,7 @@ import onnx_ir as ir
 from graph_passes.parts import Parts, resized
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
-from graph_passes.weights import Refusal, Weight
+from graph_passes.weights import NoWeight, Weight
 
 
 class SplitAttentionPass(SplitPass):
@@ -28,10 +28,10 @@ class SplitAttentionPass(SplitPass):
     operands = (1,)
 
     @staticmethod
-    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | Refusal:
+    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
         """(in, q + k + v) is turned."""
         if len(weight.shape) != 2:
-            return Refusal(reason=f"weight has {len(weight.shape)} axes: only matrices are split")
+            return NoWeight(reason=f"weight has {len(weight.shape)} axes: only matrices are split")
         return weight.transposed(1, 0).reshaped(1, *reversed(weight.shape))
 
     @staticmethod

@@ -32,7 +32,7 @@ from graph_passes.forms import Form, conv_forms, first_axes
 from graph_passes.parts import Parts
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
-from graph_passes.weights import Refusal, Weight
+from graph_passes.weights import NoWeight, Weight
 from graph_passes.window import Window, window_of
 
 SPATIAL = ("auto_pad", "dilations", "kernel_shape", "pads", "strides")
@@ -46,12 +46,12 @@ class SplitConvPass(SplitPass):
     operands = (1,)
 
     @staticmethod
-    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | Refusal:
+    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
         """(out, in/groups, *kernel) as one matrix a group."""
         groups = node.attributes.get_int("group", 1)
         out_channels, *rest = weight.shape or (0,)
         if groups < 1 or out_channels % groups or len(rest) < 2:
-            return Refusal(reason=f"weight of shape {weight.shape} does not fit a Conv of {groups} groups")
+            return NoWeight(reason=f"weight of shape {weight.shape} does not fit a Conv of {groups} groups")
         return weight.reshaped(groups, out_channels // groups, math.prod(rest))
 
     @classmethod

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from graph_passes.parts import Parts, resized
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
-from graph_passes.weights import Refusal, Weight
+from graph_passes.weights import NoWeight, Weight
 from graph_passes.window import Window, window_of
 
 
@@ -34,12 +34,12 @@ class SplitConvTransposePass(SplitPass):
     operands = (1,)
 
     @staticmethod
-    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | Refusal:
+    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
         """(in, out/groups, *kernel) as one turned matrix a group."""
         groups = node.attributes.get_int("group", 1)
         in_channels, *rest = weight.shape or (0,)
         if groups < 1 or in_channels % groups or len(rest) < 2:
-            return Refusal(reason=f"weight of shape {weight.shape} does not fit a ConvTranspose of {groups} groups")
+            return NoWeight(reason=f"weight of shape {weight.shape} does not fit a ConvTranspose of {groups} groups")
         return weight.reshaped(groups, in_channels // groups, math.prod(rest)).transposed(0, 2, 1)
 
     @staticmethod

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from graph_passes.parts import Parts
 from graph_passes.split_matmul import SplitMatMulPass, product_bias_shape, rewrite_product
 from graph_passes.survey import Found
-from graph_passes.weights import Refusal, Weight
+from graph_passes.weights import NoWeight, Weight
 
 TURNS = (("transA", "transBatchA"), ("transB", "transBatchB"))
 
@@ -35,7 +35,7 @@ class SplitFusedMatMulPass(SplitMatMulPass):
     op_type = "FusedMatMul"
 
     @staticmethod
-    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | Refusal:
+    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
         """The weight as a MatMul would hold it, then as there."""
         if len(weight.shape) > 1:
             trans, trans_batch = (node.attributes.get_int(name, 0) for name in TURNS[operand])
@@ -54,7 +54,7 @@ class SplitFusedMatMulPass(SplitMatMulPass):
         return SplitMatMulPass.is_plain(node, operand, weight) and not is_turned and alpha == 1.0
 
     @staticmethod
-    def bias_shape(found: Found) -> tuple[int, ...] | Refusal:
+    def bias_shape(found: Found) -> tuple[int, ...] | NoWeight:
         """As for MatMul."""
         return product_bias_shape(found, _batch(found))
 

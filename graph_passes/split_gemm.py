@@ -26,7 +26,7 @@ from graph_passes.bias import add_to_input, is_absent
 from graph_passes.parts import Parts, resized
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
-from graph_passes.weights import Refusal, Weight
+from graph_passes.weights import NoWeight, Weight
 
 TRANS = ("transA", "transB")
 
@@ -39,10 +39,10 @@ class SplitGemmPass(SplitPass):
     operands = (1, 0)
 
     @staticmethod
-    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | Refusal:
+    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
         """B is (out, in) when transB is set, A is (out, in) when transA is not."""
         if len(weight.shape) != 2:
-            return Refusal(reason=f"weight has {len(weight.shape)} axes: only matrices are split")
+            return NoWeight(reason=f"weight has {len(weight.shape)} axes: only matrices are split")
         is_transposed = bool(node.attributes.get_int(TRANS[operand], 0))
         turned = weight if is_transposed == (operand == 1) else weight.transposed(1, 0)
         return turned.reshaped(1, *turned.shape)
@@ -54,7 +54,7 @@ class SplitGemmPass(SplitPass):
         return operand == 1 and not attributes.get_int("transA", 0) and attributes.get_float("alpha", 1.0) == 1.0
 
     @staticmethod
-    def bias_shape(found: Found) -> tuple[int, ...] | Refusal:
+    def bias_shape(found: Found) -> tuple[int, ...] | NoWeight:
         """Along the weight's side of the output."""
         out_features = found.site.out_features
         return (out_features,) if found.operand == 1 else (out_features, 1)

@@ -26,7 +26,7 @@ from graph_passes.bias import add_behind
 from graph_passes.parts import Parts, resized
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
-from graph_passes.weights import Refusal, Weight
+from graph_passes.weights import NoWeight, Weight
 
 
 class SplitMatMulPass(SplitPass):
@@ -43,13 +43,13 @@ class SplitMatMulPass(SplitPass):
     operands = (1, 0)
 
     @staticmethod
-    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | Refusal:
+    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
         """(*batch, in, out) on the right is turned; (*batch, out, in) on the left stands as it is."""
         axes = len(weight.shape)
         if axes < 2:
-            return Refusal(reason=f"weight has {axes} axes: only matrices are split")
+            return NoWeight(reason=f"weight has {axes} axes: only matrices are split")
         if axes > 2 and (reason := _needs_matrix(node, operand, axes)):
-            return Refusal(reason=reason)
+            return NoWeight(reason=reason)
         if operand == 1:
             weight = weight.transposed(*range(axes - 2), axes - 1, axes - 2)
         return weight.reshaped(math.prod(weight.shape[:-2]), *weight.shape[-2:])
@@ -60,7 +60,7 @@ class SplitMatMulPass(SplitPass):
         return operand == 1 and weight.shape[0] == 1
 
     @staticmethod
-    def bias_shape(found: Found) -> tuple[int, ...] | Refusal:
+    def bias_shape(found: Found) -> tuple[int, ...] | NoWeight:
         """Along the weight's side of the output."""
         return product_bias_shape(found, found.shape[:-2])
 
@@ -110,7 +110,7 @@ def rewrite_product(
     return first
 
 
-def product_bias_shape(found: Found, batch: tuple[int, ...]) -> tuple[int, ...] | Refusal:
+def product_bias_shape(found: Found, batch: tuple[int, ...]) -> tuple[int, ...] | NoWeight:
     """The shape in which a bias is added to a product, or why that is not known.
 
     Args:
@@ -125,7 +125,7 @@ def product_bias_shape(found: Found, batch: tuple[int, ...]) -> tuple[int, ...] 
     shapes = [value.shape for value in (found.data, found.node.outputs[0]) if value is not None]
     axes = [len(shape) for shape in shapes if shape is not None]
     if not axes:
-        return Refusal(reason="a bias of a weight on the left needs the data's shape: infer shapes first")
+        return NoWeight(reason="a bias of a weight on the left needs the data's shape: infer shapes first")
     return (out_features,) if 1 in axes else (out_features, 1)
 
 

@@ -37,7 +37,7 @@ from graph_passes.records import (
     in_memory,
 )
 from graph_passes.survey import MARK, Found, Unsplit, WeightKey, skipped, survey
-from graph_passes.weights import Refusal, Weight
+from graph_passes.weights import NoWeight, Weight
 from graph_passes.window import Window
 
 BROADCAST_OPSET = 7  # before, an Add broadcast only along the axis that it was told
@@ -63,7 +63,7 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
 
     @staticmethod
     @abc.abstractmethod
-    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | Refusal:
+    def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
         """The operand turned to `(groups, out, in)`, or why it cannot be."""
 
     @classmethod
@@ -82,7 +82,7 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
         return False
 
     @staticmethod
-    def bias_shape(found: Found) -> tuple[int, ...] | Refusal:
+    def bias_shape(found: Found) -> tuple[int, ...] | NoWeight:
         """The shape in which a bias correction is added, or why that is not known; asked before `rewrite`."""
         return (found.site.bias_size,)
 
@@ -210,13 +210,13 @@ def _split(
     dense = node.inputs[found.operand]
     bias_shape = splitter.bias_shape(found)
     if factors.bias is not None and store.opset < BROADCAST_OPSET:
-        bias_shape = Refusal(reason=f"opset {store.opset}: older than {BROADCAST_OPSET}, which a bias needs")
-    if factors.bias is not None and isinstance(bias_shape, Refusal):
+        bias_shape = NoWeight(reason=f"opset {store.opset}: older than {BROADCAST_OPSET}, which a bias needs")
+    if factors.bias is not None and isinstance(bias_shape, NoWeight):
         return skipped(found, bias_shape.reason)
     parts = Parts(found=found, factors=factors, store=store, joined=joined, transposed=transposed)
     form = parts.form
     first = splitter.rewrite(found, parts)
-    if factors.bias is not None and not isinstance(bias_shape, Refusal):
+    if factors.bias is not None and not isinstance(bias_shape, NoWeight):
         splitter.add_bias(parts, bias_shape)
     node.name = store.names.fresh_node(f"{site.node}/left")
     node.metadata_props[MARK] = "left"

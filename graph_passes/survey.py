@@ -26,7 +26,7 @@ from graph_passes.family import Family
 from graph_passes.names import name_of
 from graph_passes.records import Site, Skip
 from graph_passes.sharing import low_rank_pairs, shared_with_others, used_in_other_ways
-from graph_passes.weights import Refusal, Weight, refuse_computed, resolve
+from graph_passes.weights import NoWeight, Weight, refuse_computed, resolve
 
 MARK = "rsi_deploy.split"
 OLDEST_OPSET = 6
@@ -184,7 +184,7 @@ def _out_of_reach(found: Found, opsets: Mapping[str, int], overridable: bool) ->
     return f"opset {opsets['']}: older than {OLDEST_OPSET}" if opsets[""] < OLDEST_OPSET else ""
 
 
-def _constant(value: ir.Value | None, computed: Collection[ir.Value]) -> Weight | Refusal | None:
+def _constant(value: ir.Value | None, computed: Collection[ir.Value]) -> Weight | NoWeight | None:
     """The weight behind an operand, a refusal, or None for one that depends on the model's inputs."""
     weight = resolve(value)
     return refuse_computed(value) if weight is None and value is not None and value in computed else weight
@@ -206,22 +206,22 @@ def _read(
         return
     operand, weight = constant[0]
     if len(constant) > 1:
-        weight = Refusal(reason="both operands are constant: fold constants first")
+        weight = NoWeight(reason="both operands are constant: fold constants first")
     if isinstance(weight, Weight) and len(node.inputs) < 2:
-        weight = Refusal(reason="the node has no input beside its weight", weight=weight.name)
+        weight = NoWeight(reason="the node has no input beside its weight", weight=weight.name)
     if isinstance(weight, Weight) and any(attribute.is_ref() for attribute in node.attributes.values()):
         reason = "the node takes an attribute of the model function: inline functions first"
-        weight = Refusal(reason=reason, weight=weight.name)
+        weight = NoWeight(reason=reason, weight=weight.name)
     shape: tuple[int, ...] = ()
     if isinstance(weight, Weight):
         shape, name = weight.shape, weight.name
         if 0 in shape:
-            weight = Refusal(reason=f"weight of shape {shape} is empty")
+            weight = NoWeight(reason=f"weight of shape {shape} is empty")
         else:
             weight = family.canonical(node, operand, weight)
-        if isinstance(weight, Refusal):
-            weight = Refusal(reason=weight.reason, weight=name)
-    if isinstance(weight, Refusal):
+        if isinstance(weight, NoWeight):
+            weight = NoWeight(reason=weight.reason, weight=name)
+    if isinstance(weight, NoWeight):
         yield Skip(node=name_of(node), op_type=node.op_type, weight=weight.weight, reason=weight.reason)
         return
     site = _site(node, family, operand, shape, weight, nested)
@@ -262,10 +262,10 @@ def _no_pass(node: ir.Node, operands: Sequence[int], computed: Collection[ir.Val
     for operand in operands:
         weight = _constant(node.inputs[operand], computed)
         if isinstance(weight, Weight) and len(weight.shape) > 1:
-            weight = Refusal(reason=f"no pass splits {node.op_type}", weight=weight.name)
+            weight = NoWeight(reason=f"no pass splits {node.op_type}", weight=weight.name)
         elif node.op_type == "Gather":  # of integers, or of a vector: shape arithmetic
             continue
-        if isinstance(weight, Refusal):
+        if isinstance(weight, NoWeight):
             yield Skip(node=name_of(node), op_type=node.op_type, weight=weight.weight, reason=weight.reason)
             return
 

@@ -25,7 +25,7 @@ FLOAT_DTYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BF
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refusal:
+class NoWeight:
     """A constant operand that is no weight we can split, with the reason and the weight's name where known."""
 
     reason: str
@@ -121,7 +121,7 @@ class Weight:
         return array
 
 
-def resolve(value: ir.Value | None) -> Weight | Refusal | None:
+def resolve(value: ir.Value | None) -> Weight | NoWeight | None:
     """The weight behind an operand, a refusal for a stored constant that is none, or None for all other operands."""
     if value is None:
         return None
@@ -129,38 +129,38 @@ def resolve(value: ir.Value | None) -> Weight | Refusal | None:
     name = root.name or ""
     tensor = stored_tensor(root)
     if tensor is None and root.producer() is None and not root.is_graph_input():
-        return Refusal(reason="weight has no data: a sparse initializer, or a broken model", weight=name)
+        return NoWeight(reason="weight has no data: a sparse initializer, or a broken model", weight=name)
     if tensor is None:
         return None
     if tensor.dtype not in FLOAT_DTYPES:
-        return Refusal(reason=f"weight is stored as {tensor.dtype.name.lower()}, not as a float", weight=name)
+        return NoWeight(reason=f"weight is stored as {tensor.dtype.name.lower()}, not as a float", weight=name)
     weight = Weight(root=root, tensor=tensor, shape=tuple(tensor.shape.numpy()), dtype=tensor.dtype)
     for node in reversed(chain):
         try:
             step = _follow(weight, node)
         except (LookupError, ValueError, TypeError, ArithmeticError, StopIteration):
-            step = Refusal(reason=f"weight goes through {node.op_type} {name_of(node)!r}, which does not fit it")
-        if isinstance(step, Refusal):
-            return Refusal(reason=step.reason, weight=name)
+            step = NoWeight(reason=f"weight goes through {node.op_type} {name_of(node)!r}, which does not fit it")
+        if isinstance(step, NoWeight):
+            return NoWeight(reason=step.reason, weight=name)
         weight = step
     return weight
 
 
-def refuse_computed(value: ir.Value) -> Refusal:
+def refuse_computed(value: ir.Value) -> NoWeight:
     """The refusal for an operand that follows from constants but is not stored."""
     root, _ = layout_chain(value)
     producer = root.producer()
     op_type = "" if producer is None else producer.op_type
     if op_type == "DequantizeLinear":
-        return Refusal(reason="weight is quantized (DequantizeLinear)")
+        return NoWeight(reason="weight is quantized (DequantizeLinear)")
     if op_type == "Constant" and producer is not None and any(a.is_ref() for a in producer.attributes.values()):
-        return Refusal(reason="weight is an attribute of the model function: inline functions first")
+        return NoWeight(reason="weight is an attribute of the model function: inline functions first")
     if op_type == "Constant":
-        return Refusal(reason="weight is a sparse constant", weight=root.name or "")
-    return Refusal(reason=f"weight is computed by {op_type}: fold constants first")
+        return NoWeight(reason="weight is a sparse constant", weight=root.name or "")
+    return NoWeight(reason=f"weight is computed by {op_type}: fold constants first")
 
 
-def _follow(weight: Weight, node: ir.Node) -> Weight | Refusal:
+def _follow(weight: Weight, node: ir.Node) -> Weight | NoWeight:
     """One layout operator applied to a weight."""
     match node.op_type:
         case "Transpose":
@@ -169,12 +169,12 @@ def _follow(weight: Weight, node: ir.Node) -> Weight | Refusal:
         case "Cast":
             to = ir.DataType(node.attributes["to"].as_int())
             if weight.dtype != weight.stored_dtype or to not in FLOAT_DTYPES:
-                return Refusal(reason=f"weight goes through more than one Cast, or to {to.name.lower()}")
+                return NoWeight(reason=f"weight goes through more than one Cast, or to {to.name.lower()}")
             return Weight(root=weight.root, tensor=weight.tensor, steps=weight.steps, shape=weight.shape, dtype=to)
         case "Reshape" | "Squeeze" | "Unsqueeze":
             shape = _new_shape(weight.shape, node)
             if shape is None:
-                return Refusal(reason=f"weight goes through {node.op_type} {name_of(node)!r} with computed arguments")
+                return NoWeight(reason=f"weight goes through {node.op_type} {name_of(node)!r} with computed arguments")
             if math.prod(shape) != math.prod(weight.shape):
                 raise ValueError(f"{weight.shape} cannot become {shape}")
             return weight.reshaped(*shape)

@@ -7,7 +7,7 @@ from bench_documents import accuracy, environment
 
 from rsi_deploy.benchmark.loadgen import LoadGenResult
 from rsi_deploy.benchmark.result import ArmFile, ArmResult, BenchDocument, BenchResult
-from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SiteTime, Streams, Throughput
+from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SessionStreams, SiteTime, Throughput
 from rsi_deploy.benchmark.statistics import quantiles, supported_percentiles, verdict
 
 LABELS = ("dense", "rank 50%", "rank 25%")
@@ -128,7 +128,7 @@ def bursts(label, s):
 
 
 def streams(label, s, n):
-    return Streams(
+    return SessionStreams(
         label=label,
         streams=n,
         batch=1,

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import onnx
 
 from graph_passes.batch_axis.moves import settled
-from graph_passes.batch_axis.values import Call, Dims, Place, Value
+from graph_passes.batch_axis.values import BatchPlace, Dims, NodeCall, Value
 
 Body: TypeAlias = Callable[[onnx.GraphProto, Sequence[Value]], list[Value]]
 """Follow a graph that is called with values; what it gives."""
@@ -22,7 +22,7 @@ Body: TypeAlias = Callable[[onnx.GraphProto, Sequence[Value]], list[Value]]
 MOST_TURNS = 5
 
 
-def followed(call: Call, body: Body, *, open_shapes: bool) -> list[Value]:
+def followed(call: NodeCall, body: Body, *, open_shapes: bool) -> list[Value]:
     """The outputs of an If, a Loop or a Scan.
 
     Args:
@@ -38,7 +38,7 @@ def followed(call: Call, body: Body, *, open_shapes: bool) -> list[Value]:
     return _loop(call, body) if call.node.op_type == "Loop" else _scan(call, body)
 
 
-def _if(call: Call, body: Body, *, open_shapes: bool) -> list[Value]:
+def _if(call: NodeCall, body: Body, *, open_shapes: bool) -> list[Value]:
     condition = call.inputs[0]
     if condition is None or not condition.free:
         raise call.mixes("takes one branch for the whole batch, by what the batch holds or how large it is")
@@ -50,7 +50,7 @@ def _if(call: Call, body: Body, *, open_shapes: bool) -> list[Value]:
     return [_either(call, a, b) for a, b in zip(first, second, strict=True)]
 
 
-def _loop(call: Call, body: Body) -> list[Value]:
+def _loop(call: NodeCall, body: Body) -> list[Value]:
     turns, going, *carried = call.inputs
     for value in (turns, going):
         if value is not None and not value.free:
@@ -70,7 +70,7 @@ def _loop(call: Call, body: Body) -> list[Value]:
     raise call.mixes("carries values whose shapes change from turn to turn")
 
 
-def _scan(call: Call, body: Body) -> list[Value]:
+def _scan(call: NodeCall, body: Body) -> list[Value]:
     count = int(call.attribute("num_scan_inputs", 0))
     if call.opset < 9 or not count:
         raise call.mixes("is a Scan as before opset 9, which is not followed")
@@ -89,7 +89,7 @@ def _scan(call: Call, body: Body) -> list[Value]:
     raise call.mixes("carries values whose shapes change from turn to turn")
 
 
-def _slice(call: Call, value: Value | None, axis: int) -> Value:
+def _slice(call: NodeCall, value: Value | None, axis: int) -> Value:
     """What a Scan's body gets of an input: one entry along an axis."""
     if value is None or value.shapes is None:
         raise call.mixes("scans an input of unknown rank")
@@ -105,7 +105,7 @@ def _slice(call: Call, value: Value | None, axis: int) -> Value:
     return Value(kind=value.kind, shapes=shapes, place=place)
 
 
-def _stacked(call: Call, value: Value, axis: int) -> Value:
+def _stacked(call: NodeCall, value: Value, axis: int) -> Value:
     """What the turns give, stacked along a new axis."""
     if value.counted or value.rows:
         raise call.mixes("gives what follows from the size of the batch")
@@ -119,7 +119,7 @@ def _stacked(call: Call, value: Value, axis: int) -> Value:
     return settled(call, replace(value.place, axis=at), value.kind, shapes)
 
 
-def _either(call: Call, first: Value, second: Value) -> Value:
+def _either(call: NodeCall, first: Value, second: Value) -> Value:
     """A value that is one of two; its samples must lie at the same place in both."""
     if first.rows or second.rows:
         raise call.mixes("gives the number that a sample has in its batch")
@@ -137,5 +137,5 @@ def _either(call: Call, first: Value, second: Value) -> Value:
     )
 
 
-def _said(place: Place | None) -> str:
+def _said(place: BatchPlace | None) -> str:
     return "no samples in it" if place is None else f"samples along axis {place.axis}"

@@ -15,21 +15,21 @@ import numpy as np
 
 from graph_passes.batch_axis.moves import MICROSOFT, Moves, Target, aligned, kept, rule, same_everywhere, settled
 from graph_passes.batch_axis.shapes import inferred, of_arrays
-from graph_passes.batch_axis.values import Array, Call, Dims, Place, Value
+from graph_passes.batch_axis.values import Array, BatchPlace, Dims, NodeCall, Value
 
 FAR = 1 << 24
 """An end of a Slice at or beyond it is the end of any axis."""
 
 
 @rule("Transpose")
-def _transpose(call: Call) -> Moves:
+def _transpose(call: NodeCall) -> Moves:
     rank = call.rank(0)
     order = call.attribute("perm", list(reversed(range(rank))))
     return Moves(inputs={0: [list(order).index(axis) for axis in range(rank)]})
 
 
 @rule("Squeeze")
-def _squeeze(call: Call) -> Moves:
+def _squeeze(call: NodeCall) -> Moves:
     rank, axes = call.rank(0), call.axes(1)
     if axes is None:
         raise call.mixes("removes every axis of size 1, the batch too where it is 1; name its axes")
@@ -44,7 +44,7 @@ def _squeeze(call: Call) -> Moves:
 
 
 @rule("Unsqueeze")
-def _unsqueeze(call: Call) -> Moves:
+def _unsqueeze(call: NodeCall) -> Moves:
     rank, axes = call.rank(0), call.axes(1) or ()
     output = rank + len(axes)
     added = {axis % output for axis in axes}
@@ -52,7 +52,7 @@ def _unsqueeze(call: Call) -> Moves:
 
 
 @rule("Reshape Flatten")
-def _reshape(call: Call) -> list[Value]:
+def _reshape(call: NodeCall) -> list[Value]:
     value = call.inputs[0]
     ((kind, shapes),) = inferred(call)
     if value is None or value.place is None:
@@ -68,7 +68,7 @@ def _reshape(call: Call) -> list[Value]:
     return [settled(call, place, kind or value.kind, shapes)]
 
 
-def _reshaped(before: Dims, place: Place, after: Dims, size: int) -> Place | None:
+def _reshaped(before: Dims, place: BatchPlace, after: Dims, size: int) -> BatchPlace | None:
     """Where the samples lie after a reshape; None where they are cut."""
     lead = math.prod(-1 if dim is None else dim for dim in before[: place.axis]) * place.outer
     passed = 1
@@ -77,13 +77,13 @@ def _reshaped(before: Dims, place: Place, after: Dims, size: int) -> Place | Non
             return None
         outer, rest = divmod(lead, passed)
         if rest == 0 and outer and dim and dim % (outer * size) == 0:
-            return Place(axis, outer, dim // (outer * size))
+            return BatchPlace(axis, outer, dim // (outer * size))
         passed *= dim
     return None
 
 
 @rule("Expand ConstantOfShape")
-def _expand(call: Call) -> list[Value]:
+def _expand(call: NodeCall) -> list[Value]:
     ((kind, shapes),) = inferred(call)
     value = call.inputs[0] if call.node.op_type == "Expand" else Value(shapes=((),) * len(call.sizes))
     if any(each is not None and each.place is not None for each in call.inputs[call.node.op_type == "Expand" :]):
@@ -99,7 +99,7 @@ def _expand(call: Call) -> list[Value]:
     return [_filled(call, value, kind, shapes, grown)]
 
 
-def _filled(call: Call, value: Value, kind: int, shapes: tuple[Dims, ...], grown: Sequence[int]) -> Value:
+def _filled(call: NodeCall, value: Value, kind: int, shapes: tuple[Dims, ...], grown: Sequence[int]) -> Value:
     """A constant repeated along an axis that grows with the batch."""
     (axis, *others) = grown
     first = shapes[0][axis]
@@ -108,11 +108,11 @@ def _filled(call: Call, value: Value, kind: int, shapes: tuple[Dims, ...], grown
     repeated = at < 0 or (value.shapes is not None and all(dims[at] == 1 for dims in value.shapes))
     if others or first is None or first % call.sizes[0] or not (repeated or uniform):
         raise call.mixes("repeats constants along an axis that does not grow as the batch does")
-    return settled(call, Place(axis, 1, first // call.sizes[0]), kind, shapes)
+    return settled(call, BatchPlace(axis, 1, first // call.sizes[0]), kind, shapes)
 
 
 @rule("Tile")
-def _tile(call: Call) -> Moves:
+def _tile(call: NodeCall) -> Moves:
     repeats = call.constant(1)
     if repeats is None:
         raise call.mixes("repeats as often as the batch is large, or as its inputs say")
@@ -121,7 +121,7 @@ def _tile(call: Call) -> Moves:
 
 
 @rule("Shape Size")
-def _shape(call: Call) -> list[Value]:
+def _shape(call: NodeCall) -> list[Value]:
     value = call.inputs[0]
     if value is None or value.shapes is None or any(None in dims for dims in value.shapes):
         rank = None if value is None else value.rank
@@ -136,7 +136,7 @@ def _shape(call: Call) -> list[Value]:
 
 
 @rule("Concat")
-def _concat(call: Call) -> Moves:
+def _concat(call: NodeCall) -> Moves:
     rank = call.rank(0)
     axis = call.axis(rank, default=1)
     return Moves(
@@ -147,7 +147,7 @@ def _concat(call: Call) -> Moves:
 
 
 @rule("QLinearConcat", MICROSOFT)
-def _quantized_concat(call: Call) -> Moves:
+def _quantized_concat(call: NodeCall) -> Moves:
     """Scale and zero point of the output, then each operand with its own two."""
     rank, parts = call.rank(2), range(2, len(call.inputs), 3)
     axis = call.axis(rank, default=1)
@@ -164,13 +164,13 @@ def _quantized_concat(call: Call) -> Moves:
 
 
 @rule("Split")
-def _split(call: Call) -> Moves:
+def _split(call: NodeCall) -> Moves:
     rank = call.rank(0)
     return Moves(inputs={0: kept(rank, "splits", [call.axis(rank, default=0)])}, dims=lambda _: (None,) * rank)
 
 
 @rule("Slice")
-def _slice(call: Call) -> Moves:
+def _slice(call: NodeCall) -> Moves:
     rank, value = call.rank(0), call.value(0)
     if value is None or value.shapes is None:
         raise call.mixes("has an input of unknown shape")
@@ -194,7 +194,7 @@ def _slice(call: Call) -> Moves:
 _LIMITS = ("starts", "ends", "axes", "steps")
 
 
-def _limits(call: Call, index: int, name: str) -> list[Array] | None:
+def _limits(call: NodeCall, index: int, name: str) -> list[Array] | None:
     """Limits of a Slice for every trial size; None where there are none."""
     value, written = call.value(index), call.attribute(name)
     if value is None:
@@ -205,7 +205,7 @@ def _limits(call: Call, index: int, name: str) -> list[Array] | None:
 
 
 @rule("Gather")
-def _gather(call: Call) -> Moves:
+def _gather(call: NodeCall) -> Moves:
     data, indices = call.rank(0), call.rank(1)
     axis = call.axis(data, default=0)
     first: list[Target] = [*range(axis), "picks entries along", *(at + indices - 1 for at in range(axis + 1, data))]
@@ -215,7 +215,7 @@ def _gather(call: Call) -> Moves:
 
 
 @rule("GatherElements")
-def _gather_elements(call: Call) -> Moves:
+def _gather_elements(call: NodeCall) -> Moves:
     data, indices = call.value(0), call.value(1)
     rank, axis = call.rank(0), call.axis(call.rank(0), default=0)
     if data is not None and data.free and indices is not None and indices.place is not None:
@@ -225,7 +225,7 @@ def _gather_elements(call: Call) -> Moves:
 
 
 @rule("GatherND")
-def _gather_nd(call: Call) -> Moves:
+def _gather_nd(call: NodeCall) -> Moves:
     data, indices, batch = call.rank(0), call.rank(1), int(call.attribute("batch_dims", 0))
     value = call.value(1)
     depth = None if value is None or value.shapes is None else value.shapes[0][-1]
@@ -238,14 +238,14 @@ def _gather_nd(call: Call) -> Moves:
 
 
 @rule("ScatterElements Scatter")
-def _scatter_elements(call: Call) -> Moves:
+def _scatter_elements(call: NodeCall) -> Moves:
     rank = call.rank(0)
     targets = kept(rank, "writes entries along", [call.axis(rank, default=0)])
     return Moves(inputs=dict.fromkeys(range(3), targets), strict=True)
 
 
 @rule("ScatterND")
-def _scatter_nd(call: Call) -> Moves:
+def _scatter_nd(call: NodeCall) -> Moves:
     rank, indices, value = call.rank(0), call.rank(1), call.value(1)
     depth = None if value is None or value.shapes is None else value.shapes[0][-1]
     if depth is None:
@@ -256,7 +256,7 @@ def _scatter_nd(call: Call) -> Moves:
 
 
 @rule("Pad")
-def _pad(call: Call) -> Moves:
+def _pad(call: NodeCall) -> Moves:
     rank, axes = call.rank(0), call.axes(3)
     pads = call.attribute("pads") or call.attribute("paddings")
     if pads is None:
@@ -271,7 +271,7 @@ def _pad(call: Call) -> Moves:
 
 
 @rule("Resize Upsample")
-def _resize(call: Call) -> Moves:
+def _resize(call: NodeCall) -> Moves:
     rank = call.rank(0)
     ((_, shapes),) = inferred(call)
     value = call.value(0)
@@ -288,30 +288,30 @@ def _resize(call: Call) -> Moves:
 
 
 @rule("OneHot")
-def _one_hot(call: Call) -> Moves:
+def _one_hot(call: NodeCall) -> Moves:
     rank = call.rank(0)
     axis = call.axis(rank + 1)
     return Moves(inputs={0: [at + (at >= axis) for at in range(rank)]}, dims=lambda _: (None,) * (rank + 1))
 
 
 @rule("Trilu")
-def _trilu(call: Call) -> Moves:
+def _trilu(call: NodeCall) -> Moves:
     return Moves(inputs={0: kept(call.rank(0), "cuts a triangle along", [-2, -1])})
 
 
 @rule("Compress")
-def _compress(call: Call) -> Moves:
+def _compress(call: NodeCall) -> Moves:
     rank, axis = call.rank(0), call.attribute("axis")
     along = range(rank) if axis is None else [axis]
     return Moves(inputs={0: kept(rank, "leaves entries out along", along)}, dims=lambda _: (None,) * rank)
 
 
 @rule("ReverseSequence")
-def _reverse(call: Call) -> Moves:
+def _reverse(call: NodeCall) -> Moves:
     rank, batch = call.rank(0), int(call.attribute("batch_axis", 1))
     return Moves(inputs={0: kept(rank, "reverses", [call.axis(rank, "time_axis", 0)]), 1: [batch]})
 
 
 @rule("Optional OptionalGetElement")
-def _same(call: Call) -> Moves:
+def _same(call: NodeCall) -> Moves:
     return Moves(inputs={0: aligned(call.rank(0), call.rank(0))})

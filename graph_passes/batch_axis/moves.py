@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from graph_passes.batch_axis.values import Array, Call, Dims, Place, Value
+from graph_passes.batch_axis.values import Array, BatchPlace, Dims, NodeCall, Value
 
 WEIGHS = "multiplies by weights along"
 STEPS = "steps through time along"
@@ -47,7 +47,7 @@ class Moves:
     arguments: frozenset[int] = field(default_factory=frozenset)
 
 
-Rule: TypeAlias = Callable[[Call], "Moves | Sequence[Moves] | Sequence[Value]"]
+Rule: TypeAlias = Callable[[NodeCall], "Moves | Sequence[Moves] | Sequence[Value]"]
 
 RULES: dict[tuple[str, str], Rule] = {}
 """(domain, operator) -> its rule."""
@@ -84,13 +84,13 @@ def aligned(rank: int, output: int) -> list[Target]:
     return [output - rank + axis for axis in range(rank)]
 
 
-def place_of(call: Call, moves: Moves) -> Place | None:
+def place_of(call: NodeCall, moves: Moves) -> BatchPlace | None:
     """Where the samples of an output lie; None where no input has any.
 
     Raises:
         MixesError: samples meet, with the node and the axis.
     """
-    places: set[Place] = set()
+    places: set[BatchPlace] = set()
     for index, value in enumerate(call.inputs):
         if value is None or value.free or index in moves.arguments:
             continue
@@ -102,7 +102,7 @@ def place_of(call: Call, moves: Moves) -> Place | None:
         if isinstance(target, str):
             where = f"the batch axis (axis {value.place.axis} of {call.input_name(index)})"
             raise call.mixes(f"{target} {where}", feature=target in FEATURES)
-        places.add(Place(target, value.place.outer, value.place.inner))
+        places.add(BatchPlace(target, value.place.outer, value.place.inner))
     if len(places) > 1:
         axes = " and ".join(sorted({f"{p.axis}" if p.plain else f"{p.axis} (in blocks)" for p in places}))
         raise call.mixes(f"brings samples together that lie along different axes ({axes} of its output)")
@@ -114,7 +114,7 @@ def place_of(call: Call, moves: Moves) -> Place | None:
     return place
 
 
-def outputs(call: Call, moves: Moves, index: int, kind: int, shapes: tuple[Dims, ...] | None) -> Value:
+def outputs(call: NodeCall, moves: Moves, index: int, kind: int, shapes: tuple[Dims, ...] | None) -> Value:
     """The output at `index`, placed and with its shape.
 
     Raises:
@@ -128,7 +128,7 @@ def outputs(call: Call, moves: Moves, index: int, kind: int, shapes: tuple[Dims,
     return settled(call, place, kind, shapes)
 
 
-def settled(call: Call, place: Place, kind: int, shapes: tuple[Dims, ...] | None) -> Value:
+def settled(call: NodeCall, place: BatchPlace, kind: int, shapes: tuple[Dims, ...] | None) -> Value:
     """A value with samples, its shapes held against its place.
 
     Raises:
@@ -154,7 +154,7 @@ def same_everywhere(arrays: Sequence[Array]) -> bool:
     return all(array.size and (array == first).all() for array in arrays)
 
 
-def _check_same_for_all(call: Call, index: int, targets: Map, place: Place, moves: Moves) -> None:
+def _check_same_for_all(call: NodeCall, index: int, targets: Map, place: BatchPlace, moves: Moves) -> None:
     """An operand without samples must not have an entry of its own for every place in the batch."""
     value = call.value(index)
     if value is None or value.place is not None or index in moves.arguments:

@@ -16,9 +16,9 @@ import numpy as np
 
 from graph_passes.batch_axis.moves import same_everywhere, settled
 from graph_passes.batch_axis.shapes import inferred, of_arrays
-from graph_passes.batch_axis.values import MOST_NUMBERS, Call, Place, Rows, Value
+from graph_passes.batch_axis.values import MOST_NUMBERS, BatchPlace, NodeCall, Rows, Value
 
-Plain = Callable[[Call], Sequence[Value]]
+Plain = Callable[[NodeCall], Sequence[Value]]
 """The outputs of a call, as if its inputs counted nothing."""
 
 KEEPING = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
@@ -27,7 +27,7 @@ COMPUTING = ("Add", "Max", "Min", "Mod", "Mul", "Sub", *COMPARING)
 UNKNOWN = Rows()
 
 
-def ranged(call: Call) -> Value:
+def ranged(call: NodeCall) -> Value:
     """The output of a Range: the number of each sample, where it is as long as the batch and starts anywhere."""
     kind = 0 if call.inputs[0] is None else call.inputs[0].kind
     limits = [value.data for value in call.inputs if value is not None and value.data is not None]
@@ -38,7 +38,7 @@ def ranged(call: Call) -> Value:
     start, step = call.constant(0), call.constant(2)
     if start is not None and step is not None and lengths == list(call.sizes) and len(lengths) > 1:
         rows = Rows(step=int(step), low=int(start), high=int(start))
-        return Value(kind=kind, shapes=shapes, place=Place(0), rows=(rows,))
+        return Value(kind=kind, shapes=shapes, place=BatchPlace(0), rows=(rows,))
     if max(lengths) > MOST_NUMBERS:
         return Value(kind=kind, shapes=shapes, counted=not all(map(_free, call.inputs)))
     return of_arrays([np.arange(*each).astype(limits[0][0].dtype) for each in zip(*limits, strict=True)], kind)
@@ -48,7 +48,7 @@ def _free(value: Value | None) -> bool:
     return value is None or value.free
 
 
-def numbered(call: Call, plain: Plain) -> Sequence[Value]:
+def numbered(call: NodeCall, plain: Plain) -> Sequence[Value]:
     """The outputs of a call with inputs that count samples.
 
     Raises:
@@ -74,7 +74,7 @@ def numbered(call: Call, plain: Plain) -> Sequence[Value]:
     raise call.mixes("computes with the number that a sample has in its batch")
 
 
-def _computed(call: Call) -> Rows:
+def _computed(call: NodeCall) -> Rows:
     """The number of a sample, times or plus constants."""
     first, second = call.inputs
     if call.node.op_type == "Sub" or first is None or second is None or (first.rows and second.rows):
@@ -93,7 +93,7 @@ def _computed(call: Call) -> Rows:
     return UNKNOWN
 
 
-def _columns(call: Call) -> tuple[Rows | None, ...]:
+def _columns(call: NodeCall) -> tuple[Rows | None, ...]:
     """What the columns of joined indices count; each of them comes alone."""
     found = []
     for index, value in enumerate(call.inputs):
@@ -103,7 +103,7 @@ def _columns(call: Call) -> tuple[Rows | None, ...]:
     return tuple(found)
 
 
-def _gather(call: Call) -> Sequence[Value]:
+def _gather(call: NodeCall) -> Sequence[Value]:
     data, indices = call.inputs
     axis = call.axis(call.rank(0), default=0)
     if data is None or indices is None or indices.place is None or data.place is None or data.place.axis != axis:
@@ -111,7 +111,7 @@ def _gather(call: Call) -> Sequence[Value]:
     return [_picked(call, data.place, indices, indices.rows or (), axis + indices.place.axis)]
 
 
-def _gather_nd(call: Call) -> Sequence[Value]:
+def _gather_nd(call: NodeCall) -> Sequence[Value]:
     data, indices = call.inputs
     if data is None or indices is None or indices.place is None or data.place is None or indices.rows is None:
         raise call.mixes("picks constants by the number that a sample has in its batch")
@@ -123,11 +123,11 @@ def _gather_nd(call: Call) -> Sequence[Value]:
     return [_picked(call, data.place, indices, (indices.rows[column],), indices.place.axis)]
 
 
-def _picked(call: Call, place: Place, indices: Value, rows: Sequence[Rows | None], axis: int) -> Value:
+def _picked(call: NodeCall, place: BatchPlace, indices: Value, rows: Sequence[Rows | None], axis: int) -> Value:
     """What is picked from samples: from each its own, if the formula says so."""
     (own,) = rows if len(rows) == 1 else (None,)
     inside = own is not None and own.step == place.inner and own.low >= 0 and own.high < place.inner
     if not inside or place.outer != 1 or indices.place is None or not indices.place.plain:
         raise call.mixes("picks from one sample for another, or is not known not to")
     ((kind, shapes),) = inferred(call)
-    return settled(call, Place(axis), kind, shapes)
+    return settled(call, BatchPlace(axis), kind, shapes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graph_passes.batch_axis.moves import MICROSOFT, Moves, aligned, kept, rule
-from graph_passes.batch_axis.values import Call, Dims
+from graph_passes.batch_axis.values import Dims, NodeCall
 
 
 def broadcast(dims: list[Dims]) -> Dims:
@@ -17,7 +17,7 @@ def broadcast(dims: list[Dims]) -> Dims:
     return tuple(found)
 
 
-def elementwise(call: Call, operands: list[int]) -> Moves:
+def elementwise(call: NodeCall, operands: list[int]) -> Moves:
     """Operands that are broadcast against each other; all other inputs are parameters."""
     there = [index for index in operands if call.value(index) is not None]
     rank = max((call.rank(index) for index in there), default=0)
@@ -35,20 +35,20 @@ def elementwise(call: Call, operands: list[int]) -> Moves:
     "Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Where Xor"
 )
 @rule("BiasGelu BiasAdd FastGelu Gelu QuickGelu", MICROSOFT)
-def _elementwise(call: Call) -> Moves:
+def _elementwise(call: NodeCall) -> Moves:
     if call.attribute("broadcast", 0):
         raise call.mixes("broadcasts as before opset 7, which is not followed")
     return elementwise(call, list(range(len(call.inputs))))
 
 
 @rule("CastLike")
-def _first_alone(call: Call) -> Moves:
+def _first_alone(call: NodeCall) -> Moves:
     rank = call.rank(0)
     return Moves(inputs={0: kept(rank)}, arguments=frozenset({1}))
 
 
 @rule("Dropout")
-def _dropout(call: Call) -> Moves:
+def _dropout(call: NodeCall) -> Moves:
     training = call.constant(2)
     if call.value(2) is not None and (training is None or training.any()):
         raise call.mixes("may be in training mode: it draws random numbers")
@@ -57,7 +57,7 @@ def _dropout(call: Call) -> Moves:
 
 @rule("QuantizeLinear DequantizeLinear")
 @rule("QuantizeLinear DequantizeLinear", MICROSOFT)
-def _quantize(call: Call) -> Moves:
+def _quantize(call: NodeCall) -> Moves:
     rank, scale = call.rank(0), call.rank(1)
     per_axis = (call.axis(rank, default=1),) if scale else ()
     value = call.value(1)
@@ -72,32 +72,32 @@ def _quantize(call: Call) -> Moves:
 
 
 @rule("QLinearAdd QLinearMul", MICROSOFT)
-def _quantized_pair(call: Call) -> Moves:
+def _quantized_pair(call: NodeCall) -> Moves:
     return elementwise(call, [0, 3])
 
 
 @rule("QLinearSigmoid QLinearLeakyRelu", MICROSOFT)
-def _quantized_one(call: Call) -> Moves:
+def _quantized_one(call: NodeCall) -> Moves:
     return elementwise(call, [0])
 
 
 @rule("QLinearWhere", MICROSOFT)
-def _quantized_where(call: Call) -> Moves:
+def _quantized_where(call: NodeCall) -> Moves:
     return elementwise(call, [0, 1, 4])
 
 
 @rule("BiasSplitGelu", MICROSOFT)
-def _bias_split(call: Call) -> Moves:
+def _bias_split(call: NodeCall) -> Moves:
     return Moves(inputs={0: kept(call.rank(0), "splits", [-1])}, dims=_unknown_last(call))
 
 
-def _unknown_last(call: Call):  # type: ignore[no-untyped-def]
+def _unknown_last(call: NodeCall):  # type: ignore[no-untyped-def]
     value = call.value(0)
     return lambda trial: (*value.shapes[trial][:-1], None) if value is not None and value.shapes is not None else ()
 
 
 @rule("LabelEncoder Imputer Scaler Binarizer", "ai.onnx.ml")
-def _features(call: Call) -> Moves:
+def _features(call: NodeCall) -> Moves:
     rank = call.rank(0)
     targets = kept(rank) if rank > 1 else kept(rank, "takes for features", [0])
     dims = call.value(0)

@@ -10,18 +10,18 @@ from collections.abc import Callable
 
 from graph_passes.batch_axis.moves import CHANNELS, MICROSOFT, NCHWC, NHWC, WEIGHS, Moves, Target, only, rule
 from graph_passes.batch_axis.pointwise import broadcast
-from graph_passes.batch_axis.values import Call, Dims
+from graph_passes.batch_axis.values import Dims, NodeCall
 
 SUMS = "sums products over"
 
 
-def _sums(call: Call, other: int) -> str:
+def _sums(call: NodeCall, other: int) -> str:
     """What a product does along its inner axis: an axis that meets weights holds features."""
     value = call.value(other)
     return WEIGHS if value is not None and value.free else SUMS
 
 
-def product(call: Call, right: int, *, turned: tuple[bool, bool] = (False, False), like: str = "") -> Moves:
+def product(call: NodeCall, right: int, *, turned: tuple[bool, bool] = (False, False), like: str = "") -> Moves:
     """Axes of a matrix product of input 0 and input `right`, either of them with its last two axes swapped."""
     ranks = call.rank(0), call.rank(right)
     if 0 in ranks:
@@ -38,7 +38,7 @@ def product(call: Call, right: int, *, turned: tuple[bool, bool] = (False, False
     return Moves(inputs={0: left, right: second}, dims=_product_dims(call, right, turned), like=like)
 
 
-def _product_dims(call: Call, right: int, turned: tuple[bool, bool]) -> Callable[[int], Dims]:
+def _product_dims(call: NodeCall, right: int, turned: tuple[bool, bool]) -> Callable[[int], Dims]:
     first, second = call.value(0), call.value(right)
 
     def dims(trial: int) -> Dims:
@@ -53,18 +53,18 @@ def _product_dims(call: Call, right: int, turned: tuple[bool, bool]) -> Callable
 
 @rule("MatMul MatMulInteger")
 @rule("MatMulIntegerToFloat", MICROSOFT)
-def _matmul(call: Call) -> Moves:
+def _matmul(call: NodeCall) -> Moves:
     return product(call, 1)
 
 
 @rule("QLinearMatMul")
 @rule("QLinearMatMul", MICROSOFT)
-def _quantized_matmul(call: Call) -> Moves:
+def _quantized_matmul(call: NodeCall) -> Moves:
     return product(call, 3)
 
 
 @rule("FusedMatMul FusedMatMulActivation TransposeMatMul", MICROSOFT)
-def _fused_matmul(call: Call) -> Moves:
+def _fused_matmul(call: NodeCall) -> Moves:
     if call.attribute("transBatchA", 0) or call.attribute("transBatchB", 0):
         raise call.mixes("moves its batch axis (transBatchA or transBatchB), which is not followed")
     turned = bool(call.attribute("transA", 0)), bool(call.attribute("transB", 0))
@@ -72,7 +72,7 @@ def _fused_matmul(call: Call) -> Moves:
 
 
 @rule("MatMulNBits MatMulBnb4 MatMulFpQ4", MICROSOFT)
-def _packed_matmul(call: Call) -> Moves:
+def _packed_matmul(call: NodeCall) -> Moves:
     value, rank, columns = call.value(0), call.rank(0), call.attribute("N")
 
     def dims(trial: int) -> Dims:
@@ -85,7 +85,7 @@ def _packed_matmul(call: Call) -> Moves:
 @rule("Gemm")
 @rule("FusedGemm GemmFastGelu", MICROSOFT)
 @rule("QGemm", MICROSOFT)
-def _gemm(call: Call) -> Moves:
+def _gemm(call: NodeCall) -> Moves:
     right, addend = (3, 6) if call.node.op_type == "QGemm" else (1, 2)
     turned = bool(call.attribute("transA", 0)), bool(call.attribute("transB", 0))
     moves = product(call, right, turned=turned)
@@ -96,7 +96,7 @@ def _gemm(call: Call) -> Moves:
 
 
 @rule("Einsum")
-def _einsum(call: Call) -> Moves:
+def _einsum(call: NodeCall) -> Moves:
     equation = call.attribute("equation", b"").decode().replace(" ", "")
     terms, arrow, result = equation.partition("->")
     if not arrow or "." in equation:
@@ -111,7 +111,7 @@ def _einsum(call: Call) -> Moves:
     return Moves(inputs=inputs, dims=lambda _: (None,) * len(result))
 
 
-def windowed(call: Call, *, channels: str, like: str = "", extra: int | None = None, outputs: int = 1) -> Moves:
+def windowed(call: NodeCall, *, channels: str, like: str = "", extra: int | None = None, outputs: int = 1) -> Moves:
     """Axes of an operator that moves a window over `(samples, channels, *space)`."""
     rank = call.rank(0)
     if any(name for name in call.node.output[outputs:]):
@@ -134,30 +134,30 @@ def windowed(call: Call, *, channels: str, like: str = "", extra: int | None = N
 @rule("QLinearConv NhwcConv FusedConv NhwcFusedConv", MICROSOFT)
 @rule("Conv", NCHWC)
 @rule("Conv QLinearConv ConvInteger QLinearConvTranspose", NHWC)
-def _conv(call: Call) -> Moves:
+def _conv(call: NodeCall) -> Moves:
     fused = call.node.domain == NCHWC or call.node.op_type.endswith("FusedConv")
     plain = call.node.op_type == "FusedConv" or call.node.domain == NCHWC
     return windowed(call, channels=CHANNELS, like="Conv" if plain else "", extra=3 if fused else None)
 
 
 @rule("AveragePool MaxPool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool")
-def _pool(call: Call) -> Moves:
+def _pool(call: NodeCall) -> Moves:
     return windowed(call, channels="")
 
 
 @rule("QLinearAveragePool QLinearGlobalAveragePool NhwcMaxPool", MICROSOFT)
 @rule("MaxPool AveragePool GlobalAveragePool GlobalMaxPool QLinearAveragePool QLinearGlobalAveragePool", NHWC)
-def _pool_channels_last(call: Call) -> Moves:
+def _pool_channels_last(call: NodeCall) -> Moves:
     return windowed(call, channels=CHANNELS)
 
 
 @rule("MaxPool AveragePool GlobalAveragePool GlobalMaxPool", NCHWC)
-def _pool_in_blocks(call: Call) -> Moves:
+def _pool_in_blocks(call: NodeCall) -> Moves:
     return windowed(call, channels=CHANNELS, like=call.node.op_type)
 
 
 @rule("ReorderInput ReorderOutput Upsample", NCHWC)
-def _reorder(call: Call) -> Moves:
+def _reorder(call: NodeCall) -> Moves:
     """To and from blocks of channels; the samples stay in front."""
     rank, value = call.rank(0), call.value(0)
     channels, last = call.attribute("channels"), bool(call.attribute("channels_last", 0))
@@ -174,17 +174,17 @@ def _reorder(call: Call) -> Moves:
 
 
 @rule("DepthToSpace SpaceToDepth")
-def _blocks(call: Call) -> Moves:
+def _blocks(call: NodeCall) -> Moves:
     return Moves(inputs={0: only(call.rank(0), "rearranges", {0: 0})})
 
 
 @rule("GridSample")
-def _grid_sample(call: Call) -> Moves:
+def _grid_sample(call: NodeCall) -> Moves:
     grid = only(call.rank(1), "samples at places along", {0: 0})
     return Moves(inputs={0: only(call.rank(0), "samples along", {0: 0, 1: 1}), 1: grid}, strict=True)
 
 
 @rule("LRN")
-def _local_norm(call: Call) -> Moves:
+def _local_norm(call: NodeCall) -> Moves:
     rank = call.rank(0)
     return Moves(inputs={0: [CHANNELS if axis == 1 else axis for axis in range(rank)]})

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from graph_passes.batch_axis.values import MixesError, Place, Value
+from graph_passes.batch_axis.values import BatchPlace, MixesError, Value
 from graph_passes.batch_axis.walk import Walk
 
 TRIAL_SIZES = (1994, 1)
@@ -32,7 +32,7 @@ class Proof:
 
     reason: str = ""
     feature: bool = False
-    outputs: Mapping[str, Place | None] = field(default_factory=dict)
+    outputs: Mapping[str, BatchPlace | None] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
@@ -130,7 +130,7 @@ def _given(
                     dims.append(symbols.setdefault(symbol, _size(len(symbols))))
             trials.append(tuple(dims))
         given[value.name] = Value(
-            kind=tensor.elem_type, shapes=tuple(trials), place=None if axis is None else Place(axis)
+            kind=tensor.elem_type, shapes=tuple(trials), place=None if axis is None else BatchPlace(axis)
         )
     return given, bool(symbols)
 

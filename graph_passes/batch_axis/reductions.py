@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from graph_passes.batch_axis.moves import CHANNELS, MICROSOFT, Moves, Target, kept, only, rule
-from graph_passes.batch_axis.values import Call, Dims
+from graph_passes.batch_axis.values import Dims, NodeCall
 
 NORMALIZES = "normalizes over"
 OPSET_13 = 13
 """Before it, a softmax took all axes from its own one on as a single axis."""
 
 
-def _dims_of(call: Call, index: int = 0):  # type: ignore[no-untyped-def]
+def _dims_of(call: NodeCall, index: int = 0):  # type: ignore[no-untyped-def]
     value = call.value(index)
     return lambda trial: value.shapes[trial] if value is not None and value.shapes is not None else ()
 
@@ -18,16 +18,16 @@ def _dims_of(call: Call, index: int = 0):  # type: ignore[no-untyped-def]
 @rule(
     "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare"
 )
-def _reduce(call: Call) -> Moves:
+def _reduce(call: NodeCall) -> Moves:
     return reduced(call, call.axes(1))
 
 
 @rule("QLinearReduceMean", MICROSOFT)
-def _quantized_reduce(call: Call) -> Moves:
+def _quantized_reduce(call: NodeCall) -> Moves:
     return reduced(call, call.axes(99))
 
 
-def reduced(call: Call, axes: tuple[int, ...] | None) -> Moves:
+def reduced(call: NodeCall, axes: tuple[int, ...] | None) -> Moves:
     """Axes of a reduction over `axes`, which stay with size 1 where `keepdims` says so."""
     rank, keeps = call.rank(0), bool(call.attribute("keepdims", 1))
     if not axes:
@@ -39,19 +39,19 @@ def reduced(call: Call, axes: tuple[int, ...] | None) -> Moves:
 
 
 @rule("ArgMax ArgMin")
-def _arg(call: Call) -> Moves:
+def _arg(call: NodeCall) -> Moves:
     rank = call.rank(0)
     return reduced(call, (call.axis(rank, default=0),))
 
 
 @rule("TopK")
-def _top(call: Call) -> Moves:
+def _top(call: NodeCall) -> Moves:
     rank = call.rank(0)
     return Moves(inputs={0: kept(rank, "sorts along", [call.axis(rank)])}, dims=lambda _: (None,) * rank)
 
 
 @rule("CumSum CumProd")
-def _running(call: Call) -> Moves:
+def _running(call: NodeCall) -> Moves:
     axis = call.constant(1)
     if axis is None:
         raise call.mixes("takes an axis that is not constant")
@@ -60,7 +60,7 @@ def _running(call: Call) -> Moves:
 
 @rule("Softmax LogSoftmax Hardmax")
 @rule("QLinearSoftmax", MICROSOFT)
-def _softmax(call: Call) -> Moves:
+def _softmax(call: NodeCall) -> Moves:
     rank = call.rank(0)
     opset = int(call.attribute("opset", OPSET_13)) if call.node.domain else call.opset
     if opset >= OPSET_13:
@@ -71,37 +71,37 @@ def _softmax(call: Call) -> Moves:
 
 
 @rule("LpNormalization")
-def _lp(call: Call) -> Moves:
+def _lp(call: NodeCall) -> Moves:
     rank = call.rank(0)
     return Moves(inputs={0: kept(rank, NORMALIZES, [call.axis(rank)])})
 
 
 @rule("MeanVarianceNormalization")
-def _mean_variance(call: Call) -> Moves:
+def _mean_variance(call: NodeCall) -> Moves:
     rank = call.rank(0)
     return Moves(inputs={0: kept(rank, NORMALIZES, call.attribute("axes", [0, 2, 3]))})
 
 
 @rule("LayerNormalization RMSNormalization SimplifiedLayerNormalization")
-def _layer(call: Call) -> Moves:
+def _layer(call: NodeCall) -> Moves:
     rank = call.rank(0)
     return Moves(inputs={0: kept(rank, NORMALIZES, range(call.axis(rank), rank))}, dims=_dims_of(call))
 
 
 @rule("SkipLayerNormalization SkipSimplifiedLayerNormalization", MICROSOFT)
-def _skip_layer(call: Call) -> Moves:
+def _skip_layer(call: NodeCall) -> Moves:
     rank, skip = call.rank(0), call.rank(1)
     targets: list[Target] = kept(rank, NORMALIZES, [-1])
     return Moves(inputs={0: targets, 1: targets[rank - skip :]}, dims=_dims_of(call))
 
 
 @rule("InstanceNormalization GroupNormalization")
-def _instance(call: Call) -> Moves:
+def _instance(call: NodeCall) -> Moves:
     return Moves(inputs={0: only(call.rank(0), NORMALIZES, {0: 0})})
 
 
 @rule("GroupNorm SkipGroupNorm", MICROSOFT)
-def _group(call: Call) -> Moves:
+def _group(call: NodeCall) -> Moves:
     targets = only(call.rank(0), NORMALIZES, {0: 0})
     inputs: dict[int, list[Target]] = {0: targets}
     if call.node.op_type == "SkipGroupNorm":
@@ -110,7 +110,7 @@ def _group(call: Call) -> Moves:
 
 
 @rule("BatchNormalization")
-def _batch(call: Call) -> Moves:
+def _batch(call: NodeCall) -> Moves:
     named = [name for name in call.node.output if name]
     training = call.attribute("training_mode", 0) if call.opset >= 14 else len(named) > 1
     rank = call.rank(0)
@@ -120,7 +120,7 @@ def _batch(call: Call) -> Moves:
 
 
 @rule("DFT")
-def _transform(call: Call) -> Moves:
+def _transform(call: NodeCall) -> Moves:
     rank = call.rank(0)
     axis = call.constant(2)
     if call.value(2) is not None and axis is None:
@@ -130,13 +130,13 @@ def _transform(call: Call) -> Moves:
 
 
 @rule("STFT")
-def _spectrogram(call: Call) -> Moves:
+def _spectrogram(call: NodeCall) -> Moves:
     return Moves(inputs={0: only(call.rank(0), "transforms", {0: 0})}, dims=lambda _: (None,) * 4)
 
 
 @rule("LinearClassifier LinearRegressor TreeEnsembleClassifier TreeEnsembleRegressor Normalizer", "ai.onnx.ml")
 @rule("SVMClassifier SVMRegressor", "ai.onnx.ml")
-def _classifier(call: Call) -> list[Moves]:
+def _classifier(call: NodeCall) -> list[Moves]:
     rank = call.rank(0)
     targets = only(rank, "takes for features", {0: 0} if rank > 1 else {})
     labels_first = call.node.op_type.endswith("Classifier")

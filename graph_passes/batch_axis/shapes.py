@@ -18,7 +18,7 @@ import onnx
 from onnx import defs, helper, numpy_helper, shape_inference
 from onnx.reference.ops import load_op
 
-from graph_passes.batch_axis.values import MOST_NUMBERS, Array, Call, Dims, Value
+from graph_passes.batch_axis.values import MOST_NUMBERS, Array, Dims, NodeCall, Value
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ def of_arrays(arrays: Sequence[Array], kind: int) -> Value:
     return Value(kind=kind, shapes=tuple(array.shape for array in arrays), data=tuple(arrays), counted=not same)
 
 
-def inferred(call: Call, op_type: str = "", domain: str = "") -> list[tuple[int, tuple[Dims, ...] | None]]:
+def inferred(call: NodeCall, op_type: str = "", domain: str = "") -> list[tuple[int, tuple[Dims, ...] | None]]:
     """Element type and shapes of every output, as ONNX infers them; (0, None) for what it does not tell.
 
     Args:
@@ -83,7 +83,7 @@ def inferred(call: Call, op_type: str = "", domain: str = "") -> list[tuple[int,
     return found
 
 
-def folded(call: Call, kind: int, shapes: tuple[Dims, ...] | None) -> Value | None:
+def folded(call: NodeCall, kind: int, shapes: tuple[Dims, ...] | None) -> Value | None:
     """The content of the node's one output where its inputs are known and it is small; else None."""
     if call.node.op_type not in FOLDED or call.node.domain not in ("", "ai.onnx") or len(call.node.output) != 1:
         return None
@@ -108,7 +108,7 @@ def folded(call: Call, kind: int, shapes: tuple[Dims, ...] | None) -> Value | No
     return of_arrays(arrays, kind)
 
 
-def _for_each_trial(call: Call, made: Callable[[int], T]) -> list[T]:
+def _for_each_trial(call: NodeCall, made: Callable[[int], T]) -> list[T]:
     """What is made for every trial size; once for all of them where no input depends on the size."""
     if all(value is None or value.free for value in call.inputs):
         return [made(0)] * len(call.sizes)
@@ -123,7 +123,7 @@ def _schema(op_type: str, opset: int, domain: str) -> defs.OpSchema | None:
         return None
 
 
-def _inferred_once(call: Call, schema: defs.OpSchema, trial: int) -> dict[str, tuple[int, Dims | None]]:
+def _inferred_once(call: NodeCall, schema: defs.OpSchema, trial: int) -> dict[str, tuple[int, Dims | None]]:
     """Output name -> (element type, shape) for one size of the batch; nothing where the inference fails."""
     types, contents = {}, {}
     for name, value in zip(call.node.input, call.inputs, strict=True):

@@ -28,7 +28,7 @@ MOST_NUMBERS = 4096
 
 
 @dataclass(frozen=True)
-class Place:
+class BatchPlace:
     """Where the samples of a value lie: one axis, laid out as `(outer, samples, inner)`."""
 
     axis: int
@@ -68,7 +68,7 @@ class Value:
 
     kind: int = 0
     shapes: tuple[Dims, ...] | None = None
-    place: Place | None = None
+    place: BatchPlace | None = None
     data: tuple[Array, ...] | None = None
     counted: bool = False
     rows: tuple[Rows | None, ...] | None = None
@@ -98,7 +98,7 @@ class MixesError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class NodeCall:
     """A node with the values that it is called with.
 
     Attributes:

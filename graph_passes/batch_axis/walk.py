@@ -14,7 +14,7 @@ from graph_passes.batch_axis.control import followed
 from graph_passes.batch_axis.moves import RULES, Moves, outputs
 from graph_passes.batch_axis.numbering import numbered, ranged
 from graph_passes.batch_axis.shapes import constant, folded, inferred, of_arrays
-from graph_passes.batch_axis.values import Call, MixesError, Value
+from graph_passes.batch_axis.values import MixesError, NodeCall, Value
 
 RULE_MODULES = (layout, pointwise, products, reductions, sequences)
 
@@ -85,8 +85,8 @@ class Walk:
                 raise call.mixes(f"cannot be followed: {type(error).__name__}: {error}"[:200]) from error
             scope.update({name: value for name, value in zip(node.output, made, strict=False) if name})
 
-    def _call(self, node: onnx.NodeProto, scope: Scope, opsets: Mapping[str, int]) -> Call:
-        return Call(
+    def _call(self, node: onnx.NodeProto, scope: Scope, opsets: Mapping[str, int]) -> NodeCall:
+        return NodeCall(
             node=node,
             inputs=[scope[name] if name else None for name in node.input],
             opset=opsets.get("", 0),
@@ -94,7 +94,7 @@ class Walk:
             attributes={attribute.name: attribute for attribute in node.attribute},
         )
 
-    def _outputs(self, call: Call, scope: Scope, opsets: Mapping[str, int]) -> Sequence[Value]:
+    def _outputs(self, call: NodeCall, scope: Scope, opsets: Mapping[str, int]) -> Sequence[Value]:
         domain, op_type = _domain(call.node.domain), call.node.op_type
         if (function := self._functions.get((domain, op_type))) is not None:
             return self._function(function, call)
@@ -116,7 +116,7 @@ class Walk:
             return self._by_rule(call, domain)
         return self._by_rule(call, domain) if sampled else self._without_samples(call, domain)
 
-    def _without_samples(self, call: Call, domain: str) -> list[Value]:
+    def _without_samples(self, call: NodeCall, domain: str) -> list[Value]:
         """Outputs of a node that no sample reaches: constants and shape arithmetic."""
         counted = any(value is not None and value.counted for value in call.inputs)
         if counted and call.node.op_type in OF_SHAPES:
@@ -131,7 +131,7 @@ class Walk:
             return [value]
         return [Value(kind=kind, shapes=shapes, counted=counted) for kind, shapes in found]
 
-    def _by_rule(self, call: Call, domain: str) -> Sequence[Value]:
+    def _by_rule(self, call: NodeCall, domain: str) -> Sequence[Value]:
         found = RULES.get((domain, call.node.op_type))
         if found is None:
             where = f" of {domain}" if domain else ""
@@ -153,13 +153,13 @@ class Walk:
             made.append(outputs(call, answer, index, kind or _kind(call), dims))
         return made
 
-    def _constant(self, call: Call) -> Value:
+    def _constant(self, call: NodeCall) -> Value:
         attribute = call.node.attribute[0]
         if attribute.type == onnx.AttributeProto.TENSOR:
             return constant(attribute.t, len(self._sizes))
         return _written(call)
 
-    def _function(self, function: onnx.FunctionProto, call: Call) -> list[Value]:
+    def _function(self, function: onnx.FunctionProto, call: NodeCall) -> list[Value]:
         values = [*call.inputs, *[None] * len(function.input)]
         scope: Scope = ChainMap({name: value or Value() for name, value in zip(function.input, values, strict=False)})
         opsets = {_domain(each.domain): each.version for each in function.opset_import}
@@ -168,7 +168,7 @@ class Walk:
         return [scope[name] for name in function.output]
 
 
-def _written(call: Call) -> Value:
+def _written(call: NodeCall) -> Value:
     """A Constant that is written as a number or a list of numbers."""
     name, attribute = next(iter(call.attributes.items()))
     if name not in _WRITTEN:
@@ -178,7 +178,7 @@ def _written(call: Call) -> Value:
     return of_arrays([array] * len(call.sizes), int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)))
 
 
-def _kind(call: Call) -> int:
+def _kind(call: NodeCall) -> int:
     """The element type of onnxruntime's own operators: floats, but for quantized ones, which keep theirs."""
     value = call.value(0)
     kind = onnx.TensorProto.FLOAT if value is None else value.kind

@@ -38,7 +38,7 @@ class Device(BaseModel, frozen=True, extra="forbid"):
     partial: bool
 
 
-class Timing(BaseModel, frozen=True, extra="forbid"):
+class DeviceTiming(BaseModel, frozen=True, extra="forbid"):
     """An arm on one device; `verdict` compares it with the first arm there."""
 
     median_ms: float
@@ -49,11 +49,11 @@ class Timing(BaseModel, frozen=True, extra="forbid"):
 
 
 class TimingRow(BaseModel, frozen=True, extra="forbid"):
-    """One arm in one configuration, a `Timing` a device; None where it was not measured there."""
+    """One arm in one configuration, a `DeviceTiming` a device; None where it was not measured there."""
 
     configuration: str
     arm: str
-    timings: tuple[Timing | None, ...]
+    timings: tuple[DeviceTiming | None, ...]
 
 
 class FigureRow(BaseModel, frozen=True, extra="forbid"):
@@ -65,7 +65,7 @@ class FigureRow(BaseModel, frozen=True, extra="forbid"):
     values: tuple[float | None, ...]
 
 
-class Comparison(BaseModel, frozen=True, extra="forbid"):
+class DeviceComparison(BaseModel, frozen=True, extra="forbid"):
     """Devices side by side; every row has one entry a device, in their order."""
 
     devices: tuple[Device, ...]
@@ -74,7 +74,7 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
     notes: tuple[str, ...]
 
 
-def compare_documents(documents: Mapping[str, BenchDocument]) -> Comparison:
+def compare_documents(documents: Mapping[str, BenchDocument]) -> DeviceComparison:
     """Lay results side by side.
 
     Args:
@@ -98,7 +98,7 @@ def compare_documents(documents: Mapping[str, BenchDocument]) -> Comparison:
         )
     names = {_key(cell): cell.name for document in columns for cell in document.cells}
     ambiguous = len(set(names.values())) < len(names)
-    return Comparison(
+    return DeviceComparison(
         devices=tuple(_device(name, document) for name, document in documents.items()),
         timings=tuple(
             TimingRow(configuration=names[key] + f" ({_inputs(key)})" * ambiguous, arm=arm, timings=tuple(row))
@@ -130,13 +130,13 @@ def _inputs(key: tuple[object, ...]) -> str:
     return ", ".join(f"{name} {text}" for name, text in pairs)
 
 
-def _timing(document: BenchDocument, key: tuple[object, ...], label: str) -> Timing | None:
+def _timing(document: BenchDocument, key: tuple[object, ...], label: str) -> DeviceTiming | None:
     arm: ArmResult | None = next(
         (arm for cell in document.cells if _key(cell) == key for arm in cell.arms if arm.label == label), None
     )
     if arm is None:
         return None
-    return Timing(
+    return DeviceTiming(
         median_ms=arm.median_ms,
         median_interval_ms=arm.median_interval_ms,
         speedup=arm.speedup,

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from rsi_deploy.benchmark.sections import Bursts, Streams, Throughput
+from rsi_deploy.benchmark.sections import Bursts, SessionStreams, Throughput
 from rsi_deploy.benchmark.statistics import Floats, compare, median_interval, supported_percentiles, verdict
 from rsi_deploy.benchmark.timing import time_calls
 from rsi_deploy.benchmark.variants import Arm, Feeds, Runtime, open_arms
@@ -86,7 +86,7 @@ def measure_streams(
     batch: int,
     seconds: float,
     seed: int,
-) -> tuple[Streams, ...]:
+) -> tuple[SessionStreams, ...]:
     """Samples a second and latency with so many threads on one session, for about `seconds` in all."""
     sessions = [runtime.session(model) for model in models]
     open_arms(models, labels, sessions, feeds, runtime, prove=False)  # refuses what cannot be compared
@@ -102,7 +102,7 @@ def measure_streams(
         per_second, ends = median_interval(np.asarray([batch * rate for rate, _ in windows]), seed)
         times = np.concatenate([latencies for _, latencies in windows])
         results.append(
-            Streams(
+            SessionStreams(
                 label=labels[arm],
                 streams=count,
                 batch=batch,

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel
 
-from rsi_deploy.benchmark.loadgen_worker import FEEDS, STREAMS, Reply, Request, Scenario
+from rsi_deploy.benchmark.loadgen_worker import FEEDS, STREAMS, LoadGenRequest, Reply, Scenario
 from rsi_deploy.core import errors
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.io.locks import ScratchFolder
@@ -126,7 +126,7 @@ def run_loadgen(
     with ScratchFolder() as folder:
         if feeds is not None:
             np.savez(Path(folder) / FEEDS, *feeds.values())
-        request = Request(
+        request = LoadGenRequest(
             model=str(model),
             scenario=scenario,
             folder=folder,
@@ -242,7 +242,7 @@ def _headline(head: str) -> str:
     return f"{name.strip()}: {float(value):.4g}"
 
 
-def _worked(request: Request, folder: Path) -> Reply:
+def _worked(request: LoadGenRequest, folder: Path) -> Reply:
     """Start the worker and read its reply."""
     asked, answered = folder / "request.json", folder / "reply.json"
     asked.write_text(request.model_dump_json(), encoding="utf-8")

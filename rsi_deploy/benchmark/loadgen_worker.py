@@ -45,7 +45,7 @@ FEEDS = "feeds.npz"
 STREAMS = 8  # samples of a MultiStream query
 
 
-class Request(BaseModel, frozen=True, extra="forbid"):
+class LoadGenRequest(BaseModel, frozen=True, extra="forbid"):
     """What to test; paths are strings, times in seconds or ms as named, `feeds` the names of the arrays in `FEEDS`."""
 
     model: str
@@ -95,7 +95,7 @@ class Reply(BaseModel, frozen=True, extra="forbid"):
 
 def main(request_file: str, reply_file: str) -> None:
     """Run the request and write the reply; a foreseen error is a reply too."""
-    request = Request.model_validate_json(Path(request_file).read_text(encoding="utf-8"))
+    request = LoadGenRequest.model_validate_json(Path(request_file).read_text(encoding="utf-8"))
     try:
         reply = run(request)
     except RsiDeployError as error:
@@ -103,7 +103,7 @@ def main(request_file: str, reply_file: str) -> None:
     Path(reply_file).write_text(reply.model_dump_json(), encoding="utf-8")
 
 
-def run(request: Request) -> Reply:
+def run(request: LoadGenRequest) -> Reply:
     """Load, warm up, and have LoadGen test.
 
     Raises:
@@ -147,7 +147,7 @@ def warm_up(call: Callable[[], object], seconds: float) -> float:
     return float(np.median(times[len(times) // 2 :]))
 
 
-def targets(request: Request, batch: int, call_s: float) -> tuple[float | None, float | None]:
+def targets(request: LoadGenRequest, batch: int, call_s: float) -> tuple[float | None, float | None]:
     """Queries a second and latency in ms that the scenario aims at; None where it has no such target."""
     if request.scenario == "Offline":
         return request.target_qps or batch / call_s, None
@@ -157,7 +157,7 @@ def targets(request: Request, batch: int, call_s: float) -> tuple[float | None, 
     return request.target_qps or SERVER_SHARE / (call_s + AROUND_S), request.target_latency_ms or default_ms
 
 
-def settings(request: Request, batch: int, call_s: float, qps: float | None, latency_ms: float | None) -> Any:
+def settings(request: LoadGenRequest, batch: int, call_s: float, qps: float | None, latency_ms: float | None) -> Any:
     """LoadGen's `TestSettings`. It runs until both duration and queries are enough, at most four times `seconds`."""
     import mlperf_loadgen
 
@@ -179,7 +179,7 @@ def settings(request: Request, batch: int, call_s: float, qps: float | None, lat
     return made
 
 
-def take_test(request: Request, call: Callable[[], object], batch: int, test_settings: Any) -> list[int]:
+def take_test(request: LoadGenRequest, call: Callable[[], object], batch: int, test_settings: Any) -> list[int]:
     """Run LoadGen to its end, logs in the request's folder. Returns the time of each call, ns."""
     import mlperf_loadgen
 

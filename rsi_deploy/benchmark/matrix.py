@@ -18,7 +18,7 @@ from rsi_deploy.benchmark import concurrency, processes
 from rsi_deploy.benchmark.blocks import Cell, Progress, run_cells
 from rsi_deploy.benchmark.latency import PARTIAL_BLOCKS, cell_result, check_targets
 from rsi_deploy.benchmark.profiling import profile_arms
-from rsi_deploy.benchmark.request import Request, Setting
+from rsi_deploy.benchmark.request import BenchRequest, Setting
 from rsi_deploy.benchmark.result import ArmFile, BenchDocument, BenchResult
 from rsi_deploy.benchmark.variants import Feeds, Runtime, make_feeds, open_arms
 from rsi_deploy.core.errors import UsageError
@@ -45,7 +45,7 @@ class Opened:
     cell: Cell
 
 
-def run_bench(request: Request, *, command: str = "", progress: Progress | None = None) -> BenchDocument:
+def run_bench(request: BenchRequest, *, command: str = "", progress: Progress | None = None) -> BenchDocument:
     """Measure all that is asked for.
 
     Args:
@@ -117,7 +117,7 @@ def arm_file(model: Path, label: str) -> ArmFile:
     )
 
 
-def _opened(request: Request, settings: Sequence[Setting], folder: Path) -> list[Opened]:
+def _opened(request: BenchRequest, settings: Sequence[Setting], folder: Path) -> list[Opened]:
     """Every configuration with its arms bound; sessions are shared between those of equal threads and precision."""
     halves: tuple[Path, ...] = ()
     if "float16" in request.precisions:
@@ -152,7 +152,7 @@ def _opened(request: Request, settings: Sequence[Setting], folder: Path) -> list
 
 
 def _measured(
-    request: Request, opened: Sequence[Opened], start: float, progress: Progress | None
+    request: BenchRequest, opened: Sequence[Opened], start: float, progress: Progress | None
 ) -> tuple[list[BenchResult], bool]:
     """Warm up and measure the matrix; whether it was interrupted."""
     total = request.share() if request.budget is not None else request.seconds * len(opened)
@@ -187,7 +187,7 @@ def _measured(
     return results, interrupted
 
 
-def _separate(request: Request, first: Opened) -> Iterator[tuple[str, Any]]:
+def _separate(request: BenchRequest, first: Opened) -> Iterator[tuple[str, Any]]:
     """The separate measurements, in the first configuration: name of the document's field, and what was found."""
     models, labels, feeds, runtime = first.models, request.labels, first.feeds, first.runtime
     seconds, seed = request.share(), request.seed
@@ -215,7 +215,7 @@ def _separate(request: Request, first: Opened) -> Iterator[tuple[str, Any]]:
         yield "profile", profile_arms(models, labels, feeds, runtime)
 
 
-def _throughput(request: Request, first: Opened) -> Any:
+def _throughput(request: BenchRequest, first: Opened) -> Any:
     def feeds_of(batch: int) -> Feeds:
         shapes = {name: (batch, *shape[1:]) for name, shape in first.setting.shapes.items()}
         return make_feeds(first.specs, batch=batch, seed=request.seed, given=request.feeds, shapes=shapes or None)[0]

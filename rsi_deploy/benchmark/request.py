@@ -41,7 +41,7 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class BenchRequest:
     """One run.
 
     Attributes:

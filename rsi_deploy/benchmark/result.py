@@ -16,7 +16,7 @@ import pydantic
 from pydantic import BaseModel, Field
 
 from rsi_deploy.benchmark.loadgen import LoadGenResult
-from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, Streams, Throughput
+from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SessionStreams, Throughput
 from rsi_deploy.benchmark.statistics import Interval
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.evaluation.accuracy import AccuracyResult
@@ -182,7 +182,7 @@ class BenchDocument(BaseModel, frozen=True, extra="forbid"):
     cold_start: tuple[ColdStart, ...] = ()
     memory: tuple[Memory, ...] = ()
     bursts: tuple[Bursts, ...] = ()
-    streams: tuple[Streams, ...] = ()
+    streams: tuple[SessionStreams, ...] = ()
     throughput: tuple[Throughput, ...] = ()
     profile: tuple[Profile, ...] = ()
     loadgen: dict[str, tuple[LoadGenResult, ...]] = {}

@@ -12,13 +12,13 @@ from rsi_deploy.benchmark.statistics import Interval
 Phase = Literal["import", "load", "run", "done"]
 
 
-class Section(BaseModel, frozen=True, extra="forbid"):
+class LatencySection(BaseModel, frozen=True, extra="forbid"):
     """One arm in one measurement; `label` is the arm's."""
 
     label: str
 
 
-class ColdStart(Section):
+class ColdStart(LatencySection):
     """From starting a process to the first answer; medians over `repeats` processes, arms interleaved.
 
     The file is in the page cache. `total_ms` is the sum of the four phases, each measured in the same processes.
@@ -44,7 +44,7 @@ class ColdStart(Section):
     verdict: str
 
 
-class Memory(Section):
+class Memory(LatencySection):
     """Resident memory of a process of its own, bytes.
 
     Attributes:
@@ -68,7 +68,7 @@ class Memory(Section):
     detail: str
 
 
-class Bursts(Section):
+class Bursts(LatencySection):
     """Calls that come in bursts after an idle gap: caches are cold and workers asleep when the first one comes.
 
     Attributes:
@@ -96,7 +96,7 @@ class Bursts(Section):
     verdict: str
 
 
-class Streams(Section):
+class SessionStreams(LatencySection):
     """Threads that share one session, each calling it as fast as it answers.
 
     Attributes:
@@ -118,7 +118,7 @@ class Streams(Section):
     percentiles_ms: dict[str, float]
 
 
-class Throughput(Section):
+class Throughput(LatencySection):
     """Samples a second at growing batches, one call after the other; `best` is the batch where most come through.
 
     Attributes:
@@ -163,7 +163,7 @@ class SiteTime(BaseModel, frozen=True, extra="forbid"):
         return sum(part for part in (self.dense_ms, self.right_ms, self.left_ms) if part is not None)
 
 
-class Profile(Section):
+class Profile(LatencySection):
     """Where the time of a call goes, from onnxruntime's profiler; the profiler itself makes calls slower.
 
     Attributes:

@@ -9,7 +9,7 @@ site it costs what the calls cost.
 import torch
 from torch import Tensor
 
-from rsi_deploy.calibration.activations import StreamSite
+from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.calibration.moments import GRAM_LIMIT, Gathering, Moments, Samples
 from rsi_deploy.core.errors import ModelError
 
@@ -25,7 +25,7 @@ class Gathered:
         waiting: numbers that wait for others where the site has few inputs.
     """
 
-    def __init__(self, site: StreamSite, waiting: int = 0) -> None:
+    def __init__(self, site: CalibratedSite, waiting: int = 0) -> None:
         self._name = site.name
         self._gathering = Gathering(site.in_features)
         few = max(site.in_features // 2, waiting // (site.groups * site.in_features))

@@ -22,7 +22,7 @@ Form = Literal["matmul", "gemm", "channel", "input", "separable"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamSite:
+class CalibratedSite:
     """A site that calibration can reach.
 
     Attributes:
@@ -153,23 +153,23 @@ class Metric:
     rows: RowCounts | None
 
 
-class Streams(Protocol):
+class ModelActivations(Protocol):
     """A model with calibration data flowing through it."""
 
     @property
-    def sites(self) -> tuple[StreamSite, ...]:
+    def sites(self) -> tuple[CalibratedSite, ...]:
         """What can be calibrated, in execution order."""
 
     @property
     def unreachable(self) -> Mapping[str, str]:
         """Names of the sites that cannot, each with the reason."""
 
-    def survey(self, visit: Callable[[StreamSite, Moments | Samples], None]) -> None:
+    def survey(self, visit: Callable[[CalibratedSite, Moments | Samples], None]) -> None:
         """Call `visit` for every site with its moments in the dense network; memory is bounded, the order is not."""
 
     def sequence(
         self,
-        visit: Callable[[StreamSite, Moments | Samples], Replacement | None],
+        visit: Callable[[CalibratedSite, Moments | Samples], Replacement | None],
         counts: Mapping[str, RowCounts] | None = None,
     ) -> None:
         """Call `visit` in execution order; each site then becomes what is returned (None: stays dense) for those after.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsi_deploy.calibration.activations import Replacement, StreamSite
+from rsi_deploy.calibration.activations import CalibratedSite, Replacement
 from rsi_deploy.calibration.moments import Moments
 from rsi_deploy.calibration.reduced_rank_regression import (
     EXACT_LIMIT,
@@ -206,7 +206,7 @@ def two_kernels(
     )
 
 
-def product_of(site: StreamSite, replacement: Replacement) -> Tensor:
+def product_of(site: CalibratedSite, replacement: Replacement) -> Tensor:
     """The weight that a site's replacement amounts to, `(groups, out, in)`."""
     product, first = replacement.left @ replacement.right, site.first_axes(replacement.form)
     if first == len(site.kernel):

@@ -33,7 +33,7 @@ CHECKED_SAMPLES = 512
 """Samples after which no further batch is run."""
 
 
-def certificate(dense: Path, compressed: Path, data: CalibrationData, provider: str) -> CalibrationRecord:
+def output_agreement(dense: Path, compressed: Path, data: CalibrationData, provider: str) -> CalibrationRecord:
     """Run both models on the first batches of `data` and compare.
 
     Raises:
@@ -46,7 +46,7 @@ def certificate(dense: Path, compressed: Path, data: CalibrationData, provider: 
 def certified(
     dense: Path, compressed: Path, data: CalibrationData, provider: str, known: Array | None = None
 ) -> tuple[CalibrationRecord, Array]:
-    """As `certificate`, with the dense model's answers; where they are known, it is not asked again.
+    """As `output_agreement`, with the dense model's answers; where they are known, it is not asked again.
 
     Args:
         dense: the dense model.

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsi_deploy.calibration.activations import Metric, RowCounts, StreamSite
+from rsi_deploy.calibration.activations import CalibratedSite, Metric, RowCounts
 from rsi_deploy.linalg.solver import stream_seed
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class OutputMetric:
         NoMetricError: the metrics alone would take more memory.
     """
 
-    def __init__(self, sites: Mapping[str, StreamSite], samples: int, *, seed: int, memory: int = MEMORY) -> None:
+    def __init__(self, sites: Mapping[str, CalibratedSite], samples: int, *, seed: int, memory: int = MEMORY) -> None:
         self.sites = {name: site for name, site in sites.items() if site.out_features <= OUT_LIMIT}
         for name in sites.keys() - self.sites.keys():
             logger.info("site %r is fitted without a metric: it answers with more than %d numbers", name, OUT_LIMIT)
@@ -220,7 +220,7 @@ def counts_of(energy: Mapping[int, Tensor]) -> RowCounts | None:
     return RowCounts(by_sample={n: COUNT_FLOOR + (1 - COUNT_FLOOR) / size * rows for n, rows in energy.items()})
 
 
-def gradient_rows(gradient: Tensor, site: StreamSite) -> Tensor:
+def gradient_rows(gradient: Tensor, site: CalibratedSite) -> Tensor:
     """Float32 `(groups, rows, out)` of a gradient `(..., groups * out)` or, of a Conv, `([N,] groups * out, *size)`."""
     if site.kernel:
         gradient = gradient.movedim(-1 - len(site.kernel), -1)

@@ -14,7 +14,7 @@ from rsi_deploy.cli.terminal import console, progress_bar
 from rsi_deploy.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rsi_deploy.benchmark.request import Request
+    from rsi_deploy.benchmark.request import BenchRequest
     from rsi_deploy.benchmark.result import BenchDocument
     from rsi_deploy.data.dataset import Dataset
 
@@ -99,10 +99,10 @@ def _dataset(data: str, model: Path) -> "Dataset":
 
 def _request(
     models: Sequence[str], paths: Sequence[Path], dataset: "Dataset | None", asked: dict[str, Any]
-) -> "Request":
+) -> "BenchRequest":
     """The options as typed, read."""
     from rsi_deploy.benchmark.ci_gate import percentage
-    from rsi_deploy.benchmark.request import Request, matrix_shapes, parse_bytes, parse_numbers, parse_seconds
+    from rsi_deploy.benchmark.request import BenchRequest, matrix_shapes, parse_bytes, parse_numbers, parse_seconds
     from rsi_deploy.benchmark.variants import short_names
     from rsi_deploy.runtime.pinning import parse_cores
 
@@ -113,7 +113,7 @@ def _request(
 
     batches = parse_numbers(asked["batch"], "--batch")
     shapes = matrix_shapes(asked["shapes"])
-    return Request(
+    return BenchRequest(
         models=tuple(paths),
         labels=short_names(models),
         batches=batches,
@@ -166,7 +166,7 @@ def _precisions(text: str) -> Any:
     return tuple(dict.fromkeys(names))
 
 
-def _check_loadgen(request: "Request", asked: dict[str, Any]) -> None:
+def _check_loadgen(request: "BenchRequest", asked: dict[str, Any]) -> None:
     """What LoadGen cannot do must not wait for the measurement."""
     if asked["loadgen"]:
         from rsi_deploy.benchmark.loadgen import check_loadgen
@@ -175,7 +175,7 @@ def _check_loadgen(request: "Request", asked: dict[str, Any]) -> None:
             check_loadgen(scenario, request.settings()[0].batch, request.share())
 
 
-def _with_loadgen(document: "BenchDocument", request: "Request", asked: dict[str, Any]) -> "BenchDocument":
+def _with_loadgen(document: "BenchDocument", request: "BenchRequest", asked: dict[str, Any]) -> "BenchDocument":
     """MLPerf LoadGen's tests of every arm, in the first configuration."""
     if not asked["loadgen"] or (document.partial and any("interrupted" in note for note in document.notes)):
         return document
@@ -206,7 +206,7 @@ def _with_loadgen(document: "BenchDocument", request: "Request", asked: dict[str
 
 
 def _with_accuracy(
-    document: "BenchDocument", request: "Request", dataset: "Dataset | None", asked: dict[str, Any]
+    document: "BenchDocument", request: "BenchRequest", dataset: "Dataset | None", asked: dict[str, Any]
 ) -> "BenchDocument":
     if dataset is None or (dataset.labels is None and len(request.models) < 2):  # inputs alone, nothing to compare
         return document

@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 Inputs = Mapping[str, Sequence[tuple[str, Shape]]]
 """Name of a node -> (onnxruntime's word for the type, shape) of its inputs; see
-`rsi_deploy.runtime.shape_trace.Trace`."""
+`rsi_deploy.runtime.shape_trace.ShapeTrace`."""
 
 FOLLOWERS = 3
 UNARY = frozenset(

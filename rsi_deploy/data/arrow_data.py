@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.data.arrow_files import Table, column_array, is_inside, is_picture
+from rsi_deploy.data.arrow_files import ArrowTable, column_array, is_inside, is_picture
 from rsi_deploy.data.dataset import (
     LABEL_NAMES,
     Array,
@@ -69,7 +69,7 @@ class ArrowData:
         inputs: Sequence[str] = (),
         labelled: bool = True,
     ):
-        self._table, self._name = Table(files, name), name
+        self._table, self._name = ArrowTable(files, name), name
         self._model_inputs, self._labelled = tuple(inputs), labelled
         self._asked = {"image": image, "label": label}
         if not len(self._table):

@@ -24,7 +24,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _CACHES = ("cache-", "tmp")  # what `datasets` leaves beside the data
 
 
-class Table:
+class ArrowTable:
     """Files of one schema, read as one table.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Who computes on weights: this process, one after another, or others that are told ahead what will be asked.
 
     FactorSource --Call(compute, weights, how)--> Here        loads the weights and computes, when it is asked
-                                              --> RayCrew     has workers compute ahead of the asking (`ray_crew`)
+                                              --> RayCrew     has workers compute ahead of the asking (`ray_executor`)
 
 A call is a function of weights and settings alone, its random numbers drawn from (seed, site name): so who computes it,
 in what order and how often changes nothing in its result.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class Task:
     """One computation.
 
     Attributes:
@@ -36,13 +36,13 @@ class Call:
         return self.compute.__name__, *self.weights
 
 
-class Crew(Protocol):
+class Executor(Protocol):
     """What computes calls."""
 
-    def ahead(self, calls: Iterator[Call]) -> None:
+    def ahead(self, calls: Iterator[Task]) -> None:
         """Be told what will be asked, about in this order; each call holds its weights until it is taken."""
 
-    def made(self, call: Call) -> Any:
+    def made(self, call: Task) -> Any:
         """The call's result.
 
         Raises:
@@ -53,13 +53,13 @@ class Crew(Protocol):
         """Be told that these weights will not be asked for again."""
 
 
-class Here:
+class LocalExecutor:
     """This process."""
 
-    def ahead(self, calls: Iterator[Call]) -> None:
+    def ahead(self, calls: Iterator[Task]) -> None:
         """Nothing is computed ahead."""
 
-    def made(self, call: Call) -> Any:
+    def made(self, call: Task) -> Any:
         """The call's result, computed now."""
         return call.compute(*(load() for load in call.weights.values()), **call.how)
 

@@ -19,7 +19,7 @@ import torch
 import rsi_deploy
 from rsi_deploy.core.arrays import as_numpy, as_torch
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.execution.executor import Call
+from rsi_deploy.execution.executor import Task
 from rsi_deploy.linalg.products.rates import Rates, processor, rates, tell_rates
 from rsi_deploy.runtime.ray_connection import connected
 
@@ -30,8 +30,8 @@ OTHER = "--ray: some sites were factorized on another kind of processor, so the 
 CPU = torch.device("cpu")
 
 
-class RayCrew:
-    """Workers of a Ray cluster; see `ray_crew`."""
+class RayExecutor:
+    """Workers of a Ray cluster; see `ray_executor`."""
 
     def __init__(self, ray: Any, notes: list[str]):
         self._ray, self._notes = ray, notes
@@ -46,16 +46,16 @@ class RayCrew:
         self._window = AHEAD * max(1, sum(count // threads for count in nodes))
         self._task = ray.remote(num_cpus=threads, max_retries=RETRIES)(_work)
         self._settings = settings_of_driver()
-        self._calls: Iterator[Call] = iter(())
+        self._calls: Iterator[Task] = iter(())
         self._asked: dict[Hashable, Any] = {}
         self._held: dict[Hashable, Any] = {}
 
-    def ahead(self, calls: Iterator[Call]) -> None:
+    def ahead(self, calls: Iterator[Task]) -> None:
         """Have workers begin with these."""
         self._calls = calls
         self._fill()
 
-    def made(self, call: Call) -> Any:
+    def made(self, call: Task) -> Any:
         """The call's result, waited for; whoever computes it has begun long ago, if it was announced.
 
         Raises:
@@ -99,7 +99,7 @@ class RayCrew:
             self._ask(call)
         return call is not None
 
-    def _ask(self, call: Call) -> None:
+    def _ask(self, call: Task) -> None:
         for key, load in call.weights.items():
             if key not in self._held:
                 self._held[key] = self._ray.put(_packed(load()))
@@ -115,7 +115,7 @@ class RayCrew:
 
 
 @contextlib.contextmanager
-def ray_crew(address: str, notes: list[str]) -> Iterator[RayCrew]:
+def ray_executor(address: str, notes: list[str]) -> Iterator[RayExecutor]:
     """Workers at `address`, for as long as the block lasts.
 
     Args:
@@ -126,7 +126,7 @@ def ray_crew(address: str, notes: list[str]) -> Iterator[RayCrew]:
         UsageError: as `connected`; or a machine there has too few CPUs.
     """
     with connected(address) as ray:
-        yield RayCrew(ray, notes)
+        yield RayExecutor(ray, notes)
 
 
 def settings_of_driver() -> tuple[int, dict[str, float], dict[str, str]]:

@@ -1,7 +1,7 @@
 """Finished work of a run that was killed, for the next one: exports of large models go on from it.
 
     FactorSource --Call--> KeepingCrew --> kept: read back, and checked
-                                       --> computed by the crew, then kept
+                                       --> computed by the executor, then kept
     Calibrator ---fitted-> the same for all factors of a fit together, once it is done
 
 A result is kept in a file of its own, named for what it is of: the weights' names, the rank, the solver with its seed.
@@ -30,7 +30,7 @@ from torch import Tensor
 from rsi_deploy import __version__
 from rsi_deploy.calibration.activations import Fitted, Form, Replacement
 from rsi_deploy.core.sites import SiteRecord, Spectrum
-from rsi_deploy.execution.executor import Call, Crew
+from rsi_deploy.execution.executor import Executor, Task
 from rsi_deploy.io.atomic import whole_file, write_text
 from rsi_deploy.io.locks import remove
 from rsi_deploy.linalg.products.rates import processor, rates
@@ -75,7 +75,7 @@ class _Stored(pydantic.BaseModel, extra="forbid"):
 
 
 @dataclass(kw_only=True)
-class Finished:
+class ResultStore:
     """Results in a folder, which is made with the first of them.
 
     Attributes:
@@ -101,13 +101,13 @@ class Finished:
             write_text(self.folder / "key.txt", self.key, durable=False)
         return self.folder
 
-    def has(self, call: Call) -> bool:
+    def has(self, call: Task) -> bool:
         """Whether there is a file for the call; `result` may still find it damaged."""
-        return self._path(_told(call)).is_file()
+        return self._path(_stored_key(call)).is_file()
 
-    def result(self, call: Call) -> tuple[bool, Any]:
+    def result(self, call: Task) -> tuple[bool, Any]:
         """Whether the call's result is kept, and the result."""
-        stored, tensors = self._read(_told(call))
+        stored, tensors = self._read(_stored_key(call))
         if stored is None:
             return False, None
         if not tensors:
@@ -115,19 +115,19 @@ class Finished:
         factors, records = Factors(tensors["left"], tensors["right"]), stored.records or []
         return True, (factors, records[0] if stored.one else records)
 
-    def keep(self, call: Call, result: Any) -> None:
+    def keep(self, call: Task, result: Any) -> None:
         """Keep a call's result: factors with one record or a list of them, a rank, or None."""
         if not isinstance(result, tuple):
-            self._write(_told(call), _Stored(rank=result), {})
+            self._write(_stored_key(call), _Stored(rank=result), {})
             return
         factors, records = result
         one = isinstance(records, SiteRecord)
         stored = _Stored(records=[records] if one else list(records), one=one)
-        self._write(_told(call), stored, {"left": factors.left, "right": factors.right})
+        self._write(_stored_key(call), stored, {"left": factors.left, "right": factors.right})
 
     def fitted(self, wanted: Mapping[str, Any]) -> tuple[dict[str, Fitted], dict[str, str]] | None:
         """What a fit of these splits, name -> (form, rank), has made, and why sites were left out; None before it."""
-        stored, tensors = self._read(_told_fit(wanted))
+        stored, tensors = self._read(_stored_fit_key(wanted))
         if stored is None or stored.fits is None:
             return None
         found = {}
@@ -155,7 +155,7 @@ class Finished:
                 spectrum=fit.spectrum,
             )
             tensors |= {f"{number}.{part}": getattr(fit.replacement, part) for part in PARTS}
-        self._write(_told_fit(wanted), _Stored(fits=fits, declined=dict(declined)), tensors)
+        self._write(_stored_fit_key(wanted), _Stored(fits=fits, declined=dict(declined)), tensors)
 
     def note(self) -> str:
         """What a reader of the report should know."""
@@ -212,32 +212,32 @@ def key_of(source: str, device: torch.device, *more: object) -> str:
     return json.dumps([__version__, torch.__version__, source, *machine, *map(str, more)])
 
 
-class KeepingCrew:
-    """A crew that computes what is not kept."""
+class StoringExecutor:
+    """A executor that computes what is not kept."""
 
-    def __init__(self, crew: Crew, finished: Finished) -> None:
-        self._crew, self._finished = crew, finished
+    def __init__(self, executor: Executor, finished: ResultStore) -> None:
+        self._executor, self._finished = executor, finished
 
-    def ahead(self, calls: Iterator[Call]) -> None:
-        """Have the crew told of what is not kept."""
-        self._crew.ahead(call for call in calls if not self._finished.has(call))
+    def ahead(self, calls: Iterator[Task]) -> None:
+        """Have the executor told of what is not kept."""
+        self._executor.ahead(call for call in calls if not self._finished.has(call))
 
-    def made(self, call: Call) -> Any:
+    def made(self, call: Task) -> Any:
         """The call's result, kept or computed."""
         was_kept = self._finished.has(call)
         found, result = self._finished.result(call)
         if found:
             return result
-        result = self._crew.made(replace(call, announced=call.announced and not was_kept))
+        result = self._executor.made(replace(call, announced=call.announced and not was_kept))
         self._finished.keep(call, result)
         return result
 
     def done(self, *weights: Hashable) -> None:
-        """Tell the crew."""
-        self._crew.done(*weights)
+        """Tell the executor."""
+        self._executor.done(*weights)
 
 
-def _told(call: Call) -> str:
+def _stored_key(call: Task) -> str:
     """What a call computes, of what and how, in one text; what its records' times are says nothing of it."""
     how = {name: _plain(value) for name, value in sorted(call.how.items())}
     return repr((call.compute.__name__, list(call.weights), how))
@@ -249,7 +249,7 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _told_fit(wanted: Mapping[str, Any]) -> str:
+def _stored_fit_key(wanted: Mapping[str, Any]) -> str:
     return json.dumps(["fit", sorted((name, list(split)) for name, split in wanted.items())])
 
 

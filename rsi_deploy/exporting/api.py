@@ -18,18 +18,18 @@ from rsi_deploy.calibration.calibration_data import check_source
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset
-from rsi_deploy.exporting.cache import Kept
+from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.inputs import Origin, device_named, evaluation_data, told_shapes, uniform
 from rsi_deploy.exporting.latency_options import Timed
 from rsi_deploy.exporting.profile import BUDGET, Costing
 from rsi_deploy.exporting.run import ExportRun
-from rsi_deploy.exporting.steps import Job
+from rsi_deploy.exporting.steps import ExportSteps
 from rsi_deploy.io.bundle import whole_folder
-from rsi_deploy.io.onnx_checks.broken_models import blames_broken_models
+from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.linalg.solver import Method, PowerIterations, Route, Solver
 from rsi_deploy.planning.plan_file import read_plan
 from rsi_deploy.planning.planner import Filters, MaxError, RankSpec
-from rsi_deploy.planning.request import Request, given_budget
+from rsi_deploy.planning.request import RankRequest, given_budget
 from rsi_deploy.report.schema import Report
 from rsi_deploy.report.sweep_schema import deliver
 from rsi_deploy.runtime.feeds.probe import read_feeds
@@ -39,7 +39,7 @@ from rsi_deploy.runtime.ray_connection import check_ray
 Progress = Callable[[str, int, int], None]
 
 
-@blames_broken_models
+@explains_broken_models
 def export(
     model: str | nn.Module | None,
     output: str | Path,
@@ -94,7 +94,7 @@ def export(
     force: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
-    kept: Kept | None = None,
+    kept: SweepCache | None = None,
     from_sweep: str | Path | None = None,
     point: int | None = None,
 ) -> Report:
@@ -172,7 +172,7 @@ def export(
     if model is None:
         raise UsageError("export takes a MODEL, or --from-sweep DIR --point N")
     plain, shapes = told_shapes(input_shape)
-    request = Request(
+    request = RankRequest(
         rank=uniform(rank, max_error),
         budget=given_budget(keep_params, keep_macs, max_size, keep_latency, max_latency),
         max_drop=max_drop,
@@ -202,7 +202,7 @@ def export(
         mixed_precision=mixed_precision,
     )
     dataset = evaluation_data(data, preprocessing)
-    job = Job(
+    job = ExportSteps(
         settings=request.settings(filters, solver, always_split=always_split, joint=joint, opset=opset),
         solver=solver,
         device=device_named("cpu" if ray is not None else device),
@@ -243,7 +243,7 @@ def export(
         return run.made_in(folder)
 
 
-def _check_ray(ray: str | None, request: Request, device: str) -> None:
+def _check_ray(ray: str | None, request: RankRequest, device: str) -> None:
     if ray is None:
         return
     if request.is_fitted:

@@ -26,7 +26,7 @@ from rsi_deploy.planning.knapsack import Option, SiteOptions
 
 
 @dataclass(kw_only=True)
-class Kept:
+class SweepCache:
     """A folder of what was found before.
 
     Attributes:
@@ -40,7 +40,7 @@ class Kept:
     answers: npt.NDArray[Any] | None = None
 
     @classmethod
-    def of(cls, folder: Path, key: str) -> "Kept":
+    def of(cls, folder: Path, key: str) -> "SweepCache":
         """What `folder` keeps for this key; the folder is made where it is not there."""
         folder.mkdir(parents=True, exist_ok=True)
         told = folder / "key.txt"

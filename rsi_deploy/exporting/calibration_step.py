@@ -21,8 +21,8 @@ from rsi_deploy.core.sites import site_name
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset
 from rsi_deploy.evaluation.accuracy import AccuracyResult, evaluate
-from rsi_deploy.execution.result_store import Finished
-from rsi_deploy.exporting.cache import Kept
+from rsi_deploy.execution.result_store import ResultStore
+from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.timed_export import TimedExport
 from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.io.onnx_reader import load_model
@@ -32,7 +32,7 @@ from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Decisions, Planned, blank, decisions_of, from_plan, under, uniform, wanted_splits
 from rsi_deploy.planning.knapsack import SiteOptions, smallest_cost
 from rsi_deploy.planning.planner import Decision, Filters, FixedPlanner, Planner, SitePlanner
-from rsi_deploy.planning.request import Request
+from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.shape_trace import traced_run
@@ -45,7 +45,7 @@ ENOUGH_ROWS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dense:
+class CalibratedModel:
     """The dense model that is calibrated.
 
     Attributes:
@@ -87,8 +87,8 @@ class Calibrator:
         notes: what a reader should know of the data.
     """
 
-    request: Request
-    dense: Dense
+    request: RankRequest
+    dense: CalibratedModel
     planner: Planner | None
     filters: Filters
     solver: Solver
@@ -99,8 +99,8 @@ class Calibrator:
     seed: int
     progress: Progress | None
     timing: TimedExport | None = None
-    kept: Kept | None = None
-    finished: Finished | None = None
+    kept: SweepCache | None = None
+    finished: ResultStore | None = None
     notes: list[str] = field(default_factory=list)
     _streams: OnnxStreams | None = field(default=None, init=False)
 
@@ -199,7 +199,7 @@ class Calibrator:
         """Every site's options, from an earlier export or this calibration."""
         kept = self.kept
         if kept is None and self.finished is not None:
-            kept = Kept(folder=self.finished.begun())
+            kept = SweepCache(folder=self.finished.begun())
         if kept is not None and (known := kept.options()) is not None:
             calibration.declined.update(known[1])
             return known[0]

@@ -10,8 +10,8 @@ from rsi_deploy.exporting.profile import Costing
 from rsi_deploy.exporting.slowdown_rollback import LastWord
 from rsi_deploy.exporting.timed_export import TimedExport
 from rsi_deploy.planning.budget import Budget
-from rsi_deploy.planning.request import Request
-from rsi_deploy.report.schema import Timing
+from rsi_deploy.planning.request import RankRequest
+from rsi_deploy.report.schema import TimingRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Timed:
         UsageError: says what to type.
     """
 
-    request: Request
+    request: RankRequest
     cost: str | Path | None
     foreign: bool
     smaller_is_enough: bool
@@ -57,12 +57,12 @@ class Timed:
 
 def timing_record(
     timing: TimedExport | None, word: LastWord | None, costing: Costing, predicted: float | None
-) -> Timing | None:
+) -> TimingRecord | None:
     """What the report says of time; None where it decided nothing."""
     if timing is None and word is None:
         return None
     table = None if timing is None else timing.table
-    return Timing(
+    return TimingRecord(
         source="the finished model alone" if timing is None else timing.source,
         conditions=conditions_here(costing.provider, costing.threads) if table is None else table.conditions,
         rule="faster" if timing is None or timing.must_be_faster else "none",

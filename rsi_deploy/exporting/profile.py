@@ -30,7 +30,7 @@ from rsi_deploy.costing.trial_plans import trial_plans, with_model_time
 from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.io.atomic import write_text
 from rsi_deploy.io.locks import ScratchFolder
-from rsi_deploy.io.onnx_checks.broken_models import blames_broken_models
+from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import model_hash, read_onnx, write_external
 from rsi_deploy.io.onnx_reader import load_model
 from rsi_deploy.runtime.batch_independence import samples_in
@@ -48,7 +48,7 @@ MODEL_SHARE = 0.2
 """Of the time, for the whole model."""
 
 
-@blames_broken_models
+@explains_broken_models
 def profile(
     model: str | Any,
     output: str | Path | None = None,

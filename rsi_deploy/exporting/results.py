@@ -17,7 +17,7 @@ from rsi_deploy.exporting.slowdown_rollback import LastWord
 from rsi_deploy.exporting.steps import Compressed, DenseFacts
 from rsi_deploy.report.schema import Accuracy, ProbeOutput, Verification
 from rsi_deploy.runtime.feeds.probe import Feeds
-from rsi_deploy.runtime.parity import Comparison
+from rsi_deploy.runtime.parity import OutputComparison
 from rsi_deploy.torch_models.model_source import Source
 
 
@@ -39,7 +39,7 @@ class Start:
     source: Source
     folder: Path
     steps: Preprocessing | None
-    exporter: Comparison | None
+    exporter: OutputComparison | None
     facts: DenseFacts
     dataset: Dataset | None
     accuracy: AccuracyResult | None
@@ -74,7 +74,7 @@ class Delivered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
+class Verified:
     """The compressed model, held against the dense one.
 
     Attributes:

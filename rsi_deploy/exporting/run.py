@@ -18,17 +18,17 @@ from rsi_deploy.data.feeding import named_option
 from rsi_deploy.data.model_pictures import preset_note
 from rsi_deploy.data.sources import Dataset
 from rsi_deploy.execution import result_store as resuming
-from rsi_deploy.execution.result_store import Finished
-from rsi_deploy.exporting.cache import Kept
-from rsi_deploy.exporting.calibration_step import Calibrator, Dense
+from rsi_deploy.execution.result_store import ResultStore
+from rsi_deploy.exporting.cache import SweepCache
+from rsi_deploy.exporting.calibration_step import CalibratedModel, Calibrator
 from rsi_deploy.exporting.disk_space import check_room, told_room
 from rsi_deploy.exporting.inputs import Origin
 from rsi_deploy.exporting.latency_options import Timed, missed_time
 from rsi_deploy.exporting.profile import Costing
-from rsi_deploy.exporting.results import Checked, Delivered, Start, dense_file
+from rsi_deploy.exporting.results import Delivered, Start, Verified, dense_file
 from rsi_deploy.exporting.shared_factor_choice import JointOrApart
 from rsi_deploy.exporting.slowdown_rollback import LastWord, splits_of
-from rsi_deploy.exporting.steps import Compressed, Job
+from rsi_deploy.exporting.steps import Compressed, ExportSteps
 from rsi_deploy.exporting.timed_export import TimedExport, timed_export
 from rsi_deploy.exporting.writer import Exported, write_files
 from rsi_deploy.io.bundle import kept_beside
@@ -61,7 +61,7 @@ class ExportRun:
         kept: what earlier exports of the same model, data and settings have found; None without.
     """
 
-    job: Job
+    job: ExportSteps
     origin: Origin
     timed: Timed
     costing: Costing
@@ -73,7 +73,7 @@ class ExportRun:
     keep_dense: bool
     allow_larger: bool
     command: str
-    kept: Kept | None
+    kept: SweepCache | None
 
     def made_in(self, folder: Path) -> Report:
         """Make the bundle in `folder`, which is there and empty; its report.
@@ -134,7 +134,7 @@ class ExportRun:
         """What the model's own preprocessing does to the size of the data, where they are pictures."""
         return preset_note(start.steps, self.origin.preprocessing, start.source.name) if are_pictures else []
 
-    def _finished(self, start: Start) -> Finished | None:
+    def _finished(self, start: Start) -> ResultStore | None:
         """What an earlier run of this export has finished; None where the model is too small to keep anything."""
         if start.facts.size.bytes < resuming.LARGE:
             return None
@@ -144,7 +144,7 @@ class ExportRun:
             shapes = {name: array.shape for name, array in start.facts.feeds.items()}  # what MACs are counted on
             told = [fingerprint(calib), job.settings.model_dump_json(), job.provider, shapes]
         key = resuming.key_of(f"{job.source_hash} {file_hash(start.dense)}", job.device, *told)
-        return Finished(folder=kept_beside(start.folder), key=key)
+        return ResultStore(folder=kept_beside(start.folder), key=key)
 
     def _timing(self, start: Start) -> TimedExport | None:
         """The times to plan with; None where they decide nothing, or the model cannot be run."""
@@ -167,7 +167,7 @@ class ExportRun:
         job, request, facts = self.job, self.timed.request, start.facts
         return Calibrator(
             request=request,
-            dense=Dense(
+            dense=CalibratedModel(
                 path=start.dense,
                 size=facts.size,
                 macs={node: count - facts.attention_macs.get(node, 0) for node, count in facts.macs.items()},
@@ -252,7 +252,7 @@ class ExportRun:
             start.dense, start.path, start.facts, self.bench_batch, self.bench_seconds, self.costing.threads
         )
 
-    def _checked(self, start: Start, delivered: Delivered, calibrator: Calibrator) -> Checked:
+    def _checked(self, start: Start, delivered: Delivered, calibrator: Calibrator) -> Verified:
         """The delivered model held against the dense one: outputs, accuracy, calibration data, MACs."""
         job, dense, path, result = self.job, start.dense, start.path, delivered.result
         verification, probe = job.verify(dense, path, result, start.facts, start.exporter, self.max_output_error)
@@ -267,7 +267,7 @@ class ExportRun:
                 job.notes += self._of_pictures(start, data.are_pictures) + data.notes()
                 if kept is not None:
                     kept.answers = answers
-        return Checked(
+        return Verified(
             verification=verification,
             probe=probe,
             accuracy=accuracy,

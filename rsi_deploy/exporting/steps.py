@@ -31,9 +31,9 @@ from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.data.sources import Dataset
 from rsi_deploy.evaluation.accuracy import AccuracyResult, evaluate
 from rsi_deploy.evaluation.softmax_bound import Head, SoftmaxBound, find_head, softmax_bound
-from rsi_deploy.execution.executor import Crew, Here
-from rsi_deploy.execution.ray_executor import ray_crew
-from rsi_deploy.execution.result_store import Finished, KeepingCrew
+from rsi_deploy.execution.executor import Executor, LocalExecutor
+from rsi_deploy.execution.ray_executor import ray_executor
+from rsi_deploy.execution.result_store import ResultStore, StoringExecutor
 from rsi_deploy.exporting.dense_size import dense_size
 from rsi_deploy.io.onnx_file import (
     forget_weights_,
@@ -49,7 +49,7 @@ from rsi_deploy.onnx_models.opset import check_conversion, convert_opset
 from rsi_deploy.onnx_models.rewrite import split_and_write
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.decide import Planned
-from rsi_deploy.planning.settings import Settings
+from rsi_deploy.planning.settings import ExportSettings
 from rsi_deploy.report.schema import Accuracy, ProbeOutput, Stage, Verification
 from rsi_deploy.runtime.batch_independence import samples_in
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
@@ -58,7 +58,7 @@ from rsi_deploy.runtime.feeds.probe import Feeds, probe_feeds
 from rsi_deploy.runtime.feeds.values import Value, named_arrays
 from rsi_deploy.runtime.parity import (
     EXPORTER_TOLERANCE,
-    Comparison,
+    OutputComparison,
     blames_random_models,
     check_repeatable,
     compare_outputs,
@@ -102,7 +102,7 @@ class Compressed:
 
 
 @dataclass(kw_only=True)
-class Job:
+class ExportSteps:
     """The steps of one export, with the settings they share and the times they took.
 
     `finished` is what an earlier run has finished before it was killed, and where this one keeps its own; None where
@@ -110,7 +110,7 @@ class Job:
     shapes.
     """
 
-    settings: Settings
+    settings: ExportSettings
     solver: Solver
     device: torch.device
     provider: str
@@ -120,7 +120,7 @@ class Job:
     assume_constant: bool
     sources: Mapping[str, Any] = field(default_factory=dict)
     ray: str | None = None
-    finished: Finished | None = None
+    finished: ResultStore | None = None
     stages: list[Stage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     source_hash: str = ""
@@ -144,7 +144,7 @@ class Job:
 
     def export_dense(
         self, source: Source, path: Path, steps: Preprocessing | None, opset: int | None
-    ) -> Comparison | None:
+    ) -> OutputComparison | None:
         """Write the dense ONNX model, and hold it against the source where it was made anew.
 
         A torch source is let go then; an ONNX file is made anew in another opset.
@@ -277,9 +277,9 @@ class Job:
         """
         with self.stage("factorize, split, save"):
             head = find_head(load_model(dense)) if with_head else None
-            with self._crew() as crew:
+            with self._executor() as executor:
                 keep = [head.weight] if head else []
-                split, params = self._split(dense, path, made, keep, self.progress, crew, joint=joint)
+                split, params = self._split(dense, path, made, keep, self.progress, executor, joint=joint)
         if not may_be_dense and not any(site.rank for site in split.sites):
             raise ModelError(f"nothing to split: {_reasons(split)}; rsi-deploy inspect shows every site")
         return Compressed(
@@ -292,7 +292,7 @@ class Job:
 
     def write(self, dense: Path, path: Path, made: Planned) -> None:
         """Write the model that `made` gives as `compress` would, for a look at it."""
-        self._split(dense, path, made, [], None, Here())
+        self._split(dense, path, made, [], None, LocalExecutor())
 
     def _split(
         self,
@@ -301,7 +301,7 @@ class Job:
         made: Planned,
         keep: Sequence[str],
         progress: Progress | None,
-        crew: Crew,
+        executor: Executor,
         *,
         joint: bool = True,
     ) -> tuple[SplitModel, int]:
@@ -322,20 +322,20 @@ class Job:
                 "rsi_deploy.settings": self.settings.model_dump_json(),
                 "rsi_deploy.source_hash": self.source_hash,
             },
-            crew=crew,
+            executor=executor,
         )
         params = count_parameters(model)
         forget_weights_(model)
         return split, params
 
     @contextmanager
-    def _crew(self) -> Iterator[Crew]:
+    def _executor(self) -> Iterator[Executor]:
         """Who factorizes; workers are held no longer than that, so that nothing is measured beside them."""
-        found: AbstractContextManager[Crew] = (
-            nullcontext(Here()) if self.ray is None else ray_crew(self.ray, self.notes)
+        found: AbstractContextManager[Executor] = (
+            nullcontext(LocalExecutor()) if self.ray is None else ray_executor(self.ray, self.notes)
         )
-        with found as crew:
-            yield crew if self.finished is None else KeepingCrew(crew, self.finished)
+        with found as executor:
+            yield executor if self.finished is None else StoringExecutor(executor, self.finished)
 
     def verify(
         self,
@@ -343,7 +343,7 @@ class Job:
         path: Path,
         result: Compressed,
         facts: DenseFacts,
-        exporter: Comparison | None,
+        exporter: OutputComparison | None,
         max_output_error: float | None,
     ) -> tuple[Verification, tuple[ProbeOutput, ...]]:
         """Hold the surgery and the compressed model against the dense one."""

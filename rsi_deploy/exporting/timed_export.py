@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rsi_deploy.benchmark.variants import Feeds
-from rsi_deploy.calibration.activations import Streams
+from rsi_deploy.calibration.activations import ModelActivations
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.costing.cost_cache import conditions_here
 from rsi_deploy.costing.cost_table import CostTable, PlanCheck, read_cost_table
@@ -93,7 +93,7 @@ class TimedExport:
         self.delivers_dense = True
         self.remarks.append(f"{told}: the DENSE model is delivered. Where smaller is enough, add --smaller-is-enough")
 
-    def within(self, budget: Budget, options: Sequence[SiteOptions], streams: Streams) -> Decisions:
+    def within(self, budget: Budget, options: Sequence[SiteOptions], streams: ModelActivations) -> Decisions:
         """The decisions for a budget of time; the table has learnt from the plans' models then.
 
         Raises:

@@ -10,8 +10,8 @@ from rsi_deploy.core.model_size import Size
 from rsi_deploy.exporting.calibration_step import Calibrator
 from rsi_deploy.exporting.latency_options import timing_notes, timing_record
 from rsi_deploy.exporting.profile import Costing
-from rsi_deploy.exporting.results import Checked, Delivered, Start, dense_file
-from rsi_deploy.exporting.steps import Job
+from rsi_deploy.exporting.results import Delivered, Start, Verified, dense_file
+from rsi_deploy.exporting.steps import ExportSteps
 from rsi_deploy.io.manifest import file_hash, write_manifest
 from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.onnx_models.split import with_macs
@@ -36,11 +36,11 @@ class Exported:
         checked: one held against the other.
     """
 
-    job: Job
+    job: ExportSteps
     start: Start
     calibrator: Calibrator
     delivered: Delivered
-    checked: Checked
+    checked: Verified
 
     def report(self, costing: Costing, command: str, *, keep_dense: bool) -> Report:
         """The report; what does not belong into the bundle is dropped with it, for the rest is hashed."""

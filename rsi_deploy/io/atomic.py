@@ -32,7 +32,7 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 
 @dataclass(frozen=True, kw_only=True)
-class Claim:
+class OutputClaim:
     """A folder that this run alone may make.
 
     Attributes:
@@ -98,7 +98,7 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claimed(target: Path) -> Iterator[Claim]:
+def claimed(target: Path) -> Iterator[OutputClaim]:
     """Keep all other runs away from `target` for as long as the block lasts.
 
     What a killed run has left of it is removed first, but for finished work. That is removed when the block ends well
@@ -109,7 +109,7 @@ def claimed(target: Path) -> Iterator[Claim]:
     """
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    claim = Claim(target=target, place=target.with_name(f".{target.name}.partial"))
+    claim = OutputClaim(target=target, place=target.with_name(f".{target.name}.partial"))
     over = False
     with contextlib.ExitStack() as held:
         held.enter_context(held_signals())
@@ -185,7 +185,7 @@ def sync_tree(folder: Path) -> None:
         _sync(Path(here))
 
 
-def _note(error: BaseException, claim: Claim) -> None:
+def _note(error: BaseException, claim: OutputClaim) -> None:
     """Have an error that ended the work early say how much room there was, and what of the work is left."""
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         written = sum(path.stat().st_size for path in claim.place.rglob("*") if path.is_file())
@@ -196,7 +196,7 @@ def _note(error: BaseException, claim: Claim) -> None:
         error.add_note(f"finished work is kept: the same command goes on from it, rm -r {claim.place} drops it")
 
 
-def _locked(claim: Claim) -> int:
+def _locked(claim: OutputClaim) -> int:
     """The open lock of a claim.
 
     Raises:

@@ -17,7 +17,7 @@ MODERATE = 10  # binary digits from 1 within which products of three weights and
 ALIGNMENT = 64  # bytes: where a matrix begins may change the order in which a product is summed
 
 
-class Checked(NamedTuple):
+class CheckedWeight(NamedTuple):
     """A weight fit for the kernel: `weight (..., out, in)`, contiguous and aligned, its `rank`, and its `scale`.
 
     `scale` is the power of two, between 2^-126 and 2^126, that brings the largest entry nearest to 1; 1 where it
@@ -29,7 +29,7 @@ class Checked(NamedTuple):
     scale: float
 
 
-def checked(weight: Tensor, rank: int, site: str = "") -> Checked:
+def checked(weight: Tensor, rank: int, site: str = "") -> CheckedWeight:
     """`weight (..., out, in)` as the kernel takes it.
 
     Raises:
@@ -48,7 +48,7 @@ def checked(weight: Tensor, rank: int, site: str = "") -> Checked:
             f"{at(site)}rank must be between 1 and min(out, in) = {min(weight.shape[-2:])}, but got {rank!r}"
         )
     weight = settled(weight.detach())
-    return Checked(weight, min(rank, *weight.shape[-2:]), _scale(weight, site))
+    return CheckedWeight(weight, min(rank, *weight.shape[-2:]), _scale(weight, site))
 
 
 def settled(weight: Tensor) -> Tensor:

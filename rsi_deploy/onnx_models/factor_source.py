@@ -5,7 +5,7 @@ site --> SitePlanner.decide --> dense, with the reason
                             --> Solver (RSI) on the weight alone, in any form
                             --> one right factor for a group of weights that multiply the same input
 
-Who factorizes is the crew's business (`rsi_deploy.execution.executor`); which sites will be asked for, and how, is
+Who factorizes is the executor's business (`rsi_deploy.execution.executor`); which sites will be asked for, and how, is
 known ahead.
 """
 
@@ -21,7 +21,7 @@ import graph_passes as gp
 from rsi_deploy.calibration.activations import Fitted, Replacement
 from rsi_deploy.core.arrays import as_numpy, as_torch
 from rsi_deploy.core.sites import SiteRecord, break_even_rank, site_name, unmeasured_record
-from rsi_deploy.execution.executor import Call, Crew
+from rsi_deploy.execution.executor import Executor, Task
 from rsi_deploy.linalg.site_factors import factorize_site
 from rsi_deploy.linalg.solver import Factors, Solver, balanced
 from rsi_deploy.planning.joint import factorize_jointly
@@ -36,7 +36,7 @@ class FactorSource:
 
     planner: SitePlanner
     solver: Solver
-    crew: Crew
+    executor: Executor
     fitted: Mapping[str, Fitted]
     progress: Progress | None
     wanted: frozenset[str]
@@ -107,17 +107,17 @@ class FactorSource:
     ) -> tuple[Factors, SiteRecord]:
         self._tell(site_name(site.weight), site)
         call = self._call(site, form, rank)
-        factors, record = self.crew.made(call)
+        factors, record = self.executor.made(call)
         if not again:
-            self.crew.done(*call.weights)
+            self.executor.done(*call.weights)
         return factors, record.model_copy(update={"reason": f"{reason}{record.reason}"})
 
-    def _call(self, site: gp.Site, form: gp.Form | Literal["first"], rank: int) -> Call:
+    def _call(self, site: gp.Site, form: gp.Form | Literal["first"], rank: int) -> Task:
         """What factorizes a site; why it is split stands before what the record says, once that is known."""
         how = {"name": site_name(site.weight), "kind": site.op_type, "rank": rank, "solver": self.solver}
-        return Call(compute=factorized, weights={weight_key(site, form): self._loader(site, form)}, how=how)
+        return Task(compute=factorized, weights={weight_key(site, form): self._loader(site, form)}, how=how)
 
-    def ahead(self, sites: Iterable[gp.Site]) -> Iterator[Call]:
+    def ahead(self, sites: Iterable[gp.Site]) -> Iterator[Task]:
         """The calls that these sites will come to, one a weight; a site is let go when its turn has come."""
         first: dict[str, gp.Site] = {}
         for site in sites:
@@ -141,14 +141,14 @@ class FactorSource:
             return None
         alone = [self._alone(m, d.rank or 0, d.reason, again=True) for m, d in zip(members, decisions, strict=True)]
         self._tell(" + ".join(site_name(member.weight) for member in members), members[-1])
-        call = Call(
+        call = Task(
             compute=jointly,
             weights={weight_key(member, "first"): self._loader(member, "first") for member in members},
             how={"alone": [self.records[member.weight] for member in members], "solver": self.solver},
             announced=False,
         )
-        result = self.crew.made(call)
-        self.crew.done(*call.weights)
+        result = self.executor.made(call)
+        self.executor.done(*call.weights)
         if result is None:
             self._remark(members, "it costs no less for the same errors")
             self.waiting |= {member.weight: factors for member, factors in zip(members, alone, strict=True)}

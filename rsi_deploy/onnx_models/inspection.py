@@ -17,7 +17,7 @@ from rsi_deploy.core.arrays import as_torch
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.progress import at, step
 from rsi_deploy.core.sites import break_even_rank, site_name
-from rsi_deploy.io.onnx_checks.broken_models import blames_broken_models
+from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import read_onnx
 from rsi_deploy.linalg.solver import singular_values
 from rsi_deploy.onnx_models.split import joint_groups
@@ -71,7 +71,7 @@ class Inspection(pydantic.BaseModel, frozen=True, extra="forbid"):
     notes: tuple[str, ...] = ()
 
 
-@blames_broken_models
+@explains_broken_models
 def inspect(
     model: str,
     *,

@@ -26,7 +26,7 @@ from graph_passes.names import Names
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.io.onnx_checks.broken_models import objection
 from rsi_deploy.io.onnx_maps import keep_map_types_, map_types, put_map_types_back_, take_map_types_
-from rsi_deploy.runtime.parity import EXPORTER_TOLERANCE, Comparison, compare_outputs, tolerance_for
+from rsi_deploy.runtime.parity import EXPORTER_TOLERANCE, OutputComparison, compare_outputs, tolerance_for
 from rsi_deploy.runtime.sessions import make_session, run_session
 
 # Up to so many numbers, constants go through the converter: it reads axes, shapes and scales, and never a weight.
@@ -78,7 +78,7 @@ def convert_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
 
 def check_conversion(
     source: Path, converted: Path, opsets: tuple[int, int], feeds: Mapping[str, npt.NDArray[Any]]
-) -> Comparison | None:
+) -> OutputComparison | None:
     """Hold a converted model against the file it comes from: onnx's checker, and the outputs on the probe inputs.
 
     Args:

@@ -16,20 +16,20 @@ import torch
 import graph_passes as gp
 from rsi_deploy.calibration.activations import Fitted
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.execution.executor import Crew
-from rsi_deploy.execution.result_store import Finished, KeepingCrew, key_of
+from rsi_deploy.execution.executor import Executor
+from rsi_deploy.execution.result_store import ResultStore, StoringExecutor, key_of
 from rsi_deploy.io import onnx_file
 from rsi_deploy.io.atomic import claimed, sync_tree
 from rsi_deploy.io.external_data import DataFile
 from rsi_deploy.io.manifest import stamps
-from rsi_deploy.io.onnx_checks.broken_models import blames_broken_models
+from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import external_files
 from rsi_deploy.linalg.solver import Method, PowerIterations, Route, Solver
 from rsi_deploy.onnx_models.split import CPU, HERE, Progress, SplitModel, split_graph
 from rsi_deploy.planning.planner import MaxError, Planner, RankSpec, SitePlanner, rank_spec
 
 
-@blames_broken_models
+@explains_broken_models
 def rewrite(
     source: str | Path,
     target: str | Path,
@@ -115,11 +115,11 @@ def rewrite(
         path, before = claim.new / target.name, _data_of(target)
         taken = before | {file.name for file in read}
         name = next(name for name in _data_names(target) if name not in taken)
-        crew: Crew = HERE
+        executor: Executor = HERE
         if resume:
-            crew = KeepingCrew(HERE, Finished(folder=claim.kept, key=key_of(stamps(read), CPU)))
+            executor = StoringExecutor(HERE, ResultStore(folder=claim.kept, key=key_of(stamps(read), CPU)))
         result = split_and_write(
-            model, path, planner, solver, joint=joint, progress=progress, crew=crew, data_name=name
+            model, path, planner, solver, joint=joint, progress=progress, executor=executor, data_name=name
         )
         if any(site.rank for site in result.sites) and not (allow_larger or always_split):
             onnx_file.refuse_growth(onnx_file.bytes_as_given(path), onnx_file.bytes_as_given(source), source.name)
@@ -159,7 +159,7 @@ def split_and_write(
     keep: Sequence[str] = (),
     device: torch.device = CPU,
     metadata: dict[str, str] | None = None,
-    crew: Crew = HERE,
+    executor: Executor = HERE,
     data_name: str = "",
 ) -> SplitModel:
     """Split `model` in place and write it to `path`, streaming the factors where the weights are many.
@@ -175,7 +175,7 @@ def split_and_write(
         keep: names of weights whose factors the caller wants to see.
         device: where factors are computed.
         metadata: entries to add to the model's metadata.
-        crew: who computes the factors.
+        executor: who computes the factors.
         data_name: of the file beside `path` that streamed factors go to; "" is `path`'s own with ".data".
     """
     streamed = onnx_file.weight_bytes(model) > onnx_file.INLINE_LIMIT
@@ -189,7 +189,7 @@ def split_and_write(
         progress=progress,
         keep=keep,
         device=device,
-        crew=crew,
+        executor=executor,
     )
     if not streamed:
         result = split()

@@ -18,7 +18,7 @@ from rsi_deploy.calibration.activations import Fitted
 from rsi_deploy.core.arrays import as_torch
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import SiteRecord, dense_record, site_name
-from rsi_deploy.execution.executor import Call, Crew, Here
+from rsi_deploy.execution.executor import Executor, LocalExecutor, Task
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.factor_source import FactorSource, weight_key
 from rsi_deploy.planning.error_rank import smallest_rank
@@ -26,7 +26,7 @@ from rsi_deploy.planning.planner import MaxError, Planner, SitePlanner
 
 Progress = Callable[[str, int, int], None]
 CPU = torch.device("cpu")
-HERE = Here()
+HERE = LocalExecutor()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def split_graph(
     keep: Iterable[str] = (),
     device: torch.device = CPU,
     store: gp.Keep = gp.in_memory,
-    crew: Crew = HERE,
+    executor: Executor = HERE,
 ) -> SplitModel:
     """Split `model` in place as the planner decides, with factors from the solver.
 
@@ -65,7 +65,7 @@ def split_graph(
         keep: names of weights whose factors the caller wants to see.
         device: where factors are computed.
         store: where they are kept until the model is written.
-        crew: who computes them.
+        executor: who computes them.
 
     Raises:
         UsageError: filters or ranks that cannot be meant for this model.
@@ -75,11 +75,11 @@ def split_graph(
     found = gp.find_sites(model)
     sites = [entry for entry in found if isinstance(entry, gp.Site)]
     planner.check([(site_name(s.weight), s.out_features, s.in_features) for s in sites])
-    planner = _with_ranks(planner, sites, solver, device, crew)
+    planner = _with_ranks(planner, sites, solver, device, executor)
     source = FactorSource(
         planner=planner,
         solver=solver,
-        crew=crew,
+        executor=executor,
         fitted=fitted or {},
         progress=progress,
         wanted=frozenset(keep),
@@ -87,14 +87,14 @@ def split_graph(
         order=list(dict.fromkeys(s.weight for s in sites)),
         groups={tuple(s.weight for s in members): members for members in joint_groups(model)} if joint else {},
     )
-    crew.ahead(source.ahead(sites))
+    executor.ahead(source.ahead(sites))
     del found, sites  # a site holds its dense weight; from here on each is let go as soon as it is split
     nodes = gp.split(model, source, keep=store, joint=joint)
     return SplitModel(sites=tuple(_by_weight(nodes, source.records)), nodes=tuple(nodes), kept=source.kept)
 
 
 def _with_ranks(
-    planner: SitePlanner, sites: Sequence[gp.Site], solver: Solver, device: torch.device, crew: Crew
+    planner: SitePlanner, sites: Sequence[gp.Site], solver: Solver, device: torch.device, executor: Executor
 ) -> SitePlanner:
     """The planner with the rank of every site, where they follow from an error."""
     if not isinstance(planner, Planner) or not isinstance(planner.spec, MaxError):
@@ -102,20 +102,20 @@ def _with_ranks(
     first = {site_name(site.weight): site for site in reversed(sites)}
     names = [name for name in dict.fromkeys(site_name(s.weight) for s in sites) if not planner.filters.refusal(name)]
     calls = {name: _rank_call(first[name], planner.spec, solver, device) for name in names}
-    crew.ahead(iter([*calls.values()]))
+    executor.ahead(iter([*calls.values()]))
     ranks: dict[str, int | None] = {}
     for name, call in calls.items():
         try:
-            ranks[name] = crew.made(call)
+            ranks[name] = executor.made(call)
         except ValueError as error:
             raise ModelError(f"{error} (type --exclude {name!r} to leave it dense)") from error
         if ranks[name] is None:
-            crew.done(*call.weights)
+            executor.done(*call.weights)
     return replace(planner, ranks=ranks)
 
 
-def _rank_call(site: gp.Site, error: MaxError, solver: Solver, device: torch.device) -> Call:
-    return Call(
+def _rank_call(site: gp.Site, error: MaxError, solver: Solver, device: torch.device) -> Task:
+    return Task(
         compute=smallest_rank,
         weights={weight_key(site, "first"): lambda: as_torch(site.load()).to(device)},
         how={"error": error, "solver": solver, "site": site_name(site.weight)},

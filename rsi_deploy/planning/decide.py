@@ -14,7 +14,7 @@ from typing import cast
 import torch
 
 import graph_passes as gp
-from rsi_deploy.calibration.activations import Fitted, Form, Replacement, Streams, StreamSite
+from rsi_deploy.calibration.activations import CalibratedSite, Fitted, Form, ModelActivations, Replacement
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.sites import site_name
@@ -37,7 +37,7 @@ class Planned:
     fitted: Mapping[str, Fitted]
 
 
-def uniform(planner: Planner, streams: Streams) -> Decisions:
+def uniform(planner: Planner, streams: ModelActivations) -> Decisions:
     """The same rank at every site that calibration reaches, in its usual form; the others stay dense."""
     decisions = {site.name: planner.decide(site.name, site.out_features, site.in_features) for site in streams.sites}
     return decisions | _out_of_reach(streams)
@@ -47,7 +47,7 @@ def under(
     budget: Budget,
     options: Sequence[SiteOptions],
     dense: Size,
-    streams: Streams,
+    streams: ModelActivations,
     measure: Callable[[Decisions], int] | None = None,
 ) -> Decisions:
     """The options with the least loss that keep a budget.
@@ -89,7 +89,7 @@ def under(
     return best
 
 
-def decisions_of(choice: Mapping[str, Option], several: Collection[str], streams: Streams) -> Decisions:
+def decisions_of(choice: Mapping[str, Option], several: Collection[str], streams: ModelActivations) -> Decisions:
     """The options as decisions, those out of reach dense; `several` names the sites that have any split to choose."""
     return {name: _decision(option, name in several) for name, option in choice.items()} | _out_of_reach(streams)
 
@@ -151,7 +151,7 @@ def from_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> Decisio
     return decisions
 
 
-def wanted_splits(decisions: Mapping[str, Decision], streams: Streams) -> dict[str, tuple[Form, int]]:
+def wanted_splits(decisions: Mapping[str, Decision], streams: ModelActivations) -> dict[str, tuple[Form, int]]:
     """(form, rank) of the sites that are to be split, of those that calibration reaches."""
     return {
         site.name: (site.forms[0] if decision.form == "first" else decision.form, decision.rank)
@@ -160,7 +160,7 @@ def wanted_splits(decisions: Mapping[str, Decision], streams: Streams) -> dict[s
     }
 
 
-def blank(site: StreamSite, form: Form, rank: int) -> Fitted:
+def blank(site: CalibratedSite, form: Form, rank: int) -> Fitted:
     """Factors of the size that those of a split will have, and no content: to measure a model before it is made."""
     rows, columns = site.shape(form)
     replacement = Replacement(
@@ -178,5 +178,5 @@ def _decision(option: Option, has_splits: bool) -> Decision:
     return Decision(rank=None, reason="worth its size" if has_splits else "no rank saves anything")
 
 
-def _out_of_reach(streams: Streams) -> Decisions:
+def _out_of_reach(streams: ModelActivations) -> Decisions:
     return {name: Decision(rank=None, reason=reason) for name, reason in streams.unreachable.items()}

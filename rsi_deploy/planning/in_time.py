@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rsi_deploy.calibration.activations import Streams
+from rsi_deploy.calibration.activations import ModelActivations
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.costing.cost_table import CostTable, PlanCheck, SiteCost
 from rsi_deploy.planning.bracket import Aim, Trial, next_planned
@@ -106,7 +106,7 @@ def with_saving(options: Sequence[SiteOptions], saving: float, table: CostTable)
 
 
 def in_time(
-    budget: Budget, options: Sequence[SiteOptions], table: CostTable, streams: Streams, check: Check | None
+    budget: Budget, options: Sequence[SiteOptions], table: CostTable, streams: ModelActivations, check: Check | None
 ) -> Landed:
     """The options with the least loss whose model keeps a time.
 
@@ -165,7 +165,7 @@ class _Search:
 
     options: Sequence[SiteOptions]
     table: CostTable
-    streams: Streams
+    streams: ModelActivations
     check: Check | None
     target: float
 

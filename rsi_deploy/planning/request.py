@@ -13,13 +13,13 @@ from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.plan_file import Plan
 from rsi_deploy.planning.planner import Filters, MaxError, Planner, RankSpec
-from rsi_deploy.planning.settings import Settings
+from rsi_deploy.planning.settings import ExportSettings
 
 Unlabelled = str | Path | Dataset | Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class RankRequest:
     """What decides the ranks (exactly one of five), and the data that factors are fitted to.
 
     Attributes:
@@ -113,9 +113,9 @@ class Request:
 
     def settings(
         self, filters: Filters, solver: Solver, *, always_split: bool, joint: bool, opset: int | None
-    ) -> Settings:
+    ) -> ExportSettings:
         """What shapes model.onnx, for the report and the model's metadata."""
-        return Settings(
+        return ExportSettings(
             rank=str(self.rank) if isinstance(self.rank, RankSpec) else "",
             budget=self.decided_by,
             factors="response" if self.is_fitted else "weights",

@@ -5,7 +5,7 @@ from typing import Literal
 import pydantic
 
 
-class Settings(pydantic.BaseModel, frozen=True, extra="forbid"):
+class ExportSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
     """What the user asked for, as far as it shapes model.onnx.
 
     Attributes:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from rsi_deploy.calibration.activations import Distance, Fitted, Form, Replacement, Streams, StreamSite
+from rsi_deploy.calibration.activations import CalibratedSite, Distance, Fitted, Form, ModelActivations, Replacement
 from rsi_deploy.calibration.als import STEPS, TwoKernels, two_kernels
 from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples
 from rsi_deploy.calibration.reduced_rank_regression import (
@@ -79,13 +79,13 @@ class Calibration:
     forms: tuple[Form, ...] = ("matmul", "gemm", "channel", "input", "separable")
     declined: dict[str, str] = field(default_factory=dict, init=False, compare=False)
 
-    def options(self, streams: Streams, progress: Progress | None = None) -> list[SiteOptions]:
+    def options(self, streams: ModelActivations, progress: Progress | None = None) -> list[SiteOptions]:
         """Every reachable site's options, dense first."""
         found: dict[str, SiteOptions] = {}
         sites = streams.sites
         metrics = streams.metrics() if self.metric else {}
 
-        def visit(site: StreamSite, moments: Moments | Samples) -> None:
+        def visit(site: CalibratedSite, moments: Moments | Samples) -> None:
             if progress:
                 progress(site.name, len(found), len(sites))
             metric = metrics[site.name].directions if site.name in metrics else None
@@ -95,7 +95,7 @@ class Calibration:
         return [found[site.name] for site in sites if site.name in found]
 
     def fit(
-        self, streams: Streams, plan: Mapping[str, tuple[Form, int]], progress: Progress | None = None
+        self, streams: ModelActivations, plan: Mapping[str, tuple[Form, int]], progress: Progress | None = None
     ) -> dict[str, Fitted]:
         """Factors of the sites in `plan`, name -> (form, rank), each fitted to what those before it have become.
 
@@ -105,7 +105,7 @@ class Calibration:
         metrics = streams.metrics() if self.metric else {}
         counts = {name: metric.rows for name, metric in metrics.items() if metric.rows is not None}
 
-        def visit(site: StreamSite, moments: Moments | Samples) -> Replacement | None:
+        def visit(site: CalibratedSite, moments: Moments | Samples) -> Replacement | None:
             if site.name not in plan:
                 return None
             if progress:
@@ -138,7 +138,7 @@ class Calibration:
 
     def replacement(
         self,
-        site: StreamSite,
+        site: CalibratedSite,
         moments: Moments | Samples,
         form: Form,
         rank: int,
@@ -178,7 +178,7 @@ class Calibration:
         return replacement, response_error(product, moments)
 
     def _options_of(
-        self, site: StreamSite, moments: Moments | Samples, streams: Streams, metric: Tensor | None
+        self, site: CalibratedSite, moments: Moments | Samples, streams: ModelActivations, metric: Tensor | None
     ) -> SiteOptions:
         params = site.groups * site.out_features * site.in_features
         dense = Option(form="dense", rank=None, params=params, macs=site.macs, bytes=params * site.item_bytes, loss=0.0)
@@ -202,7 +202,7 @@ class Calibration:
             )
         return SiteOptions(name=site.name, options=(dense, *split))
 
-    def _declines(self, site: StreamSite, moments: Moments | Samples) -> bool:
+    def _declines(self, site: CalibratedSite, moments: Moments | Samples) -> bool:
         if moments.varies:
             self.declined.pop(site.name, None)
         else:
@@ -210,7 +210,7 @@ class Calibration:
         return site.name in self.declined
 
     def _errors(
-        self, site: StreamSite, moments: Moments | Samples, metric: Tensor | None
+        self, site: CalibratedSite, moments: Moments | Samples, metric: Tensor | None
     ) -> Iterator[tuple[tuple[Form, int], float]]:
         """((form, rank), response error) of every option below break-even, in the metric."""
         weight = site.load()
@@ -244,10 +244,10 @@ class Calibration:
 
     def _loss(
         self,
-        site: StreamSite,
+        site: CalibratedSite,
         moments: Moments | Samples,
         errors: Mapping[tuple[Form, int], float],
-        streams: Streams,
+        streams: ModelActivations,
         metric: Tensor | None,
     ) -> Callable[[float], float]:
         """What a response error of this site costs at the outputs."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import SiteRecord
 from rsi_deploy.core.text import in_markdown
-from rsi_deploy.planning.settings import Settings
+from rsi_deploy.planning.settings import ExportSettings
 from rsi_deploy.report.schema import Report
 from rsi_deploy.report.summary import (
     LOSS,
@@ -82,7 +82,7 @@ def model_card(report: Report, model: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _asked(settings: Settings) -> str:
+def _asked(settings: ExportSettings) -> str:
     """What was asked for, in few words."""
     q = f", q = {settings.power_iterations}" if settings.method == "rsi" else ""
     ranks = settings.budget or f"rank {settings.rank}"

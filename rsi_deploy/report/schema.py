@@ -21,10 +21,10 @@ from rsi_deploy.evaluation.accuracy import AccuracyResult
 from rsi_deploy.evaluation.softmax_bound import SoftmaxBound
 from rsi_deploy.io.documents import read_document
 from rsi_deploy.io.manifest import inside
-from rsi_deploy.planning.settings import Settings
+from rsi_deploy.planning.settings import ExportSettings
 from rsi_deploy.runtime.feeds.values import as_numbers
 from rsi_deploy.runtime.machine import Environment
-from rsi_deploy.runtime.parity import Comparison
+from rsi_deploy.runtime.parity import OutputComparison
 
 SCHEMA_VERSION = 1
 
@@ -46,9 +46,9 @@ class Verification(_Record):
     own opset.
     """
 
-    exporter: Comparison | None
-    surgery: Comparison | None
-    approximation: Comparison | None
+    exporter: OutputComparison | None
+    surgery: OutputComparison | None
+    approximation: OutputComparison | None
 
 
 class Accuracy(_Record):
@@ -92,7 +92,7 @@ class Undone(_Record):
     saving_ns: int | None
 
 
-class Timing(_Record):
+class TimingRecord(_Record):
     """What time decided.
 
     Attributes:
@@ -155,7 +155,7 @@ class Report(_Record):
     created: str
     command: str
     source: SourceRecord
-    settings: Settings
+    settings: ExportSettings
     preprocessing: Preprocessing | None
     dense: Size
     compressed: Size
@@ -165,7 +165,7 @@ class Report(_Record):
     softmax_bound: SoftmaxBound | None
     accuracy: Accuracy | None
     latency: BenchResult | None
-    timing: Timing | None = None
+    timing: TimingRecord | None = None
     probe_shapes: dict[str, tuple[int, ...]]
     probe_given: bool
     probe_fingerprint: str | None = None

@@ -33,7 +33,7 @@ _graphs = itertools.count(1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
+class TensorDevice:
     """Where tensors lie, in onnxruntime's words: `cpu` or `cuda`, and its number."""
 
     kind: str
@@ -55,7 +55,7 @@ class Bound:
     """
 
     call: Callable[[], None]
-    device: Device
+    device: TensorDevice
     how: str
     outputs: Callable[[], list[npt.NDArray[Any]]]
 
@@ -126,7 +126,7 @@ def bind(
     )
 
 
-def device_of(spec: ProviderSpec, started: Sequence[str]) -> Device:
+def device_of(spec: ProviderSpec, started: Sequence[str]) -> TensorDevice:
     """Where the provider wants its inputs: a CUDA device for the CUDA family, else host memory.
 
     Args:
@@ -134,14 +134,14 @@ def device_of(spec: ProviderSpec, started: Sequence[str]) -> Device:
         started: the session's providers; one that did not start (an allowed fallback) binds nothing.
     """
     if spec.name not in started or short_name(spec.name) not in CUDA_FAMILY:
-        return Device(kind="cpu")
+        return TensorDevice(kind="cpu")
     number = spec.options.get("device_id", "0")
     if not number.isdigit():
         raise UsageError(f"--provider {spec}: device_id takes a number of 0 or more, but got {number!r}")
-    return Device(kind="cuda", number=int(number))
+    return TensorDevice(kind="cuda", number=int(number))
 
 
-def on_device(array: npt.NDArray[Any], device: Device) -> Any:
+def on_device(array: npt.NDArray[Any], device: TensorDevice) -> Any:
     """An `onnxruntime.OrtValue` with a copy of the array, or on the host the array itself."""
     from onnxruntime import OrtValue
 
@@ -155,7 +155,7 @@ def on_device(array: npt.NDArray[Any], device: Device) -> Any:
     return OrtValue.ortvalue_from_numpy(contiguous, device.kind, device.number)
 
 
-def _first_run(session: Any, inputs: Mapping[str, Any], names: Sequence[str], device: Device) -> list[Any]:
+def _first_run(session: Any, inputs: Mapping[str, Any], names: Sequence[str], device: TensorDevice) -> list[Any]:
     """The outputs of a run that allocates them, never captured into a graph; their shapes are what is wanted."""
     binding = session.io_binding()
     for name, value in inputs.items():
@@ -182,7 +182,7 @@ class _BoundRun:
 
     __slots__ = ("_binding", "_kept", "_options", "_run", "_synchronize")
 
-    def __init__(self, session: Any, binding: Any, options: Any, device: Device, kept: tuple[Any, ...]):
+    def __init__(self, session: Any, binding: Any, options: Any, device: TensorDevice, kept: tuple[Any, ...]):
         self._run, self._binding, self._options, self._kept = session.run_with_iobinding, binding, options, kept
         self._synchronize = None if device.kind == "cpu" else binding.synchronize_outputs
 
@@ -205,7 +205,7 @@ def _unbound(session: Any, feeds: Mapping[str, npt.NDArray[Any]]) -> Bound:
 
     return Bound(
         call=call,
-        device=Device(kind="cpu"),
+        device=TensorDevice(kind="cpu"),
         how="plain session.run, for an input or output is no tensor of numbers: allocation and copies are in the time",
         outputs=lambda: last[0],
     )
@@ -217,7 +217,7 @@ def _wants_graph(spec: ProviderSpec) -> str:
     return on[0] if on else ""
 
 
-def _sentence(device: Device, graph: str) -> str:
+def _sentence(device: TensorDevice, graph: str) -> str:
     if device.kind == "cpu":
         return "inputs and outputs bound in host memory before the timing"
     said = f"inputs and outputs bound on {device} before the timing, copies left out, each call synchronised"

@@ -35,7 +35,7 @@ _SCALARS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class NodeCandidate:
     """A node that an executed one may be.
 
     Attributes:
@@ -62,8 +62,8 @@ class NodeIndex:
 
     def __init__(self, path: Path) -> None:
         model = read_proto(path)
-        self._nodes: dict[tuple[str, str], list[Candidate]] = {}
-        self._unnamed: dict[str, list[Candidate]] = {}
+        self._nodes: dict[tuple[str, str], list[NodeCandidate]] = {}
+        self._unnamed: dict[str, list[NodeCandidate]] = {}
         for node in _nodes(model.graph.node):
             self._add(node, "", [{}])
             if node.op_type == "SequenceMap":
@@ -80,7 +80,7 @@ class NodeIndex:
         if not node.name:
             self._unnamed.setdefault(node.op_type, []).extend(made)
 
-    def find(self, op_type: str, name: str) -> list[Candidate]:
+    def find(self, op_type: str, name: str) -> list[NodeCandidate]:
         """Nodes of this operator that run under this name; none for a node that onnxruntime has put in itself."""
         for known in (name, _TOKEN.sub("", name, count=1)):
             if found := self._nodes.get((op_type, known)):
@@ -118,8 +118,8 @@ class _Calls:
         return found
 
 
-def _candidate(node: NodeProto, given: Attributes) -> Candidate:
-    return Candidate(
+def _candidate(node: NodeProto, given: Attributes) -> NodeCandidate:
+    return NodeCandidate(
         name=node.name or next((name for name in node.output if name), ""),
         domain=node.domain,
         inputs=tuple(map(bool, node.input)),

@@ -43,7 +43,7 @@ RANDOM_OPERATORS = {
 EXCLUDE = "find the site with --include and leave it out with --exclude"
 
 
-class Comparison(pydantic.BaseModel, frozen=True, extra="forbid"):
+class OutputComparison(pydantic.BaseModel, frozen=True, extra="forbid"):
     """How far one model's outputs are from another's on the probe inputs.
 
     Attributes:
@@ -68,7 +68,7 @@ def compare_outputs(
     what: str,
     tolerance: float | None = None,
     remedy: str = EXCLUDE,
-) -> Comparison:
+) -> OutputComparison:
     """Compare two models' outputs, given in the same order: sequences element by element, maps key by key.
 
     A text is right or wrong: where it differs it counts as 0 in place of 1. The error's message ends with `remedy`, for
@@ -100,7 +100,9 @@ def compare_outputs(
     if tolerance is not None and not worst <= tolerance:
         raise GateError(f"{what}: relative error {worst:.2e} is above the tolerance {tolerance:.0e}; {remedy}")
     is_empty = not any(array.size for value in reference for array in arrays_of("", value).values())
-    return Comparison(relative_l2=worst, max_abs=largest, tolerance=tolerance, informative=informative or is_empty)
+    return OutputComparison(
+        relative_l2=worst, max_abs=largest, tolerance=tolerance, informative=informative or is_empty
+    )
 
 
 def check_repeatable(model: Path, feeds: Mapping[str, npt.NDArray[Any]], name: str, expected: Sequence[Value]) -> None:
@@ -193,7 +195,7 @@ def surgery_check(
     *,
     joint: Collection[tuple[str, ...]] = (),
     bias: bool = False,
-) -> Comparison:
+) -> OutputComparison:
     """Split the same `weights` of the model at `dense` at full rank and compare with its own outputs `expected`.
 
     Args:

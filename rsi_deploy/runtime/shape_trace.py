@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from graph_passes import ExecutedNode, Macs, NotCounted, count_macs, why_not_counted
 from rsi_deploy.io.locks import ScratchFolder
-from rsi_deploy.runtime.node_index import Candidate, NodeIndex
+from rsi_deploy.runtime.node_index import NodeCandidate, NodeIndex
 from rsi_deploy.runtime.profile_events import NodeEvent, node_events, read_events
 from rsi_deploy.runtime.sessions import make_session, run_session
 
@@ -41,7 +41,7 @@ class UncountedNode:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trace:
+class ShapeTrace:
     """A run. Counts are those of the whole batch, by the name of the node in the model.
 
     Attributes:
@@ -60,7 +60,7 @@ class Trace:
     inputs: dict[str, tuple[tuple[str, Shape], ...]] = field(default_factory=dict)
 
 
-def traced_run(model: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> Trace:
+def traced_run(model: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> ShapeTrace:
     """Run `model` once on the CPU provider without graph optimizations, and count.
 
     Memory stays near the weights' own size: they are memory-mapped where external, and not rearranged.
@@ -96,7 +96,7 @@ def traced_run(model: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> Trace:
             macs[node] = macs.get(node, 0) + count.total  # a node in a loop runs several times
         if count.attention:
             attention[node] = attention.get(node, 0) + count.attention
-    return Trace(
+    return ShapeTrace(
         outputs=outputs, macs=macs, attention_macs=attention, uncounted=tuple(uncounted.values()), inputs=inputs
     )
 
@@ -121,7 +121,7 @@ def unknown_operators(model: Path) -> tuple[UncountedNode, ...]:
     )
 
 
-def _count(event: NodeEvent, candidates: Sequence[Candidate]) -> Macs | NotCounted:
+def _count(event: NodeEvent, candidates: Sequence[NodeCandidate]) -> Macs | NotCounted:
     """What one execution counts; not known where the nodes that it may have been count differently."""
     inputs, outputs = _shapes(event.args["input_type_shape"]), _shapes(event.args["output_type_shape"])
     if not candidates:  # what onnxruntime has put in: casts, the body of an operator that is a function of others

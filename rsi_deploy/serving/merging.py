@@ -20,7 +20,7 @@ KEPT_SECONDS = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counted:
+class ReplicaCounts:
     """What one replica has counted so far.
 
     Attributes:
@@ -41,9 +41,9 @@ class Board:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._put: dict[str, tuple[float, Counted]] = {}
+        self._put: dict[str, tuple[float, ReplicaCounts]] = {}
 
-    async def exchange(self, replica: str, counted: Counted) -> dict[str, Counted]:
+    async def exchange(self, replica: str, counted: ReplicaCounts) -> dict[str, ReplicaCounts]:
         """Put one's own, in place of what was there, and get everybody's who was heard of lately.
 
         It awaits nothing: on one event loop no other call comes between.

@@ -12,7 +12,7 @@ from rsi_deploy.serving.engine.pool import Pool
 from rsi_deploy.serving.engine.worker import Loaded
 from rsi_deploy.serving.metrics import Metrics
 from rsi_deploy.serving.protocol.refusal import Refusal
-from rsi_deploy.serving.protocol.requests import Answer, Ran, Request
+from rsi_deploy.serving.protocol.requests import InferRequest, InferResponse, Ran
 from rsi_deploy.serving.protocol.signature import Outputs
 from rsi_deploy.serving.shadow import Shadow
 
@@ -88,7 +88,7 @@ class Service:
         """Whether a worker has it in memory."""
         return not self.leaving and any(served.key in worker.keys for worker in self._pool.active)
 
-    async def infer(self, name: str, version: str, request: Request) -> Answer:
+    async def infer(self, name: str, version: str, request: InferRequest) -> InferResponse:
         """The answer to one request.
 
         Raises:
@@ -105,7 +105,7 @@ class Service:
         if route.shadow and not version and served.version == route.main:
             self._shadow(route, request, ran)
         wanted = tuple(request.outputs) or tuple(ran.outputs)
-        return Answer(
+        return InferResponse(
             name=name,
             version=served.version,
             signature=loaded.signature,
@@ -167,12 +167,12 @@ class Service:
             raise Refusal(404, f"no model {name[:80]!r} is served; there are {', '.join(self.routes)}")
         return self.routes[name]
 
-    def _shadow(self, route: Route, request: Request, ran: Ran) -> None:
+    def _shadow(self, route: Route, request: InferRequest, ran: Ran) -> None:
         task = asyncio.create_task(self._run_shadow(route, request, ran.outputs, ran.ran / ran.requests))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run_shadow(self, route: Route, request: Request, outputs: Outputs, seconds: float) -> None:
+    async def _run_shadow(self, route: Route, request: InferRequest, outputs: Outputs, seconds: float) -> None:
         served, shadow = route.versions[route.shadow], self.shadows[route.name]
         loaded = self._loaded[served.key]
         try:

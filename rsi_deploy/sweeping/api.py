@@ -26,14 +26,14 @@ from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.progress import step
 from rsi_deploy.data.preprocess import Preprocessing
-from rsi_deploy.exporting.cache import Kept
+from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.dense_size import dense_size
 from rsi_deploy.exporting.profile import write_dense
-from rsi_deploy.io.atomic import Claim, claimed, write_text
+from rsi_deploy.io.atomic import OutputClaim, claimed, write_text
 from rsi_deploy.io.bundle import check_target
 from rsi_deploy.io.locks import remove
 from rsi_deploy.io.manifest import fingerprint
-from rsi_deploy.io.onnx_checks.broken_models import blames_broken_models
+from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import model_hash
 from rsi_deploy.report.pages.sweep import sweep_page
 from rsi_deploy.report.schema import read_report
@@ -50,7 +50,7 @@ POINTS, HIGHEST, LOWEST = 12, 0.95, 0.3
 KEYWORDS = {"macs": "keep_macs", "params": "keep_params", "latency": "keep_latency"}
 
 
-@blames_broken_models
+@explains_broken_models
 def sweep(
     model: str | Any,
     output: str | Path,
@@ -172,12 +172,18 @@ def sweep(
 
 
 def _gone_on(
-    document: Sweep, claim: Claim, options: dict[str, Any], size: Size, *, ray: str | None, progress: Progress | None
+    document: Sweep,
+    claim: OutputClaim,
+    options: dict[str, Any],
+    size: Size,
+    *,
+    ray: str | None,
+    progress: Progress | None,
 ) -> Sweep:
     """The sweep with the points that it lacks; the claim's new folder holds the dense model, `size` is the user's."""
     folder, shares = claim.target, document.shares
     work = folder / "work"
-    kept = Kept.of(work, f"{document.source_hash} {document.settings}")
+    kept = SweepCache.of(work, f"{document.source_hash} {document.settings}")
     kept.keep_size(size)
     remove(claim.old)
     for path in claim.new.iterdir():
@@ -208,7 +214,7 @@ def _asked(document: Sweep, share: float, options: dict[str, Any], number: int) 
 
 
 def _made(
-    jobs: Sequence[PointJob], folder: Path, dense: Path, kept: Kept, ray: str | None, *, exclusive: bool
+    jobs: Sequence[PointJob], folder: Path, dense: Path, kept: SweepCache, ray: str | None, *, exclusive: bool
 ) -> Iterator[MadePoint]:
     """The points, one after another; by workers from the moment that the one calibration is there."""
     left = list(jobs)

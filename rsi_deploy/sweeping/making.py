@@ -8,7 +8,7 @@ from typing import Any
 
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.exporting.api import export
-from rsi_deploy.exporting.cache import Kept
+from rsi_deploy.exporting.cache import SweepCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class PointJob:
     number: int
     asked: Mapping[str, Any]
 
-    def made_in(self, folder: Path, dense: Path, kept: Kept) -> MadePoint:
+    def made_in(self, folder: Path, dense: Path, kept: SweepCache) -> MadePoint:
         """Make the bundle `folder` of the model at `dense`.
 
         Raises:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.execution.ray_executor import RETRIES, check_versions, like_driver, settings_of_driver
-from rsi_deploy.exporting.cache import Kept
+from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.io.bundle import whole_folder
 from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.runtime.ray_connection import connected
@@ -28,7 +28,7 @@ Files = Mapping[str, npt.NDArray[np.uint8]]
 
 
 def made_by_workers(
-    address: str, jobs: Sequence[PointJob], folder: Path, dense: Path, kept: Kept, *, exclusive: bool
+    address: str, jobs: Sequence[PointJob], folder: Path, dense: Path, kept: SweepCache, *, exclusive: bool
 ) -> Iterator[MadePoint]:
     """Have workers make the points; each bundle is in `folder` when its turn comes.
 
@@ -119,7 +119,7 @@ def _made(job: PointJob, settings: Any, inputs: Files, found: Files) -> tuple[Ma
         for folder, files in ((work, inputs), (work / "kept", found)):
             folder.mkdir()
             _fill(files, folder)
-        made = job.made_in(target, work / "dense.onnx", Kept(folder=work / "kept"))
+        made = job.made_in(target, work / "dense.onnx", SweepCache(folder=work / "kept"))
         paths = [path for path in sorted(target.rglob("*")) if path.is_file()]
         return made, {path.relative_to(target).as_posix(): _content(path) for path in paths}, like
 

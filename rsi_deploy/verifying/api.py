@@ -26,7 +26,7 @@ import onnx_ir as ir
 from graph_passes import count_parameters
 from graph_passes.split_markers import FoundSplit, found_splits
 from rsi_deploy.calibration.calibration_data import CalibrationData, check_source
-from rsi_deploy.calibration.output_agreement import certificate
+from rsi_deploy.calibration.output_agreement import output_agreement
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.core.progress import at_samples, step
 from rsi_deploy.data.dataset import for_inputs
@@ -258,7 +258,7 @@ def _calibration(folder: Path, report: Report, source: str | Path | None, provid
     data = CalibrationData(
         source, model_inputs(folder / "dense.onnx"), report.preprocessing, report.settings.calib_size
     )
-    now = certificate(folder / "dense.onnx", folder / "model.onnx", data, provider)
+    now = output_agreement(folder / "dense.onnx", folder / "model.onnx", data, provider)
     if now.data_fingerprint != claimed.data_fingerprint or now.samples != claimed.samples:
         return [*claims, _not_checked("calibration", "--calib is not the data of the report")]
     pairs = [

@@ -1,7 +1,7 @@
 import pytest
 from bench_documents import accuracy, arm, cell, document
 
-from rsi_deploy.benchmark.compare import Comparison, compare_documents, device_names
+from rsi_deploy.benchmark.compare import DeviceComparison, compare_documents, device_names
 from rsi_deploy.core.errors import UsageError
 
 
@@ -23,7 +23,7 @@ def test_one_row_a_model_and_configuration_one_column_a_device():
     assert [timing.median_ms for timing in found.timings[3].timings] == [40.0, 800.0]
     assert found.timings[3].timings[1].verdict == "2.00x"
     assert found.notes == ()
-    assert Comparison.model_validate_json(found.model_dump_json()) == found
+    assert DeviceComparison.model_validate_json(found.model_dump_json()) == found
 
 
 def test_what_a_device_lacks_is_left_open():

@@ -8,7 +8,7 @@ from onnx import parser
 
 from rsi_deploy.benchmark import loadgen, loadgen_worker
 from rsi_deploy.benchmark.loadgen import parse_summary, run_loadgen
-from rsi_deploy.benchmark.loadgen_worker import Request
+from rsi_deploy.benchmark.loadgen_worker import LoadGenRequest
 from rsi_deploy.core.errors import ModelError, UsageError
 
 needs_loadgen = pytest.mark.skipif(
@@ -153,7 +153,7 @@ def test_requests_that_cannot_be_are_refused_before_a_process_starts(monkeypatch
 def request(scenario, **changes):
     fields = {"model": "m", "scenario": scenario, "folder": "f", "provider": "cpu", "threads": None, "batch": 1}
     fields |= {"seconds": 2.0, "seed": 0, "input_shape": None, "feeds": None, "target_qps": None}
-    return Request(**{**fields, "target_latency_ms": None, "allow_fallback": False, **changes})
+    return LoadGenRequest(**{**fields, "target_latency_ms": None, "allow_fallback": False, **changes})
 
 
 def test_targets_are_half_the_rate_within_ten_calls_unless_given():

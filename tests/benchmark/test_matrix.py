@@ -10,7 +10,7 @@ from onnx import parser
 
 from rsi_deploy.benchmark import blocks, matrix
 from rsi_deploy.benchmark import variants as arms
-from rsi_deploy.benchmark.request import Request, matrix_shapes, parse_bytes, parse_numbers, parse_seconds
+from rsi_deploy.benchmark.request import BenchRequest, matrix_shapes, parse_bytes, parse_numbers, parse_seconds
 from rsi_deploy.benchmark.result import BenchDocument, read_bench
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.runtime.float16 import float16_file
@@ -44,7 +44,7 @@ def tokens(tmp_path):
 def request(*models, **more):
     models = models or (Path("a.onnx"),)
     labels = arms.arm_labels(models, None)
-    return Request(models=models, labels=tuple(labels), seconds=more.pop("seconds", 0.05), **more)
+    return BenchRequest(models=models, labels=tuple(labels), seconds=more.pop("seconds", 0.05), **more)
 
 
 # What is asked for.

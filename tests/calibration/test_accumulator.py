@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from rsi_deploy.calibration.accumulator import Gathered
-from rsi_deploy.calibration.activations import StreamSite
+from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.calibration.moments import Gathering
 from rsi_deploy.core.errors import ModelError
 from tests import flows
 
 
 def site(in_features):
-    return StreamSite(
+    return CalibratedSite(
         name="s", kind="Linear", groups=2, out_features=3, in_features=in_features, forms=("matmul",), load=torch.Tensor
     )
 

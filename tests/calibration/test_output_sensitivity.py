@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from rsi_deploy.calibration import output_sensitivity as metric_module
-from rsi_deploy.calibration.activations import RowCounts, StreamSite
+from rsi_deploy.calibration.activations import CalibratedSite, RowCounts
 from rsi_deploy.calibration.output_sensitivity import NoMetricError, OutputMetric, gradient_rows, metrics_or_none
 
 
 def site(name="a", out=3, groups=1, kernel=()):
-    return StreamSite(
+    return CalibratedSite(
         name=name,
         kind="Linear",
         groups=groups,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from graph_passes import forms
-from rsi_deploy.calibration.activations import StreamSite, output_distance
+from rsi_deploy.calibration.activations import CalibratedSite, output_distance
 
 
 def randn(*shape, seed=0):
@@ -73,7 +73,7 @@ def test_an_output_that_is_not_finite_is_infinitely_far(bad):
 
 
 def site_of(groups, out, into, kernel, strides, macs=0):
-    return StreamSite(
+    return CalibratedSite(
         name="s",
         kind="Conv",
         groups=groups,
@@ -114,7 +114,7 @@ def test_costs_are_those_of_the_two_convolutions(kernel, groups, stride):
 
 
 def test_a_product_has_one_shape():
-    site = StreamSite(
+    site = CalibratedSite(
         name="fc",
         kind="MatMul",
         groups=1,

@@ -20,8 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rsi_deploy import ModelError, UsageError, export, read_report
 from rsi_deploy.cli import run
-from rsi_deploy.execution import ray_executor as ray_crew
-from rsi_deploy.execution.executor import Here
+from rsi_deploy.execution import ray_executor as ray_executor
+from rsi_deploy.execution.executor import LocalExecutor
 from rsi_deploy.linalg.products import rates
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models import rewrite as rewriting
@@ -167,7 +167,7 @@ def test_what_a_site_refuses_is_said_as_without_ray(ray, tmp_path):
 
 @pytest.mark.ray
 def test_workers_that_are_always_lost_are_an_error_in_words(ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_crew, "RETRIES", 1)
+    monkeypatch.setattr(ray_executor, "RETRIES", 1)
     mlp_onnx(tmp_path / "m.onnx", sizes=(900, 900, 900, 10))
     stop = threading.Event()
 
@@ -254,7 +254,7 @@ def test_requests_that_cannot_be_meant(tmp_path):
         export(str(model), tmp_path / "b", rank=4, device="cuda", measure=False, ray="local")
 
 
-class Recorded(Here):
+class Recorded(LocalExecutor):
     """This process, with what it was told ahead and asked."""
 
     def __init__(self):
@@ -272,14 +272,14 @@ class Recorded(Here):
 
 
 def test_what_is_told_ahead_is_what_is_asked(tmp_path):
-    crew = Recorded()
+    executor = Recorded()
     model = rewriting.onnx_file.read_onnx(attention_like(tmp_path, "float32"))
     planner = Planner(spec=rank_spec(8, None), include=(), exclude=("gate*",), always_split=False)
-    rewriting.split_and_write(model, tmp_path / "o.onnx", planner, Solver(), crew=crew)
-    assert {key for key, announced in crew.asked if announced} == set(crew.told)
-    assert any(not announced for _, announced in crew.asked)  # q, k, v jointly
-    assert len(crew.told) == len(set(crew.told))
-    assert {weight for key, _ in crew.asked for weight in key[1:]} == set(crew.over)
+    rewriting.split_and_write(model, tmp_path / "o.onnx", planner, Solver(), executor=executor)
+    assert {key for key, announced in executor.asked if announced} == set(executor.told)
+    assert any(not announced for _, announced in executor.asked)  # q, k, v jointly
+    assert len(executor.told) == len(set(executor.told))
+    assert {weight for key, _ in executor.asked for weight in key[1:]} == set(executor.over)
 
 
 def test_rates_that_are_told_are_taken():

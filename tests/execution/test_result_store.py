@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 import rsi_deploy
 from bench.killing import Runner
 from rsi_deploy.execution import result_store as resuming
-from rsi_deploy.execution.executor import Call, Here
-from rsi_deploy.execution.result_store import Finished, KeepingCrew
+from rsi_deploy.execution.executor import LocalExecutor, Task
+from rsi_deploy.execution.result_store import ResultStore, StoringExecutor
 from rsi_deploy.exporting import steps as stages
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models import factor_source
@@ -151,8 +151,8 @@ def test_a_model_that_is_not_large_keeps_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
-class Telling(Here):
-    """A crew that notes what it is told and asked."""
+class Telling(LocalExecutor):
+    """A executor that notes what it is told and asked."""
 
     def __init__(self):
         self.told, self.asked = [], []
@@ -170,22 +170,22 @@ def test_a_crew_is_told_and_asked_of_what_is_not_kept(tmp_path):
     weights = dict(zip("abc", related(24, 24, 24), strict=True))
     how = {"kind": "MatMul", "rank": 4, "solver": Solver()}
     calls = [
-        Call(compute=factor_source.factorized, weights={(n, (24, 32)): lambda w=w: w}, how={"name": n, **how})
+        Task(compute=factor_source.factorized, weights={(n, (24, 32)): lambda w=w: w}, how={"name": n, **how})
         for n, w in weights.items()
     ]
-    first = KeepingCrew(Telling(), Finished(folder=tmp_path / "kept", key="k"))
+    first = StoringExecutor(Telling(), ResultStore(folder=tmp_path / "kept", key="k"))
     for call in calls[:2]:
         first.made(call)
-    finished, crew = Finished(folder=tmp_path / "kept", key="k"), Telling()
-    second = KeepingCrew(crew, finished)
+    finished, executor = ResultStore(folder=tmp_path / "kept", key="k"), Telling()
+    second = StoringExecutor(executor, finished)
     second.ahead(iter(calls))
-    finished._path(resuming._told(calls[1])).write_bytes(b"damaged")
+    finished._path(resuming._stored_key(calls[1])).write_bytes(b"damaged")
     results = [second.made(call) for call in calls]
-    assert crew.told == ["c"]
-    assert crew.asked == [("b", False), ("c", True)]
+    assert executor.told == ["c"]
+    assert executor.asked == [("b", False), ("c", True)]
     assert finished.reused == 1
     for call, (factors, record) in zip(calls, results, strict=True):
-        expected, its = Here().made(call)
+        expected, its = LocalExecutor().made(call)
         assert all(np.array_equal(a, b) for a, b in zip(factors, expected, strict=True))
         assert record.model_copy(update={"seconds": its.seconds}) == its
 
@@ -244,7 +244,7 @@ def test_a_calibrated_export_fits_no_second_time(tmp_path, large, monkeypatch, a
     options = {"calib": tmp_path / "c.npz", "measure": False, **asked}
     whole = rsi_deploy.export(str(source), tmp_path / "whole", **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages.Job, "compress", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(stages.ExportSteps, "compress", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rsi_deploy.export(str(source), tmp_path / "b", **options)
     fits, fit = [], Calibration.fit
@@ -268,7 +268,7 @@ def test_factors_fitted_to_other_data_are_not_taken(tmp_path, large, monkeypatch
         np.savez(tmp_path / f"{name}.npz", x=draw.standard_normal((64, SIZES[0])).astype(np.float32))
     options = {"calib": tmp_path / "c.npz", "measure": False, "rank": 6}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages.Job, "compress", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(stages.ExportSteps, "compress", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rsi_deploy.export(str(source), tmp_path / "b", **options)
     (tmp_path / "other.npz").rename(tmp_path / "c.npz")  # the same name, other samples

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from graph_passes.batch_axis import find_batch_axes, prove
-from graph_passes.batch_axis.values import Place
+from graph_passes.batch_axis.values import BatchPlace
 
 NUMBER = "s = Shape(x)\n n = Gather(s, c0)\n "  # of samples, [n]
 COUNT = NUMBER + "count = Squeeze(n)\n each = Range(s0, count, s1)\n "  # 0 to n - 1
@@ -146,9 +146,9 @@ def test_samples_that_meet(body, opset, named):
 
 def test_blocks_of_a_sample_are_told():
     flat = parsed("y = Reshape(x, rows)")
-    assert prove(flat, {"x": 0}).outputs == {"y": Place(0, 1, 4)}
+    assert prove(flat, {"x": 0}).outputs == {"y": BatchPlace(0, 1, 4)}
     time_major = parsed("t = Transpose<perm = [1, 0, 2]>(x) y = Reshape(t, rows)")
-    assert prove(time_major, {"x": 0}).outputs == {"y": Place(0, 4, 1)}
+    assert prove(time_major, {"x": 0}).outputs == {"y": BatchPlace(0, 4, 1)}
     assert prove(parsed("z = Neg(six) y = Relu(z)"), {"x": 0}).outputs == {"y": None}
 
 
@@ -173,13 +173,13 @@ def recurrent(operator, **attributes):
 def test_recurrent_layers_take_their_batch_from_axis_1(operator):
     model = recurrent(operator)
     proof = prove(model, {"x": 1, "h": 1})
-    assert proof.outputs == {"y": Place(2), "last": Place(1)}
+    assert proof.outputs == {"y": BatchPlace(2), "last": BatchPlace(1)}
     assert depends(model, {"y": 2, "last": 1}, axis=1) == ""
     refused = prove(model, {"x": 0, "h": None})
     assert "steps through time along the batch axis" in refused.reason
     assert refused.feature
     first = prove(recurrent(operator, layout=1), {"x": 0, "h": 0})
-    assert first.outputs == {"y": Place(0), "last": Place(0)}
+    assert first.outputs == {"y": BatchPlace(0), "last": BatchPlace(0)}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantiz
 from torch import nn
 
 from graph_passes.batch_axis import prove
-from graph_passes.batch_axis.values import Place
+from graph_passes.batch_axis.values import BatchPlace
 from rsi_deploy import export
 from rsi_deploy.io.onnx_reader import read_graph
 from samples.digits import cnn, vit
@@ -110,7 +110,9 @@ def proved(path):
     model = read_graph(path)
     stored = {tensor.name for tensor in model.graph.initializer}
     proof = prove(model, {value.name: 0 for value in model.graph.input if value.name not in stored})
-    return proof.reason or ("" if all(place == Place(0) for place in proof.outputs.values()) else str(proof.outputs))
+    return proof.reason or (
+        "" if all(place == BatchPlace(0) for place in proof.outputs.values()) else str(proof.outputs)
+    )
 
 
 def optimized(path, level):

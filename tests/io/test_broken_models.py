@@ -5,7 +5,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.io.onnx_checks.broken_models import blames_broken_models, objection
+from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models, objection
 
 
 def model_of(op_type, path):
@@ -16,7 +16,7 @@ def model_of(op_type, path):
     return path
 
 
-@blames_broken_models
+@explains_broken_models
 def fails(model, error):
     """What a verb may do."""
     raise error

@@ -11,7 +11,7 @@ from onnx import helper
 
 from rsi_deploy.calibration import accumulator as gathered
 from rsi_deploy.calibration import live_values, moments
-from rsi_deploy.calibration.activations import Replacement, Streams, distance_samples, output_distance
+from rsi_deploy.calibration.activations import ModelActivations, Replacement, distance_samples, output_distance
 from rsi_deploy.calibration.moments import Moments, Samples
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.linalg.solver import exact_svd
@@ -246,7 +246,7 @@ BESIDE = {
 @pytest.mark.parametrize("external", [False, True])
 def test_a_survey_is_that_of_all_rows(folder, case, external):
     setting = Setting(folder, case, external=external)
-    streams: Streams = setting.streams()
+    streams: ModelActivations = setting.streams()
     found = surveyed(streams)
     assert list(found) == [name for wave in setting.waves() for name in wave] == [s.name for s in streams.sites]
     dense = setting.values()

@@ -7,7 +7,7 @@ from calibrated_nets import branch_net, conv_net
 
 import graph_passes as gp
 from rsi_deploy import export, read_report
-from rsi_deploy.calibration.activations import StreamSite
+from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.planning.budget import Budget
@@ -31,7 +31,7 @@ class Known:
 
 def site(name, out=20, into=10, **more):
     given = {"kind": "Gemm", "groups": 1, "forms": ("gemm",), "load": lambda: None} | more
-    return StreamSite(name=name, out_features=out, in_features=into, **given)
+    return CalibratedSite(name=name, out_features=out, in_features=into, **given)
 
 
 def options(name, *ranks, dense=200, step=30):

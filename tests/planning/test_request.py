@@ -4,7 +4,7 @@ from rsi_deploy.core.errors import UsageError
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.plan_file import Plan
 from rsi_deploy.planning.planner import RankSpec
-from rsi_deploy.planning.request import Request
+from rsi_deploy.planning.request import RankRequest
 
 RANK = {"rank": RankSpec.parse("25%")}
 BUDGET = {"budget": Budget(keep_macs=0.5), "calib": "c.npz"}
@@ -25,7 +25,7 @@ DROP = {"max_drop": 1.0, "calib": "c.npz"}
     ],
 )
 def test_what_decides(given, decided_by, searched, fitted):
-    request = Request(**given)
+    request = RankRequest(**given)
     assert (request.decided_by, request.is_searched, request.is_fitted) == (decided_by, searched, fitted)
 
 
@@ -50,15 +50,15 @@ def test_what_decides(given, decided_by, searched, fitted):
 )
 def test_contradictions(given, words):
     with pytest.raises(UsageError) as caught:
-        Request(**given)
+        RankRequest(**given)
     assert words in str(caught.value)
 
 
 def test_what_goes_with_nothing_else():
-    Request(**DROP).check_against(data="d.npz", always_split=False)
-    Request(**RANK).check_against(data=None, always_split=True)
+    RankRequest(**DROP).check_against(data="d.npz", always_split=False)
+    RankRequest(**RANK).check_against(data=None, always_split=True)
     with pytest.raises(UsageError, match="--max-drop is measured on labelled data: add --data DATA"):
-        Request(**DROP).check_against(data=None, always_split=False)
+        RankRequest(**DROP).check_against(data=None, always_split=False)
     for given, option in ((BUDGET, "--keep-macs"), (PLAN, "--plan"), (DROP, "--max-drop")):
         with pytest.raises(UsageError, match=f"--always-split goes with --rank alone, but got {option}; leave it out"):
-            Request(**given).check_against(data="d.npz", always_split=True)
+            RankRequest(**given).check_against(data="d.npz", always_split=True)

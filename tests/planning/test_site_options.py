@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 
-from rsi_deploy.calibration.activations import Distance, Metric, StreamSite
+from rsi_deploy.calibration.activations import CalibratedSite, Distance, Metric
 from rsi_deploy.calibration.moments import Gathering
 from rsi_deploy.calibration.reduced_rank_regression import lost_response, response_error
 from rsi_deploy.core.errors import ModelError
@@ -70,7 +70,7 @@ class OneSite:
         gathering.add(x, x @ weight.mT if y is None else y)
         self.moments = gathering.result()
         groups, out, into = weight.shape
-        self.site = StreamSite(
+        self.site = CalibratedSite(
             name="one",
             kind="Linear",
             groups=groups,

@@ -9,7 +9,7 @@ from nets import labelled, mlp_onnx
 from rsi_deploy import Report, export, read_report
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.model_size import Size
-from rsi_deploy.planning.settings import Settings
+from rsi_deploy.planning.settings import ExportSettings
 from rsi_deploy.report.schema import ProbeOutput
 
 
@@ -156,4 +156,4 @@ def test_records_take_keywords_of_the_right_type_only():
     with pytest.raises(pydantic.ValidationError):
         Size(bytes="many", params=2, macs=3)
     with pytest.raises(pydantic.ValidationError):
-        Settings(rank="4")
+        ExportSettings(rank="4")

@@ -9,7 +9,7 @@ from onnx import parser
 
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.runtime import binding
-from rsi_deploy.runtime.binding import Device, bind, bound_call, device_of
+from rsi_deploy.runtime.binding import TensorDevice, bind, bound_call, device_of
 from rsi_deploy.runtime.provider_spec import ProviderSpec
 from rsi_deploy.runtime.sessions import make_session
 
@@ -104,19 +104,19 @@ def test_a_failing_run_is_ours():
 @pytest.mark.parametrize(
     ("provider", "device"),
     [
-        (spec("CUDA"), Device(kind="cuda")),
-        (spec("CUDA", device_id="3"), Device(kind="cuda", number=3)),
-        (spec("Tensorrt", device_id="1"), Device(kind="cuda", number=1)),
-        (spec("NvTensorRTRTX"), Device(kind="cuda")),
-        (spec("OpenVINO", device_type="GPU"), Device(kind="cpu")),
-        (spec("CPU"), Device(kind="cpu")),
-        (spec("SomethingNew"), Device(kind="cpu")),
+        (spec("CUDA"), TensorDevice(kind="cuda")),
+        (spec("CUDA", device_id="3"), TensorDevice(kind="cuda", number=3)),
+        (spec("Tensorrt", device_id="1"), TensorDevice(kind="cuda", number=1)),
+        (spec("NvTensorRTRTX"), TensorDevice(kind="cuda")),
+        (spec("OpenVINO", device_type="GPU"), TensorDevice(kind="cpu")),
+        (spec("CPU"), TensorDevice(kind="cpu")),
+        (spec("SomethingNew"), TensorDevice(kind="cpu")),
     ],
 )
 def test_where_tensors_are_bound(provider, device):
     assert device_of(provider, [provider.name, "CPUExecutionProvider"]) == device
-    assert device_of(provider, ["CPUExecutionProvider"]) == Device(kind="cpu")  # an allowed fallback
-    assert str(Device(kind="cuda", number=3)) == "cuda:3"
+    assert device_of(provider, ["CPUExecutionProvider"]) == TensorDevice(kind="cpu")  # an allowed fallback
+    assert str(TensorDevice(kind="cuda", number=3)) == "cuda:3"
 
 
 def test_a_device_number_that_is_none_is_refused():
@@ -196,7 +196,7 @@ def test_a_cuda_graph_is_replayed_by_the_binding_it_was_captured_with(gpu):
 
 def test_bfloat16_cannot_be_copied_to_a_device():
     with pytest.raises(UsageError, match="bfloat16 inputs cannot be bound to cuda:0"):
-        binding.on_device(np.ones(2, ml_dtypes.bfloat16), Device(kind="cuda"))
+        binding.on_device(np.ones(2, ml_dtypes.bfloat16), TensorDevice(kind="cuda"))
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from rsi_deploy.serving.engine.pool import Pool, Worker, WorkerDied
 from rsi_deploy.serving.engine.worker import LoadOrder
 from rsi_deploy.serving.front import Front
 from rsi_deploy.serving.protocol.refusal import Refusal
-from rsi_deploy.serving.protocol.requests import Request
+from rsi_deploy.serving.protocol.requests import InferRequest
 from rsi_deploy.serving.service import Service
 from rsi_deploy.serving.transports.common import Access
 
@@ -74,7 +74,7 @@ def test_a_full_queue_takes_no_more(behind, most, words, retry):
 
 def test_who_leaves_takes_no_more(tmp_path):
     async def leaving():
-        service, request = service_of(linear(tmp_path / "m.onnx")), Request(feeds={"x": ROW}, outputs={})
+        service, request = service_of(linear(tmp_path / "m.onnx")), InferRequest(feeds={"x": ROW}, outputs={})
         await service.start()
         try:
             assert (await service.infer("m", "", request)).outputs["y"].shape == (1, 5)

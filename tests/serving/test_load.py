@@ -24,7 +24,7 @@ from rsi_deploy.io.bundle import whole_folder
 from rsi_deploy.serving.catalog import read_catalog
 from rsi_deploy.serving.engine.batches import BatchLimits
 from rsi_deploy.serving.protocol.refusal import Refusal
-from rsi_deploy.serving.protocol.requests import Request
+from rsi_deploy.serving.protocol.requests import InferRequest
 from rsi_deploy.serving.service import Service
 
 ROWS = np.random.default_rng(0).standard_normal((64, 12)).astype(np.float32)
@@ -215,7 +215,7 @@ def test_a_worker_that_hangs_is_killed(tmp_path):
         try:
             (pid,) = service.worker_pids()
             os.kill(pid, signal.SIGSTOP)
-            answer = await service.infer("m", "", Request(feeds={"x": ROWS}, outputs={}))
+            answer = await service.infer("m", "", InferRequest(feeds={"x": ROWS}, outputs={}))
             return pid, service.worker_pids(), answer.outputs["y"]
         finally:
             await service.close()
@@ -244,7 +244,7 @@ def test_a_request_that_kills_workers_is_given_up(tmp_path):
         killer = asyncio.create_task(kill_all())
         try:
             with pytest.raises(Refusal, match="twice") as refused:
-                await service.infer("m", "", Request(feeds={"x": rows}, outputs={}))
+                await service.infer("m", "", InferRequest(feeds={"x": rows}, outputs={}))
             assert len(killed) == 2
             return refused.value
         finally:

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("prometheus_client", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 
-from rsi_deploy.serving.merging import KEPT_SECONDS, Board, Counted, joined_metrics
+from rsi_deploy.serving.merging import KEPT_SECONDS, Board, ReplicaCounts, joined_metrics
 from rsi_deploy.serving.metrics import Metrics
 from rsi_deploy.serving.shadow import Shadow
 
@@ -61,7 +61,7 @@ def test_the_board_forgets_who_is_gone():
     board = Board(clock=lambda: now[0])
 
     def put(name, text):
-        return asyncio.run(board.exchange(name, Counted(metrics=text)))
+        return asyncio.run(board.exchange(name, ReplicaCounts(metrics=text)))
 
     assert put("a", b"1").keys() == {"a"}
     now[0] = KEPT_SECONDS / 2

@@ -23,7 +23,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from rsi_deploy import Preprocessing, UsageError, evaluate, export, read_report
 from rsi_deploy.cli import run
 from rsi_deploy.serving.ray import grpc as ray_grpc
-from rsi_deploy.serving.ray.app import Settings, build
+from rsi_deploy.serving.ray.app import RayAppSettings, build
 from rsi_deploy.serving.transports.grpc_app import grpc_calls
 
 EVAL = Path(__file__).parents[2] / "samples" / "digits_eval.npz"
@@ -88,7 +88,7 @@ def test_a_config_is_read_back_and_holds_no_key(tmp_path, monkeypatch, capsys):
     assert str(config) in capsys.readouterr().out
     assert "open sesame" not in config.read_text()
     (application,) = yaml.safe_load(config.read_text())["applications"]
-    settings = Settings.model_validate(application["args"])
+    settings = RayAppSettings.model_validate(application["args"])
     assert (settings.models, settings.canary, settings.canary_share) == ((f"a={model}",), str(model), 0.1)
     assert (settings.replicas, settings.threads, settings.max_body) == ((0, 3), 2, 64_000_000)
     assert (settings.api_key, settings.needs_key) == ("", True)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from graph_passes import forms
-from rsi_deploy.calibration.activations import Replacement, Streams
+from rsi_deploy.calibration.activations import ModelActivations, Replacement
 from rsi_deploy.calibration.moments import Moments, Samples
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.linalg.solver import Solver
@@ -363,7 +363,7 @@ def test_sites_stand_in_execution_order_with_what_they_cost():
         def forward(self, x):
             return self.last(self.conv(self.up(x)).mean((-2, -1)))
 
-    streams: Streams = streams_of(Backwards().eval(), batches_of(2, 2, 7, 6))
+    streams: ModelActivations = streams_of(Backwards().eval(), batches_of(2, 2, 7, 6))
     conv, last = streams.sites
     assert (conv.name, conv.kind, conv.groups, conv.out_features, conv.in_features) == ("conv", "Conv2d", 2, 4, 18)
     assert (conv.kernel, conv.strides, conv.forms) == ((3, 3), (2, 1), ("channel", "input", "separable"))

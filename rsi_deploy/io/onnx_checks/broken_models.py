@@ -26,7 +26,7 @@ def objection(path: Path) -> Exception | None:
     return None
 
 
-def blames_broken_models(verb: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def explains_broken_models(verb: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Have a function of a model, its first argument, end in a ModelError where it fails on an invalid ONNX file.
 
     A failure on a valid one is passed on: that is a bug, and its traceback is wanted.

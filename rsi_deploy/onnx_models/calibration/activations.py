@@ -25,14 +25,14 @@ from torch import Tensor
 
 import graph_passes as gp
 from rsi_deploy.calibration.accumulator import Gathered
-from rsi_deploy.calibration.activations import Distance, Metric, Replacement, RowCounts, StreamSite, output_distance
+from rsi_deploy.calibration.activations import CalibratedSite, Distance, Metric, Replacement, RowCounts, output_distance
 from rsi_deploy.calibration.live_values import LiveValues
 from rsi_deploy.calibration.moments import Moments, Samples
 from rsi_deploy.calibration.output_sensitivity import metrics_or_none
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.evaluation.answer_outputs import with_readable_output
 from rsi_deploy.io.onnx_reader import read_proto
-from rsi_deploy.onnx_models.calibration.check_samples import Checked
+from rsi_deploy.onnx_models.calibration.check_samples import CheckSamples
 from rsi_deploy.onnx_models.calibration.dense_pass import Survey
 from rsi_deploy.onnx_models.calibration.gradients import output_metrics
 from rsi_deploy.onnx_models.calibration.paired_passes import TwoStreams
@@ -48,7 +48,7 @@ from rsi_deploy.runtime.providers import short_name
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
-Visit = Callable[[StreamSite, Moments | Samples], Replacement | None]
+Visit = Callable[[CalibratedSite, Moments | Samples], Replacement | None]
 
 NEVER = "never executed on the calibration data"
 SMALL_WORK = 20_000_000
@@ -91,7 +91,7 @@ class OnnxStreams:
         self._dense_outputs: Tensor | None = None
         self._rows: dict[str, int] = {}
         self._samples, self._seed = samples, seed
-        self._checked = Checked(axes_of(self._model), samples)
+        self._checked = CheckSamples(axes_of(self._model), samples)
         self._survey: Survey | None = None
         self._metrics = functools.cache(self._computed_metrics if metrics is None else lambda: metrics)
         self._reached, self.unreachable = reach(
@@ -103,7 +103,7 @@ class OnnxStreams:
         )
 
     @property
-    def sites(self) -> tuple[StreamSite, ...]:
+    def sites(self) -> tuple[CalibratedSite, ...]:
         """See `Streams`."""
         return tuple(r.site for r in self._in_order())
 
@@ -118,7 +118,7 @@ class OnnxStreams:
         fewer._program = thinned(self._program, wanted)
         return fewer
 
-    def survey(self, visit: Callable[[StreamSite, Moments | Samples], None]) -> None:
+    def survey(self, visit: Callable[[CalibratedSite, Moments | Samples], None]) -> None:
         """See `Streams`; in execution order. Within `visit`, the distance of the visited site alone is cheap.
 
         Raises:
@@ -180,7 +180,7 @@ class OnnxStreams:
                         became[r.graph.weight] = graph_factors(replacement, r.graph)
 
     def distance(self, replacements: Mapping[str, Replacement]) -> Distance:
-        """See `Streams`; of some samples (see `Checked`), the first floating output; padding is left out.
+        """See `Streams`; of some samples (see `CheckSamples`), the first floating output; padding is left out.
 
         Raises:
             ModelError: an output with NaN or infinite values where nothing is replaced, or no floating output.

@@ -16,7 +16,7 @@ from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
 Feeds = Mapping[str, npt.NDArray[Any]]
 
 
-class Checked:
+class CheckSamples:
     """Takes its share of the data.
 
     Args:

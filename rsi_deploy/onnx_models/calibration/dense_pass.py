@@ -22,7 +22,7 @@ from rsi_deploy.calibration.accumulator import WAITING, Gathered
 from rsi_deploy.calibration.activations import Replacement
 from rsi_deploy.calibration.live_values import LiveValues
 from rsi_deploy.calibration.moments import GRAM_LIMIT
-from rsi_deploy.onnx_models.calibration.check_samples import Checked
+from rsi_deploy.onnx_models.calibration.check_samples import CheckSamples
 from rsi_deploy.onnx_models.calibration.fed_sites import FedSite
 from rsi_deploy.onnx_models.calibration.reachable_sites import Reached
 from rsi_deploy.onnx_models.calibration.row_sampling import Readings, inputs_of, taps_of, weight_of
@@ -66,7 +66,7 @@ class Survey:
         self._close()
         self._values.__exit__(kind, error, trace)
 
-    def load(self, batches: Iterable[Feeds], checked: Checked) -> None:
+    def load(self, batches: Iterable[Feeds], checked: CheckSamples) -> None:
         """Take the data in, then the samples to look at outputs on."""
         for batch in map(checked.add, batches):
             self._values.put(self._batches, batch)

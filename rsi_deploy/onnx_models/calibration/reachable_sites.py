@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto
 from torch import Tensor
 
 import graph_passes as gp
-from rsi_deploy.calibration.activations import StreamSite
+from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.core.arrays import as_torch
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import site_name
@@ -32,7 +32,7 @@ LINEAR = frozenset({"Conv", "MatMul", "Gemm", "FusedMatMul"})
 class Reached:
     """A site with what the graph says of it; `beside` is the value its output is added to, or ""."""
 
-    site: StreamSite
+    site: CalibratedSite
     graph: gp.Site
     beside: str
 
@@ -133,9 +133,9 @@ def _out_of_reach(site: gp.Site, uses: int, made: set[str]) -> str:
     return "" if site.plain else "its data are turned or scaled, or the weight is the first operand"
 
 
-def _stream_site(site: gp.Site, macs: Mapping[str, int]) -> StreamSite:
+def _stream_site(site: gp.Site, macs: Mapping[str, int]) -> CalibratedSite:
     window = site.window
-    return StreamSite(
+    return CalibratedSite(
         name=site_name(site.weight),
         kind=site.op_type,
         groups=site.groups,

@@ -13,7 +13,7 @@ from rsi_deploy.report.pages.environment import environment_section
 from rsi_deploy.report.pages.html import render
 from rsi_deploy.report.pages.latency import speed_tone
 from rsi_deploy.report.pages.load import load_sections
-from rsi_deploy.report.pages.page import Block, Page, Section, Table, Tile
+from rsi_deploy.report.pages.page import Block, Page, PageTable, Section, Tile
 
 MOST_TILES = 8
 
@@ -141,7 +141,7 @@ def _accuracy(document: BenchDocument) -> Section:
         )
         for label, r in results.items()
     ]
-    table = Table(
+    table = PageTable(
         caption="With 95 % intervals",
         columns=("model", "#top-1", "#top-5", "#same answer", "#distance to the first", "#samples", "paired test"),
         rows=rows,
@@ -163,5 +163,5 @@ def _distance(result: AccuracyResult) -> str:
 
 def _files(document: BenchDocument) -> Section:
     rows = [(f.label, f.model, f.format, human_bytes(f.file_bytes), f.sha256) for f in document.arms]
-    table = Table(caption="The models", columns=("model", "file", "format", "#size", "SHA-256"), rows=rows)
+    table = PageTable(caption="The models", columns=("model", "file", "format", "#size", "SHA-256"), rows=rows)
     return Section(name="files", title="Files", blocks=[Block(table=table)] if rows else [])

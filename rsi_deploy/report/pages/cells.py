@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rsi_deploy.benchmark.result import ArmResult, BenchDocument, BenchResult
 from rsi_deploy.report.pages.latency import how_it_ran, latency_blocks
-from rsi_deploy.report.pages.page import Block, Picture, Section, Table
+from rsi_deploy.report.pages.page import Block, PageTable, Picture, Section
 from rsi_deploy.report.pages.plots import Axis, Curves, Dots, Point
 
 MOST = 6
@@ -26,7 +26,7 @@ def verdicts_section(document: BenchDocument) -> Section:
         for cell in document.cells
         for arm in cell.arms
     ]
-    table = Table(
+    table = PageTable(
         caption="Medians, ms a call, with 95 % intervals",
         columns=("configuration", "model", "#median", "#interval", "#samples/s", "verdict"),
         rows=rows,
@@ -103,7 +103,7 @@ def _scaling(cells: Sequence[BenchResult], number: int) -> Block:
         )
         for cell in cells
     ]
-    table = Table(
+    table = PageTable(
         caption="Milliseconds a sample", columns=("batch", *[f"#{label}" for label in labels], "verdict"), rows=rows
     )
     return Block(picture=picture, table=table)
@@ -147,7 +147,7 @@ def pareto_section(document: BenchDocument) -> Section:
         )
         for point in points
     ]
-    table = Table(
+    table = PageTable(
         caption="Accuracy and latency", columns=("model", "#ms", f"#{what}", "#95 % interval", "front"), rows=rows
     )
     words = ["By medians and shares as measured: where intervals overlap, which of two is better is not shown."]

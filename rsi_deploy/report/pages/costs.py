@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rsi_deploy.benchmark.result import BenchDocument
 from rsi_deploy.benchmark.sections import Profile
 from rsi_deploy.core.text import human_bytes
-from rsi_deploy.report.pages.page import Block, Picture, Section, Table
+from rsi_deploy.report.pages.page import Block, PageTable, Picture, Section
 from rsi_deploy.report.pages.plots import Axis, Bar, Bars
 
 MOST = 20
@@ -33,7 +33,7 @@ def _profile(document: BenchDocument) -> Section:
                 series=labels,
             ),
         )
-        table = Table(
+        table = PageTable(
             caption="Milliseconds a call (nodes) of each op type, as onnxruntime runs them",
             columns=("op type", *[f"#{label}" for label in labels]),
             rows=[(op, *[f"{p.op_ms.get(op, 0):.4g} ({p.op_nodes.get(op, 0)})" for p in profiles]) for op in ops],
@@ -77,7 +77,7 @@ def _sites(profiles: Sequence[Profile]) -> Block | None:
             split = " + ".join(f"{ms:.3g}" for ms in parts if ms is not None)
             cells.append("" if site is None else f"{site.total_ms:.4g}" + f" ({split})" * bool(split))
         rows.append((name, *cells))
-    table = Table(
+    table = PageTable(
         caption="Milliseconds a call of each split site (first + second factor)",
         columns=("site", *[f"#{label}" for label, _ in times]),
         rows=rows,
@@ -112,7 +112,7 @@ def _memory(document: BenchDocument) -> Section:
         )
         for m in document.memory
     ]
-    table = Table(
+    table = PageTable(
         caption="Bytes in memory, each model in a process of its own",
         columns=("model", "#importing", "#loaded", "#peak", "#ceiling", ""),
         rows=rows,
@@ -148,7 +148,7 @@ def _cold_start(document: BenchDocument) -> Section:
         )
         for c, parts in times
     ]
-    table = Table(
+    table = PageTable(
         caption="Milliseconds, medians; the file is in the page cache",
         columns=("model", *[f"#{phase}" for phase in phases], "#in all", "#95 % interval", "verdict"),
         rows=rows,

@@ -1,7 +1,7 @@
 """A page's section on the machine and the versions."""
 
 from rsi_deploy.core.text import human_bytes
-from rsi_deploy.report.pages.page import Block, Section, Table
+from rsi_deploy.report.pages.page import Block, PageTable, Section
 from rsi_deploy.runtime.machine import Environment
 
 
@@ -20,5 +20,5 @@ def environment_section(e: Environment) -> Section:
         ("Python", e.python),
         *e.versions.items(),
     ]
-    table = Table(caption="Machine and versions", columns=("", ""), rows=rows)
+    table = PageTable(caption="Machine and versions", columns=("", ""), rows=rows)
     return Section(name="environment", title="Environment", blocks=[Block(table=table)])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rsi_deploy.core.sites import SiteRecord, Spectrum
-from rsi_deploy.report.pages.page import Block, Picture, Section, Table
+from rsi_deploy.report.pages.page import Block, PageTable, Picture, Section
 from rsi_deploy.report.pages.plots import Axis, Bar, Bars, Panel, Panels
 from rsi_deploy.report.summary import RESPONSE, normalized_error, response_error
 
@@ -67,7 +67,7 @@ def spectra_section(sites: Sequence[SiteRecord]) -> Section:
         )
         for s, spectrum in shown
     ]
-    table = Table(
+    table = PageTable(
         caption=of_all(shown, known, "Singular values, relative to the largest, at shares of full rank"),
         columns=("site", "of its", "#rank", "#full", "#at 10 %", "#25 %", "#50 %"),
         rows=rows,
@@ -106,7 +106,7 @@ def errors_section(sites: Sequence[SiteRecord]) -> Section:
                 axis=Axis(title="% of the output's variance lost", zero=True, form=".4~g"),
             ),
         )
-        table = Table(
+        table = PageTable(
             caption=of_all(shown, fitted, "Response errors on calibration data"),
             columns=("site", "#rank", "#response error"),
             rows=[(s.name, str(s.rank), response_error(s)) for s in shown],
@@ -131,7 +131,7 @@ def errors_section(sites: Sequence[SiteRecord]) -> Section:
                 axis=Axis(title="% of the weight's spectral norm", zero=True, form=".4~g"),
             ),
         )
-        table = Table(
+        table = PageTable(
             caption=of_all(shown, plain, "Errors of the factors against their weights"),
             columns=("site", "#rank", "#spectral", "#Frobenius", "#normalized"),
             rows=[

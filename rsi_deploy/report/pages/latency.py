@@ -7,7 +7,7 @@ import numpy as np
 
 from rsi_deploy.benchmark.result import ArmResult, BenchResult
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
-from rsi_deploy.report.pages.page import Block, Picture, Section, Table, Tone
+from rsi_deploy.report.pages.page import Block, PageTable, Picture, Section, Tone
 from rsi_deploy.report.pages.plots import Axis, Curves, Point, Span, Spans
 
 BINS, DRAWN = 40, 95
@@ -80,7 +80,7 @@ def latency_blocks(result: BenchResult, name: str) -> list[Block]:
         )
         for arm in result.arms
     ]
-    table = Table(
+    table = PageTable(
         caption=f"Milliseconds a call, {result.name}",
         columns=("model", "#median", "#95 % interval", *[f"#{p}" for p in tails], "#calls", "verdict"),
         rows=rows,
@@ -120,7 +120,7 @@ def _distribution(result: BenchResult, name: str) -> Block | None:
         ),
     )
     shown = (0, 25, 50, 75, 90, 99, 100)
-    table = Table(
+    table = PageTable(
         caption="Quantiles of all timed calls, ms",
         columns=("model", *[f"#{share} %" for share in shown]),
         rows=[(arm.label, *[f"{arm.quantiles_ms[share]:.4g}" for share in shown]) for arm in arms],

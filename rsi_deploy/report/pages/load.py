@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rsi_deploy.benchmark.result import BenchDocument
-from rsi_deploy.report.pages.page import Block, Picture, Section, Table
+from rsi_deploy.report.pages.page import Block, PageTable, Picture, Section
 from rsi_deploy.report.pages.plots import Axis, Bar, Bars, Curves, Point
 
 
@@ -36,7 +36,7 @@ def _bursts(document: BenchDocument) -> Section:
         )
         for b in document.bursts
     ]
-    table = Table(
+    table = PageTable(
         caption="Milliseconds, medians with 95 % intervals",
         columns=("model", "#idle ms", "#first call", "#later calls", "verdict of the first"),
         rows=rows,
@@ -56,7 +56,9 @@ def _throughput(document: BenchDocument) -> Section:
     labels = [t.label for t in document.throughput]
     picture = _rates("throughput", "Samples a second over the batch", "batch", points, labels)
     rows = [(str(int(p.x)), p.series, _with(p.y, (p.low or 0.0, p.high or 0.0))) for p in points]
-    table = Table(caption="Samples a second, with 95 % intervals", columns=("batch", "model", "#samples/s"), rows=rows)
+    table = PageTable(
+        caption="Samples a second, with 95 % intervals", columns=("batch", "model", "#samples/s"), rows=rows
+    )
     best = "; ".join(f"{t.label}: most at batch {t.best} ({t.ended})" for t in document.throughput)
     words = [f"{best}."] if best else []
     blocks = [Block(picture=picture, table=table)] if points else []
@@ -87,7 +89,7 @@ def _streams(document: BenchDocument) -> Section:
         )
         for s in document.streams
     ]
-    table = Table(
+    table = PageTable(
         caption="Samples a second of all streams, and milliseconds a call",
         columns=("streams", "model", "#samples/s", "#median ms", "#p99 ms"),
         rows=rows,
@@ -110,7 +112,7 @@ def _loadgen(document: BenchDocument) -> Section:
         for label, results in document.loadgen.items()
         for r in results
     ]
-    table = Table(
+    table = PageTable(
         caption="As LoadGen says it",
         columns=("model, scenario", "verdict", "result", "#samples/s", "#queries", "#own p90 ms", "why"),
         rows=rows,

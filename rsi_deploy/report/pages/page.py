@@ -21,7 +21,7 @@ class Tile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class PageTable:
     """Rows of texts; the first column names the row.
 
     Attributes:
@@ -59,7 +59,7 @@ class Block:
 
     words: Sequence[str] = ()
     picture: Picture | None = None
-    table: Table | None = None
+    table: PageTable | None = None
     folded: bool = False
     wide: bool = False
 

@@ -6,10 +6,10 @@ from rsi_deploy.core.text import human_bytes, human_count, share_kept, size_chan
 from rsi_deploy.report.pages.environment import environment_section
 from rsi_deploy.report.pages.html import render
 from rsi_deploy.report.pages.latency import latency_section, speed_tone
-from rsi_deploy.report.pages.page import Block, Page, Picture, Section, Table, Tile, Tone
+from rsi_deploy.report.pages.page import Block, Page, PageTable, Picture, Section, Tile, Tone
 from rsi_deploy.report.pages.plots import Axis, Bar, Bars
 from rsi_deploy.report.pages.sites import sections_of_sites
-from rsi_deploy.report.schema import Report, Timing
+from rsi_deploy.report.schema import Report, TimingRecord
 from rsi_deploy.report.summary import certificate_lines, comparison_rows, verdict
 
 
@@ -58,7 +58,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     ]
 
 
-def _time(timing: Timing) -> str:
+def _time(timing: TimingRecord) -> str:
     """What time decided, in a line."""
     foretold = "" if timing.predicted is None else f"; {100 * timing.predicted:.0f} % of the dense time foretold"
     return f"{timing.last_word}; times: {timing.source}{foretold}"
@@ -156,7 +156,7 @@ def _remarks(report: Report) -> list[str]:
 
 
 def _result(report: Report) -> Section:
-    table = Table(
+    table = PageTable(
         caption="What a model is measured by",
         columns=("", "#dense", "#compressed", "change"),
         rows=comparison_rows(report),
@@ -179,7 +179,7 @@ def _checks(report: Report) -> Section:
         rows.append((name, what, f"{found.relative_l2:.1e}", gate, status if found.informative else "shows little"))
     blocks = [
         Block(
-            table=Table(
+            table=PageTable(
                 caption="Relative error of the outputs",
                 columns=("gate", "what", "#error", "#tolerance", ""),
                 rows=rows,
@@ -190,7 +190,7 @@ def _checks(report: Report) -> Section:
     hashes.append(("source weights", report.source.hash))
     words = [line[0].upper() + line[1:] + "." for line in certificate_lines(report)]
     words.append("rsi-deploy verify computes these again from the bundle.")
-    table = Table(caption="SHA-256 of what was read and written", columns=("file", "digest"), rows=hashes)
+    table = PageTable(caption="SHA-256 of what was read and written", columns=("file", "digest"), rows=hashes)
     return Section(
         name="checks", title="What vouches for it", blocks=[*blocks, Block(table=table, folded=True)], words=words
     )
@@ -208,7 +208,7 @@ def _work(report: Report) -> Section:
             axis=Axis(title="seconds", zero=True, form=".4~g"),
         ),
     )
-    table = Table(
+    table = PageTable(
         caption=f"{total:.1f} s in all, peak memory {human_bytes(report.peak_memory)}",
         columns=("step", "#seconds", "#share"),
         rows=[(s.name, f"{s.seconds:.2f}", f"{s.seconds / total:.0%}" if total else "") for s in stages],
@@ -217,7 +217,7 @@ def _work(report: Report) -> Section:
     settings.insert(0, ("command", report.command))
     settings.append(("preprocessing", report.preprocessing.describe() if report.preprocessing else "unknown"))
     blocks = [Block(picture=picture, table=table)] if stages else []
-    blocks.append(Block(table=Table(caption="Settings", columns=("setting", "value"), rows=settings), folded=True))
+    blocks.append(Block(table=PageTable(caption="Settings", columns=("setting", "value"), rows=settings), folded=True))
     return Section(name="work", title="How it was made", blocks=blocks)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rsi_deploy.core.sites import SiteRecord
 from rsi_deploy.report.pages.errors import errors_section, largest, of_all, spectra_section
-from rsi_deploy.report.pages.page import Block, Picture, Section, Table
+from rsi_deploy.report.pages.page import Block, PageTable, Picture, Section
 from rsi_deploy.report.pages.plots import Axis, Bar, Bars
 from rsi_deploy.report.summary import (
     LOSS,
@@ -59,7 +59,7 @@ def _parameters(sites: Sequence[SiteRecord]) -> Section:
         description="A bar for each site: its parameters when dense, and over it those it has now.",
         plot=plot,
     )
-    table = Table(
+    table = PageTable(
         caption=of_all(shown, weighty, "Parameters and multiply-accumulates (MACs)"),
         columns=("site", "#dense", "#compressed", "#kept", "#MACs kept"),
         rows=rows,
@@ -97,7 +97,7 @@ def _ranks(sites: Sequence[SiteRecord]) -> Section:
             bars=bars, axis=Axis(title="% of break-even rank", zero=True, form="~f"), mark=(100, "saves nothing")
         ),
     )
-    table = Table(
+    table = PageTable(
         caption=of_all(shown, split, "Ranks of the split sites"),
         columns=("site", "#out x in", "#rank", "#break-even", "#share"),
         rows=rows,
@@ -120,10 +120,10 @@ def _decisions(sites: Sequence[SiteRecord]) -> Section:
         rows += [("other reasons", str(sum(reasons.values()) - sum(c for _, c in reasons.most_common(12))))] * (
             len(reasons) > 12
         )
-        blocks.append(Block(table=Table(caption="Why sites stay dense", columns=("reason", "#sites"), rows=rows)))
+        blocks.append(Block(table=PageTable(caption="Why sites stay dense", columns=("reason", "#sites"), rows=rows)))
     errors = [(normalized_error, "#normalized error"), (response_error, "#response error")]
     used = [(text, head) for text, head in errors if any(text(s) for s in sites)]
-    table = Table(
+    table = PageTable(
         caption=f"Every site and why ({len(sites)})",
         columns=("site", "operation", "#out x in", "#rank", "#kept", *[head for _, head in used], "decision"),
         rows=[

@@ -6,7 +6,7 @@ from typing import Literal
 from rsi_deploy.core.text import human_bytes, human_count
 from rsi_deploy.report.pages.environment import environment_section
 from rsi_deploy.report.pages.html import render
-from rsi_deploy.report.pages.page import Block, Page, Picture, Section, Table, Tile
+from rsi_deploy.report.pages.page import Block, Page, PageTable, Picture, Section, Tile
 from rsi_deploy.report.pages.plots import Axis, Dots, Point
 from rsi_deploy.report.sweep_schema import Sweep, SweepPoint
 
@@ -94,8 +94,8 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
     return rows
 
 
-def _table(sweep: Sweep) -> Table:
-    return Table(caption="Every point of the sweep", columns=COLUMNS, rows=sweep_rows(sweep))
+def _table(sweep: Sweep) -> PageTable:
+    return PageTable(caption="Every point of the sweep", columns=COLUMNS, rows=sweep_rows(sweep))
 
 
 def _section(sweep: Sweep, cost: Cost) -> Section | None:

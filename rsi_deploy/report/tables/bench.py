@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rsi_deploy.benchmark.result import ArmResult, BenchDocument, BenchResult
-from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, Streams, Throughput
+from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SessionStreams, Throughput
 from rsi_deploy.benchmark.statistics import direction
 
 Titled = tuple[str, Table]
@@ -158,7 +158,7 @@ def _bursts(rows: Sequence[Bursts]) -> Titled:
     return title, table
 
 
-def _streams(rows: Sequence[Streams]) -> Titled:
+def _streams(rows: Sequence[SessionStreams]) -> Titled:
     table = _table("model", "streams", "samples/s", "95 %", "median ms", "p90 ms")
     for r in rows:
         low, high = r.per_second_interval

@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rsi_deploy.benchmark.ci_gate import GateReport
-from rsi_deploy.benchmark.compare import Comparison, Device, FigureRow, Timing
+from rsi_deploy.benchmark.compare import Device, DeviceComparison, DeviceTiming, FigureRow
 from rsi_deploy.core.text import human_bytes
 
 STYLES = {"holds": "green", "failed": "bold red", "not shown": "yellow"}
@@ -20,7 +20,7 @@ def print_gates(console: Console, report: GateReport) -> None:
         console.print(f"note: {escape(note)}")
 
 
-def print_comparison(console: Console, result: Comparison) -> None:
+def print_comparison(console: Console, result: DeviceComparison) -> None:
     """Devices, then one line a model and configuration with one column a device, then accuracy and sizes."""
     for device in result.devices:
         console.print(escape(_described(device)))
@@ -54,7 +54,7 @@ def _described(device: Device) -> str:
     return f"{where}, onnxruntime {device.onnxruntime}, {when}"
 
 
-def _timed(timing: Timing | None) -> str:
+def _timed(timing: DeviceTiming | None) -> str:
     if timing is None:
         return "not measured"
     low, high = timing.median_interval_ms

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rsi_deploy.serving.engine.pool import Pool, Worker, WorkerDied
-from rsi_deploy.serving.engine.queues import Cost, Job, Place, Queue, Queues
+from rsi_deploy.serving.engine.queues import Cost, Place, Queue, QueuedRequest, Queues
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.requests import Ran
 from rsi_deploy.serving.protocol.signature import Feeds, rows
@@ -97,7 +97,7 @@ class Batcher:
         self._admit(key, count, size, behind)
         shapes = (object(),) if alone else tuple((name, a.shape[1:]) for name, a in sorted(feeds.items()))
         now = time.monotonic()
-        job = Job(
+        job = QueuedRequest(
             key=key,
             feeds=feeds,
             rows=count,
@@ -148,7 +148,7 @@ class Batcher:
     def _a_row(self, key: str) -> float:
         return self._costs[key].likely_most if key in self._costs else 0.0
 
-    def _latest(self, job: Job) -> float:
+    def _latest(self, job: QueuedRequest) -> float:
         """When a job must start to be answered in time; one that takes most of the bound itself has half of it."""
         own = self._a_row(job.key) * max(job.rows, self._most_rows(job.key))
         return job.deadline - min(own, self._limits.latency_bound / 2)
@@ -167,7 +167,7 @@ class Batcher:
                     text = f"no worker was free within the bound of {self._limits.latency_bound:g} s; try again later"
                     job.future.set_exception(Refusal(503, text, retry_after=1))
 
-    def _ripe(self, worker: Worker, now: float) -> list[Job]:
+    def _ripe(self, worker: Worker, now: float) -> list[QueuedRequest]:
         """The batch that this worker should run now; empty where none is ripe."""
         fresh = worker in self.pool.active
         chosen: Place | None = None
@@ -195,7 +195,7 @@ class Batcher:
             return 0.0
         return head.arrived + self._limits.batch_delay
 
-    def _start(self, worker: Worker, batch: list[Job]) -> None:
+    def _start(self, worker: Worker, batch: list[QueuedRequest]) -> None:
         worker.busy = True
         count = sum(job.rows for job in batch)
         self._ends[worker] = time.monotonic() + self._a_row(batch[0].key) * count
@@ -203,7 +203,7 @@ class Batcher:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, worker: Worker, batch: list[Job], count: int) -> None:
+    async def _run(self, worker: Worker, batch: list[QueuedRequest], count: int) -> None:
         key, start = batch[0].key, time.monotonic()
         try:
             answers, seconds = await worker.run(key, [job.feeds for job in batch], self._limits.run_timeout)
@@ -230,7 +230,7 @@ class Batcher:
             self._ends.pop(worker, None)
             self.pump()
 
-    def _retry(self, batch: list[Job], *, counts: bool) -> None:
+    def _retry(self, batch: list[QueuedRequest], *, counts: bool) -> None:
         """Once more, in front of the others and with the whole bound again; what was lost twice is given up."""
         if not counts:
             for job in reversed(batch):

@@ -15,7 +15,7 @@ Place = tuple[object, ...]
 
 
 @dataclass(kw_only=True, eq=False)
-class Job:
+class QueuedRequest:
     """One request on its way to a worker.
 
     Attributes:
@@ -82,11 +82,11 @@ class Cost:
 class Queue:
     """Requests that can be joined."""
 
-    jobs: deque[Job] = field(default_factory=deque)
+    jobs: deque[QueuedRequest] = field(default_factory=deque)
     rows: int = 0
 
     @property
-    def head(self) -> Job:
+    def head(self) -> QueuedRequest:
         """The one that has waited longest."""
         return self.jobs[0]
 
@@ -107,7 +107,7 @@ class Queues:
     def __iter__(self) -> Iterator[tuple[Place, Queue]]:
         return iter(list(self._queues.items()))
 
-    def heads(self) -> list[Job]:
+    def heads(self) -> list[QueuedRequest]:
         """The oldest request of every queue."""
         return [queue.head for queue in self._queues.values()]
 
@@ -115,14 +115,14 @@ class Queues:
         """The queue, while something waits in it."""
         return self._queues.get(place)
 
-    def push(self, job: Job, *, first: bool = False) -> None:
+    def push(self, job: QueuedRequest, *, first: bool = False) -> None:
         """Put a request at the end of its queue, or in front."""
         queue = self._queues.setdefault((job.behind, job.key, job.shapes), Queue())
         (queue.jobs.appendleft if first else queue.jobs.append)(job)
         queue.rows += job.rows
         self._count(job, 1)
 
-    def pop(self, place: Place) -> Job:
+    def pop(self, place: Place) -> QueuedRequest:
         """Take the oldest request of a queue."""
         queue = self._queues[place]
         job = queue.jobs.popleft()
@@ -137,7 +137,7 @@ class Queues:
         known = ((queue.head, queue.rows) for queue in self._queues.values())
         return sum(costs[job.key].likely_most * rows for job, rows in known if not job.behind and job.key in costs)
 
-    def _count(self, job: Job, sign: int) -> None:
+    def _count(self, job: QueuedRequest, sign: int) -> None:
         self.waiting += sign * (not job.behind)
         self.behind += sign * job.behind
         self.bytes += sign * job.bytes

@@ -10,11 +10,11 @@ from rsi_deploy.data.model_pictures import ModelPictures
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.io.pictures import TooLargeError, UnknownRangeError, read_picture
 from rsi_deploy.serving.protocol.refusal import Refusal
-from rsi_deploy.serving.protocol.requests import Request
+from rsi_deploy.serving.protocol.requests import InferRequest
 from rsi_deploy.serving.protocol.signature import Signature
 
 
-def image_request(data: bytes, preprocessing: Preprocessing | None, signature: Signature, model: str) -> Request:
+def image_request(data: bytes, preprocessing: Preprocessing | None, signature: Signature, model: str) -> InferRequest:
     """The request that asks a model about one image, which is read as `eval` reads it.
 
     Args:
@@ -44,4 +44,4 @@ def image_request(data: bytes, preprocessing: Preprocessing | None, signature: S
         raise Refusal(413, str(error)) from None
     except (OSError, SyntaxError, ValueError) as error:
         raise Refusal(400, f"the body cannot be read as an image: {str(error)[:160]}") from None
-    return Request(feeds={spec.name: inputs}, outputs={})
+    return InferRequest(feeds={spec.name: inputs}, outputs={})

@@ -7,7 +7,7 @@ from rsi_deploy.serving.protocol.signature import Feeds, Outputs, Signature
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class InferRequest:
     """Inputs as they were decoded; whether they fit the model is not yet known.
 
     Attributes:
@@ -24,7 +24,7 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class InferResponse:
     """What a model says to a request.
 
     Attributes:

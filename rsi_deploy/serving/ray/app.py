@@ -5,7 +5,7 @@
 
 Ray brings the sockets, the replicas, their number under load, and another one where one dies. The protocol, the canary,
 the shadow, the batches and their bound are those of `rsi-deploy serve`, by the same code. `build` is what the config
-for `serve deploy` names; its `args` are `Settings`.
+for `serve deploy` names; its `args` are `RayAppSettings`.
 
 What a replica had when it died is answered by Ray's proxy with 500, not tried again: nobody knows if it was the cause.
 """
@@ -25,7 +25,7 @@ from rsi_deploy.serving import KEY_VARIABLE
 from rsi_deploy.serving.access_log import AccessLog
 from rsi_deploy.serving.catalog import Catalog, read_catalog
 from rsi_deploy.serving.engine.batches import MOST_WAITING, BatchLimits
-from rsi_deploy.serving.merging import Board, Counted, joined_metrics
+from rsi_deploy.serving.merging import Board, ReplicaCounts, joined_metrics
 from rsi_deploy.serving.ray.grpc import METHODS
 from rsi_deploy.serving.service import Service
 from rsi_deploy.serving.shadow import Shadow
@@ -41,7 +41,7 @@ Positive = Annotated[float, pydantic.Field(gt=0)]
 Count = Annotated[int, pydantic.Field(ge=1)]
 
 
-class Settings(pydantic.BaseModel, frozen=True, extra="forbid"):
+class RayAppSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
     """What the application is to be: the `args` in a config.
 
     Attributes:
@@ -94,14 +94,14 @@ class Settings(pydantic.BaseModel, frozen=True, extra="forbid"):
         return read_catalog(self.models, canary=self.canary, canary_share=self.canary_share, shadow=self.shadow)
 
 
-def read_settings(args: Mapping[str, Any]) -> Settings:
+def read_settings(args: Mapping[str, Any]) -> RayAppSettings:
     """The settings that a config or a caller gives.
 
     Raises:
         UsageError: which of them is none.
     """
     try:
-        return Settings.model_validate(args)
+        return RayAppSettings.model_validate(args)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise UsageError(
@@ -118,14 +118,16 @@ class ReplicaService(Service):
         exchange: puts its own on the board and gives everybody's.
     """
 
-    def __init__(self, settings: Settings, exchange: Callable[[Counted], Awaitable[Mapping[str, Counted]]]):
+    def __init__(
+        self, settings: RayAppSettings, exchange: Callable[[ReplicaCounts], Awaitable[Mapping[str, ReplicaCounts]]]
+    ):
         super().__init__(settings.catalog(), settings.limits, workers=1, threads=settings.threads, provider="cpu")
         self._exchange = exchange
 
-    async def tell(self) -> Mapping[str, Counted]:
+    async def tell(self) -> Mapping[str, ReplicaCounts]:
         """Put on the board what was counted here; what all replicas have counted."""
         shadows = {name: Shadow.joined([shadow]) for name, shadow in self.shadows.items()}  # a copy, to travel
-        return await self._exchange(Counted(metrics=await super().measured(), shadows=shadows))
+        return await self._exchange(ReplicaCounts(metrics=await super().measured(), shadows=shadows))
 
     async def compared(self, name: str) -> dict[str, Any]:
         """As `Service.compared`, of all replicas."""
@@ -146,7 +148,7 @@ class Replica:
     """What Ray starts as often as the load wants it.
 
     Args:
-        args: `Settings` as an object.
+        args: `RayAppSettings` as an object.
         board: Ray's handle of the one `Board`.
 
     Raises:
@@ -199,10 +201,10 @@ class Replica:
                 await self._service.tell()
             await asyncio.sleep(TELL_SECONDS)
 
-    async def _exchange(self, counted: Counted) -> Mapping[str, Counted]:
+    async def _exchange(self, counted: ReplicaCounts) -> Mapping[str, ReplicaCounts]:
         from ray import serve
 
-        found: Mapping[str, Counted] = await self._board.exchange.remote(
+        found: Mapping[str, ReplicaCounts] = await self._board.exchange.remote(
             str(serve.get_replica_context().replica_id.unique_id), counted
         )
         return found

@@ -29,7 +29,7 @@ from rsi_deploy.serving.catalog import Catalog, all_served
 from rsi_deploy.serving.engine.model import LoadedModel
 from rsi_deploy.serving.front import Listening
 from rsi_deploy.serving.ports import bracketed
-from rsi_deploy.serving.ray.app import Settings, build
+from rsi_deploy.serving.ray.app import RayAppSettings, build
 
 NAME = "rsi-deploy"
 SERVICER = "rsi_deploy.serving.ray.grpc.add_to_server"
@@ -74,7 +74,7 @@ def check_ray_serve() -> None:
         raise UsageError("--engine ray needs ray[serve]: pip install 'rsi-deploy[serve,ray,cpu]'")
 
 
-def serve_on_ray(settings: Settings, where: Address, ray: str, on_ready: Callable[[Listening], None]) -> None:
+def serve_on_ray(settings: RayAppSettings, where: Address, ray: str, on_ready: Callable[[Listening], None]) -> None:
     """Serve until SIGTERM or SIGINT, then answer what was taken and return; from the main thread.
 
     Args:
@@ -119,7 +119,7 @@ def serve_on_ray(settings: Settings, where: Address, ray: str, on_ready: Callabl
                 serve.shutdown()
 
 
-def write_config(path: Path, settings: Settings, where: Address) -> None:
+def write_config(path: Path, settings: RayAppSettings, where: Address) -> None:
     """Write the config that `serve deploy` takes, once every bundle is found to be what it claims and to load.
 
     Raises:
@@ -148,7 +148,7 @@ def write_config(path: Path, settings: Settings, where: Address) -> None:
         raise UsageError(f"--write-config {path}: {error.strerror}; choose another file") from None
 
 
-def loadable(settings: Settings) -> Catalog:
+def loadable(settings: RayAppSettings) -> Catalog:
     """The models, each bundle checked and each model loaded once here, where a failure can be said in one line.
 
     Raises:
@@ -160,7 +160,7 @@ def loadable(settings: Settings) -> Catalog:
     return routes
 
 
-def _check_room(cluster: Any, settings: Settings, *, may_grow: bool) -> None:
+def _check_room(cluster: Any, settings: RayAppSettings, *, may_grow: bool) -> None:
     """Refuse what would wait for ever: replicas that no node has the CPUs for.
 
     Raises:
@@ -176,7 +176,7 @@ def _check_room(cluster: Any, settings: Settings, *, may_grow: bool) -> None:
         )
 
 
-def _start(serve: Any, settings: Settings, where: Address, *, everywhere: bool) -> None:
+def _start(serve: Any, settings: RayAppSettings, where: Address, *, everywhere: bool) -> None:
     location = "EveryNode" if everywhere else "HeadOnly"
     try:
         serve.start(proxy_location=location, **where.options(settings.longest))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from rsi_deploy.serving.access_log import AccessLog
 from rsi_deploy.serving.protocol.refusal import Refusal
-from rsi_deploy.serving.protocol.requests import Answer
+from rsi_deploy.serving.protocol.requests import InferResponse
 from rsi_deploy.serving.service import Service
 
 LONGEST_LOGGED = 200
@@ -55,7 +55,7 @@ class Record:
     bytes_out: int = 0
     id: str = ""
     status: int = 500
-    answer: Answer | None = None
+    answer: InferResponse | None = None
     error: str = ""
     started: float = field(default_factory=time.perf_counter)
 

@@ -16,7 +16,7 @@ import rsi_deploy
 from rsi_deploy.serving.access_log import AccessLog
 from rsi_deploy.serving.catalog import all_served
 from rsi_deploy.serving.protocol.refusal import Refusal
-from rsi_deploy.serving.protocol.requests import Answer, Request
+from rsi_deploy.serving.protocol.requests import InferRequest, InferResponse
 from rsi_deploy.serving.protocol.signature import metadata
 from rsi_deploy.serving.protocol.tensors import (
     NAMES,
@@ -76,7 +76,7 @@ def grpc_calls(service: Service, access: Access, log: AccessLog) -> dict[str, Ca
 
 def _typed(name: str, called: Call) -> Any:
     """A method as grpc wants it: with the types of its messages."""
-    taken, given = (getattr(pb, f"{name}{kind}") for kind in ("Request", "Response"))
+    taken, given = (getattr(pb, f"{name}{kind}") for kind in ("InferRequest", "Response"))
     return grpc.unary_unary_rpc_method_handler(
         called, request_deserializer=taken.FromString, response_serializer=given.SerializeToString
     )
@@ -165,7 +165,7 @@ class _Grpc:
         return encode(answer, message.id)
 
 
-def decode(message: Any) -> Request:
+def decode(message: Any) -> InferRequest:
     """The request in a `ModelInferRequest`.
 
     Raises:
@@ -197,10 +197,12 @@ def decode(message: Any) -> Request:
         raise Refusal(400, "there are no inputs; expected one for each input of the model")
     for output in message.outputs:
         _check_extensions(output.parameters, f"output {output.name[:80]}")
-    return Request(feeds=feeds, id=message.id, outputs={output.name: True for output in message.outputs}, binary=True)
+    return InferRequest(
+        feeds=feeds, id=message.id, outputs={output.name: True for output in message.outputs}, binary=True
+    )
 
 
-def encode(answer: Answer, identity: str) -> Any:
+def encode(answer: InferResponse, identity: str) -> Any:
     """The `ModelInferResponse` of an answer, tensors as raw bytes."""
     return pb.ModelInferResponse(
         model_name=answer.name,

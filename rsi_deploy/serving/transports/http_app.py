@@ -21,7 +21,7 @@ import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.requests import Request as HttpRequest
+from starlette.requests import InferRequest as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -30,7 +30,7 @@ from rsi_deploy.serving.access_log import AccessLog
 from rsi_deploy.serving.catalog import all_served
 from rsi_deploy.serving.protocol.images import image_request
 from rsi_deploy.serving.protocol.refusal import Refusal
-from rsi_deploy.serving.protocol.requests import Request
+from rsi_deploy.serving.protocol.requests import InferRequest
 from rsi_deploy.serving.protocol.signature import metadata
 from rsi_deploy.serving.service import Service
 from rsi_deploy.serving.transports import http_body
@@ -127,7 +127,7 @@ class _Http:
         asked = await asyncio.to_thread(image_request, body, steps, loaded.signature, name)
         return await self._inferred(request, record, asked)
 
-    async def _inferred(self, request: HttpRequest, record: Record, asked: Request) -> Response:
+    async def _inferred(self, request: HttpRequest, record: Record, asked: InferRequest) -> Response:
         record.id = asked.id
         record.answer = answer = await self._service.infer(*_named(request), asked)
         content, header_length = http_body.encode(answer, asked)

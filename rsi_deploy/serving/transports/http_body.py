@@ -11,7 +11,7 @@ import orjson
 
 from rsi_deploy.runtime.feeds.values import TEXT
 from rsi_deploy.serving.protocol.refusal import Refusal
-from rsi_deploy.serving.protocol.requests import Answer, Request
+from rsi_deploy.serving.protocol.requests import InferRequest, InferResponse
 from rsi_deploy.serving.protocol.tensors import (
     NAMES,
     Array,
@@ -27,7 +27,7 @@ HEADER_LENGTH = "inference-header-content-length"
 _NOT_OFFERED = ("shared_memory_region", "classification")
 
 
-def decode(body: bytes, header_length: str | None, *, most_json: int) -> Request:
+def decode(body: bytes, header_length: str | None, *, most_json: int) -> InferRequest:
     """The request in a body.
 
     Args:
@@ -62,10 +62,10 @@ def decode(body: bytes, header_length: str | None, *, most_json: int) -> Request
     identity = document.get("id", "")
     if not isinstance(identity, str):
         raise Refusal(400, f"id must be a string, but got {shown(identity)}")
-    return Request(feeds=feeds, id=identity, outputs=outputs, binary=binary)
+    return InferRequest(feeds=feeds, id=identity, outputs=outputs, binary=binary)
 
 
-def encode(answer: Answer, request: Request) -> tuple[bytes, int | None]:
+def encode(answer: InferResponse, request: InferRequest) -> tuple[bytes, int | None]:
     """The body of an answer, and the length of its JSON where tensors follow it.
 
     Raises:

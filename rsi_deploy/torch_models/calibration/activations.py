@@ -16,22 +16,28 @@ from torch import Tensor, nn
 
 from rsi_deploy.calibration.accumulator import Gathered
 from rsi_deploy.calibration.activations import (
+    CalibratedSite,
     Distance,
     Metric,
     Replacement,
     RowCounts,
-    StreamSite,
     distance_samples,
     output_distance,
 )
 from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples, gathered_bytes, rows_for
 from rsi_deploy.calibration.output_sensitivity import metrics_or_none
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.torch_models.calibration.calls import Call, Layer, opened, overridden
+from rsi_deploy.torch_models.calibration.calls import Layer, LayerCall, opened, overridden
 from rsi_deploy.torch_models.calibration.gradients import output_metrics
-from rsi_deploy.torch_models.calibration.row_sampling import Choosing, CompressedRun, Counted, DenseRun, SurveyRun
+from rsi_deploy.torch_models.calibration.row_sampling import (
+    BatchRowCounts,
+    Choosing,
+    CompressedRun,
+    DenseRun,
+    SurveyRun,
+)
 from rsi_deploy.torch_models.calibration.runs import Arguments, Runs, samples_of, stacked
-from rsi_deploy.torch_models.calibration.trace import Trace, attentions_of, layers_of, staged
+from rsi_deploy.torch_models.calibration.trace import BatchTrace, attentions_of, layers_of, staged
 from rsi_deploy.torch_models.compress import ModuleSite, find_module_sites, low_rank_layer
 
 Forwards = Mapping[nn.Module, Callable[..., Any]]
@@ -83,14 +89,14 @@ class TorchStreams:
         self.unreachable = {site.name: site.obstacle for site in found if site.obstacle}
         reachable = {site.name: site for site in found if not site.obstacle}
         self._layers = layers_of(module, reachable.values(), self._attentions)
-        trace = Trace(self._layers)
+        trace = BatchTrace(self._layers)
         with opened(self._attentions):
             self._runs.run(self._runs.first, trace)
         self.unreachable |= {name: _why_never(site) for name, site in reachable.items() if name not in trace.inputs}
         samples = samples_of(self._runs.first)
         self._sites = {name: _stream_site(reachable[name], module, trace.rows[name] / samples) for name in trace.inputs}
         self._stages = staged(trace.inputs, stages)
-        self._calls = {name: [Call(name, number) for number in range(trace.calls[name])] for name in trace.inputs}
+        self._calls = {name: [LayerCall(name, number) for number in range(trace.calls[name])] for name in trace.inputs}
         self._added = trace.added if compensate else set()
         self._quotas = {
             name: max(1, rows(site.in_features) // (self._runs.count * trace.calls[name]))
@@ -100,11 +106,11 @@ class TorchStreams:
         self._metrics: Mapping[str, Metric] | None = None
 
     @property
-    def sites(self) -> tuple[StreamSite, ...]:
+    def sites(self) -> tuple[CalibratedSite, ...]:
         """See `Streams`; those that a survey found no rows of are no longer among them."""
         return tuple(site for site in self._sites.values() if site.name not in self.unreachable)
 
-    def survey(self, visit: Callable[[StreamSite, Moments | Samples], None]) -> None:
+    def survey(self, visit: Callable[[CalibratedSite, Moments | Samples], None]) -> None:
         """See `Streams`; in execution order.
 
         Raises:
@@ -135,7 +141,7 @@ class TorchStreams:
 
     def sequence(
         self,
-        visit: Callable[[StreamSite, Moments | Samples], Replacement | None],
+        visit: Callable[[CalibratedSite, Moments | Samples], Replacement | None],
         counts: Mapping[str, RowCounts] | None = None,
     ) -> None:
         """See `Streams`; a site without rows is not visited.
@@ -199,7 +205,7 @@ class TorchStreams:
             for number, batch in enumerate(self._runs.batches()):
                 dense = DenseRun(layers, calls, self._added, self._choosing(number, batch), weights)
                 self._runs.run(batch, dense)
-                counted = Counted(counts=counts, begin=begin, samples=samples_of(batch))
+                counted = BatchRowCounts(counts=counts, begin=begin, samples=samples_of(batch))
                 compressed = CompressedRun(layers, dense.answers, self._added, gathered, counted)
                 begin += samples_of(batch)
                 with overridden(forwards):
@@ -212,9 +218,9 @@ class TorchStreams:
 
     # --- sites --------------------------------------------------------------------------------------------------
 
-    def _groups(self) -> Iterator[list[StreamSite]]:
+    def _groups(self) -> Iterator[list[CalibratedSite]]:
         """The sites, as many at a time as may be gathered together."""
-        group: list[StreamSite] = []
+        group: list[CalibratedSite] = []
         total = 0
         for site in self.sites:
             wide = site.out_features if site.in_features > GRAM_LIMIT else 0
@@ -231,7 +237,7 @@ class TorchStreams:
     def _layers_of(self, names: Sequence[str]) -> list[Layer]:
         return [layer for layer in self._layers if layer.site in names]
 
-    def _calls_of(self, names: Sequence[str]) -> list[Call]:
+    def _calls_of(self, names: Sequence[str]) -> list[LayerCall]:
         return [call for name in names for call in self._calls[name]]
 
     def _forwards(self, replacements: Mapping[str, Replacement]) -> dict[nn.Module, Callable[..., Any]]:
@@ -249,10 +255,10 @@ class TorchStreams:
         }
 
 
-def _stream_site(site: ModuleSite, module: nn.Module, rows: float) -> StreamSite:
+def _stream_site(site: ModuleSite, module: nn.Module, rows: float) -> CalibratedSite:
     out_features, in_features = site.shape
     layer = module.get_submodule(site.paths[0])
-    return StreamSite(
+    return CalibratedSite(
         name=site.name,
         kind=site.kind,
         groups=site.groups,
@@ -273,7 +279,7 @@ def _why_never(site: ModuleSite) -> str:
     return NEVER
 
 
-def _check_fits(replacement: Replacement, site: StreamSite) -> None:
+def _check_fits(replacement: Replacement, site: CalibratedSite) -> None:
     form, left, right, bias = replacement
     if form not in site.forms:
         raise ValueError(f"site {site.name!r}: its forms are {', '.join(site.forms)}, but got {form!r}")

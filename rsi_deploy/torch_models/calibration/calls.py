@@ -29,7 +29,7 @@ from rsi_deploy.torch_models.layers import OpenMultiheadAttention
 ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """One call of a site's layers in a run, numbered from 0."""
 
     site: str
@@ -60,17 +60,17 @@ class Watch(TorchFunctionMode, ABC):
         self._layers = layers
         self._handles: list[RemovableHandle] = []
         self._numbers: Counter[str] = Counter()
-        self._serials: dict[Call, int] = {}
+        self._serials: dict[LayerCall, int] = {}
         self._outputs: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     @abstractmethod
-    def called(self, call: Call, layer: Layer, x: Tensor) -> bool:
+    def called(self, call: LayerCall, layer: Layer, x: Tensor) -> bool:
         """A layer is about to be called with `x`; say whether to follow its output."""
 
-    def joined(self, call: Call, beside: Tensor) -> None:
+    def joined(self, call: LayerCall, beside: Tensor) -> None:
         """The output of a call is about to be added to `beside`, of the same shape."""
 
-    def used(self, call: Call) -> None:
+    def used(self, call: LayerCall) -> None:
         """The output of a call is used otherwise."""
 
     def __enter__(self) -> "Watch":
@@ -109,10 +109,10 @@ class Watch(TorchFunctionMode, ABC):
         return result
 
     def _hook(self, layer: Layer) -> None:
-        follow: list[Call] = []
+        follow: list[LayerCall] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = Call(layer.site, self._numbers[layer.site])
+            call = LayerCall(layer.site, self._numbers[layer.site])
             self._numbers[layer.site] += 1
             follow.clear()
             if self.called(call, layer, args[0] if args else next(iter(kwargs.values()))):
@@ -126,7 +126,7 @@ class Watch(TorchFunctionMode, ABC):
         self._handles.append(layer.module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(layer.module.register_forward_hook(behind))
 
-    def _join(self, followed: Sequence[Tensor], calls: Sequence[Call], added: tuple[Tensor, Tensor]) -> None:
+    def _join(self, followed: Sequence[Tensor], calls: Sequence[LayerCall], added: tuple[Tensor, Tensor]) -> None:
         last = max(calls, key=self._serials.__getitem__)
         for tensor, call in zip(followed, calls, strict=True):
             if call == last:

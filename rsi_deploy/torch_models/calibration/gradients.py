@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from rsi_deploy.calibration.activations import Metric, StreamSite
+from rsi_deploy.calibration.activations import CalibratedSite, Metric
 from rsi_deploy.calibration.output_sensitivity import OutputMetric
 from rsi_deploy.torch_models.calibration.calls import Layer
 from rsi_deploy.torch_models.calibration.runs import Arguments, Runs, aligned, samples_of
@@ -21,7 +21,7 @@ Taps = list[tuple[str, Tensor]]
 
 
 def output_metrics(
-    module: nn.Module, runs: Runs, layers: Sequence[Layer], sites: Mapping[str, StreamSite], *, seed: int
+    module: nn.Module, runs: Runs, layers: Sequence[Layer], sites: Mapping[str, CalibratedSite], *, seed: int
 ) -> dict[str, Metric]:
     """By the names of sites; those that move no output have none.
 

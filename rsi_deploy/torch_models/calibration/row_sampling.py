@@ -18,7 +18,7 @@ from rsi_deploy.calibration.accumulator import Gathered as SiteGathered
 from rsi_deploy.calibration.activations import RowCounts
 from rsi_deploy.calibration.moments import GRAM_LIMIT
 from rsi_deploy.linalg.solver import stream_seed
-from rsi_deploy.torch_models.calibration.calls import Call, Layer, Stopped, Watch
+from rsi_deploy.torch_models.calibration.calls import Layer, LayerCall, Stopped, Watch
 from rsi_deploy.torch_models.calibration.rows import Choice, LinearReader
 
 Gathered = Mapping[str, SiteGathered]
@@ -33,21 +33,21 @@ class Choosing:
     quotas: Mapping[str, int]
     kept: Tensor | None
 
-    def __call__(self, call: Call, layer: Layer, x: Tensor) -> Choice:
+    def __call__(self, call: LayerCall, layer: Layer, x: Tensor) -> Choice:
         """The rows of `x` in this call."""
         seed = stream_seed(self.seed, f"{call.site}/{self.batch}/{call.number}")
         return layer.reader.choose(x, self.quotas[call.site], torch.Generator().manual_seed(seed), self.kept)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counted:
+class BatchRowCounts:
     """What rows count in a batch of `samples` that begins with sample `begin`, by site."""
 
     counts: Mapping[str, RowCounts]
     begin: int
     samples: int
 
-    def of(self, call: Call, layer: Layer, answer: "Answer") -> Tensor | None:
+    def of(self, call: LayerCall, layer: Layer, answer: "DenseResponse") -> Tensor | None:
         """Float32 `(rows,)` of a product's rows; None for 1 each."""
         counts = self.counts.get(call.site)
         if counts is None or not isinstance(layer.reader, LinearReader):
@@ -56,7 +56,7 @@ class Counted:
 
 
 @dataclass(kw_only=True)
-class Answer:
+class DenseResponse:
     """What the dense network said in one call: `y (groups, rows, out)` and what it was added to, at `choice`."""
 
     shape: torch.Size
@@ -68,20 +68,22 @@ class Answer:
 class Reading(Watch):
     """A run that takes rows of the wanted calls, and of what the outputs of those in `added` are added to."""
 
-    def __init__(self, layers: Sequence[Layer], wanted: Collection[Call], added: Collection[Call] = ()) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], wanted: Collection[LayerCall], added: Collection[LayerCall] = ()
+    ) -> None:
         super().__init__(layers)
-        self._of: dict[Call, Layer] = {}
+        self._of: dict[LayerCall, Layer] = {}
         self._wanted, self._added = set(wanted), set(added) & set(wanted)
         self._pending = len(self._wanted) + len(self._added)
 
     @abstractmethod
-    def take(self, call: Call, layer: Layer, x: Tensor) -> None:
+    def take(self, call: LayerCall, layer: Layer, x: Tensor) -> None:
         """Take rows of an input."""
 
-    def take_beside(self, call: Call, layer: Layer, beside: Tensor) -> None:
+    def take_beside(self, call: LayerCall, layer: Layer, beside: Tensor) -> None:
         """Take rows of what an output is added to."""
 
-    def called(self, call: Call, layer: Layer, x: Tensor) -> bool:
+    def called(self, call: LayerCall, layer: Layer, x: Tensor) -> bool:
         """See `Watch`."""
         if call not in self._wanted:
             return False
@@ -90,7 +92,7 @@ class Reading(Watch):
         self._one_less()
         return call in self._added
 
-    def joined(self, call: Call, beside: Tensor) -> None:
+    def joined(self, call: LayerCall, beside: Tensor) -> None:
         """See `Watch`."""
         self.take_beside(call, self._of[call], beside)
         self._one_less()
@@ -107,7 +109,7 @@ class SurveyRun(Reading):
     def __init__(
         self,
         layers: Sequence[Layer],
-        wanted: Collection[Call],
+        wanted: Collection[LayerCall],
         choosing: Choosing,
         weights: Mapping[str, Tensor],
         gathered: Gathered,
@@ -115,7 +117,7 @@ class SurveyRun(Reading):
         super().__init__(layers, wanted)
         self._choosing, self._weights, self._gathered = choosing, weights, gathered
 
-    def take(self, call: Call, layer: Layer, x: Tensor) -> None:
+    def take(self, call: LayerCall, layer: Layer, x: Tensor) -> None:
         """See `Reading`."""
         choice = self._choosing(call, layer, x)
         for rows in layer.reader.pieces(layer.reader.held(x, choice), choice):
@@ -130,23 +132,23 @@ class DenseRun(Reading):
     def __init__(
         self,
         layers: Sequence[Layer],
-        wanted: Collection[Call],
-        added: Collection[Call],
+        wanted: Collection[LayerCall],
+        added: Collection[LayerCall],
         choosing: Choosing,
         weights: Mapping[str, Tensor],
     ) -> None:
         super().__init__(layers, wanted, added)
         self._choosing, self._weights = choosing, weights
-        self.answers: dict[Call, Answer] = {}
+        self.answers: dict[LayerCall, DenseResponse] = {}
 
-    def take(self, call: Call, layer: Layer, x: Tensor) -> None:
+    def take(self, call: LayerCall, layer: Layer, x: Tensor) -> None:
         """See `Reading`."""
         choice, W = self._choosing(call, layer, x), self._weights[call.site]
         rows = [piece @ W.mT for piece in layer.reader.pieces(layer.reader.held(x, choice), choice)]
         y = torch.cat(rows, dim=-2) if rows else W.new_zeros(len(W), 0, W.shape[1])
-        self.answers[call] = Answer(shape=x.shape, choice=choice, y=y)
+        self.answers[call] = DenseResponse(shape=x.shape, choice=choice, y=y)
 
-    def take_beside(self, call: Call, layer: Layer, beside: Tensor) -> None:
+    def take_beside(self, call: LayerCall, layer: Layer, beside: Tensor) -> None:
         """See `Reading`."""
         answer = self.answers[call]
         answer.beside = layer.reader.outputs(beside, answer.choice)
@@ -158,16 +160,16 @@ class CompressedRun(Reading):
     def __init__(
         self,
         layers: Sequence[Layer],
-        answers: Mapping[Call, Answer],
-        added: Collection[Call],
+        answers: Mapping[LayerCall, DenseResponse],
+        added: Collection[LayerCall],
         gathered: Gathered,
-        counted: Counted,
+        counted: BatchRowCounts,
     ) -> None:
         super().__init__(layers, answers.keys(), added)
         self._answers, self._gathered, self._counted = answers, gathered, counted
-        self._waiting: dict[Call, Tensor] = {}
+        self._waiting: dict[LayerCall, Tensor] = {}
 
-    def take(self, call: Call, layer: Layer, x: Tensor) -> None:
+    def take(self, call: LayerCall, layer: Layer, x: Tensor) -> None:
         """See `Reading`."""
         answer = self._answers[call]
         if x.shape != answer.shape:  # the rows that it goes another way with cannot be told
@@ -178,7 +180,7 @@ class CompressedRun(Reading):
         else:
             self._gather(call, layer, held, answer.y)
 
-    def take_beside(self, call: Call, layer: Layer, beside: Tensor) -> None:
+    def take_beside(self, call: LayerCall, layer: Layer, beside: Tensor) -> None:
         """See `Reading`."""
         held, answer = self._waiting.pop(call, None), self._answers[call]
         if held is not None:
@@ -192,7 +194,7 @@ class CompressedRun(Reading):
             self._gather(call, self._of[call], held, self._answers[call].y)
         self._waiting.clear()
 
-    def _gather(self, call: Call, layer: Layer, held: Tensor, y: Tensor) -> None:
+    def _gather(self, call: LayerCall, layer: Layer, held: Tensor, y: Tensor) -> None:
         begin, answer = 0, self._answers[call]
         counts = self._counted.of(call, layer, answer)
         for rows in layer.reader.pieces(held, answer.choice):

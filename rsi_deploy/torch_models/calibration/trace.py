@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rsi_deploy.torch_models.calibration.calls import Call, Layer, Watch
+from rsi_deploy.torch_models.calibration.calls import Layer, LayerCall, Watch
 from rsi_deploy.torch_models.calibration.rows import ConvReader, LinearReader, Reader
 from rsi_deploy.torch_models.compress import ModuleSite
 from rsi_deploy.torch_models.layers import OpenMultiheadAttention
 
 
-class Trace(Watch):
+class BatchTrace(Watch):
     """What one run of a batch tells.
 
     Attributes:
@@ -28,10 +28,10 @@ class Trace(Watch):
         self.rows: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self._read: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._uses: Counter[Call] = Counter()
-        self._joined: set[Call] = set()
+        self._uses: Counter[LayerCall] = Counter()
+        self._joined: set[LayerCall] = set()
 
-    def called(self, call: Call, layer: Layer, x: Tensor) -> bool:
+    def called(self, call: LayerCall, layer: Layer, x: Tensor) -> bool:
         """See `Watch`."""
         number, version = self._read.get(x, (-1, -1))  # type: ignore[no-untyped-call]
         if version != x._version:
@@ -42,18 +42,18 @@ class Trace(Watch):
         self.calls[call.site] += 1
         return True
 
-    def joined(self, call: Call, beside: Tensor) -> None:
+    def joined(self, call: LayerCall, beside: Tensor) -> None:
         """See `Watch`."""
         self._uses[call] += 1
         if beside.is_floating_point():
             self._joined.add(call)
 
-    def used(self, call: Call) -> None:
+    def used(self, call: LayerCall) -> None:
         """See `Watch`."""
         self._uses[call] += 1
 
     @property
-    def added(self) -> set[Call]:
+    def added(self) -> set[LayerCall]:
         """The calls whose output is used once, by adding it to a tensor: nothing else can depend on it."""
         return {call for call in self._joined if self._uses[call] == 1}
 
@@ -95,7 +95,7 @@ def staged(inputs: Mapping[str, int], stages: int) -> list[list[str]]:
     """The sites in at most `stages` runs of about equal length; neighbours that read the same tensor stay together.
 
     Args:
-        inputs: as of `Trace`.
+        inputs: as of `BatchTrace`.
         stages: at least 1.
 
     Examples:
