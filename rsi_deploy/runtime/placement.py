@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy.typing as npt
 
+from graph_passes import multiplies_by_weights
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.runtime.profile_events import node_events, read_events
 from rsi_deploy.runtime.provider_spec import ProviderSpec, parse
 from rsi_deploy.runtime.sessions import make_session, named, run_session
-
-_WORK = ("Conv", "MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum")
-"""Parts of the op types that carry the work, also after onnxruntime's fusions (FusedConv, MatMulNBits...)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,7 @@ class Placement:
         return {
             node: ran
             for node, ran in self.nodes.items()
-            if ran != provider and any(part in self.ops.get(node, "") for part in _WORK)
+            if ran != provider and multiplies_by_weights(self.ops.get(node, ""))
         }
 
 
