@@ -483,7 +483,7 @@ def wrong_checkpoints():
         ("keys.pth", ["1 missing: 2.bias", "1 unexpected: extra.weight"]),
         ("shapes.pth", ["2.weight (10, 31), the model has (10, 32)"]),
         ("pickle.pth", ["executing its pickle, which is refused", "Anything", "python -c"]),
-        ("list.pth", ["holds no state dict"]),
+        ("list.pth", ["no state dict"]),
         ("text.pth", ["is not a torch.save file"]),
         ("cut.safetensors", ["is not a readable safetensors file"]),
     ],

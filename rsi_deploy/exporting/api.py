@@ -24,7 +24,7 @@ from rsi_deploy.exporting.latency_options import Timed
 from rsi_deploy.exporting.profile import BUDGET, Costing
 from rsi_deploy.exporting.run import ExportRun
 from rsi_deploy.exporting.steps import ExportSteps
-from rsi_deploy.io.bundle import whole_folder
+from rsi_deploy.io.bundle import atomic_folder
 from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.linalg.solver import Method, PowerIterations, Route, Solver
 from rsi_deploy.planning.plan_file import read_plan
@@ -239,7 +239,7 @@ def export(
         kept=kept,
     )
     read = (model, weights, checkpoint, data, calib, feeds, plan, cost)
-    with whole_folder(Path(output), force=force, inputs=read) as folder:
+    with atomic_folder(Path(output), force=force, inputs=read) as folder:
         return run.made_in(folder)
 
 

@@ -36,9 +36,9 @@ from rsi_deploy.execution.ray_executor import ray_executor
 from rsi_deploy.execution.result_store import ResultStore, StoringExecutor
 from rsi_deploy.exporting.dense_size import dense_size
 from rsi_deploy.io.onnx_file import (
-    forget_weights_,
     name_nodes_,
     read_onnx,
+    release_weights_,
     remove_unused_,
     weights_hash,
     write_external,
@@ -203,7 +203,7 @@ class ExportSteps:
             model = load_model(dense)
             self.source_hash = weights_hash(model)
             random = random_nodes(model)
-            forget_weights_(model)
+            release_weights_(model)
             size = size or dense_size(source.onnx, dense)
         with self.stage("trace"):
             feeds: Feeds = {}
@@ -325,7 +325,7 @@ class ExportSteps:
             executor=executor,
         )
         params = count_parameters(model)
-        forget_weights_(model)
+        release_weights_(model)
         return split, params
 
     @contextmanager
@@ -453,7 +453,7 @@ class ExportSteps:
         self.settings = self.settings.model_copy(update={"opset": model.opset_imports.get("", 0)})
         name_nodes_(model)
         write_external(model, path)
-        forget_weights_(model)
+        release_weights_(model)
 
 
 def _applied(steps: Preprocessing | None, dataset: Dataset) -> Preprocessing | None:

@@ -8,7 +8,7 @@ casts around every node: slower, and that is what the measurement shows.
 from pathlib import Path
 
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.io.onnx_maps import take_map_types_
+from rsi_deploy.io.onnx_maps import remove_map_types_
 from rsi_deploy.io.onnx_reader import read_proto
 
 
@@ -28,7 +28,7 @@ def float16_file(model: Path, folder: Path) -> Path:
     loaded = read_proto(model, with_data=True)
     try:
         half = convert_float_to_float16(loaded, keep_io_types=True)
-        take_map_types_(half)  # onnx_ir has none; onnxruntime infers them
+        remove_map_types_(half)  # onnx_ir has none; onnxruntime infers them
         made = ir.serde.deserialize_model(half)
         made.graph.sort()  # the converter's casts stand behind the nodes that use them, which no ONNX file may have
         converted = ir.serde.serialize_model(made)

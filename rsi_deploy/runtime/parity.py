@@ -23,7 +23,7 @@ import graph_passes as gp
 from graph_passes.constants import stored_array
 from rsi_deploy.core.errors import GateError, ModelError
 from rsi_deploy.io.external_data import DataFile
-from rsi_deploy.io.onnx_file import forget_weights_
+from rsi_deploy.io.onnx_file import release_weights_
 from rsi_deploy.io.onnx_reader import load_model
 from rsi_deploy.runtime.feeds.values import Array, Value, arrays_of, is_text
 from rsi_deploy.runtime.sessions import make_session, run_session
@@ -220,9 +220,9 @@ def surgery_check(
         path = Path(folder) / "full_rank.onnx"
         with DataFile(path.with_name(f"{path.name}.data")) as data:  # as large as the dense model: never in memory
             gp.split(model, full_rank, keep=data.append, joint=bool(joint))
-            data.take_(model)
+            data.store_initializers_(model)
         ir.save(model, path)
-        forget_weights_(model)
+        release_weights_(model)
         session = make_session(path, optimize="disabled", prepack=False)
         outputs = run_session(session, feeds, "the full-rank split")
         del session

@@ -311,7 +311,7 @@ def test_bytes_are_read_as_the_texts_they_encode(tmp_path):
     np.savez(tmp_path / "f.npz", s=np.array(["a", "längster"]).astype("U") == "", b=np.array([b"a", "ä".encode()]))
     assert read_npz(tmp_path / "f.npz")["b"].tolist() == ["a", "ä"]
     np.savez(tmp_path / "f.npz", b=np.array([b"\xff\xfe"]))
-    with pytest.raises(ValueError, match="no UTF-8"):
+    with pytest.raises(ValueError, match="not UTF-8"):
         read_npz(tmp_path / "f.npz")
 
 

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.io.limits import MADE_NUMBERS as MOST_NUMBERS
-from rsi_deploy.io.limits import shown
+from rsi_deploy.io.limits import GENERATED_NUMBERS as MOST_NUMBERS
+from rsi_deploy.io.limits import quoted_name
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes, Dim, is_batch_name
 from rsi_deploy.runtime.feeds.values import TEXT, described, is_text
 
@@ -322,7 +322,7 @@ def _of_shape(spec: InputSpec, shape: tuple[int, ...], seed: int) -> npt.NDArray
     """The input, drawn from a generator of its own."""
     if math.prod(shape) > MOST_NUMBERS:
         raise UsageError(
-            f"input {shown(spec.name)} of the shape {shape} has more than {MOST_NUMBERS} numbers; "
+            f"input {quoted_name(spec.name)} of the shape {shape} has more than {MOST_NUMBERS} numbers; "
             "give a smaller shape or batch"
         )
     return _drawn(spec, shape, np.random.default_rng([seed, *spec.name.encode()]))
