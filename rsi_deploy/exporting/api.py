@@ -32,8 +32,8 @@ from rsi_deploy.planning.planner import Filters, MaxError, RankSpec
 from rsi_deploy.planning.request import RankRequest, given_budget
 from rsi_deploy.report.schema import Report
 from rsi_deploy.report.sweep_schema import deliver
-from rsi_deploy.runtime.feeds.probe import read_feeds
-from rsi_deploy.runtime.provider_spec import parse
+from rsi_deploy.runtime.feeds.user_feeds import read_feeds
+from rsi_deploy.runtime.provider_spec import parse_provider
 from rsi_deploy.runtime.ray_connection import check_ray
 
 Progress = Callable[[str, int, int], None]
@@ -190,7 +190,7 @@ def export(
     timed = Timed(
         request=request, cost=cost, foreign=foreign_cost, smaller_is_enough=smaller_is_enough, measure=measure
     )
-    provider, seconds = str(parse(provider)), parse_seconds(str(cost_budget), "--cost-budget")
+    provider, seconds = str(parse_provider(provider)), parse_seconds(str(cost_budget), "--cost-budget")
     check_source(calib)
     filters = Filters(include=tuple(include), exclude=tuple(exclude))
     solver = Solver(

@@ -14,7 +14,7 @@ from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset, open_undecided
 from rsi_deploy.io.onnx_file import read_onnx
 from rsi_deploy.planning.planner import MaxError, RankSpec, rank_spec
-from rsi_deploy.runtime.feeds.probe import named_shapes
+from rsi_deploy.runtime.feeds.shapes import named_shapes
 from rsi_deploy.torch_models.model_source import Source, load_source, source_of_module
 
 Shape = str | tuple[int, ...]

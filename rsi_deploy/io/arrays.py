@@ -4,11 +4,11 @@ import math
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 
+from rsi_deploy.core.types import Array
 from rsi_deploy.io.archives import check_archive
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -16,7 +16,7 @@ _SUFFIX = ".npy"
 _NOT_DATA = ("__MACOSX/", ".DS_Store")  # macOS adds these when it repacks an archive
 
 
-def read_npz(path: str | Path) -> dict[str, npt.NDArray[Any]]:
+def read_npz(path: str | Path) -> dict[str, Array]:
     """Read all arrays of an archive that `numpy.savez` wrote, by name; byte strings (dtype S) become text (dtype U).
 
     Raises:
@@ -27,7 +27,7 @@ def read_npz(path: str | Path) -> dict[str, npt.NDArray[Any]]:
     entries = [entry for entry in check_archive(Path(path)) if not entry.filename.startswith(_NOT_DATA)]
     if strange := [entry.filename for entry in entries if not entry.filename.endswith(_SUFFIX)]:
         raise ValueError(f"{strange[0]!r} in it is not an array; write it with numpy.savez")
-    arrays: dict[str, npt.NDArray[Any]] = {}
+    arrays: dict[str, Array] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in entries:
@@ -41,7 +41,7 @@ def read_npz(path: str | Path) -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
-def _decoded(array: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
+def _decoded(array: Array, name: str) -> Array:
     """Decode byte strings, because onnxruntime would read past the end of each one."""
     if array.dtype.kind != "S":
         return array

@@ -11,11 +11,12 @@ Offsets are aligned to 64 bytes, or to a page for large tensors, so that a runti
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
+
+from rsi_deploy.core.types import Array
 
 ALIGNMENT, PAGE, LARGE = 64, 65536, 1 << 20
 SMALL = 1024  # bytes; smaller tensors stay in the model file, where shape inference needs them
@@ -37,7 +38,7 @@ class DataFile:
     ) -> None:
         self._file.close()
 
-    def append(self, array: npt.NDArray[Any], name: str) -> ir.TensorProtocol:
+    def append(self, array: Array, name: str) -> ir.TensorProtocol:
         """Write `array` in C order and return a tensor that refers to it; small arrays stay in memory."""
         tensor = ir.tensor(array, name=name)
         return tensor if tensor.nbytes < SMALL else self._written(tensor, array)
@@ -59,7 +60,7 @@ class DataFile:
     def _holds(self, tensor: ir.TensorProtocol) -> bool:
         return isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) == self.path
 
-    def _written(self, tensor: ir.TensorProtocol, array: npt.NDArray[Any]) -> ir.ExternalTensor:
+    def _written(self, tensor: ir.TensorProtocol, array: Array) -> ir.ExternalTensor:
         unit = PAGE if tensor.nbytes >= LARGE else ALIGNMENT
         offset = -(-self._file.tell() // unit) * unit
         self._file.seek(offset)

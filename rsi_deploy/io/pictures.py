@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
+
+from rsi_deploy.core.types import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +31,6 @@ _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 
 Result = TypeVar("Result")
-Pixels = npt.NDArray[Any]
 
 
 class TooLargeError(ValueError):
@@ -41,7 +41,7 @@ class UnknownRangeError(ValueError):
     """A picture whose pixels have no known range; the message describes them."""
 
 
-def read_picture(source: str | Path | IO[bytes]) -> Pixels:
+def read_picture(source: str | Path | IO[bytes]) -> Array:
     """Read a picture as uint8 or uint16 `(height, width, channels)`; see the module's docstring.
 
     Raises:
@@ -57,7 +57,7 @@ def read_picture(source: str | Path | IO[bytes]) -> Pixels:
         raise ValueError(str(error)[:200] or type(error).__name__) from error
 
 
-def picture_array(picture: "Image") -> Pixels:
+def picture_array(picture: "Image") -> Array:
     """Convert a picture of Pillow as `read_picture` does.
 
     Raises:

@@ -21,7 +21,7 @@ from rsi_deploy.execution.ray_executor import RETRIES, check_versions, like_driv
 from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.io.bundle import atomic_folder
 from rsi_deploy.io.locks import ScratchFolder
-from rsi_deploy.runtime.ray_connection import connected
+from rsi_deploy.runtime.ray_connection import connect_to_ray
 from rsi_deploy.sweeping.making import MadePoint, PointJob, place
 
 Files = Mapping[str, npt.NDArray[np.uint8]]
@@ -45,7 +45,7 @@ def made_by_workers(
         ModelError: every worker that tried a point was lost.
     """
     settings = settings_of_driver()
-    with connected(address) as ray:
+    with connect_to_ray(address) as ray:
         inputs = ray.put({path.name: _content(path) for path in sorted(dense.parent.glob("dense.onnx*"))})
         found = ray.put({path.name: _content(path) for path in sorted(kept.folder.glob("*.json"))})
         remote = ray.remote(max_retries=RETRIES)(_made)

@@ -16,7 +16,7 @@ from rsi_deploy.io.onnx_file import read_onnx
 from rsi_deploy.onnx_models.rewrite import rewrite
 from rsi_deploy.packaging.packing import package
 from rsi_deploy.report.schema import ProbeOutput
-from rsi_deploy.runtime.feeds.values import arrays_of
+from rsi_deploy.runtime.feeds.values import arrays_of_output
 from rsi_deploy.runtime.parity import compare_outputs
 
 RNG = np.random.default_rng(0)
@@ -422,5 +422,5 @@ def test_gates_compare_what_sequences_and_maps_hold():
 
 def test_columns_of_maps_stand_in_the_order_of_the_classes():
     rows = [{"b": 1.0, "z": 2.0}, {"b": 3.0, "z": 4.0}]
-    assert arrays_of("p", rows, ["z", "b"])["p"].tolist() == [[2, 1], [4, 3]]
-    assert arrays_of("p", [{"a": 1.0}, {"b": 1.0}]).keys() == {"p[0]['a']", "p[1]['b']"}
+    assert arrays_of_output("p", rows, ["z", "b"])["p"].tolist() == [[2, 1], [4, 3]]
+    assert arrays_of_output("p", [{"a": 1.0}, {"b": 1.0}]).keys() == {"p[0]['a']", "p[1]['b']"}

@@ -12,7 +12,7 @@ import pytest
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.data.array_data import ArrayData
 from rsi_deploy.io.arrays import read_npz
-from rsi_deploy.runtime.feeds.probe import read_feeds
+from rsi_deploy.runtime.feeds.user_feeds import read_feeds
 
 
 class WritesAFile:

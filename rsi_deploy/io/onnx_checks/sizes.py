@@ -12,7 +12,8 @@ from typing import Any
 
 from onnx import AttributeProto, NodeProto, TensorProto, numpy_helper
 
-Shape = tuple[int, ...]
+from rsi_deploy.core.types import Shape
+
 Numbers = tuple[float, ...]
 SMALL = 64  # most numbers whose values are tracked; no shape has more
 
