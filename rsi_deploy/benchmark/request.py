@@ -14,7 +14,7 @@ from pathlib import Path
 from rsi_deploy.benchmark.result import Precision
 from rsi_deploy.benchmark.variants import Feeds
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.runtime.feeds.inputs import parse_shape
+from rsi_deploy.runtime.feeds.shapes import parse_shape
 
 Shapes = dict[str, tuple[int, ...]]
 Size = int | str  # "N" is the batch

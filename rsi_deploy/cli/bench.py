@@ -146,7 +146,7 @@ def _feeds(asked: dict[str, Any], model: Path, dataset: "Dataset | None", batch:
             "--feeds and --input-shape contradict each other: the arrays have their shapes; give one of them"
         )
     if given is not None:
-        from rsi_deploy.runtime.feeds.probe import read_feeds
+        from rsi_deploy.runtime.feeds.user_feeds import read_feeds
 
         return read_feeds(given)
     if dataset is None or shaped:

@@ -32,14 +32,14 @@ from rsi_deploy.exporting.latency_options import Timed
 from rsi_deploy.exporting.profile import Costing
 from rsi_deploy.exporting.run import ExportRun
 from rsi_deploy.exporting.steps import ExportSteps
-from rsi_deploy.io.bundle import whole_folder
+from rsi_deploy.io.bundle import atomic_folder
 from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.planner import Filters
 from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.report.schema import Report
 from rsi_deploy.report.sweep_schema import deliver
-from rsi_deploy.runtime.provider_spec import parse
+from rsi_deploy.runtime.provider_spec import parse_provider
 from rsi_deploy.runtime.ray_connection import check_ray
 
 Progress = Callable[[str, int, int], None]
@@ -90,7 +90,7 @@ def export(
     config = ExportConfig.of(config, **settings, **picture_settings(preprocessing))
     run = export_run(model, config, progress=progress, command=command or "rsi_deploy.export(...)", kept=kept)
     read = (model, config.weights, config.checkpoint, config.data, config.calib, config.feeds, config.plan, config.cost)
-    with whole_folder(Path(output), force=force, inputs=read) as folder:
+    with atomic_folder(Path(output), force=force, inputs=read) as folder:
         return run.made_in(folder)
 
 
@@ -117,7 +117,7 @@ def export_run(
         smaller_is_enough=config.allow_slower,
         measure=config.measure,
     )
-    provider = str(parse(config.provider))
+    provider = str(parse_provider(config.provider))
     check_source(config.calib)
     filters = Filters(include=config.include, exclude=config.exclude)
     solver = Solver(

@@ -1,21 +1,22 @@
 """The settings of an export, made into what its steps take, or refused before any work."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.settings.groups import PictureConfig
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.dataset import UndecidedData
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset, open_undecided
 from rsi_deploy.io.onnx_file import read_onnx
-from rsi_deploy.runtime.feeds.probe import Feeds, named_shapes, read_feeds
+from rsi_deploy.runtime.feeds.shapes import named_shapes
+from rsi_deploy.runtime.feeds.user_feeds import read_feeds
 from rsi_deploy.torch_models.model_source import Source, load_source, source_of_module
 
 Shape = str | tuple[int, ...]
@@ -75,7 +76,7 @@ def input_shapes(texts: Sequence[str]) -> tuple[str | None, dict[str, tuple[int,
     return plain, dict(named_shapes([text for text in texts if "=" in text]))
 
 
-def input_feeds(feeds: str | Mapping[str, npt.NDArray[Any]] | None) -> Feeds | None:
+def input_feeds(feeds: str | Feeds | None) -> Feeds | None:
     """Return the arrays of `--feeds`; None without."""
     return None if feeds is None else read_feeds(feeds) if isinstance(feeds, str) else dict(feeds)
 

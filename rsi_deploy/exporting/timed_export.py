@@ -21,8 +21,8 @@ from rsi_deploy.planning.decide import Decisions
 from rsi_deploy.planning.in_time import faster_only, in_time
 from rsi_deploy.planning.knapsack import SiteOptions
 from rsi_deploy.planning.planner import Decision
-from rsi_deploy.runtime.feeds.values import described
-from rsi_deploy.runtime.providers import resolve
+from rsi_deploy.runtime.feeds.values import describe_array
+from rsi_deploy.runtime.providers import resolve_provider
 
 CHECK_SECONDS = 15.0
 """For a plan; on a quiet machine it is precise much sooner."""
@@ -196,7 +196,7 @@ def _from_file(cost: str | Path, costing: Costing, *, foreign: bool) -> tuple[Co
 def _absent(table: CostTable) -> str:
     """That the table's provider is not here, where it is not."""
     try:
-        resolve(table.conditions.provider)
+        resolve_provider(table.conditions.provider)
     except UsageError as error:
         return f" (its provider is not here: {error})"
     return ""
@@ -204,7 +204,7 @@ def _absent(table: CostTable) -> str:
 
 def _of_this_model(table: CostTable, dense: Path, feeds: Feeds, costing: Costing, cost: str | Path) -> CostTable:
     """The table with this model's sites, found by their shapes."""
-    told = {key: described(array) for key, array in feeds.items()}
+    told = {key: describe_array(array) for key, array in feeds.items()}
     if told != table.model.inputs:
         theirs, ours = (", ".join(f"{k}: {v}" for k, v in inputs.items()) for inputs in (table.model.inputs, told))
         raise UsageError(

@@ -17,10 +17,10 @@ from rsi_deploy.planning.in_time import FASTER
 from rsi_deploy.report.schema import read_report
 from rsi_deploy.verifying.api import verify
 
-WIDE = (128, 1024, 1024, 10)
+WIDE = (128, 512, 512, 10)
 """Wide enough that a small rank is faster on any machine."""
 SLOWER = {"speedup_interval": (0.5, 0.6)}
-QUICK = {"cost_budget": 8, "bench_seconds": 1.0, "threads": 1}
+QUICK = {"cost_budget": 4, "bench_seconds": 0.5, "threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def place(tmp_path_factory):
 
 def by_size(table):
     """The table with times as they would be on a machine where numbers are all that costs: no clock decides a test."""
-    numbers = {"fc1": (1024, 128), "fc2": (1024, 1024), "head": (10, 1024)}
+    numbers = {"fc1": (512, 128), "fc2": (512, 512), "head": (10, 512)}
     unit = table.model.dense_nanoseconds / sum(out * into for out, into in numbers.values())
     shapes = {table.sites[name]: shape for name, shape in numbers.items()}
     costs = []

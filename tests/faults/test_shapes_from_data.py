@@ -11,8 +11,11 @@ from onnx import TensorProto, helper, numpy_helper
 from rsi_deploy import export, read_report
 from rsi_deploy.cli import run
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.runtime.feeds.inputs import InputSpec, check_feeds, random_feeds, unsettled_inputs
-from rsi_deploy.runtime.feeds.probe import named_shapes, probe_feeds
+from rsi_deploy.runtime.feeds.inputs import InputSpec
+from rsi_deploy.runtime.feeds.probe import probe_feeds
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
+from rsi_deploy.runtime.feeds.shapes import named_shapes, unsettled_inputs
+from rsi_deploy.runtime.feeds.user_feeds import check_feeds
 from rsi_deploy.sweeping.api import sweep
 
 RNG = np.random.default_rng(0)

@@ -76,7 +76,7 @@ def grpc_calls(service: Service, access: Access, log: AccessLog) -> dict[str, Ca
 
 def _typed(name: str, called: Call) -> Any:
     """A method as grpc wants it: with the types of its messages."""
-    taken, given = (getattr(pb, f"{name}{kind}") for kind in ("InferRequest", "Response"))
+    taken, given = (getattr(pb, f"{name}{kind}") for kind in ("Request", "Response"))
     return grpc.unary_unary_rpc_method_handler(
         called, request_deserializer=taken.FromString, response_serializer=given.SerializeToString
     )
