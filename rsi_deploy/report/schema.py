@@ -128,6 +128,7 @@ class Report(_Record):
         tool: name and version.
         created: UTC, ISO 8601.
         command: the command line, or the Python call.
+        recipe: the request as recipe.toml holds it; `rsi-deploy export --recipe` makes the bundle again.
         source: the dense model.
         settings: what shapes the result.
         preprocessing: from 8-bit pictures to inputs, where known.
@@ -154,6 +155,7 @@ class Report(_Record):
     tool: str
     created: str
     command: str
+    recipe: str = ""
     source: SourceRecord
     settings: ExportSettings
     preprocessing: Preprocessing | None
