@@ -7,18 +7,20 @@
 numpy, onnx and onnx_ir only. Nothing here computes a factor.
 """
 
+from graph_passes.collector import paused_collector
 from graph_passes.fold_batch_norm import Fold, FoldBatchNormPass, FoldResult
 from graph_passes.forms import Form
 from graph_passes.macs import ExecutedNode, Macs, NotCounted, count_macs, why_not_counted
 from graph_passes.parameters import count_parameters
 from graph_passes.records import Dense, Factors, FactorSource, Keep, Record, Site, Skip, Split, SplitResult, in_memory
-from graph_passes.split_all import find_sites, joint_groups, split
+from graph_passes.split_all import find_sites, joint_groups, split, split_by_site
 from graph_passes.split_attention import SplitAttentionPass
 from graph_passes.split_conv import SplitConvPass, SplitFusedConvPass
 from graph_passes.split_conv_transpose import SplitConvTransposePass
 from graph_passes.split_fused_matmul import SplitFusedMatMulPass
 from graph_passes.split_gemm import SplitFusedGemmPass, SplitGemmPass
 from graph_passes.split_matmul import SplitMatMulPass
+from graph_passes.split_pass import Splitter
 from graph_passes.window import Window
 
 __all__ = [
@@ -46,12 +48,15 @@ __all__ = [
     "SplitGemmPass",
     "SplitMatMulPass",
     "SplitResult",
+    "Splitter",
     "Window",
     "count_macs",
     "count_parameters",
     "find_sites",
     "in_memory",
     "joint_groups",
+    "paused_collector",
     "split",
+    "split_by_site",
     "why_not_counted",
 ]

@@ -16,7 +16,7 @@ from graph_passes.split_conv_transpose import SplitConvTransposePass
 from graph_passes.split_fused_matmul import SplitFusedMatMulPass
 from graph_passes.split_gemm import SplitFusedGemmPass, SplitGemmPass
 from graph_passes.split_matmul import SplitMatMulPass
-from graph_passes.split_pass import run
+from graph_passes.split_pass import Splitter, run
 from graph_passes.survey import Found, survey
 
 FAMILIES = (
@@ -118,3 +118,10 @@ def split(
     """
     with paused_collector():
         return list(run(model, FAMILIES, factors, UNSPLIT, keep, overridable=overridable, joint=joint).records)
+
+
+def split_by_site(
+    model: ir.Model, *, keep: Keep = in_memory, overridable: bool = False, joint: bool = False
+) -> Splitter:
+    """As `split`, for a caller that goes through the sites itself: see `Splitter`."""
+    return Splitter(model, FAMILIES, UNSPLIT, keep, overridable=overridable, joint=joint)

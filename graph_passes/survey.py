@@ -26,9 +26,9 @@ from graph_passes.family import Family
 from graph_passes.names import name_of
 from graph_passes.records import Site, Skip
 from graph_passes.sharing import low_rank_pairs, shared_with_others, used_in_other_ways
+from graph_passes.split_markers import MARK
 from graph_passes.weights import NoWeight, Weight, refuse_computed, resolve
 
-MARK = "rsi_deploy.split"
 OLDEST_OPSET = 6
 
 Unsplit: TypeAlias = Mapping[tuple[str, str], tuple[int, ...]]  # (domain, op_type) -> inputs that may hold a weight

@@ -20,7 +20,7 @@ from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.evaluation.accuracy import AccuracyResult
 from rsi_deploy.evaluation.softmax_bound import SoftmaxBound
 from rsi_deploy.io.documents import read_document
-from rsi_deploy.io.manifest import inside
+from rsi_deploy.io.manifest import check_inner_name
 from rsi_deploy.planning.settings import ExportSettings
 from rsi_deploy.runtime.feeds.values import as_numbers
 from rsi_deploy.runtime.machine import Environment
@@ -128,6 +128,7 @@ class Report(_Record):
         tool: name and version.
         created: UTC, ISO 8601.
         command: the command line, or the Python call.
+        recipe: the request as recipe.toml holds it; `rsi-deploy export --recipe` makes the bundle again.
         source: the dense model.
         settings: what shapes the result.
         preprocessing: from 8-bit pictures to inputs, where known.
@@ -154,6 +155,7 @@ class Report(_Record):
     tool: str
     created: str
     command: str
+    recipe: str = ""
     source: SourceRecord
     settings: ExportSettings
     preprocessing: Preprocessing | None
@@ -170,7 +172,7 @@ class Report(_Record):
     probe_given: bool
     probe_fingerprint: str | None = None
     probe: tuple[ProbeOutput, ...]
-    files: dict[Annotated[str, pydantic.AfterValidator(inside)], str]
+    files: dict[Annotated[str, pydantic.AfterValidator(check_inner_name)], str]
     stages: tuple[Stage, ...]
     peak_memory: int
     environment: Environment

@@ -18,7 +18,7 @@ import pydantic
 from rsi_deploy.core.errors import GateError, ModelError, UsageError
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.io.documents import read_document
-from rsi_deploy.io.manifest import check_manifest, file_hash, inside
+from rsi_deploy.io.manifest import check_inner_name, check_manifest, file_hash
 
 Stamp = tuple[str, int, int, int]
 """Of a file: name, inode, bytes, time of its last change in ns."""
@@ -30,7 +30,7 @@ class _Claims(pydantic.BaseModel, frozen=True, extra="ignore"):
     """What a server needs of report.json; the whole of it needs torch to be read."""
 
     schema_version: Literal[1]
-    files: dict[Annotated[str, pydantic.AfterValidator(inside)], str]
+    files: dict[Annotated[str, pydantic.AfterValidator(check_inner_name)], str]
     preprocessing: Preprocessing | None = None
     probe_shapes: dict[str, tuple[int, ...]] = pydantic.Field(default_factory=dict)
 

@@ -34,13 +34,16 @@ def test_public_names():
         "SplitGemmPass",
         "SplitMatMulPass",
         "SplitResult",
+        "Splitter",
         "Window",
         "count_macs",
         "count_parameters",
         "find_sites",
         "in_memory",
         "joint_groups",
+        "paused_collector",
         "split",
+        "split_by_site",
         "why_not_counted",
     ]
     assert all(hasattr(graph_passes, name) for name in graph_passes.__all__)

@@ -6,9 +6,17 @@ import pytest
 from nets import mlp, mlp_onnx
 
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.data.sources import open_data
-from rsi_deploy.exporting.inputs import Origin, device_named, evaluation_data, told_shapes, uniform
+from rsi_deploy.exporting.inputs import (
+    Origin,
+    device_named,
+    evaluation_data,
+    input_shapes,
+    picture_settings,
+    preprocessing_of,
+)
 
 TOLD = Preprocessing(mean=(0.25,), std=(2.0,))
 
@@ -54,18 +62,10 @@ def test_a_module_is_loaded_as_it_is():
 
 
 def test_shapes_by_name_are_apart_from_the_one_without():
-    assert told_shapes(None) == (None, {})
-    assert told_shapes(["1x8", "ids=1x128", "mask=1x128"]) == ("1x8", {"ids": (1, 128), "mask": (1, 128)})
+    assert input_shapes([]) == (None, {})
+    assert input_shapes(["1x8", "ids=1x128", "mask=1x128"]) == ("1x8", {"ids": (1, 128), "mask": (1, 128)})
     with pytest.raises(UsageError, match="with the input's name"):
-        told_shapes("=1x8")
-
-
-def test_a_rank_and_an_error_are_two_answers():
-    assert uniform(None, None) is None
-    assert str(uniform(8, None)) == "8"
-    assert str(uniform("auto", "5%")) == str(uniform(None, "5%")) != str(uniform(None, "1.1x"))
-    with pytest.raises(UsageError, match="exactly one of --rank and --max-error"):
-        uniform(8, "5%")
+        input_shapes(["=1x8"])
 
 
 def test_evaluation_data_have_labels(tmp_path):
@@ -84,5 +84,17 @@ def test_evaluation_data_have_labels(tmp_path):
 def test_devices_have_names():
     assert device_named("cpu").type == "cpu"
     assert device_named("auto").type in ("cpu", "cuda")
-    with pytest.raises(UsageError, match="but got 'tpu'"):
-        device_named("tpu")
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        TOLD,
+        Preprocessing(resize=None, crop=None),
+        Preprocessing(resize=8, crop=(3, 4), layout="NHWC", interpolation="bicubic", dtype="float16"),
+        Preprocessing(),
+    ],
+)
+def test_a_preprocessing_and_its_settings_are_the_same(steps):
+    assert preprocessing_of(ExportConfig.of(**picture_settings(steps))) == steps
+    assert preprocessing_of(ExportConfig.of()) is None is preprocessing_of(ExportConfig.of(**picture_settings(None)))
