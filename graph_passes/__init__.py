@@ -7,6 +7,7 @@
 numpy, onnx and onnx_ir only. Nothing here computes a factor.
 """
 
+from graph_passes.collector import paused_collector
 from graph_passes.fold_batch_norm import Fold, FoldBatchNormPass, FoldResult
 from graph_passes.forms import Form
 from graph_passes.mac_counts import count_macs, why_not_counted
@@ -15,8 +16,8 @@ from graph_passes.operators import PASSES, find_pass, multiplies_by_weights
 from graph_passes.parameters import count_parameters
 from graph_passes.records import Dense, Factors, FactorSource, Keep, Record, Site, Skip, Split, SplitResult, in_memory
 from graph_passes.response import Contraction, RowOrder
-from graph_passes.split_all import find_sites, joint_groups, split
-from graph_passes.split_pass import SplitPass
+from graph_passes.split_all import find_sites, joint_groups, split, split_by_site
+from graph_passes.split_pass import SplitPass, Splitter
 from graph_passes.window import Window
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Split",
     "SplitPass",
     "SplitResult",
+    "Splitter",
     "Window",
     "count_macs",
     "count_parameters",
@@ -48,6 +50,8 @@ __all__ = [
     "in_memory",
     "joint_groups",
     "multiplies_by_weights",
+    "paused_collector",
     "split",
+    "split_by_site",
     "why_not_counted",
 ]

@@ -7,7 +7,7 @@ import numpy as np
 from graph_passes.records import Array, Dense, Factors, Site
 
 
-def checked(answer: Factors | Dense, site: Site) -> Factors | Dense:
+def checked(answer: Factors | Dense | None, site: Site) -> Factors | Dense:
     """Return the answer.
 
     Raises:

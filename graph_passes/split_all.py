@@ -8,7 +8,7 @@ from graph_passes.collector import paused_collector
 from graph_passes.joint import joint_members
 from graph_passes.operators import PASSES, UNSPLIT
 from graph_passes.records import FactorSource, Keep, Record, Site, Skip, in_memory
-from graph_passes.split_pass import run
+from graph_passes.split_pass import Splitter, run
 from graph_passes.survey import Found, survey
 
 
@@ -63,3 +63,10 @@ def split(
     """
     with paused_collector():
         return list(run(model, PASSES, factors, UNSPLIT, keep, overridable=overridable, joint=joint).records)
+
+
+def split_by_site(
+    model: ir.Model, *, keep: Keep = in_memory, overridable: bool = False, joint: bool = False
+) -> Splitter:
+    """As `split`, for a caller that goes through the sites itself: see `Splitter`."""
+    return Splitter(model, PASSES, UNSPLIT, keep, overridable=overridable, joint=joint)

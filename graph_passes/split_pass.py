@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple, cast
 
@@ -34,6 +34,7 @@ from graph_passes.records import (
     Form,
     Keep,
     Record,
+    Site,
     Skip,
     Split,
     SplitResult,
@@ -161,38 +162,113 @@ def run(
     joint: bool = False,
 ) -> SplitResult:
     """Split in place every node of the passes' operators for which the source returns factors; `keep` stores them."""
-    entries = deque(survey(model, passes, unsplit, overridable=overridable))
-    heads = {members[0].node: members for members in (joint_members(entries) if joint else ())}
-    done: dict[ir.Node, Record] = {}  # nodes split together with one before them
-    uses_left = Counter(entry.key for entry in entries if isinstance(entry, Found))
-    last = {entry.weight.root: entry.node for entry in entries if isinstance(entry, Found)}
-    answers: dict[WeightKey, _Answer] = {}
-    store = Store(model, keep, overridable=overridable)
-    records: list[Record] = []
-    while entries:  # popped, so that a dense weight can be freed as soon as it is split
-        entry = entries.popleft()
-        if isinstance(entry, Skip):
-            records.append(entry)
-            continue
-        node, root, key = entry.node, entry.weight.root, entry.key
-        if node in heads:
-            done |= _split_jointly(heads.pop(node), factors, store)
-        if node not in done and key not in answers:
-            answers[key] = _Answer(checked(factors(entry.site), entry.site), entry.is_turned)
-        if node in done:
-            records.append(done.pop(node))
-        else:
-            records.append(_answered(entry, answers[key], store))
-        uses_left[key] -= 1
-        if not uses_left[key]:
-            del uses_left[key]
-            answers.pop(key, None)
-            store.forget(key)
-        if last[root] is node:
-            del last[root]
-            freeze_shapes(root)
-        del entry, key, root
+    splitter = Splitter(model, passes, unsplit, keep, overridable=overridable, joint=joint)
+    for site in splitter:
+        splitter.answer(factors(site))
+    records = splitter.records
     return SplitResult(model, any(isinstance(record, Split) for record in records), tuple(records))
+
+
+class Splitter(Iterator[Site]):
+    """A split that goes site by site: iterating gives the sites, in graph order, and `answer` splits the current one.
+
+        splitter = Splitter(model, passes)
+        for site in splitter:
+            splitter.answer(factors(site))      Factors, or Dense
+
+    It gives a site for each weight and orientation. With `joint` it first gives the joint site of each group; where the
+    answer is `Dense`, the members follow one by one. Nothing here holds an answer, or a dense weight, longer than its
+    nodes need.
+
+    Args:
+        model: Changed in place.
+        passes: The passes that split.
+        unsplit: Other operators to report, with the inputs where they hold a weight.
+        keep: Stores each factor.
+        overridable: Split weights that are graph inputs too, and drop those inputs.
+        joint: Give the joint sites of groups that multiply the same data.
+
+    Attributes:
+        records: One for every weight-bearing node, in graph order; complete after the last site.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        passes: Sequence[type[SplitPass]],
+        unsplit: Unsplit = MappingProxyType({}),
+        keep: Keep = in_memory,
+        *,
+        overridable: bool = False,
+        joint: bool = False,
+    ) -> None:
+        self._store = Store(model, keep, overridable=overridable)
+        self._entries = deque(survey(model, passes, unsplit, overridable=overridable))
+        self._heads = {members[0].node: members for members in (joint_members(self._entries) if joint else ())}
+        self._answer: Factors | Dense | None = None
+        self._steps = self._split_all()
+        self.records: list[Record] = []
+
+    def found(self) -> list[Site | Skip]:
+        """What `find_sites` gives: every weight-bearing node that is not split yet, in graph order."""
+        return [entry.site if isinstance(entry, Found) else entry for entry in self._entries]
+
+    def groups(self) -> list[tuple[Site, ...]]:
+        """The members of each joint site that is still to come."""
+        return [tuple(member.site for member in members) for members in self._heads.values()]
+
+    def answer(self, factors: Factors | Dense) -> None:
+        """Give the factors of the current site, or the reason to leave it dense.
+
+        Raises:
+            ValueError: With the next step: the factors do not fit the site, have another dtype, or hold NaN.
+        """
+        self._answer = factors
+
+    def __next__(self) -> Site:
+        return next(self._steps)
+
+    def _answered(self, site: Site) -> Factors | Dense:
+        """The answer for a site, which is not held here any longer."""
+        answer, self._answer = self._answer, None
+        return checked(answer, site)
+
+    def _split_all(self) -> Iterator[Site]:
+        entries, store = self._entries, self._store
+        uses_left = Counter(entry.key for entry in entries if isinstance(entry, Found))
+        last = {entry.weight.root: entry.node for entry in entries if isinstance(entry, Found)}
+        done: dict[ir.Node, Record] = {}  # nodes split together with one before them
+        answers: dict[WeightKey, _Answer] = {}
+        while entries:  # popped, so that a dense weight can be freed as soon as it is split
+            entry = entries.popleft()
+            if isinstance(entry, Skip):
+                self.records.append(entry)
+                continue
+            node, root, key = entry.node, entry.weight.root, entry.key
+            if node in self._heads:
+                members = self._heads.pop(node)
+                site = joint_site(members)
+                yield site
+                answer = self._answered(site)
+                if not isinstance(answer, Dense):
+                    done |= _split_jointly(members, answer, site.members, store)
+                del members, site, answer
+            if node not in done and key not in answers:
+                yield entry.site
+                answers[key] = _Answer(self._answered(entry.site), entry.is_turned)
+            if node in done:
+                self.records.append(done.pop(node))
+            else:
+                self.records.append(_answered(entry, answers[key], store))
+            uses_left[key] -= 1
+            if not uses_left[key]:
+                del uses_left[key]
+                answers.pop(key, None)
+                store.forget(key)
+            if last[root] is node:
+                del last[root]
+                freeze_shapes(root)
+            del entry, key, root
 
 
 class _Answer(NamedTuple):
@@ -213,20 +289,17 @@ def _answered(found: Found, answer: _Answer, store: Store) -> Record:
 
 def _split_jointly(
     members: Sequence[Found],
-    factors: FactorSource,
+    factors: Factors,
+    names: tuple[str, ...],
     store: Store,
 ) -> dict[ir.Node, Record]:
-    """Split nodes that multiply the same data with one shared right factor; none where the source returns Dense."""
-    site = joint_site(members)
-    answer = checked(factors(site), site)
-    if isinstance(answer, Dense):
-        return {}
+    """Split nodes that multiply the same data with one shared right factor; `names` are those of their weights."""
     records: dict[ir.Node, Record] = {}
     first: ir.Node | None = None
-    for member, own in zip(members, cut(answer, members), strict=True):
+    for member, own in zip(members, cut(factors, members), strict=True):
         record = _split(member, own, store, first)
         if isinstance(record, Split):
-            record, data = dataclasses.replace(record, joint=site.members), member.data
+            record, data = dataclasses.replace(record, joint=names), member.data
             first = None if data is None else data.producer()
         records[member.node] = record
         store.forget(member.key)

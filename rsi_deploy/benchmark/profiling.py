@@ -22,7 +22,7 @@ from rsi_deploy.benchmark.variants import Feeds, Runtime
 from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.io.onnx_reader import load_model
 from rsi_deploy.runtime.profile_events import node_events, read_events
-from rsi_deploy.runtime.sessions import make_session, named, run_session
+from rsi_deploy.runtime.sessions import make_session, model_label, run_session
 
 PROFILE_CALLS = 20
 _WARM = 3
@@ -161,7 +161,7 @@ def _events(model: Path, feeds: Feeds, runtime: Runtime, calls: int) -> list[dic
         )
         try:
             for _ in range(_WARM + calls):
-                run_session(session, feeds, named(model))
+                run_session(session, feeds, model_label(model))
         finally:
             path = session.end_profiling()
         return read_events(path)

@@ -30,6 +30,7 @@ def test_public_names():
         "Split",
         "SplitPass",
         "SplitResult",
+        "Splitter",
         "Window",
         "count_macs",
         "count_parameters",
@@ -38,7 +39,9 @@ def test_public_names():
         "in_memory",
         "joint_groups",
         "multiplies_by_weights",
+        "paused_collector",
         "split",
+        "split_by_site",
         "why_not_counted",
     ]
     assert all(hasattr(graph_passes, name) for name in graph_passes.__all__)
