@@ -13,7 +13,8 @@ import numpy.typing as npt
 from pydantic import BaseModel
 
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.data.dataset import Array, Labels
+from rsi_deploy.core.types import Array
+from rsi_deploy.data.dataset import Labels
 from rsi_deploy.evaluation.intervals import Interval, mean_interval, wilson_interval
 from rsi_deploy.evaluation.paired_test import paired_test
 from rsi_deploy.evaluation.scores import (

@@ -30,8 +30,9 @@ import numpy as np
 from pydantic import BaseModel
 
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.dataset import LABEL_NAMES, Labels, for_inputs
-from rsi_deploy.data.feeding import Feeding, Feeds, named_option
+from rsi_deploy.data.feeding import Feeding, errors_for_option
 from rsi_deploy.data.model_pictures import preset_note
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset, open_data
@@ -168,7 +169,7 @@ def evaluate_all(
     done, partial = 0, False
     try:
         for inputs, labels in run.feeding.inputs(arms[-1].batch or batch_size, limit):
-            fed = [own.fitted(inputs) for own in run.feedings]
+            fed = [own.to_feeds(inputs) for own in run.feedings]
             batch = [arm.outputs(feeds) for arm, feeds in zip(arms, fed, strict=True)]
             if not tallies:
                 scorer.check(batch)
@@ -211,7 +212,7 @@ def check_data(
     """
     run = _Run(models, data, preprocessing, provider, "auto")
     inputs, _ = next(run.feeding.inputs(1, 1))
-    run.scorer.check([arm.outputs(own.fitted(inputs)) for arm, own in zip(run.arms, run.feedings, strict=True)])
+    run.scorer.check([arm.outputs(own.to_feeds(inputs)) for arm, own in zip(run.arms, run.feedings, strict=True)])
 
 
 class _Run:
@@ -251,7 +252,7 @@ def _opened(data: Dataset | str | Path, arm: Answers) -> Dataset:
     """The data for a model: what has the name of one of its inputs is no label."""
     if isinstance(data, str | Path):
         return open_data(data, specs=arm.specs)
-    with named_option("--data"):
+    with errors_for_option("--data"):
         return for_inputs(data, arm.specs)
 
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rsi_deploy.core.errors import ModelError
-from rsi_deploy.data.dataset import Array
-from rsi_deploy.data.feeding import Feeds
+from rsi_deploy.core.types import Array, Feeds
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.evaluation.zipmap_columns import ColumnClasses, zipmap_columns
 from rsi_deploy.runtime import providers

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.dataset import Dataset, for_inputs
-from rsi_deploy.data.feeding import Feeding, Feeds
+from rsi_deploy.data.feeding import Feeding
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.evaluation.accuracy import picture_steps
 from rsi_deploy.evaluation.predictor import Answers

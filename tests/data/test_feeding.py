@@ -77,8 +77,8 @@ def test_an_npz_of_named_arrays_may_hold_more(tmp_path):
         ),
         (NamedData({"a": IDS, "b": IDS}), [spec("ids")], "has the input ids, but the data hold a, b; give data with"),
         (NamedData({"ids": IDS * 1.5}), [spec("ids")], "takes ids: int64 .N, 3., but the data are float64"),
-        (ArrayData(np.full((4, 3), np.nan)), [spec("x", dtype=np.float32)], "the data for x hold NaN"),
-        (ArrayData(IDS * 100), [spec("x", dtype=np.int8)], "the data hold 0 to 1100, which do not fit it"),
+        (ArrayData(np.full((4, 3), np.nan)), [spec("x", dtype=np.float32)], "the data for x have NaN"),
+        (ArrayData(IDS * 100), [spec("x", dtype=np.int8)], "the data range from 0 to 1100, which does not fit"),
     ],
 )
 def test_data_that_do_not_fit_say_why(dataset, specs, words):
