@@ -127,6 +127,6 @@ def test_data_that_give_no_samples_time_nothing(tmp_path):
     given = Own()
     given.columns = ("input",)
     with pytest.raises(
-        UsageError, match=r"hold no samples to feed .*m\.onnx with; give other data, or leave out --data"
+        UsageError, match=r"have no samples for .*m\.onnx with; give other data, or leave out --data"
     ):
         sample_feeds(given, model, "cpu", 4)

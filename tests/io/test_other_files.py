@@ -83,7 +83,7 @@ def test_more_rows_than_are_read(tmp_path, monkeypatch):
     rows = pa.table({"x": [1.0, 2.0]})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, rows.schema) as writer:
         writer.write_table(rows)
-    with pytest.raises(UsageError, match="claims 2 rows; the limit 1 are read"):
+    with pytest.raises(UsageError, match="2 rows; the limit is 1"):
         open_data(path)
 
 
