@@ -156,7 +156,7 @@ def test_jointly_or_apart_is_decided_by_time(tmp_path, source, monkeypatch, apar
     assert claims(tmp_path / "b", "broken") == set()
     assert not list((tmp_path / "b").glob("apart*"))
     pairs.clear()
-    export(str(source), tmp_path / "c", rank=RANK, threads=1, smaller_is_enough=True)
+    export(str(source), tmp_path / "c", rank=RANK, threads=1, allow_slower=True)
     assert pairs == [["dense.onnx", "model.onnx"]]  # jointly is smaller, whatever its time
 
 

@@ -228,7 +228,7 @@ class Calibrator:
                 raise
             raise ModelError(
                 f"{error}; only splits that were measured faster were taken ({len(self.timing.reasons)} sites have "
-                f"none): --smaller-is-enough takes the others too"
+                f"none): --allow-slower takes the others too"
             ) from error
         return decisions if self.timing is None else self.timing.explained(decisions)
 

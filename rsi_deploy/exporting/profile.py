@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from graph_passes import FoldBatchNormPass
 from rsi_deploy import __version__
-from rsi_deploy.benchmark.request import parse_seconds
 from rsi_deploy.benchmark.variants import Feeds, Runtime, make_feeds
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.progress import step
 from rsi_deploy.core.sites import site_name
+from rsi_deploy.core.units import parse_seconds
 from rsi_deploy.costing.cost_cache import CostCache, conditions_here
 from rsi_deploy.costing.cost_table import NOISY, CostTable, ModelTime, SiteCost
 from rsi_deploy.costing.site_models import Piece, pieces
@@ -98,7 +98,7 @@ def profile(
         ModelError: the model cannot be run.
     """
     target = None if output is None else _free(Path(output), force)
-    seconds = parse_seconds(str(budget), "--budget")
+    seconds = parse_seconds(budget, "--budget")
     texts = [input_shape] if isinstance(input_shape, str) else list(input_shape or ())
     plain = next((text for text in texts if "=" not in text), None)
     given = None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds)

@@ -58,6 +58,7 @@ class ExportRun:
         keep_dense: keep the dense model in the bundle.
         allow_larger: deliver a compressed model that is larger than the dense one, too.
         command: for the report.
+        recipe: the request, as recipe.toml holds it.
         kept: what earlier exports of the same model, data and settings have found; None without.
     """
 
@@ -73,6 +74,7 @@ class ExportRun:
     keep_dense: bool
     allow_larger: bool
     command: str
+    recipe: str
     kept: SweepCache | None
 
     def made_in(self, folder: Path) -> Report:
@@ -98,7 +100,7 @@ class ExportRun:
             if self.job.finished is not None and (note := self.job.finished.note()):
                 self.job.notes.append(note)
             exported = Exported(job=self.job, start=start, calibrator=calibrator, delivered=delivered, checked=checked)
-            report = exported.report(self.costing, self.command, keep_dense=self.keep_dense)
+            report = exported.report(self.costing, self.command, self.recipe, keep_dense=self.keep_dense)
             write_files(folder, report, start.path)
             return report
 

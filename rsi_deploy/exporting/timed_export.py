@@ -1,6 +1,6 @@
 """What an export knows of time: a cost table of its machine or of another one, and how it decides with it.
 
---cost FILE    a table made by `rsi-deploy profile`; one of other conditions is refused without --foreign-cost
+--cost FILE    a table made by `rsi-deploy profile`; one of other conditions is refused without --allow-cost-mismatch
 a budget       a table measured here, or known from the cache
 """
 
@@ -88,10 +88,10 @@ class TimedExport:
         if budget is not None and budget.cost == "bytes":
             raise ModelError(
                 f"no plan can meet {budget} with splits that are faster: {told}. Where smaller is enough, add "
-                f"--smaller-is-enough"
+                f"--allow-slower"
             )
         self.delivers_dense = True
-        self.remarks.append(f"{told}: the DENSE model is delivered. Where smaller is enough, add --smaller-is-enough")
+        self.remarks.append(f"{told}: the DENSE model is delivered. Where smaller is enough, add --allow-slower")
 
     def within(self, budget: Budget, options: Sequence[SiteOptions], streams: ModelActivations) -> Decisions:
         """The decisions for a budget of time; the table has learnt from the plans' models then.
@@ -187,8 +187,8 @@ def _from_file(cost: str | Path, costing: Costing, *, foreign: bool) -> tuple[Co
     if differences and not foreign:
         raise UsageError(
             f"--cost {cost} holds for another machine or setting: {'; '.join(differences)}{_absent(table)}. Make one "
-            f"here (rsi-deploy profile), give the same --provider and --threads, or add --foreign-cost to plan for "
-            f"that machine: nothing is measured here then"
+            f"here (rsi-deploy profile), give the same --provider and --threads, or add --allow-cost-mismatch to plan "
+            f"for that machine: nothing is measured here then"
         )
     return table, bool(differences)
 

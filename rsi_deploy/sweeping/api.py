@@ -132,7 +132,7 @@ def sweep(
         "calib_size": calib_size,
         "include": list(include),
         "exclude": list(exclude),
-        "smaller_is_enough": smaller_is_enough,
+        "allow_slower": smaller_is_enough,
         "allow_larger": allow_larger,
         "cost_budget": cost_budget,
         "provider": provider,

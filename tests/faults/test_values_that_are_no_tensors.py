@@ -259,7 +259,7 @@ def test_texts_come_from_feeds(tmp_path, make):
     feeds = {"s": texts} | ({"x": np.ones((3, 64), np.float32)} if make is text_ids else {})
     np.savez(tmp_path / "f.npz", **feeds)
     given = tmp_path / "f.npz"
-    report = export(str(path), tmp_path / "b", rank="50%", feeds=given, bench_seconds=0.2, smaller_is_enough=True)
+    report = export(str(path), tmp_path / "b", rank="50%", feeds=given, bench_seconds=0.2, allow_slower=True)
     assert len(report.split_sites) == 1
     assert report.latency is not None
     found = {claim.name: claim.status for claim in verify(tmp_path / "b", feeds=given).claims}
