@@ -315,7 +315,7 @@ def test_too_few_samples_are_said_with_how_many_would_do(here):
         ("--rank 4 --calib pictures.npz", "8-bit pictures need a preprocessing"),
         ("--rank 4 --calib nan.npz", "--calib: the data for input hold NaN; take those samples out"),
         ("--rank 4 --calib other.npz", "has the input input, but the data hold rows, columns; give data with"),
-        ("--rank 4 --calib empty.npz", "holds no samples"),
+        ("--rank 4 --calib empty.npz", "has no samples"),
         ("--rank 49 --calib c.npz", "--rank 49 is above the full rank of every site"),
         ("--rank 4 --calib c.npz --exclude nothing", "--exclude 'nothing' matches none of the 3 sites"),
         ("--keep-params 0.5 --calib c.npz --exclude nothing", "--exclude 'nothing' matches none of the 3 sites"),

@@ -14,7 +14,7 @@ from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.calibration.output_agreement import certified
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.data.dataset import for_inputs
-from rsi_deploy.data.feeding import named_option
+from rsi_deploy.data.feeding import errors_for_option
 from rsi_deploy.data.model_pictures import preset_note
 from rsi_deploy.data.sources import Dataset
 from rsi_deploy.execution import result_store as resuming
@@ -115,7 +115,7 @@ class ExportRun:
         known, size = (kept.accuracy(), kept.size()) if kept else (None, None)
         with _named(source.name, dense):
             exporter = job.export_dense(source, dense, steps, self.origin.opset)
-            with named_option("--data"):
+            with errors_for_option("--data"):
                 dataset = None if self.dataset is None else for_inputs(self.dataset, model_inputs(dense))
             facts, accuracy = job.dense_facts(source, dense, dataset, steps, known, size)
         if kept is not None:

@@ -91,7 +91,7 @@ def test_top_answers_of_ids(ending):
     np.savez("d.npz", x=X, labels=labels_of(60, 0))
     assert evaluate(path, "d.npz").top1 == 100
     np.savez("d.npz", x=X, labels=labels_of(60, 0) + 1)
-    with pytest.raises(UsageError, match=r"10 classes.*labels run from"):
+    with pytest.raises(UsageError, match=r"10 classes.*labels start at"):
         evaluate(path, "d.npz")
 
 
@@ -163,7 +163,7 @@ def test_ids_at_every_place_are_compared_but_not_with_labels(tmp_path, monkeypat
     np.savez("d.npz", x=x)
     assert evaluate("m.onnx", "d.npz", reference="m.onnx").agreement == 100
     np.savez("d.npz", x=x, labels=np.zeros(6, int))
-    with pytest.raises(ModelError, match=r"one class id a sample, but it gives whole numbers of the shape \(6, 4, 4\)"):
+    with pytest.raises(ModelError, match=r"one class id per sample, but it returns integers of shape \(6, 4, 4\)"):
         evaluate("m.onnx", "d.npz")
 
 
@@ -208,7 +208,7 @@ def test_a_model_without_any_scores_is_refused_by_its_outputs(tmp_path, monkeypa
     )
     assert with_readable_output(read_proto("m.onnx")).graph.output[0].name == "y"
     np.savez("d.npz", t=np.ones((4, 3), int), labels=np.zeros(4, int))
-    with pytest.raises(ModelError, match="one class id a sample"):
+    with pytest.raises(ModelError, match="one class id per sample"):
         evaluate("m.onnx", "d.npz")
 
 

@@ -229,7 +229,7 @@ def test_values_that_cannot_be_one_for_a_run(here, given, words):
 
 def test_inputs_of_other_lengths_are_told_by_name(here):
     np.savez("d.npz", x=X, y=Y[:30])
-    with pytest.raises(UsageError, match=r"as many samples.*\{'x': 40, 'y': 30\}"):
+    with pytest.raises(UsageError, match=r"the same number of samples.*\{'x': 40, 'y': 30\}"):
         open_data("d.npz", specs=[spec("x", "n", 16), spec("y", "n", 16)])
 
 
