@@ -1,10 +1,10 @@
-"""Metrics of the sites of an ONNX graph: what stands behind the sites again in torch, where autograd knows it.
+"""Compute the metrics of the sites of an ONNX graph: torch runs the operators behind the sites again.
 
-    upstream of all sites   onnxruntime      |  values that the rest reads
+    in front of all sites   onnxruntime      |  values that the rest reads
     behind a site           torch, float32   |  y_site --> ... --> z --(probe u)--> g at y_site
 
-The output is the first floating one behind a site; only its ancestors are run again. Of `(N, L, ...)` under a padding
-mask the tokens alone are asked.
+The output is the first floating one behind a site; only its ancestors run again. Under a padding mask `(N, L)` only
+the tokens of an output `(N, L, ...)` count.
 """
 
 from collections import Counter
@@ -47,16 +47,16 @@ def output_metrics(
     provider: str,
     seed: int,
 ) -> dict[str, Metric]:
-    """By the names of sites; those that do not reach the output have none.
+    """Return metrics by the names of sites; sites that do not reach the output have none.
 
     Args:
         program: the dense model.
         path: its file.
         reached: its sites, by output.
-        batches: model inputs.
-        samples: how many they hold.
-        provider: onnxruntime's.
-        seed: of the probes.
+        batches: batches of model inputs.
+        samples: number of samples in them.
+        provider: execution provider of onnxruntime.
+        seed: random seed for the probes.
 
     Raises:
         NoMetricError: gradients do not pass, or take too much memory.
@@ -102,7 +102,7 @@ class _Replay:
         self._uses = Counter(name for node in nodes for name in node.input if name)
 
     def __call__(self, values: dict[str, Tensor]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-        """The output, and the responses of the sites."""
+        """Return the output, and the responses of the sites."""
         taps: list[tuple[str, Tensor]] = []
         left = self._uses.copy()
         for node, call in zip(self.nodes, self._operators, strict=True):
@@ -120,7 +120,7 @@ class _Replay:
 
 
 def _tapped(r: Reached, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The response as rows `(..., out)` (of a Conv as it is) whose gradients are kept, and the value made of them."""
+    """Return the response as rows `(..., out)` with gradients (of a Conv unchanged), and the value made of them."""
     order = r.graph.row_order or RowOrder()
     width = r.site.groups * r.site.out_features
     if r.site.kernel or (not order.output and value.ndim and value.shape[-1] == width):
@@ -137,7 +137,7 @@ def _tapped(r: Reached, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _behind(nodes: Iterable[NodeProto], reached: Mapping[str, Reached]) -> list[NodeProto]:
-    """The sites and all nodes that depend on one, in order."""
+    """Return the sites and all nodes that depend on one, in order."""
     known: set[str] = set()
     found = []
     for node in nodes:
@@ -148,30 +148,30 @@ def _behind(nodes: Iterable[NodeProto], reached: Mapping[str, Reached]) -> list[
 
 
 def _ancestors(nodes: Sequence[NodeProto], end: str) -> list[NodeProto]:
-    """Those of the nodes that the value `end` needs, in order."""
-    wanted, found = {end}, []
+    """Return the nodes on which the value `end` depends, in order."""
+    needed, found = {end}, []
     for node in reversed(nodes):
-        if wanted & set(node.output):
-            wanted |= reads(node)
+        if needed & set(node.output):
+            needed |= reads(node)
             found.append(node)
     return found[::-1]
 
 
-def _weights(program: Program, path: Path, wanted: set[str], metric: OutputMetric) -> dict[str, Tensor]:
-    """The initializers among the wanted values; their memory is set aside."""
-    tensors = [tensor for tensor in program.model.graph.initializer if tensor.name in wanted]
+def _weights(program: Program, path: Path, names: set[str], metric: OutputMetric) -> dict[str, Tensor]:
+    """Return the initializers of these names; their memory is reserved."""
+    tensors = [tensor for tensor in program.model.graph.initializer if tensor.name in names]
     metric.take(sum(4 * int(np.prod(tensor.dims)) for tensor in tensors))
     return {tensor.name: _tensor(numpy_helper.to_array(tensor, str(path.parent))) for tensor in tensors}
 
 
 def _tensor(value: Any) -> Tensor:
-    """Float32 where it is floating."""
+    """Return a tensor, float32 where it is floating."""
     tensor = as_torch(np.array(value))
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _pieces(batch: Feeds, metric: OutputMetric, axes: BatchAxes) -> Iterator[tuple[Feeds, list[int]]]:
-    """The samples of a batch that are asked, cut, and their numbers; a batch of fixed size whole."""
+    """Yield the chosen samples of a batch in pieces, with their numbers; a batch of fixed size whole."""
     count, begin = axes.samples(batch), metric.seen
     at = metric.chosen(count)
     if axes.fixed is not None:
