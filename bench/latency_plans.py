@@ -2,7 +2,7 @@
 
     landing      `--keep-latency 0.6` at batch 1: the share of the dense time that is measured afterwards, in a run of
                  its own; nets that cannot reach it say so
-    prediction   predicted times of whole models (site times of a table, scale from two trial plans) against measured ones
+    prediction   predicted times of whole models (site times of a table, scale of two trial plans) against measured ones
     gemm         at 0.5 of the MACs, batch 8: the speed-up, against the ideal one, 1 / kept MACs
     accuracy     the plan by time against the plan by MACs that is as fast: score of the fitted models, and both times
     table        seconds for a table of ResNet-50, and for its reuse
