@@ -53,10 +53,10 @@ def test_the_last_word_is_that_of_an_export(here, tmp_path, monkeypatch):
 
     monkeypatch.setattr(timed.Setting, "measured", measured)
     ends = [(1.2, 1.3)]
-    assert timed.spoken(here, splits, tmp_path / "m.onnx", 1.0) == splits
+    assert timed.after_rollback(here, splits, tmp_path / "m.onnx", 1.0) == splits
     assert written[0] == ["gemm", "input"]
     ends = [(0.7, 0.8)] * 6
-    assert timed.spoken(here, splits, tmp_path / "m.onnx", 1.0) == {}
+    assert timed.after_rollback(here, splits, tmp_path / "m.onnx", 1.0) == {}
     assert written[-1] == []
     assert count_parameters(read_onnx(tmp_path / "m.onnx")) == here.params
 
