@@ -26,7 +26,7 @@ from rsi_deploy.data.sources import ArrayData, open_data
 from rsi_deploy.io.onnx_file import file_bytes, write_external
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.runtime.sessions import make_session, run_session
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 from rsi_deploy.torch_models.model_source import Source, load_source, source_of_module
 from rsi_deploy.torch_models.to_onnx import to_onnx
 
@@ -102,7 +102,7 @@ class Case:
     def macs(self, model: Path) -> dict[str, int]:
         """Multiply-accumulates a sample, by node."""
         two = {name: array[:2] for name, array in self.pool.items()}
-        return {node: count // 2 for node, count in traced_run(model, two).macs.items()}
+        return {node: count // 2 for node, count in trace_run(model, two).macs.items()}
 
     def measured(self, model: Path) -> Size:
         """What a written model really holds and costs."""

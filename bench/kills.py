@@ -58,7 +58,7 @@ CASES = (
         argv=(
             *("export", "samples.digits:cnn", "--checkpoint", "in/cnn.safetensors", "--rank", "25%"),
             *("--data", "in/eval.npz", "-o", "out/b", "--bench-seconds", "0.5"),
-            *("--smaller-is-enough", "--force"),  # a kill may come too late: the next run finds a whole bundle then
+            *("--allow-slower", "--force"),  # a kill may come too late: the next run finds a whole bundle then
         ),
         afresh=True,
         constants={},

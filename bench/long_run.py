@@ -68,7 +68,7 @@ def exported(folder: Path, count: int) -> list[dict[str, float]]:
         "rank": "25%",
         "data": data,
         "bench_seconds": 0.2,
-        "smaller_is_enough": True,
+        "allow_slower": True,
         "force": True,
     }
     rsi_deploy.export(*torch_way(), folder / "first", **weights(), **asked, keep_dense=True)

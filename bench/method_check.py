@@ -29,7 +29,8 @@ from bench.common import Goal
 from rsi_deploy.benchmark import latency
 from rsi_deploy.benchmark.blocks import Cell, run_cells
 from rsi_deploy.benchmark.variants import Arm, Runtime, open_arms
-from rsi_deploy.runtime.feeds.inputs import model_inputs, random_feeds
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
 
 RUNS, QUICK_RUNS = 20, 3
 SLOWER = 0.05

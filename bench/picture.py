@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PICTURE = ROOT / "docs" / "images" / "front.svg"
 
-PRODUCT = {"ResNet-56": "accuracy-resnet56-2026-11-25.json", "ResNet-20": "accuracy-resnet20-2026-11-25.json"}
-WITHOUT_DATA = "accuracy-resnet20-2026-11-22.json"
-SWEEP = "sweep_resnet56_again-2026-11-26.md"
+PRODUCT = {"ResNet-56": "accuracy/resnet56-2026-11-25.json", "ResNet-20": "accuracy/resnet20-2026-11-25.json"}
+WITHOUT_DATA = "accuracy/resnet20-2026-11-22.json"
+SWEEP = "sweep/resnet56-2026-11-26b.md"
 SVD = "ResNet-20, exact SVD"
 
 WIDTH, HEIGHT, GAP = 860, 286, 20

@@ -29,7 +29,7 @@ from bench.common import Goal
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.exporting.api import export
-from rsi_deploy.runtime.providers import resolve
+from rsi_deploy.runtime.providers import resolve_provider
 
 MODELS = ("vgg19", "vit_b_32", "resnet50", "mobilenet_v2", "minilm", "resnet18", "convnext_tiny")
 QUICK_MODELS = ("mobilenet_v2", "minilm")
@@ -100,7 +100,7 @@ def environments(providers: Sequence[str]) -> tuple[dict[str, str], dict[str, st
     pythons, skipped = {}, {}
     for provider in providers:
         try:
-            resolve(provider)
+            resolve_provider(provider)
             pythons[provider] = sys.executable
         except UsageError as error:
             if provider.startswith("openvino") and OPENVINO.exists():

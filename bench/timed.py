@@ -29,7 +29,7 @@ from rsi_deploy.onnx_models.rewrite import split_and_write
 from rsi_deploy.planning.decide import Planned
 from rsi_deploy.planning.knapsack import Option, SiteOptions
 from rsi_deploy.planning.planner import Decision, FixedPlanner, SitePlanner
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 
 TORCHVISION = ("mobilenet_v2", "resnet50", "vit_b_32", "vgg19", "convnext_tiny")
 SMALL = ("cnn_cifar10", "resnet20", "resnet56", "minilm")
@@ -121,7 +121,7 @@ def setting(net: str, dense: Path, batch: int, threads: int, seconds: float, pro
     """The net at a batch and number of threads; its table is measured within `seconds`, or known from the cache."""
     feeds = fed_with(dense, batch, 0, None, None)
     table = Costing(provider=provider, threads=threads, seconds=seconds).table(dense, feeds, name=net)
-    model, counted = ir.load(dense), traced_run(dense, feeds).macs
+    model, counted = ir.load(dense), trace_run(dense, feeds).macs
     sites = {site_name(s.weight): s for s in gp.find_sites(model) if isinstance(s, gp.Site)}
     known = {name: site for name, site in sites.items() if name in table.sites and site.node in counted}
     return Setting(

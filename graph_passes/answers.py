@@ -7,7 +7,7 @@ import numpy as np
 from graph_passes.records import Array, Dense, Factors, Site
 
 
-def checked(answer: Factors | Dense, site: Site) -> Factors | Dense:
+def checked(answer: Factors | Dense | None, site: Site) -> Factors | Dense:
     """The source's answer, or a ValueError that names the site, what came and what was expected."""
     if isinstance(answer, Dense):
         return answer

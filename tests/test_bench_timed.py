@@ -11,7 +11,7 @@ from graph_passes import count_parameters
 from graph_passes.split_markers import found_splits
 from rsi_deploy.costing.zero_filled import write_blank
 from rsi_deploy.io.onnx_file import read_onnx
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_options_cost_what_the_written_model_costs(here, tmp_path):
         write_blank(here.dense, tmp_path / "m.onnx", {"conv2": (form, 4)})
         saved = here.params - count_parameters(read_onnx(tmp_path / "m.onnx"))
         assert saved == site.options[0].params - option.params
-        macs = sum(traced_run(tmp_path / "m.onnx", here.feeds).macs.values())
+        macs = sum(trace_run(tmp_path / "m.onnx", here.feeds).macs.values())
         assert here.total_macs - macs == site.options[0].macs - option.macs
 
 

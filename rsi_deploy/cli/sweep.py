@@ -26,7 +26,7 @@ from rsi_deploy.cli.terminal import console, progress_bar
 )
 @preprocessing_options
 @filter_options
-@click.option("--smaller-is-enough", is_flag=True, help="Split also where it is not measured faster.")
+@click.option("--allow-slower", is_flag=True, help="Split also where it is not measured faster.")
 @click.option("--allow-larger", is_flag=True, help="Keep points that are larger than the dense model, too.")
 @click.option("--cost-budget", default="120s", show_default=True, metavar="TIME", help="Time for the cost table.")
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")

@@ -20,7 +20,7 @@ from rsi_deploy.evaluation.zipmap_columns import ColumnClasses, zipmap_columns
 from rsi_deploy.runtime import providers
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
 from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
-from rsi_deploy.runtime.feeds.values import arrays_of
+from rsi_deploy.runtime.feeds.values import arrays_of_output
 from rsi_deploy.runtime.placement import proven_placement
 from rsi_deploy.runtime.sessions import make_session, run_session
 
@@ -99,7 +99,7 @@ class Answers:
         outputs = run_session(self._session, feeds, self.name)
         named: dict[str, Array] = {}
         for name, value in zip(self._names, outputs, strict=True):
-            named |= arrays_of(name, value, self._columns.get(name))
+            named |= arrays_of_output(name, value, self._columns.get(name))
         for name, axis in self._output_axes.items():
             if name in named and axis < named[name].ndim:
                 named[name] = np.moveaxis(named[name], axis, 0)

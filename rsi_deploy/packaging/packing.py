@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy.typing as npt
 
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.io.bundle import check_target, whole_folder
+from rsi_deploy.io.bundle import atomic_folder, check_target
 from rsi_deploy.io.manifest import MANIFEST, write_manifest
 from rsi_deploy.packaging.kserve import KserveSettings, check_label, write_kserve
 from rsi_deploy.packaging.ort_format import Platform, write_ort
@@ -112,7 +112,7 @@ def package(
     model = read_servable(folder, feeds)
     dense_model = None if dense is None else read_dense(Path(dense), model)
     repository = entries(name, model, dense_model, dense_as)
-    with whole_folder(Path(output), force=force) as work:
+    with atomic_folder(Path(output), force=force) as work:
         if target == "ort":
             write_ort(work, model, platform)
         elif kserve is not None:

@@ -16,10 +16,11 @@ import numpy.typing as npt
 from rsi_deploy.core.errors import GateError, ModelError, UsageError
 from rsi_deploy.io.manifest import check_manifest
 from rsi_deploy.report.bundle_facts import BundleFacts, read_bundle_facts
-from rsi_deploy.runtime.batch_independence import no_batch_axis, why_alone, why_alone_on, why_not_proved
+from rsi_deploy.runtime.batch_independence import no_batch_axis, why_not_batchable, why_not_batchable_on, why_not_proved
 from rsi_deploy.runtime.feeds.batch_axes import Dim
-from rsi_deploy.runtime.feeds.inputs import check_feeds, model_inputs
-from rsi_deploy.runtime.feeds.probe import Feeds, probe_feeds, read_feeds
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.probe import Feeds, probe_feeds
+from rsi_deploy.runtime.feeds.user_feeds import check_feeds, read_feeds
 from rsi_deploy.runtime.feeds.values import Value
 from rsi_deploy.runtime.sessions import make_session, run_session
 
@@ -178,10 +179,10 @@ def _why_unbatchable(model: Path, session: "InferenceSession", feeds: Feeds, *, 
     """Return why samples must not share a run, by proof and by a run on `feeds` or on inputs of their shapes; or ""."""
     shapes = {name: array.shape for name, array in feeds.items()}
     if not given:
-        return why_alone(model, session, shapes, SAMPLES)
+        return why_not_batchable(model, session, shapes, SAMPLES)
     if why := no_batch_axis(session) or why_not_proved(model):
         return why
     counts = {shape[0] if shape else 0 for shape in shapes.values()}
     if len(counts) > 1 or min(counts, default=0) < 2:
         return "one sample does not show whether samples are independent: add --feeds FILE.npz with two or more"
-    return why_alone_on(model, session, feeds)
+    return why_not_batchable_on(model, session, feeds)

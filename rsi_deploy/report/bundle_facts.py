@@ -7,7 +7,7 @@ import pydantic
 
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.data.preprocess import Preprocessing
-from rsi_deploy.io.manifest import inside
+from rsi_deploy.io.manifest import check_inner_name
 from rsi_deploy.report.json_files import read_json
 
 
@@ -33,7 +33,7 @@ class BundleFacts(_Part):
     schema_version: Literal[1]
     source: BundleSource = BundleSource()
     settings: BundleSettings = BundleSettings()
-    files: dict[Annotated[str, pydantic.AfterValidator(inside)], str]
+    files: dict[Annotated[str, pydantic.AfterValidator(check_inner_name)], str]
     preprocessing: Preprocessing | None = None
     probe_shapes: dict[str, tuple[int, ...]] = pydantic.Field(default_factory=dict)
 

@@ -19,7 +19,7 @@ from rsi_deploy.costing.cost_table import Conditions, PlanCheck
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.evaluation.accuracy import AccuracyResult
 from rsi_deploy.evaluation.softmax_bound import SoftmaxBound
-from rsi_deploy.io.manifest import inside
+from rsi_deploy.io.manifest import check_inner_name
 from rsi_deploy.planning.settings import ExportSettings
 from rsi_deploy.report.json_files import read_json
 from rsi_deploy.runtime.feeds.values import as_numbers
@@ -135,6 +135,7 @@ class Report(_Record):
         tool: name and version of the tool.
         created: time of the export: UTC, ISO 8601.
         command: the command line, or the Python call.
+        recipe: the request as recipe.toml holds it; `rsi-deploy export --recipe` makes the bundle again.
         source: source of the dense model.
         settings: settings that determine the result.
         preprocessing: steps from 8-bit pictures to inputs, if known.
@@ -162,6 +163,7 @@ class Report(_Record):
     tool: str
     created: str
     command: str
+    recipe: str = ""
     source: SourceRecord
     settings: ExportSettings
     preprocessing: Preprocessing | None
@@ -178,7 +180,7 @@ class Report(_Record):
     probe_given: bool
     probe_fingerprint: str | None = None
     probe: tuple[ProbeOutput, ...]
-    files: dict[Annotated[str, pydantic.AfterValidator(inside)], str]
+    files: dict[Annotated[str, pydantic.AfterValidator(check_inner_name)], str]
     stages: tuple[Stage, ...]
     peak_memory: int
     environment: Environment

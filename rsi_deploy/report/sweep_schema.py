@@ -14,8 +14,8 @@ import pydantic
 from rsi_deploy.benchmark.statistics import Interval
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.model_size import Size
-from rsi_deploy.io.bundle import whole_folder
-from rsi_deploy.io.manifest import file_hash, inside
+from rsi_deploy.io.bundle import atomic_folder
+from rsi_deploy.io.manifest import check_inner_name, file_hash
 from rsi_deploy.report.json_files import read_json
 from rsi_deploy.report.schema import Report, read_report
 from rsi_deploy.runtime.machine import Environment
@@ -44,7 +44,7 @@ class SweepPoint(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     number: int
     share: float
-    folder: Annotated[str, pydantic.AfterValidator(lambda name: name and inside(name))] = ""
+    folder: Annotated[str, pydantic.AfterValidator(lambda name: name and check_inner_name(name))] = ""
     problem: str = ""
     size: Size | None = None
     latency_ms: float | None = None
@@ -175,7 +175,7 @@ def deliver(folder: str | Path, number: int, output: str | Path, *, force: bool 
             raise ModelError(f"{source / name} does not have the hash in its report; run the sweep again")
     if links := [path for path in source.rglob("*") if path.is_symlink()]:
         raise ModelError(f"{links[0]} is a link, which no sweep writes; run the sweep again, or copy the file itself")
-    with whole_folder(Path(output), force=force, inputs=(source,)) as target:
+    with atomic_folder(Path(output), force=force, inputs=(source,)) as target:
         shutil.copytree(source, target, dirs_exist_ok=True)
     return report
 

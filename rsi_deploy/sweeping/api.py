@@ -29,7 +29,7 @@ from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.dense_size import dense_size
 from rsi_deploy.exporting.profile import write_dense
-from rsi_deploy.io.atomic import OutputClaim, claimed, write_text
+from rsi_deploy.io.atomic import OutputClaim, claim_output, write_text
 from rsi_deploy.io.bundle import check_target
 from rsi_deploy.io.locks import remove
 from rsi_deploy.io.manifest import fingerprint
@@ -132,7 +132,7 @@ def sweep(
         "calib_size": calib_size,
         "include": list(include),
         "exclude": list(exclude),
-        "smaller_is_enough": smaller_is_enough,
+        "allow_slower": smaller_is_enough,
         "allow_larger": allow_larger,
         "cost_budget": cost_budget,
         "provider": provider,
@@ -148,7 +148,7 @@ def sweep(
     options["input_shape"] = [text for text in named if "=" in text]
     folder = Path(output)
     _check_folder(folder, force, (model, weights, checkpoint, calib, data))
-    with claimed(folder) as claim:
+    with claim_output(folder) as claim:
         claim.new.mkdir()
         dense = claim.new / "dense.onnx"
         plain = next((text for text in named if "=" not in text), None)

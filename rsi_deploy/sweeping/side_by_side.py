@@ -14,8 +14,8 @@ from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.report.schema import read_report
 from rsi_deploy.report.sweep_schema import Sweep
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
-from rsi_deploy.runtime.feeds.inputs import model_inputs, unsettled_inputs
-from rsi_deploy.runtime.feeds.probe import named_shapes
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.shapes import named_shapes, unsettled_inputs
 from rsi_deploy.runtime.machine import free_memory
 
 MEMORY_SHARE = 0.4

@@ -180,11 +180,11 @@ def compress_(
         if progress:
             progress(site.name, index, len(sites))
         factors, record = factorize_site(
-            site.name,
-            site.kind,
             site.matrix(),
             decision.rank,
             ahead,
+            name=site.name,
+            kind=site.kind,
             reason=decision.reason,
             nodes=site.paths,
         )

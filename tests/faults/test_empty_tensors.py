@@ -14,7 +14,10 @@ from rsi_deploy.calibration.calibration_data import CalibrationData
 from rsi_deploy.cli import run
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.evaluation.predictor import floating_rows
-from rsi_deploy.runtime.feeds.inputs import InputSpec, check_feeds, model_inputs, parse_shape, random_feeds
+from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
+from rsi_deploy.runtime.feeds.shapes import parse_shape
+from rsi_deploy.runtime.feeds.user_feeds import check_feeds
 from rsi_deploy.runtime.parity import compare_outputs
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.tensors import checked_shape, dtype_of, from_binary, from_values, to_binary

@@ -8,7 +8,7 @@ import pytest
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from rsi_deploy.cli import run
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 
 MS = "com.microsoft"
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
@@ -205,7 +205,7 @@ def test_operators_that_no_pass_splits_are_counted(here, name):
     """The count is for a run; reports divide it by the batch."""
     nodes, initializers, expected, shape = BESIDE[name]
     model = with_head("m.onnx", nodes, initializers, shape=shape)
-    trace = traced_run(here / model, {"x": np.ones(shape, np.float32)})
+    trace = trace_run(here / model, {"x": np.ones(shape, np.float32)})
     assert sum(trace.macs.values()) == expected + HEAD
     assert trace.uncounted == ()
 
@@ -275,7 +275,7 @@ def test_a_scan_counts_every_step(here):
         [value("y", [7, 96])],
         {"w": weights(64, 64), "m": weights(64, 96)},
     )
-    trace = traced_run(here / "m.onnx", {"x": np.ones((7, 64), np.float32)})
+    trace = trace_run(here / "m.onnx", {"x": np.ones((7, 64), np.float32)})
     assert sorted(trace.macs.values()) == [7 * 64 * 64, 7 * HEAD]
 
 
@@ -289,7 +289,7 @@ def test_a_sequence_map_counts_every_entry(here):
         node("ConcatFromSequence", ["t"], ["k"], axis=0),
     ]
     with_head("m.onnx", nodes, {"w": weights(64, 64)})
-    trace = traced_run(here / "m.onnx", {"x": np.ones((1, 64), np.float32)})
+    trace = trace_run(here / "m.onnx", {"x": np.ones((1, 64), np.float32)})
     assert sorted(trace.macs.values()) == [3 * 64 * 64, 3 * HEAD]
 
 

@@ -16,7 +16,7 @@ from rsi_deploy.io.onnx_file import read_onnx
 from rsi_deploy.onnx_models.rewrite import rewrite
 from rsi_deploy.packaging.packing import package
 from rsi_deploy.report.schema import ProbeOutput
-from rsi_deploy.runtime.feeds.values import arrays_of
+from rsi_deploy.runtime.feeds.values import arrays_of_output
 from rsi_deploy.runtime.parity import compare_outputs
 
 RNG = np.random.default_rng(0)
@@ -259,7 +259,7 @@ def test_texts_come_from_feeds(tmp_path, make):
     feeds = {"s": texts} | ({"x": np.ones((3, 64), np.float32)} if make is text_ids else {})
     np.savez(tmp_path / "f.npz", **feeds)
     given = tmp_path / "f.npz"
-    report = export(str(path), tmp_path / "b", rank="50%", feeds=given, bench_seconds=0.2, smaller_is_enough=True)
+    report = export(str(path), tmp_path / "b", rank="50%", feeds=given, bench_seconds=0.2, allow_slower=True)
     assert len(report.split_sites) == 1
     assert report.latency is not None
     found = {claim.name: claim.status for claim in verify(tmp_path / "b", feeds=given).claims}
@@ -311,7 +311,7 @@ def test_bytes_are_read_as_the_texts_they_encode(tmp_path):
     np.savez(tmp_path / "f.npz", s=np.array(["a", "längster"]).astype("U") == "", b=np.array([b"a", "ä".encode()]))
     assert read_npz(tmp_path / "f.npz")["b"].tolist() == ["a", "ä"]
     np.savez(tmp_path / "f.npz", b=np.array([b"\xff\xfe"]))
-    with pytest.raises(ValueError, match="no UTF-8"):
+    with pytest.raises(ValueError, match="not UTF-8"):
         read_npz(tmp_path / "f.npz")
 
 
@@ -422,5 +422,5 @@ def test_parity_compares_the_contents_of_sequences_and_maps():
 
 def test_columns_of_maps_are_in_the_order_of_the_classes():
     rows = [{"b": 1.0, "z": 2.0}, {"b": 3.0, "z": 4.0}]
-    assert arrays_of("p", rows, ["z", "b"])["p"].tolist() == [[2, 1], [4, 3]]
-    assert arrays_of("p", [{"a": 1.0}, {"b": 1.0}]).keys() == {"p[0]['a']", "p[1]['b']"}
+    assert arrays_of_output("p", rows, ["z", "b"])["p"].tolist() == [[2, 1], [4, 3]]
+    assert arrays_of_output("p", [{"a": 1.0}, {"b": 1.0}]).keys() == {"p[0]['a']", "p[1]['b']"}

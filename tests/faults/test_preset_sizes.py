@@ -119,7 +119,7 @@ def test_export_notes_and_stores_its_steps(here):
 
 def test_sweep_has_the_options_and_one_note(here, capsys):
     common = ["sweep", "m.onnx", "--calib", "c.npz", "--data", "d.npz", "--points", "2", "--no-bench"]
-    common += ["--smaller-is-enough", "--highest", "0.9", "--lowest", "0.5"]
+    common += ["--allow-slower", "--highest", "0.9", "--lowest", "0.5"]
     assert cli.run([*common, "-o", "s"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "shorter side to 10" in text

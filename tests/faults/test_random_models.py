@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import rsi_deploy
 from rsi_deploy.core.errors import GateError, ModelError
-from rsi_deploy.runtime.parity import blames_random_models, check_repeatable
+from rsi_deploy.runtime.parity import check_repeatable, explain_random_models
 
 
 def written(path, nodes, opset=17, **initializers):
@@ -46,11 +46,11 @@ def test_a_check_that_fails_on_random_numbers_names_them(tmp_path):
     nodes, initializers = noise("RandomNormalLike")
     path = written(tmp_path / "m.onnx", nodes, **initializers)
     feeds = {"x": np.ones((2, 64), "f4")}
-    with pytest.raises(ModelError, match="'drop'"), blames_random_models(path, feeds, "m"):
+    with pytest.raises(ModelError, match="'drop'"), explain_random_models(path, feeds, "m"):
         raise GateError("surgery gate")
     nodes, initializers = noise("Neg")
     path = written(tmp_path / "m.onnx", nodes, **initializers)
-    with pytest.raises(GateError, match="surgery gate"), blames_random_models(path, feeds, "m"):
+    with pytest.raises(GateError, match="surgery gate"), explain_random_models(path, feeds, "m"):
         raise GateError("surgery gate")
 
 

@@ -11,8 +11,11 @@ from onnx import TensorProto, helper, numpy_helper
 from rsi_deploy import export, read_report
 from rsi_deploy.cli import run
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.runtime.feeds.inputs import InputSpec, check_feeds, random_feeds, unsettled_inputs
-from rsi_deploy.runtime.feeds.probe import named_shapes, probe_feeds
+from rsi_deploy.runtime.feeds.inputs import InputSpec
+from rsi_deploy.runtime.feeds.probe import probe_feeds
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
+from rsi_deploy.runtime.feeds.shapes import named_shapes, unsettled_inputs
+from rsi_deploy.runtime.feeds.user_feeds import check_feeds
 from rsi_deploy.sweeping.api import sweep
 
 RNG = np.random.default_rng(0)
@@ -87,7 +90,7 @@ def test_the_command_of_the_readme_and_verify(here, capsys):
 
 
 def test_an_export_is_timed_with_the_requested_batch(here):
-    options = {"bench_batch": 4, "bench_seconds": 0.1, "smaller_is_enough": True}
+    options = {"bench_batch": 4, "bench_seconds": 0.1, "allow_slower": True}
     report = export("m.onnx", "b", calib="t.npz", keep_macs=0.6, **options)
     assert report.latency.inputs == {"ids": "int64 (4, 12)", "kinds": "float32 (4, 5)"}
     assert report.latency.batch == 4
@@ -99,7 +102,7 @@ def test_a_sweep_gets_its_shapes_from_data(here):
         "s",
         calib="t.npz",
         points=2,
-        smaller_is_enough=True,
+        allow_slower=True,
         bench_batch=3,
         bench_seconds=0.1,
         cost_budget=0.1,

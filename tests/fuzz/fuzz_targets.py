@@ -43,7 +43,8 @@ from rsi_deploy.report.sweep_schema import read_sweep
 from rsi_deploy.report.tables.bench import print_document
 from rsi_deploy.report.tables.costs import print_costs
 from rsi_deploy.report.tables.report import print_report
-from rsi_deploy.runtime.feeds.inputs import model_inputs, random_feeds
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
 from rsi_deploy.runtime.sessions import make_session
 from rsi_deploy.serving.bundles import open_bundle
 

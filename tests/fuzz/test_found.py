@@ -108,7 +108,7 @@ MODELS = {  # seed -> change
 @pytest.mark.parametrize("case", MODELS)
 def test_a_changed_model_is_handled(case, target, monkeypatch):
     """The result must come from our own checks and not from onnx's checker."""
-    monkeypatch.setattr("rsi_deploy.io.onnx_checks.broken_models.objection", lambda path: None)
+    monkeypatch.setattr("rsi_deploy.io.onnx_checks.broken_models.checker_error", lambda path: None)
     number, change = MODELS[case]
     made = ModelProto()
     made.CopyFrom(models()[number])

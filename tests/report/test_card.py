@@ -17,7 +17,7 @@ def bundle(tmp_path):
         data=data,
         bench_seconds=0.05,
         exclude=["fc2"],
-        smaller_is_enough=True,
+        allow_slower=True,
         allow_larger=True,
     )
     return tmp_path / "b"

@@ -41,7 +41,7 @@ def bundle(tmp_path_factory):
         calib=data,
         allow_shared_data=True,
         bench_seconds=0.2,
-        smaller_is_enough=True,
+        allow_slower=True,
     )
     export(str(root / "m.onnx"), root / "plain", rank=6, exclude=["fc2"], measure=False, allow_larger=True)
     return root

@@ -20,7 +20,7 @@ pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip inst
 import tritonclient.grpc
 import tritonclient.http
 
-from rsi_deploy.io.bundle import whole_folder
+from rsi_deploy.io.bundle import atomic_folder
 from rsi_deploy.serving.catalog import read_catalog
 from rsi_deploy.serving.engine.batches import BatchLimits
 from rsi_deploy.serving.protocol.refusal import Refusal
@@ -309,7 +309,7 @@ def test_a_replaced_bundle_is_loaded_without_losing_a_request(tmp_path):
     with Server(served, "--reload-every", "100ms", log=tmp_path / "log") as server:
         with Load(server, "m", 6, judge_by(**answers)) as load:
             time.sleep(0.5)
-            with whole_folder(served, force=True) as work:
+            with atomic_folder(served, force=True) as work:
                 shutil.copytree(new, work, dirs_exist_ok=True)
             wait_for(lambda: load.counts["new"])
             time.sleep(0.3)
@@ -327,7 +327,7 @@ def test_a_replaced_bundle_is_loaded_without_losing_a_request(tmp_path):
         wait_for(lambda: server.metric("rsi_reloads_total", outcome="refused"))
         assert asked(server, "m", {"x": ROWS})[1] == pytest.approx(answers["new"], abs=1e-4)
 
-        with whole_folder(served, force=True) as work:  # correct files are loaded again after a refusal
+        with atomic_folder(served, force=True) as work:  # correct files are loaded again after a refusal
             shutil.copytree(old, work, dirs_exist_ok=True)
         wait_for(lambda: server.metric("rsi_reloads_total", outcome="done") == 2)
         assert asked(server, "m", {"x": ROWS})[1] == pytest.approx(answers["old"], abs=1e-4)

@@ -147,7 +147,7 @@ def test_times_of_all_points_are_of_one_run(place, tmp_path, monkeypatch, fits):
     """A point's report has its own minute's time; the sweep's are measured together where memory lets it."""
     if not fits:
         monkeypatch.setattr(side_by_side, "MEMORY_SHARE", 0.0)
-    document = swept(place, tmp_path / "s", points=2, measure=True, bench_seconds=0.2, smaller_is_enough=True)
+    document = swept(place, tmp_path / "s", points=2, measure=True, bench_seconds=0.2, allow_slower=True)
     assert document == read_sweep(tmp_path / "s")
     assert document.side_by_side is fits
     own = [rsi_deploy.read_report(tmp_path / "s" / point.folder).latency.arms[1] for point in document.points]

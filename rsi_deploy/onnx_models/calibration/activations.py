@@ -42,8 +42,8 @@ from rsi_deploy.onnx_models.calibration.rows import Taps
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.onnx_models.calibration.stages import cut, thinned
 from rsi_deploy.onnx_models.factor_source import graph_factors
-from rsi_deploy.runtime.feeds.values import arrays_of
-from rsi_deploy.runtime.provider_spec import parse
+from rsi_deploy.runtime.feeds.values import arrays_of_output
+from rsi_deploy.runtime.provider_spec import parse_provider
 from rsi_deploy.runtime.providers import short_name
 
 Array = npt.NDArray[Any]
@@ -247,7 +247,7 @@ class OnnxStreams:
 
 def _for_work(provider: str, macs: int) -> str:
     """The provider for runs of so many MACs, 0 for an unknown number: one thread of the CPU where they are few."""
-    spec = parse(provider)
+    spec = parse_provider(provider)
     if short_name(spec.name) != "cpu" or "threads" in spec.session or not 0 < macs < SMALL_WORK:
         return provider
     return str(replace(spec, session={**spec.session, "threads": "1"}))
@@ -269,7 +269,7 @@ def _stacked(outputs: Iterable[tuple[Feeds, Feeds]], names: Sequence[str]) -> Te
     """
     found = []
     for batch, values in outputs:
-        arrays = (array for name in names for array in arrays_of(name, values[name]).values())
+        arrays = (array for name in names for array in arrays_of_output(name, values[name]).values())
         array = next((value for value in arrays if value.dtype.kind == "f" and value.ndim and value.size), None)
         if array is None:
             raise ModelError(

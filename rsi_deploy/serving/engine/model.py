@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rsi_deploy.core.errors import GateError, ModelError
-from rsi_deploy.runtime.batch_independence import why_alone
+from rsi_deploy.runtime.batch_independence import why_not_batchable
 from rsi_deploy.runtime.sessions import make_session, run_session
 from rsi_deploy.serving.bundles import Bundle, stamps
 from rsi_deploy.serving.protocol.signature import Feeds, Outputs, Signature, rows
@@ -47,7 +47,7 @@ class LoadedModel:
             raise GateError(f"{bundle.path} has been replaced since it was checked; start again when it is complete")
         self.signature = Signature.of(self._session, self._name)
         self._outputs = [spec.name for spec in self.signature.outputs]
-        self.alone = why_alone(bundle.model, self._session, bundle.probe_shapes, SAMPLES) if try_batches else ""
+        self.alone = why_not_batchable(bundle.model, self._session, bundle.probe_shapes, SAMPLES) if try_batches else ""
 
     def infer(self, feeds: Feeds) -> Outputs:
         """Return the outputs of one request.

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.runtime.feeds.inputs import InputSpec, check_feeds, model_inputs, model_outputs
+from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs, model_outputs
+from rsi_deploy.runtime.feeds.user_feeds import check_feeds
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.tensors import NAMES, Array
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.packaging.yaml_text import yaml_text
-from rsi_deploy.runtime.ray_connection import connected
+from rsi_deploy.runtime.ray_connection import connect_to_ray
 from rsi_deploy.serving import KEY_VARIABLE
 from rsi_deploy.serving.catalog import Catalog, all_versions
 from rsi_deploy.serving.engine.model import LoadedModel
@@ -83,7 +83,7 @@ def serve_on_ray(settings: RayAppSettings, where: Address, ray: str, on_ready: C
     routes = load_all(settings)
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", f"{READY_SECONDS:g}")  # 5 s is short on a laptop
     results = sys.stdout
-    with redirect_stdout(sys.stderr), connected(ray) as cluster:  # Ray prints its errors to stdout
+    with redirect_stdout(sys.stderr), connect_to_ray(ray) as cluster:  # Ray prints its errors to stdout
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
