@@ -54,16 +54,16 @@ class ExportKeywords(TypedDict, total=False):
     mixed_precision: bool
     device: Literal["auto", "cpu", "cuda"]
     ray: str | None
-    cost: str | Path | None
-    allow_cost_mismatch: bool
     cost_budget: str | float
     allow_slower: bool
+    cost: str | Path | None
+    allow_cost_mismatch: bool
     measure: bool
     bench_batch: int
     bench_seconds: float
     provider: str
     threads: int | None
+    allow_larger: bool
     opset: int | None
     max_output_error: float | None
-    allow_larger: bool
     keep_dense: bool

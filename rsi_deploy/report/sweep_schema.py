@@ -73,7 +73,8 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
         schema_version: of this document.
         tool: name and version.
         created: UTC, ISO 8601.
-        command: that made it.
+        command: command line that made it.
+        recipe: the request as recipe.toml holds it; `rsi-deploy sweep --recipe` makes the sweep again.
         model: as typed.
         source_hash: of the dense model file.
         settings: what points depend on besides their share, in one text; a sweep resumes only with the same.
@@ -91,6 +92,7 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
     tool: str
     created: str
     command: str
+    recipe: str = ""
     model: str
     source_hash: str
     settings: str

@@ -156,8 +156,9 @@ class Settings(pydantic.BaseModel, frozen=True, extra="forbid"):
         except pydantic.ValidationError as error:
             problem = error.errors()[0]
             option = flag_of(str(problem["loc"][0]))
-            came = "nothing" if problem["type"] == "missing" else repr(problem["input"])
-            raise UsageError(f"{option} must be {_expected(problem)}, but got {came}") from None
+            if problem["type"] == "missing":
+                raise UsageError(f"Missing option '{option}'; add {option} VALUE") from None
+            raise UsageError(f"{option} must be {_expected(problem)}, but got {problem['input']!r}") from None
 
     def chosen(self) -> dict[str, Any]:
         """Return the values that were set, without defaults."""
@@ -210,7 +211,6 @@ def annotations(field: pydantic.fields.FieldInfo) -> Iterator[Any]:
 def _expected(problem: Any) -> str:
     """Return what was expected, in words."""
     words = {
-        "missing": "set",
         "greater_than_equal": "at least {ge:g}",
         "greater_than": "above {gt:g}",
         "less_than_equal": "at most {le:g}",

@@ -93,7 +93,7 @@ class RankConfig(Settings, panel="Size"):
     rank_multiple: int = setting(1, "Under a budget: ranks are multiples of this number.", ge=1)
 
 
-class CalibrationConfig(Settings, panel="Calibration"):
+class SamplesConfig(Settings, panel="Calibration"):
     """The unlabelled data that factors are fitted to."""
 
     calib: DataSource = setting(
@@ -102,6 +102,11 @@ class CalibrationConfig(Settings, panel="Calibration"):
         option=FIRST | {"keyword": f"str | Path | Dataset | {ARRAYS} | None"},
     )
     calib_size: int = setting(1024, "Most calibration samples.", ge=1)
+
+
+class CalibrationConfig(SamplesConfig, panel="Calibration"):
+    """How the data are used."""
+
     factors: Literal["response", "weights"] = setting(
         "response", "With --calib: fit the factors to the data, or use the paper's plain method."
     )
@@ -184,7 +189,16 @@ class SolverConfig(SeedConfig, panel="Kernel"):
     )
 
 
-class CostConfig(Settings, panel="Latency"):
+class SpeedConfig(Settings, panel="Latency"):
+    """Whether splits must be faster, as measured."""
+
+    cost_budget: Seconds = setting(240.0, "Time for a cost table that is measured.")
+    allow_slower: bool = setting(
+        False, "Split also where that is not measured faster; deliver the model however fast it is."
+    )
+
+
+class CostConfig(SpeedConfig, panel="Latency"):
     """Measured times that the planner uses."""
 
     cost: FileName | None = setting(
@@ -192,10 +206,6 @@ class CostConfig(Settings, panel="Latency"):
     )
     allow_cost_mismatch: bool = setting(
         False, "Accept a --cost of another machine: plan for that machine and measure nothing."
-    )
-    cost_budget: Seconds = setting(240.0, "Time for a cost table that is measured.")
-    allow_slower: bool = setting(
-        False, "Split also where that is not measured faster; deliver the model however fast it is."
     )
 
 
@@ -215,12 +225,17 @@ class MeasureConfig(Settings, panel="Measuring"):
     threads: int | None = setting(None, "onnxruntime threads. [default: onnxruntime's choice]", ge=1)
 
 
-class BundleConfig(Settings, panel="Bundle"):
+class GrowthConfig(Settings, panel="Bundle"):
+    """What is done with a model that is larger than the dense one."""
+
+    allow_larger: bool = setting(False, "Deliver the model even where it is larger than the dense one.")
+
+
+class BundleConfig(GrowthConfig, panel="Bundle"):
     """What the bundle holds, and when it is refused."""
 
     opset: int | None = setting(
         None, "Opset of the ONNX model. [default: an ONNX file's own; 23 with attention, else 20]"
     )
     max_output_error: float | None = setting(None, "Gate: relative error of the outputs (exit 4).", ge=0)
-    allow_larger: bool = setting(False, "Deliver the model even where it is larger than the dense one.")
     keep_dense: bool = setting(False, "Keep dense.onnx in the bundle.")
