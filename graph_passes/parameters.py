@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from graph_passes.cleanup import other_consumers
 from graph_passes.constants import layout_chain, stored_tensor
-from graph_passes.split_all import FAMILIES, UNSPLIT
+from graph_passes.operators import PASSES, UNSPLIT
 
 Use = tuple[ir.Node, int]
 Operands = Mapping[tuple[str, str], tuple[int, ...]]
@@ -31,7 +31,7 @@ _TWO_SCALES = (1, 2, 4, 5, 6, 7)
 
 WEIGHTS: Operands = MappingProxyType(
     {
-        **{(family.domain, family.op_type): family.operands for family in FAMILIES},
+        **{(each.domain, each.op_type): each.operands for each in PASSES},
         **UNSPLIT,
         ("", "DequantizeLinear"): (0,),
         (_CONTRIB, "DequantizeLinear"): (0,),

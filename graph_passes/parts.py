@@ -18,8 +18,7 @@ import onnx_ir as ir
 from graph_passes.constants import OVERRIDABLE_IR_VERSION, add_constant
 from graph_passes.names import Names, name_of, stem
 from graph_passes.records import Array, Factors, Form, Keep
-from graph_passes.split_markers import MARK
-from graph_passes.survey import Found, WeightKey
+from graph_passes.survey import MARK, Found, WeightKey
 from graph_passes.weights import Weight
 
 Side: TypeAlias = Literal["left", "right"]

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from graph_passes.forms import Array as Array
 from graph_passes.forms import Form as Form
 from graph_passes.forms import unfold, unfolded_shape
+from graph_passes.response import RowOrder
 from graph_passes.window import Window
 
 AnyForm: TypeAlias = Form | Literal["first"]
@@ -48,9 +49,11 @@ class Site:
         data: Name of the value that is multiplied.
         output: Name of the node's output; of a fused operator, what follows the product is in it.
         nested: Whether the node stands in a subgraph or a model function, whose values no caller can look at.
-        plain: Whether the response (the output without bias, activation, attention) is `data @ weight^T` over the last
-            axis, or, where there is a window, the ordinary convolution of the data.
+        row_order: The axes of the rows in data and output; None where the response (the output without bias,
+            activation and attention) is neither `data @ weight^T` nor, with a window, an ordinary convolution.
+        linear: Whether the output is the response plus a bias, with no activation or attention behind.
         window: How a convolution moves over the data; None for products.
+        both_ways: Whether other nodes use the weight transposed.
     """
 
     node: str
@@ -66,7 +69,8 @@ class Site:
     data: str = ""
     output: str = ""
     nested: bool = False
-    plain: bool = False
+    row_order: RowOrder | None = None
+    linear: bool = True
     window: Window | None = None
     both_ways: bool = False
 
@@ -103,6 +107,11 @@ class Site:
                 return own
         where = f"{self.op_type} {self.node!r}, weight {self.weight!r}"
         raise ValueError(f"{where}: expected form {' or '.join(self.forms)}, but got {form!r}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether a caller can compute the response from the data and the weight; see `row_order`."""
+        return self.row_order is not None
 
     @property
     def bias_size(self) -> int:

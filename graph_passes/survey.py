@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import onnx_ir as ir
 
@@ -22,13 +22,15 @@ from graph_passes.constants import (
     constant_arguments,
     layout_chain,
 )
-from graph_passes.family import Family
 from graph_passes.names import name_of
 from graph_passes.records import Site, Skip
 from graph_passes.sharing import low_rank_pairs, shared_with_others, used_in_other_ways
-from graph_passes.split_markers import MARK
 from graph_passes.weights import NoWeight, Weight, refuse_computed, resolve
 
+if TYPE_CHECKING:
+    from graph_passes.split_pass import SplitPass
+
+MARK = "rsi_deploy.split"
 OLDEST_OPSET = 6
 
 Unsplit: TypeAlias = Mapping[tuple[str, str], tuple[int, ...]]  # (domain, op_type) -> inputs that may hold a weight
@@ -40,14 +42,16 @@ class Found:
     """One node that its pass can split.
 
     Attributes:
+        splitter: The pass of its operator.
         node: The node.
         operand: Which input holds the weight.
         shape: Shape of that input, as the operator sees it.
         weight: The weight, canonical: `(groups, out_features, in_features)`.
-        site: What the factor source is told.
+        site: The site for the factor source.
         in_function: Whether the node stands in a model function, which holds no initializers and no types.
     """
 
+    splitter: type[SplitPass]
     node: ir.Node
     operand: int
     shape: tuple[int, ...]
@@ -81,20 +85,20 @@ class Found:
 
 def survey(
     model: ir.Model,
-    families: Sequence[Family],
+    passes: Sequence[type[SplitPass]],
     unsplit: Unsplit = MappingProxyType({}),
     *,
     overridable: bool = False,
 ) -> list[Found | Skip]:
-    """Every weight-bearing node of the families, in graph order; nodes inside model functions last.
+    """Find every weight-bearing node of the passes' operators, in graph order; nodes inside model functions last.
 
     Args:
         model: The model; not changed, no weight is read.
-        families: The passes whose operators are looked for.
+        passes: The passes whose operators are looked for.
         unsplit: Other operators to report, with the inputs where they hold a weight.
         overridable: Take initializers that are graph inputs too for the constants they usually are.
     """
-    by_operator = {(family.domain, family.op_type): family for family in families}
+    by_operator = {(splitter.domain, splitter.op_type): splitter for splitter in passes}
     overridable = overridable or model.ir_version < OVERRIDABLE_IR_VERSION
     arguments = constant_arguments(model)
     entries: list[Found | Skip] = []
@@ -137,7 +141,7 @@ def _judged(
 def _in_scope(
     graph: ir.Graph,
     function: ir.Function | None,
-    by_operator: Mapping[tuple[str, str], Family],
+    by_operator: Mapping[tuple[str, str], type[SplitPass]],
     unsplit: Unsplit,
     arguments: Collection[ir.Value],
     overridable: bool,
@@ -146,8 +150,8 @@ def _in_scope(
     computed = computed_constants(graph.all_nodes())
     for node in graph.all_nodes():
         operator = node.domain, node.op_type
-        family = by_operator.get(operator)
-        operands = unsplit.get(operator, ()) if family is None else family.operands
+        splitter = by_operator.get(operator)
+        operands = unsplit.get(operator, ()) if splitter is None else splitter.operands
         if not operands:
             continue
         operands = tuple(operand for operand in operands if operand < len(node.inputs))
@@ -156,12 +160,12 @@ def _in_scope(
         elif function is not None and any(_root(node.inputs[operand]) in arguments for operand in operands):
             reason = f"inside the model function {function.name!r}, which is given the weight: inline functions first"
             yield Skip(node=name_of(node), op_type=node.op_type, reason=reason)
-        elif family is None:
+        elif splitter is None:
             yield from _no_pass(node, operands, computed)
         else:
             nested = function is not None or node.graph is not graph
             try:
-                read = list(_read(node, family, operands, computed, nested=nested, in_function=function is not None))
+                read = list(_read(node, splitter, operands, computed, nested=nested, in_function=function is not None))
             except TypeError:  # of an attribute; a model of no known opset was held against no schema
                 reason = "an attribute of the node is of another type than its operator takes"
                 yield Skip(node=name_of(node), op_type=node.op_type, reason=reason)
@@ -192,7 +196,7 @@ def _constant(value: ir.Value | None, computed: Collection[ir.Value]) -> Weight 
 
 def _read(
     node: ir.Node,
-    family: Family,
+    splitter: type[SplitPass],
     operands: Sequence[int],
     computed: Collection[ir.Value],
     *,
@@ -218,18 +222,28 @@ def _read(
         if 0 in shape:
             weight = NoWeight(reason=f"weight of shape {shape} is empty")
         else:
-            weight = family.canonical(node, operand, weight)
+            weight = splitter.canonical(node, operand, weight)
         if isinstance(weight, NoWeight):
             weight = NoWeight(reason=weight.reason, weight=name)
     if isinstance(weight, NoWeight):
         yield Skip(node=name_of(node), op_type=node.op_type, weight=weight.weight, reason=weight.reason)
         return
-    site = _site(node, family, operand, shape, weight, nested)
-    yield Found(node=node, operand=operand, shape=shape, weight=weight, site=site, in_function=in_function)
+    site = _site(node, splitter, operand, shape, weight, nested)
+    yield Found(
+        splitter=splitter,
+        node=node,
+        operand=operand,
+        shape=shape,
+        weight=weight,
+        site=site,
+        in_function=in_function,
+    )
 
 
-def _site(node: ir.Node, family: Family, operand: int, shape: tuple[int, ...], weight: Weight, nested: bool) -> Site:
-    """What the factor source is told about a canonical weight."""
+def _site(
+    node: ir.Node, splitter: type[SplitPass], operand: int, shape: tuple[int, ...], weight: Weight, nested: bool
+) -> Site:
+    """The site of a canonical weight."""
     groups, out_features, in_features = weight.shape
     data = node.inputs[1 - operand]
     return Site(
@@ -241,12 +255,13 @@ def _site(node: ir.Node, family: Family, operand: int, shape: tuple[int, ...], w
         groups=groups,
         dtype=weight.stored_dtype.numpy().name,
         loader=weight.numpy,
-        forms=family.forms(shape),
+        forms=splitter.forms(shape),
         data="" if data is None else data.name or "",
         output=node.outputs[0].name or "",
         nested=nested,
-        plain=family.is_plain(node, operand, weight),
-        window=family.window(node, shape),
+        row_order=splitter.row_order(node, operand, weight),
+        linear=splitter.linear,
+        window=splitter.window(node, shape),
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import shared_work
 import torch
+from cpu_seconds import CpuSeconds, slow_files
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests that use onnxruntime alone send nothing either
 
@@ -13,6 +14,24 @@ collect_ignore = ["no_network", "raises"]  # tools of tests, not tests: two of t
 TESTS = Path(__file__).parent
 PICTURES = ("report", "sweeping", "test_cli_page.py", "test_determinism.py", "test_picture.py", "test_privacy.py")
 """Where reports get their pictures; elsewhere each is empty."""
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("rsi-deploy")
+    group.addoption("--fast", action="store_true", help="leave out the files of tests that tests/cpu_seconds.txt lists")
+    group.addoption("--cpu-seconds", action="store_true", help="measure CPU seconds and write tests/cpu_seconds.txt")
+
+
+def pytest_configure(config):
+    if config.getoption("--cpu-seconds"):
+        config.pluginmanager.register(CpuSeconds())
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave out slow files with `--fast`."""
+    if config.getoption("--fast") and collection_path.is_relative_to(TESTS):
+        return str(collection_path.relative_to(TESTS)) in slow_files() or None
+    return None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 import onnx
 
-from graph_passes.batch_axis.moves import settled
-from graph_passes.batch_axis.values import BatchPlace, Dims, NodeCall, Value
+from graph_passes.axis_rules.moves import settled
+from graph_passes.axis_rules.values import BatchPlace, Dims, NodeCall, Value
 
 Body: TypeAlias = Callable[[onnx.GraphProto, Sequence[Value]], list[Value]]
 """Follow a graph that is called with values; what it gives."""

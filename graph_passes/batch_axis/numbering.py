@@ -14,9 +14,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from graph_passes.batch_axis.moves import same_everywhere, settled
-from graph_passes.batch_axis.shapes import inferred, of_arrays
-from graph_passes.batch_axis.values import MOST_NUMBERS, BatchPlace, NodeCall, Rows, Value
+from graph_passes.axis_rules.moves import same_everywhere, settled
+from graph_passes.axis_rules.shapes import inferred, of_arrays
+from graph_passes.axis_rules.values import MOST_NUMBERS, BatchPlace, NodeCall, Rows, Value
 
 Plain = Callable[[NodeCall], Sequence[Value]]
 """The outputs of a call, as if its inputs counted nothing."""

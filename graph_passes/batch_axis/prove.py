@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from graph_passes.batch_axis.values import BatchPlace, MixesError, Value
+from graph_passes.axis_rules.values import BatchPlace, MixesError, Value
 from graph_passes.batch_axis.walk import Walk
 
 TRIAL_SIZES = (1994, 1)

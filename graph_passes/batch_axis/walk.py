@@ -8,15 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import onnx
 
-# Each module enters its rules into the table.
-from graph_passes.batch_axis import layout, pointwise, products, reductions, sequences
+from graph_passes.axis_rules.moves import Moves, outputs
+from graph_passes.axis_rules.shapes import constant, folded, inferred, of_arrays
+from graph_passes.axis_rules.values import MixesError, NodeCall, Value
 from graph_passes.batch_axis.control import followed
-from graph_passes.batch_axis.moves import RULES, Moves, outputs
 from graph_passes.batch_axis.numbering import numbered, ranged
-from graph_passes.batch_axis.shapes import constant, folded, inferred, of_arrays
-from graph_passes.batch_axis.values import MixesError, NodeCall, Value
-
-RULE_MODULES = (layout, pointwise, products, reductions, sequences)
+from graph_passes.operators import AXIS_RULES
 
 RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 CONTROL = frozenset(("If", "Loop", "Scan"))
@@ -132,7 +129,7 @@ class Walk:
         return [Value(kind=kind, shapes=shapes, counted=counted) for kind, shapes in found]
 
     def _by_rule(self, call: NodeCall, domain: str) -> Sequence[Value]:
-        found = RULES.get((domain, call.node.op_type))
+        found = AXIS_RULES.get((domain, call.node.op_type))
         if found is None:
             where = f" of {domain}" if domain else ""
             raise call.mixes(f"is an operator{where} that is not known to keep samples apart")

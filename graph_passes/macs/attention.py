@@ -122,7 +122,6 @@ FORMULAS: dict[Operator, Formula] = {
     ("", "Attention"): onnx_attention,
     ("", "LinearAttention"): linear_attention,
     ("ai.onnx.preview", "FlexAttention"): onnx_attention,
-    ("com.microsoft", "Attention"): projected_attention((1,), past=4),
     ("com.microsoft", "DecoderMaskedMultiHeadAttention"): multi_head_attention(past=5, past_length=7),
     ("com.microsoft", "DecoderMaskedSelfAttention"): projected_attention((1,), past=4),
     ("com.microsoft", "GroupQueryAttention"): group_query_attention,

@@ -35,14 +35,11 @@ QUANTIZED = 3
 
 FORMULAS: dict[Operator, Formula] = {
     ("", "CausalConvWithState"): conv,
-    ("", "Conv"): conv,
     ("", "ConvInteger"): conv,
-    ("", "ConvTranspose"): conv_transpose,
     ("", "DeformConv"): conv,
     ("", "QLinearConv"): partial(conv, weight=QUANTIZED),
     ("com.microsoft", "CausalConvWithState"): conv,
     ("com.microsoft", "ConvTransposeWithDynamicPads"): conv_transpose,
-    ("com.microsoft", "FusedConv"): conv,
     ("com.microsoft", "NhwcConv"): conv,
     ("com.microsoft", "NhwcFusedConv"): conv,
     ("com.microsoft", "QLinearConv"): partial(conv, weight=QUANTIZED),

@@ -1,7 +1,6 @@
 """MACs of matrix products, plain, fused and quantized.
 
 MatMul and its kin    output elements * inner dimension
-Einsum                of two operands: the product of all index sizes; see `einsum`
 MoE                   tokens * k experts * numbers in an expert's weights
 
 A bias, a scale, an activation and a zero point count nothing.
@@ -97,8 +96,6 @@ def _rows(node: ExecutedNode) -> int:
 
 
 FORMULAS: dict[Operator, Formula] = {
-    ("", "Gemm"): gemm,
-    ("", "MatMul"): matmul,
     ("", "MatMulInteger"): matmul,
     ("", "QLinearMatMul"): matmul,
     ("ai.onnx.ml", "LinearClassifier"): linear_model,
@@ -107,8 +104,6 @@ FORMULAS: dict[Operator, Formula] = {
     ("ai.onnx.ml", "SVMRegressor"): support_vectors,
     ("com.microsoft", "CDist"): matmul,
     ("com.microsoft", "DynamicQuantizeMatMul"): matmul,
-    ("com.microsoft", "FusedGemm"): gemm,
-    ("com.microsoft", "FusedMatMul"): turned_matmul,
     ("com.microsoft", "FusedMatMulActivation"): turned_matmul,
     ("com.microsoft", "GatedRelativePositionBias"): relative_position_gate,
     ("com.microsoft", "GemmFastGelu"): matmul,

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from rsi_deploy.core.types import Array
 from rsi_deploy.packaging import shipped
 from rsi_deploy.packaging.result import copy_model, described
 from rsi_deploy.packaging.servable import Servable
 from rsi_deploy.packaging.triton_config import TritonSettings, config_text
-from rsi_deploy.runtime.feeds.values import Array, is_text
+from rsi_deploy.runtime.feeds.values import is_text
 
 DenseAs = Literal["version", "name"]
 

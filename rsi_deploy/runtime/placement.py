@@ -11,15 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graph_passes import multiplies_by_weights
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.types import Feeds
 from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.runtime.profile_events import node_events, read_events
 from rsi_deploy.runtime.provider_spec import ProviderSpec, parse_provider
 from rsi_deploy.runtime.sessions import make_session, model_label, run_session
-
-_WORK = ("Conv", "MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum")
-"""Substrings of the op types that do most of the work, also after onnxruntime's fusions (FusedConv, MatMulNBits...)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +41,7 @@ class Placement:
         return {
             node: ran
             for node, ran in self.nodes.items()
-            if ran != provider and any(part in self.ops.get(node, "") for part in _WORK)
+            if ran != provider and multiplies_by_weights(self.ops.get(node, ""))
         }
 
 

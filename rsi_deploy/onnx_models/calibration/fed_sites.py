@@ -14,10 +14,11 @@ from typing import Any
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, helper
 
+import graph_passes as gp
 from rsi_deploy.calibration.activations import Replacement
 from rsi_deploy.calibration.als import product_of
 from rsi_deploy.core.arrays import as_numpy
-from rsi_deploy.onnx_models.calibration.reachable_sites import LINEAR, Reached
+from rsi_deploy.onnx_models.calibration.reachable_sites import Reached
 
 _DTYPES = ("float16", "float32", "float64")
 
@@ -44,7 +45,9 @@ class FedSite:
         tensor = next((t for t in model.graph.initializer if t.name == r.graph.weight), None)
         if tensor is None or list(node.input).count(tensor.name) != 1:
             return None
-        if r.graph.op_type not in LINEAR or r.graph.dtype not in _DTYPES:
+        splitter = gp.find_pass(node.domain, node.op_type)
+        is_einsum = splitter is None or splitter.contraction is gp.Contraction.EINSUM  # stores its weight in any layout
+        if is_einsum or not r.graph.linear or r.graph.dtype not in _DTYPES:
             return None
         output = node.output[0]
         site = NodeProto()

@@ -18,6 +18,7 @@ import torch
 from onnx import NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
+from graph_passes import RowOrder
 from rsi_deploy.calibration.activations import Metric
 from rsi_deploy.calibration.output_sensitivity import NoMetricError, OutputMetric
 from rsi_deploy.core.arrays import as_torch
@@ -71,7 +72,7 @@ def output_metrics(
     if end is None:
         raise NoMetricError("no floating output depends on a site")
     metric = OutputMetric({r.site.name: r.site for r in reached.values()}, samples, seed=seed)
-    replay = _Replay(_ancestors(behind, end), {name: r.site.name for name, r in reached.items()}, end)
+    replay = _Replay(_ancestors(behind, end), reached, end)
     weights = _weights(program, path, replay.reads, metric)
     own = [*needed_constants(program, replay.nodes), *ahead]
     axes = axes_of(program.model)
@@ -92,9 +93,9 @@ def output_metrics(
 
 
 class _Replay:
-    """Runs nodes in torch, `sites` (output -> site) tapped, up to the value `end`."""
+    """Runs nodes in torch up to the value `end`, with the responses of `sites` (by output) tapped."""
 
-    def __init__(self, nodes: Sequence[NodeProto], sites: Mapping[str, str], end: str) -> None:
+    def __init__(self, nodes: Sequence[NodeProto], sites: Mapping[str, Reached], end: str) -> None:
         self.nodes, self._sites, self._end = nodes, sites, end
         self._operators = [operator(node) for node in nodes]
         self.reads = set().union(*(reads(node) for node in nodes)) - {name for node in nodes for name in node.output}
@@ -107,15 +108,32 @@ class _Replay:
         for node, call in zip(self.nodes, self._operators, strict=True):
             made = call(*(values[name] if name else None for name in node.input))
             for name, value in zip(node.output, made, strict=False):
-                if name in self._sites:
-                    value = value if value.requires_grad else value.detach().requires_grad_()
-                    taps.append((self._sites[name], value))
+                if (r := self._sites.get(name)) is not None:
+                    rows, value = _tapped(r, value)
+                    taps.append((r.site.name, rows))
                 values[name] = value
             for name in filter(None, node.input):
                 left[name] -= 1
                 if not left[name] and name != self._end:
                     values.pop(name, None)
         return values[self._end], taps
+
+
+def _tapped(r: Reached, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The response as rows `(..., out)` (of a Conv as it is) whose gradients are kept, and the value made of them."""
+    order = r.graph.row_order or RowOrder()
+    width = r.site.groups * r.site.out_features
+    if r.site.kernel or (not order.output and value.ndim and value.shape[-1] == width):
+        value = value if value.requires_grad else value.detach().requires_grad_()
+        return value, value
+    axes = list(order.output or range(value.ndim))
+    turned = value.permute(axes)
+    rows, columns = list(turned.shape), 1
+    while rows and columns < width:
+        columns *= rows.pop()
+    flat = turned.reshape(*rows, width)
+    flat = flat if flat.requires_grad else flat.detach().requires_grad_()
+    return flat, flat.reshape(turned.shape).permute(sorted(range(len(axes)), key=axes.__getitem__))
 
 
 def _behind(nodes: Iterable[NodeProto], reached: Mapping[str, Reached]) -> list[NodeProto]:

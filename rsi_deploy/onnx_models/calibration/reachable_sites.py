@@ -24,9 +24,6 @@ from rsi_deploy.core.sites import site_name
 from rsi_deploy.io.onnx_reader import load_model
 from rsi_deploy.onnx_models.calibration.stages import reads
 
-LINEAR = frozenset({"Conv", "MatMul", "Gemm", "FusedMatMul"})
-"""Operators with nothing but a bias between response and output."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Reached:
@@ -86,7 +83,7 @@ def reach(
         if reason := _out_of_reach(site, uses[site.weight], made):
             unreachable[name] = reason
         else:
-            near = beside.get(site.output, "") if site.op_type in LINEAR else ""
+            near = beside.get(site.output, "") if site.linear else ""
             found[site.output] = Reached(site=_stream_site(site, macs), graph=site, beside=near)
     return found, unreachable
 
@@ -128,9 +125,9 @@ def _out_of_reach(site: gp.Site, uses: int, made: set[str]) -> str:
         return "it sits in a subgraph or function, where calibration cannot look"
     if uses > 1:
         return f"{uses} nodes share its weight"
-    if site.op_type == "ConvTranspose":
-        return "calibration does not know the rows of a ConvTranspose"
-    return "" if site.plain else "its data are turned or scaled, or the weight is the first operand"
+    if site.window is not None and not site.plain:
+        return f"calibration does not know the rows of a {site.op_type}"
+    return "" if site.plain else "its data are transposed or scaled, or the weight is the first operand"
 
 
 def _stream_site(site: gp.Site, macs: Mapping[str, int]) -> CalibratedSite:

@@ -7,6 +7,7 @@ the response and what it is added to are read at the same places. Padding under 
     y   what it makes of x, less the bias that is in the node: no product of ours
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -76,6 +77,7 @@ class Readings:
                 )
                 feeds[f"{r.tag}/index"], feeds[f"{r.tag}/inside"] = where, inside
             else:
+                shape = _row_shape(r, shape)
                 at = chosen(math.prod(shape[:-1]), _whole(quota), self._generator(r, number), _tokens(batch, shape))
                 feeds[f"{r.tag}/index"] = at
             feeds[f"{r.tag}/response/index"] = feeds[f"{r.tag}/beside/index"] = at
@@ -97,7 +99,7 @@ class Readings:
     def counts(self, counts: RowCounts, r: Reached, batch: Feeds, begin: int, index: Feeds) -> Tensor | None:
         """What the rows of a product count in a batch that begins with sample `begin`; None for 1 each."""
         at = torch.from_numpy(index[f"{r.tag}/response/index"])
-        return counts.of(begin, self.axes.samples(batch), self._shapes(batch)[r.graph.data], at)
+        return counts.of(begin, self.axes.samples(batch), _row_shape(r, self._shapes(batch)[r.graph.data]), at)
 
     def alone(self, batch: Feeds) -> set[str]:
         """Outputs of the sites that are added to something of another shape than theirs, or to nothing."""
@@ -120,6 +122,15 @@ class Readings:
         return self._known[key]
 
 
+def _row_shape(r: Reached, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape `(*rows, in)` of a product's data of this shape."""
+    order = r.graph.row_order or gp.RowOrder()
+    rows, columns = [shape[axis] for axis in order.data or range(len(shape))], 1
+    while rows and columns < r.site.in_features:  # several axes may make one row
+        columns *= rows.pop()
+    return (*rows, columns)
+
+
 def survey_rows(in_features: int) -> int:
     """How many rows are enough to choose ranks by: where y = W x, nothing has to be told apart from noise."""
     return min(rows_for(in_features), max(rows_for(in_features) // 3, 8 * in_features))
@@ -135,14 +146,14 @@ def taps_of(
     """Taps of what the sites read where `data` says so, of the outputs in `biases`, and of what is among `beside`."""
     taps = Taps()
     for r in group:
-        site = r.site
+        site, order = r.site, r.graph.row_order or gp.RowOrder()
         width = site.groups * site.out_features
-        outputs = taps.positions if site.kernel else taps.rows
+        outputs = taps.positions if site.kernel else functools.partial(taps.rows, order=order.output)
         if data(r) and site.kernel:
             points = math.prod(site.kernel)
             taps.patches(r.graph.data, r.tag, site.groups * site.in_features // points, points)
         elif data(r):
-            taps.rows(r.graph.data, r.tag, site.in_features)
+            taps.rows(r.graph.data, r.tag, site.in_features, order.data)
         if biases and r.graph.output in biases:
             outputs(r.graph.output, f"{r.tag}/response", width)
             if bias := biases[r.graph.output][0]:
@@ -212,8 +223,11 @@ def own_biases(model: ModelProto) -> dict[str, tuple[str, float]]:
     for node in model.graph.node:
         bias = node.input[2] if len(node.input) > 2 else ""
         scale = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
-        row = not bias or node.op_type == "Conv" or math.prod(sizes.get(bias, (2, 0))[:-1]) == 1
-        if node.op_type in ("Conv", "Gemm", "MatMul", "FusedMatMul") and row:
+        splitter = gp.find_pass(node.domain, node.op_type)
+        if splitter is None or not splitter.linear:
+            continue
+        is_conv = splitter.contraction is gp.Contraction.CONV
+        if not bias or is_conv or math.prod(sizes.get(bias, (2, 0))[:-1]) == 1:
             found[node.output[0]] = bias, scale
     return found
 

@@ -38,8 +38,19 @@ class Taps:
         self.inputs: dict[str, int] = {}
         self.outputs: list[str] = []
 
-    def rows(self, value: str, tag: str, width: int) -> str:
-        """Rows of `value (..., width)`; wants `{tag}/index (rows,)` into the flattened leading dimensions."""
+    def rows(self, value: str, tag: str, width: int, order: Sequence[int] = ()) -> str:
+        """Add nodes that gather rows of `value`, and return the name of the rows.
+
+        The input `{tag}/index (rows,)` counts the rows of the flattened value `(-1, width)`.
+
+        Args:
+            value: name of the value.
+            tag: prefix of the names of nodes, inputs and outputs.
+            width: numbers in a row, over one or several last axes.
+            order: order of the axes in which the rows come first; () leaves them as they are.
+        """
+        if order:
+            value = self._node("Transpose", [value], f"{tag}/ordered", perm=list(order))
         flat = self._reshape(value, f"{tag}/flat", (-1, width))
         return self._cast(self._gather(flat, tag, 0), f"{tag}/rows")
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
-from graph_passes.batch_axis.values import Array, BatchPlace, Dims, NodeCall, Value
+from graph_passes.axis_rules.values import Array, BatchPlace, Dims, NodeCall, Value
 
 WEIGHS = "multiplies by weights along"
 STEPS = "steps through time along"
@@ -57,10 +57,13 @@ NCHWC = "com.microsoft.nchwc"
 NHWC = "com.ms.internal.nhwc"
 
 
-def rule(names: str, domain: str = "") -> Callable[[Rule], Rule]:
+_Rule = TypeVar("_Rule", bound=Rule)
+
+
+def rule(names: str, domain: str = "") -> Callable[[_Rule], _Rule]:
     """Enter a rule into the table for the operators in `names`."""
 
-    def enter(function: Rule) -> Rule:
+    def enter(function: _Rule) -> _Rule:
         for name in names.split():
             RULES[domain, name] = function
         return function

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from graph_passes.batch_axis.moves import CHANNELS, MICROSOFT, STEPS, Moves, Target, only, rule
-from graph_passes.batch_axis.values import Dims, NodeCall
+from graph_passes.axis_rules.moves import CHANNELS, MICROSOFT, STEPS, Moves, Target, only, rule
+from graph_passes.axis_rules.values import Dims, NodeCall
 
 ATTENDS = "attends along"
 PREVIOUS = "keeps layers along"
@@ -65,8 +65,9 @@ def _standard_attention(call: NodeCall) -> list[Moves]:
     return _attention(call, inputs, [call.rank(0)])
 
 
-@rule("Attention QAttention", MICROSOFT)
-def _packed_attention(call: NodeCall) -> list[Moves]:
+@rule("QAttention", MICROSOFT)
+def packed_attention(call: NodeCall) -> list[Moves]:
+    """Axes of an attention with packed projections, quantized or not."""
     if call.node.op_type == "QAttention":
         return _attention(call, {0: FIRST, 5: FIRST, 8: SECOND}, [3, 5])
     inputs = {0: FIRST, 3: FIRST, 4: SECOND, 5: FIRST}

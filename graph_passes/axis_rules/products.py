@@ -1,4 +1,4 @@
-"""Rules of operators that multiply: matrix products, Einsum, convolutions, pooling.
+"""Rules of operators that multiply: matrix products, convolutions, pooling.
 
 MatMul   rows and leading axes stay, the inner axis is summed over
 Conv     (samples, channels, *space): the window moves over space and reads all channels
@@ -6,19 +6,19 @@ Conv     (samples, channels, *space): the window moves over space and reads all 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from graph_passes.batch_axis.moves import CHANNELS, MICROSOFT, NCHWC, NHWC, WEIGHS, Moves, Target, only, rule
-from graph_passes.batch_axis.pointwise import broadcast
-from graph_passes.batch_axis.values import Dims, NodeCall
+from graph_passes.axis_rules.moves import CHANNELS, MICROSOFT, NCHWC, NHWC, WEIGHS, Moves, Target, only, rule
+from graph_passes.axis_rules.pointwise import broadcast
+from graph_passes.axis_rules.values import Dims, NodeCall
 
 SUMS = "sums products over"
 
 
-def _sums(call: NodeCall, other: int) -> str:
-    """What a product does along its inner axis: an axis that meets weights holds features."""
-    value = call.value(other)
-    return WEIGHS if value is not None and value.free else SUMS
+def meets(call: NodeCall, others: Sequence[int]) -> str:
+    """Say what a product does along an axis that is summed over: one that meets weights alone holds features."""
+    values = [call.value(other) for other in others]
+    return WEIGHS if values and all(value is not None and value.free for value in values) else SUMS
 
 
 def product(call: NodeCall, right: int, *, turned: tuple[bool, bool] = (False, False), like: str = "") -> Moves:
@@ -30,10 +30,10 @@ def product(call: NodeCall, right: int, *, turned: tuple[bool, bool] = (False, F
     rows, columns = ranks[0] > 1, ranks[1] > 1
     lead = output - rows - columns
     left: list[Target] = [*(lead - (ranks[0] - 2) + axis for axis in range(ranks[0] - 2))]
-    inner: list[Target] = [lead, _sums(call, right)] if rows else [_sums(call, right)]
+    inner: list[Target] = [lead, meets(call, [right])] if rows else [meets(call, [right])]
     left += inner[::-1] if turned[0] and rows else inner
     second: list[Target] = [*(lead - (ranks[1] - 2) + axis for axis in range(ranks[1] - 2))]
-    inner = [_sums(call, 0), output - 1] if columns else [_sums(call, 0)]
+    inner = [meets(call, [0]), output - 1] if columns else [meets(call, [0])]
     second += inner[::-1] if turned[1] and columns else inner
     return Moves(inputs={0: left, right: second}, dims=_product_dims(call, right, turned), like=like)
 
@@ -51,7 +51,7 @@ def _product_dims(call: NodeCall, right: int, turned: tuple[bool, bool]) -> Call
     return dims
 
 
-@rule("MatMul MatMulInteger")
+@rule("MatMulInteger")
 @rule("MatMulIntegerToFloat", MICROSOFT)
 def _matmul(call: NodeCall) -> Moves:
     return product(call, 1)
@@ -63,8 +63,9 @@ def _quantized_matmul(call: NodeCall) -> Moves:
     return product(call, 3)
 
 
-@rule("FusedMatMul FusedMatMulActivation TransposeMatMul", MICROSOFT)
-def _fused_matmul(call: NodeCall) -> Moves:
+@rule("FusedMatMulActivation TransposeMatMul", MICROSOFT)
+def turned_product(call: NodeCall) -> Moves:
+    """Axes of a product with transA and transB."""
     if call.attribute("transBatchA", 0) or call.attribute("transBatchB", 0):
         raise call.mixes("moves its batch axis (transBatchA or transBatchB), which is not followed")
     turned = bool(call.attribute("transA", 0)), bool(call.attribute("transB", 0))
@@ -82,10 +83,9 @@ def _packed_matmul(call: NodeCall) -> Moves:
     return Moves(inputs={0: [*range(rank - 1), WEIGHS]}, dims=dims)
 
 
-@rule("Gemm")
-@rule("FusedGemm GemmFastGelu", MICROSOFT)
-@rule("QGemm", MICROSOFT)
-def _gemm(call: NodeCall) -> Moves:
+@rule("GemmFastGelu QGemm", MICROSOFT)
+def gemm(call: NodeCall) -> Moves:
+    """Axes of a Gemm and its relatives; C is broadcast to the output."""
     right, addend = (3, 6) if call.node.op_type == "QGemm" else (1, 2)
     turned = bool(call.attribute("transA", 0)), bool(call.attribute("transB", 0))
     moves = product(call, right, turned=turned)
@@ -93,22 +93,6 @@ def _gemm(call: NodeCall) -> Moves:
     if call.value(addend) is not None:
         inputs[addend] = [2 - call.rank(addend) + axis for axis in range(call.rank(addend))]
     return Moves(inputs=inputs, dims=moves.dims)
-
-
-@rule("Einsum")
-def _einsum(call: NodeCall) -> Moves:
-    equation = call.attribute("equation", b"").decode().replace(" ", "")
-    terms, arrow, result = equation.partition("->")
-    if not arrow or "." in equation:
-        raise call.mixes(f"has the equation {equation!r}, which is not followed")
-    inputs: dict[int, list[Target]] = {}
-    for index, labels in enumerate(terms.split(",")):
-        weighs = all(value is None or value.free for at, value in enumerate(call.inputs) if at != index)
-        reason = WEIGHS if weighs and len(call.inputs) > 1 else SUMS
-        inputs[index] = [result.index(c) if result.count(c) == 1 and labels.count(c) == 1 else reason for c in labels]
-        if len(labels) != call.rank(index):
-            raise call.mixes(f"has the equation {equation!r} for an input of rank {call.rank(index)}")
-    return Moves(inputs=inputs, dims=lambda _: (None,) * len(result))
 
 
 def windowed(call: NodeCall, *, channels: str, like: str = "", extra: int | None = None, outputs: int = 1) -> Moves:
@@ -130,14 +114,21 @@ def windowed(call: NodeCall, *, channels: str, like: str = "", extra: int | None
     )
 
 
-@rule("Conv ConvTranspose ConvInteger QLinearConv")
-@rule("QLinearConv NhwcConv FusedConv NhwcFusedConv", MICROSOFT)
-@rule("Conv", NCHWC)
+@rule("ConvInteger QLinearConv")
+@rule("QLinearConv NhwcConv", MICROSOFT)
 @rule("Conv QLinearConv ConvInteger QLinearConvTranspose", NHWC)
 def _conv(call: NodeCall) -> Moves:
-    fused = call.node.domain == NCHWC or call.node.op_type.endswith("FusedConv")
-    plain = call.node.op_type == "FusedConv" or call.node.domain == NCHWC
-    return windowed(call, channels=CHANNELS, like="Conv" if plain else "", extra=3 if fused else None)
+    return windowed(call, channels=CHANNELS)
+
+
+@rule("NhwcFusedConv", MICROSOFT)
+def _fused_conv(call: NodeCall) -> Moves:
+    return windowed(call, channels=CHANNELS, extra=3)
+
+
+@rule("Conv", NCHWC)
+def _conv_in_blocks(call: NodeCall) -> Moves:
+    return windowed(call, channels=CHANNELS, like="Conv", extra=3)
 
 
 @rule("AveragePool MaxPool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool")

@@ -1,4 +1,4 @@
-"""What several replicas count, told as one: held against one server that had seen it all."""
+"""Counts of several replicas, compared with those of one server that received all requests."""
 
 import asyncio
 
@@ -7,13 +7,13 @@ import pytest
 
 pytest.importorskip("prometheus_client", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 
-from rsi_deploy.serving.merging import KEPT_SECONDS, Board, ReplicaCounts, joined_metrics
 from rsi_deploy.serving.metrics import Metrics
+from rsi_deploy.serving.replica_counts import KEPT_SECONDS, Board, ReplicaCounts, joined_metrics
 from rsi_deploy.serving.shadow import Shadow
 
 
 def compared(shadow, seed, count=6, classes=4):
-    """Some pairs of class scores, noted in a shadow."""
+    """Add some pairs of class scores to a shadow."""
     rng = np.random.default_rng(seed)
     feeds = {"x": np.zeros((count, 1), np.float32)}
     main = {"y": rng.standard_normal((count, classes)).astype(np.float32)}
@@ -22,22 +22,22 @@ def compared(shadow, seed, count=6, classes=4):
     shadow.skipped += seed
 
 
-def test_joined_shadows_are_one_that_saw_everything():
-    whole, parts = Shadow("1", "2"), [Shadow("1", "2") for _ in range(4)]  # the last one has seen nothing
+def test_joined_shadows_equal_one_that_compared_everything():
+    whole, parts = Shadow("1", "2"), [Shadow("1", "2") for _ in range(4)]  # the last one stays empty
     for seed, part in enumerate(parts[:3]):
         compared(part, seed)
         compared(whole, seed)
-    told, oracle = Shadow.joined(parts).told(), whole.told()
-    assert (told["samples"], told["requests"], told["skipped"]) == (18, 3, 3)
-    assert told["agreement"] == oracle["agreement"] < 100
-    assert told["agreement_interval"] == oracle["agreement_interval"]
-    assert told["divergence"] == pytest.approx(oracle["divergence"])
-    assert told["values"] == [pytest.approx(value) for value in oracle["values"]]
-    assert told["latency"] == {which: pytest.approx(times) for which, times in oracle["latency"].items()}
-    assert Shadow.joined(parts[:2]).told()["divergence"] != pytest.approx(oracle["divergence"])
+    joined, oracle = Shadow.joined(parts).summary(), whole.summary()
+    assert (joined["samples"], joined["requests"], joined["skipped"]) == (18, 3, 3)
+    assert joined["agreement"] == oracle["agreement"] < 100
+    assert joined["agreement_interval"] == oracle["agreement_interval"]
+    assert joined["divergence"] == pytest.approx(oracle["divergence"])
+    assert joined["values"] == [pytest.approx(value) for value in oracle["values"]]
+    assert joined["latency"] == {which: pytest.approx(times) for which, times in oracle["latency"].items()}
+    assert Shadow.joined(parts[:2]).summary()["divergence"] != pytest.approx(oracle["divergence"])
 
 
-def test_metrics_of_several_replicas_stay_apart():
+def test_metrics_of_several_replicas_stay_separate():
     texts = {}
     for place, name in enumerate(("a", "b")):
         metrics = Metrics()
@@ -56,7 +56,7 @@ def test_metrics_of_several_replicas_stay_apart():
     assert len([line for line in lines if line.startswith("# TYPE rsi_requests_total")]) == 1
 
 
-def test_the_board_forgets_who_is_gone():
+def test_the_board_forgets_replicas_that_are_silent():
     now = [0.0]
     board = Board(clock=lambda: now[0])
 

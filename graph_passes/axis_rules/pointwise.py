@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from graph_passes.batch_axis.moves import MICROSOFT, Moves, aligned, kept, rule
-from graph_passes.batch_axis.values import Dims, NodeCall
+from graph_passes.axis_rules.moves import MICROSOFT, Moves, aligned, kept, rule
+from graph_passes.axis_rules.values import Dims, NodeCall
 
 
 def broadcast(dims: list[Dims]) -> Dims:

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from graph_passes.batch_axis.moves import MICROSOFT, Moves, Target, aligned, kept, rule, same_everywhere, settled
-from graph_passes.batch_axis.shapes import inferred, of_arrays
-from graph_passes.batch_axis.values import Array, BatchPlace, Dims, NodeCall, Value
+from graph_passes.axis_rules.moves import MICROSOFT, Moves, Target, aligned, kept, rule, same_everywhere, settled
+from graph_passes.axis_rules.shapes import inferred, of_arrays
+from graph_passes.axis_rules.values import Array, BatchPlace, Dims, NodeCall, Value
 
 FAR = 1 << 24
 """An end of a Slice at or beyond it is the end of any axis."""

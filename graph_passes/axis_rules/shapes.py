@@ -18,7 +18,7 @@ import onnx
 from onnx import defs, helper, numpy_helper, shape_inference
 from onnx.reference.ops import load_op
 
-from graph_passes.batch_axis.values import MOST_NUMBERS, Array, Dims, NodeCall, Value
+from graph_passes.axis_rules.values import MOST_NUMBERS, Array, Dims, NodeCall, Value
 
 T = TypeVar("T")
 
