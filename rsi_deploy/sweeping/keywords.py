@@ -32,11 +32,11 @@ class SweepKeywords(TypedDict, total=False):
     seed: int
     cost_budget: str | float
     allow_slower: bool
+    provider: str
+    threads: int | None
     measure: bool
     bench_batch: int
     bench_seconds: float
-    provider: str
-    threads: int | None
     allow_larger: bool
     by: Literal["macs", "params", "latency"]
     points: int

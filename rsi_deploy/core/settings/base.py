@@ -164,6 +164,11 @@ class Settings(pydantic.BaseModel, frozen=True, extra="forbid"):
         """Return the values that were set, without defaults."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
+    def keywords(self, *, without: type["Settings"] | None = None) -> dict[str, Any]:
+        """Return every value by name, but those that `without` knows, too."""
+        left_out = () if without is None else without.model_fields
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in left_out}
+
     def part(self, other: type["Settings"]) -> dict[str, Any]:
         """Return the values that were set and that `other` knows, too."""
         return {name: value for name, value in self.chosen().items() if name in other.model_fields}

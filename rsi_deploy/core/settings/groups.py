@@ -148,15 +148,20 @@ class SiteConfig(Settings, panel="Sites"):
     exclude: Texts = setting((), "Sites that stay dense; repeatable.", option={"metavar": "GLOB"})
 
 
-class SplitConfig(Settings, panel="Sites"):
-    """How sites are split."""
+class JointConfig(Settings, panel="Sites"):
+    """Whether sites share factors."""
 
-    always_split: bool = setting(False, "Split also where nothing is saved, and never jointly (teaching, tests).")
     joint: bool = setting(
         True,
         "Let weights of the same input (q, k, v) share one right factor.",
         option={"off": "Let no weights of the same input (q, k, v) share a right factor."},
     )
+
+
+class SplitConfig(JointConfig, panel="Sites"):
+    """How sites are split."""
+
+    always_split: bool = setting(False, "Split also where nothing is saved, and never jointly (teaching, tests).")
 
 
 class SeedConfig(Settings, panel="Kernel"):
@@ -209,7 +214,18 @@ class CostConfig(SpeedConfig, panel="Latency"):
     )
 
 
-class MeasureConfig(Settings, panel="Measuring"):
+class RuntimeConfig(Settings, panel="Measuring"):
+    """How onnxruntime runs the model."""
+
+    provider: str = setting(
+        "cpu",
+        "onnxruntime provider with options: cpu:threads=2,spinning=off, cuda:use_tf32=0, ...",
+        option={"metavar": "NAME[:key=value,...]"},
+    )
+    threads: int | None = setting(None, "onnxruntime threads. [default: onnxruntime's choice]", ge=1)
+
+
+class MeasureConfig(RuntimeConfig, panel="Measuring"):
     """How latency is measured."""
 
     measure: bool = setting(
@@ -217,12 +233,6 @@ class MeasureConfig(Settings, panel="Measuring"):
     )
     bench_batch: int = setting(1, "Samples of a call.", ge=1)
     bench_seconds: float = setting(10.0, "Time for the measurement, in seconds.", gt=0)
-    provider: str = setting(
-        "cpu",
-        "onnxruntime provider with options: cpu:threads=2,spinning=off, cuda:use_tf32=0, ...",
-        option={"metavar": "NAME[:key=value,...]"},
-    )
-    threads: int | None = setting(None, "onnxruntime threads. [default: onnxruntime's choice]", ge=1)
 
 
 class GrowthConfig(Settings, panel="Bundle"):

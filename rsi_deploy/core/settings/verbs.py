@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from rsi_deploy.core.settings.base import DataSource, Seconds, Settings, Share, setting
+from rsi_deploy.core.settings.base import DataSource, FileName, Seconds, Settings, Share, Text, setting
 from rsi_deploy.core.settings.groups import (
     DATA_HELP,
     FIRST,
@@ -11,10 +11,12 @@ from rsi_deploy.core.settings.groups import (
     CostConfig,
     DataConfig,
     GrowthConfig,
+    JointConfig,
     MeasureConfig,
     OnnxSourceConfig,
     PictureConfig,
     RankConfig,
+    RuntimeConfig,
     SamplesConfig,
     SeedConfig,
     SiteConfig,
@@ -73,8 +75,60 @@ class SweepConfig(
     )
 
 
+class ProfileConfig(SourceConfig, OnnxSourceConfig, PictureConfig, RuntimeConfig, panel="Measuring"):
+    """The settings of `profile`."""
+
+    batch: int = setting(1, "Samples of a call.", option=FIRST, ge=1)
+    budget: Seconds = setting(240.0, "Time for the whole table.", option=FIRST)
+    precision: float = setting(5.0, "Half width, in percent, at which an interval is narrow enough.", gt=0, lt=100)
+    feeds: FileName | None = setting(
+        None,
+        "An .npz with one array per input, to time with in place of random inputs; it sets the batch.",
+        option={"metavar": "FILE.npz"},
+    )
+    fresh: bool = setting(False, "Measure also what the cache knows.")
+
+
+class InspectConfig(SourceConfig, OnnxSourceConfig, SiteConfig, JointConfig, SeedConfig, panel="Output"):
+    """The settings of `inspect`."""
+
+    rank: Text = setting("25%", "Rank of the export that is described.", option=FIRST | {"metavar": "64|40%"})
+    spectra: bool = setting(
+        True, "Compute spectra.", option=FIRST | {"off": "Show shapes and decisions only, without spectra."}
+    )
+    spectrum_limit: int = setting(2048, "Largest min(out, in) of a weight whose spectrum is computed.", ge=1)
+
+
+class EvalConfig(PictureConfig, panel="Evaluation"):
+    """The settings of `eval`."""
+
+    data: DataSource = setting(..., f"Evaluation data. {DATA_HELP}", option=FIRST)
+    reference: FileName | None = setting(None, "Another ONNX model, whose answers are compared with.", option=FIRST)
+    outputs: Literal["auto", "classes", "values"] = setting(
+        "auto",
+        "Class scores, or values (embeddings, regressions), which are compared with the reference.",
+        option=FIRST,
+    )
+    limit: int | None = setting(None, "Most samples, evenly spaced.", option=FIRST, ge=1)
+    batch: int = setting(64, "Samples of a call.", option=FIRST, ge=1)
+    provider: str = setting("cpu", "onnxruntime provider: cpu, cuda, ...", option=FIRST)
+
+
+class VerifyConfig(Settings, panel="Claims"):
+    """The settings of `verify`."""
+
+    data: DataSource = setting(None, "Evaluation data of the report: recomputes the accuracy.", option=FIRST)
+    calib: DataSource = setting(
+        None, "Calibration data of the report: recomputes the errors and the agreement on them.", option=FIRST
+    )
+    feeds: FileName | None = setting(
+        None, "The --feeds of the export: recomputes outputs, parity and MACs.", option=FIRST | {"metavar": "FILE.npz"}
+    )
+    provider: str = setting("cpu", "onnxruntime provider: cpu, cuda, ...", option=FIRST)
+
+
 CONFIGS: dict[str, type[Settings]] = {
     "export": ExportConfig,
     "sweep": SweepConfig,
 }
-"""Verb -> its settings."""
+"""Verb -> its settings, for the verbs that have recipes."""
