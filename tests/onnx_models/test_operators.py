@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 import torch
 
-from rsi_deploy.calibration.output_sensitivity import NoMetricError
+from rsi_deploy.calibration.output_sensitivity import NoSensitivityError
 from rsi_deploy.onnx_models.calibration.operators import _OPERATORS, operator
 
 X, Y, IMAGE = "float[2, 3, 4] x", "float[2, 3, 4] y", "float[2, 3, 7, 7] x"
@@ -159,5 +159,5 @@ def test_whole_numbers_are_divided_as_onnx_does():
     ids=["unknown", "domain", "second output", "setting", "type"],
 )
 def test_what_is_not_known_is_refused(node, given):
-    with pytest.raises(NoMetricError, match="gradients do not pass"):
+    with pytest.raises(NoSensitivityError, match="gradients do not pass"):
         operator(node)(given)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
 
-from rsi_deploy.calibration.output_sensitivity import NoMetricError
+from rsi_deploy.calibration.output_sensitivity import NoSensitivityError
 
 Attributes = Mapping[str, Any]
 Operator = Callable[..., Tensor | Sequence[Tensor]]
@@ -25,11 +25,11 @@ def operator(node: NodeProto) -> Callable[..., Sequence[Tensor]]:
     """What computes the outputs of a node from its inputs (None for one left out).
 
     Raises:
-        NoMetricError: the operator is not known here; when called also for a setting that is not.
+        NoSensitivityError: the operator is not known here; when called also for a setting that is not.
     """
     known = _OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if known is None:
-        raise NoMetricError(f"gradients do not pass {node.op_type} (node {node.name!r})")
+        raise NoSensitivityError(f"gradients do not pass {node.op_type} (node {node.name!r})")
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     wanted = sum(bool(name) for name in node.output)
 
@@ -48,7 +48,7 @@ def _ints(value: Tensor) -> list[int]:
 
 def _require(held: bool, what: str) -> None:
     if not held:
-        raise NoMetricError(f"gradients do not pass {what}")
+        raise NoSensitivityError(f"gradients do not pass {what}")
 
 
 def _attention(a: Attributes, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *more: Any) -> Tensor:

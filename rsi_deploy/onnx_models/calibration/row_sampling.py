@@ -1,6 +1,6 @@
 """Which rows of a batch every site's moments are taken from, and the taps that read them in both streams.
 
-As many of every sample as `moments.rows_for` allows in all, chosen once a batch from (seed, site, batch): both streams,
+As many of every sample as `moments.row_limit` allows, chosen once a batch from (seed, site, batch): both streams,
 the response and what it is added to are read at the same places. Padding under a mask input is no row.
 
     x   what the site reads; a Conv's patches with their columns sorted by point, then by channel: see `in_order`
@@ -21,7 +21,7 @@ from torch import Tensor
 
 import graph_passes as gp
 from rsi_deploy.calibration.activations import RowCounts
-from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples, rows_for
+from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples, row_limit
 from rsi_deploy.linalg.solver import stream_seed
 from rsi_deploy.onnx_models.calibration.reachable_sites import Reached
 from rsi_deploy.onnx_models.calibration.rows import Taps, all_patches, chosen, output_size, patch_index
@@ -66,7 +66,7 @@ class Readings:
         for r in group:
             shape = shapes[r.graph.data]
             quota = (
-                (survey_rows if survey else rows_for)(r.site.in_features)
+                (survey_rows if survey else row_limit)(r.site.in_features)
                 * self.axes.samples(batch)
                 / max(self._samples, 1)
             )
@@ -122,7 +122,7 @@ class Readings:
 
 def survey_rows(in_features: int) -> int:
     """How many rows are enough to choose ranks by: where y = W x, nothing has to be told apart from noise."""
-    return min(rows_for(in_features), max(rows_for(in_features) // 3, 8 * in_features))
+    return min(row_limit(in_features), max(row_limit(in_features) // 3, 8 * in_features))
 
 
 def taps_of(
