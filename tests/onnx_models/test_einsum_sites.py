@@ -1,4 +1,4 @@
-"""Calibration of Einsum sites: the same moments, sensitivities and distances as a twin of MatMul, Reshape and Transpose."""
+"""Calibration of Einsum sites: the moments, sensitivities and distances of a twin of MatMul and Reshape."""
 
 import json
 
