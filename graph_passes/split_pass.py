@@ -89,12 +89,12 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
 
     @staticmethod
     @abc.abstractmethod
-    def macs(node: ExecutedNode) -> Macs:
+    def macs(node: ExecutedNode, /) -> Macs:
         """Return the multiply-accumulates of one execution."""
 
     @staticmethod
     @abc.abstractmethod
-    def axis_rule(call: NodeCall) -> Moves | Sequence[Moves] | Sequence[Value]:
+    def axis_rule(call: NodeCall, /) -> Moves | Sequence[Moves] | Sequence[Value]:
         """Return how the operator moves axes, for proofs that samples do not mix."""
 
     @classmethod
