@@ -62,7 +62,7 @@ def sweep_points() -> list[Point]:
         if len(cells) < 2 or (found := ONE_RUN.fullmatch(cells[-2])) is None:
             continue
         time, low, high = 100 / float(found["speed"]), 100 / float(found["high"]), 100 / float(found["low"])
-        note = f"{cells[1]} of the MACs asked for: {time:.0f} % of the time, {cells[-1]} % equal answers"
+        note = f"{cells[1]} of the MACs as the budget: {time:.0f} % of the time, {cells[-1]} % equal answers"
         points.append(Point(x=time, y=float(cells[-1]), x_low=low, x_high=high, series="compressed", note=note))
     return points
 

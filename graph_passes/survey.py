@@ -1,4 +1,4 @@
-"""Every weight-bearing node of a model: what could be split, and what cannot and why.
+"""Find every weight-bearing node of a model: a site, or the reason why it cannot be split.
 
     node --resolve--> constant operand --canonical--> (groups, out, in) --split already? shared?--> Found | Skip
 
@@ -61,18 +61,18 @@ class Found:
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """Of a convolution whose kernel has more than one point; else ()."""
+        """The kernel of a convolution, where it has more than one point; else ()."""
         window = self.site.window
         return () if window is None or math.prod(window.kernel) == 1 else window.kernel
 
     @property
     def is_turned(self) -> bool | None:
-        """Whether the weight is its stored matrix transposed; None where it is no single matrix."""
+        """Whether the weight is the stored matrix transposed; None where it is no single matrix."""
         return None if self.kernel or self.site.groups > 1 else self.weight.is_turned
 
     @property
     def key(self) -> WeightKey:
-        """Equal for nodes that share a pair of factors: in the same layout; of a matrix, or of its transpose."""
+        """Equal for nodes that share a pair of factors: a matrix and its transpose do, others in the same layout."""
         if self.is_turned is not None:
             return self.weight.root, "matrix"
         return self.weight.root, (self.weight.steps, self.kernel, self.operand)
@@ -96,7 +96,7 @@ def survey(
         model: The model; not changed, no weight is read.
         passes: The passes whose operators are looked for.
         unsplit: Other operators to report, with the inputs where they hold a weight.
-        overridable: Take initializers that are graph inputs too for the constants they usually are.
+        overridable: Treat initializers that are graph inputs too as constants.
     """
     by_operator = {(splitter.domain, splitter.op_type): splitter for splitter in passes}
     overridable = overridable or model.ir_version < OVERRIDABLE_IR_VERSION
@@ -122,14 +122,14 @@ def survey(
 
 
 def _way(found: Found, *, reshape: bool) -> Hashable:
-    """Equal for nodes that can share one pair of factors; where factors cannot be reshaped, in one layout only."""
+    """Return a key of the use of a weight, equal for nodes that can share one pair of factors."""
     return found.key if reshape else (found.weight.steps, found.kernel, found.operand, found.site.op_type)
 
 
 def _judged(
     entry: Found | Skip, reasons: Mapping[ir.Node, str], turned: Collection[tuple[ir.Value, bool | None]]
 ) -> Found | Skip:
-    """The entry as its surroundings leave it: skipped, or told that its weight is used transposed, too."""
+    """Skip an entry that has a reason, and mark a site whose weight is used transposed too."""
     if isinstance(entry, Skip):
         return entry
     if entry.node in reasons:
@@ -146,7 +146,7 @@ def _in_scope(
     arguments: Collection[ir.Value],
     overridable: bool,
 ) -> Iterator[Found | Skip]:
-    """The records of the main graph or of a function's graph, with their subgraphs."""
+    """Yield the entries of the main graph or of a function's graph, with their subgraphs."""
     computed = computed_constants(graph.all_nodes())
     for node in graph.all_nodes():
         operator = node.domain, node.op_type
@@ -166,7 +166,7 @@ def _in_scope(
             nested = function is not None or node.graph is not graph
             try:
                 read = list(_read(node, splitter, operands, computed, nested=nested, in_function=function is not None))
-            except TypeError:  # of an attribute; a model of no known opset was held against no schema
+            except TypeError:  # of an attribute: a model without a known opset is not checked against a schema
                 reason = "an attribute of the node is of another type than its operator takes"
                 yield Skip(node=name_of(node), op_type=node.op_type, reason=reason)
                 continue
@@ -180,7 +180,7 @@ def _root(value: ir.Value | None) -> ir.Value | None:
 
 
 def _out_of_reach(found: Found, opsets: Mapping[str, int], overridable: bool) -> str:
-    """Why a node that its pass could split must stay, or ""."""
+    """Return why a node that its pass could split must stay, or ""."""
     if found.weight.is_overridable and not overridable:
         return "overridable: the weight is a graph input too, remove it from the inputs"
     if "" not in opsets:
@@ -189,7 +189,7 @@ def _out_of_reach(found: Found, opsets: Mapping[str, int], overridable: bool) ->
 
 
 def _constant(value: ir.Value | None, computed: Collection[ir.Value]) -> Weight | NoWeight | None:
-    """The weight behind an operand, a refusal, or None for one that depends on the model's inputs."""
+    """Return the weight behind an operand, a refusal, or None for one that depends on the model's inputs."""
     weight = resolve(value)
     return refuse_computed(value) if weight is None and value is not None and value in computed else weight
 
@@ -203,7 +203,7 @@ def _read(
     nested: bool,
     in_function: bool,
 ) -> Iterator[Found | Skip]:
-    """What one node is: found, refused, or (nothing) without a constant operand."""
+    """Yield the entry of one node; nothing where no operand is constant."""
     resolved = [(operand, _constant(node.inputs[operand], computed)) for operand in operands]
     constant = [(operand, weight) for operand, weight in resolved if weight is not None]
     if not constant:
@@ -273,7 +273,7 @@ def _already_split(node: ir.Node) -> Skip | None:
 
 
 def _no_pass(node: ir.Node, operands: Sequence[int], computed: Collection[ir.Value]) -> Iterator[Skip]:
-    """A record for an operator that holds a weight but has no pass."""
+    """Yield the record of an operator that holds a weight but has no pass."""
     for operand in operands:
         weight = _constant(node.inputs[operand], computed)
         if isinstance(weight, Weight) and len(weight.shape) > 1:
@@ -286,7 +286,7 @@ def _no_pass(node: ir.Node, operands: Sequence[int], computed: Collection[ir.Val
 
 
 def skipped(found: Found, reason: str) -> Skip:
-    """The record of a node that could be split and is not."""
+    """Return the record of a node that could be split and is not."""
     site = found.site
     return Skip(
         node=site.node,

@@ -163,7 +163,7 @@ def test_a_full_disk(place, runner, mounted):
         ended = runner.run(argv, place)
         assert ended.code == 3, ended.said
         assert "no space left on the disk" in ended.said
-        assert "MB are free there: make room, or choose another disk" in ended.said
+        assert "MB are free there: free some space, or choose another disk" in ended.said
         assert "Traceback" not in ended.said
         assert not [path for path in (place / "out").iterdir() if path.name != "s"]
         assert not list((place / "out").rglob("point-*"))

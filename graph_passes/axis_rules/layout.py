@@ -13,12 +13,22 @@ from dataclasses import replace
 
 import numpy as np
 
-from graph_passes.axis_rules.moves import MICROSOFT, Moves, Target, aligned, kept, rule, same_everywhere, settled
+from graph_passes.axis_rules.moves import (
+    MICROSOFT,
+    Moves,
+    Target,
+    aligned,
+    kept,
+    rule,
+    same_everywhere,
+    settled,
+    unknown_dims,
+)
 from graph_passes.axis_rules.shapes import inferred, of_arrays
 from graph_passes.axis_rules.values import Array, BatchPlace, Dims, NodeCall, Value
 
 FAR = 1 << 24
-"""An end of a Slice at or beyond it is the end of any axis."""
+"""An end of a Slice from here on is the end of any axis."""
 
 
 @rule("Transpose")
@@ -35,11 +45,9 @@ def _squeeze(call: NodeCall) -> Moves:
         raise call.mixes("removes every axis of size 1, the batch too where it is 1; name its axes")
     gone = {axis % rank for axis in axes}
     left = [axis for axis in range(rank) if axis not in gone]
-    value = call.value(0)
-    shapes = () if value is None or value.shapes is None else value.shapes
     return Moves(
         inputs={0: [left.index(axis) if axis in left else "removes" for axis in range(rank)]},
-        dims=lambda trial: tuple(shapes[trial][axis] for axis in left),
+        dims=lambda trial: tuple(call.dims(0, trial)[axis] for axis in left),
     )
 
 
@@ -69,7 +77,7 @@ def _reshape(call: NodeCall) -> list[Value]:
 
 
 def _reshaped(before: Dims, place: BatchPlace, after: Dims, size: int) -> BatchPlace | None:
-    """Where the samples lie after a reshape; None where they are cut."""
+    """Return where the samples lie after a reshape; None where it cuts them."""
     lead = math.prod(-1 if dim is None else dim for dim in before[: place.axis]) * place.outer
     passed = 1
     for axis, dim in enumerate(after):
@@ -100,7 +108,7 @@ def _expand(call: NodeCall) -> list[Value]:
 
 
 def _filled(call: NodeCall, value: Value, kind: int, shapes: tuple[Dims, ...], grown: Sequence[int]) -> Value:
-    """A constant repeated along an axis that grows with the batch."""
+    """Repeat a constant along an axis that grows with the batch."""
     (axis, *others) = grown
     first = shapes[0][axis]
     at = axis - len(shapes[0]) + len(value.shapes[0] if value.shapes else ())
@@ -141,14 +149,14 @@ def _concat(call: NodeCall) -> Moves:
     axis = call.axis(rank, default=1)
     return Moves(
         inputs={index: kept(rank, "joins along", [axis]) for index in range(len(call.inputs))},
-        dims=lambda _: (None,) * rank,
+        dims=unknown_dims(rank),
         strict=True,
     )
 
 
 @rule("QLinearConcat", MICROSOFT)
 def _quantized_concat(call: NodeCall) -> Moves:
-    """Scale and zero point of the output, then each operand with its own two."""
+    """Read scale and zero point of the output, then each operand with its own two."""
     rank, parts = call.rank(2), range(2, len(call.inputs), 3)
     axis = call.axis(rank, default=1)
 
@@ -166,7 +174,7 @@ def _quantized_concat(call: NodeCall) -> Moves:
 @rule("Split")
 def _split(call: NodeCall) -> Moves:
     rank = call.rank(0)
-    return Moves(inputs={0: kept(rank, "splits", [call.axis(rank, default=0)])}, dims=lambda _: (None,) * rank)
+    return Moves(inputs={0: kept(rank, "splits", [call.axis(rank, default=0)])}, dims=unknown_dims(rank))
 
 
 @rule("Slice")
@@ -186,16 +194,14 @@ def _slice(call: NodeCall) -> Moves:
             raise call.mixes(f"cuts axis {axis} of {call.input_name(0)} where the size of the batch says")
         if not (whole and reached):
             cut.append(axis)
-    return Moves(
-        inputs={0: kept(rank, "cuts pieces out of", cut)}, dims=lambda _: (None,) * rank, arguments=frozenset({2})
-    )
+    return Moves(inputs={0: kept(rank, "cuts pieces out of", cut)}, dims=unknown_dims(rank), arguments=frozenset({2}))
 
 
 _LIMITS = ("starts", "ends", "axes", "steps")
 
 
 def _limits(call: NodeCall, index: int, name: str) -> list[Array] | None:
-    """Limits of a Slice for every trial size; None where there are none."""
+    """Return limits of a Slice for every trial size; None where there are none."""
     value, written = call.value(index), call.attribute(name)
     if value is None:
         return None if written is None else [np.array(written)] * len(call.sizes)
@@ -209,9 +215,7 @@ def _gather(call: NodeCall) -> Moves:
     data, indices = call.rank(0), call.rank(1)
     axis = call.axis(data, default=0)
     first: list[Target] = [*range(axis), "picks entries along", *(at + indices - 1 for at in range(axis + 1, data))]
-    return Moves(
-        inputs={0: first, 1: [axis + at for at in range(indices)]}, dims=lambda _: (None,) * (data + indices - 1)
-    )
+    return Moves(inputs={0: first, 1: [axis + at for at in range(indices)]}, dims=unknown_dims(data + indices - 1))
 
 
 @rule("GatherElements")
@@ -267,7 +271,7 @@ def _pad(call: NodeCall) -> Moves:
     half = len(pads) // 2
     along = range(rank) if axes is None else axes
     changed = [axis for at, axis in enumerate(along) if pads[at] or pads[half + at]]
-    return Moves(inputs={0: kept(rank, "pads", changed)}, dims=lambda _: (None,) * rank)
+    return Moves(inputs={0: kept(rank, "pads", changed)}, dims=unknown_dims(rank))
 
 
 @rule("Resize Upsample")
@@ -291,7 +295,7 @@ def _resize(call: NodeCall) -> Moves:
 def _one_hot(call: NodeCall) -> Moves:
     rank = call.rank(0)
     axis = call.axis(rank + 1)
-    return Moves(inputs={0: [at + (at >= axis) for at in range(rank)]}, dims=lambda _: (None,) * (rank + 1))
+    return Moves(inputs={0: [at + (at >= axis) for at in range(rank)]}, dims=unknown_dims(rank + 1))
 
 
 @rule("Trilu")
@@ -303,7 +307,7 @@ def _trilu(call: NodeCall) -> Moves:
 def _compress(call: NodeCall) -> Moves:
     rank, axis = call.rank(0), call.attribute("axis")
     along = range(rank) if axis is None else [axis]
-    return Moves(inputs={0: kept(rank, "leaves entries out along", along)}, dims=lambda _: (None,) * rank)
+    return Moves(inputs={0: kept(rank, "leaves entries out along", along)}, dims=unknown_dims(rank))
 
 
 @rule("ReverseSequence")

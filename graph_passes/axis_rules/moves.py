@@ -2,8 +2,8 @@
 
     MatMul (b, m, k) @ (k, n) -> (b, m, n)
 
-    input 0     0 -> 0    1 -> 1    2: "sums over"          each axis goes to one of the output, or says
-    input 1     0: "sums over"      1 -> 2                  what the operator does along it
+    input 0     0 -> 0    1 -> 1    2: "sums over"          an axis of the output, or what the operator
+    input 1     0: "sums over"      1 -> 2                  does along the axis
 
 Samples stay apart where every batch axis goes to one and the same axis of the output, and all other operands are
 the same for every entry of that axis.
@@ -21,7 +21,7 @@ WEIGHS = "multiplies by weights along"
 STEPS = "steps through time along"
 CHANNELS = "takes for channels"
 FEATURES = frozenset((WEIGHS, STEPS, CHANNELS))
-"""Of an axis with which an operator does this: it is no batch, whatever else mixes samples."""
+"""What operators do along an axis that cannot be the batch."""
 
 Target: TypeAlias = int | str
 Map: TypeAlias = Sequence[Target]
@@ -32,12 +32,12 @@ class Moves:
     """How the axes of inputs lie in one output.
 
     Attributes:
-        inputs: input index -> for each of its axes the output's axis where it lies, or what is done along it. What is
-            not listed must be the same for every sample.
+        inputs: input index -> for each of its axes the axis of the output, or what the operator does along it. Inputs
+            that are not listed must be the same for every sample.
         dims: the output's shape for a trial size, where ONNX does not infer it.
         like: an operator of ONNX with the same shapes.
-        strict: whether every listed input that is there must have a batch axis once one has: nothing is broadcast.
-        arguments: inputs that may follow from the size of the batch: shapes, for which the rule answers itself.
+        strict: whether all listed inputs must have a batch axis once one has it: nothing is broadcast.
+        arguments: inputs that may depend on the size of the batch, such as shapes, which the rule itself checks.
     """
 
     inputs: Mapping[int, Map]
@@ -61,7 +61,7 @@ _Rule = TypeVar("_Rule", bound=Rule)
 
 
 def rule(names: str, domain: str = "") -> Callable[[_Rule], _Rule]:
-    """Enter a rule into the table for the operators in `names`."""
+    """Return a decorator that enters a rule into the table for the operators in `names`."""
 
     def enter(function: _Rule) -> _Rule:
         for name in names.split():
@@ -72,23 +72,33 @@ def rule(names: str, domain: str = "") -> Callable[[_Rule], _Rule]:
 
 
 def kept(rank: int, reason: str = "", axes: Iterable[int] = ()) -> list[Target]:
-    """Axes that stay where they are, but for those along which something is done."""
+    """Return targets of axes that stay in place, except `axes`, along which the operator does `reason`."""
     cut = {axis % rank for axis in axes if -rank <= axis < rank}
     return [reason if axis in cut else axis for axis in range(rank)]
 
 
 def only(rank: int, reason: str, targets: Mapping[int, int]) -> list[Target]:
-    """Axes that all have `reason` against them, but for those that go to one of the output."""
+    """Return targets of axes along which the operator does `reason`, except those in `targets`."""
     return [targets.get(axis, reason) for axis in range(rank)]
 
 
 def aligned(rank: int, output: int) -> list[Target]:
-    """Axes as broadcasting aligns them: from the right."""
+    """Return the targets of axes that broadcasting aligns from the right."""
     return [output - rank + axis for axis in range(rank)]
 
 
+def unknown_dims(rank: int) -> Callable[[int], Dims]:
+    """Return shapes of a known rank whose sizes are not known."""
+    return lambda _: (None,) * rank
+
+
+def dims_of(call: NodeCall, index: int = 0) -> Callable[[int], Dims]:
+    """Return the shapes of an input."""
+    return lambda trial: call.dims(index, trial)
+
+
 def place_of(call: NodeCall, moves: Moves) -> BatchPlace | None:
-    """Where the samples of an output lie; None where no input has any.
+    """Return where the samples of an output lie; None where no input has any.
 
     Raises:
         MixesError: samples meet, with the node and the axis.
@@ -118,7 +128,7 @@ def place_of(call: NodeCall, moves: Moves) -> BatchPlace | None:
 
 
 def outputs(call: NodeCall, moves: Moves, index: int, kind: int, shapes: tuple[Dims, ...] | None) -> Value:
-    """The output at `index`, placed and with its shape.
+    """Return the output at `index` with its place and its shape.
 
     Raises:
         MixesError: samples meet, or the shape shows that they do.
@@ -132,7 +142,7 @@ def outputs(call: NodeCall, moves: Moves, index: int, kind: int, shapes: tuple[D
 
 
 def settled(call: NodeCall, place: BatchPlace, kind: int, shapes: tuple[Dims, ...] | None) -> Value:
-    """A value with samples, its shapes held against its place.
+    """Return a value with samples after a check of its shapes against its place.
 
     Raises:
         MixesError: the shapes are not those of a value whose samples lie there.
@@ -152,13 +162,13 @@ def settled(call: NodeCall, place: BatchPlace, kind: int, shapes: tuple[Dims, ..
 
 
 def same_everywhere(arrays: Sequence[Array]) -> bool:
-    """Whether arrays of all trial sizes are filled with one number each, the same one."""
+    """Whether one number fills the arrays of all trial sizes."""
     first = arrays[0].reshape(-1)[:1]
     return all(array.size and (array == first).all() for array in arrays)
 
 
 def _check_same_for_all(call: NodeCall, index: int, targets: Map, place: BatchPlace, moves: Moves) -> None:
-    """An operand without samples must not have an entry of its own for every place in the batch."""
+    """Refuse an operand without samples that has an entry for each place in the batch."""
     value = call.value(index)
     if value is None or value.place is not None or index in moves.arguments:
         return

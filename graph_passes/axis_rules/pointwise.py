@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from graph_passes.axis_rules.moves import MICROSOFT, Moves, aligned, kept, rule
+from graph_passes.axis_rules.moves import MICROSOFT, Moves, aligned, dims_of, kept, rule
 from graph_passes.axis_rules.values import Dims, NodeCall
 
 
 def broadcast(dims: list[Dims]) -> Dims:
-    """The shape that shapes broadcast to; None where sizes are not known or do not fit."""
+    """Return the shape to which shapes broadcast; None for sizes that are not known or do not fit."""
     rank = max(map(len, dims), default=0)
     padded = [(1,) * (rank - len(each)) + tuple(each) for each in dims]
     found: list[int | None] = []
@@ -18,13 +18,12 @@ def broadcast(dims: list[Dims]) -> Dims:
 
 
 def elementwise(call: NodeCall, operands: list[int]) -> Moves:
-    """Operands that are broadcast against each other; all other inputs are parameters."""
+    """Return the moves of operands that broadcast against each other; all other inputs are parameters."""
     there = [index for index in operands if call.value(index) is not None]
     rank = max((call.rank(index) for index in there), default=0)
-    shapes = [value.shapes for index in there if (value := call.value(index)) is not None and value.shapes is not None]
     return Moves(
         inputs={index: aligned(call.rank(index), rank) for index in there},
-        dims=lambda trial: broadcast([each[trial] for each in shapes]),
+        dims=lambda trial: broadcast([call.dims(index, trial) for index in there]),
     )
 
 
@@ -62,13 +61,9 @@ def _quantize(call: NodeCall) -> Moves:
     per_axis = (call.axis(rank, default=1),) if scale else ()
     value = call.value(1)
     if value is not None and value.shapes is not None and value.shapes[0] == (1,):
-        per_axis = ()  # one number, though it has an axis
+        per_axis = ()  # one number in a vector
     reason = "has a scale for every entry of"
-    dims = call.value(0)
-    return Moves(
-        inputs={0: kept(rank, reason, range(rank) if scale > 1 else per_axis)},
-        dims=lambda trial: dims.shapes[trial] if dims is not None and dims.shapes is not None else (),
-    )
+    return Moves(inputs={0: kept(rank, reason, range(rank) if scale > 1 else per_axis)}, dims=dims_of(call))
 
 
 @rule("QLinearAdd QLinearMul", MICROSOFT)
@@ -88,20 +83,11 @@ def _quantized_where(call: NodeCall) -> Moves:
 
 @rule("BiasSplitGelu", MICROSOFT)
 def _bias_split(call: NodeCall) -> Moves:
-    return Moves(inputs={0: kept(call.rank(0), "splits", [-1])}, dims=_unknown_last(call))
-
-
-def _unknown_last(call: NodeCall):  # type: ignore[no-untyped-def]
-    value = call.value(0)
-    return lambda trial: (*value.shapes[trial][:-1], None) if value is not None and value.shapes is not None else ()
+    return Moves(inputs={0: kept(call.rank(0), "splits", [-1])}, dims=lambda trial: (*call.dims(0, trial)[:-1], None))
 
 
 @rule("LabelEncoder Imputer Scaler Binarizer", "ai.onnx.ml")
 def _features(call: NodeCall) -> Moves:
     rank = call.rank(0)
     targets = kept(rank) if rank > 1 else kept(rank, "takes for features", [0])
-    dims = call.value(0)
-    return Moves(
-        inputs={0: targets},
-        dims=lambda trial: dims.shapes[trial] if dims is not None and dims.shapes is not None else (),
-    )
+    return Moves(inputs={0: targets}, dims=dims_of(call))

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from graph_passes.axis_rules.moves import CHANNELS, MICROSOFT, NCHWC, NHWC, WEIGHS, Moves, Target, only, rule
+from graph_passes.axis_rules.moves import (
+    CHANNELS,
+    MICROSOFT,
+    NCHWC,
+    NHWC,
+    WEIGHS,
+    Moves,
+    Target,
+    only,
+    rule,
+    unknown_dims,
+)
 from graph_passes.axis_rules.pointwise import broadcast
 from graph_passes.axis_rules.values import Dims, NodeCall
 
@@ -22,7 +33,7 @@ def meets(call: NodeCall, others: Sequence[int]) -> str:
 
 
 def product(call: NodeCall, right: int, *, turned: tuple[bool, bool] = (False, False), like: str = "") -> Moves:
-    """Axes of a matrix product of input 0 and input `right`, either of them with its last two axes swapped."""
+    """Return the moves of a product of input 0 and input `right`, each of them maybe with its last two axes swapped."""
     ranks = call.rank(0), call.rank(right)
     if 0 in ranks:
         raise call.mixes("multiplies a scalar as a matrix")
@@ -39,11 +50,8 @@ def product(call: NodeCall, right: int, *, turned: tuple[bool, bool] = (False, F
 
 
 def _product_dims(call: NodeCall, right: int, turned: tuple[bool, bool]) -> Callable[[int], Dims]:
-    first, second = call.value(0), call.value(right)
-
     def dims(trial: int) -> Dims:
-        a: Dims = () if first is None or first.shapes is None else first.shapes[trial]
-        b: Dims = () if second is None or second.shapes is None else second.shapes[trial]
+        a, b = call.dims(0, trial), call.dims(right, trial)
         rows = a[-1 if turned[0] else -2 :][:1] if len(a) > 1 else ()
         columns = b[-2 if turned[1] else -1 :][:1] if len(b) > 1 else ()
         return (*broadcast([a[:-2], b[:-2]]), *rows, *columns)
@@ -65,7 +73,7 @@ def _quantized_matmul(call: NodeCall) -> Moves:
 
 @rule("FusedMatMulActivation TransposeMatMul", MICROSOFT)
 def turned_product(call: NodeCall) -> Moves:
-    """Axes of a product with transA and transB."""
+    """Return the moves of a product with transA and transB."""
     if call.attribute("transBatchA", 0) or call.attribute("transBatchB", 0):
         raise call.mixes("moves its batch axis (transBatchA or transBatchB), which is not followed")
     turned = bool(call.attribute("transA", 0)), bool(call.attribute("transB", 0))
@@ -74,18 +82,15 @@ def turned_product(call: NodeCall) -> Moves:
 
 @rule("MatMulNBits MatMulBnb4 MatMulFpQ4", MICROSOFT)
 def _packed_matmul(call: NodeCall) -> Moves:
-    value, rank, columns = call.value(0), call.rank(0), call.attribute("N")
-
-    def dims(trial: int) -> Dims:
-        before: Dims = value.shapes[trial][:-1] if value is not None and value.shapes is not None else ()
-        return (*before, columns)
-
-    return Moves(inputs={0: [*range(rank - 1), WEIGHS]}, dims=dims)
+    columns = call.attribute("N")
+    return Moves(
+        inputs={0: [*range(call.rank(0) - 1), WEIGHS]}, dims=lambda trial: (*call.dims(0, trial)[:-1], columns)
+    )
 
 
 @rule("GemmFastGelu QGemm", MICROSOFT)
 def gemm(call: NodeCall) -> Moves:
-    """Axes of a Gemm and its relatives; C is broadcast to the output."""
+    """Return the moves of a Gemm and its relatives; C is broadcast to the output."""
     right, addend = (3, 6) if call.node.op_type == "QGemm" else (1, 2)
     turned = bool(call.attribute("transA", 0)), bool(call.attribute("transB", 0))
     moves = product(call, right, turned=turned)
@@ -96,7 +101,7 @@ def gemm(call: NodeCall) -> Moves:
 
 
 def windowed(call: NodeCall, *, channels: str, like: str = "", extra: int | None = None, outputs: int = 1) -> Moves:
-    """Axes of an operator that moves a window over `(samples, channels, *space)`."""
+    """Return the moves of an operator that moves a window over `(samples, channels, *space)`."""
     rank = call.rank(0)
     if any(name for name in call.node.output[outputs:]):
         raise call.mixes("gives indices into the whole batch")
@@ -104,13 +109,8 @@ def windowed(call: NodeCall, *, channels: str, like: str = "", extra: int | None
     inputs = {0: targets[:rank]}
     if extra is not None and call.value(extra) is not None:
         inputs[extra] = targets
-    value = call.value(0)
     return Moves(
-        inputs=inputs,
-        like=like,
-        dims=lambda trial: (
-            (value.shapes[trial][:1] if value is not None and value.shapes is not None else ()) + (None,) * (rank - 1)
-        ),
+        inputs=inputs, like=like, dims=lambda trial: (*call.dims(0, trial)[:1], *unknown_dims(rank - 1)(trial))
     )
 
 
@@ -149,12 +149,12 @@ def _pool_in_blocks(call: NodeCall) -> Moves:
 
 @rule("ReorderInput ReorderOutput Upsample", NCHWC)
 def _reorder(call: NodeCall) -> Moves:
-    """To and from blocks of channels; the samples stay in front."""
-    rank, value = call.rank(0), call.value(0)
+    """Convert to and from blocks of channels; the samples stay in front."""
+    rank = call.rank(0)
     channels, last = call.attribute("channels"), bool(call.attribute("channels_last", 0))
 
     def dims(trial: int) -> Dims:
-        before: Dims = (None,) * rank if value is None or value.shapes is None else value.shapes[trial]
+        before = call.dims(0, trial)
         if call.node.op_type == "Upsample":
             return (*before[:2], *(None,) * (rank - 2))
         if call.node.op_type == "ReorderInput":

@@ -1,18 +1,13 @@
-"""Rules of operators that look along whole axes: reductions, normalizations, softmax, sorting, running sums."""
+"""Rules of operators that read whole axes: reductions, normalizations, softmax, sorting, running sums."""
 
 from __future__ import annotations
 
-from graph_passes.axis_rules.moves import CHANNELS, MICROSOFT, Moves, Target, kept, only, rule
-from graph_passes.axis_rules.values import Dims, NodeCall
+from graph_passes.axis_rules.moves import CHANNELS, MICROSOFT, Moves, Target, dims_of, kept, only, rule, unknown_dims
+from graph_passes.axis_rules.values import NodeCall
 
 NORMALIZES = "normalizes over"
 OPSET_13 = 13
-"""Before it, a softmax took all axes from its own one on as a single axis."""
-
-
-def _dims_of(call: NodeCall, index: int = 0):  # type: ignore[no-untyped-def]
-    value = call.value(index)
-    return lambda trial: value.shapes[trial] if value is not None and value.shapes is not None else ()
+"""Older opsets treat all axes from `axis` on as one axis of a softmax."""
 
 
 @rule(
@@ -28,14 +23,14 @@ def _quantized_reduce(call: NodeCall) -> Moves:
 
 
 def reduced(call: NodeCall, axes: tuple[int, ...] | None) -> Moves:
-    """Axes of a reduction over `axes`, which stay with size 1 where `keepdims` says so."""
+    """Return the moves of a reduction over `axes`, which stay with size 1 under `keepdims`."""
     rank, keeps = call.rank(0), bool(call.attribute("keepdims", 1))
     if not axes:
         axes = () if call.attribute("noop_with_empty_axes", 0) else tuple(range(rank))
     gone = {axis % max(rank, 1) for axis in axes}
     left = list(range(rank)) if keeps else [axis for axis in range(rank) if axis not in gone]
     targets: list[Target] = ["reduces over" if axis in gone else left.index(axis) for axis in range(rank)]
-    return Moves(inputs={0: targets}, dims=lambda _: (None,) * len(left))
+    return Moves(inputs={0: targets}, dims=unknown_dims(len(left)))
 
 
 @rule("ArgMax ArgMin")
@@ -47,7 +42,7 @@ def _arg(call: NodeCall) -> Moves:
 @rule("TopK")
 def _top(call: NodeCall) -> Moves:
     rank = call.rank(0)
-    return Moves(inputs={0: kept(rank, "sorts along", [call.axis(rank)])}, dims=lambda _: (None,) * rank)
+    return Moves(inputs={0: kept(rank, "sorts along", [call.axis(rank)])}, dims=unknown_dims(rank))
 
 
 @rule("CumSum CumProd")
@@ -67,7 +62,7 @@ def _softmax(call: NodeCall) -> Moves:
         along = range(call.axis(rank), call.axis(rank) + 1)
     else:
         along = range(call.axis(rank, default=1) if rank > 1 else 0, rank)
-    return Moves(inputs={0: kept(rank, NORMALIZES, along)}, dims=_dims_of(call))
+    return Moves(inputs={0: kept(rank, NORMALIZES, along)}, dims=dims_of(call))
 
 
 @rule("LpNormalization")
@@ -85,14 +80,14 @@ def _mean_variance(call: NodeCall) -> Moves:
 @rule("LayerNormalization RMSNormalization SimplifiedLayerNormalization")
 def _layer(call: NodeCall) -> Moves:
     rank = call.rank(0)
-    return Moves(inputs={0: kept(rank, NORMALIZES, range(call.axis(rank), rank))}, dims=_dims_of(call))
+    return Moves(inputs={0: kept(rank, NORMALIZES, range(call.axis(rank), rank))}, dims=dims_of(call))
 
 
 @rule("SkipLayerNormalization SkipSimplifiedLayerNormalization", MICROSOFT)
 def _skip_layer(call: NodeCall) -> Moves:
     rank, skip = call.rank(0), call.rank(1)
     targets: list[Target] = kept(rank, NORMALIZES, [-1])
-    return Moves(inputs={0: targets, 1: targets[rank - skip :]}, dims=_dims_of(call))
+    return Moves(inputs={0: targets, 1: targets[rank - skip :]}, dims=dims_of(call))
 
 
 @rule("InstanceNormalization GroupNormalization")
@@ -106,7 +101,7 @@ def _group(call: NodeCall) -> Moves:
     inputs: dict[int, list[Target]] = {0: targets}
     if call.node.op_type == "SkipGroupNorm":
         inputs[3] = targets[-call.rank(3) :]
-    return Moves(inputs=inputs, dims=_dims_of(call))
+    return Moves(inputs=inputs, dims=dims_of(call))
 
 
 @rule("BatchNormalization")
@@ -126,12 +121,12 @@ def _transform(call: NodeCall) -> Moves:
     if call.value(2) is not None and axis is None:
         raise call.mixes("takes an axis that is not constant")
     along = int(axis.reshape(-1)[0]) if axis is not None else int(call.attribute("axis", 1 if call.opset < 20 else -2))
-    return Moves(inputs={0: kept(rank, "transforms", [along, -1])}, dims=lambda _: (None,) * rank)
+    return Moves(inputs={0: kept(rank, "transforms", [along, -1])}, dims=unknown_dims(rank))
 
 
 @rule("STFT")
 def _spectrogram(call: NodeCall) -> Moves:
-    return Moves(inputs={0: only(call.rank(0), "transforms", {0: 0})}, dims=lambda _: (None,) * 4)
+    return Moves(inputs={0: only(call.rank(0), "transforms", {0: 0})}, dims=unknown_dims(4))
 
 
 @rule("LinearClassifier LinearRegressor TreeEnsembleClassifier TreeEnsembleRegressor Normalizer", "ai.onnx.ml")
@@ -140,9 +135,5 @@ def _classifier(call: NodeCall) -> list[Moves]:
     rank = call.rank(0)
     targets = only(rank, "takes for features", {0: 0} if rank > 1 else {})
     labels_first = call.node.op_type.endswith("Classifier")
-
-    def dims_of(index: int) -> Moves:
-        shape: Dims = (None,) if labels_first and index == 0 else (None, None)
-        return Moves(inputs={0: targets}, dims=lambda _: shape)
-
-    return [dims_of(index) for index in range(len(call.node.output))]
+    ranks = (1 if labels_first and index == 0 else 2 for index in range(len(call.node.output)))
+    return [Moves(inputs={0: targets}, dims=unknown_dims(rank_of_output)) for rank_of_output in ranks]

@@ -1,11 +1,11 @@
-"""Rules of recurrent layers and attention, which know by themselves where their batch lies."""
+"""Rules of recurrent layers and attention, whose batch axis is fixed by the operator."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from graph_passes.axis_rules.moves import CHANNELS, MICROSOFT, STEPS, Moves, Target, only, rule
-from graph_passes.axis_rules.values import Dims, NodeCall
+from graph_passes.axis_rules.moves import CHANNELS, MICROSOFT, STEPS, Moves, Target, dims_of, only, rule, unknown_dims
+from graph_passes.axis_rules.values import NodeCall
 
 ATTENDS = "attends along"
 PREVIOUS = "keeps layers along"
@@ -24,12 +24,12 @@ def _recurrent(call: NodeCall) -> list[Moves]:
         inputs: dict[int, Sequence[Target]] = {0: [target if axis == 0 else axis for axis in x]}
         for state in (4, *([5, 6] if call.node.op_type == "LSTM" else [5])):
             inputs[state] = [target] if state == 4 else only(3, PREVIOUS, {rest: target})
-        made.append(Moves(inputs=_there(call, inputs), dims=lambda _, rank=4 if index == 0 else 3: (None,) * rank))  # type: ignore[misc]
+        made.append(Moves(inputs=_there(call, inputs), dims=unknown_dims(4 if index == 0 else 3)))
     return made
 
 
 def _there(call: NodeCall, inputs: Mapping[int, Sequence[Target]]) -> dict[int, Sequence[Target]]:
-    """Those inputs that are not left out, cut to their rank."""
+    """Return the inputs that are not left out, cut to their rank."""
     return {
         index: list(targets)[: call.rank(index)] for index, targets in inputs.items() if call.value(index) is not None
     }
@@ -40,7 +40,7 @@ SECOND: Sequence[Target] = (PREVIOUS, 0, *[ATTENDS] * 4)
 
 
 def _attention(call: NodeCall, inputs: Mapping[int, Sequence[Target]], ranks: Sequence[int]) -> list[Moves]:
-    """Moves of an attention: all outputs have the batch first, but for `present` of rank 5, which has it second."""
+    """Return the moves of an attention: the batch is first, but second in a `present` of rank 5."""
     made = []
     for index in range(len(call.node.output)):
         rank = ranks[index] if index < len(ranks) else 4
@@ -48,13 +48,12 @@ def _attention(call: NodeCall, inputs: Mapping[int, Sequence[Target]], ranks: Se
         there = _there(call, inputs)
         if second:
             there = {at: [1 if axis == 0 else axis for axis in targets] for at, targets in there.items()}
-        dims: Dims = (None,) * rank
-        made.append(Moves(inputs=there, dims=lambda _, dims=dims: dims))  # type: ignore[misc]
+        made.append(Moves(inputs=there, dims=unknown_dims(rank)))
     return made
 
 
 def _mask(call: NodeCall, index: int) -> Sequence[Target]:
-    """A mask that is broadcast to (batch, heads, queries, keys)."""
+    """Return the targets of a mask that broadcasts to (batch, heads, queries, keys)."""
     rank = call.rank(index) if call.value(index) is not None else 0
     return [axis if axis == 0 else ATTENDS for axis in range(4 - rank, 4)]
 
@@ -67,7 +66,7 @@ def _standard_attention(call: NodeCall) -> list[Moves]:
 
 @rule("QAttention", MICROSOFT)
 def packed_attention(call: NodeCall) -> list[Moves]:
-    """Axes of an attention with packed projections, quantized or not."""
+    """Return the moves of an attention with packed projections, quantized or not."""
     if call.node.op_type == "QAttention":
         return _attention(call, {0: FIRST, 5: FIRST, 8: SECOND}, [3, 5])
     inputs = {0: FIRST, 3: FIRST, 4: SECOND, 5: FIRST}
@@ -93,20 +92,15 @@ def _rotary(call: NodeCall) -> Moves:
 
 @rule("RotaryEmbedding", MICROSOFT)
 def _rotary_of_runtime(call: NodeCall) -> Moves:
-    value = call.value(0)
-    return Moves(
-        inputs=_there(call, {0: FIRST, 1: FIRST}),
-        dims=lambda trial: value.shapes[trial] if value is not None and value.shapes is not None else (),
-    )
+    return Moves(inputs=_there(call, {0: FIRST, 1: FIRST}), dims=dims_of(call))
 
 
 @rule("EmbedLayerNormalization", MICROSOFT)
 def _embed(call: NodeCall) -> list[Moves]:
     inputs = _there(call, {0: (0, 1), 1: (0, 1), 7: (0, ATTENDS), 8: (0, 1)})
-    hidden: Sequence[Dims] = ((None, None, None), (None,), (None, None, None))
     made = []
     for index in range(len(call.node.output)):
         of_mask = index == 1
         cut = {at: [ATTENDS if of_mask and axis == 1 else axis for axis in targets] for at, targets in inputs.items()}
-        made.append(Moves(inputs=cut, dims=lambda _, dims=hidden[index]: dims))  # type: ignore[misc]
+        made.append(Moves(inputs=cut, dims=unknown_dims(1 if of_mask else 3)))
     return made

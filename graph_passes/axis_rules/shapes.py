@@ -3,7 +3,7 @@
     x (7, 3, 4) -> Shape -> Gather 0 -> Concat with -1 -> [7, -1] -> Reshape      7: of this trial size
     x (9, 3, 4) -> ...                                 -> [9, -1]
 
-ONNX's own shape inference and reference operators do the work, a node at a time.
+ONNX's own shape inference and reference operators compute them, a node at a time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ KINDS = frozenset(
 
 
 def constant(tensor: onnx.TensorProto, trials: int) -> Value:
-    """The value of a stored tensor; its content where it is small and stored in the model itself."""
+    """Return the value of a stored tensor, with its content where it is small and stored in the model itself."""
     dims = tuple(int(dim) for dim in tensor.dims)
     data = None
     external = tensor.data_location == onnx.TensorProto.EXTERNAL
@@ -56,17 +56,17 @@ def constant(tensor: onnx.TensorProto, trials: int) -> Value:
 
 
 def of_arrays(arrays: Sequence[Array], kind: int) -> Value:
-    """A value of known content; where the content differs between the trial sizes it is counted."""
+    """Return a value of known content; it is counted where the content differs between the trial sizes."""
     same = all(np.array_equal(array, arrays[0]) for array in arrays)
     return Value(kind=kind, shapes=tuple(array.shape for array in arrays), data=tuple(arrays), counted=not same)
 
 
 def inferred(call: NodeCall, op_type: str = "", domain: str = "") -> list[tuple[int, tuple[Dims, ...] | None]]:
-    """Element type and shapes of every output, as ONNX infers them; (0, None) for what it does not tell.
+    """Return element type and shapes of every output as ONNX infers them; (0, None) where it infers none.
 
     Args:
         call: the node.
-        op_type: an operator of ONNX whose shapes the node has; its own one by default.
+        op_type: operator of ONNX whose shapes the node has; by default the node's own.
         domain: of the operator.
     """
     unknown: list[tuple[int, tuple[Dims, ...] | None]] = [(0, None)] * len(call.node.output)
@@ -84,7 +84,7 @@ def inferred(call: NodeCall, op_type: str = "", domain: str = "") -> list[tuple[
 
 
 def folded(call: NodeCall, kind: int, shapes: tuple[Dims, ...] | None) -> Value | None:
-    """The content of the node's one output where its inputs are known and it is small; else None."""
+    """Compute the content of the node's one output where its inputs are known and it is small; else None."""
     if call.node.op_type not in FOLDED or call.node.domain not in ("", "ai.onnx") or len(call.node.output) != 1:
         return None
     if shapes is None or any(None in dims or math.prod(dims) > MOST_NUMBERS for dims in shapes):  # type: ignore[arg-type]
@@ -103,13 +103,13 @@ def folded(call: NodeCall, kind: int, shapes: tuple[Dims, ...] | None) -> Value 
             return np.asarray(made[0] if isinstance(made, tuple) else made)
 
         arrays = _for_each_trial(call, computed)
-    except Exception:  # the reference operators raise what they like; the content stays unknown
+    except Exception:  # the reference operators raise any exception; the content stays unknown
         return None
     return of_arrays(arrays, kind)
 
 
 def _for_each_trial(call: NodeCall, made: Callable[[int], T]) -> list[T]:
-    """What is made for every trial size; once for all of them where no input depends on the size."""
+    """Call `made` for every trial size; only once where no input depends on the size."""
     if all(value is None or value.free for value in call.inputs):
         return [made(0)] * len(call.sizes)
     return [made(trial) for trial in range(len(call.sizes))]
@@ -124,7 +124,7 @@ def _schema(op_type: str, opset: int, domain: str) -> defs.OpSchema | None:
 
 
 def _inferred_once(call: NodeCall, schema: defs.OpSchema, trial: int) -> dict[str, tuple[int, Dims | None]]:
-    """Output name -> (element type, shape) for one size of the batch; nothing where the inference fails."""
+    """Return (element type, shape) by output name for one size of the batch; {} where the inference fails."""
     types, contents = {}, {}
     for name, value in zip(call.node.input, call.inputs, strict=True):
         if value is None:
@@ -135,7 +135,10 @@ def _inferred_once(call: NodeCall, schema: defs.OpSchema, trial: int) -> dict[st
             contents[name] = numpy_helper.from_array(np.ascontiguousarray(value.data[trial]), name)
     try:
         node = call.node
-        if node.op_type != schema.name or node.domain not in ("", "ai.onnx"):  # one that has the shapes of another
+        if node.op_type != schema.name or node.domain not in (
+            "",
+            "ai.onnx",
+        ):  # shaped like another operator
             node = onnx.NodeProto()
             node.CopyFrom(call.node)
             node.op_type, node.domain = schema.name, ""

@@ -4,9 +4,9 @@
     x (5, 7, 3)        Place(axis=1)                   sample b is x[:, b]
     x (5*7*2, 3)       Place(axis=0, outer=5, inner=2) sample b is x.reshape(5, 7, 2, 3)[:, b]
     Shape(x)           counted                         it follows from the size of the batch, not from samples
-    a weight           neither                         the same whatever the batch is
+    a weight           neither                         the same for every batch
 
-A graph is looked at for several sizes of the batch at once. What differs between them depends on the size.
+A graph is followed for several sizes of the batch at once. What differs between them depends on the size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Array: TypeAlias = npt.NDArray[Any]
 Dims: TypeAlias = tuple[int | None, ...]
 
 MOST_NUMBERS = 4096
-"""Contents of more numbers are not followed: shapes, axes and ranges are small."""
+"""Largest content that is followed: shapes, axes and ranges are small."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class BatchPlace:
 class Rows:
     """Content that counts samples: of sample number b, `step * b` plus something from `low` to `high`.
 
-    What is added is the same for all samples. A `step` of None: it depends on the number in a way that is not known.
+    The addend is the same for all samples. A `step` of None stands for an unknown dependence on the number.
     """
 
     step: int | None = None
@@ -58,12 +58,12 @@ class Value:
     """One value of the graph.
 
     Attributes:
-        kind: ONNX's number of the element type; 0 for what is no tensor, or not known.
+        kind: ONNX's number of the element type; 0 where it is no tensor or not known.
         shapes: its shape for every trial size of the batch; None where not even its rank is known.
         place: where its samples lie; None where it depends on no sample.
-        data: its content for every trial size, where it is small and follows from constants and shapes alone.
-        counted: whether it follows from the size of the batch.
-        rows: where it counts samples: how, once, or for each column of its last axis (None: that column does not).
+        data: its content for every trial size, where it is small and depends on constants and shapes alone.
+        counted: whether it depends on the size of the batch.
+        rows: how it counts samples, once or for each column of its last axis; None for a column that counts none.
     """
 
     kind: int = 0
@@ -80,7 +80,7 @@ class Value:
 
     @property
     def free(self) -> bool:
-        """Whether it is the same whatever the batch is."""
+        """Whether it is the same for every batch."""
         return self.place is None and not self.counted
 
 
@@ -102,8 +102,8 @@ class NodeCall:
     """A node with the values that it is called with.
 
     Attributes:
-        node: as the model has it, with the attributes of a function put in.
-        inputs: of the node; None for one that is left out.
+        node: the node of the model, with the attributes of the function around it filled in.
+        inputs: values of its inputs; None for one that is left out.
         opset: version of the operator's domain.
         sizes: the trial sizes of the batch.
     """
@@ -121,16 +121,16 @@ class NodeCall:
         return f"{self.node.op_type} {name!r}"
 
     def attribute(self, name: str, default: Any = None) -> Any:
-        """The content of an attribute, or `default`."""
+        """Return the content of an attribute, or `default`."""
         found = self.attributes.get(name)
         return default if found is None else helper.get_attribute_value(found)
 
     def value(self, index: int) -> Value | None:
-        """An input; None where it is left out."""
+        """Return an input; None where it is left out."""
         return self.inputs[index] if index < len(self.inputs) else None
 
     def rank(self, index: int) -> int:
-        """The rank of an input that must be there.
+        """Return the rank of an input that must be there.
 
         Raises:
             MixesError: the rank is not known.
@@ -141,19 +141,19 @@ class NodeCall:
         return value.rank
 
     def constant(self, index: int) -> Array | None:
-        """The content of an input that is the same for every size of the batch; None where it is not known."""
+        """Return the content of an input that is the same for every size of the batch; None where it is not known."""
         value = self.value(index)
         return value.data[0] if value is not None and value.free and value.data is not None else None
 
     def axis(self, rank: int, name: str = "axis", default: int = -1) -> int:
-        """An attribute that names an axis, counted from the front."""
+        """Return an attribute that names an axis, counted from the front."""
         return int(self.attribute(name, default)) % max(rank, 1)
 
     def axes(self, index: int, name: str = "axes") -> tuple[int, ...] | None:
-        """Axes from an attribute, or since some opset from an input, as they are written; None where there are none.
+        """Return axes from an attribute or (since some opset) from an input, as they are written; None without any.
 
         Raises:
-            MixesError: they are computed from what is not known.
+            MixesError: the axes are not constant.
         """
         written = self.attribute(name)
         if written is None and self.value(index) is not None:
@@ -162,10 +162,15 @@ class NodeCall:
                 raise self.mixes("takes axes that are not constant")
         return None if written is None else tuple(int(axis) for axis in np.atleast_1d(written))
 
+    def dims(self, index: int, trial: int) -> Dims:
+        """Shape of an input for a trial size; () where it is not known."""
+        value = self.value(index)
+        return () if value is None or value.shapes is None else value.shapes[trial]
+
     def input_name(self, index: int) -> str:
-        """Name of an input, quoted."""
+        """Return the name of an input, quoted."""
         return repr(self.node.input[index]) if index < len(self.node.input) else "none"
 
     def mixes(self, what: str, *, feature: bool = False) -> MixesError:
-        """The error to raise: `what` it does, with the node in front."""
+        """Return the error to raise: `what` the node does, with its operator and name in front."""
         return MixesError(f"{self.label} {what}", feature=feature)

@@ -1,7 +1,6 @@
 """Operators that count no MACs, and those whose MACs are not known, each group with its reason.
 
-Every operator of ONNX and of onnxruntime stands here or has a formula; a test holds that, so an operator of a newer
-version fails it by name.
+A test checks that every operator of ONNX and of onnxruntime stands here or has a formula.
 """
 
 from __future__ import annotations

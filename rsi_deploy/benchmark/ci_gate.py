@@ -26,7 +26,8 @@ from pydantic import BaseModel
 
 from rsi_deploy.benchmark.result import ArmResult, BenchDocument, BenchResult
 from rsi_deploy.core.errors import GateError, UsageError
-from rsi_deploy.evaluation.intervals import Interval, ratio
+from rsi_deploy.core.types import Interval
+from rsi_deploy.evaluation.intervals import ratio
 from rsi_deploy.runtime.machine import Environment
 
 Status = Literal["holds", "failed", "not shown"]

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from rsi_deploy.benchmark.result import BenchResult
-from rsi_deploy.calibration.output_agreement import certified
+from rsi_deploy.calibration.output_agreement import output_agreement
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.data.dataset import for_inputs
-from rsi_deploy.data.feeding import named_option
+from rsi_deploy.data.feeding import errors_for_option
 from rsi_deploy.data.model_pictures import preset_note
 from rsi_deploy.data.sources import Dataset
 from rsi_deploy.execution import result_store as resuming
@@ -115,7 +115,7 @@ class ExportRun:
         known, size = (kept.accuracy(), kept.size()) if kept else (None, None)
         with _named(source.name, dense):
             exporter = job.export_dense(source, dense, steps, self.origin.opset)
-            with named_option("--data"):
+            with errors_for_option("--data"):
                 dataset = None if self.dataset is None else for_inputs(self.dataset, model_inputs(dense))
             facts, accuracy = job.dense_facts(source, dense, dataset, steps, known, size)
         if kept is not None:
@@ -265,7 +265,7 @@ class ExportRun:
             with job.stage("certificate"):
                 known = None if kept is None else kept.answers
                 data = calibrator.data()
-                record, answers = certified(dense, path, data, job.provider, known)
+                record, answers = output_agreement(dense, path, data, job.provider, known)
                 job.notes += self._of_pictures(start, data.are_pictures) + data.notes()
                 if kept is not None:
                     kept.answers = answers

@@ -11,28 +11,16 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
 
-import pydantic
-
-from rsi_deploy.core.errors import GateError, ModelError, UsageError
+from rsi_deploy.core.errors import GateError, UsageError
 from rsi_deploy.data.preprocess import Preprocessing
-from rsi_deploy.io.documents import read_document
-from rsi_deploy.io.manifest import check_inner_name, check_manifest, file_hash
+from rsi_deploy.io.manifest import check_manifest, file_hash
+from rsi_deploy.report.bundle_facts import read_bundle_facts
 
 Stamp = tuple[str, int, int, int]
 """Name, inode, size in bytes and modification time in ns of a file."""
 
 WATCHED = ("report.json", "manifest.json")
-
-
-class _ServedReport(pydantic.BaseModel, frozen=True, extra="ignore"):
-    """The fields of report.json that a server needs. (Reading the whole report would need torch.)"""
-
-    schema_version: Literal[1]
-    files: dict[Annotated[str, pydantic.AfterValidator(check_inner_name)], str]
-    preprocessing: Preprocessing | None = None
-    probe_shapes: dict[str, tuple[int, ...]] = pydantic.Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +57,10 @@ def open_bundle(path: Path) -> Bundle:
         raise UsageError(f"{path} does not exist; serve takes a bundle (rsi-deploy export -o DIR) or an .onnx file")
     if not (path / "report.json").is_file():
         raise UsageError(f"{path} is no bundle: it has no report.json; to serve a plain model, type its FILE.onnx")
-    report = _read_report(path)
+    facts = read_bundle_facts(path)
     hash_once = functools.cache(file_hash)  # report and manifest list the same files
     manifest = check_manifest(path, hash_once)
-    problems = file_problems(path, report.files, hash_once) or ([] if manifest.ok else [manifest.summary])
+    problems = file_problems(path, facts.files, hash_once) or ([] if manifest.ok else [manifest.summary])
     if problems:
         raise GateError(f"{path} is not served: {'; '.join(problems)}; export or fetch the bundle again")
     if stamps(path) != before:
@@ -81,8 +69,8 @@ def open_bundle(path: Path) -> Bundle:
         path=path,
         model=path / "model.onnx",
         stamps=before,
-        preprocessing=report.preprocessing,
-        probe_shapes=report.probe_shapes,
+        preprocessing=facts.preprocessing,
+        probe_shapes=facts.probe_shapes,
     )
 
 
@@ -118,14 +106,3 @@ def stamps(path: Path) -> tuple[Stamp, ...]:
             continue
         found.append((name.name, stat.st_ino, stat.st_size, stat.st_mtime_ns))
     return tuple(found)
-
-
-def _read_report(folder: Path) -> _ServedReport:
-    try:
-        return _ServedReport.model_validate_json(read_document(folder / "report.json"))
-    except (pydantic.ValidationError, UnicodeDecodeError) as error:
-        first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ModelError(
-            f"{folder / 'report.json'} cannot be read as a report: {where}: {first['msg']}; export again"
-        ) from error

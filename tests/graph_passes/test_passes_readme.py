@@ -41,6 +41,19 @@ def test_example_runs(tmp_path, monkeypatch):
     assert (tmp_path / "small.onnx").exists()
 
 
+def test_the_pass_of_the_page_on_passes_runs():
+    page = (FOLDER.parent / "docs" / "contributing" / "split-pass.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(example, "split-pass.md", "exec"), {})
+
+
+def test_every_member_of_a_pass_stands_on_the_page_on_passes():
+    page = (FOLDER.parent / "docs" / "contributing" / "split-pass.md").read_text()
+    own = {name for name in vars(graph_passes.SplitPass) if not name.startswith("_")} | {"op_type", "form", "operands"}
+    for name in own - {"call"}:
+        assert f"`{name}" in page, name
+
+
 def test_every_operator_stands_in_the_readme():
     readme = (FOLDER / "README.md").read_text()
     for _, op_type in (*((each.domain, each.op_type) for each in PASSES), *UNSPLIT):

@@ -192,6 +192,6 @@ def test_a_torch_model_with_einsums_is_exported_and_verified(exported, tmp_path,
     assert run(["export", str(exported / "net.onnx"), "-o", str(out), "--no-bench", *options, *calib]) == 0
     report = json.loads((out / "report.json").read_text())
     kinds = {site["name"]: site["kind"] for site in report["sites"] if site["rank"]}
-    assert sum(kind == "Einsum" for kind in kinds.values()) >= 4
+    assert sum(kind == "Einsum" for kind in kinds.values()) >= 3
     assert report["compressed"]["macs"] < 0.75 * report["dense"]["macs"]
     assert run(["verify", str(out), *calib]) == 0

@@ -1,7 +1,7 @@
-"""ONNX operators in torch, differentiable: what may stand between a site and the output for gradients to pass.
+"""ONNX operators in torch, differentiable: those that may stand between a site and the output.
 
-Floating values are float32 whatever the model stores. An operator that is not here, or one of its settings, is refused
-by name, never guessed; the meaning is that of opset 13 and later.
+Floating values are float32. An operator or a setting that is not here is refused by name. The meaning is that of opset
+13 and later. An operator with a split pass names its arithmetic there (`graph_passes.Contraction`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
 
 import graph_passes as gp
-from rsi_deploy.calibration.output_sensitivity import NoMetricError
+from rsi_deploy.calibration.output_sensitivity import NoSensitivityError
 
 Attributes = Mapping[str, Any]
 Operator = Callable[..., Tensor | Sequence[Tensor]]
@@ -23,10 +23,10 @@ FIRST_OPSET = 13
 
 
 def operator(node: NodeProto) -> Callable[..., Sequence[Tensor]]:
-    """What computes the outputs of a node from its inputs (None for one left out).
+    """Return a function that computes the outputs of a node from its inputs (None for one that is left out).
 
     Raises:
-        NoMetricError: the operator is not known here; when called also for a setting that is not.
+        NoSensitivityError: the operator is not known here; a call also raises it for an unknown setting.
     """
     splitter = gp.find_pass(node.domain, node.op_type)
     known: Operator | None = None
@@ -35,14 +35,14 @@ def operator(node: NodeProto) -> Callable[..., Sequence[Tensor]]:
     elif node.domain in ("", "ai.onnx"):
         known = _OPERATORS.get(node.op_type)
     if known is None:
-        raise NoMetricError(f"gradients do not pass {node.op_type} (node {node.name!r})")
+        raise NoSensitivityError(f"gradients do not pass {node.op_type} (node {node.name!r})")
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    wanted = sum(bool(name) for name in node.output)
+    count = sum(bool(name) for name in node.output)
 
-    def call(*given: Tensor | None) -> Sequence[Tensor]:
-        made = known(attributes, *given)
+    def call(*inputs: Tensor | None) -> Sequence[Tensor]:
+        made = known(attributes, *inputs)
         made = [made] if isinstance(made, Tensor) else made
-        _require(len(made) >= wanted, f"a second output of {node.op_type} (node {node.name!r})")
+        _require(len(made) >= count, f"a second output of {node.op_type} (node {node.name!r})")
         return made
 
     return call
@@ -54,7 +54,7 @@ def _ints(value: Tensor) -> list[int]:
 
 def _require(held: bool, what: str) -> None:
     if not held:
-        raise NoMetricError(f"gradients do not pass {what}")
+        raise NoSensitivityError(f"gradients do not pass {what}")
 
 
 def _attention(a: Attributes, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *more: Any) -> Tensor:

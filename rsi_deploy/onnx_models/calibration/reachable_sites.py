@@ -1,4 +1,4 @@
-"""Which weights of an ONNX graph calibration can look at, and what their responses are added to.
+"""Find the sites of an ONNX graph that calibration can observe, and the values to which their outputs are added.
 
 data --> [ site ] --> output --> (Add a constant) --> Add --> ...
                                          beside -------'
@@ -27,7 +27,7 @@ from rsi_deploy.onnx_models.calibration.stages import reads
 
 @dataclass(frozen=True, kw_only=True)
 class Reached:
-    """A site with what the graph says of it; `beside` is the value its output is added to, or ""."""
+    """A site that calibration observes; `beside` is the value to which its output is added, or ""."""
 
     site: CalibratedSite
     graph: gp.Site
@@ -35,14 +35,14 @@ class Reached:
 
     @property
     def tag(self) -> str:
-        """Prefix of its taps' names."""
+        """The prefix of the names of its taps."""
         return f"rsi_deploy/{self.graph.output}"
 
     def weight(self) -> Tensor:
-        """The weight, float32 `(groups, out, in)`.
+        """Return the weight, float32 `(groups, out, in)`.
 
         Raises:
-            ModelError: it holds NaN or infinite values.
+            ModelError: the weight holds NaN or infinite values.
         """
         weight = self.site.load().float()
         if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
@@ -53,7 +53,7 @@ class Reached:
         return weight
 
     def grouped(self, rows: npt.NDArray[Any]) -> Tensor:
-        """`(groups, rows, features)` of gathered rows `(rows, groups * features)`."""
+        """Return gathered rows `(rows, groups * features)` as `(groups, rows, features)`."""
         groups = self.site.groups
         return torch.from_numpy(rows).reshape(len(rows), groups, rows.shape[1] // groups).movedim(1, 0)
 
@@ -61,14 +61,14 @@ class Reached:
 def reach(
     model: ModelProto, path: Path, *, wanted: Callable[[str], bool], macs: Mapping[str, int], compensate: bool
 ) -> tuple[dict[str, Reached], dict[str, str]]:
-    """The sites that calibration can look at, by the name of their output, and the others' reasons by their own.
+    """Return the sites that calibration can observe, by output name, and the reasons of the others, by site name.
 
     Args:
-        model: without its external data.
-        path: of the same model.
-        wanted: says by name which sites to look at.
+        model: the model without its external data.
+        path: file of the same model.
+        wanted: whether to observe the site of this name.
         macs: multiply-accumulates a sample, by node name.
-        compensate: look for what the responses are added to.
+        compensate: find the values to which the outputs are added.
     """
     sites = [entry for entry in gp.find_sites(load_model(path)) if isinstance(entry, gp.Site)]
     uses = Counter(site.weight for site in sites)
@@ -89,7 +89,7 @@ def reach(
 
 
 def added_to(model: ModelProto) -> dict[str, str]:
-    """For every value, what it is added to by its only reader, directly or behind the addition of a constant."""
+    """Return, by value, what its only reader adds to it, directly or behind the addition of a constant."""
     readers = _readers(model.graph.node)
     fixed = {tensor.name for tensor in model.graph.initializer}
     fixed |= {node.output[0] for node in model.graph.node if node.op_type == "Constant"}
@@ -120,9 +120,9 @@ def _readers(nodes: Iterable[NodeProto]) -> dict[str, list[NodeProto]]:
 
 
 def _out_of_reach(site: gp.Site, uses: int, made: set[str]) -> str:
-    """Why calibration cannot look at a site, or ""."""
+    """Return why calibration cannot observe a site, or ""."""
     if site.nested or site.output not in made:
-        return "it sits in a subgraph or function, where calibration cannot look"
+        return "it stands in a subgraph or function, which calibration cannot observe"
     if uses > 1:
         return f"{uses} nodes share its weight"
     if site.window is not None and not site.plain:

@@ -146,3 +146,15 @@ def _axis_of(shape: Sequence[Dim], fixed: int | None) -> int | None:
     if shape[0] == fixed:
         return 0
     return list(shape).index(fixed) if len(shape) > 2 and shape[1] == fixed else None
+
+
+def has_shape(shape: Sequence[int], dims: Sequence[Dim]) -> bool:
+    """Return whether a shape has as many axes as `dims`, with the same fixed sizes."""
+    return len(shape) == len(dims) and all(
+        not isinstance(dim, int) or dim == size for dim, size in zip(dims, shape, strict=True)
+    )
+
+
+def open_axis(dims: Sequence[Dim], axis: int) -> tuple[Dim, ...]:
+    """Make one dimension dynamic."""
+    return (*dims[:axis], None, *dims[axis + 1 :])

@@ -9,7 +9,7 @@ import numpy as np
 
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.types import Shape
-from rsi_deploy.runtime.feeds.batch_axes import Dim
+from rsi_deploy.runtime.feeds.batch_axes import Dim, has_shape
 from rsi_deploy.runtime.feeds.values import TEXT, is_text
 
 # onnxruntime's type names that differ from numpy's
@@ -37,13 +37,7 @@ class InputSpec:
     def accepts(self, dtype: np.dtype[Any], shape: Shape) -> bool:
         """Return whether an array of this type and shape fits the input."""
         same = dtype == self.dtype or (is_text(dtype) and is_text(self.dtype))
-        return same and self.accepts_shape(shape)
-
-    def accepts_shape(self, shape: Shape) -> bool:
-        """Return whether the shape has the input's rank and fixed dimensions."""
-        return len(self.shape) == len(shape) and all(
-            not isinstance(dim, int) or dim == size for dim, size in zip(self.shape, shape, strict=True)
-        )
+        return same and has_shape(shape, self.shape)
 
 
 def list_specs(specs: Sequence[InputSpec]) -> str:

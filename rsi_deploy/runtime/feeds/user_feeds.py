@@ -8,7 +8,7 @@ import numpy as np
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.types import Array, Feeds
 from rsi_deploy.io.arrays import read_npz
-from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
+from rsi_deploy.runtime.feeds.batch_axes import BatchAxes, has_shape
 from rsi_deploy.runtime.feeds.inputs import InputSpec, list_specs
 from rsi_deploy.runtime.feeds.shapes import refuse_empty_batch
 from rsi_deploy.runtime.feeds.values import describe_array, is_text
@@ -69,7 +69,7 @@ def check_feeds(specs: Sequence[InputSpec], feeds: Feeds, model: str) -> None:
             advice = f"; store it as array.astype({str(spec.dtype)!r})"
             raise UsageError(
                 f"{model} takes {spec}, but the input given is {describe_array(array)}"
-                + advice * (spec.accepts_shape(array.shape) and not is_text(spec.dtype))
+                + advice * (has_shape(array.shape, spec.shape) and not is_text(spec.dtype))
             )
     refuse_empty_batch(specs, {name: array.shape for name, array in feeds.items()}, model)
     sizes: dict[str, tuple[int, str]] = {}

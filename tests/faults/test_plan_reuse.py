@@ -1,4 +1,4 @@
-"""`--plan` with calibration data: what the plan settles is not measured again, and the factors are those of before."""
+"""`--plan` with calibration data: sites of the plan are not measured again, and the factors are the same."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ from calibrated_nets import IMAGE, conv_net, inputs
 from onnx import numpy_helper
 
 from rsi_deploy import export
-from rsi_deploy.calibration.accumulator import Gathered
+from rsi_deploy.calibration.accumulator import SiteAccumulator
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.planning.plan_file import PlannedSite, read_plan, write_plan
@@ -18,7 +18,7 @@ from rsi_deploy.planning.site_options import Calibration
 
 @pytest.fixture
 def work(monkeypatch):
-    """How often each costly part of calibration is done."""
+    """Count the calls of each costly part of calibration."""
     done: Counter[str] = Counter()
 
     def spied(cls, name, key):
@@ -34,7 +34,7 @@ def work(monkeypatch):
     spied(OnnxStreams, "distance", lambda *_: "sensitivity")
     spied(Calibration, "_errors", lambda *_: "error curve")
     spied(Calibration, "replacement", lambda self, site, *_: f"factors of {site.name}")
-    spied(Gathered, "__init__", lambda self, site, *_: f"moments of {site.name}")
+    spied(SiteAccumulator, "__init__", lambda self, site, *_: f"moments of {site.name}")
     spied(Segment, "__call__", lambda *_: "run")
     return done
 
@@ -59,7 +59,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(array, b[name])
 
 
-def test_a_bundles_own_plan_gives_the_same_bytes_of_weights_for_a_fraction_of_the_work(tmp_path, model, data, work):
+def test_the_plan_of_a_bundle_gives_the_same_weights_with_less_work(tmp_path, model, data, work):
     report = export(model, tmp_path / "a", calib=data, keep_macs=0.6, measure=False)
     first = dict(work)
     work.clear()
@@ -72,7 +72,7 @@ def test_a_bundles_own_plan_gives_the_same_bytes_of_weights_for_a_fraction_of_th
 
 
 @pytest.mark.parametrize("split", ["conv1", "conv2", "grouped", "head"])
-def test_moments_are_those_of_the_planned_sites_alone(tmp_path, model, data, work, split):
+def test_only_planned_sites_have_moments(tmp_path, model, data, work, split):
     export(model, tmp_path / "a", calib=data, keep_macs=0.5, measure=False)
     plan = read_plan(tmp_path / "a" / "plan.json")
     form = "gemm" if split == "head" else "channel"
@@ -84,7 +84,7 @@ def test_moments_are_those_of_the_planned_sites_alone(tmp_path, model, data, wor
     assert {key for key in work if key.startswith("factors")} == {f"factors of {split}"}
 
 
-def test_a_plan_without_any_split_is_not_fitted_at_all(tmp_path, model, data, work):
+def test_a_plan_without_splits_is_not_fitted(tmp_path, model, data, work):
     export(model, tmp_path / "a", calib=data, keep_macs=0.5, measure=False)
     plan = read_plan(tmp_path / "a" / "plan.json")
     dense = {name: PlannedSite(form="dense") for name in plan.sites}
@@ -95,7 +95,7 @@ def test_a_plan_without_any_split_is_not_fitted_at_all(tmp_path, model, data, wo
     assert "run" not in work
 
 
-def test_a_budget_fits_the_sites_that_it_splits_and_no_other(tmp_path, model, data, work):
+def test_a_budget_fits_only_the_sites_that_it_splits(tmp_path, model, data, work):
     report = export(model, tmp_path / "a", calib=data, keep_macs=0.6, measure=False)
     split = {site.name for site in report.split_sites}
     gathered = Counter({key: count for key, count in work.items() if key.startswith("moments")})

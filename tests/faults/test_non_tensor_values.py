@@ -1,4 +1,4 @@
-"""Sequences, maps, optional values and texts pass through where no weight depends on them; else they are named."""
+"""Sequences, maps, optional values and texts are supported if no weight depends on them, or else named."""
 
 import numpy as np
 import onnx
@@ -56,7 +56,7 @@ def written(path, nodes, inputs, outputs, *, opset=17, functions=(), **weights):
 
 
 def classifier(path, ids):
-    """As scikit-learn's converters write one, with a product in front: labels, and a ZipMap of the probabilities."""
+    """Write a classifier like scikit-learn's converters: a product, labels, and a ZipMap of the probabilities."""
     text = isinstance(ids[0], str)
     key, named = (TensorProto.STRING, "strings") if text else (TensorProto.INT64, "ints")
     nodes = [
@@ -119,7 +119,7 @@ def with_constant_texts(path):
 
 
 def text_ids(path, dims=("n",), first="n"):
-    """Ids that are passed on, beside a product."""
+    """Write a model with a product and texts that it returns."""
     nodes = [PRODUCT, helper.make_node("Identity", ["s"], ["ids"])]
     inputs = [tensor("x", TensorProto.FLOAT, [first, 64]), tensor("s", TensorProto.STRING, list(dims))]
     outputs = [tensor("y", TensorProto.FLOAT, [first, 48]), tensor("ids", TensorProto.STRING, list(dims))]
@@ -127,7 +127,7 @@ def text_ids(path, dims=("n",), first="n"):
 
 
 def bag_of_words(path):
-    """Texts alone come in: words are counted, and the counts multiplied."""
+    """Write a model of texts alone: it counts words and multiplies the counts."""
     nodes = [
         helper.make_node("StringNormalizer", ["s"], ["t"], case_change_action="LOWER", locale="C"),
         helper.make_node(
@@ -169,7 +169,7 @@ PASSED_THROUGH = [
 
 
 @pytest.mark.parametrize("make", PASSED_THROUGH)
-def test_the_split_happens_and_every_step_goes_on(tmp_path, make):
+def test_such_models_are_split_in_every_step(tmp_path, make):
     path = make(tmp_path / "m.onnx")
     assert [site.kind for site in inspect(str(path), spectra=False).sites] == ["MatMul"]
     report = export(str(path), tmp_path / "b", rank="50%", measure=False, keep_dense=True)
@@ -185,7 +185,7 @@ def test_the_split_happens_and_every_step_goes_on(tmp_path, make):
     assert len(result.arms) == 2
 
 
-def test_the_types_of_maps_are_those_of_the_file(tmp_path):
+def test_maps_keep_their_types(tmp_path):
     path = classifier(tmp_path / "m.onnx", ["z", "b", "c"])
     export(str(path), tmp_path / "b", rank="50%", measure=False)
     types = [[output.type for output in onnx.load(each).graph.output] for each in (path, tmp_path / "b" / "model.onnx")]
@@ -193,7 +193,7 @@ def test_the_types_of_maps_are_those_of_the_file(tmp_path):
     assert types[0][1].sequence_type.elem_type.map_type.key_type == TensorProto.STRING
 
 
-def test_a_model_with_maps_goes_into_another_opset(tmp_path):
+def test_a_model_with_maps_is_converted_to_another_opset(tmp_path):
     path = classifier(tmp_path / "m.onnx", [0, 1, 2])
     report = export(str(path), tmp_path / "b", rank="50%", measure=False, opset=18)
     assert report.verification.exporter.relative_l2 < 1e-5
@@ -205,8 +205,8 @@ def test_a_model_with_maps_is_benched_in_float16(tmp_path):
     assert run(["bench", str(path), "--seconds", "0.2", "--dtype", "stored,float16"]) == 0
 
 
-def test_a_map_deep_inside_is_no_obstacle(tmp_path):
-    """A branch that gives a map, and a declared map between two nodes."""
+def test_a_map_inside_a_model(tmp_path):
+    """A branch whose output is a map, and a declared map between two nodes."""
     path = classifier(tmp_path / "m.onnx", [0, 1, 2])
     model = onnx.load(path)
     value = maps("scores_inside", TensorProto.INT64)
@@ -224,7 +224,7 @@ def test_a_map_deep_inside_is_no_obstacle(tmp_path):
     ids=["numbered", "class numbers", "texts"],
 )
 def test_accuracy_of_a_zipmap_is_that_of_the_scores_before_it(tmp_path, ids, labels_of):
-    """Labels are the class ids where those are numbers, else places in the model's own order."""
+    """Labels are the class ids if those are numbers, else positions in the model's order."""
     path = classifier(tmp_path / "m.onnx", ids)
     x = np.random.default_rng(3).standard_normal((40, 64)).astype(np.float32)
     answers, rows = onnxruntime.InferenceSession(path).run(None, {"x": x})
@@ -269,7 +269,7 @@ def test_texts_come_from_feeds(tmp_path, make):
     assert package(tmp_path / "b", tmp_path / "t", target="triton", feeds=given).target == "triton"
 
 
-def test_other_feeds_than_those_of_the_report_prove_nothing(tmp_path):
+def test_verify_refuses_other_feeds_than_those_of_the_report(tmp_path):
     path = text_ids(tmp_path / "m.onnx")
     feeds = {"x": np.ones((2, 64), np.float32), "s": np.array(["a", "b"])}
     export(str(path), tmp_path / "b", rank="50%", feeds=feeds, measure=False)
@@ -291,7 +291,7 @@ def test_a_changed_text_is_a_changed_output():
 
 
 def test_a_fixed_batch_is_benched_whole(tmp_path, capsys):
-    """The first rows alone would not be what the model takes."""
+    """The model would not accept the first rows alone."""
     path = text_ids(tmp_path / "m.onnx", dims=[2], first=2)
     np.savez(tmp_path / "f.npz", x=np.ones((2, 64), np.float32), s=np.array(["a", "b"]))
     assert run(["bench", str(path), "--seconds", "0.2", "--feeds", str(tmp_path / "f.npz"), "--json"]) == 0
@@ -307,7 +307,7 @@ def test_texts_of_evaluation_data(tmp_path):
 
 
 def test_bytes_are_read_as_the_texts_they_encode(tmp_path):
-    """onnxruntime reads on beyond the end of a bytes array's elements."""
+    """onnxruntime reads beyond the end of the elements of a bytes array."""
     np.savez(tmp_path / "f.npz", s=np.array(["a", "längster"]).astype("U") == "", b=np.array([b"a", "ä".encode()]))
     assert read_npz(tmp_path / "f.npz")["b"].tolist() == ["a", "ä"]
     np.savez(tmp_path / "f.npz", b=np.array([b"\xff\xfe"]))
@@ -315,7 +315,7 @@ def test_bytes_are_read_as_the_texts_they_encode(tmp_path):
         read_npz(tmp_path / "f.npz")
 
 
-def test_pickled_texts_are_refused_with_what_to_store(tmp_path, capsys):
+def test_pickled_texts_are_refused(tmp_path, capsys):
     path = text_ids(tmp_path / "m.onnx")
     np.savez(tmp_path / "f.npz", x=np.ones((2, 64), np.float32), s=np.array(["a", "b"], object))
     arguments = ["--rank", "50%", "--no-bench", "-o", str(tmp_path / "b"), "--feeds", str(tmp_path / "f.npz")]
@@ -323,7 +323,7 @@ def test_pickled_texts_are_refused_with_what_to_store(tmp_path, capsys):
     assert "dtype U" in capsys.readouterr().err
 
 
-def test_texts_without_feeds_are_asked_for(tmp_path, capsys):
+def test_texts_need_feeds(tmp_path, capsys):
     path = text_ids(tmp_path / "m.onnx")
     for verb in (
         ["export", "--rank", "50%", "-o", str(tmp_path / "b")],
@@ -331,9 +331,9 @@ def test_texts_without_feeds_are_asked_for(tmp_path, capsys):
         ["profile", "-o", str(tmp_path / "c")],
     ):
         assert run([verb[0], str(path), *verb[1:]]) == 2
-        said = capsys.readouterr().err
-        assert "input s" in said
-        assert "--feeds" in said
+        message = capsys.readouterr().err
+        assert "input s" in message
+        assert "--feeds" in message
 
 
 def sequence_input(path):
@@ -354,9 +354,9 @@ def map_input(path):
 
 @pytest.mark.parametrize(("make", "name"), [(sequence_input, "q"), (map_input, "m")])
 def test_inputs_that_cannot_be_fed(tmp_path, capsys, make, name):
-    """The model is compressed, with a note that nothing was run; what must run it refuses it, and names the input.
+    """The model is compressed, with a note that it was not run. Verbs that must run it name the input and refuse it.
 
-    The opset's converter crashes on a map whose type is not told.
+    The opset converter crashes on a map of unknown type.
     """
     path = make(tmp_path / "model.onnx")
     report = export(str(path), tmp_path / "b", rank="50%")
@@ -373,12 +373,12 @@ def test_inputs_that_cannot_be_fed(tmp_path, capsys, make, name):
         ["package", tmp_path / "b", "--target", "triton", "-o", tmp_path / "t"],
     ):
         assert run([str(word) for word in verb]) == 3
-        said = capsys.readouterr().err
-        assert f"model.onnx: input {name} is" in said, said
-        assert "output" not in said
+        message = capsys.readouterr().err
+        assert f"model.onnx: input {name} is" in message, message
+        assert "output" not in message
 
 
-def test_an_optional_input_is_fed_like_a_tensor(tmp_path):
+def test_an_optional_input_is_fed_as_a_tensor(tmp_path):
     nodes = [helper.make_node("OptionalGetElement", ["i"], ["x"]), PRODUCT]
     path = written(tmp_path / "m.onnx", nodes, [optional("i", ["n", 64])], [tensor(*Y)], opset=18)
     report = export(str(path), tmp_path / "b", rank="50%", measure=False)
@@ -395,13 +395,13 @@ def test_an_optional_input_is_fed_like_a_tensor(tmp_path):
         ("ray-serve", with_constant_texts, "output classes is string"),
     ],
 )
-def test_engines_refuse_what_they_do_not_take_by_name(tmp_path, target, make, words):
+def test_engines_name_what_they_do_not_support(tmp_path, target, make, words):
     export(str(make(tmp_path / "m.onnx")), tmp_path / "b", rank="50%", measure=False)
     with pytest.raises(ModelError, match=words):
         package(tmp_path / "b", tmp_path / "p", target=target)
 
 
-def test_gates_compare_what_sequences_and_maps_hold():
+def test_parity_compares_the_contents_of_sequences_and_maps():
     first, second = np.ones(3, np.float32), np.full(3, 2, np.float32)
     assert compare_outputs([[first, second]], [[first, second]], what="gate").relative_l2 == 0
     assert compare_outputs([[first, second]], [[first, first]], what="gate").relative_l2 == pytest.approx(0.5)
@@ -420,7 +420,7 @@ def test_gates_compare_what_sequences_and_maps_hold():
     assert compare_outputs([texts], [other], what="gate").relative_l2 == pytest.approx(0.5)  # the root of a quarter
 
 
-def test_columns_of_maps_stand_in_the_order_of_the_classes():
+def test_columns_of_maps_are_in_the_order_of_the_classes():
     rows = [{"b": 1.0, "z": 2.0}, {"b": 3.0, "z": 4.0}]
     assert arrays_of_output("p", rows, ["z", "b"])["p"].tolist() == [[2, 1], [4, 3]]
     assert arrays_of_output("p", [{"a": 1.0}, {"b": 1.0}]).keys() == {"p[0]['a']", "p[1]['b']"}

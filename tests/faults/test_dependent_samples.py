@@ -1,4 +1,4 @@
-"""Samples that mix only for some inputs are not joined, and MACs are counted a sample, wherever the batch lies."""
+"""Samples that depend on each other for some inputs are not batched; MACs are counted a sample on any batch axis."""
 
 # ruff: noqa: E501 (tables of models in text form)
 
@@ -17,7 +17,7 @@ int64[1] c0 = {0}, int64[1] c1 = {1}, int64 s0 = {0}, int64 s1 = {1},
 int64[2] halves = {-1, 8}, float limit = {50}
 """
 
-# What z is computed from x (n, 16), and the node that the reason names. z reaches y only where |x| is above 50.
+# z computed from x (n, 16), and the node in the reason. z changes y only where |x| is above 50.
 MIXING = {
     "level of the whole tensor": ("m = ReduceMax<keepdims = 0>(x) z = Sub(x, m)", "ReduceMax 'm'"),
     "mean over the batch": ("m = ReduceMean(x, c0) z = Sub(x, m)", "ReduceMean 'm'"),
@@ -41,7 +41,7 @@ MIXING = {
 
 
 def gated(path, body):
-    """`y = x W + z * relu(|x| - 50)`: the rows mix, but not those of standard normal numbers."""
+    """Write `y = x W + z * relu(|x| - 50)`: rows depend on each other, but not for standard normal numbers."""
     text = f"""<ir_version: 8, opset_import: ["": 18]> g (float[n, 16] x) => (float[n, 16] y) <{STORED}> {{
         {body}
         size = Abs(x) over = Sub(size, limit) gate = Relu(over) leak = Mul(z, gate) prod = MatMul(x, w) y = Add(prod, leak) }}"""
@@ -56,13 +56,13 @@ def gated(path, body):
 
 
 @pytest.mark.parametrize("name", MIXING)
-def test_rows_that_mix_for_large_inputs_alone_are_not_joined(tmp_path, name):
+def test_rows_that_depend_on_each_other_for_large_inputs_are_not_joined(tmp_path, name):
     body, named = MIXING[name]
     alone = LoadedModel(open_bundle(gated(tmp_path / "m.onnx", body))).alone
     assert named in alone, alone
 
 
-def test_rows_that_do_not_mix_are_joined(tmp_path):
+def test_independent_rows_are_joined(tmp_path):
     assert LoadedModel(open_bundle(gated(tmp_path / "m.onnx", "z = Softmax<axis = 1>(x)"))).alone == ""
 
 
@@ -87,7 +87,7 @@ def test_given_samples_do_not_replace_the_proof(tmp_path):
 
 
 def product(path, dims, data_first=True, before=()):
-    """`y = x @ w` on the last axis, behind some nodes that make `h` of `x`."""
+    """Write `y = x @ w` on the last axis, after nodes that make `h` from `x`."""
     weight = np.random.default_rng(0).standard_normal((64, 48)).astype(np.float32)
     nodes = [
         *before,
@@ -121,7 +121,7 @@ def test_macs_are_those_of_one_sample(tmp_path, dims, options, samples_in_run):
     assert report.compressed.macs == rows * 24 * (64 + 48) // samples_in_run
 
 
-def test_verify_counts_as_export_does(tmp_path):
+def test_verify_counts_like_export(tmp_path):
     export(product(tmp_path / "m.onnx", [64]), tmp_path / "b", rank="50%", measure=False)
     (claim,) = [claim for claim in verify(tmp_path / "b").claims if claim.name == "MACs"]
     assert claim.status == "holds"

@@ -1,4 +1,4 @@
-"""Empty tensors, as the cache of a decoder's first step: a shape like any other, but for the batch."""
+"""Empty tensors, such as the cache of a decoder's first step. Every dimension but the batch may be 0."""
 
 import json
 
@@ -28,7 +28,7 @@ SHAPES = ["--input-shape", "x=1x3x16", "--input-shape", "past=1x0x12"]
 
 
 def decoder(path):
-    """present = past and x w behind each other; y is its sum over the steps."""
+    """Write a model: present is past followed by x w, and y is its sum over the steps."""
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"]),
         helper.make_node("Concat", ["past", "a"], ["present"], axis=1),
@@ -55,7 +55,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_shapes_with_a_size_of_nothing(here):
+def test_shapes_with_a_size_of_0(here):
     assert parse_shape("past=1x0x12".partition("=")[2]) == (1, 0, 12)
     specs = model_inputs("m.onnx")
     feeds = random_feeds(specs, 2, 0, {"x": (2, 3, 16), "past": (2, 0, 12)})
@@ -76,12 +76,12 @@ def test_shapes_with_a_size_of_nothing(here):
         ({"x": (1, 3, 16), "past": (1, -1, 12)}, "sizes of 0 or more"),
     ],
 )
-def test_sizes_that_cannot_be_nothing(here, shapes, words):
+def test_sizes_that_cannot_be_0(here, shapes, words):
     with pytest.raises(UsageError, match=words):
         random_feeds(model_inputs("m.onnx"), 1, 0, shapes)
 
 
-def test_one_name_has_one_size_in_all_inputs():
+def test_a_name_has_one_size_in_all_inputs():
     specs = [InputSpec(name=name, dtype=np.dtype(np.float32), shape=("b", "s", 4)) for name in "xy"]
     feeds = {"x": np.zeros((1, 0, 4), np.float32), "y": np.zeros((1, 2, 4), np.float32)}
     with pytest.raises(UsageError, match="s is 0 in x, but 2 in y"):
@@ -129,7 +129,7 @@ def test_calibration_and_evaluation_with_an_empty_cache(here):
     assert evaluate("m.onnx", "d.npz", reference="m.onnx").agreement == 100
 
 
-def test_outputs_without_numbers_are_equal_and_not_all_zero():
+def test_empty_outputs_are_equal_and_not_all_zero():
     empty, some = np.empty((1, 0, 4), np.float32), np.ones(3, np.float32)
     found = compare_outputs([empty], [empty], what="gate", tolerance=0.0)
     assert (found.relative_l2, found.informative) == (0, True)
@@ -168,7 +168,7 @@ def test_empty_tensors_over_grpc(raw):
     assert (request.feeds["past"].shape, request.feeds["past"].dtype) == ((1, 0), np.float16)
 
 
-def test_a_server_takes_and_gives_empty_tensors(here):
+def test_a_server_accepts_and_returns_empty_tensors(here):
     x = np.full((1, 3, 16), 0.5, np.float32)
     past = {"name": "past", "shape": [1, 0, 12], "datatype": "FP32"}
     whole = {"name": "x", "shape": [1, 3, 16], "datatype": "FP32", "data": x.ravel().tolist()}

@@ -1,4 +1,4 @@
-"""An error advises only options that the verb has, or that it names with the verb that has them."""
+"""An error message recommends only options of its verb, or names another verb before its option."""
 
 import re
 
@@ -38,10 +38,10 @@ def options_of(verb):
     return {name for parameter in cli.commands[verb].params for name in parameter.opts}
 
 
-def foreign(verb, said):
-    """Options in a message that the verb has not, and that do not follow the name of one that has them."""
+def foreign(verb, message):
+    """Return the options in a message that neither the verb nor a verb named before them has."""
     wrong = []
-    for found in re.finditer(r"(?:rsi-deploy )?(?:\b([a-z]+) )?(--[a-z][a-z-]*)", said):
+    for found in re.finditer(r"(?:rsi-deploy )?(?:\b([a-z]+) )?(--[a-z][a-z-]*)", message):
         named, option = found.groups()
         if option not in options_of(verb) and option not in (options_of(named) if named in cli.commands else ()):
             wrong.append(option)
@@ -71,17 +71,17 @@ def commands(model, folder):
     yield "eval", [model, "--data", folder / "bytes.npz"]
 
 
-def test_verbs_on_models_that_ask_for_more(tmp_path, capsys):
+def test_verbs_on_models_that_need_options(tmp_path, capsys):
     for make in (open_length, fixed_batch, texts):
         folder = tmp_path / make.__name__
         folder.mkdir()
         failed = 0
         for verb, arguments in commands(make(folder / "m.onnx"), folder):
             code = run([verb, *map(str, arguments)])
-            said = capsys.readouterr().err
-            assert code in (0, 2, 3), said
-            assert "Traceback" not in said
-            assert not foreign(verb, said if code else ""), f"{verb}: {said}"
+            message = capsys.readouterr().err
+            assert code in (0, 2, 3), message
+            assert "Traceback" not in message
+            assert not foreign(verb, message if code else ""), f"{verb}: {message}"
             failed += code != 0
         assert failed > 2
 
@@ -92,16 +92,16 @@ def test_verbs_on_a_bundle(tmp_path, capsys):
     export(str(path), tmp_path / "b", rank="50%", feeds=feeds, measure=False)
     for target in ("triton", "ort", "ray-serve"):
         assert run(["package", str(tmp_path / "b"), "--target", target, "-o", str(tmp_path / target)]) == 2
-        said = capsys.readouterr().err
-        assert "--feeds" in said
-        assert not foreign("package", said)
+        message = capsys.readouterr().err
+        assert "--feeds" in message
+        assert not foreign("package", message)
     assert run(["verify", str(tmp_path / "b")]) == 0
-    assert "--feeds" in (said := capsys.readouterr().out)
-    assert not [option for option in foreign("verify", said) if option not in ("--keep-dense",)]
+    assert "--feeds" in (message := capsys.readouterr().out)
+    assert not [option for option in foreign("verify", message) if option not in ("--keep-dense",)]
 
 
 def test_inputs_that_the_model_cannot_run(tmp_path, capsys):
-    """What onnxruntime says of a failing run ends in advice for the verb that ran it."""
+    """The error of a failed run ends with advice for the verb."""
     row = helper.make_node("Gather", ["rows", "ids"], ["x"])
     path = written(tmp_path / "m.onnx", ("ids", TensorProto.INT64, ["n"]), nodes=[row])
     model = onnx.load(path)
@@ -111,7 +111,7 @@ def test_inputs_that_the_model_cannot_run(tmp_path, capsys):
     np.savez(tmp_path / "f.npz", ids=np.full(4, 7))
     for verb, arguments in (("bench", ["--feeds", tmp_path / "f.npz"]), ("eval", ["--data", tmp_path / "d.npz"])):
         assert run([verb, str(path), *map(str, arguments)]) == 3
-        said = capsys.readouterr().err
-        assert "give inputs that fit it" in said
-        assert ("--feeds" in said) == (verb == "bench")
-        assert not foreign(verb, said), said
+        message = capsys.readouterr().err
+        assert "give inputs that fit it" in message
+        assert ("--feeds" in message) == (verb == "bench")
+        assert not foreign(verb, message), message
