@@ -1,7 +1,7 @@
 """Does compressing in ONNX keep the accuracy that compressing in PyTorch keeps?
 
     onnx     dense.onnx --OnnxStreams--> plan, factors --> split nodes in the written model      as `export` does
-    torch    module --TorchStreams--> plan, factors --> low-rank layers                          `compress_to_data_`
+    torch    module --TorchActivations--> plan, factors --> low-rank layers                          `compress_to_data_`
 
 The same weights, the same calibration samples in the same batches and the same budget; each way is as shipped, with its
 own choice of rows and its own stages. Both are judged on the same test images. `difference` is the mean over the draws
@@ -30,7 +30,7 @@ from bench.cases import Case
 from bench.common import Goal
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.linalg.solver import Solver
-from rsi_deploy.planning.decide import wanted_splits
+from rsi_deploy.planning.decide import planned_splits
 from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.torch_models.compress_to_data import compress_to_data_
 
@@ -67,7 +67,7 @@ def by_onnx(case: Case, draw: int, keep: float) -> tuple[float, float]:
     calibration = Calibration(solver=Solver(seed=draw))
     budget = budget_of(unit, keep, dense, streams)
     decisions = planned(case, streams, calibration.options(streams), budget, dense)
-    fitted = calibration.fit(streams, wanted_splits(decisions, streams))
+    fitted = calibration.fit(streams, planned_splits(decisions, streams))
     path = write(case, decisions, fitted, Solver(seed=draw), case.path.with_name("candidate.onnx"))
     size = case.measured(path)
     kept = size.macs / dense.macs if unit == "MACs" else size.params / dense.params

@@ -40,14 +40,15 @@ from torch import Tensor
 from bench import cases, common
 from bench.cases import Case
 from bench.common import Goal
-from rsi_deploy.calibration.activations import CalibratedSite, Form, Replacement
-from rsi_deploy.calibration.moments import Moments, Samples, gathered_bytes
+from graph_passes.forms import Form
+from rsi_deploy.calibration.activations import CalibratedSite, Replacement
+from rsi_deploy.calibration.moments import Moments, Samples, moment_bytes
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.planning.budget import Budget
-from rsi_deploy.planning.decide import under, uniform, wanted_splits
+from rsi_deploy.planning.decide import decide_by_budget, decide_uniformly, planned_splits
 from rsi_deploy.planning.planner import Planner, RankSpec
 from rsi_deploy.planning.site_options import Calibration, Progress
 from rsi_deploy.runtime.machine import peak_memory
@@ -104,10 +105,10 @@ class ClockedCalibration(Calibration):
             return super().replacement(site, moments, form, rank, **more)
 
     def _errors(
-        self, site: CalibratedSite, moments: Moments | Samples, metric: Tensor | None
+        self, site: CalibratedSite, moments: Moments | Samples, sensitivity: Tensor | None
     ) -> Iterator[tuple[tuple[Form, int], float]]:
         with self._clocked():
-            found = list(super()._errors(site, moments, metric))
+            found = list(super()._errors(site, moments, sensitivity))
         yield from found
 
     @contextmanager
@@ -152,11 +153,11 @@ class Forward:
 def work(streams: OnnxStreams, calibration: Calibration, case: Case, arm: str, progress: Progress | None) -> None:
     """Calibrate and fit."""
     if arm == "uniform":
-        decisions = uniform(Planner(spec=RankSpec.parse(RANK)), streams)
+        decisions = decide_uniformly(Planner(spec=RankSpec.parse(RANK)), streams)
     else:
         options = calibration.options(streams, progress)
-        decisions = under(Budget(keep_macs=KEEP_MACS), options, case.measured(case.path), streams)
-    calibration.fit(streams, wanted_splits(decisions, streams), progress)
+        decisions = decide_by_budget(Budget(keep_macs=KEEP_MACS), options, case.measured(case.path), streams)
+    calibration.fit(streams, planned_splits(decisions, streams), progress)
 
 
 def timed(case: Case, arm: str) -> dict[str, float]:
@@ -179,7 +180,7 @@ def remembered(case: Case, arm: str) -> dict[str, float]:
     before = _resident("VmRSS")
     work(streams, Calibration(solver=Solver()), case, arm, None)
     moments = max(
-        gathered_bytes(site.in_features, site.out_features, site.groups, streams.rows_of(site.name))
+        moment_bytes(site.in_features, site.out_features, site.groups, streams.rows_of(site.name))
         for site in streams.sites
     )
     return {"peak": _resident("VmHWM"), "before": before, "moments": moments}

@@ -35,13 +35,13 @@ from bench.timed import Setting, Splits
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.costing.cost_table import CostTable, PlanCheck
 from rsi_deploy.costing.trial_plans import measured_plans, share_of
-from rsi_deploy.costing.zero_filled import write_blank
+from rsi_deploy.costing.zero_filled import write_zero_filled
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.rewrite import split_and_write
 from rsi_deploy.planning.budget import Budget
-from rsi_deploy.planning.decide import Planned, under, wanted_splits
-from rsi_deploy.planning.in_time import faster_only, in_time, priced, saving_of, with_saving
+from rsi_deploy.planning.decide import Planned, decide_by_budget, planned_splits
 from rsi_deploy.planning.knapsack import SiteOptions, choose
+from rsi_deploy.planning.latency_search import decide_by_time, faster_only, options_with_saving, priced, saving_of
 from rsi_deploy.planning.planner import FixedPlanner
 from rsi_deploy.planning.site_options import Calibration
 
@@ -111,13 +111,15 @@ def landing(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     here = timed.setting(net, timed.dense_model(net, folder), 1, effort.threads, effort.table)
     options, _ = faster_only(here.options(), here.table)
     try:
-        landed = in_time(Budget(keep_latency=KEEP), options, here.table, _streams(here), _check(here, effort.seconds))
+        landed = decide_by_time(
+            Budget(keep_latency=KEEP), options, here.table, _streams(here), _check(here, effort.seconds)
+        )
     except ModelError as error:
         return [{"net": net, "share": None, "interval": None, "rounds": 0, "says": str(error)}]
-    splits = wanted_splits(landed.decisions, _streams(here))
-    write_blank(here.dense, folder / "model.onnx", splits)
+    splits = planned_splits(landed.decisions, _streams(here))
+    write_zero_filled(here.dense, folder / "model.onnx", splits)
     share, ends = share_of(here.measured([folder / "model.onnx"], ["plan"], 2 * effort.seconds).arms[1])
-    return [{"net": net, "share": share, "interval": ends, "rounds": len(landed.checks), "says": landed.says}]
+    return [{"net": net, "share": share, "interval": ends, "rounds": len(landed.checks), "says": landed.note}]
 
 
 def prediction(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
@@ -126,7 +128,7 @@ def prediction(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     options = priced(faster_only(here.options(), here.table)[0], here.table)
     rows = []
     for share in PREDICTED_AT:
-        splits = timed.splits_of(with_saving(options, saving_of(share, here.table), here.table))
+        splits = timed.splits_of(options_with_saving(options, saving_of(share, here.table), here.table))
         if here.table.predicted(splits) > share + 1e-6:
             continue
         found = _check(here, effort.seconds)(splits, here.table)
@@ -145,7 +147,7 @@ def gemm(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
         return [{"net": net, "kept_macs": None, "speedup": None, "of_ideal": None}]
     choice = choose(options, cost="macs", limit=int(GEMM_KEEP * here.total_macs) - fixed)
     kept = (fixed + sum(option.macs for option in choice.values())) / here.total_macs
-    write_blank(here.dense, folder / "model.onnx", timed.splits_of(choice))
+    write_zero_filled(here.dense, folder / "model.onnx", timed.splits_of(choice))
     arm = here.measured([folder / "model.onnx"], ["plan"], 3 * effort.seconds).arms[1]
     assert arm.speedup is not None
     return [{"net": net, "kept_macs": kept, "speedup": arm.speedup, "of_ideal": arm.speedup * kept}]
@@ -158,18 +160,21 @@ def accuracy(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     streams, calibration = case.streams(0), Calibration(solver=Solver())
     options, dense = calibration.options(streams), case.measured(case.path)
     narrowed, _ = faster_only(options, here.table)
-    landed = in_time(Budget(keep_latency=KEEP), narrowed, here.table, streams, _check(here, effort.seconds))
-    by_time = wanted_splits(landed.decisions, streams)
+    landed = decide_by_time(Budget(keep_latency=KEEP), narrowed, here.table, streams, _check(here, effort.seconds))
+    by_time = planned_splits(landed.decisions, streams)
 
     def by_macs(keep: float) -> Splits:
-        return dict(wanted_splits(under(Budget(keep_macs=keep), options, dense, streams), streams))
+        return dict(planned_splits(decide_by_budget(Budget(keep_macs=keep), options, dense, streams), streams))
 
     keep = _as_fast(here, by_time, by_macs, options, dense.macs, effort.seconds)
     paths = {"by time": folder / "time.onnx", "by MACs": folder / "macs.onnx"}
-    decided = {"by time": landed.decisions, "by MACs": under(Budget(keep_macs=keep), options, dense, streams)}
+    decided = {
+        "by time": landed.decisions,
+        "by MACs": decide_by_budget(Budget(keep_macs=keep), options, dense, streams),
+    }
     rows = []
     for name, path in paths.items():
-        fitted = calibration.fit(streams, wanted_splits(decided[name], streams))
+        fitted = calibration.fit(streams, planned_splits(decided[name], streams))
         _write(case.path, path, Planned(planner=FixedPlanner(decisions=decided[name]), fitted=fitted))
     arms = here.measured(list(paths.values()), list(paths), 3 * effort.seconds).arms[1:]
     for arm, (name, path) in zip(arms, paths.items(), strict=True):
@@ -246,7 +251,7 @@ def _nets_of(part: str, nets: Sequence[str]) -> list[str]:
 
 
 def _streams(here: Setting) -> Any:
-    """What `in_time` wants to know of a model's sites."""
+    """What `decide_by_time` wants to know of a model's sites."""
     sites = tuple(SimpleNamespace(name=name, forms=site.forms) for name, site in here.sites.items())
     return SimpleNamespace(sites=sites, unreachable={})
 

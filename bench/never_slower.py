@@ -25,9 +25,9 @@ from bench.common import Goal
 from bench.timed import Setting, Splits
 from rsi_deploy.benchmark.result import ArmResult
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
-from rsi_deploy.costing.zero_filled import write_blank
-from rsi_deploy.planning.in_time import faster_only
+from rsi_deploy.costing.zero_filled import write_zero_filled
 from rsi_deploy.planning.knapsack import SiteOptions, UnreachableLimitError, choose
+from rsi_deploy.planning.latency_search import faster_only
 from rsi_deploy.planning.planner import Planner, RankSpec
 
 BATCHES, THREADS = (1, 8), (1, 2)
@@ -92,7 +92,7 @@ def rows_of(
         paths, labels = [], []
         naive = naive_splits(here, tenth)
         if naive:
-            write_blank(here.dense, folder / "naive.onnx", naive)
+            write_zero_filled(here.dense, folder / "naive.onnx", naive)
             paths, labels = [folder / "naive.onnx"], ["naive"]
         outcome, splits, planned = delivered(here, options, tenth, seconds, folder)
         if splits:

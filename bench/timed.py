@@ -16,7 +16,7 @@ from bench import cases, models
 from rsi_deploy.benchmark.latency import bench
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.benchmark.variants import Feeds
-from rsi_deploy.calibration.activations import Fitted, Replacement
+from rsi_deploy.calibration.activations import FittedSite, Replacement
 from rsi_deploy.core.sites import break_even_rank, site_name
 from rsi_deploy.costing.cost_table import CostTable
 from rsi_deploy.exporting.profile import Costing, fed_with
@@ -170,9 +170,9 @@ def after_rollback(here: Setting, splits: Splits, path: Path, seconds: float) ->
     return left_of(result)
 
 
-def blank_factors(site: gp.Site, form: str, rank: int) -> Fitted:
+def blank_factors(site: gp.Site, form: str, rank: int) -> FittedSite:
     """Return factors of zeros in the form of calibration's results."""
     rows, columns = site.shape(own := site.form_of(form))
     left, right = torch.zeros(site.groups, rows, rank), torch.zeros(site.groups, rank, columns)
     replacement = Replacement(own, left, right, torch.zeros(site.bias_size))
-    return Fitted(replacement=replacement, response_error=0.0, seconds=0.0)
+    return FittedSite(replacement=replacement, response_error=0.0, seconds=0.0)

@@ -9,7 +9,7 @@ from bench import latency_plans, never_slower, timed
 from bench.never_slower import naive_splits, summary
 from graph_passes import count_parameters
 from graph_passes.split_markers import found_splits
-from rsi_deploy.costing.zero_filled import write_blank
+from rsi_deploy.costing.zero_filled import write_zero_filled
 from rsi_deploy.io.onnx_file import read_onnx
 from rsi_deploy.runtime.shape_trace import trace_run
 
@@ -28,7 +28,7 @@ def test_options_cost_what_the_written_model_costs(here, tmp_path):
     for form in ("channel", "input", "separable"):
         (site,) = [s for s in here.options() if s.name == "conv2"]
         option = next(o for o in site.options if o.form == form and o.rank == 4)
-        write_blank(here.dense, tmp_path / "m.onnx", {"conv2": (form, 4)})
+        write_zero_filled(here.dense, tmp_path / "m.onnx", {"conv2": (form, 4)})
         saved = here.params - count_parameters(read_onnx(tmp_path / "m.onnx"))
         assert saved == site.options[0].params - option.params
         macs = sum(trace_run(tmp_path / "m.onnx", here.feeds).macs.values())
@@ -36,7 +36,7 @@ def test_options_cost_what_the_written_model_costs(here, tmp_path):
 
 
 def test_the_naive_split_keeps_its_budget_and_uses_it(here, tmp_path):
-    write_blank(here.dense, tmp_path / "m.onnx", naive_splits(here, 0.5))
+    write_zero_filled(here.dense, tmp_path / "m.onnx", naive_splits(here, 0.5))
     kept = count_parameters(read_onnx(tmp_path / "m.onnx")) / here.params
     assert 0.48 < kept <= 0.505  # biases of split sites that had none are not counted
     assert naive_splits(here, 0.001) == {}

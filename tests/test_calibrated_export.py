@@ -225,9 +225,9 @@ def test_filters_hold_under_a_plan_too(here):
 @pytest.mark.parametrize(
     ("sites", "words"),
     [
-        ({"fc9": {"form": "gemm", "rank": 4}}, "site 'fc9' is not in the model (near are fc"),
+        ({"fc9": {"form": "gemm", "rank": 4}}, "site 'fc9' is not in the model (similar names: fc"),
         ({"fc1": {"form": "gemm", "rank": 13}}, "site 'fc1' cannot have rank 13 as \"gemm\"; possible are "),
-        ({"fc1": {"form": "separable", "rank": 2}}, "site 'fc1' cannot take the form \"separable\""),
+        ({"fc1": {"form": "separable", "rank": 2}}, "site 'fc1' cannot have the form \"separable\""),
         ({"fc1": {"form": "gemm"}}, 'form "gemm" needs a rank'),
     ],
 )

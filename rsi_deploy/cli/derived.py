@@ -31,11 +31,12 @@ class VerbOption(click.Option):
     Attributes:
         panel: heading in the help.
         first: whether `--help` shows it.
+        unless: name of a parameter without which this option is required; "" for an option that never is.
     """
 
-    def __init__(self, *args: Any, panel: str = "Output", first: bool = True, **how: Any):
+    def __init__(self, *args: Any, panel: str = "Output", first: bool = True, unless: str = "", **how: Any):
         super().__init__(*args, **how)
-        self.panel, self.first = panel, first
+        self.panel, self.first, self.unless = panel, first, unless
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Return the row of the help; an on/off pair shows the half that changes something."""
@@ -46,7 +47,7 @@ class VerbOption(click.Option):
 
 
 class Verb(click.Command):
-    """A command whose help has panels."""
+    """A command whose help has panels, and whose options may be required together."""
 
     def __init__(self, *args: Any, **how: Any):
         how.setdefault("context_settings", {"max_content_width": WIDTH})
@@ -63,6 +64,15 @@ class Verb(click.Command):
                     help="Show every option, and exit.",
                 )
             )
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line, and refuse one that lacks a required option."""
+        rest = super().parse_args(ctx, args)
+        for param in self.params:
+            is_needed = isinstance(param, VerbOption) and param.unless and not ctx.params.get(param.unless)
+            if is_needed and ctx.params.get(param.name or "") is None and not ctx.resilient_parsing:
+                raise click.MissingParameter(ctx=ctx, param=param)
+        return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, panel by panel."""
@@ -140,28 +150,45 @@ def _panel(config: type[Settings], name: str) -> str:
     return next(panel for panel, names in config.panels().items() if name in names)
 
 
+def flag(name: str, field: FieldInfo) -> str:
+    """Return the option of a field: of an on/off pair the one that changes something.
+
+    Example:
+        >>> from rsi_deploy.core.settings.verbs import ExportConfig
+        >>> flag("measure", ExportConfig.model_fields["measure"])
+        '--no-bench'
+    """
+    plain = str(option_of(field).get("flag", flag_of(name)))
+    return f"--no-{plain.removeprefix('--')}" if field.default is True else plain
+
+
+def help_of(field: FieldInfo) -> str:
+    """Return the help of a field's option, with its default and its bounds."""
+    quantity, default = quantity_of(field), field.default
+    notes = [f"{words} {_bound(field, key):g}" for key, words in BOUNDS.items() if _bound(field, key) is not None]
+    if field.is_required():
+        notes.insert(0, "required")
+    elif default not in (None, ()) and not isinstance(default, bool):
+        notes.insert(0, f"default: {quantity.to_text(default) if quantity else default}")
+    words = option_of(field)["off"] if default is True else field.description
+    return f"{words} [{'; '.join(notes)}]" if notes else str(words)
+
+
 def _option(name: str, field: FieldInfo, panel: str) -> Callable[[F], F]:
     """Make the option of one field."""
     how, quantity, default = option_of(field), quantity_of(field), field.default
-    flag, kind = how.get("flag", flag_of(name)), _type_of(field)
-    names = [*([how["short"]] if "short" in how else []), flag, name]
-    kept: dict[str, Any] = {
-        "help": field.description,
-        "required": field.is_required(),
-        "first": how.get("first", False),
-    }
+    kind = _type_of(field)
+    names = [*([how["short"]] if "short" in how else []), how.get("flag", flag_of(name)), name]
+    kept: dict[str, Any] = {"help": help_of(field), "first": how.get("first", False)}
     if kind is bool:
-        names[-2] = f"{flag}/--no-{flag.removeprefix('--')}"
-        kept |= {"default": default, "help": how["off"] if default else field.description}
+        names[-2] = f"{names[-2]}/--no-{names[-2].removeprefix('--')}"
     else:
         metavar = how.get("metavar") or (quantity.example if quantity else None)
         kept |= {"type": kind, "metavar": metavar, "multiple": isinstance(default, tuple)}
-        notes = [f"{words} {_bound(field, key):g}" for key, words in BOUNDS.items() if _bound(field, key) is not None]
-        if not field.is_required() and default not in (None, ()):
-            kept["default"] = default
-            notes.insert(0, f"default: {quantity.to_text(default) if quantity else default}")
-        if notes:
-            kept["help"] += f" [{'; '.join(notes)}]"
+    if field.is_required():
+        kept["unless"] = "recipe"
+    elif default not in (None, ()):
+        kept["default"] = default
     return option(*names, panel=panel, **kept)
 
 

@@ -7,14 +7,13 @@ import click
 from rsi_deploy.cli.derived import Verb, option, settings_options
 from rsi_deploy.cli.options import model_argument
 from rsi_deploy.cli.terminal import console, progress_bar
-from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.settings.verbs import ExportConfig
 
 
 @click.command(cls=Verb)
 @model_argument(required=False)
 @settings_options(ExportConfig, recipe=True)
-@option("-o", "--output", type=click.Path(path_type=Path), help="Folder to make.")
+@option("-o", "--output", unless="dry_run", type=click.Path(path_type=Path), help="Folder to make.")
 @option("--force", is_flag=True, help="Replace a bundle that is there.")
 @option("--dry-run", is_flag=True, help="Print the request as a recipe, and what would be done; write nothing.")
 @option("--from-sweep", metavar="DIR", first=False, help="Deliver a model of this sweep, without MODEL.")
@@ -51,8 +50,7 @@ def export(
         outlook = run_dry(model, settings)
         click.echo(outlook.model_dump_json(indent=2) if as_json else outlook.text(), nl=as_json)
         return
-    if output is None:
-        raise UsageError("Missing option '-o': type -o DIR, the folder to make")
+    assert output is not None, "click requires it"
     with progress_bar() as progress:
         report = run_export(
             model,

@@ -14,7 +14,7 @@ Splits = Mapping[str, tuple[str, int]]
 """Site name -> (form, rank) of those that are split."""
 
 
-def write_blank(dense: Path, target: Path, splits: Splits) -> None:
+def write_zero_filled(dense: Path, target: Path, splits: Splits) -> None:
     """Write the model at `dense` with these splits, all their factors zeros, as `target`.
 
     Zeros and not random numbers: what random factors make of a deep model may be denormal, and slow.

@@ -27,8 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from graph_passes.forms import Form
 from rsi_deploy import __version__
-from rsi_deploy.calibration.activations import Fitted, Form, Replacement
+from rsi_deploy.calibration.activations import FittedSite, Replacement
 from rsi_deploy.core.sites import SiteRecord, Spectrum
 from rsi_deploy.execution.executor import Executor, Task
 from rsi_deploy.io.atomic import atomic_file, write_text
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class _Fit(pydantic.BaseModel, extra="forbid"):
-    """What is no tensor of a site's fitted factors (`Fitted`)."""
+    """What is no tensor of a site's fitted factors (`FittedSite`)."""
 
     form: Form
     response_error: float
@@ -125,7 +126,7 @@ class ResultStore:
         stored = _Stored(records=[records] if one else list(records), one=one)
         self._write(_stored_key(call), stored, {"left": factors.left, "right": factors.right})
 
-    def fitted(self, wanted: Mapping[str, Any]) -> tuple[dict[str, Fitted], dict[str, str]] | None:
+    def fitted(self, wanted: Mapping[str, Any]) -> tuple[dict[str, FittedSite], dict[str, str]] | None:
         """What a fit of these splits, name -> (form, rank), has made, and why sites were left out; None before it."""
         stored, tensors = self._read(_stored_fit_key(wanted))
         if stored is None or stored.fits is None:
@@ -133,7 +134,7 @@ class ResultStore:
         found = {}
         for number, (name, fit) in enumerate(stored.fits.items()):
             left, right, bias = (tensors[f"{number}.{part}"] for part in PARTS)
-            found[name] = Fitted(
+            found[name] = FittedSite(
                 replacement=Replacement(fit.form, left, right, bias),
                 response_error=fit.response_error,
                 seconds=fit.seconds,
@@ -142,7 +143,9 @@ class ResultStore:
             )
         return found, dict(stored.declined)
 
-    def keep_fitted(self, wanted: Mapping[str, Any], fitted: Mapping[str, Fitted], declined: Mapping[str, str]) -> None:
+    def keep_fitted(
+        self, wanted: Mapping[str, Any], fitted: Mapping[str, FittedSite], declined: Mapping[str, str]
+    ) -> None:
         """Keep what a fit has made."""
         fits: dict[str, _Fit] = {}
         tensors: dict[str, Tensor] = {}

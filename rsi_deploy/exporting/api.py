@@ -16,6 +16,7 @@ from rsi_deploy.calibration.calibration_data import check_source
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.settings.recipe import recipe_text
 from rsi_deploy.core.settings.verbs import ExportConfig
+from rsi_deploy.data.picture_settings import picture_settings, preprocessing_of
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.inputs import (
@@ -24,8 +25,6 @@ from rsi_deploy.exporting.inputs import (
     evaluation_data,
     input_feeds,
     input_shapes,
-    picture_settings,
-    preprocessing_of,
 )
 from rsi_deploy.exporting.keywords import ExportKeywords
 from rsi_deploy.exporting.latency_options import Timed
@@ -55,7 +54,6 @@ def export(
     force: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
-    kept: SweepCache | None = None,
     from_sweep: str | Path | None = None,
     point: int | None = None,
     **settings: Unpack[ExportKeywords],
@@ -73,7 +71,6 @@ def export(
         force: replace a bundle that is there.
         progress: function that is called with (site, index, count) before each factorization.
         command: command line for the report; by default the name of the Python call.
-        kept: cache of what earlier exports of the same model, data and settings have found (for `sweep`).
         from_sweep: folder of a sweep, one point of which is delivered; nothing is computed, and `model` is None.
         point: number of that point.
         settings: fields of `ExportConfig` by name; they win over `config`.
@@ -88,9 +85,18 @@ def export(
     if model is None:
         raise UsageError("export takes a MODEL, or --from-sweep DIR --point N")
     config = ExportConfig.of(config, **settings, **picture_settings(preprocessing))
-    run = export_run(model, config, progress=progress, command=command or "rsi_deploy.export(...)", kept=kept)
-    read = (model, config.weights, config.checkpoint, config.data, config.calib, config.feeds, config.plan, config.cost)
-    with atomic_folder(Path(output), force=force, inputs=read) as folder:
+    run = export_run(model, config, progress=progress, command=command or "rsi_deploy.export(...)")
+    return make_bundle(run, output, config, force=force)
+
+
+def make_bundle(run: ExportRun, output: str | Path, config: ExportConfig, *, force: bool) -> Report:
+    """Make the bundle of a prepared export, whole or not at all.
+
+    Raises:
+        UsageError, ModelError, GateError: see `export`.
+    """
+    read = (config.weights, config.checkpoint, config.data, config.calib, config.feeds, config.plan, config.cost)
+    with atomic_folder(Path(output), force=force, inputs=(run.origin.model, *read)) as folder:
         return run.made_in(folder)
 
 
@@ -100,9 +106,18 @@ def export_run(
     *,
     progress: Progress | None = None,
     command: str = "",
+    recipe: str = "",
     kept: SweepCache | None = None,
 ) -> ExportRun:
     """Prepare an export: read what the settings name, and refuse what contradicts itself, before any work.
+
+    Args:
+        model: see `export`; like `config`, `progress` and `command`.
+        config: settings.
+        progress: progress callback.
+        command: command line for the report.
+        recipe: recipe for the bundle, where it is not that of `model` and `config`.
+        kept: cache of what earlier exports of the same model, data and settings have found (for `sweep`).
 
     Raises:
         UsageError: says what to type.
@@ -165,7 +180,7 @@ def export_run(
         keep_dense=config.keep_dense,
         allow_larger=config.allow_larger,
         command=command,
-        recipe=recipe_text("export", model, config),
+        recipe=recipe or recipe_text("export", model, config),
         kept=kept,
     )
 

@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.core.settings.groups import PictureConfig
 from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.dataset import UndecidedData
 from rsi_deploy.data.preprocess import Preprocessing
@@ -79,35 +77,6 @@ def input_shapes(texts: Sequence[str]) -> tuple[str | None, dict[str, tuple[int,
 def input_feeds(feeds: str | Feeds | None) -> Feeds | None:
     """Return the arrays of `--feeds`; None without."""
     return None if feeds is None else read_feeds(feeds) if isinstance(feeds, str) else dict(feeds)
-
-
-def picture_settings(steps: Preprocessing | None) -> dict[str, Any]:
-    """Return the settings that say the same as a `Preprocessing`: the fields that were set in it.
-
-    Example:
-        >>> picture_settings(Preprocessing(crop=(3, 4), resize=None))
-        {'resize': 'none', 'crop': (3, 4)}
-    """
-    if steps is None:
-        return {}
-    names = [name for name in Preprocessing.model_fields if name in steps.model_fields_set] or ["scale"]
-    values = {name: getattr(steps, name) for name in names}
-    return {name: "none" if value is None else value for name, value in values.items()}
-
-
-def preprocessing_of(config: PictureConfig) -> Preprocessing | None:
-    """Return the steps that the settings state; None where none of them is set.
-
-    Raises:
-        UsageError: `mean` and `std` of different lengths, or sizes that no picture has.
-    """
-    found = config.part(PictureConfig)
-    for name in ("resize", "crop"):
-        if found.get(name) == "none":
-            found[name] = None
-    if isinstance(found.get("crop"), int):
-        found["crop"] = (found["crop"], found["crop"])
-    return Preprocessing(**found) if found else None
 
 
 def evaluation_data(data: str | Path | Dataset | None, preprocessing: Preprocessing | None) -> Dataset | None:

@@ -44,8 +44,8 @@ class ExportKeywords(TypedDict, total=False):
     dtype: Literal["float32", "float16", "float64"] | None
     include: str | Sequence[str]
     exclude: str | Sequence[str]
-    always_split: bool
     joint: bool
+    always_split: bool
     seed: int
     method: Literal["rsi", "rsvd", "svd"]
     power_iterations: int | Literal["auto"]
@@ -54,16 +54,16 @@ class ExportKeywords(TypedDict, total=False):
     mixed_precision: bool
     device: Literal["auto", "cpu", "cuda"]
     ray: str | None
-    cost: str | Path | None
-    allow_cost_mismatch: bool
     cost_budget: str | float
     allow_slower: bool
+    cost: str | Path | None
+    allow_cost_mismatch: bool
+    provider: str
+    threads: int | None
     measure: bool
     bench_batch: int
     bench_seconds: float
-    provider: str
-    threads: int | None
+    allow_larger: bool
     opset: int | None
     max_output_error: float | None
-    allow_larger: bool
     keep_dense: bool

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from rsi_deploy.benchmark.result import BenchResult
-from rsi_deploy.calibration.output_agreement import certified
+from rsi_deploy.calibration.output_agreement import output_agreement
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.data.dataset import for_inputs
 from rsi_deploy.data.feeding import errors_for_option
@@ -265,7 +265,7 @@ class ExportRun:
             with job.stage("certificate"):
                 known = None if kept is None else kept.answers
                 data = calibrator.data()
-                record, answers = certified(dense, path, data, job.provider, known)
+                record, answers = output_agreement(dense, path, data, job.provider, known)
                 job.notes += self._of_pictures(start, data.are_pictures) + data.notes()
                 if kept is not None:
                     kept.answers = answers

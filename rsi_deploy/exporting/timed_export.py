@@ -18,8 +18,8 @@ from rsi_deploy.costing.trial_plans import measured_plans, share_of
 from rsi_deploy.exporting.profile import Costing
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Decisions
-from rsi_deploy.planning.in_time import faster_only, in_time
 from rsi_deploy.planning.knapsack import SiteOptions
+from rsi_deploy.planning.latency_search import decide_by_time, faster_only
 from rsi_deploy.planning.planner import Decision
 from rsi_deploy.runtime.feeds.values import describe_array
 from rsi_deploy.runtime.providers import resolve_provider
@@ -101,10 +101,10 @@ class TimedExport:
         """
         if budget.max_latency is not None and not self.is_foreign:
             self.table = as_now(self.table, self._dense_now())
-        landed = in_time(budget, options, self.table, streams, None if self.is_foreign else self._check)
+        landed = decide_by_time(budget, options, self.table, streams, None if self.is_foreign else self._check)
         self.table = landed.table
         self.checks += landed.checks
-        self.remarks += [landed.says] if landed.says else []
+        self.remarks += [landed.note] if landed.note else []
         return landed.decisions
 
     def explained(self, decisions: Decisions) -> Decisions:

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 import graph_passes as gp
-from rsi_deploy.calibration.activations import Fitted, Replacement
+from rsi_deploy.calibration.activations import FittedSite, Replacement
 from rsi_deploy.core.arrays import as_numpy, as_torch
 from rsi_deploy.core.sites import SiteRecord, break_even_rank, site_name, unmeasured_record
 from rsi_deploy.execution.executor import Executor, Task
 from rsi_deploy.linalg.site_factors import factorize_site
 from rsi_deploy.linalg.solver import Factors, Solver, balanced
-from rsi_deploy.planning.joint import factorize_jointly
 from rsi_deploy.planning.planner import Decision, SitePlanner
+from rsi_deploy.planning.shared_right import factorize_with_shared_right
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,7 +37,7 @@ class FactorSource:
     planner: SitePlanner
     solver: Solver
     executor: Executor
-    fitted: Mapping[str, Fitted]
+    fitted: Mapping[str, FittedSite]
     progress: Progress | None
     wanted: frozenset[str]
     device: torch.device
@@ -63,7 +63,7 @@ class FactorSource:
             return self._in_form(site, decision)
         return self._alone(site, decision.rank, self.remarks.get(site.weight, decision.reason))
 
-    def _as_fitted(self, site: gp.Site, fit: Fitted, decision: Decision) -> gp.Factors:
+    def _as_fitted(self, site: gp.Site, fit: FittedSite, decision: Decision) -> gp.Factors:
         """What calibration has made of it; the distance from the weight says little then, and is not measured."""
         factors = graph_factors(fit.replacement, site)
         record = unmeasured_record(
@@ -187,14 +187,14 @@ class FactorSource:
 
 def factorized(weight: torch.Tensor, *, name: str, kind: str, rank: int, solver: Solver) -> tuple[Factors, SiteRecord]:
     """`factorize_site` as a call; the record's reason is "", or "; " and what came otherwise than asked."""
-    return factorize_site(name, kind, weight, rank, solver, reason="")
+    return factorize_site(weight, rank, solver, name=name, kind=kind, reason="")
 
 
 def jointly(
     *weights: torch.Tensor, alone: Sequence[SiteRecord], solver: Solver
 ) -> tuple[Factors, list[SiteRecord]] | None:
-    """`factorize_jointly` as a call."""
-    return factorize_jointly(weights, alone, solver)
+    """`factorize_with_shared_right` as a call."""
+    return factorize_with_shared_right(weights, alone, solver)
 
 
 def weight_key(site: gp.Site, form: gp.Form | Literal["first"]) -> Hashable:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 
 import graph_passes as gp
-from rsi_deploy.calibration.activations import Fitted
+from rsi_deploy.calibration.activations import FittedSite
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.execution.executor import Executor
 from rsi_deploy.execution.result_store import ResultStore, StoringExecutor, key_of
@@ -73,7 +73,7 @@ def rewrite(
         seed: of the sketches.
         always_split: split where nothing is saved, too; nothing is then split jointly.
         joint: let weights that multiply the same input share one right factor where that costs less (see
-            `rsi_deploy.planning.joint`).
+            `rsi_deploy.planning.shared_right`).
         assume_constant: weights that are graph inputs too are constants, and no inputs any more.
         allow_larger: write a model that is larger than the source, too; `always_split` does so anyway.
         force: replace `target` if it is there.
@@ -155,7 +155,7 @@ def split_and_write(
     planner: SitePlanner,
     solver: Solver,
     *,
-    fitted: Mapping[str, Fitted] | None = None,
+    fitted: Mapping[str, FittedSite] | None = None,
     joint: bool = True,
     progress: Progress | None = None,
     keep: Sequence[str] = (),

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 
 import graph_passes as gp
-from rsi_deploy.calibration.activations import Fitted
+from rsi_deploy.calibration.activations import FittedSite
 from rsi_deploy.core.arrays import as_torch
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import SiteRecord, dense_record, site_name
@@ -43,7 +43,7 @@ def split_graph(
     planner: SitePlanner,
     solver: Solver,
     *,
-    fitted: Mapping[str, Fitted] | None = None,
+    fitted: Mapping[str, FittedSite] | None = None,
     joint: bool = True,
     progress: Progress | None = None,
     keep: Iterable[str] = (),
@@ -60,7 +60,7 @@ def split_graph(
         fitted: by site name, what calibration has made of a site; it is taken where the planner splits the site. With
             it nothing is joint.
         joint: let sites that multiply the same input share one right factor where that costs less for the same errors
-            (see `rsi_deploy.planning.joint`); never with the planner's `always_split`.
+            (see `rsi_deploy.planning.shared_right`); never with the planner's `always_split`.
         progress: called with (site, index, count) before each factorization.
         keep: names of weights whose factors the caller wants to see.
         device: where factors are computed.

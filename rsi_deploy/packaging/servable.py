@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.core.errors import GateError, ModelError, UsageError
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.io.manifest import check_manifest
 from rsi_deploy.report.bundle_facts import BundleFacts, read_bundle_facts
 from rsi_deploy.runtime.batch_independence import no_batch_axis, why_not_batchable, why_not_batchable_on, why_not_proved
 from rsi_deploy.runtime.feeds.batch_axes import Dim
 from rsi_deploy.runtime.feeds.inputs import model_inputs
-from rsi_deploy.runtime.feeds.probe import Feeds, probe_feeds
+from rsi_deploy.runtime.feeds.probe import probe_feeds
 from rsi_deploy.runtime.feeds.user_feeds import check_feeds, read_feeds
 from rsi_deploy.runtime.feeds.values import Value
 from rsi_deploy.runtime.sessions import make_session, run_session

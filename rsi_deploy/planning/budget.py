@@ -1,10 +1,10 @@
-"""A user's budget for the whole model, and the limit that it leaves for the sites.
+"""The budget of the whole model, and the limit that it leaves for the sites.
 
---keep-params 0.5     half of the model's parameters, those of no site included        fraction in (0, 1], or 50%
---keep-macs 0.5       half of its multiply-accumulates a sample                        the same
+--keep-params 0.5     half of all parameters of the model                      fraction in (0, 1], or 50%
+--keep-macs 0.5       half of its multiply-accumulates per sample              fraction in (0, 1], or 50%
 --max-size 20MB       bytes of the compressed model: kB MB GB are powers of 1000, KiB MiB GiB of 1024
---keep-latency 0.6    share of the dense model's time for a call                       fraction in (0, 1], or 60%
---max-latency 25ms    time of a call: us, ms, s
+--keep-latency 0.6    share of the dense model's time for one call             fraction in (0, 1], or 60%
+--max-latency 25ms    time of one call: us, ms, s
 """
 
 import math
@@ -21,11 +21,11 @@ class Budget:
     """Exactly one of five limits on the compressed model as a whole.
 
     Attributes:
-        keep_params: share in (0, 1] of the whole model's parameters (not of those in sites alone).
-        keep_macs: share in (0, 1] of the whole model's multiply-accumulates a sample.
-        max_size: bytes of the whole compressed model, at least 1.
-        keep_latency: share in (0, 1] of the whole model's time for a call.
-        max_latency: nanoseconds of a call of the whole compressed model, at least 1.
+        keep_params: share in (0, 1] of the model's parameters, including those outside the sites.
+        keep_macs: share in (0, 1] of the model's multiply-accumulates per sample.
+        max_size: bytes of the compressed model, at least 1.
+        keep_latency: share in (0, 1] of the dense model's time for one call.
+        max_latency: nanoseconds of one call of the compressed model, at least 1.
     """
 
     keep_params: float | None = None
@@ -67,10 +67,10 @@ class Budget:
         keep_latency: str | float | None = None,
         max_latency: str | None = None,
     ) -> "Budget":
-        """Read the options as they are typed; those that were not given are None.
+        """Parse the command-line options; None for those that are absent.
 
         Raises:
-            UsageError: not exactly one of them, or one that cannot be read, with the spelling to use.
+            UsageError: not exactly one option, or one that cannot be parsed; the message gives the spelling to use.
 
         Examples:
             >>> Budget.parse(keep_params="50%").keep_params, Budget.parse(max_size="20MB").max_size
@@ -88,13 +88,13 @@ class Budget:
 
     @property
     def cost(self) -> Cost:
-        """Which of an option's numbers the budget is on."""
+        """Field of `Option` that the budget applies to."""
         if self.keep_latency is not None or self.max_latency is not None:
             return "nanoseconds"
         return "params" if self.keep_params is not None else "macs" if self.keep_macs is not None else "bytes"
 
     def total(self, dense_total: int) -> int:
-        """What the whole compressed model may cost, where the dense one costs `dense_total`; rounded down.
+        """Return the largest cost of the compressed model, rounded down. `dense_total` is the cost of the dense model.
 
         Example:
             >>> Budget(keep_params=0.29).total(100)  # 0.29 * 100 is 28.999999999999996
@@ -106,16 +106,15 @@ class Budget:
         return math.floor(Fraction(repr(self._share)) * dense_total)
 
     def limit(self, dense_total: int, fixed: int, *, smallest: int = 0) -> int:
-        """What is left for the sites: the budget of the whole model less what belongs to no site.
+        """Return the limit for the sites: the budget of the whole model minus the fixed cost.
 
         Args:
-            dense_total: what the whole dense model costs (parameters, MACs a sample, or bytes), `fixed` included.
-            fixed: what no plan changes: parameters, MACs or bytes (names, graph, biases) outside the sites' weights.
-            smallest: what the sites cost together at the least (`knapsack.smallest_cost`). With it every budget that no
-                plan can meet is refused here and the nearest is named; without it only those below `fixed`.
+            dense_total: cost of the whole dense model (parameters, MACs per sample, or bytes), including `fixed`.
+            fixed: cost outside the sites' weights (biases, names, graph), which no plan changes.
+            smallest: smallest total cost of the sites (`knapsack.smallest_cost`); smaller limits are refused.
 
         Raises:
-            ModelError: no plan can meet the budget; the message says which is the nearest one and what to type.
+            ModelError: no plan can meet the budget; the message names the nearest budget and what to type.
         """
         left = self.total(dense_total) - fixed
         if left < smallest:
@@ -123,27 +122,27 @@ class Budget:
         return left
 
     def unreachable(self, dense_total: int, nearest: int) -> ModelError:
-        """The error for a budget that no plan can meet.
+        """Return the error for a budget that no plan can meet.
 
         Args:
-            dense_total: what the whole dense model costs.
-            nearest: the smallest total that a plan reaches (`fixed` and the smallest cost of the sites).
+            dense_total: cost of the whole dense model.
+            nearest: smallest cost of the whole compressed model.
         """
         if self.cost == "nanoseconds":
             return self._too_fast(dense_total, nearest)
         noun = {"params": "parameters", "macs": "MACs a sample", "bytes": "bytes"}[self.cost]
         if self.max_size is not None:
-            asked, to_type = f"{self.max_size:,}", f"--max-size {_rounded_up(nearest)}"
+            limit, to_type = f"{self.max_size:,}", f"--max-size {_rounded_up(nearest)}"
         else:
-            asked = f"{self.total(dense_total):,} of {dense_total:,}"
+            limit = f"{self.total(dense_total):,} of {dense_total:,}"
             to_type = f"--keep-{self.cost} {math.ceil(Fraction(1000 * nearest, max(dense_total, 1))) / 10:g}%"
         return ModelError(
-            f"no plan can meet {self} ({asked} {noun}): the smallest comes to {nearest:,} {noun}; "
+            f"no plan can meet {self} ({limit} {noun}): the smallest comes to {nearest:,} {noun}; "
             f"type {to_type} or more, or let more sites be split (--include, --exclude)"
         )
 
     def _too_fast(self, dense_total: int, fastest: int) -> ModelError:
-        """The error for a time that no plan reaches; times of the whole model."""
+        """Return the error for a latency budget that no plan can meet."""
         share = math.ceil(Fraction(1000 * fastest, max(dense_total, 1))) / 10
         to_type = (
             f"--keep-latency {share:g}%" if self.max_latency is None else f"--max-latency {_time(fastest, up=True)}"
@@ -169,7 +168,7 @@ class Budget:
 
 
 def _time(nanoseconds: int, *, up: bool = False) -> str:
-    """In ms, to four digits; rounded up where a plan must fit into it."""
+    """Format a time in ms with four digits, optionally rounded up."""
     if up:
         digits = max(0, len(str(nanoseconds)) - 3)
         nanoseconds = -(-nanoseconds // 10**digits) * 10**digits

@@ -74,6 +74,7 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
         tool: name and version of the tool.
         created: time of the sweep: UTC, ISO 8601.
         command: command of the sweep.
+        recipe: the request as recipe.toml holds it; `rsi-deploy sweep --recipe` makes the sweep again.
         model: model as the user typed it.
         source_hash: hash of the dense model file.
         settings: all other settings as one text; a sweep continues only with the same settings.
@@ -91,6 +92,7 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
     tool: str
     created: str
     command: str
+    recipe: str = ""
     model: str
     source_hash: str
     settings: str

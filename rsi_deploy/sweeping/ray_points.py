@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.execution.ray_executor import RETRIES, check_versions, like_driver, settings_of_driver
 from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.io.bundle import atomic_folder
@@ -126,12 +127,12 @@ def _made(job: PointJob, settings: Any, inputs: Files, found: Files) -> tuple[Ma
 
 def _with_whole_paths(job: PointJob) -> PointJob:
     """The job with the data named as a worker finds them, whatever folder it runs in."""
-    asked = dict(job.asked)
+    whole = {}
     for key in ("calib", "data"):
-        name, mark, choice = str(asked[key] or "").partition("#")
+        name, mark, choice = str(getattr(job.config, key) or "").partition("#")
         if name and Path(name).exists():
-            asked[key] = f"{Path(name).resolve()}{mark}{choice}"
-    return replace(job, asked=asked)
+            whole[key] = f"{Path(name).resolve()}{mark}{choice}"
+    return replace(job, config=ExportConfig.of(job.config, **whole))
 
 
 def _content(path: Path) -> npt.NDArray[np.uint8]:

@@ -259,7 +259,7 @@ def _calibration(folder: Path, report: Report, source: str | Path | None, provid
     data = CalibrationData(
         source, model_inputs(folder / "dense.onnx"), report.preprocessing, report.settings.calib_size
     )
-    now = output_agreement(folder / "dense.onnx", folder / "model.onnx", data, provider)
+    now, _ = output_agreement(folder / "dense.onnx", folder / "model.onnx", data, provider)
     if now.data_fingerprint != claimed.data_fingerprint or now.samples != claimed.samples:
         return [*claims, _not_checked("calibration", "--calib is not the data of the report")]
     pairs = [

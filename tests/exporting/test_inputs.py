@@ -6,7 +6,6 @@ import pytest
 from nets import mlp, mlp_onnx
 
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.data.sources import open_data
 from rsi_deploy.exporting.inputs import (
@@ -14,8 +13,6 @@ from rsi_deploy.exporting.inputs import (
     device_named,
     evaluation_data,
     input_shapes,
-    picture_settings,
-    preprocessing_of,
 )
 
 TOLD = Preprocessing(mean=(0.25,), std=(2.0,))
@@ -84,17 +81,3 @@ def test_evaluation_data_have_labels(tmp_path):
 def test_devices_have_names():
     assert device_named("cpu").type == "cpu"
     assert device_named("auto").type in ("cpu", "cuda")
-
-
-@pytest.mark.parametrize(
-    "steps",
-    [
-        TOLD,
-        Preprocessing(resize=None, crop=None),
-        Preprocessing(resize=8, crop=(3, 4), layout="NHWC", interpolation="bicubic", dtype="float16"),
-        Preprocessing(),
-    ],
-)
-def test_a_preprocessing_and_its_settings_are_the_same(steps):
-    assert preprocessing_of(ExportConfig.of(**picture_settings(steps))) == steps
-    assert preprocessing_of(ExportConfig.of()) is None is preprocessing_of(ExportConfig.of(**picture_settings(None)))

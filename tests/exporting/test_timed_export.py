@@ -13,7 +13,7 @@ from rsi_deploy.core.errors import UsageError
 from rsi_deploy.costing.cost_table import read_cost_table
 from rsi_deploy.exporting.slowdown_rollback import UNDONE
 from rsi_deploy.exporting.timed_export import as_now
-from rsi_deploy.planning.in_time import FASTER
+from rsi_deploy.planning.latency_search import FASTER
 from rsi_deploy.report.schema import read_report
 from rsi_deploy.verifying.api import verify
 

@@ -9,7 +9,7 @@ from calibrated_nets import IMAGE, conv_net, inputs
 from onnx import numpy_helper
 
 from rsi_deploy import export
-from rsi_deploy.calibration.accumulator import Gathered
+from rsi_deploy.calibration.accumulator import SiteAccumulator
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.planning.plan_file import PlannedSite, read_plan, write_plan
@@ -34,7 +34,7 @@ def work(monkeypatch):
     spied(OnnxStreams, "distance", lambda *_: "sensitivity")
     spied(Calibration, "_errors", lambda *_: "error curve")
     spied(Calibration, "replacement", lambda self, site, *_: f"factors of {site.name}")
-    spied(Gathered, "__init__", lambda self, site, *_: f"moments of {site.name}")
+    spied(SiteAccumulator, "__init__", lambda self, site, *_: f"moments of {site.name}")
     spied(Segment, "__call__", lambda *_: "run")
     return done
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from graph_passes import PASSES
-from rsi_deploy.calibration.output_sensitivity import NoMetricError
+from rsi_deploy.calibration.output_sensitivity import NoSensitivityError
 from rsi_deploy.onnx_models.calibration.operators import _CONTRACTIONS, _OPERATORS, operator
 
 X, Y, IMAGE = "float[2, 3, 4] x", "float[2, 3, 4] y", "float[2, 3, 7, 7] x"
@@ -163,5 +163,5 @@ def test_whole_numbers_are_divided_as_onnx_does():
     ids=["unknown", "domain", "second output", "setting", "type"],
 )
 def test_what_is_not_known_is_refused(node, given):
-    with pytest.raises(NoMetricError, match="gradients do not pass"):
+    with pytest.raises(NoSensitivityError, match="gradients do not pass"):
         operator(node)(given)

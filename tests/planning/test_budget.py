@@ -35,7 +35,7 @@ def test_a_budget_is_exactly_one_of_three():
         ({"max_size": 0}, "--max-size must be at least 1 byte, but got 0"),
     ],
 )
-def test_budgets_that_make_no_sense(wrong, words):
+def test_budgets_that_are_invalid(wrong, words):
     with pytest.raises(UsageError, match=words):
         Budget(**wrong)
 
@@ -60,7 +60,7 @@ def test_a_budget_prints_as_it_is_typed(option, text):
 @given(st.floats(1e-9, 1) | st.integers(1, 10**12))
 @example(0.1 + 0.2)
 @example(1e-9)
-def test_what_it_prints_is_read_back(value):
+def test_a_printed_budget_can_be_parsed(value):
     budget = Budget(max_size=value) if isinstance(value, int) else Budget(keep_macs=value)
     option, text = str(budget).split()
     assert Budget.parse(**{option[2:].replace("-", "_"): text}) == budget
@@ -103,14 +103,14 @@ def test_a_budget_that_no_plan_meets_names_the_nearest(budget, nearest, message)
     assert caught.value.exit_code == 3
 
 
-def test_what_lies_outside_the_sites_alone_may_be_too_much():
+def test_a_fixed_cost_above_the_budget_is_refused():
     assert Budget(keep_params=0.3).limit(1000, 300) == 0
     with pytest.raises(ModelError, match="type --keep-params 30.1% or more"):
         Budget(keep_params=0.3).limit(1000, 301)
 
 
 @given(st.integers(1, 10**9), st.data())
-def test_what_it_says_to_type_can_be_met_and_is_near(dense_total, data):
+def test_the_budget_in_the_message_can_be_met_and_is_near(dense_total, data):
     nearest = data.draw(st.integers(1, dense_total))
     for option, budget in (("keep_params", Budget(keep_params=1e-12)), ("max_size", Budget(max_size=1))):
         typed = re.search(r"type --[a-z-]+ (\S+) or more", str(budget.unreachable(dense_total, nearest)))[1]

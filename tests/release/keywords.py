@@ -4,13 +4,14 @@ Writes `keywords.py` into the room of each verb, from the fields of its settings
 files to them.
 """
 
+import re
 import sys
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from rsi_deploy.core.settings.base import Settings, option_of, quantity_of
-from rsi_deploy.core.settings.verbs import ExportConfig
+from rsi_deploy.core.settings.verbs import ExportConfig, SweepConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = '''"""The keywords of `{verb}`, made from the fields of `{config}` by `python -m tests.release.keywords`."""
@@ -30,6 +31,7 @@ IMPORTS = {
 }
 FILES: dict[str, tuple[str, type[Settings]]] = {
     "rsi_deploy/exporting/keywords.py": ("export", ExportConfig),
+    "rsi_deploy/sweeping/keywords.py": ("sweep", SweepConfig),
 }
 
 
@@ -68,7 +70,7 @@ def _code(annotation: Any) -> str:
 
 def _imports(code: str) -> str:
     """Return the imports that the code needs, in ruff's order."""
-    needed = [line for name, line in IMPORTS.items() if name in code.replace("ExportConfig", "")]
+    needed = [line for name, line in IMPORTS.items() if re.search(rf"\b{name}\b", code)]
     groups: dict[int, dict[str, list[str]]] = {0: {}, 1: {}, 2: {}}
     for line in needed:
         module, _, name = line.removeprefix("from ").partition(" import ")

@@ -156,12 +156,18 @@ class Settings(pydantic.BaseModel, frozen=True, extra="forbid"):
         except pydantic.ValidationError as error:
             problem = error.errors()[0]
             option = flag_of(str(problem["loc"][0]))
-            came = "nothing" if problem["type"] == "missing" else repr(problem["input"])
-            raise UsageError(f"{option} must be {_expected(problem)}, but got {came}") from None
+            if problem["type"] == "missing":
+                raise UsageError(f"Missing option '{option}'; add {option} VALUE") from None
+            raise UsageError(f"{option} must be {_expected(problem)}, but got {problem['input']!r}") from None
 
     def chosen(self) -> dict[str, Any]:
         """Return the values that were set, without defaults."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+    def keywords(self, *, without: type["Settings"] | None = None) -> dict[str, Any]:
+        """Return every value by name, but those that `without` knows, too."""
+        left_out = () if without is None else without.model_fields
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in left_out}
 
     def part(self, other: type["Settings"]) -> dict[str, Any]:
         """Return the values that were set and that `other` knows, too."""
@@ -210,7 +216,6 @@ def annotations(field: pydantic.fields.FieldInfo) -> Iterator[Any]:
 def _expected(problem: Any) -> str:
     """Return what was expected, in words."""
     words = {
-        "missing": "set",
         "greater_than_equal": "at least {ge:g}",
         "greater_than": "above {gt:g}",
         "less_than_equal": "at most {le:g}",

@@ -93,7 +93,7 @@ class RankConfig(Settings, panel="Size"):
     rank_multiple: int = setting(1, "Under a budget: ranks are multiples of this number.", ge=1)
 
 
-class CalibrationConfig(Settings, panel="Calibration"):
+class SamplesConfig(Settings, panel="Calibration"):
     """The unlabelled data that factors are fitted to."""
 
     calib: DataSource = setting(
@@ -102,6 +102,11 @@ class CalibrationConfig(Settings, panel="Calibration"):
         option=FIRST | {"keyword": f"str | Path | Dataset | {ARRAYS} | None"},
     )
     calib_size: int = setting(1024, "Most calibration samples.", ge=1)
+
+
+class CalibrationConfig(SamplesConfig, panel="Calibration"):
+    """How the data are used."""
+
     factors: Literal["response", "weights"] = setting(
         "response", "With --calib: fit the factors to the data, or use the paper's plain method."
     )
@@ -143,15 +148,20 @@ class SiteConfig(Settings, panel="Sites"):
     exclude: Texts = setting((), "Sites that stay dense; repeatable.", option={"metavar": "GLOB"})
 
 
-class SplitConfig(Settings, panel="Sites"):
-    """How sites are split."""
+class JointConfig(Settings, panel="Sites"):
+    """Whether sites share factors."""
 
-    always_split: bool = setting(False, "Split also where nothing is saved, and never jointly (teaching, tests).")
     joint: bool = setting(
         True,
         "Let weights of the same input (q, k, v) share one right factor.",
         option={"off": "Let no weights of the same input (q, k, v) share a right factor."},
     )
+
+
+class SplitConfig(JointConfig, panel="Sites"):
+    """How sites are split."""
+
+    always_split: bool = setting(False, "Split also where nothing is saved, and never jointly (teaching, tests).")
 
 
 class SeedConfig(Settings, panel="Kernel"):
@@ -184,7 +194,16 @@ class SolverConfig(SeedConfig, panel="Kernel"):
     )
 
 
-class CostConfig(Settings, panel="Latency"):
+class SpeedConfig(Settings, panel="Latency"):
+    """Whether splits must be faster, as measured."""
+
+    cost_budget: Seconds = setting(240.0, "Time for a cost table that is measured.")
+    allow_slower: bool = setting(
+        False, "Split also where that is not measured faster; deliver the model however fast it is."
+    )
+
+
+class CostConfig(SpeedConfig, panel="Latency"):
     """Measured times that the planner uses."""
 
     cost: FileName | None = setting(
@@ -193,20 +212,11 @@ class CostConfig(Settings, panel="Latency"):
     allow_cost_mismatch: bool = setting(
         False, "Accept a --cost of another machine: plan for that machine and measure nothing."
     )
-    cost_budget: Seconds = setting(240.0, "Time for a cost table that is measured.")
-    allow_slower: bool = setting(
-        False, "Split also where that is not measured faster; deliver the model however fast it is."
-    )
 
 
-class MeasureConfig(Settings, panel="Measuring"):
-    """How latency is measured."""
+class RuntimeConfig(Settings, panel="Measuring"):
+    """How onnxruntime runs the model."""
 
-    measure: bool = setting(
-        True, "Measure latency.", option=FIRST | {"flag": "--bench", "off": "Do not measure latency."}
-    )
-    bench_batch: int = setting(1, "Samples of a call.", ge=1)
-    bench_seconds: float = setting(10.0, "Time for the measurement, in seconds.", gt=0)
     provider: str = setting(
         "cpu",
         "onnxruntime provider with options: cpu:threads=2,spinning=off, cuda:use_tf32=0, ...",
@@ -215,12 +225,27 @@ class MeasureConfig(Settings, panel="Measuring"):
     threads: int | None = setting(None, "onnxruntime threads. [default: onnxruntime's choice]", ge=1)
 
 
-class BundleConfig(Settings, panel="Bundle"):
+class MeasureConfig(RuntimeConfig, panel="Measuring"):
+    """How latency is measured."""
+
+    measure: bool = setting(
+        True, "Measure latency.", option=FIRST | {"flag": "--bench", "off": "Do not measure latency."}
+    )
+    bench_batch: int = setting(1, "Samples of a call.", ge=1)
+    bench_seconds: float = setting(10.0, "Time for the measurement, in seconds.", gt=0)
+
+
+class GrowthConfig(Settings, panel="Bundle"):
+    """What is done with a model that is larger than the dense one."""
+
+    allow_larger: bool = setting(False, "Deliver the model even where it is larger than the dense one.")
+
+
+class BundleConfig(GrowthConfig, panel="Bundle"):
     """What the bundle holds, and when it is refused."""
 
     opset: int | None = setting(
         None, "Opset of the ONNX model. [default: an ONNX file's own; 23 with attention, else 20]"
     )
     max_output_error: float | None = setting(None, "Gate: relative error of the outputs (exit 4).", ge=0)
-    allow_larger: bool = setting(False, "Deliver the model even where it is larger than the dense one.")
     keep_dense: bool = setting(False, "Keep dense.onnx in the bundle.")

@@ -24,17 +24,24 @@ from onnx import ModelProto
 from torch import Tensor
 
 import graph_passes as gp
-from rsi_deploy.calibration.accumulator import Gathered
-from rsi_deploy.calibration.activations import CalibratedSite, Distance, Metric, Replacement, RowCounts, output_distance
+from rsi_deploy.calibration.accumulator import SiteAccumulator
+from rsi_deploy.calibration.activations import (
+    CalibratedSite,
+    Distance,
+    OutputSensitivity,
+    Replacement,
+    RowCounts,
+    output_distance,
+)
 from rsi_deploy.calibration.live_values import LiveValues
 from rsi_deploy.calibration.moments import Moments, Samples
-from rsi_deploy.calibration.output_sensitivity import metrics_or_none
+from rsi_deploy.calibration.output_sensitivity import sensitivities_or_empty
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.evaluation.answer_outputs import with_readable_output
 from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.onnx_models.calibration.check_samples import CheckSamples
 from rsi_deploy.onnx_models.calibration.dense_pass import Survey
-from rsi_deploy.onnx_models.calibration.gradients import output_metrics
+from rsi_deploy.onnx_models.calibration.gradients import output_sensitivities
 from rsi_deploy.onnx_models.calibration.paired_passes import TwoStreams
 from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, reach
 from rsi_deploy.onnx_models.calibration.row_sampling import Readings, axes_of, in_order, padding_mask
@@ -83,7 +90,7 @@ class OnnxStreams:
         seed: int = 0,
         compensate: bool = True,
         before_ids: bool = False,
-        metrics: Mapping[str, Metric] | None = None,
+        sensitivities: Mapping[str, OutputSensitivity] | None = None,
     ) -> None:
         self._path, self._feeds = path, feeds
         self._model = with_readable_output(read_proto(path)) if before_ids else read_proto(path)
@@ -93,7 +100,7 @@ class OnnxStreams:
         self._samples, self._seed = samples, seed
         self._checked = CheckSamples(axes_of(self._model), samples)
         self._survey: Survey | None = None
-        self._metrics = functools.cache(self._computed_metrics if metrics is None else lambda: metrics)
+        self._metrics = functools.cache(self._computed_metrics if sensitivities is None else lambda: sensitivities)
         self._reached, self.unreachable = reach(
             self._model, path, wanted=wanted, macs=macs or {}, compensate=compensate
         )
@@ -201,7 +208,7 @@ class OnnxStreams:
             other = self._outputs({r.graph.weight: graph_factors(replacements[r.site.name], r.graph) for r in reached})
         return output_distance(self._dense_outputs, other)
 
-    def metrics(self) -> Mapping[str, Metric]:
+    def sensitivities(self) -> Mapping[str, OutputSensitivity]:
         """See `ModelActivations`; computed once. None where torch does not know an operator behind the sites.
 
         They are the metrics of all sites, also in `only`: a plan is then fitted to the same numbers as the export that
@@ -209,9 +216,9 @@ class OnnxStreams:
         """
         return self._metrics()
 
-    def _computed_metrics(self) -> Mapping[str, Metric]:
-        return metrics_or_none(
-            lambda: output_metrics(
+    def _computed_metrics(self) -> Mapping[str, OutputSensitivity]:
+        return sensitivities_or_empty(
+            lambda: output_sensitivities(
                 self._program,
                 self._path,
                 self._reached,
@@ -225,7 +232,7 @@ class OnnxStreams:
     def _in_order(self) -> Iterator[Reached]:
         return (self._reached[node.output[0]] for wave in self._program.waves for node in wave.sites)
 
-    def _result(self, r: Reached, gathered: dict[str, Gathered]) -> Moments | Samples | None:
+    def _result(self, r: Reached, gathered: dict[str, SiteAccumulator]) -> Moments | Samples | None:
         gathering = gathered.pop(r.graph.output)
         self._rows[r.site.name] = gathering.rows
         if not gathering.rows:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from onnx import NodeProto
 
 import graph_passes as gp
-from rsi_deploy.calibration.accumulator import WAITING, Gathered
+from rsi_deploy.calibration.accumulator import BUFFER_SIZE, SiteAccumulator
 from rsi_deploy.calibration.activations import Replacement
 from rsi_deploy.calibration.live_values import LiveValues
 from rsi_deploy.calibration.moments import GRAM_LIMIT
@@ -80,7 +80,7 @@ class Survey:
                 self._all += 1
             self._looked_at.append(number)
 
-    def advance(self, wave: Wave) -> dict[str, Gathered]:
+    def advance(self, wave: Wave) -> dict[str, SiteAccumulator]:
         """Run the next wave and return the moments that its sites gather.
 
         Raises:
@@ -89,7 +89,7 @@ class Survey:
         self._close()
         self._done += 1
         here = [self._reached[node.output[0]] for node in wave.sites]
-        gathered = {r.graph.output: Gathered(r.site, WAITING) for r in here}
+        gathered = {r.graph.output: SiteAccumulator(r.site, BUFFER_SIZE) for r in here}
         weights = {r.graph.output: weight_of(r) for r in here if r.site.in_features > GRAM_LIMIT}
         nodes = [*wave.nodes, *wave.sites]
         with Segment(self._program, self._path, nodes, taps_of(here), wave.alive, provider=self._provider) as run:

@@ -19,8 +19,8 @@ from onnx import NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
 from graph_passes import RowOrder
-from rsi_deploy.calibration.activations import Metric
-from rsi_deploy.calibration.output_sensitivity import NoMetricError, OutputMetric
+from rsi_deploy.calibration.activations import OutputSensitivity
+from rsi_deploy.calibration.output_sensitivity import NoSensitivityError, SensitivityAccumulator
 from rsi_deploy.core.arrays import as_torch
 from rsi_deploy.core.progress import at
 from rsi_deploy.onnx_models.calibration.operators import FIRST_OPSET, operator
@@ -37,7 +37,7 @@ Feeds = Mapping[str, Array]
 FLOATING = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 
 
-def output_metrics(
+def output_sensitivities(
     program: Program,
     path: Path,
     reached: Mapping[str, Reached],
@@ -46,8 +46,8 @@ def output_metrics(
     samples: int,
     provider: str,
     seed: int,
-) -> dict[str, Metric]:
-    """Return metrics by the names of sites; sites that do not reach the output have none.
+) -> dict[str, OutputSensitivity]:
+    """Return sensitivities by the names of sites; sites that do not reach the output have none.
 
     Args:
         program: the dense model.
@@ -59,10 +59,10 @@ def output_metrics(
         seed: random seed for the probes.
 
     Raises:
-        NoMetricError: gradients do not pass, or take too much memory.
+        NoSensitivityError: gradients do not pass, or take too much memory.
     """
     if any(entry.version < FIRST_OPSET for entry in program.model.opset_import if entry.domain in ("", "ai.onnx")):
-        raise NoMetricError(f"the model is of an opset before {FIRST_OPSET}")
+        raise NoSensitivityError(f"the model is of an opset before {FIRST_OPSET}")
     nodes = [node for node in program.model.graph.node if not set(node.output) & program.constants.keys()]
     behind = _behind(nodes, reached)
     known = {name for node in behind for name in node.output}
@@ -70,26 +70,26 @@ def output_metrics(
     outputs = program.model.graph.output
     end = next((v.name for v in outputs if v.name in known and v.type.tensor_type.elem_type in FLOATING), None)
     if end is None:
-        raise NoMetricError("no floating output depends on a site")
-    metric = OutputMetric({r.site.name: r.site for r in reached.values()}, samples, seed=seed)
+        raise NoSensitivityError("no floating output depends on a site")
+    accumulator = SensitivityAccumulator({r.site.name: r.site for r in reached.values()}, samples, seed=seed)
     replay = _Replay(_ancestors(behind, end), reached, end)
-    weights = _weights(program, path, replay.reads, metric)
+    weights = _weights(program, path, replay.reads, accumulator)
     own = [*needed_constants(program, replay.nodes), *ahead]
     axes = axes_of(program.model)
     with Segment(program, path, own, Taps(), replay.reads, provider=provider) as run:
         for batch in batches:
-            at("gradients of the output", metric.seen, samples)
-            for piece, numbers in _pieces(batch, metric, axes):
+            at("gradients of the output", accumulator.seen, samples)
+            for piece, numbers in _pieces(batch, accumulator, axes):
                 values = {name: _tensor(piece[name]) for name in replay.reads & piece.keys()}
                 if run.outputs:
                     values |= {name: _tensor(value) for name, value in run(piece).items()}
-                with metric.keeping(axes.samples(piece), weights.values()):
+                with accumulator.bounded_gradients(axes.samples(piece), weights.values()):
                     z, taps = replay(weights | values)
                     mask = padding_mask(piece)
                     if mask is not None and z.ndim > 2 and z.shape[:2] == mask.shape:
                         z = z[torch.from_numpy(mask)]
-                metric.listen(z, taps, numbers)
-    return metric.result()
+                accumulator.add_gradients(z, taps, numbers)
+    return accumulator.result()
 
 
 class _Replay:
@@ -157,10 +157,10 @@ def _ancestors(nodes: Sequence[NodeProto], end: str) -> list[NodeProto]:
     return found[::-1]
 
 
-def _weights(program: Program, path: Path, names: set[str], metric: OutputMetric) -> dict[str, Tensor]:
+def _weights(program: Program, path: Path, names: set[str], accumulator: SensitivityAccumulator) -> dict[str, Tensor]:
     """Return the initializers of these names; their memory is reserved."""
     tensors = [tensor for tensor in program.model.graph.initializer if tensor.name in names]
-    metric.take(sum(4 * int(np.prod(tensor.dims)) for tensor in tensors))
+    accumulator.reserve(sum(4 * int(np.prod(tensor.dims)) for tensor in tensors))
     return {tensor.name: _tensor(numpy_helper.to_array(tensor, str(path.parent))) for tensor in tensors}
 
 
@@ -170,13 +170,13 @@ def _tensor(value: Any) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _pieces(batch: Feeds, metric: OutputMetric, axes: BatchAxes) -> Iterator[tuple[Feeds, list[int]]]:
+def _pieces(batch: Feeds, accumulator: SensitivityAccumulator, axes: BatchAxes) -> Iterator[tuple[Feeds, list[int]]]:
     """Yield the chosen samples of a batch in pieces, with their numbers; a batch of fixed size whole."""
-    count, begin = axes.samples(batch), metric.seen
-    at = metric.chosen(count)
+    count, begin = axes.samples(batch), accumulator.seen
+    at = accumulator.choose(count)
     if axes.fixed is not None:
         if len(at):
             yield batch, list(range(begin, begin + count))
         return
-    for part in metric.pieces(len(at)):
+    for part in accumulator.pieces(len(at)):
         yield axes.cut(batch, at[part]), [begin + int(n) for n in at[part]]

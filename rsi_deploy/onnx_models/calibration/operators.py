@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
 
 import graph_passes as gp
-from rsi_deploy.calibration.output_sensitivity import NoMetricError
+from rsi_deploy.calibration.output_sensitivity import NoSensitivityError
 
 Attributes = Mapping[str, Any]
 Operator = Callable[..., Tensor | Sequence[Tensor]]
@@ -26,7 +26,7 @@ def operator(node: NodeProto) -> Callable[..., Sequence[Tensor]]:
     """Return a function that computes the outputs of a node from its inputs (None for one that is left out).
 
     Raises:
-        NoMetricError: the operator is not known here; a call also raises it for an unknown setting.
+        NoSensitivityError: the operator is not known here; a call also raises it for an unknown setting.
     """
     splitter = gp.find_pass(node.domain, node.op_type)
     known: Operator | None = None
@@ -35,7 +35,7 @@ def operator(node: NodeProto) -> Callable[..., Sequence[Tensor]]:
     elif node.domain in ("", "ai.onnx"):
         known = _OPERATORS.get(node.op_type)
     if known is None:
-        raise NoMetricError(f"gradients do not pass {node.op_type} (node {node.name!r})")
+        raise NoSensitivityError(f"gradients do not pass {node.op_type} (node {node.name!r})")
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     count = sum(bool(name) for name in node.output)
 
@@ -54,7 +54,7 @@ def _ints(value: Tensor) -> list[int]:
 
 def _require(held: bool, what: str) -> None:
     if not held:
-        raise NoMetricError(f"gradients do not pass {what}")
+        raise NoSensitivityError(f"gradients do not pass {what}")
 
 
 def _attention(a: Attributes, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *more: Any) -> Tensor:

@@ -16,7 +16,7 @@ from onnx import NodeProto
 from torch import Tensor
 
 import graph_passes as gp
-from rsi_deploy.calibration.accumulator import WAITING, Gathered
+from rsi_deploy.calibration.accumulator import BUFFER_SIZE, SiteAccumulator
 from rsi_deploy.calibration.activations import RowCounts
 from rsi_deploy.calibration.live_values import LiveValues
 from rsi_deploy.onnx_models.calibration.reachable_sites import Reached
@@ -83,7 +83,7 @@ class TwoStreams:
     def _batches(self) -> int:
         return len(self._begins) - 1
 
-    def advance(self, wave: Wave, became: Mapping[str, gp.Factors]) -> dict[str, Gathered]:
+    def advance(self, wave: Wave, became: Mapping[str, gp.Factors]) -> dict[str, SiteAccumulator]:
         """Run one wave, with factors in the wave before it, and return the moments that its sites gather.
 
         Raises:
@@ -112,7 +112,7 @@ class TwoStreams:
             wave.alive | again.reads,  # nodes that differ may read values of this wave that do not
             provider=self._provider,
         )
-        gathered = {r.graph.output: Gathered(r.site, WAITING) for r in here}
+        gathered = {r.graph.output: SiteAccumulator(r.site, BUFFER_SIZE) for r in here}
         weights = {r.graph.output: weight_of(r) for r in here if r.graph.output not in self._biases}
         with once, again:
             for number in range(self._batches):

@@ -1,6 +1,6 @@
 """Choose the rows of a batch from which the moments of a site are computed, and the taps that read them.
 
-The total of `moments.rows_for` is spread evenly over the samples. Rows are chosen once a batch from (seed, site,
+The total of `moments.row_limit` is spread evenly over the samples. Rows are chosen once a batch from (seed, site,
 batch): both streams, the response and the value to which it is added are read at the same places. Padding under a mask
 input is no row.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 import graph_passes as gp
 from rsi_deploy.calibration.activations import RowCounts
-from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples, rows_for
+from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples, row_limit
 from rsi_deploy.linalg.solver import stream_seed
 from rsi_deploy.onnx_models.calibration.reachable_sites import Reached
 from rsi_deploy.onnx_models.calibration.rows import Taps, all_patches, chosen, output_size, patch_index
@@ -68,7 +68,7 @@ class Readings:
         for r in group:
             shape = shapes[r.graph.data]
             quota = (
-                (survey_rows if survey else rows_for)(r.site.in_features)
+                (survey_rows if survey else row_limit)(r.site.in_features)
                 * self.axes.samples(batch)
                 / max(self._samples, 1)
             )
@@ -134,7 +134,7 @@ def _row_shape(r: Reached, shape: Sequence[int]) -> tuple[int, ...]:
 
 def survey_rows(in_features: int) -> int:
     """Return how many rows suffice for a choice of ranks: y = W x holds no noise."""
-    return min(rows_for(in_features), max(rows_for(in_features) // 3, 8 * in_features))
+    return min(row_limit(in_features), max(row_limit(in_features) // 3, 8 * in_features))
 
 
 def taps_of(

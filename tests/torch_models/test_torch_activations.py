@@ -1,4 +1,4 @@
-"""`TorchStreams` against brute force: whole inputs by plain hooks, whole patch matrices, real compressed modules."""
+"""`TorchActivations` against brute force: plain hooks, whole patch matrices and real compressed modules."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from rsi_deploy.calibration.moments import Moments, Samples
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.torch_models.calibration import rows as torch_rows
-from rsi_deploy.torch_models.calibration.activations import TorchStreams
+from rsi_deploy.torch_models.calibration.activations import TorchActivations
 from rsi_deploy.torch_models.calibration.rows import find_mask
 from rsi_deploy.torch_models.calibration.trace import staged
 from rsi_deploy.torch_models.compress import find_module_sites, replace_site_
@@ -41,8 +41,8 @@ def batches_of(*shape, count=3):
     return lambda: iter(data)
 
 
-def streams_of(module, batches, **options):
-    return TorchStreams(module, batches, **{"rows": everything, **options})
+def activations_of(module, batches, **options):
+    return TorchActivations(module, batches, **{"rows": everything, **options})
 
 
 def inputs_of(module, path, batches):
@@ -127,20 +127,20 @@ def assert_other_moments(found, expected):
         assert_moments(found, expected)
 
 
-def surveyed(streams):
+def surveyed(activations):
     found = {}
-    streams.survey(lambda site, moments: found.update({site.name: moments}))
+    activations.survey(lambda site, moments: found.update({site.name: moments}))
     return found
 
 
-def sequenced(streams, become=lambda site, moments: None):
+def sequenced(activations, become=lambda site, moments: None):
     found = {}
 
     def visit(site, moments):
         found[site.name] = moments
         return become(site, moments)
 
-    streams.sequence(visit)
+    activations.sequence(visit)
     return found
 
 
@@ -207,8 +207,8 @@ def mlp():
 @pytest.mark.parametrize("case", CONVS)
 def test_a_survey_of_convolutions_is_that_of_all_patches(case):
     module, batches = conv_net(case)
-    streams = streams_of(module, batches)
-    found = surveyed(streams)
+    activations = activations_of(module, batches)
+    found = surveyed(activations)
     assert list(found) == ["0", "2"]
     for name, moments in found.items():
         assert_moments(moments, dense_moments(module, name, batches))
@@ -216,13 +216,13 @@ def test_a_survey_of_convolutions_is_that_of_all_patches(case):
     if x.shape[-1] > 1:
         wrong = x.flip(-1)  # the columns in another order
         assert_other_moments(found["0"], expected_moments(wrong, x @ weight_of(module[0]).mT))
-    assert streams.sites[0].forms == find_module_sites(module)[0].forms
+    assert activations.sites[0].forms == find_module_sites(module)[0].forms
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6), (2, 3, 5, 6)], ids=str)
 def test_a_survey_of_linears_is_that_of_all_rows(shape):
     module, batches = mlp(), batches_of(*shape)
-    found = surveyed(streams_of(module, batches))
+    found = surveyed(activations_of(module, batches))
     assert list(found) == ["0", "2", "4"]
     for name, moments in found.items():
         assert_moments(moments, dense_moments(module, name, batches))
@@ -232,7 +232,7 @@ def test_a_survey_of_linears_is_that_of_all_rows(shape):
 def test_a_survey_of_a_transformers_conv1d():
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     module, batches = nn.Sequential(conv1d(9, 6)).eval(), batches_of(2, 5, 6)
-    ((_, moments),) = surveyed(streams_of(module, batches)).items()
+    ((_, moments),) = surveyed(activations_of(module, batches)).items()
     x = torch.cat([x.reshape(1, -1, 6) for (x,) in batches()], dim=1)
     assert_moments(moments, expected_moments(x, x @ module[0].weight.detach()))
 
@@ -240,11 +240,11 @@ def test_a_survey_of_a_transformers_conv1d():
 @pytest.mark.parametrize("case", ["1d", "2d grouped", "3d"])
 def test_pieces_change_nothing(case, monkeypatch):
     module, batches = conv_net(case)
-    whole = surveyed(streams_of(module, batches))
+    whole = surveyed(activations_of(module, batches))
     monkeypatch.setattr(torch_rows, "PIECE_BYTES", 1)
-    for name, moments in surveyed(streams_of(module, batches)).items():
+    for name, moments in surveyed(activations_of(module, batches)).items():
         assert_moments(moments, whole[name])
-    for name, moments in sequenced(streams_of(module, batches)).items():
+    for name, moments in sequenced(activations_of(module, batches)).items():
         assert_moments(moments, whole[name])
 
 
@@ -252,9 +252,9 @@ def test_little_memory_takes_more_runs_and_finds_the_same():
     module, batches = mlp(), batches_of(4, 6)
     runs = []
     module[0].register_forward_pre_hook(lambda *_: runs.append(0))
-    one = surveyed(streams_of(module, batches))
+    one = surveyed(activations_of(module, batches))
     assert len(runs) == 1 + 3  # a trace, and a run of every batch
-    found = surveyed(streams_of(module, batches, memory=1))
+    found = surveyed(activations_of(module, batches, memory=1))
     assert len(runs) == 4 + 1 + 3 * 3
     assert list(found) == list(one)
     for name, moments in found.items():
@@ -265,20 +265,20 @@ def test_runs_stop_behind_the_last_site_wanted():
     module, batches = mlp(), batches_of(4, 6)
     runs = []
     module[4].register_forward_pre_hook(lambda *_: runs.append(0))
-    streams = streams_of(module, batches, memory=1)
+    activations = activations_of(module, batches, memory=1)
     before = len(runs)
-    surveyed(streams)
+    surveyed(activations)
     assert len(runs) - before == 3  # its own
 
 
 def test_wide_sites_keep_their_rows():
     module, batches = nn.Sequential(nn.Linear(8200, 3)).eval(), batches_of(5, 8200)
-    found = surveyed(TorchStreams(module, batches))["0"]
+    found = surveyed(TorchActivations(module, batches))["0"]
     assert isinstance(found, Samples)
     x = torch.cat([x for (x,) in batches()])
     torch.testing.assert_close(found.x[0], x)
     torch.testing.assert_close(found.y[0], x @ module[0].weight.detach().T, rtol=1e-4, atol=1e-4)
-    again = sequenced(TorchStreams(module, batches))["0"]
+    again = sequenced(TorchActivations(module, batches))["0"]
     torch.testing.assert_close(again.x, found.x)
     torch.testing.assert_close(again.y, found.y)
 
@@ -288,7 +288,7 @@ def test_wide_sites_keep_their_rows():
 def test_rows_stay_under_their_number_and_depend_on_the_seed_alone(case, rows):
     module, batches = conv_net(case)
     found, again, other = (
-        surveyed(streams_of(module, batches, rows=lambda _: rows, seed=seed, wanted=wanted))
+        surveyed(activations_of(module, batches, rows=lambda _: rows, seed=seed, wanted=wanted))
         for seed, wanted in ((0, lambda _: True), (0, lambda name: name == "0"), (1, lambda _: True))
     )
     whole = dense_moments(module, "0", batches)
@@ -312,7 +312,7 @@ def test_other_rows_are_taken_of_every_batch_and_call(calls, count):
             return [self.fc(x) for _ in range(calls)]
 
     x = torch.randn(1, 50, 6)
-    found = surveyed(streams_of(Again().eval(), lambda: iter([(x,)] * count), rows=lambda _: 8))["fc"]
+    found = surveyed(activations_of(Again().eval(), lambda: iter([(x,)] * count), rows=lambda _: 8))["fc"]
     assert found.rows == 8
     assert torch.linalg.matrix_rank(found.xx[0], rtol=1e-6) == 6  # one row four times would leave 3 at most
 
@@ -320,7 +320,7 @@ def test_other_rows_are_taken_of_every_batch_and_call(calls, count):
 def test_rows_of_a_part_are_an_honest_part():
     module = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)).eval()
     data = [(torch.randn(8, 3, 16, 16),) for _ in range(4)]
-    found = surveyed(TorchStreams(module, lambda: iter(data), rows=lambda _: 4000))["0"]
+    found = surveyed(TorchActivations(module, lambda: iter(data), rows=lambda _: 4000))["0"]
     whole = dense_moments(module, "0", lambda: iter(data))
     assert found.rows == 4 * 8 * 125
     assert (found.xx[0] - whole.xx[0]).norm() < 0.2 * whole.xx[0].norm()
@@ -339,13 +339,13 @@ def test_a_weight_used_twice_is_surveyed_in_both_places():
 
     module, batches = Twice().eval(), batches_of(4, 6)
     x = torch.cat([x for path in "ab" for x, _ in inputs_of(module, path, batches)])[None]
-    streams = streams_of(module, batches)
+    activations = activations_of(module, batches)
     expected = expected_moments(x, x @ module.a.weight.detach().T)
-    assert_moments(surveyed(streams)["a"], expected)
-    assert_moments(sequenced(streams)["a"], expected)
-    assert_other_moments(surveyed(streams)["a"], dense_moments(module, "a", batches))
-    assert [site.name for site in streams.sites] == ["a"]
-    assert streams.sites[0].macs == 2 * 36
+    assert_moments(surveyed(activations)["a"], expected)
+    assert_moments(sequenced(activations)["a"], expected)
+    assert_other_moments(surveyed(activations)["a"], dense_moments(module, "a", batches))
+    assert [site.name for site in activations.sites] == ["a"]
+    assert activations.sites[0].macs == 2 * 36
 
 
 # -- sites
@@ -363,22 +363,25 @@ def test_sites_stand_in_execution_order_with_what_they_cost():
         def forward(self, x):
             return self.last(self.conv(self.up(x)).mean((-2, -1)))
 
-    streams: ModelActivations = streams_of(Backwards().eval(), batches_of(2, 2, 7, 6))
-    conv, last = streams.sites
+    activations: ModelActivations = activations_of(Backwards().eval(), batches_of(2, 2, 7, 6))
+    conv, last = activations.sites
     assert (conv.name, conv.kind, conv.groups, conv.out_features, conv.in_features) == ("conv", "Conv2d", 2, 4, 18)
     assert (conv.kernel, conv.strides, conv.forms) == ((3, 3), (2, 1), ("channel", "input", "separable"))
     assert conv.macs == 3 * 4 * 8 * 18
     assert (last.name, last.macs, last.forms, last.item_bytes) == ("last", 40, ("matmul",), 4)
-    assert streams.unreachable == {"up": "ConvTranspose is not split", "idle": "never executed on the calibration data"}
+    assert activations.unreachable == {
+        "up": "ConvTranspose is not split",
+        "idle": "never executed on the calibration data",
+    }
     assert conv.load().shape == (2, 4, 18)
 
 
 def test_what_is_not_wanted_is_not_looked_at():
     module = mlp()
     module[2].weight.data[0, 0] = math.nan
-    streams = streams_of(module, batches_of(4, 6), wanted=lambda name: name == "0")
-    assert [site.name for site in streams.sites] == ["0"]
-    assert list(surveyed(streams)) == list(sequenced(streams)) == ["0"]
+    activations = activations_of(module, batches_of(4, 6), wanted=lambda name: name == "0")
+    assert [site.name for site in activations.sites] == ["0"]
+    assert list(surveyed(activations)) == list(sequenced(activations)) == ["0"]
 
 
 def test_stages_are_few_and_keep_together_what_reads_one_tensor():
@@ -398,16 +401,16 @@ def test_stages_are_few_and_keep_together_what_reads_one_tensor():
 @pytest.mark.parametrize("case", ["1d", "2d grouped", "2d strided", "3d"])
 def test_a_sequence_of_dense_sites_is_the_survey(case, stages):
     module, batches = conv_net(case)
-    streams = streams_of(module, batches, stages=stages)
-    found = sequenced(streams)
+    activations = activations_of(module, batches, stages=stages)
+    found = sequenced(activations)
     assert list(found) == ["0", "2"]
     for name, moments in found.items():
         assert_moments(moments, dense_moments(module, name, batches))
 
 
-def assert_feels(streams, module, batches, replaced, later, replacement):
+def assert_feels(activations, module, batches, replaced, later, replacement):
     """The `later` site reads what it does in the really compressed module, and answers the dense one."""
-    found = sequenced(streams, lambda site, _: replacement if site.name == replaced else None)
+    found = sequenced(activations, lambda site, _: replacement if site.name == replaced else None)
     layer, other = module.get_submodule(later), really(module, {replaced: replacement})
     x = torch.cat([rows_of(layer, x) for x, _ in inputs_of(module, later, batches)], dim=1)
     now = torch.cat([rows_of(layer, x) for x, _ in inputs_of(other, later, batches)], dim=1)
@@ -422,15 +425,17 @@ def assert_feels(streams, module, batches, replaced, later, replacement):
 )
 def test_a_replaced_conv_is_felt_by_the_next_as_in_a_compressed_module(case, form):
     module, batches = conv_net(case)
-    streams = streams_of(module, batches)
-    assert_feels(streams, module, batches, "0", "2", replacement_of(module, "0", form=form))
+    activations = activations_of(module, batches)
+    assert_feels(activations, module, batches, "0", "2", replacement_of(module, "0", form=form))
 
 
 def test_a_replaced_linear_is_felt_by_the_next_but_not_in_its_own_stage():
     module, batches = mlp(), batches_of(2, 3, 6)
     replacement = replacement_of(module, "0")
-    assert_feels(streams_of(module, batches), module, batches, "0", "2", replacement)
-    found = sequenced(streams_of(module, batches, stages=1), lambda site, _: replacement if site.name == "0" else None)
+    assert_feels(activations_of(module, batches), module, batches, "0", "2", replacement)
+    found = sequenced(
+        activations_of(module, batches, stages=1), lambda site, _: replacement if site.name == "0" else None
+    )
     assert_moments(found["2"], dense_moments(module, "2", batches))
 
 
@@ -439,7 +444,7 @@ def test_rows_of_both_streams_are_at_the_same_places():
     module, batches = mlp(), batches_of(2, 30, 6)
     full = replacement_of(module, "0", rank=6, bias=0.0)
     found = sequenced(
-        streams_of(module, batches, rows=lambda _: 60), lambda site, _: full if site.name == "0" else None
+        activations_of(module, batches, rows=lambda _: 60), lambda site, _: full if site.name == "0" else None
     )["2"]
     assert found.rows == 60
     torch.testing.assert_close(found.yx, weight_of(module[2]).double() @ found.xx, rtol=1e-3, atol=1e-4)
@@ -449,7 +454,7 @@ def test_rows_of_both_streams_are_at_the_same_places():
 def test_a_replacement_that_does_not_fit_is_refused():
     module, batches = conv_net("2d grouped")
     good = replacement_of(module, "0")
-    streams = streams_of(module, batches)
+    activations = activations_of(module, batches)
     for wrong in (
         good._replace(form="matmul"),
         good._replace(form="input"),
@@ -458,10 +463,10 @@ def test_a_replacement_that_does_not_fit_is_refused():
         good._replace(bias=good.bias.reshape(-1)),
     ):
         with pytest.raises(ValueError, match="site '0'"):
-            streams.distance({"0": wrong})
+            activations.distance({"0": wrong})
     with pytest.raises(ValueError, match="no such site"):
-        streams.distance({"nonsense": good})
-    assert streams.distance({"0": good}).relative > 0
+        activations.distance({"nonsense": good})
+    assert activations.distance({"0": good}).relative > 0
 
 
 # -- padding
@@ -483,16 +488,16 @@ def padded_tokens(width=6, left=False):
 def test_padding_is_no_row(left, kind):
     module, batches = Tokens().eval(), padded_tokens(left=left)
     data = [(x, mask.to(kind)) for x, mask in batches()]
-    streams = streams_of(module, lambda: iter(data), mask=1 if left else None)
+    activations = activations_of(module, lambda: iter(data), mask=1 if left else None)
     kept = [(x[mask == 1],) for x, mask in batches()]
-    for found in (surveyed(streams), sequenced(streams)):
+    for found in (surveyed(activations), sequenced(activations)):
         for name, moments in found.items():
             assert_moments(moments, dense_moments(module, name, lambda: iter(kept)))
             assert_other_moments(moments, dense_moments(module, name, batches))
-    part = surveyed(streams_of(module, lambda: iter(data), mask=1, rows=lambda _: 6))["up"]
+    part = surveyed(activations_of(module, lambda: iter(data), mask=1, rows=lambda _: 6))["up"]
     assert part.rows == 6
     for wrong in ({"mask": 0}, {"mask": 7}, {"mask": None} if left else {"mask": 0}):
-        assert surveyed(streams_of(module, lambda: iter(data), **wrong))["up"].rows == 27
+        assert surveyed(activations_of(module, lambda: iter(data), **wrong))["up"].rows == 27
 
 
 def test_what_is_taken_for_a_mask():
@@ -511,9 +516,9 @@ def test_padding_is_left_out_of_the_distance():
     with torch.no_grad():
         z, w = (torch.cat([m(x)[mask == 1] for x, mask in batches()]) for m in (module, other))
     expected = float((z - w).square().sum() / (z - z.mean(0)).square().sum())
-    found = streams_of(module, batches).distance(replacements)
+    found = activations_of(module, batches).distance(replacements)
     assert found == (pytest.approx(expected, rel=1e-4), None)
-    assert streams_of(module, batches, mask=0).distance(replacements).relative != pytest.approx(expected, rel=1e-4)
+    assert activations_of(module, batches, mask=0).distance(replacements).relative != pytest.approx(expected, rel=1e-4)
 
 
 # -- compensation
@@ -597,7 +602,7 @@ PLAIN = {
 def branch_targets(module, batches, replacement, compensate):
     """Moments found at the branch; expected with and without what the stream lost."""
     found = sequenced(
-        streams_of(module, batches, compensate=compensate),
+        activations_of(module, batches, compensate=compensate),
         lambda site, _: replacement if site.name == "first" else None,
     )["branch"]
     other, layer = really(module, {"first": replacement}), module.branch
@@ -645,7 +650,7 @@ def test_where_two_sites_meet_the_later_one_makes_up_for_the_earlier_one():
 
     module, batches = Two().eval(), batches_of(4, 6)
     replacements = {name: replacement_of(module, name) for name in ("first", "early")}
-    found = sequenced(streams_of(module, batches), lambda site, _: replacements.get(site.name))
+    found = sequenced(activations_of(module, batches), lambda site, _: replacements.get(site.name))
     nets = module, really(module, {"first": replacements["first"]}), really(module, replacements)
     early, late = ([torch.cat([x for x, _ in inputs_of(n, p, batches)])[None] for n in nets] for p in ("early", "late"))
     outputs = [torch.cat([y for _, y in inputs_of(n, "early", batches)])[None] for n in nets]
@@ -662,7 +667,7 @@ def test_an_addition_that_a_batch_does_not_bring():
     data = [(torch.randn(n, 6),) for n in (4, 2, 3)]
     replacement = replacement_of(module, "first")
     found = sequenced(
-        streams_of(module, lambda: iter(data)), lambda site, _: replacement if site.name == "first" else None
+        activations_of(module, lambda: iter(data)), lambda site, _: replacement if site.name == "first" else None
     )
     other = really(module, {"first": replacement})
     (x, now), (stream, left) = (
@@ -689,7 +694,9 @@ def test_rows_that_go_another_way_in_the_compressed_network_are_left_out():
     module = Routed().eval()
     data = [(torch.randn(n, 6),) for n in (20, 2)]
     bias = replacement_of(module, "first", rank=6, bias=9.0)  # now all of them are above zero
-    found = sequenced(streams_of(module, lambda: iter(data)), lambda site, _: bias if site.name == "first" else None)
+    found = sequenced(
+        activations_of(module, lambda: iter(data)), lambda site, _: bias if site.name == "first" else None
+    )
     assert found["first"].rows == 22
     assert found["expert"].rows == 2
 
@@ -707,7 +714,7 @@ def test_a_tensor_changed_in_place_is_another_one():
 
     module, batches = Grows().eval(), batches_of(4, 6)
     replacement = replacement_of(module, "early")
-    assert_feels(streams_of(module, batches), module, batches, "early", "late", replacement)
+    assert_feels(activations_of(module, batches), module, batches, "early", "late", replacement)
 
 
 # -- attention
@@ -720,25 +727,25 @@ def encoder():
 
 def test_attentions_are_seen_from_within():
     module, batches = encoder(), batches_of(2, 5, 8)
-    streams = streams_of(module, batches)
+    activations = activations_of(module, batches)
     within = ("self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2")
     names = [f"layers.{i}.{name}" for i in (0, 1) for name in within]
-    assert [site.name for site in streams.sites] == names
-    assert streams.unreachable == {}
-    found = surveyed(streams)
+    assert [site.name for site in activations.sites] == names
+    assert activations.unreachable == {}
+    found = surveyed(activations)
     read = torch.cat([x.reshape(1, -1, 8) for (x,) in batches()], 1)
     weight = module.layers[0].self_attn.in_proj_weight.detach()
     assert_moments(found[names[0]], expected_moments(read, read @ weight.T))
     replacements = {name: replacement_of(module, name, rank=2) for name in names[:2]}
     other = really(module, replacements)
-    felt = sequenced(streams, lambda site, _: replacements.get(site.name))
+    felt = sequenced(activations, lambda site, _: replacements.get(site.name))
     now = torch.cat([x for x, _ in inputs_of(other, "layers.0.linear1", batches)], 1).reshape(1, -1, 8)
     torch.testing.assert_close(felt[names[2]].mean_x, now.double().mean(1), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         z, w = (torch.cat([net(x) for (x,) in batches()]) for net in (module, other))
     expected = float((z - w).square().sum() / (z - z.mean(0)).square().sum())
-    assert streams.distance(replacements).relative == pytest.approx(expected, rel=1e-3)
-    assert streams.distance({}).relative < 1e-9
+    assert activations.distance(replacements).relative == pytest.approx(expected, rel=1e-3)
+    assert activations.distance({}).relative < 1e-9
 
 
 def test_an_attention_over_something_else_has_no_packed_product():
@@ -750,9 +757,9 @@ def test_an_attention_over_something_else_has_no_packed_product():
         def forward(self, x):
             return self.attention(x, 2 * x, x, need_weights=False)[0]
 
-    streams = streams_of(Cross().eval(), batches_of(2, 5, 8))
-    assert [site.name for site in streams.sites] == ["attention.out_proj"]
-    assert "not one tensor" in streams.unreachable["attention.in_proj_weight"]
+    activations = activations_of(Cross().eval(), batches_of(2, 5, 8))
+    assert [site.name for site in activations.sites] == ["attention.out_proj"]
+    assert "not one tensor" in activations.unreachable["attention.in_proj_weight"]
 
 
 # -- distance
@@ -760,9 +767,9 @@ def test_an_attention_over_something_else_has_no_packed_product():
 
 def test_the_distance_is_that_of_the_really_compressed_module():
     module, batches = mlp(), batches_of(50, 6, count=5)
-    streams, seen = streams_of(module, batches), []
+    activations, seen = activations_of(module, batches), []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    assert streams.distance({}) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
+    assert activations.distance({}) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
     handle.remove()
     x = torch.cat([x for (x,) in batches()])[[50 * batch + 50 * i // 7 for batch in range(5) for i in range(7)]]
     assert [len(x) for x in seen] == [35] * 2  # a seventh of every batch, together
@@ -772,8 +779,8 @@ def test_the_distance_is_that_of_the_really_compressed_module():
             z, w = module(x), really(module, replacements)(x)
         expected = float((z - w).square().sum() / (z - z.mean(0)).square().sum())
         kl = float(F.kl_div(w.log_softmax(1), z.log_softmax(1), log_target=True, reduction="batchmean"))
-        assert streams.distance(replacements) == (pytest.approx(expected, rel=1e-4), pytest.approx(kl, rel=1e-3))
-        assert streams.distance(replacements).relative != pytest.approx(1.1 * expected, rel=1e-4)
+        assert activations.distance(replacements) == (pytest.approx(expected, rel=1e-4), pytest.approx(kl, rel=1e-3))
+        assert activations.distance(replacements).relative != pytest.approx(1.1 * expected, rel=1e-4)
 
 
 class Unit(nn.Module):
@@ -798,18 +805,18 @@ class Unit(nn.Module):
 )
 def test_class_scores_alone_have_a_kl(make, scores):
     module = make().eval()
-    streams = streams_of(module, batches_of(9, 6))
-    name = streams.sites[0].name
-    found = streams.distance({name: replacement_of(module, name)})
+    activations = activations_of(module, batches_of(9, 6))
+    name = activations.sites[0].name
+    found = activations.distance({name: replacement_of(module, name)})
     assert (found.kl is not None) == scores
     assert found.relative > 1e-6
 
 
 def test_samples_of_many_small_batches_are_run_together():
     module, data = mlp(), [(torch.randn(4, 6),) for _ in range(300)]
-    streams, seen = streams_of(module, lambda: iter(data), wanted=lambda name: name == "0"), []
+    activations, seen = activations_of(module, lambda: iter(data), wanted=lambda name: name == "0"), []
     module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    streams.distance({})
+    activations.distance({})
     found = torch.cat(seen[: len(seen) // 2])
     assert torch.equal(found, torch.cat([x[:1] for (x,) in data[::4]])[:75])
     assert [len(x) for x in seen] == [*[4] * 18, 3] * 2
@@ -818,9 +825,9 @@ def test_samples_of_many_small_batches_are_run_together():
 def test_batches_that_cannot_be_taken_apart_are_run_whole():
     module = Tokens().eval()
     data = [(torch.randn(5, 7, 6), torch.ones(3), "text") for _ in range(100)]
-    streams, seen = streams_of(module, lambda: iter(data)), []
+    activations, seen = activations_of(module, lambda: iter(data)), []
     module.register_forward_pre_hook(lambda _, args: seen.append(args))
-    streams.distance({})
+    activations.distance({})
     assert len(seen) == 2 * math.ceil(32 / 5)
     # one of three
     assert all(found is given[0] for (found, *_), given in zip(seen[:7], data[:21:3], strict=True))
@@ -833,17 +840,20 @@ def test_outputs_of_several_lengths_and_none_at_all():
     with torch.no_grad():
         z, w = (torch.cat([net(x).reshape(-1, 4) for (x,) in data]) for net in (module, really(module, replacements)))
     expected = float((z - w).square().sum() / (z - z.mean(0)).square().sum())
-    assert streams_of(module, lambda: iter(data)).distance(replacements) == (pytest.approx(expected, rel=1e-4), None)
+    assert activations_of(module, lambda: iter(data)).distance(replacements) == (
+        pytest.approx(expected, rel=1e-4),
+        None,
+    )
     nothing = nn.Sequential(nn.Linear(6, 4), nets.Pick()).eval()
     nothing[1].forward = lambda x: x.argmax(-1)
     with pytest.raises(ModelError, match="no floating output"):
-        streams_of(nothing, batches_of(2, 6)).distance({})
+        activations_of(nothing, batches_of(2, 6)).distance({})
 
 
 def test_a_replacement_that_explodes_is_infinitely_far():
     module = mlp()
     good = replacement_of(module, "0")
-    found = streams_of(module, batches_of(9, 6)).distance({"0": good._replace(bias=good.bias * math.inf)})
+    found = activations_of(module, batches_of(9, 6)).distance({"0": good._replace(bias=good.bias * math.inf)})
     assert found == (math.inf, math.inf)
 
 
@@ -867,19 +877,19 @@ def test_the_module_is_unchanged_afterwards(make, explode):
     kept, state = snapshot(module), {k: v.clone() for k, v in module.state_dict().items()}
     x = next(batches())[0]
     dense = module(x)
-    streams = streams_of(module, batches)
+    activations = activations_of(module, batches)
 
     def visit(site, _):
-        if explode and site is streams.sites[-1]:
+        if explode and site is activations.sites[-1]:
             raise KeyError("visit")
         return replacement_of(module, site.name)
 
     if explode:
         with pytest.raises(KeyError):
-            streams.sequence(visit)
+            activations.sequence(visit)
     else:
-        streams.sequence(visit)
-    streams.distance({site.name: replacement_of(module, site.name) for site in streams.sites})
+        activations.sequence(visit)
+    activations.distance({site.name: replacement_of(module, site.name) for site in activations.sites})
     assert snapshot(module) == kept
     assert module.state_dict().keys() == state.keys()
     assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
@@ -892,8 +902,8 @@ def test_a_forward_of_the_layers_own_comes_back():
     inner = module[0].forward
     module[0].forward = lambda x: inner(x) + 1
     own = module[0].forward
-    streams = streams_of(module, batches_of(4, 6))
-    sequenced(streams, lambda site, _: replacement_of(module, site.name))
+    activations = activations_of(module, batches_of(4, 6))
+    sequenced(activations, lambda site, _: replacement_of(module, site.name))
     assert module[0].forward is own
 
 
@@ -903,27 +913,27 @@ def test_values_that_are_not_finite_name_their_site():
     module[2].weight.data[:, 0] = 0
     for act in (surveyed, sequenced):
         with pytest.raises(ModelError, match=r"site '2'.*--exclude '2'"):
-            act(streams_of(module, batches_of(4, 6)))
+            act(activations_of(module, batches_of(4, 6)))
     module = mlp()
     module[2].weight.data[0, 0] = math.nan
     with pytest.raises(ModelError, match=r"site '2': its weight.*--exclude '2'"):
-        surveyed(streams_of(module, batches_of(4, 6), memory=1))
+        surveyed(activations_of(module, batches_of(4, 6), memory=1))
     with pytest.raises(ModelError, match="its output on the calibration data"):
-        streams_of(module, batches_of(4, 6)).distance({})
+        activations_of(module, batches_of(4, 6)).distance({})
 
 
 def test_data_that_do_not_fit_are_told_apart():
     module = mlp()
     with pytest.raises(UsageError, match=r"Sequential cannot be run.*torch.float32 \(4, 5\).*positional"):
-        streams_of(module, batches_of(4, 5))
+        activations_of(module, batches_of(4, 5))
     with pytest.raises(UsageError, match="no calibration data"):
-        streams_of(module, lambda: iter([]))
+        activations_of(module, lambda: iter([]))
     with pytest.raises(UsageError, match="a tuple of positional arguments, but got Tensor"):
-        streams_of(module, lambda: iter([torch.randn(4, 6)]))
+        activations_of(module, lambda: iter([torch.randn(4, 6)]))
     with pytest.raises(UsageError, match="stages"):
-        streams_of(module, batches_of(4, 6), stages=0)
+        activations_of(module, batches_of(4, 6), stages=0)
     with pytest.raises(UsageError, match=r"module.eval\(\)"):
-        streams_of(mlp().train(), batches_of(4, 6))
+        activations_of(mlp().train(), batches_of(4, 6))
 
 
 def test_sites_that_later_batches_do_not_reach_or_reach_otherwise():
@@ -940,34 +950,34 @@ def test_sites_that_later_batches_do_not_reach_or_reach_otherwise():
             return y
 
     data = [(torch.randn(n, 6),) for n in (2, 1, 3)]
-    streams = streams_of(Sometimes().eval(), lambda: iter(data))
-    found = surveyed(streams)
+    activations = activations_of(Sometimes().eval(), lambda: iter(data))
+    found = surveyed(activations)
     assert list(found) == ["always", "many"]
     assert (found["always"].rows, found["many"].rows) == (6, 2 * 2 + 1 + 2 * 3)  # as many calls as in the first batch
-    assert streams.unreachable == {"rare": "never executed on the calibration data"}
-    assert [site.name for site in streams.sites] == ["always", "many"]
-    assert list(sequenced(streams)) == ["always", "many"]
+    assert activations.unreachable == {"rare": "never executed on the calibration data"}
+    assert [site.name for site in activations.sites] == ["always", "many"]
+    assert list(sequenced(activations)) == ["always", "many"]
 
 
 def test_half_precision_modules_are_read_in_single():
     module, batches = mlp().bfloat16(), batches_of(20, 6)
     data = [(x.bfloat16(),) for (x,) in batches()]
-    streams = streams_of(module, lambda: iter(data))
-    found = sequenced(streams)
+    activations = activations_of(module, lambda: iter(data))
+    found = sequenced(activations)
     x = torch.cat([x.float() for (x,) in data])[None]
     assert_moments(found["0"], expected_moments(x, x @ module[0].weight.detach().float().T))
-    assert streams.sites[0].item_bytes == 2
+    assert activations.sites[0].item_bytes == 2
     good = replacement_of(copy.deepcopy(module).float(), "0", rank=6, bias=0.0)
-    assert streams.distance({"0": good}).relative < 1e-2
+    assert activations.distance({"0": good}).relative < 1e-2
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_the_moments_are_the_same():
     module, batches = conv_net("2d grouped")
-    expected = surveyed(streams_of(module, batches))
-    streams = streams_of(copy.deepcopy(module).cuda(), batches)
-    for found in (surveyed(streams), sequenced(streams)):
+    expected = surveyed(activations_of(module, batches))
+    activations = activations_of(copy.deepcopy(module).cuda(), batches)
+    for found in (surveyed(activations), sequenced(activations)):
         for name, moments in found.items():
             assert moments.xx.is_cuda
             cpu = Moments(**{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in vars(moments).items()})

@@ -1,15 +1,16 @@
-"""One right factor for weights that multiply the same input (q, k, v; gate and up), where it costs less.
+"""One shared right factor for weights that multiply the same input (q, k, v; gate and up), if it is smaller.
 
-    alone     W_i ~ left_i @ right_i    sum of rank_i (out_i + in) numbers,  e_i = ||W_i - left_i right_i|| / ||W_i||
-    jointly   W_i ~ left_i @ right      rank (sum of out_i + in) numbers,    no weight's error above its e_i
+    separate  W_i ~ left_i @ right_i    sum of rank_i (out_i + in) numbers,  e_i = ||W_i - left_i right_i|| / ||W_i||
+    shared    W_i ~ left_i @ right      rank (sum of out_i + in) numbers,    no weight's error above its e_i
 
-The weights are stacked, each divided by its norm so that a small one counts as much as a large one, and factorized at
-the largest rank that costs less. Turned so that `right = S V^T`, these factors hold those of every lower rank, and
+The weights are divided by their norms, so that small ones count as much as large ones, stacked, and factorized at the
+largest rank that is smaller than the separate factors. After a rotation to `right = S V^T`, these factors contain those
+of every lower rank, with the error
 
     ||W - left_r right_r||^2 = ||E||^2 + sum over j > r of (2 s_j x_j . E v_j + s_j^2 ||x_j||^2),   E = W - left @ right
 
-(x_j the columns of a weight's rows of `left`) tells every weight's error at all of them; the smallest that will do is
-taken. All norms are Frobenius norms.
+of each weight, where x_j are the columns of its rows of `left`. The smallest rank that meets every e_i is taken. All
+norms are Frobenius norms.
 """
 
 import time
@@ -24,19 +25,19 @@ from rsi_deploy.linalg.site_factors import split_record
 from rsi_deploy.linalg.solver import Factors, Solver, balanced, rounding_level
 
 
-def factorize_jointly(
+def factorize_with_shared_right(
     weights: Sequence[Tensor], alone: Sequence[SiteRecord], solver: Solver
 ) -> tuple[Factors, list[SiteRecord]] | None:
-    """Factorize `weights` with one right factor, or None where that costs no less for the same errors.
+    """Factorize `weights` with one right factor; return None if that is not smaller at the same errors.
 
     Args:
-        weights: two or more, `(1, out_i, in)`, of one dtype and on one device.
-        alone: the record of each one's split alone: its rank, and the error that is to be kept.
-        solver: computes the factors.
+        weights: two or more weights `(1, out_i, in)` of one dtype on one device.
+        alone: records of the separate splits, with the errors that must not increase.
+        solver: solver that computes the factors.
 
     Returns:
-        `left (1, sum of out_i, rank)` and `right (1, rank, in)` in the weights' dtype, and a record for each weight
-        with the error of its own rows. The first one bears the parameters of `right`, so that sums are right.
+        `left (1, sum of out_i, rank)` and `right (1, rank, in)` in the dtype of the weights, and a record per weight
+        with the error of its own rows. The first record counts the parameters of `right`, so that sums are correct.
     """
     started = time.perf_counter()
     dtype = weights[0].dtype
@@ -56,7 +57,7 @@ def factorize_jointly(
 def _records(
     weights: Sequence[Tensor], factors: Factors, alone: Sequence[SiteRecord], seconds: float
 ) -> list[SiteRecord]:
-    """Each weight's record; the first also bears what the shared factor costs."""
+    """Return the record of each weight. The first one includes the parameters and the time of the shared factor."""
     names = tuple(record.name for record in alone)
     records, end = [], 0
     for record, weight in zip(alone, weights, strict=True):
@@ -74,21 +75,21 @@ def _records(
         update: dict[str, Any] = {"joint": names}
         if start:
             update["params_compressed"] = own.left.numel()
-        if own.left.shape[-1] >= min(weight.shape[-2:]):  # the best of this rank is the weight: no ratio to no error
+        if own.left.shape[-1] >= min(weight.shape[-2:]):  # the optimum at full rank is 0, so there is no ratio to it
             update |= {"normalized_error": None, "normalized_error_kind": None}
         records.append(joint.model_copy(update=update))
     return records
 
 
 def largest_cheaper_rank(alone: Sequence[SiteRecord]) -> int:
-    """The largest rank at which one shared right factor holds fewer numbers than the splits alone."""
+    """Return the largest rank at which the shared factors have fewer parameters than the separate ones."""
     in_features = alone[0].in_features
     cost = sum(record.params_compressed for record in alone)
     return (cost - 1) // (sum(record.out_features for record in alone) + in_features)
 
 
 def _stacked(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The weights of norm 1 on top of each other in float32 or float64, and the norm of every row's weight."""
+    """Return the stacked weights, each of norm 1, in float32 or float64, and the norm of every row's weight."""
     first = weights[0]
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     rows = sum(weight.shape[-2] for weight in weights)
@@ -105,14 +106,14 @@ def _stacked(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _ordered(factors: Factors) -> Factors:
-    """The same product with the rows of `right` orthogonal and the largest first: `right = S V^T`, `left` turned."""
+    """Rotate the factors so that `right = S V^T` has orthogonal rows, the largest first."""
     right = factors.right.double()
     U = torch.linalg.eigh(right @ right.mT).eigenvectors.flip(-1).to(factors.right.dtype)
     return Factors(factors.left @ U, U.mT @ factors.right)
 
 
 def _smallest_rank(stacked: Tensor, factors: Factors, alone: Sequence[SiteRecord], rounding: float) -> int | None:
-    """The smallest rank at which no weight has a larger error than alone (but for rounding); None if there is none."""
+    """Return the smallest rank at which no weight's error exceeds that of its own split up to rounding, or None."""
     fits = torch.ones(factors.left.shape[-1], dtype=torch.bool)
     end = 0
     for record in alone:
@@ -124,7 +125,7 @@ def _smallest_rank(stacked: Tensor, factors: Factors, alone: Sequence[SiteRecord
 
 
 def _squared_errors(weight: Tensor, factors: Factors, *, rows: int = 256) -> Tensor:
-    """`||W - left[:, :r] @ right[:r]||_F^2` for r = 1, 2, ..., where the rows of `right` are orthogonal; float64."""
+    """Return `||W - left[:, :r] @ right[:r]||_F^2` for r = 1, 2, ..., float64. The rows of `right` are orthogonal."""
     left, right = factors
     squares = right.double().square().sum(-1)  # s_j^2
     whole, terms = 0.0, torch.zeros_like(squares)

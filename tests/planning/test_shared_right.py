@@ -1,4 +1,4 @@
-"""One right factor for several weights, against exact SVDs of the stack in float64."""
+"""A shared right factor against exact SVDs of the stack in float64."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from joint_weights import related, unrelated
 from rsi_deploy.linalg.factor_errors import EXACT_SPECTRUM_LIMIT
 from rsi_deploy.linalg.site_factors import factorize_site
 from rsi_deploy.linalg.solver import Solver
-from rsi_deploy.planning.joint import factorize_jointly, largest_cheaper_rank
+from rsi_deploy.planning.shared_right import factorize_with_shared_right, largest_cheaper_rank
 
 WIDTH, RANK = 32, 7
 SVD = Solver(method="svd")
@@ -25,7 +25,7 @@ def error(weight, left, right):
 
 
 def smallest_rank(weights, records):
-    """The oracle: every rank's error by an exact SVD of the normalized stack, in float64."""
+    """Oracle: the error of every rank from an exact SVD of the normalized stack, in float64."""
     norms = [w.double().norm() for w in weights]
     U, S, Vh = torch.linalg.svd(torch.cat([w.double() / n for w, n in zip(weights, norms, strict=True)], dim=1))
     for rank in range(1, largest_cheaper_rank(records) + 1):
@@ -43,7 +43,7 @@ def test_the_smallest_rank_with_no_larger_error(outs, noise):
     weights = related(*outs, width=width, noise=noise)
     records = alone(weights)
     rank = smallest_rank(weights, records)
-    result = factorize_jointly(weights, records, SVD)
+    result = factorize_with_shared_right(weights, records, SVD)
     assert (result is None) == (rank is None)
     if result is None:
         return
@@ -56,22 +56,22 @@ def test_the_smallest_rank_with_no_larger_error(outs, noise):
 
 
 @pytest.mark.parametrize("size", [60, EXACT_SPECTRUM_LIMIT + 40])
-def test_errors_are_each_weight_s_own(size):
+def test_each_record_has_its_own_error(size):
     weights = related(size, size, width=size, rank=30, noise=0.02)
-    (left, right), records = factorize_jointly(weights, alone(weights, 20, Solver()), Solver())
+    (left, right), records = factorize_with_shared_right(weights, alone(weights, 20, Solver()), Solver())
     for weight, part, record in zip(weights, left.split(size, dim=1), records, strict=True):
         s = torch.linalg.svdvals(weight[0].double())
         norm = float(torch.linalg.matrix_norm((weight - part @ right)[0].double(), 2))
         assert record.normalized_error_kind == ("exact" if size <= EXACT_SPECTRUM_LIMIT else "upper bound")
         assert record.spectral_error == pytest.approx(norm / float(s[0]), rel=0.06)
-        # the power iteration leaves a little; for joint factors the bound is of use within a factor of 2
+        # power iterations are inexact; for shared factors the bound is useful within a factor of 2
         assert 0.93 * norm <= record.normalized_error * float(s[right.shape[1]]) <= 2 * norm
 
 
-def test_what_it_costs_is_counted_once():
+def test_the_shared_factor_is_counted_once():
     weights = related(32, 16, 24)
     before = alone(weights)
-    (left, right), records = factorize_jointly(weights, before, SVD)
+    (left, right), records = factorize_with_shared_right(weights, before, SVD)
     rank = right.shape[1]
     assert [r.params_compressed for r in records] == [rank * (32 + WIDTH), rank * 16, rank * 24]
     assert sum(r.params_compressed for r in records) == left.numel() + right.numel()
@@ -88,29 +88,31 @@ def test_the_largest_cheaper_rank():
     assert rank * (72 + WIDTH) < cost <= (rank + 1) * (72 + WIDTH)
 
 
-def test_unrelated_weights_are_better_apart():
+def test_unrelated_weights_are_split_separately():
     weights = unrelated(32, 32, 32)
-    assert factorize_jointly(weights, alone(weights), SVD) is None
-    assert factorize_jointly(related(32, 32, 32), alone(weights), SVD) is not None  # the same errors, other weights
+    assert factorize_with_shared_right(weights, alone(weights), SVD) is None
+    assert (
+        factorize_with_shared_right(related(32, 32, 32), alone(weights), SVD) is not None
+    )  # the same errors, other weights
 
 
 def test_a_small_weight_is_not_sacrificed():
-    """In the plain stack `v` is noise beside `q` and `k`, and the best of it forgets `v` altogether."""
+    """Without normalization `v` is negligible beside `q` and `k` in the stack."""
     q, k, v = related(32, 32, 32, noise=0.02)
     weights = [q, k, v * 1e-3]
-    (_, right), records = factorize_jointly(weights, alone(weights), SVD)
+    (_, right), records = factorize_with_shared_right(weights, alone(weights), SVD)
     assert [r.frobenius_error for r in records] == pytest.approx([r.frobenius_error for r in alone(weights)], rel=0.5)
     assert right.shape[1] == smallest_rank(weights, alone(weights))
     other = [q, k, unrelated(32, 32, 32)[2] * 1e-3]
-    assert factorize_jointly(other, alone(other), SVD) is None
+    assert factorize_with_shared_right(other, alone(other), SVD) is None
 
 
-def test_a_rank_beyond_a_member_s_own():
+def test_a_rank_above_the_full_rank_of_one_weight():
     weights = related(64, 4, 4, rank=12)
     before = [
         factorize_site(w, r, SVD, name=n, kind="MatMul")[1] for n, w, r in zip("qkv", weights, (11, 3, 3), strict=True)
     ]
-    (_, right), records = factorize_jointly(weights, before, SVD)
+    (_, right), records = factorize_with_shared_right(weights, before, SVD)
     assert right.shape[1] > 4
     assert [r.normalized_error is None for r in records] == [False, True, True]
 
@@ -119,9 +121,9 @@ def test_a_rank_beyond_a_member_s_own():
 def test_other_types(dtype):
     weights = [w.to(dtype) for w in related(32, 32, noise=0.02)]
     before = alone(weights)
-    (left, right), records = factorize_jointly(weights, before, SVD)
+    (left, right), records = factorize_with_shared_right(weights, before, SVD)
     assert left.dtype == right.dtype == dtype
-    slack = {torch.float64: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]  # rounding of what is stored
+    slack = {torch.float64: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]  # rounding of the stored factors
     for weight, part, b, a in zip(weights, left.split(32, dim=1), before, records, strict=True):
         assert a.frobenius_error == pytest.approx(error(weight, part, right), rel=1e-3)
         assert a.frobenius_error <= b.frobenius_error + slack
@@ -129,10 +131,10 @@ def test_other_types(dtype):
 
 def test_a_zero_weight_and_extreme_scales():
     zero = [related(32)[0], torch.zeros(1, 32, WIDTH)]
-    (left, right), records = factorize_jointly(zero, alone(zero), SVD)
+    (left, right), records = factorize_with_shared_right(zero, alone(zero), SVD)
     assert records[1].frobenius_error == 0
     assert torch.isfinite(left).all()
     weights = [w * scale for w, scale in zip(related(32, 32), (1e-12, 1e12), strict=True)]
-    (left, right), _ = factorize_jointly(weights, alone(weights, 9), SVD)
+    (left, right), _ = factorize_with_shared_right(weights, alone(weights, 9), SVD)
     for weight, part in zip(weights, left.split(32, dim=1), strict=True):
-        assert error(weight, part, right) < 1e-5  # they are of rank 9
+        assert error(weight, part, right) < 1e-5  # the weights have rank 9
