@@ -79,7 +79,9 @@ def read_errors() -> ErrorTable:
         for path in sorted((root / package).rglob("*.py"))
     }
     if not trees:
-        raise ModelError(f"{root / PACKAGES[0]} has no source to read the errors from; pip install rsi-deploy again")
+        raise ModelError(
+            f"{root / PACKAGES[0]} has no source to read the errors from", hint="pip install rsi-deploy again"
+        )
     return table(trees)
 
 
