@@ -95,7 +95,7 @@ def test_what_data_can_get_wrong(here, capsys):
         ("tree#classes=absent.txt", "the class list absent.txt cannot be read"),
         ("saved", "state.json is not what datasets.save_to_disk writes; save the data again"),
         ("parts", "00000-of-00002.parquet x, labels; store the same columns in every file"),
-        ("batches:ragged", "a batch holds list, which is no array"),
+        ("batches:ragged", "a batch holds list, which is not an array"),
     ):
         code = run(["eval", "m.onnx", "--data", data])
         assert (code, words in (said := capsys.readouterr().err)) == (2, True), said
