@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from onnx import ModelProto
 
 from rsi_deploy.calibration.activations import output_distance
 from rsi_deploy.calibration.calibration_data import CalibrationData
@@ -44,7 +45,12 @@ def output_agreement(dense: Path, compressed: Path, data: CalibrationData, provi
 
 
 def certified(
-    dense: Path, compressed: Path, data: CalibrationData, provider: str, known: Array | None = None
+    dense: Path,
+    compressed: Path,
+    data: CalibrationData,
+    provider: str,
+    known: Array | None = None,
+    proto: ModelProto | None = None,
 ) -> tuple[CalibrationRecord, Array]:
     """As `output_agreement`, with the dense model's answers; where they are known, it is not asked again.
 
@@ -54,8 +60,9 @@ def certified(
         data: unlabelled.
         provider: onnxruntime's.
         known: float32, the dense model's answers on the same batches.
+        proto: the dense model, where it is parsed already.
     """
-    before = _readable_session(dense, provider) if known is None else None
+    before = _readable_session(dense, provider, proto) if known is None else None
     after = _readable_session(compressed, provider)
     seen = hashlib.sha256()
     asked: list[Array] = []
@@ -90,9 +97,9 @@ def _compared(z: Array, w: Array, samples: int, fingerprint: str) -> Calibration
     )
 
 
-def _readable_session(model: Path, provider: str) -> "InferenceSession":
+def _readable_session(model: Path, provider: str, proto: ModelProto | None = None) -> "InferenceSession":
     """A session that gives what lies before an ArgMax or a TopK, where the model itself does not."""
-    proto = read_proto(model)
+    proto = proto or read_proto(model)
     readable = with_readable_output(proto)
     if readable is proto:
         return make_session(model, provider)

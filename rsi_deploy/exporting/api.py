@@ -23,7 +23,7 @@ from rsi_deploy.exporting.inputs import Origin, device_named, evaluation_data, t
 from rsi_deploy.exporting.latency_options import Timed
 from rsi_deploy.exporting.profile import BUDGET, Costing
 from rsi_deploy.exporting.run import ExportRun
-from rsi_deploy.exporting.steps import ExportSteps
+from rsi_deploy.exporting.step_settings import StepSettings
 from rsi_deploy.io.bundle import whole_folder
 from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.linalg.solver import Method, PowerIterations, Route, Solver
@@ -202,7 +202,7 @@ def export(
         mixed_precision=mixed_precision,
     )
     dataset = evaluation_data(data, preprocessing)
-    job = ExportSteps(
+    job = StepSettings(
         settings=request.settings(filters, solver, always_split=always_split, joint=joint, opset=opset),
         solver=solver,
         device=device_named("cpu" if ray is not None else device),

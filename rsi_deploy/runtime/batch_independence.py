@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from onnx import ModelProto
 
 from graph_passes.batch_axis import find_batch_axes, prove
 from rsi_deploy.core.errors import ModelError, UsageError
@@ -34,14 +35,19 @@ MAGNITUDES = (1e3, 1e-3)
 """What the other samples of a batch are multiplied by while the first one stays as it is."""
 
 
-def samples_in(model: str | Path, feeds: Mapping[str, Array]) -> int:
-    """How many samples these inputs of a model hold: the size of its batch axis; 1 for a model without one.
+def samples_in(model: str | Path | ModelProto, feeds: Mapping[str, Array]) -> int:
+    """Return how many samples these inputs of a model hold: the size of its batch axis; 1 for a model without one.
+
+    Args:
+        model: an ONNX file, or the same parsed (`read_graph`).
+        feeds: input name -> array.
 
     Raises:
         ModelError: the model cannot be read.
     """
     shapes = {name: getattr(array, "shape", ()) for name, array in feeds.items()}
-    axes = find_batch_axes(read_graph(model), shapes)
+    graph = model if isinstance(model, ModelProto) else read_graph(model)
+    axes = find_batch_axes(graph, shapes)
     return next((shapes[name][axis] for name, axis in axes.items() if axis is not None), 1)
 
 

@@ -195,6 +195,7 @@ def surgery_check(
     *,
     joint: Collection[tuple[str, ...]] = (),
     bias: bool = False,
+    graph: ir.Model | None = None,
 ) -> OutputComparison:
     """Split the same `weights` of the model at `dense` at full rank and compare with its own outputs `expected`.
 
@@ -205,11 +206,12 @@ def surgery_check(
         expected: the dense model's outputs on them.
         joint: groups of those weights that share one right factor.
         bias: give every split a change of its bias too (of zero).
+        graph: the dense model's graph, which is used up; None reads it from the file.
 
     Raises:
         GateError: the split model differs by more than rounding, which is a defect of the surgery.
     """
-    model = load_model(dense)
+    model = load_model(dense) if graph is None else graph
 
     def full_rank(site: gp.Site) -> gp.Factors | gp.Dense:
         wanted = site.members in joint if site.members else site.weight in weights

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
+from onnx import ModelProto
 
 from graph_passes import ExecutedNode, Macs, NotCounted, count_macs, why_not_counted
 from rsi_deploy.io.locks import ScratchFolder
+from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.runtime.node_index import NodeCandidate, NodeIndex
 from rsi_deploy.runtime.profile_events import NodeEvent, node_events, read_events
 from rsi_deploy.runtime.sessions import make_session, run_session
@@ -60,16 +62,21 @@ class ShapeTrace:
     inputs: dict[str, tuple[tuple[str, Shape], ...]] = field(default_factory=dict)
 
 
-def traced_run(model: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> ShapeTrace:
+def traced_run(model: Path, feeds: Mapping[str, npt.NDArray[Any]], proto: ModelProto | None = None) -> ShapeTrace:
     """Run `model` once on the CPU provider without graph optimizations, and count.
 
     Memory stays near the weights' own size: they are memory-mapped where external, and not rearranged.
+
+    Args:
+        model: an ONNX file.
+        feeds: input name -> array.
+        proto: the same model, where it is parsed already.
 
     Raises:
         ModelError: onnxruntime cannot load or run the model.
         OSError: the place for temporary files (TMPDIR) is full.
     """
-    index = NodeIndex(model)
+    index = NodeIndex(proto or read_proto(model))
     with ScratchFolder() as folder:
         session = make_session(
             model, optimize="disabled", prepack=False, profile_prefix=os.path.join(folder, "profile")
@@ -112,8 +119,8 @@ def uncounted_nodes(nodes: Sequence[UncountedNode], shown: int = 3) -> str:
     return listed + (f"; and {len(nodes) - shown} more" if len(nodes) > shown else "")
 
 
-def unknown_operators(model: Path) -> tuple[UncountedNode, ...]:
-    """The nodes of a model whose operators no run could count, read from its file."""
+def unknown_operators(model: ModelProto) -> tuple[UncountedNode, ...]:
+    """Return the nodes of a model whose operators no run could count."""
     return tuple(
         UncountedNode(node=node, op_type=_operator(domain, op_type), reason=reason)
         for node, domain, op_type in NodeIndex(model).operators()

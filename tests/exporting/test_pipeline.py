@@ -307,7 +307,7 @@ def test_defective_surgery_never_becomes_a_bundle(tmp_path, model, monkeypatch):
 
 
 def test_a_wrong_exporter_never_becomes_a_bundle(tmp_path, monkeypatch):
-    from rsi_deploy.exporting import steps as stages
+    from rsi_deploy.exporting import dense_step as stages
 
     good = stages.to_onnx
 

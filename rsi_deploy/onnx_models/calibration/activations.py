@@ -36,12 +36,12 @@ from rsi_deploy.onnx_models.calibration.check_samples import CheckSamples
 from rsi_deploy.onnx_models.calibration.dense_pass import Survey
 from rsi_deploy.onnx_models.calibration.gradients import output_metrics
 from rsi_deploy.onnx_models.calibration.paired_passes import TwoStreams
-from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, reach
+from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, found_sites, reach
 from rsi_deploy.onnx_models.calibration.row_sampling import Readings, axes_of, in_order, padding_mask
 from rsi_deploy.onnx_models.calibration.rows import Taps
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.onnx_models.calibration.stages import cut, thinned
-from rsi_deploy.onnx_models.factor_source import graph_factors
+from rsi_deploy.onnx_models.site_factorizer import graph_factors
 from rsi_deploy.runtime.feeds.values import arrays_of
 from rsi_deploy.runtime.provider_spec import parse
 from rsi_deploy.runtime.providers import short_name
@@ -69,6 +69,8 @@ class OnnxStreams:
         compensate: let a branch make up for what the stream it is added to has lost.
         before_ids: where the model gives class ids alone, measure at the scores that they are read from.
         metrics: those of the same model, data and seed, where they are known: they are not computed again.
+        proto: the model, where it is parsed already.
+        sites: its sites, where they are known already.
     """
 
     def __init__(
@@ -84,9 +86,12 @@ class OnnxStreams:
         compensate: bool = True,
         before_ids: bool = False,
         metrics: Mapping[str, Metric] | None = None,
+        proto: ModelProto | None = None,
+        sites: Sequence[gp.Site] | None = None,
     ) -> None:
         self._path, self._feeds = path, feeds
-        self._model = with_readable_output(read_proto(path)) if before_ids else read_proto(path)
+        proto = proto or read_proto(path)
+        self._model = with_readable_output(proto) if before_ids else proto
         self._provider = _for_work(provider, _fixed_batch(self._model) * sum((macs or {}).values()))
         self._dense_outputs: Tensor | None = None
         self._rows: dict[str, int] = {}
@@ -95,7 +100,11 @@ class OnnxStreams:
         self._survey: Survey | None = None
         self._metrics = functools.cache(self._computed_metrics if metrics is None else lambda: metrics)
         self._reached, self.unreachable = reach(
-            self._model, path, wanted=wanted, macs=macs or {}, compensate=compensate
+            self._model,
+            found_sites(path) if sites is None else sites,
+            wanted=wanted,
+            macs=macs or {},
+            compensate=compensate,
         )
         self._program = cut(self._model, self._reached)
         self._readings = Readings(

@@ -5,7 +5,7 @@ data --> [ site ] --> output --> (Add a constant) --> Add --> ...
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,18 +62,22 @@ class Reached:
 
 
 def reach(
-    model: ModelProto, path: Path, *, wanted: Callable[[str], bool], macs: Mapping[str, int], compensate: bool
+    model: ModelProto,
+    sites: Sequence[gp.Site],
+    *,
+    wanted: Callable[[str], bool],
+    macs: Mapping[str, int],
+    compensate: bool,
 ) -> tuple[dict[str, Reached], dict[str, str]]:
     """The sites that calibration can look at, by the name of their output, and the others' reasons by their own.
 
     Args:
         model: without its external data.
-        path: of the same model.
+        sites: all sites of the same model.
         wanted: says by name which sites to look at.
         macs: multiply-accumulates a sample, by node name.
         compensate: look for what the responses are added to.
     """
-    sites = [entry for entry in gp.find_sites(load_model(path)) if isinstance(entry, gp.Site)]
     uses = Counter(site.weight for site in sites)
     made = {name for node in model.graph.node for name in node.output}
     beside = added_to(model) if compensate else {}
@@ -89,6 +93,11 @@ def reach(
             near = beside.get(site.output, "") if site.op_type in LINEAR else ""
             found[site.output] = Reached(site=_stream_site(site, macs), graph=site, beside=near)
     return found, unreachable
+
+
+def found_sites(path: Path) -> list[gp.Site]:
+    """Return the sites of the model at `path`."""
+    return [entry for entry in gp.find_sites(load_model(path)) if isinstance(entry, gp.Site)]
 
 
 def added_to(model: ModelProto) -> dict[str, str]:

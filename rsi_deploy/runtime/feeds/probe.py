@@ -16,7 +16,7 @@ from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io.arrays import read_npz
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
 from rsi_deploy.runtime.feeds.given import given_feeds
-from rsi_deploy.runtime.feeds.inputs import model_inputs, parse_shape, random_feeds
+from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs, parse_shape, random_feeds
 from rsi_deploy.runtime.feeds.values import described, is_text
 
 PROBE_BATCH = 2
@@ -30,6 +30,7 @@ def probe_feeds(
     shapes: Mapping[str, Sequence[int]] | None = None,
     given: Mapping[str, npt.NDArray[Any]] | None = None,
     examples: Mapping[str, Sequence[int]] | None = None,
+    specs: Sequence[InputSpec] | None = None,
 ) -> Feeds:
     """Inputs for the model at `model`.
 
@@ -40,11 +41,12 @@ def probe_feeds(
             inputs; they are taken as they are, whatever their first sizes.
         given: input name -> array, in place of random inputs.
         examples: input name -> shape with a batch of any size, for inputs that `shapes` does not name.
+        specs: the model's inputs, where they are known already.
 
     Raises:
         UsageError: shapes or arrays that do not fit the model, or dynamic dimensions nobody gave.
     """
-    specs = model_inputs(model)
+    specs = model_inputs(model) if specs is None else specs
     if given is not None:
         feeds = given_feeds(specs, given, model.name)
         for name, shape in (shapes or {}).items():
