@@ -2,11 +2,11 @@
 
     RSVD, RSI, exact SVD     the same ratio everywhere     the weight alone
     response-aware           the same                      each site's response in the dense network
-    sequential               the same                      its response after what the sites before it have become
+    sequential               the same                      its response when the sites before it are compressed
     sensitivities            planned, any form or dense    the same, in the output's metric; what an export does
 
 "The same ratio everywhere" is the largest whose model keeps the budget, in each operation's usual form (channel, for
-Conv); output layers of at most `OUTPUTS` rows stay dense, which spares the baselines their worst damage.
+Conv); output layers of at most `OUTPUTS` rows stay dense, where the baselines would do the most damage.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from bench.cases import Case
-from rsi_deploy.calibration.activations import CalibratedSite, Fitted, ModelActivations
+from rsi_deploy.calibration.activations import CalibratedSite, FittedSite, ModelActivations
 from rsi_deploy.calibration.moments import Moments, Samples
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.model_size import Size
@@ -25,7 +25,7 @@ from rsi_deploy.io.onnx_file import write_external
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.split import split_model
 from rsi_deploy.planning.budget import Budget
-from rsi_deploy.planning.decide import Decisions, blank, under, uniform, wanted_splits
+from rsi_deploy.planning.decide import Decisions, decide_by_budget, decide_uniformly, planned_splits, zero_filled
 from rsi_deploy.planning.knapsack import SiteOptions
 from rsi_deploy.planning.planner import Decision, FixedPlanner, Planner, RankSpec
 from rsi_deploy.planning.site_options import Calibration
@@ -48,7 +48,7 @@ class Arm:
 
     @property
     def drawn(self) -> bool:
-        """Whether calibration data make a difference."""
+        """Whether the arm uses calibration data."""
         return self.fitted_to != "weight"
 
 
@@ -95,7 +95,7 @@ def same_ratio(case: Case, streams: ModelActivations, budget: Budget, dense: Siz
     low, high, best = 0.0, 1.0, None
     for _ in range(BISECTIONS):
         ratio = (low + high) / 2
-        decisions = uniform(Planner(spec=RankSpec(ratio=ratio), exclude=outputs), streams)
+        decisions = decide_uniformly(Planner(spec=RankSpec(ratio=ratio), exclude=outputs), streams)
         cost = cost_of(case, streams, decisions, budget)
         if cost <= allowed:
             low, best = ratio, decisions
@@ -109,41 +109,45 @@ def same_ratio(case: Case, streams: ModelActivations, budget: Budget, dense: Siz
 def planned(
     case: Case, streams: ModelActivations, options: Sequence[SiteOptions], budget: Budget, dense: Size
 ) -> Decisions:
-    """What an export decides under the budget, given the options of all sites."""
-    return under(budget, options, dense, streams, lambda decisions: cost_of(case, streams, decisions, budget))
+    """Return what an export decides under the budget from the options of all sites."""
+    return decide_by_budget(
+        budget, options, dense, streams, lambda decisions: cost_of(case, streams, decisions, budget)
+    )
 
 
 def cost_of(case: Case, streams: ModelActivations, decisions: Decisions, budget: Budget) -> int:
-    """What the model costs that these decisions give, in what the budget is on, measured on the written file."""
+    """Return the cost of the model with these decisions in the unit of the budget, measured on the written file."""
     sites = {site.name: site for site in streams.sites}
-    empty = {name: blank(sites[name], *split) for name, split in wanted_splits(decisions, streams).items()}
+    empty = {name: zero_filled(sites[name], *split) for name, split in planned_splits(decisions, streams).items()}
     size = case.measured(write(case, decisions, empty, Solver(), case.path.with_name("candidate.onnx")))
     cost: int = getattr(size, budget.cost)
     return cost
 
 
-def factors(arm: Arm, calibration: Calibration, streams: ModelActivations, decisions: Decisions) -> dict[str, Fitted]:
-    """What the arm makes of the sites that are to be split; nothing where the weight alone decides."""
-    wanted = wanted_splits(decisions, streams)
+def factors(
+    arm: Arm, calibration: Calibration, streams: ModelActivations, decisions: Decisions
+) -> dict[str, FittedSite]:
+    """Return the fitted factors of the sites to split; nothing for an arm that looks at the weight alone."""
+    wanted = planned_splits(decisions, streams)
     if arm.fitted_to == "weight":
         return {}
     if not arm.planned:  # as published: no metric of the output, one ridge
-        calibration = replace(calibration, metric=False, scarcity=0.0)
+        calibration = replace(calibration, use_gradients=False, scarcity=0.0)
     if arm.fitted_to == "sequence":
         return calibration.fit(streams, wanted)
-    made: dict[str, Fitted] = {}
+    made: dict[str, FittedSite] = {}
 
     def visit(site: CalibratedSite, moments: Moments | Samples) -> None:
         if site.name in wanted and moments.varies:
             replacement, error = calibration.replacement(site, moments, *wanted[site.name])
-            made[site.name] = Fitted(replacement=replacement, response_error=error, seconds=0.0)
+            made[site.name] = FittedSite(replacement=replacement, response_error=error, seconds=0.0)
 
     streams.survey(visit)
     return made
 
 
-def write(case: Case, decisions: Decisions, fitted: Mapping[str, Fitted], solver: Solver, path: Path) -> Path:
-    """Write the compressed model; of fitted sites those that calibration has declined stay dense."""
+def write(case: Case, decisions: Decisions, fitted: Mapping[str, FittedSite], solver: Solver, path: Path) -> Path:
+    """Write the compressed model; fitted sites that calibration declined stay dense."""
     if fitted:
         declined = {name: Decision(rank=None, reason="declined") for name in decisions.keys() - fitted.keys()}
         decisions = decisions | declined

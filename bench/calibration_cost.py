@@ -5,8 +5,8 @@
 
 passes     wall-clock seconds less those of factorizing, over the seconds of one pass of all calibration data through
            the dense model by onnxruntime: same batches, same threads, some batches at every site, about six passes in
-           all, so that both feel the same machine
-factorize  seconds in what the moments are made into: spectra, forms at all ranks, and the factors themselves
+           all, so that other work on the machine slows both
+factorize  seconds of work on the moments: spectra, forms at all ranks, and the factors
 memory     peak resident memory of a process that does nothing else. Its limit: that process before it starts (imports,
            calibration data, and what is left of calibrating a tiny net), the dense model's file, the moments of the
            largest site, and twice what running one batch through the dense model takes beyond its file, measured in
@@ -40,14 +40,15 @@ from torch import Tensor
 from bench import cases, common
 from bench.cases import Case
 from bench.common import Goal
-from rsi_deploy.calibration.activations import CalibratedSite, Form, Replacement
-from rsi_deploy.calibration.moments import Moments, Samples, gathered_bytes
+from graph_passes.forms import Form
+from rsi_deploy.calibration.activations import CalibratedSite, Replacement
+from rsi_deploy.calibration.moments import Moments, Samples, moment_bytes
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.planning.budget import Budget
-from rsi_deploy.planning.decide import under, uniform, wanted_splits
+from rsi_deploy.planning.decide import decide_by_budget, decide_uniformly, planned_splits
 from rsi_deploy.planning.planner import Planner, RankSpec
 from rsi_deploy.planning.site_options import Calibration, Progress
 from rsi_deploy.runtime.machine import peak_memory
@@ -86,7 +87,7 @@ class Row:
 
     @property
     def limit(self) -> int:
-        """What the peak memory may be."""
+        """The largest allowed peak memory."""
         return self.before + self.model + self.moments + 2 * self.batch
 
 
@@ -104,10 +105,10 @@ class ClockedCalibration(Calibration):
             return super().replacement(site, moments, form, rank, **more)
 
     def _errors(
-        self, site: CalibratedSite, moments: Moments | Samples, metric: Tensor | None
+        self, site: CalibratedSite, moments: Moments | Samples, sensitivity: Tensor | None
     ) -> Iterator[tuple[tuple[Form, int], float]]:
         with self._clocked():
-            found = list(super()._errors(site, moments, metric))
+            found = list(super()._errors(site, moments, sensitivity))
         yield from found
 
     @contextmanager
@@ -121,7 +122,7 @@ class ClockedCalibration(Calibration):
 
 
 class Forward:
-    """The dense model on the calibration data, some batches at a time, again and again: what a pass costs meanwhile."""
+    """Runs of the dense model on the calibration data, some batches at a time, that measure what a pass costs."""
 
     def __init__(self, case: Case) -> None:
         self._name, self._session = case.name, make_session(case.path, spin_between_runs=False)
@@ -140,7 +141,7 @@ class Forward:
         self.seconds += time.perf_counter() - started
 
     def share(self, steps: int) -> int:
-        """Batches a step that come to `UNIT_PASSES` in so many steps."""
+        """Return the batches of each step such that all steps run `UNIT_PASSES`."""
         return -(-UNIT_PASSES * len(self._batches) // max(steps, 1))
 
     @property
@@ -152,11 +153,11 @@ class Forward:
 def work(streams: OnnxStreams, calibration: Calibration, case: Case, arm: str, progress: Progress | None) -> None:
     """Calibrate and fit."""
     if arm == "uniform":
-        decisions = uniform(Planner(spec=RankSpec.parse(RANK)), streams)
+        decisions = decide_uniformly(Planner(spec=RankSpec.parse(RANK)), streams)
     else:
         options = calibration.options(streams, progress)
-        decisions = under(Budget(keep_macs=KEEP_MACS), options, case.measured(case.path), streams)
-    calibration.fit(streams, wanted_splits(decisions, streams), progress)
+        decisions = decide_by_budget(Budget(keep_macs=KEEP_MACS), options, case.measured(case.path), streams)
+    calibration.fit(streams, planned_splits(decisions, streams), progress)
 
 
 def timed(case: Case, arm: str) -> dict[str, float]:
@@ -179,14 +180,14 @@ def remembered(case: Case, arm: str) -> dict[str, float]:
     before = _resident("VmRSS")
     work(streams, Calibration(solver=Solver()), case, arm, None)
     moments = max(
-        gathered_bytes(site.in_features, site.out_features, site.groups, streams.rows_of(site.name))
+        moment_bytes(site.in_features, site.out_features, site.groups, streams.rows_of(site.name))
         for site in streams.sites
     )
     return {"peak": _resident("VmHWM"), "before": before, "moments": moments}
 
 
 def one_batch(case: Case) -> dict[str, float]:
-    """What running the dense model on one batch takes beyond its file, bytes."""
+    """Return the bytes that running the dense model on one batch takes beyond its file."""
     small = cases.tiny(case.path.parent)
     cases.outputs_of(small.path, small.pool)
     before = _resident("VmRSS")
@@ -200,7 +201,7 @@ def one_batch(case: Case) -> dict[str, float]:
 def _resident(key: str) -> int:
     """Resident memory of this program, now (VmRSS) or at its peak (VmHWM).
 
-    `getrusage` tells the peak of the process that started this one where that is larger: only where nothing else does.
+    `getrusage` is the last resort: it returns the peak of the parent process where that is larger.
     """
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -210,7 +211,7 @@ def _resident(key: str) -> int:
 
 
 def _child(path: Path, task: str) -> dict[str, float]:
-    """What one process says of a `task`: "time planned", "memory uniform", "batch"."""
+    """Return the result of a `task` from a process of its own: "time planned", "memory uniform", "batch"."""
     command = [sys.executable, "-m", "bench.calibration_cost", "--child", str(path), "--task", task]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -255,7 +256,7 @@ def measure(name: str, folder: Path) -> Iterator[Row]:
 
 
 def goals(rows: Sequence[Row]) -> list[Goal]:
-    """The goals of the docstring."""
+    """Return the goals of the docstring."""
     found = []
     for row in rows:
         at = f"{row.net}, {row.arm}, {row.samples} samples"
@@ -274,7 +275,7 @@ COLUMNS = (
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """Return the rows as a Markdown table."""
     cells = []
     for row in rows:
         seconds = [f"{value:.1f}" for value in (row.seconds, row.factorization, row.passes)]
@@ -285,32 +286,32 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark; returns the exit code."""
+    """Run the benchmark and return the exit code."""
     options = common.parser(__doc__ or "", "bench.calibration_cost")
     options.add_argument("--nets", nargs="+", choices=(*cases.NETS, "vgg19"), help="only these")
     options.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options.add_argument("--task", help=argparse.SUPPRESS)
-    given = options.parse_args(arguments)
-    if given.child:
-        print(json.dumps(_answer(given.child, given.task)))
+    args = options.parse_args(arguments)
+    if args.child:
+        print(json.dumps(_answer(args.child, args.task)))
         return 0
-    common.check_writable(given.json, given.markdown)
-    if given.quick:
+    common.check_writable(args.json, args.markdown)
+    if args.quick:
         common.progress(f"quick: {', '.join(QUICK_NETS)} alone, where --nets names no other")
     rows: list[Row] = []
-    for name in given.nets or (QUICK_NETS if given.quick else NETS):
+    for name in args.nets or (QUICK_NETS if args.quick else NETS):
         with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
             rows += measure(name, Path(folder))
     print(markdown(rows))
     judged = goals(rows)
-    settings = {"quick": given.quick, "torch_threads": torch.get_num_threads(), "keep_macs": KEEP_MACS, "rank": RANK}
+    settings = {"quick": args.quick, "torch_threads": torch.get_num_threads(), "keep_macs": KEEP_MACS, "rank": RANK}
     stored = [{**asdict(row), "passes": row.passes, "limit": row.limit} for row in rows]
     document = common.document(
         "bench.calibration_cost", arguments, settings, rows=stored, goals=[asdict(goal) for goal in judged]
     )
-    common.write(given.json, document)
-    common.write(given.markdown, markdown(rows))
-    return common.judge(judged, given.check)
+    common.write(args.json, document)
+    common.write(args.markdown, markdown(rows))
+    return common.judge(judged, args.check)
 
 
 if __name__ == "__main__":

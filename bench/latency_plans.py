@@ -1,14 +1,14 @@
-"""Do plans by time land where they were asked to, and is a cost table's word good?
+"""Do plans meet their latency budgets, and are cost tables accurate?
 
     landing      `--keep-latency 0.6` at batch 1: the share of the dense time that is measured afterwards, in a run of
                  its own; nets that cannot reach it say so
-    prediction   whole models foretold from a table (site times, scale from its two trial plans), against measured ones
+    prediction   predicted times of whole models (site times of a table, scale of two trial plans) against measured ones
     gemm         at 0.5 of the MACs, batch 8: the speed-up, against the ideal one, 1 / kept MACs
     accuracy     the plan by time against the plan by MACs that is as fast: score of the fitted models, and both times
     table        seconds for a table of ResNet-50, and for its reuse
 
-Where nothing but time counts, factors are blank and a plan's loss is the share of rank lost (`bench.timed`); accuracy
-is of really fitted factors, on data that chose nothing (`bench.cases`).
+Where only time counts, factors are zeros and a plan's loss is the share of rank lost (`bench.timed`). Accuracy is that
+of fitted factors on test data (`bench.cases`).
 
 Goals (`--check` exits 4 when one is missed):
   1. every net that can reach 0.6 lands between 0.52 and 0.62;
@@ -35,13 +35,13 @@ from bench.timed import Setting, Splits
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.costing.cost_table import CostTable, PlanCheck
 from rsi_deploy.costing.trial_plans import measured_plans, share_of
-from rsi_deploy.costing.zero_filled import write_blank
+from rsi_deploy.costing.zero_filled import write_zero_filled
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.split import split_model
 from rsi_deploy.planning.budget import Budget
-from rsi_deploy.planning.decide import Planned, under, wanted_splits
-from rsi_deploy.planning.in_time import faster_only, in_time, priced, saving_of, with_saving
+from rsi_deploy.planning.decide import Planned, decide_by_budget, planned_splits
 from rsi_deploy.planning.knapsack import SiteOptions, choose
+from rsi_deploy.planning.latency_search import decide_by_time, faster_only, options_with_saving, priced, saving_of
 from rsi_deploy.planning.planner import FixedPlanner
 from rsi_deploy.planning.site_options import Calibration
 
@@ -56,12 +56,12 @@ QUICK_NETS = ("cnn_cifar10",)
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """What is put into every part.
+    """The settings of every part.
 
     Attributes:
-        seconds: per measurement.
+        seconds: seconds of one measurement.
         table: seconds for a cost table.
-        threads: inside one operator.
+        threads: threads inside one operator.
     """
 
     seconds: float
@@ -76,12 +76,12 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--seconds", type=float, default=8.0, help="per measurement [default: 8]")
     options.add_argument("--threads", type=int, default=THREADS, help=f"inside one operator [default: {THREADS}]")
     options.add_argument("--table", type=float, default=120.0, help="seconds for a cost table [default: 120]")
-    given = options.parse_args(arguments)
-    common.check_writable(given.json, given.markdown)
-    nets = tuple(given.nets or (QUICK_NETS if given.quick else timed.NETS))
-    parts = ("landing", "prediction") if given.quick else tuple(given.parts)
-    seconds, table = (1.0, 8.0) if given.quick else (given.seconds, given.table)
-    effort = Effort(seconds=seconds, table=table, threads=given.threads)
+    args = options.parse_args(arguments)
+    common.check_writable(args.json, args.markdown)
+    nets = tuple(args.nets or (QUICK_NETS if args.quick else timed.NETS))
+    parts = ("landing", "prediction") if args.quick else tuple(args.parts)
+    seconds, table = (1.0, 8.0) if args.quick else (args.seconds, args.table)
+    effort = Effort(seconds=seconds, table=table, threads=args.threads)
     results: dict[str, Any] = {part: [] for part in parts}
     skipped: dict[str, str] = {}
     settings = {"nets": nets, "parts": parts, **asdict(effort)}
@@ -94,8 +94,8 @@ def main(arguments: Sequence[str]) -> int:
                 except (models.UnavailableError, ModelError) as reason:
                     skipped[f"{part}, {net}"] = str(reason)
             made = common.document("bench.latency_plans", arguments, settings, results=results, skipped=skipped)
-            common.write(given.json, made)
-            common.write(given.markdown, markdown(results, skipped, made))
+            common.write(args.json, made)
+            common.write(args.markdown, markdown(results, skipped, made))
     for part, rows in results.items():
         shown = Table(*_columns(rows), title=part)
         for row in rows:
@@ -103,30 +103,32 @@ def main(arguments: Sequence[str]) -> int:
         common.console().print(shown)
     for name, reason in skipped.items():
         common.console().print(f"skipped: {name}: {reason}", soft_wrap=True)
-    return common.judge(goals(results), given.check)
+    return common.judge(goals(results), args.check)
 
 
 def landing(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
-    """Where `--keep-latency 0.6` lands, judged in a run of its own."""
+    """Measure where `--keep-latency 0.6` lands, in a run of its own."""
     here = timed.setting(net, timed.dense_model(net, folder), 1, effort.threads, effort.table)
     options, _ = faster_only(here.options(), here.table)
     try:
-        landed = in_time(Budget(keep_latency=KEEP), options, here.table, _streams(here), _check(here, effort.seconds))
+        landed = decide_by_time(
+            Budget(keep_latency=KEEP), options, here.table, _streams(here), _check(here, effort.seconds)
+        )
     except ModelError as error:
         return [{"net": net, "share": None, "interval": None, "rounds": 0, "says": str(error)}]
-    splits = wanted_splits(landed.decisions, _streams(here))
-    write_blank(here.dense, folder / "model.onnx", splits)
+    splits = planned_splits(landed.decisions, _streams(here))
+    write_zero_filled(here.dense, folder / "model.onnx", splits)
     share, ends = share_of(here.measured([folder / "model.onnx"], ["plan"], 2 * effort.seconds).arms[1])
-    return [{"net": net, "share": share, "interval": ends, "rounds": len(landed.checks), "says": landed.says}]
+    return [{"net": net, "share": share, "interval": ends, "rounds": len(landed.checks), "says": landed.note}]
 
 
 def prediction(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
-    """Plans for several shares of the time, foretold and measured; those that no plan reaches are left out."""
+    """Predict and measure plans for several shares of the time; shares that no plan reaches are left out."""
     here = timed.setting(net, timed.dense_model(net, folder), 1, effort.threads, effort.table)
     options = priced(faster_only(here.options(), here.table)[0], here.table)
     rows = []
     for share in PREDICTED_AT:
-        splits = timed.splits_of(with_saving(options, saving_of(share, here.table), here.table))
+        splits = timed.splits_of(options_with_saving(options, saving_of(share, here.table), here.table))
         if here.table.predicted(splits) > share + 1e-6:
             continue
         found = _check(here, effort.seconds)(splits, here.table)
@@ -145,7 +147,7 @@ def gemm(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
         return [{"net": net, "kept_macs": None, "speedup": None, "of_ideal": None}]
     choice = choose(options, cost="macs", limit=int(GEMM_KEEP * here.total_macs) - fixed)
     kept = (fixed + sum(option.macs for option in choice.values())) / here.total_macs
-    write_blank(here.dense, folder / "model.onnx", timed.splits_of(choice))
+    write_zero_filled(here.dense, folder / "model.onnx", timed.splits_of(choice))
     arm = here.measured([folder / "model.onnx"], ["plan"], 3 * effort.seconds).arms[1]
     assert arm.speedup is not None
     return [{"net": net, "kept_macs": kept, "speedup": arm.speedup, "of_ideal": arm.speedup * kept}]
@@ -158,18 +160,21 @@ def accuracy(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     streams, calibration = case.streams(0), Calibration(solver=Solver())
     options, dense = calibration.options(streams), case.measured(case.path)
     narrowed, _ = faster_only(options, here.table)
-    landed = in_time(Budget(keep_latency=KEEP), narrowed, here.table, streams, _check(here, effort.seconds))
-    by_time = wanted_splits(landed.decisions, streams)
+    landed = decide_by_time(Budget(keep_latency=KEEP), narrowed, here.table, streams, _check(here, effort.seconds))
+    by_time = planned_splits(landed.decisions, streams)
 
     def by_macs(keep: float) -> Splits:
-        return dict(wanted_splits(under(Budget(keep_macs=keep), options, dense, streams), streams))
+        return dict(planned_splits(decide_by_budget(Budget(keep_macs=keep), options, dense, streams), streams))
 
     keep = _as_fast(here, by_time, by_macs, options, dense.macs, effort.seconds)
     paths = {"by time": folder / "time.onnx", "by MACs": folder / "macs.onnx"}
-    decided = {"by time": landed.decisions, "by MACs": under(Budget(keep_macs=keep), options, dense, streams)}
+    decided = {
+        "by time": landed.decisions,
+        "by MACs": decide_by_budget(Budget(keep_macs=keep), options, dense, streams),
+    }
     rows = []
     for name, path in paths.items():
-        fitted = calibration.fit(streams, wanted_splits(decided[name], streams))
+        fitted = calibration.fit(streams, planned_splits(decided[name], streams))
         _write(case.path, path, Planned(planner=FixedPlanner(decisions=decided[name]), fitted=fitted))
     arms = here.measured(list(paths.values()), list(paths), 3 * effort.seconds).arms[1:]
     for arm, (name, path) in zip(arms, paths.items(), strict=True):
@@ -181,7 +186,7 @@ def accuracy(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
 
 
 def table_cost(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
-    """Seconds for the first table, as `profile` makes it unasked, and for the second."""
+    """Measure the seconds of the first table with the defaults of `profile`, and of its reuse."""
     from rsi_deploy.exporting.profile import Costing, fed_with
 
     dense = timed.dense_model(net, folder)
@@ -213,7 +218,7 @@ RUNS: dict[str, Callable[[str, Path, Effort], list[dict[str, Any]]]] = {
 
 
 def goals(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Goal]:
-    """Those of the docstring whose part was run."""
+    """Return the goals of the docstring whose part was run."""
     found = []
     for row in results.get("landing", ()):
         if row["share"] is not None:
@@ -231,9 +236,9 @@ def goals(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Goal]:
     pairs = results.get("accuracy", ())
     for ours, theirs in zip(pairs[::2], pairs[1::2], strict=True):
         equal = abs(ours["share"] / theirs["share"] - 1) <= EQUAL
-        told = f"{ours['score']:.2f} at {ours['share']:.3f} against {theirs['score']:.2f} at {theirs['share']:.3f}"
+        row = f"{ours['score']:.2f} at {ours['share']:.3f} against {theirs['score']:.2f} at {theirs['share']:.3f}"
         held = equal and ours["score"] >= theirs["score"]
-        found.append(Goal(name=f"accuracy at equal time, {ours['net']}", held=held, row=told))
+        found.append(Goal(name=f"accuracy at equal time, {ours['net']}", held=held, row=row))
     for row in results.get("table", ()):
         held = row["seconds"] < 300 and row["reuse"] < 1
         found.append(Goal(name="table", held=held, row=f"{row['seconds']:.0f} s, again {row['reuse']:.2f} s"))
@@ -246,7 +251,7 @@ def _nets_of(part: str, nets: Sequence[str]) -> list[str]:
 
 
 def _streams(here: Setting) -> Any:
-    """What `in_time` wants to know of a model's sites."""
+    """What `decide_by_time` wants to know of a model's sites."""
     sites = tuple(SimpleNamespace(name=name, forms=site.forms) for name, site in here.sites.items())
     return SimpleNamespace(sites=sites, unreachable={})
 
@@ -270,7 +275,7 @@ def _as_fast(
     total: int,
     seconds: float,
 ) -> float:
-    """The share of MACs whose plan takes the time of `by_time`, by bisection on measured whole models."""
+    """Find by bisection on measured models the share of MACs whose plan takes the time of `by_time`."""
     least = total - sum(site.options[0].macs - min(o.macs for o in site.options) for site in options)
     low, high = least / total + 0.01, 0.98
     for _ in range(6):

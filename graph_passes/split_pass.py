@@ -1,4 +1,4 @@
-"""What every split pass shares: find the weights, ask for factors once a weight, rewrite, clean up, record.
+"""The base of the split passes: find the weights, get factors once a weight, rewrite, clean up, record.
 
             operand = constant                          right      left
     data --> [ op ] --> output      becomes   data --> [ first ] --> [ op ] --> output
@@ -12,16 +12,19 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple, cast
 
 import onnx_ir as ir
 
 from graph_passes.answers import checked
+from graph_passes.axis_rules.moves import Moves
+from graph_passes.axis_rules.values import NodeCall, Value
 from graph_passes.bias import add_to_input
 from graph_passes.cleanup import freeze_shapes, remove_unused
 from graph_passes.joint import cut, joint_members, joint_site
+from graph_passes.macs.executed_node import ExecutedNode, Macs
 from graph_passes.names import name_of
 from graph_passes.parts import Parts, Store
 from graph_passes.records import (
@@ -37,26 +40,39 @@ from graph_passes.records import (
     SplitResult,
     in_memory,
 )
-from graph_passes.split_markers import MARK
-from graph_passes.survey import Found, Unsplit, WeightKey, skipped, survey
+from graph_passes.response import Contraction, RowOrder
+from graph_passes.survey import MARK, Found, Unsplit, WeightKey, skipped, survey
 from graph_passes.weights import NoWeight, Weight
 from graph_passes.window import Window
 
-BROADCAST_OPSET = 7  # before, an Add broadcast only along the axis that it was told
+BROADCAST_OPSET = 7  # before, an Add broadcast only along the axis of its attribute
 
 
 class SplitPass(ir.passes.InPlacePass, abc.ABC):
-    """Base of the split passes. A pass says where the weight stands, how it turns, and what replaces the node.
+    """The pass that splits one operator, and all that the project knows of that operator.
+
+    A subclass describes the operator by its class attributes and static methods, so callers ask the class itself;
+    `graph_passes.operators.PASSES` lists the classes.
 
     Args:
-        factors: Gives the factors of a site, or says why to leave it dense. Called once a weight, in graph order.
+        factors: Returns the factors of a site, or the reason to leave it dense. Called once a weight, in graph order.
         overridable: Split weights that are graph inputs too, and drop those inputs.
+
+    Attributes:
+        domain: Domain of the operator; "" is ONNX itself.
+        op_type: Name of the operator.
+        form: Form of the split.
+        operands: Inputs that may hold the weight, the likeliest first.
+        linear: Whether the output is the response plus a bias, with no activation or attention behind.
+        contraction: Arithmetic of the operator for gradients; None where gradients do not pass it.
     """
 
     domain: ClassVar[str] = ""
     op_type: ClassVar[str]
     form: ClassVar[Form]
-    operands: ClassVar[tuple[int, ...]]  # inputs where the weight may stand, likeliest first
+    operands: ClassVar[tuple[int, ...]]
+    linear: ClassVar[bool] = True
+    contraction: ClassVar[Contraction | None] = None
 
     def __init__(self, factors: FactorSource, *, overridable: bool = False) -> None:
         super().__init__()
@@ -66,26 +82,59 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
-        """The operand turned to `(groups, out, in)`, or why it cannot be."""
+        """Return the operand as `(groups, out, in)`, or why it cannot be split."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def rewrite(found: Found, parts: Parts) -> ir.Node:
+        """Put `parts.first(...)` in front of the node, turn the node into the second one, and return the first."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def macs(node: ExecutedNode) -> Macs:
+        """Return the multiply-accumulates of one execution."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def axis_rule(call: NodeCall) -> Moves | Sequence[Moves] | Sequence[Value]:
+        """Return how the operator moves axes, for proofs that samples do not mix."""
 
     @classmethod
     def forms(cls, shape: tuple[int, ...]) -> tuple[Form, ...]:
-        """The forms that a weight of this shape can take, the default first."""
+        """Return the forms that a weight of this shape can take, the default first."""
         return (cls.form,)
+
+    @classmethod
+    def read_form(cls, right: tuple[int, ...], left: tuple[int, ...]) -> tuple[Form, int]:
+        """Return the form of a split, and the points of the kernel that are in the second node.
+
+        Args:
+            right: Shape of the factor in the first node.
+            left: Shape of the factor in the second node, which has this operator.
+        """
+        return cls.form, 1
 
     @staticmethod
     def window(node: ir.Node, shape: tuple[int, ...]) -> Window | None:
-        """How a convolution moves over its data; None for products."""
+        """Return how a convolution moves over its data; None for products."""
         return None
 
     @staticmethod
-    def is_plain(node: ir.Node, operand: int, weight: Weight) -> bool:
-        """Whether the response is `data @ weight^T` over the last axis, or the ordinary convolution."""
+    def row_order(node: ir.Node, operand: int, weight: Weight) -> RowOrder | None:
+        """Return where the rows of data and response lie; None where the site cannot be calibrated.
+
+        A site can be calibrated where its response is `data @ weight^T`, or, with a window, an ordinary convolution.
+        """
+        return None
+
+    @staticmethod
+    def shares_right(found: Found) -> bool:
+        """Whether the first node is `MatMul(data, right^T)`, with data and weight of two axes as they are stored."""
         return False
 
     @staticmethod
     def bias_shape(found: Found) -> tuple[int, ...] | NoWeight:
-        """The shape in which a bias correction is added, or why that is not known; asked before `rewrite`."""
+        """Return the shape in which a bias correction is added, or why it is not known; called before `rewrite`."""
         return (found.site.bias_size,)
 
     @staticmethod
@@ -93,13 +142,8 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
         """Add the bias correction to the node that was rewritten: by default to its third input."""
         add_to_input(parts, 2, shape)
 
-    @staticmethod
-    @abc.abstractmethod
-    def rewrite(found: Found, parts: Parts) -> ir.Node:
-        """Put `parts.first(...)` in front of the node, turn the node into the second one, and return the first."""
-
     def call(self, model: ir.Model) -> SplitResult:
-        """Split every node of this family."""
+        """Split every node of this operator."""
         return run(model, (type(self),), self.factors, overridable=self.overridable)
 
     def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> SplitResult:
@@ -109,7 +153,7 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
 
 def run(
     model: ir.Model,
-    families: Sequence[type[SplitPass]],
+    passes: Sequence[type[SplitPass]],
     factors: FactorSource,
     unsplit: Unsplit = MappingProxyType({}),
     keep: Keep = in_memory,
@@ -117,8 +161,8 @@ def run(
     overridable: bool = False,
     joint: bool = False,
 ) -> SplitResult:
-    """Split in place every node of the families for which the source gives factors; `keep` stores them."""
-    splitter = Splitter(model, families, unsplit, keep, overridable=overridable, joint=joint)
+    """Split in place every node of the passes' operators for which the source returns factors; `keep` stores them."""
+    splitter = Splitter(model, passes, unsplit, keep, overridable=overridable, joint=joint)
     for site in splitter:
         splitter.answer(factors(site))
     records = splitter.records
@@ -128,7 +172,7 @@ def run(
 class Splitter(Iterator[Site]):
     """A split that goes site by site: iterating gives the sites, in graph order, and `answer` splits the current one.
 
-        splitter = Splitter(model, families)
+        splitter = Splitter(model, passes)
         for site in splitter:
             splitter.answer(factors(site))      Factors, or Dense
 
@@ -138,7 +182,7 @@ class Splitter(Iterator[Site]):
 
     Args:
         model: Changed in place.
-        families: The passes that split.
+        passes: The passes that split.
         unsplit: Other operators to report, with the inputs where they hold a weight.
         keep: Stores each factor.
         overridable: Split weights that are graph inputs too, and drop those inputs.
@@ -151,16 +195,15 @@ class Splitter(Iterator[Site]):
     def __init__(
         self,
         model: ir.Model,
-        families: Sequence[type[SplitPass]],
+        passes: Sequence[type[SplitPass]],
         unsplit: Unsplit = MappingProxyType({}),
         keep: Keep = in_memory,
         *,
         overridable: bool = False,
         joint: bool = False,
     ) -> None:
-        self._splitters = {(splitter.domain, splitter.op_type): splitter for splitter in families}
         self._store = Store(model, keep, overridable=overridable)
-        self._entries = deque(survey(model, families, unsplit, overridable=overridable))
+        self._entries = deque(survey(model, passes, unsplit, overridable=overridable))
         self._heads = {members[0].node: members for members in (joint_members(self._entries) if joint else ())}
         self._answer: Factors | Dense | None = None
         self._steps = self._split_all()
@@ -208,7 +251,7 @@ class Splitter(Iterator[Site]):
                 yield site
                 answer = self._answered(site)
                 if not isinstance(answer, Dense):
-                    done |= _split_jointly(members, answer, site.members, self._splitters, store)
+                    done |= _split_jointly(members, answer, site.members, store)
                 del members, site, answer
             if node not in done and key not in answers:
                 yield entry.site
@@ -216,7 +259,7 @@ class Splitter(Iterator[Site]):
             if node in done:
                 self.records.append(done.pop(node))
             else:
-                self.records.append(_answered(entry, answers[key], self._splitters, store))
+                self.records.append(_answered(entry, answers[key], store))
             uses_left[key] -= 1
             if not uses_left[key]:
                 del uses_left[key]
@@ -229,39 +272,32 @@ class Splitter(Iterator[Site]):
 
 
 class _Answer(NamedTuple):
-    """What the source answered for a weight, and how the node that it was asked for uses the stored matrix."""
+    """The source's answer for a weight, and whether the node of that site uses the stored matrix transposed."""
 
     factors: Factors | Dense
     is_turned: bool | None
 
 
-def _answered(
-    found: Found,
-    answer: _Answer,
-    splitters: Mapping[tuple[str, str], type[SplitPass]],
-    store: Store,
-) -> Record:
-    factors, splitter = answer.factors, splitters[found.node.domain, found.node.op_type]
+def _answered(found: Found, answer: _Answer, store: Store) -> Record:
+    factors = answer.factors
     if isinstance(factors, Dense):
         return skipped(found, factors.reason)
     if found.is_turned == answer.is_turned:
-        return _split(found, splitter, factors, store)
-    return _split(found, splitter, factors.transposed(), store, transposed=True)
+        return _split(found, factors, store)
+    return _split(found, factors.transposed(), store, transposed=True)
 
 
 def _split_jointly(
     members: Sequence[Found],
     factors: Factors,
     names: tuple[str, ...],
-    splitters: Mapping[tuple[str, str], type[SplitPass]],
     store: Store,
 ) -> dict[ir.Node, Record]:
     """Split nodes that multiply the same data with one shared right factor; `names` are those of their weights."""
     records: dict[ir.Node, Record] = {}
     first: ir.Node | None = None
     for member, own in zip(members, cut(factors, members), strict=True):
-        splitter = splitters[member.node.domain, member.node.op_type]
-        record = _split(member, splitter, own, store, first)
+        record = _split(member, own, store, first)
         if isinstance(record, Split):
             record, data = dataclasses.replace(record, joint=names), member.data
             first = None if data is None else data.producer()
@@ -272,7 +308,6 @@ def _split_jointly(
 
 def _split(
     found: Found,
-    splitter: type[SplitPass],
     factors: Factors,
     store: Store,
     joined: ir.Node | None = None,
@@ -280,7 +315,7 @@ def _split(
     transposed: bool = False,
 ) -> Record:
     """Rewrite one node and drop its dense weight if nobody else uses it."""
-    node, site = found.node, found.site
+    node, site, splitter = found.node, found.site, found.splitter
     dense = node.inputs[found.operand]
     bias_shape = splitter.bias_shape(found)
     if factors.bias is not None and store.opset < BROADCAST_OPSET:
@@ -294,7 +329,7 @@ def _split(
         splitter.add_bias(parts, bias_shape)
     node.name = store.names.fresh_node(f"{site.node}/left")
     node.metadata_props[MARK] = "left"
-    remove_unused(dense, overridable=True)  # an overridable weight is split only where the user said it is constant
+    remove_unused(dense, overridable=True)  # overridable weights are split only on the user's request
     rows, columns = site.shape(form)
     return Split(
         node=site.node,

@@ -14,7 +14,7 @@ from bench.common import judge
 from rsi_deploy.core.errors import ModelError, RsiDeployError, UsageError
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.budget import Budget
-from rsi_deploy.planning.decide import wanted_splits
+from rsi_deploy.planning.decide import planned_splits
 from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.torch_models.model_source import source_of_module
 
@@ -137,7 +137,7 @@ def test_fitting_to_the_response_is_told_from_the_sequence(case: cases.Case) -> 
     decisions = arms.same_ratio(case, streams, Budget(keep_params=0.4), dense)
     calibration = Calibration(solver=Solver())
     alone, sequence = (arms.factors(arm, calibration, streams, decisions) for arm in arms.ARMS[3:5])
-    first, second = wanted_splits(decisions, streams)
+    first, second = planned_splits(decisions, streams)
     assert alone.keys() == sequence.keys() == {first, second}
     assert torch.allclose(alone[first].replacement.left, sequence[first].replacement.left, atol=1e-3)
     assert not torch.allclose(alone[second].replacement.right, sequence[second].replacement.right, atol=1e-3)

@@ -99,7 +99,9 @@ def test_what_data_can_get_wrong(here, capsys):
     ):
         code = run(["eval", "m.onnx", "--data", data])
         assert (code, words in (said := capsys.readouterr().err)) == (2, True), said
-    with pytest.raises(UsageError, match="d.npz carries class numbers already; a class list is for folder trees alone"):
+    with pytest.raises(
+        UsageError, match="d.npz already has class numbers; a class list is only for folders of class folders"
+    ):
         open_data("d.npz", classes=["a", "b"])
 
 

@@ -122,7 +122,7 @@ def test_bench_refuses_labels_before_it_measures(tmp_path, monkeypatch, capsys):
     data = dict(np.load("d.npz"))
     np.savez("range.npz", x=data["x"], labels=data["labels"] + 3)
     assert run(["bench", "m.onnx", "--seconds", "600", "--data", "range.npz"]) == 2
-    assert "tells 10 classes apart (0 to 9), but the labels run from 3 to 12" in capsys.readouterr().err
+    assert "has 10 classes (0 to 9), but the labels range from 3 to 12" in capsys.readouterr().err
     np.savez("inputs.npz", x=data["x"])
     assert run(["bench", "m.onnx", "--seconds", "0.2", "--data", "inputs.npz", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == {}

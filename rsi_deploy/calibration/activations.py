@@ -1,24 +1,24 @@
-"""What calibration needs of a model: its sites in execution order, and what flows through them on calibration data.
+"""The interface between calibration and a model: its sites in execution order, and their activations on the data.
 
-    survey      every site's moments in the dense network
-    sequence    the same site by site, each fed by what the sites before it have become
-    distance    how far the outputs move when some sites are replaced
+    survey      moments of every site in the dense network
+    sequence    moments site by site, in the network whose earlier sites are already compressed
+    distance    change of the outputs when some sites are replaced
 
-`OnnxStreams` and `TorchStreams` give these; whoever plans and factorizes sees neither torch modules nor ONNX graphs.
+The classes for ONNX graphs and for torch modules implement `ModelActivations`. The code that plans ranks and fits
+factors uses this interface only.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from graph_passes.forms import Form
 from rsi_deploy.calibration.moments import Moments, Samples
 from rsi_deploy.core.sites import Spectrum
-
-Form = Literal["matmul", "gemm", "channel", "input", "separable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +26,17 @@ class CalibratedSite:
     """A site that calibration can reach.
 
     Attributes:
-        name: as in reports and filters.
-        kind: the operation, "Conv", "Linear", "MatMul".
-        groups: matrices in the weight.
+        name: name in reports and filters.
+        kind: operation: "Conv", "Linear" or "MatMul".
+        groups: number of matrices in the weight.
         out_features: rows of the weight, per group.
-        in_features: columns, per group: `in * prod(kernel)` for a Conv.
-        kernel: of a Conv; () for a product.
-        strides: of a Conv.
-        forms: the forms its split can take, the usual one first.
-        macs: multiply-accumulates a sample of the dense operation; 0 where unknown.
-        item_bytes: of one stored number.
-        load: reads the weight, `(groups, out, in)`, any floating dtype.
+        in_features: columns of the weight, per group: `in * prod(kernel)` for a Conv.
+        kernel: kernel size of a Conv; () for a matrix product.
+        strides: strides of a Conv.
+        forms: forms that a split of the site can take, the usual one first.
+        macs: multiply-accumulates of the dense operation per sample; 0 if unknown.
+        item_bytes: bytes of one stored number.
+        load: function that reads the weight `(groups, out, in)` in any floating dtype.
     """
 
     name: str
@@ -52,23 +52,23 @@ class CalibratedSite:
     load: Callable[[], Tensor]
 
     def shape(self, form: Form) -> tuple[int, int]:
-        """Rows of `left` and columns of `right` in this form, per group."""
+        """Return the rows of `left` and the columns of `right` in this form, per group."""
         points = math.prod(self.kernel[self.first_axes(form) :])
         return self.out_features * points, self.in_features // points
 
     def first_axes(self, form: Form) -> int:
-        """How many of the kernel's axes the first node takes."""
+        """Return the number of kernel axes that belong to the first node."""
         return {"input": 0, "separable": 1}.get(form, len(self.kernel))
 
     def split_params(self, form: Form, rank: int) -> int:
-        """Numbers in the two factors."""
+        """Return the number of parameters in the two factors."""
         rows, columns = self.shape(form)
         return self.groups * rank * (rows + columns)
 
     def split_macs(self, form: Form, rank: int) -> int:
-        """Multiply-accumulates a sample of the two nodes, from those of the dense one.
+        """Return the multiply-accumulates of the two nodes per sample.
 
-        The first node works at every position along the axes whose stride the second one takes.
+        The second node strides along its own kernel axes, so the first node computes every position along them.
         """
         rows, columns = self.shape(form)
         denser = math.prod(self.strides[self.first_axes(form) :])
@@ -76,7 +76,7 @@ class CalibratedSite:
 
 
 class Replacement(NamedTuple):
-    """What a site becomes: `left (groups, rows, rank)`, `right (groups, rank, columns)`, added `bias (groups, out)`."""
+    """Factors `left (groups, rows, rank)` and `right (groups, rank, columns)`, and the added `bias (groups, out)`."""
 
     form: Form
     left: Tensor
@@ -85,15 +85,15 @@ class Replacement(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
-    """A site's replacement as fitted to calibration data.
+class FittedSite:
+    """A replacement of a site that is fitted to calibration data.
 
     Attributes:
         replacement: factors and bias.
-        response_error: what they leave, relative.
-        seconds: that fitting took.
-        macs: multiply-accumulates a sample of the dense operation and of the split; None where unknown.
-        spectrum: singular values of the response; None where they take long.
+        response_error: relative response error of the replacement.
+        seconds: duration of the fit.
+        macs: multiply-accumulates per sample of the dense operation and of the split; None if unknown.
+        spectrum: singular values of the response; None if they take long to compute.
     """
 
     replacement: Replacement
@@ -104,7 +104,7 @@ class Fitted:
 
 
 class Distance(NamedTuple):
-    """How far outputs moved: `relative`, squared, to their variance over samples; `kl` of the softmax, or None."""
+    """The squared distance of outputs, `relative` to their variance over samples, and `kl` of the softmax or None."""
 
     relative: float
     kl: float | None
@@ -112,41 +112,41 @@ class Distance(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RowCounts:
-    """What each row of a product's data counts beside the others.
+    """The weights of the rows of a product's input.
 
     Attributes:
-        by_sample: float32 `(places,)` by the sample's number, of mean 1 over all of them.
+        by_sample: sample number -> float32 `(positions,)`; the mean over all samples is 1.
     """
 
     by_sample: Mapping[int, Tensor]
 
     def of(self, begin: int, samples: int, shape: Sequence[int], at: Tensor) -> Tensor | None:
-        """Float32 `(rows,)` for some rows of a batch; 1 where nothing is known, None where it is not for any.
+        """Return float32 weights `(rows,)` for some rows of a batch: 1 for unknown samples, None if all are unknown.
 
         Args:
-            begin: number of the batch's first sample.
-            samples: how many it has.
-            shape: of the data, `(samples, ..., in)`; nothing is known of another one.
-            at: int64 `(rows,)`, which of its flattened leading dimensions.
+            begin: number of the first sample in the batch.
+            samples: number of samples in the batch.
+            shape: shape of the input, `(samples, ..., in)`; the weights of any other shape are unknown.
+            at: int64 `(rows,)`, indices into the flattened leading dimensions.
         """
-        places = math.prod(shape[1:-1])
+        positions = math.prod(shape[1:-1])
         known = {n: self.by_sample.get(begin + n) for n in range(samples)}
-        fitting = {n: counts for n, counts in known.items() if counts is not None and len(counts) == places}
+        fitting = {n: counts for n, counts in known.items() if counts is not None and len(counts) == positions}
         if shape[0] != samples or not fitting:
             return None
-        table = torch.ones(samples, places)
+        table = torch.ones(samples, positions)
         for n, counts in fitting.items():
             table[n] = counts
         return table.reshape(-1)[at.cpu()]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metric:
-    """What errors of a site's response do to the outputs.
+class OutputSensitivity:
+    """The effect of errors in a site's response on the outputs.
 
     Attributes:
         directions: G `(groups, out, out)`, float32, of any scale: an error e costs `e^T G e`.
-        rows: what the same error costs at each row; None where it is not told apart.
+        rows: relative cost of the same error at each row; None if all rows cost the same.
     """
 
     directions: Tensor
@@ -154,39 +154,39 @@ class Metric:
 
 
 class ModelActivations(Protocol):
-    """A model with calibration data flowing through it."""
+    """A model together with its calibration data."""
 
     @property
     def sites(self) -> tuple[CalibratedSite, ...]:
-        """What can be calibrated, in execution order."""
+        """The sites that can be calibrated, in execution order."""
 
     @property
     def unreachable(self) -> Mapping[str, str]:
-        """Names of the sites that cannot, each with the reason."""
+        """The names of the sites that cannot be calibrated, each with the reason."""
 
     def survey(self, visit: Callable[[CalibratedSite, Moments | Samples], None]) -> None:
-        """Call `visit` for every site with its moments in the dense network; memory is bounded, the order is not."""
+        """Call `visit` for every site with its moments in the dense network, in any order and in bounded memory."""
 
     def sequence(
         self,
         visit: Callable[[CalibratedSite, Moments | Samples], Replacement | None],
         counts: Mapping[str, RowCounts] | None = None,
     ) -> None:
-        """Call `visit` in execution order; each site then becomes what is returned (None: stays dense) for those after.
+        """Call `visit` for every site in execution order and replace the site by the result (None: it stays dense).
 
-        The moments are of the input in the network compressed so far, and of the dense network's response. `counts`
-        says by site's name what each row counts; where it says nothing, 1.
+        The moments are those of the input in the network compressed so far and of the response in the dense network.
+        `counts` holds the row weights by site name; rows of other sites have weight 1.
         """
 
     def distance(self, replacements: Mapping[str, Replacement]) -> Distance:
-        """Distance of the outputs with these sites replaced and all others dense, on a part of the data."""
+        """Return the distance of the outputs with these sites replaced and all others dense, on a part of the data."""
 
-    def metrics(self) -> Mapping[str, Metric]:
-        """What errors of the sites' responses do to the outputs, by name; none where unknown."""
+    def sensitivities(self) -> Mapping[str, OutputSensitivity]:
+        """Return the output sensitivity of the sites by name, without the sites whose sensitivity is unknown."""
 
 
 def distance_samples(samples: int) -> int:
-    """How many of so many samples a distance is measured on, about: a sixteenth, so three a site cost few passes.
+    """Return the number of samples for one distance: about a sixteenth, so that three distances per site stay cheap.
 
     Examples:
         >>> [distance_samples(samples) for samples in (8, 300, 1024, 50_000)]
@@ -196,10 +196,10 @@ def distance_samples(samples: int) -> int:
 
 
 def output_distance(dense: Tensor, other: Tensor) -> Distance:
-    """The distance between outputs `(N, ...)` of two networks on the same samples.
+    """Return the distance between the outputs `(N, ...)` of two networks on the same samples.
 
-    It is infinite where `other` is not finite. Outputs that do not vary over the samples are compared with their own
-    size. KL is told for class scores, `(N, classes)`; rows of unit norm are embeddings and have none.
+    The distance is infinite if `other` is not finite. It is relative to the squared norm if the outputs do not vary
+    over the samples. Only class scores `(N, classes)` have a KL divergence; rows of unit norm are embeddings.
     """
     z, w = (t.double().reshape(len(t), math.prod(t.shape[1:])) for t in (dense, other))
     size, spread = float(z.square().sum()), float((z - z.mean(dim=0)).square().sum())

@@ -1,15 +1,15 @@
-"""Factors of a Conv in the forms whose second node has a kernel too: input (1x1, then k x k) and separable (kx1, 1xk).
+"""Alternating least squares for Conv forms with a kernel in the second node: input (1x1, k x k), separable (kx1, 1xk).
 
-Such a Conv is a sum over the points j of the second node's kernel, each seeing the first node's output elsewhere:
+Such a Conv is a sum over the points j of the second kernel, each reading the first node's output at another position:
 
     y = sum_j left_j right x_j        left_j (out, rank)    right (rank, m)    x_j (m)
 
-with x_j the part of the patch that the first node reads to make the output at point j. The best product for the weight
-is one SVD of the unfolded weight; the best for the response is not, because the x_j of one patch are correlated. Given
-`right`, `left` is a linear regression; given `left`, `right` is one too (normal equations by conjugate gradients). The
-two alternate from the response-aware start, and no step makes the response error larger. Where errors of y count by a
-metric `S S^T`, all of this is done for `S^T y`. Moments as in `rsi_deploy.calibration.moments`, of whole patches; all
-in the columns' order of `graph_passes.unfold(weight, "channel")`.
+where x_j is the part of the patch from which the first node computes its output at point j. The best product for the
+weight is one SVD of the unfolded weight. It is not the best for the response, because the x_j of one patch are
+correlated. For fixed `right`, `left` is a linear regression; for fixed `left`, `right` is one too, solved by conjugate
+gradients on the normal equations. The two alternate from a response-aware start, and no step increases the response
+error. If errors of y are weighted by an output sensitivity `S S^T`, the same is done for `S^T y`. The moments are those
+of `rsi_deploy.calibration.moments` for whole patches; their columns have the order of the "channel" form.
 """
 
 import functools
@@ -24,10 +24,10 @@ from rsi_deploy.calibration.moments import Moments
 from rsi_deploy.calibration.reduced_rank_regression import (
     EXACT_LIMIT,
     RIDGE,
-    held_root,
-    leading,
-    metric_root,
+    leading_left_vectors,
+    regularized_cholesky,
     ridge_level,
+    sensitivity_root,
 )
 from rsi_deploy.linalg.solver import Solver
 
@@ -36,20 +36,20 @@ GRADIENT_STEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwoKernels:
-    """The response problem of a Conv in such a form, its columns sorted by the second kernel's points.
+class TwoKernelProblem:
+    """The regression problem of a Conv in such a form, with columns sorted by the points of the second kernel.
 
     Attributes:
-        kernel: of the Conv.
-        first: how many of its axes belong to the first node (0: input, 1 of 2: separable).
-        blocks: xx of each pair of points, ridge added: `(groups, points j, points k, m of k, m of j)`, contiguous, so
-            that every product of an iteration is one matrix product.
-        yx: `(groups, out, points, m)`, ridge added.
-        moments: as gathered, for means and errors.
-        target: the unrestricted answer, unfolded: `(groups, out * points, m)`.
-        root: Cholesky factor of the mean over the points of xx, `(groups, m, m)`.
-        outer: S `(groups, out, out)`, lower, where `S S^T` is what errors of the response cost; None for the identity.
-            `yx` and `target` are those of `S^T y` then.
+        kernel: kernel size of the Conv.
+        first: number of kernel axes that belong to the first node (0: input, 1 of 2: separable).
+        blocks: xx of each pair of points with the ridge added, `(groups, points j, points k, m of k, m of j)`,
+            contiguous, so that every product of an iteration is one matrix product.
+        yx: `(groups, out, points, m)` with the ridge added.
+        moments: moments of the Conv, for means and errors.
+        target: unfolded full-rank solution, `(groups, out * points, m)`.
+        root: Cholesky factor of xx averaged over the points, `(groups, m, m)`.
+        outer: lower triangular S `(groups, out, out)` with the output sensitivity `S S^T`; None for the identity.
+            With S, `yx` and `target` are those of `S^T y`.
     """
 
     kernel: tuple[int, ...]
@@ -63,39 +63,39 @@ class TwoKernels:
 
     @property
     def points(self) -> int:
-        """Points of the second node's kernel."""
+        """Number of points in the second kernel."""
         return self.blocks.shape[1]
 
     @property
     def xx(self) -> Tensor:
-        """The same as `(groups, points, m, points, m)`."""
+        """The blocks as `(groups, points, m, points, m)`."""
         return self.blocks.permute(0, 1, 4, 2, 3)
 
     def start(self, rank: int, solver: Solver, *, site: str = "") -> Tensor:
-        """`right (groups, rank, m)` that is best if the x_j were independent."""
+        """Return the `right (groups, rank, m)` that would be best if the x_j were independent."""
         if self.target.shape[-2] > EXACT_LIMIT:
-            left = leading(self.whitened, rank, solver, site=site)
+            left = leading_left_vectors(self.whitened, rank, solver, site=site)
         else:
             left = self._basis[..., :rank]
         return left.mT @ self.target
 
     @property
     def whitened(self) -> Tensor:
-        """Whose leading left singular vectors the start keeps, `(groups, out * points, m)`."""
+        """The matrix whose leading left singular vectors are the start, `(groups, out * points, m)`."""
         return self.target @ self.root
 
     @property
     def _flat(self) -> Tensor:
-        """`(groups, points * points * m, m)`."""
+        """The blocks as `(groups, points * points * m, m)`."""
         return self.blocks.flatten(1, 3)
 
     @functools.cached_property
     def _basis(self) -> Tensor:
-        """All of the start's left singular vectors, leading first: one decomposition serves every rank."""
-        return leading(self.whitened, self.target.shape[-2], Solver())
+        """All left singular vectors of the start, leading first: one decomposition serves every rank."""
+        return leading_left_vectors(self.whitened, self.target.shape[-2], Solver())
 
     def left_for(self, right: Tensor) -> Tensor:
-        """The best `left (groups, out, points, rank)` for a given `right`."""
+        """Return the best `left (groups, out, points, rank)` for fixed `right`."""
         groups, out, points, _ = self.yx.shape
         rank = right.shape[-2]
         half = self._flat @ right.mT  # (groups, points * points * m, rank)
@@ -103,15 +103,15 @@ class TwoKernels:
         gram = gram.reshape(groups, points, points, rank, rank).transpose(2, 3)
         gram = gram.reshape(groups, points * rank, points * rank)
         gram = (gram + gram.mT) / 2
-        # `right` may have fewer directions than rows; what is added must not outweigh its shortest row.
-        held = torch.finfo(gram.dtype).eps ** 0.75 * gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True)
-        gram.diagonal(dim1=-2, dim2=-1).add_(held.clamp_min(torch.finfo(gram.dtype).tiny))
+        # The rows of `right` may be linearly dependent. The shift must stay small beside its shortest row.
+        shift = torch.finfo(gram.dtype).eps ** 0.75 * gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True)
+        gram.diagonal(dim1=-2, dim2=-1).add_(shift.clamp_min(torch.finfo(gram.dtype).tiny))
         cross = (self.yx @ right.mT.unsqueeze(1)).reshape(groups, out, points * rank)
         solved = torch.cholesky_solve(cross.mT, torch.linalg.cholesky(gram)).mT
         return solved.reshape(groups, out, points, rank)
 
     def right_for(self, left: Tensor, right: Tensor, steps: int = GRADIENT_STEPS) -> Tensor:
-        """A better `right (groups, rank, m)` for a given `left`, from `right`: conjugate gradients."""
+        """Improve `right (groups, rank, m)` for fixed `left` by conjugate gradients."""
         groups, out, points, rank = left.shape
         flat = left.reshape(groups, out, points * rank)
         weights = (flat.mT @ flat).reshape(groups, points, rank, points, rank).transpose(1, 2)
@@ -139,7 +139,7 @@ class TwoKernels:
         return R
 
     def factors(self, rank: int, solver: Solver, *, site: str = "", steps: int = STEPS) -> tuple[Tensor, Tensor]:
-        """`left (groups, out * points, rank)`, `right (groups, rank, m)`, as `graph_passes.Factors` wants them."""
+        """Return `left (groups, out * points, rank)` and `right (groups, rank, m)`, as in `graph_passes.Factors`."""
         right = self.start(rank, solver, site=site)
         left = self.left_for(right)
         for _ in range(steps - 1):
@@ -152,39 +152,39 @@ class TwoKernels:
         return left.reshape(groups, out * points, rank), right
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """The Conv's weight that two factors amount to, `(groups, out, in * prod(kernel))` in the channel order."""
+        """Return the Conv weight that two factors make up, `(groups, out, in * prod(kernel))` in channel order."""
         groups, rows, _ = left.shape
         unfolded = (left @ right).reshape(groups, rows // self.points, self.points, -1)
         return _folded(unfolded, self.kernel, self.first)
 
 
-def two_kernels(
+def two_kernel_problem(
     weight: Tensor,
     moments: Moments,
     kernel: tuple[int, ...],
     first: int,
     *,
     ridge: float = RIDGE,
-    metric: Tensor | None = None,
-) -> TwoKernels:
-    """The response problem of a Conv with a kernel in its second node.
+    sensitivity: Tensor | None = None,
+) -> TwoKernelProblem:
+    """Return the regression problem of a Conv with a kernel in its second node.
 
     Args:
         weight: `(groups, out, in * prod(kernel))`.
-        moments: of whole patches, in the same order of columns.
-        kernel: of the Conv.
-        first: how many of the kernel's axes the first node takes.
-        ridge: as for `response.respond`.
-        metric: the same.
+        moments: moments of whole patches, with columns in the same order.
+        kernel: kernel size of the Conv.
+        first: number of kernel axes that belong to the first node.
+        ridge: ridge towards the weight, in mean input variances.
+        sensitivity: output sensitivity G `(groups, out, out)` of any scale; None for the identity.
     """
     groups, out, columns = weight.shape
     order = _by_point(columns, kernel, first)
     points = math.prod(kernel[first:])
     m = columns // points
     level = ridge_level(moments.xx.diagonal(dim1=-2, dim2=-1), ridge)
-    root, level = held_root(moments.xx, level)
-    yx = moments.steadied(weight).yx + level[..., None] * weight.to(moments.xx.dtype)
-    outer = None if metric is None else metric_root(metric).to(yx)
+    root, level = regularized_cholesky(moments.xx, level)
+    yx = moments.stabilized(weight).yx + level[..., None] * weight.to(moments.xx.dtype)
+    outer = None if sensitivity is None else sensitivity_root(sensitivity).to(yx)
     if outer is not None:
         yx = outer.mT @ yx
     target = torch.cholesky_solve(yx.mT, root).mT
@@ -194,20 +194,20 @@ def two_kernels(
     own = blocks.diagonal(dim1=1, dim2=2)  # (groups, m, m, points)
     own.diagonal(dim1=1, dim2=2).add_(level[..., None])
     mean = own.mean(dim=-1).mT
-    return TwoKernels(
+    return TwoKernelProblem(
         kernel=kernel,
         first=first,
         blocks=blocks,
         yx=yx[..., order].reshape(groups, out, points, m),
         moments=moments,
         target=target[..., order].reshape(groups, out * points, m),
-        root=held_root(mean, level)[0],
+        root=regularized_cholesky(mean, level)[0],
         outer=outer,
     )
 
 
 def product_of(site: CalibratedSite, replacement: Replacement) -> Tensor:
-    """The weight that a site's replacement amounts to, `(groups, out, in)`."""
+    """Return the weight that the factors of a replacement make up, `(groups, out, in)`."""
     product, first = replacement.left @ replacement.right, site.first_axes(replacement.form)
     if first == len(site.kernel):
         return product
@@ -217,14 +217,14 @@ def product_of(site: CalibratedSite, replacement: Replacement) -> Tensor:
 
 
 def _by_point(columns: int, kernel: tuple[int, ...], first: int) -> Tensor:
-    """Positions of the columns `(in, *kernel)`, sorted to `(*second kernel, in, *first kernel)`."""
+    """Return the indices that sort columns `(in, *kernel)` to `(*second kernel, in, *first kernel)`."""
     axes = len(kernel)
     grid = torch.arange(columns).reshape(-1, *kernel)
     return grid.permute(*range(1 + first, 1 + axes), 0, *range(1, 1 + first)).reshape(-1)
 
 
 def _folded(unfolded: Tensor, kernel: tuple[int, ...], first: int) -> Tensor:
-    """`(groups, out, points, m)` back to `(groups, out, in * prod(kernel))`."""
+    """Fold `(groups, out, points, m)` back to `(groups, out, in * prod(kernel))`."""
     groups, out, points, m = unfolded.shape
     flat = unfolded.reshape(groups, out, points * m)
     return flat[..., torch.argsort(_by_point(points * m, kernel, first)).to(flat.device)]

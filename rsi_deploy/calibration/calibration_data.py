@@ -1,7 +1,7 @@
 """Unlabelled data for calibration, as batches of a model's inputs.
 
-It is what evaluation takes (see `rsi_deploy.data.sources` and `rsi_deploy.data.feeding`), or a mapping of input name
-to array; labels are not looked at.
+The data are those that evaluation accepts (see `rsi_deploy.data.sources` and `rsi_deploy.data.feeding`), or a mapping
+from input name to array. Labels are ignored.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 import numpy.typing as npt
 
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.data.feeding import Feeding, named_option
+from rsi_deploy.data.feeding import Feeding, errors_for_option
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset, NamedData, check_exists, open_data
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
@@ -25,22 +25,22 @@ OPTION = "--calib"
 
 
 class CalibrationData:
-    """Samples for one model, `size` of them at most, evenly spaced over the data.
+    """At most `size` samples for one model, evenly spaced over the data.
 
     Args:
-        source: data by name, an opened data set, or input name -> array `(N, ...)`.
-        specs: the model's inputs.
-        preprocessing: from 8-bit pictures to inputs.
-        size: at most so many samples.
+        source: path or name of the data, an open data set, or input name -> array `(N, ...)`.
+        specs: inputs of the model.
+        preprocessing: conversion of 8-bit pictures to inputs.
+        size: largest number of samples.
 
     Attributes:
-        available: how many samples there are.
-        samples: how many of them are used; whole batches, where the model fixes its batch.
-        batch: how many go through the model at a time.
-        axes: the batch axes of the model's inputs.
+        available: number of samples in the data.
+        samples: number of samples used: a multiple of `batch` if the model has a fixed batch size.
+        batch: number of samples in one run of the model.
+        axes: batch axes of the model's inputs.
 
     Raises:
-        UsageError: data that do not fit the model, or too few for a model of a fixed batch.
+        UsageError: data that do not fit the model, or fewer samples than the model's fixed batch.
     """
 
     def __init__(
@@ -63,41 +63,41 @@ class CalibrationData:
                 f"--calib: {min(size, self.available)} samples are fewer than the model's fixed batch of {self.batch}; "
                 f"give more"
             )
-        next(self._feeding.batches(1, 1))  # what does not fit must not wait
+        next(self._feeding.batches(1, 1))  # raises now if the data do not fit
 
     def feeds(self) -> Iterator[dict[str, Array]]:
-        """The batches, from the start."""
+        """Yield the batches in order."""
         for feeds, _ in self._feeding.batches(self.batch, self.samples):
             yield feeds
 
     @property
     def are_pictures(self) -> bool:
-        """Whether they go through the preprocessing."""
+        """Whether the samples are pictures, which are preprocessed."""
         return self._feeding.dataset.kind == "images"
 
     def notes(self) -> list[str]:
-        """What a reader should know of the samples that were read so far."""
+        """Return notes for the report about the samples that were read so far."""
         return self._feeding.notes()
 
     def digests(self, limit: int = 4096) -> set[bytes]:
-        """A hash of each sample, as it enters the model."""
-        found: set[bytes] = set()
+        """Return hashes of the samples as they enter the model, of at least the first `limit`."""
+        digests: set[bytes] = set()
         for feeds in self.feeds():
-            found |= set(sample_digests(feeds, self.axes))
-            if len(found) >= limit:
+            digests |= set(sample_digests(feeds, self.axes))
+            if len(digests) >= limit:
                 break
-        return found
+        return digests
 
 
 def example_shapes(
     sources: Mapping[str, Any], specs: Sequence[InputSpec], steps: Preprocessing | None
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of the inputs with one sample, of the first data there are; empty without any.
+    """Return the input shapes of one sample from the first source that is not None; empty if all are None.
 
     Args:
-        sources: option -> data as `CalibrationData` takes them, or None.
-        specs: the model's inputs.
-        steps: from 8-bit pictures to inputs.
+        sources: option -> data in a form that `CalibrationData` accepts, or None.
+        specs: inputs of the model.
+        steps: conversion of 8-bit pictures to inputs.
 
     Raises:
         UsageError: data that do not fit the model.
@@ -109,18 +109,18 @@ def example_shapes(
 
 
 def check_source(source: object) -> None:
-    """Refuse, before any work, a path with no data at it.
+    """Check that a path to data exists.
 
     Raises:
-        UsageError: says what was expected.
+        UsageError: there is no data at the path.
     """
     if isinstance(source, str | Path):
-        with named_option(OPTION):
+        with errors_for_option(OPTION):
             check_exists(source)
 
 
 def sample_digests(feeds: Mapping[str, Array], axes: BatchAxes | None = None) -> Iterator[bytes]:
-    """A hash of each sample's values, over all inputs; without `axes` the first axis of each is the batch."""
+    """Yield a hash of each sample over all inputs. Without `axes`, the first axis of every input is the batch."""
     axes = axes or BatchAxes(axes=dict.fromkeys(feeds, 0), fixed=None)
     for row in range(axes.samples(feeds)):
         sample = axes.cut(feeds, slice(row, row + 1))
@@ -130,10 +130,10 @@ def sample_digests(feeds: Mapping[str, Array], axes: BatchAxes | None = None) ->
 def refuse_shared(
     calibration: CalibrationData, evaluation: Dataset, specs: Sequence[InputSpec], steps: Preprocessing | None
 ) -> None:
-    """Refuse calibration data that hold evaluation samples: what is tuned on them is not measured by them.
+    """Check that calibration and evaluation data share no samples.
 
     Raises:
-        UsageError: with how many of the evaluation samples are shared.
+        UsageError: some are shared; the message names their number.
     """
     known = calibration.digests()
     seen = shared = 0
@@ -144,21 +144,21 @@ def refuse_shared(
         shared += sum(digest in known for digest in digests)
     if shared:
         raise UsageError(
-            f"--calib and --data share samples ({shared} of {seen} evaluation samples looked at): the accuracy would "
-            f"be measured on what the factors were fitted to; give other data, or add --allow-shared-data"
+            f"--calib and --data share samples ({shared} of {seen} evaluation samples checked), so the accuracy "
+            f"would be measured on the data that factors are fitted to; type other data, or add --allow-shared-data"
         )
 
 
 def _opened(
     source: str | Path | Dataset | Mapping[str, Array], specs: Sequence[InputSpec], option: str = OPTION
 ) -> Dataset:
-    """The samples as a data set."""
+    """Open the samples as a data set."""
     if isinstance(source, Mapping):
         if absent := [spec.name for spec in specs if spec.name not in source]:
             raise UsageError(f"{option}: no array for the input {', '.join(absent)}; there are {', '.join(source)}")
-        with named_option(option):
+        with errors_for_option(option):
             return NamedData.of_rows({spec.name: source[spec.name] for spec in specs}, specs, None, "arrays")
     if not isinstance(source, str | Path):
         return source
-    with named_option(option):
+    with errors_for_option(option):
         return open_data(source, specs=specs, labelled=False)

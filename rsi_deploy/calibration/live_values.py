@@ -1,6 +1,6 @@
-"""The values that flow between two waves of a run, a batch each: in memory while they are few, then on disk.
+"""A store for the values that one stage of a run passes to the next: in memory up to a limit, then on disk.
 
-Memory is what calibration has least of, and a file that is read again soon stays in the system's own cache.
+A file that is read again soon stays in the page cache of the operating system, so the disk costs little time.
 """
 
 import math
@@ -17,7 +17,7 @@ MEMORY_LIMIT = 4 * 2**20
 
 
 class _Stored(NamedTuple):
-    """An array in a file: its numbers and nothing else."""
+    """An array in a file that holds its raw bytes."""
 
     path: Path
     dtype: np.dtype[Any]
@@ -28,18 +28,18 @@ class _Stored(NamedTuple):
 
 
 class LiveValues:
-    """Arrays by (batch, name). Use it in a `with`: the files go when it ends.
+    """A store of arrays by (batch, name). A `with` statement deletes its files at the end.
 
     Args:
-        limit: bytes kept in memory; what comes beyond goes to temporary files, but for strings and sequences of arrays.
+        limit: bytes kept in memory. Further arrays go to temporary files, except strings and sequences of arrays.
     """
 
     def __init__(self, limit: int = MEMORY_LIMIT) -> None:
         self._limit = limit
         self._bytes = 0
-        self._free: dict[int, list[Path]] = {}  # by size; written over, as their pages are in the cache already
+        self._free: dict[int, list[Path]] = {}  # files by size, reused because their pages are in the cache
         self._count = 0
-        self._values: dict[tuple[int, str], Any] = {}  # an array, a sequence of them, or where one is stored
+        self._values: dict[tuple[int, str], Any] = {}  # an array, a sequence of arrays, or a `_Stored`
         self._folder = ScratchFolder()
 
     def __enter__(self) -> "LiveValues":
@@ -52,7 +52,7 @@ class LiveValues:
         self._folder.cleanup()
 
     def put(self, batch: int, values: Mapping[str, Any]) -> None:
-        """Keep these values of a batch, in place of those of the same names."""
+        """Store values of a batch; they replace earlier ones of the same names."""
         for name, value in values.items():
             self.drop(batch, [name])
             plain = isinstance(value, np.ndarray) and not value.dtype.hasobject
@@ -63,19 +63,16 @@ class LiveValues:
             self._values[batch, name] = self._stored(value)
 
     def has(self, batch: int, name: str) -> bool:
-        """Whether a value is there."""
+        """Return whether a value is stored."""
         return (batch, name) in self._values
 
     def get(self, batch: int, names: Iterable[str]) -> dict[str, Any]:
-        """These values of a batch."""
-        found = {}
-        for name in names:
-            value = self._values[batch, name]
-            found[name] = value.load() if isinstance(value, _Stored) else value
-        return found
+        """Return values of a batch by name."""
+        values = ((name, self._values[batch, name]) for name in names)
+        return {name: value.load() if isinstance(value, _Stored) else value for name, value in values}
 
     def drop(self, batch: int, names: Iterable[str]) -> None:
-        """Forget these values of a batch, where they are there."""
+        """Remove values of a batch, if they are stored."""
         for name in names:
             value = self._values.pop((batch, name), None)
             if isinstance(value, _Stored):
@@ -84,9 +81,9 @@ class LiveValues:
                 self._bytes -= _bytes_of(value)
 
     def keep_only(self, batch: int, names: Iterable[str]) -> None:
-        """Forget all values of a batch but these."""
-        wanted = set(names)
-        self.drop(batch, [name for number, name in list(self._values) if number == batch and name not in wanted])
+        """Remove all values of a batch except these."""
+        kept = set(names)
+        self.drop(batch, [name for number, name in list(self._values) if number == batch and name not in kept])
 
     def _stored(self, value: Any) -> _Stored:
         if same := self._free.pop(value.nbytes, None):
@@ -102,7 +99,7 @@ class LiveValues:
         return _Stored(path, value.dtype, value.shape)
 
     def _remove_one(self) -> None:
-        """Remove a free file, of another size than is wanted: so there are never more files than values at a time."""
+        """Delete one free file, so that there are never more files than values."""
         for size, paths in self._free.items():
             paths.pop().unlink()
             if not paths:

@@ -1,12 +1,13 @@
-"""Second moments of what a site reads and of what it should answer, gathered over calibration data batch by batch.
+"""Second moments of a site's input and its desired response, accumulated over calibration data batch by batch.
 
-    x (in)   an input of the site in the network as it will be: its upstream sites already compressed
-    y (out)  the response the site should give to it, bias apart: the dense network's, in the dense network
+    x (in)   input of the site in the compressed network: the sites before it are already replaced
+    y (out)  desired response without bias: the response of the same site in the dense network
 
     xx = E[(x - E x)(x - E x)^T]     yx = E[(y - E y)(x - E x)^T]     yy = E|y - E y|^2
 
-Batches are centred by themselves, twice, and merged (Chan, Golub and LeVeque 1979), so a large mean costs no digits.
-An input wider than `GRAM_LIMIT` keeps its rows instead of a Gram matrix: there are fewer of them than columns.
+Each batch is centred on its own mean, twice, and merged (Chan, Golub and LeVeque 1979), so a large mean costs no
+digits. For an input wider than `GRAM_LIMIT` the rows are kept instead of a Gram matrix: there are fewer rows than
+columns.
 """
 
 from dataclasses import dataclass, replace
@@ -15,26 +16,26 @@ import torch
 from torch import Tensor
 
 GRAM_LIMIT = 8192
-"""Widest input whose Gram matrix is kept; wider ones keep their rows."""
+"""Widest input whose Gram matrix is kept; for wider ones the rows are kept."""
 _DOUBLE_LIMIT = 2048
 ROWS = 49_152
-"""Rows a site gets of all the data, or 16 times its inputs where that is more."""
+"""Largest number of rows per site, or 16 times its inputs if that is more."""
 WIDE_ROWS = 4096
-"""Rows of a site that keeps them."""
+"""Largest number of rows for a site whose rows are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Moments of one site, a group each; float64 up to 2,048 inputs, else float32.
+    """The moments of one site per group, in float64 up to 2,048 inputs and in float32 above.
 
     Attributes:
-        rows: how many (x, y) they are of.
-        mass: what the rows count together; `rows`, where each counts 1.
+        rows: number of pairs (x, y).
+        mass: sum of the row weights; equal to `rows` if every weight is 1.
         mean_x: `(groups, in)`.
         mean_y: `(groups, out)`.
         xx: `(groups, in, in)`, centred.
         yx: `(groups, out, in)`, centred.
-        yy: `(groups,)`, the total variance of y.
+        yy: total variance of y, `(groups,)`.
     """
 
     rows: int
@@ -54,10 +55,10 @@ class Moments:
     def _varying(self) -> Tensor:
         return _above_rounding(self.xx.diagonal(dim1=-2, dim2=-1), self.mean_x)
 
-    def steadied(self, weight: Tensor) -> "Moments":
-        """The same, but a group whose inputs do not vary is asked for what `weight (groups, out, in)` makes of them.
+    def stabilized(self, weight: Tensor) -> "Moments":
+        """Return the moments with `y = weight x` in groups whose inputs do not vary, `weight (groups, out, in)`.
 
-        What its rounding has in common with y would be taken for a law.
+        The variation of such inputs is rounding, and a regression would fit its chance correlation with y.
         """
         varying = self._varying
         if varying.all():
@@ -66,7 +67,7 @@ class Moments:
 
     @classmethod
     def dense(cls, inputs: "Moments", weight: Tensor) -> "Moments":
-        """Moments in the dense network itself, where `y = W x` and so of `inputs` nothing of y has to be gathered."""
+        """Return the moments in the dense network, where `y = W x` follows from the moments of the inputs alone."""
         W = weight.to(inputs.xx.dtype)
         yx = W @ inputs.xx
         mean_y = (W @ inputs.mean_x.to(W.dtype).unsqueeze(-1)).squeeze(-1)
@@ -75,7 +76,7 @@ class Moments:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """The rows themselves, for an input too wide for a Gram matrix; float32.
+    """The rows of an input that is too wide for a Gram matrix, in float32.
 
     Attributes:
         x: `(groups, rows, in)`.
@@ -87,30 +88,30 @@ class Samples:
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """Number of pairs (x, y)."""
         return int(self.x.shape[-2])
 
     @property
     def mean_x(self) -> Tensor:
-        """`(groups, in)`."""
+        """Mean of the inputs, `(groups, in)`."""
         return self.x.mean(dim=-2)
 
     @property
     def mean_y(self) -> Tensor:
-        """`(groups, out)`."""
+        """Mean of the responses, `(groups, out)`."""
         return self.y.mean(dim=-2)
 
     @property
     def varies(self) -> bool:
-        """See `Moments`."""
+        """Whether the inputs of any group vary, as in `Moments`."""
         return bool(self._varying.any())
 
     @property
     def _varying(self) -> Tensor:
         return _above_rounding(self.x.var(dim=-2, correction=0), self.mean_x)
 
-    def steadied(self, weight: Tensor) -> "Samples":
-        """See `Moments`."""
+    def stabilized(self, weight: Tensor) -> "Samples":
+        """Return the rows with `y = weight x` in groups whose inputs do not vary, as in `Moments`."""
         varying = self._varying
         if varying.all():
             return self
@@ -119,8 +120,8 @@ class Samples:
         return Samples(x=self.x, y=torch.where(varying[:, None, None], self.y, y))
 
 
-class Gathering:
-    """Gathers the moments of one site.
+class MomentAccumulator:
+    """An accumulator of moments.
 
     Args:
         in_features: columns of the weight, per group.
@@ -135,19 +136,19 @@ class Gathering:
 
     @property
     def rows(self) -> int:
-        """How many rows have come."""
+        """Number of rows added."""
         return sum(x.shape[-2] for x, _ in self._kept) + (self._sum.rows if self._sum else 0)
 
     def add(self, x: Tensor, y: Tensor, counts: Tensor | None = None) -> None:
-        """Take in rows `x (groups, rows, in)` and `y (groups, rows, out)`; none at all is fine.
+        """Add zero or more rows.
 
         Args:
-            x: inputs.
-            y: responses.
-            counts: what each row counts, positive `(rows,)`; None for 1. Rows that are kept count 1 all the same.
+            x: inputs `(groups, rows, in)`.
+            y: responses `(groups, rows, out)`.
+            counts: positive row weights `(rows,)`; None for 1. They have no effect on an input wider than the limit.
 
         Raises:
-            ValueError: NaN or infinite values, or rows that do not fit together.
+            ValueError: NaN or infinite values, or shapes that do not fit together.
         """
         if x.shape[:-1] != y.shape[:-1]:
             raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} do not fit together")
@@ -159,13 +160,15 @@ class Gathering:
         if self._wide:
             self._kept.append((x.float(), y.float()))
         else:
-            batch = _of(x.float(), y.float(), self._dtype, x.new_ones(x.shape[-2]) if counts is None else counts)
+            batch = _moments_of(
+                x.float(), y.float(), self._dtype, x.new_ones(x.shape[-2]) if counts is None else counts
+            )
             if not torch.isfinite(batch.xx).all() or not torch.isfinite(batch.yy).all():
                 raise ValueError("its values on the calibration data are too large to be squared")
             self._sum = _merged(self._sum, batch)
 
     def result(self) -> Moments | Samples | None:
-        """The moments of all that came; None when nothing did."""
+        """Return the moments of all rows, or None without rows."""
         if self._kept:
             return Samples(
                 x=torch.cat([x for x, _ in self._kept], dim=-2), y=torch.cat([y for _, y in self._kept], dim=-2)
@@ -173,20 +176,20 @@ class Gathering:
         return self._sum
 
 
-def rows_for(in_features: int) -> int:
-    """How many rows a site's moments are taken from, at most."""
+def row_limit(in_features: int) -> int:
+    """Return the largest number of rows that a site's moments are computed from."""
     return WIDE_ROWS if in_features > GRAM_LIMIT else max(ROWS, 16 * in_features)
 
 
-def gathered_bytes(in_features: int, out_features: int, groups: int, rows: int, *, limit: int = GRAM_LIMIT) -> int:
-    """Memory that gathering one site takes."""
+def moment_bytes(in_features: int, out_features: int, groups: int, rows: int, *, limit: int = GRAM_LIMIT) -> int:
+    """Return the bytes that the accumulated moments of one site take."""
     if in_features > limit:
         return 4 * groups * rows * (in_features + out_features)
     width = 8 if in_features <= _DOUBLE_LIMIT else 4
     return width * groups * in_features * (in_features + out_features)
 
 
-def _of(x: Tensor, y: Tensor, dtype: torch.dtype, counts: Tensor) -> Moments:
+def _moments_of(x: Tensor, y: Tensor, dtype: torch.dtype, counts: Tensor) -> Moments:
     shares = counts.to(dtype) / counts.to(dtype).sum()
     x, mean_x = _centred(x, shares)
     y, mean_y = _centred(y, shares)
@@ -204,16 +207,16 @@ def _of(x: Tensor, y: Tensor, dtype: torch.dtype, counts: Tensor) -> Moments:
 
 
 def _centred(x: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows less their mean, and the mean, to more digits than the rows have."""
+    """Return the centred rows, and their mean to more digits than the rows have."""
     weights = shares.to(x.dtype)
     mean = (weights @ x).unsqueeze(-2)
     x = x - mean
-    rest = (weights @ x).unsqueeze(-2)  # what rounding has left
+    rest = (weights @ x).unsqueeze(-2)  # the rounding error of the mean
     return x.sub_(rest), (mean.to(shares.dtype) + rest).squeeze(-2)
 
 
 def _above_rounding(variances: Tensor, means: Tensor) -> Tensor:
-    """Bool `(groups,)`."""
+    """Return whether each group varies by more than float32 rounding, bool `(groups,)`."""
     rounding = 4 * torch.finfo(torch.float32).eps
     return variances.sum(dim=-1) > rounding**2 * means.square().sum(dim=-1)
 

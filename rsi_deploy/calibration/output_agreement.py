@@ -1,6 +1,6 @@
-"""How far a compressed model's outputs are from the dense one's, on unlabelled data.
+"""Compare the outputs of a compressed model with those of the dense one on unlabelled data.
 
-output error   sum |z - z~|^2 / sum |z - E z|^2          of the first floating output, or of what ids are read from
+output error   sum |z - z~|^2 / sum |z - E z|^2          of the first floating output, or of the scores before class ids
 divergence     mean KL(softmax z || softmax z~), nats    of class scores
 agreement      share of equal top-1 answers, percent     of class scores
 """
@@ -22,7 +22,7 @@ from rsi_deploy.core.errors import GateError, UsageError
 from rsi_deploy.evaluation.answer_outputs import with_readable_output
 from rsi_deploy.evaluation.scores import divergence
 from rsi_deploy.io.onnx_reader import read_proto
-from rsi_deploy.runtime.feeds.values import Value, arrays_of
+from rsi_deploy.runtime.feeds.values import Value, arrays_of_output
 from rsi_deploy.runtime.sessions import make_session, run_session
 
 if TYPE_CHECKING:
@@ -31,56 +31,54 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 CHECKED_SAMPLES = 512
-"""Samples after which no further batch is run."""
+"""Number of samples after which no further batch is run."""
 
 
-def output_agreement(dense: Path, compressed: Path, data: CalibrationData, provider: str) -> CalibrationRecord:
-    """Run both models on the first batches of `data` and compare.
+def output_agreement(
+    dense: Path,
+    compressed: Path,
+    data: CalibrationData,
+    provider: str,
+    dense_outputs: Array | None = None,
+    proto: ModelProto | None = None,
+) -> tuple[CalibrationRecord, Array]:
+    """Run both models on the first batches of `data` and compare their outputs.
+
+    Args:
+        dense: file of the dense model.
+        compressed: file of the compressed model.
+        data: calibration data.
+        provider: execution provider of onnxruntime.
+        dense_outputs: float32 outputs of the dense model on the same batches; None to run it.
+        proto: the dense model, parsed; None reads it from its file.
+
+    Returns:
+        The record for the report, and the outputs of the dense model.
 
     Raises:
         UsageError: data that do not fit, or a model without a floating output.
         GateError: NaN or infinity where the dense model has none.
     """
-    return certified(dense, compressed, data, provider)[0]
-
-
-def certified(
-    dense: Path,
-    compressed: Path,
-    data: CalibrationData,
-    provider: str,
-    known: Array | None = None,
-    proto: ModelProto | None = None,
-) -> tuple[CalibrationRecord, Array]:
-    """As `output_agreement`, with the dense model's answers; where they are known, it is not asked again.
-
-    Args:
-        dense: the dense model.
-        compressed: the one that is held against it.
-        data: unlabelled.
-        provider: onnxruntime's.
-        known: float32, the dense model's answers on the same batches.
-        proto: the dense model, where it is parsed already.
-    """
-    before = _readable_session(dense, provider, proto) if known is None else None
-    after = _readable_session(compressed, provider)
-    seen = hashlib.sha256()
-    asked: list[Array] = []
-    answers: list[Array] = []
+    dense_session = _readable_session(dense, provider, proto) if dense_outputs is None else None
+    session = _readable_session(compressed, provider)
+    fingerprint = hashlib.sha256()
+    dense_batches: list[Array] = []
+    batches: list[Array] = []
     for feeds in data.feeds():
         for name in sorted(feeds):
-            seen.update(feeds[name].tobytes())
-        if before is not None:
-            asked.append(_output(run_session(before, feeds, dense.name), before))
-        answers.append(_output(run_session(after, feeds, compressed.name), after))
-        if sum(map(len, answers)) >= CHECKED_SAMPLES:
+            fingerprint.update(feeds[name].tobytes())
+        if dense_session is not None:
+            dense_batches.append(_output(run_session(dense_session, feeds, dense.name), dense_session))
+        batches.append(_output(run_session(session, feeds, compressed.name), session))
+        if sum(map(len, batches)) >= CHECKED_SAMPLES:
             break
-    told = np.concatenate(asked) if known is None else known
-    return _compared(told, np.concatenate(answers), data.samples, seen.hexdigest()), told
+    if dense_outputs is None:
+        dense_outputs = np.concatenate(dense_batches)
+    return _compare(dense_outputs, np.concatenate(batches), data.samples, fingerprint.hexdigest()), dense_outputs
 
 
-def _compared(z: Array, w: Array, samples: int, fingerprint: str) -> CalibrationRecord:
-    """The dense model's answers `z` and the compressed one's `w`."""
+def _compare(z: Array, w: Array, samples: int, fingerprint: str) -> CalibrationRecord:
+    """Compare the dense model's outputs `z` with the compressed model's `w`."""
     finite = np.isfinite(z)
     if not np.isfinite(w[finite]).all():
         raise GateError("the compressed model gives NaN or infinite outputs on the calibration data; export again")
@@ -98,7 +96,7 @@ def _compared(z: Array, w: Array, samples: int, fingerprint: str) -> Calibration
 
 
 def _readable_session(model: Path, provider: str, proto: ModelProto | None = None) -> "InferenceSession":
-    """A session that gives what lies before an ArgMax or a TopK, where the model itself does not."""
+    """Open a session whose outputs include the scores before a final ArgMax or TopK."""
     proto = proto or read_proto(model)
     readable = with_readable_output(proto)
     if readable is proto:
@@ -107,13 +105,13 @@ def _readable_session(model: Path, provider: str, proto: ModelProto | None = Non
 
 
 def _output(outputs: list[Value], session: "InferenceSession") -> Array:
-    """The first floating output, samples first."""
-    arrays = (array for output in outputs for array in arrays_of("", output).values())
+    """Return the first floating output, with samples along the first axis."""
+    arrays = (array for output in outputs for array in arrays_of_output("", output).values())
     found = next((a for a in arrays if a.dtype.kind == "f" and a.ndim and a.size), None)
     if found is None:
         gives = ", ".join(f"{value.name}: {value.type}" for value in session.get_outputs())
         raise UsageError(
-            f"the model has no floating output to compare on the calibration data, and nothing floating is before its "
+            f"the model has no floating output to compare on the calibration data, and no floating scores before its "
             f"outputs ({gives}); leave out --calib and choose a size with --rank"
         )
     return found.astype(np.float32)

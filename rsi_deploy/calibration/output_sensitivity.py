@@ -1,15 +1,15 @@
-"""What errors of a site's response do to the output: a metric, by gradients of random projections of the output.
+"""Output sensitivity: the effect of errors in a site's response on the output, from gradients of random projections.
 
-    y_site --> ... --> z,   s = u . z   with E[u u^T] = I,   g = ds / dy, a row at every position
+    y_site --> ... --> z,   s = u . z   with E[u u^T] = I,   g = ds / dy, one row per position
 
     G = sum g g^T   over positions, samples and probes u           (groups, out, out), of no particular scale
 
 To first order an error e of the response moves the output by `|J e|^2`, whose mean over independent positions is
-`e^T G e` for `G = E[J^T J] = E[g g^T]`: the factor of the output's side in K-FAC (Martens and Grosse 2015, section 3),
-for the identity in the output's space in place of the Fisher matrix of a likelihood.
+`e^T G e` for `G = E[J^T J] = E[g g^T]`. This is the output-side factor of K-FAC (Martens and Grosse 2015, section 3)
+with the identity in the output space in place of the Fisher matrix of a likelihood.
 
-Both kinds of streams ask the same questions here: the same samples, and the same probes for them however they are cut
-into batches. Memory is bounded by cutting them; what cannot be told within the bound, or at all, is no metric.
+ONNX graphs and torch modules share this accumulator: the same samples get the same probes, however they are cut into
+batches. Batches are cut to bound the memory. A site has no sensitivity if no gradient reaches it or memory is short.
 """
 
 import logging
@@ -21,97 +21,99 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsi_deploy.calibration.activations import CalibratedSite, Metric, RowCounts
+from rsi_deploy.calibration.activations import CalibratedSite, OutputSensitivity, RowCounts
 from rsi_deploy.linalg.solver import stream_seed
 
 logger = logging.getLogger(__name__)
 
 PROBES = 4
-"""Random directions of the output a sample is asked for, at the most."""
+"""Largest number of random output directions per sample."""
 
 BACKWARDS = 512
-"""With so many samples one direction each is asked for: more samples tell more than more directions."""
+"""Number of samples from which one direction per sample suffices: more samples help more than more directions."""
 
 SAMPLES = 1024
-"""How many samples are asked, at the most; from all over the data, which may be sorted."""
+"""Largest number of samples that get gradients, evenly spaced over the data, which may be sorted."""
 
 OUT_LIMIT = 4096
-"""A wider response gets no metric: its roots would cost more than all else."""
+"""Widest response with a sensitivity: the matrix root of a wider one would dominate the cost."""
 
 COUNT_FLOOR = 0.5
-"""Of what a row counts, the share that is the same for all: one probe tells little of one row. On held-out texts 0.5
-did better for a sentence encoder than 0.1, and both better than 1."""
+"""Share of a row's weight that is the same for all rows, because one probe says little about one row. On held-out texts
+0.5 did better for a sentence encoder than 0.1, and both better than 1."""
 
 MEMORY = 2 * 2**30
-"""Bytes of weights, metrics and values kept for a backward pass."""
+"""Bytes of weights, sensitivities and values kept for a backward pass."""
 
 PIECE = 32 * 2**20
-"""Bytes of values kept for the backward pass of some samples, where one sample needs less: more save no time."""
+"""Bytes kept for one backward pass over several samples; larger passes save no time."""
 
 
-class NoMetricError(Exception):
-    """There is no metric for a model, for the reason that the message tells."""
+class NoSensitivityError(Exception):
+    """Signals that a model has no output sensitivities; the message is the reason."""
 
 
-def metrics_or_none(ask: Callable[[], dict[str, Metric]]) -> dict[str, Metric]:
-    """What `ask` finds; nothing, and a line in the log, where it finds no way."""
+def sensitivities_or_empty(compute: Callable[[], dict[str, OutputSensitivity]]) -> dict[str, OutputSensitivity]:
+    """Return the result of `compute`, or log the reason and return an empty dictionary if it fails."""
     try:
-        return ask()
-    except NoMetricError as reason:
-        logger.info("responses are fitted without a metric of the output: %s", reason)
-    except Exception as error:  # a model's own code and torch's kernels raise anything; the fit can do without
-        logger.warning("responses are fitted without a metric of the output: %s: %s", type(error).__name__, error)
+        return compute()
+    except NoSensitivityError as reason:
+        logger.info("responses are fitted without output sensitivity: %s", reason)
+    except Exception as error:  # a model's own code and torch's kernels raise anything
+        logger.warning("responses are fitted without output sensitivity: %s: %s", type(error).__name__, error)
     return {}
 
 
-class OutputMetric:
-    """The metrics of some sites, added up over pieces of the data, sample behind sample.
+class SensitivityAccumulator:
+    """An accumulator of output sensitivities, fed with the samples in order, in pieces of any size.
 
     Args:
-        sites: by name.
-        samples: how many the data have.
-        seed: of the probes.
-        memory: bytes, as `MEMORY`.
+        sites: sites by name.
+        samples: number of samples in the data.
+        seed: random seed of the probes.
+        memory: bound in bytes, see `MEMORY`.
 
     Attributes:
-        sites: those that can have one.
-        seen: how many samples have come.
+        sites: sites that can have a sensitivity.
+        seen: number of samples so far.
 
     Raises:
-        NoMetricError: the metrics alone would take more memory.
+        NoSensitivityError: the sensitivities alone exceed the memory.
     """
 
     def __init__(self, sites: Mapping[str, CalibratedSite], samples: int, *, seed: int, memory: int = MEMORY) -> None:
         self.sites = {name: site for name, site in sites.items() if site.out_features <= OUT_LIMIT}
         for name in sites.keys() - self.sites.keys():
-            logger.info("site %r is fitted without a metric: it answers with more than %d numbers", name, OUT_LIMIT)
+            logger.info(
+                "site %r is fitted without output sensitivity: its response has over %d features", name, OUT_LIMIT
+            )
         self._samples, self.seen = samples, 0
         probes = min(PROBES, max(1, BACKWARDS // max(samples, 1)))
         self._generators = [np.random.default_rng(stream_seed(seed, f"probe/{n}")) for n in range(probes)]
-        self._found: dict[str, Tensor] = {}
-        self._energy: dict[str, dict[int, Tensor]] = {}  # of a product: mean square of the gradients of a sample's rows
+        self._sums: dict[str, Tensor] = {}
+        self._energy: dict[str, dict[int, Tensor]] = {}  # site -> sample -> mean square gradient of its rows
         self._left, self._cut = memory, 2
-        self.take(sum(4 * site.groups * site.out_features**2 for site in self.sites.values()))
+        self.reserve(sum(4 * site.groups * site.out_features**2 for site in self.sites.values()))
 
-    def take(self, size: int) -> None:
-        """Set aside bytes of the bound.
+    def reserve(self, size: int) -> None:
+        """Reserve bytes of the bound.
 
         Raises:
-            NoMetricError: so many are not left.
+            NoSensitivityError: fewer bytes are left.
         """
         self._left -= size
         if self._left < 0:
-            raise NoMetricError(f"it would need {-self._left} bytes more than the bound")
+            raise NoSensitivityError(f"it would need {-self._left} bytes more than the bound")
 
-    def chosen(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Which of the next `count` samples are asked."""
+    def choose(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Return which of the next `count` samples get gradients."""
         share = min(SAMPLES, self._samples)
         number = self.seen + np.arange(count + 1)
         self.seen += count
         return np.flatnonzero(np.diff(number * share // max(self._samples, 1)))
 
     def pieces(self, count: int) -> Iterator[slice]:
-        """Cuts a batch of `count` samples: as many at a time as memory allows by what the pieces before have kept."""
+        """Cut a batch of `count` samples into pieces that fit into memory, judged by the pieces before."""
         begin = 0
         while begin < count:
             end = min(count, begin + self._cut)
@@ -119,16 +121,16 @@ class OutputMetric:
             begin = end
 
     @contextmanager
-    def keeping(self, samples: int, fixed: Iterable[Tensor] = ()) -> Iterator[None]:
-        """Within it gradients are on, and what is kept for the backward pass of these samples is bounded.
+    def bounded_gradients(self, samples: int, fixed: Iterable[Tensor] = ()) -> Iterator[None]:
+        """Turn gradients on within a `with` block, and bound the memory kept for the backward pass.
 
         Args:
-            samples: how many are run.
-            fixed: weights, which are there anyhow and not counted.
+            samples: number of samples that run in the block.
+            fixed: weights, which are in memory anyway and are not counted.
 
         Raises:
-            NoMetricError: it is more than the bound, or was written over before the backward pass (torch itself leaves
-                that unnoticed behind hooks).
+            NoSensitivityError: the bound is exceeded, or the model overwrites a kept value (torch does not check this
+                for values behind hooks).
         """
         seen = {tensor.untyped_storage().data_ptr() for tensor in fixed}
         size = 0
@@ -140,38 +142,38 @@ class OutputMetric:
                 seen.add(storage.data_ptr())
                 size += storage.nbytes()
             if size > self._left:
-                raise NoMetricError(f"gradients of {samples} samples need more than {self._left} bytes")
-            return tensor.detach(), tensor._version  # the tensor itself, where it is an output, would keep its graph
+                raise NoSensitivityError(f"gradients of {samples} samples need more than {self._left} bytes")
+            return tensor.detach(), tensor._version  # an attached output would keep its graph alive
 
         def unpack(kept: tuple[Tensor, int]) -> Tensor:
             tensor, version = kept
             if tensor._version != version:
-                raise NoMetricError("the model writes over what its gradients need")
+                raise NoSensitivityError("the model overwrites a value that its gradients need")
             return tensor
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
         self._cut = max(1, int(samples * min(self._left, PIECE) / max(2 * size, 1)))
 
-    def listen(
+    def add_gradients(
         self,
         z: Tensor,
         taps: Sequence[tuple[str, Tensor]],
         samples: Sequence[int],
     ) -> None:
-        """Ask for gradients of an output where the responses of sites were tapped.
+        """Add gradients of an output with respect to the responses of sites.
 
         Args:
-            z: the output, `(N, ...)`.
-            taps: `(name, y)` of every call of a site.
-            samples: the numbers, in all of the data, of the samples that were run.
+            z: output `(N, ...)`.
+            taps: site name and response y of every call of a site.
+            samples: indices of these samples in the data.
 
         Raises:
-            NoMetricError: no gradient reaches any of them.
+            NoSensitivityError: no gradient reaches any site.
         """
         values = [y for name, y in taps if name in self.sites]
         if not values or not z.requires_grad:
-            raise NoMetricError("no gradient passes from the output to a site")
+            raise NoSensitivityError("no gradient passes from the output to a site")
         for number, generator in enumerate(self._generators):
             u = torch.from_numpy(generator.standard_normal(z.shape, dtype=np.float32)).to(z)
             last = number == len(self._generators) - 1
@@ -180,48 +182,48 @@ class OutputMetric:
             for name, gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
                     rows = gradient_rows(gradient.detach(), self.sites[name])
-                    if name not in self._found:
-                        self._found[name] = rows.new_zeros(len(rows), rows.shape[-1], rows.shape[-1])
-                    self._found[name].baddbmm_(rows.mT, rows)  # in place: memory that comes and goes falls to pieces
-                    self._note(name, gradient.detach(), samples)
+                    if name not in self._sums:
+                        self._sums[name] = rows.new_zeros(len(rows), rows.shape[-1], rows.shape[-1])
+                    self._sums[name].baddbmm_(rows.mT, rows)  # in place, against fragmented memory
+                    self._add_row_energy(name, gradient.detach(), samples)
 
-    def _note(self, name: str, gradient: Tensor, samples: Sequence[int]) -> None:
-        """Take down how large the gradients of a product's rows are."""
+    def _add_row_energy(self, name: str, gradient: Tensor, samples: Sequence[int]) -> None:
+        """Add the mean squared gradient of each row of a matrix product."""
         rows = math.prod(gradient.shape[1:-1])
         if self.sites[name].kernel or self.sites[name].groups > 1 or len(gradient) != len(samples) or not rows:
             return
         energy = gradient.float().square().mean(dim=-1).reshape(len(samples), rows).cpu()
         so_far = self._energy.setdefault(name, {})
         if not so_far:
-            self.take(4 * min(SAMPLES, self._samples) * rows)
+            self.reserve(4 * min(SAMPLES, self._samples) * rows)
         for sample, more in zip(samples, energy, strict=True):
             before = so_far.get(sample)
             so_far[sample] = more if before is None or before.shape != more.shape else before + more
 
-    def result(self) -> dict[str, Metric]:
-        """What was found, by name; none where a gradient was not finite, or all were 0."""
-        traces = {name: float(G.diagonal(dim1=-2, dim2=-1).sum()) for name, G in self._found.items()}
+    def result(self) -> dict[str, OutputSensitivity]:
+        """Return the sensitivities by name, without sites whose gradients are not finite or all zero."""
+        traces = {name: float(G.diagonal(dim1=-2, dim2=-1).sum()) for name, G in self._sums.items()}
         for name, trace in traces.items():
             if not np.isfinite(trace):
-                logger.info("site %r is fitted without a metric: its gradients are not finite", name)
+                logger.info("site %r is fitted without output sensitivity: its gradients are not finite", name)
         return {
-            name: Metric(directions=G, rows=counts_of(self._energy.get(name, {})))
-            for name, G in self._found.items()
+            name: OutputSensitivity(directions=G, rows=counts_of(self._energy.get(name, {})))
+            for name, G in self._sums.items()
             if np.isfinite(traces[name]) and traces[name] > 0
         }
 
 
 def counts_of(energy: Mapping[int, Tensor]) -> RowCounts | None:
-    """What rows count by the energy of their gradients, float32 `(places,)` of every sample; padding has none."""
-    asked = torch.cat([rows[rows > 0] for rows in energy.values()]) if energy else torch.empty(0)
-    if not len(asked):
+    """Return row weights from the gradient energy of every sample's rows, float32 `(positions,)`; padding has none."""
+    positive = torch.cat([rows[rows > 0] for rows in energy.values()]) if energy else torch.empty(0)
+    if not len(positive):
         return None
-    size = float(asked.mean())
+    size = float(positive.mean())
     return RowCounts(by_sample={n: COUNT_FLOOR + (1 - COUNT_FLOOR) / size * rows for n, rows in energy.items()})
 
 
 def gradient_rows(gradient: Tensor, site: CalibratedSite) -> Tensor:
-    """Float32 `(groups, rows, out)` of a gradient `(..., groups * out)` or, of a Conv, `([N,] groups * out, *size)`."""
+    """Reshape a gradient `(..., groups * out)`, of a Conv `([N,] groups * out, *size)`, to `(groups, rows, out)`."""
     if site.kernel:
         gradient = gradient.movedim(-1 - len(site.kernel), -1)
     return gradient.float().reshape(-1, site.groups, site.out_features).movedim(1, 0)

@@ -1,18 +1,18 @@
-"""What the report says of calibration."""
+"""The calibration section of a report."""
 
 import pydantic
 
 
 class CalibrationRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """What calibration was done on, and how far the outputs moved on it.
+    """The calibration data, and the change of the model's outputs on it.
 
     Attributes:
-        samples: used for fitting.
-        checked: of them, used for the numbers below.
-        output_error: squared distance of the outputs, relative to their variance over samples (to their size, where
-            they do not vary); None where the dense model's are all zero.
-        divergence: mean KL of the softmax, nats; None for other outputs than class scores.
-        agreement: share of equal top-1 answers in percent; None likewise.
+        samples: number of samples that factors are fitted to.
+        checked: number of these samples that the values below are computed on.
+        output_error: squared distance of the outputs, relative to their variance over samples, or to their squared
+            norm if they do not vary; None if all outputs of the dense model are zero.
+        divergence: mean KL divergence of the softmax in nats; None if the outputs are not class scores.
+        agreement: percentage of equal top-1 answers; None if the outputs are not class scores.
         data_fingerprint: sha256 of the checked samples as they enter the model.
     """
 

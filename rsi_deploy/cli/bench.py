@@ -12,6 +12,7 @@ from rsi_deploy.cli.options import loadgen_options, onnx_path, preprocessing_opt
 from rsi_deploy.cli.page import check_page, page_option, write_page
 from rsi_deploy.cli.terminal import console, progress_bar
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.units import parse_percent, parse_seconds, parse_size
 
 if TYPE_CHECKING:
     from rsi_deploy.benchmark.request import BenchRequest
@@ -101,8 +102,7 @@ def _request(
     models: Sequence[str], paths: Sequence[Path], dataset: "Dataset | None", asked: dict[str, Any]
 ) -> "BenchRequest":
     """The options as typed, read."""
-    from rsi_deploy.benchmark.ci_gate import percentage
-    from rsi_deploy.benchmark.request import BenchRequest, matrix_shapes, parse_bytes, parse_numbers, parse_seconds
+    from rsi_deploy.benchmark.request import BenchRequest, matrix_shapes, parse_numbers
     from rsi_deploy.benchmark.variants import short_names
     from rsi_deploy.runtime.pinning import parse_cores
 
@@ -125,12 +125,12 @@ def _request(
         allow_fallback=asked["allow_fallback"],
         seconds=asked["seconds"],
         budget=read("--budget", parse_seconds),
-        precision=percentage(asked["precision"], "--precision") / 100,
+        precision=parse_percent(asked["precision"], "--precision") / 100,
         seed=asked["seed"],
         feeds=_feeds(asked, paths[0], dataset, max(batches), shaped=bool(shapes)),
         cold_start=asked["cold_start"],
         memory=asked["memory"],
-        memory_limit=read("--memory-limit", parse_bytes),
+        memory_limit=read("--memory-limit", parse_size),
         burst_gap=read("--bursts", parse_seconds),
         streams=read("--streams", parse_numbers) or (),
         throughput=asked["throughput"],
@@ -146,7 +146,7 @@ def _feeds(asked: dict[str, Any], model: Path, dataset: "Dataset | None", batch:
             "--feeds and --input-shape contradict each other: the arrays have their shapes; give one of them"
         )
     if given is not None:
-        from rsi_deploy.runtime.feeds.probe import read_feeds
+        from rsi_deploy.runtime.feeds.user_feeds import read_feeds
 
         return read_feeds(given)
     if dataset is None or shaped:

@@ -9,6 +9,7 @@ import click
 
 from rsi_deploy.cli.terminal import console
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.units import parse_percent
 
 if TYPE_CHECKING:
     from rsi_deploy.benchmark.result import BenchDocument
@@ -74,7 +75,6 @@ def wanted_gates(
     """
     if baseline is None and max_slowdown is None and max_drop is None:
         return None
-    from rsi_deploy.benchmark.ci_gate import percentage
     from rsi_deploy.benchmark.result import read_bench
 
     if max_slowdown is None and max_drop is None:
@@ -83,7 +83,7 @@ def wanted_gates(
         raise UsageError("a gate needs something to compare with: --baseline result.json, or a second model")
     if max_drop is not None and data is None:
         raise UsageError("--max-drop is about top-1 on labelled data: add --data DATA")
-    slowdown = None if max_slowdown is None else percentage(max_slowdown, "--max-slowdown")
+    slowdown = None if max_slowdown is None else parse_percent(max_slowdown, "--max-slowdown")
     stored = None if baseline is None else read_bench(baseline)
     if stored is not None and max_drop is not None and not stored.accuracy:
         raise UsageError(f"--max-drop: {baseline} holds no accuracy; measure it again with --data DATA")

@@ -38,6 +38,11 @@ def _looked_at(context: click.Context, parameter: click.Parameter, model: str | 
     return model
 
 
+def model_argument(*, required: bool = True) -> Callable[[F], F]:
+    """Declare the argument MODEL."""
+    return click.argument("model", metavar="MODEL" if required else "[MODEL]", required=required, callback=_looked_at)
+
+
 def source_options(function: F) -> F:
     """MODEL and the options that say how to load it."""
     for decorator in (
@@ -106,12 +111,14 @@ def ranks_options(function: F) -> F:
             "--cost-budget", default="240s", show_default=True, metavar="TIME", help="Time for a table measured here."
         ),
         click.option(
-            "--smaller-is-enough",
+            "--allow-slower",
             is_flag=True,
             help="Split also where it is not measured faster; deliver the model however fast it is.",
         ),
         click.option(
-            "--foreign-cost", is_flag=True, help="Take a --cost of another machine: plan for there, measure nothing."
+            "--allow-cost-mismatch",
+            is_flag=True,
+            help="Take a --cost of another machine: plan for there, measure nothing.",
         ),
         click.option(
             "--cost",

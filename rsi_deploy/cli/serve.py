@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.units import parse_seconds, parse_share, parse_size
 from rsi_deploy.serving import KEY_VARIABLE
 
 if TYPE_CHECKING:
@@ -95,8 +96,6 @@ def serve(
     and takes --threads CPUs of its node, 1 by default. Ray Serve listens for gRPC on every address, so there is none
     without --host 0.0.0.0. --workers, --provider and an --access-log FILE are not for it.
     """
-    from rsi_deploy.benchmark.request import parse_bytes, parse_seconds
-    from rsi_deploy.planning.budget import parse_share
     from rsi_deploy.serving.server import EVERY_ADDRESS, RAY_GRPC
     from rsi_deploy.serving.server import serve as run_serve
 
@@ -124,11 +123,11 @@ def serve(
         batch_delay=0.0 if batch_delay == "0" else parse_seconds(batch_delay, "--batch-delay"),
         latency_bound=parse_seconds(latency_bound, "--latency-bound"),
         canary=canary,
-        canary_share=parse_share("--canary-share", canary_share) if canary_share else 0.0,
+        canary_share=parse_share(canary_share, "--canary-share") if canary_share else 0.0,
         shadow=shadow,
         api_key=key,
-        max_body=parse_bytes(max_body, "--max-body"),
-        max_json=parse_bytes(max_json, "--max-json"),
+        max_body=parse_size(max_body, "--max-body"),
+        max_json=parse_size(max_json, "--max-json"),
         access_log=access_log,
         reload_seconds=0.0 if reload_every == "off" else parse_seconds(reload_every, "--reload-every"),
         drain_seconds=parse_seconds(drain, "--drain"),

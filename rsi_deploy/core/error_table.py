@@ -6,6 +6,7 @@ somewhere in them, and its row holds the words that are written there.
 
 import ast
 import builtins
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ class Kind:
     message: ast.expr | None = None
 
 
+@functools.cache
 def read_errors() -> ErrorTable:
     """The table of every error, read from the source that is installed.
 
@@ -150,7 +152,7 @@ def _dotted(file: str) -> str:
 
 def _rows(file: str, tree: ast.Module, kinds: dict[str, Kind]) -> Iterator[ErrorRow]:
     """One row wherever an error is made, and wherever the command line turns Python's own into a message."""
-    for function, node in _within_functions(tree, None):
+    for function, node in _within_functions(tree):
         match node:
             case ast.Call(func=ast.Name(id=name)) if name in kinds and _makes_an_error(node, kinds[name]):
                 yield _row(file, node, name, kinds[name], function)
@@ -165,12 +167,14 @@ def _rows(file: str, tree: ast.Module, kinds: dict[str, Kind]) -> Iterator[Error
                 yield _ended(file, node, "click.BadParameter", "exit 2", template(message, function))
 
 
-def _within_functions(node: ast.AST, function: ast.AST | None) -> Iterator[tuple[ast.AST | None, ast.AST]]:
+def _within_functions(tree: ast.AST) -> Iterator[tuple[ast.AST | None, ast.AST]]:
     """Every node with the function it stands in, in the order of the source."""
-    for child in ast.iter_child_nodes(node):
-        yield function, child
-        inner = child if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else function
-        yield from _within_functions(child, inner)
+    waiting: list[tuple[ast.AST | None, ast.AST]] = [(None, tree)]
+    while waiting:
+        function, node = waiting.pop()
+        yield function, node
+        inner = node if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else function
+        waiting += [(inner, child) for child in reversed(list(ast.iter_child_nodes(node)))]
 
 
 def _makes_an_error(call: ast.Call, kind: Kind) -> bool:

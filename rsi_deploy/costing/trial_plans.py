@@ -17,7 +17,7 @@ from rsi_deploy.benchmark.latency import bench
 from rsi_deploy.benchmark.result import ArmResult, BenchResult
 from rsi_deploy.benchmark.variants import Feeds
 from rsi_deploy.costing.cost_table import CostTable, ModelTime, PlanCheck, SiteCost
-from rsi_deploy.costing.zero_filled import Splits, write_blank
+from rsi_deploy.costing.zero_filled import Splits, write_zero_filled
 
 SHARES = (0.5, 0.25)
 PRECISION = 0.02
@@ -73,7 +73,7 @@ def measured_plans(
     with tempfile.TemporaryDirectory(prefix=".trial-", dir=dense.parent) as folder:
         models = [Path(folder) / f"trial{number}.onnx" for number in range(len(plans))]
         for path, plan in zip(models, plans, strict=True):
-            write_blank(dense, path, plan)
+            write_zero_filled(dense, path, plan)
         labels = ["dense", *(path.stem for path in models)]
         return bench(
             [dense, *models],

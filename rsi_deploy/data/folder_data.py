@@ -1,4 +1,4 @@
-"""A tree of class folders, `root/<class>/**/<image>`, read picture by picture."""
+"""A folder of class folders, `root/<class>/**/<image>`, read picture by picture."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from rsi_deploy.data.dataset import (
     Kind,
     Labels,
     Steps,
-    decoded_picture,
+    read_image,
     row_batches,
     stacked_pictures,
 )
@@ -26,12 +26,12 @@ class ImageFolderData:
     """Pictures whose labels are the positions of their class folders.
 
     Args:
-        root: the tree.
-        classes: names of the class folders in label order; without it they are sorted by name. A class may have no
-            folder: a part of a model's classes keeps the model's numbers.
+        root: folder of class folders.
+        classes: names of the class folders in label order; None sorts them by name. A class may have no folder, so that
+            part of a model's classes keeps the model's numbers.
 
     Raises:
-        UsageError: no class folders, no images, a folder that is not in the list, or a name twice in it.
+        UsageError: There are no class folders or images, a folder is not in the list, or a name repeats in it.
     """
 
     kind: Kind = "images"
@@ -65,14 +65,14 @@ class ImageFolderData:
         return len(self._files)
 
     def select(self, names: Sequence[str]) -> Dataset:
-        """Pictures have no columns: always refused."""
+        """Raise UsageError: pictures have no columns."""
         raise UsageError(
-            f"data: {self._root} holds pictures for one input, but the model takes {', '.join(names)}"
+            f"data: {self._root} has pictures for one input, but the model takes {', '.join(names)}"
             f"; give an .npz with one array for each of them"
         )
 
     def fingerprint(self) -> str:
-        """The sha256 of the class list and of every image's path and bytes."""
+        """Return the sha256 of the class list and of every image's path and bytes."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for file in self._files:
             digest.update(file.relative_to(self._root).as_posix().encode())
@@ -83,12 +83,12 @@ class ImageFolderData:
         """See `Dataset.batches`."""
         shape: tuple[int, ...] | None = None
         for rows in row_batches(len(self), batch_size, limit):
-            files = ((str(file), decoded_picture(file, str(file))) for file in (self._files[row] for row in rows))
+            files = ((str(file), read_image(file, str(file))) for file in (self._files[row] for row in rows))
             pictures = stacked_pictures(files, preprocessing, shape)
             shape = pictures.shape[1:]
             yield pictures, self.labels[rows]
 
 
 def _is_image(file: Path, folder: Path) -> bool:
-    """Whether a file below a class folder is an image by its name; hidden files and those of the system are not."""
+    """Return whether a file has an image suffix and is neither hidden nor a system file."""
     return file.suffix.lower() in IMAGE_SUFFIXES and not is_system_file(file.relative_to(folder)) and file.is_file()

@@ -21,7 +21,7 @@ from rsi_deploy.core.arrays import as_numpy, as_torch
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.execution.executor import Task
 from rsi_deploy.linalg.products.rates import Rates, processor, rates, tell_rates
-from rsi_deploy.runtime.ray_connection import connected
+from rsi_deploy.runtime.ray_connection import connect_to_ray
 
 RETRIES = 5  # of a task whose worker is lost
 AHEAD = 2  # tasks in progress, for each worker
@@ -119,13 +119,13 @@ def ray_executor(address: str, notes: list[str]) -> Iterator[RayExecutor]:
     """Connect to the workers at `address` for as long as the block lasts.
 
     Args:
-        address: as for `connected`.
+        address: as for `connect_to_ray`.
         notes: list that receives notes for the report.
 
     Raises:
-        UsageError: as for `connected`, or no machine of the cluster has enough CPUs.
+        UsageError: as for `connect_to_ray`, or no machine of the cluster has enough CPUs.
     """
-    with connected(address) as ray:
+    with connect_to_ray(address) as ray:
         yield RayExecutor(ray, notes)
 
 

@@ -26,11 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from graph_passes.forms import Form
 from rsi_deploy import __version__
-from rsi_deploy.calibration.activations import Fitted, Form, Replacement
+from rsi_deploy.calibration.activations import FittedSite, Replacement
 from rsi_deploy.core.sites import SiteRecord, Spectrum
 from rsi_deploy.execution.executor import Executor, Task
-from rsi_deploy.io.atomic import whole_file, write_text
+from rsi_deploy.io.atomic import atomic_file, write_text
 from rsi_deploy.io.locks import remove
 from rsi_deploy.linalg.products.rates import processor, rates
 from rsi_deploy.linalg.solver import Factors
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 class _Fit(pydantic.BaseModel, extra="forbid"):
-    """A site's fitted factors (`Fitted`) without their tensors."""
+    """A site's fitted factors (`FittedSite`) without their tensors."""
 
     form: Form
     response_error: float
@@ -124,7 +125,7 @@ class ResultStore:
         stored = _Stored(records=[records] if one else list(records), one=one)
         self._write(_stored_key(task), stored, {"left": factors.left, "right": factors.right})
 
-    def fitted(self, wanted: Mapping[str, Any]) -> tuple[dict[str, Fitted], dict[str, str]] | None:
+    def fitted(self, wanted: Mapping[str, Any]) -> tuple[dict[str, FittedSite], dict[str, str]] | None:
         """Return the stored fit of these splits and the reasons of sites that it left out; None without one.
 
         Args:
@@ -136,7 +137,7 @@ class ResultStore:
         found = {}
         for number, (name, fit) in enumerate(stored.fits.items()):
             left, right, bias = (tensors[f"{number}.{part}"] for part in PARTS)
-            found[name] = Fitted(
+            found[name] = FittedSite(
                 replacement=Replacement(fit.form, left, right, bias),
                 response_error=fit.response_error,
                 seconds=fit.seconds,
@@ -145,7 +146,9 @@ class ResultStore:
             )
         return found, dict(stored.declined)
 
-    def keep_fitted(self, wanted: Mapping[str, Any], fitted: Mapping[str, Fitted], declined: Mapping[str, str]) -> None:
+    def keep_fitted(
+        self, wanted: Mapping[str, Any], fitted: Mapping[str, FittedSite], declined: Mapping[str, str]
+    ) -> None:
         """Store the factors of a fit."""
         fits: dict[str, _Fit] = {}
         tensors: dict[str, Tensor] = {}
@@ -197,7 +200,7 @@ class ResultStore:
             return  # a number that JSON cannot hold
         try:
             self.begun()
-            with whole_file(self._path(key), durable=False) as work:
+            with atomic_file(self._path(key), durable=False) as work:
                 save_file(held, work, metadata={"stored": text, "key": key})
         except (OSError, SafetensorError) as error:
             log.info("a result is not stored: %s", error)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from rsi_deploy.calibration.activations import Metric
+from rsi_deploy.calibration.activations import OutputSensitivity
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.evaluation.accuracy import AccuracyResult
 from rsi_deploy.io.atomic import write_text
@@ -36,7 +36,7 @@ class SweepCache:
     """
 
     folder: Path
-    metrics: Mapping[str, Metric] | None = None
+    sensitivities: Mapping[str, OutputSensitivity] | None = None
     answers: npt.NDArray[Any] | None = None
 
     @classmethod

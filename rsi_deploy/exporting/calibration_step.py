@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rsi_deploy.calibration.activations import Fitted, Form
+from graph_passes.forms import Form
+from rsi_deploy.calibration.activations import FittedSite
 from rsi_deploy.calibration.calibration_data import CalibrationData, refuse_shared
 from rsi_deploy.core.errors import GateError, ModelError
 from rsi_deploy.core.progress import at_samples
@@ -23,12 +24,21 @@ from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.budget import Budget
-from rsi_deploy.planning.decide import Decisions, Planned, blank, decisions_of, from_plan, under, uniform, wanted_splits
+from rsi_deploy.planning.decide import (
+    Decisions,
+    Planned,
+    decide_by_budget,
+    decide_by_plan,
+    decide_uniformly,
+    decisions_of,
+    planned_splits,
+    zero_filled,
+)
 from rsi_deploy.planning.knapsack import SiteOptions, smallest_cost
 from rsi_deploy.planning.planner import Decision, Filters, FixedPlanner, Planner, SitePlanner
 from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.planning.site_options import Calibration
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 
 Progress = Callable[[str, int, int], None]
 
@@ -82,7 +92,7 @@ class Calibrator:
         if self.planner is not None:
             self.planner.check([(site_name(s.weight), s.out_features, s.in_features) for s in sites])
         self.filters.check([site_name(site.weight) for site in sites])
-        decisions = None if request.plan is None else from_plan(request.plan, sites, self.filters)
+        decisions = None if request.plan is None else decide_by_plan(request.plan, sites, self.filters)
         if request.calib is not None:
             data = self.data()
             if dense.dataset is not None and not request.allow_shared_data:
@@ -120,7 +130,7 @@ class Calibrator:
         if decisions is not None:
             made = fit(decisions)
         elif self.planner is not None:
-            made = fit(uniform(self.planner, streams))
+            made = fit(decide_uniformly(self.planner, streams))
         else:
             options = self._options(calibration, streams)
             if self.timing is not None:
@@ -135,7 +145,7 @@ class Calibrator:
         return made
 
     def _streams_of(self, data: CalibrationData) -> OnnxStreams:
-        """The model with the data; made once, for its `metrics` hold for every fit."""
+        """The model with the data; made once, for its sensitivities hold for every fit."""
         dense = self.dense
         if self._streams is None:
             self._streams = OnnxStreams(
@@ -148,7 +158,7 @@ class Calibrator:
                 provider=self.provider,
                 seed=self.solver.seed,
                 before_ids=True,
-                metrics=None if self.kept is None else self.kept.metrics,
+                sensitivities=None if self.kept is None else self.kept.sensitivities,
                 proto=dense.proto,
                 sites=dense.sites,
             )
@@ -193,13 +203,13 @@ class Calibrator:
             assert self.timing is not None
             return self.timing.explained(self.timing.within(budget, options, streams))
         try:
-            decisions = under(budget, options, self.dense.size, streams, self._measure(budget, streams))
+            decisions = decide_by_budget(budget, options, self.dense.size, streams, self._measure(budget, streams))
         except ModelError as error:
             if self.timing is None or not self.timing.reasons:
                 raise
             raise ModelError(
                 f"{error}; only splits that were measured faster were taken ({len(self.timing.reasons)} sites have "
-                f"none): --smaller-is-enough takes the others too"
+                f"none): --allow-slower takes the others too"
             ) from error
         return decisions if self.timing is None else self.timing.explained(decisions)
 
@@ -209,7 +219,7 @@ class Calibrator:
         """The decisions with fitted factors, where those are asked for."""
         fitted = {}
         if streams is not None and calibration is not None and self.request.is_fitted:
-            wanted = wanted_splits(decisions, streams)
+            wanted = planned_splits(decisions, streams)
             fitted = self._fitted(wanted, streams, calibration)
             idle = dict.fromkeys(wanted.keys() - fitted.keys(), "never executed on the calibration data")
             decisions |= {name: Decision(rank=None, reason=reason) for name, reason in idle.items()}
@@ -219,7 +229,7 @@ class Calibrator:
 
     def _fitted(
         self, wanted: Mapping[str, tuple[Form, int]], streams: OnnxStreams, calibration: Calibration
-    ) -> dict[str, Fitted]:
+    ) -> dict[str, FittedSite]:
         """Factors of these splits: of a run that was killed after it had them, or fitted now."""
         if self.finished is not None and (known := self.finished.fitted(wanted)) is not None:
             calibration.declined.update(known[1])
@@ -228,7 +238,7 @@ class Calibrator:
         if self.finished is not None:
             self.finished.keep_fitted(wanted, fitted, calibration.declined)
         if self.kept is not None:
-            self.kept.metrics = streams.metrics()
+            self.kept.sensitivities = streams.sensitivities()
         return fitted
 
     def _measure(self, budget: Budget, streams: OnnxStreams) -> Callable[[Decisions], int]:
@@ -236,14 +246,16 @@ class Calibrator:
         sites = {site.name: site for site in streams.sites}
 
         def measure(decisions: Decisions) -> int:
-            fitted = {name: blank(sites[name], *split) for name, split in wanted_splits(decisions, streams).items()}
+            fitted = {
+                name: zero_filled(sites[name], *split) for name, split in planned_splits(decisions, streams).items()
+            }
             planner = FixedPlanner(decisions=decisions, filters=self.filters)
             with self._candidate(Planned(planner=planner, fitted=fitted)) as (path, split):
                 if budget.cost == "params":
                     return split.params
                 if budget.cost == "bytes":
                     return file_bytes(path)
-                return sum(traced_run(path, self.dense.feeds).macs.values()) // self.dense.batch
+                return sum(trace_run(path, self.dense.feeds).macs.values()) // self.dense.batch
 
         return measure
 
@@ -261,7 +273,7 @@ class Calibrator:
         low, high, best, least = 1 - saved / total, 1.0, None, 100.0
         for _ in range(SEARCH_STEPS):
             share = (low + high) / 2
-            made = fit(under(Budget(keep_params=share), options, self.dense.size, streams))
+            made = fit(decide_by_budget(Budget(keep_params=share), options, self.dense.size, streams))
             drop = self.dense.accuracy.top1 - self._top1(made)
             least = min(least, drop)
             if drop <= self.request.max_drop:

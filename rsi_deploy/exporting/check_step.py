@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import graph_passes as gp
 from rsi_deploy.calibration.calibration_data import CalibrationData
-from rsi_deploy.calibration.output_agreement import certified
+from rsi_deploy.calibration.output_agreement import output_agreement
 from rsi_deploy.core.progress import at_samples
 from rsi_deploy.data.feeding import Feeding
 from rsi_deploy.data.model_pictures import preset_note
@@ -16,10 +16,10 @@ from rsi_deploy.exporting.results import DenseModel, Verified
 from rsi_deploy.exporting.stage_clock import StageClock
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.report.schema import Accuracy, ProbeOutput, Verification
-from rsi_deploy.runtime.feeds.values import named_arrays
-from rsi_deploy.runtime.parity import blames_random_models, compare_outputs, surgery_check
+from rsi_deploy.runtime.feeds.values import arrays_of_outputs
+from rsi_deploy.runtime.parity import compare_outputs, explain_random_models, surgery_check
 from rsi_deploy.runtime.sessions import make_session, run_session
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 
 
 def verified(
@@ -58,7 +58,7 @@ def verified(
         with clock.stage("certificate"):
             data = calibration()
             known = None if kept is None else kept.answers
-            agreement, answers = certified(dense.path, dense.target, data, provider, known, dense.proto)
+            agreement, answers = output_agreement(dense.path, dense.target, data, provider, known, dense.proto)
             notes += preset_note(dense.preprocessing, preset, dense.source.name) if data.are_pictures else []
             notes += data.notes()
             if kept is not None:
@@ -66,7 +66,7 @@ def verified(
     macs = {}
     if dense.outputs is not None:
         with clock.stage("trace compressed"):
-            counted = traced_run(dense.target, dense.feeds).macs
+            counted = trace_run(dense.target, dense.feeds).macs
             macs = {node: count // dense.batch for node, count in counted.items()}
     return Verified(
         verification=verification,
@@ -88,7 +88,7 @@ def _outputs(
     nodes = [node for node in split.nodes if isinstance(node, gp.Split)]
     weights: dict[str, gp.Form] = {node.weight: node.form for node in reversed(nodes)}  # form of its first node
     joint = {node.joint for node in nodes if node.joint}
-    with clock.stage("verify surgery"), blames_random_models(dense.path, dense.feeds, "the dense model"):
+    with clock.stage("verify surgery"), explain_random_models(dense.path, dense.feeds, "the dense model"):
         surgery = surgery_check(
             dense.path, weights, dense.feeds, dense.outputs, joint=joint, bias=split.biased, graph=dense.graph()
         )
@@ -105,7 +105,7 @@ def _outputs(
         )
     if not approximation.informative:
         notes.append("the dense model's probe outputs are all zero: the gates on them show little")
-    probe = tuple(ProbeOutput.of(name, array) for name, array in named_arrays(names, outputs).items())
+    probe = tuple(ProbeOutput.of(name, array) for name, array in arrays_of_outputs(names, outputs).items())
     return Verification(exporter=dense.exporter, surgery=surgery, approximation=approximation), probe
 
 

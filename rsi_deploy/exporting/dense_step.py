@@ -21,7 +21,7 @@ from rsi_deploy.core.errors import ModelError, RsiDeployError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.progress import at_samples
 from rsi_deploy.data.dataset import for_inputs
-from rsi_deploy.data.feeding import named_option
+from rsi_deploy.data.feeding import errors_for_option
 from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.data.sources import Dataset
 from rsi_deploy.evaluation.accuracy import AccuracyResult, evaluate
@@ -32,28 +32,28 @@ from rsi_deploy.exporting.results import DenseModel, dense_file, new_graph
 from rsi_deploy.exporting.stage_clock import StageClock
 from rsi_deploy.exporting.step_settings import Probe, StepSettings
 from rsi_deploy.io.onnx_file import (
-    forget_weights_,
     name_nodes_,
     read_onnx,
+    release_weights_,
     remove_unused_,
     weights_hash,
     write_external,
 )
 from rsi_deploy.io.onnx_reader import read_proto, with_small_data
 from rsi_deploy.onnx_models.opset import check_conversion, convert_opset
-from rsi_deploy.runtime.batch_independence import samples_in
+from rsi_deploy.runtime.batch_independence import count_samples
 from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.parity import (
     EXPORTER_TOLERANCE,
     OutputComparison,
-    blames_random_models,
     check_repeatable,
     compare_outputs,
+    explain_random_models,
     random_nodes,
     tolerance_for,
 )
 from rsi_deploy.runtime.sessions import make_session, run_session
-from rsi_deploy.runtime.shape_trace import ShapeTrace, traced_run, uncounted_nodes, unknown_operators
+from rsi_deploy.runtime.shape_trace import ShapeTrace, trace_run, uncounted_nodes, unknown_operators
 from rsi_deploy.torch_models.model_source import Source
 from rsi_deploy.torch_models.to_onnx import to_onnx
 
@@ -100,7 +100,7 @@ def dense_model(
     write = _from_torch if source.onnx is None else _from_onnx
     written = write(settings, origin, source, path, clock)
     proto, notes = written.proto, written.notes
-    with named_option("--data"):
+    with errors_for_option("--data"):
         dataset = None if data is None else for_inputs(data, model_inputs(proto, path.name))
     with clock.stage("read dense"):
         graph = new_graph(proto, path)
@@ -112,7 +112,7 @@ def dense_model(
         probe, trace, batch = written.probe or Probe({}, {}), None, 1
         try:
             probe = written.probe or settings.probe(path, proto, written.preprocessing)
-            trace = traced_run(path, probe.feeds, proto)
+            trace = trace_run(path, probe.feeds, proto)
         except ModelError as error:
             if source.onnx is None or dataset is not None:
                 raise
@@ -120,7 +120,7 @@ def dense_model(
         if trace is not None:
             check_repeatable(path, probe.feeds, source.name, trace.outputs)
             notes += _about_trace(trace, random)
-            batch = samples_in(_with_small_data(proto, path), probe.feeds)
+            batch = count_samples(_with_small_data(proto, path), probe.feeds)
     counts = {} if trace is None else trace.macs
     macs = {node: count // batch for node, count in counts.items()}
     accuracy = known_accuracy
@@ -156,7 +156,7 @@ def _from_onnx(settings: StepSettings, origin: Origin, source: Source, path: Pat
     assert source.onnx is not None
     with clock.stage("read"):
         model = read_onnx(source.onnx, assume_constant=settings.assume_constant)
-        preprocessing = _preprocessing(origin, Preprocessing.stored(model.metadata_props))
+        preprocessing = origin.over(Preprocessing.stored(model.metadata_props))
         notes = [unused] if (unused := remove_unused_(model)) else []
         before = model.opset_imports.get("", 0)
         if origin.opset is not None:
@@ -170,14 +170,14 @@ def _from_onnx(settings: StepSettings, origin: Origin, source: Source, path: Pat
                 probe = settings.probe(path, proto, preprocessing)
             except ModelError:  # an input that cannot be fed: the trace reports it
                 return _Written(proto, preprocessing, None, None, notes)
-            with blames_random_models(path, probe.feeds, source.name):
+            with explain_random_models(path, probe.feeds, source.name):
                 exporter = check_conversion(source.onnx, path, (before, origin.opset or 0), probe.feeds)
     return _Written(proto, preprocessing, exporter, probe, notes)
 
 
 def _from_torch(settings: StepSettings, origin: Origin, source: Source, path: Path, clock: StageClock) -> _Written:
     """Export a torch model, compare the result with it, and release it."""
-    preprocessing = _preprocessing(origin, source.preprocessing)
+    preprocessing = origin.over(source.preprocessing)
     with clock.stage("export dense"):
         exported = to_onnx(source, opset=origin.opset)
         notes = list(exported.notes)
@@ -191,7 +191,7 @@ def _from_torch(settings: StepSettings, origin: Origin, source: Source, path: Pa
         session = make_session(path, optimize="disabled", prepack=False)
         outputs = run_session(session, probe.feeds, "the dense model")
     tolerance = tolerance_for(expected, EXPORTER_TOLERANCE)
-    with blames_random_models(path, probe.feeds, source.name):
+    with explain_random_models(path, probe.feeds, source.name):
         what = "exporter gate (torch against dense ONNX)"
         exporter = compare_outputs(expected, outputs, what=what, tolerance=tolerance)
     return _Written(proto, preprocessing, exporter, probe, notes)
@@ -203,13 +203,8 @@ def _write(model: ir.Model, path: Path, preprocessing: Preprocessing | None) -> 
         model.metadata_props[METADATA_KEY] = preprocessing.to_metadata()
     name_nodes_(model)
     write_external(model, path)
-    forget_weights_(model)
+    release_weights_(model)
     return read_proto(path)
-
-
-def _preprocessing(origin: Origin, own: Preprocessing | None) -> Preprocessing | None:
-    """The model's own preprocessing, with the fields that the user set."""
-    return origin.preprocessing.over(own) if origin.preprocessing else own
 
 
 def _with_small_data(proto: ModelProto, path: Path) -> ModelProto:

@@ -15,6 +15,7 @@ import graph_passes as gp
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.calibration.record import CalibrationRecord
 from rsi_deploy.core.model_size import Size
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset
 from rsi_deploy.evaluation.accuracy import AccuracyResult
@@ -23,7 +24,6 @@ from rsi_deploy.io.onnx_reader import graph_of
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.report.schema import Accuracy, ProbeOutput, Undone, Verification
 from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
-from rsi_deploy.runtime.feeds.probe import Feeds
 from rsi_deploy.runtime.feeds.values import Value
 from rsi_deploy.runtime.parity import OutputComparison
 from rsi_deploy.runtime.shape_trace import UncountedNode

@@ -14,6 +14,7 @@ from typing import Any
 from rsi_deploy import __version__
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.core.errors import ModelError, RsiDeployError
+from rsi_deploy.core.types import Array
 from rsi_deploy.data.sources import Dataset
 from rsi_deploy.execution.executor import LocalExecutor
 from rsi_deploy.execution.result_store import LARGE, ResultStore, key_of
@@ -32,15 +33,15 @@ from rsi_deploy.exporting.stage_clock import StageClock
 from rsi_deploy.exporting.step_settings import StepSettings
 from rsi_deploy.exporting.timed_export import TimedExport, timed_export
 from rsi_deploy.exporting.writer import Exported, write_files
-from rsi_deploy.io.bundle import kept_beside
+from rsi_deploy.io.bundle import atomic_folder, finished_results_folder
 from rsi_deploy.io.manifest import file_hash, fingerprint
+from rsi_deploy.io.onnx_checks.broken_models import explaining_broken_model
 from rsi_deploy.io.onnx_file import file_bytes, refuse_growth
 from rsi_deploy.onnx_models.split import SplitModel, split_model
 from rsi_deploy.planning.decide import Planned, refuse_uncounted
 from rsi_deploy.planning.planner import Filters
 from rsi_deploy.planning.settings import ExportSettings
 from rsi_deploy.report.schema import Report
-from rsi_deploy.runtime.feeds.probe import Feeds
 from rsi_deploy.runtime.shape_trace import uncounted_nodes
 
 FACTORIZE = "factorize, split, save"
@@ -62,7 +63,9 @@ class ExportRun:
         max_output_error: gate on the approximation error; None only reports it.
         keep_dense: keep the dense model in the bundle.
         allow_larger: deliver a compressed model that is larger than the dense one, too.
+        inputs: files that the export reads, which the bundle must not replace.
         command: command line or call, for the report.
+        recipe: the request, as recipe.toml holds it.
         kept: what earlier exports of the same model, data and settings have found; None without.
     """
 
@@ -77,20 +80,26 @@ class ExportRun:
     max_output_error: float | None
     keep_dense: bool
     allow_larger: bool
+    inputs: tuple[object, ...]
     command: str
+    recipe: str
     kept: SweepCache | None
 
-    def made_in(self, folder: Path) -> Report:
-        """Write the bundle into `folder`, which exists and is empty, and return its report.
+    def write_bundle(self, output: Path, *, force: bool) -> Report:
+        """Write the bundle `output`, whole or not at all, and return its report.
+
+        Args:
+            output: the bundle's folder.
+            force: replace a bundle that is there.
 
         Raises:
-            UsageError: a request that does not fit the model or the data.
+            UsageError: `output` exists, or a request that does not fit the model or the data.
             ModelError: the model cannot be handled.
             GateError: a verification gate failed.
             OSError: the disk is full.
         """
         clock, notes = StageClock(), list[str]()
-        with states_space(folder):
+        with self._folder(output, force=force) as folder:
             dense = self._dense(folder, clock)
             refuse_uncounted(self.timed.request.budget, dense.size, uncounted_nodes(dense.uncounted))
             if dense.outputs is not None:
@@ -133,9 +142,19 @@ class ExportRun:
                 stages=tuple(clock.stages),
                 notes=() if store is None else tuple(filter(None, [store.note()])),
             )
-            report = exported.report(self.costing, self.command, keep_dense=self.keep_dense)
+            report = exported.report(self.costing, self.command, self.recipe, keep_dense=self.keep_dense)
             write_files(folder, report, dense.target)
             return report
+
+    @contextmanager
+    def _folder(self, output: Path, *, force: bool) -> Iterator[Path]:
+        """A folder that becomes `output`; errors explain an invalid model and a full disk."""
+        with (
+            explaining_broken_model(self.origin.model),
+            atomic_folder(output, force=force, inputs=(self.origin.model, *self.inputs)) as folder,
+            states_space(folder),
+        ):
+            yield folder
 
     def _dense(self, folder: Path, clock: StageClock) -> DenseModel:
         """The dense model, written, compared with its source and traced."""
@@ -162,9 +181,9 @@ class ExportRun:
             shapes = {name: array.shape for name, array in dense.feeds.items()}  # what MACs are counted on
             more = [fingerprint(calib), self._settings(dense).model_dump_json(), job.provider, shapes]
         key = key_of(f"{dense.weights_hash} {file_hash(dense.path)}", job.device, *more)
-        return ResultStore(folder=kept_beside(dense.folder), key=key)
+        return ResultStore(folder=finished_results_folder(dense.folder), key=key)
 
-    def _timing(self, dense: DenseModel, feeds: Feeds | None, clock: StageClock) -> TimedExport | None:
+    def _timing(self, dense: DenseModel, feeds: dict[str, Array] | None, clock: StageClock) -> TimedExport | None:
         """The times to plan with; None where they decide nothing, or the model cannot be run."""
         if not self.timed.needs_table or feeds is None:
             return None
@@ -227,7 +246,7 @@ class ExportRun:
         planned: Planned,
         split: SplitModel,
         compress: Callable[..., SplitModel],
-        feeds: Feeds | None,
+        feeds: dict[str, Array] | None,
         clock: StageClock,
         notes: list[str],
     ) -> Delivered:

@@ -208,5 +208,5 @@ def _words(first: int, left: int, latency: BenchResult) -> str:
     noise = verdict.partition("; ")[2]
     return (
         f"the DENSE model is delivered: with none of its {first} splits was it measured faster here"
-        f"{f' ({noise})' if noise else ''}. Where smaller is enough, add --smaller-is-enough"
+        f"{f' ({noise})' if noise else ''}. Where smaller is enough, add --allow-slower"
     )

@@ -12,6 +12,7 @@ from onnx import ModelProto
 from rsi_deploy.benchmark.latency import BenchResult, bench
 from rsi_deploy.benchmark.variants import make_feeds
 from rsi_deploy.calibration.calibration_data import example_shapes
+from rsi_deploy.core.types import Array, Feeds
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.execution.executor import Executor, LocalExecutor
 from rsi_deploy.execution.ray_executor import ray_executor
@@ -20,8 +21,9 @@ from rsi_deploy.exporting.results import DenseModel
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.settings import ExportSettings
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
-from rsi_deploy.runtime.feeds.inputs import model_inputs, unsettled_inputs
-from rsi_deploy.runtime.feeds.probe import Feeds, probe_feeds
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.probe import probe_feeds
+from rsi_deploy.runtime.feeds.shapes import unsettled_inputs
 
 Progress = Callable[[str, int, int], None]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -88,7 +90,7 @@ class StepSettings:
         with ray_executor(self.ray, notes) as executor:
             yield executor if store is None else StoringExecutor(executor, store)
 
-    def timing_feeds(self, dense: DenseModel, batch: int) -> Feeds:
+    def timing_feeds(self, dense: DenseModel, batch: int) -> dict[str, Array]:
         """Make the inputs that models are timed with: the user's own, or `batch` random samples."""
         fixed = self._fixed_feeds(dense)
         shapes = None if fixed else _timing_shapes(dense, batch)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rsi_deploy import __version__
 from rsi_deploy.core.model_size import Size
+from rsi_deploy.core.settings.recipe import RECIPE
 from rsi_deploy.exporting.calibration_step import Calibrator
 from rsi_deploy.exporting.latency_options import timing_notes, timing_record
 from rsi_deploy.exporting.profile import Costing
@@ -49,13 +50,14 @@ class Exported:
     stages: tuple[Stage, ...]
     notes: tuple[str, ...]
 
-    def report(self, costing: Costing, command: str, *, keep_dense: bool) -> Report:
+    def report(self, costing: Costing, command: str, recipe: str, *, keep_dense: bool) -> Report:
         """Delete what does not belong to the bundle, hash the rest, and return the report."""
         job, dense, delivered, checked = self.job, self.dense, self.delivered, self.checked
         return Report(
             tool=f"rsi-deploy {__version__}",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             command=command,
+            recipe=recipe,
             source=SourceRecord(model=dense.source.name, hash=dense.weights_hash, notes=tuple(dense.source.notes)),
             settings=self.settings,
             preprocessing=dense.preprocessing,
@@ -94,11 +96,12 @@ class Exported:
 
 
 def write_files(folder: Path, report: Report, model: Path) -> None:
-    """Write the files beside the model: report.json, report.html, plan.json, the model card; last, the manifest."""
+    """Write the files beside the model: reports, plan.json, recipe.toml, the model card; last, the manifest."""
     document = report.model_dump_json(indent=2) + "\n"
     (folder / "report.json").write_text(document, encoding="utf-8", newline="\n")
     (folder / "report.html").write_text(report_page(report, document), encoding="utf-8")
     write_plan(folder / "plan.json", plan_of(report))
+    (folder / RECIPE).write_text(report.recipe, encoding="utf-8", newline="\n")
     (folder / "README.md").write_text(model_card(report, model), encoding="utf-8")
     write_manifest(folder)
 

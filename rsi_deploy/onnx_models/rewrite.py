@@ -12,8 +12,8 @@ from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.execution.executor import Executor
 from rsi_deploy.execution.result_store import ResultStore, StoringExecutor, key_of
 from rsi_deploy.io import onnx_file
-from rsi_deploy.io.atomic import claimed, sync_tree
-from rsi_deploy.io.manifest import stamps
+from rsi_deploy.io.atomic import claim_output, sync_tree
+from rsi_deploy.io.manifest import stat_hash
 from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import external_files
 from rsi_deploy.linalg.solver import Method, PowerIterations, Route, Solver
@@ -65,7 +65,7 @@ def rewrite(
         seed: of the sketches.
         always_split: split where nothing is saved, too; nothing is then split jointly.
         joint: let weights that multiply the same input share one right factor where that costs less (see
-            `rsi_deploy.planning.joint`).
+            `rsi_deploy.planning.shared_right`).
         assume_constant: weights that are graph inputs too are constants, and no inputs any more.
         allow_larger: write a model that is larger than the source, too; `always_split` does so anyway.
         force: replace `target` if it is there.
@@ -102,19 +102,21 @@ def rewrite(
     model = onnx_file.read_onnx(source, assume_constant=assume_constant)
     onnx_file.remove_unused_(model)
     gp.FoldBatchNormPass()(model)
-    with claimed(target) as claim:
+    with claim_output(target) as claim:
         claim.new.mkdir()
         path, before = claim.new / target.name, _data_of(target)
         taken = before | {file.name for file in read}
         name = next(name for name in _data_names(target) if name not in taken)
         executor: Executor = LOCAL
         if resume:
-            executor = StoringExecutor(LOCAL, ResultStore(folder=claim.kept, key=key_of(stamps(read), CPU)))
+            executor = StoringExecutor(LOCAL, ResultStore(folder=claim.kept, key=key_of(stat_hash(read), CPU)))
         result = split_model(
             model, planner, solver, path=path, data_name=name, joint=joint, progress=progress, executor=executor
         )
         if any(site.rank for site in result.sites) and not (allow_larger or always_split):
-            onnx_file.refuse_growth(onnx_file.bytes_as_given(path), onnx_file.bytes_as_given(source), source.name)
+            onnx_file.refuse_growth(
+                onnx_file.bytes_with_external_files(path), onnx_file.bytes_with_external_files(source), source.name
+            )
         sync_tree(claim.new)
         data = path.with_name(name)
         if data.exists() and data.stat().st_size:  # the data first: a model never stands without them

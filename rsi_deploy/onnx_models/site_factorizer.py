@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 import graph_passes as gp
-from rsi_deploy.calibration.activations import Fitted, Replacement
+from rsi_deploy.calibration.activations import FittedSite, Replacement
 from rsi_deploy.core.arrays import as_numpy, as_torch
 from rsi_deploy.core.sites import SiteRecord, break_even_rank, site_name, unmeasured_record
 from rsi_deploy.execution.executor import Executor, Task
 from rsi_deploy.linalg.site_factors import factorize_site
 from rsi_deploy.linalg.solver import Factors, Solver, balanced
-from rsi_deploy.planning.joint import factorize_jointly
 from rsi_deploy.planning.planner import Decision, SitePlanner
+from rsi_deploy.planning.shared_right import factorize_with_shared_right
 
 Progress = Callable[[str, int, int], None]
 AnyForm = gp.Form | Literal["first"]
@@ -51,7 +51,7 @@ class SiteFactorizer:
     planner: SitePlanner
     solver: Solver
     executor: Executor
-    fitted: Mapping[str, Fitted]
+    fitted: Mapping[str, FittedSite]
     progress: Progress | None
     keep: frozenset[str]
     device: torch.device
@@ -188,8 +188,8 @@ class SiteFactorizer:
 def jointly(
     *weights: torch.Tensor, alone: Sequence[SiteRecord], solver: Solver
 ) -> tuple[Factors, list[SiteRecord]] | None:
-    """Compute `factorize_jointly` as a task."""
-    return factorize_jointly(weights, alone, solver)
+    """Compute `factorize_with_shared_right` as a task."""
+    return factorize_with_shared_right(weights, alone, solver)
 
 
 def weight_key(site: gp.Site, form: AnyForm) -> Hashable:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 import graph_passes as gp
-from rsi_deploy.calibration.activations import Fitted
+from rsi_deploy.calibration.activations import FittedSite
 from rsi_deploy.core.arrays import as_torch
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import SiteRecord, site_name
@@ -62,7 +62,7 @@ def split_model(
     path: Path | None = None,
     data_name: str = "",
     metadata: Mapping[str, str] | None = None,
-    fitted: Mapping[str, Fitted] | None = None,
+    fitted: Mapping[str, FittedSite] | None = None,
     joint: bool = True,
     progress: Progress | None = None,
     keep: Iterable[str] = (),
@@ -81,7 +81,7 @@ def split_model(
         fitted: site name -> factors fitted to calibration data, for sites that the planner splits. With any, no split
             is joint.
         joint: let sites that multiply the same input share one right factor where that costs less for the same errors
-            (see `rsi_deploy.planning.joint`); never with the planner's `always_split`.
+            (see `rsi_deploy.planning.shared_right`); never with the planner's `always_split`.
         progress: called with (site, index, count) before each factorization.
         keep: names of weights whose factors the result holds.
         device: where factors are computed.
@@ -120,7 +120,7 @@ def split_model(
                 executor.release(*task.weights)
             del site, task
         if data:
-            data.take_(model)
+            data.store_initializers_(model)
     result = SplitModel(
         sites=tuple(records_by_weight(splitter.records, factorizer.records)),
         nodes=tuple(splitter.records),

@@ -1,1 +1,1 @@
-"""Which site gets which form and rank, under a rank, an error, a budget or a plan."""
+"""Choose a form and a rank for every site, from a rank, an error bound, a budget or a plan file."""

@@ -1,12 +1,12 @@
-"""What to plan for next, from what was planned for and what came of it: a crossing, closed in on from both sides.
+"""Root finding for a noisy, possibly discontinuous response: choose the next value to plan for.
 
-    came |                      x too much
-         |             . ' '          the line between the nearest x on either side, where it meets the aim;
-    aim  |- - - - o                   halfway between them where the last two fell on the same side: a bent or
-         |   x ' too little           broken line is closed in on all the same
+ reached |                      x too much
+         |             . ' '          linear interpolation between the nearest trials on either side of the target;
+  target |- - - - o                   bisection if the last two trials lie on the same side, which also converges
+         |   x ' too little           where the response is bent or broken
          +------------------------ planned
 
-Without one on the far side, the line through nothing planned, nothing came is gone on with.
+Without a trial above the target, the line through the origin is extrapolated.
 """
 
 from collections.abc import Sequence
@@ -15,58 +15,62 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One try.
+    """One trial.
 
     Attributes:
-        planned: what was planned for, above 0.
-        came: what came of it.
+        planned: planned value, above 0.
+        reached: measured value.
     """
 
     planned: float
-    came: float
+    reached: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Aim:
-    """What is to come.
+class Target:
+    """The interval that a trial must reach.
 
     Attributes:
-        low: the least that is as good as any.
-        middle: what is aimed at.
-        high: the most that is as good as any.
+        low: lower end.
+        middle: value to plan for.
+        high: upper end.
     """
 
     low: float
     middle: float
     high: float
 
-    def side(self, came: float) -> int:
-        """-1 for too little, 0 within, 1 for too much."""
-        return (came > self.high) - (came < self.low)
+    def side(self, reached: float) -> int:
+        """Return -1 below the interval, 0 inside and 1 above."""
+        return (reached > self.high) - (reached < self.low)
 
 
-def next_planned(trials: Sequence[Trial], aim: Aim, largest: float) -> float:
-    """What to plan for after some trials, none of which came within the aim.
+def next_planned(trials: Sequence[Trial], target: Target, largest: float) -> float:
+    """Return the next value to plan for, after trials that all missed the target.
 
     Args:
-        trials: in the order they were made, one at least.
-        aim: what is to come.
-        largest: the most that can be planned for.
+        trials: one or more trials in order.
+        target: interval to reach.
+        largest: largest value that can be planned for.
 
     Example:
-        >>> aim = Aim(low=0.38, middle=0.4, high=0.42)
-        >>> round(next_planned([Trial(planned=0.4, came=0.2)], aim, 1.0), 3)  # twice as much is needed
+        >>> target = Target(low=0.38, middle=0.4, high=0.42)
+        >>> round(next_planned([Trial(planned=0.4, reached=0.2)], target, 1.0), 3)  # twice as much is needed
         0.8
-        >>> round(next_planned([Trial(planned=0.4, came=0.2), Trial(planned=0.8, came=0.6)], aim, 1.0), 3)
+        >>> round(next_planned([Trial(planned=0.4, reached=0.2), Trial(planned=0.8, reached=0.6)], target, 1.0), 3)
         0.6
     """
-    over = min((trial for trial in trials if aim.side(trial.came) > 0), key=lambda trial: trial.planned, default=None)
-    below = [trial for trial in trials if aim.side(trial.came) < 0 and (over is None or trial.planned < over.planned)]
-    under = max(below, key=lambda trial: trial.planned, default=Trial(planned=0.0, came=0.0))
+    over = min(
+        (trial for trial in trials if target.side(trial.reached) > 0), key=lambda trial: trial.planned, default=None
+    )
+    below = [
+        trial for trial in trials if target.side(trial.reached) < 0 and (over is None or trial.planned < over.planned)
+    ]
+    under = max(below, key=lambda trial: trial.planned, default=Trial(planned=0.0, reached=0.0))
     if over is None:
-        return min(under.planned * aim.middle / under.came, largest) if under.came > 0 else largest
-    sides = {aim.side(trial.came) for trial in trials[-2:]}
+        return min(under.planned * target.middle / under.reached, largest) if under.reached > 0 else largest
+    sides = {target.side(trial.reached) for trial in trials[-2:]}
     if len(trials) > 2 and len(sides) == 1:
         return (under.planned + over.planned) / 2
-    share = (aim.middle - under.came) / (over.came - under.came)
+    share = (target.middle - under.reached) / (over.reached - under.reached)
     return under.planned + share * (over.planned - under.planned)

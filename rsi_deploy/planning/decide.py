@@ -1,10 +1,10 @@
-"""From what a user asks for (a rank, a budget, a plan) to a decision for every site.
+"""Decide the rank and form of every site from a rank, a budget or a plan file.
 
-    --rank R        every site that R makes smaller                        its usual form
-    a budget        the options with the least loss that keep it           any form
-    --plan FILE     what the file says
+    --rank R        the same rank at every site that becomes smaller, in its usual form
+    a budget        the options of least loss within the budget, in any form
+    --plan FILE     the decisions in the file
 
-What a budget is on is measured on the model that the decisions give; where the estimate was off they are made again.
+The size that a budget limits is measured on a candidate model. If the estimate was wrong, the decisions are made again.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -14,7 +14,8 @@ from typing import cast
 import torch
 
 import graph_passes as gp
-from rsi_deploy.calibration.activations import CalibratedSite, Fitted, Form, ModelActivations, Replacement
+from graph_passes.forms import Form
+from rsi_deploy.calibration.activations import CalibratedSite, FittedSite, ModelActivations, Replacement
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.sites import site_name
@@ -26,54 +27,56 @@ from rsi_deploy.planning.planner import Decision, Filters, Planner, SitePlanner
 Decisions = dict[str, Decision]
 
 TRIES = 5
-"""How often a budget is planned, each time knowing better what lies outside the sites."""
+"""Largest number of plans for a budget; each corrects the estimate of the size outside the sites."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """Who decides every site, and what calibration has made of those that are split."""
+    """The decisions for all sites, and the fitted factors of those that are split."""
 
     planner: SitePlanner
-    fitted: Mapping[str, Fitted]
+    fitted: Mapping[str, FittedSite]
 
 
-def uniform(planner: Planner, streams: ModelActivations) -> Decisions:
-    """The same rank at every site that calibration reaches, in its usual form; the others stay dense."""
-    decisions = {site.name: planner.decide(site.name, site.out_features, site.in_features) for site in streams.sites}
-    return decisions | _out_of_reach(streams)
+def decide_uniformly(planner: Planner, activations: ModelActivations) -> Decisions:
+    """Decide the same rank for every site that calibration reaches, in its usual form. Other sites stay dense."""
+    decisions = {
+        site.name: planner.decide(site.name, site.out_features, site.in_features) for site in activations.sites
+    }
+    return decisions | _out_of_reach(activations)
 
 
-def under(
+def decide_by_budget(
     budget: Budget,
     options: Sequence[SiteOptions],
     dense: Size,
-    streams: ModelActivations,
+    activations: ModelActivations,
     measure: Callable[[Decisions], int] | None = None,
 ) -> Decisions:
-    """The options with the least loss that keep a budget.
+    """Choose the options of least loss within a budget.
 
     Args:
-        budget: of the whole model.
-        options: of every site that calibration reaches, dense first.
+        budget: budget of the whole model.
+        options: options of every site that calibration reaches.
         dense: size of the whole dense model.
-        streams: of the dense model.
-        measure: what the model costs that these decisions give; without it the options' own costs are believed.
+        activations: activations of the dense model.
+        measure: function that returns the measured cost of a model with these decisions; None to estimate it.
 
     Raises:
-        ModelError: no plan can meet the budget, and which is the nearest; or the dense model keeps it.
+        ModelError: no plan meets the budget (the message names the nearest one), or the dense model meets it.
     """
     total = total_of(budget, dense)
     allowed, smallest = budget.total(total), smallest_cost(options, cost=budget.cost)
     fixed = total - sum(getattr(site.options[0], budget.cost) for site in options)
     if total <= allowed:
         raise ModelError(f"{budget}: the dense model keeps it ({total:,} {budget.cost}); type a smaller budget")
-    several = {site.name for site in options if len(site.options) > 1}
+    splittable = {site.name for site in options if len(site.options) > 1}
     offset, best = 0, None
     for _ in range(TRIES):
         room = allowed - fixed - offset
         choice = choose(options, cost=budget.cost, limit=max(room, smallest))
         estimate = fixed + sum(getattr(option, budget.cost) for option in choice.values())
-        decisions = decisions_of(choice, several, streams)
+        decisions = decisions_of(choice, splittable, activations)
         cost = estimate if measure is None else measure(decisions)
         if cost <= allowed:
             best = decisions
@@ -89,56 +92,56 @@ def under(
     return best
 
 
-def decisions_of(choice: Mapping[str, Option], several: Collection[str], streams: ModelActivations) -> Decisions:
-    """The options as decisions, those out of reach dense; `several` names the sites that have any split to choose."""
-    return {name: _decision(option, name in several) for name, option in choice.items()} | _out_of_reach(streams)
+def decisions_of(choice: Mapping[str, Option], splittable: Collection[str], activations: ModelActivations) -> Decisions:
+    """Turn options into decisions. `splittable` names the sites with a split among their options."""
+    return {name: _decision(option, name in splittable) for name, option in choice.items()} | _out_of_reach(activations)
 
 
 def total_of(budget: Budget, dense: Size) -> int:
-    """What the whole dense model costs.
+    """Return the cost of the whole dense model, in the unit of the budget.
 
     Raises:
-        ModelError: it costs nothing that could be counted.
+        ModelError: the cost is zero, so a budget makes no sense.
     """
     total = {"params": dense.params, "macs": dense.macs, "bytes": dense.bytes}[budget.cost]
     if not total:
         raise ModelError(
-            f"{budget}: this model has no {budget.cost} that could be counted; type --keep-params or --max-size "
+            f"{budget}: this model has no {budget.cost} to count; type --keep-params or --max-size "
             f"instead, in a sweep --by params"
         )
     return total
 
 
 def refuse_uncounted(budget: Budget | None, dense: Size, uncounted: str) -> None:
-    """Refuse a budget of MACs for a model whose MACs are not known to the last node.
+    """Refuse a budget of MACs if the MACs of some nodes are unknown.
 
     Args:
-        budget: of the whole model; None where none is given.
+        budget: budget of the whole model, or None.
         dense: size of the whole dense model.
-        uncounted: the nodes whose MACs are not known, in words; "" where all are counted.
+        uncounted: description of the nodes with unknown MACs; "" if there are none.
 
     Raises:
-        ModelError: the budget cannot be held against the whole model; names the nodes.
+        ModelError: the budget is on MACs and some are unknown; the message names the nodes.
     """
     if budget is None or budget.cost != "macs":
         return
     if uncounted:
         raise ModelError(
-            f"{budget}: the MACs of {uncounted} are not known, so nobody could say whether the model keeps the budget; "
+            f"{budget}: the MACs of {uncounted} are not known, so this budget cannot be checked; "
             f"type --keep-params or --max-size instead, in a sweep --by params"
         )
     total_of(budget, dense)
 
 
-def from_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> Decisions:
-    """What a plan file says, held against the model's sites; what the filters do not let through stays dense.
+def decide_by_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> Decisions:
+    """Check a plan against the model's sites and return its decisions. Sites that the filters exclude stay dense.
 
     Raises:
         UsageError: the plan does not fit the model, or a glob matches nothing.
     """
     possible: dict[str, dict[str, int]] = {
         site_name(site.weight): {form: min(site.shape(form)) for form in site.forms} for site in reversed([*sites])
-    }  # of the first node that uses a weight, as the report has it
+    }  # reversed, so that the first node that uses a weight wins, as in the report
     filters.check(list(possible))
     decisions = {}
     for name, site in check_plan(plan, possible.items()).items():
@@ -151,17 +154,17 @@ def from_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> Decisio
     return decisions
 
 
-def wanted_splits(decisions: Mapping[str, Decision], streams: ModelActivations) -> dict[str, tuple[Form, int]]:
-    """(form, rank) of the sites that are to be split, of those that calibration reaches."""
+def planned_splits(decisions: Mapping[str, Decision], activations: ModelActivations) -> dict[str, tuple[Form, int]]:
+    """Return site name -> (form, rank) of the splits among the sites that calibration reaches."""
     return {
         site.name: (site.forms[0] if decision.form == "first" else decision.form, decision.rank)
-        for site in streams.sites
+        for site in activations.sites
         if (decision := decisions.get(site.name)) is not None and decision.rank is not None
     }
 
 
-def blank(site: CalibratedSite, form: Form, rank: int) -> Fitted:
-    """Factors of the size that those of a split will have, and no content: to measure a model before it is made."""
+def zero_filled(site: CalibratedSite, form: Form, rank: int) -> FittedSite:
+    """Return zero factors of the size of a split, to measure a candidate model before factors are fitted."""
     rows, columns = site.shape(form)
     replacement = Replacement(
         form,
@@ -169,7 +172,7 @@ def blank(site: CalibratedSite, form: Form, rank: int) -> Fitted:
         torch.zeros(site.groups, rank, columns),
         torch.zeros(site.groups, site.out_features),
     )
-    return Fitted(replacement=replacement, response_error=0.0, seconds=0.0)
+    return FittedSite(replacement=replacement, response_error=0.0, seconds=0.0)
 
 
 def _decision(option: Option, has_splits: bool) -> Decision:
@@ -178,5 +181,5 @@ def _decision(option: Option, has_splits: bool) -> Decision:
     return Decision(rank=None, reason="worth its size" if has_splits else "no rank saves anything")
 
 
-def _out_of_reach(streams: ModelActivations) -> Decisions:
-    return {name: Decision(rank=None, reason=reason) for name, reason in streams.unreachable.items()}
+def _out_of_reach(activations: ModelActivations) -> Decisions:
+    return {name: Decision(rank=None, reason=reason) for name, reason in activations.unreachable.items()}

@@ -1,12 +1,12 @@
-"""The smallest rank at which a weight's factors are good enough, for `--max-error`.
+"""Find the smallest rank whose factors meet `--max-error`.
 
     5%     ||W - left right||_2 <= 0.05 ||W||_2         relative spectral error
-    1.1x   ||W - left right||_2 <= 1.1 s_{rank+1}(W)    normalized error: near the best of that rank
+    1.1x   ||W - left right||_2 <= 1.1 s_{rank+1}(W)    normalized error: close to the best factors of that rank
 
-A norm counts with the upper end of its certified interval, so what is promised holds (but for the failure probability);
-`||W||_2` counts with its lower end. Ranks are tried from the least that any factors could have, in doubling steps, and
-bisected: the answer meets the error and the rank below it does not. Errors fall with the rank but for the luck of the
-sketch, so no smaller rank is expected to do.
+The error is the upper end of its certified interval and `||W||_2` the lower end, so the bound holds up to the failure
+probability. Ranks are tried in doubling steps from the smallest that the spectrum allows, then bisected: the result
+meets the error and the rank below it does not. Errors decrease with the rank up to the randomness of the sketch, so
+no smaller rank is expected to meet the error.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,17 @@ from rsi_deploy.linalg.checks import checked
 from rsi_deploy.linalg.solver import Factors, Solver, certified_norm, singular_values
 from rsi_deploy.planning.planner import MaxError
 
-EXACT_SPECTRUM = 2048  # up to this full rank the spectrum says where to begin
+EXACT_SPECTRUM = 2048  # largest full rank for which the exact spectrum gives the first rank to try
 
 
 def smallest_rank(weight: Tensor, error: MaxError, solver: Solver, *, site: str = "") -> int | None:
-    """The smallest rank that saves something and meets the error in every group; None where there is none.
+    """Return the smallest rank below break-even that meets the error in every group, or None.
 
     Args:
         weight: `(groups, out, in)` or `(out, in)`, floating.
-        error: what is asked for.
-        solver: computes the factors that are judged.
-        site: the weight's name, for the random stream and messages.
+        error: error bound.
+        solver: solver that computes the factors.
+        site: name of the weight, for the random stream and for messages.
 
     Raises:
         ValueError: a weight that cannot be factorized.
@@ -39,7 +39,7 @@ def smallest_rank(weight: Tensor, error: MaxError, solver: Solver, *, site: str 
     most = min(full, int(limit) - (int(limit) == limit))
     if most < 1:
         return None
-    checked(weight, most, site)  # a spectrum of NaN would be torch's own error, of a matrix that is none of the user's
+    checked(weight, most, site)  # names the site, unlike torch's error for the spectrum of NaN
     values = singular_values(weight) if full <= EXACT_SPECTRUM or error.normalized else None
     begin = _least(values, error) if values is not None and not error.normalized else 1
     norm = certified_norm(weight, Factors(weight[..., :0], weight[..., :0, :])).lower
@@ -49,16 +49,16 @@ def smallest_rank(weight: Tensor, error: MaxError, solver: Solver, *, site: str 
         allowed = values[..., rank] if values is not None and error.normalized else norm
         return bool((upper <= error.value * allowed).all())
 
-    return _searched(meets, min(begin, most), most) if begin <= most else None
+    return _first_rank(meets, begin, most) if begin <= most else None
 
 
 def _least(values: Tensor, error: MaxError) -> int:
-    """The rank below which not even the best factors meet the relative error."""
+    """Return the smallest rank whose best factors meet the relative error."""
     return max(int((values > error.value * values[..., :1]).sum(-1).max()), 1)
 
 
-def _searched(meets: Callable[[int], bool], begin: int, most: int) -> int | None:
-    """The smallest rank from `begin` to `most` that meets, where all above one that does do too; None without any."""
+def _first_rank(meets: Callable[[int], bool], begin: int, most: int) -> int | None:
+    """Return the smallest rank from `begin` to `most` for which the monotone `meets` is true, or None."""
     below, rank, step = begin - 1, begin, 1
     while not meets(rank):
         if rank == most:

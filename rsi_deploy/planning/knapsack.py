@@ -1,19 +1,19 @@
-"""One option for every site so that the total loss is least under a limit on the total cost.
+"""Choose one option per site, with the least total loss under a limit on the total cost.
 
     minimise  sum_i loss_i(o_i)   subject to   sum_i cost_i(o_i) <= limit        (multiple-choice knapsack)
 
-1. *Frontiers.* An option that another one beats in cost and loss is dropped. What is left of a site falls in loss as
-   it rises in cost; its lower convex hull is a chain of steps, each with a slope: loss saved per unit of cost.
-2. *Lagrangian sweep.* From every site's cheapest option, all hull steps are taken in the order of falling slope; after
-   any number of them the choice is optimal for its own cost. The sweep stops before the first step that does not fit.
-   By duality no choice within the limit is better by more than that one step's loss.
+1. *Frontiers.* Options that another one beats in cost and loss are dropped. The loss of the remaining options of a site
+   falls as their cost rises. Their lower convex hull is a chain of steps with a slope: loss saved per unit of cost.
+2. *Lagrangian sweep.* Starting from the cheapest options, the hull steps are taken in the order of falling slope. After
+   each step the choice is optimal for its own cost. The sweep stops before the first step that does not fit. By
+   duality no choice within the limit is better by more than the loss of that step.
 3. *Core.* With `price` the slope of that step, every other option has a regret
-   `(loss + price * cost) - (loss + price * cost of the choice) >= 0`, and a set of changes can only help where its
-   regrets add up to less than the step's loss. The changes of least regret (fills, and swaps of an upgrade for
-   downgrades elsewhere) are combined by a dynamic program over Pareto-optimal states, which is exact unless there
-   are more than `CORE` changes or `STATES` states.
+   `(loss + price * cost) - (loss + price * cost of the choice) >= 0`. A set of changes improves the choice only if its
+   regrets add up to less than the loss of the step. The changes of least regret (upgrades, and swaps of an upgrade for
+   downgrades elsewhere) are combined by a dynamic program over Pareto-optimal states. It is exact unless there are
+   more than `CORE` changes or `STATES` states.
 
-What is combined in 3 depends on the step and not on the limit, so that a larger limit never gives a larger loss.
+The changes in 3 depend on the step and not on the limit, so a larger limit never gives a larger loss.
 (Sinha and Zoltners 1979 for the hulls, Pisinger 1995 for the core.)
 """
 
@@ -29,16 +29,16 @@ import numpy.typing as npt
 Cost: TypeAlias = Literal["params", "macs", "bytes", "nanoseconds"]
 Array: TypeAlias = npt.NDArray[Any]
 
-CORE = 192  # changes that are combined, those of least regret
-STATES = 1024  # kept after each site of the core, those of least regret
+CORE = 192  # largest number of changes to combine, by least regret
+STATES = 1024  # largest number of states kept after each site, by least regret
 
 
 class UnreachableLimitError(ValueError):
-    """Even the cheapest options together cost more than the limit.
+    """Signals that even the cheapest options together cost more than the limit.
 
     Attributes:
-        limit: what was asked for.
-        smallest: the smallest total cost that any choice reaches.
+        limit: limit on the total cost.
+        smallest: smallest total cost of any choice.
     """
 
     def __init__(self, limit: int, smallest: int) -> None:
@@ -49,16 +49,16 @@ class UnreachableLimitError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One way to treat a site.
+    """One choice for a site.
 
     Attributes:
-        form: "dense", or a form of the split: "matmul", "gemm", "channel", "input", "separable".
-        rank: of the split; None for dense.
-        params: numbers stored: the weight, or both factors.
-        macs: multiply-accumulates a sample.
-        bytes: stored.
-        loss: how much the model's output suffers, finite and at least 0; 0 for dense.
-        nanoseconds: a call's time, by a cost table; 0 where there is none.
+        form: "dense", or the form of a split: "matmul", "gemm", "channel", "input", "separable".
+        rank: rank of the split; None for dense.
+        params: number of parameters of the weight or of both factors.
+        macs: multiply-accumulates per sample.
+        bytes: stored bytes.
+        loss: loss of the model's outputs, finite and at least 0; 0 for dense.
+        nanoseconds: time of one call by the cost table; 0 without a table.
     """
 
     form: str
@@ -80,7 +80,7 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteOptions:
-    """The ways to treat one site; the first is dense, the only one of its kind."""
+    """The options of one site. The first one is dense, and all others are splits."""
 
     name: str
     options: tuple[Option, ...]
@@ -92,26 +92,29 @@ class SiteOptions:
 
 
 def smallest_cost(sites: Sequence[SiteOptions], *, cost: Cost) -> int:
-    """The smallest total cost that any choice reaches."""
+    """Return the smallest total cost of any choice."""
     return sum(min(getattr(option, cost) for option in site.options) for site in sites)
 
 
 def choose(sites: Sequence[SiteOptions], *, cost: Cost, limit: int) -> dict[str, Option]:
-    """The option for every site, by name and in the given order; their total cost is never above `limit`.
+    """Choose an option for every site with a total cost of at most `limit`.
 
-    All stay dense where `limit` allows it, even if an option without loss is cheaper: nothing is changed that need not
-    be. Otherwise the result does not depend on the order of the sites (ties go by their names), and of a site's options
-    that agree in cost and loss the first is taken. The total loss is above the optimum by less than the largest single
-    hull step, and is the optimum where the core is complete (see the module).
+    All sites stay dense if the limit allows it, even if a cheaper option has no loss. Otherwise the result does not
+    depend on the order of the sites (ties are broken by name). Of a site's options with equal cost and loss, the first
+    is taken. The total loss exceeds the optimum by less than the largest hull step, and is the optimum if the core is
+    complete (see the module docstring).
 
     Args:
-        sites: what there is to choose from; names are unique.
-        cost: which of an option's numbers the limit is on.
-        limit: on the total over all sites; what belongs to no site has been taken off.
+        sites: sites with their options; names are unique.
+        cost: field of an option that the limit applies to.
+        limit: largest total cost over the sites.
+
+    Returns:
+        The option of every site by name, in the order of `sites`.
 
     Raises:
-        UnreachableLimitError: no choice costs that little; it carries the smallest cost that one reaches.
-        ValueError: two sites of one name.
+        UnreachableLimitError: no choice is within the limit.
+        ValueError: two sites have the same name.
 
     Example:
         >>> dense = Option(form="dense", rank=None, params=100, macs=100, bytes=400, loss=0.0)
@@ -140,9 +143,9 @@ def choose(sites: Sequence[SiteOptions], *, cost: Cost, limit: int) -> dict[str,
 
 @dataclass(frozen=True, kw_only=True)
 class _Frontier:
-    """A site's options that no other beats: costs rise, losses fall, both strictly. Places index these lists."""
+    """The options of a site that no other one beats: costs rise and losses fall strictly. Places index these lists."""
 
-    options: list[int]  # index in the site's options
+    options: list[int]  # indices into the site's options
     costs: list[int]
     losses: list[float]
 
@@ -156,7 +159,7 @@ class _Frontier:
         return cls(options=[i for _, _, i in kept], costs=[c for c, _, _ in kept], losses=[x for _, x, _ in kept])
 
     def hull(self) -> list[int]:
-        """Places on the lower convex hull, from the cheapest to the least loss; points on an edge are kept."""
+        """Return the places on the lower convex hull from the cheapest on, including points on its edges."""
         places: list[int] = []
         for place in range(len(self.costs)):
             while len(places) > 1 and self.slope(places[-2], places[-1]) < self.slope(places[-1], place):
@@ -169,8 +172,8 @@ class _Frontier:
 
 
 def _solve(frontiers: Sequence[_Frontier], room: int) -> list[int]:
-    """The place on every frontier, for `room` above the cost of the cheapest options."""
-    steps: list[tuple[float, int, int, int]] = []  # (-slope, site, step on its hull, place it leads to)
+    """Return the chosen place on every frontier, for `room` above the cost of the cheapest options."""
+    steps: list[tuple[float, int, int, int]] = []  # (-slope, site, number of the hull step, place after it)
     for site, frontier in enumerate(frontiers):
         hull, slope = frontier.hull(), math.inf
         for number, (start, end) in enumerate(itertools.pairwise(hull)):
@@ -191,15 +194,15 @@ def _solve(frontiers: Sequence[_Frontier], room: int) -> list[int]:
 def _improved(
     frontiers: Sequence[_Frontier], chosen: list[int], *, price: float, step: int, gap: float, room: int
 ) -> list[int]:
-    """`chosen`, with the changes of least regret that use up the room best.
+    """Improve `chosen` by the best set of changes of least regret.
 
     Args:
-        frontiers: of all sites.
-        chosen: the place on each, where the sweep stopped.
+        frontiers: frontiers of all sites.
+        chosen: place on each frontier at the end of the sweep.
         price: slope of the step that did not fit.
-        step: its cost, above `room`.
-        gap: its loss: what there is to gain at most.
-        room: cost left. Only the last line looks at it.
+        step: cost of that step, above `room`.
+        gap: loss of that step, the largest possible improvement.
+        room: remaining cost; only the last selection depends on it.
     """
     sites, places, costs, losses = _changes(frontiers, chosen)
     regrets = losses + price * costs
@@ -227,7 +230,7 @@ def _improved(
 
 
 def _changes(frontiers: Sequence[_Frontier], chosen: Sequence[int]) -> tuple[Array, Array, Array, Array]:
-    """(site, place, cost, loss) of every option that is not chosen; cost and loss less those of the chosen one."""
+    """Return (site, place, cost, loss) of every other option; cost and loss are differences to the chosen option."""
     sizes = [len(frontier.costs) for frontier in frontiers]
     sites = np.repeat(np.arange(len(frontiers)), sizes)
     places = np.concatenate([np.arange(size) for size in sizes])
@@ -239,16 +242,16 @@ def _changes(frontiers: Sequence[_Frontier], chosen: Sequence[int]) -> tuple[Arr
 
 @dataclass(kw_only=True)
 class _States:
-    """Pareto-optimal sums of changes: `cost (n,)` rises and `loss (n,)` falls; `moves` leads back to the changes."""
+    """Pareto-optimal sums of changes: `cost (n,)` rises, `loss (n,)` falls, and `moves` records the changes."""
 
     cost: Array
     loss: Array
 
     def __post_init__(self) -> None:
-        self.moves: list[tuple[Array, Array]] = []  # per site: (state before, which change; 0 is none)
+        self.moves: list[tuple[Array, Array]] = []  # per site: (previous state, number of the change; 0 for none)
 
     def extend_(self, costs: Array, losses: Array, *, window: tuple[int, int], price: float, gap: float) -> None:
-        """Add one site's changes (the first is none); keep states that can still end in the room and below the gap."""
+        """Add the changes of one site, the first of which is none, and drop states that can no longer improve."""
         cost = np.add.outer(self.cost, costs).ravel()
         loss = np.add.outer(self.loss, losses).ravel()
         (keep,) = np.nonzero((cost >= window[0]) & (cost <= window[1]) & (loss + price * cost < gap))
@@ -262,7 +265,7 @@ class _States:
         self.moves.append(np.divmod(keep, len(costs)))
 
     def best_within(self, room: int) -> list[int]:
-        """The change at every site (0 is none) of the state with the least loss among those that fit."""
+        """Return the number of the change at every site (0 for none) in the state of least loss that fits."""
         at = int(np.searchsorted(self.cost, room, side="right")) - 1
         if at < 0 or self.loss[at] >= 0:
             return [0] * len(self.moves)

@@ -1,9 +1,9 @@
-"""plan.json: what becomes of every site, written by a planner, read, edited and checked again.
+"""plan.json: the form and rank of every site, written by a planner and editable by hand.
 
 {
   "schema_version": 1,
   "tool": "rsi-deploy 0.2.0",
-  "source_hash": "3f1c...",                                   optional: of the model it was made for
+  "source_hash": "3f1c...",                                   optional: hash of the model's weights
   "sites": {
     "features.3": {"form": "channel", "rank": 24},            "reason" may be added
     "classifier": {"form": "dense", "reason": "excluded by --exclude classifier"}
@@ -19,23 +19,24 @@ from typing import Any, Literal, Self, TypeAlias
 
 import pydantic
 
+from graph_passes.forms import Form
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io.atomic import FULL_DISK, write_text
 from rsi_deploy.io.documents import read_document
 
 SCHEMA_VERSION: Literal[1] = 1
-SHOWN = 5  # problems that one message names
+SHOWN = 5  # largest number of problems in one message
 
-PlannedForm: TypeAlias = Literal["dense", "matmul", "gemm", "channel", "input", "separable"]
+PlannedForm: TypeAlias = Literal["dense", Form]
 
 
 class PlannedSite(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
-    """What becomes of one site.
+    """The plan for one site.
 
     Attributes:
-        form: "dense", or the form of its split.
-        rank: of the split, at least 1; None for dense.
-        reason: why, in words a user reads.
+        form: "dense", or the form of the split.
+        rank: rank of the split, at least 1; None for dense.
+        reason: reason for users.
     """
 
     form: PlannedForm
@@ -45,20 +46,20 @@ class PlannedSite(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
     @pydantic.model_validator(mode="after")
     def _rank_fits_form(self) -> Self:
         if self.form == "dense" and self.rank is not None:
-            raise ValueError(f'form "dense" has no rank, but got {self.rank}; take the rank away or name a form')
+            raise ValueError(f'form "dense" has no rank, but got {self.rank}; remove the rank or name a form')
         if self.form != "dense" and self.rank is None:
             raise ValueError(f'form "{self.form}" needs a rank; add "rank": N with N of at least 1')
         return self
 
 
 class Plan(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
-    """A whole plan, as plan.json holds it.
+    """The content of plan.json.
 
     Attributes:
-        schema_version: of the file.
-        tool: name and version of what wrote it.
-        source_hash: the sha256 of the weights it was made for, as report.json has it; None where nobody said.
-        sites: by name; those that are not named stay dense.
+        schema_version: version of the file format.
+        tool: name and version of the program that wrote the file.
+        source_hash: sha256 of the model's weights, as in report.json; None if unknown.
+        sites: plans by site name; sites without one stay dense.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -68,11 +69,11 @@ class Plan(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 def write_plan(path: str | Path, plan: Plan) -> None:
-    """Write `plan` to `path`: whole, or not at all. What stood there is replaced; whether it may be is the caller's.
+    """Write `plan` to `path` atomically, replacing any file there.
 
     Raises:
-        UsageError: a folder that cannot be written to.
-        OSError: a full disk.
+        UsageError: the file cannot be written.
+        OSError: the disk is full.
     """
     path = Path(path)
     document: dict[str, Any] = plan.model_dump(exclude_none=True)
@@ -92,8 +93,8 @@ def read_plan(path: str | Path) -> Plan:
     """Read a plan.
 
     Raises:
-        UsageError: no such file, not JSON, another version, keys that are not known, or sites that make no sense; the
-            first few problems are named, each with what came and what to write.
+        UsageError: a missing file, invalid JSON, another version, unknown keys or invalid sites. The message names the
+            first few problems, each with the value found and what to write.
     """
     path = Path(path)
     try:
@@ -101,7 +102,7 @@ def read_plan(path: str | Path) -> Plan:
     except OSError as error:
         raise UsageError(f"cannot read the plan {path}: {error.strerror}; expected a plan.json") from error
     except _DuplicateError as error:
-        raise UsageError(f"plan {path} says {error} twice; keep one of them") from error
+        raise UsageError(f"plan {path} has the key {error} twice; keep one of them") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"plan {path} is not JSON: {error}; expected a plan.json") from error
     if not isinstance(document, dict):
@@ -114,25 +115,25 @@ def read_plan(path: str | Path) -> Plan:
             "make the plan with this version of rsi-deploy"
         )
     try:
-        # As JSON, so that the strict types are those of JSON.
+        # From JSON, because pydantic's strict types accept a list as a tuple there.
         return Plan.model_validate_json(json.dumps(document))
     except pydantic.ValidationError as error:
         raise UsageError(f"plan {path}: " + _listed([_problem(detail) for detail in error.errors()])) from error
 
 
 def check_plan(plan: Plan, sites: Iterable[tuple[str, Mapping[str, int]]]) -> dict[str, PlannedSite]:
-    """Hold a plan against the sites of a model.
+    """Check a plan against the sites of a model.
 
     Args:
-        plan: as read.
-        sites: `(name, {form: largest rank})` of every site, in graph order; no forms where a site can only be dense.
+        plan: plan to check.
+        sites: `(name, {form: full rank})` of every site, in graph order; no forms for a site that cannot be split.
 
     Returns:
-        What becomes of every site, in graph order, each with a reason; those that the plan leaves out stay dense.
+        The plan of every site in graph order, each with a reason; sites that the plan does not name are dense.
 
     Raises:
-        UsageError: sites that the model does not have, forms that a site cannot take, ranks above the form's full rank;
-            the first few are named, each with what came and what is possible.
+        UsageError: unknown sites, forms that a site cannot take, or ranks above full rank. The message names the first
+            few problems, each with the value found and the possible ones.
     """
     known = dict(sites)
     if problems := [problem for name, site in plan.sites.items() if (problem := _misfit(name, site, known))]:
@@ -145,11 +146,11 @@ def check_plan(plan: Plan, sites: Iterable[tuple[str, Mapping[str, int]]]) -> di
 
 
 def _misfit(name: str, site: PlannedSite, known: Mapping[str, Mapping[str, int]]) -> str:
-    """What is wrong with one site of a plan, with what is possible; empty where nothing is."""
+    """Describe what is wrong with the plan for one site, and what is possible; "" if it fits."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)[:3]
-        hint = f"near are {', '.join(near)}" if near else "it has none"
-        return f"site {name!r} is not in the model ({hint}); take it out of the plan"
+        hint = f"similar names: {', '.join(near)}" if near else "it has no sites"
+        return f"site {name!r} is not in the model ({hint}); remove it from the plan"
     if site.rank is None:
         return ""
     forms = known[name]
@@ -157,7 +158,7 @@ def _misfit(name: str, site: PlannedSite, known: Mapping[str, Mapping[str, int]]
         return f'site {name!r} cannot be split, but got form "{site.form}"; write "form": "dense" without a rank'
     possible = ", ".join(f'"{form}" up to rank {full}' for form, full in forms.items())
     if site.form not in forms:
-        return f'site {name!r} cannot take the form "{site.form}"; possible are {possible}, or "dense"'
+        return f'site {name!r} cannot have the form "{site.form}"; possible are {possible}, or "dense"'
     if site.rank > forms[site.form]:
         return f'site {name!r} cannot have rank {site.rank} as "{site.form}"; possible are {possible}, or "dense"'
     return ""
@@ -177,14 +178,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _problem(detail: Any) -> str:
-    """One of pydantic's findings in words: where, what came, what was expected."""
+    """Describe a validation error of pydantic: the place, the value found and the expected one."""
     where = [str(part) for part in detail["loc"]]
-    of_site = len(where) > 1 and where[0] == "sites"
-    place = ", ".join([f"site {where[1]!r}", *map(repr, where[2:])]) if of_site else repr(where[0])
+    in_site = len(where) > 1 and where[0] == "sites"
+    place = ", ".join([f"site {where[1]!r}", *map(repr, where[2:])]) if in_site else repr(where[0])
     kind = detail["type"]
     if kind == "extra_forbidden":
-        known = ", ".join((PlannedSite if of_site else Plan).model_fields)
-        return f"{place}: unknown key; known are {known}"
+        known = ", ".join((PlannedSite if in_site else Plan).model_fields)
+        return f"{place}: unknown key; known keys are {known}"
     if kind == "value_error":
         return f"{place}: {detail['ctx']['error']}"
     if kind == "missing":

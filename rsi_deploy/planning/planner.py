@@ -1,32 +1,30 @@
-"""What becomes of every site: the chosen rank, or "dense" with the reason.
-
-The planner sees names and shapes and knows neither torch nor ONNX, so both ways of a model share it.
-"""
+"""Planners: the decision for every site, a rank or "dense" with a reason, from its name and shape."""
 
 import fnmatch
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
+from graph_passes.records import AnyForm
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.sites import break_even_rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankSpec:
-    """A user's `--rank`: exactly one of an absolute `rank` and a `ratio` of full rank in (0, 1]."""
+    """The value of `--rank`: either an absolute `rank` or a `ratio` of full rank in (0, 1]."""
 
     rank: int | None = None
     ratio: float | None = None
 
     @classmethod
     def parse(cls, text: "str | int | RankSpec") -> "RankSpec":
-        """Read `64` (a rank) or `40%` (the paper's ratio); refuse everything else with the spelling to use.
+        """Parse `64` (a rank) or `40%` (the ratio of the paper).
 
         Raises:
-            UsageError: a bare fraction, zero, a negative number, a ratio outside (0 %, 100 %], or no number.
+            UsageError: anything else, for example a fraction, which could mean either; the message gives the spelling.
 
         Example:
             >>> RankSpec.parse("40%").resolve(1000, 300)
@@ -57,7 +55,7 @@ class RankSpec:
         raise UsageError(f"--rank must be a rank such as 64 or a ratio such as 40%, but got {text!r}")
 
     def resolve(self, out_features: int, in_features: int) -> int:
-        """The rank at a site; a ratio is `ceil(ratio * min(out, in))`. May exceed what the site can have."""
+        """Return the rank at a site, `ceil(ratio * min(out, in))` for a ratio. A rank may exceed the full rank."""
         if self.rank is not None:
             return self.rank
         assert self.ratio is not None
@@ -69,11 +67,12 @@ class RankSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class MaxError:
-    """A user's `--max-error`: the rank of every site is the smallest whose error is at most `value`.
+    """The value of `--max-error`: every site gets the smallest rank whose error is at most `value`.
 
     Attributes:
-        value: of the relative spectral error `||W - left right||_2 / ||W||_2`, or of the normalized error.
-        normalized: whether it is the latter, `||W - left right||_2 / s_{rank+1}(W)`.
+        value: bound on the error.
+        normalized: whether the error is normalized, `||W - left right||_2 / s_{rank+1}(W)`, or relative,
+            `||W - left right||_2 / ||W||_2`.
     """
 
     value: float
@@ -81,10 +80,10 @@ class MaxError:
 
     @classmethod
     def parse(cls, text: "str | MaxError") -> "MaxError":
-        """Read `5%` (of the weight's norm) or `1.1x` (times the best of that rank); refuse everything else.
+        """Parse `5%` (of the weight's norm) or `1.1x` (times the best error of that rank).
 
         Raises:
-            UsageError: a bare number, nothing above 0 %, nothing above 1x.
+            UsageError: anything else, or a value outside (0 %, 100 %) or not above 1x.
 
         Example:
             >>> MaxError.parse("5%"), MaxError.parse("1.1x")
@@ -110,10 +109,10 @@ class MaxError:
 
 
 def rank_spec(rank: "str | int | RankSpec | None", max_error: str | MaxError | None) -> RankSpec | MaxError:
-    """What decides the ranks where it is one of the two.
+    """Parse the one of `--rank` and `--max-error` that is set.
 
     Raises:
-        UsageError: both, none, or one that cannot be read.
+        UsageError: both or neither are set, or the value cannot be parsed.
     """
     if (rank is None) == (max_error is None):
         raise UsageError("give exactly one of --rank and --max-error; type for example --rank 25%")
@@ -122,44 +121,47 @@ def rank_spec(rank: "str | int | RankSpec | None", max_error: str | MaxError | N
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """One site's fate: `rank` of the split, or None for dense; `reason` in words a user reads.
+    """The decision for one site.
 
-    `form` is of the split, "first" for the usual one of the operation.
+    Attributes:
+        rank: rank of the split; None for dense.
+        reason: reason for users.
+        form: form of the split; "first" for the usual form of the operation.
     """
 
     rank: int | None
     reason: str
-    form: Literal["matmul", "gemm", "channel", "input", "separable", "first"] = "first"
+    form: AnyForm = "first"
 
 
 class SitePlanner(Protocol):
-    """What decides every site; `always_split` forbids to do better than asked."""
+    """A planner that decides every site."""
 
     @property
     def always_split(self) -> bool:
-        """Whether to split where nothing is saved, too."""
+        """Whether sites are split even if nothing is saved."""
 
     def decide(self, name: str, out_features: int, in_features: int) -> Decision:
-        """Decide one site of matrix shape `(out, in)`."""
+        """Decide one site with a weight of shape `(out, in)`."""
 
     def check(self, sites: Iterable[tuple[str, int, int]]) -> None:
-        """Refuse, before any long work, what cannot be meant for these sites `(name, out, in)`."""
+        """Raise an error if the settings do not fit these sites `(name, out, in)`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """Which sites a user lets through: globs on site names.
+    """The sites to consider, as globs on site names.
 
     Attributes:
-        include: empty lets every site through.
-        exclude: wins over `include`.
+        include: sites to include; empty for all.
+        exclude: sites to exclude, also if they are included.
     """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
     def refusal(self, name: str) -> str:
-        """Why a site stays out, or ""."""
+        """Return the reason why a site is excluded, or ""."""
         if self.include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.include):
             return "not matched by --include"
         if pattern := next((p for p in self.exclude if fnmatch.fnmatchcase(name, p)), None):
@@ -167,10 +169,10 @@ class Filters:
         return ""
 
     def check(self, names: Sequence[str]) -> None:
-        """Refuse a glob that matches none of the sites' names.
+        """Check that every glob matches a site.
 
         Raises:
-            UsageError: names the option, the glob, and some sites.
+            UsageError: a glob matches no site; the message names some sites.
         """
         for option, patterns in (("--include", self.include), ("--exclude", self.exclude)):
             for pattern in patterns:
@@ -184,12 +186,13 @@ class Filters:
 
 @dataclass(frozen=True, kw_only=True)
 class FixedPlanner:
-    """Every site decided beforehand: by a budget, or by a plan somebody wrote.
+    """A planner with a stored decision for every site, from a budget or from a plan file.
 
     Attributes:
-        decisions: by site name.
-        filters: which sites were let through, for the reasons of those that were not.
-        otherwise: the reason for a site that is not among them; it stays dense.
+        decisions: decisions by site name.
+        filters: filters of the request, for the reasons of excluded sites.
+        otherwise: reason for a site without a decision, which stays dense.
+        always_split: whether sites are split even if nothing is saved.
     """
 
     decisions: Mapping[str, Decision]
@@ -198,24 +201,24 @@ class FixedPlanner:
     always_split: bool = False
 
     def decide(self, name: str, out_features: int, in_features: int) -> Decision:
-        """What was decided for a site."""
+        """Return the stored decision for a site."""
         known = self.decisions.get(name)
         return known or Decision(rank=None, reason=self.filters.refusal(name) or self.otherwise)
 
     def check(self, sites: Iterable[tuple[str, int, int]]) -> None:
-        """Nothing left to refuse."""
+        """Do nothing: the decisions were checked when they were made."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """Uniform ranks: the same `RankSpec` at every site that the filters let through; or the same `MaxError`.
+    """A planner with the same `RankSpec` or `MaxError` for every site that the filters include.
 
     Attributes:
-        spec: the rank, ratio or error asked for.
-        ranks: for an error: what was found, by site name (`plan.error_rank`); None where no rank that saves meets it.
-        include: globs on site names; empty lets every site through.
-        exclude: globs on site names; wins over `include`.
-        always_split: split even where nothing is saved (full-rank checks, teaching, tests).
+        spec: rank, ratio or error bound.
+        ranks: for an error bound, the rank by site name (`planning.error_rank`); None if no smaller split meets it.
+        include: globs on site names; empty for all.
+        exclude: globs on site names that are excluded, also if they are included.
+        always_split: whether sites are split even if nothing is saved, for tests at full rank and for teaching.
     """
 
     spec: RankSpec | MaxError
@@ -226,11 +229,11 @@ class Planner:
 
     @property
     def filters(self) -> Filters:
-        """Which sites are let through."""
+        """The filters on sites."""
         return Filters(include=self.include, exclude=self.exclude)
 
     def decide(self, name: str, out_features: int, in_features: int) -> Decision:
-        """Decide one site of matrix shape `(out, in)` (per group, for a grouped Conv)."""
+        """Decide one site with a weight of shape `(out, in)`, per group for a grouped Conv."""
         if refusal := self.filters.refusal(name):
             return Decision(rank=None, reason=refusal)
         if isinstance(self.spec, MaxError):
@@ -247,13 +250,10 @@ class Planner:
         return Decision(rank=rank, reason="split")
 
     def check(self, sites: Iterable[tuple[str, int, int]]) -> None:
-        """Refuse, before any long work, a request that cannot be meant.
-
-        Args:
-            sites: `(name, out, in)` of every site of the model.
+        """Check the settings against every site `(name, out, in)` of the model.
 
         Raises:
-            UsageError: a filter that matches no site, or an absolute rank above the full rank of every site.
+            UsageError: a filter matches no site, or an absolute rank exceeds the full rank of every site.
         """
         sites = list(sites)
         self.filters.check([name for name, _, _ in sites])

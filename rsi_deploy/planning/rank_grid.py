@@ -1,4 +1,4 @@
-"""The ranks that are worth trying at a site: those that save something, spaced as asked."""
+"""Candidate ranks of a site: multiples of a number below the break-even rank, optionally with geometric spacing."""
 
 import math
 
@@ -6,18 +6,17 @@ import math
 def rank_grid(
     full_rank: int, break_even: float, *, min_rank: int = 1, multiple: int = 1, points: int | None = None
 ) -> tuple[int, ...]:
-    """Candidate ranks, ascending: multiples from `min_rank` up to `full_rank` that lie strictly below `break_even`.
+    """Return ascending multiples from `min_rank` to `full_rank` that lie strictly below `break_even`.
 
-    The grid is empty where there is none, for example with multiples of 8 at a site whose break-even rank is 8 or less:
-    such a site can only stay dense.
+    The grid is empty if there are none, for example for multiples of 8 and a break-even rank of at most 8. Such a site
+    stays dense.
 
     Args:
-        full_rank: the largest rank that the site's form has.
-        break_even: at or above this rank nothing is saved, e.g. `plan.break_even_rank(out, in)`; need not be whole.
-        min_rank: no rank below it.
-        multiple: what the ranks are multiples of.
-        points: None for every such rank; else how many at most, spaced geometrically from the smallest to the largest,
-            which is always among them.
+        full_rank: full rank of the site's form.
+        break_even: smallest rank that saves nothing, e.g. `break_even_rank(out, in)`; need not be whole.
+        min_rank: smallest candidate.
+        multiple: number that divides every candidate.
+        points: largest number of candidates, spaced geometrically up to the largest one; None for all.
 
     Raises:
         ValueError: an argument that is not positive.
@@ -43,11 +42,11 @@ def rank_grid(
 
 
 def _geometric(first: int, last: int, points: int) -> list[int]:
-    """`points` different whole numbers from `first` to `last`, both among them (only `last`, where points is 1)."""
+    """Return `points` different integers from `first` to `last`, both included (only `last` if `points` is 1)."""
     if points == 1:
         return [last]
     numbers = [first]
     for left in range(points - 1, 0, -1):
         here = numbers[-1]
-        numbers.append(max(here + 1, round(here * (last / here) ** (1 / left))))  # spaces of the rest alike
+        numbers.append(max(here + 1, round(here * (last / here) ** (1 / left))))  # equal ratios for the rest
     return numbers

@@ -1,11 +1,11 @@
-"""What calibration makes of a model: options for the planner, and factors site by site in execution order.
+"""Calibrate a model: compute the options of every site for the planner, and fit factors in execution order.
 
-    survey    --> for every site: (form, rank, cost, loss)     the planner chooses one each
-    sequence  --> for every site: factors and bias, fitted to what the sites before it have become
+    survey    --> options (form, rank, cost, loss) of every site, from which the planner chooses
+    sequence  --> factors and bias of every site, fitted in the network whose earlier sites are already compressed
 
-A form and rank leaves a response error e of its site. What that does to the model's outputs is measured, not assumed:
-the site alone is replaced at three levels of e, the outputs' distance read off, and between the levels it is a power
-law. So a site whose error destroys the outputs is steep where it destroys them, and no single site is starved.
+A form and rank has a response error e at its site. Its effect on the model's outputs is measured: the site alone is
+replaced at three levels of e, and the distance of the outputs is interpolated between the levels by a power law. The
+loss of a site therefore rises steeply where its error destroys the outputs, and no site gets too low a rank.
 """
 
 import math
@@ -16,16 +16,17 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from rsi_deploy.calibration.activations import CalibratedSite, Distance, Fitted, Form, ModelActivations, Replacement
-from rsi_deploy.calibration.als import STEPS, TwoKernels, two_kernels
+from graph_passes.forms import Form
+from rsi_deploy.calibration.activations import CalibratedSite, Distance, FittedSite, ModelActivations, Replacement
+from rsi_deploy.calibration.als import STEPS, TwoKernelProblem, two_kernel_problem
 from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples
 from rsi_deploy.calibration.reduced_rank_regression import (
     EXACT_LIMIT,
     RIDGE,
-    Response,
-    lost_response,
-    respond,
+    ResponseProblem,
+    dense_response_error,
     response_error,
+    response_problem,
 )
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import Spectrum, break_even_rank
@@ -35,75 +36,77 @@ from rsi_deploy.planning.knapsack import Option, SiteOptions
 from rsi_deploy.planning.rank_grid import rank_grid
 
 LEVELS = (0.03, 0.15, 0.5)
-"""Response errors at which the outputs' distance is measured."""
+"""Response errors at which the distance of the outputs is measured."""
 GRID_POINTS = 10
-"""Ranks at which a form that takes alternating steps is tried."""
+"""Number of ranks that are tried for a form with alternating least squares."""
 
 SCARCITY = 1.0
-"""The rows of a text are correlated and tell less than as many others. For a sentence encoder with 14,000 rows a ridge
-of 0.1 did better on held-out texts than 0.01 and 0.3; this gives it to inputs 1,536 wide, and to images hardly any."""
+"""Extra ridge per input feature and row of data. Rows of a text are correlated, so they hold less information. For a
+sentence encoder with 14,000 rows a ridge of 0.1 did better on held-out texts than 0.01 and 0.3. This value gives that
+ridge to inputs of width 1,536, and almost none to images."""
 
 NODE_BYTES = 1024
-"""What one more node and its names add to a file, at the most."""
+"""Largest number of bytes that one more node and its names add to a file."""
 
 CONSTANT = "its inputs do not vary on the calibration data"
 FARTHEST = 1e9
-"""The distance of outputs that are not finite, or nearly so."""
+"""Upper limit of a distance, also for outputs that are not finite."""
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How sites are fitted.
+    """The settings of a calibration, and its two steps: `options` and `fit`.
 
     Attributes:
-        solver: of the singular subspaces.
-        ridge: towards the weight, in mean input variances.
-        scarcity: what the ridge of a regression rises by for one input a row of data: fewer rows are trusted less.
-        metric: count a response's errors by what they do to the outputs, where gradients tell.
-        sensitivity: measure what each site's error does to the outputs; else the loss is the squared response error.
-        min_rank: no option below it.
-        rank_multiple: ranks are multiples of it.
-        forms: which forms may be chosen, where a site can take them.
-        declined: sites that the data say nothing of, name -> reason; `options` and `fit` fill it, and leave them dense.
+        solver: solver for the singular subspaces.
+        ridge: ridge towards the weight, in mean input variances.
+        scarcity: extra ridge of the regression per input feature and row of data.
+        use_gradients: weight response errors by the output sensitivity, if gradients give one.
+        measure_losses: measure the effect of each site's error on the outputs; otherwise the loss is the squared
+            response error.
+        min_rank: smallest rank of a split.
+        rank_multiple: number that divides every rank.
+        forms: forms that may be chosen.
+        declined: sites that stay dense because their inputs are constant, name -> reason; set by `options` and `fit`.
     """
 
     solver: Solver
     ridge: float = RIDGE
     scarcity: float = SCARCITY
-    metric: bool = True
-    sensitivity: bool = True
+    use_gradients: bool = True
+    measure_losses: bool = True
     min_rank: int = 1
     rank_multiple: int = 1
     forms: tuple[Form, ...] = ("matmul", "gemm", "channel", "input", "separable")
     declined: dict[str, str] = field(default_factory=dict, init=False, compare=False)
 
-    def options(self, streams: ModelActivations, progress: Progress | None = None) -> list[SiteOptions]:
-        """Every reachable site's options, dense first."""
+    def options(self, activations: ModelActivations, progress: Progress | None = None) -> list[SiteOptions]:
+        """Return the options of every reachable site, dense first."""
         found: dict[str, SiteOptions] = {}
-        sites = streams.sites
-        metrics = streams.metrics() if self.metric else {}
+        sites = activations.sites
+        sensitivities = activations.sensitivities() if self.use_gradients else {}
 
         def visit(site: CalibratedSite, moments: Moments | Samples) -> None:
             if progress:
                 progress(site.name, len(found), len(sites))
-            metric = metrics[site.name].directions if site.name in metrics else None
-            found[site.name] = self._options_of(site, moments, streams, metric)
+            sensitivity = sensitivities[site.name].directions if site.name in sensitivities else None
+            found[site.name] = self._options_of(site, moments, activations, sensitivity)
 
-        streams.survey(visit)
+        activations.survey(visit)
         return [found[site.name] for site in sites if site.name in found]
 
     def fit(
-        self, streams: ModelActivations, plan: Mapping[str, tuple[Form, int]], progress: Progress | None = None
-    ) -> dict[str, Fitted]:
-        """Factors of the sites in `plan`, name -> (form, rank), each fitted to what those before it have become.
+        self, activations: ModelActivations, plan: Mapping[str, tuple[Form, int]], progress: Progress | None = None
+    ) -> dict[str, FittedSite]:
+        """Fit the sites in `plan`, name -> (form, rank), in the network whose earlier sites are already replaced.
 
-        Those of constant inputs are left out, and stand in `declined`.
+        Sites with constant inputs are skipped and recorded in `declined`.
         """
-        made: dict[str, Fitted] = {}
-        metrics = streams.metrics() if self.metric else {}
-        counts = {name: metric.rows for name, metric in metrics.items() if metric.rows is not None}
+        made: dict[str, FittedSite] = {}
+        sensitivities = activations.sensitivities() if self.use_gradients else {}
+        counts = {name: sensitivity.rows for name, sensitivity in sensitivities.items() if sensitivity.rows is not None}
 
         def visit(site: CalibratedSite, moments: Moments | Samples) -> Replacement | None:
             if site.name not in plan:
@@ -120,11 +123,11 @@ class Calibration:
                 moments,
                 form,
                 rank,
-                metric=metrics[site.name].directions if site.name in metrics else None,
+                sensitivity=sensitivities[site.name].directions if site.name in sensitivities else None,
                 scarcity=self.scarcity,
                 look=lambda response: spectra.append(_spectrum(response, rank)),
             )
-            made[site.name] = Fitted(
+            made[site.name] = FittedSite(
                 replacement=replacement,
                 response_error=error,
                 seconds=time.perf_counter() - started,
@@ -133,7 +136,7 @@ class Calibration:
             )
             return replacement
 
-        streams.sequence(visit, counts)
+        activations.sequence(visit, counts)
         return made
 
     def replacement(
@@ -144,21 +147,30 @@ class Calibration:
         rank: int,
         *,
         steps: int = STEPS,
-        metric: Tensor | None = None,
+        sensitivity: Tensor | None = None,
         scarcity: float = 0.0,
         look: Callable[[Tensor], None] | None = None,
     ) -> tuple[Replacement, float]:
-        """The site's factors in a form, and the response error they leave.
+        """Return the factors of a site in a form and rank, and their response error.
 
-        A `metric` counts where the second node has no kernel; `scarcity` as in the class, for a regression. `look` is
-        shown the matrix whose leading directions the factors keep.
+        Args:
+            site: site to split.
+            moments: moments of the site.
+            form: form of the split.
+            rank: rank of the split.
+            steps: alternating steps, if the second node has a kernel.
+            sensitivity: output sensitivity G; None for the identity.
+            scarcity: as in the class.
+            look: function that is called with the matrix whose leading directions the factors keep.
 
         Raises:
-            ModelError: a form that moments of so many inputs cannot be fitted in.
+            ModelError: the input is too wide to fit a form whose second node has a kernel.
         """
-        weight, held = site.load(), scarcity * site.in_features / moments.rows
+        weight, extra_ridge = site.load(), scarcity * site.in_features / moments.rows
         if site.first_axes(form) == len(site.kernel):
-            problem: Response | TwoKernels = respond(weight, moments, ridge=self.ridge, held=held, metric=metric)
+            problem: ResponseProblem | TwoKernelProblem = response_problem(
+                weight, moments, ridge=self.ridge, extra_ridge=extra_ridge, sensitivity=sensitivity
+            )
             left, right = problem.factors(rank, self.solver, site=site.name)
             product = left @ right
         else:
@@ -168,7 +180,9 @@ class Calibration:
                     f"{site.in_features}; plan it as {site.forms[0]!r}"
                 )
             first = site.first_axes(form)
-            problem = two_kernels(weight, moments, site.kernel, first, ridge=self.ridge + held, metric=metric)
+            problem = two_kernel_problem(
+                weight, moments, site.kernel, first, ridge=self.ridge + extra_ridge, sensitivity=sensitivity
+            )
             left, right = problem.factors(rank, self.solver, site=site.name, steps=steps)
             product = problem.product(left, right)
         if look is not None:
@@ -178,17 +192,21 @@ class Calibration:
         return replacement, response_error(product, moments)
 
     def _options_of(
-        self, site: CalibratedSite, moments: Moments | Samples, streams: ModelActivations, metric: Tensor | None
+        self,
+        site: CalibratedSite,
+        moments: Moments | Samples,
+        activations: ModelActivations,
+        sensitivity: Tensor | None,
     ) -> SiteOptions:
         params = site.groups * site.out_features * site.in_features
         dense = Option(form="dense", rank=None, params=params, macs=site.macs, bytes=params * site.item_bytes, loss=0.0)
         if self._declines(site, moments):
             return SiteOptions(name=site.name, options=(dense,))
-        errors = dict(self._errors(site, moments, metric))
-        loss = self._loss(site, moments, errors, streams, metric)
+        errors = dict(self._errors(site, moments, sensitivity))
+        loss = self._loss(site, moments, errors, activations, sensitivity)
         split = []
         for (form, rank), error in errors.items():
-            # The corrected bias counts too: some sites have had none.
+            # The corrected bias counts in full, because some dense sites have no bias.
             numbers = site.split_params(form, rank) + site.groups * site.out_features
             split.append(
                 Option(
@@ -210,9 +228,9 @@ class Calibration:
         return site.name in self.declined
 
     def _errors(
-        self, site: CalibratedSite, moments: Moments | Samples, metric: Tensor | None
+        self, site: CalibratedSite, moments: Moments | Samples, sensitivity: Tensor | None
     ) -> Iterator[tuple[tuple[Form, int], float]]:
-        """((form, rank), response error) of every option below break-even, in the metric."""
+        """Yield ((form, rank), weighted response error) of every option below break-even."""
         weight = site.load()
         for form in site.forms:
             if form not in self.forms:
@@ -230,16 +248,16 @@ class Calibration:
             if not ranks:
                 continue
             if plain:
-                curve = respond(weight, moments, ridge=self.ridge, metric=metric).errors()
+                curve = response_problem(weight, moments, ridge=self.ridge, sensitivity=sensitivity).errors()
                 yield from (((form, rank), float(curve[rank])) for rank in ranks)
             elif isinstance(moments, Moments):
-                problem = two_kernels(
-                    weight, moments, site.kernel, site.first_axes(form), ridge=self.ridge, metric=metric
+                problem = two_kernel_problem(
+                    weight, moments, site.kernel, site.first_axes(form), ridge=self.ridge, sensitivity=sensitivity
                 )
                 known = {}
                 for rank in ranks:
                     left, right = problem.factors(rank, self.solver, site=site.name, steps=2)
-                    known[rank] = lost_response(weight, problem.product(left, right), moments, metric)
+                    known[rank] = dense_response_error(weight, problem.product(left, right), moments, sensitivity)
                 yield from (((form, rank), error) for rank, error in filled(known, self.rank_multiple).items())
 
     def _loss(
@@ -247,30 +265,30 @@ class Calibration:
         site: CalibratedSite,
         moments: Moments | Samples,
         errors: Mapping[tuple[Form, int], float],
-        streams: ModelActivations,
-        metric: Tensor | None,
+        activations: ModelActivations,
+        sensitivity: Tensor | None,
     ) -> Callable[[float], float]:
-        """What a response error of this site costs at the outputs."""
-        if not self.sensitivity or not errors:
+        """Return the function from a response error of this site to its loss at the outputs."""
+        if not self.measure_losses or not errors:
             return lambda error: error * error
         law = PowerLaw()
         for level in LEVELS:
             form, rank = min(errors, key=lambda key: abs(math.log(max(errors[key], 1e-12) / level)))
             if law.knows(errors[form, rank]):
                 continue
-            replacement, _ = self.replacement(site, moments, form, rank, steps=2, metric=metric)
-            law.learn(errors[form, rank], streams.distance({site.name: replacement}))
+            replacement, _ = self.replacement(site, moments, form, rank, steps=2, sensitivity=sensitivity)
+            law.learn(errors[form, rank], activations.distance({site.name: replacement}))
         return law
 
 
 def _spectrum(response: Tensor, rank: int) -> Spectrum | None:
-    """Singular values of the response, where they cost little beside the factors."""
+    """Return the singular values of the response, or None if they take long to compute."""
     full = min(response.shape[-2:])
     return thinned(singular_values(response), full, rank, of="response") if full <= EXACT_LIMIT else None
 
 
 def filled(known: Mapping[int, float], multiple: int) -> dict[int, float]:
-    """Errors at all ranks between those of some, straight in their logarithms.
+    """Interpolate errors to all ranks, linearly in their logarithms.
 
     Example:
         >>> {rank: round(error, 6) for rank, error in filled({2: 0.16, 6: 0.01}, 2).items()}
@@ -284,7 +302,7 @@ def filled(known: Mapping[int, float], multiple: int) -> dict[int, float]:
 
 @dataclass
 class PowerLaw:
-    """A loss as a function of the response error: through the measured points, straight in their logarithms.
+    """The loss as a function of the response error, interpolated linearly in logarithms between measured points.
 
     Below the first point it is proportional to the error; beyond the last one it rises with its 1.5th power.
     """
@@ -292,15 +310,15 @@ class PowerLaw:
     points: dict[float, float] = field(default_factory=dict)
 
     def knows(self, error: float) -> bool:
-        """Whether a point lies so near that another one would tell nothing."""
+        """Return whether a measured point is so near that another one would add nothing."""
         return any(abs(math.log(max(error, 1e-12) / known)) < 0.2 for known in self.points)
 
     def learn(self, error: float, distance: Distance) -> None:
-        """Take in a measured distance: the outputs' relative one, and the KL divergence where it is one's."""
+        """Add a measured point: the relative distance of the outputs plus their KL divergence, if there is one."""
         self.points[max(error, 1e-12)] = min(max(distance.relative + (distance.kl or 0.0), 1e-9), FARTHEST)
 
     def __call__(self, error: float) -> float:
-        """The loss of a response error."""
+        """Return the loss of a response error."""
         known = sorted(self.points)
         x = math.log(max(error, 1e-12))
         xs, ys = [math.log(e) for e in known], [math.log(self.points[e]) for e in known]

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graph_passes.forms import conv_forms
-from rsi_deploy.calibration.activations import Form, Replacement
+from graph_passes.forms import Form, conv_forms
+from rsi_deploy.calibration.activations import Replacement
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.sites import SiteRecord, dense_record, site_name
 from rsi_deploy.linalg.batched_solver import Asked, gains, solved_together

@@ -1,6 +1,6 @@
 """The PyTorch pass with calibration data: low-rank layers fitted to what flows through the module, in place.
 
-    BatchNorms folded --> TorchStreams(module, data) --> ranks or a budget --> fitted factors --> low-rank layers
+    BatchNorms folded --> TorchActivations(module, data) --> ranks or a budget --> fitted factors --> low-rank layers
 
 The same planner, factors and forms as in `export`, by hooks instead of an ONNX graph: for staying in PyTorch, to
 fine-tune, or for a module that cannot be exported.
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from rsi_deploy.calibration.activations import Fitted
+from rsi_deploy.calibration.activations import FittedSite
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.sites import SiteRecord, dense_record
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.budget import Budget
-from rsi_deploy.planning.decide import refuse_uncounted, under, uniform, wanted_splits
+from rsi_deploy.planning.decide import decide_by_budget, decide_uniformly, planned_splits, refuse_uncounted
 from rsi_deploy.planning.planner import Decision, Filters, Planner, RankSpec
 from rsi_deploy.planning.site_options import Calibration, Progress
-from rsi_deploy.torch_models.calibration.activations import NEVER, TorchStreams
+from rsi_deploy.torch_models.calibration.activations import NEVER, TorchActivations
 from rsi_deploy.torch_models.compress import ModuleSite, find_module_sites, replace_site_
 from rsi_deploy.torch_models.computed_weights import fold_computed_
 from rsi_deploy.torch_models.fold_batch_norm import fold_batch_norms_
@@ -82,23 +82,23 @@ def compress_to_data_(
     fold_batch_norms_(module)
     sites = find_module_sites(module)
     filters.check([site.name for site in sites])
-    streams = TorchStreams(module, _batches(calib), wanted=lambda name: not filters.refusal(name), seed=seed)
+    activations = TorchActivations(module, _batches(calib), wanted=lambda name: not filters.refusal(name), seed=seed)
     calibration = Calibration(solver=Solver(seed=seed), min_rank=min_rank, rank_multiple=rank_multiple)
     if rank is not None:
         planner = Planner(spec=RankSpec.parse(rank), include=filters.include, exclude=filters.exclude)
-        decisions = uniform(planner, streams)
+        decisions = decide_uniformly(planner, activations)
     else:
         budget = Budget.parse(keep_params=keep_params, keep_macs=keep_macs)
-        size = _size(module, calib, streams, budget, seed)
-        decisions = under(budget, calibration.options(streams, progress), size, streams)
-    fitted = calibration.fit(streams, wanted_splits(decisions, streams), progress)
+        size = _size(module, calib, activations, budget, seed)
+        decisions = decide_by_budget(budget, calibration.options(activations, progress), size, activations)
+    fitted = calibration.fit(activations, planned_splits(decisions, activations), progress)
     return [_finished(module, site, fitted, decisions, calibration, filters) for site in sites]
 
 
 def _size(
     module: nn.Module,
     calib: Batches | Sequence[tuple[Tensor, ...]],
-    streams: TorchStreams,
+    activations: TorchActivations,
     budget: Budget,
     seed: int,
 ) -> Size:
@@ -108,7 +108,7 @@ def _size(
         ModelError: a budget of MACs, and layers whose MACs are not known.
     """
     weights = list(module.parameters())
-    whole = TorchStreams(module, _batches(calib), seed=seed) if budget.cost == "macs" else streams
+    whole = TorchActivations(module, _batches(calib), seed=seed) if budget.cost == "macs" else activations
     size = Size(
         bytes=sum(weight.nbytes for weight in weights),
         params=sum(weight.numel() for weight in weights),
@@ -122,7 +122,7 @@ def _size(
 def _finished(
     module: nn.Module,
     site: ModuleSite,
-    fitted: dict[str, Fitted],
+    fitted: dict[str, FittedSite],
     decisions: dict[str, Decision],
     calibration: Calibration,
     filters: Filters,

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graph_passes.forms import first_axes
-from rsi_deploy.calibration.activations import Form
+from graph_passes.forms import Form, first_axes
 from rsi_deploy.linalg.solver import Factors
 
 Geometry = tuple[tuple[int, ...], str | tuple[int, ...], tuple[int, ...]]

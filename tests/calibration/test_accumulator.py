@@ -1,11 +1,11 @@
-"""Rows that wait for others make the same moments."""
+"""The buffer of `SiteAccumulator` leaves the moments unchanged."""
 
 import pytest
 import torch
 
-from rsi_deploy.calibration.accumulator import Gathered
+from rsi_deploy.calibration.accumulator import SiteAccumulator
 from rsi_deploy.calibration.activations import CalibratedSite
-from rsi_deploy.calibration.moments import Gathering
+from rsi_deploy.calibration.moments import MomentAccumulator
 from rsi_deploy.core.errors import ModelError
 from tests import flows
 
@@ -24,7 +24,7 @@ def rows(count, in_features):
 @pytest.mark.parametrize("in_features", [1, 8, 40])
 def test_few_rows_at_a_time_or_all_at_once(in_features):
     parts = [rows(count, in_features) for count in (1, 3, 0, 2, 30, 5)]
-    one, whole = Gathered(site(in_features)), Gathering(in_features)
+    one, whole = SiteAccumulator(site(in_features)), MomentAccumulator(in_features)
     seen = 0
     for x, y in parts:
         one.add(x, y)
@@ -38,42 +38,44 @@ def test_few_rows_at_a_time_or_all_at_once(in_features):
         flows.assert_moments(found, {**expected, "yx": 1.01 * expected["yx"]})
 
 
-def test_products_are_of_many_rows(monkeypatch):
+def test_small_batches_are_merged_in_one_product(monkeypatch):
     added = []
-    add = Gathering.add
-    monkeypatch.setattr(Gathering, "add", lambda self, x, *more: added.append(x.shape[1]) or add(self, x, *more))
-    one = Gathered(site(40))
+    add = MomentAccumulator.add
+    monkeypatch.setattr(
+        MomentAccumulator, "add", lambda self, x, *more: added.append(x.shape[1]) or add(self, x, *more)
+    )
+    one = SiteAccumulator(site(40))
     for _ in range(9):
         one.add(*rows(6, 40))
     assert added == [24, 24]
     assert one.result().rows == sum(added) == 54
 
 
-def test_no_rows_are_no_moments():
-    assert Gathered(site(4)).result() is None
-    empty = Gathered(site(4))
+def test_without_rows_the_result_is_none():
+    assert SiteAccumulator(site(4)).result() is None
+    empty = SiteAccumulator(site(4))
     empty.add(*rows(0, 4))
     assert (empty.rows, empty.result()) == (0, None)
 
 
-def test_what_is_not_finite_names_the_site_however_late():
-    one = Gathered(site(40))
+def test_a_value_that_is_not_finite_names_the_site_even_if_buffered():
+    one = SiteAccumulator(site(40))
     x, y = rows(2, 40)
     one.add(x * torch.nan, y)
     with pytest.raises(ModelError, match="site 's': its inputs.*NaN.*--exclude 's'"):
         one.result()
 
 
-def test_what_a_row_counts_waits_with_it():
+def test_row_weights_are_buffered_with_their_rows():
     x, y = rows(9, 40)
     counts = 1.0 + torch.arange(9)
-    one, whole = Gathered(site(40)), Gathering(40)
+    one, whole = SiteAccumulator(site(40)), MomentAccumulator(40)
     for number in range(9):
         one.add(x[:, number : number + 1], y[:, number : number + 1], counts[number : number + 1])
     whole.add(x, y, counts)
     expected = {name: v for name, v in vars(whole.result()).items() if name != "mass"}
     flows.assert_moments(one.result(), expected)
-    plain = Gathering(40)
+    plain = MomentAccumulator(40)
     plain.add(x, y)
     with pytest.raises(AssertionError):
         flows.assert_moments(plain.result(), expected)

@@ -1,4 +1,4 @@
-"""Factors of Convs whose second node has a kernel: against torch's own convolutions, and step by step."""
+"""Alternating least squares against torch's convolutions, and step by step."""
 
 import itertools
 import math
@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from graph_passes import forms
-from rsi_deploy.calibration.als import two_kernels
-from rsi_deploy.calibration.moments import Gathering, Moments
-from rsi_deploy.calibration.reduced_rank_regression import lost_response, respond, response_error
+from rsi_deploy.calibration.als import two_kernel_problem
+from rsi_deploy.calibration.moments import MomentAccumulator, Moments
+from rsi_deploy.calibration.reduced_rank_regression import dense_response_error, response_error, response_problem
 from rsi_deploy.linalg.solver import Solver
 
 SOLVER = Solver(power_iterations=6)
@@ -35,7 +35,7 @@ def randn(*shape, seed=0):
 
 
 def images(channels, axes, samples=6, size=7, seed=0):
-    """Smooth, as the inputs of a Conv are: neighbours look alike."""
+    """Smooth inputs with correlated neighbours, as a Conv has them."""
     x = randn(samples, channels, *[size] * axes, seed=seed)
     for axis in range(2, 2 + axes):
         x = x + 0.8 * x.roll(1, axis)
@@ -54,7 +54,7 @@ def patches(x, kernel, groups, stride, dilation, padding):
 
 
 def moments_of(x, y):
-    gathering = Gathering(x.shape[-1])
+    gathering = MomentAccumulator(x.shape[-1])
     gathering.add(x, y)
     return gathering.result()
 
@@ -66,7 +66,7 @@ def problem_of(shape, *, out=4, into=3, ridge=1e-2, seed=0, compressed=True):
     W = randn(groups, out, into * math.prod(kernel), seed=seed + 2)
     y = patches(x, kernel, groups, stride, dilation, padding) @ W.mT
     moments = moments_of(patches(xh, kernel, groups, stride, dilation, padding), y)
-    return two_kernels(W, moments, kernel, first, ridge=ridge), W, moments
+    return two_kernel_problem(W, moments, kernel, first, ridge=ridge), W, moments
 
 
 def two_convs(x, left, right, shape, out, into):
@@ -119,7 +119,7 @@ def test_the_factors_are_those_of_graph_passes(shape):
 
 
 def objective(problem, left, right):
-    """The response error plus the ridge, which each step minimises; up to a constant."""
+    """The objective of each step up to a constant: response error plus ridge."""
     T = torch.einsum("gojr,grm->gojm", left, right)
     return float(torch.einsum("gojm,gjmkn,gokn->", T, problem.xx, T) - 2 * (T * problem.yx).sum())
 
@@ -161,18 +161,18 @@ def test_alternating_beats_the_svd_of_the_weight_and_its_own_start(shape):
 
 
 @each_shape
-def test_at_full_rank_the_answer_is_the_exact_one(shape):
+def test_full_rank_is_exact(shape):
     problem, W, moments = problem_of(shape)
     rows, columns = problem.target.shape[-2:]
     left, right = problem.factors(min(rows, columns), SOLVER)
-    exact = respond(W, moments).target
+    exact = response_problem(W, moments).target
     torch.testing.assert_close(problem.product(left, right), exact, rtol=1e-6, atol=1e-6)
     left, right = problem.factors(1, SOLVER)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(problem.product(left, right), exact, rtol=1e-2, atol=1e-2)
 
 
-def test_conjugate_gradients_arrive():
+def test_conjugate_gradients_converge():
     problem, _, _ = problem_of(SHAPES["2d input"])
     right = problem.start(2, SOLVER)
     left = problem.left_for(right)
@@ -204,7 +204,7 @@ def test_poor_data_have_finite_factors(inputs, first):
     else:
         x = x * (torch.arange(27) < 9)
     moments = moments_of(x, x @ W.mT)
-    problem = two_kernels(W, moments, kernel, first)
+    problem = two_kernel_problem(W, moments, kernel, first)
     for rank in (1, 3):
         left, right = problem.factors(rank, SOLVER)
         assert torch.isfinite(left).all()
@@ -218,7 +218,7 @@ def test_scales_and_precisions(scale, dtype):
     shape = SHAPES["2d separable"]
     _, W, moments = problem_of(shape)
     W = W.to(dtype)
-    expected = two_kernels(W, moments, shape[0], 1)
+    expected = two_kernel_problem(W, moments, shape[0], 1)
     scaled = Moments(
         rows=moments.rows,
         mass=moments.mass,
@@ -228,7 +228,7 @@ def test_scales_and_precisions(scale, dtype):
         yx=moments.yx * scale**2,
         yy=moments.yy * scale**2,
     )
-    found = two_kernels(W, scaled, shape[0], 1)
+    found = two_kernel_problem(W, scaled, shape[0], 1)
     products = [problem.product(*problem.factors(2, SOLVER)) for problem in (found, expected)]
     torch.testing.assert_close(*products, rtol=1e-5, atol=1e-6)
 
@@ -237,34 +237,34 @@ def test_float32_moments_do_as_well():
     shape = SHAPES["2d input"]
     problem, W, moments = problem_of(shape)
     single = {name: getattr(moments, name).float() for name in ("mean_x", "mean_y", "xx", "yx", "yy")}
-    other = two_kernels(W, Moments(rows=moments.rows, mass=moments.mass, **single), shape[0], 0)
+    other = two_kernel_problem(W, Moments(rows=moments.rows, mass=moments.mass, **single), shape[0], 0)
     a, b = (response_error(p.product(*p.factors(2, SOLVER)), moments) for p in (problem, other))
     assert b == pytest.approx(a, rel=1e-2)
 
 
 @each_shape
-def test_in_a_metric_the_error_that_counts_is_smaller(shape):
+def test_a_sensitivity_reduces_the_weighted_error(shape):
     kernel, groups, _, _, _, first = shape
     plain, W, moments = problem_of(shape)
     turn = torch.linalg.qr(randn(groups, 4, 4, seed=9).double()).Q
-    metric = (turn * 30.0 ** -torch.arange(4)) @ turn.mT
-    problem = two_kernels(W, moments, kernel, first, metric=metric)
+    sensitivity = (turn * 30.0 ** -torch.arange(4)) @ turn.mT
+    problem = two_kernel_problem(W, moments, kernel, first, sensitivity=sensitivity)
 
     def cost(problem):
-        return lost_response(W, problem.product(*problem.factors(1, SOLVER)), moments, metric)
+        return dense_response_error(W, problem.product(*problem.factors(1, SOLVER)), moments, sensitivity)
 
     assert cost(problem) < 0.95 * cost(plain)
-    alike = two_kernels(W, moments, kernel, first, metric=5 * torch.eye(4).expand(groups, 4, 4))
+    alike = two_kernel_problem(W, moments, kernel, first, sensitivity=5 * torch.eye(4).expand(groups, 4, 4))
     torch.testing.assert_close(
         alike.product(*alike.factors(1, SOLVER)), plain.product(*plain.factors(1, SOLVER)), rtol=1e-6, atol=1e-6
     )
 
 
 @each_shape
-def test_in_a_metric_full_rank_is_still_the_exact_answer(shape):
+def test_full_rank_with_a_sensitivity_is_exact(shape):
     kernel, groups, _, _, _, first = shape
     _, W, moments = problem_of(shape)
-    metric = torch.diag_embed(torch.tensor([1.0, 0.3, 0.1, 0.0])).expand(groups, 4, 4)
-    problem = two_kernels(W, moments, kernel, first, metric=metric)
+    sensitivity = torch.diag_embed(torch.tensor([1.0, 0.3, 0.1, 0.0])).expand(groups, 4, 4)
+    problem = two_kernel_problem(W, moments, kernel, first, sensitivity=sensitivity)
     left, right = problem.factors(min(problem.target.shape[-2:]), SOLVER)
-    torch.testing.assert_close(problem.product(left, right), respond(W, moments).target, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(problem.product(left, right), response_problem(W, moments).target, rtol=1e-6, atol=1e-6)

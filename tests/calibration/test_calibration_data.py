@@ -20,7 +20,7 @@ PICTURE = spec("pixels", ("N", 1, 6, 6))
 
 
 def rows(count=100, width=4, dtype=np.float32):
-    """Every value is the number of its sample."""
+    """Samples whose values are all their own index."""
     return np.repeat(np.arange(count)[:, None], width, axis=1).astype(dtype)
 
 
@@ -29,7 +29,7 @@ def together(data):
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-# -- where samples come from
+# -- sources
 
 
 @pytest.mark.parametrize("as_file", [True, False])
@@ -80,7 +80,7 @@ def test_samples_are_spaced_evenly():
         assert found[:, 0].tolist() == expected
 
 
-def test_every_pass_starts_anew():
+def test_feeds_start_from_the_first_batch_each_time():
     data = CalibrationData({"input": rows()}, [spec()], None, 70)
     first, second = (together(data)["input"] for _ in range(2))
     np.testing.assert_array_equal(first, second)
@@ -98,13 +98,13 @@ def test_a_fixed_batch_gets_whole_batches():
         assert str(caught.value) == message
 
 
-def test_types_of_one_kind_become_the_models():
+def test_values_are_converted_to_the_models_types():
     for came, wanted in ((np.float64, np.float32), (np.float32, np.float16), (np.int32, np.int64), (bool, np.int64)):
         data = CalibrationData({"input": rows(4).astype(came)}, [spec(dtype=wanted)], None, 10)
         assert together(data)["input"].dtype == wanted
 
 
-# -- what is refused
+# -- errors
 
 
 @pytest.mark.parametrize(
@@ -180,12 +180,12 @@ def test_a_path_with_nothing_there_is_refused_before_any_work(tmp_path):
         check_source(fine)
 
 
-# -- samples that are evaluation data too
+# -- samples shared with evaluation data
 
 
 def test_shared_samples_are_counted():
     data = CalibrationData({"input": rows(60)}, [spec()], None, 1000)
-    with pytest.raises(UsageError, match=r"share samples \(20 of 30 evaluation samples looked at\)"):
+    with pytest.raises(UsageError, match="20 of 30 .*--allow-shared-data"):
         refuse_shared(data, ArrayData(rows(70)[40:], np.zeros(30, int)), [spec()], None)
     refuse_shared(data, ArrayData(rows(90)[60:], np.zeros(30, int)), [spec()], None)
 
@@ -209,7 +209,7 @@ def test_pictures_are_compared_as_they_enter_the_model(tmp_path):
     refuse_shared(data, ArrayData(255 - pictures), [PICTURE], STEPS)
 
 
-def test_a_digest_is_of_the_values():
+def test_a_digest_depends_on_the_values():
     both = list(sample_digests({"ids": rows(2), "mask": np.ones((2, 5))}))
     assert both[0] != both[1] != next(sample_digests({"ids": rows(2)}))
     assert list(sample_digests({"x": np.asfortranarray(rows(8, 4))})) == list(sample_digests({"x": rows(8, 4)}))

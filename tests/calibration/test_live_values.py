@@ -26,7 +26,7 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("limit", [0, 30, 10**6])
-def test_what_is_put_comes_back(folder, limit):
+def test_stored_values_come_back(folder, limit):
     with LiveValues(limit) as values:
         values.put(0, ARRAYS)
         values.put(1, {"f": 2 * ARRAYS["f"]})
@@ -40,7 +40,7 @@ def test_what_is_put_comes_back(folder, limit):
 
 
 @pytest.mark.parametrize("limit", [0, 10**6])
-def test_putting_again_replaces_and_dropping_forgets(folder, limit):
+def test_put_replaces_and_drop_removes(folder, limit):
     with LiveValues(limit) as values:
         values.put(0, ARRAYS)
         values.put(0, {"f": np.zeros(2)})
@@ -56,7 +56,7 @@ def test_putting_again_replaces_and_dropping_forgets(folder, limit):
         assert len(files(folder)) <= (0 if limit else len(ARRAYS)), "no more than there were values at a time"
 
 
-def test_room_is_free_again_after_a_drop(folder):
+def test_drop_frees_memory(folder):
     with LiveValues(8) as values:
         values.put(0, {"a": np.zeros(8, np.uint8), "b": np.zeros(1, np.uint8)})
         assert len(files(folder)) == 1
@@ -68,7 +68,7 @@ def test_room_is_free_again_after_a_drop(folder):
         assert len(files(folder)) == 1
 
 
-def test_files_are_written_over(folder):
+def test_files_are_reused(folder):
     rng = np.random.default_rng(0)
     with LiveValues(0) as values:
         for step in range(40):
@@ -94,7 +94,7 @@ def test_strings_and_sequences_stay_in_memory(folder):
         assert not files(folder)
 
 
-def test_the_files_go_also_after_an_exception(folder):
+def test_files_are_deleted_after_an_exception(folder):
     def fail():
         with LiveValues(0) as values:
             values.put(0, ARRAYS)

@@ -1,10 +1,18 @@
-"""Gathered moments against those of all rows at once, in float64."""
+"""Accumulated moments against those of all rows at once, in float64."""
 
 import pytest
 import torch
 
 from rsi_deploy.calibration import moments as module
-from rsi_deploy.calibration.moments import GRAM_LIMIT, WIDE_ROWS, Gathering, Moments, Samples, gathered_bytes, rows_for
+from rsi_deploy.calibration.moments import (
+    GRAM_LIMIT,
+    WIDE_ROWS,
+    MomentAccumulator,
+    Moments,
+    Samples,
+    moment_bytes,
+    row_limit,
+)
 
 
 def generator(seed=0):
@@ -32,7 +40,7 @@ def brute(x, y):
 
 
 def gathered(x, y, sizes, limit=GRAM_LIMIT):
-    gathering = Gathering(x.shape[-1], limit=limit)
+    gathering = MomentAccumulator(x.shape[-1], limit=limit)
     start = 0
     for size in sizes:
         gathering.add(x[:, start : start + size], y[:, start : start + size])
@@ -52,7 +60,7 @@ SIZES = {"one": [40], "two": [1, 39], "many": [7, 0, 20, 1, 12], "singles": [1] 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_merged_batches_are_everything_at_once(sizes, dtype):
+def test_merged_batches_equal_one_batch(sizes, dtype):
     x, y = rows(3, 40, 6, 4, mean=0.5, dtype=dtype)
     found = gathered(x, y, sizes)
     assert isinstance(found, Moments)
@@ -72,7 +80,7 @@ def test_a_huge_mean_costs_no_digits(mean, sizes):
     assert_same(gathered(x, y, sizes), brute(x, y))
 
 
-def test_batches_of_different_means_are_told_apart():
+def test_batches_with_different_means():
     x, y = rows(1, 40, 5, 3)
     x[:, 20:] += 1000
     y[:, 20:] -= 300
@@ -113,8 +121,8 @@ def test_dense_moments_are_those_of_the_response():
         assert_same(Moments.dense(found, 1.01 * weight), expected)
 
 
-def test_nothing_gathered_is_none():
-    gathering = Gathering(4)
+def test_without_rows_the_result_is_none():
+    gathering = MomentAccumulator(4)
     gathering.add(torch.zeros(1, 0, 4), torch.zeros(1, 0, 2))
     assert gathering.result() is None
     assert gathering.rows == 0
@@ -127,21 +135,21 @@ def test_values_that_are_not_finite_are_refused(bad, which, limit):
     pair = rows(1, 10, 4, 3)
     pair[which][0, 3, 1] = bad
     with pytest.raises(ValueError, match=("inputs", "responses")[which]):
-        Gathering(4, limit=limit).add(*pair)
+        MomentAccumulator(4, limit=limit).add(*pair)
 
 
 def test_a_sum_that_overflows_is_no_infinite_value_but_its_square_is():
     x = torch.full((1, 3, 4), 3e38)
-    gathering = Gathering(4, limit=2)
+    gathering = MomentAccumulator(4, limit=2)
     gathering.add(x, x)
     assert gathering.rows == 3
     with pytest.raises(ValueError, match="too large to be squared"):
-        Gathering(4).add(torch.randn(1, 30, 4, generator=generator()) * 1e25, torch.zeros(1, 30, 1))
+        MomentAccumulator(4).add(torch.randn(1, 30, 4, generator=generator()) * 1e25, torch.zeros(1, 30, 1))
 
 
 def test_rows_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="do not fit"):
-        Gathering(4).add(torch.zeros(1, 3, 4), torch.zeros(1, 2, 4))
+        MomentAccumulator(4).add(torch.zeros(1, 3, 4), torch.zeros(1, 2, 4))
 
 
 @pytest.mark.parametrize("limit", [2, 100])
@@ -156,7 +164,7 @@ def test_constant_inputs_do_not_vary(value, limit):
 
 
 @pytest.mark.parametrize("limit", [2, 100])
-def test_what_rounding_leaves_is_no_variance(limit):
+def test_rounding_is_not_variance(limit):
     x = torch.full((1, 100, 5), 0.7)
     x[:, ::3] = torch.nextafter(x[:, ::3], torch.tensor(1.0))
     assert not gathered(x, x, [50, 50], limit=limit).varies
@@ -164,25 +172,25 @@ def test_what_rounding_leaves_is_no_variance(limit):
     assert gathered(x, x, [50, 50], limit=limit).varies
 
 
-def test_memory_is_told_before_it_is_taken():
+def test_moment_bytes_is_the_memory_taken():
     x, y = rows(3, 20, 6, 4)
     found = gathered(x, y, [20])
-    assert gathered_bytes(6, 4, 3, 20) == found.xx.nbytes + found.yx.nbytes
+    assert moment_bytes(6, 4, 3, 20) == found.xx.nbytes + found.yx.nbytes
     kept = gathered(x, y, [20], limit=5)
-    assert gathered_bytes(6, 4, 3, 20, limit=5) == kept.x.nbytes + kept.y.nbytes
+    assert moment_bytes(6, 4, 3, 20, limit=5) == kept.x.nbytes + kept.y.nbytes
 
 
 def test_wide_sites_get_few_rows():
-    assert rows_for(GRAM_LIMIT + 1) == WIDE_ROWS
-    assert rows_for(GRAM_LIMIT) >= 16 * GRAM_LIMIT
-    assert gathered_bytes(25_088, 4096, 1, rows_for(25_088)) < 2**29
+    assert row_limit(GRAM_LIMIT + 1) == WIDE_ROWS
+    assert row_limit(GRAM_LIMIT) >= 16 * GRAM_LIMIT
+    assert moment_bytes(25_088, 4096, 1, row_limit(25_088)) < 2**29
 
 
 @pytest.mark.parametrize("parts", [[40], [13, 27], [1] * 40])
-def test_a_row_that_counts_twice_is_as_good_as_two(parts):
+def test_a_row_of_weight_two_equals_two_rows(parts):
     x, y = rows(2, 40, 6, 3, mean=3.0)
     counts = 1.0 + torch.arange(40) % 3
-    gathering = Gathering(6)
+    gathering = MomentAccumulator(6)
     for some in zip(x.split(parts, 1), y.split(parts, 1), counts.split(parts), strict=True):
         gathering.add(*some)
     found = gathering.result()

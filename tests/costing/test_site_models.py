@@ -14,11 +14,12 @@ from rsi_deploy.benchmark.variants import Runtime
 from rsi_deploy.costing import site_timing
 from rsi_deploy.costing.site_models import Piece, pieces
 from rsi_deploy.costing.site_timing import Wanted, grid_of, shapes_of, time_sites
-from rsi_deploy.costing.zero_filled import write_blank
+from rsi_deploy.costing.zero_filled import write_zero_filled
 from rsi_deploy.io.onnx_file import read_onnx, write_onnx
-from rsi_deploy.runtime.feeds.inputs import model_inputs, random_feeds
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
 from rsi_deploy.runtime.sessions import make_session
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 
 CONVS = """
 net (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] y)
@@ -50,7 +51,7 @@ def cut(text, tmp_path, batch=3):
     path = tmp_path / "m.onnx"
     write_onnx(read_onnx(saved(text_model(text), tmp_path / "unnamed.onnx")), path)  # nodes have names then
     feeds = random_feeds(model_inputs(path), batch, 0)
-    trace = traced_run(path, feeds)
+    trace = trace_run(path, feeds)
     return path, {site.weight: piece for site, piece in pieces(ir.load(path), trace.inputs, trace.macs)}
 
 
@@ -87,7 +88,7 @@ def test_it_splits_as_the_whole_model_does(form, tmp_path):
     piece = found["c"]
     small = onnx.load_from_string(piece.model(form, 4))
     assert ops(piece.model(form, 4))[:4] == ["Conv", "Conv", "Add", "Relu"]
-    write_blank(path, tmp_path / "blank.onnx", {"c": (form, 4)})
+    write_zero_filled(path, tmp_path / "blank.onnx", {"c": (form, 4)})
     whole = {t.name: tuple(t.dims) for t in onnx.load(tmp_path / "blank.onnx").graph.initializer}
     shapes = {tuple(t.dims) for t in small.graph.initializer}
     assert {shape for name, shape in whole.items() if name.startswith("c") and len(shape) == 4} <= shapes
@@ -124,7 +125,7 @@ def test_ranks_that_save_nothing_are_not_timed(tmp_path):
 def test_blank_models_give_outputs_of_the_same_shape(tmp_path):
     path, _ = cut(CONVS, tmp_path)
     x = np.ones((2, 8, 6, 6), np.float32)
-    write_blank(path, tmp_path / "b.onnx", {"a": ("first", 2), "e": ("separable", 3)})
+    write_zero_filled(path, tmp_path / "b.onnx", {"a": ("first", 2), "e": ("separable", 3)})
     (dense,), (blank,) = run_onnx(path, x), run_onnx(tmp_path / "b.onnx", x)
     assert dense.shape == blank.shape
     assert not np.allclose(dense, blank)

@@ -16,7 +16,7 @@ from bench.killing import Runner
 from rsi_deploy.execution import result_store as resuming
 from rsi_deploy.execution.executor import LocalExecutor, Task
 from rsi_deploy.execution.result_store import ResultStore, StoringExecutor
-from rsi_deploy.exporting import steps as stages
+from rsi_deploy.exporting import step_settings as stages
 from rsi_deploy.linalg.site_factors import factorize_site
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models import site_factorizer
@@ -245,7 +245,7 @@ def test_a_calibrated_export_fits_no_second_time(tmp_path, large, monkeypatch, a
     options = {"calib": tmp_path / "c.npz", "measure": False, **asked}
     whole = rsi_deploy.export(str(source), tmp_path / "whole", **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages.ExportSteps, "compress", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(stages.StepSettings, "executor", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rsi_deploy.export(str(source), tmp_path / "b", **options)
     fits, fit = [], Calibration.fit
@@ -269,7 +269,7 @@ def test_factors_fitted_to_other_data_are_not_taken(tmp_path, large, monkeypatch
         np.savez(tmp_path / f"{name}.npz", x=draw.standard_normal((64, SIZES[0])).astype(np.float32))
     options = {"calib": tmp_path / "c.npz", "measure": False, "rank": 6}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages.ExportSteps, "compress", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(stages.StepSettings, "executor", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rsi_deploy.export(str(source), tmp_path / "b", **options)
     (tmp_path / "other.npz").rename(tmp_path / "c.npz")  # the same name, other samples

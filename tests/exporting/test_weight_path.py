@@ -17,7 +17,7 @@ from rsi_deploy.cli import run
 
 ROOT = Path(rsi_deploy.__file__).parent.parent
 PRODUCTS = {"mm", "bmm", "matmul", "__matmul__", "addmm"}
-WRAPPERS = {"<lambda>", "<listcomp>", "<genexpr>", "called"}  # called: of `explains_broken_models`
+WRAPPERS = {"<lambda>", "<listcomp>", "<genexpr>"}
 START, END = "rsi_deploy/cli/export.py", "rsi_deploy/linalg/operand.py"
 
 
@@ -36,7 +36,7 @@ class FirstProduct(TorchFunctionMode):
 
 
 def stack():
-    """The project's functions on the stack, outermost first; of decorators and comprehensions only what they call."""
+    """The project's functions on the stack, outermost first; without comprehensions and lambdas."""
     frame, calls = sys._getframe(2), []
     while frame is not None:
         path = Path(frame.f_code.co_filename)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rsi_deploy.calibration.output_sensitivity import OutputMetric
+from rsi_deploy.calibration.output_sensitivity import SensitivityAccumulator
 from rsi_deploy.io.onnx_file import write_external
 from rsi_deploy.onnx_models.calibration import gradients as onnx_gradients
 from rsi_deploy.onnx_models.calibration import operators as onnx_operators
@@ -19,8 +19,8 @@ from rsi_deploy.torch_models.to_onnx import to_onnx
 SAMPLES = 64
 
 
-def metrics_of(streams):
-    return {name: metric.directions.double() for name, metric in streams.metrics().items()}
+def sensitivities_of(streams):
+    return {name: sensitivity.directions.double() for name, sensitivity in streams.sensitivities().items()}
 
 
 def streams_of(path, feeds):
@@ -49,20 +49,20 @@ def test_a_linear_rest_gives_its_own_gram_matrix(chain):
     module, path = chain
     (name,) = (value.name for value in onnx.load(path, load_external_data=False).graph.input)
     feeds = {name: np.random.default_rng(0).standard_normal((128, 5), dtype=np.float32)}
-    metrics = metrics_of(streams_of(path, feeds))
+    sensitivities = sensitivities_of(streams_of(path, feeds))
     V = module[1].weight.double()
-    assert set(metrics) == {"0", "1"}
-    assert metrics["0"].shape == (1, 8, 8)
-    assert close(metrics["0"][0], V.T @ V)
-    assert close(metrics["1"][0], torch.eye(6, dtype=torch.float64))
-    assert not close(metrics["0"][0], torch.eye(8, dtype=torch.float64))
+    assert set(sensitivities) == {"0", "1"}
+    assert sensitivities["0"].shape == (1, 8, 8)
+    assert close(sensitivities["0"][0], V.T @ V)
+    assert close(sensitivities["1"][0], torch.eye(6, dtype=torch.float64))
+    assert not close(sensitivities["0"][0], torch.eye(8, dtype=torch.float64))
 
 
 def test_the_probes_are_seeded(chain):
     _, path = chain
     (name,) = (value.name for value in onnx.load(path, load_external_data=False).graph.input)
     feeds = {name: np.ones((8, 5), np.float32)}
-    one, two = metrics_of(streams_of(path, feeds)), metrics_of(streams_of(path, feeds))
+    one, two = sensitivities_of(streams_of(path, feeds)), sensitivities_of(streams_of(path, feeds))
     assert all(torch.equal(one[site], two[site]) for site in one)
 
 
@@ -89,7 +89,7 @@ def test_metrics_of_convs_are_those_of_torch(tmp_path):
     write_external(to_onnx(source_of_module(module, (2, 3, 8, 8))).model, path)
     (name,) = (value.name for value in onnx.load(path, load_external_data=False).graph.input)
     x = torch.randn(SAMPLES, 3, 8, 8)
-    found = metrics_of(streams_of(path, {name: x.numpy()}))
+    found = sensitivities_of(streams_of(path, {name: x.numpy()}))
     heard = {}
     for site in ("c1", "c2"):
         getattr(module, site).register_forward_hook(lambda m, a, y, site=site: heard.__setitem__(site, y))
@@ -121,7 +121,7 @@ def test_an_operator_that_has_no_gradient_here_leaves_all_without_metric(tmp_pat
     for name, shape in (("a", (4, 5)), ("b", (5, 3))):
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
     onnx.save(model, path)
-    assert metrics_of(streams_of(path, {"x": np.ones((4, 4), np.float32)})) == {}
+    assert sensitivities_of(streams_of(path, {"x": np.ones((4, 4), np.float32)})) == {}
 
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20]>'
@@ -139,15 +139,15 @@ def saved(path, text, seed=0, **weights):
 
 
 def test_half_precision_is_computed_in_single(tmp_path):
-    metrics = {}
+    sensitivities = {}
     for kind, dtype in (("float16", np.float16), ("float", np.float32)):
         text = f"g ({kind}[n, 4] x) => ({kind}[n, 3] y) {{ h = MatMul(x, a)  s = Tanh(h)  y = MatMul(s, b) }}"
         path = saved(tmp_path / f"{kind}.onnx", text, a=((4, 5), dtype), b=((5, 3), dtype))
         feeds = {"x": np.random.default_rng(1).standard_normal((64, 4)).astype(dtype)}
-        metrics[kind] = metrics_of(streams_of(path, feeds))
-    assert set(metrics["float16"]) == set(metrics["float"]) == {"a", "b"}
-    for site, G in metrics["float"].items():
-        torch.testing.assert_close(metrics["float16"][site], G, rtol=0.02, atol=1e-2 * float(G.abs().max()))
+        sensitivities[kind] = sensitivities_of(streams_of(path, feeds))
+    assert set(sensitivities["float16"]) == set(sensitivities["float"]) == {"a", "b"}
+    for site, G in sensitivities["float"].items():
+        torch.testing.assert_close(sensitivities["float16"][site], G, rtol=0.02, atol=1e-2 * float(G.abs().max()))
 
 
 def test_the_output_is_the_first_floating_one_and_other_branches_may_hold_anything(tmp_path):
@@ -163,9 +163,9 @@ def test_the_output_is_the_first_floating_one_and_other_branches_may_hold_anythi
         a=((4, 5), np.float32),
         b=((5, 3), np.float32),
     )
-    metrics = metrics_of(streams_of(path, {"x": np.ones((64, 4), np.float32)}))
-    assert set(metrics) == {"a", "b"}
-    assert close(metrics["b"][0], torch.eye(3, dtype=torch.float64))
+    sensitivities = sensitivities_of(streams_of(path, {"x": np.ones((64, 4), np.float32)}))
+    assert set(sensitivities) == {"a", "b"}
+    assert close(sensitivities["b"][0], torch.eye(3, dtype=torch.float64))
 
 
 def test_padding_is_not_asked(tmp_path):
@@ -183,9 +183,9 @@ def test_padding_is_not_asked(tmp_path):
     x = rng.standard_normal((8, 6, 4), dtype=np.float32)
     mask = (np.arange(6) < rng.integers(1, 6, (8, 1))).astype(np.int64)
     loud = np.where(mask[..., None] == 1, x, np.float32(50)).astype(np.float32)
-    one, two = (metrics_of(streams_of(path, {"x": data, "mask": mask})) for data in (x, loud))
+    one, two = (sensitivities_of(streams_of(path, {"x": data, "mask": mask})) for data in (x, loud))
     torch.testing.assert_close(one["a"], two["a"])
-    whole = metrics_of(streams_of(path, {"x": loud, "mask": np.ones_like(mask)}))
+    whole = sensitivities_of(streams_of(path, {"x": loud, "mask": np.ones_like(mask)}))
     assert not torch.allclose(whole["a"], one["a"], rtol=1e-2)
 
 
@@ -200,10 +200,10 @@ def test_an_error_of_torch_is_logged_and_leaves_all_without(tmp_path, monkeypatc
         b=((5, 3), np.float32),
     )
     feeds = {"x": np.ones((4, 4), np.float32)}
-    assert metrics_of(streams_of(path, feeds))
+    assert sensitivities_of(streams_of(path, feeds))
     monkeypatch.setitem(onnx_operators._OPERATORS, "Tanh", broken)
     with caplog.at_level("WARNING"):
-        assert metrics_of(streams_of(path, feeds)) == {}
+        assert sensitivities_of(streams_of(path, feeds)) == {}
     assert "must match" in caplog.text
 
 
@@ -215,13 +215,13 @@ def test_memory_is_bounded(tmp_path, monkeypatch, caplog):
         b=((500, 3), np.float32),
     )
     feeds = {"x": np.random.default_rng(0).standard_normal((64, 4), dtype=np.float32)}
-    whole = metrics_of(streams_of(path, feeds))
+    whole = sensitivities_of(streams_of(path, feeds))
     fixed = 4 * (500**2 + 3**2) + 4 * 500 * 7  # the metrics, and the weights
     for room, there in ((3 * 500 * 4 * 4, True), (500 * 4, False)):
-        limit = functools.partial(OutputMetric, memory=fixed + room)
-        monkeypatch.setattr(onnx_gradients, "OutputMetric", limit)
+        limit = functools.partial(SensitivityAccumulator, memory=fixed + room)
+        monkeypatch.setattr(onnx_gradients, "SensitivityAccumulator", limit)
         with caplog.at_level("INFO"):
-            cut = metrics_of(streams_of(path, feeds))
+            cut = sensitivities_of(streams_of(path, feeds))
         assert bool(cut) is there
         for site in cut:
             torch.testing.assert_close(cut[site], whole[site], rtol=1e-4, atol=1e-4)
@@ -232,11 +232,11 @@ def test_an_old_opset_is_refused(tmp_path):
     text = "g (float[n, 4] x) => (float[n, 5] y) { h = MatMul(x, a) y = Softmax(h) }"
     path = saved(tmp_path / "m.onnx", text, a=((4, 5), np.float32))
     feeds = {"x": np.random.default_rng(0).standard_normal((8, 4), dtype=np.float32)}
-    assert metrics_of(streams_of(path, feeds))
+    assert sensitivities_of(streams_of(path, feeds))
     model = onnx.load(path)
     model.opset_import[0].version = 12
     onnx.save(model, path)
-    assert metrics_of(streams_of(path, feeds)) == {}
+    assert sensitivities_of(streams_of(path, feeds)) == {}
 
 
 def test_outputs_that_depend_on_no_site_give_no_metric(tmp_path, caplog):
@@ -247,6 +247,6 @@ def test_outputs_that_depend_on_no_site_give_no_metric(tmp_path, caplog):
     scores = saved(tmp_path / "scores.onnx", text.format("float[n, 5]", "Relu(h)"), a=weight)
     feeds = {"x": np.random.default_rng(0).standard_normal((8, 4), dtype=np.float32)}
     with caplog.at_level("INFO"):
-        assert metrics_of(streams_of(numbers, feeds)) == {}
+        assert sensitivities_of(streams_of(numbers, feeds)) == {}
     assert "no floating output depends on a site" in caplog.text
-    assert set(metrics_of(streams_of(scores, feeds))) == {"a"}
+    assert set(sensitivities_of(streams_of(scores, feeds))) == {"a"}

@@ -271,7 +271,7 @@ def test_what_a_site_is_told(folder):
 
 
 def test_wide_sites_keep_their_rows(folder, monkeypatch):
-    monkeypatch.setattr(moments.Gathering.__init__, "__kwdefaults__", {"limit": 8})
+    monkeypatch.setattr(moments.MomentAccumulator.__init__, "__kwdefaults__", {"limit": 8})
     for module in (gathered, onnx_readings, onnx_survey):
         monkeypatch.setattr(module, "GRAM_LIMIT", 8)
     setting = Setting(folder, "cnn")

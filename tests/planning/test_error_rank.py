@@ -38,19 +38,19 @@ def test_a_normalized_error():
     assert spectral(weight.double() - left.double() @ right.double()) <= 1.3 * float(values("slow", 120)[rank])
 
 
-def test_of_groups_all_must_meet_it():
+def test_every_group_must_meet_the_error():
     steep, flat = (weight_with(values(name, 60), 60, 90).float() for name in ("fast", "flat"))
     asked = MaxError.parse("50%")
     assert smallest_rank(steep[None], asked, SOLVER) is not None
     assert smallest_rank(torch.stack([steep, flat]), asked, SOLVER) is None
     assert smallest_rank(torch.zeros(60, 90), asked, SOLVER) == 1
-    assert smallest_rank(torch.ones(1, 9), asked, SOLVER) is None  # nothing saves anything there
+    assert smallest_rank(torch.ones(1, 9), asked, SOLVER) is None  # no rank saves anything
 
 
 @pytest.mark.parametrize("text", ["5%", "1.1x"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_weight_of_nan_or_infinity_is_refused_by_name(text, bad):
-    """Before its spectrum, which torch cannot compute."""
+    """The check comes before the spectrum, which torch cannot compute."""
     weight = weight_with(values("slow", 60), 60, 90).float()
     assert smallest_rank(weight, MaxError.parse("60%"), SOLVER, site="fc") is not None
     weight[3, 4] = bad
@@ -59,12 +59,12 @@ def test_a_weight_of_nan_or_infinity_is_refused_by_name(text, bad):
 
 
 @pytest.mark.parametrize("text", ["0.05", "5", "0%", "100%", "1x", "0.9x", "-5%", "x", "", "5 % x"])
-def test_what_is_no_error(text):
+def test_invalid_errors_are_refused(text):
     with pytest.raises(UsageError, match="--max-error"):
         MaxError.parse(text)
 
 
-def test_a_planner_says_why():
+def test_the_planner_gives_a_reason():
     planner = Planner(spec=MaxError.parse("5%"), ranks={"a": 7, "b": None})
     assert planner.decide("a", 60, 90).rank == 7
     assert planner.decide("a", 60, 90).reason == "split: the smallest rank that meets --max-error 5%"

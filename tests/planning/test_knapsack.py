@@ -32,7 +32,7 @@ SITES = st.lists(st.tuples(st.integers(0, 40), POINTS), min_size=1, max_size=6).
 
 
 def large(count, options, *, seed=0):
-    """Sites as networks have them: losses fall with the rank, roughly."""
+    """Realistic sites: losses roughly fall with the rank."""
     rng = random.Random(seed)
     sites = []
     for number in range(count):
@@ -53,7 +53,7 @@ def loss_of(chosen):
 
 
 def optimum(sites, limit, cost="params"):
-    """The least loss within `limit`, by an exact dynamic program over total costs; None where there is none."""
+    """The least loss within `limit` by an exact dynamic program over total costs, or None."""
     least = {0: 0.0}
     for one in sites:
         sums = {}
@@ -82,7 +82,7 @@ def above_chord(p, q, r):
 
 
 def faults(sites, limit, chosen, *, gap):
-    """What is wrong with a choice: names, an option that the site does not have, cost, and loss above optimum + gap."""
+    """The faults of a choice: names, unknown options, cost, and loss above optimum + gap."""
     found = []
     if list(chosen) != [one.name for one in sites]:
         found.append("names")
@@ -96,7 +96,7 @@ def faults(sites, limit, chosen, *, gap):
 
 
 def limits_of(sites):
-    """Every limit that can matter, with one that is too generous."""
+    """Every limit with an effect, and one that is too generous."""
     return range(smallest_cost(sites, cost="params"), sum(one.options[0].params for one in sites) + 2)
 
 
@@ -109,7 +109,7 @@ def test_small_instances_are_solved_exactly(sites, data):
 
 @given(SITES, st.data(), st.integers(0, 3), st.integers(1, 3))
 @settings(max_examples=200, deadline=None)
-def test_whatever_the_core_leaves_out_the_gap_is_at_most_one_hull_step(sites, data, core, states):
+def test_with_any_core_the_gap_is_at_most_one_hull_step(sites, data, core, states):
     limit = data.draw(st.sampled_from(limits_of(sites)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(knapsack, "CORE", core)
@@ -163,7 +163,7 @@ def test_the_sweep_alone_is_not_optimal_and_the_core_is():
         assert loss_of(choose(sites, cost="params", limit=11)) == 13.5
 
 
-def test_an_option_inside_the_hull_fills_what_is_left():
+def test_an_option_inside_the_hull_fills_the_remaining_room():
     # (3, 9) is no hull point, but all that a limit of 3 can pay for.
     assert loss_of(choose([site("a", 10, (1, 10.0), (3, 9.0))], cost="params", limit=3)) == 9.0
 
@@ -200,7 +200,7 @@ def test_many_sites():
 
 
 @pytest.mark.parametrize("cost", ["params", "macs", "bytes"])
-def test_the_limit_is_on_the_cost_that_was_named(cost):
+def test_the_limit_applies_to_the_named_cost(cost):
     costs = {"params": 9, "macs": 9, "bytes": 9} | {cost: 3}
     cheap = Option(form="gemm", rank=1, loss=1.0, **costs)
     other = Option(form="matmul", rank=1, loss=0.5, params=6, macs=6, bytes=6)
@@ -223,7 +223,7 @@ def test_the_order_of_sites_changes_nothing(sites, data):
     assert list(chosen) == [one.name for one in shuffled]
 
 
-def test_ties_go_by_name_and_then_by_the_options_order():
+def test_ties_are_broken_by_name_and_then_by_the_order_of_options():
     sites = [site(name, 10, (4, 1.0)) for name in "cab"]
     assert [name for name, option in choose(sites, cost="params", limit=24).items() if option.form == "dense"] == [
         "a",
@@ -245,7 +245,7 @@ def test_all_stay_dense_where_the_limit_allows_it(sites, more):
     assert [option.form for option in chosen.values()] == ["dense"] * len(sites)
 
 
-def test_an_option_without_loss_is_taken_only_when_something_must_give():
+def test_an_option_without_loss_is_taken_only_if_the_limit_requires_it():
     sites = [site("a", 10, (4, 0.0)), site("b", 10, (4, 2.0))]
     assert [option.form for option in choose(sites, cost="params", limit=20).values()] == ["dense", "dense"]
     assert [option.form for option in choose(sites, cost="params", limit=19).values()] == ["gemm", "dense"]
@@ -282,14 +282,14 @@ def test_no_sites():
         ({"form": "dense", "rank": None, "loss": 0.1}, "0 for dense"),
     ],
 )
-def test_options_that_make_no_sense(wrong, words):
+def test_options_that_are_invalid(wrong, words):
     right = {"form": "gemm", "rank": 2, "params": 4, "macs": 4, "bytes": 16, "loss": 0.5}
     assert Option(**right).rank == 2
     with pytest.raises(ValueError, match=words):
         Option(**right | wrong)
 
 
-def test_sites_that_make_no_sense():
+def test_sites_that_are_invalid():
     for options in ((), (split(1, 1),), (split(1, 1), dense(4)), (dense(4), dense(5))):
         with pytest.raises(ValueError, match="site fc: expected dense first and then splits, but got"):
             SiteOptions(name="fc", options=options)

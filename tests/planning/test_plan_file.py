@@ -34,7 +34,7 @@ def document(**changes):
 
 
 def refusal(path, text):
-    """What `read_plan` says to a file that holds `text` (or the JSON of an object)."""
+    """The error of `read_plan` for a file with `text` (or the JSON of an object)."""
     path.write_text(text if isinstance(text, str) else json.dumps(text), encoding="utf-8")
     with pytest.raises(UsageError) as caught:
         read_plan(path)
@@ -43,7 +43,7 @@ def refusal(path, text):
     return str(caught.value)
 
 
-def test_the_file_is_what_the_docstring_shows(tmp_path):
+def test_the_file_matches_the_docstring(tmp_path):
     write_plan(tmp_path / "plan.json", PLAN)
     assert json.loads((tmp_path / "plan.json").read_text()) == {
         "schema_version": 1,
@@ -70,7 +70,7 @@ DENSE = st.builds(PlannedSite, form=st.just("dense"), reason=st.text())
 @given(
     st.builds(Plan, tool=st.text(), source_hash=st.none() | st.text(), sites=st.dictionaries(st.text(), SPLIT | DENSE))
 )
-def test_what_is_written_is_read_back(tmp_path_factory, plan):
+def test_a_written_plan_can_be_read(tmp_path_factory, plan):
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     write_plan(path, plan)
     assert read_plan(path) == plan
@@ -84,7 +84,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, plan):
     ("code", "error", "words"),
     [
         (errno.EACCES, UsageError, r"cannot write .*plan\.json: Permission denied; choose another name"),
-        (errno.ENOSPC, OSError, "No space left on device"),  # which the command line says as of any other file
+        (errno.ENOSPC, OSError, "No space left on device"),  # reported by the command line as for any file
     ],
 )
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch, code, error, words):
@@ -106,19 +106,19 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch, code, error, words):
     assert os.listdir(tmp_path) == ["plan.json"]
 
 
-def test_a_plan_can_be_read_by_others_as_the_umask_says(tmp_path):
+def test_the_file_mode_follows_the_umask(tmp_path):
     write_plan(tmp_path / "plan.json", PLAN)
     (tmp_path / "usual").touch()
     assert (tmp_path / "plan.json").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder(tmp_path):
     with pytest.raises(UsageError, match=r"cannot write .*plan\.json: No such file or directory; choose another name"):
         write_plan(tmp_path / "nowhere" / "plan.json", PLAN)
 
 
 @pytest.mark.parametrize("name", ["none.json", "."])
-def test_no_such_file(tmp_path, name):
+def test_a_missing_file(tmp_path, name):
     with pytest.raises(UsageError, match=r"cannot read the plan .*; expected a plan\.json"):
         read_plan(tmp_path / name)
 
@@ -152,7 +152,7 @@ def test_another_version(tmp_path, version, came):
 @pytest.mark.parametrize(
     ("site", "words"),
     [
-        ({"form": "gemm", "rank": 4, "power": 2}, "site 'fc', 'power': unknown key; known are form, rank, reason"),
+        ({"form": "gemm", "rank": 4, "power": 2}, "site 'fc', 'power': unknown key; known keys are form, rank, reason"),
         ({"form": "gemm"}, 'site \'fc\': form "gemm" needs a rank; add "rank": N with N of at least 1'),
         ({"form": "gemm", "rank": None}, "site 'fc': form \"gemm\" needs a rank"),
         ({"form": "gemm", "rank": 0}, "site 'fc', 'rank': input should be greater than or equal to 1, but got 0"),
@@ -160,14 +160,14 @@ def test_another_version(tmp_path, version, came):
         ({"form": "gemm", "rank": "8"}, "site 'fc', 'rank': input should be a valid integer, but got \"8\""),
         ({"form": "gemm", "rank": True}, "site 'fc', 'rank': input should be a valid integer, but got true"),
         ({"form": "gemm", "rank": 8.5}, "site 'fc', 'rank': input should be a valid integer"),
-        ({"form": "dense", "rank": 4}, "site 'fc': form \"dense\" has no rank, but got 4; take the rank away"),
+        ({"form": "dense", "rank": 4}, "site 'fc': form \"dense\" has no rank, but got 4; remove the rank"),
         ({"form": "svd", "rank": 4}, "site 'fc', 'form': input should be 'dense', 'matmul', 'gemm', 'channel',"),
         ({"rank": 4}, "site 'fc', 'form': missing; add it"),
         ({"form": "dense", "reason": 3}, "site 'fc', 'reason': input should be a valid string, but got 3"),
         (4, "site 'fc': input should be an object, but got 4"),
     ],
 )
-def test_sites_that_make_no_sense(tmp_path, site, words):
+def test_sites_that_are_invalid(tmp_path, site, words):
     (tmp_path / "right").write_text(json.dumps(document(sites={"fc": {"form": "gemm", "rank": 4}})))
     assert read_plan(tmp_path / "right").sites == {"fc": PlannedSite(form="gemm", rank=4)}
     assert words in refusal(tmp_path / "wrong", document(sites={"fc": site}))
@@ -176,19 +176,19 @@ def test_sites_that_make_no_sense(tmp_path, site, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"ranks": {}}, "'ranks': unknown key; known are schema_version, tool, source_hash, sites"),
+        ({"ranks": {}}, "'ranks': unknown key; known keys are schema_version, tool, source_hash, sites"),
         ({"tool": None}, "'tool': input should be a valid string, but got null"),
         ({"sites": []}, "'sites': input should be an object, but got []"),
         ({"sites": {}, "source_hash": 5}, "'source_hash': input should be a valid string, but got 5"),
     ],
 )
-def test_documents_that_make_no_sense(tmp_path, changes, words):
+def test_documents_that_are_invalid(tmp_path, changes, words):
     assert words in refusal(tmp_path / "plan.json", document(**changes))
 
 
-def test_a_site_that_stands_there_twice(tmp_path):
+def test_a_duplicate_site(tmp_path):
     text = '{"schema_version": 1, "tool": "", "sites": {"fc": {"form": "dense"}, "fc": {"form": "gemm", "rank": 2}}}'
-    assert 'says "fc" twice; keep one of them' in refusal(tmp_path / "plan.json", text)
+    assert '"fc" twice; keep one of them' in refusal(tmp_path / "plan.json", text)
 
 
 def test_many_problems_are_counted(tmp_path):
@@ -198,7 +198,7 @@ def test_many_problems_are_counted(tmp_path):
     assert " more" not in refusal(tmp_path / "plan.json", document(sites={f"s{i}": {"form": "gemm"} for i in range(5)}))
 
 
-def test_python_refuses_the_same():
+def test_the_constructors_refuse_the_same():
     for wrong in (
         {"form": "gemm"},
         {"form": "gemm", "rank": 0},
@@ -209,7 +209,7 @@ def test_python_refuses_the_same():
             PlannedSite(**wrong)
 
 
-def test_the_forms_are_those_of_the_passes():
+def test_the_forms_are_those_of_graph_passes():
     assert set(typing.get_args(PlannedForm)) == {"dense", *typing.get_args(graph_passes.forms.Form)}
 
 
@@ -233,12 +233,12 @@ def test_a_plan_that_fits_gives_every_site_in_order_with_a_reason():
     [
         (
             {"clasifier": PlannedSite(form="gemm", rank=2)},
-            "site 'clasifier' is not in the model (near are classifier); take it out of the plan",
+            "site 'clasifier' is not in the model (similar names: classifier); remove it from the plan",
         ),
-        ({"zzz": PlannedSite(form="dense")}, "site 'zzz' is not in the model (near are features.0, features.3,"),
+        ({"zzz": PlannedSite(form="dense")}, "site 'zzz' is not in the model (similar names: features.0, features.3,"),
         (
             {"classifier": PlannedSite(form="matmul", rank=2)},
-            'site \'classifier\' cannot take the form "matmul"; possible are "gemm" up to rank 10, or "dense"',
+            'site \'classifier\' cannot have the form "matmul"; possible are "gemm" up to rank 10, or "dense"',
         ),
         (
             {"features_0": PlannedSite(form="input", rank=4)},
@@ -267,11 +267,11 @@ def test_the_largest_rank_fits():
                 check_plan(Plan(tool="", sites={name: PlannedSite(form=form, rank=full + 1)}), SITES)
 
 
-def test_several_misfits_stand_in_one_message():
+def test_one_message_names_several_misfits():
     wrong = plan(**{f"no{i}": PlannedSite(form="dense") for i in range(7)})
     with pytest.raises(UsageError) as caught:
         check_plan(wrong, SITES)
     assert str(caught.value).count("is not in the model") == plan_file.SHOWN
     assert str(caught.value).endswith("; and 2 more")
-    with pytest.raises(UsageError, match=r"'no0' is not in the model \(it has none\)"):
+    with pytest.raises(UsageError, match=r"'no0' is not in the model \(it has no sites\)"):
         check_plan(wrong, [])

@@ -75,7 +75,7 @@ def test_a_spec_prints_as_it_is_typed(text):
     [
         ("40%", 1000, 300, 120),
         ("40%", 300, 1000, 120),
-        ("10%", 30, 99, 3),  # 0.1 * 30 is 3.0000000000000004 in some spellings: no fourth
+        ("10%", 30, 99, 3),  # 0.1 * 30 is 3.0000000000000004 in some orders of evaluation; the rank is still 3
         ("10%", 31, 99, 4),
         ("7%", 100, 100, 7),  # 0.07 * 100 is 7.000000000000001
         ("29%", 100, 100, 29),
@@ -96,7 +96,7 @@ def test_whole_percentages_of_whole_hundreds_are_exact():
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(10, 10), (7, 300), (512, 4608), (1, 5)])
-def test_break_even_is_where_the_factors_hold_as_many_numbers(out_features, in_features):
+def test_at_break_even_the_factors_have_as_many_parameters(out_features, in_features):
     limit = break_even_rank(out_features, in_features)
     assert limit * (out_features + in_features) == pytest.approx(out_features * in_features, rel=1e-12)
     for rank in range(1, min(out_features, in_features) + 1):
@@ -104,14 +104,14 @@ def test_break_even_is_where_the_factors_hold_as_many_numbers(out_features, in_f
         assert (planner(rank).decide("a", out_features, in_features).rank == rank) == saves
 
 
-def test_a_site_that_saves_nothing_stays_dense_with_the_number():
+def test_a_site_that_saves_nothing_stays_dense_and_names_break_even():
     decision = planner(5).decide("a", 10, 10)  # exactly break-even
     assert decision.rank is None
     assert decision.reason == "rank 5 saves nothing: break-even is 5.0"
     assert planner(4).decide("a", 10, 10).rank == 4
 
 
-def test_always_split_splits_it_all_the_same_and_cuts_at_full_rank():
+def test_always_split_ignores_break_even_and_stops_at_full_rank():
     always = planner(64, always_split=True)
     assert always.decide("a", 10, 30).rank == 10
     assert always.decide("a", 100, 80).rank == 64
@@ -159,7 +159,7 @@ def test_a_rank_above_every_site_is_refused_and_one_that_fits_a_single_site_is_n
     planner(64, include=("features.*",), exclude=("classifier",)).check(iter(SITES))
 
 
-def test_an_absolute_rank_is_refused_only_where_there_are_sites():
+def test_an_absolute_rank_is_accepted_without_sites():
     assert planner(64).check([]) is None
     with pytest.raises(UsageError, match="above the full rank"):
         planner(64).check([("a", 8, 8)])

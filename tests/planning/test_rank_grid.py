@@ -17,7 +17,7 @@ def every_rank(full_rank, break_even, min_rank, multiple):
 
 
 @given(FULL, BREAK_EVEN, MIN_RANK, MULTIPLE)
-def test_the_whole_grid_is_every_rank_that_saves(full_rank, break_even, min_rank, multiple):
+def test_the_full_grid_has_every_rank_below_break_even(full_rank, break_even, min_rank, multiple):
     grid = rank_grid(full_rank, break_even, min_rank=min_rank, multiple=multiple)
     assert grid == every_rank(full_rank, break_even, min_rank, multiple)
 
@@ -44,7 +44,7 @@ def test_edges(full_rank, break_even, options, grid):
 
 
 @given(FULL, BREAK_EVEN, MIN_RANK, MULTIPLE, POINTS)
-def test_a_grid_of_so_many_points(full_rank, break_even, min_rank, multiple, points):
+def test_a_grid_with_a_number_of_points(full_rank, break_even, min_rank, multiple, points):
     whole = every_rank(full_rank, break_even, min_rank, multiple)
     grid = rank_grid(full_rank, break_even, min_rank=min_rank, multiple=multiple, points=points)
     assert len(grid) == min(points, len(whole))
@@ -57,7 +57,7 @@ def test_a_grid_of_so_many_points(full_rank, break_even, min_rank, multiple, poi
 
 
 def is_geometric(grid, *, multiple=1):
-    """Whether spaces grow with the rank: each ratio is the common one, to within a rounding of both neighbours."""
+    """Whether all ratios of neighbours are equal up to rounding."""
     ratio = (grid[-1] / grid[0]) ** (1 / (len(grid) - 1))
     steps = itertools.pairwise(grid)
     return all(b - a == multiple or abs(b - a * ratio) <= 0.15 * b + multiple for a, b in steps)
@@ -67,7 +67,7 @@ def is_geometric(grid, *, multiple=1):
 def test_points_are_spaced_geometrically(points, multiple):
     assume(points < 600 // multiple)
     grid = rank_grid(600, 601.0, multiple=multiple, points=points)
-    # Where the first points are neighbours, the ratio of the rest is larger: look at the part beyond them.
+    # The first points may be consecutive integers; only the part beyond them has equal ratios.
     start = next((i for i, (a, b) in enumerate(itertools.pairwise(grid)) if b - a > multiple), len(grid) - 2)
     assert is_geometric(grid[start:], multiple=multiple)
 
@@ -96,6 +96,6 @@ def test_it_fits_the_planners_break_even():
         ({"break_even": math.nan}, "break_even must be above 0, but got nan"),
     ],
 )
-def test_arguments_that_make_no_sense(arguments, words):
+def test_arguments_that_are_invalid(arguments, words):
     with pytest.raises(ValueError, match=words):
         rank_grid(**{"full_rank": 8, "break_even": 4.0} | arguments)

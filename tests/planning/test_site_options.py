@@ -1,4 +1,4 @@
-"""What calibration offers and fits: held against brute force on small models, and on streams made up for it."""
+"""Options and fits of `Calibration` against brute force on small models and simulated activations."""
 
 import math
 
@@ -7,9 +7,9 @@ import onnx
 import pytest
 import torch
 
-from rsi_deploy.calibration.activations import CalibratedSite, Distance, Metric
-from rsi_deploy.calibration.moments import Gathering
-from rsi_deploy.calibration.reduced_rank_regression import lost_response, response_error
+from rsi_deploy.calibration.activations import CalibratedSite, Distance, OutputSensitivity
+from rsi_deploy.calibration.moments import MomentAccumulator
+from rsi_deploy.calibration.reduced_rank_regression import dense_response_error, response_error
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import break_even_rank
 from rsi_deploy.linalg.solver import Solver
@@ -47,7 +47,7 @@ class Net:
         self.samples = samples
         self.x = x
 
-    def streams(self, **options):
+    def activations(self, **options):
         return OnnxStreams(self.path, lambda: iter(self.batches), self.samples, **options)
 
     def change_(self, name, function):
@@ -63,10 +63,10 @@ def net(tmp_path):
 
 
 class OneSite:
-    """Streams of one site with given rows; the distance is a law of the response error that it measures itself."""
+    """Activations of one site with fixed rows; `law` maps its response error to the distance of the outputs."""
 
     def __init__(self, x, weight, *, y=None, limit=10**6, law=lambda error: Distance(error, None), **described):
-        gathering = Gathering(x.shape[-1], limit=limit)
+        gathering = MomentAccumulator(x.shape[-1], limit=limit)
         gathering.add(x, x @ weight.mT if y is None else y)
         self.moments = gathering.result()
         groups, out, into = weight.shape
@@ -93,7 +93,7 @@ class OneSite:
         self.asked.append(error)
         return self.law(error)
 
-    def metrics(self):
+    def sensitivities(self):
         return {}
 
 
@@ -105,9 +105,9 @@ def fading(rows=400, into=12, seed=0):
 
 
 def test_options_are_every_rank_that_saves_something(net):
-    options = {site.name: site.options for site in Calibration(solver=SOLVER).options(net.streams())}
+    options = {site.name: site.options for site in Calibration(solver=SOLVER).options(net.activations())}
     assert list(options) == ["c1", "c2", "fc", "head"]
-    for site in net.streams().sites:
+    for site in net.activations().sites:
         dense, *split = options[site.name]
         assert (dense.form, dense.rank, dense.loss) == ("dense", None, 0)
         assert dense.params == site.load().numel()
@@ -123,16 +123,16 @@ def test_options_are_every_rank_that_saves_something(net):
 
 
 def test_losses_fall_with_the_rank(net):
-    for site in Calibration(solver=SOLVER, sensitivity=False).options(net.streams()):
+    for site in Calibration(solver=SOLVER, measure_losses=False).options(net.activations()):
         for form in {option.form for option in site.options[1:]}:
             losses = [option.loss for option in site.options if option.form == form]
             assert losses == sorted(losses, reverse=True)
             assert losses[0] > losses[-1] or len(losses) == 1
 
 
-def test_which_ranks_and_forms_are_offered_can_be_chosen(net):
+def test_ranks_and_forms_can_be_restricted(net):
     calibration = Calibration(solver=SOLVER, min_rank=3, rank_multiple=2, forms=("channel", "matmul"))
-    options = [option for site in calibration.options(net.streams()) for option in site.options if option.rank]
+    options = [option for site in calibration.options(net.activations()) for option in site.options if option.rank]
     assert {option.form for option in options} == {"channel", "matmul"}
     assert {option.rank % 2 for option in options} == {0}
     assert min(option.rank for option in options) == 4
@@ -140,7 +140,7 @@ def test_which_ranks_and_forms_are_offered_can_be_chosen(net):
 
 def test_a_plan_may_take_every_rank_of_every_form(net, monkeypatch):
     monkeypatch.setattr(calibrated, "GRID_POINTS", 3)
-    for site in Calibration(solver=SOLVER, sensitivity=False).options(net.streams()):
+    for site in Calibration(solver=SOLVER, measure_losses=False).options(net.activations()):
         for form in {option.form for option in site.options[1:]}:
             own = [option for option in site.options if option.form == form]
             assert [option.rank for option in own] == list(range(1, len(own) + 1))
@@ -149,44 +149,44 @@ def test_a_plan_may_take_every_rank_of_every_form(net, monkeypatch):
             assert len(set(losses)) == len(losses) or losses[-1] == 0
 
 
-def test_losses_are_told_in_the_metric_of_the_output():
+def test_losses_are_weighted_by_the_output_sensitivity():
     weight, x = randn(1, 20, 12, seed=1), fading()
     plain = OneSite(x, weight)
     heard = OneSite(x, weight)
     G = torch.zeros(1, 20, 20)
-    G[0, 0, 0] = 1.0  # the output hears the first number of the response, and little else
-    heard.metrics = lambda: {"one": Metric(directions=G, rows=None)}
-    calibration = Calibration(solver=SOLVER, sensitivity=False, ridge=1e-9)
+    G[0, 0, 0] = 1.0  # the output depends on the first feature of the response
+    heard.sensitivities = lambda: {"one": OutputSensitivity(directions=G, rows=None)}
+    calibration = Calibration(solver=SOLVER, measure_losses=False, ridge=1e-9)
     ((blind,), (listening,)) = calibration.options(plain), calibration.options(heard)
     for one, other in zip(blind.options[1:4], listening.options[1:4], strict=True):
-        replacement, _ = calibration.replacement(heard.site, heard.moments, other.form, other.rank, metric=G)
-        lost = lost_response(weight, replacement.left @ replacement.right, heard.moments, G)
+        replacement, _ = calibration.replacement(heard.site, heard.moments, other.form, other.rank, sensitivity=G)
+        lost = dense_response_error(weight, replacement.left @ replacement.right, heard.moments, G)
         assert other.loss == pytest.approx(lost**2, rel=1e-2)
         assert other.loss < 0.9 * one.loss
 
 
-def test_without_sensitivity_the_loss_is_the_squared_error():
-    streams = OneSite(fading(), randn(1, 20, 12, seed=1))
-    calibration = Calibration(solver=SOLVER, sensitivity=False, ridge=1e-9)
-    (site,) = calibration.options(streams)
+def test_without_measured_losses_the_loss_is_the_squared_error():
+    activations = OneSite(fading(), randn(1, 20, 12, seed=1))
+    calibration = Calibration(solver=SOLVER, measure_losses=False, ridge=1e-9)
+    (site,) = calibration.options(activations)
     for option in site.options[1:]:
-        _, error = calibration.replacement(streams.site, streams.moments, option.form, option.rank)
+        _, error = calibration.replacement(activations.site, activations.moments, option.form, option.rank)
         assert option.loss == pytest.approx(error**2, rel=1e-3, abs=1e-12)
-    assert streams.asked == []
+    assert activations.asked == []
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0])
 def test_the_loss_is_the_measured_distance(power):
-    streams = OneSite(fading(), randn(1, 20, 12, seed=1), law=lambda error: Distance(3 * error**power, None))
+    activations = OneSite(fading(), randn(1, 20, 12, seed=1), law=lambda error: Distance(3 * error**power, None))
     calibration = Calibration(solver=SOLVER, ridge=1e-9)
-    (site,) = calibration.options(streams)
-    assert 1 <= len(streams.asked) <= len(LEVELS)
+    (site,) = calibration.options(activations)
+    assert 1 <= len(activations.asked) <= len(LEVELS)
     inside = [
         (option, error)
         for option in site.options[1:]
-        if min(streams.asked)
-        <= (error := calibration.replacement(streams.site, streams.moments, option.form, option.rank)[1])
-        <= max(streams.asked)
+        if min(activations.asked)
+        <= (error := calibration.replacement(activations.site, activations.moments, option.form, option.rank)[1])
+        <= max(activations.asked)
     ]
     assert inside
     for option, error in inside:
@@ -195,18 +195,18 @@ def test_the_loss_is_the_measured_distance(power):
 
 
 @pytest.mark.parametrize("distance", [Distance(math.inf, math.inf), Distance(0.0, 0.0), Distance(1e300, None)])
-def test_losses_are_finite_whatever_the_distance(distance):
+def test_losses_are_finite_for_any_distance(distance):
     (site,) = Calibration(solver=SOLVER).options(OneSite(fading(), randn(1, 20, 12), law=lambda error: distance))
     assert all(0 <= option.loss < math.inf for option in site.options)
 
 
-def test_progress_is_told(net):
+def test_progress_is_reported(net):
     told = []
-    calibration = Calibration(solver=SOLVER, sensitivity=False)
-    calibration.options(net.streams(), lambda *step: told.append(step))
+    calibration = Calibration(solver=SOLVER, measure_losses=False)
+    calibration.options(net.activations(), lambda *step: told.append(step))
     assert told == [("c1", 0, 4), ("c2", 1, 4), ("fc", 2, 4), ("head", 3, 4)]
     told.clear()
-    calibration.fit(net.streams(), {"fc": ("matmul", 2), "c2": ("input", 1)}, lambda *step: told.append(step))
+    calibration.fit(net.activations(), {"fc": ("matmul", 2), "c2": ("input", 1)}, lambda *step: told.append(step))
     assert told == [("c2", 0, 2), ("fc", 1, 2)]
 
 
@@ -214,10 +214,14 @@ def test_progress_is_told(net):
 
 
 @pytest.mark.parametrize("form", ["channel", "input", "separable"])
-def test_fitted_sites_leave_the_error_they_say(net, tmp_path, form):
+def test_fitted_sites_have_the_reported_error(net, tmp_path, form):
     plan = {"c1": (form, 3), "c2": (form, 4), "fc": ("matmul", 3)}
-    streams = net.streams(macs={site.node: 1000 for site in flows.graph_sites(net.path).values()}, compensate=False)
-    fitted = Calibration(solver=SOLVER, metric=False).fit(streams, plan)  # with it, rows count differently
+    activations = net.activations(
+        macs={site.node: 1000 for site in flows.graph_sites(net.path).values()}, compensate=False
+    )
+    fitted = Calibration(solver=SOLVER, use_gradients=False).fit(
+        activations, plan
+    )  # gradients would change the row weights
     assert list(fitted) == ["c1", "c2", "fc"]
     sites, done = flows.graph_sites(net.path), {}
     dense = flows.all_values(net.path, {"x": net.x})
@@ -228,8 +232,8 @@ def test_fitted_sites_leave_the_error_they_say(net, tmp_path, form):
         y, z = (flows.output_rows(sites[name], values[sites[name].output]).double() for values in (dense, other))
         spread = (y - y.mean(1, keepdim=True)).square().sum()
         assert found.response_error == pytest.approx(float((y - z).square().sum() / spread), rel=1e-3)
-        assert abs(float((y - z).mean(1).abs().max())) < 1e-4 * float(y.abs().max())  # the bias sees to it
-        assert found.macs == (1000, {s.name: s for s in streams.sites}[name].split_macs(*plan[name]))
+        assert abs(float((y - z).mean(1).abs().max())) < 1e-4 * float(y.abs().max())  # the bias removes the mean error
+        assert found.macs == (1000, {s.name: s for s in activations.sites}[name].split_macs(*plan[name]))
         assert found.seconds > 0
     assert fitted["fc"].response_error > 1e-6
 
@@ -237,38 +241,38 @@ def test_fitted_sites_leave_the_error_they_say(net, tmp_path, form):
 def test_fitting_in_sequence_beats_fitting_alone(net, tmp_path):
     plan = {"c1": ("channel", 2), "c2": ("channel", 4), "fc": ("matmul", 3)}
     calibration = Calibration(solver=SOLVER)
-    sequence = {name: fit.replacement for name, fit in calibration.fit(net.streams(), plan).items()}
-    alone = {name: calibration.fit(net.streams(), {name: plan[name]})[name].replacement for name in plan}
+    sequence = {name: fit.replacement for name, fit in calibration.fit(net.activations(), plan).items()}
+    alone = {name: calibration.fit(net.activations(), {name: plan[name]})[name].replacement for name in plan}
     plain = {}
-    for site in net.streams().sites:
+    for site in net.activations().sites:
         if site.name in plan:
             left, right = Solver(method="svd")(site.load(), plan[site.name][1])
             plain[site.name] = sequence[site.name]._replace(left=left, right=right, bias=0 * sequence[site.name].bias)
-    moved = [net.streams().distance(replacements).relative for replacements in (sequence, alone, plain)]
+    moved = [net.activations().distance(replacements).relative for replacements in (sequence, alone, plain)]
     assert moved[0] < moved[1] < moved[2]
 
 
 def test_full_rank_is_the_dense_model(net):
-    plan = {site.name: (site.forms[-1], min(site.shape(site.forms[-1]))) for site in net.streams().sites}
-    fitted = Calibration(solver=SOLVER).fit(net.streams(), plan)
-    assert net.streams().distance({name: fit.replacement for name, fit in fitted.items()}).relative < 1e-6
-    low = Calibration(solver=SOLVER).fit(net.streams(), {**plan, "fc": ("matmul", 1)})
-    assert net.streams().distance({name: fit.replacement for name, fit in low.items()}).relative > 1e-4
+    plan = {site.name: (site.forms[-1], min(site.shape(site.forms[-1]))) for site in net.activations().sites}
+    fitted = Calibration(solver=SOLVER).fit(net.activations(), plan)
+    assert net.activations().distance({name: fit.replacement for name, fit in fitted.items()}).relative < 1e-6
+    low = Calibration(solver=SOLVER).fit(net.activations(), {**plan, "fc": ("matmul", 1)})
+    assert net.activations().distance({name: fit.replacement for name, fit in low.items()}).relative > 1e-4
 
 
-def test_nothing_planned_is_nothing_fitted(net):
-    assert Calibration(solver=SOLVER).fit(net.streams(), {}) == {}
+def test_an_empty_plan_fits_nothing(net):
+    assert Calibration(solver=SOLVER).fit(net.activations(), {}) == {}
 
 
-def test_a_form_that_too_many_inputs_cannot_take_is_refused():
+def test_an_input_too_wide_for_a_form_is_refused():
     x = randn(1, 30, 36)
     described = {"kernel": (3, 3), "strides": (1, 1), "forms": ("channel", "input", "separable")}
-    streams = OneSite(x, randn(1, 8, 36), limit=20, **described)
-    calibration = Calibration(solver=SOLVER, sensitivity=False)
+    activations = OneSite(x, randn(1, 8, 36), limit=20, **described)
+    calibration = Calibration(solver=SOLVER, measure_losses=False)
     with pytest.raises(ModelError, match=r"site 'one': form 'input'.*plan it as 'channel'"):
-        calibration.fit(streams, {"one": ("input", 2)})
-    assert calibration.fit(streams, {"one": ("channel", 2)})["one"].response_error < 1
-    (site,) = calibration.options(streams)
+        calibration.fit(activations, {"one": ("input", 2)})
+    assert calibration.fit(activations, {"one": ("channel", 2)})["one"].response_error < 1
+    (site,) = calibration.options(activations)
     assert {option.form for option in site.options} == {"dense", "channel"}
 
 
@@ -279,28 +283,28 @@ def test_a_form_that_too_many_inputs_cannot_take_is_refused():
 @pytest.mark.parametrize("value", [0.0, 1.0, -1e6])
 def test_constant_inputs_leave_a_site_dense(limit, value):
     weight = randn(1, 20, 12)
-    streams = OneSite(torch.full((1, 50, 12), value), weight, y=randn(1, 50, 20), limit=limit)
+    activations = OneSite(torch.full((1, 50, 12), value), weight, y=randn(1, 50, 20), limit=limit)
     calibration = Calibration(solver=SOLVER)
-    (site,) = calibration.options(streams)
+    (site,) = calibration.options(activations)
     assert [option.form for option in site.options] == ["dense"]
     assert calibration.declined == {"one": CONSTANT}
     other = Calibration(solver=SOLVER)
-    assert other.fit(streams, {"one": ("matmul", 2)}) == {}
+    assert other.fit(activations, {"one": ("matmul", 2)}) == {}
     assert other.declined == {"one": CONSTANT}
     assert other.declined is not calibration.declined
     varied = OneSite(fading(), weight, limit=limit)
-    assert list(other.fit(varied, {"one": ("matmul", 2)})) == ["one"]  # declined no more
+    assert list(other.fit(varied, {"one": ("matmul", 2)})) == ["one"]  # no longer declined
     assert other.declined == {}
 
 
-def test_what_a_compressed_stream_makes_constant_stays_dense_behind_it(net):
+def test_a_site_whose_input_becomes_constant_stays_dense(net):
     net.change_("c2", lambda array: 0 * array)
     calibration = Calibration(solver=SOLVER)
-    options = {site.name: site.options for site in calibration.options(net.streams())}
+    options = {site.name: site.options for site in calibration.options(net.activations())}
     assert len(options["fc"]) == len(options["head"]) == 1
     assert len(options["c1"]) > 1
     assert calibration.declined == {"fc": CONSTANT, "head": CONSTANT}
-    fitted = calibration.fit(net.streams(), {"c2": ("channel", 2), "fc": ("matmul", 2), "head": ("matmul", 2)})
+    fitted = calibration.fit(net.activations(), {"c2": ("channel", 2), "fc": ("matmul", 2), "head": ("matmul", 2)})
     assert list(fitted) == ["c2"]
     assert fitted["c2"].response_error == 0
 
@@ -322,7 +326,7 @@ def test_a_power_law_goes_through_its_points():
     assert not law.knows(low * 1.5)
 
 
-def test_no_distance_is_too_far():
+def test_distances_are_clipped():
     law = PowerLaw()
     law.learn(0.1, Distance(math.inf, math.inf))
     assert law(0.1) == pytest.approx(FARTHEST)

@@ -8,7 +8,7 @@ from torch import nn
 from rsi_deploy.calibration.activations import RowCounts
 from rsi_deploy.io.onnx_file import write_external
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
-from rsi_deploy.torch_models.calibration.activations import TorchStreams
+from rsi_deploy.torch_models.calibration.activations import TorchActivations
 from rsi_deploy.torch_models.fold_batch_norm import fold_batch_norms_
 from rsi_deploy.torch_models.model_source import source_of_module
 from rsi_deploy.torch_models.to_onnx import to_onnx
@@ -24,12 +24,12 @@ def _seed():
         yield
 
 
-def metrics_of(module, *data):
-    return directions(TorchStreams(module.eval(), lambda: iter(data), seed=1))
+def sensitivities_of(module, *data):
+    return directions(TorchActivations(module.eval(), lambda: iter(data), seed=1))
 
 
-def directions(streams):
-    return {name: metric.directions.double() for name, metric in streams.metrics().items()}
+def directions(activations):
+    return {name: sensitivity.directions.double() for name, sensitivity in activations.sensitivities().items()}
 
 
 def relative(found, expected):
@@ -48,7 +48,7 @@ def test_both_ways_hear_the_same(tmp_path, name):
     write_external(model, path)
     (given,) = (value.name for value in onnx.load(path, load_external_data=False).graph.input)
     data = [torch.randn(24, *shape), torch.randn(16, *shape)]
-    a = metrics_of(module, *((x,) for x in data))
+    a = sensitivities_of(module, *((x,) for x in data))
     b = directions(OnnxStreams(path, lambda: iter({given: x.numpy()} for x in data), 40, seed=1))
     common = a.keys() & b.keys()
     assert len(common) >= 2
@@ -66,18 +66,18 @@ def test_both_ways_count_rows_alike(tmp_path):
     write_external(to_onnx(source_of_module(module, (2, 6, 5))).model, path)
     (given,) = (value.name for value in onnx.load(path, load_external_data=False).graph.input)
     data = [torch.randn(24, 6, 5), torch.randn(16, 6, 5)]
-    a = TorchStreams(module, lambda: iter((x,) for x in data), seed=1)
+    a = TorchActivations(module, lambda: iter((x,) for x in data), seed=1)
     b = OnnxStreams(path, lambda: iter({given: x.numpy()} for x in data), 40, seed=1)
     for site in ("0", "2"):
-        one, two = (streams.metrics()[site].rows.by_sample for streams in (a, b))
+        one, two = (activations.sensitivities()[site].rows.by_sample for activations in (a, b))
         assert one.keys() == two.keys() == set(range(40))
         torch.testing.assert_close(
             torch.stack([one[n] for n in range(40)]), torch.stack([two[n] for n in range(40)]), rtol=1e-3, atol=1e-3
         )
 
-    def gathered(streams, site, counts):
+    def gathered(activations, site, counts):
         found = {}
-        streams.sequence(lambda s, moments: found.__setitem__(s.name, moments), counts)
+        activations.sequence(lambda s, moments: found.__setitem__(s.name, moments), counts)
         return found[site]
 
     generator = torch.Generator().manual_seed(0)
@@ -86,10 +86,10 @@ def test_both_ways_count_rows_alike(tmp_path):
     x = torch.tanh(module[0](torch.cat(data))).reshape(240, 8).double().detach()
     x = x.repeat_interleave(often.reshape(-1), dim=0)
     expected = torch.cov(x.mT, correction=0)
-    for streams in (a, b):
-        found = gathered(streams, "2", counts)
+    for activations in (a, b):
+        found = gathered(activations, "2", counts)
         torch.testing.assert_close(found.xx[0], expected, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(gathered(streams, "2", {}).xx[0], expected, rtol=1e-2, atol=1e-4)
+        assert not torch.allclose(gathered(activations, "2", {}).xx[0], expected, rtol=1e-2, atol=1e-4)
 
 
 class Block(nn.Module):
@@ -108,11 +108,11 @@ class Block(nn.Module):
 
 def test_what_writes_over_the_response_changes_nothing():
     x = torch.randn(32, 5)
-    plain, in_place = (metrics_of(Block(nn.ReLU(inplace=flag)), (x,)) for flag in (False, True))
+    plain, in_place = (sensitivities_of(Block(nn.ReLU(inplace=flag)), (x,)) for flag in (False, True))
     assert set(plain) == {"first", "second"}
     for site, G in plain.items():
         torch.testing.assert_close(in_place[site], G)
-    assert relative(metrics_of(Block(nn.Tanh()), (x,))["first"], plain["first"]) > 1e-2
+    assert relative(sensitivities_of(Block(nn.Tanh()), (x,))["first"], plain["first"]) > 1e-2
 
 
 class Called(nn.Module):
@@ -129,20 +129,20 @@ class Called(nn.Module):
 
 def test_a_module_that_keeps_no_gradients_cuts_off_what_is_before():
     x = torch.randn(8, 5)
-    assert set(metrics_of(Block(Called(torch.no_grad()(torch.relu))), (x,))) == {"second"}
+    assert set(sensitivities_of(Block(Called(torch.no_grad()(torch.relu))), (x,))) == {"second"}
     whole = Block(nn.ReLU())
     whole.forward = torch.no_grad()(whole.forward)
-    assert metrics_of(whole, (x,)) == {}
+    assert sensitivities_of(whole, (x,)) == {}
 
 
 def test_a_value_that_the_module_writes_over_leaves_all_without():
-    assert metrics_of(Block(Called(lambda x: x.exp().add_(1))), (torch.randn(8, 5),)) == {}
+    assert sensitivities_of(Block(Called(lambda x: x.exp().add_(1))), (torch.randn(8, 5),)) == {}
 
 
 def test_the_module_is_as_it_was():
     module = Block(nn.ReLU())
     module.first.weight.requires_grad_(False)
-    metrics_of(module, (torch.randn(8, 5),))
+    sensitivities_of(module, (torch.randn(8, 5),))
     assert [p.requires_grad for p in module.parameters()] == [False, True, True, True]
     assert all(p.grad is None for p in module.parameters())
     assert not any(m._forward_hooks for m in module.modules())
@@ -151,7 +151,10 @@ def test_the_module_is_as_it_was():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_heard_too(dtype):
     x = torch.randn(32, 5)
-    exact, found = metrics_of(Block(nn.Tanh()), (x,)), metrics_of(Block(nn.Tanh()).to(dtype), (x.to(dtype),))
+    exact, found = (
+        sensitivities_of(Block(nn.Tanh()), (x,)),
+        sensitivities_of(Block(nn.Tanh()).to(dtype), (x.to(dtype),)),
+    )
     assert found.keys() == exact.keys()
     for site, G in exact.items():
         assert found[site].dtype == torch.float64
@@ -176,7 +179,7 @@ def test_padding_is_not_asked():
     module, x = Tokens(), torch.randn(6, 5, 4)
     mask = torch.arange(5).expand(6, 5) < torch.tensor([5, 1, 3, 2, 5, 4])[:, None]
     loud = torch.where(mask[..., None], x, 50 * torch.randn(6, 5, 4).abs())
-    one, two = (metrics_of(module, (data, mask.long())) for data in (x, loud))
+    one, two = (sensitivities_of(module, (data, mask.long())) for data in (x, loud))
     torch.testing.assert_close(one["first"], two["first"])
-    all_of_it = metrics_of(module, (x, torch.ones_like(mask).long()))
+    all_of_it = sensitivities_of(module, (x, torch.ones_like(mask).long()))
     assert relative(all_of_it["first"], one["first"]) > 1e-2

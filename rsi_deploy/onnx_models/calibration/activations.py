@@ -1,13 +1,13 @@
-"""`Streams` of an ONNX graph: calibration data run through it in onnxruntime, wave by wave.
+"""Run calibration data through an ONNX graph in onnxruntime, stage by stage: `ModelActivations` of a file.
 
     survey       the dense stream: alive values --wave--> alive values, rows x of every site of the wave
-    sequence     the dense one, and beside it the compressed one, whose sites are what they became, to rows x^
-    distance     a survey's stream onwards from where it stands, on some samples, with one site replaced
+    sequence     the dense stream, and beside it the compressed one with its replaced sites: rows x^
+    distance     from the current stage of a survey to the outputs, on some samples, with one site replaced
 
-All streams go wave by wave, a batch at a time; what is alive between two waves waits in memory or on disk, so the
-network runs once a stream and not once a site, and only one wave's moments are in memory. A site's target is its dense
-response; where its output is added to another stream, plus what that stream has lost on the way (`res - res^`), so each
-branch mends what it is added to.
+All streams go wave by wave, a batch at a time. Values that are alive between two waves wait in memory or on disk, so
+the network runs once a stream and not once a site, and only one wave's moments are in memory. The target of a site is
+its dense response. Where its output is added to a residual stream, the loss of that stream so far (`res - res^`) is
+added to the target, so that each branch compensates for it.
 """
 
 import copy
@@ -24,17 +24,24 @@ from onnx import ModelProto
 from torch import Tensor
 
 import graph_passes as gp
-from rsi_deploy.calibration.accumulator import Gathered
-from rsi_deploy.calibration.activations import CalibratedSite, Distance, Metric, Replacement, RowCounts, output_distance
+from rsi_deploy.calibration.accumulator import SiteAccumulator
+from rsi_deploy.calibration.activations import (
+    CalibratedSite,
+    Distance,
+    OutputSensitivity,
+    Replacement,
+    RowCounts,
+    output_distance,
+)
 from rsi_deploy.calibration.live_values import LiveValues
 from rsi_deploy.calibration.moments import Moments, Samples
-from rsi_deploy.calibration.output_sensitivity import metrics_or_none
+from rsi_deploy.calibration.output_sensitivity import sensitivities_or_empty
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.evaluation.answer_outputs import with_readable_output
 from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.onnx_models.calibration.check_samples import CheckSamples
 from rsi_deploy.onnx_models.calibration.dense_pass import Survey
-from rsi_deploy.onnx_models.calibration.gradients import output_metrics
+from rsi_deploy.onnx_models.calibration.gradients import output_sensitivities
 from rsi_deploy.onnx_models.calibration.paired_passes import TwoStreams
 from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, found_sites, reach
 from rsi_deploy.onnx_models.calibration.row_sampling import Readings, axes_of, in_order, padding_mask
@@ -42,8 +49,8 @@ from rsi_deploy.onnx_models.calibration.rows import Taps
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.onnx_models.calibration.stages import cut, thinned
 from rsi_deploy.onnx_models.site_factorizer import graph_factors
-from rsi_deploy.runtime.feeds.values import arrays_of
-from rsi_deploy.runtime.provider_spec import parse
+from rsi_deploy.runtime.feeds.values import arrays_of_output
+from rsi_deploy.runtime.provider_spec import parse_provider
 from rsi_deploy.runtime.providers import short_name
 
 Array = npt.NDArray[Any]
@@ -52,25 +59,25 @@ Visit = Callable[[CalibratedSite, Moments | Samples], Replacement | None]
 
 NEVER = "never executed on the calibration data"
 SMALL_WORK = 20_000_000
-"""MACs of a run below which one thread is as fast as several, which wait for each other at every operator."""
+"""MACs of a run below which one thread is as fast as several, which synchronize at every operator."""
 
 
 class OnnxStreams:
-    """The streams of the ONNX file at `path`.
+    """The activations of the ONNX file at `path`.
 
     Args:
         path: the dense model, its large weights in a data file beside it; temporary models are written beside it.
-        feeds: gives a fresh iterator over the calibration data, a batch of model inputs at a time.
-        samples: how many samples they are.
-        wanted: says by name which sites may be split; the others stay dense and are not looked at.
+        feeds: function that returns a fresh iterator over the calibration data, a batch of model inputs at a time.
+        samples: number of samples in the data.
+        wanted: whether a site of this name may be split; the others stay dense and are not observed.
         macs: multiply-accumulates a sample, by node name.
-        provider: onnxruntime's, to run on.
-        seed: of the choice of rows.
-        compensate: let a branch make up for what the stream it is added to has lost.
-        before_ids: where the model gives class ids alone, measure at the scores that they are read from.
-        metrics: those of the same model, data and seed, where they are known: they are not computed again.
-        proto: the model, where it is parsed already.
-        sites: its sites, where they are known already.
+        provider: execution provider of onnxruntime.
+        seed: random seed for the choice of rows and for the probes of metrics.
+        compensate: let a branch compensate for the loss of the stream to which it is added.
+        before_ids: measure at the scores where the model's outputs are class ids alone.
+        sensitivities: sensitivities of the same model, data and seed that an earlier run has computed.
+        proto: the model, parsed; None reads it from its file.
+        sites: all sites of the model; None finds them.
     """
 
     def __init__(
@@ -85,7 +92,7 @@ class OnnxStreams:
         seed: int = 0,
         compensate: bool = True,
         before_ids: bool = False,
-        metrics: Mapping[str, Metric] | None = None,
+        sensitivities: Mapping[str, OutputSensitivity] | None = None,
         proto: ModelProto | None = None,
         sites: Sequence[gp.Site] | None = None,
     ) -> None:
@@ -98,7 +105,7 @@ class OnnxStreams:
         self._samples, self._seed = samples, seed
         self._checked = CheckSamples(axes_of(self._model), samples)
         self._survey: Survey | None = None
-        self._metrics = functools.cache(self._computed_metrics if metrics is None else lambda: metrics)
+        self._metrics = functools.cache(self._computed_metrics if sensitivities is None else lambda: sensitivities)
         self._reached, self.unreachable = reach(
             self._model,
             found_sites(path) if sites is None else sites,
@@ -113,22 +120,22 @@ class OnnxStreams:
 
     @property
     def sites(self) -> tuple[CalibratedSite, ...]:
-        """See `Streams`."""
+        """See `ModelActivations`."""
         return tuple(r.site for r in self._in_order())
 
     def rows_of(self, name: str) -> int:
-        """How many rows the moments of a site were taken from; 0 before any were."""
+        """Return the number of rows in the moments of a site; 0 before there are any."""
         return self._rows.get(name, 0)
 
     def only(self, names: Collection[str]) -> "OnnxStreams":
-        """The same streams, of which these sites alone are gathered and visited; the others are run as they are."""
+        """Return the same activations, with only these sites gathered and visited; the others run dense."""
         fewer = copy.copy(self)
         wanted = {output for output, r in self._reached.items() if r.site.name in names}
         fewer._program = thinned(self._program, wanted)
         return fewer
 
     def survey(self, visit: Callable[[CalibratedSite, Moments | Samples], None]) -> None:
-        """See `Streams`; in execution order. Within `visit`, the distance of the visited site alone is cheap.
+        """See `ModelActivations`; in execution order. Within `visit`, the distance of the visited site alone is cheap.
 
         Raises:
             ModelError: NaN or infinite values, with the site's name.
@@ -156,14 +163,14 @@ class OnnxStreams:
                 self._survey = None
 
     def sequence(self, visit: Visit, counts: Mapping[str, RowCounts] | None = None) -> None:
-        """See `Streams`.
+        """See `ModelActivations`.
 
         Raises:
             ModelError: NaN or infinite values, with the site's name.
         """
         if not self.sites:
             return
-        became: dict[str, gp.Factors] = {}  # of the wave before, by weight
+        became: dict[str, gp.Factors] = {}  # factors of the wave before, by weight
         with LiveValues() as dense, LiveValues() as compressed:
             streams = TwoStreams(
                 self._program,
@@ -189,10 +196,10 @@ class OnnxStreams:
                         became[r.graph.weight] = graph_factors(replacement, r.graph)
 
     def distance(self, replacements: Mapping[str, Replacement]) -> Distance:
-        """See `Streams`; of some samples (see `CheckSamples`), the first floating output; padding is left out.
+        """See `ModelActivations`; on the `CheckSamples`, at the first floating output, without padding.
 
         Raises:
-            ModelError: an output with NaN or infinite values where nothing is replaced, or no floating output.
+            ModelError: the dense output holds NaN or infinite values, or no output is floating.
         """
         if self._dense_outputs is None:
             dense = self._outputs({})
@@ -210,17 +217,17 @@ class OnnxStreams:
             other = self._outputs({r.graph.weight: graph_factors(replacements[r.site.name], r.graph) for r in reached})
         return output_distance(self._dense_outputs, other)
 
-    def metrics(self) -> Mapping[str, Metric]:
-        """See `Streams`; computed once. None where torch does not know what stands behind the sites.
+    def sensitivities(self) -> Mapping[str, OutputSensitivity]:
+        """See `ModelActivations`; computed once. None where torch does not know an operator behind the sites.
 
-        They are those of all sites, in `only` some of them too: a plan is then fitted to the same numbers as the export
-        that made it.
+        They are the metrics of all sites, also in `only`: a plan is then fitted to the same numbers as the export that
+        made it.
         """
         return self._metrics()
 
-    def _computed_metrics(self) -> Mapping[str, Metric]:
-        return metrics_or_none(
-            lambda: output_metrics(
+    def _computed_metrics(self) -> Mapping[str, OutputSensitivity]:
+        return sensitivities_or_empty(
+            lambda: output_sensitivities(
                 self._program,
                 self._path,
                 self._reached,
@@ -234,7 +241,7 @@ class OnnxStreams:
     def _in_order(self) -> Iterator[Reached]:
         return (self._reached[node.output[0]] for wave in self._program.waves for node in wave.sites)
 
-    def _result(self, r: Reached, gathered: dict[str, Gathered]) -> Moments | Samples | None:
+    def _result(self, r: Reached, gathered: dict[str, SiteAccumulator]) -> Moments | Samples | None:
         gathering = gathered.pop(r.graph.output)
         self._rows[r.site.name] = gathering.rows
         if not gathering.rows:
@@ -243,47 +250,47 @@ class OnnxStreams:
 
     @property
     def _ends(self) -> list[str]:
-        """The graph's outputs, but for inputs and constants, which do not move."""
+        """The graph's outputs, except inputs and constants, which no split changes."""
         made = {name for node in self._model.graph.node for name in node.output} - self._program.fixed
         return [value.name for value in self._model.graph.output if value.name in made]
 
     def _outputs(self, factors: Mapping[str, gp.Factors]) -> Tensor:
-        """The first floating output on some samples, with these weights split."""
+        """Return the first floating output on the check samples, with these weights split."""
         nodes = self._model.graph.node
         with Segment(self._program, self._path, nodes, Taps(), self._ends, factors, provider=self._provider) as run:
             return _stacked(((batch, run(batch)) for batch in self._checked.batches_of(self._feeds)), self._ends)
 
 
 def _for_work(provider: str, macs: int) -> str:
-    """The provider for runs of so many MACs, 0 for an unknown number: one thread of the CPU where they are few."""
-    spec = parse(provider)
+    """Return the provider for runs of so many MACs (0: unknown): one thread of the CPU where they are few."""
+    spec = parse_provider(provider)
     if short_name(spec.name) != "cpu" or "threads" in spec.session or not 0 < macs < SMALL_WORK:
         return provider
     return str(replace(spec, session={**spec.session, "threads": "1"}))
 
 
 def _fixed_batch(model: ModelProto) -> int:
-    """Samples a run of a model that fixes its batch; 0 for any number."""
+    """Return the samples in a run of a model that fixes its batch; 0 where it does not."""
     weights = {tensor.name for tensor in model.graph.initializer}
     dims = (value.type.tensor_type.shape.dim[:1] for value in model.graph.input if value.name not in weights)
     return max((dim[0].dim_value for dim in dims if dim), default=0)
 
 
 def _stacked(outputs: Iterable[tuple[Feeds, Feeds]], names: Sequence[str]) -> Tensor:
-    """The first floating one, among `names`, of each batch's outputs, behind each other; padding is left out.
+    """Join the first floating output of each batch along the samples, without padding.
 
     Args:
-        outputs: batches with the graph's outputs on them, by name.
-        names: of the outputs, in order.
+        outputs: batches of inputs with the outputs on them, by name.
+        names: names of the outputs, in order.
     """
     found = []
     for batch, values in outputs:
-        arrays = (array for name in names for array in arrays_of(name, values[name]).values())
+        arrays = (array for name in names for array in arrays_of_output(name, values[name]).values())
         array = next((value for value in arrays if value.dtype.kind == "f" and value.ndim and value.size), None)
         if array is None:
             raise ModelError(
-                f"no output of the model is floating ({', '.join(names)}), and nothing floating is before it: nothing "
-                "to measure a distance by; leave out --calib and choose a size with --rank"
+                f"no output of the model is floating ({', '.join(names)}), and no value before it: no distance can be "
+                "measured; leave out --calib and choose a size with --rank"
             )
         found.append(_tokens_alone(array.astype(np.float32), batch))
     if len({array.shape[1:] for array in found}) > 1:
@@ -292,7 +299,7 @@ def _stacked(outputs: Iterable[tuple[Feeds, Feeds]], names: Sequence[str]) -> Te
 
 
 def _tokens_alone(output: Array, batch: Feeds) -> Array:
-    """An output `(N, L, ...)` without its padding, `(tokens, 1, ...)`: never to be taken for `(N, classes)`."""
+    """Return an output `(N, L, ...)` without padding as `(tokens, 1, ...)`, which differs from `(N, classes)`."""
     mask = padding_mask(batch)
     if mask is None or output.ndim < 3 or output.shape[:2] != mask.shape:
         return output

@@ -1,10 +1,10 @@
-"""Metrics of the sites of an ONNX graph: what stands behind the sites again in torch, where autograd knows it.
+"""Compute the metrics of the sites of an ONNX graph: torch runs the operators behind the sites again.
 
-    upstream of all sites   onnxruntime      |  values that the rest reads
+    in front of all sites   onnxruntime      |  values that the rest reads
     behind a site           torch, float32   |  y_site --> ... --> z --(probe u)--> g at y_site
 
-The output is the first floating one behind a site; only its ancestors are run again. Of `(N, L, ...)` under a padding
-mask the tokens alone are asked.
+The output is the first floating one behind a site; only its ancestors run again. Under a padding mask `(N, L)` only
+the tokens of an output `(N, L, ...)` count.
 """
 
 from collections import Counter
@@ -18,8 +18,9 @@ import torch
 from onnx import NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
-from rsi_deploy.calibration.activations import Metric
-from rsi_deploy.calibration.output_sensitivity import NoMetricError, OutputMetric
+from graph_passes import RowOrder
+from rsi_deploy.calibration.activations import OutputSensitivity
+from rsi_deploy.calibration.output_sensitivity import NoSensitivityError, SensitivityAccumulator
 from rsi_deploy.core.arrays import as_torch
 from rsi_deploy.core.progress import at
 from rsi_deploy.onnx_models.calibration.operators import FIRST_OPSET, operator
@@ -36,7 +37,7 @@ Feeds = Mapping[str, Array]
 FLOATING = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 
 
-def output_metrics(
+def output_sensitivities(
     program: Program,
     path: Path,
     reached: Mapping[str, Reached],
@@ -45,23 +46,23 @@ def output_metrics(
     samples: int,
     provider: str,
     seed: int,
-) -> dict[str, Metric]:
-    """By the names of sites; those that do not reach the output have none.
+) -> dict[str, OutputSensitivity]:
+    """Return sensitivities by the names of sites; sites that do not reach the output have none.
 
     Args:
         program: the dense model.
         path: its file.
         reached: its sites, by output.
-        batches: model inputs.
-        samples: how many they hold.
-        provider: onnxruntime's.
-        seed: of the probes.
+        batches: batches of model inputs.
+        samples: number of samples in them.
+        provider: execution provider of onnxruntime.
+        seed: random seed for the probes.
 
     Raises:
-        NoMetricError: gradients do not pass, or take too much memory.
+        NoSensitivityError: gradients do not pass, or take too much memory.
     """
     if any(entry.version < FIRST_OPSET for entry in program.model.opset_import if entry.domain in ("", "ai.onnx")):
-        raise NoMetricError(f"the model is of an opset before {FIRST_OPSET}")
+        raise NoSensitivityError(f"the model is of an opset before {FIRST_OPSET}")
     nodes = [node for node in program.model.graph.node if not set(node.output) & program.constants.keys()]
     behind = _behind(nodes, reached)
     known = {name for node in behind for name in node.output}
@@ -69,47 +70,47 @@ def output_metrics(
     outputs = program.model.graph.output
     end = next((v.name for v in outputs if v.name in known and v.type.tensor_type.elem_type in FLOATING), None)
     if end is None:
-        raise NoMetricError("no floating output depends on a site")
-    metric = OutputMetric({r.site.name: r.site for r in reached.values()}, samples, seed=seed)
-    replay = _Replay(_ancestors(behind, end), {name: r.site.name for name, r in reached.items()}, end)
-    weights = _weights(program, path, replay.reads, metric)
+        raise NoSensitivityError("no floating output depends on a site")
+    accumulator = SensitivityAccumulator({r.site.name: r.site for r in reached.values()}, samples, seed=seed)
+    replay = _Replay(_ancestors(behind, end), reached, end)
+    weights = _weights(program, path, replay.reads, accumulator)
     own = [*needed_constants(program, replay.nodes), *ahead]
     axes = axes_of(program.model)
     with Segment(program, path, own, Taps(), replay.reads, provider=provider) as run:
         for batch in batches:
-            at("gradients of the output", metric.seen, samples)
-            for piece, numbers in _pieces(batch, metric, axes):
+            at("gradients of the output", accumulator.seen, samples)
+            for piece, numbers in _pieces(batch, accumulator, axes):
                 values = {name: _tensor(piece[name]) for name in replay.reads & piece.keys()}
                 if run.outputs:
                     values |= {name: _tensor(value) for name, value in run(piece).items()}
-                with metric.keeping(axes.samples(piece), weights.values()):
+                with accumulator.bounded_gradients(axes.samples(piece), weights.values()):
                     z, taps = replay(weights | values)
                     mask = padding_mask(piece)
                     if mask is not None and z.ndim > 2 and z.shape[:2] == mask.shape:
                         z = z[torch.from_numpy(mask)]
-                metric.listen(z, taps, numbers)
-    return metric.result()
+                accumulator.add_gradients(z, taps, numbers)
+    return accumulator.result()
 
 
 class _Replay:
-    """Runs nodes in torch, `sites` (output -> site) tapped, up to the value `end`."""
+    """Runs nodes in torch up to the value `end`, with the responses of `sites` (by output) tapped."""
 
-    def __init__(self, nodes: Sequence[NodeProto], sites: Mapping[str, str], end: str) -> None:
+    def __init__(self, nodes: Sequence[NodeProto], sites: Mapping[str, Reached], end: str) -> None:
         self.nodes, self._sites, self._end = nodes, sites, end
         self._operators = [operator(node) for node in nodes]
         self.reads = set().union(*(reads(node) for node in nodes)) - {name for node in nodes for name in node.output}
         self._uses = Counter(name for node in nodes for name in node.input if name)
 
     def __call__(self, values: dict[str, Tensor]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-        """The output, and the responses of the sites."""
+        """Return the output, and the responses of the sites."""
         taps: list[tuple[str, Tensor]] = []
         left = self._uses.copy()
         for node, call in zip(self.nodes, self._operators, strict=True):
             made = call(*(values[name] if name else None for name in node.input))
             for name, value in zip(node.output, made, strict=False):
-                if name in self._sites:
-                    value = value if value.requires_grad else value.detach().requires_grad_()
-                    taps.append((self._sites[name], value))
+                if (r := self._sites.get(name)) is not None:
+                    rows, value = _tapped(r, value)
+                    taps.append((r.site.name, rows))
                 values[name] = value
             for name in filter(None, node.input):
                 left[name] -= 1
@@ -118,8 +119,25 @@ class _Replay:
         return values[self._end], taps
 
 
+def _tapped(r: Reached, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the response as rows `(..., out)` with gradients (of a Conv unchanged), and the value made of them."""
+    order = r.graph.row_order or RowOrder()
+    width = r.site.groups * r.site.out_features
+    if r.site.kernel or (not order.output and value.ndim and value.shape[-1] == width):
+        value = value if value.requires_grad else value.detach().requires_grad_()
+        return value, value
+    axes = list(order.output or range(value.ndim))
+    turned = value.permute(axes)
+    rows, columns = list(turned.shape), 1
+    while rows and columns < width:
+        columns *= rows.pop()
+    flat = turned.reshape(*rows, width)
+    flat = flat if flat.requires_grad else flat.detach().requires_grad_()
+    return flat, flat.reshape(turned.shape).permute(sorted(range(len(axes)), key=axes.__getitem__))
+
+
 def _behind(nodes: Iterable[NodeProto], reached: Mapping[str, Reached]) -> list[NodeProto]:
-    """The sites and all nodes that depend on one, in order."""
+    """Return the sites and all nodes that depend on one, in order."""
     known: set[str] = set()
     found = []
     for node in nodes:
@@ -130,35 +148,35 @@ def _behind(nodes: Iterable[NodeProto], reached: Mapping[str, Reached]) -> list[
 
 
 def _ancestors(nodes: Sequence[NodeProto], end: str) -> list[NodeProto]:
-    """Those of the nodes that the value `end` needs, in order."""
-    wanted, found = {end}, []
+    """Return the nodes on which the value `end` depends, in order."""
+    needed, found = {end}, []
     for node in reversed(nodes):
-        if wanted & set(node.output):
-            wanted |= reads(node)
+        if needed & set(node.output):
+            needed |= reads(node)
             found.append(node)
     return found[::-1]
 
 
-def _weights(program: Program, path: Path, wanted: set[str], metric: OutputMetric) -> dict[str, Tensor]:
-    """The initializers among the wanted values; their memory is set aside."""
-    tensors = [tensor for tensor in program.model.graph.initializer if tensor.name in wanted]
-    metric.take(sum(4 * int(np.prod(tensor.dims)) for tensor in tensors))
+def _weights(program: Program, path: Path, names: set[str], accumulator: SensitivityAccumulator) -> dict[str, Tensor]:
+    """Return the initializers of these names; their memory is reserved."""
+    tensors = [tensor for tensor in program.model.graph.initializer if tensor.name in names]
+    accumulator.reserve(sum(4 * int(np.prod(tensor.dims)) for tensor in tensors))
     return {tensor.name: _tensor(numpy_helper.to_array(tensor, str(path.parent))) for tensor in tensors}
 
 
 def _tensor(value: Any) -> Tensor:
-    """Float32 where it is floating."""
+    """Return a tensor, float32 where it is floating."""
     tensor = as_torch(np.array(value))
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _pieces(batch: Feeds, metric: OutputMetric, axes: BatchAxes) -> Iterator[tuple[Feeds, list[int]]]:
-    """The samples of a batch that are asked, cut, and their numbers; a batch of fixed size whole."""
-    count, begin = axes.samples(batch), metric.seen
-    at = metric.chosen(count)
+def _pieces(batch: Feeds, accumulator: SensitivityAccumulator, axes: BatchAxes) -> Iterator[tuple[Feeds, list[int]]]:
+    """Yield the chosen samples of a batch in pieces, with their numbers; a batch of fixed size whole."""
+    count, begin = axes.samples(batch), accumulator.seen
+    at = accumulator.choose(count)
     if axes.fixed is not None:
         if len(at):
             yield batch, list(range(begin, begin + count))
         return
-    for part in metric.pieces(len(at)):
+    for part in accumulator.pieces(len(at)):
         yield axes.cut(batch, at[part]), [begin + int(n) for n in at[part]]

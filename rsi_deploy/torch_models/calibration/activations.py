@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsi_deploy.calibration.accumulator import Gathered
+from rsi_deploy.calibration.accumulator import SiteAccumulator
 from rsi_deploy.calibration.activations import (
     CalibratedSite,
     Distance,
-    Metric,
+    OutputSensitivity,
     Replacement,
     RowCounts,
     distance_samples,
     output_distance,
 )
-from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples, gathered_bytes, rows_for
-from rsi_deploy.calibration.output_sensitivity import metrics_or_none
+from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples, moment_bytes, row_limit
+from rsi_deploy.calibration.output_sensitivity import sensitivities_or_empty
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.torch_models.calibration.calls import Layer, LayerCall, opened, overridden
-from rsi_deploy.torch_models.calibration.gradients import output_metrics
+from rsi_deploy.torch_models.calibration.gradients import output_sensitivities
 from rsi_deploy.torch_models.calibration.row_sampling import (
     BatchRowCounts,
     Choosing,
@@ -46,7 +46,7 @@ GATHERED_LIMIT = 512 * 2**20
 NEVER = "never executed on the calibration data"
 
 
-class TorchStreams:
+class TorchActivations:
     """The streams of `module`, in evaluation mode, its BatchNorms behind Convs folded already (or else seen as layers).
 
     Args:
@@ -71,7 +71,7 @@ class TorchStreams:
         batches: Callable[[], Iterable[Arguments]],
         *,
         wanted: Callable[[str], bool] = lambda name: True,
-        rows: Callable[[int], int] = rows_for,
+        rows: Callable[[int], int] = row_limit,
         seed: int = 0,
         stages: int = 16,
         mask: int | None = None,
@@ -103,7 +103,7 @@ class TorchStreams:
             for name, site in self._sites.items()
         }
         self._dense: tuple[list[Arguments], Tensor] | None = None
-        self._metrics: Mapping[str, Metric] | None = None
+        self._sensitivities: Mapping[str, OutputSensitivity] | None = None
 
     @property
     def sites(self) -> tuple[CalibratedSite, ...]:
@@ -118,7 +118,7 @@ class TorchStreams:
         """
         for group in self._groups():
             names = [site.name for site in group]
-            gathered = {site.name: Gathered(site) for site in group}
+            gathered = {site.name: SiteAccumulator(site) for site in group}
             wide = {site.name: site.load().float() for site in group if site.in_features > GRAM_LIMIT}
             with opened(self._attentions):
                 layers, calls = self._layers_of(names), self._calls_of(names)
@@ -179,25 +179,25 @@ class TorchStreams:
         none = output_distance(dense, dense)
         return Distance(relative=math.inf, kl=None if none.kl is None else math.inf)
 
-    def metrics(self) -> Mapping[str, Metric]:
+    def sensitivities(self) -> Mapping[str, OutputSensitivity]:
         """See `Streams`; asked for once. None where autograd does not pass."""
 
-        def ask() -> dict[str, Metric]:
+        def ask() -> dict[str, OutputSensitivity]:
             sites = {site.name: site for site in self.sites}
             layers = self._layers_of(list(sites))
-            return output_metrics(self._module, self._runs, layers, sites, seed=self._seed)
+            return output_sensitivities(self._module, self._runs, layers, sites, seed=self._seed)
 
-        if self._metrics is None:
+        if self._sensitivities is None:
             with opened(self._attentions):
-                self._metrics = metrics_or_none(ask)
-        return self._metrics
+                self._sensitivities = sensitivities_or_empty(ask)
+        return self._sensitivities
 
     # --- runs ---------------------------------------------------------------------------------------------------
 
     def _gathered_stage(
         self, names: Sequence[str], forwards: Forwards, counts: Mapping[str, RowCounts]
-    ) -> dict[str, Gathered]:
-        gathered = {name: Gathered(self._sites[name]) for name in names}
+    ) -> dict[str, SiteAccumulator]:
+        gathered = {name: SiteAccumulator(self._sites[name]) for name in names}
         weights = {name: self._sites[name].load().float() for name in names}
         layers, calls = self._layers_of(names), self._calls_of(names)
         begin = 0
@@ -225,7 +225,7 @@ class TorchStreams:
         for site in self.sites:
             wide = site.out_features if site.in_features > GRAM_LIMIT else 0
             quota = self._quotas[site.name] * self._runs.count * len(self._calls[site.name])
-            size = gathered_bytes(site.in_features, wide, site.groups, quota)
+            size = moment_bytes(site.in_features, wide, site.groups, quota)
             if group and total + size > self._memory:
                 yield group
                 group, total = [], 0

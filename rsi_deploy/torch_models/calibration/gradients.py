@@ -12,17 +12,17 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from rsi_deploy.calibration.activations import CalibratedSite, Metric
-from rsi_deploy.calibration.output_sensitivity import OutputMetric
+from rsi_deploy.calibration.activations import CalibratedSite, OutputSensitivity
+from rsi_deploy.calibration.output_sensitivity import SensitivityAccumulator
 from rsi_deploy.torch_models.calibration.calls import Layer
 from rsi_deploy.torch_models.calibration.runs import Arguments, Runs, aligned, samples_of
 
 Taps = list[tuple[str, Tensor]]
 
 
-def output_metrics(
+def output_sensitivities(
     module: nn.Module, runs: Runs, layers: Sequence[Layer], sites: Mapping[str, CalibratedSite], *, seed: int
-) -> dict[str, Metric]:
+) -> dict[str, OutputSensitivity]:
     """By the names of sites; those that move no output have none.
 
     Args:
@@ -33,28 +33,28 @@ def output_metrics(
         seed: of the probes.
 
     Raises:
-        NoMetricError: gradients do not pass, or take too much memory.
+        NoSensitivityError: gradients do not pass, or take too much memory.
     """
-    metric = OutputMetric(sites, runs.samples, seed=seed)
+    accumulator = SensitivityAccumulator(sites, runs.samples, seed=seed)
     with _frozen(module):
         for batch in runs.batches():
-            for piece, numbers in _pieces(batch, metric):
+            for piece, numbers in _pieces(batch, accumulator):
                 taps: Taps = []
-                with metric.keeping(samples_of(piece), module.parameters()):
+                with accumulator.bounded_gradients(samples_of(piece), module.parameters()):
                     z = runs.output(piece, _tapped(layers, taps))
-                metric.listen(z, taps, numbers)
-    return metric.result()
+                accumulator.add_gradients(z, taps, numbers)
+    return accumulator.result()
 
 
-def _pieces(batch: Arguments, metric: OutputMetric) -> Iterator[tuple[Arguments, list[int]]]:
+def _pieces(batch: Arguments, accumulator: SensitivityAccumulator) -> Iterator[tuple[Arguments, list[int]]]:
     """The samples of a batch that are asked, cut, and their numbers; a batch that cannot be cut whole."""
-    count, begin = samples_of(batch), metric.seen
-    at = torch.from_numpy(metric.chosen(count))
+    count, begin = samples_of(batch), accumulator.seen
+    at = torch.from_numpy(accumulator.choose(count))
     if not aligned(batch):
         if len(at):
             yield batch, list(range(begin, begin + count))
         return
-    for part in metric.pieces(len(at)):
+    for part in accumulator.pieces(len(at)):
         yield tuple(a[at[part].to(a.device)] for a in batch), (begin + at[part]).tolist()
 
 

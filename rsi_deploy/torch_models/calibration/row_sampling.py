@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsi_deploy.calibration.accumulator import Gathered as SiteGathered
+from rsi_deploy.calibration.accumulator import SiteAccumulator
 from rsi_deploy.calibration.activations import RowCounts
 from rsi_deploy.calibration.moments import GRAM_LIMIT
 from rsi_deploy.linalg.solver import stream_seed
 from rsi_deploy.torch_models.calibration.calls import Layer, LayerCall, Stopped, Watch
 from rsi_deploy.torch_models.calibration.rows import Choice, LinearReader
 
-Gathered = Mapping[str, SiteGathered]
+Accumulators = Mapping[str, SiteAccumulator]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class SurveyRun(Reading):
         wanted: Collection[LayerCall],
         choosing: Choosing,
         weights: Mapping[str, Tensor],
-        gathered: Gathered,
+        gathered: Accumulators,
     ) -> None:
         super().__init__(layers, wanted)
         self._choosing, self._weights, self._gathered = choosing, weights, gathered
@@ -162,7 +162,7 @@ class CompressedRun(Reading):
         layers: Sequence[Layer],
         answers: Mapping[LayerCall, DenseResponse],
         added: Collection[LayerCall],
-        gathered: Gathered,
+        gathered: Accumulators,
         counted: BatchRowCounts,
     ) -> None:
         super().__init__(layers, answers.keys(), added)
