@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper, parser
 
 import graph_passes as gp
 from rsi_deploy.core.sites import site_name
-from rsi_deploy.onnx_models.factor_source import graph_factors
+from rsi_deploy.onnx_models.site_factorizer import graph_factors
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>\n'
 

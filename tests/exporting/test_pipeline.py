@@ -19,7 +19,7 @@ from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
 
 A, B, C, D = SIZES
 QUICK = {"measure": False}
-BUNDLE = ["README.md", "manifest.json", "model.onnx", "plan.json", "report.html", "report.json"]
+BUNDLE = ["README.md", "manifest.json", "model.onnx", "plan.json", "recipe.toml", "report.html", "report.json"]
 
 
 @pytest.fixture
@@ -305,7 +305,7 @@ def test_defective_surgery_never_becomes_a_bundle(tmp_path, model, monkeypatch):
 
 
 def test_a_wrong_exporter_never_becomes_a_bundle(tmp_path, monkeypatch):
-    from rsi_deploy.exporting import steps as stages
+    from rsi_deploy.exporting import dense_step as stages
 
     good = stages.to_onnx
 
