@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from rsi_deploy.benchmark.result import ArmResult
+from rsi_deploy.benchmark.result import VariantResult
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.core.text import human_bytes as human_bytes
 from rsi_deploy.core.text import share_kept, size_change
@@ -94,7 +94,7 @@ def response_error(site: "SiteRecord") -> str:
     return "" if site.response_error is None else f"{100 * site.response_error:.2g} %"
 
 
-def milliseconds(arm: ArmResult) -> str:
+def milliseconds(arm: VariantResult) -> str:
     """Median latency with its 95 % interval."""
     low, high = arm.median_interval_ms
     return f"{arm.median_ms:.3f} ms [{low:.3f}, {high:.3f}]"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rsi_deploy.benchmark.result import ArmResult, BenchResult
+from rsi_deploy.benchmark.result import BenchResult, VariantResult
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
 from rsi_deploy.report.pages.page import Block, PageTable, Picture, Section, Tone
 from rsi_deploy.report.pages.plots import Axis, Curves, Point, Span, Spans
@@ -19,7 +19,7 @@ _WIDE = 8
 _TONES: dict[int, Tone] = {1: "good", 0: "neutral", -1: "bad"}
 
 
-def speed_tone(arm: ArmResult) -> Tone:
+def speed_tone(arm: VariantResult) -> Tone:
     """Good where the arm is shown to be faster than the first, bad where slower, neutral where neither is."""
     if arm.speedup_interval is None or arm.blocks < MIN_BLOCKS:
         return "neutral"

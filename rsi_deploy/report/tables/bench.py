@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rsi_deploy.benchmark.result import ArmResult, BenchDocument, BenchResult
+from rsi_deploy.benchmark.result import BenchDocument, BenchResult, VariantResult
 from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SessionStreams, Throughput
 from rsi_deploy.benchmark.statistics import direction
 
@@ -86,7 +86,7 @@ def print_cells(console: Console, cells: Sequence[BenchResult]) -> None:
         console.print(f"note: {escape(where + note)}", style="yellow")
 
 
-def _arm(arm: ArmResult, slowest: float, wide: bool) -> list[str]:
+def _arm(arm: VariantResult, slowest: float, wide: bool) -> list[str]:
     style = _STYLES[direction(arm.speedup_interval)] if arm.speedup_interval else "dim"
     words = "" if arm.speedup is None else arm.verdict
     low, high = arm.median_interval_ms
