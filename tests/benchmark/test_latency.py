@@ -181,9 +181,9 @@ def test_a_fixed_batch_is_told(tmp_path):
 def test_tf32_is_told_on_cuda_alone():
     ran = placement.Placement(provider_nodes={}, memcpy_nodes=0, nodes={})
     arm = variants.Variant(label="a", model="a", call=str, placement=ran, warm=True, visits=[np.ones(1)] * 30)
-    for provider, told in (("CUDAExecutionProvider", True), ("CPUExecutionProvider", False)):
+    for provider, noted in (("CUDAExecutionProvider", True), ("CPUExecutionProvider", False)):
         cell = blocks.Cell(name="", variants=[arm], seconds=1.0, width=0.01)
-        assert any("TF32" in note for note in latency._notes(cell, [], 1, provider, "precise", 0.02)) is told
+        assert any("TF32" in note for note in latency._notes(cell, [], 1, provider, "precise", 0.02)) is noted
 
 
 @pytest.mark.parametrize("changed", [{"name": "z", "steps": "y = MatMul(z, w)"}, {"shape": "N,N,4"}])
