@@ -1,9 +1,14 @@
-# Two commands do everything: `make demo` and `make test`. Each makes the environment in .venv when it is not there.
+# `make demo` shows the product, `make check` is for every edit, `make test` is all of it. Each makes .venv when it is absent.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo-bundle
 
-.PHONY: demo test lint docs bench oldest audit sbom licences openvino triton kserve ray fuzz clean
+# Idle threads of OpenMP sleep. Python keeps compiled files, also where the environment says otherwise: the tests start many
+# processes.
+export OMP_WAIT_POLICY := PASSIVE
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: demo check test cpu-seconds lint docs bench oldest audit sbom licences openvino triton kserve ray fuzz clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -18,8 +23,16 @@ demo: .venv/installed
 # Two files of tests at a time: more would wait for each other's threads, and times are measured in some.
 AT_A_TIME := -n 2 --dist loadfile
 
+# `--fast` leaves out the files that tests/cpu_seconds.txt lists as slow (CONTRIBUTING.md).
+check: .venv/installed lint
+	$(BIN)/python -m pytest $(AT_A_TIME) --fast
+
 test: .venv/installed lint
-	$(BIN)/python -m pytest $(AT_A_TIME)
+	$(BIN)/python -m pytest $(AT_A_TIME) --durations 20
+
+# All tests, and their CPU seconds by file into tests/cpu_seconds.txt; on a quiet machine.
+cpu-seconds: .venv/installed
+	$(BIN)/python -m pytest $(AT_A_TIME) --cpu-seconds
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -48,7 +61,7 @@ CORE := tests/graph_passes tests/planning tests/exporting/test_pipeline.py tests
 	touch $@
 
 oldest: .venv-oldest/installed
-	OMP_WAIT_POLICY=PASSIVE .venv-oldest/bin/python -m pytest $(AT_A_TIME) $(CORE)
+	.venv-oldest/bin/python -m pytest $(AT_A_TIME) $(CORE)
 
 # What a release is checked with. `audit` asks PyPI for known vulnerabilities, and fails, saying so, where it gets no answer.
 AUDITING := pip-audit==2.10.1 cyclonedx-bom==7.5.0
@@ -83,7 +96,7 @@ MEASURING := click ml_dtypes numpy onnx onnx-ir pillow psutil pydantic rich
 
 openvino:
 	@if $(MAKE) --no-print-directory .venv-openvino/installed; then \
-	  OMP_WAIT_POLICY=PASSIVE .venv-openvino/bin/python -m pytest --noconftest -m openvino tests/runtime/test_openvino.py; \
+	  .venv-openvino/bin/python -m pytest --noconftest -m openvino tests/runtime/test_openvino.py; \
 	else \
 	  echo "SKIPPED: $(OPENVINO) cannot be installed here (wheels: x86-64 Linux and Windows, Python 3.11 to 3.14); pip says why above"; \
 	fi
@@ -108,11 +121,11 @@ openvino:
 	touch $@
 
 ray: .venv-triton/installed .venv-ray/installed
-	RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60 OMP_WAIT_POLICY=PASSIVE .venv-ray/bin/python -m pytest -m ray tests
+	RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60 .venv-ray/bin/python -m pytest -m ray tests
 
 triton kserve: .venv/installed
 	@if $(MAKE) --no-print-directory .venv-$@/installed; then \
-	  OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m $@ tests/packaging; \
+	  $(BIN)/python -m pytest -m $@ tests/packaging; \
 	else \
 	  echo "SKIPPED: the environment .venv-$@ cannot be installed here; pip says why above"; \
 	fi
@@ -130,7 +143,7 @@ FUZZ_TARGETS ?= onnx runtime report plan cost config
 fuzz:
 	@if $(MAKE) --no-print-directory .venv-fuzz/installed; then \
 	  for target in $(FUZZ_TARGETS); do \
-	    OMP_WAIT_POLICY=PASSIVE .venv-fuzz/bin/python tests/fuzz/fuzz.py $$target --seconds $(FUZZ_SECONDS) \
+	    .venv-fuzz/bin/python tests/fuzz/fuzz.py $$target --seconds $(FUZZ_SECONDS) \
 	      --corpus $(FUZZ_CORPUS)/$$target || exit 1; \
 	  done; \
 	else \

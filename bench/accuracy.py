@@ -1,12 +1,13 @@
 """How much accuracy is left at a share of the MACs or parameters, by each way to compress without labels or training?
 
-Every net is compressed under the same budgets by six methods (`bench.arms`) and judged on data that chose nothing
-(`bench.cases`). Calibrated methods run on `--draws` draws of calibration data: mean, and from the worst to the best.
-Baselines look at no data and run once. What was kept is measured on the written model, never taken from a plan.
+Every net is compressed under the same budgets by six methods (`bench.arms`) and judged on data that no method sees
+(`bench.cases`). Calibrated methods run on `--draws` draws of calibration data; the table shows the mean, the worst and
+the best draw. Baselines use no data and run once. What a model keeps is measured on the written model, never taken from
+a plan.
 
     score     top-1 in percent; for the sentence encoder 100 * mean cosine to the dense embedding
     lost      points below the dense model, on the mean over the draws
-    overlap   of each text's 10 nearest neighbours, those that are the dense model's too
+    overlap   share of each text's 10 nearest neighbours that are also the dense model's
 
 Budgets are on the MACs of the ResNets, on all parameters of mlp_mnist and cnn_cifar10, and on the parameters of the
 encoder's linear layers.
@@ -42,7 +43,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is asked of one net: shares of `unit`, each with the points that may be lost there."""
+    """The budgets of one net: shares of `unit`, each with the points that may be lost there."""
 
     unit: Unit
     most_lost: dict[float, float]
@@ -128,7 +129,7 @@ def measure(case: Case, unit: Unit, keeps: Sequence[float], draws: int, *, arms:
 
 
 def tabulate(runs: Sequence[Run], unit: Unit, dense: float) -> list[Row]:
-    """One row a budget and arm of one net, whose dense model scores `dense`."""
+    """Return one row for each budget and arm of one net, whose dense model scores `dense`."""
     rows = []
     for keep, arm in dict.fromkeys((run.keep, run.arm) for run in sorted(runs, key=lambda run: -run.keep)):
         own = [run for run in runs if (run.keep, run.arm) == (keep, arm)]
@@ -155,7 +156,7 @@ def tabulate(runs: Sequence[Run], unit: Unit, dense: float) -> list[Row]:
 
 
 def judged(rows: Sequence[Row]) -> list[Goal]:
-    """The goals of the docstring, where their rows were measured. A model above its budget holds none of them."""
+    """Return the goals whose rows were measured. A model above its budget misses all of them."""
     goals = []
     for row in (row for row in rows if row.arm == PRODUCT.name):
         task, at = TASKS[row.net], f"{row.net} at {row.keep:g} of the {row.unit}"
@@ -194,32 +195,32 @@ def _cells(row: Row) -> list[str]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """Return the rows as a Markdown table."""
     return common.markdown_table(COLUMNS, [_cells(row) for row in rows])
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark; returns the exit code."""
+    """Run the benchmark and return the exit code."""
     options = common.parser(__doc__ or "", "bench.accuracy")
     options.add_argument("--nets", nargs="+", choices=cases.NETS, help="only these (default: all)")
     options.add_argument("--draws", type=int, default=3, metavar="N", help="of calibration data [default: 3]")
     options.add_argument("--keeps", nargs="+", type=float, metavar="SHARE", help="budgets (default: the goals')")
     options.add_argument("--product", action="store_true", help=f"only {PRODUCT.name!r}, which the goals are about")
-    given = options.parse_args(arguments)
-    common.check_writable(given.json, given.markdown)
-    if given.draws < 1 or not all(0 < keep < 1 for keep in given.keeps or ()):
-        raise UsageError(f"--draws is at least 1 and --keeps lie in (0, 1), but got {given.draws} and {given.keeps}")
-    arms = [arm for arm in ARMS if arm == PRODUCT or not given.product]
+    args = options.parse_args(arguments)
+    common.check_writable(args.json, args.markdown)
+    if args.draws < 1 or not all(0 < keep < 1 for keep in args.keeps or ()):
+        raise UsageError(f"--draws is at least 1 and --keeps lie in (0, 1), but got {args.draws} and {args.keeps}")
+    arms = [arm for arm in ARMS if arm == PRODUCT or not args.product]
     started = time.perf_counter()
-    if given.quick:
+    if args.quick:
         common.progress(f"quick: a draw of {QUICK_SIZE} samples, {QUICK_TEST} test samples; goals are the full run's")
-    settings: dict[str, Any] = {"quick": given.quick, "left_out": {}, "nets": {}}
+    settings: dict[str, Any] = {"quick": args.quick, "left_out": {}, "nets": {}}
     rows: list[Row] = []
     runs: list[Run] = []
-    for name in given.nets or (QUICK_NETS if given.quick else cases.NETS):
-        keeps = given.keeps or (QUICK_KEEP.get(name) if given.quick else None) or tuple(TASKS[name].most_lost)
+    for name in args.nets or (QUICK_NETS if args.quick else cases.NETS):
+        keeps = args.keeps or (QUICK_KEEP.get(name) if args.quick else None) or tuple(TASKS[name].most_lost)
         try:
-            facts, own = _measured(name, keeps, given.draws, quick=given.quick, arms=arms)
+            facts, own = _measured(name, keeps, args.draws, quick=args.quick, arms=arms)
         except UnavailableError as reason:
             settings["left_out"][name] = str(reason)
             common.progress(f"{name} is left out: {reason}")
@@ -240,15 +241,15 @@ def main(arguments: Sequence[str]) -> int:
         runs=[asdict(run) for run in runs],
         goals=[asdict(goal) for goal in goals],
     )
-    common.write(given.json, document)
-    common.write(given.markdown, markdown(rows))
-    return common.judge(goals, given.check)
+    common.write(args.json, document)
+    common.write(args.markdown, markdown(rows))
+    return common.judge(goals, args.check)
 
 
 def _measured(
     name: str, keeps: Sequence[float], draws: int, *, quick: bool, arms: Sequence[Arm]
 ) -> tuple[dict[str, Any], list[Run]]:
-    """What a reader of one net's results must know, and its runs."""
+    """Return the facts stored beside one net's results, and its runs."""
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
         if quick:
             case, draws = cases.load(name, Path(folder), size=QUICK_SIZE, limit=QUICK_TEST), 1
@@ -267,7 +268,7 @@ def _measured(
 
 
 def _timed(call: Callable[P, T], *arguments: P.args, **more: P.kwargs) -> tuple[T, float]:
-    """The result of a call and its wall-clock seconds, for the eye alone: `bench.calibration_cost` measures them."""
+    """Return the result of a call and its seconds, which are only shown: `bench.calibration_cost` measures costs."""
     started = time.perf_counter()
     result = call(*arguments, **more)
     return result, time.perf_counter() - started

@@ -2,11 +2,11 @@
 
     RSVD, RSI, exact SVD     the same ratio everywhere     the weight alone
     response-aware           the same                      each site's response in the dense network
-    sequential               the same                      its response after what the sites before it have become
+    sequential               the same                      its response when the sites before it are compressed
     sensitivities            planned, any form or dense    the same, in the output's metric; what an export does
 
 "The same ratio everywhere" is the largest whose model keeps the budget, in each operation's usual form (channel, for
-Conv); output layers of at most `OUTPUTS` rows stay dense, which spares the baselines their worst damage.
+Conv); output layers of at most `OUTPUTS` rows stay dense, where the baselines would do the most damage.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ class Arm:
 
     @property
     def drawn(self) -> bool:
-        """Whether calibration data make a difference."""
+        """Whether the arm uses calibration data."""
         return self.fitted_to != "weight"
 
 
@@ -109,14 +109,14 @@ def same_ratio(case: Case, streams: ModelActivations, budget: Budget, dense: Siz
 def planned(
     case: Case, streams: ModelActivations, options: Sequence[SiteOptions], budget: Budget, dense: Size
 ) -> Decisions:
-    """What an export decides under the budget, given the options of all sites."""
+    """Return what an export decides under the budget from the options of all sites."""
     return decide_by_budget(
         budget, options, dense, streams, lambda decisions: cost_of(case, streams, decisions, budget)
     )
 
 
 def cost_of(case: Case, streams: ModelActivations, decisions: Decisions, budget: Budget) -> int:
-    """What the model costs that these decisions give, in what the budget is on, measured on the written file."""
+    """Return the cost of the model with these decisions in the unit of the budget, measured on the written file."""
     sites = {site.name: site for site in streams.sites}
     empty = {name: zero_filled(sites[name], *split) for name, split in planned_splits(decisions, streams).items()}
     size = case.measured(write(case, decisions, empty, Solver(), case.path.with_name("candidate.onnx")))
@@ -127,7 +127,7 @@ def cost_of(case: Case, streams: ModelActivations, decisions: Decisions, budget:
 def factors(
     arm: Arm, calibration: Calibration, streams: ModelActivations, decisions: Decisions
 ) -> dict[str, FittedSite]:
-    """What the arm makes of the sites that are to be split; nothing where the weight alone decides."""
+    """Return the fitted factors of the sites to split; nothing for an arm that looks at the weight alone."""
     wanted = planned_splits(decisions, streams)
     if arm.fitted_to == "weight":
         return {}
@@ -147,7 +147,7 @@ def factors(
 
 
 def write(case: Case, decisions: Decisions, fitted: Mapping[str, FittedSite], solver: Solver, path: Path) -> Path:
-    """Write the compressed model; of fitted sites those that calibration has declined stay dense."""
+    """Write the compressed model; fitted sites that calibration declined stay dense."""
     if fitted:
         declined = {name: Decision(rank=None, reason="declined") for name in decisions.keys() - fitted.keys()}
         decisions = decisions | declined

@@ -3,9 +3,9 @@
     onnx     dense.onnx --OnnxStreams--> plan, factors --> split nodes in the written model      as `export` does
     torch    module --TorchActivations--> plan, factors --> low-rank layers                          `compress_(calib=)`
 
-The same weights, the same calibration samples in the same batches and the same budget; each way is as it is shipped,
-with its own choice of rows and its own stages, and judged on the same test images. `difference` is onnx less torch, in
-points of top-1, on the mean over the draws.
+The same weights, the same calibration samples in the same batches and the same budget; each way is as shipped, with its
+own choice of rows and its own stages. Both are judged on the same test images. `difference` is the mean over the draws
+of onnx less torch, in points of top-1.
 
 Goals (`--check` exits 4 when one is missed), for resnet20 at 0.6 of the MACs and cnn_cifar10 at 0.3 of the parameters:
   1. the two ways differ by at most 0.3 points;
@@ -91,7 +91,7 @@ def by_torch(case: Case, module: nn.Module, draw: int, keep: float) -> tuple[flo
 
 
 def _params(module: nn.Module) -> int:
-    """Numbers in weights and biases; BatchNorms, which are folded, have none of their own."""
+    """Count the numbers in weights and biases; folded BatchNorms add none."""
     norms = (nn.modules.batchnorm._BatchNorm,)
     return sum(p.numel() for m in module.modules() if not isinstance(m, norms) for p in m.parameters(recurse=False))
 
@@ -119,7 +119,7 @@ def measure(name: str, draws: int, folder: Path, *, quick: bool) -> Iterator[tup
 
 
 def tabulate(name: str, runs: Sequence[tuple[str, int, float, float]]) -> Row:
-    """The row of one net."""
+    """Return the row of one net."""
     scores = {way: [score for found, _, score, _ in runs if found == way] for way in ("dense", *WAYS)}
     kept = {way: max(share for found, _, _, share in runs if found == way) for way in WAYS}
     return Row(
@@ -136,7 +136,7 @@ def tabulate(name: str, runs: Sequence[tuple[str, int, float, float]]) -> Row:
 
 
 def goals(rows: Sequence[Row]) -> list[Goal]:
-    """The goals of the docstring."""
+    """Return the goals of the docstring."""
     found = []
     for row in rows:
         at = f"{row.net} at {row.keep:g} of the {row.unit}"
@@ -151,7 +151,7 @@ COLUMNS = ("net", "budget", "draws", "dense", "onnx", "torch", "difference", "on
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """Return the rows as a Markdown table."""
     cells = []
     for row in rows:
         scores = [f"{value:.2f}" for value in (row.dense, row.onnx, row.torch)]
@@ -162,38 +162,38 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark; returns the exit code."""
+    """Run the benchmark and return the exit code."""
     options = common.parser(__doc__ or "", "bench.both_ways")
     options.add_argument("--nets", nargs="+", choices=tuple(KEEPS), help="only these (default: all)")
     options.add_argument("--draws", type=int, default=3, metavar="N", help="of calibration data [default: 3]")
-    given = options.parse_args(arguments)
-    common.check_writable(given.json, given.markdown)
-    if given.draws < 1:
-        raise UsageError(f"--draws is at least 1, but got {given.draws}")
-    names = given.nets or (QUICK_NETS if given.quick else tuple(KEEPS))
-    draws = 1 if given.quick else given.draws
-    if given.quick:
+    args = options.parse_args(arguments)
+    common.check_writable(args.json, args.markdown)
+    if args.draws < 1:
+        raise UsageError(f"--draws is at least 1, but got {args.draws}")
+    names = args.nets or (QUICK_NETS if args.quick else tuple(KEEPS))
+    draws = 1 if args.quick else args.draws
+    if args.quick:
         common.progress(f"quick: {', '.join(names)}, a draw of {QUICK_SIZE} samples, {QUICK_TEST} test samples")
     runs = {}
     for name in names:
         with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
-            runs[name] = list(measure(name, draws, Path(folder), quick=given.quick))
+            runs[name] = list(measure(name, draws, Path(folder), quick=args.quick))
     rows = [tabulate(name, found) for name, found in runs.items()]
     print(markdown(rows))
     judged = goals(rows)
     document = common.document(
         "bench.both_ways",
         arguments,
-        {"quick": given.quick, "draws": draws, "torch_threads": torch.get_num_threads()},
+        {"quick": args.quick, "draws": draws, "torch_threads": torch.get_num_threads()},
         rows=[{**asdict(row), "difference": row.difference} for row in rows],
         runs=[
             dict(zip(("net", "way", "draw", "score", "kept"), (n, *run), strict=True)) for n in runs for run in runs[n]
         ],
         goals=[asdict(goal) for goal in judged],
     )
-    common.write(given.json, document)
-    common.write(given.markdown, markdown(rows))
-    return common.judge(judged, given.check)
+    common.write(args.json, document)
+    common.write(args.markdown, markdown(rows))
+    return common.judge(judged, args.check)
 
 
 if __name__ == "__main__":

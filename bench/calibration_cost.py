@@ -5,8 +5,8 @@
 
 passes     wall-clock seconds less those of factorizing, over the seconds of one pass of all calibration data through
            the dense model by onnxruntime: same batches, same threads, some batches at every site, about six passes in
-           all, so that both feel the same machine
-factorize  seconds in what the moments are made into: spectra, forms at all ranks, and the factors themselves
+           all, so that other work on the machine slows both
+factorize  seconds of work on the moments: spectra, forms at all ranks, and the factors
 memory     peak resident memory of a process that does nothing else. Its limit: that process before it starts (imports,
            calibration data, and what is left of calibrating a tiny net), the dense model's file, the moments of the
            largest site, and twice what running one batch through the dense model takes beyond its file, measured in
@@ -87,7 +87,7 @@ class Row:
 
     @property
     def limit(self) -> int:
-        """What the peak memory may be."""
+        """The largest allowed peak memory."""
         return self.before + self.model + self.moments + 2 * self.batch
 
 
@@ -122,7 +122,7 @@ class ClockedCalibration(Calibration):
 
 
 class Forward:
-    """The dense model on the calibration data, some batches at a time, again and again: what a pass costs meanwhile."""
+    """Runs of the dense model on the calibration data, some batches at a time, that measure what a pass costs."""
 
     def __init__(self, case: Case) -> None:
         self._name, self._session = case.name, make_session(case.path, spin_between_runs=False)
@@ -141,7 +141,7 @@ class Forward:
         self.seconds += time.perf_counter() - started
 
     def share(self, steps: int) -> int:
-        """Batches a step that come to `UNIT_PASSES` in so many steps."""
+        """Return the batches of each step such that all steps run `UNIT_PASSES`."""
         return -(-UNIT_PASSES * len(self._batches) // max(steps, 1))
 
     @property
@@ -187,7 +187,7 @@ def remembered(case: Case, arm: str) -> dict[str, float]:
 
 
 def one_batch(case: Case) -> dict[str, float]:
-    """What running the dense model on one batch takes beyond its file, bytes."""
+    """Return the bytes that running the dense model on one batch takes beyond its file."""
     small = cases.tiny(case.path.parent)
     cases.outputs_of(small.path, small.pool)
     before = _resident("VmRSS")
@@ -201,7 +201,7 @@ def one_batch(case: Case) -> dict[str, float]:
 def _resident(key: str) -> int:
     """Resident memory of this program, now (VmRSS) or at its peak (VmHWM).
 
-    `getrusage` tells the peak of the process that started this one where that is larger: only where nothing else does.
+    `getrusage` is the last resort: it returns the peak of the parent process where that is larger.
     """
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -211,7 +211,7 @@ def _resident(key: str) -> int:
 
 
 def _child(path: Path, task: str) -> dict[str, float]:
-    """What one process says of a `task`: "time planned", "memory uniform", "batch"."""
+    """Return the result of a `task` from a process of its own: "time planned", "memory uniform", "batch"."""
     command = [sys.executable, "-m", "bench.calibration_cost", "--child", str(path), "--task", task]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -256,7 +256,7 @@ def measure(name: str, folder: Path) -> Iterator[Row]:
 
 
 def goals(rows: Sequence[Row]) -> list[Goal]:
-    """The goals of the docstring."""
+    """Return the goals of the docstring."""
     found = []
     for row in rows:
         at = f"{row.net}, {row.arm}, {row.samples} samples"
@@ -275,7 +275,7 @@ COLUMNS = (
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """Return the rows as a Markdown table."""
     cells = []
     for row in rows:
         seconds = [f"{value:.1f}" for value in (row.seconds, row.factorization, row.passes)]
@@ -286,32 +286,32 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark; returns the exit code."""
+    """Run the benchmark and return the exit code."""
     options = common.parser(__doc__ or "", "bench.calibration_cost")
     options.add_argument("--nets", nargs="+", choices=(*cases.NETS, "vgg19"), help="only these")
     options.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options.add_argument("--task", help=argparse.SUPPRESS)
-    given = options.parse_args(arguments)
-    if given.child:
-        print(json.dumps(_answer(given.child, given.task)))
+    args = options.parse_args(arguments)
+    if args.child:
+        print(json.dumps(_answer(args.child, args.task)))
         return 0
-    common.check_writable(given.json, given.markdown)
-    if given.quick:
+    common.check_writable(args.json, args.markdown)
+    if args.quick:
         common.progress(f"quick: {', '.join(QUICK_NETS)} alone, where --nets names no other")
     rows: list[Row] = []
-    for name in given.nets or (QUICK_NETS if given.quick else NETS):
+    for name in args.nets or (QUICK_NETS if args.quick else NETS):
         with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
             rows += measure(name, Path(folder))
     print(markdown(rows))
     judged = goals(rows)
-    settings = {"quick": given.quick, "torch_threads": torch.get_num_threads(), "keep_macs": KEEP_MACS, "rank": RANK}
+    settings = {"quick": args.quick, "torch_threads": torch.get_num_threads(), "keep_macs": KEEP_MACS, "rank": RANK}
     stored = [{**asdict(row), "passes": row.passes, "limit": row.limit} for row in rows]
     document = common.document(
         "bench.calibration_cost", arguments, settings, rows=stored, goals=[asdict(goal) for goal in judged]
     )
-    common.write(given.json, document)
-    common.write(given.markdown, markdown(rows))
-    return common.judge(judged, given.check)
+    common.write(args.json, document)
+    common.write(args.markdown, markdown(rows))
+    return common.judge(judged, args.check)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Real networks as written ONNX models, each with calibration data to draw from and other data to be judged by.
+"""Real networks as written ONNX models, each with calibration data to draw from and separate test data.
 
     mlp_mnist     the first 1,024 MNIST test images (no others are here)    the other 8,976         top-1
     cnn_cifar10   1,024 of 2,000 CIFAR-10 training images                   2,000 test images       top-1
     resnet20, 56  the same                                                  the same                top-1
     minilm        300 texts (`bench.texts`) of 64 tokens                    600 others              cosine, neighbours
 
-What is drawn depends on the draw's number alone. Test data are seen by `Case.score` and by nothing else.
+A draw depends on its number alone. Only `Case.score` uses the test data.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ from rsi_deploy.data.sources import ArrayData, open_data
 from rsi_deploy.io.onnx_file import file_bytes, write_external
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.runtime.sessions import make_session, run_session
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 from rsi_deploy.torch_models.model_source import Source, load_source, source_of_module
 from rsi_deploy.torch_models.to_onnx import to_onnx
 
@@ -59,8 +59,8 @@ class Case:
         path: the dense ONNX model, BatchNorms folded.
         pool: input name -> samples to draw calibration data from.
         size: samples a draw.
-        apart: whether draws share no sample; there are then only so many.
-        test: input name -> samples to judge by.
+        apart: whether draws share no sample, which limits their number.
+        test: input name -> test samples.
         reference: labels int64 `(N,)`, or the dense unit embeddings `(N, dim)`.
         digest: sha256 of the texts, for the encoder.
     """
@@ -81,7 +81,7 @@ class Case:
 
     @property
     def draws(self) -> int | None:
-        """How many different draws there are; None where they are enough for any number."""
+        """The number of different draws; None for any number."""
         if self.apart or self.size == self.available:
             return self.available // self.size
         return None
@@ -102,10 +102,10 @@ class Case:
     def macs(self, model: Path) -> dict[str, int]:
         """Multiply-accumulates a sample, by node."""
         two = {name: array[:2] for name, array in self.pool.items()}
-        return {node: count // 2 for node, count in traced_run(model, two).macs.items()}
+        return {node: count // 2 for node, count in trace_run(model, two).macs.items()}
 
     def measured(self, model: Path) -> Size:
-        """What a written model really holds and costs."""
+        """Measure the size and cost of a written model."""
         return Size(
             bytes=file_bytes(model), params=gp.count_parameters(ir.load(model)), macs=sum(self.macs(model).values())
         )
@@ -120,13 +120,13 @@ class Case:
 
 
 def load(name: str, folder: Path, *, size: int | None = None, limit: int | None = None) -> Case:
-    """Export the net `name` into `folder`, and get its data.
+    """Export the net `name` into `folder` and load its data.
 
     Args:
         name: one of `NETS`.
         folder: where the dense model and all temporary ones are written.
-        size: calibration samples a draw, where fewer than usual are wanted.
-        limit: use so many test samples, evenly spaced.
+        size: calibration samples of a draw; None for the usual number.
+        limit: number of test samples, evenly spaced.
 
     Raises:
         UnavailableError: weights, data or a package are not on this machine.
@@ -177,7 +177,7 @@ def _encoder(folder: Path, size: int, limit: int | None) -> Case:
 
 
 def untrained(name: str, folder: Path, shape: tuple[int, ...]) -> Case:
-    """A net of torchvision with random weights, and random images `shape` to calibrate it on; it is not tested."""
+    """Return a net of torchvision with random weights and random calibration images `shape`, without test data."""
     path = folder / f"{name}.onnx"
     _write(load_source(f"torchvision:{name}", weights="none"), path)
     (key,) = (value.name for value in make_session(path).get_inputs())
@@ -185,9 +185,9 @@ def untrained(name: str, folder: Path, shape: tuple[int, ...]) -> Case:
 
 
 def tiny(folder: Path) -> Case:
-    """A Conv and a Linear with random weights, on random inputs: what a process calibrates to have loaded all it needs.
+    """Return a Conv and a Linear with random weights and inputs: calibrating them loads all libraries of a process.
 
-    It is written where it does not lie in `folder` yet.
+    The model is written unless `folder` holds it.
     """
     path = folder / "tiny.onnx"
     if not path.exists():
@@ -198,7 +198,7 @@ def tiny(folder: Path) -> Case:
 
 
 def untested(path: Path, pool: Inputs) -> Case:
-    """A dense model of which all samples are drawn, and nothing is tested."""
+    """Return a case whose samples are all calibration data."""
     size = len(next(iter(pool.values())))
     return Case(name=path.stem, path=path, pool=pool, size=size, apart=False, test={}, reference=np.zeros(0))
 
@@ -254,5 +254,5 @@ def _tokens(found: Any) -> Inputs:
 
 
 def _spaced(count: int, limit: int | None) -> Array:
-    wanted = min(count, limit or count)
-    return np.arange(wanted) * count // wanted
+    number = min(count, limit or count)
+    return np.arange(number) * count // number

@@ -1,4 +1,4 @@
-"""What every benchmark script shares: its options, its goals, and how its results are stored."""
+"""Options, goals and result files of all benchmark scripts."""
 
 import argparse
 import datetime
@@ -21,7 +21,7 @@ GATE_EXIT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """One promise of a script's docstring, judged: `row` says of what, with the numbers."""
+    """A goal of a script's docstring and whether it held; `row` names what was measured, with the numbers."""
 
     name: str
     held: bool
@@ -29,7 +29,7 @@ class Goal:
 
 
 def parser(doc: str, module: str) -> argparse.ArgumentParser:
-    """A parser with the script's docstring as help and the options that all scripts have."""
+    """Return a parser with the script's docstring as help and the options of all scripts."""
     options = argparse.ArgumentParser(
         prog=f"python -m {module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +41,7 @@ def parser(doc: str, module: str) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
-    """Run a script's `main` and end the process: a user's error is one line on stderr, never a traceback."""
+    """Run a script's `main` and end the process; a user's error is one line on stderr."""
     try:
         code = main(sys.argv[1:])
     except RsiDeployError as error:
@@ -51,17 +51,17 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
 
 
 def progress(text: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def console() -> Console:
-    """Where the tables go: stdout, wide enough for them where it is no terminal."""
+    """Return the console for tables: stdout, 120 columns wide where it is no terminal."""
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Refuse a result file that could not be written, before the long work.
+    """Check before the long work that the result files can be written.
 
     Raises:
         UsageError: its folder does not exist.
@@ -72,7 +72,7 @@ def check_writable(*paths: Path | None) -> None:
 
 
 def document(module: str, arguments: Sequence[str], settings: Mapping[str, Any], **results: Any) -> dict[str, Any]:
-    """The JSON document of one run: `results` with what they depend on."""
+    """Return the JSON document of one run: `results` with command, date, machine and settings."""
     return {
         "benchmark": module,
         "command": shlex.join(["python", "-m", module, *arguments]),
@@ -84,7 +84,7 @@ def document(module: str, arguments: Sequence[str], settings: Mapping[str, Any],
 
 
 def write(path: Path | None, content: str | Mapping[str, Any]) -> None:
-    """Write text, or a JSON document, so that no partial file ever stands under the final name."""
+    """Write text or a JSON document atomically."""
     if path is None:
         return
     text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
@@ -92,13 +92,13 @@ def write(path: Path | None, content: str | Mapping[str, Any]) -> None:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of ready cells."""
+    """Return a Markdown table of these cells."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def judge(goals: Sequence[Goal], check: bool) -> int:
-    """Say which goals held; with `check`, the exit code is 4 when one was missed."""
+    """Print which goals held and return the exit code: with `check`, 4 when one was missed."""
     out = console()
     for goal in goals:
         out.print(f"{'held  ' if goal.held else 'MISSED'}  {goal.name}: {goal.row}", soft_wrap=True)

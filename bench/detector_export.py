@@ -1,10 +1,10 @@
-"""What does a calibrated export of a small net cost, where overhead would be most of it?
+"""What does a calibrated export of a small net cost, where overhead dominates?
 
     planned    `export net.onnx --calib c.npz --keep-macs 0.7 --no-bench`: 57 thin Convs, 32 samples, a fixed batch of 1
-    again      the same with `--plan plan.json` of that bundle, which measures nothing that the plan settles
+    again      the same with `--plan plan.json` of that bundle, which skips the measurements for the plan
 
 wall       seconds of the whole command, each in a process of its own
-CPU        seconds of all its threads: on a busy machine these tell more
+CPU        seconds of all its threads, which a busy machine changes less
 calibrate  seconds of its stage "calibrate and plan"
 
 Goals (`--check` exits 4 when one is missed; they are for two quiet cores):
@@ -48,7 +48,7 @@ def measure(arm: str, folder: Path, samples: int, options: Sequence[str]) -> Row
     """Run one export into `folder/arm`.
 
     Raises:
-        RsiDeployError: it failed; with its last line.
+        RsiDeployError: the export failed; the message is its last line.
     """
     code = "from rsi_deploy.cli import main; main()"
     fixed = [
@@ -76,7 +76,7 @@ def measure(arm: str, folder: Path, samples: int, options: Sequence[str]) -> Row
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Whether two models hold the same initializers, to the byte."""
+    """Return whether two models hold the same initializers, byte for byte."""
     first, second = (
         {tensor.name: tensor.SerializeToString() for tensor in onnx.load(path).graph.initializer}
         for path in (one, other)
@@ -85,7 +85,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def goals(planned: Row, again: Row, same: bool) -> list[Goal]:
-    """The goals of the docstring."""
+    """Return the goals of the docstring."""
     share = again.calibrate / planned.calibrate
     words = f"{share:.2f} of {AGAIN:.2f} of its calibration, weights {'the same' if same else 'OTHERS'}"
     return [
@@ -95,10 +95,10 @@ def goals(planned: Row, again: Row, same: bool) -> list[Goal]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark; returns the exit code."""
-    given = common.parser(__doc__ or "", "bench.detector_export").parse_args(arguments)
-    common.check_writable(given.json, given.markdown)
-    samples = QUICK_SAMPLES if given.quick else SAMPLES
+    """Run the benchmark and return the exit code."""
+    args = common.parser(__doc__ or "", "bench.detector_export").parse_args(arguments)
+    common.check_writable(args.json, args.markdown)
+    samples = QUICK_SAMPLES if args.quick else SAMPLES
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as name:
         folder = Path(name)
         small.thin_detector(folder / "net.onnx")
@@ -115,13 +115,13 @@ def main(arguments: Sequence[str]) -> int:
     document = common.document(
         "bench.detector_export",
         arguments,
-        {"quick": given.quick, "samples": samples},
+        {"quick": args.quick, "samples": samples},
         rows=[asdict(row) for row in rows],
         goals=[asdict(goal) for goal in judged],
     )
-    common.write(given.json, document)
-    common.write(given.markdown, table)
-    return common.judge(judged, given.check)
+    common.write(args.json, document)
+    common.write(args.markdown, table)
+    return common.judge(judged, args.check)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Per model, each in a process of its own, interleaved in shuffled order, `--rounds` times (the medians count):
 
     dense    model = ...; torch.onnx.export(model, dynamo=True); program.save(FILE), as torch's users write it
-    lean     the same with program.save(FILE, external_data=True), torch's way with the least memory
-    factors  RSI of every weight that export splits, from memory, nothing else
+    lean     the same with program.save(FILE, external_data=True), which takes the least memory in torch
+    factors  RSI of every weight that export splits, and nothing else
     export   rsi-deploy export torchvision:NAME --weights none --rank 25% --no-bench
 
     time ratio     export's whole wall time less making the model, over (dense export + save) + factors
@@ -48,14 +48,14 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of every arm [default: 3]")
     options.add_argument("--models", nargs="+", metavar="NAME", help="torchvision models")
     options.add_argument("--arm", help=argparse.SUPPRESS)
-    given = options.parse_args(arguments)
-    if given.arm:  # the child: one arm, one model
-        print(json.dumps(run_arm(given.arm, given.models[0])))
+    args = options.parse_args(arguments)
+    if args.arm:  # the child: one arm, one model
+        print(json.dumps(run_arm(args.arm, args.models[0])))
         return 0
-    common.check_writable(given.json, given.markdown)
-    names = tuple(given.models or (QUICK_MODELS if given.quick else MODELS))
-    rounds = 1 if given.quick else given.rounds
-    if given.quick:
+    common.check_writable(args.json, args.markdown)
+    names = tuple(args.models or (QUICK_MODELS if args.quick else MODELS))
+    rounds = 1 if args.quick else args.rounds
+    if args.quick:
         common.progress(f"quick: {', '.join(names)}, one round")
     plan = [(arm, name) for name in names for arm in ARMS] * rounds
     random.Random(0).shuffle(plan)
@@ -66,9 +66,9 @@ def main(arguments: Sequence[str]) -> int:
     rows = [summary(name, [r for r in runs if r["model"] == name]) for name in names]
     common.console().print(table(rows))
     settings = {"rank": RANK, "rounds": rounds, "models": names}
-    common.write(given.json, common.document("bench.export_cost", arguments, settings, rows=rows, runs=runs))
-    common.write(given.markdown, markdown(rows))
-    return common.judge(goals(rows), given.check)
+    common.write(args.json, common.document("bench.export_cost", arguments, settings, rows=rows, runs=runs))
+    common.write(args.markdown, markdown(rows))
+    return common.judge(goals(rows), args.check)
 
 
 def run_arm(arm: str, name: str) -> dict[str, float]:
@@ -138,7 +138,7 @@ def summary(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
-    """The goals of the docstring, judged row by row."""
+    """Return the goals of the docstring, judged row by row."""
     found = []
     for row in rows:
         time_ratio, memory = row["time_ratio"], row["memory_ratio"]
@@ -178,7 +178,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows for the terminal."""
+    """Return the rows for the terminal."""
     result = Table(*COLUMNS)
     for row in rows:
         result.add_row(*_cells(row))
@@ -186,7 +186,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
+    """Return the rows as a Markdown table."""
     return common.markdown_table(COLUMNS, [_cells(row) for row in rows])
 
 

@@ -1,22 +1,23 @@
-"""How near does the RSI kernel come to the speed of the products it is made of, and what do others take for the same?
+"""How does the time of the RSI kernel compare with the time of its matrix products, and with other libraries?
 
 The floor is the direct route's products alone, `4 q out in rank` flops, at the rate at which `W @ Y` and `W^T @ X` run
 in float32 in the same rounds. Arms are interleaved in shuffled order; a ratio is that of the least times of all rounds,
 beside it the median of the ratios within a round; a row is repeated until it has taken `SECONDS`, at least `--rounds`
-times. Spectra, over the place `i` in `n = min(out, in)`: slow `i^-0.4`,
-medium `i^-1`, fast `0.9^(80 (i-1) / n)`; with `--real NET` the weights of a trained net, one of each shape. Peers get
-more iterations until their error is no larger than the kernel's, and the time of the cheapest such setting counts.
+times. Spectra, over the place `i` in `n = min(out, in)`: slow `i^-0.4`, medium `i^-1`, fast `0.9^(80 (i-1) / n)`; with
+`--real NET` the weights of a trained net, one of each shape. Peers get more iterations until their error is no larger
+than the kernel's, and the time of the cheapest such setting counts.
 
 Goals (`--check` exits 4 when one is missed):
   1. q = 4 in at most 0.6 of the floor where min(out, in) is at least 2048 and at most 1.1 elsewhere, on a CPU with
      fast bfloat16; at most 1.15 without; at most 0.25 on a GPU (--device cuda);
-  2. normalized error with bfloat16 at most 1.01 times that without, same seed, q and route, on every row (beside it
-     stands the ratio to the paper's iteration in float32, whose sketch for a tall weight is another);
+  2. normalized error with bfloat16 at most 1.01 times that without, same seed, q and route, on every row (the table
+     also shows the ratio to the paper's iteration in float32, whose sketch for a tall weight differs);
   3. at normalized error at most 1.05, 15 times faster than torch.linalg.svd for ranks up to a tenth (--exact);
   4. faster than every peer on every row, at equal or smaller error;
   5. the certified interval holds the norm and is at most 5 % wide on every row;
-  6. extra memory in tensors at most two blocks of `(out + in) x rank` in float32 (the resident set, with the
-     libraries' buffers and freed memory not given back, stands beside it; on a GPU what its allocator has reserved);
+  6. extra memory in tensors at most two blocks of `(out + in) x rank` in float32 (the table also
+     shows the resident set, which includes buffers of libraries and freed memory; on a GPU the memory that the
+     allocator reserves);
   7. all linear layers of VGG19 and ViT-B/32 at 25 % in at most 1.3 times the kernel's own time in them (--models).
 """
 
@@ -70,41 +71,39 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--models", action="store_true", help="goal 7")
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--child", help=argparse.SUPPRESS)
-    given = options.parse_args(arguments)
-    if given.child:
-        print(json.dumps(_memory(json.loads(given.child))))
+    args = options.parse_args(arguments)
+    if args.child:
+        print(json.dumps(_memory(json.loads(args.child))))
         return 0
-    common.check_writable(given.json, given.markdown)
-    quick, device = given.quick, torch.device(given.device)
-    names = [] if given.shapes == "none" else given.shapes.split(",") if given.shapes else None
+    common.check_writable(args.json, args.markdown)
+    quick, device = args.quick, torch.device(args.device)
+    names = [] if args.shapes == "none" else args.shapes.split(",") if args.shapes else None
     shapes = list(SHAPES[:3] if quick else SHAPES) if names is None else [_shape(name) for name in names]
-    ratios = (
-        [float(text) for text in given.ratios.split(",")] if given.ratios else list(RATIOS[:2] if quick else RATIOS)
-    )
-    spectra = given.spectra.split(",") if given.spectra else list(SPECTRA[:1] if quick else SPECTRA)
+    ratios = [float(text) for text in args.ratios.split(",")] if args.ratios else list(RATIOS[:2] if quick else RATIOS)
+    spectra = args.spectra.split(",") if args.spectra else list(SPECTRA[:1] if quick else SPECTRA)
     if quick:
         common.progress("quick: the three small shapes, two ranks, the slow spectrum, without peers")
     rows: list[Row] = []
     wholes: list[Row] = []
 
     def store() -> None:
-        settings = {"q": Q, "rounds": given.rounds, "threads": torch.get_num_threads(), "load": list(_load())}
+        settings = {"q": Q, "rounds": args.rounds, "threads": torch.get_num_threads(), "load": list(_load())}
         settings["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         results = {"rates": vars(rates(device)), "rows": rows, "models": wholes}
         made = common.document("bench.kernel", arguments, settings, **results)
-        common.write(given.json, made)
+        common.write(args.json, made)
         table = common.markdown_table(COLUMNS, [_cells(row) for row in rows])
         held = [
             f"- {'held' if goal.held else 'MISSED'}: {goal.name}: {goal.row}" for goal in goals(rows, wholes, device)
         ]
-        common.write(given.markdown, "\n\n".join([f"`{made['command']}`", table, *held]) + "\n")
+        common.write(args.markdown, "\n\n".join([f"`{made['command']}`", table, *held]) + "\n")
 
-    for name, weight, values in itertools.chain(_weights(shapes, spectra, device), _real_weights(given.real, device)):
+    for name, weight, values in itertools.chain(_weights(shapes, spectra, device), _real_weights(args.real, device)):
         for ratio in ratios:
-            row = measured(name, weight, values, ratio, rounds=given.rounds)
-            if not (given.no_peers or quick) and ratio in PEERED:
+            row = measured(name, weight, values, ratio, rounds=args.rounds)
+            if not (args.no_peers or quick) and ratio in PEERED:
                 row["peers"] = peers(weight, row, rounds=2)
-            if given.exact and ratio in PEERED and name.endswith("slow") and min(weight.shape) >= LARGE:
+            if args.exact and ratio in PEERED and name.endswith("slow") and min(weight.shape) >= LARGE:
                 row["near"] = near_optimal(weight, row["rank"], values)
             if device.type == "cuda":
                 row["memory"] = _memory_on_gpu(weight, row["rank"])
@@ -116,11 +115,11 @@ def main(arguments: Sequence[str]) -> int:
                 f"{row['matrix']} rank {row['rank']}: {row['ratio']:.2f} of the floor ({row['route']}, "
                 f"the paper's {row['ratio_float32']:.2f}), error {row['error_ratio']:.4f} of float32's"
             )
-    for which in ("vgg19", "vit_b_32") if given.models else ():
+    for which in ("vgg19", "vit_b_32") if args.models else ():
         wholes.append(whole_model(which, device))
         store()
     common.console().print(table(rows))
-    return common.judge(goals(rows, wholes, device), given.check)
+    return common.judge(goals(rows, wholes, device), args.check)
 
 
 def with_spectrum(values: Tensor, out_features: int, in_features: int, seed: int, device: torch.device) -> Tensor:
@@ -204,7 +203,7 @@ def measured(name: str, weight: Tensor, values: Tensor, ratio: float, *, rounds:
 
 
 def whole_model(name: str, device: torch.device) -> Row:
-    """All linear layers of a torchvision model with random slow-spectrum weights, records and all, at 25 %."""
+    """Time the linear layers of a torchvision model with random slow-spectrum weights and their records, at 25 %."""
     import torchvision
     from torch import nn
 
@@ -229,19 +228,19 @@ def whole_model(name: str, device: torch.device) -> Row:
     return {"model": name, "sites": len(split), "seconds": seconds, "kernel": kernel, "ratio": seconds / kernel}
 
 
-def _memory(given: Row) -> Row:
-    """In a process of its own: bytes beyond the weight, in tensors and of the resident set, at most."""
-    out_features, in_features = given["shape"]
+def _memory(job: Row) -> Row:
+    """Return the peak bytes beyond the weight, in tensors and of the resident set; it runs in a process of its own."""
+    out_features, in_features = job["shape"]
     Solver()(torch.randn(1100, 1000), 20)  # threads, workspaces, the machine's rates
     weight = torch.rand(out_features, in_features).sub_(0.5)  # in place: a temporary would raise the peak
     before = peak_memory()
-    Solver(route="chebyshev")(weight, given["rank"])
+    Solver(route="chebyshev")(weight, job["rank"])
     resident = peak_memory() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        Solver(route="chebyshev")(weight, given["rank"])
+        Solver(route="chebyshev")(weight, job["rank"])
     events = recorded.profiler.kineto_results.events()
     live = itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")
-    allowed = 2 * 4 * (out_features + in_features) * given["rank"]
+    allowed = 2 * 4 * (out_features + in_features) * job["rank"]
     return {"extra": max(live), "resident": resident, "allowed": allowed}
 
 
@@ -256,8 +255,8 @@ def _memory_on_gpu(weight: Tensor, rank: int) -> Row:
     return {"extra": extra, "resident": reserved, "allowed": 2 * 4 * sum(weight.shape) * rank}
 
 
-def _child(given: Row) -> Row:
-    command = [sys.executable, "-m", "bench.kernel", "--child", json.dumps(given)]
+def _child(job: Row) -> Row:
+    command = [sys.executable, "-m", "bench.kernel", "--child", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result: Row = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -297,7 +296,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows for the terminal."""
+    """Return the rows for the terminal."""
     result = Table(*COLUMNS, title="the kernel against its float32 floor, q = 4")
     for row in rows:
         result.add_row(*_cells(row))
@@ -305,7 +304,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def goals(rows: Sequence[Row], wholes: Sequence[Row], device: torch.device) -> list[Goal]:
-    """The promises of the docstring, each with its worst row."""
+    """Return the goals of the docstring, each with its worst row."""
     mixed = rates(device).mixed
     found: list[Goal] = []
 

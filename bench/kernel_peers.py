@@ -1,4 +1,4 @@
-"""What others take for what the kernel does: arms in turns, and as many iterations as equal errors need."""
+"""Times of other libraries at equal error: arms take turns, and each runs as many iterations as the error needs."""
 
 import random
 import time
@@ -55,7 +55,7 @@ def interleaved(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
 
 
 def _wait() -> None:
-    """For what a GPU still computes."""
+    """Wait until a GPU has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 

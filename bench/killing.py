@@ -1,12 +1,12 @@
 """Commands in processes of their own, ended by a signal at a chosen moment: for `bench.kills` and the tests.
 
     with Runner() as runner:
-        runner.run(["export", ...], folder)                        to its end; how many events there were
+        runner.run(["export", ...], folder)                        runs to its end and counts the events
         runner.run(["export", ...], folder, after=1.3)             killed after so many seconds
         runner.run(["export", ...], folder, at=17)                 killed before its 17th event
 
-An event is what changes files: a file opened for writing, a rename, a removal, a folder made. The runner's process has
-imported everything once and forks for each command, so that a moment lies within the command's own work.
+An event changes files: a file is opened for writing, renamed or removed, or a folder is made. The runner's process
+imports everything once and forks for each command, so that a moment lies within the command's own work.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ class Ended:
     """How a command ended.
 
     Attributes:
-        code: its exit code; negative: the signal that ended it.
-        events: that it had; None where it was killed.
-        seconds: that it took.
-        said: on stdout and stderr.
+        code: exit code; negative for the signal that ended it.
+        events: number of events; None for a killed command.
+        seconds: wall-clock time.
+        said: stdout and stderr.
     """
 
     code: int
@@ -80,12 +80,12 @@ class Runner:
         """Run a command of `rsi-deploy`.
 
         Args:
-            argv: its arguments.
-            folder: to run it in.
-            at: the event, from 1, before which it is ended.
-            after: seconds after which it is ended.
-            number: of the signal.
-            constants: "module:NAME" -> a value for it, as for what is large.
+            argv: arguments of `rsi-deploy`.
+            folder: working folder.
+            at: number of the event, from 1, before which the command is ended.
+            after: seconds after which the command is ended.
+            number: number of the signal.
+            constants: "module:NAME" -> value, for limits such as the size of a large model.
             limits: name in `resource` -> a soft limit, as "RLIMIT_FSIZE".
         """
         how = {"at": at, "after": after, "number": int(number), "constants": constants or {}, "limits": limits or {}}
@@ -95,10 +95,10 @@ class Runner:
 
     @contextlib.contextmanager
     def stopped(self, argv: Sequence[str], folder: Path, *, at: int) -> Iterator[int]:
-        """A command that stands still before an event for as long as the block lasts, then goes on to its end.
+        """Stop a command before an event while the block runs, then let it end.
 
         Raises:
-            RuntimeError: it does not end well.
+            RuntimeError: the command fails.
         """
         how = {"at": at, "after": None, "number": int(signal.SIGSTOP), "constants": {}, "limits": {}}
         with tempfile.TemporaryDirectory() as place:
@@ -114,11 +114,11 @@ class Runner:
                 raise RuntimeError(ended.said)
 
     def _begin(self, argv: Sequence[str], folder: Path, place: Path, how: Mapping[str, Any]) -> int:
-        """Start a command; its process."""
+        """Start a command and return its process id."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        told = {**how, "argv": list(argv), "folder": str(folder), "place": str(place)}
-        self._process.stdin.write(json.dumps(told) + "\n")
+        job = {**how, "argv": list(argv), "folder": str(folder), "place": str(place)}
+        self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
@@ -132,27 +132,27 @@ class Runner:
 
 
 def _is_stopped(child: int) -> bool:
-    """Whether a process stands still."""
+    """Return whether a process is stopped."""
     return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _serve() -> None:
-    """The runner's process: a fork for every line, and a line for its end."""
+    """Serve as the runner's process: fork for each line of stdin and answer with one line."""
     _import_all()
     for line in sys.stdin:
-        told = json.loads(line)
+        job = json.loads(line)
         started = time.monotonic()
         child = os.fork()
         if not child:
-            _child(told)
+            _child(job)
         print(child, flush=True)
-        status = _watched(child, told["after"], told["number"])
+        status = _watched(child, job["after"], job["number"])
         code = os.waitstatus_to_exitcode(status)
         print(json.dumps([code, time.monotonic() - started]), flush=True)
 
 
 def _watched(child: int, after: float | None, number: int) -> int:
-    """Wait for the child, and end it when its time has come."""
+    """Wait for the child, and end it after `after` seconds."""
     if after is None:
         return os.waitpid(child, 0)[1]
     end = time.monotonic() + after
@@ -166,8 +166,8 @@ def _watched(child: int, after: float | None, number: int) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def _child(told: dict[str, Any]) -> None:
-    """One command, in the forked process; never returns."""
+def _child(job: dict[str, Any]) -> None:
+    """Run one command in the forked process, and end it."""
     import importlib
     import resource
 
@@ -175,22 +175,22 @@ def _child(told: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the background of a shell, and nohup, have them ignored
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        said = os.open(f"{told['place']}/said", os.O_WRONLY | os.O_CREAT)
+        said = os.open(f"{job['place']}/said", os.O_WRONLY | os.O_CREAT)
         os.dup2(said, 1)
         os.dup2(said, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.chdir(told["folder"])
-        for name, value in told["constants"].items():
+        os.chdir(job["folder"])
+        for name, value in job["constants"].items():
             module, _, constant = name.partition(":")
             setattr(importlib.import_module(module), constant, value)
-        for name, limit in told["limits"].items():
+        for name, limit in job["limits"].items():
             which = getattr(resource, name)
             resource.setrlimit(which, (limit, resource.getrlimit(which)[1]))
-        events = _counted(told["at"], told["number"])
+        events = _counted(job["at"], job["number"])
         from rsi_deploy.cli import run
 
-        code = run(told["argv"])
-        Path(told["place"], "count").write_text(str(events[0]))
+        code = run(job["argv"])
+        Path(job["place"], "count").write_text(str(events[0]))
     except BaseException:
         import traceback
 
@@ -202,7 +202,7 @@ def _child(told: dict[str, Any]) -> None:
 
 
 def _counted(at: int | None, number: int) -> list[int]:
-    """Count events from now on in a list of one, and end this process before one of them."""
+    """Count events in a list of one, and end this process before event `at`."""
     events = [0]
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -216,7 +216,7 @@ def _counted(at: int | None, number: int) -> list[int]:
 
 
 def _import_all() -> None:
-    """What a command imports as it goes; nothing is computed, so that no thread is there to be lost in a fork."""
+    """Import what commands import, without computing: a fork would lose threads."""
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
     import torch

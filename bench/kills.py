@@ -1,15 +1,15 @@
 """Is anything lost when runs are killed? Exports and sweeps ended by kill -9 at random times of their run.
 
     export    the digits CNN, the torch way, with evaluation data
-    large     an ONNX file whose finished sites are kept as a large model's are; each run over the bundle of the last
+    large     an ONNX file whose finished sites are stored as for a large model; each run replaces the last bundle
     sweep     three points of a small ONNX model from one calibration
 
-A case is run once to its end: its time and its bytes. Then each kill comes at a time drawn evenly from that, in a
-process that has imported everything; what stands under the final name is held against its manifest, the inputs against
-their hashes, and the same command is given again: it must end well, leave nothing but its output, and come to the same
+Each case first runs to its end, which gives its time and its bytes. Then each kill comes at a random moment of that
+time, in a process that has imported everything. The file under the final name is compared with its manifest, the inputs
+with their hashes, and the same command runs again: it must succeed, leave nothing but its output, and write the same
 bytes.
 
-Goals (`--check` exits 4 when one is missed): no partial bundle, no damaged input, and every next run mends.
+Goals (`--check` exits 4 when one is missed): no partial bundle, no damaged input, and every next run repairs.
 """
 
 import hashlib
@@ -40,10 +40,10 @@ class Case:
     """One command that is killed.
 
     Attributes:
-        name: of the row.
-        argv: the command, run in a folder with `in` and `out`.
-        afresh: whether `out` is emptied before each kill; else the run is over the last one's bundle.
-        constants: for the runner.
+        name: name of the row.
+        argv: the command; it runs in a folder with `in` and `out`.
+        afresh: whether `out` is emptied before each kill; else each run replaces the last bundle.
+        constants: as in `Runner.run`.
     """
 
     name: str
@@ -58,7 +58,7 @@ CASES = (
         argv=(
             *("export", "samples.digits:cnn", "--checkpoint", "in/cnn.safetensors", "--rank", "25%"),
             *("--data", "in/eval.npz", "-o", "out/b", "--bench-seconds", "0.5"),
-            *("--smaller-is-enough", "--force"),  # a kill may come too late: the next run finds a whole bundle then
+            *("--allow-slower", "--force"),  # a kill may come too late: the next run finds a whole bundle then
         ),
         afresh=True,
         constants={},
@@ -95,32 +95,32 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--kills", type=int, default=KILLS, metavar="N", help=f"of each case [default: {KILLS}]")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--seconds", type=float, default=1e9, metavar="S", help="begin no kill after so long")
-    given = options.parse_args(arguments)
-    common.check_writable(given.json, given.markdown)
-    kills = min(given.kills, QUICK_KILLS) if given.quick else given.kills
-    if given.quick:
+    args = options.parse_args(arguments)
+    common.check_writable(args.json, args.markdown)
+    kills = min(args.kills, QUICK_KILLS) if args.quick else args.kills
+    if args.quick:
         common.progress(f"quick: {kills} kills of each")
-    wanted = [case for case in CASES if not given.case or case.name in given.case]
+    cases = [case for case in CASES if not args.case or case.name in args.case]
     with Runner() as runner:
-        end = time.monotonic() + given.seconds
-        rows = [killed(runner, case, kills, given.seed, end) for case in wanted]
+        end = time.monotonic() + args.seconds
+        rows = [killed(runner, case, kills, args.seed, end) for case in cases]
     text = common.markdown_table(COLUMNS, [_cells(row) for row in rows])
     common.console().print(text, soft_wrap=True)
-    settings = {"kills": kills, "seed": given.seed, "seconds": given.seconds}
-    common.write(given.json, common.document("bench.kills", arguments, settings, rows=rows))
-    common.write(given.markdown, text)
-    return common.judge(goals(rows), given.check)
+    settings = {"kills": kills, "seed": args.seed, "seconds": args.seconds}
+    common.write(args.json, common.document("bench.kills", arguments, settings, rows=rows))
+    common.write(args.markdown, text)
+    return common.judge(goals(rows), args.check)
 
 
 def killed(runner: Runner, case: Case, kills: int, seed: int, end: float) -> dict[str, Any]:
-    """One case, killed again and again, no more after `end` of the clock: what was found after each."""
+    """Kill one case repeatedly until `end` of the clock and return what was found after each kill."""
     rng = random.Random(f"{case.name} {seed}")
     row: dict[str, Any] = {"case": case.name, "kills": 0, "within": 0, "left": 0, "gone_on": 0}
     row |= {"partial": [], "damaged": [], "unmended": []}
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as name:
         place = Path(name).resolve()
         out = place / "out"
-        given(place / "in")
+        make_inputs(place / "in")
         out.mkdir()
         whole = runner.run(case.argv, place, constants=case.constants)
         if whole.code:
@@ -136,7 +136,7 @@ def killed(runner: Runner, case: Case, kills: int, seed: int, end: float) -> dic
             ended = runner.run(case.argv, place, after=after, constants=case.constants)
             row["within"] += ended.code < 0
             row["left"] += any(path.name.startswith(".") for path in out.rglob("*"))
-            row["partial"] += [f"{after:.3f} s: {told}" for told in broken(out)]
+            row["partial"] += [f"{after:.3f} s: {problem}" for problem in broken(out)]
             again = runner.run(case.argv, place, constants=case.constants)
             row["gone_on"] += any("killed" in path.read_text() for path in out.rglob("report.json"))
             row["damaged"] += [] if hashes(place / "in") == inputs else [f"{after:.3f} s"]
@@ -147,8 +147,8 @@ def killed(runner: Runner, case: Case, kills: int, seed: int, end: float) -> dic
     return row
 
 
-def given(folder: Path) -> None:
-    """The inputs of all cases."""
+def make_inputs(folder: Path) -> None:
+    """Write the inputs of all cases."""
     folder.mkdir()
     shutil.copyfile(SAMPLES / "digits_cnn.safetensors", folder / "cnn.safetensors")
     shutil.copyfile(SAMPLES / "digits_eval.npz", folder / "eval.npz")
@@ -158,19 +158,19 @@ def given(folder: Path) -> None:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Of every file."""
+    """Return the hash of every file."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def models(out: Path) -> dict[str, str]:
-    """Path of each model that stands under a final name -> its hash."""
+    """Return the hash of each model under a final name, by path."""
     paths = [path for path in sorted(out.rglob("model.onnx")) if not _is_hidden(path, out)]
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def broken(out: Path) -> list[str]:
-    """Bundles under a final name that are not whole."""
+    """Return the bundles under a final name that are not whole."""
     folders = [out / "b", *out.glob("s/point-*")]
     found = []
     for folder in folders:
@@ -181,13 +181,13 @@ def broken(out: Path) -> list[str]:
 
 
 def unmended(code: int, said: str, out: Path, expected: Mapping[str, str]) -> str:
-    """What is wrong after the next run; "" where nothing is."""
+    """Return what is wrong after the next run, or an empty text."""
     if code:
         return f"exit {code}: {said.strip()[-300:]}"
     if hidden := [str(path.relative_to(out)) for path in out.rglob("*") if path.name.startswith(".")]:
         return f"left behind: {', '.join(hidden)}"
-    if told := broken(out):
-        return "; ".join(told)
+    if problems := broken(out):
+        return "; ".join(problems)
     return "" if models(out) == expected else "other bytes"
 
 
@@ -204,7 +204,7 @@ BAD = ("partial", "damaged", "unmended")
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
-    """What the docstring promises."""
+    """Return the goals of the docstring."""
     words = {"partial": "no partial bundle", "damaged": "no damaged input", "unmended": "every next run mends"}
     return [
         Goal(name=f"{row['case']}: {words[bad]}", held=not row[bad], row="; ".join(row[bad]) or f"0 of {row['kills']}")

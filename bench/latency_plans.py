@@ -1,14 +1,14 @@
-"""Do plans by time land where they were asked to, and is a cost table's word good?
+"""Do plans meet their latency budgets, and are cost tables accurate?
 
     landing      `--keep-latency 0.6` at batch 1: the share of the dense time that is measured afterwards, in a run of
                  its own; nets that cannot reach it say so
-    prediction   whole models foretold from a table (site times, scale from its two trial plans), against measured ones
+    prediction   predicted times of whole models (site times of a table, scale of two trial plans) against measured ones
     gemm         at 0.5 of the MACs, batch 8: the speed-up, against the ideal one, 1 / kept MACs
     accuracy     the plan by time against the plan by MACs that is as fast: score of the fitted models, and both times
     table        seconds for a table of ResNet-50, and for its reuse
 
-Where nothing but time counts, factors are blank and a plan's loss is the share of rank lost (`bench.timed`); accuracy
-is of really fitted factors, on data that chose nothing (`bench.cases`).
+Where only time counts, factors are zeros and a plan's loss is the share of rank lost (`bench.timed`). Accuracy is that
+of fitted factors on test data (`bench.cases`).
 
 Goals (`--check` exits 4 when one is missed):
   1. every net that can reach 0.6 lands between 0.52 and 0.62;
@@ -56,12 +56,12 @@ QUICK_NETS = ("cnn_cifar10",)
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """What is put into every part.
+    """The settings of every part.
 
     Attributes:
-        seconds: per measurement.
+        seconds: seconds of one measurement.
         table: seconds for a cost table.
-        threads: inside one operator.
+        threads: threads inside one operator.
     """
 
     seconds: float
@@ -76,12 +76,12 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--seconds", type=float, default=8.0, help="per measurement [default: 8]")
     options.add_argument("--threads", type=int, default=THREADS, help=f"inside one operator [default: {THREADS}]")
     options.add_argument("--table", type=float, default=120.0, help="seconds for a cost table [default: 120]")
-    given = options.parse_args(arguments)
-    common.check_writable(given.json, given.markdown)
-    nets = tuple(given.nets or (QUICK_NETS if given.quick else timed.NETS))
-    parts = ("landing", "prediction") if given.quick else tuple(given.parts)
-    seconds, table = (1.0, 8.0) if given.quick else (given.seconds, given.table)
-    effort = Effort(seconds=seconds, table=table, threads=given.threads)
+    args = options.parse_args(arguments)
+    common.check_writable(args.json, args.markdown)
+    nets = tuple(args.nets or (QUICK_NETS if args.quick else timed.NETS))
+    parts = ("landing", "prediction") if args.quick else tuple(args.parts)
+    seconds, table = (1.0, 8.0) if args.quick else (args.seconds, args.table)
+    effort = Effort(seconds=seconds, table=table, threads=args.threads)
     results: dict[str, Any] = {part: [] for part in parts}
     skipped: dict[str, str] = {}
     settings = {"nets": nets, "parts": parts, **asdict(effort)}
@@ -94,8 +94,8 @@ def main(arguments: Sequence[str]) -> int:
                 except (models.UnavailableError, ModelError) as reason:
                     skipped[f"{part}, {net}"] = str(reason)
             made = common.document("bench.latency_plans", arguments, settings, results=results, skipped=skipped)
-            common.write(given.json, made)
-            common.write(given.markdown, markdown(results, skipped, made))
+            common.write(args.json, made)
+            common.write(args.markdown, markdown(results, skipped, made))
     for part, rows in results.items():
         shown = Table(*_columns(rows), title=part)
         for row in rows:
@@ -103,11 +103,11 @@ def main(arguments: Sequence[str]) -> int:
         common.console().print(shown)
     for name, reason in skipped.items():
         common.console().print(f"skipped: {name}: {reason}", soft_wrap=True)
-    return common.judge(goals(results), given.check)
+    return common.judge(goals(results), args.check)
 
 
 def landing(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
-    """Where `--keep-latency 0.6` lands, judged in a run of its own."""
+    """Measure where `--keep-latency 0.6` lands, in a run of its own."""
     here = timed.setting(net, timed.dense_model(net, folder), 1, effort.threads, effort.table)
     options, _ = faster_only(here.options(), here.table)
     try:
@@ -123,7 +123,7 @@ def landing(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
 
 
 def prediction(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
-    """Plans for several shares of the time, foretold and measured; those that no plan reaches are left out."""
+    """Predict and measure plans for several shares of the time; shares that no plan reaches are left out."""
     here = timed.setting(net, timed.dense_model(net, folder), 1, effort.threads, effort.table)
     options = priced(faster_only(here.options(), here.table)[0], here.table)
     rows = []
@@ -186,7 +186,7 @@ def accuracy(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
 
 
 def table_cost(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
-    """Seconds for the first table, as `profile` makes it unasked, and for the second."""
+    """Measure the seconds of the first table with the defaults of `profile`, and of its reuse."""
     from rsi_deploy.exporting.profile import Costing, fed_with
 
     dense = timed.dense_model(net, folder)
@@ -218,7 +218,7 @@ RUNS: dict[str, Callable[[str, Path, Effort], list[dict[str, Any]]]] = {
 
 
 def goals(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Goal]:
-    """Those of the docstring whose part was run."""
+    """Return the goals of the docstring whose part was run."""
     found = []
     for row in results.get("landing", ()):
         if row["share"] is not None:
@@ -236,9 +236,9 @@ def goals(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Goal]:
     pairs = results.get("accuracy", ())
     for ours, theirs in zip(pairs[::2], pairs[1::2], strict=True):
         equal = abs(ours["share"] / theirs["share"] - 1) <= EQUAL
-        told = f"{ours['score']:.2f} at {ours['share']:.3f} against {theirs['score']:.2f} at {theirs['share']:.3f}"
+        row = f"{ours['score']:.2f} at {ours['share']:.3f} against {theirs['score']:.2f} at {theirs['share']:.3f}"
         held = equal and ours["score"] >= theirs["score"]
-        found.append(Goal(name=f"accuracy at equal time, {ours['net']}", held=held, row=told))
+        found.append(Goal(name=f"accuracy at equal time, {ours['net']}", held=held, row=row))
     for row in results.get("table", ()):
         held = row["seconds"] < 300 and row["reuse"] < 1
         found.append(Goal(name="table", held=held, row=f"{row['seconds']:.0f} s, again {row['reuse']:.2f} s"))
@@ -275,7 +275,7 @@ def _as_fast(
     total: int,
     seconds: float,
 ) -> float:
-    """The share of MACs whose plan takes the time of `by_time`, by bisection on measured whole models."""
+    """Find by bisection on measured models the share of MACs whose plan takes the time of `by_time`."""
     least = total - sum(site.options[0].macs - min(o.macs for o in site.options) for site in options)
     low, high = least / total + 0.01, 0.98
     for _ in range(6):

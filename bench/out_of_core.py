@@ -1,7 +1,7 @@
-"""Does rewriting a model larger than memory stay small in memory, and how much time does it take beyond the work?
+"""How much memory and time does rewriting a model larger than memory take?
 
 A model of `--size` bytes is generated (external data, MatMuls of 11008 x 4096 and back), rewritten by
-`rsi_deploy.rewrite` in a process of its own, and its peak resident memory is read. The floor it is held against is
+`rsi_deploy.rewrite` in a process of its own, and its peak resident memory is read. The floor is
 measured in another process: factorizing the same weights one by one, plus one sequential read of the source's data
 and one sequential write of as many bytes as the result has.
 
@@ -43,19 +43,19 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--size", default="12GB", help="of the generated model [default: 12GB]")
     options.add_argument("--folder", type=Path, default=Path("."), help="where 1.2 times that much space is free")
     options.add_argument("--child", choices=("rewrite", "floor"), help=argparse.SUPPRESS)
-    given = options.parse_args(arguments)
-    if given.child:
-        print(json.dumps(_rewrite(given.folder) if given.child == "rewrite" else _floor(given.folder)))
+    args = options.parse_args(arguments)
+    if args.child:
+        print(json.dumps(_rewrite(args.folder) if args.child == "rewrite" else _floor(args.folder)))
         return 0
-    common.check_writable(given.json, given.markdown)
-    size = _bytes("2GB" if given.quick else given.size)
+    common.check_writable(args.json, args.markdown)
+    size = _bytes("2GB" if args.quick else args.size)
     blocks = max(1, round(size / BLOCK))
-    if given.quick:
+    if args.quick:
         common.progress(f"quick: {blocks * BLOCK / 1e9:.1f} GB")
-    with tempfile.TemporaryDirectory(prefix="out-of-core-", dir=given.folder) as name:
+    with tempfile.TemporaryDirectory(prefix="out-of-core-", dir=args.folder) as name:
         folder = Path(name)
         if shutil.disk_usage(folder).free < 1.3 * blocks * BLOCK:
-            raise UsageError(f"{given.folder} has too little space for {1.3 * blocks * BLOCK / 1e9:.0f} GB; --folder")
+            raise UsageError(f"{args.folder} has too little space for {1.3 * blocks * BLOCK / 1e9:.0f} GB; --folder")
         common.progress(f"generating {blocks * BLOCK / 1e9:.1f} GB")
         generate(folder / "source.onnx", blocks)
         common.progress("rewriting")
@@ -73,9 +73,9 @@ def main(arguments: Sequence[str]) -> int:
     }
     common.console().print(table(row))
     settings = {"rank": RANK, "power_iterations": POWER_ITERATIONS, "blocks": blocks}
-    common.write(given.json, common.document("bench.out_of_core", arguments, settings, row=row))
-    common.write(given.markdown, common.markdown_table(COLUMNS, [_cells(row)]))
-    return common.judge(goals(row), given.check)
+    common.write(args.json, common.document("bench.out_of_core", arguments, settings, row=row))
+    common.write(args.markdown, common.markdown_table(COLUMNS, [_cells(row)]))
+    return common.judge(goals(row), args.check)
 
 
 def generate(path: Path, blocks: int) -> None:
@@ -159,7 +159,7 @@ def _child(arm: str, folder: Path) -> dict[str, float]:
 
 
 def goals(row: dict[str, Any]) -> list[Goal]:
-    """The goals of the docstring."""
+    """Return the goals of the docstring."""
     return [
         Goal(name="memory", held=row["peak"] < PEAK_LIMIT, row=f"{row['peak'] / 1e9:.2f} GB of 3 GB"),
         Goal(name="time", held=row["time_ratio"] <= TIME_LIMIT, row=f"{row['time_ratio']:.2f} of {TIME_LIMIT}"),
@@ -182,7 +182,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def table(row: dict[str, Any]) -> Table:
-    """The row for the terminal."""
+    """Return the row for the terminal."""
     result = Table(*COLUMNS)
     result.add_row(*_cells(row))
     return result

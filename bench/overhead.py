@@ -1,13 +1,13 @@
-"""How much does the measuring add to a call, over a bare loop of `run_with_iobinding`?
+"""How much time does measuring add to a call, compared with a bare loop of `run_with_iobinding`?
 
 A model of one ReLU on four numbers, one thread, CPU provider. Three arms take turns in shuffled rounds in one process:
 
     bare        a Python loop of `session.run_with_iobinding(binding)`, its total time over its calls
-    recorded    what the tool writes down for a call: `measure.timing.time_calls` of a `measure.binding.bound_call`
+    recorded    the recorded time of a call: `benchmark.timing.time_calls` of a `runtime.binding.bound_call`
     whole       the time that loop takes, clock readings included, over its calls
 
 Each round compares with its own bare loop; shown is the median over the rounds of the difference, with a 95 % bootstrap
-interval. `recorded` is what a reported latency is too long by, `whole` what the measuring costs besides.
+interval. Reported latencies are too long by `recorded`; `whole` is the whole cost of measuring.
 
 Goal (`--check` exits 4 when it is missed): the harness adds less than 3 microseconds to a call, recorded and whole.
 """
@@ -41,18 +41,18 @@ Floats = npt.NDArray[np.float64]
 def main(arguments: Sequence[str]) -> int:
     options = common.parser(__doc__ or "", "bench.overhead")
     options.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"[default: {ROUNDS}]")
-    given = options.parse_args(arguments)
-    common.check_writable(given.json, given.markdown)
-    rounds = min(given.rounds, QUICK_ROUNDS) if given.quick else given.rounds
-    if given.quick:
+    args = options.parse_args(arguments)
+    common.check_writable(args.json, args.markdown)
+    rounds = min(args.rounds, QUICK_ROUNDS) if args.quick else args.rounds
+    if args.quick:
         common.progress(f"quick: {rounds} rounds")
     times = measure(rounds)
     rows = [row(arm, times) for arm in ARMS]
     common.console().print(table(rows))
     settings = {"rounds": rounds, "calls": CALLS, "provider": "cpu:threads=1"}
-    common.write(given.json, common.document("bench.overhead", arguments, settings, rows=rows))
-    common.write(given.markdown, common.markdown_table(COLUMNS, [_cells(r) for r in rows]))
-    return common.judge(goals(rows), given.check)
+    common.write(args.json, common.document("bench.overhead", arguments, settings, rows=rows))
+    common.write(args.markdown, common.markdown_table(COLUMNS, [_cells(r) for r in rows]))
+    return common.judge(goals(rows), args.check)
 
 
 def measure(rounds: int) -> dict[str, Floats]:
@@ -94,7 +94,7 @@ def measure(rounds: int) -> dict[str, Floats]:
 
 
 def row(arm: str, times: dict[str, Floats]) -> dict[str, Any]:
-    """One arm: its median, and what it takes more than the bare loop of the same round."""
+    """Return the median of one arm, and its excess over the bare loop of the same round."""
     added = times[arm] - times["bare"]
     rng = np.random.default_rng(0)
     resampled = np.median(added[rng.integers(0, len(added), (2000, len(added)))], axis=1)
@@ -109,7 +109,7 @@ def row(arm: str, times: dict[str, Floats]) -> dict[str, Any]:
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
-    """The goal of the docstring; it must hold at the upper end of the interval."""
+    """Return the goal of the docstring; it must hold at the upper end of the interval."""
     return [
         Goal(
             name=f"{r['arm']} adds less than {LIMIT_US:g} us to a call",
@@ -131,7 +131,7 @@ def _cells(r: dict[str, Any]) -> list[str]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows for the terminal."""
+    """Return the rows for the terminal."""
     result = Table(*COLUMNS)
     for r in rows:
         result.add_row(*_cells(r))

@@ -1,4 +1,4 @@
-"""Does RSI do on real weights what the paper (arXiv 2604.02659) says: near exact SVD at q = 4, far better than RSVD?
+"""Does the claim of the paper (arXiv 2604.02659) hold on real weights: q = 4 near exact SVD and far better than RSVD?
 
 Every site of a net gets the same ratio, 10 % to 60 % of full rank (`ceil(ratio * min(out, in))`), without any
 fine-tuning, by RSVD (which is q = 1), by RSI with q = 2, 3, 4, and by exact SVD. Per net, ratio and method:
@@ -30,7 +30,7 @@ The full run takes 5 seeds and all samples, but 1,000 images for ResNet-20 and t
 VGG19 and ViT-B/32 join it with `--imagenet DIR`: 1,000 class folders, or a subset with `--classes FILE`, a JSON object
 from folder name to ImageNet class number (Imagenette: {"n01440764": 0, "n02102040": 217, "n02979186": 482,
 "n03000684": 491, "n03028079": 497, "n03394916": 566, "n03417042": 569, "n03425413": 571, "n03445777": 574,
-"n03888257": 701}). Residuals of their large sites are estimated from below by 64 power iterations, and said to be.
+"n03888257": 701}). Residuals of their large sites are estimated from below by 64 power iterations, and marked so.
 """
 
 import copy
@@ -151,7 +151,7 @@ class Errors:
 
     @property
     def kind(self) -> str:
-        """How the norms of the residuals are had: "exact", or "from below" where one site is too large for that."""
+        """How the norms of the residuals are computed: "exact", or "from below" where a site is too large."""
         largest = max(min(weight.shape) for weight in self.weights.values())
         return "exact" if largest <= EXACT_RESIDUAL_LIMIT else "from below"
 
@@ -366,7 +366,7 @@ def markdown(document: dict[str, Any], blocks: Sequence[tuple[str, Sequence[Row]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark; returns the exit code."""
+    """Run the benchmark and return the exit code."""
     options = common.parser(__doc__ or "", "bench.paper")
     options.add_argument("--nets", nargs="+", choices=models.NETS, help="only these (default: all)")
     options.add_argument(

@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PICTURE = ROOT / "docs" / "images" / "front.svg"
 
-PRODUCT = {"ResNet-56": "accuracy-resnet56-2026-11-25.json", "ResNet-20": "accuracy-resnet20-2026-11-25.json"}
-WITHOUT_DATA = "accuracy-resnet20-2026-11-22.json"
-SWEEP = "sweep_resnet56_again-2026-11-26.md"
+PRODUCT = {"ResNet-56": "accuracy/resnet56-2026-11-25.json", "ResNet-20": "accuracy/resnet20-2026-11-25.json"}
+WITHOUT_DATA = "accuracy/resnet20-2026-11-22.json"
+SWEEP = "sweep/resnet56-2026-11-26b.md"
 SVD = "ResNet-20, exact SVD"
 
 WIDTH, HEIGHT, GAP = 860, 286, 20
@@ -62,7 +62,7 @@ def sweep_points() -> list[Point]:
         if len(cells) < 2 or (found := ONE_RUN.fullmatch(cells[-2])) is None:
             continue
         time, low, high = 100 / float(found["speed"]), 100 / float(found["high"]), 100 / float(found["low"])
-        note = f"{cells[1]} of the MACs asked for: {time:.0f} % of the time, {cells[-1]} % equal answers"
+        note = f"{cells[1]} of the MACs as the budget: {time:.0f} % of the time, {cells[-1]} % equal answers"
         points.append(Point(x=time, y=float(cells[-1]), x_low=low, x_high=high, series="compressed", note=note))
     return points
 

@@ -1,6 +1,6 @@
 """Dense against compressed on one provider at one batch, in a process of its own and of that provider's environment.
 
-Prints the `BenchResult` as JSON. It loads nothing but what measures, so that an environment without torch can run it.
+Prints the `BenchResult` as JSON. It imports only what measuring needs, so that an environment without torch can run it.
 """
 
 import argparse
@@ -25,34 +25,34 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--patience", type=float, default=0.0, help="seconds to take where --seconds are too few")
     options.add_argument("--threads", type=int)
     options.add_argument("--tokens", type=int, help="length of inputs whose second axis is open")
-    given = options.parse_args(arguments)
+    args = options.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rsi_deploy.benchmark.latency import bench
     from rsi_deploy.runtime.feeds.inputs import model_inputs
 
     shapes = {
-        spec.name: (given.batch, given.tokens)
-        for spec in model_inputs(given.dense)
-        if given.tokens and len(spec.shape) == 2 and not isinstance(spec.shape[1], int)
+        spec.name: (args.batch, args.tokens)
+        for spec in model_inputs(args.dense)
+        if args.tokens and len(spec.shape) == 2 and not isinstance(spec.shape[1], int)
     }
     from rsi_deploy.benchmark.statistics import MIN_BLOCKS
 
     def measured(seconds: float) -> "BenchResult":
         return bench(
-            [given.dense, given.compressed],
-            batch=given.batch,
-            provider=given.provider,
-            threads=given.threads,
+            [args.dense, args.compressed],
+            batch=args.batch,
+            provider=args.provider,
+            threads=args.threads,
             seconds=seconds,
             input_shape=shapes or None,
             labels=["dense", "compressed"],
         )
 
-    result = measured(given.seconds)
+    result = measured(args.seconds)
     blocks = result.arms[0].blocks
-    if blocks < MIN_BLOCKS and given.patience > given.seconds:
-        common.progress(f"{blocks} blocks in {given.seconds:g} s are too few: measuring again, for longer")
-        result = measured(min(given.patience, 1.5 * given.seconds * MIN_BLOCKS / blocks))
+    if blocks < MIN_BLOCKS and args.patience > args.seconds:
+        common.progress(f"{blocks} blocks in {args.seconds:g} s are too few: measuring again, for longer")
+        result = measured(min(args.patience, 1.5 * args.seconds * MIN_BLOCKS / blocks))
     print(json.dumps(result.model_dump(mode="json")))
     return 0
 

@@ -1,11 +1,11 @@
-"""What does it cost to keep finished sites for a next run, and what does it save?
+"""What does storing finished sites cost, and how much does it save the next run?
 
 An ONNX model of six square products (96 MiB of weights at the full size) is rewritten at 25 %, the arms in turns, each
 round in shuffled order:
 
-    plain      nothing is kept
-    keeping    each finished site is kept, as exports keep those of models of 64 MiB and more
-    going on   all sites but one are there from a run that was killed
+    plain      nothing is stored
+    keeping    each finished site is stored, as exports do for models of 64 MiB and more
+    going on   a killed run has stored all sites but one
 
 Goals (`--check` exits 4 when one is missed): keeping adds no more than 5 % to the time; going on takes less than half.
 """
@@ -35,11 +35,11 @@ COLUMNS = ("arm", "median", "least", "most", "to plain")
 def main(arguments: Sequence[str]) -> int:
     options = common.parser(__doc__ or "", "bench.resume_cost")
     options.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"[default: {ROUNDS}]")
-    given = options.parse_args(arguments)
-    common.check_writable(given.json, given.markdown)
-    width = QUICK_WIDTH if given.quick else WIDTH
-    rounds = min(given.rounds, QUICK_ROUNDS) if given.quick else given.rounds
-    if given.quick:
+    args = options.parse_args(arguments)
+    common.check_writable(args.json, args.markdown)
+    width = QUICK_WIDTH if args.quick else WIDTH
+    rounds = min(args.rounds, QUICK_ROUNDS) if args.quick else args.rounds
+    if args.quick:
         common.progress(f"quick: {rounds} rounds at width {width}")
     times = measured(width, rounds)
     plain = float(np.median(times["plain"]))
@@ -47,9 +47,9 @@ def main(arguments: Sequence[str]) -> int:
     text = common.markdown_table(COLUMNS, [_cells(row) for row in rows])
     common.console().print(text, soft_wrap=True)
     settings = {"width": width, "layers": LAYERS, "rounds": rounds}
-    common.write(given.json, common.document("bench.resume_cost", arguments, settings, rows=rows, times=times))
-    common.write(given.markdown, text)
-    return common.judge(goals(rows), given.check)
+    common.write(args.json, common.document("bench.resume_cost", arguments, settings, rows=rows, times=times))
+    common.write(args.markdown, text)
+    return common.judge(goals(rows), args.check)
 
 
 def measured(width: int, rounds: int) -> dict[str, list[float]]:
@@ -73,7 +73,7 @@ def measured(width: int, rounds: int) -> dict[str, list[float]]:
 
 
 def _killed(source: Path, folder: Path) -> Path:
-    """What a run leaves that dies at its last site."""
+    """Return the folder of a run that is killed at its last site."""
     target, real = folder / "out.onnx", factor_source.factorize_site
 
     def dying(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +101,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
-    """What the docstring promises."""
+    """Return the goals of the docstring."""
     ratios = {row["arm"]: row["ratio"] for row in rows}
     return [
         Goal(name="keeping", held=ratios["keeping"] <= 1.05, row=f"{ratios['keeping']:.3f} of the plain time"),

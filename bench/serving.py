@@ -1,16 +1,16 @@
-"""What does `rsi-deploy serve` make of onnxruntime's own speed, and what does it do past its limits?
+"""How much of onnxruntime's speed does `rsi-deploy serve` reach, and what does it do under overload?
 
     throughput    64 clients in a closed loop, binary tensors over HTTP, against onnxruntime alone at the batch that the
                   server formed: as many processes of as many threads as the server has workers, or one process with all
                   the threads, whichever is faster. Server and onnxruntime, dense and compressed, take turns.
-    in time       70 % of what 16 clients get, as a Poisson process, under `--latency-bound`
-    past the end  twice that, then half of it
+    in time       requests at 70 % of the rate of 16 clients, as a Poisson process, under `--latency-bound`
+    past the end  twice that rate, then half of it
     light         a model of almost no work: CPU time of the server's processes for each request
 
-Clients run on the same cores. CPU time stands beside throughput, since on a machine that others use the scheduler gives
-more to whoever has more threads: the server's share of onnxruntime's throughput can pass 100 % there. The sentence
-encoder is all-MiniLM-L6-v2 with its trained weights on real sentences at 128 tokens, VGG19 torchvision's with random
-ones; both at `--rank 25%`. Every answer is held against onnxruntime's.
+Clients run on the same cores. CPU time is reported beside throughput: on a busy machine the scheduler favours the
+process with more threads, so that the server's share of onnxruntime's throughput can pass 100 %. The sentence encoder
+is all-MiniLM-L6-v2 with its trained weights on real sentences at 128 tokens, VGG19 torchvision's with random ones; both
+at `--rank 25%`. Every answer is compared with onnxruntime's.
 
 Goals (`--check` exits 4 when one is missed): no wrong and no lost answer; batches of two and more; throughput at least
 75 % of onnxruntime's; compressed over dense at least 85 % of the factor that `bench` gives at that batch; p99 within
@@ -59,9 +59,9 @@ class Pair:
     """A dense and a compressed model with inputs.
 
     Attributes:
-        name: as typed.
+        name: name of the model on the command line.
         files: "dense" and "compressed" -> ONNX file.
-        data: likewise -> .npz of inputs and wanted outputs.
+        data: "dense" and "compressed" -> .npz of inputs and expected outputs.
         output: name of the output.
     """
 
@@ -72,7 +72,7 @@ class Pair:
 
 
 class Server:
-    """A server in a process of its own; ends with the block."""
+    """A server in a process of its own that ends with the block."""
 
     def __init__(self, *arguments: str):
         code = "from rsi_deploy.cli import main; main()"
@@ -91,7 +91,7 @@ class Server:
         self._process.wait(60)
 
     def cpu(self) -> float:
-        """Seconds of all its processes."""
+        """Return the CPU seconds of all its processes."""
         tree = psutil.Process(self._process.pid)
         return sum(sum(process.cpu_times()[:2]) for process in [tree, *tree.children(recursive=True)])
 
@@ -109,7 +109,7 @@ class Server:
     def load(
         self, pair: Pair, arm: str, seconds: float, *, rate: float = 0.0, name: str = "", clients: int = CLIENTS
     ) -> dict[str, Any]:
-        """Clients for some seconds: what they heard, the rows of a batch, and CPU seconds a request."""
+        """Run clients and return their report, the rows of a batch, and the CPU seconds of a request."""
         rows, batches = self.formed(name or arm)
         cpu = self.cpu()
         command = [sys.executable, "-m", "bench.serving_load", self.address, name or arm, str(pair.data[arm])]
@@ -126,36 +126,36 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--models", nargs="+", choices=MODELS, default=["minilm"], help="[default: minilm]")
     options.add_argument("--rounds", type=int, default=6, help="of every arm [default: 6]")
     options.add_argument("--seconds", type=float, default=10.0, help="of each arm in a round [default: 10]")
-    given = options.parse_args(arguments)
-    common.check_writable(given.json, given.markdown)
-    rounds, seconds = (1, 3.0) if given.quick else (given.rounds, given.seconds)
-    if given.quick:
+    args = options.parse_args(arguments)
+    common.check_writable(args.json, args.markdown)
+    rounds, seconds = (1, 3.0) if args.quick else (args.rounds, args.seconds)
+    if args.quick:
         common.progress(f"quick: 1 round of {seconds:g} s an arm")
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
         found["light"] = light(Path(folder), seconds)
-        for name in given.models:
+        for name in args.models:
             pair = prepared(name, Path(folder))
             found[name] = {"throughput": throughput(pair, rounds, seconds), "limits": limits(pair, seconds)}
-            store(given, arguments, found, rounds, seconds)
-    store(given, arguments, found, rounds, seconds)
+            store(args, arguments, found, rounds, seconds)
+    store(args, arguments, found, rounds, seconds)
     common.console().print(table(found))
-    return common.judge([goal for name, one in found.items() for goal in goals(name, one)], given.check)
+    return common.judge([goal for name, one in found.items() for goal in goals(name, one)], args.check)
 
 
-def store(given: Any, arguments: Sequence[str], found: Mapping[str, Any], rounds: int, seconds: float) -> None:
-    """Write what there is so far: a long run that is stopped leaves it."""
+def store(args: Any, arguments: Sequence[str], found: Mapping[str, Any], rounds: int, seconds: float) -> None:
+    """Write the results so far, so that an interrupted run keeps them."""
     settings = {"rank": RANK, "tokens": TOKENS, "clients": CLIENTS, "bound": BOUND}
     settings |= {"rounds": rounds, "seconds": seconds, "load_average": os.getloadavg()}
-    common.write(given.json, common.document("bench.serving", arguments, settings, results=dict(found)))
-    common.write(given.markdown, common.markdown_table(COLUMNS, cells(found)))
+    common.write(args.json, common.document("bench.serving", arguments, settings, results=dict(found)))
+    common.write(args.markdown, common.markdown_table(COLUMNS, cells(found)))
 
 
-# --- what is measured ------------------------------------------------------------------------------------------------
+# --- measurements ----------------------------------------------------------------------------------------------------
 
 
 def prepared(name: str, folder: Path) -> Pair:
-    """Export a model and find what onnxruntime says to its inputs."""
+    """Export a model and compute the expected outputs."""
     common.progress(f"{name}: exporting")
     bundle, rng = folder / name, np.random.default_rng(0)
     source = models.minilm(TOKENS) if name == "minilm" else f"torchvision:{name}"
@@ -169,14 +169,14 @@ def prepared(name: str, folder: Path) -> Pair:
 
 
 def paired(name: str, files: Mapping[str, Path], inputs: Feeds, folder: Path) -> Pair:
-    """The models with their inputs and wanted outputs on disk."""
+    """Write the models with their inputs and expected outputs."""
     data, output = {}, ""
     for arm, file in files.items():
         session = make_session(file)
         output = session.get_outputs()[0].name
         rows = [session.run([output], {n: a[r : r + 1] for n, a in inputs.items()})[0] for r in range(ROWS)]
         data[arm] = folder / f"{name}-{arm}.npz"
-        np.savez(data[arm], wanted=np.concatenate(rows), **inputs)
+        np.savez(data[arm], expected=np.concatenate(rows), **inputs)
     return Pair(name=name, files=files, data=data, output=output)
 
 
@@ -201,7 +201,7 @@ def throughput(pair: Pair, rounds: int, seconds: float) -> dict[str, Any]:
 
 
 def alone(pair: Pair, arm: str, batch: int, seconds: float) -> dict[str, Any]:
-    """Onnxruntime without a server: two layouts, half of the time each; the faster one counts."""
+    """Measure onnxruntime without a server in two layouts, half of the time each, and return the faster one."""
     cores = len(os.sched_getaffinity(0))
     layouts = {"processes": (min(2, cores), max(1, cores // 2)), "threads": (1, cores)}
     found = {name: looped(pair, arm, batch, seconds / 2, *layout) for name, layout in layouts.items()}
@@ -209,7 +209,7 @@ def alone(pair: Pair, arm: str, batch: int, seconds: float) -> dict[str, Any]:
 
 
 def looped(pair: Pair, arm: str, batch: int, seconds: float, processes: int, threads: int) -> dict[str, float]:
-    """Rows a second of so many processes that run the model in a loop, and their CPU time a row."""
+    """Return the rows a second of processes that run the model in a loop, and their CPU time for a row."""
     command = [sys.executable, "-m", "bench.serving_offline", str(pair.files[arm]), str(pair.data[arm])]
     command += ["--batch", str(batch), "--threads", str(threads), "--seconds", str(seconds)]
     running = [
@@ -233,14 +233,14 @@ def offline_factor(pair: Pair, batches: Mapping[str, int], seconds: float) -> fl
     """Dense over compressed median time by `rsi_deploy.bench`, one thread, at the batch that the server formed."""
     batch = batches["compressed"]
     data = dict(np.load(pair.data["dense"]))
-    feeds = {name: data[name][np.arange(batch) % ROWS] for name in data if name != "wanted"}
+    feeds = {name: data[name][np.arange(batch) % ROWS] for name in data if name != "expected"}
     files = [pair.files["dense"], pair.files["compressed"]]
     result = bench(files, feeds=feeds, threads=1, seconds=4 * seconds)
     return result.arms[0].median_ms / result.arms[1].median_ms
 
 
 def limits(pair: Pair, seconds: float) -> dict[str, Any]:
-    """The compressed model at 70 % of what it can, at twice that, and at half of it right after."""
+    """Load the compressed model at 70 % of its throughput, at twice that rate, and then at half of it."""
     common.progress(f"{pair.name}: limits")
     with Server(f"m={pair.files['compressed']}", "--latency-bound", f"{BOUND[pair.name]:g}s") as server:
 
@@ -265,7 +265,7 @@ def light(folder: Path, seconds: float) -> dict[str, Any]:
         return server.load(pair, "light", seconds)
 
 
-# --- what is told ----------------------------------------------------------------------------------------------------
+# --- the results -----------------------------------------------------------------------------------------------------
 
 COLUMNS = (
     *("model", "arm", "batch", "served a second", "onnxruntime a second", "share", "p50 ms", "p99 ms"),
@@ -305,7 +305,7 @@ def median(rows: Sequence[Mapping[str, Any]], key: str) -> float:
 
 
 def table(found: Mapping[str, Any]) -> Table:
-    """All of it, to look at."""
+    """Return the table of all results."""
     shown = Table(*COLUMNS)
     for row in cells(found):
         shown.add_row(*row)
@@ -313,7 +313,7 @@ def table(found: Mapping[str, Any]) -> Table:
 
 
 def goals(name: str, one: Mapping[str, Any]) -> list[Goal]:
-    """The promises of the docstring, judged."""
+    """Return the goals of the docstring."""
     if name == "light":
         own, limit = one["cpu_ms"], GOALS["light_ms"]
         return [Goal(name="light", held=own < limit, row=f"{own:.2f} ms of CPU a request, goal under {limit:g}")]
@@ -321,7 +321,7 @@ def goals(name: str, one: Mapping[str, Any]) -> list[Goal]:
 
 
 def throughput_goals(name: str, one: Mapping[str, Any]) -> list[Goal]:
-    """Of the closed loop."""
+    """Return the goals of the closed loop."""
     rows, found = one["rows"], []
     served = [row for arm in ("dense", "compressed") for row in rows[f"served {arm}"]]
     bad = sum(row["wrong"] + row["lost"] for row in served)
@@ -344,7 +344,7 @@ def throughput_goals(name: str, one: Mapping[str, Any]) -> list[Goal]:
 
 
 def limit_goals(name: str, one: Mapping[str, Any]) -> list[Goal]:
-    """Of the open loop."""
+    """Return the goals of the open loop."""
     calm, flood, after, bound = one["calm"], one["flood"], one["after"], BOUND[name]
     refused = sum(count for status, count in flood["statuses"].items() if status != "200")
     bad = sum(run["wrong"] + run["lost"] for run in (calm, flood, after))

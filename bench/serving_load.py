@@ -1,7 +1,7 @@
 """The clients of `bench.serving`, in a process of their own: binary tensors over HTTP, every answer checked.
 
-    closed loop    `--clients N`: each sends its next request when it has the answer; refused, after Retry-After
-    open loop      `--rate R`: requests come as a Poisson process, whether or not answers do; latency counts from when a
+    closed loop    `--clients N`: each sends its next request after the answer, or after Retry-After of a refusal
+    open loop      `--rate R`: requests come as a Poisson process and wait for no answer; latency counts from when a
                    request was due
 
 Prints one JSON object: what came back (by status), wrong and lost answers, seconds, and latencies of answers in ms.
@@ -26,7 +26,7 @@ TOLERANCE = 1e-3
 
 @dataclass(kw_only=True)
 class Heard:
-    """What the clients have heard."""
+    """The answers and failures that the clients have counted."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     wrong: int = 0
@@ -36,17 +36,17 @@ class Heard:
 
 
 class Client:
-    """One connection that is kept, and opened again where it was lost."""
+    """A client with one persistent connection, which is opened again when it is lost."""
 
-    def __init__(self, host: str, port: int, requests: Sequence[bytes], wanted: Any, heard: Heard):
-        self._address, self._requests, self._wanted, self._heard = (host, port), requests, wanted, heard
+    def __init__(self, host: str, port: int, requests: Sequence[bytes], expected: Any, heard: Heard):
+        self._address, self._requests, self._wanted, self._heard = (host, port), requests, expected, heard
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, row: int, due: float) -> float:
         """One request; what comes of it is noted, whatever it is.
 
         Returns:
-            seconds after which the server wants to be asked again; 0 where it does not say.
+            seconds that the server asks to wait; 0 where it names none.
         """
         try:
             if self._streams is None:
@@ -80,7 +80,7 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes, int, float]:
 
 
 def encoded(path: str, feeds: dict[str, Any], output: str, host: str) -> bytes:
-    """One HTTP request with binary tensors."""
+    """Return one HTTP request with binary tensors."""
     inputs = [
         {
             "name": name,
@@ -90,8 +90,8 @@ def encoded(path: str, feeds: dict[str, Any], output: str, host: str) -> bytes:
         }
         for name, array in feeds.items()
     ]
-    wanted = [{"name": output, "parameters": {"binary_data": True}}]
-    head = json.dumps({"inputs": inputs, "outputs": wanted}).encode()
+    outputs = [{"name": output, "parameters": {"binary_data": True}}]
+    head = json.dumps({"inputs": inputs, "outputs": outputs}).encode()
     body = head + b"".join(array.tobytes() for array in feeds.values())
     lines = [f"POST {path} HTTP/1.1", f"Host: {host}", f"Content-Length: {len(body)}"]
     lines.append(f"Inference-Header-Content-Length: {len(head)}")
@@ -132,32 +132,32 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("address", metavar="HOST:PORT")
     options.add_argument("model")
-    options.add_argument("data", type=Path, help=".npz: one array for each input, and `wanted`, its rows' outputs")
+    options.add_argument("data", type=Path, help=".npz: one array for each input, and `expected`, its rows' outputs")
     options.add_argument("--output", required=True, metavar="NAME")
     options.add_argument("--clients", type=int, default=64)
     options.add_argument("--rate", type=float, default=0.0, help="requests a second; 0: closed loop")
     options.add_argument("--seconds", type=float, default=10.0)
     options.add_argument("--seed", type=int, default=0)
-    given = options.parse_args()
-    host, _, port = given.address.rpartition(":")
-    data = dict(np.load(given.data))
-    wanted = data.pop("wanted")
-    path, heard = f"/v2/models/{given.model}/infer", Heard()
+    args = options.parse_args()
+    host, _, port = args.address.rpartition(":")
+    data = dict(np.load(args.data))
+    expected = data.pop("expected")
+    path, heard = f"/v2/models/{args.model}/infer", Heard()
     requests = [
-        encoded(path, {name: array[row : row + 1] for name, array in data.items()}, given.output, host)
-        for row in range(len(wanted))
+        encoded(path, {name: array[row : row + 1] for name, array in data.items()}, args.output, host)
+        for row in range(len(expected))
     ]
-    count = 1000 if given.rate else given.clients
-    clients = [Client(host, int(port), requests, wanted.reshape(len(wanted), -1), heard) for _ in range(count)]
+    count = 1000 if args.rate else args.clients
+    clients = [Client(host, int(port), requests, expected.reshape(len(expected), -1), heard) for _ in range(count)]
     start = time.perf_counter()
-    if given.rate:
-        asyncio.run(opened(clients, len(wanted), given.seconds, given.rate, given.seed))
+    if args.rate:
+        asyncio.run(opened(clients, len(expected), args.seconds, args.rate, args.seed))
     else:
-        asyncio.run(closed(clients, len(wanted), given.seconds))
-    print(json.dumps(told(heard, start, time.perf_counter())))
+        asyncio.run(closed(clients, len(expected), args.seconds))
+    print(json.dumps(report(heard, start, time.perf_counter())))
 
 
-def told(heard: Heard, start: float, end: float) -> dict[str, Any]:
+def report(heard: Heard, start: float, end: float) -> dict[str, Any]:
     """The clients' report."""
     latencies = 1e3 * np.asarray(heard.latencies or [np.nan])
     refused = [when - start for when, fine in heard.events if not fine]

@@ -1,4 +1,5 @@
-"""onnxruntime alone, for `bench.serving`: one process that runs a model at one batch in a loop, and says how many rows.
+"""onnxruntime alone, for `bench.serving`: one process that runs a model at one batch in a loop and prints the number of
+rows.
 
     python -m bench.serving_offline MODEL.onnx DATA.npz --batch 16 --threads 1 --seconds 10
 
@@ -23,19 +24,19 @@ def main() -> None:
     options.add_argument("--batch", type=int, required=True)
     options.add_argument("--threads", type=int, required=True)
     options.add_argument("--seconds", type=float, default=10.0)
-    given = options.parse_args()
-    session = make_session(given.model, threads=given.threads, spin_between_runs=False)
-    data = dict(np.load(given.data))
-    data.pop("wanted")
-    rows = np.arange(given.batch) % len(next(iter(data.values())))
+    args = options.parse_args()
+    session = make_session(args.model, threads=args.threads, spin_between_runs=False)
+    data = dict(np.load(args.data))
+    data.pop("expected")
+    rows = np.arange(args.batch) % len(next(iter(data.values())))
     feeds = {name: array[rows] for name, array in data.items()}
     session.run(None, feeds)
     print("ready", flush=True)
     sys.stdin.readline()
     start, cpu, done = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() - start < given.seconds:
+    while time.perf_counter() - start < args.seconds:
         session.run(None, feeds)
-        done += given.batch
+        done += args.batch
     seconds = time.perf_counter() - start
     print(json.dumps({"rows": done, "seconds": seconds, "cpu": time.process_time() - cpu}))
 

@@ -1,4 +1,4 @@
-"""Small ONNX models for the benchmarks of the measuring itself: their weights are random, their times are not."""
+"""Small ONNX models with random weights, for the benchmarks of the measuring itself."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 
 def trivial(path: Path) -> Path:
-    """`y = relu(x)` on `(N, 4)`: as near to no work as a model comes."""
+    """`y = relu(x)` on `(N, 4)`: almost no work."""
     return _write(path, [helper.make_node("Relu", ["x"], ["y"])], 4, [])
 
 
@@ -50,7 +50,7 @@ def thin_detector(path: Path) -> Path:
 
 
 class _Detector:
-    """The nodes and weights of a detector; weights are random with singular values that fall, as trained ones' do."""
+    """The nodes and weights of a detector; weights are random with falling singular values, like trained ones."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -59,13 +59,13 @@ class _Detector:
         self._rng = np.random.default_rng(0)
 
     def conv(self, value: str, into: int, out: int, kernel: int, *, stride: int = 1, group: int = 1) -> str:
-        """A Conv and a ReLU; the name of what they make."""
+        """Add a Conv and a ReLU and return the name of their output."""
         name = self._conv(value, into, out, kernel, stride, group, gain=2.0)
         self.nodes.append(helper.make_node("Relu", [name], [f"{name}.relu"]))
         return f"{name}.relu"
 
     def heads(self, name: str, numbers: int, taps: list[tuple[str, int]]) -> None:
-        """An output of three anchors with so many numbers at every position of the taps."""
+        """Add an output of three anchors with `numbers` values at every position of the taps."""
         self.weights.append(numpy_helper.from_array(np.array([1, -1, numbers], np.int64), f"{name}.shape"))
         parts = []
         for value, width in taps:

@@ -6,10 +6,10 @@ and 8. The factor is dense over compressed median time with its bootstrap interv
 
     cpu         onnxruntime's own kernels
     openvino    `onnxruntime-openvino` in the environment that `make openvino` makes: it runs on any x86 CPU
-    cuda        where this environment's onnxruntime has it and a GPU is at hand
+    cuda        where this environment's onnxruntime has it and there is a GPU
 
-Every row is measured in a process of its own. A provider that is not here is skipped, and the table says why. What a
-provider does not load as exported (OpenVINO 2025.4 knows no Attention) is exported again at opset 20; the row says so.
+Every row is measured in a process of its own. An absent provider is skipped, and the table says why. A model that
+a provider does not load (OpenVINO 2025.4 knows no Attention) is exported again at opset 20, which the row says.
 
 Goal (`--check` exits 4 when it is missed): VGG19 at 25 %, batch 8, CPU provider, is at least 2.5 times faster.
 """
@@ -29,7 +29,7 @@ from bench.common import Goal
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.exporting.api import export
-from rsi_deploy.runtime.providers import resolve
+from rsi_deploy.runtime.providers import resolve_provider
 
 MODELS = ("vgg19", "vit_b_32", "resnet50", "mobilenet_v2", "minilm", "resnet18", "convnext_tiny")
 QUICK_MODELS = ("mobilenet_v2", "minilm")
@@ -49,13 +49,13 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--models", nargs="+", metavar="NAME", help="torchvision models, or minilm")
     options.add_argument("--providers", nargs="+", default=PROVIDERS, metavar="NAME[:key=value]", help="[default: all]")
     options.add_argument("--seconds", type=float, default=30.0, help="per row [default: 30]")
-    given = options.parse_args(arguments)
-    common.check_writable(given.json, given.markdown)
-    names = tuple(given.models or (QUICK_MODELS if given.quick else MODELS))
-    seconds = min(given.seconds, 2.0) if given.quick else given.seconds
-    if given.quick:
+    args = options.parse_args(arguments)
+    common.check_writable(args.json, args.markdown)
+    names = tuple(args.models or (QUICK_MODELS if args.quick else MODELS))
+    seconds = min(args.seconds, 2.0) if args.quick else args.seconds
+    if args.quick:
         common.progress(f"quick: {', '.join(names)}, {seconds:g} s a row")
-    pythons, skipped = environments(given.providers)
+    pythons, skipped = environments(args.providers)
     rows: list[dict[str, Any]] = []
     for name in names:
         try:
@@ -64,19 +64,19 @@ def main(arguments: Sequence[str]) -> int:
             skipped[name] = str(reason)
         settings = {"rank": RANK, "models": names, "batches": BATCHES, "seconds": seconds, "tokens": TOKENS}
         document = common.document("bench.speedup", arguments, settings, rows=rows, skipped=skipped)
-        common.write(given.json, document)  # after every model: a long run that is stopped leaves what it has
-        common.write(given.markdown, markdown(rows, skipped, document))
+        common.write(args.json, document)  # after every model: a long run that is stopped leaves what it has
+        common.write(args.markdown, markdown(rows, skipped, document))
     common.console().print(table(rows))
     for name, reason in skipped.items():
         common.console().print(f"skipped: {name}: {reason}", soft_wrap=True)
-    return common.judge(goals(rows), given.check)
+    return common.judge(goals(rows), args.check)
 
 
 def model_rows(name: str, pythons: Mapping[str, str], seconds: float) -> list[dict[str, Any]]:
     """Export one model and measure it on every provider at every batch.
 
     Raises:
-        UnavailableError: the model cannot be had on this machine.
+        UnavailableError: this machine does not have the model.
     """
     rows = []
     common.progress(f"{name}: exporting")
@@ -100,7 +100,7 @@ def environments(providers: Sequence[str]) -> tuple[dict[str, str], dict[str, st
     pythons, skipped = {}, {}
     for provider in providers:
         try:
-            resolve(provider)
+            resolve_provider(provider)
             pythons[provider] = sys.executable
         except UsageError as error:
             if provider.startswith("openvino") and OPENVINO.exists():
@@ -161,7 +161,7 @@ def row(name: str, provider: str, batch: int, report: Any, result: dict[str, Any
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
-    """The goal of the docstring, where its row was measured."""
+    """Return the goal of the docstring, where its row was measured."""
     return [
         Goal(
             name=f"{GOAL_MODEL} at {RANK}, batch {GOAL_BATCH}, cpu",
@@ -185,7 +185,7 @@ def _cells(r: dict[str, Any]) -> list[str]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows for the terminal."""
+    """Return the rows for the terminal."""
     result = Table(*COLUMNS)
     for r in rows:
         result.add_row(*_cells(r))
@@ -193,7 +193,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def markdown(rows: Sequence[dict[str, Any]], skipped: dict[str, str], document: Mapping[str, Any]) -> str:
-    """The rows as a Markdown table, with the command that made it, the load beside it and what was skipped."""
+    """Return the rows as a Markdown table, with the command that made it, the load beside it and what was skipped."""
     versions = {r["provider"]: r["onnxruntime"] for r in rows if "onnxruntime" in r}
     lines = [f"onnxruntime: {', '.join(f'{version} ({provider})' for provider, version in versions.items())}"]
     machine = document["machine"]

@@ -4,8 +4,8 @@ A chain graph of `n` nodes is made, a quarter of them MatMuls with a constant; `
 with ready factors (nothing is factorized). Sizes run interleaved, `--rounds` times, each in a process of its own.
 Seconds are of CPU time: one thread works and nothing waits, so a busy machine disturbs less.
 
-CPython's cyclic collector goes over all live objects whenever a quarter of them is new: not once at 10,000 nodes, two
-or three times at 100,000, which is why `split` pauses it. What time is left of it counts, and is shown apart.
+CPython's cyclic collector visits all live objects whenever a quarter of them is new: not once at 10,000 nodes, two or
+three times at 100,000. So `split` pauses it; the remaining time of the collector counts, and is shown separately.
 
 Goals (`--check` exits 4 when one is missed), on the medians of the full run:
   1. 100,000 nodes take at most 12 times as long as 10,000;
@@ -42,13 +42,13 @@ def main(arguments: Sequence[str]) -> int:
     options = common.parser(__doc__ or "", "bench.surgery_cost")
     options.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of every size [default: 3]")
     options.add_argument("--nodes", type=int, help=argparse.SUPPRESS)
-    given = options.parse_args(arguments)
-    if given.nodes:
-        print(json.dumps(measure(given.nodes)))
+    args = options.parse_args(arguments)
+    if args.nodes:
+        print(json.dumps(measure(args.nodes)))
         return 0
-    common.check_writable(given.json, given.markdown)
-    sizes, rounds = (QUICK_SIZES, 1) if given.quick else (SIZES, given.rounds)
-    if given.quick:
+    common.check_writable(args.json, args.markdown)
+    sizes, rounds = (QUICK_SIZES, 1) if args.quick else (SIZES, args.rounds)
+    if args.quick:
         common.progress(f"quick: {sizes} nodes, one round")
     plan = list(sizes) * rounds
     random.Random(0).shuffle(plan)
@@ -62,15 +62,15 @@ def main(arguments: Sequence[str]) -> int:
     ]
     common.console().print(table(rows))
     settings = {"rounds": rounds, "sizes": sizes}
-    common.write(given.json, common.document("bench.surgery_cost", arguments, settings, rows=rows, runs=runs))
-    common.write(given.markdown, common.markdown_table(COLUMNS, [_cells(row) for row in rows]))
-    return common.judge(goals(rows), given.check)
+    common.write(args.json, common.document("bench.surgery_cost", arguments, settings, rows=rows, runs=runs))
+    common.write(args.markdown, common.markdown_table(COLUMNS, [_cells(row) for row in rows]))
+    return common.judge(goals(rows), args.check)
 
 
 def measure(nodes: int) -> dict[str, float]:
     """CPU seconds of `find_sites` and of `split` on a graph of so many nodes, and those of them in the collector."""
     model = chain(nodes)
-    gc.collect()  # else a pass that is owed to the building of the graph falls into the measured time
+    gc.collect()  # else a collection caused by building the graph falls into the measured time
     passes: list[float] = []
     gc.callbacks.append(lambda phase, _: passes.append(time.process_time() * (-1 if phase == "start" else 1)))
     started = time.process_time()
@@ -86,7 +86,7 @@ def measure(nodes: int) -> dict[str, float]:
 
 
 def chain(nodes: int) -> ir.Model:
-    """`MatMul, Relu, Sigmoid, Tanh` over and over; every MatMul has a weight of its own."""
+    """Return a chain of repeated `MatMul, Relu, Sigmoid, Tanh`; every MatMul has its own weight."""
     value = graph_input = ir.val("x", ir.DataType.FLOAT, ["batch", WIDTH])
     made, initializers = [], []
     weight = np.ones((WIDTH, WIDTH), np.float32)
@@ -114,7 +114,7 @@ def _child(nodes: int) -> dict[str, float]:
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
-    """The goals of the docstring; find and split together."""
+    """Return the goals of the docstring; find and split together."""
     small, large = (row["find"] + row["split"] for row in rows)
     ratio = large / small
     said = f"{ratio:.1f} of {RATIO_LIMIT:g}"
@@ -134,7 +134,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows for the terminal."""
+    """Return the rows for the terminal."""
     result = Table(*COLUMNS)
     for row in rows:
         result.add_row(*_cells(row))

@@ -1,8 +1,8 @@
-"""Short English texts that come with what is installed anyway: docstrings of torch, transformers, numpy and Python.
+"""Short English texts from docstrings of installed packages: torch, transformers, numpy and Python.
 
 A paragraph counts where it is prose of 200 to 600 characters. Docstrings are copied from class to class with a word
-changed, so a text is dropped where more than a quarter of its runs of five words stand in texts before it: else what
-is tested would have been calibrated on. They differ between versions, hence `digest` belongs beside any result.
+changed, so a text is dropped where more than a quarter of its runs of five words are in earlier texts: test texts must
+not be in the calibration data. Texts differ between versions, so every result stores their `digest`.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ def paragraphs(code: str) -> Iterator[str]:
 
 
 def without_copies(texts: Sequence[str]) -> tuple[str, ...]:
-    """The texts, in their order, without those that earlier ones nearly hold.
+    """Return the texts in their order without near copies of earlier ones.
 
     Example:
         >>> without_copies(["one two three four five six", "one two three four five", "quite another one of five"])

@@ -1,8 +1,7 @@
-"""What the benchmarks of latency share: dense models on disk, their cost tables, and plans of which only times count.
+"""Shared parts of the latency benchmarks: dense models on disk, their cost tables, and plans for time alone.
 
-Factors are blank (`rsi_deploy.costing.zero_filled`): what they hold changes no time, and a plan is written at once.
-Where no calibration chooses the ranks, a plan's loss is the share of full rank that a site loses, squared, so that
-every site gives some.
+Factors are zeros (`rsi_deploy.costing.zero_filled`): values change no time. Without calibration, a plan's loss is the
+squared share of full rank that a site loses, which spreads the cuts over all sites.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from rsi_deploy.onnx_models.rewrite import split_and_write
 from rsi_deploy.planning.decide import Planned
 from rsi_deploy.planning.knapsack import Option, SiteOptions
 from rsi_deploy.planning.planner import Decision, FixedPlanner, SitePlanner
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 
 TORCHVISION = ("mobilenet_v2", "resnet50", "vit_b_32", "vgg19", "convnext_tiny")
 SMALL = ("cnn_cifar10", "resnet20", "resnet56", "minilm")
@@ -56,14 +55,14 @@ class Setting:
     """One net at one batch and number of threads, with its cost table.
 
     Attributes:
-        net: its name.
-        dense: the file.
-        feeds: inputs.
-        table: measured here.
+        net: name of the net.
+        dense: the dense ONNX file.
+        feeds: input name -> array.
+        table: cost table of this machine.
         sites: all that can be split, by name, those that several nodes share left out.
-        macs: a batch, by site.
-        params: of the whole model.
-        total_macs: of the whole model.
+        macs: multiply-accumulates of a batch, by site.
+        params: parameters of the whole model.
+        total_macs: multiply-accumulates of the whole model.
     """
 
     net: str
@@ -77,7 +76,7 @@ class Setting:
 
     @property
     def threads(self) -> int:
-        """Inside one operator."""
+        """The threads inside one operator."""
         return self.table.conditions.threads or 0
 
     def options(self) -> list[SiteOptions]:
@@ -106,7 +105,7 @@ class Setting:
         return SiteOptions(name=name, options=(dense, *splits))
 
     def measured(self, paths: Sequence[Path], labels: Sequence[str], seconds: float) -> BenchResult:
-        """The dense model and others side by side."""
+        """Measure the dense model and others in one run."""
         return bench(
             [self.dense, *paths],
             feeds=self.feeds,
@@ -121,7 +120,7 @@ def setting(net: str, dense: Path, batch: int, threads: int, seconds: float, pro
     """The net at a batch and number of threads; its table is measured within `seconds`, or known from the cache."""
     feeds = fed_with(dense, batch, 0, None, None)
     table = Costing(provider=provider, threads=threads, seconds=seconds).table(dense, feeds, name=net)
-    model, counted = ir.load(dense), traced_run(dense, feeds).macs
+    model, counted = ir.load(dense), trace_run(dense, feeds).macs
     sites = {site_name(s.weight): s for s in gp.find_sites(model) if isinstance(s, gp.Site)}
     known = {name: site for name, site in sites.items() if name in table.sites and site.node in counted}
     return Setting(
@@ -141,8 +140,8 @@ def splits_of(choice: Mapping[str, Option]) -> Splits:
     return {name: (option.form, option.rank) for name, option in choice.items() if option.rank is not None}
 
 
-def spoken(here: Setting, splits: Splits, path: Path, seconds: float) -> Splits:
-    """What the last word of an export leaves of these splits, whose factors are blank; the model is left at `path`."""
+def after_rollback(here: Setting, splits: Splits, path: Path, seconds: float) -> Splits:
+    """Return the splits that the rollback of an export keeps; factors are zeros, and the model is written to `path`."""
     sites = {name: here.sites[name] for name in splits}
 
     def planned(planner: SitePlanner) -> Planned:
@@ -172,7 +171,7 @@ def spoken(here: Setting, splits: Splits, path: Path, seconds: float) -> Splits:
 
 
 def blank_factors(site: gp.Site, form: str, rank: int) -> FittedSite:
-    """Factors of zeros, as calibration would hand them over."""
+    """Return factors of zeros in the form of calibration's results."""
     rows, columns = site.shape(own := site.form_of(form))
     left, right = torch.zeros(site.groups, rows, rank), torch.zeros(site.groups, rank, columns)
     replacement = Replacement(own, left, right, torch.zeros(site.bias_size))

@@ -1,13 +1,15 @@
 """Tables of the reference pages that are made from the code whenever the documentation is built.
 
-A page holds a line `{{ error_table }}` or `{{ report_schema }}`, and this hook of MkDocs puts the table there.
+A page holds a line `{{ error_table }}`, `{{ report_schema }}` or `{{ settings }}`; this hook puts the tables there.
 """
 
 import html
 import json
 from typing import Any
 
+from rsi_deploy.cli.derived import flag, help_of
 from rsi_deploy.core.error_table import read_errors
+from rsi_deploy.core.settings.verbs import CONFIGS
 from rsi_deploy.report.schema import Report
 
 
@@ -40,6 +42,19 @@ def report_schema() -> str:
     parts = [f"## {name}\n\n{_fields(definition)}" for name, definition in objects.items()]
     text = json.dumps(schema, indent=2)
     return "\n\n".join([*parts, "## The JSON schema", f"```json\n{text}\n```"])
+
+
+def settings() -> str:
+    """One table of settings for each verb that has an object of them."""
+    parts = []
+    for verb, config in CONFIGS.items():
+        rows = [
+            [f"`{name}`", panel, f"`{flag(name, config.model_fields[name])}`", help_of(config.model_fields[name])]
+            for panel, names in config.panels().items()
+            for name in names
+        ]
+        parts.append(f"### Settings of {verb}\n\n{_table(['setting', 'group', 'option', 'meaning'], rows)}")
+    return "\n\n".join(parts)
 
 
 def _fields(definition: dict[str, Any]) -> str:
@@ -106,4 +121,4 @@ def _cell(text: str) -> str:
     return "".join(part for pair in zip(plain, [*code, ""], strict=True) for part in pair)
 
 
-MAKERS = {"{{ error_table }}": error_table, "{{ report_schema }}": report_schema}
+MAKERS = {"{{ error_table }}": error_table, "{{ report_schema }}": report_schema, "{{ settings }}": settings}

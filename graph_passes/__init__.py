@@ -1,4 +1,4 @@
-"""ONNX surgery for low-rank factors: find the weights of a graph, and split its nodes with factors given from outside.
+"""ONNX surgery for low-rank factors: find the weights of a graph, and split its nodes with factors from outside.
 
     sites = find_sites(model)                      what could be split, what not and why
     FoldBatchNormPass()(model)                     first: statistics into the Convs
@@ -7,21 +7,22 @@
 numpy, onnx and onnx_ir only. Nothing here computes a factor.
 """
 
+from graph_passes.collector import paused_collector
 from graph_passes.fold_batch_norm import Fold, FoldBatchNormPass, FoldResult
 from graph_passes.forms import Form
-from graph_passes.macs import ExecutedNode, Macs, NotCounted, count_macs, why_not_counted
+from graph_passes.mac_counts import count_macs, why_not_counted
+from graph_passes.macs.executed_node import ExecutedNode, Macs, NotCounted
+from graph_passes.operators import PASSES, find_pass, multiplies_by_weights
 from graph_passes.parameters import count_parameters
 from graph_passes.records import Dense, Factors, FactorSource, Keep, Record, Site, Skip, Split, SplitResult, in_memory
-from graph_passes.split_all import find_sites, joint_groups, split
-from graph_passes.split_attention import SplitAttentionPass
-from graph_passes.split_conv import SplitConvPass, SplitFusedConvPass
-from graph_passes.split_conv_transpose import SplitConvTransposePass
-from graph_passes.split_fused_matmul import SplitFusedMatMulPass
-from graph_passes.split_gemm import SplitFusedGemmPass, SplitGemmPass
-from graph_passes.split_matmul import SplitMatMulPass
+from graph_passes.response import Contraction, RowOrder
+from graph_passes.split_all import find_sites, joint_groups, split, split_by_site
+from graph_passes.split_pass import SplitPass, Splitter
 from graph_passes.window import Window
 
 __all__ = [
+    "PASSES",
+    "Contraction",
     "Dense",
     "ExecutedNode",
     "FactorSource",
@@ -34,24 +35,23 @@ __all__ = [
     "Macs",
     "NotCounted",
     "Record",
+    "RowOrder",
     "Site",
     "Skip",
     "Split",
-    "SplitAttentionPass",
-    "SplitConvPass",
-    "SplitConvTransposePass",
-    "SplitFusedConvPass",
-    "SplitFusedGemmPass",
-    "SplitFusedMatMulPass",
-    "SplitGemmPass",
-    "SplitMatMulPass",
+    "SplitPass",
     "SplitResult",
+    "Splitter",
     "Window",
     "count_macs",
     "count_parameters",
+    "find_pass",
     "find_sites",
     "in_memory",
     "joint_groups",
+    "multiplies_by_weights",
+    "paused_collector",
     "split",
+    "split_by_site",
     "why_not_counted",
 ]

@@ -1,14 +1,16 @@
-"""Checking what the factor source answers: `Factors` in form, shape and dtype of the site, all finite; or `Dense`."""
-
-from __future__ import annotations
+"""Check the answer of a factor source: finite `Factors` in the form, shape and dtype of the site, or `Dense`."""
 
 import numpy as np
 
 from graph_passes.records import Array, Dense, Factors, Site
 
 
-def checked(answer: Factors | Dense, site: Site) -> Factors | Dense:
-    """The source's answer, or a ValueError that names the site, what came and what was expected."""
+def checked(answer: Factors | Dense | None, site: Site) -> Factors | Dense:
+    """Return the answer.
+
+    Raises:
+        ValueError: The answer does not fit the site; the message names the site, what came and what was expected.
+    """
     if isinstance(answer, Dense):
         return answer
     where = f"{site.op_type} {site.node!r}, weight {site.weight!r}"
@@ -34,5 +36,5 @@ def checked(answer: Factors | Dense, site: Site) -> Factors | Dense:
 
 
 def _finite(array: Array) -> bool:
-    """Whether all values are finite, a row block at a time: a mask of a large factor's size is memory for nothing."""
+    """Whether all values are finite; blocks of rows keep the mask small."""
     return all(np.isfinite(array[:, i : i + 256]).all() for i in range(0, array.shape[1], 256))

@@ -1,8 +1,8 @@
-"""BatchNormalizations that can be folded into the Convs before them, and which of them together.
+"""Find the BatchNormalizations that can be folded into the Convs before them, and which of them together.
 
 weight of one Conv                                           folded
 weight of several Convs with an equal BatchNormalization     folded once, for all of them
-weight that somebody needs as it is                          not folded: a folded copy would grow the file
+weight that another node needs as it is                      not folded: a folded copy would grow the file
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Users: TypeAlias = Mapping[ir.Value, Sequence[tuple[ir.Node | None, int]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """What a fold reads; the bias is None where the Conv has none."""
+    """The constants of a fold; the bias is None where the Conv has none."""
 
     weight: Weight
     scale: Weight
@@ -36,7 +36,7 @@ class Constants:
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantPlace:
-    """What the model says about opset and constants: where they go, and whether they may replace graph inputs."""
+    """The model's opset, and how it stores constants: as nodes or initializers, and in place of graph inputs or not."""
 
     names: Names
     opset: int
@@ -54,22 +54,22 @@ class Candidate:
 
     @property
     def vectors(self) -> tuple[Weight, ...]:
-        """Statistics and bias: what a fold needs no more."""
+        """Statistics and bias, which a fold makes superfluous."""
         c = self.constants
         return tuple(v for v in (c.scale, c.shift, c.mean, c.var, c.bias) if v is not None)
 
     @property
     def roots(self) -> tuple[ir.Value, ...]:
-        """All that is stored for it."""
+        """All values that are stored for it."""
         return (self.constants.weight.root, *(vector.root for vector in self.vectors))
 
     @property
     def epsilon(self) -> float:
-        """What is added to the variance."""
+        """The addend of the variance."""
         return self.node.attributes.get_float("epsilon", 1e-5)
 
     def is_equal(self, other: Candidate) -> bool:
-        """Whether both give the same folded weight and bias."""
+        """Whether both have the same folded weight and bias."""
         mine, others = self.constants, other.constants
         return (
             mine.weight.steps == others.weight.steps
@@ -85,7 +85,7 @@ class Candidate:
 def foldable_groups(
     candidates: Sequence[Candidate], place: ConstantPlace
 ) -> dict[ir.Node, tuple[Candidate, ...] | str]:
-    """For the Conv of every candidate: all that are folded with it, or why it is not folded."""
+    """Return, by the Conv of every candidate, all that are folded with it, or why it is not folded."""
     by_conv = {entry.conv: entry for entry in candidates}
     users = {root: tuple(other_consumers(root)) for entry in candidates for root in entry.roots}
     groups = {conv: _group(entry, by_conv, users, place) for conv, entry in by_conv.items()}
@@ -99,7 +99,7 @@ def foldable_groups(
 def _group(
     entry: Candidate, candidates: Mapping[ir.Node, Candidate], users: _Users, place: ConstantPlace
 ) -> tuple[Candidate, ...] | str:
-    """All that use the weight, each with an equal BatchNormalization; or who needs the weight as it is."""
+    """Return all users of the weight, each with an equal BatchNormalization, or why the weight must stay."""
     group = []
     for user, index in users[entry.constants.weight.root]:
         if user is not None and user.op_type == "Shape" and place.opset >= INTEGER_CONSTANT_OPSET:
@@ -114,9 +114,9 @@ def _group(
 
 
 def _growth(group: Sequence[Candidate], able: Sequence[Candidate], users: _Users) -> str:
-    """Why a fold would grow the file, or "".
+    """Return why a fold would grow the file, or "".
 
-    It adds a bias, and frees of every vector the part that it uses, if all its other users may be folded too.
+    A fold adds a bias, and frees its part of every vector whose other users can be folded too.
     """
     size = group[0].constants.weight.shape[0]
     nodes, foldable = (_nodes(entries) for entries in (group, able))

@@ -1,14 +1,12 @@
-"""Bias corrections: numbers that come with the factors, one for each output channel or feature, and are added there.
+"""Bias corrections: numbers that come with the factors, one for each output channel or feature.
 
     op X, W, b                ->  op X, W, b + delta                  an input that is constant, zeros, or missing
     op X, W, computed b       ->  op X, W, Add(b, delta)
     Add(MatMul(X, W), c)      ->  Add(MatMul(X, W), c + delta)        c constant, the product used nowhere else
     MatMul(X, W) --> Y        ->  Add(MatMul(X, W), delta) --> Y      the Add takes over Y's name, type, shape and users
 
-Constants are never changed in place: somebody else may use them. `c + delta` keeps the name of c where nobody does.
+Constants are never changed in place, for other nodes may use them. `c + delta` keeps the name of c where none does.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -23,7 +21,7 @@ from graph_passes.weights import Weight, resolve
 
 
 def is_absent(parts: Parts, index: int) -> bool:
-    """Whether an input is missing, or zeros that are not stored: how the torch exporter writes a missing bias."""
+    """Whether an input is missing or zeros that are not stored, which is how the torch exporter writes no bias."""
     node = parts.found.node
     value = node.inputs[index] if index < len(node.inputs) else None
     return value is None or (_constant(parts, value, ()) is None and is_zeros(value))
@@ -38,8 +36,8 @@ def add_to_input(
         parts: The node and its correction.
         index: The input.
         shape: The shape in which the correction broadcasts against the input.
-        scale: What the correction is multiplied by first.
-        replace: Put the correction in place of what is there.
+        scale: Factor by which the correction is multiplied first.
+        replace: Replace the input by the correction instead of adding to it.
     """
     node, absent = parts.found.node, is_absent(parts, index)
     node.resize_inputs(max(len(node.inputs), index + 1))
@@ -60,7 +58,7 @@ def add_to_input(
 
 
 def add_behind(parts: Parts, shape: tuple[int, ...]) -> None:
-    """Add the correction to the output of a node: into the constant of the Add behind it, or with an Add of its own."""
+    """Add the correction to the output of a node: to the constant of the Add behind it, or by a new Add."""
     node = parts.found.node
     output = node.outputs[0]
     if (behind := _add_of_constant(parts, shape)) is not None:
@@ -95,7 +93,7 @@ def _add(parts: Parts, left: ir.Value, right: ir.Value, output: ir.Value) -> ir.
 
 
 def _constant(parts: Parts, value: ir.Value | None, shape: tuple[int, ...]) -> Weight | None:
-    """A stored constant that broadcasts against a shape and that no caller can override."""
+    """Return a stored constant that broadcasts against a shape and that no caller can override."""
     constant = resolve(value)
     if not isinstance(constant, Weight) or (constant.is_overridable and not parts.store.overridable):
         return None
@@ -104,7 +102,7 @@ def _constant(parts: Parts, value: ir.Value | None, shape: tuple[int, ...]) -> W
 
 
 def _add_of_constant(parts: Parts, shape: tuple[int, ...]) -> tuple[ir.Node, int, Weight] | None:
-    """The Add that alone uses the node's output, with its constant, unless the sum of the constants would be larger."""
+    """Return the Add that alone uses the output, with its constant, unless the sum of the constants would be larger."""
     node = parts.found.node
     output, uses = node.outputs[0], node.outputs[0].uses()
     if len(uses) != 1 or output.is_graph_output():
@@ -123,7 +121,7 @@ def _add_of_constant(parts: Parts, shape: tuple[int, ...]) -> tuple[ir.Node, int
 def _replace_constant(
     parts: Parts, node: ir.Node, index: int, old: Weight, shape: tuple[int, ...], scale: float
 ) -> None:
-    """Give a node `old + scale * correction` in place of the constant `old`."""
+    """Replace the constant `old` of a node by `old + scale * correction`."""
     value = node.inputs[index]
     is_private = all((consumer, place) == (node, index) for consumer, place in other_consumers(old.root))
     node.replace_input_with(index, None)

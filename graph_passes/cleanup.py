@@ -1,9 +1,7 @@
-"""Who else uses a weight, and removing it when nobody does.
+"""The users of a weight, and its removal once it has none.
 
-root --> layout nodes --> consumer, consumer, ...        none left: the root and its layout nodes go
+root --> layout nodes --> consumer, consumer, ...        without consumers the root and its layout nodes go
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 
@@ -15,7 +13,7 @@ from graph_passes.weights import Weight, resolve
 
 
 def other_consumers(root: ir.Value) -> Iterator[tuple[ir.Node | None, int]]:
-    """Every use of a root behind layout operators, as (node, input index); (None, 0) for a graph output."""
+    """Yield every use of a root behind layout operators, as (node, input index); (None, 0) for a graph output."""
     pending, seen = [root], {root}
     while pending:
         value = pending.pop()
@@ -30,9 +28,9 @@ def other_consumers(root: ir.Value) -> Iterator[tuple[ir.Node | None, int]]:
 
 
 def freeze_shapes(root: ir.Value) -> None:
-    """Replaces `Shape(weight)` by its value where nobody else uses a weight, so that only its shape is kept.
+    """Replace `Shape(weight)` by its value where nothing else uses the weight, so that the weight can go.
 
-    The torch exporter asks for the shape of a Conv weight to make the zeros of a missing bias.
+    The torch exporter makes the zeros of a missing bias from the shape of the Conv weight.
     """
     consumers = tuple(other_consumers(root))
     if any(node is None or node.op_type != "Shape" for node, _ in consumers):
@@ -54,7 +52,7 @@ def freeze_shapes(root: ir.Value) -> None:
 
 
 def remove_unused(value: ir.Value | None, *, overridable: bool = False) -> None:
-    """Drops an initializer, or the chain of nodes that makes a value, once nobody uses it.
+    """Drop an initializer, or the chain of nodes that makes a value, once nothing uses it.
 
     Args:
         value: The value; nothing happens while it is used.
@@ -80,4 +78,4 @@ def _remove_initializer(value: ir.Value) -> None:
     del graph.initializers[value.name]
     if value.is_graph_input():
         graph.inputs.remove(value)
-    value.const_value = None  # a graph is full of cycles: else the weight lives on until they are collected
+    value.const_value = None  # the graph has cycles, which would keep the weight until they are collected

@@ -1,9 +1,7 @@
-"""Python's cyclic collector, out of the way of a rewrite.
+"""Pause Python's cyclic garbage collector during a rewrite.
 
-It walks everything again whenever a quarter of it is new: on a large graph several times, for nothing.
+The collector walks all objects whenever a quarter of them is new: several times on a large graph, and frees nothing.
 """
-
-from __future__ import annotations
 
 import contextlib
 import gc
@@ -12,9 +10,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def paused_collector() -> Iterator[None]:
-    """Without the cyclic collector, if it was on.
+    """Turn the cyclic collector off, and on again if it was on.
 
-    What a rewrite drops is freed by its reference counts; the few cycles wait for the next collection.
+    Reference counts free what a rewrite drops; the few cycles wait for the next collection.
     """
     enabled = gc.isenabled()
     gc.disable()

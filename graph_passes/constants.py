@@ -2,10 +2,8 @@
 
 initializer | Constant                   stored: `stored_tensor` reads it
 Mul(constant, constant) --> value        computed: one walk in graph order finds them all
-f(x, constant) { ... argument ... }      an argument that somebody calls with a constant
+f(x, constant) { ... argument ... }      an argument for which some call has a constant
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -15,7 +13,7 @@ import onnx_ir as ir
 
 from graph_passes.records import Array, Keep, in_memory
 
-OVERRIDABLE_IR_VERSION = 4  # before, every initializer had to be an input, and onnxruntime takes it as constant
+OVERRIDABLE_IR_VERSION = 4  # before, every initializer had to be an input, and onnxruntime treats it as constant
 INTEGER_CONSTANT_OPSET = 9  # before, a Constant could not hold the shape of a weight
 LAYOUT_OPS = frozenset({"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze"})
 SPREADING_OPS = LAYOUT_OPS | {"CastLike", "Expand"}
@@ -31,7 +29,7 @@ _CONSTANT_ATTRIBUTES: Mapping[str, type[np.generic] | None] = MappingProxyType(
 
 
 def stored_tensor(value: ir.Value) -> ir.TensorProtocol | None:
-    """The tensor of an initializer or of a Constant node's output; None for anything else."""
+    """Return the tensor of an initializer or of a Constant node's output; None for other values."""
     if value.is_initializer():
         return value.const_value
     producer = value.producer()
@@ -45,18 +43,18 @@ def stored_tensor(value: ir.Value) -> ir.TensorProtocol | None:
 
 
 def stored_array(value: ir.Value | None) -> Array | None:
-    """The array of a small constant (axes, a shape, statistics), or None when it is not constant."""
+    """Return the array of a small constant (axes, a shape, statistics); None for other values."""
     tensor = None if value is None or value.is_graph_input() else stored_tensor(value)
     return None if tensor is None else tensor.numpy()
 
 
 def is_layout(node: ir.Node) -> bool:
-    """Whether a node only passes its first operand on: other layout or dtype, same numbers."""
+    """Whether a node changes only the layout or the dtype of its first operand."""
     return node.domain == "" and node.op_type in LAYOUT_OPS and len(node.inputs) > 0 and len(node.outputs) == 1
 
 
 def layout_chain(value: ir.Value, operators: frozenset[str] = LAYOUT_OPS) -> tuple[ir.Value, list[ir.Node]]:
-    """What stands before the layout operators (or other ones) that make a value, and those nodes, last one first."""
+    """Follow layout operators (or others) back from a value: return their source and the nodes, the last one first."""
     chain: list[ir.Node] = []
     seen = {value}
     while (producer := value.producer()) is not None and producer.domain == "" and producer.op_type in operators:
@@ -70,7 +68,7 @@ def layout_chain(value: ir.Value, operators: frozenset[str] = LAYOUT_OPS) -> tup
 
 
 def is_zeros(value: ir.Value) -> bool:
-    """Whether a value is zero whatever its shape: how the torch exporter writes the bias of a Conv without one.
+    """Whether a value is zero whatever its shape, which is how the torch exporter writes no bias of a Conv.
 
     Constant 0 --> CastLike --> Expand --> value
     """
@@ -79,7 +77,7 @@ def is_zeros(value: ir.Value) -> bool:
 
 
 def computed_constants(nodes: Iterable[ir.Node]) -> set[ir.Value]:
-    """Values that are not stored but follow from stored ones alone; the nodes come in graph order."""
+    """Return the values that are computed from stored ones alone; the nodes must be in graph order."""
     computed: set[ir.Value] = set()
 
     def is_known(operand: ir.Value) -> bool:
@@ -99,7 +97,7 @@ def computed_constants(nodes: Iterable[ir.Node]) -> set[ir.Value]:
 
 
 def constant_arguments(model: ir.Model) -> set[ir.Value]:
-    """Arguments of model functions that at least one caller, itself maybe a function, gives a stored constant."""
+    """Return the arguments of model functions for which at least one call has a stored constant."""
     arguments: set[ir.Value] = set()
     if not model.functions:
         return arguments
@@ -122,11 +120,11 @@ def constant_arguments(model: ir.Model) -> set[ir.Value]:
 
 
 def add_constant(array: Array, name: str, before: ir.Node, *, as_node: bool, keep: Keep = in_memory) -> ir.Value:
-    """A new constant in the graph of a node: an initializer, or a Constant node in front of it.
+    """Add a constant to the graph of a node: an initializer, or a Constant node in front of it.
 
     Args:
         array: Its numbers, in row-major order.
-        name: Its name, free in the whole model.
+        name: Its name, unused in the whole model.
         before: The node.
         as_node: As a Constant node, for a function, which holds no initializers, and for IR versions before 4, where
             every initializer must be a graph input.

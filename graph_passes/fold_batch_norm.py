@@ -1,20 +1,19 @@
-"""BatchNormalization behind a Conv, folded into the Conv.
+"""Fold a BatchNormalization into the Conv in front of it.
 
     X --> Conv W, b --> BatchNormalization scale, B, mean, var --> Y      becomes      X --> Conv W', b' --> Y
 
     s = scale / sqrt(var + epsilon),   W' = s W (by output channel),   b' = s (b - mean) + B
 
-in float64, stored in the weight's dtype. Do this before a Conv is split: the statistics belong to the dense output.
+The arithmetic is float64, the result has the weight's dtype. Fold before a Conv is split: the statistics are those
+of the dense output.
 
 A weight that several Convs share (heads of a detector) is folded once where their BatchNorms are equal:
 
     X1 --> Conv W --> BatchNormalization --> Y1               X1 --> Conv W', b' --> Y1
     X2 --> Conv W --> BatchNormalization --> Y2    becomes    X2 --> Conv W', b' --> Y2
 
-Where they differ they stay: each would need a copy of W.
+Different ones stay: each would need a copy of W.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,11 +32,11 @@ from graph_passes.weights import NoWeight, Weight, resolve
 
 @dataclass(frozen=True, kw_only=True)
 class Fold:
-    """One BatchNormalization went into a Conv.
+    """The record of a BatchNormalization that was folded.
 
     Attributes:
         node: Name of the BatchNormalization.
-        conv: Name of the Conv it went into.
+        conv: Name of the Conv that has taken it in.
         weight: Name of the folded weight.
         bias: Name of the folded bias.
     """
@@ -61,10 +60,10 @@ class FoldResult(ir.passes.PassResult):
 class FoldBatchNormPass(ir.passes.InPlacePass):
     """Folds an inference BatchNormalization into the Conv in front of it.
 
-    1. The Conv's output must go nowhere else, and its weight, its bias and the statistics must be constant.
-    2. Nobody else may use the weight but Convs with an equal BatchNormalization each, and the new bias must not hold
-       more numbers than the constants that go: a fold never grows the model.
-    3. The folded weight and bias keep their names unless somebody else uses them; a new bias takes the name of B.
+    1. Nothing else uses the Conv's output, and its weight, its bias and the statistics are constant.
+    2. Only Convs with an equal BatchNormalization use the weight, and the new bias holds no more numbers than the
+       constants that go: a fold never grows the model.
+    3. The folded weight and bias keep their names unless other nodes use them; a new bias takes the name of B.
     4. The output keeps its name.
 
     Args:
@@ -103,7 +102,7 @@ class FoldBatchNormPass(ir.passes.InPlacePass):
 
 
 def _read(node: ir.Node, place: ConstantPlace) -> Candidate | Skip:
-    """What one BatchNormalization would be folded with, or why not."""
+    """Return the Conv and the constants of a fold, or why there is none."""
     conv = _conv_in_front(node, place.opset)
     constants = conv if isinstance(conv, str) else _constants(node, conv, place)
     if isinstance(conv, str) or isinstance(constants, str):
@@ -112,7 +111,7 @@ def _read(node: ir.Node, place: ConstantPlace) -> Candidate | Skip:
 
 
 def _fold(group: Sequence[Candidate], place: ConstantPlace) -> tuple[str, str] | str:
-    """Fold the BatchNormalizations of all Convs that share a weight: names of the new weight and bias, or why not."""
+    """Fold the BatchNormalizations of Convs that share a weight; return the names of weight and bias, or why not."""
     constants = group[0].constants
     weight, bias = _folded(constants, group[0].epsilon)
     if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
@@ -134,7 +133,7 @@ def _fold(group: Sequence[Candidate], place: ConstantPlace) -> tuple[str, str] |
 
 
 def _record(entry: Candidate, folded: tuple[str, str] | str) -> FoldRecord:
-    """What became of one BatchNormalization."""
+    """Return the record of one BatchNormalization."""
     if isinstance(folded, str):
         weight = entry.constants.weight.name
         return Skip(node=name_of(entry.node), op_type=entry.node.op_type, weight=weight, reason=folded)
@@ -142,7 +141,7 @@ def _record(entry: Candidate, folded: tuple[str, str] | str) -> FoldRecord:
 
 
 def _folded(constants: Constants, epsilon: float) -> tuple[Array, Array]:
-    """The new weight, shaped as the Conv has it, and the new bias `(out,)`; infinite where they overflow the dtype."""
+    """Return the new weight in the Conv's shape and the new bias `(out,)`; infinite where they overflow the dtype."""
     scale, shift, mean, var = (
         vector.numpy().astype(np.float64)
         for vector in (constants.scale, constants.shift, constants.mean, constants.var)
@@ -157,7 +156,7 @@ def _folded(constants: Constants, epsilon: float) -> tuple[Array, Array]:
 
 
 def _conv_in_front(node: ir.Node, opset: int) -> ir.Node | str:
-    """The Conv to fold into, or why not."""
+    """Return the Conv to fold into, or why there is none."""
     attributes = node.attributes
     learns = not attributes.get_int("is_test", 0) if opset < 7 else attributes.get_int("training_mode", 0)
     if learns or any(output.name for output in node.outputs[1:]):
@@ -172,13 +171,13 @@ def _conv_in_front(node: ir.Node, opset: int) -> ir.Node | str:
 
 
 def _bias(conv: ir.Node) -> ir.Value | None:
-    """The Conv's bias, None also where it is written out as zeros."""
+    """Return the Conv's bias; None also where it is computed zeros."""
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     return None if bias is None or is_zeros(bias) else bias
 
 
 def _constants(node: ir.Node, conv: ir.Node, place: ConstantPlace) -> Constants | str:
-    """Everything the fold reads, or why not."""
+    """Return the constants of the fold, or why it cannot be done."""
     weight = resolve(conv.inputs[1])
     if isinstance(weight, NoWeight):
         return weight.reason
@@ -198,7 +197,7 @@ def _constants(node: ir.Node, conv: ir.Node, place: ConstantPlace) -> Constants 
 
 
 def _take_over_output(node: ir.Node, conv: ir.Node) -> None:
-    """The Conv's output stands in for the node's, under its name; the node goes."""
+    """Replace the node's output by the Conv's, under the same name, and remove the node."""
     old, new = node.outputs[0], conv.outputs[0]
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     if node.graph is not None:
@@ -209,7 +208,7 @@ def _take_over_output(node: ir.Node, conv: ir.Node) -> None:
 
 
 def _replace_constant(convs: Sequence[ir.Node], index: int, array: Array, root: ir.Value, place: ConstantPlace) -> str:
-    """Give the Convs a new constant, under the name of `root` unless somebody else still uses that one."""
+    """Give the Convs a new constant, under the name of `root` unless other nodes still use that one."""
     wanted = root.name or "folded"
     for conv in convs:
         old = conv.inputs[index] if index < len(conv.inputs) else None

@@ -1,4 +1,4 @@
-"""The forms of a split: which axes of a kernel the first node takes, and the matrix that follows from it.
+"""The forms of a split: the axes of a kernel that the first node takes, and the matrix that follows.
 
     form        first node   second node   matrix (rows, columns) of one group
     channel     *kernel      1, ..., 1     (out), (in, *kernel)
@@ -7,8 +7,6 @@
 
 "matmul" and "gemm" are the forms of the products, which have no kernel: (out), (in).
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ Form: TypeAlias = Literal["matmul", "gemm", "channel", "input", "separable"]
 
 
 def conv_forms(kernel: Sequence[int]) -> tuple[Form, ...]:
-    """The forms of a Conv that differ from each other, the usual one first.
+    """Return the forms of a Conv that differ from each other, the usual one first.
 
     Examples:
         >>> conv_forms((3, 3)), conv_forms((3, 1)), conv_forms((1, 1)), conv_forms((3, 3, 3))
@@ -33,18 +31,18 @@ def conv_forms(kernel: Sequence[int]) -> tuple[Form, ...]:
 
 
 def first_axes(form: Form, axes: int) -> range:
-    """Which of a Conv's spatial axes belong to the first node; the others belong to the second."""
+    """Return the spatial axes of a Conv that belong to the first node; the others belong to the second."""
     return range({"input": 0, "separable": 1}.get(form, axes))
 
 
 def unfolded_shape(out_channels: int, in_channels: int, kernel: Sequence[int], form: Form) -> tuple[int, int]:
-    """Rows and columns of the matrix of one group."""
+    """Return rows and columns of the matrix of one group."""
     count = len(first_axes(form, len(kernel)))
     return out_channels * math.prod(kernel[count:]), in_channels * math.prod(kernel[:count])
 
 
 def unfold(weight: Array, form: Form) -> Array:
-    """The matrices that a form factorizes; a view where the layout allows it.
+    """Return the matrices that a form factorizes; a view where the layout allows it.
 
     Args:
         weight: `(groups, out, in, *kernel)`, out and in of one group.

@@ -7,8 +7,6 @@ X --+--> MatMul W_k^T --> k    becomes    X --> MatMul -----+--> MatMul left_k^T
 [W_q; W_k; W_v] (out_q + out_k + out_v, in) ~ left @ right,    left cut by rows into left_q, left_k, left_v
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -17,16 +15,14 @@ import numpy as np
 from graph_passes.records import Array, Factors, Site, Skip
 from graph_passes.survey import Found
 
-PLAIN_DATA = ("transA", "transBatchA")  # attributes that turn the data of a product
-
 
 def joint_members(entries: Iterable[Found | Skip]) -> list[tuple[Found, ...]]:
-    """Groups of two or more nodes of one graph that multiply the same data by a matrix from the right."""
+    """Return the groups of two or more nodes of one graph that can share the first node of their splits."""
     found = [entry for entry in entries if isinstance(entry, Found)]
     uses = Counter(entry.key for entry in found)
     groups: dict[object, list[Found]] = {}
     for entry in found:
-        if _is_plain(entry) and uses[entry.key] == 1:
+        if entry.splitter.shares_right(entry) and uses[entry.key] == 1:
             weight = entry.weight
             kind = entry.data, entry.node.graph, weight.dtype, weight.stored_dtype, entry.site.in_features
             groups.setdefault(kind, []).append(entry)
@@ -34,7 +30,7 @@ def joint_members(entries: Iterable[Found | Skip]) -> list[tuple[Found, ...]]:
 
 
 def joint_site(members: Sequence[Found]) -> Site:
-    """What the factor source is told: the weights stacked, `(1, sum of out, in)`."""
+    """Return the site of the stacked weights, `(1, sum of out, in)`."""
     sites = [member.site for member in members]
 
     def load() -> Array:
@@ -54,21 +50,13 @@ def joint_site(members: Sequence[Found]) -> Site:
         data=sites[0].data,
         output=" + ".join(site.output for site in sites),
         nested=sites[0].nested,
-        plain=all(site.plain for site in sites),
+        row_order=sites[0].row_order if all(site.plain for site in sites) else None,
     )
 
 
 def cut(factors: Factors, members: Sequence[Found]) -> list[Factors]:
-    """The factors of each member: its rows of `left` and its part of the bias, and `right` as it is."""
+    """Return the factors of each member: its rows of `left`, its part of the bias, and `right` as it is."""
     ends = np.cumsum([member.site.out_features for member in members])[:-1]
     lefts = np.split(factors.left, ends, axis=1)
     biases = [None] * len(members) if factors.bias is None else np.split(factors.bias, ends)
     return [Factors(left=left, right=factors.right, bias=bias) for left, bias in zip(lefts, biases, strict=True)]
-
-
-def _is_plain(found: Found) -> bool:
-    """Whether a node is `data @ W^T`, with the data as it is and W one matrix."""
-    attributes = found.node.attributes
-    is_product = found.site.op_type in ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
-    is_turned = any(attributes.get_int(name, 0) for name in PLAIN_DATA)
-    return is_product and found.operand == 1 and len(found.shape) == 2 and not is_turned

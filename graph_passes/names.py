@@ -1,9 +1,7 @@
-"""Fresh names: readable, deterministic, and never one that exists anywhere in the model.
+"""Fresh names: readable, deterministic, and unused anywhere in the model.
 
 classifier.0.weight  ->  classifier.0.right, classifier.0.left      (_1, _2, ... when taken)
 """
-
-from __future__ import annotations
 
 import onnx_ir as ir
 
@@ -11,12 +9,12 @@ import onnx_ir as ir
 class Names:
     """Every value name and node name of a model: graphs, subgraphs and functions alike.
 
-    An initializer under a reused name silently replaces the other one, and a subgraph's name shadows the outer one, so
-    scopes are ignored and a name is free only when nobody has it.
+    Scopes are ignored: an initializer under a reused name silently replaces the other one, and a name in a subgraph
+    shadows the outer one.
     """
 
     def __init__(self, model: ir.Model) -> None:
-        self._values: dict[str, int] = {}  # taken name -> the last number tried behind it: thousands may want one name
+        self._values: dict[str, int] = {}  # taken name -> the last number tried behind it
         self._nodes: dict[str, int] = {}
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
             self._add_graph(graph)
@@ -31,11 +29,11 @@ class Names:
             self._values.update((value.name or "", 0) for value in (*node.inputs, *node.outputs) if value is not None)
 
     def fresh_value(self, wanted: str) -> str:
-        """`wanted`, or `wanted_1`, `wanted_2`, ...: free, and taken from now on."""
+        """Take and return `wanted`, or the first free one of `wanted_1`, `wanted_2`, ..."""
         return _fresh(wanted, self._values)
 
     def fresh_node(self, wanted: str) -> str:
-        """The same for node names."""
+        """Take and return a node name in the same way."""
         return _fresh(wanted, self._nodes)
 
 
@@ -49,12 +47,12 @@ def _fresh(wanted: str, taken: dict[str, int]) -> str:
 
 
 def name_of(node: ir.Node) -> str:
-    """The node's name, or that of its first output where it has none."""
+    """Return the node's name, or that of its first output where it has none."""
     return node.name or next((value.name for value in node.outputs if value.name), "")
 
 
 def stem(weight: str) -> str:
-    """What the names of a weight's factors begin with.
+    """Return the beginning of the names of a weight's factors.
 
     Examples:
         >>> stem("classifier.0.weight"), stem("onnx::MatMul_12"), stem("attn.in_proj_weight")

@@ -1,16 +1,14 @@
-"""How many parameters a model has: the numbers that it was trained or quantized to, wherever they are stored.
+"""Count the parameters of a model: its trained or quantized numbers, wherever they are stored.
 
     float constant         counts                          initializer or Constant; graph, subgraph or function
     integer constant       counts where it is a weight     an operand of QLinearConv, MatMulNBits, DequantizeLinear, ...
                            or a table                      what a computed index selects from (Gather)
-    scale, zero point      does not count                  they tell how quantized numbers are stored
+    scale, zero point      does not count                  they describe how quantized numbers are stored
     shape, axis, index     does not count
     unused constant        does not count
 
-A constant counts once, however many nodes use it; packed integers count as the numbers that they hold.
+A constant counts once for all its users; packed integers count as the numbers that they hold.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -19,7 +17,7 @@ import onnx_ir as ir
 
 from graph_passes.cleanup import other_consumers
 from graph_passes.constants import layout_chain, stored_tensor
-from graph_passes.split_all import FAMILIES, UNSPLIT
+from graph_passes.operators import PASSES, UNSPLIT
 
 Use = tuple[ir.Node, int]
 Operands = Mapping[tuple[str, str], tuple[int, ...]]
@@ -31,7 +29,7 @@ _TWO_SCALES = (1, 2, 4, 5, 6, 7)
 
 WEIGHTS: Operands = MappingProxyType(
     {
-        **{(family.domain, family.op_type): family.operands for family in FAMILIES},
+        **{(each.domain, each.op_type): each.operands for each in PASSES},
         **UNSPLIT,
         ("", "DequantizeLinear"): (0,),
         (_CONTRIB, "DequantizeLinear"): (0,),
@@ -82,16 +80,16 @@ STORAGE: Operands = MappingProxyType(
 
 
 def count_parameters(model: ir.Model) -> int:
-    """The model's parameters; reads no weight.
+    """Return the number of parameters of a model; reads no weight.
 
     Args:
-        model: with initializers and Constant nodes in its graph, its subgraphs and its functions.
+        model: A model whose graph, subgraphs and functions may hold initializers and Constant nodes.
     """
     return sum(_numbers(value, model) for value in _constants(model))
 
 
 def _constants(model: ir.Model) -> Iterator[ir.Value]:
-    """Every stored constant of the model, once."""
+    """Yield every stored constant of the model once."""
     scopes = (model.graph, *(function.graph for function in model.functions.values()))
     for scope in scopes:
         for graph in (scope, *scope.subgraphs()):
@@ -102,7 +100,7 @@ def _constants(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _numbers(value: ir.Value, model: ir.Model) -> int:
-    """How many parameters a constant holds."""
+    """Return the number of parameters in a constant."""
     tensor = stored_tensor(value)
     if tensor is None or tensor.dtype in (ir.DataType.STRING, ir.DataType.BOOL):
         return 0
@@ -114,7 +112,7 @@ def _numbers(value: ir.Value, model: ir.Model) -> int:
 
 
 def _uses(value: ir.Value, model: ir.Model, seen: set[ir.Value]) -> Iterator[Use]:
-    """Who reads a constant, behind layout operators; of a call of a model function, who reads it there."""
+    """Yield the users of a constant behind layout operators, also inside model functions that take it."""
     if value in seen:
         return
     seen.add(value)
@@ -132,7 +130,7 @@ def _is_among(use: Use, operands: Operands) -> bool:
 
 
 def _is_storage(use: Use) -> bool:
-    """Whether a float constant only tells how numbers are stored; a dynamic quantizer's scale is multiplied by it."""
+    """Whether a float constant only describes how numbers are stored, also one that a dynamic scale multiplies."""
     node, index = use
     if node.op_type == "Mul" and node.domain == "" and len(node.inputs) == 2:
         other = node.inputs[1 - index]
@@ -142,7 +140,7 @@ def _is_storage(use: Use) -> bool:
 
 
 def _is_weight(use: Use) -> bool:
-    """Whether an integer constant is read as a weight or a table; of a constant index, a table is a shape."""
+    """Whether an integer constant is used as a weight or a table; a table with a constant index is a shape."""
     node, _ = use
     if node.domain == "" and node.op_type in _TABLES:
         index = node.inputs[1] if len(node.inputs) > 1 else None
@@ -151,7 +149,7 @@ def _is_weight(use: Use) -> bool:
 
 
 def _held(use: Use, tensor: ir.TensorProtocol) -> int:
-    """How many numbers an integer weight holds: several in each byte where its operator packs them."""
+    """Return how many numbers an integer weight holds: several in each byte where its operator packs them."""
     node, attributes = use[0], use[0].attributes
     if node.op_type in ("MatMulNBits", "MatMulBnb4"):  # the last block of a row may be padded
         return attributes.get_int("K", 0) * attributes.get_int("N", 0) or tensor.size

@@ -1,12 +1,10 @@
-"""What a rewrite builds with: the factors and the bias as operands, and the first of the two nodes.
+"""The parts of a rewrite: the factors and the bias as operands, and the first of the two nodes.
 
-Nodes that share a weight share its factor constants; nodes split jointly share the first node too. A matrix that is
-used plainly and transposed, or by operators that lay it out otherwise, has each factor stored once:
+Nodes that share a weight share its factors; nodes that are split jointly share the first node too. Each factor of a
+matrix is stored once, also where some nodes use the matrix transposed or in another layout:
 
     W ~ left @ right, W^T ~ right^T @ left^T       right --> MatMul        right --> Transpose --> MatMul
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -25,12 +23,12 @@ Side: TypeAlias = Literal["left", "right"]
 
 
 class Store:
-    """The constants made so far, so that nodes that share a weight share its factors.
+    """The constants that were made so far, so that nodes that share a weight share its factors.
 
     Args:
-        model: Where the constants go.
+        model: The model that gets the constants.
         keep: Stores their numbers.
-        overridable: Constants that are graph inputs too are constants, as they always are before IR version 4.
+        overridable: Treat values that are graph inputs too as constants; always so before IR version 4.
     """
 
     def __init__(self, model: ir.Model, keep: Keep, *, overridable: bool) -> None:
@@ -42,33 +40,33 @@ class Store:
         self._values: dict[WeightKey, dict[Hashable, ir.Value]] = {}
 
     def made(self, weight: WeightKey, what: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
-        """A constant that belongs to a weight, made when first asked for."""
+        """Return a constant that belongs to a weight; the first call makes it."""
         values = self._values.setdefault(weight, {})
         if what not in values:
             values[what] = make()
         return values[what]
 
     def known(self, weight: WeightKey, what: Hashable) -> ir.Value | None:
-        """A constant that was made for a weight before; None where there is none."""
+        """Return a constant that was made for a weight before, or None."""
         return self._values.get(weight, {}).get(what)
 
     def add(self, array: Array, name: str, before: ir.Node, *, as_node: bool) -> ir.Value:
-        """A new constant under a name that is free; for a function, which holds no initializers, as a node."""
+        """Add a new constant under a free name; as a node for a function, which holds no initializers."""
         array = np.ascontiguousarray(array)
         return add_constant(array, name, before, as_node=self._always_nodes or as_node, keep=self._keep)
 
     def forget(self, weight: WeightKey) -> None:
-        """No node to come asks for the factors of this weight."""
+        """Drop the factors of a weight that no later node needs."""
         self._values.pop(weight, None)
 
 
 def _place(root: ir.Value) -> ir.Node:
-    """The node in front of which a constant is seen by all who see this one."""
+    """Return a node in front of which a new constant is visible wherever this one is."""
     return root.producer() or next(iter(root.graph or ()))
 
 
 def resized(value: ir.Value, axis: int, size: int) -> ir.Shape | None:
-    """The shape of a value with another size along one axis; None where the shape is unknown."""
+    """Return the shape of a value with another size along one axis; None where the shape is unknown."""
     if value.shape is None or not -len(value.shape) <= axis < len(value.shape):  # a file may declare any shape
         return None
     dims = list(value.shape)
@@ -78,14 +76,14 @@ def resized(value: ir.Value, axis: int, size: int) -> ir.Shape | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a rewrite builds with: the factors as operands, and the first node.
+    """The factors as operands, and the first node.
 
     Attributes:
         found: The node to split.
         factors: The factors of its weight.
         store: The constants made so far.
-        joined: The first node of a joint split, where it is there already.
-        transposed: Whether these are the factors of the transpose of what the constants were made for.
+        joined: First node of a joint split that another member has made.
+        transposed: Whether these factors are those of the transpose of the matrix whose constants are stored.
     """
 
     found: Found
@@ -96,17 +94,17 @@ class Parts:
 
     @property
     def form(self) -> Form:
-        """The form of the split; the only one of a node that shares its weight with an operator of another form."""
+        """The form of the split; the default one where another operator, of another form, shares the weight."""
         forms = self.found.site.forms
         return next((form for form in forms if form == self.factors.form), forms[0])
 
     def operand(self, side: Side, shape: Sequence[int], *, matrices: int = 0, turned: bool = False) -> ir.Value:
-        """A factor as a node input.
+        """Return a factor as a node input.
 
         Args:
-            side: Which one.
+            side: "left" or "right".
             shape: The shape in which it is stored.
-            matrices: Cut it by rows into that many matrices first; 0 is one a group.
+            matrices: First cut it by rows into that many matrices; 0 keeps one a group.
             turned: Then swap its last two axes.
         """
         if side == "right" and self.joined is not None and (right := self.joined.inputs[1]) is not None:
@@ -122,7 +120,7 @@ class Parts:
         return self._as_seen(value, shape, self.found.weight)
 
     def _matrix(self, array: Array, side: Side, *, turned: bool) -> ir.Value:
-        """A factor of a single matrix, stored once: as the first node needs it, and turned and reshaped for others."""
+        """Store a factor of a single matrix once, as its first node needs it; transpose and reshape it for others."""
         rows, columns = (self.factors.left if side == "left" else self.factors.right).shape[1:]
         needed = (columns, rows) if turned else (rows, columns)
         what: tuple[Side, bool] = (side, turned)
@@ -137,7 +135,7 @@ class Parts:
         return self._reshaped(value, array.shape)
 
     def _reshaped(self, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
-        """A factor in another shape, by a node where it differs."""
+        """Return a factor in another shape, behind a Reshape where it differs."""
         if value.shape is not None and tuple(value.shape) == shape:
             return value
         name = self.store.names.fresh_value(f"{value.name}/shape")
@@ -145,7 +143,7 @@ class Parts:
         return self._laid_out("Reshape", [value, sizes], shape)
 
     def bias(self, shape: tuple[int, ...], scale: float = 1.0) -> ir.Value:
-        """The bias correction as a node input, in a shape, times a number."""
+        """Return the bias correction as a node input, in a shape, times a number."""
         value = self.store.made(
             self.found.key,
             ("bias", shape, scale),
@@ -154,13 +152,13 @@ class Parts:
         return self._as_seen(value, shape, self.found.weight)
 
     def corrected(self, old: Weight, shape: tuple[int, ...], scale: float, *, before: ir.Node | None) -> ir.Value:
-        """`old + scale * bias` as a node input.
+        """Return `old + scale * bias` as a node input.
 
         Args:
             old: A constant.
             shape: The shape of the bias, to be broadcast.
             scale: What the bias is multiplied by.
-            before: The node that alone used the constant, whose name is free again; else None.
+            before: The only user of the constant, whose name is free again; None where there are others.
         """
 
         def make() -> ir.Value:
@@ -179,13 +177,13 @@ class Parts:
         return self.factors.bias.astype(np.float64).reshape(shape) * scale
 
     def _beside_weight(self, array: Array, kind: str) -> ir.Value:
-        """A new constant where the weight stands, named after it."""
+        """Add a new constant beside the weight, named after it."""
         weight = self.found.weight
         name = self.store.names.fresh_value(f"{stem(weight.name)}.{kind}")
         return self.store.add(array, name, _place(weight.root), as_node=self.found.in_function)
 
     def _as_seen(self, value: ir.Value, shape: Sequence[int], old: Weight) -> ir.Value:
-        """A constant that stands for an old one, in the dtype in which the operator saw that."""
+        """Cast a constant to the dtype in which the operator reads the old one."""
         if old.dtype == old.stored_dtype:
             return value
         cast = [ir.AttrInt64("to", old.dtype)]
@@ -200,7 +198,7 @@ class Parts:
         *,
         dtype: ir.DataType | None = None,
     ) -> ir.Value:
-        """The first of the inputs behind a layout operator in front of the node; its dtype stays by default."""
+        """Put the first of the inputs through a layout operator in front of the node; its dtype stays by default."""
         node, names = self.found.node, self.store.names
         name = f"{inputs[0].name}/{op_type.lower()}"
         layout = ir.Node("", op_type, inputs, attributes, name=names.fresh_node(f"{name_of(node)}/{op_type.lower()}"))
@@ -222,7 +220,7 @@ class Parts:
         shape: ir.Shape | None,
         domain: str = "",
     ) -> ir.Node:
-        """Insert the first node, in front of the found one, unless another node's is shared.
+        """Insert the first node in front of the found one, unless a joint split has one.
 
         Args:
             op_type: Its operator.

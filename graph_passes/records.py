@@ -1,7 +1,7 @@
-"""What a pass is told and what it tells: sites, factors, and one record for every weight-bearing node.
+"""Sites, factors, and one record for every weight-bearing node.
 
     find_sites(model)  -> Site | Skip        what could be split, and what cannot and why
-    factors(site)      -> Factors | Dense    the answer of whoever computes factors (never this package)
+    factors(site)      -> Factors | Dense    the factors, which a caller of this package computes
     split(model, ...)  -> Split | Skip       what was done
 
 One orientation everywhere: weight (groups, out, in) ~ left (groups, out, rank) @ right (groups, rank, in).
@@ -21,6 +21,7 @@ import onnx_ir as ir
 from graph_passes.forms import Array as Array
 from graph_passes.forms import Form as Form
 from graph_passes.forms import unfold, unfolded_shape
+from graph_passes.response import RowOrder
 from graph_passes.window import Window
 
 AnyForm: TypeAlias = Form | Literal["first"]
@@ -33,24 +34,26 @@ _FLOAT_DTYPES = tuple(np.dtype(t) for t in (np.float16, np.float32, np.float64, 
 class Site:
     """One node that could be split.
 
-    A site refers to its weight, so keep sites no longer than needed: while one lives, so does the dense weight.
+    A site refers to its weight: the dense weight stays in memory as long as the site does.
 
     Attributes:
         node: Name of the node (of its first output where the node has none).
         op_type: "MatMul", "Gemm", "Conv", "ConvTranspose", or onnxruntime's "FusedMatMul", "Attention" and the like.
-        weight: Name of the initializer or constant the weight comes from, such as "features.0.weight".
+        weight: Name of the initializer or constant, such as "features.0.weight".
         out_features: Rows of the weight; for a Conv `out / groups`, for a ConvTranspose `out / groups * kh * kw`.
         in_features: Columns of the weight; for a Conv `in / groups * kh * kw`, for a ConvTranspose `in / groups`.
-        groups: How many matrices the weight holds: the groups of a Conv, the batch entries of a MatMul; else 1.
+        groups: Number of matrices in the weight: the groups of a Conv, the batch entries of a MatMul; else 1.
         dtype: numpy name of the stored dtype: "float32", "float16", "bfloat16" or "float64".
-        members: For a joint site, the names of the weights that are stacked in it; else empty.
-        forms: The forms in which it can be split, the default first; `out_features` and `in_features` are of that one.
+        members: Names of the weights that a joint site stacks; empty for other sites.
+        forms: Forms in which it can be split, the default first; `out_features` and `in_features` belong to that one.
         data: Name of the value that is multiplied.
-        output: Name of the node's output; of a fused operator, what follows the product is in it.
-        nested: Whether the node stands in a subgraph or a model function, whose values no caller can look at.
-        plain: Whether the response (the output without bias, activation, attention) is `data @ weight^T` over the last
-            axis, or, where there is a window, the ordinary convolution of the data.
+        output: Name of the node's output; a fused operator has applied its activation or attention there.
+        nested: Whether the node stands in a subgraph or a model function, whose values cannot be model outputs.
+        row_order: The axes of the rows in data and output; None where the response (the output without bias,
+            activation and attention) is neither `data @ weight^T` nor, with a window, an ordinary convolution.
+        linear: Whether the output is the response plus a bias, with no activation or attention behind.
         window: How a convolution moves over the data; None for products.
+        both_ways: Whether other nodes use the weight transposed.
     """
 
     node: str
@@ -66,14 +69,15 @@ class Site:
     data: str = ""
     output: str = ""
     nested: bool = False
-    plain: bool = False
+    row_order: RowOrder | None = None
+    linear: bool = True
     window: Window | None = None
     both_ways: bool = False
 
     def load(self, form: AnyForm = "first") -> Array:
-        """The weight, `(groups, *shape(form))` in its stored dtype.
+        """Return the weight, `(groups, *shape(form))` in its stored dtype.
 
-        A view of the model's own memory (or memory map) where the layout allows it: do not write into it.
+        It is a view of the model's memory (or memory map) where the layout allows it: do not write into it.
         """
         weight, form = self.loader(), self.form_of(form)
         if form == self.forms[0] or self.window is None:
@@ -81,7 +85,7 @@ class Site:
         return unfold(weight.reshape(self.groups, self.out_features, -1, *self.window.kernel), form)
 
     def shape(self, form: AnyForm = "first") -> tuple[int, int]:
-        """Rows and columns of the weight in a form (per group).
+        """Return rows and columns of the weight in a form (per group).
 
         Raises:
             ValueError: When the site cannot take the form.
@@ -93,7 +97,7 @@ class Site:
         return unfolded_shape(self.out_features, self.in_features // math.prod(kernel), kernel, form)
 
     def form_of(self, form: AnyForm) -> Form:
-        """The form itself, "first" being the default.
+        """Return the form itself; "first" stands for the default.
 
         Raises:
             ValueError: When the site cannot take the form.
@@ -105,14 +109,19 @@ class Site:
         raise ValueError(f"{where}: expected form {' or '.join(self.forms)}, but got {form!r}")
 
     @property
+    def plain(self) -> bool:
+        """Whether a caller can compute the response from the data and the weight; see `row_order`."""
+        return self.row_order is not None
+
+    @property
     def bias_size(self) -> int:
-        """How many numbers a bias of the node has: one for each output channel or feature of all groups."""
+        """Numbers in a bias of the node: one for each output channel or feature of all groups."""
         spread = math.prod(self.window.kernel) if self.window is not None and self.forms[0] == "input" else 1
         return self.groups * self.out_features // spread  # the rows of a ConvTranspose's weight are (out, *kernel)
 
     @property
     def break_even_rank(self) -> float:
-        """At or above this rank the two factors hold as many numbers as the dense weight, or more."""
+        """The rank from which on the two factors hold at least as many numbers as the dense weight."""
         return self.out_features * self.in_features / (self.out_features + self.in_features)
 
     @property
@@ -128,9 +137,9 @@ class Factors:
     Attributes:
         left: `(groups, rows, rank)`, with the rows and columns of `Site.shape(form)`.
         right: `(groups, rank, columns)`.
-        form: What they are the factors of: `Site.load(form)`.
-        bias: `(Site.bias_size,)`, groups (of a batched product: batch entries) outermost: added to the output of every
-            node that shares the weight, in front of an activation or the attention; None adds nothing.
+        form: Form of the matrix that they factorize, `Site.load(form)`.
+        bias: `(Site.bias_size,)`, groups (of a batched product: batch entries) outermost. It is added to the output of
+            every node that shares the weight, before an activation or the attention; None adds nothing.
 
     Raises:
         ValueError: When they do not fit together.
@@ -169,13 +178,13 @@ class Factors:
         return int(self.left.shape[-1])
 
     def transposed(self) -> Factors:
-        """The factors of the transposed weight, `(left @ right)^T = right^T @ left^T`; without a bias."""
+        """Return the factors of the transposed weight, `(left @ right)^T = right^T @ left^T`, without a bias."""
         return Factors(left=self.right.swapaxes(1, 2), right=self.left.swapaxes(1, 2))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """The factor source's "leave this one dense, because"."""
+    """The answer of a factor source that leaves a site dense, with the reason."""
 
     reason: str
 
@@ -183,7 +192,7 @@ class Dense:
 FactorSource: TypeAlias = Callable[[Site], Factors | Dense]
 
 Keep: TypeAlias = Callable[[Array, str], ir.TensorProtocol]
-"""Where a factor goes, given the array as it is stored and its name: to memory, or to a file that frees the memory."""
+"""A function that stores a factor under a name: in memory, or in a file, which frees the memory."""
 
 
 def in_memory(array: Array, name: str) -> ir.TensorProtocol:
@@ -193,20 +202,20 @@ def in_memory(array: Array, name: str) -> ir.TensorProtocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One node became two.
+    """The record of a node that became two.
 
     Attributes:
-        node: Name the node had.
+        node: Name of the dense node.
         op_type: Its operator.
         weight: Name of the weight that was split.
         out_features: Rows of the weight in its form (per group).
         in_features: Columns of the weight in its form (per group).
-        groups: How many matrices the weight holds.
+        groups: Number of matrices in the weight.
         rank: Inner dimension (per group).
         form: "matmul" (Attention too), "gemm", "channel", "input" or "separable" (Conv), or "input" (ConvTranspose).
         first_node: Name of the new node that multiplies by `right`.
         second_node: Name of the new node that multiplies by `left`.
-        joint: For a joint split, the names of all weights that share `right` and the first node; else empty.
+        joint: Names of all weights that share `right` and the first node in a joint split; else empty.
     """
 
     node: str
@@ -224,12 +233,12 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Skip:
-    """One weight-bearing node stayed as it was, with the reason.
+    """The record of a weight-bearing node that stays as it is, with the reason.
 
     Attributes:
         node: Name of the node.
         op_type: Its operator.
-        reason: Why, in words for the report.
+        reason: Why it stays, for the report.
         weight: Name of the weight; "" where no single one is known.
         out_features: Rows of the weight (per group); 0 where unknown.
         in_features: Columns of the weight (per group); 0 where unknown.

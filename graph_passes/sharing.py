@@ -1,11 +1,9 @@
-"""Weights that cannot be split because of their surroundings: halves of an old split, and those somebody else needs.
+"""Weights that cannot be split because of other nodes: factors of an old split, and weights with other users.
 
-x --> op X.right --> op X.left --> y          our own pair, its marks lost
+x --> op X.right --> op X.left --> y          a pair of an earlier split that has lost its marks
 w --> MatMul, w --> Gather                    a tied weight: a split would keep it and grow the file
-w --> Conv, w --> ConvTranspose               a tied kernel: it would take two pairs of factors
+w --> Conv, w --> ConvTranspose               a tied kernel: a split would need two pairs of factors
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping
@@ -19,10 +17,10 @@ _FACTOR_NAME = re.compile(r".+\.(right|left)(?:_\d+)?")
 
 
 def low_rank_pairs(found: Mapping[ir.Node, tuple[str, ir.Value | None]]) -> dict[ir.Node, str]:
-    """Our own pairs after a tool dropped the marks: two products with nothing between, factors by their names.
+    """Find pairs of earlier splits whose marks another tool has dropped: two products in a row, by the factors' names.
 
-    The names are asked for, because networks hold such pairs by design: MobileNetV2's linear bottlenecks are two 1x1
-    Convs with nothing between, and each of them is a site like any other.
+    The names decide, because networks hold such pairs by design: the linear bottlenecks of MobileNetV2 are two 1x1
+    Convs in a row, and each of them is a site.
 
     Args:
         found: Name of the weight and the data operand of each node.
@@ -40,11 +38,11 @@ def low_rank_pairs(found: Mapping[ir.Node, tuple[str, ir.Value | None]]) -> dict
 
 
 def shared_with_others(found: Mapping[ir.Node, tuple[int, ir.Value]], *, keep_shapes: bool) -> dict[ir.Node, str]:
-    """Nodes whose weight somebody else needs dense.
+    """Find nodes whose weight another node needs dense, with the reason.
 
     Args:
         found: Input index and root of the weight of each node that could be split.
-        keep_shapes: Whether a Shape needs the weight itself; else it is replaced by its value.
+        keep_shapes: Count a Shape of the weight as a user; otherwise its value replaces it.
     """
     by_root: dict[ir.Value, str] = {}
     for _, root in found.values():
@@ -58,10 +56,10 @@ def shared_with_others(found: Mapping[ir.Node, tuple[int, ir.Value]], *, keep_sh
 
 
 def used_in_other_ways(found: Mapping[ir.Node, tuple[ir.Value, Hashable]]) -> dict[ir.Node, str]:
-    """Nodes whose weight another node uses in a way that no pair of factors serves beside theirs.
+    """Find nodes whose weight another node uses in a way that needs a second pair of factors, with the reason.
 
     Args:
-        found: Root of the weight of each node, and the way in which it is used.
+        found: Root of the weight of each node, and a key of the way in which it is used.
     """
     reasons: dict[ir.Node, str] = {}
     first: dict[ir.Value, ir.Node] = {}

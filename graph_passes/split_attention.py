@@ -9,11 +9,13 @@ It stays one fused operator: the hidden size of its input is free, and only that
 head counts and unequal q, k, v sizes belong to the output side and stay.
 """
 
-from __future__ import annotations
-
 import onnx_ir as ir
 
+from graph_passes.axis_rules.sequences import packed_attention
+from graph_passes.macs.attention import projected_attention
+from graph_passes.macs.executed_node import ExecutedNode, Macs
 from graph_passes.parts import Parts, resized
+from graph_passes.response import RowOrder
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
 from graph_passes.weights import NoWeight, Weight
@@ -26,22 +28,29 @@ class SplitAttentionPass(SplitPass):
     op_type = "Attention"
     form = "matmul"
     operands = (1,)
+    linear = False
+    axis_rule = staticmethod(packed_attention)
+
+    @staticmethod
+    def macs(node: ExecutedNode) -> Macs:
+        """Count the projections, the scores and the mixture."""
+        return projected_attention((1,), past=4)(node)
 
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
-        """(in, q + k + v) is turned."""
+        """Transpose (in, q + k + v)."""
         if len(weight.shape) != 2:
             return NoWeight(reason=f"weight has {len(weight.shape)} axes: only matrices are split")
         return weight.transposed(1, 0).reshaped(1, *reversed(weight.shape))
 
     @staticmethod
-    def is_plain(node: ir.Node, operand: int, weight: Weight) -> bool:
-        """The projections are."""
-        return True
+    def row_order(node: ir.Node, operand: int, weight: Weight) -> RowOrder | None:
+        """Accept every Attention: its projections are one product."""
+        return RowOrder()
 
     @staticmethod
     def rewrite(found: Found, parts: Parts) -> ir.Node:
-        """A MatMul in front."""
+        """Put a MatMul in front."""
         node, site, rank = found.node, found.site, parts.factors.rank
         data = node.inputs[0]
         right = parts.operand("right", (site.in_features, rank), turned=True)

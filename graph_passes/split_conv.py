@@ -21,15 +21,19 @@ what the second pads with must be zero. auto_pad goes where the kernel goes: it 
 with the second one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import onnx_ir as ir
 
+from graph_passes.axis_rules.moves import CHANNELS, Moves
+from graph_passes.axis_rules.products import windowed
+from graph_passes.axis_rules.values import NodeCall
 from graph_passes.forms import Form, conv_forms, first_axes
+from graph_passes.macs.convolutions import conv
 from graph_passes.parts import Parts
+from graph_passes.response import Contraction, RowOrder
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
 from graph_passes.weights import NoWeight, Weight
@@ -44,10 +48,17 @@ class SplitConvPass(SplitPass):
     op_type = "Conv"
     form = "channel"
     operands = (1,)
+    contraction: ClassVar[Contraction | None] = Contraction.CONV
+    macs = staticmethod(conv)
+
+    @staticmethod
+    def axis_rule(call: NodeCall) -> Moves:
+        """Move the window over space."""
+        return windowed(call, channels=CHANNELS)
 
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
-        """(out, in/groups, *kernel) as one matrix a group."""
+        """Return (out, in/groups, *kernel) as one matrix a group."""
         groups = node.attributes.get_int("group", 1)
         out_channels, *rest = weight.shape or (0,)
         if groups < 1 or out_channels % groups or len(rest) < 2:
@@ -56,22 +67,28 @@ class SplitConvPass(SplitPass):
 
     @classmethod
     def forms(cls, shape: tuple[int, ...]) -> tuple[Form, ...]:
-        """Those that differ for its kernel."""
+        """Return the forms that differ for its kernel."""
         return conv_forms(shape[2:])
 
     @staticmethod
     def window(node: ir.Node, shape: tuple[int, ...]) -> Window:
-        """The kernel stands behind the channels."""
+        """Return the window of the kernel, which stands behind the channels."""
         return window_of(node, shape[2:])
 
+    @classmethod
+    def read_form(cls, right: tuple[int, ...], left: tuple[int, ...]) -> tuple[Form, int]:
+        """Tell the forms apart by the kernels; a weight whose own kernel is 1 has the channel form."""
+        first, second = math.prod(right[2:]), math.prod(left[2:])
+        return "channel" if second == 1 else "input" if first == 1 else "separable", second
+
     @staticmethod
-    def is_plain(node: ir.Node, operand: int, weight: Weight) -> bool:
-        """It is the ordinary convolution."""
-        return True
+    def row_order(node: ir.Node, operand: int, weight: Weight) -> RowOrder | None:
+        """Accept every Conv: it is the ordinary convolution."""
+        return RowOrder()
 
     @staticmethod
     def rewrite(found: Found, parts: Parts) -> ir.Node:
-        """Each takes what is spatial on its axes, the second the bias."""
+        """Split the spatial attributes by axes; the second node keeps the bias."""
         node, site, rank = found.node, found.site, parts.factors.rank
         out_channels, in_channels, *kernel = found.shape
         first_of = first_axes(parts.form, len(kernel))
@@ -94,14 +111,21 @@ class SplitConvPass(SplitPass):
 
 
 class SplitFusedConvPass(SplitConvPass):
-    """The same for onnxruntime's FusedConv."""
+    """Splits onnxruntime's FusedConv, a Conv with an activation and maybe a sum, in the same way."""
 
     domain = "com.microsoft"
     op_type = "FusedConv"
+    linear = False
+    contraction = None
+
+    @staticmethod
+    def axis_rule(call: NodeCall) -> Moves:
+        """Move the window over space; the sum `Z` lies as the output does."""
+        return windowed(call, channels=CHANNELS, like="Conv", extra=3)
 
 
 def _spatial(node: ir.Node, axes: Sequence[int], kernel: Sequence[int]) -> list[ir.Attr]:
-    """The spatial attributes of a Conv on some of its axes; on the others they do nothing."""
+    """Return the spatial attributes of a Conv on some of its axes; on the others they do nothing."""
     own: list[ir.Attr] = [ir.AttrInt64s("kernel_shape", kernel)]
     if not axes:
         return own
@@ -113,7 +137,7 @@ def _spatial(node: ir.Node, axes: Sequence[int], kernel: Sequence[int]) -> list[
 
 
 def _between(node: ir.Node, axes: Sequence[int], channels: int) -> ir.Shape | None:
-    """Shape between the two: on the axes of the first as in the output, on the others as in the data."""
+    """Return the shape between the two: of the output on the first node's axes, of the data on the others."""
     before, after = (None if value is None else value.shape for value in (node.inputs[0], node.outputs[0]))
     batch = after if axes else before
     others = before if batch is not None and len(axes) + 2 < len(batch) else batch

@@ -13,12 +13,14 @@ A ConvTranspose multiplies the channels of each position by W and sums what over
 first, at the smaller resolution of the input, and what is spatial stays in one place.
 """
 
-from __future__ import annotations
-
 import math
 
 import onnx_ir as ir
 
+from graph_passes.axis_rules.moves import CHANNELS, Moves
+from graph_passes.axis_rules.products import windowed
+from graph_passes.axis_rules.values import NodeCall
+from graph_passes.macs.convolutions import conv_transpose
 from graph_passes.parts import Parts, resized
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
@@ -32,10 +34,16 @@ class SplitConvTransposePass(SplitPass):
     op_type = "ConvTranspose"
     form = "input"
     operands = (1,)
+    macs = staticmethod(conv_transpose)
+
+    @staticmethod
+    def axis_rule(call: NodeCall) -> Moves:
+        """Move the window over space."""
+        return windowed(call, channels=CHANNELS)
 
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
-        """(in, out/groups, *kernel) as one turned matrix a group."""
+        """Return (in, out/groups, *kernel) as one transposed matrix a group."""
         groups = node.attributes.get_int("group", 1)
         in_channels, *rest = weight.shape or (0,)
         if groups < 1 or in_channels % groups or len(rest) < 2:
@@ -44,12 +52,12 @@ class SplitConvTransposePass(SplitPass):
 
     @staticmethod
     def window(node: ir.Node, shape: tuple[int, ...]) -> Window:
-        """The kernel stands behind the channels."""
+        """Return the window of the kernel, which stands behind the channels."""
         return window_of(node, shape[2:])
 
     @staticmethod
     def rewrite(found: Found, parts: Parts) -> ir.Node:
-        """A 1x1 Conv in front; the ConvTranspose has fewer input channels and is otherwise as it was."""
+        """Put a 1x1 Conv in front; the ConvTranspose keeps all but its number of input channels."""
         node, site, rank = found.node, found.site, parts.factors.rank
         data = node.inputs[0]
         ones = (1,) * (len(found.shape) - 2)

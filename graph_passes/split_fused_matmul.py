@@ -16,11 +16,12 @@ The first product takes what turns the data (and is a plain MatMul when nothing 
 are stored untransposed.
 """
 
-from __future__ import annotations
-
 import onnx_ir as ir
 
+from graph_passes.axis_rules.products import turned_product
+from graph_passes.macs.products import turned_matmul
 from graph_passes.parts import Parts
+from graph_passes.response import RowOrder
 from graph_passes.split_matmul import SplitMatMulPass, product_bias_shape, rewrite_product
 from graph_passes.survey import Found
 from graph_passes.weights import NoWeight, Weight
@@ -33,10 +34,13 @@ class SplitFusedMatMulPass(SplitMatMulPass):
 
     domain = "com.microsoft"
     op_type = "FusedMatMul"
+    contraction = None
+    macs = staticmethod(turned_matmul)
+    axis_rule = staticmethod(turned_product)
 
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
-        """The weight as a MatMul would hold it, then as there."""
+        """Turn the weight as a MatMul holds it, then proceed as there."""
         if len(weight.shape) > 1:
             trans, trans_batch = (node.attributes.get_int(name, 0) for name in TURNS[operand])
             *batch, rows, columns = range(len(weight.shape))
@@ -46,23 +50,26 @@ class SplitFusedMatMulPass(SplitMatMulPass):
         return SplitMatMulPass.canonical(node, operand, weight)
 
     @staticmethod
-    def is_plain(node: ir.Node, operand: int, weight: Weight) -> bool:
-        """As for MatMul, with the data as it is, and no alpha."""
-        attributes = node.attributes
-        is_turned = any(attributes.get_int(name, 0) for name in TURNS[1 - operand])
-        alpha = attributes.get_float("alpha", 1.0)
-        return SplitMatMulPass.is_plain(node, operand, weight) and not is_turned and alpha == 1.0
+    def row_order(node: ir.Node, operand: int, weight: Weight) -> RowOrder | None:
+        """Accept what MatMul accepts, with the data as it is, and no alpha."""
+        is_scaled = node.attributes.get_float("alpha", 1.0) != 1.0
+        return None if is_scaled or _turns(node, 1 - operand) else SplitMatMulPass.row_order(node, operand, weight)
+
+    @staticmethod
+    def shares_right(found: Found) -> bool:
+        """Accept what MatMul accepts, with the data as it is."""
+        return SplitMatMulPass.shares_right(found) and not _turns(found.node, 0)
 
     @staticmethod
     def bias_shape(found: Found) -> tuple[int, ...] | NoWeight:
-        """As for MatMul."""
+        """Return the shape of MatMul."""
         return product_bias_shape(found, _batch(found))
 
     @staticmethod
     def rewrite(found: Found, parts: Parts) -> ir.Node:
-        """The data's turns go to the first product, the weight's turns are done with."""
+        """Move the data's transpositions to the first product; drop the weight's."""
         attributes, batch = found.node.attributes, _batch(found)
-        turns = [attributes[name] for name in TURNS[1 - found.operand] if attributes.get_int(name, 0)]
+        turns = _turns(found.node, 1 - found.operand)
         op_type, domain = ("FusedMatMul", "com.microsoft") if turns else ("MatMul", "")
         first = rewrite_product(found, parts, batch, op_type=op_type, attributes=turns, domain=domain)
         for name in (*TURNS[0], *TURNS[1]):
@@ -70,7 +77,12 @@ class SplitFusedMatMulPass(SplitMatMulPass):
         return first
 
 
+def _turns(node: ir.Node, operand: int) -> list[ir.Attr]:
+    """Return the attributes that transpose an operand."""
+    return [node.attributes[name] for name in TURNS[operand] if node.attributes.get_int(name, 0)]
+
+
 def _batch(found: Found) -> tuple[int, ...]:
-    """The batch axes of the weight, which stand between its matrix axes where they are moved."""
+    """Return the batch axes of the weight, which stand between its matrix axes where they are moved."""
     is_moved = found.node.attributes.get_int(TURNS[found.operand][1], 0)
     return found.shape[1:-1] if is_moved else found.shape[:-2]

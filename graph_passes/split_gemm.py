@@ -18,12 +18,15 @@ A bias correction (N), or (M, 1) where A is constant, goes into C as correction 
 becomes C, with beta = 1.
 """
 
-from __future__ import annotations
+from typing import ClassVar
 
 import onnx_ir as ir
 
+from graph_passes.axis_rules.products import gemm as gemm_moves
 from graph_passes.bias import add_to_input, is_absent
+from graph_passes.macs.products import gemm
 from graph_passes.parts import Parts, resized
+from graph_passes.response import Contraction, RowOrder
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
 from graph_passes.weights import NoWeight, Weight
@@ -37,10 +40,13 @@ class SplitGemmPass(SplitPass):
     op_type = "Gemm"
     form = "gemm"
     operands = (1, 0)
+    contraction: ClassVar[Contraction | None] = Contraction.GEMM
+    macs = staticmethod(gemm)
+    axis_rule = staticmethod(gemm_moves)
 
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
-        """B is (out, in) when transB is set, A is (out, in) when transA is not."""
+        """Transpose the weight unless it is (out, in): B with transB, A without transA."""
         if len(weight.shape) != 2:
             return NoWeight(reason=f"weight has {len(weight.shape)} axes: only matrices are split")
         is_transposed = bool(node.attributes.get_int(TRANS[operand], 0))
@@ -48,20 +54,26 @@ class SplitGemmPass(SplitPass):
         return turned.reshaped(1, *turned.shape)
 
     @staticmethod
-    def is_plain(node: ir.Node, operand: int, weight: Weight) -> bool:
-        """With the weight as B, A as it is, and no alpha."""
+    def row_order(node: ir.Node, operand: int, weight: Weight) -> RowOrder | None:
+        """Accept the weight as B, A as it is, and no alpha."""
         attributes = node.attributes
-        return operand == 1 and not attributes.get_int("transA", 0) and attributes.get_float("alpha", 1.0) == 1.0
+        is_plain = operand == 1 and not attributes.get_int("transA", 0) and attributes.get_float("alpha", 1.0) == 1.0
+        return RowOrder() if is_plain else None
+
+    @staticmethod
+    def shares_right(found: Found) -> bool:
+        """Accept the weight as B, and A as it is."""
+        return found.operand == 1 and not found.node.attributes.get_int("transA", 0)
 
     @staticmethod
     def bias_shape(found: Found) -> tuple[int, ...] | NoWeight:
-        """Along the weight's side of the output."""
+        """Return the shape along the weight's side of the output."""
         out_features = found.site.out_features
         return (out_features,) if found.operand == 1 else (out_features, 1)
 
     @staticmethod
     def add_bias(parts: Parts, shape: tuple[int, ...]) -> None:
-        """Into C, which beta multiplies."""
+        """Add it to C, which beta multiplies."""
         node = parts.found.node
         beta = node.attributes.get_float("beta", 1.0)
         if is_absent(parts, 2) or beta == 0:
@@ -72,7 +84,7 @@ class SplitGemmPass(SplitPass):
 
     @staticmethod
     def rewrite(found: Found, parts: Parts) -> ir.Node:
-        """A MatMul in front, on whichever side of the data the right factor belongs."""
+        """Put a MatMul in front, with the right factor on its side of the data."""
         node, site, rank = found.node, found.site, parts.factors.rank
         weight_is_b = found.operand == 1
         data_is_transposed = bool(node.attributes.get_int(TRANS[1 - found.operand], 0))
@@ -96,7 +108,9 @@ class SplitGemmPass(SplitPass):
 
 
 class SplitFusedGemmPass(SplitGemmPass):
-    """The same for onnxruntime's FusedGemm."""
+    """Splits onnxruntime's FusedGemm, a Gemm with an activation, in the same way."""
 
     domain = "com.microsoft"
     op_type = "FusedGemm"
+    linear = False
+    contraction = None

@@ -1,11 +1,6 @@
-"""The splits of a graph, read from the marked nodes themselves: which form each has, and which rank.
+"""Read the splits of a graph back from the marked nodes: the form and the rank of each.
 
-right, its mark        left, its mark        form
-Conv, kernel 1         Conv, kernel          input         (so a ConvTranspose)
-Conv, kernel           Conv, kernel 1        channel       (so a Conv whose own kernel is 1)
-Conv, kh x 1           Conv, 1 x kw          separable
-anything               Gemm, FusedGemm       gemm
-anything               any other             matmul
+The pass of the second node's operator tells the form from the shapes of the two factors.
 """
 
 import math
@@ -13,20 +8,20 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graph_passes.operators import find_pass
+from graph_passes.survey import MARK
 from graph_passes.weights import Weight, resolve
-
-MARK = "rsi_deploy.split"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoundSplit:
-    """One node's two.
+    """The two nodes of one split.
 
     Attributes:
-        first: the node that holds `right`; joint splits have theirs in common.
-        form: of the split.
-        size: numbers in `right`.
-        second_points: points of the kernel that the second node takes of the first one's; 1 for a product.
+        first: The node that holds `right`; joint splits share it.
+        form: Form of the split.
+        size: How many numbers `right` holds.
+        second_points: Points of the kernel that are in the second node; 1 for a product.
     """
 
     first: ir.Node
@@ -35,12 +30,12 @@ class FoundSplit:
     second_points: int
 
     def rank(self, groups: int, in_features: int) -> float:
-        """The rank, for a weight of so many groups and columns: `right` holds `groups * rank * columns` numbers."""
+        """Return the rank: `right` holds `groups * rank * in_features` numbers."""
         return self.size * self.second_points / (groups * in_features)
 
 
 def found_splits(model: ir.Model) -> dict[str, FoundSplit]:
-    """Name of every dense node that was split -> its split."""
+    """Return the split of every dense node that was split, by the node's name."""
     found = {}
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.metadata_props.get(MARK) == "left":
@@ -52,19 +47,13 @@ def found_splits(model: ir.Model) -> dict[str, FoundSplit]:
 
 
 def _read(first: ir.Node, second: ir.Node) -> FoundSplit:
-    right, left = _constant_shape(first), _constant_shape(second)
-    size = math.prod(right) if right else 0
-    if second.op_type == "ConvTranspose":  # its weight is (in, out * kernel): the 1x1 in front has all of `in`
-        return FoundSplit(first=first, form="input", size=size, second_points=1)
-    if first.op_type == "Conv":
-        points, others = math.prod(right[2:]), math.prod(left[2:])
-        form = "channel" if others == 1 else "input" if points == 1 else "separable"
-        return FoundSplit(first=first, form=form, size=size, second_points=others)
-    form = "gemm" if second.op_type in ("Gemm", "FusedGemm") else "matmul"
-    return FoundSplit(first=first, form=form, size=size, second_points=1)
+    right, left = _factor_shape(first), _factor_shape(second)
+    splitter = find_pass(second.domain, second.op_type)
+    form, points = ("matmul", 1) if splitter is None else splitter.read_form(right, left)
+    return FoundSplit(first=first, form=form, size=math.prod(right) if right else 0, second_points=points)
 
 
-def _constant_shape(node: ir.Node) -> tuple[int, ...]:
+def _factor_shape(node: ir.Node) -> tuple[int, ...]:
     """Shape of the one factor among a node's inputs; it may stand behind layout operators. () where there is none."""
     for value in node.inputs[:2]:
         factor = resolve(value)

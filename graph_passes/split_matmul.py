@@ -15,15 +15,19 @@ its own batch axes broadcast against those of the weight.
 A bias correction goes into the Add behind, or becomes one: (*batch, 1, out), or (*batch, out, 1) on the left.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import onnx_ir as ir
 
+from graph_passes.axis_rules.moves import Moves
+from graph_passes.axis_rules.products import product
+from graph_passes.axis_rules.values import NodeCall
 from graph_passes.bias import add_behind
+from graph_passes.macs.products import matmul
 from graph_passes.parts import Parts, resized
+from graph_passes.response import Contraction, RowOrder
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
 from graph_passes.weights import NoWeight, Weight
@@ -41,10 +45,17 @@ class SplitMatMulPass(SplitPass):
     op_type = "MatMul"
     form = "matmul"
     operands = (1, 0)
+    contraction: ClassVar[Contraction | None] = Contraction.MATMUL
+    macs = staticmethod(matmul)
+
+    @staticmethod
+    def axis_rule(call: NodeCall) -> Moves:
+        """Move the axes as a product does."""
+        return product(call, 1)
 
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
-        """(*batch, in, out) on the right is turned; (*batch, out, in) on the left stands as it is."""
+        """Transpose (*batch, in, out) on the right; leave (*batch, out, in) on the left."""
         axes = len(weight.shape)
         if axes < 2:
             return NoWeight(reason=f"weight has {axes} axes: only matrices are split")
@@ -55,23 +66,28 @@ class SplitMatMulPass(SplitPass):
         return weight.reshaped(math.prod(weight.shape[:-2]), *weight.shape[-2:])
 
     @staticmethod
-    def is_plain(node: ir.Node, operand: int, weight: Weight) -> bool:
-        """One matrix, on the right."""
-        return operand == 1 and weight.shape[0] == 1
+    def row_order(node: ir.Node, operand: int, weight: Weight) -> RowOrder | None:
+        """Accept one matrix, on the right."""
+        return RowOrder() if operand == 1 and weight.shape[0] == 1 else None
+
+    @staticmethod
+    def shares_right(found: Found) -> bool:
+        """Accept one matrix, on the right."""
+        return found.operand == 1 and len(found.shape) == 2
 
     @staticmethod
     def bias_shape(found: Found) -> tuple[int, ...] | NoWeight:
-        """Along the weight's side of the output."""
+        """Return the shape along the weight's side of the output."""
         return product_bias_shape(found, found.shape[:-2])
 
     @staticmethod
     def add_bias(parts: Parts, shape: tuple[int, ...]) -> None:
-        """A product has no input for it."""
+        """Add it behind: a product has no input for it."""
         add_behind(parts, shape)
 
     @staticmethod
     def rewrite(found: Found, parts: Parts) -> ir.Node:
-        """Two MatMuls on the weight's side of the data."""
+        """Make two MatMuls on the weight's side of the data."""
         return rewrite_product(found, parts, found.shape[:-2])
 
 
@@ -111,7 +127,7 @@ def rewrite_product(
 
 
 def product_bias_shape(found: Found, batch: tuple[int, ...]) -> tuple[int, ...] | NoWeight:
-    """The shape in which a bias is added to a product, or why that is not known.
+    """Return the shape in which a bias is added to a product, or why that is not known.
 
     Args:
         found: The node, not yet rewritten.

@@ -1,4 +1,4 @@
-"""Every weight-bearing node of a model: what could be split, and what cannot and why.
+"""Find every weight-bearing node of a model: a site, or the reason why it cannot be split.
 
     node --resolve--> constant operand --canonical--> (groups, out, in) --split already? shared?--> Found | Skip
 
@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import onnx_ir as ir
 
@@ -22,11 +22,13 @@ from graph_passes.constants import (
     constant_arguments,
     layout_chain,
 )
-from graph_passes.family import Family
 from graph_passes.names import name_of
 from graph_passes.records import Site, Skip
 from graph_passes.sharing import low_rank_pairs, shared_with_others, used_in_other_ways
 from graph_passes.weights import NoWeight, Weight, refuse_computed, resolve
+
+if TYPE_CHECKING:
+    from graph_passes.split_pass import SplitPass
 
 MARK = "rsi_deploy.split"
 OLDEST_OPSET = 6
@@ -40,14 +42,16 @@ class Found:
     """One node that its pass can split.
 
     Attributes:
+        splitter: The pass of its operator.
         node: The node.
         operand: Which input holds the weight.
         shape: Shape of that input, as the operator sees it.
         weight: The weight, canonical: `(groups, out_features, in_features)`.
-        site: What the factor source is told.
+        site: The site for the factor source.
         in_function: Whether the node stands in a model function, which holds no initializers and no types.
     """
 
+    splitter: type[SplitPass]
     node: ir.Node
     operand: int
     shape: tuple[int, ...]
@@ -57,18 +61,18 @@ class Found:
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """Of a convolution whose kernel has more than one point; else ()."""
+        """The kernel of a convolution, where it has more than one point; else ()."""
         window = self.site.window
         return () if window is None or math.prod(window.kernel) == 1 else window.kernel
 
     @property
     def is_turned(self) -> bool | None:
-        """Whether the weight is its stored matrix transposed; None where it is no single matrix."""
+        """Whether the weight is the stored matrix transposed; None where it is no single matrix."""
         return None if self.kernel or self.site.groups > 1 else self.weight.is_turned
 
     @property
     def key(self) -> WeightKey:
-        """Equal for nodes that share a pair of factors: in the same layout; of a matrix, or of its transpose."""
+        """Equal for nodes that share a pair of factors: a matrix and its transpose do, others in the same layout."""
         if self.is_turned is not None:
             return self.weight.root, "matrix"
         return self.weight.root, (self.weight.steps, self.kernel, self.operand)
@@ -81,20 +85,20 @@ class Found:
 
 def survey(
     model: ir.Model,
-    families: Sequence[Family],
+    passes: Sequence[type[SplitPass]],
     unsplit: Unsplit = MappingProxyType({}),
     *,
     overridable: bool = False,
 ) -> list[Found | Skip]:
-    """Every weight-bearing node of the families, in graph order; nodes inside model functions last.
+    """Find every weight-bearing node of the passes' operators, in graph order; nodes inside model functions last.
 
     Args:
         model: The model; not changed, no weight is read.
-        families: The passes whose operators are looked for.
+        passes: The passes whose operators are looked for.
         unsplit: Other operators to report, with the inputs where they hold a weight.
-        overridable: Take initializers that are graph inputs too for the constants they usually are.
+        overridable: Treat initializers that are graph inputs too as constants.
     """
-    by_operator = {(family.domain, family.op_type): family for family in families}
+    by_operator = {(splitter.domain, splitter.op_type): splitter for splitter in passes}
     overridable = overridable or model.ir_version < OVERRIDABLE_IR_VERSION
     arguments = constant_arguments(model)
     entries: list[Found | Skip] = []
@@ -118,14 +122,14 @@ def survey(
 
 
 def _way(found: Found, *, reshape: bool) -> Hashable:
-    """Equal for nodes that can share one pair of factors; where factors cannot be reshaped, in one layout only."""
+    """Return a key of the use of a weight, equal for nodes that can share one pair of factors."""
     return found.key if reshape else (found.weight.steps, found.kernel, found.operand, found.site.op_type)
 
 
 def _judged(
     entry: Found | Skip, reasons: Mapping[ir.Node, str], turned: Collection[tuple[ir.Value, bool | None]]
 ) -> Found | Skip:
-    """The entry as its surroundings leave it: skipped, or told that its weight is used transposed, too."""
+    """Skip an entry that has a reason, and mark a site whose weight is used transposed too."""
     if isinstance(entry, Skip):
         return entry
     if entry.node in reasons:
@@ -137,17 +141,17 @@ def _judged(
 def _in_scope(
     graph: ir.Graph,
     function: ir.Function | None,
-    by_operator: Mapping[tuple[str, str], Family],
+    by_operator: Mapping[tuple[str, str], type[SplitPass]],
     unsplit: Unsplit,
     arguments: Collection[ir.Value],
     overridable: bool,
 ) -> Iterator[Found | Skip]:
-    """The records of the main graph or of a function's graph, with their subgraphs."""
+    """Yield the entries of the main graph or of a function's graph, with their subgraphs."""
     computed = computed_constants(graph.all_nodes())
     for node in graph.all_nodes():
         operator = node.domain, node.op_type
-        family = by_operator.get(operator)
-        operands = unsplit.get(operator, ()) if family is None else family.operands
+        splitter = by_operator.get(operator)
+        operands = unsplit.get(operator, ()) if splitter is None else splitter.operands
         if not operands:
             continue
         operands = tuple(operand for operand in operands if operand < len(node.inputs))
@@ -156,13 +160,13 @@ def _in_scope(
         elif function is not None and any(_root(node.inputs[operand]) in arguments for operand in operands):
             reason = f"inside the model function {function.name!r}, which is given the weight: inline functions first"
             yield Skip(node=name_of(node), op_type=node.op_type, reason=reason)
-        elif family is None:
+        elif splitter is None:
             yield from _no_pass(node, operands, computed)
         else:
             nested = function is not None or node.graph is not graph
             try:
-                read = list(_read(node, family, operands, computed, nested=nested, in_function=function is not None))
-            except TypeError:  # of an attribute; a model of no known opset was held against no schema
+                read = list(_read(node, splitter, operands, computed, nested=nested, in_function=function is not None))
+            except TypeError:  # of an attribute: a model without a known opset is not checked against a schema
                 reason = "an attribute of the node is of another type than its operator takes"
                 yield Skip(node=name_of(node), op_type=node.op_type, reason=reason)
                 continue
@@ -176,7 +180,7 @@ def _root(value: ir.Value | None) -> ir.Value | None:
 
 
 def _out_of_reach(found: Found, opsets: Mapping[str, int], overridable: bool) -> str:
-    """Why a node that its pass could split must stay, or ""."""
+    """Return why a node that its pass could split must stay, or ""."""
     if found.weight.is_overridable and not overridable:
         return "overridable: the weight is a graph input too, remove it from the inputs"
     if "" not in opsets:
@@ -185,21 +189,21 @@ def _out_of_reach(found: Found, opsets: Mapping[str, int], overridable: bool) ->
 
 
 def _constant(value: ir.Value | None, computed: Collection[ir.Value]) -> Weight | NoWeight | None:
-    """The weight behind an operand, a refusal, or None for one that depends on the model's inputs."""
+    """Return the weight behind an operand, a refusal, or None for one that depends on the model's inputs."""
     weight = resolve(value)
     return refuse_computed(value) if weight is None and value is not None and value in computed else weight
 
 
 def _read(
     node: ir.Node,
-    family: Family,
+    splitter: type[SplitPass],
     operands: Sequence[int],
     computed: Collection[ir.Value],
     *,
     nested: bool,
     in_function: bool,
 ) -> Iterator[Found | Skip]:
-    """What one node is: found, refused, or (nothing) without a constant operand."""
+    """Yield the entry of one node; nothing where no operand is constant."""
     resolved = [(operand, _constant(node.inputs[operand], computed)) for operand in operands]
     constant = [(operand, weight) for operand, weight in resolved if weight is not None]
     if not constant:
@@ -218,18 +222,28 @@ def _read(
         if 0 in shape:
             weight = NoWeight(reason=f"weight of shape {shape} is empty")
         else:
-            weight = family.canonical(node, operand, weight)
+            weight = splitter.canonical(node, operand, weight)
         if isinstance(weight, NoWeight):
             weight = NoWeight(reason=weight.reason, weight=name)
     if isinstance(weight, NoWeight):
         yield Skip(node=name_of(node), op_type=node.op_type, weight=weight.weight, reason=weight.reason)
         return
-    site = _site(node, family, operand, shape, weight, nested)
-    yield Found(node=node, operand=operand, shape=shape, weight=weight, site=site, in_function=in_function)
+    site = _site(node, splitter, operand, shape, weight, nested)
+    yield Found(
+        splitter=splitter,
+        node=node,
+        operand=operand,
+        shape=shape,
+        weight=weight,
+        site=site,
+        in_function=in_function,
+    )
 
 
-def _site(node: ir.Node, family: Family, operand: int, shape: tuple[int, ...], weight: Weight, nested: bool) -> Site:
-    """What the factor source is told about a canonical weight."""
+def _site(
+    node: ir.Node, splitter: type[SplitPass], operand: int, shape: tuple[int, ...], weight: Weight, nested: bool
+) -> Site:
+    """The site of a canonical weight."""
     groups, out_features, in_features = weight.shape
     data = node.inputs[1 - operand]
     return Site(
@@ -241,12 +255,13 @@ def _site(node: ir.Node, family: Family, operand: int, shape: tuple[int, ...], w
         groups=groups,
         dtype=weight.stored_dtype.numpy().name,
         loader=weight.numpy,
-        forms=family.forms(shape),
+        forms=splitter.forms(shape),
         data="" if data is None else data.name or "",
         output=node.outputs[0].name or "",
         nested=nested,
-        plain=family.is_plain(node, operand, weight),
-        window=family.window(node, shape),
+        row_order=splitter.row_order(node, operand, weight),
+        linear=splitter.linear,
+        window=splitter.window(node, shape),
     )
 
 
@@ -258,7 +273,7 @@ def _already_split(node: ir.Node) -> Skip | None:
 
 
 def _no_pass(node: ir.Node, operands: Sequence[int], computed: Collection[ir.Value]) -> Iterator[Skip]:
-    """A record for an operator that holds a weight but has no pass."""
+    """Yield the record of an operator that holds a weight but has no pass."""
     for operand in operands:
         weight = _constant(node.inputs[operand], computed)
         if isinstance(weight, Weight) and len(weight.shape) > 1:
@@ -271,7 +286,7 @@ def _no_pass(node: ir.Node, operands: Sequence[int], computed: Collection[ir.Val
 
 
 def skipped(found: Found, reason: str) -> Skip:
-    """The record of a node that could be split and is not."""
+    """Return the record of a node that could be split and is not."""
     site = found.site
     return Skip(
         node=site.node,

@@ -26,7 +26,7 @@ FLOAT_DTYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BF
 
 @dataclass(frozen=True, kw_only=True)
 class NoWeight:
-    """A constant operand that is no weight we can split, with the reason and the weight's name where known."""
+    """A constant operand that cannot be split, with the reason and the weight's name where known."""
 
     reason: str
     weight: str = ""
@@ -39,7 +39,7 @@ class Weight:
     Attributes:
         root: The initializer's value, or the output of the Constant node.
         tensor: Its data, not yet read.
-        steps: What turns the stored array into this one; equal steps on one root mean equal arrays.
+        steps: Transposes and reshapes that turn the stored array into this one.
         shape: Shape after the steps.
         dtype: The dtype the operator sees; differs from `tensor.dtype` after a Cast.
     """
@@ -66,10 +66,10 @@ class Weight:
         return self.root.is_graph_input()
 
     def transposed(self, *perm: int) -> Weight:
-        """This weight with its axes permuted.
+        """Return this weight with its axes permuted.
 
         Raises:
-            ValueError: it has others.
+            ValueError: It has other axes.
         """
         if sorted(perm) != list(range(len(self.shape))):
             raise ValueError(f"{perm} permutes no {len(self.shape)} axes")
@@ -83,7 +83,7 @@ class Weight:
         return self._with(steps, shape)
 
     def reshaped(self, *shape: int) -> Weight:
-        """This weight with another shape of the same size."""
+        """Return this weight with another shape of the same size."""
         if shape == self.shape:
             return self
         steps = self.steps
@@ -96,7 +96,7 @@ class Weight:
 
     @property
     def is_turned(self) -> bool | None:
-        """Whether this is the stored matrix transposed, axes of size 1 aside; None where it is something else."""
+        """Whether this is the stored matrix transposed, apart from axes of size 1; None where it is no such matrix."""
         sizes = [int(size) for size in self.tensor.shape.numpy()]
         if sum(size != 1 for size in sizes) != 2:
             return None
@@ -114,7 +114,7 @@ class Weight:
         return first > second
 
     def numpy(self) -> Array:
-        """The array, of `shape` and `stored_dtype`."""
+        """Return the array, of `shape` and `stored_dtype`."""
         array: Array = self.tensor.numpy()
         for kind, arguments in self.steps:
             array = array.transpose(arguments) if kind == "transpose" else array.reshape(arguments)
@@ -122,7 +122,7 @@ class Weight:
 
 
 def resolve(value: ir.Value | None) -> Weight | NoWeight | None:
-    """The weight behind an operand, a refusal for a stored constant that is none, or None for all other operands."""
+    """Return the weight behind an operand, a refusal for other stored constants, or None for all other operands."""
     if value is None:
         return None
     root, chain = layout_chain(value)
@@ -147,7 +147,7 @@ def resolve(value: ir.Value | None) -> Weight | NoWeight | None:
 
 
 def refuse_computed(value: ir.Value) -> NoWeight:
-    """The refusal for an operand that follows from constants but is not stored."""
+    """Return the refusal of an operand that is computed from constants but not stored."""
     root, _ = layout_chain(value)
     producer = root.producer()
     op_type = "" if producer is None else producer.op_type
@@ -161,7 +161,7 @@ def refuse_computed(value: ir.Value) -> NoWeight:
 
 
 def _follow(weight: Weight, node: ir.Node) -> Weight | NoWeight:
-    """One layout operator applied to a weight."""
+    """Apply one layout operator to a weight."""
     match node.op_type:
         case "Transpose":
             reverse = tuple(reversed(range(len(weight.shape))))
@@ -183,7 +183,7 @@ def _follow(weight: Weight, node: ir.Node) -> Weight | NoWeight:
 
 
 def _new_shape(shape: tuple[int, ...], node: ir.Node) -> tuple[int, ...] | None:
-    """Shape behind a Reshape, Squeeze or Unsqueeze; None when its arguments are not constant."""
+    """Return the shape behind a Reshape, Squeeze or Unsqueeze; None when its arguments are not constant."""
     operand = node.inputs[1] if len(node.inputs) > 1 else None
     given = stored_array(operand)
     if operand is not None and given is None:

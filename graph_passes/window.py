@@ -1,9 +1,7 @@
-"""How a convolution moves over its data: what a caller needs to see the data as its kernel does.
+"""How a convolution moves over its data.
 
 X (batch, channels, *size) --kernel, strides, dilations, pads--> positions (.., channels / groups * prod(kernel))
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +17,8 @@ class Window:
         kernel: Size of the kernel.
         strides: Steps.
         dilations: Distances of the kernel's points.
-        pads: All begins, then all ends. Where they follow from the size of the data, what says how: "SAME_UPPER",
-            "SAME_LOWER", or, for a ConvTranspose, "output_shape".
+        pads: All begins, then all ends; or "SAME_UPPER", "SAME_LOWER" or (of a ConvTranspose) "output_shape" where
+            they depend on the size of the data.
     """
 
     kernel: tuple[int, ...]
@@ -29,7 +27,7 @@ class Window:
     pads: tuple[int, ...] | str
 
     def pads_over(self, size: Sequence[int]) -> tuple[int, ...]:
-        """The pads of a Conv over data of this spatial size: all begins, then all ends.
+        """Return the pads of a Conv over data of this spatial size: all begins, then all ends.
 
         Raises:
             ValueError: For a ConvTranspose with an output_shape.
@@ -51,7 +49,7 @@ class Window:
 
 
 def window_of(node: ir.Node, kernel: Sequence[int]) -> Window:
-    """The window of a Conv or ConvTranspose node with a kernel of this size."""
+    """Return the window of a Conv or ConvTranspose node with a kernel of this size."""
     attributes, ones = node.attributes, (1,) * len(kernel)
     auto_pad = attributes.get_string("auto_pad", "NOTSET")
     pads: tuple[int, ...] | str = tuple(attributes.get_ints("pads", (0, 0) * len(kernel)))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rsi_deploy.core.errors import ModelError as ModelError
     from rsi_deploy.core.errors import RsiDeployError as RsiDeployError
     from rsi_deploy.core.errors import UsageError as UsageError
+    from rsi_deploy.core.settings.verbs import ExportConfig as ExportConfig
+    from rsi_deploy.core.settings.verbs import SweepConfig as SweepConfig
     from rsi_deploy.core.sites import SiteRecord as SiteRecord
     from rsi_deploy.costing.cost_table import CostTable as CostTable
     from rsi_deploy.data.preprocess import Preprocessing as Preprocessing
@@ -42,6 +44,7 @@ _HOMES = {
     "AccuracyResult": "evaluation.accuracy",
     "BenchResult": "benchmark.latency",
     "CostTable": "costing.cost_table",
+    "ExportConfig": "core.settings.verbs",
     "GateError": "core.errors",
     "ModelError": "core.errors",
     "PackageResult": "packaging.result",
@@ -49,6 +52,7 @@ _HOMES = {
     "Report": "report.schema",
     "RsiDeployError": "core.errors",
     "SiteRecord": "core.sites",
+    "SweepConfig": "core.settings.verbs",
     "UsageError": "core.errors",
     "bench": "benchmark.latency",
     "compress_": "torch_models.compress",

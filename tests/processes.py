@@ -1,4 +1,4 @@
-"""Servers in processes of their own: there once they answer, gone at the end of the block."""
+"""Servers in their own processes, which end with the block."""
 
 import contextlib
 import os
@@ -8,22 +8,22 @@ import time
 import urllib.error
 import urllib.request
 
-from rsi_deploy.serving.ports import quiet_port
+from rsi_deploy.serving.ports import uncontended_port
 
 SERVED_WITHIN = 120  # s: Triton's Python backend starts an interpreter for every instance
 
 
 def free_port():
-    """Of those that nobody gets who asks for any: Ray does so, many times, before it listens where it was told to."""
-    return quiet_port("127.0.0.1", 0, "--http-port")
+    """Return a port that Ray does not take for itself before it listens on the ports of its options."""
+    return uncontended_port("127.0.0.1", 0, "--http-port")
 
 
 @contextlib.contextmanager
 def running(command, url, log, *, within=SERVED_WITHIN, **options):
-    """A server in a process group of its own: there once `url` answers, gone at the end."""
+    """Run a server in its own process group; enter the block once `url` answers."""
     with log.open("wb") as out:
         options |= {"stdout": out, "stderr": subprocess.STDOUT, "start_new_session": True}
-        server = subprocess.Popen(command, preexec_fn=_hear_interrupts, **options)
+        server = subprocess.Popen(command, preexec_fn=_restore_sigint, **options)
         try:
             _wait(server, url, log, within)
             yield
@@ -36,8 +36,8 @@ def running(command, url, log, *, within=SERVED_WITHIN, **options):
                 server.wait()
 
 
-def _hear_interrupts():
-    """In the background of a shell SIGINT is ignored, and so it would be by what is started there."""
+def _restore_sigint():
+    """Restore SIGINT, which a shell's background processes ignore, and so would their children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,4 +1,4 @@
-"""Bundles to serve, real servers in processes of their own, and what onnxruntime alone says."""
+"""Models to serve, real servers in their own processes, and the outputs of onnxruntime alone."""
 
 import http.client
 import json
@@ -21,7 +21,11 @@ BLOCKED = "import sys; sys.modules['torch'] = sys.modules['torchvision'] = None;
 
 
 class Server:
-    """`rsi-deploy serve` on free ports; a context manager that ends with SIGTERM and keeps what was printed."""
+    """`rsi-deploy serve` on free ports; a context manager that ends it with SIGTERM.
+
+    Attributes:
+        info: the document that the server prints when it is ready.
+    """
 
     def __init__(self, *arguments, code=BLOCKED + MAIN, env=None, log=None, pass_fds=(), ends_within=20, ports=(0, 0)):
         self.ends_within = ends_within
@@ -39,8 +43,8 @@ class Server:
             )
         line = self.process.stdout.readline()
         assert line.startswith(b"{"), f"not ready: {line!r}, ended with {self.process.wait()}: {self.errors()}"
-        self.told = json.loads(line)
-        self.http, self.grpc = self.told["http"], self.told["grpc"]
+        self.info = json.loads(line)
+        self.http, self.grpc = self.info["http"], self.info["grpc"]
 
     def __enter__(self):
         return self
@@ -57,7 +61,7 @@ class Server:
         return self.log.read_text(errors="replace") if self.log.is_file() else ""
 
     def ask(self, method, path, body=None, headers=None, timeout=30):
-        """Status, headers and body of one request on a connection of its own."""
+        """Return status, headers and body of one request on a new connection."""
         connection = http.client.HTTPConnection(self.http, timeout=timeout)
         try:
             connection.request(method, path, body, headers or {})
@@ -67,7 +71,7 @@ class Server:
             connection.close()
 
     def metric(self, name, **labels):
-        """Sum of a metric over all label sets that contain these."""
+        """Return the sum of a metric over all label sets that contain these."""
         _, _, text = self.ask("GET", "/metrics")
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
         lines = [line.split(" ") for line in text.decode().splitlines() if line.split("{")[0].split(" ")[0] == name]
@@ -75,7 +79,7 @@ class Server:
 
 
 def body(feeds, **more):
-    """A JSON request."""
+    """Return the JSON body of a request."""
     names = {"float32": "FP32", "int64": "INT64", "float16": "FP16", "uint8": "UINT8", "bool": "BOOL"}
     inputs = [
         {"name": n, "shape": list(a.shape), "datatype": names[str(a.dtype)], "data": a.ravel().tolist()}
@@ -85,13 +89,13 @@ def body(feeds, **more):
 
 
 def alone(path, feeds):
-    """Outputs of onnxruntime by name."""
+    """Return the outputs of onnxruntime by name."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
 
 
-def together(count, work, seconds=60):
-    """Run `work(number)` on threads; their results in order."""
+def run_threads(count, work, seconds=60):
+    """Run `work(number)` on threads and return the results in order."""
     results = [None] * count
 
     def one(number):
@@ -107,17 +111,15 @@ def together(count, work, seconds=60):
     return results
 
 
-# -- models, plain ONNX files
-
-
 def versions_of_answers(server, models, x, clients, asked=10):
-    """Version -> how many answers, each held against that version's model run alone; of several clients at once.
+    """Send requests from several clients; check each answer against onnxruntime; return version -> number of answers.
 
     Args:
-        server: serves the model `m`.
+        server: a server of the model `m`.
         models: version -> path.
-        x: of every request.
-        clients: at once, of `asked` requests each.
+        x: input of every request.
+        clients: number of clients.
+        asked: number of requests of each client.
     """
     want = {version: alone(path, {"x": x})["y"][0] for version, path in models.items()}
 
@@ -130,11 +132,11 @@ def versions_of_answers(server, models, x, clients, asked=10):
             found.append(version)
         return found
 
-    return Counter(version for found in together(clients, client) for version in found)
+    return Counter(version for found in run_threads(clients, client) for version in found)
 
 
 def linear(path, seed=0, rows_in=12, rows_out=5, scale=1.0):
-    """`y = x W` on `(N, 12)`."""
+    """Write a model `y = x W` on `(N, 12)`."""
     weight = np.random.default_rng(seed).standard_normal((rows_in, rows_out)).astype(np.float32) * scale
     x, y = value("x", TensorProto.FLOAT, ["N", rows_in]), value("y", TensorProto.FLOAT, ["N", rows_out])
     return write(
@@ -143,7 +145,7 @@ def linear(path, seed=0, rows_in=12, rows_out=5, scale=1.0):
 
 
 def tokens(path, words=50, width=8):
-    """Mean of the embeddings of `ids (N, T)` where `mask (N, T)` is 1; an id outside 0 to 49 makes the run fail."""
+    """Write a model that averages the embeddings of `ids (N, T)` by `mask (N, T)`; it fails for ids outside 0 to 49."""
     table = np.random.default_rng(1).standard_normal((words, width)).astype(np.float32)
     nodes = [
         helper.make_node("Gather", ["table", "ids"], ["rows"]),
@@ -161,7 +163,7 @@ def tokens(path, words=50, width=8):
 
 
 def running_sum(path):
-    """`y[t] = x[0] + ... + x[t]` on `(T, 3)`: a first axis that is no batch."""
+    """Write a model `y[t] = x[0] + ... + x[t]` on `(T, 3)`, whose first axis is no batch."""
     nodes = [helper.make_node("CumSum", ["x", "zero"], ["y"])]
     zero = numpy_helper.from_array(np.array(0), "zero")
     values = [value(name, TensorProto.FLOAT, ["T", 3]) for name in ("x", "y")]
@@ -169,7 +171,7 @@ def running_sum(path):
 
 
 def slow(path, width=1536, layers=160):
-    """Matrix products on `(N, 1536)` that take tens of ms a row."""
+    """Write a model of matrix products on `(N, 1536)` that takes tens of ms a row."""
     rng, nodes, weights, before = np.random.default_rng(0), [], [], "x"
     weights.append(numpy_helper.from_array(rng.standard_normal((width, width)).astype(np.float32) / width**0.5, "w"))
     for layer in range(layers):
@@ -181,7 +183,7 @@ def slow(path, width=1536, layers=160):
 
 
 def echo(path):
-    """Gives back one input of every datatype that the protocol carries here, each `(N, 2)`."""
+    """Write a model that returns its inputs, one `(N, 2)` of each supported datatype but BYTES."""
     kinds = {
         **{f"INT{bits}": getattr(TensorProto, f"INT{bits}") for bits in (8, 16, 32, 64)},
         **{f"UINT{bits}": getattr(TensorProto, f"UINT{bits}") for bits in (8, 16, 32, 64)},

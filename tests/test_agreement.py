@@ -27,11 +27,24 @@ from samples import digits
 ROUNDING = 1e-5
 
 
+def shallow(name):
+    """Each kind of block of a large family of nets, once or twice; the whole nets are slow."""
+    from torchvision.models.mobilenetv2 import MobileNetV2
+    from torchvision.models.resnet import BasicBlock, ResNet
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    if name == "shallow_resnet":
+        return ResNet(BasicBlock, [1, 1, 1, 1])
+    if name == "shallow_mobilenet":
+        return MobileNetV2(inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2]])
+    return SwinTransformer(patch_size=[4, 4], embed_dim=48, depths=[2, 2], num_heads=[3, 6], window_size=[7, 7])
+
+
 def torchvision_net(name):
     def make():
         import torchvision
 
-        module = torchvision.models.get_model(name, weights=None)
+        module = shallow(name) if name in BIG else torchvision.models.get_model(name, weights=None)
         if name.startswith("vit"):
             nn.init.normal_(module.heads.head.weight, std=0.02)  # zero at first: every output would be equal
         return module
@@ -46,8 +59,15 @@ NETS = {
     "samples_cnn": (lambda: seeded(digits.cnn), (2, 1, 8, 8)),
     "samples_vit": (lambda: seeded(digits.vit), (2, 1, 8, 8)),
 }
-BIG = {"resnet18": 64, "mobilenet_v2": 64, "swin_t": 64}
-BIGGEST = {"convnext_tiny": 64, "vgg11": 64, "vit_b_32": 224}
+BIG = {"shallow_resnet": 64, "shallow_mobilenet": 64, "shallow_swin": 64}
+BIGGEST = {
+    "resnet18": 64,
+    "mobilenet_v2": 64,
+    "swin_t": 64,
+    "convnext_tiny": 64,
+    "vgg11": 64,
+    "vit_b_32": 224,
+}
 CASES = [
     *NETS,
     *BIG,

@@ -113,7 +113,7 @@ def test_providers_that_are_not_here_are_skipped_with_the_reason(monkeypatch, tm
             raise UsageError(f"{name} is not offered")
         return "CPUExecutionProvider"
 
-    monkeypatch.setattr(speedup, "resolve", resolve)
+    monkeypatch.setattr(speedup, "resolve_provider", resolve)
     monkeypatch.setattr(speedup, "OPENVINO", tmp_path / "python")
     pythons, skipped = speedup.environments(speedup.PROVIDERS)
     assert pythons == {"cpu": sys.executable}
@@ -175,9 +175,11 @@ def local_paths(text):
 
 
 def test_stored_results_name_their_command_and_no_machine():
-    for file in sorted((speedup.Path(__file__).parents[1] / "bench" / "results").glob("*.json")):
+    files = sorted((speedup.Path(__file__).parents[1] / "bench" / "results").rglob("*.json"))
+    assert len(files) > 20
+    for file in files:
         document = json.loads(file.read_text(encoding="utf-8"))
-        assert document["command"].startswith("python -m bench."), file.name
+        assert document["command"].startswith(f"python -m bench.{file.parent.name} "), file
         assert not local_paths(document["command"]), file.name
     assert local_paths("python -m bench.speedup --json /home/me/speed.json") == ["/home/me/speed.json"]
     assert local_paths("read ms/call from bench/results/a.json") == []

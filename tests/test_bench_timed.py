@@ -11,7 +11,7 @@ from graph_passes import count_parameters
 from graph_passes.split_markers import found_splits
 from rsi_deploy.costing.zero_filled import write_zero_filled
 from rsi_deploy.io.onnx_file import read_onnx
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_options_cost_what_the_written_model_costs(here, tmp_path):
         write_zero_filled(here.dense, tmp_path / "m.onnx", {"conv2": (form, 4)})
         saved = here.params - count_parameters(read_onnx(tmp_path / "m.onnx"))
         assert saved == site.options[0].params - option.params
-        macs = sum(traced_run(tmp_path / "m.onnx", here.feeds).macs.values())
+        macs = sum(trace_run(tmp_path / "m.onnx", here.feeds).macs.values())
         assert here.total_macs - macs == site.options[0].macs - option.macs
 
 
@@ -53,10 +53,10 @@ def test_the_last_word_is_that_of_an_export(here, tmp_path, monkeypatch):
 
     monkeypatch.setattr(timed.Setting, "measured", measured)
     ends = [(1.2, 1.3)]
-    assert timed.spoken(here, splits, tmp_path / "m.onnx", 1.0) == splits
+    assert timed.after_rollback(here, splits, tmp_path / "m.onnx", 1.0) == splits
     assert written[0] == ["gemm", "input"]
     ends = [(0.7, 0.8)] * 6
-    assert timed.spoken(here, splits, tmp_path / "m.onnx", 1.0) == {}
+    assert timed.after_rollback(here, splits, tmp_path / "m.onnx", 1.0) == {}
     assert written[-1] == []
     assert count_parameters(read_onnx(tmp_path / "m.onnx")) == here.params
 

@@ -11,7 +11,7 @@ from nets import SIZES, labelled, mlp_onnx, run_onnx
 from rsi_deploy import read_report
 from rsi_deploy.cli import run
 from rsi_deploy.io.onnx_file import file_bytes
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_macs_are_kept_where_sizes_are_odd_too(here, padded):
     export("net.onnx", "--keep-macs", "50%", calib="images.npz")
     report = report_of()
     feeds = {"input": np.zeros((1, *IMAGE), np.float32)}
-    assert sum(traced_run(here / "net.onnx", feeds).macs.values()) == report.dense.macs
-    assert sum(traced_run(here / "b" / "model.onnx", feeds).macs.values()) == report.compressed.macs
+    assert sum(trace_run(here / "net.onnx", feeds).macs.values()) == report.dense.macs
+    assert sum(trace_run(here / "b" / "model.onnx", feeds).macs.values()) == report.compressed.macs
     assert report.compressed.macs <= 0.5 * report.dense.macs
     assert report.compressed.macs == sum(site.macs_compressed for site in report.sites)
 
@@ -315,7 +315,7 @@ def test_too_few_samples_are_said_with_how_many_would_do(here):
         ("--rank 4 --calib pictures.npz", "8-bit pictures need a preprocessing"),
         ("--rank 4 --calib nan.npz", "--calib: the data for input hold NaN; take those samples out"),
         ("--rank 4 --calib other.npz", "has the input input, but the data hold rows, columns; give data with"),
-        ("--rank 4 --calib empty.npz", "holds no samples"),
+        ("--rank 4 --calib empty.npz", "has no samples"),
         ("--rank 49 --calib c.npz", "--rank 49 is above the full rank of every site"),
         ("--rank 4 --calib c.npz --exclude nothing", "--exclude 'nothing' matches none of the 3 sites"),
         ("--keep-params 0.5 --calib c.npz --exclude nothing", "--exclude 'nothing' matches none of the 3 sites"),

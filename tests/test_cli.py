@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rsi_deploy.cli import cli, run
-from rsi_deploy.evaluation.predictor import Answers
+from rsi_deploy.evaluation.predictor import Predictor
 from rsi_deploy.runtime import doctor as diagnosis
-from rsi_deploy.runtime.providers import available
+from rsi_deploy.runtime.providers import available_providers
 
 VERBS = sorted(cli.commands)
 FACTORY = f"""
@@ -88,7 +88,7 @@ def test_help_and_import_load_nothing_heavy():
         "from rsi_deploy.cli import run\n"
         f"codes = [run([*v, '--help']) for v in ([], *([v] for v in {VERBS}))] + [run(['--version'])]\n"
         "assert not any(codes), codes\n"
-        "heavy = {'torch', 'torchvision', 'onnxruntime', 'onnx', 'onnx_ir', 'onnxscript', 'numpy', 'pydantic', 'PIL'}\n"
+        "heavy = {'torch', 'torchvision', 'onnxruntime', 'onnx', 'onnx_ir', 'onnxscript', 'numpy', 'PIL'}\n"
         "print('HEAVY', sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -201,7 +201,7 @@ def test_eval_takes_a_file_or_a_bundle(bundle, capsys):
 
 
 def test_eval_interrupted_tells_what_it_saw(here, capsys, monkeypatch):
-    outputs, calls = Answers.outputs, []
+    outputs, calls = Predictor.outputs, []
 
     def then_stop(self, feeds):
         calls.append(1)
@@ -209,7 +209,7 @@ def test_eval_interrupted_tells_what_it_saw(here, capsys, monkeypatch):
             raise KeyboardInterrupt
         return outputs(self, feeds)
 
-    monkeypatch.setattr(Answers, "outputs", then_stop)
+    monkeypatch.setattr(Predictor, "outputs", then_stop)
     assert run(["eval", "m.onnx", "--data", "d.npz", "--batch", "10", "--json"]) == 130
     out, err = capsys.readouterr()
     assert (json.loads(out)["samples"], json.loads(out)["partial"]) == (20, True)
@@ -386,7 +386,7 @@ def export_of(*argv, rank="25%"):
         (export_of("m.onnx", "--data", "nowhere.npz"), "nowhere.npz does not exist"),
         (export_of("m.onnx", "--data", "m.onnx"), "neither an .npz, .parquet or .arrow file nor a folder"),
         (export_of("m.onnx", "--data", "wide.npz"), "the data are float32 (samples, 13)"),
-        (export_of("m.onnx", "--data", "range.npz"), "the labels run from 0 to 10"),
+        (export_of("m.onnx", "--data", "range.npz"), "the labels range from 0 to 10"),
         (export_of("m.onnx", "--data", "unlabelled.npz"), "--data has no labels"),
         (export_of("m.onnx", "--data", "pictures.npz"), "does not say how 8-bit images become that"),
         (export_of("m.onnx", "--data", "d.npz", "--mean", "0.5", "--std", "0.5"), "no preprocessing applies"),
@@ -408,7 +408,7 @@ def export_of(*argv, rank="25%"):
         (["eval", "nowhere", "--data", "d.npz"], "no such model: nowhere"),
         (["eval", "full", "--data", "d.npz"], "expected an .onnx file or a bundle's folder"),
         (["eval", "m.onnx", "--data", "unlabelled.npz"], "nothing to compare the answers with"),
-        (["eval", "m.onnx", "--data", "range.npz"], "the labels run from 0 to 10"),
+        (["eval", "m.onnx", "--data", "range.npz"], "the labels range from 0 to 10"),
         (["bench", "m.onnx", "--batch", "0"], "--batch takes numbers of 1 or more"),
         (["bench", "m.onnx", "--precision", "2"], "--precision takes a percentage"),
         (["bench", "m.onnx", "--budget", "soon"], "--budget takes a time"),
@@ -446,7 +446,7 @@ def test_usage_errors(here, capsys, argv, words):
     assert not list(here.glob(".*partial*"))
 
 
-@pytest.mark.skipif("CUDAExecutionProvider" in available(), reason="this onnxruntime has CUDA")
+@pytest.mark.skipif("CUDAExecutionProvider" in available_providers(), reason="this onnxruntime has CUDA")
 @pytest.mark.parametrize("verb", ["export", "eval", "bench", "verify"])
 def test_a_provider_that_is_not_installed(bundle, capsys, verb):
     argv = {"export": export_of("m.onnx"), "eval": ["eval", "b", "--data", "d.npz"]}.get(verb, [verb, "b"])
@@ -483,7 +483,7 @@ def wrong_checkpoints():
         ("keys.pth", ["1 missing: 2.bias", "1 unexpected: extra.weight"]),
         ("shapes.pth", ["2.weight (10, 31), the model has (10, 32)"]),
         ("pickle.pth", ["executing its pickle, which is refused", "Anything", "python -c"]),
-        ("list.pth", ["holds no state dict"]),
+        ("list.pth", ["no state dict"]),
         ("text.pth", ["is not a torch.save file"]),
         ("cut.safetensors", ["is not a readable safetensors file"]),
     ],

@@ -119,7 +119,7 @@ def test_a_text_model_is_evaluated_with_its_mask(here, capsys):
         ("source_of_data:batch", "near names: batches"),
         ("absent.module:f", "cannot import 'absent.module'"),
         ("two", "several splits"),
-        ("d.npz#split=test", "takes nothing behind a #"),
+        ("d.npz#split=test", "takes nothing after a #"),
         ("d.csv", "neither an .npz, .parquet or .arrow file nor a folder"),
     ],
 )

@@ -18,8 +18,9 @@ from rsi_deploy.core.errors import GateError
 from rsi_deploy.exporting import steps as stages
 from rsi_deploy.io import onnx_file
 from rsi_deploy.report.tables.report import print_sites
-from rsi_deploy.runtime.feeds.inputs import model_inputs, random_feeds
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
+from rsi_deploy.runtime.shape_trace import trace_run
 
 WIDTH, RANK = 32, 9  # the related weights are of that rank, so their splits are exact but for rounding
 
@@ -125,7 +126,7 @@ def test_totals_add_up(tmp_path, source):
     assert [s.decision for s in report.split_sites] == ["split"] * 3
     assert sum(s.params_compressed for s in report.sites) == report.compressed.params
     feeds = random_feeds(model_inputs(tmp_path / "b" / "model.onnx"), 2, 0)
-    assert report.compressed.macs == sum(traced_run(tmp_path / "b" / "model.onnx", feeds).macs.values()) // 2
+    assert report.compressed.macs == sum(trace_run(tmp_path / "b" / "model.onnx", feeds).macs.values()) // 2
     assert report.compressed.macs == sum(s.macs_compressed for s in report.sites)
     apart = export(str(source), tmp_path / "c", rank=RANK, measure=False, joint=False)
     assert report.compressed.macs < apart.compressed.macs
@@ -155,7 +156,7 @@ def test_jointly_or_apart_is_decided_by_time(tmp_path, source, monkeypatch, apar
     assert claims(tmp_path / "b", "broken") == set()
     assert not list((tmp_path / "b").glob("apart*"))
     pairs.clear()
-    export(str(source), tmp_path / "c", rank=RANK, threads=1, smaller_is_enough=True)
+    export(str(source), tmp_path / "c", rank=RANK, threads=1, allow_slower=True)
     assert pairs == [["dense.onnx", "model.onnx"]]  # jointly is smaller, whatever its time
 
 

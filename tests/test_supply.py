@@ -74,16 +74,16 @@ def audited(*vulnerabilities, skipped=0):
     ("document", "reasons", "code", "words"),
     [
         (audited(), {}, 0, "1 of 1 versions audited, 0 known vulnerabilities, 0 unexplained"),
-        (audited("PYSEC-1"), {}, 1, "lib 1.0: PYSEC-1, mended in 2.0"),
+        (audited("PYSEC-1"), {}, 1, "lib 1.0: PYSEC-1, fixed in 2.0"),
         (audited("PYSEC-1"), {"CVE-PYSEC-1": "not reachable"}, 0, "1 known vulnerabilities, 0 unexplained"),
         (audited("PYSEC-1", "PYSEC-2"), {"PYSEC-1": "not reachable"}, 1, "PYSEC-2"),
         (
             audited(skipped=4),
             {},
             2,
-            "NOT AUDITED: the vulnerability service gave no answer for 4 (quiet0, quiet1, quiet2",
+            "NOT AUDITED: the vulnerability service did not answer for 4 (quiet0, quiet1, quiet2",
         ),
-        (audited(), {"PYSEC-9": "old"}, 0, "PYSEC-9 is not known of any version here; take it out"),
+        (audited(), {"PYSEC-9": "old"}, 0, "PYSEC-9 affects no version of constraints.txt; remove it"),
         ({"dependencies": []}, {}, 2, "0 of 0"),
     ],
 )

@@ -1,11 +1,9 @@
 """Rules of operators that hold graphs: If, Loop, Scan.
 
-Loop   carried values keep their axes from turn to turn, or samples are not followed; what a turn gives is stacked
-in front, so its axes move by one
-If     both branches, unless it is known for all shapes which one is taken
+Loop   carried values must keep their axes from turn to turn; outputs of the turns are stacked in front, so their
+       axes move by one
+If     both branches, unless all shapes take the same one
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,22 +11,22 @@ from typing import TypeAlias
 
 import onnx
 
-from graph_passes.batch_axis.moves import settled
-from graph_passes.batch_axis.values import BatchPlace, Dims, NodeCall, Value
+from graph_passes.axis_rules.moves import settled
+from graph_passes.axis_rules.values import BatchPlace, Dims, NodeCall, Value
 
 Body: TypeAlias = Callable[[onnx.GraphProto, Sequence[Value]], list[Value]]
-"""Follow a graph that is called with values; what it gives."""
+"""A function that follows a graph called with values and returns its outputs."""
 
 MOST_TURNS = 5
 
 
 def followed(call: NodeCall, body: Body, *, open_shapes: bool) -> list[Value]:
-    """The outputs of an If, a Loop or a Scan.
+    """Return the outputs of an If, a Loop or a Scan.
 
     Args:
         call: the node.
         body: follows one of its graphs.
-        open_shapes: whether other shapes may take another branch than those that are tried.
+        open_shapes: whether the model runs on shapes other than those that are tried.
 
     Raises:
         MixesError: samples mix in it, or it cannot be followed.
@@ -90,7 +88,7 @@ def _scan(call: NodeCall, body: Body) -> list[Value]:
 
 
 def _slice(call: NodeCall, value: Value | None, axis: int) -> Value:
-    """What a Scan's body gets of an input: one entry along an axis."""
+    """Return one entry of an input along an axis, which the body of a Scan reads."""
     if value is None or value.shapes is None:
         raise call.mixes("scans an input of unknown rank")
     if value.counted or value.rows:
@@ -106,7 +104,7 @@ def _slice(call: NodeCall, value: Value | None, axis: int) -> Value:
 
 
 def _stacked(call: NodeCall, value: Value, axis: int) -> Value:
-    """What the turns give, stacked along a new axis."""
+    """Stack an output of all turns along a new axis."""
     if value.counted or value.rows:
         raise call.mixes("gives what follows from the size of the batch")
     if value.shapes is None:
@@ -120,11 +118,11 @@ def _stacked(call: NodeCall, value: Value, axis: int) -> Value:
 
 
 def _either(call: NodeCall, first: Value, second: Value) -> Value:
-    """A value that is one of two; its samples must lie at the same place in both."""
+    """Return a value that is one of two; its samples must lie at the same place in both."""
     if first.rows or second.rows:
         raise call.mixes("gives the number that a sample has in its batch")
     if first.place != second.place:
-        where = " or ".join(sorted({_said(first.place), _said(second.place)}))
+        where = " or ".join(sorted({_named(first.place), _named(second.place)}))
         raise call.mixes(f"gives a value with {where}")
     shapes = None
     if first.shapes is not None and second.shapes is not None and first.rank == second.rank:
@@ -137,5 +135,5 @@ def _either(call: NodeCall, first: Value, second: Value) -> Value:
     )
 
 
-def _said(place: BatchPlace | None) -> str:
+def _named(place: BatchPlace | None) -> str:
     return "no samples in it" if place is None else f"samples along axis {place.axis}"

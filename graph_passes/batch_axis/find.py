@@ -5,8 +5,6 @@ x (seq, batch, 32) into an LSTM           the LSTM takes its batch from axis 1
 x (64) @ W                                no batch: the only axis meets weights
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -21,14 +19,14 @@ MOST_GUESSES = 12
 
 
 def find_batch_axes(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> Axes:
-    """The batch axis of every input; None for an input without one.
+    """Return the batch axis of every input; None for an input without one.
 
-    Where no guess is proved (samples mix, or an operator is not known), it is the first one from names and first axes
-    that is not refuted: whose axes are no features, channels or time steps.
+    Where no guess is proved (samples mix, or an operator is not known), the first guess from names or first axes is
+    taken whose axes are no features, channels or time steps.
 
     Args:
         model: weights in external files need not be there.
-        shapes: input name -> a shape that the model runs on.
+        shapes: input name -> a shape on which the model runs.
     """
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in stored and value.name in shapes]
@@ -46,7 +44,7 @@ def find_batch_axes(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]])
 
 
 def _each_once(guesses: Iterable[Axes]) -> list[Axes]:
-    """Guesses in their order, without those that were there before or name no axis."""
+    """Return the guesses in order, without repetitions and those that name no axis."""
     found: list[Axes] = []
     for axes in guesses:
         if axes not in found and any(axis is not None for axis in axes.values()):
@@ -55,7 +53,7 @@ def _each_once(guesses: Iterable[Axes]) -> list[Axes]:
 
 
 def _by_symbol(inputs: Sequence[onnx.ValueInfoProto], *, named: bool) -> Iterator[Axes]:
-    """For every symbol: the first axis of each input that has it. Symbols of first axes come first."""
+    """Yield, for every symbol, the first axis of each input that has it; symbols of first axes come first."""
     symbols: dict[str, int] = {}
     for value in inputs:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
@@ -71,7 +69,7 @@ def _by_symbol(inputs: Sequence[onnx.ValueInfoProto], *, named: bool) -> Iterato
 
 
 def _first(inputs: Sequence[onnx.ValueInfoProto], shapes: Mapping[str, Sequence[int]]) -> Iterator[Axes]:
-    """The first axis of every input that has one, where their sizes agree."""
+    """Yield the first axis of every input that has one, where their sizes agree."""
     found = [value for value in inputs if shapes[value.name]]
     dynamic = [_is_dynamic(value, 0) for value in found]
     if found and (all(dynamic) or not any(dynamic)) and len({shapes[value.name][0] for value in found}) == 1:
@@ -81,7 +79,7 @@ def _first(inputs: Sequence[onnx.ValueInfoProto], shapes: Mapping[str, Sequence[
 
 
 def _by_size(inputs: Sequence[onnx.ValueInfoProto], shapes: Mapping[str, Sequence[int]]) -> Iterator[Axes]:
-    """For every axis of the first input that has any: the first axis of each input of the same size, by kind."""
+    """Yield, for every axis of the first input, the first axis of each input that has the same size and kind."""
     first = next((value for value in inputs if shapes[value.name]), None)
     if first is None:
         return

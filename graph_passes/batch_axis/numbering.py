@@ -1,12 +1,10 @@
-"""Rules of values that count samples: `arange(n)`, with which exporters pick what belongs to each of them.
+"""Rules of values that count samples: `arange(n)`, with which exporters pick the entries of each sample.
 
     Range(0, n) * 12 + [0..11]           sample b holds 12 b + something in 0..11: it picks out of block b
     GatherND(mask (n, 16), [b, t])       sample b picks from row b
 
-Such a value differs from sample to sample without any input, so it is good for nothing but to pick from samples.
+Such a value differs from sample to sample, so it may only pick from samples.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,12 +12,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from graph_passes.batch_axis.moves import same_everywhere, settled
-from graph_passes.batch_axis.shapes import inferred, of_arrays
-from graph_passes.batch_axis.values import MOST_NUMBERS, BatchPlace, NodeCall, Rows, Value
+from graph_passes.axis_rules.moves import same_everywhere, settled
+from graph_passes.axis_rules.shapes import inferred, of_arrays
+from graph_passes.axis_rules.values import MOST_NUMBERS, BatchPlace, NodeCall, Rows, Value
 
 Plain = Callable[[NodeCall], Sequence[Value]]
-"""The outputs of a call, as if its inputs counted nothing."""
+"""A function that returns the outputs of a call whose inputs count nothing."""
 
 KEEPING = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 COMPARING = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
@@ -28,7 +26,7 @@ UNKNOWN = Rows()
 
 
 def ranged(call: NodeCall) -> Value:
-    """The output of a Range: the number of each sample, where it is as long as the batch and starts anywhere."""
+    """Return the output of a Range: the number of each sample where it is as long as the batch."""
     kind = 0 if call.inputs[0] is None else call.inputs[0].kind
     limits = [value.data for value in call.inputs if value is not None and value.data is not None]
     if len(limits) != 3:
@@ -49,10 +47,10 @@ def _free(value: Value | None) -> bool:
 
 
 def numbered(call: NodeCall, plain: Plain) -> Sequence[Value]:
-    """The outputs of a call with inputs that count samples.
+    """Return the outputs of a call with inputs that count samples.
 
     Raises:
-        MixesError: it does something else with them than to pick from samples.
+        MixesError: it does not pick from samples with them.
     """
     op_type = call.node.op_type
     rows = [value.rows if value is not None else None for value in call.inputs]
@@ -75,7 +73,7 @@ def numbered(call: NodeCall, plain: Plain) -> Sequence[Value]:
 
 
 def _computed(call: NodeCall) -> Rows:
-    """The number of a sample, times or plus constants."""
+    """Return the number of a sample, times or plus constants."""
     first, second = call.inputs
     if call.node.op_type == "Sub" or first is None or second is None or (first.rows and second.rows):
         return UNKNOWN
@@ -94,7 +92,7 @@ def _computed(call: NodeCall) -> Rows:
 
 
 def _columns(call: NodeCall) -> tuple[Rows | None, ...]:
-    """What the columns of joined indices count; each of them comes alone."""
+    """Return how the columns of joined indices count; each input must be one column."""
     found = []
     for index, value in enumerate(call.inputs):
         if value is None or value.shapes is None or value.shapes[0][-1] != 1 or len(value.rows or "1") != 1:
@@ -124,7 +122,7 @@ def _gather_nd(call: NodeCall) -> Sequence[Value]:
 
 
 def _picked(call: NodeCall, place: BatchPlace, indices: Value, rows: Sequence[Rows | None], axis: int) -> Value:
-    """What is picked from samples: from each its own, if the formula says so."""
+    """Return the entries that each sample picks, where they are its own."""
     (own,) = rows if len(rows) == 1 else (None,)
     inside = own is not None and own.step == place.inner and own.low >= 0 and own.high < place.inner
     if not inside or place.outer != 1 or indices.place is None or not indices.place.plain:

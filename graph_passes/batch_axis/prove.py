@@ -1,28 +1,26 @@
 """The proof: samples lie along these axes of the inputs, and stay apart up to the outputs."""
 
-from __future__ import annotations
-
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx
 
-from graph_passes.batch_axis.values import BatchPlace, MixesError, Value
+from graph_passes.axis_rules.values import BatchPlace, MixesError, Value
 from graph_passes.batch_axis.walk import Walk
 
 TRIAL_SIZES = (1994, 1)
-"""Sizes of the batch for which shapes are followed: one that no other size is likely to have as a factor, and 1.
+"""Sizes of the batch for which shapes are followed: one that is unlikely to be a factor of another size, and 1.
 
-Neither 1994 / 2 nor 1994 - 1 has divisors, so no remainder is that of 1; what compares a size with a number gives
-another answer for one of them."""
+Neither 1994 / 2 nor 1994 - 1 has divisors, so no remainder is that of 1. A comparison of a size with a number has
+different results for the two."""
 
 _PRIMES = (37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What was found for one choice of batch axes.
+    """The result for one choice of batch axes.
 
     Attributes:
         reason: the first operator that mixes samples and what it does; "" where samples are proved independent.
@@ -45,12 +43,12 @@ def prove(
     axes: Mapping[str, int | None],
     shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Proof:
-    """Whether samples along these axes of the inputs are independent of each other and of their number.
+    """Prove that samples along these axes of the inputs are independent of each other and of their number.
 
     Args:
         model: weights in external files need not be there.
         axes: input name -> its batch axis, None for an input without one. All of dynamic size, or all of fixed.
-        shapes: input name -> a shape that the model runs on, for dynamic sizes beside the batch.
+        shapes: input name -> a shape on which the model runs, for dynamic sizes beside the batch.
 
     Examples:
         >>> from onnx import parser
@@ -64,12 +62,12 @@ def prove(
     inputs = [value for value in model.graph.input if value.name not in stored]
     try:
         sizes = _trial_sizes(inputs, axes)
-        given, open_shapes = _given(inputs, axes, sizes, shapes or {})
+        given, open_shapes = _inputs_of(inputs, axes, sizes, shapes or {})
         walk = Walk(model, sizes, open_shapes=open_shapes)
         made = walk.graph(model.graph, given, ChainMap())
     except MixesError as mixed:
         return Proof(reason=str(mixed), feature=mixed.feature)
-    except (KeyError, RecursionError) as error:  # a name that nobody defines, graphs without end
+    except (KeyError, RecursionError) as error:  # an undefined name, or endless recursion of functions
         return Proof(reason=f"the graph cannot be followed: {type(error).__name__} {error}"[:200])
     names = [value.name for value in model.graph.output]
     if counted := [name for name, value in zip(names, made, strict=True) if value.counted or value.rows]:
@@ -80,7 +78,7 @@ def prove(
 
 
 def _trial_sizes(inputs: Sequence[onnx.ValueInfoProto], axes: Mapping[str, int | None]) -> tuple[int, ...]:
-    """`TRIAL_SIZES` for a dynamic batch, the one size of a fixed batch."""
+    """Return `TRIAL_SIZES` for a dynamic batch, the one size of a fixed batch."""
     fixed = set()
     for value in inputs:
         axis = axes.get(value.name)
@@ -95,13 +93,13 @@ def _trial_sizes(inputs: Sequence[onnx.ValueInfoProto], axes: Mapping[str, int |
     return tuple(fixed) if fixed and fixed != {0} else TRIAL_SIZES
 
 
-def _given(
+def _inputs_of(
     inputs: Sequence[onnx.ValueInfoProto],
     axes: Mapping[str, int | None],
     sizes: Sequence[int],
     shapes: Mapping[str, Sequence[int]],
 ) -> tuple[dict[str, Value], bool]:
-    """The inputs, and whether sizes beside the batch are open: those get sizes of their own, by symbol."""
+    """Return the inputs, and whether sizes beside the batch are open; each symbol of those gets a size of its own."""
     symbols: dict[str, int] = {}
     batch = {
         value.type.tensor_type.shape.dim[axis].dim_param
@@ -136,6 +134,6 @@ def _given(
 
 
 def _size(number: int) -> int:
-    """A size that no other one is, and that halves well: nets that shrink and grow again fit together."""
+    """Return a size that no other symbol has and that halves often, for nets that shrink and grow again."""
     turns, at = divmod(number, len(_PRIMES))
     return 32 * _PRIMES[at] * (turns + 1)

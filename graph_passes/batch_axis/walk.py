@@ -1,6 +1,4 @@
-"""One walk through a model, node by node, with what is known of every value."""
-
-from __future__ import annotations
+"""Walk through a model node by node, and follow what is known of every value."""
 
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,22 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import onnx
 
-# Each module enters its rules into the table.
-from graph_passes.batch_axis import layout, pointwise, products, reductions, sequences
+from graph_passes.axis_rules.moves import Moves, outputs
+from graph_passes.axis_rules.shapes import constant, folded, inferred, of_arrays
+from graph_passes.axis_rules.values import MixesError, NodeCall, Value
 from graph_passes.batch_axis.control import followed
-from graph_passes.batch_axis.moves import RULES, Moves, outputs
 from graph_passes.batch_axis.numbering import numbered, ranged
-from graph_passes.batch_axis.shapes import constant, folded, inferred, of_arrays
-from graph_passes.batch_axis.values import MixesError, NodeCall, Value
-
-RULE_MODULES = (layout, pointwise, products, reductions, sequences)
+from graph_passes.operators import AXIS_RULES
 
 RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 CONTROL = frozenset(("If", "Loop", "Scan"))
 OF_SHAPES = frozenset(("ConstantOfShape", "Expand", "Shape", "Size"))
-"""Their rules answer for values without samples too."""
+"""Operators whose rules apply to values without samples too."""
 MOST_NODES = 200_000
-"""A walk that comes by more nodes, in functions and turns of loops, ends."""
+"""Limit of the nodes in one walk, those in functions and turns of loops included."""
 
 _WRITTEN = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
 
@@ -34,9 +29,9 @@ class Walk:
     """Follows samples through the graphs and functions of a model.
 
     Args:
-        model: its weights may be missing.
+        model: the model, whose weights may be missing.
         sizes: trial sizes of the batch.
-        open_shapes: whether the model runs on other shapes than those that are tried.
+        open_shapes: whether the model runs on shapes other than those that are tried.
     """
 
     def __init__(self, model: onnx.ModelProto, sizes: Sequence[int], *, open_shapes: bool):
@@ -49,7 +44,7 @@ class Walk:
     def graph(
         self, graph: onnx.GraphProto, given: Mapping[str, Value], outer: Scope, opsets: Mapping[str, int] | None = None
     ) -> list[Value]:
-        """The outputs of a graph that is called with `given`, among the values of the scopes around it.
+        """Return the outputs of a graph for the inputs `given`, among the values of the scopes around it.
 
         Raises:
             MixesError: samples mix.
@@ -71,7 +66,7 @@ class Walk:
         opsets: Mapping[str, int],
         given: Mapping[str, onnx.AttributeProto],
     ) -> None:
-        """Follow the nodes that `names` depend on; attributes that refer to those of a function are in `given`."""
+        """Follow the nodes on which `names` depend; `given` has the attributes of the function around them."""
         for node in _needed(nodes, names):
             self._steps += 1
             call = self._call(_with_attributes(node, given), scope, opsets)
@@ -81,7 +76,7 @@ class Walk:
                 made = self._outputs(call, scope, opsets)
             except MixesError:
                 raise
-            except Exception as error:  # whatever a malformed node leads to: it is not proved
+            except Exception as error:  # any exception of a malformed node: nothing is proved
                 raise call.mixes(f"cannot be followed: {type(error).__name__}: {error}"[:200]) from error
             scope.update({name: value for name, value in zip(node.output, made, strict=False) if name})
 
@@ -117,7 +112,7 @@ class Walk:
         return self._by_rule(call, domain) if sampled else self._without_samples(call, domain)
 
     def _without_samples(self, call: NodeCall, domain: str) -> list[Value]:
-        """Outputs of a node that no sample reaches: constants and shape arithmetic."""
+        """Return the outputs of a node that no sample reaches: constants and shape arithmetic."""
         counted = any(value is not None and value.counted for value in call.inputs)
         if counted and call.node.op_type in OF_SHAPES:
             made = self._by_rule(call, domain)
@@ -132,7 +127,7 @@ class Walk:
         return [Value(kind=kind, shapes=shapes, counted=counted) for kind, shapes in found]
 
     def _by_rule(self, call: NodeCall, domain: str) -> Sequence[Value]:
-        found = RULES.get((domain, call.node.op_type))
+        found = AXIS_RULES.get((domain, call.node.op_type))
         if found is None:
             where = f" of {domain}" if domain else ""
             raise call.mixes(f"is an operator{where} that is not known to keep samples apart")
@@ -169,7 +164,7 @@ class Walk:
 
 
 def _written(call: NodeCall) -> Value:
-    """A Constant that is written as a number or a list of numbers."""
+    """Return a Constant that is a number or a list of numbers."""
     name, attribute = next(iter(call.attributes.items()))
     if name not in _WRITTEN:
         ((kind, shapes),) = inferred(call)
@@ -179,7 +174,7 @@ def _written(call: NodeCall) -> Value:
 
 
 def _kind(call: NodeCall) -> int:
-    """The element type of onnxruntime's own operators: floats, but for quantized ones, which keep theirs."""
+    """Return the element type of onnxruntime's own operators: float, or that of the input where it is quantized."""
     value = call.value(0)
     kind = onnx.TensorProto.FLOAT if value is None else value.kind
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
@@ -193,7 +188,7 @@ def _domain(domain: str) -> str:
 
 
 def _with_attributes(node: onnx.NodeProto, given: Mapping[str, onnx.AttributeProto]) -> onnx.NodeProto:
-    """The node, with attributes of the function around it put in; those that nobody gives are left out."""
+    """Return the node with attributes of the function around it filled in; those without a value are left out."""
     if not any(attribute.ref_attr_name for attribute in node.attribute):
         return node
     filled = onnx.NodeProto()
@@ -210,7 +205,7 @@ def _with_attributes(node: onnx.NodeProto, given: Mapping[str, onnx.AttributePro
 
 
 def _needed(nodes: Sequence[onnx.NodeProto], names: Iterable[str]) -> list[onnx.NodeProto]:
-    """Those nodes, in order, that `names` depend on."""
+    """Return the nodes, in order, on which `names` depend."""
     wanted, found = set(names), []
     for node in reversed(nodes):
         if wanted.intersection(node.output):
@@ -220,7 +215,7 @@ def _needed(nodes: Sequence[onnx.NodeProto], names: Iterable[str]) -> list[onnx.
 
 
 def _read(node: onnx.NodeProto) -> Iterator[str]:
-    """Names of values that a node reads, those of its graphs among them."""
+    """Yield the names of the values that a node and its graphs read."""
     yield from node.input
     for attribute in node.attribute:
         for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):

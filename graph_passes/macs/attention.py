@@ -3,12 +3,9 @@
 scores and mixture    batch * queries * keys * (heads * key width + heads * value width), heads those of the queries
 projections           tokens * numbers in the packed weight, where the operator has one
 
-Keys are the past ones and the new ones. Masks count nothing less: a causal mask, padding and a local window are counted
-at full length, and so is a cache that past and present share (its whole buffer). The width of the mixture is that of
-the output, which has the heads of the queries, however many heads keys and values have.
+Keys are the past ones and the new ones. A causal mask, padding, a local window and a cache that past and present share
+count at full length. The width of the mixture is that of the output, which has the heads of the queries.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -16,7 +13,7 @@ from graph_passes.macs.executed_node import ExecutedNode, Formula, Macs, Operato
 
 
 def onnx_attention(node: ExecutedNode) -> Macs:
-    """Attention of ONNX: q, k, v (batch, heads, length, size) or (batch, length, heads * size); past_key is input 4."""
+    """Count Attention of ONNX: q, k, v (batch, heads, length, size) or (batch, length, heads * size), past_key 4th."""
     query, key = node.input(0), node.input(1)
     past = node.find(4)
     batch, queries = query[0], query[-2]
@@ -26,11 +23,11 @@ def onnx_attention(node: ExecutedNode) -> Macs:
 
 
 def projected_attention(weights: tuple[int, ...], past: int) -> Formula:
-    """Attention with packed weights (in, q + k + v), or three of them, and a past (2, batch, heads, length, size).
+    """Return the formula of an attention with one weight (in, q + k + v) or three, and a past (2, batch, heads, ...).
 
     Args:
-        weights: positions of the weights.
-        past: position of the past.
+        weights: Positions of the weights.
+        past: Position of the past.
     """
 
     def count(node: ExecutedNode) -> Macs:
@@ -47,7 +44,7 @@ def projected_attention(weights: tuple[int, ...], past: int) -> Formula:
 
 
 def packed_attention(node: ExecutedNode) -> Macs:
-    """PackedAttention: tokens without padding (tokens, in); `token_offset` has the padded shape (batch, length)."""
+    """Count PackedAttention: tokens without padding (tokens, in); `token_offset` is (batch, length) with padding."""
     (tokens, _), weight, value_width = node.input(0), node.input(1), node.output[-1]
     query_width = (weight[1] - value_width) // 2
     return Macs(
@@ -57,7 +54,7 @@ def packed_attention(node: ExecutedNode) -> Macs:
 
 
 def multi_head_attention(past: int, past_length: int) -> Formula:
-    """Attention without projections: query, key and value apart, or packed in the query, or a packed key and value.
+    """Return the formula of an attention without projections; query, key and value may be packed into fewer inputs.
 
     Args:
         past: position of the past key (batch, heads, length, size).
@@ -79,14 +76,14 @@ def multi_head_attention(past: int, past_length: int) -> Formula:
 
 
 def packed_multi_head_attention(node: ExecutedNode) -> Macs:
-    """PackedMultiHeadAttention: query (tokens, width) or packed (tokens, heads, 3, size)."""
+    """Count PackedMultiHeadAttention: query (tokens, width) or packed (tokens, heads, 3, size)."""
     query, value_width = node.input(0), node.output[-1]
     query_width = query[1] if len(query) == 2 else value_width
     return Macs(attention=query[0] * node.input(4)[1] * (query_width + value_width))
 
 
 def group_query_attention(node: ExecutedNode) -> Macs:
-    """GroupQueryAttention: the output has the heads of the queries; packed or not, with a past or without."""
+    """Count GroupQueryAttention: the output has the heads of the queries; packed or not, with a past or without."""
     batch, queries, width = node.output
     key, past = node.find(1), node.find(3)
     present = node.outputs[1] if len(node.outputs) > 1 else None
@@ -98,7 +95,7 @@ def group_query_attention(node: ExecutedNode) -> Macs:
 
 
 def linear_attention(node: ExecutedNode) -> Macs:
-    """LinearAttention: a state (key size, value size) a head, written, read and, by the delta rules, read before.
+    """Count LinearAttention: a state (key size, value size) a head, written, read and, by the delta rules, read before.
 
     A token writes the state of each key head and reads it for each query head; "delta" and "gated_delta" read it once
     more a key head, to subtract what it holds.
@@ -112,7 +109,7 @@ def linear_attention(node: ExecutedNode) -> Macs:
 
 
 def _with_past(node: ExecutedNode, new: int, past: Shape | None, axis: int, *, is_shared: bool = False) -> int:
-    """How many keys there are: new ones behind the past, or the whole buffer that both share."""
+    """Return the number of keys: the past and the new ones, or the whole buffer that both share."""
     if past is None:
         return new
     return past[axis] if is_shared or node.flag("past_present_share_buffer") else past[axis] + new
@@ -122,7 +119,6 @@ FORMULAS: dict[Operator, Formula] = {
     ("", "Attention"): onnx_attention,
     ("", "LinearAttention"): linear_attention,
     ("ai.onnx.preview", "FlexAttention"): onnx_attention,
-    ("com.microsoft", "Attention"): projected_attention((1,), past=4),
     ("com.microsoft", "DecoderMaskedMultiHeadAttention"): multi_head_attention(past=5, past_length=7),
     ("com.microsoft", "DecoderMaskedSelfAttention"): projected_attention((1,), past=4),
     ("com.microsoft", "GroupQueryAttention"): group_query_attention,

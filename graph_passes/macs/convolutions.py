@@ -1,12 +1,10 @@
-"""MACs of convolutions, whatever the layout of their data.
+"""MACs of convolutions in any layout of their data.
 
 Conv             output elements * numbers in one filter, (in / groups) * kernel
-ConvTranspose    input elements * numbers that one input channel meets, (out / groups) * kernel
+ConvTranspose    input elements * numbers in the filter of one input channel, (out / groups) * kernel
 
-Points in the padding count, as they are multiplied or could be.
+Points in the padding count.
 """
-
-from __future__ import annotations
 
 import math
 from functools import partial
@@ -15,17 +13,17 @@ from graph_passes.macs.executed_node import ExecutedNode, Formula, Macs, Operato
 
 
 def conv(node: ExecutedNode, weight: int = 1) -> Macs:
-    """Conv and its kin; `weight` is the position of the weight (out, in / groups, *kernel)."""
+    """Count a Conv or a relative of it; `weight` is the position of the weight (out, in / groups, *kernel)."""
     return Macs(node.output_size * math.prod(node.input(weight)[1:]))
 
 
 def conv_transpose(node: ExecutedNode, weight: int = 1) -> Macs:
-    """ConvTranspose and its kin, weight (in, out / groups, *kernel)."""
+    """Count a ConvTranspose or a relative of it, weight (in, out / groups, *kernel)."""
     return Macs(math.prod(node.input(0)) * math.prod(node.input(weight)[1:]))
 
 
 def word_conv(node: ExecutedNode) -> Macs:
-    """WordConvEmbedding: a filter (filters, 1, window, character size) slides over the characters of every word."""
+    """Count WordConvEmbedding: a filter (filters, 1, window, character size) slides over every word."""
     (*words, characters), weight = node.input(0), node.input(1)
     return Macs(math.prod(words) * max(characters - weight[2] + 1, 1) * math.prod(weight))
 
@@ -35,14 +33,11 @@ QUANTIZED = 3
 
 FORMULAS: dict[Operator, Formula] = {
     ("", "CausalConvWithState"): conv,
-    ("", "Conv"): conv,
     ("", "ConvInteger"): conv,
-    ("", "ConvTranspose"): conv_transpose,
     ("", "DeformConv"): conv,
     ("", "QLinearConv"): partial(conv, weight=QUANTIZED),
     ("com.microsoft", "CausalConvWithState"): conv,
     ("com.microsoft", "ConvTransposeWithDynamicPads"): conv_transpose,
-    ("com.microsoft", "FusedConv"): conv,
     ("com.microsoft", "NhwcConv"): conv,
     ("com.microsoft", "NhwcFusedConv"): conv,
     ("com.microsoft", "QLinearConv"): partial(conv, weight=QUANTIZED),

@@ -1,6 +1,4 @@
-"""One executed node, as a formula of multiply-accumulates (MACs) sees it, and what a formula gives back."""
-
-from __future__ import annotations
+"""One executed node, the argument of a formula of multiply-accumulates (MACs), and the results of a formula."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,11 +15,11 @@ class ExecutedNode:
     """The shapes of one execution of a node, with its attributes.
 
     Attributes:
-        domain: of the operator; "" is ONNX itself.
-        op_type: of the operator.
-        inputs: shape of every input by its position in the operator; None for an optional input that is absent.
-        outputs: the same of the outputs.
-        attributes: those that the node has, by name; tensors and graphs may be left out.
+        domain: Domain of the operator; "" is ONNX itself.
+        op_type: Name of the operator.
+        inputs: Shape of every input by its position in the operator; None for an optional input that is absent.
+        outputs: Shapes of the outputs in the same way.
+        attributes: Attributes of the node by name; tensors and graphs may be left out.
     """
 
     domain: str
@@ -31,10 +29,10 @@ class ExecutedNode:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
     def input(self, position: int) -> Shape:
-        """Shape of an input that must be there.
+        """Return the shape of an input that must be there.
 
         Raises:
-            LookupError: it is absent; no count is made of this node then.
+            LookupError: It is absent, and the node is not counted.
         """
         shape = self.find(position)
         if shape is None:
@@ -42,17 +40,17 @@ class ExecutedNode:
         return shape
 
     def find(self, position: int) -> Shape | None:
-        """Shape of an input, or None where it is absent."""
+        """Return the shape of an input, or None where it is absent."""
         return self.inputs[position] if position < len(self.inputs) else None
 
     @property
     def output(self) -> Shape:
-        """Shape of the first output that is there."""
+        """The shape of the first output that is there."""
         return next(shape for shape in self.outputs if shape is not None)
 
     @property
     def output_size(self) -> int:
-        """Numbers in the first output."""
+        """The number of elements in the first output."""
         return math.prod(self.output)
 
     def flag(self, name: str) -> bool:
@@ -64,8 +62,8 @@ class Macs(NamedTuple):
     """Multiply-accumulates of one execution.
 
     Attributes:
-        product: of the products with the operand that may be a weight; a factorization of it changes them.
-        attention: of scores and mixture inside the node, which multiply activations only.
+        product: MACs of products with an operand that may be a weight, which a factorization changes.
+        attention: MACs of scores and mixture inside the node, which multiply activations only.
     """
 
     product: int = 0
@@ -73,13 +71,13 @@ class Macs(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Both."""
+        """The sum of both."""
         return self.product + self.attention
 
 
 @dataclass(frozen=True)
 class NotCounted:
-    """Why no MACs are known of a node."""
+    """The reason why the MACs of a node are not known."""
 
     reason: str
 

@@ -1,10 +1,7 @@
-"""Operators that count no MACs, and those whose MACs cannot be told, each group with its reason.
+"""Operators that count no MACs, and those whose MACs are not known, each group with its reason.
 
-Every operator of ONNX and of onnxruntime stands here or has a formula; a test holds that, so an operator of a newer
-version fails it by name.
+A test checks that every operator of ONNX and of onnxruntime stands here or has a formula.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 
@@ -114,4 +111,4 @@ NO_PRODUCTS: Mapping[Operator, str] = _by_operator(_NONE)
 """Operator -> why it counts 0."""
 
 UNKNOWN: Mapping[Operator, str] = _by_operator(_UNKNOWN)
-"""Operator -> why its MACs cannot be told."""
+"""Operator -> why its MACs are not known."""

@@ -1,13 +1,10 @@
 """MACs of matrix products, plain, fused and quantized.
 
-MatMul and its kin    output elements * inner dimension
-Einsum                of two operands: the product of all index sizes; see `einsum`
+MatMul, relatives     output elements * inner dimension
 MoE                   tokens * k experts * numbers in an expert's weights
 
 A bias, a scale, an activation and a zero point count nothing.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -15,12 +12,12 @@ from graph_passes.macs.executed_node import ExecutedNode, Formula, Macs, Operato
 
 
 def matmul(node: ExecutedNode) -> Macs:
-    """A @ B, operands of any number of axes; B may be packed or quantized."""
+    """Count A @ B, operands of any number of axes; B may be packed or quantized."""
     return Macs(node.output_size * node.input(0)[-1])
 
 
 def turned_matmul(node: ExecutedNode) -> Macs:
-    """FusedMatMul and its kin: `A` may be transposed, and its rows may stand in front of its batch axes."""
+    """Count FusedMatMul and its relatives: `A` may be transposed, and its rows may stand before its batch axes."""
     data = node.input(0)
     if len(data) < 2 or not node.flag("transA"):
         return Macs(node.output_size * data[-1])
@@ -28,41 +25,41 @@ def turned_matmul(node: ExecutedNode) -> Macs:
 
 
 def gemm(node: ExecutedNode) -> Macs:
-    """Gemm and its kin, both matrices turned or not: the inner dimension is what `A` has beside the output's rows."""
+    """Count Gemm and its relatives: the inner dimension is that of `A` beside the rows of the output."""
     rows, columns = node.output
     return Macs(columns * math.prod(node.input(0)) if rows else 0)
 
 
 def packed_pair(node: ExecutedNode) -> Macs:
-    """MatMulNBitsMlp: the gate and the up projection of the same data."""
+    """Count MatMulNBitsMlp: the gate and the up projection of the same data."""
     return Macs(2 * node.output_size * node.input(0)[-1])
 
 
 def packed_triple(node: ExecutedNode) -> Macs:
-    """MatMulNBitsQkv: three projections of the same data."""
+    """Count MatMulNBitsQkv: three projections of the same data."""
     columns = int(node.attributes["Nq"]) + 2 * int(node.attributes["Nkv"])
     return Macs(math.prod(node.input(0)) * columns)
 
 
 def relative_position_gate(node: ExecutedNode) -> Macs:
-    """GatedRelativePositionBias: each head of the query by a weight (head size, D)."""
+    """Count GatedRelativePositionBias: each head of the query by a weight (head size, D)."""
     return Macs(math.prod(node.input(0)) * node.input(3)[1])
 
 
 def mix_streams(node: ExecutedNode) -> Macs:
-    """HyperConnectionPostMix: streams mixed by an optional (..., C, C) matrix."""
+    """Count HyperConnectionPostMix: streams mixed by an optional (..., C, C) matrix."""
     mix = node.find(3)
     return Macs() if mix is None else Macs(node.output_size * mix[-1])
 
 
 def experts(node: ExecutedNode) -> Macs:
-    """MoE: each token passes the `k` experts that its router chose."""
+    """Count MoE: each token passes `k` experts."""
     weights = [shape for shape in map(node.find, (2, 4, 6)) if shape is not None]
     return Macs(_tokens_times_experts(node) * sum(math.prod(shape[1:]) for shape in weights))
 
 
 def quantized_experts(node: ExecutedNode) -> Macs:
-    """QMoE with integer weights: their sizes are read from the scales, for the weights are packed."""
+    """Count QMoE with integer weights: the scales have the sizes, for the weights are packed."""
     if _text(node.attributes.get("quant_type", "int")) != "int":
         raise LookupError("QMoE keeps its weights in another layout than that of integers; expected quant_type 'int'")
     hidden, rows = node.input(0)[-1], node.input(3)[1]
@@ -82,12 +79,12 @@ def _text(value: str | bytes) -> str:
 
 
 def linear_model(node: ExecutedNode) -> Macs:
-    """LinearClassifier and LinearRegressor: the weights stand in the attribute `coefficients`."""
+    """Count LinearClassifier and LinearRegressor: the weights are the attribute `coefficients`."""
     return Macs(_rows(node) * len(node.attributes["coefficients"]))
 
 
 def support_vectors(node: ExecutedNode) -> Macs:
-    """SVMClassifier and SVMRegressor: the kernel with every support vector, and their weighted sum."""
+    """Count SVMClassifier and SVMRegressor: the kernel with every support vector, and their weighted sum."""
     attributes = node.attributes
     return Macs(_rows(node) * (len(attributes.get("support_vectors", ())) + len(attributes["coefficients"])))
 
@@ -97,8 +94,6 @@ def _rows(node: ExecutedNode) -> int:
 
 
 FORMULAS: dict[Operator, Formula] = {
-    ("", "Gemm"): gemm,
-    ("", "MatMul"): matmul,
     ("", "MatMulInteger"): matmul,
     ("", "QLinearMatMul"): matmul,
     ("ai.onnx.ml", "LinearClassifier"): linear_model,
@@ -107,8 +102,6 @@ FORMULAS: dict[Operator, Formula] = {
     ("ai.onnx.ml", "SVMRegressor"): support_vectors,
     ("com.microsoft", "CDist"): matmul,
     ("com.microsoft", "DynamicQuantizeMatMul"): matmul,
-    ("com.microsoft", "FusedGemm"): gemm,
-    ("com.microsoft", "FusedMatMul"): turned_matmul,
     ("com.microsoft", "FusedMatMulActivation"): turned_matmul,
     ("com.microsoft", "GatedRelativePositionBias"): relative_position_gate,
     ("com.microsoft", "GemmFastGelu"): matmul,

@@ -3,10 +3,8 @@
 LSTM, GRU, RNN    steps * batch * (numbers in W + numbers in R), both directions where there are two
 
 With `layout=1` steps and batch change places, which changes no product. Shorter sequences (`sequence_lens`) count at
-full length: how long they are is no property of the shapes. Peepholes and gates are element-wise and count nothing.
+full length, for shapes do not show their length. Peepholes and gates are element-wise and count nothing.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -14,13 +12,13 @@ from graph_passes.macs.executed_node import ExecutedNode, Formula, Macs, Operato
 
 
 def recurrent(node: ExecutedNode) -> Macs:
-    """X (steps, batch, in), W (directions, gates * hidden, in), R (directions, gates * hidden, hidden)."""
+    """Count X (steps, batch, in), W (directions, gates * hidden, in), R (directions, gates * hidden, hidden)."""
     steps_and_batch = math.prod(node.input(0)[:2])
     return Macs(steps_and_batch * (math.prod(node.input(1)) + math.prod(node.input(2))))
 
 
 def attended_lstm(node: ExecutedNode) -> Macs:
-    """AttnLSTM: an LSTM whose every step looks at a memory M (batch, length, depth).
+    """Count AttnLSTM: an LSTM whose every step attends to a memory M (batch, length, depth).
 
     The memory is projected once (MW), the query at every step (QW); scores multiply V, the context mixes the memory,
     and the attention layer (AW) is optional.

@@ -17,7 +17,6 @@ interval includes. The ratio to a first model cancels these changes, so it is us
 reproducible. McNemar's test is reported with it, if there is one.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -25,7 +24,8 @@ from pydantic import BaseModel
 
 from rsi_deploy.benchmark.result import BenchDocument, BenchResult, VariantResult
 from rsi_deploy.core.errors import GateError, UsageError
-from rsi_deploy.evaluation.intervals import Interval, ratio
+from rsi_deploy.core.types import Interval
+from rsi_deploy.evaluation.intervals import ratio
 from rsi_deploy.runtime.machine import Environment
 
 Status = Literal["holds", "failed", "not shown"]
@@ -107,27 +107,6 @@ def check_gates(
     if max_drop is not None:
         checks += _drops(now, baseline, max_drop)
     return GateReport(checks=tuple(checks), notes=tuple(notes))
-
-
-def percentage(text: str, option: str) -> float:
-    """Parse `5%`.
-
-    Example:
-        >>> percentage("5%", "--max-slowdown")
-        5.0
-
-    Raises:
-        UsageError: a bare number, which could mean 5 % or five times.
-    """
-    number, percent, rest = text.strip().partition("%")
-    try:
-        value = float(number)
-    except ValueError:
-        value = math.nan
-    if not percent or rest or not 0 <= value < math.inf:
-        hint = f"; write {text.strip()}%" if not percent and value >= 1 else ""
-        raise UsageError(f"{option} takes a percentage such as 5%, but got {text!r}{hint}")
-    return value
 
 
 def machine_differences(a: Environment, b: Environment) -> list[str]:

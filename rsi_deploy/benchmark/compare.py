@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from rsi_deploy.benchmark.result import BenchDocument, BenchResult, VariantResult
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.evaluation.intervals import Interval
+from rsi_deploy.core.types import Interval
 
 
 class Device(BaseModel, frozen=True, extra="forbid"):

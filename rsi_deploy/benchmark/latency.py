@@ -33,7 +33,7 @@ from rsi_deploy.benchmark.variants import Runtime, Variant, make_feeds, open_var
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.runtime import providers
 from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
-from rsi_deploy.runtime.feeds.values import described
+from rsi_deploy.runtime.feeds.values import describe_array
 from rsi_deploy.runtime.sessions import numeric_notes
 
 PRECISION = 0.02  # relative half width of the intervals at which measuring ends early
@@ -128,7 +128,7 @@ def cell_result(
     import onnxruntime
 
     stopped: Stopped = "precise" if cell.precise else "interrupted" if interrupted else "time"
-    provider = providers.resolve(runtime.provider)
+    provider = providers.resolve_provider(runtime.provider)
     return BenchResult(
         arms=tuple(_summary(cell, index, seed) for index in range(len(cell.variants))),
         provider=provider,
@@ -136,7 +136,7 @@ def cell_result(
         threads=runtime.threads,
         pinned=pinned,
         batch=batch,
-        inputs={name: described(array) for name, array in feeds.items()},
+        inputs={name: describe_array(array) for name, array in feeds.items()},
         precision=stored,
         seed=seed,
         seconds=cell.seconds,

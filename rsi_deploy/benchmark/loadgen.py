@@ -27,7 +27,7 @@ from rsi_deploy.benchmark.loadgen_worker import FEEDS, STREAMS, LoadGenRequest, 
 from rsi_deploy.core import errors
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.io.locks import ScratchFolder
-from rsi_deploy.runtime.provider_spec import parse
+from rsi_deploy.runtime.provider_spec import parse_provider
 
 SCENARIOS: tuple[Scenario, ...] = ("SingleStream", "MultiStream", "Server", "Offline")
 SUMMARY = "mlperf_log_summary.txt"
@@ -122,7 +122,7 @@ def run_loadgen(
         ModelError: the model cannot be loaded or run, or the test process crashed.
     """
     check_loadgen(scenario, batch, seconds, target_qps, target_latency_ms)
-    parse(provider)  # raises before the process starts
+    parse_provider(provider)  # raises before the process starts
     with ScratchFolder() as folder:
         if feeds is not None:
             np.savez(Path(folder) / FEEDS, *feeds.values())

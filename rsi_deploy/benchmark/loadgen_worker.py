@@ -29,8 +29,10 @@ from pydantic import BaseModel
 from rsi_deploy.core.errors import ModelError, RsiDeployError
 from rsi_deploy.io.arrays import read_npz
 from rsi_deploy.runtime.binding import bind
-from rsi_deploy.runtime.feeds.inputs import check_feeds, model_inputs, random_feeds
-from rsi_deploy.runtime.feeds.values import described
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
+from rsi_deploy.runtime.feeds.user_feeds import check_feeds
+from rsi_deploy.runtime.feeds.values import describe_array
 from rsi_deploy.runtime.placement import proven_placement
 from rsi_deploy.runtime.sessions import make_session
 
@@ -129,7 +131,7 @@ def run(request: LoadGenRequest) -> Reply:
         target_qps=qps,
         target_latency_ms=latency_ms,
         batch=batch,
-        inputs={name: described(array) for name, array in feeds.items()},
+        inputs={name: describe_array(array) for name, array in feeds.items()},
         provider=session.get_providers()[0],
         provider_nodes=ran.provider_nodes,
         how=bound.how,

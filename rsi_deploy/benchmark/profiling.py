@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from graph_passes import multiplies_by_weights
 from graph_passes.split_markers import found_splits
 from rsi_deploy.benchmark.sections import Profile, SiteTime
 from rsi_deploy.benchmark.statistics import Floats
@@ -21,12 +22,11 @@ from rsi_deploy.benchmark.variants import Feeds, Runtime
 from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.io.onnx_reader import load_model
 from rsi_deploy.runtime.profile_events import node_events, read_events
-from rsi_deploy.runtime.sessions import make_session, named, run_session
+from rsi_deploy.runtime.sessions import make_session, model_label, run_session
 
 PROFILE_CALLS = 20
 _WARM = 3
 _FUSED_BEHIND = 3  # largest number of nodes that onnxruntime fuses into a product: bias, activation, reshape
-_WORK = ("Conv", "MatMul", "Gemm")
 _ORNAMENTS = re.compile(r"^fused |(_nchwc|/MatMulAddFusion|_token_\d+|/GemmActivationFusion)+$")
 
 Side = str  # "dense", "right" or "left"
@@ -80,7 +80,7 @@ def read_profile(
         nodes.setdefault(op, set()).add(node)
         ops.setdefault(op, np.zeros(len(runs)))[run] += event.own / 1e3
         role = roles.get(node) or roles.get(_ORNAMENTS.sub("", node))
-        if role and any(part in op for part in _WORK):
+        if role and multiplies_by_weights(op):
             site, side = role
             sites[site].setdefault(side, np.zeros(len(runs)))[run] += event.own / 1e3
     op_ms = {op: float(np.median(times)) for op, times in ops.items()}
@@ -145,7 +145,7 @@ def _behind(node: Any) -> list[str]:
             break
         names += [name for name in (node.name if names else None, node.outputs[0].name) if name]
         users = list(dict.fromkeys(user for user, _ in node.outputs[0].uses()))
-        node = users[0] if len(users) == 1 and not any(part in users[0].op_type for part in _WORK) else None
+        node = users[0] if len(users) == 1 and not multiplies_by_weights(users[0].op_type) else None
     return names
 
 
@@ -161,7 +161,7 @@ def _events(model: Path, feeds: Feeds, runtime: Runtime, calls: int) -> list[dic
         )
         try:
             for _ in range(_WARM + calls):
-                run_session(session, feeds, named(model))
+                run_session(session, feeds, model_label(model))
         finally:
             path = session.end_profiling()
         return read_events(path)

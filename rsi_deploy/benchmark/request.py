@@ -14,11 +14,10 @@ from pathlib import Path
 from rsi_deploy.benchmark.result import Precision
 from rsi_deploy.benchmark.variants import Feeds
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.runtime.feeds.inputs import parse_shape
+from rsi_deploy.runtime.feeds.shapes import parse_shape
 
 Shapes = dict[str, tuple[int, ...]]
 Size = int | str  # "N" is the batch
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,64 +141,6 @@ def matrix_shapes(texts: Sequence[str]) -> dict[str, tuple[tuple[Size, ...], ...
             raise UsageError(f"--input-shape: {name} appears twice; join several shapes by commas: {name}=1x32,1x128")
         shapes[name] = tuple(_shape(part) for part in sizes.split(","))
     return shapes
-
-
-def parse_numbers(text: str, option: str) -> tuple[int, ...]:
-    """Parse `1,8`.
-
-    >>> parse_numbers("1,8", "--batch")
-    (1, 8)
-
-    Raises:
-        UsageError: says what came.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"{option} takes numbers of 1 or more joined by commas, such as 1,8, but got {text!r}")
-    return tuple(dict.fromkeys(int(part) for part in parts))
-
-
-def parse_seconds(text: str, option: str) -> float:
-    """Parse `60s`, `2min` or `200ms`; a number without a unit is in seconds.
-
-    >>> parse_seconds("2min", "--budget"), parse_seconds("200ms", "--bursts")
-    (120.0, 0.2)
-
-    Raises:
-        UsageError: says what came.
-    """
-    number, factor = text.strip().lower(), 1.0
-    for unit, size in (("ms", 1e-3), ("min", 60.0), ("s", 1.0)):
-        if number.endswith(unit):
-            number, factor = number.removesuffix(unit), size
-            break
-    try:
-        seconds = float(number) * factor
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"{option} takes a time such as 60s, 2min or 200ms, but got {text!r}")
-    return seconds
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """Parse `512MB` (10**6 bytes) or `512MiB` (2**20).
-
-    >>> parse_bytes("512MB", "--memory-limit"), parse_bytes("1GiB", "--memory-limit")
-    (512000000, 1073741824)
-
-    Raises:
-        UsageError: says what came.
-    """
-    plain = text.strip().upper()
-    unit = plain.lstrip("0123456789.")
-    try:
-        size = int(float(plain[: len(plain) - len(unit)]) * _UNITS[unit.strip()])
-    except (KeyError, ValueError):
-        size = 0
-    if size < 1:
-        raise UsageError(f"{option} takes a size such as 512MB or 2GiB, but got {text!r}")
-    return size
 
 
 def _shape(text: str) -> tuple[Size, ...]:

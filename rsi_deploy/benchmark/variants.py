@@ -20,11 +20,12 @@ from rsi_deploy.benchmark.timing import time_calls
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.runtime.binding import Bound, bind
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
-from rsi_deploy.runtime.feeds.given import given_feeds
-from rsi_deploy.runtime.feeds.inputs import InputSpec, check_feeds, model_inputs, random_feeds
-from rsi_deploy.runtime.feeds.values import described
+from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
+from rsi_deploy.runtime.feeds.user_feeds import check_feeds, user_feeds
+from rsi_deploy.runtime.feeds.values import describe_array
 from rsi_deploy.runtime.placement import Placement, proven_placement
-from rsi_deploy.runtime.sessions import make_session, named, run_session, settings_in_force
+from rsi_deploy.runtime.sessions import effective_options, make_session, model_label, run_session
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -127,18 +128,18 @@ def open_variants(
     variants: list[Variant] = []
     outputs: dict[str, str] = {}
     for model, label, session in zip(models, labels, sessions, strict=True):
-        check_feeds(model_inputs(session, named(model)), feeds, named(model))
-        _try(session, feeds, named(model))  # reports a failing model before any timing
+        check_feeds(model_inputs(session, model_label(model)), feeds, model_label(model))
+        _try(session, feeds, model_label(model))  # reports a failing model before any timing
         placement = runtime.placement(model, feeds) if prove else Placement(provider_nodes={}, memcpy_nodes=0, nodes={})
         bound = runtime.bound(session, feeds)
         given = _described(session, bound)
         outputs = outputs or given
         if given != outputs:
             raise UsageError(
-                f"{named(model)} gives {_listed(given)}, but {named(models[0])} gives {_listed(outputs)}: "
+                f"{model_label(model)} gives {_listed(given)}, but {model_label(models[0])} gives {_listed(outputs)}: "
                 f"models must compute the same outputs to be compared"
             )
-        settings = settings_in_force(session, runtime.provider)
+        settings = effective_options(session, runtime.provider)
         variants.append(
             Variant(
                 label=label, model=str(model), call=bound.call, placement=placement, settings=settings, how=bound.how
@@ -176,7 +177,7 @@ def make_feeds(
     """
     if given is None:
         return random_feeds(specs, batch, seed, shapes), batch
-    feeds, axes = given_feeds(specs, given, "the model"), BatchAxes.of({spec.name: spec.shape for spec in specs})
+    feeds, axes = user_feeds(specs, given, "the model"), BatchAxes.of({spec.name: spec.shape for spec in specs})
     rows = axes.samples(feeds)
     if not batch or batch == rows or axes.fixed is not None:
         return feeds, rows
@@ -227,7 +228,7 @@ def _described(session: Any, bound: Bound) -> dict[str, str]:
     if not arrays:  # outputs that are not tensors have a name and a type only
         return {output.name: output.type for output in session.get_outputs()}
     return {
-        output.name: described(array) if isinstance(array, np.ndarray) else output.type
+        output.name: describe_array(array) if isinstance(array, np.ndarray) else output.type
         for output, array in zip(session.get_outputs(), arrays, strict=True)
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy.typing as npt
 
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.data.feeding import Feeding, named_option
+from rsi_deploy.data.feeding import Feeding, errors_for_option
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset, NamedData, check_exists, open_data
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
@@ -115,7 +115,7 @@ def check_source(source: object) -> None:
         UsageError: there is no data at the path.
     """
     if isinstance(source, str | Path):
-        with named_option(OPTION):
+        with errors_for_option(OPTION):
             check_exists(source)
 
 
@@ -156,9 +156,9 @@ def _opened(
     if isinstance(source, Mapping):
         if absent := [spec.name for spec in specs if spec.name not in source]:
             raise UsageError(f"{option}: no array for the input {', '.join(absent)}; there are {', '.join(source)}")
-        with named_option(option):
+        with errors_for_option(option):
             return NamedData.of_rows({spec.name: source[spec.name] for spec in specs}, specs, None, "arrays")
     if not isinstance(source, str | Path):
         return source
-    with named_option(option):
+    with errors_for_option(option):
         return open_data(source, specs=specs, labelled=False)

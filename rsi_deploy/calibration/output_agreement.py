@@ -21,7 +21,7 @@ from rsi_deploy.core.errors import GateError, UsageError
 from rsi_deploy.evaluation.answer_outputs import with_readable_output
 from rsi_deploy.evaluation.scores import divergence
 from rsi_deploy.io.onnx_reader import read_proto
-from rsi_deploy.runtime.feeds.values import Value, arrays_of
+from rsi_deploy.runtime.feeds.values import Value, arrays_of_output
 from rsi_deploy.runtime.sessions import make_session, run_session
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _readable_session(model: Path, provider: str) -> "InferenceSession":
 
 def _output(outputs: list[Value], session: "InferenceSession") -> Array:
     """Return the first floating output, with samples along the first axis."""
-    arrays = (array for output in outputs for array in arrays_of("", output).values())
+    arrays = (array for output in outputs for array in arrays_of_output("", output).values())
     found = next((a for a in arrays if a.dtype.kind == "f" and a.ndim and a.size), None)
     if found is None:
         gives = ", ".join(f"{value.name}: {value.type}" for value in session.get_outputs())

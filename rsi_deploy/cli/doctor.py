@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rsi_deploy.cli.terminal import console
-from rsi_deploy.core.errors import ModelError
+from rsi_deploy.core.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from rsi_deploy.core.error_table import ErrorTable
@@ -32,13 +32,18 @@ def doctor(as_json: bool, errors: bool) -> None:
 
 
 @click.command()
-def schema() -> None:
-    """The JSON schema of report.json."""
+@click.argument("document", default="report", metavar="[report|VERB]")
+def schema(document: str) -> None:
+    """The JSON schema of report.json; with a VERB, of its settings, which are the keys of its recipes."""
     import json
 
+    from rsi_deploy.core.settings.verbs import CONFIGS
     from rsi_deploy.report.schema import Report
 
-    click.echo(json.dumps(Report.model_json_schema(), indent=2))
+    if document not in ("report", *CONFIGS):
+        raise UsageError(f"schema takes report, {', '.join(CONFIGS)}, but got {document!r}")
+    model = Report if document == "report" else CONFIGS[document]
+    click.echo(json.dumps(model.model_json_schema(), indent=2))
 
 
 def _print_errors(listing: "ErrorTable") -> None:

@@ -4,18 +4,17 @@ from pathlib import Path
 
 import click
 
+from rsi_deploy.cli.derived import Verb, option, settings_options
 from rsi_deploy.cli.terminal import console, progress_bar
 from rsi_deploy.core.errors import GateError
+from rsi_deploy.core.settings.verbs import VerifyConfig
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--data", metavar="DATA", help="The evaluation data of the report: recomputes the accuracy.")
-@click.option("--calib", metavar="DATA", help="The calibration data of the report: recomputes what it says of them.")
-@click.option("--feeds", type=click.Path(), help="The --feeds of the export: recomputes outputs, parity and MACs.")
-@click.option("--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, ...")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def verify(folder: Path, data: str | None, calib: str | None, feeds: str | None, provider: str, as_json: bool) -> None:
+@settings_options(VerifyConfig)
+@option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def verify(folder: Path, settings: VerifyConfig, *, as_json: bool) -> None:
     """Compute again what the report of the bundle DIR claims; exit 4 if a claim is broken.
 
     The first claim is the manifest: every file of DIR has the size and sha256 it was written with, and no file is
@@ -25,7 +24,7 @@ def verify(folder: Path, data: str | None, calib: str | None, feeds: str | None,
     from rsi_deploy.verifying.api import verify as run_verify
 
     with progress_bar("claims", is_short=True):
-        result = run_verify(folder, data=data, calib=calib, feeds=feeds, provider=provider)
+        result = run_verify(folder, **settings.keywords())
     click.echo(result.model_dump_json(indent=2)) if as_json else print_verification(console(), result)
     if broken := [c for c in result.claims if c.status == "broken"]:
         raise GateError(f"{folder}: {', '.join(c.name for c in broken)} not as reported; export (or package) again")

@@ -23,7 +23,7 @@ from rsi_deploy.costing.cost_table import NOISY, Conditions, CostTable, SiteCost
 from rsi_deploy.io.atomic import write_text
 from rsi_deploy.io.documents import read_document
 from rsi_deploy.runtime.machine import environment, onnxruntime_distributions
-from rsi_deploy.runtime.provider_spec import parse
+from rsi_deploy.runtime.provider_spec import parse_provider
 
 Document = TypeVar("Document", bound=pydantic.BaseModel)
 
@@ -44,7 +44,7 @@ def conditions_here(provider: str, threads: int | None) -> Conditions:
         cpu_flags=here.cpu_flags,
         gpus=here.gpus,
         onnxruntime=onnxruntime_distributions(),
-        provider=str(parse(provider)),
+        provider=str(parse_provider(provider)),
         threads=threads,
     )
 

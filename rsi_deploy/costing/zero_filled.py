@@ -7,7 +7,7 @@ import numpy as np
 
 import graph_passes as gp
 from rsi_deploy.core.sites import site_name
-from rsi_deploy.io.onnx_file import forget_weights_, write_onnx
+from rsi_deploy.io.onnx_file import release_weights_, write_onnx
 from rsi_deploy.io.onnx_reader import load_model
 
 Splits = Mapping[str, tuple[str, int]]
@@ -33,4 +33,4 @@ def write_zero_filled(dense: Path, target: Path, splits: Splits) -> None:
 
     gp.split(model, source)
     write_onnx(model, target)
-    forget_weights_(model)
+    release_weights_(model)

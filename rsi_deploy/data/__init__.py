@@ -1,1 +1,1 @@
-"""Calibration and evaluation data: arrays, image folders, Arrow files, callables; preprocessing and batches."""
+"""Calibration and evaluation data: arrays, image folders, Arrow files, Python functions; preprocessing and batches."""

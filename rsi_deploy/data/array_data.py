@@ -1,12 +1,12 @@
-"""Samples in memory: an array, or an `.npz` file of arrays.
+"""Samples in memory: an array, or the arrays of an `.npz` file.
 
-The keys of an `.npz` are `images` (or `x`) and, where there are labels, `labels` (or `y`). For a model with several
-inputs, or whose input has another name, the keys are the names of its inputs:
+The keys of an `.npz` are `images` (or `x`) and optionally `labels` (or `y`). For a model with several inputs, or whose
+input has another name, the keys are the names of its inputs:
 
     numpy.savez("texts.npz", input_ids=ids, attention_mask=mask, labels=labels)
 
-An array that has the name of an input is that input, also where it is called `y` or `labels`. An input without a batch
-axis (a temperature, the mean of the pictures) is stored once, in its own shape.
+An array with the name of an input is that input, even if its name is `y` or `labels`. An input without a batch axis (a
+temperature, the mean of the pictures) is stored once, in its own shape.
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from pathlib import Path
 import numpy as np
 
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.types import Array
 from rsi_deploy.data.dataset import (
     LABEL_NAMES,
-    Array,
     Batch,
     ColumnError,
     Kind,
     Labels,
     Steps,
-    as_samples,
     checked_columns,
     checked_labels,
+    classify_samples,
     row_batches,
 )
 from rsi_deploy.data.sample_rows import sample_rows
@@ -39,14 +39,14 @@ INPUT_NAMES = ("images", "x")
 
 
 class ArrayData:
-    """Samples in memory, `values (N, ...)`, with `labels (N,)` or without.
+    """Samples `values (N, ...)` in memory, with or without `labels (N,)`.
 
     Args:
         values: pictures or ready inputs.
         labels: class numbers.
-        name: of the data, for messages.
-        others: arrays that are read by name alone, `values` among them where it has one.
-        default: the name of `values`.
+        name: name of the data for messages.
+        others: arrays that can be selected by name, including `values` if it has a name.
+        default: name of `values`.
     """
 
     classes: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class ArrayData:
         default: str = "",
     ):
         self.kind: Kind
-        self.kind, self._values = as_samples(values, name)
+        self.kind, self._values = classify_samples(values, name)
         self.labels = None if labels is None else checked_labels(labels, len(values), name)
         self._named, self.default = dict(others or {}), default
         self._name = name
@@ -71,14 +71,14 @@ class ArrayData:
         """Read all arrays of an archive; pickled (object) arrays are refused.
 
         Raises:
-            UsageError: no such archive, damaged, or not to be told what the samples are.
+            UsageError: The archive does not exist or is damaged, or it is not clear which array holds the samples.
         """
-        return told_apart(read_arrays(path), str(path))
+        return identify_arrays(read_arrays(path), str(path))
 
     def for_inputs(self, specs: Sequence[InputSpec]) -> "ArrayData | NamedData":
         """See `dataset.for_inputs`."""
         if self._stored:
-            return told_apart(self._stored, self._name, specs)
+            return identify_arrays(self._stored, self._name, specs)
         names = {spec.name for spec in specs}
         if names <= self._named.keys() and names != {self.default}:
             return NamedData(self._named, self.labels, self._name).for_inputs(specs)
@@ -89,7 +89,7 @@ class ArrayData:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The keys of the archive, but for the labels."""
+        """Keys of the archive without the labels."""
         return tuple(self._named)
 
     def select(self, names: Sequence[str]) -> "NamedData":
@@ -97,7 +97,7 @@ class ArrayData:
         return NamedData(self._named, self.labels, self._name).select(names)
 
     def fingerprint(self) -> str:
-        """The sha256 of shapes, dtypes and bytes of inputs and labels."""
+        """Return the sha256 of shapes, dtypes and bytes of inputs and labels."""
         return _digest([self._values] if self.labels is None else [self._values, self.labels])
 
     def batches(self, batch_size: int, preprocessing: Steps | None, limit: int | None = None) -> Iterator[Batch]:
@@ -110,7 +110,7 @@ class ArrayData:
 
 
 class NamedData:
-    """One array `(N, ...)` for each model input, by its name, with `labels (N,)` or without."""
+    """One array `(N, ...)` for each model input by name, with or without `labels (N,)`."""
 
     kind: Kind = "named"
     classes: tuple[str, ...] = ()
@@ -127,7 +127,7 @@ class NamedData:
         if not samples or samples not in counts:
             raise ColumnError(
                 f"data: {name} holds {_listed(arrays) or 'nothing'}; expected images (or x), or one array for each "
-                f"input of the model with one row a sample, and labels (or y) or none"
+                f"input of the model with one row per sample, and optionally labels (or y)"
             )
         self.labels: Labels | None = None if labels is None else checked_labels(labels, samples, name)
         self._samples = samples
@@ -139,15 +139,15 @@ class NamedData:
     def of_rows(
         cls, arrays: Mapping[str, Array], specs: Sequence[InputSpec], labels: Array | None, name: str
     ) -> "NamedData":
-        """The arrays of a model's inputs, one row a sample each, whatever way they are given.
+        """Convert the arrays for a model's inputs to one row per sample each.
 
         Raises:
-            UsageError: an input without an array, or arrays that do not fit the inputs or each other.
+            UsageError: An input has no array, or arrays do not fit the inputs or each other.
         """
         count = None if labels is None else len(np.atleast_1d(labels))
-        made = cls(sample_rows(arrays, specs, count, name), labels, name)
-        made._origin, made._has_rows = dict(arrays), True
-        return made
+        data = cls(sample_rows(arrays, specs, count, name), labels, name)
+        data._origin, data._has_rows = dict(arrays), True
+        return data
 
     def for_inputs(self, specs: Sequence[InputSpec]) -> "ArrayData | NamedData":
         """See `dataset.for_inputs`."""
@@ -155,7 +155,7 @@ class NamedData:
         if self._has_rows and set(names) <= self._arrays.keys():
             return self
         if self._stored:
-            return told_apart(self._stored, self._name, specs)
+            return identify_arrays(self._stored, self._name, specs)
         if not set(names) <= self._arrays.keys():
             return self
         return NamedData.of_rows(self._arrays, specs, self.labels, self._name)
@@ -170,25 +170,25 @@ class NamedData:
 
     def select(self, names: Sequence[str]) -> "NamedData":
         """See `Dataset.select`."""
-        wanted = {key: self._arrays[key] for key in checked_columns(names, self.columns, self._name)}
-        counts = {key: len(array) if array.ndim else 0 for key, array in wanted.items()}
+        chosen = {key: self._arrays[key] for key in checked_columns(names, self.columns, self._name)}
+        counts = {key: len(array) if array.ndim else 0 for key, array in chosen.items()}
         if len({*counts.values()} | ({len(self)} if self.labels is not None else set())) != 1:
             labels = "" if self.labels is None else f" for {len(self)} labels"
             raise UsageError(
                 f"data: {self._name}: every input needs as many samples as the others, but got {counts}{labels}"
             )
-        found = NamedData(wanted, self.labels, self._name)
-        found._has_rows, found._origin = self._has_rows, self._origin if self._has_rows else wanted
+        found = NamedData(chosen, self.labels, self._name)
+        found._has_rows, found._origin = self._has_rows, self._origin if self._has_rows else chosen
         return found
 
     def fingerprint(self) -> str:
-        """The sha256 of names, shapes, dtypes and bytes of all arrays and the labels."""
+        """Return the sha256 of names, shapes, dtypes and bytes of all arrays and the labels."""
         arrays = [self._origin[key] for key in sorted(self._origin)]
         names = np.frombuffer("\0".join(sorted(self._origin)).encode(), np.uint8)
         return _digest([names, *arrays, *([] if self.labels is None else [self.labels])])
 
     def batches(self, batch_size: int, preprocessing: Steps | None, limit: int | None = None) -> Iterator[Batch]:
-        """See `Dataset.batches`; arrays of another length than the samples are left out."""
+        """See `Dataset.batches`; arrays whose length is not the number of samples are left out."""
         arrays = {key: array for key, array in self._arrays.items() if array.ndim and len(array) == len(self)}
         for rows in row_batches(len(self), batch_size, limit):
             yield (
@@ -198,35 +198,37 @@ class NamedData:
 
 
 def read_arrays(path: Path) -> dict[str, Array]:
-    """All arrays of an archive.
+    """Read all arrays of an archive.
 
     Raises:
-        UsageError: no such archive, or one that is damaged or holds objects.
+        UsageError: The archive does not exist, is damaged or holds objects.
     """
     if not zipfile.is_zipfile(path):
-        raise UsageError(f"data: {path} is not an .npz file; write one with numpy.savez(path, images=..., labels=...)")
+        raise UsageError(
+            f"data: {path} is not an .npz file", hint="write one with numpy.savez(path, images=..., labels=...)"
+        )
     try:
         return read_npz(path)
     except (ValueError, OSError) as error:
         raise UsageError(
-            f"data: {path} cannot be read: {error}; copy it again, or write it with numpy.savez"
+            f"data: {path} cannot be read: {error}", hint="copy it again, or write it with numpy.savez"
         ) from error
 
 
-def told_apart(
+def identify_arrays(
     arrays: Mapping[str, Array], name: str, specs: Sequence[InputSpec] = (), *, labelled: bool = True
 ) -> "ArrayData | NamedData":
-    """Which arrays are inputs and which one is the labels: those named as an input are inputs, then the usual names.
+    """Decide which arrays are inputs and which are labels, by the names of the model's inputs, then by usual names.
 
     Args:
-        arrays: all of them, by name.
-        name: of the data, for messages.
-        specs: the model's inputs, as far as they are known.
-        labelled: whether labels are of interest; else what may be some is not looked at.
+        arrays: all arrays by name.
+        name: name of the data for messages.
+        specs: inputs of the model, if they are known.
+        labelled: whether labels are needed; if not, arrays that may be labels are ignored.
 
     Raises:
-        ColumnError: not to be told what the samples are, or labels that are none.
-        UsageError: arrays that do not fit the inputs.
+        ColumnError: It is not clear which arrays are samples and labels, or the labels are invalid.
+        UsageError: The arrays do not fit the inputs.
     """
     names = [spec.name for spec in specs]
     inputs = [key for key in INPUT_NAMES if key in arrays]
@@ -235,26 +237,26 @@ def told_apart(
     found = ", ".join(arrays)
     if labelled and by_name and len(labels) > 1:
         raise ColumnError(
-            f"data: {name} holds {found}: beside the model's inputs ({', '.join(names)}) any of {', '.join(labels)} "
+            f"data: {name} holds {found}: besides the model's inputs ({', '.join(names)}), each of {', '.join(labels)} "
             f"may be the labels; rename all but one of them"
         )
     if not by_name and (len(inputs) > 1 or (labelled and len(labels) > 1)):
-        raise ColumnError(f"data: {name} holds {found}; expected images (or x), and labels (or y) or none")
+        raise ColumnError(f"data: {name} holds {found}; expected images (or x), and optionally labels (or y)")
     own = arrays[labels[0]] if labels and labelled else None
     named = {key: array for key, array in arrays.items() if key not in labels}
     default = names[0] if by_name else inputs[0] if inputs else next(iter(named), "")
-    is_default = default in inputs or len(named) == 1  # a single array is the samples, whatever its name
-    made: ArrayData | NamedData
+    is_default = default in inputs or len(named) == 1  # a single array holds the samples, whatever its name
+    data: ArrayData | NamedData
     if is_default and (not by_name or _is_plain(specs)):
-        made = ArrayData(named[default], own, name, named, default)
+        data = ArrayData(named[default], own, name, named, default)
     else:
-        made = NamedData.of_rows(named, specs, own, name) if by_name else NamedData(named, own, name)
-    made._stored = {} if specs else arrays
-    return made
+        data = NamedData.of_rows(named, specs, own, name) if by_name else NamedData(named, own, name)
+    data._stored = {} if specs else arrays
+    return data
 
 
 def _is_plain(specs: Sequence[InputSpec]) -> bool:
-    """Whether a model has one input alone, with the batch first."""
+    """Return whether a model has a single input with the batch first."""
     return len(specs) == 1 and BatchAxes.of({spec.name: spec.shape for spec in specs}).axes[specs[0].name] == 0
 
 
@@ -266,6 +268,6 @@ def _digest(arrays: Sequence[Array]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
-        # only numbers are sure to have a buffer; others (names of files, dates) are small
+        # only numbers always have a buffer; other arrays (file names, dates) are small
         digest.update(np.ascontiguousarray(array).data if array.dtype.kind in "fiub" else array.tobytes())
     return digest.hexdigest()

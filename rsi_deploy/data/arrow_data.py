@@ -1,13 +1,13 @@
-"""Tables on disk: Parquet and Arrow files, and folders that Hugging Face `datasets` saved.
+"""Tables on disk: Parquet and Arrow files, and folders saved by Hugging Face `datasets`.
 
     FILE.parquet, FILE.arrow        one file
     saved by `save_to_disk`         `state.json` and Arrow files; with splits, `dataset_dict.json` and a folder for each
-    downloaded from a hub           `data/test-00000-of-00001.parquet` and its like
+    downloaded from a hub           files such as `data/test-00000-of-00001.parquet`
 
-Columns are found by their type and name: pictures are `{bytes, path}` structs (or binaries named `image`, `img`...),
-labels are named `label`, `labels` or `y`, or are the only column of Hugging Face's type ClassLabel. Where that leaves a
-choice it is refused, and is made behind a `#`: `cifar100#split=test,image=img,label=fine_label`. All other columns are
-arrays for the model inputs of their names. Only rows that are wanted are decoded, 64 at a time.
+Columns are found by type and name. Pictures are `{bytes, path}` structs, or binary columns named `image`, `img`...
+Labels are named `label`, `labels` or `y`, or are the only column of Hugging Face's type ClassLabel. If several columns
+match, the user chooses after a `#`: `cifar100#split=test,image=img,label=fine_label`. All other columns are arrays for
+the model inputs with their names. Only the needed rows are decoded, 64 at a time.
 """
 
 import hashlib
@@ -19,21 +19,21 @@ from typing import Any
 import numpy as np
 
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.types import Array
 from rsi_deploy.data.arrow_files import ArrowTable, column_array, is_inside, is_picture
 from rsi_deploy.data.dataset import (
     LABEL_NAMES,
-    Array,
     Batch,
     ColumnError,
     Inputs,
     Kind,
     Labels,
     Steps,
-    as_samples,
     checked_columns,
     checked_labels,
-    decoded_picture,
-    regrouped,
+    classify_samples,
+    read_image,
+    rebatch,
     row_batches,
     spaced_rows,
     stacked_pictures,
@@ -41,22 +41,22 @@ from rsi_deploy.data.dataset import (
 from rsi_deploy.runtime.feeds.inputs import InputSpec
 
 PICTURE_NAMES = ("image", "images", "img", "picture", "pixel_values", "x")
-DECODED = 64  # rows at a time
+DECODED = 64
 
 
 class ArrowData:
     """Samples in tables on disk.
 
     Args:
-        files: tables of one schema, in order.
-        name: of the data, for messages.
-        image: column of the pictures (or of the one ready input); "" finds it.
+        files: tables with one schema, in order.
+        name: name of the data for messages.
+        image: column of the pictures (or of a single ready input); "" finds it.
         label: column of the class numbers; "" finds it.
-        inputs: names of the model's inputs, as far as they are known: columns of these names are no labels.
-        labelled: whether labels are of interest.
+        inputs: names of the model's inputs, if they are known; columns with these names are not labels.
+        labelled: whether labels are needed.
 
     Raises:
-        UsageError: a column that is not there or leaves a choice, labels that are none, no samples.
+        UsageError: A column does not exist or several columns match, labels are invalid, or there are no samples.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class ArrowData:
     ):
         self._table, self._name = ArrowTable(files, name), name
         self._model_inputs, self._labelled = tuple(inputs), labelled
-        self._asked = {"image": image, "label": label}
+        self._choices = {"image": image, "label": label}
         if not len(self._table):
-            raise UsageError(f"data: {name} holds no samples; give another file or split")
+            raise UsageError(f"data: {name} has no samples", hint="give another file or split")
         names = self._table.columns
         self._label = checked_columns([label], names, name)[0] if label else self._found_label()
         self._image = checked_columns([image], names, name)[0] if image else self._found_picture()
@@ -87,28 +87,28 @@ class ArrowData:
         if self._image:
             batch = next(self._table.pieces([self._image], np.zeros(1, np.int64)))
             is_file = is_picture(batch.schema.field(self._image).type)
-            self.kind = "images" if is_file else as_samples(self._array(batch, self._image), name)[0]
+            self.kind = "images" if is_file else classify_samples(self._array(batch, self._image), name)[0]
         elif not self.columns:
-            raise UsageError(f"data: {name} has no column of pictures or numbers; there are {', '.join(names)}")
+            raise UsageError(f"data: {name} has no column of pictures or numbers", hint=f"there are {', '.join(names)}")
 
     def for_inputs(self, specs: Sequence[InputSpec]) -> "ArrowData":
         """See `dataset.for_inputs`."""
         names = tuple(spec.name for spec in specs)
         if self._selected or names == self._model_inputs:
             return self
-        return ArrowData(self._table.files, self._name, **self._asked, inputs=names, labelled=self._labelled)
+        return ArrowData(self._table.files, self._name, **self._choices, inputs=names, labelled=self._labelled)
 
     def __len__(self) -> int:
         return len(self._table)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of numbers, but for the labels."""
+        """Columns of numbers except the labels."""
         return self._selected or tuple(column for column in self._table.numeric if column != self._label)
 
     @property
     def default(self) -> str:
-        """The column of pictures, or of the one ready input."""
+        """Column of pictures, or of a single ready input."""
         return self._image
 
     def select(self, names: Sequence[str]) -> "ArrowData":
@@ -120,7 +120,7 @@ class ArrowData:
         return chosen
 
     def fingerprint(self) -> str:
-        """The sha256 of all columns and of the choice among them, whatever the files' layout and compression."""
+        """Return the sha256 of all columns and of the chosen ones; file layout and compression do not matter."""
         names = sorted(self._table.columns)
         digests = {name: hashlib.sha256(name.encode()) for name in names}
         for batch in self._table.pieces(names):
@@ -133,27 +133,27 @@ class ArrowData:
     def batches(self, batch_size: int, preprocessing: Steps | None, limit: int | None = None) -> Iterator[Batch]:
         """See `Dataset.batches`."""
         pieces = self._inputs(spaced_rows(len(self), batch_size, limit), preprocessing)
-        for inputs, rows in zip(regrouped(pieces, batch_size), row_batches(len(self), batch_size, limit), strict=True):
+        for inputs, rows in zip(rebatch(pieces, batch_size), row_batches(len(self), batch_size, limit), strict=True):
             yield inputs, None if self.labels is None else self.labels[rows]
 
     def _inputs(self, rows: Labels, steps: Steps | None) -> Iterator[Inputs]:
-        """Inputs of these rows, a piece at a time."""
-        wanted = [self._image] if self._image else list(self.columns)
+        """Yield the inputs of these rows in pieces."""
+        columns = [self._image] if self._image else list(self.columns)
         shape: tuple[int, ...] | None = None
-        for batch in self._table.pieces(wanted, rows, DECODED):
+        for batch in self._table.pieces(columns, rows, DECODED):
             if not self._image:
-                yield {column: self._array(batch, column) for column in wanted}
+                yield {column: self._array(batch, column) for column in columns}
             elif is_picture(batch.schema.field(self._image).type):
-                pictures = ((name, decoded_picture(file, name)) for name, file in self._pictures(batch))
+                pictures = ((name, read_image(file, name)) for name, file in self._pictures(batch))
                 piece = stacked_pictures(pictures, steps, shape)
                 shape = piece.shape[1:]
                 yield piece
             else:
-                kind, values = as_samples(self._array(batch, self._image), self._name)
+                kind, values = classify_samples(self._array(batch, self._image), self._name)
                 yield steps.apply(values) if kind == "images" and steps is not None else values
 
     def _pictures(self, batch: Any) -> Iterator[tuple[str, Any]]:
-        """Name and open file (or path) of each picture."""
+        """Yield name and open file (or path) of each picture."""
         for value in batch.column(self._image).to_pylist():
             content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
             name = f"{self._name}, column {self._image}{f', {path}' if path else ''}"
@@ -163,8 +163,8 @@ class ArrowData:
                 yield name, file
             else:
                 raise UsageError(
-                    f"data: {name}: a row has neither the bytes of a picture nor a file in the table's folder"
-                    f"; store the pictures' bytes, or put the files in their place"
+                    f"data: {name}: a row has neither the bytes of a picture nor a file in the table's folder",
+                    hint="store the pictures' bytes, or put the files into the folder",
                 )
 
     def _array(self, batch: Any, column: str) -> Array:
@@ -181,9 +181,7 @@ class ArrowData:
 
     def _found_picture(self) -> str:
         columns = [column for column in self._table.columns if column != self._label]
-        if self._model_inputs and set(self._model_inputs) <= set(
-            columns
-        ):  # what has the name of an input is that input
+        if self._model_inputs and set(self._model_inputs) <= set(columns):  # columns with an input's name are inputs
             columns = [column for column in columns if column in self._model_inputs]
             if len(columns) > 1:
                 return ""
@@ -195,18 +193,18 @@ class ArrowData:
     def _only(self, found: Sequence[str], role: str) -> str:
         if len(found) > 1:
             raise ColumnError(
-                f"data: {self._name} has {len(found)} columns that may be the {role}: {', '.join(found)}; say which: "
+                f"data: {self._name} has {len(found)} columns that may be the {role}: {', '.join(found)}; choose one: "
                 f"{self._name}#{role}={found[0]}"
             )
         return found[0] if found else ""
 
 
 def _values(batch: Any, column: str) -> Iterator[bytes]:
-    """Each row's value as bytes, with its type and shape: the same however the rows are grouped."""
+    """Yield each row's value as bytes with its type and shape, independent of how rows are grouped."""
     values = batch.column(column)
     try:
         arrays = [] if is_picture(values.type) else list(column_array(values))
-    except ValueError:  # text, or rows of several lengths
+    except ValueError:  # text, or rows of different lengths
         arrays = []
     if len(arrays) == len(values):
         yield from (f"{row.dtype.str}{row.shape}".encode() + row.tobytes() for row in map(np.asarray, arrays))

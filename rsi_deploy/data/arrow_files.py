@@ -1,7 +1,7 @@
-"""Parquet and Arrow files as one table: which they are, their columns, and rows piece by piece.
+"""Read Parquet and Arrow files as one table: file lists, columns, and rows in pieces.
 
-Needs pyarrow (`rsi-deploy[data]`). Parquet is read by row groups and Arrow memory-mapped, so that no more than the
-rows asked for is held, whatever the files' size.
+Needs pyarrow (`rsi-deploy[data]`). Parquet is read by row groups and Arrow is memory-mapped, so that memory holds only
+the requested rows.
 """
 
 import json
@@ -14,27 +14,28 @@ from typing import Any
 import numpy as np
 
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.data.dataset import Array, Labels
+from rsi_deploy.core.types import Array
+from rsi_deploy.data.dataset import Labels
 from rsi_deploy.io.documents import read_document
 from rsi_deploy.io.system_files import is_system_file
 
 SUFFIXES = (".parquet", ".arrow")
-MOST_ROWS = 50_000_000  # of a table; their numbers alone take 400 MB
+MOST_ROWS = 50_000_000  # in a table; their row numbers take 400 MB
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-_CACHES = ("cache-", "tmp")  # what `datasets` leaves beside the data
+_CACHES = ("cache-", "tmp")  # prefixes of files that `datasets` leaves beside the data
 
 
 class ArrowTable:
-    """Files of one schema, read as one table.
+    """Files with one schema, read as one table.
 
     Attributes:
-        columns: their names.
+        columns: names of the columns.
         classes: column of Hugging Face's type ClassLabel -> names of its classes.
         pictures: columns of `{bytes, path}` structs.
-        binary: columns of bare bytes.
+        binary: columns of bytes.
         numeric: columns of numbers, or lists of them.
-        files: of the table.
-        folder: the first file's.
+        files: files of the table.
+        folder: folder of the first file.
     """
 
     def __init__(self, files: Sequence[Path], name: str):
@@ -46,7 +47,8 @@ class ArrowTable:
             if tuple(schema.names) != self.columns:
                 raise UsageError(
                     f"data: {file} has the columns {', '.join(schema.names)}, but {self.files[0]} "
-                    f"{', '.join(self.columns)}; store the same columns in every file"
+                    f"{', '.join(self.columns)}",
+                    hint="store the same columns in every file",
                 )
         types = {field.name: field.type for field in schemas[0]}
         self.pictures = tuple(name for name, kind in types.items() if is_picture(kind) and not _is_binary(kind))
@@ -55,45 +57,45 @@ class ArrowTable:
         self.classes = _class_names(schemas[0].metadata)
         self._rows = [self._row_count(file) for file in self.files]
         if sum(self._rows) > MOST_ROWS:
-            raise UsageError(f"data: {name} claims {sum(self._rows)} rows; up to {MOST_ROWS} are read")
+            raise UsageError(f"data: {name} declares {sum(self._rows)} rows", hint=f"the limit is {MOST_ROWS}")
 
     def __len__(self) -> int:
         return sum(self._rows)
 
     def pieces(self, columns: Sequence[str], rows: Labels | None = None, most: int = 4096) -> Iterator[Any]:
-        """Record batches of these columns and (ascending) rows, `most` rows at a time.
+        """Yield record batches of these columns and (ascending) rows, at most `most` rows at a time.
 
         Raises:
-            UsageError: a file that cannot be read.
+            UsageError: A file cannot be read.
         """
         import pyarrow as pa
 
         start = 0
         for file, count in zip(self.files, self._rows, strict=True):
-            here = None if rows is None else rows[(rows >= start) & (rows < start + count)] - start
+            chosen = None if rows is None else rows[(rows >= start) & (rows < start + count)] - start
             start += count
-            if here is not None and not len(here):
+            if chosen is not None and not len(chosen):
                 continue
-            missing = count if here is None else len(here)
+            missing = count if chosen is None else len(chosen)
             try:
-                for at, batch in _chunks(file, columns, here, most):
-                    batch.validate(full=True)  # offsets are believed afterwards, by native code
-                    if here is not None:
-                        inside = here[(here >= at) & (here < at + len(batch))] - at
+                for at, batch in _chunks(file, columns, chosen, most):
+                    batch.validate(full=True)  # native code relies on the offsets afterwards
+                    if chosen is not None:
+                        inside = chosen[(chosen >= at) & (chosen < at + len(batch))] - at
                         batch = batch.take(pa.array(inside)) if len(inside) != len(batch) else batch
                     missing -= len(batch)
                     yield from (batch.slice(begin, most) for begin in range(0, len(batch), most))
             except (pa.ArrowException, OSError) as error:
                 raise _unreadable(file, error) from error
             if missing:
-                raise UsageError(f"data: {file} lacks {missing} of the rows that it claims; copy it again")
+                raise UsageError(f"data: {file} has {missing} rows fewer than it declares", hint="copy it again")
 
     def _schema(self, file: Path) -> Any:
         import pyarrow as pa
 
         try:
             schema = _parquet(file).schema_arrow if file.suffix == ".parquet" else _arrow(file).schema
-            _ = schema.names  # decoded only when asked for
+            _ = schema.names  # raises if the names cannot be decoded
             return schema
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _unreadable(file, error) from error
@@ -110,10 +112,10 @@ class ArrowTable:
 
 
 def table_files(path: Path, split: str = "") -> list[Path]:
-    """The files of a table, or of one split of it; empty where `path` is a folder of something else.
+    """List the files of a table or of one of its splits; empty if `path` is another kind of folder.
 
     Raises:
-        UsageError: several splits and none chosen, or one that is not there.
+        UsageError: There are several splits and none is chosen, or the chosen one does not exist.
     """
     if path.is_file():
         _refuse_split(path, split)
@@ -126,7 +128,9 @@ def table_files(path: Path, split: str = "") -> list[Path]:
         entries = _json(path / "state.json").get("_data_files")
         names = [str(entry.get("filename")) for entry in entries if isinstance(entry, dict)] if entries else []
         if not names or not all(is_inside(path / name, path) and (path / name).is_file() for name in names):
-            raise UsageError(f"data: {path} lacks files that its state.json names; copy the whole folder again")
+            raise UsageError(
+                f"data: {path} does not have all files that its state.json lists", hint="copy the whole folder again"
+            )
         return [path / name for name in names]
     groups: dict[str, list[Path]] = {}
     for file in sorted([*path.glob("*"), *path.glob("data/*")]):
@@ -142,7 +146,7 @@ def table_files(path: Path, split: str = "") -> list[Path]:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path that a file names stays in the folder, links followed."""
+    """Return whether a path, with links resolved, stays in the folder."""
     try:
         return path.resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError):
@@ -150,10 +154,10 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 def column_array(values: Any) -> Array:
-    """A column `(N,)` of numbers or of equally long (nested) lists as an array `(N, ...)`.
+    """Convert a column `(N,)` of numbers or of equally long (nested) lists to an array `(N, ...)`.
 
     Raises:
-        ValueError: empty cells, lists of several lengths, or no numbers.
+        ValueError: Cells are empty, lists have different lengths, or values are not numbers.
     """
     import pyarrow as pa
 
@@ -166,12 +170,12 @@ def column_array(values: Any) -> Array:
         if isinstance(values, pa.ExtensionArray):
             values = values.storage
         if values.null_count:
-            raise ValueError(f"{values.null_count} empty cells; fill them or take those rows out")
+            raise ValueError(f"{values.null_count} empty cells; fill them or remove those rows")
         if not _is_list(values.type):
             break
         lengths = set(values.value_lengths().unique().to_pylist()) if len(values) else {0}
         if len(lengths) != 1:
-            raise ValueError(f"rows of several lengths ({min(lengths)} to {max(lengths)}); pad them to one length")
+            raise ValueError(f"rows of different lengths ({min(lengths)} to {max(lengths)}); pad them to one length")
         shape.append(lengths.pop())
         values = values.flatten()
     array: Array = values.to_numpy(zero_copy_only=False) if _is_number(values.type) else np.asarray([], object)
@@ -181,7 +185,7 @@ def column_array(values: Any) -> Array:
 
 
 def is_picture(kind: Any) -> bool:
-    """Whether a column's type holds encoded picture files: a `{bytes, path}` struct, or bare bytes."""
+    """Return whether a column holds encoded picture files: `{bytes, path}` structs, or bytes."""
     import pyarrow as pa
 
     fields = {kind.field(i).name for i in range(kind.num_fields)} if pa.types.is_struct(kind) else set()
@@ -215,7 +219,7 @@ def _is_numeric(kind: Any) -> bool:
 
 
 def _chunks(file: Path, columns: Sequence[str], rows: Labels | None, most: int) -> Iterator[tuple[int, Any]]:
-    """First row and content of the record batches of a file that hold any of the rows."""
+    """Yield first row and content of a file's record batches that contain any of the rows."""
     start = 0
     if file.suffix != ".parquet":
         for batch in _arrow_batches(file):
@@ -241,7 +245,7 @@ def _parquet(file: Path) -> Any:
 
 
 def _arrow(file: Path) -> Any:
-    """A reader of an Arrow stream (what `datasets` writes) or an Arrow file."""
+    """Open an Arrow stream (as `datasets` writes it) or an Arrow file."""
     import pyarrow as pa
 
     mapped = pa.memory_map(str(file))
@@ -261,7 +265,7 @@ def _arrow_batches(file: Path) -> Iterator[Any]:
 
 
 def _class_names(metadata: Any) -> dict[str, tuple[str, ...]]:
-    """Names of the classes of every ClassLabel column, from Hugging Face's schema metadata."""
+    """Return the class names of every ClassLabel column from Hugging Face's schema metadata."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return {
@@ -274,8 +278,8 @@ def _class_names(metadata: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _unreadable(file: Path, error: Exception) -> UsageError:
-    """The error for a file that its reader refuses, on one line whatever the reader says."""
-    return UsageError(f"data: {file} cannot be read: {' '.join(str(error).split())}; copy it again")
+    """Return the error for a file that cannot be read, on one line."""
+    return UsageError(f"data: {file} cannot be read: {' '.join(str(error).split())}", hint="copy it again")
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -284,7 +288,7 @@ def _json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _unreadable(file, error) from error
     if not isinstance(found, dict):
-        raise UsageError(f"data: {file} is not what datasets.save_to_disk writes; save the data again")
+        raise UsageError(f"data: {file} is not what datasets.save_to_disk writes", hint="save the data again")
     return found
 
 
@@ -292,9 +296,9 @@ def _chosen(path: Path, split: str, splits: Sequence[str]) -> str:
     if not split and len(splits) == 1:
         return splits[0]
     if split not in splits:
-        asked = f"has no split {split!r}" if split else "has several splits and none was chosen"
+        problem = f"has no split {split!r}" if split else "has several splits and none was chosen"
         raise UsageError(
-            f"data: {path} {asked}; there are {', '.join(splits) or 'none'}"
+            f"data: {path} {problem}; there are {', '.join(splits) or 'none'}"
             + (f": type {path}#split={splits[-1]}" if splits else "")
         )
     return split
@@ -302,4 +306,4 @@ def _chosen(path: Path, split: str, splits: Sequence[str]) -> str:
 
 def _refuse_split(path: Path, split: str) -> None:
     if split:
-        raise UsageError(f"data: {path} has no splits, but got split={split}; leave it out")
+        raise UsageError(f"data: {path} has no splits, but got split={split}", hint="leave it out")

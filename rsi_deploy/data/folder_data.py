@@ -1,4 +1,4 @@
-"""A tree of class folders, `root/<class>/**/<image>`, read picture by picture."""
+"""A folder of class folders, `root/<class>/**/<image>`, read picture by picture."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from rsi_deploy.data.dataset import (
     Kind,
     Labels,
     Steps,
-    decoded_picture,
+    read_image,
     row_batches,
     stacked_pictures,
 )
@@ -26,12 +26,12 @@ class ImageFolderData:
     """Pictures whose labels are the positions of their class folders.
 
     Args:
-        root: the tree.
-        classes: names of the class folders in label order; without it they are sorted by name. A class may have no
-            folder: a part of a model's classes keeps the model's numbers.
+        root: folder of class folders.
+        classes: names of the class folders in label order; None sorts them by name. A class may have no folder, so that
+            part of a model's classes keeps the model's numbers.
 
     Raises:
-        UsageError: no class folders, no images, a folder that is not in the list, or a name twice in it.
+        UsageError: There are no class folders or images, a folder is not in the list, or a name repeats in it.
     """
 
     kind: Kind = "images"
@@ -42,13 +42,13 @@ class ImageFolderData:
         found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_system_file(entry.name))
         self.classes = tuple(found if classes is None else classes)
         if not found:
-            raise UsageError(f"data: {root} has no class folders; expected {root}/<class>/<image>.png")
+            raise UsageError(f"data: {root} has no class folders", hint=f"expected {root}/<class>/<image>.png")
         unknown = sorted(set(found) - set(self.classes))
         if unknown or len(set(self.classes)) != len(self.classes):
             raise UsageError(
-                f"data: the class list does not fit {root}: folders not in the list: {unknown or 'none'}, "
-                f"listed twice: {sorted({name for name in self.classes if self.classes.count(name) > 1}) or 'none'}"
-                f"; name every folder once in it"
+                f"data: the class list does not fit {root}: folders not in the list: {unknown or 'none'}, listed "
+                f"twice: {sorted({name for name in self.classes if self.classes.count(name) > 1}) or 'none'}",
+                hint="name every folder once in it",
             )
         self._root = root
         self._files: list[Path] = []
@@ -58,21 +58,23 @@ class ImageFolderData:
             self._files += files
             numbers += [number] * len(files)
         if not self._files:
-            raise UsageError(f"data: no images under {root}; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+            raise UsageError(
+                f"data: no images under {root}", hint=f"expected files ending in {', '.join(IMAGE_SUFFIXES)}"
+            )
         self.labels: Labels = np.asarray(numbers, np.int64)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def select(self, names: Sequence[str]) -> Dataset:
-        """Pictures have no columns: always refused."""
+        """Raise UsageError: pictures have no columns."""
         raise UsageError(
-            f"data: {self._root} holds pictures for one input, but the model takes {', '.join(names)}"
-            f"; give an .npz with one array for each of them"
+            f"data: {self._root} has pictures for one input, but the model takes {', '.join(names)}",
+            hint="give an .npz with one array for each of them",
         )
 
     def fingerprint(self) -> str:
-        """The sha256 of the class list and of every image's path and bytes."""
+        """Return the sha256 of the class list and of every image's path and bytes."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for file in self._files:
             digest.update(file.relative_to(self._root).as_posix().encode())
@@ -83,12 +85,12 @@ class ImageFolderData:
         """See `Dataset.batches`."""
         shape: tuple[int, ...] | None = None
         for rows in row_batches(len(self), batch_size, limit):
-            files = ((str(file), decoded_picture(file, str(file))) for file in (self._files[row] for row in rows))
+            files = ((str(file), read_image(file, str(file))) for file in (self._files[row] for row in rows))
             pictures = stacked_pictures(files, preprocessing, shape)
             shape = pictures.shape[1:]
             yield pictures, self.labels[rows]
 
 
 def _is_image(file: Path, folder: Path) -> bool:
-    """Whether a file below a class folder is an image by its name; hidden files and those of the system are not."""
+    """Return whether a file has an image suffix and is neither hidden nor a system file."""
     return file.suffix.lower() in IMAGE_SUFFIXES and not is_system_file(file.relative_to(folder)) and file.is_file()

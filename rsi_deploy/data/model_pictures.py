@@ -1,9 +1,9 @@
-"""Pictures as one model takes them: with its number of channels, through the preprocessing.
+"""Pictures in the form that one model takes: its number of channels, then the preprocessing.
 
-    gray, RGB or RGBA, uint8 or uint16 --> the model's channels --> preprocessing (or as they are) --> its input
+    gray, RGB or RGBA, uint8 or uint16 --> the model's channels --> preprocessing, if any --> input
 
-Gray is the luma of ITU-R 601, as in Pillow; alpha is dropped, or opaque where a model takes it and a picture has none.
-Evaluation, calibration and the server all read pictures through this, so that one file is one input everywhere.
+Gray is the luma of ITU-R 601, as in Pillow. Alpha is dropped; if a model takes it and a picture has none, it is opaque.
+Evaluation, calibration and the server all use this module, so that one file gives the same input everywhere.
 """
 
 from collections import Counter
@@ -12,45 +12,45 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.types import Array
 from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.runtime.feeds.batch_axes import Dim
 from rsi_deploy.runtime.feeds.inputs import InputSpec
 
-Array = npt.NDArray[Any]
 Size = tuple[int, int]
-Shape = Sequence[int | str | None]
+Dims = Sequence[Dim]
 
 CHANNELS = (1, 3, 4)
 OF_FILES = 3
-"""Channels of pictures in files, where the model does not say how many it takes."""
+"""Channels for pictures in files if the model accepts any number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPictures:
-    """What turns pictures into the input of one model.
+    """Conversion of pictures to the input of one model.
 
     Attributes:
-        steps: the preprocessing; None for a model that takes pictures as they are.
-        channels: that the model takes, 1, 3 or 4; None where it does not say: pictures keep theirs.
-        shape: of the model's input.
-        dtype: of the model's input.
-        sizes: how often pictures of a height and width have been made into which height and width.
+        steps: preprocessing; None for a model that takes unprocessed pictures.
+        channels: channels that the model takes, 1, 3 or 4; None if the model accepts any number.
+        shape: shape of the model's input.
+        dtype: type of the model's input.
+        sizes: (height, width) before and after -> number of pictures so far.
     """
 
     steps: Preprocessing | None
     channels: int | None = None
-    shape: Shape = (None, None, None, None)
+    shape: Dims = (None, None, None, None)
     dtype: Any = np.uint8
     sizes: Counter[tuple[Size, Size]] = field(default_factory=Counter)
 
     @classmethod
     def of_input(cls, steps: Preprocessing | None, spec: InputSpec, model: str = "the model") -> "ModelPictures":
-        """For the input `spec`: `(N, C, H, W)` or `(N, H, W, C)`, or gray pictures `(N, H, W)`.
+        """Create the conversion for an input `(N, C, H, W)` or `(N, H, W, C)`, or gray pictures `(N, H, W)`.
 
         Raises:
-            UsageError: it takes another number of channels than pictures have.
+            UsageError: The input has a number of channels that pictures cannot have.
         """
         axis = _channel_axis(steps, spec.shape)
         channels = 1 if len(spec.shape) == 3 else spec.shape[axis] if len(spec.shape) == 4 else None
@@ -59,23 +59,24 @@ class ModelPictures:
             layout = "NHWC" if axis == 1 else "NCHW"
             raise UsageError(
                 f"{model} takes {spec}, {known} channels at axis {axis}, but pictures have 1 (gray), 3 (RGB) or 4 "
-                f"(RGBA); add --layout {layout} where the channels are at axis {4 - axis}, or give ready inputs as "
-                f"float32 in an .npz"
+                "(RGBA)",
+                hint=f"add --layout {layout} if the channels are at axis {4 - axis}, or give ready inputs as float32 "
+                "in an .npz",
             )
         return cls(steps=steps, channels=known, shape=spec.shape, dtype=spec.dtype)
 
     def apply(self, images: Array) -> Array:
-        """Inputs of a batch of pictures.
+        """Convert a batch of pictures to inputs.
 
         Args:
             images: uint8 or uint16 `(N, H, W, C)`.
 
         Raises:
-            UsageError: as `Preprocessing.apply`.
+            UsageError: As `Preprocessing.apply`.
         """
         images = images if self.channels is None else with_channels(images, self.channels)
         if self.steps is None:
-            return self._as_they_are(images)
+            return self._without_steps(images)
         inputs = self.steps.apply(images)
         axis = _channel_axis(self.steps, self.shape)
         height, width = inputs.shape[2:] if axis == 1 else inputs.shape[1:3]
@@ -83,12 +84,12 @@ class ModelPictures:
         return inputs.squeeze(axis) if len(self.shape) == 3 else inputs
 
     def apply_file(self, picture: Array) -> Array:
-        """The input of one decoded file `(H, W, C)`, without the batch axis."""
+        """Convert one decoded file `(H, W, C)` to an input without the batch axis."""
         channels = self.channels or OF_FILES
         return np.asarray(self.apply(with_channels(picture[None], channels))[0])
 
     def notes(self, option: str) -> list[str]:
-        """What a reader should know of the pictures that came so far; `option` named them."""
+        """Return notes on the pictures so far; `option` is the command-line option of the data."""
         if self.steps is None or self.steps.resize is None or not self.sizes:
             return []
         needless = sum(count for (before, after), count in self.sizes.items() if self._is_needless(before, after))
@@ -97,16 +98,17 @@ class ModelPictures:
         who = "every picture" if needless == self.sizes.total() else "most pictures"
         height, width = max(self.sizes, key=lambda sizes: self.sizes[sizes])[1]
         return [
-            f"{option}: {who} had the size of the model's input, {height} x {width}, already; still they went through "
-            f"this: {self.steps.size_words()}; type --resize none --crop none to leave their size as it is"
+            f"{option}: {who} already had the size of the model's input, {height} x {width}, but "
+            f"{self.steps.size_words()} "
+            f"was applied; type --resize none --crop none to keep the size"
         ]
 
     def _is_needless(self, before: Size, after: Size) -> bool:
-        """Whether a picture of the right size already is resized."""
+        """Return whether a picture is resized although it already has the right size."""
         return before == after and self.steps is not None and self.steps.resized_size(*before) != before
 
-    def _as_they_are(self, images: Array) -> Array:
-        """Pictures without preprocessing, on the scale of the input's own type."""
+    def _without_steps(self, images: Array) -> Array:
+        """Convert pictures to the range of the input's type, without preprocessing."""
         if self.dtype == np.uint8 and images.dtype == np.uint16:
             images = ((images.astype(np.uint32) + 128) // 257).astype(np.uint8)
         elif self.dtype == np.uint16 and images.dtype == np.uint8:
@@ -117,11 +119,11 @@ class ModelPictures:
 
 
 def with_channels(images: Array, channels: int) -> Array:
-    """Pictures `(N, H, W, C)` with 1, 3 or 4 channels, in their own type."""
-    there = images.shape[3]
-    if there == channels:
+    """Convert pictures `(N, H, W, C)` to 1, 3 or 4 channels in the same type."""
+    present = images.shape[3]
+    if present == channels:
         return images
-    if there == 4:
+    if present == 4:
         return with_channels(images[..., :3], channels)
     if channels == 1:
         luma = images.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)  # Pillow's, in 65536ths
@@ -134,12 +136,12 @@ def with_channels(images: Array, channels: int) -> Array:
 
 
 def preset_note(steps: Preprocessing | None, options: Preprocessing | None, origin: str) -> list[str]:
-    """What a model's own preprocessing does to the size of pictures; nothing where options have settled it.
+    """Return a note on what a model's preprocessing does to the size of pictures, unless options determine it.
 
     Args:
-        steps: the preprocessing that is applied.
-        options: the fields that the user has set.
-        origin: where the rest of it is from.
+        steps: preprocessing that is applied.
+        options: fields that the user has set.
+        origin: source of the other fields.
     """
     settled = {"resize", "crop"} & (options.model_fields_set if options else set())
     own = None if steps is None else steps.model_copy(update=dict.fromkeys(settled))
@@ -149,8 +151,8 @@ def preset_note(steps: Preprocessing | None, options: Preprocessing | None, orig
     return [f"pictures go through the preprocessing of {origin}: {words}; {turn_off} turns it off"]
 
 
-def _channel_axis(steps: Preprocessing | None, shape: Shape) -> int:
-    """1 or 3: as the layout says; without preprocessing the last, unless only axis 1 has a picture's channels."""
+def _channel_axis(steps: Preprocessing | None, shape: Dims) -> int:
+    """Return 1 or 3 by the layout; without preprocessing 3, unless only axis 1 can be channels."""
     if steps is not None:
         return 1 if steps.layout == "NCHW" else 3
     return 1 if len(shape) == 4 and shape[3] not in CHANNELS and shape[1] in CHANNELS else 3

@@ -1,11 +1,10 @@
-"""From pictures to model inputs, as data: the steps are the fields of one small frozen object.
+"""Preprocessing from pictures to model inputs, as a frozen settings object.
 
     pictures (N, H, W, C) --resize--> --centre crop--> * scale --> - mean --> / std --> dtype, layout
 
-The steps and their rounding are torchvision's `ImageClassification` on Pillow images (resized with antialias,
-on 8-bit values). Pictures of 16 bits are divided by 257, which is the 8-bit scale, and are not rounded. The object is
-stored in the ONNX file itself, under `METADATA_KEY`: whoever evaluates or serves the model then feeds it what it was
-trained on.
+Steps and rounding are those of torchvision's `ImageClassification` on Pillow images (antialiased resize of 8-bit
+values). 16-bit pictures are divided by 257 to the 8-bit range, without rounding. The settings are stored in the ONNX
+file under `METADATA_KEY`, so that evaluation and serving use the inputs that the model was trained on.
 """
 
 import json
@@ -14,16 +13,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ValidationError, model_validator
 
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.types import Array
 from rsi_deploy.io.pictures import UnknownRangeError, picture_array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST_SIDE = 7_000  # pixels: squared, what one picture may have
+MOST_SIDE = 7_000  # pixels; the square of it is the largest picture
 
 METADATA_KEY = "rsi_deploy.preprocessing"
 
@@ -35,17 +34,17 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
 
     Attributes:
         layout: axes of the result, `NCHW` or `NHWC`.
-        resize: pixels of the shorter side (the other follows, cut to whole pixels), or `(height, width)`; None, set,
+        resize: pixels of the shorter side (the other follows, rounded down), or `(height, width)`; an explicit None
             turns off a model's own (see `over`).
-        crop: `(height, width)` of the centre crop; a picture that is smaller gets a black border.
-        interpolation: filter of the resize; always antialiased, as Pillow does it.
-        scale: factor on the 8-bit values.
-        mean: subtracted after scaling; one value a channel, one for all, or none.
-        std: divisor after that; as many as `mean`, none of them zero.
-        dtype: of the result. The arithmetic is in float32, or float64 when that is asked for.
+        crop: `(height, width)` of the centre crop; a smaller picture gets a black border.
+        interpolation: filter of the resize, always antialiased as in Pillow.
+        scale: factor for the 8-bit values.
+        mean: subtracted after scaling; one value per channel, one for all, or none.
+        std: divisor after that; as many values as `mean`, none of them zero.
+        dtype: type of the result. The arithmetic is in float32, or in float64 for a float64 result.
 
     Raises:
-        UsageError: `mean` and `std` of different lengths, a zero `std`, a size below one pixel.
+        UsageError: `mean` and `std` have different lengths, a `std` is zero, or a size is below one pixel.
     """
 
     layout: Literal["NCHW", "NHWC"] = "NCHW"
@@ -61,13 +60,13 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
     def _check(self) -> Self:
         if len(self.mean) != len(self.std):
             raise UsageError(
-                f"preprocessing: mean has {len(self.mean)} values and std has {len(self.std)}; expected as "
-                "many of both (mean 0 or std 1 leaves a channel as it is)"
+                f"preprocessing: mean has {len(self.mean)} values and std has {len(self.std)}",
+                hint="give the same number of both (mean 0 and std 1 leave a channel as it is)",
             )
         if any(value == 0 for value in self.std):
             raise UsageError(
-                f"preprocessing: std divides, so none may be zero, but got {self.std}; type 1 where nothing"
-                f" is to be divided"
+                f"preprocessing: std divides, so no value may be zero, but got {self.std}",
+                hint="type 1 for no division",
             )
         if not all(math.isfinite(value) for value in (self.scale, *self.mean, *self.std)):
             raise UsageError(
@@ -86,7 +85,7 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         """Read the settings of a torchvision `ImageClassification` transform (`weights.transforms()`).
 
         Raises:
-            UsageError: another kind of transform, or an interpolation that Preprocessing does not know.
+            UsageError: The transform is of another type or has an unsupported interpolation.
         """
         missing = [
             name
@@ -95,8 +94,8 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         ]
         if missing:
             raise UsageError(
-                f"{type(transform).__name__} has no {', '.join(missing)}; expected torchvision's "
-                "ImageClassification, e.g. ResNet18_Weights.DEFAULT.transforms()"
+                f"{type(transform).__name__} has no {', '.join(missing)}",
+                hint="expected torchvision's ImageClassification, e.g. ResNet18_Weights.DEFAULT.transforms()",
             )
         interpolation = transform.interpolation.value
         if interpolation not in ("nearest", "bilinear", "bicubic"):
@@ -112,40 +111,42 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
 
     @classmethod
     def from_metadata(cls, text: str) -> Self:
-        """Read what `to_metadata` wrote.
+        """Read settings that `to_metadata` wrote.
 
         Raises:
-            UsageError: not JSON, or fields this version does not know.
+            UsageError: The text is not JSON, or has unknown fields.
         """
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the whole text"
-            raise UsageError(f"metadata {METADATA_KEY}: {where}: {first['msg']}; export the model again") from error
+            raise UsageError(
+                f"metadata {METADATA_KEY}: {where}: {first['msg']}", hint="export the model again"
+            ) from error
 
     @classmethod
     def stored(cls, metadata: Mapping[str, str]) -> Self | None:
-        """What the metadata of a model carry; None where they carry nothing.
+        """Read the settings from a model's metadata; None if there are none.
 
         Raises:
-            UsageError: as `from_metadata`.
+            UsageError: As `from_metadata`.
         """
         text = metadata.get(METADATA_KEY)
         return None if text is None else cls.from_metadata(text)
 
     def over(self, base: "Preprocessing | None") -> "Preprocessing":
-        """The fields that were set here (to None, too), and those of `base` for the rest."""
+        """Return the fields that are set here (including to None), and those of `base` for the rest."""
         if base is None:
             return self
         return Preprocessing(**{**base.model_dump(), **self.model_dump(include=self.model_fields_set)})
 
     def to_metadata(self) -> str:
-        """Compact JSON with the fields in the order of their declaration: equal settings give equal bytes."""
+        """Return compact JSON with the fields in the order of their declaration: equal settings give equal bytes."""
         return json.dumps(self.model_dump(mode="json"), separators=(",", ":"))
 
-    def apply(self, images: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Turn a batch of pictures into model inputs.
+    def apply(self, images: Array) -> Array:
+        """Convert a batch of pictures to model inputs.
 
         Args:
             images: uint8 or uint16 `(N, H, W, C)`.
@@ -154,16 +155,16 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
             `(N, C, h, w)` or `(N, h, w, C)` by `layout`, in `dtype`.
 
         Raises:
-            UsageError: neither uint8 nor uint16, not four axes, channels that do not fit `mean` or that Pillow cannot
-                resize.
+            UsageError: The images have another type or number of axes, or a number of channels that does not fit
+                `mean` or that Pillow cannot resize.
         """
         if images.dtype not in (np.uint8, np.uint16) or images.ndim != 4:
             raise UsageError(f"expected uint8 or uint16 images (N, H, W, C), but got {images.dtype} {images.shape}")
         channels = images.shape[3]
         if len(self.mean) not in (0, 1, channels):
             raise UsageError(
-                f"mean and std have {len(self.mean)} values, but the images have {channels} channels"
-                f"; give one value for each channel"
+                f"mean and std have {len(self.mean)} values, but the images have {channels} channels",
+                hint="give one value for each channel",
             )
         if images.dtype == np.uint16:
             images = images / np.float32(257)
@@ -172,38 +173,38 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         if self.crop is not None:
             images = _centre_crop(images, *self.crop)
         work = np.float64 if self.dtype == "float64" else np.float32
-        values: npt.NDArray[Any] = np.multiply(images, self.scale, dtype=work)
+        values: Array = np.multiply(images, self.scale, dtype=work)
         if self.mean:
             values = (values - np.asarray(self.mean, work)) / np.asarray(self.std, work)
         if self.layout == "NCHW":
             values = values.transpose(0, 3, 1, 2)
         return np.ascontiguousarray(values, dtype=self.dtype)
 
-    def apply_image(self, image: "Image") -> npt.NDArray[Any]:
-        """Turn one Pillow image into one model input, without the batch axis.
+    def apply_image(self, image: "Image") -> Array:
+        """Convert one Pillow image to one model input without the batch axis.
 
-        Gray, RGB and RGBA images keep their channels, any other mode (palette, CMYK...) becomes RGB. The image is
-        turned as its EXIF orientation says.
+        Gray, RGB and RGBA images keep their channels; any other mode (palette, CMYK...) becomes RGB. The image is
+        rotated as its EXIF orientation says.
 
         Returns:
             `(C, h, w)` or `(h, w, C)` by `layout`, in `dtype`.
 
         Raises:
-            UsageError: pixels whose range is not known.
+            UsageError: The range of the pixels is not known.
         """
         try:
             array = picture_array(image)
         except UnknownRangeError as error:
-            raise UsageError(f"the image has {error}; scale its pixels to 8 or 16 bits first") from error
+            raise UsageError(f"the image has {error}", hint="scale its pixels to 8 or 16 bits first") from error
         array = array if image.mode == "RGBA" else array[..., :3]
         return np.asarray(self.apply(array[None])[0])
 
     def describe(self) -> str:
-        """One plain sentence for a model card."""
+        """Describe the steps in one sentence for a model card."""
         steps = [words] if (words := self.size_words()) else []
         if self.scale != 1:
             by = "divide by 255" if self.scale == 1 / 255 else f"multiply by {self.scale:g}"
-            steps.append(f"{by}")
+            steps.append(by)
         if self.mean:
             mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
             steps.append(f"subtract the mean ({mean}) and divide by the standard deviation ({std})")
@@ -211,7 +212,7 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         return f"From 8-bit images: {'; '.join(steps)}."
 
     def size_words(self) -> str:
-        """What happens to the size of pictures, in words; "" where nothing does."""
+        """Describe how the size of pictures changes; "" if it does not."""
         steps = []
         if isinstance(self.resize, int):
             steps.append(f"resize the shorter side to {self.resize} pixels ({self.interpolation}, antialiased)")
@@ -222,15 +223,15 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         return "; ".join(steps)
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size of a picture of this size after the resize, before the crop."""
+        """Return the size of a picture of this size after the resize and before the crop."""
         if not isinstance(self.resize, int):
             return self.resize or (height, width)
         if height <= width:
             return self.resize, int(self.resize * width / height)
         return int(self.resize * height / width), self.resize
 
-    def _resized(self, image: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """`(H, W, C)`, uint8 or float32 on the 8-bit scale, to the size of `resize`, through Pillow."""
+    def _resized(self, image: Array) -> Array:
+        """Resize `(H, W, C)`, uint8 or float32 in the 8-bit range, with Pillow."""
         from PIL import Image
 
         height, width, channels = image.shape
@@ -239,20 +240,23 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         new_height, new_width = self.resized_size(height, width)
         if not 0 < new_height * new_width <= MOST_SIDE**2:
             raise UsageError(
-                f"an image of {height} x {width} would become {new_height} x {new_width}; set resize to (height, width)"
+                f"an image of {height} x {width} would become {new_height} x {new_width}",
+                hint="set resize to (height, width)",
             )
         if (new_height, new_width) == (height, width):
             return image
         filter_, size = Image.Resampling[self.interpolation.upper()], (new_width, new_height)
-        if image.dtype != np.uint8:  # Pillow resizes floating numbers one channel at a time
+        if image.dtype != np.uint8:  # Pillow resizes floats one channel at a time
             planes = [np.asarray(Image.fromarray(plane).resize(size, filter_)) for plane in np.moveaxis(image, 2, 0)]
-            return np.asarray(np.clip(np.stack(planes, axis=2), 0, 255))  # bicubic goes beyond, with 8-bit pictures too
+            return np.asarray(
+                np.clip(np.stack(planes, axis=2), 0, 255)
+            )  # bicubic overshoots; Pillow clips 8-bit pictures too
         picture = Image.fromarray(image[:, :, 0] if channels == 1 else image)
         return np.asarray(picture.resize(size, filter_)).reshape(new_height, new_width, channels)
 
 
-def _centre_crop(images: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[Any]:
-    """`(N, H, W, C)` to `(N, height, width, C)`; what is smaller gets zeros around it, as in torchvision."""
+def _centre_crop(images: Array, height: int, width: int) -> Array:
+    """Crop `(N, H, W, C)` to `(N, height, width, C)`; smaller pictures get a border of zeros, as in torchvision."""
     pad_h, pad_w = max(height - images.shape[1], 0), max(width - images.shape[2], 0)
     if pad_h or pad_w:
         # the odd pixel goes to the bottom and the right

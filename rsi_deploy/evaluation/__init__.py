@@ -1,1 +1,1 @@
-"""Accuracy of models on data, agreement of two models, intervals and paired tests."""
+"""Accuracy of models on data, agreement of two models, confidence intervals and paired tests."""

@@ -1,7 +1,7 @@
-"""How often ONNX models are right on labelled data, and how far they are from a reference, on the same samples.
+"""The accuracy of ONNX models on labelled data, and their distance from a reference on the same samples.
 
     class scores
-    top-1        share of samples whose label has the highest score, or is the first class id that a model gives
+    top-1        share of samples whose label has the highest score, or is the model's first class id
                                                                                (percent, Wilson's 95 % interval)
     top-5        share of samples whose label is among the five highest        (percent; None below six classes
                                                                                or five ids)
@@ -10,16 +10,16 @@
     paired       McNemar's exact test: is the model right less often than the reference?
                  (`rsi_deploy.evaluation.paired_test`)
 
-    values: embeddings, regressions, whatever is no class score
+    values: embeddings, regressions and other outputs that are not class scores
     cosine       mean cosine to the reference's outputs, sample by sample                         (bootstrapped)
     distance     mean of ||y - y_ref|| / ||y_ref||                                                (bootstrapped)
 
-Outputs are class scores where there are labels; without labels where the reference's first floating output looks like
-them (`scores.are_scores`), and then cosine and distance are told as well. Equal scores rank by class number, as argmax
-does. Pictures go through the preprocessing that was passed; fields that it does not set come from the one stored in the
-model. Without both they stay as they are, which is right only for a model of integers; any other model is refused,
-since to guess would falsify the result. Positions that an input with `mask` in its name masks away do not count. One
-batch is in memory at a time, with a few numbers for every sample.
+With labels, outputs are class scores. Without labels they are class scores if the reference's first floating output
+looks like them (`scores.are_scores`); cosine and distance are then reported too. Equal scores rank by class number, as
+in argmax. Pictures are preprocessed with the user's settings; unset fields come from the settings stored in the model.
+Without either, only a model of integers takes pictures unprocessed; any other model is refused, because a guess could
+falsify the result. Positions masked by an input with `mask` in its name do not count. Memory holds one batch, and a few
+numbers per sample.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,15 +30,15 @@ import numpy as np
 from pydantic import BaseModel
 
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.types import Feeds, Interval
 from rsi_deploy.data.dataset import LABEL_NAMES, Labels, for_inputs
-from rsi_deploy.data.feeding import Feeding, Feeds, named_option
+from rsi_deploy.data.feeding import Feeding, errors_for_option
 from rsi_deploy.data.model_pictures import preset_note
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset, open_data
-from rsi_deploy.evaluation.accumulator import OutputKind, Scorer, Tally, ValueDistance
-from rsi_deploy.evaluation.intervals import Interval
+from rsi_deploy.evaluation.accumulator import OutputKind, SampleResults, Scorer, ValueDistance
 from rsi_deploy.evaluation.paired_test import PairedTest
-from rsi_deploy.evaluation.predictor import Answers
+from rsi_deploy.evaluation.predictor import Predictor
 from rsi_deploy.evaluation.zipmap_columns import class_numbers
 from rsi_deploy.runtime.feeds.inputs import InputSpec
 
@@ -46,27 +46,27 @@ Progress = Callable[[int, int], None]
 
 
 class AccuracyResult(BaseModel, frozen=True, extra="forbid"):
-    """What was found on `samples` samples; shares in percent, intervals of 95 %.
+    """Results on `samples` samples; shares in percent, 95 % intervals.
 
     Attributes:
-        samples: how many were read.
-        classes: scores a sample; 0 where the outputs are no class scores.
-        top1: None without labels.
-        top1_interval: of it.
-        top5: None without labels or below six classes.
-        top5_interval: of it.
-        agreement: with the reference's top-1 answers; None without a reference.
-        agreement_interval: of it.
-        divergence: mean KL divergence from the reference, nats; None without a reference.
-        divergence_interval: of it.
-        paired: right answers against the reference's; None without labels or reference.
-        values: distance of each output to the reference's, where outputs are compared as values.
+        samples: number of samples.
+        classes: number of class scores; 0 if the outputs are not class scores.
+        top1: top-1 accuracy; None without labels.
+        top1_interval: interval of `top1`.
+        top5: top-5 accuracy; None without labels or below six classes.
+        top5_interval: interval of `top5`.
+        agreement: agreement with the reference's top-1 answers; None without a reference.
+        agreement_interval: interval of `agreement`.
+        divergence: mean KL divergence from the reference in nats; None without a reference.
+        divergence_interval: interval of `divergence`.
+        paired: comparison of right answers with the reference's; None without labels or reference.
+        values: distance of each output from the reference's, if outputs are compared as values.
         kind: whether the outputs are class scores.
-        partial: interrupted; `samples` are the first of the data then.
-        provider: full name of the one that ran the model.
-        preprocessing: in words; None where the data were ready inputs.
-        data_fingerprint: sha256 of all the data, also where `limit` read a part.
-        notes: what a reader should know of how pictures became inputs.
+        partial: whether the run was interrupted; `samples` are then the first of the data.
+        provider: full name of the provider that ran the model.
+        preprocessing: description of the preprocessing; None if the data were ready inputs.
+        data_fingerprint: sha256 of all the data, even if `limit` read only a part.
+        notes: notes on how pictures became inputs.
     """
 
     samples: int
@@ -104,21 +104,21 @@ def evaluate(
     """Run a model over the data, batch by batch.
 
     Args:
-        model: an ONNX file.
-        data: an opened data set, or its name (see `rsi_deploy.data.sources`).
-        preprocessing: for pictures; fields that are not set come from what the model's metadata carries.
+        model: ONNX file.
+        data: opened data set, or its name (see `rsi_deploy.data.sources`).
+        preprocessing: settings for pictures; unset fields come from the model's metadata.
         provider: short or full name, for the model and the reference.
-        batch_size: samples a run. A model with a fixed batch gets that one, the last filled up with copies.
-        reference: another ONNX file, fed with the same samples.
-        outputs: "classes" or "values" says what the outputs are; "auto" decides by labels and looks.
-        limit: at most so many samples, evenly spaced over the data.
-        progress: called with (samples done, samples in all) after each batch.
+        batch_size: samples per run. A model with a fixed batch uses that; copies fill up the last batch.
+        reference: another ONNX file, which runs on the same samples.
+        outputs: "classes" or "values" states what the outputs are; "auto" decides by labels and output shapes.
+        limit: largest number of samples, evenly spaced over the data.
+        progress: called with (samples done, samples in total) after each batch.
 
     Raises:
-        UsageError: data that do not fit the model, labels outside its classes, no preprocessing known, neither
-            labels nor reference; all of it before the long run.
-        ModelError: a model cannot be loaded or run, gives no class scores, or gives NaN.
-        KeyboardInterrupt: again, before the first batch is done; later the result is partial.
+        UsageError: The data do not fit the model, labels are not among its classes, the preprocessing is unknown, or
+            there are neither labels nor a reference. All of this is checked before the long run.
+        ModelError: A model cannot be loaded or run, returns no class scores, or returns NaN.
+        KeyboardInterrupt: Raised again before the first batch is done; after that the result is partial.
     """
     return evaluate_all(
         [model] if reference is None else [reference, model],
@@ -147,41 +147,41 @@ def evaluate_all(
 
     Args:
         models: ONNX files with the same inputs and outputs.
-        data: as in `evaluate`, like the others.
-        preprocessing: for all of them; fields that are not set come from the last of them that carries one.
-        provider: for all of them.
-        batch_size: samples a run.
-        outputs: what the outputs are.
-        limit: at most so many samples.
+        data: as in `evaluate`.
+        preprocessing: settings for all models; unset fields come from the last model that stores some.
+        provider: provider for all models.
+        batch_size: samples per run.
+        outputs: kind of the outputs.
+        limit: largest number of samples.
         progress: called after each batch.
 
     Returns:
-        One result a model, in their order; the first has no agreement, divergence or paired test.
+        One result per model in order; the first has no agreement, divergence or paired test.
 
     Raises:
-        UsageError, ModelError, KeyboardInterrupt: as in `evaluate`.
+        UsageError, ModelError, KeyboardInterrupt: As in `evaluate`.
     """
     run = _Run(models, data, preprocessing, provider, outputs)
     dataset, arms, scorer = run.dataset, run.arms, run.scorer
     total = len(dataset) if limit is None else min(limit, len(dataset))
-    tallies: list[tuple[Tally, ...]] = []
+    batches: list[tuple[SampleResults, ...]] = []
     done, partial = 0, False
     try:
         for inputs, labels in run.feeding.inputs(arms[-1].batch or batch_size, limit):
-            fed = [own.fitted(inputs) for own in run.feedings]
+            fed = [own.to_feeds(inputs) for own in run.feedings]
             batch = [arm.outputs(feeds) for arm, feeds in zip(arms, fed, strict=True)]
-            if not tallies:
+            if not batches:
                 scorer.check(batch)
                 run.prove_providers(fed)
-            tallies.append(scorer.tally(batch, run.class_numbers(labels), fed[-1]))
-            done += tallies[-1][0].samples
+            batches.append(scorer.score(batch, run.class_numbers(labels), fed[-1]))
+            done += batches[-1][0].samples
             if progress is not None:
                 progress(done, total)
     except KeyboardInterrupt:
-        if not tallies:
+        if not batches:
             raise
         partial = True
-    whole = [Tally.joined(own) for own in zip(*tallies, strict=True)]
+    whole = [SampleResults.concatenate(own) for own in zip(*batches, strict=True)]
     fingerprint = dataset.fingerprint()
     return [
         AccuracyResult(
@@ -191,9 +191,9 @@ def evaluate_all(
             preprocessing=None if run.steps is None else run.steps.describe(),
             data_fingerprint=fingerprint,
             notes=(*run.notes, *run.feeding.notes()),
-            **tally.findings(whole[0] if place else None),
+            **result.statistics(whole[0] if place else None),
         )
-        for place, (arm, tally) in enumerate(zip(arms, whole, strict=True))
+        for place, (arm, result) in enumerate(zip(arms, whole, strict=True))
     ]
 
 
@@ -204,18 +204,18 @@ def check_data(
     preprocessing: Preprocessing | None = None,
     provider: str = "cpu",
 ) -> None:
-    """Refuse at once, on one sample, what `evaluate_all` would refuse: for callers whose other work takes long.
+    """Check on one sample what `evaluate_all` would refuse, for callers whose other work takes long.
 
     Raises:
-        UsageError, ModelError: as in `evaluate`.
+        UsageError, ModelError: As in `evaluate`.
     """
     run = _Run(models, data, preprocessing, provider, "auto")
     inputs, _ = next(run.feeding.inputs(1, 1))
-    run.scorer.check([arm.outputs(own.fitted(inputs)) for arm, own in zip(run.arms, run.feedings, strict=True)])
+    run.scorer.check([arm.outputs(own.to_feeds(inputs)) for arm, own in zip(run.arms, run.feedings, strict=True)])
 
 
 class _Run:
-    """Models loaded and fed from one pass over the data."""
+    """Loaded models that share one pass over the data."""
 
     def __init__(
         self,
@@ -225,12 +225,12 @@ class _Run:
         provider: str,
         outputs: OutputKind,
     ):
-        self.arms = [Answers(model, provider) for model in models]
+        self.arms = [Predictor(model, provider) for model in models]
         self.dataset = _opened(data, self.arms[-1])
         if self.dataset.labels is None and len(models) == 1:
             raise UsageError(
-                "the data have no labels and there is no reference: nothing to compare the answers with; give labels"
-                f"{_taken_labels(self.arms[-1])}, or a second model (eval: --reference DENSE.onnx)"
+                "the data have no labels and there is no reference: nothing to compare the answers with",
+                hint=f"give labels{_taken_labels(self.arms[-1])}, or a second model (eval: --reference DENSE.onnx)",
             )
         self.steps, self.notes = picture_steps(self.dataset, self.arms, preprocessing)
         self.feeding = Feeding(self.dataset, self.arms[-1].specs, self.steps, model=self.arms[-1].name)
@@ -239,7 +239,7 @@ class _Run:
         self.scorer = Scorer(names, self.class_numbers(self.dataset.labels), classes, outputs, self.arms[-1].ids)
 
     def class_numbers(self, labels: Labels | None) -> Labels | None:
-        """The columns of the scores that the labels stand for."""
+        """Return the score columns that the labels stand for."""
         return class_numbers(labels, self.arms[-1].column_classes, self.arms[-1].name)
 
     def prove_providers(self, fed: Sequence[Feeds]) -> None:
@@ -247,16 +247,16 @@ class _Run:
             arm.prove_provider(feeds)
 
 
-def _opened(data: Dataset | str | Path, arm: Answers) -> Dataset:
-    """The data for a model: what has the name of one of its inputs is no label."""
+def _opened(data: Dataset | str | Path, arm: Predictor) -> Dataset:
+    """Open the data for a model; arrays with the name of one of its inputs are not labels."""
     if isinstance(data, str | Path):
         return open_data(data, specs=arm.specs)
-    with named_option("--data"):
+    with errors_for_option("--data"):
         return for_inputs(data, arm.specs)
 
 
-def _taken_labels(arm: Answers) -> str:
-    """What must be said where a usual name of labels is that of an input."""
+def _taken_labels(arm: Predictor) -> str:
+    """Say which name is free for labels if an input of the model has the usual one."""
     taken = [spec.name for spec in arm.specs if spec.name in LABEL_NAMES]
     free = next((name for name in LABEL_NAMES if name not in taken), "")
     return f" under the name {free} ({', '.join(taken)} is an input of the model)" if taken and free else ""
@@ -264,26 +264,26 @@ def _taken_labels(arm: Answers) -> str:
 
 def picture_steps(
     dataset: Dataset,
-    arms: Sequence[Answers],
+    arms: Sequence[Predictor],
     passed: Preprocessing | None,
     else_do: str = "or store ready inputs as float32 in the data",
 ) -> tuple[Preprocessing | None, list[str]]:
-    """The preprocessing by the rule of the module's docstring, and notes on what a model's own does to the size.
+    """Return the preprocessing by the rules in the module's docstring, and notes on how it changes the size.
 
     Args:
-        dataset: the data.
-        arms: the models; the last is the one that counts most.
-        passed: fields that go before what the models store.
-        else_do: what else helps where there is no preprocessing.
+        dataset: data.
+        arms: models; the last one has priority.
+        passed: fields that override the stored ones.
+        else_do: advice for the error if there is no preprocessing.
 
     Raises:
-        UsageError: ready inputs with a preprocessing, or a model that needs one and has none.
+        UsageError: There is a preprocessing for ready inputs, or none for a model that needs one.
     """
     if dataset.kind != "images":
         if passed is not None:
             raise UsageError(
-                "the data are ready model inputs, so no preprocessing can apply; pass none (leave out --mean, --std, "
-                "--resize, --crop, --layout), or pictures"
+                "the data are ready model inputs, so no preprocessing can apply",
+                hint="pass none (leave out --mean, --std, --resize, --crop, --layout), or pictures",
             )
         return None, []
     subject = arms[-1]
@@ -296,11 +296,11 @@ def picture_steps(
     if all(_takes_raw(spec) for spec in subject.specs):
         return None, []
     raise UsageError(
-        f"{subject.name} takes {subject.specs[0]} and does not say how 8-bit images become that; pass a preprocessing "
-        f"(--mean, --std, ...), {else_do}"
+        f"{subject.name} takes {subject.specs[0]} and does not say how 8-bit images become that",
+        hint=f"pass a preprocessing (--mean, --std, ...), {else_do}",
     )
 
 
 def _takes_raw(spec: InputSpec) -> bool:
-    """Whether an input takes pictures as they are, or what only looks like pictures: integers `(N, ..., ...)`."""
+    """Return whether an input takes unprocessed pictures, or integers `(N, ..., ...)` that only look like pictures."""
     return spec.dtype in (np.uint8, np.uint16) or (spec.dtype.kind in "iu" and len(spec.shape) == 3)

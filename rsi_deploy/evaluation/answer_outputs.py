@@ -1,9 +1,9 @@
-"""What a graph's whole-number outputs are read from: the scores before an ArgMax or a TopK.
+"""Find the scores behind a graph's integer outputs, such as those of an ArgMax or TopK.
 
 scores --ArgMax--> ids
-scores --Softmax--> probabilities --TopK--> values, ids         the best first
+scores --Softmax--> probabilities --TopK--> values, ids         best first
 scores --ArgMax--> --Cast, Squeeze--> ids
-values --Greater 0.5--> bool                                    no ids of a ranking, but values can be read
+values --Greater 0.5--> bool                                    no class ids, but the values can be compared
 """
 
 import logging
@@ -33,12 +33,12 @@ class ClassIds:
     """An output of class ids.
 
     Attributes:
-        output: its name.
-        source: the value that the ids are places of.
-        ranked: whether the ids of a sample are a ranking, the best first.
-        scores: an output that holds those scores, too; "" without.
-        classes: how many there are; 0 where the graph does not say.
-        values: outputs that hold the best scores alone, no scores of classes.
+        output: name of the output.
+        source: value whose positions the ids are.
+        ranked: whether the ids of a sample are a ranking, best first.
+        scores: name of an output with those scores, or "".
+        classes: number of classes; 0 if the graph does not say.
+        values: outputs that hold only the best scores, not those of all classes.
     """
 
     output: str
@@ -50,18 +50,18 @@ class ClassIds:
 
 
 def class_ids(model: ModelProto) -> ClassIds | None:
-    """The first output that holds class ids; None where none comes from an ArgMax or a TopK.
+    """Return the first output of class ids, or None if no output comes from an ArgMax or TopK.
 
     Args:
-        model: its weights may be missing.
+        model: model, possibly without weights.
     """
     graph = model.graph
     producers = {name: node for node in graph.node for name in node.output if name}
     for output in graph.output:
-        node, made = _maker(output.name, producers)
+        node, origin = _maker(output.name, producers)
         if node is None or node.op_type not in ("ArgMax", "ArgMin", "TopK"):
             continue
-        if node.op_type == "TopK" and list(node.output).index(made) != 1:
+        if node.op_type == "TopK" and list(node.output).index(origin) != 1:
             continue
         source = node.input[0]
         root = _root(source, producers)
@@ -78,13 +78,13 @@ def class_ids(model: ModelProto) -> ClassIds | None:
 
 
 def with_readable_output(model: ModelProto) -> ModelProto:
-    """The model with a floating output first that tells how its answers move, where it gives ids or no floats at all.
+    """Add an output that shows how a model's answers change, if it returns ids or no floats at all.
 
-    An output is added for what lies before an ArgMax or a TopK, or before the first comparison or rounding otherwise;
-    a model whose first floating output can be read is given back as it is, and one without any such value too.
+    The new first output is the value before an ArgMax or TopK, or else before the first comparison or rounding. A
+    model is returned unchanged if its first floating output is comparable, or if it has no such value.
 
     Args:
-        model: its weights may be missing; it is not changed.
+        model: model, possibly without weights; it is not changed.
     """
     graph = model.graph
     ids = class_ids(model)
@@ -104,19 +104,19 @@ def with_readable_output(model: ModelProto) -> ModelProto:
 
 
 def _read_before(model: ModelProto, ids: ClassIds | None) -> onnx.ValueInfoProto | None:
-    """The nearest floating value that whole-number outputs are computed from."""
+    """Return the nearest floating value from which integer outputs are computed."""
     producers = {name: node for node in model.graph.node for name in node.output if name}
     values = {value.name: value for value in _inferred(model)}
     kinds = {name: _elem(value) for name, value in values.items()}
     starts = [ids.source] if ids is not None else [v.name for v in model.graph.output if _elem(v) in WHOLE]
     found = next((name for start in starts for name in _floats_before(start, producers, kinds)), None)
     if found is None and ids is not None and ids.source in producers and not kinds.get(ids.source):
-        return onnx.ValueInfoProto(name=ids.source)  # of an operator that ONNX does not know
+        return onnx.ValueInfoProto(name=ids.source)  # output of an operator that ONNX does not know
     return None if found is None else values[found]
 
 
 def _maker(name: str, producers: Producers) -> tuple[NodeProto | None, str]:
-    """The node that makes a value, but for casts and changes of its shape, and the name it has there."""
+    """Return the node that computes a value, ignoring casts and reshapes, and the value's name there."""
     node = producers.get(name)
     while node is not None and node.op_type in _KEEPS_IDS:
         name = node.input[0]
@@ -125,7 +125,7 @@ def _maker(name: str, producers: Producers) -> tuple[NodeProto | None, str]:
 
 
 def _root(name: str, producers: Producers) -> str:
-    """What a value has the order of, as far back as nothing but its size and shape changes."""
+    """Return the earliest value with the same order of elements, ignoring monotonic operators and reshapes."""
     node = producers.get(name)
     while node is not None and node.op_type in _KEEPS_ORDER:
         name = node.input[0]
@@ -134,13 +134,13 @@ def _root(name: str, producers: Producers) -> str:
 
 
 def _is_best(name: str, root: str, producers: Producers) -> bool:
-    """Whether a value is the largest of the scores `root`, without their places."""
+    """Return whether a value is the largest of the scores `root`, without their positions."""
     node, _ = _maker(name, producers)
     return node is not None and node.op_type in _BEST and _root(node.input[0], producers) == root
 
 
 def _floats_before(start: str, producers: Producers, kinds: Mapping[str, int]) -> Iterator[str]:
-    """Floating values that the value `start` is computed from (itself among them), the nearest first."""
+    """Yield floating values from which `start` is computed, including itself, nearest first."""
     waiting, seen = [start], {start}
     while waiting:
         name = waiting.pop(0)
@@ -154,7 +154,7 @@ def _floats_before(start: str, producers: Producers, kinds: Mapping[str, int]) -
 
 
 def _classes(model: ModelProto, node: NodeProto) -> int:
-    """The size of the axis that an ArgMax or TopK looks along; 0 where it is not fixed."""
+    """Return the size of the axis along which an ArgMax or TopK searches; 0 if it is not fixed."""
     default = -1 if node.op_type == "TopK" else 0
     axis = next((int(attribute.i) for attribute in node.attribute if attribute.name == "axis"), default)
     for value in _inferred(model):
@@ -165,7 +165,7 @@ def _classes(model: ModelProto, node: NodeProto) -> int:
 
 
 def _inferred(model: ModelProto) -> list[onnx.ValueInfoProto]:
-    """The types of the graph's values, as far as ONNX's shape inference tells; large weights are not copied for it."""
+    """Return the types of the graph's values by ONNX's shape inference, without copying large weights."""
     bare = _without_weights(model)
     try:
         bare = onnx.shape_inference.infer_shapes(bare)
@@ -175,7 +175,7 @@ def _inferred(model: ModelProto) -> list[onnx.ValueInfoProto]:
 
 
 def _without_weights(model: ModelProto) -> ModelProto:
-    """The model with types alone for the weights that hold no shapes."""
+    """Return the model with only the types of weights that cannot hold shapes."""
     bare = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     graph = bare.graph
     for field in ("node", "input", "output", "value_info"):

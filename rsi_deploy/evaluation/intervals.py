@@ -1,26 +1,25 @@
-"""95 % intervals of shares, of means over samples, of the difference of two shares, and of a ratio.
+"""95 % confidence intervals of shares, means over samples, differences of two shares, and ratios.
 
 share        hits / n                      Wilson (1927)
 mean         mean over the samples         percentile bootstrap over the samples, 2,000 resamples
 difference   (won - lost) / n              Bonett and Price (2012):
              d +- z sqrt((p + q - (p - q)^2) / (n + 2)),  p = (won + 1)/(n + 2),  q = (lost + 1)/(n + 2),  d = p - q
-ratio        a / b, independent     MOVER on logarithms (Zou and Donner 2008):
-             log(a / b) +- hypot(log(a / a_end), log(b / b_end)), at the level of the two intervals given
+ratio        a / b, independent            MOVER on logarithms (Zou and Donner 2008):
+             log(a / b) +- hypot(log(a / a_end), log(b / b_end)), at the level of the two given intervals
 """
 
 import math
 
 import numpy as np
-import numpy.typing as npt
 
-Interval = tuple[float, float]
+from rsi_deploy.core.types import Floats, Interval
 
 Z = 1.959963984540054  # 97.5th percentile of the standard normal
 RESAMPLES = 2000
 
 
 def wilson_interval(hits: int, samples: int) -> Interval:
-    """Wilson's 95 % interval of a share, in percent: it stays inside 0 to 100 and holds near the ends.
+    """Return Wilson's 95 % interval of a share in percent; it stays within 0 to 100 and is valid near the ends.
 
     >>> tuple(round(end, 2) for end in wilson_interval(50, 100))
     (40.38, 59.62)
@@ -31,7 +30,7 @@ def wilson_interval(hits: int, samples: int) -> Interval:
 
 
 def difference_interval(lost: int, won: int, samples: int) -> Interval:
-    """Bonett and Price's 95 % interval of the change of a paired share, percentage points.
+    """Return Bonett and Price's 95 % interval of the change of a paired share in percentage points.
 
     >>> tuple(round(end, 3) for end in difference_interval(5, 3, 2000))
     (-0.409, 0.21)
@@ -41,10 +40,10 @@ def difference_interval(lost: int, won: int, samples: int) -> Interval:
     return max(-100.0, 100 * (p - q - half)), min(100.0, 100 * (p - q + half))
 
 
-def mean_interval(values: npt.NDArray[np.float64], seed: int = 0) -> Interval:
-    """95 % bootstrap interval of the mean of `values (N,)`, resampling samples; seeded, so that it repeats.
+def mean_interval(values: Floats, seed: int = 0) -> Interval:
+    """Return the 95 % bootstrap interval of the mean of `values (N,)`; the seed makes it repeatable.
 
-    Memory is bounded: a million draws at a time.
+    Memory is bounded, as resamples are drawn a million indices at a time.
     """
     rng = np.random.default_rng([seed, *b"mean"])
     count = len(values)
@@ -58,7 +57,7 @@ def mean_interval(values: npt.NDArray[np.float64], seed: int = 0) -> Interval:
 
 
 def ratio(a: float, a_ends: Interval, b: float, b_ends: Interval) -> tuple[float, Interval]:
-    """`a / b` of two independent positive estimates, and its interval.
+    """Return `a / b` of two independent positive estimates and its interval.
 
     >>> found, ends = ratio(2.0, (1.9, 2.1), 1.0, (1.0, 1.0))
     >>> found, tuple(round(end, 9) for end in ends)

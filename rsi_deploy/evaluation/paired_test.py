@@ -1,34 +1,34 @@
-"""Whether two models that answered the same samples differ in how often they are right: McNemar's exact test.
+"""McNemar's exact test: do two models differ in how often they are right on the same samples?
 
-    lost, won    samples where the reference alone is right, and where the model alone is
+    lost, won    samples where only the reference is right, and where only the model is right
     p            2 P(X <= min(won, lost)), X ~ Binomial(won + lost, 1/2), at most 1                (McNemar 1947, exact)
 
-Samples where both are right or both are wrong say nothing about a difference. The test is the exact one and not mid-p:
-where there is no difference it claims one in at most 5 % of the cases, whatever the counts, and a claim is what a
-report makes here. The price is power where few answers changed: no 5 of them can show anything (p = 0.06), 6 that all
-point one way do (p = 0.03).
+Samples where both are right or both are wrong carry no information on a difference. The exact test is used instead of
+mid-p because it finds a false difference in at most 5 % of cases for all counts. It has less power if few answers
+change: 5 changes are never significant (p = 0.06), 6 in the same direction are (p = 0.03).
 """
 
 import math
 
 from pydantic import BaseModel
 
-from rsi_deploy.evaluation.intervals import Interval, difference_interval
+from rsi_deploy.core.types import Interval
+from rsi_deploy.evaluation.intervals import difference_interval
 
 SIGNIFICANT = 0.05
 
 
 class PairedTest(BaseModel, frozen=True, extra="forbid"):
-    """A model against the reference on the same labelled samples.
+    """A model compared with the reference on the same labelled samples.
 
     Attributes:
-        samples: how many.
-        lost: where the reference alone is right.
-        won: where the model alone is right.
-        change: top-1 of the model less that of the reference, percentage points.
-        change_interval: its 95 % interval, percentage points.
-        p_value: of McNemar's exact two-sided test.
-        verdict: in words.
+        samples: number of samples.
+        lost: samples where only the reference is right.
+        won: samples where only the model is right.
+        change: top-1 of the model minus that of the reference, percentage points.
+        change_interval: 95 % interval of `change`, percentage points.
+        p_value: p-value of McNemar's exact two-sided test.
+        verdict: the result in words.
     """
 
     samples: int
@@ -44,7 +44,7 @@ def paired_test(lost: int, won: int, samples: int) -> PairedTest:
     """Compare two models by the samples where exactly one of them is right.
 
     Raises:
-        ValueError: counts below 0, or more than samples.
+        ValueError: A count is below 0, or the counts exceed the samples.
     """
     if min(lost, won) < 0 or samples < 1 or lost + won > samples:
         raise ValueError(f"expected counts within {samples} samples, but got {lost} lost and {won} won")
@@ -61,7 +61,7 @@ def paired_test(lost: int, won: int, samples: int) -> PairedTest:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """p-value of McNemar's exact two-sided test.
+    """Return the p-value of McNemar's exact two-sided test.
 
     >>> round(mcnemar(6, 0), 5), mcnemar(3, 3), mcnemar(0, 0)
     (0.03125, 1.0, 1.0)
@@ -69,7 +69,7 @@ def mcnemar(lost: int, won: int) -> float:
     total, least = lost + won, min(lost, won)
     if lost == won:
         return 1.0
-    # The terms fall off from `least` downwards, so that those below 1e-18 of the first are left out.
+    # Terms decrease from `least` downwards; those below 1e-18 of the sum are omitted.
     first = math.lgamma(total + 1) - math.lgamma(least + 1) - math.lgamma(total - least + 1) - total * math.log(2)
     term, tail, count = 1.0, 1.0, least
     while count > 0 and term > 1e-18 * tail:
@@ -80,7 +80,7 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def verdict(lost: int, won: int, samples: int, p_value: float) -> str:
-    """The comparison in words; a difference is claimed only where p is below 0.05.
+    """Describe the comparison in words; it states a difference only if p is below 0.05.
 
     >>> verdict(5, 3, 2000, 0.7266)
     '2 fewer right of 2,000: no difference shown (p = 0.73)'

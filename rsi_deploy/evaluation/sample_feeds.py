@@ -1,34 +1,35 @@
-"""The first samples of evaluation data as the inputs that are timed, in place of random ones."""
+"""Use the first samples of evaluation data as the inputs for timing, in place of random ones."""
 
 from pathlib import Path
 
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.dataset import Dataset, for_inputs
-from rsi_deploy.data.feeding import Feeding, Feeds
+from rsi_deploy.data.feeding import Feeding
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.evaluation.accuracy import picture_steps
-from rsi_deploy.evaluation.predictor import Answers
+from rsi_deploy.evaluation.predictor import Predictor
 
 
 def sample_feeds(
     dataset: Dataset, model: Path, provider: str, batch: int, preprocessing: Preprocessing | None = None
 ) -> Feeds:
-    """The first `batch` samples as the model takes them; fewer where the data have no more.
+    """Return the first `batch` samples as the model's inputs; fewer if the data have fewer.
 
     Args:
-        dataset: the data.
-        model: whose inputs and stored preprocessing count.
-        provider: that can load it.
-        batch: of the largest configuration.
-        preprocessing: for pictures; fields that are not set come from the model.
+        dataset: data.
+        model: model with the inputs and the stored preprocessing.
+        provider: provider that can load the model.
+        batch: batch size of the largest configuration.
+        preprocessing: settings for pictures; unset fields come from the model.
 
     Raises:
-        UsageError: the data do not hold what the model takes.
+        UsageError: The data do not fit the model's inputs.
     """
-    arm = Answers(model, provider)
+    arm = Predictor(model, provider)
     dataset = for_inputs(dataset, arm.specs)
     else_do = "store ready inputs in the data, or time it without --data"
     steps, _ = picture_steps(dataset, [arm], preprocessing, else_do)
     for feeds, _ in Feeding(dataset, arm.specs, steps, model=str(model)).batches(batch, batch):
         return feeds
-    raise UsageError(f"the data hold no samples to feed {model} with; give other data, or leave out --data")
+    raise UsageError(f"the data have no samples for {model}", hint="give other data, or leave out --data")

@@ -1,43 +1,41 @@
-"""What the spectral error of a classifier's last layer guarantees about its answers.
+"""A bound on the change of a classifier's answers from the spectral error of its last layer.
 
 With `z = W h + b`, `p = softmax(z)` and the factorized `z~`, `p~` of the same `h`:
 
     ||p - p~||_2  <=  1/2 ||W - left right||_2 ||h||_2          (softmax is 1/2-Lipschitz in the 2-norm)
     the top-1 answer cannot change where  z_(1) - z_(2)  >  sqrt(2) ||W - left right||_2 ||h||_2
 
-Both are for the head alone: the `h` is the dense model's, so layers before it do not enter.
+Both hold for the head alone: `h` comes from the dense model, so changes of earlier layers are not included.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import pydantic
 
 import graph_passes as gp
 from rsi_deploy.core.errors import GateError
+from rsi_deploy.core.types import Array, Feeds
 from rsi_deploy.io.onnx_reader import load_model
 from rsi_deploy.runtime.sessions import make_session
 
-Array = npt.NDArray[Any]
 PASS_THROUGH = {"Softmax", "LogSoftmax", "Identity", "Flatten", "Reshape", "Cast"}
 EXACT_NORM_LIMIT = 4096
 
 
 class SoftmaxBound(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """The bound and what was observed, over evaluation samples.
+    """The bound and the observed values over evaluation samples.
 
     Attributes:
-        site: the classifier head.
-        samples: how many.
+        site: classifier head.
+        samples: number of samples.
         delta_norm: `||W - left right||_2`, or an upper bound of it.
         delta_norm_kind: "spectral" (exact) or "frobenius" (an upper bound, for very large heads).
-        largest_ratio: the largest observed `||p - p~||_2` as a share of its bound; at most 1.
-        violations: samples where the observation exceeds the bound: 0, or the report is not written.
+        largest_ratio: largest observed `||p - p~||_2` relative to its bound; at most 1.
+        violations: samples that exceed the bound; always 0 in a written report.
         guaranteed_unchanged: percent of samples whose top-1 answer the bound guarantees.
         observed_unchanged: percent of samples whose top-1 answer did not change.
     """
@@ -54,7 +52,7 @@ class SoftmaxBound(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """The last weight-bearing node before the output: its weight's name, and the values around it."""
+    """The last node with a weight before the output: the weight's name, and the values around the node."""
 
     weight: str
     input: str
@@ -62,7 +60,7 @@ class Head:
 
 
 def find_head(model: ir.Model) -> Head | None:
-    """The classifier head of a graph with one output, or None if the output is not made by a linear layer."""
+    """Return the classifier head of a graph with one output, or None if its output is not from a linear layer."""
     sites = {site.node: site for site in gp.find_sites(model) if isinstance(site, gp.Site) and site.groups == 1}
     value: ir.Value | None = model.graph.outputs[0] if len(model.graph.outputs) == 1 else None
     while value is not None and (node := value.producer()) is not None:
@@ -82,22 +80,22 @@ def find_head(model: ir.Model) -> Head | None:
     return None
 
 
-def softmax_bound(dense: Path, head: Head, factors: gp.Factors, batches: Iterable[Mapping[str, Array]]) -> SoftmaxBound:
+def softmax_bound(dense: Path, head: Head, factors: gp.Factors, batches: Iterable[Feeds]) -> SoftmaxBound:
     """Measure the bound for `head` of the model at `dense` on evaluation inputs.
 
     Args:
-        dense: the dense ONNX model.
-        head: from `find_head`.
-        factors: the head's factors, `left (1, out, rank)`, `right (1, rank, in)`, and the change of its bias, if any.
+        dense: dense ONNX model.
+        head: result of `find_head`.
+        factors: factors of the head, `left (1, out, rank)`, `right (1, rank, in)`, and optionally a change of its bias.
         batches: input name -> ready model input `(n, ...)`.
 
     Raises:
-        GateError: a sample violates the bound, which only wrong factors or a wrong norm can do.
+        GateError: A sample violates the bound, which only wrong factors or a wrong norm can cause.
     """
     model = load_model(dense)
     weight = next(s.load()[0] for s in gp.find_sites(model) if isinstance(s, gp.Site) and s.weight == head.weight)
     delta = weight.astype(np.float64) - factors.left[0].astype(np.float64) @ factors.right[0].astype(np.float64)
-    if factors.bias is not None:  # of (h, 1): what the bias changes by is one more column
+    if factors.bias is not None:  # h becomes (h, 1), and the change of the bias one more column
         delta = np.column_stack([delta, -factors.bias.astype(np.float64)])
     norm, kind = _upper_norm(delta)
     rows = [_observed(h, z, delta) for h, z in _tapped(model, dense, head, batches)]
@@ -108,19 +106,19 @@ def softmax_bound(dense: Path, head: Head, factors: gp.Factors, batches: Iterabl
 def checked_bound(
     site: str, delta_norm: float, kind: str, distances: Array, norms: Array, margins: Array, unchanged: Array
 ) -> SoftmaxBound:
-    """Hold observations against the bound.
+    """Compare observations with the bound.
 
     Args:
-        site: the head, for the record and the message.
+        site: classifier head, for the record and the message.
         delta_norm: `||W - left right||_2` or an upper bound.
-        kind: which of the two.
-        distances: `||p - p~||_2` a sample, float64 `(n,)`.
-        norms: `||h||_2` a sample, float64 `(n,)`.
-        margins: `z_(1) - z_(2)` a sample, float64 `(n,)`.
+        kind: "spectral" or "frobenius".
+        distances: `||p - p~||_2` per sample, float64 `(n,)`.
+        norms: `||h||_2` per sample, float64 `(n,)`.
+        margins: `z_(1) - z_(2)` per sample, float64 `(n,)`.
         unchanged: whether top-1 stayed, bool `(n,)`.
 
     Raises:
-        GateError: a distance above its bound, or a changed answer that was guaranteed.
+        GateError: A distance exceeds its bound, or a guaranteed answer changed.
     """
     bound = 0.5 * delta_norm * norms
     guaranteed = margins > np.sqrt(2) * delta_norm * norms
@@ -129,7 +127,8 @@ def checked_bound(
     if violations:
         raise GateError(
             f"softmax bound: {violations} of {len(norms)} samples exceed what ||W - left right|| = {delta_norm:.4g} "
-            f"allows at the head {site!r}; the factors in use are not those that were measured"
+            f"allows at the head {site!r}",
+            hint="the model does not use the factors that were measured",
         )
     ratio = np.divide(distances, bound, out=np.zeros_like(distances), where=bound > slack)
     return SoftmaxBound(
@@ -144,14 +143,12 @@ def checked_bound(
     )
 
 
-def _tapped(
-    model: ir.Model, dense: Path, head: Head, batches: Iterable[Mapping[str, Array]]
-) -> Iterable[tuple[Array, Array]]:
-    """`(h, z)` of each batch, from the dense model with two more outputs."""
+def _tapped(model: ir.Model, dense: Path, head: Head, batches: Iterable[Feeds]) -> Iterable[tuple[Array, Array]]:
+    """Yield `(h, z)` of each batch from the dense model with two more outputs."""
     by_name = {value.name: value for node in model.graph for value in node.outputs}
     by_name.update({value.name: value for value in model.graph.inputs})
-    wanted = [by_name[head.input], by_name[head.output]]
-    model.graph.outputs.extend(value for value in wanted if value not in model.graph.outputs)
+    tapped = [by_name[head.input], by_name[head.output]]
+    model.graph.outputs.extend(value for value in tapped if value not in model.graph.outputs)
     path = dense.with_name("tapped.onnx")
     ir.save(model, path)  # the weights stay in the dense model's own data file
     try:

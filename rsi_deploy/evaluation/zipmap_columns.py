@@ -1,4 +1,4 @@
-"""Which class each column of a ZipMap's scores stands for: scikit-learn's converters end a classifier with one.
+"""The class of each column of a ZipMap's scores; scikit-learn's converters end a classifier with a ZipMap.
 
 ZipMap(classlabels_int64s=[3, 7])      [{3: 0.1, 7: 0.9}, ...]      columns 3, 7; labels of the data are 3 and 7
 ZipMap(classlabels_strings=["b", "a"]) [{"a": 0.9, "b": 0.1}, ...]  columns "b", "a"; labels are 0 for "b", 1 for "a"
@@ -17,11 +17,11 @@ ColumnClasses = Sequence[int] | Sequence[str]
 
 
 def zipmap_columns(model: Path, session: Any) -> dict[str, ColumnClasses]:
-    """Name of an output that is a sequence of maps -> what its columns stand for, in the order of the model's scores.
+    """Return the classes of the columns for each output that is a sequence of maps, in the order of the scores.
 
     Args:
-        model: an ONNX file; of onnxruntime's own format nothing is known.
-        session: of it.
+        model: ONNX file; the result is empty for onnxruntime's own format.
+        session: session of the model.
     """
     from rsi_deploy.io.onnx_checks.parts import all_nodes
     from rsi_deploy.io.onnx_reader import read_proto
@@ -41,15 +41,15 @@ def zipmap_columns(model: Path, session: Any) -> dict[str, ColumnClasses]:
 
 
 def class_numbers(labels: Labels | None, ids: ColumnClasses | None, model: str) -> Labels | None:
-    """The columns of the labels' scores, int64 `(N,)`.
+    """Return the columns of the labels' scores, int64 `(N,)`.
 
     Args:
-        labels: of the data: class ids where those are numbers, else columns already.
-        ids: of the columns; None where the columns are numbered.
-        model: its name, for messages.
+        labels: labels of the data: class ids if the model's classes are numbers, else columns.
+        ids: classes of the columns; None if the columns are numbered.
+        model: model name for messages.
 
     Raises:
-        UsageError: a label that is no class of the model.
+        UsageError: A label is not a class of the model.
 
     Example:
         >>> class_numbers(np.array([7, 3]), [3, 7], "m.onnx"), class_numbers(np.array([1]), ["b", "a"], "m.onnx")
@@ -61,7 +61,7 @@ def class_numbers(labels: Labels | None, ids: ColumnClasses | None, model: str) 
     if strange := sorted(set(labels.tolist()) - columns.keys()):
         classes = ", ".join(map(str, ids[:10])) + ", ..." * (len(ids) > 10)
         raise UsageError(
-            f"{model} tells the classes {classes} apart, but the data have the label {strange[0]}; give data with "
-            "labels that are among them"
+            f"{model} has the classes {classes}, but the data have the label {strange[0]}",
+            hint="give data with labels that are among them",
         )
     return np.array([columns[label] for label in labels.tolist()], np.int64)

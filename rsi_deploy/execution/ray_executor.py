@@ -21,7 +21,7 @@ from rsi_deploy.core.arrays import as_numpy, as_torch
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.execution.executor import Task
 from rsi_deploy.linalg.products.rates import Rates, processor, rates, tell_rates
-from rsi_deploy.runtime.ray_connection import connected
+from rsi_deploy.runtime.ray_connection import connect_to_ray
 
 RETRIES = 5  # of a task whose worker is lost
 AHEAD = 2  # calls on their way, for each worker
@@ -119,13 +119,13 @@ def ray_executor(address: str, notes: list[str]) -> Iterator[RayExecutor]:
     """Workers at `address`, for as long as the block lasts.
 
     Args:
-        address: as for `connected`.
+        address: as for `connect_to_ray`.
         notes: where to say what a reader of the report must know.
 
     Raises:
-        UsageError: as `connected`; or a machine there has too few CPUs.
+        UsageError: as `connect_to_ray`; or a machine there has too few CPUs.
     """
-    with connected(address) as ray:
+    with connect_to_ray(address) as ray:
         yield RayExecutor(ray, notes)
 
 

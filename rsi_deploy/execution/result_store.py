@@ -32,7 +32,7 @@ from rsi_deploy import __version__
 from rsi_deploy.calibration.activations import FittedSite, Replacement
 from rsi_deploy.core.sites import SiteRecord, Spectrum
 from rsi_deploy.execution.executor import Executor, Task
-from rsi_deploy.io.atomic import whole_file, write_text
+from rsi_deploy.io.atomic import atomic_file, write_text
 from rsi_deploy.io.locks import remove
 from rsi_deploy.linalg.products.rates import processor, rates
 from rsi_deploy.linalg.solver import Factors
@@ -197,7 +197,7 @@ class ResultStore:
             return  # a number that JSON has no word for
         try:
             self.begun()
-            with whole_file(self._path(told), durable=False) as work:
+            with atomic_file(self._path(told), durable=False) as work:
                 save_file(held, work, metadata={"stored": text, "told": told})
         except (OSError, SafetensorError) as error:
             log.info("a finished result is not kept: %s", error)

@@ -45,7 +45,7 @@ from rsi_deploy.planning.planner import Decision, Filters, FixedPlanner, Planner
 from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.runtime.feeds.inputs import model_inputs
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 
 Progress = Callable[[str, int, int], None]
 
@@ -238,7 +238,7 @@ class Calibrator:
                 raise
             raise ModelError(
                 f"{error}; only splits that were measured faster were taken ({len(self.timing.reasons)} sites have "
-                f"none): --smaller-is-enough takes the others too"
+                f"none): --allow-slower takes the others too"
             ) from error
         return decisions if self.timing is None else self.timing.explained(decisions)
 
@@ -284,7 +284,7 @@ class Calibrator:
                     return gp.count_parameters(load_model(path))
                 if budget.cost == "bytes":
                     return file_bytes(path)
-                return sum(traced_run(path, self.dense.feeds).macs.values()) // self.dense.batch
+                return sum(trace_run(path, self.dense.feeds).macs.values()) // self.dense.batch
 
         return measure
 

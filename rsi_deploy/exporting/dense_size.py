@@ -8,7 +8,7 @@ from pathlib import Path
 
 from graph_passes import count_parameters
 from rsi_deploy.core.model_size import Size
-from rsi_deploy.io.onnx_file import bytes_as_given, bytes_in_one_file
+from rsi_deploy.io.onnx_file import bytes_in_one_file, bytes_with_external_files
 from rsi_deploy.io.onnx_reader import load_model
 
 
@@ -24,4 +24,4 @@ def dense_size(source: Path | None, dense: Path) -> Size:
     """
     if source is None:
         return Size(bytes=bytes_in_one_file(dense), params=count_parameters(load_model(dense)), macs=0)
-    return Size(bytes=bytes_as_given(source), params=count_parameters(load_model(source)), macs=0)
+    return Size(bytes=bytes_with_external_files(source), params=count_parameters(load_model(source)), macs=0)

@@ -1,20 +1,20 @@
-"""What an export is given, as a user types it: made into what its steps take, and refused before any work."""
+"""The settings of an export, made into what its steps take, or refused before any work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.dataset import UndecidedData
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset, open_undecided
 from rsi_deploy.io.onnx_file import read_onnx
-from rsi_deploy.planning.planner import MaxError, RankSpec, rank_spec
-from rsi_deploy.runtime.feeds.probe import named_shapes
+from rsi_deploy.runtime.feeds.shapes import named_shapes
+from rsi_deploy.runtime.feeds.user_feeds import read_feeds
 from rsi_deploy.torch_models.model_source import Source, load_source, source_of_module
 
 Shape = str | tuple[int, ...]
@@ -22,16 +22,16 @@ Shape = str | tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where the model is from, and how it becomes dense ONNX.
+    """The model's source, and how it becomes dense ONNX.
 
     Attributes:
-        model: as `export` takes it.
-        weights: torchvision's: "DEFAULT", "none" or a file.
-        checkpoint: a factory's state dict.
-        shape: of the one input, where a torch model does not tell.
-        seed: of random weights.
-        preprocessing: fields that go before what the model tells.
-        opset: of the dense model; None is the exporter's, or an ONNX file's own.
+        model: MODEL of `export`.
+        weights: torchvision's weights: "DEFAULT", "none" or a file.
+        checkpoint: state dict of a factory.
+        shape: shape of the one input, where a torch model does not fix it.
+        seed: random seed for random weights.
+        preprocessing: fields that replace the model's own.
+        opset: opset of the dense model; None is the exporter's, or an ONNX file's own.
     """
 
     model: str | nn.Module
@@ -43,11 +43,11 @@ class Origin:
     opset: int | None
 
     def load(self) -> Source:
-        """The model, loaded.
+        """Load the model.
 
         Raises:
             UsageError: no such model, or options that do not belong to it.
-            ModelError: it cannot be read.
+            ModelError: the model cannot be read.
         """
         if not isinstance(self.model, str):
             return source_of_module(self.model, self.shape, self.seed)
@@ -56,44 +56,34 @@ class Origin:
         )
 
     def steps(self, source: Source) -> Preprocessing | None:
-        """From 8-bit pictures to inputs: what was given, over what the model tells."""
-        told = source.preprocessing
+        """Return the steps from 8-bit pictures to inputs: the model's own, with the fields that were set."""
+        own = source.preprocessing
         if source.onnx is not None:
-            told = Preprocessing.stored(read_onnx(source.onnx).metadata_props)
-        return self.preprocessing.over(told) if self.preprocessing else told
+            own = Preprocessing.stored(read_onnx(source.onnx).metadata_props)
+        return self.preprocessing.over(own) if self.preprocessing else own
 
 
-def uniform(rank: str | int | RankSpec | None, max_error: str | MaxError | None) -> RankSpec | MaxError | None:
-    """The rank or the error that is the same everywhere; None where something else decides.
-
-    Example:
-        >>> str(uniform("25%", None)), uniform("auto", None)
-        ('25%', None)
-    """
-    given = None if rank == "auto" else rank
-    if max_error is not None:
-        return rank_spec(given, max_error)
-    return None if given is None else RankSpec.parse(given)
-
-
-def told_shapes(given: Shape | Sequence[str] | None) -> tuple[Shape | None, dict[str, Any]]:
-    """The one shape of a torch model's input, and those told by name.
+def input_shapes(texts: Sequence[str]) -> tuple[str | None, dict[str, tuple[int, ...]]]:
+    """Separate the one shape of a torch model's input from those by name.
 
     Example:
-        >>> told_shapes("1x3x32x32"), told_shapes((1, 8)), told_shapes(["ids=1x128"])
-        (('1x3x32x32', {}), ((1, 8), {}), (None, {'ids': (1, 128)}))
+        >>> input_shapes(["1x3x32x32"]), input_shapes(["ids=1x128"])
+        (('1x3x32x32', {}), (None, {'ids': (1, 128)}))
     """
-    texts = [given] if isinstance(given, str) else [s for s in given or () if isinstance(s, str)]
-    sizes = tuple(s for s in given or () if isinstance(s, int))
-    plain: Shape | None = next((t for t in texts if "=" not in t), None) or sizes or None
+    plain = next((text for text in texts if "=" not in text), None)
     return plain, dict(named_shapes([text for text in texts if "=" in text]))
 
 
+def input_feeds(feeds: str | Feeds | None) -> Feeds | None:
+    """Return the arrays of `--feeds`; None without."""
+    return None if feeds is None else read_feeds(feeds) if isinstance(feeds, str) else dict(feeds)
+
+
 def evaluation_data(data: str | Path | Dataset | None, preprocessing: Preprocessing | None) -> Dataset | None:
-    """The labelled data, opened.
+    """Open the labelled data.
 
     Raises:
-        UsageError: no labels, or ready inputs where a preprocessing was given.
+        UsageError: no labels, or ready inputs together with a preprocessing.
     """
     dataset = open_undecided(data) if isinstance(data, str | Path) else data
     if dataset is None or isinstance(dataset, UndecidedData):
@@ -109,7 +99,7 @@ def evaluation_data(data: str | Path | Dataset | None, preprocessing: Preprocess
 
 
 def device_named(name: str) -> torch.device:
-    """Where factors are computed.
+    """Return the device that computes factors.
 
     Raises:
         UsageError: no such device, or none here.
@@ -118,6 +108,4 @@ def device_named(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device here; type --device cpu")
-    if name not in ("cpu", "cuda"):
-        raise UsageError(f"--device must be auto, cpu or cuda, but got {name!r}")
     return torch.device(name)

@@ -37,7 +37,9 @@ class Timed:
 
     def __post_init__(self) -> None:
         if self.foreign and self.cost is None:
-            raise UsageError("--foreign-cost says that --cost FILE is of another machine: add --cost, or leave it out")
+            raise UsageError(
+                "--allow-cost-mismatch says that --cost FILE is of another machine: add --cost, or leave it out"
+            )
         if self.cost is not None and not self.request.is_searched:
             raise UsageError("--cost is planned with: give a budget, such as --keep-latency 60%, and --calib DATA")
         if self.is_in_time and not self.measure and not self.foreign:

@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from graph_passes import FoldBatchNormPass
 from rsi_deploy import __version__
-from rsi_deploy.benchmark.request import parse_seconds
 from rsi_deploy.benchmark.variants import Feeds, Runtime, make_feeds
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.progress import step
 from rsi_deploy.core.sites import site_name
+from rsi_deploy.core.units import parse_seconds
 from rsi_deploy.costing.cost_cache import CostCache, conditions_here
 from rsi_deploy.costing.cost_table import NOISY, CostTable, ModelTime, SiteCost
 from rsi_deploy.costing.site_models import Piece, pieces
@@ -33,11 +33,12 @@ from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import model_hash, read_onnx, write_external
 from rsi_deploy.io.onnx_reader import load_model
-from rsi_deploy.runtime.batch_independence import samples_in
+from rsi_deploy.runtime.batch_independence import count_samples
 from rsi_deploy.runtime.feeds.inputs import model_inputs
-from rsi_deploy.runtime.feeds.probe import named_shapes, read_feeds
-from rsi_deploy.runtime.feeds.values import described
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.feeds.shapes import named_shapes
+from rsi_deploy.runtime.feeds.user_feeds import read_feeds
+from rsi_deploy.runtime.feeds.values import describe_array
+from rsi_deploy.runtime.shape_trace import trace_run
 
 Progress = Callable[[str, int, int], None]
 
@@ -97,7 +98,7 @@ def profile(
         ModelError: the model cannot be run.
     """
     target = None if output is None else _free(Path(output), force)
-    seconds = parse_seconds(str(budget), "--budget")
+    seconds = parse_seconds(budget, "--budget")
     texts = [input_shape] if isinstance(input_shape, str) else list(input_shape or ())
     plain = next((text for text in texts if "=" not in text), None)
     given = None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds)
@@ -166,7 +167,7 @@ class Costing:
         started = time.monotonic()
         conditions = conditions_here(self.provider, self.threads)
         cache = CostCache.of(conditions)
-        told = {key: described(array) for key, array in feeds.items()}
+        told = {key: describe_array(array) for key, array in feeds.items()}
         digest = model_hash(dense)
         key = f"{digest} {told}"
         if not fresh and (known := cache.table(key)) is not None:
@@ -184,7 +185,9 @@ class Costing:
             created=datetime.datetime.now(datetime.UTC),
             command=command or "rsi_deploy.profile(...)",
             conditions=conditions,
-            model=ModelTime(name=name, hash=digest, batch=samples_in(dense, feeds), inputs=told, dense_nanoseconds=1),
+            model=ModelTime(
+                name=name, hash=digest, batch=count_samples(dense, feeds), inputs=told, dense_nanoseconds=1
+            ),
             sites={site: piece.signature for site, piece in found.items() if piece.signature in costs},
             untimed=untimed,
             costs=tuple(costs[signature] for signature in shapes if signature in costs),
@@ -209,7 +212,7 @@ class Costing:
 
     def pieces(self, dense: Path, feeds: Feeds) -> tuple[dict[str, Piece], dict[str, str]]:
         """Site name -> its piece, and site name -> why it has none."""
-        trace = traced_run(dense, feeds)
+        trace = trace_run(dense, feeds)
         model = load_model(dense)
         entries = list(pieces(model, trace.inputs, trace.macs))
         uses = Counter(site.weight for site, _ in entries)

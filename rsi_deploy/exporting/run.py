@@ -14,7 +14,7 @@ from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.calibration.output_agreement import output_agreement
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.data.dataset import for_inputs
-from rsi_deploy.data.feeding import named_option
+from rsi_deploy.data.feeding import errors_for_option
 from rsi_deploy.data.model_pictures import preset_note
 from rsi_deploy.data.sources import Dataset
 from rsi_deploy.execution import result_store as resuming
@@ -31,7 +31,7 @@ from rsi_deploy.exporting.slowdown_rollback import LastWord, splits_of
 from rsi_deploy.exporting.steps import Compressed, ExportSteps
 from rsi_deploy.exporting.timed_export import TimedExport, timed_export
 from rsi_deploy.exporting.writer import Exported, write_files
-from rsi_deploy.io.bundle import kept_beside
+from rsi_deploy.io.bundle import finished_results_folder
 from rsi_deploy.io.manifest import file_hash, fingerprint
 from rsi_deploy.io.onnx_file import file_bytes, refuse_growth
 from rsi_deploy.planning.decide import Planned, refuse_uncounted
@@ -58,6 +58,7 @@ class ExportRun:
         keep_dense: keep the dense model in the bundle.
         allow_larger: deliver a compressed model that is larger than the dense one, too.
         command: for the report.
+        recipe: the request, as recipe.toml holds it.
         kept: what earlier exports of the same model, data and settings have found; None without.
     """
 
@@ -73,6 +74,7 @@ class ExportRun:
     keep_dense: bool
     allow_larger: bool
     command: str
+    recipe: str
     kept: SweepCache | None
 
     def made_in(self, folder: Path) -> Report:
@@ -98,7 +100,7 @@ class ExportRun:
             if self.job.finished is not None and (note := self.job.finished.note()):
                 self.job.notes.append(note)
             exported = Exported(job=self.job, start=start, calibrator=calibrator, delivered=delivered, checked=checked)
-            report = exported.report(self.costing, self.command, keep_dense=self.keep_dense)
+            report = exported.report(self.costing, self.command, self.recipe, keep_dense=self.keep_dense)
             write_files(folder, report, start.path)
             return report
 
@@ -113,7 +115,7 @@ class ExportRun:
         known, size = (kept.accuracy(), kept.size()) if kept else (None, None)
         with _named(source.name, dense):
             exporter = job.export_dense(source, dense, steps, self.origin.opset)
-            with named_option("--data"):
+            with errors_for_option("--data"):
                 dataset = None if self.dataset is None else for_inputs(self.dataset, model_inputs(dense))
             facts, accuracy = job.dense_facts(source, dense, dataset, steps, known, size)
         if kept is not None:
@@ -144,7 +146,7 @@ class ExportRun:
             shapes = {name: array.shape for name, array in start.facts.feeds.items()}  # what MACs are counted on
             told = [fingerprint(calib), job.settings.model_dump_json(), job.provider, shapes]
         key = resuming.key_of(f"{job.source_hash} {file_hash(start.dense)}", job.device, *told)
-        return ResultStore(folder=kept_beside(start.folder), key=key)
+        return ResultStore(folder=finished_results_folder(start.folder), key=key)
 
     def _timing(self, start: Start) -> TimedExport | None:
         """The times to plan with; None where they decide nothing, or the model cannot be run."""

@@ -196,5 +196,5 @@ def _words(asked: int, left: int, latency: BenchResult) -> str:
     noise = told.partition("; ")[2]
     return (
         f"the DENSE model is delivered: with none of its {asked} splits was it measured faster here"
-        f"{f' ({noise})' if noise else ''}. Where smaller is enough, add --smaller-is-enough"
+        f"{f' ({noise})' if noise else ''}. Where smaller is enough, add --allow-slower"
     )

@@ -36,9 +36,9 @@ from rsi_deploy.execution.ray_executor import ray_executor
 from rsi_deploy.execution.result_store import ResultStore, StoringExecutor
 from rsi_deploy.exporting.dense_size import dense_size
 from rsi_deploy.io.onnx_file import (
-    forget_weights_,
     name_nodes_,
     read_onnx,
+    release_weights_,
     remove_unused_,
     weights_hash,
     write_external,
@@ -51,23 +51,24 @@ from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.decide import Planned
 from rsi_deploy.planning.settings import ExportSettings
 from rsi_deploy.report.schema import Accuracy, ProbeOutput, Stage, Verification
-from rsi_deploy.runtime.batch_independence import samples_in
+from rsi_deploy.runtime.batch_independence import count_samples
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
-from rsi_deploy.runtime.feeds.inputs import model_inputs, unsettled_inputs
+from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.feeds.probe import Feeds, probe_feeds
-from rsi_deploy.runtime.feeds.values import Value, named_arrays
+from rsi_deploy.runtime.feeds.shapes import unsettled_inputs
+from rsi_deploy.runtime.feeds.values import Value, arrays_of_outputs
 from rsi_deploy.runtime.parity import (
     EXPORTER_TOLERANCE,
     OutputComparison,
-    blames_random_models,
     check_repeatable,
     compare_outputs,
+    explain_random_models,
     random_nodes,
     surgery_check,
     tolerance_for,
 )
 from rsi_deploy.runtime.sessions import make_session, run_session
-from rsi_deploy.runtime.shape_trace import UncountedNode, traced_run, uncounted_nodes, unknown_operators
+from rsi_deploy.runtime.shape_trace import UncountedNode, trace_run, uncounted_nodes, unknown_operators
 from rsi_deploy.torch_models.model_source import Source
 from rsi_deploy.torch_models.to_onnx import to_onnx
 
@@ -166,7 +167,7 @@ class ExportSteps:
                     feeds = self.probe(path, steps)
                 except ModelError:  # an input that cannot be fed: `dense_facts` says so
                     return None
-                with blames_random_models(path, feeds, source.name):
+                with explain_random_models(path, feeds, source.name):
                     return check_conversion(source.onnx, path, (before, opset), feeds)
         with self.stage("export dense"):
             exported = to_onnx(source, opset=opset)
@@ -181,7 +182,7 @@ class ExportSteps:
             session = make_session(path, optimize="disabled", prepack=False)
             outputs = run_session(session, feeds, "the dense model")
         tolerance = tolerance_for(expected, EXPORTER_TOLERANCE)
-        with blames_random_models(path, feeds, source.name):
+        with explain_random_models(path, feeds, source.name):
             return compare_outputs(
                 expected, outputs, what="exporter gate (torch against dense ONNX)", tolerance=tolerance
             )
@@ -203,13 +204,13 @@ class ExportSteps:
             model = load_model(dense)
             self.source_hash = weights_hash(model)
             random = random_nodes(model)
-            forget_weights_(model)
+            release_weights_(model)
             size = size or dense_size(source.onnx, dense)
         with self.stage("trace"):
             feeds: Feeds = {}
             try:
                 feeds = self.probe(dense, steps)
-                trace = traced_run(dense, feeds)
+                trace = trace_run(dense, feeds)
             except ModelError as error:
                 if source.onnx is None or dataset is not None:
                     raise
@@ -225,7 +226,7 @@ class ExportSteps:
                     f"the model draws random numbers ({', '.join(random)}): its outputs were compared in the "
                     "first run of a session, where onnxruntime draws the same ones"
                 )
-            batch = samples_in(dense, feeds)
+            batch = count_samples(dense, feeds)
             macs = {node: count // batch for node, count in trace.macs.items()}
             attention = {node: count // batch for node, count in trace.attention_macs.items()}
             size = size.model_copy(update={"macs": sum(macs.values())})
@@ -325,7 +326,7 @@ class ExportSteps:
             executor=executor,
         )
         params = count_parameters(model)
-        forget_weights_(model)
+        release_weights_(model)
         return split, params
 
     @contextmanager
@@ -352,7 +353,7 @@ class ExportSteps:
         split = [node for node in result.split.nodes if isinstance(node, Split)]
         weights: dict[str, Form] = {node.weight: node.form for node in reversed(split)}  # of the first that is asked
         joint = {node.joint for node in split if node.joint}
-        with self.stage("verify surgery"), blames_random_models(dense, facts.feeds, "the dense model"):
+        with self.stage("verify surgery"), explain_random_models(dense, facts.feeds, "the dense model"):
             surgery = surgery_check(dense, weights, facts.feeds, facts.outputs, joint=joint, bias=result.biased)
         with self.stage("verify approximation"):
             session = make_session(path)
@@ -367,7 +368,7 @@ class ExportSteps:
             )
         if not approximation.informative:
             self.notes.append("the dense model's probe outputs are all zero: the gates on them show little")
-        probe = tuple(ProbeOutput.of(name, array) for name, array in named_arrays(names, outputs).items())
+        probe = tuple(ProbeOutput.of(name, array) for name, array in arrays_of_outputs(names, outputs).items())
         return Verification(exporter=exporter, surgery=surgery, approximation=approximation), probe
 
     def accuracy(
@@ -410,7 +411,7 @@ class ExportSteps:
         if facts.outputs is None:
             return {}
         with self.stage("trace compressed"):
-            return {node: count // facts.batch for node, count in traced_run(path, facts.feeds).macs.items()}
+            return {node: count // facts.batch for node, count in trace_run(path, facts.feeds).macs.items()}
 
     def timing_feeds(self, dense: Path, facts: DenseFacts, batch: int) -> Feeds:
         """What `latency` feeds the models."""
@@ -453,7 +454,7 @@ class ExportSteps:
         self.settings = self.settings.model_copy(update={"opset": model.opset_imports.get("", 0)})
         name_nodes_(model)
         write_external(model, path)
-        forget_weights_(model)
+        release_weights_(model)
 
 
 def _applied(steps: Preprocessing | None, dataset: Dataset) -> Preprocessing | None:

@@ -1,6 +1,6 @@
 """What an export knows of time: a cost table of its machine or of another one, and how it decides with it.
 
---cost FILE    a table made by `rsi-deploy profile`; one of other conditions is refused without --foreign-cost
+--cost FILE    a table made by `rsi-deploy profile`; one of other conditions is refused without --allow-cost-mismatch
 a budget       a table measured here, or known from the cache
 """
 
@@ -21,8 +21,8 @@ from rsi_deploy.planning.decide import Decisions
 from rsi_deploy.planning.knapsack import SiteOptions
 from rsi_deploy.planning.latency_search import decide_by_time, faster_only
 from rsi_deploy.planning.planner import Decision
-from rsi_deploy.runtime.feeds.values import described
-from rsi_deploy.runtime.providers import resolve
+from rsi_deploy.runtime.feeds.values import describe_array
+from rsi_deploy.runtime.providers import resolve_provider
 
 CHECK_SECONDS = 15.0
 """For a plan; on a quiet machine it is precise much sooner."""
@@ -88,10 +88,10 @@ class TimedExport:
         if budget is not None and budget.cost == "bytes":
             raise ModelError(
                 f"no plan can meet {budget} with splits that are faster: {told}. Where smaller is enough, add "
-                f"--smaller-is-enough"
+                f"--allow-slower"
             )
         self.delivers_dense = True
-        self.remarks.append(f"{told}: the DENSE model is delivered. Where smaller is enough, add --smaller-is-enough")
+        self.remarks.append(f"{told}: the DENSE model is delivered. Where smaller is enough, add --allow-slower")
 
     def within(self, budget: Budget, options: Sequence[SiteOptions], streams: ModelActivations) -> Decisions:
         """The decisions for a budget of time; the table has learnt from the plans' models then.
@@ -187,8 +187,8 @@ def _from_file(cost: str | Path, costing: Costing, *, foreign: bool) -> tuple[Co
     if differences and not foreign:
         raise UsageError(
             f"--cost {cost} holds for another machine or setting: {'; '.join(differences)}{_absent(table)}. Make one "
-            f"here (rsi-deploy profile), give the same --provider and --threads, or add --foreign-cost to plan for "
-            f"that machine: nothing is measured here then"
+            f"here (rsi-deploy profile), give the same --provider and --threads, or add --allow-cost-mismatch to plan "
+            f"for that machine: nothing is measured here then"
         )
     return table, bool(differences)
 
@@ -196,7 +196,7 @@ def _from_file(cost: str | Path, costing: Costing, *, foreign: bool) -> tuple[Co
 def _absent(table: CostTable) -> str:
     """That the table's provider is not here, where it is not."""
     try:
-        resolve(table.conditions.provider)
+        resolve_provider(table.conditions.provider)
     except UsageError as error:
         return f" (its provider is not here: {error})"
     return ""
@@ -204,7 +204,7 @@ def _absent(table: CostTable) -> str:
 
 def _of_this_model(table: CostTable, dense: Path, feeds: Feeds, costing: Costing, cost: str | Path) -> CostTable:
     """The table with this model's sites, found by their shapes."""
-    told = {key: described(array) for key, array in feeds.items()}
+    told = {key: describe_array(array) for key, array in feeds.items()}
     if told != table.model.inputs:
         theirs, ours = (", ".join(f"{k}: {v}" for k, v in inputs.items()) for inputs in (table.model.inputs, told))
         raise UsageError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rsi_deploy import __version__
 from rsi_deploy.core.model_size import Size
+from rsi_deploy.core.settings.recipe import RECIPE
 from rsi_deploy.exporting.calibration_step import Calibrator
 from rsi_deploy.exporting.latency_options import timing_notes, timing_record
 from rsi_deploy.exporting.profile import Costing
@@ -42,7 +43,7 @@ class Exported:
     delivered: Delivered
     checked: Verified
 
-    def report(self, costing: Costing, command: str, *, keep_dense: bool) -> Report:
+    def report(self, costing: Costing, command: str, recipe: str, *, keep_dense: bool) -> Report:
         """The report; what does not belong into the bundle is dropped with it, for the rest is hashed."""
         job, start, delivered, checked = self.job, self.start, self.delivered, self.checked
         facts, timing, source = start.facts, self.calibrator.timing, start.source
@@ -50,6 +51,7 @@ class Exported:
             tool=f"rsi-deploy {__version__}",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             command=command,
+            recipe=recipe,
             source=SourceRecord(model=source.name, hash=job.source_hash, notes=tuple(source.notes)),
             settings=job.settings,
             preprocessing=start.steps,
@@ -88,11 +90,12 @@ class Exported:
 
 
 def write_files(folder: Path, report: Report, model: Path) -> None:
-    """Write what stands beside the model: report.json, report.html, plan.json, the model card; last, the manifest."""
+    """Write the files beside the model: reports, plan.json, recipe.toml, the model card; last, the manifest."""
     document = report.model_dump_json(indent=2) + "\n"
     (folder / "report.json").write_text(document, encoding="utf-8", newline="\n")
     (folder / "report.html").write_text(report_page(report, document), encoding="utf-8")
     write_plan(folder / "plan.json", plan_of(report))
+    (folder / RECIPE).write_text(report.recipe, encoding="utf-8", newline="\n")
     (folder / "README.md").write_text(model_card(report, model), encoding="utf-8")
     write_manifest(folder)
 

@@ -1,1 +1,1 @@
-"""Files, read and written safely: ONNX models, archives, checkpoints, pictures, manifests, locks, bundles."""
+"""Safe reading and writing of files: ONNX models, archives, checkpoints, pictures, manifests, locks and bundles."""

@@ -1,33 +1,33 @@
-"""Zip archives (`.npz`, `.pth`, `.pt2`) before anything is unpacked: what they would unpack to, and each name once."""
+"""Check zip archives (`.npz`, `.pth`, `.pt2`) before they are unpacked: their unpacked size, and names that repeat."""
 
 import zipfile
 from pathlib import Path
 
 UNPACKED_BYTES = 512 << 20
-"""What an archive may unpack to, whatever its size on disk."""
+"""Bytes that any archive may unpack to, whatever its size on disk."""
 
 UNPACKED_RATIO = 200
-"""Bytes that an archive above that may unpack to for each byte on disk."""
+"""For archives that unpack to more than `UNPACKED_BYTES`: the highest ratio of unpacked bytes to bytes on disk."""
 
 
 def check_archive(path: Path) -> list[zipfile.ZipInfo]:
-    """The entries of the archive at `path`.
+    """Return the entries of the archive at `path`.
 
     Raises:
-        ValueError: no archive, a name twice, an entry that is encrypted or compressed in a way that is not read here,
-            or far more than its size once it is unpacked; says which, and what to do.
-        OSError: it cannot be read.
+        ValueError: The file is not a zip archive, a name repeats, an entry is encrypted or uses another compression
+            than deflate, or the archive would unpack to far more than its size.
+        OSError: The file cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
-        raise ValueError(f"it is no zip archive, or a damaged one: {error}") from error
+        raise ValueError(f"it is not a zip archive, or it is damaged: {error}") from error
     if len({entry.filename for entry in entries}) != len(entries):
-        raise ValueError("the archive holds a name twice")
+        raise ValueError("the archive contains a name twice")
     for entry in entries:
         if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError("the archive is encrypted or compressed in a way that is not read here; write it anew")
+            raise ValueError("the archive is encrypted or uses an unsupported compression; write it again")
     unpacked, packed = sum(entry.file_size for entry in entries), path.stat().st_size
     if unpacked > max(UNPACKED_BYTES, UNPACKED_RATIO * packed):
         raise ValueError(

@@ -1,33 +1,33 @@
-"""Arrays from `.npz` files: nothing pickled, and no header believed before its bytes are counted."""
+"""Read arrays from `.npz` files: pickles are refused, and every header is checked against the size of its entry."""
 
 import math
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 
+from rsi_deploy.core.types import Array
 from rsi_deploy.io.archives import check_archive
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _SUFFIX = ".npy"
-_NOT_DATA = ("__MACOSX/", ".DS_Store")  # what macOS adds to an archive that it packs again
+_NOT_DATA = ("__MACOSX/", ".DS_Store")  # macOS adds these when it repacks an archive
 
 
-def read_npz(path: str | Path) -> dict[str, npt.NDArray[Any]]:
-    """All arrays of an archive that `numpy.savez` wrote, by name; texts that are bytes (dtype S) as dtype U.
+def read_npz(path: str | Path) -> dict[str, Array]:
+    """Read all arrays of an archive that `numpy.savez` wrote, by name; byte strings (dtype S) become text (dtype U).
 
     Raises:
-        ValueError: no such archive, a damaged one, pickled (object) arrays, one that would unpack to far more than its
-            size, or a header that claims more than there is.
-        OSError: it cannot be read.
+        ValueError: The archive is missing parts or damaged, holds pickled (object) arrays, would unpack to far more
+            than its size, or a header declares more data than there are.
+        OSError: The file cannot be read.
     """
     entries = [entry for entry in check_archive(Path(path)) if not entry.filename.startswith(_NOT_DATA)]
     if strange := [entry.filename for entry in entries if not entry.filename.endswith(_SUFFIX)]:
-        raise ValueError(f"{strange[0]!r} in it is no array; write it with numpy.savez")
-    arrays: dict[str, npt.NDArray[Any]] = {}
+        raise ValueError(f"{strange[0]!r} in it is not an array; write it with numpy.savez")
+    arrays: dict[str, Array] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in entries:
@@ -41,24 +41,24 @@ def read_npz(path: str | Path) -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
-def _decoded(array: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
-    """Bytes as the texts they encode: onnxruntime would read those beyond the end of each one."""
+def _decoded(array: Array, name: str) -> Array:
+    """Decode byte strings, because onnxruntime would read past the end of each one."""
     if array.dtype.kind != "S":
         return array
     try:
         return np.char.decode(array, "utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"array {name!r} holds bytes that are no UTF-8; store texts (dtype U)") from error
+        raise ValueError(f"array {name!r} holds bytes that are not UTF-8; store text (dtype U)") from error
 
 
 def _check_header(file: IO[bytes], size: int, name: str) -> None:
-    """The array of an entry of `size` bytes is as large as its header says."""
+    """Check that the header of an entry of `size` bytes declares exactly the bytes that follow it."""
     try:
         shape, _, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
-    except (ValueError, MemoryError, RecursionError, SyntaxError, TypeError, KeyError) as error:  # no header of ours
+    except (ValueError, MemoryError, RecursionError, SyntaxError, TypeError, KeyError) as error:
         raise ValueError(f"array {name!r} has a header that cannot be read; write it with numpy.savez") from error
     if dtype.hasobject:
-        raise ValueError(f"array {name!r} holds pickled objects, which are refused; store numbers, or texts as dtype U")
-    there, claimed = size - file.tell(), math.prod(shape) * dtype.itemsize
-    if any(dim < 0 for dim in shape) or claimed != there:
-        raise ValueError(f"array {name!r} claims {shape} of {dtype}, {claimed} bytes, but has {there}")
+        raise ValueError(f"array {name!r} holds pickled objects, which are refused; store numbers, or text as dtype U")
+    stored, claimed = size - file.tell(), math.prod(shape) * dtype.itemsize
+    if any(dim < 0 for dim in shape) or claimed != stored:
+        raise ValueError(f"array {name!r} claims {shape} of {dtype}, {claimed} bytes, but has {stored}")

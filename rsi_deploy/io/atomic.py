@@ -1,13 +1,13 @@
-"""The one way in which files and folders appear: whole under their name, or not at all.
+"""Atomic output: a file or folder appears under its name complete, or not at all.
 
-    folder   .NAME.partial/lock       held by the run that makes NAME; the system lets go of it when that run dies
-                          /new        what is being made: it takes the name in one rename
-                          /old        what stood there, where the system cannot exchange two folders
-                          /kept       finished work, for the next run (`rsi_deploy.execution.result_store`)
+    folder   .NAME.partial/lock       locked by the run that writes NAME; the system releases it when that run dies
+                          /new        the new content, which gets the name in one rename
+                          /old        the previous content, where the system cannot exchange two folders
+                          /kept       finished results for the next run (`rsi_deploy.execution.result_store`)
     file     .NAME.partial-XXXXXXXX   locked while it is written, then renamed
 
-Before a rename everything is on the disk (fsync). Whatever ends the work early takes it away, kill -9 alone excepted:
-what that leaves is told from a living run's work by its lock, which nobody holds any more, and the next run removes it.
+All content is flushed to disk (fsync) before a rename. A run that ends early removes its partial files, except after
+kill -9: then the lock is free, and the next run removes them.
 """
 
 import contextlib
@@ -23,21 +23,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rsi_deploy.core.errors import RsiDeployError, UsageError
-from rsi_deploy.io.locks import held_signals, is_at, remove, remove_if_stale, take_lock
+from rsi_deploy.io.locks import deferred_signals, is_still_at, remove, remove_if_stale, take_lock
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""What the system says where the disk, a quota or a limit on files does not let a write be done."""
+"""Error codes for a write that fails because the disk is full or a quota or file size limit is reached."""
 
-_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+_AT_FDCWD, _EXCHANGE = -100, 2  # arguments of Linux's renameat2
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputClaim:
-    """A folder that this run alone may make.
+    """The exclusive right of this run to write one folder.
 
     Attributes:
-        target: its final name, resolved.
-        place: the hidden folder beside it in which the work is done.
+        target: final path, resolved.
+        place: hidden folder beside the target in which the new content is built.
     """
 
     target: Path
@@ -45,22 +45,22 @@ class OutputClaim:
 
     @property
     def new(self) -> Path:
-        """What is to become the target."""
+        """Folder that becomes the target."""
         return self.place / "new"
 
     @property
     def old(self) -> Path:
-        """What stood there, for the moment between two renames."""
+        """Place of the previous target between two renames."""
         return self.place / "old"
 
     @property
     def kept(self) -> Path:
-        """Finished work that outlives this run if it is killed."""
+        """Finished results that survive a killed run."""
         return self.place / "kept"
 
     def deliver(self) -> None:
-        """Give `new` the target's name; what stands there is `new` then, or `old`, and goes when the claim ends."""
-        os.chmod(self.new, 0o755)  # whatever the umask: a bundle is for a server's user too
+        """Rename `new` to the target; the previous content moves to `new` or `old` and is removed with the claim."""
+        os.chmod(self.new, 0o755)  # readable for a server's user, whatever the umask
         sync_tree(self.new)
         if not self.target.exists():
             os.rename(self.new, self.target)
@@ -74,23 +74,23 @@ class OutputClaim:
         _sync(self.target.parent)
 
     def set_aside(self) -> None:
-        """Move what stands there away in one step; it goes when the claim ends."""
+        """Move the previous target away in one step; it is removed with the claim."""
         os.rename(self.target, self.old)
 
     def recover(self) -> None:
-        """Bring back what stood there, where it was moved aside and nothing has come in its place."""
+        """Move the previous target back if it was set aside and nothing replaced it."""
         if self.old.exists() and not self.target.exists():
             os.rename(self.old, self.target)
 
     def clear(self, *, kept: bool) -> None:
-        """Remove what lies in the hidden folder but for the lock, and `kept` too if told so."""
+        """Empty the hidden folder except for the lock; `kept` says whether finished results are removed too."""
         self.recover()
         for path in self.place.iterdir():
             if path.name != "lock" and (kept or path.name != "kept"):
                 remove(path)
 
     def end(self, *, kept: bool) -> None:
-        """Remove the hidden folder, or all of it but for `kept`, where there is some and it is not told to go."""
+        """Remove the hidden folder, except for finished results unless `kept` is true."""
         self.clear(kept=kept)
         if not self.kept.exists():
             (self.place / "lock").unlink()
@@ -98,53 +98,53 @@ class OutputClaim:
 
 
 @contextlib.contextmanager
-def claimed(target: Path) -> Iterator[OutputClaim]:
-    """Keep all other runs away from `target` for as long as the block lasts.
+def claim_output(target: Path) -> Iterator[OutputClaim]:
+    """Keep other runs away from `target` while the block runs.
 
-    What a killed run has left of it is removed first, but for finished work. That is removed when the block ends well
-    or with an error of the request itself; a crash, a full disk or a signal leaves it for the next run.
+    Leftovers of a killed run are removed first, except finished results. Those are removed when the block succeeds or
+    ends with an `RsiDeployError`; after a crash, a full disk or a signal they stay for the next run.
 
     Raises:
-        UsageError: another run is making it.
+        UsageError: Another run is writing the target.
     """
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     claim = OutputClaim(target=target, place=target.with_name(f".{target.name}.partial"))
-    over = False
+    done = False
     with contextlib.ExitStack() as held:
-        held.enter_context(held_signals())
+        held.enter_context(deferred_signals())
         handle = _locked(claim)
         held = held.pop_all()
     try:
-        held.close()  # a signal that came meanwhile is raised here
+        held.close()  # a deferred signal is raised here
         claim.clear(kept=False)
         yield claim
-        over = True
+        done = True
     except RsiDeployError:
-        over = True
+        done = True
         raise
     except BaseException as error:
-        _note(error, claim)
+        _add_notes(error, claim)
         raise
     finally:
-        with held_signals():
+        with deferred_signals():
             with contextlib.suppress(OSError):
-                claim.end(kept=over)
+                claim.end(kept=done)
             os.close(handle)
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A path to write a file at, which becomes `path` when the block ends well, and vanishes when it does not.
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path that is renamed to `path` when the block succeeds and removed when it fails.
 
     Args:
-        path: the final name; what is there is replaced in one step, and a link itself rather than what it points to.
-        durable: on the disk before it has its name; not for caches, which may as well be lost.
+        path: final path; a file or link there is replaced in one step, the target of a link stays as it is.
+        durable: whether to flush the file to disk before the rename; caches do not need it.
     """
     for stale in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
         remove_if_stale(stale)
     with contextlib.ExitStack() as held:
-        held.enter_context(held_signals())
+        held.enter_context(deferred_signals())
         work, handle = _locked_file(path)
         held = held.pop_all()
     try:
@@ -157,50 +157,50 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             _sync(path.parent)
     finally:
-        with held_signals():
+        with deferred_signals():
             work.unlink(missing_ok=True)
             os.close(handle)
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Write a text file in UTF-8, whole or not at all; see `whole_file`."""
-    with whole_file(path, durable=durable) as work:
+    """Write a UTF-8 text file completely or not at all; see `atomic_file`."""
+    with atomic_file(path, durable=durable) as work:
         work.write_text(text, encoding="utf-8", newline="\n")
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swap two paths of one file system in one step; False where the system cannot."""
+    """Swap two paths of one file system in one step; return False where the system cannot."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(call(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0)
+    return bool(call(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _EXCHANGE) == 0)
 
 
 def sync_tree(folder: Path) -> None:
-    """Have the disk hold every file of the folder, and the folders themselves."""
+    """Flush all files of a folder, and the folder itself, to disk."""
     for here, _, files in os.walk(folder, topdown=False):
         for name in files:
             _sync(Path(here) / name)
         _sync(Path(here))
 
 
-def _note(error: BaseException, claim: OutputClaim) -> None:
-    """Have an error that ended the work early say how much room there was, and what of the work is left."""
+def _add_notes(error: BaseException, claim: OutputClaim) -> None:
+    """Add to an error how much disk space was used and left, and where finished results are kept."""
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         written = sum(path.stat().st_size for path in claim.place.rglob("*") if path.is_file())
         free = shutil.disk_usage(claim.place).free
         room = f"{written / 1e6:,.1f} MB of {claim.target} were written and {free / 1e6:,.1f} MB are free there"
-        error.add_note(f"{room}: make room, or choose another disk")
+        error.add_note(f"{room}: free some space, or choose another disk")
     if claim.kept.exists():
-        error.add_note(f"finished work is kept: the same command goes on from it, rm -r {claim.place} drops it")
+        error.add_note(f"finished results are kept: run the same command to continue, rm -r {claim.place} to drop them")
 
 
 def _locked(claim: OutputClaim) -> int:
-    """The open lock of a claim.
+    """Return the open, locked lock file of a claim.
 
     Raises:
-        UsageError: a living run holds it; or nobody can tell, as the file system has no locks.
+        UsageError: Another run holds it, or the file system has no locks and the hidden folder exists already.
     """
     path = claim.place / "lock"
     while True:
@@ -211,7 +211,7 @@ def _locked(claim: OutputClaim) -> int:
             fresh = False
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # another run has just ended and removed it
+        except FileNotFoundError:  # another run just ended and removed it
             continue
         except NotADirectoryError:
             raise UsageError(f"{claim.place} is in the way: remove it, or choose another folder") from None
@@ -221,20 +221,22 @@ def _locked(claim: OutputClaim) -> int:
             raise
         got = take_lock(handle)
         if got is False:
-            said = os.pread(handle, 20, 0).decode(errors="replace").strip()
+            process = os.pread(handle, 20, 0).decode(errors="replace").strip()
             os.close(handle)
             raise UsageError(
-                f"another run{f' (process {said})' * bool(said)} is making {claim.target} now: wait for it, or choose "
-                f"another folder"
+                f"another run{f' (process {process})' * bool(process)} is writing {claim.target} now: "
+                f"wait for it, or choose another folder"
             )
         if got is None and not fresh:
             os.close(handle)
             raise UsageError(
-                f"{claim.place} is there, of a run that was killed or one that is at work: its file system has no "
-                f"locks to tell. Remove it if no run is, or choose another folder"
+                f"{claim.place} exists, from a killed run or one that is still working (the file system has no locks "
+                "to "
+                "tell which)",
+                hint="remove it if no other run is active, or choose another folder",
             )
-        if got is None or is_at(handle, path):
-            with contextlib.suppress(OSError):  # a full disk: nobody is told the number then
+        if got is None or is_still_at(handle, path):
+            with contextlib.suppress(OSError):  # on a full disk the process number is left out
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, str(os.getpid()).encode(), 0)
             return handle
@@ -242,22 +244,22 @@ def _locked(claim: OutputClaim) -> int:
 
 
 def _locked_file(path: Path) -> tuple[Path, int]:
-    """A new file beside `path`, and its open lock."""
+    """Create a temporary file beside `path` and lock it; return its path and open handle."""
     while True:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-        if take_lock(handle, wait=True) is None or is_at(handle, Path(name)):
+        if take_lock(handle, wait=True) is None or is_still_at(handle, Path(name)):
             return Path(name), handle
-        os.close(handle)  # another run took it for a leftover before it was locked
+        os.close(handle)  # another run removed it as stale before it was locked
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt":  # a folder cannot be opened there, nor a file synced that is only read
+    if os.name == "nt":  # Windows cannot open a folder, or sync a file opened for reading
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what has no such thing needs none
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without fsync need none
             raise
     finally:
         os.close(handle)
@@ -265,7 +267,7 @@ def _sync(path: Path) -> None:
 
 @functools.cache
 def _umask() -> int:
-    """What the process takes away from a new file's rights."""
+    """Return the process's umask, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -1,8 +1,8 @@
-"""Checkpoints as people have them, loaded without ever executing a pickle.
+"""Load checkpoints without executing a pickle.
 
-.safetensors                                the state dict itself
-.pth .pt .th .bin .ckpt (torch.save)        bare, or under `state_dict`, `model`, `model_state_dict`, ...
-keys                                        with DataParallel's `module.` or torch.compile's `_orig_mod.` prefix
+.safetensors                                a state dict
+.pth .pt .th .bin .ckpt (torch.save)        a state dict, alone or under `state_dict`, `model`, `model_state_dict`, ...
+keys                                        prefixes `module.` (DataParallel) and `_orig_mod.` (torch.compile) allowed
 """
 
 import json
@@ -18,24 +18,24 @@ from torch import Tensor, nn
 
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.io.archives import check_archive
-from rsi_deploy.io.limits import first_line, shown
+from rsi_deploy.io.limits import first_line, quoted_name
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 PREFIXES = ("module.", "_orig_mod.")
-# BatchNorm's counter came with torch 0.4.1; older checkpoints lack it, inference never reads it.
+# BatchNorm's counter exists since torch 0.4.1; older checkpoints lack it, and inference never reads it.
 COUNTER = "num_batches_tracked"
 
 
 def load_checkpoint_(module: nn.Module, path: str | Path) -> None:
-    """Load the state dict at `path` into `module`, every key and shape fitting exactly.
+    """Load the state dict at `path` into `module`; all keys and shapes must match.
 
     Raises:
-        UsageError: no such file.
-        ModelError: a file that is no checkpoint, one only a full pickle could read, or keys and shapes that do not
-            fit; the first few are named.
+        UsageError: The file does not exist.
+        ModelError: The file is not a checkpoint, can only be read by executing a pickle, or has keys or shapes that
+            do not match; the message names the first few.
     """
     expected = module.state_dict()
-    # A model may itself be wrapped (DataParallel, torch.compile): its own names win.
+    # If the module itself is wrapped (DataParallel, torch.compile), its prefixed names are used.
     names = dict(zip(_without_prefixes(expected), expected, strict=True))
     state = {names.get(key, key): value for key, value in read_state_dict(path).items()}
     own = {
@@ -46,7 +46,7 @@ def load_checkpoint_(module: nn.Module, path: str | Path) -> None:
         _listed("missing", sorted(k for k in expected.keys() - state.keys() if not k.endswith(COUNTER))),
         _listed("unexpected", sorted(state.keys() - expected.keys())),
         _listed(
-            "of another shape",
+            "with another shape",
             [
                 f"{key} {tuple(value.shape)}, the model has {tuple(own[key].shape)}"
                 for key, value in state.items()
@@ -58,14 +58,14 @@ def load_checkpoint_(module: nn.Module, path: str | Path) -> None:
         raise ModelError(
             f"checkpoint {Path(path).name} does not fit {type(module).__name__}: " + "; ".join(filter(None, problems))
         )
-    module.load_state_dict(state, strict=False)  # strict by the checks above, but for the counter
+    module.load_state_dict(state, strict=False)  # the checks above are strict, except for the counter
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The state dict at `path`, unwrapped and with wrapper prefixes taken off the keys."""
+    """Read the state dict at `path` without wrappers and key prefixes."""
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"no checkpoint at {path}; expected a .safetensors or torch.save file")
+        raise UsageError(f"no checkpoint at {path}", hint="expected a .safetensors or torch.save file")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     while isinstance(content, Mapping) and not _is_state_dict(content):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -75,7 +75,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not _is_state_dict(content):
         found = ", ".join(map(str, list(content)[:6])) if isinstance(content, Mapping) else type(content).__name__
         raise ModelError(
-            f"checkpoint {path.name} holds no state dict: found {found}; expected tensors by name, bare or under "
+            f"checkpoint {path.name} has no state dict: found {found}; expected tensors by name, bare or under "
             + ", ".join(WRAPPERS)
         )
     return _without_prefixes({str(key): value for key, value in content.items()})
@@ -93,7 +93,7 @@ def _read_safetensors(path: Path) -> object:
 
 def _read_torch(path: Path) -> object:
     if not _is_torch_save(path):
-        raise ModelError(f"{path.name} is not a torch.save file, or only the beginning of one: save or copy it again")
+        raise ModelError(f"{path.name} is not a torch.save file, or it is cut off: save or copy it again")
     try:
         if zipfile.is_zipfile(path):
             check_archive(path)
@@ -101,16 +101,16 @@ def _read_torch(path: Path) -> object:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise ModelError(
-            f"{path.name} can only be read by executing its pickle, which is refused: it holds "
-            f"{shown(found[1]) if found else 'more than tensors'}. Where you trust it, on a machine that you would "
-            f"lend to whoever made it, convert it once: {conversion_command(path)}"
+            f"{path.name} can only be read by executing its pickle, which is refused: it contains "
+            f"{quoted_name(found[1]) if found else 'more than tensors'}. If you trust its author, run this on a "
+            f"machine where it can do no harm, to convert it: {conversion_command(path)}"
         ) from error
     except Exception as error:  # torch.load raises many kinds on a damaged file
         raise ModelError(f"{path.name} is not a readable torch.save file: {first_line(error)}") from error
 
 
 def conversion_command(path: Path) -> str:
-    """The shell command that turns a full pickle at `path` into safetensors beside it. It executes the pickle."""
+    """Return the shell command that converts the pickle at `path` to safetensors; the command executes the pickle."""
     script = (
         "import sys, torch, safetensors.torch as st; "
         'm = torch.load(sys.argv[1], map_location="cpu", weights_only=False); '
@@ -122,14 +122,14 @@ def conversion_command(path: Path) -> str:
 
 
 def _is_torch_save(path: Path) -> bool:
-    """A zip archive, or (before torch 1.6) a pickle that opens with a magic number."""
+    """Return whether the file is a zip archive or, before torch 1.6, a pickle that starts with the magic number."""
     with path.open("rb") as file:
         head = file.read(32)
     return zipfile.is_zipfile(path) or torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in head
 
 
 def _is_state_dict(content: Mapping[object, object]) -> bool:
-    """Tensors with numbers in them: neither quantized nor sparse, nor without storage."""
+    """Return whether all values are dense CPU tensors, neither quantized nor sparse."""
     return bool(content) and all(
         isinstance(value, Tensor)
         and value.layout == torch.strided

@@ -1,4 +1,4 @@
-"""JSON documents from anywhere: no more text than a document of ours has, and no numbers that no measurement has."""
+"""Read JSON documents from any source, with a limit on their size and on the numbers in them."""
 
 import json
 import math
@@ -9,48 +9,50 @@ from typing import Any
 from rsi_deploy.core.errors import UsageError
 
 DOCUMENT_BYTES = 64 << 20
-"""Of one document: a report of ten thousand sites has a sixth of it."""
+"""Largest document; a report of ten thousand sites needs a sixth of it."""
 
 LARGEST = 1 << 63
-"""No number in a document is as large."""
+"""All numbers in a document are smaller than this."""
 
 _QUOTED = re.compile(r'"\s*[+-]?[\d_]{300,}')
-"""A text that schemas would read as a number, larger than floats are."""
+"""A quoted number too large for a float, which a schema would parse."""
 
 
 def read_document(path: str | Path) -> str:
-    """The text of a JSON document.
+    """Read the text of a JSON document.
 
     Args:
-        path: a file, or something else that can be read once, such as a shell's `<(...)`.
+        path: a file, or anything that can be read once, such as a shell's `<(...)`.
 
     Raises:
-        UsageError: more than `DOCUMENT_BYTES`, or a number that is not finite or not below `LARGEST`, or a text of one.
-        UnicodeDecodeError: it is no UTF-8.
-        OSError: it cannot be read.
+        UsageError: The document is larger than `DOCUMENT_BYTES`, or has a number that is not finite or not below
+            `LARGEST`.
+        UnicodeDecodeError: It is not UTF-8.
+        OSError: It cannot be read.
     """
     with Path(path).open("rb") as file:
         content = file.read(DOCUMENT_BYTES + 1)
     if len(content) > DOCUMENT_BYTES:
         raise UsageError(
-            f"{path} has more than {DOCUMENT_BYTES >> 20} MiB, which no document of rsi-deploy has; name the right file"
+            f"{path} has more than {DOCUMENT_BYTES >> 20} MiB, more than any document of rsi-deploy",
+            hint="check the path",
         )
     text = content.decode("utf-8")
     if found := _QUOTED.search(text):
-        raise UsageError(f"{path} holds the text {found[0][:20]}... for a number; make it again")
+        raise UsageError(f"{path} has the text {found[0][:20]}... in place of a number", hint="create it again")
     try:
         json.loads(text, parse_constant=_constant, parse_int=_number, parse_float=_number)
     except _NumberError as error:
         raise UsageError(
-            f"{path} holds the number {error}, which no document of rsi-deploy has; make it again"
+            f"{path} has the number {error}, which is out of range", hint="create the document again"
         ) from None
     except (ValueError, RecursionError):
-        pass  # no JSON: whoever reads it says so in better words
+        pass  # invalid JSON: the caller reports it with more context
     return text
 
 
 class _NumberError(Exception):
-    """A number that no document of ours has."""
+    """A number that is out of range."""
 
 
 def _number(text: str) -> float:

@@ -1,29 +1,30 @@
-"""Weights that go to disk as they come: a data file beside an ONNX model, appended to, read back memory-mapped.
+"""A data file beside an ONNX model: weights are appended one by one and read back memory-mapped.
 
     with DataFile(folder / "model.onnx.data") as data:
-        gp.split(model, factors, store=data.append)      every factor leaves memory once it is written
-        data.take_(model)                                the weights that stay dense follow
-    ir.save(model, folder / "model.onnx")                references alone: nothing is read or written again
+        gp.split(model, factors, store=data.append)      each factor leaves memory once it is written
+        data.store_initializers_(model)                  the weights that stay dense follow
+    ir.save(model, folder / "model.onnx")                the model refers to the data, which are not written again
 
-Tensors are padded to 64 bytes, or to a page where they are large, so that a runtime can map them.
+Offsets are aligned to 64 bytes, or to a page for large tensors, so that a runtime can map them.
 """
 
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
+from rsi_deploy.core.types import Array
+
 ALIGNMENT, PAGE, LARGE = 64, 65536, 1 << 20
-SMALL = 1024  # bytes: below, a tensor stays in the model file, as shape arithmetic must
+SMALL = 1024  # bytes; smaller tensors stay in the model file, where shape inference needs them
 CHUNK = 1 << 25  # bytes copied at a time
 
 
 class DataFile:
-    """A growing data file; what it gives back are `ir.ExternalTensor`s that hold no memory until they are read."""
+    """A growing data file whose `ir.ExternalTensor`s use no memory until they are read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,17 +38,17 @@ class DataFile:
     ) -> None:
         self._file.close()
 
-    def append(self, array: npt.NDArray[Any], name: str) -> ir.TensorProtocol:
-        """Write `array` in C order and return the tensor that reads it back; small ones stay in memory."""
+    def append(self, array: Array, name: str) -> ir.TensorProtocol:
+        """Write `array` in C order and return a tensor that refers to it; small arrays stay in memory."""
         tensor = ir.tensor(array, name=name)
         return tensor if tensor.nbytes < SMALL else self._written(tensor, array)
 
-    def take_(self, model: ir.Model) -> None:
-        """Bring every initializer into this file (or, if small, into the model), so that no other file is needed."""
+    def store_initializers_(self, model: ir.Model) -> None:
+        """Move every initializer into this file (small ones into the model), so that no other file is needed."""
         for graph in model.graphs():
             for value in graph.initializers.values():
                 tensor = value.const_value
-                if tensor is None or self._owns(tensor) or tensor.dtype == ir.DataType.STRING:
+                if tensor is None or self._holds(tensor) or tensor.dtype == ir.DataType.STRING:
                     continue
                 if tensor.nbytes >= SMALL:
                     value.const_value = self._written(tensor, tensor.numpy())
@@ -56,10 +57,10 @@ class DataFile:
                 if isinstance(tensor, ir.ExternalTensor):
                     tensor.release()
 
-    def _owns(self, tensor: ir.TensorProtocol) -> bool:
+    def _holds(self, tensor: ir.TensorProtocol) -> bool:
         return isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) == self.path
 
-    def _written(self, tensor: ir.TensorProtocol, array: npt.NDArray[Any]) -> ir.ExternalTensor:
+    def _written(self, tensor: ir.TensorProtocol, array: Array) -> ir.ExternalTensor:
         unit = PAGE if tensor.nbytes >= LARGE else ALIGNMENT
         offset = -(-self._file.tell() // unit) * unit
         self._file.seek(offset)

@@ -1,6 +1,6 @@
-"""How much an ONNX file may claim before it is refused, and how names from it are spoken of.
+"""Limits on ONNX files from unknown sources, and how messages show names from such files.
 
-A limit stands far above what real models reach; where one is in the way, the message says which.
+The limits are far above what real models need. A message that refuses a model names the limit.
 """
 
 from typing import TYPE_CHECKING
@@ -9,34 +9,34 @@ if TYPE_CHECKING:
     from onnx import NodeProto
 
 MODEL_BYTES = (1 << 31) - 1
-"""Of an ONNX file without its external data: what a protobuf message can hold."""
+"""Largest ONNX file without its external data; a protobuf message cannot be larger."""
 
 NAME_LENGTH = 10_000
-"""Characters of one name in a model."""
+"""Most characters in one name."""
 
 RANK = 32
-"""Dimensions of a tensor: numpy's own limit before version 2."""
+"""Most dimensions of a tensor, as in numpy 1."""
 
 NESTED_GRAPHS = 24
-"""Graphs within graphs (If, Loop, Scan); protobuf itself reads about 33."""
+"""Deepest nesting of graphs (If, Loop, Scan); protobuf reads about 33 levels."""
 
 NESTED_CALLS = 64
-"""Local functions that call each other."""
+"""Deepest nesting of calls of local functions."""
 
 EXPANDED_NODES = 300_000
-"""Nodes once every local function is written out where it is called."""
+"""Most nodes once every local function is inlined."""
 
-MADE_NUMBERS = 100_000_000
-"""Numbers in one value that a graph makes out of little: 400 MB of float32."""
+GENERATED_NUMBERS = 100_000_000
+"""Most numbers in one value that a graph generates: 400 MB of float32."""
 
-MADE_RATIO = 1024
-"""Numbers that a graph may make of each one that is stored in it or fed to it, where they are above `MADE_NUMBERS`."""
+GENERATED_RATIO = 1024
+"""For values above `GENERATED_NUMBERS`: the highest ratio to the numbers that are stored in the model or fed to it."""
 
 _SHOWN = 80
 
 
-def shown(name: str) -> str:
-    r"""A name from a file in quotes: control codes and marks of direction as their codes, the middle of long ones out.
+def quoted_name(name: str) -> str:
+    r"""Quote a name from a file: control and direction characters are escaped, long names lose their middle.
 
     Example:
         >>> shown("fc\x1b[31m\u202e")
@@ -47,13 +47,13 @@ def shown(name: str) -> str:
     return repr(name)
 
 
-def called(node: "NodeProto") -> str:
-    """How a message speaks of a node: its operator, and its name or its first output."""
-    operator = node.op_type if node.op_type.isidentifier() and len(node.op_type) < _SHOWN else shown(node.op_type)
-    return f"{operator} {shown(node.name or (node.output[0] if node.output else ''))}"
+def describe_node(node: "NodeProto") -> str:
+    """Describe a node in a message by its operator and its name or first output."""
+    operator = node.op_type if node.op_type.isidentifier() and len(node.op_type) < _SHOWN else quoted_name(node.op_type)
+    return f"{operator} {quoted_name(node.name or (node.output[0] if node.output else ''))}"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, fit to be shown."""
+    """Return the first line of an error's message, with unprintable characters escaped."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in text)

@@ -1,9 +1,8 @@
-"""Who is at work on a file or folder: a lock that the system lets go of when its process dies, however it dies.
+"""File locks, which the system releases when a process dies, and deferred signals.
 
-So what a killed run has left is told from what a living one is making, and the next run may remove it. Also the
-temporary folders of the system's own place for them:
+A lock tells whether the run that wrote a temporary file or folder is still alive; if not, the next run removes it.
 
-    TMP/rsi-deploy-scratch-XXXXXXXX      locked as long as it is used
+    TMP/rsi-deploy-scratch-XXXXXXXX      scratch folder, locked while it is used
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows: no locks, so that leftovers are the user's to remove
+except ImportError:  # Windows: no locks; the user removes leftovers
     fcntl = None  # type: ignore[assignment]
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -31,28 +30,28 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def held_signals() -> Iterator[None]:
-    """Have signals that Python would raise wait until the block has ended; they are raised then."""
+def deferred_signals() -> Iterator[None]:
+    """Defer SIGINT, SIGTERM and SIGHUP until the block has ended; the first one is handled then."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[tuple[int, FrameType | None]] = []
+    received: list[tuple[int, FrameType | None]] = []
     before: dict[int, Callable[[int, FrameType | None], Any]] = {}
     for number in ENDING:
         if callable(handler := signal.getsignal(number)):
             before[number] = handler
-            signal.signal(number, lambda number, frame: came.append((number, frame)))
+            signal.signal(number, lambda number, frame: received.append((number, frame)))
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number, frame in came[:1]:
+        for number, frame in received[:1]:
             before[number](number, frame)
 
 
 def take_lock(handle: int, *, wait: bool = False) -> bool | None:
-    """Take the lock of an open file or folder: whether it was got; None where there are no locks."""
+    """Lock an open file or folder; return whether it worked, or None where locks are not supported."""
     if fcntl is None:
         return None
     try:
@@ -60,13 +59,13 @@ def take_lock(handle: int, *, wait: bool = False) -> bool | None:
     except BlockingIOError:
         return False
     except OSError as error:
-        log.info("no locks here: %s", error)
+        log.info("locks are not supported: %s", error)
         return None
     return True
 
 
 def remove_if_stale(path: Path) -> None:
-    """Remove a temporary file or folder that no living run holds."""
+    """Remove a temporary file or folder unless a running process has locked it."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -78,21 +77,21 @@ def remove_if_stale(path: Path) -> None:
 
 @functools.cache
 def _clear_scratch(folder: str) -> None:
-    """Remove the scratch folders that killed runs have left; once a process."""
+    """Remove the scratch folders of killed runs, once per process."""
     for path in Path(folder).glob(f"{SCRATCH}*"):
         remove_if_stale(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it."""
+    """Remove a file, or a folder with its content."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def is_at(handle: int, path: Path) -> bool:
-    """Whether an open file still stands under its name."""
+def is_still_at(handle: int, path: Path) -> bool:
+    """Return whether `path` still refers to the open file."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
@@ -100,7 +99,7 @@ def is_at(handle: int, path: Path) -> bool:
 
 
 class ScratchFolder(tempfile.TemporaryDirectory[str]):
-    """A temporary folder of the system that the next run removes where this one is killed."""
+    """A temporary folder that the next run removes if this one is killed."""
 
     def __init__(self) -> None:
         _clear_scratch(tempfile.gettempdir())
@@ -108,11 +107,11 @@ class ScratchFolder(tempfile.TemporaryDirectory[str]):
             super().__init__(prefix=SCRATCH)
             try:
                 handle = os.open(self.name, os.O_RDONLY)
-            except FileNotFoundError:  # another run took it for a leftover before it was opened
+            except FileNotFoundError:  # another run removed it as stale before it was opened
                 self.cleanup()
                 continue
-            if take_lock(handle, wait=True) is None or is_at(handle, Path(self.name)):
+            if take_lock(handle, wait=True) is None or is_still_at(handle, Path(self.name)):
                 break
-            os.close(handle)  # or before it was locked
+            os.close(handle)  # another run removed it before it was locked
             self.cleanup()
         weakref.finalize(self, os.close, handle)

@@ -1,6 +1,6 @@
-"""ONNX files: read for surgery, written as one file or with data beside it, measured and told apart by their content.
+"""Read, write, measure and hash ONNX files.
 
-What a file claims is not believed: it comes in through `rsi_deploy.io.onnx_reader`.
+Every file is read through the checks of `rsi_deploy.io.onnx_reader`.
 """
 
 import contextlib
@@ -17,26 +17,25 @@ from rsi_deploy.core.errors import ModelError
 from rsi_deploy.io.limits import first_line
 from rsi_deploy.io.manifest import file_hash
 from rsi_deploy.io.onnx_checks.parts import all_tensors
-from rsi_deploy.io.onnx_maps import put_map_types_into
+from rsi_deploy.io.onnx_maps import restore_map_types_in_file
 from rsi_deploy.io.onnx_reader import load_model, read_proto
 
-# Above this many bytes of weights they go to model.onnx.data: a protobuf cannot pass 2 GiB, and copies cost memory.
+# More bytes of weights than this go to model.onnx.data: protobuf is limited to 2 GiB, and copies need memory.
 INLINE_LIMIT = 1 << 30
 
 
 def read_onnx(path: Path, *, assume_constant: bool = False) -> ir.Model:
-    """Read an ONNX file; large weights stay on disk, memory-mapped when they are used.
+    """Read an ONNX file; large weights stay on disk and are memory-mapped when they are used.
 
-    Every node gets a name of its own (see `name_nodes_`), so that reports and profiles can speak of it.
+    Every node gets a unique name (see `name_nodes_`), which reports and profiles refer to.
 
     Args:
-        path: the file.
-        assume_constant: take initializers that are graph inputs too, which a caller could override, for constants:
-            they are no inputs any more. (Before IR version 4 every initializer had to be an input; those stay.)
+        path: ONNX file.
+        assume_constant: treat initializers that are also graph inputs as constants and remove these inputs. Before IR
+            version 4 every initializer had to be an input; such inputs stay.
 
     Raises:
-        ModelError: not an ONNX file; external data missing, too short, or outside the model's folder; dims that do
-            not match the data; names that dangle, repeat or form a cycle.
+        ModelError: The file is not ONNX, or a check of `rsi_deploy.io.onnx_reader` fails.
     """
     model = load_model(path)
     name_nodes_(model)
@@ -47,20 +46,20 @@ def read_onnx(path: Path, *, assume_constant: bool = False) -> ir.Model:
 
 
 def name_nodes_(model: ir.Model) -> None:
-    """Give every node a name that no other node of the model has, in functions and bodies too.
+    """Give every node a unique name in the model, including nodes in functions and subgraphs.
 
-    A node without a name is called after its first output; of several with one name the first one keeps it.
+    An unnamed node is named after its first output. Where names repeat, the first node keeps the name.
     """
     graphs = [model.graph, *(function.graph for function in model.functions.values())]
     nodes = [node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)]
     taken = {node.name for node in nodes}
     seen: set[str] = set()
     for node in nodes:
-        wanted = name = node.name or next((value.name for value in node.outputs if value.name), node.op_type)
+        base = name = node.name or next((value.name for value in node.outputs if value.name), node.op_type)
         number = 0
         while name in seen or (name != node.name and name in taken):
             number += 1
-            name = f"{wanted}_{number}"
+            name = f"{base}_{number}"
         seen.add(name)
         node.name = name
 
@@ -70,35 +69,35 @@ def write_onnx(model: ir.Model, path: Path) -> None:
     if weight_bytes(model) > INLINE_LIMIT:
         write_external(model, path)
         return
-    ir.external_data.load_to_model(model)  # else a weight read from another file would go on living there
+    ir.external_data.load_to_model(model)  # else weights would stay in the file they were read from
     save_model(model, path)
 
 
 def write_external(model: ir.Model, path: Path) -> None:
-    """Write the model with all its weights in `NAME.data` beside it, one at a time, so that others can map them."""
+    """Write the model with all its weights in `NAME.data` beside it, one at a time, so that they can be mapped."""
     save_model(model, path, f"{path.name}.data")
 
 
 def save_model(model: ir.Model, path: Path, external_data: str | None = None) -> None:
-    """Write the model as it is, or with its weights in a file of that name beside it.
+    """Write the model as it is, or with its weights in a file named `external_data` beside it.
 
     Raises:
-        ModelError: it was read with something that ONNX cannot hold, such as a device without a name.
+        ModelError: ONNX cannot store something that the model was read with, such as a device without a name.
     """
     try:
         with _untyped_initializers(model):
             ir.save(model, path, external_data=external_data)
-        put_map_types_into(path, model)
+        restore_map_types_in_file(path, model)
     except ir.serde.SerdeError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ModelError(f"the model cannot be written again: {first_line(cause)}; export it anew") from error
+        raise ModelError(f"the model cannot be written: {first_line(cause)}", hint="export it again") from error
 
 
 @contextlib.contextmanager
 def _untyped_initializers(model: ir.Model) -> Iterator[None]:
-    """Have initializers written without an entry in value_info, which would say their types and shapes twice."""
+    """Write initializers without entries in value_info, which would repeat their types and shapes."""
     values = [v for graph in model.graphs() for v in graph.initializers.values() if not v.is_graph_input()]
     known = [(value, value.type, value.shape) for value in values if not value.is_graph_output()]
     try:
@@ -110,50 +109,51 @@ def _untyped_initializers(model: ir.Model) -> Iterator[None]:
             value.type, value.shape = kind, shape
 
 
-def forget_weights_(model: ir.Model) -> None:
-    """Let go of the weights now: a graph is full of cycles, and the exporter keeps its own alive in caches."""
+def release_weights_(model: ir.Model) -> None:
+    """Drop the weights now; otherwise reference cycles and the exporter's caches keep them in memory."""
     for value in model.graph.initializers.values():
         value.const_value = None
 
 
 def file_bytes(path: Path) -> int:
-    """Bytes of a model file and of its data file."""
+    """Return the bytes of a model file and its data file."""
     data = path.with_name(f"{path.name}.data")
     return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
 
 
-def refuse_growth(made: int, dense: int, name: str) -> None:
+def refuse_growth(compressed: int, dense: int, name: str) -> None:
     """Refuse a compressed model that is larger than the dense one.
 
     Args:
-        made: bytes of the compressed model.
-        dense: bytes of the dense model, as the user has it.
-        name: of the dense model.
+        compressed: bytes of the compressed model.
+        dense: bytes of the dense model as the user supplied it.
+        name: name of the dense model.
 
     Raises:
-        ModelError: both sizes, and what to type.
+        ModelError: The compressed model is larger.
     """
-    if made > dense:
+    if compressed > dense:
         raise ModelError(
-            f"{name} has {dense:,} bytes, but the compressed model has {made:,}, so it is not delivered; type a "
-            f"smaller rank or budget, split other sites (--include, --exclude), or add --allow-larger to have it anyway"
+            f"{name} has {dense:,} bytes, but the compressed model has {compressed:,}, so it is not delivered",
+            hint="type a smaller rank or budget, split other sites (--include, --exclude), or add --allow-larger to "
+            "keep it",
         )
 
 
-def bytes_as_given(path: Path) -> int:
-    """Bytes of a model file and of all the files beside it that hold its weights.
+def bytes_with_external_files(path: Path) -> int:
+    """Return the bytes of a model file and of all files that hold its external weights.
 
     Raises:
-        ModelError: not an ONNX file.
+        ModelError: The file is not ONNX.
     """
     return sum(file.stat().st_size for file in (path, *external_files(path)))
 
 
 def bytes_in_one_file(path: Path) -> int:
-    """Bytes that a model file would have with its external weights in it; none of them is read.
+    """Return the bytes that a model would have with its external weights inside; the weights are not read.
 
     Raises:
-        ModelError: not an ONNX file.
+        ModelError: The file is not ONNX.
     """
     proto = read_proto(path)
     weights = 0
@@ -162,20 +162,20 @@ def bytes_in_one_file(path: Path) -> int:
             size = next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0)
             tensor.ClearField("external_data")
             tensor.ClearField("data_location")
-            weights += size + 2 * _varint_bytes(size)  # lengths of the field and of the tensor, a byte for each tag
+            weights += size + 2 * _varint_bytes(size)  # lengths of field and tensor, and one byte for each tag
     return int(proto.ByteSize()) + weights
 
 
 def _varint_bytes(number: int) -> int:
-    """Bytes of a length in protobuf: seven bits in each."""
+    """Return the bytes of a protobuf length, which stores seven bits per byte."""
     return max(1, -(-number.bit_length() // 7))
 
 
 def external_files(path: Path) -> list[Path]:
-    """The files beside a model that hold its external weights, by name; one that is missing is left out.
+    """List the existing files that hold a model's external weights, by name.
 
     Raises:
-        ModelError: not an ONNX file.
+        ModelError: The file is not ONNX.
     """
     names = {
         entry.value
@@ -188,13 +188,13 @@ def external_files(path: Path) -> list[Path]:
 
 
 def model_hash(path: Path) -> str:
-    """sha256 of an ONNX file, in hexadecimal; with external data, of the hashes of all its files."""
+    """Return the sha256 of an ONNX file in hexadecimal; with external data, of the hashes of all its files."""
     hashes = [file_hash(file) for file in (path, *external_files(path))]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def weights_hash(model: ir.Model) -> str:
-    """sha256 over the names, types, shapes and bytes of all initializers, in the order of their names."""
+    """Return the sha256 of the names, types, shapes and bytes of all initializers, in the order of their names."""
     digest = hashlib.sha256()
     for graph in model.graphs():
         for name, value in sorted(graph.initializers.items()):
@@ -205,14 +205,14 @@ def weights_hash(model: ir.Model) -> str:
             if tensor.dtype != ir.DataType.STRING and tensor.size:
                 digest.update(np.ascontiguousarray(tensor.numpy()).view(np.uint8).data)
             if isinstance(tensor, ir.ExternalTensor):
-                tensor.release()  # unmap: pages that were read would count as ours
+                tensor.release()  # unmap, or the pages would count as memory of this process
     return digest.hexdigest()
 
 
 def remove_unused_(model: ir.Model) -> str:
-    """Remove the initializers that nobody uses; a note that says which, or "".
+    """Remove unused initializers; return a note that names them, or "".
 
-    One that is a graph input too stays where a caller may feed it (from IR version 4 on).
+    From IR version 4 on, an initializer that is also a graph input stays, as callers may feed it.
     """
     unused = [
         value
@@ -227,11 +227,11 @@ def remove_unused_(model: ir.Model) -> str:
     for value in unused:
         remove_unused(value, overridable=True)
     more = f" and {len(names) - 3} more" * (len(names) > 3)
-    return f"unused initializers are left out: {', '.join(names[:3])}{more}, {size:,} bytes"
+    return f"unused initializers were removed: {', '.join(names[:3])}{more}, {size:,} bytes"
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers of the model's graphs."""
+    """Return the bytes of all initializers of the model's graphs."""
     return sum(tensor.nbytes for tensor in _initializers(model))
 
 

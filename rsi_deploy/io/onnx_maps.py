@@ -1,9 +1,10 @@
-"""Map types of a graph's values, which onnx_ir cannot hold: taken off before it reads a model, put back into the file.
+"""Preserve map types of a graph's inputs and outputs, which onnx_ir cannot represent.
 
-    seq(map(int64, tensor(float)))   what ZipMap gives, the last node of most scikit-learn classifiers
-    map(string, tensor(float))       what DictVectorizer takes
+    seq(map(int64, tensor(float)))   output of ZipMap, the last node of most scikit-learn classifiers
+    map(string, tensor(float))       input of DictVectorizer
 
-A value without a type is valid for onnxruntime, which infers it; onnx's checker wants the type of a graph's outputs.
+They are removed before onnx_ir reads a model and restored in the written file. onnxruntime infers a missing type, but
+onnx's checker requires the types of a graph's outputs.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,15 +19,15 @@ _KEY = "rsi_deploy.map_types"
 
 
 def has_map(declared: TypeProto) -> bool:
-    """Whether a type is a map, or a sequence or an optional of maps."""
+    """Return whether a type is a map, or a sequence or optional of maps."""
     kind = declared.WhichOneof("value")
     if kind in ("sequence_type", "optional_type"):
         return has_map(getattr(declared, kind).elem_type)
     return bool(kind == "map_type")
 
 
-def take_map_types_(proto: ModelProto) -> dict[str, TypeProto]:
-    """Take the map types off all values; those of inputs and outputs by the value's name."""
+def remove_map_types_(proto: ModelProto) -> dict[str, TypeProto]:
+    """Remove the map types of all values; return those of inputs and outputs by name."""
     taken: dict[str, TypeProto] = {}
     for graph in all_graphs(proto):
         for value in (*graph.input, *graph.output):
@@ -39,20 +40,20 @@ def take_map_types_(proto: ModelProto) -> dict[str, TypeProto]:
     return taken
 
 
-def keep_map_types_(model: ir.Model, types: Mapping[str, TypeProto]) -> None:
-    """Keep the types beside the model, for `put_map_types_back_`."""
+def store_map_types_(model: ir.Model, types: Mapping[str, TypeProto]) -> None:
+    """Store the types in the model's metadata for `restore_map_types_`."""
     if types:
         model.meta[_KEY] = dict(types)
 
 
 def map_types(model: ir.Model) -> Mapping[str, TypeProto]:
-    """The types that were taken off the model's inputs and outputs."""
+    """Return the types that were removed from the model's inputs and outputs."""
     found: Mapping[str, TypeProto] = model.meta.get(_KEY, {})
     return found
 
 
-def put_map_types_back_(proto: ModelProto, model: ir.Model) -> None:
-    """Declare the map types of `model` in what it was made into."""
+def restore_map_types_(proto: ModelProto, model: ir.Model) -> None:
+    """Restore the map types of `model` in a proto that was made from it."""
     types = map_types(model)
     for graph in all_graphs(proto):
         for value in (*graph.input, *graph.output):
@@ -60,11 +61,11 @@ def put_map_types_back_(proto: ModelProto, model: ir.Model) -> None:
                 value.type.CopyFrom(types[value.name])
 
 
-def put_map_types_into(path: Path, model: ir.Model) -> None:
-    """Declare the map types of `model` in the file that it was written to."""
+def restore_map_types_in_file(path: Path, model: ir.Model) -> None:
+    """Restore the map types of `model` in a file that was written from it."""
     if map_types(model):
         proto = ModelProto.FromString(path.read_bytes())
-        put_map_types_back_(proto, model)
+        restore_map_types_(proto, model)
         path.write_bytes(proto.SerializeToString())
 
 

@@ -1,6 +1,6 @@
-"""Pictures from anywhere: a few formats, whose decoders run no other program, and no more pixels than a photograph.
+"""Read pictures from any source, in formats whose decoders run no other program, with a limit on the pixels.
 
-A picture becomes an array `(height, width, channels)` of 1 (gray), 3 (RGB) or 4 (RGBA) channels, turned as its EXIF
+A picture becomes an array `(height, width, channels)` with 1 (gray), 3 (RGB) or 4 (RGBA) channels, rotated as its EXIF
 orientation says. Of several frames the first is read.
 
     Pillow's mode                            array
@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
+
+from rsi_deploy.core.types import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names; it reads more, some of them by calling Ghostscript."""
+"""Formats by Pillow's names; Pillow reads more, some of them by running Ghostscript."""
 
 MOST_PIXELS = 50_000_000
 
-_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 
 Result = TypeVar("Result")
-Pixels = npt.NDArray[Any]
 
 
 class TooLargeError(ValueError):
@@ -38,52 +38,52 @@ class TooLargeError(ValueError):
 
 
 class UnknownRangeError(ValueError):
-    """A picture whose pixels have no known range, so that black and white are not known; says what it has."""
+    """A picture whose pixels have no known range; the message describes them."""
 
 
-def read_picture(source: str | Path | IO[bytes]) -> Pixels:
-    """The picture in a file as uint8 or uint16 `(height, width, channels)`; see the module's docstring.
+def read_picture(source: str | Path | IO[bytes]) -> Array:
+    """Read a picture as uint8 or uint16 `(height, width, channels)`; see the module's docstring.
 
     Raises:
-        TooLargeError: more than `MOST_PIXELS`; found before anything is decoded.
-        UnknownRangeError: pixels of 32-bit integers, or of floating numbers outside 0 to 1.
-        ValueError: it is no picture that can be read.
+        TooLargeError: It has more than `MOST_PIXELS`; this is checked before decoding.
+        UnknownRangeError: Its pixels are 32-bit integers, or floats outside 0 to 1.
+        ValueError: It cannot be read.
     """
     try:
         return with_picture(source, picture_array)
     except ValueError:
         raise
-    except Exception as error:  # a conversion that this Pillow cannot do
+    except Exception as error:  # a conversion that the installed Pillow does not support
         raise ValueError(str(error)[:200] or type(error).__name__) from error
 
 
-def picture_array(picture: "Image") -> Pixels:
-    """A picture that Pillow holds, as `read_picture` gives it.
+def picture_array(picture: "Image") -> Array:
+    """Convert a picture of Pillow as `read_picture` does.
 
     Raises:
-        UnknownRangeError: as in `read_picture`.
+        UnknownRangeError: As in `read_picture`.
     """
     largest = _largest_value(picture)
-    white_is_zero = _tiff_tag(picture, _PHOTOMETRIC) == _WHITE_IS_ZERO  # Pillow turns 8-bit pictures alone
+    white_is_zero = _tiff_tag(picture, _PHOTOMETRIC) == _WHITE_IS_ZERO  # Pillow inverts only 8-bit pictures
     picture = _upright(picture)
     if largest is not None:
         values = largest - np.asarray(picture) if white_is_zero else np.asarray(picture)
         return np.rint(values * np.float32(65535 / largest)).astype(np.uint16)[:, :, None]
-    picture = picture.convert("LA") if picture.mode == "La" else picture  # Pillow converts it to nothing else
+    picture = picture.convert("LA") if picture.mode == "La" else picture  # the only conversion that Pillow supports
     mode = "RGBA" if _has_alpha(picture) else "L" if picture.mode in ("1", "L") else "RGB"
     return np.asarray(picture.convert(mode)).reshape(picture.height, picture.width, -1)
 
 
 def with_picture(source: str | Path | IO[bytes], use: Callable[["Image"], Result]) -> Result:
-    """What `use` makes of the picture in a file.
+    """Open the picture in a file, call `use` on it and return the result.
 
     Raises:
-        TooLargeError: more than `MOST_PIXELS`; found before anything is decoded.
-        ValueError: it is no picture that can be read.
+        TooLargeError: It has more than `MOST_PIXELS`; this is checked before decoding.
+        ValueError: It cannot be read.
     """
     from PIL import Image, UnidentifiedImageError
 
-    if isinstance(source, str | Path):  # Pillow maps a file that it opens, and scrambles a TIFF that it turns then
+    if isinstance(source, str | Path):  # a file opened by Pillow is mapped, and a rotated TIFF is then wrong
         try:
             with open(source, "rb") as file:
                 return with_picture(file, use)
@@ -95,23 +95,23 @@ def with_picture(source: str | Path | IO[bytes], use: Callable[["Image"], Result
         raise TooLargeError(str(error)) from error
     except UnidentifiedImageError as error:
         raise ValueError(f"cannot identify it as one of {', '.join(FORMATS)}") from error
-    except Exception as error:  # decoders raise many kinds on damaged files
+    except Exception as error:  # decoders raise many types for damaged files
         raise ValueError(str(error)[:200] or type(error).__name__) from error
     with picture:
         if picture.width * picture.height > MOST_PIXELS:
             raise TooLargeError(f"{picture.width} x {picture.height} pixels are more than {MOST_PIXELS}")
         try:
             picture.load()
-        except Exception as error:  # as above
+        except Exception as error:  # decoders raise many types for damaged files
             raise ValueError(str(error)[:200] or type(error).__name__) from error
         return use(picture)
 
 
 def _largest_value(picture: "Image") -> int | None:
-    """The value of a white pixel, where pixels have more than 8 bits; else None.
+    """Return the value of a white pixel where pixels have more than 8 bits; else None.
 
     Raises:
-        UnknownRangeError: nothing says which value is white.
+        UnknownRangeError: The value of white is not known.
     """
     if picture.mode.startswith("I;16"):
         bits = _tiff_tag(picture, _BITS) or (16,)
@@ -122,32 +122,33 @@ def _largest_value(picture: "Image") -> int | None:
         raise UnknownRangeError("integer pixels whose range is not known (mode I, 32 bits)")
     if picture.mode == "F":
         pixels = np.asarray(picture)
-        if not (pixels.min() >= 0 and pixels.max() <= 1):  # not so for NaN either
+        if not (pixels.min() >= 0 and pixels.max() <= 1):  # False for NaN
             raise UnknownRangeError(
-                f"floating pixels from {pixels.min():g} to {pixels.max():g} (mode F), where only 0 to 1 is known"
+                f"floating pixels from {pixels.min():g} to {pixels.max():g} (mode F), where only the range 0 to 1 is "
+                "supported"
             )
         return 1
     return None
 
 
 def _tiff_tag(picture: "Image", number: int) -> Any:
-    """A tag of a TIFF; None where the picture is none, or has no such tag."""
+    """Return a tag of a TIFF, or None if the picture is no TIFF or has no such tag."""
     tags = getattr(picture, "tag_v2", None)
     return None if tags is None else tags.get(number)
 
 
 def _upright(picture: "Image") -> "Image":
-    """The picture the way up that its EXIF orientation says; Pillow turns a TIFF by itself."""
+    """Rotate the picture as its EXIF orientation says; Pillow already does so for a TIFF."""
     from PIL import ImageOps
 
     if picture.format == "TIFF":
         return picture
     try:
         return ImageOps.exif_transpose(picture)
-    except Exception:  # damaged EXIF says nothing about the pixels; readers raise many kinds on it
+    except Exception:  # damaged EXIF data do not affect the pixels; readers raise many types
         return picture
 
 
 def _has_alpha(picture: "Image") -> bool:
     palette = picture.palette.mode if picture.mode == "P" and picture.palette is not None else ""
-    return picture.mode in _WITH_ALPHA or "transparency" in picture.info or palette.endswith("A")
+    return picture.mode in _ALPHA_MODES or "transparency" in picture.info or palette.endswith("A")

@@ -1,13 +1,13 @@
-"""`torch.export` programs (`.pt2`), which torch's own reader would run code of: what does so is refused beforehand.
+"""Read `torch.export` programs (`.pt2`) after checking that torch's reader would execute no code from the file.
 
-    pickles                     read as weights alone (`weights_only`), wherever torch would execute them
-    custom and opaque objects   refused: only executing their pickles makes them
-    compiled libraries          refused: loading them runs them
-    expressions, guards         torch evaluates their text: arithmetic on sizes alone may stand there
-    operators                   looked up by name anywhere in torch: those of its operator tables alone may be named
+    pickles                     loaded with `weights_only`, wherever torch would execute them
+    custom and opaque objects   refused: they exist only as pickles
+    compiled libraries          refused: loading them executes them
+    expressions, guards         torch evaluates their text, so only arithmetic on sizes is allowed
+    operators                   torch looks them up by name, so only names of its operator tables are allowed
 
-Nothing here is a proof: torch's reader is large, and changes. A file of somebody you do not trust belongs on a machine
-that has nothing to lose, or should come as ONNX.
+These checks are no proof: torch's reader is large and changes. Load files that you do not trust on an isolated machine,
+or use ONNX.
 """
 
 import ast
@@ -26,7 +26,7 @@ from rsi_deploy.core.errors import ModelError
 from rsi_deploy.io.archives import check_archive
 
 OBJECTS = ("custom_obj", "opaque_obj")
-"""How the names of pickled objects in an archive begin."""
+"""Prefixes of the names of pickled objects in an archive."""
 
 _OPERATOR = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?|torch\._?sym_\w+|_operator\.\w+|math\.\w+")
 _ARITHMETIC = (
@@ -42,15 +42,15 @@ _ARITHMETIC = (
     ast.expr_context,
 )
 _NAME = re.compile(r"(?!.*__)[A-Za-z]\w*")
-_METHODS = ("size", "stride", "storage_offset")  # that guards ask of inputs
+_METHODS = ("size", "stride", "storage_offset")  # methods of inputs that guards call
 _LONGEST = 10_000
 
 
 def read_program(path: Path) -> "torch.export.ExportedProgram":
-    """The program in a file.
+    """Read the program in a file.
 
     Raises:
-        ModelError: what it holds that would be executed, or why torch cannot read it.
+        ModelError: The file holds something that would be executed, or torch cannot read it.
     """
     try:
         check_archive(path)
@@ -58,19 +58,19 @@ def read_program(path: Path) -> "torch.export.ExportedProgram":
             _check_member(name, content)
     except (ValueError, OSError, RecursionError, zipfile.BadZipFile) as error:
         raise ModelError(
-            f"{path.name} is not a readable torch.export archive: {error}; save it again with torch.export.save"
+            f"{path.name} is not a readable torch.export archive: {error}", hint="save it again with torch.export.save"
         ) from error
     except _CodeError as error:
         raise ModelError(
-            f"{path.name} holds {error}, which could run code when it is loaded: refused; where you trust it, export "
-            "it to ONNX yourself (torch.onnx.export) and give the .onnx file"
+            f"{path.name} contains {error}, which could run code when it is loaded, so it is refused",
+            hint="if you trust it, export it to ONNX yourself (torch.onnx.export) and give the .onnx file",
         ) from error
     try:
         with _weights_only():
             return torch.export.load(path)
-    except Exception as error:  # torch.export.load raises many kinds on a damaged archive
+    except Exception as error:  # torch.export.load raises many types for a damaged archive
         raise ModelError(
-            f"{path.name} is not a readable torch.export archive: {error}; save it again with torch.export.save"
+            f"{path.name} is not a readable torch.export archive: {error}", hint="save it again with torch.export.save"
         ) from error
 
 
@@ -79,7 +79,7 @@ class _CodeError(Exception):
 
 
 def _members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Names and contents, as Python reads the archive and as torch does: the two need not see the same."""
+    """Yield names and contents as Python reads the archive and as torch does, which may differ."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             yield entry.filename, lambda entry=entry: archive.read(entry)  # type: ignore[misc]
@@ -122,7 +122,7 @@ def _check_json(value: Any) -> None:
 
 
 def _check_expression(text: str, *, calls: bool) -> None:
-    """Arithmetic on names and numbers; `calls` of functions with a capital (sympy's and torch's), or of `_METHODS`."""
+    """Allow arithmetic on names and numbers; with `calls`, also calls of capitalized functions, else of `_METHODS`."""
     try:
         tree = ast.parse(text[: _LONGEST + 1], mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -130,9 +130,9 @@ def _check_expression(text: str, *, calls: bool) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             function = node.func
-            named = isinstance(function, ast.Name) and calls and not function.id.islower()
-            asked = isinstance(function, ast.Attribute) and not calls and function.attr in _METHODS
-            fine = named or (asked and not node.keywords)
+            is_symbolic = isinstance(function, ast.Name) and calls and not function.id.islower()  # sympy's or torch's
+            is_method = isinstance(function, ast.Attribute) and not calls and function.attr in _METHODS
+            fine = is_symbolic or (is_method and not node.keywords)
         elif isinstance(node, ast.Attribute):
             fine = not calls and node.attr in _METHODS
         elif isinstance(node, ast.Name):
@@ -150,7 +150,7 @@ def _check_expression(text: str, *, calls: bool) -> None:
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """torch.load as `weights_only` wherever torch itself calls it, also where it says otherwise."""
+    """Make torch.load use `weights_only` wherever torch calls it."""
     names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ[names[0]] = "1"

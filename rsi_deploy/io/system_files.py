@@ -1,4 +1,4 @@
-"""Files and folders that operating systems leave beside data: hidden ones, `._*` and `__MACOSX` of macOS..."""
+"""Files and folders that operating systems leave beside data: hidden ones, and `._*` and `__MACOSX` of macOS."""
 
 from pathlib import PurePath
 
@@ -6,7 +6,7 @@ _NAMES = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "desktop.ini", "l
 
 
 def is_system_file(path: str | PurePath) -> bool:
-    """Whether any part of a relative path is hidden or belongs to the system: then it is no data.
+    """Return whether any part of a relative path is hidden or belongs to the operating system.
 
     Example:
         >>> is_system_file("__MACOSX/cat/a.png"), is_system_file("cat/._a.png"), is_system_file("cat/a.png")

@@ -1,20 +1,17 @@
-"""Out of memory on a GPU: the same computation once more, on the CPU."""
+"""Out of memory on a GPU: the same computation once more, on the CPU.
 
-from collections.abc import Callable
-from typing import TypeVar
+with suppress(torch.OutOfMemoryError):      with the exception goes what the attempt held
+result = compute(weight)
+if result is None:
+result = compute(*on_cpu(weight))
+"""
 
 import torch
 from torch import Tensor
 
-Result = TypeVar("Result")
 
-
-def or_on_cpu(compute: Callable[..., Result], *tensors: Tensor) -> tuple[Result, bool]:
-    """`compute(*tensors)`, and whether a GPU's memory did not hold it: then it is of their copies on the CPU."""
-    try:
-        return compute(*tensors), False
-    except torch.OutOfMemoryError:
-        pass  # with the exception goes what the attempt held
+def on_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Copies on the CPU, after a GPU's cache is emptied: results need room there, in pieces of any size."""
     if any(tensor.is_cuda for tensor in tensors):
-        torch.cuda.empty_cache()  # room for what comes back, in pieces of any size
-    return compute(*(tensor.cpu() for tensor in tensors)), True
+        torch.cuda.empty_cache()
+    return tuple(tensor.cpu() for tensor in tensors)

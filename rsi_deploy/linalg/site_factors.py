@@ -1,26 +1,38 @@
 """One site's factorization and the record of it: shared by the PyTorch way and the ONNX way."""
 
+from contextlib import suppress
+
+import torch
 from torch import Tensor
 
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import SiteRecord, unmeasured_record
 from rsi_deploy.linalg.batched_solver import Solves
 from rsi_deploy.linalg.factor_errors import errors_of
-from rsi_deploy.linalg.memory import or_on_cpu
+from rsi_deploy.linalg.memory import on_cpu
 from rsi_deploy.linalg.solver import Factors
 
 
 def factorize_site(
-    name: str,
-    kind: str,
     weight: Tensor,
     rank: int,
     solver: Solves,
     *,
+    name: str,
+    kind: str,
     reason: str = "split",
     nodes: tuple[str, ...] = (),
 ) -> tuple[Factors, SiteRecord]:
     """Factorize one site's `weight (groups, out, in)` at `rank` and measure the factors' errors.
+
+    Args:
+        weight: of the site.
+        rank: of the factors.
+        solver: computes them.
+        name: of the site.
+        kind: of operation.
+        reason: of the decision; the record adds what came otherwise than requested.
+        nodes: that use the weight.
 
     Returns:
         factors `left (groups, out, rank)`, `right (groups, rank, in)` in the weight's dtype, and the record.
@@ -72,7 +84,11 @@ def split_record(
         seconds=seconds,
         nodes=nodes,
     )
-    errors, moved = or_on_cpu(lambda W, left, right: errors_of(W, Factors(left, right), projected), weight, *factors)
-    if moved:
+    errors = None
+    with suppress(torch.OutOfMemoryError):
+        errors = errors_of(weight, factors, projected)
+    if errors is None:
+        W, left, right = on_cpu(weight, *factors)
+        errors = errors_of(W, Factors(left, right), projected)
         errors["reason"] = f"{reason}; errors measured on the CPU, for want of GPU memory"
     return record.model_copy(update=errors)

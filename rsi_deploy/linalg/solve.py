@@ -22,7 +22,7 @@ from rsi_deploy.linalg.batched import exact_batch, is_small, iterate_batch
 from rsi_deploy.linalg.checks import settled
 from rsi_deploy.linalg.operand import PANEL_BYTES, Operand, working_dtype
 from rsi_deploy.linalg.products.rates import rates
-from rsi_deploy.linalg.routes.chebyshev import Draw, chebyshev, shifts, steps
+from rsi_deploy.linalg.routes.chebyshev import Draw, iterate, shifts, steps
 from rsi_deploy.linalg.routes.direct import direct
 from rsi_deploy.linalg.routes.exact import exact
 from rsi_deploy.linalg.routes.gram import gram
@@ -160,7 +160,7 @@ def _one(
     if route == "gram":
         X, Y, route = gram(operand, draw, done, mixed=mixed)
     elif route == "chebyshev":
-        X, Y = chebyshev(operand, draw, done, mixed=mixed)
+        X, Y = iterate(operand, draw, shifts(done), mixed=mixed)
     else:
         X, Y = direct(operand, draw, q, mixed=mixed)
     X, Y = cut(X, Y, rank)

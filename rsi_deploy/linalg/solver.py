@@ -20,6 +20,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -30,9 +31,9 @@ from rsi_deploy.linalg.batched import is_small
 from rsi_deploy.linalg.certified_norm import Interval, certified_norm
 from rsi_deploy.linalg.checks import at, checked
 from rsi_deploy.linalg.factors import Factors, balanced, stored
-from rsi_deploy.linalg.memory import or_on_cpu
+from rsi_deploy.linalg.memory import on_cpu
 from rsi_deploy.linalg.operand import working_dtype
-from rsi_deploy.linalg.solve import How, Solved, solve
+from rsi_deploy.linalg.solve import How, solve
 
 __all__ = [
     "Factors",
@@ -113,8 +114,11 @@ class Solver:
         started = time.perf_counter()
         full = min(weight.shape[-2:], default=0) if weight.ndim > 1 else 0
         note = f"rank {rank} is above full rank: exact factors of rank {full}" if rank > full > 0 else ""
-        solution, moved = or_on_cpu(lambda W: self._solved(W, rank, site), weight)
-        if moved:
+        solution = None
+        with suppress(torch.OutOfMemoryError):
+            solution = self._solved(weight, rank, site)
+        if solution is None:
+            solution = self._solved(*on_cpu(weight), rank, site)
             log.warning("%sthe GPU's memory does not hold the blocks: factorized on the CPU", at(site))
             factors = Factors(*(factor.to(weight.device) for factor in solution.factors))
             solution = solution._replace(factors=factors, note="factorized on the CPU, for want of GPU memory")
@@ -124,8 +128,17 @@ class Solver:
     def _solved(self, weight: Tensor, rank: int, site: str) -> Solution:
         if self.method == "svd":
             return Solution(exact_svd(weight, rank, site=site), "svd", 0)
-        solved, dtype = _iterated(weight, rank, self._how(), oversampling=self.oversampling, seed=self.seed, site=site)
-        return Solution(stored(solved.X, solved.Y.mT, dtype), solved.route, solved.q)
+        W, rank, scale = checked(weight, rank, site)
+        how = self._how()
+        if how.q != "auto" and how.q < 1:
+            raise ValueError(f"{at(site)}power_iterations must be at least 1 (1 is RSVD), but got {how.q!r}")
+        if self.oversampling < 0:
+            raise ValueError(f"{at(site)}oversampling must not be negative, but got {self.oversampling!r}")
+        columns = min(rank + self.oversampling, *W.shape[-2:])
+        solved = solve(W, lambda side: _sketch(W, side, columns, self.seed, site), columns, rank, scale, how)
+        if not torch.isfinite(solved.Y.sum()) and not torch.isfinite(solved.Y).all():
+            raise ValueError(f"{at(site)}the factors do not fit into {working_dtype(W)}; pass weight.double()")
+        return Solution(stored(solved.X, solved.Y.mT, weight.dtype), solved.route, solved.q)
 
     def batches(self, weight: Tensor) -> bool:
         """Whether weights like this one `(out, in)` go through batched products in `many`."""
@@ -203,24 +216,14 @@ def rsi(
         >>> torch.allclose(left @ right, weight, atol=1e-4)
         True
     """
-    how = How(route=route, q=power_iterations, mixed=mixed_precision)
-    solved, dtype = _iterated(weight, rank, how, oversampling=oversampling, seed=seed, site=site)
-    return stored(solved.X, solved.Y.mT, dtype)
-
-
-def _iterated(
-    weight: Tensor, rank: int, how: How, *, oversampling: int, seed: int, site: str
-) -> tuple[Solved, torch.dtype]:
-    W, rank, scale = checked(weight, rank, site)
-    if how.q != "auto" and how.q < 1:
-        raise ValueError(f"{at(site)}power_iterations must be at least 1 (1 is RSVD), but got {how.q!r}")
-    if oversampling < 0:
-        raise ValueError(f"{at(site)}oversampling must not be negative, but got {oversampling!r}")
-    columns = min(rank + oversampling, *W.shape[-2:])
-    solved = solve(W, lambda side: _sketch(W, side, columns, seed, site), columns, rank, scale, how)
-    if not torch.isfinite(solved.Y.sum()) and not torch.isfinite(solved.Y).all():
-        raise ValueError(f"{at(site)}the factors do not fit into {working_dtype(W)}; pass weight.double()")
-    return solved, weight.dtype
+    solver = Solver(
+        power_iterations=power_iterations,
+        oversampling=oversampling,
+        seed=seed,
+        route=route,
+        mixed_precision=mixed_precision,
+    )
+    return solver(weight, rank, site=site)
 
 
 def _sketch(weight: Tensor, side: int, columns: int, seed: int, site: str) -> Tensor:

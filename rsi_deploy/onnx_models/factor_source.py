@@ -187,7 +187,7 @@ class FactorSource:
 
 def factorized(weight: torch.Tensor, *, name: str, kind: str, rank: int, solver: Solver) -> tuple[Factors, SiteRecord]:
     """`factorize_site` as a call; the record's reason is "", or "; " and what came otherwise than asked."""
-    return factorize_site(name, kind, weight, rank, solver, reason="")
+    return factorize_site(weight, rank, solver, name=name, kind=kind, reason="")
 
 
 def jointly(

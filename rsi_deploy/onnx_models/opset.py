@@ -24,8 +24,8 @@ from onnx_ir.passes.common import InlinePass
 from graph_passes.constants import OVERRIDABLE_IR_VERSION
 from graph_passes.names import Names
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.io.onnx_checks.broken_models import objection
-from rsi_deploy.io.onnx_maps import keep_map_types_, map_types, put_map_types_back_, take_map_types_
+from rsi_deploy.io.onnx_checks.broken_models import checker_error
+from rsi_deploy.io.onnx_maps import map_types, remove_map_types_, restore_map_types_, store_map_types_
 from rsi_deploy.runtime.parity import EXPORTER_TOLERANCE, OutputComparison, compare_outputs, tolerance_for
 from rsi_deploy.runtime.sessions import make_session, run_session
 
@@ -60,9 +60,9 @@ def convert_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
             InlinePass()(model)
         weights = _stub_(model)
         proto = ir.to_proto(model)
-        put_map_types_back_(proto, model)  # the converter crashes on an input without a type
+        restore_map_types_(proto, model)  # the converter crashes on an input without a type
         converted = version_converter.convert_version(proto, opset)
-        take_map_types_(converted)
+        remove_map_types_(converted)
         made = ir.from_proto(converted)
     except Exception as error:  # the converter's own errors have no common base, and protobuf and onnx_ir raise theirs
         raise ModelError(
@@ -95,7 +95,7 @@ def check_conversion(
         GateError: its outputs are others, by more than rounding.
     """
     what = f"{source.name} converted from opset {opsets[0]} to {opsets[1]}"
-    if (against := objection(converted)) and not objection(source):
+    if (against := checker_error(converted)) and not checker_error(source):
         raise ModelError(f"{what} is not valid: {_reason(against)}; {_REMEDY}")
     try:
         expected = _outputs(source, feeds)
@@ -174,7 +174,7 @@ def _carry_over_(model: ir.Model, made: ir.Model, opset: int) -> None:
             function.opset_imports[""] = opset
         made.functions[function.identifier()] = function
     made.graph.metadata_props.update(model.graph.metadata_props)
-    keep_map_types_(made, map_types(model))
+    store_map_types_(made, map_types(model))
     names = Names(made)
     nodes: dict[tuple[str | None, str | None], deque[ir.Node]] = defaultdict(deque)  # branches may use the same names
     for node in model.graph.all_nodes():

@@ -19,9 +19,9 @@ from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.execution.executor import Executor
 from rsi_deploy.execution.result_store import ResultStore, StoringExecutor, key_of
 from rsi_deploy.io import onnx_file
-from rsi_deploy.io.atomic import claimed, sync_tree
+from rsi_deploy.io.atomic import claim_output, sync_tree
 from rsi_deploy.io.external_data import DataFile
-from rsi_deploy.io.manifest import stamps
+from rsi_deploy.io.manifest import stat_hash
 from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import external_files
 from rsi_deploy.linalg.solver import Method, PowerIterations, Route, Solver
@@ -110,19 +110,21 @@ def rewrite(
     model = onnx_file.read_onnx(source, assume_constant=assume_constant)
     onnx_file.remove_unused_(model)
     gp.FoldBatchNormPass()(model)
-    with claimed(target) as claim:
+    with claim_output(target) as claim:
         claim.new.mkdir()
         path, before = claim.new / target.name, _data_of(target)
         taken = before | {file.name for file in read}
         name = next(name for name in _data_names(target) if name not in taken)
         executor: Executor = HERE
         if resume:
-            executor = StoringExecutor(HERE, ResultStore(folder=claim.kept, key=key_of(stamps(read), CPU)))
+            executor = StoringExecutor(HERE, ResultStore(folder=claim.kept, key=key_of(stat_hash(read), CPU)))
         result = split_and_write(
             model, path, planner, solver, joint=joint, progress=progress, executor=executor, data_name=name
         )
         if any(site.rank for site in result.sites) and not (allow_larger or always_split):
-            onnx_file.refuse_growth(onnx_file.bytes_as_given(path), onnx_file.bytes_as_given(source), source.name)
+            onnx_file.refuse_growth(
+                onnx_file.bytes_with_external_files(path), onnx_file.bytes_with_external_files(source), source.name
+            )
         sync_tree(claim.new)
         data = path.with_name(name)
         if data.exists() and data.stat().st_size:  # the data first: a model never stands without them
@@ -198,7 +200,7 @@ def split_and_write(
         return result
     with DataFile(path.with_name(data_name or f"{path.name}.data")) as data:
         result = split(store=data.append)
-        data.take_(model)
+        data.store_initializers_(model)
     model.metadata_props.update(metadata or {})
     onnx_file.save_model(model, path)
     return result

@@ -1,1 +1,1 @@
-"""Bundles made ready for the engines that serve them."""
+"""Conversion of bundles to packages for serving engines: Triton, KServe, Ray Serve, ORT format."""

@@ -1,10 +1,8 @@
-"""`--target kserve`: an InferenceService, and the model repository that its storage must hold.
+"""`--target kserve`: an InferenceService, and the model repository for its storage.
 
-    DIR/inferenceservice.yaml    serving.kserve.io/v1beta1, run by KServe's Triton runtime (Open Inference Protocol v2)
-    DIR/models/                  what storageUri points to; copy it there
-    DIR/README.md
-
-The YAML is written as JSON values under YAML keys, which every YAML parser reads alike.
+DIR/inferenceservice.yaml    serving.kserve.io/v1beta1, run by KServe's Triton runtime (Open Inference Protocol v2)
+DIR/models/                  the model repository; copy it to storageUri
+DIR/README.md
 """
 
 import re
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.packaging.result import described
+from rsi_deploy.packaging.result import tensor_lines
 from rsi_deploy.packaging.triton import Entry, write_repository
 from rsi_deploy.packaging.triton_config import TritonSettings
 from rsi_deploy.packaging.yaml_text import yaml_text
@@ -24,13 +22,13 @@ LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 
 @dataclass(frozen=True, kw_only=True)
 class KserveSettings:
-    """What the cluster is asked for.
+    """Storage and resources of the InferenceService.
 
     Attributes:
-        storage_uri: where `models/` will lie: s3://, gs://, pvc://, https://...
-        replicas: fewest and most; 0 as the fewest scales to zero.
-        cpus: of each replica.
-        memory: of each replica, as Kubernetes writes it: "2Gi".
+        storage_uri: URI to which `models/` is copied: s3://, gs://, pvc://, https://...
+        replicas: fewest and most replicas; 0 as the fewest scales to zero.
+        cpus: CPUs of each replica.
+        memory: memory of each replica in Kubernetes' notation, such as "2Gi".
     """
 
     storage_uri: str
@@ -40,20 +38,20 @@ class KserveSettings:
 
 
 def check_label(name: str) -> None:
-    """Refuse what Kubernetes would.
+    """Check that Kubernetes accepts a name.
 
     Raises:
-        UsageError: no DNS label.
+        UsageError: the name is no DNS label.
     """
     if not LABEL.fullmatch(name):
         raise UsageError(
-            f"Kubernetes wants small letters, digits and - in a name (at most 63, a letter first), but got {name!r}; "
-            "give another with --name"
+            f"Kubernetes needs a name of at most 63 small letters, digits and -, a letter first, but got {name!r}; "
+            "choose another with --name"
         )
 
 
 def inference_service(name: str, settings: KserveSettings, triton: TritonSettings) -> dict[str, Any]:
-    """The InferenceService as an object."""
+    """Return the InferenceService as a mapping."""
     resources = {"cpu": str(settings.cpus), "memory": settings.memory}
     if triton.device == "gpu":
         resources["nvidia.com/gpu"] = "1"
@@ -81,7 +79,7 @@ def write_kserve(folder: Path, entry: Entry, settings: KserveSettings, triton: T
     """Write the InferenceService, the repository and the README into `folder`.
 
     Raises:
-        ModelError: a tensor of a type or shape that Triton has not.
+        ModelError: Triton does not support the type or shape of a tensor.
     """
     write_repository(folder / "models", [entry], triton)
     text = yaml_text(inference_service(entry.name, settings, triton))
@@ -92,9 +90,9 @@ def write_kserve(folder: Path, entry: Entry, settings: KserveSettings, triton: T
 def _readme(entry: Entry, settings: KserveSettings) -> str:
     model, name = entry.versions[-1], entry.name
     lines: Sequence[str] = [
-        f"# {model.report.source.model}, compressed, for KServe",
+        f"# {model.facts.source.model}, compressed, for KServe",
         "",
-        f"Copy what is in `models/` to `{settings.storage_uri}`, then:",
+        f"Copy the contents of `models/` to `{settings.storage_uri}`, then:",
         "",
         "```sh",
         "kubectl apply -f inferenceservice.yaml",
@@ -102,10 +100,10 @@ def _readme(entry: Entry, settings: KserveSettings) -> str:
         f"curl -s \"$(kubectl get inferenceservice {name} -o jsonpath='{{.status.url}}')/v2/models/{name}\"",
         "```",
         "",
-        "KServe's own runtime `kserve-tritonserver` runs it: Triton's onnxruntime backend, Open Inference Protocol v2.",
-        "To roll it out beside what runs under this name now, add `canaryTrafficPercent: 10` under `predictor:` first.",
+        "KServe's runtime `kserve-tritonserver` runs it with Triton's onnxruntime backend (Open Inference Protocol).",
+        "For a canary next to the present service of this name, add `canaryTrafficPercent: 10` under `predictor:`.",
         "",
-        *described(model),
+        *tensor_lines(model),
         "",
     ]
     return "\n".join(lines)

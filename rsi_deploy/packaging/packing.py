@@ -1,8 +1,9 @@
-"""The verb `package`: a bundle goes in, a folder for an engine comes out, whole, with a manifest of its files.
+"""The verb `package`: it makes a folder for a serving engine from a bundle.
 
 bundle --read_servable--> Servable --> ort | triton | kserve | ray-serve --> manifest.json
 """
 
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, get_args
 import numpy.typing as npt
 
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.io.bundle import check_target, whole_folder
+from rsi_deploy.io.bundle import atomic_folder, check_target
 from rsi_deploy.io.manifest import MANIFEST, write_manifest
 from rsi_deploy.packaging.kserve import KserveSettings, check_label, write_kserve
 from rsi_deploy.packaging.ort_format import Platform, write_ort
@@ -29,24 +30,8 @@ USES: dict[str, set[str]] = {
     "kserve": {*ENGINE, "storage_uri", "replicas", "cpus", "memory"},
     "ray-serve": {"max_batch", "max_delay_ms", "threads", "storage_uri", "replicas", "cpus"},
 }
-"""Which options each target has; another one that is given is refused."""
+"""Target -> its options; others are refused."""
 
-DEFAULTS: dict[str, Any] = {
-    "platform": "arm",
-    "backend": "onnxruntime",
-    "dense": None,
-    "dense_as": "version",
-    "max_batch": 8,
-    "max_delay_ms": 1.0,
-    "instances": 1,
-    "threads": None,
-    "device": "cpu",
-    "tensorrt": "off",
-    "storage_uri": None,
-    "replicas": "1-4",
-    "cpus": 2,
-    "memory": "2Gi",
-}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -73,78 +58,92 @@ def package(
     memory: str = "2Gi",
     force: bool = False,
 ) -> PackageResult:
-    """Make of the bundle in `folder` what an engine serves, in `output`.
+    """Make a package for a serving engine from the bundle in `folder`.
 
     Args:
-        folder: a bundle; its files must be what its manifest says.
-        output: the folder to make.
+        folder: a bundle whose files match its manifest.
+        output: folder of the package.
         target: "ort", "triton", "kserve" or "ray-serve".
-        name: of the model in the engine; None is the bundle folder's name.
-        feeds: inputs to run the model on: an `.npz` or input name -> array; None draws those of the report.
-        platform: ort: "arm" runs everywhere, "amd64" stores x86-64's own layouts too.
-        backend: triton: "onnxruntime", or "python" for servers that have no onnxruntime backend.
-        dense: triton: the dense ONNX model, to be served beside; None leaves it out.
+        name: name of the model in the engine; None is the name of the bundle's folder.
+        feeds: inputs to run the model on: an `.npz` or input name -> array; None makes the probe inputs of the report.
+        platform: ort: "arm" runs on every CPU; "amd64" also stores layouts for x86-64.
+        backend: triton: "onnxruntime", or "python" for servers without the onnxruntime backend.
+        dense: triton: a dense ONNX model to serve as well, or None.
         dense_as: triton: "version" (1 dense, 2 compressed) or "name" (NAME-dense).
         max_batch: most samples that share a run.
-        max_delay_ms: how long a request may wait for others.
+        max_delay_ms: milliseconds that a request may wait for others.
         instances: copies of the model on each device.
-        threads: inside one operator; None is onnxruntime's default, or a replica's CPUs in ray-serve.
+        threads: threads inside one operator; None is onnxruntime's default, or the CPUs of a replica for ray-serve.
         device: "cpu" or "gpu".
-        tensorrt: "fp32" or "fp16" has TensorRT run the model on the GPU.
-        storage_uri: kserve: where the model repository will lie; ray-serve: where the zipped package will lie, which
-            only a cluster needs.
-        replicas: fewest and most, "1-4".
-        cpus: of each replica.
-        memory: kserve: of each replica, "2Gi".
-        force: replace a folder that is there and not empty.
+        tensorrt: "fp32" or "fp16" runs the model with TensorRT on the GPU; "off" does not.
+        storage_uri: kserve: URI of the model repository; ray-serve: URI of the zipped package, for a cluster.
+        replicas: fewest and most replicas, such as "1-4".
+        cpus: CPUs of each replica.
+        memory: kserve: memory of each replica, such as "2Gi".
+        force: whether to replace an existing folder that is not empty.
 
     Raises:
-        UsageError: a request that cannot be meant, or options that the target has not.
-        ModelError: the model cannot be run, or the engine cannot have it.
-        GateError: the bundle is not what its manifest says, or the package is not what the bundle is.
+        UsageError: an option is invalid, or the target does not have it.
+        ModelError: the model cannot be run, or the engine does not support it.
+        GateError: the bundle does not match its manifest, or the outputs of the package differ from the bundle's.
     """
-    given = {key: value for key, value in locals().items() if key in DEFAULTS and value != DEFAULTS[key]}
-    _check_options(target, given)
+    _check_options(target, {key for key, value in locals().items() if key in DEFAULTS and value != DEFAULTS[key]})
     name = _name(name, Path(folder), target)
     check_target(Path(output), force=force, inputs=(folder, dense, feeds))
-    triton = _triton(backend, max_batch, max_delay_ms, instances, threads, device, tensorrt)
+    triton = TritonSettings(
+        backend=backend,
+        max_batch=max_batch,
+        max_delay_ms=max_delay_ms,
+        instances=instances,
+        threads=threads,
+        device="gpu" if device == "gpu" else "cpu",
+        tensorrt=tensorrt,
+    )
+    _check_triton(triton, device)
     kserve = _kserve(storage_uri, replicas, cpus, memory) if target == "kserve" else None
     ray = _ray(storage_uri, replicas, cpus, triton) if target == "ray-serve" else None
     model = read_servable(folder, feeds)
-    beside = None if dense is None else read_dense(Path(dense), model)
-    held = entries(name, model, beside, dense_as)
-    with whole_folder(Path(output), force=force) as work:
+    dense_model = None if dense is None else read_dense(Path(dense), model)
+    repository = entries(name, model, dense_model, dense_as)
+    with atomic_folder(Path(output), force=force) as work:
         if target == "ort":
             write_ort(work, model, platform)
         elif kserve is not None:
-            write_kserve(work, held[0], kserve, triton)
+            write_kserve(work, repository[0], kserve, triton)
         elif ray is not None:
             write_ray_serve(work, name, model, ray)
         else:
-            write_triton(work, held, triton)
+            write_triton(work, repository, triton)
         files = (*write_manifest(work).files, MANIFEST)
     return PackageResult(
         target=target,
         name=name,
         folder=str(output),
         files=tuple(sorted(files)),
-        batched=None if target == "ort" else not held[0].versions[-1].unbatchable,
-        notes=(*model.notes, *_notes(target, held[0].versions[-1], dense)),
+        batched=None if target == "ort" else not repository[0].versions[-1].unbatchable,
+        notes=(*model.notes, *_notes(target, repository[0].versions[-1], dense)),
     )
 
 
-def _check_options(target: str, given: Mapping[str, Any]) -> None:
+DEFAULTS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(package).parameters.items()
+    if any(name in options for options in USES.values())
+}
+"""Options that depend on the target -> their defaults."""
+
+
+def _check_options(target: str, changed: set[str]) -> None:
     if target not in USES:
         raise UsageError(f"--target must be {', '.join(USES)}, but got {target!r}")
-    foreign = [key for key in given if key not in USES[target]]
-    if foreign:
-        key = foreign[0]
-        there = " and ".join(f"--target {other}" for other, known in USES.items() if key in known)
-        raise UsageError(f"{flag(key)} says nothing to --target {target}; it belongs to {there}")
+    for key in sorted(changed):
+        if key not in USES[target]:
+            others = " and ".join(f"--target {other}" for other, known in USES.items() if key in known)
+            raise UsageError(f"{flag(key)} has no effect with --target {target}; it belongs to {others}")
 
 
 def flag(key: str) -> str:
-    """The option's spelling on the command line.
+    """Return the option of a parameter on the command line.
 
     Example:
         >>> flag("max_delay_ms")
@@ -158,42 +157,26 @@ def _name(name: str | None, folder: Path, target: str) -> str:
     if target == "kserve":
         check_label(made)
     if not NAME.fullmatch(made):
-        raise UsageError(f"a model's name has letters, digits, . _ and -, but got {made!r}; give one with --name")
+        raise UsageError(f"a model's name has letters, digits, . _ and -, but got {made!r}; choose one with --name")
     return made
 
 
-def _triton(
-    backend: Backend,
-    max_batch: int,
-    max_delay_ms: float,
-    instances: int,
-    threads: int | None,
-    device: str,
-    tensorrt: Precision,
-) -> TritonSettings:
+def _check_triton(settings: TritonSettings, device: str) -> None:
     for key, value, known in (
-        ("backend", backend, get_args(Backend)),
+        ("backend", settings.backend, get_args(Backend)),
         ("device", device, ("cpu", "gpu")),
-        ("tensorrt", tensorrt, get_args(Precision)),
+        ("tensorrt", settings.tensorrt, get_args(Precision)),
     ):
         if value not in known:
             raise UsageError(f"--{key} must be {', '.join(known)}, but got {value!r}")
-    for key, number in (("max_batch", max_batch), ("instances", instances), ("threads", threads)):
+    for key in ("max_batch", "instances", "threads"):
+        number = getattr(settings, key)
         if number is not None and number < 1:
             raise UsageError(f"{flag(key)} must be 1 or more, but got {number}")
-    if max_delay_ms < 0:
-        raise UsageError(f"--max-delay must be 0 or more milliseconds, but got {max_delay_ms}")
-    if tensorrt != "off" and (device != "gpu" or backend != "onnxruntime"):
+    if settings.max_delay_ms < 0:
+        raise UsageError(f"--max-delay must be 0 or more milliseconds, but got {settings.max_delay_ms}")
+    if settings.tensorrt != "off" and (device != "gpu" or settings.backend != "onnxruntime"):
         raise UsageError("--tensorrt needs --device gpu and --backend onnxruntime")
-    return TritonSettings(
-        backend=backend,
-        max_batch=max_batch,
-        max_delay_ms=max_delay_ms,
-        instances=instances,
-        threads=threads,
-        device="gpu" if device == "gpu" else "cpu",
-        tensorrt=tensorrt,
-    )
 
 
 def _kserve(storage_uri: str | None, replicas: str, cpus: int, memory: str) -> KserveSettings:
@@ -211,7 +194,7 @@ def _ray(storage_uri: str | None, replicas: str, cpus: int, engine: TritonSettin
         storage_uri=storage_uri,
         replicas=parse_replicas(replicas),
         cpus=cpus,
-        threads=engine.threads or cpus,  # a replica's share: onnxruntime's default is every core of the node
+        threads=engine.threads or cpus,  # onnxruntime's default would be every core of the node
         max_batch=engine.max_batch,
         max_delay_ms=engine.max_delay_ms,
     )
@@ -227,7 +210,7 @@ def _check_cluster(storage_uri: str | None, cpus: int) -> None:
 def _notes(target: str, model: Servable, dense: str | Path | None) -> list[str]:
     notes = []
     if target != "ort" and model.unbatchable:
-        notes.append(f"requests are not put together: {model.unbatchable}")
+        notes.append(f"requests are not batched: {model.unbatchable}")
     if target == "triton" and dense is None and (kept := model.model.with_name("dense.onnx")).is_file():
-        notes.append(f"the dense model is left out; --dense {kept} puts it beside for A/B")
+        notes.append(f"the dense model is left out; add it for A/B tests with --dense {kept}")
     return notes

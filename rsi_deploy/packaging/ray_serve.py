@@ -1,12 +1,11 @@
-"""`--target ray-serve`: an application file and the config that `serve run` and `serve deploy` take.
+"""`--target ray-serve`: an application and its config for `serve run` and `serve deploy`.
 
     DIR/app.py                 the Open Inference Protocol v2 in front of onnxruntime; needs no rsi-deploy
     DIR/model/model.onnx
-    DIR/config.yaml            replicas that grow with the load, batches with a bound on the wait
+    DIR/config.yaml            number of replicas, batches, address
     DIR/README.md
 
-The protocol's layer is a few pages and not a library's: those that have one bring a server of their own with it, which
-Ray Serve is already.
+app.py implements the protocol itself, because libraries for it include a server, and Ray Serve is one already.
 """
 
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.packaging import shipped
-from rsi_deploy.packaging.result import copy_model, described
+from rsi_deploy.packaging.result import copy_model, tensor_lines
 from rsi_deploy.packaging.servable import Servable
 from rsi_deploy.packaging.yaml_text import yaml_text
 
@@ -25,15 +24,15 @@ TYPES = ("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32"
 
 @dataclass(frozen=True, kw_only=True)
 class RaySettings:
-    """What the cluster is asked for.
+    """Storage, resources and batches of the application.
 
     Attributes:
-        storage_uri: where the zipped package will lie, for `serve deploy` on a cluster; None for one machine.
-        replicas: fewest and most.
-        cpus: of each replica.
-        threads: inside one operator.
-        max_batch: requests that share a run.
-        max_delay_ms: how long a request may wait for others.
+        storage_uri: URI of the zipped package, for `serve deploy` on a cluster; None for one machine.
+        replicas: fewest and most replicas.
+        cpus: CPUs of each replica.
+        threads: threads inside one operator.
+        max_batch: most requests that share a run.
+        max_delay_ms: milliseconds that a request may wait for others.
     """
 
     storage_uri: str | None
@@ -45,7 +44,7 @@ class RaySettings:
 
 
 def deployment(name: str, model: Servable, settings: RaySettings) -> dict[str, Any]:
-    """The config as an object."""
+    """Return the config as a mapping."""
     batch = 1 if model.unbatchable else settings.max_batch
     application: dict[str, Any] = {
         "name": name,
@@ -79,14 +78,14 @@ def write_ray_serve(folder: Path, name: str, model: Servable, settings: RaySetti
     """Write application, model, config and README into `folder`.
 
     Raises:
-        ModelError: a tensor of a type that the protocol's layer here has not.
+        ModelError: app.py does not support the type of a tensor.
     """
     for what, tensors in (("input", model.inputs), ("output", model.outputs)):
         for tensor in tensors:
             if tensor.type not in TYPES:
                 raise ModelError(
-                    f"{what} {tensor.name} is {tensor.type}, which --target ray-serve does not take; it takes tensors "
-                    f"of {', '.join(TYPES)}: choose another --target, or export the model without it"
+                    f"{what} {tensor.name} is {tensor.type}, which --target ray-serve does not support; it supports "
+                    f"tensors of {', '.join(TYPES)}: choose another --target, or export the model without it"
                 )
     shutil.copyfile(Path(shipped.__path__[0]) / "ray_app.py", folder / "app.py")
     copy_model(model.model, folder / "model")
@@ -97,34 +96,33 @@ def write_ray_serve(folder: Path, name: str, model: Servable, settings: RaySetti
 def _readme(name: str, model: Servable, settings: RaySettings) -> str:
     if settings.storage_uri is None:
         cluster = (
-            "For a cluster, package with `--storage-uri URI.zip`, where every node finds this folder, zipped; then "
+            "For a cluster, package with `--storage-uri URI.zip`, copy this folder there as a zip file, and type "
             "`serve deploy config.yaml`."
         )
     else:
         cluster = (
-            f"On a cluster: `zip -r package.zip .` in this folder, copy it to `{settings.storage_uri}`, then "
+            f"On a cluster: `zip -r package.zip .` in this folder, copy the file to `{settings.storage_uri}`, and type "
             "`serve deploy config.yaml`."
         )
     return "\n".join(
         [
-            f"# {model.report.source.model}, compressed, for Ray Serve",
+            f"# {model.facts.source.model}, compressed, for Ray Serve",
             "",
             "On one machine, in this folder:",
             "",
             "```sh",
             'pip install "ray[serve]" numpy onnxruntime',
-            "export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60    # a slow or busy machine needs it; the default is 5",
+            "export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60    # for slow or busy machines; the default is 5",
             "serve run config.yaml",
             f"curl -s localhost:8000/v2/models/{name}",
             "```",
             "",
             cluster,
-            "It listens to this machine only: `http_options` in config.yaml has the address. Replicas, batches and",
-            "CPUs stand there too.",
+            "It listens on this machine only. config.yaml has the address (`http_options`), replicas and batches.",
             "",
-            *described(model),
+            *tensor_lines(model),
             "",
-            f"Requests are not put together: {model.unbatchable}."
+            f"Requests are not batched: {model.unbatchable}."
             if model.unbatchable
             else f"Up to {settings.max_batch} requests share a run and wait at most {settings.max_delay_ms:g} ms.",
             "",

@@ -1,4 +1,4 @@
-"""How many replicas of a model a cluster is to have, as it is typed."""
+"""The option `--replicas`."""
 
 import re
 
@@ -6,14 +6,14 @@ from rsi_deploy.core.errors import UsageError
 
 
 def parse_replicas(text: str) -> tuple[int, int]:
-    """Read `1-4`: the fewest and the most.
+    """Parse the fewest and the most replicas.
 
     Example:
         >>> parse_replicas("1-4"), parse_replicas("2")
         ((1, 4), (2, 2))
 
     Raises:
-        UsageError: something else.
+        UsageError: the text has another form.
     """
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     least, most = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)

@@ -1,4 +1,4 @@
-"""What `package` wrote, and files that several targets write alike."""
+"""The result of `package`, and what several targets write."""
 
 import shutil
 from pathlib import Path
@@ -14,14 +14,14 @@ Target = Literal["ort", "triton", "kserve", "ray-serve"]
 
 
 class PackageResult(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """A package.
+    """A written package.
 
     Attributes:
         target: the engine.
-        name: of the model there.
-        folder: of the package.
-        files: names within the folder, sorted; each is in its manifest.
-        batched: whether the engine puts several requests into one run; None where that is not its matter.
+        name: name of the model in the engine.
+        folder: folder of the package.
+        files: names in the folder, sorted; each is in its manifest.
+        batched: whether several requests may share a run; None for "ort".
         notes: what a reader must know.
     """
 
@@ -34,7 +34,7 @@ class PackageResult(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 
 def copy_model(model: Path, folder: Path) -> None:
-    """Copy a model to `folder/model.onnx`, and the files of its external weights as they are called in it."""
+    """Copy a model to `folder/model.onnx`, and its external weights under their names."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(model, folder / "model.onnx")
     for data in external_files(model):
@@ -43,12 +43,12 @@ def copy_model(model: Path, folder: Path) -> None:
         shutil.copyfile(data, target)
 
 
-def described(model: Servable) -> list[str]:
-    """Lines of Markdown: what goes in and out, and how pictures become inputs."""
-    steps = model.report.preprocessing
+def tensor_lines(model: Servable) -> list[str]:
+    """Return the inputs, outputs and preprocessing of a model as lines of Markdown."""
+    steps = model.facts.preprocessing
     return [
         *(f"- input `{in_markdown(str(tensor))}`" for tensor in model.inputs),
         *(f"- output `{in_markdown(str(tensor))}`" for tensor in model.outputs),
         "",
-        f"Preprocessing, to be done by the client: {steps.describe() if steps else 'unknown; send ready inputs.'}",
+        f"Preprocessing by the client: {steps.describe() if steps else 'unknown; send ready inputs.'}",
     ]

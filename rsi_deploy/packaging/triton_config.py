@@ -1,12 +1,12 @@
 """The text of a `config.pbtxt`: Triton's ModelConfig for one model of a repository.
 
-    batched       max_batch_size 8, dims without the batch, dynamic_batching with a bound on the wait
-    not batched   max_batch_size 0, dims as the model has them; what forbids a batch is in a comment
+    batched       max_batch_size 8, dims without the batch axis, dynamic_batching with a maximal delay
+    not batched   max_batch_size 0, dims of the model; a comment has the reason
 
-Triton has no empty dims. A scalar of a sample in a batched model is `dims: [1]` with a reshape to none. A scalar of a
-model that is not batched is `dims: [1]` alone: there Triton refuses a reshape to none, and its onnxruntime backend and
-`triton_model.py` make the scalar of one number themselves. Warm-up runs zeros of whole numbers and random floats, in
-the shapes of the probe inputs: random whole numbers may be no valid indices.
+Triton has no empty dims. A sample's scalar in a batched model is `dims: [1]` with an empty reshape. A scalar of a model
+without batches is `dims: [1]` alone: Triton refuses the empty reshape there, and its onnxruntime backend and
+`triton_model.py` make the scalar from one number. Warm-up runs use the shapes of the probe inputs, with random floats
+and with zeros for integers, because random integers may be invalid indices.
 """
 
 import re
@@ -35,23 +35,23 @@ TYPES = {
     "double": "TYPE_FP64",
     "string": "TYPE_STRING",
 }
-"""onnxruntime's words for types, and Triton's; both backends take all of them."""
+"""onnxruntime's name of a type -> Triton's; both backends support all of them."""
 
 
-class Word(str):
-    """An enum value: written without quotes."""
+class EnumValue(str):
+    """A text that is written without quotes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TritonSettings:
-    """How Triton shall run the model.
+    """The settings of a model in Triton.
 
     Attributes:
-        backend: "onnxruntime", or "python" for servers that lack it.
-        max_batch: most samples in a run; 1 and more.
-        max_delay_ms: how long a request may wait for others.
+        backend: "onnxruntime", or "python" for servers without it.
+        max_batch: most samples in a run.
+        max_delay_ms: milliseconds that a request may wait for others.
         instances: copies of the model on each device.
-        threads: inside one operator, of each instance; None leaves onnxruntime's default, all cores.
+        threads: threads inside one operator of each instance; None is onnxruntime's default, all cores.
         device: "cpu" or "gpu".
         tensorrt: precision of the TensorRT acceleration, or "off".
     """
@@ -66,16 +66,16 @@ class TritonSettings:
 
 
 def config_text(name: str, model: Servable, settings: TritonSettings, *, versions: int) -> str:
-    """The config of one model directory.
+    """Return the config of one model directory.
 
     Args:
-        name: of the model, and of its directory.
-        model: what is served.
-        settings: how.
-        versions: how many version directories there are; of several all are served, not the latest alone.
+        name: name of the model and of its directory.
+        model: the model.
+        settings: settings of Triton.
+        versions: number of version directories; all of them are served.
 
     Raises:
-        ModelError: a tensor of a type or shape that Triton has not.
+        ModelError: Triton does not support the type or shape of a tensor.
     """
     batched = not model.unbatchable
     fields: dict[str, Any] = {
@@ -89,7 +89,7 @@ def config_text(name: str, model: Servable, settings: TritonSettings, *, version
         fields["version_policy"] = {"all": {}}
     if batched:
         fields["dynamic_batching"] = {"max_queue_delay_microseconds": round(1000 * settings.max_delay_ms)}
-    fields["instance_group"] = [{"count": settings.instances, "kind": Word(f"KIND_{settings.device.upper()}")}]
+    fields["instance_group"] = [{"count": settings.instances, "kind": EnumValue(f"KIND_{settings.device.upper()}")}]
     if settings.tensorrt != "off":
         fields["optimization"] = {"execution_accelerators": {"gpu_execution_accelerator": [_tensorrt(settings)]}}
     if settings.threads is not None:
@@ -100,13 +100,13 @@ def config_text(name: str, model: Servable, settings: TritonSettings, *, version
 
 
 def proto_text(fields: Mapping[str, Any], depth: int = 0) -> str:
-    """Protobuf's text format of nested fields: a list is a repeated field, a mapping a message, a `Word` an enum value.
+    """Return fields in protobuf's text format; lists are repeated fields and mappings are messages.
 
     Example:
-        >>> print(proto_text({"name": "m", "dims": [-1, 3], "kind": Word("KIND_CPU"), "policy": {"all": {}}}), end="")
+        >>> print(proto_text({"name": "m", "dims": [-1, 3], "kind": EnumValue("CPU"), "policy": {"all": {}}}), end="")
         name: "m"
         dims: [-1, 3]
-        kind: KIND_CPU
+        kind: CPU
         policy {
           all {
           }
@@ -128,7 +128,7 @@ def proto_text(fields: Mapping[str, Any], depth: int = 0) -> str:
 def _scalar(value: bool | int | str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int | Word):
+    if isinstance(value, int | EnumValue):
         return str(value)
     text = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return '"' + re.sub("[\x00-\x1f\x7f]", lambda found: f"\\{ord(found[0]):03o}", text) + '"'
@@ -137,21 +137,21 @@ def _scalar(value: bool | int | str) -> str:
 def _tensor(what: str, tensor: Tensor, batched: bool, backend: Backend) -> dict[str, Any]:
     if tensor.type not in TYPES:
         raise ModelError(
-            f"{what} {tensor.name} is {tensor.type}, which Triton does not take; it takes tensors of "
+            f"{what} {tensor.name} is {tensor.type}, which Triton does not support; it supports tensors of "
             f"{', '.join(TYPES)}: choose another --target, or export the model without it"
         )
     if not tensor.ranked and backend == "onnxruntime":
         raise ModelError(
-            f"{what} {tensor.name} has no number of dimensions in the model, which Triton's onnxruntime backend takes "
-            "for a scalar; declare its shape in the model, or choose --target triton --backend python"
+            f"the model does not declare the dimensions of {what} {tensor.name}, which Triton's onnxruntime backend "
+            "treats as a scalar; declare its shape in the model, or choose --target triton --backend python"
         )
     dims = [dim if isinstance(dim, int) else -1 for dim in tensor.shape[batched:]]
     if 0 in dims:
         raise ModelError(
-            f"{what} {tensor.name} has a dimension of 0, which Triton refuses"
+            f"{what} {tensor.name} has a dimension of 0, which Triton does not support"
             f"; export the model without it, or choose another --target"
         )
-    field: dict[str, Any] = {"name": tensor.name, "data_type": Word(TYPES[tensor.type]), "dims": dims or [1]}
+    field: dict[str, Any] = {"name": tensor.name, "data_type": EnumValue(TYPES[tensor.type]), "dims": dims or [1]}
     return {**field, "reshape": {"shape": []}} if batched and not dims else field
 
 
@@ -165,13 +165,13 @@ def _parameter(key: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warm_ups(model: Servable, settings: TritonSettings) -> Sequence[Mapping[str, Any]]:
-    """One run of a sample, and one of a full batch: the shapes that are prepared before the first request."""
+    """Return the warm-up runs of one sample and of a full batch."""
     batched = not model.unbatchable
     inputs = [
         _parameter(
             tensor.name,
             {
-                "data_type": Word(TYPES[tensor.type]),
+                "data_type": EnumValue(TYPES[tensor.type]),
                 "dims": list(model.feeds[tensor.name].shape[batched:]) or [1],
                 "random_data" if tensor.type in ("float", "double", "float16") else "zero_data": True,
             },

@@ -1,4 +1,4 @@
-"""Configs as YAML: JSON values under YAML keys, which every YAML parser reads alike."""
+"""YAML for configs. Values are written as JSON, which all YAML parsers read in the same way."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def yaml_text(value: Mapping[str, Any], depth: int = 0) -> str:
-    """YAML of nested mappings and lists of mappings, with JSON for what is in them.
+    """Return nested mappings and lists of mappings as YAML, with other values as JSON.
 
     Example:
         >>> print(yaml_text({"a": {"b": 1, "c": "no"}, "d": [{"e": [1, 2]}]}), end="")

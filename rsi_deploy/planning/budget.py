@@ -8,19 +8,12 @@
 """
 
 import math
-import re
 from dataclasses import dataclass
-from decimal import Decimal
 from fractions import Fraction
 
 from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.units import SIZES, parse_nanoseconds, parse_share, parse_size, share_text, size_text
 from rsi_deploy.planning.knapsack import Cost
-
-UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-TIMES = {"us": 10**3, "ms": 10**6, "s": 10**9}
-"""Nanoseconds per unit."""
-_NUMBER = r"(?:\d+\.?\d*|\.\d+)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +79,11 @@ class Budget:
             25000000
         """
         return cls(
-            keep_params=None if keep_params is None else parse_share("--keep-params", keep_params),
-            keep_macs=None if keep_macs is None else parse_share("--keep-macs", keep_macs),
-            max_size=None if max_size is None else parse_size("--max-size", max_size),
-            keep_latency=None if keep_latency is None else parse_share("--keep-latency", keep_latency),
-            max_latency=None if max_latency is None else parse_latency("--max-latency", max_latency),
+            keep_params=None if keep_params is None else parse_share(keep_params, "--keep-params"),
+            keep_macs=None if keep_macs is None else parse_share(keep_macs, "--keep-macs"),
+            max_size=None if max_size is None else parse_size(max_size, "--max-size"),
+            keep_latency=None if keep_latency is None else parse_share(keep_latency, "--keep-latency"),
+            max_latency=None if max_latency is None else parse_nanoseconds(max_latency, "--max-latency"),
         )
 
     @property
@@ -168,83 +161,10 @@ class Budget:
         if self.max_latency is not None:
             return f"--max-latency {_time(self.max_latency)}"
         if self.keep_latency is not None:
-            return f"--keep-latency {(Decimal(repr(self._share)) * 100).normalize():f}%"
+            return f"--keep-latency {share_text(self.keep_latency)}"
         if self.max_size is not None:
-            return f"--max-size {_exact(self.max_size)}"
-        return f"--keep-{self.cost} {(Decimal(repr(self._share)) * 100).normalize():f}%"
-
-
-def parse_share(option: str, text: str | float) -> float:
-    """Parse a share of the whole model: `0.5` or `50%`.
-
-    Raises:
-        UsageError: anything else; the message gives the spelling to use. `50` is refused because it may mean 50 %.
-
-    Examples:
-        >>> parse_share("--keep-params", "0.5"), parse_share("--keep-macs", "12.5%")
-        (0.5, 0.125)
-    """
-    text = str(text).strip()
-    number = re.fullmatch(rf"([+-]?{_NUMBER}(?:[eE][+-]?\d+)?)\s*(%?)", text)
-    if not number:
-        raise UsageError(f"{option} must be a fraction such as 0.5 or 50%, but got {text!r}")
-    value = Decimal(number[1])
-    if number[2]:
-        if not 0 < value <= 100:
-            raise UsageError(f"{option} as a percentage must lie in (0 %, 100 %], but got {text!r}")
-        return float(value / 100)
-    if 1 < value <= 100:
-        raise UsageError(f"{option} as a fraction must lie in (0, 1], but got {text!r}: write {option} {value:f}%")
-    if not 0 < value <= 1:
-        raise UsageError(f"{option} must lie in (0, 1], but got {text!r}; write for example 0.5 or 50%")
-    return float(value)
-
-
-def parse_size(option: str, text: str | int) -> int:
-    """Parse a number of bytes, rounded down: `20MB`, `1.5GiB`, `20000000`.
-
-    Raises:
-        UsageError: anything else; the message gives the spelling to use.
-
-    Examples:
-        >>> parse_size("--max-size", "20MB"), parse_size("--max-size", "1.5 KiB"), parse_size("--max-size", 4096)
-        (20000000, 1536, 4096)
-    """
-    text = str(text).strip()
-    number = re.fullmatch(rf"({_NUMBER})\s*([A-Za-z]*)", text)
-    if not number:
-        raise UsageError(f"{option} must be a size such as 20MB, 20MiB or 20000000 (bytes), but got {text!r}")
-    digits, unit = number[1], number[2]
-    if unit not in UNITS:
-        near = [known for known in UNITS if known.lower().startswith(unit[0].lower()) and known != "KB"]
-        hint = f"write {option} " + " or ".join(f"{digits}{known}" for known in near) if near else "write 20MB or 20MiB"
-        raise UsageError(f"{option} takes B, kB, MB, GB, KiB, MiB or GiB, but got {text!r}: {hint}")
-    if UNITS[unit] == 1 and not digits.isdigit():
-        raise UsageError(f"{option} in bytes must be a whole number, but got {text!r}; write for example {digits}MB")
-    size = math.floor(Fraction(digits) * UNITS[unit])
-    if size < 1:
-        raise UsageError(f"{option} must be at least 1 byte, but got {text!r}; write for example 20MB")
-    return size
-
-
-def parse_latency(option: str, text: str) -> int:
-    """Parse a time with its unit, and return nanoseconds.
-
-    Raises:
-        UsageError: anything else; the message gives the spelling to use. A number without a unit is refused.
-
-    Examples:
-        >>> parse_latency("--max-latency", "25ms"), parse_latency("--max-latency", "1.5 us")
-        (25000000, 1500)
-    """
-    number = re.fullmatch(rf"({_NUMBER})\s*([a-z]*)", str(text).strip())
-    if not number or number[2] not in ("us", "ms", "s"):
-        hint = f": write {option} {number[1]}ms" if number and not number[2] else ""
-        raise UsageError(f"{option} must be a time such as 25ms, 800us or 1s, but got {str(text)!r}{hint}")
-    nanoseconds = math.floor(Fraction(number[1]) * TIMES[number[2]])
-    if nanoseconds < 1:
-        raise UsageError(f"{option} must be at least 1 nanosecond, but got {text!r}; write for example 25ms")
-    return nanoseconds
+            return f"--max-size {size_text(self.max_size)}"
+        return f"--keep-{self.cost} {share_text(self._share or 0.0)}"
 
 
 def _time(nanoseconds: int, *, up: bool = False) -> str:
@@ -255,13 +175,7 @@ def _time(nanoseconds: int, *, up: bool = False) -> str:
     return f"{float(f'{nanoseconds / 1e6:.4g}'):.10g}ms"
 
 
-def _exact(size: int) -> str:
-    """Return the shortest exact spelling of a number of bytes."""
-    spellings = [f"{size // factor}{unit}" for unit, factor in UNITS.items() if size % factor == 0 and unit != "B"]
-    return min(spellings, key=len)
-
-
 def _rounded_up(size: int) -> str:
-    """Format a number of bytes, rounded up to a tenth of a decimal unit."""
-    unit = next((unit for unit in ("GB", "MB", "kB") if size >= UNITS[unit]), "")
-    return f"{math.ceil(Fraction(10 * size, UNITS[unit])) / 10:.10g}{unit}"
+    """At least so many bytes, to a tenth of a decimal unit."""
+    unit = next((unit for unit in ("GB", "MB", "kB") if size >= SIZES[unit]), "B")
+    return f"{math.ceil(Fraction(10 * size, SIZES[unit])) / 10:.10g}{unit}"

@@ -1,4 +1,4 @@
-"""What a user asks of ranks and calibration, refused before any work where it contradicts itself."""
+"""The request for ranks and calibration. A contradiction is refused before any work."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,12 +8,17 @@ from typing import Any, Literal
 import numpy.typing as npt
 
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.settings.groups import CalibrationConfig
+from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.data.sources import Dataset
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.budget import Budget
-from rsi_deploy.planning.plan_file import Plan
-from rsi_deploy.planning.planner import Filters, MaxError, Planner, RankSpec
+from rsi_deploy.planning.plan_file import Plan, read_plan
+from rsi_deploy.planning.planner import Filters, MaxError, Planner, RankSpec, rank_spec
 from rsi_deploy.planning.settings import ExportSettings
+
+BUDGETS = ("keep_params", "keep_macs", "max_size", "keep_latency", "max_latency")
+UNDER_A_BUDGET = ("max_drop", "min_rank", "rank_multiple")
 
 Unlabelled = str | Path | Dataset | Mapping[str, npt.NDArray[Any]]
 
@@ -23,16 +28,16 @@ class RankRequest:
     """What decides the ranks (exactly one of five), and the data that factors are fitted to.
 
     Attributes:
-        rank: the same at every site; or the same error, at the smallest rank that meets it.
-        budget: of the whole model.
+        rank: one rank or ratio for every site; or one error, which each site meets with its smallest rank.
+        budget: limit on the whole model.
         max_drop: percentage points of top-1 that may be lost on evaluation data.
-        plan: forms and ranks site by site, read from `plan_name`.
-        plan_name: of the plan's file, for messages and the report.
+        plan: form and rank of each site, read from `plan_name`.
+        plan_name: name of the plan's file, for messages and the report.
         calib: unlabelled data; None factorizes by the weights alone.
-        calib_size: at most so many samples of them.
-        factors: "response" fits them to the data, "weights" is the paper's plain method, at the ranks decided.
-        min_rank: no rank below it under a budget.
-        rank_multiple: ranks under a budget are multiples of it.
+        calib_size: most samples of `calib`.
+        factors: "response" fits the factors to the data; "weights" is the paper's plain method, at the decided ranks.
+        min_rank: smallest rank under a budget.
+        rank_multiple: number that every rank under a budget is a multiple of.
         allow_shared_data: whether calibration samples may be evaluation samples too.
 
     Raises:
@@ -59,25 +64,34 @@ class RankRequest:
                 f"--max-latency, --max-drop and --plan, but got {' and '.join(given) or 'none'}; type for example "
                 f"--rank 25%"
             )
-        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
-            raise UsageError(f"--max-drop takes percentage points, 0 to 100, but got {self.max_drop:g}")
         if self.is_searched and self.calib is None:
             raise UsageError(f"{given[0]} is planned on calibration data: add --calib DATA (unlabelled inputs)")
         for option, value in (("--min-rank", self.min_rank), ("--rank-multiple", self.rank_multiple)):
-            if value < 1:
-                raise UsageError(f"{option} must be at least 1, but got {value}")
             if value > 1 and not self.is_searched:
                 raise UsageError(f"{option} holds ranks that a budget chooses, but got {given[0]}; leave {option} out")
         if isinstance(self.rank, MaxError) and self.calib is not None:
             raise UsageError("--max-error judges factors of the weights alone: leave --calib out")
-        if self.factors not in ("response", "weights"):
-            raise UsageError(f"--factors must be response or weights, but got {self.factors!r}")
-        if self.calib_size < 1:
-            raise UsageError(f"--calib-size must be at least 1, but got {self.calib_size}")
+
+    @classmethod
+    def of(cls, config: ExportConfig) -> "RankRequest":
+        """Read the settings of an export.
+
+        Raises:
+            UsageError: they contradict each other, or a rank, an error or a plan cannot be read.
+        """
+        rank = None if config.rank == "auto" else config.rank
+        limits = {name: getattr(config, name) for name in BUDGETS if getattr(config, name) is not None}
+        return cls(
+            rank=None if rank is None and config.max_error is None else rank_spec(rank, config.max_error),
+            budget=Budget(**limits) if limits else None,
+            plan=None if config.plan is None else read_plan(config.plan),
+            plan_name="" if config.plan is None else Path(config.plan).name,
+            **{name: getattr(config, name) for name in (*CalibrationConfig.model_fields, *UNDER_A_BUDGET)},
+        )
 
     @property
     def is_searched(self) -> bool:
-        """Whether ranks are chosen by what they cost and lose."""
+        """Whether a budget chooses the ranks."""
         return self.budget is not None or self.max_drop is not None
 
     @property
@@ -87,7 +101,7 @@ class RankRequest:
 
     @property
     def decided_by(self) -> str:
-        """What decides the ranks, in the words of the command line; "" for a rank."""
+        """The option that decides the ranks, as it is typed; "" for a rank."""
         if self.max_drop is not None:
             return f"--max-drop {self.max_drop:g}"
         if isinstance(self.rank, MaxError):
@@ -95,7 +109,7 @@ class RankRequest:
         return f"--plan {self.plan_name}" if self.plan is not None else str(self.budget or "")
 
     def check_against(self, *, data: object, always_split: bool) -> None:
-        """Refuse what goes together with none of the other options.
+        """Refuse what contradicts the other settings.
 
         Raises:
             UsageError: says what to type.
@@ -106,7 +120,7 @@ class RankRequest:
             raise UsageError(f"--always-split goes with --rank alone, but got {self._given[0]}; leave it out")
 
     def planner(self, filters: Filters, *, always_split: bool) -> Planner | None:
-        """Of the same rank everywhere; None where a budget or a plan decides."""
+        """Return the planner of one rank or error for every site; None where a budget or a plan decides."""
         if self.rank is None:
             return None
         return Planner(spec=self.rank, include=filters.include, exclude=filters.exclude, always_split=always_split)
@@ -114,7 +128,7 @@ class RankRequest:
     def settings(
         self, filters: Filters, solver: Solver, *, always_split: bool, joint: bool, opset: int | None
     ) -> ExportSettings:
-        """What shapes model.onnx, for the report and the model's metadata."""
+        """Return what shapes model.onnx, for the report and the model's metadata."""
         return ExportSettings(
             rank=str(self.rank) if isinstance(self.rank, RankSpec) else "",
             budget=self.decided_by,
@@ -137,7 +151,7 @@ class RankRequest:
 
     @property
     def _given(self) -> list[str]:
-        """The options that decide the ranks, as they were typed."""
+        """The options that decide the ranks, as they are typed."""
         budget = "" if self.budget is None else str(self.budget).split()[0]
         given = {
             "--max-error" if isinstance(self.rank, MaxError) else "--rank": self.rank,
@@ -146,22 +160,3 @@ class RankRequest:
             "--max-drop": self.max_drop,
         }
         return [option for option, value in given.items() if value is not None]
-
-
-def given_budget(
-    keep_params: str | float | None,
-    keep_macs: str | float | None,
-    max_size: str | int | None,
-    keep_latency: str | float | None = None,
-    max_latency: str | None = None,
-) -> Budget | None:
-    """The budget as typed; None where none was."""
-    if all(option is None for option in (keep_params, keep_macs, max_size, keep_latency, max_latency)):
-        return None
-    return Budget.parse(
-        keep_params=keep_params,
-        keep_macs=keep_macs,
-        max_size=max_size,
-        keep_latency=keep_latency,
-        max_latency=max_latency,
-    )

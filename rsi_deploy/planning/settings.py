@@ -1,4 +1,4 @@
-"""The settings of an export, as its report keeps them."""
+"""The settings of an export in its report."""
 
 from typing import Literal
 
@@ -6,24 +6,24 @@ import pydantic
 
 
 class ExportSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """What the user asked for, as far as it shapes model.onnx.
+    """The settings that shape model.onnx.
 
     Attributes:
-        rank: as typed: "64" or "40%"; "" where a budget or a plan decided.
-        budget: as typed, such as "--keep-macs 50%", "--max-drop 1" or "--plan plan.json"; "" where a rank decided.
-        factors: "weights": of the weights alone; "response": fitted to calibration data.
+        rank: as it is typed: "64" or "40%"; "" where a budget or a plan decided.
+        budget: as it is typed, such as "--keep-macs 50%" or "--plan plan.json"; "" where a rank decided.
+        factors: "weights": factors of the weights alone; "response": factors fitted to calibration data.
         calib_size: most calibration samples; 0 where there were none.
-        min_rank, rank_multiple: what planned ranks were held to.
+        min_rank, rank_multiple: smallest planned rank, and the number that planned ranks are multiples of.
         method: "rsi", "rsvd" or "svd".
         power_iterations: the paper's q, or "auto".
         oversampling: extra sketch columns.
-        seed: of sketches and probe inputs.
+        seed: random seed for sketches, probe inputs and random weights.
         include, exclude: globs on site names.
-        always_split: split where nothing is saved, too.
-        joint: weights that multiply the same input may share one right factor; never with `always_split`.
-        opset: of the ONNX model.
-        route: of the kernel: "auto" or the one that was forced; each site names the one it took.
-        mixed_precision: whether the kernel might iterate in bfloat16.
+        always_split: whether sites are split where nothing is saved, too.
+        joint: whether weights of the same input may share one right factor; never with `always_split`.
+        opset: opset of the ONNX model; 0 where none was chosen.
+        route: route of the kernel: "auto", or the one that was chosen; each site names the one it took.
+        mixed_precision: whether the kernel may iterate in bfloat16.
     """
 
     rank: str

@@ -1,4 +1,4 @@
-"""The plan that a report holds."""
+"""The plan of a report."""
 
 from typing import cast
 
@@ -7,9 +7,9 @@ from rsi_deploy.report.schema import Report
 
 
 def plan_of(report: Report) -> Plan:
-    """What became of every site, as a plan that can be written, edited and asked for again.
+    """Return form and rank of every site as a plan, which can be edited and used for another export.
 
-    Only dense sites bring their reason: that of a split would go stale with the first edit.
+    Only dense sites have a reason: the reason of a split would be wrong after an edit.
     """
     sites = {
         site.name: PlannedSite(

@@ -1,6 +1,6 @@
-"""report.json: what was asked, decided, measured and found, as a versioned schema.
+"""report.json as a versioned schema: settings, decisions and results of an export.
 
-`rsi-deploy schema` prints the JSON schema; `Report.model_validate_json` reads a report back.
+`rsi-deploy schema` prints the JSON schema. `read_report` reads a report.
 """
 
 from pathlib import Path
@@ -12,16 +12,16 @@ import pydantic
 
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.calibration.record import CalibrationRecord
-from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.sites import SiteRecord
 from rsi_deploy.costing.cost_table import Conditions, PlanCheck
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.evaluation.accuracy import AccuracyResult
 from rsi_deploy.evaluation.softmax_bound import SoftmaxBound
-from rsi_deploy.io.documents import read_document
-from rsi_deploy.io.manifest import inside
+from rsi_deploy.io.manifest import check_inner_name
 from rsi_deploy.planning.settings import ExportSettings
+from rsi_deploy.report.json_files import read_json
 from rsi_deploy.runtime.feeds.values import as_numbers
 from rsi_deploy.runtime.machine import Environment
 from rsi_deploy.runtime.parity import OutputComparison
@@ -34,7 +34,7 @@ class _Record(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 
 class SourceRecord(_Record):
-    """Where the dense model came from; `hash` is the sha256 of its weights' names, types, shapes and bytes."""
+    """The source of the dense model; `hash` is the sha256 of the names, types, shapes and bytes of its weights."""
 
     model: str
     hash: str
@@ -42,8 +42,8 @@ class SourceRecord(_Record):
 
 
 class Verification(_Record):
-    """The three errors kept apart (see `rsi_deploy.runtime.parity`); exporter is None for an ONNX file in its
-    own opset.
+    """The errors of the three steps (see `rsi_deploy.runtime.parity`); exporter is None for an ONNX file that keeps its
+    opset.
     """
 
     exporter: OutputComparison | None
@@ -52,14 +52,14 @@ class Verification(_Record):
 
 
 class Accuracy(_Record):
-    """Dense and compressed on the same evaluation data."""
+    """Accuracy of the dense and of the compressed model on the same evaluation data."""
 
     dense: AccuracyResult
     compressed: AccuracyResult
 
 
 class ProbeOutput(_Record):
-    """Fingerprint of one output of the compressed model on the seeded probe inputs."""
+    """A fingerprint of one output of the compressed model on the probe inputs."""
 
     name: str
     shape: tuple[int, ...]
@@ -68,7 +68,7 @@ class ProbeOutput(_Record):
 
     @classmethod
     def of(cls, name: str, array: npt.NDArray[Any]) -> "ProbeOutput":
-        """The norm and the first values of an output array; what is not finite counts as 0, as JSON has no NaN."""
+        """Return the norm and the first values of an output; non-finite values count as 0, as JSON has no NaN."""
         flat = as_numbers(array).ravel()
         flat = np.where(np.isfinite(flat), flat, 0.0)
         return cls(
@@ -77,14 +77,21 @@ class ProbeOutput(_Record):
 
 
 class Stage(_Record):
-    """One step of the work and its wall time."""
+    """A step of the export and its wall time."""
 
     name: str
     seconds: float
 
 
 class Undone(_Record):
-    """A split that was made and taken back, for the finished model was not shown to be faster; what it saved alone."""
+    """A split that was undone because the finished model was not shown to be faster.
+
+    Attributes:
+        site: name of the site.
+        form: form of the split.
+        rank: rank of the split.
+        saving_ns: time that the split saves alone, in ns; None if unknown.
+    """
 
     site: str
     form: str
@@ -93,19 +100,19 @@ class Undone(_Record):
 
 
 class TimingRecord(_Record):
-    """What time decided.
+    """The decisions that depend on measured times.
 
     Attributes:
-        source: where the times are from: "measured here", "--cost FILE", or "the finished model alone".
-        conditions: that they hold for.
-        rule: "faster": a site is split only where its split was measured faster; "none": for smaller was enough.
-        table_seconds: to get the table, from the cache or by measuring; 0 without one.
-        dense_ns: a call of the whole dense model, by the table; 0 without one.
-        scale: by what the saving of the model is that of its sites.
-        predicted: share of the dense model's time that the table foretells of the plan; None without one.
+        source: source of the times: "measured here", "--cost FILE", or "the finished model alone".
+        conditions: conditions under which they were measured.
+        rule: "faster": a site is split only if its split was measured to be faster; "none": smaller was enough.
+        table_seconds: seconds to get the cost table, from the cache or by measuring; 0 without a table.
+        dense_ns: time of a call of the dense model by the table, in ns; 0 without a table.
+        scale: saving of the whole model divided by the sum of the savings of its sites.
+        predicted: share of the dense model's time that the table predicts for the plan; None without a table.
         checks: plans that were measured as whole models while planning.
-        undone: splits taken back at the last word.
-        last_word: what the finished model's measurement has led to, in words.
+        undone: splits that were undone after the finished model was measured.
+        last_word: what was decided after the finished model was measured, in words.
     """
 
     source: str
@@ -121,31 +128,33 @@ class TimingRecord(_Record):
 
 
 class Report(_Record):
-    """The whole report.
+    """The report of an export.
 
     Attributes:
-        schema_version: of this layout.
-        tool: name and version.
-        created: UTC, ISO 8601.
+        schema_version: version of this schema.
+        tool: name and version of the tool.
+        created: time of the export: UTC, ISO 8601.
         command: the command line, or the Python call.
-        source: the dense model.
-        settings: what shapes the result.
-        preprocessing: from 8-bit pictures to inputs, where known.
-        dense, compressed: sizes.
-        sites: every weight, split or dense, with reasons and errors.
-        verification: the three gates.
-        calibration: with calibration data: how far the outputs moved on them.
-        softmax_bound: for a factorized classifier head with evaluation data.
-        accuracy: with evaluation data.
-        latency: unless --no-bench; the first arm is the dense model.
-        timing: what time decided; None where it decided nothing (--no-bench, --always-split).
-        probe_shapes: shapes of the probe inputs (`rsi_deploy.runtime.feeds.probe`, with the seed).
-        probe_given: the user gave the probe inputs, so that they cannot be made again.
-        probe_fingerprint: of those (`rsi_deploy.runtime.feeds.probe.feeds_fingerprint`); None where they were made.
-        probe: outputs on them, which `verify` computes again.
-        files: sha256 of the bundle's model files.
-        stages: wall time of each step, s.
-        peak_memory: largest resident set of the process, bytes.
+        recipe: the request as recipe.toml holds it; `rsi-deploy export --recipe` makes the bundle again.
+        source: source of the dense model.
+        settings: settings that determine the result.
+        preprocessing: steps from 8-bit pictures to inputs, if known.
+        dense: size of the dense model.
+        compressed: size of the compressed model.
+        sites: every weight, split or dense, with reason and errors.
+        verification: the relative errors of the outputs in each step.
+        calibration: change of the outputs on the calibration data; None without such data.
+        softmax_bound: bound on changed answers, for a factorized classifier head with evaluation data.
+        accuracy: accuracy on the evaluation data; None without such data.
+        latency: latency of the dense and the compressed model, in this order; None with --no-bench.
+        timing: decisions that depend on measured times; None without any (--no-bench, --always-split).
+        probe_shapes: shapes of the probe inputs, which are made from the seed (`rsi_deploy.runtime.feeds.probe`).
+        probe_given: whether the user gave the probe inputs (--feeds), so that they cannot be made again.
+        probe_fingerprint: fingerprint of such inputs (`rsi_deploy.runtime.feeds.probe.feeds_fingerprint`), or None.
+        probe: outputs for the probe inputs, which `verify` computes again.
+        files: name -> sha256 of the bundle's model files.
+        stages: wall time of each step.
+        peak_memory: largest resident memory of the process, in bytes.
         environment: machine and versions.
         notes: what a reader must know.
     """
@@ -154,6 +163,7 @@ class Report(_Record):
     tool: str
     created: str
     command: str
+    recipe: str = ""
     source: SourceRecord
     settings: ExportSettings
     preprocessing: Preprocessing | None
@@ -170,7 +180,7 @@ class Report(_Record):
     probe_given: bool
     probe_fingerprint: str | None = None
     probe: tuple[ProbeOutput, ...]
-    files: dict[Annotated[str, pydantic.AfterValidator(inside)], str]
+    files: dict[Annotated[str, pydantic.AfterValidator(check_inner_name)], str]
     stages: tuple[Stage, ...]
     peak_memory: int
     environment: Environment
@@ -184,25 +194,18 @@ class Report(_Record):
 
     @property
     def split_sites(self) -> tuple[SiteRecord, ...]:
-        """The sites that were split."""
+        """Sites that were split."""
         return tuple(site for site in self.sites if site.decision == "split")
 
 
 def read_report(folder: str | Path) -> Report:
-    """The report of the bundle in `folder`.
+    """Return the report of the bundle in `folder`.
 
     Raises:
-        UsageError: no bundle there.
-        ModelError: a report that this version cannot read, and the first reason.
+        UsageError: `folder` is no bundle.
+        ModelError: this version cannot read the report.
     """
     path = Path(folder) / "report.json"
     if not path.is_file():
-        raise UsageError(f"{folder} is no bundle: it has no report.json; name the folder that export wrote")
-    try:
-        return Report.model_validate_json(read_document(path))
-    except (pydantic.ValidationError, UnicodeDecodeError) as error:
-        first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ModelError(
-            f"{path} is not a report of schema version {SCHEMA_VERSION}: {where}: {first['msg']}; export again"
-        ) from error
+        raise UsageError(f"{folder} is no bundle: it has no report.json; type the folder that export wrote")
+    return read_json(path, Report, f"report of schema version {SCHEMA_VERSION}")

@@ -1,50 +1,45 @@
-"""A report in a few rows and one sentence: the wording that terminal table and model card share."""
+"""The tables and sentences of a report, for the terminal, the page and the model card."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rsi_deploy.benchmark.result import VariantResult
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.core.text import human_bytes as human_bytes
 from rsi_deploy.core.text import share_kept, size_change
-from rsi_deploy.evaluation.accuracy import AccuracyResult
+from rsi_deploy.report.table import Table, with_interval
 
 if TYPE_CHECKING:  # a machine that only measures has no torch
     from rsi_deploy.core.sites import SiteRecord
+    from rsi_deploy.onnx_models.inspection import SiteView
+    from rsi_deploy.planning.settings import ExportSettings
     from rsi_deploy.report.schema import Report
 
 Row = tuple[str, str, str, str]
 
-RESPONSE = "response: share of a site's output variance that is lost, on calibration data"
-LOSS = "loss: how far the split of that site alone moves the model's outputs, estimated"
+NORMALIZED = "Normalized error: spectral error divided by the smallest possible at this rank; 1.00 is optimal."
+
+RESPONSE = "Response error: share of the variance of a site's output that is lost, on calibration data."
+LOSS = "Loss: estimated change of the model's outputs by the split of this site alone."
+JOINT = (
+    "Sites split jointly share one right factor and the node that multiplies their input by it; its numbers and MACs "
+    "count at the first of them. Together they hold fewer numbers than apart, and none has a larger error. Their "
+    "normalized errors compare with the optimum of that rank for each site alone."
+)
+
+CHECKS = {
+    "exporter": "the source against the dense ONNX model",
+    "surgery": "a full-rank split against the dense model; only rounding may differ",
+    "approximation": "the compressed against the dense model, on probe inputs",
+}
+"""Check of `Verification` -> what is compared."""
 
 
-def comparison_rows(report: "Report") -> list[Row]:
-    """Quantity, dense, compressed, change: what a user wants to know first."""
-    rows: list[Row] = []
-    if report.accuracy:
-        rows += _accuracy_rows(report.accuracy.dense, report.accuracy.compressed)
-    d, c = report.dense, report.compressed
-    rows += [
-        ("file", human_bytes(d.bytes), human_bytes(c.bytes), size_change(d.bytes, c.bytes)),
-        ("parameters", f"{d.params:,}", f"{c.params:,}", share_kept(d.params, c.params)),
-    ]
-    if d.macs:  # unknown where the model could not be run
-        rows.append(("MACs a sample", f"{d.macs:,}", f"{c.macs:,}", share_kept(d.macs, c.macs)))
-    if report.latency:
-        dense, compressed = report.latency.arms
-        rows.append(
-            (
-                f"latency, batch {report.latency.batch}",
-                milliseconds(dense),
-                milliseconds(compressed),
-                compressed.verdict,
-            )
-        )
-    return rows
+# -- the whole model
 
 
 def verdict(report: "Report") -> str:
-    """One sentence: the change of the size, of the time, of the accuracy."""
+    """Return the changes of size, time and accuracy in one sentence."""
     parts = [size_change(report.dense.bytes, report.compressed.bytes)]
     parts.append(report.latency.arms[1].verdict if report.latency else "latency not measured")
     if report.accuracy and report.accuracy.dense.top1 is not None and report.accuracy.compressed.top1 is not None:
@@ -52,12 +47,65 @@ def verdict(report: "Report") -> str:
     return ", ".join(parts) + "."
 
 
-def certificate_lines(report: "Report") -> list[str]:
-    """What calibration and the softmax bound vouch for, a line each."""
+def request_text(settings: "ExportSettings") -> str:
+    """Return method, rank or budget, and seed of an export in a few words."""
+    q = f", q = {settings.power_iterations}" if settings.method == "rsi" else ""
+    fitted = ", fitted to calibration data" if settings.factors == "response" else ""
+    return f"{settings.method}{q}, {settings.budget or f'rank {settings.rank}'}{fitted}, seed {settings.seed}"
+
+
+def comparison_table(report: "Report") -> Table:
+    """Return size, accuracy and latency of the dense and of the compressed model."""
+    return Table(
+        caption="Accuracy, size and latency",
+        columns=("", "#dense", "#compressed", "change"),
+        rows=comparison_rows(report),
+    )
+
+
+def comparison_rows(report: "Report") -> list[Row]:
+    """Return (quantity, dense, compressed, change) for accuracy, size and latency, as far as they were measured."""
+    d, c = report.dense, report.compressed
+    rows: list[Row] = [
+        *_accuracy_rows(report),
+        ("file", human_bytes(d.bytes), human_bytes(c.bytes), size_change(d.bytes, c.bytes)),
+        ("parameters", f"{d.params:,}", f"{c.params:,}", share_kept(d.params, c.params)),
+    ]
+    if d.macs:  # unknown if the model could not be run
+        rows.append(("MACs a sample", f"{d.macs:,}", f"{c.macs:,}", share_kept(d.macs, c.macs)))
+    if report.latency:
+        dense, compressed = report.latency.arms
+        name = f"latency, batch {report.latency.batch}"
+        rows.append((name, _milliseconds(dense), _milliseconds(compressed), compressed.verdict))
+    return rows
+
+
+def checks_table(report: "Report") -> Table:
+    """Return the relative error of the outputs in each check of the export."""
+    rows = []
+    for name, compared in CHECKS.items():
+        found = getattr(report.verification, name)
+        if found is None:
+            rows.append((name, compared, "not measured", "", ""))
+            continue
+        tolerance = "none" if found.tolerance is None else f"{found.tolerance:.0e}"
+        result = "" if found.tolerance is None else "holds"
+        result = result if found.informative else "not informative"
+        error = f"{found.relative_l2:.1e}" if found.relative_l2 < 1e-3 else f"{found.relative_l2:.3f}"
+        rows.append((name, compared, error, tolerance, result))
+    return Table(
+        caption="Relative error of the outputs",
+        columns=("check", "compared", "#error", "#tolerance", "result"),
+        rows=rows,
+    )
+
+
+def evidence_lines(report: "Report") -> list[str]:
+    """Return the results of calibration and of the softmax bound, a line each."""
     lines = []
     if c := report.calibration:
         checked = f", {c.checked:,} of them checked" if c.checked != c.samples else ""
-        ranks_alone = ", for ranks alone" if report.settings.factors == "weights" else ""
+        ranks_alone = ", used for ranks alone" if report.settings.factors == "weights" else ""
         found = [
             "the dense outputs are all zero" if c.output_error is None else f"output error {100 * c.output_error:.2g} %"
         ]
@@ -66,47 +114,98 @@ def certificate_lines(report: "Report") -> list[str]:
         lines.append(f"calibration, {c.samples:,} samples{checked}{ranks_alone}: {', '.join(found)}")
     if b := report.softmax_bound:
         lines.append(
-            f"unchanged top-1, {site_name(b.site)} alone: guaranteed {b.guaranteed_unchanged:.1f} %, observed "
-            f"{b.observed_unchanged:.1f} % (softmax bound, {b.violations} violations)"
+            f"softmax bound, {site_name(b.site)} split alone: top-1 unchanged for at least "
+            f"{b.guaranteed_unchanged:.1f} % of the samples, observed {b.observed_unchanged:.1f} % "
+            f"({b.violations} violations)"
         )
     return lines
 
 
+# -- sites
+
+
+def site_table(sites: "Sequence[SiteRecord]") -> Table:
+    """Return operation, shape, rank, size, errors and decision of each site; columns without values are left out."""
+    errors = ("#normalized error", "#spectral error", "#response error")
+    rows = [
+        (
+            s.name,
+            operation(s),
+            shape(s),
+            str(s.rank or ""),
+            share(s.params_compressed, s.params_dense),
+            macs_kept(s),
+            normalized_error(s),
+            "" if s.spectral_error is None else f"{s.spectral_error:.3f}",
+            response_error(s),
+            s.decision if s.reason == s.decision else f"{s.decision}: {s.reason}",
+        )
+        for s in sites
+    ]
+    columns = ("site", "operation", "#out x in", "#rank", "#kept", "#MACs kept", *errors, "decision")
+    table = Table(caption="Sites", columns=columns, rows=rows, details=("#kept", "#spectral error"))
+    return table.without_empty(("#MACs kept", *errors))
+
+
+def site_notes(sites: "Sequence[SiteRecord]") -> list[str]:
+    """Return the explanations of the columns and decisions of `site_table`."""
+    notes = {
+        NORMALIZED: any(map(normalized_error, sites)),
+        RESPONSE: any(map(response_error, sites)),
+        LOSS: any(s.reason.startswith("loss ") for s in sites),
+        JOINT: any(s.joint for s in sites),
+    }
+    return [note for note, applies in notes.items() if applies]
+
+
 def operation(site: "SiteRecord") -> str:
-    """The operation, and for the split of a Conv its form; a product has one form only."""
+    """Return the operation of a site, with the form of the split for a Conv."""
     return site.kind if site.form in (None, "matmul", "gemm") else f"{site.kind} {site.form}"
 
 
-def has_loss(site: "SiteRecord") -> bool:
-    """Whether its rank was chosen by what it loses."""
-    return site.reason.startswith("loss ")
+def shape(site: "SiteRecord | SiteView") -> str:
+    """Return "out x in" of a weight, and the number of its groups."""
+    if not site.out_features:
+        return ""
+    return f"{site.out_features} x {site.in_features}" + f" x {site.groups} groups" * (site.groups > 1)
+
+
+def macs_kept(site: "SiteRecord") -> str:
+    """Return the share of a site's MACs that is left; "" if unknown."""
+    return "" if site.macs_compressed is None else share(site.macs_compressed, site.macs_dense or 0)
 
 
 def normalized_error(site: "SiteRecord") -> str:
-    """In units of the optimum, with a sign where it is an upper bound; "" where it was not measured."""
+    """Return the error divided by the optimum, after "≤" for an upper bound; "" if it was not measured."""
     if site.normalized_error is None:
         return ""
     return f"{'≤ ' if site.normalized_error_kind != 'exact' else ''}{site.normalized_error:.2f}"
 
 
 def response_error(site: "SiteRecord") -> str:
-    """In percent; "" where the factors were not fitted to data."""
+    """Return the response error in percent; "" if the factors were not fitted to data."""
     return "" if site.response_error is None else f"{100 * site.response_error:.2g} %"
 
 
-def milliseconds(arm: VariantResult) -> str:
-    """Median latency with its 95 % interval."""
-    low, high = arm.median_interval_ms
-    return f"{arm.median_ms:.3f} ms [{low:.3f}, {high:.3f}]"
+def share(after: int, before: int) -> str:
+    """Return `after` in percent of `before`; "" if that is 0."""
+    return f"{100 * after / before:.1f} %" if before else ""
 
 
-def _accuracy_rows(dense: AccuracyResult, compressed: AccuracyResult) -> list[Row]:
+def _milliseconds(arm: VariantResult) -> str:
+    return with_interval(f"{arm.median_ms:.3f} ms", arm.median_interval_ms, ".3f")
+
+
+def _accuracy_rows(report: "Report") -> list[Row]:
+    if report.accuracy is None:
+        return []
+    dense, compressed = report.accuracy.dense, report.accuracy.compressed
     rows: list[Row] = []
     for name, a, b in (("top-1", dense.top1, compressed.top1), ("top-5", dense.top5, compressed.top5)):
         if a is not None and b is not None:
             tested = compressed.paired if name == "top-1" else None
-            ends = "" if tested is None else " [{:+.2f}, {:+.2f}]".format(*tested.change_interval)
-            rows.append((name, f"{a:.2f} %", f"{b:.2f} %", f"{b - a:+.2f} points{ends}"))
+            ends = None if tested is None else tested.change_interval
+            rows.append((name, f"{a:.2f} %", f"{b:.2f} %", with_interval(f"{b - a:+.2f} points", ends, "+.2f")))
     if compressed.agreement is not None:
         rows.append(("same answer as dense", "", f"{compressed.agreement:.2f} %", f"of {compressed.samples} samples"))
     return rows

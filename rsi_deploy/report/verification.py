@@ -1,4 +1,4 @@
-"""What verify found, as one document."""
+"""The result of `verify`."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ Status = Literal["holds", "broken", "not checked"]
 
 
 class Claim(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """One claim of the report: what was found when it was computed again."""
+    """A claim of the report, and the result of computing it again."""
 
     name: str
     status: Status
@@ -16,7 +16,7 @@ class Claim(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 
 class VerifyResult(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """All claims; `ok` when none is broken."""
+    """All claims of a bundle."""
 
     bundle: str
     claims: tuple[Claim, ...]

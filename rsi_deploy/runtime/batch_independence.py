@@ -1,44 +1,43 @@
-"""Whether the samples of a batch are independent, so that several requests may share a run.
+"""Check whether the samples of a batch are independent, so that several requests may share a run.
 
     proof    on the graph: no operator mixes samples along the first axis (graph_passes.batch_axis)
     run      several samples in one run == each of them alone, within rounding
-    run      a sample answers the same beside larger, smaller and other samples
+    run      a sample has the same result beside larger, smaller and other samples
 
-Both the proof and the runs must hold. The proof covers every input; the runs cover what the runtime does.
-A server that joins requests of several clients (`serve`), and packages whose engine does so (`package`), ask here.
+Both the proof and the runs must succeed: the proof covers every input, the runs cover the runtime. `serve` checks this
+before it batches requests of several clients, and `package` before it packages a model for a server that does so.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from graph_passes.batch_axis import find_batch_axes, prove
 from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.types import Array, Feeds, Shape
 from rsi_deploy.io.onnx_reader import read_graph
-from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs, random_feeds
+from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
 from rsi_deploy.runtime.sessions import run_session
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-Array = npt.NDArray[Any]
-
 OPEN_SIZE = 16
-"""Size of a dynamic dimension that is not known."""
+"""Size for a dynamic dimension of unknown size."""
 TOLERANCE = {2: 5e-3, 4: 1e-4, 8: 1e-6}
-"""Item size of a floating output -> how far a sample may move in a batch, as a share of its largest value."""
+"""Item size of a floating output -> largest change of a sample in a batch, relative to its largest value."""
 MAGNITUDES = (1e3, 1e-3)
-"""What the other samples of a batch are multiplied by while the first one stays as it is."""
+"""Factors for the other samples of a batch while the first one stays as it is."""
 
 
-def samples_in(model: str | Path, feeds: Mapping[str, Array]) -> int:
-    """How many samples these inputs of a model hold: the size of its batch axis; 1 for a model without one.
+def count_samples(model: str | Path, feeds: Feeds) -> int:
+    """Return the number of samples in the inputs of a model, or 1 if it has no batch axis.
 
     Raises:
-        ModelError: the model cannot be read.
+        ModelError: The model cannot be read.
     """
     shapes = {name: getattr(array, "shape", ()) for name, array in feeds.items()}
     axes = find_batch_axes(read_graph(model), shapes)
@@ -46,10 +45,10 @@ def samples_in(model: str | Path, feeds: Mapping[str, Array]) -> int:
 
 
 def why_not_proved(model: str | Path) -> str:
-    """Which operator of a model mixes samples along the first axis of its inputs; "" where it is proved that none does.
+    """Return which operator mixes samples along the first axis of the inputs, or "" if provably none does.
 
     Raises:
-        ModelError: the model cannot be read.
+        ModelError: The model cannot be read.
     """
     proto = read_graph(model)
     proof = prove(proto, {spec.name: 0 for spec in model_inputs(proto)})
@@ -57,17 +56,19 @@ def why_not_proved(model: str | Path) -> str:
         return f"samples are not proved independent: {proof.reason}"
     for name, place in proof.outputs.items():
         if place is None or place.axis or not place.plain:
-            return f"output {name} has its samples not one by one along its first axis"
+            return f"output {name} does not have one sample after another along its first axis"
     return ""
 
 
-def why_alone(model: str | Path, session: "InferenceSession", known: Mapping[str, Sequence[int]], count: int) -> str:
-    """Why samples of a model must not share a run, proved and tried with random ones; "" where they may.
+def why_not_batchable(
+    model: str | Path, session: "InferenceSession", known: Mapping[str, Sequence[int]], count: int
+) -> str:
+    """Return why samples must not share a run, by proof and by runs with random samples; "" if they may.
 
     Args:
-        model: its file.
-        session: of the model; it runs each sample, and all of them.
-        known: input name -> a whole shape that it runs on, whatever its first size.
+        model: ONNX file.
+        session: session of the model, which runs each sample and all of them.
+        known: input name -> whole shape that works, with any batch size.
         count: number of samples, 2 or more.
     """
     if why := no_batch_axis(session) or why_not_proved(model):
@@ -77,16 +78,16 @@ def why_alone(model: str | Path, session: "InferenceSession", known: Mapping[str
         samples = random_feeds(specs, count, 1, _shapes(specs, known, count))
         others = random_feeds(specs, count, 2, _shapes(specs, known, count))
     except UsageError as error:
-        return f"samples to try a batch with cannot be made up: {error}"[:300]
+        return f"samples for a test batch cannot be created: {error}"[:300]
     return why_runs_differ(session, samples, others)
 
 
-def why_alone_on(model: str | Path, session: "InferenceSession", samples: Mapping[str, Array]) -> str:
-    """As `why_alone`, tried with samples that are given.
+def why_not_batchable_on(model: str | Path, session: "InferenceSession", samples: Feeds) -> str:
+    """As `why_not_batchable`, with the user's samples.
 
     Args:
-        model: its file.
-        session: of the model; it runs each sample, and all of them.
+        model: ONNX file.
+        session: session of the model, which runs each sample and all of them.
         samples: input name -> `(n, ...)`, with `n` of 2 or more, no two samples alike.
     """
     if why := no_batch_axis(session) or why_not_proved(model):
@@ -95,7 +96,7 @@ def why_alone_on(model: str | Path, session: "InferenceSession", samples: Mappin
 
 
 def no_batch_axis(session: "InferenceSession") -> str:
-    """Which input or output has a first axis that is no batch by its size, or none at all; "" where all may be."""
+    """Return which input or output has no dynamic first dimension, or "" if all have one."""
     for what, values in (("input", session.get_inputs()), ("output", session.get_outputs())):
         for value in values:
             if not value.shape or isinstance(value.shape[0], int):
@@ -104,8 +105,8 @@ def no_batch_axis(session: "InferenceSession") -> str:
     return ""
 
 
-def _shapes(specs: Sequence[InputSpec], known: Mapping[str, Sequence[int]], count: int) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of `count` samples."""
+def _shapes(specs: Sequence[InputSpec], known: Mapping[str, Sequence[int]], count: int) -> dict[str, Shape]:
+    """Return whole shapes of `count` samples."""
     shapes = {}
     for spec in specs:
         found = known.get(spec.name, ())
@@ -119,8 +120,8 @@ def _shapes(specs: Sequence[InputSpec], known: Mapping[str, Sequence[int]], coun
     return shapes
 
 
-def _neighbours(samples: Mapping[str, Array], others: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
-    """The same batch with the first sample as it was, and all others larger, smaller, and of other whole numbers."""
+def _neighbours(samples: Feeds, others: Feeds) -> Iterator[dict[str, Array]]:
+    """Yield batches with the same first sample beside larger, smaller and other samples."""
     for magnitude in MAGNITUDES:
         batch = {}
         for name, array in samples.items():
@@ -129,13 +130,13 @@ def _neighbours(samples: Mapping[str, Array], others: Mapping[str, Array]) -> It
         yield batch
 
 
-def why_runs_differ(session: "InferenceSession", samples: Mapping[str, Array], others: Mapping[str, Array]) -> str:
-    """How samples answer otherwise in a batch than alone, or beside others; "" where they do not.
+def why_runs_differ(session: "InferenceSession", samples: Feeds, others: Feeds) -> str:
+    """Return which output of a sample depends on the batch around it, or "" if none does.
 
     Args:
-        session: the model; it runs each sample, and all of them.
+        session: session of the model, which runs each sample and all of them.
         samples: input name -> `(n, ...)`, with `n` of 2 or more, no two samples alike.
-        others: whole numbers and booleans to put beside the first sample, of the same shapes.
+        others: integers and booleans of the same shapes, to put beside the first sample.
     """
     count = len(next(iter(samples.values())))
     try:
@@ -146,10 +147,10 @@ def why_runs_differ(session: "InferenceSession", samples: Mapping[str, Array], o
         ]
         beside = [run_session(session, batch, "a batch") for batch in _neighbours(samples, others)]
     except ModelError as error:
-        return f"it does not run on these samples, so that a batch cannot be tried: {error}"[:300]
+        return f"the model does not run on these samples, so a batch cannot be tested: {error}"[:300]
     for place, (value, whole) in enumerate(zip(session.get_outputs(), together, strict=True)):
         if not isinstance(whole, np.ndarray):
-            return f"output {value.name} is no tensor"
+            return f"output {value.name} is not a tensor"
         if whole.ndim == 0 or len(whole) != count:
             return f"output {value.name} has shape {whole.shape} for {count} samples"
         apart = all(_same(parts[place], whole[at : at + 1]) for at, parts in enumerate(alone))
@@ -159,7 +160,7 @@ def why_runs_differ(session: "InferenceSession", samples: Mapping[str, Array], o
 
 
 def _same(alone: Array, together: Array) -> bool:
-    """Whether a sample `(1, ...)` is the same in both runs."""
+    """Return whether a sample `(1, ...)` has the same result in both runs."""
     if alone.shape != together.shape:
         return False
     if alone.dtype.kind != "f":

@@ -1,4 +1,4 @@
-"""`doctor`: what is installed, what will work here, and what is wrong, each with what to type."""
+"""`doctor`: check the installation and the machine, and say what to type where something is wrong."""
 
 import importlib
 import shutil
@@ -10,7 +10,7 @@ from rsi_deploy.runtime.machine import Environment, environment, onnxruntime_dis
 
 
 class Finding(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """One thing looked at: `level` is "ok", "note" or "problem"."""
+    """One result of a check; `level` is "ok", "note" or "problem"."""
 
     level: str
     what: str
@@ -18,7 +18,7 @@ class Finding(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 
 class Diagnosis(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """The machine and everything found; `ok` when there is no problem."""
+    """The machine and all findings."""
 
     environment: Environment
     providers: tuple[str, ...]
@@ -26,28 +26,29 @@ class Diagnosis(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     @property
     def ok(self) -> bool:
-        """Whether nothing found is a problem."""
+        """Whether no finding is a problem."""
         return all(finding.level != "problem" for finding in self.findings)
 
 
 def doctor() -> Diagnosis:
-    """Look at versions, providers, CPU features and free disk. Imports torch and onnxruntime to see that they load."""
+    """Check versions, providers, CPU features and free disk space; imports torch and onnxruntime to test them."""
     findings = [_runtime_packages(onnxruntime_distributions()), *_imports(), _disk()]
     providers: tuple[str, ...] = ()
     try:
-        from rsi_deploy.runtime.providers import available
+        from rsi_deploy.runtime.providers import available_providers
 
-        providers = tuple(available())
+        providers = tuple(available_providers())
         findings += _cuda(providers)
-    except Exception as error:  # a damaged installation can fail in any way
-        findings.append(Finding(level="problem", what=f"onnxruntime does not answer: {error}"))
-    here = environment()
-    findings.append(_instructions(here))
-    return Diagnosis(environment=here, providers=providers, findings=tuple(findings))
+    except Exception as error:  # a damaged installation can raise anything
+        findings.append(Finding(level="problem", what=f"onnxruntime does not work: {error}"))
+    machine = environment()
+    flags = ", ".join(machine.cpu_flags) or "none known"
+    findings.append(Finding(level="ok", what=f"{machine.cpu}, {machine.cores} cores; matrix instructions: {flags}"))
+    return Diagnosis(environment=machine, providers=providers, findings=tuple(findings))
 
 
 def _runtime_packages(found: dict[str, str]) -> Finding:
-    """Onnxruntime's distributions install into one folder and overwrite each other."""
+    """Check that exactly one distribution of onnxruntime is installed; several overwrite each other's files."""
     if not found:
         return Finding(
             level="problem",
@@ -70,7 +71,7 @@ def _imports() -> list[Finding]:
         try:
             module = importlib.import_module(name)
             findings.append(Finding(level="ok", what=f"{name} {getattr(module, '__version__', '')}".strip()))
-        except Exception as error:  # a mismatched torchvision raises RuntimeError on import, for one
+        except Exception as error:  # for example, a mismatched torchvision raises RuntimeError
             findings.append(
                 Finding(
                     level="problem",
@@ -97,12 +98,7 @@ def _cuda(providers: tuple[str, ...]) -> list[Finding]:
         ]
     if has and not torch.cuda.is_available():
         return [Finding(level="note", what="onnxruntime offers CUDA, but torch sees no GPU here: it may not start")]
-    return [Finding(level="ok", what="CUDA provider" if has else "no GPU: the CPU provider is what runs here")]
-
-
-def _instructions(here: Environment) -> Finding:
-    flags = ", ".join(here.cpu_flags) or "none known"
-    return Finding(level="ok", what=f"{here.cpu}, {here.cores} cores; matrix instructions: {flags}")
+    return [Finding(level="ok", what="CUDA provider" if has else "no GPU: the CPU provider runs models here")]
 
 
 def _disk() -> Finding:

@@ -1,9 +1,10 @@
-"""The machine and the versions a measurement was made with: stored beside every result.
+"""The machine and the package versions of a measurement, stored with every result.
 
-Nothing heavy is imported for it: versions are read from the installed packages, GPU names from torch only
-where torch is loaded already, else from `nvidia-smi`.
+Nothing heavy is imported: versions come from the installed packages, and GPU names from torch only if it is loaded
+already, else from `nvidia-smi`.
 """
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -17,7 +18,7 @@ from pydantic import BaseModel
 
 PACKAGES = ("torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "numpy")
 
-# Instruction sets that decide which kernels run, as Linux spells them (x86, then ARM).
+# Instruction sets that decide which kernels run, in Linux's spelling (x86, then ARM).
 _FLAGS = ("avx2", "fma", "avx_vnni", "neon", "asimd", "asimddp", "asimdhp", "sve", "sve2", "i8mm", "bf16")
 _FLAG_PREFIXES = ("avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_")
 
@@ -28,19 +29,19 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
     Attributes:
         python: version and implementation.
         platform: operating system and architecture.
-        cpu: the processor's own name, or the architecture where it tells none.
-        cores: logical cores this process may use (a container's or taskset's share).
-        physical_cores: of the whole machine; None where the system does not tell.
-        memory_bytes: of the whole machine.
-        cpu_flags: the instruction sets among them that matter for matrix products.
-        gpus: names; empty where neither torch is loaded nor `nvidia-smi` found, or there are none.
-        versions: package -> version; absent packages are left out; every onnxruntime distribution is listed.
-        affinity: logical cores this process may use; () where the system does not tell.
-        governor: what decides the cores' clocks ("performance", "schedutil"...); None where it is not readable.
-        clock_mhz: of the core that is fastest now, and the most it may have; None where not readable.
-        torch_threads: that torch computes with; None where it is not loaded. Exact factors and those fitted to data are
-            summed in another order with another number, and may differ in their last bits.
-        load_average: processes wanting a core over 1, 5 and 15 minutes; timings are noisy above `cores`.
+        cpu: processor name, or the architecture if the name is unknown.
+        cores: logical cores that this process may use, within the limits of a container or taskset.
+        physical_cores: physical cores of the machine; None if unknown.
+        memory_bytes: memory of the machine.
+        cpu_flags: instruction sets that matter for matrix products.
+        gpus: names of the GPUs; empty if there are none, or if torch is not loaded and `nvidia-smi` is missing.
+        versions: package -> version of installed packages, including every onnxruntime distribution.
+        affinity: logical cores that this process may use; () if unknown.
+        governor: frequency governor of the cores ("performance", "schedutil"...); None if unknown.
+        clock_mhz: current clock of the fastest core, and its maximum; None if unknown.
+        torch_threads: threads of torch; None if it is not loaded. Exact factors and factors fitted to data may differ
+            in their last bits with another number, because sums are computed in another order.
+        load_average: average number of runnable processes over 1, 5 and 15 minutes; above `cores`, timings are noisy.
     """
 
     python: str
@@ -66,14 +67,14 @@ def environment() -> Environment:
         python=f"{platform.python_version()} {platform.python_implementation()}",
         platform=platform.platform(),
         cpu=name or platform.processor() or platform.machine(),
-        cores=_usable_cores(),
+        cores=len(affinity()) or os.cpu_count() or 1,
         physical_cores=psutil.cpu_count(logical=False),
         memory_bytes=psutil.virtual_memory().total,
         cpu_flags=relevant_flags(flags),
         gpus=_gpus(),
         versions=_versions(),
         load_average=load_average(),
-        affinity=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (),
+        affinity=affinity(),
         governor=_governor(),
         clock_mhz=_clock(),
         torch_threads=_torch_threads(),
@@ -81,18 +82,23 @@ def environment() -> Environment:
 
 
 def load_average() -> tuple[float, float, float] | None:
-    """Processes wanting a core over 1, 5 and 15 minutes; None where the system does not tell."""
+    """Return the average number of runnable processes over 1, 5 and 15 minutes; None if unknown."""
     return os.getloadavg() if hasattr(os, "getloadavg") else None
 
 
 def onnxruntime_distributions() -> dict[str, str]:
-    """Installed distributions of onnxruntime -> version; more than one have overwritten each other's files.
+    """Return the installed distributions of onnxruntime and their versions.
 
-    `onnxruntime`, `onnxruntime-gpu`, `onnxruntime-openvino`... all install the folder `onnxruntime`; plug-ins
-    (`onnxruntime-ep-*`) and extensions do not, and are left out.
+    `onnxruntime`, `onnxruntime-gpu`, `onnxruntime-openvino`... all install the folder `onnxruntime` and overwrite each
+    other; plug-ins (`onnxruntime-ep-*`) and extensions do not, and are left out.
     """
+    return dict(_onnxruntime_distributions())
+
+
+@functools.cache
+def _onnxruntime_distributions() -> dict[str, str]:
     found = {}
-    for distribution in importlib.metadata.distributions():
+    for distribution in importlib.metadata.distributions():  # reads every package's metadata: 0.1 s
         name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
         if name.startswith("onnxruntime") and not name.startswith(("onnxruntime-ep-", "onnxruntime-extensions")):
             found[name] = distribution.version
@@ -100,7 +106,7 @@ def onnxruntime_distributions() -> dict[str, str]:
 
 
 def parse_cpuinfo(text: str) -> tuple[str | None, frozenset[str]]:
-    r"""The first processor's name and flags in the text of /proc/cpuinfo.
+    r"""Return the first processor's name and flags from the text of /proc/cpuinfo.
 
     >>> name, flags = parse_cpuinfo("model name : Some CPU\nflags : fpu avx2")
     >>> name, sorted(flags)
@@ -115,7 +121,7 @@ def parse_cpuinfo(text: str) -> tuple[str | None, frozenset[str]]:
 
 
 def relevant_flags(flags: frozenset[str]) -> tuple[str, ...]:
-    """Those that decide which matrix kernels run, sorted.
+    """Return the flags that decide which matrix kernels run, sorted.
 
     >>> relevant_flags(frozenset({"fpu", "avx2", "amx_bf16"}))
     ('amx_bf16', 'avx2')
@@ -131,7 +137,7 @@ def _cpuinfo() -> str:
 
 
 def _governor() -> str | None:
-    """Of the first core, as Linux says it; virtual machines have none."""
+    """Return the governor of the first core on Linux; virtual machines have none."""
     try:
         return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text(encoding="ascii").strip()
     except OSError:
@@ -139,10 +145,10 @@ def _governor() -> str | None:
 
 
 def _clock() -> tuple[float, float | None] | None:
-    """MHz now and at most."""
+    """Return the current and the maximal clock in MHz."""
     try:
         cores = psutil.cpu_freq(percpu=True)
-    except (AttributeError, NotImplementedError, OSError):  # not on this platform, or not readable
+    except (AttributeError, NotImplementedError, OSError):  # not supported, or not readable
         return None
     if not cores:
         return None
@@ -150,10 +156,9 @@ def _clock() -> tuple[float, float | None] | None:
     return round(fastest.current, 1), fastest.max or None
 
 
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def affinity() -> tuple[int, ...]:
+    """Return the logical cores that this process may use, ascending; () if unknown."""
+    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
 
 
 def _torch_threads() -> int | None:
@@ -177,19 +182,22 @@ def _gpus() -> tuple[str, ...]:
 
 
 def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions | onnxruntime_distributions()
+    versions = {package: _version(package) for package in PACKAGES}
+    return {package: version for package, version in versions.items() if version} | onnxruntime_distributions()
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def peak_memory(process: int | None = None) -> int:
-    """Largest resident set so far of this process, or on Linux of another, bytes (0 where the system does not tell).
+    """Return the largest resident set of this process, or on Linux of another, in bytes; 0 if unknown.
 
-    Linux hands `ru_maxrss` on from parent to child, so that a small process has its parent's: VmHWM is its own.
+    On Linux a child process inherits `ru_maxrss` from its parent, so VmHWM is read instead.
     """
     try:
         status = Path(f"/proc/{process or 'self'}/status").read_text(encoding="ascii", errors="replace")
@@ -209,10 +217,10 @@ def peak_memory(process: int | None = None) -> int:
 
 
 def resident_memory() -> int:
-    """Resident set of this process now, bytes."""
+    """Return the resident set of this process in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def free_memory() -> int:
-    """Bytes of memory that the system could give out now."""
+    """Return the available memory of the system in bytes."""
     return int(psutil.virtual_memory().available)

@@ -1,13 +1,13 @@
-"""Which nodes of a model an executed node may be: its attributes, and which of its inputs and outputs are there.
+"""Find the node of a model that onnxruntime executed, with its attributes and its present inputs and outputs.
 
-onnxruntime's profile names a node and the shapes of what it read; it leaves out absent optional inputs and all
-attributes. What it inlines runs under another name:
+onnxruntime's profile has the name of a node and the shapes of its inputs; it omits absent optional inputs and all
+attributes. Inlined nodes run under other names:
 
     main graph, bodies of If, Loop, Scan     its own name
     function F, body of a SequenceMap        _inlfunc_F_NAME, _inlfunc_F_token_3_NAME
     a node without a name                    its operator and a number, Gemm_12
 
-A node of a function may take attributes from the call; then it is one candidate a call.
+A node of a function may take attributes from the call; then each different call is a candidate.
 """
 
 import re
@@ -36,14 +36,14 @@ _SCALARS = (
 
 @dataclass(frozen=True, kw_only=True)
 class NodeCandidate:
-    """A node that an executed one may be.
+    """A node of the model that an executed node may correspond to.
 
     Attributes:
-        name: in the model, of the node or of its first output.
-        domain: of its operator.
-        inputs: for each of its inputs, whether it is there.
-        outputs: the same of its outputs.
-        attributes: numbers and texts, by name.
+        name: name of the node, or of its first output.
+        domain: domain of its operator.
+        inputs: for each of its inputs, whether it is present.
+        outputs: for each of its outputs, whether it is present.
+        attributes: numbers and texts by name.
     """
 
     name: str
@@ -57,7 +57,7 @@ class NodeIndex:
     """The nodes of a model file, by the names under which onnxruntime runs them.
 
     Args:
-        path: of the model.
+        path: ONNX file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,14 +74,14 @@ class NodeIndex:
             for inner in _nodes(function.node):
                 self._add(inner, f"{_INLINED}{function.name}_", calls.attributes(_key(function)))
 
-    def _add(self, node: NodeProto, prefix: str, given: Sequence[Attributes]) -> None:
-        made = [_candidate(node, attributes) for attributes in given]
-        self._nodes.setdefault((node.op_type, prefix + node.name), []).extend(made)
+    def _add(self, node: NodeProto, prefix: str, variants: Sequence[Attributes]) -> None:
+        candidates = [_candidate(node, attributes) for attributes in variants]
+        self._nodes.setdefault((node.op_type, prefix + node.name), []).extend(candidates)
         if not node.name:
-            self._unnamed.setdefault(node.op_type, []).extend(made)
+            self._unnamed.setdefault(node.op_type, []).extend(candidates)
 
     def find(self, op_type: str, name: str) -> list[NodeCandidate]:
-        """Nodes of this operator that run under this name; none for a node that onnxruntime has put in itself."""
+        """Return the nodes of this operator that run under this name; none for nodes that onnxruntime inserted."""
         for known in (name, _TOKEN.sub("", name, count=1)):
             if found := self._nodes.get((op_type, known)):
                 return found
@@ -89,14 +89,14 @@ class NodeIndex:
         return self._unnamed.get(op_type, []) if is_numbered else []
 
     def operators(self) -> Iterator[tuple[str, str, str]]:
-        """(name, domain, op type) of every node."""
+        """Yield name, domain and op type of every node."""
         for (op_type, _), candidates in self._nodes.items():
             for candidate in candidates:
                 yield candidate.name, candidate.domain, op_type
 
 
 class _Calls:
-    """What the calls of a model's functions give them."""
+    """The calls of a model's functions and the attributes that they pass."""
 
     def __init__(self, model: ModelProto) -> None:
         self._functions = {_key(function): function for function in model.functions}
@@ -108,40 +108,40 @@ class _Calls:
                 self._calls.setdefault(_called(node), []).append((caller, node))
 
     def attributes(self, function: FunctionKey) -> list[Attributes]:
-        """The attributes that a function runs with: one entry for every different call, defaults filled in."""
+        """Return the attributes of each different call of a function, with defaults."""
         found: list[Attributes] = []
         defaults = _attributes(self._functions[function].attribute_proto, {})
         for caller, node in self._calls.get(function, ()):
-            for given in [{}] if caller is None else self.attributes(caller):
-                entry = defaults | _attributes(node.attribute, given)
+            for passed in [{}] if caller is None else self.attributes(caller):
+                entry = defaults | _attributes(node.attribute, passed)
                 found += [] if entry in found else [entry]
         return found
 
 
-def _candidate(node: NodeProto, given: Attributes) -> NodeCandidate:
+def _candidate(node: NodeProto, passed: Attributes) -> NodeCandidate:
     return NodeCandidate(
         name=node.name or next((name for name in node.output if name), ""),
         domain=node.domain,
         inputs=tuple(map(bool, node.input)),
         outputs=tuple(map(bool, node.output)),
-        attributes=_attributes(node.attribute, given),
+        attributes=_attributes(node.attribute, passed),
     )
 
 
-def _attributes(attributes: Sequence[AttributeProto], given: Mapping[str, Any]) -> Attributes:
-    """Their values; one that refers to an attribute of the function has that one's, or none."""
+def _attributes(attributes: Sequence[AttributeProto], passed: Mapping[str, Any]) -> Attributes:
+    """Return the values of attributes; a reference takes the value that the call passed, if any."""
     found = {}
     for attribute in attributes:
         if attribute.ref_attr_name:
-            if attribute.ref_attr_name in given:
-                found[attribute.name] = given[attribute.ref_attr_name]
+            if attribute.ref_attr_name in passed:
+                found[attribute.name] = passed[attribute.ref_attr_name]
         elif attribute.type in _SCALARS:
             found[attribute.name] = helper.get_attribute_value(attribute)
     return found
 
 
 def _nodes(nodes: Sequence[NodeProto], skip: int = 0) -> Iterator[NodeProto]:
-    """The nodes and those of their bodies, whatever the depth; the first levels are skipped."""
+    """Yield nodes and the nodes of their subgraphs at any depth, without the first `skip` levels."""
     for node in nodes:
         if not skip:
             yield node

@@ -1,34 +1,34 @@
-"""Three errors, kept apart, because each has another cause and another remedy.
+"""Compare the outputs of two models. Three errors are kept apart, as each has another cause and another remedy.
 
-    exporter       torch            against dense ONNX       the exporter's fault (or the opset converter's, for a file)
-    surgery        dense ONNX       against full-rank split  ours, if it is above rounding
-    approximation  dense ONNX       against compressed       the price of the rank: reported, gated only on request
+    exporter       torch        against dense ONNX       caused by the exporter (or, for a file, the opset converter)
+    surgery        dense ONNX   against full-rank split  a defect of this project if it is above rounding
+    approximation  dense ONNX   against compressed       caused by the rank: reported, and limited only on request
 
-The surgery check splits the same nodes with full-rank factors that cost nothing and hide nothing: a rotated identity
-`P` and `P^T W`. The product is exactly `W`, and because `P` is not symmetric a forgotten transpose shows.
+The surgery check splits the same nodes with full-rank factors: a rotated identity `P` and `P^T W`. The product is
+exactly `W`, and since `P` is not symmetric, a forgotten transpose changes the outputs.
 """
 
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import pydantic
 
 import graph_passes as gp
 from graph_passes.constants import stored_array
 from rsi_deploy.core.errors import GateError, ModelError
+from rsi_deploy.core.types import Array, Feeds, Floats
 from rsi_deploy.io.external_data import DataFile
-from rsi_deploy.io.onnx_file import forget_weights_
+from rsi_deploy.io.onnx_file import release_weights_
 from rsi_deploy.io.onnx_reader import load_model
-from rsi_deploy.runtime.feeds.values import Array, Value, arrays_of, is_text
+from rsi_deploy.runtime.feeds.values import Value, arrays_of_output, is_text
 from rsi_deploy.runtime.sessions import make_session, run_session
 
-# Relative L2, by the width of the narrowest floating output: what rounding alone may do to a deep network.
+# Relative L2 by the width of the narrowest floating output: the most that rounding alone causes in a deep network.
 EXPORTER_TOLERANCE = {2: 3e-2, 4: 1e-4, 8: 1e-6}
 SURGERY_TOLERANCE = {2: 3e-2, 4: 2e-5, 8: 1e-10}
 RANDOM_OPERATORS = {
@@ -47,12 +47,12 @@ class OutputComparison(pydantic.BaseModel, frozen=True, extra="forbid"):
     """How far one model's outputs are from another's on the probe inputs.
 
     Attributes:
-        relative_l2: `||a - b||_2 / ||a||_2` of the worst output, over its finite values; where `a` is all zero, 0 if
-            `b` is too and 1 if not. Of whole numbers the share that differs, where that is less: ids are no sizes.
+        relative_l2: `||a - b||_2 / ||a||_2` of the worst output over finite values; where `a` is all zero, 0 if `b` is
+            too and 1 if not. For integers the share of different values if that is smaller, as ids are not sizes.
         max_abs: largest absolute difference.
-        tolerance: what `relative_l2` may be; None where nothing is demanded.
-        informative: False where the reference's outputs are all zero or NaN, so that equality shows little; outputs
-            without any number are not looked at.
+        tolerance: largest allowed `relative_l2`; None for no limit.
+        informative: False if the reference's outputs are all zero or NaN, so that equality proves little; outputs
+            without any number are ignored.
     """
 
     relative_l2: float
@@ -69,17 +69,16 @@ def compare_outputs(
     tolerance: float | None = None,
     remedy: str = EXCLUDE,
 ) -> OutputComparison:
-    """Compare two models' outputs, given in the same order: sequences element by element, maps key by key.
+    """Compare two models' outputs in order: sequences element by element, maps key by key.
 
-    A text is right or wrong: where it differs it counts as 0 in place of 1. The error's message ends with `remedy`, for
-    the verb that compares.
+    A text that differs counts as 0 in place of 1. Error messages begin with `what` and end with `remedy`.
 
     Raises:
-        GateError: another number of outputs or of their elements, another shape, NaN or infinity elsewhere than in the
-            reference, or an error above `tolerance`. The message begins with `what`.
+        GateError: The number of outputs or elements differs, a shape differs, NaN or infinity is elsewhere than in the
+            reference, or the error is above `tolerance`.
     """
     if len(reference) != len(candidate):
-        raise GateError(f"{what}: {len(reference)} outputs expected, but got {len(candidate)}; export again")
+        raise GateError(f"{what}: {len(reference)} outputs expected, but got {len(candidate)}", hint="export again")
     worst, largest, informative = 0.0, 0.0, False
     for index, a, b in _pairs(reference, candidate, what):
         if a.shape != b.shape:
@@ -88,7 +87,8 @@ def compare_outputs(
         finite = np.isfinite(x)
         if not np.array_equal(x[~finite], y[~finite], equal_nan=True) or not np.isfinite(y[finite]).all():
             raise GateError(
-                f"{what}: output {index} holds NaN or infinite values elsewhere than the reference; {remedy}"
+                f"{what}: output {index} has NaN or infinite values where the reference has none, or the reverse",
+                hint=remedy,
             )
         difference = x[finite] - y[finite]
         norm, error = float(np.linalg.norm(x[finite])), float(np.linalg.norm(difference))
@@ -98,35 +98,35 @@ def compare_outputs(
         worst = max(worst, min(relative, float((a != b).mean())) if is_whole else relative)
         largest = max(largest, float(np.abs(difference).max(initial=0.0)))
     if tolerance is not None and not worst <= tolerance:
-        raise GateError(f"{what}: relative error {worst:.2e} is above the tolerance {tolerance:.0e}; {remedy}")
-    is_empty = not any(array.size for value in reference for array in arrays_of("", value).values())
+        raise GateError(f"{what}: relative error {worst:.2e} is above the tolerance {tolerance:.0e}", hint=remedy)
+    is_empty = not any(array.size for value in reference for array in arrays_of_output("", value).values())
     return OutputComparison(
         relative_l2=worst, max_abs=largest, tolerance=tolerance, informative=informative or is_empty
     )
 
 
-def check_repeatable(model: Path, feeds: Mapping[str, npt.NDArray[Any]], name: str, expected: Sequence[Value]) -> None:
-    """Refuse a model that gives other outputs in another session on the same inputs.
+def check_repeatable(model: Path, feeds: Feeds, name: str, expected: Sequence[Value]) -> None:
+    """Refuse a model whose outputs differ between two sessions on the same inputs.
 
     Args:
-        model: an ONNX file that runs.
+        model: ONNX file that runs.
         feeds: input name -> array.
-        name: of the model, for the error.
-        expected: its outputs on them, from the first run of a session.
+        name: model name for the error.
+        expected: outputs from the first run of a session.
 
     Raises:
-        ModelError: the outputs differ by more than rounding.
+        ModelError: The outputs differ by more than rounding.
     """
     session = make_session(model, optimize="disabled", prepack=False)
     _check_equal(model, name, expected, run_session(session, feeds, name))
 
 
 @contextmanager
-def blames_random_models(model: Path, feeds: Mapping[str, npt.NDArray[Any]], name: str) -> Iterator[None]:
-    """Where a gate fails and `model` gives other outputs in every run of a session, say that instead.
+def explain_random_models(model: Path, feeds: Feeds, name: str) -> Iterator[None]:
+    """Replace a GateError in the block by a ModelError if the outputs of `model` differ in every run.
 
     Raises:
-        ModelError: instead of the gate's error.
+        ModelError: In place of the GateError.
     """
     try:
         yield
@@ -143,13 +143,13 @@ def _check_equal(model: Path, name: str, first: Sequence[Value], second: Sequenc
         nodes = random_nodes(load_model(model))
         listed = f" ({', '.join(nodes[:3])}{', ...' * (len(nodes) > 3)})" if nodes else ""
         raise ModelError(
-            f"{name} gives other outputs in every run on the same inputs{listed}, so that nothing can be held against "
-            f"it; export it in evaluation mode (torch: model.eval()), without random operators"
+            f"{name} gives other outputs in every run on the same inputs{listed}, so nothing can be compared with it",
+            hint="export it in evaluation mode (torch: model.eval()), without random operators",
         ) from error
 
 
 def random_nodes(model: ir.Model) -> list[str]:
-    """The nodes of a model that draw random numbers, each as `Dropout 'name' with training_mode`."""
+    """Describe the nodes of a model that draw random numbers, each as `Dropout 'name' with training_mode`."""
     found = []
     graphs = [model.graph, *(function.graph for function in model.functions.values())]
     for node in (node for graph in graphs for node in graph.all_nodes()):
@@ -163,25 +163,26 @@ def random_nodes(model: ir.Model) -> list[str]:
 
 
 def tolerance_for(outputs: Sequence[Value], table: Mapping[int, float]) -> float:
-    """The tolerance that fits the narrowest floating output."""
-    arrays = [array for output in outputs for array in arrays_of("", output).values()]
+    """Return the tolerance for the narrowest floating output."""
+    arrays = [array for output in outputs for array in arrays_of_output("", output).values()]
     return table[min((a.dtype.itemsize for a in arrays if a.dtype.kind not in "iubOU"), default=4)]
 
 
 def _pairs(reference: Sequence[Value], candidate: Sequence[Value], what: str) -> Iterator[tuple[str, Array, Array]]:
-    """The arrays that the outputs consist of, side by side, each with its place."""
+    """Yield the arrays of the outputs in pairs, each with its place."""
     for index, (a, b) in enumerate(zip(reference, candidate, strict=True)):
-        expected, came = arrays_of(str(index), a), arrays_of(str(index), b)
-        if expected.keys() != came.keys():
+        expected, actual = arrays_of_output(str(index), a), arrays_of_output(str(index), b)
+        if expected.keys() != actual.keys():
             raise GateError(
-                f"{what}: output {index} has {len(came)} elements, or other keys, expected the {len(expected)} of the "
+                f"{what}: output {index} has {len(actual)} elements, or other keys, expected the {len(expected)} of "
+                "the "
                 "reference"
             )
-        yield from ((place, array, came[place]) for place, array in expected.items())
+        yield from ((place, array, actual[place]) for place, array in expected.items())
 
 
-def _as_floats(a: Array, b: Array) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Both as float64; of texts, what `compare_outputs` says."""
+def _as_floats(a: Array, b: Array) -> tuple[Floats, Floats]:
+    """Convert both to float64; texts to ones, and to 0 where they differ."""
     if is_text(a.dtype) and is_text(b.dtype):
         return np.ones(a.shape), np.asarray(a == b, np.float64)
     return a.astype(np.float64), b.astype(np.float64)
@@ -190,39 +191,41 @@ def _as_floats(a: Array, b: Array) -> tuple[npt.NDArray[np.float64], npt.NDArray
 def surgery_check(
     dense: Path,
     weights: Mapping[str, gp.Form],
-    feeds: Mapping[str, npt.NDArray[Any]],
+    feeds: Feeds,
     expected: Sequence[Value],
     *,
     joint: Collection[tuple[str, ...]] = (),
     bias: bool = False,
 ) -> OutputComparison:
-    """Split the same `weights` of the model at `dense` at full rank and compare with its own outputs `expected`.
+    """Split the `weights` of the model at `dense` at full rank and compare the outputs with `expected`.
 
     Args:
-        dense: the dense model.
-        weights: names of those to split, each with the form of its split.
-        feeds: the probe inputs.
-        expected: the dense model's outputs on them.
+        dense: dense ONNX model.
+        weights: names of the weights to split, with the form of each split.
+        feeds: probe inputs.
+        expected: outputs of the dense model.
         joint: groups of those weights that share one right factor.
-        bias: give every split a change of its bias too (of zero).
+        bias: whether every split also changes its bias (by zero).
 
     Raises:
-        GateError: the split model differs by more than rounding, which is a defect of the surgery.
+        GateError: The outputs differ by more than rounding, which is a defect of the surgery.
     """
     model = load_model(dense)
 
     def full_rank(site: gp.Site) -> gp.Factors | gp.Dense:
-        wanted = site.members in joint if site.members else site.weight in weights
+        is_split = site.members in joint if site.members else site.weight in weights
         form = weights.get(site.weight, site.forms[0])
-        return rotated_identity(site, form, bias=bias) if wanted else gp.Dense(reason="not split")
+        return rotated_identity(site, form, bias=bias) if is_split else gp.Dense(reason="not split")
 
     with tempfile.TemporaryDirectory(prefix=".surgery-", dir=dense.parent) as folder:
         path = Path(folder) / "full_rank.onnx"
-        with DataFile(path.with_name(f"{path.name}.data")) as data:  # as large as the dense model: never in memory
+        with DataFile(
+            path.with_name(f"{path.name}.data")
+        ) as data:  # as large as the dense model, so kept out of memory
             gp.split(model, full_rank, keep=data.append, joint=bool(joint))
-            data.take_(model)
+            data.store_initializers_(model)
         ir.save(model, path)
-        forget_weights_(model)
+        release_weights_(model)
         session = make_session(path, optimize="disabled", prepack=False)
         outputs = run_session(session, feeds, "the full-rank split")
         del session
@@ -231,7 +234,7 @@ def surgery_check(
 
 
 def rotated_identity(site: gp.Site, form: gp.Form | Literal["first"] = "first", *, bias: bool = False) -> gp.Factors:
-    """Exact full-rank factors of a site's weight: `P` and `P^T W`, or `W P` and `P^T`, whichever is smaller."""
+    """Return exact full-rank factors of a site's weight: `P` and `P^T W`, or `W P` and `P^T`, whichever is smaller."""
     weight = site.load(form)
     rows, columns = site.shape(form)
     eye = np.roll(np.eye(min(rows, columns), dtype=weight.dtype), 1, axis=0)[None].repeat(site.groups, axis=0)
@@ -242,8 +245,8 @@ def rotated_identity(site: gp.Site, form: gp.Form | Literal["first"] = "first", 
     return gp.Factors(left=_rolled(weight, 2, site.op_type), right=right, form=form, bias=change)
 
 
-def _rolled(weight: npt.NDArray[Any], axis: int, op_type: str) -> npt.NDArray[Any]:
-    """The weight with its first row or column moved to the end, laid out as the split stores it: a single copy."""
+def _rolled(weight: Array, axis: int, op_type: str) -> Array:
+    """Move the weight's first row or column to the end, in the memory layout that the split stores, with one copy."""
     groups, rows, columns = weight.shape
     if op_type == "Conv":
         rolled = np.empty(weight.shape, weight.dtype)

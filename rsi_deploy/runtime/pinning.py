@@ -1,4 +1,4 @@
-"""Binding this process, and what it starts, to some of the machine's cores."""
+"""Bind this process and its children to some of the machine's cores."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,13 +9,13 @@ from rsi_deploy.core.errors import UsageError
 
 
 def parse_cores(text: str) -> tuple[int, ...]:
-    """Read `0`, `0,1` or `0-3`.
+    """Parse `0`, `0,1` or `0-3`.
 
     >>> parse_cores("0,2-4")
     (0, 2, 3, 4)
 
     Raises:
-        UsageError: says what came.
+        UsageError: The text has another form.
     """
     cores: list[int] = []
     for part in text.split(","):
@@ -28,21 +28,19 @@ def parse_cores(text: str) -> tuple[int, ...]:
 
 @contextmanager
 def pinned(cores: Sequence[int]) -> Iterator[None]:
-    """Run every thread of this process on these cores only; threads and processes started meanwhile inherit it.
+    """Run all threads of this process on these cores while the block runs; new threads and processes inherit it.
 
     Args:
         cores: numbers of logical cores; () changes nothing.
 
     Raises:
-        UsageError: the system cannot do it, or the process may not use one of the cores.
+        UsageError: The system does not support it, or the process may not use one of the cores.
     """
     if not cores:
         yield
         return
     if not hasattr(os, "sched_setaffinity"):
-        raise UsageError(
-            "--pin: this operating system has no call to bind a process to cores (Linux has); leave it out"
-        )
+        raise UsageError("--pin: this operating system cannot bind a process to cores (Linux can)", hint="leave it out")
     before = os.sched_getaffinity(0)
     if not set(cores) <= before:
         raise UsageError(
@@ -53,11 +51,6 @@ def pinned(cores: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         _bind(before)
-
-
-def affinity() -> tuple[int, ...]:
-    """The logical cores this process may use, ascending; () where the system does not tell."""
-    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
 
 
 def _bind(cores: set[int]) -> None:

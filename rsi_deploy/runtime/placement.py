@@ -1,36 +1,32 @@
-"""Which provider ran which node and how many copies it took, from onnxruntime's own profile.
+"""Which provider ran which node, and how many copies were inserted, from onnxruntime's profile.
 
-A session that has the provider asked for may still run the work elsewhere: what the provider does not support goes
-to the CPU, silently, and with a misspelt device all of it does. `proven_placement` refuses that unless it is allowed:
-a provider that ran no node, or a node that carries the work (a matrix product, a convolution, an attention, a
-recurrent layer) on another one. Shape arithmetic that onnxruntime keeps on the CPU on purpose is recorded only.
+Even if a session has the requested provider, nodes that the provider does not support run on the CPU without notice;
+with a wrong device all of them do. `proven_placement` refuses this unless it is allowed: the provider ran no node, or
+another provider ran a node with most of the work (a matrix product, convolution, attention or recurrent layer). Shape
+arithmetic that onnxruntime keeps on the CPU is only recorded.
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
+from graph_passes import multiplies_by_weights
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.runtime.profile_events import node_events, read_events
-from rsi_deploy.runtime.provider_spec import ProviderSpec, parse
-from rsi_deploy.runtime.sessions import make_session, named, run_session
-
-_WORK = ("Conv", "MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum")
-"""Parts of the op types that carry the work, also after onnxruntime's fusions (FusedConv, MatMulNBits...)."""
+from rsi_deploy.runtime.provider_spec import ProviderSpec, parse_provider
+from rsi_deploy.runtime.sessions import make_session, model_label, run_session
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Who ran what in one run.
+    """Which provider ran which node in one run.
 
     Attributes:
-        provider_nodes: provider -> number of distinct nodes it executed (after onnxruntime's own fusions).
-        memcpy_nodes: copies between device and host that onnxruntime put in; counted in `provider_nodes` too.
+        provider_nodes: provider -> number of distinct nodes it ran (after onnxruntime's fusions).
+        memcpy_nodes: copies between device and host that onnxruntime inserted; also counted in `provider_nodes`.
         nodes: name of the executed node -> provider.
         ops: name of the executed node -> op type.
     """
@@ -41,22 +37,22 @@ class Placement:
     ops: dict[str, str] = field(default_factory=dict)
 
     def elsewhere(self, provider: str) -> dict[str, str]:
-        """Nodes that carry the work and ran on another provider -> that provider."""
+        """Return the nodes with most of the work that ran on another provider, with that provider."""
         return {
             node: ran
             for node, ran in self.nodes.items()
-            if ran != provider and any(part in self.ops.get(node, "") for part in _WORK)
+            if ran != provider and multiplies_by_weights(self.ops.get(node, ""))
         }
 
 
 def node_placement(
     model: str | Path | bytes,
     provider: str | ProviderSpec,
-    feeds: Mapping[str, npt.NDArray[Any]],
+    feeds: Feeds,
     threads: int | None = None,
     allow_fallback: bool = False,
 ) -> Placement:
-    """Run once under onnxruntime's profiler and count the executed nodes by provider.
+    """Run once with onnxruntime's profiler and count the executed nodes by provider.
 
     Args:
         model: as in `make_session`.
@@ -66,13 +62,13 @@ def node_placement(
         allow_fallback: as in `make_session`.
 
     Raises:
-        UsageError, ModelError: as in `make_session`; also when the run itself fails.
+        UsageError, ModelError: As in `make_session`; also if the run fails.
     """
     with ScratchFolder() as folder:
         prefix = os.path.join(folder, "profile")
         session = make_session(model, provider, threads, profile_prefix=prefix, allow_fallback=allow_fallback)
         try:
-            run_session(session, feeds, named(model))
+            run_session(session, feeds, model_label(model))
         finally:
             profile = session.end_profiling()
         return parse_profile(read_events(profile))
@@ -81,45 +77,47 @@ def node_placement(
 def proven_placement(
     model: str | Path | bytes,
     provider: str | ProviderSpec,
-    feeds: Mapping[str, npt.NDArray[Any]],
+    feeds: Feeds,
     threads: int | None = None,
     allow_fallback: bool = False,
 ) -> Placement:
-    """`node_placement`, refused where the provider did not do the work, whatever the session says.
+    """Return `node_placement`, or raise if the provider did not do the work.
 
     Args:
         model: as in `make_session`.
         provider: as in `make_session`.
         feeds: input name -> array.
         threads: as in `make_session`.
-        allow_fallback: give the placement back as it is.
+        allow_fallback: whether to accept any placement.
 
     Raises:
-        UsageError: the provider ran nothing, or another one ran a node that carries the work; else as in
+        UsageError: The provider ran nothing, or another one ran a node with most of the work; else as in
             `node_placement`.
     """
-    asked = parse(provider)
-    placement = node_placement(model, asked, feeds, threads, allow_fallback)
+    requested = parse_provider(provider)
+    placement = node_placement(model, requested, feeds, threads, allow_fallback)
     if allow_fallback:
         return placement
     ran = ", ".join(f"{count} on {name}" for name, count in placement.provider_nodes.items()) or "none at all"
-    if not placement.provider_nodes.get(asked.name):
+    advice = "rsi-deploy bench --allow-fallback measures it anyway"
+    if not placement.provider_nodes.get(requested.name):
         raise UsageError(
-            f"{named(model)}: asked for {asked.name}, but it ran no node of this model (nodes run: {ran}); "
-            f"rsi-deploy bench --allow-fallback measures it all the same"
+            f"{model_label(model)}: {requested.name} was requested, but it ran no node of this model (nodes run: "
+            f"{ran})",
+            hint=advice,
         )
-    if elsewhere := placement.elsewhere(asked.name):
+    if elsewhere := placement.elsewhere(requested.name):
         node, other = next(iter(elsewhere.items()))
         raise UsageError(
-            f"{named(model)}: asked for {asked.name}, but {len(elsewhere)} nodes that carry the work ran elsewhere, "
-            f"such as {node} ({placement.ops[node]}) on {other} (nodes run: {ran}); "
-            f"rsi-deploy bench --allow-fallback measures it all the same"
+            f"{model_label(model)}: {requested.name} was requested, but {len(elsewhere)} nodes with most of the work "
+            f"ran elsewhere, such as {node} ({placement.ops[node]}) on {other} (nodes run: {ran})",
+            hint=advice,
         )
     return placement
 
 
 def parse_profile(events: list[dict[str, Any]]) -> Placement:
-    """Count the distinct nodes in a profile's events; a node in a loop counts once.
+    """Read the placement from a profile's events; a node in a loop counts once.
 
     >>> event = {"cat": "Node", "name": "fc_kernel_time", "args": {"provider": "P", "node_index": "0"}}
     >>> parse_profile([event, event]).provider_nodes

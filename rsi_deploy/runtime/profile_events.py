@@ -1,7 +1,7 @@
-"""onnxruntime's profile, read: one event for every execution of a node, and the time that is the node's own.
+"""Read onnxruntime's profile: one event for each execution of a node, with the time of the node itself.
 
-The time of a Loop, an If or a Scan holds that of its body's nodes, which have events of their own. Their time counts at
-those nodes, and what is left at the Loop.
+The time of a Loop, If or Scan includes the nodes of its body, which have events of their own. That time is subtracted
+here.
 """
 
 import errno
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CONTAINERS = frozenset(("If", "Loop", "Scan", "SequenceMap", "BeamSearch", "GreedySearch", "Sampling"))
-"""Operators that run the nodes of other graphs."""
+"""Operators that run nodes of other graphs."""
 _SUFFIX = "_kernel_time"
 
 
@@ -21,11 +21,11 @@ class NodeEvent:
     """One execution of a node.
 
     Attributes:
-        node: its name, as onnxruntime has it.
-        op_type: its operator.
+        node: name of the node in onnxruntime.
+        op_type: operator.
         start: microseconds.
         own: microseconds of the node without the nodes of its bodies.
-        args: what else the profile says: shapes, provider.
+        args: other entries of the profile, such as shapes and provider.
     """
 
     node: str
@@ -36,25 +36,25 @@ class NodeEvent:
 
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:
-    """All events of a profile that onnxruntime has written.
+    """Read all events of a profile.
 
     Raises:
-        OSError: it is cut off, for the disk was full.
+        OSError: The profile is cut off because the disk was full.
     """
     try:
         events: list[dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # onnxruntime says nothing of a file that it could not write to its end
+    except ValueError as error:  # onnxruntime reports no error for a profile that it could not finish
         raise OSError(errno.ENOSPC, "onnxruntime's profile is cut off", str(path)) from error
     return events
 
 
 def node_events(events: Iterable[Mapping[str, Any]]) -> Iterator[NodeEvent]:
-    """The executions of nodes, in the order in which they ended.
+    """Yield the executions of nodes in the order in which they ended.
 
-    An event is written when the node ends, and a body runs on the thread of its Loop. So of the events of this thread,
-    those written before the Loop's that began no earlier than the Loop are its body's.
+    An event is written when its node ends, and a body runs on the thread of its Loop. So the body's events are those of
+    the same thread that were written before the Loop's event and began no earlier than the Loop.
     """
-    outside: dict[Any, list[tuple[float, float]]] = {}  # thread -> (start, duration) of those that no container holds
+    outside: dict[Any, list[tuple[float, float]]] = {}  # thread -> (start, duration) of events outside any container
     for event in events:
         name = str(event.get("name", ""))
         if event.get("cat") != "Node" or not name.endswith(_SUFFIX):

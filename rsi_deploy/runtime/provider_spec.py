@@ -1,11 +1,11 @@
-"""`NAME:key=value,key=value`: a provider and its options, as typed.
+"""Parse `NAME:key=value,key=value`: a provider and its options.
 
-    cpu:threads=2,spinning=off              session options: any provider takes them
-    cuda:use_tf32=0,enable_cuda_graph=1     provider options: onnxruntime's own names, passed on as they are
+    cpu:threads=2,spinning=off              session options, valid for all providers
+    cuda:use_tf32=0,enable_cuda_graph=1     provider options, passed to onnxruntime unchanged
     openvino:device_type=HETERO:GPU,CPU     a piece without "=" belongs to the value before it
 
-What onnxruntime calls by long names has short ones here, listed in `SESSION_OPTIONS`; a key that is none of them is
-the provider's. Whether the provider knows it is for onnxruntime to say (`sessions.make_session` asks it).
+Session options have short names here, listed in `SESSION_OPTIONS`; any other key is a provider option, which
+`sessions.make_session` checks with onnxruntime.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.runtime.providers import resolve, short_name
+from rsi_deploy.runtime.providers import resolve_provider, short_name
 
 _LEVELS = {
     "all": "ORT_ENABLE_ALL",
@@ -28,12 +28,12 @@ _SWITCH = {"on": True, "1": True, "true": True, "off": False, "0": False, "false
 
 @dataclass(frozen=True, kw_only=True)
 class ProviderSpec:
-    """A provider as asked for.
+    """A requested provider with its options.
 
     Attributes:
-        name: full name, offered by this onnxruntime.
+        name: full name, which this onnxruntime offers.
         session: session option -> value; keys of `SESSION_OPTIONS`, values checked.
-        options: provider option -> value, in onnxruntime's words; not checked yet.
+        options: provider option -> value in onnxruntime's terms; not checked yet.
     """
 
     name: str
@@ -41,7 +41,7 @@ class ProviderSpec:
     options: Mapping[str, str]
 
     def __str__(self) -> str:
-        """As it would be typed, in short names.
+        """Return the spec as the user would type it, in short names.
 
         >>> str(parse("CPU:threads=2"))
         'cpu:threads=2'
@@ -50,23 +50,23 @@ class ProviderSpec:
         return f"{short_name(self.name)}:{pairs}" if pairs else short_name(self.name)
 
     def apply_(self, options: Any) -> None:
-        """Set the session options on an `onnxruntime.SessionOptions`, in place."""
+        """Set the session options on an `onnxruntime.SessionOptions`."""
         for key, value in self.session.items():
             SESSION_OPTIONS[key].set_(options, value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SessionOption:
-    """One option of every session: which values it takes, and what it does to a `SessionOptions`."""
+    """A session option: its values (any number of 1 or more if empty), and a function that sets it."""
 
     values: tuple[str, ...]
     set_: Callable[[Any, str], None]
 
     def check(self, key: str, value: str) -> str:
-        """The value in its usual spelling.
+        """Return the value in its usual spelling.
 
         Raises:
-            UsageError: not one of the values.
+            UsageError: The option does not take the value.
         """
         if not self.values:
             if value.isdigit() and int(value) > 0:
@@ -85,7 +85,7 @@ def _threads(options: Any, value: str) -> None:
 
 
 def _inter_threads(options: Any, value: str) -> None:
-    """Threads between operators are used in parallel execution only."""
+    """Set the threads between operators, which only parallel execution uses."""
     import onnxruntime
 
     options.inter_op_num_threads = int(value)
@@ -94,7 +94,7 @@ def _inter_threads(options: Any, value: str) -> None:
 
 
 def _spinning(options: Any, value: str) -> None:
-    """`on`: idle workers spin, always; `run`: until the run ends; `off`: they sleep at once."""
+    """Set whether idle workers spin: `on` always, `run` until the run ends, `off` never."""
     entry = options.add_session_config_entry
     entry("session.force_spinning_stop", "1" if value == "run" else "0")
     for kind in ("intra_op", "inter_op"):
@@ -106,7 +106,9 @@ def _optimization(options: Any, value: str) -> None:
 
     level = getattr(onnxruntime.GraphOptimizationLevel, _LEVELS[value], None)
     if level is None:
-        raise UsageError(f"optimization={value} is not known to onnxruntime {onnxruntime.__version__}; take extended")
+        raise UsageError(
+            f"optimization={value} is not known to onnxruntime {onnxruntime.__version__}", hint="use extended"
+        )
     options.graph_optimization_level = level
 
 
@@ -138,27 +140,26 @@ SESSION_OPTIONS: Mapping[str, SessionOption] = MappingProxyType(
         "prepacking": SessionOption(values=("on", "off"), set_=_prepacking),
     }
 )
-"""Without values: a number of 1 or more."""
 
 
-def parse(provider: "str | ProviderSpec") -> ProviderSpec:
-    """Read `NAME[:key=value[,key=value...]]`.
+def parse_provider(provider: "str | ProviderSpec") -> ProviderSpec:
+    """Parse `NAME[:key=value[,key=value...]]`.
 
     >>> dict(parse("cpu:threads=2,spinning=false").session)
     {'threads': '2', 'spinning': 'off'}
 
     Raises:
-        UsageError: an unknown provider, a piece that is no `key=value`, a key given twice, or a value that a
-            session option does not take.
+        UsageError: The provider is unknown, a piece is not `key=value`, a key repeats, or a session option does not
+            take its value.
     """
     if isinstance(provider, ProviderSpec):
         return provider
-    name = resolve(provider)
+    name = resolve_provider(provider)
     session: dict[str, str] = {}
     options: dict[str, str] = {}
     for key, value in _pairs(provider):
         if key in session or key in options:
-            raise UsageError(f"--provider {provider}: {key} is given twice; leave one out")
+            raise UsageError(f"--provider {provider}: {key} is given twice", hint="leave one out")
         if key in SESSION_OPTIONS:
             session[key] = SESSION_OPTIONS[key].check(key, value)
         else:
@@ -169,14 +170,14 @@ def parse(provider: "str | ProviderSpec") -> ProviderSpec:
 
 
 def unknown_option(provider: str, key: str, known: tuple[str, ...]) -> UsageError:
-    """The error for an option that neither the session nor the provider knows; `known` are the provider's."""
+    """Return the error for an unknown option; `known` are the provider's options."""
     text = f"provider option {key!r} does not exist; every provider takes {', '.join(SESSION_OPTIONS)}"
     own = known or _DOCUMENTED.get(short_name(provider), ())
     return UsageError(f"{text}; {short_name(provider)} also takes {', '.join(own)}" if own else text)
 
 
 def checks_options(provider: str) -> bool:
-    """Whether a provider that lists no options refuses one that does not exist, as OpenVINO's does."""
+    """Return whether a provider that lists no options refuses unknown ones, as OpenVINO does."""
     return short_name(provider) in _DOCUMENTED
 
 
@@ -193,11 +194,11 @@ def _pairs(provider: str) -> list[tuple[str, str]]:
             raise UsageError(f"--provider takes NAME:key=value[,key=value], e.g. cpu:threads=2, but got {provider!r}")
     for key, value in pieces:
         if not value:
-            raise UsageError(f"--provider {provider}: {key} has no value; type {key}=VALUE")
+            raise UsageError(f"--provider {provider}: {key} has no value", hint=f"type {key}=VALUE")
     return [(key, value) for key, value in pieces]
 
 
-# For error messages only, where a provider checks its options but does not list them: onnxruntime's
+# Only for error messages about providers that check their options but do not list them: onnxruntime's
 # openvino_provider_factory.cc, 1.24.
 _DOCUMENTED = {
     "openvino": (

@@ -1,10 +1,10 @@
-"""Which execution providers the installed onnxruntime offers, found at run time, by their short names.
+"""The execution providers of the installed onnxruntime, by short names.
 
-    built in    what `onnxruntime.get_available_providers()` says
-    plug-in     every installed package `onnxruntime-ep-*`: its module names its library (`get_library_path()`),
-                onnxruntime registers it, and `onnxruntime.get_ep_devices()` says what it can run on here
+    built in    listed by `onnxruntime.get_available_providers()`
+    plug-in     an installed package `onnxruntime-ep-*`: its module returns a library (`get_library_path()`), which is
+                registered in onnxruntime; `onnxruntime.get_ep_devices()` lists the devices it supports
 
-Plug-ins are loaded only when a provider is asked for that is not built in, or when all are listed.
+Plug-ins are loaded only if a requested provider is not built in, or to list all providers.
 """
 
 import functools
@@ -22,16 +22,16 @@ logger = logging.getLogger(__name__)
 
 _SUFFIX = "ExecutionProvider"
 _PLUGIN_PREFIX = "onnxruntime_ep_"
-_ALIASES = {"gpu": "cuda", "trt": "tensorrt", "directml": "dml"}  # what people type -> onnxruntime's word
+_ALIASES = {"gpu": "cuda", "trt": "tensorrt", "directml": "dml"}  # alias -> onnxruntime's name
 
 
-def available() -> list[str]:
-    """Full names of the providers this onnxruntime offers, built in or as plug-ins, best first."""
+def available_providers() -> list[str]:
+    """Return the full names of the available providers, built in or as plug-ins, best first."""
     return list(dict.fromkeys(_built_in() + [device.ep_name for device in plugin_devices()]))
 
 
 def plugin_devices(provider: str | None = None) -> list[Any]:
-    """The `onnxruntime.OrtEpDevice`s of all providers, or of one, after every installed plug-in was registered."""
+    """Return the `onnxruntime.OrtEpDevice`s of all providers or of one, after registering the plug-ins."""
     import onnxruntime
 
     register_plugins()
@@ -41,10 +41,10 @@ def plugin_devices(provider: str | None = None) -> list[Any]:
 
 @functools.cache
 def register_plugins() -> Mapping[str, str]:
-    """Register the library of every installed package `onnxruntime-ep-*`, once a process.
+    """Register the library of every installed package `onnxruntime-ep-*`, once per process.
 
     Returns:
-        Module -> the reason why it could not be registered, or "" where it was.
+        Module -> reason why it could not be registered, or "".
     """
     import onnxruntime
 
@@ -56,14 +56,14 @@ def register_plugins() -> Mapping[str, str]:
             path = importlib.import_module(module.name).get_library_path()
             onnxruntime.register_execution_provider_library(f"rsi-deploy.{module.name}", path)
             found[module.name] = ""
-        except Exception as error:  # a broken plug-in fails in any way it likes, and must not stop the others
+        except Exception as error:  # a broken plug-in can raise anything and must not affect the others
             found[module.name] = str(error) or type(error).__name__
             logger.warning("%s cannot be registered: %s", _distribution(module.name), found[module.name])
     return MappingProxyType(found)
 
 
 def short_name(provider: str) -> str:
-    """What the command line calls a provider.
+    """Return the short name of a provider, as on the command line.
 
     >>> short_name("CUDAExecutionProvider")
     'cuda'
@@ -72,55 +72,55 @@ def short_name(provider: str) -> str:
 
 
 def short_name_of_user(name: str) -> str:
-    """What a user typed as a short name: any case, full or short, aliases resolved, options left out.
+    """Return the short name for a user's spelling: any case, full or short, aliases resolved, without options.
 
     >>> short_name_of_user("GPU"), short_name_of_user("cudaexecutionprovider"), short_name_of_user("cpu:threads=1")
     ('cuda', 'cuda', 'cpu')
     """
-    wanted = name.partition(":")[0].strip().lower().removesuffix(_SUFFIX.lower())
-    return _ALIASES.get(wanted, wanted)
+    short = name.partition(":")[0].strip().lower().removesuffix(_SUFFIX.lower())
+    return _ALIASES.get(short, short)
 
 
-def resolve(name: str) -> str:
-    """The full name of a provider given as `cpu`, `cuda:device_id=1`, `CUDAExecutionProvider`..., in any case.
+def resolve_provider(name: str) -> str:
+    """Return the full name of a provider such as `cpu`, `cuda:device_id=1` or `CUDAExecutionProvider`, in any case.
 
     Raises:
-        UsageError: this onnxruntime does not offer it; names those it offers and what to install.
+        UsageError: It is not available; the message lists the available ones and what to install.
     """
-    wanted = short_name_of_user(name)
+    short = short_name_of_user(name)
     for provider in _built_in():
-        if short_name(provider) == wanted:
+        if short_name(provider) == short:
             return provider
-    names = available()
+    names = available_providers()
     for provider in names:
-        if short_name(provider) == wanted:
+        if short_name(provider) == short:
             return provider
     raise UsageError(
-        f"provider {name!r} is not offered by the installed onnxruntime; available: "
-        f"{', '.join(short_name(provider) for provider in names)}. {install_hint(wanted)}"
+        f"provider {name!r} is not offered by the installed onnxruntime",
+        hint=f"available: {', '.join(short_name(provider) for provider in names)}. {install_hint(short)}",
     )
 
 
-def install_hint(wanted: str) -> str:
-    """What is installed, and what to type so that the provider with this short name becomes available."""
+def install_hint(short: str) -> str:
+    """Say what is installed, and what to type to make the provider with this short name available."""
     installed = [f"{name} {version}" for name, version in onnxruntime_distributions().items()]
     state = f"Installed: {', '.join(installed) or 'no onnxruntime distribution'}."
     if len(installed) > 1:
         state += " They overwrite each other's files: uninstall all of them, then install one."
     for module, problem in register_plugins().items():
-        if wanted in module.replace("_", ""):
-            said = f"cannot be loaded: {problem}" if problem else "loads, but shows no device on this machine"
-            state += f" The plug-in {_distribution(module)} is installed and {said}."
-    if wanted in ("cuda", "tensorrt"):
-        return f"{state} For {wanted}: pip uninstall onnxruntime && pip install onnxruntime-gpu"
-    if wanted == "openvino":
+        if short in module.replace("_", ""):
+            result = f"cannot be loaded: {problem}" if problem else "loads, but finds no device on this machine"
+            state += f" The plug-in {_distribution(module)} is installed and {result}."
+    if short in ("cuda", "tensorrt"):
+        return f"{state} For {short}: pip uninstall onnxruntime && pip install onnxruntime-gpu"
+    if short == "openvino":
         return (
-            f"{state} For openvino on any x86 CPU: an environment of its own with pip install onnxruntime-openvino "
+            f"{state} For openvino on any x86 CPU: pip install onnxruntime-openvino in a separate environment "
             f"(it overwrites onnxruntime's folder); on Intel hardware also pip install onnxruntime-ep-openvino"
         )
     return (
-        f"{state} Providers come with the onnxruntime package that was built for them (onnxruntime-{wanted}) "
-        f"or as a plug-in (onnxruntime-ep-{wanted})."
+        f"{state} Providers come with a special onnxruntime package (onnxruntime-{short}) "
+        f"or as a plug-in (onnxruntime-ep-{short})."
     )
 
 

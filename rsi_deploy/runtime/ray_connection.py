@@ -1,7 +1,7 @@
-"""Connecting to a Ray cluster, or starting one on this machine; no torch here.
+"""Connect to a Ray cluster, or start one on this machine, without importing torch.
 
-local                               a Ray of its own on this machine, which ends with the block
-HOST:PORT, ray://HOST:PORT, auto    a cluster that is there; it gets this code with the connection
+local                               start Ray on this machine until the block ends
+HOST:PORT, ray://HOST:PORT, auto    connect to a running cluster, which gets this code with the connection
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from rsi_deploy.core.errors import UsageError
 
 
 @contextlib.contextmanager
-def connected(address: str) -> Iterator[Any]:
-    """The module `ray`, connected for as long as the block lasts.
+def connect_to_ray(address: str) -> Iterator[Any]:
+    """Yield the module `ray`, connected while the block runs.
 
     Args:
-        address: of a cluster (`ray://HOST:PORT`, `HOST:PORT`, `auto`), or "local": a Ray of its own on this machine,
-            which ends with the block. Where this process is connected already, that connection is used and stays.
+        address: address of a cluster (`ray://HOST:PORT`, `HOST:PORT`, `auto`), or "local" to start Ray on this machine.
+            If this process is already connected, that connection is used and stays open.
 
     Raises:
-        UsageError: ray is not installed, or nobody answers at the address.
+        UsageError: Ray is not installed, or the address does not respond.
     """
     check_ray(address)
     import ray
@@ -40,8 +40,10 @@ def connected(address: str) -> Iterator[Any]:
         else:
             ray.init(address=address, runtime_env={"py_modules": _modules()}, **quiet)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise UsageError(f"--ray {address}: cannot connect: {said}; type local, or a cluster's address") from error
+        message = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"--ray {address}: cannot connect: {message}", hint="type local, or a cluster's address"
+        ) from error
     try:
         yield ray
     finally:
@@ -49,10 +51,10 @@ def connected(address: str) -> Iterator[Any]:
 
 
 def check_ray(address: str) -> None:
-    """Refuse, before any long work, where `connected` would; Ray itself tries for minutes where nobody listens.
+    """Raise early where `connect_to_ray` would; Ray itself retries for minutes if nothing listens at an address.
 
     Raises:
-        UsageError: ray is not installed, or nobody answers at the address.
+        UsageError: Ray is not installed, or the address does not respond.
     """
     try:
         import ray
@@ -66,11 +68,13 @@ def check_ray(address: str) -> None:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
             return
     except (OSError, ValueError) as error:
-        raise UsageError(f"--ray {address}: nobody answers there: {error}; type local, or an address") from error
+        raise UsageError(
+            f"--ray {address}: the address does not respond: {error}", hint="type local, or an address"
+        ) from error
 
 
 def _modules() -> list[str]:
-    """Our packages, so that a cluster computes with this code."""
+    """Return the folders of our packages, so that the cluster runs this code."""
     import graph_passes
 
     return [next(iter(package.__path__)) for package in (rsi_deploy, graph_passes)]

@@ -1,8 +1,8 @@
-"""Sessions that run where they were asked to, or not at all.
+"""Create onnxruntime sessions that run on the requested provider or raise an error.
 
-onnxruntime answers a provider it cannot start with another one, so a "GPU" measurement may be a CPU one. Here a
-session either has the provider that was asked for in the first place, or it is refused with the reason. The same
-for options: a key is refused if the provider lists its options and it is not among them, or if it refuses it itself.
+onnxruntime silently replaces a provider that does not start, so a "GPU" measurement may come from a CPU. A session from
+this module has the requested provider first. A provider option is refused if the provider lists its options without
+it, or if the provider refuses it.
 """
 
 import functools
@@ -14,11 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.runtime.feeds.values import Value
-from rsi_deploy.runtime.provider_spec import SESSION_OPTIONS, ProviderSpec, checks_options, parse, unknown_option
+from rsi_deploy.runtime.provider_spec import (
+    SESSION_OPTIONS,
+    ProviderSpec,
+    checks_options,
+    parse_provider,
+    unknown_option,
+)
 from rsi_deploy.runtime.providers import install_hint, plugin_devices, short_name
 
 if TYPE_CHECKING:
@@ -30,7 +36,7 @@ Optimize = Literal["all", "layout", "extended", "basic", "disabled"]
 
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 CUDA_FAMILY = ("cuda", "tensorrt", "nvtensorrtrtx")
-"""Short names of the providers whose memory is a CUDA device's."""
+"""Short names of the providers that keep tensors in CUDA memory."""
 
 
 def make_session(
@@ -46,33 +52,33 @@ def make_session(
     checked: bool = False,
     data_folder: Path | None = None,
 ) -> "InferenceSession":
-    """Load a model on the provider that was asked for, or refuse.
+    """Load a model on the requested provider.
 
     Args:
-        model: an ONNX file, or a serialized model.
-        provider: short or full name, with options; its session options win over the arguments here.
-        threads: threads inside one operator; None leaves onnxruntime's default (the physical cores).
+        model: ONNX file, or a serialized model.
+        provider: short or full name, with options; its session options take precedence over the arguments.
+        threads: threads within one operator; None uses onnxruntime's default (the physical cores).
         optimize: onnxruntime's graph optimization level.
-        prepack: rearrange weights at load time: faster, more memory.
-        profile_prefix: start onnxruntime's profiler with this file prefix.
-        spin_between_runs: let idle workers spin after a run. Off where several sessions share the cores.
-        arena: keep the memory of a run for the next one: faster, and as much as the largest run needs.
-        allow_fallback: take a session on another provider where the one asked for does not start.
-        checked: the file need not be held against itself (`rsi_deploy.io.onnx_reader`): another process of ours
-            has done so, and this one measures its own time and memory; or it was made of a model that was.
-        data_folder: where the external data of a serialized model lie.
+        prepack: whether to rearrange weights when loading, which is faster and needs more memory.
+        profile_prefix: file prefix for onnxruntime's profile; None disables profiling.
+        spin_between_runs: whether idle workers spin after a run; False where several sessions share the cores.
+        arena: whether to keep the memory of a run for the next one, which is faster and keeps the largest run's memory.
+        allow_fallback: whether to accept another provider if the requested one does not start.
+        checked: whether the file needs no check by `rsi_deploy.io.onnx_reader`, because another process has checked
+            it or it was made from a checked model.
+        data_folder: folder of the external data of a serialized model.
 
     Raises:
-        UsageError: unknown provider or option, fewer than one thread or two numbers of them, or the provider did
-            not start.
-        ModelError: the model cannot be read or built, with onnxruntime's own words.
+        UsageError: The provider or an option is unknown, `threads` is below 1 or contradicts the provider's options, or
+            the provider did not start.
+        ModelError: The model cannot be read or built; the message includes onnxruntime's.
     """
     import onnxruntime
 
-    spec = parse(provider)
-    name = named(model)
+    spec = parse_provider(provider)
+    name = model_label(model)
     if not isinstance(model, bytes) and not Path(model).is_file():
-        raise ModelError(f"{name}: no such file; expected an ONNX model")
+        raise ModelError(f"{name}: no such file", hint="expected an ONNX model")
     if not isinstance(model, bytes) and Path(model).suffix != ".ort" and not checked:
         from rsi_deploy.io.onnx_reader import check_file
 
@@ -80,10 +86,10 @@ def make_session(
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be 1 or more, but got {threads}")
     if threads is not None and spec.session.get("threads", str(threads)) != str(threads):
-        raise UsageError(f"{threads} threads and --provider {spec} contradict each other; give one of them")
+        raise UsageError(f"{threads} threads and --provider {spec} contradict each other", hint="give one of them")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; a model with initializers among its inputs warns once for each
-    options.intra_op_num_threads = threads or 0  # 0 is onnxruntime's word for its default
+    options.log_severity_level = 3  # errors only; a model whose initializers are also inputs warns once for each
+    options.intra_op_num_threads = threads or 0  # 0 is onnxruntime's default
     SESSION_OPTIONS["optimization"].set_(options, optimize)
     if not prepack:
         SESSION_OPTIONS["prepacking"].set_(options, "off")
@@ -101,61 +107,62 @@ def make_session(
     session = _created(model if isinstance(model, bytes) else str(model), name, spec, options)
     first = session.get_providers()[0]
     if first != spec.name and not allow_fallback:
-        given = ", ".join(f"{key}={value}" for key, value in spec.options.items())
-        mend = f"Try it without {given}" if given else install_hint(short_name(spec.name))
+        options_text = ", ".join(f"{key}={value}" for key, value in spec.options.items())
+        advice = f"Try it without {options_text}" if options_text else install_hint(short_name(spec.name))
         raise UsageError(
-            f"{name}: asked for {spec.name}, but onnxruntime fell back to {first}: the provider did not start "
-            f"(its reason is on stderr, from onnxruntime). {mend}; bench --allow-fallback measures what runs instead"
+            f"{name}: {spec.name} was requested, but onnxruntime fell back to {first}: the provider did not start "
+            f"(onnxruntime printed the reason on stderr). {advice}",
+            hint="bench --allow-fallback measures what runs instead",
         )
     listed = session.get_provider_options().get(spec.name, {})
-    if first == spec.name and listed and (lost := [key for key in spec.options if key not in listed]):
-        raise unknown_option(spec.name, lost[0], tuple(sorted(listed)))
+    if first == spec.name and listed and (unknown := [key for key in spec.options if key not in listed]):
+        raise unknown_option(spec.name, unknown[0], tuple(sorted(listed)))
     _check_denormals(spec)
     return session
 
 
 def flushes_denormals() -> bool:
-    """Whether arithmetic on this thread takes denormals for zero; float32 below 2**-126 are denormal."""
+    """Return whether arithmetic on this thread treats denormals (float32 below 2**-126) as zero."""
     tiny = np.full(1, 2.0**-70, np.float32)
     return not (tiny * tiny).any()
 
 
-def run_session(session: "InferenceSession", feeds: Mapping[str, npt.NDArray[Any]], name: str) -> list[Value]:
-    """One run with the failure said as ours.
+def run_session(session: "InferenceSession", feeds: Feeds, name: str) -> list[Value]:
+    """Run a session once and return its outputs.
 
     Raises:
-        ModelError: onnxruntime refused the inputs or a node failed; carries its message and `name`.
+        ModelError: The inputs do not fit or a node failed; the message has onnxruntime's and `name`.
     """
     try:
         outputs: list[Value] = session.run(None, dict(feeds))
-    except Exception as error:  # onnxruntime's exceptions derive from nothing narrower
-        raise ModelError(f"{name}: the run failed: {str(error).strip()}; give inputs that fit it") from error
+    except Exception as error:  # onnxruntime's exceptions have no narrower base class
+        raise ModelError(f"{name}: the run failed: {str(error).strip()}", hint="give inputs that fit it") from error
     return outputs
 
 
-def settings_in_force(session: "InferenceSession", provider: str | ProviderSpec) -> dict[str, str]:
-    """Every option of the provider with the value in force, defaults included, for the record.
+def effective_options(session: "InferenceSession", provider: str | ProviderSpec) -> dict[str, str]:
+    """Return all provider options with their values, including defaults, and the session options.
 
-    Where the provider lists none (CPU, OpenVINO), those that were given.
+    Where the provider does not list its options (CPU, OpenVINO), only the requested ones are returned.
     """
-    spec = parse(provider)
+    spec = parse_provider(provider)
     listed: dict[str, str] = session.get_provider_options().get(spec.name, {})
     return {**spec.session, **spec.options, **listed}
 
 
 def session_notes(session: "InferenceSession", provider: str | ProviderSpec) -> list[str]:
-    """What belongs beside a time: the arithmetic behind it, and options that nobody confirmed."""
-    spec = parse(provider)
-    notes = numeric_notes(settings_in_force(session, spec), spec)
+    """Return notes for a measured time: its arithmetic, and options that the provider does not confirm."""
+    spec = parse_provider(provider)
+    notes = numeric_notes(effective_options(session, spec), spec)
     listed = session.get_provider_options().get(spec.name, {})
     if spec.options and not listed and not checks_options(spec.name):
-        taken = ", ".join(f"{key}={value}" for key, value in spec.options.items())
-        notes.append(f"{short_name(spec.name)} does not say which options it took: {taken} is not confirmed")
+        requested = ", ".join(f"{key}={value}" for key, value in spec.options.items())
+        notes.append(f"{short_name(spec.name)} does not report its options: {requested} is not confirmed")
     return notes
 
 
 def numeric_notes(settings: Mapping[str, str], provider: str | ProviderSpec) -> list[str]:
-    """What a reader of a time must know about the arithmetic behind it; nothing on a CPU.
+    """Return notes on the arithmetic of a provider; none for a CPU.
 
     >>> numeric_notes({}, "cpu")
     []
@@ -164,8 +171,8 @@ def numeric_notes(settings: Mapping[str, str], provider: str | ProviderSpec) -> 
     family = name.lower()
     if "tensorrt" in family:
         half = [key for key in ("trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable") if settings.get(key) == "1"]
-        said = f"lower precision is on: {', '.join(half)}" if half else "no 16- or 8-bit arithmetic was asked for"
-        return [f"{said}; TensorRT may use TF32 unless NVIDIA_TF32_OVERRIDE=0 is set"]
+        text = f"lower precision is on: {', '.join(half)}" if half else "16- and 8-bit arithmetic is off"
+        return [f"{text}; TensorRT may use TF32 unless NVIDIA_TF32_OVERRIDE=0 is set"]
     if "cuda" not in family:
         return []
     if settings.get("use_tf32", "1") == "0":
@@ -175,21 +182,21 @@ def numeric_notes(settings: Mapping[str, str], provider: str | ProviderSpec) -> 
 
 @functools.cache
 def known_options(name: str) -> tuple[str, ...]:
-    """The options that a provider lists, sorted, from a session of one node; empty where it lists none.
+    """Return the sorted options that a provider lists, from a session of one node; empty if it lists none.
 
     Args:
-        name: full name.
+        name: full name of the provider.
 
     Raises:
-        UsageError: the provider does not start.
+        UsageError: The provider does not start.
     """
     spec = ProviderSpec(name=name, session={}, options={})
     session = make_session(_one_node(), spec)
     return tuple(sorted(session.get_provider_options().get(name, {})))
 
 
-def named(model: str | Path | bytes) -> str:
-    """What messages call a model."""
+def model_label(model: str | Path | bytes) -> str:
+    """Return a name for a model in messages."""
     return "the model in memory" if isinstance(model, bytes) else str(model)
 
 
@@ -201,17 +208,17 @@ def _check_options(spec: ProviderSpec) -> None:
 
 
 def _check_denormals(spec: ProviderSpec) -> None:
-    """The first session of a process settles it for the calling thread; what later ones ask for is ignored."""
-    wanted = spec.session.get("denormals")
-    if wanted is not None and (wanted == "zero") != flushes_denormals():
+    """Raise if the requested handling differs from this thread's: only the first session of a process sets it."""
+    requested = spec.session.get("denormals")
+    if requested is not None and (requested == "zero") != flushes_denormals():
         raise UsageError(
-            f"denormals={wanted} is settled by the first session of a process, and an earlier one chose otherwise; "
-            f"measure it in a process of its own"
+            f"denormals={requested} conflicts with an earlier session: the first session of a process decides",
+            hint="measure it in a process of its own",
         )
 
 
 def _created(model: str | bytes, name: str, spec: ProviderSpec, options: Any) -> "InferenceSession":
-    """A session on the provider; a plug-in is added by its devices, TensorRT leaves over to CUDA."""
+    """Create a session; a plug-in is added by its devices, and TensorRT leaves unsupported nodes to CUDA."""
     import onnxruntime
 
     onnxruntime.disable_telemetry_events()  # on Windows; elsewhere rsi_deploy/__init__.py did
@@ -219,7 +226,7 @@ def _created(model: str | bytes, name: str, spec: ProviderSpec, options: Any) ->
     if short_name(spec.name) in CUDA_FAMILY and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
     try:
-        # enable_fallback=0: neither loading nor a failing run may move to another provider
+        # enable_fallback=0: neither loading nor a failed run may switch to another provider
         if spec.name not in built_in:
             options.add_provider_for_devices(plugin_devices(spec.name), dict(spec.options))
             return onnxruntime.InferenceSession(model, options, enable_fallback=0)
@@ -229,24 +236,24 @@ def _created(model: str | bytes, name: str, spec: ProviderSpec, options: Any) ->
         for warning in caught:
             logger.warning("%s: %s", name, warning.message)
         return session
-    except Exception as error:  # onnxruntime's exceptions derive from nothing narrower
+    except Exception as error:  # onnxruntime's exceptions have no narrower base class
         _refuse_option(spec, str(error))
-        mend = ""
-        if "not support the following ONNX operations" in str(error):  # OpenVINO's words, of 2025.4
-            mend = "; older opsets say the same in other operators: export with --opset 20"
-        said = " ".join(str(error).split())
-        raise ModelError(f"{name}: onnxruntime cannot load it on {spec.name}: {said}{mend}") from error
+        advice = ""
+        if "not support the following ONNX operations" in str(error):  # message of OpenVINO 2025.4
+            advice = "; an older opset may use operators that it supports: export with --opset 20"
+        message = " ".join(str(error).split())
+        raise ModelError(f"{name}: onnxruntime cannot load it on {spec.name}: {message}{advice}") from error
 
 
-def _refuse_option(spec: ProviderSpec, said: str) -> None:
-    """An option that the provider refused by name is the user's to mend, not the model's."""
+def _refuse_option(spec: ProviderSpec, message: str) -> None:
+    """Raise a UsageError if the provider's error message names one of the options."""
     for key, value in spec.options.items():
-        if re.search(rf"(unknown|invalid|unrecognized)\b.*\boption\W+{key}\b", said, re.IGNORECASE):
+        if re.search(rf"(unknown|invalid|unrecognized)\b.*\boption\W+{key}\b", message, re.IGNORECASE):
             raise unknown_option(spec.name, key, ())
-        if key in said and "option" in said.lower():
+        if key in message and "option" in message.lower():
             raise UsageError(
-                f"--provider {spec}: {short_name(spec.name)} refuses {key}={value}: {said.strip()}"
-                f"; leave it out, or give another value"
+                f"--provider {spec}: {short_name(spec.name)} refuses {key}={value}: {message.strip()}",
+                hint="leave it out, or give another value",
             )
 
 
@@ -259,7 +266,7 @@ def _chain(spec: ProviderSpec, built_in: list[str]) -> list[tuple[str, dict[str,
 
 
 def _one_node() -> bytes:
-    """The smallest model with float32 input `x (1,)` and output `y = relu(x)`."""
+    """Return the smallest model, `y = relu(x)` with float32 `x (1,)`."""
     from onnx import TensorProto, helper
 
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y"))

@@ -1,28 +1,24 @@
-"""One plain run of an ONNX model that also tells every node's shapes, and so its multiply-accumulates (MACs).
+"""Run an ONNX model once and record every node's shapes, and so its multiply-accumulates (MACs).
 
-onnxruntime's profile of an unoptimized run holds the actual input and output shapes of each node, so what is counted
-is what was executed: no shape inference that gives up on a Reshape, no guess for dynamic dimensions, each turn of a
-loop, one branch of an If. `graph_passes.count_macs` says what a node counts; what it cannot tell is listed by name.
+onnxruntime's profile of an unoptimized run has the actual input and output shapes of each node. So the count is of what
+was executed: dynamic dimensions, each iteration of a loop, one branch of an If. `graph_passes.count_macs` counts a
+node; nodes that it cannot count are listed by name.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
 
 from graph_passes import ExecutedNode, Macs, NotCounted, count_macs, why_not_counted
+from rsi_deploy.core.types import Array, Feeds, Shape
 from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.runtime.node_index import NodeCandidate, NodeIndex
 from rsi_deploy.runtime.profile_events import NodeEvent, node_events, read_events
 from rsi_deploy.runtime.sessions import make_session, run_session
 
-Shape = tuple[int, ...]
-
 INSERTED = ("", "com.microsoft")
-"""Domains of what onnxruntime puts in, likeliest first."""
+"""Domains of nodes that onnxruntime inserts, most likely first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +26,9 @@ class UncountedNode:
     """A node whose MACs are not known.
 
     Attributes:
-        node: its name.
-        op_type: its operator, with the domain in front where it is not ONNX's.
-        reason: why.
+        node: name of the node.
+        op_type: operator, with its domain in front unless it is ONNX's.
+        reason: why its MACs are not known.
     """
 
     node: str
@@ -42,32 +38,31 @@ class UncountedNode:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeTrace:
-    """A run. Counts are those of the whole batch, by the name of the node in the model.
+    """The result of a run. Counts are for the whole batch, by the node's name in the model.
 
     Attributes:
-        outputs: of the model, in its order.
-        macs: of every node that has some.
-        attention_macs: of them, those of scores and mixture inside a fused attention, which no factorization changes.
+        outputs: outputs of the model, in order.
+        macs: MACs of every node that has some.
+        attention_macs: the part of them in scores and mixture of a fused attention, which factorization cannot change.
         uncounted: nodes whose MACs are not known.
-        inputs: of every node, (onnxruntime's word for the type, shape) of each input that is there; in a loop those of
-            the last turn.
+        inputs: (onnxruntime's type name, shape) of each present input of every node; in a loop of the last iteration.
     """
 
-    outputs: list[npt.NDArray[Any]]
+    outputs: list[Array]
     macs: dict[str, int]
     attention_macs: dict[str, int] = field(default_factory=dict)
     uncounted: tuple[UncountedNode, ...] = ()
     inputs: dict[str, tuple[tuple[str, Shape], ...]] = field(default_factory=dict)
 
 
-def traced_run(model: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> ShapeTrace:
-    """Run `model` once on the CPU provider without graph optimizations, and count.
+def trace_run(model: Path, feeds: Feeds) -> ShapeTrace:
+    """Run `model` once on the CPU provider without graph optimizations, and count its MACs.
 
-    Memory stays near the weights' own size: they are memory-mapped where external, and not rearranged.
+    Memory stays near the size of the weights: external weights are memory-mapped and not rearranged.
 
     Raises:
         ModelError: onnxruntime cannot load or run the model.
-        OSError: the place for temporary files (TMPDIR) is full.
+        OSError: The temporary folder (TMPDIR) is full.
     """
     index = NodeIndex(model)
     with ScratchFolder() as folder:
@@ -102,7 +97,7 @@ def traced_run(model: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> ShapeTrace
 
 
 def uncounted_nodes(nodes: Sequence[UncountedNode], shown: int = 3) -> str:
-    """Nodes in words: the first few by name, each with its operator and the reason.
+    """Describe nodes: the first few by name, each with its operator and the reason.
 
     Example:
         >>> uncounted_nodes([UncountedNode(node="mix", op_type="com.example.Mix", reason="no formula is known for it")])
@@ -113,7 +108,7 @@ def uncounted_nodes(nodes: Sequence[UncountedNode], shown: int = 3) -> str:
 
 
 def unknown_operators(model: Path) -> tuple[UncountedNode, ...]:
-    """The nodes of a model whose operators no run could count, read from its file."""
+    """Return the nodes of an ONNX file whose operators cannot be counted."""
     return tuple(
         UncountedNode(node=node, op_type=_operator(domain, op_type), reason=reason)
         for node, domain, op_type in NodeIndex(model).operators()
@@ -122,9 +117,9 @@ def unknown_operators(model: Path) -> tuple[UncountedNode, ...]:
 
 
 def _count(event: NodeEvent, candidates: Sequence[NodeCandidate]) -> Macs | NotCounted:
-    """What one execution counts; not known where the nodes that it may have been count differently."""
+    """Return the MACs of one execution; unknown if the candidates for its node have different counts."""
     inputs, outputs = _shapes(event.args["input_type_shape"]), _shapes(event.args["output_type_shape"])
-    if not candidates:  # what onnxruntime has put in: casts, the body of an operator that is a function of others
+    if not candidates:  # inserted by onnxruntime: casts, bodies of operators that are functions
         domain = next((domain for domain in INSERTED if not why_not_counted(domain, event.op_type)), "")
         return count_macs(
             ExecutedNode(domain=domain, op_type=event.op_type, inputs=tuple(inputs), outputs=tuple(outputs))
@@ -148,12 +143,12 @@ def _count(event: NodeEvent, candidates: Sequence[NodeCandidate]) -> Macs | NotC
     return counts.pop()
 
 
-def _placed(shapes: Sequence[Shape], there: Sequence[bool]) -> tuple[Shape | None, ...]:
-    """The shapes at the positions that are there; as they are where some value is no tensor and has no shape."""
-    if len(shapes) != sum(there):
+def _placed(shapes: Sequence[Shape], present: Sequence[bool]) -> tuple[Shape | None, ...]:
+    """Put shapes at the positions of present values; unchanged if some value is not a tensor and has no shape."""
+    if len(shapes) != sum(present):
         return tuple(shapes)
     found = iter(shapes)
-    return tuple(next(found) if is_there else None for is_there in there)
+    return tuple(next(found) if is_present else None for is_present in present)
 
 
 def _operator(domain: str, op_type: str) -> str:

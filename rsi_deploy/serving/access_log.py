@@ -1,4 +1,4 @@
-"""The access log: one JSON object a line, written by a thread, so that a reader who stops reading stops no request."""
+"""The access log: one JSON object a line. A thread writes it, so a slow reader of the log does not delay requests."""
 
 import collections
 import datetime
@@ -8,17 +8,17 @@ from typing import Any
 
 import orjson
 
-MOST_LINES = 10_000
+MAX_LINES = 10_000
 
 
 class AccessLog:
-    """A log that never blocks; lines that nobody takes are dropped and counted.
+    """A log that never blocks. Lines that cannot be written in time are dropped and counted.
 
     Args:
-        stream: where the lines go, unbuffered: a buffer's lock would hold up who closes it; None writes none.
+        stream: unbuffered output (closing a buffered one may wait for its lock); None disables the log.
 
     Attributes:
-        lost: lines that were dropped.
+        lost: number of dropped lines.
     """
 
     def __init__(self, stream: RawIOBase | None):
@@ -30,17 +30,17 @@ class AccessLog:
             self._thread.start()
 
     def note(self, **entry: Any) -> None:
-        """One line; the time is added."""
+        """Append one line, with the current time."""
         if self._stream is None:
             return
-        if len(self._lines) >= MOST_LINES:
+        if len(self._lines) >= MAX_LINES:
             self.lost += 1
             return
         self._lines.append({"time": datetime.datetime.now(datetime.UTC), **entry})
         self._more.set()
 
     def close(self) -> None:
-        """Write what is left, as far as it goes within a second."""
+        """Write the remaining lines, for at most one second."""
         self._ended = True
         self._more.set()
         if self._stream is not None:

@@ -1,38 +1,26 @@
-"""What is served: the files of a bundle, believed only as far as their hashes agree with what the bundle claims.
+"""The model files that a server opens, and the check of their hashes.
 
-    DIR/model.onnx [model.onnx.data]  with report.json beside it: every file it lists must have its sha256, and every
-                                      file of the folder must be as manifest.json has it, where there is one
-    FILE.onnx [FILE.onnx.data]        claims nothing, and is served as it is
+    DIR/model.onnx [model.onnx.data]  a bundle: every file that report.json lists must have its sha256, and where there
+                                      is a manifest.json, every file of the folder must match it
+    FILE.onnx [FILE.onnx.data]        a plain model, served without a check
 
-`stamps` is what a watcher looks at: it changes when a file is replaced, and costs no reading.
+`stamps` changes when a file is replaced. It reads no contents, so it can be called every second.
 """
 
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
 
-import pydantic
-
-from rsi_deploy.core.errors import GateError, ModelError, UsageError
+from rsi_deploy.core.errors import GateError, UsageError
 from rsi_deploy.data.preprocess import Preprocessing
-from rsi_deploy.io.documents import read_document
-from rsi_deploy.io.manifest import check_manifest, file_hash, inside
+from rsi_deploy.io.manifest import check_manifest, file_hash
+from rsi_deploy.report.bundle_facts import read_bundle_facts
 
 Stamp = tuple[str, int, int, int]
-"""Of a file: name, inode, bytes, time of its last change in ns."""
+"""Name, inode, size in bytes and modification time in ns of a file."""
 
 WATCHED = ("report.json", "manifest.json")
-
-
-class _Claims(pydantic.BaseModel, frozen=True, extra="ignore"):
-    """What a server needs of report.json; the whole of it needs torch to be read."""
-
-    schema_version: Literal[1]
-    files: dict[Annotated[str, pydantic.AfterValidator(inside)], str]
-    preprocessing: Preprocessing | None = None
-    probe_shapes: dict[str, tuple[int, ...]] = pydantic.Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +28,11 @@ class Bundle:
     """A model on disk whose files have been checked.
 
     Attributes:
-        path: as given: a folder, or an ONNX file.
+        path: the bundle's folder, or the ONNX file.
         model: the ONNX file.
-        stamps: of its files when they were checked.
-        preprocessing: from 8-bit pictures to inputs, where report.json says it.
-        probe_shapes: shapes of inputs that the model is known to run on, batch first.
+        stamps: stamps of its files at the time of the check.
+        preprocessing: steps from 8-bit pictures to inputs, if report.json has them.
+        probe_shapes: input shapes that the model is known to run on, batch axis first.
     """
 
     path: Path
@@ -55,12 +43,12 @@ class Bundle:
 
 
 def open_bundle(path: Path) -> Bundle:
-    """The bundle or ONNX file at `path`, with every hash that is claimed computed again.
+    """Open the bundle or ONNX file at `path` and check every hash that it lists.
 
     Raises:
-        UsageError: nothing there, or nothing that can be served.
-        ModelError: a report.json of another schema.
-        GateError: files that are missing or are not what the bundle claims.
+        UsageError: `path` does not exist or cannot be served.
+        ModelError: report.json has another schema.
+        GateError: files are missing or changed.
     """
     before = stamps(path)
     if path.is_file():
@@ -68,45 +56,44 @@ def open_bundle(path: Path) -> Bundle:
     if not path.exists():
         raise UsageError(f"{path} does not exist; serve takes a bundle (rsi-deploy export -o DIR) or an .onnx file")
     if not (path / "report.json").is_file():
-        raise UsageError(f"{path} is no bundle: it has no report.json; name the file to serve a plain model: FILE.onnx")
-    claims = _claims(path)
+        raise UsageError(f"{path} is no bundle: it has no report.json; to serve a plain model, type its FILE.onnx")
+    facts = read_bundle_facts(path)
     hash_once = functools.cache(file_hash)  # report and manifest list the same files
-    listed = check_manifest(path, hash_once)
-    if problems := broken_files(path, claims.files, hash_once):
+    manifest = check_manifest(path, hash_once)
+    problems = file_problems(path, facts.files, hash_once) or ([] if manifest.ok else [manifest.summary])
+    if problems:
         raise GateError(f"{path} is not served: {'; '.join(problems)}; export or fetch the bundle again")
-    if not listed.ok:
-        raise GateError(f"{path} is not served: {listed.summary}; export or fetch the bundle again")
     if stamps(path) != before:
-        raise GateError(f"{path} changed while it was read; serve it when it is whole")
+        raise GateError(f"{path} changed while it was read; serve it when its files are complete")
     return Bundle(
         path=path,
         model=path / "model.onnx",
         stamps=before,
-        preprocessing=claims.preprocessing,
-        probe_shapes=claims.probe_shapes,
+        preprocessing=facts.preprocessing,
+        probe_shapes=facts.probe_shapes,
     )
 
 
-def broken_files(folder: Path, claimed: Mapping[str, str], hash_of: Callable[[Path], str] = file_hash) -> list[str]:
-    """What is wrong with the model files of a folder: missing, changed, or claimed by nobody.
+def file_problems(folder: Path, listed: Mapping[str, str], hash_of: Callable[[Path], str] = file_hash) -> list[str]:
+    """Return one text for each kind of problem of a bundle's model files: missing, changed, not listed.
 
     Args:
-        folder: of the bundle.
-        claimed: name -> sha256 in hexadecimal.
-        hash_of: the sha256 of a file.
+        folder: the bundle.
+        listed: file name -> sha256 in hexadecimal.
+        hash_of: function that returns the sha256 of a file.
     """
     present = [name for name in ("model.onnx", "model.onnx.data") if (folder / name).is_file()]
-    missing = [name for name in claimed if not (folder / name).is_file()]
-    unclaimed = [name for name in present if name not in claimed]
-    changed = [name for name, digest in claimed.items() if name not in missing and hash_of(folder / name) != digest]
-    found = {"missing": missing, "not what the bundle claims": changed, "claimed by nobody": unclaimed}
+    missing = [name for name in listed if not (folder / name).is_file()]
+    unlisted = [name for name in present if name not in listed]
+    changed = [name for name, digest in listed.items() if name not in missing and hash_of(folder / name) != digest]
     if "model.onnx" not in present and "model.onnx" not in missing:
         missing.append("model.onnx")
-    return [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
+    found = {"missing": missing, "changed since report.json was written": changed, "not in report.json": unlisted}
+    return [f"{problem}: {', '.join(names)}" for problem, names in found.items() if names]
 
 
 def stamps(path: Path) -> tuple[Stamp, ...]:
-    """The stamps of the model's files and of what claims them; empty where there is no model."""
+    """Return the stamps of the model's files, report.json and manifest.json; those that do not exist are left out."""
     if path.is_dir():
         names = [path / name for name in ("model.onnx", "model.onnx.data", *WATCHED)]
     else:
@@ -119,14 +106,3 @@ def stamps(path: Path) -> tuple[Stamp, ...]:
             continue
         found.append((name.name, stat.st_ino, stat.st_size, stat.st_mtime_ns))
     return tuple(found)
-
-
-def _claims(folder: Path) -> _Claims:
-    try:
-        return _Claims.model_validate_json(read_document(folder / "report.json"))
-    except (pydantic.ValidationError, UnicodeDecodeError) as error:
-        first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ModelError(
-            f"{folder / 'report.json'} is no report that can be served: {where}: {first['msg']}; export again"
-        ) from error

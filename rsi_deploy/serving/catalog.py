@@ -1,11 +1,11 @@
-"""Which models are served under which names and versions: `[NAME[:VERSION]=]PATH` as typed, and what answers a name.
+"""The names and versions of the served models, parsed from `[NAME[:VERSION]=]PATH`, and the routes of requests.
 
-    PATH of a bundle or FILE.onnx        version 1 of NAME, by default the folder's or file's own name
-    PATH of numbered folders (1/ 2/ ...) each a bundle, all of them versions of NAME
+    PATH of a bundle or FILE.onnx        version 1 of NAME; NAME defaults to the name of the folder or file
+    PATH of numbered folders (1/ 2/ ...) each folder is a bundle and a version of NAME
     --canary PATH --canary-share 10%     the next version; answers that share of the requests that name no version
-    --shadow PATH                        the next version; runs beside the one that answers, and is compared with it
+    --shadow PATH                        the next version; is compared with the main version
 
-A request that names no version gets the newest that is no canary or shadow.
+A request that names no version is answered by the newest version that is neither canary nor shadow.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class ServedModel:
     """One version of one model.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         version: a number of 1 or more, as text.
         bundle: its files.
-        generation: how often the files have been replaced since the server started.
+        generation: number of times the files have been replaced since the server started.
     """
 
     name: str
@@ -42,55 +42,55 @@ class Served:
 
     @property
     def key(self) -> str:
-        """Names these very files among all that are or were served."""
+        """Identifier of these files among all that are or were served."""
         return f"{self.name}:{self.version}#{self.generation}"
 
 
 @dataclass(kw_only=True)
 class Route:
-    """What answers a name.
+    """The versions of one model, and which of them answers a request.
 
     Attributes:
-        name: of the model.
-        versions: version -> what is served; grows and changes as bundles are replaced.
-        main: the version that answers where none is named.
-        canary: the version that answers `share` of those, or "".
-        share: of the canary, 0 to 1.
-        shadow: the version that runs beside, or "".
+        name: name of the model.
+        versions: version -> model; changes when a bundle is replaced.
+        main: the version that answers requests that name none.
+        canary: the version that answers `share` of those requests, or "".
+        share: share of the canary, 0 to 1.
+        shadow: the version that is compared with the main one, or "".
     """
 
     name: str
-    versions: dict[str, Served] = field(default_factory=dict)
+    versions: dict[str, ServedModel] = field(default_factory=dict)
     main: str = ""
     canary: str = ""
     share: float = 0.0
     shadow: str = ""
-    _asked: int = 0
+    _requests: int = 0
 
-    def pick(self, version: str) -> Served:
-        """What answers a request; "" names no version. The canary gets its share exactly, evenly spread.
+    def pick(self, version: str) -> ServedModel:
+        """Return the model for a request; version "" means none was named. Canary requests are evenly spread.
 
         Raises:
             Refusal: 404, no such version.
         """
         if version:
             if version not in self.versions:
-                have = ", ".join(sorted(self.versions, key=int))
-                raise Refusal(404, f"model {self.name} has no version {version[:40]!r}; it has {have}")
+                known = ", ".join(sorted(self.versions, key=int))
+                raise Refusal(404, f"model {self.name} has no version {version[:40]!r}; it has {known}")
             return self.versions[version]
         if self.canary:
-            before = int(self._asked * self.share + 1e-9)
-            self._asked += 1
-            if int(self._asked * self.share + 1e-9) > before:
+            before = int(self._requests * self.share + 1e-9)
+            self._requests += 1
+            if int(self._requests * self.share + 1e-9) > before:
                 return self.versions[self.canary]
         return self.versions[self.main]
 
 
 class Catalog(dict[str, Route]):
-    """Name -> what answers it.
+    """A mapping from the name of a model to its route.
 
     Attributes:
-        refused: "NAME, version N" -> why it is not served, while others are.
+        refused: "NAME, version N" -> why it is not served.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Catalog(dict[str, Route]):
         self.refused: dict[str, RsiDeployError] = {}
 
     def refuse(self, name: str, version: str, error: RsiDeployError) -> None:
-        """Note why a version is not served, and take it out where it is in."""
+        """Record why a version is not served, and remove it from its route."""
         self.refused[label := f"{name}, version {version}"] = error
         logger.error("%s is not served: %s", label, error)
         if (route := self.get(name)) is None or route.versions.pop(version, None) is None:
@@ -113,11 +113,11 @@ class Catalog(dict[str, Route]):
         else:
             del self[name]
 
-    def check_any(self) -> None:
-        """Refuse to serve nothing.
+    def check_not_empty(self) -> None:
+        """Raise the error of the first refused model if no model is left.
 
         Raises:
-            RsiDeployError: as the first model was refused with.
+            RsiDeployError: no model can be served.
         """
         if not self and self.refused:
             first_refusal = next(iter(self.refused.values()))
@@ -125,29 +125,29 @@ class Catalog(dict[str, Route]):
 
 
 def read_catalog(models: Sequence[str], *, canary: str = "", canary_share: float = 0.0, shadow: str = "") -> Catalog:
-    """What the arguments say is to be served, every bundle checked.
+    """Parse the arguments of `serve` and check every bundle.
 
     Args:
-        models: `[NAME[:VERSION]=]PATH` each.
+        models: texts `[NAME[:VERSION]=]PATH`.
         canary: `[NAME=]PATH`, or "".
         canary_share: 0 to 1.
         shadow: `[NAME=]PATH`, or "".
 
     Raises:
-        UsageError: names or versions that are none, or are given twice; nothing at a path; a canary of no model.
-        ModelError, GateError: see `open_bundle`; of the first model, where none can be served.
+        UsageError: a name or version is invalid or repeated, a path does not exist, or a canary or shadow has no model.
+        ModelError, GateError: the error of `open_bundle` for the first model, if no model can be served.
     """
     routes = Catalog()
     for name, version, path in [found for text in models for found in _versions(text)]:
         if name in routes and version in routes[name].versions:
-            raise UsageError(f"{name} version {version} is given twice; type NAME:VERSION=PATH to tell them apart")
+            raise UsageError(f"{name} version {version} is given twice; type NAME:VERSION=PATH for one of them")
         try:
-            served = Served(name=name, version=version, bundle=open_bundle(path))
+            served = ServedModel(name=name, version=version, bundle=open_bundle(path))
         except (ModelError, GateError) as error:
             routes.refuse(name, version, error)
             continue
         routes.setdefault(name, Route(name=name)).versions[version] = served
-    routes.check_any()
+    routes.check_not_empty()
     if not routes:
         raise UsageError("nothing to serve: name a bundle, rsi-deploy serve DIR")
     for route in routes.values():
@@ -163,11 +163,11 @@ def read_catalog(models: Sequence[str], *, canary: str = "", canary_share: float
     return routes
 
 
-def anchored(text: str) -> str:
-    """`[NAME[:VERSION]=]PATH` with PATH from the root, for a process that has another current folder.
+def with_absolute_path(text: str) -> str:
+    """Return `[NAME[:VERSION]=]PATH` with an absolute PATH, for a process with another working folder.
 
     Example:
-        >>> anchored("m:2=/models/m"), anchored("/models/a=b")
+        >>> with_absolute_path("m:2=/models/m"), with_absolute_path("/models/a=b")
         ('m:2=/models/m', '/models/a=b')
     """
     label, equals, rest = text.partition("=")
@@ -176,13 +176,13 @@ def anchored(text: str) -> str:
     return f"{label}={Path(rest).absolute()}"
 
 
-def all_served(routes: Mapping[str, Route]) -> list[Served]:
-    """Every version of every model."""
+def all_versions(routes: Mapping[str, Route]) -> list[ServedModel]:
+    """Return every version of every model."""
     return [served for route in routes.values() for served in route.versions.values()]
 
 
-def replaced(served: Served) -> Served:
-    """The same name and version with the files that are there now.
+def reopened(served: ServedModel) -> ServedModel:
+    """Return the same name and version with the files that are on disk now.
 
     Raises:
         UsageError, ModelError, GateError: see `open_bundle`.
@@ -191,7 +191,7 @@ def replaced(served: Served) -> Served:
 
 
 def _versions(text: str) -> list[tuple[str, str, Path]]:
-    """Name, version and path of everything that one argument names."""
+    """Return name, version and path of every model that one argument stands for."""
     name, version, path = _parsed(text)
     name = name or path.absolute().name.removesuffix(".onnx")
     if not _NAME.fullmatch(name):
@@ -203,7 +203,7 @@ def _versions(text: str) -> list[tuple[str, str, Path]]:
 
 
 def _parsed(text: str) -> tuple[str, str, Path]:
-    """Name, version and path as far as they are typed; "" where they are not."""
+    """Return the name, version and path in an argument; name and version are "" if they are not in it."""
     label, equals, rest = text.partition("=")
     if not equals or "/" in label:
         return "", "", Path(text)
@@ -221,16 +221,16 @@ def _numbered(path: Path) -> list[Path]:
 
 
 def _candidate(routes: Catalog, text: str, option: str) -> Route:
-    """Add a canary or shadow to the route it belongs to, as its newest version."""
+    """Add a canary or shadow to its route as the newest version."""
     name, version, path = _parsed(text)
     if version:
-        raise UsageError(f"{option} {text}: it becomes the next version by itself; type [NAME=]PATH")
+        raise UsageError(f"{option} {text}: its version is always the next one; type [NAME=]PATH")
     if not name and len(routes) > 1:
         raise UsageError(f"{option} {text}: which of {', '.join(routes)} is it for? Type {option} NAME={path}")
     name = name or next(iter(routes))
     if name not in routes:
-        raise UsageError(f"{option} {text}: no model {name!r} is served; there are {', '.join(routes)}")
+        raise UsageError(f"{option} {text}: no model {name!r} is served; expected one of {', '.join(routes)}")
     route = routes[name]
     number = str(max(map(int, route.versions)) + 1)
-    route.versions[number] = Served(name=name, version=number, bundle=open_bundle(path))
+    route.versions[number] = ServedModel(name=name, version=number, bundle=open_bundle(path))
     return route

@@ -1,4 +1,4 @@
-"""The front process at run time: both transports, the watcher, and an end that loses no answer."""
+"""The front process: it runs both transports and the file watcher, and shuts down without losing an answer."""
 
 import asyncio
 import contextlib
@@ -18,20 +18,20 @@ from rsi_deploy.serving.transports.grpc_app import grpc_server
 from rsi_deploy.serving.transports.http_app import http_app
 from rsi_deploy.serving.watching import watch
 
-LEAVE_SECONDS = 0.3
-"""Between "not ready" and taking no more: long enough for clients on open connections to be told."""
+NOT_READY_SECONDS = 0.3
+"""Seconds between "not ready" and refusing requests, for clients on open connections to see it."""
 KEEP_ALIVE_SECONDS = 75
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listening:
-    """Where the server answers; told once, when it is ready.
+    """The addresses and models of a server that is ready.
 
     Attributes:
-        http: host and port.
-        grpc: likewise; "" without gRPC.
+        http: host and port of HTTP.
+        grpc: host and port of gRPC, or "".
         models: name -> versions.
-        workers: their process ids; none where Ray has them.
+        workers: process ids of the workers; empty with `--engine ray`.
         refused: "NAME, version N" -> why it is not served.
     """
 
@@ -44,16 +44,16 @@ class Listening:
 
 @dataclass(frozen=True, kw_only=True)
 class Front:
-    """What `serve` has put together.
+    """The parts of a server, ready to run.
 
     Attributes:
         service: the models, not started yet.
-        access: who may ask for how much.
-        log: of requests.
+        access: API key and size limits.
+        log: access log.
         listener: bound socket of HTTP.
         grpc: address of gRPC, or "".
-        reload_seconds: between looks at the files; 0 never looks.
-        drain_seconds: that requests which were taken have, to be answered at the end.
+        reload_seconds: seconds between checks for replaced files; 0 disables them.
+        drain_seconds: seconds that accepted requests have to be answered at shutdown.
     """
 
     service: Service
@@ -65,7 +65,7 @@ class Front:
     drain_seconds: float
 
     async def run(self, on_ready: Callable[[Listening], None]) -> None:
-        """Load, serve, and return after a signal, when everything is answered."""
+        """Load the models, serve them, and return after a signal when all accepted requests are answered."""
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
@@ -100,7 +100,7 @@ class Front:
         self.service.leaving = True
         for listening in http.servers:
             listening.close()
-        await asyncio.sleep(LEAVE_SECONDS)
+        await asyncio.sleep(NOT_READY_SECONDS)
         self.service.accepting = False
         http.should_exit = True
         ending = [serving] if rpc is None else [serving, asyncio.create_task(rpc.stop(self.drain_seconds))]
@@ -109,7 +109,7 @@ class Front:
     def _http(self) -> Any:
         config = uvicorn.Config(
             http_app(self.service, self.access, self.log),
-            http="h11",  # httptools takes headers without end: 200 MB of them were 200 MB of memory
+            http="h11",  # httptools does not limit headers: 200 MB of them took 200 MB of memory
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -118,7 +118,7 @@ class Front:
             timeout_graceful_shutdown=max(1, round(self.drain_seconds)),
         )
         server = uvicorn.Server(config)
-        server.capture_signals = contextlib.nullcontext  # signals are ours
+        server.capture_signals = contextlib.nullcontext  # `run` handles signals
         return server
 
     async def _start_grpc(self) -> Any:
@@ -134,6 +134,6 @@ class Front:
 
 
 async def _first(*awaitables: Any) -> None:
-    """Wait until one of them is done."""
+    """Wait until one of the awaitables is done."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

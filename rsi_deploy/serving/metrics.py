@@ -1,4 +1,4 @@
-"""What is counted, in Prometheus' words. Labels are names and versions that are served, never what a client made up."""
+"""Prometheus metrics of a server. Labels are served names and versions, never text from a client."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -9,7 +9,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own."""
+    """Metrics of one server, in a separate registry."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -18,17 +18,17 @@ class Metrics:
             "rsi_requests", "Requests answered, by HTTP status", (*version, "protocol", "status"), registry=registry
         )
         self._seconds = Histogram(
-            "rsi_request_seconds", "From decoded to answered", version, buckets=_SECONDS, registry=registry
+            "rsi_request_seconds", "Time from decoded to answered", version, buckets=_SECONDS, registry=registry
         )
-        self._waited = Histogram("rsi_queue_seconds", "In the queue", version, buckets=_SECONDS, registry=registry)
+        self._waited = Histogram("rsi_queue_seconds", "Time in the queue", version, buckets=_SECONDS, registry=registry)
         self._rows = Histogram("rsi_batch_rows", "Rows of a batch", version, buckets=_ROWS, registry=registry)
-        self._joined = Counter("rsi_batched_requests", "Requests in those batches", version, registry=registry)
-        self._ran = Counter("rsi_batch_seconds", "Time of those batches", version, registry=registry)
+        self._joined = Counter("rsi_batched_requests", "Requests in batches", version, registry=registry)
+        self._ran = Counter("rsi_batch_seconds", "Run time of batches", version, registry=registry)
         self._reloads = Counter("rsi_reloads", "Replaced bundles, by outcome", ("outcome",), registry=registry)
         self._waiting = Gauge("rsi_waiting_requests", "Requests that wait for a worker", registry=registry)
         self._workers = Gauge("rsi_workers", "Workers that take requests", registry=registry)
-        self._restarts = Gauge("rsi_worker_restarts", "Workers that died and were started again", registry=registry)
-        self._lost_lines = Gauge("rsi_lost_log_lines", "Access log lines that nobody read", registry=registry)
+        self._restarts = Gauge("rsi_worker_restarts", "Restarts of dead workers", registry=registry)
+        self._lost_lines = Gauge("rsi_lost_log_lines", "Access log lines that were dropped", registry=registry)
         self._shadow = {
             "samples": Gauge("rsi_shadow_samples", "Samples compared", ("model",), registry=registry),
             "skipped": Gauge("rsi_shadow_skipped", "Requests not compared", ("model",), registry=registry),
@@ -39,41 +39,41 @@ class Metrics:
     def note_request(
         self, model: str, version: str, protocol: str, status: int, *, seconds: float, waited: float | None
     ) -> None:
-        """One request; `waited` is None where it never came to a worker."""
+        """Count one request; `waited` is None if it never reached a worker."""
         self._requests.labels(model, version, protocol, str(status)).inc()
         if waited is not None:
             self._seconds.labels(model, version).observe(seconds)
             self._waited.labels(model, version).observe(waited)
 
     def note_batch(self, model: str, version: str, *, rows: int, requests: int, seconds: float) -> None:
-        """One batch."""
+        """Count one batch."""
         self._rows.labels(model, version).observe(rows)
         self._joined.labels(model, version).inc(requests)
         self._ran.labels(model, version).inc(seconds)
 
     def note_reload(self, outcome: str) -> None:
-        """One bundle that changed on disk: "done" or "refused"."""
+        """Count one reload; the outcome is "done" or "refused"."""
         self._reloads.labels(outcome).inc()
 
     def note_state(self, waiting: int, workers: int, restarts: int) -> None:
-        """What is so at this moment."""
+        """Set the current numbers of waiting requests, workers and restarts."""
         self._waiting.set(waiting)
         self._workers.set(workers)
         self._restarts.set(restarts)
 
     def note_lost_lines(self, count: int) -> None:
-        """Access log lines that were dropped so far."""
+        """Set the number of access log lines that were dropped so far."""
         self._lost_lines.set(count)
 
     def note_shadow(self, model: str, shadow: Shadow) -> None:
-        """The comparison of a shadow as it stands."""
-        told = shadow.told()
+        """Set the current comparison with a shadow."""
+        summary = shadow.summary()
         for name, gauge in self._shadow.items():
-            if told[name] is not None:
-                gauge.labels(model).set(told[name])
-        for which, times in told["latency"].items():
+            if summary[name] is not None:
+                gauge.labels(model).set(summary[name])
+        for which, times in summary["latency"].items():
             self._shadow_ms.labels(model, which).set(times["mean_ms"])
 
     def text(self) -> bytes:
-        """All of it in the text format."""
+        """Return all metrics in Prometheus' text format."""
         return bytes(generate_latest(self._registry))

@@ -1,4 +1,4 @@
-"""Ports to listen on: bound, or refused with the option to change."""
+"""Ports to listen on. Errors name the option that sets the port."""
 
 import contextlib
 import errno
@@ -7,19 +7,19 @@ import socket
 
 from rsi_deploy.core.errors import UsageError
 
-QUIET = range(20000, 32768)
-"""Between the ports that Ray gives its workers and those that Linux gives to whoever asks for any."""
+UNCONTENDED = range(20000, 32768)
+"""Ports that neither Ray gives to its workers nor Linux to programs that ask for any free port."""
 
 
 def bound_socket(host: str, port: int, option: str) -> socket.socket:
-    """A socket bound to the address, not listening yet.
+    """Return a socket that is bound to the address.
 
     Raises:
-        UsageError: it is in use, not allowed, or no address of this machine.
+        UsageError: the address is in use, not allowed, or not of this machine.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind, socket.IPPROTO_TCP)  # unnamed, asyncio would leave Nagle's delays on
+        sock = socket.socket(family, kind, socket.IPPROTO_TCP)  # without it, asyncio would not set TCP_NODELAY
     except OSError as error:
         raise UsageError(
             f"--host {host}: {error.strerror or error}; type an address of this machine, such as 127.0.0.1"
@@ -27,7 +27,7 @@ def bound_socket(host: str, port: int, option: str) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-        sock.listen(0)  # a bind alone may share the port with one who does not listen yet
+        sock.listen(0)  # without it, another process that only binds could share the port
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
@@ -41,7 +41,7 @@ def bound_socket(host: str, port: int, option: str) -> socket.socket:
 
 
 def free_port(host: str, port: int, option: str) -> int:
-    """The port, or a free one for 0, where it can be had.
+    """Return the port, or a free one for 0.
 
     Raises:
         UsageError: as `bound_socket`.
@@ -50,8 +50,8 @@ def free_port(host: str, port: int, option: str) -> int:
         return int(sock.getsockname()[1])
 
 
-def quiet_port(host: str, port: int, option: str) -> int:
-    """As `free_port`, but of the free ones one that nobody gets who asks the system, or Ray, for any.
+def uncontended_port(host: str, port: int, option: str) -> int:
+    """Return the port, or for 0 a free one that neither the system nor Ray assigns to other programs.
 
     Raises:
         UsageError: as `bound_socket`.
@@ -59,14 +59,14 @@ def quiet_port(host: str, port: int, option: str) -> int:
     found = free_port(host, port, option)
     if port:
         return found
-    for candidate in random.SystemRandom().sample(QUIET, 64):
+    for candidate in random.SystemRandom().sample(UNCONTENDED, 64):
         with contextlib.suppress(UsageError):
             return free_port(host, candidate, option)
     return found
 
 
 def bracketed(host: str) -> str:
-    """The host as it stands before a port.
+    """Return the host as it is written before a port.
 
     Example:
         >>> bracketed("::1"), bracketed("127.0.0.1")

@@ -1,7 +1,7 @@
-"""`serve`: everything together in one front process, from the first socket to the last answer.
+"""`serve`: checks the options, builds the parts of the server and runs them until a signal.
 
-bind ports -> check bundles -> start workers -> all loaded -> listen -> ready
-SIGTERM or SIGINT: say "not ready", let connections go -> take no more -> answer what was taken -> end
+bind ports -> check bundles -> start workers -> load models -> listen -> ready
+SIGTERM or SIGINT: report "not ready" -> refuse new requests -> answer the accepted ones -> end
 """
 
 import asyncio
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.serving.ports import bound_socket, bracketed, free_port, quiet_port
+from rsi_deploy.serving.ports import bound_socket, bracketed, free_port, uncontended_port
 
 if TYPE_CHECKING:
     from rsi_deploy.serving.front import Listening
 
-NEEDED = {
+REQUIRED_MODULES = {
     "grpc": "grpcio",
     "orjson": "orjson",
     "prometheus_client": "prometheus_client",
@@ -28,11 +28,11 @@ NEEDED = {
     "tritonclient": "tritonclient[grpc]",
     "uvicorn": "uvicorn",
 }
-"""Module -> package of the extra `serve`."""
+"""Module -> package of the extra `serve` that has it."""
 Engine = Literal["own", "ray"]
 ENGINES = get_args(Engine)
 EVERY_ADDRESS = ("0.0.0.0", "::")
-RAY_GRPC = "Ray Serve listens for gRPC on every address of the machine, whatever --host says"
+RAY_GRPC = "Ray Serve listens for gRPC on every address of the machine and ignores --host"
 
 
 def serve(
@@ -63,41 +63,41 @@ def serve(
     write_config: str | Path = "",
     on_ready: "Callable[[Listening], None]" = lambda listening: None,
 ) -> None:
-    """Serve models until SIGTERM or SIGINT, then answer what was taken and return.
+    """Serve models until SIGTERM or SIGINT, then answer the accepted requests and return.
 
-    It must be called from the main thread, which is the one that gets signals.
+    It must be called from the main thread, which receives the signals.
 
     Args:
         models: `[NAME[:VERSION]=]PATH` of a bundle, an ONNX file, or a folder of numbered bundles (versions).
         host: address to listen on; the default is reachable from this machine alone.
-        http_port: 0 takes a free one.
-        grpc_port: likewise.
-        grpc: whether to speak gRPC.
-        workers: processes that run models; 0: two, or one on a single core.
-        threads: of each worker; 0: the cores shared out among the workers.
-        provider: of onnxruntime.
-        max_batch: rows of a batch of several requests; 1 joins none.
+        http_port: port of HTTP; 0 takes a free one.
+        grpc_port: port of gRPC; 0 takes a free one.
+        grpc: whether to serve gRPC.
+        workers: number of worker processes; 0: two, or one on a single core.
+        threads: threads of each worker; 0 divides the cores among the workers.
+        provider: onnxruntime provider.
+        max_batch: most rows of a batch of several requests; 1 joins none.
         batch_delay: seconds that a request waits for others while a worker is idle.
-        latency_bound: seconds in which a request is to be answered; what would take longer is refused with 429.
+        latency_bound: seconds within which a request must be answered; one that would take longer is refused with 429.
         canary: `[NAME=]PATH` of a model that answers a share of the requests.
-        canary_share: that share, 0 to 1.
-        shadow: `[NAME=]PATH` of a model that runs beside and is compared.
-        api_key: that must come with every request but health; "" asks for none.
-        max_body: bytes of a request.
-        max_json: bytes of JSON in it.
+        canary_share: share of the canary, 0 to 1.
+        shadow: `[NAME=]PATH` of a model that is compared with the one that answers.
+        api_key: key that every request but health must have; "" requires none.
+        max_body: most bytes of a request.
+        max_json: most bytes of JSON in a request.
         access_log: a file, "-" for stderr, or "off".
-        reload_seconds: between looks at the files; 0 never looks.
-        drain_seconds: that requests which were taken have, to be answered when the server ends.
-        engine: "own" server, or "ray": a Ray Serve application (`rsi_deploy.serving.ray.app`).
-        ray: engine ray: address of a cluster; "" or "local" starts a Ray on this machine.
-        replicas: engine ray: fewest and most, "1-4" where it is "".
-        write_config: engine ray: the file to write for `serve deploy`, instead of serving.
-        on_ready: called when it answers.
+        reload_seconds: seconds between checks for replaced files; 0 disables them.
+        drain_seconds: seconds that accepted requests have to be answered at shutdown.
+        engine: "own" server, or "ray" for a Ray Serve application (`rsi_deploy.serving.ray.app`).
+        ray: address of a cluster for engine ray; "" or "local" starts Ray on this machine.
+        replicas: fewest and most replicas for engine ray; "" is "1-4".
+        write_config: file to write for `serve deploy` instead of serving, for engine ray.
+        on_ready: called when the server answers requests.
 
     Raises:
-        UsageError: something missing, a port in use, names that do not fit.
-        ModelError: a model that cannot be loaded.
-        GateError: a bundle whose files are not what it claims.
+        UsageError: a package is missing, a port is in use, or an argument is invalid.
+        ModelError: no model can be loaded.
+        GateError: the files of a bundle are missing or changed.
     """
     if min(max_batch, latency_bound, max_body, max_json) <= 0:
         raise UsageError("max_batch, latency_bound, max_body and max_json must be more than 0")
@@ -105,14 +105,14 @@ def serve(
     if engine == "ray" and grpc and host not in EVERY_ADDRESS:
         raise UsageError(f"--engine ray: {RAY_GRPC}; type --no-grpc, or --host 0.0.0.0 with an API key")
     check_installed()
-    from rsi_deploy.serving.catalog import anchored, read_catalog
+    from rsi_deploy.serving.catalog import read_catalog, with_absolute_path
 
     if engine == "ray":
         settings = {
-            "models": tuple(map(anchored, models)),
-            "canary": canary and anchored(canary),
+            "models": tuple(map(with_absolute_path, models)),
+            "canary": canary and with_absolute_path(canary),
             "canary_share": canary_share,
-            "shadow": shadow and anchored(shadow),
+            "shadow": shadow and with_absolute_path(shadow),
             "threads": threads or 1,
             "max_batch": max_batch,
             "batch_delay": batch_delay,
@@ -158,38 +158,37 @@ def serve(
 def check_engine(
     engine: str, ray: str, replicas: str, write_config: str | Path, workers: int, provider: str, access_log: str
 ) -> None:
-    """Refuse options that say nothing to the engine.
+    """Refuse options that have no effect with the engine.
 
     Raises:
-        UsageError: which, and what to type.
+        UsageError: the option, and what to type instead.
     """
     if engine not in ENGINES:
         raise UsageError(f"--engine must be one of {', '.join(ENGINES)}, but got {engine!r}")
     if engine == "own":
         for option, value in (("--ray", ray), ("--replicas", replicas), ("--write-config", str(write_config))):
             if value:
-                raise UsageError(f"{option} says nothing without --engine ray; add it, or leave {option} out")
+                raise UsageError(f"{option} has no effect without --engine ray; add it, or leave {option} out")
         return
     if workers:
-        raise UsageError("--workers says nothing to --engine ray, where each replica has one; type --replicas 1-4")
+        raise UsageError("--workers has no effect with --engine ray, where a replica has one; type --replicas 1-4")
     if provider != "cpu":
         raise UsageError(f"--engine ray serves on cpu alone, but got --provider {provider}; leave out --engine ray")
     if access_log not in ("-", "off"):
         raise UsageError(
-            f"--access-log {access_log}: with --engine ray it is -, the replica's stderr, which Ray keeps, or off; "
-            "type one of these"
+            f"--access-log {access_log}: with --engine ray it must be - (the replica's stderr, which Ray keeps) or off"
         )
     if ray and write_config:
-        raise UsageError("--ray says nothing to --write-config: serve deploy takes the address; leave out one of them")
+        raise UsageError("--ray has no effect with --write-config: serve deploy has the address; leave out one of them")
 
 
 def check_installed() -> None:
-    """Refuse where a package of the extra is missing.
+    """Check that the packages of the extra `serve` are installed.
 
     Raises:
         UsageError: with what to install.
     """
-    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    missing = [package for module, package in REQUIRED_MODULES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UsageError(f"serve needs {', '.join(missing)}: pip install 'rsi-deploy[serve]'")
     if importlib.util.find_spec("onnxruntime") is None:
@@ -204,20 +203,20 @@ def _serve_on_ray(
     write_config: str | Path,
     on_ready: "Callable[[Listening], None]",
 ) -> None:
-    """Ports found out, then `ray_engine`."""
+    """Choose the ports and run `rsi_deploy.serving.ray.engine`."""
     from rsi_deploy.packaging.replicas import parse_replicas
     from rsi_deploy.serving.ray import engine as ray_engine
     from rsi_deploy.serving.ray.app import read_settings
 
     host, http, grpc = address
     ray = ray or "local"
-    here = ray == "local" and not write_config
+    this_machine = ray == "local" and not write_config
     ports = {"--http-port": http} | ({} if grpc is None else {"--grpc-port": grpc})
     for option, port in ports.items():
-        if here:
-            ports[option] = quiet_port(host, port, option)
+        if this_machine:
+            ports[option] = uncontended_port(host, port, option)
         elif not port:
-            raise UsageError(f"{option} 0: every node of a cluster listens on the same port; name one")
+            raise UsageError(f"{option} 0: every node of a cluster listens on the same port; type its number")
     where = ray_engine.Address(host=host, http=ports["--http-port"], grpc=ports.get("--grpc-port"))
     whole = read_settings({**settings, "replicas": parse_replicas(replicas or "1-4")})
     if write_config:

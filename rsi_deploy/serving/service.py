@@ -1,4 +1,4 @@
-"""What both transports call: which model answers, on which worker, and what is noted of it."""
+"""The service behind both transports: it routes requests to models, runs them on workers and counts them."""
 
 import asyncio
 import logging
@@ -6,35 +6,35 @@ from collections.abc import Mapping
 from typing import Any
 
 from rsi_deploy.core.errors import RsiDeployError
-from rsi_deploy.serving.catalog import Catalog, Route, Served, all_served, replaced
+from rsi_deploy.serving.catalog import Catalog, Route, ServedModel, all_versions, reopened
 from rsi_deploy.serving.engine.batches import Batcher, BatchLimits
 from rsi_deploy.serving.engine.pool import Pool
 from rsi_deploy.serving.engine.worker import Loaded
 from rsi_deploy.serving.metrics import Metrics
 from rsi_deploy.serving.protocol.refusal import Refusal
-from rsi_deploy.serving.protocol.requests import InferRequest, InferResponse, Ran
-from rsi_deploy.serving.protocol.signature import Outputs
+from rsi_deploy.serving.protocol.requests import InferRequest, InferResponse, RunResult
+from rsi_deploy.serving.protocol.signature import Outputs, Signature, metadata
 from rsi_deploy.serving.shadow import Shadow
 
 logger = logging.getLogger(__name__)
 
 
 class Service:
-    """The models behind their names.
+    """The served models and their workers.
 
     Args:
-        routes: what is served.
-        limits: of batches and time.
-        workers: how many processes.
-        threads: of each.
-        provider: of onnxruntime.
+        routes: the models.
+        limits: limits on batches and time.
+        workers: number of worker processes.
+        threads: threads of each worker.
+        provider: onnxruntime provider.
 
     Attributes:
-        routes: name -> what answers it.
-        metrics: what is counted.
-        leaving: the server will end: it says that it is not ready, and lets connections go after their answer.
-        accepting: whether requests are taken; False where only those that were taken are still answered.
-        shadows: name -> comparison with its shadow.
+        routes: name of a model -> route.
+        metrics: Prometheus metrics.
+        leaving: whether the server is about to end: it reports "not ready" and closes connections after an answer.
+        accepting: whether new requests are accepted.
+        shadows: name of a model -> comparison with its shadow.
     """
 
     def __init__(self, routes: Catalog, limits: BatchLimits, *, workers: int, threads: int, provider: str):
@@ -48,17 +48,17 @@ class Service:
         self.shadows: dict[str, Shadow] = {}
 
     async def start(self) -> None:
-        """Load every model on every worker; those that cannot be loaded are taken out, where others can.
+        """Load every model on every worker, and remove the models that cannot be loaded.
 
         Raises:
-            UsageError, ModelError, GateError: none can be loaded.
+            UsageError, ModelError, GateError: no model can be loaded.
         """
-        wanted = {served.key: served for served in all_served(self.routes)}
-        for key, error in (await self._load(list(wanted.values()), all_or_none=False)).items():
-            self.routes.refuse(wanted[key].name, wanted[key].version, error)
-        self.routes.check_any()
+        models = {served.key: served for served in all_versions(self.routes)}
+        for key, error in (await self._load(list(models.values()), all_or_none=False)).items():
+            self.routes.refuse(models[key].name, models[key].version, error)
+        self.routes.check_not_empty()
         self.shadows = {name: Shadow(r.main, r.shadow) for name, r in self.routes.items() if r.shadow}
-        for served in all_served(self.routes):
+        for served in all_versions(self.routes):
             if why := self._loaded[served.key].alone:
                 logger.warning("%s %s: requests are not batched: %s", served.name, served.version, why)
 
@@ -68,31 +68,53 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken and a worker can answer them."""
+        """Whether requests are accepted and a worker can answer them."""
         return not self.leaving and bool(self._pool.active)
 
-    def find(self, name: str, version: str) -> Served:
-        """What a name and version stand for; no canary gets a share of this.
+    def find(self, name: str, version: str) -> ServedModel:
+        """Return a model by name and version; version "" stands for the main version, never for the canary.
 
         Raises:
-            Refusal: 404.
+            Refusal: 404, there is no such model or version.
         """
         route = self._route(name)
         return route.pick(version or route.main)
 
-    def loaded(self, served: Served) -> Loaded:
-        """What the workers said of it."""
-        return self._loaded[served.key]
+    def signature(self, served: ServedModel) -> Signature:
+        """Return the inputs and outputs of a model."""
+        return self._loaded[served.key].signature
 
-    def can_answer(self, served: Served) -> bool:
-        """Whether a worker has it in memory."""
+    def metadata(self, name: str, version: str) -> dict[str, Any]:
+        """Return the protocol's metadata of a model.
+
+        Raises:
+            Refusal: 404, there is no such model or version.
+        """
+        signature = self.signature(self.find(name, version))
+        return {
+            "name": name,
+            "versions": sorted(self.routes[name].versions, key=int),
+            "platform": "onnxruntime_onnx",
+            "inputs": metadata(signature.inputs),
+            "outputs": metadata(signature.outputs),
+        }
+
+    def index(self) -> list[dict[str, str]]:
+        """Return name, version and state of every model, as Triton's repository index has them."""
+        return [
+            {"name": s.name, "version": s.version, "state": "READY" if self.can_answer(s) else "UNAVAILABLE"}
+            for s in all_versions(self.routes)
+        ]
+
+    def can_answer(self, served: ServedModel) -> bool:
+        """Return whether a worker has the model in memory."""
         return not self.leaving and any(served.key in worker.keys for worker in self._pool.active)
 
     async def infer(self, name: str, version: str, request: InferRequest) -> InferResponse:
-        """The answer to one request.
+        """Return the answer to one request.
 
         Raises:
-            Refusal: it gets none, with the reason.
+            Refusal: the request is not answered; with the reason.
         """
         route = self._route(name)
         served = route.pick(version)
@@ -104,70 +126,69 @@ class Service:
         ran = await self._batcher.run(served.key, request.feeds, alone=bool(loaded.alone))
         if route.shadow and not version and served.version == route.main:
             self._shadow(route, request, ran)
-        wanted = tuple(request.outputs) or tuple(ran.outputs)
+        requested = tuple(request.outputs) or tuple(ran.outputs)
         return InferResponse(
             name=name,
             version=served.version,
-            signature=loaded.signature,
-            outputs={output: ran.outputs[output] for output in wanted},
+            outputs={output: ran.outputs[output] for output in requested},
             waited=ran.waited,
             ran=ran.ran,
             rows=ran.rows,
         )
 
-    async def reload(self, changed: Mapping[str, Served]) -> None:
-        """Serve the files that are now at the paths of some of what is served, once all of it is loaded.
+    async def reload(self, changed: Mapping[str, ServedModel]) -> None:
+        """Load replaced files and serve them once all models are loaded.
 
         Args:
-            changed: by key; those whose files have been replaced.
+            changed: key -> model whose files have been replaced.
 
         Raises:
-            UsageError, ModelError, GateError: they cannot be served; what was served before goes on.
+            UsageError, ModelError, GateError: they cannot be served; the models before are still served.
         """
-        fresh = {key: await asyncio.to_thread(replaced, served) for key, served in changed.items()}
-        await self._load([fresh.get(served.key, served) for served in all_served(self.routes)])
+        fresh = {key: await asyncio.to_thread(reopened, served) for key, served in changed.items()}
+        await self._load([fresh.get(served.key, served) for served in all_versions(self.routes)])
         for served in fresh.values():
             route = self.routes[served.name]
             route.versions[served.version] = served
-            if route.shadow:  # what was compared so far was between other files
+            if route.shadow:  # the comparison so far was between other files
                 self.shadows[route.name] = Shadow(route.main, route.shadow)
 
-    async def compared(self, name: str) -> dict[str, Any]:
-        """How the shadow of a model compares so far.
+    async def shadow_summary(self, name: str) -> dict[str, Any]:
+        """Return the comparison of a model with its shadow.
 
         Raises:
-            Refusal: 404, no such model, or none beside it.
+            Refusal: 404, there is no such model, or it has no shadow.
         """
         self._route(name)
         if name not in self.shadows:
             raise Refusal(404, f"model {name} has no shadow; start the server with --shadow {name}=DIR")
-        return self.shadows[name].told()
+        return self.shadows[name].summary()
 
-    async def measured(self) -> bytes:
-        """The metrics in Prometheus' text format."""
+    async def metrics_text(self) -> bytes:
+        """Return the metrics in Prometheus' text format."""
         for name, shadow in self.shadows.items():
             self.metrics.note_shadow(name, shadow)
         self.metrics.note_state(self._batcher.waiting, len(self._pool.active), self._pool.restarts)
         return self.metrics.text()
 
     def worker_pids(self) -> list[int]:
-        """Of the workers that take requests."""
+        """Return the process ids of the active workers."""
         return [worker.pid for worker in self._pool.active]
 
-    async def _load(self, wanted: list[Served], *, all_or_none: bool = True) -> Mapping[str, RsiDeployError]:
-        """Have workers with these models; the reasons of those that they have not."""
-        bundles = {served.key: served.bundle for served in wanted}
-        said, refused = await self._pool.exchange(bundles, all_or_none=all_or_none)
-        self._loaded |= said
-        self._labels |= {served.key: (served.name, served.version) for served in wanted}
+    async def _load(self, models: list[ServedModel], *, all_or_none: bool = True) -> Mapping[str, RsiDeployError]:
+        """Load the models on new workers; return key -> error of those that could not be loaded."""
+        bundles = {served.key: served.bundle for served in models}
+        loaded, refused = await self._pool.exchange(bundles, all_or_none=all_or_none)
+        self._loaded |= loaded
+        self._labels |= {served.key: (served.name, served.version) for served in models}
         return refused
 
     def _route(self, name: str) -> Route:
         if name not in self.routes:
-            raise Refusal(404, f"no model {name[:80]!r} is served; there are {', '.join(self.routes)}")
+            raise Refusal(404, f"no model {name[:80]!r} is served; expected one of {', '.join(self.routes)}")
         return self.routes[name]
 
-    def _shadow(self, route: Route, request: InferRequest, ran: Ran) -> None:
+    def _shadow(self, route: Route, request: InferRequest, ran: RunResult) -> None:
         task = asyncio.create_task(self._run_shadow(route, request, ran.outputs, ran.ran / ran.requests))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -177,11 +198,11 @@ class Service:
         loaded = self._loaded[served.key]
         try:
             loaded.signature.check(request.feeds, route.name)
-            ran = await self._batcher.run(served.key, request.feeds, alone=bool(loaded.alone), behind=True)
+            ran = await self._batcher.run(served.key, request.feeds, alone=bool(loaded.alone), background=True)
             shadow.compare(request.feeds, outputs, ran.outputs, (seconds, ran.ran / ran.requests))
         except (Refusal, RsiDeployError) as error:
             shadow.skipped += 1
-            logger.info("shadow of %s: %s", route.name, error)
+            logger.info("the shadow of %s skipped a request: %s", route.name, error)
 
     def _note_batch(self, key: str, rows: int, requests: int, seconds: float) -> None:
         self.metrics.note_batch(*self._labels[key], rows=rows, requests=requests, seconds=seconds)

@@ -1,6 +1,6 @@
-"""How a shadow's answers compare with those that were given: the numbers of `eval --reference`, as they come in.
+"""The running comparison of a shadow with the main version: the same numbers as `eval --reference`.
 
-Each pair of answers is judged by the very code of `eval` (`rsi_deploy.evaluation.accumulator`); only sums are kept.
+Each pair of answers is scored by the code of `eval` (`rsi_deploy.evaluation.accumulator`). Only sums are kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ from rsi_deploy.serving.protocol.signature import Feeds, Outputs, rows
 
 
 @dataclass(kw_only=True)
-class _Time:
-    """Of the runs of one version: requests, seconds in all, and the last thousands of them."""
+class _RunTimes:
+    """Run times of one version: number of requests, their total seconds, and the last 4,096 of them."""
 
     count: int = 0
     total: float = 0.0
@@ -30,38 +30,41 @@ class _Time:
         del self.recent[:-4096]
 
     @classmethod
-    def joined(cls, parts: "Sequence[_Time]") -> "_Time":
-        """Those of several servers as if they were one's."""
+    def joined(cls, parts: "Sequence[_RunTimes]") -> "_RunTimes":
+        """Return the run times of several servers as one record."""
         recent = [seconds for part in parts for seconds in part.recent]
         return cls(count=sum(p.count for p in parts), total=sum(p.total for p in parts), recent=recent)
 
-    def told(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
         recent = np.asarray(self.recent) * 1e3
         p50, p99 = (float(p) for p in np.percentile(recent, (50, 99))) if len(recent) else (0.0, 0.0)
         return {"mean_ms": 1e3 * self.total / max(self.count, 1), "p50_ms": p50, "p99_ms": p99}
 
 
 class Shadow:
-    """The comparison of one pair of versions.
+    """The comparison of two versions of a model.
 
     Args:
-        main: version whose answers are given.
-        shadow: version that runs beside.
+        main: version that answers the clients.
+        shadow: version that is compared with it.
 
     Attributes:
-        skipped: requests that the shadow did not run, because it had no time or failed.
+        samples: number of compared samples.
+        agreeing: number of samples with the same top-1 class.
+        requests: number of compared requests.
+        skipped: number of requests that the shadow did not run, for lack of time or after an error.
     """
 
     def __init__(self, main: str, shadow: str):
         self._versions = {"main": main, "shadow": shadow}
         self._scorer: Scorer | None = None
         self._sums: dict[str, float] = {}
-        self._times = {"main": _Time(), "shadow": _Time()}
+        self._times = {"main": _RunTimes(), "shadow": _RunTimes()}
         self.samples = self.agreeing = self.requests = self.skipped = 0
 
     @classmethod
     def joined(cls, parts: "Sequence[Shadow]") -> "Shadow":
-        """The comparisons of several servers of one pair of versions, of which there is at least one, as one."""
+        """Return the comparisons of several servers (at least one) as one; they have the same pair of versions."""
         whole = cls(*parts[0]._versions.values())
         whole._scorer = next((part._scorer for part in parts if part._scorer is not None), None)
         for part in parts:
@@ -71,14 +74,20 @@ class Shadow:
             whole.agreeing += part.agreeing
             whole.requests += part.requests
             whole.skipped += part.skipped
-        whole._times = {which: _Time.joined([part._times[which] for part in parts]) for which in whole._times}
+        whole._times = {which: _RunTimes.joined([part._times[which] for part in parts]) for which in whole._times}
         return whole
 
     def compare(self, feeds: Feeds, main: Outputs, shadow: Outputs, seconds: tuple[float, float]) -> None:
-        """Count one pair of answers; `seconds` are the run times of both.
+        """Add one pair of answers.
+
+        Args:
+            feeds: inputs of the request.
+            main: outputs of the main version.
+            shadow: outputs of the shadow.
+            seconds: run times of both versions.
 
         Raises:
-            UsageError, ModelError: outputs that cannot be compared; nothing is counted then.
+            UsageError, ModelError: the outputs cannot be compared; nothing is counted then.
         """
         batch = [answer_rows(outputs, rows(feeds), None) for outputs in (main, shadow)]
         if not all(batch):
@@ -87,19 +96,19 @@ class Shadow:
             scorer = Scorer([f"version {v}" for v in self._versions.values()], None, (), "auto")
             scorer.check(batch)
             self._scorer = scorer
-        reference, tally = self._scorer.tally(batch, None, feeds)
-        self.samples += tally.samples
+        reference, results = self._scorer.score(batch, None, feeds)
+        self.samples += results.samples
         self.requests += 1
-        self.agreeing += int((tally.top == reference.top).sum())
-        self._add("divergence", tally.divergence)
-        for name, (angles, distances) in tally.values.items():
+        self.agreeing += int((results.top == reference.top).sum())
+        self._add("divergence", results.divergence)
+        for name, (angles, distances) in results.values.items():
             self._add(f"cosine {name}", angles)
             self._add(f"distance {name}", distances)
         for time, took in zip(self._times.values(), seconds, strict=True):
             time.note(took)
 
-    def told(self) -> dict[str, Any]:
-        """The comparison so far; agreement in percent with its 95 % interval, None where outputs are no classes."""
+    def summary(self) -> dict[str, Any]:
+        """Return the comparison; agreement is in percent with its 95 % interval, or None if outputs are not classes."""
         is_classes = self._scorer is not None and self._scorer.kind == "classes"
         means = {name: total / self.samples for name, total in self._sums.items()} if self.samples else {}
         return {
@@ -112,7 +121,7 @@ class Shadow:
             "agreement_interval": list(wilson_interval(self.agreeing, self.samples)) if is_classes else None,
             "divergence": means.get("divergence") if is_classes else None,
             "values": _values(means),
-            "latency": {which: time.told() for which, time in self._times.items()},
+            "latency": {which: time.summary() for which, time in self._times.items()},
         }
 
     def _add(self, name: str, values: Any) -> None:

@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -25,11 +25,16 @@ from rsi_deploy import __version__
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.progress import step
+from rsi_deploy.core.settings.groups import SourceConfig
+from rsi_deploy.core.settings.recipe import RECIPE, recipe_text
+from rsi_deploy.core.settings.verbs import ExportConfig, SweepConfig
+from rsi_deploy.data.picture_settings import picture_settings, preprocessing_of
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.dense_size import dense_size
+from rsi_deploy.exporting.inputs import input_shapes
 from rsi_deploy.exporting.profile import write_dense
-from rsi_deploy.io.atomic import OutputClaim, claimed, write_text
+from rsi_deploy.io.atomic import OutputClaim, claim_output, write_text
 from rsi_deploy.io.bundle import check_target
 from rsi_deploy.io.locks import remove
 from rsi_deploy.io.manifest import fingerprint
@@ -37,150 +42,107 @@ from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import model_hash
 from rsi_deploy.report.pages.sweep import sweep_page
 from rsi_deploy.report.schema import read_report
-from rsi_deploy.report.sweep_schema import By, Sweep, SweepPoint, point_of, read_sweep
+from rsi_deploy.report.sweep_schema import Sweep, SweepPoint, point_of, read_sweep
 from rsi_deploy.runtime.machine import environment
 from rsi_deploy.runtime.ray_connection import check_ray
+from rsi_deploy.sweeping.keywords import SweepKeywords
 from rsi_deploy.sweeping.making import MadePoint, PointJob, place
 from rsi_deploy.sweeping.ray_points import made_by_workers
 from rsi_deploy.sweeping.side_by_side import side_by_side
 
 Progress = Callable[[str, int, int], None]
 
-POINTS, HIGHEST, LOWEST = 12, 0.95, 0.3
 KEYWORDS = {"macs": "keep_macs", "params": "keep_params", "latency": "keep_latency"}
+OF_A_POINT = ExportConfig.model_fields.keys() - {"checkpoint", "weights", "ray"}
+"""Settings that a point's export shares with its sweep; the dense model is written once, and workers know no others."""
 
 
 @explains_broken_models
 def sweep(
     model: str | Any,
     output: str | Path,
+    config: SweepConfig | None = None,
     *,
-    calib: str | Path,
-    data: str | Path | None = None,
-    by: By = "macs",
-    points: int = POINTS,
-    highest: float = HIGHEST,
-    lowest: float = LOWEST,
-    calib_size: int = 512,
-    weights: str = "DEFAULT",
-    checkpoint: str | Path | None = None,
-    input_shape: str | Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
-    feeds: str | Path | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    smaller_is_enough: bool = False,
-    allow_larger: bool = False,
-    cost_budget: str | float = "120s",
-    provider: str = "cpu",
-    threads: int | None = None,
-    measure: bool = True,
-    bench_batch: int = 1,
-    bench_seconds: float = 4.0,
-    seed: int = 0,
     force: bool = False,
-    ray: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
+    **settings: Unpack[SweepKeywords],
 ) -> Sweep:
-    """Make a model at every one of some shares, and show what accuracy costs in time, bytes and MACs.
+    """Make a model at each of several shares, and show what accuracy costs in time, bytes and MACs.
 
     Args:
-        model: as for `export`.
-        output: the folder; one with an unfinished sweep of the same settings is gone on with.
-        calib: unlabelled calibration data.
-        data: labelled evaluation data; without them the points are told apart by their answers on `calib`.
-        by: what the shares are of: "macs", "params" or "latency".
-        points: how many shares.
-        highest: the first of them, in (0, 1).
-        lowest: the last.
-        calib_size: at most so many samples.
-        weights: torchvision's.
-        checkpoint: a factory's.
-        input_shape: as for `export`.
-        preprocessing: as for `export`.
-        feeds: an `.npz` of inputs, as for `export`.
-        include: globs on site names.
-        exclude: globs on site names.
-        smaller_is_enough: as for `export`.
-        allow_larger: as for `export`; without it a point that is larger than the dense model has no bundle.
-        cost_budget: time for the cost table, as for `export`.
-        provider: with options.
-        threads: inside one operator.
-        measure: whether to measure latency.
-        bench_batch: samples a call.
-        bench_seconds: for each point.
-        seed: of everything.
+        model: MODEL of `export`.
+        output: folder of the sweep; an unfinished sweep with the same settings resumes.
+        config: settings of the sweep.
+        preprocessing: steps from 8-bit pictures to inputs, in place of the settings `mean`, `std`, `resize`, ...
         force: replace what is in `output`.
-        ray: address of a Ray cluster whose workers make the points after the first, or "local" (see
-            `rsi_deploy.sweeping.ray_points`); calibration and evaluation data must be theirs under the same names.
-        progress: called with (point, index, count).
-        command: for the document.
+        progress: function that is called with (point, index, count).
+        command: command line for the document.
+        settings: fields of `SweepConfig` by name; they win over `config`.
 
     Raises:
         UsageError: a request that cannot be meant, or a folder with something else in it.
         ModelError: the model cannot be handled.
     """
-    shares = _shares(points, highest, lowest)
-    if by not in KEYWORDS:
-        raise UsageError(f"--by must be {', '.join(KEYWORDS)}, but got {by!r}")
-    if ray is not None:
-        check_ray(ray)
-    options: dict[str, Any] = {
-        "calib": str(calib),
-        "data": None if data is None else str(data),
-        "calib_size": calib_size,
-        "include": list(include),
-        "exclude": list(exclude),
-        "smaller_is_enough": smaller_is_enough,
-        "allow_larger": allow_larger,
-        "cost_budget": cost_budget,
-        "provider": provider,
-        "threads": threads,
-        "measure": measure,
-        "bench_batch": bench_batch,
-        "bench_seconds": bench_seconds,
-        "seed": seed,
-    }
-    if feeds is not None:
-        options["feeds"] = str(feeds)
-    named = [input_shape] if isinstance(input_shape, str) else list(input_shape or ())
-    options["input_shape"] = [text for text in named if "=" in text]
+    config = SweepConfig.of(config, **settings, **picture_settings(preprocessing))
+    shares = shares_of(config)
+    if config.ray is not None:
+        check_ray(config.ray)
+    points = ExportConfig.of({name: getattr(config, name) for name in SweepConfig.model_fields if name in OF_A_POINT})
+    plain, _ = input_shapes(config.input_shape)
     folder = Path(output)
-    _check_folder(folder, force, (model, weights, checkpoint, calib, data))
-    with claimed(folder) as claim:
+    _check_folder(folder, force, (model, config.weights, config.checkpoint, config.calib, config.data))
+    with claim_output(folder) as claim:
         claim.new.mkdir()
         dense = claim.new / "dense.onnx"
-        plain = next((text for text in named if "=" not in text), None)
-        name = write_dense(model, dense, weights, checkpoint, plain, seed, preprocessing)
+        steps = preprocessing_of(config)
+        name = write_dense(model, dense, config.weights, config.checkpoint, plain, config.seed, steps)
+        read = [fingerprint(config.calib), fingerprint(config.data)]
         document = Sweep(
             tool=f"rsi-deploy {__version__}",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             command=command or "rsi_deploy.sweep(...)",
+            recipe=recipe_text("sweep", model, config),
             model=name,
             source_hash=model_hash(dense),
-            settings=json.dumps(options | {"read": [fingerprint(calib), fingerprint(data)]}, sort_keys=True),
-            by=by,
+            settings=json.dumps({"points": recipe_text("export", None, points), "read": read}, sort_keys=True),
+            by=config.by,
             shares=shares,
             environment=environment(),
         )
         size = dense_size(Path(model) if isinstance(model, str) and model.endswith(".onnx") else None, dense)
         if force and folder.exists():
             claim.set_aside()
-        options["preprocessing"] = preprocessing  # in the settings it is part of the model's hash
-        return _gone_on(_begun(document, folder), claim, options, size, ray=ray, progress=progress)
+        begun = _begun(document, folder)
+        jobs = [
+            _job(number, share, model, config, points, f"{begun.command} (point {number})")
+            for number, share in enumerate(shares, start=1)
+        ]
+        return _resumed(begun, claim, jobs[len(begun.points) :], points, size, ray=config.ray, progress=progress)
 
 
-def _gone_on(
+def _job(number: int, share: float, model: object, config: SweepConfig, points: ExportConfig, command: str) -> PointJob:
+    """Return the job of a point; its recipe starts from the user's model."""
+    point = ExportConfig.of(points, **{KEYWORDS[config.by]: share})
+    source = {name: getattr(config, name) for name in SourceConfig.model_fields}
+    whole = ExportConfig.of(point, **source)
+    named = tuple(text for text in config.input_shape if "=" in text)
+    recipe = recipe_text("export", model, whole)
+    return PointJob(number=number, config=ExportConfig.of(point, input_shape=named), command=command, recipe=recipe)
+
+
+def _resumed(
     document: Sweep,
     claim: OutputClaim,
-    options: dict[str, Any],
+    jobs: Sequence[PointJob],
+    points: ExportConfig,
     size: Size,
     *,
     ray: str | None,
     progress: Progress | None,
 ) -> Sweep:
-    """The sweep with the points that it lacks; the claim's new folder holds the dense model, `size` is the user's."""
+    """Make the points that the sweep lacks; the claim's new folder holds the dense model, `size` is the user's."""
     folder, shares = claim.target, document.shares
     work = folder / "work"
     kept = SweepCache.of(work, f"{document.source_hash} {document.settings}")
@@ -188,11 +150,7 @@ def _gone_on(
     remove(claim.old)
     for path in claim.new.iterdir():
         os.replace(path, work / path.name)
-    jobs = [
-        PointJob(number=number, asked=_asked(document, share, options, number))
-        for number, share in list(enumerate(shares, start=1))[len(document.points) :]
-    ]
-    results = _made(jobs, folder, work / "dense.onnx", kept, ray, exclusive=options["measure"])
+    results = _made(jobs, folder, work / "dense.onnx", kept, ray, exclusive=points.measure)
     for job in jobs:
         if progress is not None:
             progress(f"{shares[job.number - 1]:.0%} of {document.by}", job.number - 1, len(shares))
@@ -200,17 +158,12 @@ def _gone_on(
             made = next(results)
         document = _with_point(document, job.number, made, folder)
         _write(document, folder)
-    if options["measure"] and ray is None and not document.side_by_side:
+    if points.measure and ray is None and not document.side_by_side:
         with step("side by side"):
-            document = side_by_side(document, folder, work / "dense.onnx", options)
+            document = side_by_side(document, folder, work / "dense.onnx", points)
         _write(document, folder)
     shutil.rmtree(work)
     return document
-
-
-def _asked(document: Sweep, share: float, options: dict[str, Any], number: int) -> dict[str, Any]:
-    """The options of the export that makes a point."""
-    return {KEYWORDS[document.by]: share, **options, "command": f"{document.command} (point {number})"}
 
 
 def _made(
@@ -283,15 +236,30 @@ def _check_folder(folder: Path, force: bool, inputs: Sequence[object]) -> None:
 
 
 def _write(document: Sweep, folder: Path) -> None:
-    """Both files, so that neither ever stands there half."""
+    """Write the sweep's files, each whole or not at all."""
     text = document.model_dump_json(indent=1) + "\n"
-    for name, content in (("sweep.json", text), ("report.html", sweep_page(document, text))):
+    for name, content in (("sweep.json", text), ("report.html", sweep_page(document, text)), (RECIPE, document.recipe)):
         write_text(folder / name, content)
 
 
-def _shares(points: int, highest: float, lowest: float) -> tuple[float, ...]:
-    if points < 2:
-        raise UsageError(f"--points must be at least 2, but got {points}")
-    if not 0 < lowest < highest < 1:
-        raise UsageError(f"shares must rise from --lowest to --highest within 0 and 1, but got {lowest} and {highest}")
-    return tuple(round(float(share), 4) for share in np.linspace(highest, lowest, points))
+def shares_of(config: SweepConfig) -> tuple[float, ...]:
+    """Return the shares of the points, from the highest to the lowest.
+
+    Raises:
+        UsageError: they do not rise.
+    """
+    if not config.lowest < config.highest < 1:
+        raise UsageError(
+            f"shares must rise from --lowest to --highest within 0 and 1, but got {config.lowest} and {config.highest}"
+        )
+    return tuple(round(float(share), 4) for share in np.linspace(config.highest, config.lowest, config.points))
+
+
+def request_text(model: str, config: SweepConfig) -> str:
+    """Return the recipe of a sweep, with what it would make as a comment.
+
+    Raises:
+        UsageError: shares that do not rise.
+    """
+    shares = ", ".join(f"{share:.1%}" for share in shares_of(config))
+    return f"{recipe_text('sweep', model, config)}\n# Nothing was done yet. Shares of the {config.by}: {shares}\n"

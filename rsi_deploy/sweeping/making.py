@@ -1,19 +1,23 @@
-"""One point of a sweep made: an export of the dense model at its share."""
+"""One point of a sweep: an export of the dense model at its share."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rsi_deploy.core.errors import ModelError
-from rsi_deploy.exporting.api import export
+from rsi_deploy.core.settings.verbs import ExportConfig
+from rsi_deploy.exporting.api import export_run, make_bundle
 from rsi_deploy.exporting.cache import SweepCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class MadePoint:
-    """What came of a point: its bundle, or the problem that stands in the way; and the seconds it took."""
+    """The outcome of a point.
+
+    Attributes:
+        problem: why there is no bundle; None where there is one.
+        seconds: time that the point took.
+    """
 
     problem: ModelError | None
     seconds: float
@@ -21,10 +25,19 @@ class MadePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class PointJob:
-    """A point to be made: its number, and the options of its export."""
+    """A point that is to be made.
+
+    Attributes:
+        number: number of the point, from 1.
+        config: settings of its export.
+        command: command line for its report.
+        recipe: recipe that makes its bundle again from the user's model.
+    """
 
     number: int
-    asked: Mapping[str, Any]
+    config: ExportConfig
+    command: str
+    recipe: str
 
     def made_in(self, folder: Path, dense: Path, kept: SweepCache) -> MadePoint:
         """Make the bundle `folder` of the model at `dense`.
@@ -36,12 +49,13 @@ class PointJob:
         started = time.monotonic()
         problem = None
         try:
-            export(str(dense), folder, **self.asked, kept=kept, force=True)
+            run = export_run(str(dense), self.config, command=self.command, recipe=self.recipe, kept=kept)
+            make_bundle(run, folder, self.config, force=True)
         except ModelError as error:
             problem = error
         return MadePoint(problem=problem, seconds=time.monotonic() - started)
 
 
 def place(number: int) -> str:
-    """The folder of a point, within its sweep's."""
+    """Return the name of a point's folder within its sweep's."""
     return f"point-{number:02d}"

@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.execution.ray_executor import RETRIES, check_versions, like_driver, settings_of_driver
 from rsi_deploy.exporting.cache import SweepCache
-from rsi_deploy.io.bundle import whole_folder
+from rsi_deploy.io.bundle import atomic_folder
 from rsi_deploy.io.locks import ScratchFolder
-from rsi_deploy.runtime.ray_connection import connected
+from rsi_deploy.runtime.ray_connection import connect_to_ray
 from rsi_deploy.sweeping.making import MadePoint, PointJob, place
 
 Files = Mapping[str, npt.NDArray[np.uint8]]
@@ -45,7 +46,7 @@ def made_by_workers(
         ModelError: every worker that tried a point was lost.
     """
     settings = settings_of_driver()
-    with connected(address) as ray:
+    with connect_to_ray(address) as ray:
         inputs = ray.put({path.name: _content(path) for path in sorted(dense.parent.glob("dense.onnx*"))})
         found = ray.put({path.name: _content(path) for path in sorted(kept.folder.glob("*.json"))})
         remote = ray.remote(max_retries=RETRIES)(_made)
@@ -126,12 +127,12 @@ def _made(job: PointJob, settings: Any, inputs: Files, found: Files) -> tuple[Ma
 
 def _with_whole_paths(job: PointJob) -> PointJob:
     """The job with the data named as a worker finds them, whatever folder it runs in."""
-    asked = dict(job.asked)
+    whole = {}
     for key in ("calib", "data"):
-        name, mark, choice = str(asked[key] or "").partition("#")
+        name, mark, choice = str(getattr(job.config, key) or "").partition("#")
         if name and Path(name).exists():
-            asked[key] = f"{Path(name).resolve()}{mark}{choice}"
-    return replace(job, asked=asked)
+            whole[key] = f"{Path(name).resolve()}{mark}{choice}"
+    return replace(job, config=ExportConfig.of(job.config, **whole))
 
 
 def _content(path: Path) -> npt.NDArray[np.uint8]:
@@ -146,5 +147,5 @@ def _fill(files: Files, folder: Path) -> None:
 
 
 def _write(files: Files, folder: Path) -> None:
-    with whole_folder(folder, force=True) as work:
+    with atomic_folder(folder, force=True) as work:
         _fill(files, work)

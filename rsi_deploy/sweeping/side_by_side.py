@@ -6,30 +6,30 @@ model look fast. Models that do not fit into memory together keep the times of t
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rsi_deploy.benchmark.latency import bench
 from rsi_deploy.core.errors import ModelError
+from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.report.schema import read_report
 from rsi_deploy.report.sweep_schema import Sweep
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
-from rsi_deploy.runtime.feeds.inputs import model_inputs, unsettled_inputs
-from rsi_deploy.runtime.feeds.probe import named_shapes
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.shapes import named_shapes, unsettled_inputs
 from rsi_deploy.runtime.machine import free_memory
 
 MEMORY_SHARE = 0.4
 """Of the free memory, for the models' files; a session holds about as much again."""
 
 
-def side_by_side(document: Sweep, folder: Path, dense: Path, options: dict[str, Any]) -> Sweep:
+def side_by_side(document: Sweep, folder: Path, dense: Path, config: ExportConfig) -> Sweep:
     """The sweep with times of one run, and `side_by_side` set; unchanged where that cannot be measured here.
 
     Args:
         document: of a sweep whose points were all tried.
         folder: of the sweep.
         dense: the dense model.
-        options: of the points' exports.
+        config: settings of the points' exports.
     """
     made = [point for point in document.points if point.folder]
     files = [folder / point.folder / "model.onnx" for point in made]
@@ -38,12 +38,12 @@ def side_by_side(document: Sweep, folder: Path, dense: Path, options: dict[str, 
     try:
         result = bench(
             [dense, *files],
-            batch=options["bench_batch"],
-            input_shape=_shapes(folder / made[0].folder, dense, options),
-            provider=options["provider"],
-            threads=options["threads"],
-            seconds=options["bench_seconds"] * (len(files) + 1) / 2,
-            seed=options["seed"],
+            batch=config.bench_batch,
+            input_shape=_shapes(folder / made[0].folder, dense, config),
+            provider=config.provider,
+            threads=config.threads,
+            seconds=config.bench_seconds * (len(files) + 1) / 2,
+            seed=config.seed,
             labels=["dense", *(point.folder for point in made)],
         )
     except ModelError:
@@ -64,14 +64,14 @@ def side_by_side(document: Sweep, folder: Path, dense: Path, options: dict[str, 
     return document.model_copy(update={"points": points, "side_by_side": True})
 
 
-def _shapes(point: Path, dense: Path, options: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def _shapes(point: Path, dense: Path, config: ExportConfig) -> dict[str, tuple[int, ...]]:
     """The shapes that were typed, else those of the data that the points were made with, where any are left open."""
     specs = model_inputs(dense)
-    typed = named_shapes(options["input_shape"])
+    typed = named_shapes(config.input_shape)
     if not unsettled_inputs(specs, typed):
         return typed
     axes = BatchAxes.of({spec.name: spec.shape for spec in specs})
-    return {**axes.with_batch(read_report(point).probe_shapes, axes.fixed or options["bench_batch"]), **typed}
+    return {**axes.with_batch(read_report(point).probe_shapes, axes.fixed or config.bench_batch), **typed}
 
 
 def _fit(files: Sequence[Path]) -> bool:

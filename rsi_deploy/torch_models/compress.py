@@ -164,11 +164,11 @@ def _compress_weights_(
         if progress:
             progress(site.name, index, len(sites))
         factors, record = factorize_site(
-            site.name,
-            site.kind,
             site.matrix(),
             decision.rank,
             batched,
+            name=site.name,
+            kind=site.kind,
             reason=decision.reason,
             nodes=site.paths,
         )

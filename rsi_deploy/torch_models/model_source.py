@@ -26,7 +26,7 @@ from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.io.checkpoint import load_checkpoint_
 from rsi_deploy.io.programs import read_program
 from rsi_deploy.linalg.solver import stream_seed
-from rsi_deploy.runtime.feeds.inputs import parse_shape
+from rsi_deploy.runtime.feeds.shapes import parse_shape
 from rsi_deploy.torch_models.computed_weights import folded
 
 

@@ -39,14 +39,15 @@ from rsi_deploy.planning.budget import Budget
 from rsi_deploy.report.pages.html import source_of
 from rsi_deploy.report.schema import ProbeOutput, Report, read_report
 from rsi_deploy.report.verification import Claim, VerifyResult
-from rsi_deploy.runtime.batch_independence import samples_in
+from rsi_deploy.runtime.batch_independence import count_samples
 from rsi_deploy.runtime.feeds.inputs import model_inputs
-from rsi_deploy.runtime.feeds.probe import Feeds, feeds_fingerprint, probe_feeds, read_feeds
-from rsi_deploy.runtime.feeds.values import named_arrays
+from rsi_deploy.runtime.feeds.probe import Feeds, feeds_fingerprint, probe_feeds
+from rsi_deploy.runtime.feeds.user_feeds import read_feeds
+from rsi_deploy.runtime.feeds.values import arrays_of_outputs
 from rsi_deploy.runtime.parity import compare_outputs
-from rsi_deploy.runtime.provider_spec import parse
+from rsi_deploy.runtime.provider_spec import parse_provider
 from rsi_deploy.runtime.sessions import make_session, run_session
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 
 
 def verify(
@@ -76,7 +77,7 @@ def verify(
         return VerifyResult(bundle=str(folder), claims=tuple(manifest))
     report = read_report(folder)
     check_source(calib)
-    provider, dataset = str(parse(provider)), None if data is None else open_undecided(data)
+    provider, dataset = str(parse_provider(provider)), None if data is None else open_undecided(data)
     given = read_feeds(feeds) if isinstance(feeds, str | Path) else feeds
     claims = [*manifest, _files(folder, report)]
     model = folder / "model.onnx"
@@ -203,8 +204,8 @@ def _macs(path: Path, report: Report, given: Feeds | None) -> Claim:
     feeds = _probe(path, report, given)
     if isinstance(feeds, str):
         return _not_checked("MACs", feeds)
-    batch = samples_in(path, feeds)
-    macs = sum(count // batch for count in traced_run(path, feeds).macs.values())
+    batch = count_samples(path, feeds)
+    macs = sum(count // batch for count in trace_run(path, feeds).macs.values())
     return _claim("MACs", macs == report.compressed.macs, f"{macs:,}, reported {report.compressed.macs:,}")
 
 
@@ -286,7 +287,7 @@ def _outputs(path: Path, report: Report, given: Feeds | None, provider: str) -> 
     session = make_session(path, provider)
     arrays = run_session(session, feeds, path.name)
     names = [output.name for output in session.get_outputs()]
-    now = [ProbeOutput.of(name, array) for name, array in named_arrays(names, arrays).items()]
+    now = [ProbeOutput.of(name, array) for name, array in arrays_of_outputs(names, arrays).items()]
     worst = max((_distance(a, b) for a, b in zip(report.probe, now, strict=False)), default=0.0)
     same = [p.name for p in now] == [p.name for p in report.probe] and worst <= 1e-3
     return _claim("outputs", same, f"probe outputs differ by {worst:.1e} (relative)")

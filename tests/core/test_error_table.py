@@ -13,8 +13,6 @@ from rsi_deploy.core import errors
 from rsi_deploy.core.error_table import PACKAGES, read_errors, table
 
 ROOT = Path(rsi_deploy.__file__).parents[1]
-TABLE = read_errors()
-PLACES = {(row.module, row.line) for row in TABLE.errors}
 
 # Raised as they came: made elsewhere, where their row is.
 PASSED_ON = {
@@ -32,10 +30,20 @@ NO_ADVICE_OF_THEIR_OWN = {
     "rsi_deploy/calibration/calibration_data.py": {"{OPTION}: {value}"},
     "rsi_deploy/data/arrow_data.py": {"data: {name}, column {column}: {error}"},
     "rsi_deploy/planning/plan_file.py": {"plan {path}: {value}", "the plan does not fit the model: {problems}"},
-    "rsi_deploy/runtime/sessions.py": {"{name}: onnxruntime cannot load it on {name}: {said}{mend}"},
+    "rsi_deploy/runtime/sessions.py": {"{name}: onnxruntime cannot load it on {name}: {message}{advice}"},
     "rsi_deploy/cli/__init__.py": {"no permission: {filename}", "{words}", "{WHOLE}"},
     "rsi_deploy/serving/ray/app.py": {"{details}"},
 }
+
+
+@pytest.fixture(scope="module")
+def listed():
+    return read_errors()
+
+
+@pytest.fixture(scope="module")
+def places(listed):
+    return {(row.module, row.line) for row in listed.errors}
 
 
 def trees():
@@ -73,17 +81,17 @@ def silent(rows):
             yield f"{row.module}:{row.line}: {row.when}"
 
 
-def test_every_raise_statement_has_its_row():
-    assert list(without_a_row(list(trees()), PLACES)) == []
+def test_every_raise_statement_has_its_row(places):
+    assert list(without_a_row(list(trees()), places)) == []
 
 
-def test_a_raise_without_a_row_is_found():
+def test_a_raise_without_a_row_is_found(listed, places):
     """A class that the table knows nothing of, and a row that was lost."""
     files = list(trees())
     foreign = ("rsi_deploy/new.py", ast.parse("import other\nraise other.Trouble('x')"))
-    assert list(without_a_row([*files, foreign], PLACES)) == ["rsi_deploy/new.py:2"]
-    lost = next(row for row in TABLE.errors if row.module == "rsi_deploy/io/bundle.py")
-    assert list(without_a_row(files, PLACES - {(lost.module, lost.line)})) == [f"{lost.module}:{lost.line}"]
+    assert list(without_a_row([*files, foreign], places)) == ["rsi_deploy/new.py:2"]
+    lost = next(row for row in listed.errors if row.module == "rsi_deploy/io/bundle.py")
+    assert list(without_a_row(files, places - {(lost.module, lost.line)})) == [f"{lost.module}:{lost.line}"]
 
 
 def test_what_is_passed_on_is_still_in_the_code():
@@ -92,19 +100,19 @@ def test_what_is_passed_on_is_still_in_the_code():
 
 
 @pytest.mark.parametrize("kind", [errors.UsageError, errors.ModelError, errors.GateError])
-def test_exit_codes_are_those_of_the_classes(kind):
-    rows = [row for row in TABLE.errors if row.kind == kind.__name__]
+def test_exit_codes_are_those_of_the_classes(listed, kind):
+    rows = [row for row in listed.errors if row.kind == kind.__name__]
     assert {row.ends for row in rows} == {f"exit {kind.exit_code}"}
     assert len(rows) >= 10
 
 
-def test_every_class_of_ours_that_ends_a_command_is_used():
-    assert {kind.__name__ for kind in errors.RsiDeployError.__subclasses__()} <= set(TABLE.kinds)
+def test_every_class_of_ours_that_ends_a_command_is_used(listed):
+    assert {kind.__name__ for kind in errors.RsiDeployError.__subclasses__()} <= set(listed.kinds)
 
 
-def test_every_message_says_what_to_type_or_what_was_expected():
-    assert list(silent(TABLE.errors)) == []
-    assert [row.when for row in TABLE.errors if row.ends.startswith("exit") and not (row.when + row.to_type)] == []
+def test_every_message_says_what_to_type_or_what_was_expected(listed):
+    assert list(silent(listed.errors)) == []
+    assert [row.when for row in listed.errors if row.ends.startswith("exit") and not (row.when + row.to_type)] == []
 
 
 def test_a_message_that_says_nothing_is_found():
@@ -114,34 +122,34 @@ def test_a_message_that_says_nothing_is_found():
     assert list(silent(found.errors)) == ["rsi_deploy/new.py:2: {path} is broken"]
 
 
-def test_every_message_names_something():
+def test_every_message_names_something(listed):
     """The file, the site or the value that is meant, or the option or argument to look at."""
     words = "model|data|module|calib|labels|stages|LoadGen|worker|DIR|MODEL|outputs|serve|bench"
     named = re.compile(rf"[{{]|--|_|\b({words})\b")
-    texts = [f"{row.when} {row.to_type}" for row in TABLE.errors if row.ends.startswith("exit")]
+    texts = [f"{row.when} {row.to_type}" for row in listed.errors if row.ends.startswith("exit")]
     assert [text for text in texts if not named.search(text)] == [
         "this installation has problems see above for what to type",
     ]
     assert not named.search("something is wrong")
 
 
-def test_a_message_that_a_user_meets_is_a_row(tmp_path, capsys):
+def test_a_message_that_a_user_meets_is_a_row(listed, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert run(["export", "any.onnx", "--rank", "4", "-o", str(tmp_path / "full")]) == 2
     said = capsys.readouterr().err.removeprefix("rsi-deploy: ").strip()
     patterns = [
         "; ".join(re.sub(r"\\{\w+\\}", ".*", re.escape(text)) for text in (row.when, row.to_type))
-        for row in TABLE.errors
+        for row in listed.errors
     ]
     assert any(re.fullmatch(pattern, said) for pattern in patterns), said
 
 
-def test_it_is_printed(capsys):
+def test_it_is_printed(listed, capsys):
     assert run(["doctor", "--errors"]) == 0
     shown = capsys.readouterr().out
-    assert f"{len(TABLE.errors)} errors" in shown
-    for kind in TABLE.kinds:
+    assert f"{len(listed.errors)} errors" in shown
+    for kind in listed.kinds:
         assert kind in shown
     assert run(["doctor", "--errors", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["errors"] == [row.model_dump() for row in TABLE.errors]
+    assert json.loads(capsys.readouterr().out)["errors"] == [row.model_dump() for row in listed.errors]

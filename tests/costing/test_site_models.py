@@ -16,9 +16,10 @@ from rsi_deploy.costing.site_models import Piece, pieces
 from rsi_deploy.costing.site_timing import TimedShape, grid_of, shapes_of, time_sites
 from rsi_deploy.costing.zero_filled import write_zero_filled
 from rsi_deploy.io.onnx_file import read_onnx, write_onnx
-from rsi_deploy.runtime.feeds.inputs import model_inputs, random_feeds
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
 from rsi_deploy.runtime.sessions import make_session
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 
 CONVS = """
 net (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] y)
@@ -50,7 +51,7 @@ def cut(text, tmp_path, batch=3):
     path = tmp_path / "m.onnx"
     write_onnx(read_onnx(saved(text_model(text), tmp_path / "unnamed.onnx")), path)  # nodes have names then
     feeds = random_feeds(model_inputs(path), batch, 0)
-    trace = traced_run(path, feeds)
+    trace = trace_run(path, feeds)
     return path, {site.weight: piece for site, piece in pieces(ir.load(path), trace.inputs, trace.macs)}
 
 

@@ -117,22 +117,22 @@ def test_the_fingerprint_is_of_the_samples(spec):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("shuffled", "gives other samples at every call; it must give the same ones"),
-        ("shrinking", "gives other samples at every call"),
+        ("shuffled", "returns different samples at every call; it must return the same ones"),
+        ("shrinking", "returns different samples at every call"),
         ("empty", "gives no batches"),
         ("number", "must return an iterable of .inputs, labels., but returned int"),
-        ("triple", "gave 3 things in a batch"),
-        ("uneven", "as many samples as the others, but got {'a': 10, 'b': 3}"),
+        ("triple", "a batch has 3 elements"),
+        ("uneven", "the same number of samples, but got {'a': 10, 'b': 3}"),
         ("few_labels", "10 inputs but 3 labels"),
         ("some_labels", "labels with some batches and none with 10"),
-        ("renaming", "gives other samples at every call"),
+        ("renaming", "returns different samples at every call"),
         ("renamed", "gives ids in its first batch and tokens in a later one; give the same inputs in every batch"),
         ("unnamed", "gives one array without a name in its first batch and ids in a later one"),
         ("ragged", "do not fit each other"),
         ("failing", "failed: RuntimeError: the disk is gone"),
         ("with_argument", "failed: TypeError"),
         ("not_callable", "no function 'not_callable'"),
-        ("batch", "no function 'batch'; near names: batches"),
+        ("batch", "no function 'batch'; similar names: batches"),
     ],
 )
 def test_what_a_function_can_get_wrong(spec, name, words):
@@ -144,7 +144,7 @@ def test_what_a_function_can_get_wrong(spec, name, words):
 def test_a_name_is_no_path_and_a_path_no_name(spec, tmp_path):
     with pytest.raises(UsageError, match=r"cannot import 'absent_module' of absent_module:f.*data are a path"):
         open_data("absent_module:f")
-    with pytest.raises(UsageError, match="takes nothing behind a #, but got split"):
+    with pytest.raises(UsageError, match="takes nothing after a #, but got split"):
         open_data(f"{spec('batches')}#split=test")
     (tmp_path / "odd:name").mkdir()
     with pytest.raises(UsageError, match="no class folders"):

@@ -77,8 +77,8 @@ def test_an_npz_of_named_arrays_may_hold_more(tmp_path):
         ),
         (NamedData({"a": IDS, "b": IDS}), [spec("ids")], "has the input ids, but the data hold a, b; give data with"),
         (NamedData({"ids": IDS * 1.5}), [spec("ids")], "takes ids: int64 .N, 3., but the data are float64"),
-        (ArrayData(np.full((4, 3), np.nan)), [spec("x", dtype=np.float32)], "the data for x hold NaN"),
-        (ArrayData(IDS * 100), [spec("x", dtype=np.int8)], "the data hold 0 to 1100, which do not fit it"),
+        (ArrayData(np.full((4, 3), np.nan)), [spec("x", dtype=np.float32)], "the data for x have NaN"),
+        (ArrayData(IDS * 100), [spec("x", dtype=np.int8)], "the data range from 0 to 1100, which does not fit"),
     ],
 )
 def test_data_that_do_not_fit_say_why(dataset, specs, words):
@@ -126,7 +126,5 @@ def test_data_that_give_no_samples_time_nothing(tmp_path):
     assert sample_feeds(given, model, "cpu", 4)["input"].shape == (4, 12)
     given = Own()
     given.columns = ("input",)
-    with pytest.raises(
-        UsageError, match=r"hold no samples to feed .*m\.onnx with; give other data, or leave out --data"
-    ):
+    with pytest.raises(UsageError, match=r"have no samples for .*m\.onnx; give other data, or leave out --data"):
         sample_feeds(given, model, "cpu", 4)

@@ -185,5 +185,5 @@ def test_folders_without_images_are_refused(tmp_path):
 
 
 def test_pictures_in_folders_have_no_columns(tree):
-    with pytest.raises(UsageError, match=r"tree holds pictures for one input, but the model takes ids, mask; give an"):
+    with pytest.raises(UsageError, match=r"tree has pictures for one input, but the model takes ids, mask; give an"):
         open_data(tree).select(["ids", "mask"])

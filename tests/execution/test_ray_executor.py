@@ -230,7 +230,7 @@ def test_nobody_at_the_address(tmp_path):
     command = [sys.executable, "-c", MAIN, *words, "--ray", "127.0.0.1:1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2, done.stderr
-    assert "--ray 127.0.0.1:1: nobody answers there" in done.stderr
+    assert "--ray 127.0.0.1:1: the address does not respond" in done.stderr
     assert not (tmp_path / "b").exists()
 
 

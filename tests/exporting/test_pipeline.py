@@ -254,9 +254,7 @@ def test_an_onnx_source_tells_its_own_preprocessing(tmp_path, model):
 
 
 def test_latency_is_measured_against_dense(tmp_path, model):
-    report = export(
-        str(model), tmp_path / "b", rank=4, bench_batch=3, bench_seconds=0.05, threads=1, smaller_is_enough=True
-    )
+    report = export(str(model), tmp_path / "b", rank=4, bench_batch=3, bench_seconds=0.05, threads=1, allow_slower=True)
     assert [(arm.label, arm.model) for arm in report.latency.arms] == [
         ("dense", "dense.onnx"),
         ("compressed", "model.onnx"),
@@ -331,7 +329,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, net_exports, make, monkeyp
     _, folder, first = net_exports[make.__name__]
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(99)  # the user's global seed does not enter
-    second = export(make(), "another name", rank="25%", bench_seconds=0.01, keep_dense=True, smaller_is_enough=True)
+    second = export(make(), "another name", rank="25%", bench_seconds=0.01, keep_dense=True, allow_slower=True)
     assert (tmp_path / "another name" / "model.onnx").read_bytes() == (folder / "model.onnx").read_bytes()
     assert first.source.hash == second.source.hash
     assert first.probe == second.probe
@@ -511,7 +509,7 @@ class Static(nn.Module):
 
 def test_a_model_without_a_dynamic_batch_gets_a_fixed_one_and_a_note(tmp_path):
     net = seeded(Static)
-    report = export(net, tmp_path / "b", rank="25%", bench_seconds=0.05, smaller_is_enough=True)
+    report = export(net, tmp_path / "b", rank="25%", bench_seconds=0.05, allow_slower=True)
     (note,) = report.notes
     assert note.startswith("the batch size is fixed at 1: the model does not export with a dynamic one (")
     assert next(iter(report.probe_shapes.values()))[0] == 1

@@ -1,4 +1,4 @@
-"""Models that give class ids: their answers are counted, and calibration reads the scores before them."""
+"""Models whose output is class ids: accuracy counts them, and calibration reads the scores before them."""
 
 import json
 
@@ -77,7 +77,7 @@ def ending(request, tmp_path, monkeypatch):
 
 
 def labels_of(right, second):
-    """Labels of which the first are right, the next the second best, and the rest the worst."""
+    """Return labels: the first ones are right, the next are the second best class, the rest the worst."""
     places = np.repeat([0, 1, CLASSES - 1], [right, second, len(X) - right - second])
     return np.take_along_axis(BEST, places[:, None], axis=1)[:, 0]
 
@@ -91,7 +91,7 @@ def test_top_answers_of_ids(ending):
     np.savez("d.npz", x=X, labels=labels_of(60, 0))
     assert evaluate(path, "d.npz").top1 == 100
     np.savez("d.npz", x=X, labels=labels_of(60, 0) + 1)
-    with pytest.raises(UsageError, match=r"10 classes.*labels run from"):
+    with pytest.raises(UsageError, match=r"10 classes.*labels start at"):
         evaluate(path, "d.npz")
 
 
@@ -118,7 +118,7 @@ def test_the_scores_are_found(ending):
     assert with_readable_output(proto).graph.output[0].name == read
 
 
-def test_calibration_and_certificate_by_the_scores(ending, capsys):
+def test_calibration_uses_the_scores(ending, capsys):
     path, _, _ = ending
     np.savez("c.npz", x=X)
     np.savez("d.npz", x=-X, labels=LABELS_OF_NEGATIVE)
@@ -139,7 +139,7 @@ def test_calibration_and_certificate_by_the_scores(ending, capsys):
 LABELS_OF_NEGATIVE = (np.maximum(-X @ W, 0) @ V).argmax(axis=1)
 
 
-def test_scores_that_are_an_output_too_are_what_counts(tmp_path, monkeypatch):
+def test_scores_that_are_an_output_are_used(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     nodes = [("Softmax", "l", "p", {"axis": 1}), ("ArgMax", "p", "ids", {"axis": 1, "keepdims": 0})]
     outputs = {"ids": (INT64, ["n"]), "r": (FLOAT, ["n", 24]), "l": (FLOAT, ["n", CLASSES])}
@@ -150,7 +150,7 @@ def test_scores_that_are_an_output_too_are_what_counts(tmp_path, monkeypatch):
     assert found.divergence == pytest.approx(0, abs=1e-9)
 
 
-def test_ids_at_every_place_are_compared_but_not_with_labels(tmp_path, monkeypatch):
+def test_ids_of_every_position_are_not_compared_with_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     node = helper.make_node("ArgMax", ["x"], ["ids"], axis=1, keepdims=0)
     values = [
@@ -163,11 +163,11 @@ def test_ids_at_every_place_are_compared_but_not_with_labels(tmp_path, monkeypat
     np.savez("d.npz", x=x)
     assert evaluate("m.onnx", "d.npz", reference="m.onnx").agreement == 100
     np.savez("d.npz", x=x, labels=np.zeros(6, int))
-    with pytest.raises(ModelError, match=r"one class id a sample, but it gives whole numbers of the shape \(6, 4, 4\)"):
+    with pytest.raises(ModelError, match=r"one class id per sample, but it returns integers of shape \(6, 4, 4\)"):
         evaluate("m.onnx", "d.npz")
 
 
-def test_a_comparison_of_scores_is_read_before_it(tmp_path, monkeypatch, capsys):
+def test_scores_before_a_comparison_are_read(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     nodes = [("Greater", "l zero", "b", {}), ("Cast", "b", "y", {"to": INT64})]
     save("m.onnx", nodes, {"y": (INT64, ["n", CLASSES])}, {"zero": np.zeros(1, np.float32)})
@@ -193,7 +193,7 @@ def test_a_comparison_of_scores_is_read_before_it(tmp_path, monkeypatch, capsys)
     assert 0 < json.loads(capsys.readouterr().out)["calibration"]["output_error"] < 1
 
 
-def test_a_model_without_any_scores_is_refused_by_its_outputs(tmp_path, monkeypatch):
+def test_a_model_without_scores_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     node = helper.make_node("Identity", ["t"], ["y"])
     values = [
@@ -208,7 +208,7 @@ def test_a_model_without_any_scores_is_refused_by_its_outputs(tmp_path, monkeypa
     )
     assert with_readable_output(read_proto("m.onnx")).graph.output[0].name == "y"
     np.savez("d.npz", t=np.ones((4, 3), int), labels=np.zeros(4, int))
-    with pytest.raises(ModelError, match="one class id a sample"):
+    with pytest.raises(ModelError, match="one class id per sample"):
         evaluate("m.onnx", "d.npz")
 
 
@@ -217,8 +217,8 @@ def test_ranks_of_ids():
     assert id_ranks(ids, np.array([3, 2, 9])).tolist() == [0, 2, 3]
 
 
-def test_ids_are_no_sizes_in_the_gates():
-    """One of a hundred ids is another one: the share counts, not how far the numbers are apart."""
+def test_parity_compares_ids_and_not_their_size():
+    """One of a hundred ids differs: its share counts, not the difference of the numbers."""
     ids = np.full(100, 900)
     other = ids.copy()
     other[0] = 0

@@ -1,4 +1,4 @@
-"""Layers whose weight is computed at every call: weight_norm, spectral_norm, pruning and their like are split too."""
+"""Layers whose weight is computed at every call (weight_norm, spectral_norm, pruning and others) are split, too."""
 
 import copy
 import warnings
@@ -47,7 +47,7 @@ def way(request):
 
 
 def trained(net, x):
-    """After some calls in training mode, as spectral norms have them, in evaluation mode."""
+    """Call a net in training mode, as spectral norms need, and return it in evaluation mode."""
     for _ in range(3):
         net(x)
     return net.eval()
@@ -75,17 +75,17 @@ def test_compress_records_and_splits_a_computed_weight(way):
     assert all(p.requires_grad for p in net.parameters())
 
 
-def test_a_low_rank_is_of_the_value_and_not_of_what_it_is_computed_from():
+def test_the_computed_value_is_factorized():
     net = linear(halved)
     value = net[0].weight.detach()
     compress_(net, 8)
     best = torch.linalg.svdvals(value)[8]
     error = torch.linalg.matrix_norm(value - net[0].left @ net[0].right, 2)
     assert best * 0.99 <= error <= 1.2 * best
-    assert not torch.allclose(2 * value, net[0].left @ net[0].right, rtol=0.5)  # what it is computed from
+    assert not torch.allclose(2 * value, net[0].left @ net[0].right, rtol=0.5)  # not the tensor behind it
 
 
-def test_what_stays_dense_stays_computed(way):
+def test_a_dense_layer_stays_computed(way):
     net = linear(way)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items() if name.startswith("0.")}
     records = {record.name: record for record in compress_(net, 4, exclude=["0"])}
@@ -112,7 +112,7 @@ def test_fitted_compression_splits_a_computed_weight(way):
     assert [(record.name, record.decision) for record in records] == [("0", "split"), ("2", "split")]
 
 
-def test_export_splits_a_computed_weight_and_leaves_the_module_as_it_was(way, tmp_path):
+def test_export_splits_a_computed_weight_and_keeps_the_module(way, tmp_path):
     net = linear(way)
     before, x = copy.deepcopy(net.state_dict()), torch.randn(5, 32)
     expected = net(x)
@@ -137,7 +137,7 @@ def test_a_program_with_computed_weights_is_split(name, tmp_path):
 
 
 def test_two_layers_of_one_tensor_stay_dense():
-    """Each would get factors of its own, where they share the numbers now."""
+    """Each layer would get its own factors, but they share their numbers."""
     net = nn.Sequential(halved(nn.Linear(32, 32)), halved(nn.Linear(32, 32))).eval()
     net[1].parametrizations.weight.original = net[0].parametrizations.weight.original
     records = compress_(net, 4)
@@ -154,7 +154,7 @@ def test_a_layer_in_two_places_is_split_once():
 
 
 def test_copies_of_a_module_do_not_lose_their_parametrization():
-    """They share a class, which torch's own removal edits."""
+    """Copies share a class, which torch edits when it removes a parametrization."""
     net = linear(parametrizations.weight_norm)
     other, x = copy.deepcopy(net), torch.randn(5, 32)
     expected = other(x)
@@ -163,7 +163,7 @@ def test_copies_of_a_module_do_not_lose_their_parametrization():
     assert computed_tensors(other[0])
 
 
-def test_folding_copies_nothing_but_what_is_computed():
+def test_folding_copies_only_computed_weights():
     net = linear(parametrizations.weight_norm)
     new = folded(net)
     assert new is not net

@@ -1,4 +1,4 @@
-"""Arrays belong to the inputs of their names, whatever these are called; inputs without a batch axis are fed once."""
+"""Arrays are assigned to inputs by name, and inputs without a batch axis are fed once."""
 
 import sys
 
@@ -28,7 +28,7 @@ def spec(name, *shape, dtype=np.float32):
 
 
 def model(path, nodes, inputs, outputs, **weights):
-    """A model of nodes given as (op, inputs, outputs, attributes)."""
+    """Write a model of nodes (op, inputs, outputs, attributes)."""
     made = [helper.make_node(op, ins.split(), outs.split(), **more) for op, ins, outs, more in nodes]
     values = [
         [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in these.items()]
@@ -62,7 +62,7 @@ def two_inputs(path, first="x", second="y"):
 
 
 def scaled(path):
-    """z = k x w, with a scalar k."""
+    """Write a model z = k x w with a scalar k."""
     inputs = {"k": (TensorProto.FLOAT, []), "x": (TensorProto.FLOAT, ["n", 16])}
     nodes = [("MatMul", "x w", "a", {}), ("Mul", "a k", "z", {})]
     return model(path, nodes, inputs, {"z": (TensorProto.FLOAT, ["n", 12])}, w=weight(16, 12))
@@ -77,7 +77,7 @@ def fed(dataset, specs, size=7):
 
 
 @pytest.mark.parametrize("names", [("x", "y"), ("x", "labels"), ("images", "label"), ("x", "images"), ("y", "labels")])
-def test_inputs_go_before_the_usual_names(here, names):
+def test_input_names_win_over_usual_names(here, names):
     np.savez("d.npz", **dict(zip(names, (X, Y), strict=True)))
     specs = [spec(name, "n", 16) for name in names]
     found = open_data("d.npz", specs=specs)
@@ -86,7 +86,7 @@ def test_inputs_go_before_the_usual_names(here, names):
         np.testing.assert_array_equal(fed(found, specs)[name], expected)
 
 
-def test_labels_take_the_usual_name_that_is_left(here):
+def test_labels_have_the_remaining_usual_name(here):
     numbers = np.arange(40) % 10
     for other in ("labels", "label"):
         np.savez("d.npz", x=X, y=numbers, **{other: LABELS})
@@ -97,7 +97,7 @@ def test_labels_take_the_usual_name_that_is_left(here):
     np.testing.assert_array_equal(open_data("d.npz", specs=[spec("x", "n", 16)]).labels, numbers)
 
 
-def test_several_that_may_be_the_labels_are_to_be_renamed(here):
+def test_several_possible_labels_are_refused(here):
     np.savez("d.npz", x=X, y=Y, labels=LABELS, label=LABELS)
     with pytest.raises(UsageError, match=r"labels, label may be the labels; rename"):
         open_data("d.npz", specs=[spec("x", "n", 16), spec("y", "n", 16)])
@@ -140,13 +140,13 @@ def test_export_evaluation_and_verification_of_inputs_called_x_and_y(here, capsy
     assert "under the name labels (y is an input of the model)" in capsys.readouterr().err
 
 
-def test_a_name_that_is_misspelled_is_told_with_the_one_that_is_meant(here):
+def test_a_misspelled_name_is_named_with_the_right_one(here):
     np.savez("d.npz", input_id=X, mask=Y)
     with pytest.raises(UsageError, match=r"input_ids, mask, but the data hold input_id, mask.*input_id is input_ids"):
         Feeding(open_data("d.npz"), [spec("input_ids", "n", 16), spec("mask", "n", 16)], None)
 
 
-def test_regression_targets_do_not_stand_in_the_way_of_calibration(here):
+def test_regression_targets_do_not_prevent_calibration(here):
     np.savez("d.npz", x=X, y=Y[:, 0])
     assert CalibrationData("d.npz", [spec("x", "n", 16)], None, 100).samples == 40
     with pytest.raises(UsageError, match=r"labels must be integers.*float32"):
@@ -200,7 +200,7 @@ STATES = RNG.standard_normal((2, 40, 5)).astype(np.float32)
         (STATES[:, 0], STATE, np.repeat(STATES[:, :1], 40, axis=1)),
     ],
 )
-def test_every_way_to_give_an_input_beside_samples(here, given, wanted, expected):
+def test_every_form_of_an_input_without_a_batch_axis(here, given, wanted, expected):
     np.savez("d.npz", **{"x": X, wanted.name: given})
     specs = [wanted, X_SPEC]
     found = fed(open_data("d.npz", specs=specs), specs)
@@ -221,15 +221,15 @@ def test_every_way_to_give_an_input_beside_samples(here, given, wanted, expected
         (np.int64(2), r"k: float32 \(\).*int64 \(\).*array\.astype\('float32'\)"),
     ],
 )
-def test_values_that_cannot_be_one_for_a_run(here, given, words):
+def test_invalid_values_for_a_whole_run(here, given, words):
     np.savez("d.npz", x=X, k=given)
     with pytest.raises(UsageError, match=words):
         fed(open_data("d.npz", specs=[X_SPEC, K]), [X_SPEC, K])
 
 
-def test_inputs_of_other_lengths_are_told_by_name(here):
+def test_inputs_of_different_lengths_are_named(here):
     np.savez("d.npz", x=X, y=Y[:30])
-    with pytest.raises(UsageError, match=r"as many samples.*\{'x': 40, 'y': 30\}"):
+    with pytest.raises(UsageError, match=r"the same number of samples.*\{'x': 40, 'y': 30\}"):
         open_data("d.npz", specs=[spec("x", "n", 16), spec("y", "n", 16)])
 
 
@@ -269,7 +269,7 @@ def test_a_fixed_batch_with_a_scalar_before_the_samples(here):
 
 
 def test_a_batch_that_is_not_the_first_axis(here):
-    """Steps first: samples are cut along the second axis, and answers are told apart along it."""
+    """A time-major model: samples and answers lie along the second axis."""
     nodes = [("MatMul", "x w", "z", {})]
     inputs, outputs = {"x": (TensorProto.FLOAT, ["t", "batch", 16])}, {"z": (TensorProto.FLOAT, ["t", "batch", 12])}
     model("m.onnx", nodes, inputs, outputs, w=weight(16, 12))

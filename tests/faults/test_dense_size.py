@@ -1,4 +1,4 @@
-"""Dense is the file that the user gave: its bytes, its parameters, and what is called smaller."""
+"""The dense model of a report is the user's file: its bytes and parameters decide what is smaller."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def weight(*shape, seed=0):
 
 
 def saved(path, nodes, shapes, constants, *, functions=(), domains=(), **how):
-    """A model with inputs and outputs of these shapes, float32 but for those called `ids`."""
+    """Write a model with inputs and outputs of these shapes, float32 except those called `ids`."""
     values = {
         name: helper.make_tensor_value_info(name, TensorProto.INT64 if name == "ids" else TensorProto.FLOAT, shape)
         for name, shape in shapes.items()
@@ -44,7 +44,7 @@ def saved(path, nodes, shapes, constants, *, functions=(), domains=(), **how):
 
 
 def products(path, constants, **how):
-    """`x` times every matrix of the constants, one after another; constants that are no matrix go unused."""
+    """Write a model that multiplies `x` by each matrix of the constants; other constants are unused."""
     names = [name for name, array in constants.items() if array.ndim == 2]
     values = ["x", *(f"a{i}" for i in range(len(names) - 1)), "y"]
     nodes = [helper.make_node("MatMul", [values[i], name], [values[i + 1]]) for i, name in enumerate(names)]
@@ -86,7 +86,7 @@ def test_a_torch_model_is_counted_as_one_file(tmp_path):
     assert report.dense.params == 2 * (64 * 64 + 64)
 
 
-def test_a_fold_changes_nothing_of_the_dense_model(tmp_path):
+def test_a_fold_does_not_change_the_dense_model(tmp_path):
     vectors = {name: np.abs(weight(32, seed=i)) + 0.1 for i, name in enumerate("sbmv")}
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["c"], pads=[1] * 4),
@@ -237,7 +237,7 @@ def test_what_counts_as_a_parameter(tmp_path, nodes, constants, expected):
     assert count_parameters(read_onnx(path)) == expected
 
 
-def test_unused_initializers_are_left_out_and_said(tmp_path):
+def test_unused_initializers_are_dropped_with_a_note(tmp_path):
     constants = {"w": weight(64, 64), "idle": np.ones(50_000, np.float32)}
     path = products(tmp_path / "m.onnx", constants)
     report = exported(path)
@@ -248,23 +248,23 @@ def test_unused_initializers_are_left_out_and_said(tmp_path):
 
 
 def grown(folder):
-    """A model whose splits save some bytes, but fewer than a split adds in nodes and names."""
+    """Export a model whose splits save fewer bytes than their nodes and names add."""
     return products(folder / "m.onnx", {"w": weight(10, 10)})
 
 
 def test_a_larger_model_is_not_delivered(tmp_path, capsys):
     path = grown(tmp_path)
     assert run(["export", str(path), "--rank", "4", "--no-bench", "-o", str(tmp_path / "b")]) == 3
-    told = capsys.readouterr().err
-    assert f"{path.stat().st_size:,} bytes" in told
-    assert "--allow-larger" in told
+    message = capsys.readouterr().err
+    assert f"{path.stat().st_size:,} bytes" in message
+    assert "--allow-larger" in message
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("asked", [{"allow_larger": True}, {"always_split": True}])
-def test_a_larger_model_is_called_larger(tmp_path, asked):
+@pytest.mark.parametrize("options", [{"allow_larger": True}, {"always_split": True}])
+def test_a_larger_model_is_called_larger(tmp_path, options):
     path = grown(tmp_path)
-    report = exported(path, rank=4, **asked)
+    report = exported(path, rank=4, **options)
     assert report.compressed.bytes > report.dense.bytes == path.stat().st_size
     change = f"{report.compressed.bytes / report.dense.bytes:.2f}x larger"
     for name in ("README.md", "report.html"):
@@ -282,7 +282,7 @@ def test_rewrite_refuses_too(tmp_path):
     assert (tmp_path / "small.onnx").stat().st_size > path.stat().st_size
 
 
-def test_a_sweep_drops_a_point_that_is_larger_and_compares_with_the_file_given(tmp_path):
+def test_a_sweep_drops_a_point_that_is_larger_than_the_file(tmp_path):
     path = mlp_onnx(tmp_path / "m.onnx", sizes=(12, 48, 40, 10))
     calib = {"x": np.random.default_rng(1).standard_normal((64, 12)).astype(np.float32)}
     np.savez(tmp_path / "c.npz", **calib)

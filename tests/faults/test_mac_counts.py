@@ -1,4 +1,4 @@
-"""MACs of other people's models, as `export` reports them and as its budgets are held: every operator, every turn."""
+"""MACs in reports and budgets: every operator counts, in every turn of a loop."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from rsi_deploy.cli import run
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 
 MS = "com.microsoft"
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
@@ -43,7 +43,7 @@ def here(tmp_path, monkeypatch):
 
 
 def export(model, *argv, code=0):
-    """Exit code as expected; the report, or None."""
+    """Run `export`, check its exit code and return the report, or None."""
     assert run(["export", model, *argv, "--no-bench", "-o", "b", "--force"]) == code
     return None if code else json.loads(open("b/report.json").read())
 
@@ -57,7 +57,7 @@ SPLIT_HEAD = 16 * (64 + 96)
 
 
 def head(data="k"):
-    """A MatMul 64x96 to be split, as a node; its weight is `m`."""
+    """Return a node MatMul 64x96 with the weight `m`, which will be split."""
     return node("MatMul", [data, "m"], ["y"])
 
 
@@ -123,7 +123,7 @@ def cnn(path):
 
 
 def fused(model, path):
-    """The model as onnxruntime's offline optimizer writes it."""
+    """Write the model with onnxruntime's offline optimizer."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -134,7 +134,7 @@ def fused(model, path):
     return path
 
 
-def test_a_budget_of_macs_holds_for_the_graph_that_onnxruntime_fused_as_for_the_plain_one(here):
+def test_a_budget_of_macs_is_the_same_for_a_fused_graph(here):
     plain = cnn("plain.onnx")
     np.savez("c.npz", x=RNG.standard_normal((48, 8, 16, 16)).astype(np.float32))
     for model in (plain, fused(plain, "fused.onnx")):
@@ -143,7 +143,7 @@ def test_a_budget_of_macs_holds_for_the_graph_that_onnxruntime_fused_as_for_the_
         assert dense // 4 < compressed <= dense // 2
 
 
-# -- operators that no pass splits, beside one that is
+# -- operators that no pass splits
 
 
 def recurrent(op, gates, **attributes):
@@ -201,16 +201,16 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("name", BESIDE)
-def test_what_no_pass_splits_is_counted(here, name):
-    """On a whole run; the reports divide it by the batch."""
+def test_operators_that_no_pass_splits_are_counted(here, name):
+    """The count is for a run; reports divide it by the batch."""
     nodes, initializers, expected, shape = BESIDE[name]
     model = with_head("m.onnx", nodes, initializers, shape=shape)
-    trace = traced_run(here / model, {"x": np.ones(shape, np.float32)})
+    trace = trace_run(here / model, {"x": np.ones(shape, np.float32)})
     assert sum(trace.macs.values()) == expected + HEAD
     assert trace.uncounted == ()
 
 
-def test_a_budget_that_only_an_lstm_could_keep_is_refused_with_its_number(here, capsys):
+def test_a_budget_below_the_macs_of_an_lstm_is_refused(here, capsys):
     _, initializers, expected, _ = recurrent("LSTM", 4)
     save(
         "m.onnx",
@@ -236,7 +236,7 @@ def test_a_budget_that_only_an_lstm_could_keep_is_refused_with_its_number(here, 
 
 
 def loop(turns):
-    """A fused Conv of an outer weight, `turns` times."""
+    """Return a Loop that runs a fused Conv with an outer weight `turns` times."""
     body = helper.make_graph(
         [
             node("FusedConv", ["v", "w"], ["next"], MS, pads=[1] * 4, activation="Relu"),
@@ -275,7 +275,7 @@ def test_a_scan_counts_every_step(here):
         [value("y", [7, 96])],
         {"w": weights(64, 64), "m": weights(64, 96)},
     )
-    trace = traced_run(here / "m.onnx", {"x": np.ones((7, 64), np.float32)})
+    trace = trace_run(here / "m.onnx", {"x": np.ones((7, 64), np.float32)})
     assert sorted(trace.macs.values()) == [7 * 64 * 64, 7 * HEAD]
 
 
@@ -289,13 +289,13 @@ def test_a_sequence_map_counts_every_entry(here):
         node("ConcatFromSequence", ["t"], ["k"], axis=0),
     ]
     with_head("m.onnx", nodes, {"w": weights(64, 64)})
-    trace = traced_run(here / "m.onnx", {"x": np.ones((1, 64), np.float32)})
+    trace = trace_run(here / "m.onnx", {"x": np.ones((1, 64), np.float32)})
     assert sorted(trace.macs.values()) == [3 * 64 * 64, 3 * HEAD]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_an_if_counts_the_branch_that_ran(here, sign):
-    """Both branches name their node alike, and their equations differ."""
+    """Both branches use the same node name with different equations."""
 
     def branch(output, equation):
         made = node("Einsum", ["x", "w"], [output], equation=equation)
@@ -314,7 +314,7 @@ def test_an_if_counts_the_branch_that_ran(here, sign):
 
 
 def function(equations):
-    """A function whose Einsum has the equation of the call, called once with each."""
+    """Return a function with an Einsum whose equation is an attribute, and a call for each equation."""
     inner = node("Einsum", ["x", "w"], ["y"])
     inner.attribute.add(name="equation", ref_attr_name="equation", type=AttributeProto.STRING)
     made = helper.make_function("my", "F", ["x", "w"], ["y"], [inner], [helper.make_opsetid("", 17)], ["equation"])
@@ -332,10 +332,10 @@ def test_a_function_counts_at_every_call(here):
     assert not [note for note in report["notes"] if "MACs" in note]
 
 
-# -- what cannot be counted
+# -- operators that cannot be counted
 
 
-def test_without_a_budget_what_is_not_counted_is_a_note(here):
+def test_without_a_budget_uncounted_operators_are_a_note(here):
     report = export(function(["ij,jk->ik", "ij,kl->il"]), "--rank", "25%")
     assert counts(report) == (HEAD, SPLIT_HEAD)
     (note,) = [note for note in report["notes"] if "MACs" in note]
@@ -350,7 +350,7 @@ def refused(capsys, *argv):
     return message
 
 
-def test_a_budget_of_macs_is_refused_by_the_name_of_the_node(here, capsys):
+def test_a_refused_budget_of_macs_names_the_node(here, capsys):
     model = function(["ij,jk->ik", "ij,kl->il"])
     np.savez("c.npz", x=RNG.standard_normal((64, 64)).astype(np.float32))
     message = refused(capsys, model, "--calib", "c.npz", "--keep-macs", "0.5")
@@ -359,7 +359,7 @@ def test_a_budget_of_macs_is_refused_by_the_name_of_the_node(here, capsys):
     export(model, "--calib", "c.npz", "--keep-params", "0.7")
 
 
-def test_an_operator_of_somebodys_own_is_named(here, capsys):
+def test_a_custom_operator_is_named(here, capsys):
     save(
         "m.onnx",
         [node("Mix", ["x", "w"], ["k"], "my"), head()],
@@ -384,7 +384,7 @@ def test_a_model_without_products_has_no_budget_of_macs(here, capsys):
     assert "--keep-params" in refused(capsys, "m.onnx", "--calib", "c.npz", "--keep-macs", "0.5")
 
 
-def test_a_sweep_over_macs_is_refused_as_its_points_are(here, capsys):
+def test_a_sweep_over_macs_is_refused(here, capsys):
     model = function(["ij,jk->ik", "ij,kl->il"])
     np.savez("c.npz", x=RNG.standard_normal((64, 64)).astype(np.float32))
     argv = ["sweep", model, "--calib", "c.npz", "--points", "2", "--no-bench"]

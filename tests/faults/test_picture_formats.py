@@ -1,4 +1,4 @@
-"""One scene is one model input, whatever file it lies in, in evaluation, calibration and the server alike."""
+"""A picture becomes the same model input from every file format, in evaluation, calibration and serving."""
 
 import io
 import struct
@@ -42,7 +42,7 @@ def saved(image, kind, **options):
 
 
 def png(samples, bits, colour_type, *chunks):
-    """A PNG made by hand: samples `(H, bytes of a row)`, as they are stored."""
+    """Return a PNG file; samples `(H, bytes of a row)` are stored as they are."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -54,7 +54,7 @@ def png(samples, bits, colour_type, *chunks):
 
 
 def tiff(pixels, bits, photometric=1, sample_format=1):
-    """A TIFF of one gray strip, made by hand: bits of a sample, 0 for white is zero, 2 for signed and 3 for float."""
+    """Return a TIFF file of one gray strip; photometric 0 is "white is zero", sample_format 2 signed, 3 float."""
     content = pixels.tobytes()
     tags = [(256, WIDTH), (257, HEIGHT), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, HEIGHT)]
     tags += [(279, len(content)), (339, sample_format)]
@@ -65,7 +65,7 @@ def tiff(pixels, bits, photometric=1, sample_format=1):
 
 
 def packed_12_bit(values):
-    """Pairs of 12-bit numbers in three bytes."""
+    """Return 12-bit numbers packed as pairs in three bytes."""
     first, second = values.reshape(-1, 2).astype(np.uint32).T
     return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1).astype(np.uint8)
 
@@ -84,7 +84,7 @@ def cmyk(rgb):
 RGB_OF_GRAY = np.repeat(GRAY[:, :, None], 3, axis=2)
 L, RGB = Image.fromarray(GRAY), Image.fromarray(RGB_OF_GRAY)
 BIG = WIDE.astype(">u2")
-# name -> suffix, file of the gray scene, levels of 255 that it may be off
+# name -> suffix, file of the gray scene, tolerance in levels of 255
 GRAY_FILES = {
     "8 bit PNG": ("png", saved(L, "PNG"), 0),
     "16 bit PNG": ("png", saved(Image.fromarray(WIDE), "PNG"), 0),
@@ -118,7 +118,7 @@ GRAY_FILES = {
 
 
 def evaluated(folder, file, takes, steps=STEPS):
-    """What `eval` feeds a model with the file."""
+    """Return the input that `eval` makes from the file."""
     (folder / "t" / "c").mkdir(parents=True, exist_ok=True)
     suffix, content = file
     (folder / "t" / "c" / f"a.{suffix}").write_bytes(content)
@@ -127,7 +127,7 @@ def evaluated(folder, file, takes, steps=STEPS):
 
 
 def three_ways(folder, file, takes, steps=STEPS):
-    """What `eval`, `--calib` and the server's /image feed a model with the file."""
+    """Return the inputs that `eval`, `--calib` and the server's /image make from the file."""
     came = evaluated(folder, file, takes, steps)
     (calibrated,) = CalibrationData(str(folder / "t"), [takes], steps, 4).feeds()
     request = image_request(file[1], steps, Signature(inputs=(takes,), outputs=()), "m")
@@ -135,7 +135,7 @@ def three_ways(folder, file, takes, steps=STEPS):
 
 
 def off(came, scene):
-    """Largest difference from a scene `(H, W, C)` of 0 to 255, in levels."""
+    """Return the largest difference from a scene `(H, W, C)` of 0 to 255, in levels."""
     return float(np.abs(np.moveaxis(came, 0, 2) * 255 - scene).max())
 
 
@@ -199,7 +199,7 @@ def test_the_exif_orientation_is_applied(tmp_path, kind):
     assert off(as_stored, GRAY[:, :, None]) > 200, "a picture upside down is not taken"
 
 
-def test_a_picture_of_16_bits_is_turned_too(tmp_path):
+def test_a_picture_of_16_bits_is_rotated(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = Image.fromarray(np.ascontiguousarray(np.rot90(WIDE)))
@@ -208,7 +208,7 @@ def test_a_picture_of_16_bits_is_turned_too(tmp_path):
             assert off(came, GRAY[:, :, None]) < 0.01
 
 
-def test_damaged_exif_leaves_a_picture_as_it_is_stored(tmp_path):
+def test_damaged_exif_is_ignored(tmp_path):
     for came in three_ways(tmp_path, ("png", saved(L, "PNG", exif=b"Exif\0\0II*\0\xff\xff")), spec(1)):
         assert off(came, GRAY[:, :, None]) <= 3
 
@@ -225,7 +225,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_pixels_of_unknown_range_are_refused_by_name(tmp_path, name):
+def test_pixels_of_unknown_range_are_refused(tmp_path, name):
     content, words = UNKNOWN[name]
     with pytest.raises(UsageError, match=rf"a\.tif has .*{words}.*; store it with 8 or 16 bits"):
         evaluated(tmp_path, ("tif", content), spec(1))
@@ -244,7 +244,7 @@ def test_16_bits_are_not_rounded_to_8(tmp_path):
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
-def test_16_bits_are_resized_as_8_bits_are(tmp_path, interpolation):
+def test_16_bits_are_resized_like_8_bits(tmp_path, interpolation):
     steps = Preprocessing(resize=(11, 19), crop=(9, 12), interpolation=interpolation)
     takes = spec(3, size=(9, 12))
     few = three_ways(tmp_path / "8", ("png", saved(L, "PNG")), takes, steps)
@@ -255,7 +255,7 @@ def test_16_bits_are_resized_as_8_bits_are(tmp_path, interpolation):
     assert np.abs(evaluated(tmp_path / "8", ("png", saved(L, "PNG")), takes, other) - few[0]).max() > LEVEL
 
 
-def test_arrays_are_read_as_files_are():
+def test_arrays_are_read_like_files():
     takes = spec(3)
     for images, scene in ((GRAY[None], RGB_OF_GRAY), (GRAY[None, ..., None], RGB_OF_GRAY), (COLOUR[None], COLOUR)):
         for many in (images, images.astype(np.uint16) * 257):
@@ -310,7 +310,7 @@ def test_a_model_of_gray_pictures_without_a_channel_axis(tmp_path):
         (spec(3, "NHWC"), "add --layout NHWC"),
     ],
 )
-def test_other_numbers_of_channels_are_refused_by_name(tmp_path, takes, words):
+def test_other_numbers_of_channels_are_refused(tmp_path, takes, words):
     file = ("png", saved(RGB, "PNG"))
     with pytest.raises(UsageError, match=rf"--data: the model takes x: .*{words}"):
         evaluated(tmp_path, file, takes)
@@ -320,14 +320,14 @@ def test_other_numbers_of_channels_are_refused_by_name(tmp_path, takes, words):
         image_request(file[1], STEPS, Signature(inputs=(takes,), outputs=()), "m")
 
 
-def test_an_image_of_16_bits_becomes_an_input_alone():
+def test_one_image_of_16_bits():
     np.testing.assert_allclose(STEPS.apply_image(Image.fromarray(WIDE))[0], GRAY / 255, atol=1e-6)
     with pytest.raises(UsageError, match="integer pixels"):
         STEPS.apply_image(Image.fromarray(GRAY.astype(np.int32)))
 
 
 def junk(folder):
-    """What operating systems leave in a tree."""
+    """Write the files that operating systems add to a folder."""
     for name in ("cat/._a.png", "__MACOSX/cat/._a.png", "cat/__MACOSX/a.png", ".git/a.png", "cat/.thumbs/a.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"no picture")
@@ -336,7 +336,7 @@ def junk(folder):
         (folder / name).write_bytes(b"\0" * 8)
 
 
-def test_files_of_the_system_are_no_data(tmp_path):
+def test_system_files_are_no_data(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         L.save(tmp_path / name / "a.png")
@@ -349,7 +349,7 @@ def test_files_of_the_system_are_no_data(tmp_path):
     assert open_data(tmp_path).fingerprint() != before.fingerprint(), "a picture more is other data"
 
 
-def test_a_table_and_an_archive_without_what_macos_adds(tmp_path):
+def test_system_files_in_a_table_and_an_archive_are_no_data(tmp_path):
     pa = pytest.importorskip("pyarrow", reason="needs rsi-deploy[data]")
     pq = pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"x": [[1.0, 2.0]] * 3, "label": [0, 1, 0]}), tmp_path / "test-00000-of-00001.parquet")

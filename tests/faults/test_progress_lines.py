@@ -1,4 +1,4 @@
-"""What a log shows of a long run: a line a step, and within a step at most one a minute."""
+"""Progress of a long run in a log: a line for each step, and within a step at most one a minute."""
 
 import ast
 import json
@@ -15,7 +15,7 @@ from rsi_deploy.core.progress import at, listening, step
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock whose time the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -26,12 +26,12 @@ class Clock:
 
 @pytest.fixture
 def log():
-    """The lines, the clock, and the listener that writes the ones by the other."""
+    """Return the lines, the clock, and the listener that writes the lines."""
     lines, clock = [], Clock()
     return lines, clock, ProgressLines(lines.append, clock)
 
 
-def test_a_step_is_one_line_as_it_begins(log):
+def test_a_step_has_one_line_at_its_start(log):
     lines, clock, listener = log
     with listening(listener):
         with step("trace"):
@@ -56,7 +56,7 @@ def test_within_a_step_there_is_a_line_a_minute_with_the_share_and_the_time_left
     assert lines[-1] == "[10:00] calibrate and plan: done after 10:00"
 
 
-def test_a_slow_piece_of_work_is_said_when_the_next_one_begins(log):
+def test_a_slow_piece_of_work_has_a_line_at_the_start_of_the_next(log):
     lines, clock, listener = log
     with listening(listener), step("cost table"):
         for number in range(3):
@@ -65,7 +65,7 @@ def test_a_slow_piece_of_work_is_said_when_the_next_one_begins(log):
     assert [line.split("] ")[0] for line in lines] == ["[0:00", "[3:20", "[6:40", "[10:00"]
 
 
-def test_time_left_is_that_of_the_count_at_work_and_not_of_the_one_before(log):
+def test_time_left_is_of_the_present_count(log):
     lines, clock, listener = log
     with listening(listener), step("calibrate and plan"):
         for number in range(10):  # fast
@@ -77,7 +77,7 @@ def test_time_left_is_that_of_the_count_at_work_and_not_of_the_one_before(log):
     assert "second, 1 of 10 done (10 %), about 15 minutes left" in lines[1]
 
 
-def test_steps_within_steps_are_indented_and_a_failure_leaves_none_open(log):
+def test_nested_steps_are_indented_and_end_after_a_failure(log):
     lines, _clock, listener = log
     with listening(listener):
         with pytest.raises(ValueError, match="no"), step("point 1 of 2"), step("trace"):
@@ -102,7 +102,7 @@ def test_lines_are_held_back_for_some_seconds_and_none_is_lost():
             assert lines == ["[0:00] first", "[0:02] second"]
 
 
-def test_what_is_held_back_at_the_end_can_be_written(log):
+def test_lines_held_back_at_the_end_can_be_written(log):
     lines, clock = [], Clock()
     listener = ProgressLines(lines.append, clock, after=10)
     with listening(listener), step("first"):
@@ -133,7 +133,7 @@ def test_a_function_that_is_called_from_python_writes_nothing(capsys, log):
     assert lines
 
 
-def test_every_step_of_an_export_says_what_it_does():
+def test_every_step_of_an_export_has_a_description():
     names = set()
     for path in Path(rsi_deploy.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -144,7 +144,7 @@ def test_every_step_of_an_export_says_what_it_does():
 
 
 def steps_in(text):
-    """The names of the steps that lines say, in order."""
+    """Return the names of the steps in the lines, in order."""
     found = [re.fullmatch(r"\[\d+:\d\d\] ( *)([^:]+)(: .*)?", line) for line in text.splitlines()]
     return [(len(match[1]) // 2, match[2]) for match in found if match]
 
@@ -157,7 +157,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_an_export_says_every_stage_of_its_report_on_stderr_and_nothing_on_stdout(here, capsys):
+def test_an_export_writes_its_stages_to_stderr(here, capsys):
     argv = ["export", "m.onnx", "-o", "b", "--calib", "c.npz", "--keep-macs", "70%", "--no-bench", "--json"]
     assert run(argv) == 0
     out, err = capsys.readouterr()
@@ -165,24 +165,24 @@ def test_an_export_says_every_stage_of_its_report_on_stderr_and_nothing_on_stdou
     assert [name for _, name in steps_in(err)] == [stage["name"] for stage in report["stages"]]
 
 
-def test_a_sweep_says_its_points_and_what_each_is_at(here, capsys):
+def test_a_sweep_writes_its_points_and_their_steps(here, capsys):
     argv = ["sweep", "m.onnx", "-o", "s", "--calib", "c.npz", "--points", "2", "--no-bench", "--json"]
     assert run(argv) == 0
     out, err = capsys.readouterr()
     json.loads(out)
-    said = steps_in(err)
-    assert [name for depth, name in said if not depth] == ["point 1 of 2, 95% of macs", "point 2 of 2, 30% of macs"]
-    assert (1, "calibrate and plan") in said
+    steps = steps_in(err)
+    assert [name for depth, name in steps if not depth] == ["point 1 of 2, 95% of macs", "point 2 of 2, 30% of macs"]
+    assert (1, "calibrate and plan") in steps
 
 
-def test_a_profile_says_what_it_times(here, capsys):
+def test_a_profile_writes_what_it_times(here, capsys):
     assert run(["profile", "m.onnx", "-o", "cost.json", "--budget", "1s", "--fresh", "--json"]) == 0
     out, err = capsys.readouterr()
     json.loads(out)
     assert [name for _, name in steps_in(err)] == ["load", "cost table"]
 
 
-def test_an_export_that_fails_at_once_says_its_error_and_nothing_else(here, capsys):
+def test_an_export_that_fails_at_once_writes_only_its_error(here, capsys):
     argv = ["export", "m.onnx", "-o", "b", "--calib", "c.npz", "--keep-macs", "1%", "--no-bench"]
     assert run(argv) == 3
     (line,) = capsys.readouterr().err.splitlines()
@@ -190,7 +190,7 @@ def test_an_export_that_fails_at_once_says_its_error_and_nothing_else(here, caps
 
 
 @pytest.mark.parametrize("argv", [["inspect", "m.onnx", "--json"], ["verify", "b", "--json"]])
-def test_verbs_that_are_mostly_short_say_what_they_do_once_they_are_long(here, capsys, monkeypatch, argv):
+def test_short_verbs_write_lines_only_if_they_take_long(here, capsys, monkeypatch, argv):
     if argv[0] == "verify":
         assert run(["export", "m.onnx", "-o", "b", "--rank", "25%", "--no-bench"]) == 0
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""A model whose outputs are others in every run is refused as such, and no site is blamed."""
+"""A model whose outputs change in every run is refused for that reason."""
 
 import numpy as np
 import onnx
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import rsi_deploy
 from rsi_deploy.core.errors import GateError, ModelError
-from rsi_deploy.runtime.parity import blames_random_models, check_repeatable
+from rsi_deploy.runtime.parity import check_repeatable, explain_random_models
 
 
 def written(path, nodes, opset=17, **initializers):
@@ -41,16 +41,16 @@ def test_random_numbers_that_a_new_session_repeats_are_noted(tmp_path):
     assert any("RandomNormalLike 'drop'" in note for note in report.notes)
 
 
-def test_a_gate_that_fails_on_random_numbers_says_so(tmp_path):
-    """onnxruntime seeds such a node by its place, which a split before it changes."""
+def test_a_check_that_fails_on_random_numbers_names_them(tmp_path):
+    """onnxruntime seeds such a node by its position, which a split before it changes."""
     nodes, initializers = noise("RandomNormalLike")
     path = written(tmp_path / "m.onnx", nodes, **initializers)
     feeds = {"x": np.ones((2, 64), "f4")}
-    with pytest.raises(ModelError, match="'drop'"), blames_random_models(path, feeds, "m"):
+    with pytest.raises(ModelError, match="'drop'"), explain_random_models(path, feeds, "m"):
         raise GateError("surgery gate")
     nodes, initializers = noise("Neg")
     path = written(tmp_path / "m.onnx", nodes, **initializers)
-    with pytest.raises(GateError, match="surgery gate"), blames_random_models(path, feeds, "m"):
+    with pytest.raises(GateError, match="surgery gate"), explain_random_models(path, feeds, "m"):
         raise GateError("surgery gate")
 
 
@@ -87,7 +87,7 @@ def test_a_random_torch_module_is_named_as_the_cause(tmp_path):
 
 
 class Wrong(nn.Module):
-    """Deterministic, and another thing in torch than what is exported."""
+    """A deterministic module whose export differs from it."""
 
     input_shape = (1, 32)
 
@@ -104,7 +104,7 @@ def test_another_error_of_the_exporter_keeps_its_message(tmp_path):
         rsi_deploy.export(Wrong(), tmp_path / "b", rank="25%", measure=False)
 
 
-def test_the_check_takes_rounding_and_refuses_more(tmp_path):
+def test_the_check_accepts_rounding_alone(tmp_path):
     nodes, initializers = dropout(False)
     path = written(tmp_path / "m.onnx", nodes, **initializers)
     feeds = {"x": np.ones((2, 64), "f4")}

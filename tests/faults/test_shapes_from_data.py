@@ -1,4 +1,4 @@
-"""Open lengths take the shape of the data; where there are none, the message holds shapes that would do."""
+"""Dynamic dimensions get their size from the data; without data, the message has shapes to type."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,11 @@ from onnx import TensorProto, helper, numpy_helper
 from rsi_deploy import export, read_report
 from rsi_deploy.cli import run
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.runtime.feeds.inputs import InputSpec, check_feeds, random_feeds, unsettled_inputs
-from rsi_deploy.runtime.feeds.probe import named_shapes, probe_feeds
+from rsi_deploy.runtime.feeds.inputs import InputSpec
+from rsi_deploy.runtime.feeds.probe import probe_feeds
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
+from rsi_deploy.runtime.feeds.shapes import named_shapes, unsettled_inputs
+from rsi_deploy.runtime.feeds.user_feeds import check_feeds
 from rsi_deploy.sweeping.api import sweep
 
 RNG = np.random.default_rng(0)
@@ -24,7 +27,7 @@ def spec(name, *shape, dtype=np.float32):
 
 
 def text_model(path):
-    """The mean over the steps of embedded and multiplied tokens; `ids` and `kinds` have two open lengths."""
+    """Write a model of embedded tokens; `ids` and `kinds` have two dynamic dimensions."""
     nodes = [
         helper.make_node("Gather", ["e", "ids"], ["g"]),
         helper.make_node("MatMul", ["g", "w"], ["a"]),
@@ -72,34 +75,34 @@ def here(tmp_path, monkeypatch):
         ({"calib": "t.npz", "keep_macs": 0.6, "input_shape": ["ids=1x9"]}, ((1, 9), (1, 5))),
     ],
 )
-def test_where_an_export_takes_its_shapes_from(here, options, expected):
+def test_the_source_of_the_shapes_of_an_export(here, options, expected):
     report = export("m.onnx", "b", measure=False, allow_shared_data=True, **options)
     assert (report.probe_shapes["ids"], report.probe_shapes["kinds"]) == expected
     steps = expected[0][1]
     assert report.dense.macs == steps * 64 * 48
 
 
-def test_the_readmes_own_line_and_verify(here, capsys):
+def test_the_command_of_the_readme_and_verify(here, capsys):
     size = (here / "m.onnx").stat().st_size - 2000
     assert run(["export", "m.onnx", "--calib", "t.npz", "--max-size", f"{size}B", "--no-bench", "-o", "b"]) == 0
     assert run(["verify", "b"]) == 0
     assert "not checked  MACs" not in capsys.readouterr().out
 
 
-def test_an_export_is_timed_with_the_batch_that_is_asked_for(here):
-    options = {"bench_batch": 4, "bench_seconds": 0.1, "smaller_is_enough": True}
+def test_an_export_is_timed_with_the_requested_batch(here):
+    options = {"bench_batch": 4, "bench_seconds": 0.1, "allow_slower": True}
     report = export("m.onnx", "b", calib="t.npz", keep_macs=0.6, **options)
     assert report.latency.inputs == {"ids": "int64 (4, 12)", "kinds": "float32 (4, 5)"}
     assert report.latency.batch == 4
 
 
-def test_a_sweep_takes_them_too(here):
+def test_a_sweep_gets_its_shapes_from_data(here):
     found = sweep(
         "m.onnx",
         "s",
         calib="t.npz",
         points=2,
-        smaller_is_enough=True,
+        allow_slower=True,
         bench_batch=3,
         bench_seconds=0.1,
         cost_budget=0.1,
@@ -110,13 +113,13 @@ def test_a_sweep_takes_them_too(here):
     assert read_report(Path("s/point-01")).probe_shapes["ids"] == (2, 12)
 
 
-def test_data_that_do_not_fit_say_so_and_not_that_a_shape_is_missing(here):
+def test_data_that_do_not_fit_are_the_reason_in_the_message(here):
     np.savez("bad.npz", ids=IDS * 1.0, kinds=np.ones((64, 5), np.float32))
     with pytest.raises(UsageError, match=r"^--calib: .*ids: int64 \(n, s\), but the data are float64"):
         export("m.onnx", "b", calib="bad.npz", keep_macs=0.6, measure=False)
 
 
-def test_a_shape_and_feeds_of_another_one_contradict_each_other(here):
+def test_a_shape_and_different_feeds_are_refused(here):
     with pytest.raises(UsageError, match=r"ids is \(3, 4\) in --feeds, but \(1, 9\) in --input-shape"):
         export("m.onnx", "b", rank="50%", feeds="f.npz", input_shape=["ids=1x9"], measure=False)
 
@@ -135,8 +138,8 @@ def test_a_shape_and_feeds_of_another_one_contradict_each_other(here):
         [spec("k"), spec("ids", "n", "s")],
     ],
 )
-def test_what_the_message_says_to_type_is_taken(specs):
-    """The shapes of the message, typed, are enough; and each input that they are for is named."""
+def test_the_shapes_in_the_message_are_accepted(specs):
+    """The shapes in the message are sufficient, and it names each input."""
     unsettled = unsettled_inputs(specs)
     for batch in (1,) if specs[0].shape[:1] == (1,) else (1, 2):
         with pytest.raises(UsageError, match=r"leaves ax[ie]s .* open; give its whole shape") as caught:
@@ -149,7 +152,7 @@ def test_what_the_message_says_to_type_is_taken(specs):
         check_feeds(specs, feeds, "m.onnx")
 
 
-def test_sizes_that_would_do():
+def test_suggested_sizes():
     def typed(*dims, name="x"):
         with pytest.raises(UsageError) as caught:
             random_feeds([spec(name, *dims)], 2, 0)
@@ -161,13 +164,13 @@ def test_sizes_that_would_do():
     assert typed("n", 4, "past_length", 64, name="past_key") == "2x4x1x64"
 
 
-def test_symbols_that_a_shape_settles_are_not_asked_for():
+def test_dimensions_fixed_by_a_shape_are_not_requested():
     specs = [spec("ids", "n", "s"), spec("mask", "n", "s"), spec("other", "n", "t")]
     assert unsettled_inputs(specs) == {"ids", "mask", "other"}
     assert unsettled_inputs(specs, {"ids": (1, 5)}) == {"other"}
     assert unsettled_inputs([spec("x", "n", 3), spec("k")]) == set()
 
 
-def test_examples_stand_behind_what_is_typed(here):
+def test_examples_follow_the_typed_shapes(here):
     feeds = probe_feeds(here / "m.onnx", 0, {"ids": (5, 3)}, None, {"ids": (1, 12), "kinds": (1, 4)})
     assert (feeds["ids"].shape, feeds["kinds"].shape) == ((5, 3), (5, 4))

@@ -1,4 +1,4 @@
-"""A weight with several users never gets a copy or a second pair of factors that grows the file."""
+"""A weight with several users is not copied, and has one pair of factors."""
 
 import numpy as np
 import onnx
@@ -49,7 +49,7 @@ def no_claim_is_broken(folder):
     return not [claim for claim in rsi_deploy.verify(folder).claims if claim.status == "broken"]
 
 
-# BatchNormalizations behind Convs that share something
+# BatchNormalizations after Convs that share something
 
 LEVELS, OUT = 3, 32
 
@@ -60,7 +60,7 @@ def statistics(name, seed):
 
 
 def heads(path, *, weights=("w",) * LEVELS, norms=range(LEVELS), bias="", plain=()):
-    """One Conv a level; those in `plain` have no BatchNormalization behind them."""
+    """Write a model with a Conv for each level; those in `plain` have no BatchNormalization after them."""
     constants = {name: weight(OUT, 16, 3, 3, seed=i) for i, name in enumerate(dict.fromkeys(weights))}
     constants |= {"bias": weight(OUT)} if bias else {}
     nodes, shapes = [], {}
@@ -105,8 +105,8 @@ def test_a_shared_conv_weight_is_not_copied(tmp_path, how, norms_left):
 
 
 @pytest.mark.parametrize("users", [2, 4, 12])
-def test_statistics_in_common_are_folded_where_that_pays(tmp_path, users):
-    """A bias each costs as much as one vector of the four that go."""
+def test_shared_statistics_are_folded_if_that_saves_parameters(tmp_path, users):
+    """Folding adds a bias for each Conv and removes four shared vectors."""
     path = heads(tmp_path / "m.onnx", weights=[f"w{i}" for i in range(users)], norms=[0] * users)
     rsi_deploy.rewrite(path, tmp_path / "small.onnx", rank="10%", include=["w0"])
     small, given = initializers(tmp_path / "small.onnx"), initializers(path)
@@ -187,7 +187,7 @@ def test_a_weight_used_both_ways_has_one_pair_of_factors(tmp_path, uses):
 
 
 def test_the_factors_of_both_ways_are_those_of_one_weight(tmp_path):
-    """At a low rank the model is the dense one with the low-rank weight in both places."""
+    """At a low rank the model equals the dense one with the low-rank weight in both places."""
     path = saved(tmp_path / "m.onnx", USES["Gemm twice"], {"x": [3, IN], "y": [3, IN]}, {"w": weight(IN, 96)})
     report = exported(path, method="svd")
     assert report.compressed.params == 24 * (IN + 96)
@@ -226,7 +226,7 @@ def test_the_factors_of_both_ways_are_those_of_one_weight(tmp_path):
         ),
     ],
 )
-def test_what_no_pair_serves_stays_dense_with_the_reason(tmp_path, nodes, constants, shapes):
+def test_uses_that_no_pair_of_factors_serves_stay_dense(tmp_path, nodes, constants, shapes):
     nodes = [*nodes, node("MatMul", ["z", "other"], ["o"])]
     shapes = {**shapes, "z": [1, 64], "o": [1, 64]}
     report = exported(saved(tmp_path / "m.onnx", nodes, shapes, {**constants, "other": weight(64, 64)}))
@@ -254,7 +254,7 @@ def test_a_plan_fitted_to_data_splits_a_weight_of_both_ways_once(tmp_path):
 
 
 class Heads(nn.Module):
-    """One Conv, a BatchNorm a call."""
+    """A Conv with a different BatchNorm for each call."""
 
     input_shape = (1, 16, 8, 8)
 
@@ -268,7 +268,7 @@ class Heads(nn.Module):
 
 
 class Past(nn.Module):
-    """A Conv whose weight the model uses past its BatchNorm, too."""
+    """A Conv whose weight is also used without its BatchNorm."""
 
     input_shape = (1, 16, 8, 8)
 
@@ -281,7 +281,7 @@ class Past(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """A decoder that is its encoder's transpose."""
+    """A decoder whose weight is the transpose of the encoder's."""
 
     input_shape = (1, IN)
 
@@ -294,7 +294,7 @@ class Autoencoder(nn.Module):
 
 
 class Conv1D(nn.Module):
-    """As in transformers: the weight is (in, out)."""
+    """The layer of transformers with a weight (in, out)."""
 
     def __init__(self, out, into):
         super().__init__()
@@ -328,7 +328,7 @@ def test_torch_models_that_share_a_weight_shrink(tmp_path, make, weights):
 
 
 @pytest.mark.parametrize("way", ["compress_", "fold_batch_norms_"])
-def test_a_weight_that_is_read_past_its_layer_is_not_folded(way):
+def test_a_weight_with_another_use_is_not_folded(way):
     module = evaluated(Past)
     x = torch.randn(2, *module.input_shape[1:])
     with torch.inference_mode():
@@ -340,7 +340,7 @@ def test_a_weight_that_is_read_past_its_layer_is_not_folded(way):
         torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_tied_torch_layers_that_use_a_weight_otherwise_stay_dense():
+def test_tied_torch_layers_with_other_uses_stay_dense():
     linear, turned = nn.Linear(48, 32), Conv1D(48, 32)
     grouped = nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 3, groups=2)
     turned.weight, grouped[1].weight = linear.weight, grouped[0].weight

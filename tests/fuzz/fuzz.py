@@ -16,7 +16,7 @@ MEMORY_MB = 2048
 
 
 def main() -> None:
-    """Read the options, write the seeds into the corpus, fuzz."""
+    """Read the options, write the seeds into the corpus, and fuzz."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target")
     parser.add_argument("file", nargs="?", help="bytes of a finding: run them once")
@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     import atheris
 
-    sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # what tests share; samples
+    sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # shared test modules; samples
     with atheris.instrument_imports(include=["rsi_deploy", "graph_passes"]):
         from fuzz_targets import TARGETS, seeds
 
@@ -37,7 +37,7 @@ def main() -> None:
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(seeds(options.target)):
         (corpus / f"seed-{number}").write_bytes(seed)
-    target(next(seeds(options.target)))  # what is imported late must not count as a hang
+    target(next(seeds(options.target)))  # late imports must not count as a hang
     limits = [f"-max_total_time={options.seconds}", f"-timeout={HANG_S}", f"-rss_limit_mb={MEMORY_MB}"]
     atheris.Setup([sys.argv[0], str(corpus), *limits, "-max_len=16384", "-print_final_stats=1"], target)
     atheris.Fuzz()

@@ -1,4 +1,4 @@
-"""Valid models and documents that fuzzing starts from, made when they are asked for: nothing is stored."""
+"""Valid models and documents from which fuzzing starts. They are made when they are needed."""
 
 import datetime
 import functools
@@ -33,7 +33,7 @@ TEXTS = {
 
 
 def weights() -> dict[str, np.ndarray]:
-    """Of the models above, by name."""
+    """Return the weights of the models above by name."""
     random = np.random.default_rng(0)
     shapes = {"w": (8, 8), "v": (8,), "k": (4, 4, 3, 3), "s": (4,), "h": (6, 2, 1, 1), "t": (6, 3, 2, 2), "f": (64,)}
     made = {name: np.abs(random.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
@@ -42,7 +42,7 @@ def weights() -> dict[str, np.ndarray]:
 
 @functools.cache
 def models() -> tuple[ModelProto, ...]:
-    """One of every family: products, convolutions, weights behind layout operators, branches, functions."""
+    """Return a model of every family: products, convolutions, layout operators, branches, functions."""
     made = []
     for name, text in TEXTS.items():
         imports = '["" : 17, "local" : 1]' if name == "function" else '["" : 17]'
@@ -57,7 +57,7 @@ def models() -> tuple[ModelProto, ...]:
 
 @functools.cache
 def bundle() -> Path:
-    """A bundle of a small model, made by `export` and kept while the process lives."""
+    """Return the bundle of a small model, made once by `export`."""
     folder = Path(tempfile.mkdtemp(prefix="rsi-fuzz-"))
     onnx.save(models()[0], folder / "m.onnx")
     rsi_deploy.export(str(folder / "m.onnx"), folder / "b", rank=2, measure=False, allow_larger=True)
@@ -66,7 +66,7 @@ def bundle() -> Path:
 
 @functools.cache
 def documents() -> dict[str, tuple[dict, ...]]:
-    """Target -> valid documents."""
+    """Return target -> valid documents."""
     report = json.loads((bundle() / "report.json").read_text())
     return {
         "report": (report,),
@@ -82,13 +82,13 @@ def documents() -> dict[str, tuple[dict, ...]]:
 
 
 def plan() -> dict:
-    """For the sites `w` and `k`."""
+    """Return a plan for the sites `w` and `k`."""
     sites = {"w": {"form": "matmul", "rank": 2, "reason": "asked"}, "k": {"form": "dense"}}
     return {"schema_version": 1, "tool": "t", "source_hash": "0" * 64, "sites": sites}
 
 
 def costs() -> CostTable:
-    """Of two sites of one shape."""
+    """Return a cost table of two sites of one shape."""
     conditions = Conditions(
         cpu="a cpu", cores=2, cpu_flags=("avx2",), gpus=(), onnxruntime={"onnxruntime": "1"}, provider="cpu", threads=2
     )
@@ -115,13 +115,13 @@ def costs() -> CostTable:
 
 
 def preprocessing() -> dict:
-    """With every field."""
+    """Return a preprocessing with every field."""
     steps = rsi_deploy.Preprocessing(resize=8, crop=(6, 6), mean=(0.5,), std=(0.2,))
     return steps.model_dump(mode="json")
 
 
 def sweep(report: dict) -> dict:
-    """Of two points, the second of which no plan reached."""
+    """Return a sweep of two points; no plan reaches the second one."""
     size = {"bytes": 700, "params": 60, "macs": 60}
     point = {"number": 1, "share": 0.5, "folder": "point-1", "size": size, "top1": 90.0, "splits": 2}
     return {

@@ -1,4 +1,4 @@
-"""What is fuzzed: each target takes bytes, and whatever it raises is a finding.
+"""The fuzz targets. Each takes bytes; any exception that it raises is a finding.
 
     onnx       a model file: inspected, its inputs drawn, compressed to rank 1
     runtime    a model file that passes the reader: onnx's checker and an onnxruntime session, both native code
@@ -43,19 +43,20 @@ from rsi_deploy.report.sweep_schema import read_sweep
 from rsi_deploy.report.tables.bench import print_document
 from rsi_deploy.report.tables.costs import print_costs
 from rsi_deploy.report.tables.report import print_report
-from rsi_deploy.runtime.feeds.inputs import model_inputs, random_feeds
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
 from rsi_deploy.runtime.sessions import make_session
 from rsi_deploy.serving.bundles import open_bundle
 
 PASSED_OVER: tuple[type[Exception], ...] = (RsiDeployError,)
-"""What may come of a hostile file; a test takes it away for files that are good."""
+"""Errors that a hostile file may cause; a test removes them for valid files."""
 
 SITES = {"w": {"matmul": 8}, "k": {}}
-"""Forms and full ranks that plans are held against."""
+"""Forms and full ranks of the sites of plans."""
 
 
 def onnx_target(data: bytes) -> None:
-    """A model file, through what every verb does with one."""
+    """Run a model file through the steps that all verbs share."""
     with _folder() as folder:
         path = _model(data, folder)
         for use in (_inspected, _fed, _compressed):
@@ -64,35 +65,35 @@ def onnx_target(data: bytes) -> None:
 
 
 def runtime_target(data: bytes) -> None:
-    """A model file that the reader lets pass, through native code; there a finding may end the process."""
+    """Run a model file that the reader accepts through native code; a finding may end the process."""
     with _folder() as folder, contextlib.suppress(*PASSED_OVER):
         path = _model(data, folder)
         check_file(path)
-        with contextlib.suppress(Exception):  # as `verify` does: what counts here is whether the process lives
+        with contextlib.suppress(Exception):  # as `verify` does; a finding is a process that ends
             onnx.checker.check_model(str(path), full_check=True)
         make_session(path, threads=1)
 
 
 def report_target(data: bytes) -> None:
-    """A bundle whose report.json anybody may have written."""
+    """Read a bundle with a changed report.json."""
     with _folder() as folder:
         copy = folder / "b"
         shutil.copytree(bundle(), copy)
         (copy / "report.json").write_bytes(_document(data, "report"))
-        write_manifest(copy)  # of the changed report, or nothing would look further than that
+        write_manifest(copy)  # so that the check of hashes passes
         for use in (_shown_report, rsi_deploy.verify, open_bundle):
             with contextlib.suppress(*PASSED_OVER):
                 use(copy)
 
 
 def plan_target(data: bytes) -> None:
-    """A plan."""
+    """Read a plan."""
     with _file(data, "plan") as path:
         check_plan(read_plan(path), SITES.items())
 
 
 def cost_target(data: bytes) -> None:
-    """A table of times."""
+    """Read a cost table."""
     with _file(data, "cost") as path:
         table = read_cost_table(path)
         print_costs(_console(), table)
@@ -106,7 +107,7 @@ def cost_target(data: bytes) -> None:
 
 
 def config_target(data: bytes) -> None:
-    """The smaller documents; the first byte says which."""
+    """Read one of the smaller documents; the first byte selects it."""
     uses: tuple[Callable[[Path], object], ...] = (_preprocessing, _sweep, check_manifest_of, _bench)
     number = data[0] % len(uses) if data else 0
     with _folder() as folder:
@@ -127,7 +128,7 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
 
 
 def seeds(target: str) -> Iterator[bytes]:
-    """Bytes that make valid input of the target, and some that choose."""
+    """Yield bytes that are valid input of the target, and bytes that select changes."""
     if target in ("onnx", "runtime"):
         yield from (b"\0" + model.SerializeToString() for model in models())
     elif target != "config":
@@ -139,7 +140,7 @@ def seeds(target: str) -> Iterator[bytes]:
 
 
 def _model(data: bytes, folder: Path) -> Path:
-    """The file that the bytes make: as they are, or a seed changed as they choose."""
+    """Write the bytes, or a seed that they change, as a model file."""
     path = folder / "m.onnx"
     if data[:1] and data[0] % 2:
         seed = models()[data[1] % len(models()) if data[1:] else 0]
@@ -187,7 +188,7 @@ def _sweep(path: Path) -> None:
 
 
 def check_manifest_of(path: Path) -> None:
-    """The folder's files against the manifest."""
+    """Check a folder against its manifest."""
     _ = check_manifest(path.parent).summary
 
 
@@ -216,7 +217,7 @@ def _folder() -> Iterator[Path]:
 
 
 def shown_input(target: str, data: bytes) -> Any:
-    """What the bytes of a finding make: a model, or a document's text."""
+    """Return the model or the document of a finding."""
     if target not in ("onnx", "runtime"):
         number = data[0] % 4 if target == "config" and data else 0
         return _document(data[1:] if target == "config" else data, target, number)

@@ -1,4 +1,4 @@
-"""Bytes as a list of choices: what they make of a valid model or document. The same bytes make the same.
+"""Mutations of valid models and documents. The bytes select them, so equal bytes give equal results.
 
     model       any field of any message, found by protobuf's own description of it: names, dims, types, attributes,
                 edges, tensors, subgraphs, functions; set, emptied, doubled, moved, taken from elsewhere
@@ -21,30 +21,30 @@ MOST = 4  # mutations
 
 
 class Choices:
-    """Numbers from bytes; zeros when they are used up."""
+    """Numbers from bytes, and zeros after their end."""
 
     def __init__(self, data: bytes):
         self._data, self._at = data, 0
 
     def number(self, below: int) -> int:
-        """One of `below` numbers."""
+        """Return a number from 0 to `below` - 1."""
         size = 1 if below <= 256 else 2
         taken = self._data[self._at : self._at + size]
         self._at += size
         return int.from_bytes(taken, "little") % max(below, 1)
 
     def of(self, options: Any) -> Any:
-        """One of them."""
+        """Return one of the items."""
         return options[self.number(len(options))]
 
     @property
     def left(self) -> bool:
-        """Whether any byte is left."""
+        """Whether bytes are left."""
         return self._at < len(self._data)
 
 
 def mutated_model(model: ModelProto, data: bytes) -> ModelProto:
-    """A copy of the model with a few of its fields changed."""
+    """Return a copy of the model with a few changed fields."""
     made = ModelProto()
     made.CopyFrom(model)
     choices = Choices(data)
@@ -56,7 +56,7 @@ def mutated_model(model: ModelProto, data: bytes) -> ModelProto:
 
 
 def mutated_document(document: Any, data: bytes) -> Any:
-    """A copy of the document with a few of its values changed."""
+    """Return a copy of the document with a few changed values."""
     made = copy.deepcopy(document)
     choices = Choices(data)
     for _ in range(1 + choices.number(MOST)):
@@ -66,7 +66,7 @@ def mutated_document(document: Any, data: bytes) -> Any:
 
 
 def _mutate(message: Message, choices: Choices, words: list[str]) -> None:
-    """Go down to some field and change it."""
+    """Select a field at any depth and change it."""
     while True:
         fields = message.DESCRIPTOR.fields
         present = [field for field, _ in message.ListFields()]
@@ -120,7 +120,7 @@ def _mutate_list(values: Any, field: Any, choices: Choices, words: list[str]) ->
 
 
 def _scalar(field: Any, old: Any, choices: Choices, words: list[str]) -> Any:
-    """Another value of the field's type."""
+    """Return another value of the field's type."""
     kind = field.cpp_type
     if kind == field.CPPTYPE_STRING:
         if field.type == field.TYPE_BYTES:
@@ -151,7 +151,7 @@ def _texts(message: Message) -> list[str]:
 
 
 def _change(value: Any, choices: Choices) -> None:
-    """Go down to some value of a document and change it."""
+    """Select a value at any depth and change it."""
     while True:
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
         if not keys:
@@ -180,7 +180,7 @@ def _change(value: Any, choices: Choices) -> None:
 
 
 def _any(old: Any, choices: Choices) -> Any:
-    """Another value, often of the type that stood there."""
+    """Return another value, often of the same type."""
     same = choices.number(4)
     if same and isinstance(old, bool):
         return not old

@@ -1,4 +1,4 @@
-"""What fuzzing found, each made when the test runs: all of it ended in something that was none of our errors."""
+"""Findings of fuzzing. Each input once ended in an exception that was none of our errors."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ import graph_passes as gp
 
 
 def conv(proto):
-    """The seed with a Conv, by the value that it makes."""
+    """Return the Conv of a seed by its output."""
     return next(node for node in proto.graph.node if node.op_type == "Conv")
 
 
@@ -40,7 +40,7 @@ def an_input_of_no_type(proto):
 
 
 def a_name_that_is_no_utf8(proto):
-    """protobuf reads it as bytes; it is written as a name of as many ASCII characters first."""
+    """Write an ASCII name of the same length first, and replace its bytes."""
     proto.graph.node[0].name = "LATIN"
 
 
@@ -55,7 +55,7 @@ def an_input_of_a_conv_that_is_a_scalar(proto):
 
 
 def a_weight_transposed_to_fewer_axes(proto):
-    """The weight through Reshape and Transpose, as before, but of three axes before and two behind."""
+    """The weight has three axes before the Reshape and Transpose, and two after them."""
     shape = next(weight for weight in proto.graph.initializer if weight.name == "q")
     shape.CopyFrom(numpy_helper.from_array(np.array([8, 8, 1]), "q"))
     turned = next(node for node in proto.graph.node if node.op_type == "Transpose")
@@ -64,7 +64,7 @@ def a_weight_transposed_to_fewer_axes(proto):
 
 
 def a_product_of_a_weight_alone(proto):
-    """Of no opset that there is: no schema counts its inputs."""
+    """The opset does not exist, so no schema has the number of inputs."""
     proto.opset_import[0].version = 0
     del proto.graph.node[1].input[0]
 
@@ -75,20 +75,20 @@ def an_attribute_of_another_type(proto):
     alpha.CopyFrom(AttributeProto(name="alpha", type=AttributeProto.GRAPHS))
 
 
-def a_graph_that_refers_to_a_function_that_is_none(proto):
-    """Only a function's nodes have attributes of a caller's to refer to."""
+def an_attribute_reference_outside_a_function(proto):
+    """Only nodes of a function may refer to attributes of a caller."""
     proto.graph.node[0].attribute.add(name="body", type=AttributeProto.GRAPH, ref_attr_name="body")
 
 
-def a_graph_that_a_function_is_to_be_given(proto):
-    """Of an operator that nobody knows, in every function there is, and nobody gives it."""
+def a_graph_attribute_that_no_caller_passes(proto):
+    """An unknown operator in every function refers to a graph attribute that no caller passes."""
     assert proto.functions
     for function in proto.functions:
         node = function.node.add(op_type="Unknown", domain="nowhere", input=function.input[:1], output=["unused"])
         node.attribute.add(name="body", type=AttributeProto.GRAPH, ref_attr_name="body")
 
 
-MODELS = {  # seed -> what was done to it
+MODELS = {  # seed -> change
     "a branch whose output is a scalar": (4, lambda proto: None),
     "a segment": (0, a_segment),
     "a device without a name": (0, a_device_without_a_name),
@@ -98,17 +98,17 @@ MODELS = {  # seed -> what was done to it
     "a product of a weight alone": (1, a_product_of_a_weight_alone),
     "an attribute of another type": (1, an_attribute_of_another_type),
     "a weight transposed to fewer axes": (3, a_weight_transposed_to_fewer_axes),
-    "a graph that refers to a function that is none": (0, a_graph_that_refers_to_a_function_that_is_none),
-    "a graph that a function is to be given": (6, a_graph_that_a_function_is_to_be_given),
+    "a graph that refers to a function that is none": (0, an_attribute_reference_outside_a_function),
+    "a graph that a function is to be given": (6, a_graph_attribute_that_no_caller_passes),
     "a conv's input that is a scalar": (2, an_input_of_a_conv_that_is_a_scalar),
 }
 
 
 @pytest.mark.parametrize("target", ["onnx", "runtime"])
 @pytest.mark.parametrize("case", MODELS)
-def test_a_model_ends_well(case, target, monkeypatch):
-    """By what was mended, not because onnx's checker is asked in the end: a traceback stays one here."""
-    monkeypatch.setattr("rsi_deploy.io.onnx_checks.broken_models.objection", lambda path: None)
+def test_a_changed_model_is_handled(case, target, monkeypatch):
+    """The result must come from our own checks and not from onnx's checker."""
+    monkeypatch.setattr("rsi_deploy.io.onnx_checks.broken_models.checker_error", lambda path: None)
     number, change = MODELS[case]
     made = ModelProto()
     made.CopyFrom(models()[number])
@@ -117,7 +117,7 @@ def test_a_model_ends_well(case, target, monkeypatch):
 
 
 def reasons(proto):
-    """Why nodes are not split, on a line each."""
+    """Return the reason why each node is not split, a line each."""
     return "\n".join(entry.reason for entry in gp.find_sites(ir.from_proto(proto)) if isinstance(entry, gp.Skip))
 
 
@@ -139,14 +139,14 @@ def test_a_broken_node_stays_dense_with_its_reason(case, reason):
 
 
 def without(document, *path):
-    """The last of the path taken out of the document."""
+    """Return the document without the last key of the path."""
     for key in path[:-1]:
         document = document[key]
     del document[path[-1]]
 
 
 def put(document, value, *path):
-    """The last of the path set."""
+    """Return the document with the last key of the path set."""
     for key in path[:-1]:
         document = document[key]
     document[path[-1]] = value
@@ -176,7 +176,7 @@ DOCUMENTS = {
 
 
 @pytest.mark.parametrize("case", DOCUMENTS)
-def test_a_document_ends_well(case):
+def test_a_changed_document_is_handled(case):
     target, number, change = DOCUMENTS[case]
     document = copy.deepcopy(documents()[target][number])
     change(document)

@@ -1,4 +1,4 @@
-"""A short run of every fuzz target with the same bytes each time; `make fuzz` is the long one.
+"""A short run of every fuzz target with fixed bytes; `make fuzz` is the long run.
 
 Whatever a target raises is a finding, and so is what takes longer than 10 s.
 """
@@ -31,13 +31,13 @@ quiet = settings(
 
 
 def whole(target):
-    """The seeds that are files as they are, not choices of changes."""
+    """Return the seeds that are valid files, without those that select changes."""
     return [seed for seed in seeds(target) if seed[1 if target == "config" else 0] == 0]
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_valid_files_are_taken(target, monkeypatch):
-    """With nothing passed over: an error of ours is a false refusal here."""
+def test_valid_files_are_accepted(target, monkeypatch):
+    """Any of our own errors is a false refusal here."""
     monkeypatch.setattr(fuzz_targets, "PASSED_OVER", ())
     files = whole(target)
     assert len(files) >= 1
@@ -46,7 +46,7 @@ def test_valid_files_are_taken(target, monkeypatch):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_refusal_of_a_valid_file_would_be_seen(target, monkeypatch):
+def test_a_refusal_of_a_valid_file_is_noticed(target, monkeypatch):
     monkeypatch.setattr(fuzz_targets, "PASSED_OVER", ())
     file = whole(target)[0]
     with pytest.raises(RsiDeployError):
@@ -54,8 +54,8 @@ def test_a_refusal_of_a_valid_file_would_be_seen(target, monkeypatch):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_changed_files_end_well(target):
-    """Success, or one of our own errors."""
+def test_changed_files_are_handled(target):
+    """The result is success or one of our own errors."""
 
     @settings(quiet, max_examples=EXAMPLES[target])
     @given(st.binary(min_size=2, max_size=48))
@@ -66,8 +66,8 @@ def test_changed_files_end_well(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_damaged_bytes_end_well(target):
-    """Valid files with a byte changed, or cut off."""
+def test_damaged_bytes_are_handled(target):
+    """Valid files with a changed byte, or cut off."""
     files = whole(target)
 
     @settings(quiet, max_examples=40)
@@ -81,13 +81,13 @@ def test_damaged_bytes_end_well(target):
 
 @settings(quiet, max_examples=100)
 @given(cases(), st.binary(max_size=40))
-def test_changed_graphs_of_every_form_end_well(case, data):
-    """Names, dims, types, attributes, edges, tensors, subgraphs, functions of valid graphs, changed."""
+def test_changed_graphs_of_every_form_are_handled(case, data):
+    """Changed names, dims, types, attributes, edges, tensors, subgraphs and functions of valid graphs."""
     onnx_target(b"\0" + mutated_model(case.proto, data).SerializePartialToString())
 
 
-def test_a_target_lets_other_errors_out(monkeypatch):
-    """The runs above can fail: an error that is none of ours comes through."""
+def test_a_target_raises_other_errors(monkeypatch):
+    """The tests above can fail: an exception that is none of our errors is raised."""
 
     def broken(*args, **options):
         raise IndexError("a defect")
@@ -100,7 +100,7 @@ def test_a_target_lets_other_errors_out(monkeypatch):
 @given(st.binary(max_size=40))
 @settings(quiet, max_examples=50)
 def test_bytes_are_choices(data):
-    """The same bytes make the same, and the seed stays as it was."""
+    """Equal bytes give equal results, and the seed is not changed."""
     for model in models():
         before = model.SerializeToString(deterministic=True)
         made = [mutated_model(model, data).SerializePartialToString(deterministic=True) for _ in range(2)]
@@ -111,7 +111,7 @@ def test_bytes_are_choices(data):
 
 
 def test_mutations_change_something():
-    """Of many byte strings most make another model and another document."""
+    """Most byte strings change the model and the document."""
     plan = documents()["plan"][0]
     changed = [
         mutated_model(models()[0], bytes([n, 3 * n % 256, 7 * n % 256, n // 2])) != models()[0] for n in range(256)
@@ -120,6 +120,6 @@ def test_mutations_change_something():
     assert sum(mutated_document(plan, bytes([n, 5 * n % 256, 3])) != plan for n in range(256)) > 150
 
 
-def test_a_finding_can_be_looked_at():
+def test_a_finding_can_be_shown():
     assert shown_input("onnx", b"\1\0\5\6\7").graph.node
     assert shown_input("config", b"\0\0{}") == b"{}"

@@ -17,10 +17,10 @@ from onnx import numpy_helper
 from onnx.backend.test import loader
 from onnx.backend.test.case.node import collect_testcases
 
-from graph_passes.split_all import FAMILIES, UNSPLIT
+from graph_passes.operators import PASSES, UNSPLIT
 
 FOLDERS = ("simple", "pytorch-converted", "pytorch-operator")
-WEIGHT_OPERANDS = {(family.domain, family.op_type): family.operands for family in FAMILIES} | dict(UNSPLIT)
+WEIGHT_OPERANDS = {(each.domain, each.op_type): each.operands for each in PASSES} | dict(UNSPLIT)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from graph_passes.axis_rules.values import BatchPlace
 from graph_passes.batch_axis import find_batch_axes, prove
-from graph_passes.batch_axis.values import BatchPlace
 
 NUMBER = "s = Shape(x)\n n = Gather(s, c0)\n "  # of samples, [n]
 COUNT = NUMBER + "count = Squeeze(n)\n each = Range(s0, count, s1)\n "  # 0 to n - 1

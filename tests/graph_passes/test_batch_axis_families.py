@@ -8,8 +8,8 @@ import torchvision
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
 from torch import nn
 
+from graph_passes.axis_rules.values import BatchPlace
 from graph_passes.batch_axis import prove
-from graph_passes.batch_axis.values import BatchPlace
 from rsi_deploy import export
 from rsi_deploy.io.onnx_reader import read_graph
 from samples.digits import cnn, vit

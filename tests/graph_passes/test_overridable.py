@@ -6,7 +6,8 @@ import onnx_ir as ir
 import pytest
 from split_checks import assert_same_at_full_rank, assert_sound, error, full_rank, graph, numbers, ops, run, splits
 
-from graph_passes import Dense, FoldBatchNormPass, Site, SplitMatMulPass, find_sites, split
+from graph_passes import Dense, FoldBatchNormPass, Site, find_sites, split
+from graph_passes.split_matmul import SplitMatMulPass
 
 REASON = "overridable: the weight is a graph input too, remove it from the inputs"
 

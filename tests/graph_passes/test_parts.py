@@ -4,10 +4,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graph_passes import Factors, SplitGemmPass
+from graph_passes import Factors
 from graph_passes.constants import add_constant
 from graph_passes.parts import Parts, Store
 from graph_passes.records import in_memory
+from graph_passes.split_gemm import SplitGemmPass
 from graph_passes.survey import survey
 
 TEXT = f"""

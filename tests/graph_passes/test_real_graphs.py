@@ -11,7 +11,7 @@ import pytest
 from split_checks import error, full_rank
 
 from graph_passes import Factors, FoldBatchNormPass, Split, split
-from graph_passes.split_all import FAMILIES, UNSPLIT
+from graph_passes.operators import PASSES, UNSPLIT
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data" / "onnx"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no model files in {FOLDER}")
@@ -62,7 +62,7 @@ def test_full_rank(name, fold):
     assert kinds == expected_records
     nodes = Counter(node.op_type for node in model.graph.all_nodes())
     for operator in {op_type for op_type, _ in expected_records}:
-        twice = 2 if any(operator == family.op_type for family in FAMILIES) else 1
+        twice = 2 if any(operator == each.op_type for each in PASSES) else 1
         assert nodes[operator] >= twice * sum(n for (o, _), n in kinds.items() if o == operator)
     assert all(("", operator) in UNSPLIT or operator in ("MatMul", "Conv") for operator, _ in kinds)
     assert all(error(a, b) <= 1e-4 for a, b in zip(outputs(model, feeds), expected, strict=True))

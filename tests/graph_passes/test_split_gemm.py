@@ -14,7 +14,8 @@ from split_checks import (
     truncated,
 )
 
-from graph_passes import SplitGemmPass, split
+from graph_passes import split
+from graph_passes.split_gemm import SplitGemmPass
 
 BIAS_SHAPES = [None, (), (1,), (4,), (1, 4), (3, 1), (1, 1), (3, 4)]
 

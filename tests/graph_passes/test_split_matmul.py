@@ -15,7 +15,8 @@ from split_checks import (
     truncated,
 )
 
-from graph_passes import Factors, SplitMatMulPass, find_sites, split
+from graph_passes import Factors, find_sites, split
+from graph_passes.split_matmul import SplitMatMulPass
 
 ON_THE_RIGHT = "y = MatMul(x, w)"
 ON_THE_LEFT = "y = MatMul(w, x)"

@@ -12,7 +12,7 @@ import pytest
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.data.array_data import ArrayData
 from rsi_deploy.io.arrays import read_npz
-from rsi_deploy.runtime.feeds.probe import read_feeds
+from rsi_deploy.runtime.feeds.user_feeds import read_feeds
 
 
 class WritesAFile:
@@ -105,7 +105,7 @@ def test_an_archive_that_unpacks_to_far_more(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
 def test_compression_that_numpy_does_not_write(tmp_path, method):
-    with pytest.raises(ValueError, match="not read here"):
+    with pytest.raises(ValueError, match="compression"):
         read_npz(archive(tmp_path / "a.npz", method, x=header((1,)) + bytes(4)))
 
 
@@ -118,16 +118,16 @@ def test_other_archives(tmp_path):
             read_npz(tmp_path / "b.npz")
     with zipfile.ZipFile(tmp_path / "c.npz", "w") as file:
         file.writestr("notes.txt", "text")
-    with pytest.raises(ValueError, match=r"'notes\.txt' in it is no array"):
+    with pytest.raises(ValueError, match=r"'notes\.txt'"):
         read_npz(tmp_path / "c.npz")
     with zipfile.ZipFile(tmp_path / "d.npz", "w") as file:
         file.writestr("x.npy", header((1,)) + bytes(4))
         with pytest.warns(UserWarning, match="Duplicate"):
             file.writestr("x.npy", header((1,)) + bytes(4))
-    with pytest.raises(ValueError, match="holds a name twice"):
+    with pytest.raises(ValueError, match="a name twice"):
         read_npz(tmp_path / "d.npz")
     buffer = io.BytesIO()
     np.save(buffer, np.ones(3))
     (tmp_path / "e.npz").write_bytes(buffer.getvalue())
-    with pytest.raises(ValueError, match="no zip archive"):
+    with pytest.raises(ValueError, match="not a zip archive"):
         read_npz(tmp_path / "e.npz")

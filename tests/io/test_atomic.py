@@ -11,9 +11,9 @@ import pytest
 
 from rsi_deploy.core.errors import GateError, UsageError
 from rsi_deploy.io import atomic, locks
-from rsi_deploy.io.atomic import claimed, exchange, whole_file, write_text
-from rsi_deploy.io.bundle import kept_beside, whole_folder
-from rsi_deploy.io.locks import ScratchFolder, held_signals, remove_if_stale
+from rsi_deploy.io.atomic import atomic_file, claim_output, exchange, write_text
+from rsi_deploy.io.bundle import atomic_folder, finished_results_folder
+from rsi_deploy.io.locks import ScratchFolder, deferred_signals, remove_if_stale
 
 
 def names(folder):
@@ -23,8 +23,8 @@ def names(folder):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from rsi_deploy.io.bundle import whole_folder
-with whole_folder(Path(sys.argv[1]), force=True) as work:
+from rsi_deploy.io.bundle import atomic_folder
+with atomic_folder(Path(sys.argv[1]), force=True) as work:
     (work / "x").write_text("half")
     print("holding", flush=True)
     time.sleep(600)
@@ -33,7 +33,7 @@ with whole_folder(Path(sys.argv[1]), force=True) as work:
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that is making the folder `b`, killed at the end."""
+    """Another process that is writing the folder `b`, killed at the end."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "b"], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "holding\n"
     yield process
@@ -45,8 +45,8 @@ def holder(tmp_path):
 
 
 def test_the_second_run_is_told_before_it_begins(tmp_path, holder):
-    words = f"another run \\(process {holder.pid}\\) is making {tmp_path / 'b'} now"
-    with pytest.raises(UsageError, match=words), whole_folder(tmp_path / "b"):
+    words = f"another run \\(process {holder.pid}\\) is writing {tmp_path / 'b'} now"
+    with pytest.raises(UsageError, match=words), atomic_folder(tmp_path / "b"):
         pytest.fail("both are at work")
     assert (tmp_path / ".b.partial" / "new" / "x").read_text() == "half"  # the first one's work is whole
 
@@ -55,16 +55,16 @@ def test_what_a_killed_run_has_left_is_removed_by_the_next(tmp_path, holder):
     holder.kill()
     holder.wait()
     assert (tmp_path / ".b.partial" / "new" / "x").exists()
-    with whole_folder(tmp_path / "b") as work:
+    with atomic_folder(tmp_path / "b") as work:
         assert not (work / "x").exists()
         (work / "y").write_text("whole")
     assert names(tmp_path) == ["b", "b/y"]
 
 
 def test_one_claim_at_a_time_in_one_process_too(tmp_path):
-    with claimed(tmp_path / "b"), pytest.raises(UsageError, match="is making"), claimed(tmp_path / "b"):
+    with claim_output(tmp_path / "b"), pytest.raises(UsageError, match="is writing"), claim_output(tmp_path / "b"):
         pytest.fail("both are at work")
-    with claimed(tmp_path / "b"), claimed(tmp_path / "c"):
+    with claim_output(tmp_path / "b"), claim_output(tmp_path / "c"):
         pass
     assert names(tmp_path) == []
 
@@ -73,12 +73,12 @@ def _race(path, number, queue):
     won, other = 0, []
     while won < 15:
         try:
-            with whole_folder(path, force=True) as work:
+            with atomic_folder(path, force=True) as work:
                 (work / "who").write_text(str(number))
                 other += [names(work)] if names(work) != ["who"] else []
             won += 1
         except UsageError as error:
-            other += [] if "is making" in str(error) else [str(error)]
+            other += [] if "is writing" in str(error) else [str(error)]
     queue.put((won, other))
 
 
@@ -102,11 +102,14 @@ def test_without_locks_a_folder_that_is_there_is_not_taken(tmp_path, monkeypatch
     monkeypatch.setattr(locks, "fcntl", None)
     if there:
         (tmp_path / ".b.partial" / "new").mkdir(parents=True)
-        with pytest.raises(UsageError, match=r"has no locks to tell. Remove it if no run is"), claimed(tmp_path / "b"):
+        with (
+            pytest.raises(UsageError, match=r"has no locks .* remove it if no other run"),
+            claim_output(tmp_path / "b"),
+        ):
             pytest.fail("it is taken")
         assert (tmp_path / ".b.partial" / "new").exists()
     else:
-        with whole_folder(tmp_path / "b") as work:
+        with atomic_folder(tmp_path / "b") as work:
             (work / "x").write_text("1")
         assert names(tmp_path) == ["b", "b/x"]
 
@@ -129,11 +132,11 @@ def _looked_at(tmp_path):
     context = multiprocessing.get_context("fork")
     stop, queue = context.Event(), context.Queue()
     looker = context.Process(target=_look, args=(tmp_path / "b", stop, queue))
-    with whole_folder(tmp_path / "b") as work:
+    with atomic_folder(tmp_path / "b") as work:
         (work / "x").write_text("whole")
     looker.start()
     for _ in range(300):
-        with whole_folder(tmp_path / "b", force=True) as work:
+        with atomic_folder(tmp_path / "b", force=True) as work:
             (work / "x").write_text("whole")
     stop.set()
     seen = queue.get(timeout=60)
@@ -167,7 +170,7 @@ def test_between_two_renames_the_old_one_comes_back(tmp_path):
     (tmp_path / ".b.partial" / "old").mkdir(parents=True)
     (tmp_path / ".b.partial" / "old" / "x").write_text("old")
     (tmp_path / ".b.partial" / "new").mkdir()
-    with pytest.raises(UsageError, match="is not empty"), whole_folder(tmp_path / "b"):
+    with pytest.raises(UsageError, match="is not empty"), atomic_folder(tmp_path / "b"):
         pytest.fail("the old one is lost")
     assert names(tmp_path) == ["b", "b/x"]
 
@@ -177,21 +180,21 @@ def test_between_two_renames_the_old_one_comes_back(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ZeroDivisionError])
 def test_finished_work_outlives_what_is_no_answer(tmp_path, error):
-    with pytest.raises(error) as caught, whole_folder(tmp_path / "b") as work:
-        kept_beside(work).mkdir()
-        (kept_beside(work) / "site").write_text("1")
+    with pytest.raises(error) as caught, atomic_folder(tmp_path / "b") as work:
+        finished_results_folder(work).mkdir()
+        (finished_results_folder(work) / "site").write_text("1")
         raise error
     assert names(tmp_path / ".b.partial") == ["kept", "kept/site", "lock"]
     (note,) = caught.value.__notes__
     assert f"rm -r {tmp_path / '.b.partial'}" in note
-    with whole_folder(tmp_path / "b") as work:
-        assert (kept_beside(work) / "site").read_text() == "1"
+    with atomic_folder(tmp_path / "b") as work:
+        assert (finished_results_folder(work) / "site").read_text() == "1"
     assert names(tmp_path) == ["b"]
 
 
 def test_finished_work_goes_with_a_request_that_cannot_be_done(tmp_path):
-    with pytest.raises(GateError), whole_folder(tmp_path / "b") as work:
-        kept_beside(work).mkdir()
+    with pytest.raises(GateError), atomic_folder(tmp_path / "b") as work:
+        finished_results_folder(work).mkdir()
         raise GateError("no")
     assert names(tmp_path) == []
 
@@ -201,12 +204,12 @@ def test_finished_work_goes_with_a_request_that_cannot_be_done(tmp_path):
 
 def test_a_signal_waits_until_the_block_has_ended():
     done = []
-    with pytest.raises(KeyboardInterrupt), held_signals():
+    with pytest.raises(KeyboardInterrupt), deferred_signals():
         os.kill(os.getpid(), signal.SIGINT)
         done.append("after it")
     assert done == ["after it"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with held_signals():
+    with deferred_signals():
         pass
 
 
@@ -222,7 +225,7 @@ def test_a_signal_while_the_lock_is_taken_leaves_nothing(tmp_path, monkeypatch, 
     monkeypatch.setattr(atomic, step, struck)
     with pytest.raises(KeyboardInterrupt):
         if step == "_locked":
-            with claimed(tmp_path / "b"):
+            with claim_output(tmp_path / "b"):
                 pytest.fail("the signal is lost")
         else:
             write_text(tmp_path / "b", "lost")
@@ -235,7 +238,7 @@ def test_a_signal_while_the_lock_is_taken_leaves_nothing(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_file_is_whole_or_as_it_was(tmp_path, error):
     write_text(tmp_path / "f.json", "old")
-    with pytest.raises(error), whole_file(tmp_path / "f.json") as work:
+    with pytest.raises(error), atomic_file(tmp_path / "f.json") as work:
         work.write_text("hal")
         assert (tmp_path / "f.json").read_text() == "old"
         raise error
@@ -246,7 +249,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, error):
 
 
 def test_a_files_leftover_is_removed_and_a_living_one_is_not(tmp_path):
-    with whole_file(tmp_path / "f") as living:
+    with atomic_file(tmp_path / "f") as living:
         living.write_text("living")
         stale = tmp_path / ".f.partial-00000000"
         stale.write_text("stale")

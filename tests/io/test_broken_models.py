@@ -5,7 +5,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models, objection
+from rsi_deploy.io.onnx_checks.broken_models import checker_error, explains_broken_models
 
 
 def model_of(op_type, path):
@@ -34,7 +34,7 @@ def test_a_failure_on_an_invalid_model_is_the_models(tmp_path, spelled):
 
 def test_a_failure_on_a_valid_model_stays_what_it_is(tmp_path):
     path = model_of("Relu", tmp_path / "m.onnx")
-    assert objection(path) is None
+    assert checker_error(path) is None
     with pytest.raises(KeyError, match="lost"):
         fails(path, KeyError("lost"))
 

@@ -13,7 +13,7 @@ from rsi_deploy import export
 from rsi_deploy.cli import run
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io import atomic, onnx_file
-from rsi_deploy.io.bundle import check_target, whole_folder
+from rsi_deploy.io.bundle import atomic_folder, check_target
 from rsi_deploy.io.onnx_file import file_bytes, weight_bytes, write_onnx
 from rsi_deploy.onnx_models import factor_source
 
@@ -36,11 +36,11 @@ def place(tmp_path):
     return tmp_path / "out"
 
 
-# -- whole_folder: all or nothing
+# -- atomic_folder: all or nothing
 
 
 def test_a_folder_appears_whole(place):
-    with whole_folder(place / "a" / "b") as work:
+    with atomic_folder(place / "a" / "b") as work:
         assert not (place / "a" / "b").exists()
         assert work.parent.parent == place / "a"  # the same file system: the last step is a rename
         (work / "x").write_text("1")
@@ -50,7 +50,7 @@ def test_a_folder_appears_whole(place):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OSError])
 def test_an_error_leaves_nothing(place, error):
-    with pytest.raises(error), whole_folder(place / "b") as work:
+    with pytest.raises(error), atomic_folder(place / "b") as work:
         (work / "x").write_text("1")
         raise error
     assert tree(place) == {}
@@ -60,7 +60,7 @@ def test_an_error_leaves_nothing(place, error):
 def test_an_error_keeps_what_was_there(place, error):
     (place / "b").mkdir()
     (place / "b" / "old").write_text("old")
-    with pytest.raises(error), whole_folder(place / "b", force=True) as work:
+    with pytest.raises(error), atomic_folder(place / "b", force=True) as work:
         (work / "x").write_text("1")
         raise error
     assert tree(place) == {"b": None, "b/old": b"old"}
@@ -69,7 +69,7 @@ def test_an_error_keeps_what_was_there(place, error):
 def test_force_replaces_the_whole_folder(place):
     (place / "b" / "deep").mkdir(parents=True)
     (place / "b" / "deep" / "old").write_text("old")
-    with whole_folder(place / "b", force=True) as work:
+    with atomic_folder(place / "b", force=True) as work:
         (work / "x").write_text("1")
         assert (place / "b" / "deep" / "old").exists()
     assert tree(place) == {"b": None, "b/x": b"1"}
@@ -89,7 +89,7 @@ def test_a_rename_that_fails_brings_the_old_folder_back(place, monkeypatch, fail
 
     monkeypatch.setattr(atomic, "exchange", lambda *paths: False)  # a system without
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(OSError, match="broken disk"), whole_folder(place / "b", force=True) as work:
+    with pytest.raises(OSError, match="broken disk"), atomic_folder(place / "b", force=True) as work:
         (work / "x").write_text("1")
     assert tree(place) == {"b": None, "b/old": b"old"}
 
@@ -107,11 +107,11 @@ def test_the_old_folder_is_never_deleted_where_it_cannot_come_back(place, monkey
 
     monkeypatch.setattr(atomic, "exchange", lambda *paths: False)
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(OSError, match="broken disk"), whole_folder(place / "b", force=True):
+    with pytest.raises(OSError, match="broken disk"), atomic_folder(place / "b", force=True):
         pass
     assert b"old" in tree(place).values()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="later"), whole_folder(place / "b", force=True):
+    with pytest.raises(ValueError, match="later"), atomic_folder(place / "b", force=True):
         raise ValueError("later")
     assert tree(place) == {"b": None, "b/old": b"old"}  # the next run has brought it back
 
@@ -119,14 +119,14 @@ def test_the_old_folder_is_never_deleted_where_it_cannot_come_back(place, monkey
 def test_an_empty_folder_is_taken_and_a_link_is_followed(place):
     (place / "b").mkdir()
     (place / "link").symlink_to(place / "b")
-    with whole_folder(place / "link") as work:
+    with atomic_folder(place / "link") as work:
         (work / "x").write_text("1")
     assert (place / "link").is_symlink()
     assert (place / "b" / "x").read_text() == "1"
 
 
 def test_a_folder_that_filled_up_meanwhile_is_not_replaced(place):
-    with pytest.raises(UsageError, match="not empty"), whole_folder(place / "b") as work:
+    with pytest.raises(UsageError, match="not empty"), atomic_folder(place / "b") as work:
         (work / "x").write_text("1")
         (place / "b").mkdir()
         (place / "b" / "other").write_text("theirs")
@@ -175,7 +175,7 @@ def test_a_target_whose_replacing_would_take_an_input_is_refused(place):
 def test_an_export_over_its_own_input_is_refused(model, capsys):
     before = tree(model.parent)
     assert run(["export", str(model), "--rank", "4", "-o", str(model.parent), "--no-bench", "--force"]) == 2
-    assert "is read: --force would remove it" in capsys.readouterr().err
+    assert "is an input: --force would remove it" in capsys.readouterr().err
     assert tree(model.parent) == before
 
 

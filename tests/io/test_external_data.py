@@ -51,8 +51,8 @@ def test_a_taken_model_runs_alone(tmp_path):
     model = ir.load(tmp_path / "source.onnx")
     (tmp_path / "out").mkdir()
     with DataFile(tmp_path / "out" / "m.data") as data:
-        data.take_(model)
-        data.take_(model)  # a second time there is nothing left to take
+        data.store_initializers_(model)
+        data.store_initializers_(model)  # a second time there is nothing left to take
     ir.save(model, tmp_path / "out" / "m.onnx")
     assert (tmp_path / "out" / "m.data").stat().st_size == weight.nbytes
     (tmp_path / "source.data").unlink()

@@ -94,7 +94,7 @@ def test_external_data_missing(external):
 def test_external_data_too_short(external):
     data = external.parent / "m.data"
     data.write_bytes(data.read_bytes()[:-1])
-    with pytest.raises(ModelError, match="'m.data' is too short: 255 bytes of 256"):
+    with pytest.raises(ModelError, match="'m.data' is too short: it has 255 of 256 bytes"):
         read_onnx(external)
 
 
@@ -117,7 +117,7 @@ def test_external_data_behind_a_link(external, inside):
 def test_external_data_of_another_length(external):
     with pytest.raises(ModelError, match=r"dims \[8, 8\] \(256 bytes\), but refers to 128 bytes"):
         read_onnx(relocated(external, length=128))
-    with pytest.raises(ModelError, match="is no number"):
+    with pytest.raises(ModelError, match="is not a number"):
         read_onnx(relocated(external, length="many"))
 
 
@@ -135,7 +135,7 @@ def test_dims_that_do_not_match_the_data(tmp_path):
         ([matmul(a="nowhere")], "node MatMul 'fc' uses 'nowhere': nothing defines it"),
         ([matmul(a="b", y="a", name="1"), matmul(a="a", y="b", name="2"), matmul()], "a cycle, or nodes out of order"),
         ([matmul(), matmul(name="again")], "'y' is defined twice, the second time by node MatMul 'again'"),
-        ([matmul(y="z")], "the graph's output 'y' is made by no node"),
+        ([matmul(y="z")], "the graph's output 'y' is not produced by any node"),
     ],
 )
 def test_names_that_cannot_be(tmp_path, nodes, message):

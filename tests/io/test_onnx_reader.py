@@ -185,7 +185,7 @@ def test_its_data_may_not_be_out_of_bounds(external, entry):
 
 
 def test_where_its_data_lie_may_not_be_said_twice(external):
-    with pytest.raises(ModelError, match="said twice"):
+    with pytest.raises(ModelError, match="repeats a key"):
         check_file(relocated(external, ("offset", "0"), ("location", "m.data")))
 
 
@@ -223,7 +223,7 @@ def test_sparse_initializers_are_for_runtimes_alone(tmp_path):
     sparse = helper.make_sparse_tensor(values, integers("i", 3), [4])
     path = written(model([helper.make_node("Add", ["x", "w"], ["y"])], sparse=[sparse]), tmp_path)
     read_proto(path)
-    with pytest.raises(ModelError, match="sparse initializers, which only a runtime reads"):
+    with pytest.raises(ModelError, match="sparse initializers"):
         load_model(path)
 
 

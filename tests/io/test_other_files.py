@@ -51,7 +51,7 @@ def test_a_saved_data_set_names_files_in_its_folder_alone(tmp_path):
     table(tmp_path / "secret.arrow", "a.png")
     for name in ("../secret.arrow", str(tmp_path / "secret.arrow")):
         (tmp_path / "in" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
-        with pytest.raises(UsageError, match="lacks files that its state.json names"):
+        with pytest.raises(UsageError, match="state.json"):
             table_files(tmp_path / "in")
     shutil.copy(tmp_path / "secret.arrow", tmp_path / "in" / "t.arrow")
     (tmp_path / "in" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "t.arrow"}]}))
@@ -83,7 +83,7 @@ def test_more_rows_than_are_read(tmp_path, monkeypatch):
     rows = pa.table({"x": [1.0, 2.0]})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, rows.schema) as writer:
         writer.write_table(rows)
-    with pytest.raises(UsageError, match="claims 2 rows; up to 1 are read"):
+    with pytest.raises(UsageError, match="2 rows; the limit is 1"):
         open_data(path)
 
 
@@ -107,7 +107,7 @@ def test_a_document_has_an_end(tmp_path):
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1" * 400, str(1 << 63), str(-(1 << 70))])
 def test_a_document_has_no_such_numbers(tmp_path, number):
     (tmp_path / "d.json").write_text(f'{{"a": [1, {number}]}}')
-    with pytest.raises(UsageError, match="holds the number"):
+    with pytest.raises(UsageError, match="has the number"):
         read_document(tmp_path / "d.json")
     for text in ('{"a": [1, -2.5e10, 0]}', "no JSON", "[" * 100_000):
         (tmp_path / "d.json").write_text(text)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.data.dataset import decoded_picture
+from rsi_deploy.data.dataset import read_image
 from rsi_deploy.data.preprocess import MOST_SIDE, Preprocessing
 from rsi_deploy.io.pictures import FORMATS, MOST_PIXELS, TooLargeError, with_picture
 
@@ -49,7 +49,7 @@ def test_a_picture_that_claims_too_much_is_not_decoded(width, height):
     with pytest.raises(TooLargeError, match="pixels"):
         with_picture(io.BytesIO(content), lambda picture: pytest.fail("it was decoded"))
     with pytest.raises(UsageError, match="cannot be read as an image"):
-        decoded_picture(io.BytesIO(content), "a.png")
+        read_image(io.BytesIO(content), "a.png")
     assert width * height > MOST_PIXELS
 
 
@@ -62,7 +62,7 @@ def test_a_damaged_picture(kind):
         damaged = bytearray(content[: random.integers(1, len(content))])
         damaged[random.integers(len(damaged))] ^= 1 << random.integers(8)
         try:
-            picture = decoded_picture(io.BytesIO(bytes(damaged)), "a")
+            picture = read_image(io.BytesIO(bytes(damaged)), "a")
         except UsageError:  # nothing else may be raised
             refused += 1
         else:

@@ -81,21 +81,21 @@ def test_a_good_program_is_read(good):
 )
 def test_expressions_are_not_evaluated(good, tmp_path, text):
     path = changed(good, tmp_path / "m.pt2", in_json(lambda key, v: text if key == "expr_str" else v))
-    with pytest.raises(ModelError, match="holds the expression .*, which could run code when it is loaded: refused"):
+    with pytest.raises(ModelError, match="the expression .*, which could run code when it is loaded"):
         read_program(path)
 
 
 @pytest.mark.parametrize("text", ["__import__('os').system('true')", "L['x'].__class__", "torch.load('x')", "f'{x}'"])
 def test_guards_are_not_executed(good, tmp_path, text):
     path = changed(good, tmp_path / "m.pt2", in_json(lambda key, v: [text] if key == "guards_code" else v))
-    with pytest.raises(ModelError, match="holds the expression"):
+    with pytest.raises(ModelError, match="the expression"):
         read_program(path)
 
 
 @pytest.mark.parametrize("name", ["torch.load", "torch.os.system", "torch.ops.load_library", "#ext", "torch.hub.load"])
 def test_operators_are_of_the_tables(good, tmp_path, name):
     path = changed(good, tmp_path / "m.pt2", in_json(lambda key, v: name if key == "target" else v))
-    with pytest.raises(ModelError, match="holds the operator"):
+    with pytest.raises(ModelError, match="the operator"):
         read_program(path)
 
 
@@ -107,7 +107,7 @@ def test_pickled_objects_are_not_executed(good, tmp_path, name):
     path = changed(good, tmp_path / "m.pt2", lambda _, content: content)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(f"{top}/{name}", pickle.dumps(WritesAFile(trace)))
-    with pytest.raises(ModelError, match="holds a pickled object"):
+    with pytest.raises(ModelError, match="a pickled object"):
         read_program(path)
     assert not trace.exists()
 
@@ -128,7 +128,7 @@ def test_compiled_libraries_are_not_loaded(good, tmp_path):
     path = changed(good, tmp_path / "m.pt2", lambda _, content: content)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("m/data/aotinductor/model/m.so", b"\x7fELF")
-    with pytest.raises(ModelError, match="holds a compiled library"):
+    with pytest.raises(ModelError, match="a compiled library"):
         read_program(path)
 
 

@@ -16,7 +16,7 @@ from rsi_deploy.cli import run
 from rsi_deploy.cli.terminal import console
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.text import in_markdown, on_terminal
-from rsi_deploy.io.limits import first_line, shown
+from rsi_deploy.io.limits import first_line, quoted_name
 from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.packaging.triton_config import proto_text
 from rsi_deploy.report.card import model_card
@@ -117,10 +117,10 @@ def test_a_console_shows_markup_that_is_no_markup(capsys):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_messages_and_markdown_a_name_is_one_line(name):
-    for text in (shown(name), in_markdown(name), first_line(ValueError(name))):
+    for text in (quoted_name(name), in_markdown(name), first_line(ValueError(name))):
         assert not STEERS.search(text)
         assert "\n" not in text
-    assert len(shown(name * 1000)) < 400
+    assert len(quoted_name(name * 1000)) < 400
 
 
 @pytest.mark.parametrize("name", NAMES)

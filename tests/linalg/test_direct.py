@@ -3,7 +3,7 @@ import torch
 from spectra import normal, spectral, values, weight_with
 
 from rsi_deploy.linalg.operand import Operand
-from rsi_deploy.linalg.routes.chebyshev import chebyshev, iterate, shifts, steps
+from rsi_deploy.linalg.routes.chebyshev import iterate, shifts, steps
 from rsi_deploy.linalg.routes.direct import direct
 
 SHAPES = [(300, 420), (420, 300)]
@@ -16,7 +16,7 @@ def plain(operand, draw, q, *, mixed):
 
 
 def filtered(operand, draw, q, *, mixed):
-    return chebyshev(operand, draw, steps(q), mixed=mixed)
+    return iterate(operand, draw, shifts(steps(q)), mixed=mixed)
 
 
 def factors(weight, rank, *, mixed, q=4, seed=0, allowance=1 << 20, route=plain):

@@ -58,7 +58,7 @@ class Given:
 @pytest.mark.parametrize(("shape", "groups"), [((60, 90), 1), ((90, 60), 1), ((20, 36), 4), ((128, 300), 1)])
 def test_errors_of_a_small_site_are_exact(shape, groups, spectrum, method):
     weight = weight_of(spectrum, *shape, groups=groups)
-    factors, record = factorize_site("a", "Conv2d", weight, 7, Solver(method=method))
+    factors, record = factorize_site(weight, 7, Solver(method=method), name="a", kind="Conv2d")
     frobenius, spectral, normalized = truth(weight, factors)
     assert record.normalized_error_kind == "exact"
     assert record.frobenius_error == pytest.approx(frobenius, rel=1e-4)
@@ -73,7 +73,7 @@ def test_errors_of_a_small_site_are_exact(shape, groups, spectrum, method):
 def test_the_bound_of_a_large_site_is_an_upper_one(shape, spectrum, method, seed):
     assert min(shape) > EXACT_SPECTRUM_LIMIT
     weight = weight_of(spectrum, *shape, seed=seed)
-    factors, record = factorize_site("a", "Linear", weight, 12 * (seed + 1), Solver(method=method, seed=seed))
+    factors, record = factorize_site(weight, 12 * (seed + 1), Solver(method=method, seed=seed), name="a", kind="Linear")
     frobenius, spectral, normalized = truth(weight, factors)
     assert record.normalized_error_kind == "upper bound"
     assert record.frobenius_error == pytest.approx(frobenius, rel=1e-4)
@@ -87,7 +87,7 @@ def test_the_bound_of_a_large_site_is_an_upper_one(shape, spectrum, method, seed
 def test_a_small_optimum_is_not_lost_in_float32():
     """s_{rank+1} is 3e-5 of s_1: a Gram matrix in float32 cannot see it."""
     weight = weight_of("fast", 220, 240)
-    factors, record = factorize_site("a", "Linear", weight, 200, Solver(method="svd"))
+    factors, record = factorize_site(weight, 200, Solver(method="svd"), name="a", kind="Linear")
     *_, normalized = truth(weight, factors)
     assert record.normalized_error == pytest.approx(normalized, rel=0.1)
 
@@ -96,9 +96,9 @@ def test_a_small_optimum_is_not_lost_in_float32():
 def test_bad_factors_are_seen(shape):
     weight = weight_of("medium", *shape)
     left, right = Solver(method="svd")(weight, 10)
-    good = factorize_site("a", "Linear", weight, 10, Given(Factors(left, right)))[1]
+    good = factorize_site(weight, 10, Given(Factors(left, right)), name="a", kind="Linear")[1]
     for bad in (Factors(left * 1.5, right), Factors(left.flip(-1), right), Factors(left, -right)):
-        record = factorize_site("a", "Linear", weight, 10, Given(bad))[1]
+        record = factorize_site(weight, 10, Given(bad), name="a", kind="Linear")[1]
         assert record.normalized_error > 3 * good.normalized_error
         assert record.spectral_error > 3 * good.spectral_error
 
@@ -109,7 +109,7 @@ def test_of_groups_the_worst_counts():
     left, right = Solver(method="svd")(weight, 6)
     left[1] *= 2.5
     factors = Factors(left, right)
-    record = factorize_site("a", "Conv2d", weight, 6, Given(factors))[1]
+    record = factorize_site(weight, 6, Given(factors), name="a", kind="Conv2d")[1]
     assert record.spectral_error == pytest.approx(1.5, rel=1e-3)
     assert record.normalized_error == pytest.approx(truth(weight, factors)[2], rel=1e-3)
     assert record.normalized_error == pytest.approx(1.5 / 0.95**6, rel=1e-3)
@@ -119,7 +119,7 @@ def test_of_groups_the_worst_counts():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_full_rank_is_optimal(shape, dtype):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    _, record = factorize_site("a", "Linear", weight, min(shape[1:]), Solver())
+    _, record = factorize_site(weight, min(shape[1:]), Solver(), name="a", kind="Linear")
     assert record.normalized_error == 1.0
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
     assert record.frobenius_error < tolerance
@@ -127,13 +127,13 @@ def test_full_rank_is_optimal(shape, dtype):
 
 
 def test_a_zero_weight_has_no_error():
-    _, record = factorize_site("a", "Linear", torch.zeros(1, 30, 20), 4, Solver())
+    _, record = factorize_site(torch.zeros(1, 30, 20), 4, Solver(), name="a", kind="Linear")
     assert (record.frobenius_error, record.spectral_error, record.normalized_error) == (0.0, 0.0, 1.0)
 
 
 def test_a_16_bit_site_reports_the_error_of_what_is_stored():
     weight = weight_of("medium", 60, 90).bfloat16()
-    factors, record = factorize_site("a", "Linear", weight, 30, Solver(method="svd"))
+    factors, record = factorize_site(weight, 30, Solver(method="svd"), name="a", kind="Linear")
     assert factors.left.dtype == torch.bfloat16
     _, spectral, normalized = truth(weight, factors)
     assert record.normalized_error == pytest.approx(normalized, rel=0.05)
@@ -142,7 +142,7 @@ def test_a_16_bit_site_reports_the_error_of_what_is_stored():
 
 def test_the_record_is_complete():
     weight = weight_of("medium", 20, 36, groups=4)
-    factors, record = factorize_site("conv", "Conv2d", weight, 5, Solver(), reason="split", nodes=("conv",))
+    factors, record = factorize_site(weight, 5, Solver(), name="conv", kind="Conv2d", reason="split", nodes=("conv",))
     assert factors.left.shape == (4, 20, 5)
     assert factors.right.shape == (4, 5, 36)
     expected = {
@@ -179,16 +179,16 @@ def test_a_weight_that_is_not_finite_is_a_model_error_with_the_way_out(value):
     weight = weight_of("medium", 20, 30)
     weight[0, 3, 3] = value
     with pytest.raises(ModelError, match=r"site 'blocks\.2\.fc': .*1 NaN or infinite.*--exclude 'blocks\.2\.fc'"):
-        factorize_site("blocks.2.fc", "Linear", weight, 4, Solver())
+        factorize_site(weight, 4, Solver(), name="blocks.2.fc", kind="Linear")
 
 
 @pytest.mark.parametrize("of", ["factors", "errors"])
 def test_what_the_device_s_memory_does_not_hold_is_said(of):
     weight = weight_of("slow", 300, 400)
-    factors, expected = factorize_site("a", "Linear", weight, 40, Solver())
+    factors, expected = factorize_site(weight, 40, Solver(), name="a", kind="Linear")
     solver = Solver() if of == "factors" else Given(factors)
     with LittleMemory(40_000) as memory:
-        again, record = factorize_site("a", "Linear", weight, 40, solver)
+        again, record = factorize_site(weight, 40, solver, name="a", kind="Linear")
     assert memory.refused > memory.limit
     what = {"factors": "factorized", "errors": "errors measured"}[of]
     assert record.reason == f"split; {what} on the CPU, for want of GPU memory"

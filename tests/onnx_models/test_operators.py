@@ -6,8 +6,9 @@ import onnxruntime
 import pytest
 import torch
 
+from graph_passes import PASSES
 from rsi_deploy.calibration.output_sensitivity import NoSensitivityError
-from rsi_deploy.onnx_models.calibration.operators import _OPERATORS, operator
+from rsi_deploy.onnx_models.calibration.operators import _CONTRACTIONS, _OPERATORS, operator
 
 X, Y, IMAGE = "float[2, 3, 4] x", "float[2, 3, 4] y", "float[2, 3, 7, 7] x"
 
@@ -24,6 +25,7 @@ CASES = {
         "Conv<group = 2, pads = [1, 0, 2, 1], strides = [2, 1], dilations = [1, 2]>(x, y, z)",
     ),
     "Div": (f"{X}, {Y}", "Div(x, y)"),
+    "Einsum": ("float[2, 3, 4] x, float[4, 5, 6] y", 'Einsum<equation = "bsd, dhk -> bhsk">(x, y)'),
     "Elu": (X, "Elu<alpha = 0.5>(x)"),
     "Erf": (X, "Erf(x)"),
     "Exp": (X, "Exp(x)"),
@@ -139,7 +141,9 @@ def test_it_computes_what_onnxruntime_does(name):
 
 
 def test_every_operator_has_a_case():
-    assert {name.split()[0] for name in CASES} == _OPERATORS.keys()
+    products = {each.op_type for each in PASSES if each.contraction is not None}
+    assert {name.split()[0] for name in CASES} == _OPERATORS.keys() | products
+    assert {each.contraction for each in PASSES} - {None} == _CONTRACTIONS.keys()
 
 
 def test_whole_numbers_are_divided_as_onnx_does():

@@ -1,8 +1,8 @@
-"""Run in the engine's environment: every sample of the feeds as a request of its own, all at once; answers as JSON.
+"""Send every sample of the feeds as its own request, all at once; print the answers. Runs in the engine's environment.
 
     python ask_many.py ADDRESS MODEL FEEDS.npz
 
-Prints {"answers": [one list or error text a sample], "requests": count, "runs": how often the model ran for them}.
+It prints {"answers": [a list or error text for each sample], "requests": count, "runs": number of model runs}.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Run in the engine's environment: unmodified tritonclient.http, asked over feeds in a file, answers into another.
+"""Run the feeds of a file through tritonclient.http and save the answers. Runs in the engine's environment.
 
 python ask_triton.py ADDRESS MODEL VERSION json|binary FEEDS.npz ANSWERS.npz
 """

@@ -1,4 +1,4 @@
-"""Run in the engine's environment: a config.pbtxt read by Triton's own protobuf, printed as JSON with every field.
+"""Read a config.pbtxt with Triton's own protobuf and print it as JSON. Runs in the engine's environment.
 
 python check_config.py CONFIG.pbtxt
 """

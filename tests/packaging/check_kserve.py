@@ -1,8 +1,8 @@
-"""Run in the engine's environment: an InferenceService through kserve's own models and back, printed as JSON.
+"""Read an InferenceService into kserve's models, and print both as JSON. Runs in the engine's environment.
 
     python check_kserve.py INFERENCESERVICE.yaml
 
-What kserve's models do not know is lost on the way, and so shows.
+kserve's models drop unknown fields, so they are missing in the printed result.
 """
 
 import json
@@ -16,7 +16,7 @@ def main(path):
     import kubernetes.client
     import yaml
 
-    for name in dir(kubernetes.client):  # kserve's models name Kubernetes' own, which its client does not find
+    for name in dir(kubernetes.client):  # kserve's client does not find the models of Kubernetes itself
         if name.startswith("V1") and not hasattr(kserve.models, name):
             setattr(kserve.models, name, getattr(kubernetes.client, name))
     given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

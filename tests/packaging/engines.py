@@ -1,4 +1,4 @@
-"""Environments of their own for what does not install beside us, and a real tritonserver from one of them."""
+"""Separate environments for packages that conflict with ours, and a real tritonserver in one of them."""
 
 import contextlib
 import importlib.util
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def environment(name):
-    """The Python of `.venv-NAME`, or a skip that says what to type; $RSI_DEPLOY_ENVIRONMENTS names another parent."""
+    """Return the Python of `.venv-NAME`, or skip the test; $RSI_DEPLOY_ENVIRONMENTS names another parent folder."""
     python = Path(os.environ.get("RSI_DEPLOY_ENVIRONMENTS", ROOT)) / f".venv-{name}" / "bin" / "python"
     if not python.is_file():
         pytest.skip(f"no .venv-{name} here: run make {name}")
@@ -23,12 +23,12 @@ def environment(name):
 
 
 def with_tritonclient():
-    """A Python that has tritonclient: this one, or that of `.venv-triton`."""
+    """Return a Python with tritonclient: this one, or that of `.venv-triton`."""
     return Path(sys.executable) if importlib.util.find_spec("tritonclient") else environment("triton")
 
 
 def asked(python, code, *arguments, **options):
-    """Run a script of this folder in another environment, without our packages on its path; its stdout."""
+    """Run a script of this folder in another environment, without our packages on its path; return its stdout."""
     command = [python, str(Path(__file__).with_name(code)), *map(str, arguments)]
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=300, **options)
@@ -38,7 +38,7 @@ def asked(python, code, *arguments, **options):
 
 @contextlib.contextmanager
 def tritonserver(repository, work):
-    """NVIDIA's tritonserver, as its wheel has it, over a repository; gives its HTTP address, ready or not at all."""
+    """Run NVIDIA's tritonserver from its wheel on a repository; yield its HTTP address when it is ready."""
     python = environment("triton")
     site = next(python.parents[1].glob("lib/python3.*/site-packages"))
     wheel = site / "pytriton" / "tritonserver"
@@ -64,7 +64,7 @@ def tritonserver(repository, work):
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     clean |= {
         "LD_LIBRARY_PATH": f"{site / 'nvidia_pytriton.libs'}:{library}",
-        "PATH": f"{python.parent}:{os.environ['PATH']}",  # the stub's interpreter finds its packages by it
+        "PATH": f"{python.parent}:{os.environ['PATH']}",  # by which the interpreter of the stub finds its packages
         "VIRTUAL_ENV": str(python.parents[1]),
     }
     with running(command, f"http://127.0.0.1:{port}/v2/health/ready", work / "triton.log", env=clean):

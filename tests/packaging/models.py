@@ -1,4 +1,4 @@
-"""Small models of every kind that an engine must be told about, each in a bundle."""
+"""Small models with the properties that matter to an engine."""
 
 from pathlib import Path
 
@@ -11,19 +11,19 @@ from rsi_deploy import export
 
 
 def bundle_of(path, folder, **options):
-    """A bundle of the ONNX file, with rank 4 wherever that saves something."""
+    """Export the ONNX file with rank 4 and return the bundle's folder."""
     export(str(path), folder, **{"rank": 4, "measure": False, **options})
     return folder
 
 
 def mlp_bundle(root, name="mlp", sizes=SIZES, **options):
-    """A perceptron `(batch, 12) -> (batch, 10)`."""
+    """Export a perceptron `(batch, 12) -> (batch, 10)`."""
     root.mkdir(parents=True, exist_ok=True)
     return bundle_of(mlp_onnx(root / f"{name}.onnx", sizes=sizes), root / name, **options)
 
 
 def graph(path, nodes, inputs, outputs, weights=()):
-    """A model file; inputs and outputs are (name, type, dims)."""
+    """Write a model; inputs and outputs are (name, type, dims)."""
     values = [[helper.make_tensor_value_info(*value) for value in side] for side in (inputs, outputs)]
     made = helper.make_graph(nodes, "g", *values, list(weights))
     onnx.save(helper.make_model(made, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), path)
@@ -36,7 +36,7 @@ def weight(rows, columns, name="w", seed=0):
 
 
 def mixing(path):
-    """`x W - mean over the batch`: the dimensions say it could be batched, the values say it must not."""
+    """Write a model `x W - mean over the batch`: its shapes allow a batch, its values do not."""
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["p"]),
         helper.make_node("ReduceMean", ["p", "axes"], ["m"], keepdims=1),
@@ -53,7 +53,7 @@ def mixing(path):
 
 
 def pooled(path):
-    """One output a batch: `x W` summed over everything."""
+    """Write a model with one output a batch: the sum of `x W`."""
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["p"]),
         helper.make_node("ReduceSum", ["p"], ["y"], keepdims=0),
@@ -62,7 +62,7 @@ def pooled(path):
 
 
 def tokens(path):
-    """Ids and a mask `(batch, length)` -> a vector and a score `(batch,)` for each sample, and the ids again."""
+    """Write a model from ids and a mask `(batch, length)` to a vector and a score `(batch,)`, and the ids again."""
     nodes = [
         helper.make_node("Gather", ["table", "ids"], ["rows"]),
         helper.make_node("Cast", ["mask"], ["kept"], to=TensorProto.FLOAT),
@@ -89,7 +89,7 @@ def tokens(path):
 
 
 def scalars(path):
-    """`x W` times a number, or zero where a flag says so: both scalars of the whole run, as is the flag's opposite."""
+    """Write a model `x W * k if flag else 0`, whose scalars `k`, `flag` and `not flag` belong to the whole run."""
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["p"]),
         helper.make_node("Mul", ["p", "k"], ["scaled"]),
@@ -103,7 +103,7 @@ def scalars(path):
 
 
 def words(path):
-    """`x W`, and texts that are passed on."""
+    """Write a model that returns `x W` and its texts."""
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("Identity", ["s"], ["same"])]
     inputs = [("x", TensorProto.FLOAT, [2, 32]), ("s", TensorProto.STRING, [2])]
     outputs = [("y", TensorProto.FLOAT, [2, 32]), ("same", TensorProto.STRING, [2])]

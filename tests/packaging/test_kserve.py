@@ -18,7 +18,7 @@ def service(python, path):
 
 
 def lost(given, back):
-    """Paths of what is in `given` and not, or otherwise, in `back`."""
+    """Return the paths of values of `given` that `back` lacks or changes."""
     if not isinstance(given, dict):
         return [] if given == back else [given]
     return [f"{key}.{path}" for key, value in given.items() for path in lost(value, (back or {}).get(key))]
@@ -26,7 +26,7 @@ def lost(given, back):
 
 @pytest.mark.kserve
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_kserve_s_own_models_take_it_whole(mlp, tmp_path, device):
+def test_kserve_s_own_models_know_every_field(mlp, tmp_path, device):
     python = environment("kserve")
     package(
         mlp, tmp_path / "p", target="kserve", storage_uri="pvc://store/models", replicas="0-3", cpus=4, device=device
@@ -54,14 +54,14 @@ def misspelt(mlp, tmp_path, right, wrong):
     ("right", "wrong"),
     [("storageUri:", "storageURI:"), ("minReplicas: 1", "minReplicas: 1\n    surplus: 2")],
 )
-def test_a_field_that_kserve_has_not_is_noticed(mlp, tmp_path, right, wrong):
+def test_an_unknown_field_is_noticed(mlp, tmp_path, right, wrong):
     python = environment("kserve")
     found = service(python, misspelt(mlp, tmp_path, right, wrong))
     assert lost(found["given"], found["back"]) != []
 
 
 @pytest.mark.kserve
-def test_a_field_that_kserve_needs_is_missed(mlp, tmp_path):
+def test_a_missing_field_is_noticed(mlp, tmp_path):
     python = environment("kserve")
     with pytest.raises(AssertionError, match="must not be `None`"):
         service(python, misspelt(mlp, tmp_path, "modelFormat:", "format:"))

@@ -15,7 +15,7 @@ FILES = ("README.md", "manifest.json", "model.ort", "required_operators.config",
 
 
 def operators(config):
-    """(domain, opset, operator) of every line of a required-operators file."""
+    """Return (domain, opset, operator) of every line of a required-operators file."""
     found = set()
     for line in config.read_text().splitlines():
         if line and not line.startswith("#"):
@@ -26,7 +26,7 @@ def operators(config):
 
 
 def optimized_operators(model, folder):
-    """Operators of the graph that onnxruntime runs, from its own dump: another way than its converter's."""
+    """Return the operators of the graph that onnxruntime runs, from its own dump and not from its converter."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     onnxruntime.InferenceSession(
@@ -41,7 +41,7 @@ def mlp(tmp_path_factory):
 
 
 @pytest.mark.parametrize("platform", ["arm", "amd64"])
-def test_it_gives_the_bundle_s_answers(mlp, tmp_path, platform):
+def test_its_outputs_are_those_of_the_bundle(mlp, tmp_path, platform):
     result = package(mlp, tmp_path / "p", target="ort", platform=platform)
     assert (result.files, result.name, result.batched) == (FILES, "mlp", None)
     x = np.random.default_rng(3).standard_normal((5, 12)).astype(np.float32)
@@ -73,11 +73,11 @@ def test_no_path_of_this_machine_is_left(mlp, tmp_path):
 def test_the_same_bundle_gives_the_same_files(mlp, tmp_path):
     for name in "ab":
         package(mlp, tmp_path / name, target="ort")
-    for file in set(FILES) - {"model.ort", "manifest.json"}:  # onnxruntime writes tables of model.ort in any order
+    for file in set(FILES) - {"model.ort", "manifest.json"}:  # the order of tables in model.ort varies
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
-def test_weights_beside_the_model_come_in(tmp_path, monkeypatch):
+def test_external_weights_are_included(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "INLINE_LIMIT", 1000)
     made = mlp_bundle(tmp_path, rank=8, sizes=(12, 64, 64, 10))
     assert (made / "model.onnx.data").stat().st_size > 1000
@@ -85,8 +85,8 @@ def test_weights_beside_the_model_come_in(tmp_path, monkeypatch):
     assert result.files == FILES
 
 
-def test_a_model_that_answers_otherwise_is_not_delivered(mlp, tmp_path, monkeypatch, capsys):
-    """Another model's ORT format in place of ours must fail the gate."""
+def test_a_model_with_other_outputs_is_not_delivered(mlp, tmp_path, monkeypatch, capsys):
+    """The check refuses the ORT format of another model."""
     other = package(mlp_bundle(tmp_path, "other", seed=5, rank=2), tmp_path / "o", target="ort")
     real = ort_format._converted
 
@@ -104,7 +104,7 @@ def test_a_model_that_answers_otherwise_is_not_delivered(mlp, tmp_path, monkeypa
     assert "ORT-format gate" in capsys.readouterr().err
 
 
-def test_what_cannot_be_converted_is_said(mlp, tmp_path, monkeypatch):
+def test_a_failed_conversion_is_an_error(mlp, tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("no such format")
 

@@ -37,7 +37,7 @@ def test_every_package_has_a_readme_and_a_manifest_that_holds(mlp, tmp_path, tar
 
 
 @pytest.mark.parametrize("target", sorted(USES))
-def test_nothing_is_overwritten_unasked_and_nothing_partial_left(mlp, tmp_path, target, capsys):
+def test_nothing_is_overwritten_without_force_and_nothing_partial_is_left(mlp, tmp_path, target, capsys):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "mine").write_text("mine")
     words = ["package", str(mlp), "--target", target, "-o", str(tmp_path / "p")]
@@ -54,10 +54,10 @@ def test_an_option_of_another_target_is_refused(mlp, tmp_path):
     other = {"threads": 2, "dense": "d.onnx", "storage_uri": "s3://b", "replicas": "2", "cpus": 3, "memory": "4Gi"}
     other |= {"platform": "amd64", "backend": "python", "dense_as": "name", "max_batch": 4, "max_delay_ms": 2.0}
     other |= {"instances": 2, "device": "gpu", "tensorrt": "fp16"}
-    assert other.keys() == DEFAULTS.keys(), "a new option: say here what a value other than its default is"
+    assert other.keys() == DEFAULTS.keys(), "a new option: add a value other than its default here"
     for target in USES:
         for key in other.keys() - USES[target]:
-            with pytest.raises(UsageError, match=f"{flag(key)} says nothing to --target {target}; it belongs to"):
+            with pytest.raises(UsageError, match=f"{flag(key)} has no effect with --target {target}; it belongs to"):
                 package(mlp, tmp_path / "p", target=target, **{key: other[key]})
     assert not (tmp_path / "p").exists()
 
@@ -87,7 +87,7 @@ def test_the_command_line_has_every_option_with_the_function_s_default():
         ({"target": "kserve", "storage_uri": "/local"}, "but got '/local'"),
         ({"target": "ray-serve", "storage_uri": "/local"}, "but got '/local'"),
         ({"target": "ray-serve", "replicas": "many"}, "--replicas must be"),
-        ({"target": "kserve", **KSERVE, "name": "Big_Name"}, "Kubernetes wants small letters"),
+        ({"target": "kserve", **KSERVE, "name": "Big_Name"}, "Kubernetes needs a name"),
         ({"target": "kserve", **KSERVE, "replicas": "4-1"}, "--replicas must be the fewest and the most"),
         ({"target": "kserve", **KSERVE, "replicas": "0"}, "--replicas must be"),
         ({"target": "kserve", **KSERVE, "memory": "much"}, "--memory must be a number and Mi or Gi"),
@@ -96,7 +96,7 @@ def test_the_command_line_has_every_option_with_the_function_s_default():
     ],
     ids=lambda value: re.sub(r"\W+", "_", str(value))[:40],
 )
-def test_what_cannot_be_meant_is_refused_before_any_work(tmp_path, options, message):
+def test_invalid_options_are_refused_before_any_work(tmp_path, options, message):
     with pytest.raises(UsageError, match=message):
         package(tmp_path / "no-such-bundle", tmp_path / "p", **options)
     assert list(tmp_path.iterdir()) == []

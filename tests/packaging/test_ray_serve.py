@@ -1,4 +1,4 @@
-"""The packaged application in a real Ray Serve, asked by an unmodified tritonclient; skipped where there is no ray."""
+"""The packaged application in a real Ray Serve, with an unmodified tritonclient. Skipped if ray is not installed."""
 
 import json
 import os
@@ -50,26 +50,26 @@ def test_the_config(mlp, tmp_path):
     assert deployment["max_ongoing_requests"] > 16
 
 
-def test_what_must_not_share_a_run_does_not(tmp_path):
+def test_dependent_samples_do_not_share_a_run(tmp_path):
     made = bundle_of(mixing(tmp_path / "m.onnx"), tmp_path / "m")
     result = package(made, tmp_path / "p", target="ray-serve")
     assert config(tmp_path / "p")["applications"][0]["args"]["max_batch"] == "1"
     assert result.batched is False
-    assert "Requests are not put together" in (tmp_path / "p" / "README.md").read_text()
+    assert "Requests are not batched" in (tmp_path / "p" / "README.md").read_text()
 
 
-def test_a_type_that_the_application_has_not_is_refused(mlp, tmp_path, monkeypatch):
+def test_an_unsupported_type_is_refused(mlp, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "rsi_deploy.packaging.servable._tensor",
         lambda value: Tensor(name="text", type="string", shape=("n",)),
     )
-    with pytest.raises(ModelError, match="text is string, which --target ray-serve does not take"):
+    with pytest.raises(ModelError, match="text is string, which --target ray-serve does not support"):
         package(mlp, tmp_path / "p", target="ray-serve")
     assert not (tmp_path / "p").exists()
 
 
 def lost_in(given, back, where=""):
-    """Paths of what is in `given` and not, or otherwise, in `back`."""
+    """Return the paths of values of `given` that `back` lacks or changes."""
     if isinstance(given, list):
         given, back = dict(enumerate(given)), dict(enumerate(back or []))
     if not isinstance(given, dict):
@@ -89,7 +89,7 @@ def test_ray_s_own_schema_takes_the_config(mlp, tmp_path):
 
     assert lost() == []
     deployment = found["applications"][0]["deployments"][0]
-    deployment["surplus"] = 1  # what the schema has not is lost in it
+    deployment["surplus"] = 1  # the schema drops unknown fields
     assert lost() == ["applications.0.deployments.0.surplus"]
     pytest.importorskip("ray.serve.config").AutoscalingConfig.model_validate(deployment["autoscaling_config"])
     deployment["max_ongoing_requests"] = "many"
@@ -102,7 +102,7 @@ def test_ray_s_own_schema_takes_the_config(mlp, tmp_path):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """`serve run config.yaml` in the package of a model of tokens, on a Ray of its own; address, bundle."""
+    """Run `serve run config.yaml` for a token model on a separate Ray; yield address, bundle and a client's Python."""
     pytest.importorskip("ray.serve", reason='no ray here: pip install "rsi-deploy[ray]"')
     python = with_tritonclient()
     root = tmp_path_factory.mktemp("ray")
@@ -116,7 +116,7 @@ def served(tmp_path_factory):
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
-        "RAY_ADDRESS": "local",  # not to somebody else's cluster on this machine
+        "RAY_ADDRESS": "local",  # never another cluster on this machine
     }
     command = [sys.executable, "-m", "ray.serve.scripts", "run", "config.yaml"]
     url = f"http://127.0.0.1:{port}/v2/models/tokens/ready"
@@ -142,11 +142,11 @@ def test_it_answers_as_onnxruntime_alone(served, tmp_path, way):
         for name in answers.files:
             np.testing.assert_allclose(answers[name], expected[name], rtol=1e-5, atol=1e-5)
             assert answers[name].dtype == expected[name].dtype
-        assert np.abs(answers["vector"] - other["vector"]).max() > 1e-2  # the dense model's would be noticed
+        assert np.abs(answers["vector"] - other["vector"]).max() > 1e-2  # the dense model would be noticed
 
 
 def posted(address, body, path="/v2/models/tokens/infer", **headers):
-    """Status and document of a raw request."""
+    """Return status and document of a raw request."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(
@@ -184,19 +184,19 @@ def request(ids=None, **changed):
         (request([1, 2, "3"]), "no int64"),
         (request([1, 2, [3]]), "no int64"),
         (request([1, 2, 1 << 70]), "no int64"),
-        (request(parameters={"binary_data_size": 24}), "24 bytes"),
+        (request(parameters={"binary_data_size": 24}), "needs 24 bytes"),
         (request(parameters=1), "parameters must be an object"),
         ({**request(), "outputs": [{"name": "more"}]}, "outputs ['more'] are unknown"),
-        (request([1, 2, 50]), "the model refused these inputs"),
+        (request([1, 2, 50]), "the model could not run these inputs"),
     ],
     ids=range(21),
 )
-def test_what_is_wrong_gets_an_error_object(served, body, words):
+def test_a_wrong_request_gets_an_error_object(served, body, words):
     status, document = posted(served[0], body)
     assert status == 400
     assert set(document) == {"error"}
     assert words in document["error"]
-    assert posted(served[0], request())[0] == 200  # unharmed
+    assert posted(served[0], request())[0] == 200  # the server still answers
 
 
 @pytest.mark.ray
@@ -211,12 +211,12 @@ def test_unknown_paths_models_and_versions_are_not_found(served):
 
 
 @pytest.mark.ray
-def test_a_bad_request_spoils_no_other_in_its_run(served):
+def test_a_bad_request_does_not_fail_others_in_its_run(served):
     from concurrent.futures import ThreadPoolExecutor
 
     address, bundle, _ = served
     feeds = some(8)
-    feeds["ids"][3, 4] = 50  # one beyond the table
+    feeds["ids"][3, 4] = 50  # an invalid index
     bodies = [
         {
             "inputs": [

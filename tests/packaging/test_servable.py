@@ -30,13 +30,13 @@ def test_tensors_are_as_onnxruntime_has_them(mlp, tmp_path):
     }
 
 
-def test_samples_that_do_not_mix_may_be_batched(mlp, tmp_path):
+def test_independent_samples_may_be_batched(mlp, tmp_path):
     assert read_servable(mlp).unbatchable == ""
     made = bundle_of(tokens(tmp_path / "t.onnx"), tmp_path / "t", input_shape=["ids=2x7"])
     assert read_servable(made).unbatchable == ""
 
 
-def test_samples_that_mix_are_found_by_a_run(tmp_path):
+def test_dependent_samples_are_found(tmp_path):
     made = bundle_of(mixing(tmp_path / "m.onnx"), tmp_path / "m")
     assert "ReduceMean 'm' reduces over the batch axis (axis 0 of 'p')" in read_servable(made).unbatchable
     rng = np.random.default_rng(0)
@@ -51,7 +51,7 @@ def test_dimensions_that_forbid_a_batch_are_named(tmp_path):
     assert read_servable(summed).unbatchable == "output y () has no dynamic first dimension"
 
 
-def test_one_given_sample_shows_nothing(mlp):
+def test_one_given_sample_is_not_enough(mlp):
     one = {"input": np.ones((1, 12), np.float32)}
     assert "--feeds FILE.npz with two or more" in read_servable(mlp, one).unbatchable
     two = {"input": np.random.default_rng(0).standard_normal((2, 12)).astype(np.float32)}
@@ -74,20 +74,20 @@ def test_feeds_that_do_not_fit_are_refused(mlp):
         read_servable(mlp, {"input": np.ones((2, 13), np.float32)})
 
 
-def test_the_dense_model_must_take_and_give_the_same(mlp, tmp_path):
-    beside = read_servable(mlp)
-    dense = read_dense(mlp.parent / "mlp.onnx", beside)
-    assert (dense.inputs, dense.outputs, dense.unbatchable) == (beside.inputs, beside.outputs, "")
+def test_the_dense_model_must_have_the_same_inputs_and_outputs(mlp, tmp_path):
+    compressed = read_servable(mlp)
+    dense = read_dense(mlp.parent / "mlp.onnx", compressed)
+    assert (dense.inputs, dense.outputs, dense.unbatchable) == (compressed.inputs, compressed.outputs, "")
     assert dense.model == mlp.parent / "mlp.onnx"
     with pytest.raises(
         UsageError, match=r"--dense .*p\.onnx takes x: float \(n, 32\), the bundle's model input: float"
     ):
-        read_dense(pooled(tmp_path / "p.onnx"), beside)
+        read_dense(pooled(tmp_path / "p.onnx"), compressed)
     with pytest.raises(UsageError, match="gives output"):
-        read_dense(mlp_onnx(tmp_path / "o.onnx", sizes=(12, 8, 9)), beside)
+        read_dense(mlp_onnx(tmp_path / "o.onnx", sizes=(12, 8, 9)), compressed)
 
 
-def test_a_dense_model_that_gives_no_tensor_is_another_one(mlp, tmp_path):
+def test_a_dense_model_whose_output_is_no_tensor_is_refused(mlp, tmp_path):
     x = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 12])
     y = helper.make_tensor_sequence_value_info("pair", TensorProto.FLOAT, None)
     pair = helper.make_graph([helper.make_node("SequenceConstruct", ["input", "input"], ["pair"])], "g", [x], [y])
@@ -96,8 +96,8 @@ def test_a_dense_model_that_gives_no_tensor_is_another_one(mlp, tmp_path):
         read_dense(tmp_path / "s.onnx", read_servable(mlp))
 
 
-def test_inputs_that_make_no_sense_to_a_model_must_be_given(tmp_path):
-    """A table of one row: of the random ids 0 and 1 the second is none."""
+def test_a_model_that_random_inputs_break_needs_feeds(tmp_path):
+    """The table has one row, so the random id 1 is invalid."""
     nodes = [helper.make_node("Gather", ["table", "ids"], ["r"]), helper.make_node("MatMul", ["r", "w"], ["y"])]
     values = [[("ids", TensorProto.INT64, ["n"])], [("y", TensorProto.FLOAT, ["n", 32])]]
     path = graph(tmp_path / "m.onnx", nodes, *values, [weight(1, 32, "table"), weight(32, 32)])
@@ -105,7 +105,7 @@ def test_inputs_that_make_no_sense_to_a_model_must_be_given(tmp_path):
     made = bundle_of(path, tmp_path / "b", feeds=feeds)
     assert read_servable(made, feeds).feeds_given
     with pytest.raises(
-        UsageError, match=r"the run failed: .*random inputs may make no sense to it: add --feeds FILE\.npz"
+        UsageError, match=r"the run failed: .*random inputs may be invalid for the model: add --feeds FILE\.npz"
     ):
         read_servable(made)
     with pytest.raises(ModelError, match="the run failed"):

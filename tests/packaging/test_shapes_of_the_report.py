@@ -1,4 +1,4 @@
-"""A package is made with the shapes that its report was made with, and in Triton's terms where it has no such shape."""
+"""A package is made with the shapes of its report, and with a substitute for shapes that Triton does not have."""
 
 import numpy as np
 import onnx
@@ -16,7 +16,7 @@ TARGETS = ["triton", "ort", "kserve", "ray-serve"]
 
 
 def stateful(path):
-    """A state of two layers, whose first axis is no batch, as in Silero's voice activity detector."""
+    """Write a model with a state of two layers, whose first axis is no batch, as in Silero VAD."""
     axes = onnx.numpy_helper.from_array(np.array([0]), "axes")
     nodes = [
         NODE("MatMul", ["x", "w"], ["a"]),
@@ -28,7 +28,7 @@ def stateful(path):
 
 
 def time_major(path):
-    """Steps first, the batch second; the state has layers first: two open first axes of different sizes."""
+    """Write a time-major model: the first axes of its inputs are dynamic and have different sizes (steps, layers)."""
     nodes = [
         NODE("MatMul", ["x", "w"], ["a"]),
         NODE("Add", ["a", "h"], ["y"]),
@@ -62,7 +62,7 @@ def config_of(tmp_path, path, backend, feeds=None):
 
 
 def scaled(path, rows="n", kind=FLOAT, text=False):
-    """`x W` times a number that is one for the whole run; its type, or a text, is passed on."""
+    """Write a model `k x W` with a scalar `k`, which it also returns; `k` may be a text."""
     nodes = [NODE("MatMul", ["x", "w"], ["a"])]
     nodes += (
         [NODE("Identity", ["k"], ["same"]), NODE("Cast", ["k"], ["f"], to=FLOAT)]
@@ -85,7 +85,7 @@ def scaled(path, rows="n", kind=FLOAT, text=False):
     [(FLOAT, 1), (FLOAT, "n"), (TensorProto.BOOL, 1), (TensorProto.INT64, 2), (TensorProto.STRING, 2)],
 )
 def test_scalars_of_a_model_that_is_not_batched_have_no_reshape(tmp_path, backend, kind, rows):
-    """Triton refuses an empty reshape with max_batch_size 0; its backends make a scalar of `dims: [1]`."""
+    """Triton refuses an empty reshape with max_batch_size 0; its backends make a scalar from `dims: [1]`."""
     text = kind == TensorProto.STRING
     feeds = {"x": np.ones((2, 48), np.float32), "k": np.array("a")} if text else None
     config, readme = config_of(tmp_path, scaled(tmp_path / "m.onnx", rows, kind, text), backend, feeds)
@@ -98,7 +98,7 @@ def test_scalars_of_a_model_that_is_not_batched_have_no_reshape(tmp_path, backen
     assert f'"k": {example}' in readme
 
 
-def test_a_scalar_of_a_sample_is_reshaped_where_the_model_is_batched(tmp_path):
+def test_a_scalar_of_a_sample_is_reshaped_in_a_batched_model(tmp_path):
     nodes = [
         NODE("MatMul", ["x", "w"], ["a"]),
         NODE("Mul", ["a", "column"], ["y"]),
@@ -128,7 +128,7 @@ def test_a_scalar_of_a_sample_is_reshaped_where_the_model_is_batched(tmp_path):
 
 
 def unranked(path):
-    """The number of the output's dimensions is known only when the model runs."""
+    """Write a model whose output has no rank before it runs."""
     nodes = [NODE("MatMul", ["x", "w"], ["a"]), NODE("Shape", ["x"], ["size"]), NODE("NonZero", ["size"], ["z"])]
     nodes += [NODE("Squeeze", ["z"], ["q"]), NODE("Squeeze", ["a", "q2"], ["y"]), NODE("Sub", ["q", "q"], ["zeros"])]
     nodes += [NODE("ReduceMin", ["zeros"], ["least"], keepdims=0), NODE("Reshape", ["least", "flat"], ["q2"])]
@@ -142,13 +142,13 @@ def unranked(path):
     return made
 
 
-def test_an_output_whose_rank_only_a_run_tells(tmp_path):
-    """Triton's onnxruntime backend takes it for a scalar, and refuses any dims but 1."""
+def test_an_output_without_a_rank(tmp_path):
+    """Triton's onnxruntime backend treats it as a scalar, and refuses any dims but 1."""
     bundle = bundle_of(unranked(tmp_path / "m.onnx"), tmp_path / "b")
     (output,) = read_servable(bundle).outputs
     assert (output.shape, output.ranked) == ((None,), False)
     package(bundle, tmp_path / "python", target="triton", backend="python", name="m")
     config = (tmp_path / "python" / "models" / "m" / "config.pbtxt").read_text()
     assert "dims: [-1]" in config[config.index("output") :]
-    with pytest.raises(ModelError, match="output y has no number of dimensions"):
+    with pytest.raises(ModelError, match="does not declare the dimensions of output y"):
         package(bundle, tmp_path / "o", target="triton", name="m")

@@ -20,7 +20,7 @@ def mlp(tmp_path_factory):
 
 
 def config(folder, name="mlp"):
-    """The config as Triton's own protobuf reads it; a field that it has not is an error there."""
+    """Return the config as Triton's own protobuf reads it; an unknown field is an error there."""
     python = environment("triton")
     return json.loads(asked(python, "check_config.py", folder / "models" / name / "config.pbtxt"))
 
@@ -29,7 +29,7 @@ def files(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-# -- as Triton's protobuf has it
+# -- the config, read by Triton's protobuf
 
 
 @pytest.mark.triton
@@ -66,7 +66,7 @@ def test_a_gpu_with_tensorrt(mlp, tmp_path):
 
 
 @pytest.mark.triton
-def test_whole_numbers_dynamic_shapes_and_scalars_of_a_sample(tmp_path):
+def test_integers_dynamic_shapes_and_scalars_of_a_sample(tmp_path):
     made = bundle_of(tokens(tmp_path / "t.onnx"), tmp_path / "t", input_shape=["ids=2x7"])
     package(made, tmp_path / "p", target="triton")
     found = config(tmp_path / "p", "t")
@@ -91,7 +91,7 @@ def test_whole_numbers_dynamic_shapes_and_scalars_of_a_sample(tmp_path):
         (mixing, ["-1", "32"], "samples are not proved independent: ReduceMean 'm' reduces over"),
     ],
 )
-def test_what_must_not_be_batched_is_not(tmp_path, make, dims, why):
+def test_dependent_samples_are_not_batched(tmp_path, make, dims, why):
     made = bundle_of(make(tmp_path / "m.onnx"), tmp_path / "m")
     result = package(made, tmp_path / "p", target="triton")
     found = config(tmp_path / "p", "m")
@@ -104,7 +104,7 @@ def test_what_must_not_be_batched_is_not(tmp_path, make, dims, why):
 
 
 @pytest.mark.triton
-def test_triton_s_protobuf_notices_a_field_that_it_has_not(mlp, tmp_path):
+def test_triton_s_protobuf_refuses_an_unknown_field(mlp, tmp_path):
     package(mlp, tmp_path / "p", target="triton")
     path = tmp_path / "p" / "models" / "mlp" / "config.pbtxt"
     for right, wrong in (("max_batch_size", "max_batch"), ("TYPE_FP32", "TYPE_FLOAT"), ("KIND_CPU", '"KIND_CPU"')):
@@ -142,7 +142,7 @@ def test_the_dense_model_under_another_name(mlp, tmp_path):
     assert "version_policy" not in text
 
 
-def test_a_dense_model_that_was_kept_is_pointed_at(tmp_path):
+def test_a_kept_dense_model_is_named(tmp_path):
     made = mlp_bundle(tmp_path, keep_dense=True)
     result = package(made, tmp_path / "p", target="triton")
     assert f"--dense {made / 'dense.onnx'}" in result.notes[0]
@@ -150,7 +150,7 @@ def test_a_dense_model_that_was_kept_is_pointed_at(tmp_path):
     assert "mlp/1/dense.onnx.data" in files(tmp_path / "q" / "models")
 
 
-def test_weights_beside_the_model_come_with_it(tmp_path, monkeypatch):
+def test_external_weights_are_copied(tmp_path, monkeypatch):
     import onnxruntime
 
     monkeypatch.setattr(onnx_file, "INLINE_LIMIT", 1000)
@@ -160,8 +160,8 @@ def test_weights_beside_the_model_come_with_it(tmp_path, monkeypatch):
     assert session.run(None, {"input": np.ones((2, 12), np.float32)})[0].shape == (2, 10)
 
 
-def test_the_readme_s_client_asks_whoever_speaks_the_protocol(mlp, tmp_path):
-    """Our own server does, as Triton; what it is asked is what the packaged model takes."""
+def test_the_readme_s_client_runs(mlp, tmp_path):
+    """It runs against our own server, which has the same protocol as Triton."""
     pytest.importorskip("tritonclient.http")
     package(mlp, tmp_path / "p", target="triton")
     code = (tmp_path / "p" / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -182,13 +182,21 @@ def test_strings_are_escaped():
 @pytest.mark.parametrize(
     ("kind", "shape", "words"),
     [
-        ("bfloat16", ("n", 10), "output y is bfloat16, which Triton does not take; it takes tensors of bool, uint8"),
-        ("float", ("n", 0), "output y has a dimension of 0, which Triton refuses; export the model without it"),
+        (
+            "bfloat16",
+            ("n", 10),
+            "output y is bfloat16, which Triton does not support; it supports tensors of bool",
+        ),
+        (
+            "float",
+            ("n", 0),
+            "output y has a dimension of 0, which Triton does not support; export",
+        ),
         ("float", (0, 10), ""),
     ],
 )
-def test_tensors_that_triton_has_not(mlp, kind, shape, words):
-    """A batch may be of any size: its own dimension is not told."""
+def test_tensors_that_triton_does_not_support(mlp, kind, shape, words):
+    """The size of the batch axis does not matter: the config does not have it."""
     settings = TritonSettings(
         backend="onnxruntime", max_batch=8, max_delay_ms=1, instances=1, threads=1, device="cpu", tensorrt="off"
     )

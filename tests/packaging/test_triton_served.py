@@ -1,4 +1,4 @@
-"""The Python-backend variant in a real tritonserver, asked by an unmodified tritonclient. `make triton` runs these."""
+"""Packages for the Python backend in a real tritonserver, with an unmodified tritonclient. Run by `make triton`."""
 
 import json
 import shutil
@@ -16,21 +16,21 @@ from rsi_deploy import export, package
 
 pytestmark = pytest.mark.triton
 
-ROUNDING = 1e-5  # relative L2; the same onnxruntime on both sides, perhaps with other threads
+ROUNDING = 1e-5  # relative L2; the same onnxruntime on both sides, maybe with other threads
 SAMPLES = "samples.digits"
 
 
 def outputs(model, feeds):
-    """onnxruntime alone: name -> array."""
+    """Return the outputs of onnxruntime alone."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     return dict(zip((output.name for output in session.get_outputs()), session.run(None, feeds), strict=True))
 
 
 def distance(a, b):
-    return max(apart(a[name], b[name]) for name in b)
+    return max(relative_distance(a[name], b[name]) for name in b)
 
 
-def apart(a, b):
+def relative_distance(a, b):
     if b.dtype.kind == "O":
         return 0.0 if a.tolist() == b.tolist() else np.inf
     return float(np.linalg.norm(np.float64(a) - b) / max(np.linalg.norm(np.float64(b)), 1e-12))
@@ -56,7 +56,7 @@ def texts():
 
 
 def made(name, root):
-    """The bundle `name`, and what it is asked."""
+    """Return the bundle `name`, and inputs."""
     if name in ("cnn", "vit"):
         source, checkpoint = f"{SAMPLES}:{name}", f"samples/digits_{name}.safetensors"
         export(source, root / name, checkpoint=checkpoint, rank="25%", measure=False, keep_dense=True)
@@ -91,7 +91,7 @@ NAMES = ["cnn", "vit", "resnet56", "minilm", "tokens", "fixed", "mixing", "scala
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """One server over the packages of all models, each with its dense model as version 1."""
+    """A server of the packages of all models, each with its dense model as version 1."""
     environment("triton")
     root, repository, cases = tmp_path_factory.mktemp("triton"), tmp_path_factory.mktemp("repository"), {}
     for name in NAMES:
@@ -144,7 +144,7 @@ def test_it_answers_as_onnxruntime_alone(served, tmp_path, name, way):
             answers["not"] = answers["not"].reshape(())
         assert distance(answers, expected) < ROUNDING
         assert kinds(answers) == kinds(expected)
-    assert distance(alone["1"], alone["2"]) > 100 * ROUNDING  # so the wrong version would be noticed
+    assert distance(alone["1"], alone["2"]) > 100 * ROUNDING  # so that the wrong version would be noticed
 
 
 def many(served, name, feeds, tmp_path):
@@ -162,17 +162,17 @@ def test_requests_share_runs(served, tmp_path):
     assert distance({"y": np.array(result["answers"])[:, 0]}, {"y": expected}) < ROUNDING
 
 
-def test_requests_that_must_not_share_a_run_do_not(served, tmp_path):
+def test_dependent_samples_do_not_share_a_run(served, tmp_path):
     feeds = {"x": np.random.default_rng(3).standard_normal((6, 32)).astype(np.float32)}
     result, _ = many(served, "mixing", feeds, tmp_path)
     assert result["runs"] == 6
-    assert np.abs(np.array(result["answers"])).max() < 1e-5  # a sample less the mean over itself
+    assert np.abs(np.array(result["answers"])).max() < 1e-5  # each sample minus its own mean
 
 
-def test_a_bad_request_spoils_no_other(served, tmp_path):
+def test_a_bad_request_does_not_fail_others(served, tmp_path):
     rng = np.random.default_rng(4)
     feeds = {"ids": rng.integers(0, 50, (6, 9)), "mask": np.ones((6, 9), np.int64)}
-    feeds["ids"][2, 3] = 50  # one beyond the table
+    feeds["ids"][2, 3] = 50  # an invalid index
     result, _ = many(served, "tokens", feeds, tmp_path)
     assert "out of data bounds" in result["answers"][2] or "indices" in result["answers"][2]
     good = [0, 1, 3, 4, 5]

@@ -1,6 +1,7 @@
 import pytest
 
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.plan_file import Plan
 from rsi_deploy.planning.planner import RankSpec
@@ -37,15 +38,8 @@ def test_what_decides(given, decided_by, searched, fitted):
         (BUDGET | PLAN | DROP, "but got --keep-macs and --plan and --max-drop"),
         (BUDGET | {"calib": None}, "--keep-macs is planned on calibration data: add --calib DATA"),
         (DROP | {"calib": None}, "--max-drop is planned on calibration data: add --calib DATA"),
-        (DROP | {"max_drop": -1.0}, "0 to 100, but got -1"),
-        (DROP | {"max_drop": 100.5}, "0 to 100, but got 100.5"),
-        (DROP | {"max_drop": float("nan")}, "0 to 100, but got nan"),
         (RANK | {"min_rank": 2}, "--min-rank holds ranks that a budget chooses, but got --rank; leave --min-rank out"),
         (PLAN | {"rank_multiple": 8}, "--rank-multiple holds ranks that a budget chooses, but got --plan"),
-        (BUDGET | {"min_rank": 0}, "--min-rank must be at least 1, but got 0"),
-        (BUDGET | {"rank_multiple": -8}, "--rank-multiple must be at least 1, but got -8"),
-        (BUDGET | {"factors": "magic"}, "--factors must be response or weights, but got 'magic'"),
-        (BUDGET | {"calib_size": 0}, "--calib-size must be at least 1, but got 0"),
     ],
 )
 def test_contradictions(given, words):
@@ -62,3 +56,15 @@ def test_what_goes_with_nothing_else():
     for given, option in ((BUDGET, "--keep-macs"), (PLAN, "--plan"), (DROP, "--max-drop")):
         with pytest.raises(UsageError, match=f"--always-split goes with --rank alone, but got {option}; leave it out"):
             RankRequest(**given).check_against(data="d.npz", always_split=True)
+
+
+def test_a_rank_and_an_error_are_two_answers():
+    def decided(**settings):
+        return str(RankRequest.of(ExportConfig.of(**settings)).rank)
+
+    assert decided(rank=8) == decided(rank=RankSpec(rank=8)) == "8"
+    assert decided(rank="auto", max_error="5%") == decided(max_error="5%") != decided(max_error="1.1x")
+    with pytest.raises(UsageError, match="exactly one of --rank and --max-error"):
+        decided(rank=8, max_error="5%")
+    with pytest.raises(UsageError, match="but got none"):
+        decided()

@@ -14,7 +14,9 @@ SVD = Solver(method="svd")
 
 
 def alone(weights, rank=RANK, solver=SVD):
-    return [factorize_site(name, "MatMul", w, rank, solver)[1] for name, w in zip("qkv", weights, strict=False)]
+    return [
+        factorize_site(w, rank, solver, name=name, kind="MatMul")[1] for name, w in zip("qkv", weights, strict=False)
+    ]
 
 
 def error(weight, left, right):
@@ -107,7 +109,9 @@ def test_a_small_weight_is_not_sacrificed():
 
 def test_a_rank_above_the_full_rank_of_one_weight():
     weights = related(64, 4, 4, rank=12)
-    before = [factorize_site(n, "MatMul", w, r, SVD)[1] for n, w, r in zip("qkv", weights, (11, 3, 3), strict=True)]
+    before = [
+        factorize_site(w, r, SVD, name=n, kind="MatMul")[1] for n, w, r in zip("qkv", weights, (11, 3, 3), strict=True)
+    ]
     (_, right), records = factorize_with_shared_right(weights, before, SVD)
     assert right.shape[1] > 4
     assert [r.normalized_error is None for r in records] == [False, True, True]

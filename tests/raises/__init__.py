@@ -1,1 +1,1 @@
-"""Which raise statements of rsi_deploy and graph_passes the suite reaches: `python -m tests.raises`."""
+"""Find the raise statements of rsi_deploy and graph_passes that no test reaches: `python -m tests.raises`."""

@@ -1,4 +1,4 @@
-"""The raise statements of the packages, each known by what it says and not by its line."""
+"""The raise statements of the packages, identified by their text and not by their line."""
 
 import ast
 import importlib.util
@@ -11,7 +11,7 @@ PACKAGES = ("rsi_deploy", "graph_passes")
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """One raise: its key (as the hook writes it down, and as it stands in unreached.txt), its file and its line."""
+    """A raise statement: its key (in the record and in unreached.txt), its file and its line."""
 
     key: str
     file: str
@@ -19,7 +19,7 @@ class Statement:
 
 
 def statements(root: Path) -> Iterator[Statement]:
-    """Every raise that makes an error."""
+    """Yield every raise statement that makes an exception."""
     hook = _hook()
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
@@ -29,7 +29,7 @@ def statements(root: Path) -> Iterator[Statement]:
 
 
 def _hook():
-    """The module that notes, under another name than Python looks for, so that it only defines."""
+    """Import the hook under another name, so that it does not install itself."""
     path = Path(__file__).parent / "hook" / "sitecustomize.py"
     spec = importlib.util.spec_from_file_location("noting_raises", path)
     module = importlib.util.module_from_spec(spec)

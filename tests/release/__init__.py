@@ -1,1 +1,1 @@
-"""What a release is checked with: vulnerabilities (audit), licences, bounds; and its bill of materials (make sbom)."""
+"""Checks of a release: vulnerabilities (audit), licences and lower bounds of versions."""

@@ -1,7 +1,7 @@
 """Known vulnerabilities of the versions in constraints.txt: `python -m tests.release.audit`, run by `make audit`.
 
-pip-audit asks PyPI's advisories. Exit 0: every version was audited, and what is known is explained in explained.txt.
-Exit 1: a vulnerability that is not explained. Exit 2: nothing is known, because the service did not answer for some.
+pip-audit queries the advisories of PyPI. Exit code 0: every version was audited, and explained.txt explains each known
+vulnerability. 1: a vulnerability is not explained. 2: some versions were not audited, as the service did not answer.
 """
 
 import json
@@ -15,13 +15,13 @@ EXPLAINED = ROOT / "tests" / "release" / "explained.txt"
 
 
 def explained(text: str) -> dict[str, str]:
-    """Reason by vulnerability: lines `ID reason`; those that begin with # are comments."""
+    """Return vulnerability -> reason from lines `ID reason`; lines that begin with # are comments."""
     lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return {name: (reason[0] if reason else "") for name, *reason in lines}
 
 
 def verdict(document: dict[str, Any], reasons: dict[str, str]) -> tuple[int, str]:
-    """Exit code and what to say of pip-audit's JSON document."""
+    """Return the exit code and the message for pip-audit's JSON document."""
     versions = document["dependencies"]
     skipped = [one["name"] for one in versions if "skip_reason" in one]
     known = [(one["name"], one["version"], bug) for one in versions for bug in one.get("vulns", [])]
@@ -31,40 +31,40 @@ def verdict(document: dict[str, Any], reasons: dict[str, str]) -> tuple[int, str
         for name, version, bug in known
         if not {bug["id"], *bug.get("aliases", [])} & reasons.keys()
     ]
-    said = [
-        f"{name} {version}: {bug['id']}, mended in {', '.join(bug.get('fix_versions', [])) or 'no version'}; raise it "
-        f"in constraints.txt, or say in tests/release/explained.txt why it does not matter here"
+    lines = [
+        f"{name} {version}: {bug['id']}, fixed in {', '.join(bug.get('fix_versions', [])) or 'no version'}; raise it "
+        f"in constraints.txt, or explain in tests/release/explained.txt why it does not matter"
         for name, version, bug in open_
     ]
-    said += [
-        f"tests/release/explained.txt: {name} is not known of any version here; take it out"
+    lines += [
+        f"tests/release/explained.txt: {name} affects no version of constraints.txt; remove it"
         for name in reasons.keys() - names
     ]
     audited = len(versions) - len(skipped)
-    said.append(
+    lines.append(
         f"{audited} of {len(versions)} versions audited, {len(known)} known vulnerabilities, {len(open_)} unexplained"
     )
     if skipped:
-        said.append(
-            f"NOT AUDITED: the vulnerability service gave no answer for {len(skipped)} ({', '.join(skipped[:3])}, ...)"
+        lines.append(
+            f"NOT AUDITED: the vulnerability service did not answer for {len(skipped)} ({', '.join(skipped[:3])}, ...)"
             f"; run make audit where PyPI's own service can be reached"
         )
-    return (1 if open_ else 2 if skipped or not versions else 0), "\n".join(said)
+    return (1 if open_ else 2 if skipped or not versions else 0), "\n".join(lines)
 
 
 def main() -> int:
-    """Run pip-audit of this environment over constraints.txt and judge what it says."""
+    """Run pip-audit on constraints.txt, print the result and return the exit code."""
     command = [sys.executable, "-m", "pip_audit", "--requirement", str(ROOT / "constraints.txt"), "--no-deps"]
     command += ["--disable-pip", "--format", "json", "--progress-spinner", "off", "--timeout", "15"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         document = json.loads(done.stdout)
     except ValueError:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         print(f"NOT AUDITED: pip-audit ended with {done.returncode}: {last}")
         return 2
-    code, said = verdict(document, explained(EXPLAINED.read_text(encoding="utf-8")))
-    print(said)
+    code, message = verdict(document, explained(EXPLAINED.read_text(encoding="utf-8")))
+    print(message)
     return code
 
 

@@ -1,7 +1,7 @@
-"""Are the licences of all that rsi-deploy installs ones that users can live with? `python -m tests.release.licences`
+"""Check the licences of all packages that rsi-deploy installs: `python -m tests.release.licences`
 
-Reads the metadata of what is installed here, from rsi-deploy's own requirements on down. A licence is taken apart at
-AND and OR: every part of an AND must be allowed, one part of an OR is enough. What is not allowed ends with exit 1.
+It reads the metadata of the installed packages, from rsi-deploy's requirements on. In a licence expression, every part
+of an AND must be allowed, and one part of an OR. The exit code is 1 if a licence is not allowed.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 PROJECT = "rsi-deploy"
 EXTRAS = ("cpu", "data", "loadgen", "ray", "serve", "test")
 
-# By SPDX name; in lower case, as are the spellings that old metadata use.
+# SPDX names in lower case, and below spellings of old metadata.
 ALLOWED = {
     "0bsd", "apache-2.0", "apache-2.0 with llvm-exception", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0",
     "cnri-python", "isc", "mit", "mit-cmu", "mit-0", "mpl-2.0", "psf-2.0", "python-2.0", "unlicense", "zlib", "zpl-2.1",
@@ -36,17 +36,17 @@ SPELLINGS = {
     "the unlicense (unlicense)": "unlicense",
     "zope public license": "zpl-2.1",
 }
-# Distributions whose metadata name no allowed licence, each looked at by a person.
-LOOKED_AT = {
-    "cuda-toolkit": "a name that only depends on NVIDIA's libraries; see nvidia-*",
-    "mlcommons-loadgen": "Apache-2.0 in its repository (mlcommons/inference); its metadata say nothing. Optional",
-    "nvidia-*": "proprietary, free to use and pass on; only where torch's CUDA build is chosen (Linux's default)",
+# Distributions whose metadata have no allowed licence; a person has checked each of them.
+CHECKED = {
+    "cuda-toolkit": "an empty package that depends on NVIDIA's libraries; see nvidia-*",
+    "mlcommons-loadgen": "Apache-2.0 in its repository (mlcommons/inference), not in its metadata. Optional",
+    "nvidia-*": "proprietary, free to use and redistribute; only with torch's CUDA build (the default on Linux)",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Licence:
-    """What a distribution says of itself, and what is wrong with it; empty where nothing is."""
+    """The licence of a distribution, and a problem, or ""."""
 
     name: str
     text: str
@@ -54,33 +54,33 @@ class Licence:
 
 
 def normal(name: str) -> str:
-    """A distribution's name as registries compare it."""
+    """Return a distribution's normalized name."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def closure(name: str, extras: Iterable[str], find: Callable[[str], importlib.metadata.Distribution]) -> dict[str, str]:
-    """Licence text by distribution of a project and all that it requires here; absent optional ones are left out."""
+    """Return distribution -> licence of a project and all installed packages that it requires."""
     found: dict[str, str] = {}
     waiting, seen = [(name, tuple(extras))], set()
     while waiting:
-        asked = waiting.pop()
-        if asked in seen:
+        package = waiting.pop()
+        if package in seen:
             continue
-        seen.add(asked)
+        seen.add(package)
         try:
-            distribution = find(asked[0])
+            distribution = find(package[0])
         except importlib.metadata.PackageNotFoundError:
             continue
-        found[normal(asked[0])] = told(distribution)
+        found[normal(package[0])] = licence_of(distribution)
         for requirement in map(Requirement, distribution.requires or []):
             marker = requirement.marker
-            if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *asked[1])):
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *package[1])):
                 waiting.append((requirement.name, tuple(sorted(requirement.extras))))
     return found
 
 
-def told(distribution: importlib.metadata.Distribution) -> str:
-    """The licence that its metadata tell: an SPDX expression, else the classifiers, else the free text's first line."""
+def licence_of(distribution: importlib.metadata.Distribution) -> str:
+    """Return the SPDX expression in the metadata, else the classifiers, else the first line of the licence text."""
     metadata = distribution.metadata
     classified = [
         line.split(" :: ")[-1] for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")
@@ -91,7 +91,7 @@ def told(distribution: importlib.metadata.Distribution) -> str:
 
 
 def allowed(text: str) -> bool:
-    """Whether a licence text can be accepted without a person's look.
+    """Return whether a licence is allowed without a check by a person.
 
     Example:
         >>> allowed("MIT OR GPL-3.0-only"), allowed("MIT AND GPL-3.0-only"), allowed("")
@@ -108,25 +108,25 @@ def allowed(text: str) -> bool:
 
 
 def judged(name: str, text: str) -> Licence:
-    """A distribution's licence with what is wrong about it."""
-    looked_at = any(re.fullmatch(pattern.replace("*", ".*"), name) for pattern in LOOKED_AT)
-    if allowed(text) or (looked_at and "gpl" not in text.lower()):
+    """Return a distribution's licence with its problem."""
+    checked = any(re.fullmatch(pattern.replace("*", ".*"), name) for pattern in CHECKED)
+    if allowed(text) or (checked and "gpl" not in text.lower()):
         return Licence(name=name, text=text)
     return Licence(
         name=name,
         text=text,
-        problem=f"{name}: its licence is {text or 'not told'!r}, which is not allowed; replace it, or look at it and"
+        problem=f"{name}: its licence is {text or 'unknown'!r}, which is not allowed; replace it, or check it and"
         f" add it to tests/release/licences.py with the reason",
     )
 
 
 def main() -> int:
-    """Print every licence and what is wrong; 1 where something is."""
+    """Print every licence and problem; return 1 if there is a problem."""
     licences = [
         judged(name, text) for name, text in sorted(closure(PROJECT, EXTRAS, importlib.metadata.distribution).items())
     ]
     for licence in licences:
-        print(f"{licence.name:28} {licence.text or 'not told'}")
+        print(f"{licence.name:28} {licence.text or 'unknown'}")
     problems = [licence.problem for licence in licences if licence.problem]
     print(*problems, f"{len(licences)} distributions, {len(problems)} with a licence that is not allowed", sep="\n")
     return int(bool(problems))

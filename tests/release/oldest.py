@@ -1,7 +1,7 @@
 """The lowest versions that pyproject.toml allows: `python -m tests.release.oldest > constraints-oldest.txt`
 
-Every requirement of the project and of the extras that the suite needs is pinned at its lower bound; what these
-require in turn is left to pip. tests/test_oldest.py holds the stored file to it; `make oldest` runs the suite's core.
+Every requirement of the project and of the extras for the tests is pinned at its lower bound; pip chooses the rest.
+tests/test_oldest.py compares the stored file; `make oldest` runs the core of the tests with these versions.
 """
 
 import re
@@ -17,7 +17,7 @@ HEADER = "# The oldest versions of pyproject.toml; made by python -m tests.relea
 
 
 def oldest(project: dict[str, Any]) -> str:
-    """The constraints of a project table.
+    """Return the constraints for a project table.
 
     Raises:
         ValueError: a requirement has no lower bound, or two different ones.
@@ -26,7 +26,7 @@ def oldest(project: dict[str, Any]) -> str:
     optional = project["optional-dependencies"]
     for requirement in [*project["dependencies"], *(line for extra in EXTRAS for line in optional[extra])]:
         if requirement.startswith(f"{project['name']}["):
-            continue  # itself, with another extra
+            continue  # the project itself with another extra
         found = BOUND.fullmatch(requirement)
         if found is None:
             raise ValueError(f"pyproject.toml: {requirement!r} has no lower bound; write NAME>=VERSION")

@@ -36,7 +36,7 @@ def shown(**changes):
     return out.getvalue()
 
 
-def test_the_verdict_stands_first_with_the_figures():
+def test_the_verdict_comes_first():
     text = shown()
     assert text.startswith("net [a]: LoadGen SingleStream: VALID, 90.0th percentile latency: 1.05 ms")
     assert "LoadGen's is +5.0%" in text
@@ -50,11 +50,11 @@ def test_an_invalid_run_shows_why():
 
 
 @pytest.mark.parametrize("changes", [{"latency_ms": {}, "own_p90_ms": None, "scenario": "Offline"}])
-def test_what_a_scenario_does_not_have_is_not_shown(changes):
+def test_missing_figures_are_not_shown(changes):
     text = shown(**changes)
     assert "p90" not in text
     assert "990 samples a second" in text
 
 
-def test_the_targets_of_a_server_are_told():
-    assert "asked for 40 queries a second, 99 % of them in 25 ms" in shown(target_qps=40.0, target_latency_ms=25.0)
+def test_the_targets_of_a_server_are_shown():
+    assert "40 queries a second, 99 % of them within 25 ms" in shown(target_qps=40.0, target_latency_ms=25.0)

@@ -58,7 +58,7 @@ def pages(tmp_path_factory):
         calib=data,
         allow_shared_data=True,
         bench_seconds=0.2,
-        smaller_is_enough=True,
+        allow_slower=True,
     )
     report = read_report(root / "b")
     sites = tuple(

@@ -23,7 +23,7 @@ def bundle(tmp_path_factory):
         rank=5,
         data=data,
         bench_seconds=0.05,
-        smaller_is_enough=True,
+        allow_slower=True,
         command="rsi-deploy export ...",
     )
     return root / "b"

@@ -1,4 +1,4 @@
-"""The terminal's tables of accuracy, gates and devices."""
+"""The tables of accuracy, gates and devices on the terminal."""
 
 import io
 
@@ -19,9 +19,9 @@ def shown(print_, *args, **options):
     return file.getvalue()
 
 
-def test_class_scores_show_what_was_measured_alone():
+def test_class_scores_show_only_what_was_measured():
     alone = shown(print_accuracies, [("dense.onnx", accuracy(92.0))])
-    assert "92.00 [91.00, 93.00]" in alone
+    assert "92.00 % [91.00, 93.00]" in alone
     assert "2,000 samples, cpu" in alone
     assert "same answer" not in alone
     assert "KL" not in alone
@@ -48,12 +48,12 @@ def test_values_show_cosine_and_distance():
     )
     assert isinstance(found, AccuracyResult)
     text = shown(print_accuracies, [("m", found)], reference="dense")
-    assert "hidden[0]" in text, "brackets are no markup"
+    assert "hidden[0]" in text, "brackets are not markup"
     assert "0.9800 [0.9700, 0.9900]" in text
     assert "top-1" not in text
 
 
-def test_gates_are_a_line_each():
+def test_each_gate_has_a_line():
     base = document(cell(arm("m", 10.0)), accuracy={"m": accuracy(92.0)})
     now = document(cell(arm("m", 12.0)), accuracy={"m": accuracy(92.0)})
     text = shown(print_gates, check_gates(now, base, max_slowdown=5.0, max_drop=0.5))

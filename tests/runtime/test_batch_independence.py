@@ -8,9 +8,9 @@ from served import linear, running_sum, tokens, value, write
 
 from rsi_deploy.runtime.batch_independence import (
     TOLERANCE,
-    samples_in,
-    why_alone,
-    why_alone_on,
+    count_samples,
+    why_not_batchable,
+    why_not_batchable_on,
     why_not_proved,
     why_runs_differ,
 )
@@ -23,7 +23,7 @@ def session_of(path):
 
 
 def asked(path, known=(), count=3):
-    return why_alone(path, session_of(path), dict(known), count)
+    return why_not_batchable(path, session_of(path), dict(known), count)
 
 
 def tried(path, count=3):
@@ -108,7 +108,7 @@ def test_whole_numbers_must_be_equal(tmp_path):
 
 def test_a_model_that_refuses_the_samples(tmp_path):
     few = tokens(tmp_path / "t.onnx", words=1)  # whole numbers are drawn from 0 and 1
-    assert asked(few).startswith("it does not run on these samples, so that a batch cannot be tried")
+    assert asked(few).startswith("the model does not run on these samples")
 
 
 def test_samples_that_are_given(tmp_path):
@@ -116,9 +116,10 @@ def test_samples_that_are_given(tmp_path):
     rows = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
     assert why_runs_differ(session_of(path), {"x": rows}, {"x": rows}) == MIXED
     assert why_runs_differ(session_of(path), {"x": 0 * rows}, {"x": rows}) == ""  # nothing leaks from nothing
-    assert "ReduceMean 'mean'" in why_alone_on(path, session_of(path), {"x": rows})
+    assert "ReduceMean 'mean'" in why_not_batchable_on(path, session_of(path), {"x": rows})
     assert (
-        why_alone_on(linear(tmp_path / "l.onnx"), session_of(tmp_path / "l.onnx"), {"x": np.ones((2, 12), "f")}) == ""
+        why_not_batchable_on(linear(tmp_path / "l.onnx"), session_of(tmp_path / "l.onnx"), {"x": np.ones((2, 12), "f")})
+        == ""
     )
 
 
@@ -131,4 +132,4 @@ def test_samples_are_counted_along_the_batch(tmp_path, dims, shape, samples):
     nodes = nodes if dims else [helper.make_node("Neg", ["x"], ["y"])]
     x, y = value("x", TensorProto.FLOAT, dims), value("y", TensorProto.FLOAT, [None] * len(dims))
     path = write(tmp_path / "m.onnx", nodes, [x], [y], [numpy_helper.from_array(np.ones((4, 4), "f"), "w")])
-    assert samples_in(path, {"x": np.zeros(shape, np.float32)}) == samples
+    assert count_samples(path, {"x": np.zeros(shape, np.float32)}) == samples

@@ -6,7 +6,9 @@ import pytest
 from onnx import TensorProto, helper, parser
 
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.runtime.feeds.inputs import InputSpec, check_feeds, model_inputs, random_feeds
+from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
+from rsi_deploy.runtime.feeds.user_feeds import check_feeds
 
 
 def spec(name, shape, dtype="float32"):

@@ -48,6 +48,7 @@ def test_every_onnxruntime_distribution_is_listed_and_no_plug_in(monkeypatch):
 
     names = ["numpy", "onnxruntime_gpu", "onnxruntime", "onnxruntime-ep-openvino", "onnxruntime-extensions", "onnx"]
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: map(Distribution, names))
+    monkeypatch.setattr(machine, "_onnxruntime_distributions", machine._onnxruntime_distributions.__wrapped__)
     assert list(machine.onnxruntime_distributions()) == ["onnxruntime", "onnxruntime-gpu"]
 
 

@@ -88,7 +88,7 @@ def test_bench_measures_on_it(model):
     [
         ("openvino:nonsense=1", "'nonsense' does not exist; every provider takes threads"),
         ("openvino:nonsense=1", "openvino also takes device_type"),
-        ("openvino:device_type=GPU", "asked for OpenVINOExecutionProvider, but onnxruntime fell back to CPU"),
+        ("openvino:device_type=GPU", "OpenVINOExecutionProvider was requested, but onnxruntime fell back to CPU"),
         ("openvino:device_type=GPU", "Try it without device_type=GPU"),
         ("openvino:device_type=Toaster", "ran no node of this model"),
         ("cuda", "available: openvino, cpu"),
@@ -110,9 +110,9 @@ def test_a_fallback_that_is_allowed_is_recorded(model, feeds):
 
 def test_options_are_refused_or_taken_one_by_one(model):
     from rsi_deploy.core.errors import UsageError
-    from rsi_deploy.runtime.sessions import make_session, settings_in_force
+    from rsi_deploy.runtime.sessions import effective_options, make_session
 
     session = make_session(model, "openvino:num_of_threads=1,device_type=CPU")
-    assert settings_in_force(session, "openvino:num_of_threads=1")["num_of_threads"] == "1"
+    assert effective_options(session, "openvino:num_of_threads=1")["num_of_threads"] == "1"
     with pytest.raises(UsageError, match="'num_of_thread' does not exist"):
         make_session(model, "openvino:num_of_thread=1,device_type=CPU")

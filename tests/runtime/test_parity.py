@@ -10,7 +10,8 @@ from onnx import helper, numpy_helper
 import graph_passes as gp
 from graph_passes import split_conv, split_gemm, split_matmul
 from rsi_deploy.core.errors import GateError
-from rsi_deploy.runtime.feeds.inputs import model_inputs, random_feeds
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
 from rsi_deploy.runtime.parity import SURGERY_TOLERANCE, compare_outputs, rotated_identity, surgery_check, tolerance_for
 
 RNG = np.random.default_rng(0)
@@ -51,9 +52,9 @@ def test_one_wrong_output_of_two_is_enough():
 def test_values_that_are_not_finite_are_rejected_whatever_the_tolerance(bad, tolerance):
     b = A.copy()
     b[1, 2] = bad
-    with pytest.raises(GateError, match="output 0 holds NaN or infinite values"):
+    with pytest.raises(GateError, match="output 0 has NaN or infinite values"):
         compare_outputs([A], [b], what="t", tolerance=tolerance)
-    with pytest.raises(GateError, match="elsewhere than the reference"):
+    with pytest.raises(GateError, match="NaN"):
         compare_outputs([b], [A], what="t", tolerance=tolerance)
 
 

@@ -4,7 +4,7 @@ import onnxruntime
 import pytest
 
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.runtime.provider_spec import SESSION_OPTIONS, ProviderSpec, parse
+from rsi_deploy.runtime.provider_spec import SESSION_OPTIONS, ProviderSpec, parse_provider
 
 CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
@@ -16,14 +16,14 @@ def _cuda(monkeypatch):
 
 def applied(text):
     options = onnxruntime.SessionOptions()
-    parse(text).apply_(options)
+    parse_provider(text).apply_(options)
     return options
 
 
 def test_a_name_alone():
-    spec = parse("cpu")
+    spec = parse_provider("cpu")
     assert (spec.name, dict(spec.session), dict(spec.options), str(spec)) == ("CPUExecutionProvider", {}, {}, "cpu")
-    assert parse(spec) is spec
+    assert parse_provider(spec) is spec
 
 
 def test_session_options_reach_onnxruntime():
@@ -58,17 +58,17 @@ def test_session_entries_reach_onnxruntime(text, entry, value):
 
 @pytest.mark.usefixtures("_cuda")
 def test_session_and_provider_options_are_told_apart():
-    spec = parse("GPU:use_tf32=0, threads=2,cudnn_conv_algo_search=HEURISTIC,spinning=OFF")
+    spec = parse_provider("GPU:use_tf32=0, threads=2,cudnn_conv_algo_search=HEURISTIC,spinning=OFF")
     assert spec.name == "CUDAExecutionProvider"
     assert dict(spec.session) == {"threads": "2", "spinning": "off"}
     assert dict(spec.options) == {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
     assert str(spec) == "cuda:threads=2,spinning=off,use_tf32=0,cudnn_conv_algo_search=HEURISTIC"
-    assert parse(str(spec)) == spec
+    assert parse_provider(str(spec)) == spec
 
 
 @pytest.mark.usefixtures("_cuda")
 def test_values_may_hold_commas_and_colons():
-    spec = parse("cuda:device_type=HETERO:GPU,CPU,load_config=C:/a.json")
+    spec = parse_provider("cuda:device_type=HETERO:GPU,CPU,load_config=C:/a.json")
     assert dict(spec.options) == {"device_type": "HETERO:GPU,CPU", "load_config": "C:/a.json"}
 
 
@@ -91,7 +91,7 @@ def test_values_may_hold_commas_and_colons():
 )
 def test_what_cannot_be_is_refused(text, said):
     with pytest.raises(UsageError, match=said):
-        parse(text)
+        parse_provider(text)
 
 
 def test_every_session_option_has_a_value_it_takes_and_one_it_refuses():
@@ -103,8 +103,8 @@ def test_every_session_option_has_a_value_it_takes_and_one_it_refuses():
 
 
 def test_a_spec_can_be_compared():
-    assert parse("cpu:threads=1") == parse("CPU: threads=1") != parse("cpu:threads=2")
-    assert isinstance(parse("cpu"), ProviderSpec)
+    assert parse_provider("cpu:threads=1") == parse_provider("CPU: threads=1") != parse_provider("cpu:threads=2")
+    assert isinstance(parse_provider("cpu"), ProviderSpec)
 
 
 def test_a_level_that_an_older_onnxruntime_has_not(monkeypatch):
@@ -112,5 +112,5 @@ def test_a_level_that_an_older_onnxruntime_has_not(monkeypatch):
     del known["ORT_ENABLE_LAYOUT"]
     monkeypatch.setattr(onnxruntime, "GraphOptimizationLevel", types.SimpleNamespace(**known))
     assert applied("cpu:optimization=extended").graph_optimization_level == known["ORT_ENABLE_EXTENDED"]
-    with pytest.raises(UsageError, match=r"optimization=layout is not known to onnxruntime .*; take extended"):
+    with pytest.raises(UsageError, match=r"optimization=layout is not known to onnxruntime .*; use extended"):
         applied("cpu:optimization=layout")

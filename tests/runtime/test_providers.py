@@ -41,9 +41,10 @@ class Device:
 
 
 def test_the_modules_load_neither_torch_nor_onnxruntime():
-    names = ["accuracy", "data", "inputs", "latency", "machine", "preprocess"]
-    names += ["providers", "provider_spec", "sessions", "placement", "binding", "loadgen"]
-    code = "import sys\n" + "\n".join(f"import rsi_deploy.measure.{name}" for name in names)
+    runtime = ("feeds.inputs", "machine", "providers", "provider_spec", "sessions", "placement", "binding")
+    names = ["evaluation.accuracy", "data.sources", "data.preprocess", "benchmark.latency", "benchmark.loadgen"]
+    names += [f"runtime.{name}" for name in runtime]
+    code = "import sys\n" + "\n".join(f"import rsi_deploy.{name}" for name in names)
     code += "\nprint({'torch', 'torchvision', 'onnxruntime', 'onnx', 'mlperf_loadgen'} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"
@@ -51,32 +52,32 @@ def test_the_modules_load_neither_torch_nor_onnxruntime():
 
 @pytest.mark.parametrize("name", ["cpu", "CPU", " Cpu ", "CPUExecutionProvider", "cpuexecutionprovider", "cpu:a=b"])
 def test_any_spelling_of_cpu(name):
-    assert providers.resolve(name) == "CPUExecutionProvider"
+    assert providers.resolve_provider(name) == "CPUExecutionProvider"
 
 
 def test_plug_in_providers_are_found(monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [Device(), Device()], raising=False)
-    assert providers.available().count("OpenVINOExecutionProvider") == 1
-    assert providers.resolve("openvino") == "OpenVINOExecutionProvider"
+    assert providers.available_providers().count("OpenVINOExecutionProvider") == 1
+    assert providers.resolve_provider("openvino") == "OpenVINOExecutionProvider"
     assert len(providers.plugin_devices("OpenVINOExecutionProvider")) == 2
     assert providers.plugin_devices("OtherExecutionProvider") == []
 
 
 def test_installed_plug_ins_are_registered_once_and_only_when_needed(plugin):
     plugin("teapot", lambda: "libteapot.so")
-    providers.resolve("cpu")
+    providers.resolve_provider("cpu")
     assert plugin.registered == {}
-    providers.available()
+    providers.available_providers()
     assert plugin.registered == {"rsi-deploy.onnxruntime_ep_teapot": "libteapot.so"}
     plugin.registered.clear()
-    providers.available()
+    providers.available_providers()
     assert plugin.registered == {}
 
 
 def test_a_plug_in_without_a_device_is_told(plugin):
     plugin("teapot", lambda: "libteapot.so")
-    with pytest.raises(UsageError, match="onnxruntime-ep-teapot is installed and loads, but shows no device"):
-        providers.resolve("teapot")
+    with pytest.raises(UsageError, match="onnxruntime-ep-teapot is installed and loads, but finds no device"):
+        providers.resolve_provider("teapot")
 
 
 def test_a_broken_plug_in_is_told_and_stops_no_other(plugin):
@@ -85,9 +86,9 @@ def test_a_broken_plug_in_is_told_and_stops_no_other(plugin):
 
     plugin("teapot", broken)
     plugin("urn", lambda: "liburn.so")
-    assert providers.resolve("cpu") == "CPUExecutionProvider"
+    assert providers.resolve_provider("cpu") == "CPUExecutionProvider"
     with pytest.raises(UsageError, match=r"onnxruntime-ep-teapot .* cannot be loaded: no libteapot\.so"):
-        providers.resolve("teapot")
+        providers.resolve_provider("teapot")
     assert list(plugin.registered) == ["rsi-deploy.onnxruntime_ep_urn"]
 
 
@@ -102,26 +103,26 @@ def test_a_library_that_onnxruntime_refuses_is_told(plugin, monkeypatch):
 
 def test_an_old_onnxruntime_without_plug_ins(monkeypatch):
     monkeypatch.delattr(onnxruntime, "get_ep_devices", raising=False)
-    assert "CPUExecutionProvider" in providers.available()
+    assert "CPUExecutionProvider" in providers.available_providers()
 
 
 def test_an_absent_provider_says_what_there_is_and_what_to_install(monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     for name in ("gpu", "cuda:use_tf32=0", "trt"):
         with pytest.raises(UsageError) as caught:
-            providers.resolve(name)
+            providers.resolve_provider(name)
         for part in (repr(name), "available: cpu", "pip uninstall onnxruntime && pip install onnxruntime-gpu"):
             assert part in str(caught.value)
     with pytest.raises(UsageError, match="onnxruntime-teapot"):
-        providers.resolve("teapot")
+        providers.resolve_provider("teapot")
 
 
 def test_two_distributions_over_each_other_are_told(monkeypatch):
     both = {"onnxruntime": "1.0", "onnxruntime-gpu": "1.0"}
     monkeypatch.setattr(providers, "onnxruntime_distributions", lambda: both)
     with pytest.raises(UsageError, match="overwrite each other"):
-        providers.resolve("teapot")
+        providers.resolve_provider("teapot")
     monkeypatch.setattr(providers, "onnxruntime_distributions", lambda: {"onnxruntime": "1.0"})
     with pytest.raises(UsageError) as caught:
-        providers.resolve("teapot")
+        providers.resolve_provider("teapot")
     assert "overwrite" not in str(caught.value)

@@ -6,14 +6,14 @@ from nets import SIZES, mlp_onnx, run_onnx
 from onnx import helper, numpy_helper
 
 from rsi_deploy.core.errors import ModelError
-from rsi_deploy.runtime.shape_trace import traced_run
+from rsi_deploy.runtime.shape_trace import trace_run
 
 
 def test_a_run_gives_the_outputs_and_counts_what_was_executed(tmp_path):
     path = mlp_onnx(tmp_path / "m.onnx")
     a, b, c, d = SIZES
     x = np.random.default_rng(0).standard_normal((5, a)).astype(np.float32)
-    trace = traced_run(path, {"input": x})
+    trace = trace_run(path, {"input": x})
     assert trace.macs == {"fc1": 5 * a * b, "fc2": 5 * b * c, "head": 5 * c * d}
     # unoptimized against optimized kernels: float32 rounding
     np.testing.assert_allclose(trace.outputs[0], run_onnx(path, x)[0], rtol=1e-5, atol=1e-6)
@@ -24,7 +24,7 @@ def test_external_weights(tmp_path):
     path = mlp_onnx(tmp_path / "m.onnx")
     ir.save(ir.load(path), tmp_path / "e.onnx", external_data="e.data")
     x = {"input": np.ones((2, SIZES[0]), np.float32)}
-    a, b = traced_run(path, x), traced_run(tmp_path / "e.onnx", x)
+    a, b = trace_run(path, x), trace_run(tmp_path / "e.onnx", x)
     assert a.macs == b.macs
     np.testing.assert_array_equal(a.outputs[0], b.outputs[0])
 
@@ -47,7 +47,7 @@ def test_a_node_in_a_loop_counts_every_time(tmp_path):
         [square, numpy_helper.from_array(np.array(3), "times")],
     )
     onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "m.onnx")
-    trace = traced_run(tmp_path / "m.onnx", {"x": np.ones((2, 4), np.float32)})
+    trace = trace_run(tmp_path / "m.onnx", {"x": np.ones((2, 4), np.float32)})
     assert trace.macs == {"product": 3 * 2 * 4 * 4}
     np.testing.assert_array_equal(trace.outputs[0], np.full((2, 4), 8, np.float32))
 
@@ -55,7 +55,7 @@ def test_a_node_in_a_loop_counts_every_time(tmp_path):
 def test_inputs_that_do_not_fit_are_refused(tmp_path):
     path = mlp_onnx(tmp_path / "m.onnx")
     with pytest.raises(ModelError, match=r"m\.onnx: the run failed"):
-        traced_run(path, {"input": np.ones((2, SIZES[0] + 1), np.float32)})
+        trace_run(path, {"input": np.ones((2, SIZES[0] + 1), np.float32)})
 
 
 def info(name, shape, kind=1):
@@ -92,7 +92,7 @@ def test_nodes_of_functions_count_under_their_own_names(tmp_path):
         helper.make_node("F", ["a", "w"], ["b"], domain="my", name="second"),
         helper.make_node("F", ["b", "w"], ["y"], domain="my", name="third"),
     ]
-    trace = traced_run(saved(tmp_path / "m.onnx", nodes, SQUARE, [f, g]), ONES)
+    trace = trace_run(saved(tmp_path / "m.onnx", nodes, SQUARE, [f, g]), ONES)
     assert trace.macs == {"F_product": 3 * 2 * 4 * 4, "sum": 2 * 4 * 4}
     assert trace.uncounted == ()
 
@@ -102,7 +102,7 @@ def test_nodes_without_a_name_count_with_their_attributes(tmp_path):
         helper.make_node("Einsum", ["x", "w"], ["h"], equation="ij,jk->ik"),
         helper.make_node("FusedMatMul", ["h", "h"], ["y"], domain="com.microsoft", transA=1),
     ]
-    trace = traced_run(saved(tmp_path / "m.onnx", nodes, SQUARE), ONES)
+    trace = trace_run(saved(tmp_path / "m.onnx", nodes, SQUARE), ONES)
     assert sorted(trace.macs.values()) == [2 * 4 * 4, 2 * 4 * 4]
     assert trace.uncounted == ()
 
@@ -115,7 +115,7 @@ def test_absent_inputs_are_not_taken_for_others(tmp_path):
         "Attention", ["x", "w", "b", "", "past"], ["y", "present"], "attend", domain="com.microsoft", num_heads=2
     )
     x = {"x": np.ones((1, 5, 4), np.float32)}
-    trace = traced_run(saved(tmp_path / "m.onnx", [node], initializers, shape=(1, 5, 4)), x)
+    trace = trace_run(saved(tmp_path / "m.onnx", [node], initializers, shape=(1, 5, 4)), x)
     scores = 5 * (3 + 5) * (4 + 4)
     assert trace.macs == {"attend": 5 * 4 * 12 + scores}
     assert trace.attention_macs == {"attend": scores}

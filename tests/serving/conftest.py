@@ -10,7 +10,7 @@ SAMPLES = Path(__file__).parents[2] / "samples"
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """A real bundle of the sample CNN, its dense model beside it."""
+    """A real bundle of the sample CNN, with its dense model."""
     pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
     folder = tmp_path_factory.mktemp("served") / "digits"
     export(
@@ -27,5 +27,5 @@ def digits(tmp_path_factory):
 
 @pytest.fixture
 def copied(digits, tmp_path):
-    """The bundle where a test may change it."""
+    """A copy of the bundle that a test may change."""
     return Path(shutil.copytree(digits, tmp_path / "digits"))

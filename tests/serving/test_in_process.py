@@ -1,4 +1,4 @@
-"""What happens at one moment, in this process: a queue that is full, a worker that dies, a port that is taken."""
+"""Rare events, in this process: a full queue, a worker that dies, a port that is taken."""
 
 import asyncio
 import contextlib
@@ -16,9 +16,9 @@ pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip inst
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.serving.access_log import AccessLog
 from rsi_deploy.serving.catalog import read_catalog
-from rsi_deploy.serving.engine.batches import MOST_BEHIND, MOST_WAITING, Batcher, BatchLimits
+from rsi_deploy.serving.engine.batches import MAX_BACKGROUND, MAX_WAITING, Batcher, BatchLimits
 from rsi_deploy.serving.engine.pool import Pool, Worker, WorkerDied
-from rsi_deploy.serving.engine.worker import LoadOrder
+from rsi_deploy.serving.engine.worker import LoadRequest
 from rsi_deploy.serving.front import Front
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.requests import InferRequest
@@ -33,28 +33,28 @@ def service_of(path):
 
 
 def loading():
-    """Processes of this one that are workers."""
+    """Return the worker processes of this process."""
     found = []
     for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie, which is one
-            found += [child] * any("serving.worker" in argument for argument in child.cmdline())
+        with contextlib.suppress(psutil.NoSuchProcess):  # also raised for a zombie
+            found += [child] * any("serving.engine.worker" in argument for argument in child.cmdline())
     return found
 
 
 @pytest.mark.parametrize(
-    ("behind", "most", "words", "retry"),
+    ("background", "most", "words", "retry"),
     [
-        (False, MOST_WAITING, "too many requests wait; try again later", 1),
-        (True, MOST_BEHIND, "too many shadow requests wait", 0),
+        (False, MAX_WAITING, "too many requests wait; try again later", 1),
+        (True, MAX_BACKGROUND, "too many shadow requests wait", 0),
     ],
 )
-def test_a_full_queue_takes_no_more(behind, most, words, retry):
+def test_a_full_queue_refuses_requests(background, most, words, retry):
     async def filled():
         batcher = Batcher(BatchLimits(latency_bound=600.0), lambda *_: None)
-        batcher.pool = Pool(1, "cpu", 1, batcher.pump)  # whose worker never comes
+        batcher.pool = Pool(1, "cpu", 1, batcher.pump)  # its worker is never started
 
         def asked():
-            return batcher.run("m", {"x": ROW}, alone=False, behind=behind)
+            return batcher.run("m", {"x": ROW}, alone=False, background=background)
 
         waiting = [asyncio.create_task(asked()) for _ in range(most)]
         await asyncio.sleep(0)
@@ -72,7 +72,7 @@ def test_a_full_queue_takes_no_more(behind, most, words, retry):
     assert (refusal.status, refusal.retry_after) == (429, retry)
 
 
-def test_who_leaves_takes_no_more(tmp_path):
+def test_a_server_that_shuts_down_refuses_requests(tmp_path):
     async def leaving():
         service, request = service_of(linear(tmp_path / "m.onnx")), InferRequest(feeds={"x": ROW}, outputs={})
         await service.start()
@@ -89,7 +89,7 @@ def test_who_leaves_takes_no_more(tmp_path):
     assert (refusal.status, refusal.retry_after) == (503, 1)
 
 
-def test_a_worker_that_dies_while_it_loads_is_told(tmp_path):
+def test_a_worker_that_dies_while_it_loads_is_reported(tmp_path):
     async def killed():
         service = service_of(linear(tmp_path / "m.onnx"))
         starting = asyncio.create_task(service.start())
@@ -106,41 +106,41 @@ def test_a_worker_that_dies_while_it_loads_is_told(tmp_path):
         asyncio.run(killed())
 
 
-def test_what_a_dead_worker_never_had_is_told_apart():
-    """So that it is tried again at once: the process that was to get it cannot have died of it."""
+def test_requests_that_a_dead_worker_had_not_read_are_known():
+    """They are retried without a count, because the process cannot have died of them."""
 
-    async def asked(end):
+    async def died_with(end):
         ended = asyncio.Event()
-        worker = Worker(LoadOrder(bundles={}, provider="cpu", threads=1), lambda _: ended.set())
+        worker = Worker(LoadRequest(bundles={}, provider="cpu", threads=1), lambda _: ended.set())
         await worker.load()
         await end(worker, ended)
         with pytest.raises(WorkerDied) as died:
             await worker.run("m", [], 5.0)
         await asyncio.wait_for(ended.wait(), 10)
-        return died.value.had_it
+        return died.value.had_request
 
-    async def gone(worker, ended):
+    async def dead(worker, ended):
         os.kill(worker.pid, signal.SIGKILL)
         await asyncio.wait_for(ended.wait(), 10)
 
-    async def going(worker, ended):
-        worker.close()  # nobody has read yet that it is
+    async def closing(worker, ended):
+        worker.close()  # its end has not been read yet
 
     async def unread(worker, ended):
         os.kill(worker.pid, signal.SIGSTOP)
         asyncio.get_running_loop().call_later(0.2, os.kill, worker.pid, signal.SIGKILL)
 
     async def read(worker, ended):
-        """The worker serves no "m": it ends after it has read the request."""
+        """Do nothing: the worker has no model "m", so it ends after it has read the request."""
 
-    assert asyncio.run(asked(gone)) is False
-    assert asyncio.run(asked(going)) is False
-    assert asyncio.run(asked(unread)) is False
-    assert asyncio.run(asked(read)) is True
+    assert asyncio.run(died_with(dead)) is False
+    assert asyncio.run(died_with(closing)) is False
+    assert asyncio.run(died_with(unread)) is False
+    assert asyncio.run(died_with(read)) is True
 
 
 def test_a_grpc_port_that_is_taken_meanwhile(tmp_path):
-    """Between the look at the port and the server that listens there, somebody else may come."""
+    """Another process may take the port between the check and the start of the server."""
     service = service_of(linear(tmp_path / "m.onnx"))
     with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{taken.getsockname()[1]}"

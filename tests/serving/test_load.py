@@ -14,13 +14,13 @@ import numpy as np
 import onnxruntime
 import psutil
 import pytest
-from served import Server, alone, body, linear, running_sum, slow, together, tokens
+from served import Server, alone, body, linear, run_threads, running_sum, slow, tokens
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 import tritonclient.grpc
 import tritonclient.http
 
-from rsi_deploy.io.bundle import whole_folder
+from rsi_deploy.io.bundle import atomic_folder
 from rsi_deploy.serving.catalog import read_catalog
 from rsi_deploy.serving.engine.batches import BatchLimits
 from rsi_deploy.serving.protocol.refusal import Refusal
@@ -42,7 +42,7 @@ def asked(server, model, feeds):
 
 @pytest.fixture(scope="module")
 def batching(tmp_path_factory):
-    """One worker and a long wait for company, so that what can be joined is joined."""
+    """A server with one worker and a long batch delay, so that requests are joined whenever possible."""
     folder = tmp_path_factory.mktemp("batching")
     models = {"linear": linear(folder / "linear.onnx"), "tokens": tokens(folder / "tokens.onnx")}
     models["sum"] = running_sum(folder / "sum.onnx")
@@ -69,7 +69,7 @@ def test_requests_are_joined_and_answered_right(batching):
             np.testing.assert_allclose(c.infer("linear", [put]).as_numpy("y"), want[rows], rtol=0, atol=1e-5)
         return True
 
-    assert together(16, client) == [True] * 16
+    assert run_threads(16, client) == [True] * 16
     batches, requests = batches_and_requests(server, "linear")
     assert requests == 240
     assert batches < 150
@@ -78,7 +78,7 @@ def test_requests_are_joined_and_answered_right(batching):
     assert batches_and_requests(server, "linear") == (batches + 1, 241)  # 64 rows in one request are one batch
 
 
-def test_only_the_request_to_blame_fails_in_a_batch(batching):
+def test_only_the_faulty_request_of_a_batch_fails(batching):
     server, models = batching
 
     def client(number):
@@ -94,7 +94,7 @@ def test_only_the_request_to_blame_fails_in_a_batch(batching):
         return status == 200
 
     for _ in range(3):
-        assert together(12, client) == [True] * 12
+        assert run_threads(12, client) == [True] * 12
     assert batches_and_requests(server, "tokens")[0] < 36
 
 
@@ -107,13 +107,13 @@ def test_rows_that_depend_on_each_other_are_never_joined(batching):
         np.testing.assert_allclose(found, np.cumsum(x, axis=0), rtol=0, atol=1e-5)
         return status
 
-    assert together(12, client) == [200] * 12
+    assert run_threads(12, client) == [200] * 12
     assert batches_and_requests(server, "sum") == (12, 12)
     assert "sum 1: requests are not batched: samples are not proved independent: CumSum" in server.errors()
 
 
 class Load:
-    """Clients that ask without end, on connections they keep; a context manager that counts what they get."""
+    """Clients that send requests without pause on open connections; a context manager that counts the answers."""
 
     def __init__(self, server, model, clients, judge):
         self.server, self.path, self.judge = server, f"/v2/models/{model}/infer", judge
@@ -178,7 +178,7 @@ def test_a_killed_worker_costs_no_answer(tmp_path):
     model = linear(tmp_path / "m.onnx")
     want = alone(model, {"x": ROWS})["y"]
     with Server(model, log=tmp_path / "log") as server:
-        first = server.told["workers"]
+        first = server.info["workers"]
         with Load(server, "m", 8, judge_by(right=want)) as load:
             for pid in first:
                 time.sleep(0.5)
@@ -198,9 +198,9 @@ def test_all_workers_killed_at_once(tmp_path):
     model = linear(tmp_path / "m.onnx")
     want = alone(model, {"x": ROWS})["y"]
     with Server(model, "--latency-bound", "20s") as server:
-        for pid in server.told["workers"]:
+        for pid in server.info["workers"]:
             os.kill(pid, signal.SIGKILL)
-        status, found = asked(server, "m", {"x": ROWS})  # waits for the next ones
+        status, found = asked(server, "m", {"x": ROWS})  # waits for the next workers
         assert status == 200
         np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
 
@@ -225,7 +225,7 @@ def test_a_worker_that_hangs_is_killed(tmp_path):
     np.testing.assert_allclose(found, alone(tmp_path / "m.onnx", {"x": ROWS})["y"], rtol=0, atol=1e-5)
 
 
-def test_a_request_that_kills_workers_is_given_up(tmp_path):
+def test_a_request_that_kills_two_workers_fails(tmp_path):
     async def poison():
         model, rows = slow(tmp_path / "m.onnx"), np.ones((1000, 1536), np.float32)  # runs for seconds
         limits = BatchLimits(max_batch=1000, latency_bound=60.0)
@@ -236,7 +236,7 @@ def test_a_request_that_kills_workers_is_given_up(tmp_path):
         async def kill_all():
             while True:
                 pids = service.worker_pids()
-                await asyncio.sleep(0.5)  # they have read the request
+                await asyncio.sleep(0.5)  # time to read the request
                 for pid in set(pids) - killed:
                     os.kill(pid, signal.SIGKILL)
                     killed.add(pid)
@@ -260,7 +260,7 @@ def test_workers_end_with_the_front(tmp_path):
     server.process.kill()
     server.process.wait()
     server.process.stdout.close()
-    _, alive = psutil.wait_procs([psutil.Process(p) for p in server.told["workers"] if psutil.pid_exists(p)], 5)
+    _, alive = psutil.wait_procs([psutil.Process(p) for p in server.info["workers"] if psutil.pid_exists(p)], 5)
     assert not alive
 
 
@@ -288,18 +288,18 @@ def test_past_saturation_some_are_refused_and_none_is_lost(tmp_path):
                     assert int(headers["retry-after"]) >= 1
             return statuses
 
-        statuses = collections.Counter(status for found in together(24, client) for status in found)
+        statuses = collections.Counter(status for found in run_threads(24, client) for status in found)
         assert statuses.keys() <= {200, 429, 503}
         assert statuses[200] >= 3
         assert statuses[429] >= 10
-        assert asked(server, "slow", {"x": row})[0] == 200  # at once again
+        assert asked(server, "slow", {"x": row})[0] == 200  # accepted again at once
         assert (
             server.metric("rsi_requests_total", status="429") + server.metric("rsi_requests_total", status="503")
             == sum(statuses.values()) - statuses[200]
         )
 
 
-def test_a_replaced_bundle_is_taken_without_losing_a_request(tmp_path):
+def test_a_replaced_bundle_is_loaded_without_losing_a_request(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     served = tmp_path / "m"
     for folder, seed in ((old, 0), (new, 7)):
@@ -309,7 +309,7 @@ def test_a_replaced_bundle_is_taken_without_losing_a_request(tmp_path):
     with Server(served, "--reload-every", "100ms", log=tmp_path / "log") as server:
         with Load(server, "m", 6, judge_by(**answers)) as load:
             time.sleep(0.5)
-            with whole_folder(served, force=True) as work:
+            with atomic_folder(served, force=True) as work:
                 shutil.copytree(new, work, dirs_exist_ok=True)
             wait_for(lambda: load.counts["new"])
             time.sleep(0.3)
@@ -320,32 +320,32 @@ def test_a_replaced_bundle_is_taken_without_losing_a_request(tmp_path):
         assert asked(server, "m", {"x": ROWS})[1] == pytest.approx(answers["new"], abs=1e-4)
         assert server.metric("rsi_reloads_total", outcome="done") == 1
         assert server.metric("rsi_workers") == 2
-        _, alive = psutil.wait_procs([psutil.Process(p) for p in server.told["workers"] if psutil.pid_exists(p)], 5)
-        assert not alive  # the old ones have ended
+        _, alive = psutil.wait_procs([psutil.Process(p) for p in server.info["workers"] if psutil.pid_exists(p)], 5)
+        assert not alive  # the old workers have ended
 
-        (served / "model.onnx").write_bytes((old / "model.onnx").read_bytes())  # not what the report says
+        (served / "model.onnx").write_bytes((old / "model.onnx").read_bytes())  # its hash is not in the report
         wait_for(lambda: server.metric("rsi_reloads_total", outcome="refused"))
         assert asked(server, "m", {"x": ROWS})[1] == pytest.approx(answers["new"], abs=1e-4)
 
-        with whole_folder(served, force=True) as work:  # whole again: what was refused is not refused for good
+        with atomic_folder(served, force=True) as work:  # correct files are loaded again after a refusal
             shutil.copytree(old, work, dirs_exist_ok=True)
         wait_for(lambda: server.metric("rsi_reloads_total", outcome="done") == 2)
         assert asked(server, "m", {"x": ROWS})[1] == pytest.approx(answers["old"], abs=1e-4)
     assert "not reloaded" in server.errors()
-    assert "not what the bundle claims" in server.errors()
+    assert "changed since report.json was written" in server.errors()
 
 
 def bundle(folder, seed):
-    """The smallest folder that claims its model: what a server reads of report.json."""
+    """Write a folder with a model and the fields of report.json that a server reads."""
     import hashlib
 
     folder.mkdir()
     content = linear(folder / "model.onnx", seed=seed).read_bytes()
-    claims = {"schema_version": 1, "files": {"model.onnx": hashlib.sha256(content).hexdigest()}}
-    (folder / "report.json").write_text(json.dumps(claims))
+    report = {"schema_version": 1, "files": {"model.onnx": hashlib.sha256(content).hexdigest()}}
+    (folder / "report.json").write_text(json.dumps(report))
 
 
-def test_what_was_taken_is_answered_at_the_end(tmp_path):
+def test_accepted_requests_are_answered_at_shutdown(tmp_path):
     model, row = slow(tmp_path / "slow.onnx"), np.ones((1, 1536), np.float32) / 100
     want = alone(model, {"x": row})["y"]
     with Server(model, "--latency-bound", "30s", "--max-batch", "1", "--workers", "1") as server:
@@ -369,11 +369,11 @@ def test_what_was_taken_is_answered_at_the_end(tmp_path):
             server.process.send_signal(signal.SIGTERM)
 
         threading.Thread(target=end, daemon=True).start()
-        assert together(8, client) == [200] * 8
+        assert run_threads(8, client) == [200] * 8
         assert server.process.wait(10) == 0
 
 
-def test_leaving_is_told_before_connections_close(tmp_path):
+def test_not_ready_is_reported_before_connections_close(tmp_path):
     model = linear(tmp_path / "m.onnx")
     want = alone(model, {"x": ROWS})["y"]
     with Server(model) as server, Load(server, "m", 4, judge_by(right=want)) as load:
@@ -383,4 +383,4 @@ def test_leaving_is_told_before_connections_close(tmp_path):
         load.ended.set()
     assert not load.wrong
     assert load.counts.keys() <= {200, "right"}
-    assert all("Refused" in lost for lost in load.lost), load.lost  # never cut off within a request
+    assert all("Refused" in lost for lost in load.lost), load.lost  # no connection breaks within a request

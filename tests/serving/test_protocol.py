@@ -1,4 +1,4 @@
-"""The Open Inference Protocol as tritonclient, unmodified, speaks it; the oracle is onnxruntime on the same file."""
+"""The Open Inference Protocol with an unmodified tritonclient; the oracle is onnxruntime on the same file."""
 
 import json
 import re
@@ -87,16 +87,16 @@ def test_health_and_metadata(server, module):
     assert c.is_server_ready()
     assert c.is_model_ready("digits")
     assert c.is_model_ready("linear", "10")
-    told = c.get_model_metadata("linear")
-    if not isinstance(told, dict):
-        (entry,) = told.inputs
+    metadata = c.get_model_metadata("linear")
+    if not isinstance(metadata, dict):
+        (entry,) = metadata.inputs
         entry = {"name": entry.name, "datatype": entry.datatype, "shape": list(entry.shape)}
-        told = {"versions": list(told.versions), "inputs": [entry]}
-    assert told["versions"] == ["1", "10"]
-    assert told["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 12]}]
+        metadata = {"versions": list(metadata.versions), "inputs": [entry]}
+    assert metadata["versions"] == ["1", "10"]
+    assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 12]}]
     index = c.get_model_repository_index()
     entries = index if isinstance(index, list) else [{"name": m.name, "state": m.state} for m in index.models]
-    assert {entry["name"] for entry in entries if entry["state"] == "READY"} == set(server.told["models"])
+    assert {entry["name"] for entry in entries if entry["state"] == "READY"} == set(server.info["models"])
 
 
 @pytest.mark.parametrize("module", [tritonclient.http, tritonclient.grpc])
@@ -121,10 +121,10 @@ def test_metrics_are_what_prometheus_reads(server):
     assert counted.value >= 1
     assert families["rsi_workers"].samples[0].value == 2
     server.ask("POST", "/v2/models/made-up/infer", body({"x": ROW}))
-    assert b"made-up" not in server.ask("GET", "/metrics")[2]  # clients make no labels
+    assert b"made-up" not in server.ask("GET", "/metrics")[2]  # text from clients is never a label
 
 
-def test_a_first_axis_that_is_no_batch_comes_through(server, models):
+def test_a_first_axis_that_is_no_batch_is_passed_on(server, models):
     x = np.random.default_rng(3).standard_normal((7, 3)).astype(np.float32)
     found = infer(tritonclient.http, server, "sum", {"x": x})
     np.testing.assert_allclose(found.as_numpy("y"), np.cumsum(x, axis=0), rtol=0, atol=1e-5)
@@ -144,7 +144,7 @@ def test_every_datatype_comes_back_as_it_went(server, module, binary):
     found = infer(module, server, "echo", feeds, binary=binary, outputs=[f"y{name[1:]}" for name in feeds])
     for name, array in feeds.items():
         if name == "xFP16" and not binary:
-            continue  # tritonclient reads no FP16 from JSON; what is sent is held below
+            continue  # tritonclient reads no FP16 from JSON; the JSON itself is checked below
         back = found.as_numpy(f"y{name[1:]}")
         assert (back.dtype, back.tobytes()) == (array.dtype, array.tobytes()), name
     if module is tritonclient.http and not binary:
@@ -152,7 +152,7 @@ def test_every_datatype_comes_back_as_it_went(server, module, binary):
 
 
 def test_json_cannot_carry_nan(server):
-    """It would be null; the same answer as binary data has it."""
+    """NaN would be null in JSON; binary data can hold it."""
     feeds = {f"x{name}": np.zeros((1, 2), limits.dtype) for name, limits in EXTREMES.items()}
     feeds |= {"xBOOL": np.zeros((1, 2), bool), "xFP32": np.array([[np.nan, np.inf]], np.float32)}
     found = infer(tritonclient.http, server, "echo", feeds, outputs=["yFP32"])
@@ -174,7 +174,7 @@ def head(size=96, **changed):
     return json.dumps({"inputs": [entry]}).encode()
 
 
-def told(**changed):
+def entry_of(**changed):
     entry = {"name": "x", "shape": [2, 12], "datatype": "FP32", "data": ROW.ravel().tolist()} | changed
     return json.dumps({"inputs": [entry]}).encode()
 
@@ -196,23 +196,23 @@ BAD = {
     "no inputs": (b"{}", "inputs must be a list"),
     "inputs empty": (b'{"inputs": []}', "inputs is empty"),
     "inputs of numbers": (b'{"inputs": [1]}', "inputs must be a list of objects"),
-    "no name": (told(name=None), "has no name"),
-    "wrong name": (told(name="z"), "the inputs given are z"),
-    "twice": (json.dumps({"inputs": json.loads(told())["inputs"] * 2}).encode(), "given twice"),
-    "wrong datatype": (told(datatype="FP64"), "float64"),
-    "made-up datatype": (told(datatype="COMPLEX"), "datatype must be one of"),
-    "datatype a number": (told(datatype=3), "datatype must be one of"),
-    "wrong rank": (told(shape=[24]), r"\(24,\)"),
-    "wrong width": (told(shape=[3, 8]), r"\(3, 8\)"),
-    "shape and data differ": (told(shape=[3, 12]), "data has the shape"),
-    "negative shape": (told(shape=[-2, 12]), "shape must be"),
-    "no shape": (told(shape=None), "shape must be"),
-    "shape of floats": (told(shape=[2.0, 12]), "shape must be"),
-    "shape of bools": (told(shape=[True, 24]), "shape must be"),
-    "endless shape": (told(shape=[1] * 1000), "shape must be"),
-    "huge shape": (told(shape=[2**62, 2**62]), "shape must be"),
-    "no data": (told(data=None), "data must be a list"),
-    "ragged": (told(data=[[1, 2], [3]]), "ragged"),
+    "no name": (entry_of(name=None), "name of an input"),
+    "wrong name": (entry_of(name="z"), "the inputs given are z"),
+    "twice": (json.dumps({"inputs": json.loads(entry_of())["inputs"] * 2}).encode(), "is repeated"),
+    "wrong datatype": (entry_of(datatype="FP64"), "float64"),
+    "made-up datatype": (entry_of(datatype="COMPLEX"), "datatype must be one of"),
+    "datatype a number": (entry_of(datatype=3), "datatype must be one of"),
+    "wrong rank": (entry_of(shape=[24]), r"\(24,\)"),
+    "wrong width": (entry_of(shape=[3, 8]), r"\(3, 8\)"),
+    "shape and data differ": (entry_of(shape=[3, 12]), "data has the shape"),
+    "negative shape": (entry_of(shape=[-2, 12]), "shape must be"),
+    "no shape": (entry_of(shape=None), "shape must be"),
+    "shape of floats": (entry_of(shape=[2.0, 12]), "shape must be"),
+    "shape of bools": (entry_of(shape=[True, 24]), "shape must be"),
+    "endless shape": (entry_of(shape=[1] * 1000), "shape must be"),
+    "huge shape": (entry_of(shape=[2**62, 2**62]), "shape must be"),
+    "no data": (entry_of(data=None), "data must be a list"),
+    "ragged": (entry_of(data=[[1, 2], [3]]), "ragged"),
     "text": (values("1", "2"), "values that are no FP32"),
     "null": (values(None, 1), "values that are no FP32"),
     "bools": (values(True, False), "values that are no FP32"),
@@ -221,17 +221,17 @@ BAD = {
     "300 for a UINT8": (values(300, 1, datatype="UINT8"), "outside UINT8"),
     "-1 for a UINT64": (values(-1, 1, datatype="UINT64"), "outside UINT64"),
     "unknown output": (body({"x": ROW}, outputs=[{"name": "q"}]), "no output q"),
-    "parameters a list": (told(parameters=[1]), "parameters must be an object, but got a list of 1"),
+    "parameters a list": (entry_of(parameters=[1]), "parameters must be an object, but got a list of 1"),
     "classification": (
         body({"x": ROW}, outputs=[{"name": "y", "parameters": {"classification": 2}}]),
-        "not offered",
+        "not supported",
     ),
     "binary_data a number": (
         body({"x": ROW}, outputs=[{"name": "y", "parameters": {"binary_data": 1}}]),
         "true or false",
     ),
     "id a number": (body({"x": ROW}, id=5), "id must be a string"),
-    "binary size without its header": (head(), "did not come"),
+    "binary size without its header": (head(), "is missing"),
     "deep nesting": (b"[" * 50_000 + b"]" * 50_000, "no JSON"),
 }
 
@@ -251,12 +251,12 @@ BAD_BINARY = {
     "header too long": (head(), 99999, "must be a number of 1 to"),
     "header 0": (head(), 0, "must be a number of 1 to"),
     "header nonsense": (head(), "ten", "must be a number of 1 to"),
-    "a BOOL of 2": (*truth(0, 2), "a BOOL is a byte of 0 or 1, but there is a 2"),
+    "a BOOL of 2": (*truth(0, 2), "a BOOL is a byte of 0 or 1, but got 2"),
     "data as well": (head(data=[1]) + ROW.tobytes(), len(head(data=[1])), "send one of them"),
     "shared memory": (
         head(parameters={"shared_memory_region": "r"}),
         len(head(parameters={"shared_memory_region": "r"})),
-        "not offered",
+        "not supported",
     ),
 }
 
@@ -272,14 +272,14 @@ def check_refused(server, content, headers, status, words, path="/v2/models/line
     assert (came, sent["content-type"]) == (status, "application/json"), text
     assert re.search(words, json.loads(text)["error"]), text
     status, _, text = server.ask("POST", "/v2/models/linear/versions/1/infer", body({"x": ROW}))
-    assert status == 200, text  # unharmed
+    assert status == 200, text  # the server still answers
     assert len(json.loads(text)["outputs"][0]["data"]) == 10
 
 
 def test_bodies_that_are_too_large(server):
     check_refused(server, b"x" * 100_000_000, {}, 413, "the most that a request may have")
     check_refused(server, body({"x": np.zeros((2000, 12), np.float32)}), {}, 413, "send tensors as binary data")
-    chunks = iter([b"x" * 100_000] * 20)  # no length told beforehand
+    chunks = iter([b"x" * 100_000] * 20)  # without a Content-Length
     check_refused(server, chunks, {}, 413, "more than 1000000 bytes")
 
 

@@ -1,4 +1,4 @@
-"""`serve --engine ray`: the same answers from a real Ray Serve, and what it refuses; skipped where there is no ray."""
+"""`serve --engine ray`: the answers of a real Ray Serve, and what is refused. Skipped if ray is not installed."""
 
 import importlib.util
 import json
@@ -35,25 +35,25 @@ def needs_ray():
     pytest.importorskip("ray.serve", reason="no ray here: pip install 'rsi-deploy[ray]'")
 
 
-# -- what is refused, without a Ray
+# -- what is refused before Ray starts
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--engine", "ray", "--workers", "2"], "--workers says nothing to --engine ray"),
+        (["--engine", "ray", "--workers", "2"], "--workers has no effect with --engine ray"),
         (["--engine", "ray", "--provider", "cuda"], "--engine ray serves on cpu alone"),
-        (["--engine", "ray", "--access-log", "log.txt"], "--access-log log.txt: with --engine ray it is -"),
-        (["--engine", "ray", "--ray", "local", "--write-config", "c.yaml"], "--ray says nothing to --write-config"),
+        (["--engine", "ray", "--access-log", "log.txt"], "--access-log log.txt: with --engine ray it must be -"),
+        (["--engine", "ray", "--ray", "local", "--write-config", "c.yaml"], "--ray has no effect with --write-config"),
         (["--engine", "ray", "--write-config", "c.yaml", "--http-port", "0"], "--http-port 0: every node"),
         (["--engine", "ray", "--replicas", "4-1"], "--replicas must be the fewest and the most"),
         (["--engine", "ray", "--grpc-port", "8001"], "listens for gRPC on every address of the machine"),
-        (["--ray", "local"], "--ray says nothing without --engine ray"),
-        (["--replicas", "2"], "--replicas says nothing without --engine ray"),
-        (["--write-config", "c.yaml"], "--write-config says nothing without --engine ray"),
+        (["--ray", "local"], "--ray has no effect without --engine ray"),
+        (["--replicas", "2"], "--replicas has no effect without --engine ray"),
+        (["--write-config", "c.yaml"], "--write-config has no effect without --engine ray"),
     ],
 )
-def test_what_does_not_apply_is_refused(tmp_path, capsys, monkeypatch, arguments, words):
+def test_options_without_effect_are_refused(tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert run(["serve", str(linear(tmp_path / "m.onnx")), *arguments]) == 2
     assert words in capsys.readouterr().err
@@ -68,13 +68,13 @@ def test_a_missing_extra(tmp_path, monkeypatch, capsys, caplog):
     assert "pip install 'rsi-deploy[serve,ray,cpu]'" in capsys.readouterr().err
 
 
-def test_a_bundle_that_is_not_what_it_claims_is_neither_served_nor_written(copied, tmp_path, monkeypatch, capsys):
+def test_no_config_is_written_for_a_bundle_with_changed_files(copied, tmp_path, monkeypatch, capsys):
     content = bytearray((copied / "model.onnx").read_bytes())
     content[-1000] ^= 1
     (copied / "model.onnx").write_bytes(content)
     config = tmp_path / "c.yaml"
     assert run(["serve", str(copied), "--engine", "ray", "--write-config", str(config)]) == 4
-    assert "not what the bundle claims: model.onnx" in capsys.readouterr().err
+    assert "changed since report.json was written: model.onnx" in capsys.readouterr().err
     assert not config.exists()
 
 
@@ -93,18 +93,18 @@ def test_a_config_is_read_back_and_holds_no_key(tmp_path, monkeypatch, capsys):
     assert (settings.replicas, settings.threads, settings.max_body) == ((0, 3), 2, 64_000_000)
     assert (settings.api_key, settings.needs_key) == ("", True)
     assert run(words) == 2  # nothing is overwritten
-    assert "there is such a file already" in capsys.readouterr().err
+    assert "the file exists" in capsys.readouterr().err
     with pytest.raises(UsageError, match="args: models: Field required"):
         build({})
 
 
-def test_every_grpc_message_can_travel():
+def test_every_grpc_message_can_be_pickled():
     ray_grpc.add_to_server(service_pb2_grpc.GRPCInferenceServiceServicer(), grpc.server(ThreadPoolExecutor(1)))
     for name in ray_grpc.METHODS:
         message = getattr(service_pb2, f"{name}Request")()
         assert pickle.loads(pickle.dumps(message)) == message
     with pytest.raises(pickle.PicklingError, match="grpc_service_pb2"):
-        pickle.dumps(service_pb2.ModelStatisticsRequest())  # one that is not offered, and so not mended
+        pickle.dumps(service_pb2.ModelStatisticsRequest())  # an unsupported method, whose message is not corrected
     assert set(ray_grpc.METHODS) == set(grpc_calls(None, None, None))
 
 
@@ -140,14 +140,14 @@ def harsh(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(digits, models, harsh, tmp_path_factory):
-    """The sample's bundle; a linear model with a canary; the sample's dense model with a harsh one as its shadow."""
+    """A server of the sample's bundle, a linear model with a canary, and the sample's dense model with a shadow."""
     needs_ray()
     export(str(digits / "dense.onnx"), harsh, rank="5%", measure=False, always_split=True)
     shadow = (f"dense={digits / 'dense.onnx'}", "--shadow", f"dense={harsh}")
     canary = ("--canary", f"m={models['2']}", *CANARY)
     options = ("--engine", "ray", "--replicas", "1", "--max-body", "1MB", "--max-json", "100kB")
     log = tmp_path_factory.mktemp("log") / "stderr"
-    everywhere = ("--host", "0.0.0.0")  # else there is no gRPC
+    everywhere = ("--host", "0.0.0.0")  # required for gRPC
     served = (digits, f"m={models['1']}", *canary, *shadow)
     with Server(*served, *options, *everywhere, code=MAIN, log=log, ends_within=60) as started:
         yield started
@@ -176,7 +176,7 @@ def test_tritonclient_gets_what_onnxruntime_says(server, digits, module, way):
 
 
 @pytest.mark.ray
-def test_what_is_wrong_gets_an_error_object(server):
+def test_a_wrong_request_gets_an_error_object(server):
     wrong = body({"x": np.zeros((1, 5), np.float32)})
     for path, content, headers, status, words in (
         ("m/infer", b"{", {}, 400, "no JSON"),
@@ -192,7 +192,7 @@ def test_what_is_wrong_gets_an_error_object(server):
         came, _, text = server.ask("POST", f"/v2/models/{path}", content, headers)
         assert (came, set(json.loads(text))) == (status, {"error"}), text
         assert words in json.loads(text)["error"]
-        assert server.ask("POST", "/v2/models/m/infer", body({"x": ROW}))[0] == 200  # unharmed
+        assert server.ask("POST", "/v2/models/m/infer", body({"x": ROW}))[0] == 200  # the server still answers
 
 
 @pytest.mark.ray
@@ -208,22 +208,22 @@ def test_the_shadow_agrees_as_eval_does(server, digits, harsh):
     steps = read_report(digits).preprocessing or Preprocessing()
     inputs = steps.apply(np.load(EVAL)["images"])
     oracle = evaluate(harsh / "model.onnx", EVAL, reference=digits / "dense.onnx", preprocessing=steps)
-    assert oracle.agreement < 99  # else any shadow would do
+    assert oracle.agreement < 99  # so that a wrong comparison would be noticed
     for start in range(0, len(inputs), 8):
         assert server.ask("POST", "/v2/models/dense/infer", body({"input": inputs[start : start + 8]}))[0] == 200
     for _ in range(200):
-        told = json.loads(server.ask("GET", "/v2/models/dense/shadow")[2])
-        if told["samples"] + told["skipped"] >= len(inputs):
+        summary = json.loads(server.ask("GET", "/v2/models/dense/shadow")[2])
+        if summary["samples"] + summary["skipped"] >= len(inputs):
             break
-    assert (told["samples"], told["skipped"]) == (len(inputs), 0)
-    assert told["agreement"] == oracle.agreement
-    assert told["divergence"] == pytest.approx(oracle.divergence, rel=1e-4)
+    assert (summary["samples"], summary["skipped"]) == (len(inputs), 0)
+    assert summary["agreement"] == oracle.agreement
+    assert summary["divergence"] == pytest.approx(oracle.divergence, rel=1e-4)
     assert server.metric("rsi_shadow_samples", model="dense") == len(inputs)
 
 
 @pytest.mark.ray
-def test_the_written_config_serves_and_wants_its_key(tmp_path):
-    """`serve run` in the place of `serve deploy`, which needs a cluster with a dashboard; both read the same config."""
+def test_the_written_config_serves_and_requires_its_key(tmp_path):
+    """`serve run` reads the same config as `serve deploy`, which would need a cluster with a dashboard."""
     needs_ray()
     model, config, port = linear(tmp_path / "m.onnx"), tmp_path / "c.yaml", free_port()
     environment = {**os.environ, "RSI_DEPLOY_API_KEY": "sesame", "RAY_ADDRESS": "local"}

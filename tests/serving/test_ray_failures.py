@@ -1,5 +1,7 @@
-"""Two nodes of Ray on this machine, one of which goes away under load, and a replica that is killed: every request is
-answered, or told that it is not; none waits in vain. Skipped where there is no ray."""
+"""A killed replica, and a removed node of a two-node cluster on this machine, both under load.
+
+Every request gets an answer or an error. Skipped if ray is not installed.
+"""
 
 import http.client
 import json
@@ -17,13 +19,13 @@ pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip inst
 pytestmark = pytest.mark.ray
 
 CLIENTS = 4
-ANSWERED_WITHIN = 150  # s; what takes longer counts as silence
+ANSWERED_WITHIN = 150  # s; a longer wait counts as silence
 ROW = np.random.default_rng(0).standard_normal((1, 512)).astype(np.float32)
 
 
 @pytest.fixture
 def cluster():
-    """A head and a second node, one CPU each, so that two replicas of one CPU are one on each."""
+    """A head and a second node with one CPU each, so that two replicas of one CPU run on different nodes."""
     utils = pytest.importorskip("ray.cluster_utils", reason="no ray here: pip install 'rsi-deploy[ray]'")
     kept = {name: os.environ.get(name) for name in ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "RAY_AUTH_MODE")}
     os.environ |= {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_AUTH_MODE": "disabled"}
@@ -43,7 +45,7 @@ def cluster():
 
 @pytest.fixture
 def served(cluster, tmp_path):
-    """The command on that cluster, and what its model answers to `ROW`."""
+    """The command on that cluster, and its model's output for `ROW`."""
     model = slow(tmp_path / "m.onnx", width=512, layers=40)
     words = ("--engine", "ray", "--ray", cluster.address, "--replicas", "2", "--max-batch", "1")
     ports = (free_port(), None)
@@ -52,7 +54,7 @@ def served(cluster, tmp_path):
 
 
 class Load:
-    """Clients that ask one after another and note what each answer was: right, wrong, refused, broken or silence."""
+    """Clients that send requests without pause and record each outcome: right, wrong, refused, broken or silence."""
 
     def __init__(self, server, want):
         self._server, self._want, self._stop, self._lock = server, want, threading.Event(), threading.Lock()
@@ -71,7 +73,7 @@ class Load:
         assert not any(thread.is_alive() for thread in self._threads), "a client got no answer"
 
     def after(self, count, what="right", seconds=120):
-        """Wait until so many more answers have been of that kind."""
+        """Wait for `count` more answers of a kind."""
         wanted = self.heard.count(what) + count
         end = time.monotonic() + seconds
         while self.heard.count(what) < wanted:
@@ -90,7 +92,7 @@ class Load:
         except TimeoutError:
             return "silence"
         except (OSError, http.client.HTTPException):
-            return "broken"  # the connection was reset: its proxy was on the node that is gone
+            return "broken"  # the connection was reset: its proxy was on the removed node
         if status != 200:
             return "refused" if text else "silence"
         return judged(json.loads(text)["outputs"][0]["data"], self._want)
@@ -101,7 +103,7 @@ def judged(found, want):
 
 
 def replicas():
-    """Processes of Ray that hold a replica of the service."""
+    """Return the processes of Ray with a replica of the service."""
     return [p for p in psutil.process_iter() if "ServeReplica:rsi-deploy:Replica" in " ".join(cmdline(p))]
 
 
@@ -112,7 +114,7 @@ def cmdline(process):
         return []
 
 
-def test_a_replica_is_killed_and_a_node_goes_away(cluster, served):
+def test_a_replica_is_killed_and_a_node_is_removed(cluster, served):
     server, want = served
     assert judged(want[::-1], want) == "wrong"
     assert len(replicas()) == 2
@@ -123,7 +125,7 @@ def test_a_replica_is_killed_and_a_node_goes_away(cluster, served):
         killed.kill()
         load.after(20)
         until = time.monotonic() + 120
-        while len(replicas()) < 2:  # another one comes
+        while len(replicas()) < 2:  # Ray starts another one
             assert time.monotonic() < until
             time.sleep(0.2)
         load.after(20)
@@ -134,8 +136,8 @@ def test_a_replica_is_killed_and_a_node_goes_away(cluster, served):
     lost["node"] = [heard for heard in load.heard[before:] if heard != "right"]
     for what, heard in lost.items():
         assert set(heard) <= {"refused", "broken"}, (what, heard)
-        # No more than were in flight: each client has one request, on the replica that dies, or on the node's proxy,
-        # which dies at a moment of its own and breaks its connections.
+        # At most the requests in flight fail: each client has one, on the replica that dies or on the node's proxy,
+        # which may die later and breaks its connections.
         assert heard.count("refused") <= CLIENTS, (what, heard)
         assert heard.count("broken") <= (CLIENTS if what == "node" else 0), (what, heard)
     assert len(replicas()) == 1

@@ -1,4 +1,4 @@
-"""The nets that the project measures with, served: tritonclient gets what onnxruntime says. Minutes, so `-m slow`."""
+"""The project's benchmark nets, served: tritonclient gets the outputs of onnxruntime. It takes minutes: `-m slow`."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def source(name):
-    """The net as `export` takes it, and inputs."""
+    """Return a net for `export`, and inputs."""
     try:
         if name == "minilm":
             ids, mask = models.tokenize(models.sentences(8), 128)

@@ -1,4 +1,4 @@
-"""Texts over the protocol (BYTES), and models that cannot be served beside some that can."""
+"""Texts over the protocol (BYTES), and models that cannot be served next to others that can."""
 
 import json
 
@@ -18,7 +18,7 @@ WORDS = np.array([["a", "größer"], ["", "日本"]], TEXT)
 
 
 def passing_texts(path):
-    """`s (N, 2)` and `x (N, 12)` are passed on, each sample by itself."""
+    """Write a model that returns `s (N, 2)` and `-x (N, 12)`."""
     nodes = [helper.make_node("Identity", ["s"], ["t"]), helper.make_node("Neg", ["x"], ["y"])]
     kinds = {"s": TensorProto.STRING, "t": TensorProto.STRING, "x": TensorProto.FLOAT, "y": TensorProto.FLOAT}
     values = {name: value(name, kind, ["N", 2 if name in "st" else 12]) for name, kind in kinds.items()}
@@ -26,7 +26,7 @@ def passing_texts(path):
 
 
 def giving_a_sequence(path):
-    """What the protocol has no place for."""
+    """Write a model whose output is a sequence, for which the protocol has no datatype."""
     parts = helper.make_tensor_sequence_value_info("parts", TensorProto.FLOAT, None)
     node = helper.make_node("SequenceConstruct", ["x", "x"], ["parts"])
     return write(path, [node], [value("x", TensorProto.FLOAT, ["N", 12])], [parts], [])
@@ -49,8 +49,13 @@ def request(**more):
 
 
 def test_texts_as_json(server):
-    told = json.loads(server.ask("GET", "/v2/models/words")[2])
-    assert [tensor["datatype"] for tensor in (*told["inputs"], *told["outputs"])] == ["BYTES", "FP32", "BYTES", "FP32"]
+    metadata = json.loads(server.ask("GET", "/v2/models/words")[2])
+    assert [tensor["datatype"] for tensor in (*metadata["inputs"], *metadata["outputs"])] == [
+        "BYTES",
+        "FP32",
+        "BYTES",
+        "FP32",
+    ]
     status, _, answer = server.ask("POST", "/v2/models/words/infer", request())
     outputs = {output["name"]: output for output in json.loads(answer)["outputs"]}
     assert status == 200
@@ -71,7 +76,7 @@ def test_texts_by_an_unmodified_client(server, way):
     client.close()
 
 
-def test_what_is_no_text_is_refused(server):
+def test_values_that_are_no_texts_are_refused(server):
     def sent(**change):
         document = json.loads(request())
         document["inputs"][0] |= change
@@ -91,7 +96,7 @@ def test_what_is_no_text_is_refused(server):
         assert (status, words in error) == (400, True), error
 
 
-def test_the_binary_form_is_held_against_itself():
+def test_the_binary_form_is_read_back():
     raw = to_binary(WORDS)
     assert from_binary(raw, TEXT, (2, 2), "s").tolist() == WORDS.tolist()
     for broken in (raw[:-1], raw[:-3] + b"\xff\xff\xff", raw + b"\x01", raw + b"\x01\x00\x00\x00a"):
@@ -101,10 +106,10 @@ def test_the_binary_form_is_held_against_itself():
         from_values([], TEXT, (1 << 21,), "s")
 
 
-def test_what_can_be_served_starts_beside_what_cannot(server):
-    """The model that is refused is named, with its output and the reason."""
-    assert server.told["models"] == {"words": ["1"], "m": ["1"]}
-    (label,) = server.told["refused"]
+def test_other_models_start_if_one_cannot_be_served(server):
+    """The refused model is named, with its output and the reason."""
+    assert server.info["models"] == {"words": ["1"], "m": ["1"]}
+    (label,) = server.info["refused"]
     assert label == "seq, version 1"
     said = server.errors()
     assert "seq, version 1 is not served" in said
@@ -118,12 +123,12 @@ def test_a_version_that_cannot_be_served_leaves_the_others(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"nonsense")
     arguments = (f"m:1={good}", f"m:2={bad}", f"other={tmp_path / 'broken.onnx'}")
     with Server(*arguments, "--shadow", f"m={bad}", "--workers", "1", ports=(0, None)) as server:
-        assert server.told["models"] == {"m": ["1"]}
-        assert server.told["refused"].keys() == {"m, version 2", "m, version 3", "other, version 1"}
+        assert server.info["models"] == {"m": ["1"]}
+        assert server.info["refused"].keys() == {"m, version 2", "m, version 3", "other, version 1"}
         assert server.ask("POST", "/v2/models/m/infer", body({"x": np.ones((1, 12), np.float32)}))[0] == 200
 
 
-def test_where_nothing_can_be_served_the_server_ends(tmp_path, capsys):
+def test_the_server_ends_if_no_model_can_be_served(tmp_path, capsys):
     models = [giving_a_sequence(tmp_path / "a.onnx"), giving_a_sequence(tmp_path / "b.onnx")]
     assert run(["serve", *map(str, models), "--http-port", "0", "--no-grpc", "--access-log", "off"]) == 3
     said = capsys.readouterr().err

@@ -83,9 +83,7 @@ def test_measured_points_never_share_a_machine(ray, place, tmp_path, monkeypatch
         return real(self, **given)
 
     monkeypatch.setattr(ray.remote_function.RemoteFunction, "options", options)
-    document = swept(
-        place, tmp_path / "s", ray="local", measure=True, bench_seconds=0.2, points=3, smaller_is_enough=True
-    )
+    document = swept(place, tmp_path / "s", ray="local", measure=True, bench_seconds=0.2, points=3, allow_slower=True)
     (node,) = ray.nodes()
     given = [(a["num_cpus"], a["scheduling_strategy"].node_id) for a in asked if "num_cpus" in a]
     assert given == [(2.0, node["NodeID"])] * 2  # the first point is made here

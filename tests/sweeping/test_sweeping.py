@@ -68,6 +68,18 @@ def test_later_points_ask_no_gradients_again_and_are_fitted_the_same(place, done
     assert not np.allclose(other, apart, rtol=1e-3)
 
 
+def test_recipes_make_a_point_and_the_sweep_again(place, done, tmp_path, capsys):
+    again = ["export", "--recipe", str(done / "point-02" / "recipe.toml"), "-o", str(tmp_path / "b")]
+    assert run(again) == 0
+    assert (tmp_path / "b" / "model.onnx").read_bytes() == (done / "point-02" / "model.onnx").read_bytes()
+    capsys.readouterr()
+    assert run(["sweep", "--recipe", str(done / "recipe.toml"), "--points", "2", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "points = 2" in out
+    assert "# Nothing was done yet. Shares of the macs: 90.0%, 40.0%" in out
+    assert run(["sweep", "--recipe", str(done / "recipe.toml"), "-o", str(done)]) == 0  # done already: shown again
+
+
 def test_the_page_is_of_the_document(done):
     import hashlib
 
@@ -90,7 +102,7 @@ def test_a_point_that_was_tampered_with_is_not_delivered(place, tmp_path):
     swept(place, tmp_path / "s", points=2)
     model = tmp_path / "s" / "point-01" / "model.onnx"
     model.write_bytes(model.read_bytes() + b"\0")
-    with pytest.raises(ModelError, match="is not the file that its report speaks of"):
+    with pytest.raises(ModelError, match="does not have the hash in its report"):
         deliver(tmp_path / "s", 1, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -114,21 +126,21 @@ def test_what_cannot_be_delivered(done, tmp_path, monkeypatch, capsys, argv, wor
 
 
 def test_an_interrupted_sweep_goes_on_and_calibrates_no_second_time(place, tmp_path, monkeypatch):
-    made, calls = making.export, []
+    made, calls = making.make_bundle, []
     surveyed, options_of = [], Calibration.options
 
-    def interrupted(*args, **options):
-        calls.append(options["keep_macs"])
+    def interrupted(run, output, config, **options):
+        calls.append(config.keep_macs)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return made(*args, **options)
+        return made(run, output, config, **options)
 
     def counted(self, *args):
         surveyed.append(1)
         return options_of(self, *args)
 
     monkeypatch.setattr(Calibration, "options", counted)
-    monkeypatch.setattr(making, "export", interrupted)
+    monkeypatch.setattr(making, "make_bundle", interrupted)
     with pytest.raises(KeyboardInterrupt):
         swept(place, tmp_path / "s")
     half = read_sweep(tmp_path / "s")
@@ -147,7 +159,7 @@ def test_times_of_all_points_are_of_one_run(place, tmp_path, monkeypatch, fits):
     """A point's report has its own minute's time; the sweep's are measured together where memory lets it."""
     if not fits:
         monkeypatch.setattr(side_by_side, "MEMORY_SHARE", 0.0)
-    document = swept(place, tmp_path / "s", points=2, measure=True, bench_seconds=0.2, smaller_is_enough=True)
+    document = swept(place, tmp_path / "s", points=2, measure=True, bench_seconds=0.2, allow_slower=True)
     assert document == read_sweep(tmp_path / "s")
     assert document.side_by_side is fits
     own = [rsi_deploy.read_report(tmp_path / "s" / point.folder).latency.arms[1] for point in document.points]
@@ -159,14 +171,14 @@ def test_times_of_all_points_are_of_one_run(place, tmp_path, monkeypatch, fits):
 
 
 def test_what_a_sweep_found_before_its_first_point_is_not_taken_for_other_data(place, tmp_path, monkeypatch):
-    folder, made = filled(tmp_path), making.export
+    folder, made = filled(tmp_path), making.make_bundle
 
     def interrupted(*args, **options):
         made(*args, **options)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(making, "export", interrupted)
+        patch.setattr(making, "make_bundle", interrupted)
         with pytest.raises(KeyboardInterrupt):
             swept(folder, folder / "s", points=2)
     assert (folder / "s" / "work" / "options.json").exists()
@@ -196,6 +208,7 @@ def test_force_begins_anew_and_never_over_an_input(place, tmp_path):
         "point-01",
         "point-02",
         "point-03",
+        "recipe.toml",
         "report.html",
         "sweep.json",
     ]
@@ -236,9 +249,7 @@ def test_a_share_that_no_plan_reaches_is_a_point_with_its_reason(place, tmp_path
 )
 def test_a_damaged_document_is_named(tmp_path, content, words):
     (tmp_path / "sweep.json").write_bytes(content)
-    with pytest.raises(
-        ModelError, match=rf"sweep\.json is no sweep of schema version 1: {words}.*; make it again with"
-    ):
+    with pytest.raises(ModelError, match=rf"sweep\.json is no sweep of schema version 1: {words}.*; make it again"):
         read_sweep(tmp_path)
 
 

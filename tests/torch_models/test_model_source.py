@@ -10,7 +10,7 @@ from torch import nn
 
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.data.preprocess import Preprocessing
-from rsi_deploy.runtime.feeds.inputs import parse_shape
+from rsi_deploy.runtime.feeds.shapes import parse_shape
 from rsi_deploy.torch_models.model_source import load_source, source_of_module
 
 SMALL = "torchvision:squeezenet1_1"  # 5 MB of weights

@@ -312,7 +312,7 @@ def test_a_missing_file_is_noticed(bundle):
 )
 def test_a_report_of_another_schema_is_refused(bundle, change, capsys):
     edit_report(bundle, change)
-    with pytest.raises(ModelError, match="is not a report of schema version 1: "):
+    with pytest.raises(ModelError, match="is no report of schema version 1: "):
         verify(bundle)
     assert run(["verify", str(bundle)]) == 3
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,1 +1,1 @@
-"""Checks of an ONNX file's bytes before anything parses it, and of a parsed model before anything runs it."""
+"""Checks of an ONNX file before it is parsed, and of a parsed model before it runs."""

@@ -1,6 +1,6 @@
-"""Models that are not valid ONNX: what onnx's checker says of them, where something of ours has failed on one.
+"""Report models that are not valid ONNX with the message of onnx's checker.
 
-The checker is not asked before: it refuses models that run all the same, and takes its time on large ones.
+The checker runs only after a failure: it refuses some models that work, and it is slow on large ones.
 """
 
 import functools
@@ -17,8 +17,8 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def objection(path: Path) -> Exception | None:
-    """What onnx's checker, with shape inference, has against a file; it was read by the gateway before."""
+def checker_error(path: Path) -> Exception | None:
+    """Return the error of onnx's checker with shape inference on a file that `onnx_reader` has accepted; else None."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # checker and shape inference have no common base
@@ -27,13 +27,13 @@ def objection(path: Path) -> Exception | None:
 
 
 def explains_broken_models(verb: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Have a function of a model, its first argument, end in a ModelError where it fails on an invalid ONNX file.
+    """Make a function, whose first argument is a model, raise ModelError where it fails on an invalid ONNX file.
 
-    A failure on a valid one is passed on: that is a bug, and its traceback is wanted.
+    A failure on a valid file is a bug and passes through with its traceback.
     """
 
     @functools.wraps(verb)
-    def called(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         try:
             return verb(*args, **kwargs)
         except (RsiDeployError, OSError, MemoryError):
@@ -41,12 +41,13 @@ def explains_broken_models(verb: Callable[Arguments, Result]) -> Callable[Argume
         except Exception as error:
             model = args[0] if args else kwargs.get("model", kwargs.get("source"))
             path = Path(model) if isinstance(model, str | Path) else None
-            against = objection(path) if path is not None and path.suffix == ".onnx" and path.is_file() else None
+            against = checker_error(path) if path is not None and path.suffix == ".onnx" and path.is_file() else None
             if path is None or against is None:
                 raise
             raise ModelError(
                 f"{path.name} is not valid ONNX: {first_line(against)} (found after {type(error).__name__}: "
-                f"{first_line(error)}); export the model again"
+                f"{first_line(error)})",
+                hint="export the model again",
             ) from error
 
-    return called
+    return wrapped

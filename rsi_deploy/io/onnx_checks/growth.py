@@ -1,12 +1,12 @@
-"""Whether a graph makes more than it may out of what is stored in it: a kilobyte can declare a gigabyte.
+"""Refuse graphs that generate far more data than they store: a kilobyte can declare a gigabyte.
 
-    ConstantOfShape([2^30])             evaluated by a runtime when it loads the model, before anything is run
-    Tile(x, [1000]), three in a row     the same in steps; also Expand, Pad, Resize, Range, OneHot, Concat(x, x), ...
-    f(x) = g(g(x)), g(x) = h(h(x))      the same through local functions
+    ConstantOfShape([2^30])             a runtime evaluates this when it loads the model
+    Tile(x, [1000]), three in a row     grows in steps; also Expand, Pad, Resize, Range, OneHot, Concat(x, x), ...
+    f(x) = g(g(x)), g(x) = h(h(x))      grows through local functions
 
-Shapes are followed as lower bounds, and only where they are certain: a dimension that is not known counts as 1, a
-value of unknown shape is passed over. So no model is refused for what it might do, only for what it surely does: more
-than `MADE_NUMBERS` in one value, and more than `MADE_RATIO` for each number that is stored in it or fed to it.
+Shapes are tracked as lower bounds: an unknown dimension counts as 1, and a value of unknown shape is skipped. So a
+model is refused only if one value certainly has more than `GENERATED_NUMBERS` numbers and more than `GENERATED_RATIO`
+for each number that is stored in the model or fed to it.
 """
 
 import math
@@ -17,28 +17,29 @@ from dataclasses import dataclass, field
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from rsi_deploy.core.errors import ModelError
-from rsi_deploy.io.limits import EXPANDED_NODES, MADE_NUMBERS, MADE_RATIO, called, shown
+from rsi_deploy.core.types import Shape
+from rsi_deploy.io.limits import EXPANDED_NODES, GENERATED_NUMBERS, GENERATED_RATIO, describe_node, quoted_name
 from rsi_deploy.io.onnx_checks.names import FunctionKey, functions_of
 from rsi_deploy.io.onnx_checks.parts import all_tensors, subgraphs
-from rsi_deploy.io.onnx_checks.sizes import INTEGERS, SHAPES, SMALL, Known, Shape, attributes, small
+from rsi_deploy.io.onnx_checks.sizes import INTEGERS, SHAPES, SMALL, Known, attributes, small_numbers
 
 GENERATORS = frozenset(
     ("ConstantOfShape", "Expand", "EyeLike", "OneHot", "RandomNormal", "RandomUniform", "Range", "Tile")
 )
-"""Operators that may be evaluated when a model is loaded, and whose outputs are then all there at once."""
+"""Operators that a runtime may evaluate when it loads a model, so that all their outputs exist at once."""
 
-_LONGEST = 1 << 63
+_LIMIT = 1 << 63
 
 
 def check_growth(model: ModelProto, name: str) -> None:
-    """Follow the sizes of all values through the model.
+    """Track the sizes of all values through the model.
 
     Args:
-        model: whose tensors, names and nodes have been checked.
-        name: of its file, for messages.
+        model: model whose tensors, names and nodes have been checked.
+        name: file name for messages.
 
     Raises:
-        ModelError: names the node and how many numbers it makes of how many.
+        ModelError: A value is too large; the message names its node and size.
     """
     stored = sum(math.prod(tensor.dims) for tensor in all_tensors(model))
     fed = 0
@@ -46,13 +47,15 @@ def check_growth(model: ModelProto, name: str) -> None:
     for value in model.graph.input:
         if value.name not in initializers and (shape := _declared(value)) is not None:
             size = math.prod(shape)
-            if size > MADE_NUMBERS:
+            if size > GENERATED_NUMBERS:
                 raise ModelError(
-                    f"{name}: input {shown(value.name)} is declared with {size} numbers; up to {MADE_NUMBERS} are "
-                    "read: export the model with a smaller or a dynamic shape"
+                    f"{name}: input {quoted_name(value.name)} is declared with {size} numbers",
+                    hint=f"up to {GENERATED_NUMBERS} are read: export the model with a smaller or a dynamic shape",
                 )
             fed += size
-    walk = _Walk(name=name, most=max(MADE_NUMBERS, MADE_RATIO * (stored + fed)), functions=functions_of(model))
+    walk = _Walk(
+        name=name, most=max(GENERATED_NUMBERS, GENERATED_RATIO * (stored + fed)), functions=functions_of(model)
+    )
     scope = _Scope()
     for value in model.graph.input:
         scope.shapes[value.name] = _declared(value)
@@ -61,44 +64,47 @@ def check_growth(model: ModelProto, name: str) -> None:
 
 @dataclass(kw_only=True)
 class _Scope:
-    """What is known of the values that a graph sees: shapes, and small integers."""
+    """Shapes and small integer values that are known in a graph."""
 
     shapes: MutableMapping[str, Shape | None] = field(default_factory=dict)
     numbers: MutableMapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def inner(self) -> "_Scope":
-        """One that sees this one and leaves it alone."""
+        """Return a scope for a subgraph, which reads this scope and does not change it."""
         return _Scope(shapes=ChainMap({}, self.shapes), numbers=ChainMap({}, self.numbers))
 
 
 @dataclass(kw_only=True)
 class _Walk:
-    """One walk through a model.
+    """The state of one pass over a model.
 
     Attributes:
-        name: of the file.
+        name: file name.
         most: numbers that one value may have.
-        functions: that may be called.
-        visited: nodes so far.
-        made: numbers so far that came out of generators, which are evaluated when a model is loaded.
+        functions: local functions of the model.
+        visited: number of nodes visited so far.
+        generated: numbers that generators have produced so far; a runtime evaluates them when it loads the model.
     """
 
     name: str
     most: int
     functions: Mapping[FunctionKey, FunctionProto]
     visited: int = 0
-    made: int = 0
+    generated: int = 0
 
     def graph(self, nodes: Iterable[NodeProto], initializers: Iterable[TensorProto], scope: _Scope) -> None:
-        """All nodes in their order, with what stands before them."""
+        """Visit the nodes in order; `scope` holds what is known before them."""
         for tensor in initializers:
             scope.shapes[tensor.name] = tuple(tensor.dims)
-            if (numbers := small(tensor)) is not None:
+            if (numbers := small_numbers(tensor)) is not None:
                 scope.numbers[tensor.name] = numbers
         for node in nodes:
             self.visited += 1
             if self.visited > EXPANDED_NODES:
-                raise ModelError(f"{self.name}: more than {EXPANDED_NODES} nodes; so many are not read")
+                raise ModelError(
+                    f"{self.name}: more than {EXPANDED_NODES} nodes once functions are inlined",
+                    hint="export a smaller model",
+                )
             self._node(node, scope)
 
     def _node(self, node: NodeProto, scope: _Scope) -> None:
@@ -116,21 +122,27 @@ class _Walk:
         known = Known(
             shapes=[scope.shapes.get(each) if each else None for each in node.input],
             numbers=[scope.numbers.get(each) if each else None for each in node.input],
-            given=attributes(node),
+            attributes=attributes(node),
         )
         try:
             shape = SHAPES[node.op_type](known) if node.op_type in SHAPES else None
             numbers = INTEGERS[node.op_type](known) if node.op_type in INTEGERS else None
-        except (ArithmeticError, IndexError, LookupError, TypeError, ValueError):  # nonsense, which a runtime refuses
+        except (
+            ArithmeticError,
+            IndexError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ):  # an invalid node, which a runtime refuses
             return
-        if numbers is not None and len(numbers) <= SMALL and all(-_LONGEST < n < _LONGEST for n in numbers):
+        if numbers is not None and len(numbers) <= SMALL and all(-_LIMIT < n < _LIMIT for n in numbers):
             scope.numbers[node.output[0]] = numbers
         if shape is not None:
             self._check(node, shape)
             scope.shapes[node.output[0]] = shape
 
     def _call(self, node: NodeProto, function: FunctionProto, scope: _Scope) -> None:
-        """What a local function makes of these arguments."""
+        """Visit the body of a local function with the arguments of this call."""
         inner = _Scope()
         for formal, actual in zip(function.input, node.input, strict=False):
             inner.shapes[formal] = scope.shapes.get(actual)
@@ -145,16 +157,17 @@ class _Walk:
     def _check(self, node: NodeProto, shape: Shape) -> None:
         size = math.prod(shape)
         if node.op_type in GENERATORS:
-            self.made += max(size, 0)
-        if size > self.most or self.made > 4 * self.most:
+            self.generated += max(size, 0)
+        if size > self.most or self.generated > 4 * self.most:
             raise ModelError(
-                f"{self.name}: node {called(node)} makes {size} numbers out of little, more than a file of this size "
-                f"may ({self.most} at once, four times that in all); have the caller feed them as an input"
+                f"{self.name}: node {describe_node(node)} generates {size} numbers, more than a file of this size "
+                f"may ({self.most} in one value, four times that in all)",
+                hint="make them an input of the model",
             )
 
 
 def _declared(value: ValueInfoProto) -> Shape | None:
-    """The declared shape of an input, dynamic dimensions as 1; None where it has none."""
+    """Return the declared shape of an input with dynamic dimensions as 1, or None if it has none."""
     if not value.type.HasField("tensor_type") or not value.type.tensor_type.HasField("shape"):
         return None
     return tuple(max(dim.dim_value, 1) for dim in value.type.tensor_type.shape.dim)

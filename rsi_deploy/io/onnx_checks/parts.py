@@ -1,4 +1,4 @@
-"""Every tensor, node and graph of an ONNX model, wherever it stands: graphs in graphs, attributes, local functions."""
+"""Iterate over all tensors, nodes and graphs of an ONNX model, including subgraphs, attributes and local functions."""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,7 +7,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensor
 
 
 def all_tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Initializers and tensors in attributes; of the sparse ones their values and their indices."""
+    """Yield initializers and tensors in attributes; sparse tensors yield their values and their indices."""
     for graph in all_graphs(model):
         yield from graph.initializer
     for attribute in all_attributes(model):
@@ -20,7 +20,7 @@ def all_tensors(model: ModelProto) -> Iterator[TensorProto]:
 
 
 def all_sparse(model: ModelProto) -> Iterator[SparseTensorProto]:
-    """Sparse initializers, and sparse tensors in attributes."""
+    """Yield sparse initializers, and sparse tensors in attributes."""
     for graph in all_graphs(model):
         yield from graph.sparse_initializer
     for attribute in all_attributes(model):
@@ -30,7 +30,7 @@ def all_sparse(model: ModelProto) -> Iterator[SparseTensorProto]:
 
 
 def all_graphs(model: ModelProto) -> Iterator[GraphProto]:
-    """The main graph and every subgraph, those in local functions too."""
+    """Yield the main graph and every subgraph, including those in local functions."""
     yield model.graph
     yield from _below(model.graph.node)
     for function in model.functions:
@@ -38,7 +38,7 @@ def all_graphs(model: ModelProto) -> Iterator[GraphProto]:
 
 
 def all_nodes(model: ModelProto) -> Iterator[NodeProto]:
-    """Every node."""
+    """Yield every node of the model."""
     for graph in all_graphs(model):
         yield from graph.node
     for function in model.functions:
@@ -46,14 +46,14 @@ def all_nodes(model: ModelProto) -> Iterator[NodeProto]:
 
 
 def all_attributes(model: ModelProto) -> Iterator[AttributeProto]:
-    """Every attribute of every node."""
+    """Yield every attribute of every node."""
     for node in all_nodes(model):
         yield from node.attribute
 
 
 def texts(message: Message) -> Iterator[str | bytes]:
-    """Every text of a message and of all in it, a tensor's strings apart; bytes where it is no UTF-8."""
-    if isinstance(message, TensorProto):  # whose data are not to be copied
+    """Yield every string in a message, except the data of tensors; as bytes where it is not UTF-8."""
+    if isinstance(message, TensorProto):  # reading its data would copy them
         yield message.name
         yield message.doc_string
         for entry in message.external_data:
@@ -68,7 +68,7 @@ def texts(message: Message) -> Iterator[str | bytes]:
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    """Graphs in the node's attributes."""
+    """Yield the graphs in the node's attributes."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g

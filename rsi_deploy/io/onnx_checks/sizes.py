@@ -1,7 +1,7 @@
-"""Lower bounds of the shapes that ONNX's operators make, and small integers where they are certain.
+"""Lower bounds for the output shapes of ONNX operators, and small integer values where they are certain.
 
-`SHAPES[op](known)` is the shape of the first output, a tuple, or None where nothing is known; `INTEGERS[op](known)` its
-numbers. What an operator does with nonsense is of no matter here: whatever is raised counts as unknown.
+`SHAPES[op](known)` returns the shape of the first output, or None if it is unknown; `INTEGERS[op](known)` returns its
+numbers. Any exception that they raise on an invalid node means that the output is unknown.
 """
 
 import itertools
@@ -12,9 +12,10 @@ from typing import Any
 
 from onnx import AttributeProto, NodeProto, TensorProto, numpy_helper
 
-Shape = tuple[int, ...]
+from rsi_deploy.core.types import Shape
+
 Numbers = tuple[float, ...]
-SMALL = 64  # numbers; no shape has more
+SMALL = 64  # most numbers whose values are tracked; no shape has more
 
 _READ: Mapping[int, Callable[[AttributeProto], Any]] = {
     AttributeProto.INT: lambda attribute: attribute.i,
@@ -27,21 +28,21 @@ _READ: Mapping[int, Callable[[AttributeProto], Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What is known of a node: shapes and numbers of its inputs, None where they are not, and its attributes."""
+    """Known facts about a node: shapes and numbers of its inputs (None if unknown), and its attributes."""
 
     shapes: Sequence[Shape | None]
     numbers: Sequence[Numbers | None]
-    given: Mapping[str, Any]
+    attributes: Mapping[str, Any]
 
     def shape(self, index: int = 0) -> Shape:
-        """Of an input; a `LookupError` where it is not known."""
+        """Return the shape of an input; raise LookupError if it is unknown."""
         shape = self.shapes[index]
         if shape is None:
             raise LookupError(index)
         return shape
 
     def integers(self, index: int) -> Shape:
-        """The numbers of an input as integers; a `LookupError` where they are not known."""
+        """Return the numbers of an input as integers; raise LookupError if they are unknown."""
         numbers = self.numbers[index] if index < len(self.numbers) else None
         if numbers is None:
             raise LookupError(index)
@@ -49,12 +50,12 @@ class Known:
 
 
 def attributes(node: NodeProto) -> dict[str, Any]:
-    """Numbers and tensors among a node's attributes."""
+    """Return the node's attributes that are numbers or tensors."""
     return {each.name: _READ[each.type](each) for each in node.attribute if each.type in _READ}
 
 
-def small(tensor: TensorProto) -> Numbers | None:
-    """The numbers of a checked tensor, where they are few and in the file."""
+def small_numbers(tensor: TensorProto) -> Numbers | None:
+    """Return the numbers of a tensor if they are few and stored in the model file; else None."""
     if math.prod(tensor.dims) > SMALL or tensor.data_location == TensorProto.EXTERNAL:
         return None
     if tensor.data_type not in (TensorProto.INT64, TensorProto.INT32, TensorProto.FLOAT):
@@ -67,7 +68,7 @@ def _same(known: Known) -> Shape | None:
 
 
 def _broadcast(known: Known) -> Shape | None:
-    """Every dimension the largest; inputs of unknown shape may only make it larger."""
+    """Take the maximum of each dimension; inputs of unknown shape can only increase it."""
     shapes = [shape[::-1] for shape in known.shapes if shape is not None]
     if not shapes:
         return None
@@ -86,7 +87,7 @@ def _tile(known: Known) -> Shape | None:
 
 
 def _pad(known: Known) -> Shape | None:
-    pads = known.given.get("pads") or known.integers(1)
+    pads = known.attributes.get("pads") or known.integers(1)
     shape, half = known.shapes[0] or (1,) * (len(pads) // 2), len(pads) // 2
     if half != len(shape):  # only some axes
         return (*shape[:-1], shape[-1] + max(pads[i] + pads[half + i] for i in range(half)))
@@ -105,7 +106,7 @@ def _one_hot(known: Known) -> Shape | None:
 
 def _resize(known: Known) -> Shape | None:
     shape = known.shape()
-    scales = known.given.get("scales") or next((n for n in known.numbers[1:3] if n and len(n) == len(shape)), None)
+    scales = known.attributes.get("scales") or next((n for n in known.numbers[1:3] if n and len(n) == len(shape)), None)
     sizes = known.numbers[3] if len(known.numbers) > 3 else None
     if sizes and len(sizes) == len(shape):
         return tuple(int(size) for size in sizes)
@@ -116,7 +117,7 @@ def _concat(known: Known) -> Shape | None:
     shapes = [shape for shape in known.shapes if shape is not None]
     if not shapes:
         return None
-    axis = known.given.get("axis", 1) % len(shapes[0])
+    axis = known.attributes.get("axis", 1) % len(shapes[0])
     base = [max(sizes) for sizes in zip(*shapes, strict=True)]
     base[axis] = sum(shape[axis] for shape in shapes)
     return tuple(base)
@@ -131,29 +132,29 @@ def _matmul(known: Known) -> Shape | None:
 
 def _gemm(known: Known) -> Shape | None:
     a, b = known.shape(0), known.shape(1)
-    return a[1 if known.given.get("transA") else 0], b[0 if known.given.get("transB") else 1]
+    return a[1 if known.attributes.get("transA") else 0], b[0 if known.attributes.get("transB") else 1]
 
 
 def _gather(known: Known) -> Shape | None:
     data, indices = known.shape(0), known.shape(1)
-    axis = known.given.get("axis", 0) % len(data)
+    axis = known.attributes.get("axis", 0) % len(data)
     return (*data[:axis], *indices, *data[axis + 1 :])
 
 
 def _reshape(known: Known) -> Shape | None:
-    """As it is told; a dimension that is left open takes what remains, or 1."""
-    wanted = known.given.get("shape") or known.integers(1)
-    had = known.shapes[0]
-    sizes = [had[i] if size == 0 and had and i < len(had) else size for i, size in enumerate(wanted)]
+    """Follow the requested shape; an open dimension takes what remains, or 1."""
+    requested = known.attributes.get("shape") or known.integers(1)
+    before = known.shapes[0]
+    sizes = [before[i] if size == 0 and before and i < len(before) else size for i, size in enumerate(requested)]
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(math.prod(had) // max(rest, 1), 1) if had else 1
-    return tuple(max(size, 1) for size in sizes) if had and math.prod(sizes) <= math.prod(had) else None
+        sizes[sizes.index(-1)] = max(math.prod(before) // max(rest, 1), 1) if before else 1
+    return tuple(max(size, 1) for size in sizes) if before and math.prod(sizes) <= math.prod(before) else None
 
 
 def _unsqueeze(known: Known) -> Shape | None:
     shape = list(known.shape())
-    axes = known.given.get("axes") or known.integers(1)
+    axes = known.attributes.get("axes") or known.integers(1)
     for axis in sorted(axis % (len(shape) + len(axes)) for axis in axes):
         shape.insert(axis, 1)
     return tuple(shape)
@@ -161,29 +162,31 @@ def _unsqueeze(known: Known) -> Shape | None:
 
 def _transpose(known: Known) -> Shape | None:
     shape = known.shape()
-    return tuple(shape[axis] for axis in known.given.get("perm") or reversed(range(len(shape))))
+    return tuple(shape[axis] for axis in known.attributes.get("perm") or reversed(range(len(shape))))
 
 
 def _flatten(known: Known) -> Shape | None:
     shape = known.shape()
-    axis = known.given.get("axis", 1)
+    axis = known.attributes.get("axis", 1)
     return math.prod(shape[:axis]), math.prod(shape[axis:])
 
 
 def _constant(known: Known) -> Shape | None:
-    tensor = known.given.get("value")
+    tensor = known.attributes.get("value")
     if isinstance(tensor, TensorProto):
         return tuple(tensor.dims)
-    return next(((len(known.given[key]),) for key in ("value_ints", "value_floats") if key in known.given), ())
+    return next(
+        ((len(known.attributes[key]),) for key in ("value_ints", "value_floats") if key in known.attributes), ()
+    )
 
 
 def _conv(known: Known) -> Shape | None:
-    """Channels and padding alone can make much of little."""
+    """Only channels and padding can enlarge the output."""
     x, w = known.shape(0), known.shape(1)
-    strides = known.given.get("strides") or (1,) * (len(x) - 2)
-    pads = known.given.get("pads") or (0,) * (2 * (len(x) - 2))
+    strides = known.attributes.get("strides") or (1,) * (len(x) - 2)
+    pads = known.attributes.get("pads") or (0,) * (2 * (len(x) - 2))
     half = len(x) - 2
-    dilations = known.given.get("dilations") or (1,) * half
+    dilations = known.attributes.get("dilations") or (1,) * half
     space = (
         (x[2 + i] + pads[i] + pads[half + i] - (w[2 + i] - 1) * dilations[i] - 1) // strides[i] + 1 for i in range(half)
     )
@@ -200,7 +203,7 @@ _ELEMENTWISE = "Add And Div Equal Greater Less Max Mean Min Mod Mul Or Pow Sub S
 SHAPES: Mapping[str, Callable[[Known], Shape | None]] = {
     **dict.fromkeys(_UNARY.split(" "), _same),
     **dict.fromkeys(_ELEMENTWISE.split(" "), _broadcast),
-    **dict.fromkeys(("RandomNormal", "RandomUniform"), lambda known: known.given["shape"]),
+    **dict.fromkeys(("RandomNormal", "RandomUniform"), lambda known: known.attributes["shape"]),
     "Concat": _concat,
     "Constant": _constant,
     "ConstantOfShape": lambda known: known.integers(0),
@@ -237,12 +240,12 @@ def _pairs(operation: Callable[[float, float], float]) -> Callable[[Known], Numb
 
 
 def _constant_numbers(known: Known) -> Numbers | None:
-    tensor = known.given.get("value")
+    tensor = known.attributes.get("value")
     if isinstance(tensor, TensorProto):
-        return small(tensor)
-    if "value_int" in known.given:
-        return (known.given["value_int"],)
-    found = known.given.get("value_ints")
+        return small_numbers(tensor)
+    if "value_int" in known.attributes:
+        return (known.attributes["value_int"],)
+    found = known.attributes.get("value_ints")
     return tuple(found) if found is not None and len(found) <= SMALL else None
 
 
@@ -264,5 +267,5 @@ INTEGERS: Mapping[str, Callable[[Known], Numbers | None]] = {
     "Gather": _picked,
     "Mul": _pairs(lambda a, b: a * b),
     "ReduceProd": lambda known: None if known.numbers[0] is None else (math.prod(known.numbers[0]),),
-    "Shape": lambda known: tuple(known.shape()) if not known.given else None,
+    "Shape": lambda known: tuple(known.shape()) if not known.attributes else None,
 }

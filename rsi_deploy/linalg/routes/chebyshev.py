@@ -68,18 +68,13 @@ def shifts(d: int) -> list[float]:
     return [0.0, *sorted(math.cos((2 * j - 1) * math.pi / (4 * d - 2)) ** 2 for j in range(1, d - 1))][: d - 1]
 
 
-def chebyshev(operand: Operand, draw: Draw, d: int, *, mixed: bool) -> tuple[Tensor, Tensor]:
-    """`X (out, columns)`, orthonormal, and `Y (in, columns)` with `W ~ X Y^T` after `d` iterations."""
-    return iterate(operand, draw, shifts(d), mixed=mixed)
-
-
 def iterate(operand: Operand, draw: Draw, fractions: list[float], *, mixed: bool) -> tuple[Tensor, Tensor]:
-    """As `chebyshev`, with the shifts of all iterations as fractions of `e`.
+    """Compute `X (out, columns)`, orthonormal, and `Y (in, columns)` with `W ~ X Y^T`.
 
     Args:
         operand: the weight.
         draw: makes a sketch `(side, columns)` in the working precision, here of the longer side, the same each time.
-        fractions: one for each iteration after the first product.
+        fractions: the shift of each iteration after the first product, as a fraction of `e`: see `shifts`.
         mixed: bfloat16 where it does no harm.
     """
     found = _low(operand, draw, fractions) if mixed and fractions else None

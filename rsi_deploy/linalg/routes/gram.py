@@ -17,7 +17,7 @@ from torch import Tensor
 from rsi_deploy.linalg.operand import Operand
 from rsi_deploy.linalg.orthogonal import near_basis_
 from rsi_deploy.linalg.products.gemm import product
-from rsi_deploy.linalg.routes.chebyshev import MARGIN, Draw, chebyshev, finished, shifts
+from rsi_deploy.linalg.routes.chebyshev import MARGIN, Draw, finished, iterate, shifts
 
 # The ratio s_k / s_1 below which squares in float32 no longer resolve s_k: sqrt(eps) times a margin of 3.
 RESOLVED = 1e-3
@@ -41,7 +41,7 @@ def gram(operand: Operand, draw: Draw, d: int, *, mixed: bool) -> tuple[Tensor, 
         least = float(quotients.min())
         if not least >= RESOLVED**2 * float(quotients.max()):
             del G, B, image
-            return *chebyshev(operand, draw, d, mixed=mixed), "chebyshev"
+            return *iterate(operand, draw, shifts(d), mixed=mixed), "chebyshev"
         B = image.sub_(B, alpha=fraction * MARGIN * least)
     del G
     return *finished(operand, B), "gram"

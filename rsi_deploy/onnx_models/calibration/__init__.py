@@ -1,1 +1,1 @@
-"""What the sites of an ONNX graph read and write while the model runs on calibration data."""
+"""Inputs and outputs of the sites of an ONNX graph while the model runs on calibration data."""

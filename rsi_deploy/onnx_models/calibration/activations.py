@@ -1,13 +1,13 @@
-"""`Streams` of an ONNX graph: calibration data run through it in onnxruntime, wave by wave.
+"""Run calibration data through an ONNX graph in onnxruntime, stage by stage: `ModelActivations` of a file.
 
     survey       the dense stream: alive values --wave--> alive values, rows x of every site of the wave
-    sequence     the dense one, and beside it the compressed one, whose sites are what they became, to rows x^
-    distance     a survey's stream onwards from where it stands, on some samples, with one site replaced
+    sequence     the dense stream, and beside it the compressed one with its replaced sites: rows x^
+    distance     from the current stage of a survey to the outputs, on some samples, with one site replaced
 
-All streams go wave by wave, a batch at a time; what is alive between two waves waits in memory or on disk, so the
-network runs once a stream and not once a site, and only one wave's moments are in memory. A site's target is its dense
-response; where its output is added to another stream, plus what that stream has lost on the way (`res - res^`), so each
-branch mends what it is added to.
+All streams go wave by wave, a batch at a time. Values that are alive between two waves wait in memory or on disk, so
+the network runs once a stream and not once a site, and only one wave's moments are in memory. The target of a site is
+its dense response. Where its output is added to a residual stream, the loss of that stream so far (`res - res^`) is
+added to the target, so that each branch compensates for it.
 """
 
 import copy
@@ -49,8 +49,8 @@ from rsi_deploy.onnx_models.calibration.rows import Taps
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.onnx_models.calibration.stages import cut, thinned
 from rsi_deploy.onnx_models.factor_source import graph_factors
-from rsi_deploy.runtime.feeds.values import arrays_of
-from rsi_deploy.runtime.provider_spec import parse
+from rsi_deploy.runtime.feeds.values import arrays_of_output
+from rsi_deploy.runtime.provider_spec import parse_provider
 from rsi_deploy.runtime.providers import short_name
 
 Array = npt.NDArray[Any]
@@ -59,23 +59,23 @@ Visit = Callable[[CalibratedSite, Moments | Samples], Replacement | None]
 
 NEVER = "never executed on the calibration data"
 SMALL_WORK = 20_000_000
-"""MACs of a run below which one thread is as fast as several, which wait for each other at every operator."""
+"""MACs of a run below which one thread is as fast as several, which synchronize at every operator."""
 
 
 class OnnxStreams:
-    """The streams of the ONNX file at `path`.
+    """The activations of the ONNX file at `path`.
 
     Args:
         path: the dense model, its large weights in a data file beside it; temporary models are written beside it.
-        feeds: gives a fresh iterator over the calibration data, a batch of model inputs at a time.
-        samples: how many samples they are.
-        wanted: says by name which sites may be split; the others stay dense and are not looked at.
+        feeds: function that returns a fresh iterator over the calibration data, a batch of model inputs at a time.
+        samples: number of samples in the data.
+        wanted: whether a site of this name may be split; the others stay dense and are not observed.
         macs: multiply-accumulates a sample, by node name.
-        provider: onnxruntime's, to run on.
-        seed: of the choice of rows.
-        compensate: let a branch make up for what the stream it is added to has lost.
-        before_ids: where the model gives class ids alone, measure at the scores that they are read from.
-        metrics: those of the same model, data and seed, where they are known: they are not computed again.
+        provider: execution provider of onnxruntime.
+        seed: random seed for the choice of rows and for the probes of sensitivities.
+        compensate: let a branch compensate for the loss of the stream to which it is added.
+        before_ids: measure at the scores where the model's outputs are class ids alone.
+        sensitivities: those of the same model, data and seed from an earlier run.
     """
 
     def __init__(
@@ -100,7 +100,9 @@ class OnnxStreams:
         self._samples, self._seed = samples, seed
         self._checked = CheckSamples(axes_of(self._model), samples)
         self._survey: Survey | None = None
-        self._metrics = functools.cache(self._computed_metrics if sensitivities is None else lambda: sensitivities)
+        self._sensitivities = functools.cache(
+            self._computed_sensitivities if sensitivities is None else lambda: sensitivities
+        )
         self._reached, self.unreachable = reach(
             self._model, path, wanted=wanted, macs=macs or {}, compensate=compensate
         )
@@ -111,22 +113,22 @@ class OnnxStreams:
 
     @property
     def sites(self) -> tuple[CalibratedSite, ...]:
-        """See `Streams`."""
+        """See `ModelActivations`."""
         return tuple(r.site for r in self._in_order())
 
     def rows_of(self, name: str) -> int:
-        """How many rows the moments of a site were taken from; 0 before any were."""
+        """Return the number of rows in the moments of a site; 0 before there are any."""
         return self._rows.get(name, 0)
 
     def only(self, names: Collection[str]) -> "OnnxStreams":
-        """The same streams, of which these sites alone are gathered and visited; the others are run as they are."""
+        """Return the same activations, with only these sites gathered and visited; the others run dense."""
         fewer = copy.copy(self)
         wanted = {output for output, r in self._reached.items() if r.site.name in names}
         fewer._program = thinned(self._program, wanted)
         return fewer
 
     def survey(self, visit: Callable[[CalibratedSite, Moments | Samples], None]) -> None:
-        """See `Streams`; in execution order. Within `visit`, the distance of the visited site alone is cheap.
+        """See `ModelActivations`; in execution order. Within `visit`, the distance of the visited site alone is cheap.
 
         Raises:
             ModelError: NaN or infinite values, with the site's name.
@@ -154,14 +156,14 @@ class OnnxStreams:
                 self._survey = None
 
     def sequence(self, visit: Visit, counts: Mapping[str, RowCounts] | None = None) -> None:
-        """See `Streams`.
+        """See `ModelActivations`.
 
         Raises:
             ModelError: NaN or infinite values, with the site's name.
         """
         if not self.sites:
             return
-        became: dict[str, gp.Factors] = {}  # of the wave before, by weight
+        became: dict[str, gp.Factors] = {}  # factors of the wave before, by weight
         with LiveValues() as dense, LiveValues() as compressed:
             streams = TwoStreams(
                 self._program,
@@ -187,10 +189,10 @@ class OnnxStreams:
                         became[r.graph.weight] = graph_factors(replacement, r.graph)
 
     def distance(self, replacements: Mapping[str, Replacement]) -> Distance:
-        """See `Streams`; of some samples (see `CheckSamples`), the first floating output; padding is left out.
+        """See `ModelActivations`; on the `CheckSamples`, at the first floating output, without padding.
 
         Raises:
-            ModelError: an output with NaN or infinite values where nothing is replaced, or no floating output.
+            ModelError: the dense output holds NaN or infinite values, or no output is floating.
         """
         if self._dense_outputs is None:
             dense = self._outputs({})
@@ -209,14 +211,14 @@ class OnnxStreams:
         return output_distance(self._dense_outputs, other)
 
     def sensitivities(self) -> Mapping[str, OutputSensitivity]:
-        """See `Streams`; computed once. None where torch does not know what stands behind the sites.
+        """See `ModelActivations`; computed once; empty where torch does not know an operator behind the sites.
 
-        They are those of all sites, in `only` some of them too: a plan is then fitted to the same numbers as the export
-        that made it.
+        They are those of all sites, also in `only`: a plan is then fitted to the same numbers as the export that made
+        it.
         """
-        return self._metrics()
+        return self._sensitivities()
 
-    def _computed_metrics(self) -> Mapping[str, OutputSensitivity]:
+    def _computed_sensitivities(self) -> Mapping[str, OutputSensitivity]:
         return sensitivities_or_empty(
             lambda: output_sensitivities(
                 self._program,
@@ -241,47 +243,47 @@ class OnnxStreams:
 
     @property
     def _ends(self) -> list[str]:
-        """The graph's outputs, but for inputs and constants, which do not move."""
+        """The graph's outputs, except inputs and constants, which no split changes."""
         made = {name for node in self._model.graph.node for name in node.output} - self._program.fixed
         return [value.name for value in self._model.graph.output if value.name in made]
 
     def _outputs(self, factors: Mapping[str, gp.Factors]) -> Tensor:
-        """The first floating output on some samples, with these weights split."""
+        """Return the first floating output on the check samples, with these weights split."""
         nodes = self._model.graph.node
         with Segment(self._program, self._path, nodes, Taps(), self._ends, factors, provider=self._provider) as run:
             return _stacked(((batch, run(batch)) for batch in self._checked.batches_of(self._feeds)), self._ends)
 
 
 def _for_work(provider: str, macs: int) -> str:
-    """The provider for runs of so many MACs, 0 for an unknown number: one thread of the CPU where they are few."""
-    spec = parse(provider)
+    """Return the provider for runs of so many MACs (0: unknown): one thread of the CPU where they are few."""
+    spec = parse_provider(provider)
     if short_name(spec.name) != "cpu" or "threads" in spec.session or not 0 < macs < SMALL_WORK:
         return provider
     return str(replace(spec, session={**spec.session, "threads": "1"}))
 
 
 def _fixed_batch(model: ModelProto) -> int:
-    """Samples a run of a model that fixes its batch; 0 for any number."""
+    """Return the samples in a run of a model that fixes its batch; 0 where it does not."""
     weights = {tensor.name for tensor in model.graph.initializer}
     dims = (value.type.tensor_type.shape.dim[:1] for value in model.graph.input if value.name not in weights)
     return max((dim[0].dim_value for dim in dims if dim), default=0)
 
 
 def _stacked(outputs: Iterable[tuple[Feeds, Feeds]], names: Sequence[str]) -> Tensor:
-    """The first floating one, among `names`, of each batch's outputs, behind each other; padding is left out.
+    """Join the first floating output of each batch along the samples, without padding.
 
     Args:
-        outputs: batches with the graph's outputs on them, by name.
-        names: of the outputs, in order.
+        outputs: batches of inputs with the outputs on them, by name.
+        names: names of the outputs, in order.
     """
     found = []
     for batch, values in outputs:
-        arrays = (array for name in names for array in arrays_of(name, values[name]).values())
+        arrays = (array for name in names for array in arrays_of_output(name, values[name]).values())
         array = next((value for value in arrays if value.dtype.kind == "f" and value.ndim and value.size), None)
         if array is None:
             raise ModelError(
-                f"no output of the model is floating ({', '.join(names)}), and nothing floating is before it: nothing "
-                "to measure a distance by; leave out --calib and choose a size with --rank"
+                f"no output of the model is floating ({', '.join(names)}), and no value before it: no distance can be "
+                "measured; leave out --calib and choose a size with --rank"
             )
         found.append(_tokens_alone(array.astype(np.float32), batch))
     if len({array.shape[1:] for array in found}) > 1:
@@ -290,7 +292,7 @@ def _stacked(outputs: Iterable[tuple[Feeds, Feeds]], names: Sequence[str]) -> Te
 
 
 def _tokens_alone(output: Array, batch: Feeds) -> Array:
-    """An output `(N, L, ...)` without its padding, `(tokens, 1, ...)`: never to be taken for `(N, classes)`."""
+    """Return an output `(N, L, ...)` without padding as `(tokens, 1, ...)`, which differs from `(N, classes)`."""
     mask = padding_mask(batch)
     if mask is None or output.ndim < 3 or output.shape[:2] != mask.shape:
         return output

@@ -1,4 +1,6 @@
-"""The samples on which a distance of outputs is measured: a part of every batch, as the data may be sorted by class.
+"""Choose the samples on which a distance of outputs is measured.
+
+They are a share of every batch, because the data may be sorted by class.
 
 batch --add--> a share of its samples --> batches of neighbours of one shape
 """
@@ -17,28 +19,28 @@ Feeds = Mapping[str, npt.NDArray[Any]]
 
 
 class CheckSamples:
-    """Takes its share of the data.
+    """A share of the samples of every batch.
 
     Args:
-        axes: of the model's inputs; where they fix the batch, batches are taken whole.
-        samples: how many there are in all.
+        axes: batch axes of the model's inputs; where they fix the batch, whole batches are chosen.
+        samples: number of samples in the data.
     """
 
     def __init__(self, axes: BatchAxes, samples: int) -> None:
         self._share = min(1.0, distance_samples(samples) / max(samples, 1))
         self._axes, self._fixed = axes, axes.fixed is not None
         self._parts = list[Feeds]()
-        self._whole: dict[int, Feeds] = {}  # by number: the batches that were taken as they are
+        self._whole: dict[int, Feeds] = {}  # whole batches, by number
         self._seen = 0
         self._due = 0.0
         self._size = 0
 
     def clear(self) -> None:
-        """Begin again."""
+        """Forget all batches."""
         self._parts, self._whole, self._seen, self._due = [], {}, 0, 0.0
 
     def add(self, batch: Feeds) -> Feeds:
-        """Take the share of a batch; gives it back."""
+        """Choose the share of a batch, and return the batch."""
         count = self._axes.samples(batch)
         self._size = max(self._size, count)
         self._due += self._share * count
@@ -53,11 +55,11 @@ class CheckSamples:
         return batch
 
     def number_of(self, batch: Feeds) -> int | None:
-        """The number among the data of one of `batches`; None where it is a part of theirs."""
+        """Return the number of one of `batches` in the data; None where it is only a part of the data's batches."""
         return next((number for number, whole in self._whole.items() if whole is batch), None)
 
     def batches(self) -> list[Feeds]:
-        """What was taken, no more in a batch than the data have in theirs."""
+        """Return the chosen samples in batches that are no larger than those of the data."""
         joined: list[Feeds] = []
         for part in self._parts:
             last = joined[-1] if joined and not self._fixed else {}
@@ -70,12 +72,12 @@ class CheckSamples:
         return joined
 
     def batches_of(self, feeds: Callable[[], Iterable[Feeds]]) -> Iterator[Feeds]:
-        """What was taken; of these data, where nothing was yet."""
+        """Yield the chosen batches; choose from `feeds` first where there are none."""
         if not self._parts:
             for batch in feeds():
                 self.add(batch)
         yield from self.batches()
 
     def _kinds(self, batch: Feeds) -> dict[str, tuple[Any, ...]]:
-        """The type and shape of one sample of each array."""
+        """Return the type and shape of one sample of each array."""
         return {name: (batch[name].dtype, *shape) for name, shape in self._axes.sample_shapes(batch).items()}

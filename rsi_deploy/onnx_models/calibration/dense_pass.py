@@ -1,12 +1,12 @@
-"""The dense stream of an ONNX graph through its waves, and what its outputs become where it stands.
+"""Run the dense stream of an ONNX graph through its waves, and measure replacements at the current wave.
 
     all the data      alive values --wave, its sites--> alive values, rows x of every site
-    checked samples   the same, and then, as often as a replacement is tried:
-                      alive values --one site as replaced, all later waves--> outputs
+    checked samples   the same, and then for each replacement that is tried:
+                      alive values --one replaced site, all later waves--> outputs
 
-So a look at one site's replacement costs what lies behind the site, and the network in front of it runs once. The model
-of this part is made once a site, where weight and bias can be fed to it: those of a replacement are its product. Of the
-checked samples, whole batches of the data are not run twice.
+A trial of one replacement costs the part of the network behind the site; the part in front runs once. The model of that
+part is made once a site where weight and bias can be model inputs: those of a replacement are its product. Checked
+samples that are whole batches of the data are not run twice.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ Feeds = Mapping[str, Array]
 
 
 class Survey:
-    """The dense stream, standing before the first wave. Use it in a `with`.
+    """The dense stream, at first before wave 1. Use it in a `with`.
 
     Args:
         program: the dense model.
@@ -54,8 +54,8 @@ class Survey:
         self._inputs = [value.name for value in program.model.graph.input if value.name not in program.fixed]
         self._values = LiveValues()
         self._batches = self._all = self._done = 0
-        self._looked_at: list[int] = []  # numbers of the checked samples' batches
-        self._fed: tuple[str, Segment] | None = None  # the site that is fed, and the model behind it
+        self._looked_at: list[int] = []  # numbers of the batches of checked samples
+        self._fed: tuple[str, Segment] | None = None  # the site whose weight is an input, and the model behind it
 
     def __enter__(self) -> "Survey":
         return self
@@ -67,7 +67,7 @@ class Survey:
         self._values.__exit__(kind, error, trace)
 
     def load(self, batches: Iterable[Feeds], checked: CheckSamples) -> None:
-        """Take the data in, then the samples to look at outputs on."""
+        """Store the data, then the samples on which outputs are compared."""
         for batch in map(checked.add, batches):
             self._values.put(self._batches, batch)
             self._batches += 1
@@ -81,7 +81,7 @@ class Survey:
             self._looked_at.append(number)
 
     def advance(self, wave: Wave) -> dict[str, SiteAccumulator]:
-        """The stream through the next wave; what its sites gather.
+        """Run the next wave and return the moments that its sites gather.
 
         Raises:
             ModelError: NaN or infinite values, with the site's name.
@@ -106,16 +106,16 @@ class Survey:
         return gathered
 
     def has(self, r: Reached) -> bool:
-        """Whether the stream stands at this site."""
+        """Whether the site is in the current wave."""
         return bool(self._done) and r.graph.output in {n.output[0] for n in self._program.waves[self._done - 1].sites}
 
     def outputs(self, r: Reached, replacement: Replacement, names: Iterable[str]) -> Iterator[tuple[Feeds, Feeds]]:
-        """The checked samples, a batch at a time, with what the graph's outputs `names` become.
+        """Yield the checked samples, a batch at a time, with the graph's outputs after a replacement.
 
         Args:
-            r: a site where the stream stands.
-            replacement: what it is replaced by.
-            names: of the outputs.
+            r: a site of the current wave.
+            replacement: factors and bias in place of its weight.
+            names: names of the outputs.
         """
         wave = self._program.waves[self._done - 1]
         (node,) = (node for node in wave.sites if node.output[0] == r.graph.output)
@@ -133,13 +133,13 @@ class Survey:
     def _behind(
         self, site: Sequence[NodeProto], ends: set[str], factors: Mapping[str, gp.Factors] | None = None
     ) -> Segment:
-        """A site's own nodes, and all that lies behind its wave."""
+        """Return a model of a site's own nodes and all later waves."""
         later = self._program.waves[self._done :]
         nodes = [*site, *(node for wave in later for node in (*wave.nodes, *wave.sites))]
         return Segment(self._program, self._path, nodes, Taps(), ends, factors, provider=self._provider)
 
     def _run(self, run: Segment, fed: Feeds, ends: set[str]) -> Iterator[tuple[Feeds, Feeds]]:
-        """The checked samples through a part of the graph, with its outputs `ends`."""
+        """Run the checked samples through a part of the graph, and yield its outputs `ends`."""
         read = run.reads - fed.keys()
         for number in self._looked_at:
             values = self._values.get(number, read | (ends - set(run.keeps)))

@@ -1,10 +1,10 @@
-"""Metrics of the sites of an ONNX graph: what stands behind the sites again in torch, where autograd knows it.
+"""Compute how sensitive the outputs are to the sites of an ONNX graph: torch runs the operators behind the sites again.
 
-    upstream of all sites   onnxruntime      |  values that the rest reads
+    in front of all sites   onnxruntime      |  values that the rest reads
     behind a site           torch, float32   |  y_site --> ... --> z --(probe u)--> g at y_site
 
-The output is the first floating one behind a site; only its ancestors are run again. Of `(N, L, ...)` under a padding
-mask the tokens alone are asked.
+The output is the first floating one behind a site; only its ancestors run again. Under a padding mask `(N, L)` only
+the tokens of an output `(N, L, ...)` count.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ from rsi_deploy.calibration.output_sensitivity import NoSensitivityError, Sensit
 from rsi_deploy.core.arrays import as_torch
 from rsi_deploy.core.progress import at
 from rsi_deploy.onnx_models.calibration.operators import FIRST_OPSET, operator
-from rsi_deploy.onnx_models.calibration.reachable_sites import Reached
+from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, row_sizes
 from rsi_deploy.onnx_models.calibration.row_sampling import axes_of, padding_mask
 from rsi_deploy.onnx_models.calibration.rows import Taps
 from rsi_deploy.onnx_models.calibration.segment import Segment
@@ -46,16 +46,16 @@ def output_sensitivities(
     provider: str,
     seed: int,
 ) -> dict[str, OutputSensitivity]:
-    """By the names of sites; those that do not reach the output have none.
+    """Return sensitivities by the names of sites; sites that do not reach the output have none.
 
     Args:
         program: the dense model.
         path: its file.
         reached: its sites, by output.
-        batches: model inputs.
-        samples: how many they hold.
-        provider: onnxruntime's.
-        seed: of the probes.
+        batches: batches of model inputs.
+        samples: number of samples in them.
+        provider: execution provider of onnxruntime.
+        seed: random seed for the probes.
 
     Raises:
         NoSensitivityError: gradients do not pass, or take too much memory.
@@ -71,7 +71,7 @@ def output_sensitivities(
     if end is None:
         raise NoSensitivityError("no floating output depends on a site")
     accumulator = SensitivityAccumulator({r.site.name: r.site for r in reached.values()}, samples, seed=seed)
-    replay = _Replay(_ancestors(behind, end), {name: r.site.name for name, r in reached.items()}, end)
+    replay = _Replay(_ancestors(behind, end), reached, end)
     weights = _weights(program, path, replay.reads, accumulator)
     own = [*needed_constants(program, replay.nodes), *ahead]
     axes = axes_of(program.model)
@@ -92,24 +92,24 @@ def output_sensitivities(
 
 
 class _Replay:
-    """Runs nodes in torch, `sites` (output -> site) tapped, up to the value `end`."""
+    """Runs nodes in torch up to the value `end`, with the responses of `sites` (by output) tapped."""
 
-    def __init__(self, nodes: Sequence[NodeProto], sites: Mapping[str, str], end: str) -> None:
+    def __init__(self, nodes: Sequence[NodeProto], sites: Mapping[str, Reached], end: str) -> None:
         self.nodes, self._sites, self._end = nodes, sites, end
         self._operators = [operator(node) for node in nodes]
         self.reads = set().union(*(reads(node) for node in nodes)) - {name for node in nodes for name in node.output}
         self._uses = Counter(name for node in nodes for name in node.input if name)
 
     def __call__(self, values: dict[str, Tensor]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-        """The output, and the responses of the sites."""
+        """Return the output, and the responses of the sites."""
         taps: list[tuple[str, Tensor]] = []
         left = self._uses.copy()
         for node, call in zip(self.nodes, self._operators, strict=True):
             made = call(*(values[name] if name else None for name in node.input))
             for name, value in zip(node.output, made, strict=False):
-                if name in self._sites:
-                    value = value if value.requires_grad else value.detach().requires_grad_()
-                    taps.append((self._sites[name], value))
+                if (r := self._sites.get(name)) is not None:
+                    rows, value = _tapped(r, value)
+                    taps.append((r.site.name, rows))
                 values[name] = value
             for name in filter(None, node.input):
                 left[name] -= 1
@@ -118,8 +118,18 @@ class _Replay:
         return values[self._end], taps
 
 
+def _tapped(r: Reached, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the response as rows `(..., out)` with gradients (of a Conv unchanged), and the value made of them."""
+    width, axes = r.site.groups * r.site.out_features, list(r.order.output or range(value.ndim))
+    ordered = value.permute(axes)
+    in_place = r.site.kernel or (not r.order.output and value.shape[-1:] == (width,))
+    rows = value if in_place else ordered.reshape(*row_sizes(ordered.shape, width), width)
+    rows = rows if rows.requires_grad else rows.detach().requires_grad_()
+    return rows, rows if in_place else rows.reshape(ordered.shape).permute(np.argsort(axes).tolist())
+
+
 def _behind(nodes: Iterable[NodeProto], reached: Mapping[str, Reached]) -> list[NodeProto]:
-    """The sites and all nodes that depend on one, in order."""
+    """Return the sites and all nodes that depend on one, in order."""
     known: set[str] = set()
     found = []
     for node in nodes:
@@ -130,30 +140,30 @@ def _behind(nodes: Iterable[NodeProto], reached: Mapping[str, Reached]) -> list[
 
 
 def _ancestors(nodes: Sequence[NodeProto], end: str) -> list[NodeProto]:
-    """Those of the nodes that the value `end` needs, in order."""
-    wanted, found = {end}, []
+    """Return the nodes on which the value `end` depends, in order."""
+    needed, found = {end}, []
     for node in reversed(nodes):
-        if wanted & set(node.output):
-            wanted |= reads(node)
+        if needed & set(node.output):
+            needed |= reads(node)
             found.append(node)
     return found[::-1]
 
 
-def _weights(program: Program, path: Path, wanted: set[str], accumulator: SensitivityAccumulator) -> dict[str, Tensor]:
-    """The initializers among the wanted values; their memory is set aside."""
-    tensors = [tensor for tensor in program.model.graph.initializer if tensor.name in wanted]
+def _weights(program: Program, path: Path, names: set[str], accumulator: SensitivityAccumulator) -> dict[str, Tensor]:
+    """Return the initializers of these names; their memory is reserved."""
+    tensors = [tensor for tensor in program.model.graph.initializer if tensor.name in names]
     accumulator.reserve(sum(4 * int(np.prod(tensor.dims)) for tensor in tensors))
     return {tensor.name: _tensor(numpy_helper.to_array(tensor, str(path.parent))) for tensor in tensors}
 
 
 def _tensor(value: Any) -> Tensor:
-    """Float32 where it is floating."""
+    """Return a tensor, float32 where it is floating."""
     tensor = as_torch(np.array(value))
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _pieces(batch: Feeds, accumulator: SensitivityAccumulator, axes: BatchAxes) -> Iterator[tuple[Feeds, list[int]]]:
-    """The samples of a batch that are asked, cut, and their numbers; a batch of fixed size whole."""
+    """Yield the chosen samples of a batch in pieces, with their numbers; a batch of fixed size whole."""
     count, begin = axes.samples(batch), accumulator.seen
     at = accumulator.choose(count)
     if axes.fixed is not None:

@@ -1,7 +1,7 @@
-"""ONNX operators in torch, differentiable: what may stand between a site and the output for gradients to pass.
+"""ONNX operators in torch, differentiable: those that may stand between a site and the output.
 
-Floating values are float32 whatever the model stores. An operator that is not here, or one of its settings, is refused
-by name, never guessed; the meaning is that of opset 13 and later.
+Floating values are float32. An operator or a setting that is not here is refused by name. The meaning is that of opset
+13 and later. An operator with a split pass names its arithmetic there (`graph_passes.Contraction`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
 
+import graph_passes as gp
 from rsi_deploy.calibration.output_sensitivity import NoSensitivityError
 
 Attributes = Mapping[str, Any]
@@ -22,21 +23,26 @@ FIRST_OPSET = 13
 
 
 def operator(node: NodeProto) -> Callable[..., Sequence[Tensor]]:
-    """What computes the outputs of a node from its inputs (None for one left out).
+    """Return a function that computes the outputs of a node from its inputs (None for one that is left out).
 
     Raises:
-        NoSensitivityError: the operator is not known here; when called also for a setting that is not.
+        NoSensitivityError: the operator is not known here; a call also raises it for an unknown setting.
     """
-    known = _OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    splitter = gp.find_pass(node.domain, node.op_type)
+    known: Operator | None = None
+    if splitter is not None and splitter.contraction is not None:
+        known = _CONTRACTIONS[splitter.contraction]
+    elif node.domain in ("", "ai.onnx"):
+        known = _OPERATORS.get(node.op_type)
     if known is None:
         raise NoSensitivityError(f"gradients do not pass {node.op_type} (node {node.name!r})")
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    wanted = sum(bool(name) for name in node.output)
+    count = sum(bool(name) for name in node.output)
 
-    def call(*given: Tensor | None) -> Sequence[Tensor]:
-        made = known(attributes, *given)
+    def call(*inputs: Tensor | None) -> Sequence[Tensor]:
+        made = known(attributes, *inputs)
         made = [made] if isinstance(made, Tensor) else made
-        _require(len(made) >= wanted, f"a second output of {node.op_type} (node {node.name!r})")
+        _require(len(made) >= count, f"a second output of {node.op_type} (node {node.name!r})")
         return made
 
     return call
@@ -179,6 +185,13 @@ def _split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> Sequence[Te
     return [x.narrow(axis, sum(each[:i]), size) for i, size in enumerate(each)]
 
 
+_CONTRACTIONS: Mapping[gp.Contraction, Operator] = {
+    gp.Contraction.MATMUL: lambda a, x, y: x @ y,
+    gp.Contraction.GEMM: _gemm,
+    gp.Contraction.CONV: _conv,
+    gp.Contraction.EINSUM: lambda a, *xs: torch.einsum(a["equation"].decode(), *xs),
+}
+
 _OPERATORS: dict[str, Operator] = {
     "Add": lambda a, x, y: x + y,
     "Attention": _attention,
@@ -186,7 +199,6 @@ _OPERATORS: dict[str, Operator] = {
     "Cast": _cast,
     "Clip": _clipped,
     "Concat": lambda a, *xs: torch.cat(xs, dim=a["axis"]),
-    "Conv": _conv,
     "Div": _divided,
     "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
     "Erf": lambda a, x: torch.erf(x),
@@ -195,7 +207,6 @@ _OPERATORS: dict[str, Operator] = {
     "Flatten": _flat,
     "Gather": _gathered,
     "Gelu": lambda a, x: F.gelu(x, approximate=a.get("approximate", b"none").decode()),
-    "Gemm": _gemm,
     "GlobalAveragePool": lambda a, x: x.mean(dim=list(range(2, x.ndim)), keepdim=True),
     "HardSigmoid": lambda a, x: (a.get("alpha", 0.2) * x + a.get("beta", 0.5)).clamp(0, 1),
     "HardSwish": lambda a, x: F.hardswish(x),
@@ -203,7 +214,6 @@ _OPERATORS: dict[str, Operator] = {
     "LayerNormalization": _normalized,
     "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
     "LogSoftmax": lambda a, x: x.log_softmax(dim=a.get("axis", -1)),
-    "MatMul": lambda a, x, y: x @ y,
     "MaxPool": lambda a, x: _pool(a, x, F.max_pool2d, -torch.inf),
     "Mul": lambda a, x, y: x * y,
     "Neg": lambda a, x: -x,

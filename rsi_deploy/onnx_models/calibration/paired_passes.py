@@ -1,10 +1,10 @@
-"""The dense and the compressed stream of an ONNX graph, side by side through its waves.
+"""Run the dense and the compressed stream of an ONNX graph side by side through its waves.
 
     dense        alive values --wave, its sites--> alive values, responses y = W x of every site
-    compressed   alive values --sites of the wave before, as they became; wave--> alive values, rows x^
+    compressed   alive values --replaced sites of the wave before; wave--> alive values, rows x^
 
-Only what differs between the streams is run and kept twice; x that does not comes from the dense one. Where a site's
-output is added to another stream that has lost something on the way, y takes that in too: y + (beside - beside^).
+Only values that differ between the streams are computed and kept twice; other rows x come from the dense one. Where a
+site's output is added to a stream that has lost something, its target includes the loss: y + (beside - beside^).
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -36,17 +36,17 @@ Feeds = Mapping[str, Array]
 
 
 class TwoStreams:
-    """Both streams, standing before the first wave.
+    """Both streams, at first before wave 1.
 
     Args:
         program: the dense model.
         path: its file.
         reached: its sites, by output.
-        readings: of the sites.
-        dense: holds the dense stream's values.
-        compressed: holds the values of the compressed one that differ.
-        provider: onnxruntime's.
-        counts: by site's name, what its rows count.
+        readings: reads the rows of the sites.
+        dense: store of the dense stream's values.
+        compressed: store of the compressed stream's values that differ.
+        provider: execution provider of onnxruntime.
+        counts: weights of the rows, by the name of the site.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class TwoStreams:
         self._dense, self._compressed = dense, compressed
         self._inputs = [value.name for value in program.model.graph.input if value.name not in program.fixed]
         self._biases = own_biases(program.model)
-        self._begins = [0]  # of every batch among the samples
+        self._begins = [0]  # number of the first sample of every batch
         self._counts = counts
-        self._alone: set[str] = set()  # outputs that nothing of their shape is added to
+        self._alone: set[str] = set()  # outputs to which no value of their shape is added
         self._moved: set[str] = set()  # values that differ between the streams
         self._before: Sequence[NodeProto] = ()  # sites of the wave before
 
     def load(self, batches: Iterable[Feeds]) -> None:
-        """Take the data in."""
+        """Store the data."""
         for batch in batches:
             self._dense.put(self._batches, batch)
             self._alone |= self._readings.alone(batch)
@@ -84,7 +84,7 @@ class TwoStreams:
         return len(self._begins) - 1
 
     def advance(self, wave: Wave, became: Mapping[str, gp.Factors]) -> dict[str, SiteAccumulator]:
-        """Both streams through one wave, where sites of the one before became factors; what its sites gather.
+        """Run one wave, with factors in the wave before it, and return the moments that its sites gather.
 
         Raises:
             ModelError: NaN or infinite values, with the site's name.
@@ -109,7 +109,7 @@ class TwoStreams:
             self._path,
             [*wave.nodes, *wave.sites],
             taps_of(here, data=self._is_read_once, biases=self._biases, beside=beside),
-            wave.alive | again.reads,  # what changes may read what does not, within the wave
+            wave.alive | again.reads,  # nodes that differ may read values of this wave that do not
             provider=self._provider,
         )
         gathered = {r.graph.output: SiteAccumulator(r.site, BUFFER_SIZE) for r in here}
@@ -121,9 +121,9 @@ class TwoStreams:
                 values, other = self._run(number, index, once, again, earlier)
                 for r in here:
                     x, y = self._rows(r, weights.get(r.graph.output), values, other)
-                    told = self._counts.get(r.site.name)
+                    row_counts = self._counts.get(r.site.name)
                     begin = self._begins[number]
-                    counts = None if told is None else self._readings.counts(told, r, batch, begin, index)
+                    counts = None if row_counts is None else self._readings.counts(row_counts, r, batch, begin, index)
                     gathered[r.graph.output].add(x, y, counts)
                 self._dense.keep_only(number, {*wave.alive, *self._inputs})
                 self._compressed.keep_only(number, wave.alive)
@@ -134,7 +134,7 @@ class TwoStreams:
     def _run(
         self, number: int, index: Feeds, once: Segment, again: Segment, earlier: frozenset[str]
     ) -> tuple[Feeds, Feeds]:
-        """One batch through the dense stream and, where anything differs, through the compressed one."""
+        """Run one batch through the dense stream and, where any value differs, through the compressed one."""
         values = once({**self._dense.get(number, once.reads - index.keys()), **index})
         self._dense.put(number, {name: values[name] for name in once.keeps})
         if not again.outputs:
@@ -146,11 +146,11 @@ class TwoStreams:
         return values, other
 
     def _is_read_once(self, r: Reached) -> bool:
-        """Whether x is read in the dense stream: where it is that of both, or where y is made of it."""
+        """Whether the dense stream has the rows x: where both streams share them, or where y is computed from them."""
         return r.graph.data not in self._moved or r.graph.output not in self._biases
 
     def _rows(self, r: Reached, weight: Tensor | None, values: Feeds, other: Feeds) -> tuple[Tensor, Tensor]:
-        """Rows of a site's input in the compressed stream and of what it should answer."""
+        """Return rows of a site's input in the compressed stream, and of its target."""
         rows, beside = f"{r.tag}/rows", f"{r.tag}/beside/rows"
         if weight is None:
             y = response_of(r, values, self._biases[r.graph.output][1])
@@ -162,7 +162,7 @@ class TwoStreams:
 
 
 def differing(nodes: Iterable[NodeProto], moved: Collection[str], split: Collection[str]) -> list[NodeProto]:
-    """The nodes whose outputs differ between the streams: what is split, and what reads a value that differs."""
+    """Return the nodes whose outputs differ between the streams: split ones, and readers of values that differ."""
     differs, found = set(moved), []
     for node in nodes:
         if node.output[0] in split or differs & reads(node):

@@ -1,11 +1,11 @@
-"""Which weights of an ONNX graph calibration can look at, and what their responses are added to.
+"""Find the sites of an ONNX graph that calibration can observe, and the values to which their outputs are added.
 
 data --> [ site ] --> output --> (Add a constant) --> Add --> ...
                                          beside -------'
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,10 @@ from rsi_deploy.core.sites import site_name
 from rsi_deploy.io.onnx_reader import load_model
 from rsi_deploy.onnx_models.calibration.stages import reads
 
-LINEAR = frozenset({"Conv", "MatMul", "Gemm", "FusedMatMul"})
-"""Operators with nothing but a bias between response and output."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Reached:
-    """A site with what the graph says of it; `beside` is the value its output is added to, or ""."""
+    """A site that calibration observes; `beside` is the value to which its output is added, or ""."""
 
     site: CalibratedSite
     graph: gp.Site
@@ -38,14 +35,19 @@ class Reached:
 
     @property
     def tag(self) -> str:
-        """Prefix of its taps' names."""
+        """The prefix of the names of its taps."""
         return f"rsi_deploy/{self.graph.output}"
 
+    @property
+    def order(self) -> gp.RowOrder:
+        """The orders of the axes of data and output."""
+        return self.graph.row_order or gp.RowOrder()
+
     def weight(self) -> Tensor:
-        """The weight, float32 `(groups, out, in)`.
+        """Return the weight, float32 `(groups, out, in)`.
 
         Raises:
-            ModelError: it holds NaN or infinite values.
+            ModelError: the weight holds NaN or infinite values.
         """
         weight = self.site.load().float()
         if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
@@ -56,22 +58,35 @@ class Reached:
         return weight
 
     def grouped(self, rows: npt.NDArray[Any]) -> Tensor:
-        """`(groups, rows, features)` of gathered rows `(rows, groups * features)`."""
+        """Return gathered rows `(rows, groups * features)` as `(groups, rows, features)`."""
         groups = self.site.groups
         return torch.from_numpy(rows).reshape(len(rows), groups, rows.shape[1] // groups).movedim(1, 0)
+
+
+def row_sizes(sizes: Sequence[int], width: int) -> list[int]:
+    """Return the sizes in front of the last axes that make a row of `width` numbers.
+
+    Example:
+        >>> row_sizes((8, 5, 2, 3), 6)
+        [8, 5]
+    """
+    rows, columns = list(sizes), 1
+    while rows and columns < width:
+        columns *= rows.pop()
+    return rows
 
 
 def reach(
     model: ModelProto, path: Path, *, wanted: Callable[[str], bool], macs: Mapping[str, int], compensate: bool
 ) -> tuple[dict[str, Reached], dict[str, str]]:
-    """The sites that calibration can look at, by the name of their output, and the others' reasons by their own.
+    """Return the sites that calibration can observe, by output name, and the reasons of the others, by site name.
 
     Args:
-        model: without its external data.
-        path: of the same model.
-        wanted: says by name which sites to look at.
+        model: the model without its external data.
+        path: file of the same model.
+        wanted: whether to observe the site of this name.
         macs: multiply-accumulates a sample, by node name.
-        compensate: look for what the responses are added to.
+        compensate: find the values to which the outputs are added.
     """
     sites = [entry for entry in gp.find_sites(load_model(path)) if isinstance(entry, gp.Site)]
     uses = Counter(site.weight for site in sites)
@@ -86,13 +101,13 @@ def reach(
         if reason := _out_of_reach(site, uses[site.weight], made):
             unreachable[name] = reason
         else:
-            near = beside.get(site.output, "") if site.op_type in LINEAR else ""
+            near = beside.get(site.output, "") if site.linear else ""
             found[site.output] = Reached(site=_stream_site(site, macs), graph=site, beside=near)
     return found, unreachable
 
 
 def added_to(model: ModelProto) -> dict[str, str]:
-    """For every value, what it is added to by its only reader, directly or behind the addition of a constant."""
+    """Return, by value, what its only reader adds to it, directly or behind the addition of a constant."""
     readers = _readers(model.graph.node)
     fixed = {tensor.name for tensor in model.graph.initializer}
     fixed |= {node.output[0] for node in model.graph.node if node.op_type == "Constant"}
@@ -123,14 +138,14 @@ def _readers(nodes: Iterable[NodeProto]) -> dict[str, list[NodeProto]]:
 
 
 def _out_of_reach(site: gp.Site, uses: int, made: set[str]) -> str:
-    """Why calibration cannot look at a site, or ""."""
+    """Return why calibration cannot observe a site, or ""."""
     if site.nested or site.output not in made:
-        return "it sits in a subgraph or function, where calibration cannot look"
+        return "it stands in a subgraph or function, which calibration cannot observe"
     if uses > 1:
         return f"{uses} nodes share its weight"
-    if site.op_type == "ConvTranspose":
-        return "calibration does not know the rows of a ConvTranspose"
-    return "" if site.plain else "its data are turned or scaled, or the weight is the first operand"
+    if site.window is not None and not site.plain:
+        return f"calibration does not know the rows of a {site.op_type}"
+    return "" if site.plain else "its data are transposed or scaled, or the weight is the first operand"
 
 
 def _stream_site(site: gp.Site, macs: Mapping[str, int]) -> CalibratedSite:

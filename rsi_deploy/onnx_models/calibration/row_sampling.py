@@ -1,12 +1,14 @@
-"""Which rows of a batch every site's moments are taken from, and the taps that read them in both streams.
+"""Choose the rows of a batch from which the moments of a site are computed, and the taps that read them.
 
-As many of every sample as `moments.row_limit` allows, chosen once a batch from (seed, site, batch): both streams,
-the response and what it is added to are read at the same places. Padding under a mask input is no row.
+The total of `moments.row_limit` is spread evenly over the samples. Rows are chosen once a batch from (seed, site,
+batch): both streams, the response and the value to which it is added are read at the same places. Padding under a mask
+input is no row.
 
-    x   what the site reads; a Conv's patches with their columns sorted by point, then by channel: see `in_order`
-    y   what it makes of x, less the bias that is in the node: no product of ours
+    x   input of the site; the columns of a Conv's patches are sorted by point, then by channel: see `in_order`
+    y   output of the node minus its bias; onnxruntime has computed the product
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +25,7 @@ import graph_passes as gp
 from rsi_deploy.calibration.activations import RowCounts
 from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples, row_limit
 from rsi_deploy.linalg.solver import stream_seed
-from rsi_deploy.onnx_models.calibration.reachable_sites import Reached
+from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, row_sizes
 from rsi_deploy.onnx_models.calibration.rows import Taps, all_patches, chosen, output_size, patch_index
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.onnx_models.calibration.stages import Program
@@ -42,12 +44,12 @@ class Readings:
         program: the dense model.
         path: its file.
         reached: the sites.
-        samples: how many the calibration data have.
-        seed: of the choice of rows.
-        provider: onnxruntime's.
+        samples: number of calibration samples.
+        seed: random seed for the choice of rows.
+        provider: execution provider of onnxruntime.
 
     Attributes:
-        axes: the batch axes of the model's inputs.
+        axes: batch axes of the model's inputs.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Readings:
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Shapes] = {}
 
     def index(self, group: Iterable[Reached], batch: Feeds, number: int, *, survey: bool = False) -> dict[str, Array]:
-        """What the taps of these sites are fed, for batch `number`; with fewer rows where it is for a survey."""
+        """Return the inputs of the taps of these sites for batch `number`; a survey takes fewer rows."""
         shapes = self._shapes(batch)
         feeds: dict[str, Array] = {}
         for r in group:
@@ -76,6 +78,7 @@ class Readings:
                 )
                 feeds[f"{r.tag}/index"], feeds[f"{r.tag}/inside"] = where, inside
             else:
+                shape = _row_shape(r, shape)
                 at = chosen(math.prod(shape[:-1]), _whole(quota), self._generator(r, number), _tokens(batch, shape))
                 feeds[f"{r.tag}/index"] = at
             feeds[f"{r.tag}/response/index"] = feeds[f"{r.tag}/beside/index"] = at
@@ -87,7 +90,7 @@ class Readings:
     def _patches(
         self, r: Reached, window: gp.Window, number: int, wanted: int, size: tuple[int, ...]
     ) -> tuple[Array, Array, Array]:
-        """Some output positions of a Conv, and where their patches lie: see `patch_index`."""
+        """Choose output positions of a Conv, and return them with `patch_index` of them."""
         count = math.prod(output_size(window, size))
         if wanted >= count:
             return all_patches(window, size)
@@ -95,17 +98,17 @@ class Readings:
         return (at, *patch_index(window, size, at))
 
     def counts(self, counts: RowCounts, r: Reached, batch: Feeds, begin: int, index: Feeds) -> Tensor | None:
-        """What the rows of a product count in a batch that begins with sample `begin`; None for 1 each."""
+        """Return the weights of a product's rows in a batch that begins with sample `begin`; None for 1 each."""
         at = torch.from_numpy(index[f"{r.tag}/response/index"])
-        return counts.of(begin, self.axes.samples(batch), self._shapes(batch)[r.graph.data], at)
+        return counts.of(begin, self.axes.samples(batch), _row_shape(r, self._shapes(batch)[r.graph.data]), at)
 
     def alone(self, batch: Feeds) -> set[str]:
-        """Outputs of the sites that are added to something of another shape than theirs, or to nothing."""
+        """Return the outputs of sites that are added to nothing, or to a value of another shape."""
         shapes = self._shapes(batch)
         return {r.graph.output for r in self._reached if not r.beside or shapes[r.beside] != shapes[r.graph.output]}
 
     def _shapes(self, batch: Feeds) -> Shapes:
-        """Shapes of what sites read, make and are added to, on a batch of these shapes."""
+        """Return the shapes of all values at the sites for a batch of these shapes."""
         key = tuple((name, array.shape) for name, array in sorted(batch.items()))
         if key not in self._known:
             values = {value for r in self._reached for value in (r.graph.data, r.graph.output, r.beside) if value}
@@ -120,8 +123,14 @@ class Readings:
         return self._known[key]
 
 
+def _row_shape(r: Reached, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape `(*rows, in)` of a product's data of this shape."""
+    ordered = [shape[axis] for axis in r.order.data or range(len(shape))]
+    return (*row_sizes(ordered, r.site.in_features), r.site.in_features)
+
+
 def survey_rows(in_features: int) -> int:
-    """How many rows are enough to choose ranks by: where y = W x, nothing has to be told apart from noise."""
+    """Return how many rows suffice for a choice of ranks: y = W x holds no noise."""
     return min(row_limit(in_features), max(row_limit(in_features) // 3, 8 * in_features))
 
 
@@ -132,17 +141,17 @@ def taps_of(
     biases: Mapping[str, tuple[str, float]] | None = None,
     beside: Collection[str] = (),
 ) -> Taps:
-    """Taps of what the sites read where `data` says so, of the outputs in `biases`, and of what is among `beside`."""
+    """Return taps of the sites' inputs where `data` is true, of the outputs in `biases`, and of values in `beside`."""
     taps = Taps()
     for r in group:
         site = r.site
         width = site.groups * site.out_features
-        outputs = taps.positions if site.kernel else taps.rows
+        outputs = taps.positions if site.kernel else functools.partial(taps.rows, order=r.order.output)
         if data(r) and site.kernel:
             points = math.prod(site.kernel)
             taps.patches(r.graph.data, r.tag, site.groups * site.in_features // points, points)
         elif data(r):
-            taps.rows(r.graph.data, r.tag, site.in_features)
+            taps.rows(r.graph.data, r.tag, site.in_features, r.order.data)
         if biases and r.graph.output in biases:
             outputs(r.graph.output, f"{r.tag}/response", width)
             if bias := biases[r.graph.output][0]:
@@ -153,7 +162,7 @@ def taps_of(
 
 
 def inputs_of(r: Reached, rows: Array) -> Tensor:
-    """`(groups, rows, in)` of gathered data, a Conv's columns by point and channel."""
+    """Return gathered data as `(groups, rows, in)`; a Conv's columns are sorted by point and channel."""
     groups, points = r.site.groups, math.prod(r.site.kernel)
     x = torch.from_numpy(rows).reshape(len(rows), points, groups, rows.shape[1] // (points * groups))
     x = x.movedim(2, 0).reshape(groups, len(rows), -1)
@@ -161,10 +170,10 @@ def inputs_of(r: Reached, rows: Array) -> Tensor:
 
 
 def weight_of(r: Reached) -> Tensor:
-    """The weight, float32 `(groups, out, in)`, with its columns as those of `inputs_of`.
+    """Return the weight, float32 `(groups, out, in)`, with its columns in the order of `inputs_of`.
 
     Raises:
-        ModelError: it holds NaN or infinite values.
+        ModelError: the weight holds NaN or infinite values.
     """
     weight, points = r.weight(), math.prod(r.site.kernel)
     if points == 1 or _wide(r):
@@ -173,7 +182,7 @@ def weight_of(r: Reached) -> Tensor:
 
 
 def response_of(r: Reached, values: Mapping[str, Array], scale: float) -> Tensor:
-    """The response `(groups, rows, out)` of gathered outputs, the bias in them taken off."""
+    """Return the response `(groups, rows, out)` of gathered outputs, without the bias in them."""
     y = r.grouped(values[f"{r.tag}/response/rows"])
     if (bias := values.get(f"{r.tag}/bias")) is not None:
         y -= scale * torch.from_numpy(bias).reshape(r.site.groups if bias.size > 1 else 1, 1, -1)
@@ -181,7 +190,7 @@ def response_of(r: Reached, values: Mapping[str, Array], scale: float) -> Tensor
 
 
 def in_order(r: Reached, moments: Moments | Samples | None) -> Moments | Samples | None:
-    """Moments with a Conv's columns by channel and point, as the weight has them; rows that are kept are so already."""
+    """Return moments with a Conv's columns in the order of the weight, by channel and point; `Samples` have it."""
     if not isinstance(moments, Moments) or math.prod(r.site.kernel) == 1:
         return moments
     n, points = r.site.in_features, math.prod(r.site.kernel)
@@ -200,29 +209,32 @@ def _wide(r: Reached) -> bool:
 
 
 def _by_channel(r: Reached) -> Tensor:
-    """For each column by channel and point, where it stands by point and channel."""
+    """Return, for each column by channel and point, its place by point and channel."""
     points = math.prod(r.site.kernel)
     return torch.arange(r.site.in_features).reshape(points, -1).T.reshape(-1)
 
 
 def own_biases(model: ModelProto) -> dict[str, tuple[str, float]]:
-    """For outputs that are response + scale * constant: the constant's name, or "", and the scale."""
+    """Return, by output that is response + scale * constant, the constant's name (or "") and the scale."""
     sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     found = {}
     for node in model.graph.node:
         bias = node.input[2] if len(node.input) > 2 else ""
         scale = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
-        row = not bias or node.op_type == "Conv" or math.prod(sizes.get(bias, (2, 0))[:-1]) == 1
-        if node.op_type in ("Conv", "Gemm", "MatMul", "FusedMatMul") and row:
+        splitter = gp.find_pass(node.domain, node.op_type)
+        if splitter is None or not splitter.linear:
+            continue
+        is_conv = splitter.contraction is gp.Contraction.CONV
+        if not bias or is_conv or math.prod(sizes.get(bias, (2, 0))[:-1]) == 1:
             found[node.output[0]] = bias, scale
     return found
 
 
 def padding_mask(batch: Feeds) -> Array | None:
-    """The padding mask among the inputs, bool `(N, L)`, False for padding; None where there is none.
+    """Return the padding mask among the inputs, bool `(N, L)`, False for padding; None where there is none.
 
-    An input called a mask, of zeros and ones alone, with a token at the begin of every row, or at the end of every
-    row. So no mask that marks the padding itself is taken for one.
+    Its name contains "mask", it holds zeros and ones alone, and every row begins (or every row ends) with a token. A
+    mask that marks the padding itself is not accepted.
     """
     for name, array in batch.items():
         if "mask" in name.lower() and array.ndim == 2 and array.size and np.isin(array, (0, 1)).all():
@@ -233,14 +245,14 @@ def padding_mask(batch: Feeds) -> Array | None:
 
 
 def axes_of(model: ModelProto) -> BatchAxes:
-    """The batch axes of a model's inputs."""
+    """Return the batch axes of a model's inputs."""
     stored = {tensor.name for tensor in model.graph.initializer}
     shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input if value.name not in stored}
     return BatchAxes.of({name: tuple(map(dim_of, dims)) for name, dims in shapes.items()})
 
 
 def _tokens(batch: Feeds, shape: Sequence[int]) -> Array | None:
-    """Flat positions of the rows of data of this shape that are no padding; None where no mask fits them."""
+    """Return the flat positions of the rows that are no padding; None where no mask fits the shape."""
     mask = padding_mask(batch)
     if mask is None:
         return None

@@ -1,10 +1,10 @@
-"""Rows of what a site reads, gathered inside onnxruntime: a random part of the positions, chosen outside.
+"""Gather rows of a site's input inside onnxruntime: a random part of the positions, which the caller chooses.
 
     product   data (..., in) --Reshape--> (positions, in) --Gather--> rows (rows, in)
     Conv      data (N, C, *size) --Transpose--> (N, *size, C) --Gather, Mul--> patches (N * positions, points * C)
 
-so that no more leaves the provider than is used, and no patch matrix is ever made whole. A patch is gathered with its
-channels side by side, whole runs of memory: the columns are sorted by the kernel's points, then by channels.
+Only rows that are used leave the provider, and no whole patch matrix exists. The channels of a patch lie side by side
+in memory, so the columns are sorted by the kernel's points, then by channels.
 """
 
 import functools
@@ -23,12 +23,12 @@ Array = npt.NDArray[Any]
 
 
 class Taps:
-    """The nodes and constants that gather rows, to be added to a graph.
+    """Nodes and constants that gather rows, to be added to a graph.
 
     Attributes:
-        nodes: to put behind the graph's own.
-        constants: their shapes.
-        inputs: name -> ONNX type of the index inputs they want.
+        nodes: nodes, to follow those of the graph.
+        constants: shapes that the nodes use.
+        inputs: name -> ONNX type of their index inputs.
         outputs: names of the rows.
     """
 
@@ -38,21 +38,32 @@ class Taps:
         self.inputs: dict[str, int] = {}
         self.outputs: list[str] = []
 
-    def rows(self, value: str, tag: str, width: int) -> str:
-        """Rows of `value (..., width)`; wants `{tag}/index (rows,)` into the flattened leading dimensions."""
+    def rows(self, value: str, tag: str, width: int, order: Sequence[int] = ()) -> str:
+        """Add nodes that gather rows of `value`, and return the name of the rows.
+
+        The input `{tag}/index (rows,)` counts the rows of the flattened value `(-1, width)`.
+
+        Args:
+            value: name of the value.
+            tag: prefix of the names of nodes, inputs and outputs.
+            width: numbers in a row, over one or several last axes.
+            order: order of the axes in which the rows come first; () leaves them as they are.
+        """
+        if order:
+            value = self._node("Transpose", [value], f"{tag}/ordered", perm=list(order))
         flat = self._reshape(value, f"{tag}/flat", (-1, width))
         return self._cast(self._gather(flat, tag, 0), f"{tag}/rows")
 
     def positions(self, value: str, tag: str, width: int) -> str:
-        """Rows of `value (N, width, *size)`, `(N * positions, width)`; wants `{tag}/index (positions,)`."""
+        """Gather rows `(N * positions, width)` of `value (N, width, *size)` by the input `{tag}/index (positions,)`."""
         flat = self._gather(self._reshape(value, f"{tag}/flat", (0, width, -1)), tag, 2)
         turned = self._node("Transpose", [flat], f"{tag}/turned", perm=[0, 2, 1])
         return self._cast(self._reshape(turned, f"{tag}/2d", (-1, width)), f"{tag}/rows")
 
     def patches(self, value: str, tag: str, channels: int, points: int) -> str:
-        """Patches of `value (N, channels, *size)`, `(N * positions, points * channels)`.
+        """Gather patches `(N * positions, points * channels)` of `value (N, channels, *size)`.
 
-        Wants `{tag}/index (positions * points,)` and `{tag}/inside (positions * points, 1)`, float32, 0 for padding.
+        Inputs: `{tag}/index (positions * points,)`, and `{tag}/inside (positions * points, 1)`, float32, 0 for padding.
         """
         flat = self._reshape(value, f"{tag}/flat", (0, channels, -1))
         last = self._node("Transpose", [flat], f"{tag}/last", perm=[0, 2, 1])
@@ -64,11 +75,11 @@ class Taps:
         return rows
 
     def constant(self, value: str, tag: str) -> str:
-        """A value as it is, float32."""
+        """Add a value as an output, float32."""
         return self._cast(value, tag)
 
     def shape(self, value: str, tag: str) -> str:
-        """The shape of a value, int64."""
+        """Add the shape of a value as an output, int64."""
         name = self._node("Shape", [value], f"{tag}/shape")
         self.outputs.append(name)
         return name
@@ -91,7 +102,7 @@ class Taps:
 
 
 def chosen(count: int, wanted: int, generator: np.random.Generator, allowed: Array | None = None) -> Array:
-    """`wanted` of the numbers below `count`, or of those `allowed`, ascending int64; all, where there are no more."""
+    """Choose `wanted` of the numbers below `count` (or of `allowed`), ascending int64; all where there are fewer."""
     pool = np.arange(count) if allowed is None else allowed
     if wanted >= len(pool):
         return pool.astype(np.int64)
@@ -99,7 +110,7 @@ def chosen(count: int, wanted: int, generator: np.random.Generator, allowed: Arr
 
 
 def output_size(window: gp.Window, size: Sequence[int]) -> tuple[int, ...]:
-    """The spatial size of a Conv's output over data of spatial size `size`."""
+    """Return the spatial size of a Conv's output over data of spatial size `size`."""
     pads, axes = window.pads_over(size), len(size)
     return tuple(
         (size[a] + pads[a] + pads[axes + a] - (window.kernel[a] - 1) * window.dilations[a] - 1) // window.strides[a] + 1
@@ -109,16 +120,16 @@ def output_size(window: gp.Window, size: Sequence[int]) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=8)
 def all_patches(window: gp.Window, size: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    """All positions, int64, with what `patch_index` says of them; kept, as every batch of a size has the same."""
+    """Return all positions, int64, with `patch_index` of them; cached, because batches of one size share them."""
     positions = np.arange(math.prod(output_size(window, size)), dtype=np.int64)
     return (positions, *patch_index(window, size, positions))
 
 
 def patch_index(window: gp.Window, size: Sequence[int], positions: Array) -> tuple[Array, Array]:
-    """Where the patches at these output positions lie in the flattened data.
+    """Return where the patches at these output positions lie in the flattened data.
 
     Args:
-        window: the Conv's.
+        window: window of the Conv.
         size: spatial size of the data.
         positions: int64 `(positions,)` in the flattened output.
 

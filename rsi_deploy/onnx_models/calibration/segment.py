@@ -1,8 +1,8 @@
-"""A part of an ONNX graph as a model of its own, run in onnxruntime.
+"""Run a part of an ONNX graph as a model of its own in onnxruntime.
 
-    what it reads from outside  -->  nodes, some of them split, and taps  -->  what is kept, and gathered rows
+    values from outside  -->  nodes, some of them split, and taps  -->  values of the nodes, and gathered rows
 
-The model is written beside the dense one, so that both lean on the same data file, and goes when the run is over.
+The model is written beside the dense one, so that both share a data file, and is removed after the run.
 """
 
 import uuid
@@ -31,18 +31,18 @@ class Segment:
     """Nodes of a program, to be run batch by batch. Use it in a `with`.
 
     Args:
-        program: the graph they are of.
+        program: the graph that holds the nodes.
         path: the dense model; the segment is written into its folder.
-        nodes: in order.
-        taps: gathered rows, beside the graph's own values.
-        alive: which of the values that the nodes make are wanted.
-        factors: weight name -> what it becomes; other nodes stay as they are.
-        provider: onnxruntime's.
+        nodes: nodes of the segment, in order.
+        taps: nodes that gather rows.
+        alive: names of values of the nodes that are outputs of the segment.
+        factors: weight name -> its factors; nodes of other weights stay dense.
+        provider: execution provider of onnxruntime.
 
     Attributes:
-        reads: names of what it must be fed.
-        keeps: names of the graph's values that it gives.
-        outputs: all that it gives.
+        reads: names of its inputs.
+        keeps: names of its outputs that are values of the graph.
+        outputs: names of all outputs, rows included.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Segment:
         self._program, self._provider, self._factors = program, provider, dict(factors or {})
         self._path = path.with_name(f".segment-{uuid.uuid4().hex}.onnx")
         own = list(nodes)
-        # Constants come along with whoever reads them.
+        # Constants come along with the nodes that read them.
         there = {name for node in own for name in node.output if name}
         constants = [node for node in needed_constants(program, [*own, *taps.nodes]) if not there & set(node.output)]
         self._nodes = [*constants, *own, *taps.nodes]
@@ -82,7 +82,7 @@ class Segment:
         self._path.unlink(missing_ok=True)
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """Run it; what it does not read is passed over."""
+        """Run it; feeds that it does not read are ignored."""
         needed = {name: feeds[name] for name in self.reads}
         if self._session is None:
             self._session = self._started(needed)
@@ -106,19 +106,19 @@ class Segment:
         if self._factors:
             self._split()
         # The factors are computed between the runs: idle workers must not spin on their cores.
-        # An arena would keep what the largest wave needed.
-        # It is a part of a model that was checked when it was read.
+        # An arena would keep the memory of the largest wave.
+        # The whole model was checked when it was read.
         session = make_session(self._path, self._provider, spin_between_runs=False, arena=False, checked=True)
         self._path.unlink()
         return session
 
     def _split(self) -> None:
-        """Split the weights that have become factors, in the file."""
+        """Split the weights that have factors, in the file."""
         model = load_model(self._path)
         factors = self._factors
 
         def source(site: gp.Site) -> gp.Factors | gp.Dense:
-            return factors.get(site.weight) or gp.Dense(reason="not yet")
+            return factors.get(site.weight) or gp.Dense(reason="not replaced yet")
 
         records = gp.split(model, source)
         if missed := factors.keys() - {record.weight for record in records if isinstance(record, gp.Split)}:
@@ -131,7 +131,7 @@ class Segment:
 
 
 def _value_info(name: str, value: Any) -> onnx.ValueInfoProto:
-    """The type of an array, or of a sequence of them."""
+    """Return the type of an array, or of a sequence of arrays."""
     if isinstance(value, list):
         dtype = value[0].dtype if value else np.dtype(np.float32)
         return helper.make_tensor_sequence_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), None)

@@ -1,11 +1,11 @@
-"""The execution order of an ONNX graph in waves: all that can be computed before the sites of the wave change.
+"""Cut an ONNX graph into waves: nodes that can run before the sites of the wave are replaced.
 
     wave 1   nodes that depend on no site                           sites that read what those made
     wave 2   nodes that depend on the sites of wave 1 alone         sites that read what those made
     ...
 
-Within a wave no site reads what another one made (q, k and v stand together), so all of them can be factorized on the
-same run, and the next wave starts from the values that are still alive.
+Within a wave no site depends on another one (q, k and v are in one wave), so one run serves all of them, and the next
+wave starts from the values that are still alive.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -19,8 +19,8 @@ class Wave:
     """One stage of the run.
 
     Attributes:
-        nodes: that depend on earlier waves alone, sites apart, in order.
-        sites: the site nodes that they feed, in order.
+        nodes: nodes that depend on earlier waves alone, without the sites, in order.
+        sites: nodes of the sites that they feed, in order.
         alive: names of the values that the sites or later waves read, and of the graph's outputs.
     """
 
@@ -34,10 +34,10 @@ class Program:
     """A graph cut into waves.
 
     Attributes:
-        model: what it was cut from.
-        fixed: names of initializers and of all that is computed from constants alone.
-        constants: name -> the node that makes it, for the latter.
-        waves: in order; only the last one may have no sites.
+        model: the whole model.
+        fixed: names of initializers and of values that are computed from constants alone.
+        constants: name of such a value -> the node that computes it.
+        waves: waves in order; only the last one may have no sites.
     """
 
     model: ModelProto
@@ -50,7 +50,7 @@ def cut(model: ModelProto, sites: Iterable[str]) -> Program:
     """Cut the main graph into waves.
 
     Args:
-        model: in topological order, weights on disk or not.
+        model: a model in topological order; its weights may be on disk.
         sites: names of the first outputs of the nodes that are sites.
     """
     wanted = set(sites)
@@ -75,16 +75,16 @@ def cut(model: ModelProto, sites: Iterable[str]) -> Program:
 
 
 def thinned(program: Program, outputs: Collection[str]) -> Program:
-    """The same program with fewer sites: waves without any of them are run together with the next wave.
+    """Return the program with fewer sites: waves without any of them are merged into the next wave.
 
-    The sites that remain keep their order, and two of them share a wave only where they shared one before.
+    The remaining sites keep their order, and two of them share a wave only where they shared one before.
 
     Args:
-        program: as cut.
+        program: a program.
         outputs: first outputs of the sites that remain.
     """
     waves: list[Wave] = []
-    carried: list[NodeProto] = []  # of the waves before that are run with this one
+    carried: list[NodeProto] = []  # nodes of earlier waves that run with this one
     for wave in program.waves:
         nodes = [*carried, *wave.nodes]
         sites = [node for node in wave.sites if node.output[0] in outputs]
@@ -99,7 +99,7 @@ def thinned(program: Program, outputs: Collection[str]) -> Program:
 
 
 def reads(node: NodeProto) -> set[str]:
-    """The names a node reads, those its subgraphs take from outside included."""
+    """Return the names that a node reads, also those that its subgraphs read from outside."""
     names = set(node.input)
     for attribute in node.attribute:
         for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
@@ -108,7 +108,7 @@ def reads(node: NodeProto) -> set[str]:
 
 
 def needed_constants(program: Program, nodes: Iterable[NodeProto]) -> list[NodeProto]:
-    """The nodes that make, from constants, what these nodes read; in order."""
+    """Return the nodes that compute, from constants, the values that these nodes read; in order."""
     wanted: dict[int, NodeProto] = {}
     stack = [name for node in nodes for name in reads(node)]
     while stack:
@@ -133,7 +133,7 @@ def _wave(rest: list[NodeProto], wanted: set[str]) -> tuple[list[NodeProto], lis
     nodes: list[NodeProto] = []
     here: list[NodeProto] = []
     later: list[NodeProto] = []
-    waiting: set[str] = set()  # what this wave cannot make
+    waiting: set[str] = set()  # values that this wave cannot compute
     for node in rest:
         if waiting & reads(node):
             later.append(node)
@@ -147,7 +147,7 @@ def _wave(rest: list[NodeProto], wanted: set[str]) -> tuple[list[NodeProto], lis
 
 
 def _captured(graph: GraphProto) -> set[str]:
-    """What a subgraph reads from outside."""
+    """Return the names that a subgraph reads from outside."""
     own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
     own |= {tensor.values.name for tensor in graph.sparse_initializer}
     taken: set[str] = set()

@@ -1,8 +1,7 @@
-"""Triton's Python backend: onnxruntime on the model.onnx beside this file. Needs onnxruntime and numpy, nothing else.
+"""A model for Triton's Python backend: it runs model.onnx in this folder. It needs only onnxruntime and numpy.
 
-Requests that Triton has put together go through the model in one run. Where that run fails, each goes alone, so that
-none fails for its neighbour's fault. Names, types and shapes are checked by Triton against config.pbtxt before; Triton
-has no scalars, which come and go as one number.
+Requests that Triton has joined share a run. If that run fails, each of them runs alone, so that only the faulty one
+fails. Triton checks names, types and shapes against config.pbtxt. It has no scalars; they are sent as one number.
 """
 
 import json
@@ -18,10 +17,10 @@ import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    """What the backend looks for: `initialize` once an instance, `execute` for every batch of requests."""
+    """The class that the backend needs: it calls `initialize` once and `execute` for every batch of requests."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the model; on a GPU it runs there, or the instance does not start."""
+        """Load the model. An instance for a GPU does not start without one."""
         config = json.loads(args["model_config"])
         self.inputs = [tensor["name"] for tensor in config["input"]]
         self.outputs = [tensor["name"] for tensor in config["output"]]
@@ -35,23 +34,23 @@ class TritonPythonModel:
         model = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
         self.session = onnxruntime.InferenceSession(str(model), options, providers=providers)
         self.scalars = [value.name for value in self.session.get_inputs() if not value.shape and not self.batched]
-        wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
-        if self.session.get_providers()[0] != wanted:
-            raise pb_utils.TritonModelException(f"{wanted} did not start; install onnxruntime-gpu, or use KIND_CPU")
+        provider = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        if self.session.get_providers()[0] != provider:
+            raise pb_utils.TritonModelException(f"{provider} did not start; install onnxruntime-gpu, or use KIND_CPU")
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One response a request, in their order."""
+        """Return one response for each request, in their order."""
         if not self.batched or len(requests) == 1:
             return [self._alone(request) for request in requests]
         feeds = [self._feeds(request) for request in requests]
         try:
-            together = {name: np.concatenate([feed[name] for feed in feeds]) for name in self.inputs}
-            outputs = self.session.run(self.outputs, together)
+            joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in self.inputs}
+            outputs = self.session.run(self.outputs, joined)
         except Exception:
             return [self._alone(request) for request in requests]
         ends = np.cumsum([len(feed[self.inputs[0]]) for feed in feeds])[:-1]
         parts = [np.split(output, ends) for output in outputs]
-        return [self._response(request, [part[at] for part in parts]) for at, request in enumerate(requests)]
+        return [self._response(request, [part[index] for part in parts]) for index, request in enumerate(requests)]
 
     def _alone(self, request: Any) -> Any:
         try:
@@ -66,17 +65,17 @@ class TritonPythonModel:
         return {name: _texts(array) if array.dtype.kind == "O" else array for name, array in arrays.items()}
 
     def _response(self, request: Any, outputs: list[Any]) -> Any:
-        wanted = set(request.requested_output_names())
+        requested = set(request.requested_output_names())
         tensors = [
             pb_utils.Tensor(name, _bytes(array) if array.dtype.kind in "OU" else np.ascontiguousarray(array))
             for name, array in zip(self.outputs, map(np.atleast_1d, outputs), strict=True)
-            if name in wanted
+            if name in requested
         ]
         return pb_utils.InferenceResponse(output_tensors=tensors)
 
 
 def _texts(array: Any) -> Any:
-    """Triton's strings are bytes, onnxruntime's are str."""
+    """Return Triton's strings, which are bytes, as str for onnxruntime."""
     return np.array([value.decode() for value in array.reshape(-1)], dtype=object).reshape(array.shape)
 
 

@@ -1,4 +1,4 @@
-"""The page of one run of `bench`, from its document."""
+"""The page of a run of `bench`."""
 
 import os
 from collections.abc import Iterable
@@ -6,28 +6,28 @@ from typing import Any
 
 from rsi_deploy.benchmark.result import BenchDocument, VariantFile
 from rsi_deploy.core.text import human_bytes
-from rsi_deploy.evaluation.accuracy import AccuracyResult
-from rsi_deploy.report.pages.cells import distributions_section, pareto_section, scaling_section, verdicts_section
+from rsi_deploy.report.bench_tables import accuracy_table, cell_notes, machine_text, speed_tone, value_table
+from rsi_deploy.report.pages.cells import distributions_section, pareto_section, results_section, scaling_section
 from rsi_deploy.report.pages.costs import cost_sections
 from rsi_deploy.report.pages.environment import environment_section
 from rsi_deploy.report.pages.html import render
-from rsi_deploy.report.pages.latency import speed_tone
 from rsi_deploy.report.pages.load import load_sections
-from rsi_deploy.report.pages.page import Block, Page, PageTable, Section, Tile
+from rsi_deploy.report.pages.page import Page, Section, Tile, block_of
+from rsi_deploy.report.table import Table
 
 MOST_TILES = 8
 
 
 def bench_page(document: BenchDocument) -> str:
-    """The page of one run of `bench`, as HTML."""
+    """Return the page of a run of `bench` as HTML."""
     return render(page_of_bench(document))
 
 
 def page_of_bench(document: BenchDocument, source: str = "") -> Page:
-    """The page that shows `document`; `source` is the sha256 of the file it stands in, where there is one."""
-    document = _shortly_named(document)
+    """Return the page of a document; `source` is the sha256 of its file, or ""."""
+    document = _with_short_labels(document)
     sections = [
-        verdicts_section(document),
+        results_section(document),
         pareto_section(document),
         scaling_section(document),
         distributions_section(document),
@@ -49,8 +49,8 @@ def page_of_bench(document: BenchDocument, source: str = "") -> Page:
     )
 
 
-def _shortly_named(document: BenchDocument) -> BenchDocument:
-    """Labels that are paths, less the folder that all of them share; the files' table has the paths."""
+def _with_short_labels(document: BenchDocument) -> BenchDocument:
+    """Return the document with labels without the folder that all of them share; the table of files has the paths."""
     labels = [arm.label for arm in document.arms]
     folder = os.path.commonprefix([label.rpartition("/")[0] + "/" for label in labels])  # noqa: RUF071 - cut at a slash
     begins = folder[: folder.rfind("/") + 1]
@@ -68,29 +68,28 @@ def _shortly_named(document: BenchDocument) -> BenchDocument:
 
 
 def _verdict(document: BenchDocument) -> str:
-    """The first configuration in a sentence, and whether the others say the same."""
+    """Return the verdicts of the first configuration in a sentence, and counts for the others."""
     if not document.cells:
         return "No latency was measured."
     cell = document.cells[0]
     if len(cell.arms) == 1:
         return f"{cell.arms[0].median_ms:.4g} ms a call, {cell.name}."
-    said = "; ".join(f"{arm.label}: {arm.verdict}" for arm in cell.arms[1:4])
+    verdicts = "; ".join(f"{arm.label}: {arm.verdict}" for arm in cell.arms[1:4])
     others = [speed_tone(arm) for other in document.cells[1:] for arm in other.arms[1:]]
     counts = [f"{others.count(tone)} {word}" for tone, word in _WORDS.items() if tone in others]
-    return f"{said} ({cell.name})." + (f" In the other configurations: {', '.join(counts)}." if counts else "")
+    return f"{verdicts} ({cell.name})." + (f" In the other configurations: {', '.join(counts)}." if counts else "")
 
 
 _WORDS = {"good": "faster", "neutral": "without a difference shown", "bad": "slower"}
 
 
 def _facts(document: BenchDocument) -> list[tuple[str, str]]:
-    e = document.environment
     providers = dict.fromkeys(cell.provider for cell in document.cells)
     return [
         ("Measured", ", ".join(cell.name for cell in document.cells[:6]) + ", ..." * (len(document.cells) > 6)),
         ("On", ", ".join(providers)),
-        ("Machine", f"{e.cpu}, {e.cores} cores" + "".join(f", {gpu}" for gpu in e.gpus)),
-        ("Made", f"{document.created.isoformat(timespec='seconds')}"),
+        ("Machine", machine_text(document.environment)),
+        ("Created", document.created.isoformat(timespec="seconds")),
         *([("Command", document.command)] if document.command else []),
     ]
 
@@ -101,7 +100,10 @@ def _tile(document: BenchDocument, file: VariantFile) -> Tile:
     if arm is None:
         return Tile(label=file.label, after=size, change="latency not measured", tone="missing")
     return Tile(
-        label=f"{file.label}, {size}", after=f"{arm.median_ms:.4g} ms", change=arm.verdict, tone=speed_tone(arm)
+        label=f"{file.label}, {size}",
+        after=f"{arm.median_ms:.4g} ms",
+        change=arm.verdict if arm.speedup else "",
+        tone=speed_tone(arm),
     )
 
 
@@ -113,55 +115,25 @@ def _remarks(document: BenchDocument) -> list[str]:
         for arm in cell.arms[1:]
         if speed_tone(arm) == "bad"
     ]
-    remarks += slower[:8] + [f"{len(slower) - 8} more are slower."] * (len(slower) > 8)
+    remarks += slower[:8] + [f"{len(slower) - 8} more results are slower."] * (len(slower) > 8)
     load, cores = document.environment.load_average, document.environment.cores
     if load is not None and load[0] > cores:
-        remarks.append(f"The machine was busy before: a load of {load[0]:.1f} on {cores} cores.")
+        remarks.append(f"The machine was busy before the run: load {load[0]:.1f} on {cores} cores.")
     if document.load_after is not None and document.load_after[0] > cores + 1:
-        remarks.append(f"The machine was busy afterwards: a load of {document.load_after[0]:.1f} on {cores} cores.")
+        remarks.append(f"The machine was busy after the run: load {document.load_after[0]:.1f} on {cores} cores.")
     invalid = [f"{k}, {r.scenario}" for k, results in document.loadgen.items() for r in results if not r.valid]
-    remarks += [f"LoadGen calls these INVALID: {'; '.join(invalid)}."] * bool(invalid)
-    notes = [(cell.name, note) for cell in document.cells for note in cell.notes]
-    everywhere = [n for n in dict.fromkeys(note for _, note in notes) if [t for _, t in notes].count(n) > 1]
-    remarks += [*document.notes, *everywhere, *(f"{name}: {note}" for name, note in notes if note not in everywhere)]
+    remarks += [f"INVALID according to LoadGen: {'; '.join(invalid)}."] * bool(invalid)
+    remarks += [*document.notes, *cell_notes(document.cells)]
     return list(dict.fromkeys(remarks))
 
 
 def _accuracy(document: BenchDocument) -> Section:
-    results = document.accuracy
-    rows = [
-        (
-            label,
-            _share(r.top1, r.top1_interval),
-            _share(r.top5, r.top5_interval),
-            _share(r.agreement, r.agreement_interval),
-            _distance(r),
-            f"{r.samples:,}{' (partial)' * r.partial}",
-            "" if r.paired is None else r.paired.verdict,
-        )
-        for label, r in results.items()
-    ]
-    table = PageTable(
-        caption="With 95 % intervals",
-        columns=("model", "#top-1", "#top-5", "#same answer", "#distance to the first", "#samples", "paired test"),
-        rows=rows,
-    )
-    return Section(name="accuracy", title="Accuracy", blocks=[Block(table=table)] if rows else [])
-
-
-def _share(value: float | None, ends: tuple[float, float] | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f} %" + ("" if ends is None else f" [{ends[0]:.2f}, {ends[1]:.2f}]")
-
-
-def _distance(result: AccuracyResult) -> str:
-    if result.values:
-        return "; ".join(f"{v.output}: cosine {v.cosine:.4f}, distance {v.distance:.3g}" for v in result.values)
-    return "" if result.divergence is None else f"KL {result.divergence:.3g}"
+    results = list(document.accuracy.items())
+    blocks = [*block_of(accuracy_table(results)), *block_of(value_table(results))]
+    return Section(name="accuracy", title="Accuracy", blocks=blocks)
 
 
 def _files(document: BenchDocument) -> Section:
     rows = [(f.label, f.model, f.format, human_bytes(f.file_bytes), f.sha256) for f in document.arms]
-    table = PageTable(caption="The models", columns=("model", "file", "format", "#size", "SHA-256"), rows=rows)
-    return Section(name="files", title="Files", blocks=[Block(table=table)] if rows else [])
+    table = Table(caption="Files of the models", columns=("model", "file", "format", "#size", "SHA-256"), rows=rows)
+    return Section(name="files", title="Files", blocks=block_of(table))

@@ -1,48 +1,27 @@
-"""A bench page's sections on its configurations: all of them in a table, batch scaling, accuracy against latency."""
+"""The sections of a bench page on its configurations: all results, distributions, batch scaling, accuracy."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 
 from rsi_deploy.benchmark.result import BenchDocument, BenchResult, VariantResult
-from rsi_deploy.report.pages.latency import how_it_ran, latency_blocks
-from rsi_deploy.report.pages.page import Block, PageTable, Picture, Section
+from rsi_deploy.report.bench_tables import how_it_ran, latency_table
+from rsi_deploy.report.pages.latency import latency_blocks
+from rsi_deploy.report.pages.page import Block, Picture, Section, block_of
 from rsi_deploy.report.pages.plots import Axis, Curves, Dots, Point
+from rsi_deploy.report.table import Table
 
 MOST = 6
-"""Configurations whose distributions are drawn."""
+"""Most configurations whose distributions are drawn."""
 
 
-def verdicts_section(document: BenchDocument) -> Section:
-    """Every configuration and model in one table."""
-    rows = [
-        (
-            f"{cell.name}{inputs_of(cell, document)}",
-            arm.label,
-            f"{arm.median_ms:.3f}",
-            f"{arm.median_interval_ms[0]:.3f} to {arm.median_interval_ms[1]:.3f}",
-            f"{cell.batch * 1e3 / arm.median_ms:,.1f}",
-            arm.verdict,
-        )
-        for cell in document.cells
-        for arm in cell.arms
-    ]
-    table = PageTable(
-        caption="Medians, ms a call, with 95 % intervals",
-        columns=("configuration", "model", "#median", "#interval", "#samples/s", "verdict"),
-        rows=rows,
-    )
-    blocks = [Block(table=table)] if rows else []
-    return Section(name="verdicts", title="The verdicts", blocks=blocks)
-
-
-def inputs_of(cell: BenchResult, document: BenchDocument) -> str:
-    """The inputs, where cells differ in more than their names tell."""
-    same = [other for other in document.cells if other.name == cell.name]
-    return f", {'; '.join(f'{name} {what}' for name, what in cell.inputs.items())}" if len(same) > 1 else ""
+def results_section(document: BenchDocument) -> Section:
+    """Return the section with every configuration and model in one table."""
+    table = latency_table(document.cells, "Medians, milliseconds a call, with 95 % intervals")
+    return Section(name="verdicts", title="Results", blocks=block_of(table))
 
 
 def distributions_section(document: BenchDocument) -> Section:
-    """Percentiles and distributions of the first configurations."""
+    """Return the section with percentiles and distributions of the first configurations."""
     blocks: list[Block] = []
     for number, cell in enumerate(document.cells[:MOST]):
         first, *rest = latency_blocks(cell, f"latency-{number}")
@@ -54,7 +33,7 @@ def distributions_section(document: BenchDocument) -> Section:
 
 
 def scaling_section(document: BenchDocument) -> Section:
-    """Time a sample over the batch, for configurations that differ in nothing else."""
+    """Return the section with the time a sample for configurations that differ in the batch alone."""
     groups: dict[tuple[object, ...], dict[int, BenchResult]] = defaultdict(dict)
     for cell in document.cells:
         key = (cell.provider, cell.threads, cell.pinned, cell.precision, _item_shapes(cell))
@@ -64,7 +43,7 @@ def scaling_section(document: BenchDocument) -> Section:
 
 
 def _item_shapes(cell: BenchResult) -> tuple[tuple[str, str], ...]:
-    """The inputs less their first dimension."""
+    """Return the inputs without their first dimension."""
     return tuple((name, what.partition("(")[0] + what.partition(",")[2]) for name, what in sorted(cell.inputs.items()))
 
 
@@ -86,7 +65,7 @@ def _scaling(cells: Sequence[BenchResult], number: int) -> Block:
     what = cells[0].name.partition(", ")[2]
     picture = Picture(
         name=f"scaling-{number}",
-        title=f"Time a sample over the batch{f', {what}' * bool(what)}",
+        title=f"Time per sample and batch{f', {what}' * bool(what)}",
         description="A curve for each model: milliseconds a sample at each batch, with 95 % intervals.",
         plot=Curves(
             points=points,
@@ -103,14 +82,14 @@ def _scaling(cells: Sequence[BenchResult], number: int) -> Block:
         )
         for cell in cells
     ]
-    table = PageTable(
+    table = Table(
         caption="Milliseconds a sample", columns=("batch", *[f"#{label}" for label in labels], "verdict"), rows=rows
     )
     return Block(picture=picture, table=table)
 
 
 def pareto_section(document: BenchDocument) -> Section:
-    """Accuracy against latency of the first configuration, where several models have both."""
+    """Return the section with accuracy against latency of the first configuration, if several models have both."""
     times = {arm.label: arm for arm in document.cells[0].arms} if document.cells else {}
     shares: dict[str, tuple[float, tuple[float, float] | None]] = {}
     top1 = any(result.top1 is not None for result in document.accuracy.values())
@@ -127,7 +106,7 @@ def pareto_section(document: BenchDocument) -> Section:
     picture = Picture(
         name="pareto",
         title=f"{what.partition(',')[0].capitalize()} against latency, {cell.name}",
-        description="A point for each model with its 95 % intervals; those that no other beats in both are joined.",
+        description="A point for each model with its 95 % intervals; models that no other beats in both are joined.",
         plot=Dots(
             points=points,
             x=Axis(title="ms a call", zero=False, form=".4~g"),
@@ -143,14 +122,14 @@ def pareto_section(document: BenchDocument) -> Section:
             f"{point.x:.3f}",
             f"{point.y:.2f} %",
             "" if point.low is None else f"{point.low:.2f} to {point.high:.2f}",
-            "no other is as fast and as good" if point.series in best else "another is at least as fast and as good",
+            "on the front" if point.series in best else "another model is at least as fast and as good",
         )
         for point in points
     ]
-    table = PageTable(
+    table = Table(
         caption="Accuracy and latency", columns=("model", "#ms", f"#{what}", "#95 % interval", "front"), rows=rows
     )
-    words = ["By medians and shares as measured: where intervals overlap, which of two is better is not shown."]
+    words = ["The front compares measured values. Where intervals overlap, it is not shown which model is better."]
     blocks = [Block(picture=picture, table=table, wide=True)]
     return Section(name="pareto", title="Accuracy against latency", blocks=blocks, words=words)
 
@@ -170,7 +149,9 @@ def _dot(arm: VariantResult, share: float, ends: tuple[float, float] | None) -> 
 
 
 def front_of(points: Sequence[Point]) -> list[Point]:
-    """Those that no other beats in both: none is at most as slow and at least as good, and better in one of the two.
+    """Return the points that no other one beats, sorted by x.
+
+    One point beats another if its x is not larger, its y is not smaller, and one of the two differs.
 
     Example:
         >>> fast, good, bad = (Point(x=x, y=y, series=s) for x, y, s in ((1, 90, "f"), (2, 95, "g"), (3, 94, "b")))

@@ -1,9 +1,9 @@
-"""Pictures of `rsi_deploy.report.pages.plots`: Vega-Lite, rendered to SVG without a browser, a script or a network.
+"""The drawing of `rsi_deploy.report.pages.plots` as SVG, with Vega-Lite and without a browser or a network.
 
     plot --> Vega-Lite specification --> vl_convert (Vega in an embedded engine) --> SVG --> rsi_deploy.report.pages.svg
 
-Specifications are written in Vega-Lite's own JSON: Altair, which would write the same, takes three times as long as
-the drawing. Import this module only to draw: the engine takes 84 MB of disk, 100 MB of memory and a second to start.
+Specifications are plain Vega-Lite JSON: building them with Altair takes three times as long as drawing them. Import
+this module only to draw: the engine takes 84 MB of disk, 100 MB of memory and a second to start.
 """
 
 import os
@@ -18,9 +18,9 @@ from rsi_deploy.report.pages.svg import tidied
 from rsi_deploy.report.pages.theme import GRID, MUTED, SERIES, TEXT, WARN
 
 VEGA_LITE = "6.4"
-WIDTH = 400  # of the whole picture, in its own units; pages scale it between a phone's width and 1.2 times this
-HEIGHT = 230  # of one with two axes
-LABEL = 27  # characters of a row's label
+WIDTH = 400  # of a whole picture; pages scale it between the width of a phone and 1.2 times this
+HEIGHT = 230  # of a picture with two axes
+LABEL = 27  # most characters of the label of a row
 ROW = 19  # height of a row
 PANEL = {"width": 98, "height": 64}
 
@@ -48,22 +48,22 @@ _CONFIG: Json = {
 
 
 def svg(plot: Plot, *, name: str, title: str, description: str) -> str:
-    """The picture as one `<svg>` element for a page.
+    """Return a picture as one `<svg>` element for a page.
 
     Args:
-        plot: what to draw.
-        name: of the picture; all its ids begin with it.
-        title: in a few words.
-        description: what it shows, for those who do not see it.
+        plot: the plot.
+        name: prefix of all ids.
+        title: title in a few words.
+        description: description for screen readers.
     """
     kinds = {Bars: _bars, Curves: _curves, Dots: _dots, Spans: _spans, Panels: _panels}
     specification: Json = {
-        # Text is measured in a narrower font than some devices have: room for a tenth more.
+        # Vega measures text in a narrower font than some devices have: leave room for a tenth more.
         "padding": {"left": 14, "right": 10, "top": 2, "bottom": 2},
         "config": _CONFIG,
         **kinds[type(plot)](plot),  # type: ignore[operator]
     }
-    if not isinstance(plot, Panels):  # whose width is that of each panel
+    if not isinstance(plot, Panels):  # the width of `Panels` is that of each panel
         fit = "fit-x" if isinstance(plot, Bars | Spans) else "fit"
         specification |= {"width": WIDTH, "autosize": {"type": fit, "contains": "padding"}}
     drawn = vl_convert.vegalite_to_svg(specification, vl_version=VEGA_LITE)
@@ -101,7 +101,7 @@ def _bars(plot: Bars) -> Json:
             _layer(values, text | {"fontSize": 12}, {"x": x, "y": {"value": 0}, "text": {"field": "says"}}),
         ]
     alone = len(order) < 2 or plot.overlaid or plot.stacked
-    return {"layer": layers, "height": {"step": ROW if alone else 11}}  # of a bar in its group, where there are any
+    return {"layer": layers, "height": {"step": ROW if alone else 11}}  # a bar in a group is thinner
 
 
 def _curves(plot: Curves) -> Json:
@@ -159,7 +159,7 @@ def _spans(plot: Spans) -> Json:
     tick = {"type": "tick", "color": TEXT.light, "thickness": 2, "height": 12}
     label = {"type": "text", "color": MUTED.light, "fontSize": 11}
     says = {"x": x, "y": y, "text": {"field": "name"}}
-    above, below = ([t for t in ticks if t["up"] == up] for up in (0, 1))  # so that near ones do not collide
+    above, below = ([t for t in ticks if t["up"] == up] for up in (0, 1))  # so that near labels do not overlap
     layers = [
         _layer(lines, line, {"x": x, "x2": {"field": "to"}, "y": y}),
         _layer(lines, box, {"y": y} | _between("x", "low", "high")),
@@ -216,7 +216,7 @@ _AFTER_NUMBER = "slice(datum.value, 5)"
 
 
 def _layer(values: Sequence[Mapping[str, Any]], mark: Json, encoding: Json) -> Json:
-    """Only what has a note of its own is to say something at the pointer."""
+    """Return a layer; marks without a note are silent at the pointer."""
     silent = {} if "description" in encoding else {"aria": False}
     return {"data": {"values": list(values)}, "mark": mark | silent, "encoding": encoding}
 
@@ -240,10 +240,7 @@ def _points(points: Sequence[Point]) -> list[Json]:
 
 
 def _labels(names: Sequence[str], most: int = LABEL) -> dict[str, str]:
-    """A key for each row: its number, which no two share, and its shortened label, which they may.
-
-    What all the names begin with is left out: of hundreds of layers it is the rest that tells them apart.
-    """
+    """Return a unique key for each row: its number, and its shortened label without the prefix that all names share."""
     texts = [plain(name) for name in names]
     begins = os.path.commonprefix(texts) if len(texts) > 2 else ""  # noqa: RUF071 - names, no paths
     begins = begins[: begins.rfind(".") + 1]
@@ -261,7 +258,7 @@ def _rows(labels: Mapping[str, str]) -> Json:
 
 
 def _at(field: str, axis: Axis, *, ticks: int = 5, flush: bool = False) -> Json:
-    """An encoding by place."""
+    """Return the encoding of a position on an axis."""
     scale: Json = {"type": "log"} if axis.scale == "log" else {"zero": axis.zero}
     if axis.ends:
         scale |= {"domain": list(axis.ends), "nice": False}
@@ -282,7 +279,7 @@ def _colour(series: Sequence[str]) -> Json:
 
 
 def _shape(series: Sequence[str]) -> Json:
-    """Beside the colour, for those who do not tell colours apart."""
+    """Return the encoding by shape, which repeats that by colour for people who do not see the difference."""
     names = [plain(name) for name in series]
     shapes = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
     picked = [shapes[index % len(shapes)] for index in range(len(names))]

@@ -1,4 +1,4 @@
-"""A page's sections on what a low rank costs at each site: spectra and errors."""
+"""The sections of a report page on spectra and errors of the sites."""
 
 import math
 from collections.abc import Sequence
@@ -6,32 +6,33 @@ from collections.abc import Sequence
 import numpy as np
 
 from rsi_deploy.core.sites import SiteRecord, Spectrum
-from rsi_deploy.report.pages.page import Block, PageTable, Picture, Section
-from rsi_deploy.report.pages.plots import Axis, Bar, Bars, Panel, Panels
-from rsi_deploy.report.summary import RESPONSE, normalized_error, response_error
+from rsi_deploy.report.pages.page import Picture, Section, bar_chart, block_of
+from rsi_deploy.report.pages.plots import Axis, Bar, Panel, Panels
+from rsi_deploy.report.summary import NORMALIZED, RESPONSE, normalized_error, response_error
+from rsi_deploy.report.table import Table
 
 MOST = 48
-"""Rows of a picture; beyond them the largest sites are drawn. The decisions list all."""
+"""Most sites of a picture; the largest are drawn. The table of decisions has all."""
 
 PANELS = 24
-"""Spectra that are drawn."""
+"""Most spectra that are drawn."""
 
 
 def largest(sites: Sequence[SiteRecord], most: int = MOST) -> list[SiteRecord]:
-    """The sites with most parameters, in their old order."""
+    """Return the sites with most parameters, in their order in the model."""
     kept = sorted(range(len(sites)), key=lambda i: -sites[i].params_dense)[:most]
     return [sites[i] for i in sorted(kept)]
 
 
 def of_all(shown: Sequence[object], everything: Sequence[object], what: str) -> str:
-    """A caption that says so where some are left out."""
+    """Return the caption, with a count if some sites are left out."""
     if len(shown) == len(everything):
         return what
     return f"{what}: the {len(shown)} largest of {len(everything)}"
 
 
 def spectra_section(sites: Sequence[SiteRecord]) -> Section:
-    """The singular values of split sites."""
+    """Return the section with the singular values of split sites."""
     known = [(s, s.spectrum) for s in sites if s.spectrum is not None and s.rank]
     names = {s.name for s in largest([s for s, _ in known], PANELS)}
     shown = [(s, spectrum) for s, spectrum in known if s.name in names]
@@ -50,7 +51,7 @@ def spectra_section(sites: Sequence[SiteRecord]) -> Section:
     picture = Picture(
         name="spectra",
         title="Singular values of each split site, and its rank (dashed)",
-        description="A small curve for each site: singular values, relative to the largest, falling with the rank.",
+        description="A small curve for each site: its singular values, relative to the largest, over the rank.",
         plot=Panels(
             panels=panels,
             x=Axis(title="rank, % of full", form="~f", ends=(0, 100)),
@@ -58,30 +59,23 @@ def spectra_section(sites: Sequence[SiteRecord]) -> Section:
         ),
     )
     rows = [
-        (
-            s.name,
-            spectrum.of,
-            str(s.rank),
-            str(spectrum.full_rank),
-            *[_at(spectrum, share) for share in (0.1, 0.25, 0.5)],
-        )
+        (s.name, spectrum.of, str(s.rank), str(spectrum.full_rank), *[_at(spectrum, x) for x in (0.1, 0.25, 0.5)])
         for s, spectrum in shown
     ]
-    table = PageTable(
+    table = Table(
         caption=of_all(shown, known, "Singular values, relative to the largest, at shares of full rank"),
-        columns=("site", "of its", "#rank", "#full", "#at 10 %", "#25 %", "#50 %"),
+        columns=("site", "spectrum of", "#rank", "#full", "#at 10 %", "#25 %", "#50 %"),
         rows=rows,
     )
     words = [
-        "What falls steeply is worth a low rank; what stays flat has no low rank to find. Where a curve ends early, "
-        "only the leading values were computed."
+        "A weight whose curve falls steeply is approximated well by a low rank; one with a flat curve is not. Where a "
+        "curve ends early, only the largest values were computed."
     ]
-    blocks = [Block(picture=picture, table=table)] if shown else []
-    return Section(name="spectra", title="Spectra", blocks=blocks, words=words)
+    return Section(name="spectra", title="Spectra", blocks=block_of(table, picture), words=words)
 
 
 def _at(spectrum: Spectrum, share: float) -> str:
-    """The value at a share of full rank, read off between the known ones; "" beyond them."""
+    """Return the singular value at a share of full rank, interpolated; "" beyond the computed ones."""
     rank = max(1.0, share * spectrum.full_rank)
     if rank > spectrum.ranks[-1]:
         return ""
@@ -89,59 +83,47 @@ def _at(spectrum: Spectrum, share: float) -> str:
 
 
 def errors_section(sites: Sequence[SiteRecord]) -> Section:
-    """What factors fitted to data lost of the responses, and the others of the weights."""
-    blocks = []
+    """Return the section with the response errors of fitted factors and the errors against the weights."""
     fitted = [s for s in sites if s.response_error is not None]
-    if fitted:
-        shown = largest(fitted)
-        picture = Picture(
-            name="responses",
-            title="Response error of each site",
-            description="A bar for each site fitted to data: the share of its output's variance that is lost.",
-            plot=Bars(
-                bars=[
-                    Bar(label=s.name, value=100 * (s.response_error or 0), note=f"{s.name}: {response_error(s)}")
-                    for s in shown
-                ],
-                axis=Axis(title="% of the output's variance lost", zero=True, form=".4~g"),
-            ),
-        )
-        table = PageTable(
-            caption=of_all(shown, fitted, "Response errors on calibration data"),
-            columns=("site", "#rank", "#response error"),
-            rows=[(s.name, str(s.rank), response_error(s)) for s in shown],
-        )
-        blocks.append(Block(words=[f"{RESPONSE.capitalize()}."], picture=picture, table=table))
-    plain = [s for s in sites if s.spectral_error is not None]
-    if plain:
-        shown = largest(plain)
-        picture = Picture(
-            name="spectral",
-            title="Spectral error of each weight",
-            description="A bar for each split weight: the norm of what is missing, in percent of the weight's norm.",
-            plot=Bars(
-                bars=[
-                    Bar(
-                        label=s.name,
-                        value=100 * (s.spectral_error or 0),
-                        note=f"{s.name}: {100 * (s.spectral_error or 0):.1f} %, normalized {normalized_error(s)}",
-                    )
-                    for s in shown
-                ],
-                axis=Axis(title="% of the weight's spectral norm", zero=True, form=".4~g"),
-            ),
-        )
-        table = PageTable(
-            caption=of_all(shown, plain, "Errors of the factors against their weights"),
-            columns=("site", "#rank", "#spectral", "#Frobenius", "#normalized"),
-            rows=[
-                (s.name, str(s.rank), _percent(s.spectral_error), _percent(s.frobenius_error), normalized_error(s))
-                for s in shown
-            ],
-        )
-        words = ["Normalized: in units of the best any factors of this rank can do, 1.00 is the optimum."]
-        blocks.append(Block(words=words, picture=picture, table=table))
-    return Section(name="errors", title="What each site lost", blocks=blocks)
+    shown = largest(fitted)
+    responses = bar_chart(
+        "responses",
+        "Response error of each site",
+        "A bar for each site fitted to data: the share of its output's variance that is lost.",
+        [_bar(s, s.response_error, response_error(s)) for s in shown],
+        "% of the output's variance lost",
+    )
+    response_table = Table(
+        caption=of_all(shown, fitted, "Response errors on calibration data"),
+        columns=("site", "#rank", "#response error"),
+        rows=[(s.name, str(s.rank), response_error(s)) for s in shown],
+    )
+    compared = [s for s in sites if s.spectral_error is not None]
+    shown = largest(compared)
+    spectral = bar_chart(
+        "spectral",
+        "Spectral error of each weight",
+        "A bar for each split weight: the spectral norm of its error in percent of its spectral norm.",
+        [_bar(s, s.spectral_error, f"{_percent(s.spectral_error)}, normalized {normalized_error(s)}") for s in shown],
+        "% of the weight's spectral norm",
+    )
+    spectral_table = Table(
+        caption=of_all(shown, compared, "Errors of the factors against their weights"),
+        columns=("site", "#rank", "#spectral", "#Frobenius", "#normalized"),
+        rows=[
+            (s.name, str(s.rank), _percent(s.spectral_error), _percent(s.frobenius_error), normalized_error(s))
+            for s in shown
+        ],
+    )
+    blocks = [
+        *block_of(response_table, responses, words=[RESPONSE]),
+        *block_of(spectral_table, spectral, words=[NORMALIZED]),
+    ]
+    return Section(name="errors", title="Errors of each site", blocks=blocks)
+
+
+def _bar(site: SiteRecord, error: float | None, note: str) -> Bar:
+    return Bar(label=site.name, value=100 * (error or 0), note=f"{site.name}: {note}")
 
 
 def _percent(value: float | None) -> str:

@@ -1,64 +1,52 @@
-"""report.html: one file that opens from disk; it loads nothing, runs nothing, and reads on a phone and in the dark.
+"""The renderer for HTML: one file that opens from disk, loads nothing and runs no script.
 
-    Page (words, numbers, plots) --> page.html.jinja + page.css + pictures
+    Page (texts, tables, plots) --> page.html.jinja + page.css + pictures
 
-`page_report` makes one of a bundle's report, `page_bench` one of a benchmark's document, and that without torch.
-
-Whatever comes from a file is escaped by the template. Where the drawing libraries are missing the page has its tables
-and says so.
+The template escapes all texts, because they may come from files of strangers. Without the drawing library the page has
+its tables and a remark.
 """
 
+import functools
 import logging
 import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rsi_deploy.core.text import plain
 from rsi_deploy.report.pages.page import Page, Picture
 from rsi_deploy.report.pages.theme import ALL, GRID, MUTED, SERIES, TEXT, WARN
 
+if TYPE_CHECKING:
+    import jinja2
+
 _log = logging.getLogger(__name__)
 _SOURCE = re.compile(r'<meta name="source-sha256" content="([0-9a-f]{64})">')
 _NO_PICTURES = (
-    "This page has no pictures: {}. Every number is in its tables. pip install vl-convert-python, then make it again."
+    "This page has no pictures: {}. Its tables have every number. For pictures, pip install vl-convert-python and make "
+    "the page again."
 )
 
 
 def source_of(page: Path) -> str | None:
-    """The sha256 of the document that a page was made from; None where it does not tell."""
+    """Return the sha256 of the document that a page was made from, or None if the page does not have it."""
     with page.open("rb") as file:
         found = _SOURCE.search(file.read(4096).decode("utf-8", errors="replace"))
     return found[1] if found else None
 
 
 def render(page: Page) -> str:
-    """The page as HTML."""
-    import jinja2
+    """Return the page as HTML."""
     import markupsafe
 
-    draw, obstacle = _artist()
-    environment = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_fit,
-        loader=jinja2.FunctionLoader(_resource),
-    )
+    draw, problem = _drawing()
 
-    def breaks(name: str) -> Any:
-        """A name that may be broken after a dot, a slash or an underscore."""
-        return markupsafe.Markup(re.sub(r"(?<=[^\W\d][./_])(?=\w)", "<wbr>", str(markupsafe.escape(plain(name)))))
+    def picture(of: Picture) -> Any:
+        return markupsafe.Markup(draw(of)) if draw else None
 
-    environment.filters["breaks"] = breaks
-
-    def picture(wanted: Picture) -> Any:
-        return markupsafe.Markup(draw(wanted)) if draw else None
-
-    remarks = [*page.remarks, *([_NO_PICTURES.format(obstacle)] if obstacle else [])]
-    return environment.get_template("page.html.jinja").render(
+    remarks = [*page.remarks, *([_NO_PICTURES.format(problem)] if problem else [])]
+    return _template().render(
         page=page,
         remarks=remarks,
         picture=picture,
@@ -68,18 +56,40 @@ def render(page: Page) -> str:
     )
 
 
-def _artist() -> tuple[Callable[[Picture], str] | None, str]:
-    """What draws pictures, or None and why not."""
+@functools.cache
+def _template() -> "jinja2.Template":
+    """Return the compiled template."""
+    import jinja2
+    import markupsafe
+
+    def breaks(name: str) -> Any:
+        """Allow line breaks in a name after a dot, a slash or an underscore."""
+        return markupsafe.Markup(re.sub(r"(?<=[^\W\d][./_])(?=\w)", "<wbr>", str(markupsafe.escape(plain(name)))))
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_without_controls,
+        loader=jinja2.FunctionLoader(_resource),
+    )
+    environment.filters["breaks"] = breaks
+    return environment.get_template("page.html.jinja")
+
+
+def _drawing() -> tuple[Callable[[Picture], str] | None, str]:
+    """Return the function that draws a picture, or None and the reason."""
     try:
         from rsi_deploy.report.pages.charts import svg
     except ImportError as error:
-        _log.warning("report.html gets no pictures: %s", error)
+        _log.warning("report.html has no pictures: %s", error)
         return None, str(error)
     return lambda p: svg(p.plot, name=p.name, title=p.title, description=p.description), ""
 
 
-def _fit(value: Any) -> Any:
-    """Texts without what no page may hold; markup of our own as it is."""
+def _without_controls(value: Any) -> Any:
+    """Return a text without control characters; markup of the template itself is kept."""
     return plain(value) if type(value) is str else value
 
 

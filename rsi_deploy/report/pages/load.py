@@ -1,16 +1,17 @@
-"""A bench page's sections on a model under load: bursts, throughput, concurrent streams, MLPerf LoadGen."""
+"""The sections of a bench page on load: bursts, throughput, concurrent streams, MLPerf LoadGen."""
 
 from collections.abc import Sequence
 
 from rsi_deploy.benchmark.result import BenchDocument
-from rsi_deploy.report.pages.page import Block, PageTable, Picture, Section
-from rsi_deploy.report.pages.plots import Axis, Bar, Bars, Curves, Point
+from rsi_deploy.report.bench_tables import bursts_table, streams_table, throughput_table
+from rsi_deploy.report.pages.page import Picture, Section, bar_chart, block_of
+from rsi_deploy.report.pages.plots import Axis, Bar, Curves, Point
+from rsi_deploy.report.table import Table
 
 
 def load_sections(document: BenchDocument) -> list[Section]:
-    """Those that hold something."""
-    made = (_bursts(document), _throughput(document), _streams(document), _loadgen(document))
-    return [section for section in made if section.blocks]
+    """Return the sections on load."""
+    return [_bursts(document), _throughput(document), _streams(document), _loadgen(document)]
 
 
 def _bursts(document: BenchDocument) -> Section:
@@ -20,49 +21,23 @@ def _bursts(document: BenchDocument) -> Section:
         for b in document.bursts
         for kind, value in zip(kinds, (b.first_ms, b.rest_ms), strict=True)
     ]
-    picture = Picture(
-        name="bursts",
-        title="Calls of a burst after an idle gap",
-        description="Bars for each model: the first call of a burst, and those after it.",
-        plot=Bars(bars=bars, axis=Axis(title="ms", zero=True, form=".4~g"), series=kinds),
-    )
-    rows = [
-        (
-            b.label,
-            f"{b.gap_ms:g}",
-            _with(b.first_ms, b.first_interval_ms),
-            _with(b.rest_ms, b.rest_interval_ms),
-            b.verdict,
-        )
-        for b in document.bursts
-    ]
-    table = PageTable(
-        caption="Milliseconds, medians with 95 % intervals",
-        columns=("model", "#idle ms", "#first call", "#later calls", "verdict of the first"),
-        rows=rows,
-    )
-    blocks = [Block(picture=picture, table=table, wide=True)] if rows else []
+    what = "Bars for each model: the first call of a burst, and the later calls."
+    picture = bar_chart("bursts", "Calls of a burst after an idle gap", what, bars, "ms", series=kinds)
+    blocks = block_of(bursts_table(document.bursts), picture, wide=True)
     return Section(name="bursts", title="Bursts", blocks=blocks)
 
 
 def _throughput(document: BenchDocument) -> Section:
     points = [
-        Point(
-            x=batch, y=rate, low=ends[0], high=ends[1], series=t.label, note=f"{t.label}, batch {batch}: {rate:.4g}/s"
-        )
+        Point(x=batch, y=rate, low=low, high=high, series=t.label, note=f"{t.label}, batch {batch}: {rate:.4g}/s")
         for t in document.throughput
-        for batch, rate, ends in zip(t.batches, t.per_second, t.per_second_intervals, strict=True)
+        for batch, rate, (low, high) in zip(t.batches, t.per_second, t.per_second_intervals, strict=True)
     ]
     labels = [t.label for t in document.throughput]
     picture = _rates("throughput", "Samples a second over the batch", "batch", points, labels)
-    rows = [(str(int(p.x)), p.series, _with(p.y, (p.low or 0.0, p.high or 0.0))) for p in points]
-    table = PageTable(
-        caption="Samples a second, with 95 % intervals", columns=("batch", "model", "#samples/s"), rows=rows
-    )
-    best = "; ".join(f"{t.label}: most at batch {t.best} ({t.ended})" for t in document.throughput)
-    words = [f"{best}."] if best else []
-    blocks = [Block(picture=picture, table=table)] if points else []
-    return Section(name="throughput", title="Throughput", blocks=blocks, words=words)
+    best = "; ".join(f"{t.label}: highest at batch {t.best} ({t.ended})" for t in document.throughput)
+    blocks = block_of(throughput_table(document.throughput), picture)
+    return Section(name="throughput", title="Throughput", blocks=blocks, words=[f"{best}."] if best else [])
 
 
 def _streams(document: BenchDocument) -> Section:
@@ -79,22 +54,7 @@ def _streams(document: BenchDocument) -> Section:
     ]
     labels = list(dict.fromkeys(s.label for s in document.streams))
     picture = _rates("streams", "Samples a second over concurrent streams", "streams", points, labels)
-    rows = [
-        (
-            str(s.streams),
-            s.label,
-            _with(s.per_second, s.per_second_interval),
-            f"{s.median_ms:.4g}",
-            f"{s.percentiles_ms['p99']:.4g}" if "p99" in s.percentiles_ms else "too few",
-        )
-        for s in document.streams
-    ]
-    table = PageTable(
-        caption="Samples a second of all streams, and milliseconds a call",
-        columns=("streams", "model", "#samples/s", "#median ms", "#p99 ms"),
-        rows=rows,
-    )
-    blocks = [Block(picture=picture, table=table)] if rows else []
+    blocks = block_of(streams_table(document.streams), picture)
     return Section(name="streams", title="Concurrent streams", blocks=blocks)
 
 
@@ -112,13 +72,13 @@ def _loadgen(document: BenchDocument) -> Section:
         for label, results in document.loadgen.items()
         for r in results
     ]
-    table = PageTable(
-        caption="As LoadGen says it",
-        columns=("model, scenario", "verdict", "result", "#samples/s", "#queries", "#own p90 ms", "why"),
+    table = Table(
+        caption="LoadGen's own results",
+        columns=("model, scenario", "verdict", "result", "#samples/s", "#queries", "#own p90 ms", "reasons"),
         rows=rows,
     )
-    words = ["LoadGen's VALID says that a run was long enough and kept its constraints; it is no MLPerf submission."]
-    return Section(name="loadgen", title="MLPerf LoadGen", blocks=[Block(table=table)] if rows else [], words=words)
+    words = ["VALID means that a run was long enough and met LoadGen's constraints. It is not an MLPerf submission."]
+    return Section(name="loadgen", title="MLPerf LoadGen", blocks=block_of(table), words=words)
 
 
 def _rates(name: str, title: str, axis: str, points: Sequence[Point], labels: Sequence[str]) -> Picture:
@@ -133,8 +93,3 @@ def _rates(name: str, title: str, axis: str, points: Sequence[Point], labels: Se
             series=labels,
         ),
     )
-
-
-def _with(value: float, ends: tuple[float, float]) -> str:
-    shown, low, high = (f"{v:,.0f}" if v >= 1000 else f"{v:.4g}" for v in (value, *ends))
-    return f"{shown} [{low}, {high}]"

@@ -1,17 +1,16 @@
-"""A page before it is drawn: tiles, remarks, and sections of words, one picture and one table each."""
+"""The contents of a page before it is drawn: tiles, remarks, and sections of text, pictures and tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-from rsi_deploy.report.pages.plots import Plot
-
-Tone = Literal["good", "bad", "neutral", "missing"]
+from rsi_deploy.report.pages.plots import Axis, Bar, Bars, Plot
+from rsi_deploy.report.table import Table, Tone
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One number of the headline: what it is, before and after, the change in words."""
+    """A number at the top of the page: what it is, its values before and after, and the change in words."""
 
     label: str
     after: str
@@ -21,28 +20,8 @@ class Tile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PageTable:
-    """Rows of texts; the first column names the row.
-
-    Attributes:
-        caption: what the rows are.
-        columns: their heads; one that begins with "#" holds numbers and stands to the right, the sign is not shown.
-        rows: as many texts each as columns.
-    """
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    @property
-    def heads(self) -> list[tuple[str, bool]]:
-        """Each column's head, and whether it holds numbers."""
-        return [(column.removeprefix("#"), column.startswith("#")) for column in self.columns]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Picture:
-    """What to draw, its title in a few words, and what it shows in a sentence."""
+    """A plot with its title and a sentence that describes it; `name` is the prefix of its ids."""
 
     name: str
     title: str
@@ -50,23 +29,31 @@ class Picture:
     plot: Plot
 
 
+def bar_chart(
+    name: str, title: str, description: str, bars: Sequence[Bar], axis: str, *, form: str = ".4~g", **more: Any
+) -> Picture:
+    """Return a picture of bars on an axis from 0; `more` are further fields of `Bars`."""
+    plot = Bars(bars=bars, axis=Axis(title=axis, zero=True, form=form), **more)
+    return Picture(name=name, title=title, description=description, plot=plot)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A picture with its table beside it, or below it where that is `wide`; either may be missing.
+    """A picture with its table beside it, or below it if it is `wide`; either may be missing.
 
-    `folded` hides a long table until it is asked for.
+    A `folded` table is hidden until the reader opens it.
     """
 
     words: Sequence[str] = ()
     picture: Picture | None = None
-    table: PageTable | None = None
+    table: Table | None = None
     folded: bool = False
     wide: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading, what is to be said, its blocks, and small print."""
+    """A heading with text, blocks, and small print. A section without blocks is not shown."""
 
     name: str
     title: str
@@ -75,19 +62,26 @@ class Section:
     small: Sequence[str] = ()
 
 
+def block_of(
+    table: Table, picture: Picture | None = None, *, words: Sequence[str] = (), wide: bool = False
+) -> list[Block]:
+    """Return a block in a list, or an empty list if the table has no rows."""
+    return [Block(table=table, picture=picture, words=words, wide=wide)] if table.rows else []
+
+
 @dataclass(frozen=True, kw_only=True)
 class Page:
     """A whole page.
 
     Attributes:
         title: the first heading.
-        kind: what sort of page it is, in a few words above it.
-        verdict: one sentence, the result.
-        facts: (what, value) pairs below it: what was asked, the machine, when.
-        tiles: the numbers of the headline.
-        remarks: what must be known before any number is believed.
-        sections: the rest, in order.
-        source: sha256 of the document it shows; "" where that is in no file.
+        kind: kind of page and the tool, above the heading.
+        verdict: the result in one sentence.
+        facts: (name, value) pairs, such as the request, the machine and the date.
+        tiles: the most important numbers.
+        remarks: warnings and notes, before all sections.
+        sections: the sections, in order.
+        source: sha256 of the document that the page shows; "" if it is in no file.
     """
 
     title: str

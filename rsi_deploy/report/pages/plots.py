@@ -1,10 +1,9 @@
-"""What a page can draw, as plain data: `rsi_deploy.report.pages.charts` turns it into pictures, loading a library
-only then.
+"""Plots as plain data. `rsi_deploy.report.pages.charts` draws them, and loads the drawing library only then.
 
 Bars     a length for each label, one or more series         sizes, times, errors
 Curves   y over x for each series, with an interval          spectra, batch scaling, distributions
 Dots     labelled points with intervals both ways            accuracy against latency
-Spans    a median, its interval and percentiles on a line    latency of each arm
+Spans    a median, its interval and percentiles on a line    latency of each model
 Panels   one small curve for each label, on equal axes       spectra
 """
 
@@ -17,7 +16,16 @@ Scale = Literal["linear", "log"]
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """What an axis says: `zero` keeps 0 in view, `form` is a d3 number format, `ends` and `ticks` stand as given."""
+    """An axis.
+
+    Attributes:
+        title: its title, with the unit.
+        scale: linear or logarithmic.
+        zero: whether to include 0.
+        form: number format of d3.
+        ends: fixed ends; None chooses them from the data.
+        ticks: fixed ticks; empty chooses them.
+    """
 
     title: str
     scale: Scale = "linear"
@@ -29,7 +37,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One length; `note` is what a pointer resting on it reads."""
+    """A bar; `note` is shown at the pointer."""
 
     label: str
     value: float
@@ -39,15 +47,15 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Bars:
-    """Lying bars, a row for each label in the order given; several series lie side by side, or over one another.
+    """Horizontal bars, a row for each label in their order; series are side by side, overlaid or stacked.
 
     Attributes:
-        bars: the lengths.
-        axis: of the lengths.
-        series: their names in order; empty for one kind of bar.
-        overlaid: whether the later series lie over the first one.
-        stacked: whether they lie end to end.
-        mark: where a line across stands, and what it says.
+        bars: the bars.
+        axis: axis of their values.
+        series: names of the series in order; empty for one series.
+        overlaid: whether later series are drawn over the first one.
+        stacked: whether series are drawn end to end.
+        mark: value and label of a line across all bars.
     """
 
     bars: Sequence[Bar]
@@ -60,7 +68,7 @@ class Bars:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A place on a curve or a dot, with the interval of y (and of x) where there is one."""
+    """A point of a curve, or a dot, with intervals of y (`low`, `high`) and x; `note` is shown at the pointer."""
 
     x: float
     y: float
@@ -77,12 +85,12 @@ class Curves:
     """Lines through points.
 
     Attributes:
-        points: of all the series.
+        points: points of all series.
         x, y: the axes.
-        series: names in order.
+        series: names of the series in order.
         dots: whether each point is marked.
-        steps: whether y holds from one x to the next (a histogram's outline), the area below it filled.
-        marks: points in their own right, such as a chosen rank.
+        steps: whether y is constant from one x to the next (the outline of a histogram), with the area below filled.
+        marks: additional marked points, such as a chosen rank.
     """
 
     points: Sequence[Point]
@@ -96,7 +104,7 @@ class Curves:
 
 @dataclass(frozen=True, kw_only=True)
 class Dots:
-    """Labelled points; those on the front are joined."""
+    """Dots; those on the front are joined."""
 
     points: Sequence[Point]
     x: Axis
@@ -107,7 +115,7 @@ class Dots:
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """One line of `Spans`: percentiles by name, and the interval of the median."""
+    """One line of `Spans`: a median with its interval, and percentiles by name."""
 
     label: str
     median: float
@@ -117,7 +125,7 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Spans:
-    """A line for each arm from its median to its last percentile."""
+    """A line for each model from its median to its last percentile."""
 
     spans: Sequence[Span]
     axis: Axis
@@ -125,7 +133,7 @@ class Spans:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One of many small curves: its label, its points, and where what is kept ends."""
+    """A small curve; `cut` is the x up to which it is filled."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -134,7 +142,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Panels:
-    """Small curves side by side, on equal axes, the part up to the cut filled."""
+    """Small curves side by side on equal axes."""
 
     panels: Sequence[Panel]
     x: Axis

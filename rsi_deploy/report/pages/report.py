@@ -1,32 +1,34 @@
-"""A bundle's page from its report: the verdict first, what is missing said beside what is there."""
+"""The page of a bundle. What was not measured is named next to the results."""
 
 import hashlib
 
 from rsi_deploy.core.text import human_bytes, human_count, share_kept, size_change
+from rsi_deploy.report.bench_tables import machine_text, speed_tone
 from rsi_deploy.report.pages.environment import environment_section
 from rsi_deploy.report.pages.html import render
-from rsi_deploy.report.pages.latency import latency_section, speed_tone
-from rsi_deploy.report.pages.page import Block, Page, PageTable, Picture, Section, Tile, Tone
-from rsi_deploy.report.pages.plots import Axis, Bar, Bars
+from rsi_deploy.report.pages.latency import latency_section
+from rsi_deploy.report.pages.page import Block, Page, Section, Tile, bar_chart, block_of
+from rsi_deploy.report.pages.plots import Bar
 from rsi_deploy.report.pages.sites import sections_of_sites
 from rsi_deploy.report.schema import Report, TimingRecord
-from rsi_deploy.report.summary import certificate_lines, comparison_rows, verdict
+from rsi_deploy.report.summary import checks_table, comparison_table, evidence_lines, request_text, verdict
+from rsi_deploy.report.table import Table, Tone
 
 
 def report_page(report: Report, document: str) -> str:
-    """The page of a bundle, as HTML.
+    """Return the page of a bundle as HTML.
 
     Args:
-        report: what it shows.
-        document: the content of report.json; `html.source_of` tells its sha256 from the page.
+        report: the report.
+        document: the content of report.json; the page holds its sha256 (see `html.source_of`).
     """
     return render(page_of_report(report, hashlib.sha256(document.encode()).hexdigest()))
 
 
 def page_of_report(report: Report, source: str = "") -> Page:
-    """The page that shows `report`; `source` is the sha256 of the document it stands in."""
+    """Return the page of a report; `source` is the sha256 of its document, or ""."""
     sections = [
-        _result(report),
+        Section(name="result", title="Dense against compressed", blocks=block_of(comparison_table(report))),
         *([latency_section(report.latency)] if report.latency else []),
         *sections_of_sites(report.sites),
         _checks(report),
@@ -46,22 +48,18 @@ def page_of_report(report: Report, source: str = "") -> Page:
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
-    s, e = report.settings, report.environment
-    fitted = ", fitted to calibration data" if s.factors == "response" else ""
-    q = f", q = {s.power_iterations}" if s.method == "rsi" else ""
     return [
-        ("Asked", f"{s.budget or f'--rank {s.rank}'}; {s.method}{q}{fitted}, seed {s.seed}"),
-        *([("Time", _time(report.timing))] if report.timing else []),
+        ("Request", request_text(report.settings)),
+        *([("Timing", _timing(report.timing))] if report.timing else []),
         ("Split", f"{len(report.split_sites)} of {len(report.sites)} weights; nothing was retrained"),
-        ("Machine", f"{e.cpu}, {e.cores} cores" + "".join(f", {gpu}" for gpu in e.gpus)),
-        ("Made", report.created),
+        ("Machine", machine_text(report.environment)),
+        ("Created", report.created),
     ]
 
 
-def _time(timing: TimingRecord) -> str:
-    """What time decided, in a line."""
-    foretold = "" if timing.predicted is None else f"; {100 * timing.predicted:.0f} % of the dense time foretold"
-    return f"{timing.last_word}; times: {timing.source}{foretold}"
+def _timing(timing: TimingRecord) -> str:
+    predicted = "" if timing.predicted is None else f"; predicted: {100 * timing.predicted:.0f} % of the dense time"
+    return f"{timing.last_word}; times: {timing.source}{predicted}"
 
 
 def _size(report: Report) -> Tile:
@@ -115,7 +113,7 @@ def _accuracy(report: Report) -> Tile:
     if report.calibration and report.calibration.agreement is not None:
         c = report.calibration
         return Tile(
-            label="Same answers on calibration data",
+            label="Same top-1 on calibration data",
             after=f"{c.agreement:.1f} %",
             change=f"of {c.checked:,} samples; accuracy was not measured (no --data)",
         )
@@ -124,7 +122,7 @@ def _accuracy(report: Report) -> Tile:
         return Tile(
             label="Accuracy",
             after="not measured",
-            change=f"no --data; outputs on random probes moved by {v.relative_l2:.3f} (relative)",
+            change=f"no --data; relative error of the outputs on probe inputs: {v.relative_l2:.3f}",
             tone="missing",
         )
     return Tile(label="Accuracy", after="not measured", change="no --data", tone="missing")
@@ -136,89 +134,50 @@ def _remarks(report: Report) -> list[str]:
         compressed = report.latency.arms[1]
         if speed_tone(compressed) == "bad":
             remarks.append(
-                f"The compressed model is slower than the dense one on this machine: {compressed.verdict}. If speed "
-                "was the aim, keep the dense one here, or split fewer sites (--exclude)."
+                f"The compressed model is slower than the dense one on this machine: {compressed.verdict}. For speed, "
+                "use the dense model here, or split fewer sites (--exclude)."
             )
         elif speed_tone(compressed) == "neutral":
             remarks.append(f"The compressed model is not shown to be faster on this machine: {compressed.verdict}.")
     else:
-        remarks.append("Latency was not measured: whether this model is faster is not known.")
+        remarks.append("Latency was not measured, so it is not known whether this model is faster.")
     load, cores = report.environment.load_average, report.environment.cores
     if report.latency is not None and load is not None and load[0] > cores:
-        remarks.append(f"The machine was busy when this was written: a load of {load[0]:.1f} on {cores} cores.")
+        remarks.append(f"The machine was busy when the report was written: load {load[0]:.1f} on {cores} cores.")
     if report.accuracy is None:
         remarks.append("Accuracy was not measured: export with --data, or run rsi-deploy eval on labelled data.")
     if report.verification.approximation is None:
-        remarks.append("Nothing was verified: onnxruntime cannot run this model here.")
+        remarks.append("The compressed model was not verified: onnxruntime cannot run it on this machine.")
     latency = report.latency.notes if report.latency else ()
     remarks += [*report.notes, *report.source.notes, *(f"latency: {note}" for note in latency)]
     return list(dict.fromkeys(remark[:1].upper() + remark[1:] for remark in remarks))
 
 
-def _result(report: Report) -> Section:
-    table = PageTable(
-        caption="What a model is measured by",
-        columns=("", "#dense", "#compressed", "change"),
-        rows=comparison_rows(report),
-    )
-    return Section(name="result", title="Dense against compressed", blocks=[Block(table=table)])
-
-
 def _checks(report: Report) -> Section:
-    v, rows = report.verification, []
-    for name, what, found in (
-        ("exporter", "the source against dense ONNX", v.exporter),
-        ("surgery", "a full-rank split against dense ONNX: must be rounding", v.surgery),
-        ("approximation", "compressed against dense, on probe inputs: the price of the rank", v.approximation),
-    ):
-        if found is None:
-            rows.append((name, what, "not measured", "", ""))
-            continue
-        gate = "none asked" if found.tolerance is None else f"{found.tolerance:.0e}"
-        status = "" if found.tolerance is None else "holds"
-        rows.append((name, what, f"{found.relative_l2:.1e}", gate, status if found.informative else "shows little"))
-    blocks = [
-        Block(
-            table=PageTable(
-                caption="Relative error of the outputs",
-                columns=("gate", "what", "#error", "#tolerance", ""),
-                rows=rows,
-            )
-        )
-    ]
-    hashes = [(name, digest) for name, digest in report.files.items()]
-    hashes.append(("source weights", report.source.hash))
-    words = [line[0].upper() + line[1:] + "." for line in certificate_lines(report)]
-    words.append("rsi-deploy verify computes these again from the bundle.")
-    table = PageTable(caption="SHA-256 of what was read and written", columns=("file", "digest"), rows=hashes)
-    return Section(
-        name="checks", title="What vouches for it", blocks=[*blocks, Block(table=table, folded=True)], words=words
-    )
+    hashes = [*report.files.items(), ("source weights", report.source.hash)]
+    words = [line[0].upper() + line[1:] + "." for line in evidence_lines(report)]
+    words.append("rsi-deploy verify computes these results again from the bundle.")
+    files = Table(caption="SHA-256 of the files and of the source weights", columns=("file", "digest"), rows=hashes)
+    blocks = [Block(table=checks_table(report)), Block(table=files, folded=True)]
+    return Section(name="checks", title="Verification", blocks=blocks, words=words)
 
 
 def _work(report: Report) -> Section:
     stages = report.stages
     total = sum(stage.seconds for stage in stages)
-    picture = Picture(
-        name="stages",
-        title="Time of each step",
-        description="A bar for each step of the export, in seconds.",
-        plot=Bars(
-            bars=[Bar(label=s.name, value=s.seconds, note=f"{s.name}: {s.seconds:.2f} s") for s in stages],
-            axis=Axis(title="seconds", zero=True, form=".4~g"),
-        ),
-    )
-    table = PageTable(
-        caption=f"{total:.1f} s in all, peak memory {human_bytes(report.peak_memory)}",
+    bars = [Bar(label=s.name, value=s.seconds, note=f"{s.name}: {s.seconds:.2f} s") for s in stages]
+    what = "A bar for each step of the export, in seconds."
+    picture = bar_chart("stages", "Time of each step", what, bars, "seconds")
+    table = Table(
+        caption=f"Total {total:.1f} s, peak memory {human_bytes(report.peak_memory)}",
         columns=("step", "#seconds", "#share"),
         rows=[(s.name, f"{s.seconds:.2f}", f"{s.seconds / total:.0%}" if total else "") for s in stages],
     )
     settings = [(name, _text(value)) for name, value in report.settings.model_dump().items()]
     settings.insert(0, ("command", report.command))
     settings.append(("preprocessing", report.preprocessing.describe() if report.preprocessing else "unknown"))
-    blocks = [Block(picture=picture, table=table)] if stages else []
-    blocks.append(Block(table=PageTable(caption="Settings", columns=("setting", "value"), rows=settings), folded=True))
-    return Section(name="work", title="How it was made", blocks=blocks)
+    folded = Block(table=Table(caption="Settings", columns=("setting", "value"), rows=settings), folded=True)
+    return Section(name="work", title="Steps and settings", blocks=[*block_of(table, picture), folded])
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The page of a sweep: what accuracy costs in time, bytes and MACs, a picture and a table each."""
+"""The page of a sweep: quality against time, bytes and MACs."""
 
 import hashlib
 from typing import Literal
@@ -6,43 +6,46 @@ from typing import Literal
 from rsi_deploy.core.text import human_bytes, human_count
 from rsi_deploy.report.pages.environment import environment_section
 from rsi_deploy.report.pages.html import render
-from rsi_deploy.report.pages.page import Block, Page, PageTable, Picture, Section, Tile
+from rsi_deploy.report.pages.page import Block, Page, Picture, Section, Tile
 from rsi_deploy.report.pages.plots import Axis, Dots, Point
+from rsi_deploy.report.summary import share
 from rsi_deploy.report.sweep_schema import Sweep, SweepPoint
+from rsi_deploy.report.table import Table, with_interval
 
 Cost = Literal["time", "bytes", "macs"]
 SHARES = {"macs": "MACs", "params": "parameters", "latency": "dense model's time"}
 TITLES: dict[Cost, str] = {"time": "share of the dense time", "bytes": "bytes of the model", "macs": "MACs a sample"}
-COLUMNS = ("point", "#asked", "#parameters", "#MACs", "#bytes", "#ms", "faster", "#quality", "on the front of")
+COLUMNS = ("point", "#share", "#parameters", "#MACs", "#bytes", "#ms", "speedup", "#quality", "on the front of")
 
 
 def sweep_page(sweep: Sweep, document: str) -> str:
-    """The page, as HTML; `document` is the content of sweep.json."""
+    """Return the page of a sweep as HTML; `document` is the content of sweep.json."""
     return render(page_of_sweep(sweep, hashlib.sha256(document.encode()).hexdigest()))
 
 
 def page_of_sweep(sweep: Sweep, source: str = "") -> Page:
-    """The page that shows `sweep`."""
+    """Return the page of a sweep; `source` is the sha256 of its document, or ""."""
     made = [point for point in sweep.points if not point.problem]
     problems = [f"point {p.number} ({p.share:.0%}): {p.problem}" for p in sweep.points if p.problem]
     if not sweep.is_done:
-        problems.insert(0, f"unfinished: {len(sweep.points)} of {len(sweep.shares)} points; the same command goes on")
+        problems.insert(0, f"unfinished: {len(sweep.points)} of {len(sweep.shares)} points; run the command again")
+    table = Table(caption="Every point of the sweep", columns=COLUMNS, rows=sweep_rows(sweep))
     sections = [section for cost in TITLES if (section := _section(sweep, cost)) is not None]
     return Page(
-        title=f"{sweep.model}, swept",
+        title=f"{sweep.model}, sweep",
         kind=f"Sweep of {sweep.tool}",
         verdict=f"{len(made)} models from {sweep.shares[0]:.0%} to {sweep.shares[-1]:.0%} of the {SHARES[sweep.by]}.",
         facts=[
-            ("Asked", f"{len(sweep.shares)} shares of the {SHARES[sweep.by]}; {sweep.command}"),
+            ("Request", f"{len(sweep.shares)} shares of the {SHARES[sweep.by]}; {sweep.command}"),
             ("Quality", quality_name(sweep)),
             *([("Times", times)] if (times := times_name(sweep)) else []),
             ("Deliver one", "rsi-deploy export --from-sweep DIR --point N -o BUNDLE"),
-            ("Made", sweep.created),
+            ("Created", sweep.created),
         ],
-        tiles=[Tile(label="Points", after=str(len(made)), change=f"of {len(sweep.shares)} asked for")],
+        tiles=[Tile(label="Points", after=str(len(made)), change=f"of {len(sweep.shares)} requested")],
         remarks=[*problems, *sweep.notes],
         sections=[
-            Section(name="points", title="All points", blocks=[Block(table=_table(sweep), wide=True)]),
+            Section(name="points", title="All points", blocks=[Block(table=table, wide=True)]),
             *sections,
             environment_section(sweep.environment),
         ],
@@ -51,25 +54,25 @@ def page_of_sweep(sweep: Sweep, source: str = "") -> Page:
 
 
 def quality_name(sweep: Sweep) -> str:
-    """What the quality of the points is."""
+    """Return what the quality of the points measures."""
     if any(point.top1 is not None for point in sweep.points):
         return "top-1 on the evaluation data, %"
     if any(point.agreement is not None for point in sweep.points):
         return "equal top-1 answers on the calibration data, %"
-    return "output error on the calibration data, with its sign turned"
+    return "negative output error on the calibration data"
 
 
 def times_name(sweep: Sweep) -> str:
-    """What the times of the points are of; "" without any."""
+    """Return how the times of the points were measured; "" if they were not."""
     if all(point.speedup is None for point in sweep.points):
         return ""
     if sweep.side_by_side:
-        return "all points and the dense model in turn, in one run"
-    return "each point's with the dense model when it was made: compare them with care"
+        return "all points and the dense model side by side, in one run"
+    return "each point in its own run with the dense model; compare points with care"
 
 
 def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
-    """A row a point; see `COLUMNS`."""
+    """Return a row for each point, with the columns `COLUMNS`."""
     fronts: dict[Cost, list[int]] = {cost: sweep.front(cost) for cost in TITLES}
     rows = []
     for point in sweep.points:
@@ -82,20 +85,16 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
             (
                 str(point.number),
                 f"{point.share:.0%}",
-                _share(point.size.params, dense.params if dense else 0),
-                _share(point.size.macs, dense.macs if dense else 0),
+                share(point.size.params, dense.params if dense else 0),
+                share(point.size.macs, dense.macs if dense else 0),
                 human_bytes(point.size.bytes),
                 "" if point.latency_ms is None else f"{point.latency_ms:.3g}",
-                _faster(point),
+                _speedup(point),
                 "" if point.quality is None else f"{point.quality:.4g}",
                 on,
             )
         )
     return rows
-
-
-def _table(sweep: Sweep) -> PageTable:
-    return PageTable(caption="Every point of the sweep", columns=COLUMNS, rows=sweep_rows(sweep))
 
 
 def _section(sweep: Sweep, cost: Cost) -> Section | None:
@@ -126,17 +125,12 @@ def _place(point: SweepPoint, cost: Cost) -> Point | None:
     if cost == "time" and point.speedup_interval is not None:
         low, high = point.speedup_interval
         ends = (1 / high, 1 / low)  # type: ignore[assignment]
-    told = human_count(point.size.macs) if cost == "macs" else f"{x:.3g}"
-    note = f"point {point.number}: {told}, {point.quality:.4g}"
+    price = human_count(point.size.macs) if cost == "macs" else f"{x:.3g}"
+    note = f"point {point.number}: {price}, {point.quality:.4g}"
     return Point(x=x, y=point.quality, series="points", x_low=ends[0], x_high=ends[1], note=note)
 
 
-def _share(after: int, before: int) -> str:
-    return f"{after / before:.1%}" if before else ""
-
-
-def _faster(point: SweepPoint) -> str:
+def _speedup(point: SweepPoint) -> str:
     if point.speedup is None or point.speedup_interval is None:
         return ""
-    low, high = point.speedup_interval
-    return f"{point.speedup:.2f}x [{low:.2f}, {high:.2f}]"
+    return with_interval(f"{point.speedup:.2f}x", point.speedup_interval)

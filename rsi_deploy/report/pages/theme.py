@@ -1,14 +1,14 @@
-"""The colours of a page and its pictures, each with its value in the dark.
+"""The colours of pages and pictures, each for light and dark mode.
 
-Series are told apart by people with any colour vision (after Okabe and Ito, 2008, darkened for white paper) and have a
-contrast of at least 3 to the background in both.
+The colours of the series differ for people with any colour vision (after Okabe and Ito, 2008, darkened for a white
+background) and have a contrast of at least 3 to the background in both modes.
 """
 
 from typing import NamedTuple
 
 
 class Colour(NamedTuple):
-    """One colour, on light and on dark ground."""
+    """A colour in light and in dark mode."""
 
     light: str
     dark: str
@@ -19,7 +19,7 @@ MUTED = Colour("#566473", "#a3b0bd")
 GRID = Colour("#d9dfe6", "#36424f")
 WARN = Colour("#b4470b", "#ff9d5c")
 
-# The first is the dense model everywhere, the second the compressed one.
+# The first is always the dense model, the second the compressed one.
 SERIES = (
     Colour("#75818e", "#93a1af"),
     Colour("#0068a8", "#5ab4f0"),

@@ -1,1 +1,1 @@
-"""The same results as tables on a terminal."""
+"""The renderer for terminals."""

@@ -1,19 +1,19 @@
-"""What the terminal shows of gates, and of results of several devices side by side."""
+"""CI gates, and results of several devices side by side, on the terminal."""
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from rsi_deploy.benchmark.ci_gate import GateReport
 from rsi_deploy.benchmark.compare import Device, DeviceComparison, DeviceTiming, FigureRow
 from rsi_deploy.core.text import human_bytes
+from rsi_deploy.report.table import Table
+from rsi_deploy.report.tables.terminal import print_table
 
 STYLES = {"holds": "green", "failed": "bold red", "not shown": "yellow"}
 
 
 def print_gates(console: Console, report: GateReport) -> None:
-    """One line a check."""
+    """Print one line for each check."""
     for check in report.checks:
         console.print(f"[{STYLES[check.status]}]{check.status:>9}[/]  {check.gate:<8}  {escape(check.sentence)}")
     for note in report.notes:
@@ -21,27 +21,22 @@ def print_gates(console: Console, report: GateReport) -> None:
 
 
 def print_comparison(console: Console, result: DeviceComparison) -> None:
-    """Devices, then one line a model and configuration with one column a device, then accuracy and sizes."""
+    """Print the devices, a row for each configuration and model with a column for each device, and the figures."""
     for device in result.devices:
         console.print(escape(_described(device)))
-    table = _table("configuration", "model", *(f"{device.name}: median ms [95 %]" for device in result.devices))
-    before = ""
-    for row in result.timings:
-        table.add_row(
-            escape(row.configuration if row.configuration != before else ""),
-            escape(row.arm),
-            *(escape(_timed(timing)) for timing in row.timings),
-        )
-        before = row.configuration
-    console.print(table)
-    if result.figures:
-        table = _table("", "model", *(device.name for device in result.devices))
-        for figure in result.figures:
-            table.add_row(
-                escape(figure.figure), escape(figure.arm), *(_figure(figure, value) for value in figure.values)
-            )
-        console.print(table)
-    console.print("a verdict compares with the first model on the same device; devices are not tested", style="dim")
+    timings = Table(
+        caption="",
+        columns=("configuration", "model", *(f"{device.name}: median ms [95 %]" for device in result.devices)),
+        rows=[(row.configuration, row.arm, *map(_timed, row.timings)) for row in result.timings],
+    )
+    figures = Table(
+        caption="",
+        columns=("figure", "model", *(f"#{device.name}" for device in result.devices)),
+        rows=[(row.figure, row.arm, *(_figure(row, value) for value in row.values)) for row in result.figures],
+    )
+    print_table(console, timings)
+    print_table(console, figures)
+    console.print("verdicts compare with the first model on the same device; devices are not compared", style="dim")
     for note in result.notes:
         console.print(f"note: {escape(note)}")
 
@@ -66,12 +61,3 @@ def _figure(row: FigureRow, value: float | None) -> str:
     if value is None:
         return ""
     return human_bytes(round(value)) if row.unit == "bytes" else f"{value:.2f} {row.unit}"
-
-
-def _table(first: str, second: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in (first, second):
-        table.add_column(escape(title), overflow="fold")
-    for title in others:
-        table.add_column(escape(title), justify="right")
-    return table

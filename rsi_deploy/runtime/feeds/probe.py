@@ -1,57 +1,55 @@
-"""Probe inputs: the seeded inputs on which models are held against each other, made again by `verify`.
+"""Probe inputs: seeded inputs on which models are compared; `verify` creates the same ones again.
 
-They are random (`random_feeds`), two samples, or the model's own batch where it is fixed; or they are given as a file,
-for models that random numbers make no sense to.
+They are random, two samples or as many as a fixed batch has, or they come from a file where random numbers are not
+meaningful to a model.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.io.arrays import read_npz
+from rsi_deploy.core.types import Array, Feeds
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
-from rsi_deploy.runtime.feeds.given import given_feeds
-from rsi_deploy.runtime.feeds.inputs import model_inputs, parse_shape, random_feeds
-from rsi_deploy.runtime.feeds.values import described, is_text
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.random_feeds import random_feeds
+from rsi_deploy.runtime.feeds.user_feeds import user_feeds
+from rsi_deploy.runtime.feeds.values import describe_array, is_text
 
 PROBE_BATCH = 2
-
-Feeds = dict[str, npt.NDArray[Any]]
 
 
 def probe_feeds(
     model: Path,
     seed: int,
     shapes: Mapping[str, Sequence[int]] | None = None,
-    given: Mapping[str, npt.NDArray[Any]] | None = None,
+    given: Feeds | None = None,
     examples: Mapping[str, Sequence[int]] | None = None,
-) -> Feeds:
-    """Inputs for the model at `model`.
+) -> dict[str, Array]:
+    """Return probe inputs for a model.
 
     Args:
-        model: an ONNX file.
-        seed: of the random numbers.
-        shapes: input name -> whole shape, where dimensions after the first are dynamic, or as a report has them of all
-            inputs; they are taken as they are, whatever their first sizes.
+        model: ONNX file.
+        seed: random seed.
+        shapes: input name -> whole shape, where dimensions besides the batch are dynamic, or of all inputs as a report
+            stores them; batch sizes in them are used as they are.
         given: input name -> array, in place of random inputs.
-        examples: input name -> shape with a batch of any size, for inputs that `shapes` does not name.
+        examples: input name -> shape with any batch size, for inputs that are not in `shapes`.
 
     Raises:
-        UsageError: shapes or arrays that do not fit the model, or dynamic dimensions nobody gave.
+        UsageError: Shapes or arrays do not fit the model, or a dynamic dimension has no size.
     """
     specs = model_inputs(model)
     if given is not None:
-        feeds = given_feeds(specs, given, model.name)
+        feeds = user_feeds(specs, given, model.name)
         for name, shape in (shapes or {}).items():
             if name in feeds and feeds[name].shape != tuple(shape):
                 raise UsageError(
                     f"--feeds and --input-shape contradict each other: {name} is {feeds[name].shape} in --feeds, but "
-                    f"{tuple(shape)} in --input-shape; leave out one of them"
+                    f"{tuple(shape)} in --input-shape",
+                    hint="leave out one of them",
                 )
         return feeds
     axes = BatchAxes.of({spec.name: spec.shape for spec in specs})
@@ -64,39 +62,11 @@ def probe_feeds(
     return random_feeds(specs, batch, seed, {**others, **(shapes or {})}, shapes_settle_batch=True)
 
 
-def read_feeds(path: str | Path) -> Feeds:
-    """Arrays by input name from an `.npz` file.
-
-    Raises:
-        UsageError: no such file, or no arrays in it.
-    """
-    try:
-        return read_npz(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--feeds {path}: expected an .npz with one array per model input ({error})") from error
-
-
 def feeds_fingerprint(feeds: Feeds) -> str:
-    """The sha256 (hex) of names, types, shapes and values; of texts, whatever width their array has."""
+    """Return the sha256 (hex) of names, types, shapes and values; text counts without the width of its dtype."""
     digest = hashlib.sha256()
     for name, array in sorted(feeds.items()):
-        digest.update(f"{name}\0{described(array)}\0".encode())
+        digest.update(f"{name}\0{describe_array(array)}\0".encode())
         texts = is_text(array.dtype)
         digest.update("\0".join(map(str, array.ravel())).encode() if texts else np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def named_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Read `NAME=1x128` texts.
-
-    Example:
-        >>> named_shapes(["ids=2x128"])
-        {'ids': (2, 128)}
-    """
-    shapes = {}
-    for text in texts:
-        name, equals, shape = text.rpartition("=")
-        if not equals or not name:
-            raise UsageError(f"--input-shape takes NAME=1x128, with the input's name, but got {text!r}")
-        shapes[name] = parse_shape(shape) or ()
-    return shapes

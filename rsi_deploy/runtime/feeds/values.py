@@ -1,13 +1,13 @@
-"""Values that are no tensors of numbers, as arrays: texts, sequences, maps and optional values.
+"""Convert outputs that are not tensors of numbers to arrays: text, sequences, maps and optional values.
 
-    onnxruntime gives             becomes the arrays
+    output of onnxruntime         arrays
     an array                      itself
     a list of arrays              NAME[0], NAME[1], ...            a sequence of tensors
     a list of dicts, equal keys   NAME: (samples, keys)            a sequence of maps, such as ZipMap's scores
     a dict                        NAME[key], ...                   a map
-    None                          nothing                          an optional value that is not there
+    None                          none                             an absent optional value
 
-Texts are arrays of Python strings (dtype object) as onnxruntime gives them, or of dtype U as `.npz` files hold them.
+Text is an array of Python strings (dtype object), as onnxruntime returns it, or of dtype U, as `.npz` files store it.
 """
 
 import zlib
@@ -15,24 +15,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from rsi_deploy.core.types import Array, Floats
 
 Value = Any
-"""What onnxruntime gives for an output: an array, a list, a dict, None, or a number or text within those."""
+"""An output of onnxruntime: an array, a list, a dict, None, or a number or text within those."""
 
 TEXT = np.dtype(object)
 """The dtype of a string tensor's `InputSpec`."""
 
 
 def is_text(dtype: np.dtype[Any]) -> bool:
-    """Whether arrays of this dtype hold texts."""
+    """Return whether arrays of this dtype hold text."""
     return dtype.kind in "OU"
 
 
-def described(array: Array) -> str:
-    """Type and shape in words.
+def describe_array(array: Array) -> str:
+    """Describe the type and shape of an array.
 
     Example:
         >>> described(np.array(["a", "bc"])), described(np.zeros((2, 3), np.float32))
@@ -41,12 +40,12 @@ def described(array: Array) -> str:
     return f"{'string' if is_text(array.dtype) else array.dtype} {array.shape}"
 
 
-def arrays_of(name: str, value: Value, keys: Sequence[Any] | None = None) -> dict[str, Array]:
-    """The arrays that a value consists of, by name.
+def arrays_of_output(name: str, value: Value, keys: Sequence[Any] | None = None) -> dict[str, Array]:
+    """Return the arrays that an output consists of, by name.
 
     Args:
-        name: of the output.
-        value: what onnxruntime gave for it.
+        name: name of the output.
+        value: output of onnxruntime.
         keys: order of the columns of a sequence of maps; None takes the order of the first map.
 
     Example:
@@ -61,19 +60,25 @@ def arrays_of(name: str, value: Value, keys: Sequence[Any] | None = None) -> dic
         return {name: table}
     if isinstance(value, list | dict):
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {part: array for key, each in items for part, array in arrays_of(f"{name}[{key!r}]", each, keys).items()}
+        return {
+            part: array
+            for key, each in items
+            for part, array in arrays_of_output(f"{name}[{key!r}]", each, keys).items()
+        }
     return {name: np.asarray(value, TEXT) if isinstance(value, str) else np.asarray(value)}
 
 
-def named_arrays(names: Sequence[str], values: Sequence[Value]) -> dict[str, Array]:
-    """The arrays of all outputs, in their order."""
+def arrays_of_outputs(names: Sequence[str], values: Sequence[Value]) -> dict[str, Array]:
+    """Return the arrays of all outputs, in their order."""
     return {
-        part: array for name, value in zip(names, values, strict=True) for part, array in arrays_of(name, value).items()
+        part: array
+        for name, value in zip(names, values, strict=True)
+        for part, array in arrays_of_output(name, value).items()
     }
 
 
-def as_numbers(array: Array) -> npt.NDArray[np.float64]:
-    """The array as float64; a text becomes a number of 0 to 1 that is another one for another text (its CRC-32)."""
+def as_numbers(array: Array) -> Floats:
+    """Convert an array to float64; each text becomes its CRC-32 scaled to 0 to 1."""
     if not is_text(array.dtype):
         return array.astype(np.float64)
     numbers = [zlib.crc32(str(text).encode()) / 2**32 for text in array.ravel()]
@@ -81,7 +86,7 @@ def as_numbers(array: Array) -> npt.NDArray[np.float64]:
 
 
 def _table(value: Sequence[Value], keys: Sequence[Any] | None) -> Array | None:
-    """A sequence of maps from the same keys to numbers as `(maps, keys)`; None where it is something else."""
+    """Convert a sequence of maps with equal keys and numbers to an array `(maps, keys)`; None for anything else."""
     if not value or not all(isinstance(row, Mapping) and row.keys() == value[0].keys() for row in value):
         return None
     columns = [key for key in keys or value[0] if key in value[0]]

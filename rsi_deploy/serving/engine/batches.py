@@ -1,15 +1,15 @@
-"""Requests wait here, are joined into batches, and go to idle workers, within a bound on how long that may take.
+"""The queue in front of the workers. It joins requests into batches and bounds the time that a request takes.
 
-    joined     requests of one model whose shapes differ in the first axis alone, as many rows as `max_batch`, and no
-               more than a quarter of the bound is expected to run
-    when       a worker is idle, and the batch is full, its oldest request has waited `batch_delay`, or there is no
-               sign of other clients
-    refused    429 at once, where the answer is expected to take longer than `latency_bound`; 503 later, where a request
-               has waited so long after all that it cannot be answered within it
-    retried    once, where the worker died with it; then 503
+    joined     requests of one model whose shapes differ in the first axis alone, up to `max_batch` rows and an expected
+               run time of a quarter of `latency_bound`
+    started    when a worker is idle and the batch is full, its oldest request has waited `batch_delay`, or only one
+               client seems to be there
+    refused    with 429 at once if the answer is expected to take longer than `latency_bound`; with 503 later if a
+               request has waited too long to be answered within the bound
+    retried    once, if the worker died while it had the request; then 503
 
-What a row costs is measured: a running mean over the batches of its model, and for promises twice its mean deviation on
-top, as TCP does for round trips: on a machine that others use, times come and go.
+The run time of a row is a running mean over the batches of its model. Promises add twice the mean deviation, as TCP
+does for round trip times.
 """
 
 import asyncio
@@ -20,29 +20,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rsi_deploy.serving.engine.pool import Pool, Worker, WorkerDied
-from rsi_deploy.serving.engine.queues import Cost, Place, Queue, QueuedRequest, Queues
+from rsi_deploy.serving.engine.queues import Cost, Queue, QueuedRequest, QueueKey, Queues
 from rsi_deploy.serving.protocol.refusal import Refusal
-from rsi_deploy.serving.protocol.requests import Ran
+from rsi_deploy.serving.protocol.requests import RunResult
 from rsi_deploy.serving.protocol.signature import Feeds, rows
 
 logger = logging.getLogger(__name__)
 
-MOST_WAITING = 4096
-MOST_BYTES = 512 << 20
-MOST_BEHIND = 64
-"""Shadow requests that wait at most; more are left out."""
-LONELY = 0.5
-"""Requests of a lone client wait for nobody: others at work or waiting when one comes, a running mean."""
+MAX_WAITING = 4096
+MAX_BYTES = 512 << 20
+MAX_BACKGROUND = 64
+"""Most shadow requests that may wait; more are skipped."""
+SINGLE_CLIENT = 0.5
+"""Requests are not delayed while the running mean of open requests is below this: there seems to be one client."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLimits:
-    """How requests are joined and how long they may take.
+    """Limits on the size of a batch and on the time of a request.
 
     Attributes:
-        max_batch: rows of a batch of several requests; 1 joins none. A request of more rows runs alone.
+        max_batch: most rows of a batch of several requests; 1 joins none. A larger request runs alone.
         batch_delay: seconds that a request waits for others while a worker is idle.
-        latency_bound: seconds, see the module.
+        latency_bound: seconds within which a request must be answered.
         run_timeout: seconds after which a worker counts as hung and is killed.
     """
 
@@ -53,14 +53,14 @@ class BatchLimits:
 
 
 class Batcher:
-    """The queues, and the way to the workers.
+    """The scheduler between the queues and the workers.
 
     Args:
-        limits: of batches and time.
+        limits: limits on batches and time.
         on_batch: called with (model key, rows, requests, seconds) after each batch.
 
     Attributes:
-        pool: set once, before the first request.
+        pool: the workers; set once, before the first request.
     """
 
     pool: Pool
@@ -73,28 +73,28 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = 0
-        self._company = 0.0  # requests that a new one has found at work or waiting, a running mean
+        self._mean_open = 0.0  # running mean of the requests that were open when a new one came
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a worker."""
+        """Number of requests that wait for a worker."""
         return self._queues.waiting
 
-    async def run(self, key: str, feeds: Feeds, *, alone: bool, behind: bool = False) -> Ran:
-        """The outputs of one request.
+    async def run(self, key: str, feeds: Feeds, *, alone: bool, background: bool = False) -> RunResult:
+        """Return the outputs of one request.
 
         Args:
-            key: of the model.
+            key: key of the model.
             feeds: checked inputs.
-            alone: it cannot be joined with others.
-            behind: it runs only where nothing else waits (a shadow's), for as long as that takes.
+            alone: whether the request must not be joined with others.
+            background: whether it runs only when nothing else waits (a shadow's request), without a deadline.
 
         Raises:
-            Refusal: 429 or 503 as the module says; 400, onnxruntime could not run these inputs.
+            Refusal: 429 or 503 as described in the module; 400, onnxruntime could not run these inputs.
         """
         size = sum(array.nbytes for array in feeds.values())
         count = rows(feeds)
-        self._admit(key, count, size, behind)
+        self._admit(key, count, size, background)
         shapes = (object(),) if alone else tuple((name, a.shape[1:]) for name, a in sorted(feeds.items()))
         now = time.monotonic()
         job = QueuedRequest(
@@ -103,102 +103,102 @@ class Batcher:
             rows=count,
             shapes=shapes,
             arrived=now,
-            deadline=math.inf if behind else now + self._limits.latency_bound,
-            behind=behind,
+            deadline=math.inf if background else now + self._limits.latency_bound,
+            background=background,
             future=asyncio.get_running_loop().create_future(),
             bytes=size,
         )
         self._queues.push(job)
-        if not behind:
-            self._company += 0.1 * (self._open - self._company)
-        self._open += not behind
+        if not background:
+            self._mean_open += 0.1 * (self._open - self._mean_open)
+        self._open += not background
         try:
             self.pump()
             return await job.future
         finally:
-            self._open -= not behind
+            self._open -= not background
 
     def pump(self) -> None:
-        """Give idle workers what is ripe, drop what is too old, and come back when more gets ripe."""
+        """Start the batches that are due, refuse requests that are too late, and set a timer for the next call."""
         now = time.monotonic()
-        self._drop_old(now)
+        self._refuse_late(now)
         for worker in (*self.pool.active, *self.pool.retiring):
-            if not worker.busy and not worker.ended and (batch := self._ripe(worker, now)):
+            if not worker.busy and not worker.ended and (batch := self._next_batch(worker, now)):
                 self._start(worker, batch)
         self.pool.retire(lambda worker: any(job.key in worker.keys - self.pool.keys for job in self._queues.heads()))
-        self._arm(now)
+        self._set_timer(now)
 
-    def _admit(self, key: str, count: int, size: int, behind: bool) -> None:
-        if behind:
-            if self._queues.behind >= MOST_BEHIND:
+    def _admit(self, key: str, count: int, size: int, background: bool) -> None:
+        if background:
+            if self._queues.background >= MAX_BACKGROUND:
                 raise Refusal(429, "too many shadow requests wait")
             return
-        if self._queues.waiting >= MOST_WAITING or self._queues.bytes + size > MOST_BYTES:
+        if self._queues.waiting >= MAX_WAITING or self._queues.bytes + size > MAX_BYTES:
             raise Refusal(429, "too many requests wait; try again later", retry_after=1)
         now, workers = time.monotonic(), max(len(self.pool.active), 1)
         ahead = sum(max(end - now, 0.0) for end in self._ends.values())
         ahead += self._queues.seconds_ahead(self._costs)
-        own = self._a_row(key) * max(count, self._most_rows(key))
+        own = self._row_seconds(key) * max(count, self._max_rows(key))
         expected = ahead / workers + own
         bound = self._limits.latency_bound
         if ahead and expected > bound:
-            text = f"the work ahead takes {expected:.2f} s, more than the bound of {bound:g} s; try again later"
+            text = f"the answer would take {expected:.2f} s, more than the bound of {bound:g} s; try again later"
             raise Refusal(429, text, retry_after=max(expected - bound, 1.0))
 
-    def _a_row(self, key: str) -> float:
-        return self._costs[key].likely_most if key in self._costs else 0.0
+    def _row_seconds(self, key: str) -> float:
+        return self._costs[key].upper_estimate if key in self._costs else 0.0
 
-    def _latest(self, job: QueuedRequest) -> float:
-        """When a job must start to be answered in time; one that takes most of the bound itself has half of it."""
-        own = self._a_row(job.key) * max(job.rows, self._most_rows(job.key))
+    def _latest_start(self, job: QueuedRequest) -> float:
+        """Return the time by which a request must start; its own run counts as half of the bound at most."""
+        own = self._row_seconds(job.key) * max(job.rows, self._max_rows(job.key))
         return job.deadline - min(own, self._limits.latency_bound / 2)
 
-    def _most_rows(self, key: str) -> int:
-        """Rows of a batch: what the limits allow, and what is expected to run in a quarter of the bound."""
-        cost = self._a_row(key)
+    def _max_rows(self, key: str) -> int:
+        """Return the most rows of a batch: as many as run in a quarter of the bound, at most `max_batch`."""
+        cost = self._row_seconds(key)
         fitting = int(self._limits.latency_bound / 4 / cost) if cost else self._limits.max_batch
         return max(1, min(self._limits.max_batch, fitting))
 
-    def _drop_old(self, now: float) -> None:
-        for place, queue in self._queues:
-            while queue.jobs and (queue.head.future.done() or self._latest(queue.head) < now):
-                job = self._queues.pop(place)
+    def _refuse_late(self, now: float) -> None:
+        for queue_key, queue in self._queues:
+            while queue.jobs and (queue.head.future.done() or self._latest_start(queue.head) < now):
+                job = self._queues.pop(queue_key)
                 if not job.future.done():
                     text = f"no worker was free within the bound of {self._limits.latency_bound:g} s; try again later"
                     job.future.set_exception(Refusal(503, text, retry_after=1))
 
-    def _ripe(self, worker: Worker, now: float) -> list[QueuedRequest]:
-        """The batch that this worker should run now; empty where none is ripe."""
-        fresh = worker in self.pool.active
-        chosen: Place | None = None
+    def _next_batch(self, worker: Worker, now: float) -> list[QueuedRequest]:
+        """Return the batch that this worker should run now; empty if none is due."""
+        active = worker in self.pool.active
+        chosen: QueueKey | None = None
         best: tuple[bool, float] = (True, math.inf)
-        for place, queue in self._queues:
+        for queue_key, queue in self._queues:
             head = queue.head
-            takes = head.key in worker.keys and (fresh or head.key not in self.pool.keys)
-            if takes and (head.behind, head.arrived) < best and now >= self._ripe_at(queue):
-                chosen, best = place, (head.behind, head.arrived)
+            can_run = head.key in worker.keys and (active or head.key not in self.pool.keys)
+            if can_run and (head.background, head.arrived) < best and now >= self._start_time(queue):
+                chosen, best = queue_key, (head.background, head.arrived)
         if chosen is None:
             return []
         batch = [self._queues.pop(chosen)]
-        count, most = batch[0].rows, self._most_rows(batch[0].key)
-        while (rest := self._queues.get(chosen)) and count + rest.head.rows <= most:
+        count, max_rows = batch[0].rows, self._max_rows(batch[0].key)
+        while (rest := self._queues.get(chosen)) and count + rest.head.rows <= max_rows:
             job = self._queues.pop(chosen)
             if not job.future.done():
                 batch.append(job)
                 count += job.rows
         return batch
 
-    def _ripe_at(self, queue: Queue) -> float:
+    def _start_time(self, queue: Queue) -> float:
         head = queue.head
-        full = queue.rows >= self._most_rows(head.key)
-        if full or head.alone or self._company < LONELY:
+        full = queue.rows >= self._max_rows(head.key)
+        if full or head.alone or self._mean_open < SINGLE_CLIENT:
             return 0.0
         return head.arrived + self._limits.batch_delay
 
     def _start(self, worker: Worker, batch: list[QueuedRequest]) -> None:
         worker.busy = True
         count = sum(job.rows for job in batch)
-        self._ends[worker] = time.monotonic() + self._a_row(batch[0].key) * count
+        self._ends[worker] = time.monotonic() + self._row_seconds(batch[0].key) * count
         task = asyncio.create_task(self._run(worker, batch, count))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -208,7 +208,7 @@ class Batcher:
         try:
             answers, seconds = await worker.run(key, [job.feeds for job in batch], self._limits.run_timeout)
         except WorkerDied as death:
-            self._retry(batch, counts=death.had_it)
+            self._retry(batch, count_attempt=death.had_request)
         except Exception:
             logger.exception("a batch of %s", key)
             for job in batch:
@@ -224,38 +224,39 @@ class Batcher:
                     job.future.set_exception(Refusal(400, f"the model could not run these inputs: {outputs}"))
                     continue
                 waited = start - job.arrived
-                job.future.set_result(Ran(outputs=outputs, waited=waited, ran=seconds, rows=count, requests=len(batch)))
+                job.future.set_result(
+                    RunResult(outputs=outputs, waited=waited, ran=seconds, rows=count, requests=len(batch))
+                )
         finally:
             worker.busy = False
             self._ends.pop(worker, None)
             self.pump()
 
-    def _retry(self, batch: list[QueuedRequest], *, counts: bool) -> None:
-        """Once more, in front of the others and with the whole bound again; what was lost twice is given up."""
-        if not counts:
-            for job in reversed(batch):
-                self._queues.push(job, first=True)
-            return
+    def _retry(self, batch: list[QueuedRequest], *, count_attempt: bool) -> None:
+        """Requeue the requests of a dead worker at the front; fail those for which it is the second dead worker."""
         for job in reversed(batch):
+            if not count_attempt:
+                self._queues.push(job, first=True)
+                continue
             if job.future.done():
                 continue
             if job.attempts:
-                text = "the worker died with this request, twice; it is not tried again"
+                text = "the worker died twice while it had this request; it is not tried again"
                 job.future.set_exception(Refusal(503, text))
                 continue
             job.attempts += 1
             job.deadline = max(job.deadline, time.monotonic() + self._limits.latency_bound)
-            job.shapes = (object(),)  # alone: if it is what kills workers, no other request goes with it
+            job.shapes = (object(),)  # alone: if this request kills workers, no other one is lost with it
             self._queues.push(job, first=True)
 
-    def _arm(self, now: float) -> None:
+    def _set_timer(self, now: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if not (heads := self._queues.heads()):
             return
-        times = [self._latest(head) for head in heads if not head.behind]
+        times = [self._latest_start(head) for head in heads if not head.background]
         if any(not worker.busy and not worker.ended for worker in self.pool.active):
-            times += [ripe for _, queue in self._queues if (ripe := self._ripe_at(queue)) > now]
+            times += [ripe for _, queue in self._queues if (ripe := self._start_time(queue)) > now]
         pause = max(min(times, default=now + 1.0) - now, 0.0005)
         self._timer = asyncio.get_running_loop().call_later(pause, self.pump)

@@ -1,4 +1,4 @@
-"""Python objects over a socket pair: eight bytes of length, then a pickle. Both ends are ours."""
+"""Python objects over a socket pair: eight bytes of length, then a pickle. Both ends belong to this server."""
 
 import asyncio
 import pickle
@@ -10,27 +10,27 @@ _LENGTH = struct.Struct("!Q")
 
 
 def send_frame(sock: socket.socket, value: Any) -> None:
-    """Send one object; blocks."""
+    """Send one object over a blocking socket."""
     payload = pickle.dumps(value, protocol=5)
     sock.sendall(_LENGTH.pack(len(payload)))
     sock.sendall(payload)
 
 
 def receive_frame(sock: socket.socket) -> Any:
-    """The next object; blocks.
+    """Return the next object from a blocking socket.
 
     Raises:
-        EOFError: the other end is gone.
+        EOFError: the other end is closed.
     """
     (size,) = _LENGTH.unpack(_exactly(sock, _LENGTH.size))
     return pickle.loads(_exactly(sock, size))
 
 
 async def send_frame_async(sock: socket.socket, value: Any) -> None:
-    """Send one object over a socket that does not block."""
+    """Send one object over a non-blocking socket."""
     payload = pickle.dumps(value, protocol=5)
     loop = asyncio.get_running_loop()
-    if len(payload) < 1 << 16:
+    if len(payload) < 1 << 16:  # one call for small objects; large ones are not copied
         await loop.sock_sendall(sock, _LENGTH.pack(len(payload)) + payload)
         return
     await loop.sock_sendall(sock, _LENGTH.pack(len(payload)))
@@ -38,10 +38,10 @@ async def send_frame_async(sock: socket.socket, value: Any) -> None:
 
 
 async def receive_frame_async(sock: socket.socket) -> Any:
-    """The next object from a socket that does not block.
+    """Return the next object from a non-blocking socket.
 
     Raises:
-        EOFError: the other end is gone.
+        EOFError: the other end is closed.
     """
     (size,) = _LENGTH.unpack(await _exactly_async(sock, _LENGTH.size))
     return pickle.loads(await _exactly_async(sock, size))

@@ -1,7 +1,7 @@
-"""A model in memory: one request at a time, or several joined along their first axis where that is the batch.
+"""A model in memory. It runs one request, or several requests joined along the first axis.
 
-Whether the first axis is a batch is proved on the graph and tried, once, when the model is loaded
-(`measure.batch_independence`): models whose rows depend on each other get their requests one by one.
+Requests are joined only if their rows do not affect each other. This is proved on the graph and tested by runs when
+the model is loaded (`rsi_deploy.runtime.batch_independence`).
 """
 
 import logging
@@ -10,59 +10,58 @@ from collections.abc import Sequence
 import numpy as np
 
 from rsi_deploy.core.errors import GateError, ModelError
-from rsi_deploy.runtime.batch_independence import why_alone
+from rsi_deploy.runtime.batch_independence import why_not_batchable
 from rsi_deploy.runtime.sessions import make_session, run_session
 from rsi_deploy.serving.bundles import Bundle, stamps
 from rsi_deploy.serving.protocol.signature import Feeds, Outputs, Signature, rows
 
 logger = logging.getLogger(__name__)
 
-
 SAMPLES = 2
-"""That batching is tried with: each costs four rows' time before the server is ready."""
+"""Number of samples that batching is tested with; each takes the time of four rows before the server is ready."""
 
 
 class LoadedModel:
-    """A session of a bundle.
+    """An onnxruntime session of a bundle.
 
     Args:
-        bundle: whose files were checked.
-        provider: of onnxruntime, as `--provider` takes it.
-        threads: inside one operator.
-        try_batches: whether it is to be found out if requests can be joined; it takes eight rows' time.
+        bundle: the bundle, already checked.
+        provider: onnxruntime provider, as in `--provider`.
+        threads: threads inside one operator.
+        try_batches: whether to test if requests can be joined; this takes the time of eight rows.
 
     Attributes:
-        signature: what it takes and gives.
-        alone: why requests cannot be joined; "" where they can, or where it was not tried.
+        signature: the inputs and outputs.
+        alone: reason why requests cannot be joined; "" if they can be, or if it was not tested.
 
     Raises:
-        ModelError: it cannot be loaded, or has tensors that the protocol does not carry here.
-        GateError: its files are not those that were checked.
+        ModelError: the model cannot be loaded, or the protocol has no datatype for one of its tensors.
+        GateError: the files have changed since they were checked.
     """
 
     def __init__(self, bundle: Bundle, provider: str = "cpu", *, threads: int = 1, try_batches: bool = True):
         self._name = str(bundle.path)
-        # Idle threads must not spin: other workers and the front process want the cores.
+        # Idle threads must not spin: other workers and the front process need the cores.
         self._session = make_session(bundle.model, provider, threads=threads, spin_between_runs=False)
         if stamps(bundle.path) != bundle.stamps:
-            raise GateError(f"{bundle.path} has been replaced since it was checked; start again when it is whole")
+            raise GateError(f"{bundle.path} has been replaced since it was checked; start again when it is complete")
         self.signature = Signature.of(self._session, self._name)
         self._outputs = [spec.name for spec in self.signature.outputs]
-        self.alone = why_alone(bundle.model, self._session, bundle.probe_shapes, SAMPLES) if try_batches else ""
+        self.alone = why_not_batchable(bundle.model, self._session, bundle.probe_shapes, SAMPLES) if try_batches else ""
 
     def infer(self, feeds: Feeds) -> Outputs:
-        """The outputs of one request.
+        """Return the outputs of one request.
 
         Raises:
-            ModelError: onnxruntime failed, with its words.
+            ModelError: onnxruntime failed; the message has its text.
         """
         return dict(zip(self._outputs, run_session(self._session, feeds, self._name), strict=True))
 
-    def infer_together(self, requests: Sequence[Feeds]) -> list[Outputs]:
-        """The outputs of requests of equal shapes but for the first axis, from one run.
+    def infer_batch(self, requests: Sequence[Feeds]) -> list[Outputs]:
+        """Return the outputs of several requests from one run; their shapes may differ in the first axis alone.
 
         Raises:
-            ModelError: onnxruntime failed, or an output has not one row for each row of the inputs.
+            ModelError: onnxruntime failed, or the rows of an output are not as many as the rows of the inputs.
         """
         if len(requests) == 1:
             return [self.infer(requests[0])]
@@ -75,4 +74,4 @@ class LoadedModel:
                     f"; serve it with --max-batch 1"
                 )
         parts = {name: np.split(array, ends[:-1]) for name, array in joined.items()}
-        return [{name: part[place] for name, part in parts.items()} for place in range(len(requests))]
+        return [{name: part[index] for name, part in parts.items()} for index in range(len(requests))]

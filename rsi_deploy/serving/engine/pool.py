@@ -1,7 +1,7 @@
-"""The worker processes: started, watched, started again when they die, and exchanged whole when a bundle changes.
+"""The pool of worker processes. It restarts workers that die and replaces all of them when a bundle changes.
 
-Workers never load anything twice. New files mean new workers: they load beside the old ones, take over when all of them
-are ready, and the old ones end when they have answered what was accepted for the old files.
+A worker loads its models once. For new files, new workers are started while the old ones still serve. The new ones take
+over when all of them are ready, and the old ones end when they have answered what was accepted for the old files.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ import rsi_deploy
 from rsi_deploy.core.errors import GateError, ModelError, RsiDeployError, UsageError
 from rsi_deploy.serving.bundles import Bundle
 from rsi_deploy.serving.engine.frames import receive_frame_async, send_frame_async
-from rsi_deploy.serving.engine.worker import COMMAND, Loaded, LoadOrder, NotLoaded
+from rsi_deploy.serving.engine.worker import COMMAND, Loaded, LoadRequest, NotLoaded
 
 logger = logging.getLogger(__name__)
 
@@ -28,82 +28,82 @@ HOME = Path(rsi_deploy.__file__).parents[1]
 LOAD_TIMEOUT = 600.0
 SLOWEST_RESTART = 5.0
 STABLE_SECONDS = 10.0
-"""A worker that lived so long is started again at once."""
+"""A worker that lived longer than this is restarted without a pause."""
 
 
-class WorkerDied(Exception):  # noqa: N818 - an event, not a mistake
-    """The process ended before it answered.
+class WorkerDied(Exception):  # noqa: N818 - an event, not an error
+    """The worker process ended before it answered.
 
     Args:
-        had_it: whether it may have read the request. Linux reports a socket that is closed with unread data as reset.
+        had_request: whether it may have read the request. (Linux resets a socket that is closed with unread data.)
     """
 
-    def __init__(self, *, had_it: bool = True):
+    def __init__(self, *, had_request: bool = True):
         super().__init__()
-        self.had_it = had_it
+        self.had_request = had_request
 
 
 class Worker:
-    """One process.
+    """A worker process, seen from the front process.
 
     Args:
-        order: what it loads.
-        on_end: called once, when it has ended, for whatever reason.
+        request: the models that it loads.
+        on_end: called once, when the process has ended.
 
     Attributes:
-        busy: whether it has a batch.
-        keys: what it can answer; empty until it is ready.
-        said: key -> what it said when it was ready.
+        busy: whether it runs a batch.
+        keys: keys of the models that it has loaded; empty until it is ready.
+        results: key -> result of loading that model.
     """
 
-    def __init__(self, order: LoadOrder, on_end: "Callable[[Worker], None]"):
+    def __init__(self, request: LoadRequest, on_end: "Callable[[Worker], None]"):
         ours, theirs = socket.socketpair()
-        # -P: what lies in the current folder is nobody's business, whatever it is called.
+        # -P: modules in the current folder must not be imported by accident.
         command = [sys.executable, "-P", "-c", COMMAND, str(theirs.fileno()), str(HOME)]
         with theirs:
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         ours.setblocking(False)
-        self._sock, self._order, self._on_end = ours, order, on_end
+        self._sock, self._request, self._on_end = ours, request, on_end
         self._answer: asyncio.Future[Any] | None = None
         self._reader: asyncio.Task[None] | None = None
         self.started, self.busy, self.ended = time.monotonic(), False, False
         self.keys: frozenset[str] = frozenset()
-        self.said: Mapping[str, Loaded | NotLoaded] = {}
+        self.results: Mapping[str, Loaded | NotLoaded] = {}
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id."""
         return self._process.pid
 
     async def load(self) -> None:
         """Wait until it is ready.
 
         Raises:
-            WorkerDied: it ended instead, or took too long.
+            WorkerDied: it ended before, or took too long.
         """
         self._reader = asyncio.create_task(self._read())
-        self.said = await self._ask(self._order, LOAD_TIMEOUT)
-        self.keys = frozenset(key for key, said in self.said.items() if isinstance(said, Loaded))
+        self.results = await self._send(self._request, LOAD_TIMEOUT)
+        self.keys = frozenset(key for key, result in self.results.items() if isinstance(result, Loaded))
 
     async def run(self, key: str, requests: Sequence[Mapping[str, Any]], timeout: float) -> tuple[list[Any], float]:
-        """The worker's answers to a batch, and the seconds it took.
+        """Run a batch; return the outputs or the error message of each request, and the seconds.
 
         Raises:
-            WorkerDied: it ended first, or was killed because it took longer than `timeout`.
+            WorkerDied: it ended before, or was killed because it took longer than `timeout`.
         """
-        found: tuple[list[Any], float] = await self._ask((key, list(requests)), timeout)
-        return found
+        answer: tuple[list[Any], float] = await self._send((key, list(requests)), timeout)
+        return answer
 
     def close(self) -> None:
-        """Let it end: it reads the end of its socket. One that is at work is killed."""
+        """End the process: by closing its socket, or by a kill if it runs a batch."""
         if self.busy:
             self._process.kill()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
-    async def _ask(self, message: Any, timeout: float) -> Any:
+    async def _send(self, message: Any, timeout: float) -> Any:
         if self.ended:
-            raise WorkerDied(had_it=False)
+            raise WorkerDied(had_request=False)
         self._answer = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout):
@@ -111,10 +111,10 @@ class Worker:
                     await send_frame_async(self._sock, message)
                 except OSError:
                     self.ended = True
-                    raise WorkerDied(had_it=False) from None
+                    raise WorkerDied(had_request=False) from None
                 return await self._answer
         except TimeoutError:
-            logger.error("worker %d gave no answer in %.0f s and is killed", self.pid, timeout)
+            logger.error("worker %d did not answer in %.0f s and is killed", self.pid, timeout)
             self._process.kill()
             self.ended = True
             raise WorkerDied from None
@@ -129,7 +129,7 @@ class Worker:
                 if self._answer is not None and not self._answer.done():
                     self._answer.set_result(frame)
         except ConnectionResetError:
-            death = WorkerDied(had_it=False)
+            death = WorkerDied(had_request=False)
         except (EOFError, OSError):
             pass
         finally:
@@ -142,23 +142,23 @@ class Worker:
 
 
 class Pool:
-    """As many workers as there should be, all with the same models.
+    """A fixed number of workers, all with the same models.
 
     Args:
-        count: of workers.
-        provider: of onnxruntime.
-        threads: of each worker.
-        on_change: called whenever a worker has become ready or has ended.
+        count: number of workers.
+        provider: onnxruntime provider.
+        threads: threads of each worker.
+        on_change: called when a worker has become ready or has ended.
 
     Attributes:
         active: the workers that take new requests.
-        retiring: those that only finish what was accepted for files that are no longer served.
-        restarts: how often a worker had to be started again.
+        retiring: workers with replaced files, which finish the requests that were accepted for them.
+        restarts: number of restarts of dead workers.
     """
 
     def __init__(self, count: int, provider: str, threads: int, on_change: Callable[[], None]):
         self._count, self._provider, self._threads, self._on_change = count, provider, threads, on_change
-        self._order = LoadOrder(bundles={}, provider=provider, threads=threads)
+        self._request = LoadRequest(bundles={}, provider=provider, threads=threads)
         self._quick_deaths = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -168,31 +168,31 @@ class Pool:
 
     @property
     def keys(self) -> frozenset[str]:
-        """What is served now, whether or not a worker lives."""
-        return frozenset(self._order.bundles)
+        """Keys of the models that are served now, even while no worker is alive."""
+        return frozenset(self._request.bundles)
 
     async def exchange(
         self, bundles: Mapping[str, Bundle], *, all_or_none: bool = True
     ) -> tuple[Mapping[str, Loaded], Mapping[str, RsiDeployError]]:
-        """Start workers with these models and let them take over when all are ready.
+        """Start workers with these models; they take over when all of them are ready.
 
         Args:
-            bundles: key -> model.
-            all_or_none: let them take over only where they have loaded every model.
+            bundles: key -> bundle.
+            all_or_none: whether to keep the old workers if any model cannot be loaded.
 
         Returns:
-            key -> what they say of it; key -> why it could not be loaded.
+            key -> loaded model; key -> error of a model that could not be loaded.
 
         Raises:
-            UsageError, ModelError, GateError: a model cannot be loaded; the workers there were go on.
+            UsageError, ModelError, GateError: a model cannot be loaded; the old workers still serve.
         """
-        order = LoadOrder(bundles=bundles, provider=self._provider, threads=self._threads)
+        request = LoadRequest(bundles=bundles, provider=self._provider, threads=self._threads)
         keys = list(bundles)
-        shares = [frozenset(keys[place :: self._count]) for place in range(self._count)]  # each tries some for all
-        fresh = [Worker(dataclasses.replace(order, try_batches=share), self._ended) for share in shares]
+        shares = [frozenset(keys[index :: self._count]) for index in range(self._count)]  # each tests some for all
+        fresh = [Worker(dataclasses.replace(request, try_batches=share), self._ended) for share in shares]
         try:
             await asyncio.gather(*(worker.load() for worker in fresh))
-            refused = _refused([worker.said for worker in fresh])
+            refused = _refused([worker.results for worker in fresh])
             if refused and (all_or_none or len(refused) == len(bundles)):
                 first_refusal = next(iter(refused.values()))
                 raise first_refusal
@@ -205,15 +205,15 @@ class Pool:
                 ) from error
             raise
         loaded = {key: bundle for key, bundle in bundles.items() if key not in refused}
-        self._order = dataclasses.replace(order, bundles=loaded)
+        self._request = dataclasses.replace(request, bundles=loaded)
         self.active, self.retiring = fresh, [*self.retiring, *self.active]
         self._on_change()
-        said = {key: fresh[place % self._count].said[key] for place, key in enumerate(keys)}
-        return {key: answer for key, answer in said.items() if isinstance(answer, Loaded)}, refused
+        results = {key: fresh[index % self._count].results[key] for index, key in enumerate(keys)}
+        return {key: result for key, result in results.items() if isinstance(result, Loaded)}, refused
 
-    def retire(self, wanted: Callable[[Worker], bool]) -> None:
-        """End the retiring workers that are idle and not `wanted` any more."""
-        for worker in [w for w in self.retiring if not w.busy and not wanted(w)]:
+    def retire(self, needed: Callable[[Worker], bool]) -> None:
+        """End the retiring workers that are idle and no longer `needed`."""
+        for worker in [w for w in self.retiring if not w.busy and not needed(w)]:
             self.retiring.remove(worker)
             worker.close()
 
@@ -240,43 +240,43 @@ class Pool:
         self._on_change()
 
     async def _restart(self, dead: Worker) -> None:
-        """Start a worker in the place of one that died; the quicker they die, the longer the pause."""
+        """Start a worker in place of a dead one, after a pause that grows while workers die soon after their start."""
         lived = time.monotonic() - dead.started
         logger.error("worker %d has died after %.1f s; another one is started", dead.pid, lived)
         self._quick_deaths = 0 if lived > STABLE_SECONDS else self._quick_deaths + 1
-        order = self._order
-        while order is self._order:  # exchanged meanwhile, the new ones are complete without it
+        request = self._request
+        while request is self._request:  # after an exchange, the new workers are complete without this one
             if self._quick_deaths > self._count:
                 await asyncio.sleep(min(0.1 * 2 ** min(self._quick_deaths - self._count, 10), SLOWEST_RESTART))
             self.restarts += 1
             try:
-                worker = Worker(order, self._ended)
+                worker = Worker(request, self._ended)
                 await worker.load()
-            except (WorkerDied, OSError) as error:  # OSError: no process or socket to be had now
+            except (WorkerDied, OSError) as error:  # OSError: out of processes or sockets
                 logger.error("a worker could not be started: %s", str(error) or "it died while it loaded the models")
                 self._quick_deaths += 1
                 continue
-            self._take(worker, order)
+            self._add(worker, request)
             return
 
-    def _take(self, worker: Worker, order: LoadOrder) -> None:
-        """Let a worker that was started again take requests, unless it holds what is no longer served."""
-        if order is not self._order:
+    def _add(self, worker: Worker, request: LoadRequest) -> None:
+        """Make a restarted worker active, unless its models have been replaced since."""
+        if request is not self._request:
             worker.close()
             return
-        for key, said in worker.said.items():
-            if isinstance(said, NotLoaded):
-                logger.error("worker %d does not serve %s: %s", worker.pid, key, said.message)
+        for key, result in worker.results.items():
+            if isinstance(result, NotLoaded):
+                logger.error("worker %d does not serve %s: %s", worker.pid, key, result.message)
         self.active.append(worker)
         self._on_change()
 
 
 def _refused(workers: Sequence[Mapping[str, Loaded | NotLoaded]]) -> dict[str, RsiDeployError]:
-    """Why a worker could not load a model, as the error it was there."""
+    """Return key -> error of each model that a worker could not load."""
     kinds: dict[int, type[RsiDeployError]] = {kind.exit_code: kind for kind in (UsageError, ModelError, GateError)}
     return {
-        key: kinds.get(answer.exit_code, ModelError)(answer.message)
-        for said in reversed(workers)
-        for key, answer in said.items()
-        if isinstance(answer, NotLoaded)
+        key: kinds.get(result.exit_code, ModelError)(result.message)
+        for results in reversed(workers)
+        for key, result in results.items()
+        if isinstance(result, NotLoaded)
     }

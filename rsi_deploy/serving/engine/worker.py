@@ -1,9 +1,9 @@
-"""A worker process: loads the models it is told to, then answers batches until the other end of its socket is gone.
+"""A worker process: it loads models, then runs batches until the other end of its socket is closed.
 
-    first frame in    LoadOrder                            out   key -> Loaded, or the reason why it is not
-    then              (key, [feeds, ...])                  out   ([outputs or the words of a failure, ...], seconds)
+    first frame in    LoadRequest              out   key -> Loaded or NotLoaded
+    then              (key, [feeds, ...])      out   ([outputs or an error message, ...], seconds)
 
-A batch that fails as a whole is run request by request, so that only those that are to blame fail.
+If a batch fails, its requests are run one by one, so that only the faulty ones fail.
 """
 
 import signal
@@ -22,12 +22,19 @@ COMMAND = (
     "import sys; sys.path.append(sys.argv[2]); "
     "from rsi_deploy.serving.engine.worker import main; main(int(sys.argv[1]))"
 )
-"""What a worker's interpreter runs; as `-m` this module would be another one, whose objects nobody else knows."""
+"""Program of a worker's interpreter. With `-m` this module would be `__main__`, and unpickling would not find it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadOrder:
-    """What a worker is to load: key -> bundle, and how; and for which of them it tries if requests can be joined."""
+class LoadRequest:
+    """The models that a worker loads.
+
+    Attributes:
+        bundles: key -> bundle.
+        provider: onnxruntime provider.
+        threads: threads inside one operator.
+        try_batches: keys of the models for which this worker tests if requests can be joined.
+    """
 
     bundles: Mapping[str, Bundle]
     provider: str
@@ -37,7 +44,7 @@ class LoadOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What a worker says of a model it has loaded; `alone` is why requests cannot be joined, as far as it knows."""
+    """A model that a worker has loaded; `alone` is the reason why its requests cannot be joined, or ""."""
 
     signature: Signature
     alone: str
@@ -45,15 +52,15 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class NotLoaded:
-    """Why a model was not loaded, and the exit code of that error."""
+    """The error of a model that a worker could not load."""
 
     message: str
     exit_code: int
 
 
 def main(descriptor: int) -> None:
-    """Serve one socket until its other end is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # of the terminal's group: the front process drains us
+    """Serve one socket until its other end is closed."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the front process ends us
         signal.signal(number, signal.SIG_IGN)
     sock = socket.socket(fileno=descriptor)
     try:
@@ -68,9 +75,9 @@ def main(descriptor: int) -> None:
 
 
 def answer(model: LoadedModel, requests: Sequence[Feeds]) -> list[Outputs | str]:
-    """The outputs of each request, or the words of its failure."""
+    """Return the outputs of each request, or its error message."""
     try:
-        return list(model.infer_together(requests))
+        return list(model.infer_batch(requests))
     except RsiDeployError as error:
         if len(requests) == 1:
             return [str(error)]
@@ -78,16 +85,16 @@ def answer(model: LoadedModel, requests: Sequence[Feeds]) -> list[Outputs | str]
 
 
 def _load(sock: socket.socket) -> dict[str, LoadedModel]:
-    order: LoadOrder = receive_frame(sock)
+    request: LoadRequest = receive_frame(sock)
     models: dict[str, LoadedModel] = {}
-    said: dict[str, Loaded | NotLoaded] = {}
-    for key, bundle in order.bundles.items():
+    results: dict[str, Loaded | NotLoaded] = {}
+    for key, bundle in request.bundles.items():
         try:
-            tried = key in order.try_batches
-            model = LoadedModel(bundle, order.provider, threads=order.threads, try_batches=tried)
+            tried = key in request.try_batches
+            model = LoadedModel(bundle, request.provider, threads=request.threads, try_batches=tried)
             models[key] = model
-            said[key] = Loaded(signature=model.signature, alone=model.alone)
+            results[key] = Loaded(signature=model.signature, alone=model.alone)
         except RsiDeployError as error:
-            said[key] = NotLoaded(message=str(error), exit_code=error.exit_code)
-    send_frame(sock, said)
+            results[key] = NotLoaded(message=str(error), exit_code=error.exit_code)
+    send_frame(sock, results)
     return models

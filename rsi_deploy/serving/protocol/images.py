@@ -1,4 +1,4 @@
-"""From the bytes of one image file to a model's input, by the preprocessing that the bundle carries."""
+"""Requests with an image file: the bundle's preprocessing turns it into the model's input."""
 
 import io
 
@@ -15,22 +15,24 @@ from rsi_deploy.serving.protocol.signature import Signature
 
 
 def image_request(data: bytes, preprocessing: Preprocessing | None, signature: Signature, model: str) -> InferRequest:
-    """The request that asks a model about one image, which is read as `eval` reads it.
+    """Return the inference request for one image, which is read as `eval` reads it.
 
     Args:
-        data: a file that Pillow can read.
-        preprocessing: of the model; None for one that takes 8-bit pictures as they are.
-        signature: of the model, which must take one tensor of pictures `(N, C, H, W)`, `(N, H, W, C)` or `(N, H, W)`.
-        model: what messages call it.
+        data: contents of a file that Pillow can read.
+        preprocessing: preprocessing of the model; None for a model that takes 8-bit pictures.
+        signature: inputs of the model: one tensor of pictures `(N, C, H, W)`, `(N, H, W, C)` or `(N, H, W)`.
+        model: name of the model in messages.
 
     Raises:
-        Refusal: 400, no image, or a model that takes none or does not say how; 413, too many pixels.
+        Refusal: 400, the data is no image, or the model takes no pictures or has no preprocessing; 413, too many
+            pixels.
     """
     takes_raw = all(spec.dtype == np.uint8 for spec in signature.inputs)
     if preprocessing is None and not takes_raw:
-        raise Refusal(400, f"{model} does not say how pictures become its inputs; export it with a preprocessing")
+        raise Refusal(400, f"{model} has no preprocessing for pictures; export it with one: --mean, --std, --resize")
     if len(signature.inputs) != 1 or len(signature.inputs[0].shape) not in (3, 4):
-        raise Refusal(400, f"{model} takes no pictures but {'; '.join(map(str, signature.inputs))}; post to /infer")
+        takes = "; ".join(map(str, signature.inputs))
+        raise Refusal(400, f"{model} does not take pictures but {takes}; send it to /infer")
     (spec,) = signature.inputs
     try:
         pictures = ModelPictures.of_input(preprocessing, spec, model)

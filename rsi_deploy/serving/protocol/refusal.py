@@ -1,13 +1,13 @@
-"""A request that is not answered with outputs: the status and the words of the protocol's error object."""
+"""The exception that becomes an error object of the protocol."""
 
 
-class Refusal(Exception):  # noqa: N818 - what is wrong is the request, not the server
-    """A request that gets an error object.
+class Refusal(Exception):  # noqa: N818 - the request is wrong, not the server
+    """A request that is answered with an error object.
 
     Args:
-        status: of HTTP; gRPC's is derived from it.
-        message: what came, what was expected.
-        retry_after: seconds after which it may be worth trying again; 0 says nothing.
+        status: HTTP status; the gRPC status is derived from it.
+        message: what came and what was expected.
+        retry_after: seconds after which the client may try again; 0 if that would not help.
     """
 
     def __init__(self, status: int, message: str, *, retry_after: float = 0.0):

@@ -1,20 +1,20 @@
-"""A request and its answer, as both transports see them."""
+"""Requests and answers, independent of the transport."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rsi_deploy.serving.protocol.signature import Feeds, Outputs, Signature
+from rsi_deploy.serving.protocol.signature import Feeds, Outputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferRequest:
-    """Inputs as they were decoded; whether they fit the model is not yet known.
+    """A decoded request. Its inputs have not been compared with the model's yet.
 
     Attributes:
         feeds: input name -> array.
-        id: to be given back; "" where there was none.
-        outputs: name -> whether it is wanted as binary; empty asks for all of them.
-        binary: whether outputs that are not named are wanted as binary.
+        id: identifier that the answer repeats, or "".
+        outputs: requested output -> whether to send it as binary; empty requests all outputs.
+        binary: whether to send outputs that are not in `outputs` as binary.
     """
 
     feeds: Feeds
@@ -25,19 +25,17 @@ class InferRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class InferResponse:
-    """What a model says to a request.
+    """The answer of a model to a request.
 
     Attributes:
-        name, version: of the model that has answered.
-        signature: of that model.
-        outputs: those that were asked for, in that order.
+        name, version: name and version of the model.
+        outputs: the requested outputs, in the requested order.
         waited, ran: seconds in the queue and in the batch.
-        rows: of the batch.
+        rows: number of rows of the batch.
     """
 
     name: str
     version: str
-    signature: Signature
     outputs: Outputs
     waited: float
     ran: float
@@ -45,8 +43,8 @@ class InferResponse:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ran:
-    """A request's outputs, and how it ran: seconds in the queue and in its batch, and rows and requests of that."""
+class RunResult:
+    """The outputs of a request, its seconds in the queue and in its batch, and the batch's rows and requests."""
 
     outputs: Outputs
     waited: float

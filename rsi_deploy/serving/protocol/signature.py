@@ -1,4 +1,4 @@
-"""What a model takes and gives, and whether a request fits it."""
+"""The inputs and outputs of a model, and the check of a request against them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.runtime.feeds.inputs import InputSpec, check_feeds, model_inputs, model_outputs
+from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs, model_outputs
+from rsi_deploy.runtime.feeds.user_feeds import check_feeds
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.tensors import NAMES, Array
 
@@ -17,11 +18,9 @@ Outputs = dict[str, Array]
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:
-    """Inputs and outputs of a model; a dimension is a number, a symbol (dynamic, named) or None (dynamic).
+    """The inputs and outputs of a model, in its order.
 
-    Attributes:
-        inputs: in the model's order.
-        outputs: likewise.
+    A dimension is a number, a name (dynamic) or None (dynamic and unnamed).
     """
 
     inputs: tuple[InputSpec, ...]
@@ -29,10 +28,10 @@ class Signature:
 
     @classmethod
     def of(cls, session: Any, name: str) -> "Signature":
-        """The signature of an `onnxruntime.InferenceSession`.
+        """Return the signature of an `onnxruntime.InferenceSession`.
 
         Raises:
-            ModelError: a tensor that the protocol cannot carry here; with its name and type.
+            ModelError: the protocol has no datatype for a tensor; the message has its name and type.
         """
         found = cls(inputs=tuple(model_inputs(session, name)), outputs=tuple(model_outputs(session, name)))
         for what, specs in (("input", found.inputs), ("output", found.outputs)):
@@ -45,7 +44,7 @@ class Signature:
         return found
 
     def check(self, feeds: Feeds, model: str) -> None:
-        """Refuse inputs whose names, types or shapes are not the model's.
+        """Check the names, dtypes and shapes of inputs.
 
         Raises:
             Refusal: 400, with what the model takes and what came.
@@ -56,24 +55,24 @@ class Signature:
             raise Refusal(400, str(error)) from None
 
     def check_outputs(self, names: tuple[str, ...], model: str) -> None:
-        """Refuse outputs that the model does not give.
+        """Check the names of requested outputs.
 
         Raises:
-            Refusal: 400, with the names there are.
+            Refusal: 400, with the model's output names.
         """
-        given = [spec.name for spec in self.outputs]
-        if unknown := [name for name in names if name not in given]:
-            raise Refusal(400, f"{model} has no output {', '.join(unknown)[:200]}; it gives {', '.join(given)}")
+        known = [spec.name for spec in self.outputs]
+        if unknown := [name for name in names if name not in known]:
+            raise Refusal(400, f"{model} has no output {', '.join(unknown)[:200]}; expected some of {', '.join(known)}")
 
 
 def rows(feeds: Feeds) -> int:
-    """Size of the first axis; 1 where an input has none, or an empty one that is no batch."""
+    """Return the size of the first axis; 1 for a scalar or an empty axis."""
     first = next(iter(feeds.values()))
     return max(len(first), 1) if first.ndim else 1
 
 
 def metadata(specs: tuple[InputSpec, ...]) -> list[dict[str, Any]]:
-    """Names, datatypes and shapes as the protocol writes them, -1 for a dynamic dimension."""
+    """Return names, datatypes and shapes as the protocol writes them, with -1 for a dynamic dimension."""
     return [
         {
             "name": spec.name,

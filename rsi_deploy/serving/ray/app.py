@@ -1,13 +1,13 @@
-"""The service as a Ray Serve application: each replica is the whole server but for its listening sockets.
+"""The service as a Ray Serve application. Each replica is a whole server without listening sockets.
 
-    client --HTTP, gRPC--> Ray Serve's proxy --> a replica: the protocol, routes, batches --> its worker process
-                                                 Board: what all replicas count
+    client --HTTP, gRPC--> Ray Serve's proxy --> a replica: protocol, routes, batches --> its worker process
+                                                 Board: the counts of all replicas
 
-Ray brings the sockets, the replicas, their number under load, and another one where one dies. The protocol, the canary,
-the shadow, the batches and their bound are those of `rsi-deploy serve`, by the same code. `build` is what the config
-for `serve deploy` names; its `args` are `RayAppSettings`.
+Ray Serve owns the sockets, scales the number of replicas with the load and replaces replicas that die. Everything else
+is the code of `rsi-deploy serve`. The config for `serve deploy` names `build`, whose `args` are `RayAppSettings`.
 
-What a replica had when it died is answered by Ray's proxy with 500, not tried again: nobody knows if it was the cause.
+Ray's proxy answers the requests of a replica that died with 500. They are not retried, because one of them may be the
+cause.
 """
 
 import asyncio
@@ -24,9 +24,9 @@ from rsi_deploy.core.errors import RsiDeployError, UsageError
 from rsi_deploy.serving import KEY_VARIABLE
 from rsi_deploy.serving.access_log import AccessLog
 from rsi_deploy.serving.catalog import Catalog, read_catalog
-from rsi_deploy.serving.engine.batches import MOST_WAITING, BatchLimits
-from rsi_deploy.serving.merging import Board, ReplicaCounts, joined_metrics
+from rsi_deploy.serving.engine.batches import MAX_WAITING, BatchLimits
 from rsi_deploy.serving.ray.grpc import METHODS
+from rsi_deploy.serving.replica_counts import Board, ReplicaCounts, joined_metrics
 from rsi_deploy.serving.service import Service
 from rsi_deploy.serving.shadow import Shadow
 from rsi_deploy.serving.transports.common import Access
@@ -34,28 +34,28 @@ from rsi_deploy.serving.transports.grpc_app import grpc_calls
 from rsi_deploy.serving.transports.http_app import http_app
 from rsi_deploy.serving.watching import watch
 
-TELL_SECONDS = 1.0
-STDERR = 2  # the descriptor: Ray may have put something else in the place of sys.stderr
+SHARE_SECONDS = 1.0
+STDERR = 2  # the descriptor, because Ray may replace sys.stderr
 
 Positive = Annotated[float, pydantic.Field(gt=0)]
 Count = Annotated[int, pydantic.Field(ge=1)]
 
 
 class RayAppSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """What the application is to be: the `args` in a config.
+    """The settings of the application: the `args` in a config.
 
     Attributes:
-        models: `[NAME[:VERSION]=]PATH` each; every node that has a replica must have the files there.
+        models: texts `[NAME[:VERSION]=]PATH`; every node with a replica must have the files there.
         canary, canary_share, shadow: as for `rsi_deploy.serve`.
-        replicas: fewest and most.
-        threads: of each replica, and the CPUs that it takes of its node.
-        max_batch, batch_delay, latency_bound: of batches, in rows and seconds.
-        max_body, max_json: bytes of a request, and of the JSON in it.
-        access_log: "-" is the replica's stderr, which Ray keeps with its logs.
-        reload_seconds: between looks at the files, which each replica does for itself; 0 never looks.
-        drain_seconds: that a replica has to answer what it took, when it is to end.
-        api_key: that clients must send; never written into a config.
-        needs_key: whether there must be one: a config's comes from the replica's environment, $RSI_DEPLOY_API_KEY.
+        replicas: fewest and most replicas.
+        threads: threads of each replica, and the number of CPUs it takes on its node.
+        max_batch, batch_delay, latency_bound: limits of batches, in rows and seconds.
+        max_body, max_json: most bytes of a request, and of the JSON in it.
+        access_log: "-" for the replica's stderr, which Ray keeps with its logs, or "off".
+        reload_seconds: seconds between a replica's checks for replaced files; 0 disables them.
+        drain_seconds: seconds that a replica has to answer its accepted requests before it ends.
+        api_key: key that clients must send; never written into a config.
+        needs_key: whether a key is required; with a config it is read from $RSI_DEPLOY_API_KEY of the replica.
     """
 
     models: tuple[str, ...]
@@ -77,16 +77,16 @@ class RayAppSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     @property
     def limits(self) -> BatchLimits:
-        """Of batches and time."""
+        """Limits on batches and time."""
         return BatchLimits(max_batch=self.max_batch, batch_delay=self.batch_delay, latency_bound=self.latency_bound)
 
     @property
     def longest(self) -> float:
-        """Seconds after which a request that is still not answered never will be: two whole tries."""
+        """Seconds of two complete attempts, after which a request will never be answered."""
         return 2 * (self.latency_bound + self.limits.run_timeout)
 
     def catalog(self) -> Catalog:
-        """The models, every bundle checked.
+        """Return the models, after a check of every bundle.
 
         Raises:
             UsageError, ModelError, GateError: as `read_catalog`.
@@ -95,10 +95,10 @@ class RayAppSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 
 def read_settings(args: Mapping[str, Any]) -> RayAppSettings:
-    """The settings that a config or a caller gives.
+    """Return the settings in the `args` of a config or of a caller.
 
     Raises:
-        UsageError: which of them is none.
+        UsageError: a setting is invalid.
     """
     try:
         return RayAppSettings.model_validate(args)
@@ -111,11 +111,11 @@ def read_settings(args: Mapping[str, Any]) -> RayAppSettings:
 
 
 class ReplicaService(Service):
-    """The models of one replica, which tells what all replicas count.
+    """The service of one replica, whose metrics and comparisons are those of all replicas.
 
     Args:
-        settings: of the application.
-        exchange: puts its own on the board and gives everybody's.
+        settings: settings of the application.
+        exchange: function that stores this replica's counts on the board and returns those of all replicas.
     """
 
     def __init__(
@@ -124,35 +124,39 @@ class ReplicaService(Service):
         super().__init__(settings.catalog(), settings.limits, workers=1, threads=settings.threads, provider="cpu")
         self._exchange = exchange
 
-    async def tell(self) -> Mapping[str, ReplicaCounts]:
-        """Put on the board what was counted here; what all replicas have counted."""
-        shadows = {name: Shadow.joined([shadow]) for name, shadow in self.shadows.items()}  # a copy, to travel
-        return await self._exchange(ReplicaCounts(metrics=await super().measured(), shadows=shadows))
+    async def exchange_counts(self) -> Mapping[str, ReplicaCounts]:
+        """Store the counts of this replica on the board and return those of all replicas."""
+        shadows = {name: Shadow.joined([shadow]) for name, shadow in self.shadows.items()}  # a copy to send
+        return await self._exchange(ReplicaCounts(metrics=await super().metrics_text(), shadows=shadows))
 
-    async def compared(self, name: str) -> dict[str, Any]:
-        """As `Service.compared`, of all replicas."""
-        await super().compared(name)
-        everybody = (await self.tell()).values()
-        return Shadow.joined([counted.shadows[name] for counted in everybody if name in counted.shadows]).told()
+    async def shadow_summary(self, name: str) -> dict[str, Any]:
+        """Return the comparison of a model with its shadow, over all replicas.
 
-    async def measured(self) -> bytes:
-        """As `Service.measured`, of all replicas, apart by the label `replica`."""
-        return joined_metrics({name: counted.metrics for name, counted in (await self.tell()).items()})
+        Raises:
+            Refusal: 404, there is no such model, or it has no shadow.
+        """
+        await super().shadow_summary(name)
+        counts = (await self.exchange_counts()).values()
+        return Shadow.joined([one.shadows[name] for one in counts if name in one.shadows]).summary()
+
+    async def metrics_text(self) -> bytes:
+        """Return the metrics of all replicas, each with its label `replica`."""
+        return joined_metrics({name: counts.metrics for name, counts in (await self.exchange_counts()).items()})
 
 
-_here: "list[Replica]" = []
-"""The replica of this process: Ray Serve has one in each, and hands its ASGI application no way to it."""
+_replicas: "list[Replica]" = []
+"""The one replica of this process. Ray Serve gives its ASGI application no other access to it."""
 
 
 class Replica:
-    """What Ray starts as often as the load wants it.
+    """A replica, started by Ray.
 
     Args:
-        args: `RayAppSettings` as an object.
-        board: Ray's handle of the one `Board`.
+        args: `RayAppSettings` as a mapping.
+        board: Ray's handle of the `Board`.
 
     Raises:
-        RsiDeployError: a bundle that is not what it claims, or an API key that is missing.
+        RsiDeployError: a bundle has missing or changed files, or the API key is missing.
     """
 
     def __init__(self, args: Mapping[str, Any], board: Any):
@@ -160,31 +164,30 @@ class Replica:
         key = settings.api_key or (os.environ.get(KEY_VARIABLE, "") if settings.needs_key else "")
         if settings.needs_key and not key:
             raise UsageError(
-                f"an API key is wanted, but ${KEY_VARIABLE} is not set where the replicas run; set it there"
+                f"an API key is required, but ${KEY_VARIABLE} is not set where the replicas run; set it there"
             )
         self._settings, self._board = settings, board
         self._service = ReplicaService(settings, self._exchange)
-        stderr = None if settings.access_log == "off" else _stderr()
-        self._log = AccessLog(stderr)
+        self._log = AccessLog(None if settings.access_log == "off" else _stderr())
         access = Access(api_key=key, max_body=settings.max_body, max_json=settings.max_json)
         self.http = http_app(self._service, access, self._log, self._lifespan)
         self.grpc = grpc_calls(self._service, access, self._log)
-        _here[:] = [self]
+        _replicas[:] = [self]
 
     async def check_health(self) -> None:
-        """Ray asks now and then, and replaces the replica that fails several times.
+        """Check the worker process. Ray calls this regularly and replaces a replica that fails several times.
 
         Raises:
-            RsiDeployError: no worker process lives.
+            RsiDeployError: no worker process is alive.
         """
         if not self._service.ready:
-            raise RsiDeployError("the worker process has died and has not come back yet; it is started again")
+            raise RsiDeployError("the worker process has died; another one is being started")
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """From before the first request to after the last one."""
+        """Start the service before the first request and close it after the last one."""
         await self._service.start()
-        tasks = [asyncio.create_task(self._tell())]
+        tasks = [asyncio.create_task(self._exchange_regularly())]
         if self._settings.reload_seconds:
             tasks.append(asyncio.create_task(watch(self._service, self._settings.reload_seconds)))
         try:
@@ -195,19 +198,18 @@ class Replica:
             await self._service.close()
             self._log.close()
 
-    async def _tell(self) -> None:
+    async def _exchange_regularly(self) -> None:
         while True:
-            with contextlib.suppress(Exception):  # the board may be on its way to another node: it is told next time
-                await self._service.tell()
-            await asyncio.sleep(TELL_SECONDS)
+            with contextlib.suppress(Exception):  # Ray may be moving the board to another node: try again later
+                await self._service.exchange_counts()
+            await asyncio.sleep(SHARE_SECONDS)
 
-    async def _exchange(self, counted: ReplicaCounts) -> Mapping[str, ReplicaCounts]:
+    async def _exchange(self, counts: ReplicaCounts) -> Mapping[str, ReplicaCounts]:
         from ray import serve
 
-        found: Mapping[str, ReplicaCounts] = await self._board.exchange.remote(
-            str(serve.get_replica_context().replica_id.unique_id), counted
-        )
-        return found
+        replica = str(serve.get_replica_context().replica_id.unique_id)
+        all_counts: Mapping[str, ReplicaCounts] = await self._board.exchange.remote(replica, counts)
+        return all_counts
 
 
 def _stderr() -> RawIOBase:
@@ -221,12 +223,12 @@ def _method(name: str) -> Callable[..., Awaitable[Any]]:
     return called
 
 
-for _name in METHODS:  # Ray Serve calls the method that has the name of gRPC's
+for _name in METHODS:  # Ray Serve calls the method with the name of the gRPC method
     setattr(Replica, _name, _method(_name))
 
 
 class _GrpcContext:
-    """Ray's context, with the one method that it has not."""
+    """Ray's gRPC context with the method `abort`, which it lacks."""
 
     def __init__(self, context: Any):
         self._context = context
@@ -241,17 +243,17 @@ class _GrpcContext:
 
 
 class _Asgi:
-    """Ray Serve takes its ASGI application before there is a replica; this one finds it when it is called."""
+    """An ASGI application for Ray Serve, which needs it before a replica exists; it finds the replica when called."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await _here[0].http(scope, receive, send)
+        await _replicas[0].http(scope, receive, send)
 
 
 def build(args: dict[str, Any]) -> Any:
-    """The application: what `serve deploy` calls with the `args` of its config.
+    """Return the application. `serve deploy` calls this with the `args` of its config.
 
     Raises:
-        UsageError: arguments that are none.
+        UsageError: a setting is invalid.
     """
     settings = read_settings(args)
     from ray import serve
@@ -259,8 +261,8 @@ def build(args: dict[str, Any]) -> Any:
     board = serve.deployment(Board).options(name="Board", num_replicas=1, ray_actor_options={"num_cpus": 0})
     replica = serve.deployment(serve.ingress(_Asgi())(Replica)).options(
         name="Replica",
-        max_ongoing_requests=MOST_WAITING,  # what waits, waits where the latency bound is known
-        max_queued_requests=MOST_WAITING,
+        max_ongoing_requests=MAX_WAITING,  # requests wait in the replica, which knows the latency bound
+        max_queued_requests=MAX_WAITING,
         autoscaling_config={
             "min_replicas": settings.replicas[0],
             "max_replicas": settings.replicas[1],

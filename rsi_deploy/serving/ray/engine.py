@@ -1,9 +1,9 @@
-"""`serve --engine ray`: starts the application on a Ray of its own or on a cluster, and ends it with a signal.
+"""`serve --engine ray`: runs the application on a local Ray or on a cluster until a signal.
 
     check bundles -> connect -> Ray Serve listens -> replicas load -> ready
-    SIGTERM or SIGINT: the application is deleted: replicas answer what they took -> Ray Serve ends
+    SIGTERM or SIGINT: delete the application -> replicas answer their accepted requests -> Ray Serve ends
 
-`write_config` writes what `serve deploy` takes instead, for a service that outlives the command.
+`write_config` writes a config for `serve deploy` instead, for a service that runs on after the command.
 """
 
 import http.client
@@ -23,9 +23,9 @@ from typing import Any
 
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.packaging.yaml_text import yaml_text
-from rsi_deploy.runtime.ray_connection import connected
+from rsi_deploy.runtime.ray_connection import connect_to_ray
 from rsi_deploy.serving import KEY_VARIABLE
-from rsi_deploy.serving.catalog import Catalog, all_served
+from rsi_deploy.serving.catalog import Catalog, all_versions
 from rsi_deploy.serving.engine.model import LoadedModel
 from rsi_deploy.serving.front import Listening
 from rsi_deploy.serving.ports import bracketed
@@ -38,12 +38,12 @@ READY_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """Where the proxies of Ray Serve listen.
+    """The address of Ray Serve's proxies.
 
     Attributes:
-        host: to listen on.
-        http: port.
-        grpc: port; None without gRPC.
+        host: host to listen on.
+        http: port of HTTP.
+        grpc: port of gRPC, or None.
     """
 
     host: str
@@ -51,55 +51,46 @@ class Address:
     grpc: int | None
 
     def options(self, longest: float) -> dict[str, Any]:
-        """As Ray Serve takes them; `longest` is the seconds after which a request is given up with 408."""
-        found: dict[str, Any] = {
+        """Return Ray Serve's options; after `longest` seconds it answers a request with 408."""
+        options: dict[str, Any] = {
             "http_options": {"host": self.host, "port": self.http, "request_timeout_s": longest},
         }
         if self.grpc is not None:
-            found["grpc_options"] = {
+            options["grpc_options"] = {
                 "port": self.grpc,
                 "grpc_servicer_functions": [SERVICER],
                 "request_timeout_s": longest,
             }
-        return found
-
-
-def check_ray_serve() -> None:
-    """Refuse where Ray Serve is missing.
-
-    Raises:
-        UsageError: with what to install.
-    """
-    if importlib.util.find_spec("ray") is None or importlib.util.find_spec("ray.serve") is None:
-        raise UsageError("--engine ray needs ray[serve]: pip install 'rsi-deploy[serve,ray,cpu]'")
+        return options
 
 
 def serve_on_ray(settings: RayAppSettings, where: Address, ray: str, on_ready: Callable[[Listening], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then answer what was taken and return; from the main thread.
+    """Serve until SIGTERM or SIGINT, then answer the accepted requests and return. Call it from the main thread.
 
     Args:
-        settings: of the application.
-        where: Ray Serve's proxies listen; on this machine, or on each of the cluster's nodes that has a replica.
+        settings: settings of the application.
+        where: address of Ray Serve's proxies, on this machine or on each node of the cluster that has a replica.
         ray: "local", or the address of a cluster.
-        on_ready: called when it answers.
+        on_ready: called when the service answers requests.
 
     Raises:
-        UsageError: Ray is missing or nobody is there, or Ray Serve runs there already.
-        ModelError: a model that cannot be loaded, or replicas that did not start.
-        GateError: a bundle whose files are not what it claims.
+        UsageError: Ray is not installed, the cluster does not answer, or Ray Serve already runs there.
+        ModelError: a model cannot be loaded, or the replicas did not start.
+        GateError: the files of a bundle are missing or changed.
     """
-    check_ray_serve()
-    routes = loadable(settings)
+    if importlib.util.find_spec("ray") is None or importlib.util.find_spec("ray.serve") is None:
+        raise UsageError("--engine ray needs ray[serve]: pip install 'rsi-deploy[serve,ray,cpu]'")
+    routes = load_all(settings)
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", f"{READY_SECONDS:g}")  # 5 s is short on a laptop
     results = sys.stdout
-    with redirect_stdout(sys.stderr), connected(ray) as cluster:  # Ray prints its errors as if they were results
+    with redirect_stdout(sys.stderr), connect_to_ray(ray) as cluster:  # Ray prints its errors to stdout
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        _check_room(cluster, settings, may_grow=ray != "local")
+        _check_cpus(cluster, settings, may_grow=ray != "local")
         if serve.status().proxies:
             raise UsageError(
-                f"--ray {ray}: Ray Serve runs there already, with an address of its own; write a config with "
+                f"--ray {ray}: Ray Serve already runs there, with its own address; write a config with "
                 "--write-config FILE and type serve deploy FILE"
             )
         stop, ready = threading.Event(), threading.Event()
@@ -120,13 +111,13 @@ def serve_on_ray(settings: RayAppSettings, where: Address, ray: str, on_ready: C
 
 
 def write_config(path: Path, settings: RayAppSettings, where: Address) -> None:
-    """Write the config that `serve deploy` takes, once every bundle is found to be what it claims and to load.
+    """Check and load every bundle, and write the config for `serve deploy`.
 
     Raises:
-        UsageError: there is such a file already, or it cannot be written.
+        UsageError: the file exists, or it cannot be written.
         ModelError, GateError: as `serve_on_ray`.
     """
-    loadable(settings)
+    load_all(settings)
     needs_key = bool(settings.api_key)
     args = settings.model_copy(update={"needs_key": needs_key}).model_dump(mode="json", exclude={"api_key"})
     document = {
@@ -138,41 +129,46 @@ def write_config(path: Path, settings: RayAppSettings, where: Address) -> None:
     }
     head = "# serve deploy FILE. Every node needs rsi-deploy[serve,ray,cpu], and the models under these paths.\n"
     if needs_key:
-        head += f"# The replicas take the API key from ${KEY_VARIABLE}; without it they do not start.\n"
+        head += f"# The replicas read the API key from ${KEY_VARIABLE}; without it they do not start.\n"
     try:
         with path.open("x", encoding="utf-8", newline="\n") as file:
             file.write(head + yaml_text(document))
     except FileExistsError:
-        raise UsageError(f"--write-config {path}: there is such a file already; name another one") from None
+        raise UsageError(f"--write-config {path}: the file exists; choose another one") from None
     except OSError as error:
         raise UsageError(f"--write-config {path}: {error.strerror}; choose another file") from None
 
 
-def loadable(settings: RayAppSettings) -> Catalog:
-    """The models, each bundle checked and each model loaded once here, where a failure can be said in one line.
+def load_all(settings: RayAppSettings) -> Catalog:
+    """Check each bundle and load each model once in this process, where a failure is one clear message.
 
     Raises:
         UsageError, ModelError, GateError: as `read_catalog` and `LoadedModel`.
     """
     routes = settings.catalog()
-    for served in all_served(routes):
+    for served in all_versions(routes):
         LoadedModel(served.bundle, threads=settings.threads, try_batches=False)
     return routes
 
 
-def _check_room(cluster: Any, settings: RayAppSettings, *, may_grow: bool) -> None:
-    """Refuse what would wait for ever: replicas that no node has the CPUs for.
+def _check_cpus(cluster: Any, settings: RayAppSettings, *, may_grow: bool) -> None:
+    """Refuse replicas for which the nodes lack CPUs: Ray would wait for ever.
 
     Raises:
         UsageError: with what fits.
     """
+    if may_grow:
+        return
     nodes = [int(node["Resources"].get("CPU", 0)) for node in cluster.nodes() if node["Alive"]]
-    if (most := max(nodes, default=0)) < settings.threads and not may_grow:
-        raise UsageError(f"--threads {settings.threads}: a replica takes as many CPUs, but there are {most} here")
-    room = sum(count // settings.threads for count in nodes)
-    if room < settings.replicas[0] and not may_grow:
+    if (most := max(nodes, default=0)) < settings.threads:
         raise UsageError(
-            f"--replicas {settings.replicas[0]}: there are CPUs for {room} of {settings.threads} threads; ask for fewer"
+            f"--threads {settings.threads}: a replica takes as many CPUs, but a node has {most}; type --threads {most}"
+        )
+    room = sum(count // settings.threads for count in nodes)
+    if room < settings.replicas[0]:
+        raise UsageError(
+            f"--replicas {settings.replicas[0]}: there are CPUs for {room} replicas of {settings.threads} threads; "
+            f"type --replicas {room}"
         )
 
 
@@ -187,7 +183,7 @@ def _start(serve: Any, settings: RayAppSettings, where: Address, *, everywhere: 
             "`ray logs` on that cluster says more"
         ) from error
     if everywhere:
-        return  # there need be no proxy on this machine
+        return  # this machine may have no proxy
     end = time.monotonic() + READY_SECONDS
     while not _answers(where):
         if time.monotonic() > end:
@@ -198,20 +194,20 @@ def _start(serve: Any, settings: RayAppSettings, where: Address, *, everywhere: 
 
 
 class _Interrupted(BaseException):
-    """A signal before the service was ready: it ends as one that came later."""
+    """A signal before the service was ready; it ends the same way as a later one."""
 
 
 @contextmanager
 def _signals(stop: threading.Event, ready: threading.Event) -> Iterator[None]:
-    """Have SIGINT and SIGTERM set `stop`, or interrupt what is not `ready` yet; Ray's own ways are back afterwards."""
+    """Make SIGINT and SIGTERM set `stop`, and raise `_Interrupted` before `ready`; restore the handlers at the end."""
 
-    def heard(number: int, frame: Any) -> None:
+    def handle(number: int, frame: Any) -> None:
         if not stop.is_set() and not ready.is_set():
             stop.set()
             raise _Interrupted
         stop.set()
 
-    before = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

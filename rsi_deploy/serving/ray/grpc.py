@@ -1,7 +1,7 @@
-"""What Ray Serve's gRPC proxy adds to its server: the protocol's service, with messages that travel to a replica.
+"""The function by which Ray Serve's gRPC proxy adds the protocol's service.
 
-The messages of `tritonclient` name a module that does not exist (`grpc_service_pb2`), so that pickle, by which Ray
-sends them, cannot find their classes. They are told their true one.
+Ray pickles the messages to send them to a replica. The messages of `tritonclient` name a module that does not exist
+(`grpc_service_pb2`), so pickle could not find their classes. Their `__module__` is corrected here.
 """
 
 from typing import Any
@@ -17,11 +17,11 @@ METHODS = (
     "ModelInfer",
     "RepositoryIndex",
 )
-"""Those that are offered, as in `grpc_app`."""
+"""The supported methods, as in `grpc_app`."""
 
 
 def add_to_server(servicer: Any, server: Any) -> None:
-    """Ray calls it in each proxy, with its own servicer and server."""
+    """Add the service to a gRPC server. Ray calls this in each proxy."""
     for name in METHODS:
         getattr(service_pb2, f"{name}Request").__module__ = service_pb2.__name__
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)

@@ -1,4 +1,4 @@
-"""What both transports do around a request: who may ask, how much they may send, and what is written down of it."""
+"""What both transports share: the API key, the size limits, and the record of a request for metrics and log."""
 
 import hmac
 import time
@@ -9,17 +9,17 @@ from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.requests import InferResponse
 from rsi_deploy.serving.service import Service
 
-LONGEST_LOGGED = 200
+MAX_LOGGED = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """The rules of a transport.
+    """The API key and the size limits of requests.
 
     Attributes:
-        api_key: that must come with everything but health; "" asks for none.
-        max_body: bytes of a request.
-        max_json: bytes of JSON in it.
+        api_key: key that every request but health must have; "" requires none.
+        max_body: most bytes of a request.
+        max_json: most bytes of JSON in a request.
     """
 
     api_key: str = ""
@@ -27,14 +27,14 @@ class Access:
     max_json: int = 8 << 20
 
     def check_key(self, authorization: str, api_key: str) -> None:
-        """Refuse what does not bring the key.
+        """Check the key of a request.
 
         Args:
-            authorization: header `Authorization: Bearer KEY`, or "".
-            api_key: header `X-API-Key: KEY`, or "".
+            authorization: value of the header `Authorization: Bearer KEY`, or "".
+            api_key: value of the header `X-API-Key: KEY`, or "".
 
         Raises:
-            Refusal: 401.
+            Refusal: 401, the key is missing or wrong.
         """
         if not self.api_key:
             return
@@ -46,10 +46,22 @@ class Access:
 
 @dataclass(kw_only=True)
 class Record:
-    """One request on its way, and what is noted of it when it ends."""
+    """The facts about one request that go into metrics and the access log when it ends.
+
+    Attributes:
+        protocol: "http" or "grpc".
+        method: HTTP method and path, or gRPC method.
+        client: address of the client.
+        bytes_in, bytes_out: sizes of request and answer.
+        id: identifier from the request, or "".
+        status: HTTP status.
+        answer: the model's answer, or None.
+        error: error message, or "".
+        started: time of arrival, by `time.perf_counter`.
+    """
 
     protocol: str
-    what: str
+    method: str
     client: str
     bytes_in: int = 0
     bytes_out: int = 0
@@ -60,7 +72,7 @@ class Record:
     started: float = field(default_factory=time.perf_counter)
 
     def note(self, service: Service, log: AccessLog) -> None:
-        """Count it and log it."""
+        """Add the request to the metrics and to the log."""
         seconds, answer = time.perf_counter() - self.started, self.answer
         name, version = (answer.name, answer.version) if answer else ("", "")
         waited = answer.waited if answer else None
@@ -68,17 +80,17 @@ class Record:
         entry = {
             "protocol": self.protocol,
             "client": self.client,
-            "what": self.what[:LONGEST_LOGGED],
+            "what": self.method[:MAX_LOGGED],
             "status": self.status,
             "ms": round(1e3 * seconds, 3),
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
         }
         if self.id:
-            entry["id"] = self.id[:LONGEST_LOGGED]
+            entry["id"] = self.id[:MAX_LOGGED]
         if answer:
             entry |= {"model": name, "version": version, "batch_rows": answer.rows}
             entry |= {"queue_ms": round(1e3 * answer.waited, 3), "batch_ms": round(1e3 * answer.ran, 3)}
         if self.error:
-            entry["error"] = self.error[:LONGEST_LOGGED]
+            entry["error"] = self.error[:MAX_LOGGED]
         log.note(**entry)

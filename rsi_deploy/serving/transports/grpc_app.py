@@ -1,6 +1,6 @@
 """The Open Inference Protocol over gRPC: service `inference.GRPCInferenceService`, with tritonclient's messages.
 
-A refusal is a status: its text is what the error object of HTTP would say.
+A refusal becomes a gRPC status with the same text as the error object of HTTP.
 """
 
 import asyncio
@@ -14,13 +14,12 @@ from tritonclient.grpc import service_pb2 as pb
 
 import rsi_deploy
 from rsi_deploy.serving.access_log import AccessLog
-from rsi_deploy.serving.catalog import all_served
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.requests import InferRequest, InferResponse
-from rsi_deploy.serving.protocol.signature import metadata
 from rsi_deploy.serving.protocol.tensors import (
     NAMES,
     Array,
+    check_extensions,
     checked_shape,
     dtype_of,
     from_binary,
@@ -56,29 +55,28 @@ _CONTENTS = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
-"""Datatype -> the field of InferTensorContents that holds it; FP16 goes as raw bytes alone."""
+"""Datatype -> field of InferTensorContents that holds its values; FP16 has none and is sent as raw bytes."""
 
 
 def grpc_server(service: Service, access: Access, log: AccessLog) -> Any:
-    """A `grpc.aio.Server` with the protocol's service; ports are the caller's to add."""
-    limits = [(f"grpc.max_{way}_message_length", most) for way, most in (("receive", access.max_body), ("send", -1))]
+    """Return a `grpc.aio.Server` with the protocol's service; the caller adds the ports."""
+    limits = [("grpc.max_receive_message_length", access.max_body), ("grpc.max_send_message_length", -1)]
     server = grpc.aio.server(options=[*limits, ("grpc.so_reuseport", 0)])
-    calls = grpc_calls(service, access, log)
-    methods = {name: _typed(name, called) for name, called in calls.items()}
+    methods = {name: _typed(name, call) for name, call in grpc_calls(service, access, log).items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
     return server
 
 
 def grpc_calls(service: Service, access: Access, log: AccessLog) -> dict[str, Call]:
-    """The protocol's methods: name -> a function of the message and grpc's context for it."""
+    """Return the protocol's methods: name -> function of the message and grpc's context."""
     return _Grpc(service, access, log).calls()
 
 
-def _typed(name: str, called: Call) -> Any:
-    """A method as grpc wants it: with the types of its messages."""
-    taken, given = (getattr(pb, f"{name}{kind}") for kind in ("InferRequest", "Response"))
+def _typed(name: str, call: Call) -> Any:
+    """Return grpc's handler for a method, with the types of its messages."""
+    request, response = (getattr(pb, f"{name}{kind}") for kind in ("Request", "Response"))
     return grpc.unary_unary_rpc_method_handler(
-        called, request_deserializer=taken.FromString, response_serializer=given.SerializeToString
+        call, request_deserializer=request.FromString, response_serializer=response.SerializeToString
     )
 
 
@@ -87,7 +85,7 @@ class _Grpc:
         self._service, self._access, self._log = service, access, log
 
     def calls(self) -> dict[str, Call]:
-        """Name -> what answers it."""
+        """Return method name -> function."""
         handlers = {
             "ServerLive": self._live,
             "ServerReady": self._ready,
@@ -101,12 +99,12 @@ class _Grpc:
 
     def _call(self, name: str, handler: Callable[[Any, Record], Awaitable[Any]]) -> Call:
         async def called(message: Any, context: Any) -> Any:
-            record = Record(protocol="grpc", what=name, client=context.peer(), bytes_in=message.ByteSize())
+            record = Record(protocol="grpc", method=name, client=context.peer(), bytes_in=message.ByteSize())
             try:
                 if name not in OPEN_TO_ALL:
-                    came = dict(context.invocation_metadata() or ())
-                    self._access.check_key(str(came.get("authorization", "")), str(came.get("x-api-key", "")))
-                if record.bytes_in > self._access.max_body:  # grpc's own limit, where the server is ours
+                    headers = dict(context.invocation_metadata() or ())
+                    self._access.check_key(str(headers.get("authorization", "")), str(headers.get("x-api-key", "")))
+                if record.bytes_in > self._access.max_body:  # only Ray Serve passes such messages on
                     raise Refusal(413, f"{record.bytes_in} bytes are more than {self._access.max_body}")
                 response = await handler(message, record)
                 record.status, record.bytes_out = 200, response.ByteSize()
@@ -139,34 +137,20 @@ class _Grpc:
         return pb.ServerMetadataResponse(name="rsi-deploy", version=rsi_deploy.__version__)
 
     async def _model(self, message: Any, record: Record) -> Any:
-        served = self._service.find(message.name, message.version)
-        signature = self._service.loaded(served).signature
-        return pb.ModelMetadataResponse(
-            name=served.name,
-            versions=sorted(self._service.routes[served.name].versions, key=int),
-            platform="onnxruntime_onnx",
-            inputs=metadata(signature.inputs),
-            outputs=metadata(signature.outputs),
-        )
+        return pb.ModelMetadataResponse(**self._service.metadata(message.name, message.version))
 
     async def _index(self, message: Any, record: Record) -> Any:
-        state = {True: "READY", False: "UNAVAILABLE"}
-        return pb.RepositoryIndexResponse(
-            models=[
-                {"name": s.name, "version": s.version, "state": state[self._service.can_answer(s)]}
-                for s in all_served(self._service.routes)
-            ]
-        )
+        return pb.RepositoryIndexResponse(models=self._service.index())
 
     async def _infer(self, message: Any, record: Record) -> Any:
         record.id = message.id
-        asked = decode(message)
-        record.answer = answer = await self._service.infer(message.model_name, message.model_version, asked)
+        request = decode(message)
+        record.answer = answer = await self._service.infer(message.model_name, message.model_version, request)
         return encode(answer, message.id)
 
 
 def decode(message: Any) -> InferRequest:
-    """The request in a `ModelInferRequest`.
+    """Return the request in a `ModelInferRequest`.
 
     Raises:
         Refusal: 400, with what is wrong.
@@ -175,35 +159,37 @@ def decode(message: Any) -> InferRequest:
     if raw and len(raw) != len(message.inputs):
         raise Refusal(400, f"{len(raw)} raw_input_contents for {len(message.inputs)} inputs; expected one for each")
     feeds: dict[str, Array] = {}
-    for place, tensor in enumerate(message.inputs):
+    for index, tensor in enumerate(message.inputs):
         what = f"input {tensor.name[:80]}"
         if tensor.name in feeds:
-            raise Refusal(400, f"{what} is given twice")
-        _check_extensions(tensor.parameters, what)
+            raise Refusal(400, f"{what} is repeated")
+        check_extensions(tensor.parameters, what)
         dtype, shape = dtype_of(tensor.datatype, what), checked_shape(list(tensor.shape), what)
         if raw:
-            feeds[tensor.name] = from_binary(raw[place], dtype, shape, what)
+            feeds[tensor.name] = from_binary(raw[index], dtype, shape, what)
             continue
         if not math.prod(shape) and not tensor.contents.ListFields():
             feeds[tensor.name] = from_binary(b"", dtype, shape, what)
             continue
         if (name := _CONTENTS.get(tensor.datatype)) is None:
             raise Refusal(400, f"{what}: {tensor.datatype} has no contents; send raw_input_contents")
-        _check_contents(tensor, name, what)
+        filled = [field.name for field, _ in tensor.contents.ListFields()]
+        if wrong := [field for field in filled if field != name]:
+            raise Refusal(400, f"{what}: {tensor.datatype} is sent in {name}, but got {', '.join(wrong)}")
         if len(values := getattr(tensor.contents, name)) != math.prod(shape):
             raise Refusal(400, f"{what}: {len(values)} values came, but shape says {list(shape)}")
         feeds[tensor.name] = from_values(list(values), dtype, shape, what)
     if not feeds:
         raise Refusal(400, "there are no inputs; expected one for each input of the model")
     for output in message.outputs:
-        _check_extensions(output.parameters, f"output {output.name[:80]}")
+        check_extensions(output.parameters, f"output {output.name[:80]}")
     return InferRequest(
         feeds=feeds, id=message.id, outputs={output.name: True for output in message.outputs}, binary=True
     )
 
 
 def encode(answer: InferResponse, identity: str) -> Any:
-    """The `ModelInferResponse` of an answer, tensors as raw bytes."""
+    """Return the `ModelInferResponse` of an answer, with its tensors as raw bytes."""
     return pb.ModelInferResponse(
         model_name=answer.name,
         model_version=answer.version,
@@ -214,15 +200,3 @@ def encode(answer: InferResponse, identity: str) -> Any:
         ],
         raw_output_contents=[to_binary(array) for array in answer.outputs.values()],
     )
-
-
-def _check_extensions(parameters: Any, what: str) -> None:
-    for name in ("shared_memory_region", "classification"):
-        if name in parameters:
-            raise Refusal(400, f"{what}: the extension behind {name} is not offered here")
-
-
-def _check_contents(tensor: Any, wanted: str, what: str) -> None:
-    filled = [field.name for field, _ in tensor.contents.ListFields()]
-    if wrong := [name for name in filled if name != wanted]:
-        raise Refusal(400, f"{what}: {tensor.datatype} goes into {wanted}, but {', '.join(wrong)} came")

@@ -3,11 +3,11 @@
     GET  /v2   /v2/health/live   /v2/health/ready   /v2/models   /v2/models/NAME[/versions/N][/ready]
     POST /v2/models/NAME[/versions/N]/infer         JSON, or JSON and binary tensors
     POST /v2/models/NAME[/versions/N]/image         an image file; the bundle's preprocessing is applied
-    POST /v2/repository/index                       names, versions and states, as Triton tells them
-    GET  /v2/models/NAME/shadow                     how the shadow's answers compare
+    POST /v2/repository/index                       names, versions and states, in Triton's form
+    GET  /v2/models/NAME/shadow                     comparison with the shadow
     GET  /metrics                                   Prometheus
 
-Whatever is refused gets `{"error": "..."}` with a 4xx or 503.
+A refused request gets `{"error": "..."}` with a status of 4xx or 503.
 """
 
 import asyncio
@@ -21,17 +21,15 @@ import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.requests import InferRequest as HttpRequest
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
 import rsi_deploy
 from rsi_deploy.serving.access_log import AccessLog
-from rsi_deploy.serving.catalog import all_served
 from rsi_deploy.serving.protocol.images import image_request
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.requests import InferRequest
-from rsi_deploy.serving.protocol.signature import metadata
 from rsi_deploy.serving.service import Service
 from rsi_deploy.serving.transports import http_body
 from rsi_deploy.serving.transports.common import Access, Record
@@ -45,13 +43,13 @@ JSON, BINARY = "application/json", "application/octet-stream"
 
 
 def http_app(service: Service, access: Access, log: AccessLog, lifespan: Lifespan | None = None) -> Starlette:
-    """The application that answers HTTP requests with the models of `service`.
+    """Return the ASGI application for HTTP requests to the models of `service`.
 
     Args:
         service: the models.
-        access: who may ask for how much.
-        log: of requests.
-        lifespan: what is to be done around all requests, where the transport's own server does not.
+        access: API key and size limits.
+        log: access log.
+        lifespan: startup and shutdown of the application, if its server does not start the service itself.
     """
     return _Http(service, access, log).app(lifespan)
 
@@ -88,9 +86,9 @@ class _Http:
         return Route(path, endpoint, methods=[method])
 
     async def _answer(self, request: HttpRequest, handler: Handler, open_to_all: bool) -> Response:
-        """Run a handler; refusals, and what nobody foresaw, become error objects; then note what came of it."""
+        """Run a handler, turn exceptions into error objects, and record the request."""
         client = request.client.host if request.client else ""
-        record = Record(protocol="http", what=f"{request.method} {request.url.path}", client=client)
+        record = Record(protocol="http", method=f"{request.method} {request.url.path}", client=client)
         headers = request.headers
         try:
             if not open_to_all:
@@ -103,7 +101,7 @@ class _Http:
             record.error = "the client has gone"
             response = _error(Refusal(400, record.error))
         except Exception:
-            logger.exception("%s", record.what)
+            logger.exception("%s", record.method)
             record.error = "the server failed; its log says why"
             response = _error(Refusal(500, record.error))
         record.status, record.bytes_out = response.status_code, len(response.body)
@@ -115,39 +113,38 @@ class _Http:
     async def _infer(self, request: HttpRequest, record: Record) -> Response:
         body = await self._body(request, record)
         header_length = request.headers.get(http_body.HEADER_LENGTH)
-        asked = http_body.decode(body, header_length, most_json=self._access.max_json)
-        return await self._inferred(request, record, asked)
+        decoded = http_body.decode(body, header_length, max_json=self._access.max_json)
+        return await self._inferred(request, record, decoded)
 
     async def _image(self, request: HttpRequest, record: Record) -> Response:
         name, version = _named(request)
         served = self._service.find(name, version)
-        loaded = self._service.loaded(served)
         body = await self._body(request, record)
-        steps = served.bundle.preprocessing
-        asked = await asyncio.to_thread(image_request, body, steps, loaded.signature, name)
-        return await self._inferred(request, record, asked)
+        preprocessing, signature = served.bundle.preprocessing, self._service.signature(served)
+        decoded = await asyncio.to_thread(image_request, body, preprocessing, signature, name)
+        return await self._inferred(request, record, decoded)
 
-    async def _inferred(self, request: HttpRequest, record: Record, asked: InferRequest) -> Response:
-        record.id = asked.id
-        record.answer = answer = await self._service.infer(*_named(request), asked)
-        content, header_length = http_body.encode(answer, asked)
+    async def _inferred(self, request: HttpRequest, record: Record, decoded: InferRequest) -> Response:
+        record.id = decoded.id
+        record.answer = answer = await self._service.infer(*_named(request), decoded)
+        content, header_length = http_body.encode(answer, decoded)
         if header_length is None:
             return Response(content, media_type=JSON)
         return Response(content, media_type=BINARY, headers={http_body.HEADER_LENGTH: str(header_length)})
 
     async def _body(self, request: HttpRequest, record: Record) -> bytes:
-        """The whole body, refused as soon as it is known to be too long."""
-        most = self._access.max_body
-        told = request.headers.get("content-length", "0")
+        """Return the whole body, or refuse it as soon as it is known to be too long."""
+        limit = self._access.max_body
+        length = request.headers.get("content-length", "0")
         if request.headers.get("content-encoding", "identity") != "identity":
-            raise Refusal(415, "compressed bodies are not taken")
+            raise Refusal(415, "compressed bodies are not supported")
         chunks, size = [], 0
-        if not told.isdecimal() or int(told) > most:
-            raise Refusal(413, f"{told[:20]} bytes are more than {most}, the most that a request may have")
+        if not length.isdecimal() or int(length) > limit:
+            raise Refusal(413, f"{length[:20]} bytes are more than {limit}, the most that a request may have")
         async for chunk in request.stream():
             size += len(chunk)
-            if size > most:
-                raise Refusal(413, f"the body has more than {most} bytes, the most that a request may have")
+            if size > limit:
+                raise Refusal(413, f"the body has more than {limit} bytes, the most that a request may have")
             chunks.append(chunk)
         record.bytes_in = size
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -167,12 +164,7 @@ class _Http:
         return _json({"models": list(self._service.routes)})
 
     async def _model(self, request: HttpRequest, record: Record) -> Response:
-        name, version = _named(request)
-        served = self._service.find(name, version)
-        signature = self._service.loaded(served).signature
-        versions = sorted(self._service.routes[name].versions, key=int)
-        told: dict[str, Any] = {"name": name, "versions": versions, "platform": "onnxruntime_onnx"}
-        return _json(told | {"inputs": metadata(signature.inputs), "outputs": metadata(signature.outputs)})
+        return _json(self._service.metadata(*_named(request)))
 
     async def _model_ready(self, request: HttpRequest, record: Record) -> Response:
         name, version = _named(request)
@@ -181,23 +173,18 @@ class _Http:
 
     async def _shadow(self, request: HttpRequest, record: Record) -> Response:
         name, _ = _named(request)
-        return _json(await self._service.compared(name))
+        return _json(await self._service.shadow_summary(name))
 
     async def _index(self, request: HttpRequest, record: Record) -> Response:
-        state = {True: "READY", False: "UNAVAILABLE"}
-        return _json(
-            [
-                {"name": s.name, "version": s.version, "state": state[self._service.can_answer(s)], "reason": ""}
-                for s in all_served(self._service.routes)
-            ]
-        )
+        return _json([{**entry, "reason": ""} for entry in self._service.index()])
 
     async def _metrics(self, request: HttpRequest, record: Record) -> Response:
         self._service.metrics.note_lost_lines(self._log.lost)
-        return Response(await self._service.measured(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await self._service.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _named(request: HttpRequest) -> tuple[str, str]:
+    """Return name and version of the model in a path; the version is "" if the path has none."""
     parts = request.path_params
     return parts["name"], parts.get("version", "")
 
@@ -208,7 +195,7 @@ def _json(value: Any, status: int = 200) -> Response:
 
 def _error(refusal: Refusal) -> Response:
     headers = {"retry-after": str(math.ceil(refusal.retry_after))} if refusal.retry_after else None
-    # What a client sent may not be valid text (lone surrogates), which orjson refuses.
+    # The message may repeat invalid text of the client (lone surrogates), which orjson refuses.
     message = refusal.message.encode("utf-8", "replace").decode()
     return Response(orjson.dumps({"error": message}), refusal.status, headers, media_type=JSON)
 

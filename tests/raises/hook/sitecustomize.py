@@ -1,7 +1,7 @@
-"""Put on PYTHONPATH by tests/raises: every process that starts under it notes the raise statements that it runs.
+"""A hook that records raise statements. tests/raises puts it on PYTHONPATH of every process that it starts.
 
-A raise statement gets a call before it, when its module is imported; nothing else is slowed down. Each process appends
-the statement's key to the file that RSI_RAISES names, once.
+When a module is imported, a call is inserted before each raise statement. It appends the key of the statement to the
+file in $RSI_RAISES, once in each process.
 """
 
 import ast
@@ -15,7 +15,7 @@ SEEN = set()
 
 
 def note(key):
-    """Write the statement down, once in a process; one short append is whole or not there."""
+    """Append the key to the record, once in a process. A short append is atomic."""
     if key not in SEEN:
         SEEN.add(key)
         with open(RECORD, "a", encoding="utf-8") as record:
@@ -23,27 +23,27 @@ def note(key):
 
 
 def keys(tree, file):
-    """Key by raise statement: its file, its words, and which one it is where the same words stand there again.
+    """Return raise statement -> key: its file, its text, and a number if the text is repeated.
 
-    Lines are no keys: they change with what stands above. A bare `raise` passes on what another one made.
+    Line numbers would change with the code above. A bare `raise` is left out, as it makes no exception.
     """
     found = [node for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc is not None]
     words = {node: ast.unparse(node.exc) for node in sorted(found, key=lambda node: node.lineno)}
     seen, named = [], {}
-    for node, said in words.items():
-        seen.append(said)
-        named[node] = f"{file}: {said}" + f" #{seen.count(said)}" * (seen.count(said) > 1)
+    for node, text in words.items():
+        seen.append(text)
+        named[node] = f"{file}: {text}" + f" #{seen.count(text)}" * (seen.count(text) > 1)
     return named
 
 
 class Noting(ast.NodeTransformer):
-    """Before every `raise`, a call that notes it."""
+    """Inserts a call before every raise statement."""
 
     def __init__(self, named):
         self.named = named
 
     def visit_Raise(self, node):
-        """The call, and then the statement as it was."""
+        """Return the call and the statement."""
         if node not in self.named:
             return node
         call = ast.parse(f"__builtins_noted_raise__({self.named[node]!r})").body[0]
@@ -53,10 +53,10 @@ class Noting(ast.NodeTransformer):
 
 
 class Loader(importlib.machinery.SourceFileLoader):
-    """Compiles the noting source; the cache of bytecode is neither read nor written."""
+    """Compiles modules with the inserted calls, without the cache of bytecode."""
 
     def get_code(self, fullname):
-        """The module's code with its raise statements noted."""
+        """Return the code of a module with the inserted calls."""
         path = self.get_filename(fullname)
         tree = ast.parse(self.get_data(path))
         named = keys(tree, fullname.replace(".", "/"))
@@ -64,11 +64,11 @@ class Loader(importlib.machinery.SourceFileLoader):
 
 
 class Finder:
-    """Finds our packages where Python would, and gives them the loader above."""
+    """Finds the modules of our packages and gives them the loader above."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        """The spec of a module of ours; None leaves all others to Python."""
+        """Return the spec of a module of our packages, or None for others."""
         if name.partition(".")[0] not in ("rsi_deploy", "graph_passes"):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
