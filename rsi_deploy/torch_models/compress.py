@@ -20,7 +20,7 @@ from graph_passes.forms import Form, conv_forms
 from rsi_deploy.calibration.activations import Replacement
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.sites import SiteRecord, dense_record, site_name
-from rsi_deploy.linalg.batched_solver import Asked, gains, solved_together
+from rsi_deploy.linalg.batched_solver import FactorizationRequest, gains_from_batching, solve_in_batches
 from rsi_deploy.linalg.site_factors import factorize_site
 from rsi_deploy.linalg.solver import Factors, Method, PowerIterations, Route, Solver, balanced
 from rsi_deploy.planning.error_rank import smallest_rank
@@ -161,12 +161,12 @@ def compress_(
         )
     split = [d.rank is not None and not s.obstacle for s, d in zip(sites, decisions, strict=True)]
     sites = [_folded(module, s, norms) if chosen else s for s, chosen in zip(sites, split, strict=True)]
-    ahead = solved_together(
+    ahead = solve_in_batches(
         solver,
         {
-            site.name: Asked(site.matrix()[0], decision.rank)
+            site.name: FactorizationRequest(site.matrix()[0], decision.rank)
             for site, decision, chosen in zip(sites, decisions, split, strict=True)
-            if chosen and decision.rank is not None and site.groups == 1 and gains(site.shape)
+            if chosen and decision.rank is not None and site.groups == 1 and gains_from_batching(site.shape)
         },
     )
     records = []
