@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from rsi_deploy.core.errors import ModelError
+from rsi_deploy.core.types import Shape
 from rsi_deploy.io.limits import EXPANDED_NODES, GENERATED_NUMBERS, GENERATED_RATIO, describe_node, quoted_name
 from rsi_deploy.io.onnx_checks.names import FunctionKey, functions_of
 from rsi_deploy.io.onnx_checks.parts import all_tensors, subgraphs
-from rsi_deploy.io.onnx_checks.sizes import INTEGERS, SHAPES, SMALL, Known, Shape, attributes, small_numbers
+from rsi_deploy.io.onnx_checks.sizes import INTEGERS, SHAPES, SMALL, Known, attributes, small_numbers
 
 GENERATORS = frozenset(
     ("ConstantOfShape", "Expand", "EyeLike", "OneHot", "RandomNormal", "RandomUniform", "Range", "Tile")
