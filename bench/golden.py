@@ -114,7 +114,7 @@ CASES = {
     "schema": ["schema"],
 }
 """Each runs in one folder, where the folders of those before it lie."""
-QUICK = ("cnn", "onnx", "usage", "inspect-onnx")
+QUICK = ("cnn", "vit", "onnx", "usage", "inspect-onnx")
 MAKE_FOLDERS = {"export", "sweep", "package"}
 
 

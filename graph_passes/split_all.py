@@ -1,7 +1,5 @@
 """All operators together: the sites of a model, and splitting them in graph order."""
 
-from __future__ import annotations
-
 import onnx_ir as ir
 
 from graph_passes.collector import paused_collector

@@ -9,8 +9,6 @@ It stays one fused operator: the hidden size of its input is free, and only that
 head counts and unequal q, k, v sizes belong to the output side and stay.
 """
 
-from __future__ import annotations
-
 import onnx_ir as ir
 
 from graph_passes.axis_rules.sequences import packed_attention

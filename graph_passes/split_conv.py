@@ -21,8 +21,6 @@ what the second pads with must be zero. auto_pad goes where the kernel goes: it 
 with the second one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import ClassVar

@@ -13,8 +13,6 @@ A ConvTranspose multiplies the channels of each position by W and sums what over
 first, at the smaller resolution of the input, and what is spatial stays in one place.
 """
 
-from __future__ import annotations
-
 import math
 
 import onnx_ir as ir

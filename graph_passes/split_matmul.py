@@ -15,8 +15,6 @@ its own batch axes broadcast against those of the weight.
 A bias correction goes into the Add behind, or becomes one: (*batch, 1, out), or (*batch, out, 1) on the left.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import ClassVar

@@ -7,8 +7,6 @@ The original node stays and becomes the second one, so its output value (name, t
 Both nodes carry the mark `rsi_deploy.split` in metadata_props, which survives saving, and are never split again.
 """
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from collections import Counter, deque

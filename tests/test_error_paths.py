@@ -95,7 +95,7 @@ def test_what_data_can_get_wrong(here, capsys):
         ("tree#classes=absent.txt", "the class list absent.txt cannot be read"),
         ("saved", "state.json is not what datasets.save_to_disk writes; save the data again"),
         ("parts", "00000-of-00002.parquet x, labels; store the same columns in every file"),
-        ("batches:ragged", "a batch holds list, which is no array"),
+        ("batches:ragged", "a batch holds list, which is not an array"),
     ):
         code = run(["eval", "m.onnx", "--data", data])
         assert (code, words in (said := capsys.readouterr().err)) == (2, True), said
@@ -210,15 +210,15 @@ def test_errors_without_source(monkeypatch):
     ("inputs", "more", "words"),
     [
         ([], {}, "there are no inputs; expected one for each input of the model"),
-        ([{}, {}], {}, "input x is given twice"),
+        ([{}, {}], {}, "input x is repeated"),
         ([{}], {"raw_input_contents": [b"", b""]}, "2 raw_input_contents for 1 inputs; expected one for each"),
         ([{"datatype": "FP16"}], {}, "input x: FP16 has no contents; send raw_input_contents"),
         ([{"shape": [1, 3]}], {}, "input x: 2 values came, but shape says [1, 3]"),
-        ([{"contents": {"int_contents": [1, 2]}}], {}, "input x: FP32 goes into fp32_contents, but int_contents came"),
+        ([{"contents": {"int_contents": [1, 2]}}], {}, "input x: FP32 is sent in fp32_contents, but got int_contents"),
         (
             [{"parameters": {"classification": {"int64_param": 3}}}],
             {},
-            "the extension behind classification is not offered",
+            "the extension of parameter classification is not supported",
         ),
     ],
 )

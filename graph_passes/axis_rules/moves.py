@@ -9,8 +9,6 @@ Samples stay apart where every batch axis goes to one and the same axis of the o
 the same for every entry of that axis.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar

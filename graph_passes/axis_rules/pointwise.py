@@ -1,7 +1,5 @@
 """Rules of operators that work element by element, with broadcasting: every axis stays where it is."""
 
-from __future__ import annotations
-
 from graph_passes.axis_rules.moves import MICROSOFT, Moves, aligned, dims_of, kept, rule
 from graph_passes.axis_rules.values import Dims, NodeCall
 

@@ -4,8 +4,6 @@ MatMul   rows and leading axes stay, the inner axis is summed over
 Conv     (samples, channels, *space): the window moves over space and reads all channels
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from graph_passes.axis_rules.moves import (

@@ -1,7 +1,5 @@
 """Rules of operators that read whole axes: reductions, normalizations, softmax, sorting, running sums."""
 
-from __future__ import annotations
-
 from graph_passes.axis_rules.moves import CHANNELS, MICROSOFT, Moves, Target, dims_of, kept, only, rule, unknown_dims
 from graph_passes.axis_rules.values import NodeCall
 

@@ -1,7 +1,5 @@
 """Rules of recurrent layers and attention, whose batch axis is fixed by the operator."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from graph_passes.axis_rules.moves import CHANNELS, MICROSOFT, STEPS, Moves, Target, dims_of, only, rule, unknown_dims

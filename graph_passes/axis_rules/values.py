@@ -9,8 +9,6 @@
 A graph is followed for several sizes of the batch at once. What differs between them depends on the size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias

@@ -145,21 +145,6 @@ def matrix_shapes(texts: Sequence[str]) -> dict[str, tuple[tuple[Size, ...], ...
     return shapes
 
 
-def parse_numbers(text: str, option: str) -> tuple[int, ...]:
-    """Read `1,8`.
-
-    >>> parse_numbers("1,8", "--batch")
-    (1, 8)
-
-    Raises:
-        UsageError: says what came.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"{option} takes numbers of 1 or more joined by commas, such as 1,8, but got {text!r}")
-    return tuple(dict.fromkeys(int(part) for part in parts))
-
-
 def _shape(text: str) -> tuple[Size, ...]:
     first, x, rest = text.partition("x")
     if first == "N":

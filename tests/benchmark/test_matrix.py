@@ -10,7 +10,7 @@ from onnx import parser
 
 from rsi_deploy.benchmark import blocks, matrix
 from rsi_deploy.benchmark import variants as arms
-from rsi_deploy.benchmark.request import BenchRequest, matrix_shapes, parse_numbers
+from rsi_deploy.benchmark.request import BenchRequest, matrix_shapes
 from rsi_deploy.benchmark.result import BenchDocument, read_bench
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.runtime.float16 import float16_file
@@ -65,8 +65,6 @@ def test_the_matrix_is_the_product():
         (lambda: matrix_shapes(["1x2"]), "NAME=1x128"),
         (lambda: matrix_shapes(["a=1x2", "a=1x3"]), "a is given twice; several shapes are joined by commas"),
         (lambda: request(shapes=matrix_shapes(["a=1,2", "b=1,2,3"])).settings(), "a 2, b 3"),
-        (lambda: parse_numbers("1,x", "--batch"), "--batch takes numbers .* but got '1,x'"),
-        (lambda: parse_numbers("0", "--streams"), "--streams takes"),
     ],
 )
 def test_what_cannot_be_read_is_refused(call, said):

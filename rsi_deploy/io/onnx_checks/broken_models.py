@@ -46,7 +46,8 @@ def explains_broken_models(verb: Callable[Arguments, Result]) -> Callable[Argume
                 raise
             raise ModelError(
                 f"{path.name} is not valid ONNX: {first_line(against)} (found after {type(error).__name__}: "
-                f"{first_line(error)}); export the model again"
+                f"{first_line(error)})",
+                hint="export the model again",
             ) from error
 
     return wrapped

@@ -74,10 +74,10 @@ def _verdict(document: BenchDocument) -> str:
     cell = document.cells[0]
     if len(cell.arms) == 1:
         return f"{cell.arms[0].median_ms:.4g} ms a call, {cell.name}."
-    said = "; ".join(f"{arm.label}: {arm.verdict}" for arm in cell.arms[1:4])
+    verdicts = "; ".join(f"{arm.label}: {arm.verdict}" for arm in cell.arms[1:4])
     others = [speed_tone(arm) for other in document.cells[1:] for arm in other.arms[1:]]
     counts = [f"{others.count(tone)} {word}" for tone, word in _WORDS.items() if tone in others]
-    return f"{said} ({cell.name})." + (f" In the other configurations: {', '.join(counts)}." if counts else "")
+    return f"{verdicts} ({cell.name})." + (f" In the other configurations: {', '.join(counts)}." if counts else "")
 
 
 _WORDS = {"good": "faster", "neutral": "without a difference shown", "bad": "slower"}
