@@ -25,7 +25,7 @@ def environment(**changes):
 
 
 def arm(label, median, width=0.01, speedup=None, speedup_width=0.01):
-    """`median` ms +- `width` (relative), `speedup` +- `speedup_width`."""
+    """Return a variant of `median` ms +- `width` (relative) and `speedup` +- `speedup_width`."""
     return VariantResult(
         label=label,
         model=f"{label}.onnx",

@@ -1,4 +1,4 @@
-"""A `BenchDocument` with everything in it, made up: what a page must be able to show."""
+"""A made-up `BenchDocument` with every section that a page can show."""
 
 import datetime
 
@@ -148,7 +148,7 @@ def throughput(label, s):
         per_second=tuple(250 / s * b**0.3 for b in batches),
         per_second_intervals=tuple((240 / s * b**0.3, 260 / s * b**0.3) for b in batches),
         best=8,
-        ended="the largest batch asked for",
+        ended="the largest batch of the request",
     )
 
 
@@ -167,7 +167,7 @@ def profile(label, s):
 
 
 def full_document(labels=LABELS, **changed):
-    """Three arms over three batches and two threads, faster in all but the last, and every section."""
+    """Return three variants over three batches and two threads, faster in all but the last, with every section."""
     speeds = SPEEDS[: len(labels)]
     each = list(zip(labels, speeds, strict=True))
     cells = [timed_cell(labels, [4.0 * batch**0.8 * s for s in speeds], batch=batch) for batch in (1, 4, 16)]

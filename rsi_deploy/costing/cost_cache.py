@@ -10,7 +10,6 @@ come from a busy machine.
 
 import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TypeVar
 
 import pydantic
 
+from rsi_deploy.core.cache_folder import cache_folder
 from rsi_deploy.costing.cost_table import NOISY, Conditions, CostTable, SiteCost
 from rsi_deploy.io.atomic import write_text
 from rsi_deploy.io.documents import read_document
@@ -47,14 +47,6 @@ def conditions_here(provider: str, threads: int | None) -> Conditions:
         provider=str(parse_provider(provider)),
         threads=threads,
     )
-
-
-def cache_folder() -> Path:
-    """Return the folder of the cache."""
-    if folder := os.environ.get("RSI_DEPLOY_CACHE"):
-        return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "rsi-deploy"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -196,6 +196,7 @@ def surgery_check(
     *,
     joint: Collection[tuple[str, ...]] = (),
     bias: bool = False,
+    graph: ir.Model | None = None,
 ) -> OutputComparison:
     """Split the `weights` of the model at `dense` at full rank and compare the outputs with `expected`.
 
@@ -206,11 +207,12 @@ def surgery_check(
         expected: outputs of the dense model.
         joint: groups of those weights that share one right factor.
         bias: whether every split also changes its bias (by zero).
+        graph: the dense model's graph, which is used up; None reads it from the file.
 
     Raises:
         GateError: The outputs differ by more than rounding, which is a defect of the surgery.
     """
-    model = load_model(dense)
+    model = load_model(dense) if graph is None else graph
 
     def full_rank(site: gp.Site) -> gp.Factors | gp.Dense:
         is_split = site.members in joint if site.members else site.weight in weights
@@ -248,6 +250,7 @@ def rotated_identity(site: gp.Site, form: gp.Form | Literal["first"] = "first", 
 def _rolled(weight: Array, axis: int, op_type: str) -> Array:
     """Move the weight's first row or column to the end, in the memory layout that the split stores, with one copy."""
     groups, rows, columns = weight.shape
+    rolled: Array
     if op_type == "Conv":
         rolled = np.empty(weight.shape, weight.dtype)
     else:

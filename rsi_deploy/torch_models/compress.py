@@ -17,7 +17,7 @@ from torch import nn
 from rsi_deploy.calibration.activations import Replacement
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.sites import SiteRecord, dense_record
-from rsi_deploy.linalg.batched_solver import Asked, gains, solved_together
+from rsi_deploy.linalg.batched_solver import FactorizationRequest, gains_from_batching, solve_in_batches
 from rsi_deploy.linalg.site_factors import factorize_site
 from rsi_deploy.linalg.solver import Method, PowerIterations, Route, Solver
 from rsi_deploy.planning.budget import Budget
@@ -145,12 +145,12 @@ def _compress_weights_(
     if any("" in site.paths and chosen for site, chosen in zip(sites, split, strict=True)):
         raise whole_module_error(module)
     sites = [_folded(module, s, norms) if chosen else s for s, chosen in zip(sites, split, strict=True)]
-    batched = solved_together(
+    batched = solve_in_batches(
         solver,
         {
-            site.name: Asked(site.matrix()[0], decision.rank)
+            site.name: FactorizationRequest(site.matrix()[0], decision.rank)
             for site, decision, chosen in zip(sites, decisions, split, strict=True)
-            if chosen and decision.rank is not None and site.groups == 1 and gains(site.shape)
+            if chosen and decision.rank is not None and site.groups == 1 and gains_from_batching(site.shape)
         },
     )
     records = []

@@ -84,7 +84,9 @@ def _check_against(node: NodeProto, schema: onnx.defs.OpSchema, where: str) -> N
         attribute = present.get(key)
         if attribute is None:
             if expected.required:
-                raise ModelError(f"{where} has no attribute {key}, which {schema.name} requires")
+                raise ModelError(
+                    f"{where} has no attribute {key}, which {schema.name} requires", hint="export the model again"
+                )
         elif attribute.type != (kind := _kind(expected)).value:
             raise ModelError(f"{where}: its attribute {key} must be {kind.name}, but is {_type_name(attribute.type)}")
 
