@@ -18,6 +18,7 @@ import numpy.typing as npt
 from rsi_deploy.benchmark.statistics import SHORT_MS, Floats, calls_per_visit, is_settled
 from rsi_deploy.benchmark.timing import time_calls
 from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.runtime.binding import Bound, bind
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
 from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
@@ -30,7 +31,6 @@ from rsi_deploy.runtime.sessions import effective_options, make_session, model_l
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-Feeds = dict[str, npt.NDArray[Any]]
 WARM_CALLS = 1000  # largest number of calls before the first block
 
 
