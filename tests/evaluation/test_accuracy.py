@@ -235,8 +235,8 @@ def test_a_regression_has_values_and_the_user_may_say_what_outputs_are(model, tm
     one = save(tmp_path / "one.onnx", WEIGHT[:, :1])
     assert evaluate(one, ArrayData(INPUTS), reference=one).values[0].distance == 0
     assert evaluate(one, DATA, reference=one, outputs="values").kind == "values", "its labels are none of these"
-    told = evaluate(model, ArrayData(INPUTS), reference=model, outputs="classes")
-    assert (told.kind, told.agreement, told.values) == ("classes", 100, ())
+    found = evaluate(model, ArrayData(INPUTS), reference=model, outputs="classes")
+    assert (found.kind, found.agreement, found.values) == ("classes", 100, ())
     guessed = evaluate(model, ArrayData(INPUTS), reference=model)
     assert guessed.agreement == 100
     assert guessed.values[0].cosine == pytest.approx(1)
@@ -326,7 +326,7 @@ def test_interrupted_it_tells_what_was_seen(model):
 
 
 def test_one_batch_is_in_memory_at_a_time(model):
-    """Every batch of the data must be gone when the next but one is asked for."""
+    """Every batch of the data must be freed when the batch after the next one is read."""
     alive = []
 
     class Counted(ArrayData):

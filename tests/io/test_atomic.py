@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and whose leftovers are told from living work."""
+"""Files and folders appear complete or not at all; leftovers are removed only if no running process locks them."""
 
 import multiprocessing
 import os
@@ -291,7 +291,7 @@ def test_a_scratch_folder_of_a_killed_process_is_removed_by_the_next(tmp_path):
 
 @pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
 def test_a_new_scratch_folder_that_another_run_takes_for_a_leftover_is_made_again(monkeypatch, moment):
-    """Two runs start at once: one looks for leftovers while the other has made its folder, and not yet locked it."""
+    """Two runs start together: one looks for leftovers while the other has created its folder but not locked it yet."""
     taken, really = [], os.open
 
     def opened(path, *flags):

@@ -39,7 +39,7 @@ def test_a_failure_on_a_valid_model_stays_what_it_is(tmp_path):
         fails(path, KeyError("lost"))
 
 
-@pytest.mark.parametrize("error", [UsageError("told"), OSError("no space"), MemoryError()])
+@pytest.mark.parametrize("error", [UsageError("refused"), OSError("no space"), MemoryError()])
 def test_errors_that_say_enough_are_passed_on(tmp_path, error):
     path = model_of("NoSuchOperator", tmp_path / "m.onnx")
     with pytest.raises(type(error)) as met:

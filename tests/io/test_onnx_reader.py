@@ -1,4 +1,4 @@
-"""What a file claims is held against itself: every verb says so in one message, at once and in little memory."""
+"""A file is checked before use: every verb refuses a bad one with one message, quickly and in little memory."""
 
 import os
 import subprocess
@@ -260,7 +260,7 @@ def test_onnx_s_own_cases_are_let_through():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's peak")
 def test_a_verb_refuses_a_hostile_file_before_it_imports_torch(tmp_path):
-    """A second and 500 MB are asked for; torch alone takes more."""
+    """The limits are a second and 500 MB; torch alone takes more."""
     weight = onnx.TensorProto(name="w", data_type=1, dims=[1 << 28])
     graph = onnx.helper.make_graph([], "g", [], [], [weight])
     (tmp_path / "m.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
@@ -272,7 +272,7 @@ def test_a_verb_refuses_a_hostile_file_before_it_imports_torch(tmp_path):
     for verb in (["inspect"], ["export", "--rank", "4", "-o", "b"], ["profile", "-o", "c.json"]):
         argv = [sys.executable, "-c", code, verb[0], str(tmp_path / "m.onnx"), *verb[1:]]
         done = subprocess.run(argv, capture_output=True, text=True, check=True)
-        told, torch_is_there, peak = done.stdout.split()
-        assert (told, torch_is_there) == ("3", "False"), done.stderr
+        outcome, torch_is_there, peak = done.stdout.split()
+        assert (outcome, torch_is_there) == ("3", "False"), done.stderr
         assert int(peak) < 500_000
         assert "has dims [268435456]" in done.stderr

@@ -18,7 +18,7 @@ def convolutional():
     return nn.Sequential(*layers, nn.Conv2d(16, 64, 1), nn.Conv2d(64, 64, 3, groups=2), nn.Conv2d(64, 64, 3, groups=2))
 
 
-def asked(model, rank):
+def requests(model, rank):
     return {
         site.name: FactorizationRequest(site.matrix()[0], rank) for site in find_module_sites(model) if site.groups == 1
     }
@@ -30,7 +30,7 @@ def test_a_net_compressed_together_has_the_bytes_of_its_sites_alone(kind, settin
     torch.manual_seed(0)
     model = kind().eval()
     dense = {site.name: site.matrix().clone() for site in find_module_sites(model)}
-    ready = solve_in_batches(Solver(seed=5, **settings), asked(model, 4)).ready
+    ready = solve_in_batches(Solver(seed=5, **settings), requests(model, 4)).ready
     assert bool(ready) == (settings != {"method": "svd"})
     records = compress_(model, 4, seed=5, always_split=True, **settings)
     for record in records:

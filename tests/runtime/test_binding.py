@@ -126,7 +126,7 @@ def test_a_device_number_that_is_none_is_refused():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A session that claims CUDA, and writes down what is asked of it."""
+    """A session that claims CUDA and records the calls."""
     log = []
 
     class Value:

@@ -232,9 +232,9 @@ def test_surgery_is_checked_in_the_form_of_the_plan(tmp_path, monkeypatch, form)
     right = rotated_identity
     seen = []
 
-    def doctored(site, asked, **options):
-        seen.append(asked)
-        return turned(right(site, asked, **options), "left")
+    def doctored(site, form, **options):
+        seen.append(form)
+        return turned(right(site, form, **options), "left")
 
     monkeypatch.setattr("rsi_deploy.runtime.parity.rotated_identity", doctored)
     with pytest.raises(GateError, match="^surgery gate"):
