@@ -93,7 +93,7 @@ def test_agreement_and_divergence(model, tmp_path):
     np.testing.assert_allclose(other.divergence, divergence(SCORES, INPUTS @ noisy).mean(), rtol=1e-4)
 
 
-def test_a_reference_alone_needs_no_labels(model):
+def test_a_comparison_with_a_reference_needs_no_labels(model):
     result = evaluate(model, ArrayData(INPUTS), reference=model)
     assert (result.top1, result.top1_interval, result.top5, result.agreement) == (None, None, None, 100)
     with pytest.raises(UsageError, match="no labels"):
@@ -206,7 +206,7 @@ def test_the_paired_test_counts_answers_that_became_wrong(model, tmp_path):
     assert evaluate(model, DATA, reference=model).paired.verdict == "the same answers are right of 50"
 
 
-def test_all_models_in_one_pass_are_what_each_alone_is(model, tmp_path):
+def test_models_in_one_pass_have_the_same_results_as_one_by_one(model, tmp_path):
     noisy = save(tmp_path / "noisy.onnx", WEIGHT + 0.5)
     fixed = save(tmp_path / "fixed.onnx", -WEIGHT, batch=7)
     alone = [evaluate(model, DATA), *(evaluate(m, DATA, reference=model) for m in (noisy, fixed))]
@@ -300,7 +300,7 @@ def test_positions_that_are_masked_away_do_not_count(tmp_path):
     assert evaluate(other, NamedData(words), reference=net).values[0].distance > 1
 
 
-def test_labels_and_classes_that_do_not_match_are_told_with_both_numbers(model):
+def test_labels_and_classes_that_do_not_match_are_refused_with_both_numbers(model):
     data = ArrayData(INPUTS, LABELS % 3)
     data.classes = ("ant", "bee", "cat", "dog")
     with pytest.raises(UsageError, match=r"has 8 classes, but the data name 4 \(ant, bee, cat, \.\.\.\)"):
@@ -343,7 +343,7 @@ def test_one_batch_is_in_memory_at_a_time(model):
     assert len(alive) == 10
 
 
-def test_what_is_wrong_can_be_told_on_one_sample(model):
+def test_errors_are_found_on_one_sample(model):
     check_data([model, model], DATA)
     for data, words in (
         (ArrayData(INPUTS, LABELS + 1), "8 classes.*to 8"),

@@ -48,6 +48,6 @@ def test_errors_that_say_enough_are_passed_on(tmp_path, error):
 
 
 @pytest.mark.parametrize("model", ["torchvision:resnet18", "nowhere.onnx", None, object()])
-def test_what_is_no_file_is_not_looked_at(model):
+def test_paths_that_are_not_files_are_refused(model):
     with pytest.raises(KeyError):
         fails(model, KeyError("lost"))

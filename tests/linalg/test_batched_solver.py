@@ -26,7 +26,7 @@ def requests(model, rank):
 
 @pytest.mark.parametrize("settings", [{}, {"method": "rsvd"}, {"method": "svd"}, {"route": "exact"}], ids=str)
 @pytest.mark.parametrize("kind", [transformer, convolutional])
-def test_a_net_compressed_together_has_the_bytes_of_its_sites_alone(kind, settings):
+def test_a_net_compressed_in_batches_has_the_same_bytes_as_site_by_site(kind, settings):
     torch.manual_seed(0)
     model = kind().eval()
     dense = {site.name: site.matrix().clone() for site in find_module_sites(model)}
@@ -68,7 +68,7 @@ def test_only_small_equal_weights_are_taken_and_each_solution_once():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 3e38])
-def test_one_that_cannot_be_factorized_is_said_by_its_name(bad):
+def test_a_bad_weight_in_a_batch_is_named(bad):
     weights = {name: FactorizationRequest(torch.randn(20, 30), 3) for name in "abc"}
     weights["b"].weight.fill_(bad)
     ahead = solve_in_batches(Solver(), weights)

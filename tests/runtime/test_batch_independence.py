@@ -59,7 +59,7 @@ def leveled(path):
     return of_rows(path, nodes, [("tenth", np.float32(0.1)), ("one", np.float32(1))])
 
 
-def test_rows_that_stand_alone(tmp_path):
+def test_rows_that_are_independent(tmp_path):
     assert reason(linear(tmp_path / "m.onnx")) == ""
     assert reason(tokens(tmp_path / "t.onnx"), {"ids": (1, 9), "mask": (1, 9)}) == ""
     assert reason(tokens(tmp_path / "t.onnx")) == ""  # nobody knows the length: OPEN_SIZE

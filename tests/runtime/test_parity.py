@@ -49,7 +49,7 @@ def test_one_wrong_output_of_two_is_enough():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("tolerance", [None, 1e9])
-def test_values_that_are_not_finite_are_rejected_whatever_the_tolerance(bad, tolerance):
+def test_values_that_are_not_finite_are_rejected_for_any_tolerance(bad, tolerance):
     b = A.copy()
     b[1, 2] = bad
     with pytest.raises(GateError, match="output 0 has NaN or infinite values"):

@@ -183,7 +183,7 @@ def test_only_nvidia_has_notes_on_arithmetic(provider, settings, expected):
     assert sessions.numeric_notes(settings, "CPUExecutionProvider") == []
 
 
-def test_options_that_nobody_confirms_are_told(model, gpu):
+def test_unconfirmed_options_are_noted(model, gpu):
     """A provider that lists nothing and refuses nothing may have taken an option or not."""
     session = sessions.make_session(model, "cuda:use_tf32=0")
     assert "confirmed" not in " ".join(sessions.session_notes(session, "cuda:use_tf32=0"))
