@@ -39,7 +39,7 @@ from rich.table import Table
 from bench import common, models, small
 from bench.common import Goal
 from rsi_deploy.benchmark.latency import bench
-from rsi_deploy.benchmark.variants import Feeds
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.exporting.api import export
 from rsi_deploy.runtime.sessions import make_session
 

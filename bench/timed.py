@@ -15,9 +15,9 @@ import graph_passes as gp
 from bench import cases, models
 from rsi_deploy.benchmark.latency import bench
 from rsi_deploy.benchmark.result import BenchResult
-from rsi_deploy.benchmark.variants import Feeds
 from rsi_deploy.calibration.activations import FittedSite, Replacement
 from rsi_deploy.core.sites import break_even_rank, site_name
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.costing.cost_table import CostTable
 from rsi_deploy.exporting.profile import Costing, fed_with
 from rsi_deploy.exporting.slowdown_rollback import LastWord

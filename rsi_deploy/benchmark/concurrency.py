@@ -17,10 +17,11 @@ from typing import TypeVar
 import numpy as np
 
 from rsi_deploy.benchmark.sections import Bursts, SessionStreams, Throughput
-from rsi_deploy.benchmark.statistics import Floats, compare, median_interval, supported_percentiles, verdict
+from rsi_deploy.benchmark.statistics import compare, median_interval, supported_percentiles, verdict
 from rsi_deploy.benchmark.timing import time_calls
-from rsi_deploy.benchmark.variants import Arm, Feeds, Runtime, open_arms
+from rsi_deploy.benchmark.variants import Arm, Runtime, open_arms
 from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.types import Feeds, Floats
 
 T = TypeVar("T")
 

@@ -20,8 +20,9 @@ from rsi_deploy.benchmark.latency import PARTIAL_BLOCKS, cell_result, check_targ
 from rsi_deploy.benchmark.profiling import profile_arms
 from rsi_deploy.benchmark.request import BenchRequest, Setting
 from rsi_deploy.benchmark.result import ArmFile, BenchDocument, BenchResult
-from rsi_deploy.benchmark.variants import Feeds, Runtime, make_feeds, open_arms
+from rsi_deploy.benchmark.variants import Runtime, make_feeds, open_arms
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.io.onnx_file import external_files
 from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs

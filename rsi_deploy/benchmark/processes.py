@@ -22,9 +22,10 @@ import psutil  # type: ignore[import-untyped]
 
 from rsi_deploy.benchmark.sections import ColdStart, Memory, Phase
 from rsi_deploy.benchmark.statistics import compare, median_interval, verdict
-from rsi_deploy.benchmark.variants import Feeds, Runtime
+from rsi_deploy.benchmark.variants import Runtime
 from rsi_deploy.core import errors
 from rsi_deploy.core.errors import ModelError
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.io.onnx_reader import check_file
 from rsi_deploy.runtime.machine import peak_memory

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rsi_deploy.benchmark.result import Precision
-from rsi_deploy.benchmark.variants import Feeds
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.runtime.feeds.shapes import parse_shape
 
 Shapes = dict[str, tuple[int, ...]]

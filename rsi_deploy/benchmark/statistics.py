@@ -20,10 +20,8 @@ A difference is claimed only where the whole 99 % interval lies beyond 1 % eithe
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-Interval = tuple[float, float]
-Floats = npt.NDArray[np.float64]
+from rsi_deploy.core.types import Floats, Interval
 
 CONFIDENCE = 0.99  # of the intervals of speedups, and so of claims
 MEDIAN_CONFIDENCE = 0.95  # of the intervals of one arm's median

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from rsi_deploy.benchmark.statistics import SHORT_MS, Floats, calls_per_visit, is_settled
+from rsi_deploy.benchmark.statistics import SHORT_MS, calls_per_visit, is_settled
 from rsi_deploy.benchmark.timing import time_calls
 from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.types import Array, Feeds, Floats
 from rsi_deploy.runtime.binding import Bound, bind
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
 from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
@@ -30,7 +30,6 @@ from rsi_deploy.runtime.sessions import effective_options, make_session, model_l
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-Feeds = dict[str, npt.NDArray[Any]]
 WARM_CALLS = 1000  # settled or not, no more calls than these before the first block
 
 
@@ -61,11 +60,11 @@ class Runtime:
             checked=self.checked,
         )
 
-    def placement(self, model: Path, feeds: Feeds) -> Placement:
+    def placement(self, model: Path, feeds: dict[str, Array]) -> Placement:
         """Who ran what; refused where the provider did not do the work."""
         return proven_placement(model, self.provider, feeds, self.threads, self.allow_fallback)
 
-    def bound(self, session: "InferenceSession", feeds: Feeds) -> Bound:
+    def bound(self, session: "InferenceSession", feeds: dict[str, Array]) -> Bound:
         """The session with the inputs bound."""
         return bind(session, feeds, self.provider)
 
@@ -106,7 +105,7 @@ def open_arms(
     models: Sequence[Path],
     labels: Sequence[str],
     sessions: Sequence["InferenceSession"],
-    feeds: Feeds,
+    feeds: dict[str, Array],
     runtime: Runtime,
     *,
     prove: bool = True,
@@ -146,7 +145,7 @@ def open_arms(
     return arms
 
 
-def _try(session: "InferenceSession", feeds: Feeds, name: str) -> None:
+def _try(session: "InferenceSession", feeds: dict[str, Array], name: str) -> None:
     try:
         run_session(session, feeds, name)
     except ModelError as error:
@@ -158,9 +157,9 @@ def make_feeds(
     *,
     batch: int,
     seed: int,
-    given: Mapping[str, npt.NDArray[Any]] | None,
+    given: Feeds | None,
     shapes: Mapping[str, Sequence[int]] | None,
-) -> tuple[Feeds, int]:
+) -> tuple[dict[str, Array], int]:
     """What every arm is fed, and its batch: random inputs, or the first rows of given ones.
 
     Args:

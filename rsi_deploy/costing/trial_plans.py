@@ -15,7 +15,7 @@ import numpy as np
 
 from rsi_deploy.benchmark.latency import bench
 from rsi_deploy.benchmark.result import ArmResult, BenchResult
-from rsi_deploy.benchmark.variants import Feeds
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.costing.cost_table import CostTable, ModelTime, PlanCheck, SiteCost
 from rsi_deploy.costing.zero_filled import Splits, write_zero_filled
 

@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from graph_passes import FoldBatchNormPass
 from rsi_deploy import __version__
-from rsi_deploy.benchmark.variants import Feeds, Runtime, make_feeds
+from rsi_deploy.benchmark.variants import Runtime, make_feeds
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.progress import step
 from rsi_deploy.core.sites import site_name
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.core.units import parse_seconds
 from rsi_deploy.costing.cost_cache import CostCache, conditions_here
 from rsi_deploy.costing.cost_table import NOISY, CostTable, ModelTime, SiteCost

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.calibration.record import CalibrationRecord
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset
 from rsi_deploy.evaluation.accuracy import AccuracyResult
@@ -16,7 +17,6 @@ from rsi_deploy.evaluation.softmax_bound import SoftmaxBound
 from rsi_deploy.exporting.slowdown_rollback import LastWord
 from rsi_deploy.exporting.steps import Compressed, DenseFacts
 from rsi_deploy.report.schema import Accuracy, ProbeOutput, Verification
-from rsi_deploy.runtime.feeds.probe import Feeds
 from rsi_deploy.runtime.parity import OutputComparison
 from rsi_deploy.torch_models.model_source import Source
 

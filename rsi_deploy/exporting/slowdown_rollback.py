@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
-from rsi_deploy.benchmark.variants import Feeds, Runtime
+from rsi_deploy.benchmark.variants import Runtime
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.costing.cost_table import CostTable
 from rsi_deploy.costing.site_timing import Wanted, time_sites
 from rsi_deploy.exporting.profile import Costing

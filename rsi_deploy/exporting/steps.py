@@ -26,6 +26,7 @@ from rsi_deploy.core.arrays import as_torch
 from rsi_deploy.core.errors import ModelError, RsiDeployError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.progress import at_samples, step
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.feeding import Feeding
 from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.data.sources import Dataset
@@ -54,7 +55,7 @@ from rsi_deploy.report.schema import Accuracy, ProbeOutput, Stage, Verification
 from rsi_deploy.runtime.batch_independence import count_samples
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
 from rsi_deploy.runtime.feeds.inputs import model_inputs
-from rsi_deploy.runtime.feeds.probe import Feeds, probe_feeds
+from rsi_deploy.runtime.feeds.probe import probe_feeds
 from rsi_deploy.runtime.feeds.shapes import unsettled_inputs
 from rsi_deploy.runtime.feeds.values import Value, arrays_of_outputs
 from rsi_deploy.runtime.parity import (

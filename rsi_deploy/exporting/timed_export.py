@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rsi_deploy.benchmark.variants import Feeds
 from rsi_deploy.calibration.activations import ModelActivations
 from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.costing.cost_cache import conditions_here
 from rsi_deploy.costing.cost_table import CostTable, PlanCheck, read_cost_table
 from rsi_deploy.costing.trial_plans import measured_plans, share_of

@@ -118,7 +118,8 @@ class Solver:
         with suppress(torch.OutOfMemoryError):
             solution = self._solved(weight, rank, site)
         if solution is None:
-            solution = self._solved(*on_cpu(weight), rank, site)
+            (moved,) = on_cpu(weight)
+            solution = self._solved(moved, rank, site)
             log.warning("%sthe GPU's memory is too small: factorized on the CPU", site_prefix(site))
             factors = Factors(*(factor.to(weight.device) for factor in solution.factors))
             solution = solution._replace(

@@ -248,6 +248,7 @@ def rotated_identity(site: gp.Site, form: gp.Form | Literal["first"] = "first", 
 def _rolled(weight: Array, axis: int, op_type: str) -> Array:
     """Move the weight's first row or column to the end, in the memory layout that the split stores, with one copy."""
     groups, rows, columns = weight.shape
+    rolled: Array
     if op_type == "Conv":
         rolled = np.empty(weight.shape, weight.dtype)
     else:
