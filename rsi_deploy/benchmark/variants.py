@@ -60,11 +60,11 @@ class Runtime:
             checked=self.checked,
         )
 
-    def placement(self, model: Path, feeds: dict[str, Array]) -> Placement:
+    def placement(self, model: Path, feeds: Feeds) -> Placement:
         """Who ran what; refused where the provider did not do the work."""
         return proven_placement(model, self.provider, feeds, self.threads, self.allow_fallback)
 
-    def bound(self, session: "InferenceSession", feeds: dict[str, Array]) -> Bound:
+    def bound(self, session: "InferenceSession", feeds: Feeds) -> Bound:
         """The session with the inputs bound."""
         return bind(session, feeds, self.provider)
 
@@ -105,7 +105,7 @@ def open_arms(
     models: Sequence[Path],
     labels: Sequence[str],
     sessions: Sequence["InferenceSession"],
-    feeds: dict[str, Array],
+    feeds: Feeds,
     runtime: Runtime,
     *,
     prove: bool = True,
@@ -145,7 +145,7 @@ def open_arms(
     return arms
 
 
-def _try(session: "InferenceSession", feeds: dict[str, Array], name: str) -> None:
+def _try(session: "InferenceSession", feeds: Feeds, name: str) -> None:
     try:
         run_session(session, feeds, name)
     except ModelError as error:
