@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from graph_passes.axis_rules.sequences import packed_attention
 from graph_passes.macs.attention import projected_attention
-from graph_passes.macs.executed_node import ExecutedNode, Macs
 from graph_passes.parts import Parts, resized
 from graph_passes.response import RowOrder
 from graph_passes.split_pass import SplitPass
@@ -29,12 +28,8 @@ class SplitAttentionPass(SplitPass):
     form = "matmul"
     operands = (1,)
     linear = False
+    macs = staticmethod(projected_attention((1,), past=4))
     axis_rule = staticmethod(packed_attention)
-
-    @staticmethod
-    def macs(node: ExecutedNode) -> Macs:
-        """Count the projections, the scores and the mixture."""
-        return projected_attention((1,), past=4)(node)
 
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:

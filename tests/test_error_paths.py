@@ -13,7 +13,7 @@ from torch import nn
 
 import rsi_deploy
 from rsi_deploy.benchmark.concurrency import together
-from rsi_deploy.benchmark.variants import arm_labels
+from rsi_deploy.benchmark.variants import variant_labels
 from rsi_deploy.cli import run
 from rsi_deploy.core import error_table
 from rsi_deploy.core.errors import GateError, ModelError, UsageError
@@ -109,7 +109,7 @@ def test_what_python_code_asks_for(here):
     with pytest.raises(UsageError, match="--by must be .*, but got 'size'"):
         rsi_deploy.sweep("m.onnx", "s", calib="d.npz", by="size")
     with pytest.raises(UsageError, match="calib holds no batches; give a sequence of the positional arguments"):
-        rsi_deploy.compress_to_data_(mlp(), [], keep_macs=0.5)
+        rsi_deploy.compress_(mlp(), keep_macs=0.5, calib=[])
     with pytest.raises(UsageError, match="max_batch, latency_bound, max_body and max_json must be more than 0"):
         rsi_deploy.serve(["m.onnx"], max_batch=0)
     with pytest.raises(UsageError, match="nothing to serve: name a bundle"):
@@ -127,7 +127,7 @@ def test_what_python_code_asks_for(here):
     with pytest.raises(UsageError, match="--device must be auto, cpu or cuda, but got 'gpu'"):
         rsi_deploy.export(mlp(), "b", rank=4, device="gpu")
     with pytest.raises(UsageError, match="labels must differ from each other, but got \\['a', 'a'\\]"):
-        arm_labels(["m.onnx", "n.onnx"], ["a", "a"])
+        variant_labels(["m.onnx", "n.onnx"], ["a", "a"])
 
 
 class Decides(nn.Module):

@@ -59,7 +59,7 @@ _Rule = TypeVar("_Rule", bound=Rule)
 
 
 def rule(names: str, domain: str = "") -> Callable[[_Rule], _Rule]:
-    """Return a decorator that enters a rule into the table for the operators in `names`."""
+    """Return a decorator, or a function, that enters a rule into the table for the operators in `names`."""
 
     def enter(function: _Rule) -> _Rule:
         for name in names.split():

@@ -161,7 +161,7 @@ class NodeCall:
         return None if written is None else tuple(int(axis) for axis in np.atleast_1d(written))
 
     def dims(self, index: int, trial: int) -> Dims:
-        """Shape of an input for a trial size; () where it is not known."""
+        """Return the shape of an input for a trial size; () where it is not known."""
         value = self.value(index)
         return () if value is None or value.shapes is None else value.shapes[trial]
 

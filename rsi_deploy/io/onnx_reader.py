@@ -68,10 +68,14 @@ def read_graph(path: str | Path) -> ModelProto:
     Raises:
         ModelError: As for `read_proto`.
     """
-    proto = read_proto(path)
+    return with_small_data(read_proto(path), Path(path).parent)
+
+
+def with_small_data(proto: ModelProto, folder: Path) -> ModelProto:
+    """Read the small external tensors of `proto`, which lie in `folder`, into it, and return it."""
     for tensor in all_tensors(proto):
         if tensor.data_location == TensorProto.EXTERNAL and math.prod(tensor.dims) <= SMALL:
-            load_external_data_for_tensor(tensor, os.fspath(Path(path).parent))
+            load_external_data_for_tensor(tensor, os.fspath(folder))
             tensor.data_location = TensorProto.DEFAULT
             del tensor.external_data[:]
     return proto
@@ -83,8 +87,15 @@ def load_model(path: str | Path) -> ir.Model:
     Raises:
         ModelError: As for `read_proto`, or the model has sparse initializers, which cannot be rewritten.
     """
-    path = Path(path)
-    proto = read_proto(path)
+    return graph_of(read_proto(path), Path(path))
+
+
+def graph_of(proto: ModelProto, path: Path) -> ir.Model:
+    """Return a new graph of a model that `read_proto` has read from `path`; `proto` may lose its map types.
+
+    Raises:
+        ModelError: sparse initializers, which a graph cannot be changed with.
+    """
     if proto.graph.sparse_initializer:
         raise ModelError(f"{path.name} has sparse initializers, which cannot be compressed", hint="store them dense")
     map_types = remove_map_types_(proto)

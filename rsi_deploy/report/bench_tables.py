@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rsi_deploy.benchmark.result import ArmResult, BenchResult
+from rsi_deploy.benchmark.result import BenchResult, VariantResult
 from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SessionStreams, Throughput
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
 from rsi_deploy.core.text import human_bytes
@@ -19,7 +19,7 @@ _TONES: dict[int, Tone] = {1: "good", 0: "neutral", -1: "bad"}
 # -- latency
 
 
-def speed_tone(arm: ArmResult) -> Tone:
+def speed_tone(arm: VariantResult) -> Tone:
     """Return "good" if the arm is shown to be faster than the first one, "bad" if slower, else "neutral"."""
     if arm.speedup_interval is None or arm.blocks < MIN_BLOCKS:
         return "neutral"

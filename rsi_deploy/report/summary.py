@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rsi_deploy.benchmark.result import ArmResult
+from rsi_deploy.benchmark.result import VariantResult
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.core.text import human_bytes as human_bytes
 from rsi_deploy.core.text import share_kept, size_change
@@ -192,7 +192,7 @@ def share(after: int, before: int) -> str:
     return f"{100 * after / before:.1f} %" if before else ""
 
 
-def _milliseconds(arm: ArmResult) -> str:
+def _milliseconds(arm: VariantResult) -> str:
     return with_interval(f"{arm.median_ms:.3f} ms", arm.median_interval_ms, ".3f")
 
 

@@ -4,8 +4,9 @@ from torch import nn
 
 from rsi_deploy.linalg.batched_solver import FactorizationRequest, SolutionCache, solve_in_batches
 from rsi_deploy.linalg.solver import Solver
-from rsi_deploy.torch_models.compress import compress_, find_module_sites
+from rsi_deploy.torch_models.compress import compress_
 from rsi_deploy.torch_models.layers import LowRankMultiheadAttention
+from rsi_deploy.torch_models.module_sites import find_module_sites
 
 
 def transformer():

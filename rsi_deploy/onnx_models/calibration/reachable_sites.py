@@ -77,18 +77,22 @@ def row_sizes(sizes: Sequence[int], width: int) -> list[int]:
 
 
 def reach(
-    model: ModelProto, path: Path, *, wanted: Callable[[str], bool], macs: Mapping[str, int], compensate: bool
+    model: ModelProto,
+    sites: Sequence[gp.Site],
+    *,
+    wanted: Callable[[str], bool],
+    macs: Mapping[str, int],
+    compensate: bool,
 ) -> tuple[dict[str, Reached], dict[str, str]]:
     """Return the sites that calibration can observe, by output name, and the reasons of the others, by site name.
 
     Args:
         model: the model without its external data.
-        path: file of the same model.
+        sites: all sites of the model.
         wanted: whether to observe the site of this name.
         macs: multiply-accumulates a sample, by node name.
         compensate: find the values to which the outputs are added.
     """
-    sites = [entry for entry in gp.find_sites(load_model(path)) if isinstance(entry, gp.Site)]
     uses = Counter(site.weight for site in sites)
     made = {name for node in model.graph.node for name in node.output}
     beside = added_to(model) if compensate else {}
@@ -104,6 +108,11 @@ def reach(
             near = beside.get(site.output, "") if site.linear else ""
             found[site.output] = Reached(site=_stream_site(site, macs), graph=site, beside=near)
     return found, unreachable
+
+
+def found_sites(path: Path) -> list[gp.Site]:
+    """Return the sites of the model at `path`."""
+    return [entry for entry in gp.find_sites(load_model(path)) if isinstance(entry, gp.Site)]
 
 
 def added_to(model: ModelProto) -> dict[str, str]:
