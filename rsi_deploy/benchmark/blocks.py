@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rsi_deploy.benchmark.statistics import ENOUGH_BLOCKS, MIN_BLOCKS, Floats, half_width
+from rsi_deploy.benchmark.statistics import ENOUGH_BLOCKS, MIN_BLOCKS, half_width
 from rsi_deploy.benchmark.variants import Variant
+from rsi_deploy.core.types import Floats
 
 MIN_SECONDS = 1.0
 

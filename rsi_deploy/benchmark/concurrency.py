@@ -17,11 +17,11 @@ from typing import TypeVar
 import numpy as np
 
 from rsi_deploy.benchmark.sections import Bursts, SessionStreams, Throughput
-from rsi_deploy.benchmark.statistics import FIRST, Floats, compare, median_interval, supported_percentiles, verdict
+from rsi_deploy.benchmark.statistics import FIRST, compare, median_interval, supported_percentiles, verdict
 from rsi_deploy.benchmark.timing import time_calls
 from rsi_deploy.benchmark.variants import Runtime, Variant, open_variants
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.core.types import Feeds
+from rsi_deploy.core.types import Feeds, Floats
 
 T = TypeVar("T")
 

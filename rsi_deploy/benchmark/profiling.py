@@ -17,9 +17,8 @@ import numpy as np
 from graph_passes import multiplies_by_weights
 from graph_passes.split_markers import found_splits
 from rsi_deploy.benchmark.sections import Profile, SiteTime
-from rsi_deploy.benchmark.statistics import Floats
 from rsi_deploy.benchmark.variants import Runtime
-from rsi_deploy.core.types import Feeds
+from rsi_deploy.core.types import Feeds, Floats
 from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.io.onnx_reader import load_model
 from rsi_deploy.runtime.profile_events import node_events, read_events

@@ -18,8 +18,8 @@ from pydantic import BaseModel, Field
 
 from rsi_deploy.benchmark.loadgen import LoadGenResult
 from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SessionStreams, Throughput
-from rsi_deploy.benchmark.statistics import Interval
 from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.types import Interval
 from rsi_deploy.evaluation.accuracy import AccuracyResult
 from rsi_deploy.io.documents import read_document
 from rsi_deploy.runtime.machine import Environment

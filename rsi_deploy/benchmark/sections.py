@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, model_validator
 
-from rsi_deploy.benchmark.statistics import Interval
+from rsi_deploy.core.types import Interval
 
 Phase = Literal["import", "load", "run", "done"]
 

@@ -21,10 +21,8 @@ A difference is claimed only if the whole 99 % interval lies more than 1 % away 
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-Interval = tuple[float, float]
-Floats = npt.NDArray[np.float64]
+from rsi_deploy.core.types import Floats, Interval
 
 CONFIDENCE = 0.99  # of the intervals of speedups
 MEDIAN_CONFIDENCE = 0.95  # of the intervals of medians

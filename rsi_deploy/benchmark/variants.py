@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from rsi_deploy.benchmark.statistics import SHORT_MS, Floats, calls_per_visit, is_settled
+from rsi_deploy.benchmark.statistics import SHORT_MS, calls_per_visit, is_settled
 from rsi_deploy.benchmark.timing import time_calls
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.core.types import Feeds
+from rsi_deploy.core.types import Array, Feeds, Floats
 from rsi_deploy.runtime.binding import Bound, bind
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
 from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
@@ -160,9 +159,9 @@ def make_feeds(
     *,
     batch: int,
     seed: int,
-    given: Mapping[str, npt.NDArray[Any]] | None,
+    given: Feeds | None,
     shapes: Mapping[str, Sequence[int]] | None,
-) -> tuple[Feeds, int]:
+) -> tuple[dict[str, Array], int]:
     """Return the inputs of every variant and their batch: random inputs, or the first samples of `given`.
 
     Args:

@@ -22,8 +22,9 @@ from typing import Literal, Self
 import pydantic
 from pydantic import BaseModel, PositiveInt, model_validator
 
-from rsi_deploy.benchmark.statistics import MIN_BLOCKS, Interval, direction
+from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
 from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.types import Interval
 from rsi_deploy.io.documents import read_document
 
 SCHEMA_VERSION: Literal[1] = 1

@@ -16,10 +16,11 @@ import numpy as np
 
 import graph_passes as gp
 from rsi_deploy.benchmark.blocks import Cell, run_cells
-from rsi_deploy.benchmark.statistics import MIN_BLOCKS, Floats, compare
+from rsi_deploy.benchmark.statistics import MIN_BLOCKS, compare
 from rsi_deploy.benchmark.timing import time_calls
 from rsi_deploy.benchmark.variants import Runtime, Variant
 from rsi_deploy.core.progress import at
+from rsi_deploy.core.types import Floats
 from rsi_deploy.costing.cost_table import DETAILS, GROWTH, SiteCost, SplitTime, timing_ranks
 from rsi_deploy.costing.site_models import Piece
 from rsi_deploy.runtime.placement import Placement, proven_placement

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from rsi_deploy.benchmark.statistics import Interval
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.model_size import Size
+from rsi_deploy.core.types import Interval
 from rsi_deploy.io.bundle import atomic_folder
 from rsi_deploy.io.manifest import check_inner_name, file_hash
 from rsi_deploy.report.json_files import read_json

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graph_passes import multiplies_by_weights
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.types import Feeds
 from rsi_deploy.io.locks import ScratchFolder
@@ -38,6 +37,8 @@ class Placement:
 
     def elsewhere(self, provider: str) -> dict[str, str]:
         """Return the nodes with most of the work that ran on another provider, with that provider."""
+        from graph_passes import multiplies_by_weights  # loads onnx
+
         return {
             node: ran
             for node, ran in self.nodes.items()

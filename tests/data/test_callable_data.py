@@ -71,7 +71,7 @@ def read(dataset, batch_size=4, steps=None, limit=None):
 
 
 @pytest.mark.parametrize("name", ["batches", "tensors", "whole", "dataset"])
-def test_samples_in_order_whatever_the_function_gives(spec, name):
+def test_samples_are_in_order_for_any_batches_of_the_function(spec, name):
     data = open_data(spec(name))
     for batch_size in (1, 4, 99):
         inputs, labels, sizes = read(data, batch_size)

@@ -31,13 +31,13 @@ def test_arrays_go_to_the_inputs_of_their_names():
     assert found["mask"].dtype == np.int64, "truth values become the model's integers"
 
 
-def test_one_array_goes_to_the_one_input_whatever_its_name():
+def test_a_single_array_feeds_a_single_input_of_any_name():
     np.testing.assert_array_equal(fed(ArrayData(IDS), [spec("anything")])["anything"], IDS)
     np.testing.assert_array_equal(fed(NamedData({"tokens": IDS}), [spec("ids")])["ids"], IDS)
 
 
 @pytest.mark.parametrize("key", ["images", "x", "pixels"])
-def test_pictures_go_through_the_preprocessing_whatever_they_are_called(tmp_path, key):
+def test_pictures_of_any_name_are_preprocessed(tmp_path, key):
     np.savez(tmp_path / "p.npz", **{key: PICTURES})
     found = fed(open_data(tmp_path / "p.npz"), [spec("pixels", ("N", 1, 4, 4), np.float32)], STEPS)
     np.testing.assert_array_equal(found["pixels"], STEPS.apply(PICTURES[..., None]))

@@ -71,7 +71,7 @@ def test_a_limit_reaches_every_class_of_sorted_data(npz):
     assert len(read(dataset, limit=99)[0]) == 10
 
 
-def test_fingerprint_follows_content_alone(npz, tmp_path):
+def test_fingerprint_depends_only_on_content(npz, tmp_path):
     first = open_data(npz(images=IMAGES, labels=LABELS)).fingerprint()
     np.savez_compressed(tmp_path / "z.npz", x=IMAGES, y=LABELS)
     assert open_data(tmp_path / "z.npz").fingerprint() == first

@@ -93,7 +93,7 @@ def test_agreement_and_divergence(model, tmp_path):
     np.testing.assert_allclose(other.divergence, divergence(SCORES, INPUTS @ noisy).mean(), rtol=1e-4)
 
 
-def test_a_reference_alone_needs_no_labels(model):
+def test_a_comparison_with_a_reference_needs_no_labels(model):
     result = evaluate(model, ArrayData(INPUTS), reference=model)
     assert (result.top1, result.top1_interval, result.top5, result.agreement) == (None, None, None, 100)
     with pytest.raises(UsageError, match="no labels"):
@@ -206,7 +206,7 @@ def test_the_paired_test_counts_answers_that_became_wrong(model, tmp_path):
     assert evaluate(model, DATA, reference=model).paired.verdict == "the same answers are right of 50"
 
 
-def test_all_models_in_one_pass_are_what_each_alone_is(model, tmp_path):
+def test_models_in_one_pass_have_the_same_results_as_one_by_one(model, tmp_path):
     noisy = save(tmp_path / "noisy.onnx", WEIGHT + 0.5)
     fixed = save(tmp_path / "fixed.onnx", -WEIGHT, batch=7)
     alone = [evaluate(model, DATA), *(evaluate(m, DATA, reference=model) for m in (noisy, fixed))]
@@ -235,8 +235,8 @@ def test_a_regression_has_values_and_the_user_may_say_what_outputs_are(model, tm
     one = save(tmp_path / "one.onnx", WEIGHT[:, :1])
     assert evaluate(one, ArrayData(INPUTS), reference=one).values[0].distance == 0
     assert evaluate(one, DATA, reference=one, outputs="values").kind == "values", "its labels are none of these"
-    told = evaluate(model, ArrayData(INPUTS), reference=model, outputs="classes")
-    assert (told.kind, told.agreement, told.values) == ("classes", 100, ())
+    found = evaluate(model, ArrayData(INPUTS), reference=model, outputs="classes")
+    assert (found.kind, found.agreement, found.values) == ("classes", 100, ())
     guessed = evaluate(model, ArrayData(INPUTS), reference=model)
     assert guessed.agreement == 100
     assert guessed.values[0].cosine == pytest.approx(1)
@@ -300,7 +300,7 @@ def test_positions_that_are_masked_away_do_not_count(tmp_path):
     assert evaluate(other, NamedData(words), reference=net).values[0].distance > 1
 
 
-def test_labels_and_classes_that_do_not_match_are_told_with_both_numbers(model):
+def test_labels_and_classes_that_do_not_match_are_refused_with_both_numbers(model):
     data = ArrayData(INPUTS, LABELS % 3)
     data.classes = ("ant", "bee", "cat", "dog")
     with pytest.raises(UsageError, match=r"has 8 classes, but the data name 4 \(ant, bee, cat, \.\.\.\)"):
@@ -326,7 +326,7 @@ def test_interrupted_it_tells_what_was_seen(model):
 
 
 def test_one_batch_is_in_memory_at_a_time(model):
-    """Every batch of the data must be gone when the next but one is asked for."""
+    """Every batch of the data must be freed when the batch after the next one is read."""
     alive = []
 
     class Counted(ArrayData):
@@ -343,7 +343,7 @@ def test_one_batch_is_in_memory_at_a_time(model):
     assert len(alive) == 10
 
 
-def test_what_is_wrong_can_be_told_on_one_sample(model):
+def test_errors_are_found_on_one_sample(model):
     check_data([model, model], DATA)
     for data, words in (
         (ArrayData(INPUTS, LABELS + 1), "8 classes.*to 8"),

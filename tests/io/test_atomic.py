@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and whose leftovers are told from living work."""
+"""Files and folders appear complete or not at all; leftovers are removed only if no running process locks them."""
 
 import multiprocessing
 import os
@@ -44,7 +44,7 @@ def holder(tmp_path):
 # -- two at a time
 
 
-def test_the_second_run_is_told_before_it_begins(tmp_path, holder):
+def test_the_second_run_is_refused_before_it_begins(tmp_path, holder):
     words = f"another run \\(process {holder.pid}\\) is writing {tmp_path / 'b'} now"
     with pytest.raises(UsageError, match=words), atomic_folder(tmp_path / "b"):
         pytest.fail("both are at work")
@@ -165,7 +165,7 @@ def test_the_look_sees_where_two_renames_leave_a_gap(tmp_path, monkeypatch):
     assert _looked_at(tmp_path) == {"whole", "nothing"}
 
 
-def test_between_two_renames_the_old_one_comes_back(tmp_path):
+def test_a_crash_between_two_renames_restores_the_old_folder(tmp_path):
     """As a run leaves it that was killed there, where folders cannot be exchanged."""
     (tmp_path / ".b.partial" / "old").mkdir(parents=True)
     (tmp_path / ".b.partial" / "old" / "x").write_text("old")
@@ -179,7 +179,7 @@ def test_between_two_renames_the_old_one_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ZeroDivisionError])
-def test_finished_work_outlives_what_is_no_answer(tmp_path, error):
+def test_finished_results_survive_crashes_but_not_refusals(tmp_path, error):
     with pytest.raises(error) as caught, atomic_folder(tmp_path / "b") as work:
         finished_results_folder(work).mkdir()
         (finished_results_folder(work) / "site").write_text("1")
@@ -291,7 +291,7 @@ def test_a_scratch_folder_of_a_killed_process_is_removed_by_the_next(tmp_path):
 
 @pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
 def test_a_new_scratch_folder_that_another_run_takes_for_a_leftover_is_made_again(monkeypatch, moment):
-    """Two runs start at once: one looks for leftovers while the other has made its folder, and not yet locked it."""
+    """Two runs start together: one looks for leftovers while the other has created its folder but not locked it yet."""
     taken, really = [], os.open
 
     def opened(path, *flags):

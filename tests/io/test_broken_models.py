@@ -39,7 +39,7 @@ def test_a_failure_on_a_valid_model_stays_what_it_is(tmp_path):
         fails(path, KeyError("lost"))
 
 
-@pytest.mark.parametrize("error", [UsageError("told"), OSError("no space"), MemoryError()])
+@pytest.mark.parametrize("error", [UsageError("refused"), OSError("no space"), MemoryError()])
 def test_errors_that_say_enough_are_passed_on(tmp_path, error):
     path = model_of("NoSuchOperator", tmp_path / "m.onnx")
     with pytest.raises(type(error)) as met:
@@ -48,6 +48,6 @@ def test_errors_that_say_enough_are_passed_on(tmp_path, error):
 
 
 @pytest.mark.parametrize("model", ["torchvision:resnet18", "nowhere.onnx", None, object()])
-def test_what_is_no_file_is_not_looked_at(model):
+def test_paths_that_are_not_files_are_refused(model):
     with pytest.raises(KeyError):
         fails(model, KeyError("lost"))

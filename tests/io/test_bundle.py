@@ -281,7 +281,7 @@ def test_success_replaces_the_old_bundle_whole(model, place, target):
 # -- how weights are stored
 
 
-def test_a_small_model_is_one_file_that_may_move_alone(model, tmp_path):
+def test_a_small_model_is_a_single_file(model, tmp_path):
     export(str(model), tmp_path / "b", rank=4, measure=False)
     (tmp_path / "elsewhere").mkdir()
     shutil.move(tmp_path / "b" / "model.onnx", tmp_path / "elsewhere" / "renamed.onnx")
@@ -291,7 +291,7 @@ def test_a_small_model_is_one_file_that_may_move_alone(model, tmp_path):
     assert y.shape == (3, SIZES[-1])
 
 
-def test_above_the_limit_weights_lie_in_a_file_beside_it(model, tmp_path, monkeypatch):
+def test_above_the_limit_weights_are_in_a_file_beside_the_model(model, tmp_path, monkeypatch):
     inline = export(str(model), tmp_path / "inline", rank=4, measure=False)
     monkeypatch.setattr(onnx_file, "INLINE_LIMIT", 1000)
     report = export(str(model), tmp_path / "b", rank=4, measure=False)

@@ -221,7 +221,7 @@ def test_a_full_pickle_is_refused_and_not_executed(tmp_path, trained, suffix, ne
     assert trace.exists()  # the trap works
 
 
-def test_a_pickle_that_is_no_torch_file_is_not_executed(tmp_path):
+def test_a_pickle_that_is_not_a_torch_file_is_not_executed(tmp_path):
     trace = tmp_path / "executed"
     (tmp_path / "a.pth").write_bytes(pickle.dumps(WritesAFile(trace)))
     with pytest.raises(ModelError, match=r"a\.pth is not a torch\.save file"):

@@ -45,7 +45,7 @@ def test_small_and_scalar_tensors_stay_in_the_model(tmp_path):
     assert (tmp_path / "d").stat().st_size == 0
 
 
-def test_a_taken_model_runs_alone(tmp_path):
+def test_a_model_with_stored_initializers_runs_without_other_files(tmp_path):
     weight = np.random.default_rng(0).standard_normal((300, 40)).astype(np.float32)
     ir.save(a_model(weight), tmp_path / "source.onnx", external_data="source.data", size_threshold_bytes=0)
     model = ir.load(tmp_path / "source.onnx")

@@ -71,7 +71,7 @@ def test_the_hash_sees_a_changed_value_and_a_changed_name(good, tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"not a model", b"\x08" * 64, random.Random(0).randbytes(999), b'{"ir_version": 8}']
 )
-def test_what_is_no_onnx_file(tmp_path, content):
+def test_files_that_are_not_onnx(tmp_path, content):
     (tmp_path / "m.onnx").write_bytes(content)
     with pytest.raises(ModelError, match=r"m\.onnx is not an ONNX file"):
         read_onnx(tmp_path / "m.onnx")

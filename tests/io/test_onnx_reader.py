@@ -1,4 +1,4 @@
-"""What a file claims is held against itself: every verb says so in one message, at once and in little memory."""
+"""A file is checked before use: every verb refuses a bad one with one message, quickly and in little memory."""
 
 import os
 import subprocess
@@ -172,7 +172,7 @@ def test_its_data_may_not_be_reached_through_a_linked_folder(external, location)
 
 
 @pytest.mark.parametrize("location", ["/dev/zero", "/proc/self/mem", "a\0b", "a" * 5000, "m.data/../../m.data"])
-def test_its_data_may_not_lie_elsewhere(external, location):
+def test_external_data_outside_the_folder_are_refused(external, location):
     with pytest.raises(ModelError, match=r"m\.onnx: tensor 'w'"):
         check_file(relocated(external, ("location", location)))
 
@@ -184,7 +184,7 @@ def test_its_data_may_not_be_out_of_bounds(external, entry):
         check_file(relocated(external, entry))
 
 
-def test_where_its_data_lie_may_not_be_said_twice(external):
+def test_a_repeated_location_of_external_data_is_refused(external):
     with pytest.raises(ModelError, match="repeats a key"):
         check_file(relocated(external, ("offset", "0"), ("location", "m.data")))
 
@@ -199,14 +199,14 @@ def test_a_file_that_changes_is_checked_again(tmp_path):
         check_file(path)
 
 
-def test_it_is_no_pipe_itself(tmp_path):
+def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "m.onnx")
     for path in (tmp_path / "m.onnx", Path("/dev/zero"), tmp_path):
         with pytest.raises(ModelError, match="no regular file"):
             read_proto(path)
 
 
-def test_it_is_protobuf_whatever_it_is_called(tmp_path):
+def test_the_suffix_of_an_onnx_file_does_not_matter(tmp_path):
     """onnx reads JSON or its text form where the name says so."""
     path = written(model([relu()]), tmp_path, "m.json")
     assert read_proto(path).graph.node[0].op_type == "Relu"
@@ -218,7 +218,7 @@ def test_graphs_deeper_than_protobuf_reads(tmp_path):
         read_proto(tmp_path / "m.onnx")
 
 
-def test_sparse_initializers_are_for_runtimes_alone(tmp_path):
+def test_sparse_initializers_are_refused_for_rewriting(tmp_path):
     values = numpy_helper.from_array(np.ones(1, np.float32), "w")
     sparse = helper.make_sparse_tensor(values, integers("i", 3), [4])
     path = written(model([helper.make_node("Add", ["x", "w"], ["y"])], sparse=[sparse]), tmp_path)
@@ -260,7 +260,7 @@ def test_onnx_s_own_cases_are_let_through():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's peak")
 def test_a_verb_refuses_a_hostile_file_before_it_imports_torch(tmp_path):
-    """A second and 500 MB are asked for; torch alone takes more."""
+    """The limits are a second and 500 MB; torch alone takes more."""
     weight = onnx.TensorProto(name="w", data_type=1, dims=[1 << 28])
     graph = onnx.helper.make_graph([], "g", [], [], [weight])
     (tmp_path / "m.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
@@ -272,7 +272,7 @@ def test_a_verb_refuses_a_hostile_file_before_it_imports_torch(tmp_path):
     for verb in (["inspect"], ["export", "--rank", "4", "-o", "b"], ["profile", "-o", "c.json"]):
         argv = [sys.executable, "-c", code, verb[0], str(tmp_path / "m.onnx"), *verb[1:]]
         done = subprocess.run(argv, capture_output=True, text=True, check=True)
-        told, torch_is_there, peak = done.stdout.split()
-        assert (told, torch_is_there) == ("3", "False"), done.stderr
+        outcome, torch_is_there, peak = done.stdout.split()
+        assert (outcome, torch_is_there) == ("3", "False"), done.stderr
         assert int(peak) < 500_000
         assert "has dims [268435456]" in done.stderr

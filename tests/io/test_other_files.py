@@ -33,7 +33,7 @@ def table(path, picture_path):
     return path
 
 
-def test_a_table_names_pictures_in_its_folder_alone(tmp_path):
+def test_a_table_may_only_name_pictures_in_its_folder(tmp_path):
     (tmp_path / "in").mkdir()
     outside, inside = picture(tmp_path / "secret.png"), picture(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "link.png").symlink_to(outside)
@@ -46,7 +46,7 @@ def test_a_table_names_pictures_in_its_folder_alone(tmp_path):
             next(data.batches(1, None))
 
 
-def test_a_saved_data_set_names_files_in_its_folder_alone(tmp_path):
+def test_a_saved_data_set_may_only_name_files_in_its_folder(tmp_path):
     (tmp_path / "in").mkdir()
     table(tmp_path / "secret.arrow", "a.png")
     for name in ("../secret.arrow", str(tmp_path / "secret.arrow")):
@@ -130,7 +130,7 @@ def test_documents_that_are_none(tmp_path, text):
 
 
 @pytest.mark.parametrize("name", ["../m.onnx", "/etc/hostname", "a/../../b"])
-def test_a_report_names_files_of_its_folder_alone(tmp_path, name):
+def test_a_report_may_only_name_files_of_its_folder(tmp_path, name):
     (tmp_path / "report.json").write_text(json.dumps({"schema_version": 1, "files": {name: "0" * 64}}))
     with pytest.raises(ModelError, match="a file's name must be its path within the folder"):
         open_bundle(tmp_path)

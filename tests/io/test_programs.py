@@ -132,7 +132,7 @@ def test_compiled_libraries_are_not_loaded(good, tmp_path):
         read_program(path)
 
 
-def test_what_is_no_archive(tmp_path):
+def test_files_that_are_not_archives(tmp_path):
     for content in (b"", b"PK\x05\x06" + b"\0" * 18, b"text"):
         (tmp_path / "m.pt2").write_bytes(content)
         with pytest.raises(ModelError, match=r"m\.pt2 is not a readable torch\.export archive"):

@@ -110,7 +110,7 @@ def test_logs_do_not_steer(capsys):
     assert "\x1b" not in stream.getvalue() or not root.handlers
 
 
-def test_a_console_shows_markup_that_is_no_markup(capsys):
+def test_a_console_escapes_markup(capsys):
     console().print("a\x1b[2J:bomb:", markup=False)
     assert capsys.readouterr().out == "a\\x1b[2J:bomb:\n"
 

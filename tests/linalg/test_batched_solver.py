@@ -19,7 +19,7 @@ def convolutional():
     return nn.Sequential(*layers, nn.Conv2d(16, 64, 1), nn.Conv2d(64, 64, 3, groups=2), nn.Conv2d(64, 64, 3, groups=2))
 
 
-def asked(model, rank):
+def requests(model, rank):
     return {
         site.name: FactorizationRequest(site.matrix()[0], rank) for site in find_module_sites(model) if site.groups == 1
     }
@@ -27,11 +27,11 @@ def asked(model, rank):
 
 @pytest.mark.parametrize("settings", [{}, {"method": "rsvd"}, {"method": "svd"}, {"route": "exact"}], ids=str)
 @pytest.mark.parametrize("kind", [transformer, convolutional])
-def test_a_net_compressed_together_has_the_bytes_of_its_sites_alone(kind, settings):
+def test_a_net_compressed_in_batches_has_the_same_bytes_as_site_by_site(kind, settings):
     torch.manual_seed(0)
     model = kind().eval()
     dense = {site.name: site.matrix().clone() for site in find_module_sites(model)}
-    ready = solve_in_batches(Solver(seed=5, **settings), asked(model, 4)).ready
+    ready = solve_in_batches(Solver(seed=5, **settings), requests(model, 4)).ready
     assert bool(ready) == (settings != {"method": "svd"})
     records = compress_(model, 4, seed=5, always_split=True, **settings)
     for record in records:
@@ -69,7 +69,7 @@ def test_only_small_equal_weights_are_taken_and_each_solution_once():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 3e38])
-def test_one_that_cannot_be_factorized_is_said_by_its_name(bad):
+def test_a_bad_weight_in_a_batch_is_named(bad):
     weights = {name: FactorizationRequest(torch.randn(20, 30), 3) for name in "abc"}
     weights["b"].weight.fill_(bad)
     ahead = solve_in_batches(Solver(), weights)

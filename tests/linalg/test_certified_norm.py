@@ -92,7 +92,7 @@ def test_so_many_steps_are_enough_and_one_less_may_not_be():
 
 
 @pytest.mark.parametrize("n", [5, 50, 500])
-def test_a_random_direction_has_less_than_the_least_part_as_rarely_as_said(n):
+def test_a_random_direction_is_below_the_least_part_with_the_stated_probability(n):
     v = normal(20_000, n)
     parts = v[:, 0].abs() / v.norm(dim=1)
     share = float((parts < least_part(n, 0.2)).float().mean())
@@ -101,7 +101,7 @@ def test_a_random_direction_has_less_than_the_least_part_as_rarely_as_said(n):
 
 
 @pytest.mark.parametrize("failure", [0.5, 0.1])
-def test_the_upper_end_fails_as_rarely_as_said_and_not_never(failure):
+def test_the_upper_end_fails_with_the_stated_probability(failure):
     """On a spectrum that hides its largest value, one apart from many: a start may hardly have it."""
     weight = torch.diag(torch.cat([torch.ones(1), torch.linspace(0.93, 0, 159)])).double()
     uppers = [certified_norm(weight, nothing(weight), failure=failure, width=0.03, seed=n).upper for n in range(200)]

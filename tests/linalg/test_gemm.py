@@ -27,11 +27,11 @@ def gapped(A):
 def machine(monkeypatch):
     """Have oneDNN so many times as fast as `@`."""
 
-    def told(times):
+    def with_rates(times):
         made = rates.Rates(full=1e11, onednn=times * 1e11, half=1e11, double=5e10, eigen=1e-9)
         monkeypatch.setitem(rates._told, ("cpu", torch.get_num_threads()), made)
 
-    return told
+    return with_rates
 
 
 @here

@@ -55,7 +55,7 @@ def test_every_route_is_near_the_optimum(route):
     assert lost(weight, Factors(factors.left, factors.right * 1.1)) > limit
 
 
-def test_each_of_many_has_the_bytes_it_has_alone():
+def test_solve_many_gives_the_same_bytes_as_solve():
     weights = [normal(96, 80, seed=seed).cuda() for seed in range(5)]
     sites = [f"s{index}" for index in range(5)]
     together = Solver().solve_many(weights, 12, sites=sites)
@@ -93,6 +93,6 @@ def test_huge_and_tiny_weights(scale):
     assert lost(weight, back) <= 1.05 * lost(weight, plain)
 
 
-def test_rank_above_full_is_said():
+def test_rank_above_full_is_noted():
     solution = Solver().solve(normal(40, 30).cuda(), 31)
     assert solution.note == "rank 31 is above full rank: exact factors of rank 30"

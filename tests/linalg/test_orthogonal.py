@@ -44,7 +44,7 @@ def missed(Q, X):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_an_orthonormal_basis_of_the_span_whatever_the_block(name):
+def test_the_basis_is_orthonormal_and_spans_any_block(name):
     X = BLOCKS[name]()
     Q = orthonormal_(X.clone())
     assert Q.shape == X.shape
@@ -69,7 +69,7 @@ def test_near_to_a_percent(name):
     assert missed(Q, X) < 1e-4
 
 
-def test_each_of_a_batch_has_the_bytes_it_has_alone():
+def test_each_matrix_of_a_batch_has_the_same_bytes_as_alone():
     batch = torch.stack([BLOCKS[name]() for name in ("random", "condition 1e6", "rank 7", "zero", "graded", "tiny")])
     together = orthonormal_(batch.clone())
     assert off(together) < 1e-5

@@ -183,7 +183,7 @@ def test_a_weight_that_is_not_finite_is_a_model_error_with_the_way_out(value):
 
 
 @pytest.mark.parametrize("of", ["factors", "errors"])
-def test_what_the_device_s_memory_does_not_hold_is_said(of):
+def test_too_little_gpu_memory_is_noted(of):
     weight = weight_of("slow", 300, 400)
     factors, expected = factorize_site(weight, 40, Solver(), name="a", kind="Linear")
     solver = Solver() if of == "factors" else Given(factors)

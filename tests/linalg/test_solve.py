@@ -108,7 +108,7 @@ def test_chebyshev_and_gram_reach_the_same_subspace(shape):
     assert float((one.left @ one.right - other.left @ other.right).norm()) > 1e-3 * float(weight.norm())
 
 
-def test_a_weight_whose_square_cannot_be_told_is_not_squared():
+def test_a_weight_whose_square_is_not_resolved_is_not_squared():
     weight = weight_with(torch.logspace(0, -6, 520, dtype=torch.float64), 520, 540).float()
     solution = Solver(route="gram", mixed_precision=False).solve(weight, 400)
     assert solution.route == "chebyshev"
@@ -127,7 +127,7 @@ def test_blocks_stand_for_iterations(name, q):
     assert krylov <= 1.02 * direct
 
 
-def test_krylov_that_does_not_fit_is_said(caplog):
+def test_krylov_that_does_not_fit_is_logged(caplog):
     with caplog.at_level(logging.WARNING):
         solution = Solver(route="krylov").solve(normal(520, 540), 300)
     assert solution.route == "chebyshev"
@@ -283,13 +283,13 @@ def test_zero_and_rank_deficient_weights(route):
     torch.testing.assert_close(left.T @ left, torch.eye(30), rtol=0, atol=1e-5)
 
 
-def test_what_does_not_fit_is_said():
+def test_factors_that_overflow_are_refused():
     with pytest.raises(ValueError, match="site 'a': the factors do not fit into torch.float32; pass weight.double"):
         Solver(route="direct")(torch.full((600, 600), 3e38), 2, site="a")
 
 
 @pytest.mark.parametrize("settings", [{}, {"route": "gram"}, {"method": "svd"}, {"method": "rsvd"}], ids=str)
-def test_what_the_device_s_memory_does_not_hold_is_done_on_the_cpu_and_said(settings, caplog):
+def test_too_little_gpu_memory_moves_the_work_to_the_cpu_with_a_note(settings, caplog):
     weight, solver = normal(600, 520), Solver(**settings)
     expected = solver.solve(weight, 200, site="a")
     with caplog.at_level(logging.WARNING), LittleMemory(100_000) as memory:

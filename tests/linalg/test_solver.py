@@ -114,7 +114,7 @@ def test_a_weight_that_requires_grad_or_is_a_view_will_do():
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_a_weight_of_exactly_that_rank_comes_back(out_features, in_features, rank, q, seed):
+def test_a_weight_of_exactly_that_rank_is_recovered(out_features, in_features, rank, q, seed):
     rank = min(rank, out_features, in_features)
     weight = normal(out_features, rank, seed=seed) @ normal(rank, in_features, seed=seed + 1)
     assert distance(weight, rsi(weight, rank, power_iterations=q, seed=seed)) < 1e-3
@@ -172,7 +172,7 @@ def test_one_iteration_is_rsvd():
     assert not torch.equal(product(rsi(weight, 6, power_iterations=2, seed=3, site="a")), product(other))
 
 
-def test_the_transpose_comes_out_as_well():
+def test_the_transpose_has_the_same_error():
     """The paper's iteration is not symmetric in W and W^T, its quality is."""
     weight = with_spectrum(SPECTRA["medium"], 40, 80)
     straight, turned = (
@@ -260,7 +260,7 @@ def test_balanced_keeps_the_product():
 # -- the random stream
 
 
-def test_the_same_seed_and_site_give_the_same_bits_whatever_the_global_seed():
+def test_seed_and_site_determine_the_bits_and_the_global_seed_does_not():
     weight = normal(30, 40)
     torch.manual_seed(1)
     first = rsi(weight, 6, seed=5, site="layer.3")
@@ -363,7 +363,7 @@ def test_ranks_out_of_range(method, rank):
 
 @pytest.mark.parametrize("method", ["rsi", "rsvd", "svd"])
 @pytest.mark.parametrize("rank", [13, 10**9])
-def test_a_rank_above_full_gives_the_exact_factors_and_says_so(method, rank):
+def test_a_rank_above_full_gives_exact_factors_with_a_note(method, rank):
     weight = normal(12, 20, dtype=torch.float64)
     solution = Solver(method=method).solve(weight, rank, site="conv.1")
     assert solution.factors.left.shape == (12, 12)

@@ -22,7 +22,7 @@ def session_of(path):
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
-def asked(path, known=(), count=3):
+def reason(path, known=(), count=3):
     return why_not_batchable(path, session_of(path), dict(known), count)
 
 
@@ -59,14 +59,14 @@ def leveled(path):
     return of_rows(path, nodes, [("tenth", np.float32(0.1)), ("one", np.float32(1))])
 
 
-def test_rows_that_stand_alone(tmp_path):
-    assert asked(linear(tmp_path / "m.onnx")) == ""
-    assert asked(tokens(tmp_path / "t.onnx"), {"ids": (1, 9), "mask": (1, 9)}) == ""
-    assert asked(tokens(tmp_path / "t.onnx")) == ""  # nobody knows the length: OPEN_SIZE
+def test_rows_that_are_independent(tmp_path):
+    assert reason(linear(tmp_path / "m.onnx")) == ""
+    assert reason(tokens(tmp_path / "t.onnx"), {"ids": (1, 9), "mask": (1, 9)}) == ""
+    assert reason(tokens(tmp_path / "t.onnx")) == ""  # nobody knows the length: OPEN_SIZE
 
 
 def test_the_proof_names_the_operator(tmp_path):
-    why = asked(leveled(tmp_path / "m.onnx"))
+    why = reason(leveled(tmp_path / "m.onnx"))
     assert "ReduceMax 'm' reduces over the batch axis (axis 0 of 'a')" in why
 
 
@@ -75,7 +75,7 @@ def test_rows_that_look_at_each_other(tmp_path, count):
     softmax = of_rows(tmp_path / "s.onnx", [helper.make_node("Softmax", ["x"], ["y"], axis=0)])
     for path in (softmax, running_sum(tmp_path / "c.onnx"), leveled(tmp_path / "l.onnx")):
         assert tried(path, count) == MIXED  # of the running sum row 0 is as it is alone
-        assert "not proved" in asked(path, count=count)
+        assert "not proved" in reason(path, count=count)
 
 
 def test_how_little_the_runs_notice(tmp_path):
@@ -88,12 +88,12 @@ def test_how_little_the_runs_notice(tmp_path):
 def test_axes_that_are_no_batch_are_named(tmp_path):
     fixed = [value(name, TensorProto.FLOAT, [2, 4]) for name in ("x", "y")]
     path = write(tmp_path / "f.onnx", [helper.make_node("Relu", ["x"], ["y"])], fixed[:1], fixed[1:], [])
-    assert asked(path, count=2) == "input x (2, 4) has no dynamic first dimension"
+    assert reason(path, count=2) == "input x (2, 4) has no dynamic first dimension"
     whole = of_rows(tmp_path / "w.onnx", [helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)], out=())
-    assert asked(whole) == "output y () has no dynamic first dimension"
+    assert reason(whole) == "output y () has no dynamic first dimension"
     double = of_rows(tmp_path / "d.onnx", [helper.make_node("Concat", ["x", "x"], ["y"], axis=0)], out=("k", 4))
     assert tried(double) == "output y has shape (6, 4) for 3 samples"
-    assert "joins along the batch axis" in asked(double)
+    assert "joins along the batch axis" in reason(double)
 
 
 def test_whole_numbers_must_be_equal(tmp_path):
@@ -108,7 +108,7 @@ def test_whole_numbers_must_be_equal(tmp_path):
 
 def test_a_model_that_refuses_the_samples(tmp_path):
     few = tokens(tmp_path / "t.onnx", words=1)  # whole numbers are drawn from 0 and 1
-    assert asked(few).startswith("the model does not run on these samples")
+    assert reason(few).startswith("the model does not run on these samples")
 
 
 def test_samples_that_are_given(tmp_path):

@@ -85,7 +85,7 @@ def test_scalars_strided_arrays_and_bfloat16():
     assert (bound.outputs()[0] == 1.5).all()
 
 
-def test_outputs_that_are_no_tensors_are_run_unbound_and_told():
+def test_outputs_that_are_not_tensors_are_run_unbound_with_a_note():
     session = session_of("y = SequenceConstruct(x, x)", outputs="seq(float[N,4]) y")
     bound = bind(session, {"x": np.ones((1, 4), np.float32)})
     bound.call()
@@ -126,7 +126,7 @@ def test_a_device_number_that_is_none_is_refused():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A session that claims CUDA, and writes down what is asked of it."""
+    """A session that claims CUDA and records the calls."""
     log = []
 
     class Value:

@@ -49,7 +49,7 @@ def test_one_wrong_output_of_two_is_enough():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("tolerance", [None, 1e9])
-def test_values_that_are_not_finite_are_rejected_whatever_the_tolerance(bad, tolerance):
+def test_values_that_are_not_finite_are_rejected_for_any_tolerance(bad, tolerance):
     b = A.copy()
     b[1, 2] = bad
     with pytest.raises(GateError, match="output 0 has NaN or infinite values"):
@@ -232,9 +232,9 @@ def test_surgery_is_checked_in_the_form_of_the_plan(tmp_path, monkeypatch, form)
     right = rotated_identity
     seen = []
 
-    def doctored(site, asked, **options):
-        seen.append(asked)
-        return turned(right(site, asked, **options), "left")
+    def doctored(site, form, **options):
+        seen.append(form)
+        return turned(right(site, form, **options), "left")
 
     monkeypatch.setattr("rsi_deploy.runtime.parity.rotated_identity", doctored)
     with pytest.raises(GateError, match="^surgery gate"):

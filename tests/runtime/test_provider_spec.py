@@ -57,7 +57,7 @@ def test_session_entries_reach_onnxruntime(text, entry, value):
 
 
 @pytest.mark.usefixtures("_cuda")
-def test_session_and_provider_options_are_told_apart():
+def test_session_and_provider_options_are_distinguished():
     spec = parse_provider("GPU:use_tf32=0, threads=2,cudnn_conv_algo_search=HEURISTIC,spinning=OFF")
     assert spec.name == "CUDAExecutionProvider"
     assert dict(spec.session) == {"threads": "2", "spinning": "off"}

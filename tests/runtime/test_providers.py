@@ -74,13 +74,13 @@ def test_installed_plug_ins_are_registered_once_and_only_when_needed(plugin):
     assert plugin.registered == {}
 
 
-def test_a_plug_in_without_a_device_is_told(plugin):
+def test_a_plug_in_without_a_device_is_reported(plugin):
     plugin("teapot", lambda: "libteapot.so")
     with pytest.raises(UsageError, match="onnxruntime-ep-teapot is installed and loads, but finds no device"):
         providers.resolve_provider("teapot")
 
 
-def test_a_broken_plug_in_is_told_and_stops_no_other(plugin):
+def test_a_broken_plug_in_is_reported_and_does_not_affect_others(plugin):
     def broken():
         raise FileNotFoundError("no libteapot.so")
 
@@ -92,7 +92,7 @@ def test_a_broken_plug_in_is_told_and_stops_no_other(plugin):
     assert list(plugin.registered) == ["rsi-deploy.onnxruntime_ep_urn"]
 
 
-def test_a_library_that_onnxruntime_refuses_is_told(plugin, monkeypatch):
+def test_a_library_that_onnxruntime_refuses_is_reported(plugin, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(providers.pkgutil, "iter_modules", lambda: [types.SimpleNamespace(name="onnxruntime_ep_none")])
     module = types.ModuleType("onnxruntime_ep_none")
@@ -117,7 +117,7 @@ def test_an_absent_provider_says_what_there_is_and_what_to_install(monkeypatch):
         providers.resolve_provider("teapot")
 
 
-def test_two_distributions_over_each_other_are_told(monkeypatch):
+def test_two_onnxruntime_distributions_are_reported(monkeypatch):
     both = {"onnxruntime": "1.0", "onnxruntime-gpu": "1.0"}
     monkeypatch.setattr(providers, "onnxruntime_distributions", lambda: both)
     with pytest.raises(UsageError, match="overwrite each other"):

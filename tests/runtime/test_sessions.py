@@ -85,9 +85,9 @@ from onnx import parser
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.runtime.sessions import make_session
 text = '<ir_version: 8, opset_import: ["" : 17]> g (float[N,4] x) => (float[N,4] y) { y = Mul(x, x) }'
-for wanted in sys.argv[1:]:
+for requested in sys.argv[1:]:
     try:
-        session = make_session(parser.parse_model(text).SerializeToString(), f"cpu:threads=1{wanted}")
+        session = make_session(parser.parse_model(text).SerializeToString(), f"cpu:threads=1{requested}")
         print(bool(session.run(None, {"x": np.full((1, 4), 2.0**-70, np.float32)})[0].any()))
     except UsageError as error:
         print(error)
@@ -95,7 +95,7 @@ for wanted in sys.argv[1:]:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"),
+    ("requested", "expected"),
     [
         (["", ",denormals=keep"], ["True", "True"]),  # 2**-140 is kept: above zero, below the normal 2**-126
         ([",denormals=zero"], ["False"]),
@@ -103,9 +103,9 @@ for wanted in sys.argv[1:]:
         ([",denormals=zero", ",denormals=keep"], ["False", "denormals=keep conflicts"]),
     ],
 )
-def test_denormals_are_flushed_for_real_or_refused(wanted, said):
-    done = subprocess.run([sys.executable, "-c", DENORMALS, *wanted], capture_output=True, text=True, check=True)
-    for line, start in zip(done.stdout.splitlines(), said, strict=True):
+def test_denormals_are_flushed_for_real_or_refused(requested, expected):
+    done = subprocess.run([sys.executable, "-c", DENORMALS, *requested], capture_output=True, text=True, check=True)
+    for line, start in zip(done.stdout.splitlines(), expected, strict=True):
         assert line.startswith(start)
 
 
@@ -134,15 +134,15 @@ def test_an_option_that_the_provider_does_not_list_is_refused_before_the_model_l
 
 
 @pytest.mark.parametrize(
-    ("refusal", "said"),
+    ("refusal", "expected"),
     [
         ("Invalid OpenVINO EP option: use_tf23", "'use_tf23' does not exist"),
         ("Failed to parse provider option use_tf23: banana is no bool", "cuda refuses use_tf23=banana"),
     ],
 )
-def test_an_option_that_the_provider_refuses_itself(model, gpu, refusal, said):
+def test_an_option_that_the_provider_refuses_itself(model, gpu, refusal, expected):
     gpu.lists, gpu.refuse = {}, refusal
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=expected):
         sessions.make_session(model, "cuda:use_tf23=banana")
 
 
@@ -169,7 +169,7 @@ def test_effective_options_include_the_defaults(model, gpu):
 
 
 @pytest.mark.parametrize(
-    ("provider", "settings", "said"),
+    ("provider", "settings", "expected"),
     [
         ("CUDAExecutionProvider", {"use_tf32": "1"}, "TF32 is on"),
         ("CUDAExecutionProvider", {}, "TF32 is on"),
@@ -178,12 +178,12 @@ def test_effective_options_include_the_defaults(model, gpu):
         ("TensorrtExecutionProvider", {}, "16- and 8-bit arithmetic is off"),
     ],
 )
-def test_arithmetic_is_told_on_nvidia_alone(provider, settings, said):
-    assert said in " ".join(sessions.numeric_notes(settings, provider))
+def test_only_nvidia_has_notes_on_arithmetic(provider, settings, expected):
+    assert expected in " ".join(sessions.numeric_notes(settings, provider))
     assert sessions.numeric_notes(settings, "CPUExecutionProvider") == []
 
 
-def test_options_that_nobody_confirms_are_told(model, gpu):
+def test_unconfirmed_options_are_noted(model, gpu):
     """A provider that lists nothing and refuses nothing may have taken an option or not."""
     session = sessions.make_session(model, "cuda:use_tf32=0")
     assert "confirmed" not in " ".join(sessions.session_notes(session, "cuda:use_tf32=0"))
