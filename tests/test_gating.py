@@ -7,8 +7,9 @@ import pytest
 from bench_documents import accuracy, arm, cell, document
 from nets import labelled, mlp_onnx
 
+from rsi_deploy.benchmark.settings import BenchConfig
 from rsi_deploy.cli import run
-from rsi_deploy.cli.gating import show_comparison, wanted_gates
+from rsi_deploy.cli.gating import requested_gates, show_comparison
 from rsi_deploy.core.errors import GateError, ModelError, UsageError
 
 BASE = document(cell(arm("m", 10.0)), accuracy={"m": accuracy(92.0)})
@@ -22,7 +23,8 @@ def base(tmp_path, monkeypatch):
 
 
 def gates(baseline="base.json", max_slowdown="5%", max_drop=None, models=("m",), data="d.npz"):
-    return wanted_gates(baseline, max_slowdown, max_drop, models=models, data=data)
+    asked = {"baseline": baseline, "max_slowdown": max_slowdown, "max_drop": max_drop, "data": data}
+    return requested_gates(BenchConfig.of(asked), models=models)
 
 
 @pytest.mark.parametrize("as_json", [False, True])

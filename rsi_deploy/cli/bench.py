@@ -6,52 +6,39 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
-from rsi_deploy.cli.bench_options import matrix_options, measurement_options
-from rsi_deploy.cli.gating import gate_options, show_comparison, wanted_gates
-from rsi_deploy.cli.options import loadgen_options, onnx_path, preprocessing_options
-from rsi_deploy.cli.page import check_page, page_option, write_page
+from rsi_deploy.benchmark.settings import BenchConfig
+from rsi_deploy.cli.derived import Verb, option, settings_options
+from rsi_deploy.cli.gating import requested_gates, show_comparison
+from rsi_deploy.cli.options import onnx_path
+from rsi_deploy.cli.page import check_page, write_page
 from rsi_deploy.cli.terminal import console, progress_bar
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.core.units import parse_percent, parse_seconds, parse_size
 
 if TYPE_CHECKING:
     from rsi_deploy.benchmark.request import BenchRequest
     from rsi_deploy.benchmark.result import BenchDocument
     from rsi_deploy.data.dataset import Dataset
+    from rsi_deploy.data.preprocess import Preprocessing
 
 INTERRUPTED = 130
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("models", nargs=-1, required=True, metavar="A.onnx [B.onnx ...]")
-@click.option("--data", metavar="DATA", help="Evaluation data: adds accuracy, and gives the inputs that are timed.")
-@preprocessing_options
-@matrix_options
-@measurement_options
-@loadgen_options
-@gate_options
-@click.option(
-    "--provider",
-    default="cpu",
-    show_default=True,
-    metavar="NAME[:key=value,...]",
-    help="onnxruntime provider with options: cpu:spinning=off, cuda:use_tf32=0, ...",
-)
-@page_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@settings_options(BenchConfig)
+@option("--compare", is_flag=True, help="Lay stored results (a.json b.json) side by side; nothing is run.")
+@option("--html", type=click.Path(), metavar="FILE", help="Also write one page to look at, which opens from disk.")
+@option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @click.pass_context
 def bench(
     context: click.Context,
     /,
     models: tuple[str, ...],
-    data: str | None,
-    baseline: str | None,
-    max_slowdown: str | None,
-    max_drop: float | None,
+    settings: BenchConfig,
+    *,
     compare: bool,
     html: str | None,
     as_json: bool,
-    **asked: Any,
 ) -> None:
     """Latency of ONNX models side by side, interleaved in one process; with --data also accuracy.
 
@@ -61,27 +48,29 @@ def bench(
         show_comparison(models, as_json=as_json)
         return
     from rsi_deploy.benchmark.matrix import run_bench
+    from rsi_deploy.data.picture_settings import preprocessing_of
     from rsi_deploy.evaluation.accuracy import check_data
 
-    gates = wanted_gates(baseline, max_slowdown, max_drop, models=models, data=data)
+    gates = requested_gates(settings, models=models)
     page = check_page(html)
     paths = [onnx_path(model) for model in models]
-    dataset = None if data is None else _dataset(data, paths[0])
-    if dataset is None and asked["preprocessing"] is not None:
+    dataset = None if settings.data is None else _dataset(settings.data, paths[0])
+    steps = preprocessing_of(settings)
+    if dataset is None and steps is not None:
         raise UsageError("--mean, --std, --resize, --crop and --layout are for the pictures of --data; add --data DATA")
     if dataset is not None and (dataset.labels is not None or len(paths) > 1):
         # what is wrong must not wait for the measurement
-        check_data(paths, dataset, preprocessing=asked["preprocessing"], provider=asked["provider"])
-    request = _request(models, paths, dataset, asked)
-    _check_loadgen(request, asked)
+        check_data(paths, dataset, preprocessing=steps, provider=settings.provider)
+    request = _request(models, paths, dataset, settings)
+    _check_loadgen(request, settings)
     with progress_bar("%", is_short=True) as bar:
         document = run_bench(
             request,
             command=context.find_root().obj or "",
             progress=lambda name, share: bar(name, round(100 * share) - 1, 100),
         )
-    document = _with_loadgen(document, request, asked)
-    document = _with_accuracy(document, request, dataset, asked)
+    document = _with_loadgen(document, request, settings)
+    document = _with_accuracy(document, request, dataset, steps)
     write_page(document, page)
     _show(document, as_json=as_json)
     if gates is not None:
@@ -99,61 +88,49 @@ def _dataset(data: str, model: Path) -> "Dataset":
 
 
 def _request(
-    models: Sequence[str], paths: Sequence[Path], dataset: "Dataset | None", asked: dict[str, Any]
+    models: Sequence[str], paths: Sequence[Path], dataset: "Dataset | None", settings: BenchConfig
 ) -> "BenchRequest":
-    """The options as typed, read."""
-    from rsi_deploy.benchmark.request import BenchRequest, matrix_shapes, parse_numbers
+    """Return the request that the settings make."""
+    from rsi_deploy.benchmark.request import BenchRequest, matrix_shapes
     from rsi_deploy.benchmark.variants import short_names
     from rsi_deploy.runtime.pinning import parse_cores
 
-    def read(option: str, parse: Any) -> Any:
-        """The option's value, None where it was not given."""
-        text = asked[option.removeprefix("--").replace("-", "_")]
-        return None if text is None else parse(text, option)
-
-    batches = parse_numbers(asked["batch"], "--batch")
-    shapes = matrix_shapes(asked["shapes"])
+    shapes = matrix_shapes(settings.input_shape)
+    same = ("provider", "allow_fallback", "seconds", "budget", "seed", "cold_start", "memory", "memory_limit")
     return BenchRequest(
         models=tuple(paths),
         labels=short_names(models),
-        batches=batches,
+        batches=settings.batch,
         shapes=shapes,
-        threads=read("--threads", parse_numbers) or (None,),
-        precisions=_precisions(asked["precisions"]),
-        pinned=() if asked["pin"] is None else parse_cores(asked["pin"]),
-        provider=asked["provider"],
-        allow_fallback=asked["allow_fallback"],
-        seconds=asked["seconds"],
-        budget=read("--budget", parse_seconds),
-        precision=parse_percent(asked["precision"], "--precision") / 100,
-        seed=asked["seed"],
-        feeds=_feeds(asked, paths[0], dataset, max(batches), shaped=bool(shapes)),
-        cold_start=asked["cold_start"],
-        memory=asked["memory"],
-        memory_limit=read("--memory-limit", parse_size),
-        burst_gap=read("--bursts", parse_seconds),
-        streams=read("--streams", parse_numbers) or (),
-        throughput=asked["throughput"],
-        profile=asked["profile"],
+        threads=settings.threads or (None,),
+        precisions=_precisions(settings.dtype),
+        pinned=() if settings.pin is None else parse_cores(settings.pin),
+        precision=settings.precision / 100,
+        feeds=_feeds(settings, paths[0], dataset, max(settings.batch), shaped=bool(shapes)),
+        burst_gap=settings.bursts,
+        streams=settings.streams or (),
+        throughput=settings.throughput,
+        profile=settings.profile,
+        **{name: getattr(settings, name) for name in same},
     )
 
 
-def _feeds(asked: dict[str, Any], model: Path, dataset: "Dataset | None", batch: int, *, shaped: bool) -> Any:
-    """Inputs from a file or from the data, None for random ones."""
-    given = asked["feeds"]
-    if given is not None and shaped:
+def _feeds(settings: BenchConfig, model: Path, dataset: "Dataset | None", batch: int, *, shaped: bool) -> Any:
+    """Return inputs from a file or from the data, None for random ones."""
+    if settings.feeds is not None and shaped:
         raise UsageError(
             "--feeds and --input-shape contradict each other: the arrays have their shapes; give one of them"
         )
-    if given is not None:
+    if settings.feeds is not None:
         from rsi_deploy.runtime.feeds.user_feeds import read_feeds
 
-        return read_feeds(given)
+        return read_feeds(settings.feeds)
     if dataset is None or shaped:
         return None
+    from rsi_deploy.data.picture_settings import preprocessing_of
     from rsi_deploy.evaluation.sample_feeds import sample_feeds
 
-    return sample_feeds(dataset, model, asked["provider"], batch, asked["preprocessing"])
+    return sample_feeds(dataset, model, settings.provider, batch, preprocessing_of(settings))
 
 
 def _precisions(text: str) -> Any:
@@ -166,39 +143,39 @@ def _precisions(text: str) -> Any:
     return tuple(dict.fromkeys(names))
 
 
-def _check_loadgen(request: "BenchRequest", asked: dict[str, Any]) -> None:
+def _check_loadgen(request: "BenchRequest", settings: BenchConfig) -> None:
     """What LoadGen cannot do must not wait for the measurement."""
-    if asked["loadgen"]:
+    if settings.loadgen:
         from rsi_deploy.benchmark.loadgen import check_loadgen
 
-        for scenario in asked["loadgen"]:
+        for scenario in settings.loadgen:
             check_loadgen(scenario, request.settings()[0].batch, request.share())
 
 
-def _with_loadgen(document: "BenchDocument", request: "BenchRequest", asked: dict[str, Any]) -> "BenchDocument":
+def _with_loadgen(document: "BenchDocument", request: "BenchRequest", settings: BenchConfig) -> "BenchDocument":
     """MLPerf LoadGen's tests of every arm, in the first configuration."""
-    if not asked["loadgen"] or (document.partial and any("interrupted" in note for note in document.notes)):
+    if not settings.loadgen or (document.partial and any("interrupted" in note for note in document.notes)):
         return document
     from rsi_deploy.benchmark.loadgen import run_loadgen
 
-    setting = request.settings()[0]
+    configuration = request.settings()[0]
     found = {
         label: tuple(
             run_loadgen(
                 model,
                 scenario,
                 provider=request.provider,
-                threads=setting.threads,
-                batch=setting.batch,
+                threads=configuration.threads,
+                batch=configuration.batch,
                 seconds=request.share(),
                 seed=request.seed,
                 feeds=request.feeds,
-                input_shape=setting.shapes or None,
-                target_qps=asked["target_qps"] if scenario == "Server" else None,
-                target_latency_ms=asked["target_latency"] if scenario == "Server" else None,
+                input_shape=configuration.shapes or None,
+                target_qps=settings.target_qps if scenario == "Server" else None,
+                target_latency_ms=settings.target_latency if scenario == "Server" else None,
                 allow_fallback=request.allow_fallback,
             )
-            for scenario in asked["loadgen"]
+            for scenario in settings.loadgen
         )
         for model, label in zip(request.models, request.labels, strict=True)
     }
@@ -206,7 +183,7 @@ def _with_loadgen(document: "BenchDocument", request: "BenchRequest", asked: dic
 
 
 def _with_accuracy(
-    document: "BenchDocument", request: "BenchRequest", dataset: "Dataset | None", asked: dict[str, Any]
+    document: "BenchDocument", request: "BenchRequest", dataset: "Dataset | None", steps: "Preprocessing | None"
 ) -> "BenchDocument":
     if dataset is None or (dataset.labels is None and len(request.models) < 2):  # inputs alone, nothing to compare
         return document
@@ -216,7 +193,7 @@ def _with_accuracy(
         results = evaluate_all(
             request.models,
             dataset,
-            preprocessing=asked["preprocessing"],
+            preprocessing=steps,
             provider=request.provider,
             progress=lambda done, total: bar("accuracy", done - 1, total),
         )

@@ -168,7 +168,7 @@ def help_of(field: FieldInfo) -> str:
     notes = [f"{words} {_bound(field, key):g}" for key, words in BOUNDS.items() if _bound(field, key) is not None]
     if field.is_required():
         notes.insert(0, "required")
-    elif default not in (None, ()) and not isinstance(default, bool):
+    elif default not in (None, (), "") and not isinstance(default, bool):
         notes.insert(0, f"default: {quantity.to_text(default) if quantity else default}")
     words = option_of(field)["off"] if default is True else field.description
     return f"{words} [{'; '.join(notes)}]" if notes else str(words)
@@ -184,7 +184,7 @@ def _option(name: str, field: FieldInfo, panel: str) -> Callable[[F], F]:
         names[-2] = f"{names[-2]}/--no-{names[-2].removeprefix('--')}"
     else:
         metavar = how.get("metavar") or (quantity.example if quantity else None)
-        kept |= {"type": kind, "metavar": metavar, "multiple": isinstance(default, tuple)}
+        kept |= {"type": kind, "metavar": metavar, "multiple": default == ()}
     if field.is_required():
         kept["unless"] = "recipe"
     elif default not in (None, ()):

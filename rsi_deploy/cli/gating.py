@@ -1,48 +1,28 @@
 """`bench --baseline` and `bench --compare`: measurements held against stored ones."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from rsi_deploy.benchmark.settings import BenchConfig
 from rsi_deploy.cli.terminal import console
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.core.units import parse_percent
 
 if TYPE_CHECKING:
     from rsi_deploy.benchmark.result import BenchDocument
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def gate_options(function: F) -> F:
-    """What a measurement is held against."""
-    for decorator in (
-        click.option(
-            "--compare", is_flag=True, help="The arguments are results (a.json b.json) to lay side by side; no run."
-        ),
-        click.option(
-            "--max-drop", type=click.FloatRange(min=0), metavar="POINTS", help="Gate: top-1 lost on --data (exit 4)."
-        ),
-        click.option("--max-slowdown", metavar="5%", help="Gate: a slowdown shown to be larger fails (exit 4)."),
-        click.option(
-            "--baseline", type=click.Path(), help="A stored --json result for the gates; without: the first model."
-        ),
-    ):
-        function = decorator(function)
-    return function
-
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
-    """What was asked for.
+    """The gates of a measurement.
 
     Attributes:
-        baseline: a stored result; None is the first model of the run.
-        max_slowdown: percent.
-        max_drop: percentage points of top-1.
+        baseline: stored result to compare with; None is the first model of the run.
+        max_slowdown: largest slowdown, percent.
+        max_drop: largest loss of top-1, percentage points.
     """
 
     baseline: "BenchDocument | None"
@@ -64,15 +44,14 @@ class Gates:
         report.enforce()
 
 
-def wanted_gates(
-    baseline: str | None, max_slowdown: str | None, max_drop: float | None, *, models: Sequence[str], data: str | None
-) -> Gates | None:
-    """The gates as typed, None where there are none; what is wrong with them must not wait for the measurement.
+def requested_gates(settings: BenchConfig, *, models: Sequence[str]) -> Gates | None:
+    """Return the gates, None without any; what is wrong with them is refused before the measurement.
 
     Raises:
         UsageError: gates that cannot be checked.
         ModelError: a baseline of another version.
     """
+    baseline, max_slowdown, max_drop = settings.baseline, settings.max_slowdown, settings.max_drop
     if baseline is None and max_slowdown is None and max_drop is None:
         return None
     from rsi_deploy.benchmark.result import read_bench
@@ -81,13 +60,12 @@ def wanted_gates(
         raise UsageError("--baseline gates nothing by itself: add --max-slowdown 5% or --max-drop 0.5")
     if baseline is None and len(models) < 2:
         raise UsageError("a gate needs something to compare with: --baseline result.json, or a second model")
-    if max_drop is not None and data is None:
+    if max_drop is not None and settings.data is None:
         raise UsageError("--max-drop is about top-1 on labelled data: add --data DATA")
-    slowdown = None if max_slowdown is None else parse_percent(max_slowdown, "--max-slowdown")
     stored = None if baseline is None else read_bench(baseline)
     if stored is not None and max_drop is not None and not stored.accuracy:
         raise UsageError(f"--max-drop: {baseline} holds no accuracy; measure it again with --data DATA")
-    return Gates(baseline=stored, max_slowdown=slowdown, max_drop=max_drop)
+    return Gates(baseline=stored, max_slowdown=max_slowdown, max_drop=max_drop)
 
 
 def show_comparison(paths: Sequence[str], *, as_json: bool) -> None:

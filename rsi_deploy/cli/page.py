@@ -1,26 +1,14 @@
 """`bench --html FILE`: the page of a measurement, written whole or not at all."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import click
+from typing import TYPE_CHECKING
 
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io.atomic import write_text
 
 if TYPE_CHECKING:
     from rsi_deploy.benchmark.result import BenchDocument
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def page_option(function: F) -> F:
-    """Where the page goes."""
-    return click.option(
-        "--html", type=click.Path(), metavar="FILE", help="Also write one page to look at, which opens from disk."
-    )(function)
 
 
 def check_page(html: str | None) -> Path | None:

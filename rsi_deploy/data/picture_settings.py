@@ -5,6 +5,9 @@ from typing import Any
 from rsi_deploy.core.settings.groups import PictureConfig
 from rsi_deploy.data.preprocess import Preprocessing
 
+SETTINGS = {"dtype": "input_dtype"}
+"""Fields of `Preprocessing` whose settings have another name."""
+
 
 def picture_settings(steps: Preprocessing | None) -> dict[str, Any]:
     """Return the settings that say the same as a `Preprocessing`: the fields that were set in it.
@@ -16,7 +19,7 @@ def picture_settings(steps: Preprocessing | None) -> dict[str, Any]:
     if steps is None:
         return {}
     names = [name for name in Preprocessing.model_fields if name in steps.model_fields_set] or ["scale"]
-    values = {name: getattr(steps, name) for name in names}
+    values = {SETTINGS.get(name, name): getattr(steps, name) for name in names}
     return {name: "none" if value is None else value for name, value in values.items()}
 
 
@@ -26,7 +29,9 @@ def preprocessing_of(config: PictureConfig) -> Preprocessing | None:
     Raises:
         UsageError: `mean` and `std` of different lengths, or sizes that no picture has.
     """
-    found = {name: None if value == "none" else value for name, value in config.part(PictureConfig).items()}
+    given = config.part(PictureConfig)
+    fields = {name: SETTINGS.get(name, name) for name in Preprocessing.model_fields}
+    found = {name: None if given[key] == "none" else given[key] for name, key in fields.items() if key in given}
     if isinstance(found.get("crop"), int):
         found["crop"] = (found["crop"], found["crop"])
     return Preprocessing(**found) if found else None

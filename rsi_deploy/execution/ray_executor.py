@@ -20,7 +20,7 @@ import rsi_deploy
 from rsi_deploy.core.arrays import as_numpy, as_torch
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.execution.executor import Task
-from rsi_deploy.linalg.products.rates import Rates, processor, rates, tell_rates
+from rsi_deploy.linalg.products.rates import Rates, processor, rates, set_rates
 from rsi_deploy.runtime.ray_connection import connect_to_ray
 
 RETRIES = 5  # of a task whose worker is lost
@@ -138,7 +138,7 @@ def like_driver(settings: tuple[int, dict[str, float], dict[str, str]]) -> dict[
     """Set up a worker with the driver's threads and rates; return the worker's `_environment`."""
     threads, measured, _ = settings
     torch.set_num_threads(threads)
-    tell_rates(CPU, Rates(**measured))
+    set_rates(CPU, Rates(**measured))
     return _environment()
 
 

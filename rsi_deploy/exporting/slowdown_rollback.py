@@ -16,7 +16,7 @@ from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
 from rsi_deploy.benchmark.variants import Feeds, Runtime
 from rsi_deploy.costing.cost_table import CostTable
-from rsi_deploy.costing.site_timing import Wanted, time_sites
+from rsi_deploy.costing.site_timing import TimedShape, time_sites
 from rsi_deploy.exporting.profile import Costing
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.decide import Planned
@@ -140,12 +140,12 @@ class SlowdownRollback:
 
     def _timed(self, splits: Splits) -> dict[str, int]:
         found, _ = self.costing.pieces(self.dense, self.feeds)
-        shapes: dict[tuple[str, str, int], Wanted] = {}
+        shapes: dict[tuple[str, str, int], TimedShape] = {}
         for name, (form, rank) in splits.items():
             if name in found:
                 piece = found[name]
                 own = next(known for known in piece.site.forms if known == form)
-                shapes[(piece.signature, form, rank)] = Wanted(piece=piece, splits=((own, rank),))
+                shapes[(piece.signature, form, rank)] = TimedShape(piece=piece, splits=((own, rank),))
         runtime = Runtime(provider=self.costing.provider, threads=self.costing.threads)
         costs = time_sites(list(shapes.values()), runtime, seconds=SECONDS, precision=self.costing.precision)
         savings = {}

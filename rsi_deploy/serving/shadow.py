@@ -96,12 +96,12 @@ class Shadow:
             scorer = Scorer([f"version {v}" for v in self._versions.values()], None, (), "auto")
             scorer.check(batch)
             self._scorer = scorer
-        reference, tally = self._scorer.tally(batch, None, feeds)
-        self.samples += tally.samples
+        reference, results = self._scorer.score(batch, None, feeds)
+        self.samples += results.samples
         self.requests += 1
-        self.agreeing += int((tally.top == reference.top).sum())
-        self._add("divergence", tally.divergence)
-        for name, (angles, distances) in tally.values.items():
+        self.agreeing += int((results.top == reference.top).sum())
+        self._add("divergence", results.divergence)
+        for name, (angles, distances) in results.values.items():
             self._add(f"cosine {name}", angles)
             self._add(f"distance {name}", distances)
         for time, took in zip(self._times.values(), seconds, strict=True):

@@ -26,7 +26,7 @@ class SweepKeywords(TypedDict, total=False):
     layout: Literal["NCHW", "NHWC"] | None
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None
     scale: float | None
-    dtype: Literal["float32", "float16", "float64"] | None
+    input_dtype: Literal["float32", "float16", "float64"] | None
     include: str | Sequence[str]
     exclude: str | Sequence[str]
     seed: int

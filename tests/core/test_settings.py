@@ -1,6 +1,7 @@
 """Settings: declared once, the same through every door, and refused with what to type."""
 
 import dataclasses
+import inspect
 import tomllib
 
 import click
@@ -8,11 +9,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import rsi_deploy
+from rsi_deploy.benchmark.settings import BenchConfig
 from rsi_deploy.cli.derived import Verb, settings_options
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.settings.base import Settings, setting
+from rsi_deploy.core.settings.groups import PictureConfig
 from rsi_deploy.core.settings.recipe import read_recipe, recipe_text
-from rsi_deploy.core.settings.verbs import ExportConfig
+from rsi_deploy.core.settings.verbs import ExportConfig, InspectConfig, ProfileConfig, VerifyConfig
+from rsi_deploy.packaging.settings import PackageConfig
+from rsi_deploy.serving.settings import ServeConfig
 from tests.release.keywords import FILES, ROOT, keywords
 
 
@@ -46,6 +52,48 @@ def test_what_is_refused_says_what_to_type(given, words):
     with pytest.raises(UsageError) as caught:
         ExportConfig.of(**given)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"batch": "1,x"}, "--batch takes numbers of 1 or more joined by commas, such as 1,8, but got '1,x'"),
+        ({"streams": "0"}, "--streams takes numbers"),
+        ({"precision": "2"}, "--precision takes a percentage such as 5%, but got '2'; write 2%"),
+        ({"loadgen": "offlin"}, "--loadgen takes SingleStream, MultiStream, Server, Offline, but got 'offlin'"),
+        ({"memory_limit": "5"}, "--memory-limit takes a size"),
+        ({"bursts": "soon"}, "--bursts takes a time"),
+    ],
+)
+def test_settings_of_bench_that_are_refused(given, words):
+    with pytest.raises(UsageError) as caught:
+        BenchConfig.of(given)
+    assert words in str(caught.value)
+
+
+def test_settings_of_bench():
+    config = BenchConfig.of(batch="8,1,8", loadgen=["offline"], target_latency="0.5s", precision="1%", threads=[2])
+    assert (config.batch, config.threads, config.loadgen) == ((8, 1), (2,), ("Offline",))
+    assert (config.target_latency, config.precision) == (500, 1)
+    assert BenchConfig.of(target_latency=5).target_latency == BenchConfig.of(target_latency="5").target_latency == 5
+    assert ServeConfig.of(batch_delay="0").batch_delay == ServeConfig.of(reload_seconds="off").reload_seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "function", "others"),
+    [
+        (ProfileConfig, rsi_deploy.profile, {"precision", *PictureConfig.model_fields}),
+        (InspectConfig, rsi_deploy.inspect, set()),
+        (VerifyConfig, rsi_deploy.verify, set()),
+        (PackageConfig, rsi_deploy.package, {"target"}),
+        (ServeConfig, rsi_deploy.serve, {"api_key_file", "workers", "threads", "canary_share", "max_body", "max_json"}),
+    ],
+)
+def test_functions_have_the_keywords_and_defaults_of_the_settings(config, function, others):
+    keywords = inspect.signature(function).parameters
+    for name, field in config.model_fields.items():
+        if name not in others:
+            assert (keywords[name].default or None) == (field.default or None), name
 
 
 def test_one_value_has_one_form_however_it_is_typed():

@@ -287,7 +287,7 @@ def test_rates_that_are_told_are_taken():
     mine = rates.Rates(full=1.0, onednn=1.0, half=2.0, double=3.0, eigen=4.0)
     threads = torch.get_num_threads()
     try:
-        rates.tell_rates(torch.device("cpu"), mine)
+        rates.set_rates(torch.device("cpu"), mine)
         assert rates.rates(torch.device("cpu")) == mine
         torch.set_num_threads(threads + 1)
         assert rates.rates(torch.device("cpu")) != mine

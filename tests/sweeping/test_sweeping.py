@@ -166,7 +166,7 @@ def test_times_of_all_points_are_of_one_run(place, tmp_path, monkeypatch, fits):
     for point, arm in zip(document.points, own, strict=True):
         assert point.latency_ms > 0
         assert ((point.latency_ms, point.speedup) == (arm.median_ms, arm.speedup)) is not fits
-    words = "in one run" if fits else "when it was made"
+    words = "in one run" if fits else "in its own run"
     assert words in (tmp_path / "s" / "report.html").read_text()
 
 

@@ -18,6 +18,7 @@ from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.units import (
     duration_text,
     parse_nanoseconds,
+    parse_percent,
     parse_seconds,
     parse_share,
     parse_size,
@@ -69,6 +70,14 @@ def _numbers(value: Any, option: str) -> Any:
         ) from None
 
 
+def _counts(value: Any, option: str) -> Any:
+    """Read `1,8`."""
+    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else [str(part) for part in value]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"{option} takes numbers of 1 or more joined by commas, such as 1,8, but got {value!r}")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
 def _pixels(value: Any, option: str) -> Any:
     """Read `224`, `224x224` or `none`."""
     parts = str(value).lower().split("x") if isinstance(value, str | int) else [str(part) for part in value]
@@ -80,19 +89,41 @@ def _pixels(value: Any, option: str) -> Any:
     return sizes[0] if len(sizes) == 1 else sizes
 
 
+def _has_unit(value: Any) -> bool:
+    return isinstance(value, str) and value.strip()[-1:].isalpha()
+
+
 def _pixels_text(value: Any) -> Any:
     return "x".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 Share = Annotated[float, _reader(parse_share), Quantity("0.5|50%", "str | float", share_text)]
 """A fraction in (0, 1]."""
-Size = Annotated[int, _reader(parse_size), Quantity("20MB", "str | int", size_text)]
+Size = Annotated[int, _reader(parse_size), Quantity("SIZE", "str | int", size_text)]
 """Bytes."""
 Latency = Annotated[int, _reader(parse_nanoseconds), Quantity("25ms", "str", duration_text)]
 """Nanoseconds of a call."""
 Seconds = Annotated[
-    float, _reader(parse_seconds), Quantity("240s", "str | float", lambda value: duration_text(round(1e9 * value)))
+    float, _reader(parse_seconds), Quantity("TIME", "str | float", lambda value: duration_text(round(1e9 * value)))
 ]
+SecondsOrOff = Annotated[
+    float,
+    _reader(lambda value, option: 0.0 if value in (0, "0", "off") else parse_seconds(value, option)),
+    Quantity("TIME|off", "str | float", lambda value: duration_text(round(1e9 * value)) if value else "off"),
+]
+"""Seconds; 0 turns off what they are for."""
+Percent = Annotated[
+    float,
+    _reader(lambda value, option: parse_percent(value, option) if isinstance(value, str) else value),
+    Quantity("5%", "str | float", lambda value: f"{value:g}%"),
+]
+"""A number of percent."""
+Milliseconds = Annotated[
+    float,
+    _reader(lambda value, option: parse_nanoseconds(value, option) / 1e6 if _has_unit(value) else value),
+    Quantity("MS", "str | float", lambda value: f"{value:g}ms"),
+]
+"""Milliseconds, which are also the unit of a bare number."""
 Text = Annotated[str, pydantic.BeforeValidator(str)]
 """A text that the planner reads, such as a rank."""
 FileName = Annotated[str, _reader(_path), Quantity("FILE", "str | Path")]
@@ -101,6 +132,10 @@ DataSource = Annotated[Any, _reader(_path), Quantity("DATA", "Any")]
 """A path, or an object in memory, which a recipe cannot hold."""
 Texts = Annotated[tuple[str, ...], _reader(_texts), Quantity("TEXT", "str | Sequence[str]", list)]
 Shapes = Annotated[tuple[str, ...], _reader(_texts), Quantity("1x3x32x32", "str | Sequence[str] | Sequence[int]", list)]
+Counts = Annotated[
+    tuple[int, ...], _reader(_counts), Quantity("1,8", "str | Sequence[int]", lambda value: ",".join(map(str, value)))
+]
+"""Numbers of 1 or more."""
 Numbers = Annotated[tuple[float, ...], _reader(_numbers), Quantity("M,M,M", "str | Sequence[float]", list)]
 Pixels = Annotated[Any, _reader(_pixels), Quantity("N|HxW|none", "str | int | tuple[int, int]", _pixels_text)]
 

@@ -72,7 +72,7 @@ class RankConfig(Settings, panel="Size"):
     )
     keep_macs: Share | None = setting(None, "Budget: share of the whole model's MACs.", option=FIRST)
     keep_params: Share | None = setting(None, "Budget: share of the whole model's parameters.", option=FIRST)
-    max_size: Size | None = setting(None, "Budget: bytes of model.onnx.", option=FIRST)
+    max_size: Size | None = setting(None, "Budget: bytes of model.onnx.", option=FIRST | {"metavar": "20MB"})
     keep_latency: Share | None = setting(
         None, "Budget: share of the dense model's time for a call.", option=FIRST | {"metavar": "0.6|60%"}
     )
@@ -138,7 +138,7 @@ class PictureConfig(Settings, panel="Pictures"):
     layout: Literal["NCHW", "NHWC"] | None = setting(None, "Axes of the input.")
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = setting(None, "Filter of the resize.")
     scale: float | None = setting(None, "Factor on 8-bit values. [default: 1/255]")
-    dtype: Literal["float32", "float16", "float64"] | None = setting(None, "Type of the inputs.")
+    input_dtype: Literal["float32", "float16", "float64"] | None = setting(None, "Type of the inputs.")
 
 
 class SiteConfig(Settings, panel="Sites"):

@@ -44,7 +44,8 @@ def explaining_broken_model(model: object) -> Iterator[None]:
             raise
         raise ModelError(
             f"{path.name} is not valid ONNX: {first_line(against)} (found after {type(error).__name__}: "
-            f"{first_line(error)}); export the model again"
+            f"{first_line(error)})",
+            hint="export the model again",
         ) from error
 
 

@@ -72,7 +72,7 @@ class OnnxStreams:
         wanted: whether a site of this name may be split; the others stay dense and are not observed.
         macs: multiply-accumulates a sample, by node name.
         provider: execution provider of onnxruntime.
-        seed: random seed for the choice of rows and for the probes of metrics.
+        seed: random seed for the choice of rows and for the probes of sensitivities.
         compensate: let a branch compensate for the loss of the stream to which it is added.
         before_ids: measure at the scores where the model's outputs are class ids alone.
         sensitivities: sensitivities of the same model, data and seed that an earlier run has computed.
@@ -105,7 +105,9 @@ class OnnxStreams:
         self._samples, self._seed = samples, seed
         self._checked = CheckSamples(axes_of(self._model), samples)
         self._survey: Survey | None = None
-        self._metrics = functools.cache(self._computed_metrics if sensitivities is None else lambda: sensitivities)
+        self._sensitivities = functools.cache(
+            self._computed_sensitivities if sensitivities is None else lambda: sensitivities
+        )
         self._reached, self.unreachable = reach(
             self._model,
             found_sites(path) if sites is None else sites,
@@ -218,14 +220,14 @@ class OnnxStreams:
         return output_distance(self._dense_outputs, other)
 
     def sensitivities(self) -> Mapping[str, OutputSensitivity]:
-        """See `ModelActivations`; computed once. None where torch does not know an operator behind the sites.
+        """See `ModelActivations`; computed once; empty where torch does not know an operator behind the sites.
 
-        They are the metrics of all sites, also in `only`: a plan is then fitted to the same numbers as the export that
-        made it.
+        They are those of all sites, also in `only`: a plan is then fitted to the same numbers as the export that made
+        it.
         """
-        return self._metrics()
+        return self._sensitivities()
 
-    def _computed_metrics(self) -> Mapping[str, OutputSensitivity]:
+    def _computed_sensitivities(self) -> Mapping[str, OutputSensitivity]:
         return sensitivities_or_empty(
             lambda: output_sensitivities(
                 self._program,

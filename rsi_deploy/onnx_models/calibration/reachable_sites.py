@@ -38,6 +38,11 @@ class Reached:
         """The prefix of the names of its taps."""
         return f"rsi_deploy/{self.graph.output}"
 
+    @property
+    def order(self) -> gp.RowOrder:
+        """The orders of the axes of data and output."""
+        return self.graph.row_order or gp.RowOrder()
+
     def weight(self) -> Tensor:
         """Return the weight, float32 `(groups, out, in)`.
 
@@ -56,6 +61,19 @@ class Reached:
         """Return gathered rows `(rows, groups * features)` as `(groups, rows, features)`."""
         groups = self.site.groups
         return torch.from_numpy(rows).reshape(len(rows), groups, rows.shape[1] // groups).movedim(1, 0)
+
+
+def row_sizes(sizes: Sequence[int], width: int) -> list[int]:
+    """Return the sizes in front of the last axes that make a row of `width` numbers.
+
+    Example:
+        >>> row_sizes((8, 5, 2, 3), 6)
+        [8, 5]
+    """
+    rows, columns = list(sizes), 1
+    while rows and columns < width:
+        columns *= rows.pop()
+    return rows
 
 
 def reach(

@@ -50,7 +50,8 @@ def probe_feeds(
             if name in feeds and feeds[name].shape != tuple(shape):
                 raise UsageError(
                     f"--feeds and --input-shape contradict each other: {name} is {feeds[name].shape} in --feeds, but "
-                    f"{tuple(shape)} in --input-shape; leave out one of them"
+                    f"{tuple(shape)} in --input-shape",
+                    hint="leave out one of them",
                 )
         return feeds
     axes = BatchAxes.of({spec.name: spec.shape for spec in specs})
