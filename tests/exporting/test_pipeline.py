@@ -527,7 +527,8 @@ def test_an_onnx_model_with_a_fixed_batch(tmp_path, batch):
     if batch == 64:
         assert report.softmax_bound is None
         (note,) = report.notes
-        assert note.startswith("no softmax bound: 60 samples") and note.endswith("64")
+        assert note.startswith("no softmax bound: 60 samples")
+        assert note.endswith("64")
     else:
         assert report.softmax_bound.samples == 60 // batch * batch
 
