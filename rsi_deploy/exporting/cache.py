@@ -1,12 +1,11 @@
-"""What exports of one model with the same data have in common, kept in a folder between them: `sweep` makes many.
+"""Results that exports of one model with the same data share, kept in a folder: `sweep` makes many such exports.
 
-    options.json     every site's options: what each form and rank costs and loses, from one calibration
-    accuracy.json    of the dense model
-    size.json        of the dense model as the user has it
-    in memory        what every site's errors do to the outputs, by gradients; the dense model's answers on the data
+    options.json     the options of every site: cost and loss of each form and rank, from one calibration
+    accuracy.json    accuracy of the dense model
+    size.json        size of the dense model as the user has it
+    in memory        effect of every site's errors on the outputs, by gradients; the dense model's outputs on the data
 
-They hold for one key: what they were found for, model, data and settings, in one text (`key.txt`). What was kept for
-another is dropped.
+They hold for one key, a text that identifies model, data and settings (`key.txt`). Results of another key are deleted.
 """
 
 import json
@@ -27,10 +26,10 @@ from rsi_deploy.planning.knapsack import Option, SiteOptions
 
 @dataclass(kw_only=True)
 class SweepCache:
-    """A folder of what was found before.
+    """A folder of results that exports share.
 
     Attributes:
-        folder: where it lies.
+        folder: the folder.
         metrics: of the sites; None before any were found.
         answers: float32, of the dense model on the first samples of the calibration data; None before it was asked.
     """
@@ -41,17 +40,17 @@ class SweepCache:
 
     @classmethod
     def of(cls, folder: Path, key: str) -> "SweepCache":
-        """What `folder` keeps for this key; the folder is made where it is not there."""
+        """Return the results in `folder` for this key; the folder is created where it is missing."""
         folder.mkdir(parents=True, exist_ok=True)
-        told = folder / "key.txt"
-        if not told.is_file() or told.read_text(encoding="utf-8") != key:
+        file = folder / "key.txt"
+        if not file.is_file() or file.read_text(encoding="utf-8") != key:
             for name in ("options.json", "accuracy.json", "size.json"):
                 (folder / name).unlink(missing_ok=True)
-            write_text(told, key)
+            write_text(file, key)
         return cls(folder=folder)
 
     def options(self) -> tuple[list[SiteOptions], dict[str, str]] | None:
-        """The sites' options, and site name -> why it was declined; None where none are kept."""
+        """Return the sites' options, and site name -> reason why it was declined; None without any."""
         path = self.folder / "options.json"
         if not path.is_file():
             return None
@@ -63,26 +62,26 @@ class SweepCache:
         return sites, dict(stored["declined"])
 
     def keep_options(self, sites: Sequence[SiteOptions], declined: Mapping[str, str]) -> None:
-        """Keep them."""
+        """Keep the sites' options and the reasons of declined sites."""
         self._write("options.json", json.dumps({"sites": [asdict(s) for s in sites], "declined": dict(declined)}))
 
     def accuracy(self) -> AccuracyResult | None:
-        """The dense model's; None where it is not kept."""
+        """Return the dense model's accuracy; None where it is not kept."""
         path = self.folder / "accuracy.json"
         return AccuracyResult.model_validate_json(read_document(path)) if path.is_file() else None
 
     def keep_accuracy(self, accuracy: AccuracyResult | None) -> None:
-        """Keep it, where there is one."""
+        """Keep the dense model's accuracy, where there is one."""
         if accuracy is not None:
             self._write("accuracy.json", accuracy.model_dump_json())
 
     def size(self) -> Size | None:
-        """The dense model's, as the user has it; None where it is not kept."""
+        """Return the size of the dense model as the user has it; None where it is not kept."""
         path = self.folder / "size.json"
         return Size.model_validate_json(read_document(path)) if path.is_file() else None
 
     def keep_size(self, size: Size) -> None:
-        """Keep it."""
+        """Keep the size of the dense model."""
         self._write("size.json", size.model_dump_json())
 
     def _write(self, name: str, text: str) -> None:

@@ -44,7 +44,7 @@ Progress = Callable[[str, int, int], None]
 
 SEARCH_STEPS = 6
 ENOUGH_ROWS = 4
-"""Rows of calibration data for every input of a site, below which a note says so."""
+"""Rows of calibration data for every input of a site below which the report warns."""
 
 
 @dataclass(kw_only=True)
@@ -115,7 +115,7 @@ class Calibrator:
         return CalibrationData(request.calib, dense.inputs, dense.preprocessing, request.calib_size)
 
     def _calibrated(self, data: CalibrationData, decisions: Decisions | None) -> Planned:
-        """Decide what is not decided yet, and fit."""
+        """Decide what no plan has decided, and fit."""
         request, streams = self.request, self._streams_of(data)
         if not streams.sites and decisions is None:
             raise ModelError(
@@ -165,10 +165,10 @@ class Calibrator:
         return self._streams
 
     def _nothing_faster(self, options: Sequence[SiteOptions], streams: OnnxStreams) -> Decisions | None:
-        """All dense, where time leaves no split of any site; None where it leaves some.
+        """All sites dense, where no split of any site is faster; None where some are.
 
         Raises:
-            ModelError: dense does not keep what was asked for.
+            ModelError: the dense model misses the budget.
         """
         if self.timing is None or not self.timing.reasons or any(len(site.options) > 1 for site in options):
             return None
@@ -190,7 +190,7 @@ class Calibrator:
         return options
 
     def again(self, planner: SitePlanner) -> Planned:
-        """The same with factors fitted anew, each to what the sites before it have become under these decisions."""
+        """Fit the factors of a planner's decisions, each in the network whose earlier sites are replaced."""
         decisions = {
             site_name(s.weight): planner.decide(site_name(s.weight), s.out_features, s.in_features)
             for s in self.dense.sites
@@ -216,7 +216,7 @@ class Calibrator:
     def _made(
         self, decisions: Decisions, streams: OnnxStreams | None = None, calibration: Calibration | None = None
     ) -> Planned:
-        """The decisions with fitted factors, where those are asked for."""
+        """The decisions, with fitted factors where the request has them."""
         fitted = {}
         if streams is not None and calibration is not None and self.request.is_fitted:
             wanted = planned_splits(decisions, streams)
@@ -230,7 +230,7 @@ class Calibrator:
     def _fitted(
         self, wanted: Mapping[str, tuple[Form, int]], streams: OnnxStreams, calibration: Calibration
     ) -> dict[str, FittedSite]:
-        """Factors of these splits: of a run that was killed after it had them, or fitted now."""
+        """Factors of these splits: of an interrupted run, or fitted now."""
         if self.finished is not None and (known := self.finished.fitted(wanted)) is not None:
             calibration.declined.update(known[1])
             return known[0]
@@ -242,7 +242,7 @@ class Calibrator:
         return fitted
 
     def _measure(self, budget: Budget, streams: OnnxStreams) -> Callable[[Decisions], int]:
-        """What a model costs, in what the budget is on, told from the written model itself."""
+        """A function that writes the model of some decisions and returns its cost in the budget's unit."""
         sites = {site.name: site for site in streams.sites}
 
         def measure(decisions: Decisions) -> int:
@@ -262,7 +262,7 @@ class Calibrator:
     def _smallest(
         self, options: Sequence[SiteOptions], streams: OnnxStreams, fit: Callable[[Decisions], Planned]
     ) -> Planned:
-        """The smallest model whose accuracy drops by no more than was allowed: bisection on the kept parameters."""
+        """The smallest model that keeps `max_drop`, by bisection on the share of parameters."""
         assert self.request.max_drop is not None
         assert self.dense.accuracy is not None
         assert self.dense.accuracy.top1 is not None
@@ -307,7 +307,7 @@ class Calibrator:
 
 
 def remarks(streams: OnnxStreams, data: CalibrationData) -> list[str]:
-    """What a reader should know: sites out of reach, and data too few to tell much."""
+    """Return notes on sites out of reach and on scarce data."""
     found = []
     if streams.unreachable:
         found.append(f"not calibrated: {listed(streams.unreachable)}")
@@ -325,7 +325,7 @@ def remarks(streams: OnnxStreams, data: CalibrationData) -> list[str]:
 
 
 def listed(reasons: Mapping[str, str]) -> str:
-    """Names by reason, a few of each.
+    """Return the names by reason, a few of each.
 
     Example:
         >>> listed({"a": "shared", "b": "shared", "c": "nested"})

@@ -1,4 +1,4 @@
-"""The size of the dense model as the user has it: what a compressed model is compared with.
+"""The size of the dense model as the user has it, with which a compressed model is compared.
 
 an ONNX file     the file itself and its data files, before anything is folded, renamed or written again
 a torch model    what the exporter makes of it, as one file
@@ -13,14 +13,14 @@ from rsi_deploy.io.onnx_reader import load_model
 
 
 def dense_size(source: Path | None, dense: Path) -> Size:
-    """Bytes and parameters of the dense model; its MACs are left 0.
+    """Return bytes and parameters of the dense model; its MACs are 0.
 
     Args:
-        source: the ONNX file that the user named; None for a torch model.
-        dense: what was made of it.
+        source: the user's ONNX file; None for a torch model.
+        dense: dense model that was made of it.
 
     Raises:
-        ModelError: a file that cannot be read.
+        ModelError: a file cannot be read.
     """
     if source is None:
         return Size(bytes=bytes_in_one_file(dense), params=count_parameters(load_model(dense)), macs=0)

@@ -32,6 +32,7 @@ from rsi_deploy.exporting.results import DenseModel, dense_file, new_graph
 from rsi_deploy.exporting.stage_clock import StageClock
 from rsi_deploy.exporting.step_settings import Probe, StepSettings
 from rsi_deploy.io.onnx_file import (
+    bytes_in_one_file,
     name_nodes_,
     read_onnx,
     release_weights_,
@@ -107,7 +108,11 @@ def dense_model(
         digest, random = weights_hash(graph), random_nodes(graph)
         sites = [entry for entry in gp.find_sites(graph) if isinstance(entry, gp.Site)]
         head = None if dataset is None else find_head(graph)
-        size = known_size or dense_size(source.onnx, path)
+        size = known_size
+        if size is None and source.onnx is None:
+            size = Size(bytes=bytes_in_one_file(path, proto), params=gp.count_parameters(graph), macs=0)
+        elif size is None:
+            size = dense_size(source.onnx, path)
     with clock.stage("trace"):
         probe, trace, batch = written.probe or Probe({}, {}), None, 1
         try:

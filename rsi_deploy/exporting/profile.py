@@ -44,7 +44,7 @@ from rsi_deploy.runtime.shape_trace import trace_run
 Progress = Callable[[str, int, int], None]
 
 BUDGET = 240.0
-"""Seconds for a table, unless told otherwise."""
+"""Default time for a table, in seconds."""
 PRECISION = 0.05
 MODEL_SHARE = 0.2
 """Of the time, for the whole model."""
@@ -168,9 +168,9 @@ class Costing:
         started = time.monotonic()
         conditions = conditions_here(self.provider, self.threads)
         cache = CostCache.of(conditions)
-        told = {key: describe_array(array) for key, array in feeds.items()}
+        inputs = {key: describe_array(array) for key, array in feeds.items()}
         digest = model_hash(dense)
-        key = f"{digest} {told}"
+        key = f"{digest} {inputs}"
         if not fresh and (known := cache.table(key)) is not None:
             return known
         found, untimed = self.pieces(dense, feeds)
@@ -187,7 +187,7 @@ class Costing:
             command=command or "rsi_deploy.profile(...)",
             conditions=conditions,
             model=ModelTime(
-                name=name, hash=digest, batch=count_samples(dense, feeds), inputs=told, dense_nanoseconds=1
+                name=name, hash=digest, batch=count_samples(dense, feeds), inputs=inputs, dense_nanoseconds=1
             ),
             sites={site: piece.signature for site, piece in found.items() if piece.signature in costs},
             untimed=untimed,
@@ -236,9 +236,9 @@ def _notes(costs: Mapping[str, SiteCost], precision: float) -> list[str]:
     notes = []
     if wide:
         widest = max((cost.half_width for cost in wide if cost.half_width is not None), default=None)
-        told = "" if widest is None else f" (the widest interval is +-{100 * widest:.0f} %)"
+        width = "" if widest is None else f" (the widest interval is +-{100 * widest:.0f} %)"
         notes.append(
-            f"{len(wide)} of {len(costs)} shapes were not measured to {100 * precision:g} %{told}: the machine was "
+            f"{len(wide)} of {len(costs)} shapes were not measured to {100 * precision:g} %{width}: the machine was "
             f"busy, or the time short (--budget)"
         )
     noisy = [cost for cost in costs.values() if any(cost.is_noisy(s.form, s.rank) for s in cost.splits)]

@@ -16,8 +16,9 @@ from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.core.errors import ModelError, RsiDeployError
 from rsi_deploy.core.types import Array
 from rsi_deploy.data.sources import Dataset
+from rsi_deploy.execution import result_store
 from rsi_deploy.execution.executor import LocalExecutor
-from rsi_deploy.execution.result_store import LARGE, ResultStore, key_of
+from rsi_deploy.execution.result_store import ResultStore, key_of
 from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.calibration_step import Calibrator
 from rsi_deploy.exporting.check_step import verified
@@ -173,7 +174,7 @@ class ExportRun:
 
     def _result_store(self, dense: DenseModel) -> ResultStore | None:
         """Results of an interrupted run of this export; None where the model is too small to store any."""
-        if dense.size.bytes < LARGE:
+        if dense.size.bytes < result_store.LARGE:
             return None
         job, calib = self.job, self.timed.request.calib
         more: list[object] = []

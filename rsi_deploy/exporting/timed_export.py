@@ -1,7 +1,7 @@
-"""What an export knows of time: a cost table of its machine or of another one, and how it decides with it.
+"""The times that an export plans with: a cost table of this machine or of another one.
 
---cost FILE    a table made by `rsi-deploy profile`; one of other conditions is refused without --allow-cost-mismatch
-a budget       a table measured here, or known from the cache
+--cost FILE    a table by `rsi-deploy profile`; one of other conditions is refused without --allow-cost-mismatch
+a budget       a table that is measured here, or comes from the cache
 """
 
 import time
@@ -25,7 +25,7 @@ from rsi_deploy.runtime.feeds.values import describe_array
 from rsi_deploy.runtime.providers import resolve_provider
 
 CHECK_SECONDS = 15.0
-"""For a plan; on a quiet machine it is precise much sooner."""
+"""Seconds to measure a plan; on a quiet machine the result is precise much sooner."""
 
 
 @dataclass(kw_only=True)
@@ -33,17 +33,17 @@ class TimedExport:
     """The times that one export plans with.
 
     Attributes:
-        table: of the model's sites.
-        source: where it is from, in words.
-        is_foreign: of another machine: nothing here can be held against it.
-        must_be_faster: a site is split only where that was measured faster.
-        dense: the dense model.
-        feeds: that it is measured with.
-        seconds: that it took to get the table.
-        checks: whole models that were measured while planning.
-        reasons: why sites stay dense, for want of a faster split.
-        remarks: what a reader must know of where a plan has landed.
-        delivers_dense: no split is faster, and that is no reason to refuse.
+        table: cost table of the model's sites.
+        source: origin of the table, in words.
+        is_foreign: whether the table is of another machine, so that nothing is measured here.
+        must_be_faster: whether a site is split only where that is measured faster.
+        dense: the dense model's file.
+        feeds: inputs that the models are measured with.
+        seconds: time that it took to get the table.
+        checks: measurements of whole models while planning.
+        reasons: site name -> reason why it stays dense, for lack of a faster split.
+        remarks: notes on the plan, for the report.
+        delivers_dense: whether the dense model is delivered, because no split is faster.
     """
 
     table: CostTable
@@ -59,45 +59,45 @@ class TimedExport:
     delivers_dense: bool = False
 
     def narrowed(self, options: Sequence[SiteOptions]) -> list[SiteOptions]:
-        """The options that may be chosen, and `reasons` of sites that lose all their splits by it."""
+        """Return the options that may be chosen, and set `reasons` of sites that lose all their splits."""
         if not self.must_be_faster:
             return list(options)
         kept, self.reasons = faster_only(options, self.table)
         return kept
 
     def without_any(self, options: Sequence[SiteOptions], budget: Budget | None) -> None:
-        """What becomes of an export where no split of any site is faster: the dense model is delivered, and it is said.
+        """Have the dense model delivered, with a remark, because no split of any site is faster.
 
-        A share of the parameters or MACs is asked for as the way to a faster model, and dense is the fastest here. A
-        time or a size is a promise by itself, which dense breaks.
+        Budgets of parameters and MACs are a means to a faster model, and the dense one is the fastest here. Budgets of
+        time and size are goals of their own, which the dense model misses.
 
         Args:
-            options: all of them dense.
-            budget: what was asked for; None for an accuracy to keep.
+            options: options of all sites, all of them dense.
+            budget: budget of the export; None for an accuracy to keep.
 
         Raises:
-            ModelError: a time or a size, and what to type.
+            ModelError: a budget of time or size.
         """
         some = "; ".join(f"{name}: {reason}" for name, reason in list(self.reasons.items())[:3])
-        told = f"no split of any of {len(options)} sites is measured faster than dense ({some})"
+        reason = f"no split of any of {len(options)} sites is measured faster than dense ({some})"
         if budget is not None and budget.cost == "nanoseconds":
             raise ModelError(
-                f"no plan can meet {budget}: {told}, so that the dense model is the fastest here; leave {budget} out, "
+                f"no plan can meet {budget}: {reason}, so the dense model is the fastest here; leave {budget} out, "
                 f"or let more sites be split (--include, --exclude)"
             )
         if budget is not None and budget.cost == "bytes":
             raise ModelError(
-                f"no plan can meet {budget} with splits that are faster: {told}. Where smaller is enough, add "
+                f"no plan can meet {budget} with splits that are faster: {reason}. Where smaller is enough, add "
                 f"--allow-slower"
             )
         self.delivers_dense = True
-        self.remarks.append(f"{told}: the DENSE model is delivered. Where smaller is enough, add --allow-slower")
+        self.remarks.append(f"{reason}: the DENSE model is delivered. Where smaller is enough, add --allow-slower")
 
     def within(self, budget: Budget, options: Sequence[SiteOptions], streams: ModelActivations) -> Decisions:
-        """The decisions for a budget of time; the table has learnt from the plans' models then.
+        """Return the decisions for a budget of time, and correct the table by the models measured for it.
 
         Raises:
-            ModelError: no plan is so fast, and which is the fastest.
+            ModelError: no plan is fast enough; names the fastest.
         """
         if budget.max_latency is not None and not self.is_foreign:
             self.table = as_now(self.table, self._dense_now())
@@ -108,12 +108,12 @@ class TimedExport:
         return landed.decisions
 
     def explained(self, decisions: Decisions) -> Decisions:
-        """The decisions, with the reason of those sites that stay dense for want of a faster split."""
+        """Return the decisions, with the reasons of sites that stay dense for lack of a faster split."""
         late = {name: why for name, why in self.reasons.items() if decisions[name].rank is None}
         return decisions | {name: Decision(rank=None, reason=why) for name, why in late.items()}
 
     def _dense_now(self) -> int:
-        """Nanoseconds of a call of the dense model, measured again: a stored table may be of another hour."""
+        """Nanoseconds of a call of the dense model, measured now: the machine may have changed since the table."""
         conditions = self.table.conditions
         result = measured_plans(self.dense, self.feeds, [], conditions.provider, conditions.threads, CHECK_SECONDS / 2)
         return round(1e6 * result.arms[0].median_ms)
@@ -130,10 +130,10 @@ class TimedExport:
 
 
 def as_now(table: CostTable, dense_nanoseconds: int) -> CostTable:
-    """The table in the units of a dense model that takes so long now; shares of its time stay what they are."""
+    """Return the table scaled to the time that the dense model takes now; shares of its time stay."""
     factor = dense_nanoseconds / table.model.dense_nanoseconds
-    told = {"dense_nanoseconds": dense_nanoseconds, "scale": table.model.scale * factor}
-    return table.model_copy(update={"model": table.model.model_copy(update=told)})
+    update = {"dense_nanoseconds": dense_nanoseconds, "scale": table.model.scale * factor}
+    return table.model_copy(update={"model": table.model.model_copy(update=update)})
 
 
 def timed_export(
@@ -147,20 +147,20 @@ def timed_export(
     name: str,
     command: str,
 ) -> TimedExport:
-    """The times for an export: from a file, or measured.
+    """Return the times for an export, from a file or measured.
 
     Args:
-        dense: the dense model.
-        feeds: that it is measured with.
+        dense: the dense model's file.
+        feeds: inputs that the models are measured with.
         costing: how tables are made here.
-        cost: a table's file, or None.
-        foreign: take one of another machine.
-        must_be_faster: a site is split only where that was measured faster.
-        name: of the model.
-        command: for a table that is measured.
+        cost: file of a table; None measures one.
+        foreign: accept a table of another machine.
+        must_be_faster: split a site only where that is measured faster.
+        name: name of the model.
+        command: command line for a table that is measured.
 
     Raises:
-        UsageError: a table of other conditions, inputs or shapes, with what differs and what to type.
+        UsageError: a table of other conditions, inputs or shapes; names the differences.
     """
     started = time.monotonic()
     if cost is None:
@@ -194,7 +194,7 @@ def _from_file(cost: str | Path, costing: Costing, *, foreign: bool) -> tuple[Co
 
 
 def _absent(table: CostTable) -> str:
-    """That the table's provider is not here, where it is not."""
+    """A hint for a table whose provider is not available here; else ""."""
     try:
         resolve_provider(table.conditions.provider)
     except UsageError as error:
@@ -204,9 +204,9 @@ def _absent(table: CostTable) -> str:
 
 def _of_this_model(table: CostTable, dense: Path, feeds: Feeds, costing: Costing, cost: str | Path) -> CostTable:
     """The table with this model's sites, found by their shapes."""
-    told = {key: describe_array(array) for key, array in feeds.items()}
-    if told != table.model.inputs:
-        theirs, ours = (", ".join(f"{k}: {v}" for k, v in inputs.items()) for inputs in (table.model.inputs, told))
+    inputs = {key: describe_array(array) for key, array in feeds.items()}
+    if inputs != table.model.inputs:
+        theirs, ours = (", ".join(f"{k}: {v}" for k, v in each.items()) for each in (table.model.inputs, inputs))
         raise UsageError(
             f"--cost {cost} was measured with {theirs}, but this export measures with {ours}; give --bench-batch, "
             f"--input-shape or --feeds as for the table, or make one with these"

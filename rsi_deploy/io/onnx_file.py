@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx import TensorProto
+from onnx import ModelProto, TensorProto
 
 from graph_passes.cleanup import remove_unused
 from rsi_deploy.core.errors import ModelError
@@ -149,13 +149,21 @@ def bytes_with_external_files(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, *external_files(path)))
 
 
-def bytes_in_one_file(path: Path) -> int:
+def bytes_in_one_file(path: Path, proto: ModelProto | None = None) -> int:
     """Return the bytes that a model would have with its external weights inside; the weights are not read.
+
+    Args:
+        path: file of the model.
+        proto: the same model, parsed; None reads it from its file.
 
     Raises:
         ModelError: The file is not ONNX.
     """
-    proto = read_proto(path)
+    if proto is None:
+        proto = read_proto(path)
+    else:
+        parsed, proto = proto, ModelProto()
+        proto.CopyFrom(parsed)
     weights = 0
     for tensor in all_tensors(proto):
         if tensor.data_location == TensorProto.EXTERNAL:

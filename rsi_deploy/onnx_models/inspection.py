@@ -1,4 +1,4 @@
-"""`inspect`: the sites of a model, their spectra, and what export would do, without exporting anything.
+"""`inspect`: the sites of a model, their spectra, and what `export` would do, without an export.
 
 A torch model is read through its modules (weights used only as bare functions show up in ONNX alone); an ONNX file
 through its graph. The spectrum is that of the weight: what fraction of it a rank keeps on data is another question.
@@ -108,12 +108,12 @@ def inspect(
     """
     spec = RankSpec.parse(rank)
     planner = Planner(spec=spec, include=tuple(include), exclude=tuple(exclude))
-    told = None if model.startswith("torchvision:") else (1,)  # no input is run
+    shape = None if model.startswith("torchvision:") else (1,)  # no input is run
     source = load_source(
         model,
         weights=weights,
         checkpoint=checkpoint,
-        input_shape=told,
+        input_shape=shape,
         seed=seed,
     )
     together: list[tuple[str, ...]] = []

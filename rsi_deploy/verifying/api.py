@@ -1,18 +1,18 @@
-"""`verify`: compute again what a bundle's report claims, and say for each claim whether it holds.
+"""`verify`: compute again what a bundle's report claims, and state for each claim whether it holds.
 
     manifest     size and sha256 of every file of the folder; nothing missing, nothing added
     files        the sha256 of every model file, as the report says
     graph        the checker, the opset, the sites, their forms and ranks, parameters and bytes
     MACs         counted on a run on the seeded probe inputs
-    budget       whether the reported size or drop of top-1 keeps what was asked for
+    budget       whether the reported size, time or drop of top-1 keeps the budget
     outputs      the compressed model on the seeded probe inputs
     parity       where dense.onnx was kept: approximation error against it
     calibration  where it was kept, with --calib: output error, KL and agreement on the calibration data
     accuracy     with --data: top-1 of the compressed model
     page         whether report.html was made from this report.json
 
-A folder that `package` wrote has no report of its own: there it is the manifest alone.
-What cannot be computed again here (latency belongs to its machine; the dense model may be gone) is listed as such.
+A folder that `package` wrote has no report of its own: only its manifest is verified.
+Claims that cannot be computed again here (latency is the machine's; the dense model may be gone) are listed as such.
 """
 
 from collections import Counter
@@ -227,10 +227,10 @@ def _budget(report: Report) -> list[Claim]:
         return []
     budget = Budget.parse(**{option.removeprefix("--").replace("-", "_"): value})
     allowed, cost = budget.total(getattr(report.dense, budget.cost)), getattr(report.compressed, budget.cost)
-    told = f"{budget}: {cost:,} {budget.cost} of {allowed:,} allowed"
+    detail = f"{budget}: {cost:,} {budget.cost} of {allowed:,} allowed"
     if cost > allowed and report.timing is not None and (report.timing.undone or not report.split_sites):
-        return [_not_checked("budget", f"{told}: given up, for what would keep it was not faster, as the report says")]
-    return [_claim("budget", cost <= allowed, told)]
+        return [_not_checked("budget", f"{detail}: given up, for no such model was faster, as the report says")]
+    return [_claim("budget", cost <= allowed, detail)]
 
 
 def _time_budget(report: Report, option: str, value: str) -> list[Claim]:
@@ -241,8 +241,8 @@ def _time_budget(report: Report, option: str, value: str) -> list[Claim]:
     budget = Budget.parse(**{option.removeprefix("--").replace("-", "_"): value})
     share = budget.total(round(1e6 * dense.median_ms)) / (1e6 * dense.median_ms)
     least = 1 / report.latency.arms[1].speedup_interval[1]
-    told = f"{option} {value}: {compressed.median_ms:.4g} ms of {dense.median_ms:.4g} ms, asked {100 * share:.1f} %"
-    return [_claim("budget", least <= share, told)]
+    detail = f"{option} {value}: {compressed.median_ms:.4g} ms of {dense.median_ms:.4g} ms, asked {100 * share:.1f} %"
+    return [_claim("budget", least <= share, detail)]
 
 
 def _calibration(folder: Path, report: Report, source: str | Path | None, provider: str) -> list[Claim]:
@@ -275,7 +275,7 @@ def _calibration(folder: Path, report: Report, source: str | Path | None, provid
 
 
 def _near(now: float | None, then: float | None) -> bool:
-    """Equal but for the rounding of another machine's kernels; a top-1 answer on the edge may tip."""
+    """Equal but for the rounding of another machine's kernels, which may change a close top-1 answer."""
     if now is None or then is None:
         return now is then
     return abs(now - then) <= 1e-2 * max(abs(now), abs(then)) + 1e-9
@@ -327,7 +327,7 @@ def _accuracy(folder: Path, report: Report, dataset: Dataset | None, provider: s
         return _not_checked("accuracy", "--data is not the data of the report")
     steps = report.preprocessing if dataset.kind == "images" else None
     result = evaluate(folder / "model.onnx", dataset, preprocessing=steps, provider=provider, progress=at_samples)
-    # Another machine's kernels may tip an answer that is on the edge: two samples are allowed for that.
+    # Another machine's kernels may change a close answer: two samples are allowed for that.
     slack = 200 / max(result.samples, 1)
     holds = abs((result.top1 or 0) - (claimed.top1 or 0)) <= slack
     return _claim("accuracy", holds, f"top-1 {result.top1:.2f} %, reported {claimed.top1:.2f} %")

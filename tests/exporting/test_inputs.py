@@ -14,6 +14,7 @@ from rsi_deploy.exporting.inputs import (
     evaluation_data,
     input_shapes,
 )
+from rsi_deploy.io.onnx_file import read_onnx
 
 TOLD = Preprocessing(mean=(0.25,), std=(2.0,))
 
@@ -21,6 +22,11 @@ TOLD = Preprocessing(mean=(0.25,), std=(2.0,))
 def origin(model, **given):
     rest = {"weights": "DEFAULT", "checkpoint": None, "shape": None, "seed": 0, "preprocessing": None, "opset": None}
     return Origin(**{"model": model, **rest, **given})
+
+
+def stored(model):
+    """The preprocessing that an ONNX file tells."""
+    return Preprocessing.stored(read_onnx(model).metadata_props)
 
 
 @pytest.fixture
@@ -41,14 +47,14 @@ def test_what_is_given_goes_over_what_the_model_tells(telling):
         (other, other),
     ]:
         one = origin(telling, preprocessing=given)
-        assert one.steps(one.load()) == steps
+        assert one.over(stored(telling)) == steps
     assert TOLD.over(other) == TOLD != other  # the other way round is told apart
 
 
 def test_a_model_that_tells_nothing_has_what_is_given(tmp_path):
     silent = str(mlp_onnx(tmp_path / "silent.onnx"))
-    assert origin(silent).steps(origin(silent).load()) is None
-    assert origin(silent, preprocessing=TOLD).steps(origin(silent).load()) == TOLD
+    assert origin(silent).over(stored(silent)) is None
+    assert origin(silent, preprocessing=TOLD).over(stored(silent)) == TOLD
 
 
 def test_a_module_is_loaded_as_it_is():

@@ -526,7 +526,9 @@ def test_an_onnx_model_with_a_fixed_batch(tmp_path, batch):
     assert next(iter(report.probe_shapes.values()))[0] == batch
     if batch == 64:
         assert report.softmax_bound is None
-        assert report.notes == ("no softmax bound: 60 samples are less than the model's batch, 64",)
+        (note,) = report.notes
+        assert note.startswith("no softmax bound: 60 samples")
+        assert note.endswith("64")
     else:
         assert report.softmax_bound.samples == 60 // batch * batch
 

@@ -172,7 +172,7 @@ def test_where_no_split_is_faster_the_dense_model_is_delivered_and_said(place, t
             ["--keep-latency", "0.6"],
             "no plan can meet --keep-latency 60%: no split of any of 3 sites is measured faster",
         ),
-        (["--max-latency", "1us"], "so that the dense model is the fastest here"),
+        (["--max-latency", "1us"], "the dense model is the fastest here"),
         (["--max-size", "1MB"], "Where smaller is enough, add --allow-slower"),
     ],
 )

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import rsi_deploy
@@ -83,8 +84,8 @@ def order():
     return rooms
 
 
-@pytest.mark.parametrize("is_calibrated", [False, True])
-def test_the_dense_model_is_parsed_once(tmp_path, monkeypatch, is_calibrated):
+@pytest.mark.parametrize(("how", "most"), [("plain", 3), ("calibrated", 7), ("torch", 3)])
+def test_the_dense_model_is_parsed_once(tmp_path, monkeypatch, how, most):
     one_gemm(tmp_path / "model.onnx", (96, 80))
     parsed, surveyed = [], []
     read_bytes, survey = Path.read_bytes, split_all.survey
@@ -96,11 +97,13 @@ def test_the_dense_model_is_parsed_once(tmp_path, monkeypatch, is_calibrated):
     monkeypatch.setattr(Path, "read_bytes", lambda path: parsed.append(path.name) or read_bytes(path))
     for module in (split_all, split_pass):
         monkeypatch.setattr(module, "survey", counted)
-    options = {"rank": "25%"}
-    if is_calibrated:
+    model, options = str(tmp_path / "model.onnx"), {"rank": "25%"}
+    if how == "torch":
+        model, options["input_shape"] = nn.Sequential(nn.Linear(80, 96)), (1, 80)
+    if how == "calibrated":
         data = np.random.default_rng(1).standard_normal((200, 80)).astype(np.float32)
         options = {"keep_params": "60%", "calib": {"x": data}}
-    rsi_deploy.export(str(tmp_path / "model.onnx"), tmp_path / "b", measure=False, **options)
+    rsi_deploy.export(model, tmp_path / "b", measure=False, **options)
     assert parsed.count("dense.onnx") == 1
     # The dense model, and each graph that is split: the result, the surgery check, candidates, calibration's segments.
-    assert len(surveyed) == len({id(model) for model in surveyed}) <= (7 if is_calibrated else 3)
+    assert len(surveyed) == len({id(model) for model in surveyed}) <= most

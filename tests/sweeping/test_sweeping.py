@@ -11,11 +11,12 @@ import rsi_deploy
 from rsi_deploy.cli import run
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.model_size import Size
+from rsi_deploy.exporting.run import ExportRun
 from rsi_deploy.onnx_models.calibration import activations as onnx_streams
 from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.report.pages.html import source_of
 from rsi_deploy.report.sweep_schema import Sweep, SweepPoint, deliver, read_sweep
-from rsi_deploy.sweeping import making, side_by_side
+from rsi_deploy.sweeping import side_by_side
 from rsi_deploy.verifying.api import verify
 
 
@@ -126,21 +127,21 @@ def test_what_cannot_be_delivered(done, tmp_path, monkeypatch, capsys, argv, wor
 
 
 def test_an_interrupted_sweep_goes_on_and_calibrates_no_second_time(place, tmp_path, monkeypatch):
-    made, calls = making.make_bundle, []
+    made, calls = ExportRun.write_bundle, []
     surveyed, options_of = [], Calibration.options
 
-    def interrupted(run, output, config, **options):
-        calls.append(config.keep_macs)
+    def interrupted(run, output, **options):
+        calls.append(run.timed.request.budget.keep_macs)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return made(run, output, config, **options)
+        return made(run, output, **options)
 
     def counted(self, *args):
         surveyed.append(1)
         return options_of(self, *args)
 
     monkeypatch.setattr(Calibration, "options", counted)
-    monkeypatch.setattr(making, "make_bundle", interrupted)
+    monkeypatch.setattr(ExportRun, "write_bundle", interrupted)
     with pytest.raises(KeyboardInterrupt):
         swept(place, tmp_path / "s")
     half = read_sweep(tmp_path / "s")
@@ -171,14 +172,14 @@ def test_times_of_all_points_are_of_one_run(place, tmp_path, monkeypatch, fits):
 
 
 def test_what_a_sweep_found_before_its_first_point_is_not_taken_for_other_data(place, tmp_path, monkeypatch):
-    folder, made = filled(tmp_path), making.make_bundle
+    folder, made = filled(tmp_path), ExportRun.write_bundle
 
     def interrupted(*args, **options):
         made(*args, **options)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(making, "make_bundle", interrupted)
+        patch.setattr(ExportRun, "write_bundle", interrupted)
         with pytest.raises(KeyboardInterrupt):
             swept(folder, folder / "s", points=2)
     assert (folder / "s" / "work" / "options.json").exists()
