@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 from pathlib import Path
@@ -66,6 +67,8 @@ def _cache_folder(tmp_path_factory):
 def _shared_work():
     shared_work.share_export_tables()
     shared_work.freeze_objects()
+    yield
+    gc.unfreeze()  # some libraries report what is left at the end
 
 
 @pytest.fixture(scope="module", autouse=True)
