@@ -23,7 +23,7 @@ from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.io.onnx_file import write_external
 from rsi_deploy.linalg.solver import Solver
-from rsi_deploy.onnx_models.split import split_graph
+from rsi_deploy.onnx_models.split import split_model
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Decisions, decide_by_budget, decide_uniformly, planned_splits, zero_filled
 from rsi_deploy.planning.knapsack import SiteOptions
@@ -152,6 +152,6 @@ def write(case: Case, decisions: Decisions, fitted: Mapping[str, FittedSite], so
         declined = {name: Decision(rank=None, reason="declined") for name in decisions.keys() - fitted.keys()}
         decisions = decisions | declined
     model = ir.load(case.path)
-    split_graph(model, FixedPlanner(decisions=decisions), solver, fitted=fitted, joint=False)
+    split_model(model, FixedPlanner(decisions=decisions), solver, fitted=fitted, joint=False)
     write_external(model, path)
     return path

@@ -1,7 +1,7 @@
 """Does compressing in ONNX keep the accuracy that compressing in PyTorch keeps?
 
     onnx     dense.onnx --OnnxStreams--> plan, factors --> split nodes in the written model      as `export` does
-    torch    module --TorchActivations--> plan, factors --> low-rank layers                          `compress_to_data_`
+    torch    module --TorchActivations--> plan, factors --> low-rank layers                          `compress_(calib=)`
 
 The same weights, the same calibration samples in the same batches and the same budget; each way is as shipped, with its
 own choice of rows and its own stages. Both are judged on the same test images. `difference` is the mean over the draws
@@ -32,7 +32,7 @@ from rsi_deploy.core.errors import UsageError
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.decide import planned_splits
 from rsi_deploy.planning.site_options import Calibration
-from rsi_deploy.torch_models.compress_to_data import compress_to_data_
+from rsi_deploy.torch_models.compress import compress_
 
 KEEPS = {"resnet20": 0.6, "cnn_cifar10": 0.3}
 QUICK_NETS, QUICK_SIZE, QUICK_TEST = ("cnn_cifar10",), 256, 500
@@ -81,7 +81,7 @@ def by_torch(case: Case, module: nn.Module, draw: int, keep: float) -> tuple[flo
     batches = [(torch.from_numpy(batch["x"]),) for batch in cases.batches({"x": data}, cases.BATCH)]
     sample = batches[0][0][:1]
     before = _macs(module, sample) if macs else _params(module)
-    compress_to_data_(module, batches, seed=draw, keep_macs=keep if macs else None, keep_params=None if macs else keep)
+    compress_(module, calib=batches, seed=draw, **{"keep_macs" if macs else "keep_params": keep})
     after = _macs(module, sample) if macs else _params(module)
     (images,) = case.test.values()
     with torch.no_grad():

@@ -104,7 +104,7 @@ def run_arm(arm: str, name: str) -> dict[str, float]:
 def _factorize(module: Any) -> None:
     from rsi_deploy.linalg.solver import Solver
     from rsi_deploy.planning.planner import Planner, RankSpec
-    from rsi_deploy.torch_models.compress import find_module_sites
+    from rsi_deploy.torch_models.module_sites import find_module_sites
 
     planner, solver = Planner(spec=RankSpec.parse(RANK)), Solver()
     for site in find_module_sites(module):

@@ -30,7 +30,7 @@ import torch
 
 from bench import common
 from bench.common import Goal
-from rsi_deploy import cli, compress_, compress_to_data_
+from rsi_deploy import cli, compress_
 from rsi_deploy.exporting import timed_export
 from rsi_deploy.runtime.machine import environment
 
@@ -114,7 +114,7 @@ CASES = {
     "schema": ["schema"],
 }
 """Each runs in one folder, where the folders of those before it lie."""
-QUICK = ("cnn", "onnx", "usage", "inspect-onnx")
+QUICK = ("cnn", "vit", "onnx", "usage", "inspect-onnx")
 MAKE_FOLDERS = {"export", "sweep", "package"}
 
 
@@ -211,7 +211,7 @@ def _run(words: Sequence[str]) -> tuple[int, str]:
 
 
 def _modules() -> dict[str, dict[str, Any]]:
-    """What stays in PyTorch: `compress_` and `compress_to_data_`."""
+    """The parameters that `compress_` makes, without and with calibration data."""
     from samples import digits
 
     images = torch.from_numpy(np.load(CALIB)["images"][:128]).float().movedim(-1, 1) / 255
@@ -221,7 +221,7 @@ def _modules() -> dict[str, dict[str, Any]]:
         compress_(network, "25%", route="chebyshev", mixed_precision=False)
         found[f"compress_ {name}"] = _parameters(network)
         network = _seeded(make()).eval()
-        compress_to_data_(network, [(images,)], keep_params=0.5)
+        compress_(network, keep_params=0.5, calib=[(images,)])
         found[f"compress_to_data_ {name}"] = _parameters(network)
     return found
 

@@ -37,7 +37,7 @@ from rsi_deploy.costing.cost_table import CostTable, PlanCheck
 from rsi_deploy.costing.trial_plans import measured_plans, share_of
 from rsi_deploy.costing.zero_filled import write_zero_filled
 from rsi_deploy.linalg.solver import Solver
-from rsi_deploy.onnx_models.rewrite import split_and_write
+from rsi_deploy.onnx_models.split import split_model
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Planned, decide_by_budget, planned_splits
 from rsi_deploy.planning.knapsack import SiteOptions, choose
@@ -292,7 +292,7 @@ def _as_fast(
 def _write(dense: Path, path: Path, made: Planned) -> None:
     import onnx_ir as ir
 
-    split_and_write(ir.load(dense), path, made.planner, Solver(), fitted=made.fitted)
+    split_model(ir.load(dense), made.planner, Solver(), path=path, fitted=made.fitted)
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -28,7 +28,7 @@ from bench import common, small
 from bench.common import Goal
 from rsi_deploy.benchmark import latency
 from rsi_deploy.benchmark.blocks import Cell, run_cells
-from rsi_deploy.benchmark.variants import Arm, Runtime, open_arms
+from rsi_deploy.benchmark.variants import Runtime, Variant, open_variants
 from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.feeds.random_feeds import random_feeds
 
@@ -70,12 +70,12 @@ def measured(model: Path, runtime: Runtime, kind: str, seed: int, seconds: float
     sessions = [runtime.session(model) for _ in range(2)]
     specs = model_inputs(sessions[0])
     feeds = random_feeds(specs, batch, seed)
-    arms = open_arms([model, model], ["first", "second"], sessions, feeds, runtime)
+    arms = open_variants([model, model], ["first", "second"], sessions, feeds, runtime)
     for arm in arms:
         arm.warm_up(seconds / 4)
     if kind == "A/B":
         arms[1].call = slowed(arms[1].call, SLOWER * calm_ms(arms[0], seconds / 4))
-    cell = Cell(name=kind, arms=arms)
+    cell = Cell(name=kind, variants=arms)
     if run_cells([cell], seconds=seconds, precision=latency.PRECISION, seed=seed):
         raise KeyboardInterrupt
     return latency.cell_result(
@@ -83,7 +83,7 @@ def measured(model: Path, runtime: Runtime, kind: str, seed: int, seconds: float
     )
 
 
-def calm_ms(arm: Arm, seconds: float) -> float:
+def calm_ms(arm: Variant, seconds: float) -> float:
     """Return the median call of an arm over a quarter of a run's time, which sets the length of the busy loop."""
     end, times = time.monotonic() + seconds, []
     while not times or time.monotonic() < end:

@@ -31,9 +31,9 @@ from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import ArrayData, ImageFolderData, open_data
 from rsi_deploy.io.checkpoint import load_checkpoint_
-from rsi_deploy.torch_models.compress import find_module_sites
 from rsi_deploy.torch_models.fold_batch_norm import batch_norms_behind_convs, fold_batch_norm_
 from rsi_deploy.torch_models.model_source import load_source
+from rsi_deploy.torch_models.module_sites import find_module_sites
 
 DATA_ROOT = Path(__file__).resolve().parents[2] / "shared" / "data"
 BATCH = 500

@@ -23,7 +23,7 @@ from rich.table import Table
 from bench import common, models, timed
 from bench.common import Goal
 from bench.timed import Setting, Splits
-from rsi_deploy.benchmark.result import ArmResult
+from rsi_deploy.benchmark.result import VariantResult
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
 from rsi_deploy.costing.zero_filled import write_zero_filled
 from rsi_deploy.planning.knapsack import SiteOptions, UnreachableLimitError, choose
@@ -146,7 +146,7 @@ def delivered(
     return words, splits, len(planned)
 
 
-def judged(arm: ArmResult | None) -> dict[str, Any] | None:
+def judged(arm: VariantResult | None) -> dict[str, Any] | None:
     """Compare with the dense model; None where the dense model or no model is delivered."""
     if arm is None:
         return None

@@ -53,8 +53,9 @@ from bench import common, models
 from bench.common import Goal
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.linalg.solver import Factors, Method, residual_norm, singular_values
-from rsi_deploy.torch_models.compress import compress_, find_module_sites
+from rsi_deploy.torch_models.compress import compress_
 from rsi_deploy.torch_models.layers import LowRankConv, LowRankMultiheadAttention
+from rsi_deploy.torch_models.module_sites import find_module_sites
 
 RATIOS = (10, 20, 30, 40, 50, 60)
 EXACT_RESIDUAL_LIMIT = 1024

@@ -23,7 +23,7 @@ import numpy as np
 import rsi_deploy
 from bench import common, small
 from bench.common import Goal
-from rsi_deploy.onnx_models import factor_source
+from rsi_deploy.onnx_models import site_factorizer
 
 ARMS = ("plain", "keeping", "going on")
 WIDTH, QUICK_WIDTH = 2048, 512
@@ -74,20 +74,20 @@ def measured(width: int, rounds: int) -> dict[str, list[float]]:
 
 def _killed(source: Path, folder: Path) -> Path:
     """Return the folder of a run that is killed at its last site."""
-    target, real = folder / "out.onnx", factor_source.factorize_site
+    target, real = folder / "out.onnx", site_factorizer.factorize_site
 
-    def dying(name: str, *args: Any, **kwargs: Any) -> Any:
+    def dying(*args: Any, name: str, **kwargs: Any) -> Any:
         if name == f"w{LAYERS - 1}":
             raise KeyboardInterrupt
-        return real(name, *args, **kwargs)
+        return real(*args, name=name, **kwargs)
 
-    factor_source.factorize_site = dying
+    site_factorizer.factorize_site = dying
     try:
         rsi_deploy.rewrite(source, target, rank="25%", joint=False, resume=True)
     except KeyboardInterrupt:
         pass
     finally:
-        factor_source.factorize_site = real
+        site_factorizer.factorize_site = real
     return (folder / f".{target.name}.partial").rename(folder / "left")
 
 

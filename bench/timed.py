@@ -20,11 +20,10 @@ from rsi_deploy.calibration.activations import FittedSite, Replacement
 from rsi_deploy.core.sites import break_even_rank, site_name
 from rsi_deploy.costing.cost_table import CostTable
 from rsi_deploy.exporting.profile import Costing, fed_with
-from rsi_deploy.exporting.slowdown_rollback import LastWord
+from rsi_deploy.exporting.slowdown_rollback import SlowdownRollback
 from rsi_deploy.exporting.slowdown_rollback import splits_of as left_of
-from rsi_deploy.exporting.steps import Compressed
 from rsi_deploy.linalg.solver import Solver
-from rsi_deploy.onnx_models.rewrite import split_and_write
+from rsi_deploy.onnx_models.split import SplitModel, split_model
 from rsi_deploy.planning.decide import Planned
 from rsi_deploy.planning.knapsack import Option, SiteOptions
 from rsi_deploy.planning.planner import Decision, FixedPlanner, SitePlanner
@@ -148,16 +147,15 @@ def after_rollback(here: Setting, splits: Splits, path: Path, seconds: float) ->
         kept = {name: split for name, split in splits.items() if planner.decide(name, 0, 0).rank is not None}
         return Planned(planner=planner, fitted={n: blank_factors(sites[n], *split) for n, split in kept.items()})
 
-    def compress(made: Planned) -> Compressed:
-        split = split_and_write(ir.load(here.dense), path, made.planner, Solver(), fitted=made.fitted)
-        return Compressed(split=split, head=None, head_factors=None, params=0, biased=True)
+    def compress(made: Planned) -> SplitModel:
+        return split_model(ir.load(here.dense), made.planner, Solver(), path=path, fitted=made.fitted)
 
     decisions = {
         name: Decision(rank=rank, reason="planned", form=site.form_of(form))
         for (name, (form, rank)), site in zip(splits.items(), sites.values(), strict=True)
     }
     made = planned(FixedPlanner(decisions=decisions))
-    word = LastWord(
+    rollback = SlowdownRollback(
         compress=compress,
         measure=lambda: here.measured([path], ["delivered"], seconds),
         refit=planned,
@@ -166,8 +164,7 @@ def after_rollback(here: Setting, splits: Splits, path: Path, seconds: float) ->
         costing=Costing(provider=here.table.conditions.provider, threads=here.threads),
         table=here.table,
     )
-    _, result, _ = word.spoken(made, compress(made))
-    return left_of(result)
+    return left_of(rollback.outcome(made, compress(made)).split)
 
 
 def blank_factors(site: gp.Site, form: str, rank: int) -> FittedSite:

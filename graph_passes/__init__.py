@@ -1,7 +1,7 @@
 """ONNX surgery for low-rank factors: find the weights of a graph, and split its nodes with factors from outside.
 
-    sites = find_sites(model)                      what could be split, what not and why
-    FoldBatchNormPass()(model)                     first: statistics into the Convs
+    sites = find_sites(model)                      sites, and the reasons of nodes that are none
+    FoldBatchNormPass()(model)                     first: fold statistics into the Convs
     records = split(model, factors)                then: one node becomes two, one record a node
 
 numpy, onnx and onnx_ir only. Nothing here computes a factor.

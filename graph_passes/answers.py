@@ -1,7 +1,5 @@
 """Check the answer of a factor source: finite `Factors` in the form, shape and dtype of the site, or `Dense`."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from graph_passes.records import Array, Dense, Factors, Site

@@ -8,8 +8,6 @@
 Constants are never changed in place, for other nodes may use them. `c + delta` keeps the name of c where none does.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

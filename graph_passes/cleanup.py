@@ -3,8 +3,6 @@
 root --> layout nodes --> consumer, consumer, ...        without consumers the root and its layout nodes go
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -3,8 +3,6 @@
 The collector walks all objects whenever a quarter of them is new: several times on a large graph, and frees nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ Mul(constant, constant) --> value        computed: one walk in graph order finds
 f(x, constant) { ... argument ... }      an argument for which some call has a constant
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 

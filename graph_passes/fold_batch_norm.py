@@ -15,8 +15,6 @@ A weight that several Convs share (heads of a detector) is folded once where the
 Different ones stay: each would need a copy of W.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast

@@ -8,8 +8,6 @@
 "matmul" and "gemm" are the forms of the products, which have no kernel: (out), (in).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias

@@ -7,8 +7,6 @@ X --+--> MatMul W_k^T --> k    becomes    X --> MatMul -----+--> MatMul left_k^T
 [W_q; W_k; W_v] (out_q + out_k + out_v, in) ~ left @ right,    left cut by rows into left_q, left_k, left_v
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 

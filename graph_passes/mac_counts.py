@@ -8,8 +8,6 @@ Sums of products count: a bias, a norm, an activation, a pooling, a lookup and a
 activations count as those with a weight do.
 """
 
-from __future__ import annotations
-
 from graph_passes.macs.executed_node import ExecutedNode, Macs, NotCounted
 from graph_passes.macs.no_products import NO_PRODUCTS, UNKNOWN
 from graph_passes.operators import FORMULAS, operator_of

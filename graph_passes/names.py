@@ -3,8 +3,6 @@
 classifier.0.weight  ->  classifier.0.right, classifier.0.left      (_1, _2, ... when taken)
 """
 
-from __future__ import annotations
-
 import onnx_ir as ir
 
 

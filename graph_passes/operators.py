@@ -4,8 +4,6 @@ A pass describes its operator (see `graph_passes.split_pass.SplitPass`). Callers
 op type; what they need of operators without a pass stands in tables by family, which are merged with the passes here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 

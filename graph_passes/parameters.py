@@ -10,8 +10,6 @@
 A constant counts once for all its users; packed integers count as the numbers that they hold.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 

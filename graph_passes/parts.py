@@ -6,8 +6,6 @@ matrix is stored once, also where some nodes use the matrix transposed or in ano
     W ~ left @ right, W^T ~ right^T @ left^T       right --> MatMul        right --> Transpose --> MatMul
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias

@@ -3,8 +3,6 @@
 The response is the output of the node without bias, activation and attention.
 """
 
-from __future__ import annotations
-
 import enum
 from dataclasses import dataclass
 

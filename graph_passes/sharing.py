@@ -5,8 +5,6 @@ w --> MatMul, w --> Gather                    a tied weight: a split would keep 
 w --> Conv, w --> ConvTranspose               a tied kernel: a split would need two pairs of factors
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Hashable, Mapping
 

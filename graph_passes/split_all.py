@@ -1,7 +1,5 @@
 """All operators together: the sites of a model, and splitting them in graph order."""
 
-from __future__ import annotations
-
 import onnx_ir as ir
 
 from graph_passes.collector import paused_collector
@@ -68,5 +66,5 @@ def split(
 def split_by_site(
     model: ir.Model, *, keep: Keep = in_memory, overridable: bool = False, joint: bool = False
 ) -> Splitter:
-    """As `split`, for a caller that goes through the sites itself: see `Splitter`."""
+    """Return a `Splitter`, for a caller that iterates over the sites itself; arguments as for `split`."""
     return Splitter(model, PASSES, UNSPLIT, keep, overridable=overridable, joint=joint)

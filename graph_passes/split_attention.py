@@ -9,13 +9,10 @@ It stays one fused operator: the hidden size of its input is free, and only that
 head counts and unequal q, k, v sizes belong to the output side and stay.
 """
 
-from __future__ import annotations
-
 import onnx_ir as ir
 
 from graph_passes.axis_rules.sequences import packed_attention
 from graph_passes.macs.attention import projected_attention
-from graph_passes.macs.executed_node import ExecutedNode, Macs
 from graph_passes.parts import Parts, resized
 from graph_passes.response import RowOrder
 from graph_passes.split_pass import SplitPass
@@ -31,12 +28,8 @@ class SplitAttentionPass(SplitPass):
     form = "matmul"
     operands = (1,)
     linear = False
+    macs = staticmethod(projected_attention((1,), past=4))
     axis_rule = staticmethod(packed_attention)
-
-    @staticmethod
-    def macs(node: ExecutedNode) -> Macs:
-        """Count the projections, the scores and the mixture."""
-        return projected_attention((1,), past=4)(node)
 
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:

@@ -21,17 +21,15 @@ what the second pads with must be zero. auto_pad goes where the kernel goes: it 
 with the second one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from graph_passes.axis_rules.moves import CHANNELS, Moves
+from graph_passes.axis_rules.moves import CHANNELS
 from graph_passes.axis_rules.products import windowed
-from graph_passes.axis_rules.values import NodeCall
 from graph_passes.forms import Form, conv_forms, first_axes
 from graph_passes.macs.convolutions import conv
 from graph_passes.parts import Parts
@@ -52,11 +50,7 @@ class SplitConvPass(SplitPass):
     operands = (1,)
     contraction: ClassVar[Contraction | None] = Contraction.CONV
     macs = staticmethod(conv)
-
-    @staticmethod
-    def axis_rule(call: NodeCall) -> Moves:
-        """Move the window over space."""
-        return windowed(call, channels=CHANNELS)
+    axis_rule = staticmethod(partial(windowed, channels=CHANNELS))
 
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
@@ -119,11 +113,7 @@ class SplitFusedConvPass(SplitConvPass):
     op_type = "FusedConv"
     linear = False
     contraction = None
-
-    @staticmethod
-    def axis_rule(call: NodeCall) -> Moves:
-        """Move the window over space; the sum `Z` lies as the output does."""
-        return windowed(call, channels=CHANNELS, like="Conv", extra=3)
+    axis_rule = staticmethod(partial(windowed, channels=CHANNELS, like="Conv", extra=3))  # 3 is the sum `Z`
 
 
 def _spatial(node: ir.Node, axes: Sequence[int], kernel: Sequence[int]) -> list[ir.Attr]:

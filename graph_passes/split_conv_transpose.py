@@ -13,15 +13,13 @@ A ConvTranspose multiplies the channels of each position by W and sums what over
 first, at the smaller resolution of the input, and what is spatial stays in one place.
 """
 
-from __future__ import annotations
-
 import math
+from functools import partial
 
 import onnx_ir as ir
 
-from graph_passes.axis_rules.moves import CHANNELS, Moves
+from graph_passes.axis_rules.moves import CHANNELS
 from graph_passes.axis_rules.products import windowed
-from graph_passes.axis_rules.values import NodeCall
 from graph_passes.macs.convolutions import conv_transpose
 from graph_passes.parts import Parts, resized
 from graph_passes.split_pass import SplitPass
@@ -37,11 +35,7 @@ class SplitConvTransposePass(SplitPass):
     form = "input"
     operands = (1,)
     macs = staticmethod(conv_transpose)
-
-    @staticmethod
-    def axis_rule(call: NodeCall) -> Moves:
-        """Move the window over space."""
-        return windowed(call, channels=CHANNELS)
+    axis_rule = staticmethod(partial(windowed, channels=CHANNELS))
 
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:

@@ -18,8 +18,6 @@ the last axis of the data is the only one that is summed over.
 A bias correction goes into the Add behind, or becomes one, along the rows of W in the output.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import TypeAlias

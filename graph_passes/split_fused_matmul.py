@@ -16,8 +16,6 @@ The first product takes what turns the data (and is a plain MatMul when nothing 
 are stored untransposed.
 """
 
-from __future__ import annotations
-
 import onnx_ir as ir
 
 from graph_passes.axis_rules.products import turned_product

@@ -18,8 +18,6 @@ A bias correction (N), or (M, 1) where A is constant, goes into C as correction 
 becomes C, with beta = 1.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import onnx_ir as ir

@@ -15,17 +15,14 @@ its own batch axes broadcast against those of the weight.
 A bias correction goes into the Add behind, or becomes one: (*batch, 1, out), or (*batch, out, 1) on the left.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from graph_passes.axis_rules.moves import Moves
 from graph_passes.axis_rules.products import product
-from graph_passes.axis_rules.values import NodeCall
 from graph_passes.bias import add_behind
 from graph_passes.macs.products import matmul
 from graph_passes.parts import Parts, resized
@@ -49,11 +46,7 @@ class SplitMatMulPass(SplitPass):
     operands = (1, 0)
     contraction: ClassVar[Contraction | None] = Contraction.MATMUL
     macs = staticmethod(matmul)
-
-    @staticmethod
-    def axis_rule(call: NodeCall) -> Moves:
-        """Move the axes as a product does."""
-        return product(call, 1)
+    axis_rule = staticmethod(partial(product, right=1))
 
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:

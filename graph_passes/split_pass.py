@@ -7,8 +7,6 @@ The original node stays and becomes the second one, so its output value (name, t
 Both nodes carry the mark `rsi_deploy.split` in metadata_props, which survives saving, and are never split again.
 """
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from collections import Counter, deque
@@ -91,12 +89,12 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
 
     @staticmethod
     @abc.abstractmethod
-    def macs(node: ExecutedNode) -> Macs:
+    def macs(node: ExecutedNode, /) -> Macs:
         """Return the multiply-accumulates of one execution."""
 
     @staticmethod
     @abc.abstractmethod
-    def axis_rule(call: NodeCall) -> Moves | Sequence[Moves] | Sequence[Value]:
+    def axis_rule(call: NodeCall, /) -> Moves | Sequence[Moves] | Sequence[Value]:
         """Return how the operator moves axes, for proofs that samples do not mix."""
 
     @classmethod
@@ -170,15 +168,14 @@ def run(
 
 
 class Splitter(Iterator[Site]):
-    """A split that goes site by site: iterating gives the sites, in graph order, and `answer` splits the current one.
+    """A split site by site: an iterator over the sites in graph order, whose `answer` splits the current one.
 
         splitter = Splitter(model, passes)
         for site in splitter:
             splitter.answer(factors(site))      Factors, or Dense
 
-    It gives a site for each weight and orientation. With `joint` it first gives the joint site of each group; where the
-    answer is `Dense`, the members follow one by one. Nothing here holds an answer, or a dense weight, longer than its
-    nodes need.
+    It yields a site for each weight and orientation. With `joint` it first yields the joint site of each group; after
+    the answer `Dense`, the members follow one by one. No answer and no dense weight is held longer than its nodes need.
 
     Args:
         model: Changed in place.
@@ -186,7 +183,7 @@ class Splitter(Iterator[Site]):
         unsplit: Other operators to report, with the inputs where they hold a weight.
         keep: Stores each factor.
         overridable: Split weights that are graph inputs too, and drop those inputs.
-        joint: Give the joint sites of groups that multiply the same data.
+        joint: Yield the joint sites of groups that multiply the same data.
 
     Attributes:
         records: One for every weight-bearing node, in graph order; complete after the last site.
@@ -210,18 +207,17 @@ class Splitter(Iterator[Site]):
         self.records: list[Record] = []
 
     def found(self) -> list[Site | Skip]:
-        """What `find_sites` gives: every weight-bearing node that is not split yet, in graph order."""
+        """Return every weight-bearing node that is not split yet, in graph order, as `find_sites` does."""
         return [entry.site if isinstance(entry, Found) else entry for entry in self._entries]
 
     def groups(self) -> list[tuple[Site, ...]]:
-        """The members of each joint site that is still to come."""
+        """Return the members of each joint site that has not been yielded yet."""
         return [tuple(member.site for member in members) for members in self._heads.values()]
 
     def answer(self, factors: Factors | Dense) -> None:
-        """Give the factors of the current site, or the reason to leave it dense.
+        """Set the factors of the current site, or the reason to leave it dense.
 
-        Raises:
-            ValueError: With the next step: the factors do not fit the site, have another dtype, or hold NaN.
+        The next step raises ValueError where the factors do not fit the site, have another dtype, or hold NaN.
         """
         self._answer = factors
 
@@ -229,7 +225,7 @@ class Splitter(Iterator[Site]):
         return next(self._steps)
 
     def _answered(self, site: Site) -> Factors | Dense:
-        """The answer for a site, which is not held here any longer."""
+        """Return and drop the answer for a site."""
         answer, self._answer = self._answer, None
         return checked(answer, site)
 

@@ -158,7 +158,8 @@ def _in_scope(
         if (entry := _already_split(node)) is not None:
             yield entry
         elif function is not None and any(_root(node.inputs[operand]) in arguments for operand in operands):
-            reason = f"inside the model function {function.name!r}, which is given the weight: inline functions first"
+            where = f"inside the model function {function.name!r}"
+            reason = f"{where}, which takes the weight as an argument: inline functions first"
             yield Skip(node=name_of(node), op_type=node.op_type, reason=reason)
         elif splitter is None:
             yield from _no_pass(node, operands, computed)

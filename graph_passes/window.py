@@ -3,8 +3,6 @@
 X (batch, channels, *size) --kernel, strides, dilations, pads--> positions (.., channels / groups * prod(kernel))
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

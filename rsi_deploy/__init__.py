@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from rsi_deploy.serving.server import serve as serve
     from rsi_deploy.sweeping.api import sweep as sweep
     from rsi_deploy.torch_models.compress import compress_ as compress_
-    from rsi_deploy.torch_models.compress_to_data import compress_to_data_ as compress_to_data_
     from rsi_deploy.verifying.api import verify as verify
 
 _HOMES = {
@@ -57,7 +56,6 @@ _HOMES = {
     "UsageError": "core.errors",
     "bench": "benchmark.latency",
     "compress_": "torch_models.compress",
-    "compress_to_data_": "torch_models.compress_to_data",
     "doctor": "runtime.doctor",
     "evaluate": "evaluation.accuracy",
     "export": "exporting.api",

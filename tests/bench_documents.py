@@ -2,7 +2,7 @@
 
 import datetime
 
-from rsi_deploy.benchmark.result import ArmFile, ArmResult, BenchDocument, BenchResult
+from rsi_deploy.benchmark.result import BenchDocument, BenchResult, VariantFile, VariantResult
 from rsi_deploy.evaluation.accuracy import AccuracyResult
 from rsi_deploy.evaluation.paired_test import paired_test
 from rsi_deploy.runtime.machine import Environment
@@ -25,8 +25,8 @@ def environment(**changes):
 
 
 def arm(label, median, width=0.01, speedup=None, speedup_width=0.01):
-    """`median` ms +- `width` (relative), `speedup` +- `speedup_width`."""
-    return ArmResult(
+    """Return a variant of `median` ms +- `width` (relative) and `speedup` +- `speedup_width`."""
+    return VariantResult(
         label=label,
         model=f"{label}.onnx",
         n=100,
@@ -41,7 +41,7 @@ def arm(label, median, width=0.01, speedup=None, speedup_width=0.01):
         memcpy_nodes=0,
         speedup=speedup,
         speedup_interval=None if speedup is None else (speedup * (1 - speedup_width), speedup * (1 + speedup_width)),
-        verdict="the arm that the others are compared with" if speedup is None else f"{speedup:.2f}x",
+        verdict="the model that the others are compared with" if speedup is None else f"{speedup:.2f}x",
     )
 
 
@@ -89,7 +89,7 @@ def document(*cells, accuracy=None, hashes=None, partial=False, **machine):
         environment=environment(**machine),
         load_after=None,
         arms=tuple(
-            ArmFile(
+            VariantFile(
                 label=label,
                 model=f"{label}.onnx",
                 format="onnx",

@@ -1,4 +1,4 @@
-"""Tiny ONNX models and unlabelled data for what calibration does with them, written by hand; seeded."""
+"""Tiny ONNX models and unlabelled data for the tests of calibration, written by hand from a seed."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def saved(path, nodes, weights, inputs, outputs, opset=20):
 
 
 def conv_net(path, *, seed=0, padded=True):
-    """conv1 3x3, conv2 3x3 of stride 2, grouped 3x3, mean, head; without padding the sizes are odd."""
+    """Write conv1 3x3, conv2 3x3 of stride 2, grouped 3x3, mean and head; without padding the sizes are odd."""
     rng = np.random.default_rng(seed)
     weights = {
         "conv1.weight": weight(rng, 24, 3, 3, 3),
@@ -61,7 +61,7 @@ def conv_net(path, *, seed=0, padded=True):
 
 
 def text_net(path, *, seed=0, tokens=6, width=16):
-    """Ids and a mask -> embedding -> two products over tokens -> masked mean -> unit vector."""
+    """Write: ids and a mask -> embedding -> two products over tokens -> masked mean -> unit vector."""
     rng = np.random.default_rng(seed)
     weights = {
         "table": weight(rng, 20, width, gain=4),
@@ -86,7 +86,7 @@ def text_net(path, *, seed=0, tokens=6, width=16):
 
 
 def texts(path, *, count=200, tokens=6, seed=1):
-    """Ids and masks of texts of 2 to `tokens` tokens, padded with 0."""
+    """Write ids and masks of texts of 2 to `tokens` tokens, padded with 0."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, tokens + 1, count)
     mask = (np.arange(tokens) < lengths[:, None]).astype(np.int64)
@@ -95,7 +95,7 @@ def texts(path, *, count=200, tokens=6, seed=1):
 
 
 def branch_net(path, *, seed=0):
-    """A Gemm, then one of two others, by whether the inputs sum to more than zero, then a head."""
+    """Write a Gemm, then one of two others depending on whether the inputs sum to more than zero, then a head."""
     rng = np.random.default_rng(seed)
     shapes = {"fc": (24, 16), "yes": (24, 24), "no": (24, 24), "head": (10, 24)}
     weights = {f"{name}.weight": weight(rng, *shape) for name, shape in shapes.items()}
@@ -122,7 +122,7 @@ def branch_net(path, *, seed=0):
 
 
 def logarithm_net(path, *, seed=0):
-    """Gemm, Log, Gemm: NaN wherever the first answers below zero."""
+    """Write Gemm, Log, Gemm, whose outputs are NaN where the first Gemm is negative."""
     rng = np.random.default_rng(seed)
     weights = {"fc1.weight": weight(rng, 24, 16), "fc2.weight": weight(rng, 10, 24)}
     nodes = [
@@ -140,7 +140,7 @@ def logarithm_net(path, *, seed=0):
 
 
 def inputs(path, *shape, count=200, seed=1, low_rank=0):
-    """Ready inputs `x (count, *shape)`; with `low_rank` they vary in so many directions, and a little in the others."""
+    """Write inputs `x (count, *shape)`; with `low_rank` they vary in so many directions, and a little in the others."""
     rng = np.random.default_rng(seed)
     size = int(np.prod(shape))
     x = rng.standard_normal((count, size))

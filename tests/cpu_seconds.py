@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SLOW = 3.0
+SLOW = 2.0
 STORED = Path(__file__).with_suffix(".txt")
 HEAD = "# CPU seconds of the files that `pytest --fast` leaves out; `pytest --cpu-seconds` writes this file.\n"
 

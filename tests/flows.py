@@ -1,4 +1,4 @@
-"""Models as ONNX text, and what flows through them by brute force: every value an output, every patch unfolded."""
+"""Models from ONNX text, and their values by brute force: every value is an output, every patch is unfolded."""
 
 import math
 
@@ -8,17 +8,18 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 import torch.nn.functional as F
+from nets import session_of
 from onnx import helper, numpy_helper, parser
 
 import graph_passes as gp
 from rsi_deploy.core.sites import site_name
-from rsi_deploy.onnx_models.factor_source import graph_factors
+from rsi_deploy.onnx_models.site_factorizer import graph_factors
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>\n'
 
 
 def text_model(text, *, seed=0, head=HEAD):
-    """The model; what it declares without values becomes a weight, drawn."""
+    """Return the model; values that it declares without data become random weights."""
     model = parser.parse_model(head + text)
     rng = np.random.default_rng(seed)
     for value in model.graph.value_info:
@@ -47,7 +48,7 @@ def saved(model, path, *, external=False):
 
 
 def all_values(path, feeds):
-    """Every value of the main graph, on one batch."""
+    """Return every value of the main graph for one batch, by name."""
     model = onnx.load(path)
     known = {value.name for value in model.graph.output}
     for node in model.graph.node:
@@ -56,6 +57,7 @@ def all_values(path, feeds):
                 model.graph.output.append(onnx.ValueInfoProto(name=name))
                 known.add(name)
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_outputs()]
@@ -64,17 +66,16 @@ def all_values(path, feeds):
 
 
 def outputs(path, feeds):
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(None, feeds)
+    return session_of(path).run(None, feeds)
 
 
 def graph_sites(path):
-    """Name -> site of the graph."""
+    """Return the sites of a graph, by name."""
     return {site_name(s.weight): s for s in gp.find_sites(ir.load(path)) if isinstance(s, gp.Site)}
 
 
 def really_split(path, target, replacements):
-    """The model file with these sites really split."""
+    """Write the model with these sites split."""
     model = ir.load(path)
 
     def source(site):
@@ -99,7 +100,7 @@ def patches(x, kernel, groups, stride, dilation, pads):
 
 
 def input_rows(site, value):
-    """All rows `(groups, rows, in)` of what a site reads."""
+    """Return all input rows `(groups, rows, in)` of a site."""
     x = torch.from_numpy(np.asarray(value)).float()
     w = site.window
     if w is None:
@@ -108,7 +109,7 @@ def input_rows(site, value):
 
 
 def output_rows(site, value):
-    """All rows `(groups, rows, out)` of a value of the output's shape."""
+    """Return all rows `(groups, rows, out)` of a value of the output's shape."""
     y = torch.from_numpy(np.asarray(value)).float()
     if site.window is None:
         return y.reshape(1, -1, y.shape[-1])
@@ -116,7 +117,7 @@ def output_rows(site, value):
 
 
 def brute_moments(x, y):
-    """Of rows `x (groups, rows, in)` and `y (groups, rows, out)`."""
+    """Return the moments of rows `x (groups, rows, in)` and `y (groups, rows, out)`."""
     x, y = x.double(), y.double()
     a, b = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     n = x.shape[1]

@@ -1,4 +1,4 @@
-"""A `BenchDocument` with everything in it, made up: what a page must be able to show."""
+"""A made-up `BenchDocument` with every section that a page can show."""
 
 import datetime
 
@@ -6,7 +6,7 @@ import numpy as np
 from bench_documents import accuracy, environment
 
 from rsi_deploy.benchmark.loadgen import LoadGenResult
-from rsi_deploy.benchmark.result import ArmFile, ArmResult, BenchDocument, BenchResult
+from rsi_deploy.benchmark.result import BenchDocument, BenchResult, VariantFile, VariantResult
 from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SessionStreams, SiteTime, Throughput
 from rsi_deploy.benchmark.statistics import quantiles, supported_percentiles, verdict
 
@@ -18,7 +18,7 @@ def timed_arm(label, median, first, *, seed=0):
     times = median * (0.9 + np.random.default_rng(seed).gamma(2, 0.07, 1500))
     speedup = None if first is None else first / median
     ends = None if speedup is None else (0.97 * speedup, 1.03 * speedup)
-    return ArmResult(
+    return VariantResult(
         label=label,
         model=f"{label}.onnx",
         n=1500,
@@ -33,7 +33,7 @@ def timed_arm(label, median, first, *, seed=0):
         memcpy_nodes=0,
         speedup=speedup,
         speedup_interval=ends,
-        verdict="the arm that the others are compared with" if ends is None else verdict(speedup, ends, 50),
+        verdict="the model that the others are compared with" if ends is None else verdict(speedup, ends, 50),
     )
 
 
@@ -148,7 +148,7 @@ def throughput(label, s):
         per_second=tuple(250 / s * b**0.3 for b in batches),
         per_second_intervals=tuple((240 / s * b**0.3, 260 / s * b**0.3) for b in batches),
         best=8,
-        ended="the largest batch asked for",
+        ended="the largest batch of the request",
     )
 
 
@@ -167,7 +167,7 @@ def profile(label, s):
 
 
 def full_document(labels=LABELS, **changed):
-    """Three arms over three batches and two threads, faster in all but the last, and every section."""
+    """Return three variants over three batches and two threads, faster in all but the last, with every section."""
     speeds = SPEEDS[: len(labels)]
     each = list(zip(labels, speeds, strict=True))
     cells = [timed_cell(labels, [4.0 * batch**0.8 * s for s in speeds], batch=batch) for batch in (1, 4, 16)]
@@ -179,7 +179,7 @@ def full_document(labels=LABELS, **changed):
         "environment": environment(),
         "load_after": (0.5, 0.5, 0.5),
         "arms": tuple(
-            ArmFile(label=a, model=f"{a}.onnx", format="onnx", file_bytes=int(s * 40e6), sha256="0" * 64)
+            VariantFile(label=a, model=f"{a}.onnx", format="onnx", file_bytes=int(s * 40e6), sha256="0" * 64)
             for a, s in each
         ),
         "cells": tuple(cells),

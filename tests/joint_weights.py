@@ -1,10 +1,10 @@
-"""Weights that can share a right factor, and such that cannot."""
+"""Weights that can share a right factor, and weights that cannot."""
 
 import torch
 
 
 def related(*outs, width=32, rank=9, noise=0.0, seed=0):
-    """Weights `(1, out, width)` whose stack has rank `rank`, but for noise."""
+    """Return weights `(1, out, width)` whose stack has rank `rank`, plus noise."""
     rng = torch.Generator().manual_seed(seed)
     rows = torch.randn(rank, width, generator=rng) * torch.linspace(1, 0.5, rank)[:, None]
     return [
@@ -14,5 +14,5 @@ def related(*outs, width=32, rank=9, noise=0.0, seed=0):
 
 
 def unrelated(*outs, width=32, rank=9):
-    """Weights of rank `rank`, each with a row space of its own."""
+    """Return weights of rank `rank`, each with its own row space."""
     return [related(out, width=width, rank=rank, seed=seed)[0] for seed, out in enumerate(outs)]

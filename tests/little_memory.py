@@ -1,11 +1,11 @@
-"""A device whose memory is soon full, as far as torch can tell."""
+"""A device with little memory, simulated for torch."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LittleMemory(TorchDispatchMode):
-    """A device that holds no result above so many bytes until it has once said so, as torch's own allocator does."""
+    """A torch mode that refuses the first result larger than a number of bytes with torch's out-of-memory error."""
 
     def __init__(self, limit):
         super().__init__()

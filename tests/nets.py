@@ -1,4 +1,4 @@
-"""Tiny nets and models that several test files share; every one has seeded weights and tells its input."""
+"""Tiny nets and models with seeded weights, which several test files share."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from torch import nn
 SIZES = (12, 32, 24, 10)
 
 
-class Told(nn.Sequential):
-    """A sequence that carries `input_shape`, which a source reads."""
+class ShapedSequential(nn.Sequential):
+    """A sequence with the attribute `input_shape`, which a model source reads."""
 
     def __init__(self, shape, **layers):
         super().__init__()
@@ -42,7 +42,7 @@ class Attend(nn.Module):
 
 
 def seeded(make, seed=0):
-    """`make()` under a seed of its own, in evaluation mode; no BatchNorm and no bias at its trivial start."""
+    """Return `make()` with this seed in evaluation mode, with random BatchNorms and no bias of zeros."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = make()
@@ -61,7 +61,7 @@ def seeded(make, seed=0):
 def mlp(seed=0):
     a, b, c, d = SIZES
     return seeded(
-        lambda: Told(
+        lambda: ShapedSequential(
             (1, a), fc1=nn.Linear(a, b), relu1=nn.ReLU(), fc2=nn.Linear(b, c), relu2=nn.ReLU(), head=nn.Linear(c, d)
         ),
         seed,
@@ -70,7 +70,7 @@ def mlp(seed=0):
 
 def cnn(seed=0):
     return seeded(
-        lambda: Told(
+        lambda: ShapedSequential(
             (1, 3, 8, 8),
             conv1=nn.Conv2d(3, 16, 3, padding=1, bias=False),
             norm1=nn.BatchNorm2d(16),
@@ -88,19 +88,20 @@ def cnn(seed=0):
 
 def attention(seed=0):
     return seeded(
-        lambda: Told((1, 6, 16), block=Attend(16, 2), grow=nn.Linear(16, 40), pick=Pick(), head=nn.Linear(40, 10)),
+        lambda: ShapedSequential(
+            (1, 6, 16), block=Attend(16, 2), grow=nn.Linear(16, 40), pick=Pick(), head=nn.Linear(40, 10)
+        ),
         seed,
     )
 
 
 def mlp_onnx(path, *, seed=0, sizes=SIZES, softmax=False, batch="batch", **changed):
-    """The MLP written by hand as Gemms, so that no exporter is needed; `changed` replaces weights by name."""
+    """Write the MLP as Gemms without an exporter; `changed` replaces weights by name."""
     rng = np.random.default_rng(seed)
     nodes, weights, value = [], [], "input"
     names = [*(f"fc{i}" for i in range(1, len(sizes) - 1)), "head"]
     for name, into, out in zip(names, sizes[:-1], sizes[1:], strict=True):
-        given = changed.get(name)
-        weight = rng.standard_normal((out, into)) / np.sqrt(into) if given is None else given
+        weight = changed[name] if name in changed else rng.standard_normal((out, into)) / np.sqrt(into)
         weights.append(numpy_helper.from_array(weight.astype(np.float32), f"{name}.weight"))
         weights.append(numpy_helper.from_array(0.1 * rng.standard_normal(out).astype(np.float32), f"{name}.bias"))
         nodes.append(helper.make_node("Gemm", [value, f"{name}.weight", f"{name}.bias"], [f"{name}.y"], name, transB=1))
@@ -119,25 +120,30 @@ def mlp_onnx(path, *, seed=0, sizes=SIZES, softmax=False, batch="batch", **chang
 
 
 def labelled(path, model, *, count=60, wrong=9, seed=1):
-    """Ready inputs for `mlp_onnx` with the model's own answers as labels, but for the first `wrong` of them."""
-    import onnxruntime
-
+    """Write inputs for `mlp_onnx` labelled with the model's own answers, except for the first `wrong` of them."""
     x = np.random.default_rng(seed).standard_normal((count, SIZES[0])).astype(np.float32)
-    labels = onnxruntime.InferenceSession(model).run(None, {"input": x})[0].argmax(1)
+    labels = run_onnx(model, x)[0].argmax(1)
     labels[:wrong] = (labels[:wrong] + 1) % SIZES[-1]
     np.savez(path, x=x, labels=labels)
     return Path(path)
 
 
 def initializers(path):
-    """Name -> array of every initializer of a model file."""
+    """Return the array of every initializer of a model file, by name."""
     return {t.name: numpy_helper.to_array(t, str(Path(path).parent)) for t in onnx.load(path).graph.initializer}
 
 
-def run_onnx(path, feeds):
+def session_of(path):
+    """Return a session with one thread: several sessions of tests run at a time, and their models are tiny."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(path, feeds):
+    session = session_of(path)
     if not isinstance(feeds, dict):
         feeds = {session.get_inputs()[0].name: np.asarray(feeds)}
     return session.run(None, feeds)

@@ -1,4 +1,4 @@
-"""A page read back by a parser: its tags balance, and its texts and tables are at hand."""
+"""A parser of pages that checks the balance of tags and collects texts and tables."""
 
 from html.parser import HTMLParser
 
@@ -6,7 +6,7 @@ VOID = {"meta", "wbr", "br", "link", "img", "input", "hr", "base", "source", "em
 
 
 class PageReader(HTMLParser):
-    """Fails where a tag is not closed, or closes what is not open.
+    """A parser that fails for a tag that is not closed or not open.
 
     `tags` are (name, attributes); `tables` caption -> rows of texts, the head first; `words` everything that is shown.
     """
@@ -54,13 +54,13 @@ class PageReader(HTMLParser):
         return [attrs["id"] for _, attrs in self.tags if "id" in attrs]
 
     def table(self, begins):
-        """The rows of the table whose caption begins so, without its head."""
+        """Return the rows of the table whose caption begins so, without its head."""
         (rows,) = [rows for caption, rows in self.tables.items() if caption.startswith(begins)]
         return rows[1:]
 
 
 def assert_self_contained(text):
-    """Nothing is loaded and nothing runs: no reference to anywhere but the page itself."""
+    """Assert that the page loads nothing and runs nothing: it refers to nothing but itself."""
     page = PageReader(text)
     names = {tag for tag, _ in page.tags}
     assert not names & {"script", "link", "img", "iframe", "object", "embed", "base", "use", "image", "foreignobject"}

@@ -94,7 +94,7 @@ def alone(path, feeds):
     return dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
 
 
-def together(count, work, seconds=60):
+def run_threads(count, work, seconds=60):
     """Run `work(number)` on threads and return the results in order."""
     results = [None] * count
 
@@ -132,7 +132,7 @@ def versions_of_answers(server, models, x, clients, asked=10):
             found.append(version)
         return found
 
-    return Counter(version for found in together(clients, client) for version in found)
+    return Counter(version for found in run_threads(clients, client) for version in found)
 
 
 def linear(path, seed=0, rows_in=12, rows_out=5, scale=1.0):

@@ -13,7 +13,7 @@ from torch import nn
 from rsi_deploy.core.errors import GateError
 from rsi_deploy.io.onnx_file import write_external
 from rsi_deploy.linalg.solver import Solver
-from rsi_deploy.onnx_models.split import split_graph
+from rsi_deploy.onnx_models.split import split_model
 from rsi_deploy.planning.planner import Planner, RankSpec
 from rsi_deploy.runtime.parity import compare_outputs
 from rsi_deploy.torch_models.compress import compress_
@@ -105,9 +105,9 @@ def dense_file(module, path, x):
 
 
 def through_onnx(dense, rank, path, x, **settings):
-    """`split_graph` of the exported dense model with the same settings: outputs, and rank by site."""
+    """`split_model` of the exported dense model with the same settings: outputs, and rank by site."""
     model = ir.load(dense)
-    sites = split_graph(model, Planner(spec=RankSpec.parse(rank)), Solver(**settings), joint=False).sites
+    sites = split_model(model, Planner(spec=RankSpec.parse(rank)), Solver(**settings), joint=False).sites
     return outputs(model, path, x), ranks(sites)
 
 

@@ -31,7 +31,6 @@ PUBLIC = {
     "__version__",
     "bench",
     "compress_",
-    "compress_to_data_",
     "doctor",
     "evaluate",
     "export",

@@ -113,7 +113,7 @@ def test_providers_that_are_not_here_are_skipped_with_the_reason(monkeypatch, tm
             raise UsageError(f"{name} is not offered")
         return "CPUExecutionProvider"
 
-    monkeypatch.setattr(speedup, "resolve", resolve)
+    monkeypatch.setattr(speedup, "resolve_provider", resolve)
     monkeypatch.setattr(speedup, "OPENVINO", tmp_path / "python")
     pythons, skipped = speedup.environments(speedup.PROVIDERS)
     assert pythons == {"cpu": sys.executable}

@@ -13,7 +13,7 @@ from torch import nn
 
 import rsi_deploy
 from rsi_deploy.benchmark.concurrency import together
-from rsi_deploy.benchmark.variants import arm_labels
+from rsi_deploy.benchmark.variants import variant_labels
 from rsi_deploy.cli import run
 from rsi_deploy.core import error_table
 from rsi_deploy.core.errors import GateError, ModelError, UsageError
@@ -95,7 +95,7 @@ def test_what_data_can_get_wrong(here, capsys):
         ("tree#classes=absent.txt", "the class list absent.txt cannot be read"),
         ("saved", "state.json is not what datasets.save_to_disk writes; save the data again"),
         ("parts", "00000-of-00002.parquet x, labels; store the same columns in every file"),
-        ("batches:ragged", "a batch holds list, which is no array"),
+        ("batches:ragged", "a batch holds list, which is not an array"),
     ):
         code = run(["eval", "m.onnx", "--data", data])
         assert (code, words in (said := capsys.readouterr().err)) == (2, True), said
@@ -109,7 +109,7 @@ def test_what_python_code_asks_for(here):
     with pytest.raises(UsageError, match="--by must be .*, but got 'size'"):
         rsi_deploy.sweep("m.onnx", "s", calib="d.npz", by="size")
     with pytest.raises(UsageError, match="calib holds no batches; give a sequence of the positional arguments"):
-        rsi_deploy.compress_to_data_(mlp(), [], keep_macs=0.5)
+        rsi_deploy.compress_(mlp(), keep_macs=0.5, calib=[])
     with pytest.raises(UsageError, match="max_batch, latency_bound, max_body and max_json must be more than 0"):
         rsi_deploy.serve(["m.onnx"], max_batch=0)
     with pytest.raises(UsageError, match="nothing to serve: name a bundle"):
@@ -127,7 +127,7 @@ def test_what_python_code_asks_for(here):
     with pytest.raises(UsageError, match="--device must be auto, cpu or cuda, but got 'gpu'"):
         rsi_deploy.export(mlp(), "b", rank=4, device="gpu")
     with pytest.raises(UsageError, match="labels must differ from each other, but got \\['a', 'a'\\]"):
-        arm_labels(["m.onnx", "n.onnx"], ["a", "a"])
+        variant_labels(["m.onnx", "n.onnx"], ["a", "a"])
 
 
 class Decides(nn.Module):
@@ -210,15 +210,15 @@ def test_errors_without_source(monkeypatch):
     ("inputs", "more", "words"),
     [
         ([], {}, "there are no inputs; expected one for each input of the model"),
-        ([{}, {}], {}, "input x is given twice"),
+        ([{}, {}], {}, "input x is repeated"),
         ([{}], {"raw_input_contents": [b"", b""]}, "2 raw_input_contents for 1 inputs; expected one for each"),
         ([{"datatype": "FP16"}], {}, "input x: FP16 has no contents; send raw_input_contents"),
         ([{"shape": [1, 3]}], {}, "input x: 2 values came, but shape says [1, 3]"),
-        ([{"contents": {"int_contents": [1, 2]}}], {}, "input x: FP32 goes into fp32_contents, but int_contents came"),
+        ([{"contents": {"int_contents": [1, 2]}}], {}, "input x: FP32 is sent in fp32_contents, but got int_contents"),
         (
             [{"parameters": {"classification": {"int64_param": 3}}}],
             {},
-            "the extension behind classification is not offered",
+            "the extension of parameter classification is not supported",
         ),
     ],
 )

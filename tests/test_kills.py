@@ -175,7 +175,7 @@ def test_a_disk_that_will_not_do_is_refused_before_the_long_work(place, runner, 
     mlp_onnx(place / "in" / "wide.onnx", sizes=(64, 256, 256, 10))  # 0.34 MB
     argv = ["in/wide.onnx" if a == "in/m.onnx" else a for a in EXPORT if a not in ("--data", "in/d.npz")]
     early = runner.run(
-        argv, place, constants={"rsi_deploy.onnx_models.factor_source:factorize_site": None}
+        argv, place, constants={"rsi_deploy.onnx_models.site_factorizer:factorize_site": None}
     )  # never called
     assert early.code == 3, early.said
     assert "no space left on the disk" in early.said

@@ -12,7 +12,7 @@ from nets import run_onnx
 
 from rsi_deploy import export, verify
 from rsi_deploy.core.errors import GateError
-from rsi_deploy.exporting import steps as stages
+from rsi_deploy.exporting import run as stages
 from rsi_deploy.io.onnx_file import file_bytes, file_hash, save_model
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data" / "onnx"
@@ -145,14 +145,14 @@ def test_doctored_factors_do_not_pass_the_output_gate(name, tmp_path, monkeypatc
     options = {"rank": "100%", "always_split": True, "measure": False, "max_output_error": 1e-2, **MODELS[name]}
     report = export(str(FOLDER / name), tmp_path / "good", **options)
     assert report.verification.approximation.relative_l2 <= 1e-2  # magika's own rounding is 2e-3, the others' 1e-5
-    write = stages.split_and_write
+    write = stages.split_model
 
-    def doctored(model, path, *arguments, **named):
-        result = write(model, path, *arguments, **named)
+    def doctored(*arguments, path, **named):
+        result = write(*arguments, path=path, **named)
         doctored_(path)
         return result
 
-    monkeypatch.setattr(stages, "split_and_write", doctored)
+    monkeypatch.setattr(stages, "split_model", doctored)
     with pytest.raises(GateError, match="^approximation gate"):
         export(str(FOLDER / name), tmp_path / "b", **options)
     assert not (tmp_path / "b").exists()

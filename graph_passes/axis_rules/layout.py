@@ -5,8 +5,6 @@ A Reshape keeps samples apart where each of them stays one run of entries after 
     (5, samples, 64)  -> (5*samples, 64)       axis 0, outer 5
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

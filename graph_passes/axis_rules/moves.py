@@ -9,8 +9,6 @@ Samples stay apart where every batch axis goes to one and the same axis of the o
 the same for every entry of that axis.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
@@ -61,7 +59,7 @@ _Rule = TypeVar("_Rule", bound=Rule)
 
 
 def rule(names: str, domain: str = "") -> Callable[[_Rule], _Rule]:
-    """Return a decorator that enters a rule into the table for the operators in `names`."""
+    """Return a decorator, or a function, that enters a rule into the table for the operators in `names`."""
 
     def enter(function: _Rule) -> _Rule:
         for name in names.split():

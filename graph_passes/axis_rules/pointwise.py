@@ -1,6 +1,6 @@
 """Rules of operators that work element by element, with broadcasting: every axis stays where it is."""
 
-from __future__ import annotations
+from functools import partial
 
 from graph_passes.axis_rules.moves import MICROSOFT, Moves, aligned, dims_of, kept, rule
 from graph_passes.axis_rules.values import Dims, NodeCall
@@ -66,19 +66,9 @@ def _quantize(call: NodeCall) -> Moves:
     return Moves(inputs={0: kept(rank, reason, range(rank) if scale > 1 else per_axis)}, dims=dims_of(call))
 
 
-@rule("QLinearAdd QLinearMul", MICROSOFT)
-def _quantized_pair(call: NodeCall) -> Moves:
-    return elementwise(call, [0, 3])
-
-
-@rule("QLinearSigmoid QLinearLeakyRelu", MICROSOFT)
-def _quantized_one(call: NodeCall) -> Moves:
-    return elementwise(call, [0])
-
-
-@rule("QLinearWhere", MICROSOFT)
-def _quantized_where(call: NodeCall) -> Moves:
-    return elementwise(call, [0, 1, 4])
+rule("QLinearAdd QLinearMul", MICROSOFT)(partial(elementwise, operands=[0, 3]))
+rule("QLinearSigmoid QLinearLeakyRelu", MICROSOFT)(partial(elementwise, operands=[0]))
+rule("QLinearWhere", MICROSOFT)(partial(elementwise, operands=[0, 1, 4]))
 
 
 @rule("BiasSplitGelu", MICROSOFT)

@@ -4,9 +4,8 @@ MatMul   rows and leading axes stay, the inner axis is summed over
 Conv     (samples, channels, *space): the window moves over space and reads all channels
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from graph_passes.axis_rules.moves import (
     CHANNELS,
@@ -59,16 +58,10 @@ def _product_dims(call: NodeCall, right: int, turned: tuple[bool, bool]) -> Call
     return dims
 
 
-@rule("MatMulInteger")
-@rule("MatMulIntegerToFloat", MICROSOFT)
-def _matmul(call: NodeCall) -> Moves:
-    return product(call, 1)
-
-
-@rule("QLinearMatMul")
-@rule("QLinearMatMul", MICROSOFT)
-def _quantized_matmul(call: NodeCall) -> Moves:
-    return product(call, 3)
+rule("MatMulInteger")(partial(product, right=1))
+rule("MatMulIntegerToFloat", MICROSOFT)(partial(product, right=1))
+rule("QLinearMatMul")(partial(product, right=3))
+rule("QLinearMatMul", MICROSOFT)(partial(product, right=3))
 
 
 @rule("FusedMatMulActivation TransposeMatMul", MICROSOFT)
@@ -114,32 +107,18 @@ def windowed(call: NodeCall, *, channels: str, like: str = "", extra: int | None
     )
 
 
-@rule("ConvInteger QLinearConv")
-@rule("QLinearConv NhwcConv", MICROSOFT)
-@rule("Conv QLinearConv ConvInteger QLinearConvTranspose", NHWC)
-def _conv(call: NodeCall) -> Moves:
-    return windowed(call, channels=CHANNELS)
+_over_channels = partial(windowed, channels=CHANNELS)
+rule("ConvInteger QLinearConv")(_over_channels)
+rule("QLinearConv NhwcConv", MICROSOFT)(_over_channels)
+rule("Conv QLinearConv ConvInteger QLinearConvTranspose", NHWC)(_over_channels)
+rule("NhwcFusedConv", MICROSOFT)(partial(windowed, channels=CHANNELS, extra=3))
+rule("Conv", NCHWC)(partial(windowed, channels=CHANNELS, like="Conv", extra=3))
 
-
-@rule("NhwcFusedConv", MICROSOFT)
-def _fused_conv(call: NodeCall) -> Moves:
-    return windowed(call, channels=CHANNELS, extra=3)
-
-
-@rule("Conv", NCHWC)
-def _conv_in_blocks(call: NodeCall) -> Moves:
-    return windowed(call, channels=CHANNELS, like="Conv", extra=3)
-
-
-@rule("AveragePool MaxPool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool")
-def _pool(call: NodeCall) -> Moves:
-    return windowed(call, channels="")
-
-
-@rule("QLinearAveragePool QLinearGlobalAveragePool NhwcMaxPool", MICROSOFT)
-@rule("MaxPool AveragePool GlobalAveragePool GlobalMaxPool QLinearAveragePool QLinearGlobalAveragePool", NHWC)
-def _pool_channels_last(call: NodeCall) -> Moves:
-    return windowed(call, channels=CHANNELS)
+rule("AveragePool MaxPool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool")(partial(windowed, channels=""))
+rule("QLinearAveragePool QLinearGlobalAveragePool NhwcMaxPool", MICROSOFT)(_over_channels)
+rule("MaxPool AveragePool GlobalAveragePool GlobalMaxPool QLinearAveragePool QLinearGlobalAveragePool", NHWC)(
+    _over_channels
+)
 
 
 @rule("MaxPool AveragePool GlobalAveragePool GlobalMaxPool", NCHWC)

@@ -1,7 +1,5 @@
 """Rules of operators that read whole axes: reductions, normalizations, softmax, sorting, running sums."""
 
-from __future__ import annotations
-
 from graph_passes.axis_rules.moves import CHANNELS, MICROSOFT, Moves, Target, dims_of, kept, only, rule, unknown_dims
 from graph_passes.axis_rules.values import NodeCall
 
@@ -65,16 +63,10 @@ def _softmax(call: NodeCall) -> Moves:
     return Moves(inputs={0: kept(rank, NORMALIZES, along)}, dims=dims_of(call))
 
 
-@rule("LpNormalization")
-def _lp(call: NodeCall) -> Moves:
-    rank = call.rank(0)
-    return Moves(inputs={0: kept(rank, NORMALIZES, [call.axis(rank)])})
-
-
-@rule("MeanVarianceNormalization")
-def _mean_variance(call: NodeCall) -> Moves:
-    rank = call.rank(0)
-    return Moves(inputs={0: kept(rank, NORMALIZES, call.attribute("axes", [0, 2, 3]))})
+@rule("LpNormalization MeanVarianceNormalization")
+def _normalize(call: NodeCall) -> Moves:
+    is_lp, rank = call.node.op_type == "LpNormalization", call.rank(0)
+    return Moves(inputs={0: kept(rank, NORMALIZES, [call.axis(rank)] if is_lp else call.attribute("axes", [0, 2, 3]))})
 
 
 @rule("LayerNormalization RMSNormalization SimplifiedLayerNormalization")

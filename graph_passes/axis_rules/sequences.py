@@ -1,8 +1,7 @@
 """Rules of recurrent layers and attention, whose batch axis is fixed by the operator."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from graph_passes.axis_rules.moves import CHANNELS, MICROSOFT, STEPS, Moves, Target, dims_of, only, rule, unknown_dims
 from graph_passes.axis_rules.values import NodeCall
@@ -73,14 +72,12 @@ def packed_attention(call: NodeCall) -> list[Moves]:
     return _attention(call, inputs, [3, 5])
 
 
-@rule("MultiHeadAttention", MICROSOFT)
-def _multi_head(call: NodeCall) -> list[Moves]:
-    return _attention(call, dict.fromkeys((0, 1, 2, 4, 5, 6, 7), FIRST), [3])
-
-
-@rule("GroupQueryAttention", MICROSOFT)
-def _grouped(call: NodeCall) -> list[Moves]:
-    return _attention(call, dict.fromkeys((0, 1, 2, 3, 4, 5, 9, 10), FIRST), [3])
+rule("MultiHeadAttention", MICROSOFT)(
+    partial(_attention, inputs=dict.fromkeys((0, 1, 2, 4, 5, 6, 7), FIRST), ranks=[3])
+)
+rule("GroupQueryAttention", MICROSOFT)(
+    partial(_attention, inputs=dict.fromkeys((0, 1, 2, 3, 4, 5, 9, 10), FIRST), ranks=[3])
+)
 
 
 @rule("RotaryEmbedding")

@@ -6,8 +6,6 @@
 ONNX's own shape inference and reference operators compute them, a node at a time.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence

@@ -9,8 +9,6 @@
 A graph is followed for several sizes of the batch at once. What differs between them depends on the size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -163,7 +161,7 @@ class NodeCall:
         return None if written is None else tuple(int(axis) for axis in np.atleast_1d(written))
 
     def dims(self, index: int, trial: int) -> Dims:
-        """Shape of an input for a trial size; () where it is not known."""
+        """Return the shape of an input for a trial size; () where it is not known."""
         value = self.value(index)
         return () if value is None or value.shapes is None else value.shapes[trial]
 

@@ -5,8 +5,6 @@ Loop   carried values must keep their axes from turn to turn; outputs of the tur
 If     both branches, unless all shapes take the same one
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeAlias

@@ -5,8 +5,6 @@ x (seq, batch, 32) into an LSTM           the LSTM takes its batch from axis 1
 x (64) @ W                                no batch: the only axis meets weights
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 

@@ -6,8 +6,6 @@
 Such a value differs from sample to sample, so it may only pick from samples.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

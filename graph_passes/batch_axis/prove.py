@@ -1,7 +1,5 @@
 """The proof: samples lie along these axes of the inputs, and stay apart up to the outputs."""
 
-from __future__ import annotations
-
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Walk through a model node by node, and follow what is known of every value."""
 
-from __future__ import annotations
-
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 

@@ -3,8 +3,6 @@
 The formula of an operator with a pass stands with its pass; `graph_passes.mac_counts` uses both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from graph_passes.macs import attention, convolutions, products, recurrent

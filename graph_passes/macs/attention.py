@@ -7,8 +7,6 @@ Keys are the past ones and the new ones. A causal mask, padding, a local window 
 count at full length. The width of the mixture is that of the output, which has the heads of the queries.
 """
 
-from __future__ import annotations
-
 import math
 
 from graph_passes.macs.executed_node import ExecutedNode, Formula, Macs, Operator, Shape

@@ -6,8 +6,6 @@ ConvTranspose    input elements * numbers in the filter of one input channel, (o
 Points in the padding count.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

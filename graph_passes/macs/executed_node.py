@@ -1,7 +1,5 @@
 """One executed node, the argument of a formula of multiply-accumulates (MACs), and the results of a formula."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 A test checks that every operator of ONNX and of onnxruntime stands here or has a formula.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from graph_passes.macs.executed_node import Operator

@@ -6,8 +6,6 @@ MoE                   tokens * k experts * numbers in an expert's weights
 A bias, a scale, an activation and a zero point count nothing.
 """
 
-from __future__ import annotations
-
 import math
 
 from graph_passes.macs.executed_node import ExecutedNode, Formula, Macs, Operator

@@ -6,8 +6,6 @@ With `layout=1` steps and batch change places, which changes no product. Shorter
 full length, for shapes do not show their length. Peepholes and gates are element-wise and count nothing.
 """
 
-from __future__ import annotations
-
 import math
 
 from graph_passes.macs.executed_node import ExecutedNode, Formula, Macs, Operator

@@ -1,1 +1,1 @@
-"""Latency of ONNX models: interleaved blocks, matrices of conditions, load generation, profiles, gates for CI."""
+"""Latency of ONNX models: interleaved blocks, matrices of configurations, load generation, profiles, gates for CI."""

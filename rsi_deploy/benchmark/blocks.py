@@ -1,12 +1,11 @@
-"""The loop: arms interleaved in shuffled blocks, and the time spent on the configurations that need it.
+"""The measuring loop: variants interleaved in shuffled blocks, with more time for cells that need it.
 
-    block    every arm of a cell once, in an order shuffled by a seeded generator
-    visit    one arm's turn in a block: an untimed call where calls are short, then the timed ones
-    look     after 8 blocks, 12, 18, 27...: how wide are the cell's intervals?
+    block    every variant of a cell once, in an order shuffled by a seeded generator
+    visit    the turn of one variant in a block: an untimed call if calls are short, then the timed ones
+    look     after 8, 12, 18, 27... blocks: how wide are the intervals of the cell?
 
-After a first block for every cell, and for every cell 20 blocks and a second (a moment is no sample of a machine), the
-one whose intervals are widest is next, until all are narrow enough or the time is over. See `statistics` for why
-looking at widths leaves the claims honest.
+Every cell first gets one block, then 20 blocks and a second. After that the cell with the widest intervals is next,
+until all intervals are narrow enough or the time is over. `statistics` explains why this rule does not bias claims.
 """
 
 import gc
@@ -17,29 +16,29 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rsi_deploy.benchmark.statistics import ENOUGH_BLOCKS, MIN_BLOCKS, Floats, half_width
-from rsi_deploy.benchmark.variants import Arm
+from rsi_deploy.benchmark.variants import Variant
 
 MIN_SECONDS = 1.0
 
 Progress = Callable[[str, float], None]
-"""Told which cell is at work and the share of the time that is over."""
+"""Function that is called with the name of the current cell and the share of the time that is over."""
 
 
 @dataclass(kw_only=True)
 class Cell:
-    """One configuration while it is measured.
+    """One configuration during its measurement.
 
     Attributes:
-        name: for progress.
-        arms: on equal inputs.
-        seconds: spent in its blocks.
-        width: relative half width of its widest interval at the last look; infinite before.
-        look_at: number of blocks of the next look.
-        precise: narrow enough, and done.
+        name: name for progress reports.
+        variants: variants with equal inputs.
+        seconds: time spent in its blocks.
+        width: relative half width of its widest interval at the last look; infinite before the first.
+        look_at: number of blocks at the next look.
+        precise: whether the intervals are narrow enough.
     """
 
     name: str
-    arms: list[Arm]
+    variants: list[Variant]
     seconds: float = 0.0
     width: float = float("inf")
     look_at: int = MIN_BLOCKS
@@ -48,28 +47,30 @@ class Cell:
 
     @property
     def blocks(self) -> int:
-        """Whole blocks."""
-        return len(self.arms[-1].visits) if self.arms else 0
+        """The number of complete blocks."""
+        return len(self.variants[-1].visits) if self.variants else 0
 
     def medians(self) -> Floats:
-        """The median of each visit: ms, `(arms, B)`."""
-        kept = [arm.visits[: self.blocks] for arm in self.arms]  # Ctrl-C may leave one arm a visit ahead
+        """Return the median of each visit in ms, `(variants, B)`."""
+        kept = [
+            variant.visits[: self.blocks] for variant in self.variants
+        ]  # Ctrl-C may leave one variant a visit ahead
         return np.asarray([[np.median(times) for times in visits] for visits in kept], np.float64)
 
     def run_block(self) -> None:
-        """Every arm once; an interrupted block leaves nothing behind."""
+        """Run every variant once; an interrupted block is dropped."""
         start = time.monotonic()
-        visits = {int(index): self.arms[index].visit() for index in self._rng.permutation(len(self.arms))}
-        for index, arm in enumerate(self.arms):
-            arm.visits.append(visits[index])
+        visits = {int(index): self.variants[index].visit() for index in self._rng.permutation(len(self.variants))}
+        for index, variant in enumerate(self.variants):
+            variant.visits.append(visits[index])
         self.seconds += time.monotonic() - start
 
     def is_new(self, least_seconds: float) -> bool:
-        """Whether it has too little to count as narrow, however narrow it is."""
+        """Return whether the cell has too few blocks or seconds to be precise."""
         return self.blocks < ENOUGH_BLOCKS or self.seconds < least_seconds
 
     def look(self, precision: float, least_seconds: float, seed: int) -> None:
-        """Judge the intervals, and set the next look."""
+        """Update the width of the intervals, and schedule the next look."""
         self.width = half_width(self.medians(), seed)
         self.precise = self.width <= precision and not self.is_new(least_seconds)
         self.look_at = self.blocks + self.blocks // 2
@@ -78,17 +79,17 @@ class Cell:
 def run_cells(
     cells: Sequence[Cell], *, seconds: float, precision: float, seed: int, progress: Progress | None = None
 ) -> bool:
-    """Fill the arms' visits: at least one block a cell, whatever the time.
+    """Measure cells; each gets at least one block.
 
     Args:
-        cells: warmed up.
-        seconds: for all of them together.
-        precision: relative half width at which a cell is done.
-        seed: of the order of arms.
-        progress: called before each turn of a cell.
+        cells: cells with warm variants.
+        seconds: total time.
+        precision: relative half width at which a cell is precise.
+        seed: random seed for the order of variants.
+        progress: function that is called before each turn of a cell.
 
     Returns:
-        Whether it was interrupted (Ctrl-C); whole blocks are kept.
+        Whether the user interrupted (Ctrl-C); complete blocks are kept.
     """
     for number, cell in enumerate(cells):
         cell._rng = np.random.default_rng([seed, number, *b"order"])
@@ -118,7 +119,7 @@ def run_cells(
 
 
 def _turn(cell: Cell, end: float) -> None:
-    """Blocks until the next look or the end, at least one."""
+    """Run at least one block, until the next look or the end."""
     cell.run_block()
     while cell.blocks < cell.look_at and time.monotonic() < end:
         cell.run_block()

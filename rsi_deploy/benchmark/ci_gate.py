@@ -1,22 +1,20 @@
-"""Gates for CI: does a measurement keep what a stored one promised? Pure functions of two bench documents.
+"""Gates for CI: check a measurement against a stored baseline. Pure functions of two bench documents.
 
-    what is compared                                                     where
-    slowdown   times of an arm                                           on the baseline's machine alone
-               an arm's time over the first arm's (base / now speedup)   wherever the first arm is the same file
-    drop       top-1 on the same evaluation data, percentage points      anywhere
+    quantity                                                                   condition
+    slowdown   time of a model                                                 on the machine of the baseline
+               time of a model over that of the first (base / now speedup)     if the first model is the same file
+    drop       top-1 on the same evaluation data, percentage points            none
 
-Without a baseline the first arm of the measurement itself takes its place.
+Without a baseline, the first model of the measurement takes its place.
 
-**Slowdown** `now / base` has an interval from those of both runs (`intervals.ratio`: 95 % for times, 99 % for ratios to
-the first arm) and is **failed** where its lower end is above the allowance: a slowdown is claimed where it is shown, so
-that noise breaks no build. Where the allowance is inside the interval nothing is shown either way: that passes, and is
-said, with what would tell. A measurement that was cut short vouches for nothing and fails. Two runs on one machine also
-differ by what changed between them (other load, heat), which no interval of either holds: the ratio to a first arm
-cancels that, so it is what counts wherever there is one.
+**Slowdown** `now / base` has an interval from those of both runs (`intervals.ratio`: 95 % for times, 99 % for ratios
+to the first model). The gate **fails** if the lower end is above the allowance, so that noise does not break builds. If
+the allowance is inside the interval, the gate passes, and the report says that nothing is shown. An interrupted
+measurement fails. Two runs on one machine also differ by changes between them, such as load and heat, which neither
+interval includes. The ratio to a first model cancels these changes, so it is used wherever it is available.
 
-**Drop** is failed where top-1 on the data is lower by more than the allowance: the samples are the same, so that the
-difference is a fact of these data and no estimate, and comes out the same the next time. McNemar's test, where it was
-made, stands beside it.
+**Drop** fails if top-1 is lower by more than the allowance. The samples are the same, so the difference is exact and
+reproducible. McNemar's test is reported with it, if there is one.
 """
 
 from collections.abc import Mapping
@@ -24,7 +22,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from rsi_deploy.benchmark.result import ArmResult, BenchDocument, BenchResult
+from rsi_deploy.benchmark.result import BenchDocument, BenchResult, VariantResult
 from rsi_deploy.core.errors import GateError, UsageError
 from rsi_deploy.core.types import Interval
 from rsi_deploy.evaluation.intervals import ratio
@@ -34,15 +32,15 @@ Status = Literal["holds", "failed", "not shown"]
 
 
 class Check(BaseModel, frozen=True, extra="forbid"):
-    """One thing that was held against the baseline.
+    """One comparison with the baseline.
 
     Attributes:
-        gate: which one.
-        status: `not shown` is a slowdown that is neither shown nor excluded; it passes.
+        gate: quantity that is checked.
+        status: result; `not shown` is a slowdown that is neither shown nor excluded, which passes.
         change: slowdown in percent, or drop in percentage points; above 0 is worse.
-        interval: of the slowdown, percent; None for a drop.
-        allowed: of `change`.
-        sentence: all of it in words.
+        interval: interval of the slowdown in percent; None for a drop.
+        allowed: largest allowed `change`.
+        sentence: description of the check.
     """
 
     gate: Literal["slowdown", "drop"]
@@ -54,7 +52,7 @@ class Check(BaseModel, frozen=True, extra="forbid"):
 
 
 class GateReport(BaseModel, frozen=True, extra="forbid"):
-    """All checks, and what a reader should know of the comparison."""
+    """All checks, and notes on the comparison."""
 
     checks: tuple[Check, ...]
     notes: tuple[str, ...] = ()
@@ -65,10 +63,10 @@ class GateReport(BaseModel, frozen=True, extra="forbid"):
         return all(check.status != "failed" for check in self.checks)
 
     def enforce(self) -> None:
-        """Raise where a gate failed.
+        """Raise an error if a gate failed.
 
         Raises:
-            GateError: one sentence with every failure.
+            GateError: a gate failed; the message names every failure.
         """
         failed = [check.sentence for check in self.checks if check.status == "failed"]
         if failed:
@@ -82,17 +80,17 @@ def check_gates(
     max_slowdown: float | None = None,
     max_drop: float | None = None,
 ) -> GateReport:
-    """Hold a measurement against a baseline.
+    """Check a measurement against a baseline.
 
     Args:
-        now: the measurement.
-        baseline: a stored one; None takes the first arm of `now`.
-        max_slowdown: percent that an arm's time may grow.
-        max_drop: percentage points of top-1 that it may lose.
+        now: measurement.
+        baseline: stored measurement; None for the first model of `now`.
+        max_slowdown: largest allowed slowdown in percent.
+        max_drop: largest allowed drop of top-1 in percentage points.
 
     Raises:
-        UsageError: the two cannot be compared: other machines and no arm in common, other configurations or arms,
-            other evaluation data, or nothing to gate. Says what to type.
+        UsageError: nothing to check, or the two cannot be compared: different machines without a common first model,
+            different configurations, models or evaluation data.
     """
     if max_slowdown is None and max_drop is None:
         raise UsageError("a baseline gates nothing by itself: add --max-slowdown 5% or --max-drop 0.5")
@@ -112,7 +110,7 @@ def check_gates(
 
 
 def machine_differences(a: Environment, b: Environment) -> list[str]:
-    """In what two machines differ that times depend on, in words; versions of packages are no machine."""
+    """Describe the differences of two machines that affect times. Package versions do not count."""
     differences = [
         f"{name} {theirs} there, {ours} here"
         for name, theirs, ours in (
@@ -128,7 +126,7 @@ def machine_differences(a: Environment, b: Environment) -> list[str]:
 
 
 def slowdown_check(what: str, against: str, slower: float, ends: Interval, allowed: float) -> Check:
-    """A slowdown (1 is none) against its allowance in percent."""
+    """Check a slowdown (1 for none) against its allowance in percent."""
     change, (low, high) = 100 * (slower - 1), (100 * (ends[0] - 1), 100 * (ends[1] - 1))
     status: Status = "failed" if low > allowed else "holds" if high <= allowed else "not shown"
     words = {
@@ -144,21 +142,21 @@ def slowdown_check(what: str, against: str, slower: float, ends: Interval, allow
 
 
 def _own_slowdowns(now: BenchDocument, allowed: float) -> list[Check]:
-    """Every later arm against the first one."""
+    """Check every other model against the first one."""
     checks = []
     for cell in now.cells:
-        for arm in cell.arms[1:]:
-            what, first = f"{arm.label}, {cell.name}", cell.arms[0].label
-            if cell.partial or arm.speedup is None or arm.speedup_interval is None:
+        for variant in cell.arms[1:]:
+            what, first = f"{variant.label}, {cell.name}", cell.arms[0].label
+            if cell.partial or variant.speedup is None or variant.speedup_interval is None:
                 checks.append(_cut_short(what, allowed))
                 continue
-            low, high = arm.speedup_interval
-            checks.append(slowdown_check(what, first, 1 / arm.speedup, (1 / high, 1 / low), allowed))
+            low, high = variant.speedup_interval
+            checks.append(slowdown_check(what, first, 1 / variant.speedup, (1 / high, 1 / low), allowed))
     return checks
 
 
 def _slowdowns(now: BenchDocument, baseline: BenchDocument, allowed: float) -> tuple[list[Check], list[str]]:
-    """Every arm against the same one of the baseline."""
+    """Check every model against the same one of the baseline."""
     before = {_key(cell): cell for cell in baseline.cells}
     pairs = [(cell, before[_key(cell)]) for cell in now.cells if _key(cell) in before]
     missing = [cell.name for cell in baseline.cells if _key(cell) not in {_key(c) for c in now.cells}]
@@ -173,54 +171,56 @@ def _slowdowns(now: BenchDocument, baseline: BenchDocument, allowed: float) -> t
     differences = machine_differences(baseline.environment, now.environment)
     if differences and not with_ratio:
         raise UsageError(
-            f"--baseline was measured on another machine ({'; '.join(differences)}), whose times say nothing "
-            f"about this one: measure a baseline here, or give both runs the same model first "
-            f"(bench dense.onnx model.onnx): then the times over the first one's are compared"
+            f"--baseline was measured on another machine ({'; '.join(differences)}), so times cannot be compared: "
+            f"measure a baseline here, or give both runs the same first model (bench dense.onnx model.onnx) to "
+            f"compare ratios to it"
         )
-    notes = [f"another machine than the baseline's ({'; '.join(differences)}): ratios alone"] * bool(differences)
+    notes = [f"another machine than the baseline's ({'; '.join(differences)}): ratios only"] * bool(differences)
     checks = []
     for cell, old in pairs:
         if old.partial:
-            raise UsageError(f"--baseline was cut short ({old.name}): measure it again, with more --seconds")
-        theirs = {arm.label: arm for arm in old.arms}
-        for place, arm in enumerate(cell.arms):
+            raise UsageError(f"--baseline was interrupted ({old.name}): measure it again, with more --seconds")
+        theirs = {variant.label: variant for variant in old.arms}
+        for place, variant in enumerate(cell.arms):
             if place or not with_ratio:
-                checks.append(_against(cell, arm, theirs[names[arm.label]], allowed, with_ratio=with_ratio))
+                checks.append(_against(cell, variant, theirs[names[variant.label]], allowed, with_ratio=with_ratio))
             elif not differences:
-                moved, (low, high) = _times(arm, theirs[names[arm.label]])
+                moved, (low, high) = _times(variant, theirs[names[variant.label]])
                 notes.append(
-                    f"{arm.label}, {cell.name}: {moved:.2f}x the baseline's time [{low:.2f}, {high:.2f}]; the others "
-                    f"are compared with it, and it gates nothing"
+                    f"{variant.label}, {cell.name}: {moved:.2f}x the baseline's time [{low:.2f}, {high:.2f}]; the "
+                    f"others are compared with it, and it gates nothing"
                 )
     return checks, notes
 
 
-def _against(cell: BenchResult, arm: ArmResult, old: ArmResult, allowed: float, *, with_ratio: bool) -> Check:
-    what = f"{arm.label}, {cell.name}"
+def _against(
+    cell: BenchResult, variant: VariantResult, old: VariantResult, allowed: float, *, with_ratio: bool
+) -> Check:
+    what = f"{variant.label}, {cell.name}"
     if cell.partial:
         return _cut_short(what, allowed)
     if not with_ratio:
-        return slowdown_check(what, "the baseline", *_times(arm, old), allowed)
-    if not (arm.speedup and arm.speedup_interval and old.speedup and old.speedup_interval):
+        return slowdown_check(what, "the baseline", *_times(variant, old), allowed)
+    if not (variant.speedup and variant.speedup_interval and old.speedup and old.speedup_interval):
         return _cut_short(what, allowed)
-    slower, ends = ratio(old.speedup, old.speedup_interval, arm.speedup, arm.speedup_interval)
+    slower, ends = ratio(old.speedup, old.speedup_interval, variant.speedup, variant.speedup_interval)
     return slowdown_check(what, f"the baseline, over {cell.arms[0].label}'s time", slower, ends, allowed)
 
 
-def _times(arm: ArmResult, old: ArmResult) -> tuple[float, Interval]:
-    return ratio(arm.median_ms, arm.median_interval_ms, old.median_ms, old.median_interval_ms)
+def _times(variant: VariantResult, old: VariantResult) -> tuple[float, Interval]:
+    return ratio(variant.median_ms, variant.median_interval_ms, old.median_ms, old.median_interval_ms)
 
 
 def _cut_short(what: str, allowed: float) -> Check:
-    sentence = f"{what}: measured too briefly to vouch for anything; give more --seconds"
+    sentence = f"{what}: measured too briefly for a verdict; give more --seconds"
     return Check(gate="slowdown", status="failed", change=0.0, interval=None, allowed=allowed, sentence=sentence)
 
 
 def _drops(now: BenchDocument, baseline: BenchDocument | None, allowed: float) -> list[Check]:
-    """Top-1 of every arm against the baseline's, or against the first arm's."""
+    """Check top-1 of every model against the baseline, or against the first model."""
     if not any(found.top1 is not None for found in now.accuracy.values()):
         raise UsageError("--max-drop is about top-1 on labelled data: add --data DATA")
-    labels = [arm.label for arm in now.arms if arm.label in now.accuracy]
+    labels = [variant.label for variant in now.arms if variant.label in now.accuracy]
     if baseline is None:
         source, against, labels = now, labels[0], labels[1:]
         names: Mapping[str, str] = dict.fromkeys(labels, against)
@@ -242,7 +242,7 @@ def _drops(now: BenchDocument, baseline: BenchDocument | None, allowed: float) -
         direction = f"{abs(drop):.2f} points {'below' if drop > 0 else 'above'}" if drop else "as"
         words = f"top-1 {after.top1:.2f} %, {direction} {against}'s {before.top1:.2f} %"
         tested = f" ({after.paired.verdict})" if baseline is None and after.paired else ""
-        within = "cut short, so nothing is vouched for" * cut or (
+        within = "interrupted, so there is no verdict" * cut or (
             f"{'more than' if failed else 'within'} the {allowed:g} allowed"
         )
         checks.append(
@@ -259,8 +259,8 @@ def _drops(now: BenchDocument, baseline: BenchDocument | None, allowed: float) -
 
 
 def _partners(now: BenchDocument, baseline: BenchDocument) -> dict[str, str]:
-    """Label of an arm -> the baseline's label of it: the same name, else the same place."""
-    ours, theirs = [arm.label for arm in now.arms], [arm.label for arm in baseline.arms]
+    """Return label -> label in the baseline, by name or else by position."""
+    ours, theirs = [variant.label for variant in now.arms], [variant.label for variant in baseline.arms]
     if set(ours) <= set(theirs):
         return {label: label for label in ours}
     if len(ours) == len(theirs):

@@ -1,31 +1,31 @@
-"""Bench documents of several devices side by side: the same models and configurations, one column a device.
+"""Compare bench documents of several devices: the same models and configurations, one column per device.
 
-Times of different devices are laid side by side and never tested against each other: each column's verdict is about the
-arms that were measured together there. Configurations match by batch, inputs, precision and threads as asked; models by
-label, and where the files under one label differ, that is said.
+Times of different devices are shown side by side and not tested against each other. The verdicts in a column compare
+models that were measured together on that device. Configurations match by batch, inputs, precision and requested
+threads, models by label. A note says if the files of one label differ.
 """
 
 from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel
 
-from rsi_deploy.benchmark.result import ArmResult, BenchDocument, BenchResult
+from rsi_deploy.benchmark.result import BenchDocument, BenchResult, VariantResult
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.types import Interval
 
 
 class Device(BaseModel, frozen=True, extra="forbid"):
-    """Where one document was measured.
+    """The device of one document.
 
     Attributes:
-        name: of its column: the file's, or with its folder where two have the same.
-        cpu: the processor.
-        cores: that the process could use.
-        gpus: names.
-        providers: full names, in the order of the cells.
-        onnxruntime: version.
-        created: when, ISO 8601.
-        partial: whether the run was cut short.
+        name: name of the column: that of the file, with its folder if two files have the same name.
+        cpu: name of the processor.
+        cores: number of cores that the process could use.
+        gpus: names of the GPUs.
+        providers: full names of the providers, in the order of the cells.
+        onnxruntime: version of onnxruntime.
+        created: time of creation, ISO 8601.
+        partial: whether the run was interrupted.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Device(BaseModel, frozen=True, extra="forbid"):
 
 
 class DeviceTiming(BaseModel, frozen=True, extra="forbid"):
-    """An arm on one device; `verdict` compares it with the first arm there."""
+    """The times of one model on one device; `verdict` compares it with the first model there."""
 
     median_ms: float
     median_interval_ms: Interval
@@ -49,7 +49,7 @@ class DeviceTiming(BaseModel, frozen=True, extra="forbid"):
 
 
 class TimingRow(BaseModel, frozen=True, extra="forbid"):
-    """One arm in one configuration, a `DeviceTiming` a device; None where it was not measured there."""
+    """The times of one model in one configuration on every device; None for devices without a measurement."""
 
     configuration: str
     arm: str
@@ -57,7 +57,7 @@ class TimingRow(BaseModel, frozen=True, extra="forbid"):
 
 
 class FigureRow(BaseModel, frozen=True, extra="forbid"):
-    """One figure of an arm on every device: top-1 in percent, bytes; None where it was not measured there."""
+    """One figure of a model on every device, such as top-1 in percent; None for devices without a measurement."""
 
     figure: str
     unit: str
@@ -66,7 +66,7 @@ class FigureRow(BaseModel, frozen=True, extra="forbid"):
 
 
 class DeviceComparison(BaseModel, frozen=True, extra="forbid"):
-    """Devices side by side; every row has one entry a device, in their order."""
+    """The comparison of devices; every row has one entry per device, in their order."""
 
     devices: tuple[Device, ...]
     timings: tuple[TimingRow, ...]
@@ -75,25 +75,27 @@ class DeviceComparison(BaseModel, frozen=True, extra="forbid"):
 
 
 def compare_documents(documents: Mapping[str, BenchDocument]) -> DeviceComparison:
-    """Lay results side by side.
+    """Compare the results of several devices.
 
     Args:
-        documents: device -> its document, in the order of the columns.
+        documents: device -> document, in the order of the columns.
 
     Raises:
-        UsageError: fewer than two, or two without a model and a configuration in common.
+        UsageError: fewer than two documents, or no common model and configuration.
     """
     if len(documents) < 2:
         raise UsageError(f"--compare takes two results or more, but got {', '.join(documents) or 'none'}")
     columns = list(documents.values())
     rows = list(
-        dict.fromkeys((_key(cell), arm.label) for document in columns for cell in document.cells for arm in cell.arms)
+        dict.fromkeys(
+            (_key(cell), variant.label) for document in columns for cell in document.cells for variant in cell.arms
+        )
     )
-    found = [[_timing(document, key, arm) for document in columns] for key, arm in rows]
+    found = [[_timing(document, key, variant) for document in columns] for key, variant in rows]
     if not any(sum(timing is not None for timing in row) > 1 for row in found):
-        there = "; ".join(f"{name}: {_told(document)}" for name, document in documents.items())
+        contents = "; ".join(f"{name}: {_described(document)}" for name, document in documents.items())
         raise UsageError(
-            f"--compare: the results have no model and configuration in common ({there})"
+            f"--compare: the results have no model and configuration in common ({contents})"
             f"; measure them with the same options"
         )
     names = {_key(cell): cell.name for document in columns for cell in document.cells}
@@ -101,8 +103,8 @@ def compare_documents(documents: Mapping[str, BenchDocument]) -> DeviceCompariso
     return DeviceComparison(
         devices=tuple(_device(name, document) for name, document in documents.items()),
         timings=tuple(
-            TimingRow(configuration=names[key] + f" ({_inputs(key)})" * ambiguous, arm=arm, timings=tuple(row))
-            for (key, arm), row in zip(rows, found, strict=True)
+            TimingRow(configuration=names[key] + f" ({_inputs(key)})" * ambiguous, arm=variant, timings=tuple(row))
+            for (key, variant), row in zip(rows, found, strict=True)
         ),
         figures=tuple(_figures(columns)),
         notes=tuple(_notes(documents)),
@@ -110,7 +112,7 @@ def compare_documents(documents: Mapping[str, BenchDocument]) -> DeviceCompariso
 
 
 def device_names(paths: Sequence[str]) -> list[str]:
-    """Short names of result files: their stems, or the paths where two would be the same.
+    """Return short names of result files: their stems, or their paths if two stems are equal.
 
     Example:
         >>> device_names(["pi/a.json", "b.json"]), device_names(["pi/a.json", "nx/a.json"])
@@ -131,17 +133,18 @@ def _inputs(key: tuple[object, ...]) -> str:
 
 
 def _timing(document: BenchDocument, key: tuple[object, ...], label: str) -> DeviceTiming | None:
-    arm: ArmResult | None = next(
-        (arm for cell in document.cells if _key(cell) == key for arm in cell.arms if arm.label == label), None
+    variant: VariantResult | None = next(
+        (variant for cell in document.cells if _key(cell) == key for variant in cell.arms if variant.label == label),
+        None,
     )
-    if arm is None:
+    if variant is None:
         return None
     return DeviceTiming(
-        median_ms=arm.median_ms,
-        median_interval_ms=arm.median_interval_ms,
-        speedup=arm.speedup,
-        speedup_interval=arm.speedup_interval,
-        verdict=arm.verdict,
+        median_ms=variant.median_ms,
+        median_interval_ms=variant.median_interval_ms,
+        speedup=variant.speedup,
+        speedup_interval=variant.speedup_interval,
+        verdict=variant.verdict,
     )
 
 
@@ -159,12 +162,12 @@ def _device(name: str, document: BenchDocument) -> Device:
 
 
 def _figures(columns: Sequence[BenchDocument]) -> list[FigureRow]:
-    """Accuracy, file size and peak memory, where any device has them."""
-    labels = list(dict.fromkeys(arm.label for document in columns for arm in document.arms))
+    """Return accuracy, file size and peak memory, if any device has them."""
+    labels = list(dict.fromkeys(variant.label for document in columns for variant in document.arms))
     rows = []
     for label in labels:
         accuracies = [document.accuracy.get(label) for document in columns]
-        sizes = [next((arm.file_bytes for arm in d.arms if arm.label == label), None) for d in columns]
+        sizes = [next((variant.file_bytes for variant in d.arms if variant.label == label), None) for d in columns]
         peaks = [next((memory.peak_bytes for memory in d.memory if memory.label == label), None) for d in columns]
         rows += [
             FigureRow(figure=figure, unit=unit, arm=label, values=tuple(values))
@@ -182,8 +185,8 @@ def _figures(columns: Sequence[BenchDocument]) -> list[FigureRow]:
 def _notes(documents: Mapping[str, BenchDocument]) -> list[str]:
     notes = []
     columns = list(documents.values())
-    for label in dict.fromkeys(arm.label for document in columns for arm in document.arms):
-        if len({arm.sha256 for document in columns for arm in document.arms if arm.label == label}) > 1:
+    for label in dict.fromkeys(variant.label for document in columns for variant in document.arms):
+        if len({variant.sha256 for document in columns for variant in document.arms if variant.label == label}) > 1:
             notes.append(f"{label} is not the same file everywhere")
     versions = {name: _device(name, document).onnxruntime for name, document in documents.items()}
     if len(set(versions.values())) > 1:
@@ -192,7 +195,7 @@ def _notes(documents: Mapping[str, BenchDocument]) -> list[str]:
         notes.append("the evaluation data differ: accuracies do not compare")
     for name, document in documents.items():
         if document.partial or any(cell.partial for cell in document.cells):
-            notes.append(f"{name} was cut short: its intervals are rough")
+            notes.append(f"{name} was interrupted: its intervals are rough")
         load = document.environment.load_average
         if load is not None and load[0] > document.environment.cores:
             notes.append(
@@ -201,5 +204,7 @@ def _notes(documents: Mapping[str, BenchDocument]) -> list[str]:
     return notes
 
 
-def _told(document: BenchDocument) -> str:
-    return f"{', '.join(arm.label for arm in document.arms)} at {', '.join(cell.name for cell in document.cells)}"
+def _described(document: BenchDocument) -> str:
+    return (
+        f"{', '.join(variant.label for variant in document.arms)} at {', '.join(cell.name for cell in document.cells)}"
+    )

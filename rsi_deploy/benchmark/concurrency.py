@@ -1,10 +1,10 @@
-"""Load other than one call after the other: bursts after idle gaps, streams that share a session, growing batches.
+"""Measure other loads than consecutive calls: bursts after idle gaps, streams that share a session, growing batches.
 
-    bursts      idle for a gap, then a few calls; first calls apart from the rest
-    streams     N threads on one session, each with inputs and outputs of its own; samples a second in windows
+    bursts      an idle gap, then a few calls; first calls are reported separately
+    streams     N threads on one session, each with its own inputs and outputs; samples per second in time windows
     throughput  batches 1, 2, 4... until two doublings together gain less than 5 %
 
-All arms take turns in shuffled rounds, as in the main loop; intervals come from resampling rounds.
+All models take turns in shuffled rounds, as in the main loop. Intervals come from resampling rounds.
 """
 
 import threading
@@ -17,9 +17,9 @@ from typing import TypeVar
 import numpy as np
 
 from rsi_deploy.benchmark.sections import Bursts, SessionStreams, Throughput
-from rsi_deploy.benchmark.statistics import Floats, compare, median_interval, supported_percentiles, verdict
+from rsi_deploy.benchmark.statistics import FIRST, Floats, compare, median_interval, supported_percentiles, verdict
 from rsi_deploy.benchmark.timing import time_calls
-from rsi_deploy.benchmark.variants import Arm, Feeds, Runtime, open_arms
+from rsi_deploy.benchmark.variants import Feeds, Runtime, Variant, open_variants
 from rsi_deploy.core.errors import ModelError, UsageError
 
 T = TypeVar("T")
@@ -27,9 +27,8 @@ T = TypeVar("T")
 BURST_CALLS = 8
 MIN_ROUNDS = 8
 WINDOW_SECONDS = 0.25
-GAIN = 1.05  # in samples a second, that makes the next larger batch worth a try
+GAIN = 1.05  # gain in samples per second that makes a larger batch worth measuring
 MAX_BATCH = 1024
-FIRST = "the arm that the others are compared with"
 
 
 def measure_bursts(
@@ -42,25 +41,27 @@ def measure_bursts(
     seconds: float,
     seed: int,
 ) -> tuple[Bursts, ...]:
-    """Calls that come in bursts of 8 after `gap` seconds of idleness, for about `seconds`, at least 8 bursts an arm."""
-    arms = open_arms(models, labels, [runtime.session(m) for m in models], feeds, runtime, prove=False)
-    for arm in arms:
-        arm.warm_up(1.0)
+    """Measure bursts of 8 calls after `gap` idle seconds, for about `seconds` and at least 8 bursts per model."""
+    variants = open_variants(models, labels, [runtime.session(m) for m in models], feeds, runtime, prove=False)
+    for variant in variants:
+        variant.warm_up(1.0)
 
-    def burst(arm: Arm) -> Floats:
+    def burst(variant: Variant) -> Floats:
         time.sleep(gap)
-        return time_calls(arm.call, BURST_CALLS) / 1e6
+        return time_calls(variant.call, BURST_CALLS) / 1e6
 
-    times: Floats = np.asarray(rounds([partial(burst, arm) for arm in arms], seconds, seed))  # (B, arms, calls)
+    times: Floats = np.asarray(
+        rounds([partial(burst, variant) for variant in variants], seconds, seed)
+    )  # (B, variants, calls)
     first, rest = times[:, :, 0].T, np.median(times[:, :, 1:], axis=2).T
     results = []
-    for index, arm in enumerate(arms):
+    for index, variant in enumerate(variants):
         first_ms, first_ends = median_interval(first[index], seed)
         rest_ms, rest_ends = median_interval(rest[index], seed)
         speedup, ends = compare(first[0], first[index], seed) if index else (None, None)
         results.append(
             Bursts(
-                label=arm.label,
+                label=variant.label,
                 gap_ms=1e3 * gap,
                 calls=BURST_CALLS,
                 bursts=len(times),
@@ -87,23 +88,23 @@ def measure_streams(
     seconds: float,
     seed: int,
 ) -> tuple[SessionStreams, ...]:
-    """Samples a second and latency with so many threads on one session, for about `seconds` in all."""
+    """Measure throughput and latency with `counts` threads on one session, for about `seconds` in total."""
     sessions = [runtime.session(model) for model in models]
-    open_arms(models, labels, sessions, feeds, runtime, prove=False)  # refuses what cannot be compared
+    open_variants(models, labels, sessions, feeds, runtime, prove=False)  # raises if they cannot be compared
     calls = [[runtime.bound(session, feeds).call for _ in range(max(counts))] for session in sessions]
-    jobs = [(arm, count) for arm in range(len(models)) for count in counts]
+    jobs = [(variant, count) for variant in range(len(models)) for count in counts]
     window = min(WINDOW_SECONDS, seconds / (len(jobs) * MIN_ROUNDS))
     for bound in calls:
         together(bound, window)  # warm-up, every thread's tensors too
     measured = rounds([partial(together, calls[a][:n], window) for a, n in jobs], seconds, seed)
     results = []
-    for index, (arm, count) in enumerate(jobs):
+    for index, (variant, count) in enumerate(jobs):
         windows = [entry[index] for entry in measured]
         per_second, ends = median_interval(np.asarray([batch * rate for rate, _ in windows]), seed)
         times = np.concatenate([latencies for _, latencies in windows])
         results.append(
             SessionStreams(
-                label=labels[arm],
+                label=labels[variant],
                 streams=count,
                 batch=batch,
                 windows=len(windows),
@@ -126,20 +127,20 @@ def measure_throughput(
     seconds: float,
     seed: int,
 ) -> tuple[Throughput, ...]:
-    """Samples a second at batches `start`, twice that...; an arm leaves when two doublings gain less than 5 %.
+    """Measure the throughput at growing batches. A model stops when two doublings gain less than 5 %.
 
     Args:
-        models: files.
-        labels: one a model.
-        runtime: where they run.
-        feeds_of: batch -> input name -> array; it raises `UsageError` for a batch that cannot be.
-        start: the first batch.
-        seconds: for all of it, about: a tenth for each batch.
-        seed: of the order of arms.
+        models: files of the models.
+        labels: one label per model.
+        runtime: provider and threads.
+        feeds_of: function from a batch to input name -> array; it raises `UsageError` for an impossible batch.
+        start: first batch.
+        seconds: approximate total time; each batch gets a tenth.
+        seed: random seed for the order of models.
     """
     sessions = [runtime.session(model) for model in models]
     found: dict[int, list[tuple[int, float, tuple[float, float]]]] = {index: [] for index in range(len(models))}
-    ended = dict.fromkeys(found, f"{MAX_BATCH} is the largest that is tried")
+    ended = dict.fromkeys(found, f"{MAX_BATCH} is the largest batch to measure")
     trying, batch = list(found), start
     while trying and batch <= MAX_BATCH:
         try:
@@ -156,7 +157,7 @@ def measure_throughput(
             rate, ends = median_interval(np.asarray([batch * entry[place][0] for entry in measured]), seed)
             best = max((row[1] for row in found[index][:-1]), default=0.0)
             found[index].append((batch, rate, ends))
-            if best and max(rate, found[index][-2][1]) < GAIN * best:  # twice: one may be noise
+            if best and max(rate, found[index][-2][1]) < GAIN * best:  # two doublings, as one may be noise
                 trying.remove(index)
                 ended[index] = f"neither batch {batch // 2} nor {batch} gains {100 * (GAIN - 1):.0f} %"
         batch *= 2
@@ -164,9 +165,9 @@ def measure_throughput(
 
 
 def together(calls: Sequence[Callable[[], object]], window: float) -> tuple[float, Floats]:
-    """Each call in a thread of its own, over and over until the window is over: calls a second, and their ms.
+    """Repeat each call in its own thread for `window` seconds; return calls per second and the time of each call in ms.
 
-    The window ends for everybody when its time is over; calls still running then count with the time they took.
+    Calls that still run at the end of the window count with their full time.
     """
     times: list[list[int]] = [[] for _ in calls]
     failures: list[BaseException] = []
@@ -183,7 +184,7 @@ def together(calls: Sequence[Callable[[], object]], window: float) -> tuple[floa
                 after = clock()
                 kept.append(after - before)
                 before = after
-        except Exception as error:  # onnxruntime's; a thread's own would be lost
+        except Exception as error:  # an exception in a thread would be lost
             failures.append(error)
 
     threads = [threading.Thread(target=stream, args=pair, daemon=True) for pair in zip(calls, times, strict=True)]
@@ -199,7 +200,7 @@ def together(calls: Sequence[Callable[[], object]], window: float) -> tuple[floa
 
 
 def rounds(jobs: Sequence[Callable[[], T]], seconds: float, seed: int) -> list[list[T]]:
-    """Every job once a round in shuffled order, at least 8 rounds, until the time is over: `[round][job]`."""
+    """Run every job once per round in shuffled order, for `seconds` and at least 8 rounds; return `[round][job]`."""
     rng = np.random.default_rng([seed, *b"rounds"])
     end = time.monotonic() + seconds
     done: list[list[T]] = []

@@ -1,13 +1,13 @@
-"""MLPerf LoadGen against one model: a scenario of the field's own load generator, with its own VALID or INVALID.
+"""Test one model with MLPerf LoadGen, the load generator of the MLPerf benchmarks, and report its VALID or INVALID.
 
     SingleStream   one query after the other                     90th percentile of the latency
     MultiStream    eight samples a query, one after the other    99th percentile of a query's latency
     Server         queries at random (Poisson) times             samples a second, within a latency
     Offline        all samples at once                           samples a second
 
-The test runs in a process of its own, its logs in a temporary folder. What LoadGen calls VALID says that the run was
-long enough for its percentile and kept its constraints; a submission to MLPerf needs far more. For SingleStream this
-tool times the same calls with its own clock: the two 90th percentiles check each other.
+The test runs in a separate process with its logs in a temporary folder. VALID means that the run was long enough for
+its percentile and met its constraints; a submission to MLPerf requires far more. For SingleStream the same calls are
+also timed by this tool, so that the two 90th percentiles can be compared.
 """
 
 import importlib.metadata
@@ -31,36 +31,36 @@ from rsi_deploy.runtime.provider_spec import parse_provider
 
 SCENARIOS: tuple[Scenario, ...] = ("SingleStream", "MultiStream", "Server", "Offline")
 SUMMARY = "mlperf_log_summary.txt"
-_ENOUGH = {"99": 1000, "99.9": 10000}  # queries below which a percentile means nothing: ten beyond it
-_NEUTRAL = ("Processed ", "Would discard ", "Early stopping ")  # what a valid run says too
+_ENOUGH = {"99": 1000, "99.9": 10000}  # queries that a percentile needs, so that ten lie beyond it
+_NEUTRAL = ("Processed ", "Would discard ", "Early stopping ")  # messages that valid runs have, too
 _RATES = ("QPS w/o loadgen overhead", "Completed samples per second", "Samples per second")
 
 
 class LoadGenResult(BaseModel, frozen=True, extra="forbid"):
-    """What LoadGen said about one model.
+    """The result of one LoadGen test.
 
     Attributes:
-        model: the file.
+        model: path of the file.
         scenario: one of `SCENARIOS`.
-        valid: LoadGen's verdict.
-        reasons: of an invalid one, in LoadGen's words: what was not satisfied and what it recommends.
-        headline: the scenario's own figure in words, such as "90.0th percentile latency: 3.161 ms".
-        latency_ms: "min", "mean", "max" and percentiles ("50" ... "99.9", where the queries are enough) of a
-            query's latency; empty for Offline, where it is the time of the whole test.
-        per_second: samples a second.
-        queries: answered; None where LoadGen does not say.
-        own_p90_ms: 90th percentile of the same calls by this tool's clock; None but for SingleStream.
-        batch: samples a call.
+        valid: verdict of LoadGen.
+        reasons: messages of LoadGen about unsatisfied constraints, with its recommendations; () for a valid run.
+        headline: main figure of the scenario, such as "90.0th percentile latency: 3.161 ms".
+        latency_ms: "min", "mean", "max" and percentiles ("50" ... "99.9", with enough queries) of the latency of a
+            query; empty for Offline, where it would be the time of the whole test.
+        per_second: samples per second.
+        queries: number of queries; None if LoadGen does not report it.
+        own_p90_ms: 90th percentile of the same calls by this tool's clock, for SingleStream only.
+        batch: samples per call.
         call_ms: median time of a call before the test.
-        target_qps: of Server; for Offline what the one query was sized for.
-        target_latency_ms: of Server.
+        target_qps: target of Server in queries per second; for Offline the rate that sized its query.
+        target_latency_ms: latency target of Server.
         inputs: input name -> dtype and shape, the same in every query.
-        provider: full name of the one that ran the model.
+        provider: full name of the provider that ran the model.
         provider_nodes: as in `Placement`.
-        how: how inputs and outputs were bound.
-        seconds: shortest duration asked for.
-        loadgen: version.
-        summary: LoadGen's own, whole.
+        how: binding of inputs and outputs.
+        seconds: requested shortest duration.
+        loadgen: version of LoadGen.
+        summary: full summary of LoadGen.
     """
 
     model: str
@@ -100,29 +100,29 @@ def run_loadgen(
     target_latency_ms: float | None = None,
     allow_fallback: bool = False,
 ) -> LoadGenResult:
-    """Have LoadGen test a model, in a process of its own.
+    """Test a model with LoadGen in a separate process.
 
     Args:
-        model: an ONNX file.
+        model: ONNX file.
         scenario: one of `SCENARIOS`.
-        provider: short or full name, with options.
-        threads: threads inside one operator; None leaves onnxruntime's default.
-        batch: samples a call; more than one for MultiStream and Offline only.
+        provider: short or full name of an execution provider, with options.
+        threads: threads inside one operator; None for onnxruntime's default.
+        batch: samples per call; above 1 for MultiStream and Offline only.
         seconds: shortest duration; a scenario that needs more queries takes up to four times as long.
-        seed: of random inputs and of LoadGen's schedule.
+        seed: random seed for inputs and LoadGen's schedule.
         feeds: input name -> array, in place of random inputs.
         input_shape: see `random_feeds`.
-        target_qps: queries a second for Server; without it half of what back-to-back calls reach.
-        target_latency_ms: within which 99 % of Server's queries must be answered; without it ten calls' time, and
-            not less than 10 ms.
+        target_qps: queries per second for Server; None for half of the rate of consecutive calls.
+        target_latency_ms: latency that 99 % of Server's queries must meet; None for ten times the time of a call, and
+            at least 10 ms.
         allow_fallback: as in `proven_placement`.
 
     Raises:
-        UsageError: LoadGen is not installed, or the request cannot be.
-        ModelError: the model cannot be loaded or run, or the process of the test died.
+        UsageError: LoadGen is not installed, or the request is invalid.
+        ModelError: the model cannot be loaded or run, or the test process crashed.
     """
     check_loadgen(scenario, batch, seconds, target_qps, target_latency_ms)
-    parse_provider(provider)  # what is wrong with it must not wait for a process
+    parse_provider(provider)  # raises before the process starts
     with ScratchFolder() as folder:
         if feeds is not None:
             np.savez(Path(folder) / FEEDS, *feeds.values())
@@ -161,10 +161,10 @@ def check_loadgen(
     target_qps: float | None = None,
     target_latency_ms: float | None = None,
 ) -> None:
-    """Refuse beforehand what `run_loadgen` would refuse; its arguments.
+    """Check the arguments of `run_loadgen`.
 
     Raises:
-        UsageError: LoadGen is not installed, or the request cannot be; says what to type.
+        UsageError: LoadGen is not installed, or the request is invalid.
     """
     if importlib.util.find_spec("mlperf_loadgen") is None:
         raise UsageError("MLPerf LoadGen is not installed: pip install 'rsi-deploy[loadgen]'")
@@ -186,25 +186,25 @@ def check_loadgen(
 
 
 def parse_summary(text: str) -> dict[str, Any]:
-    r"""The fields of a `LoadGenResult` that LoadGen's summary tells.
+    r"""Parse the fields of a `LoadGenResult` in LoadGen's summary.
 
     >>> found = parse_summary("Scenario : Offline\nSamples per second: 320.0\nResult is : VALID\n")
     >>> found["valid"], found["per_second"], found["headline"]
     (True, 320.0, 'Samples per second: 320')
 
     Raises:
-        ModelError: no verdict in it: the test did not come to its end.
+        ModelError: it has no verdict, because the test did not finish.
     """
     verdict = re.search(r"^Result is\s*:\s*(\w+)", text, re.MULTILINE)
     if verdict is None:
-        raise ModelError("LoadGen wrote no verdict: the test did not come to its end; give it more --seconds")
+        raise ModelError("LoadGen wrote no verdict: the test did not finish; give it more --seconds")
     head, _, rest = text.partition(verdict.group(0))
     offline = "Scenario : Offline" in head
     queries = re.search(r"(?:Processed at least|Only processed|Processed).*?(\d+) queries(?: \((\d+)\))?", rest)
     count = int(queries.group(2) or queries.group(1)) if queries else None
     rates = [float(found.group(1)) for rate in _RATES if (found := re.search(rf"^{rate}\s*:\s*([\d.]+)", text, re.M))]
     latencies = {} if offline else _latencies(rest, count)
-    if not rates and latencies:  # MultiStream tells none
+    if not rates and latencies:  # MultiStream reports none
         rates = [STREAMS * 1e3 / latencies["mean"]]
     return {
         "valid": verdict.group(1) == "VALID",
@@ -217,7 +217,7 @@ def parse_summary(text: str) -> dict[str, Any]:
 
 
 def _latencies(text: str, queries: int | None) -> dict[str, float]:
-    """Milliseconds from lines such as "90.00 percentile latency (ns)   : 3161434" and "Min latency (ns) : 3020645"."""
+    """Parse lines such as "90.00 percentile latency (ns)   : 3161434" and "Min latency (ns) : 3020645" into ms."""
     found: dict[str, float] = {}
     for name, value in re.findall(r"^(Min|Mean|Max|[\d.]+ percentile) latency \(ns\)\s*:\s*(\d+)", text, re.M):
         key = f"{float(name.split()[0]):g}" if "percentile" in name else name.lower()
@@ -227,7 +227,7 @@ def _latencies(text: str, queries: int | None) -> dict[str, float]:
 
 
 def _reasons(text: str) -> tuple[str, ...]:
-    """What was not satisfied, and the sentences under Recommendations and Early Stopping Result."""
+    """Return the unsatisfied constraints, and the sentences under Recommendations and Early Stopping Result."""
     part = text.partition("=====")[0]
     failed = [line.strip() for line in part.splitlines() if re.search(r"satisfied\s*:\s*NO", line)]
     starred = [" ".join(entry.split()) for entry in re.findall(r"^ \* ((?:.*\n)(?: (?!\*).*\n)*)", part, re.M)]
@@ -235,7 +235,7 @@ def _reasons(text: str) -> tuple[str, ...]:
 
 
 def _headline(head: str) -> str:
-    """The line before the verdict; times in ms."""
+    """Return the line before the verdict, with times in ms."""
     name, _, value = head.strip().splitlines()[-1].partition(":")
     if "(ns)" in name:
         return f"{name.replace('(ns)', '').strip()}: {int(value) / 1e6:.4g} ms"
@@ -243,18 +243,18 @@ def _headline(head: str) -> str:
 
 
 def _worked(request: LoadGenRequest, folder: Path) -> Reply:
-    """Start the worker and read its reply."""
-    asked, answered = folder / "request.json", folder / "reply.json"
-    asked.write_text(request.model_dump_json(), encoding="utf-8")
-    command = [sys.executable, "-m", "rsi_deploy.benchmark.loadgen_worker", str(asked), str(answered)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if not answered.exists():
-        last = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
+    """Run the worker and read its reply."""
+    request_file, reply_file = folder / "request.json", folder / "reply.json"
+    request_file.write_text(request.model_dump_json(), encoding="utf-8")
+    command = [sys.executable, "-m", "rsi_deploy.benchmark.loadgen_worker", str(request_file), str(reply_file)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not reply_file.exists():
+        last = (process.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
         raise ModelError(
-            f"{request.model}: the process of the LoadGen test ended with {done.returncode}: {last}"
-            f"; see that bench without --loadgen runs it"
+            f"{request.model}: the process of the LoadGen test ended with {process.returncode}: {last}"
+            f"; check that bench without --loadgen runs it"
         )
-    reply = Reply.model_validate_json(answered.read_text(encoding="utf-8"))
+    reply = Reply.model_validate_json(reply_file.read_text(encoding="utf-8"))
     if reply.error:
         kind: type[errors.RsiDeployError] = getattr(errors, reply.error_kind, ModelError)
         raise kind(reply.error)

@@ -1,16 +1,16 @@
-"""One MLPerf LoadGen test of one model, in the process that `loadgen.run_loadgen` starts for it.
+"""Run one MLPerf LoadGen test of one model, in the process that `loadgen.run_loadgen` starts.
 
     python -m rsi_deploy.benchmark.loadgen_worker REQUEST.json REPLY.json
 
-LoadGen issues queries, this system under test answers each with bound calls (`binding`), and LoadGen's logs in the
-request's folder say what came of it. A sample is one input of the model; a call answers `batch` of them.
+LoadGen issues queries, this program answers each with bound calls (`binding`), and LoadGen writes the results to logs
+in the request's folder. A sample is one input of the model; a call answers `batch` samples.
 
-    SingleStream, MultiStream   answered in the thread that LoadGen issues in: the next query waits for it anyway
-    Offline                     the same, in batches
-    Server                      put in a queue for one worker thread: the schedule must not wait for an answer
+    SingleStream, MultiStream   answered in LoadGen's issuing thread, because the next query waits for the answer
+    Offline                     answered in the same thread, in batches
+    Server                      put in a queue for a worker thread, because the schedule must not wait for answers
 
-Without a target the Server scenario is asked for half of what back-to-back calls reach, within ten times the time of
-a call but not less than 10 ms: a light load, stated in the reply, not a search for the highest one.
+Without targets, the Server scenario has half of the rate of consecutive calls, and a latency of ten times the time of a
+call and at least 10 ms. This is a light load and not a search for the highest one; the reply names the targets.
 """
 
 import contextlib
@@ -42,13 +42,13 @@ Scenario = Literal["SingleStream", "MultiStream", "Server", "Offline"]
 # 99th with no query over the latency (MLPerf inference rules, early stopping).
 MIN_QUERIES: dict[str, int] = {"SingleStream": 64, "MultiStream": 662, "Server": 459, "Offline": 1}
 SERVER_SHARE, SERVER_CALLS, SERVER_LEAST_MS = 0.5, 10.0, 10.0
-AROUND_S = 1e-4  # of Python and of the queue around a call, at most
+AROUND_S = 1e-4  # largest overhead of Python and the queue per call
 FEEDS = "feeds.npz"
 STREAMS = 8  # samples of a MultiStream query
 
 
 class LoadGenRequest(BaseModel, frozen=True, extra="forbid"):
-    """What to test; paths are strings, times in seconds or ms as named, `feeds` the names of the arrays in `FEEDS`."""
+    """The request of a test. Times are in seconds or ms as named; `feeds` are the names of the arrays in `FEEDS`."""
 
     model: str
     scenario: Scenario
@@ -66,18 +66,18 @@ class LoadGenRequest(BaseModel, frozen=True, extra="forbid"):
 
 
 class Reply(BaseModel, frozen=True, extra="forbid"):
-    """What only the worker knows; the rest is in LoadGen's logs.
+    """The part of the result that is not in LoadGen's logs.
 
     Attributes:
-        error: of a user's mistake or a model that cannot be run, else "".
-        error_kind: its class in `rsi_deploy.core.errors`.
+        error: message of an expected error; "" without one.
+        error_kind: class of the error in `rsi_deploy.core.errors`.
         call_ms: median time of a call after warm-up, before the test.
-        own_p90_ms: 90th percentile of the calls in the test by this tool's clock; None where calls are no queries.
-        target_qps: of the Server scenario; for Offline the samples a second its query was sized for.
-        target_latency_ms: of the Server scenario.
-        batch: samples a call.
+        own_p90_ms: 90th percentile of the calls in the test by this tool's clock; None if calls are not queries.
+        target_qps: target of Server in queries per second; for Offline the samples per second that sized its query.
+        target_latency_ms: latency target of Server.
+        batch: samples per call.
         inputs: input name -> dtype and shape.
-        provider: the session's first.
+        provider: first provider of the session.
         provider_nodes: as in `Placement`.
         how: as in `Bound`.
     """
@@ -96,7 +96,7 @@ class Reply(BaseModel, frozen=True, extra="forbid"):
 
 
 def main(request_file: str, reply_file: str) -> None:
-    """Run the request and write the reply; a foreseen error is a reply too."""
+    """Run the request and write the reply, which may be an expected error."""
     request = LoadGenRequest.model_validate_json(Path(request_file).read_text(encoding="utf-8"))
     try:
         reply = run(request)
@@ -106,7 +106,7 @@ def main(request_file: str, reply_file: str) -> None:
 
 
 def run(request: LoadGenRequest) -> Reply:
-    """Load, warm up, and have LoadGen test.
+    """Load the model, warm up, and run LoadGen.
 
     Raises:
         UsageError, ModelError: as `make_session`, `random_feeds` and `proven_placement` do.
@@ -139,7 +139,7 @@ def run(request: LoadGenRequest) -> Reply:
 
 
 def warm_up(call: Callable[[], object], seconds: float) -> float:
-    """Call at least 5 times and for `seconds`; the median time of the last half of the calls, seconds."""
+    """Call at least 5 times and for `seconds`; return the median time of the last half of the calls in seconds."""
     times: list[float] = []
     end = time.monotonic() + seconds
     while len(times) < 5 or time.monotonic() < end:
@@ -150,7 +150,7 @@ def warm_up(call: Callable[[], object], seconds: float) -> float:
 
 
 def targets(request: LoadGenRequest, batch: int, call_s: float) -> tuple[float | None, float | None]:
-    """Queries a second and latency in ms that the scenario aims at; None where it has no such target."""
+    """Return the targets of the scenario: queries per second and latency in ms, or None."""
     if request.scenario == "Offline":
         return request.target_qps or batch / call_s, None
     if request.scenario != "Server":
@@ -160,7 +160,7 @@ def targets(request: LoadGenRequest, batch: int, call_s: float) -> tuple[float |
 
 
 def settings(request: LoadGenRequest, batch: int, call_s: float, qps: float | None, latency_ms: float | None) -> Any:
-    """LoadGen's `TestSettings`. It runs until both duration and queries are enough, at most four times `seconds`."""
+    """Return LoadGen's `TestSettings`: run until duration and queries suffice, for at most four times `seconds`."""
     import mlperf_loadgen
 
     made = mlperf_loadgen.TestSettings()
@@ -170,7 +170,7 @@ def settings(request: LoadGenRequest, batch: int, call_s: float, qps: float | No
     made.max_duration_ms = math.ceil(4e3 * request.seconds)
     made.min_query_count = MIN_QUERIES[request.scenario]
     made.multi_stream_samples_per_query = STREAMS
-    # LoadGen makes its queries beforehand, as many as fit at the expected latency: half a call's, so that they suffice
+    # LoadGen creates its queries beforehand from the expected latency. Half of a call's time gives enough of them.
     made.single_stream_expected_latency_ns = math.ceil(0.5e9 * call_s)
     made.multi_stream_expected_latency_ns = math.ceil(0.5e9 * call_s * STREAMS / batch)
     made.sample_index_rng_seed = made.schedule_rng_seed = made.qsl_rng_seed = request.seed
@@ -182,14 +182,14 @@ def settings(request: LoadGenRequest, batch: int, call_s: float, qps: float | No
 
 
 def take_test(request: LoadGenRequest, call: Callable[[], object], batch: int, test_settings: Any) -> list[int]:
-    """Run LoadGen to its end, logs in the request's folder. Returns the time of each call, ns."""
+    """Run LoadGen with logs in the request's folder, and return the time of each call in ns."""
     import mlperf_loadgen
 
     times: list[int] = []
     failures: list[Exception] = []
 
     def answer(samples: Sequence[Any]) -> None:
-        """Every query is completed, whatever happens: LoadGen waits for it for ever."""
+        """Complete every query even after a failure, because LoadGen would wait for it forever."""
         for start in range(0, len(samples), batch):
             with contextlib.suppress(Exception) if failures else _noting(failures):
                 before = time.perf_counter_ns()
@@ -225,7 +225,7 @@ def take_test(request: LoadGenRequest, call: Callable[[], object], batch: int, t
     if failures:
         raise ModelError(
             f"{request.model}: a call failed during the test: {str(failures[0]).strip()}"
-            f"; see that bench without --loadgen runs it"
+            f"; check that bench without --loadgen runs it"
         ) from failures[0]
     return times
 
@@ -234,7 +234,7 @@ def take_test(request: LoadGenRequest, call: Callable[[], object], batch: int, t
 def _noting(failures: list[Exception]) -> Any:
     try:
         yield
-    except Exception as error:  # raising through LoadGen's threads would end the process without a word
+    except Exception as error:  # raising through LoadGen's threads would end the process without a message
         failures.append(error)
 
 

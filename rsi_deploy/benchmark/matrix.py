@@ -1,8 +1,8 @@
-"""A whole run of `bench`: every configuration of the matrix, the separate measurements, one document.
+"""A whole run of `bench`: every configuration of the matrix and the separate measurements, in one document.
 
-All configurations are open at once, so that the time can go where the intervals are widest; those that differ in batch
-or shape alone share their sessions. The separate measurements follow, in the first configuration, with the matrix
-closed. Ctrl-C ends the run and keeps what was measured.
+All configurations are open at once, so that the one with the widest intervals can be measured next. Those that differ
+only in batch or shape share their sessions. The separate measurements follow in the first configuration, after the
+other sessions are closed. Ctrl-C ends the run and keeps the measurements so far.
 """
 
 import datetime
@@ -17,10 +17,10 @@ from typing import Any
 from rsi_deploy.benchmark import concurrency, processes
 from rsi_deploy.benchmark.blocks import Cell, Progress, run_cells
 from rsi_deploy.benchmark.latency import PARTIAL_BLOCKS, cell_result, check_targets
-from rsi_deploy.benchmark.profiling import profile_arms
+from rsi_deploy.benchmark.profiling import profile_models
 from rsi_deploy.benchmark.request import BenchRequest, Setting
-from rsi_deploy.benchmark.result import ArmFile, BenchDocument, BenchResult
-from rsi_deploy.benchmark.variants import Feeds, Runtime, make_feeds, open_arms
+from rsi_deploy.benchmark.result import BenchDocument, BenchResult, VariantFile
+from rsi_deploy.benchmark.variants import Feeds, Runtime, make_feeds, open_variants
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.io.onnx_file import external_files
@@ -29,12 +29,12 @@ from rsi_deploy.runtime.float16 import float16_file
 from rsi_deploy.runtime.machine import environment, load_average
 from rsi_deploy.runtime.pinning import pinned
 
-WARM_SHARE = 0.3  # of the time, at most, for the warm-up of all cells
+WARM_SHARE = 0.3  # largest share of the time for the warm-up of all cells
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A configuration with its cell."""
+    """A configuration with open sessions and its cell."""
 
     setting: Setting
     runtime: Runtime
@@ -46,29 +46,29 @@ class Opened:
 
 
 def run_bench(request: BenchRequest, *, command: str = "", progress: Progress | None = None) -> BenchDocument:
-    """Measure all that is asked for.
+    """Measure everything in a request.
 
     Args:
-        request: what.
-        command: that asked, for the record.
-        progress: told what is at work, and the share of the matrix's time that is over.
+        request: models, configurations and measurements.
+        command: command line for the document.
+        progress: function that is called with the current step and the share of the matrix's time that is over.
 
     Raises:
-        UsageError: what cannot be measured, or arms that cannot be compared.
+        UsageError: a request that cannot be measured, or models that cannot be compared.
         ModelError: a model cannot be loaded or run.
-        KeyboardInterrupt: again, where nothing was measured yet.
+        KeyboardInterrupt: the user interrupted before anything was measured.
     """
     check_targets(request.budget or request.seconds, request.precision)
     settings = request.settings()
     machine = environment()
-    files = tuple(arm_file(model, label) for model, label in zip(request.models, request.labels, strict=True))
+    files = tuple(variant_file(model, label) for model, label in zip(request.models, request.labels, strict=True))
     start = time.monotonic()
     notes: list[str] = []
     with ScratchFolder() as folder, pinned(request.pinned):
         opened = _opened(request, settings, Path(folder))
         cells, interrupted = _measured(request, opened, start, progress)
         first = opened[0]
-        opened = []  # the sessions of the matrix are not in the way of what follows
+        opened = []  # closes the other sessions before the separate measurements
         sections: dict[str, Any] = {}
         if not interrupted:
             with _keep_on_interrupt(notes):
@@ -93,11 +93,11 @@ def run_bench(request: BenchRequest, *, command: str = "", progress: Progress | 
     )
 
 
-def arm_file(model: Path, label: str) -> ArmFile:
-    """A model as it lies on disk.
+def variant_file(model: Path, label: str) -> VariantFile:
+    """Describe the file of a model.
 
     Raises:
-        ModelError: not an ONNX file.
+        ModelError: it is not an ONNX file.
     """
     import hashlib
 
@@ -108,7 +108,7 @@ def arm_file(model: Path, label: str) -> ArmFile:
         with part.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    return ArmFile(
+    return VariantFile(
         label=label,
         model=str(model),
         format="ort" if ort else "onnx",
@@ -118,7 +118,7 @@ def arm_file(model: Path, label: str) -> ArmFile:
 
 
 def _opened(request: BenchRequest, settings: Sequence[Setting], folder: Path) -> list[Opened]:
-    """Every configuration with its arms bound; sessions are shared between those of equal threads and precision."""
+    """Open every configuration; those with equal threads and precision share their sessions."""
     halves: tuple[Path, ...] = ()
     if "float16" in request.precisions:
         halves = tuple(float16_file(model, folder) for model in request.models)
@@ -134,9 +134,9 @@ def _opened(request: BenchRequest, settings: Sequence[Setting], folder: Path) ->
         feeds, batch = make_feeds(
             specs, batch=setting.batch, seed=request.seed, given=request.feeds, shapes=setting.shapes or None
         )
-        arms = open_arms(models, request.labels, sessions[key], feeds, runtime)
-        for arm, model in zip(arms, request.models, strict=True):
-            arm.model = str(model)  # not the converted one, which will be gone
+        variants = open_variants(models, request.labels, sessions[key], feeds, runtime)
+        for variant, model in zip(variants, request.models, strict=True):
+            variant.model = str(model)  # not the temporary converted file
         found.append(
             Opened(
                 setting=setting,
@@ -145,7 +145,7 @@ def _opened(request: BenchRequest, settings: Sequence[Setting], folder: Path) ->
                 specs=specs,
                 batch=batch,
                 models=models,
-                cell=Cell(name=setting.name, arms=arms),
+                cell=Cell(name=setting.name, variants=variants),
             )
         )
     return found
@@ -154,14 +154,14 @@ def _opened(request: BenchRequest, settings: Sequence[Setting], folder: Path) ->
 def _measured(
     request: BenchRequest, opened: Sequence[Opened], start: float, progress: Progress | None
 ) -> tuple[list[BenchResult], bool]:
-    """Warm up and measure the matrix; whether it was interrupted."""
+    """Warm up and measure the matrix; also return whether the user interrupted."""
     total = request.share() if request.budget is not None else request.seconds * len(opened)
-    warm = WARM_SHARE * total / sum(len(one.cell.arms) for one in opened)
+    warm = WARM_SHARE * total / sum(len(one.cell.variants) for one in opened)
     for one in opened:
         if progress is not None:
             progress(f"warming up, {one.cell.name}", 0.0)
-        for arm in one.cell.arms:
-            arm.warm_up(warm)
+        for variant in one.cell.variants:
+            variant.warm_up(warm)
     if request.budget is not None:  # loading and warm-up are part of a budget
         total = max(total - (time.monotonic() - start), 0.1 * total)
     cells = [one.cell for one in opened]
@@ -188,7 +188,7 @@ def _measured(
 
 
 def _separate(request: BenchRequest, first: Opened) -> Iterator[tuple[str, Any]]:
-    """The separate measurements, in the first configuration: name of the document's field, and what was found."""
+    """Yield the separate measurements in the first configuration: the name of the document's field, and its value."""
     models, labels, feeds, runtime = first.models, request.labels, first.feeds, first.runtime
     seconds, seed = request.share(), request.seed
     if request.memory or request.memory_limit is not None:
@@ -212,7 +212,7 @@ def _separate(request: BenchRequest, first: Opened) -> Iterator[tuple[str, Any]]
     if request.throughput:
         yield "throughput", _throughput(request, first)
     if request.profile:
-        yield "profile", profile_arms(models, labels, feeds, runtime)
+        yield "profile", profile_models(models, labels, feeds, runtime)
 
 
 def _throughput(request: BenchRequest, first: Opened) -> Any:
@@ -238,8 +238,8 @@ def _throughput(request: BenchRequest, first: Opened) -> Any:
 
 @contextmanager
 def _keep_on_interrupt(notes: list[str]) -> Iterator[None]:
-    """Ctrl-C in a separate measurement keeps those before it."""
+    """Keep earlier measurements if the user interrupts a separate one."""
     try:
         yield
     except KeyboardInterrupt:
-        notes.append("interrupted: the separate measurements that are missing were not made")
+        notes.append("interrupted: some separate measurements are missing")

@@ -1,8 +1,8 @@
-"""What needs a process of its own: cold start, resident memory, and whether a model fits under a memory ceiling.
+"""Measurements in separate processes: cold start, resident memory, and whether a model fits under a memory limit.
 
-The ceiling is on *resident* memory and is watched from outside, every 2 ms; where the system keeps a process's largest
-resident set (Linux: VmHWM) no spike between two looks is missed. A limit on address space (RLIMIT_AS) would refuse
-models that fit: onnxruntime reserves gigabytes that it never touches.
+The limit is on *resident* memory and is checked from outside every 2 ms. Where the system records the peak resident
+set of a process (Linux: VmHWM), no spike between two checks is missed. A limit on address space (RLIMIT_AS) would
+refuse models that fit, because onnxruntime reserves gigabytes that it never uses.
 """
 
 import json
@@ -21,7 +21,7 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 
 from rsi_deploy.benchmark.sections import ColdStart, Memory, Phase
-from rsi_deploy.benchmark.statistics import compare, median_interval, verdict
+from rsi_deploy.benchmark.statistics import FIRST, compare, median_interval, verdict
 from rsi_deploy.benchmark.variants import Feeds, Runtime
 from rsi_deploy.core import errors
 from rsi_deploy.core.errors import ModelError
@@ -33,20 +33,19 @@ MIN_STARTS, MAX_STARTS = 8, 30
 MEMORY_CALLS = 10
 _POLL = 0.002
 _AFTER: dict[str, Phase] = {"": "import", "import": "load", "load": "run", "run": "done"}
-FIRST = "the arm that the others are compared with"
 
 
 @dataclass(kw_only=True)
-class Told:
-    """What a worker said, by phase, and what was seen of it.
+class WorkerRun:
+    """The messages of one worker process, and observations of it.
 
     Attributes:
-        phases: phase -> its message.
-        spawned_ns: `time.monotonic_ns` before it was started.
-        error: its own words, or how it ended.
-        kind: name of the error's class.
-        peak: largest resident set seen, bytes.
-        over: it was ended for passing the ceiling.
+        phases: phase -> message of the worker.
+        spawned_ns: `time.monotonic_ns` before the start.
+        error: message of the worker's error, or how the process ended.
+        kind: class name of the error.
+        peak: largest observed resident set in bytes.
+        over: whether the memory exceeded the limit.
     """
 
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -58,17 +57,17 @@ class Told:
 
     @property
     def stopped_in(self) -> Phase:
-        """The phase that did not end."""
+        """The phase that did not finish."""
         return _AFTER[list(self.phases)[-1] if self.phases else ""]
 
 
 def cold_starts(
     models: Sequence[Path], labels: Sequence[str], feeds: Feeds, runtime: Runtime, *, seconds: float, seed: int
 ) -> tuple[ColdStart, ...]:
-    """Start processes for about `seconds`, 8 to 30 an arm, the arms in shuffled order.
+    """Measure cold starts for about `seconds`, with 8 to 30 processes per model, interleaved in shuffled order.
 
     Raises:
-        UsageError, ModelError: what a worker could not do.
+        UsageError, ModelError: a worker failed.
     """
     rng = np.random.default_rng([seed, *b"cold"])
     taken: list[list[list[float]]] = []
@@ -78,7 +77,7 @@ def cold_starts(
         while len(taken) < MIN_STARTS or (len(taken) < MAX_STARTS and time.monotonic() < end):
             found = {int(index): _start(requests[index], models[index]) for index in rng.permutation(len(models))}
             taken.append([found[index] for index in range(len(models))])
-    times = np.asarray(taken)  # (starts, arms, phases) ms
+    times = np.asarray(taken)  # (starts, variants, phases) ms
     totals = times.sum(axis=2).T
     results = []
     for index, label in enumerate(labels):
@@ -106,70 +105,70 @@ def cold_starts(
 def measure_memory(
     models: Sequence[Path], labels: Sequence[str], feeds: Feeds, runtime: Runtime, *, limit: int | None = None
 ) -> tuple[Memory, ...]:
-    """Resident memory of each arm, after import, after loading, and at most during ten calls.
+    """Measure the resident memory of each model after import, after loading, and the peak during ten calls.
 
     Args:
-        models: files.
-        labels: one a model.
+        models: files of the models.
+        labels: one label per model.
         feeds: input name -> array.
-        runtime: where they run.
-        limit: ceiling in bytes: a process that passes it is ended, and said not to fit.
+        runtime: provider and threads.
+        limit: memory limit in bytes. A process that exceeds it is killed, and the model does not fit.
 
     Raises:
-        UsageError, ModelError: what a worker without a ceiling could not do.
+        UsageError, ModelError: a worker without a limit failed.
     """
     with _requests(models, feeds, runtime, calls=MEMORY_CALLS) as requests:
-        told = [run_worker(request, limit) for request in requests]
-    for one, model in zip(told, models, strict=True):
+        run = [run_worker(request, limit) for request in requests]
+    for one, model in zip(run, models, strict=True):
         if one.error and limit is None:
             _raise(one, model)
-    return tuple(_memory(one, label, limit) for one, label in zip(told, labels, strict=True))
+    return tuple(_memory(one, label, limit) for one, label in zip(run, labels, strict=True))
 
 
-def run_worker(request: Path, limit: int | None = None) -> Told:
-    """One worker to its end, or to the ceiling."""
-    told = Told(spawned_ns=time.monotonic_ns())
+def run_worker(request: Path, limit: int | None = None) -> WorkerRun:
+    """Run one worker until it ends or exceeds the memory limit."""
+    run = WorkerRun(spawned_ns=time.monotonic_ns())
     command = [sys.executable, "-m", "rsi_deploy.benchmark.worker", str(request)]
     with (
         tempfile.TemporaryFile() as stderr,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
     ):
-        watch = threading.Thread(target=_watch, args=(process, told, limit), daemon=True)
+        watch = threading.Thread(target=_watch, args=(process, run, limit), daemon=True)
         watch.start()
         try:
-            _listen(process, told)
+            _listen(process, run)
             process.wait()
         except BaseException:
             process.kill()
             raise
         watch.join()
         stderr.seek(0)
-        last = (stderr.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-    if not told.error and told.stopped_in != "done":
-        told.error = "ended for passing the ceiling" if told.over else f"ended with {process.returncode}: {last}"
-    if limit is not None and told.peak > limit:
-        told.over = True
-    return told
+        last = (stderr.read().decode(errors="replace").strip().splitlines() or ["it wrote nothing"])[-1]
+    if not run.error and run.stopped_in != "done":
+        run.error = "killed above the memory limit" if run.over else f"ended with {process.returncode}: {last}"
+    if limit is not None and run.peak > limit:
+        run.over = True
+    return run
 
 
-def _listen(process: "subprocess.Popen[str]", told: Told) -> None:
+def _listen(process: "subprocess.Popen[str]", run: WorkerRun) -> None:
     for line in process.stdout or ():
         message = json.loads(line)
-        told.peak = max(told.peak, message["peak"])
+        run.peak = max(run.peak, message["peak"])
         if "error" in message:
-            told.error, told.kind = message["error"], message["kind"]
+            run.error, run.kind = message["error"], message["kind"]
         else:
-            told.phases[message["phase"]] = message
+            run.phases[message["phase"]] = message
 
 
-def _watch(process: "subprocess.Popen[str]", told: Told, limit: int | None) -> None:
-    """Look at the resident set until the process ends; end it above the ceiling."""
+def _watch(process: "subprocess.Popen[str]", run: WorkerRun, limit: int | None) -> None:
+    """Check the resident set until the process ends, and kill it above the limit."""
     try:
         seen = psutil.Process(process.pid)
         while limit is not None and process.poll() is None:
-            told.peak = max(told.peak, seen.memory_info().rss, peak_memory(process.pid))
-            if told.peak > limit:
-                told.over = True
+            run.peak = max(run.peak, seen.memory_info().rss, peak_memory(process.pid))
+            if run.peak > limit:
+                run.over = True
                 process.kill()
                 return
             time.sleep(_POLL)
@@ -178,37 +177,37 @@ def _watch(process: "subprocess.Popen[str]", told: Told, limit: int | None) -> N
 
 
 def _start(request: Path, model: Path) -> list[float]:
-    """Process, import, load and first inference of one start, ms."""
-    told = run_worker(request)
-    if told.error:
-        _raise(told, model)
-    begun = (told.phases["import"]["started_ns"] - told.spawned_ns) / 1e6
-    return [begun, *(told.phases[phase]["ms"] for phase in ("import", "load", "run"))]
+    """Return the times of process start, import, load and first inference in ms."""
+    run = run_worker(request)
+    if run.error:
+        _raise(run, model)
+    begun = (run.phases["import"]["started_ns"] - run.spawned_ns) / 1e6
+    return [begun, *(run.phases[phase]["ms"] for phase in ("import", "load", "run"))]
 
 
-def _memory(told: Told, label: str, limit: int | None) -> Memory:
-    phases = told.phases
+def _memory(run: WorkerRun, label: str, limit: int | None) -> Memory:
+    phases = run.phases
     return Memory(
         label=label,
         import_bytes=phases["import"]["resident"] if "import" in phases else None,
         loaded_bytes=phases["load"]["resident"] if "load" in phases else None,
-        peak_bytes=told.peak,
+        peak_bytes=run.peak,
         limit_bytes=limit,
-        fits=None if limit is None else not told.over and not told.error,
-        stopped_in=told.stopped_in,
-        median_ms=float(np.median(phases["run"]["calls_ms"])) if "run" in phases and not told.over else None,
-        detail=told.error,
+        fits=None if limit is None else not run.over and not run.error,
+        stopped_in=run.stopped_in,
+        median_ms=float(np.median(phases["run"]["calls_ms"])) if "run" in phases and not run.over else None,
+        detail=run.error,
     )
 
 
-def _raise(told: Told, model: Path) -> None:
-    kind: type[errors.RsiDeployError] = getattr(errors, told.kind, ModelError)
-    raise kind(told.error if str(model) in told.error else f"{model}: {told.error}")
+def _raise(run: WorkerRun, model: Path) -> None:
+    kind: type[errors.RsiDeployError] = getattr(errors, run.kind, ModelError)
+    raise kind(run.error if str(model) in run.error else f"{model}: {run.error}")
 
 
 @contextmanager
 def _requests(models: Sequence[Path], feeds: Feeds, runtime: Runtime, calls: int) -> Iterator[list[Path]]:
-    """One request file a model, for as long as they are needed; the models are checked here and not there."""
+    """Check the models, and write one temporary request file per model."""
     for model in models:
         if model.suffix != ".ort":
             check_file(model)

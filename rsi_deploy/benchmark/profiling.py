@@ -1,8 +1,8 @@
-"""Where the time of a call goes, from onnxruntime's profiler: by op type, and by the sites that were split.
+"""The time of a call by op type and by split site, from onnxruntime's profiler.
 
-onnxruntime renames what it fuses, so a site is found again in three ways: the node's own name; that name with a
-known ornament ("fused X", "X_nchwc", "X/MatMulAddFusion", "X_token_3"); and the name of its output, or, where it was
-fused with the nodes behind it, of the last one's (a Conv in blocked layout with its Relu is "relu_nchwc").
+onnxruntime renames fused nodes, so a site is found in three ways: by the name of the node; by that name with a known
+prefix or suffix ("fused X", "X_nchwc", "X/MatMulAddFusion", "X_token_3"); and by the name of its output, or of the last
+node that is fused with it (a Conv in blocked layout with its Relu is "relu_nchwc").
 """
 
 import os
@@ -26,23 +26,23 @@ from rsi_deploy.runtime.sessions import make_session, model_label, run_session
 
 PROFILE_CALLS = 20
 _WARM = 3
-_FUSED_BEHIND = 3  # nodes that onnxruntime fuses behind a product: bias, activation, reshape
+_FUSED_BEHIND = 3  # largest number of nodes that onnxruntime fuses into a product: bias, activation, reshape
 _ORNAMENTS = re.compile(r"^fused |(_nchwc|/MatMulAddFusion|_token_\d+|/GemmActivationFusion)+$")
 
 Side = str  # "dense", "right" or "left"
 
 
-def profile_arms(
+def profile_models(
     models: Sequence[Path], labels: Sequence[str], feeds: Feeds, runtime: Runtime, calls: int = PROFILE_CALLS
 ) -> tuple[Profile, ...]:
-    """Profile each arm, one after the other; sites are those that any arm has split.
+    """Profile each model with the sites that any of the models has split.
 
     Args:
-        models: files.
-        labels: one a model.
+        models: files of the models.
+        labels: one label per model.
         feeds: input name -> array.
-        runtime: where they run.
-        calls: profiled; 3 come before them.
+        runtime: provider and threads.
+        calls: number of profiled calls after 3 warm-up calls.
 
     Raises:
         UsageError, ModelError: as in `make_session` and `run_session`.
@@ -57,14 +57,14 @@ def profile_arms(
 def read_profile(
     label: str, events: Sequence[Mapping[str, Any]], calls: int, roles: Mapping[str, tuple[str, Side]]
 ) -> Profile:
-    """What the events of `calls` runs say, those of the warm-up left out: medians over the runs.
+    """Compute the medians over the last `calls` runs in a profile.
 
-    A Loop, an If or a Scan counts without the nodes of its bodies, which count for themselves.
+    The time of a Loop, an If or a Scan excludes the nodes of its bodies.
 
     Args:
-        label: of the arm.
-        events: of onnxruntime's profile.
-        calls: the last so many runs count.
+        label: label of the model.
+        events: events of onnxruntime's profile.
+        calls: number of runs after the warm-up.
         roles: name of a node -> (site, side).
     """
     runs = sorted((e for e in events if e.get("name") == "model_run"), key=lambda e: e["ts"])[-calls:]
@@ -103,7 +103,7 @@ def _median(times: Floats | None) -> float | None:
 
 
 def split_sites(models: Sequence[Path]) -> tuple[str, ...]:
-    """Names of the nodes that some arm has split, in the order of its graph."""
+    """Return the names of the nodes that any of the models has split, in the order of its graph."""
     found: dict[str, None] = {}
     for model in models:
         if model.suffix != ".ort":  # onnxruntime's own format keeps no metadata of nodes
@@ -112,7 +112,7 @@ def split_sites(models: Sequence[Path]) -> tuple[str, ...]:
 
 
 def _roles(model: Path, sites: Sequence[str]) -> dict[str, tuple[str, Side]]:
-    """Name of a node, or of one that may be fused with it -> its site and side."""
+    """Return the name of a node, or of one that may be fused with it -> its site and side."""
     if model.suffix == ".ort":
         return {name: (site, side) for site in sites for name, side in _names(site)}
     loaded = load_model(model)
@@ -124,7 +124,7 @@ def _roles(model: Path, sites: Sequence[str]) -> dict[str, tuple[str, Side]]:
         if split is None:
             own[site] = (site, "dense")
             continue
-        own.setdefault(split.first.name or "", (site, "right"))  # a joint split's first node counts once
+        own.setdefault(split.first.name or "", (site, "right"))  # a shared first node counts once
         own[f"{site}/left"] = (site, "left")
     roles = dict(own)
     for name, role in own.items():

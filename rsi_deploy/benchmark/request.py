@@ -1,9 +1,9 @@
-"""What `bench` is asked for: the models, the matrix of configurations, and the separate measurements.
+"""The request of `bench`: the models, the matrix of configurations, and the separate measurements.
 
     matrix   batches x shapes x threads x precisions, in this order
 
-Shapes are written `ids=1x32,1x128`: several for one input make several configurations; other inputs have one for all,
-or as many. `N` stands for the batch: `ids=Nx32,Nx128`.
+Shapes are written `ids=1x32,1x128`. Several shapes of one input make several configurations; every other input has one
+shape, or the same number. `N` is the batch: `ids=Nx32,Nx128`.
 """
 
 import itertools
@@ -22,7 +22,7 @@ Size = int | str  # "N" is the batch
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One configuration of the matrix; `shapes` are of the inputs that were given one."""
+    """One configuration of the matrix; `shapes` holds the inputs with a requested shape."""
 
     batch: int
     shapes: Shapes
@@ -31,7 +31,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """For progress: "batch 8, ids 8x128, 2 threads"."""
+        """The name for progress reports, such as "batch 8, ids 8x128, 2 threads"."""
         sizes = [f"{name} {'x'.join(map(str, shape))}" for name, shape in self.shapes.items()]
         threads = [] if self.threads is None else [f"{self.threads} thread{'s' * (self.threads > 1)}"]
         return ", ".join(
@@ -41,30 +41,30 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest:
-    """One run.
+    """One run of `bench`.
 
     Attributes:
-        models: files.
-        labels: one a model.
-        batches: of the matrix, like the three that follow.
-        shapes: input name -> shapes, as `matrix_shapes` reads them.
-        threads: None is onnxruntime's default, or with `pinned` one a core.
-        precisions: `stored`, `float16`.
+        models: files of the models.
+        labels: one label per model.
+        batches: batch sizes of the matrix.
+        shapes: input name -> shapes of the matrix, as parsed by `matrix_shapes`.
+        threads: numbers of threads of the matrix; None for onnxruntime's default, or with `pinned` one per core.
+        precisions: precisions of the matrix: `stored`, `float16`.
         pinned: cores to run on; () for all.
-        provider: with options.
-        allow_fallback: measure what runs, even where it is not the provider asked for.
-        seconds: for each configuration, and each separate measurement.
-        budget: seconds in all, in place of `seconds`; None without one.
-        precision: relative half width of the intervals that is narrow enough.
-        seed: of everything.
+        provider: execution provider with options.
+        allow_fallback: allow nodes to run on other providers than the requested one.
+        seconds: time for each configuration and each separate measurement.
+        budget: total seconds in place of `seconds`; None for no budget.
+        precision: relative half width of intervals that are narrow enough.
+        seed: random seed for inputs, orders of turns and the bootstrap.
         feeds: input name -> array, in place of random inputs.
-        cold_start: measure it; like those that follow.
-        memory: resident memory.
-        memory_limit: ceiling in bytes; None without one.
-        burst_gap: seconds of idleness before a burst; None without bursts.
-        streams: numbers of threads; () without.
-        throughput: growing batches.
-        profile: time per op type and site.
+        cold_start: whether to measure cold starts.
+        memory: whether to measure resident memory.
+        memory_limit: memory limit in bytes; None for no limit.
+        burst_gap: idle seconds before a burst; None for no bursts.
+        streams: numbers of threads that share a session; () for no streams.
+        throughput: whether to measure the throughput of growing batches.
+        profile: whether to profile operators and sites.
     """
 
     models: tuple[Path, ...]
@@ -90,7 +90,7 @@ class BenchRequest:
     profile: bool = False
 
     def settings(self) -> list[Setting]:
-        """The configurations of the matrix."""
+        """Return the configurations of the matrix."""
         threads: tuple[int | None, ...] = tuple(n or len(self.pinned) or None for n in self.threads)
         made = [
             Setting(batch=batch, shapes=shapes, threads=count, precision=precision)
@@ -102,19 +102,19 @@ class BenchRequest:
         return list({repr(setting): setting for setting in made}.values())
 
     def separate(self) -> int:
-        """How many separate measurements take a share of the time."""
+        """Return the number of separate measurements that take a share of the time."""
         return sum((self.cold_start, self.burst_gap is not None, bool(self.streams), self.throughput))
 
     def share(self) -> float:
-        """Seconds for each separate measurement: under a budget a fair part of it."""
+        """Return the seconds for each separate measurement, an equal part of the budget if there is one."""
         return self.seconds if self.budget is None else self.budget / (1 + self.separate())
 
     def _shapes_each(self) -> int:
         counts = {len(shapes) for shapes in self.shapes.values()} - {1}
         if len(counts) > 1:
-            told = ", ".join(f"{name} {len(shapes)}" for name, shapes in self.shapes.items())
+            numbers = ", ".join(f"{name} {len(shapes)}" for name, shapes in self.shapes.items())
             raise UsageError(
-                f"--input-shape: inputs have one shape or equally many, but got {told}; give as many for each"
+                f"--input-shape: inputs have one shape or equally many, but got {numbers}; give as many for each"
             )
         return counts.pop() if counts else 1
 
@@ -124,7 +124,7 @@ class BenchRequest:
 
 
 def matrix_shapes(texts: Sequence[str]) -> dict[str, tuple[tuple[Size, ...], ...]]:
-    """Read `NAME=1x32,1x128` texts; `N` is the batch.
+    """Parse `NAME=1x32,1x128` texts; `N` is the batch.
 
     >>> matrix_shapes(["ids=Nx32,Nx128"])
     {'ids': (('N', 32), ('N', 128))}
@@ -138,9 +138,7 @@ def matrix_shapes(texts: Sequence[str]) -> dict[str, tuple[tuple[Size, ...], ...
         if not equals or not name:
             raise UsageError(f"--input-shape takes NAME=1x128, with the input's name, but got {text!r}")
         if name in shapes:
-            raise UsageError(
-                f"--input-shape: {name} is given twice; several shapes are joined by commas: {name}=1x32,1x128"
-            )
+            raise UsageError(f"--input-shape: {name} appears twice; join several shapes by commas: {name}=1x32,1x128")
         shapes[name] = tuple(_shape(part) for part in sizes.split(","))
     return shapes
 

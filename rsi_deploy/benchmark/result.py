@@ -1,9 +1,10 @@
-"""What `bench` measured, as a typed document: the file that `bench --json` writes, `--compare` and the page read.
+"""The document of `bench`, which `bench --json` writes and `--compare` and the page read.
 
-    BenchDocument       one run of the command: machine, arms, and
-      cells             one BenchResult a configuration (batch, shapes, threads, precision...)
-        arms            one ArmResult a model
-      cold_start, ...   the separate measurements, where they were asked for
+    BenchDocument       one run of the command
+      arms              one VariantFile per model
+      cells             one BenchResult per configuration (batch, shapes, threads, precision...)
+        arms            one VariantResult per model
+      cold_start, ...   the requested separate measurements
 
 `export` embeds one BenchResult in its report.
 """
@@ -29,25 +30,25 @@ Stopped = Literal["precise", "time", "interrupted"]
 Precision = Literal["stored", "float16"]
 
 
-class ArmResult(BaseModel, frozen=True, extra="forbid"):
-    """One model's times in one configuration.
+class VariantResult(BaseModel, frozen=True, extra="forbid"):
+    """The times of one model in one configuration.
 
     Attributes:
-        label: what the arm is called.
-        model: the file.
-        n: timed calls, in `blocks` visits.
-        blocks: visits.
-        median_ms: median over the blocks of each block's median.
+        label: label of the model.
+        model: path of the file.
+        n: number of timed calls in all blocks.
+        blocks: number of blocks.
+        median_ms: median over the blocks of the median of each block.
         median_interval_ms: its 95 % bootstrap interval.
-        percentiles_ms: "p50", "p90", "p99", "p99.9" of all timed calls, those with at least ten calls beyond them.
+        percentiles_ms: "p50", "p90", "p99", "p99.9" of all timed calls, if at least ten calls lie beyond them.
         quantiles_ms: the 0 %, 1 % ... 100 % quantiles of all timed calls.
-        warmup_calls: untimed calls before the first block.
-        warm: whether the time had settled after them.
-        provider_nodes: provider -> nodes that it executed, from a profiled run.
-        memcpy_nodes: copies between device and host among those.
-        speedup: the first arm's median over this one's; None for the first arm.
+        warmup_calls: number of untimed calls before the first block.
+        warm: whether the times had settled by then.
+        provider_nodes: provider -> number of nodes that it executed, from a profiled run.
+        memcpy_nodes: number of copies between device and host among those nodes.
+        speedup: median of the first model over this median; None for the first model.
         speedup_interval: its 99 % interval over paired blocks.
-        verdict: the comparison with the first arm in words.
+        verdict: comparison with the first model in words.
     """
 
     label: str
@@ -68,39 +69,39 @@ class ArmResult(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def p90_ms(self) -> float | None:
-        """None below 100 calls."""
+        """The 90th percentile; None below 100 calls."""
         return self.percentiles_ms.get("p90")
 
     @property
     def p99_ms(self) -> float | None:
-        """None below 1,000 calls."""
+        """The 99th percentile; None below 1,000 calls."""
         return self.percentiles_ms.get("p99")
 
 
 class BenchResult(BaseModel, frozen=True, extra="forbid"):
-    """Arms measured side by side on equal inputs: one configuration.
+    """The times of models that were measured side by side on equal inputs, in one configuration.
 
     Attributes:
-        arms: in the order they were given; the first is what the others are compared with.
-        provider: full name.
-        provider_options: in force: session options and the provider's own.
-        threads: inside one operator; None is onnxruntime's default.
-        pinned: cores that the process and onnxruntime's threads were bound to; () where they were not.
-        batch: as asked; `inputs` says what was fed.
+        arms: results of the models in order; the others are compared with the first.
+        provider: full name of the execution provider.
+        provider_options: session options and options of the provider.
+        threads: threads inside one operator; None for onnxruntime's default.
+        pinned: cores that the process and onnxruntime's threads were pinned to; () for none.
+        batch: requested batch; `inputs` has the shapes that were used.
         inputs: input name -> dtype and shape.
-        precision: `stored` (the files as they are) or `float16` (converted for this measurement).
-        seed: of inputs, block order and bootstrap.
-        seconds: the blocks took so long, warm-up apart.
-        stopped: `precise` (every interval within `asked_precision`), `time` (budget spent) or `interrupted`.
-        asked_precision: relative half width of the intervals at which measuring ends.
-        reached_precision: of the widest one; None with too few blocks to tell.
-        partial: interrupted, or too few blocks for a verdict.
-        onnxruntime: version.
-        method: how the times were taken.
-        notes: what a reader must know before trusting them.
+        precision: `stored` (the files unchanged) or `float16` (converted for this measurement).
+        seed: random seed for inputs, block order and bootstrap.
+        seconds: duration of the blocks without warm-up.
+        stopped: `precise` (every interval within `asked_precision`), `time` (out of time) or `interrupted`.
+        asked_precision: requested relative half width of the intervals.
+        reached_precision: relative half width of the widest interval; None with too few blocks.
+        partial: whether the measurement was interrupted or has too few blocks for a verdict.
+        onnxruntime: version of onnxruntime.
+        method: description of the measurement.
+        notes: notes for users.
     """
 
-    arms: Annotated[tuple[ArmResult, ...], Field(min_length=1)]
+    arms: Annotated[tuple[VariantResult, ...], Field(min_length=1)]
     provider: str
     provider_options: dict[str, str] = {}
     threads: int | None
@@ -120,7 +121,7 @@ class BenchResult(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def name(self) -> str:
-        """The configuration in a few words, such as "batch 8, 2 threads"."""
+        """The name of the configuration, such as "batch 8, 2 threads"."""
         parts = [f"batch {self.batch}"]
         if self.threads is not None:
             parts.append(f"{self.threads} thread{'s' * (self.threads > 1)}")
@@ -129,15 +130,15 @@ class BenchResult(BaseModel, frozen=True, extra="forbid"):
         return ", ".join(parts)
 
 
-class ArmFile(BaseModel, frozen=True, extra="forbid"):
-    """One arm as it lies on disk.
+class VariantFile(BaseModel, frozen=True, extra="forbid"):
+    """The file of one model.
 
     Attributes:
-        label: what the arm is called.
-        model: the file.
-        format: `onnx`, or `ort`: onnxruntime's own format.
-        file_bytes: of the file and its external weights.
-        sha256: of the file's bytes, then of the external files' in the order of their names.
+        label: label of the model.
+        model: path of the file.
+        format: `onnx`, or `ort` for onnxruntime's own format.
+        file_bytes: bytes of the file and its external weights.
+        sha256: sha256 of the file and its external files in the order of their names.
     """
 
     label: str
@@ -151,24 +152,24 @@ class BenchDocument(BaseModel, frozen=True, extra="forbid"):
     """One run of `bench`.
 
     Attributes:
-        schema_version: of this document.
-        tool: name and version.
-        created: when, UTC, ISO 8601.
-        command: that made it, quoted for a shell; "" from Python.
+        schema_version: version of the file format.
+        tool: name and version of the program.
+        created: time of creation, UTC, ISO 8601.
+        command: command line, quoted for a shell; "" from Python.
         environment: the machine before the measurement.
-        load_after: load averages after it.
-        arms: the files, in the order of every cell's arms.
-        cells: one a configuration.
-        cold_start: one an arm; () where it was not asked for, as in all that follow.
-        memory: one an arm.
-        bursts: one an arm.
-        streams: one an arm and number of streams.
-        throughput: one an arm.
-        profile: one an arm.
-        loadgen: label -> one a scenario.
+        load_after: load averages after the measurement.
+        arms: files of the models, in the order of every cell's arms.
+        cells: results by configuration.
+        cold_start: cold starts by model; () if not requested, as for the following fields.
+        memory: memory by model.
+        bursts: bursts by model.
+        streams: streams by model and number of streams.
+        throughput: throughput by model.
+        profile: profiles by model.
+        loadgen: label -> results by scenario.
         accuracy: label -> accuracy on the evaluation data.
-        notes: of the whole run; those of a cell are its own.
-        partial: interrupted, or a cell is.
+        notes: notes on the whole run; cells have their own.
+        partial: whether the run or one of its cells was interrupted.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -177,7 +178,7 @@ class BenchDocument(BaseModel, frozen=True, extra="forbid"):
     command: str
     environment: Environment
     load_after: tuple[float, float, float] | None
-    arms: tuple[ArmFile, ...]
+    arms: tuple[VariantFile, ...]
     cells: Annotated[tuple[BenchResult, ...], Field(min_length=1)]
     cold_start: tuple[ColdStart, ...] = ()
     memory: tuple[Memory, ...] = ()
@@ -192,11 +193,11 @@ class BenchDocument(BaseModel, frozen=True, extra="forbid"):
 
 
 def read_bench(path: str | Path) -> BenchDocument:
-    """A document that `bench --json` wrote.
+    """Read a document that `bench --json` wrote.
 
     Raises:
-        UsageError: no such file.
-        ModelError: a document that this version cannot read, and the first reason.
+        UsageError: there is no such file.
+        ModelError: this version cannot read the document; the message gives the first reason.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,6 +1,6 @@
-"""What `bench` measures besides the latency of a call, each by a flag: one pydantic model a measurement.
+"""The separate measurements of `bench`, one pydantic model each.
 
-Where a field ends in `_interval` or `_interval_ms` it is the 95 % bootstrap interval over repetitions.
+A field whose name ends in `_interval` or `_interval_ms` is a 95 % bootstrap interval over repetitions.
 """
 
 from typing import Literal, Self
@@ -13,25 +13,25 @@ Phase = Literal["import", "load", "run", "done"]
 
 
 class LatencySection(BaseModel, frozen=True, extra="forbid"):
-    """One arm in one measurement; `label` is the arm's."""
+    """One model in one measurement; `label` is that of the model."""
 
     label: str
 
 
 class ColdStart(LatencySection):
-    """From starting a process to the first answer; medians over `repeats` processes, arms interleaved.
+    """The times from the start of a process to the first output: medians over processes, with models interleaved.
 
-    The file is in the page cache. `total_ms` is the sum of the four phases, each measured in the same processes.
+    The file is in the page cache. The sum of the four phases is computed for each process.
 
     Attributes:
-        repeats: processes.
-        process_ms: starting Python.
-        import_ms: importing numpy and onnxruntime.
-        load_ms: making the session.
-        first_ms: the first inference.
+        repeats: number of processes.
+        process_ms: time to start Python.
+        import_ms: time to import numpy and onnxruntime.
+        load_ms: time to create the session.
+        first_ms: time of the first inference.
         total_ms: median of the sums.
         total_interval_ms: its interval.
-        verdict: the total against the first arm's, in words.
+        verdict: comparison of the total with that of the first model, in words.
     """
 
     repeats: int
@@ -45,17 +45,17 @@ class ColdStart(LatencySection):
 
 
 class Memory(LatencySection):
-    """Resident memory of a process of its own, bytes.
+    """The resident memory of a separate process, in bytes.
 
     Attributes:
-        import_bytes: after importing onnxruntime: what every arm pays.
-        loaded_bytes: after making the session.
-        peak_bytes: the most until then and during the runs; the largest seen where the process was ended.
-        limit_bytes: the ceiling, if there was one.
-        fits: whether it stayed below; None without a ceiling.
-        stopped_in: where it passed the ceiling or failed; `done` otherwise.
-        median_ms: of a few calls under the ceiling; None where it did not come to that.
-        detail: the failure in words; "" without one.
+        import_bytes: memory after importing onnxruntime, the same for every model.
+        loaded_bytes: memory after creating the session.
+        peak_bytes: peak memory until the end of the runs, or until the process was killed.
+        limit_bytes: memory limit, or None.
+        fits: whether the process stayed below the limit; None without a limit.
+        stopped_in: phase in which it exceeded the limit or failed; `done` otherwise.
+        median_ms: median time of a few calls below the limit; None if there were none.
+        detail: description of the failure; "" without one.
     """
 
     import_bytes: int | None
@@ -69,19 +69,19 @@ class Memory(LatencySection):
 
 
 class Bursts(LatencySection):
-    """Calls that come in bursts after an idle gap: caches are cold and workers asleep when the first one comes.
+    """The times of calls in bursts after an idle gap, when caches are cold and workers asleep.
 
     Attributes:
         gap_ms: idle time before each burst.
-        calls: in a burst.
-        bursts: measured.
-        first_ms: median of a burst's first call.
+        calls: number of calls in a burst.
+        bursts: number of bursts.
+        first_ms: median time of the first call of a burst.
         first_interval_ms: its interval.
-        rest_ms: median of its other calls.
+        rest_ms: median time of the other calls.
         rest_interval_ms: its interval.
-        speedup: the first arm's `first_ms` over this one's; None for the first arm.
+        speedup: `first_ms` of the first model over this one; None for the first model.
         speedup_interval: its 99 % interval over paired bursts.
-        verdict: in words.
+        verdict: comparison in words.
     """
 
     gap_ms: float
@@ -97,16 +97,16 @@ class Bursts(LatencySection):
 
 
 class SessionStreams(LatencySection):
-    """Threads that share one session, each calling it as fast as it answers.
+    """The throughput and latency of threads that share one session and call it continuously.
 
     Attributes:
-        streams: threads.
-        batch: samples a call.
-        windows: measured, the arms' and the numbers of streams interleaved.
-        per_second: samples a second, all streams together; median over windows.
+        streams: number of threads.
+        batch: samples per call.
+        windows: number of time windows; models and numbers of streams are interleaved.
+        per_second: samples per second of all streams, median over windows.
         per_second_interval: its interval.
-        median_ms: latency of a call.
-        percentiles_ms: "p50" ... as far as the calls support them.
+        median_ms: median latency of a call.
+        percentiles_ms: percentiles of the latency with enough calls, "p50" etc.
     """
 
     streams: int
@@ -119,14 +119,14 @@ class SessionStreams(LatencySection):
 
 
 class Throughput(LatencySection):
-    """Samples a second at growing batches, one call after the other; `best` is the batch where most come through.
+    """The throughput of consecutive calls with growing batches.
 
     Attributes:
-        batches: measured, ascending.
-        per_second: at each of them; median over windows.
+        batches: measured batch sizes, ascending.
+        per_second: samples per second at each batch, median over windows.
         per_second_intervals: their intervals.
-        best: the batch with most.
-        ended: why no larger batch was tried.
+        best: batch with the highest throughput.
+        ended: reason why no larger batch was measured.
     """
 
     batches: tuple[int, ...]
@@ -138,18 +138,18 @@ class Throughput(LatencySection):
     @model_validator(mode="after")
     def _as_many(self) -> Self:
         if not len(self.batches) == len(self.per_second) == len(self.per_second_intervals):
-            raise ValueError("batches, per_second and per_second_intervals must be as many")
+            raise ValueError("batches, per_second and per_second_intervals must have equal lengths")
         return self
 
 
 class SiteTime(BaseModel, frozen=True, extra="forbid"):
-    """Time of one split site, ms a call: the nodes that hold its factors, or in a dense arm its one node.
+    """The time of one split site in ms per call.
 
     Attributes:
         site: name of the dense node.
-        dense_ms: of the dense node; None in an arm where it is split.
-        right_ms: of the first node of the split; joint splits share theirs, it is counted at the first site.
-        left_ms: of the second one.
+        dense_ms: time of the dense node; None in a model where it is split.
+        right_ms: time of the first node of the split. A shared one is counted at its first site.
+        left_ms: time of the second node of the split.
     """
 
     site: str
@@ -159,19 +159,19 @@ class SiteTime(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def total_ms(self) -> float:
-        """Of all its nodes."""
+        """The time of all nodes of the site."""
         return sum(part for part in (self.dense_ms, self.right_ms, self.left_ms) if part is not None)
 
 
 class Profile(LatencySection):
-    """Where the time of a call goes, from onnxruntime's profiler; the profiler itself makes calls slower.
+    """The time of a call by operator and site, from onnxruntime's profiler, which slows calls down.
 
     Attributes:
-        calls: profiled.
-        call_ms: median of a profiled call.
-        op_ms: op type after onnxruntime's fusions -> ms a call, most first.
-        op_nodes: op type -> nodes.
-        sites: split sites in the order of the graph; a site whose nodes were all fused away is left out.
+        calls: number of profiled calls.
+        call_ms: median time of a profiled call.
+        op_ms: op type after onnxruntime's fusions -> ms per call, in descending order.
+        op_nodes: op type -> number of nodes.
+        sites: split sites in the order of the graph, without sites whose nodes were all fused.
     """
 
     calls: int

@@ -1,19 +1,20 @@
-"""What the times of interleaved arms show: medians, intervals, percentiles and a verdict. No clock, no files.
+"""Statistics of interleaved times: medians, intervals, percentiles and verdicts.
 
-    t[a, b]  arm a in block b, ms
-    speedup  median_b t[first, b] / median_b t[a, b]
+    t[v, b]  time of variant v in block b, ms
+    speedup  median_b t[first, b] / median_b t[v, b]
 
-The arms of one block share the machine's mood, so a speedup's interval comes from resampling *blocks*, the same ones
-for both arms. Moods outlast a block: runs of neighbouring blocks are resampled together, the longer the more alike
-neighbours are (circular block bootstrap, Politis and Romano 1992); single blocks would make the interval too narrow.
+Disturbances of the machine affect all variants of a block, so the interval of a speedup comes from resampling *blocks*,
+the same ones for both variants. Disturbances last longer than a block. Therefore runs of neighbouring blocks are
+resampled together, and longer runs if neighbours are more alike (circular block bootstrap, Politis and Romano 1992).
+Single blocks would give intervals that are too narrow.
 
-A difference is claimed only where the whole 99 % interval lies beyond 1 % either way:
+A difference is claimed only if the whole 99 % interval lies more than 1 % away from 1:
 
-- 99 %, for one in twenty is too often for a table of twenty lines;
-- 1 %, for two copies of one model differ by that much for good in one process (where their weights lie in memory),
-  and no number of blocks makes it the model's doing;
-- measuring ends when the intervals are *narrow*, never when they exclude 1. An estimate is all but independent of its
-  own width, so such a stop keeps the confidence (Chow and Robbins 1965); stopping at the first significant look
+- 99 %, because one false claim in twenty is too many for a table of twenty rows;
+- 1 %, because two copies of one model in one process can differ by that much permanently (by the placement of their
+  weights in memory), whatever the number of blocks;
+- measuring stops when the intervals are *narrow*, never when they exclude 1. An estimate is almost independent of the
+  width of its interval, so this keeps the confidence (Chow and Robbins 1965). Stopping at the first significant look
   would not.
 """
 
@@ -25,21 +26,23 @@ import numpy.typing as npt
 Interval = tuple[float, float]
 Floats = npt.NDArray[np.float64]
 
-CONFIDENCE = 0.99  # of the intervals of speedups, and so of claims
-MEDIAN_CONFIDENCE = 0.95  # of the intervals of one arm's median
-SMALLEST_CLAIM = 0.01  # relative; see above
-MIN_BLOCKS = 8  # fewer cannot cover a median with 99 %, whatever the method: 1 - 2 / 2**n
-ENOUGH_BLOCKS = 20  # with fewer, the result carries a note
+CONFIDENCE = 0.99  # of the intervals of speedups
+MEDIAN_CONFIDENCE = 0.95  # of the intervals of medians
+SMALLEST_CLAIM = 0.01  # smallest relative difference that is claimed
+MIN_BLOCKS = 8  # fewer blocks cannot cover a median with 99 % by any method: 1 - 2 / 2**n
+ENOUGH_BLOCKS = 20  # with fewer blocks, the result has a note
 RESAMPLES, LOOK_RESAMPLES = 2000, 500
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9}
-BEYOND = 10  # timed calls beyond a percentile, without which it is not given
-STALLED = 1.5  # the median over the fastest twentieth, from which on a note says so
-SHORT_MS, VISIT_MS, MAX_CALLS = 20.0, 5.0, 50  # calls under SHORT_MS repeat until a visit has about VISIT_MS
+BEYOND = 10  # smallest number of timed calls beyond a percentile
+STALLED = 1.5  # ratio of the median to the fastest twentieth above which a note warns about waiting
+SHORT_MS, VISIT_MS, MAX_CALLS = 20.0, 5.0, 50  # calls under SHORT_MS repeat until a visit takes about VISIT_MS
+FIRST = "the model that the others are compared with"
+"""The verdict on the first variant."""
 
 
 def bootstrap_medians(blocks: Floats, seed: int, resamples: int = RESAMPLES) -> Floats:
-    """Medians of resamples of the columns of `blocks (arms, B)`, runs of them: float64 `(arms, resamples)`."""
+    """Return medians of block-bootstrap resamples of `blocks (variants, B)`, float64 `(variants, resamples)`."""
     rng = np.random.default_rng([seed, *b"bootstrap"])
     count = blocks.shape[1]
     length = run_length(blocks)
@@ -54,11 +57,11 @@ def bootstrap_medians(blocks: Floats, seed: int, resamples: int = RESAMPLES) -> 
 
 
 def run_length(blocks: Floats) -> int:
-    """How many neighbouring columns of `blocks (arms, B)` are resampled together.
+    """Return the number of neighbouring columns of `blocks (variants, B)` that are resampled together.
 
-    With `r` the rank correlation of neighbours (of the ratio to the first arm; of one arm alone its times), the best
-    length is `(2 r / (1 - r**2))**(2/3) * B**(1/3)` (Kunsch 1989, for an autoregression); never less than `B**(1/3)`,
-    for `r` is an estimate, nor more than a quarter of the blocks.
+    With the rank correlation `r` of neighbours (of the ratio to the first variant, or of the times of a single
+    variant), the best length is `(2 r / (1 - r**2))**(2/3) * B**(1/3)` (Kunsch 1989, for an autoregression). It is at
+    least `B**(1/3)`, because `r` is an estimate, and at most a quarter of the blocks.
     """
     count = blocks.shape[1]
     if count < MIN_BLOCKS:
@@ -70,7 +73,7 @@ def run_length(blocks: Floats) -> int:
 
 
 def _neighbours(row: Floats) -> float:
-    """Rank correlation of each value of `row (B,)` with the next; ranks, for one spike must not hide it."""
+    """Return the rank correlation of each value of `row (B,)` with the next; ranks are robust against spikes."""
     ranks = np.argsort(np.argsort(row, kind="stable"), kind="stable").astype(np.float64)
     if np.ptp(row) == 0:
         return 0.0
@@ -78,31 +81,31 @@ def _neighbours(row: Floats) -> float:
 
 
 def interval(samples: Floats, confidence: float) -> Interval:
-    """The middle `confidence` of bootstrap samples `(resamples,)`."""
+    """Return the central interval that contains the share `confidence` of bootstrap samples `(resamples,)`."""
     tail = 50 * (1 - confidence)
     low, high = np.percentile(samples, [tail, 100 - tail])
     return float(low), float(high)
 
 
 def median_interval(blocks: Floats, seed: int) -> tuple[float, Interval]:
-    """The median of `blocks (B,)` and its 95 % interval."""
+    """Return the median of `blocks (B,)` and its 95 % interval."""
     return float(np.median(blocks)), interval(bootstrap_medians(blocks[None], seed)[0], MEDIAN_CONFIDENCE)
 
 
-def compare(first: Floats, arm: Floats, seed: int) -> tuple[float, Interval]:
-    """How many times faster `arm (B,)` is than `first (B,)`, and the 99 % interval over paired blocks.
+def compare(first: Floats, variant: Floats, seed: int) -> tuple[float, Interval]:
+    """Return the speedup of `variant (B,)` over `first (B,)`, and its 99 % interval over paired blocks.
 
     Raises:
-        ValueError: unpaired blocks, or none.
+        ValueError: the blocks are not paired, or there are none.
     """
-    if first.shape != arm.shape or first.ndim != 1 or not len(first):
-        raise ValueError(f"expected paired blocks (B,) with B >= 1, but got {first.shape} and {arm.shape}")
-    resampled = bootstrap_medians(np.stack([first, arm]), seed)
-    return float(np.median(first) / np.median(arm)), interval(resampled[0] / resampled[1], CONFIDENCE)
+    if first.shape != variant.shape or first.ndim != 1 or not len(first):
+        raise ValueError(f"expected paired blocks (B,) with B >= 1, but got {first.shape} and {variant.shape}")
+    resampled = bootstrap_medians(np.stack([first, variant]), seed)
+    return float(np.median(first) / np.median(variant)), interval(resampled[0] / resampled[1], CONFIDENCE)
 
 
 def verdict(speedup: float, ends: Interval, blocks: int) -> str:
-    """The comparison in words; a difference is claimed only where the whole interval is beyond 1 %.
+    """Describe the comparison; a difference is claimed only if the whole interval is beyond 1 %.
 
     >>> verdict(1.834, (1.79, 1.88), 40)
     '1.83x faster [1.79, 1.88]'
@@ -122,12 +125,12 @@ def verdict(speedup: float, ends: Interval, blocks: int) -> str:
         return f"no difference shown [{low:.{digits}f}, {high:.{digits}f}]"
     if sign < 0:
         speedup, low, high = 1 / speedup, 1 / high, 1 / low
-    digits = 2 if round(low, 2) > 1 + SMALLEST_CLAIM else 3  # an end is not printed nearer to 1 than it is
+    digits = 2 if round(low, 2) > 1 + SMALLEST_CLAIM else 3  # rounding must not move an end towards 1
     return f"{speedup:.{digits}f}x {'faster' if sign > 0 else 'slower'} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def direction(ends: Interval) -> int:
-    """1 where a speedup is shown, -1 where a slowdown is, 0 where neither is.
+    """Return 1 for a shown speedup, -1 for a shown slowdown, and 0 for neither.
 
     >>> direction((1.02, 1.1)), direction((0.9, 0.95)), direction((1.005, 1.2)), direction((0.9, 1.1))
     (1, -1, 0, 0)
@@ -137,9 +140,10 @@ def direction(ends: Interval) -> int:
 
 
 def half_width(blocks: Floats, seed: int) -> float:
-    """Relative half width of the widest interval of `blocks (arms, B)`: of the speedups, of one arm alone its median.
+    """Return the relative half width of the widest interval of `blocks (variants, B)`.
 
-    Infinite below `MIN_BLOCKS`.
+    The intervals are those of the speedups, or of the median of a single variant. Below `MIN_BLOCKS` the width is
+    infinite.
     """
     if blocks.shape[1] < MIN_BLOCKS:
         return float("inf")
@@ -151,7 +155,7 @@ def half_width(blocks: Floats, seed: int) -> float:
 
 
 def seconds_needed(seconds: float, reached: float, wanted: float) -> float:
-    """Measuring time for a half width of `wanted`, where `seconds` gave `reached`: widths shrink as 1 / sqrt(time).
+    """Return the seconds for a half width of `wanted`, if `seconds` gave `reached`: widths shrink as 1 / sqrt(time).
 
     >>> seconds_needed(10, 0.04, 0.02)
     40.0
@@ -160,10 +164,10 @@ def seconds_needed(seconds: float, reached: float, wanted: float) -> float:
 
 
 def supported_percentiles(times: Floats) -> dict[str, float]:
-    """Percentiles of timed calls `(n,)` that have at least ten calls beyond them, and the median always.
+    """Return the percentiles of timed calls `(n,)` with at least ten calls beyond them, and always the median.
 
-    p90 so needs 100 calls, p99 1,000 and p99.9 10,000: the tenth largest of n times is known to about a third in its
-    own rank, the largest to nothing.
+    p90 needs 100 calls, p99 1,000 and p99.9 10,000. The rank of the tenth largest time is certain to about a third,
+    and that of the largest time not at all.
 
     >>> sorted(supported_percentiles(np.ones(999))), len(supported_percentiles(np.ones(1000)))
     (['p50', 'p90'], 3)
@@ -177,15 +181,15 @@ def supported_percentiles(times: Floats) -> dict[str, float]:
 
 
 def quantiles(times: Floats) -> tuple[float, ...]:
-    """The 0 %, 1 % ... 100 % quantiles of timed calls `(n,)`, five digits each: their whole distribution, compact."""
+    """Return the 0 %, 1 % ... 100 % quantiles of timed calls `(n,)` with five digits."""
     return tuple(float(f"{value:.5g}") for value in np.percentile(times, np.arange(101)))
 
 
 def stalling(times: Floats) -> float | None:
-    """The median call over the fastest twentieth, where it is `STALLED` times that or more.
+    """Return the ratio of the median call to the fastest twentieth if it is at least `STALLED`, else None.
 
-    A call does the same work each time. Where half of them take so much longer than they can, they wait: for cores that
-    other processes hold, or for a worker thread that was put off for a time slice of the system.
+    Every call does the same work. If half of the calls take much longer than the fastest, they wait for cores that
+    other processes use, or for a worker thread that the system has suspended.
 
     >>> stalling(np.array([2.0, 2.1, 2.0, 2.2])), stalling(np.array([2.0, 6.0, 6.4, 6.2]))
     (None, 3.05)
@@ -195,7 +199,7 @@ def stalling(times: Floats) -> float | None:
 
 
 def is_settled(times: Sequence[float]) -> bool:
-    """Whether the last five times and the five before them have medians within 5 % of each other."""
+    """Return whether the medians of the last five times and of the five before differ by at most 5 %."""
     if len(times) < 10:
         return False
     before, last = float(np.median(times[-10:-5])), float(np.median(times[-5:]))
@@ -203,5 +207,5 @@ def is_settled(times: Sequence[float]) -> bool:
 
 
 def calls_per_visit(call_ms: float) -> int:
-    """Timed calls in a visit: one where a call is long, else about 5 ms of them, at most 50."""
+    """Return the number of timed calls in a visit: one long call, or up to 50 short ones for about 5 ms."""
     return 1 if call_ms >= SHORT_MS else int(np.clip(np.ceil(VISIT_MS / max(call_ms, 1e-6)), 1, MAX_CALLS))

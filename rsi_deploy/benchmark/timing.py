@@ -1,9 +1,9 @@
-"""The innermost loop: nothing between two readings of the clock but the call.
+"""The innermost timing loop, with only the call between two readings of the clock.
 
     t[i] = clock after call i - clock before it        ns
 
-The list is made beforehand and only written to, so the loop allocates nothing but the numbers themselves. What it adds
-to a call is one pair of clock readings; `bench/overhead.py` measures it against a bare loop.
+The list is allocated beforehand, so the loop allocates only the numbers themselves. Its overhead is one pair of clock
+readings per call; `bench/overhead.py` measures it.
 """
 
 import time
@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 
 def time_calls(call: Callable[[], object], count: int) -> npt.NDArray[np.int64]:
-    """Call `count` times in a row: int64 `(count,)`, nanoseconds.
+    """Call a function `count` times in a row and return the nanoseconds of each call, int64 `(count,)`.
 
     Args:
-        call: one inference, such as `binding.bound_call` gives; what it returns is dropped.
-        count: 0 or more.
+        call: one inference, for example `binding.bind(...).call`; its result is ignored.
+        count: number of calls, 0 or more.
 
     >>> time_calls(list, 3).shape
     (3,)

@@ -1,8 +1,8 @@
-"""Arms ready to be timed: sessions made, inputs bound, outputs held against each other, warmed up.
+"""Variants: models that are ready to be timed, with sessions, bound inputs, compared outputs and warm caches.
 
-Arms of one configuration get the same inputs, and must give outputs of the same names, types and shapes: what
-computes something else is not compared. Every configuration is warmed for itself: a new input shape means new memory
-plans and, on devices, a new search for algorithms.
+The variants of one configuration get the same inputs, and must have outputs of the same names, types and shapes. Every
+configuration is warmed separately, because a new input shape means new memory plans and, on devices, a new search for
+algorithms.
 """
 
 import itertools
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 Feeds = dict[str, npt.NDArray[Any]]
-WARM_CALLS = 1000  # settled or not, no more calls than these before the first block
+WARM_CALLS = 1000  # largest number of calls before the first block
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where and how sessions run, the same for all arms.
+    """The provider and settings of sessions, the same for all variants.
 
     Attributes:
-        provider: as it was typed, options included.
-        threads: inside one operator; None is onnxruntime's default.
-        allow_fallback: measure what runs, even where it is not the provider asked for.
-        checked: as for `make_session`.
+        provider: execution provider with its options, as on the command line.
+        threads: threads inside one operator; None for onnxruntime's default.
+        allow_fallback: allow nodes to run on other providers than the requested one.
+        checked: as in `make_session`.
     """
 
     provider: str = "cpu"
@@ -51,7 +51,7 @@ class Runtime:
     checked: bool = False
 
     def session(self, model: Path) -> "InferenceSession":
-        """A session whose workers stop spinning when a run ends, or they would take the cores from the next arm."""
+        """Create a session whose workers stop spinning after a run, because they would slow the next variant down."""
         return make_session(
             model,
             self.provider,
@@ -62,17 +62,17 @@ class Runtime:
         )
 
     def placement(self, model: Path, feeds: Feeds) -> Placement:
-        """Who ran what; refused where the provider did not do the work."""
+        """Return which provider ran which node; raise an error if the requested provider did not run the model."""
         return proven_placement(model, self.provider, feeds, self.threads, self.allow_fallback)
 
     def bound(self, session: "InferenceSession", feeds: Feeds) -> Bound:
-        """The session with the inputs bound."""
+        """Bind the inputs of a session."""
         return bind(session, feeds, self.provider)
 
 
 @dataclass(kw_only=True)
-class Arm:
-    """An arm while it is measured; `visits` holds the timed calls of each block, ms."""
+class Variant:
+    """A model during its measurement; `visits` holds the timed calls of each block in ms."""
 
     label: str
     model: str
@@ -86,13 +86,13 @@ class Arm:
     visits: list[Floats] = field(default_factory=list)
 
     def visit(self) -> Floats:
-        """One turn: an untimed call where calls are short, then the timed ones, ms."""
+        """Run an untimed call if calls are short, then the timed ones, and return their times in ms."""
         if self.call_ms < SHORT_MS:
-            self.call()  # caches and workers come back from another arm
+            self.call()  # warms caches and workers after another variant
         return time_calls(self.call, calls_per_visit(self.call_ms)) / 1e6
 
     def warm_up(self, seconds: float) -> None:
-        """Call until the times settle, at least 3 times and for at most `seconds`."""
+        """Call at least 3 times and until the times settle, for at most `seconds`."""
         times: list[float] = []
         end = time.monotonic() + seconds
         while len(times) < 3 or (not is_settled(times) and len(times) < WARM_CALLS and time.monotonic() < end):
@@ -102,7 +102,7 @@ class Arm:
         self.warm = is_settled(times)
 
 
-def open_arms(
+def open_variants(
     models: Sequence[Path],
     labels: Sequence[str],
     sessions: Sequence["InferenceSession"],
@@ -110,26 +110,26 @@ def open_arms(
     runtime: Runtime,
     *,
     prove: bool = True,
-) -> list[Arm]:
-    """Bind the inputs in every session and hold the outputs against those of the first.
+) -> list[Variant]:
+    """Bind the inputs in every session, and compare the outputs with those of the first.
 
     Args:
-        models: files.
-        labels: one a model.
-        sessions: one a model.
+        models: files of the models.
+        labels: one label per model.
+        sessions: one session per model.
         feeds: input name -> array.
-        runtime: as the sessions were made with.
-        prove: run each model under the profiler, to record and prove which provider runs its nodes.
+        runtime: settings of the sessions.
+        prove: run each model under the profiler to record which provider runs its nodes.
 
     Raises:
-        UsageError: inputs or outputs that differ between the arms, or a provider that did not do the work.
+        UsageError: inputs or outputs differ between the variants, or the requested provider did not run a model.
         ModelError: a model cannot be run.
     """
-    arms: list[Arm] = []
+    variants: list[Variant] = []
     outputs: dict[str, str] = {}
     for model, label, session in zip(models, labels, sessions, strict=True):
         check_feeds(model_inputs(session, model_label(model)), feeds, model_label(model))
-        _try(session, feeds, model_label(model))  # a failing model says so here, once
+        _try(session, feeds, model_label(model))  # reports a failing model before any timing
         placement = runtime.placement(model, feeds) if prove else Placement(provider_nodes={}, memcpy_nodes=0, nodes={})
         bound = runtime.bound(session, feeds)
         given = _described(session, bound)
@@ -137,13 +137,15 @@ def open_arms(
         if given != outputs:
             raise UsageError(
                 f"{model_label(model)} gives {_listed(given)}, but {model_label(models[0])} gives {_listed(outputs)}: "
-                f"arms must compute the same outputs"
+                f"models must compute the same outputs to be compared"
             )
         settings = effective_options(session, runtime.provider)
-        arms.append(
-            Arm(label=label, model=str(model), call=bound.call, placement=placement, settings=settings, how=bound.how)
+        variants.append(
+            Variant(
+                label=label, model=str(model), call=bound.call, placement=placement, settings=settings, how=bound.how
+            )
         )
-    return arms
+    return variants
 
 
 def _try(session: "InferenceSession", feeds: Feeds, name: str) -> None:
@@ -161,17 +163,17 @@ def make_feeds(
     given: Mapping[str, npt.NDArray[Any]] | None,
     shapes: Mapping[str, Sequence[int]] | None,
 ) -> tuple[Feeds, int]:
-    """What every arm is fed, and its batch: random inputs, or the first rows of given ones.
+    """Return the inputs of every variant and their batch: random inputs, or the first samples of `given`.
 
     Args:
-        specs: the inputs of the first arm.
-        batch: samples; 0 with `given` arrays takes them whole, as does a model with a fixed first axis.
-        seed: of random inputs.
-        given: input name -> array.
+        specs: inputs of the first model.
+        batch: number of samples; 0 takes the `given` arrays whole, as does a model with a fixed batch.
+        seed: random seed of the inputs.
+        given: input name -> array; None for random inputs.
         shapes: see `random_feeds`.
 
     Raises:
-        UsageError: fewer rows than the batch, or shapes that do not fit.
+        UsageError: fewer samples than the batch, or shapes that do not fit.
     """
     if given is None:
         return random_feeds(specs, batch, seed, shapes), batch
@@ -184,11 +186,11 @@ def make_feeds(
     return axes.cut(feeds, slice(0, batch)), batch
 
 
-def arm_labels(models: Sequence[str | Path], labels: Sequence[str] | None) -> list[str]:
-    """Names of the arms, all different: those given, the files' stems, or their paths.
+def variant_labels(models: Sequence[str | Path], labels: Sequence[str] | None) -> list[str]:
+    """Return distinct labels of the variants: `labels`, the stems of the files, or their paths.
 
     Raises:
-        UsageError: no models, or not one label for each.
+        UsageError: there are no models, or not one distinct label for each.
     """
     if not models:
         raise UsageError("bench needs at least one ONNX file")
@@ -205,7 +207,7 @@ def arm_labels(models: Sequence[str | Path], labels: Sequence[str] | None) -> li
 
 
 def short_names(models: Sequence[str]) -> tuple[str, ...]:
-    """The models as typed, without the folders that all of them share; all different.
+    """Return the paths of the models without their common folders, all different.
 
     >>> short_names(["out/a/model.onnx", "out/b/model.onnx"])
     ('a/model.onnx', 'b/model.onnx')
@@ -213,7 +215,7 @@ def short_names(models: Sequence[str]) -> tuple[str, ...]:
     ('dense.onnx',)
     """
     if len(set(models)) < len(models):
-        return tuple(arm_labels(models, None))
+        return tuple(variant_labels(models, None))
     parts = [Path(model).parts for model in models]
     folders = zip(*(part[:-1] for part in parts), strict=False)
     shared = len(list(itertools.takewhile(lambda level: len(set(level)) == 1, folders)))
@@ -221,9 +223,9 @@ def short_names(models: Sequence[str]) -> tuple[str, ...]:
 
 
 def _described(session: Any, bound: Bound) -> dict[str, str]:
-    """Output name -> dtype and shape."""
+    """Return output name -> dtype and shape."""
     arrays = bound.outputs()
-    if not arrays:  # outputs that are no tensors are known by name alone
+    if not arrays:  # outputs that are not tensors have a name and a type only
         return {output.name: output.type for output in session.get_outputs()}
     return {
         output.name: describe_array(array) if isinstance(array, np.ndarray) else output.type

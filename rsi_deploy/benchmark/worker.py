@@ -1,13 +1,13 @@
-"""One model in a process of its own, telling how far it came: `python -m rsi_deploy.benchmark.worker REQUEST.json`.
+"""Run one model in its own process and report each phase: `python -m rsi_deploy.benchmark.worker REQUEST.json`.
 
-Every phase ends with one JSON line on stdout, so that a process that is ended leaves what it knew:
+Every phase ends with one JSON line on stdout, so that the results of earlier phases survive if the process is killed:
 
-    import    numpy and onnxruntime are there
-    load      the session is made
-    run       the calls are done
+    import    numpy and onnxruntime are imported
+    load      the session is created
+    run       the calls are finished
 
-Nothing but the standard library is imported before the first reading of the clock. What this package needs for
-itself is loaded between the phases, outside of their times.
+Only the standard library is imported before the first reading of the clock. Other modules of this package are imported
+between the phases, outside of their times.
 """
 
 import json
@@ -20,15 +20,15 @@ STARTED_NS = time.monotonic_ns()
 
 
 def main(path: str) -> None:
-    """Do what the request at `path` asks; `processes` writes it."""
+    """Run the request at `path`, which `processes` writes."""
     with open(path, encoding="utf-8") as file:
         request = json.load(file)
     try:
         _phases(request)
-    except Exception as error:  # told to the parent, which raises or records it
-        _say({"error": str(error) or type(error).__name__, "kind": type(error).__name__})
+    except Exception as error:  # the parent raises or records it
+        _report({"error": str(error) or type(error).__name__, "kind": type(error).__name__})
     sys.stdout.flush()
-    os._exit(0)  # freeing what was loaded is nobody's measurement
+    os._exit(0)  # skips freeing the memory, which is not measured
 
 
 def _phases(request: dict[str, Any]) -> None:
@@ -47,24 +47,24 @@ def _phases(request: dict[str, Any]) -> None:
         provider=request["provider"],
         threads=request["threads"],
         allow_fallback=request["allow_fallback"],
-        checked=True,  # by whoever wrote the request
+        checked=True,  # the parent has checked the files
     )
     import rsi_deploy.runtime.machine  # noqa: F401
 
-    _say({"phase": "import", "ms": spent / 1e6, "started_ns": STARTED_NS})
+    _report({"phase": "import", "ms": spent / 1e6, "started_ns": STARTED_NS})
     before = time.perf_counter_ns()
     session = runtime.session(Path(request["model"]))
-    _say({"phase": "load", "ms": (time.perf_counter_ns() - before) / 1e6})
+    _report({"phase": "load", "ms": (time.perf_counter_ns() - before) / 1e6})
     times = []
     for _ in range(request["calls"]):
         before = time.perf_counter_ns()
         session.run(None, feeds)
         times.append((time.perf_counter_ns() - before) / 1e6)
-    _say({"phase": "run", "ms": times[0], "calls_ms": times})
+    _report({"phase": "run", "ms": times[0], "calls_ms": times})
 
 
-def _say(message: dict[str, Any]) -> None:
-    """One line, with the memory this process has now and had at most, bytes."""
+def _report(message: dict[str, Any]) -> None:
+    """Write one line, with the current and the largest memory of this process in bytes."""
     from rsi_deploy.runtime.machine import peak_memory, resident_memory
 
     sys.stdout.write(json.dumps(message | {"resident": resident_memory(), "peak": peak_memory()}) + "\n")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from onnx import ModelProto
 
 from rsi_deploy.calibration.activations import output_distance
 from rsi_deploy.calibration.calibration_data import CalibrationData
@@ -34,7 +35,12 @@ CHECKED_SAMPLES = 512
 
 
 def output_agreement(
-    dense: Path, compressed: Path, data: CalibrationData, provider: str, dense_outputs: Array | None = None
+    dense: Path,
+    compressed: Path,
+    data: CalibrationData,
+    provider: str,
+    dense_outputs: Array | None = None,
+    proto: ModelProto | None = None,
 ) -> tuple[CalibrationRecord, Array]:
     """Run both models on the first batches of `data` and compare their outputs.
 
@@ -44,6 +50,7 @@ def output_agreement(
         data: calibration data.
         provider: execution provider of onnxruntime.
         dense_outputs: float32 outputs of the dense model on the same batches; None to run it.
+        proto: the dense model, parsed; None reads it from its file.
 
     Returns:
         The record for the report, and the outputs of the dense model.
@@ -52,7 +59,7 @@ def output_agreement(
         UsageError: data that do not fit, or a model without a floating output.
         GateError: NaN or infinity where the dense model has none.
     """
-    dense_session = _readable_session(dense, provider) if dense_outputs is None else None
+    dense_session = _readable_session(dense, provider, proto) if dense_outputs is None else None
     session = _readable_session(compressed, provider)
     fingerprint = hashlib.sha256()
     dense_batches: list[Array] = []
@@ -88,9 +95,9 @@ def _compare(z: Array, w: Array, samples: int, fingerprint: str) -> CalibrationR
     )
 
 
-def _readable_session(model: Path, provider: str) -> "InferenceSession":
+def _readable_session(model: Path, provider: str, proto: ModelProto | None = None) -> "InferenceSession":
     """Open a session whose outputs include the scores before a final ArgMax or TopK."""
-    proto = read_proto(model)
+    proto = proto or read_proto(model)
     readable = with_readable_output(proto)
     if readable is proto:
         return make_session(model, provider)

@@ -1,4 +1,1 @@
-"""The words that every room uses: errors, sites and their records, sizes, progress, text for people.
-
-It imports no other room.
-"""
+"""Definitions that all rooms use: errors, type aliases, settings and units, sites, progress, text; imports no room."""

@@ -1,7 +1,7 @@
-"""Every error that can be met, with how it ends, when it comes and what to type; read from this package's own source.
+"""A table of all errors: how each ends, when it occurs and what to type, read from the source of this package.
 
-Nothing is listed by hand: an error is a class of `rsi_deploy` or `graph_passes` (or one of Python's) that is made
-somewhere in them, and its row holds the words that are written there.
+No error is listed by hand. A row describes a place where an exception class of `rsi_deploy` or `graph_passes`, or one
+of Python's, is created, with the text in the source.
 """
 
 import ast
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pydantic
 
-from rsi_deploy.core.error_texts import parted, template
+from rsi_deploy.core.error_texts import split_advice, template
 from rsi_deploy.core.errors import ModelError
 
 PACKAGES = ("rsi_deploy", "graph_passes")
@@ -23,11 +23,12 @@ class ErrorRow(pydantic.BaseModel, frozen=True, extra="forbid"):
     """One error.
 
     Attributes:
-        kind: its class.
-        ends: "exit 2", "HTTP 400", or "within" for what the callers inside turn into one of these, or a Python program
-            that uses the functions meets.
-        when: what the message says of what came, with `{name}` for what is known only then.
-        to_type: the rest of the message: what to type, or what was expected.
+        kind: exception class.
+        ends: "exit 2", "HTTP 400", or "within" if a caller inside handles it or only Python code can meet it.
+        when: the first part of the message, which says what came, with `{name}` for values known only at run time.
+        to_type: the hint, or the part of the message that says what was expected.
+        module: source file.
+        line: line in that file.
     """
 
     kind: str
@@ -39,7 +40,7 @@ class ErrorRow(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 
 class ErrorTable(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """All of them, by how they end and where they stand; `kinds` says of each class when it comes."""
+    """All errors, sorted by exit code and place; `kinds` describes each exception class."""
 
     kinds: dict[str, str]
     errors: tuple[ErrorRow, ...]
@@ -47,14 +48,14 @@ class ErrorTable(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(kw_only=True)
 class Kind:
-    """A class of errors as the source defines it.
+    """An exception class in the source.
 
     Attributes:
-        module: where it is defined; empty for Python's own.
-        meaning: the first paragraph of its docstring.
-        exit_code: what a command ends with, where one does.
-        status: whether its first argument is a status of HTTP.
-        message: what it says by itself, where it does.
+        module: module that defines it; empty for Python's own.
+        meaning: first paragraph of its docstring.
+        exit_code: exit code of a command, if any.
+        status: whether its first argument is an HTTP status.
+        message: message that its constructor sets, if any.
     """
 
     module: str = ""
@@ -66,10 +67,10 @@ class Kind:
 
 @functools.cache
 def read_errors() -> ErrorTable:
-    """The table of every error, read from the source that is installed.
+    """Read the table of all errors from the installed source.
 
     Raises:
-        ModelError: the installation has no source to read.
+        ModelError: The installation contains no source.
     """
     root = Path(__file__).resolve().parents[2]
     trees = {
@@ -78,12 +79,14 @@ def read_errors() -> ErrorTable:
         for path in sorted((root / package).rglob("*.py"))
     }
     if not trees:
-        raise ModelError(f"{root / PACKAGES[0]} holds no source to read the errors from; pip install rsi-deploy again")
+        raise ModelError(
+            f"{root / PACKAGES[0]} has no source to read the errors from", hint="pip install rsi-deploy again"
+        )
     return table(trees)
 
 
 def table(trees: dict[str, ast.Module]) -> ErrorTable:
-    """The errors of parsed modules, by file."""
+    """Return the errors of parsed modules, by file."""
     kinds = error_classes(trees)
     rows = [row for file, tree in trees.items() for row in _rows(file, tree, _known_to(file, tree, kinds))]
     rows.sort(key=lambda row: (*_place(row.ends), row.module, row.line))
@@ -92,13 +95,13 @@ def table(trees: dict[str, ast.Module]) -> ErrorTable:
 
 
 def _place(ends: str) -> tuple[int, int]:
-    """Exit codes first, then HTTP's, each by number."""
+    """Return a sort key: exit codes first, then HTTP statuses, each by number."""
     first, _, number = ends.partition(" ")
     return (["exit", "HTTP", "within"].index(first), int(number) if number.isdigit() else 0)
 
 
 def error_classes(trees: dict[str, ast.Module]) -> dict[str, Kind]:
-    """Python's exceptions, and every class that descends from one, by name."""
+    """Return Python's exceptions and all classes derived from them, by name."""
     found = {
         name: Kind(meaning=(value.__doc__ or "").split("\n")[0])
         for name, value in vars(builtins).items()
@@ -124,21 +127,21 @@ def _kind(node: ast.ClassDef, module: str, known: dict[str, Kind]) -> Kind:
         and isinstance(item.value, ast.Constant)
     ]
     (code,) = codes or [next((known[base].exit_code for base in bases if base in known), None)]
-    made = next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"), None)
-    first = [argument.arg for argument in made.args.args[1:2]] if made else []
-    calls = [node for node in ast.walk(made) if isinstance(node, ast.Call)] if made else []
-    said = [call.args[0] for call in calls if ast.unparse(call.func) == "super().__init__" and call.args]
+    init = next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"), None)
+    first = [argument.arg for argument in init.args.args[1:2]] if init else []
+    calls = [node for node in ast.walk(init) if isinstance(node, ast.Call)] if init else []
+    messages = [call.args[0] for call in calls if ast.unparse(call.func) == "super().__init__" and call.args]
     return Kind(
         module=module,
         meaning=(ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " "),
         exit_code=code if isinstance(code, int) else None,
         status=first == ["status"],
-        message=said[0] if said and not isinstance(said[0], ast.Name) else None,
+        message=messages[0] if messages and not isinstance(messages[0], ast.Name) else None,
     )
 
 
 def _known_to(file: str, tree: ast.Module, kinds: dict[str, Kind]) -> dict[str, Kind]:
-    """The classes that a module means by these names: Python's, its own, and those it imports from where they stand."""
+    """Return the classes that a module can name: Python's, its own, and imported ones."""
     imported = {
         (alias.name, node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
     }
@@ -151,7 +154,7 @@ def _dotted(file: str) -> str:
 
 
 def _rows(file: str, tree: ast.Module, kinds: dict[str, Kind]) -> Iterator[ErrorRow]:
-    """One row wherever an error is made, and wherever the command line turns Python's own into a message."""
+    """Yield a row for each error that is created, and for each built-in exception that the CLI turns into a message."""
     for function, node in _within_functions(tree):
         match node:
             case ast.Call(func=ast.Name(id=name)) if name in kinds and _makes_an_error(node, kinds[name]):
@@ -159,16 +162,16 @@ def _rows(file: str, tree: ast.Module, kinds: dict[str, Kind]) -> Iterator[Error
             case ast.Raise(exc=ast.Name(id=name)) if name in kinds:
                 yield _ended(file, node, name, _how(kinds[name], None), kinds[name].meaning)
             case ast.ExceptHandler(type=ast.expr() as caught):
-                for told in (call for call in ast.walk(node) if isinstance(call, ast.Call)):
-                    match told:
+                for call in (call for call in ast.walk(node) if isinstance(call, ast.Call)):
+                    match call:
                         case ast.Call(func=ast.Name(id="_fail"), args=[message, ast.Constant(value=int(code))]):
-                            yield _ended(file, told, ast.unparse(caught), f"exit {code}", template(message))
+                            yield _ended(file, call, ast.unparse(caught), f"exit {code}", template(message))
             case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr="fail"), args=[message, *_]):
                 yield _ended(file, node, "click.BadParameter", "exit 2", template(message, function))
 
 
 def _within_functions(tree: ast.AST) -> Iterator[tuple[ast.AST | None, ast.AST]]:
-    """Every node with the function it stands in, in the order of the source."""
+    """Yield every node with its innermost function, in the order of the source."""
     waiting: list[tuple[ast.AST | None, ast.AST]] = [(None, tree)]
     while waiting:
         function, node = waiting.pop()
@@ -178,15 +181,18 @@ def _within_functions(tree: ast.AST) -> Iterator[tuple[ast.AST | None, ast.AST]]
 
 
 def _makes_an_error(call: ast.Call, kind: Kind) -> bool:
-    """Python's own without a word are made to be handed on; with a message they are errors of ours."""
+    """Return whether a call creates an error: a built-in exception without arguments is only an internal signal."""
     return bool(kind.module or call.args)
 
 
 def _row(file: str, call: ast.Call, name: str, kind: Kind, function: ast.AST | None) -> ErrorRow:
-    given = [*call.args, *(word.value for word in call.keywords)]
-    status = given.pop(0) if kind.status else None
-    message = kind.message or next((one for one in given if not _is_flag(one)), ast.Constant(kind.meaning))
-    return _ended(file, call, name, _how(kind, status), template(message, function))
+    arguments = list(call.args)
+    status = arguments.pop(0) if kind.status else None
+    hint = next((word.value for word in call.keywords if word.arg == "hint"), None)
+    arguments += [word.value for word in call.keywords if word.arg != "hint"]
+    message = kind.message or next((one for one in arguments if not _is_flag(one)), ast.Constant(kind.meaning))
+    hint_text = "" if hint is None else template(hint, function)
+    return _ended(file, call, name, _how(kind, status), template(message, function), hint_text)
 
 
 def _is_flag(value: ast.expr) -> bool:
@@ -199,6 +205,6 @@ def _how(kind: Kind, status: ast.expr | None) -> str:
     return f"HTTP {ast.unparse(status)}" if status is not None else "within"
 
 
-def _ended(file: str, node: ast.expr | ast.stmt, kind: str, ends: str, text: str) -> ErrorRow:
-    when, to_type = parted(text)
+def _ended(file: str, node: ast.expr | ast.stmt, kind: str, ends: str, text: str, hint: str = "") -> ErrorRow:
+    when, to_type = (text, hint) if hint else split_advice(text)
     return ErrorRow(kind=kind, ends=ends, when=when, to_type=to_type, module=file, line=node.lineno)

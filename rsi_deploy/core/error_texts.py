@@ -1,12 +1,12 @@
-"""Messages as the source spells them: a template with each value that comes in under a short name.
+"""Messages as they are spelled in the source: templates in which each value is replaced by a short name.
 
-`f"{path} exists; add --force"` is "{path} exists; add --force", and `', '.join(known)` within one is "{known}".
+`f"{path} exists; add --force"` becomes "{path} exists; add --force", and `', '.join(known)` within one "{known}".
 """
 
 import ast
 import re
 
-# Where the advice begins, in the order in which they are looked for; without one, what was expected is the advice.
+# The beginning of the advice in messages without a `hint`, in order of priority; what was expected counts as advice.
 _ADVICE = (
     re.compile(r"; (?=[^;]*$)"),
     re.compile(r" \((?=(?:type|exclude) )"),
@@ -19,11 +19,11 @@ _ADVICE = (
 
 
 def template(message: ast.expr, function: ast.AST | None = None) -> str:
-    """What the expression says, with `{name}` for what is known only when it is said.
+    """Return the text of an expression with `{name}` for each value that is known only at run time.
 
     Args:
-        message: the argument of the error.
-        function: where it stands; a text that was put into a variable there is looked up.
+        message: argument of the error.
+        function: function that contains it, to look up a text that was assigned to a variable.
     """
     match message:
         case ast.Constant():
@@ -35,16 +35,16 @@ def template(message: ast.expr, function: ast.AST | None = None) -> str:
         case ast.IfExp():
             either = [template(message.body, function), template(message.orelse, function)]
             return " / ".join(filter(None, either))
-        case ast.Name() if (told := _assigned(message.id, function)) is not None:
-            return template(told)
+        case ast.Name() if (assigned := _assigned(message.id, function)) is not None:
+            return template(assigned)
     return f"{{{short_name(message)}}}"
 
 
-def parted(text: str) -> tuple[str, str]:
-    """A message as when it comes, and what to type or what was expected; the second is empty where it says neither.
+def split_advice(text: str) -> tuple[str, str]:
+    """Split a message into what came and what to type or what was expected; the second may be empty.
 
     Example:
-        >>> parted("--points must be at least 2, but got {points}"), parted("{path} exists; add --force")
+        >>> split_advice("--points must be at least 2, but got {points}"), split_advice("{path} exists; add --force")
         (('--points', 'must be at least 2, but got {points}'), ('{path} exists', 'add --force'))
     """
     for pattern in _ADVICE:
@@ -54,7 +54,7 @@ def parted(text: str) -> tuple[str, str]:
 
 
 def short_name(value: ast.expr) -> str:
-    """One word for a value: that of the variable it is made from.
+    """Return one word for a value: the name of the variable it is made from.
 
     Example:
         >>> [short_name(ast.parse(code, mode="eval").body) for code in ("path.name", "sorted(names)", "x[0]")]
@@ -91,12 +91,12 @@ def _piece(piece: ast.expr, function: ast.AST | None) -> str:
 
 
 def _assigned(name: str, function: ast.AST | None) -> ast.expr | None:
-    """The text that the function puts into a variable, where it does so once."""
+    """Return the text that the function assigns to a variable, if it does so once."""
     if function is None:
         return None
-    told = [
+    values = [
         node.value
         for node in ast.walk(function)
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]
     ]
-    return told[0] if len(told) == 1 and isinstance(told[0], ast.JoinedStr | ast.Constant | ast.BinOp) else None
+    return values[0] if len(values) == 1 and isinstance(values[0], ast.JoinedStr | ast.Constant | ast.BinOp) else None

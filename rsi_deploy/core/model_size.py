@@ -1,15 +1,16 @@
-"""What a model takes: bytes, parameters, multiply-accumulates."""
+"""The size of a model: bytes, parameters, multiply-accumulates."""
 
 import pydantic
 
 
 class Size(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """Of one model.
+    """The size of one model.
 
     Attributes:
-        bytes: of its file and its data files; of the dense model, as the user has it (see
-        `rsi_deploy.exporting.dense_size`). params: trained or quantized numbers, however they are stored (see
-        `graph_passes.count_parameters`). macs: multiply-accumulates a sample.
+        bytes: bytes of its file and data files; for the dense model those of the user's files (see
+            `rsi_deploy.exporting.dense_size`).
+        params: trained or quantized numbers, however they are stored (see `graph_passes.count_parameters`).
+        macs: multiply-accumulates per sample.
     """
 
     bytes: pydantic.PositiveInt

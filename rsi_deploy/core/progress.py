@@ -1,6 +1,6 @@
-"""What a long run is doing: its steps as they begin and end, and how far one has come, for whoever listens.
+"""Progress of a long run: its steps, and how far each has come, reported to a listener.
 
-with listening(listener):              the command line does; functions that are called from Python have no listener
+with listening(listener):              the command line does this; calls from Python have no listener
     with step("calibrate and plan"):
         at("features.3", 12, 57)       the 13th of 57 begins
 """
@@ -12,16 +12,16 @@ from typing import Protocol
 
 
 class Listener(Protocol):
-    """Is called for every step."""
+    """Receives the progress of a run."""
 
     def begin(self, name: str) -> None:
-        """A step begins, perhaps within another one."""
+        """Handle the begin of a step, possibly within another one."""
 
     def end(self, name: str) -> None:
-        """The innermost step ends, or fails."""
+        """Handle the end or failure of the innermost step."""
 
     def at(self, what: str, index: int, total: int) -> None:
-        """Within the step, number `index` of `total` pieces of work begins; the first one is 0."""
+        """Handle the begin of piece `index` (from 0) of `total` in the step."""
 
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
@@ -29,7 +29,7 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Within it, steps of this thread are told to the listener."""
+    """Report steps of this thread to the listener while the block runs."""
     token = _listener.set(listener)
     try:
         yield
@@ -39,7 +39,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """One step of a run."""
+    """Report the block as one step of a run."""
     listener = _listener.get()
     if listener is None:
         yield
@@ -52,11 +52,11 @@ def step(name: str) -> Iterator[None]:
 
 
 def at(what: str, index: int, total: int) -> None:
-    """Number `index` of `total` pieces of the step's work begins."""
+    """Report that piece `index` (from 0) of the step's `total` begins."""
     if (listener := _listener.get()) is not None:
         listener.at(what, index, total)
 
 
 def at_samples(done: int, total: int) -> None:
-    """So many samples of the step's data are done."""
+    """Report how many samples of the step's data are done."""
     at("samples", done, total)

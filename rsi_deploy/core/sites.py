@@ -1,4 +1,4 @@
-"""One site of a model, as everything that decides about it or reports on it names it."""
+"""The record of a site: what was decided, done and measured there."""
 
 from typing import Literal, Self
 
@@ -9,10 +9,10 @@ class Spectrum(pydantic.BaseModel, frozen=True, extra="forbid"):
     """Singular values at some ranks, relative to the largest.
 
     Attributes:
-        of: "weight", or "response": of the matrix whose leading directions factors fitted to data keep.
-        ranks: ascending, from 1. The last is the full rank, or where only the leading values were computed the last.
-        values: `s_i / s_1`, four digits; over groups their root mean square.
-        full_rank: `min(out, in)` of the matrix they are of.
+        of: "weight", or "response" for the matrix whose leading directions are kept by factors fitted to data.
+        ranks: ascending ranks from 1; the last is the full rank, or the last computed one.
+        values: `s_i / s_1` with four digits; their root mean square over groups.
+        full_rank: `min(out, in)` of the matrix.
     """
 
     of: Literal["weight", "response"]
@@ -23,45 +23,47 @@ class Spectrum(pydantic.BaseModel, frozen=True, extra="forbid"):
     @pydantic.model_validator(mode="after")
     def _as_many(self) -> Self:
         if len(self.ranks) != len(self.values):
-            raise ValueError(f"ranks and values must be as many, but are {len(self.ranks)} and {len(self.values)}")
+            raise ValueError(
+                f"ranks and values must have the same length, but have {len(self.ranks)} and {len(self.values)}"
+            )
         return self
 
 
 class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """What was done at one site and what it cost. Errors are of the factors as stored, relative to the weight.
+    """What was done at one site, and what it cost. Errors are those of the stored factors relative to the weight.
 
     Attributes:
-        name: the weight's name less a final `.weight`.
-        kind: the operation, e.g. "Linear", "Conv2d", "Gemm", "MatMul".
-        out_features, in_features: the weight matrix `(out, in)`; per group where `groups > 1`.
-        groups: of a grouped Conv, else 1.
-        break_even_rank: `out*in/(out+in)`; at or above it nothing is saved.
-        rank: of the split, None for a dense site.
+        name: name of the weight without a final `.weight`.
+        kind: the operation, for example "Linear", "Conv2d", "Gemm" or "MatMul".
+        out_features, in_features: shape of the weight matrix `(out, in)`; per group if `groups > 1`.
+        groups: groups of a grouped Conv, else 1.
+        break_even_rank: `out*in/(out+in)`; a split at or above this rank saves nothing.
+        rank: rank of the split; None for a dense site.
         decision: "split" or "dense".
         reason: why, in words.
-        params_dense, params_compressed: numbers in the weight, before and after.
+        params_dense, params_compressed: numbers in the weight before and after.
         frobenius_error: `||W - left right||_F / ||W||_F`.
-        spectral_error: `||W - left right||_2 / ||W||_2`, both from below.
-        residual_interval: lower and upper end of `||W - left right||_2` itself, of the group where it is largest. The
-            lower end is certain, the upper but for `residual_failure`.
-        residual_failure: the probability that a norm lies above its upper end.
-        normalized_error: `||W - left right||_2 / s_{rank+1}`, 1.0 is optimal.
-        normalized_error_kind: "exact" spectrum or an "upper bound" for s_{rank+1} bounded from below. All four are
-            None for factors that were fitted to data: those are not meant to be near the weight.
-        form: of the split: "matmul", "gemm", "channel", "input", "separable"; None where it is dense or of no record.
+        spectral_error: `||W - left right||_2 / ||W||_2`, both estimated from below.
+        residual_interval: lower and upper bound of `||W - left right||_2`, for the group with the largest. The lower
+            bound is certain, the upper bound fails with probability `residual_failure`.
+        residual_failure: probability that a norm exceeds its upper bound.
+        normalized_error: `||W - left right||_2 / s_{rank+1}`; 1.0 is optimal.
+        normalized_error_kind: "exact" if the spectrum is exact, "upper bound" if s_{rank+1} is bounded from below. All
+            four are None for factors fitted to data, which need not be close to the weight.
+        form: form of the split: "matmul", "gemm", "channel", "input", "separable"; None if dense or not recorded.
         response_error: `E|y - y~|^2 / E|y|^2` on calibration data, centred, for factors fitted to them. Rows of a
-            product (tokens) count in it, as in the fit, by what their errors do to the outputs.
+            product (tokens) are weighted, as in the fit, by the effect of their errors on the outputs.
         seconds: time of the factorization alone.
-        route: that the kernel took: "direct", "chebyshev", "gram", "krylov", "exact"; "svd" for that method; None where
-            factors were fitted to data. It can be forced by --route.
-        power_iterations: that were done; 0 for exact factors.
-        macs_dense, macs_compressed: multiply-accumulates per sample, where the model was traced.
-        nodes: the operations (ONNX node names or module paths) that use the weight.
-        joint: for a joint split, the names of all the sites that share `right`, in graph order; else empty. The first
-            of them bears the parameters and MACs of `right`. Errors are those of the site's own weight, and its
-            normalized error compares with the best of this rank for it alone (None where that is the weight itself).
-        spectrum: singular values of the weight, as many as its errors took to compute (all of a small one, else the
-            leading rank + 1); of the response for factors fitted to data. None where none were computed.
+        route: route of the kernel: "direct", "chebyshev", "gram", "krylov", "exact"; "svd" for that method; None if
+            factors were fitted to data. --route forces it.
+        power_iterations: number of power iterations; 0 for exact factors.
+        macs_dense, macs_compressed: multiply-accumulates per sample, if the model was traced.
+        nodes: operations (ONNX node names or module paths) that use the weight.
+        joint: for a joint split, names of all the sites that share `right`, in graph order; else empty. The first one
+            counts the parameters and MACs of `right`. Errors are those of the site's own weight; its normalized error
+            compares with the best factors of this rank for it alone (None if those are the weight itself).
+        spectrum: singular values of the weight that its errors required (all of a small one, else the leading rank +
+            1), or of the response for factors fitted to data; None if none were computed.
     """
 
     name: str
@@ -95,7 +97,7 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
     @pydantic.model_validator(mode="after")
     def _a_split_has_sizes(self) -> "SiteRecord":
         if self.decision == "split" and min(self.out_features, self.in_features, self.groups) < 1:
-            raise ValueError(f"{self.name}: a site that is split has rows, columns and groups")
+            raise ValueError(f"{self.name}: a split site must have rows, columns and groups")
         return self
 
 
@@ -109,7 +111,7 @@ def dense_record(
     groups: int = 1,
     nodes: tuple[str, ...] = (),
 ) -> SiteRecord:
-    """The record of a site that stays dense, with its reason."""
+    """Return the record of a site that stays dense, with its reason."""
     params = groups * out_features * in_features
     return SiteRecord(
         name=name,
@@ -137,17 +139,17 @@ def unmeasured_record(
     seconds: float,
     nodes: tuple[str, ...] = (),
 ) -> SiteRecord:
-    """The record of a split site, without any error.
+    """Return the record of a split site without errors.
 
     Args:
-        name: of the site.
-        kind: of operation.
+        name: name of the site.
+        kind: kind of operation.
         shape: `(groups, out, in)` of the weight.
-        rank: of the split.
+        rank: rank of the split.
         params: numbers in both factors.
-        reason: of the decision.
-        seconds: that the factorization took.
-        nodes: that use the weight.
+        reason: reason of the decision.
+        seconds: time of the factorization.
+        nodes: operations that use the weight.
     """
     groups, out_features, in_features = shape
     return SiteRecord(
@@ -168,12 +170,12 @@ def unmeasured_record(
 
 
 def break_even_rank(out_features: int, in_features: int) -> float:
-    """`out*in/(out+in)`: at or above this rank two factors hold no fewer numbers than the weight."""
+    """Return `out*in/(out+in)`; at or above this rank two factors have no fewer numbers than the weight."""
     return out_features * in_features / (out_features + in_features)
 
 
 def site_name(weight_name: str) -> str:
-    """The name a user sees: the weight's, less a final `.weight`.
+    """Return the weight's name without a final `.weight`, as shown to users.
 
     Example:
         >>> site_name("classifier.0.weight"), site_name("attn.in_proj_weight")

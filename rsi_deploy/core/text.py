@@ -1,11 +1,11 @@
-"""Text for people: numbers in words, and names from files, which may hold anything, made fit for a page."""
+"""Text for people: formatted numbers, and names from files made safe to show."""
 
 import re
 
 LONGEST = 1000
-"""Characters of one text that a page shows; report.json has it whole."""
+"""Most characters of one text on a page; report.json has the whole text."""
 
-# Controls, halves of surrogate pairs, and marks that turn the direction of what follows them or are not seen at all.
+# Control characters, surrogates, and characters that are invisible or change the direction of text.
 _UNFIT = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
     "\ufffe\uffff\U000e0000-\U000e007f]"
@@ -14,7 +14,7 @@ _MARKDOWN = str.maketrans({"|": "\\|", "<": "&lt;", "`": "'", "\n": "\\n", "\t":
 
 
 def plain(text: str) -> str:
-    r"""The text with what no page may hold shown as its code, and shortened in the middle where it is endless.
+    r"""Escape characters that are unsafe on a page, and shorten a very long text in the middle.
 
     Example:
         >>> plain("layer\x1b[31m")
@@ -24,7 +24,7 @@ def plain(text: str) -> str:
 
 
 def on_terminal(text: str) -> str:
-    r"""The text with what would steer a terminal shown as its code; lines and tabs stay, and nothing is left out.
+    r"""Escape characters that control a terminal; lines and tabs stay, and nothing is shortened.
 
     Example:
         >>> on_terminal("layer\x1b[31m")
@@ -34,7 +34,7 @@ def on_terminal(text: str) -> str:
 
 
 def in_markdown(text: str) -> str:
-    r"""A name from a file in one line of Markdown: no cell, code, link or tag ends or begins in it.
+    r"""Escape a name from a file so that it cannot begin or end a cell, code, link or tag in Markdown.
 
     Example:
         >>> in_markdown("a|b\n<img>`")
@@ -44,7 +44,7 @@ def in_markdown(text: str) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """At most so many characters, the middle left out: beginnings and ends of names tell them apart.
+    """Shorten a text to `most` characters by leaving out its middle, as beginning and end distinguish names.
 
     Example:
         >>> shortened("encoder.layer.11.attention.self.query", 20)
@@ -57,7 +57,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def human_bytes(count: int) -> str:
-    """Bytes for people, in powers of ten.
+    """Format bytes in powers of ten.
 
     Example:
         >>> human_bytes(2_390_000)
@@ -70,7 +70,7 @@ def human_bytes(count: int) -> str:
 
 
 def human_count(count: int) -> str:
-    """Numbers for people, in powers of ten.
+    """Format a count in powers of ten.
 
     Example:
         >>> human_count(11_679_912)
@@ -83,7 +83,7 @@ def human_count(count: int) -> str:
 
 
 def size_change(before: int, after: int) -> str:
-    """How a size changed; what grew is never called smaller.
+    """Describe how a size changed.
 
     Example:
         >>> size_change(300, 150), size_change(150, 300), size_change(7, 7)
@@ -95,7 +95,7 @@ def size_change(before: int, after: int) -> str:
 
 
 def share_kept(before: int, after: int) -> str:
-    """What is left of a count, or how often it is there now; "" where there was none.
+    """Describe what is left of a count, or by how much it grew; "" if it was 0.
 
     Example:
         >>> share_kept(200, 50), share_kept(200, 350)

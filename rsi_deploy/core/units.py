@@ -44,7 +44,7 @@ def parse_share(text: str | float, option: str) -> float:
     if 1 < value <= 100:
         raise UsageError(f"{option} as a fraction must lie in (0, 1], but got {text!r}: write {option} {value:f}%")
     if not 0 < value <= 1:
-        raise UsageError(f"{option} must lie in (0, 1], but got {text!r}; write for example 0.5 or 50%")
+        raise UsageError(f"{option} must lie in (0, 1], but got {text!r}", hint="write for example 0.5 or 50%")
     return float(value)
 
 
@@ -91,12 +91,16 @@ def parse_size(text: str | int, option: str) -> int:
         hint = " or ".join(f"{digits}{known}" for known in near) or "20MB or 20MiB"
         raise UsageError(f"{option} takes a size in {', '.join(SIZES)}, but got {text!r}: write {option} {hint}")
     if unit == "B" and not digits.isdigit():
-        raise UsageError(f"{option} takes a whole number of bytes, but got {text!r}; write for example {digits}MB")
+        raise UsageError(
+            f"{option} takes a whole number of bytes, but got {text!r}", hint=f"write for example {digits}MB"
+        )
     size = math.floor(Fraction(digits) * SIZES[unit])
     if size < 1:
-        raise UsageError(f"{option} must be at least 1 byte, but got {text!r}; write for example 20MB")
+        raise UsageError(f"{option} must be at least 1 byte, but got {text!r}", hint="write for example 20MB")
     if is_text and not number[2] and size < BARE_BYTES:
-        raise UsageError(f"{option} takes a size such as 512MB, but got {text!r}; write {digits}MB, or {digits}B")
+        raise UsageError(
+            f"{option} takes a size such as 512MB, but got {text!r}", hint=f"write {digits}MB, or {digits}B"
+        )
     return size
 
 
@@ -116,7 +120,7 @@ def parse_nanoseconds(text: str, option: str) -> int:
         raise UsageError(f"{option} takes a time such as 25ms, 60s or 2m, but got {str(text)!r}{hint}")
     nanoseconds = math.floor(Fraction(number[1]) * DURATIONS[number[2]])
     if nanoseconds < 1:
-        raise UsageError(f"{option} must be at least 1 nanosecond, but got {text!r}; write for example 25ms")
+        raise UsageError(f"{option} must be at least 1 nanosecond, but got {text!r}", hint="write for example 25ms")
     return nanoseconds
 
 

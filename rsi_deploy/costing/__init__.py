@@ -1,1 +1,1 @@
-"""Cost tables: every site cut out of its model, timed dense and split, and kept for the next run."""
+"""Cost tables: the times of every site of a model, dense and split, measured alone and cached."""

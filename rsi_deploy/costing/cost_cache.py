@@ -1,16 +1,15 @@
-"""Cost tables and their parts on disk, by what their times hold for: hardware, software, provider and threads.
+"""A disk cache of cost tables and their parts, by the conditions of their times: hardware, software, provider, threads.
 
     CACHE/costs/<conditions>/site-<signature>.json     one shape, shared by all models that have it
                              table-<model, inputs>.json  one model
 
-CACHE is $RSI_DEPLOY_CACHE, else $XDG_CACHE_HOME/rsi-deploy, else ~/.cache/rsi-deploy. What cannot be read there is
-measured again; a cache that cannot be written costs time and nothing else. Times that were too noisy to decide by are
-those of a busy hour: they are used again while it lasts, and measured again afterwards.
+CACHE is $RSI_DEPLOY_CACHE, else $XDG_CACHE_HOME/rsi-deploy, else ~/.cache/rsi-deploy. Unreadable entries are measured
+again, and errors on writing are ignored. Times that are too noisy to decide by are used for an hour only, because they
+come from a busy machine.
 """
 
 import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TypeVar
 
 import pydantic
 
+from rsi_deploy.core.cache_folder import cache_folder
 from rsi_deploy.costing.cost_table import NOISY, Conditions, CostTable, SiteCost
 from rsi_deploy.io.atomic import write_text
 from rsi_deploy.io.documents import read_document
@@ -28,14 +28,14 @@ from rsi_deploy.runtime.provider_spec import parse_provider
 Document = TypeVar("Document", bound=pydantic.BaseModel)
 
 NOISY_FOR = 3600.0
-"""Seconds for which noisy times are used again."""
+"""Seconds for which noisy times are used."""
 
 
 def conditions_here(provider: str, threads: int | None) -> Conditions:
-    """What times measured now, in this process, hold for.
+    """Return the conditions of times that are measured in this process.
 
     Raises:
-        UsageError: a provider that is not here.
+        UsageError: the provider is not available.
     """
     here = environment()
     return Conditions(
@@ -49,56 +49,48 @@ def conditions_here(provider: str, threads: int | None) -> Conditions:
     )
 
 
-def cache_folder() -> Path:
-    """Where the cache lies."""
-    if told := os.environ.get("RSI_DEPLOY_CACHE"):
-        return Path(told)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "rsi-deploy"
-
-
 @dataclass(frozen=True, kw_only=True)
 class CostCache:
-    """The cache of one set of conditions.
+    """The cache for one set of conditions.
 
     Attributes:
-        folder: of these conditions.
+        folder: folder of these conditions.
     """
 
     folder: Path
 
     @classmethod
     def of(cls, conditions: Conditions) -> "CostCache":
-        """The cache for times of these conditions."""
+        """Return the cache for times of these conditions."""
         return cls(folder=cache_folder() / "costs" / _digest(conditions.model_dump_json())[:24])
 
     def costs(self, signatures: Sequence[str]) -> dict[str, SiteCost]:
-        """Signature -> times, of those that are known."""
+        """Return signature -> times for the shapes in the cache."""
         found = {}
         for name in signatures:
             file = f"site-{_digest(name)}.json"
             cost = self._read(SiteCost, file)
-            if cost is not None and cost.signature == name and not self._is_past([cost], file):
+            if cost is not None and cost.signature == name and not self._is_outdated([cost], file):
                 found[name] = cost
         return found
 
     def keep(self, costs: Sequence[SiteCost]) -> None:
-        """Store times of shapes."""
+        """Store the times of shapes."""
         for cost in costs:
             self._write(cost, f"site-{_digest(cost.signature)}.json")
 
     def table(self, key: str) -> CostTable | None:
-        """The table of a model, by all that it depends on in one text."""
+        """Return the table of a model, or None. `key` is a text of everything that the table depends on."""
         file = f"table-{_digest(key)}.json"
         table = self._read(CostTable, file)
-        return None if table is None or self._is_past(table.costs, file) else table
+        return None if table is None or self._is_outdated(table.costs, file) else table
 
     def keep_table(self, key: str, table: CostTable) -> None:
-        """Store it."""
+        """Store the table of a model."""
         self._write(table, f"table-{_digest(key)}.json")
 
-    def _is_past(self, costs: Sequence[SiteCost], file: str) -> bool:
-        """Whether times are noisy and of an hour that is over."""
+    def _is_outdated(self, costs: Sequence[SiteCost], file: str) -> bool:
+        """Return whether times are noisy and more than an hour old."""
         if all(cost.half_width is not None and cost.half_width < NOISY for cost in costs):
             return False
         with contextlib.suppress(OSError):

@@ -1,16 +1,16 @@
-"""What every split of every site costs in time on one machine, as a typed document: `rsi-deploy profile` writes it.
+"""The cost table: the times of every split of every site on one machine, as written by `rsi-deploy profile`.
 
     CostTable       one model at one batch, provider and number of threads
-      conditions    the hardware and software that the times hold for
-      model         the whole dense model's time, and how well the sum of the table foretells a split one's
-      costs         one SiteCost a distinct site shape
-        splits      one SplitTime a form and rank of a grid
+      conditions    hardware and software of the measurement
+      model         time of the whole dense model, and the accuracy of the table's predictions for split models
+      costs         one SiteCost per distinct site shape
+        splits      one SplitTime per form and rank of a grid
 
-*Between the grid.* Kernels work in blocks, so a time steps at multiples of 8, 16 and 32 (a blocked convolution at rank
-12 may well be slower than at rank 16). Ranks are therefore told apart by the largest of 32, 16, 8 and 1 that divides
-them, every class has grid points of its own, its first and last rank among them, and is interpolated by itself:
+*Interpolation.* Kernels work in blocks, so times step at multiples of 8, 16 and 32 (a blocked convolution may be slower
+at rank 12 than at rank 16). Ranks are therefore divided into classes by the largest of 32, 16, 8 and 1 that divides
+them. Every class has its own grid points, which include its first and last rank, and is interpolated separately:
 
-    t(r) = line through the neighbours of r in the grid that belong to the same class
+    t(r) = line through the neighbours of r in the grid of its class
 """
 
 import bisect
@@ -28,25 +28,24 @@ from rsi_deploy.io.documents import read_document
 
 SCHEMA_VERSION: Literal[1] = 1
 GROWTH = {32: 1.7, 16: 2.2, 8: 2.6, 1: 3.5}
-"""Blocks of ranks, and the factor from one grid point of a class to the next: good ranks are looked at more closely."""
+"""Class of ranks -> factor from one grid point to the next; ranks that suit the kernels have finer grids."""
 DETAILS = (GROWTH, {32: 2.0, 16: 3.0}, {32: 3.2})
-"""Grids, finest first: with little time for a large site, few good ranks that are told apart are worth more than many
-that are not."""
+"""Grids from fine to coarse. If time is short, a few precise times are worth more than many noisy ones."""
 NOISY = 0.25
-"""Relative half width of a speedup's interval beyond which nothing is decided by it."""
+"""Relative half width of a speedup's interval above which it decides nothing."""
 
 
 class Conditions(BaseModel, frozen=True, extra="forbid"):
-    """What times depend on besides the model; times of other conditions are no times of these.
+    """The conditions that times depend on besides the model.
 
     Attributes:
-        cpu: the processor's name.
-        cores: logical cores that the process may use.
-        cpu_flags: instruction sets that decide which kernels run.
-        gpus: names.
+        cpu: name of the processor.
+        cores: number of logical cores that the process may use.
+        cpu_flags: instruction sets that affect the choice of kernels.
+        gpus: names of the GPUs.
         onnxruntime: distribution -> version.
-        provider: as it would be typed, options included.
-        threads: inside one operator; None is onnxruntime's default.
+        provider: execution provider with its options, as on the command line.
+        threads: threads inside one operator; None for onnxruntime's default.
     """
 
     cpu: str
@@ -58,7 +57,7 @@ class Conditions(BaseModel, frozen=True, extra="forbid"):
     threads: int | None
 
     def differences(self, other: "Conditions") -> list[str]:
-        """What differs, in words: this one's first."""
+        """Describe the differences; the value of this object comes first."""
         found = []
         for name in type(self).model_fields:
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -68,13 +67,13 @@ class Conditions(BaseModel, frozen=True, extra="forbid"):
 
 
 class SplitTime(BaseModel, frozen=True, extra="forbid"):
-    """A site's time when it is split.
+    """The time of a site with one split.
 
     Attributes:
-        form: of the split.
-        rank: of the split.
-        nanoseconds: a call's median.
-        speedup_interval: 99 % interval of dense time over this one.
+        form: form of the split.
+        rank: rank of the split.
+        nanoseconds: median time of a call.
+        speedup_interval: 99 % interval of the dense time over this time.
     """
 
     form: str
@@ -91,12 +90,12 @@ class SplitTime(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def is_faster(self) -> bool:
-        """Whether it was shown to be faster than dense."""
+        """Whether the split was shown to be faster than dense."""
         return direction(self.speedup_interval) > 0
 
     @property
     def half_width(self) -> float:
-        """Of the interval, relative."""
+        """The relative half width of the interval."""
         low, high = self.speedup_interval
         return (high - low) / (high + low)
 
@@ -105,11 +104,11 @@ class SiteCost(BaseModel, frozen=True, extra="forbid"):
     """The times of one site shape.
 
     Attributes:
-        signature: of the small model that was timed (`rsi_deploy.costing.site_models`).
-        dense_nanoseconds: a call's median.
-        blocks: turns that every variant took.
-        half_width: of the widest interval, relative; None with too few blocks.
-        splits: by form, then rank.
+        signature: signature of the small model that was timed (`rsi_deploy.costing.site_models`).
+        dense_nanoseconds: median time of a dense call.
+        blocks: number of turns of every variant.
+        half_width: relative half width of the widest interval; None with too few blocks.
+        splits: times of splits, sorted by form and rank.
     """
 
     signature: str
@@ -127,7 +126,7 @@ class SiteCost(BaseModel, frozen=True, extra="forbid"):
         return self
 
     def nanoseconds(self, form: str, rank: int) -> int | None:
-        """The time of a split, measured or interpolated; None where the form was not timed so far."""
+        """Return the time of a split, measured or interpolated; None outside the timed ranks of its form."""
         points = [s for s in self.splits if s.form == form and block_of(s.rank) == block_of(rank)]
         if not points or not points[0].rank <= rank <= points[-1].rank:
             return None
@@ -140,11 +139,11 @@ class SiteCost(BaseModel, frozen=True, extra="forbid"):
         return round(below.nanoseconds + share * (above.nanoseconds - below.nanoseconds))
 
     def is_faster(self, form: str, rank: int) -> bool:
-        """Whether a split was shown to be faster; between grid points, whether both neighbours were."""
+        """Return whether a split was shown to be faster; between grid points, both neighbours must be."""
         return self.blocks >= MIN_BLOCKS and all(point.is_faster for point in self._near(form, rank))
 
     def is_noisy(self, form: str, rank: int) -> bool:
-        """Whether the measurement cannot tell."""
+        """Return whether the times are too noisy to tell if a split is faster."""
         return self.blocks < MIN_BLOCKS or any(point.half_width > NOISY for point in self._near(form, rank))
 
     def _near(self, form: str, rank: int) -> list[SplitTime]:
@@ -158,17 +157,17 @@ class SiteCost(BaseModel, frozen=True, extra="forbid"):
 
 
 class ModelTime(BaseModel, frozen=True, extra="forbid"):
-    """The whole dense model.
+    """The time of the whole dense model.
 
     Attributes:
-        name: as typed.
-        hash: of its weights.
-        batch: samples a call.
+        name: name of the model on the command line.
+        hash: hash of its weights.
+        batch: samples per call.
         inputs: input name -> dtype and shape.
-        dense_nanoseconds: a call's median.
-        scale: by what the saving of a whole model is that of its sites: from plans that were measured as a whole, so
-            that fusions which a split destroys count. 1 where none was.
-        checks: those plans.
+        dense_nanoseconds: median time of a call.
+        scale: saving of a whole model over the sum of its sites' savings. It is estimated from measured plans and
+            includes the cost of lost fusions; 1 without measured plans.
+        checks: the measured plans.
     """
 
     name: str
@@ -181,13 +180,13 @@ class ModelTime(BaseModel, frozen=True, extra="forbid"):
 
 
 class PlanCheck(BaseModel, frozen=True, extra="forbid"):
-    """One plan, foretold from the table and measured as a whole model beside the dense one.
+    """The predicted and the measured time of one plan.
 
     Attributes:
-        scale: that the prediction was made with.
-        predicted: share of the dense model's time.
-        measured: likewise.
-        measured_interval: 99 % interval of it.
+        scale: scale of the prediction.
+        predicted: predicted share of the dense model's time.
+        measured: measured share of the dense model's time.
+        measured_interval: 99 % interval of the measured share.
     """
 
     scale: float
@@ -200,18 +199,18 @@ class CostTable(BaseModel, frozen=True, extra="forbid"):
     """The times of one model's sites on one machine.
 
     Attributes:
-        schema_version: of this document.
-        tool: name and version.
-        created: when, UTC, ISO 8601.
-        command: that made it.
-        conditions: what the times hold for.
+        schema_version: version of the file format.
+        tool: name and version of the program.
+        created: time of creation, UTC, ISO 8601.
+        command: command that created the table.
+        conditions: conditions of the times.
         model: the whole dense model.
         sites: site name -> signature of its shape.
-        untimed: site name -> why there are no times of it; it stays dense.
-        costs: one a signature.
-        seconds: that it took.
-        precision: relative half width of the intervals that was asked for.
-        notes: what a reader must know.
+        untimed: site name -> reason why it has no times and stays dense.
+        costs: times by signature.
+        seconds: duration of the measurement.
+        precision: requested relative half width of the intervals.
+        notes: notes for users.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -228,12 +227,12 @@ class CostTable(BaseModel, frozen=True, extra="forbid"):
     notes: tuple[str, ...] = ()
 
     def by_site(self) -> dict[str, SiteCost]:
-        """Site name -> the times of its shape."""
+        """Return site name -> the times of its shape."""
         costs = {cost.signature: cost for cost in self.costs}
         return {name: costs[signature] for name, signature in self.sites.items() if signature in costs}
 
     def saving(self, splits: Mapping[str, tuple[str, int]]) -> int:
-        """Nanoseconds that these splits, site name -> (form, rank), save together, each timed alone."""
+        """Return the nanoseconds that splits, site name -> (form, rank), save in total, each timed alone."""
         costs, saved = self.by_site(), 0
         for name, (form, rank) in splits.items():
             cost = costs.get(name)
@@ -243,12 +242,12 @@ class CostTable(BaseModel, frozen=True, extra="forbid"):
         return saved
 
     def predicted(self, splits: Mapping[str, tuple[str, int]]) -> float:
-        """The time of the model with these splits as a share of the dense one's."""
+        """Return the predicted time of the model with these splits, as a share of the dense model's time."""
         return 1 - self.model.scale * self.saving(splits) / self.model.dense_nanoseconds
 
 
 def block_of(rank: int) -> int:
-    """The largest of 32, 16, 8 and 1 that divides a rank.
+    """Return the largest of 32, 16, 8 and 1 that divides a rank.
 
     >>> [block_of(rank) for rank in (64, 48, 24, 20)]
     [32, 16, 8, 1]
@@ -257,11 +256,11 @@ def block_of(rank: int) -> int:
 
 
 def timing_ranks(largest: int, growths: Mapping[int, float] = GROWTH) -> tuple[int, ...]:
-    """The ranks that are timed, of those up to `largest`: of every class its first, its last, and some between.
+    """Return the ranks to time up to `largest`: of every class its first, its last, and some between.
 
     Args:
-        largest: rank that saves anything.
-        growths: of `DETAILS`; where none of its classes has such a small rank, the best class that has.
+        largest: largest rank that saves anything.
+        growths: one of `DETAILS`. If none of its classes has a rank this small, the best class with one is used.
 
     >>> timing_ranks(40)
     (1, 4, 8, 14, 16, 24, 32, 39, 40)
@@ -282,11 +281,11 @@ def timing_ranks(largest: int, growths: Mapping[int, float] = GROWTH) -> tuple[i
 
 
 def read_cost_table(path: str | Path) -> CostTable:
-    """A table that `rsi-deploy profile` wrote.
+    """Read a table that `rsi-deploy profile` wrote.
 
     Raises:
-        UsageError: no such file.
-        ModelError: a document that this version cannot read, and the first reason.
+        UsageError: there is no such file.
+        ModelError: this version cannot read the document; the message gives the first reason.
     """
     path = Path(path)
     if not path.is_file():

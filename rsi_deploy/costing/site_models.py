@@ -1,12 +1,12 @@
-"""Small models made on the fly of one site: dense, and split as the whole model would be, to be timed.
+"""Small models of one site, dense and split, for timing the site alone.
 
-    the site's node, what makes its weights out of constants, and the element-wise nodes behind it that runtimes fuse
-    with it (MatMul + Add + Gelu, Conv + Add + Relu)
-        --> `copies` of them side by side, on inputs of the shapes that the whole model gives them
+    the node of the site, the nodes that compute its weights from constants, and the element-wise nodes after it that
+    runtimes fuse with it (MatMul + Add + Gelu, Conv + Add + Relu)
+        --> `copies` of them side by side, with inputs of the same shapes as in the whole model
 
-The split is done by `graph_passes.split`, so that what is timed is what will be written. Weights are random: their
-values change no time. Copies make a call long enough for the clock, and keep one weight from staying in the cache as it
-never does in a model. Sites that make the same small model have the same `signature` and are timed once.
+`graph_passes.split` makes the split, so that the timed nodes are those of an export. Weights are random, because times
+do not depend on their values. Copies make a call long enough for the clock, and prevent that a single weight stays in
+the processor's cache. Sites with the same small model have the same `signature` and are timed once.
 """
 
 import math
@@ -23,7 +23,7 @@ import graph_passes as gp
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 Inputs = Mapping[str, Sequence[tuple[str, Shape]]]
-"""Name of a node -> (onnxruntime's word for the type, shape) of its inputs; see
+"""Name of a node -> (onnxruntime's name of the type, shape) of its inputs; see
 `rsi_deploy.runtime.shape_trace.ShapeTrace`."""
 
 FOLLOWERS = 3
@@ -32,23 +32,23 @@ UNARY = frozenset(
 )
 BINARY = frozenset(("Add", "Sub", "Mul", "Div"))
 ENOUGH_MACS = 20_000_000
-"""MACs of a call that is long enough for the clock; fewer are repeated in copies."""
+"""MACs of a call that is long enough for the clock; a smaller site is copied."""
 COPIES, COPIED_BYTES = 8, 8 << 20
 _DTYPES = {"float": "float32", "double": "float64"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What is cut out of a model for one site.
+    """The part of a model that is cut out for one site.
 
     Attributes:
         site: the site.
-        nodes: in an order that runs; the site's node among them.
-        feeds: name of a value from outside -> (dtype, shape).
-        macs: of the site's node, whole batch.
+        nodes: nodes in topological order, including that of the site.
+        feeds: name of an external value -> (dtype, shape).
+        macs: multiply-accumulates of the site's node for the whole batch.
         opsets: domain -> version.
-        ir_version: of the model.
-        signature: the same for sites that make the same small model.
+        ir_version: IR version of the model.
+        signature: text that is equal for sites with the same small model.
     """
 
     site: gp.Site
@@ -61,23 +61,23 @@ class Piece:
 
     @property
     def numbers(self) -> int:
-        """Of the weight."""
+        """The number of parameters of the weight."""
         return self.site.groups * self.site.out_features * self.site.in_features
 
     @property
     def copies(self) -> int:
-        """How many of them make one small model."""
+        """The number of copies in the small model."""
         size = self.numbers * np.dtype(self.site.dtype).itemsize
-        wanted = math.ceil(ENOUGH_MACS / max(self.macs, 1))
-        return max(1, min(COPIES, wanted, COPIED_BYTES // max(size, 1)))
+        needed = math.ceil(ENOUGH_MACS / max(self.macs, 1))
+        return max(1, min(COPIES, needed, COPIED_BYTES // max(size, 1)))
 
     def inputs(self, seed: int = 0) -> dict[str, Array]:
-        """Random inputs."""
+        """Return random inputs."""
         rng = np.random.default_rng(seed)
         return {name: _drawn(rng, shape, dtype) for name, (dtype, shape) in self.feeds.items()}
 
     def model(self, form: gp.Form | None = None, rank: int = 0) -> bytes:
-        """The small model, serialized: dense, or split in a form at a rank."""
+        """Return the serialized small model, dense or split in a form at a rank."""
         made = _copied(self, 0 if form is None else self.numbers)
         if form is not None:
             records = gp.split(made, lambda site: _factors(site, form, rank))
@@ -87,12 +87,12 @@ class Piece:
 
 
 def pieces(model: ir.Model, inputs: Inputs, macs: Mapping[str, int]) -> Iterator[tuple[gp.Site, Piece | str]]:
-    """Every site of the model with its piece, or the reason why it cannot be timed alone.
+    """Yield every site of the model with its piece, or with the reason why it cannot be timed alone.
 
     Args:
-        model: the dense model; weights are not read.
-        inputs: of the nodes that ran, for the batch that counts.
-        macs: of the nodes, for the same batch.
+        model: dense model; its weights are not read.
+        inputs: inputs of the executed nodes, for the batch to time.
+        macs: multiply-accumulates of the nodes, for the same batch.
     """
     nodes = {node.name or node.outputs[0].name: node for node in model.graph}
     for site in gp.find_sites(model):
@@ -100,7 +100,7 @@ def pieces(model: ir.Model, inputs: Inputs, macs: Mapping[str, int]) -> Iterator
             continue
         node = nodes.get(site.node)
         if site.nested or node is None:
-            yield site, "it stands in a subgraph or function"
+            yield site, "it is in a subgraph or function"
         elif site.node not in inputs:
             yield site, "it never ran on the inputs"
         else:
@@ -137,7 +137,7 @@ def _piece(model: ir.Model, site: gp.Site, node: ir.Node, inputs: Inputs, macs: 
 
 
 def _followers(node: ir.Node, inputs: Inputs) -> Iterator[ir.Node]:
-    """The element-wise nodes behind a node that take its output alone."""
+    """Yield the element-wise nodes after a node that are the only users of its output."""
     for _ in range(FOLLOWERS):
         if len(node.outputs) != 1 or node.outputs[0].is_graph_output():
             return
@@ -155,7 +155,7 @@ def _followers(node: ir.Node, inputs: Inputs) -> Iterator[ir.Node]:
 
 
 def _constant(value: ir.Value, depth: int = 6) -> list[ir.Node] | None:
-    """The nodes that make a value out of constants, in order; None where it depends on an input."""
+    """Return the nodes that compute a value from constants, in order; None if it depends on an input."""
     if value.const_value is not None or value.is_initializer():
         maker = value.producer()
         return [maker] if maker is not None else []
@@ -176,24 +176,24 @@ def _constant(value: ir.Value, depth: int = 6) -> list[ir.Node] | None:
 
 
 def _signature(site: gp.Site, chain: Sequence[ir.Node], feeds: Mapping[str, tuple[str, Shape]]) -> str:
-    """The small model in words that leave out every name."""
+    """Describe the small model without any names."""
     window = site.window
     moves = "" if window is None else f" k{_by(window.kernel)} s{_by(window.strides)} d{_by(window.dilations)}"
     pads = "" if window is None else f" p{window.pads if isinstance(window.pads, str) else _by(window.pads)}"
     weight = f"{site.groups}x{site.out_features}x{site.in_features} {site.dtype}"
     known: dict[ir.Value, str] = {}
-    words = []
+    described = []
     for node in chain:
         attributes = [f"{a.name}={a.value}" for a in sorted(node.attributes.values(), key=lambda a: a.name)]
         if node.op_type == "Constant":
             attributes = []
-        came = [_told(value, known, feeds) for value in node.inputs]
+        operands = [_operand(value, known, feeds) for value in node.inputs]
         known |= {value: f"#{len(known) + place}" for place, value in enumerate(node.outputs)}
-        words.append(f"{node.op_type}({', '.join([*came, *attributes])})")
-    return f"{site.op_type} {weight}{moves}{pads}: {'; '.join(words)}"
+        described.append(f"{node.op_type}({', '.join([*operands, *attributes])})")
+    return f"{site.op_type} {weight}{moves}{pads}: {'; '.join(described)}"
 
 
-def _told(value: ir.Value | None, known: Mapping[ir.Value, str], feeds: Mapping[str, tuple[str, Shape]]) -> str:
+def _operand(value: ir.Value | None, known: Mapping[ir.Value, str], feeds: Mapping[str, tuple[str, Shape]]) -> str:
     if value is None:
         return "-"
     if value in known:
@@ -209,8 +209,8 @@ def _by(numbers: Sequence[int]) -> str:
     return "x".join(map(str, numbers))
 
 
-def _copied(piece: Piece, blank: int) -> ir.Model:
-    """The dense small model; constants of so many numbers (the weight that a split replaces) of zeros, at no cost."""
+def _copied(piece: Piece, zero_size: int) -> ir.Model:
+    """Build the dense small model. Constants of `zero_size` elements are zero: a split replaces them anyway."""
     rng = np.random.default_rng(0)
     entries = {
         name: ir.Value(name=name, type=ir.TensorType(_word(dtype)), shape=ir.Shape(shape))
@@ -225,7 +225,7 @@ def _copied(piece: Piece, blank: int) -> ir.Model:
             for value in node.inputs:
                 if value is None or value in known or value.name in entries:
                     continue
-                known[value] = _weight(value, number, rng, blank)
+                known[value] = _weight(value, number, rng, zero_size)
                 weights.append(known[value])
             made = ir.Node(
                 node.domain,
@@ -251,8 +251,8 @@ def _copied(piece: Piece, blank: int) -> ir.Model:
     return ir.Model(graph, ir_version=piece.ir_version)
 
 
-def _weight(value: ir.Value, number: int, rng: np.random.Generator, blank: int) -> ir.Value:
-    """A copy's own constant: bounds and shapes as they are, weights and biases drawn; zeros, if of `blank` numbers."""
+def _weight(value: ir.Value, number: int, rng: np.random.Generator, zero_size: int) -> ir.Value:
+    """Return the constant of one copy: scalars and integers unchanged, other values random or zero."""
     stored = value.const_value
     assert stored is not None
     shape = tuple(int(n) for n in stored.shape.numpy())
@@ -262,13 +262,13 @@ def _weight(value: ir.Value, number: int, rng: np.random.Generator, blank: int) 
     if kept:
         array = stored.numpy()
     else:
-        array = np.zeros(shape, _numpy(dtype)) if math.prod(shape) == blank else _drawn(rng, shape, dtype)
+        array = np.zeros(shape, _numpy(dtype)) if math.prod(shape) == zero_size else _drawn(rng, shape, dtype)
     tensor = ir.Tensor(array, dtype=stored.dtype, name=name)
     return ir.Value(name=name, type=ir.TensorType(stored.dtype), shape=ir.Shape(shape), const_value=tensor)
 
 
 def _factors(site: gp.Site, form: gp.Form, rank: int) -> gp.Factors:
-    """Random factors, with the change of the bias that fitted ones bring."""
+    """Return random factors, with a change of the bias as fitted ones have."""
     rng = np.random.default_rng(1)
     rows, columns = site.shape(form)
     sizes = ((site.groups, rows, rank), (site.groups, rank, columns), (site.bias_size,))
@@ -277,7 +277,7 @@ def _factors(site: gp.Site, form: gp.Form, rank: int) -> gp.Factors:
 
 
 def _drawn(rng: np.random.Generator, shape: Shape, dtype: str) -> Array:
-    """Small random numbers of either sign; integers are 0 or 1."""
+    """Return small random numbers of either sign, or 0 and 1 for integers."""
     if dtype.startswith("int") or dtype.startswith("uint"):
         return np.asarray(rng.integers(0, 2, shape)).astype(dtype)
     if dtype == "bool":

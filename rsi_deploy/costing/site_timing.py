@@ -1,11 +1,11 @@
-"""Time every distinct site shape of a model, dense and split at a grid of ranks, within a budget of time.
+"""Time every distinct site shape of a model, dense and split at a grid of ranks, within a time budget.
 
-    pieces --> one cell a shape: dense, and every form at `timing_ranks` --> interleaved blocks --> SiteCost
+    pieces --> one cell per shape: dense, and every form at `timing_ranks` --> interleaved blocks --> SiteCost
 
-The loop is that of `bench` (`rsi_deploy.benchmark.blocks`): variants of a shape take turns in shuffled blocks, and the
-time goes to the shape whose intervals are widest, until all are as narrow as asked or the time is over. Shapes are
-taken in groups, so that their sessions fit into memory together. A shape gets the finest grid of ranks for which its
-share of the time allows enough blocks: a grid of which nothing can be said is time lost.
+The loop is that of `bench` (`rsi_deploy.benchmark.blocks`): the variants of a shape take turns in shuffled blocks, and
+the shape with the widest intervals is measured next, until all intervals are narrow enough or the time is over. Shapes
+are timed in groups whose sessions fit into memory together. Each shape gets the finest grid of ranks for which its
+share of the time allows enough blocks.
 """
 
 import time
@@ -18,7 +18,7 @@ import graph_passes as gp
 from rsi_deploy.benchmark.blocks import Cell, run_cells
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, Floats, compare
 from rsi_deploy.benchmark.timing import time_calls
-from rsi_deploy.benchmark.variants import Arm, Runtime
+from rsi_deploy.benchmark.variants import Runtime, Variant
 from rsi_deploy.core.progress import at
 from rsi_deploy.costing.cost_table import DETAILS, GROWTH, SiteCost, SplitTime, timing_ranks
 from rsi_deploy.costing.site_models import Piece
@@ -28,35 +28,35 @@ from rsi_deploy.runtime.sessions import make_session
 GROUP_BYTES = 2 << 30
 WARM_SECONDS = 0.005
 TURN_MS = 1.5
-"""Timed calls in a turn take about so long, at least one: many short turns see more of a busy machine than few long."""
-WANTED_BLOCKS = 1.5 * MIN_BLOCKS
-"""That a shape's time is to allow for: fewer than `MIN_BLOCKS` show nothing."""
+"""Approximate time of the timed calls in a turn. Many short turns sample a busy machine better than few long ones."""
+PLANNED_BLOCKS = 1.5 * MIN_BLOCKS
+"""Number of blocks that the time of a shape must allow; fewer than `MIN_BLOCKS` show nothing."""
 SESSION_SECONDS = 0.01
-"""For making a session of any size."""
+"""Approximate time to create a session of any size."""
 RATE, BANDWIDTH = 30e9, 8e9
-"""MACs and bytes a second, roughly: they share out the time before anything is measured."""
+"""Rough MACs and bytes per second, to divide the time before anything is measured."""
 
 Splits = tuple[tuple[gp.Form, int], ...]
 Progress = Callable[[str, int, int], None]
 
 
-class ShortTurns(Arm):
-    """An arm whose turns are short."""
+class ShortTurns(Variant):
+    """A variant with short turns."""
 
     def visit(self) -> Floats:
-        """One turn: an untimed call that brings caches and workers back, then the timed ones, ms."""
+        """Run an untimed call that warms caches and workers, then the timed ones, and return their times in ms."""
         self.call()
         return time_calls(self.call, max(1, round(TURN_MS / max(self.call_ms, 1e-3)))) / 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """A shape to be timed.
+class TimedShape:
+    """A site shape to time.
 
     Attributes:
-        piece: of it.
-        splits: that it is timed with.
-        coarser: what it is timed with instead where time or memory is short, finest first.
+        piece: piece of a site with this shape.
+        splits: splits to time.
+        coarser: alternatives to `splits` for short time or memory, from fine to coarse.
     """
 
     piece: Piece
@@ -65,7 +65,7 @@ class Wanted:
 
     @property
     def bytes(self) -> int:
-        """Of its sessions together, about: weights are held twice while they are rearranged."""
+        """The approximate memory of its sessions, which hold weights twice while rearranging them."""
         item = np.dtype(self.piece.site.dtype).itemsize
         numbers = self.piece.numbers * (1 + self.share_of(self.splits))
         inputs = sum(int(np.prod(shape)) for _, shape in self.piece.feeds.values())
@@ -73,38 +73,38 @@ class Wanted:
 
     @property
     def effort(self) -> float:
-        """Seconds for a block, roughly."""
+        """The approximate seconds of a block."""
         numbers = self.piece.copies * self.piece.numbers
         call = max(self.piece.copies * self.piece.macs / RATE, 4 * numbers / BANDWIDTH)
         return (1 + self.share_of(self.splits)) * call + (1 + len(self.splits)) * TURN_MS / 1e3
 
     def share_of(self, splits: Splits) -> float:
-        """Numbers of all these splits together over the weight's."""
+        """Return the parameters of all these splits over those of the weight."""
         site = self.piece.site
         return sum(site.groups * rank * sum(site.shape(form)) for form, rank in splits) / self.piece.numbers
 
-    def affordable(self, seconds: float, call_ms: float, making: float) -> "Wanted":
-        """The shape with the finest grid that can be judged in a time, and that fits into memory; else the coarsest.
+    def affordable(self, seconds: float, call_ms: float, making: float) -> "TimedShape":
+        """Return the shape with the finest grid that fits into a time and into memory, or with the coarsest grid.
 
         Args:
-            seconds: for making its sessions and for its blocks.
-            call_ms: of the dense small model.
-            making: seconds that the dense small model's session took.
+            seconds: time for its sessions and blocks.
+            call_ms: time of a call of the dense small model.
+            making: seconds that creating the session of the dense small model took.
         """
         for splits in (self.splits, *self.coarser):
             shape = replace(self, splits=splits)
             session = making * self.share_of(splits) + SESSION_SECONDS * len(splits)
-            if session + WANTED_BLOCKS * shape.block_seconds(call_ms) <= seconds and shape.bytes <= GROUP_BYTES:
+            if session + PLANNED_BLOCKS * shape.block_seconds(call_ms) <= seconds and shape.bytes <= GROUP_BYTES:
                 return shape
         return replace(self, splits=(self.splits, *self.coarser)[-1])
 
     def block_seconds(self, call_ms: float) -> float:
-        """Of a block, about, where a call of the dense small model takes so long."""
+        """Return the approximate seconds of a block, from the time of a call of the dense small model."""
         return (2 * call_ms * (1 + self.share_of(self.splits)) + TURN_MS * len(self.splits)) / 1e3
 
 
 def grid_of(site: gp.Site, growths: Mapping[int, float] = GROWTH) -> Splits:
-    """Every (form, rank) that a site is timed with: ranks that hold fewer numbers than the weight."""
+    """Return every (form, rank) to time at a site; all have fewer parameters than the weight."""
     found = []
     for form in site.forms:
         rows, columns = site.shape(form)
@@ -115,7 +115,7 @@ def grid_of(site: gp.Site, growths: Mapping[int, float] = GROWTH) -> Splits:
 
 
 def time_sites(
-    wanted: Sequence[Wanted],
+    shapes: Sequence[TimedShape],
     runtime: Runtime,
     *,
     seconds: float,
@@ -123,31 +123,31 @@ def time_sites(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[SiteCost]:
-    """The times of every shape.
+    """Time shapes.
 
     Args:
-        wanted: the shapes; all different.
-        runtime: where they run.
-        seconds: for all of them, making the sessions included; every shape gets about as many blocks as can show
-            anything, whatever the time.
-        precision: relative half width of the intervals that is narrow enough.
-        seed: of the order of turns.
-        progress: called with (signature, index, count) before each group of shapes.
+        shapes: distinct shapes.
+        runtime: provider and threads.
+        seconds: total time, including the creation of sessions. Every shape gets about `MIN_BLOCKS` blocks even if
+            that takes longer.
+        precision: relative half width of intervals that are narrow enough.
+        seed: random seed for the order of turns.
+        progress: function that is called with (signature, index, count) before each group of shapes.
 
     Raises:
-        UsageError: the provider does not run them.
+        UsageError: the provider does not run the small models.
         ModelError: a small model cannot be run.
     """
     end = time.monotonic() + seconds
-    left = sum(shape.effort for shape in wanted)
+    left = sum(shape.effort for shape in shapes)
     done: list[SiteCost] = []
-    for group in _groups(wanted):
+    for group in _groups(shapes):
         if progress is not None:
-            progress(group[0].piece.signature, len(done), len(wanted))
+            progress(group[0].piece.signature, len(done), len(shapes))
         effort = sum(shape.effort for shape in group)
         due = time.monotonic() + max(end - time.monotonic(), 0) * effort / left
         timed, cells = _opened(group, runtime, due)
-        least = sum(MIN_BLOCKS * s.block_seconds(c.arms[0].call_ms) for s, c in zip(timed, cells, strict=True))
+        least = sum(MIN_BLOCKS * s.block_seconds(c.variants[0].call_ms) for s, c in zip(timed, cells, strict=True))
         share = max(due - time.monotonic(), least)
         if run_cells(cells, seconds=share, precision=precision, seed=seed, progress=_at_share):
             raise KeyboardInterrupt
@@ -157,13 +157,13 @@ def time_sites(
 
 
 def _at_share(name: str, share: float) -> None:
-    """How much of the time for a group of shapes is over."""
+    """Report the share of the time for a group of shapes that is over."""
     at(name, round(100 * share), 100)
 
 
-def _groups(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
-    group: list[Wanted] = []
-    for shape in wanted:
+def _groups(shapes: Sequence[TimedShape]) -> Iterator[list[TimedShape]]:
+    group: list[TimedShape] = []
+    for shape in shapes:
         if group and sum(other.bytes for other in group) + shape.bytes > GROUP_BYTES:
             yield group
             group = []
@@ -172,41 +172,41 @@ def _groups(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
         yield group
 
 
-def _opened(group: Sequence[Wanted], runtime: Runtime, due: float) -> tuple[list[Wanted], list[Cell]]:
-    """The shapes with the grids that they can be timed with until `due`, and their cells."""
+def _opened(group: Sequence[TimedShape], runtime: Runtime, due: float) -> tuple[list[TimedShape], list[Cell]]:
+    """Choose the grids that can be timed until `due`, and return the shapes with their cells."""
     dense = [_dense(shape, runtime) for shape in group]
     seconds, effort = due - time.monotonic(), sum(shape.effort for shape in group)
     timed, cells = [], []
-    for shape, (arm, making) in zip(group, dense, strict=True):
-        chosen = shape.affordable(seconds * shape.effort / effort, arm.call_ms, making)
-        splits = [_arm(chosen.piece, form, rank, runtime) for form, rank in chosen.splits]
+    for shape, (variant, making) in zip(group, dense, strict=True):
+        chosen = shape.affordable(seconds * shape.effort / effort, variant.call_ms, making)
+        splits = [_variant(chosen.piece, form, rank, runtime) for form, rank in chosen.splits]
         timed.append(chosen)
-        cells.append(Cell(name=shape.piece.signature, arms=[arm, *splits]))
+        cells.append(Cell(name=shape.piece.signature, variants=[variant, *splits]))
     return timed, cells
 
 
-def _dense(shape: Wanted, runtime: Runtime) -> tuple[Arm, float]:
-    """The dense arm, and the seconds that it took to make."""
+def _dense(shape: TimedShape, runtime: Runtime) -> tuple[Variant, float]:
+    """Return the dense variant, and the seconds to create it."""
     piece = shape.piece
     proven_placement(piece.model(), runtime.provider, piece.inputs(), runtime.threads, runtime.allow_fallback)
     start = time.monotonic()
-    arm = _arm(piece, None, 0, runtime)
-    return arm, time.monotonic() - start
+    variant = _variant(piece, None, 0, runtime)
+    return variant, time.monotonic() - start
 
 
-def _arm(piece: Piece, form: gp.Form | None, rank: int, runtime: Runtime) -> Arm:
+def _variant(piece: Piece, form: gp.Form | None, rank: int, runtime: Runtime) -> Variant:
     feeds = piece.inputs()
     session = make_session(piece.model(form, rank), runtime.provider, runtime.threads, spin_between_runs=False)
     nothing = Placement(provider_nodes={}, memcpy_nodes=0, nodes={})
-    arm = ShortTurns(
+    variant = ShortTurns(
         label=f"{form or 'dense'} {rank}", model="", call=runtime.bound(session, feeds).call, placement=nothing
     )
-    arm.warm_up(WARM_SECONDS)
-    return arm
+    variant.warm_up(WARM_SECONDS)
+    return variant
 
 
-def _cost(shape: Wanted, cell: Cell, seed: int) -> SiteCost:
-    """What the blocks show."""
+def _cost(shape: TimedShape, cell: Cell, seed: int) -> SiteCost:
+    """Return the times that the blocks show."""
     blocks, copies = cell.medians(), shape.piece.copies
     dense = float(np.median(blocks[0]))
     times = []
@@ -223,11 +223,11 @@ def _cost(shape: Wanted, cell: Cell, seed: int) -> SiteCost:
     )
 
 
-def shapes_of(found: Mapping[str, Piece]) -> dict[str, Wanted]:
-    """Signature -> what is to be timed, each shape of a model once; those no rank of which saves are out."""
-    shapes: dict[str, Wanted] = {}
+def shapes_of(found: Mapping[str, Piece]) -> dict[str, TimedShape]:
+    """Return signature -> shape to time, without shapes that no rank makes smaller."""
+    shapes: dict[str, TimedShape] = {}
     for piece in found.values():
         splits, *coarser = (grid_of(piece.site, growths) for growths in DETAILS)
         if splits and piece.signature not in shapes:
-            shapes[piece.signature] = Wanted(piece=piece, splits=splits, coarser=tuple(coarser))
+            shapes[piece.signature] = TimedShape(piece=piece, splits=splits, coarser=tuple(coarser))
     return shapes

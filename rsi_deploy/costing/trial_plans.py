@@ -1,10 +1,10 @@
-"""Plans measured as whole models, to hold the sum of a cost table against: what fusions and caches make of it.
+"""Plans that are measured as whole models, to correct the sum of a cost table for fusions and caches.
 
-    a plan --> a model with blank factors --> beside the dense one, interleaved --> share of its time
+    a plan --> a model with zero-filled factors --> interleaved with the dense model --> share of its time
     scale = (1 - measured share) * dense time / sum of the sites' savings
 
-The trial plans of a new table split every site that a split makes faster: once at the rank whose time is nearest to
-half the dense one's, once to a quarter.
+The two trial plans of a new table split every site that has a faster split, at the rank whose time is nearest to a half
+or a quarter of the dense time.
 """
 
 import tempfile
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rsi_deploy.benchmark.latency import bench
-from rsi_deploy.benchmark.result import ArmResult, BenchResult
+from rsi_deploy.benchmark.result import BenchResult, VariantResult
 from rsi_deploy.benchmark.variants import Feeds
 from rsi_deploy.costing.cost_table import CostTable, ModelTime, PlanCheck, SiteCost
 from rsi_deploy.costing.zero_filled import Splits, write_zero_filled
@@ -24,7 +24,7 @@ PRECISION = 0.02
 
 
 def trial_plans(costs: Mapping[str, SiteCost]) -> list[dict[str, tuple[str, int]]]:
-    """The trial plans that differ from each other and from the dense model."""
+    """Return the trial plans, without duplicates and without the dense model."""
     plans: list[dict[str, tuple[str, int]]] = []
     for share in SHARES:
         plan = {}
@@ -39,12 +39,12 @@ def trial_plans(costs: Mapping[str, SiteCost]) -> list[dict[str, tuple[str, int]
 
 
 def with_model_time(table: CostTable, dense: Path, feeds: Feeds, plans: Sequence[Splits], seconds: float) -> CostTable:
-    """The table with the dense model's time, and its scale from these plans."""
+    """Measure the dense model and these plans, and return the table with its time and scale."""
     result = measured_plans(dense, feeds, plans, table.conditions.provider, table.conditions.threads, seconds)
     nanoseconds = round(1e6 * result.arms[0].median_ms)
     model = table.model.model_copy(update={"dense_nanoseconds": nanoseconds, "scale": 1.0})
     savings = [table.saving(plan) / nanoseconds for plan in plans]
-    shares = [share_of(arm) for arm in result.arms[1:]]
+    shares = [share_of(variant) for variant in result.arms[1:]]
     scale = fitted_scale(savings, [share for share, _ in shares])
     checks = tuple(
         PlanCheck(scale=1.0, predicted=1 - saving, measured=share, measured_interval=ends)
@@ -55,7 +55,7 @@ def with_model_time(table: CostTable, dense: Path, feeds: Feeds, plans: Sequence
 
 
 def fitted_scale(savings: Sequence[float], shares: Sequence[float]) -> float:
-    """The scale, by least squares over plans: `1 - share = scale * saving`; 1 without plans, never below 0.
+    """Fit the scale in `1 - share = scale * saving` by least squares over plans; 1 without plans, at least 0.
 
     >>> round(fitted_scale([0.5, 0.25], [0.6, 0.8]), 6)
     0.8
@@ -69,7 +69,7 @@ def fitted_scale(savings: Sequence[float], shares: Sequence[float]) -> float:
 def measured_plans(
     dense: Path, feeds: Feeds, plans: Sequence[Splits], provider: str, threads: int | None, seconds: float
 ) -> BenchResult:
-    """The dense model and blank models of these plans side by side."""
+    """Measure the dense model and zero-filled models of these plans, interleaved."""
     with tempfile.TemporaryDirectory(prefix=".trial-", dir=dense.parent) as folder:
         models = [Path(folder) / f"trial{number}.onnx" for number in range(len(plans))]
         for path, plan in zip(models, plans, strict=True):
@@ -86,9 +86,9 @@ def measured_plans(
         )
 
 
-def share_of(arm: ArmResult) -> tuple[float, tuple[float, float]]:
-    """An arm's time as a share of the first arm's, with its interval."""
-    assert arm.speedup is not None
-    assert arm.speedup_interval is not None
-    low, high = arm.speedup_interval
-    return 1 / arm.speedup, (1 / high, 1 / low)
+def share_of(variant: VariantResult) -> tuple[float, tuple[float, float]]:
+    """Return the time of a variant as a share of the first variant's time, with its interval."""
+    assert variant.speedup is not None
+    assert variant.speedup_interval is not None
+    low, high = variant.speedup_interval
+    return 1 / variant.speedup, (1 / high, 1 / low)

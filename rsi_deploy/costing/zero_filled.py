@@ -1,4 +1,4 @@
-"""A whole model split with factors of no content: as fast as the real one, made in a moment, without torch."""
+"""A whole model with zero-filled factors: as fast as the real one, and written at once, without torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,21 +11,21 @@ from rsi_deploy.io.onnx_file import release_weights_, write_onnx
 from rsi_deploy.io.onnx_reader import load_model
 
 Splits = Mapping[str, tuple[str, int]]
-"""Site name -> (form, rank) of those that are split."""
+"""Site name -> (form, rank) of the split sites."""
 
 
 def write_zero_filled(dense: Path, target: Path, splits: Splits) -> None:
-    """Write the model at `dense` with these splits, all their factors zeros, as `target`.
+    """Write the model at `dense` to `target` with these splits, whose factors are zero.
 
-    Zeros and not random numbers: what random factors make of a deep model may be denormal, and slow.
+    Random factors could give denormal activations in a deep model, which are slow.
     """
     model = load_model(dense)
 
     def source(site: gp.Site) -> gp.Factors | gp.Dense:
         if site.members or site_name(site.weight) not in splits:
             return gp.Dense(reason="stays")
-        told, rank = splits[site_name(site.weight)]
-        form = site.forms[0] if told == "first" else next(own for own in site.forms if own == told)
+        planned, rank = splits[site_name(site.weight)]
+        form = site.forms[0] if planned == "first" else next(form for form in site.forms if form == planned)
         rows, columns = site.shape(form)
         dtype = site.load(form).dtype
         left, right = np.zeros((site.groups, rows, rank), dtype), np.zeros((site.groups, rank, columns), dtype)

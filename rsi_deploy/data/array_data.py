@@ -204,12 +204,14 @@ def read_arrays(path: Path) -> dict[str, Array]:
         UsageError: The archive does not exist, is damaged or holds objects.
     """
     if not zipfile.is_zipfile(path):
-        raise UsageError(f"data: {path} is not an .npz file; write one with numpy.savez(path, images=..., labels=...)")
+        raise UsageError(
+            f"data: {path} is not an .npz file", hint="write one with numpy.savez(path, images=..., labels=...)"
+        )
     try:
         return read_npz(path)
     except (ValueError, OSError) as error:
         raise UsageError(
-            f"data: {path} cannot be read: {error}; copy it again, or write it with numpy.savez"
+            f"data: {path} cannot be read: {error}", hint="copy it again, or write it with numpy.savez"
         ) from error
 
 

@@ -73,7 +73,7 @@ class ArrowData:
         self._model_inputs, self._labelled = tuple(inputs), labelled
         self._choices = {"image": image, "label": label}
         if not len(self._table):
-            raise UsageError(f"data: {name} has no samples; give another file or split")
+            raise UsageError(f"data: {name} has no samples", hint="give another file or split")
         names = self._table.columns
         self._label = checked_columns([label], names, name)[0] if label else self._found_label()
         self._image = checked_columns([image], names, name)[0] if image else self._found_picture()
@@ -89,7 +89,7 @@ class ArrowData:
             is_file = is_picture(batch.schema.field(self._image).type)
             self.kind = "images" if is_file else classify_samples(self._array(batch, self._image), name)[0]
         elif not self.columns:
-            raise UsageError(f"data: {name} has no column of pictures or numbers; there are {', '.join(names)}")
+            raise UsageError(f"data: {name} has no column of pictures or numbers", hint=f"there are {', '.join(names)}")
 
     def for_inputs(self, specs: Sequence[InputSpec]) -> "ArrowData":
         """See `dataset.for_inputs`."""
@@ -163,8 +163,8 @@ class ArrowData:
                 yield name, file
             else:
                 raise UsageError(
-                    f"data: {name}: a row has neither the bytes of a picture nor a file in the table's folder"
-                    f"; store the pictures' bytes, or put the files into the folder"
+                    f"data: {name}: a row has neither the bytes of a picture nor a file in the table's folder",
+                    hint="store the pictures' bytes, or put the files into the folder",
                 )
 
     def _array(self, batch: Any, column: str) -> Array:

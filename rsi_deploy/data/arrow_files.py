@@ -47,7 +47,8 @@ class ArrowTable:
             if tuple(schema.names) != self.columns:
                 raise UsageError(
                     f"data: {file} has the columns {', '.join(schema.names)}, but {self.files[0]} "
-                    f"{', '.join(self.columns)}; store the same columns in every file"
+                    f"{', '.join(self.columns)}",
+                    hint="store the same columns in every file",
                 )
         types = {field.name: field.type for field in schemas[0]}
         self.pictures = tuple(name for name, kind in types.items() if is_picture(kind) and not _is_binary(kind))
@@ -56,7 +57,7 @@ class ArrowTable:
         self.classes = _class_names(schemas[0].metadata)
         self._rows = [self._row_count(file) for file in self.files]
         if sum(self._rows) > MOST_ROWS:
-            raise UsageError(f"data: {name} declares {sum(self._rows)} rows; the limit is {MOST_ROWS}")
+            raise UsageError(f"data: {name} declares {sum(self._rows)} rows", hint=f"the limit is {MOST_ROWS}")
 
     def __len__(self) -> int:
         return sum(self._rows)
@@ -87,7 +88,7 @@ class ArrowTable:
             except (pa.ArrowException, OSError) as error:
                 raise _unreadable(file, error) from error
             if missing:
-                raise UsageError(f"data: {file} has {missing} rows fewer than it declares; copy it again")
+                raise UsageError(f"data: {file} has {missing} rows fewer than it declares", hint="copy it again")
 
     def _schema(self, file: Path) -> Any:
         import pyarrow as pa
@@ -128,7 +129,7 @@ def table_files(path: Path, split: str = "") -> list[Path]:
         names = [str(entry.get("filename")) for entry in entries if isinstance(entry, dict)] if entries else []
         if not names or not all(is_inside(path / name, path) and (path / name).is_file() for name in names):
             raise UsageError(
-                f"data: {path} does not have all files that its state.json lists; copy the whole folder again"
+                f"data: {path} does not have all files that its state.json lists", hint="copy the whole folder again"
             )
         return [path / name for name in names]
     groups: dict[str, list[Path]] = {}
@@ -278,7 +279,7 @@ def _class_names(metadata: Any) -> dict[str, tuple[str, ...]]:
 
 def _unreadable(file: Path, error: Exception) -> UsageError:
     """Return the error for a file that cannot be read, on one line."""
-    return UsageError(f"data: {file} cannot be read: {' '.join(str(error).split())}; copy it again")
+    return UsageError(f"data: {file} cannot be read: {' '.join(str(error).split())}", hint="copy it again")
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -287,7 +288,7 @@ def _json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _unreadable(file, error) from error
     if not isinstance(found, dict):
-        raise UsageError(f"data: {file} is not what datasets.save_to_disk writes; save the data again")
+        raise UsageError(f"data: {file} is not what datasets.save_to_disk writes", hint="save the data again")
     return found
 
 
@@ -305,4 +306,4 @@ def _chosen(path: Path, split: str, splits: Sequence[str]) -> str:
 
 def _refuse_split(path: Path, split: str) -> None:
     if split:
-        raise UsageError(f"data: {path} has no splits, but got split={split}; leave it out")
+        raise UsageError(f"data: {path} has no splits, but got split={split}", hint="leave it out")

@@ -84,19 +84,19 @@ class CallableData:
             first = inputs if first is None else first
             if _names(inputs) != _names(first):
                 raise UsageError(
-                    f"data: {name} gives {_names(first)} in its first batch and {_names(inputs)} in a later one"
-                    f"; give the same inputs in every batch"
+                    f"data: {name} gives {_names(first)} in its first batch and {_names(inputs)} in a later one",
+                    hint="give the same inputs in every batch",
                 )
             self._samples += row_count(inputs)
             unlabelled += row_count(inputs) if own is None else 0
             labels += [] if own is None else [own]
             _feed(digest, inputs, own)
         if first is None:
-            raise UsageError(f"data: {name} gives no batches; it must return an iterable of (inputs, labels)")
+            raise UsageError(f"data: {name} gives no batches", hint="it must return an iterable of (inputs, labels)")
         if labels and unlabelled:
             raise UsageError(
-                f"data: {name} gives labels with some batches and none with {unlabelled} samples"
-                f"; give labels with every batch, or with none"
+                f"data: {name} gives labels with some batches and none with {unlabelled} samples",
+                hint="give labels with every batch, or with none",
             )
         self.labels: Labels | None = np.concatenate(labels) if labels else None
         self.columns: tuple[str, ...] = tuple(first) if isinstance(first, Mapping) else ()
@@ -152,9 +152,8 @@ class CallableData:
 
     def _refuse_change(self) -> None:
         raise UsageError(
-            f"data: {self._name} returns different samples at every call; it must return the same ones in the same "
-            "order "
-            f"(no shuffling, a fixed seed)"
+            f"data: {self._name} returns different samples at every call",
+            hint="it must return the same ones in the same order (no shuffling, a fixed seed)",
         )
 
     def _checked_batches(self) -> Iterator[tuple[Inputs, Labels | None]]:
@@ -172,7 +171,7 @@ class CallableData:
                 batch = next(iterator, None)
             except Exception as error:  # the user's code can raise anything
                 raise UsageError(
-                    f"data: {self._name} failed: {type(error).__name__}: {error}; repair the function"
+                    f"data: {self._name} failed: {type(error).__name__}: {error}", hint="repair the function"
                 ) from error
             if batch is None:
                 return
@@ -189,8 +188,8 @@ class CallableData:
             counts = {key: len(array) for key, array in inputs.items() if array.ndim}
             if len(set(counts.values())) != 1 or not min(counts.values()):
                 raise UsageError(
-                    f"data: {self._name}: all inputs of a batch must have the same number of samples, but got {counts}"
-                    f"; give an input without a batch axis as one number, or once for each sample"
+                    f"data: {self._name}: all inputs of a batch must have the same number of samples, but got {counts}",
+                    hint="give an input without a batch axis as one number, or once for each sample",
                 )
             samples = next(iter(counts.values()))
             inputs = {key: array if array.ndim else np.full(samples, array) for key, array in inputs.items()}
@@ -212,7 +211,8 @@ def _array(value: Any) -> Array:
         return np.asarray(value)
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"data: a batch holds {type(value).__name__}, which is not an array: {error}; give numpy arrays or tensors"
+            f"data: a batch holds {type(value).__name__}, which is not an array: {error}",
+            hint="give numpy arrays or tensors",
         ) from error
 
 
@@ -230,7 +230,7 @@ def _called(function: Callable[[], Any], name: str) -> Any:
     try:
         return function()
     except Exception as error:  # the user's code can raise anything
-        raise UsageError(f"data: {name} failed: {type(error).__name__}: {error}; repair the function") from error
+        raise UsageError(f"data: {name} failed: {type(error).__name__}: {error}", hint="repair the function") from error
 
 
 def _imported(spec: str) -> Callable[[], Any]:
@@ -241,11 +241,12 @@ def _imported(spec: str) -> Callable[[], Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"data: cannot import {module_name!r} of {spec}: {error}; data are a path, or package.module:function"
+            f"data: cannot import {module_name!r} of {spec}: {error}",
+            hint="data are a path, or package.module:function",
         ) from error
     except Exception as error:  # importing runs the user's code
         raise UsageError(
-            f"data: importing {module_name!r} failed: {type(error).__name__}: {error}; repair the module"
+            f"data: importing {module_name!r} failed: {type(error).__name__}: {error}", hint="repair the module"
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):

@@ -175,7 +175,8 @@ def checked_columns(names: Sequence[str], columns: Sequence[str], name: str) -> 
     """
     if absent := [column for column in names if column not in columns]:
         raise UsageError(
-            f"data: {name} has no column {', '.join(absent)}; there are {', '.join(columns) or 'no named columns'}"
+            f"data: {name} has no column {', '.join(absent)}",
+            hint=f"there are {', '.join(columns) or 'no named columns'}",
         )
     return tuple(names)
 
@@ -219,8 +220,8 @@ def stacked_pictures(
         shape = array.shape if shape is None else shape
         if array.shape != shape:
             raise UsageError(
-                f"data: {name} becomes {array.shape}, but the images before it {shape}; "
-                "make all equal with --resize HxW, or --resize N --crop HxW"
+                f"data: {name} becomes {array.shape}, but the images before it {shape}",
+                hint="make all equal with --resize HxW, or --resize N --crop HxW",
             )
         arrays.append(array)
     return np.stack(arrays)
@@ -267,7 +268,7 @@ def concatenate_inputs(pieces: Sequence[Inputs]) -> Inputs:
         return np.concatenate(pieces)  # type: ignore[arg-type]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UsageError(
-            f"data: the batches do not fit each other: {error}; pad or resize them to one shape"
+            f"data: the batches do not fit each other: {error}", hint="pad or resize them to one shape"
         ) from error
 
 
@@ -280,9 +281,13 @@ def read_image(source: Any, name: str) -> Array:
     try:
         return read_picture(source)
     except UnknownRangeError as error:
-        raise UsageError(f"data: {name} has {error}; store it with 8 or 16 bits a channel, or remove it") from error
+        raise UsageError(
+            f"data: {name} has {error}", hint="store it with 8 or 16 bits a channel, or remove it"
+        ) from error
     except ValueError as error:
-        raise UsageError(f"data: {name} cannot be read as an image: {error}; repair the file or remove it") from error
+        raise UsageError(
+            f"data: {name} cannot be read as an image: {error}", hint="repair the file or remove it"
+        ) from error
 
 
 def require_existing(path: Path) -> Path:
@@ -293,7 +298,8 @@ def require_existing(path: Path) -> Path:
     """
     if not path.exists():
         raise UsageError(
-            f"data: {path} does not exist; expected an .npz, .parquet or .arrow file, a folder of class folders or of "
-            f"a saved Hugging Face data set, or package.module:function"
+            f"data: {path} does not exist",
+            hint="expected an .npz, .parquet or .arrow file, a folder of class folders or of a saved Hugging Face "
+            "data set, or package.module:function",
         )
     return path

@@ -90,8 +90,8 @@ class Feeding:
             inputs = {names[0]: next(iter(inputs.values()))}
         if absent := [name for name in names if name not in inputs]:
             raise UsageError(
-                f"{self._option}: {self._model} takes {', '.join(absent)}, but a batch holds {', '.join(inputs)}"
-                f"; give an array for each input in every batch"
+                f"{self._option}: {self._model} takes {', '.join(absent)}, but a batch holds {', '.join(inputs)}",
+                hint="give an array for each input in every batch",
             )
         return {spec.name: self._input(inputs[spec.name], spec) for spec in self._specs}
 
@@ -118,8 +118,9 @@ class Feeding:
             another = _short_text(np.asarray(rows[differ][0]))
             raise UsageError(
                 f"{self._option}: {self._model} takes {spec} once for a whole run, as it has no batch axis, but the "
-                f"data have several values: {_short_text(known)} and {another}; store one for all samples, "
-                f"numpy.savez(..., {spec.name}={_short_text(known)}), or split the data by it"
+                f"data have several values: {_short_text(known)} and {another}",
+                hint=f"store one for all samples, numpy.savez(..., {spec.name}={_short_text(known)}), or split the "
+                "data by it",
             )
         return value
 
@@ -141,8 +142,9 @@ class Feeding:
             else "give data with an array or column of that name, or an .npz with images (or x)"
         )
         raise UsageError(
-            f"{self._option}: {self._model} has the input{'s' * (len(names) > 1)} {', '.join(names)}, but {present}"
-            f"{suggest_names(names, columns)}; {one_for_each}"
+            f"{self._option}: {self._model} has the input{'s' * (len(names) > 1)} {', '.join(names)}, but "
+            f"{present}{suggest_names(names, columns)}",
+            hint=one_for_each,
         )
 
 
@@ -176,15 +178,15 @@ def as_input(values: Array, spec: InputSpec, axis: int | None = 0, *, option: st
     actual = f"{values.dtype} ({', '.join(map(str, sizes))})"
     kinds = {values.dtype.kind, spec.dtype.kind}
     if values.dtype != spec.dtype and not any(kinds <= set(same) for same in ("f", "iub", "OU")):
-        raise UsageError(f"{option}: {model} takes {spec}, but the data are {actual}; {_other_type(values, spec)}")
+        raise UsageError(f"{option}: {model} takes {spec}, but the data are {actual}", hint=_other_type(values, spec))
     fits = has_shape(values.shape, spec.shape if axis is None else open_axis(spec.shape, axis))
     if not fits:
         raise UsageError(
-            f"{option}: {model} takes {spec}, but the data are {actual}; set --resize, --crop or --layout for "
-            f"pictures, or give data of that shape"
+            f"{option}: {model} takes {spec}, but the data are {actual}",
+            hint="set --resize, --crop or --layout for pictures, or give data of that shape",
         )
     if values.dtype.kind == "f" and np.isnan(values).any():
-        raise UsageError(f"{option}: the data for {spec.name} have NaN; remove those samples")
+        raise UsageError(f"{option}: the data for {spec.name} have NaN", hint="remove those samples")
     converted = values if is_text(spec.dtype) else values.astype(spec.dtype, copy=False)
     if kinds <= {"i", "u", "b"} and not np.array_equal(converted, values):
         raise UsageError(

@@ -42,13 +42,13 @@ class ImageFolderData:
         found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_system_file(entry.name))
         self.classes = tuple(found if classes is None else classes)
         if not found:
-            raise UsageError(f"data: {root} has no class folders; expected {root}/<class>/<image>.png")
+            raise UsageError(f"data: {root} has no class folders", hint=f"expected {root}/<class>/<image>.png")
         unknown = sorted(set(found) - set(self.classes))
         if unknown or len(set(self.classes)) != len(self.classes):
             raise UsageError(
-                f"data: the class list does not fit {root}: folders not in the list: {unknown or 'none'}, "
-                f"listed twice: {sorted({name for name in self.classes if self.classes.count(name) > 1}) or 'none'}"
-                f"; name every folder once in it"
+                f"data: the class list does not fit {root}: folders not in the list: {unknown or 'none'}, listed "
+                f"twice: {sorted({name for name in self.classes if self.classes.count(name) > 1}) or 'none'}",
+                hint="name every folder once in it",
             )
         self._root = root
         self._files: list[Path] = []
@@ -58,7 +58,9 @@ class ImageFolderData:
             self._files += files
             numbers += [number] * len(files)
         if not self._files:
-            raise UsageError(f"data: no images under {root}; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+            raise UsageError(
+                f"data: no images under {root}", hint=f"expected files ending in {', '.join(IMAGE_SUFFIXES)}"
+            )
         self.labels: Labels = np.asarray(numbers, np.int64)
 
     def __len__(self) -> int:
@@ -67,8 +69,8 @@ class ImageFolderData:
     def select(self, names: Sequence[str]) -> Dataset:
         """Raise UsageError: pictures have no columns."""
         raise UsageError(
-            f"data: {self._root} has pictures for one input, but the model takes {', '.join(names)}"
-            f"; give an .npz with one array for each of them"
+            f"data: {self._root} has pictures for one input, but the model takes {', '.join(names)}",
+            hint="give an .npz with one array for each of them",
         )
 
     def fingerprint(self) -> str:

@@ -59,8 +59,9 @@ class ModelPictures:
             layout = "NHWC" if axis == 1 else "NCHW"
             raise UsageError(
                 f"{model} takes {spec}, {known} channels at axis {axis}, but pictures have 1 (gray), 3 (RGB) or 4 "
-                f"(RGBA); add --layout {layout} if the channels are at axis {4 - axis}, or give ready inputs as "
-                f"float32 in an .npz"
+                "(RGBA)",
+                hint=f"add --layout {layout} if the channels are at axis {4 - axis}, or give ready inputs as float32 "
+                "in an .npz",
             )
         return cls(steps=steps, channels=known, shape=spec.shape, dtype=spec.dtype)
 

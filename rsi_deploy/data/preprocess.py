@@ -60,12 +60,13 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
     def _check(self) -> Self:
         if len(self.mean) != len(self.std):
             raise UsageError(
-                f"preprocessing: mean has {len(self.mean)} values and std has {len(self.std)}; give the same number "
-                "of both (mean 0 and std 1 leave a channel as it is)"
+                f"preprocessing: mean has {len(self.mean)} values and std has {len(self.std)}",
+                hint="give the same number of both (mean 0 and std 1 leave a channel as it is)",
             )
         if any(value == 0 for value in self.std):
             raise UsageError(
-                f"preprocessing: std divides, so no value may be zero, but got {self.std}; type 1 for no division"
+                f"preprocessing: std divides, so no value may be zero, but got {self.std}",
+                hint="type 1 for no division",
             )
         if not all(math.isfinite(value) for value in (self.scale, *self.mean, *self.std)):
             raise UsageError(
@@ -93,8 +94,8 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         ]
         if missing:
             raise UsageError(
-                f"{type(transform).__name__} has no {', '.join(missing)}; expected torchvision's "
-                "ImageClassification, e.g. ResNet18_Weights.DEFAULT.transforms()"
+                f"{type(transform).__name__} has no {', '.join(missing)}",
+                hint="expected torchvision's ImageClassification, e.g. ResNet18_Weights.DEFAULT.transforms()",
             )
         interpolation = transform.interpolation.value
         if interpolation not in ("nearest", "bilinear", "bicubic"):
@@ -120,7 +121,9 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the whole text"
-            raise UsageError(f"metadata {METADATA_KEY}: {where}: {first['msg']}; export the model again") from error
+            raise UsageError(
+                f"metadata {METADATA_KEY}: {where}: {first['msg']}", hint="export the model again"
+            ) from error
 
     @classmethod
     def stored(cls, metadata: Mapping[str, str]) -> Self | None:
@@ -160,8 +163,8 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         channels = images.shape[3]
         if len(self.mean) not in (0, 1, channels):
             raise UsageError(
-                f"mean and std have {len(self.mean)} values, but the images have {channels} channels"
-                f"; give one value for each channel"
+                f"mean and std have {len(self.mean)} values, but the images have {channels} channels",
+                hint="give one value for each channel",
             )
         if images.dtype == np.uint16:
             images = images / np.float32(257)
@@ -192,7 +195,7 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         try:
             array = picture_array(image)
         except UnknownRangeError as error:
-            raise UsageError(f"the image has {error}; scale its pixels to 8 or 16 bits first") from error
+            raise UsageError(f"the image has {error}", hint="scale its pixels to 8 or 16 bits first") from error
         array = array if image.mode == "RGBA" else array[..., :3]
         return np.asarray(self.apply(array[None])[0])
 
@@ -237,7 +240,8 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
         new_height, new_width = self.resized_size(height, width)
         if not 0 < new_height * new_width <= MOST_SIDE**2:
             raise UsageError(
-                f"an image of {height} x {width} would become {new_height} x {new_width}; set resize to (height, width)"
+                f"an image of {height} x {width} would become {new_height} x {new_width}",
+                hint="set resize to (height, width)",
             )
         if (new_height, new_width) == (height, width):
             return image

@@ -45,14 +45,16 @@ def sample_rows(
     likely = known or _other_counts(chosen, specs, axes)
     if labels is None and not likely and any(axis is not None for axis in axes.axes.values()):
         shapes = ", ".join(f"{key} {array.shape}" for key, array in chosen.items())
-        raise UsageError(f"data: {name} has {shapes}; expected one row per sample for each input: {list_specs(specs)}")
+        raise UsageError(
+            f"data: {name} has {shapes}", hint=f"expected one row per sample for each input: {list_specs(specs)}"
+        )
     samples = labels if labels is not None else max(likely, default=1)
     if known - {samples}:
         suffix = "" if labels is None else f" for {labels} labels"
         lengths = {key: count for key, count in counts.items() if count is not None}
         raise UsageError(
-            f"data: {name}: all inputs must have the same number of samples, but got {lengths}{suffix}"
-            f"; store one row per sample for each"
+            f"data: {name}: all inputs must have the same number of samples, but got {lengths}{suffix}",
+            hint="store one row per sample for each",
         )
     return {spec.name: _rows(chosen[spec.name], spec, axes.axes[spec.name], samples, name) for spec in specs}
 
@@ -66,8 +68,8 @@ def check_names(present: Sequence[str], names: Sequence[str], name: str) -> None
     if absent := [input_name for input_name in names if input_name not in present]:
         raise UsageError(
             f"data: {name} has no array for the input{'s' * (len(absent) > 1)} {', '.join(absent)}; it has "
-            f"{', '.join(present) or 'none'}{suggest_names(absent, present)}; store one array for each input under its "
-            f"name"
+            f"{', '.join(present) or 'none'}{suggest_names(absent, present)}",
+            hint="store one array for each input under its name",
         )
 
 
@@ -139,8 +141,8 @@ def _rows(array: Array, spec: InputSpec, axis: int | None, samples: int, name: s
             return _repeated(array, samples)
     what = "has no batch axis: give its value once, in that shape" if axis is None else f"has the batch at axis {axis}"
     raise UsageError(
-        f"data: {name}: the input {spec} {what}, but got {array.dtype} {array.shape} for {samples} samples"
-        f"; store one row per sample, or one array for all of them"
+        f"data: {name}: the input {spec} {what}, but got {array.dtype} {array.shape} for {samples} samples",
+        hint="store one row per sample, or one array for all of them",
     )
 
 

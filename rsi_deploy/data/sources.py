@@ -112,8 +112,8 @@ def split_choices(text: str) -> tuple[str, dict[str, str]]:
     pairs = [part.partition("=") for part in tail.split(",")]
     if not all(key and equals and value for key, equals, value in pairs):
         raise UsageError(
-            f"data: choices after the # must be KEY=VALUE, such as split=test,label=fine_label, but got {tail!r}"
-            f"; type {name}#split=NAME"
+            f"data: choices after the # must be KEY=VALUE, such as split=test,label=fine_label, but got {tail!r}",
+            hint=f"type {name}#split=NAME",
         )
     return name, {key: value for key, _, value in pairs}
 
@@ -130,7 +130,9 @@ def _refuse_unknown(path: str, choices: dict[str, str], known: Sequence[str]) ->
 
 def _refuse_classes(path: Path, classes: Sequence[str] | None) -> None:
     if classes is not None:
-        raise UsageError(f"data: {path} already has class numbers; a class list is only for folders of class folders")
+        raise UsageError(
+            f"data: {path} already has class numbers", hint="a class list is only for folders of class folders"
+        )
 
 
 def _class_list(file: str) -> list[str]:
@@ -138,7 +140,7 @@ def _class_list(file: str) -> list[str]:
         lines = read_document(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"data: the class list {file} cannot be read: {error}; write one class name per line"
+            f"data: the class list {file} cannot be read: {error}", hint="write one class name per line"
         ) from error
     return [line.strip() for line in lines if line.strip()]
 
@@ -147,4 +149,6 @@ def _need_pyarrow(location: Path) -> None:
     try:
         import pyarrow  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"data: reading {location} needs pyarrow; type: pip install 'rsi-deploy[data]'") from error
+        raise UsageError(
+            f"data: reading {location} needs pyarrow", hint="type: pip install 'rsi-deploy[data]'"
+        ) from error

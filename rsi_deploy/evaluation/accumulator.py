@@ -222,15 +222,15 @@ class Scorer:
         """Refuse an output that is neither class scores nor, with labels, one class id or ranking per sample."""
         if answer.dtype.kind == "f" and (answer.ndim != 2 or answer.shape[1] < 2):
             raise ModelError(
-                f"{name}: its first output must be class scores ({len(answer)}, classes), but it is {answer.shape}; "
-                "values are compared with a reference: rsi-deploy eval --reference DENSE.onnx --outputs values"
+                f"{name}: its first output must be class scores ({len(answer)}, classes), but it is {answer.shape}",
+                hint="values are compared with a reference: rsi-deploy eval --reference DENSE.onnx --outputs values",
             )
         is_single = self._is_ranked or answer.size == len(answer)
         if answer.dtype.kind != "f" and self._labels is not None and not is_single:
             raise ModelError(
-                f"{name}: with labels it must return class scores or one class id per sample, but it returns integers "
-                f"of shape {answer.shape}; compare them with a reference instead, on data without labels: "
-                "--reference DENSE.onnx"
+                f"{name}: with labels it must return class scores or one class id per sample, but it returns "
+                f"integers of shape {answer.shape}",
+                hint="compare them with a reference instead, on data without labels: --reference DENSE.onnx",
             )
 
     def _check_shapes(self, name: str, outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> None:
@@ -238,21 +238,21 @@ class Scorer:
             ours, theirs = self._answer(outputs).shape, self._answer(reference).shape
             if ours != theirs:
                 raise UsageError(
-                    f"{name} gives {ours[1]} classes, but the reference {self._names[0]} {theirs[1]}"
-                    f"; give the model that it was made from"
+                    f"{name} gives {ours[1]} classes, but the reference {self._names[0]} {theirs[1]}",
+                    hint="give the model that it was made from",
                 )
         actual, expected = ([array.shape for array in _floats(found).values()] for found in (outputs, reference))
         if self._with_values and actual != expected:
             raise UsageError(
-                f"{name} gives outputs {actual}, but the reference {self._names[0]} {expected}"
-                f"; give the model that it was made from"
+                f"{name} gives outputs {actual}, but the reference {self._names[0]} {expected}",
+                hint="give the model that it was made from",
             )
         if self._with_ids:
             ours, theirs = (_as_ids(self._answer(found)).shape for found in (outputs, reference))
             if 1 not in (ours[1], theirs[1]) and ours != theirs:
                 raise UsageError(
-                    f"{name} gives {ours[1]} class ids per sample, but the reference {self._names[0]} {theirs[1]}"
-                    f"; give the model that it was made from"
+                    f"{name} gives {ours[1]} class ids per sample, but the reference {self._names[0]} {theirs[1]}",
+                    hint="give the model that it was made from",
                 )
 
 
@@ -267,18 +267,18 @@ def check_labels(labels: Labels | None, class_names: Sequence[str], classes: int
     low, high = int(labels.min()), int(labels.max())
     if not classes:  # the model does not say how many classes it has
         if low < 0:
-            raise UsageError(f"{model} gives class ids, but the labels start at {low}; give labels of 0 or more")
+            raise UsageError(f"{model} gives class ids, but the labels start at {low}", hint="give labels of 0 or more")
         return
     if low < 0 or high >= classes:
         raise UsageError(
-            f"{model} has {classes} classes (0 to {classes - 1}), but the labels range from {low} to {high}"
-            f"; give data of these classes, or the model's own"
+            f"{model} has {classes} classes (0 to {classes - 1}), but the labels range from {low} to {high}",
+            hint="give data of these classes, or the model's own",
         )
     if class_names and len(class_names) != classes:
         raise UsageError(
-            f"{model} has {classes} classes, but the data name {len(class_names)} ({', '.join(class_names[:3])}"
-            f"{', ...' * (len(class_names) > 3)}), so their numbers differ; for class folders, list all "
-            f"{classes} classes in the model's order: DATA#classes=FILE, one per line"
+            f"{model} has {classes} classes, but the data name {len(class_names)} "
+            f"({', '.join(class_names[:3])}{', ...' * (len(class_names) > 3)}), so their numbers differ",
+            hint=f"for class folders, list all {classes} classes in the model's order: DATA#classes=FILE, one per line",
         )
 
 
@@ -286,7 +286,7 @@ def _check_finite(model: str, outputs: Mapping[str, Array]) -> None:
     for name, array in outputs.items():
         if not np.isfinite(array).all():
             raise ModelError(
-                f"{model}: its output {name} has NaN or infinite values; the model or its inputs are invalid"
+                f"{model}: its output {name} has NaN or infinite values", hint="the model or its inputs are invalid"
             )
 
 

@@ -229,8 +229,8 @@ class _Run:
         self.dataset = _opened(data, self.arms[-1])
         if self.dataset.labels is None and len(models) == 1:
             raise UsageError(
-                "the data have no labels and there is no reference: nothing to compare the answers with; give labels"
-                f"{_taken_labels(self.arms[-1])}, or a second model (eval: --reference DENSE.onnx)"
+                "the data have no labels and there is no reference: nothing to compare the answers with",
+                hint=f"give labels{_taken_labels(self.arms[-1])}, or a second model (eval: --reference DENSE.onnx)",
             )
         self.steps, self.notes = picture_steps(self.dataset, self.arms, preprocessing)
         self.feeding = Feeding(self.dataset, self.arms[-1].specs, self.steps, model=self.arms[-1].name)
@@ -282,8 +282,8 @@ def picture_steps(
     if dataset.kind != "images":
         if passed is not None:
             raise UsageError(
-                "the data are ready model inputs, so no preprocessing can apply; pass none (leave out --mean, --std, "
-                "--resize, --crop, --layout), or pictures"
+                "the data are ready model inputs, so no preprocessing can apply",
+                hint="pass none (leave out --mean, --std, --resize, --crop, --layout), or pictures",
             )
         return None, []
     subject = arms[-1]
@@ -296,8 +296,8 @@ def picture_steps(
     if all(_takes_raw(spec) for spec in subject.specs):
         return None, []
     raise UsageError(
-        f"{subject.name} takes {subject.specs[0]} and does not say how 8-bit images become that; pass a preprocessing "
-        f"(--mean, --std, ...), {else_do}"
+        f"{subject.name} takes {subject.specs[0]} and does not say how 8-bit images become that",
+        hint=f"pass a preprocessing (--mean, --std, ...), {else_do}",
     )
 
 

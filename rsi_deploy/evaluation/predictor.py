@@ -72,7 +72,8 @@ class Predictor:
             gives = ", ".join(f"{output.name}: {output.type}" for output in self._session.get_outputs())
             raise ModelError(
                 f"{self.name}: no output has floating numbers with one row per sample, or class ids; it returns "
-                f"{gives}; give a model that has one"
+                f"{gives}",
+                hint="give a model that has one",
             )
         return found
 

@@ -32,4 +32,4 @@ def sample_feeds(
     steps, _ = picture_steps(dataset, [arm], preprocessing, else_do)
     for feeds, _ in Feeding(dataset, arm.specs, steps, model=str(model)).batches(batch, batch):
         return feeds
-    raise UsageError(f"the data have no samples for {model}; give other data, or leave out --data")
+    raise UsageError(f"the data have no samples for {model}", hint="give other data, or leave out --data")

@@ -127,7 +127,8 @@ def checked_bound(
     if violations:
         raise GateError(
             f"softmax bound: {violations} of {len(norms)} samples exceed what ||W - left right|| = {delta_norm:.4g} "
-            f"allows at the head {site!r}; the model does not use the factors that were measured"
+            f"allows at the head {site!r}",
+            hint="the model does not use the factors that were measured",
         )
     ratio = np.divide(distances, bound, out=np.zeros_like(distances), where=bound > slack)
     return SoftmaxBound(

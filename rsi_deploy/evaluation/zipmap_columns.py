@@ -61,7 +61,7 @@ def class_numbers(labels: Labels | None, ids: ColumnClasses | None, model: str) 
     if strange := sorted(set(labels.tolist()) - columns.keys()):
         classes = ", ".join(map(str, ids[:10])) + ", ..." * (len(ids) > 10)
         raise UsageError(
-            f"{model} has the classes {classes}, but the data have the label {strange[0]}; give data with labels that "
-            "are among them"
+            f"{model} has the classes {classes}, but the data have the label {strange[0]}",
+            hint="give data with labels that are among them",
         )
     return np.array([columns[label] for label in labels.tolist()], np.int64)

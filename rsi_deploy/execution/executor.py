@@ -1,10 +1,10 @@
-"""Who computes on weights: this process, one after another, or others that are told ahead what will be asked.
+"""Who runs tasks on weights: this process, one after another, or workers that start before a result is needed.
 
-    FactorSource --Call(compute, weights, how)--> Here        loads the weights and computes, when it is asked
-                                              --> RayCrew     has workers compute ahead of the asking (`ray_executor`)
+    split_model --Task(compute, weights, how)--> LocalExecutor    loads the weights and computes, on request
+                                             --> RayExecutor      workers compute announced tasks in advance
 
-A call is a function of weights and settings alone, its random numbers drawn from (seed, site name): so who computes it,
-in what order and how often changes nothing in its result.
+A task is a function of weights and settings alone, and its random numbers depend on (seed, site name). Who runs it, in
+what order and how often changes nothing in its result.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -20,9 +20,9 @@ class Task:
 
     Attributes:
         compute: a function of a module, called `compute(*weights, **how)`.
-        weights: how each is loaded, `(groups, out, in)`, by a key that is the same wherever the same weight is meant.
+        weights: key -> loader of the weight `(groups, out, in)`; the same weight has the same key in every task.
         how: the other arguments.
-        announced: whether it was among those told ahead.
+        announced: whether the task is among those that were announced.
     """
 
     compute: Callable[..., Any]
@@ -32,36 +32,36 @@ class Task:
 
     @property
     def key(self) -> Hashable:
-        """What is computed of which weights: how depends on nothing else in one run."""
+        """What is computed of which weights; the other arguments follow from that within one run."""
         return self.compute.__name__, *self.weights
 
 
 class Executor(Protocol):
-    """What computes calls."""
+    """Runs tasks."""
 
-    def ahead(self, calls: Iterator[Task]) -> None:
-        """Be told what will be asked, about in this order; each call holds its weights until it is taken."""
+    def announce(self, tasks: Iterator[Task]) -> None:
+        """Take note of the tasks to come, roughly in order; a task holds its weights until it is taken."""
 
-    def made(self, call: Task) -> Any:
-        """The call's result.
+    def result(self, task: Task) -> Any:
+        """Return the task's result.
 
         Raises:
             ValueError, ModelError: as the function raises them.
         """
 
-    def done(self, *weights: Hashable) -> None:
-        """Be told that these weights will not be asked for again."""
+    def release(self, *weights: Hashable) -> None:
+        """Forget these weights: no task needs them again."""
 
 
 class LocalExecutor:
-    """This process."""
+    """Runs tasks in this process."""
 
-    def ahead(self, calls: Iterator[Task]) -> None:
-        """Nothing is computed ahead."""
+    def announce(self, tasks: Iterator[Task]) -> None:
+        """Do nothing: tasks run on request."""
 
-    def made(self, call: Task) -> Any:
-        """The call's result, computed now."""
-        return call.compute(*(load() for load in call.weights.values()), **call.how)
+    def result(self, task: Task) -> Any:
+        """Run the task and return its result."""
+        return task.compute(*(load() for load in task.weights.values()), **task.how)
 
-    def done(self, *weights: Hashable) -> None:
-        """Nothing is kept."""
+    def release(self, *weights: Hashable) -> None:
+        """Do nothing: no weight is held."""

@@ -1,14 +1,13 @@
-"""Finished work of a run that was killed, for the next one: exports of large models go on from it.
+"""Results of an interrupted run, kept on disk so that the next run of the same export continues from them.
 
-    FactorSource --Call--> KeepingCrew --> kept: read back, and checked
-                                       --> computed by the executor, then kept
-    Calibrator ---fitted-> the same for all factors of a fit together, once it is done
+    split_model --Task--> StoringExecutor --> stored: read back and checked
+                                          --> not stored: computed by another executor, then stored
+    Calibrator --fitted factors of all sites--> stored as a whole
 
-A result is kept in a file of its own, named for what it is of: the weights' names, the rank, the solver with its seed.
-All of them are for one model, machine and set of versions (`key.txt`); those of another are dropped. Since a call is a
-function of its weights and settings alone (`rsi_deploy.execution.executor`), what comes of kept results is what comes
-without, to the byte. Keeping writes the factors once more, which is little beside making them where weights are
-large: below `LARGE` bytes of weights nothing is kept.
+Each result has a file of its own, named by a hash of its task: the weights' names, the rank, the solver with its seed.
+A folder holds the results of one model, machine and set of versions (`key.txt`); results of another are deleted. A task
+is a function of its weights and settings alone, so an export from stored results gives the same bytes. Storing writes
+the factors once more; below `LARGE` bytes of weights that is not worth while, and nothing is stored.
 """
 
 import contextlib
@@ -38,7 +37,7 @@ from rsi_deploy.linalg.products.rates import processor, rates
 from rsi_deploy.linalg.solver import Factors
 
 LARGE = 64 * 2**20
-"""Bytes of a model's weights from which its finished sites are kept."""
+"""Bytes of a model's weights from which its results are stored."""
 
 PARTS = ("left", "right", "bias")
 UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, pydantic.ValidationError)
@@ -46,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 class _Fit(pydantic.BaseModel, extra="forbid"):
-    """What is no tensor of a site's fitted factors (`FittedSite`)."""
+    """A site's fitted factors (`FittedSite`) without their tensors."""
 
     form: Form
     response_error: float
@@ -56,14 +55,14 @@ class _Fit(pydantic.BaseModel, extra="forbid"):
 
 
 class _Stored(pydantic.BaseModel, extra="forbid"):
-    """What a file says beside its tensors.
+    """The metadata of a file.
 
     Attributes:
-        records: of the sites; None where the result has none.
-        one: whether the result has one record rather than a list of them.
-        rank: of a site, where that is the result.
-        fits: of fitted factors: name -> what is no tensor.
-        declined: site name -> why it was left out of a fit.
+        records: records of the sites; None for a result without records.
+        one: whether the result has one record rather than a list.
+        rank: a site's rank, for a result that is a rank.
+        fits: site name -> fitted factors without their tensors.
+        declined: site name -> reason why the fit left it out.
         checksums: CRC-32 of each tensor's bytes.
     """
 
@@ -77,12 +76,12 @@ class _Stored(pydantic.BaseModel, extra="forbid"):
 
 @dataclass(kw_only=True)
 class ResultStore:
-    """Results in a folder, which is made with the first of them.
+    """A folder of results, created with the first one.
 
     Attributes:
-        folder: where they lie.
-        key: what all of them are for.
-        reused: how many were taken from an earlier run.
+        folder: the folder.
+        key: identifies the model, machine and versions that the results hold for.
+        reused: number of results read back so far.
     """
 
     folder: Path
@@ -96,19 +95,19 @@ class ResultStore:
         remove(self.folder)
 
     def begun(self) -> Path:
-        """The folder, made and told what it is for where that was not so."""
+        """Create the folder with its key where it does not exist, and return it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "key.txt").is_file():
             write_text(self.folder / "key.txt", self.key, durable=False)
         return self.folder
 
-    def has(self, call: Task) -> bool:
-        """Whether there is a file for the call; `result` may still find it damaged."""
-        return self._path(_stored_key(call)).is_file()
+    def has(self, task: Task) -> bool:
+        """Return whether the task's result has a file; `result` may still find it damaged."""
+        return self._path(_stored_key(task)).is_file()
 
-    def result(self, call: Task) -> tuple[bool, Any]:
-        """Whether the call's result is kept, and the result."""
-        stored, tensors = self._read(_stored_key(call))
+    def result(self, task: Task) -> tuple[bool, Any]:
+        """Return whether the task's result is stored, and the result."""
+        stored, tensors = self._read(_stored_key(task))
         if stored is None:
             return False, None
         if not tensors:
@@ -116,18 +115,22 @@ class ResultStore:
         factors, records = Factors(tensors["left"], tensors["right"]), stored.records or []
         return True, (factors, records[0] if stored.one else records)
 
-    def keep(self, call: Task, result: Any) -> None:
-        """Keep a call's result: factors with one record or a list of them, a rank, or None."""
+    def keep(self, task: Task, result: Any) -> None:
+        """Store a task's result: factors with one record or a list of them, a rank, or None."""
         if not isinstance(result, tuple):
-            self._write(_stored_key(call), _Stored(rank=result), {})
+            self._write(_stored_key(task), _Stored(rank=result), {})
             return
         factors, records = result
         one = isinstance(records, SiteRecord)
         stored = _Stored(records=[records] if one else list(records), one=one)
-        self._write(_stored_key(call), stored, {"left": factors.left, "right": factors.right})
+        self._write(_stored_key(task), stored, {"left": factors.left, "right": factors.right})
 
     def fitted(self, wanted: Mapping[str, Any]) -> tuple[dict[str, FittedSite], dict[str, str]] | None:
-        """What a fit of these splits, name -> (form, rank), has made, and why sites were left out; None before it."""
+        """Return the stored fit of these splits and the reasons of sites that it left out; None without one.
+
+        Args:
+            wanted: site name -> (form, rank).
+        """
         stored, tensors = self._read(_stored_fit_key(wanted))
         if stored is None or stored.fits is None:
             return None
@@ -146,7 +149,7 @@ class ResultStore:
     def keep_fitted(
         self, wanted: Mapping[str, Any], fitted: Mapping[str, FittedSite], declined: Mapping[str, str]
     ) -> None:
-        """Keep what a fit has made."""
+        """Store the factors of a fit."""
         fits: dict[str, _Fit] = {}
         tensors: dict[str, Tensor] = {}
         for number, (name, fit) in enumerate(fitted.items()):
@@ -161,17 +164,17 @@ class ResultStore:
         self._write(_stored_fit_key(wanted), _Stored(fits=fits, declined=dict(declined)), tensors)
 
     def note(self) -> str:
-        """What a reader of the report should know."""
+        """Return the report's note about reused results, or ""."""
         if not self.reused:
             return ""
-        return f"{self.reused} finished steps were taken from an earlier run that was killed; their times are its own"
+        return f"{self.reused} finished steps come from an earlier run that was interrupted; so do their times"
 
-    def _path(self, told: str) -> Path:
-        return self.folder / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.safetensors"
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
-    def _read(self, told: str) -> tuple[_Stored | None, dict[str, Tensor]]:
-        """What is kept for this, with its tensors; None where nothing is, or it is damaged."""
-        path = self._path(told)
+    def _read(self, key: str) -> tuple[_Stored | None, dict[str, Tensor]]:
+        """Return the file's metadata and tensors; None where it is missing or damaged."""
+        path = self._path(key)
         if not path.is_file():
             return None, {}
         try:
@@ -179,71 +182,71 @@ class ResultStore:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             stored = _Stored.model_validate_json(metadata["stored"])
-            if metadata["told"] != told or {name: _checksum(t) for name, t in tensors.items()} != stored.checksums:
-                raise ValueError("the file is not what was written")
+            if metadata["key"] != key or {name: _checksum(t) for name, t in tensors.items()} != stored.checksums:
+                raise ValueError("the file is damaged")
         except UNREADABLE as error:
-            log.info("a kept result is made again: %s: %s", path.name, error)
+            log.info("a stored result is unreadable and is computed again: %s: %s", path.name, error)
             path.unlink(missing_ok=True)
             return None, {}
         self.reused += 1
         return stored, tensors
 
-    def _write(self, told: str, stored: _Stored, tensors: Mapping[str, Tensor]) -> None:
-        """Keep it, or do without: what cannot be kept is made again."""
+    def _write(self, key: str, stored: _Stored, tensors: Mapping[str, Tensor]) -> None:
+        """Store a result; one that cannot be stored is computed again by the next run."""
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         stored.checksums = {name: _checksum(tensor) for name, tensor in held.items()}
         text = stored.model_dump_json()
         if _Stored.model_validate_json(text) != stored:
-            return  # a number that JSON has no word for
+            return  # a number that JSON cannot hold
         try:
             self.begun()
-            with atomic_file(self._path(told), durable=False) as work:
-                save_file(held, work, metadata={"stored": text, "told": told})
+            with atomic_file(self._path(key), durable=False) as work:
+                save_file(held, work, metadata={"stored": text, "key": key})
         except (OSError, SafetensorError) as error:
-            log.info("a finished result is not kept: %s", error)
+            log.info("a result is not stored: %s", error)
 
 
 def key_of(source: str, device: torch.device, *more: object) -> str:
-    """What finished work holds for: the model, the versions, and all of the machine that may change a byte.
+    """Return the key of results: the model, the versions, and whatever of the machine may change a byte.
 
     Args:
-        source: what tells the model.
+        source: identifies the model.
         device: where factors are computed.
-        more: what else they depend on.
+        more: what else the results depend on.
     """
     machine = [torch.get_num_threads(), str(device), processor(), asdict(rates(device))]
     return json.dumps([__version__, torch.__version__, source, *machine, *map(str, more)])
 
 
 class StoringExecutor:
-    """A executor that computes what is not kept."""
+    """Takes results from a store, and has another executor compute the missing ones."""
 
-    def __init__(self, executor: Executor, finished: ResultStore) -> None:
-        self._executor, self._finished = executor, finished
+    def __init__(self, executor: Executor, store: ResultStore) -> None:
+        self._executor, self._store = executor, store
 
-    def ahead(self, calls: Iterator[Task]) -> None:
-        """Have the executor told of what is not kept."""
-        self._executor.ahead(call for call in calls if not self._finished.has(call))
+    def announce(self, tasks: Iterator[Task]) -> None:
+        """Announce the tasks that are not stored."""
+        self._executor.announce(task for task in tasks if not self._store.has(task))
 
-    def made(self, call: Task) -> Any:
-        """The call's result, kept or computed."""
-        was_kept = self._finished.has(call)
-        found, result = self._finished.result(call)
+    def result(self, task: Task) -> Any:
+        """Return the task's result, stored or computed."""
+        had_file = self._store.has(task)
+        found, result = self._store.result(task)
         if found:
             return result
-        result = self._executor.made(replace(call, announced=call.announced and not was_kept))
-        self._finished.keep(call, result)
+        result = self._executor.result(replace(task, announced=task.announced and not had_file))
+        self._store.keep(task, result)
         return result
 
-    def done(self, *weights: Hashable) -> None:
-        """Tell the executor."""
-        self._executor.done(*weights)
+    def release(self, *weights: Hashable) -> None:
+        """Release the weights in the other executor."""
+        self._executor.release(*weights)
 
 
-def _stored_key(call: Task) -> str:
-    """What a call computes, of what and how, in one text; what its records' times are says nothing of it."""
-    how = {name: _plain(value) for name, value in sorted(call.how.items())}
-    return repr((call.compute.__name__, list(call.weights), how))
+def _stored_key(task: Task) -> str:
+    """Return a text that identifies a task's result; the times in its records are left out."""
+    how = {name: _plain(value) for name, value in sorted(task.how.items())}
+    return repr((task.compute.__name__, list(task.weights), how))
 
 
 def _plain(value: Any) -> Any:

@@ -30,9 +30,7 @@ from rsi_deploy.exporting.keywords import ExportKeywords
 from rsi_deploy.exporting.latency_options import Timed
 from rsi_deploy.exporting.profile import Costing
 from rsi_deploy.exporting.run import ExportRun
-from rsi_deploy.exporting.steps import ExportSteps
-from rsi_deploy.io.bundle import atomic_folder
-from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
+from rsi_deploy.exporting.step_settings import StepSettings
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.planner import Filters
 from rsi_deploy.planning.request import RankRequest
@@ -44,7 +42,6 @@ from rsi_deploy.runtime.ray_connection import check_ray
 Progress = Callable[[str, int, int], None]
 
 
-@explains_broken_models
 def export(
     model: str | nn.Module | None,
     output: str | Path,
@@ -86,18 +83,7 @@ def export(
         raise UsageError("export takes a MODEL, or --from-sweep DIR --point N")
     config = ExportConfig.of(config, **settings, **picture_settings(preprocessing))
     run = export_run(model, config, progress=progress, command=command or "rsi_deploy.export(...)")
-    return make_bundle(run, output, config, force=force)
-
-
-def make_bundle(run: ExportRun, output: str | Path, config: ExportConfig, *, force: bool) -> Report:
-    """Make the bundle of a prepared export, whole or not at all.
-
-    Raises:
-        UsageError, ModelError, GateError: see `export`.
-    """
-    read = (config.weights, config.checkpoint, config.data, config.calib, config.feeds, config.plan, config.cost)
-    with atomic_folder(Path(output), force=force, inputs=(run.origin.model, *read)) as folder:
-        return run.made_in(folder)
+    return run.write_bundle(Path(output), force=force)
 
 
 def export_run(
@@ -147,7 +133,7 @@ def export_run(
     preprocessing = preprocessing_of(config)
     dataset = evaluation_data(config.data, preprocessing)
     return ExportRun(
-        job=ExportSteps(
+        job=StepSettings(
             settings=request.settings(
                 filters, solver, always_split=config.always_split, joint=config.joint, opset=config.opset
             ),
@@ -179,6 +165,7 @@ def export_run(
         max_output_error=config.max_output_error,
         keep_dense=config.keep_dense,
         allow_larger=config.allow_larger,
+        inputs=(config.weights, config.checkpoint, config.data, config.calib, config.feeds, config.plan, config.cost),
         command=command,
         recipe=recipe or recipe_text("export", model, config),
         kept=kept,

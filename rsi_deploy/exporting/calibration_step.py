@@ -7,28 +7,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy.typing as npt
-
-import graph_passes as gp
 from graph_passes.forms import Form
 from rsi_deploy.calibration.activations import FittedSite
 from rsi_deploy.calibration.calibration_data import CalibrationData, refuse_shared
 from rsi_deploy.core.errors import GateError, ModelError
-from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.progress import at_samples
 from rsi_deploy.core.sites import site_name
-from rsi_deploy.data.preprocess import Preprocessing
-from rsi_deploy.data.sources import Dataset
-from rsi_deploy.evaluation.accuracy import AccuracyResult, evaluate
+from rsi_deploy.evaluation.accuracy import evaluate
 from rsi_deploy.execution.result_store import ResultStore
 from rsi_deploy.exporting.cache import SweepCache
+from rsi_deploy.exporting.results import DenseModel
 from rsi_deploy.exporting.timed_export import TimedExport
 from rsi_deploy.io.onnx_file import file_bytes
-from rsi_deploy.io.onnx_reader import load_model
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
+from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import (
     Decisions,
@@ -44,7 +38,6 @@ from rsi_deploy.planning.knapsack import SiteOptions, smallest_cost
 from rsi_deploy.planning.planner import Decision, Filters, FixedPlanner, Planner, SitePlanner
 from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.planning.site_options import Calibration
-from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.shape_trace import trace_run
 
 Progress = Callable[[str, int, int], None]
@@ -54,59 +47,32 @@ ENOUGH_ROWS = 4
 """Rows of calibration data for every input of a site, below which a note says so."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CalibratedModel:
-    """The dense model that is calibrated.
-
-    Attributes:
-        path: its file.
-        size: of it.
-        macs: a sample, by node; of the products with its weight alone, not of the attention that a node has beside.
-        feeds: probe inputs, to count MACs with.
-        batch: samples in them.
-        accuracy: on the evaluation data, where there are some.
-    """
-
-    path: Path
-    size: Size
-    macs: Mapping[str, int]
-    feeds: Mapping[str, npt.NDArray[Any]]
-    batch: int
-    accuracy: AccuracyResult | None
-
-
 @dataclass(kw_only=True)
 class Calibrator:
-    """One export's decisions and fitted factors.
+    """Decides the sites of one export and fits their factors.
 
     Attributes:
-        request: what is asked for.
-        dense: the model.
-        planner: of the same rank everywhere, where that was asked for; else None.
-        filters: which sites are let through.
-        solver: of the singular subspaces.
-        steps: from pictures to inputs.
-        evaluation: labelled data, for `max_drop` and against shared samples.
+        request: what decides the ranks.
+        dense: the dense model.
+        planner: planner of the same rank everywhere; None where something else decides.
+        filters: sites that may be split.
+        solver: computes singular subspaces; the choice of rows takes its seed.
         write: writes a candidate as the final model is written.
-        provider: onnxruntime's.
-        seed: of the choice of rows.
+        provider: onnxruntime provider.
         progress: called before each site.
-        timing: what is known of time; None where it decides nothing.
+        timing: the times to plan with; None where they decide nothing.
         kept: what earlier exports of the same model and data have found; None without.
-        finished: what an earlier run of this export has finished before it was killed; None without.
-        notes: what a reader should know of the data.
+        finished: results of an interrupted run of this export; None without.
+        notes: notes on the data, for the report.
     """
 
     request: RankRequest
-    dense: CalibratedModel
+    dense: DenseModel
     planner: Planner | None
     filters: Filters
     solver: Solver
-    steps: Preprocessing | None
-    evaluation: Dataset | None
-    write: Callable[[Planned, Path], None]
+    write: Callable[[Planned, Path], SplitModel]
     provider: str
-    seed: int
     progress: Progress | None
     timing: TimedExport | None = None
     kept: SweepCache | None = None
@@ -122,15 +88,15 @@ class Calibrator:
             ModelError: NaN on the way, or a budget that no plan can meet.
             GateError: no model keeps `max_drop`.
         """
-        request, sites = self.request, self._sites()
+        request, dense, sites = self.request, self.dense, self.dense.sites
         if self.planner is not None:
             self.planner.check([(site_name(s.weight), s.out_features, s.in_features) for s in sites])
         self.filters.check([site_name(site.weight) for site in sites])
         decisions = None if request.plan is None else decide_by_plan(request.plan, sites, self.filters)
         if request.calib is not None:
             data = self.data()
-            if self.evaluation is not None and not request.allow_shared_data:
-                refuse_shared(data, self.evaluation, model_inputs(self.dense.path), self.steps)
+            if dense.dataset is not None and not request.allow_shared_data:
+                refuse_shared(data, dense.dataset, dense.inputs, dense.preprocessing)
             if request.is_fitted or request.is_searched:
                 return self._calibrated(data, decisions)
         if decisions is None:
@@ -139,13 +105,14 @@ class Calibrator:
         return self._made(decisions)
 
     def data(self) -> CalibrationData:
-        """The calibration data, opened.
+        """Open the calibration data.
 
         Raises:
-            UsageError: they do not fit the model.
+            UsageError: data that do not fit the model.
         """
-        assert self.request.calib is not None
-        return CalibrationData(self.request.calib, model_inputs(self.dense.path), self.steps, self.request.calib_size)
+        request, dense = self.request, self.dense
+        assert request.calib is not None
+        return CalibrationData(request.calib, dense.inputs, dense.preprocessing, request.calib_size)
 
     def _calibrated(self, data: CalibrationData, decisions: Decisions | None) -> Planned:
         """Decide what is not decided yet, and fit."""
@@ -178,18 +145,22 @@ class Calibrator:
         return made
 
     def _streams_of(self, data: CalibrationData) -> OnnxStreams:
-        """The model with the data; made once, as what `sensitivities` tells holds for every fit."""
+        """The model with the data; made once, for its sensitivities hold for every fit."""
+        dense = self.dense
         if self._streams is None:
             self._streams = OnnxStreams(
-                self.dense.path,
+                dense.path,
                 data.feeds,
                 data.samples,
                 wanted=lambda name: not self.filters.refusal(name),
-                macs=self.dense.macs,
+                # Of the products with weights alone, not of the attention that a node has beside.
+                macs={node: count - dense.attention_macs.get(node, 0) for node, count in dense.macs.items()},
                 provider=self.provider,
-                seed=self.seed,
+                seed=self.solver.seed,
                 before_ids=True,
                 sensitivities=None if self.kept is None else self.kept.sensitivities,
+                proto=dense.proto,
+                sites=dense.sites,
             )
         return self._streams
 
@@ -220,9 +191,9 @@ class Calibrator:
 
     def again(self, planner: SitePlanner) -> Planned:
         """The same with factors fitted anew, each to what the sites before it have become under these decisions."""
-        sites = self._sites()
         decisions = {
-            site_name(s.weight): planner.decide(site_name(s.weight), s.out_features, s.in_features) for s in sites
+            site_name(s.weight): planner.decide(site_name(s.weight), s.out_features, s.in_features)
+            for s in self.dense.sites
         }
         return self._calibrated(self.data(), decisions)
 
@@ -279,9 +250,9 @@ class Calibrator:
                 name: zero_filled(sites[name], *split) for name, split in planned_splits(decisions, streams).items()
             }
             planner = FixedPlanner(decisions=decisions, filters=self.filters)
-            with self._candidate(Planned(planner=planner, fitted=fitted)) as path:
+            with self._candidate(Planned(planner=planner, fitted=fitted)) as (path, split):
                 if budget.cost == "params":
-                    return gp.count_parameters(load_model(path))
+                    return split.params
                 if budget.cost == "bytes":
                     return file_bytes(path)
                 return sum(trace_run(path, self.dense.feeds).macs.values()) // self.dense.batch
@@ -317,25 +288,22 @@ class Calibrator:
         return best
 
     def _top1(self, made: Planned) -> float:
-        assert self.evaluation is not None
-        steps = self.steps if self.evaluation.kind == "images" else None
-        with self._candidate(made) as path:
-            result = evaluate(path, self.evaluation, preprocessing=steps, provider=self.provider, progress=at_samples)
+        dataset = self.dense.dataset
+        assert dataset is not None
+        steps = self.dense.preprocessing if dataset.kind == "images" else None
+        with self._candidate(made) as (path, _):
+            result = evaluate(path, dataset, preprocessing=steps, provider=self.provider, progress=at_samples)
         return result.top1 or 0.0
 
     @contextmanager
-    def _candidate(self, made: Planned) -> Iterator[Path]:
-        """A model written for a look at it."""
+    def _candidate(self, made: Planned) -> Iterator[tuple[Path, SplitModel]]:
+        """A model that is written to be measured, and deleted."""
         path = self.dense.path.with_name("candidate.onnx")
         try:
-            self.write(made, path)
-            yield path
+            yield path, self.write(made, path)
         finally:
             for file in (path, path.with_name(f"{path.name}.data")):
                 file.unlink(missing_ok=True)
-
-    def _sites(self) -> list[gp.Site]:
-        return [entry for entry in gp.find_sites(load_model(self.dense.path)) if isinstance(entry, gp.Site)]
 
 
 def remarks(streams: OnnxStreams, data: CalibrationData) -> list[str]:

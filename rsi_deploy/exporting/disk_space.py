@@ -1,9 +1,9 @@
-"""The room that an export takes on the disk while it runs, told as early as it can be.
+"""The space that an export takes on the disk while it runs, checked as early as possible.
 
 dense model             1 x its weights
 full-rank split         1 to 2 x    (the check of the surgery; all weights, and a square factor for each site)
 compressed model        up to 1 x
-finished sites          up to 1 x   (of large models, for a next run)
+results of large models up to 1 x   (for a next run, if this one is interrupted)
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from rsi_deploy.io.atomic import FULL_DISK
 from rsi_deploy.io.onnx_file import file_bytes
 
 MOST = 5
-"""Times the dense model's bytes, at the most."""
+"""Largest space, in times the dense model's bytes."""
 
 
-def check_room(folder: Path) -> None:
-    """Refuse to begin the long work where what it will write for certain does not fit.
+def check_space(folder: Path) -> None:
+    """Refuse to begin the long work where the full-rank split will not fit.
 
     Args:
-        folder: of the bundle in the making; the dense model is written.
+        folder: folder of the bundle in the making, with the dense model.
 
     Raises:
         OSError: less is free than the full-rank split takes.
@@ -36,8 +36,8 @@ def check_room(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def told_room(folder: Path) -> Iterator[None]:
-    """Have a full disk say how much an export of this model takes."""
+def states_space(folder: Path) -> Iterator[None]:
+    """Add to the error of a full disk how much space an export of this model takes."""
     try:
         yield
     except OSError as error:

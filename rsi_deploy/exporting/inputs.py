@@ -12,7 +12,6 @@ from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.dataset import UndecidedData
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset, open_undecided
-from rsi_deploy.io.onnx_file import read_onnx
 from rsi_deploy.runtime.feeds.shapes import named_shapes
 from rsi_deploy.runtime.feeds.user_feeds import read_feeds
 from rsi_deploy.torch_models.model_source import Source, load_source, source_of_module
@@ -55,11 +54,8 @@ class Origin:
             self.model, weights=self.weights, checkpoint=self.checkpoint, input_shape=self.shape, seed=self.seed
         )
 
-    def steps(self, source: Source) -> Preprocessing | None:
-        """Return the steps from 8-bit pictures to inputs: the model's own, with the fields that were set."""
-        own = source.preprocessing
-        if source.onnx is not None:
-            own = Preprocessing.stored(read_onnx(source.onnx).metadata_props)
+    def over(self, own: Preprocessing | None) -> Preprocessing | None:
+        """Return the model's own preprocessing with the fields that were set."""
         return self.preprocessing.over(own) if self.preprocessing else own
 
 

@@ -1,4 +1,4 @@
-"""The part that time has in an export: what is refused beforehand, and what the report says of it afterwards."""
+"""The part that time has in an export: requests that contradict themselves, and the report's record of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.costing.cost_cache import conditions_here
 from rsi_deploy.exporting.profile import Costing
-from rsi_deploy.exporting.slowdown_rollback import LastWord
+from rsi_deploy.exporting.results import Delivered
 from rsi_deploy.exporting.timed_export import TimedExport
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.request import RankRequest
@@ -16,17 +16,17 @@ from rsi_deploy.report.schema import TimingRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """Which part time has in an export, refused before any work where that contradicts itself.
+    """The part that time has in an export.
 
     Attributes:
         request: what decides the ranks.
-        cost: a table's file.
-        foreign: take one of another machine.
-        smaller_is_enough: no split must be faster.
+        cost: file of a cost table.
+        foreign: accept a table of another machine.
+        smaller_is_enough: splits need not be faster.
         measure: whether times are measured here.
 
     Raises:
-        UsageError: says what to type.
+        UsageError: options that contradict each other.
     """
 
     request: RankRequest
@@ -52,16 +52,14 @@ class Timed:
 
     @property
     def needs_table(self) -> bool:
-        """Whether a table decides anything."""
+        """Whether a cost table decides anything."""
         ruled = self.request.is_searched and self.measure and not self.smaller_is_enough
         return self.cost is not None or self.is_in_time or ruled
 
 
-def timing_record(
-    timing: TimedExport | None, word: LastWord | None, costing: Costing, predicted: float | None
-) -> TimingRecord | None:
-    """What the report says of time; None where it decided nothing."""
-    if timing is None and word is None:
+def timing_record(timing: TimedExport | None, delivered: Delivered, costing: Costing) -> TimingRecord | None:
+    """Return the report's record of time; None where time decided nothing."""
+    if timing is None and delivered.verdict is None:
         return None
     table = None if timing is None else timing.table
     return TimingRecord(
@@ -71,19 +69,19 @@ def timing_record(
         table_seconds=0.0 if timing is None else timing.seconds,
         dense_ns=0 if table is None else table.model.dense_nanoseconds,
         scale=1.0 if table is None else table.model.scale,
-        predicted=predicted,
+        predicted=delivered.predicted,
         checks=() if timing is None else tuple(timing.checks),
-        undone=() if word is None else tuple(word.undone),
-        last_word="not spoken: nothing was measured here" if word is None else word.words,
+        undone=delivered.undone,
+        last_word=delivered.verdict or "not spoken: nothing was measured here",
     )
 
 
 def missed_time(budget: Budget | None, latency: BenchResult) -> list[str]:
-    """That the finished model was shown to take longer than its budget of time, where it was.
+    """Return a note where the finished model is shown to exceed its budget of time; else no note.
 
     Args:
-        budget: what was asked for.
-        latency: of the dense and the finished model, side by side.
+        budget: budget of the export.
+        latency: measurement of the dense and the finished model, side by side.
     """
     dense, finished = latency.arms
     if budget is None or budget.cost != "nanoseconds" or finished.speedup_interval is None:
@@ -98,8 +96,8 @@ def missed_time(budget: Budget | None, latency: BenchResult) -> list[str]:
     ]
 
 
-def timing_notes(timing: TimedExport | None, word: LastWord | None) -> list[str]:
-    """What a reader must know of time, in words."""
+def timing_notes(timing: TimedExport | None, delivered: Delivered) -> list[str]:
+    """Return the report's notes on time."""
     notes = []
     if timing is not None and timing.is_foreign:
         where = timing.table.conditions
@@ -109,6 +107,6 @@ def timing_notes(timing: TimedExport | None, word: LastWord | None) -> list[str]
         )
     if timing is not None:
         notes += [*timing.table.notes, *timing.remarks]
-    if word is not None and word.undone:
-        notes.append(word.words)
+    if delivered.undone and delivered.verdict is not None:
+        notes.append(delivered.verdict)
     return notes

@@ -25,7 +25,7 @@ from rsi_deploy.core.units import parse_seconds
 from rsi_deploy.costing.cost_cache import CostCache, conditions_here
 from rsi_deploy.costing.cost_table import NOISY, CostTable, ModelTime, SiteCost
 from rsi_deploy.costing.site_models import Piece, pieces
-from rsi_deploy.costing.site_timing import Wanted, shapes_of, time_sites
+from rsi_deploy.costing.site_timing import TimedShape, shapes_of, time_sites
 from rsi_deploy.costing.trial_plans import trial_plans, with_model_time
 from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.io.atomic import write_text
@@ -200,7 +200,7 @@ class Costing:
         cache.keep_table(key, table)
         return table
 
-    def _timed(self, missing: Sequence[Wanted], seconds: float, progress: Progress | None) -> list[SiteCost]:
+    def _timed(self, missing: Sequence[TimedShape], seconds: float, progress: Progress | None) -> list[SiteCost]:
         runtime = Runtime(provider=self.provider, threads=self.threads)
         return time_sites(
             missing, runtime, seconds=max(seconds, 1.0), precision=self.precision, seed=self.seed, progress=progress

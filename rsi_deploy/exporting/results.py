@@ -1,59 +1,107 @@
-"""What the steps of an export find, each in one record that the later steps and the report take from.
+"""Records that the steps of an export pass on; none of them changes once it is made.
 
-Start (the dense model) --> Delivered (the compressed one) --> Checked (one held against the other)
+DenseModel --> Delivered (the compressed model) --> Verified (one compared with the other) --> report
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import onnx_ir as ir
+from onnx import ModelProto
+
+import graph_passes as gp
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.calibration.record import CalibrationRecord
+from rsi_deploy.core.model_size import Size
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset
 from rsi_deploy.evaluation.accuracy import AccuracyResult
-from rsi_deploy.evaluation.softmax_bound import SoftmaxBound
-from rsi_deploy.exporting.slowdown_rollback import LastWord
-from rsi_deploy.exporting.steps import Compressed, DenseFacts
-from rsi_deploy.report.schema import Accuracy, ProbeOutput, Verification
-from rsi_deploy.runtime.feeds.probe import Feeds
+from rsi_deploy.evaluation.softmax_bound import Head, SoftmaxBound
+from rsi_deploy.io.onnx_reader import graph_of
+from rsi_deploy.onnx_models.split import SplitModel
+from rsi_deploy.report.schema import Accuracy, ProbeOutput, Undone, Verification
+from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
+from rsi_deploy.runtime.feeds.values import Value
 from rsi_deploy.runtime.parity import OutputComparison
+from rsi_deploy.runtime.shape_trace import UncountedNode
 from rsi_deploy.torch_models.model_source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
-    """The dense model, written and looked at: what every later step starts from.
+class DenseModel:
+    """The dense model: written to a file, parsed and surveyed once, and run once on the probe inputs.
+
+    Its weights stay in the data file beside it and are memory-mapped when they are read.
 
     Attributes:
-        source: of it; a torch model is let go by now.
-        folder: of the bundle in the making.
-        steps: from pictures to inputs.
-        exporter: the dense model against its source, where it was made anew.
-        facts: its size, probe inputs, outputs and MACs.
-        dataset: the evaluation data for this model's inputs, where there are some.
-        accuracy: on them.
-        fed: what it is timed with; None where it could not be run.
+        source: the model it comes from, without its torch module.
+        folder: folder of the bundle in the making.
+        proto: the parsed file.
+        opset: opset of ONNX's own operators.
+        sites: its sites; each reads its own weight.
+        head: the classifier head, for its softmax bound; None without one, or without evaluation data.
+        preprocessing: from 8-bit pictures to inputs.
+        exporter: comparison with the source, where the dense model was converted from it.
+        weights_hash: sha256 of all weights.
+        size: the model's size as the user has it.
+        feeds: probe inputs.
+        examples: input name -> shape with one sample in the user's data, where the model leaves shapes open.
+        outputs: outputs on the probe inputs; None where the model could not be run.
+        batch: samples in the probe inputs.
+        macs: node name -> MACs a sample.
+        attention_macs: the part of `macs` that no factorization changes.
+        uncounted: nodes whose MACs are unknown.
+        dataset: evaluation data for this model's inputs.
+        accuracy: the model's accuracy on them.
+        notes: notes for the report.
     """
 
     source: Source
     folder: Path
-    steps: Preprocessing | None
+    proto: ModelProto
+    opset: int
+    sites: Sequence[gp.Site]
+    head: Head | None
+    preprocessing: Preprocessing | None
     exporter: OutputComparison | None
-    facts: DenseFacts
+    weights_hash: str
+    size: Size
+    feeds: Feeds
+    examples: Mapping[str, tuple[int, ...]]
+    outputs: list[Value] | None
+    batch: int
+    macs: Mapping[str, int]
+    attention_macs: Mapping[str, int]
+    uncounted: tuple[UncountedNode, ...]
     dataset: Dataset | None
     accuracy: AccuracyResult | None
-    fed: Feeds | None
+    notes: tuple[str, ...]
 
     @property
-    def dense(self) -> Path:
+    def path(self) -> Path:
         """The dense model's file."""
         return dense_file(self.folder)
 
     @property
-    def path(self) -> Path:
-        """The compressed model's file, to be."""
+    def target(self) -> Path:
+        """The compressed model's file."""
         return self.folder / "model.onnx"
+
+    @cached_property
+    def inputs(self) -> list[InputSpec]:
+        """The model's inputs.
+
+        Raises:
+            ModelError: an input is no tensor.
+        """
+        return model_inputs(self.proto, self.path.name)
+
+    def graph(self) -> ir.Model:
+        """Return a graph of the model to change; it is made from the parsed file."""
+        return new_graph(self.proto, self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,42 +109,55 @@ class Delivered:
     """The compressed model that is delivered.
 
     Attributes:
-        result: what its making knew.
-        predicted: its share of the dense model's time by the table, as first planned; None without a table.
-        latency: beside the dense model; None where nothing is measured here.
-        word: what the measurement has led to; None where it decides nothing.
+        split: its sites and nodes.
+        predicted: its share of the dense model's time by the cost table, as first planned; None without a table.
+        latency: measurement of both models; None where nothing is measured.
+        undone: splits that were undone, for the model was not measured faster with them.
+        verdict: what the measurement has led to; None where it decides nothing.
+        notes: notes for the report.
     """
 
-    result: Compressed
+    split: SplitModel
     predicted: float | None
     latency: BenchResult | None = None
-    word: LastWord | None = None
+    undone: tuple[Undone, ...] = ()
+    verdict: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """The compressed model, held against the dense one.
+    """The comparison of the compressed model with the dense one.
 
     Attributes:
         verification: the gates.
-        probe: its outputs on the probe inputs.
-        accuracy: of both on the evaluation data.
-        bound: on the softmax of a factorized head.
-        certified: how far it is from the dense model on the calibration data.
-        macs: a sample, by node.
+        probe: the compressed model's outputs on the probe inputs.
+        accuracy: accuracy of both on the evaluation data.
+        bound: bound on the softmax of a factorized head.
+        agreement: distance of both models on the calibration data.
+        macs: node name -> MACs a sample of the compressed model.
+        notes: notes for the report.
     """
 
     verification: Verification
     probe: tuple[ProbeOutput, ...]
     accuracy: Accuracy | None
     bound: SoftmaxBound | None
-    certified: CalibrationRecord | None
+    agreement: CalibrationRecord | None
     macs: Mapping[str, int]
+    notes: tuple[str, ...]
 
 
 def dense_file(folder: Path) -> Path:
-    """Where the dense model lies while a bundle is made in `folder`.
+    """Return the dense model's file while a bundle is made in `folder`.
 
-    Apart from the bundle, so that a compressed model that still leans on the dense one's data cannot load.
+    It lies apart from the bundle, so that a compressed model that still needs the dense one's data cannot load.
     """
     return folder / "work" / "dense.onnx"
+
+
+def new_graph(proto: ModelProto, path: Path) -> ir.Model:
+    """Return a new graph of a parsed file, which stays as it is."""
+    copy = ModelProto()
+    copy.CopyFrom(proto)
+    return graph_of(copy, path)

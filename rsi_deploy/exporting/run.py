@@ -1,68 +1,75 @@
-"""The run of one export: each step takes what the steps before it have found.
+"""The run of one export: each step takes the records of the steps before it, and returns its own.
 
-start --> timing --> calibrator --> delivered --> checked --> report and files
+dense model --> cost table --> calibrate and plan --> factorize and split --> measure --> verify --> report and files
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from rsi_deploy import __version__
 from rsi_deploy.benchmark.result import BenchResult
-from rsi_deploy.calibration.output_agreement import output_agreement
-from rsi_deploy.core.errors import RsiDeployError
-from rsi_deploy.data.dataset import for_inputs
-from rsi_deploy.data.feeding import errors_for_option
-from rsi_deploy.data.model_pictures import preset_note
+from rsi_deploy.core.errors import ModelError, RsiDeployError
+from rsi_deploy.core.types import Array
 from rsi_deploy.data.sources import Dataset
-from rsi_deploy.execution import result_store as resuming
-from rsi_deploy.execution.result_store import ResultStore
+from rsi_deploy.execution.executor import LocalExecutor
+from rsi_deploy.execution.result_store import LARGE, ResultStore, key_of
 from rsi_deploy.exporting.cache import SweepCache
-from rsi_deploy.exporting.calibration_step import CalibratedModel, Calibrator
-from rsi_deploy.exporting.disk_space import check_room, told_room
+from rsi_deploy.exporting.calibration_step import Calibrator
+from rsi_deploy.exporting.check_step import verified
+from rsi_deploy.exporting.dense_step import dense_model
+from rsi_deploy.exporting.disk_space import check_space, states_space
 from rsi_deploy.exporting.inputs import Origin
 from rsi_deploy.exporting.latency_options import Timed, missed_time
 from rsi_deploy.exporting.profile import Costing
-from rsi_deploy.exporting.results import Delivered, Start, Verified, dense_file
-from rsi_deploy.exporting.shared_factor_choice import JointOrApart
-from rsi_deploy.exporting.slowdown_rollback import LastWord, splits_of
-from rsi_deploy.exporting.steps import Compressed, ExportSteps
+from rsi_deploy.exporting.results import Delivered, DenseModel, dense_file
+from rsi_deploy.exporting.shared_factor_choice import stays_joint
+from rsi_deploy.exporting.slowdown_rollback import SlowdownRollback, splits_of
+from rsi_deploy.exporting.stage_clock import StageClock
+from rsi_deploy.exporting.step_settings import StepSettings
 from rsi_deploy.exporting.timed_export import TimedExport, timed_export
 from rsi_deploy.exporting.writer import Exported, write_files
-from rsi_deploy.io.bundle import finished_results_folder
+from rsi_deploy.io.bundle import atomic_folder, finished_results_folder
 from rsi_deploy.io.manifest import file_hash, fingerprint
+from rsi_deploy.io.onnx_checks.broken_models import explaining_broken_model
 from rsi_deploy.io.onnx_file import file_bytes, refuse_growth
+from rsi_deploy.onnx_models.split import SplitModel, split_model
 from rsi_deploy.planning.decide import Planned, refuse_uncounted
 from rsi_deploy.planning.planner import Filters
+from rsi_deploy.planning.settings import ExportSettings
 from rsi_deploy.report.schema import Report
-from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.shape_trace import uncounted_nodes
+
+FACTORIZE = "factorize, split, save"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRun:
-    """One export, with all that was asked of it.
+    """One export with its settings.
 
     Attributes:
-        job: its steps, with the settings they share.
-        origin: where the model is from.
-        timed: the part that time has, with what decides the ranks.
-        costing: how tables are made; the models are timed with its threads.
-        filters: which sites are let through.
-        dataset: labelled evaluation data, as they are before the model's inputs are known; None without.
-        bench_batch: samples a run while measuring.
-        bench_seconds: for the measurement.
+        job: settings that its steps share.
+        origin: where the model comes from.
+        timed: what decides the ranks, and the part that time has in it.
+        costing: how cost tables are made; the models are timed with its threads.
+        filters: sites that may be split.
+        dataset: labelled evaluation data; None without.
+        bench_batch: samples of a timed run.
+        bench_seconds: seconds for the measurement.
         max_output_error: gate on the approximation error; None only reports it.
         keep_dense: keep the dense model in the bundle.
         allow_larger: deliver a compressed model that is larger than the dense one, too.
-        command: for the report.
+        inputs: files that the export reads, which the bundle must not replace.
+        command: command line or call, for the report.
         recipe: the request, as recipe.toml holds it.
         kept: what earlier exports of the same model, data and settings have found; None without.
     """
 
-    job: ExportSteps
+    job: StepSettings
     origin: Origin
     timed: Timed
     costing: Costing
@@ -73,215 +80,243 @@ class ExportRun:
     max_output_error: float | None
     keep_dense: bool
     allow_larger: bool
+    inputs: tuple[object, ...]
     command: str
     recipe: str
     kept: SweepCache | None
 
-    def made_in(self, folder: Path) -> Report:
-        """Make the bundle in `folder`, which is there and empty; its report.
+    def write_bundle(self, output: Path, *, force: bool) -> Report:
+        """Write the bundle `output`, whole or not at all, and return its report.
+
+        Args:
+            output: the bundle's folder.
+            force: replace a bundle that is there.
 
         Raises:
-            UsageError: a request that does not fit the model or the data.
+            UsageError: `output` exists, or a request that does not fit the model or the data.
             ModelError: the model cannot be handled.
             GateError: a verification gate failed.
-            OSError: a full disk.
+            OSError: the disk is full.
         """
-        with told_room(folder):
-            start = self._start(folder)
-            facts = start.facts
-            refuse_uncounted(self.timed.request.budget, facts.size, uncounted_nodes(facts.uncounted))
-            if start.facts.outputs is not None:
-                check_room(folder)
-            self.job.finished = self._finished(start)
-            calibrator = self._calibrator(start, self._timing(start))
-            with _named(start.source.name, start.dense):
-                delivered = self._delivered(start, calibrator)
-            checked = self._checked(start, delivered, calibrator)
-            if self.job.finished is not None and (note := self.job.finished.note()):
-                self.job.notes.append(note)
-            exported = Exported(job=self.job, start=start, calibrator=calibrator, delivered=delivered, checked=checked)
+        clock, notes = StageClock(), list[str]()
+        with self._folder(output, force=force) as folder:
+            dense = self._dense(folder, clock)
+            refuse_uncounted(self.timed.request.budget, dense.size, uncounted_nodes(dense.uncounted))
+            if dense.outputs is not None:
+                check_space(folder)
+            feeds = None if dense.outputs is None else self.job.timing_feeds(dense, self.bench_batch)
+            store = self._result_store(dense)
+            calibrator = self._calibrator(dense, store, self._timing(dense, feeds, clock))
+            with _names(dense.source.name, dense.path):
+                with clock.stage("calibrate and plan"):
+                    planned = calibrator.planned()
+                split = self._split(dense)
+                with clock.stage(FACTORIZE), self.job.executor(store, notes) as executor:
+                    result = split(dense.graph(), planned.planner, fitted=planned.fitted, executor=executor)
+                if not (calibrator.timing is not None and calibrator.timing.delivers_dense):
+                    _refuse_nothing(result)
+
+                def compress(planned: Planned, **changed: Any) -> SplitModel:
+                    with clock.stage(FACTORIZE), self.job.executor(store, notes) as executor:
+                        again = partial(split, **changed)
+                        return again(dense.graph(), planned.planner, fitted=planned.fitted, executor=executor)
+
+                delivered = self._delivered(dense, calibrator, planned, result, compress, feeds, clock, notes)
+            checked = verified(
+                dense,
+                delivered.split,
+                clock,
+                provider=self.job.provider,
+                max_output_error=self.max_output_error,
+                preset=self.origin.preprocessing,
+                calibration=None if self.timed.request.calib is None else calibrator.data,
+                kept=self.kept,
+            )
+            exported = Exported(
+                job=self.job,
+                settings=self._settings(dense),
+                dense=dense,
+                calibrator=calibrator,
+                delivered=delivered,
+                checked=checked,
+                stages=tuple(clock.stages),
+                notes=() if store is None else tuple(filter(None, [store.note()])),
+            )
             report = exported.report(self.costing, self.command, self.recipe, keep_dense=self.keep_dense)
-            write_files(folder, report, start.path)
+            write_files(folder, report, dense.target)
             return report
 
-    def _start(self, folder: Path) -> Start:
-        """The dense model, written, held against its source and traced."""
-        job, kept = self.job, self.kept
-        with job.stage("load"):
+    @contextmanager
+    def _folder(self, output: Path, *, force: bool) -> Iterator[Path]:
+        """A folder that becomes `output`; errors explain an invalid model and a full disk."""
+        with (
+            explaining_broken_model(self.origin.model),
+            atomic_folder(output, force=force, inputs=(self.origin.model, *self.inputs)) as folder,
+            states_space(folder),
+        ):
+            yield folder
+
+    def _dense(self, folder: Path, clock: StageClock) -> DenseModel:
+        """The dense model, written, compared with its source and traced."""
+        with clock.stage("load"):
             source = self.origin.load()
-        steps = self.origin.steps(source)
-        dense = dense_file(folder)
-        dense.parent.mkdir()
-        known, size = (kept.accuracy(), kept.size()) if kept else (None, None)
-        with _named(source.name, dense):
-            exporter = job.export_dense(source, dense, steps, self.origin.opset)
-            with errors_for_option("--data"):
-                dataset = None if self.dataset is None else for_inputs(self.dataset, model_inputs(dense))
-            facts, accuracy = job.dense_facts(source, dense, dataset, steps, known, size)
+        kept = self.kept
+        size, accuracy = (kept.size(), kept.accuracy()) if kept else (None, None)
+        with _names(source.name, dense_file(folder)):
+            dense = dense_model(self.job, self.origin, source, folder, clock, self.dataset, size, accuracy)
         if kept is not None:
-            kept.keep_accuracy(accuracy)
-        fed = job.timing_feeds(dense, facts, self.bench_batch) if facts.outputs is not None else None
-        return Start(
-            source=source,
-            folder=folder,
-            steps=steps,
-            exporter=exporter,
-            facts=facts,
-            dataset=dataset,
-            accuracy=accuracy,
-            fed=fed,
-        )
+            kept.keep_accuracy(dense.accuracy)
+        return dense
 
-    def _of_pictures(self, start: Start, are_pictures: bool) -> list[str]:
-        """What the model's own preprocessing does to the size of the data, where they are pictures."""
-        return preset_note(start.steps, self.origin.preprocessing, start.source.name) if are_pictures else []
+    def _settings(self, dense: DenseModel) -> ExportSettings:
+        return self.job.settings.model_copy(update={"opset": dense.opset})
 
-    def _finished(self, start: Start) -> ResultStore | None:
-        """What an earlier run of this export has finished; None where the model is too small to keep anything."""
-        if start.facts.size.bytes < resuming.LARGE:
+    def _result_store(self, dense: DenseModel) -> ResultStore | None:
+        """Results of an interrupted run of this export; None where the model is too small to store any."""
+        if dense.size.bytes < LARGE:
             return None
         job, calib = self.job, self.timed.request.calib
-        told: list[object] = []
+        more: list[object] = []
         if calib is not None:
-            shapes = {name: array.shape for name, array in start.facts.feeds.items()}  # what MACs are counted on
-            told = [fingerprint(calib), job.settings.model_dump_json(), job.provider, shapes]
-        key = resuming.key_of(f"{job.source_hash} {file_hash(start.dense)}", job.device, *told)
-        return ResultStore(folder=finished_results_folder(start.folder), key=key)
+            shapes = {name: array.shape for name, array in dense.feeds.items()}  # what MACs are counted on
+            more = [fingerprint(calib), self._settings(dense).model_dump_json(), job.provider, shapes]
+        key = key_of(f"{dense.weights_hash} {file_hash(dense.path)}", job.device, *more)
+        return ResultStore(folder=finished_results_folder(dense.folder), key=key)
 
-    def _timing(self, start: Start) -> TimedExport | None:
+    def _timing(self, dense: DenseModel, feeds: dict[str, Array] | None, clock: StageClock) -> TimedExport | None:
         """The times to plan with; None where they decide nothing, or the model cannot be run."""
-        if not self.timed.needs_table or start.fed is None:
+        if not self.timed.needs_table or feeds is None:
             return None
-        with self.job.stage("cost table"):
+        with clock.stage("cost table"):
             return timed_export(
-                start.dense,
-                start.fed,
+                dense.path,
+                feeds,
                 self.costing,
                 cost=self.timed.cost,
                 foreign=self.timed.foreign,
                 must_be_faster=not self.timed.smaller_is_enough,
-                name=start.source.name,
+                name=dense.source.name,
                 command=self.command,
             )
 
-    def _calibrator(self, start: Start, timing: TimedExport | None) -> Calibrator:
+    def _calibrator(self, dense: DenseModel, store: ResultStore | None, timing: TimedExport | None) -> Calibrator:
         """What decides every site and fits the factors."""
-        job, request, facts = self.job, self.timed.request, start.facts
+        job, request, split = self.job, self.timed.request, self._split(dense)
+
+        def write(planned: Planned, path: Path) -> SplitModel:
+            again = partial(split, path=path, keep=(), progress=None)
+            return again(dense.graph(), planned.planner, fitted=planned.fitted, executor=LocalExecutor())
+
         return Calibrator(
             request=request,
-            dense=CalibratedModel(
-                path=start.dense,
-                size=facts.size,
-                macs={node: count - facts.attention_macs.get(node, 0) for node, count in facts.macs.items()},
-                feeds=facts.feeds,
-                batch=facts.batch,
-                accuracy=start.accuracy,
-            ),
+            dense=dense,
             planner=request.planner(self.filters, always_split=job.settings.always_split),
             filters=self.filters,
             solver=job.solver,
-            steps=start.steps,
-            evaluation=start.dataset,
-            write=lambda made, candidate: job.write(start.dense, candidate, made),
+            write=write,
             provider=job.provider,
-            seed=job.solver.seed,
             progress=job.progress,
             timing=timing,
             kept=self.kept,
-            finished=job.finished if job.finished is not None and fingerprint(request.calib) else None,
+            finished=store if store is not None and fingerprint(request.calib) else None,
         )
 
-    def _delivered(self, start: Start, calibrator: Calibrator) -> Delivered:
-        """The compressed model, written, and measured where that is asked for; its splits may be undone then."""
-        job, timing = self.job, calibrator.timing
-        with job.stage("calibrate and plan"):
-            made = calibrator.planned()
-        compress = partial(job.compress, start.dense, start.path, with_head=start.dataset is not None)
-        result = compress(made, may_be_dense=timing is not None and timing.delivers_dense)
-        self._refuse_growth(start, result)
-        if self._must_be_faster and start.fed is not None and not self._stays_joint(start, made, result):
-            compress = partial(compress, joint=False)
-            result = compress(made)
-        predicted = None if timing is None else timing.table.predicted(splits_of(result))
-        if start.fed is None or not self.timed.measure or (timing is not None and timing.is_foreign):
-            return Delivered(result=result, predicted=predicted)
-        if not self._must_be_faster:
-            return Delivered(result=result, predicted=predicted, latency=self._latency(start))
-        word = LastWord(
-            compress=partial(compress, may_be_dense=True),
-            measure=partial(self._latency, start),
-            refit=calibrator.again if self.timed.request.is_fitted else None,
-            dense=start.dense,
-            feeds=start.fed,
+    def _split(self, dense: DenseModel) -> "partial[SplitModel]":
+        """`split_model` with all that every compressed model of this export has in common."""
+        job = self.job
+        return partial(
+            split_model,
+            solver=job.solver,
+            path=dense.target,
+            metadata={
+                "rsi_deploy.version": __version__,
+                "rsi_deploy.settings": self._settings(dense).model_dump_json(),
+                "rsi_deploy.source_hash": dense.weights_hash,
+            },
+            joint=job.settings.joint,
+            progress=job.progress,
+            keep=() if dense.head is None else (dense.head.weight,),
+            device=job.device,
+        )
+
+    def _delivered(
+        self,
+        dense: DenseModel,
+        calibrator: Calibrator,
+        planned: Planned,
+        split: SplitModel,
+        compress: Callable[..., SplitModel],
+        feeds: dict[str, Array] | None,
+        clock: StageClock,
+        notes: list[str],
+    ) -> Delivered:
+        """Measure the compressed model where that is asked for, and undo what makes it slow."""
+        timing, timed = calibrator.timing, self.timed
+        must_be_faster = timed.measure and not self.job.settings.always_split and not timed.smaller_is_enough
+
+        def measure(reference: Path, candidate: Path) -> BenchResult:
+            with clock.stage("latency"):
+                return self.job.latency(
+                    dense, (reference, candidate), self.bench_batch, self.bench_seconds, self.costing.threads
+                )
+
+        self._refuse_growth(dense, split)
+        if must_be_faster and feeds is not None:
+            apart = partial(compress, planned, joint=False)
+            is_joint, words = stays_joint(
+                dense.target, dense.path.with_name("apart.onnx"), split, lambda path: apart(path=path, keep=()), measure
+            )
+            notes += words
+            if not is_joint:
+                compress = partial(compress, joint=False)
+                split = compress(planned)
+                _refuse_nothing(split)
+        predicted = None if timing is None else timing.table.predicted(splits_of(split))
+        if feeds is None or not timed.measure or (timing is not None and timing.is_foreign):
+            return Delivered(split=split, predicted=predicted, notes=tuple(notes))
+        if not must_be_faster:
+            latency = measure(dense.path, dense.target)
+            return Delivered(split=split, predicted=predicted, latency=latency, notes=tuple(notes))
+        rollback = SlowdownRollback(
+            compress=compress,
+            measure=partial(measure, dense.path, dense.target),
+            refit=calibrator.again if timed.request.is_fitted else None,
+            dense=dense.path,
+            feeds=feeds,
             costing=self.costing,
             table=None if timing is None else timing.table,
         )
-        _, result, latency = word.spoken(made, result)
-        self._refuse_growth(start, result)
-        job.notes += missed_time(self.timed.request.budget, latency)
-        return Delivered(result=result, predicted=predicted, latency=latency, word=word)
-
-    def _refuse_growth(self, start: Start, result: Compressed) -> None:
-        """Refuse a split model that is larger than the user's, unless that was asked for."""
-        is_asked_for = self.allow_larger or self.job.settings.always_split
-        if not is_asked_for and any(site.rank for site in result.split.sites):
-            refuse_growth(file_bytes(start.path), start.facts.size.bytes, start.source.name)
-
-    @property
-    def _must_be_faster(self) -> bool:
-        """Whether times measured here decide what is delivered."""
-        return self.timed.measure and not self.job.settings.always_split and not self.timed.smaller_is_enough
-
-    def _stays_joint(self, start: Start, made: Planned, result: Compressed) -> bool:
-        """Whether what shares a right factor is not measured faster with one each."""
-
-        def compress(path: Path) -> Compressed:
-            return self.job.compress(start.dense, path, made, with_head=False, joint=False)
-
-        def measure(first: Path, second: Path) -> BenchResult:
-            return self.job.latency(
-                first, second, start.facts, self.bench_batch, self.bench_seconds, self.costing.threads
-            )
-
-        choice = JointOrApart(compress=compress, measure=measure, apart=start.dense.with_name("apart.onnx"))
-        stays = choice.is_joint(start.path, result)
-        self.job.notes += [choice.words] if choice.words else []
-        return stays
-
-    def _latency(self, start: Start) -> BenchResult:
-        """Dense and compressed side by side."""
-        return self.job.latency(
-            start.dense, start.path, start.facts, self.bench_batch, self.bench_seconds, self.costing.threads
+        split, latency, undone, verdict = rollback.outcome(planned, split)
+        self._refuse_growth(dense, split)
+        notes += missed_time(timed.request.budget, latency)
+        return Delivered(
+            split=split, predicted=predicted, latency=latency, undone=undone, verdict=verdict, notes=tuple(notes)
         )
 
-    def _checked(self, start: Start, delivered: Delivered, calibrator: Calibrator) -> Verified:
-        """The delivered model held against the dense one: outputs, accuracy, calibration data, MACs."""
-        job, dense, path, result = self.job, start.dense, start.path, delivered.result
-        verification, probe = job.verify(dense, path, result, start.facts, start.exporter, self.max_output_error)
-        job.notes += self._of_pictures(start, start.dataset is not None and start.dataset.kind == "images")
-        accuracy, bound = job.accuracy(dense, path, result, start.dataset, start.steps, start.accuracy)
-        record, kept = None, self.kept
-        if self.timed.request.calib is not None and start.facts.outputs is not None:
-            with job.stage("certificate"):
-                known = None if kept is None else kept.answers
-                data = calibrator.data()
-                record, answers = output_agreement(dense, path, data, job.provider, known)
-                job.notes += self._of_pictures(start, data.are_pictures) + data.notes()
-                if kept is not None:
-                    kept.answers = answers
-        return Verified(
-            verification=verification,
-            probe=probe,
-            accuracy=accuracy,
-            bound=bound,
-            certified=record,
-            macs=job.macs(path, start.facts),
-        )
+    def _refuse_growth(self, dense: DenseModel, split: SplitModel) -> None:
+        """Refuse a split model that is larger than the user's, unless the user allows it."""
+        is_allowed = self.allow_larger or self.job.settings.always_split
+        if not is_allowed and any(site.rank for site in split.sites):
+            refuse_growth(file_bytes(dense.target), dense.size.bytes, dense.source.name)
+
+
+def _refuse_nothing(split: SplitModel) -> None:
+    """Refuse a model without any split."""
+    if any(site.rank for site in split.sites):
+        return
+    names: dict[str, list[str]] = {}
+    for site in split.sites:
+        names.setdefault(site.reason, []).append(site.name)
+    words = [f"{reason} ({', '.join(who[:3])}{', ...' * (len(who) > 3)})" for reason, who in names.items()]
+    if any(reason.startswith("overridable") for reason in names):
+        words.append("add --assume-constant if nobody feeds those weights")
+    listed = "; ".join(words) or "the graph has no weight-bearing node"
+    raise ModelError(f"nothing to split: {listed}; rsi-deploy inspect shows every site")
 
 
 @contextmanager
-def _named(name: str, dense: Path) -> Iterator[None]:
-    """What is wrong with the dense model's file is said of the model that the user named."""
+def _names(name: str, dense: Path) -> Iterator[None]:
+    """Name the user's model in errors about the dense model's file."""
     try:
         yield
     except RsiDeployError as error:

@@ -1,32 +1,33 @@
-"""The last word on an export is the finished model's: shown faster than dense, or its splits are undone.
+"""Measure the finished model, and undo splits where it is not faster than the dense one.
 
 measured faster?  -- yes --> delivered
       | no
-undo the splits that save nothing alone; then, each time, the half that saves least; measure again
+undo the splits that save nothing alone; in later rounds the half that saves least; measure again
       | none left
 the dense model is delivered, and the report says so
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
 from rsi_deploy.benchmark.variants import Feeds, Runtime
 from rsi_deploy.costing.cost_table import CostTable
-from rsi_deploy.costing.site_timing import Wanted, time_sites
+from rsi_deploy.costing.site_timing import TimedShape, time_sites
 from rsi_deploy.exporting.profile import Costing
-from rsi_deploy.exporting.steps import Compressed
+from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.decide import Planned
 from rsi_deploy.planning.planner import Decision, SitePlanner
 from rsi_deploy.report.schema import Undone
 
 UNDONE = "undone: the finished model was not measured faster with it"
 SURE = 0.05
-"""Relative half width of the speedup's interval above which the report speaks of noise."""
+"""Relative half width of the speedup's interval above which the report mentions noise."""
 SECONDS = 10.0
-"""For the times of the splits alone, where no table has them."""
+"""Seconds for the times of single splits, where no table has them."""
 
 Splits = dict[str, tuple[str, int]]
 
@@ -36,7 +37,7 @@ class Without:
     """A planner whose splits of some sites are undone.
 
     Attributes:
-        planner: whose decisions hold for the others.
+        planner: decides the other sites.
         undone: names of sites that stay dense.
     """
 
@@ -45,77 +46,88 @@ class Without:
 
     @property
     def always_split(self) -> bool:
-        """As the planner says."""
+        """Whether the planner splits where nothing is saved, too."""
         return self.planner.always_split
 
     def decide(self, name: str, out_features: int, in_features: int) -> Decision:
-        """What the planner says, or dense."""
+        """Return the planner's decision, or dense."""
         decision = self.planner.decide(name, out_features, in_features)
         if name in self.undone and decision.rank is not None:
             return Decision(rank=None, reason=UNDONE)
         return decision
 
     def check(self, sites: Iterable[tuple[str, int, int]]) -> None:
-        """As the planner does."""
+        """Check the sites as the planner does."""
         self.planner.check(sites)
 
 
-@dataclass(kw_only=True)
-class LastWord:
+class Outcome(NamedTuple):
+    """What is delivered after the rollback.
+
+    Attributes:
+        split: the model's split.
+        latency: its measurement beside the dense model.
+        undone: splits that were undone.
+        verdict: what the measurement has led to, in words.
+    """
+
+    split: SplitModel
+    latency: BenchResult
+    undone: tuple[Undone, ...]
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowdownRollback:
     """Measures the finished model, and undoes splits until it is faster or dense.
 
     Attributes:
-        compress: writes the model of some plan.
-        measure: dense and compressed side by side.
-        refit: fits the factors of a plan again, after some of its splits were undone.
-        dense: the dense model.
-        feeds: that splits alone are timed with.
-        costing: how.
-        table: with their times, where there is one.
-        undone: what was undone.
-        words: what came of it.
+        compress: writes the model of a plan.
+        measure: measures the dense and the compressed model side by side.
+        refit: fits the factors of a plan again, after some of its splits were undone; None where nothing is fitted.
+        dense: the dense model's file.
+        feeds: inputs that splits alone are timed with.
+        costing: how splits are timed.
+        table: cost table, where there is one.
     """
 
-    compress: Callable[[Planned], Compressed]
+    compress: Callable[[Planned], SplitModel]
     measure: Callable[[], BenchResult]
     refit: Callable[[SitePlanner], Planned] | None
     dense: Path
     feeds: Feeds
     costing: Costing
     table: CostTable | None
-    undone: list[Undone] = field(default_factory=list)
-    words: str = ""
 
-    def spoken(self, made: Planned, result: Compressed) -> tuple[Planned, Compressed, BenchResult]:
-        """The plan, the model and the measurement that are delivered."""
-        latency, splits, savings = self.measure(), splits_of(result), None
-        asked = dict(splits)
+    def outcome(self, planned: Planned, split: SplitModel) -> Outcome:
+        """Measure the model of a plan, undo splits while it is not faster, and return what is delivered."""
+        latency, splits, savings = self.measure(), splits_of(split), None
+        first = dict(splits)
         while splits and not is_faster(latency):
             savings = savings if savings is not None else self._savings(splits)
-            splits = kept(splits, savings, first=splits == asked)
-            made, result, latency = self._again(made, asked, splits)
-        if splits and splits != asked and self.refit is not None:
-            made = self.refit(Without(planner=made.planner, undone=frozenset(asked.keys() - splits.keys())))
-            result, latency = self.compress(made), self.measure()
+            splits = kept(splits, savings, first=splits == first)
+            planned, split, latency = self._again(planned, first, splits)
+        if splits and splits != first and self.refit is not None:
+            planned = self.refit(Without(planner=planned.planner, undone=frozenset(first.keys() - splits.keys())))
+            split, latency = self.compress(planned), self.measure()
             if not is_faster(latency):
                 splits = {}
-                made, result, latency = self._again(made, asked, splits)
-        for name in asked.keys() - splits.keys():
-            form, rank = asked[name]
-            saving = (savings or {}).get(name)
-            self.undone.append(Undone(site=name, form=form, rank=rank, saving_ns=saving))
-        self.words = _words(len(asked), len(splits), latency)
-        return made, result, latency
+                planned, split, latency = self._again(planned, first, splits)
+        undone = tuple(
+            Undone(site=name, form=first[name][0], rank=first[name][1], saving_ns=(savings or {}).get(name))
+            for name in first.keys() - splits.keys()
+        )
+        return Outcome(split, latency, undone, _words(len(first), len(splits), latency))
 
-    def _again(self, made: Planned, asked: Splits, splits: Splits) -> tuple[Planned, Compressed, BenchResult]:
-        """The model with these of the splits that were asked for, written and measured."""
-        planner = made.planner.planner if isinstance(made.planner, Without) else made.planner
-        less = Without(planner=planner, undone=frozenset(asked.keys() - splits.keys()))
-        made = Planned(planner=less, fitted=made.fitted)
-        return made, self.compress(made), self.measure()
+    def _again(self, planned: Planned, first: Splits, splits: Splits) -> tuple[Planned, SplitModel, BenchResult]:
+        """The model with these of its first splits, written and measured."""
+        planner = planned.planner.planner if isinstance(planned.planner, Without) else planned.planner
+        less = Without(planner=planner, undone=frozenset(first.keys() - splits.keys()))
+        planned = Planned(planner=less, fitted=planned.fitted)
+        return planned, self.compress(planned), self.measure()
 
     def _savings(self, splits: Splits) -> dict[str, int]:
-        """Nanoseconds that each split saves alone; 0 where it cannot be timed or was not shown faster."""
+        """Nanoseconds that each split saves alone; 0 where it cannot be timed or is not shown faster."""
         costs = {} if self.table is None else self.table.by_site()
         savings = {}
         for name, (form, rank) in splits.items():
@@ -128,12 +140,12 @@ class LastWord:
 
     def _timed(self, splits: Splits) -> dict[str, int]:
         found, _ = self.costing.pieces(self.dense, self.feeds)
-        shapes: dict[tuple[str, str, int], Wanted] = {}
+        shapes: dict[tuple[str, str, int], TimedShape] = {}
         for name, (form, rank) in splits.items():
             if name in found:
                 piece = found[name]
                 own = next(known for known in piece.site.forms if known == form)
-                shapes[(piece.signature, form, rank)] = Wanted(piece=piece, splits=((own, rank),))
+                shapes[(piece.signature, form, rank)] = TimedShape(piece=piece, splits=((own, rank),))
         runtime = Runtime(provider=self.costing.provider, threads=self.costing.threads)
         costs = time_sites(list(shapes.values()), runtime, seconds=SECONDS, precision=self.costing.precision)
         savings = {}
@@ -148,23 +160,23 @@ class LastWord:
 
 
 def is_faster(latency: BenchResult) -> bool:
-    """Whether the second arm was shown to be faster than the first."""
+    """Return whether the second arm is shown to be faster than the first."""
     ends = latency.arms[1].speedup_interval
     return ends is not None and latency.arms[1].blocks >= MIN_BLOCKS and direction(ends) > 0
 
 
-def splits_of(result: Compressed) -> Splits:
-    """Site name -> (form, rank) of what a written model has split."""
-    return {site.name: (site.form or "first", site.rank) for site in result.split.sites if site.rank is not None}
+def splits_of(split: SplitModel) -> Splits:
+    """Return site name -> (form, rank) of a model's splits."""
+    return {site.name: (site.form or "first", site.rank) for site in split.sites if site.rank is not None}
 
 
 def kept(splits: Splits, savings: Mapping[str, int], *, first: bool) -> Splits:
-    """The splits that stay in the next round.
+    """Return the splits that stay in the next round.
 
     Args:
-        splits: that are there.
-        savings: of each alone; 0 where none was shown.
-        first: whether none was undone so far: those that save nothing go first.
+        splits: the model's splits.
+        savings: nanoseconds that each saves alone; 0 where no saving is shown.
+        first: whether no split was undone so far: those that save nothing go first.
 
     Example:
         >>> kept({"a": ("gemm", 1), "b": ("gemm", 2), "c": ("gemm", 3)}, {"a": 5, "b": 0, "c": 9}, first=True)
@@ -178,23 +190,23 @@ def kept(splits: Splits, savings: Mapping[str, int], *, first: bool) -> Splits:
     return {name: split for name, split in splits.items() if name in useful}
 
 
-def _words(asked: int, left: int, latency: BenchResult) -> str:
-    """What came of it; a machine too noisy to decide is named, for the tie went to dense."""
-    told, width = latency.arms[1].verdict, latency.reached_precision
-    if left < asked and (width is None or width > SURE):
+def _words(first: int, left: int, latency: BenchResult) -> str:
+    """The outcome in words; they name the noise of a machine on which a tie went to the dense model."""
+    verdict, width = latency.arms[1].verdict, latency.reached_precision
+    if left < first and (width is None or width > SURE):
         noise = "too few blocks" if width is None else f"+-{100 * width:.0f} %"
-        told += f"; the machine is too noisy to tell small gains ({noise}; more --bench-seconds help)"
-    if not asked:
+        verdict += f"; the machine is too noisy to show small gains ({noise}; more --bench-seconds help)"
+    if not first:
         return "nothing is split: the dense model is delivered"
-    if left == asked:
-        return f"the finished model is measured faster than the dense one: {told}"
+    if left == first:
+        return f"the finished model is measured faster than the dense one: {verdict}"
     if left:
         return (
-            f"{asked - left} of {asked} splits were undone, for the model was not measured faster with them; what is "
-            f"left is {told}"
+            f"{first - left} of {first} splits were undone, for the model was not measured faster with them; what is "
+            f"left is {verdict}"
         )
-    noise = told.partition("; ")[2]
+    noise = verdict.partition("; ")[2]
     return (
-        f"the DENSE model is delivered: with none of its {asked} splits was it measured faster here"
+        f"the DENSE model is delivered: with none of its {first} splits was it measured faster here"
         f"{f' ({noise})' if noise else ''}. Where smaller is enough, add --allow-slower"
     )

@@ -1,4 +1,4 @@
-"""What is written of an export: its report, and the files of the bundle beside the model."""
+"""Write the report of an export, and the files of the bundle beside the model."""
 
 import datetime
 import shutil
@@ -11,16 +11,17 @@ from rsi_deploy.core.settings.recipe import RECIPE
 from rsi_deploy.exporting.calibration_step import Calibrator
 from rsi_deploy.exporting.latency_options import timing_notes, timing_record
 from rsi_deploy.exporting.profile import Costing
-from rsi_deploy.exporting.results import Delivered, Start, Verified, dense_file
-from rsi_deploy.exporting.steps import ExportSteps
+from rsi_deploy.exporting.results import Delivered, DenseModel, Verified, dense_file
+from rsi_deploy.exporting.step_settings import StepSettings
 from rsi_deploy.io.manifest import file_hash, write_manifest
 from rsi_deploy.io.onnx_file import file_bytes
-from rsi_deploy.onnx_models.split import with_macs
+from rsi_deploy.onnx_models.site_records import with_macs
 from rsi_deploy.planning.plan_file import write_plan
+from rsi_deploy.planning.settings import ExportSettings
 from rsi_deploy.report.card import model_card
 from rsi_deploy.report.pages.report import report_page
 from rsi_deploy.report.report_plan import plan_of
-from rsi_deploy.report.schema import Report, SourceRecord
+from rsi_deploy.report.schema import Report, SourceRecord, Stage
 from rsi_deploy.runtime.feeds.probe import feeds_fingerprint
 from rsi_deploy.runtime.machine import environment, peak_memory
 
@@ -30,63 +31,68 @@ class Exported:
     """An export whose steps are done.
 
     Attributes:
-        job: with its settings, and the times the steps took.
-        start: the dense model.
-        calibrator: with the times it planned with, and its notes.
+        job: settings of its steps.
+        settings: settings that shaped model.onnx.
+        dense: the dense model.
+        calibrator: the times it planned with, and its notes.
         delivered: the compressed model.
-        checked: one held against the other.
+        checked: comparison of both.
+        stages: times of the stages.
+        notes: further notes for the report.
     """
 
-    job: ExportSteps
-    start: Start
+    job: StepSettings
+    settings: ExportSettings
+    dense: DenseModel
     calibrator: Calibrator
     delivered: Delivered
     checked: Verified
+    stages: tuple[Stage, ...]
+    notes: tuple[str, ...]
 
     def report(self, costing: Costing, command: str, recipe: str, *, keep_dense: bool) -> Report:
-        """The report; what does not belong into the bundle is dropped with it, for the rest is hashed."""
-        job, start, delivered, checked = self.job, self.start, self.delivered, self.checked
-        facts, timing, source = start.facts, self.calibrator.timing, start.source
+        """Delete what does not belong to the bundle, hash the rest, and return the report."""
+        job, dense, delivered, checked = self.job, self.dense, self.delivered, self.checked
         return Report(
             tool=f"rsi-deploy {__version__}",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             command=command,
             recipe=recipe,
-            source=SourceRecord(model=source.name, hash=job.source_hash, notes=tuple(source.notes)),
-            settings=job.settings,
-            preprocessing=start.steps,
-            dense=facts.size,
+            source=SourceRecord(model=dense.source.name, hash=dense.weights_hash, notes=tuple(dense.source.notes)),
+            settings=self.settings,
+            preprocessing=dense.preprocessing,
+            dense=dense.size,
             compressed=self._size(),
-            sites=tuple(with_macs(delivered.result.split, facts.macs, checked.macs)),
+            sites=tuple(with_macs(delivered.split.sites, delivered.split.nodes, dense.macs, checked.macs)),
             verification=checked.verification,
-            calibration=checked.certified,
+            calibration=checked.agreement,
             softmax_bound=checked.bound,
             accuracy=checked.accuracy,
             latency=delivered.latency,
-            timing=timing_record(timing, delivered.word, costing, delivered.predicted),
-            probe_shapes={name: array.shape for name, array in facts.feeds.items()},
+            timing=timing_record(self.calibrator.timing, delivered, costing),
+            probe_shapes={name: array.shape for name, array in dense.feeds.items()},
             probe_given=job.given is not None,
             probe_fingerprint=None if job.given is None else feeds_fingerprint(job.given),
             probe=checked.probe,
-            files=_finish(start.folder, keep_dense=keep_dense),
-            stages=tuple(job.stages),
+            files=_finish(dense.folder, keep_dense=keep_dense),
+            stages=self.stages,
             peak_memory=peak_memory(),
             environment=environment(),
             notes=self._notes(),
         )
 
     def _size(self) -> Size:
-        """Of the compressed model."""
-        params, macs = self.delivered.result.params, sum(self.checked.macs.values())
-        return Size(bytes=file_bytes(self.start.path), params=params, macs=macs)
+        """Size of the compressed model."""
+        params, macs = self.delivered.split.params, sum(self.checked.macs.values())
+        return Size(bytes=file_bytes(self.dense.target), params=params, macs=macs)
 
     def _notes(self) -> tuple[str, ...]:
-        """What a reader should know, each once."""
-        of_time = timing_notes(self.calibrator.timing, self.delivered.word)
-        accuracy = self.start.accuracy
-        of_data = [] if accuracy is None else accuracy.notes
-        found = [*self.start.source.notes, *self.job.notes, *of_data, *self.calibrator.notes, *of_time]
-        return tuple(dict.fromkeys(found))
+        """All notes, each once."""
+        dense, accuracy = self.dense, self.dense.accuracy
+        notes = [*dense.source.notes, *dense.notes, *self.delivered.notes, *self.checked.notes, *self.notes]
+        notes += [] if accuracy is None else accuracy.notes
+        notes += [*self.calibrator.notes, *timing_notes(self.calibrator.timing, self.delivered)]
+        return tuple(dict.fromkeys(notes))
 
 
 def write_files(folder: Path, report: Report, model: Path) -> None:
@@ -101,7 +107,7 @@ def write_files(folder: Path, report: Report, model: Path) -> None:
 
 
 def _finish(folder: Path, *, keep_dense: bool) -> dict[str, str]:
-    """Drop what does not belong into the bundle and hash what stays."""
+    """Delete what does not belong to the bundle, and hash the model files that stay."""
     work = dense_file(folder).parent
     if keep_dense:
         for path in work.glob("dense.onnx*"):

@@ -230,8 +230,10 @@ def _locked(claim: OutputClaim) -> int:
         if got is None and not fresh:
             os.close(handle)
             raise UsageError(
-                f"{claim.place} exists, from a killed run or one that is still working; the file system has no locks "
-                f"to tell which. Remove it if no other run is active, or choose another folder"
+                f"{claim.place} exists, from a killed run or one that is still working (the file system has no locks "
+                "to "
+                "tell which)",
+                hint="remove it if no other run is active, or choose another folder",
             )
         if got is None or is_still_at(handle, path):
             with contextlib.suppress(OSError):  # on a full disk the process number is left out

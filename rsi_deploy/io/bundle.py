@@ -32,15 +32,15 @@ def check_target(path: Path, *, force: bool, inputs: Sequence[object] = ()) -> N
             cannot be replaced.
     """
     if path.is_file():
-        raise UsageError(f"{path} is a file; -o takes a folder")
+        raise UsageError(f"{path} is a file", hint="-o takes a folder")
     if path.is_dir() and any(path.iterdir()) and not force:
-        raise UsageError(f"{path} is not empty; choose another folder, or add --force to replace it")
+        raise UsageError(f"{path} is not empty", hint="choose another folder, or add --force to replace it")
     if path.is_mount() or path.resolve().parent == path.resolve():
-        raise UsageError(f"{path} is a mount point, which cannot be replaced; choose a folder inside it for -o")
+        raise UsageError(f"{path} is a mount point, which cannot be replaced", hint="choose a folder inside it for -o")
     parent = path.resolve().parent
     existing = next(p for p in (parent, *parent.parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UsageError(f"cannot write into {existing}; choose another folder for -o")
+        raise UsageError(f"cannot write into {existing}", hint="choose another folder for -o")
     for source in inputs:
         if isinstance(source, str | Path) and path.is_dir() and any(path.iterdir()):
             _check_input(path, source)
@@ -54,7 +54,7 @@ def _check_input(path: Path, source: str | Path) -> None:
     target, resolved = path.resolve(), Path(name).resolve()
     if resolved.is_relative_to(target) or (resolved.is_dir() and target.is_relative_to(resolved)):
         raise UsageError(
-            f"{path} contains {source}, which is an input: --force would remove it; choose another folder for -o"
+            f"{path} contains {source}, which is an input: --force would remove it", hint="choose another folder for -o"
         )
 
 

@@ -65,7 +65,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the state dict at `path` without wrappers and key prefixes."""
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"no checkpoint at {path}; expected a .safetensors or torch.save file")
+        raise UsageError(f"no checkpoint at {path}", hint="expected a .safetensors or torch.save file")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     while isinstance(content, Mapping) and not _is_state_dict(content):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)

@@ -34,15 +34,18 @@ def read_document(path: str | Path) -> str:
         content = file.read(DOCUMENT_BYTES + 1)
     if len(content) > DOCUMENT_BYTES:
         raise UsageError(
-            f"{path} has more than {DOCUMENT_BYTES >> 20} MiB, more than any document of rsi-deploy; check the path"
+            f"{path} has more than {DOCUMENT_BYTES >> 20} MiB, more than any document of rsi-deploy",
+            hint="check the path",
         )
     text = content.decode("utf-8")
     if found := _QUOTED.search(text):
-        raise UsageError(f"{path} has the text {found[0][:20]}... in place of a number; create it again")
+        raise UsageError(f"{path} has the text {found[0][:20]}... in place of a number", hint="create it again")
     try:
         json.loads(text, parse_constant=_constant, parse_int=_number, parse_float=_number)
     except _NumberError as error:
-        raise UsageError(f"{path} has the number {error}, which is out of range; create the document again") from None
+        raise UsageError(
+            f"{path} has the number {error}, which is out of range", hint="create the document again"
+        ) from None
     except (ValueError, RecursionError):
         pass  # invalid JSON: the caller reports it with more context
     return text

@@ -98,7 +98,7 @@ def write_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     names = _names(folder)
     if links := [name for name in names if (folder / name).is_symlink()]:
-        raise UsageError(f"{folder}: {', '.join(links)}: a manifest cannot list links; copy the files instead")
+        raise UsageError(f"{folder}: {', '.join(links)}: a manifest cannot list links", hint="copy the files instead")
     manifest = Manifest(files={name: _record(folder / name) for name in names})
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n")
     return manifest
@@ -119,7 +119,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(map(str, first["loc"])) or "the file"
         raise GateError(
-            f"{path} is not a manifest of schema version 1: {where}: {first['msg']}; get the folder again"
+            f"{path} is not a manifest of schema version 1: {where}: {first['msg']}", hint="get the folder again"
         ) from error
 
 

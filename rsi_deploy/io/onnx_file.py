@@ -92,7 +92,7 @@ def save_model(model: ir.Model, path: Path, external_data: str | None = None) ->
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ModelError(f"the model cannot be written: {first_line(cause)}; export it again") from error
+        raise ModelError(f"the model cannot be written: {first_line(cause)}", hint="export it again") from error
 
 
 @contextlib.contextmanager
@@ -134,8 +134,9 @@ def refuse_growth(compressed: int, dense: int, name: str) -> None:
     """
     if compressed > dense:
         raise ModelError(
-            f"{name} has {dense:,} bytes, but the compressed model has {compressed:,}, so it is not delivered; type a "
-            f"smaller rank or budget, split other sites (--include, --exclude), or add --allow-larger to keep it"
+            f"{name} has {dense:,} bytes, but the compressed model has {compressed:,}, so it is not delivered",
+            hint="type a smaller rank or budget, split other sites (--include, --exclude), or add --allow-larger to "
+            "keep it",
         )
 
 

@@ -48,11 +48,11 @@ def read_proto(path: str | Path, *, with_data: bool = False) -> ModelProto:
     try:
         proto: ModelProto = ModelProto.FromString(path.read_bytes())
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}; name an .onnx file") from error
+        raise ModelError(f"{path} cannot be read: {error.strerror}", hint="name an .onnx file") from error
     except (DecodeError, ValueError, UnicodeDecodeError) as error:
         raise ModelError(
-            f"{path.name} is not an ONNX file, is cut off, or nests too deeply: {first_line(error)}; "
-            "copy or export it again"
+            f"{path.name} is not an ONNX file, is cut off, or nests too deeply: {first_line(error)}",
+            hint="copy or export it again",
         ) from error
     if stamp not in _checked:
         check_proto(proto, path)
@@ -68,10 +68,14 @@ def read_graph(path: str | Path) -> ModelProto:
     Raises:
         ModelError: As for `read_proto`.
     """
-    proto = read_proto(path)
+    return with_small_data(read_proto(path), Path(path).parent)
+
+
+def with_small_data(proto: ModelProto, folder: Path) -> ModelProto:
+    """Read the small external tensors of `proto`, which lie in `folder`, into it, and return it."""
     for tensor in all_tensors(proto):
         if tensor.data_location == TensorProto.EXTERNAL and math.prod(tensor.dims) <= SMALL:
-            load_external_data_for_tensor(tensor, os.fspath(Path(path).parent))
+            load_external_data_for_tensor(tensor, os.fspath(folder))
             tensor.data_location = TensorProto.DEFAULT
             del tensor.external_data[:]
     return proto
@@ -83,15 +87,22 @@ def load_model(path: str | Path) -> ir.Model:
     Raises:
         ModelError: As for `read_proto`, or the model has sparse initializers, which cannot be rewritten.
     """
-    path = Path(path)
-    proto = read_proto(path)
+    return graph_of(read_proto(path), Path(path))
+
+
+def graph_of(proto: ModelProto, path: Path) -> ir.Model:
+    """Return a new graph of a model that `read_proto` has read from `path`; `proto` may lose its map types.
+
+    Raises:
+        ModelError: sparse initializers, which a graph cannot be changed with.
+    """
     if proto.graph.sparse_initializer:
-        raise ModelError(f"{path.name} has sparse initializers, which cannot be compressed; store them dense")
+        raise ModelError(f"{path.name} has sparse initializers, which cannot be compressed", hint="store them dense")
     map_types = remove_map_types_(proto)
     try:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir raises many kinds on a graph it cannot hold
-        raise ModelError(f"{path.name} cannot be read: {first_line(error)}; copy or export it again") from error
+        raise ModelError(f"{path.name} cannot be read: {first_line(error)}", hint="copy or export it again") from error
     ir.external_data.set_base_dir(model.graph, path.parent)
     store_map_types_(model, map_types)
     return model
@@ -118,10 +129,11 @@ def check_proto(proto: ModelProto, path: Path) -> None:
         ModelError: As for `read_proto`.
     """
     if not proto.HasField("graph") or not proto.opset_import:
-        raise ModelError(f"{path.name} is not an ONNX file: it has no graph or no opset; name an .onnx file")
+        raise ModelError(f"{path.name} is not an ONNX file: it has no graph or no opset", hint="name an .onnx file")
     if strange := next((text for text in texts(proto) if isinstance(text, bytes)), None):
         raise ModelError(
-            f"{path.name}: the name {quoted_name(strange.decode('latin-1'))} is not UTF-8; export the model again"
+            f"{path.name}: the name {quoted_name(strange.decode('latin-1'))} is not UTF-8",
+            hint="export the model again",
         )
     check_tensors(proto, path)
     check_names(proto, path.name)
@@ -132,12 +144,14 @@ def check_proto(proto: ModelProto, path: Path) -> None:
 def _stamp(path: Path) -> tuple[str, int, int, int]:
     """Return what identifies a checked file: path, inode, size and modification time."""
     if not path.is_file():
-        raise ModelError(f"{path}: {'no regular file' if path.exists() else 'no such file'}; expected an ONNX model")
+        raise ModelError(
+            f"{path}: {('no regular file' if path.exists() else 'no such file')}", hint="expected an ONNX model"
+        )
     found = path.stat()
     if found.st_size > MODEL_BYTES:
         raise ModelError(
-            f"{path.name} has {found.st_size} bytes, more than one ONNX file can hold; store its weights in a data "
-            "file beside it: onnx.save(model, path, save_as_external_data=True)"
+            f"{path.name} has {found.st_size} bytes, more than one ONNX file can hold",
+            hint="store its weights in a data file beside it: onnx.save(model, path, save_as_external_data=True)",
         )
     return os.fspath(path.resolve()), found.st_ino, found.st_size, found.st_mtime_ns
 

@@ -58,19 +58,19 @@ def read_program(path: Path) -> "torch.export.ExportedProgram":
             _check_member(name, content)
     except (ValueError, OSError, RecursionError, zipfile.BadZipFile) as error:
         raise ModelError(
-            f"{path.name} is not a readable torch.export archive: {error}; save it again with torch.export.save"
+            f"{path.name} is not a readable torch.export archive: {error}", hint="save it again with torch.export.save"
         ) from error
     except _CodeError as error:
         raise ModelError(
-            f"{path.name} contains {error}, which could run code when it is loaded, so it is refused; if you trust it, "
-            "export it to ONNX yourself (torch.onnx.export) and give the .onnx file"
+            f"{path.name} contains {error}, which could run code when it is loaded, so it is refused",
+            hint="if you trust it, export it to ONNX yourself (torch.onnx.export) and give the .onnx file",
         ) from error
     try:
         with _weights_only():
             return torch.export.load(path)
     except Exception as error:  # torch.export.load raises many types for a damaged archive
         raise ModelError(
-            f"{path.name} is not a readable torch.export archive: {error}; save it again with torch.export.save"
+            f"{path.name} is not a readable torch.export archive: {error}", hint="save it again with torch.export.save"
         ) from error
 
 

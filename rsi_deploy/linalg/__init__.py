@@ -1,4 +1,4 @@
 """Randomized subspace iteration as in the paper: routes, orthogonalization, certified norms, spectra, error bounds.
 
-It needs torch alone.
+This room needs only torch.
 """

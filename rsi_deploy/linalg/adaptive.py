@@ -1,11 +1,10 @@
-"""As many power iterations as pay, and the smallest rank that is good enough: stopping by error.
+"""Stop power iterations when the error hardly decreases.
 
-    q:     X, Y after 2 iterations; then one at a time while |W - X Y^T| falls by more than a percent
-    rank:  the least r with |W - left_r right_r| <= E |W|  (or E s_{r+1}): bracketed by doubling, then bisected
+    q:     X, Y after 2 iterations; then one more while |W - X Y^T| decreases by more than a percent
 
-Each iteration gains less than the one before it, so the next one after a gain below a percent would gain less still.
-The norms come from a few steps of block power iteration with the same start every time, so their errors nearly cancel
-in the comparison.
+Each iteration gains less than the one before. So after a gain below a percent, the next gain would be smaller still.
+The norms come from a few steps of block power iteration with the same start, so their errors nearly cancel in the
+comparison.
 """
 
 import torch
@@ -20,8 +19,8 @@ GAIN = 0.01
 MOST = 64
 
 
-def until_settled(operand: Operand, draw: Draw, *, mixed: bool) -> tuple[Tensor, Tensor, int]:
-    """`X (out, columns)`, `Y = W^T X (in, columns)`, and the number of iterations it took."""
+def iterate_until_converged(operand: Operand, draw: Draw, *, mixed: bool) -> tuple[Tensor, Tensor, int]:
+    """Return `X (out, columns)`, `Y = W^T X (in, columns)`, and the number of iterations."""
     X, Y = direct(operand, draw, 2, mixed=mixed)
     start = torch.randn(
         operand.weight.shape[1], 4, generator=torch.Generator().manual_seed(1), dtype=operand.working
@@ -40,7 +39,7 @@ def until_settled(operand: Operand, draw: Draw, *, mixed: bool) -> tuple[Tensor,
 
 
 def residual_estimate(operand: Operand, X: Tensor, Y: Tensor, V: Tensor, *, steps: int = 4) -> tuple[float, Tensor]:
-    """`||W - X Y^T||_2` from below, and the block `V (in, few)` that found it, to start the next one from."""
+    """Estimate `||W - X Y^T||_2` from below; return also the block `V (in, few)`, the start for the next estimate."""
     for _ in range(steps):
         V = unit_(torch.linalg.qr(V).Q, operand.scale)
         U = operand.forward(V) - X @ (Y.mT @ V)

@@ -1,7 +1,7 @@
-"""Many equal small weights at once, in batched products: `W (batch, out, in)`, each with a sketch of its own.
+"""Factorize many small weights of one shape with batched products: `W (batch, out, in)`, each with its own sketch.
 
-A batched product gives every matrix the bytes that it has alone (as does all else here), so weights up to
-`SMALL` numbers always come this way, one or many, and the bytes of a site do not depend on what was next to it.
+A batched product gives every matrix the same bytes as a batch of one. Weights up to `SMALL` numbers always use this
+path, even a single one, so that the bytes of a site do not depend on the other sites.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ SMALL = 1 << 18
 
 
 def is_small(weight: Tensor) -> bool:
-    """Whether a weight `(..., out, in)` is factorized in a batch."""
+    """Return whether a weight `(..., out, in)` is factorized in a batch."""
     return weight.shape[-2] * weight.shape[-1] <= SMALL
 
 
 def iterate_batch(W: Tensor, Y: Tensor, fractions: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """`X (batch, out, columns)` and `Y = W^T X (batch, in, columns)` by the paper's iteration, shifted.
+    """Return `X (batch, out, columns)` and `Y = W^T X (batch, in, columns)` by the paper's iteration with shifts.
 
     Args:
-        W: `(batch, out, in)`.
-        Y: the sketches `(batch, in, columns)`, used up.
-        fractions: the shifts of all iterations after the first, as in `kernel.chebyshev`; zeros: the paper's.
+        W: weights `(batch, out, in)`.
+        Y: sketches `(batch, in, columns)`; overwritten.
+        fractions: shifts of all iterations after the first, as in `routes.chebyshev`; zeros for the paper's iteration.
     """
     largest = _largest(W)
     scale = 1 / largest  # `_largest` is never 0
@@ -35,13 +35,13 @@ def iterate_batch(W: Tensor, Y: Tensor, fractions: Sequence[float]) -> tuple[Ten
         Y = W.mT @ X
         size = _largest(Y)
         least = torch.linalg.vector_norm(Y.div_(size), dim=-2, keepdim=True).amin(-1, keepdim=True)
-        shift = (fraction * MARGIN) * (least * (size * scale)) * least  # of W^T times scale / size, as the product is
+        shift = (fraction * MARGIN) * (least * (size * scale)) * least  # for W^T times scale / size, like the product
         X = orthonormal_((W @ Y.mul_(scale)).sub_(X * shift))
     return X, W.mT @ X
 
 
 def _unit_(Y: Tensor) -> Tensor:
-    """`Y` with a largest entry of 1 in each matrix: then the product with a scaled weight is near 1."""
+    """Scale each matrix to a largest entry of 1, so that its product with a scaled weight is near 1."""
     return Y.div_(_largest(Y))
 
 
@@ -51,6 +51,6 @@ def _largest(Y: Tensor) -> Tensor:
 
 
 def exact_batch(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`X (batch, out, rank)` and `Y = W^T X (batch, in, rank)`, the best of this rank, by SVDs."""
+    """Return the best `X (batch, out, rank)` and `Y = W^T X (batch, in, rank)` of this rank, by SVDs."""
     X = torch.linalg.svd(W, full_matrices=False).U[..., :rank].contiguous()
     return X, W.mT @ X

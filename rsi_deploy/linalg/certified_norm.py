@@ -1,4 +1,4 @@
-"""A certified interval of a residual's norm `||W - left @ right||_2`: Lanczos from below, its own polynomials above.
+"""A certified interval for the norm of a residual, `||W - left @ right||_2`, by Lanczos steps from random starts.
 
 With `R` the residual, `A = R R^T (m x m)`, `z` its leading eigenvector and `l` the eigenvalue, `v` a start drawn
 uniformly from the sphere, `T` the tridiagonal matrix of `k` Lanczos steps, `t` its largest eigenvalue, and `p` any
@@ -6,26 +6,26 @@ polynomial of degree `k - 1`: no component of `R^T p(A) v` is longer than the wh
 
     sqrt(l) |p(l)| |<v, z>|  <=  |R^T p(A) v|           and      P( |<v, z>| < d )  <=  d sqrt(2 m / pi)
 
-The right side is known from `T`; the best `p` for a given `l` leaves, with `P = (p_0(l), ..., p_{k-1}(l))` the
-orthonormal polynomials of `T`,
+The right side is known from `T`. With the orthonormal polynomials `P = (p_0(l), ..., p_{k-1}(l))` of `T`, the best `p`
+for a given `l` gives
 
     d^2 l P^T T^-1 P  <=  1
 
-whose left side rises with `l` above `t`. Where it is above 1 at `l = (1 + width)^2 t`, the norm is at most
-`(1 + width) sqrt(t)`, but for the probability `d sqrt(2 m / pi)`, whatever the eigenvalues (after van Dorsselaer,
-Hochstenbach and van der Vorst 2000, SIAM J. Matrix Anal. Appl. 22(3)). As it is one event, it may be asked after every
-step; Chebyshev's `p = T_{2k-1}` on `[0, sqrt(t)]` shows that it is so at the latest where
-`T_{2k-1}(1 + width) d >= 1`. The lower end is `|R^T v| / |v|` for the Ritz vector `v`: a norm that is reached, so it
-never exceeds the truth. Both ends are moved by the rounding of the products. Where the smaller side allows no more than
-such steps, an SVD is made instead.
+The left side increases with `l` above `t`. If it exceeds 1 at `l = (1 + width)^2 t`, the norm is at most
+`(1 + width) sqrt(t)`, except with probability `d sqrt(2 m / pi)`, for any eigenvalues (after van Dorsselaer,
+Hochstenbach and van der Vorst 2000, SIAM J. Matrix Anal. Appl. 22(3)). This is a single event, so it may be checked
+after every step. Chebyshev's `p = T_{2k-1}` on `[0, sqrt(t)]` shows that the check succeeds at the latest where
+`T_{2k-1}(1 + width) d >= 1`. The lower end is `|R^T v| / |v|` for the Ritz vector `v`. It is a value that is attained,
+so it never exceeds the norm. Both ends are widened by the rounding of the products. If the smaller side of the weight
+is not larger than the number of steps, an SVD is computed instead.
 
-Several starts at once, each with a `T` of its own, need half as many steps: the norm is above all their ends only
-where each start had less than `d` along `z`, so the probability of that for one may be the root of what it may be for
-all. A product with four vectors takes hardly longer than one with a single vector where the weight comes from memory,
-if a library has it that way: oneDNN does, MKL does not.
+Several starts at once, each with its own `T`, need half as many steps: the norm exceeds all their ends only if every
+start has less than `d` along `z`, so the failure probability of one start may be the root of the total one. A product
+with four vectors takes hardly longer than with one if the weight is read from memory and the library supports it well:
+oneDNN does, MKL does not.
 
 Cost: `2 k` passes over the weight; 25 to 35 for a 4096 x 4096 weight at five percent width from one start, half as many
-from four.
+from four starts.
 """
 
 import math
@@ -34,25 +34,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rsi_deploy.linalg.checks import settled
+from rsi_deploy.linalg.checks import aligned
 from rsi_deploy.linalg.factors import Factors
 from rsi_deploy.linalg.operand import working_dtype
 from rsi_deploy.linalg.products.gemm import times
 
-FAILURE = 0.01  # that is stated
-WORKED = FAILURE / 10  # that is worked with, unless told otherwise: the bound is sharp, and roundings are no part of it
-DOUBLE = 1 << 18  # up to so many numbers everything is in float64: no rounding to speak of
+FAILURE = 0.01  # probability that reports state
+WORKED = FAILURE / 10  # default probability: the bound is sharp and does not include roundings
+DOUBLE = 1 << 18  # up to this many numbers all computations use float64, where rounding is negligible
 STARTS = 4
-WIDTH = 0.045  # of the upper end over the lower; the rest of five percent is left to roundings
-SQUARED = 1e-15  # below such a norm in float32, some squares are lost
-EMPTY = 1e-12  # of a random vector, what is added to each, in units of the norm squared: where that is zero, it stays
+WIDTH = 0.045  # relative width of the interval; the rest of five percent is left for roundings
+SQUARED = 1e-15  # below this norm in float32, some squares vanish
+EMPTY = 1e-12  # share of a random vector that is added to each vector, so that a zero vector continues at random
 
 
-class Interval(NamedTuple):
-    """Ends of an interval of `||W - left right||_2`, float64, one per leading batch entry, and the direction found.
+class NormInterval(NamedTuple):
+    """Interval of `||W - left right||_2`, float64, one per batch entry, and the direction found.
 
-    `lower <= norm` always; `norm <= upper` but for the failure probability. `u (..., out)` is the unit vector with
-    `|R^T u|` about `lower`, in the working precision.
+    `lower <= norm` always; `norm <= upper` except with the failure probability. `u (..., out)` is the unit vector with
+    `|R^T u|` near `lower`, in the working precision.
     """
 
     lower: Tensor
@@ -61,53 +61,53 @@ class Interval(NamedTuple):
 
 
 class Search(NamedTuple):
-    """An interval, and the directions among which its lower end was found.
+    """A norm interval, and the directions that were searched.
 
     Attributes:
-        interval: of the residual's norm.
-        directions: `(..., few, out)`, orthonormal among those of each start; float64 for a small weight, else in the
-            working precision.
+        interval: interval of the residual's norm.
+        directions: `(..., few, out)`, orthonormal within each start; float64 for a small weight, else in the working
+            precision.
         images: `directions @ R (..., few, in)`.
     """
 
-    interval: Interval
+    interval: NormInterval
     directions: Tensor
     images: Tensor
 
 
 def least_part(n: int, failure: float) -> float:
-    """`d`: a vector drawn uniformly from the sphere in `n` dimensions has less along another with this probability."""
+    """Return `d` such that a uniform unit vector in `n` dimensions has less along a given one with this probability."""
     return failure * math.sqrt(math.pi / (2 * n))
 
 
 def most_steps(n: int, failure: float = WORKED, width: float = WIDTH, starts: int = 1) -> int:
-    """The number of Lanczos steps that is always enough for this width, by Chebyshev's polynomials."""
+    """Return a number of Lanczos steps that always suffices for this width, by Chebyshev's polynomials."""
     part = least_part(n, failure ** (1 / starts))
     return math.ceil((math.acosh(max(1 / part, 1.0)) / math.acosh(1 + width) + 1) / 2)
 
 
 def certified_norm(
     weight: Tensor, factors: Factors, *, failure: float = WORKED, width: float = WIDTH, seed: int = 0
-) -> Interval:
-    """An interval of `||W - left @ right||_2` that holds with probability `1 - failure`, for the whole batch at once.
+) -> NormInterval:
+    """Return an interval of `||W - left @ right||_2` that holds with probability `1 - failure` for the whole batch.
 
     Args:
         weight: `(..., out, in)`, floating.
         factors: `left (..., out, rank)`, `right (..., rank, in)`; a rank of 0 gives the norm of the weight.
-        failure: the probability that any of the norms lies above its upper end.
-        width: of the interval, relative to its lower end, before roundings.
-        seed: of the start vector, which must not depend on the weight.
+        failure: probability that any of the norms exceeds its upper end.
+        width: width relative to the lower end, before roundings.
+        seed: seed of the start vectors, which must not depend on the weight.
     """
-    return searched(weight, factors, failure=failure, width=width, seed=seed).interval
+    return search_norm(weight, factors, failure=failure, width=width, seed=seed).interval
 
 
-def searched(
+def search_norm(
     weight: Tensor, factors: Factors, *, failure: float = WORKED, width: float = WIDTH, seed: int = 0
 ) -> Search:
-    """As `certified_norm`, with what was searched."""
-    W = settled(weight.detach())
+    """Return the interval of `certified_norm` with the directions that were searched."""
+    W = aligned(weight.detach())
     count = W[..., 0, 0].numel()
-    batch = () if count == 1 else (count,)  # one matrix as such: products in batches are slower
+    batch = () if count == 1 else (count,)  # a single matrix has no batch dimension, as batched products are slower
     dtype = torch.float64 if W.shape[-2] * W.shape[-1] <= DOUBLE else working_dtype(W)
     W, L, R = (part.detach().reshape(*batch, *part.shape[-2:]).to(dtype) for part in (W, *factors))
     side = W.shape[-2]
@@ -123,12 +123,14 @@ def searched(
         lower, upper, u = _ends(W, L, R, mix[..., None, :] @ directions, size, width)
         images = images * size
     outer = weight.shape[:-2]
-    interval = Interval(lower.reshape(outer), upper.reshape(outer), u.reshape(*outer, side).to(working_dtype(weight)))
+    interval = NormInterval(
+        lower.reshape(outer), upper.reshape(outer), u.reshape(*outer, side).to(working_dtype(weight))
+    )
     return Search(interval, *(rows.reshape(*outer, *rows.shape[-2:]) for rows in (directions, images)))
 
 
 def _exact(W: Tensor, L: Tensor, R: Tensor, few: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By an SVD of the residual, in float64: both ends, and the leading singular vectors with their images."""
+    """Return both ends by an SVD of the residual in float64, and its leading singular vectors with their images."""
     U, S, Vh = torch.linalg.svd(W.double() - L.double() @ R.double(), full_matrices=False)
     slack = 1e-13 * torch.linalg.matrix_norm(W.double())
     directions, images = U[..., :few].mT, S[..., :few, None] * Vh[..., :few, :]
@@ -138,17 +140,17 @@ def _exact(W: Tensor, L: Tensor, R: Tensor, few: int) -> tuple[Tensor, Tensor, T
 def _lanczos(
     W: Tensor, L: Tensor, R: Tensor, start: Tensor, size: Tensor, most: int, part: float, width: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Krylov bases of `R R^T` `(..., few, out)`, their images over `size`, and the best Ritz vector's coefficients.
+    """Return Krylov bases of `R R^T (..., few, out)`, their images over `size`, and the best Ritz coefficients.
 
     Args:
         W: `(..., out, in)`.
         L: `(..., out, rank)`.
         R: `(..., rank, in)`.
-        start: Gaussian, `(..., 2, starts, out)`: the starts, and what goes on where a space ends.
-        size: of the weight, `(..., 1, 1)`.
-        most: steps.
-        part: that a start has along the leading direction, at least.
-        width: at which it stops.
+        start: Gaussian `(..., 2, starts, out)`: the starts, and vectors to continue with if a Krylov space ends.
+        size: norm of the weight, `(..., 1, 1)`.
+        most: most steps.
+        part: least share of a start along the leading direction.
+        width: width at which to stop.
     """
     unit = torch.where(size > 0, 1 / size.clamp_min(torch.finfo(size.dtype).tiny), 0)
     v, filler = start[..., 0, :, :], start[..., 1, :, :] * EMPTY
@@ -164,9 +166,9 @@ def _lanczos(
         diagonal[..., index] = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square()
         beside[..., index] = norm[..., 0]
         few = index + 1
-        if 2 * few > most:  # hardly ever before
+        if 2 * few > most:  # convergence is very unlikely earlier
             T = _tridiagonal(diagonal[..., :few], beside[..., :few])
-            found = found | is_told(T, part, width)
+            found = found | is_certified(T, part, width)
             if found.all():
                 break
         known = basis[..., :few, :]
@@ -181,33 +183,32 @@ def _lanczos(
 
 
 def _tridiagonal(diagonal: Tensor, beside: Tensor) -> Tensor:
-    """`(..., k, k)`, on the CPU, where it is judged, from `(..., k)` each, the first number of `beside` left out."""
+    """Return the tridiagonal matrix `(..., k, k)` on the CPU, from `(..., k)` each; `beside[..., 0]` is not used."""
     diagonal, beside = diagonal.cpu(), beside[..., 1:].cpu()
     return diagonal.diag_embed() + beside.diag_embed(1) + beside.diag_embed(-1)
 
 
-def is_told(T: Tensor, part: float, width: float) -> Tensor:
-    """Whether `T (..., starts, k, k)` tell that the norm is at most `1 + width` times the root of the largest of their
-    eigenvalues.
+def is_certified(T: Tensor, part: float, width: float) -> Tensor:
+    """Return whether `T (..., starts, k, k)` prove that the norm is at most `1 + width` times their largest root.
 
     Args:
-        T: tridiagonal, float64, of each start.
-        part: `d`, that a start has along the leading direction at least.
-        width: of the interval.
+        T: tridiagonal matrix of each start, float64; its largest eigenvalue's root counts.
+        part: `d`, the least share of a start along the leading direction.
+        width: width of the interval.
     """
     identity = torch.eye(T.shape[-1], dtype=T.dtype)
     tops = torch.linalg.eigvalsh(T)[..., -1, None, None].clamp_min(1e-300)
     at = (1 + width) ** 2 * tops.amax(-3, keepdim=True)
     P = torch.linalg.solve(at * identity - T, identity[:, -1:].expand(*T.shape[:-1], 1))
-    P = P / P[..., :1, :]  # p_0 is 1; where a space ends, the others are infinite
-    # A little on the diagonal makes the condition no easier, and rounding harmless.
+    P = P / P[..., :1, :]  # p_0 is 1; if a Krylov space ends, the others are infinite
+    # A small diagonal term keeps the condition valid and makes it robust to rounding.
     reached = part**2 * at * (P.mT @ torch.linalg.solve(T + 1e-5 * tops * identity, P))
-    told: Tensor = ~(reached[..., 0, 0] < 1)
-    return told.all(-1)
+    proven: Tensor = ~(reached[..., 0, 0] < 1)
+    return proven.all(-1)
 
 
 def _ends(W: Tensor, L: Tensor, R: Tensor, best: Tensor, size: Tensor, width: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower and upper end `(...)`, float64, and the unit vector of `best (..., 1, out)`, the Ritz vector."""
+    """Return lower and upper end `(...)`, float64, and the normalized Ritz vector from `best (..., 1, out)`."""
     best = best / torch.linalg.vector_norm(best, dim=-1, keepdim=True)
     image = times(best, W) - times(times(best, L), R)
     scale = torch.where(size > 0, size, 1)  # squares of tiny numbers would vanish
@@ -218,7 +219,7 @@ def _ends(W: Tensor, L: Tensor, R: Tensor, best: Tensor, size: Tensor, width: fl
 
 
 def _size(W: Tensor) -> Tensor:
-    """`|W|_F (..., 1, 1)`, finite; where its squares leave what floats hold, of the weight scaled to 1."""
+    """Return `|W|_F (..., 1, 1)`, finite; if squares would overflow or vanish, from the weight scaled to 1."""
     size: Tensor = torch.linalg.vector_norm(W.flatten(-2), dim=-1)
     if not bool((torch.isfinite(size) & (size > SQUARED)).all()):
         largest = torch.linalg.vector_norm(W.flatten(-2), ord=torch.inf, dim=-1)

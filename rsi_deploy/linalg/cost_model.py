@@ -1,4 +1,4 @@
-"""The cost model: what each route would take on this machine, from its rates (`kernel.rates`).
+"""The cost model: the time that each route should take on this machine, from its rates (`products.rates`).
 
     flops of the direct route   4 q out in columns, and q bases
              Chebyshev          4 d out in columns, and d + 1 bases, for d = steps(q) iterations
@@ -6,12 +6,12 @@
              block Krylov       (2 d - 1) 2 out in columns + 2 out in d columns + 2 out in rank + 8 out (d columns)^2
              the exact route    2 out in min in float64, `eigh` of a square of that side, and 4 out in rank
 
-A basis of a block `(m, columns)` is `4 m columns^2` flops in products, and `2/3 columns^3` in a Cholesky factor and an
-inverse at about a quarter of their speed. All are of the shorter side but for one: the last of the direct route, and
-one more of the others where the weight is tall.
+A basis of a block `(m, columns)` takes `4 m columns^2` flops in products, and `2/3 columns^3` in a Cholesky factor and
+an inverse at about a quarter of their speed. All bases are of the shorter side except two: the last of the direct
+route, and one more of the others if the weight is tall.
 
-So that a choice does not hang on noise, the Chebyshev route is left only for one that should take less than `CLEARLY`
-of its time. The report names the route taken, and a forced route gives the same bytes again.
+To be robust to noise, another route replaces Chebyshev only if it should take less than `CLEARLY` of its time. The
+report names the route, and forcing that route gives the same bytes again.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def choose(
     mixed: bool,
     among: Sequence[Route] = ROUTES,
 ) -> Route:
-    """The route that should take the least time for a weight `(out, in)`; Chebyshev unless it is clearly slower."""
+    """Return the fastest route for a weight `(out, in)`; Chebyshev unless it is clearly slower."""
     times = predicted(rates, shape, columns, rank, q, mixed=mixed)
     best = min((route for route in among if route in times), key=lambda route: times[route])
     return next(route for route in ("chebyshev", best) if CLEARLY * times[route] <= times[best])
@@ -45,7 +45,7 @@ def choose(
 def predicted(
     rates: Rates, shape: tuple[int, int], columns: int, rank: int, q: int, *, mixed: bool
 ) -> dict[Route, float]:
-    """Seconds that each route should take; a route that cannot do it is left out."""
+    """Predict the seconds of each route; routes that are not possible are left out."""
     out, in_ = shape
     small = min(out, in_)
     half = rates.half if mixed else rates.single

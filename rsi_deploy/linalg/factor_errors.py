@@ -1,7 +1,7 @@
-"""How far factors are from their weight, as a site's record tells it.
+"""The errors of factors in a site's record.
 
-Frobenius      by Pythagoras, or of the residual a few rows at a time
-spectral       a certified interval (`kernel.certified`) over s_1
+Frobenius      by Pythagoras, or from the residual a few rows at a time
+spectral       a certified interval (`linalg.certified_norm`) over s_1
 normalized     its upper end over s_{rank+1}: exact for a small weight, else bounded by interlacing
 """
 
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsi_deploy.linalg.certified_norm import FAILURE, Search, searched
+from rsi_deploy.linalg.certified_norm import FAILURE, Search, search_norm
 from rsi_deploy.linalg.solver import Factors, certified_norm, rounding_level, singular_values
-from rsi_deploy.linalg.spectra import thinned
+from rsi_deploy.linalg.spectra import thin_spectrum
 
 # Up to this full rank the optimum s_{rank+1} comes from an exact spectrum (some ms); above it from a bound.
 EXACT_SPECTRUM_LIMIT = 128
-# Of the residual's norm over s_1, up to which a s_1 that the factors miss is less than 2 % above the one they have.
+# Up to this ratio of the residual's norm to s_1, an s_1 that the factors miss is less than 2 % above the one they have.
 SMALL_BESIDE = 0.2
-TOP_WIDTH = 0.3  # of the interval in which s_1 is searched for elsewhere: its lower end is much nearer
-# Of the least singular value over the largest, above which a Gram matrix in float32 tells it to 1e-3.
+TOP_WIDTH = 0.3  # width of the interval in a separate search for s_1; its lower end is much closer
+# Least ratio of the smallest to the largest singular value that a float32 Gram matrix resolves to 1e-3.
 RESOLVED = 0.05
 
 
-def errors_of(weight: Tensor, factors: Factors, projected: bool) -> dict[str, Any]:
-    """The record's errors, the worst group's where they are not of all, and the spectrum that they took.
+def factor_errors(weight: Tensor, factors: Factors, projected: bool) -> dict[str, Any]:
+    """Return the record's errors, of the worst group where they are per group, and the spectrum computed for them.
 
     Args:
         weight: `(groups, out, in)`.
@@ -34,9 +34,9 @@ def errors_of(weight: Tensor, factors: Factors, projected: bool) -> dict[str, An
     """
     rank = factors.left.shape[-1]
     full = min(weight.shape[-2:])
-    if len(weight) == 1:  # one matrix as such: products in batches are slower
+    if len(weight) == 1:  # a single matrix has no batch dimension, as batched products are slower
         weight, factors = weight[0], Factors(factors.left[0], factors.right[0])
-    found = searched(weight, factors)
+    found = search_norm(weight, factors)
     residual = found.interval
     frobenius = _frobenius_error(weight, factors, projected)
     if full <= EXACT_SPECTRUM_LIMIT:
@@ -47,7 +47,7 @@ def errors_of(weight: Tensor, factors: Factors, projected: bool) -> dict[str, An
         top, s = _bounded_spectrum(weight, factors, found, projected)
         optimum = s[..., -1]
     norm = residual.upper if full > EXACT_SPECTRUM_LIMIT else residual.lower
-    # No optimum is below the rounding level (full rank, or a weight of lower rank than asked).
+    # The optimum is at least the rounding level (full rank, or a weight of lower rank than the factors).
     ratio = norm / torch.maximum(optimum, top * rounding_level(weight.dtype)).clamp_min(1e-300)
     return {
         "frobenius_error": frobenius,
@@ -56,16 +56,16 @@ def errors_of(weight: Tensor, factors: Factors, projected: bool) -> dict[str, An
         "residual_failure": FAILURE,
         "normalized_error": max(float(ratio.max()), 1.0),
         "normalized_error_kind": "exact" if full <= EXACT_SPECTRUM_LIMIT else "upper bound",
-        "spectrum": thinned(s, full, rank),
+        "spectrum": thin_spectrum(s, full, rank),
     }
 
 
 def _bounded_spectrum(weight: Tensor, factors: Factors, found: Search, projected: bool) -> tuple[Tensor, Tensor]:
-    """`s_1` and lower bounds of `s_1` to `s_{rank+1}` from the factors, without a spectrum of the weight.
+    """Return `s_1` and lower bounds of `s_1` to `s_{rank+1}` from the factors, without a spectrum of the weight.
 
-    For orthonormal `Q (out, rank+few)`, `s_{rank+1}(Q^T W) <= s_{rank+1}(W)` (interlacing). `Q` is the span of `left`
-    and of the directions in which the residual's norm was searched: those hold what the least directions of `left`
-    lack, and their products with the weight are known.
+    For orthonormal `Q (out, rank+few)`, `s_{rank+1}(Q^T W) <= s_{rank+1}(W)` (interlacing). `Q` spans `left` and the
+    directions that were searched for the residual's norm. These contain what the last directions of `left` miss, and
+    their products with the weight are known.
     """
     W = weight.to(_working(weight))
     full, rank = min(W.shape[-2:]), factors.left.shape[-1]
@@ -77,11 +77,11 @@ def _bounded_spectrum(weight: Tensor, factors: Factors, found: Search, projected
         # With N = T (1 - left left^T) directions orthonormal: N W = T (directions @ residual) = T images.
         apart = directions - (directions @ left) @ left.mT
         values, vectors = torch.linalg.eigh(apart @ apart.mT)
-        scale = torch.where(values > 0.01, values.clamp_min(0.01).rsqrt(), 0)  # the others are of `left`
+        scale = torch.where(values > 0.01, values.clamp_min(0.01).rsqrt(), 0)  # the others lie in the span of `left`
         known, beside = factors.right.to(W.dtype), scale[..., None] * (vectors.mT @ images)
     s = _leading_values(known, beside, min(rank + 1, full))
     s = torch.nn.functional.pad(s, (0, rank + 1 - s.shape[-1]))  # at full rank there is no s_{rank+1}
-    # Factors may miss the leading direction (RSVD does): |W|^2 <= |Q^T W|^2 + |residual|^2 says whether they may have.
+    # Factors may miss the leading direction (RSVD does): |W|^2 <= |Q^T W|^2 + |residual|^2 bounds what they can miss.
     top = s[..., 0]
     if bool((found.interval.upper > SMALL_BESIDE * top).any()):
         nothing = Factors(factors.left[..., :0], factors.right[..., :0, :])
@@ -90,9 +90,9 @@ def _bounded_spectrum(weight: Tensor, factors: Factors, found: Search, projected
 
 
 def _leading_values(first: Tensor, last: Tensor, count: int) -> Tensor:
-    """The leading singular values of the rows of `first` and `last (..., n, in)`, descending, float64 `(..., count)`.
+    """Return the leading singular values of the rows of `first` and `last (..., n, in)`, descending, float64.
 
-    Of their Gram matrix in float32, where that tells the last of them, else in float64.
+    They come from a Gram matrix in float32 if that resolves the last of them, else in float64.
     """
     largest: Tensor = torch.linalg.vector_norm(first.flatten(-2), ord=torch.inf, dim=-1)[..., None, None]
     if bool(((largest < 1e-8) & (largest > 0) | (largest > 1e8)).any()):  # squares would leave what float32 holds
@@ -107,7 +107,7 @@ def _leading_values(first: Tensor, last: Tensor, count: int) -> Tensor:
 
 
 def _upper_gram(first: Tensor, last: Tensor, dtype: torch.dtype) -> Tensor:
-    """The upper triangle of `B B^T`, `B (..., n, in)` the rows of both; some columns at a time: memory."""
+    """Return the upper triangle of `B B^T`, `B (..., n, in)` the rows of both, summed over columns to save memory."""
     k = first.shape[-2]
     n, half = k + last.shape[-2], k // 2
     gram = torch.zeros(*first.shape[:-2], n, n, dtype=dtype, device=first.device)
@@ -121,10 +121,10 @@ def _upper_gram(first: Tensor, last: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _frobenius_error(weight: Tensor, factors: Factors, projected: bool, *, rows: int = 256) -> float:
-    """`||W - left @ right||_F / ||W||_F`, without ever forming a residual of the weight's size.
+    """Return `||W - left @ right||_F / ||W||_F` without a residual of the weight's size.
 
-    Where `left @ right` is a projection of `W`, Pythagoras gives the residual for free, unless it is so small that the
-    difference would cancel; then, and for other factors, it is summed over blocks of rows.
+    If `left @ right` is a projection of `W`, Pythagoras gives the residual, unless it is so small that the difference
+    would cancel. Then, and for other factors, it is summed over blocks of rows.
     """
     total = _squared_norm(weight)
     if total == 0:
@@ -140,7 +140,7 @@ def _frobenius_error(weight: Tensor, factors: Factors, projected: bool, *, rows:
 
 
 def _squared_norm(values: Tensor, *, rows: int = 256) -> float:
-    """`||values||_F^2`, blocks of rows added up in float64."""
+    """Return `||values||_F^2`, summed in float64 over blocks of rows."""
     blocks = (values[..., start : start + rows, :] for start in range(0, values.shape[-2], rows))
     return math.fsum(float(torch.linalg.vector_norm(block, dtype=_working(block))) ** 2 for block in blocks)
 

@@ -1,4 +1,4 @@
-"""The pair of factors that everything here returns, and how it is stored."""
+"""A pair of factors, and the form in which it is stored."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class Factors(NamedTuple):
 
 
 def balanced(left: Tensor, right: Tensor) -> Factors:
-    """The same product with each rank-one term's scale shared evenly between its two vectors."""
+    """Return the same product with the scale of each rank-one term shared evenly by its two vectors."""
     row = right.norm(dim=-1)
     column = left.norm(dim=-2)
     scale = torch.where((row > 0) & (column > 0), (row / column.clamp_min(1e-30)).sqrt(), torch.ones_like(row))
@@ -22,7 +22,7 @@ def balanced(left: Tensor, right: Tensor) -> Factors:
 
 
 def stored(left: Tensor, right: Tensor, dtype: torch.dtype) -> Factors:
-    """The factors in `dtype`; balanced first for 16 bits, so that neither overflows nor underflows."""
+    """Convert factors to `dtype`; 16-bit factors are balanced first, so that neither overflows nor underflows."""
     if dtype.itemsize < 4:
         left, right = balanced(left, right)
     return Factors(left.to(dtype), right.to(dtype))

@@ -1,9 +1,9 @@
-"""Out of memory on a GPU: the same computation once more, on the CPU.
+"""Repeat a computation on the CPU if a GPU runs out of memory.
 
-with suppress(torch.OutOfMemoryError):      with the exception goes what the attempt held
-result = compute(weight)
+with suppress(torch.OutOfMemoryError):      the exception also frees what the attempt held
+    result = compute(weight)
 if result is None:
-result = compute(*on_cpu(weight))
+    result = compute(*on_cpu(weight))
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def on_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copies on the CPU, after a GPU's cache is emptied: results need room there, in pieces of any size."""
+    """Return copies on the CPU after emptying a GPU's cache, as the results need free memory there."""
     if any(tensor.is_cuda for tensor in tensors):
         torch.cuda.empty_cache()
     return tuple(tensor.cpu() for tensor in tensors)

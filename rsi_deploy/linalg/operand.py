@@ -3,10 +3,9 @@
     forward   X = W @ Y      (out, columns)
     adjoint   Y = W^T @ X    (in, columns)
 
-A bfloat16 copy of the whole weight is made only where the caller's allowance holds it; else some rows at a time, for
-the adjoint some columns, are cast, multiplied and forgotten: in cache, they cost little more.
-
-A 16-bit weight is multiplied as it is in bfloat16, and cast to float32 in panels for the exact products.
+A bfloat16 copy of the whole weight is made only if the memory allowance permits. Otherwise panels of rows (for the
+adjoint, of columns) are converted and multiplied one by one, which costs little more as they stay in cache. A 16-bit
+weight is used directly in bfloat16, and converted to float32 in panels for exact products.
 """
 
 from dataclasses import dataclass
@@ -23,12 +22,12 @@ GRAM_BYTES = 16 << 20
 
 @dataclass(kw_only=True)
 class Operand:
-    """One weight `W (out, in)` and how it is multiplied.
+    """One weight `W (out, in)` and its products.
 
     Attributes:
         weight: `(out, in)`, contiguous; float64, float32, bfloat16 or float16.
-        scale: a power of two that brings the largest entry of the weight near 1.
-        allowance: bytes that copies of the weight, whole or in panels, may take.
+        scale: power of two that brings the largest entry of the weight near 1.
+        allowance: bytes that copies of the weight, whole or in panels, may use.
     """
 
     weight: Tensor
@@ -39,11 +38,11 @@ class Operand:
 
     @property
     def working(self) -> torch.dtype:
-        """The dtype of exact products: float64 for float64 weights, else float32."""
+        """Dtype of exact products: float64 for float64 weights, else float32."""
         return working_dtype(self.weight)
 
     def forward(self, Y: Tensor) -> Tensor:
-        """`W @ Y (out, columns)` in the working precision."""
+        """Return `W @ Y (out, columns)` in the working precision."""
         if self.weight.dtype == self.working:
             return product(self.weight, Y)
         X = _block(self.weight.shape[0], Y, self.working)
@@ -52,7 +51,7 @@ class Operand:
         return X
 
     def adjoint(self, X: Tensor) -> Tensor:
-        """`W^T @ X (in, columns)` in the working precision."""
+        """Return `W^T @ X (in, columns)` in the working precision."""
         if self.weight.dtype == self.working:
             return product(self.weight.mT, X)
         Y = _block(self.weight.shape[1], X, self.working)
@@ -61,7 +60,7 @@ class Operand:
         return Y
 
     def low_forward(self, Y: Tensor) -> Tensor:
-        """`W @ Y (out, columns)` in bfloat16, of `Y` in bfloat16."""
+        """Return `W @ Y (out, columns)` in bfloat16, for `Y` in bfloat16."""
         if self._whole():
             return product(self._low_weight(), Y)
         X = _block(self.weight.shape[0], Y, torch.bfloat16)
@@ -70,7 +69,7 @@ class Operand:
         return X
 
     def low_adjoint(self, X: Tensor) -> Tensor:
-        """`W^T @ X (in, columns)` in bfloat16, of `X` in bfloat16."""
+        """Return `W^T @ X (in, columns)` in bfloat16, for `X` in bfloat16."""
         if self._whole():
             return product(self._low_weight().mT, X)
         Y = _block(self.weight.shape[1], X, torch.bfloat16)
@@ -85,23 +84,23 @@ class Operand:
 
     @property
     def longer(self) -> int:
-        """The length of the longer side."""
+        """Length of the longer side."""
         return max(self.weight.shape)
 
     def to_short(self, Z: Tensor) -> Tensor:
-        """`scale W @ Z (out, columns)`, of a tall weight `scale W^T @ Z (in, columns)`; `Z` is used up."""
+        """Return `scale W @ Z (out, columns)`, for a tall weight `scale W^T @ Z (in, columns)`; overwrites `Z`."""
         return (self.adjoint if self.tall else self.forward)(self._scaled_(Z))
 
     def to_long(self, B: Tensor) -> Tensor:
-        """`scale W^T @ B (in, columns)`, of a tall weight `scale W @ B (out, columns)`."""
+        """Return `scale W^T @ B (in, columns)`, for a tall weight `scale W @ B (out, columns)`."""
         return (self.forward if self.tall else self.adjoint)(B if self.scale == 1.0 else B * self.scale)
 
     def low_to_short(self, Z: Tensor) -> Tensor:
-        """As `to_short`, in bfloat16."""
+        """Return `to_short` in bfloat16."""
         return (self.low_adjoint if self.tall else self.low_forward)(self._scaled_(Z))
 
     def low_to_long(self, B: Tensor) -> Tensor:
-        """As `to_long`, in bfloat16."""
+        """Return `to_long` in bfloat16."""
         scaled = B if self.scale == 1.0 else B * self.scale
         return (self.low_forward if self.tall else self.low_adjoint)(scaled)
 
@@ -109,7 +108,7 @@ class Operand:
         return Z if self.scale == 1.0 else Z.mul_(self.scale)
 
     def gram(self, *, tall: bool, dtype: torch.dtype | None = None) -> Tensor:
-        """`W^T W (in, in)` of a tall weight, else `W W^T (out, out)`, of `scale * W`; by blocks in another `dtype`."""
+        """Return the Gram matrix of `scale * W`: `(in, in)` if tall, else `(out, out)`; in blocks for another dtype."""
         dtype = dtype or self.working
         out_features, in_features = self.weight.shape
         n = in_features if tall else out_features
@@ -122,15 +121,15 @@ class Operand:
         return mirrored_(G)
 
     def rounding(self, relative: float, X: Tensor, Y: Tensor) -> float:
-        """About the 2-norm of the weight's rounding to bfloat16, from `X = W @ Y` with a Gaussian `Y (in, columns)`.
+        """Estimate the 2-norm of the weight's rounding to bfloat16, from `X = W @ Y` with a Gaussian `Y (in, columns)`.
 
-        A matrix of independent entries is about as large as its largest row and column norm together. The rows' are
-        read off `X` (Johnson and Lindenstrauss), the columns' off every 16th row.
+        The norm of a matrix of independent entries is about the sum of its largest row and column norms. Row norms are
+        estimated from `X` (Johnson and Lindenstrauss), column norms from every 16th row.
 
         Args:
             relative: root mean square of a relative rounding.
             X: `(out, columns)`.
-            Y: what it was made from.
+            Y: block that gave `X`.
         """
         if self.weight.dtype == torch.bfloat16:
             return 0.0
@@ -142,7 +141,7 @@ class Operand:
         return relative * float(rows + columns)
 
     def forget(self) -> None:
-        """Let the copies go."""
+        """Free the copies of the weight."""
         self._low = self._buffer = None
 
     def _whole(self) -> bool:
@@ -156,7 +155,7 @@ class Operand:
         return self._low
 
     def _panels(self, dtype: torch.dtype, *, across: bool = False) -> list[slice]:
-        """Slices of the rows, or of the columns, of a panel each."""
+        """Return slices of the rows, or of the columns, one for each panel."""
         length, width = reversed(self.weight.shape) if across else self.weight.shape
         budget = min(max(self.allowance, 1 << 16), PANEL_BYTES if self.weight.device.type == "cpu" else 64 << 20)
         size = max(min(budget // (width * dtype.itemsize), length), 1)
@@ -164,7 +163,7 @@ class Operand:
         return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
     def _panel(self, part: slice, dtype: torch.dtype, *, across: bool = False) -> Tensor:
-        """Some rows or columns in another dtype, until the next panel takes their place."""
+        """Return some rows or columns in another dtype; the next panel overwrites them."""
         source = self.weight[:, part] if across else self.weight[part]
         if self._buffer is None or self._buffer.dtype != dtype or self._buffer.numel() < source.numel():
             self._buffer = torch.empty(source.numel(), dtype=dtype, device=source.device)
@@ -172,12 +171,12 @@ class Operand:
 
 
 def _block(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(rows, columns)` for as many columns as another block has, empty, in the layout of `gemm.product`."""
+    """Return an empty block with as many columns as another one, in the layout of `gemm.product`."""
     if like.is_cuda:
         return torch.empty(like.shape[1], rows, dtype=dtype, device=like.device).mT
     return torch.empty(rows, like.shape[1], dtype=dtype)
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
-    """float64 for float64 weights, else float32."""
+    """Return float64 for float64 weights, else float32."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32

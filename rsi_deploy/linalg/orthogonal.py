@@ -1,13 +1,13 @@
-"""Orthonormal bases of tall blocks at the speed of matrix products: CholeskyQR, and what to do where it fails.
+"""Orthonormal bases of tall blocks by matrix products: CholeskyQR with fallbacks.
 
     D = diag(|x_1|, ..., |x_k|),  R^T R = (X D^-1)^T (X D^-1)  (Cholesky),  Q = X D^-1 R^-1
 
 (Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa 2020). One pass leaves `|Q^T Q - I| ~ eps |R^-1|^2`, which is
-estimated from `R` (k^2 flops): where that is too much, a second pass follows (CholeskyQR2; of what is orthonormal but
-for a little, the triangle's inverse is known without Cholesky); where Cholesky breaks down
-the Gram matrix is shifted first (shifted CholeskyQR3); where that too leaves it ill-conditioned, as for a block of
-lower rank than it has columns, Householder's QR, which cannot fail, is taken. The columns of an iterated block are
-nearly orthogonal already and differ in scale: hence `D`, and one pass is the rule.
+estimated from `R` (k^2 flops). If that is too large, a second pass follows (CholeskyQR2; for a nearly orthonormal block
+the inverse of the triangle is known without Cholesky). If Cholesky fails, the Gram matrix is shifted first (shifted
+CholeskyQR3). If the result is still ill-conditioned, as for a block whose rank is below its number of columns,
+Householder's QR is used, which always works. The columns of an iterated block are nearly orthogonal and differ in
+scale. So they are scaled by `D`, and one pass usually suffices.
 
 Between two power iterations a basis need only be well-conditioned: `rough_basis_` does one shifted pass in bfloat16.
 """
@@ -20,31 +20,31 @@ from torch import Tensor
 
 from rsi_deploy.linalg.products.gemm import product
 
-# The |R^-1|_2 up to which one pass is enough: `|Q^T Q - I| <= 100 eps` at worst, a few eps as measured.
+# Up to this |R^-1|_2 one pass suffices: `|Q^T Q - I| <= 100 eps` at worst, a few eps as measured.
 ONE_PASS = 10.0
-# A second pass needs no Cholesky factor where `|Q^T Q - I|_F` is so many sqrt(eps): what is left is its square.
+# Up to this many sqrt(eps) of `|Q^T Q - I|_F` a second pass needs no Cholesky factor, as its error is the square.
 NEARLY = 3.0
-# The least `1 / |D R^-1|` at which one pass over a bfloat16 block is enough, and one with `R^-1` in bfloat16 too.
+# Least `1 / |D R^-1|` for which one pass over a bfloat16 block suffices, and one with `R^-1` in bfloat16 too.
 ROUGH, ROUGHER = 0.003, 0.1
-# The least `1 / |D R^-1|` at which roundings to bfloat16 of a block, about 1/500 each, leave every column told from a
-# combination of the others: they then tilt the span by a few percent.
-TOLD = 0.1
+# Least `1 / |D R^-1|` for which columns stay independent when the block is rounded to bfloat16 (about 1/500 each): the
+# rounding then tilts the span by a few percent.
+INDEPENDENT = 0.1
 SHIFTED = 3
-# From so many columns on, products with triangles and Gram matrices skip most of the half that is zero or known.
+# From this many columns on, products with triangles and Gram matrices skip most of the half that is zero or known.
 HALVED, HALVED_GPU = 384, 2048
 MOST_BLOCKS = 4
-# Sides of triangles that are solved at once, and from which on a GPU inverts those of one size together.
+# Side of triangles that are solved directly, and side from which a GPU inverts those of one size in a batch.
 LEAF, BATCHED = 128, 1536
-# Rows at a time; on a GPU, where each call costs, so many that they take these bytes.
+# Rows per panel; on a GPU, where each call has a fixed cost, as many rows as take these bytes.
 PANEL_ROWS, GPU_PANEL_BYTES = 1024, 8 << 20
-# A column below this norm, beside others near 1, has squares that float32 cannot hold: scale first.
+# The squares of a column below this norm vanish in float32 beside columns of norm 1, so columns are scaled first.
 SMALLEST = 1e-15
 
 
 def orthonormal_(X: Tensor) -> Tensor:
-    """An orthonormal basis `(..., m, k)` of the span of `X (..., m, k)`, `m >= k`, float32 or float64; `X` is used up.
+    """Return an orthonormal basis `(..., m, k)` of the span of `X (..., m, k)`, `m >= k`, float32 or float64.
 
-    Each matrix of a batch is treated by itself: its bytes do not depend on its neighbours.
+    Overwrites `X`. The bytes of each matrix of a batch do not depend on the others.
     """
     if X.ndim > 2:
         return _each(X)
@@ -55,7 +55,7 @@ def orthonormal_(X: Tensor) -> Tensor:
     off = gram.clone()
     off.diagonal().sub_(1.0)
     if float(torch.linalg.matrix_norm(off)) <= NEARLY * math.sqrt(torch.finfo(Q.dtype).eps):
-        # Of I + E the inverse of the triangle is I - (E's triangle, half its diagonal) - O(E^2).
+        # The inverse of the triangle of I + E is I - (E's triangle, half its diagonal) - O(E^2).
         inverted = off.triu_().neg_()
         inverted.diagonal().mul_(0.5).add_(1.0)
         return times_triangle_(Q, inverted)
@@ -64,15 +64,15 @@ def orthonormal_(X: Tensor) -> Tensor:
 
 
 def near_basis_(X: Tensor) -> Tensor:
-    """A basis `(m, k)` of the span of `X (m, k)`, float32 or float64, orthonormal to a percent; `X` is used up.
+    """Return a basis `(m, k)` of the span of `X (m, k)`, orthonormal to a percent, by CholeskyQR; overwrites `X`.
 
-    Between two iterations nothing more is needed, and it takes one pass of CholeskyQR.
+    This accuracy suffices between two iterations.
     """
     return _one_pass(X)[0]
 
 
 def _one_pass(X: Tensor) -> tuple[Tensor, float]:
-    """A basis of `X (m, k)` with `|Q^T Q - I| < 0.01`, and what `|D R^-1|` its last pass had; `X` is used up."""
+    """Return a basis of `X (m, k)` with `|Q^T Q - I| < 0.01`, and `|D R^-1|` of its last pass; overwrites `X`."""
     gram, norms = _normalized_(gram_of(X))
     inverted, reached = _factor(gram, norms)
     if reached <= _two_passes(X.dtype):
@@ -80,7 +80,7 @@ def _one_pass(X: Tensor) -> tuple[Tensor, float]:
     Q = X.clone()  # Householder's needs the columns as they are
     if not _squared(norms):
         gram, norms = _normalized_(gram_of(_scaled_(Q)))
-    for _ in range(SHIFTED):  # each takes a factor of some hundreds off the condition
+    for _ in range(SHIFTED):  # each reduces the condition by a factor of some hundreds
         gram.diagonal().add_(10.0 * len(gram) * torch.finfo(gram.dtype).eps)
         inverted, reached = _factor(gram, norms)
         if reached == math.inf:
@@ -94,7 +94,7 @@ def _one_pass(X: Tensor) -> tuple[Tensor, float]:
 
 
 def basis_and_triangle_(X: Tensor) -> tuple[Tensor, Tensor]:
-    """`Q (m, k)`, orthonormal, and `R (k, k)` with `X = Q R`, float32 or float64; `X` is used up."""
+    """Return `Q (m, k)`, orthonormal, and `R (k, k)` with `X = Q R`, float32 or float64; overwrites `X`."""
     inverted, reached = _factor(*_normalized_(gram_of(X)))
     if reached <= ONE_PASS:
         return times_triangle_(X, inverted), inverse(inverted)
@@ -103,18 +103,16 @@ def basis_and_triangle_(X: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rough_basis_(X: Tensor, *, passes: int = 3) -> tuple[Tensor, float]:
-    """A well-conditioned basis `(m, k)` of the span of `X (m, k)`, bfloat16, to its rounding; `X` is used up.
+    """Return a well-conditioned bfloat16 basis `(m, k)` of the span of `X (m, k)`; overwrites `X`.
 
-    With it comes about the least singular value that it had, columns scaled: below `TOLD`, some column could not be
-    told from a combination of the others.
-
-    Shifted CholeskyQR in float32, up to `passes` times where one leaves columns that nearly depend on others, as it may
-    for a fresh sketch. The shift is the 2-norm that roundings of the Gram matrix reach. Where even so it has no factor,
-    Householder's QR in float32.
+    The second result estimates the least singular value of `X` with scaled columns: below `INDEPENDENT`, rounding hides
+    some column in a combination of the others. The method is shifted CholeskyQR in float32, repeated up to `passes`
+    times if columns stay nearly dependent, as for a fresh sketch. The shift is the 2-norm of the Gram matrix's
+    rounding. If the shifted matrix has no Cholesky factor, Householder's QR in float32 is used.
 
     Args:
         X: `(m, k)`.
-        passes: at most; with 0, `X` comes back as it is where its columns are not told apart.
+        passes: most passes; with 0, `X` is returned unchanged if its columns are nearly dependent.
     """
     k, first = X.shape[1], 0.0
     for index in range(max(passes, 1)):
@@ -129,7 +127,7 @@ def rough_basis_(X: Tensor, *, passes: int = 3) -> tuple[Tensor, float]:
             return (torch.linalg.qr(X.float()).Q.to(X.dtype) if passes else X), first
         least = min(1 / reached, shortest)
         first = first if index else least
-        if not passes and least < TOLD:
+        if not passes and least < INDEPENDENT:
             break
         inverted.div_(norms[:, None])
         X = times_triangle_(X, inverted.to(X.dtype) if least > ROUGHER else inverted)
@@ -139,7 +137,7 @@ def rough_basis_(X: Tensor, *, passes: int = 3) -> tuple[Tensor, float]:
 
 
 def deflate_(X: Tensor, leading: int) -> Tensor:
-    """`X (m, k)`, bfloat16, its first `leading` columns a basis and the others orthogonal to them."""
+    """Return `X (m, k)`, bfloat16, with a basis in its first `leading` columns and the others orthogonal to them."""
     if leading:
         first, others = X[:, :leading], X[:, leading:]
         first.copy_(rough_basis_(first.clone())[0])
@@ -148,10 +146,10 @@ def deflate_(X: Tensor, leading: int) -> Tensor:
 
 
 def gram_of(X: Tensor) -> Tensor:
-    """`X^T X (k, k)` in float32 or better: products in bfloat16 would round it, where float32 holds them exactly.
+    """Return `X^T X (k, k)` in float32 or better, where products of bfloat16 numbers are exact.
 
-    (A GPU's tensor cores would multiply bfloat16 exactly too, and lose 1e-5 in the sums: columns that nearly depend on
-    each other then hide.)
+    (A GPU's tensor cores also multiply bfloat16 exactly, but their sums lose 1e-5, which hides nearly dependent
+    columns.)
     """
     k = X.shape[1]
     if X.dtype != torch.bfloat16 and k < HALVED:
@@ -163,33 +161,33 @@ def gram_of(X: Tensor) -> Tensor:
 
 
 def add_gram_(G: Tensor, X: Tensor) -> None:
-    """`G (k, k) += X^T X`; of a large one without the blocks below its diagonal, for `mirrored_` to fill."""
+    """Add `X^T X` to `G (k, k)`; for a large one without the blocks below its diagonal, which `mirrored_` fills."""
     for block in _blocks(G):
         G[block, block.start :].addmm_(X[:, block].mT, X[:, block.start :])
 
 
 def mirrored_(G: Tensor) -> Tensor:
-    """`G` with the blocks that `add_gram_` leaves out."""
+    """Fill the blocks of `G` that `add_gram_` leaves out."""
     for block in _blocks(G):
         G[block.stop :, block] = G[block, block.stop :].mT
     return G
 
 
 def _blocks(square: Tensor) -> Sequence[slice]:
-    """Its columns some at a time: what is zero or known of a square is left out between them."""
+    """Return groups of columns, between which the zero or known half of a square matrix is skipped."""
     k = len(square)
     count = min(max(2 * k // (HALVED_GPU if square.is_cuda else HALVED), 1), MOST_BLOCKS)
     return [slice(k * i // count, k * (i + 1) // count) for i in range(count)]
 
 
 def _panels(X: Tensor) -> Sequence[Tensor]:
-    """`X (m, k)` some rows at a time: what is made of them then takes little memory."""
+    """Split `X (m, k)` into panels of rows, so that temporary results use little memory."""
     rows = max(GPU_PANEL_BYTES // (4 * X.shape[1]), PANEL_ROWS) if X.is_cuda else PANEL_ROWS
     return torch.split(X, rows)
 
 
 def times_triangle_(X: Tensor, R: Tensor) -> Tensor:
-    """`X R (m, k)` for an upper triangular `R (k, k)`, in the place of `X`, some rows at a time."""
+    """Return `X R (m, k)` for an upper triangular `R (k, k)`, computed in place, panel by panel."""
     if X.is_cuda and R.dtype != X.dtype:
         return _by_digits_(X, R)
     for panel in _panels(X):
@@ -200,7 +198,7 @@ def times_triangle_(X: Tensor, R: Tensor) -> Tensor:
 
 
 def _by_digits_(X: Tensor, R: Tensor) -> Tensor:
-    """`X R (m, k)` of bfloat16 `X` and float32 `R` on a GPU's tensor cores: two bfloat16 hold 16 of R's digits."""
+    """Return `X R (m, k)` of bfloat16 `X` and float32 `R` on tensor cores; two bfloat16 hold 16 digits of `R`."""
     head = R.to(X.dtype)
     tail = (R - head).to(X.dtype)
     for panel in _panels(X):
@@ -210,7 +208,7 @@ def _by_digits_(X: Tensor, R: Tensor) -> Tensor:
 
 
 def inverse(R: Tensor) -> Tensor:
-    """The inverse of an upper triangular `R (k, k)`, by halves: `k^3/3` flops, nearly all of them in products."""
+    """Return the inverse of an upper triangular `R (k, k)` by halves: `k^3/3` flops, nearly all of them in products."""
     k = R.shape[0]
     if R.is_cuda and k >= BATCHED:
         return inverse_in_batches(R)
@@ -227,7 +225,7 @@ def inverse(R: Tensor) -> Tensor:
 
 
 def inverse_in_batches(R: Tensor) -> Tensor:
-    """The same, all halves of one size at once: a GPU takes as long for one small block as for all."""
+    """Return the same inverse with all halves of one size in a batch, which a GPU computes as fast as one."""
     k = R.shape[0]
     count = 1 << (-(-k // LEAF) - 1).bit_length()
     size = -(-k // count)
@@ -249,7 +247,7 @@ def inverse_in_batches(R: Tensor) -> Tensor:
 
 
 def _each(X: Tensor) -> Tensor:
-    """A batch: a second pass, and Householder's QR, for those that need them alone."""
+    """Orthonormalize a batch; only matrices that need it get a second pass or Householder's QR."""
     X = _scaled_(X)
     Q, shortest = _pass(X)
     bad = ~(shortest > 4 / _two_passes(X.dtype))  # NaN is bad
@@ -264,9 +262,9 @@ def _each(X: Tensor) -> Tensor:
 
 
 def _pass(X: Tensor) -> tuple[Tensor, Tensor]:
-    """One pass of CholeskyQR for each of a batch `(..., m, k)`, and the least of the diagonal of `R (...)`, 0 without.
+    """Do one pass of CholeskyQR for a batch `(..., m, k)`; return also the least diagonal entry of `R`, 0 without `R`.
 
-    `|R^-1|` is at least its inverse, and rarely much more.
+    `|R^-1|` is at least the inverse of that entry, and rarely much larger.
     """
     R, info = torch.linalg.cholesky_ex(X.mT @ X, upper=True)
     shortest = torch.where(info == 0, R.diagonal(dim1=-2, dim2=-1).amin(-1), 0)
@@ -274,26 +272,26 @@ def _pass(X: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled_(X: Tensor) -> Tensor:
-    """`X` with columns of norm 1 (a zero column stays)."""
+    """Scale columns to norm 1 (a zero column stays)."""
     norms = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
     return X.div_(norms.clamp_min(torch.finfo(X.dtype).tiny))
 
 
 def _normalized_(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """A Gram matrix with a diagonal of 1, and the column norms `(k,)` that were taken out of it."""
+    """Scale a Gram matrix to a diagonal of 1; return also the column norms `(k,)`."""
     norms = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
     return gram.div_(norms).div_(norms[:, None]), norms
 
 
 def _squared(norms: Tensor) -> bool:
-    """Whether the squares of columns with these norms are numbers that float32 holds beside each other."""
+    """Return whether float32 can hold the squares of these column norms beside each other."""
     return float(norms.min()) >= SMALLEST * float(norms.max())
 
 
 def _factor(gram: Tensor, norms: Tensor) -> tuple[Tensor, float]:
-    """`R^-1` for the `R` with `R^T R = X^T X`, and an estimate of `|D R^-1|_2` (inf: no `R`, and no inverse).
+    """Return `R^-1` with `R^T R = X^T X`, and an estimate of `|D R^-1|_2` (infinite without a factor `R`).
 
-    The inverse is as accurate as triangular solves while `R` is well-conditioned, and a product is faster than those.
+    While `R` is well-conditioned, the inverse is as accurate as triangular solves, and a product with it is faster.
 
     Args:
         gram: `X^T X (k, k)`, normalized.
@@ -301,7 +299,7 @@ def _factor(gram: Tensor, norms: Tensor) -> tuple[Tensor, float]:
     """
     R, info = torch.linalg.cholesky_ex(gram)
     inverted = inverse(R.mT)
-    # At once: a GPU is waited for at each.
+    # All in one transfer, as each waits for the GPU.
     facts = torch.stack([info.to(R.dtype), norms.min(), norms.max(), norm_estimate(inverted)])
     failed, shortest, longest, reached = facts.tolist()
     if failed or shortest < SMALLEST * longest:
@@ -310,9 +308,9 @@ def _factor(gram: Tensor, norms: Tensor) -> tuple[Tensor, float]:
 
 
 def norm_estimate(inverted: Tensor) -> Tensor:
-    """About `|R^-1|_2 ()` of an upper triangle's inverse `(k, k)`, from below: a few steps of power iteration."""
+    """Estimate `|R^-1|_2 ()` of the inverse `(k, k)` of an upper triangle from below, by a few power iterations."""
     norm = torch.linalg.vector_norm
-    v = inverted[:, -1]  # from the last column: the smallest diagonal entries of R stand last
+    v = inverted[:, -1]  # start at the last column, as the smallest diagonal entries of R come last
     for _ in range(3):
         u = torch.mv(inverted.mT, v / norm(v))
         v = torch.mv(inverted, u)
@@ -321,5 +319,5 @@ def norm_estimate(inverted: Tensor) -> Tensor:
 
 
 def _two_passes(dtype: torch.dtype) -> float:
-    """The `|R^-1|_2` up to which a second pass mends the first: the first then leaves `|Q^T Q - I| < 0.01`."""
+    """Return the `|R^-1|_2` up to which a second pass suffices; the first then leaves `|Q^T Q - I| < 0.01`."""
     return 0.1 / math.sqrt(torch.finfo(dtype).eps)

@@ -1,4 +1,4 @@
-"""One site's factorization and the record of it: shared by the PyTorch way and the ONNX way."""
+"""Factorize one site and make its record, for PyTorch and ONNX models."""
 
 from contextlib import suppress
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import SiteRecord, unmeasured_record
-from rsi_deploy.linalg.batched_solver import Solves
-from rsi_deploy.linalg.factor_errors import errors_of
+from rsi_deploy.linalg.batched_solver import SolverLike
+from rsi_deploy.linalg.factor_errors import factor_errors
 from rsi_deploy.linalg.memory import on_cpu
 from rsi_deploy.linalg.solver import Factors
 
@@ -16,7 +16,7 @@ from rsi_deploy.linalg.solver import Factors
 def factorize_site(
     weight: Tensor,
     rank: int,
-    solver: Solves,
+    solver: SolverLike,
     *,
     name: str,
     kind: str,
@@ -26,25 +26,25 @@ def factorize_site(
     """Factorize one site's `weight (groups, out, in)` at `rank` and measure the factors' errors.
 
     Args:
-        weight: of the site.
-        rank: of the factors.
-        solver: computes them.
-        name: of the site.
-        kind: of operation.
-        reason: of the decision; the record adds what came otherwise than requested.
-        nodes: that use the weight.
+        weight: weight of the site.
+        rank: rank of the factors.
+        solver: solver that computes them.
+        name: name of the site.
+        kind: kind of operation.
+        reason: reason of the decision; the record adds the solver's note.
+        nodes: operations that use the weight.
 
     Returns:
-        factors `left (groups, out, rank)`, `right (groups, rank, in)` in the weight's dtype, and the record.
+        Factors `left (groups, out, rank)`, `right (groups, rank, in)` in the weight's dtype, and the record.
 
     Raises:
-        ModelError: the weight holds NaN or infinite values; the site is named.
+        ModelError: The weight has NaN or infinite values; the message names the site.
     """
     try:
         factors, route, iterations, note, seconds = solver.solve(weight, rank, site=name)
     except ValueError as error:
         raise ModelError(f"{error} (type --exclude {name!r} to leave it dense)") from error
-    # 16-bit factors are stored balanced and rounded: `left` is not orthonormal, `right` is not left^T W.
+    # 16-bit factors are balanced and rounded, so `left` is not orthonormal and `right` is not left^T W.
     projected = weight.dtype.itemsize >= 4
     reason = f"{reason}; {note}" if note else reason
     record = split_record(name, kind, weight, factors, reason=reason, seconds=seconds, projected=projected, nodes=nodes)
@@ -62,17 +62,17 @@ def split_record(
     projected: bool,
     nodes: tuple[str, ...] = (),
 ) -> SiteRecord:
-    """The record of a site split into `factors`, with their errors measured on `weight (groups, out, in)`.
+    """Return the record of a site split into `factors`, with their errors measured on `weight (groups, out, in)`.
 
     Args:
-        name: of the site.
-        kind: of operation.
-        weight: what the factors stand for.
-        factors: as stored.
-        reason: of the decision.
-        seconds: that the factorization took.
+        name: name of the site.
+        kind: kind of operation.
+        weight: original weight.
+        factors: factors as stored.
+        reason: reason of the decision.
+        seconds: time of the factorization.
         projected: whether `left` is orthonormal and `right` is `left^T W`, which saves work.
-        nodes: that use the weight.
+        nodes: operations that use the weight.
     """
     record = unmeasured_record(
         name,
@@ -86,9 +86,9 @@ def split_record(
     )
     errors = None
     with suppress(torch.OutOfMemoryError):
-        errors = errors_of(weight, factors, projected)
+        errors = factor_errors(weight, factors, projected)
     if errors is None:
         W, left, right = on_cpu(weight, *factors)
-        errors = errors_of(W, Factors(left, right), projected)
+        errors = factor_errors(W, Factors(left, right), projected)
         errors["reason"] = f"{reason}; errors measured on the CPU, for want of GPU memory"
     return record.model_copy(update=errors)

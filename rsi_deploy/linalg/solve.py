@@ -1,12 +1,12 @@
-"""One weight, from the sketch to its factors: which route, in which precision, in how many iterations.
+"""Factorize one weight from its sketch: choose the route, the precision and the number of iterations.
 
-    small weights (`kernel.batched`)   direct | chebyshev | exact, all at once
+    small weights (`linalg.batched`)   direct | chebyshev | exact, in one batch
     all others, matrix by matrix       direct | chebyshev | gram | krylov | exact
 
-With oversampling the result is cut by the SVD of `Y^T`.
+With oversampling the result is truncated by the SVD of `Y^T`.
 
-Memory beyond the weight: twice the blocks `X (out, columns)` and `Y (in, columns)` in float32, copies of the weight in
-bfloat16 included (a panel of at least 2 MiB); with the buffers of the libraries it is measured by `bench.kernel`.
+Memory beyond the weight: twice the blocks `X (out, columns)` and `Y (in, columns)` in float32, including copies of the
+weight in bfloat16 (a panel of at least 2 MiB). `bench.kernel` measures it with the buffers of the libraries.
 """
 
 import logging
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from rsi_deploy.linalg import cost_model as cost
-from rsi_deploy.linalg.adaptive import until_settled
+from rsi_deploy.linalg.adaptive import iterate_until_converged
 from rsi_deploy.linalg.batched import exact_batch, is_small, iterate_batch
-from rsi_deploy.linalg.checks import settled
+from rsi_deploy.linalg.checks import aligned
 from rsi_deploy.linalg.operand import PANEL_BYTES, Operand, working_dtype
 from rsi_deploy.linalg.products.rates import rates
 from rsi_deploy.linalg.routes.chebyshev import Draw, iterate, shifts, steps
@@ -28,20 +28,20 @@ from rsi_deploy.linalg.routes.exact import exact
 from rsi_deploy.linalg.routes.gram import gram
 from rsi_deploy.linalg.routes.krylov import depth, krylov
 
-BATCHED: tuple[cost.Route, ...] = ("chebyshev", "exact")  # what is worth while for small weights
-# Of a product; below, bfloat16 saves less time than it takes to start the operations that make it safe.
+BATCHED: tuple[cost.Route, ...] = ("chebyshev", "exact")  # the routes that are useful for small weights
+# Least flops of a product; below, bfloat16 saves less time than its safety checks take.
 LEAST_LOW_FLOPS = {"cpu": 3e7, "cuda": 2.5e10}
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class How:
-    """How a weight is to be factorized.
+class SolveSettings:
+    """Settings for the factorization of one weight.
 
     Attributes:
-        route: one of `cost.ROUTES`, or "auto": by the cost model.
-        q: power iterations; "auto": until another would gain less than a percent.
-        mixed: bfloat16 where it is measured to be faster and does no harm.
+        route: one of `cost_model.ROUTES`, or "auto" to choose by the cost model.
+        q: number of power iterations; "auto" stops when another one would gain less than a percent.
+        mixed: whether to use bfloat16 where it is measured to be faster and does no harm.
     """
 
     route: Literal["auto", "direct", "chebyshev", "gram", "krylov", "exact"]
@@ -51,7 +51,7 @@ class How:
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
-    """`X (..., out, rank)`, `Y = W^T X (..., in, rank)`, the route taken, and the iterations done (0: exact)."""
+    """`X (..., out, rank)`, `Y = W^T X (..., in, rank)`, the route, and the number of iterations (0 if exact)."""
 
     X: Tensor
     Y: Tensor
@@ -59,20 +59,20 @@ class Solved:
     q: int
 
 
-def solve(weight: Tensor, draw: Draw, columns: int, rank: int, scale: float, how: How) -> Solved:
+def solve(weight: Tensor, draw: Draw, columns: int, rank: int, scale: float, how: SolveSettings) -> Solved:
     """Factorize `weight (..., out, in)` from a sketch.
 
     Args:
-        weight: checked (`kernel.checks`).
-        draw: makes a sketch `(..., side, columns)`: Gaussian, in the working precision, on the weight's device, the
+        weight: checked weight (`linalg.checks`).
+        draw: returns a sketch `(..., side, columns)`: Gaussian, in the working precision, on the weight's device, the
             same each time.
-        columns: of the sketch.
-        rank: at most `columns`.
-        scale: of the weight.
-        how: to do it.
+        columns: columns of the sketch.
+        rank: rank, at most `columns`.
+        scale: scale of the weight.
+        how: settings.
     """
     full = min(weight.shape[-2:])
-    q = how.q if how.q != "auto" else 8  # what an automatic choice reckons with
+    q = how.q if how.q != "auto" else 8  # the number that the cost model assumes
     mixed = how.mixed and working_dtype(weight) == torch.float32 and 2.0**-40 < scale < 2.0**40
     if mixed and (columns >= full or not rates(weight.device).mixed):
         mixed = False
@@ -82,17 +82,17 @@ def solve(weight: Tensor, draw: Draw, columns: int, rank: int, scale: float, how
     if route == "auto":
         route = "chebyshev"
         shape = (weight.shape[-2], weight.shape[-1])
-        if shape[0] * shape[1] > 4096:  # below, every route is instant: no need to know the machine
+        if shape[0] * shape[1] > 4096:  # below, every route is instant
             among = BATCHED if is_small(weight) else cost.ROUTES
             route = cost.choose(rates(weight.device), shape, columns, rank, q, mixed=mixed, among=among)
     if columns >= full:
-        route = "exact"  # the sketch spans everything: nothing is left to iterate for
+        route = "exact"  # the sketch spans everything, so iterations gain nothing
     if is_small(weight) and how.q != "auto" and route in (*BATCHED, "direct"):
         return _batch(weight, draw(weight.shape[-1]), rank, q, route)
     if weight.ndim == 2:
         return _one(weight, draw, columns, rank, scale, route, how.q, mixed)
     members = [
-        _one(settled(member), _drawn(draw, index), columns, rank, scale, route, how.q, mixed)
+        _one(aligned(member), _drawn(draw, index), columns, rank, scale, route, how.q, mixed)
         for index, member in enumerate(weight.flatten(0, -3))
     ]
     X, Y = (torch.stack(parts) for parts in zip(*((m.X, m.Y) for m in members), strict=True))
@@ -107,12 +107,12 @@ def solve(weight: Tensor, draw: Draw, columns: int, rank: int, scale: float, how
 
 
 def _drawn(draw: Draw, index: int) -> Draw:
-    """The sketch of one member of a batch."""
+    """Return the sketch of one member of a batch."""
     return lambda side: draw(side).flatten(0, -3)[index].clone()
 
 
 def _batch(weight: Tensor, sketch: Tensor, rank: int, q: int, route: str) -> Solved:
-    """A small weight, or a batch of them: direct, Chebyshev or exact; the others save nothing here."""
+    """Factorize a small weight, or a batch of them, by the direct, Chebyshev or exact route."""
     W = weight.reshape(-1, *weight.shape[-2:]).to(working_dtype(weight))
     done = {"exact": 0, "direct": q}.get(route, steps(q))
     if route == "exact":
@@ -120,7 +120,7 @@ def _batch(weight: Tensor, sketch: Tensor, rank: int, q: int, route: str) -> Sol
     else:
         fractions = shifts(done) if route == "chebyshev" else [0.0] * (q - 1)
         X, Y = iterate_batch(W, sketch.reshape(-1, *sketch.shape[-2:]), fractions)
-        X, Y = cut(X, Y, rank)
+        X, Y = truncate(X, Y, rank)
     batch = weight.shape[:-2]
     return Solved(
         X=X.reshape(*batch, *X.shape[1:]),
@@ -140,8 +140,8 @@ def _one(
     q: int | Literal["auto"],
     mixed: bool,
 ) -> Solved:
-    """One matrix by one route."""
-    allowance = 3 * sum(weight.shape) * columns  # bytes: with what else is live, two blocks in float32
+    """Factorize one matrix by one route."""
+    allowance = 3 * sum(weight.shape) * columns  # bytes; with the other data, two blocks in float32
     operand = Operand(weight=weight, scale=scale, allowance=max(allowance, PANEL_BYTES))
     if route == "krylov" and q != "auto" and depth(q) * columns > min(weight.shape):
         log.warning("block Krylov needs %d columns of %d: Chebyshev instead", depth(q) * columns, min(weight.shape))
@@ -150,8 +150,8 @@ def _one(
         X, Y = exact(operand, rank)
         return Solved(X=X, Y=Y, route=route, q=0)
     if q == "auto":
-        X, Y, done = until_settled(operand, draw, mixed=mixed)
-        X, Y = cut(X, Y, rank)
+        X, Y, done = iterate_until_converged(operand, draw, mixed=mixed)
+        X, Y = truncate(X, Y, rank)
         return Solved(X=X, Y=Y, route="direct", q=done)
     if route == "krylov":
         X, Y = krylov(operand, draw(weight.shape[1]), q, rank)
@@ -163,12 +163,12 @@ def _one(
         X, Y = iterate(operand, draw, shifts(done), mixed=mixed)
     else:
         X, Y = direct(operand, draw, q, mixed=mixed)
-    X, Y = cut(X, Y, rank)
+    X, Y = truncate(X, Y, rank)
     return Solved(X=X, Y=Y, route=route, q=done)
 
 
-def cut(X: Tensor, Y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best `rank` columns of a basis `X (..., out, columns)` with `Y = W^T X (..., in, columns)`."""
+def truncate(X: Tensor, Y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Truncate a basis `X (..., out, columns)` with `Y = W^T X (..., in, columns)` to its best `rank` columns."""
     if X.shape[-1] == rank:
         return X, Y
     U, S, Vh = torch.linalg.svd(Y.mT, full_matrices=False)

@@ -1,4 +1,4 @@
-"""Randomized subspace iteration (RSI): low-rank factors of a weight, and how far they are from it.
+"""Randomized subspace iteration (RSI): low-rank factors of a weight, and their distance from it.
 
 With a weight `W (out, in)`, a rank `k` and `q` power iterations (arXiv 2604.02659, algorithm 1):
 
@@ -6,12 +6,12 @@ With a weight `W (out, in)`, a rank `k` and `q` power iterations (arXiv 2604.026
     repeat q times:  X = orth(W Y);  Y = W^T X
     left = X (out, k),  right = Y^T (k, in),  left @ right = X X^T W
 
-so the approximation is `W` projected on the span of `X`: no inverse, no SVD. `q = 1` is the randomized SVD (RSVD) of
-Halko, Martinsson and Tropp (2011, algorithm 4.1); scikit-learn's `n_iter` and Halko's `q` are ours minus one.
+so the approximation is `W` projected on the span of `X`, without an inverse or an SVD. `q = 1` is the randomized SVD
+(RSVD) of Halko, Martinsson and Tropp (2011, algorithm 4.1); scikit-learn's `n_iter` and Halko's `q` are one less.
 With oversampling `p`, the iteration runs on `k + p` columns and is truncated through the SVD of the small `Y^T`.
 
-The same subspace may be reached in other ways, and the products may be made in bfloat16 but for the last one: how is
-`rsi_deploy.kernel`, which route a cost model measured on the machine chooses (`kernel.cost`).
+Other routes reach the same subspace, and all products except the last may use bfloat16. A cost model measured on the
+machine chooses the route (`linalg.cost_model`).
 
 Leading dimensions are a batch: a grouped Conv's weight is `(groups, out/groups, in/groups*kh*kw)`.
 """
@@ -28,17 +28,17 @@ import torch
 from torch import Tensor
 
 from rsi_deploy.linalg.batched import is_small
-from rsi_deploy.linalg.certified_norm import Interval, certified_norm
-from rsi_deploy.linalg.checks import at, checked
+from rsi_deploy.linalg.certified_norm import NormInterval, certified_norm
+from rsi_deploy.linalg.checks import check_weight, site_prefix
 from rsi_deploy.linalg.factors import Factors, balanced, stored
 from rsi_deploy.linalg.memory import on_cpu
 from rsi_deploy.linalg.operand import working_dtype
-from rsi_deploy.linalg.solve import How, solve
+from rsi_deploy.linalg.solve import SolveSettings, solve
 
 __all__ = [
     "Factors",
-    "Interval",
     "Method",
+    "NormInterval",
     "PowerIterations",
     "Residual",
     "Route",
@@ -63,14 +63,14 @@ log = logging.getLogger(__name__)
 
 
 class Solution(NamedTuple):
-    """Factors, and how they came about.
+    """Factors, and how they were computed.
 
     Attributes:
-        factors: `left`, `right`.
-        route: that was taken: "direct", "chebyshev", "gram", "krylov", "exact", or "svd" for that method.
-        power_iterations: that were done (shifted ones, and block Krylov's blocks, do more each); 0: exact.
-        note: what was done otherwise than asked, in words, or "".
-        seconds: that it took.
+        factors: `left` and `right`.
+        route: "direct", "chebyshev", "gram", "krylov", "exact", or "svd" for that method.
+        power_iterations: number of iterations (shifted ones, and blocks of block Krylov, count as one); 0 if exact.
+        note: what differs from the request, in words, or "".
+        seconds: time of the computation.
     """
 
     factors: Factors
@@ -82,16 +82,16 @@ class Solution(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """How factors are computed: the settings of one run, the same for every site.
+    """The settings of a run for computing factors, the same for every site.
 
     Attributes:
         method: "rsi"; "rsvd" (one power iteration, the baseline); or "svd" (exact, the other baseline).
-        power_iterations: the paper's q, at least 1, or "auto": until another pass would gain less than 1 %. Ignored by
-            "rsvd" (always 1) and "svd".
-        oversampling: extra sketch columns, truncated away at the end. The paper uses none.
-        seed: with the site's name it fixes the random sketch, so filters and order change nothing.
-        route: of "rsi": "auto" takes the cheapest by the cost model, else the one named. "rsvd" is always direct.
-        mixed_precision: of "rsi": bfloat16 in the iterations where it is measured to be faster and does no harm.
+        power_iterations: the paper's q, at least 1, or "auto" to stop when another iteration would gain less than 1 %.
+            Ignored by "rsvd" (always 1) and "svd".
+        oversampling: extra columns of the sketch, truncated at the end; none in the paper.
+        seed: random seed; together with the site's name it determines the sketch, so filters and order do not matter.
+        route: route of "rsi"; "auto" chooses the fastest by the cost model. "rsvd" always uses the direct one.
+        mixed_precision: whether "rsi" may use bfloat16 in the iterations where it is faster and does no harm.
     """
 
     method: Method = "rsi"
@@ -106,10 +106,10 @@ class Solver:
         return self.solve(weight, rank, site=site).factors
 
     def solve(self, weight: Tensor, rank: int, *, site: str = "") -> Solution:
-        """Factorize `weight (..., out, in)` at `rank`, and say how it was done.
+        """Factorize `weight (..., out, in)` at `rank`, and describe how it was done.
 
-        A rank above `min(out, in)` gives the exact factors of that rank, with a note. Where a GPU's memory does not
-        hold the blocks, the CPU's does, with a note.
+        A rank above `min(out, in)` gives exact factors of that rank, with a note. If a GPU's memory is too small, the
+        CPU computes the factors, with a note.
         """
         started = time.perf_counter()
         full = min(weight.shape[-2:], default=0) if weight.ndim > 1 else 0
@@ -118,42 +118,45 @@ class Solver:
         with suppress(torch.OutOfMemoryError):
             solution = self._solved(weight, rank, site)
         if solution is None:
-            solution = self._solved(*on_cpu(weight), rank, site)
-            log.warning("%sthe GPU's memory does not hold the blocks: factorized on the CPU", at(site))
+            (moved,) = on_cpu(weight)
+            solution = self._solved(moved, rank, site)
+            log.warning("%sthe GPU's memory is too small: factorized on the CPU", site_prefix(site))
             factors = Factors(*(factor.to(weight.device) for factor in solution.factors))
-            solution = solution._replace(factors=factors, note="factorized on the CPU, for want of GPU memory")
+            solution = solution._replace(
+                factors=factors, note="factorized on the CPU, as the GPU's memory is too small"
+            )
         note = "; ".join(filter(None, (note, solution.note)))
         return solution._replace(note=note, seconds=time.perf_counter() - started)
 
     def _solved(self, weight: Tensor, rank: int, site: str) -> Solution:
         if self.method == "svd":
             return Solution(exact_svd(weight, rank, site=site), "svd", 0)
-        W, rank, scale = checked(weight, rank, site)
+        W, rank, scale = check_weight(weight, rank, site)
         how = self._how()
         if how.q != "auto" and how.q < 1:
-            raise ValueError(f"{at(site)}power_iterations must be at least 1 (1 is RSVD), but got {how.q!r}")
+            raise ValueError(f"{site_prefix(site)}power_iterations must be at least 1 (1 is RSVD), but got {how.q!r}")
         if self.oversampling < 0:
-            raise ValueError(f"{at(site)}oversampling must not be negative, but got {self.oversampling!r}")
+            raise ValueError(f"{site_prefix(site)}oversampling must not be negative, but got {self.oversampling!r}")
         columns = min(rank + self.oversampling, *W.shape[-2:])
         solved = solve(W, lambda side: _sketch(W, side, columns, self.seed, site), columns, rank, scale, how)
         if not torch.isfinite(solved.Y.sum()) and not torch.isfinite(solved.Y).all():
-            raise ValueError(f"{at(site)}the factors do not fit into {working_dtype(W)}; pass weight.double()")
+            raise ValueError(f"{site_prefix(site)}the factors do not fit into {working_dtype(W)}; pass weight.double()")
         return Solution(stored(solved.X, solved.Y.mT, weight.dtype), solved.route, solved.q)
 
     def batches(self, weight: Tensor) -> bool:
-        """Whether weights like this one `(out, in)` go through batched products in `many`."""
+        """Return whether `solve_many` factorizes weights like this one `(out, in)` in batched products."""
         return weight.ndim == 2 and is_small(weight) and self.method != "svd" and self.route not in ("gram", "krylov")
 
-    def many(self, weights: Sequence[Tensor], rank: int, *, sites: Sequence[str]) -> list[Solution]:
-        """Factorize weights of one shape, dtype and device at once, each with its own site's sketch.
+    def solve_many(self, weights: Sequence[Tensor], rank: int, *, sites: Sequence[str]) -> list[Solution]:
+        """Factorize weights of one shape, dtype and device, each with its own site's sketch.
 
-        Those that `batches` names go through batched products, others one after another. The bytes of each are those
-        that it has alone; its seconds are its share.
+        Weights for which `batches` is true use batched products, others are factorized one by one. The bytes are the
+        same as for a single weight; the seconds are divided evenly.
         """
         if not self.batches(weights[0]) or self.power_iterations == "auto":
             return [self.solve(weight, rank, site=site) for weight, site in zip(weights, sites, strict=True)]
         started = time.perf_counter()
-        parts = [checked(weight, rank, site) for weight, site in zip(weights, sites, strict=True)]
+        parts = [check_weight(weight, rank, site) for weight, site in zip(weights, sites, strict=True)]
         columns = min(rank + self.oversampling, *weights[0].shape)
 
         def draw(side: int) -> Tensor:
@@ -168,9 +171,9 @@ class Solver:
         seconds = (time.perf_counter() - started) / len(pairs)
         return [Solution(factors, solved.route, solved.q, seconds=seconds) for factors in pairs]
 
-    def _how(self) -> How:
+    def _how(self) -> SolveSettings:
         baseline = self.method == "rsvd"
-        return How(
+        return SolveSettings(
             route="direct" if baseline else self.route,
             q=1 if baseline else self.power_iterations,
             mixed=self.mixed_precision and not baseline,
@@ -188,25 +191,25 @@ def rsi(
     route: Route = "direct",
     mixed_precision: bool = False,
 ) -> Factors:
-    """Low-rank factors of `weight (..., out, in)` by randomized subspace iteration.
+    """Compute low-rank factors of `weight (..., out, in)` by randomized subspace iteration.
 
-    Computes in float32 (float64 for float64 weights) and returns the weight's dtype; 16-bit factors are balanced in
-    scale first, so that neither overflows nor underflows. `left` has orthonormal columns for 32 and 64 bits.
-    Deterministic in (seed, site) on one machine; a GPU draws other numbers than a CPU.
+    Computes in float32 (float64 for float64 weights) and returns the weight's dtype. 16-bit factors are balanced in
+    scale, so that neither overflows nor underflows; for 32 and 64 bits `left` has orthonormal columns. The result is
+    deterministic in (seed, site) on one machine; a GPU draws other random numbers than a CPU.
 
     Args:
         weight: float32, float64, bfloat16 or float16, on the CPU or a CUDA device.
-        rank: at least 1; above `min(out, in)` the exact factors of that rank come back.
+        rank: at least 1; above `min(out, in)` the result is exact.
         power_iterations: the paper's q, at least 1 (1 is RSVD), or "auto".
-        oversampling: extra sketch columns p; `rank + p` is cut at `min(out, in)`.
-        seed: together with `site`, the random stream.
-        site: the weight's name, for the random stream and for error messages.
-        route: "direct" is the algorithm above; "auto" the cheapest of the equivalent ones; or "chebyshev", "gram",
+        oversampling: extra columns p of the sketch; `rank + p` is limited to `min(out, in)`.
+        seed: random seed, used together with `site`.
+        site: name of the weight, for the random stream and error messages.
+        route: "direct" is the algorithm above, "auto" the fastest of the equivalent ones; or "chebyshev", "gram",
             "krylov", "exact".
-        mixed_precision: the iterations in bfloat16, where that is measured to be faster and does no harm.
+        mixed_precision: whether iterations may use bfloat16 where it is faster and does no harm.
 
     Raises:
-        ValueError: a rank, q, p or route out of range, a weight that is not a real floating matrix, or NaN/Inf in it.
+        ValueError: A rank, q, p or route is out of range, or the weight is not a finite real floating matrix.
 
     Example:
         >>> weight = torch.randn(30, 5) @ torch.randn(5, 40)
@@ -227,9 +230,9 @@ def rsi(
 
 
 def _sketch(weight: Tensor, side: int, columns: int, seed: int, site: str) -> Tensor:
-    """The Gaussian sketch `(..., side, columns)` of a site, in the working precision; on a GPU by columns.
+    """Draw the Gaussian sketch `(..., side, columns)` of a site in the working precision; on a GPU by columns.
 
-    Drawn where the weight is: a CPU takes up to twenty times as long to draw one as a GPU to factorize with it.
+    It is drawn on the weight's device, as a CPU takes up to twenty times as long as a GPU's whole factorization.
     """
     generator = torch.Generator(weight.device).manual_seed(stream_seed(seed, site))
     shape = (columns, side) if weight.is_cuda else (side, columns)
@@ -240,29 +243,29 @@ def _sketch(weight: Tensor, side: int, columns: int, seed: int, site: str) -> Te
 
 
 def rsvd(weight: Tensor, rank: int, *, oversampling: int = 0, seed: int = 0, site: str = "") -> Factors:
-    """Randomized SVD: `rsi` with one power iteration, offered under its own name as the baseline."""
+    """Compute the randomized SVD: `rsi` with one power iteration, the baseline."""
     return rsi(weight, rank, power_iterations=1, oversampling=oversampling, seed=seed, site=site)
 
 
 def exact_svd(weight: Tensor, rank: int, *, site: str = "") -> Factors:
-    """The optimal factors `left = U_k`, `right = S_k V_k^T` of `weight (..., out, in)` (Eckart-Young)."""
-    W, rank, _ = checked(weight, rank, site)
+    """Return the optimal factors `left = U_k`, `right = S_k V_k^T` of `weight (..., out, in)` (Eckart-Young)."""
+    W, rank, _ = check_weight(weight, rank, site)
     U, S, Vh = torch.linalg.svd(W.to(working_dtype(W)), full_matrices=False)
-    left = U[..., :rank].contiguous()  # a slice would keep all of U alive
+    left = U[..., :rank].contiguous()  # a slice would keep all of U in memory
     return stored(left, S[..., :rank, None] * Vh[..., :rank, :], weight.dtype)
 
 
 def stream_seed(seed: int, site: str) -> int:
-    """The 63-bit seed of one site's random stream: equal for equal (seed, site), unrelated otherwise."""
+    """Return the 63-bit seed of a site's random stream, unrelated for different (seed, site)."""
     digest = hashlib.sha256(f"{seed}\0{site}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def singular_values(weight: Tensor) -> Tensor:
-    """All singular values of `weight (..., out, in)`, descending, float64 `(..., min(out, in))`.
+    """Return all singular values of `weight (..., out, in)`, descending, float64 `(..., min(out, in))`.
 
-    The square roots of the eigenvalues of the smaller Gram matrix in float64: several times faster than an SVD and
-    exact to about 1e-8 of the largest one, which is the rounding level of a float32 weight.
+    They are the square roots of the eigenvalues of the smaller Gram matrix in float64. This is several times faster
+    than an SVD, and exact to about 1e-8 of the largest one, the rounding level of a float32 weight.
     """
     W = weight.double()
     gram = W @ W.mT if W.shape[-2] <= W.shape[-1] else W.mT @ W
@@ -271,9 +274,9 @@ def singular_values(weight: Tensor) -> Tensor:
 
 
 def normalized_error(weight: Tensor, factors: Factors) -> float:
-    """`||W - left @ right||_2 / s_{rank+1}(W)` of a matrix `(out, in)`: 1.0 is optimal. Exact, by SVDs in float64.
+    """Return `||W - left @ right||_2 / s_{rank+1}(W)` of a matrix `(out, in)` by SVDs in float64; 1.0 is optimal.
 
-    Returns 1.0 when both are zero to rounding (full rank, or a weight of lower rank than `rank`).
+    The result is 1.0 if both are zero to rounding (full rank, or a weight of lower rank than `rank`).
     """
     W = weight.double()
     rank = factors.left.shape[-1]
@@ -285,10 +288,10 @@ def normalized_error(weight: Tensor, factors: Factors) -> float:
 
 
 def rounding_level(dtype: torch.dtype) -> float:
-    """The error, relative to the weight, below which factors stored in `dtype` count as exact.
+    """Return the error, relative to the weight, below which factors stored in `dtype` count as exact.
 
-    100 roundings of the computation or one of the storage. (A few of the storage would already hide the whole tail of a
-    bfloat16 weight's spectrum, and with it every error.)
+    It is 100 roundings of the computation, or one rounding of the stored factors. (A few roundings to bfloat16 would
+    already hide the tail of a weight's spectrum, and with it every error.)
     """
     computed = torch.float64 if dtype == torch.float64 else torch.float32
     return max(100 * torch.finfo(computed).eps, torch.finfo(dtype).eps)
@@ -302,13 +305,13 @@ class Residual(NamedTuple):
 
 
 def residual_norm(weight: Tensor, factors: Factors, *, iterations: int = 8, columns: int = 4) -> Residual:
-    """Estimate `||W - left @ right||_2` from below, without ever forming the residual.
+    """Estimate `||W - left @ right||_2` from below, without forming the residual.
 
     Block power iteration with `columns` vectors on the residual as an operator: 4 * columns * iterations passes of
-    `out*in` flops. What it finds is a Rayleigh-Ritz value, so it never exceeds the true norm (but for rounding).
+    `out*in` flops. The estimate is a Rayleigh-Ritz value, so it never exceeds the true norm, except by rounding.
 
     Returns:
-        `norm`, one float32/float64 value per leading batch entry, and the left singular vector it belongs to.
+        `norm`, one float32/float64 value per batch entry, and its left singular vector.
     """
     W = _computed(weight)
     L, R = factors.left.to(W.dtype), factors.right.to(W.dtype)

@@ -1,6 +1,6 @@
-"""A spectrum in few numbers: enough to draw, little enough to keep for every site.
+"""Store a spectrum in few numbers: enough for a plot, small enough to store for every site.
 
-ranks    1 = i_1 < i_2 < ... , evenly spaced in their logarithm, the chosen one and the last known among them
+ranks    1 = i_1 < i_2 < ... , evenly spaced in their logarithm, including the chosen rank and the last known one
 values   s_i / s_1 at those ranks
 """
 
@@ -12,11 +12,13 @@ from torch import Tensor
 from rsi_deploy.core.sites import Spectrum
 
 POINTS = 24
-"""At most so many are kept: about 0.6 kB a site in report.json."""
+"""Most stored values: about 0.6 kB per site in report.json."""
 
 
-def thinned(values: Tensor, full_rank: int, rank: int, of: Literal["weight", "response"] = "weight") -> Spectrum | None:
-    """Thin out singular `values (..., n)`, descending, the one at `rank` kept; None where all are zero.
+def thin_spectrum(
+    values: Tensor, full_rank: int, rank: int, of: Literal["weight", "response"] = "weight"
+) -> Spectrum | None:
+    """Thin out singular `values (..., n)`, descending, keeping the one at `rank`; None if all are zero.
 
     Example:
         >>> import torch

@@ -22,8 +22,8 @@ from rsi_deploy.io.onnx_file import read_onnx
 from rsi_deploy.linalg.solver import singular_values
 from rsi_deploy.onnx_models.split import joint_groups
 from rsi_deploy.planning.planner import Planner, RankSpec
-from rsi_deploy.torch_models.compress import find_module_sites
 from rsi_deploy.torch_models.model_source import load_source
+from rsi_deploy.torch_models.module_sites import find_module_sites
 
 # A larger spectrum takes minutes on two cores, so inspect leaves it out unless it is asked for.
 SPECTRUM_LIMIT = 2048

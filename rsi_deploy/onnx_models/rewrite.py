@@ -1,32 +1,24 @@
-"""`rewrite`: from an ONNX file to a compressed ONNX file, and nothing else: no measurement, no bundle.
+"""`rewrite`: from an ONNX file to a compressed ONNX file, without measurement and without a bundle.
 
-Weights stay on disk and are factorized one at a time; above `onnx_file.INLINE_LIMIT` bytes of weights the factors are
-written as they come, so that peak memory is set by the largest weight (or group of weights that multiply the same
-input) and not by the model.
+Weights stay on disk and are factorized one at a time: see `rsi_deploy.onnx_models.split`.
 """
 
-import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import onnx_ir as ir
-import torch
-
 import graph_passes as gp
-from rsi_deploy.calibration.activations import FittedSite
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.execution.executor import Executor
 from rsi_deploy.execution.result_store import ResultStore, StoringExecutor, key_of
 from rsi_deploy.io import onnx_file
 from rsi_deploy.io.atomic import claim_output, sync_tree
-from rsi_deploy.io.external_data import DataFile
 from rsi_deploy.io.manifest import stat_hash
 from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import external_files
 from rsi_deploy.linalg.solver import Method, PowerIterations, Route, Solver
-from rsi_deploy.onnx_models.split import CPU, HERE, Progress, SplitModel, split_graph
-from rsi_deploy.planning.planner import MaxError, Planner, RankSpec, SitePlanner, rank_spec
+from rsi_deploy.onnx_models.split import CPU, LOCAL, Progress, SplitModel, split_model
+from rsi_deploy.planning.planner import MaxError, Planner, RankSpec, rank_spec
 
 
 @explains_broken_models
@@ -115,11 +107,11 @@ def rewrite(
         path, before = claim.new / target.name, _data_of(target)
         taken = before | {file.name for file in read}
         name = next(name for name in _data_names(target) if name not in taken)
-        executor: Executor = HERE
+        executor: Executor = LOCAL
         if resume:
-            executor = StoringExecutor(HERE, ResultStore(folder=claim.kept, key=key_of(stat_hash(read), CPU)))
-        result = split_and_write(
-            model, path, planner, solver, joint=joint, progress=progress, executor=executor, data_name=name
+            executor = StoringExecutor(LOCAL, ResultStore(folder=claim.kept, key=key_of(stat_hash(read), CPU)))
+        result = split_model(
+            model, planner, solver, path=path, data_name=name, joint=joint, progress=progress, executor=executor
         )
         if any(site.rank for site in result.sites) and not (allow_larger or always_split):
             onnx_file.refuse_growth(
@@ -147,60 +139,3 @@ def _data_of(target: Path) -> set[str]:
 def _data_names(target: Path) -> list[str]:
     """What a data file may be called: one name is free beside those of an input and of what is replaced."""
     return [f"{target.name}.data{number}" for number in ("", 2, 3)]
-
-
-def split_and_write(
-    model: ir.Model,
-    path: Path,
-    planner: SitePlanner,
-    solver: Solver,
-    *,
-    fitted: Mapping[str, FittedSite] | None = None,
-    joint: bool = True,
-    progress: Progress | None = None,
-    keep: Sequence[str] = (),
-    device: torch.device = CPU,
-    metadata: dict[str, str] | None = None,
-    executor: Executor = HERE,
-    data_name: str = "",
-) -> SplitModel:
-    """Split `model` in place and write it to `path`, streaming the factors where the weights are many.
-
-    Args:
-        model: read with its weights on disk; BatchNorms folded.
-        path: the file to write.
-        planner: decides each site.
-        solver: computes factors.
-        fitted: by site name, factors that calibration has made already.
-        joint: as for `rewrite`.
-        progress: called with (site, index, count) before each factorization.
-        keep: names of weights whose factors the caller wants to see.
-        device: where factors are computed.
-        metadata: entries to add to the model's metadata.
-        executor: who computes the factors.
-        data_name: of the file beside `path` that streamed factors go to; "" is `path`'s own with ".data".
-    """
-    streamed = onnx_file.weight_bytes(model) > onnx_file.INLINE_LIMIT
-    split = functools.partial(
-        split_graph,
-        model,
-        planner,
-        solver,
-        fitted=fitted,
-        joint=joint,
-        progress=progress,
-        keep=keep,
-        device=device,
-        executor=executor,
-    )
-    if not streamed:
-        result = split()
-        model.metadata_props.update(metadata or {})
-        onnx_file.write_onnx(model, path)
-        return result
-    with DataFile(path.with_name(data_name or f"{path.name}.data")) as data:
-        result = split(store=data.append)
-        data.store_initializers_(model)
-    model.metadata_props.update(metadata or {})
-    onnx_file.save_model(model, path)
-    return result

@@ -3,6 +3,7 @@
 bundle --read_servable--> Servable --> ort | triton | kserve | ray-serve --> manifest.json
 """
 
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,22 +32,6 @@ USES: dict[str, set[str]] = {
 }
 """Target -> its options; others are refused."""
 
-DEFAULTS: dict[str, Any] = {
-    "platform": "arm",
-    "backend": "onnxruntime",
-    "dense": None,
-    "dense_as": "version",
-    "max_batch": 8,
-    "max_delay_ms": 1.0,
-    "instances": 1,
-    "threads": None,
-    "device": "cpu",
-    "tensorrt": "off",
-    "storage_uri": None,
-    "replicas": "1-4",
-    "cpus": 2,
-    "memory": "2Gi",
-}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -102,11 +87,19 @@ def package(
         ModelError: the model cannot be run, or the engine does not support it.
         GateError: the bundle does not match its manifest, or the outputs of the package differ from the bundle's.
     """
-    given = {key: value for key, value in locals().items() if key in DEFAULTS and value != DEFAULTS[key]}
-    _check_options(target, given)
+    _check_options(target, {key for key, value in locals().items() if key in DEFAULTS and value != DEFAULTS[key]})
     name = _name(name, Path(folder), target)
     check_target(Path(output), force=force, inputs=(folder, dense, feeds))
-    triton = _triton(backend, max_batch, max_delay_ms, instances, threads, device, tensorrt)
+    triton = TritonSettings(
+        backend=backend,
+        max_batch=max_batch,
+        max_delay_ms=max_delay_ms,
+        instances=instances,
+        threads=threads,
+        device="gpu" if device == "gpu" else "cpu",
+        tensorrt=tensorrt,
+    )
+    _check_triton(triton, device)
     kserve = _kserve(storage_uri, replicas, cpus, memory) if target == "kserve" else None
     ray = _ray(storage_uri, replicas, cpus, triton) if target == "ray-serve" else None
     model = read_servable(folder, feeds)
@@ -132,10 +125,18 @@ def package(
     )
 
 
-def _check_options(target: str, given: Mapping[str, Any]) -> None:
+DEFAULTS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(package).parameters.items()
+    if any(name in options for options in USES.values())
+}
+"""Options that depend on the target -> their defaults."""
+
+
+def _check_options(target: str, changed: set[str]) -> None:
     if target not in USES:
         raise UsageError(f"--target must be {', '.join(USES)}, but got {target!r}")
-    for key in given:
+    for key in sorted(changed):
         if key not in USES[target]:
             others = " and ".join(f"--target {other}" for other, known in USES.items() if key in known)
             raise UsageError(f"{flag(key)} has no effect with --target {target}; it belongs to {others}")
@@ -160,38 +161,22 @@ def _name(name: str | None, folder: Path, target: str) -> str:
     return made
 
 
-def _triton(
-    backend: Backend,
-    max_batch: int,
-    max_delay_ms: float,
-    instances: int,
-    threads: int | None,
-    device: str,
-    tensorrt: Precision,
-) -> TritonSettings:
+def _check_triton(settings: TritonSettings, device: str) -> None:
     for key, value, known in (
-        ("backend", backend, get_args(Backend)),
+        ("backend", settings.backend, get_args(Backend)),
         ("device", device, ("cpu", "gpu")),
-        ("tensorrt", tensorrt, get_args(Precision)),
+        ("tensorrt", settings.tensorrt, get_args(Precision)),
     ):
         if value not in known:
             raise UsageError(f"--{key} must be {', '.join(known)}, but got {value!r}")
-    for key, number in (("max_batch", max_batch), ("instances", instances), ("threads", threads)):
+    for key in ("max_batch", "instances", "threads"):
+        number = getattr(settings, key)
         if number is not None and number < 1:
             raise UsageError(f"{flag(key)} must be 1 or more, but got {number}")
-    if max_delay_ms < 0:
-        raise UsageError(f"--max-delay must be 0 or more milliseconds, but got {max_delay_ms}")
-    if tensorrt != "off" and (device != "gpu" or backend != "onnxruntime"):
+    if settings.max_delay_ms < 0:
+        raise UsageError(f"--max-delay must be 0 or more milliseconds, but got {settings.max_delay_ms}")
+    if settings.tensorrt != "off" and (device != "gpu" or settings.backend != "onnxruntime"):
         raise UsageError("--tensorrt needs --device gpu and --backend onnxruntime")
-    return TritonSettings(
-        backend=backend,
-        max_batch=max_batch,
-        max_delay_ms=max_delay_ms,
-        instances=instances,
-        threads=threads,
-        device="gpu" if device == "gpu" else "cpu",
-        tensorrt=tensorrt,
-    )
 
 
 def _kserve(storage_uri: str | None, replicas: str, cpus: int, memory: str) -> KserveSettings:

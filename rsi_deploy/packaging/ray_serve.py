@@ -5,7 +5,7 @@
     DIR/config.yaml            number of replicas, batches, address
     DIR/README.md
 
-app.py implements the protocol itself: the libraries that do bring a server of their own, which Ray Serve already is.
+app.py implements the protocol itself, because libraries for it include a server, and Ray Serve is one already.
 """
 
 import shutil

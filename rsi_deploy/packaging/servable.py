@@ -110,7 +110,7 @@ def read_servable(folder: str | Path, feeds: str | Path | Mapping[str, npt.NDArr
         outputs=outputs,
         feeds=arrays,
         feeds_given=feeds is not None,
-        unbatchable=_why_unbatchable(model, session, arrays, given=feeds is not None),
+        unbatchable=_why_unbatchable(model, session, arrays, from_user=feeds is not None),
         notes=() if check.present else (f"the bundle has {check.summary}",),
     )
 
@@ -126,7 +126,7 @@ def read_dense(path: Path, compressed: Servable) -> Servable:
     _check_same("takes", path, compressed.inputs, tuple(map(_tensor, session.get_inputs())))
     inputs, outputs = tensors(session, run_session(session, compressed.feeds, str(path)))
     _check_same("gives", path, compressed.outputs, outputs)
-    why = _why_unbatchable(path, session, compressed.feeds, given=compressed.feeds_given)
+    why = _why_unbatchable(path, session, compressed.feeds, from_user=compressed.feeds_given)
     return replace(compressed, model=path, inputs=inputs, outputs=outputs, unbatchable=why, notes=())
 
 
@@ -168,18 +168,18 @@ def _tensor(value: Any) -> Tensor:
     )
 
 
-def _feeds(model: Path, facts: BundleFacts, given: str | Path | Mapping[str, npt.NDArray[Any]] | None) -> Feeds:
-    if given is None:
+def _feeds(model: Path, facts: BundleFacts, feeds: str | Path | Mapping[str, npt.NDArray[Any]] | None) -> Feeds:
+    if feeds is None:
         return probe_feeds(model, facts.settings.seed, facts.probe_shapes)
-    arrays = read_feeds(given) if isinstance(given, str | Path) else dict(given)
+    arrays = read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds)
     check_feeds(model_inputs(model), arrays, str(model))
     return arrays
 
 
-def _why_unbatchable(model: Path, session: "InferenceSession", feeds: Feeds, *, given: bool) -> str:
+def _why_unbatchable(model: Path, session: "InferenceSession", feeds: Feeds, *, from_user: bool) -> str:
     """Return why samples must not share a run, by proof and by a run on `feeds` or on inputs of their shapes; or ""."""
     shapes = {name: array.shape for name, array in feeds.items()}
-    if not given:
+    if not from_user:
         return why_not_batchable(model, session, shapes, SAMPLES)
     if why := no_batch_axis(session) or why_not_proved(model):
         return why

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from rsi_deploy.core.sites import break_even_rank
-from rsi_deploy.linalg.checks import checked
+from rsi_deploy.linalg.checks import check_weight
 from rsi_deploy.linalg.solver import Factors, Solver, certified_norm, singular_values
 from rsi_deploy.planning.planner import MaxError
 
@@ -39,7 +39,7 @@ def smallest_rank(weight: Tensor, error: MaxError, solver: Solver, *, site: str 
     most = min(full, int(limit) - (int(limit) == limit))
     if most < 1:
         return None
-    checked(weight, most, site)  # names the site, unlike torch's error for the spectrum of NaN
+    check_weight(weight, most, site)  # names the site, unlike torch's error for the spectrum of NaN
     values = singular_values(weight) if full <= EXACT_SPECTRUM or error.normalized else None
     begin = _least(values, error) if values is not None and not error.normalized else 1
     norm = certified_norm(weight, Factors(weight[..., :0], weight[..., :0, :])).lower

@@ -31,7 +31,7 @@ from rsi_deploy.calibration.reduced_rank_regression import (
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import Spectrum, break_even_rank
 from rsi_deploy.linalg.solver import Solver, singular_values
-from rsi_deploy.linalg.spectra import thinned
+from rsi_deploy.linalg.spectra import thin_spectrum
 from rsi_deploy.planning.knapsack import Option, SiteOptions
 from rsi_deploy.planning.rank_grid import rank_grid
 
@@ -284,7 +284,7 @@ class Calibration:
 def _spectrum(response: Tensor, rank: int) -> Spectrum | None:
     """Return the singular values of the response, or None if they take long to compute."""
     full = min(response.shape[-2:])
-    return thinned(singular_values(response), full, rank, of="response") if full <= EXACT_LIMIT else None
+    return thin_spectrum(singular_values(response), full, rank, of="response") if full <= EXACT_LIMIT else None
 
 
 def filled(known: Mapping[int, float], multiple: int) -> dict[int, float]:

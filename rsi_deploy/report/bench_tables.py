@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rsi_deploy.benchmark.result import ArmResult, BenchResult
+from rsi_deploy.benchmark.result import BenchResult, VariantResult
 from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SessionStreams, Throughput
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
 from rsi_deploy.core.text import human_bytes
@@ -19,28 +19,25 @@ _TONES: dict[int, Tone] = {1: "good", 0: "neutral", -1: "bad"}
 # -- latency
 
 
-def speed_tone(arm: ArmResult) -> Tone:
+def speed_tone(arm: VariantResult) -> Tone:
     """Return "good" if the arm is shown to be faster than the first one, "bad" if slower, else "neutral"."""
     if arm.speedup_interval is None or arm.blocks < MIN_BLOCKS:
         return "neutral"
     return _TONES[direction(arm.speedup_interval)]
 
 
-def latency_table(
-    cells: Sequence[BenchResult], caption: str = "", *, beside: Sequence[BenchResult] = (), name_cells: bool = True
-) -> Table:
+def latency_table(cells: Sequence[BenchResult], caption: str = "", *, name_cells: bool = True) -> Table:
     """Return a row for each configuration and model: median, interval, percentiles, verdict.
 
     Args:
         cells: the configurations.
-        caption: of the table.
-        beside: all configurations of the document, from which the names must differ; by default `cells`.
+        caption: caption of the table.
         name_cells: whether the first column names the configuration.
     """
     shown = [p for p in PERCENTILES if any(p in arm.percentiles_ms for cell in cells for arm in cell.arms)]
     rows = [
         (
-            configuration(cell, beside or cells),
+            configuration(cell, cells),
             arm.label,
             f"{arm.median_ms:.3f}",
             range_text(arm.median_interval_ms),
@@ -55,16 +52,7 @@ def latency_table(
     percentiles = [f"#{p}" for p in shown]
     table = Table(
         caption=caption,
-        columns=(
-            "configuration",
-            "model",
-            "#median ms",
-            INTERVAL,
-            *percentiles,
-            "#samples/s",
-            "#calls",
-            AGAINST,
-        ),
+        columns=("configuration", "model", "#median ms", INTERVAL, *percentiles, "#samples/s", "#calls", AGAINST),
         rows=rows,
         details=(INTERVAL, *percentiles[1:], "#samples/s", "#calls"),
         tones=[speed_tone(arm) for cell in cells for arm in cell.arms],

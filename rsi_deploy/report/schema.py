@@ -135,7 +135,7 @@ class Report(_Record):
         tool: name and version of the tool.
         created: time of the export: UTC, ISO 8601.
         command: the command line, or the Python call.
-        recipe: the request as recipe.toml holds it; `rsi-deploy export --recipe` makes the bundle again.
+        recipe: the request as in recipe.toml; `rsi-deploy export --recipe` makes the bundle again from it.
         source: source of the dense model.
         settings: settings that determine the result.
         preprocessing: steps from 8-bit pictures to inputs, if known.

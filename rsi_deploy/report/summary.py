@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rsi_deploy.benchmark.result import ArmResult
+from rsi_deploy.benchmark.result import VariantResult
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.core.text import human_bytes as human_bytes
 from rsi_deploy.core.text import share_kept, size_change
@@ -126,57 +126,36 @@ def evidence_lines(report: "Report") -> list[str]:
 
 def site_table(sites: "Sequence[SiteRecord]") -> Table:
     """Return operation, shape, rank, size, errors and decision of each site; columns without values are left out."""
-    return Table(
-        caption="Sites",
-        columns=(
-            "site",
-            "operation",
-            "#out x in",
-            "#rank",
-            "#kept",
-            "#MACs kept",
-            "#normalized error",
-            "#spectral error",
-            "#response error",
-            "decision",
-        ),
-        rows=[
-            (
-                s.name,
-                operation(s),
-                shape(s),
-                str(s.rank or ""),
-                share(s.params_compressed, s.params_dense),
-                macs_kept(s),
-                normalized_error(s),
-                "" if s.spectral_error is None else f"{s.spectral_error:.3f}",
-                response_error(s),
-                s.decision if s.reason == s.decision else f"{s.decision}: {s.reason}",
-            )
-            for s in sites
-        ],
-        details=("#kept", "#spectral error"),
-    ).without([column for column, known in _optional_columns(sites).items() if not known])
-
-
-def _optional_columns(sites: "Sequence[SiteRecord]") -> dict[str, bool]:
-    return {
-        "#MACs kept": any(map(macs_kept, sites)),
-        "#normalized error": any(map(normalized_error, sites)),
-        "#spectral error": any(s.spectral_error is not None for s in sites),
-        "#response error": any(map(response_error, sites)),
-    }
+    errors = ("#normalized error", "#spectral error", "#response error")
+    rows = [
+        (
+            s.name,
+            operation(s),
+            shape(s),
+            str(s.rank or ""),
+            share(s.params_compressed, s.params_dense),
+            macs_kept(s),
+            normalized_error(s),
+            "" if s.spectral_error is None else f"{s.spectral_error:.3f}",
+            response_error(s),
+            s.decision if s.reason == s.decision else f"{s.decision}: {s.reason}",
+        )
+        for s in sites
+    ]
+    columns = ("site", "operation", "#out x in", "#rank", "#kept", "#MACs kept", *errors, "decision")
+    table = Table(caption="Sites", columns=columns, rows=rows, details=("#kept", "#spectral error"))
+    return table.without_empty(("#MACs kept", *errors))
 
 
 def site_notes(sites: "Sequence[SiteRecord]") -> list[str]:
-    """Return the explanations of the columns of `site_table`."""
-    known = _optional_columns(sites)
-    return [
-        *[NORMALIZED] * known["#normalized error"],
-        *[RESPONSE] * known["#response error"],
-        *[LOSS] * any(s.reason.startswith("loss ") for s in sites),
-        *[JOINT] * any(s.joint for s in sites),
-    ]
+    """Return the explanations of the columns and decisions of `site_table`."""
+    notes = {
+        NORMALIZED: any(map(normalized_error, sites)),
+        RESPONSE: any(map(response_error, sites)),
+        LOSS: any(s.reason.startswith("loss ") for s in sites),
+        JOINT: any(s.joint for s in sites),
+    }
+    return [note for note, applies in notes.items() if applies]
 
 
 def operation(site: "SiteRecord") -> str:
@@ -213,7 +192,7 @@ def share(after: int, before: int) -> str:
     return f"{100 * after / before:.1f} %" if before else ""
 
 
-def _milliseconds(arm: ArmResult) -> str:
+def _milliseconds(arm: VariantResult) -> str:
     return with_interval(f"{arm.median_ms:.3f} ms", arm.median_interval_ms, ".3f")
 
 

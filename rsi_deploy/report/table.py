@@ -41,14 +41,15 @@ class Table:
             rows=[[row[index] for index in kept] for row in self.rows],
         )
 
-    def without_empty(self) -> "Table":
-        """Return the table without the columns that are empty in every row.
+    def without_empty(self, optional: Collection[str] = ()) -> "Table":
+        """Return the table without the columns (of `optional`, by default of all) that are empty in every row.
 
         Example:
             >>> Table(caption="", columns=("site", "#rank"), rows=[("fc1", ""), ("fc2", "")]).without_empty().columns
             ['site']
         """
-        return self.without([c for index, c in enumerate(self.columns) if not any(row[index] for row in self.rows)])
+        empty = [c for index, c in enumerate(self.columns) if not any(row[index] for row in self.rows)]
+        return self.without([column for column in empty if not optional or column in optional])
 
     def transposed(self) -> "Table":
         """Return the table with a column of numbers for each row."""

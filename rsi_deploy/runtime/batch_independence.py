@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from onnx import ModelProto
 
 from graph_passes.batch_axis import find_batch_axes, prove
 from rsi_deploy.core.errors import ModelError, UsageError
@@ -33,14 +34,19 @@ MAGNITUDES = (1e3, 1e-3)
 """Factors for the other samples of a batch while the first one stays as it is."""
 
 
-def count_samples(model: str | Path, feeds: Feeds) -> int:
+def count_samples(model: str | Path | ModelProto, feeds: Feeds) -> int:
     """Return the number of samples in the inputs of a model, or 1 if it has no batch axis.
+
+    Args:
+        model: ONNX file, or the same as `read_graph` reads it.
+        feeds: input name -> array.
 
     Raises:
         ModelError: The model cannot be read.
     """
     shapes = {name: getattr(array, "shape", ()) for name, array in feeds.items()}
-    axes = find_batch_axes(read_graph(model), shapes)
+    graph = model if isinstance(model, ModelProto) else read_graph(model)
+    axes = find_batch_axes(graph, shapes)
     return next((shapes[name][axis] for name, axis in axes.items() if axis is not None), 1)
 
 

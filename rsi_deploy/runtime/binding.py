@@ -86,8 +86,8 @@ def bind(session: "InferenceSession", feeds: Feeds, provider: str | ProviderSpec
     if unbindable := texts + [value.name for value in session.get_outputs() if not _can_be_bound(value.type)]:
         if graph:
             raise UsageError(
-                f"{graph}=1 needs inputs and outputs that are tensors of numbers, but {unbindable[0]} is not one; run "
-                f"it with {graph}=0"
+                f"{graph}=1 needs inputs and outputs that are tensors of numbers, but {unbindable[0]} is not one",
+                hint=f"run it with {graph}=0",
             )
         return _unbound(session, feeds)
     names = [output.name for output in session.get_outputs()]
@@ -111,8 +111,8 @@ def bind(session: "InferenceSession", feeds: Feeds, provider: str | ProviderSpec
         binding.synchronize_outputs()
     except Exception as error:  # onnxruntime's exceptions have no narrower base class
         raise ModelError(
-            f"the run with bound inputs and outputs failed on {device}: {str(error).strip()}"
-            f"; rsi-deploy doctor lists what works here"
+            f"the run with bound inputs and outputs failed on {device}: {str(error).strip()}",
+            hint="rsi-deploy doctor lists what works here",
         ) from error
     return Bound(
         call=_BoundRun(session, binding, run_options, device, (*inputs, *outputs)),
@@ -146,7 +146,9 @@ def on_device(array: Array, device: TensorDevice) -> Any:
         from onnx.helper import np_dtype_to_tensor_dtype
 
         if device.kind != "cpu":
-            raise UsageError(f"{array.dtype} inputs cannot be bound to {device}; take a model with float16 inputs")
+            raise UsageError(
+                f"{array.dtype} inputs cannot be bound to {device}", hint="take a model with float16 inputs"
+            )
         return OrtValue.ortvalue_from_numpy_with_onnx_type(contiguous, np_dtype_to_tensor_dtype(array.dtype))
     return OrtValue.ortvalue_from_numpy(contiguous, device.kind, device.number)
 

@@ -24,7 +24,7 @@ def float16_file(model: Path, folder: Path) -> Path:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     if model.suffix == ".ort":
-        raise UsageError(f"{model} is in onnxruntime's own format and cannot be converted; give the .onnx file")
+        raise UsageError(f"{model} is in onnxruntime's own format and cannot be converted", hint="give the .onnx file")
     loaded = read_proto(model, with_data=True)
     try:
         half = convert_float_to_float16(loaded, keep_io_types=True)
@@ -35,7 +35,7 @@ def float16_file(model: Path, folder: Path) -> Path:
     except Exception as error:  # of the converter, or of protobuf
         message = str(error).strip() or type(error).__name__  # its assertions have no message
         raise ModelError(
-            f"{model}: onnxruntime's converter cannot make it float16: {message}; measure it with --dtype stored"
+            f"{model}: onnxruntime's converter cannot make it float16: {message}", hint="measure it with --dtype stored"
         ) from error
     path = folder / f"{model.stem}.float16.onnx"
     number = 1

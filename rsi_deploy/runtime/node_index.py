@@ -13,12 +13,9 @@ A node of a function may take attributes from the call; then each different call
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, helper
-
-from rsi_deploy.io.onnx_reader import read_proto
 
 Attributes = dict[str, Any]
 FunctionKey = tuple[str, str, str]
@@ -54,14 +51,13 @@ class NodeCandidate:
 
 
 class NodeIndex:
-    """The nodes of a model file, by the names under which onnxruntime runs them.
+    """The nodes of a model, by the names under which onnxruntime runs them.
 
     Args:
-        path: ONNX file.
+        model: the model, without its external data.
     """
 
-    def __init__(self, path: Path) -> None:
-        model = read_proto(path)
+    def __init__(self, model: ModelProto) -> None:
         self._nodes: dict[tuple[str, str], list[NodeCandidate]] = {}
         self._unnamed: dict[str, list[NodeCandidate]] = {}
         for node in _nodes(model.graph.node):

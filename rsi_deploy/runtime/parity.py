@@ -78,7 +78,7 @@ def compare_outputs(
             reference, or the error is above `tolerance`.
     """
     if len(reference) != len(candidate):
-        raise GateError(f"{what}: {len(reference)} outputs expected, but got {len(candidate)}; export again")
+        raise GateError(f"{what}: {len(reference)} outputs expected, but got {len(candidate)}", hint="export again")
     worst, largest, informative = 0.0, 0.0, False
     for index, a, b in _pairs(reference, candidate, what):
         if a.shape != b.shape:
@@ -87,8 +87,8 @@ def compare_outputs(
         finite = np.isfinite(x)
         if not np.array_equal(x[~finite], y[~finite], equal_nan=True) or not np.isfinite(y[finite]).all():
             raise GateError(
-                f"{what}: output {index} has NaN or infinite values where the reference has none, or the reverse; "
-                f"{remedy}"
+                f"{what}: output {index} has NaN or infinite values where the reference has none, or the reverse",
+                hint=remedy,
             )
         difference = x[finite] - y[finite]
         norm, error = float(np.linalg.norm(x[finite])), float(np.linalg.norm(difference))
@@ -98,7 +98,7 @@ def compare_outputs(
         worst = max(worst, min(relative, float((a != b).mean())) if is_whole else relative)
         largest = max(largest, float(np.abs(difference).max(initial=0.0)))
     if tolerance is not None and not worst <= tolerance:
-        raise GateError(f"{what}: relative error {worst:.2e} is above the tolerance {tolerance:.0e}; {remedy}")
+        raise GateError(f"{what}: relative error {worst:.2e} is above the tolerance {tolerance:.0e}", hint=remedy)
     is_empty = not any(array.size for value in reference for array in arrays_of_output("", value).values())
     return OutputComparison(
         relative_l2=worst, max_abs=largest, tolerance=tolerance, informative=informative or is_empty
@@ -143,8 +143,8 @@ def _check_equal(model: Path, name: str, first: Sequence[Value], second: Sequenc
         nodes = random_nodes(load_model(model))
         listed = f" ({', '.join(nodes[:3])}{', ...' * (len(nodes) > 3)})" if nodes else ""
         raise ModelError(
-            f"{name} gives other outputs in every run on the same inputs{listed}, so nothing can be compared with "
-            f"it; export it in evaluation mode (torch: model.eval()), without random operators"
+            f"{name} gives other outputs in every run on the same inputs{listed}, so nothing can be compared with it",
+            hint="export it in evaluation mode (torch: model.eval()), without random operators",
         ) from error
 
 
@@ -196,6 +196,7 @@ def surgery_check(
     *,
     joint: Collection[tuple[str, ...]] = (),
     bias: bool = False,
+    graph: ir.Model | None = None,
 ) -> OutputComparison:
     """Split the `weights` of the model at `dense` at full rank and compare the outputs with `expected`.
 
@@ -206,11 +207,12 @@ def surgery_check(
         expected: outputs of the dense model.
         joint: groups of those weights that share one right factor.
         bias: whether every split also changes its bias (by zero).
+        graph: the dense model's graph, which is used up; None reads it from the file.
 
     Raises:
         GateError: The outputs differ by more than rounding, which is a defect of the surgery.
     """
-    model = load_model(dense)
+    model = load_model(dense) if graph is None else graph
 
     def full_rank(site: gp.Site) -> gp.Factors | gp.Dense:
         is_split = site.members in joint if site.members else site.weight in weights
@@ -248,6 +250,7 @@ def rotated_identity(site: gp.Site, form: gp.Form | Literal["first"] = "first", 
 def _rolled(weight: Array, axis: int, op_type: str) -> Array:
     """Move the weight's first row or column to the end, in the memory layout that the split stores, with one copy."""
     groups, rows, columns = weight.shape
+    rolled: Array
     if op_type == "Conv":
         rolled = np.empty(weight.shape, weight.dtype)
     else:

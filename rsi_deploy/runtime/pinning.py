@@ -40,7 +40,7 @@ def pinned(cores: Sequence[int]) -> Iterator[None]:
         yield
         return
     if not hasattr(os, "sched_setaffinity"):
-        raise UsageError("--pin: this operating system cannot bind a process to cores (Linux can); leave it out")
+        raise UsageError("--pin: this operating system cannot bind a process to cores (Linux can)", hint="leave it out")
     before = os.sched_getaffinity(0)
     if not set(cores) <= before:
         raise UsageError(

@@ -103,15 +103,15 @@ def proven_placement(
     if not placement.provider_nodes.get(requested.name):
         raise UsageError(
             f"{model_label(model)}: {requested.name} was requested, but it ran no node of this model (nodes run: "
-            f"{ran}); "
-            f"{advice}"
+            f"{ran})",
+            hint=advice,
         )
     if elsewhere := placement.elsewhere(requested.name):
         node, other = next(iter(elsewhere.items()))
         raise UsageError(
             f"{model_label(model)}: {requested.name} was requested, but {len(elsewhere)} nodes with most of the work "
-            "ran "
-            f"elsewhere, such as {node} ({placement.ops[node]}) on {other} (nodes run: {ran}); {advice}"
+            f"ran elsewhere, such as {node} ({placement.ops[node]}) on {other} (nodes run: {ran})",
+            hint=advice,
         )
     return placement
 

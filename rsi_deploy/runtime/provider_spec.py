@@ -106,7 +106,9 @@ def _optimization(options: Any, value: str) -> None:
 
     level = getattr(onnxruntime.GraphOptimizationLevel, _LEVELS[value], None)
     if level is None:
-        raise UsageError(f"optimization={value} is not known to onnxruntime {onnxruntime.__version__}; use extended")
+        raise UsageError(
+            f"optimization={value} is not known to onnxruntime {onnxruntime.__version__}", hint="use extended"
+        )
     options.graph_optimization_level = level
 
 
@@ -157,7 +159,7 @@ def parse_provider(provider: "str | ProviderSpec") -> ProviderSpec:
     options: dict[str, str] = {}
     for key, value in _pairs(provider):
         if key in session or key in options:
-            raise UsageError(f"--provider {provider}: {key} is given twice; leave one out")
+            raise UsageError(f"--provider {provider}: {key} is given twice", hint="leave one out")
         if key in SESSION_OPTIONS:
             session[key] = SESSION_OPTIONS[key].check(key, value)
         else:
@@ -192,7 +194,7 @@ def _pairs(provider: str) -> list[tuple[str, str]]:
             raise UsageError(f"--provider takes NAME:key=value[,key=value], e.g. cpu:threads=2, but got {provider!r}")
     for key, value in pieces:
         if not value:
-            raise UsageError(f"--provider {provider}: {key} has no value; type {key}=VALUE")
+            raise UsageError(f"--provider {provider}: {key} has no value", hint=f"type {key}=VALUE")
     return [(key, value) for key, value in pieces]
 
 

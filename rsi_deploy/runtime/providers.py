@@ -96,8 +96,8 @@ def resolve_provider(name: str) -> str:
         if short_name(provider) == short:
             return provider
     raise UsageError(
-        f"provider {name!r} is not offered by the installed onnxruntime; available: "
-        f"{', '.join(short_name(provider) for provider in names)}. {install_hint(short)}"
+        f"provider {name!r} is not offered by the installed onnxruntime",
+        hint=f"available: {', '.join(short_name(provider) for provider in names)}. {install_hint(short)}",
     )
 
 

@@ -41,7 +41,9 @@ def connect_to_ray(address: str) -> Iterator[Any]:
             ray.init(address=address, runtime_env={"py_modules": _modules()}, **quiet)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         message = " ".join(str(error).split())[:300]
-        raise UsageError(f"--ray {address}: cannot connect: {message}; type local, or a cluster's address") from error
+        raise UsageError(
+            f"--ray {address}: cannot connect: {message}", hint="type local, or a cluster's address"
+        ) from error
     try:
         yield ray
     finally:
@@ -67,7 +69,7 @@ def check_ray(address: str) -> None:
             return
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--ray {address}: the address does not respond: {error}; type local, or an address"
+            f"--ray {address}: the address does not respond: {error}", hint="type local, or an address"
         ) from error
 
 

@@ -78,7 +78,7 @@ def make_session(
     spec = parse_provider(provider)
     name = model_label(model)
     if not isinstance(model, bytes) and not Path(model).is_file():
-        raise ModelError(f"{name}: no such file; expected an ONNX model")
+        raise ModelError(f"{name}: no such file", hint="expected an ONNX model")
     if not isinstance(model, bytes) and Path(model).suffix != ".ort" and not checked:
         from rsi_deploy.io.onnx_reader import check_file
 
@@ -86,7 +86,7 @@ def make_session(
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be 1 or more, but got {threads}")
     if threads is not None and spec.session.get("threads", str(threads)) != str(threads):
-        raise UsageError(f"{threads} threads and --provider {spec} contradict each other; give one of them")
+        raise UsageError(f"{threads} threads and --provider {spec} contradict each other", hint="give one of them")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only; a model whose initializers are also inputs warns once for each
     options.intra_op_num_threads = threads or 0  # 0 is onnxruntime's default
@@ -111,7 +111,8 @@ def make_session(
         advice = f"Try it without {options_text}" if options_text else install_hint(short_name(spec.name))
         raise UsageError(
             f"{name}: {spec.name} was requested, but onnxruntime fell back to {first}: the provider did not start "
-            f"(onnxruntime printed the reason on stderr). {advice}; bench --allow-fallback measures what runs instead"
+            f"(onnxruntime printed the reason on stderr). {advice}",
+            hint="bench --allow-fallback measures what runs instead",
         )
     listed = session.get_provider_options().get(spec.name, {})
     if first == spec.name and listed and (unknown := [key for key in spec.options if key not in listed]):
@@ -135,7 +136,7 @@ def run_session(session: "InferenceSession", feeds: Feeds, name: str) -> list[Va
     try:
         outputs: list[Value] = session.run(None, dict(feeds))
     except Exception as error:  # onnxruntime's exceptions have no narrower base class
-        raise ModelError(f"{name}: the run failed: {str(error).strip()}; give inputs that fit it") from error
+        raise ModelError(f"{name}: the run failed: {str(error).strip()}", hint="give inputs that fit it") from error
     return outputs
 
 
@@ -211,8 +212,8 @@ def _check_denormals(spec: ProviderSpec) -> None:
     requested = spec.session.get("denormals")
     if requested is not None and (requested == "zero") != flushes_denormals():
         raise UsageError(
-            f"denormals={requested} conflicts with an earlier session: the first session of a process decides; "
-            f"measure it in a process of its own"
+            f"denormals={requested} conflicts with an earlier session: the first session of a process decides",
+            hint="measure it in a process of its own",
         )
 
 
@@ -251,8 +252,8 @@ def _refuse_option(spec: ProviderSpec, message: str) -> None:
             raise unknown_option(spec.name, key, ())
         if key in message and "option" in message.lower():
             raise UsageError(
-                f"--provider {spec}: {short_name(spec.name)} refuses {key}={value}: {message.strip()}"
-                f"; leave it out, or give another value"
+                f"--provider {spec}: {short_name(spec.name)} refuses {key}={value}: {message.strip()}",
+                hint="leave it out, or give another value",
             )
 
 

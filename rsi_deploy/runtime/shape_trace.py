@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from onnx import ModelProto
+
 from graph_passes import ExecutedNode, Macs, NotCounted, count_macs, why_not_counted
 from rsi_deploy.core.types import Array, Feeds, Shape
 from rsi_deploy.io.locks import ScratchFolder
+from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.runtime.node_index import NodeCandidate, NodeIndex
 from rsi_deploy.runtime.profile_events import NodeEvent, node_events, read_events
 from rsi_deploy.runtime.sessions import make_session, run_session
@@ -55,16 +58,21 @@ class ShapeTrace:
     inputs: dict[str, tuple[tuple[str, Shape], ...]] = field(default_factory=dict)
 
 
-def trace_run(model: Path, feeds: Feeds) -> ShapeTrace:
+def trace_run(model: Path, feeds: Feeds, proto: ModelProto | None = None) -> ShapeTrace:
     """Run `model` once on the CPU provider without graph optimizations, and count its MACs.
 
     Memory stays near the size of the weights: external weights are memory-mapped and not rearranged.
+
+    Args:
+        model: ONNX file.
+        feeds: input name -> array.
+        proto: the same model, parsed; None reads it from its file.
 
     Raises:
         ModelError: onnxruntime cannot load or run the model.
         OSError: The temporary folder (TMPDIR) is full.
     """
-    index = NodeIndex(model)
+    index = NodeIndex(proto or read_proto(model))
     with ScratchFolder() as folder:
         session = make_session(
             model, optimize="disabled", prepack=False, profile_prefix=os.path.join(folder, "profile")
@@ -107,8 +115,8 @@ def uncounted_nodes(nodes: Sequence[UncountedNode], shown: int = 3) -> str:
     return listed + (f"; and {len(nodes) - shown} more" if len(nodes) > shown else "")
 
 
-def unknown_operators(model: Path) -> tuple[UncountedNode, ...]:
-    """Return the nodes of an ONNX file whose operators cannot be counted."""
+def unknown_operators(model: ModelProto) -> tuple[UncountedNode, ...]:
+    """Return the nodes of a model whose operators cannot be counted."""
     return tuple(
         UncountedNode(node=node, op_type=_operator(domain, op_type), reason=reason)
         for node, domain, op_type in NodeIndex(model).operators()

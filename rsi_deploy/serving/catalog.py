@@ -3,7 +3,7 @@
     PATH of a bundle or FILE.onnx        version 1 of NAME; NAME defaults to the name of the folder or file
     PATH of numbered folders (1/ 2/ ...) each folder is a bundle and a version of NAME
     --canary PATH --canary-share 10%     the next version; answers that share of the requests that name no version
-    --shadow PATH                        the next version; runs beside the main version and is compared with it
+    --shadow PATH                        the next version; is compared with the main version
 
 A request that names no version is answered by the newest version that is neither canary nor shadow.
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.settings.verbs import ExportConfig
-from rsi_deploy.exporting.api import export_run, make_bundle
+from rsi_deploy.exporting.api import export_run
 from rsi_deploy.exporting.cache import SweepCache
 
 
@@ -50,7 +50,7 @@ class PointJob:
         problem = None
         try:
             run = export_run(str(dense), self.config, command=self.command, recipe=self.recipe, kept=kept)
-            make_bundle(run, folder, self.config, force=True)
+            run.write_bundle(folder, force=True)
         except ModelError as error:
             problem = error
         return MadePoint(problem=problem, seconds=time.monotonic() - started)

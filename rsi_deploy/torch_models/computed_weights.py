@@ -1,12 +1,12 @@
-"""Torch layers whose weight is computed from other tensors at every call, and how it becomes an ordinary parameter.
+"""Weights that torch layers compute from other tensors at every call, and their conversion to ordinary parameters.
 
     weight_norm     weight_g, weight_v --> weight        torch.nn.utils.weight_norm, torch.nn.utils.parametrizations
     spectral_norm   weight_orig, u, v  --> weight        the same two
     pruning         weight_orig, mask  --> weight        torch.nn.utils.prune
     any other `torch.nn.utils.parametrize` parametrization
 
-Only the value at hand can be factorized, so a layer is folded before it is split: it keeps the value in evaluation
-mode, and what computed it goes.
+Only a value can be factorized. Before a split, the layer is therefore folded: it keeps the value of evaluation mode
+as a parameter, and the computation is removed.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ _SPECTRAL_NORM: Any = spectral_norm.__globals__["SpectralNorm"]
 
 
 def computed_tensors(layer: nn.Module) -> dict[str, tuple[Tensor, ...]]:
-    """Names of the tensors that `layer` computes at every call, each with the tensors they are computed from."""
+    """Return the names of the tensors that `layer` computes at every call, each with its source tensors."""
     found: dict[str, tuple[Tensor, ...]] = {}
     if parametrize.is_parametrized(layer):
         for name, steps in layer.parametrizations.items():  # type: ignore[operator,union-attr]
@@ -36,7 +36,7 @@ def computed_tensors(layer: nn.Module) -> dict[str, tuple[Tensor, ...]]:
 
 @torch.no_grad()
 def value_of(layer: nn.Module, name: str) -> Tensor:
-    """A computed tensor of `layer` as it is in evaluation mode; the layer does not change."""
+    """Return the value of a computed tensor of `layer` in evaluation mode, without changing the layer."""
     for hook in layer._forward_pre_hooks.values():
         if _tensor_of(hook) == name:
             return _computed_by(hook, layer).detach().clone()
@@ -47,9 +47,9 @@ def value_of(layer: nn.Module, name: str) -> Tensor:
 
 
 def fold_computed_(layer: nn.Module) -> None:
-    """Make every computed tensor of `layer` itself an ordinary parameter of the same value, in place.
+    """Make every computed tensor of `layer` an ordinary parameter of the same value, in place.
 
-    A recurrent layer under `parametrize` stays: torch's recurrent kernels do not look at what is computed there.
+    A recurrent layer under `parametrize` is not changed: torch's recurrent kernels do not use its computed tensors.
     """
     if isinstance(layer, nn.RNNBase) and parametrize.is_parametrized(layer):
         return
@@ -61,7 +61,7 @@ def fold_computed_(layer: nn.Module) -> None:
     if parametrize.is_parametrized(layer) and computed:
         original = parametrize.type_before_parametrizations(layer)
         del layer.parametrizations
-        layer.__class__ = original  # torch's own removal edits the class, which copies of the layer share
+        layer.__class__ = original  # torch's own removal would edit the class, which copies of the layer share
     for name, sources in computed.items():
         layer.__dict__.pop(name, None)
         for key in [key for key in (*layer._parameters, *layer._buffers) if key in _source_keys(name)]:
@@ -71,9 +71,9 @@ def fold_computed_(layer: nn.Module) -> None:
 
 
 def folded(module: nn.Module) -> nn.Module:
-    """`module` with every computed tensor folded; the module itself where there is none, else a copy.
+    """Return a copy of `module` with all computed tensors folded, or `module` itself if it has none.
 
-    The copy shares all other tensors with `module`, which does not change.
+    The copy shares all other tensors with `module`, which is not changed.
     """
     if not any(computed_tensors(layer) for layer in module.modules()):
         return module
@@ -95,7 +95,7 @@ def _source_keys(name: str) -> set[str]:
 
 
 def _tensor_of(hook: Callable[..., Any]) -> str | None:
-    """The tensor that one of torch's hooks computes, or None for any other hook."""
+    """Return the name of the tensor that a hook of torch computes, or None for any other hook."""
     if isinstance(hook, _WEIGHT_NORM | _SPECTRAL_NORM):
         return str(hook.name)
     return hook._tensor_name if isinstance(hook, prune.BasePruningMethod) else None
@@ -118,7 +118,7 @@ def _shallow(value: Any) -> Any:
 
 @contextmanager
 def _evaluation(module: nn.Module) -> Iterator[None]:
-    """In evaluation mode: a spectral norm iterates at every look in training mode."""
+    """Set evaluation mode, because a spectral norm in training mode iterates at every access."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:

@@ -3,8 +3,8 @@
     y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta
       = (s W) x + (beta + (b - mean) s),   s = gamma / sqrt(var + eps)
 
-A Conv must be folded *before* it is factorized: otherwise the error is weighed without the BatchNorm's scale, and its
-statistics go stale. Computed in float64, as `graph_passes.FoldBatchNormPass` does, so that both ways agree.
+A Conv must be folded *before* it is factorized. Otherwise the error is weighted without the scale of the BatchNorm, and
+the statistics no longer fit. The computation is in float64, as in `graph_passes.FoldBatchNormPass`.
 """
 
 import logging
@@ -17,13 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 def batch_norms_behind_convs(module: nn.Module) -> dict[str, str]:
-    """Map each Conv's path to the path of the BatchNorm that alone consumes its output.
+    """Map the path of each Conv to the path of the BatchNorm that is the only user of its output.
 
-    A Conv whose weight the model also reads past the layer (`F.conv2d(x, self.conv.weight)`) is left out: there it is
-    needed as it is.
+    A Conv whose weight the model also reads directly (`F.conv2d(x, self.conv.weight)`) is not included.
 
-    Found by symbolic tracing (torch.fx). A model that cannot be traced gets no folding, which costs some accuracy
-    and no correctness; the log says so.
+    The pairs are found by symbolic tracing (torch.fx). If a model cannot be traced, nothing is folded, with a warning
+    in the log: the result is correct but somewhat less accurate.
     """
     norms = {name for name, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     if not norms:
@@ -54,7 +53,7 @@ def batch_norms_behind_convs(module: nn.Module) -> dict[str, str]:
 
 
 def fold_batch_norms_(module: nn.Module) -> None:
-    """Fold every BatchNorm of `module` that can be into the Conv before it, in place; an Identity stays behind."""
+    """Fold every BatchNorm of `module` into the Conv before it where possible, and put an Identity in its place."""
     uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
     for path, norm_path in batch_norms_behind_convs(module).items():
         conv, norm = module.get_submodule(path), module.get_submodule(norm_path)
@@ -66,7 +65,7 @@ def fold_batch_norms_(module: nn.Module) -> None:
 
 
 def fold_batch_norm_(conv: "nn.modules.conv._ConvNd", norm: "nn.modules.batchnorm._BatchNorm") -> None:
-    """Fold `norm` (in inference form, with running statistics) into `conv`, in place."""
+    """Fold `norm`, which must have running statistics, into `conv`, in place."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a BatchNorm without running statistics depends on the batch and cannot be folded")
     mean, var = norm.running_mean.double(), norm.running_var.double()

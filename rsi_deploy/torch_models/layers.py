@@ -1,12 +1,12 @@
-"""Low-rank layers: ordinary trainable modules that replace a dense one, with the same numbers.
+"""Low-rank layers: ordinary trainable modules that replace a dense one.
 
     LowRankLinear   y = left (right x) + bias
-    LowRankConv     right: conv to `rank` channels a group; left: conv to `out`, with the bias. Which of the two
-                    takes which axes of the kernel (with their stride, padding and dilation) is the form:
+    LowRankConv     right: conv to `rank` channels per group; left: conv to `out`, with the bias. The form assigns the
+                    axes of the kernel (with their stride, padding and dilation) to the two:
                     channel: k x k, 1 x 1    input: 1 x 1, k x k    separable: k x 1, 1 x k
 
-Each still answers to `.weight` (the product `left @ right`), because some models reach past `forward` for it, as
-torchvision's Swin does; such a use stays correct, only not low-rank.
+Each layer has a `weight` (the product `left @ right`), because some models read it outside of `forward`, for example
+torchvision's Swin. Such a use is correct but not low-rank.
 """
 
 import torch
@@ -38,7 +38,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense equivalent `left @ right (out, in)`."""
+        """The product `left @ right (out, in)`."""
         return self.left @ self.right
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
@@ -46,19 +46,19 @@ class LowRankLinear(nn.Module):
         return F.linear(F.linear(input, self.right), self.left, self.bias)
 
     def extra_repr(self) -> str:
-        """What `repr(module)` shows."""
+        """Return the description in `repr(module)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
 class LowRankConv(nn.Module):
-    """A 1-D, 2-D or 3-D convolution as two, groups included.
+    """A 1-D, 2-D or 3-D convolution, with or without groups, as two convolutions.
 
     Args:
-        conv: the dense layer, whose geometry, padding mode and bias are taken over.
-        factors: `left (groups, out/groups * prod(second), rank)`, `right (groups, rank, in/groups * prod(first))`, the
-            kernel being `(*first, *second)`, cut as the form says.
+        conv: dense layer, whose geometry, padding mode and bias are kept.
+        factors: `left (groups, out/groups * prod(second), rank)` and `right (groups, rank, in/groups * prod(first))`,
+            where the form cuts the kernel into `(*first, *second)`.
         form: "channel", "input" or "separable".
-        bias_change: `(out,)`, added to the bias; None leaves it the very same parameter.
+        bias_change: change of the bias, `(out,)`; None to keep the same parameter.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class LowRankConv(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense equivalent `(out, in/groups, *kernel)`."""
+        """The weight of the equivalent dense convolution, `(out, in/groups, *kernel)`."""
         channels, points = self.right.shape[1], self.left.shape[2:].numel()
         left = self.left.reshape(self.groups, -1, self.rank, points)
         right = self.right.reshape(self.groups, self.rank, channels, -1)
@@ -96,7 +96,7 @@ class LowRankConv(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """Map `(N, in, *spatial)` to `(N, out, *spatial')`."""
-        if self.padding_mode != "zeros":  # a convolution of the padded data that pads no more, whatever the form
+        if self.padding_mode != "zeros":  # pad first, for any form; the convolutions then do not pad
             input = F.pad(input, self._edges, mode=self.padding_mode)  # noqa: A001
         stride, padding, dilation = self._first
         hidden = self._convolve(input, self.right, None, stride, padding, dilation, self.groups)
@@ -104,7 +104,7 @@ class LowRankConv(nn.Module):
         return self._convolve(hidden, self.left, self.bias, stride, padding, dilation, self.groups)
 
     def extra_repr(self) -> str:
-        """What `repr(module)` shows."""
+        """Return the description in `repr(module)`."""
         return (
             f"{self.in_channels}, {self.out_channels}, rank={self.rank}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, groups={self.groups}" + ("" if self.form == "channel" else f", form={self.form}")
@@ -112,21 +112,21 @@ class LowRankConv(nn.Module):
 
 
 class OpenMultiheadAttention(nn.Module):
-    """`nn.MultiheadAttention` as plain calls of its two layers `in_proj` and `out_proj`, which hooks can see.
+    """An `nn.MultiheadAttention` that calls its layers `in_proj` and `out_proj`, so that hooks see them.
 
-    Same call, same results: `attn_mask`, `key_padding_mask`, `need_weights`, `average_attn_weights`, `is_causal`,
-    `batch_first`. Made for the packed case (`in_proj_weight`); separate q/k/v widths, `add_bias_kv` and
-    `add_zero_attn` are not.
+    Arguments and results are the same, with `attn_mask`, `key_padding_mask`, `need_weights`, `average_attn_weights`,
+    `is_causal` and `batch_first`. The weights must be packed (`in_proj_weight`): separate q/k/v widths, `add_bias_kv`
+    and `add_zero_attn` are not supported.
 
     Args:
-        dense: the module to stand in for, whose parameters are shared.
+        dense: module to replace; its parameters are shared.
     """
 
     def __init__(self, dense: nn.MultiheadAttention) -> None:
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = dense.embed_dim, dense.num_heads, dense.head_dim
         self.batch_first, self.dropout = dense.batch_first, dense.dropout
-        self._qkv_same_embed_dim = False  # keeps TransformerEncoderLayer off its fused path, which wants dense weights
+        self._qkv_same_embed_dim = False  # turns off the fused path of TransformerEncoderLayer for dense weights
         self._take_in_proj_(dense)
         self.out_proj = dense.out_proj
         self.bias_k = self.bias_v = None
@@ -149,8 +149,8 @@ class OpenMultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`."""
-        if is_causal and attn_mask is None:  # a hint about the mask, never one by itself; torch refuses it too
+        """Compute attention as `nn.MultiheadAttention.forward` does."""
+        if is_causal and attn_mask is None:  # is_causal is only a hint about the mask; torch refuses this, too
             raise RuntimeError("is_causal needs attn_mask beside it: pass the causal mask")
         batched = query.ndim == 3
         sequence_first = batched and not self.batch_first
@@ -174,7 +174,7 @@ class OpenMultiheadAttention(nn.Module):
         return (out.transpose(0, 1) if sequence_first else out), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v `(..., embed)`; `in_proj` is called only where the three share their input."""
+        """Return q, k, v `(..., embed)`. `in_proj` is called only if the three have the same input."""
         if query is key and key is value:
             projected: Tensor = self.in_proj(query)
             return projected.chunk(3, dim=-1)
@@ -182,7 +182,7 @@ class OpenMultiheadAttention(nn.Module):
         return tuple(F.linear(t, w, b) for t, w, b in zip((query, key, value), weight, bias, strict=True))
 
     def _bias(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
-        """The two masks as one additive `(N or 1, heads or 1, length_q, length_k)`, or None."""
+        """Combine the two masks into an additive one, `(N or 1, heads or 1, length_q, length_k)`, or None."""
         bias: Tensor | None = None
         if attn_mask is not None:
             bias = _additive(attn_mask, q.dtype)
@@ -194,14 +194,12 @@ class OpenMultiheadAttention(nn.Module):
 
 
 class LowRankMultiheadAttention(OpenMultiheadAttention):
-    """`nn.MultiheadAttention` whose packed input projection (and output projection, where it pays) is low-rank.
-
-    Same call, same results, as of `OpenMultiheadAttention`.
+    """An `OpenMultiheadAttention` whose packed input projection is low-rank. The output projection may be, too.
 
     Args:
-        dense: the module to replace.
-        in_proj: factors of the packed `(3*embed, embed)` weight.
-        bias_change: `(3*embed,)`, added to the bias of the input projection; None leaves it the very same parameter.
+        dense: module to replace.
+        in_proj: factors of the packed weight `(3*embed, embed)`.
+        bias_change: change of the bias of the input projection, `(3*embed,)`; None to keep the same parameter.
     """
 
     def __init__(self, dense: nn.MultiheadAttention, in_proj: Factors, *, bias_change: Tensor | None = None) -> None:
@@ -211,15 +209,15 @@ class LowRankMultiheadAttention(OpenMultiheadAttention):
         self.in_proj_bias = changed_bias(dense.in_proj_bias, bias_change)
 
     def _take_in_proj_(self, dense: nn.MultiheadAttention) -> None:
-        """Nothing: the dense one is not kept."""
+        """Do nothing: the dense projection is not kept."""
 
     @property
     def in_proj_weight(self) -> Tensor:
-        """The dense equivalent `(3*embed, embed)`."""
+        """The product of the factors, `(3*embed, embed)`."""
         return self.in_proj_left @ self.in_proj_right
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v `(..., embed)`; one pass of `right` where the three share their input."""
+        """Return q, k, v `(..., embed)`. `right` is applied once if the three have the same input."""
         left, bias = self.in_proj_left.chunk(3), _chunk3(self.in_proj_bias)
         if query is key and key is value:
             return F.linear(F.linear(query, self.in_proj_right), self.in_proj_left, self.in_proj_bias).chunk(3, dim=-1)
@@ -230,7 +228,7 @@ class LowRankMultiheadAttention(OpenMultiheadAttention):
 
 
 def changed_bias(bias: Tensor | None, change: Tensor | None) -> nn.Parameter | None:
-    """`bias + change`, either of which may be missing; without a change the very same parameter."""
+    """Return `bias + change`. Either may be None; without a change, the same parameter is returned."""
     if change is None:
         return None if bias is None else _parameter(bias)
     if bias is None:
@@ -239,13 +237,13 @@ def changed_bias(bias: Tensor | None, change: Tensor | None) -> nn.Parameter | N
 
 
 def _geometry(conv: "nn.modules.conv._ConvNd", axes: range) -> Geometry:
-    """What is left of a convolution's geometry when its kernel is cut down to some axes."""
+    """Return the geometry of a convolution whose kernel is reduced to some axes."""
 
     def on(values: tuple[int, ...], nothing: int) -> tuple[int, ...]:
         return tuple(value if axis in axes else nothing for axis, value in enumerate(values))
 
     padding: str | tuple[int, ...] = on((0,) * len(conv.kernel_size), 0)
-    if axes and conv.padding_mode == "zeros":  # "same" and "valid" pad no axis whose kernel is 1
+    if axes and conv.padding_mode == "zeros":  # "same" and "valid" do not pad an axis with a kernel of 1
         padding = conv.padding if isinstance(conv.padding, str) else on(conv.padding, 0)
     return on(conv.stride, 1), padding, on(conv.dilation, 1)
 

@@ -1,9 +1,9 @@
-"""Where a model comes from: MODEL on the command line becomes a `Source`.
+"""Load the MODEL of the command line as a `Source`.
 
 torchvision:NAME             with --weights DEFAULT | none | FILE
-package.module:factory       with --checkpoint FILE; the factory runs: name only code you trust
+package.module:factory       with --checkpoint FILE; the factory is executed, so it must be trusted code
 model.pt2                    a torch.export program
-model.onnx                   an ONNX file, taken as it is
+model.onnx                   an ONNX file
 """
 
 import contextlib
@@ -32,10 +32,10 @@ from rsi_deploy.torch_models.computed_weights import folded
 
 @dataclass(kw_only=True)
 class Source:
-    """A loaded model and what is known about its inputs.
+    """A loaded model and its example inputs.
 
-    Exactly one of `module`, `program`, `onnx` is set. `example_inputs` are for one sample pair (batch 2, so that no
-    exporter mistakes the batch for a constant), or as the program was exported.
+    Exactly one of `module`, `program` and `onnx` is set. `example_inputs` have a batch of 2, because exporters take a
+    batch of 1 for a constant; those of a program are the ones that it was exported with.
     """
 
     name: str
@@ -55,18 +55,18 @@ def load_source(
     input_shape: str | tuple[int, ...] | None = None,
     seed: int = 0,
 ) -> Source:
-    """Load MODEL; see the module's docstring for the forms.
+    """Load MODEL; the module docstring lists its forms.
 
     Args:
-        model: as typed on the command line.
-        weights: torchvision only: "DEFAULT" downloads, "none" is a seeded random initialization, else a file.
-        checkpoint: for a factory: the state dict to load.
-        input_shape: `1x3x32x32` (the first number is the batch and stays dynamic), where the model does not tell.
-        seed: of random initialization and of the example inputs.
+        model: MODEL of the command line.
+        weights: weights of a torchvision model: "DEFAULT" downloads them, "none" initializes at random, else a file.
+        checkpoint: state dict for the module of a factory.
+        input_shape: shape such as `1x3x32x32`, for a model that does not declare one. The batch stays dynamic.
+        seed: random seed for the initialization and the example inputs.
 
     Raises:
-        UsageError: no such model, factory or file; options that do not belong to this form.
-        ModelError: a checkpoint that does not fit, a factory that fails.
+        UsageError: an unknown model, factory or file, or options that do not apply to this form.
+        ModelError: a checkpoint that does not fit, or a factory that fails.
     """
     shape = _torch_shape(input_shape)
     if model.startswith("torchvision:"):
@@ -93,16 +93,16 @@ def load_source(
 
 
 def source_of_module(module: nn.Module, input_shape: str | tuple[int, ...] | None = None, seed: int = 0) -> Source:
-    """A `Source` of a torch module at hand; it tells its inputs as a factory's module does."""
+    """Return the `Source` of a torch module, which declares its inputs as the module of a factory does."""
     module = module.eval()
     name = type(module).__name__
-    source = Source(name=name, module=folded(module), preprocessing=_told_preprocessing(module))
-    source.example_inputs = _told_inputs(module, name, _torch_shape(input_shape), seed)
+    source = Source(name=name, module=folded(module), preprocessing=_declared_preprocessing(module))
+    source.example_inputs = _declared_inputs(module, name, _torch_shape(input_shape), seed)
     return source
 
 
 def _torch_shape(text: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """The shape of the one input; the first size is the batch."""
+    """Parse the shape of a single input; the first size is the batch."""
     shape = parse_shape(text)
     if shape is not None and not shape[0]:
         raise UsageError(f"--input-shape: the batch comes first and must be 1 or more, but got {text!r}")
@@ -129,7 +129,7 @@ def _torchvision(
     presets = torchvision.models.get_model_weights(name)
     named = weights in presets.__members__
     preset = presets[weights] if named else presets.DEFAULT
-    # An init of its own generator: the user's global seed is neither used nor moved.
+    # The initialization has its own generator, so that the global seed of the user is not changed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "initialization"))
         module = torchvision.models.get_model(name, weights=None)
@@ -143,7 +143,11 @@ def _torchvision(
     elif weights.lower() != "none":
         try:
             module.load_state_dict(preset.get_state_dict(progress=False, check_hash=True))
-        except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, a wrong hash, a cut line
+        except (
+            OSError,
+            RuntimeError,
+            http.client.HTTPException,
+        ) as error:  # no network, a wrong hash, a lost connection
             raise ModelError(
                 f"the weights of torchvision:{name} cannot be downloaded ({error}); fetch {preset.url} by hand and "
                 f"pass --weights FILE, or --weights none for random ones"
@@ -185,7 +189,7 @@ def _factory(spec: str, checkpoint: str | Path | None, shape: tuple[int, ...] | 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "initialization"))
             module = factory()
-    except Exception as error:  # the user's own code: whatever it raises is reported as theirs
+    except Exception as error:  # the user's own code may raise anything
         raise ModelError(f"the factory {spec} failed: {type(error).__name__}: {error}; repair the factory") from error
     if not isinstance(module, nn.Module):
         raise ModelError(f"the factory {spec} must return a torch.nn.Module, but returned {type(module).__name__}")
@@ -194,15 +198,19 @@ def _factory(spec: str, checkpoint: str | Path | None, shape: tuple[int, ...] | 
         load_checkpoint_(module, checkpoint)
     else:
         source.notes.append("no --checkpoint: the weights are those the factory made")
-    source.preprocessing = _told_preprocessing(module)
-    source.example_inputs = _told_inputs(module, spec, shape, seed)
+    source.preprocessing = _declared_preprocessing(module)
+    source.example_inputs = _declared_inputs(module, spec, shape, seed)
     return source
 
 
-def _told_preprocessing(module: nn.Module) -> Preprocessing | None:
-    told = getattr(module, "preprocessing", None)
+def _declared_preprocessing(module: nn.Module) -> Preprocessing | None:
+    declared = getattr(module, "preprocessing", None)
     try:
-        return told if told is None or isinstance(told, Preprocessing) else Preprocessing.model_validate(told)
+        return (
+            declared
+            if declared is None or isinstance(declared, Preprocessing)
+            else Preprocessing.model_validate(declared)
+        )
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -212,13 +220,13 @@ def _told_preprocessing(module: nn.Module) -> Preprocessing | None:
         ) from error
 
 
-def _told_inputs(module: nn.Module, spec: str, shape: tuple[int, ...] | None, seed: int) -> tuple[Any, ...]:
-    """Example inputs from --input-shape, or from the module's own `example_inputs` or `input_shape`."""
+def _declared_inputs(module: nn.Module, spec: str, shape: tuple[int, ...] | None, seed: int) -> tuple[Any, ...]:
+    """Return example inputs from --input-shape, or from the module's `example_inputs` or `input_shape`."""
     if shape is None and (inputs := getattr(module, "example_inputs", None)) is not None:
         return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     shape = shape or parse_shape(getattr(module, "input_shape", None))
     if shape is None:
-        raise UsageError(f"{spec} does not tell its input: add --input-shape, such as --input-shape 1x3x224x224")
+        raise UsageError(f"{spec} declares no input shape: add --input-shape, such as --input-shape 1x3x224x224")
     return (_example((2, *shape[1:]), seed),)
 
 
@@ -237,7 +245,7 @@ def _pt2(path: Path) -> Source:
 
 @contextlib.contextmanager
 def no_torch_logs() -> Iterator[None]:
-    """Torch logs tracebacks of what it then raises, and warnings about its own future: neither is for our users."""
+    """Silence torch's loggers, which repeat raised errors as tracebacks and warn about deprecations inside torch."""
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
     handlers = [handler for logger in loggers for handler in logger.handlers]
     levels = [handler.level for handler in handlers]
@@ -252,7 +260,7 @@ def no_torch_logs() -> Iterator[None]:
 
 def _existing(path: str) -> Path:
     if not Path(path).is_file():
-        raise UsageError(f"no such file: {path}; expected a FILE.pt2 or FILE.onnx that is there")
+        raise UsageError(f"no such file: {path}; expected an existing FILE.pt2 or FILE.onnx")
     return Path(path)
 
 

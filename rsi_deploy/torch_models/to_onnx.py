@@ -1,10 +1,9 @@
-"""The dense ONNX model: the exporter's own graph, weights under their torch names, nothing machine-specific inside.
+"""Export a torch model to a dense ONNX model whose weights have their torch names, with the same bytes on any machine.
 
     torch module --torch.export--> program --torch.onnx.export(dynamo)--> ir.Model --clean--> dense.onnx
 
-Cleaning folds constants (the exporter emits `Transpose(weight)` and loses the weight's name when it folds it), gives
-each weight its torch name back, folds every BatchNorm into the Conv before it, and drops stack traces and other paths
-of the exporting machine, so that the same model gives the same bytes anywhere.
+Cleaning folds constants (the exporter writes `Transpose(weight)`, and folding it loses the name of the weight),
+restores the torch names, folds every BatchNorm into the Conv before it, and removes stack traces and paths.
 """
 
 import contextlib
@@ -31,12 +30,12 @@ from rsi_deploy.torch_models.model_source import Source, no_torch_logs
 
 logger = logging.getLogger(__name__)
 
-# From opset 23 on attention is one op, which stays fused whatever becomes of its projections.
+# From opset 23 on, attention is one operator, which stays fused when its projections are split.
 ATTENTION_OPSET = 23
 DEFAULT_OPSET = 20
 LAYOUT_OPS = {"Transpose", "Identity", "Cast", "CastLike"}
 _COMPUTED_FROM = re.compile(r"_(v|orig|mask)$|parametrizations\.(?=[^.]+\.original\d*$)|(?<=\w)\.original\d*$")
-# What weight_norm, spectral_norm and pruning compute a weight with.
+# The operators with which weight_norm, spectral_norm and pruning compute a weight.
 WEIGHT_ARITHMETIC = {
     "Add",
     "Div",
@@ -54,7 +53,7 @@ WEIGHT_ARITHMETIC = {
 
 @dataclass(kw_only=True)
 class DenseModel:
-    """The exported model, still in memory: its weights share the torch module's."""
+    """The exported model in memory. Its weights share memory with the torch module."""
 
     model: ir.Model
     opset: int
@@ -66,12 +65,12 @@ def to_onnx(source: Source, *, opset: int | None = None) -> DenseModel:
     """Export a torch source to a clean `ir.Model`.
 
     Args:
-        source: one with a `module` or a `program`.
-        opset: the ONNX opset; by default 23 for models with attention (kept as one op) and 20 for all others.
+        source: source with a `module` or a `program`.
+        opset: ONNX opset; None for 23 if the model has attention (kept as one operator) and 20 otherwise.
 
     Raises:
-        ModelError: the exporter failed, with its reason and the stage.
-        UsageError: an opset this exporter does not write.
+        ModelError: the exporter failed; the message names its reason and the stage.
+        UsageError: the exporter does not support the opset.
     """
     try:
         return _exported(source, opset)
@@ -80,24 +79,24 @@ def to_onnx(source: Source, *, opset: int | None = None) -> DenseModel:
 
 
 def _forget_traces() -> None:
-    """Empty caches that torch keeps for as long as the process lives, with every environment of symbols in them.
+    """Clear torch's global caches, which keep every symbolic shape environment alive.
 
-    Those of `ShapeEnv`'s methods are emptied by torch only where two environments differ in a version, which those of
-    one model exported twice do not.
+    Torch clears the caches of `ShapeEnv`'s methods only between environments of different versions, and two exports of
+    one model have the same version.
     """
     FakeTensorMode.cache_clear()
     for found in (*vars(ShapeEnv).values(), *vars(symbolic_shapes).values()):
         function = found
-        while callable(function):  # some caches lie under another decorator
+        while callable(function):  # some caches are below another decorator
             if callable(clear := getattr(function, "cache_clear", None)):
                 clear()
             function = getattr(function, "__wrapped__", None)
 
 
 def _untie(program: "torch.export.ExportedProgram") -> None:
-    """Break a cycle that Python cannot collect, since it goes through C++: symbols --> a tensor --> its symbolic sizes.
+    """Break the cycle symbols --> tensor --> symbolic sizes, which passes through C++ and is never collected.
 
-    Each capture would stay for good, with its cache of traced operators.
+    Otherwise every captured program stays in memory with its cache of traced operators.
     """
     for node in program.graph.nodes:
         mode = getattr(node.meta.get("val"), "fake_mode", None)
@@ -127,7 +126,7 @@ def _exported(source: Source, opset: int | None) -> DenseModel:
 
 
 def clean_(model: ir.Model) -> None:
-    """Fold constants and BatchNorms, name the weights as in torch, drop what belongs to the exporting machine."""
+    """Fold constants and BatchNorms, give the weights their torch names, and remove metadata of the machine."""
     from onnxscript import optimizer
 
     names = _weight_names_after_folding(model)
@@ -151,7 +150,7 @@ def clean_(model: ir.Model) -> None:
 
 
 def _captured(source: Source, notes: list[str]) -> "torch.export.ExportedProgram":
-    """`torch.export` with a dynamic batch; with a fixed one, and a note, where the model does not allow it."""
+    """Run `torch.export` with a dynamic batch, or with a fixed one and a note if the model does not allow it."""
     assert source.module is not None
     module, inputs = source.module, source.example_inputs
     dynamic = _dynamic_batch(module, inputs)
@@ -176,7 +175,7 @@ def _captured(source: Source, notes: list[str]) -> "torch.export.ExportedProgram
 
 
 def _dynamic_batch(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`dynamic_shapes` for torch.export: one batch for all; what `*args` takes is one nested tuple there."""
+    """Return `dynamic_shapes` for torch.export with one batch size for all inputs. `*args` are one nested tuple."""
     batch = torch.export.Dim("batch")
     flat = tuple({0: batch} if isinstance(t, torch.Tensor) and t.ndim else None for t in inputs)
     kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
@@ -213,7 +212,7 @@ def _converted(source: Source, program: "torch.export.ExportedProgram", opset: i
 
 
 def _rename_batch_(model: ir.Model) -> None:
-    """Call the exporter's anonymous batch symbol (`s77`) "batch" everywhere."""
+    """Rename the anonymous batch symbol of the exporter (`s77`) to "batch"."""
     first = next((v.shape[0] for v in model.graph.inputs if v.shape), None)
     symbol = first.value if isinstance(first, ir.SymbolicDim) else None
     if not symbol:
@@ -232,7 +231,7 @@ def _rename_batch_(model: ir.Model) -> None:
 
 
 def _name_tied_weights_(model: ir.Model, program: "torch.export.ExportedProgram") -> None:
-    """Call a weight with several names by the first of them, as `named_parameters` does; the exporter takes any."""
+    """Give a tied weight the first of its names, as `named_parameters` does. The exporter takes any of them."""
     first: dict[tuple[int, torch.Size, torch.dtype], str] = {}
     initializers = model.graph.initializers
     for name, tensor in program.state_dict.items():
@@ -246,7 +245,7 @@ def _has_attention(program: "torch.export.ExportedProgram") -> bool:
 
 
 def _weight_names_after_folding(model: ir.Model) -> dict[str, str]:
-    """Map each value that is only a new layout of one initializer, or computed from it, to that initializer's name."""
+    """Map each value that is a layout of one initializer, or computed from it, to the name of that initializer."""
     names: dict[str, str] = {}
     computed = computed_constants(model.graph)
     for node in model.graph:
@@ -262,10 +261,10 @@ def _weight_names_after_folding(model: ir.Model) -> dict[str, str]:
 
 
 def _folding(model: ir.Model) -> Callable[[ir.Node], bool | None]:
-    """Which nodes of constants become one constant: True, False, or None for the optimizer's own rules.
+    """Return the rule for folding a node: True, False, or None for the rules of the optimizer.
 
-    No folding into a copy of a weight that others use too. A weight that is computed from constants, as weight_norm,
-    spectral_norm and pruning do, is folded however large it is, unless the file grows by it.
+    A weight with other users is not folded into a copy. A weight that is computed from constants, as by weight_norm,
+    spectral_norm and pruning, is folded at any size unless the file would grow.
     """
     computed = {value.name for value in computed_constants(model.graph.all_nodes())}
 
@@ -287,7 +286,7 @@ def _folding(model: ir.Model) -> Callable[[ir.Node], bool | None]:
 
 
 def _size(value: ir.Value) -> int:
-    """Numbers in a value; -1 where its shape is not known."""
+    """Return the number of elements of a value, or -1 if its shape is unknown."""
     shape = value.shape
     return math.prod(shape.numpy()) if shape is not None and shape.is_static() else -1
 
@@ -302,10 +301,10 @@ def _restore_names_(model: ir.Model, names: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter at work: without gradients, and without its prints and warnings, which are not for our users.
+    """Turn off gradients, fused paths, and the prints and warnings of the exporter.
 
-    With gradients on, torch.export and torch.onnx disagree about the strides of attention with a learned bias
-    (pytorch/pytorch#136543). Without them, torch's modules would take fused paths that no exporter knows.
+    With gradients, torch.export and torch.onnx disagree about the strides of attention with a learned bias
+    (pytorch/pytorch#136543). Without gradients, torch's modules would take fused paths that cannot be exported.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), no_torch_logs(), torch.no_grad():
@@ -318,7 +317,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    r"""The reason in an exporter's message: torch.onnx puts it under a headline, below its advice.
+    r"""Return the reason in an exporter's message. torch.onnx writes it below its advice, under a headline.
 
     >>> _first_line(ValueError("Failed.\nNext steps: ...\n## Exception summary\n\nCannot view a tensor\n(...)"))
     'Cannot view a tensor'

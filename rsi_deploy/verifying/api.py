@@ -29,6 +29,7 @@ from rsi_deploy.calibration.calibration_data import CalibrationData, check_sourc
 from rsi_deploy.calibration.output_agreement import output_agreement
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.core.progress import at_samples, step
+from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.dataset import for_inputs
 from rsi_deploy.data.sources import Dataset, open_undecided
 from rsi_deploy.evaluation.accuracy import evaluate
@@ -41,7 +42,7 @@ from rsi_deploy.report.schema import ProbeOutput, Report, read_report
 from rsi_deploy.report.verification import Claim, VerifyResult
 from rsi_deploy.runtime.batch_independence import count_samples
 from rsi_deploy.runtime.feeds.inputs import model_inputs
-from rsi_deploy.runtime.feeds.probe import Feeds, feeds_fingerprint, probe_feeds
+from rsi_deploy.runtime.feeds.probe import feeds_fingerprint, probe_feeds
 from rsi_deploy.runtime.feeds.user_feeds import read_feeds
 from rsi_deploy.runtime.feeds.values import arrays_of_outputs
 from rsi_deploy.runtime.parity import compare_outputs

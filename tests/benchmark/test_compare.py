@@ -63,7 +63,7 @@ def test_what_makes_columns_differ_is_said():
         "small is not the same file everywhere",
         "onnxruntime differs: a 1.31.1, b 1.20",
         "the evaluation data differ",
-        "b was cut short",
+        "b was interrupted",
         "b was busy while it measured (load 9.0 on 4 cores)",
     ):
         assert sum(words in note for note in notes) == 1, words

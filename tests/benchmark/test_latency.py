@@ -8,8 +8,7 @@ import onnx
 import pytest
 from onnx import parser
 
-from rsi_deploy.benchmark import blocks, latency
-from rsi_deploy.benchmark import variants as arms
+from rsi_deploy.benchmark import blocks, latency, variants
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.runtime import placement
 
@@ -39,15 +38,15 @@ def clock(monkeypatch):
 
         def install(self, times):
             self.order = []
-            real_open = arms.open_arms
+            real_open = variants.open_variants
 
-            def open_arms(*args, **kwargs):
+            def open_variants(*args, **kwargs):
                 opened = real_open(*args, **kwargs)
                 for arm in opened:
                     arm.call = functools.partial(self.call, arm.label, times)
                 return opened
 
-            monkeypatch.setattr(latency, "open_arms", open_arms)
+            monkeypatch.setattr(latency, "open_variants", open_variants)
             monkeypatch.setattr(time, "perf_counter_ns", lambda: self.now_ns)
             monkeypatch.setattr(time, "monotonic", lambda: self.now_ns / 1e9)
 
@@ -87,7 +86,7 @@ def test_equal_arms_get_no_verdict_and_the_time_is_kept(models, clock):
     assert 4 <= result.seconds < 4.3
 
 
-def test_order_is_shuffled_and_every_block_has_every_arm(models, clock):
+def test_order_is_shuffled_and_every_block_has_every_variant(models, clock):
     clock.install(lambda _: 30 + np.random.default_rng(len(clock.order)).normal(0, 2))
     warm_up = sum(arm.warmup_calls - 1 for arm in latency.bench(models, seconds=6).arms)
     blocks = [tuple(clock.order[i : i + 2]) for i in range(warm_up, len(clock.order), 2)]
@@ -181,10 +180,10 @@ def test_a_fixed_batch_is_told(tmp_path):
 
 def test_tf32_is_told_on_cuda_alone():
     ran = placement.Placement(provider_nodes={}, memcpy_nodes=0, nodes={})
-    arm = arms.Arm(label="a", model="a", call=str, placement=ran, warm=True, visits=[np.ones(1)] * 30)
-    for provider, told in (("CUDAExecutionProvider", True), ("CPUExecutionProvider", False)):
-        cell = blocks.Cell(name="", arms=[arm], seconds=1.0, width=0.01)
-        assert any("TF32" in note for note in latency._notes(cell, [], 1, provider, "precise", 0.02)) is told
+    arm = variants.Variant(label="a", model="a", call=str, placement=ran, warm=True, visits=[np.ones(1)] * 30)
+    for provider, noted in (("CUDAExecutionProvider", True), ("CPUExecutionProvider", False)):
+        cell = blocks.Cell(name="", variants=[arm], seconds=1.0, width=0.01)
+        assert any("TF32" in note for note in latency._notes(cell, [], 1, provider, "precise", 0.02)) is noted
 
 
 @pytest.mark.parametrize("changed", [{"name": "z", "steps": "y = MatMul(z, w)"}, {"shape": "N,N,4"}])

@@ -8,8 +8,7 @@ import onnx
 import pytest
 from onnx import parser
 
-from rsi_deploy.benchmark import blocks, matrix
-from rsi_deploy.benchmark import variants as arms
+from rsi_deploy.benchmark import blocks, matrix, variants
 from rsi_deploy.benchmark.request import BenchRequest, matrix_shapes
 from rsi_deploy.benchmark.result import BenchDocument, read_bench
 from rsi_deploy.core.errors import ModelError, UsageError
@@ -43,7 +42,7 @@ def tokens(tmp_path):
 
 def request(*models, **more):
     models = models or (Path("a.onnx"),)
-    labels = arms.arm_labels(models, None)
+    labels = variants.variant_labels(models, None)
     return BenchRequest(models=models, labels=tuple(labels), seconds=more.pop("seconds", 0.05), **more)
 
 
@@ -63,7 +62,7 @@ def test_the_matrix_is_the_product():
     ("call", "said"),
     [
         (lambda: matrix_shapes(["1x2"]), "NAME=1x128"),
-        (lambda: matrix_shapes(["a=1x2", "a=1x3"]), "a is given twice; several shapes are joined by commas"),
+        (lambda: matrix_shapes(["a=1x2", "a=1x3"]), "a appears twice; join several shapes by commas"),
         (lambda: request(shapes=matrix_shapes(["a=1,2", "b=1,2,3"])).settings(), "a 2, b 3"),
     ],
 )
@@ -160,10 +159,10 @@ def test_external_weights_count(tmp_path, model):
     weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight), weight.name))
     path = tmp_path / "outside.onnx"
     onnx.save(loaded, path, save_as_external_data=True, location="w.bin", size_threshold=0)
-    before = matrix.arm_file(path, "a")
+    before = matrix.variant_file(path, "a")
     assert before.file_bytes == path.stat().st_size + (tmp_path / "w.bin").stat().st_size
     (tmp_path / "w.bin").write_bytes(bytes(64))
-    assert matrix.arm_file(path, "a").sha256 != before.sha256
+    assert matrix.variant_file(path, "a").sha256 != before.sha256
 
 
 def test_ctrl_c_keeps_what_was_measured(model, monkeypatch):
@@ -173,7 +172,7 @@ def test_ctrl_c_keeps_what_was_measured(model, monkeypatch):
         calls.append(cell.name)
         if len(calls) > 30:
             raise KeyboardInterrupt
-        for arm in cell.arms:
+        for arm in cell.variants:
             arm.visits.append(np.full(3, 1.0 + len(calls) % 3))
         cell.seconds += 1.0
 
@@ -208,8 +207,10 @@ def made_up_cell(name, noise, now):
     def call():
         now[0] += int(30e6 * np.exp(rng.normal(0, noise)))
 
-    made = [arms.Arm(label=str(i), model="", call=call, placement=None, call_ms=30.0, warm=True) for i in range(2)]
-    return blocks.Cell(name=name, arms=made)
+    made = [
+        variants.Variant(label=str(i), model="", call=call, placement=None, call_ms=30.0, warm=True) for i in range(2)
+    ]
+    return blocks.Cell(name=name, variants=made)
 
 
 def test_the_time_goes_where_the_intervals_are_widest(monkeypatch):

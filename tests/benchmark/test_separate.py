@@ -8,7 +8,7 @@ import pytest
 from onnx import parser
 
 from rsi_deploy.benchmark import concurrency, processes
-from rsi_deploy.benchmark.profiling import profile_arms, read_profile
+from rsi_deploy.benchmark.profiling import profile_models, read_profile
 from rsi_deploy.benchmark.variants import Runtime
 from rsi_deploy.core.errors import ModelError, UsageError
 
@@ -38,7 +38,7 @@ def test_memory_in_a_process_of_its_own(model):
 def test_a_ceiling_tells_who_fits(model):
     (small,) = processes.measure_memory([model], ["a"], FEEDS, RUNTIME, limit=20_000_000)
     assert (small.fits, small.stopped_in) == (False, "import")
-    assert "passing the ceiling" in small.detail
+    assert "above the memory limit" in small.detail
     (large,) = processes.measure_memory([model], ["a"], FEEDS, RUNTIME, limit=2_000_000_000)
     assert (large.fits, large.stopped_in, large.detail) == (True, "done", "")
 
@@ -168,7 +168,7 @@ def test_split_sites_stand_beside_the_dense_ones(tmp_path):
     for name, model in (("dense", dense), ("split", split)):
         onnx.save(model, tmp_path / f"{name}.onnx")
     files = [tmp_path / "dense.onnx", tmp_path / "split.onnx"]
-    first, second = profile_arms(files, ["a", "b"], FEEDS, RUNTIME, calls=3)
+    first, second = profile_models(files, ["a", "b"], FEEDS, RUNTIME, calls=3)
     (one,), (two,) = first.sites, second.sites
     assert (one.site, two.site) == ("fc", "fc")
     assert one.dense_ms is not None

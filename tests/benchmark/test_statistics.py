@@ -9,7 +9,7 @@ from rsi_deploy.benchmark import statistics
 
 
 def synthetic(ratio, blocks=60, noise=0.05, seed=0):
-    """Two arms, the second `ratio` times as fast, under a load that drifts for both alike: `(2, blocks)` ms."""
+    """Two variants, the second `ratio` times as fast, under a load that drifts for both alike: `(2, blocks)` ms."""
     rng = np.random.default_rng(seed)
     load = np.exp(np.cumsum(rng.normal(0, 0.05, blocks)))
     return np.stack([load, load / ratio]) * np.exp(rng.normal(0, noise, (2, blocks)))
@@ -36,12 +36,12 @@ def test_a_true_difference_is_found_and_its_size_is_inside():
 
 def test_equal_arms_are_rarely_told_apart():
     claims = sum(not word(synthetic(1.0, seed=seed), seed).startswith("no difference") for seed in range(100))
-    assert claims <= 12  # 5 expected; the control: arms that differ by 10 % are told apart most of the time
+    assert claims <= 12  # 5 expected; the control: variants that differ by 10 % are distinguished most of the time
     assert sum("faster" in word(synthetic(1.1, seed=seed), seed) for seed in range(20)) >= 15
 
 
 def test_pairing_blocks_removes_the_load_that_arms_share():
-    """Control: the same times with one arm's blocks shuffled, so that they are paired no more."""
+    """Control: the same times with the blocks of one variant shuffled, so that they are no longer paired."""
     blocks = synthetic(1.1, noise=0.01)
     _, (low, high) = statistics.compare(*blocks, 0)
     shuffled = np.random.default_rng(0).permutation(blocks[1])
@@ -73,9 +73,9 @@ def test_the_same_seed_gives_the_same_interval():
 
 
 def test_unpaired_blocks_are_refused():
-    for first, arm in ((np.ones(3), np.ones(4)), (np.ones(0), np.ones(0)), (np.ones((2, 2)), np.ones((2, 2)))):
+    for first, variant in ((np.ones(3), np.ones(4)), (np.ones(0), np.ones(0)), (np.ones((2, 2)), np.ones((2, 2)))):
         with pytest.raises(ValueError, match="paired"):
-            statistics.compare(first, arm, 0)
+            statistics.compare(first, variant, 0)
 
 
 def test_settled_times():
@@ -87,20 +87,20 @@ def test_settled_times():
 def test_precise_times():
     assert statistics.half_width(synthetic(2.0, noise=0.01, blocks=200), 0) < 0.02
     assert statistics.half_width(synthetic(2.0, noise=0.3, blocks=20), 0) > 0.1
-    one_arm = np.random.default_rng(0).normal(1, 0.2, (1, 20))
-    assert statistics.half_width(one_arm, 0) > 0.02
-    assert statistics.half_width(one_arm * 0 + 1, 0) == 0
-    assert statistics.half_width(one_arm[:, :7], 0) == float("inf"), "seven blocks tell nothing"
+    one_variant = np.random.default_rng(0).normal(1, 0.2, (1, 20))
+    assert statistics.half_width(one_variant, 0) > 0.02
+    assert statistics.half_width(one_variant * 0 + 1, 0) == 0
+    assert statistics.half_width(one_variant[:, :7], 0) == float("inf"), "seven blocks tell nothing"
 
 
 def test_four_times_the_time_halves_the_width():
-    """What a reader is told about the time that a precision needs, against widths of made-up times."""
+    """The estimated time for a precision, against widths of simulated times."""
     few, many = (statistics.half_width(synthetic(1.0, blocks=n, seed=1), 0) for n in (400, 1600))
     assert 0.6 < statistics.seconds_needed(10, few, many) / 40 < 1.7
 
 
 def moods(rng, blocks, hold):
-    """Log times of two equal arms whose difference wanders: autocorrelated for about `hold` blocks."""
+    """Log times of two equal variants whose difference wanders: autocorrelated for about `hold` blocks."""
     keep = np.exp(-1 / hold)
     steps = rng.normal(0, 0.05 * np.sqrt(1 - keep**2), (2, blocks))
     noise = np.empty((2, blocks))
@@ -140,7 +140,7 @@ def test_runs_are_longer_where_neighbours_are_alike():
 
 
 def test_looking_until_precise_raises_no_alarms():
-    """Equal arms, measured until narrow; control: stopping at the first look that excludes 1 does raise alarms."""
+    """Equal variants, measured until narrow; control: stopping at the first look that excludes 1 does raise alarms."""
     alarms = {"narrow": 0, "significant": 0}
     for seed in range(60):
         times = synthetic(1.0, blocks=1500, noise=0.05, seed=seed)

@@ -30,7 +30,7 @@ NO_ADVICE_OF_THEIR_OWN = {
     "rsi_deploy/calibration/calibration_data.py": {"{OPTION}: {value}"},
     "rsi_deploy/data/arrow_data.py": {"data: {name}, column {column}: {error}"},
     "rsi_deploy/planning/plan_file.py": {"plan {path}: {value}", "the plan does not fit the model: {problems}"},
-    "rsi_deploy/runtime/sessions.py": {"{name}: onnxruntime cannot load it on {name}: {said}{mend}"},
+    "rsi_deploy/runtime/sessions.py": {"{name}: onnxruntime cannot load it on {name}: {message}{advice}"},
     "rsi_deploy/cli/__init__.py": {"no permission: {filename}", "{words}", "{WHOLE}"},
     "rsi_deploy/serving/ray/app.py": {"{details}"},
 }

@@ -13,7 +13,7 @@ from rsi_deploy.benchmark.statistics import MIN_BLOCKS
 from rsi_deploy.benchmark.variants import Runtime
 from rsi_deploy.costing import site_timing
 from rsi_deploy.costing.site_models import Piece, pieces
-from rsi_deploy.costing.site_timing import Wanted, grid_of, shapes_of, time_sites
+from rsi_deploy.costing.site_timing import TimedShape, grid_of, shapes_of, time_sites
 from rsi_deploy.costing.zero_filled import write_zero_filled
 from rsi_deploy.io.onnx_file import read_onnx, write_onnx
 from rsi_deploy.runtime.feeds.inputs import model_inputs
@@ -136,7 +136,7 @@ def test_times_are_of_every_variant_and_a_large_product_is_faster_at_a_small_ran
     text = PRODUCTS.replace("16", "512").replace("24", "1024")
     _, found = cut(text, tmp_path, batch=8)
     piece = found["v"]
-    wanted = Wanted(piece=piece, splits=(("matmul", 8), ("matmul", 500)))
+    wanted = TimedShape(piece=piece, splits=(("matmul", 8), ("matmul", 500)))
     (cost,) = time_sites([wanted], Runtime(threads=1), seconds=3, precision=0.05)
     assert [(s.form, s.rank) for s in cost.splits] == [("matmul", 8), ("matmul", 500)]
     assert cost.blocks >= MIN_BLOCKS

@@ -126,5 +126,5 @@ def test_data_that_give_no_samples_time_nothing(tmp_path):
     assert sample_feeds(given, model, "cpu", 4)["input"].shape == (4, 12)
     given = Own()
     given.columns = ("input",)
-    with pytest.raises(UsageError, match=r"have no samples for .*m\.onnx with; give other data, or leave out --data"):
+    with pytest.raises(UsageError, match=r"have no samples for .*m\.onnx; give other data, or leave out --data"):
         sample_feeds(given, model, "cpu", 4)

@@ -146,7 +146,7 @@ def test_a_choice_between_labels_is_the_users(tmp_path):
     assert dataset.classes == ("x", "y")
     with pytest.raises(UsageError, match="no column fines; there are image, fine, coarse"):
         open_data(f"{path}#label=fines")
-    with pytest.raises(UsageError, match="takes split, image, label behind the #, but got labels"):
+    with pytest.raises(UsageError, match="takes split, image, label after the #, but got labels"):
         open_data(f"{path}#labels=fine")
     with pytest.raises(UsageError, match="such as split=test"):
         open_data(f"{path}#fine")

@@ -22,9 +22,10 @@ from rsi_deploy import ModelError, UsageError, export, read_report
 from rsi_deploy.cli import run
 from rsi_deploy.execution import ray_executor as ray_executor
 from rsi_deploy.execution.executor import LocalExecutor
+from rsi_deploy.io.onnx_file import read_onnx
 from rsi_deploy.linalg.products import rates
 from rsi_deploy.linalg.solver import Solver
-from rsi_deploy.onnx_models import rewrite as rewriting
+from rsi_deploy.onnx_models.split import split_model
 from rsi_deploy.planning.planner import Planner, rank_spec
 
 MAIN = "from rsi_deploy.cli import main; main()"
@@ -255,38 +256,38 @@ def test_requests_that_cannot_be_meant(tmp_path):
 
 
 class Recorded(LocalExecutor):
-    """This process, with what it was told ahead and asked."""
+    """A local executor that records the tasks that are announced and run, and the weights that are released."""
 
     def __init__(self):
-        self.told, self.asked, self.over = [], [], []
+        self.announced, self.run, self.released = [], [], []
 
-    def ahead(self, calls):
-        self.told = [call.key for call in calls]
+    def announce(self, tasks):
+        self.announced = [task.key for task in tasks]
 
-    def made(self, call):
-        self.asked.append((call.key, call.announced))
-        return super().made(call)
+    def result(self, task):
+        self.run.append((task.key, task.announced))
+        return super().result(task)
 
-    def done(self, *weights):
-        self.over += weights
+    def release(self, *weights):
+        self.released += weights
 
 
-def test_what_is_told_ahead_is_what_is_asked(tmp_path):
+def test_the_announced_tasks_are_those_that_run(tmp_path):
     executor = Recorded()
-    model = rewriting.onnx_file.read_onnx(attention_like(tmp_path, "float32"))
+    model = read_onnx(attention_like(tmp_path, "float32"))
     planner = Planner(spec=rank_spec(8, None), include=(), exclude=("gate*",), always_split=False)
-    rewriting.split_and_write(model, tmp_path / "o.onnx", planner, Solver(), executor=executor)
-    assert {key for key, announced in executor.asked if announced} == set(executor.told)
-    assert any(not announced for _, announced in executor.asked)  # q, k, v jointly
-    assert len(executor.told) == len(set(executor.told))
-    assert {weight for key, _ in executor.asked for weight in key[1:]} == set(executor.over)
+    split_model(model, planner, Solver(), path=tmp_path / "o.onnx", executor=executor)
+    assert {key for key, announced in executor.run if announced} == set(executor.announced)
+    assert any(not announced for _, announced in executor.run)  # q, k, v jointly
+    assert len(executor.announced) == len(set(executor.announced))
+    assert {weight for key, _ in executor.run for weight in key[1:]} == set(executor.released)
 
 
 def test_rates_that_are_told_are_taken():
     mine = rates.Rates(full=1.0, onednn=1.0, half=2.0, double=3.0, eigen=4.0)
     threads = torch.get_num_threads()
     try:
-        rates.tell_rates(torch.device("cpu"), mine)
+        rates.set_rates(torch.device("cpu"), mine)
         assert rates.rates(torch.device("cpu")) == mine
         torch.set_num_threads(threads + 1)
         assert rates.rates(torch.device("cpu")) != mine

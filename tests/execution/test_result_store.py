@@ -16,9 +16,10 @@ from bench.killing import Runner
 from rsi_deploy.execution import result_store as resuming
 from rsi_deploy.execution.executor import LocalExecutor, Task
 from rsi_deploy.execution.result_store import ResultStore, StoringExecutor
-from rsi_deploy.exporting import steps as stages
+from rsi_deploy.exporting import step_settings as stages
+from rsi_deploy.linalg.site_factors import factorize_site
 from rsi_deploy.linalg.solver import Solver
-from rsi_deploy.onnx_models import factor_source
+from rsi_deploy.onnx_models import site_factorizer
 from rsi_deploy.planning.site_options import Calibration
 
 ALWAYS = {"rsi_deploy.execution.result_store:LARGE": 0}
@@ -47,15 +48,15 @@ def attending(path):
 
 def failing_at(monkeypatch, number):
     """Have the `number`-th factorization of a run die as nobody foresaw; the list of those that were computed."""
-    computed, real = [], factor_source.factorize_site
+    computed, real = [], site_factorizer.factorize_site
 
-    def factorize_site(name, *args, **kwargs):
+    def factorize_site(*args, name, **kwargs):
         computed.append(name)
         if len(computed) == number:
             raise KeyboardInterrupt
-        return real(name, *args, **kwargs)
+        return real(*args, name=name, **kwargs)
 
-    monkeypatch.setattr(factor_source, "factorize_site", factorize_site)
+    monkeypatch.setattr(site_factorizer, "factorize_site", factorize_site)
     return computed
 
 
@@ -106,7 +107,7 @@ def test_what_was_kept_for_another_model_is_dropped(tmp_path, large, monkeypatch
     computed = failing_at(monkeypatch, 0)
     report = rsi_deploy.export(str(source), tmp_path / "b", rank=4, measure=False)
     assert len(computed) == len(DEEP) - 1
-    assert not any("killed" in note for note in report.notes)
+    assert not any("interrupted" in note for note in report.notes)
     rsi_deploy.export(str(source), tmp_path / "whole", rank=4, measure=False)
     assert (tmp_path / "b" / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
 
@@ -151,41 +152,41 @@ def test_a_model_that_is_not_large_keeps_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
-class Telling(LocalExecutor):
-    """A executor that notes what it is told and asked."""
+class Recorded(LocalExecutor):
+    """A local executor that records the tasks that are announced and run."""
 
     def __init__(self):
-        self.told, self.asked = [], []
+        self.announced, self.run = [], []
 
-    def ahead(self, calls):
-        self.told += [call.how["name"] for call in calls]
+    def announce(self, tasks):
+        self.announced += [task.how["name"] for task in tasks]
 
-    def made(self, call):
-        self.asked.append((call.how["name"], call.announced))
-        return super().made(call)
+    def result(self, task):
+        self.run.append((task.how["name"], task.announced))
+        return super().result(task)
 
 
-def test_a_crew_is_told_and_asked_of_what_is_not_kept(tmp_path):
-    """So that workers compute nothing twice; what proves damaged is asked for as something new."""
+def test_an_executor_gets_the_tasks_that_are_not_stored(tmp_path):
+    """So that workers compute nothing twice; a task whose file is damaged runs as one that was not announced."""
     weights = dict(zip("abc", related(24, 24, 24), strict=True))
     how = {"kind": "MatMul", "rank": 4, "solver": Solver()}
-    calls = [
-        Task(compute=factor_source.factorized, weights={(n, (24, 32)): lambda w=w: w}, how={"name": n, **how})
+    tasks = [
+        Task(compute=factorize_site, weights={(n, (24, 32)): lambda w=w: w}, how={"name": n, **how})
         for n, w in weights.items()
     ]
-    first = StoringExecutor(Telling(), ResultStore(folder=tmp_path / "kept", key="k"))
-    for call in calls[:2]:
-        first.made(call)
-    finished, executor = ResultStore(folder=tmp_path / "kept", key="k"), Telling()
-    second = StoringExecutor(executor, finished)
-    second.ahead(iter(calls))
-    finished._path(resuming._stored_key(calls[1])).write_bytes(b"damaged")
-    results = [second.made(call) for call in calls]
-    assert executor.told == ["c"]
-    assert executor.asked == [("b", False), ("c", True)]
-    assert finished.reused == 1
-    for call, (factors, record) in zip(calls, results, strict=True):
-        expected, its = LocalExecutor().made(call)
+    first = StoringExecutor(Recorded(), ResultStore(folder=tmp_path / "kept", key="k"))
+    for task in tasks[:2]:
+        first.result(task)
+    store, executor = ResultStore(folder=tmp_path / "kept", key="k"), Recorded()
+    second = StoringExecutor(executor, store)
+    second.announce(iter(tasks))
+    store._path(resuming._stored_key(tasks[1])).write_bytes(b"damaged")
+    results = [second.result(task) for task in tasks]
+    assert executor.announced == ["c"]
+    assert executor.run == [("b", False), ("c", True)]
+    assert store.reused == 1
+    for task, (factors, record) in zip(tasks, results, strict=True):
+        expected, its = LocalExecutor().result(task)
         assert all(np.array_equal(a, b) for a, b in zip(factors, expected, strict=True))
         assert record.model_copy(update={"seconds": its.seconds}) == its
 
@@ -229,7 +230,7 @@ def test_a_sweep_killed_within_a_point_goes_on_within_it(tmp_path):
             for point in ("point-01", "point-02"):
                 found, expected = (tmp_path / s / point / "model.onnx" for s in (f"s{at}", "whole"))
                 assert found.read_bytes() == expected.read_bytes()
-                reused += any("killed" in note for note in rsi_deploy.read_report(found.parent).notes)
+                reused += any("interrupted" in note for note in rsi_deploy.read_report(found.parent).notes)
         assert reused
 
 
@@ -244,7 +245,7 @@ def test_a_calibrated_export_fits_no_second_time(tmp_path, large, monkeypatch, a
     options = {"calib": tmp_path / "c.npz", "measure": False, **asked}
     whole = rsi_deploy.export(str(source), tmp_path / "whole", **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages.ExportSteps, "compress", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(stages.StepSettings, "executor", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rsi_deploy.export(str(source), tmp_path / "b", **options)
     fits, fit = [], Calibration.fit
@@ -268,7 +269,7 @@ def test_factors_fitted_to_other_data_are_not_taken(tmp_path, large, monkeypatch
         np.savez(tmp_path / f"{name}.npz", x=draw.standard_normal((64, SIZES[0])).astype(np.float32))
     options = {"calib": tmp_path / "c.npz", "measure": False, "rank": 6}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages.ExportSteps, "compress", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(stages.StepSettings, "executor", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rsi_deploy.export(str(source), tmp_path / "b", **options)
     (tmp_path / "other.npz").rename(tmp_path / "c.npz")  # the same name, other samples

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from nets import SIZES, Told, attention, cnn, initializers, labelled, mlp, mlp_onnx, run_onnx, seeded
+from nets import SIZES, ShapedSequential, attention, cnn, initializers, labelled, mlp, mlp_onnx, run_onnx, seeded
 from onnx import helper, numpy_helper
 from safetensors.torch import save_file
 from torch import nn
@@ -19,7 +19,7 @@ from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
 
 A, B, C, D = SIZES
 QUICK = {"measure": False}
-BUNDLE = ["README.md", "manifest.json", "model.onnx", "plan.json", "report.html", "report.json"]
+BUNDLE = ["README.md", "manifest.json", "model.onnx", "plan.json", "recipe.toml", "report.html", "report.json"]
 
 
 @pytest.fixture
@@ -305,7 +305,7 @@ def test_defective_surgery_never_becomes_a_bundle(tmp_path, model, monkeypatch):
 
 
 def test_a_wrong_exporter_never_becomes_a_bundle(tmp_path, monkeypatch):
-    from rsi_deploy.exporting import steps as stages
+    from rsi_deploy.exporting import dense_step as stages
 
     good = stages.to_onnx
 
@@ -463,7 +463,7 @@ def test_nothing_to_split_lists_the_reasons(tmp_path, model, capsys):
 
 def test_a_model_without_weights_says_so(tmp_path):
     with pytest.raises(ModelError, match="nothing to split: the graph has no weight-bearing node"):
-        export(Told((1, 4), relu=nn.ReLU()), tmp_path / "b", rank=1, **QUICK)
+        export(ShapedSequential((1, 4), relu=nn.ReLU()), tmp_path / "b", rank=1, **QUICK)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

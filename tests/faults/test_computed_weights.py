@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import rsi_deploy
-from rsi_deploy import compress_, compress_to_data_
+from rsi_deploy import compress_
 from rsi_deploy.torch_models.computed_weights import computed_tensors, fold_computed_, folded
 
 
@@ -106,9 +106,9 @@ def test_a_batch_norm_is_folded_into_the_value(way):
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_compress_to_data_splits_a_computed_weight(way):
+def test_fitted_compression_splits_a_computed_weight(way):
     net = linear(way)
-    records = compress_to_data_(net, [(torch.randn(256, 32),)], rank=4)
+    records = compress_(net, 4, calib=[(torch.randn(256, 32),)])
     assert [(record.name, record.decision) for record in records] == [("0", "split"), ("2", "split")]
 
 

@@ -7,7 +7,7 @@ from split_checks import assert_same_at_full_rank, assert_sound, error, full_ran
 
 from graph_passes import find_sites, split
 
-ARGUMENT = "inside the model function 'f', which is given the weight: inline functions first"
+ARGUMENT = "inside the model function 'f', which takes the weight as an argument: inline functions first"
 HEAD = '<ir_version: 9, opset_import: ["" : 17, "local" : 1]>'
 
 

@@ -103,7 +103,7 @@ def test_without_locks_a_folder_that_is_there_is_not_taken(tmp_path, monkeypatch
     if there:
         (tmp_path / ".b.partial" / "new").mkdir(parents=True)
         with (
-            pytest.raises(UsageError, match=r"has no locks .* Remove it if no other run"),
+            pytest.raises(UsageError, match=r"has no locks .* remove it if no other run"),
             claim_output(tmp_path / "b"),
         ):
             pytest.fail("it is taken")

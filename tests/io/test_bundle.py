@@ -15,7 +15,7 @@ from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io import atomic, onnx_file
 from rsi_deploy.io.bundle import atomic_folder, check_target
 from rsi_deploy.io.onnx_file import file_bytes, weight_bytes, write_onnx
-from rsi_deploy.onnx_models import factor_source
+from rsi_deploy.onnx_models import site_factorizer
 
 
 def tree(folder):
@@ -246,7 +246,7 @@ def test_no_permission(model, place, target, monkeypatch, capsys):
 
 def test_an_interrupt_in_the_middle(model, place, target, monkeypatch, capsys):
     before = tree(place)
-    real, calls = factor_source.factorize_site, []
+    real, calls = site_factorizer.factorize_site, []
 
     def factorize_site(*args, **kwargs):
         calls.append(args)
@@ -255,7 +255,7 @@ def test_an_interrupt_in_the_middle(model, place, target, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(factor_source, "factorize_site", factorize_site)
+    monkeypatch.setattr(site_factorizer, "factorize_site", factorize_site)
     assert run(arguments(model, target)) == 130
     assert tree(place) == before
     out, err = capsys.readouterr()

@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from rsi_deploy.linalg.batched_solver import Ahead, Asked, solved_together
+from rsi_deploy.linalg.batched_solver import FactorizationRequest, SolutionCache, solve_in_batches
 from rsi_deploy.linalg.solver import Solver
-from rsi_deploy.torch_models.compress import compress_, find_module_sites
+from rsi_deploy.torch_models.compress import compress_
 from rsi_deploy.torch_models.layers import LowRankMultiheadAttention
+from rsi_deploy.torch_models.module_sites import find_module_sites
 
 
 def transformer():
@@ -19,7 +20,9 @@ def convolutional():
 
 
 def asked(model, rank):
-    return {site.name: Asked(site.matrix()[0], rank) for site in find_module_sites(model) if site.groups == 1}
+    return {
+        site.name: FactorizationRequest(site.matrix()[0], rank) for site in find_module_sites(model) if site.groups == 1
+    }
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "rsvd"}, {"method": "svd"}, {"route": "exact"}], ids=str)
@@ -28,7 +31,7 @@ def test_a_net_compressed_together_has_the_bytes_of_its_sites_alone(kind, settin
     torch.manual_seed(0)
     model = kind().eval()
     dense = {site.name: site.matrix().clone() for site in find_module_sites(model)}
-    ready = solved_together(Solver(seed=5, **settings), asked(model, 4)).ready
+    ready = solve_in_batches(Solver(seed=5, **settings), asked(model, 4)).ready
     assert bool(ready) == (settings != {"method": "svd"})
     records = compress_(model, 4, seed=5, always_split=True, **settings)
     for record in records:
@@ -49,11 +52,14 @@ def test_a_net_compressed_together_has_the_bytes_of_its_sites_alone(kind, settin
 
 
 def test_only_small_equal_weights_are_taken_and_each_solution_once():
-    weights = {name: Asked(torch.randn(20, 30), 3) for name in "ab"}
-    weights |= {"other rank": Asked(torch.randn(20, 30), 4), "other shape": Asked(torch.randn(30, 20), 3)}
-    weights |= {name: Asked(torch.randn(400, 300), 3) for name in ("large", "larger")}
-    weights |= {name: Asked(torch.randn(20, 30), 21) for name in ("above", "full")}
-    ahead = solved_together(Solver(), weights)
+    weights = {name: FactorizationRequest(torch.randn(20, 30), 3) for name in "ab"}
+    weights |= {
+        "other rank": FactorizationRequest(torch.randn(20, 30), 4),
+        "other shape": FactorizationRequest(torch.randn(30, 20), 3),
+    }
+    weights |= {name: FactorizationRequest(torch.randn(400, 300), 3) for name in ("large", "larger")}
+    weights |= {name: FactorizationRequest(torch.randn(20, 30), 21) for name in ("above", "full")}
+    ahead = solve_in_batches(Solver(), weights)
     assert set(ahead.ready) == {"a", "b"}
     first = ahead.solve(weights["a"].weight, 3, site="a")
     again = ahead.solve(weights["a"].weight, 3, site="a")
@@ -64,10 +70,10 @@ def test_only_small_equal_weights_are_taken_and_each_solution_once():
 
 @pytest.mark.parametrize("bad", [float("nan"), 3e38])
 def test_one_that_cannot_be_factorized_is_said_by_its_name(bad):
-    weights = {name: Asked(torch.randn(20, 30), 3) for name in "abc"}
+    weights = {name: FactorizationRequest(torch.randn(20, 30), 3) for name in "abc"}
     weights["b"].weight.fill_(bad)
-    ahead = solved_together(Solver(), weights)
-    assert ahead == Ahead(solver=Solver(), ready={})
+    ahead = solve_in_batches(Solver(), weights)
+    assert ahead == SolutionCache(solver=Solver(), ready={})
     assert torch.isfinite(ahead.solve(weights["a"].weight, 3, site="a").factors.left).all()
     with pytest.raises(ValueError, match="site 'b': "):
         ahead.solve(weights["b"].weight, 3, site="b")

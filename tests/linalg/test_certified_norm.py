@@ -5,7 +5,15 @@ import pytest
 import torch
 from spectra import normal, spectral, values, weight_with
 
-from rsi_deploy.linalg.certified_norm import STARTS, WIDTH, certified_norm, is_told, least_part, most_steps, searched
+from rsi_deploy.linalg.certified_norm import (
+    STARTS,
+    WIDTH,
+    certified_norm,
+    is_certified,
+    least_part,
+    most_steps,
+    search_norm,
+)
 from rsi_deploy.linalg.solver import Factors, Solver
 
 
@@ -116,18 +124,18 @@ def test_the_best_polynomial_decides(name, k):
     at_powers = ((2 * at - high - low) / (high - low)) ** torch.arange(k, dtype=torch.float64)
     M = powers.T @ (eigenvalues[:, None] * powers)
     least = 1 / (at * float(at_powers @ torch.linalg.solve(M, at_powers)))
-    assert is_told(T[None], 1.02 * least**0.5, WIDTH)
-    assert not is_told(T[None], 0.98 * least**0.5, WIDTH)
-    assert is_told(torch.stack([T, 2 * T])[:, None], 1.02 * least**0.5, WIDTH).all()
-    assert is_told(
+    assert is_certified(T[None], 1.02 * least**0.5, WIDTH)
+    assert not is_certified(T[None], 0.98 * least**0.5, WIDTH)
+    assert is_certified(torch.stack([T, 2 * T])[:, None], 1.02 * least**0.5, WIDTH).all()
+    assert is_certified(
         torch.stack([T, 0.9 * T]), 1.02 * least**0.5, WIDTH
     )  # the lesser start tells more of the other's top
-    assert not is_told(torch.stack([T, T]), 0.98 * least**0.5, WIDTH)
+    assert not is_certified(torch.stack([T, T]), 0.98 * least**0.5, WIDTH)
 
 
 def test_it_stops_early_and_the_more_so_the_less_is_asked():
     weight = weight_with(values("slow", 600), 600, 620).float()
-    few = [searched(weight, nothing(weight), width=width).directions.shape[0] for width in (0.3, 0.045, 0.01)]
+    few = [search_norm(weight, nothing(weight), width=width).directions.shape[0] for width in (0.3, 0.045, 0.01)]
     assert few == sorted(few)
     assert few[0] < few[1] < STARTS * most_steps(600, starts=STARTS)
 
@@ -135,7 +143,7 @@ def test_it_stops_early_and_the_more_so_the_less_is_asked():
 @pytest.mark.parametrize("weight", [torch.zeros(600, 620), normal(600, 3) @ normal(3, 620, seed=1)], ids=["0", "3"])
 def test_a_space_that_ends(weight):
     """A residual of lower rank than there are steps: nothing is left to multiply."""
-    interval, directions, images = searched(weight, nothing(weight))
+    interval, directions, images = search_norm(weight, nothing(weight))
     of_each = directions.reshape(STARTS, -1, directions.shape[-1])
     identities = torch.eye(of_each.shape[1]).expand(STARTS, -1, -1)
     torch.testing.assert_close(of_each @ of_each.mT, identities, rtol=0, atol=1e-4)

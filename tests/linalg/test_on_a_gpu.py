@@ -58,7 +58,7 @@ def test_every_route_is_near_the_optimum(route):
 def test_each_of_many_has_the_bytes_it_has_alone():
     weights = [normal(96, 80, seed=seed).cuda() for seed in range(5)]
     sites = [f"s{index}" for index in range(5)]
-    together = Solver().many(weights, 12, sites=sites)
+    together = Solver().solve_many(weights, 12, sites=sites)
     for weight, site, solution in zip(weights, sites, together, strict=True):
         alone = Solver().solve(weight, 12, site=site).factors
         assert torch.equal(alone.left, solution.factors.left)

@@ -5,7 +5,14 @@ import torch
 from spectra import normal, values, weight_with
 
 from rsi_deploy.linalg import orthogonal
-from rsi_deploy.linalg.orthogonal import TOLD, inverse, inverse_in_batches, near_basis_, orthonormal_, rough_basis_
+from rsi_deploy.linalg.orthogonal import (
+    INDEPENDENT,
+    inverse,
+    inverse_in_batches,
+    near_basis_,
+    orthonormal_,
+    rough_basis_,
+)
 
 BLOCKS = {
     "random": lambda: normal(90, 20),
@@ -78,7 +85,7 @@ def test_rough_bases_are_well_conditioned_and_say_what_they_resolved(name):
     Q, least = rough_basis_(X.clone())
     assert Q.dtype == torch.bfloat16
     assert torch.isfinite(Q).all()
-    assert (least > TOLD) == (name in ("random", "one column", "graded")), least
+    assert (least > INDEPENDENT) == (name in ("random", "one column", "graded")), least
     if name in ("random", "graded", "condition 1e3"):
         assert float(torch.linalg.cond(Q.double())) < 30
         scaled = X / X.norm(dim=0)

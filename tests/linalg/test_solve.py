@@ -204,7 +204,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
 def test_the_number_of_sites_at_once_changes_no_byte(shape, settings, fast_half):
     weights, sites = [normal(*shape, seed=seed) for seed in range(4)], list("abcd")
     solver = Solver(seed=3, **settings)
-    together = solver.many(weights, 8, sites=sites)
+    together = solver.solve_many(weights, 8, sites=sites)
     for weight, site, (factors, *how) in zip(weights, sites, together, strict=True):
         alone = solver.solve(weight, 8, site=site)
         assert torch.equal(alone.factors.left, factors.left)
@@ -295,8 +295,8 @@ def test_what_the_device_s_memory_does_not_hold_is_done_on_the_cpu_and_said(sett
     with caplog.at_level(logging.WARNING), LittleMemory(100_000) as memory:
         solution = solver.solve(weight, 200, site="a")
     assert memory.refused > memory.limit
-    assert solution.note == "factorized on the CPU, for want of GPU memory"
-    assert "site 'a': the GPU's memory does not hold the blocks: factorized on the CPU" in caplog.text
+    assert solution.note == "factorized on the CPU, as the GPU's memory is too small"
+    assert "site 'a': the GPU's memory is too small: factorized on the CPU" in caplog.text
     assert torch.equal(solution.factors.left, expected.factors.left)
     assert torch.equal(solution.factors.right, expected.factors.right)
     with LittleMemory(100_000_000) as memory:
@@ -316,6 +316,6 @@ def test_out_of_memory_on_the_gpu_falls_back_to_the_cpu():
         solution = Solver(route="direct").solve(weight, 1500)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert solution.note == "factorized on the CPU, for want of GPU memory"
+    assert solution.note == "factorized on the CPU, as the GPU's memory is too small"
     assert solution.factors.left.is_cuda
     assert Solver(route="direct").solve(weight, 1500).note == ""

@@ -1,7 +1,7 @@
-"""Put on PYTHONPATH by tests/test_privacy.py: no process under it connects, sends or looks a name up outside itself.
+"""A hook that refuses network access. tests/test_privacy.py puts it on PYTHONPATH of every process that it starts.
 
-What was tried is added to the file that RSI_NO_NETWORK names, a line each, and fails as without a network. Python's
-audit events are the hook: they come before the call, in every library that goes through the socket module.
+Each attempt to connect, send or look a name up adds a line to the file in $RSI_NO_NETWORK and fails as without a
+network. Python's audit events are the hook: they come before the call, in every library that uses the socket module.
 """
 
 import os
@@ -14,7 +14,7 @@ CONNECTIONS = {"socket.connect", "socket.sendto", "socket.sendmsg"}
 
 
 def refuse(event, arguments):
-    """Raise for whatever would leave the process; sockets between processes by a file's name (AF_UNIX) stay."""
+    """Raise for network access; sockets with a file's name (AF_UNIX) stay."""
     local = event in CONNECTIONS and arguments[0].family == getattr(socket, "AF_UNIX", None)
     if event in LOOK_UPS or (event in CONNECTIONS and not local):
         with open(RECORD, "a", encoding="utf-8") as record:

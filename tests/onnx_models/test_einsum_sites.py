@@ -1,4 +1,4 @@
-"""Calibration of Einsum sites: the same moments, metrics and distances as a twin of MatMul, Reshape and Transpose."""
+"""Calibration of Einsum sites: the moments, sensitivities and distances of a twin of MatMul and Reshape."""
 
 import json
 
@@ -120,8 +120,8 @@ def test_moments_are_those_of_the_twin(both, rank):
                 torch.testing.assert_close(came.flip(-1), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_metrics_are_those_of_the_twin(both):
-    one, two = (streams.metrics() for streams in both)
+def test_sensitivities_are_those_of_the_twin(both):
+    one, two = (streams.sensitivities() for streams in both)
     assert one.keys() == two.keys() == {"q", "o", "m", "up", "head"}
     for name in one:
         torch.testing.assert_close(one[name].directions, two[name].directions, rtol=1e-4, atol=1e-4)

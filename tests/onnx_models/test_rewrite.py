@@ -73,7 +73,7 @@ def test_rewriting_twice_changes_nothing(source, tmp_path):
 
 def test_a_failure_leaves_nothing(source, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "INLINE_LIMIT", 0)
-    monkeypatch.setattr("rsi_deploy.onnx_models.factor_source.factorize_site", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("rsi_deploy.onnx_models.site_factorizer.factorize_site", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rewrite(source, tmp_path / "out.onnx", rank=4)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]

@@ -27,10 +27,10 @@ def outputs(model, feeds):
 
 
 def distance(a, b):
-    return max(apart(a[name], b[name]) for name in b)
+    return max(relative_distance(a[name], b[name]) for name in b)
 
 
-def apart(a, b):
+def relative_distance(a, b):
     if b.dtype.kind == "O":
         return 0.0 if a.tolist() == b.tolist() else np.inf
     return float(np.linalg.norm(np.float64(a) - b) / max(np.linalg.norm(np.float64(b)), 1e-12))

@@ -152,8 +152,8 @@ def test_budgets_of_time_are_of_the_dense_models_time():
     assert Budget(max_latency=700).total(1000) == 700
     assert str(Budget(keep_latency=0.6)) == "--keep-latency 60%"
     for budget in (Budget(keep_latency=0.6), Budget(max_latency=600)):
-        told = str(budget.unreachable(1_000_000, 700_001))
-        assert "the fastest takes 0.7ms of the dense model's 1ms (70.1 %)" in told
-    assert "type --max-latency 0.701ms or more" in told
+        message = str(budget.unreachable(1_000_000, 700_001))
+        assert "the fastest takes 0.7ms of the dense model's 1ms (70.1 %)" in message
+    assert "type --max-latency 0.701ms or more" in message
     with pytest.raises(UsageError, match="in \\(0, 1\\]"):
         Budget(keep_latency=1.5)

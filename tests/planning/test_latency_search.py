@@ -162,9 +162,9 @@ def test_an_unreachable_time_names_the_fastest():
     fastest = TOTAL - 3 * (DENSE - time_of(1))
     with pytest.raises(
         ModelError, match=f"the fastest takes {fastest / 1e6:.4g}ms of the dense model's 0.05ms"
-    ) as told:
+    ) as caught:
         decide_by_time(Budget(keep_latency=0.3), OPTIONS, cost_table(), STREAMS, Machine())
-    to_type = str(told.value).split("--keep-latency ")[2].split("%")[0]
+    to_type = str(caught.value).split("--keep-latency ")[2].split("%")[0]
     decide_by_time(Budget(keep_latency=float(to_type) / 100), OPTIONS, cost_table(), STREAMS, None)
     with pytest.raises(ModelError, match=r"type --max-latency 0\.02\d*ms or more"):
         decide_by_time(Budget(max_latency=1000), OPTIONS, cost_table(), STREAMS, None)
@@ -172,12 +172,12 @@ def test_an_unreachable_time_names_the_fastest():
         decide_by_time(Budget(max_latency=TOTAL), OPTIONS, cost_table(), STREAMS, None)
 
 
-@pytest.mark.parametrize(("width", "told"), [(0.02, False), (0.6, True)])
-def test_a_refusal_mentions_noisy_times(width, told):
+@pytest.mark.parametrize(("width", "noisy"), [(0.02, False), (0.6, True)])
+def test_a_refusal_mentions_noisy_times(width, noisy):
     with pytest.raises(ModelError, match="no plan can meet") as caught:
         decide_by_time(Budget(keep_latency=0.001), OPTIONS, cost_table(width=width), STREAMS, None)
-    assert ("too noisy" in str(caught.value)) is told
-    assert ("--cost-budget" in str(caught.value)) is told
+    assert ("too noisy" in str(caught.value)) is noisy
+    assert ("--cost-budget" in str(caught.value)) is noisy
 
 
 def test_a_budget_below_the_tables_prediction_is_measured_first():

@@ -201,13 +201,13 @@ def test_losses_are_finite_for_any_distance(distance):
 
 
 def test_progress_is_reported(net):
-    told = []
+    calls = []
     calibration = Calibration(solver=SOLVER, measure_losses=False)
-    calibration.options(net.activations(), lambda *step: told.append(step))
-    assert told == [("c1", 0, 4), ("c2", 1, 4), ("fc", 2, 4), ("head", 3, 4)]
-    told.clear()
-    calibration.fit(net.activations(), {"fc": ("matmul", 2), "c2": ("input", 1)}, lambda *step: told.append(step))
-    assert told == [("c2", 0, 2), ("fc", 1, 2)]
+    calibration.options(net.activations(), lambda *step: calls.append(step))
+    assert calls == [("c1", 0, 4), ("c2", 1, 4), ("fc", 2, 4), ("head", 3, 4)]
+    calls.clear()
+    calibration.fit(net.activations(), {"fc": ("matmul", 2), "c2": ("input", 1)}, lambda *step: calls.append(step))
+    assert calls == [("c2", 0, 2), ("fc", 1, 2)]
 
 
 # -- fit

@@ -53,15 +53,15 @@ def judge(record: Path, *, whole: bool) -> int:
     known = listed(LIST.read_text(encoding="utf-8"))
     left = unreached(record, found)
     new = [one for one in left if one.key not in known]
-    gone = known.keys() - {one.key for one in found}
+    stale = known.keys() - {one.key for one in found}
     for one in new:
         print(f"unreached, line {one.line}: {one.key}")
-    for key in sorted(gone):
+    for key in sorted(stale):
         print(f"listed in {LIST.name}, but not in the code: {key}")
     print(
         f"{len(found)} raise statements, {len(found) - len(left)} reached, {len(left) - len(new)} unreached and listed"
     )
-    return int(whole and bool(new or gone))
+    return int(whole and bool(new or stale))
 
 
 def main() -> int:

@@ -73,6 +73,6 @@ def test_devices_are_columns():
         "not measured",
         "91.00 %",
         "1.00 kB",
-        "note: board was cut short",
+        "note: board was interrupted",
     ):
         assert words in text, words

@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import parser
 
-from rsi_deploy.benchmark.profiling import profile_arms
+from rsi_deploy.benchmark.profiling import profile_models
 from rsi_deploy.benchmark.variants import Runtime
 from rsi_deploy.runtime.profile_events import node_events, read_events
 
@@ -80,7 +80,7 @@ def test_the_times_of_a_call_add_up_to_no_more_than_the_call(tmp_path):
     """Counted twice, a Loop of products takes nearly twice as long as the call that it is in."""
     onnx.save(parser.parse_model(LOOP), tmp_path / "m.onnx")
     feeds = {"x": np.full((256, 256), 1e-3, np.float32)}
-    (profile,) = profile_arms([tmp_path / "m.onnx"], ["a"], feeds, Runtime(provider="cpu", threads=1), calls=5)
+    (profile,) = profile_models([tmp_path / "m.onnx"], ["a"], feeds, Runtime(provider="cpu", threads=1), calls=5)
     assert {"Loop", "MatMul", "Tanh"} <= profile.op_ms.keys()
     assert sum(profile.op_ms.values()) <= 1.5 * profile.call_ms
     assert profile.op_ms["Loop"] < profile.op_ms["MatMul"]

@@ -109,7 +109,7 @@ def test_a_worker_that_dies_while_it_loads_is_reported(tmp_path):
 def test_requests_that_a_dead_worker_had_not_read_are_known():
     """They are retried without a count, because the process cannot have died of them."""
 
-    async def asked(end):
+    async def died_with(end):
         ended = asyncio.Event()
         worker = Worker(LoadRequest(bundles={}, provider="cpu", threads=1), lambda _: ended.set())
         await worker.load()
@@ -119,11 +119,11 @@ def test_requests_that_a_dead_worker_had_not_read_are_known():
         await asyncio.wait_for(ended.wait(), 10)
         return died.value.had_request
 
-    async def gone(worker, ended):
+    async def dead(worker, ended):
         os.kill(worker.pid, signal.SIGKILL)
         await asyncio.wait_for(ended.wait(), 10)
 
-    async def going(worker, ended):
+    async def closing(worker, ended):
         worker.close()  # its end has not been read yet
 
     async def unread(worker, ended):
@@ -133,10 +133,10 @@ def test_requests_that_a_dead_worker_had_not_read_are_known():
     async def read(worker, ended):
         """Do nothing: the worker has no model "m", so it ends after it has read the request."""
 
-    assert asyncio.run(asked(gone)) is False
-    assert asyncio.run(asked(going)) is False
-    assert asyncio.run(asked(unread)) is False
-    assert asyncio.run(asked(read)) is True
+    assert asyncio.run(died_with(dead)) is False
+    assert asyncio.run(died_with(closing)) is False
+    assert asyncio.run(died_with(unread)) is False
+    assert asyncio.run(died_with(read)) is True
 
 
 def test_a_grpc_port_that_is_taken_meanwhile(tmp_path):

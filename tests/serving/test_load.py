@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import psutil
 import pytest
-from served import Server, alone, body, linear, running_sum, slow, together, tokens
+from served import Server, alone, body, linear, run_threads, running_sum, slow, tokens
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 import tritonclient.grpc
@@ -69,7 +69,7 @@ def test_requests_are_joined_and_answered_right(batching):
             np.testing.assert_allclose(c.infer("linear", [put]).as_numpy("y"), want[rows], rtol=0, atol=1e-5)
         return True
 
-    assert together(16, client) == [True] * 16
+    assert run_threads(16, client) == [True] * 16
     batches, requests = batches_and_requests(server, "linear")
     assert requests == 240
     assert batches < 150
@@ -94,7 +94,7 @@ def test_only_the_faulty_request_of_a_batch_fails(batching):
         return status == 200
 
     for _ in range(3):
-        assert together(12, client) == [True] * 12
+        assert run_threads(12, client) == [True] * 12
     assert batches_and_requests(server, "tokens")[0] < 36
 
 
@@ -107,7 +107,7 @@ def test_rows_that_depend_on_each_other_are_never_joined(batching):
         np.testing.assert_allclose(found, np.cumsum(x, axis=0), rtol=0, atol=1e-5)
         return status
 
-    assert together(12, client) == [200] * 12
+    assert run_threads(12, client) == [200] * 12
     assert batches_and_requests(server, "sum") == (12, 12)
     assert "sum 1: requests are not batched: samples are not proved independent: CumSum" in server.errors()
 
@@ -288,7 +288,7 @@ def test_past_saturation_some_are_refused_and_none_is_lost(tmp_path):
                     assert int(headers["retry-after"]) >= 1
             return statuses
 
-        statuses = collections.Counter(status for found in together(24, client) for status in found)
+        statuses = collections.Counter(status for found in run_threads(24, client) for status in found)
         assert statuses.keys() <= {200, 429, 503}
         assert statuses[200] >= 3
         assert statuses[429] >= 10
@@ -369,7 +369,7 @@ def test_accepted_requests_are_answered_at_shutdown(tmp_path):
             server.process.send_signal(signal.SIGTERM)
 
         threading.Thread(target=end, daemon=True).start()
-        assert together(8, client) == [200] * 8
+        assert run_threads(8, client) == [200] * 8
         assert server.process.wait(10) == 0
 
 

@@ -198,7 +198,7 @@ BAD = {
     "inputs of numbers": (b'{"inputs": [1]}', "inputs must be a list of objects"),
     "no name": (entry_of(name=None), "name of an input"),
     "wrong name": (entry_of(name="z"), "the inputs given are z"),
-    "twice": (json.dumps({"inputs": json.loads(entry_of())["inputs"] * 2}).encode(), "given twice"),
+    "twice": (json.dumps({"inputs": json.loads(entry_of())["inputs"] * 2}).encode(), "is repeated"),
     "wrong datatype": (entry_of(datatype="FP64"), "float64"),
     "made-up datatype": (entry_of(datatype="COMPLEX"), "datatype must be one of"),
     "datatype a number": (entry_of(datatype=3), "datatype must be one of"),

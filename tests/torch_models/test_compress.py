@@ -12,8 +12,9 @@ from graph_passes.forms import unfold, unfolded_shape
 from rsi_deploy.calibration.activations import Replacement
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.linalg.solver import Solver, normalized_error
-from rsi_deploy.torch_models.compress import compress_, find_module_sites, replace_site_
+from rsi_deploy.torch_models.compress import compress_
 from rsi_deploy.torch_models.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention
+from rsi_deploy.torch_models.module_sites import find_module_sites, replace_site_
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +128,7 @@ class TiedLinears(nn.Module):
 
 
 class SharedModule(nn.Module):
-    """One layer under two names: both must become low-rank, and the same."""
+    """One layer under two names, which must become one low-rank layer."""
 
     input_shape = (3, 12)
 
@@ -213,7 +214,7 @@ def test_full_rank_keeps_the_outputs(kind, method):
     records = compress_(model, "100%", always_split=True, method=method)
     assert {record.name for record in records} == WEIGHTS[kind]
     assert all(record.decision == "split" for record in records)
-    if method != "rsvd":  # which loses some digits where the sketch is ill-conditioned
+    if method != "rsvd":  # rsvd loses digits if the sketch is ill-conditioned
         assert all(record.normalized_error == 1.0 for record in records)
     assert_equal(outputs(model, x), expected)
     assert_equal(model(x), expected)  # with gradients on, where torch takes no fast path
@@ -233,7 +234,7 @@ def test_low_rank_changes_the_outputs_and_saves_parameters(kind):
     assert_different(outputs(model, x), dense)
     saved = sum(record.params_dense - record.params_compressed for record in records)
     assert saved > 0
-    # A folded BatchNorm takes its two vectors with it, and leaves its Conv with a bias.
+    # A folded BatchNorm removes its two vectors and adds a bias to its Conv.
     folded = sum(2 * 16 for name in ("norm1", "norm2", "norm3") if isinstance(getattr(model, name, None), nn.Identity))
     biases = 16 if kind is Cnn else 0
     if kind is Conv1dStack:
@@ -266,7 +267,7 @@ def folded(weight, form, site):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_replaced_site_is_its_dense_layer_with_that_weight_and_bias(kind):
+def test_a_replaced_site_equals_a_dense_layer_with_its_weight_and_bias(kind):
     model = kind().double().eval()
     x = example(model)
     for site in find_module_sites(model):
@@ -345,7 +346,7 @@ def test_one_container_under_two_names():
 
 
 @pytest.mark.parametrize("kind", [Mlp, Gpt2Block, Attention])
-def test_every_weight_is_what_the_kernel_gives_for_its_name(kind):
+def test_every_weight_has_the_factors_of_the_solver_for_its_name(kind):
     model = kind().double().eval()
     dense = {site.name: site.matrix() for site in find_module_sites(model)}
     records = compress_(model, 2, seed=7, always_split=True)
@@ -410,7 +411,7 @@ def test_tied_layers_stay_tied(kind):
     assert (model.a.bias is model.b.bias) == (kind is SharedModule)
 
 
-def test_a_linear_tied_to_an_embedding_stays_dense_and_says_so():
+def test_a_linear_tied_to_an_embedding_stays_dense_with_a_reason():
     model = TiedToEmbedding()
     records = {record.name: record for record in compress_(model, 2)}
     assert set(records) == {"embedding", "body"}
@@ -445,7 +446,7 @@ def test_custom_forwards_stay_dense_with_the_reason_and_mere_subclasses_do_not()
     assert [type(layer) for layer in model] == [Scaled, Standardized, LowRankLinear]
 
 
-def test_what_is_never_split_is_listed_with_the_reason():
+def test_layers_that_are_never_split_have_a_reason():
     model = nn.ModuleDict(
         {
             "up": nn.ConvTranspose2d(4, 8, 3),
@@ -468,7 +469,7 @@ def test_what_is_never_split_is_listed_with_the_reason():
 
 
 def test_an_output_projection_alone():
-    """A dense attention around a low-rank `out_proj` reads its `.weight`: right, if not faster."""
+    """A dense attention reads the `.weight` of a low-rank `out_proj`, which is correct but not faster."""
     model = Attention().double().eval()
     x = example(model)
     expected = outputs(model, x)
@@ -480,7 +481,7 @@ def test_an_output_projection_alone():
 @pytest.mark.parametrize("include", [["*"], ["*linear*"], ["*out_proj"]], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 def test_torchs_fused_encoder_is_not_taken_around_low_rank_layers(padded, include):
-    """It would read `.weight`, which costs more than the dense layer did; and with padding it nests tensors."""
+    """The fused path would read `.weight`, which is slower than the dense layer, and nest tensors with padding."""
     model = Encoder().eval()
     compress_(model, 1, include=include, always_split=True)
     x = example(model)
@@ -494,7 +495,7 @@ def test_torchs_fused_encoder_is_not_taken_around_low_rank_layers(padded, includ
     with torch.no_grad():
         found = model.layers(x, src_key_padding_mask=padding)
     torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-4, atol=1e-5)
-    if include != ["*out_proj"]:  # which the dense attention around it reads by its weight
+    if include != ["*out_proj"]:  # the dense attention reads its weight
         assert set(map(id, calls)) == set(map(id, factor_layers(model).values()))
 
 
@@ -525,7 +526,7 @@ def test_a_site_that_saves_nothing_stays_dense():
     assert isinstance(model.head, nn.Linear)
 
 
-def test_filters_and_that_they_change_no_other_sites_factors():
+def test_filters_do_not_change_the_factors_of_other_sites():
     whole, part = Mlp(), Mlp()
     part.load_state_dict(whole.state_dict())
     compress_(whole, 3)
@@ -547,7 +548,7 @@ def test_filters_and_that_they_change_no_other_sites_factors():
         ({"rank": 3, "exclude": ["fc9"]}, "--exclude 'fc9' matches none"),
     ],
 )
-def test_requests_that_cannot_be_meant_change_nothing(options, message):
+def test_invalid_requests_change_nothing(options, message):
     model = Mlp()
     before = state(model)
     with pytest.raises(UsageError, match=message):
@@ -625,7 +626,7 @@ def test_the_seed_decides_and_the_global_one_does_not():
     assert not torch.equal(same, other)
 
 
-# -- what it is afterwards: an ordinary module
+# -- the result is an ordinary module
 
 
 @pytest.mark.parametrize("kind", [Mlp, Cnn, Encoder, Gpt2Block])

@@ -20,7 +20,7 @@ def _seed():
 
 
 def random_statistics_(module):
-    """BatchNorms as training leaves them; fresh ones are the identity, which hides every mistake."""
+    """BatchNorms with trained statistics; fresh ones are the identity, which would hide mistakes."""
     for norm in module.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
             norm.running_mean.normal_()
@@ -137,11 +137,11 @@ class Untraceable(TwoLayers):
 
 
 @pytest.mark.parametrize("kind", [UsedTwice, Returned, SharedNorm, SharedConv, SomethingBetween, NormFirst])
-def test_what_must_not_be_folded(kind):
+def test_batch_norms_that_must_not_be_folded(kind):
     assert batch_norms_behind_convs(kind()) == {}
 
 
-def test_what_must():
+def test_a_batch_norm_that_must_be_folded():
     assert batch_norms_behind_convs(Plain()) == {"conv": "norm", "second": "other"}
 
 
@@ -161,7 +161,7 @@ def test_a_model_without_batch_norms_is_not_even_traced(caplog):
 
 
 def test_both_ways_give_the_same_bytes():
-    """Small variances make eps count, to its last bit."""
+    """With small variances, every bit of eps matters."""
     model = random_statistics_(
         nn.Sequential(nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40), nn.Conv2d(40, 40, 3, bias=False), nn.BatchNorm2d(40))
     )
@@ -177,7 +177,7 @@ def test_both_ways_give_the_same_bytes():
             np.testing.assert_array_equal(ir.convenience.get_const_tensor(value).numpy(), parameter.detach().numpy())
 
 
-def test_all_that_can_be_are_folded_at_once():
+def test_all_foldable_batch_norms_are_folded_at_once():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()

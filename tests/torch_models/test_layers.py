@@ -67,7 +67,7 @@ def test_linear_rejects_a_transposed_factor():
             assert_equal(LowRankLinear(wrong, None)(x), expected)
 
 
-def test_linear_learns_and_says_what_it_is():
+def test_linear_learns_and_has_a_description():
     low = LowRankLinear(Factors(normal(10, RANK), normal(RANK, 6)), normal(10))
     low(normal(4, 6)).square().sum().backward()
     assert_factors_learn(low, ("left", "right", "bias"))
@@ -140,7 +140,7 @@ def test_conv_rejects_wrong_factors(groups):
     low, (left, right) = low_rank_conv(conv)
     x = normal(2, 4, 6, 6)
     expected = low(x)
-    turned = right.reshape(groups, 2, -1, 3, 3).transpose(-1, -2).reshape(right.shape)  # the kernel on its side
+    turned = right.reshape(groups, 2, -1, 3, 3).transpose(-1, -2).reshape(right.shape)  # a transposed kernel
     wrong = [Factors(left, turned), Factors(left.flip(-1), right)]
     if groups > 1:
         wrong.append(Factors(left.flip(0), right))
@@ -149,7 +149,7 @@ def test_conv_rejects_wrong_factors(groups):
             assert_equal(LowRankConv(conv, factors)(x), expected)
 
 
-def test_conv_says_what_it_is():
+def test_conv_has_a_description():
     low, _ = low_rank_conv(nn.Conv2d(4, 8, 3, stride=2, groups=2))
     assert repr(low) == "LowRankConv(4, 8, rank=2, kernel_size=(3, 3), stride=(2, 2), groups=2)"
 
@@ -208,7 +208,7 @@ def test_conv_forms_are_two_convs_in_onnx_with_the_same_numbers(case, form, tmp_
 # -- biases
 
 
-def test_a_bias_changes_only_where_it_is_told_to():
+def test_a_bias_changes_only_if_required():
     bias, change = nn.Parameter(normal(5)), normal(5)
     frozen = nn.Parameter(normal(5), requires_grad=False)
     assert changed_bias(bias, None) is bias

@@ -184,7 +184,7 @@ def test_a_factory_with_an_input_shape(factories):
     assert source.notes == ["no --checkpoint: the weights are those the factory made"]
 
 
-def test_what_the_module_tells(factories):
+def test_inputs_that_the_module_declares(factories):
     source = load_source(f"{factories}:make_told")
     assert source.example_inputs[0].shape == (2, 6)
     assert source.preprocessing == Preprocessing(scale=0.5)
@@ -230,7 +230,7 @@ def test_a_factory_with_a_checkpoint(factories, tmp_path):
         ("{0}:make_failing", ModelError, "the factory {0}:make_failing failed: RuntimeError: disk is full"),
         ("{0}:make_sized", ModelError, "failed: TypeError: make_sized() missing 1 required positional argument"),
         ("{0}:make_text", ModelError, "must return a torch.nn.Module, but returned str"),
-        ("{0}:make_model", UsageError, "{0}:make_model does not tell its input: add --input-shape"),
+        ("{0}:make_model", UsageError, "{0}:make_model declares no input shape: add --input-shape"),
     ],
 )
 def test_factories_that_do_not_work(factories, spec, error, message):
@@ -338,7 +338,7 @@ def test_a_module_at_hand():
     assert source.name == "Sequential"
     assert source.example_inputs[0].shape == (2, 6)
     assert torch.equal(source.example_inputs[0], source_of_module(model, (1, 6), seed=3).example_inputs[0])
-    with pytest.raises(UsageError, match="Sequential does not tell its input"):
+    with pytest.raises(UsageError, match="Sequential declares no input shape"):
         source_of_module(model)
 
 
@@ -356,7 +356,7 @@ def test_a_module_at_hand():
         ("torchvision:fasterrcnn_resnet50_fpn", {}, UsageError, "is no image classifier"),
     ],
 )
-def test_mistakes_are_said_not_thrown(tmp_path, monkeypatch, model, options, error, message):
+def test_mistakes_are_reported_as_errors(tmp_path, monkeypatch, model, options, error, message):
     net = "from torch import nn\nclass Net(nn.Linear):\n    {}\ndef f():\n    return Net(2, 2)\n"
     (tmp_path / "raises_on_import.py").write_text("1 / 0\n")
     (tmp_path / "wrong_preprocessing.py").write_text(

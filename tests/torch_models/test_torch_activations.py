@@ -17,7 +17,7 @@ from rsi_deploy.torch_models.calibration import rows as torch_rows
 from rsi_deploy.torch_models.calibration.activations import TorchActivations
 from rsi_deploy.torch_models.calibration.rows import find_mask
 from rsi_deploy.torch_models.calibration.trace import staged
-from rsi_deploy.torch_models.compress import find_module_sites, replace_site_
+from rsi_deploy.torch_models.module_sites import find_module_sites, replace_site_
 from tests import nets
 
 
@@ -261,7 +261,7 @@ def test_little_memory_takes_more_runs_and_finds_the_same():
         assert_moments(moments, one[name])
 
 
-def test_runs_stop_behind_the_last_site_wanted():
+def test_runs_stop_after_the_last_site():
     module, batches = mlp(), batches_of(4, 6)
     runs = []
     module[4].register_forward_pre_hook(lambda *_: runs.append(0))
@@ -376,7 +376,7 @@ def test_sites_stand_in_execution_order_with_what_they_cost():
     assert conv.load().shape == (2, 4, 18)
 
 
-def test_what_is_not_wanted_is_not_looked_at():
+def test_excluded_sites_are_ignored():
     module = mlp()
     module[2].weight.data[0, 0] = math.nan
     activations = activations_of(module, batches_of(4, 6), wanted=lambda name: name == "0")
@@ -384,7 +384,7 @@ def test_what_is_not_wanted_is_not_looked_at():
     assert list(surveyed(activations)) == list(sequenced(activations)) == ["0"]
 
 
-def test_stages_are_few_and_keep_together_what_reads_one_tensor():
+def test_sites_that_read_one_tensor_share_a_stage():
     inputs = {"q": 0, "k": 0, "v": 0, "out": 1, "up": 2, "gate": 2, "down": 3}
     assert staged(inputs, 100) == [["q", "k", "v"], ["out"], ["up", "gate"], ["down"]]
     assert staged(inputs, 1) == [list(inputs)]
@@ -409,7 +409,7 @@ def test_a_sequence_of_dense_sites_is_the_survey(case, stages):
 
 
 def assert_feels(activations, module, batches, replaced, later, replacement):
-    """The `later` site reads what it does in the really compressed module, and answers the dense one."""
+    """The input of the `later` site is that of the compressed module, and its response that of the dense one."""
     found = sequenced(activations, lambda site, _: replacement if site.name == replaced else None)
     layer, other = module.get_submodule(later), really(module, {replaced: replacement})
     x = torch.cat([rows_of(layer, x) for x, _ in inputs_of(module, later, batches)], dim=1)
@@ -423,13 +423,13 @@ def assert_feels(activations, module, batches, replaced, later, replacement):
 @pytest.mark.parametrize(
     ("case", "form"), [(case, form) for case, (conv, _) in CONVS.items() for form in forms.conv_forms(conv.kernel_size)]
 )
-def test_a_replaced_conv_is_felt_by_the_next_as_in_a_compressed_module(case, form):
+def test_a_replaced_conv_changes_the_input_of_the_next_as_in_a_compressed_module(case, form):
     module, batches = conv_net(case)
     activations = activations_of(module, batches)
     assert_feels(activations, module, batches, "0", "2", replacement_of(module, "0", form=form))
 
 
-def test_a_replaced_linear_is_felt_by_the_next_but_not_in_its_own_stage():
+def test_a_replaced_linear_changes_the_input_of_the_next_but_not_in_its_own_stage():
     module, batches = mlp(), batches_of(2, 3, 6)
     replacement = replacement_of(module, "0")
     assert_feels(activations_of(module, batches), module, batches, "0", "2", replacement)
@@ -439,7 +439,7 @@ def test_a_replaced_linear_is_felt_by_the_next_but_not_in_its_own_stage():
     assert_moments(found["2"], dense_moments(module, "2", batches))
 
 
-def test_rows_of_both_streams_are_at_the_same_places():
+def test_rows_of_both_networks_are_at_the_same_positions():
     """A part of the rows: with the first layer replaced by itself at full rank, x and y still belong together."""
     module, batches = mlp(), batches_of(2, 30, 6)
     full = replacement_of(module, "0", rank=6, bias=0.0)
@@ -485,7 +485,7 @@ def padded_tokens(width=6, left=False):
 
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.bool])
-def test_padding_is_no_row(left, kind):
+def test_padding_gives_no_rows(left, kind):
     module, batches = Tokens().eval(), padded_tokens(left=left)
     data = [(x, mask.to(kind)) for x, mask in batches()]
     activations = activations_of(module, lambda: iter(data), mask=1 if left else None)
@@ -500,7 +500,7 @@ def test_padding_is_no_row(left, kind):
         assert surveyed(activations_of(module, lambda: iter(data), **wrong))["up"].rows == 27
 
 
-def test_what_is_taken_for_a_mask():
+def test_arguments_that_are_masks():
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     ids, segments = torch.tensor([[1, 5, 0], [1, 7, 9]]), torch.tensor([[0, 0, 1], [0, 1, 1]])
     assert find_mask((ids, segments, mask)) == 2
@@ -560,7 +560,7 @@ def changed_later(stream, branch):
 
 
 def input_changed(net, stream, branch):
-    """What the branch has read changes before its output is added."""
+    """The input of the branch changes before its output is added."""
     net.read.mul_(3)
     return stream + branch
 
@@ -600,7 +600,7 @@ PLAIN = {
 
 
 def branch_targets(module, batches, replacement, compensate):
-    """Moments found at the branch; expected with and without what the stream lost."""
+    """The moments at the branch, and the expected ones with and without the loss of the stream."""
     found = sequenced(
         activations_of(module, batches, compensate=compensate),
         lambda site, _: replacement if site.name == "first" else None,
@@ -618,7 +618,7 @@ def branch_targets(module, batches, replacement, compensate):
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "pointwise"])
 @pytest.mark.parametrize("join", COMPENSATED)
-def test_a_branch_makes_up_for_what_its_stream_lost(join, kind):
+def test_a_branch_compensates_for_the_loss_of_its_stream(join, kind):
     module = Joined(COMPENSATED[join], kind).eval()
     batches = batches_of(3, 5, 6) if kind == "linear" else batches_of(2, 6, 5, 4)
     replacement = replacement_of(module, "first")
@@ -631,14 +631,14 @@ def test_a_branch_makes_up_for_what_its_stream_lost(join, kind):
 
 
 @pytest.mark.parametrize("join", PLAIN)
-def test_a_branch_whose_output_is_used_otherwise_makes_up_for_nothing(join):
+def test_a_branch_with_other_uses_does_not_compensate(join):
     module, batches = Joined(PLAIN[join]).eval(), batches_of(3, 5, 6)
     found, compensated, plain = branch_targets(module, batches, replacement_of(module, "first"), True)
     assert_moments(found, plain)
     assert_other_moments(found, compensated)
 
 
-def test_where_two_sites_meet_the_later_one_makes_up_for_the_earlier_one():
+def test_of_two_added_sites_the_later_one_compensates():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -662,7 +662,7 @@ def test_where_two_sites_meet_the_later_one_makes_up_for_the_earlier_one():
     assert_other_moments(found["late"], expected_moments(late[2], y))
 
 
-def test_an_addition_that_a_batch_does_not_bring():
+def test_a_batch_without_the_addition():
     module = Joined(lambda net, s, b: s + b if len(s) > 2 else s * b).eval()
     data = [(torch.randn(n, 6),) for n in (4, 2, 3)]
     replacement = replacement_of(module, "first")
@@ -681,7 +681,7 @@ def test_an_addition_that_a_batch_does_not_bring():
     assert_other_moments(found["branch"], expected_moments(now[None], (y + stream - left)[None]))
 
 
-def test_rows_that_go_another_way_in_the_compressed_network_are_left_out():
+def test_rows_that_do_not_correspond_are_left_out():
     class Routed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -725,7 +725,7 @@ def encoder():
     return nets.seeded(lambda: nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
 
 
-def test_attentions_are_seen_from_within():
+def test_hooks_see_the_layers_of_attentions():
     module, batches = encoder(), batches_of(2, 5, 8)
     activations = activations_of(module, batches)
     within = ("self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2")
@@ -857,11 +857,11 @@ def test_a_replacement_that_explodes_is_infinitely_far():
     assert found == (math.inf, math.inf)
 
 
-# -- what stays and what is refused
+# -- unchanged modules and errors
 
 
 def snapshot(module):
-    """What hooks and swapped forwards would change."""
+    """The parts of a module that hooks and replaced forwards could change."""
     return {
         name: (list(m._forward_hooks), list(m._forward_pre_hooks), sorted(m.__dict__), m.training)
         for name, m in module.named_modules()
@@ -922,7 +922,7 @@ def test_values_that_are_not_finite_name_their_site():
         activations_of(module, batches_of(4, 6)).distance({})
 
 
-def test_data_that_do_not_fit_are_told_apart():
+def test_data_that_do_not_fit_have_different_errors():
     module = mlp()
     with pytest.raises(UsageError, match=r"Sequential cannot be run.*torch.float32 \(4, 5\).*positional"):
         activations_of(module, batches_of(4, 5))

@@ -1,4 +1,4 @@
-"""Metrics of a torch module's sites: those of the same network as ONNX, whatever the module does meanwhile."""
+"""Output sensitivities of a torch module equal those of the same network in ONNX, whatever the module does."""
 
 import onnx
 import pytest
@@ -33,16 +33,16 @@ def directions(activations):
 
 
 def relative(found, expected):
-    """Distance of two metrics but for their scale."""
+    """The distance of two sensitivities up to their scale."""
     a, b = found / found.norm(), expected / expected.norm()
     return float((a - b).norm())
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_both_ways_hear_the_same(tmp_path, name):
+def test_torch_and_onnx_have_the_same_sensitivities(tmp_path, name):
     make, shape = CASES[name]
     module = make().eval()
-    fold_batch_norms_(module)  # as compress_to_data_ does
+    fold_batch_norms_(module)  # as compress_ with calib does
     path = tmp_path / "dense.onnx"
     model = to_onnx(source_of_module(module, (2, *shape))).model
     write_external(model, path)
@@ -59,7 +59,7 @@ def test_both_ways_hear_the_same(tmp_path, name):
     assert any(relative(a[site], other[site]) > 1e-2 for site in common)
 
 
-def test_both_ways_count_rows_alike(tmp_path):
+def test_torch_and_onnx_have_the_same_row_weights(tmp_path):
     module = Block(nn.Tanh())
     module = nn.Sequential(module.first, module.middle, module.second).eval()
     path = tmp_path / "dense.onnx"
@@ -106,7 +106,7 @@ class Block(nn.Module):
         return self.second(self.middle(self.first(x)))
 
 
-def test_what_writes_over_the_response_changes_nothing():
+def test_overwriting_the_response_changes_nothing():
     x = torch.randn(32, 5)
     plain, in_place = (sensitivities_of(Block(nn.ReLU(inplace=flag)), (x,)) for flag in (False, True))
     assert set(plain) == {"first", "second"}
@@ -135,7 +135,7 @@ def test_a_module_that_keeps_no_gradients_cuts_off_what_is_before():
     assert sensitivities_of(whole, (x,)) == {}
 
 
-def test_a_value_that_the_module_writes_over_leaves_all_without():
+def test_an_overwritten_value_leaves_no_sensitivities():
     assert sensitivities_of(Block(Called(lambda x: x.exp().add_(1))), (torch.randn(8, 5),)) == {}
 
 
@@ -149,7 +149,7 @@ def test_the_module_is_as_it_was():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_heard_too(dtype):
+def test_half_precision(dtype):
     x = torch.randn(32, 5)
     exact, found = (
         sensitivities_of(Block(nn.Tanh()), (x,)),
@@ -175,7 +175,7 @@ class Tokens(nn.Module):
         return self.second(self.first(x).relu())
 
 
-def test_padding_is_not_asked():
+def test_padding_has_no_gradients():
     module, x = Tokens(), torch.randn(6, 5, 4)
     mask = torch.arange(5).expand(6, 5) < torch.tensor([5, 1, 3, 2, 5, 4])[:, None]
     loud = torch.where(mask[..., None], x, 50 * torch.randn(6, 5, 4).abs())

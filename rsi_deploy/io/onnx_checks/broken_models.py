@@ -4,7 +4,8 @@ The checker runs only after a failure: it refuses some models that work, and it 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -26,27 +27,34 @@ def checker_error(path: Path) -> Exception | None:
     return None
 
 
-def explains_broken_models(verb: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Make a function, whose first argument is a model, raise ModelError where it fails on an invalid ONNX file.
+@contextmanager
+def explaining_broken_model(model: object) -> Iterator[None]:
+    """Raise ModelError where the block fails on an invalid ONNX file: `model`, if it is a path of one.
 
     A failure on a valid file is a bug and passes through with its traceback.
     """
+    try:
+        yield
+    except (RsiDeployError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        path = Path(model) if isinstance(model, str | Path) else None
+        against = checker_error(path) if path is not None and path.suffix == ".onnx" and path.is_file() else None
+        if path is None or against is None:
+            raise
+        raise ModelError(
+            f"{path.name} is not valid ONNX: {first_line(against)} (found after {type(error).__name__}: "
+            f"{first_line(error)})",
+            hint="export the model again",
+        ) from error
+
+
+def explains_broken_models(verb: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Run a function, whose first argument is a model, within `explaining_broken_model`."""
 
     @functools.wraps(verb)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        try:
+        with explaining_broken_model(args[0] if args else kwargs.get("model", kwargs.get("source"))):
             return verb(*args, **kwargs)
-        except (RsiDeployError, OSError, MemoryError):
-            raise
-        except Exception as error:
-            model = args[0] if args else kwargs.get("model", kwargs.get("source"))
-            path = Path(model) if isinstance(model, str | Path) else None
-            against = checker_error(path) if path is not None and path.suffix == ".onnx" and path.is_file() else None
-            if path is None or against is None:
-                raise
-            raise ModelError(
-                f"{path.name} is not valid ONNX: {first_line(against)} (found after {type(error).__name__}: "
-                f"{first_line(error)}); export the model again"
-            ) from error
 
     return wrapped

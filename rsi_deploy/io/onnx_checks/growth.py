@@ -49,9 +49,8 @@ def check_growth(model: ModelProto, name: str) -> None:
             size = math.prod(shape)
             if size > GENERATED_NUMBERS:
                 raise ModelError(
-                    f"{name}: input {quoted_name(value.name)} is declared with {size} numbers; up to "
-                    f"{GENERATED_NUMBERS} are "
-                    "read: export the model with a smaller or a dynamic shape"
+                    f"{name}: input {quoted_name(value.name)} is declared with {size} numbers",
+                    hint=f"up to {GENERATED_NUMBERS} are read: export the model with a smaller or a dynamic shape",
                 )
             fed += size
     walk = _Walk(
@@ -102,7 +101,10 @@ class _Walk:
         for node in nodes:
             self.visited += 1
             if self.visited > EXPANDED_NODES:
-                raise ModelError(f"{self.name}: more than {EXPANDED_NODES} nodes, which is more than can be read")
+                raise ModelError(
+                    f"{self.name}: more than {EXPANDED_NODES} nodes once functions are inlined",
+                    hint="export a smaller model",
+                )
             self._node(node, scope)
 
     def _node(self, node: NodeProto, scope: _Scope) -> None:
@@ -158,8 +160,9 @@ class _Walk:
             self.generated += max(size, 0)
         if size > self.most or self.generated > 4 * self.most:
             raise ModelError(
-                f"{self.name}: node {describe_node(node)} generates {size} numbers, more than a file of this size may "
-                f"({self.most} in one value, four times that in all); make them an input of the model"
+                f"{self.name}: node {describe_node(node)} generates {size} numbers, more than a file of this size "
+                f"may ({self.most} in one value, four times that in all)",
+                hint="make them an input of the model",
             )
 
 

@@ -44,14 +44,16 @@ def functions_of(model: ModelProto) -> dict[FunctionKey, FunctionProto]:
 
 def _check_graph(graph: GraphProto, outer: tuple[set[str], ...], name: str) -> None:
     if len(outer) > NESTED_GRAPHS:
-        raise ModelError(f"{name}: graphs are nested more than {NESTED_GRAPHS} deep, which is refused; flatten them")
+        raise ModelError(
+            f"{name}: graphs are nested more than {NESTED_GRAPHS} deep, which is refused", hint="flatten them"
+        )
     inputs = [value.name for value in graph.input]
     stored = [*(tensor.name for tensor in graph.initializer), *(s.values.name for s in graph.sparse_initializer)]
     for kind, names in (("input", inputs), ("initializer", stored)):
         twice = next((each for each, count in Counter(names).items() if count > 1 or not each), None)
         if twice is not None:
             what = f"{quoted_name(twice)} is defined twice, as an {kind}" if twice else f"an {kind} has no name"
-            raise ModelError(f"{name}: {what}; export the model again")
+            raise ModelError(f"{name}: {what}", hint="export the model again")
     own = {*inputs, *stored}
     for each in own:
         _check_length(each, name)
@@ -69,15 +71,15 @@ def _check_nodes(nodes: Sequence[NodeProto], own: set[str], outer: tuple[set[str
             if used not in own and not any(used in scope for scope in outer):
                 why = "a cycle, or nodes out of order" if used in made else "nothing defines it"
                 raise ModelError(
-                    f"{name}: node {describe_node(node)} uses {quoted_name(used)}: {why}; export the model again"
+                    f"{name}: node {describe_node(node)} uses {quoted_name(used)}: {why}", hint="export the model again"
                 )
         for subgraph in subgraphs(node):
             _check_graph(subgraph, (*outer, own), name)
         for output in filter(None, node.output):
             if output in own:
                 raise ModelError(
-                    f"{name}: {quoted_name(output)} is defined twice, the second time by node {describe_node(node)}; "
-                    "export the model again"
+                    f"{name}: {quoted_name(output)} is defined twice, the second time by node {describe_node(node)}",
+                    hint="export the model again",
                 )
             own.add(output)
 
@@ -86,24 +88,28 @@ def _check_outputs(names: Iterable[str], own: set[str], outer: tuple[set[str], .
     for each in names:
         if each not in own and not any(each in scope for scope in outer):
             raise ModelError(
-                f"{name}: the graph's output {quoted_name(each)} is not produced by any node; export the model again"
+                f"{name}: the graph's output {quoted_name(each)} is not produced by any node",
+                hint="export the model again",
             )
 
 
 def _check_length(text: str, name: str) -> None:
     if len(text) > NAME_LENGTH:
-        raise ModelError(f"{name}: the name {quoted_name(text)} has {len(text)} characters; the limit is {NAME_LENGTH}")
+        raise ModelError(
+            f"{name}: the name {quoted_name(text)} has {len(text)} characters", hint=f"the limit is {NAME_LENGTH}"
+        )
 
 
 def _check_calls(model: ModelProto, name: str) -> None:
     """Check that no function calls itself and that the inlined model stays small enough."""
     functions = functions_of(model)
     if len(functions) != len(model.functions):
-        raise ModelError(f"{name}: a local function is defined twice; export the model again")
+        raise ModelError(f"{name}: a local function is defined twice", hint="export the model again")
     known: dict[FunctionKey, int] = {}
     if (total := _expanded(model.graph.node, functions, known, (), name)) > EXPANDED_NODES:
         raise ModelError(
-            f"{name}: its local functions expand to {total} nodes when they are inlined; the limit is {EXPANDED_NODES}"
+            f"{name}: its local functions expand to {total} nodes when they are inlined",
+            hint=f"the limit is {EXPANDED_NODES}",
         )
     for key in functions:
         _expanded_function(key, functions, known, (), name)
@@ -134,11 +140,13 @@ def _expanded_function(
 ) -> int:
     if key in within:
         raise ModelError(
-            f"{name}: the local function {quoted_name(key[1])} calls itself, which ONNX forbids; export the model again"
+            f"{name}: the local function {quoted_name(key[1])} calls itself, which ONNX forbids",
+            hint="export the model again",
         )
     if len(within) >= NESTED_CALLS:
         raise ModelError(
-            f"{name}: local functions call each other more than {NESTED_CALLS} deep, which is refused; inline them"
+            f"{name}: local functions call each other more than {NESTED_CALLS} deep, which is refused",
+            hint="inline them",
         )
     if key not in known:
         known[key] = _expanded(functions[key].node, functions, known, (*within, key), name)

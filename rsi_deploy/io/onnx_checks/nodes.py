@@ -44,24 +44,24 @@ def _check_all(nodes: Iterable[NodeProto], opset: int, name: str, *, inside: boo
     for node in nodes:
         where = f"{name}: node {describe_node(node)}"
         if len({attribute.name for attribute in node.attribute}) != len(node.attribute):
-            raise ModelError(f"{where} has two attributes of one name; export the model again")
+            raise ModelError(f"{where} has two attributes of one name", hint="export the model again")
         for attribute in node.attribute:
             if attribute.ref_attr_name and not inside:
                 raise ModelError(
                     f"{where}: its attribute {quoted_name(attribute.name)} refers to an attribute of a function, but "
-                    "the node is not in one; "
-                    "export the model again"
+                    "the node is not in one",
+                    hint="export the model again",
                 )
             if attribute.ref_attr_name and attribute.type in _GRAPHS:
                 raise ModelError(
                     f"{where}: its attribute {quoted_name(attribute.name)} is a graph that the caller of a function "
-                    "passes, "
-                    "which is not supported; inline the functions first: onnx.inliner.inline_local_functions"
+                    "passes, which is not supported",
+                    hint="inline the functions first: onnx.inliner.inline_local_functions",
                 )
             holder = _HOLDERS.get(attribute.type)
             if holder and not attribute.ref_attr_name and not attribute.HasField(holder):
                 raise ModelError(
-                    f"{where}: its attribute {quoted_name(attribute.name)} has no value; export the model again"
+                    f"{where}: its attribute {quoted_name(attribute.name)} has no value", hint="export the model again"
                 )
         if node.domain in ("", "ai.onnx") and (schema := _schema(node.op_type, opset)) is not None:
             _check_against(node, schema, where)
@@ -78,13 +78,15 @@ def _check_against(node: NodeProto, schema: onnx.defs.OpSchema, where: str) -> N
             raise ModelError(f"{where} has {count} {what}, but {schema.name} takes {least} to {most}")
     for index, formal in enumerate(schema.inputs[: schema.min_input]):
         if formal.option == onnx.defs.OpSchema.FormalParameterOption.Single and not node.input[index]:
-            raise ModelError(f"{where} has no input {formal.name}; export the model again")
+            raise ModelError(f"{where} has no input {formal.name}", hint="export the model again")
     present = {attribute.name: attribute for attribute in node.attribute}
     for key, expected in schema.attributes.items():
         attribute = present.get(key)
         if attribute is None:
             if expected.required:
-                raise ModelError(f"{where} has no attribute {key}, which {schema.name} requires")
+                raise ModelError(
+                    f"{where} has no attribute {key}, which {schema.name} requires", hint="export the model again"
+                )
         elif attribute.type != (kind := _kind(expected)).value:
             raise ModelError(f"{where}: its attribute {key} must be {kind.name}, but is {_type_name(attribute.type)}")
 

@@ -42,7 +42,7 @@ def _check_type(declared: TypeProto, where: str) -> None:
         element = getattr(declared, kind).elem_type
         if element not in TensorProto.DataType.values():
             raise ModelError(
-                f"{where} has the type {element}, which onnx {onnx.__version__} does not know; upgrade onnx"
+                f"{where} has the type {element}, which onnx {onnx.__version__} does not know", hint="upgrade onnx"
             )
     elif kind in ("sequence_type", "optional_type"):
         _check_type(getattr(declared, kind).elem_type, where)
@@ -53,21 +53,23 @@ def _check_type(declared: TypeProto, where: str) -> None:
 def _check_tensor(tensor: TensorProto, path: Path) -> None:
     where = f"{path.name}: tensor {quoted_name(tensor.name)}"
     if any(dim < 0 for dim in tensor.dims):
-        raise ModelError(f"{where} has a negative dimension: {_listed(tensor.dims)}; export the model again")
+        raise ModelError(f"{where} has a negative dimension: {_listed(tensor.dims)}", hint="export the model again")
     if len(tensor.dims) > RANK:
-        raise ModelError(f"{where} has {len(tensor.dims)} dimensions; the limit is {RANK}")
+        raise ModelError(f"{where} has {len(tensor.dims)} dimensions", hint=f"the limit is {RANK}")
     if tensor.data_type not in TensorProto.DataType.values() or tensor.data_type == TensorProto.UNDEFINED:
         raise ModelError(
             f"{where} has the type {tensor.data_type}, which onnx {onnx.__version__} does not know: "
             "export the model again, or pip install -U onnx"
         )
     if tensor.HasField("segment"):
-        raise ModelError(f"{where} is a segment of a larger tensor, which is not supported; export the model again")
+        raise ModelError(
+            f"{where} is a segment of a larger tensor, which is not supported", hint="export the model again"
+        )
     count = math.prod(tensor.dims)
     if tensor.data_type == TensorProto.STRING:
         _check_count(where, tensor, count, len(tensor.string_data), "strings")
         if tensor.data_location == TensorProto.EXTERNAL or tensor.HasField("raw_data"):
-            raise ModelError(f"{where} has strings outside string_data; export the model again")
+            raise ModelError(f"{where} has strings outside string_data", hint="export the model again")
         return
     bits = ir.DataType(tensor.data_type).bitwidth
     needed = -(-count * bits // 8)
@@ -76,7 +78,7 @@ def _check_tensor(tensor: TensorProto, path: Path) -> None:
     elif tensor.HasField("raw_data"):
         _check_count(where, tensor, needed, len(tensor.raw_data), "bytes")
         if any(len(getattr(tensor, field)) for field in FIELDS):
-            raise ModelError(f"{where} holds its data twice; export the model again")
+            raise ModelError(f"{where} holds its data twice", hint="export the model again")
     else:
         _check_fields(where, tensor, count, bits)
 
@@ -85,7 +87,9 @@ def _check_fields(where: str, tensor: TensorProto, count: int, bits: int) -> Non
     """Check that the field for the tensor's type has as many entries as the dims declare."""
     own = onnx.helper.tensor_dtype_to_field(tensor.data_type)
     if foreign := [field for field in FIELDS if field != own and len(getattr(tensor, field))]:
-        raise ModelError(f"{where} holds its data in {foreign[0]}, but its type takes {own}; export the model again")
+        raise ModelError(
+            f"{where} holds its data in {foreign[0]}, but its type takes {own}", hint="export the model again"
+        )
     each = 2 if tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128) else 1
     needed = -(-count * bits // 8) if bits in (2, 4) else count * each  # 6-bit types use one entry per number
     _check_count(where, tensor, needed, len(getattr(tensor, own)), "numbers")
@@ -94,8 +98,8 @@ def _check_fields(where: str, tensor: TensorProto, count: int, bits: int) -> Non
 def _check_count(where: str, tensor: TensorProto, needed: int, stored: int, unit: str) -> None:
     if needed != stored:
         raise ModelError(
-            f"{where} has dims {_listed(tensor.dims)} ({needed} {unit}), but {stored} {unit}; copy or export the "
-            "model again"
+            f"{where} has dims {_listed(tensor.dims)} ({needed} {unit}), but {stored} {unit}",
+            hint="copy or export the model again",
         )
 
 
@@ -103,7 +107,7 @@ def _check_external(tensor: TensorProto, needed: int, folder: Path, where: str) 
     """Check that external data are a large enough regular file inside the model's folder."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     if len(entries) != len(tensor.external_data):
-        raise ModelError(f"{where}: the location of its data repeats a key; export the model again")
+        raise ModelError(f"{where}: the location of its data repeats a key", hint="export the model again")
     location = entries.get("location", "")
     outside = not location or os.path.isabs(location) or ".." in Path(location).parts or "\\" in location
     try:
@@ -111,33 +115,39 @@ def _check_external(tensor: TensorProto, needed: int, folder: Path, where: str) 
         outside = outside or not file.resolve().is_relative_to(folder.resolve())
         if outside:
             raise ModelError(
-                f"{where}: its data are outside the model's folder ({quoted_name(location)}), which is refused; "
-                "move them into the folder and refer to them by a relative path"
+                f"{where}: its data are outside the model's folder ({quoted_name(location)}), which is refused",
+                hint="move them into the folder and refer to them by a relative path",
             )
         if file.is_symlink() or (file.exists() and not file.is_file()):
             raise ModelError(
-                f"{where}: its data file {quoted_name(location)} is a link or no regular file, which is refused; "
-                "copy the file itself beside the model"
+                f"{where}: its data file {quoted_name(location)} is a link or no regular file, which is refused",
+                hint="copy the file itself beside the model",
             )
         if not file.is_file():
-            raise ModelError(f"{where}: its data file {quoted_name(location)} is missing; put it beside the model")
+            raise ModelError(
+                f"{where}: its data file {quoted_name(location)} is missing", hint="put it beside the model"
+            )
         size = file.stat().st_size
     except (OSError, ValueError) as error:  # invalid names, or links that form a cycle
         raise ModelError(
-            f"{where}: its data file {quoted_name(location)} cannot be accessed: {error}; copy it beside the model"
+            f"{where}: its data file {quoted_name(location)} cannot be accessed: {error}",
+            hint="copy it beside the model",
         ) from error
     try:
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", needed))
     except ValueError:
-        raise ModelError(f"{where}: offset or length of its data is not a number; export the model again") from None
+        raise ModelError(
+            f"{where}: offset or length of its data is not a number", hint="export the model again"
+        ) from None
     if length != needed or offset < 0:
         raise ModelError(
-            f"{where} has dims {_listed(tensor.dims)} ({needed} bytes), but refers to {length} bytes; export it again"
+            f"{where} has dims {_listed(tensor.dims)} ({needed} bytes), but refers to {length} bytes",
+            hint="export it again",
         )
     if size < offset + length:
         raise ModelError(
-            f"{where}: its data file {quoted_name(location)} is too short: it has {size} of {offset + length} bytes; "
-            "copy it again"
+            f"{where}: its data file {quoted_name(location)} is too short: it has {size} of {offset + length} bytes",
+            hint="copy it again",
         )
 
 
@@ -147,14 +157,14 @@ def _check_sparse(sparse: SparseTensorProto, path: Path) -> None:
     values = math.prod(sparse.values.dims)
     if tuple(sparse.indices.dims) not in ((values,), (values, len(sparse.dims))):
         raise ModelError(
-            f"{where} has {values} values, but indices of shape {_listed(sparse.indices.dims)}; export it again"
+            f"{where} has {values} values, but indices of shape {_listed(sparse.indices.dims)}", hint="export it again"
         )
     if any(dim <= 0 for dim in sparse.dims):
-        raise ModelError(f"{where} has a dimension below 1: {_listed(sparse.dims)}; export the model again")
+        raise ModelError(f"{where} has a dimension below 1: {_listed(sparse.dims)}", hint="export the model again")
     if (dense := math.prod(sparse.dims)) > max(GENERATED_NUMBERS, GENERATED_RATIO * values):
         raise ModelError(
-            f"{where} has dims {_listed(sparse.dims)}, {dense} numbers for {values} values, which is refused; "
-            "store it dense"
+            f"{where} has dims {_listed(sparse.dims)}, {dense} numbers for {values} values, which is refused",
+            hint="store it dense",
         )
 
 

@@ -1,8 +1,8 @@
-"""How fast this machine multiplies: measured once, in two seconds, and kept.
+"""The speed of this machine's products: measured once, in two seconds, and cached.
 
-Rates are kept in `$RSI_DEPLOY_CACHE` (else `$XDG_CACHE_HOME/rsi-deploy`), one file for the processor, the version of
-torch and the number of threads. A file that cannot be read is measured again, one that cannot be written is done
-without. So that a choice does not hang on noise, rates are rounded to powers of 1.25.
+Rates are stored in the cache folder (`core.cache_folder`), one file per processor, version of torch and number of
+threads. A file that cannot be read is measured again; one that cannot be written is ignored. Rates are rounded to
+powers of 1.25, so that choices are robust to noise.
 """
 
 import functools
@@ -20,27 +20,28 @@ from pathlib import Path
 
 import torch
 
+from rsi_deploy.core.cache_folder import cache_folder
 from rsi_deploy.linalg.products.onednn import by_onednn, has_onednn
 
-FASTER = 1.2  # bfloat16 is used where it multiplies so many times as fast as float32
-CLEAR = 1.2  # oneDNN is used for float32 where it multiplies so many times as fast as `@`
+FASTER = 1.2  # bfloat16 is used if it is this many times as fast as float32
+CLEAR = 1.2  # oneDNN is used for float32 if it is this many times as fast as `@`
 ROUNDS, SECONDS = 7, 1.5
-SIDE, COLUMNS = 2048, 205  # as uneven as ranks are: even numbers flatter some libraries
-SIDE_GPU, COLUMNS_GPU = 8192, 1025  # less does not fill one
+SIDE, COLUMNS = 2048, 205  # odd like ranks, as even numbers favour some libraries
+SIDE_GPU, COLUMNS_GPU = 8192, 1025  # smaller products do not occupy a GPU fully
 log = logging.getLogger(__name__)
-_told: dict[tuple[str, int], "Rates"] = {}
+_set_rates: dict[tuple[str, int], "Rates"] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """How fast this machine is.
+    """The speed of this machine.
 
     Attributes:
-        full: float32 products by `@`, flops a second.
-        onednn: float32 products by oneDNN (`kernel.onednn`), flops a second; as good as 0 where there is none.
-        half: bfloat16 products, flops a second.
-        double: float64 products, flops a second.
-        eigen: seconds of `eigh` in float64, over the cube of the side.
+        full: float32 products by `@`, flops per second.
+        onednn: float32 products by oneDNN (`products.onednn`), flops per second; nearly 0 if it is not available.
+        half: bfloat16 products, flops per second.
+        double: float64 products, flops per second.
+        eigen: seconds of `eigh` in float64, divided by the cube of the side.
     """
 
     full: float
@@ -51,29 +52,29 @@ class Rates:
 
     @property
     def mixed(self) -> bool:
-        """Whether bfloat16 pays."""
+        """Whether bfloat16 is clearly faster."""
         return self.half >= FASTER * self.single
 
     @property
     def by_onednn(self) -> bool:
-        """Whether oneDNN multiplies float32 clearly faster than `@` does."""
+        """Whether oneDNN is clearly faster than `@` for float32."""
         return self.onednn >= CLEAR * self.full
 
     @property
     def single(self) -> float:
-        """float32 products by the faster of the two."""
+        """Speed of float32 products by the faster of the two."""
         return self.onednn if self.by_onednn else self.full
 
 
 def rates(device: torch.device) -> Rates:
-    """The rates of this machine on `device`, measured where no file tells them; or those that were told."""
+    """Return the rates of `device`: those set by `set_rates`, cached ones, or measured ones."""
     threads = torch.get_num_threads()
-    return _told.get((device.type, threads)) or _rates(device.type, threads)
+    return _set_rates.get((device.type, threads)) or _rates(device.type, threads)
 
 
-def tell_rates(device: torch.device, rates: Rates) -> None:
-    """Have this process choose as a machine with these rates would, with the number of threads that it has now."""
-    _told[device.type, torch.get_num_threads()] = rates
+def set_rates(device: torch.device, rates: Rates) -> None:
+    """Make this process choose as on a machine with these rates, for its current number of threads."""
+    _set_rates[device.type, torch.get_num_threads()] = rates
 
 
 @functools.cache
@@ -93,20 +94,18 @@ def _rates(device: str, threads: int) -> Rates:
             work.write_text(json.dumps(asdict(measured)), encoding="utf-8")
             os.replace(work, path)
     except OSError as error:
-        log.info("the machine's rates are not kept: %s", error)
+        log.info("the machine's rates cannot be cached: %s", error)
     return measured
 
 
 def _file(device: str, threads: int) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsi-deploy"
-    root = Path(os.environ.get("RSI_DEPLOY_CACHE") or base)
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
     key = hashlib.sha256(f"{name}\0{torch.__version__}\0{threads}\0{device}\0v5".encode()).hexdigest()[:16]
-    return root / f"rates-{key}.json"
+    return cache_folder() / f"rates-{key}.json"
 
 
 def processor() -> str:
-    """The processor's name and features: equal names may differ in their instructions."""
+    """Return the processor's name and features, as equal names may differ in their instructions."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         return "".join(sorted({line for line in text.splitlines() if line.startswith(("model name", "flags"))}))
@@ -124,7 +123,7 @@ def _measured(device: torch.device) -> Rates:
     half, half_block = full.bfloat16(), block.bfloat16()
     double, double_block = full[: side // 2, : side // 2].double(), block[: side // 2].double()
     flops = 2.0 * side * side * columns
-    if device.type == "cuda":  # as `gemm.product` does
+    if device.type == "cuda":  # as in `gemm.product`
         block, half_block = block.mT.contiguous(), half_block.mT.contiguous()
         full, half = full.mT, half.mT
         works: list[Callable[[], object]] = [lambda: block @ full, lambda: half_block @ half]
@@ -152,7 +151,7 @@ def _eigh(square: torch.Tensor) -> torch.Tensor:
 
 
 def _best(device: torch.device, *works: Callable[[], object]) -> list[float]:
-    """The least seconds of each, in turns: for long enough that a busy moment does not decide for good."""
+    """Return the least seconds of each function, run in turns for long enough to average out other load."""
     best = [math.inf] * len(works)
     begun, index = time.perf_counter(), 0
     while index <= ROUNDS or time.perf_counter() - begun < SECONDS:

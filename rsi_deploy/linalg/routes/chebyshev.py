@@ -1,22 +1,22 @@
-"""The Chebyshev route: fewer iterations, each with the end of the unwanted spectrum shifted to where it grows least.
+"""The Chebyshev route: fewer iterations, each shifted so that the unwanted end of the spectrum grows least.
 
     A = W W^T  (W^T W for a tall weight),   B = basis(W Z), Z the sketch;   then   B = basis((A - c_j) B)
 
-Plain iteration multiplies the directions beside the least wanted one by `s^2`, hardly less than that one. A polynomial
-`p` in `A` with its zeros among the unwanted eigenvalues `[0, e]`, at Chebyshev's places, is as small on all of them and
-grows fastest above (Zhou, Saad, Tiago and Chelikowsky 2006, "Chebyshev-filtered subspace iteration", and, with a single
+Plain iteration multiplies the directions next to the last wanted one by `s^2`, hardly less than that one. A polynomial
+`p` in `A` with Chebyshev zeros among the unwanted eigenvalues `[0, e]` is equally small on all of them and grows
+fastest above (Zhou, Saad, Tiago and Chelikowsky 2006, "Chebyshev-filtered subspace iteration", and, with a single
 shift, Feng, Yu, Xie and Tang 2024, dashSVD). Here `s p(s^2)` is like `T_{2d-1}(s / sqrt(e))` for `d` iterations:
 
     c_j = cos^2((2j - 1) pi / (4 d - 2)) e,  smallest first, the first of them 0;   e = MARGIN (least |W^T b|^2, b in B)
 
-The least Rayleigh quotient of a basis that has been iterated once is within a fifth of the first eigenvalue beyond it,
-and `e` may be 40 % too small at little loss, and hardly too large: hence the margin, and no shift before that.
-Measured on slow to fast spectra, `d` iterations do at least what `2 (d - 1)` plain ones do: 3 for q = 4, 5 for 8.
+The least Rayleigh quotient of a basis after one iteration is within a fifth of the first eigenvalue beyond it. `e` may
+be 40 % too small at little loss, but hardly too large; so there is a margin, and no shift before that. Measured on slow
+to fast spectra, `d` iterations do at least as well as `2 (d - 1)` plain ones: 3 for q = 4, 5 for 8.
 
-Everything lives on the shorter side. For a tall weight `left @ right = W V V^T`, as good as `X X^T W` by symmetry:
+All blocks are on the shorter side. For a tall weight `left @ right = W V V^T`, as good as `X X^T W` by symmetry:
 `W V = X R` gives `left = X`, `right = R V^T`.
 
-In bfloat16 four roundings could harm. With `u = 2^-9/sqrt(3)`, the root mean square of a relative rounding:
+In bfloat16 four roundings could do harm. With `u = 2^-9/sqrt(3)`, the root mean square of a relative rounding:
 
     of the weight   |E|_2 ~ u (largest row norm + largest column norm) tilts the span by |E| / s_k
     of the last B   u s_j in its column j, which no later product damps
@@ -24,13 +24,13 @@ In bfloat16 four roundings could harm. With `u = 2^-9/sqrt(3)`, the root mean sq
     of a basis      u / sqrt(m) along each leading direction comes out of two products (s_1/s_k)^2 times larger beside
                     the last one, and the rounding of that covers it
 
-The first two add to the residual like independent noise, so a tilt of 0.1 costs half a percent. Where the first is too
-large the iteration goes on in float32, which takes a tilt of up to 0.3 away again, and starts anew beyond that; columns
-for which the second is are made in float32; where the third is, the first block is, and where a later block comes by
-more than `HIDDEN` near to depending columns, the iteration goes on in float32: with the second block already where the
-first tells so, to which the second is nearer by `SHRINKS` and more; and columns that the fourth lets pass
-`COVERED` are taken out of the others between the two products.
-Bases are made in float32 throughout, and rounded.
+The first two add to the residual like independent noise, so a tilt of 0.1 costs half a percent. If the first is too
+large, the iteration continues in float32, which removes a tilt of up to 0.3, or starts again beyond that. Columns for
+which the second is too large are computed in float32. If the third is too large, the first block is computed in
+float32; if a later block is more than `HIDDEN` too close to dependent columns, the iteration continues in float32,
+already with the second block if the first one shows it (the second is closer by `SHRINKS` or more). Columns for which
+the fourth exceeds `COVERED` are removed from the others between the two products. Bases are computed in float32 and
+then rounded.
 """
 
 import math
@@ -40,7 +40,14 @@ import torch
 from torch import Tensor
 
 from rsi_deploy.linalg.operand import Operand
-from rsi_deploy.linalg.orthogonal import TOLD, basis_and_triangle_, deflate_, near_basis_, orthonormal_, rough_basis_
+from rsi_deploy.linalg.orthogonal import (
+    INDEPENDENT,
+    basis_and_triangle_,
+    deflate_,
+    near_basis_,
+    orthonormal_,
+    rough_basis_,
+)
 
 Draw = Callable[[int], Tensor]
 MARGIN = 0.75
@@ -54,7 +61,7 @@ NORM_ROWS = 1024
 
 
 def steps(q: int) -> int:
-    """The number of filtered iterations that does what `q` plain ones do.
+    """Return the number of shifted iterations that is as good as `q` plain ones.
 
     Example:
         >>> [steps(q) for q in (1, 2, 3, 4, 6, 8, 16)]
@@ -64,7 +71,7 @@ def steps(q: int) -> int:
 
 
 def shifts(d: int) -> list[float]:
-    """What `c_j / e` is in each of `d - 1` iterations, ascending, the first 0."""
+    """Return `c_j / e` for each of `d - 1` iterations, ascending, the first 0."""
     return [0.0, *sorted(math.cos((2 * j - 1) * math.pi / (4 * d - 2)) ** 2 for j in range(1, d - 1))][: d - 1]
 
 
@@ -72,20 +79,20 @@ def iterate(operand: Operand, draw: Draw, fractions: list[float], *, mixed: bool
     """Compute `X (out, columns)`, orthonormal, and `Y (in, columns)` with `W ~ X Y^T`.
 
     Args:
-        operand: the weight.
-        draw: makes a sketch `(side, columns)` in the working precision, here of the longer side, the same each time.
-        fractions: the shift of each iteration after the first product, as a fraction of `e`: see `shifts`.
-        mixed: bfloat16 where it does no harm.
+        operand: weight.
+        draw: returns a sketch `(side, columns)` of the longer side in the working precision, the same each time.
+        fractions: shift of each iteration after the first product, as a fraction of `e`; see `shifts`.
+        mixed: whether to use bfloat16 where it does no harm.
     """
     found = _low(operand, draw, fractions) if mixed and fractions else None
     operand.forget()
     if found is None:
         found = _exact(operand, operand.to_short(draw(operand.longer)), fractions)
-    return finished(operand, found)
+    return orthonormal_result(operand, found)
 
 
-def finished(operand: Operand, B: Tensor) -> tuple[Tensor, Tensor]:
-    """`X (out, columns)`, orthonormal, and `Y (in, columns)` from a block `(shorter side, columns)`, used up."""
+def orthonormal_result(operand: Operand, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `X (out, columns)`, orthonormal, and `Y (in, columns)` from a block `(shorter side, columns)`."""
     B = orthonormal_(B)
     if not operand.tall:
         return B, operand.adjoint(B)
@@ -94,48 +101,50 @@ def finished(operand: Operand, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exact(operand: Operand, B: Tensor, fractions: list[float], *, based: bool = False) -> Tensor:
-    """A block `(shorter side, columns)`, iterated, not yet orthonormal, in the working precision.
+    """Iterate a block `(shorter side, columns)` in the working precision; the result is not orthonormal yet.
 
-    `B`, which is used up, is a basis already where it is `based`.
+    Overwrites `B`, which is already a basis if `based`.
     """
     for index, fraction in enumerate(fractions):
         B = B if based and not index else near_basis_(B)
         Z = operand.to_long(B)
         shift = fraction * MARGIN * float(column_norms(Z).min()) ** 2
         B = operand.to_short(Z).sub_(B, alpha=shift)
-        del Z  # before the next one is made
+        del Z  # free it before the next one is computed
     return B
 
 
 def _low(operand: Operand, draw: Draw, fractions: list[float]) -> Tensor | None:
-    """The same, of products in bfloat16; None where they would do harm."""
+    """Iterate with products in bfloat16; return None where these would do harm."""
     low = torch.bfloat16
     Z = draw(operand.longer).to(low)
     B = operand.low_to_short(Z)
     noise = operand.rounding(ROUNDING, B, Z)
     del Z
-    B, told = rough_basis_(B, passes=0)
+    B, independence = rough_basis_(B, passes=0)
     full: Tensor | None = None
-    if told < TOLD:
-        del B  # before it is made anew: memory
+    if independence < INDEPENDENT:
+        del B  # free it before it is computed again
         full = near_basis_(operand.to_short(draw(operand.longer)))
         B = full.to(low)
     for index, fraction in enumerate(fractions):
         if index:
-            B, told = rough_basis_(B)
-            if HIDDEN * told < ROUNDING:
+            B, independence = rough_basis_(B)
+            if HIDDEN * independence < ROUNDING:
                 return _exact(operand, B.to(operand.working), fractions[index:])
         Z = operand.low_to_long(B)
         norms = column_norms(Z)
         least = float(norms.min())
-        if index < 2 and not noise <= TILT * least:  # the first `least` is too large, so this may show only later
+        if (
+            index < 2 and not noise <= TILT * least
+        ):  # the first `least` is too large, so check again in the next iteration
             del Z
             if full is not None:
                 return _exact(operand, full, fractions, based=True)
             if not index or not noise <= TURNED * least:
                 return None
             return _exact(operand, B.to(operand.working), fractions[index:])
-        deep = full is not None and HIDDEN * SHRINKS * told < ROUNDING
+        deep = full is not None and HIDDEN * SHRINKS * independence < ROUNDING
         full = None
         Z = deflate_(Z, covering(norms, ROUNDING, len(B)))
         shift = fraction * MARGIN * least**2
@@ -144,7 +153,7 @@ def _low(operand: Operand, draw: Draw, fractions: list[float]) -> Tensor | None:
             return _exact(operand, exact, fractions[1:])
         if index < len(fractions) - 1:
             B = operand.low_to_short(Z).sub_(B, alpha=shift)
-            del Z  # before the next one is made
+            del Z  # free it before the next one is computed
     large = (ROUNDING * norms > TILT / 2 * least).nonzero()[:, 0]
     if 2 * len(large) > len(norms):
         return operand.to_short(Z.to(operand.working)).sub_(B.to(operand.working), alpha=shift)
@@ -156,12 +165,12 @@ def _low(operand: Operand, draw: Draw, fractions: list[float]) -> Tensor | None:
 
 
 def covering(norms: Tensor, rounding: float, length: int) -> int:
-    """How many columns come first that, after two products, would lie in the rounding of the last too deep.
+    """Return the number of leading columns whose rounding, after two products, would cover the last column.
 
     Args:
-        norms: `(columns,)`, about the singular values that the columns stand for.
+        norms: `(columns,)`, estimates of the singular values of the columns.
         rounding: root mean square of a relative rounding.
-        length: of a column.
+        length: length of a column.
     """
     limit = (COVERED * length**0.5 / rounding) ** 0.5
     found = (norms > limit * norms.min()).nonzero()
@@ -169,12 +178,12 @@ def covering(norms: Tensor, rounding: float, length: int) -> int:
 
 
 def column_norms(Z: Tensor) -> Tensor:
-    """Of the columns, `(columns,)`, float32 or the dtype of `Z`."""
+    """Return the norms of the columns `(columns,)` in float32, or in float64 if `Z` is."""
     dtype = torch.float64 if Z.dtype == torch.float64 else torch.float32
     if Z.device.type != "cpu":
         norms: Tensor = torch.linalg.vector_norm(Z, dim=0, dtype=dtype)
         return norms
-    # torch takes ten times as long for norms down the columns of a large block, and three times for small ones.
+    # torch's column norms take ten times as long for a large block, and three times for a small one.
     squares = torch.zeros(Z.shape[1], dtype=dtype)
     for rows in torch.split(Z, NORM_ROWS):
         squares.addmv_((rows.to(dtype, copy=True).square_()).mT, torch.ones(len(rows), dtype=dtype))

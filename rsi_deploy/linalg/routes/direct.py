@@ -2,12 +2,12 @@
 
     X = basis(W Y),  Y = W^T X      q times from the sketch Y; the last basis orthonormal
 
-Where bases are made. A basis costs as much as a product where the block is half as wide as it is long, so one an
-iteration is made, of the shorter of `X` and `Y` (the first of `X`, as no sketch of `W^T W` should be needed). Roundings
-of one basis lie `eps / sqrt(m)` along each leading direction and come out of two products `(s_1/s_k)^2` times larger
-beside the last one (`kernel.chebyshev`): where that would show, both are made.
+A basis costs as much as a product if the block is half as wide as it is long. So each iteration makes one basis, of the
+shorter of `X` and `Y` (the first of `X`, so that no sketch of `W^T W` is needed). Roundings of a basis lie
+`eps / sqrt(m)` along each leading direction and grow by `(s_1/s_k)^2` in two products beside the last direction
+(`routes.chebyshev`); if that would be visible, both bases are made.
 
-In bfloat16 it is the Chebyshev route without its shifts.
+With bfloat16 this is the Chebyshev route without its shifts.
 """
 
 import torch
@@ -19,13 +19,13 @@ from rsi_deploy.linalg.routes.chebyshev import Draw, column_norms, covering, ite
 
 
 def direct(operand: Operand, draw: Draw, q: int, *, mixed: bool) -> tuple[Tensor, Tensor]:
-    """`X (out, columns)`, orthonormal, and `Y (in, columns)` with `W ~ X Y^T`.
+    """Return `X (out, columns)`, orthonormal, and `Y (in, columns)` with `W ~ X Y^T`.
 
     Args:
-        operand: the weight.
-        draw: makes the sketch `(side, columns)` in the working precision, the same each time.
-        q: iterations, at least 1.
-        mixed: bfloat16 where it does no harm.
+        operand: weight.
+        draw: returns the sketch `(side, columns)` in the working precision, the same each time.
+        q: number of iterations, at least 1.
+        mixed: whether to use bfloat16 where it does no harm.
     """
     if mixed and q > 1:
         return iterate(operand, draw, [0.0] * (q - 1), mixed=True)
@@ -34,11 +34,11 @@ def direct(operand: Operand, draw: Draw, q: int, *, mixed: bool) -> tuple[Tensor
 
 
 def _iterated(operand: Operand, draw: Draw, iterations: int) -> Tensor:
-    """`Y (in, columns)` after so many iterations."""
+    """Return `Y (in, columns)` after this many iterations."""
     Y, leading = draw(operand.weight.shape[1]), 0
     for index in range(iterations):
         X = operand.forward(unit_(Y, operand.scale))
-        del Y  # before the next one is made: at most one block of the input's width lives
+        del Y  # free it first, so that only one block of the input's width exists
         X = unit_(X) if index and operand.tall and not leading else near_basis_(X)
         Y = operand.adjoint(X)
         del X
@@ -49,9 +49,9 @@ def _iterated(operand: Operand, draw: Draw, iterations: int) -> Tensor:
 
 
 def unit_(Y: Tensor, scale: float = 1.0) -> Tensor:
-    """`Y` with a largest entry of `scale`: only its span matters, and iterating squares its size past what floats hold.
+    """Scale `Y` to a largest entry of `scale`: only its span matters, and iterations would square its size to overflow.
 
-    `scale` is the operand's, so that the product with the weight comes out near 1 too.
+    With the operand's `scale` the product with the weight is near 1 too.
     """
     low, high = torch.aminmax(Y)
     Y = Y.div_(torch.maximum(high, -low).clamp_min(torch.finfo(Y.dtype).tiny))

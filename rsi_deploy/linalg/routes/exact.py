@@ -1,10 +1,10 @@
-"""The exact route: the leading singular vectors, by `eigh` of the smaller Gram matrix in float64, or by an SVD.
+"""The exact route: leading singular vectors by `eigh` of the smaller Gram matrix in float64, or by an SVD.
 
     wide or square   W W^T = U S^2 U^T,  X = U_k                   Y = W^T X
     tall             W^T W = V S^2 V^T,  X = orth(W V_k)           Y = W^T X
 
 A Gram matrix in float64 keeps singular values down to 1e-8 of the largest, the rounding of a float32 weight; float64
-weights go through an SVD. For `min(out, in)` up to some hundreds this is cheaper than to iterate, and optimal.
+weights use an SVD. For `min(out, in)` up to some hundreds this is faster than iterating, and optimal.
 """
 
 import torch
@@ -15,7 +15,7 @@ from rsi_deploy.linalg.orthogonal import orthonormal_
 
 
 def exact(operand: Operand, rank: int) -> tuple[Tensor, Tensor]:
-    """`X (out, rank)`, orthonormal, and `Y = W^T X (in, rank)`: the best of this rank (Eckart-Young)."""
+    """Return the best `X (out, rank)`, orthonormal, and `Y = W^T X (in, rank)` of this rank (Eckart-Young)."""
     W = operand.weight
     if operand.working == torch.float64:
         X = torch.linalg.svd(W, full_matrices=False).U[:, :rank].contiguous()

@@ -1,12 +1,12 @@
-"""The block Krylov route: every block of the iteration is kept, and the best `rank` directions of all are taken.
+"""The block Krylov route: all blocks of the iteration are kept, and the best `rank` directions of their span are used.
 
     X_1 = W Y,  X_{j+1} = W W^T X_j;  Q = orth [X_1 ... X_d],  B = Q^T W,  left = Q U_k(B)
 
 (Musco and Musco 2015, algorithm 2). Its polynomials in `W W^T` are Chebyshev's: near the top of the spectrum `d` blocks
-separate as `(2d - 1)^2` factors of a gap, where the power iteration's `q` separate as `2q - 1`. With a margin for what
-no asymptote tells (measured on slow, medium and fast spectra), `d` blocks stand for `q` iterations once
-`(2d - 1)^2 >= 3 (2q - 1)`: this pays from about `q = 8` on. It needs `d * columns` columns to fit into `min(out, in)`,
-and holds `d` blocks: more memory than the other routes.
+separate as `(2d - 1)^2` factors of a gap, where `q` power iterations separate as `2q - 1`. With a margin that was
+measured on slow, medium and fast spectra, `d` blocks replace `q` iterations once `(2d - 1)^2 >= 3 (2q - 1)`, which pays
+from about `q = 8` on. The route needs `d * columns <= min(out, in)`, and as it holds `d` blocks, more memory than the
+others.
 """
 
 import math
@@ -20,7 +20,7 @@ from rsi_deploy.linalg.routes.direct import unit_
 
 
 def depth(q: int) -> int:
-    """The number of blocks that is as good as `q` power iterations.
+    """Return the number of blocks that is as good as `q` power iterations.
 
     Example:
         >>> [depth(q) for q in (1, 2, 4, 8, 16)]
@@ -30,13 +30,13 @@ def depth(q: int) -> int:
 
 
 def krylov(operand: Operand, Y: Tensor, q: int, rank: int) -> tuple[Tensor, Tensor]:
-    """`X (out, rank)`, orthonormal, and `Y = W^T X (in, rank)`, as good as `q` iterations from the sketch `Y`.
+    """Return `X (out, rank)`, orthonormal, and `Y = W^T X (in, rank)`, as good as `q` iterations from the sketch `Y`.
 
     Args:
-        operand: the weight.
-        Y: the sketch `(in, columns)` in the working precision; used up.
-        q: power iterations that it stands for.
-        rank: of the result.
+        operand: weight.
+        Y: sketch `(in, columns)` in the working precision; overwritten.
+        q: number of power iterations that the blocks replace.
+        rank: rank of the result.
     """
     blocks = [near_basis_(operand.forward(unit_(Y, operand.scale)))]
     for _ in range(depth(q) - 1):

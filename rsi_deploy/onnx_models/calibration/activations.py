@@ -43,12 +43,12 @@ from rsi_deploy.onnx_models.calibration.check_samples import CheckSamples
 from rsi_deploy.onnx_models.calibration.dense_pass import Survey
 from rsi_deploy.onnx_models.calibration.gradients import output_sensitivities
 from rsi_deploy.onnx_models.calibration.paired_passes import TwoStreams
-from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, reach
+from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, found_sites, reach
 from rsi_deploy.onnx_models.calibration.row_sampling import Readings, axes_of, in_order, padding_mask
 from rsi_deploy.onnx_models.calibration.rows import Taps
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.onnx_models.calibration.stages import cut, thinned
-from rsi_deploy.onnx_models.factor_source import graph_factors
+from rsi_deploy.onnx_models.site_factorizer import graph_factors
 from rsi_deploy.runtime.feeds.values import arrays_of_output
 from rsi_deploy.runtime.provider_spec import parse_provider
 from rsi_deploy.runtime.providers import short_name
@@ -72,10 +72,12 @@ class OnnxStreams:
         wanted: whether a site of this name may be split; the others stay dense and are not observed.
         macs: multiply-accumulates a sample, by node name.
         provider: execution provider of onnxruntime.
-        seed: random seed for the choice of rows and for the probes of metrics.
+        seed: random seed for the choice of rows and for the probes of sensitivities.
         compensate: let a branch compensate for the loss of the stream to which it is added.
         before_ids: measure at the scores where the model's outputs are class ids alone.
-        metrics: metrics of the same model, data and seed that an earlier run has computed.
+        sensitivities: sensitivities of the same model, data and seed that an earlier run has computed.
+        proto: the model, parsed; None reads it from its file.
+        sites: all sites of the model; None finds them.
     """
 
     def __init__(
@@ -91,18 +93,27 @@ class OnnxStreams:
         compensate: bool = True,
         before_ids: bool = False,
         sensitivities: Mapping[str, OutputSensitivity] | None = None,
+        proto: ModelProto | None = None,
+        sites: Sequence[gp.Site] | None = None,
     ) -> None:
         self._path, self._feeds = path, feeds
-        self._model = with_readable_output(read_proto(path)) if before_ids else read_proto(path)
+        proto = proto or read_proto(path)
+        self._model = with_readable_output(proto) if before_ids else proto
         self._provider = _for_work(provider, _fixed_batch(self._model) * sum((macs or {}).values()))
         self._dense_outputs: Tensor | None = None
         self._rows: dict[str, int] = {}
         self._samples, self._seed = samples, seed
         self._checked = CheckSamples(axes_of(self._model), samples)
         self._survey: Survey | None = None
-        self._metrics = functools.cache(self._computed_metrics if sensitivities is None else lambda: sensitivities)
+        self._sensitivities = functools.cache(
+            self._computed_sensitivities if sensitivities is None else lambda: sensitivities
+        )
         self._reached, self.unreachable = reach(
-            self._model, path, wanted=wanted, macs=macs or {}, compensate=compensate
+            self._model,
+            found_sites(path) if sites is None else sites,
+            wanted=wanted,
+            macs=macs or {},
+            compensate=compensate,
         )
         self._program = cut(self._model, self._reached)
         self._readings = Readings(
@@ -209,14 +220,14 @@ class OnnxStreams:
         return output_distance(self._dense_outputs, other)
 
     def sensitivities(self) -> Mapping[str, OutputSensitivity]:
-        """See `ModelActivations`; computed once. None where torch does not know an operator behind the sites.
+        """See `ModelActivations`; computed once; empty where torch does not know an operator behind the sites.
 
-        They are the metrics of all sites, also in `only`: a plan is then fitted to the same numbers as the export that
-        made it.
+        They are those of all sites, also in `only`: a plan is then fitted to the same numbers as the export that made
+        it.
         """
-        return self._metrics()
+        return self._sensitivities()
 
-    def _computed_metrics(self) -> Mapping[str, OutputSensitivity]:
+    def _computed_sensitivities(self) -> Mapping[str, OutputSensitivity]:
         return sensitivities_or_empty(
             lambda: output_sensitivities(
                 self._program,

@@ -29,7 +29,7 @@ from rsi_deploy.onnx_models.calibration.row_sampling import Readings, inputs_of,
 from rsi_deploy.onnx_models.calibration.rows import Taps
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.onnx_models.calibration.stages import Program, Wave
-from rsi_deploy.onnx_models.factor_source import graph_factors
+from rsi_deploy.onnx_models.site_factorizer import graph_factors
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]

@@ -1,4 +1,4 @@
-"""Compute the metrics of the sites of an ONNX graph: torch runs the operators behind the sites again.
+"""Compute how sensitive the outputs are to the sites of an ONNX graph: torch runs the operators behind the sites again.
 
     in front of all sites   onnxruntime      |  values that the rest reads
     behind a site           torch, float32   |  y_site --> ... --> z --(probe u)--> g at y_site
@@ -18,13 +18,12 @@ import torch
 from onnx import NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
-from graph_passes import RowOrder
 from rsi_deploy.calibration.activations import OutputSensitivity
 from rsi_deploy.calibration.output_sensitivity import NoSensitivityError, SensitivityAccumulator
 from rsi_deploy.core.arrays import as_torch
 from rsi_deploy.core.progress import at
 from rsi_deploy.onnx_models.calibration.operators import FIRST_OPSET, operator
-from rsi_deploy.onnx_models.calibration.reachable_sites import Reached
+from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, row_sizes
 from rsi_deploy.onnx_models.calibration.row_sampling import axes_of, padding_mask
 from rsi_deploy.onnx_models.calibration.rows import Taps
 from rsi_deploy.onnx_models.calibration.segment import Segment
@@ -121,19 +120,12 @@ class _Replay:
 
 def _tapped(r: Reached, value: Tensor) -> tuple[Tensor, Tensor]:
     """Return the response as rows `(..., out)` with gradients (of a Conv unchanged), and the value made of them."""
-    order = r.graph.row_order or RowOrder()
-    width = r.site.groups * r.site.out_features
-    if r.site.kernel or (not order.output and value.ndim and value.shape[-1] == width):
-        value = value if value.requires_grad else value.detach().requires_grad_()
-        return value, value
-    axes = list(order.output or range(value.ndim))
-    turned = value.permute(axes)
-    rows, columns = list(turned.shape), 1
-    while rows and columns < width:
-        columns *= rows.pop()
-    flat = turned.reshape(*rows, width)
-    flat = flat if flat.requires_grad else flat.detach().requires_grad_()
-    return flat, flat.reshape(turned.shape).permute(sorted(range(len(axes)), key=axes.__getitem__))
+    width, axes = r.site.groups * r.site.out_features, list(r.order.output or range(value.ndim))
+    ordered = value.permute(axes)
+    in_place = r.site.kernel or (not r.order.output and value.shape[-1:] == (width,))
+    rows = value if in_place else ordered.reshape(*row_sizes(ordered.shape, width), width)
+    rows = rows if rows.requires_grad else rows.detach().requires_grad_()
+    return rows, rows if in_place else rows.reshape(ordered.shape).permute(np.argsort(axes).tolist())
 
 
 def _behind(nodes: Iterable[NodeProto], reached: Mapping[str, Reached]) -> list[NodeProto]:

@@ -5,7 +5,7 @@ data --> [ site ] --> output --> (Add a constant) --> Add --> ...
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,11 @@ class Reached:
         """The prefix of the names of its taps."""
         return f"rsi_deploy/{self.graph.output}"
 
+    @property
+    def order(self) -> gp.RowOrder:
+        """The orders of the axes of data and output."""
+        return self.graph.row_order or gp.RowOrder()
+
     def weight(self) -> Tensor:
         """Return the weight, float32 `(groups, out, in)`.
 
@@ -58,19 +63,36 @@ class Reached:
         return torch.from_numpy(rows).reshape(len(rows), groups, rows.shape[1] // groups).movedim(1, 0)
 
 
+def row_sizes(sizes: Sequence[int], width: int) -> list[int]:
+    """Return the sizes in front of the last axes that make a row of `width` numbers.
+
+    Example:
+        >>> row_sizes((8, 5, 2, 3), 6)
+        [8, 5]
+    """
+    rows, columns = list(sizes), 1
+    while rows and columns < width:
+        columns *= rows.pop()
+    return rows
+
+
 def reach(
-    model: ModelProto, path: Path, *, wanted: Callable[[str], bool], macs: Mapping[str, int], compensate: bool
+    model: ModelProto,
+    sites: Sequence[gp.Site],
+    *,
+    wanted: Callable[[str], bool],
+    macs: Mapping[str, int],
+    compensate: bool,
 ) -> tuple[dict[str, Reached], dict[str, str]]:
     """Return the sites that calibration can observe, by output name, and the reasons of the others, by site name.
 
     Args:
         model: the model without its external data.
-        path: file of the same model.
+        sites: all sites of the model.
         wanted: whether to observe the site of this name.
         macs: multiply-accumulates a sample, by node name.
         compensate: find the values to which the outputs are added.
     """
-    sites = [entry for entry in gp.find_sites(load_model(path)) if isinstance(entry, gp.Site)]
     uses = Counter(site.weight for site in sites)
     made = {name for node in model.graph.node for name in node.output}
     beside = added_to(model) if compensate else {}
@@ -86,6 +108,11 @@ def reach(
             near = beside.get(site.output, "") if site.linear else ""
             found[site.output] = Reached(site=_stream_site(site, macs), graph=site, beside=near)
     return found, unreachable
+
+
+def found_sites(path: Path) -> list[gp.Site]:
+    """Return the sites of the model at `path`."""
+    return [entry for entry in gp.find_sites(load_model(path)) if isinstance(entry, gp.Site)]
 
 
 def added_to(model: ModelProto) -> dict[str, str]:

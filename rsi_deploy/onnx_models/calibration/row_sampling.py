@@ -25,7 +25,7 @@ import graph_passes as gp
 from rsi_deploy.calibration.activations import RowCounts
 from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples, row_limit
 from rsi_deploy.linalg.solver import stream_seed
-from rsi_deploy.onnx_models.calibration.reachable_sites import Reached
+from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, row_sizes
 from rsi_deploy.onnx_models.calibration.rows import Taps, all_patches, chosen, output_size, patch_index
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.onnx_models.calibration.stages import Program
@@ -125,11 +125,8 @@ class Readings:
 
 def _row_shape(r: Reached, shape: Sequence[int]) -> tuple[int, ...]:
     """Return the shape `(*rows, in)` of a product's data of this shape."""
-    order = r.graph.row_order or gp.RowOrder()
-    rows, columns = [shape[axis] for axis in order.data or range(len(shape))], 1
-    while rows and columns < r.site.in_features:  # several axes may make one row
-        columns *= rows.pop()
-    return (*rows, columns)
+    ordered = [shape[axis] for axis in r.order.data or range(len(shape))]
+    return (*row_sizes(ordered, r.site.in_features), r.site.in_features)
 
 
 def survey_rows(in_features: int) -> int:
@@ -147,14 +144,14 @@ def taps_of(
     """Return taps of the sites' inputs where `data` is true, of the outputs in `biases`, and of values in `beside`."""
     taps = Taps()
     for r in group:
-        site, order = r.site, r.graph.row_order or gp.RowOrder()
+        site = r.site
         width = site.groups * site.out_features
-        outputs = taps.positions if site.kernel else functools.partial(taps.rows, order=order.output)
+        outputs = taps.positions if site.kernel else functools.partial(taps.rows, order=r.order.output)
         if data(r) and site.kernel:
             points = math.prod(site.kernel)
             taps.patches(r.graph.data, r.tag, site.groups * site.in_features // points, points)
         elif data(r):
-            taps.rows(r.graph.data, r.tag, site.in_features, order.data)
+            taps.rows(r.graph.data, r.tag, site.in_features, r.order.data)
         if biases and r.graph.output in biases:
             outputs(r.graph.output, f"{r.tag}/response", width)
             if bias := biases[r.graph.output][0]:

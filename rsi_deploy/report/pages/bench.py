@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from rsi_deploy.benchmark.result import ArmFile, BenchDocument
+from rsi_deploy.benchmark.result import BenchDocument, VariantFile
 from rsi_deploy.core.text import human_bytes
 from rsi_deploy.report.bench_tables import accuracy_table, cell_notes, machine_text, speed_tone, value_table
 from rsi_deploy.report.pages.cells import distributions_section, pareto_section, results_section, scaling_section
@@ -74,10 +74,10 @@ def _verdict(document: BenchDocument) -> str:
     cell = document.cells[0]
     if len(cell.arms) == 1:
         return f"{cell.arms[0].median_ms:.4g} ms a call, {cell.name}."
-    said = "; ".join(f"{arm.label}: {arm.verdict}" for arm in cell.arms[1:4])
+    verdicts = "; ".join(f"{arm.label}: {arm.verdict}" for arm in cell.arms[1:4])
     others = [speed_tone(arm) for other in document.cells[1:] for arm in other.arms[1:]]
     counts = [f"{others.count(tone)} {word}" for tone, word in _WORDS.items() if tone in others]
-    return f"{said} ({cell.name})." + (f" In the other configurations: {', '.join(counts)}." if counts else "")
+    return f"{verdicts} ({cell.name})." + (f" In the other configurations: {', '.join(counts)}." if counts else "")
 
 
 _WORDS = {"good": "faster", "neutral": "without a difference shown", "bad": "slower"}
@@ -94,7 +94,7 @@ def _facts(document: BenchDocument) -> list[tuple[str, str]]:
     ]
 
 
-def _tile(document: BenchDocument, file: ArmFile) -> Tile:
+def _tile(document: BenchDocument, file: VariantFile) -> Tile:
     arm = next((arm for cell in document.cells[:1] for arm in cell.arms if arm.label == file.label), None)
     size = human_bytes(file.file_bytes)
     if arm is None:

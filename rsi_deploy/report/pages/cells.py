@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-from rsi_deploy.benchmark.result import ArmResult, BenchDocument, BenchResult
+from rsi_deploy.benchmark.result import BenchDocument, BenchResult, VariantResult
 from rsi_deploy.report.bench_tables import how_it_ran, latency_table
 from rsi_deploy.report.pages.latency import latency_blocks
 from rsi_deploy.report.pages.page import Block, Picture, Section, block_of
@@ -134,7 +134,7 @@ def pareto_section(document: BenchDocument) -> Section:
     return Section(name="pareto", title="Accuracy against latency", blocks=blocks, words=words)
 
 
-def _dot(arm: ArmResult, share: float, ends: tuple[float, float] | None) -> Point:
+def _dot(arm: VariantResult, share: float, ends: tuple[float, float] | None) -> Point:
     low, high = ends or (None, None)
     return Point(
         x=arm.median_ms,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from rsi_deploy.core.sites import SiteRecord, Spectrum
-from rsi_deploy.report.pages.page import Picture, Section, block_of
-from rsi_deploy.report.pages.plots import Axis, Bar, Bars, Panel, Panels
+from rsi_deploy.report.pages.page import Picture, Section, bar_chart, block_of
+from rsi_deploy.report.pages.plots import Axis, Bar, Panel, Panels
 from rsi_deploy.report.summary import NORMALIZED, RESPONSE, normalized_error, response_error
 from rsi_deploy.report.table import Table
 
@@ -59,13 +59,7 @@ def spectra_section(sites: Sequence[SiteRecord]) -> Section:
         ),
     )
     rows = [
-        (
-            s.name,
-            spectrum.of,
-            str(s.rank),
-            str(spectrum.full_rank),
-            *[_at(spectrum, share) for share in (0.1, 0.25, 0.5)],
-        )
+        (s.name, spectrum.of, str(s.rank), str(spectrum.full_rank), *[_at(spectrum, x) for x in (0.1, 0.25, 0.5)])
         for s, spectrum in shown
     ]
     table = Table(
@@ -90,57 +84,46 @@ def _at(spectrum: Spectrum, share: float) -> str:
 
 def errors_section(sites: Sequence[SiteRecord]) -> Section:
     """Return the section with the response errors of fitted factors and the errors against the weights."""
-    blocks = []
     fitted = [s for s in sites if s.response_error is not None]
-    if fitted:
-        shown = largest(fitted)
-        picture = Picture(
-            name="responses",
-            title="Response error of each site",
-            description="A bar for each site fitted to data: the share of its output's variance that is lost.",
-            plot=Bars(
-                bars=[
-                    Bar(label=s.name, value=100 * (s.response_error or 0), note=f"{s.name}: {response_error(s)}")
-                    for s in shown
-                ],
-                axis=Axis(title="% of the output's variance lost", zero=True, form=".4~g"),
-            ),
-        )
-        table = Table(
-            caption=of_all(shown, fitted, "Response errors on calibration data"),
-            columns=("site", "#rank", "#response error"),
-            rows=[(s.name, str(s.rank), response_error(s)) for s in shown],
-        )
-        blocks += block_of(table, picture, words=[RESPONSE])
+    shown = largest(fitted)
+    responses = bar_chart(
+        "responses",
+        "Response error of each site",
+        "A bar for each site fitted to data: the share of its output's variance that is lost.",
+        [_bar(s, s.response_error, response_error(s)) for s in shown],
+        "% of the output's variance lost",
+    )
+    response_table = Table(
+        caption=of_all(shown, fitted, "Response errors on calibration data"),
+        columns=("site", "#rank", "#response error"),
+        rows=[(s.name, str(s.rank), response_error(s)) for s in shown],
+    )
     compared = [s for s in sites if s.spectral_error is not None]
-    if compared:
-        shown = largest(compared)
-        picture = Picture(
-            name="spectral",
-            title="Spectral error of each weight",
-            description="A bar for each split weight: the spectral norm of its error in percent of its spectral norm.",
-            plot=Bars(
-                bars=[
-                    Bar(
-                        label=s.name,
-                        value=100 * (s.spectral_error or 0),
-                        note=f"{s.name}: {100 * (s.spectral_error or 0):.1f} %, normalized {normalized_error(s)}",
-                    )
-                    for s in shown
-                ],
-                axis=Axis(title="% of the weight's spectral norm", zero=True, form=".4~g"),
-            ),
-        )
-        table = Table(
-            caption=of_all(shown, compared, "Errors of the factors against their weights"),
-            columns=("site", "#rank", "#spectral", "#Frobenius", "#normalized"),
-            rows=[
-                (s.name, str(s.rank), _percent(s.spectral_error), _percent(s.frobenius_error), normalized_error(s))
-                for s in shown
-            ],
-        )
-        blocks += block_of(table, picture, words=[NORMALIZED])
+    shown = largest(compared)
+    spectral = bar_chart(
+        "spectral",
+        "Spectral error of each weight",
+        "A bar for each split weight: the spectral norm of its error in percent of its spectral norm.",
+        [_bar(s, s.spectral_error, f"{_percent(s.spectral_error)}, normalized {normalized_error(s)}") for s in shown],
+        "% of the weight's spectral norm",
+    )
+    spectral_table = Table(
+        caption=of_all(shown, compared, "Errors of the factors against their weights"),
+        columns=("site", "#rank", "#spectral", "#Frobenius", "#normalized"),
+        rows=[
+            (s.name, str(s.rank), _percent(s.spectral_error), _percent(s.frobenius_error), normalized_error(s))
+            for s in shown
+        ],
+    )
+    blocks = [
+        *block_of(response_table, responses, words=[RESPONSE]),
+        *block_of(spectral_table, spectral, words=[NORMALIZED]),
+    ]
     return Section(name="errors", title="Errors of each site", blocks=blocks)
+
+
+def _bar(site: SiteRecord, error: float | None, note: str) -> Bar:
+    return Bar(label=site.name, value=100 * (error or 0), note=f"{site.name}: {note}")
 
 
 def _percent(value: float | None) -> str:

@@ -6,16 +6,20 @@ The template escapes all texts, because they may come from files of strangers. W
 its tables and a remark.
 """
 
+import functools
 import logging
 import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rsi_deploy.core.text import plain
 from rsi_deploy.report.pages.page import Page, Picture
 from rsi_deploy.report.pages.theme import ALL, GRID, MUTED, SERIES, TEXT, WARN
+
+if TYPE_CHECKING:
+    import jinja2
 
 _log = logging.getLogger(__name__)
 _SOURCE = re.compile(r'<meta name="source-sha256" content="([0-9a-f]{64})">')
@@ -34,10 +38,34 @@ def source_of(page: Path) -> str | None:
 
 def render(page: Page) -> str:
     """Return the page as HTML."""
-    import jinja2
     import markupsafe
 
     draw, problem = _drawing()
+
+    def picture(of: Picture) -> Any:
+        return markupsafe.Markup(draw(of)) if draw else None
+
+    remarks = [*page.remarks, *([_NO_PICTURES.format(problem)] if problem else [])]
+    return _template().render(
+        page=page,
+        remarks=remarks,
+        picture=picture,
+        style=markupsafe.Markup(_resource("page.css")),
+        colours=ALL,
+        named={"text": TEXT, "muted": MUTED, "grid": GRID, "warn": WARN, "accent": SERIES[1]},
+    )
+
+
+@functools.cache
+def _template() -> "jinja2.Template":
+    """Return the compiled template."""
+    import jinja2
+    import markupsafe
+
+    def breaks(name: str) -> Any:
+        """Allow line breaks in a name after a dot, a slash or an underscore."""
+        return markupsafe.Markup(re.sub(r"(?<=[^\W\d][./_])(?=\w)", "<wbr>", str(markupsafe.escape(plain(name)))))
+
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -46,25 +74,8 @@ def render(page: Page) -> str:
         finalize=_without_controls,
         loader=jinja2.FunctionLoader(_resource),
     )
-
-    def breaks(name: str) -> Any:
-        """Allow line breaks in a name after a dot, a slash or an underscore."""
-        return markupsafe.Markup(re.sub(r"(?<=[^\W\d][./_])(?=\w)", "<wbr>", str(markupsafe.escape(plain(name)))))
-
     environment.filters["breaks"] = breaks
-
-    def picture(of: Picture) -> Any:
-        return markupsafe.Markup(draw(of)) if draw else None
-
-    remarks = [*page.remarks, *([_NO_PICTURES.format(problem)] if problem else [])]
-    return environment.get_template("page.html.jinja").render(
-        page=page,
-        remarks=remarks,
-        picture=picture,
-        style=markupsafe.Markup(_resource("page.css")),
-        colours=ALL,
-        named={"text": TEXT, "muted": MUTED, "grid": GRID, "warn": WARN, "accent": SERIES[1]},
-    )
+    return environment.get_template("page.html.jinja")
 
 
 def _drawing() -> tuple[Callable[[Picture], str] | None, str]:

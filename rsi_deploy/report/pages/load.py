@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from rsi_deploy.benchmark.result import BenchDocument
 from rsi_deploy.report.bench_tables import bursts_table, streams_table, throughput_table
-from rsi_deploy.report.pages.page import Picture, Section, block_of
-from rsi_deploy.report.pages.plots import Axis, Bar, Bars, Curves, Point
+from rsi_deploy.report.pages.page import Picture, Section, bar_chart, block_of
+from rsi_deploy.report.pages.plots import Axis, Bar, Curves, Point
 from rsi_deploy.report.table import Table
 
 
@@ -21,23 +21,17 @@ def _bursts(document: BenchDocument) -> Section:
         for b in document.bursts
         for kind, value in zip(kinds, (b.first_ms, b.rest_ms), strict=True)
     ]
-    picture = Picture(
-        name="bursts",
-        title="Calls of a burst after an idle gap",
-        description="Bars for each model: the first call of a burst, and the later calls.",
-        plot=Bars(bars=bars, axis=Axis(title="ms", zero=True, form=".4~g"), series=kinds),
-    )
+    what = "Bars for each model: the first call of a burst, and the later calls."
+    picture = bar_chart("bursts", "Calls of a burst after an idle gap", what, bars, "ms", series=kinds)
     blocks = block_of(bursts_table(document.bursts), picture, wide=True)
     return Section(name="bursts", title="Bursts", blocks=blocks)
 
 
 def _throughput(document: BenchDocument) -> Section:
     points = [
-        Point(
-            x=batch, y=rate, low=ends[0], high=ends[1], series=t.label, note=f"{t.label}, batch {batch}: {rate:.4g}/s"
-        )
+        Point(x=batch, y=rate, low=low, high=high, series=t.label, note=f"{t.label}, batch {batch}: {rate:.4g}/s")
         for t in document.throughput
-        for batch, rate, ends in zip(t.batches, t.per_second, t.per_second_intervals, strict=True)
+        for batch, rate, (low, high) in zip(t.batches, t.per_second, t.per_second_intervals, strict=True)
     ]
     labels = [t.label for t in document.throughput]
     picture = _rates("throughput", "Samples a second over the batch", "batch", points, labels)

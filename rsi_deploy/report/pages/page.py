@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from rsi_deploy.report.pages.plots import Plot
+from rsi_deploy.report.pages.plots import Axis, Bar, Bars, Plot
 from rsi_deploy.report.table import Table, Tone
 
 
@@ -26,6 +27,14 @@ class Picture:
     title: str
     description: str
     plot: Plot
+
+
+def bar_chart(
+    name: str, title: str, description: str, bars: Sequence[Bar], axis: str, *, form: str = ".4~g", **more: Any
+) -> Picture:
+    """Return a picture of bars on an axis from 0; `more` are further fields of `Bars`."""
+    plot = Bars(bars=bars, axis=Axis(title=axis, zero=True, form=form), **more)
+    return Picture(name=name, title=title, description=description, plot=plot)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from rsi_deploy.report.bench_tables import machine_text, speed_tone
 from rsi_deploy.report.pages.environment import environment_section
 from rsi_deploy.report.pages.html import render
 from rsi_deploy.report.pages.latency import latency_section
-from rsi_deploy.report.pages.page import Block, Page, Picture, Section, Tile, block_of
-from rsi_deploy.report.pages.plots import Axis, Bar, Bars
+from rsi_deploy.report.pages.page import Block, Page, Section, Tile, bar_chart, block_of
+from rsi_deploy.report.pages.plots import Bar
 from rsi_deploy.report.pages.sites import sections_of_sites
 from rsi_deploy.report.schema import Report, TimingRecord
 from rsi_deploy.report.summary import checks_table, comparison_table, evidence_lines, request_text, verdict
@@ -165,15 +165,9 @@ def _checks(report: Report) -> Section:
 def _work(report: Report) -> Section:
     stages = report.stages
     total = sum(stage.seconds for stage in stages)
-    picture = Picture(
-        name="stages",
-        title="Time of each step",
-        description="A bar for each step of the export, in seconds.",
-        plot=Bars(
-            bars=[Bar(label=s.name, value=s.seconds, note=f"{s.name}: {s.seconds:.2f} s") for s in stages],
-            axis=Axis(title="seconds", zero=True, form=".4~g"),
-        ),
-    )
+    bars = [Bar(label=s.name, value=s.seconds, note=f"{s.name}: {s.seconds:.2f} s") for s in stages]
+    what = "A bar for each step of the export, in seconds."
+    picture = bar_chart("stages", "Time of each step", what, bars, "seconds")
     table = Table(
         caption=f"Total {total:.1f} s, peak memory {human_bytes(report.peak_memory)}",
         columns=("step", "#seconds", "#share"),

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from rsi_deploy.core.sites import SiteRecord
 from rsi_deploy.report.pages.errors import errors_section, largest, of_all, spectra_section
-from rsi_deploy.report.pages.page import Block, Picture, Section, block_of
-from rsi_deploy.report.pages.plots import Axis, Bar, Bars
+from rsi_deploy.report.pages.page import Block, Section, bar_chart, block_of
+from rsi_deploy.report.pages.plots import Bar
 from rsi_deploy.report.summary import macs_kept, shape, share, site_notes, site_table
 from rsi_deploy.report.table import Table
 
@@ -17,85 +17,49 @@ _FOLD = 16
 
 def sections_of_sites(sites: Sequence[SiteRecord]) -> list[Section]:
     """Return the sections that have something to show."""
-    return [
-        section
-        for section in (
-            _parameters(sites),
-            _ranks(sites),
-            spectra_section(sites),
-            errors_section(sites),
-            _decisions(sites),
-        )
-        if section.blocks
-    ]
+    sections = (_parameters(sites), _ranks(sites), spectra_section(sites), errors_section(sites), _decisions(sites))
+    return [section for section in sections if section.blocks]
 
 
 def _parameters(sites: Sequence[SiteRecord]) -> Section:
     known = [s for s in sites if s.params_dense]
     shown = largest(known)
+    kinds = ("dense", "compressed")
     bars = [
-        Bar(label=s.name, value=value, series=series, note=f"{s.name}, {series}: {value:,}")
+        Bar(label=s.name, value=value, series=kind, note=f"{s.name}, {kind}: {value:,}")
         for s in shown
-        for series, value in (("dense", s.params_dense), ("compressed", s.params_compressed))
+        for kind, value in zip(kinds, (s.params_dense, s.params_compressed), strict=True)
     ]
-    plot = Bars(bars=bars, axis=Axis(title="parameters", zero=True), series=("dense", "compressed"), overlaid=True)
-    rows = [
-        (
-            s.name,
-            f"{s.params_dense:,}",
-            f"{s.params_compressed:,}",
-            share(s.params_compressed, s.params_dense),
-            macs_kept(s),
-        )
-        for s in shown
-    ]
-    picture = Picture(
-        name="parameters",
-        title="Parameters of each site, before and after",
-        description="A bar for each site: its parameters in the dense model, and over it those in the compressed one.",
-        plot=plot,
-    )
+    title = "Parameters of each site, before and after"
+    what = "A bar for each site: its parameters in the dense model, and over it those in the compressed one."
+    picture = bar_chart("parameters", title, what, bars, "parameters", form="~s", series=kinds, overlaid=True)
     table = Table(
         caption=of_all(shown, known, "Parameters and multiply-accumulates (MACs)"),
         columns=("site", "#dense", "#compressed", "#kept", "#MACs kept"),
-        rows=rows,
+        rows=[
+            (s.name, f"{dense:,}", f"{compressed:,}", share(compressed, dense), macs_kept(s))
+            for s in shown
+            for dense, compressed in [(s.params_dense, s.params_compressed)]
+        ],
     )
     return Section(name="parameters", title="Size of each site", blocks=block_of(table, picture))
 
 
 def _ranks(sites: Sequence[SiteRecord]) -> Section:
     split = [s for s in sites if s.rank and s.break_even_rank]
-    shown = largest(split)
+    shown = [(s, 100 * (s.rank or 0) / s.break_even_rank) for s in largest(split)]
     bars = [
-        Bar(
-            label=s.name,
-            value=100 * (s.rank or 0) / s.break_even_rank,
-            note=f"{s.name}: rank {s.rank} of break-even {s.break_even_rank:.1f}",
-        )
-        for s in shown
+        Bar(label=s.name, value=percent, note=f"{s.name}: rank {s.rank} of break-even {s.break_even_rank:.1f}")
+        for s, percent in shown
     ]
-    rows = [
-        (
-            s.name,
-            shape(s),
-            str(s.rank),
-            f"{s.break_even_rank:.1f}",
-            f"{100 * (s.rank or 0) / s.break_even_rank:.0f} %",
-        )
-        for s in shown
-    ]
-    picture = Picture(
-        name="ranks",
-        title="Rank as a share of the break-even rank",
-        description="A bar for each split site: its rank in percent of its break-even rank.",
-        plot=Bars(
-            bars=bars, axis=Axis(title="% of break-even rank", zero=True, form="~f"), mark=(100, "saves nothing")
-        ),
-    )
+    title = "Rank as a share of the break-even rank"
+    what = "A bar for each split site: its rank in percent of its break-even rank."
+    mark = (100, "saves nothing")
+    picture = bar_chart("ranks", title, what, bars, "% of break-even rank", form="~f", mark=mark)
     table = Table(
         caption=of_all(shown, split, "Ranks of the split sites"),
         columns=("site", "#out x in", "#rank", "#break-even", "#share"),
-        rows=rows,
+        rows=[(s.name, shape(s), str(s.rank), f"{s.break_even_rank:.1f}", f"{percent:.0f} %") for s, percent in shown],
     )
     words = ["At its break-even rank, out*in/(out+in), a split holds as many numbers as the dense weight."]
     return Section(name="ranks", title="Ranks", blocks=block_of(table, picture), words=words)

@@ -68,7 +68,7 @@ def times_name(sweep: Sweep) -> str:
         return ""
     if sweep.side_by_side:
         return "all points and the dense model side by side, in one run"
-    return "each point beside the dense model, in its own run; compare points with care"
+    return "each point in its own run with the dense model; compare points with care"
 
 
 def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:

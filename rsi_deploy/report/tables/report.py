@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # a machine that only measures has no torch
     from rsi_deploy.runtime.doctor import Diagnosis
 
 
+_RANKS = ("#break-even rank", "#rank 90 %", "#rank 99 %", "#stable rank")
+
+
 def print_report(console: Console, report: "Report", *, most_sites: int = 30) -> None:
     """Print the sites, the comparison of dense and compressed model, the checks, the notes, and the verdict."""
     print_sites(console, report.sites, most=most_sites)
@@ -61,17 +64,7 @@ def print_inspection(console: Console, result: "Inspection") -> None:
     """Print a row for each site: shape, break-even rank, spectrum, and what export would do."""
     table = Table(
         caption="",
-        columns=(
-            "site",
-            "operation",
-            "#out x in",
-            "#params",
-            "#break-even rank",
-            "#rank 90 %",
-            "#rank 99 %",
-            "#stable rank",
-            f"export --rank {result.rank}",
-        ),
+        columns=("site", "operation", "#out x in", "#params", *_RANKS, f"export --rank {result.rank}"),
         rows=[
             (
                 s.name,

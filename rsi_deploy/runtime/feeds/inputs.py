@@ -98,8 +98,8 @@ def _spec_of_runtime(what: str, value: Any, type_name: str) -> InputSpec:
 
 def _not_a_tensor(what: str, name: str, type_name: str) -> ModelError:
     return ModelError(
-        f"{what} {name} is {type_name}, but only tensors of numbers and strings are supported; export a model "
-        "without it"
+        f"{what} {name} is {type_name}, but only tensors of numbers and strings are supported",
+        hint="export a model without it",
     )
 
 
@@ -120,7 +120,9 @@ def _inputs_of_proto(proto: Any, what: str) -> list[InputSpec]:
             kind = (value.type.WhichOneof("value") or "of no type").removesuffix("_type").replace("_", " ")
             raise _not_a_tensor(what, value.name, f"a {kind}" if kind != "of no type" else kind)
         if not tensor.HasField("shape"):
-            raise ModelError(f"{what} {value.name} has no shape, not even a rank; run onnx.shape_inference first")
+            raise ModelError(
+                f"{what} {value.name} has no shape, not even a rank", hint="run onnx.shape_inference first"
+            )
         dims = tuple(dim_of(dim) for dim in tensor.shape.dim)
         is_string = tensor.elem_type == onnx.TensorProto.STRING
         dtype: np.dtype[Any] = TEXT if is_string else onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)

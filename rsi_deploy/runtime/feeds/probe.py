@@ -13,7 +13,7 @@ import numpy as np
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.types import Array, Feeds
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
-from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
 from rsi_deploy.runtime.feeds.random_feeds import random_feeds
 from rsi_deploy.runtime.feeds.user_feeds import user_feeds
 from rsi_deploy.runtime.feeds.values import describe_array, is_text
@@ -27,6 +27,7 @@ def probe_feeds(
     shapes: Mapping[str, Sequence[int]] | None = None,
     given: Feeds | None = None,
     examples: Mapping[str, Sequence[int]] | None = None,
+    specs: Sequence[InputSpec] | None = None,
 ) -> dict[str, Array]:
     """Return probe inputs for a model.
 
@@ -37,18 +38,20 @@ def probe_feeds(
             stores them; batch sizes in them are used as they are.
         given: input name -> array, in place of random inputs.
         examples: input name -> shape with any batch size, for inputs that are not in `shapes`.
+        specs: the model's inputs; None reads them from its file.
 
     Raises:
         UsageError: Shapes or arrays do not fit the model, or a dynamic dimension has no size.
     """
-    specs = model_inputs(model)
+    specs = model_inputs(model) if specs is None else specs
     if given is not None:
         feeds = user_feeds(specs, given, model.name)
         for name, shape in (shapes or {}).items():
             if name in feeds and feeds[name].shape != tuple(shape):
                 raise UsageError(
                     f"--feeds and --input-shape contradict each other: {name} is {feeds[name].shape} in --feeds, but "
-                    f"{tuple(shape)} in --input-shape; leave out one of them"
+                    f"{tuple(shape)} in --input-shape",
+                    hint="leave out one of them",
                 )
         return feeds
     axes = BatchAxes.of({spec.name: spec.shape for spec in specs})

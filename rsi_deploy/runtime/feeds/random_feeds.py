@@ -49,12 +49,12 @@ def random_feeds(
 def _draw(spec: InputSpec, shape: Shape, seed: int) -> Array:
     if math.prod(shape) > GENERATED_NUMBERS:
         raise UsageError(
-            f"input {quoted_name(spec.name)} of shape {shape} has more than {GENERATED_NUMBERS} numbers; "
-            "give a smaller shape or batch"
+            f"input {quoted_name(spec.name)} of shape {shape} has more than {GENERATED_NUMBERS} numbers",
+            hint="give a smaller shape or batch",
         )
     if is_text(spec.dtype):
         raise UsageError(
-            f"input {spec} takes text, which is not drawn at random; give it in an .npz file: --feeds FILE.npz"
+            f"input {spec} takes text, which is not drawn at random", hint="give it in an .npz file: --feeds FILE.npz"
         )
     rng = np.random.default_rng([seed, *spec.name.encode()])
     if spec.dtype.kind in "iu":

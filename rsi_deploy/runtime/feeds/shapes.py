@@ -68,7 +68,9 @@ def concrete_shapes(
     """Return a concrete shape for every input; arguments and errors as for `random_feeds`."""
     unknown = sorted(set(input_shape) - {spec.name for spec in specs})
     if unknown:
-        raise UsageError(f"--input-shape: no input named {', '.join(unknown)}; the model has {list_specs(specs)}")
+        raise UsageError(
+            f"--input-shape: no input named {', '.join(unknown)}", hint=f"the model has {list_specs(specs)}"
+        )
     refuse_empty_batch(specs, input_shape, "--input-shape")
     if batch < 1:
         raise UsageError(f"batch must be 1 or more, but got {batch}")
@@ -158,20 +160,22 @@ def _bind_symbols_(
         if shape is not None:
             if isinstance(dim, int) and dim != shape[axis]:
                 raise UsageError(
-                    f"--input-shape: {spec} has {dim} fixed at axis {axis}, but got {tuple(shape)}; give {dim} there"
+                    f"--input-shape: {spec} has {dim} fixed at axis {axis}, but got {tuple(shape)}",
+                    hint=f"give {dim} there",
                 )
             if size is not None and size != shape[axis] and not any_batch:
                 raise UsageError(
-                    f"--input-shape: {spec} has the batch {f'at axis {axis}' if axis else 'first'}, which is "
-                    f"{batch}, but got {tuple(shape)}; pass --batch {shape[axis]} with it"
+                    f"--input-shape: {spec} has the batch {(f'at axis {axis}' if axis else 'first')}, which is "
+                    f"{batch}, but got {tuple(shape)}",
+                    hint=f"pass --batch {shape[axis]} with it",
                 )
             size = shape[axis]
         elif any_batch and size is not None and isinstance(dim, str):
             size = symbols.get(dim, size)
         if isinstance(dim, str) and size is not None and symbols.setdefault(dim, size) != size:
             raise UsageError(
-                f"--input-shape: {dim} of {spec} is {size}, but {symbols[dim]} elsewhere"
-                f"; give one size for {dim} everywhere"
+                f"--input-shape: {dim} of {spec} is {size}, but {symbols[dim]} elsewhere",
+                hint=f"give one size for {dim} everywhere",
             )
 
 
@@ -194,9 +198,9 @@ def _open_axes_error(unsettled: Sequence[InputSpec], sizes: Mapping[str, Sequenc
     names = ", ".join(str(spec.shape[axis] or f"axis {axis}") for axis in places)
     examples = [f"{each.name}={'x'.join(map(str, example_shape(each, sizes[each.name], batch)))}" for each in unsettled]
     return UsageError(
-        f"input {spec} leaves {'axis' if len(places) == 1 else 'axes'} {' and '.join(map(str, places))} open; give its "
-        f"whole shape: {' '.join(f'--input-shape {example}' for example in examples)} (with your own size for "
-        f"{names}), or data that have it"
+        f"input {spec} leaves {('axis' if len(places) == 1 else 'axes')} {' and '.join(map(str, places))} open",
+        hint=f"give its whole shape: {' '.join(f'--input-shape {example}' for example in examples)} (with your own "
+        f"size for {names}), or data that have it",
     )
 
 
@@ -205,6 +209,6 @@ def _check_batch(specs: Sequence[InputSpec], batch: int) -> None:
     firsts = [spec.shape[0] for spec in specs if spec.shape]
     if firsts and batch != 1 and all(isinstance(dim, int) and dim != batch for dim in firsts):
         raise UsageError(
-            f"the batch is fixed in this model: {list_specs(specs)}, but got {batch}; "
-            f"take a batch of {firsts[0]}, or export the model with a dynamic batch"
+            f"the batch is fixed in this model: {list_specs(specs)}, but got {batch}",
+            hint=f"take a batch of {firsts[0]}, or export the model with a dynamic batch",
         )

@@ -48,7 +48,8 @@ def user_feeds(specs: Sequence[InputSpec], feeds: Feeds, model: str) -> dict[str
             if (array != array[0]).any():
                 raise UsageError(
                     f"{model} takes {spec} once for a whole run, as it has no batch axis, but the array has several "
-                    f"different values; give it once, in that shape"
+                    "different values",
+                    hint="give it once, in that shape",
                 )
             found[spec.name] = np.asarray(array[0])
     check_feeds(specs, found, model)
@@ -78,5 +79,5 @@ def check_feeds(specs: Sequence[InputSpec], feeds: Feeds, model: str) -> None:
             known, where = sizes.setdefault(dim, (size, spec.name)) if isinstance(dim, str) else (size, "")
             if known != size:
                 raise UsageError(
-                    f"{model}: {dim} is {known} in {where}, but {size} in {spec.name}; give one size for it"
+                    f"{model}: {dim} is {known} in {where}, but {size} in {spec.name}", hint="give one size for it"
                 )

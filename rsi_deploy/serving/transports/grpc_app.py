@@ -162,7 +162,7 @@ def decode(message: Any) -> InferRequest:
     for index, tensor in enumerate(message.inputs):
         what = f"input {tensor.name[:80]}"
         if tensor.name in feeds:
-            raise Refusal(400, f"{what} is given twice")
+            raise Refusal(400, f"{what} is repeated")
         check_extensions(tensor.parameters, what)
         dtype, shape = dtype_of(tensor.datatype, what), checked_shape(list(tensor.shape), what)
         if raw:

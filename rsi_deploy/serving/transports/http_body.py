@@ -47,7 +47,7 @@ def decode(body: bytes, header_length: str | None, *, max_json: int) -> InferReq
     for entry in _entries(document, "inputs"):
         name = _name(entry, "input")
         if name in feeds:
-            raise Refusal(400, f"input {name[:80]} is given twice")
+            raise Refusal(400, f"input {name[:80]} is repeated")
         feeds[name], rest = _tensor(entry, name, rest, header_length is not None)
     if not feeds:
         raise Refusal(400, "inputs is empty; expected one entry for each input of the model")

@@ -1,1 +1,1 @@
-"""What PyTorch modules read and write while a model runs on calibration data."""
+"""Activations of PyTorch modules on calibration data."""

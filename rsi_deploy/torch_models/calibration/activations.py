@@ -1,10 +1,10 @@
-"""`Streams` of a torch module: calibration data run through it with hooks, as it is and as it is becoming.
+"""The `ModelActivations` of a torch module, read by hooks while calibration data run through it.
 
-    survey     dense runs, each up to the last site whose moments fit in memory beside the others'
-    sequence   a stage of neighbouring sites at a time: dense run, run with the stages before replaced, both up to it
+    survey     dense runs, each for a group of sites whose moments fit in memory together
+    sequence   for each stage of neighbouring sites a dense run, and a run with all earlier stages replaced
     distance   whole runs of some samples
 
-A replaced layer computes with another `forward` for the time of a run; between runs the module is as it was.
+Replaced layers have another `forward` during a run only; the module itself does not change.
 """
 
 import math
@@ -38,28 +38,28 @@ from rsi_deploy.torch_models.calibration.row_sampling import (
 )
 from rsi_deploy.torch_models.calibration.runs import Arguments, Runs, samples_of, stacked
 from rsi_deploy.torch_models.calibration.trace import BatchTrace, attentions_of, layers_of, staged
-from rsi_deploy.torch_models.compress import ModuleSite, find_module_sites, low_rank_layer
+from rsi_deploy.torch_models.module_sites import ModuleSite, find_module_sites, low_rank_layer
 
 Forwards = Mapping[nn.Module, Callable[..., Any]]
 
-GATHERED_LIMIT = 512 * 2**20
+MOMENT_LIMIT = 512 * 2**20
 NEVER = "never executed on the calibration data"
 
 
 class TorchActivations:
-    """The streams of `module`, in evaluation mode, its BatchNorms behind Convs folded already (or else seen as layers).
+    """The activations of `module` on calibration data.
 
     Args:
-        module: runs on its own device.
-        batches: gives a fresh iterator over the calibration data, a tuple of positional arguments at a time.
-        wanted: says by name which sites may be split; the others stay dense and are not looked at.
-        rows: how many rows a site with so many inputs gets of all the data, at most.
-        seed: of the choice of rows.
-        stages: in how many a sequence is run; a site does not feel those of its own stage.
-        mask: index of the argument that is a padding mask `(N, L)`, 0 for padding; None finds the mask of data padded
-            at the end by its shape and values. Its padding is no row of a product over `(N, L, ...)`.
-        compensate: let a branch make up for what the stream it is added to has lost.
-        memory: bytes that a survey gathers at a time, if more than one site.
+        module: module in evaluation mode, on any device. BatchNorms behind Convs should be folded already.
+        batches: function that returns a fresh iterator over the data, one tuple of positional arguments per call.
+        wanted: function from a site name to whether the site may be split; other sites are ignored.
+        rows: function from the number of inputs to the largest number of rows per site.
+        seed: random seed for the choice of rows and for probes.
+        stages: number of stages of a sequence; replacements take effect in later stages only.
+        mask: index of the argument that is a padding mask `(N, L)`, 0 for padding. None finds the mask of data padded
+            at the end by its shape and values. Padding gives no rows for a product over `(N, L, ...)`.
+        compensate: whether a branch is fitted to correct the errors of the residual stream that it is added to.
+        memory: bytes of moments that a survey keeps at a time; one site may exceed it.
 
     Raises:
         UsageError: a module in training mode, or data that are empty or do not fit it.
@@ -76,7 +76,7 @@ class TorchActivations:
         stages: int = 16,
         mask: int | None = None,
         compensate: bool = True,
-        memory: int = GATHERED_LIMIT,
+        memory: int = MOMENT_LIMIT,
     ) -> None:
         if module.training:
             raise UsageError("calibration needs the module in evaluation mode: call module.eval() first")
@@ -94,10 +94,12 @@ class TorchActivations:
             self._runs.run(self._runs.first, trace)
         self.unreachable |= {name: _why_never(site) for name, site in reachable.items() if name not in trace.inputs}
         samples = samples_of(self._runs.first)
-        self._sites = {name: _stream_site(reachable[name], module, trace.rows[name] / samples) for name in trace.inputs}
+        self._sites = {
+            name: _calibrated_site(reachable[name], module, trace.rows[name] / samples) for name in trace.inputs
+        }
         self._stages = staged(trace.inputs, stages)
         self._calls = {name: [LayerCall(name, number) for number in range(trace.calls[name])] for name in trace.inputs}
-        self._added = trace.added if compensate else set()
+        self._added = trace.summands if compensate else set()
         self._quotas = {
             name: max(1, rows(site.in_features) // (self._runs.count * trace.calls[name]))
             for name, site in self._sites.items()
@@ -107,26 +109,26 @@ class TorchActivations:
 
     @property
     def sites(self) -> tuple[CalibratedSite, ...]:
-        """See `Streams`; those that a survey found no rows of are no longer among them."""
+        """The sites that can be calibrated. Sites without rows in a survey are excluded after it."""
         return tuple(site for site in self._sites.values() if site.name not in self.unreachable)
 
     def survey(self, visit: Callable[[CalibratedSite, Moments | Samples], None]) -> None:
-        """See `Streams`; in execution order.
+        """See `ModelActivations`; the order is that of execution.
 
         Raises:
             ModelError: NaN or infinite values, with the site's name.
         """
         for group in self._groups():
             names = [site.name for site in group]
-            gathered = {site.name: SiteAccumulator(site) for site in group}
+            accumulators = {site.name: SiteAccumulator(site) for site in group}
             wide = {site.name: site.load().float() for site in group if site.in_features > GRAM_LIMIT}
             with opened(self._attentions):
                 layers, calls = self._layers_of(names), self._calls_of(names)
                 for number, batch in enumerate(self._runs.batches()):
                     choosing = self._choosing(number, batch)
-                    self._runs.run(batch, SurveyRun(layers, calls, choosing, wide, gathered))
+                    self._runs.run(batch, SurveyRun(layers, calls, choosing, wide, accumulators))
             for site in group:
-                moments = gathered.pop(site.name).result()
+                moments = accumulators.pop(site.name).result()
                 if isinstance(moments, Moments):
                     moments = Moments.dense(moments, site.load())
                 if moments is None:
@@ -144,7 +146,7 @@ class TorchActivations:
         visit: Callable[[CalibratedSite, Moments | Samples], Replacement | None],
         counts: Mapping[str, RowCounts] | None = None,
     ) -> None:
-        """See `Streams`; a site without rows is not visited.
+        """See `ModelActivations`; a site without rows is not visited.
 
         Raises:
             ModelError: NaN or infinite values, with the site's name.
@@ -152,20 +154,20 @@ class TorchActivations:
         """
         forwards: dict[nn.Module, Callable[..., Any]] = {}
         for names in self._stages:
-            gathered = self._gathered_stage(names, forwards, counts or {})
-            became = {}
+            accumulators = self._run_stage(names, forwards, counts or {})
+            replacements = {}
             for name in names:
-                moments = gathered.pop(name).result()
+                moments = accumulators.pop(name).result()
                 replacement = None if moments is None else visit(self._sites[name], moments)
                 if replacement is not None:
-                    became[name] = replacement
-            forwards |= self._forwards(became)
+                    replacements[name] = replacement
+            forwards |= self._forwards(replacements)
 
     def distance(self, replacements: Mapping[str, Replacement]) -> Distance:
-        """See `Streams`; of some samples from all over the data; padding is left out.
+        """See `ModelActivations`; measured on samples evenly spaced over the data, without padding.
 
         Raises:
-            ModelError: an output with NaN or infinite values where nothing is replaced, or no floating output.
+            ModelError: the dense output holds NaN or infinite values, or is not floating.
             ValueError: a replacement that does not fit its site.
         """
         with opened(self._attentions):
@@ -176,28 +178,28 @@ class TorchActivations:
                 other = stacked([self._runs.output(batch) for batch in batches])
         if torch.isfinite(other).all():
             return output_distance(dense, other)
-        none = output_distance(dense, dense)
-        return Distance(relative=math.inf, kl=None if none.kl is None else math.inf)
+        has_kl = output_distance(dense, dense).kl is not None
+        return Distance(relative=math.inf, kl=math.inf if has_kl else None)
 
     def sensitivities(self) -> Mapping[str, OutputSensitivity]:
-        """See `Streams`; asked for once. None where autograd does not pass."""
+        """See `ModelActivations`; computed once, and empty if autograd fails."""
 
-        def ask() -> dict[str, OutputSensitivity]:
+        def compute() -> dict[str, OutputSensitivity]:
             sites = {site.name: site for site in self.sites}
             layers = self._layers_of(list(sites))
             return output_sensitivities(self._module, self._runs, layers, sites, seed=self._seed)
 
         if self._sensitivities is None:
             with opened(self._attentions):
-                self._sensitivities = sensitivities_or_empty(ask)
+                self._sensitivities = sensitivities_or_empty(compute)
         return self._sensitivities
 
     # --- runs ---------------------------------------------------------------------------------------------------
 
-    def _gathered_stage(
+    def _run_stage(
         self, names: Sequence[str], forwards: Forwards, counts: Mapping[str, RowCounts]
     ) -> dict[str, SiteAccumulator]:
-        gathered = {name: SiteAccumulator(self._sites[name]) for name in names}
+        accumulators = {name: SiteAccumulator(self._sites[name]) for name in names}
         weights = {name: self._sites[name].load().float() for name in names}
         layers, calls = self._layers_of(names), self._calls_of(names)
         begin = 0
@@ -205,13 +207,13 @@ class TorchActivations:
             for number, batch in enumerate(self._runs.batches()):
                 dense = DenseRun(layers, calls, self._added, self._choosing(number, batch), weights)
                 self._runs.run(batch, dense)
-                counted = BatchRowCounts(counts=counts, begin=begin, samples=samples_of(batch))
-                compressed = CompressedRun(layers, dense.answers, self._added, gathered, counted)
+                row_counts = BatchRowCounts(counts=counts, begin=begin, samples=samples_of(batch))
+                compressed = CompressedRun(layers, dense.responses, self._added, accumulators, row_counts)
                 begin += samples_of(batch)
                 with overridden(forwards):
                     self._runs.run(batch, compressed)
                 compressed.finish()
-        return gathered
+        return accumulators
 
     def _choosing(self, number: int, batch: Arguments) -> Choosing:
         return Choosing(seed=self._seed, batch=number, quotas=self._quotas, kept=self._runs.kept(batch))
@@ -219,7 +221,7 @@ class TorchActivations:
     # --- sites --------------------------------------------------------------------------------------------------
 
     def _groups(self) -> Iterator[list[CalibratedSite]]:
-        """The sites, as many at a time as may be gathered together."""
+        """Yield groups of sites whose moments fit in memory together."""
         group: list[CalibratedSite] = []
         total = 0
         for site in self.sites:
@@ -241,7 +243,7 @@ class TorchActivations:
         return [call for name in names for call in self._calls[name]]
 
     def _forwards(self, replacements: Mapping[str, Replacement]) -> dict[nn.Module, Callable[..., Any]]:
-        """What the layers of replaced sites compute."""
+        """Return the new `forward` of every layer of replaced sites."""
         for name, replacement in replacements.items():
             if name not in self._sites:
                 raise ValueError(
@@ -255,7 +257,7 @@ class TorchActivations:
         }
 
 
-def _stream_site(site: ModuleSite, module: nn.Module, rows: float) -> CalibratedSite:
+def _calibrated_site(site: ModuleSite, module: nn.Module, rows: float) -> CalibratedSite:
     out_features, in_features = site.shape
     layer = module.get_submodule(site.paths[0])
     return CalibratedSite(

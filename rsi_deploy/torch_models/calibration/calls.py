@@ -1,12 +1,11 @@
-"""What happens in one run of a torch module: calls of its layers, and what their outputs are added to.
+"""Observe one run of a torch module: the calls of its layers, and the tensors that their outputs are added to.
 
-    hooks                 x --layer--> y        `called(call, layer, x)`, before
-    TorchFunctionMode     y + beside, y += beside, beside += y    `joined(call, beside)`, before
-                          any other use of y    `used(call)`
+    hooks                 x --layer--> y                          `called(call, layer, x)` before it
+    TorchFunctionMode     y + other, y += other, other += y       `added(call, other)` before it
+                          any other use of y                      `used(call)`
 
-`+`, `+=` and `torch.add` count where both are of one shape; a function that gives y back as it was (Identity, Dropout
-in evaluation) is no use of it. Where two layers' outputs meet, the later one is joined to the earlier one, not also
-the other way round.
+Additions are `+`, `+=` and `torch.add` of two tensors of one shape. A function that returns y unchanged (Identity, or
+Dropout in evaluation mode) is not a use. If the outputs of two layers are added, only the later one counts as added.
 """
 
 from abc import ABC, abstractmethod
@@ -30,7 +29,7 @@ ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 
 
 class LayerCall(NamedTuple):
-    """One call of a site's layers in a run, numbered from 0."""
+    """One call of a site's layers in a run; calls are numbered from 0."""
 
     site: str
     number: int
@@ -38,7 +37,7 @@ class LayerCall(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
-    """A module that multiplies by a site's weight when called, and what reads its rows."""
+    """A module that multiplies by a site's weight, with the reader of its rows."""
 
     site: str
     module: nn.Module
@@ -46,13 +45,13 @@ class Layer:
 
 
 class Stopped(BaseException):
-    """Ends a run that has shown all that was wanted; no Exception, because models catch those."""
+    """Ends a run early. It is no Exception, because models may catch those."""
 
 
 class Watch(TorchFunctionMode, ABC):
-    """Within it, one run of a module tells what happens to `layers`; tensors are not kept alive.
+    """A context that observes `layers` in one run of a module without keeping tensors alive.
 
-    Define `called`, and override `joined` and `used` where they matter.
+    Subclasses define `called`, and override `added` and `used` if they need them.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -65,13 +64,13 @@ class Watch(TorchFunctionMode, ABC):
 
     @abstractmethod
     def called(self, call: LayerCall, layer: Layer, x: Tensor) -> bool:
-        """A layer is about to be called with `x`; say whether to follow its output."""
+        """Handle a layer that is about to be called with `x`; return whether to follow its output."""
 
-    def joined(self, call: LayerCall, beside: Tensor) -> None:
-        """The output of a call is about to be added to `beside`, of the same shape."""
+    def added(self, call: LayerCall, other: Tensor) -> None:
+        """Handle the output of a call that is about to be added to `other`, of the same shape."""
 
     def used(self, call: LayerCall) -> None:
-        """The output of a call is used otherwise."""
+        """Handle any other use of the output of a call."""
 
     def __enter__(self) -> "Watch":
         for layer in self._layers:
@@ -89,22 +88,22 @@ class Watch(TorchFunctionMode, ABC):
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run `func`, and tell what it does to the outputs followed."""
+        """Run `func`, and report its uses of the followed outputs."""
         kwargs = kwargs or {}
         followed = [t for t in _tensors((*args, *kwargs.values())) if t in self._outputs] if self._outputs else []
         if not followed:
             return func(*args, **kwargs)
         calls = [self._outputs[t] for t in followed]
         versions = [t._version for t in followed]
-        added = _addends(func, args, kwargs)
-        if added is not None:
-            self._join(followed, calls, added)
+        addends = _addends(func, args, kwargs)
+        if addends is not None:
+            self._report_addition(followed, calls, addends)
         result = func(*args, **kwargs)
         for tensor, call, version in zip(followed, calls, versions, strict=True):
             changed = tensor._version != version
-            if added is None and (changed or (result is not tensor and any(True for _ in _tensors((result,))))):
+            if addends is None and (changed or (result is not tensor and any(True for _ in _tensors((result,))))):
                 self.used(call)
-            if changed:  # it is the layer's output no longer
+            if changed:  # it is no longer the layer's output
                 self._outputs.pop(tensor, None)  # type: ignore[no-untyped-call]
         return result
 
@@ -126,18 +125,20 @@ class Watch(TorchFunctionMode, ABC):
         self._handles.append(layer.module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(layer.module.register_forward_hook(behind))
 
-    def _join(self, followed: Sequence[Tensor], calls: Sequence[LayerCall], added: tuple[Tensor, Tensor]) -> None:
+    def _report_addition(
+        self, followed: Sequence[Tensor], calls: Sequence[LayerCall], addends: tuple[Tensor, Tensor]
+    ) -> None:
         last = max(calls, key=self._serials.__getitem__)
         for tensor, call in zip(followed, calls, strict=True):
             if call == last:
-                self.joined(call, added[1] if tensor is added[0] else added[0])
+                self.added(call, addends[1] if tensor is addends[0] else addends[0])
             else:
                 self.used(call)
 
 
 @contextmanager
 def overridden(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Within it, these modules compute something else; afterwards they are as they were."""
+    """Replace the `forward` of modules, and restore it at the end."""
     before = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
@@ -153,7 +154,7 @@ def overridden(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[Non
 
 @contextmanager
 def opened(attentions: Mapping[nn.Module, OpenMultiheadAttention]) -> Iterator[None]:
-    """Within it, attentions call their layers, and torch takes no fused path that would not."""
+    """Make attentions call their layers, and turn off the fused paths of torch that would not."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -164,7 +165,7 @@ def opened(attentions: Mapping[nn.Module, OpenMultiheadAttention]) -> Iterator[N
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
-    """The tensors among values and in the lists among them."""
+    """Yield the tensors among the values and in lists among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -173,10 +174,10 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _addends(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """The two tensors of one shape that `func` adds, or None where it does anything else."""
+    """Return the two tensors of one shape that `func` adds, or None for any other function."""
     if getattr(func, "__name__", "") not in ADDITIONS:
         return None
-    terms = (*args, *kwargs.values())  # more than two: a scale, or a place for the result
+    terms = (*args, *kwargs.values())  # a third argument is a scale or an output tensor
     if len(terms) != 2 or not all(isinstance(t, Tensor) for t in terms) or terms[0].shape != terms[1].shape:
         return None
     return terms[0], terms[1]

@@ -1,9 +1,9 @@
-"""Metrics of the sites of a torch module: autograd behind them, by hooks.
+"""Output sensitivities of a torch module: hooks tap the responses of its sites, and autograd computes gradients there.
 
     x --layer--> y,  tapped   --clone--> ... --> z --(probe u)--> g at the tap
 
-The clone lets what follows write over the response (`ReLU(inplace=True)`) without changing what was tapped. Parameters
-ask for no gradient meanwhile: the first tap of a run is a leaf, and what stands before it keeps nothing.
+The clone allows later layers to overwrite the response (`ReLU(inplace=True)`) without changing the tap. Parameters
+require no gradients during the run, so the first tap is a leaf and nothing before it is kept for the backward pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,17 +23,17 @@ Taps = list[tuple[str, Tensor]]
 def output_sensitivities(
     module: nn.Module, runs: Runs, layers: Sequence[Layer], sites: Mapping[str, CalibratedSite], *, seed: int
 ) -> dict[str, OutputSensitivity]:
-    """By the names of sites; those that move no output have none.
+    """Return the output sensitivities by site name, without sites that do not affect the output.
 
     Args:
-        module: as in `runs`.
-        runs: of the module, and its data.
-        layers: what is called where the weights of `sites` are used.
-        sites: by name.
-        seed: of the probes.
+        module: module of `runs`.
+        runs: runs of the module on its data.
+        layers: layers of the sites.
+        sites: sites by name.
+        seed: random seed of the probes.
 
     Raises:
-        NoSensitivityError: gradients do not pass, or take too much memory.
+        NoSensitivityError: gradients do not reach a site, or need too much memory.
     """
     accumulator = SensitivityAccumulator(sites, runs.samples, seed=seed)
     with _frozen(module):
@@ -47,7 +47,7 @@ def output_sensitivities(
 
 
 def _pieces(batch: Arguments, accumulator: SensitivityAccumulator) -> Iterator[tuple[Arguments, list[int]]]:
-    """The samples of a batch that are asked, cut, and their numbers; a batch that cannot be cut whole."""
+    """Yield pieces of the chosen samples of a batch with their indices. A batch that is not aligned stays whole."""
     count, begin = samples_of(batch), accumulator.seen
     at = torch.from_numpy(accumulator.choose(count))
     if not aligned(batch):
@@ -60,7 +60,7 @@ def _pieces(batch: Arguments, accumulator: SensitivityAccumulator) -> Iterator[t
 
 @contextmanager
 def _tapped(layers: Sequence[Layer], taps: Taps) -> Iterator[None]:
-    """Within it gradients are on, and every call of the layers adds (site, response) to `taps`."""
+    """Turn gradients on, and append (site, response) of every call of the layers to `taps`."""
 
     def hook(site: str) -> Callable[[nn.Module, object, Tensor], Tensor]:
         def behind(module: nn.Module, args: object, y: Tensor) -> Tensor:
@@ -79,12 +79,12 @@ def _tapped(layers: Sequence[Layer], taps: Taps) -> Iterator[None]:
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Within it no parameter asks for a gradient."""
-    asking = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """Turn off the gradients of all parameters."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(True)

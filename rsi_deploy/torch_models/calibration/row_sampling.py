@@ -1,10 +1,10 @@
-"""Runs of one batch in which rows are taken: of the dense network alone, or of the dense and the compressed one.
+"""Runs of one batch that read rows, of the dense network alone or of the dense and the compressed network.
 
-    SurveyRun       x                                                      -> gathered
-    DenseRun        y = W x, and beside, where the output is added to it   -> answers, the rows and y
-    CompressedRun   x^, and beside^; target y + (beside - beside^)         -> gathered, at the rows of the answers
+    SurveyRun       x                                                     -> accumulators
+    DenseRun        y = W x, and the tensor `other` that y is added to    -> responses with their choice of rows
+    CompressedRun   x^ and other^; target y + (other - other^)            -> accumulators, at the same rows
 
-A run stops behind the last call that it wants.
+A run stops after the last call that it needs.
 """
 
 from abc import abstractmethod
@@ -26,7 +26,7 @@ Accumulators = Mapping[str, SiteAccumulator]
 
 @dataclass(frozen=True, kw_only=True)
 class Choosing:
-    """How rows of one batch are chosen: `quotas` of each call by site, from a stream of (seed, site, batch, call)."""
+    """The choice of rows in one batch: a quota per call by site, from a random stream of (seed, site, batch, call)."""
 
     seed: int
     batch: int
@@ -34,171 +34,171 @@ class Choosing:
     kept: Tensor | None
 
     def __call__(self, call: LayerCall, layer: Layer, x: Tensor) -> Choice:
-        """The rows of `x` in this call."""
+        """Choose the rows of `x` in this call."""
         seed = stream_seed(self.seed, f"{call.site}/{self.batch}/{call.number}")
         return layer.reader.choose(x, self.quotas[call.site], torch.Generator().manual_seed(seed), self.kept)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRowCounts:
-    """What rows count in a batch of `samples` that begins with sample `begin`, by site."""
+    """The row weights of a batch with `samples` samples from sample `begin` on, by site."""
 
     counts: Mapping[str, RowCounts]
     begin: int
     samples: int
 
-    def of(self, call: LayerCall, layer: Layer, answer: "DenseResponse") -> Tensor | None:
-        """Float32 `(rows,)` of a product's rows; None for 1 each."""
+    def of(self, call: LayerCall, layer: Layer, response: "DenseResponse") -> Tensor | None:
+        """Return the float32 weights `(rows,)` of the rows of a product; None for 1."""
         counts = self.counts.get(call.site)
         if counts is None or not isinstance(layer.reader, LinearReader):
             return None
-        return counts.of(self.begin, self.samples, answer.shape, answer.choice.at)
+        return counts.of(self.begin, self.samples, response.shape, response.choice.at)
 
 
 @dataclass(kw_only=True)
 class DenseResponse:
-    """What the dense network said in one call: `y (groups, rows, out)` and what it was added to, at `choice`."""
+    """The response of the dense network in one call, `y (groups, rows, out)`, and the rows that it is added to."""
 
     shape: torch.Size
     choice: Choice
     y: Tensor
-    beside: Tensor | None = None
+    other: Tensor | None = None
 
 
-class Reading(Watch):
-    """A run that takes rows of the wanted calls, and of what the outputs of those in `added` are added to."""
+class RowRun(Watch):
+    """A run that reads rows of the inputs of `calls`, and of the tensors that outputs of `summands` are added to."""
 
     def __init__(
-        self, layers: Sequence[Layer], wanted: Collection[LayerCall], added: Collection[LayerCall] = ()
+        self, layers: Sequence[Layer], calls: Collection[LayerCall], summands: Collection[LayerCall] = ()
     ) -> None:
         super().__init__(layers)
-        self._of: dict[LayerCall, Layer] = {}
-        self._wanted, self._added = set(wanted), set(added) & set(wanted)
-        self._pending = len(self._wanted) + len(self._added)
+        self._layer_of: dict[LayerCall, Layer] = {}
+        self._calls, self._summands = set(calls), set(summands) & set(calls)
+        self._pending = len(self._calls) + len(self._summands)
 
     @abstractmethod
-    def take(self, call: LayerCall, layer: Layer, x: Tensor) -> None:
-        """Take rows of an input."""
+    def read_input(self, call: LayerCall, layer: Layer, x: Tensor) -> None:
+        """Read rows of an input."""
 
-    def take_beside(self, call: LayerCall, layer: Layer, beside: Tensor) -> None:
-        """Take rows of what an output is added to."""
+    def read_other(self, call: LayerCall, layer: Layer, other: Tensor) -> None:
+        """Read rows of the tensor that an output is added to."""
 
     def called(self, call: LayerCall, layer: Layer, x: Tensor) -> bool:
         """See `Watch`."""
-        if call not in self._wanted:
+        if call not in self._calls:
             return False
-        self._of[call] = layer
-        self.take(call, layer, x)
-        self._one_less()
-        return call in self._added
+        self._layer_of[call] = layer
+        self.read_input(call, layer, x)
+        self._count_down()
+        return call in self._summands
 
-    def joined(self, call: LayerCall, beside: Tensor) -> None:
+    def added(self, call: LayerCall, other: Tensor) -> None:
         """See `Watch`."""
-        self.take_beside(call, self._of[call], beside)
-        self._one_less()
+        self.read_other(call, self._layer_of[call], other)
+        self._count_down()
 
-    def _one_less(self) -> None:
+    def _count_down(self) -> None:
         self._pending -= 1
         if not self._pending:
             raise Stopped
 
 
-class SurveyRun(Reading):
-    """Gathers inputs; of wide sites also what the weight makes of them."""
+class SurveyRun(RowRun):
+    """A run that accumulates inputs, and for wide sites the responses, too."""
 
     def __init__(
         self,
         layers: Sequence[Layer],
-        wanted: Collection[LayerCall],
+        calls: Collection[LayerCall],
         choosing: Choosing,
         weights: Mapping[str, Tensor],
-        gathered: Accumulators,
+        accumulators: Accumulators,
     ) -> None:
-        super().__init__(layers, wanted)
-        self._choosing, self._weights, self._gathered = choosing, weights, gathered
+        super().__init__(layers, calls)
+        self._choosing, self._weights, self._accumulators = choosing, weights, accumulators
 
-    def take(self, call: LayerCall, layer: Layer, x: Tensor) -> None:
-        """See `Reading`."""
+    def read_input(self, call: LayerCall, layer: Layer, x: Tensor) -> None:
+        """See `RowRun`."""
         choice = self._choosing(call, layer, x)
         for rows in layer.reader.pieces(layer.reader.held(x, choice), choice):
             wide = rows.shape[-1] > GRAM_LIMIT
             y = rows @ self._weights[call.site].mT if wide else rows[..., :0]
-            self._gathered[call.site].add(rows, y)
+            self._accumulators[call.site].add(rows, y)
 
 
-class DenseRun(Reading):
-    """Keeps what the dense network answers."""
+class DenseRun(RowRun):
+    """A run that keeps the responses of the dense network."""
 
     def __init__(
         self,
         layers: Sequence[Layer],
-        wanted: Collection[LayerCall],
-        added: Collection[LayerCall],
+        calls: Collection[LayerCall],
+        summands: Collection[LayerCall],
         choosing: Choosing,
         weights: Mapping[str, Tensor],
     ) -> None:
-        super().__init__(layers, wanted, added)
+        super().__init__(layers, calls, summands)
         self._choosing, self._weights = choosing, weights
-        self.answers: dict[LayerCall, DenseResponse] = {}
+        self.responses: dict[LayerCall, DenseResponse] = {}
 
-    def take(self, call: LayerCall, layer: Layer, x: Tensor) -> None:
-        """See `Reading`."""
+    def read_input(self, call: LayerCall, layer: Layer, x: Tensor) -> None:
+        """See `RowRun`."""
         choice, W = self._choosing(call, layer, x), self._weights[call.site]
         rows = [piece @ W.mT for piece in layer.reader.pieces(layer.reader.held(x, choice), choice)]
         y = torch.cat(rows, dim=-2) if rows else W.new_zeros(len(W), 0, W.shape[1])
-        self.answers[call] = DenseResponse(shape=x.shape, choice=choice, y=y)
+        self.responses[call] = DenseResponse(shape=x.shape, choice=choice, y=y)
 
-    def take_beside(self, call: LayerCall, layer: Layer, beside: Tensor) -> None:
-        """See `Reading`."""
-        answer = self.answers[call]
-        answer.beside = layer.reader.outputs(beside, answer.choice)
+    def read_other(self, call: LayerCall, layer: Layer, other: Tensor) -> None:
+        """See `RowRun`."""
+        response = self.responses[call]
+        response.other = layer.reader.outputs(other, response.choice)
 
 
-class CompressedRun(Reading):
-    """Gathers what the compressed network reads where the dense one gave the answers; call `finish` behind it."""
+class CompressedRun(RowRun):
+    """A run that accumulates inputs of the compressed network with responses of the dense one; end it by `finish`."""
 
     def __init__(
         self,
         layers: Sequence[Layer],
-        answers: Mapping[LayerCall, DenseResponse],
-        added: Collection[LayerCall],
-        gathered: Accumulators,
-        counted: BatchRowCounts,
+        responses: Mapping[LayerCall, DenseResponse],
+        summands: Collection[LayerCall],
+        accumulators: Accumulators,
+        row_counts: BatchRowCounts,
     ) -> None:
-        super().__init__(layers, answers.keys(), added)
-        self._answers, self._gathered, self._counted = answers, gathered, counted
-        self._waiting: dict[LayerCall, Tensor] = {}
+        super().__init__(layers, responses.keys(), summands)
+        self._responses, self._accumulators, self._row_counts = responses, accumulators, row_counts
+        self._pending_inputs: dict[LayerCall, Tensor] = {}
 
-    def take(self, call: LayerCall, layer: Layer, x: Tensor) -> None:
-        """See `Reading`."""
-        answer = self._answers[call]
-        if x.shape != answer.shape:  # the rows that it goes another way with cannot be told
+    def read_input(self, call: LayerCall, layer: Layer, x: Tensor) -> None:
+        """See `RowRun`."""
+        response = self._responses[call]
+        if x.shape != response.shape:  # the rows do not correspond to those of the dense network
             return
-        held = layer.reader.held(x, answer.choice)
-        if call in self._added:  # it may change before the addition
-            self._waiting[call] = held.clone() if held.data_ptr() == x.data_ptr() else held
+        held = layer.reader.held(x, response.choice)
+        if call in self._summands:  # the input may change before the addition
+            self._pending_inputs[call] = held.clone() if held.data_ptr() == x.data_ptr() else held
         else:
-            self._gather(call, layer, held, answer.y)
+            self._accumulate(call, layer, held, response.y)
 
-    def take_beside(self, call: LayerCall, layer: Layer, beside: Tensor) -> None:
-        """See `Reading`."""
-        held, answer = self._waiting.pop(call, None), self._answers[call]
+    def read_other(self, call: LayerCall, layer: Layer, other: Tensor) -> None:
+        """See `RowRun`."""
+        held, response = self._pending_inputs.pop(call, None), self._responses[call]
         if held is not None:
-            now = layer.reader.outputs(beside, answer.choice)
-            lost = 0 if answer.beside is None else answer.beside - now
-            self._gather(call, layer, held, answer.y + lost)
+            now = layer.reader.outputs(other, response.choice)
+            lost = 0 if response.other is None else response.other - now
+            self._accumulate(call, layer, held, response.y + lost)
 
     def finish(self) -> None:
-        """Gather what waits for an addition that this batch did not bring."""
-        for call, held in self._waiting.items():
-            self._gather(call, self._of[call], held, self._answers[call].y)
-        self._waiting.clear()
+        """Accumulate the inputs whose outputs were not added in this batch."""
+        for call, held in self._pending_inputs.items():
+            self._accumulate(call, self._layer_of[call], held, self._responses[call].y)
+        self._pending_inputs.clear()
 
-    def _gather(self, call: LayerCall, layer: Layer, held: Tensor, y: Tensor) -> None:
-        begin, answer = 0, self._answers[call]
-        counts = self._counted.of(call, layer, answer)
-        for rows in layer.reader.pieces(held, answer.choice):
+    def _accumulate(self, call: LayerCall, layer: Layer, held: Tensor, y: Tensor) -> None:
+        begin, response = 0, self._responses[call]
+        counts = self._row_counts.of(call, layer, response)
+        for rows in layer.reader.pieces(held, response.choice):
             end = begin + rows.shape[-2]
             some = None if counts is None else counts[begin:end].to(rows.device)
-            self._gathered[call.site].add(rows, y[..., begin:end, :], some)
+            self._accumulators[call.site].add(rows, y[..., begin:end, :], some)
             begin = end

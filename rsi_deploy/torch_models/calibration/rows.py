@@ -1,10 +1,10 @@
-"""Rows of what a torch layer reads and makes: a random part, chosen once and read from both streams at the same places.
+"""Rows of the inputs and outputs of a torch layer: a random choice, used at the same positions in both networks.
 
-    Linear, Conv1D   x (..., in)          -> (1, rows, in)                        of the flattened leading axes
-    Conv             x (N, in, *size)     -> (groups, rows, in/groups * points)   patches, of the padded data
+    Linear, Conv1D   x (..., in)          -> (1, rows, in)                        rows of the flattened leading axes
+    Conv             x (N, in, *size)     -> (groups, rows, in/groups * points)   patches of the padded data
 
-A Conv's rows are the same output positions of every sample, position by position; its columns are those of
-`graph_passes.unfold(weight, "channel")`. No more patches than a piece holds exist at a time.
+The rows of a Conv are the same output positions of every sample, position by position. Its columns are those of
+`graph_passes.unfold(weight, "channel")`. Patches are made in pieces, to bound the memory.
 """
 
 import itertools
@@ -17,37 +17,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PIECE_BYTES = 64 * 2**20
-"""Memory of the rows that are made at a time."""
+"""Bytes of one piece of rows."""
 
 
 class Choice(NamedTuple):
-    """Which rows of one call: int64 `at (positions,)`, of the `samples (N',)` where it is a Conv's, else of all."""
+    """The chosen rows of one call: int64 positions `at (positions,)`, and for a Conv the `samples (N',)`."""
 
     at: Tensor
     samples: Tensor
 
 
 class Reader(Protocol):
-    """Reads the rows of one layer."""
+    """A reader of the rows of one layer."""
 
     def count(self, x: Tensor) -> int:
-        """How many rows there are."""
+        """Return the number of rows of an input."""
 
     def choose(self, x: Tensor, quota: int, generator: torch.Generator, kept: Tensor | None) -> Choice:
-        """At most `quota` rows; of those that `kept (N, L)`, bool, leaves, where it fits the data."""
+        """Choose at most `quota` rows, without padding if the mask `kept (N, L)`, bool, fits the data."""
 
     def held(self, x: Tensor, choice: Choice) -> Tensor:
-        """What is needed of `x` to read the rows, maybe `x` itself."""
+        """Return the part of `x` that is needed to read the rows; it may be `x` itself."""
 
     def pieces(self, held: Tensor, choice: Choice) -> Iterator[Tensor]:
-        """The chosen rows, float32 `(groups, some, in)`."""
+        """Yield the chosen rows in pieces, float32 `(groups, some, in)`."""
 
     def outputs(self, value: Tensor, choice: Choice) -> Tensor:
-        """The same rows of a tensor of the output's shape, float32 `(groups, rows, out)`."""
+        """Return the same rows of a tensor with the shape of the output, float32 `(groups, rows, out)`."""
 
 
 class LinearReader:
-    """Of a layer that multiplies the last axis, `in_features` wide."""
+    """A reader for a layer that multiplies the last axis, of width `in_features`."""
 
     def __init__(self, in_features: int) -> None:
         self._rows = max(1, PIECE_BYTES // (4 * in_features))
@@ -58,12 +58,12 @@ class LinearReader:
 
     def choose(self, x: Tensor, quota: int, generator: torch.Generator, kept: Tensor | None) -> Choice:
         """See `Reader`."""
-        nobody = torch.empty(0, dtype=torch.int64)
+        no_samples = torch.empty(0, dtype=torch.int64)
         if kept is None or x.ndim < 3 or x.shape[:2] != kept.shape:
-            return Choice(_chosen(self.count(x), quota, generator).to(x.device), nobody)
+            return Choice(_chosen(self.count(x), quota, generator).to(x.device), no_samples)
         width = math.prod(x.shape[2:-1])
         pool = kept.reshape(-1, 1).expand(-1, width).reshape(-1).nonzero().squeeze(-1).to(x.device)
-        return Choice(pool[_chosen(len(pool), quota, generator).to(x.device)], nobody)
+        return Choice(pool[_chosen(len(pool), quota, generator).to(x.device)], no_samples)
 
     def held(self, x: Tensor, choice: Choice) -> Tensor:
         """See `Reader`."""
@@ -80,7 +80,7 @@ class LinearReader:
 
 
 class ConvReader:
-    """Of a convolution of any number of axes, groups and padding."""
+    """A reader for a convolution with any number of axes, groups and padding."""
 
     def __init__(self, conv: "nn.modules.conv._ConvNd") -> None:
         self._groups, self._channels, self._kernel = conv.groups, conv.in_channels, conv.kernel_size
@@ -94,14 +94,14 @@ class ConvReader:
         return samples * math.prod(self._output_size(x))
 
     def choose(self, x: Tensor, quota: int, generator: torch.Generator, kept: Tensor | None) -> Choice:
-        """See `Reader`; `kept` does not fit what a Conv reads."""
+        """See `Reader`; a Conv has no use for `kept`."""
         count = self._batched(x).shape[0]
         samples = _chosen(count, quota, generator)
         at = _chosen(math.prod(self._output_size(x)), max(1, quota // max(count, 1)), generator)
         return Choice(at.to(x.device), samples.to(x.device))
 
     def held(self, x: Tensor, choice: Choice) -> Tensor:
-        """See `Reader`; the padded data."""
+        """See `Reader`; these are the padded data."""
         return F.pad(self._batched(x), self._edges, mode=self._mode) if any(self._edges) else self._batched(x)
 
     def pieces(self, held: Tensor, choice: Choice) -> Iterator[Tensor]:
@@ -128,7 +128,7 @@ class ConvReader:
         return x[None] if x.ndim == len(self._kernel) + 1 else x
 
     def _output_size(self, x: Tensor) -> tuple[int, ...]:
-        """Spatial size of the output over data not padded yet."""
+        """Return the spatial size of the output for unpadded data."""
         axes = len(self._kernel)
         pads = [sum(self._edges[2 * axis : 2 * axis + 2]) for axis in reversed(range(axes))]
         return self._size([n + pad for n, pad in zip(x.shape[-axes:], pads, strict=True)])
@@ -138,7 +138,7 @@ class ConvReader:
         return tuple((n - (k - 1) * dilation - 1) // stride + 1 for n, k, stride, dilation in geometry)
 
     def _index(self, padded: Sequence[int], at: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the patches at output positions `at` begin in the flattened padded data, and where their points lie."""
+        """Return the starts of the patches at positions `at` in the flattened padded data, and the point offsets."""
         pitch = [math.prod(padded[axis + 1 :]) for axis in range(len(padded))]
         where = torch.unravel_index(at, self._size(padded))
         starts = torch.stack([o * s * p for o, s, p in zip(where, self._stride, pitch, strict=True)]).sum(dim=0)
@@ -149,9 +149,10 @@ class ConvReader:
 
 
 def find_mask(arguments: Sequence[object]) -> int | None:
-    """Which argument is a padding mask: the first of integers or booleans `(N, L)`, 1 to begin every row, else 0 or 1.
+    """Return the index of the padding mask of data padded at the end, or None.
 
-    So the mask of data padded at the end; segment numbers begin with 0, token numbers are others. None where none is.
+    The mask is the first argument of integers or booleans `(N, L)` with values 0 and 1 whose rows all begin with 1.
+    Segment numbers begin with 0, and token numbers have other values.
     """
     for index, mask in enumerate(arguments):
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.numel() and not mask.is_floating_point():
@@ -161,8 +162,8 @@ def find_mask(arguments: Sequence[object]) -> int | None:
     return None
 
 
-def _chosen(count: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """`wanted` of the numbers below `count`, ascending; all, where there are no more."""
-    if wanted >= count:
+def _chosen(count: int, quota: int, generator: torch.Generator) -> Tensor:
+    """Return `quota` random indices below `count` in ascending order, or all if there are no more."""
+    if quota >= count:
         return torch.arange(count)
-    return torch.randperm(count, generator=generator)[:wanted].sort().values
+    return torch.randperm(count, generator=generator)[:quota].sort().values

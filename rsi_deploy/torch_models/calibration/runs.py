@@ -1,4 +1,4 @@
-"""A torch module with calibration data: batches on its device, runs, and the outputs that a distance is measured by."""
+"""Run a torch module on calibration data: batches on its device, and the outputs for measuring a distance."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,17 +20,17 @@ class Runs:
     """Runs of `module` on its own device, without gradients.
 
     Args:
-        module: in evaluation mode.
-        batches: gives a fresh iterator over tuples of positional arguments.
-        mask: index of the padding mask among them; None looks for it in the first batch.
+        module: module in evaluation mode.
+        batches: function that returns a fresh iterator over tuples of positional arguments.
+        mask: index of the argument that is a padding mask; None to look for it in the first batch.
 
     Attributes:
-        first: the first batch.
-        count: how many there are.
-        samples: in all of them.
+        first: first batch.
+        count: number of batches.
+        samples: number of samples in all batches.
 
     Raises:
-        UsageError: no batch at all.
+        UsageError: there are no batches.
     """
 
     def __init__(self, module: nn.Module, batches: Callable[[], Iterable[Arguments]], mask: int | None) -> None:
@@ -47,19 +47,19 @@ class Runs:
         self._mask = find_mask(first) if mask is None else mask
 
     def batches(self) -> Iterator[Arguments]:
-        """All the data, on the module's device."""
+        """Return the batches on the module's device."""
         return (self._placed(batch) for batch in self._source())
 
     def kept(self, batch: Arguments) -> Tensor | None:
-        """Bool `(N, L)`, False for padding, where there is a mask."""
+        """Return the mask as bool `(N, L)`, False for padding; None without a mask."""
         mask = batch[self._mask] if self._mask is not None and self._mask < len(batch) else None
         return mask != 0 if isinstance(mask, Tensor) else None
 
     def run(self, arguments: Arguments, watch: AbstractContextManager[Any] | None = None) -> Any:
-        """The module's output, or None where `watch` stopped the run.
+        """Return the module's output, or None if `watch` stopped the run.
 
         Raises:
-            UsageError: the module does not take these arguments.
+            UsageError: the module fails on these arguments.
         """
         try:
             with torch.no_grad(), watch or nullcontext():
@@ -69,30 +69,30 @@ class Runs:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            given = ", ".join(f"{a.dtype} {tuple(a.shape)}" if isinstance(a, Tensor) else repr(a) for a in arguments)
+            shown = ", ".join(f"{a.dtype} {tuple(a.shape)}" if isinstance(a, Tensor) else repr(a) for a in arguments)
             raise UsageError(
-                f"{type(self._module).__name__} cannot be run on the calibration data: called with ({given}) it ends "
-                f"with {type(error).__name__}: {error}; give batches that are its positional arguments"
+                f"{type(self._module).__name__} cannot be run on the calibration data: called with ({shown}) it raises "
+                f"{type(error).__name__}: {error}; give batches that are its positional arguments"
             ) from error
 
     def output(self, batch: Arguments, watch: AbstractContextManager[Any] | None = None) -> Tensor:
-        """The first floating output, float32; of `(N, L, ...)` under a mask the tokens alone, `(tokens, 1, ...)`."""
+        """Return the first floating output in float32; with a mask, tokens `(tokens, 1, ...)` of `(N, L, ...)`."""
         leaves = pytree.tree_leaves(self.run(batch, watch))
         z = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim), None)
         if z is None:
             raise ModelError(
-                f"{type(self._module).__name__} has no floating output: nothing to measure a distance by"
-                f"; calibrate a module with one, or take plain ranks"
+                f"{type(self._module).__name__} has no floating output to measure a distance of"
+                f"; calibrate a module with one, or leave out calib"
             )
         kept = self.kept(batch)
         if kept is not None and z.ndim > 2 and z.shape[:2] == kept.shape:
-            z = z[kept.to(z.device)][:, None]  # never to be taken for (N, classes)
+            z = z[kept.to(z.device)][:, None]  # three axes, because two would mean class scores
         return z.float()
 
     def spread_outputs(self, samples: int, limit: int) -> tuple[list[Arguments], Tensor]:
-        """About `samples` samples from all over the data, and what the module makes of them, up to about `limit` bytes.
+        """Return about `samples` samples, evenly spaced over the data, and the module's outputs up to `limit` bytes.
 
-        Data are often sorted by class, so the first ones would stand for few of them.
+        Data are often sorted by class, so the first samples would represent few classes.
 
         Raises:
             ModelError: NaN or infinite outputs.
@@ -102,7 +102,7 @@ class Runs:
             if number % max(1, self.count // samples) == 0 and seen < samples:
                 parts.append(_part(batch, math.ceil(samples / self.count)))
                 seen += samples_of(parts[-1])
-        batches, outputs = _joined(parts, samples_of(self.first)), []
+        batches, outputs = _merged(parts, samples_of(self.first)), []
         for batch in batches:
             outputs.append(self.output(batch))
             if sum(z.nbytes for z in outputs) >= limit:
@@ -112,7 +112,7 @@ class Runs:
             name = type(self._module).__name__
             raise ModelError(
                 f"{name}: its output on the calibration data holds NaN or infinite values"
-                f"; take those samples out, or repair the weights"
+                f"; remove those samples, or repair the weights"
             )
         return batches[: len(outputs)], dense
 
@@ -121,7 +121,7 @@ class Runs:
 
 
 def samples_of(batch: Arguments) -> int:
-    """Samples in a batch, at least 1: the length of its first tensor."""
+    """Return the number of samples in a batch, which is the length of its first tensor and at least 1."""
     return max(1, next((len(a) for a in batch if isinstance(a, Tensor) and a.ndim), 1))
 
 
@@ -132,22 +132,22 @@ def _arguments(batch: Any) -> Arguments:
 
 
 def stacked(outputs: Sequence[Tensor]) -> Tensor:
-    """All outputs behind each other; those of several shapes by the rows of their last axis."""
+    """Concatenate outputs. Outputs of different shapes are flattened to rows of the last axis."""
     if len({z.shape[1:] for z in outputs}) > 1:
         outputs = [z.reshape(-1, 1, z.shape[-1]) for z in outputs]
     return torch.cat(list(outputs))
 
 
 def _part(batch: Arguments, count: int) -> Arguments:
-    """`count` samples, evenly spaced, of a batch of tensors that all have as many; another one whole."""
+    """Return `count` evenly spaced samples of an aligned batch, or the whole batch if it is not aligned."""
     size = samples_of(batch)
     if count >= size or not aligned(batch):
         return batch
     return tuple(a[torch.arange(count, device=a.device) * size // count] for a in batch)
 
 
-def _joined(parts: Sequence[Arguments], size: int) -> list[Arguments]:
-    """Neighbours of one shape as one batch, of at most `size` samples or as they were."""
+def _merged(parts: Sequence[Arguments], size: int) -> list[Arguments]:
+    """Merge neighbouring batches of one shape up to `size` samples."""
     batches: list[Arguments] = []
     for part in parts:
         last = batches[-1] if batches else ()
@@ -160,5 +160,5 @@ def _joined(parts: Sequence[Arguments], size: int) -> list[Arguments]:
 
 
 def aligned(batch: Arguments) -> bool:
-    """Whether a batch is tensors alone that all have one number of samples."""
+    """Return whether a batch consists of tensors with equal numbers of samples."""
     return all(isinstance(a, Tensor) and a.ndim and len(a) == samples_of(batch) for a in batch)

@@ -1,4 +1,4 @@
-"""One traced run of a torch module: in which order its sites are called, with what, and what stands beside them."""
+"""Trace one run of a torch module: the order of its sites, their inputs, and the tensors that outputs are added to."""
 
 import itertools
 from collections import Counter
@@ -9,17 +9,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from rsi_deploy.torch_models.calibration.calls import Layer, LayerCall, Watch
 from rsi_deploy.torch_models.calibration.rows import ConvReader, LinearReader, Reader
-from rsi_deploy.torch_models.compress import ModuleSite
 from rsi_deploy.torch_models.layers import OpenMultiheadAttention
+from rsi_deploy.torch_models.module_sites import ModuleSite
 
 
 class BatchTrace(Watch):
-    """What one run of a batch tells.
+    """A run of one batch that records every call of a site.
 
     Attributes:
-        inputs: site -> number of the tensor that its first call reads, equal for the very same one; in execution order.
-        rows: site -> rows of all its calls.
-        calls: site -> how many.
+        inputs: site -> number of the tensor that its first call reads, in execution order. Calls that read the same
+            tensor have the same number.
+        rows: site -> number of rows in all its calls.
+        calls: site -> number of calls.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -29,7 +30,7 @@ class BatchTrace(Watch):
         self.calls: Counter[str] = Counter()
         self._read: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._uses: Counter[LayerCall] = Counter()
-        self._joined: set[LayerCall] = set()
+        self._summands: set[LayerCall] = set()
 
     def called(self, call: LayerCall, layer: Layer, x: Tensor) -> bool:
         """See `Watch`."""
@@ -42,24 +43,24 @@ class BatchTrace(Watch):
         self.calls[call.site] += 1
         return True
 
-    def joined(self, call: LayerCall, beside: Tensor) -> None:
+    def added(self, call: LayerCall, other: Tensor) -> None:
         """See `Watch`."""
         self._uses[call] += 1
-        if beside.is_floating_point():
-            self._joined.add(call)
+        if other.is_floating_point():
+            self._summands.add(call)
 
     def used(self, call: LayerCall) -> None:
         """See `Watch`."""
         self._uses[call] += 1
 
     @property
-    def added(self) -> set[LayerCall]:
-        """The calls whose output is used once, by adding it to a tensor: nothing else can depend on it."""
-        return {call for call in self._joined if self._uses[call] == 1}
+    def summands(self) -> set[LayerCall]:
+        """The calls whose only use is an addition to a tensor, so that nothing else depends on their output."""
+        return {call for call in self._summands if self._uses[call] == 1}
 
 
 def attentions_of(module: nn.Module) -> dict[nn.Module, OpenMultiheadAttention]:
-    """The packed attentions of a tree, each with one that calls its layers."""
+    """Return the packed attentions of a module tree, each with an equivalent that calls its layers."""
     return {
         child: OpenMultiheadAttention(child)
         for child in module.modules()
@@ -74,7 +75,7 @@ def attentions_of(module: nn.Module) -> dict[nn.Module, OpenMultiheadAttention]:
 def layers_of(
     module: nn.Module, sites: Iterable[ModuleSite], attentions: Mapping[nn.Module, OpenMultiheadAttention]
 ) -> list[Layer]:
-    """What is called where the weights of `sites` are used."""
+    """Return the layers that are called where the weights of `sites` are used."""
     layers = []
     for site in sites:
         for owner in dict.fromkeys(module.get_submodule(path) for path in site.paths):
@@ -92,11 +93,11 @@ def layers_of(
 
 
 def staged(inputs: Mapping[str, int], stages: int) -> list[list[str]]:
-    """The sites in at most `stages` runs of about equal length; neighbours that read the same tensor stay together.
+    """Divide sites into at most `stages` runs of similar length. Neighbours that read one tensor stay together.
 
     Args:
-        inputs: as of `BatchTrace`.
-        stages: at least 1.
+        inputs: `BatchTrace.inputs`.
+        stages: largest number of runs, at least 1.
 
     Examples:
         >>> staged({"q": 0, "k": 0, "v": 0, "out": 1, "up": 2, "down": 3}, 2)

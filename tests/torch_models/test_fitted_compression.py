@@ -1,4 +1,4 @@
-"""The calibrated PyTorch pass: better than the plain one at equal size, within its budget, and saying what it did."""
+"""`compress_` with calibration data: better than without at equal size, within the budget, with correct records."""
 
 import copy
 
@@ -9,7 +9,6 @@ from torch import nn
 
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.torch_models.compress import compress_
-from rsi_deploy.torch_models.compress_to_data import compress_to_data_
 
 
 class Net(nn.Module):
@@ -54,7 +53,7 @@ def error(module, dense, x):
 def test_better_than_the_weights_alone_at_the_same_rank(net):
     plain, fitted = copy.deepcopy(net), copy.deepcopy(net)
     compress_(plain, "25%")
-    records = compress_to_data_(fitted, [(data(128, seed),) for seed in range(4)], rank="25%")
+    records = compress_(fitted, calib=[(data(128, seed),) for seed in range(4)], rank="25%")
     test = data(256, 77)
     assert error(fitted, net, test) < 0.5 * error(plain, net, test)
     assert {record.name for record in records if record.decision == "split"} == {"branch", "head", "stem"}
@@ -64,7 +63,7 @@ def test_better_than_the_weights_alone_at_the_same_rank(net):
 @pytest.mark.parametrize("share", [0.8, 0.6, 0.45])
 def test_a_budget_is_kept_and_used(net, share):
     dense = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in net.norm.parameters())
-    records = compress_to_data_(net, [(data(256, 1),)], keep_params=share)
+    records = compress_(net, calib=[(data(256, 1),)], keep_params=share)
     kept = sum(p.numel() for p in net.parameters())
     assert kept <= share * dense
     assert kept > (share - 0.2) * dense
@@ -73,16 +72,16 @@ def test_a_budget_is_kept_and_used(net, share):
             assert net.get_submodule(record.name).right.shape[0] == record.rank
 
 
-def test_filters_are_respected_and_said(net):
-    records = {r.name: r for r in compress_to_data_(net, [(data(128, 1),)], rank="25%", exclude=["head"])}
+def test_filters_apply_and_give_reasons(net):
+    records = {r.name: r for r in compress_(net, calib=[(data(128, 1),)], rank="25%", exclude=["head"])}
     assert records["head"].decision == "dense"
     assert "--exclude head" in records["head"].reason
     assert isinstance(net.head, nn.Linear)
     assert not isinstance(net.branch, nn.Conv2d)
 
 
-def test_what_it_makes_is_trainable(net):
-    compress_to_data_(net, [(data(128, 1),)], rank="25%")
+def test_the_result_is_trainable(net):
+    compress_(net, calib=[(data(128, 1),)], rank="25%")
     net.requires_grad_(True)
     net(data(8, 3)).square().sum().backward()
     assert all(p.grad is not None for p in net.branch.parameters())
@@ -91,21 +90,21 @@ def test_what_it_makes_is_trainable(net):
 @pytest.mark.parametrize("asked", [{}, {"rank": 3, "keep_macs": 0.5}])
 def test_exactly_one_request(net, asked):
     with pytest.raises(UsageError, match="exactly one"):
-        compress_to_data_(net, [(data(8, 1),)], **asked)
+        compress_(net, calib=[(data(8, 1),)], **asked)
 
 
 def test_no_data(net):
     with pytest.raises(UsageError, match="no batches"):
-        compress_to_data_(net, [], rank=3)
+        compress_(net, calib=[], rank=3)
 
 
 def test_a_budget_of_macs_counts_what_the_filters_leave_dense():
-    """Two equal layers, one of them excluded: half of all is a share that the other one cannot reach alone."""
+    """Of two equal layers one is excluded, so the other one must save the whole difference."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)).eval()
     (record,) = [
         record
-        for record in compress_to_data_(net, [(torch.randn(256, 32),)], keep_macs=0.75, exclude=["1"])
+        for record in compress_(net, calib=[(torch.randn(256, 32),)], keep_macs=0.75, exclude=["1"])
         if record.rank
     ]
     assert 0.9 * 0.5 <= record.rank * 64 / (32 * 32) <= 0.5
@@ -122,5 +121,5 @@ def test_a_budget_of_macs_is_refused_where_a_layer_is_not_counted():
 
     calib = [(torch.randn(64, 5, 16),)]
     with pytest.raises(ModelError, match=r"lstm\.weight_ih_l0 .*keep-params"):
-        compress_to_data_(Net().eval(), calib, keep_macs=0.5)
-    assert compress_to_data_(Net().eval(), calib, keep_params=0.95)
+        compress_(Net().eval(), calib=calib, keep_macs=0.5)
+    assert compress_(Net().eval(), calib=calib, keep_params=0.95)

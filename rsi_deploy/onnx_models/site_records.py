@@ -1,0 +1,65 @@
+"""Records of sites, from the records of the nodes that a split has rewritten."""
+
+from collections.abc import Iterable, Mapping
+
+import graph_passes as gp
+from rsi_deploy.core.sites import SiteRecord, dense_record, site_name
+
+
+def records_by_weight(nodes: Iterable[gp.Record], splits: Mapping[str, SiteRecord]) -> list[SiteRecord]:
+    """Return one record for each weight (for a node without a known weight too), in graph order, with its nodes.
+
+    Args:
+        nodes: records of the nodes.
+        splits: weight name -> record of its factors.
+    """
+    users: dict[str, list[gp.Record]] = {}
+    for node in nodes:
+        users.setdefault(node.weight or f"node {node.node}", []).append(node)
+    result = []
+    for weight, group in users.items():
+        names, first = tuple(node.node for node in group), group[0]
+        if weight in splits:
+            form = first.form if isinstance(first, gp.Split) else None
+            result.append(splits[weight].model_copy(update={"nodes": names, "form": form}))
+            continue
+        result.append(
+            dense_record(
+                site_name(weight),
+                first.op_type,
+                first.out_features,
+                first.in_features,
+                first.reason if isinstance(first, gp.Skip) else "split",
+                groups=max(first.groups, 1),
+                nodes=names,
+            )
+        )
+    return result
+
+
+def with_macs(
+    sites: Iterable[SiteRecord], nodes: Iterable[gp.Record], before: Mapping[str, int], after: Mapping[str, int]
+) -> list[SiteRecord]:
+    """Return the records with multiply-accumulates a sample.
+
+    The shared first node of a joint split counts at its first site.
+
+    Args:
+        sites: records of the weights.
+        nodes: records of the nodes.
+        before: node name -> MACs in the dense model.
+        after: node name -> MACs in the compressed model.
+    """
+    counted: set[str] = set()
+    result = []
+    splits = {node.node: node for node in nodes if isinstance(node, gp.Split)}
+    for site in sites:
+        dense = sum(before.get(node, 0) for node in site.nodes) or None
+        compressed = dense
+        if dense is not None and site.rank is not None:
+            pairs = [splits[node] for node in site.nodes if node in splits]
+            new = {name for pair in pairs for name in (pair.first_node, pair.second_node)} - counted
+            counted |= new
+            compressed = sum(after.get(node, 0) for node in new | (set(site.nodes) - splits.keys()))
+        result.append(site.model_copy(update={"macs_dense": dense, "macs_compressed": compressed}))
+    return result
