@@ -23,6 +23,15 @@ def origin(model, **given):
     return Origin(**{"model": model, **rest, **given})
 
 
+def own(path):
+    """The preprocessing in an ONNX file's metadata."""
+    return Preprocessing.stored(onnx_metadata(path))
+
+
+def onnx_metadata(path):
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
 @pytest.fixture
 def telling(tmp_path):
     """An ONNX file whose metadata tell a preprocessing."""
@@ -40,15 +49,14 @@ def test_what_is_given_goes_over_what_the_model_tells(telling):
         (cropped, Preprocessing(mean=(0.25,), std=(2.0,), crop=(3, 4))),
         (other, other),
     ]:
-        one = origin(telling, preprocessing=given)
-        assert one.steps(one.load()) == steps
-    assert TOLD.over(other) == TOLD != other  # the other way round is told apart
+        assert origin(telling, preprocessing=given).over(own(telling)) == steps
+    assert TOLD.over(other) == TOLD != other, "the other way round differs"
 
 
 def test_a_model_that_tells_nothing_has_what_is_given(tmp_path):
     silent = str(mlp_onnx(tmp_path / "silent.onnx"))
-    assert origin(silent).steps(origin(silent).load()) is None
-    assert origin(silent, preprocessing=TOLD).steps(origin(silent).load()) == TOLD
+    assert origin(silent).over(own(silent)) is None
+    assert origin(silent, preprocessing=TOLD).over(own(silent)) == TOLD
 
 
 def test_a_module_is_loaded_as_it_is():
