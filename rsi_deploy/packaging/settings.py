@@ -8,7 +8,7 @@ FIRST: dict[str, Any] = {"first": True}
 
 
 class EngineConfig(Settings, panel="Engine"):
-    """What the engine does with the model."""
+    """How the engine runs the model."""
 
     target: Literal["ort", "triton", "kserve", "ray-serve"] = setting(..., "The engine.", option=FIRST)
     name: str | None = setting(None, "Name of the model in the engine. [default: the name of DIR]", option=FIRST)
@@ -23,8 +23,8 @@ class EngineConfig(Settings, panel="Engine"):
     threads: int | None = setting(
         None, "Threads inside one operator. [default: onnxruntime's, all cores]", option=FIRST, ge=1
     )
-    device: Literal["cpu", "gpu"] = setting("cpu", "Where the model runs.", option=FIRST)
-    tensorrt: Literal["off", "fp32", "fp16"] = setting("off", "Let TensorRT run the model on the GPU.")
+    device: Literal["cpu", "gpu"] = setting("cpu", "Device that runs the model.", option=FIRST)
+    tensorrt: Literal["off", "fp32", "fp16"] = setting("off", "Run the model with TensorRT on the GPU.")
 
 
 class OrtConfig(Settings, panel="Target ort"):
@@ -50,7 +50,7 @@ class ReplicasConfig(Settings, panel="Targets kserve and ray-serve"):
 
     storage_uri: str | None = setting(
         None,
-        "kserve: where the models will lie (s3://..., pvc://...); ray-serve: where the zipped package will lie.",
+        "kserve: URI of the models (s3://..., pvc://...); ray-serve: URI of the zipped package.",
         option={"metavar": "URI"},
     )
     replicas: str = setting("1-4", "The fewest and the most replicas.")

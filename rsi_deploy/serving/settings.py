@@ -9,7 +9,7 @@ FIRST: dict[str, Any] = {"first": True}
 
 
 class AddressConfig(Settings, panel="Address"):
-    """Where the server listens, and for whom."""
+    """The addresses of the server, and the key of its clients."""
 
     host: str = setting("127.0.0.1", "Address to listen on.", option=FIRST)
     http_port: int = setting(8000, "Port of HTTP; 0 takes a free one.", option=FIRST, ge=0, le=65535)
@@ -21,7 +21,7 @@ class AddressConfig(Settings, panel="Address"):
 
 
 class WorkersConfig(Settings, panel="Workers"):
-    """What runs the models."""
+    """The worker processes and their batches."""
 
     workers: int | None = setting(None, "Processes that run models. [default: 2; 1 on one core]", option=FIRST, ge=1)
     threads: int | None = setting(None, "Threads of each worker. [default: the cores, shared out]", option=FIRST, ge=1)
@@ -34,38 +34,40 @@ class WorkersConfig(Settings, panel="Workers"):
 
 
 class RolloutConfig(Settings, panel="Rollout"):
-    """Models beside the main ones."""
+    """Canary and shadow, and the reload of replaced bundles."""
 
     canary: str = setting(
         "", "A model that answers a share of the requests.", option=FIRST | {"metavar": "[NAME=]PATH"}
     )
     canary_share: Share | None = setting(None, "Share of the canary.", option=FIRST | {"metavar": "10%"})
     shadow: str = setting(
-        "", "A model that runs beside the main one and is compared.", option=FIRST | {"metavar": "[NAME=]PATH"}
+        "", "A model that is compared with the one that answers.", option=FIRST | {"metavar": "[NAME=]PATH"}
     )
     reload_seconds: SecondsOrOff = setting(
-        1.0, "Time between looks for replaced bundles; off: never.", option={"flag": "--reload-every"}
+        1.0, "Time between checks for replaced bundles; off disables them.", option={"flag": "--reload-every"}
     )
 
 
 class LimitsConfig(Settings, panel="Limits"):
-    """Limits on requests, and what is logged."""
+    """Limits on requests, and the access log."""
 
     max_body: Size = setting(64_000_000, "Most bytes of a request.")
     max_json: Size = setting(8_000_000, "Most bytes of JSON in a request.")
-    access_log: str = setting("-", "JSON lines; -: stderr.", option={"metavar": "FILE|-|off"})
+    access_log: str = setting("-", "File for one JSON object a request; - is stderr.", option={"metavar": "FILE|-|off"})
     drain_seconds: Seconds = setting(
         30.0, "Time for accepted requests when the server ends.", option={"flag": "--drain"}
     )
 
 
 class RayConfig(Settings, panel="Engine ray"):
-    """A Ray Serve application in place of the server's own processes."""
+    """A Ray Serve application instead of the server's own processes."""
 
     engine: Literal["own", "ray"] = setting(
         "own", "ray: a Ray Serve application, whose replicas grow with the load. [extra: ray]"
     )
-    ray: str = setting("", "A cluster. [default: local, a Ray here]", option={"metavar": "ADDRESS|local"})
+    ray: str = setting(
+        "", "Address of a cluster. [default: local, on this machine]", option={"metavar": "ADDRESS|local"}
+    )
     replicas: str = setting("", "The fewest and the most replicas. [default: 1-4]", option={"metavar": "1-4"})
     write_config: str = setting(
         "", "Write the config for `serve deploy` instead of serving.", option={"metavar": "FILE"}
