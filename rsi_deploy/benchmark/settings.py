@@ -85,8 +85,9 @@ class FurtherConfig(Settings, panel="Further measurements"):
     profile: bool = setting(False, "Time per op type and per split site.", option=FIRST)
 
 
-def _scenarios(names: Sequence[str]) -> tuple[Scenario, ...]:
+def _scenarios(typed: str | Sequence[str]) -> tuple[Scenario, ...]:
     """Return LoadGen's own spelling of its scenarios."""
+    names = [typed] if isinstance(typed, str) else typed
     known: dict[str, Scenario] = {name.lower(): name for name in SCENARIOS}
     if unknown := [name for name in names if name.lower() not in known]:
         raise UsageError(f"--loadgen takes {', '.join(SCENARIOS)}, but got {unknown[0]!r}")

@@ -39,7 +39,7 @@ NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def yield_idle_threads() -> None:
-    """Have torch's idle OpenMP threads sleep instead of spin, unless the user chose; must come before torch loads.
+    """Let idle OpenMP threads of torch sleep instead of spin, unless the user chose; call it before torch loads.
 
     Where another process wants the cores, spinning threads make small matrix work ten times slower.
     """

@@ -71,7 +71,7 @@ class Verb(click.Command):
         for param in self.params:
             is_needed = isinstance(param, VerbOption) and param.unless and not ctx.params.get(param.unless)
             if is_needed and ctx.params.get(param.name or "") is None and not ctx.resilient_parsing:
-                raise click.MissingParameter(ctx=ctx, param=param)
+                ctx.fail(f"Missing option {' / '.join(map(repr, param.opts))}; add it to the command")
         return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -69,7 +69,7 @@ def requested_gates(settings: BenchConfig, *, models: Sequence[str]) -> Gates | 
 
 
 def show_comparison(paths: Sequence[str], *, as_json: bool) -> None:
-    """Results of several devices side by side.
+    """Show results of several devices side by side.
 
     Raises:
         UsageError: fewer than two, no such file, or nothing in common.

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def check_page(html: str | None) -> Path | None:
-    """The file to write, refused before any long work where it cannot be.
+    """Return the file of the page, or refuse it before any long work.
 
     Raises:
-        UsageError: it is there already, or its folder is not.
+        UsageError: the file exists, or its folder cannot be written to.
     """
     if html is None:
         return None

@@ -40,7 +40,7 @@ MEANINGS = {
 
 @dataclass
 class _Step:
-    """A step that is at work.
+    """A step that is running.
 
     Attributes:
         name: of the step.
@@ -56,7 +56,7 @@ class _Step:
 
 
 class ProgressLines:
-    """Writes the lines; a `rsi_deploy.core.progress.Listener`.
+    """The lines of a log; a `rsi_deploy.core.progress.Listener`.
 
     Args:
         write: takes a line without its end.

@@ -10,7 +10,7 @@ ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasatt
 
 
 class EndedError(BaseException):
-    """A signal has ended the command; no `Exception`, so that nothing takes it for a failure and goes on.
+    """A signal has ended the command. It is no `Exception`, so that no handler of failures catches it.
 
     Attributes:
         number: of the signal.

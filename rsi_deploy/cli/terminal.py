@@ -63,7 +63,7 @@ def _plain(name: str) -> str:
 
 @contextmanager
 def progress_bar(unit: str = "sites", *, is_short: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr with the site at work; where stderr is no terminal, lines (see `progress_lines`).
+    """Show progress on stderr: a bar on a terminal, else lines (see `progress_lines`).
 
     Args:
         unit: what is counted.

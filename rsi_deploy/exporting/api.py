@@ -115,7 +115,7 @@ def export_run(
         request=request,
         cost=config.cost,
         foreign=config.allow_cost_mismatch,
-        smaller_is_enough=config.allow_slower,
+        allow_slower=config.allow_slower,
         measure=config.measure,
     )
     provider = str(parse_provider(config.provider))

@@ -22,7 +22,7 @@ class Timed:
         request: what decides the ranks.
         cost: file of a cost table.
         foreign: accept a table of another machine.
-        smaller_is_enough: splits need not be faster.
+        allow_slower: splits need not be faster.
         measure: whether times are measured here.
 
     Raises:
@@ -32,7 +32,7 @@ class Timed:
     request: RankRequest
     cost: str | Path | None
     foreign: bool
-    smaller_is_enough: bool
+    allow_slower: bool
     measure: bool
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class Timed:
     @property
     def needs_table(self) -> bool:
         """Whether a cost table decides anything."""
-        ruled = self.request.is_searched and self.measure and not self.smaller_is_enough
+        ruled = self.request.is_searched and self.measure and not self.allow_slower
         return self.cost is not None or self.is_in_time or ruled
 
 

@@ -195,7 +195,7 @@ class ExportRun:
                 self.costing,
                 cost=self.timed.cost,
                 foreign=self.timed.foreign,
-                must_be_faster=not self.timed.smaller_is_enough,
+                must_be_faster=not self.timed.allow_slower,
                 name=dense.source.name,
                 command=self.command,
             )
@@ -253,7 +253,7 @@ class ExportRun:
     ) -> Delivered:
         """Measure the compressed model where that is asked for, and undo what makes it slow."""
         timing, timed = calibrator.timing, self.timed
-        must_be_faster = timed.measure and not self.job.settings.always_split and not timed.smaller_is_enough
+        must_be_faster = timed.measure and not self.job.settings.always_split and not timed.allow_slower
 
         def measure(reference: Path, candidate: Path) -> BenchResult:
             with clock.stage("latency"):

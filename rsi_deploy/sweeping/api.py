@@ -3,11 +3,10 @@
     dense ONNX once --> options of every site once --> for each share: plan, fit, write, verify, measure --> a bundle
                                                    --> all bundles measured in one run
 
-What depends on the dense model and the data alone is found once and kept: what a site's forms and ranks cost and lose,
-what its errors do to the outputs, the cost table. The factors of a point are fitted for it: a site's matrix is a
-regression from what the sites before it have become *there* (`rsi_deploy.calibrate`), so that those of a lower rank are
-no slice of those of a higher one. They would be where nothing but the weight counts and its SVD is exact; no point of a
-sweep is such. A sweep that was interrupted goes on with the same command: what is whole is not made again.
+Results that depend on the dense model and the data alone are computed once and cached: costs and losses of each form
+and rank, sensitivities of the outputs, the cost table. Factors are fitted for each point: the regression of a site
+depends on the compressed sites before it, so factors of a lower rank are no slice of those of a higher rank.
+An interrupted sweep resumes with the same command; finished points are not made again.
 """
 
 import datetime
@@ -169,7 +168,7 @@ def _resumed(
 def _made(
     jobs: Sequence[PointJob], folder: Path, dense: Path, kept: SweepCache, ray: str | None, *, exclusive: bool
 ) -> Iterator[MadePoint]:
-    """The points, one after another; by workers from the moment that the one calibration is there."""
+    """Yield the points in order; workers make them once the calibration is cached."""
     left = list(jobs)
     while left and (ray is None or kept.options() is None):
         job = left.pop(0)
@@ -179,7 +178,7 @@ def _made(
 
 
 def _with_point(document: Sweep, number: int, made: MadePoint, folder: Path) -> Sweep:
-    """The sweep with one more point, made or found impossible."""
+    """Return the sweep with one more point, made or found impossible."""
     share = document.shares[number - 1]
     if made.problem is not None:
         problem = _in_words_of_sweep(str(made.problem))
@@ -196,7 +195,7 @@ def _with_point(document: Sweep, number: int, made: MadePoint, folder: Path) -> 
 
 
 def _in_words_of_sweep(problem: str) -> str:
-    """An export's message without the budget options of export, which the sweep sets.
+    """Return an export's message without the budget options, which the sweep sets.
 
     Example:
         >>> _in_words_of_sweep("no plan can meet --keep-macs 30% (9 of 30); type --keep-macs 40% or more, or add sites")
@@ -207,7 +206,7 @@ def _in_words_of_sweep(problem: str) -> str:
 
 
 def _begun(new: Sweep, folder: Path) -> Sweep:
-    """The sweep that is in the folder already, or a new one.
+    """Return the sweep that the folder holds, or a new one.
 
     Raises:
         UsageError: it is another one.

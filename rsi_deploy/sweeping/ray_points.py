@@ -1,4 +1,4 @@
-"""`sweep --ray`: points made as Ray tasks, a bundle each; the dense model travels once.
+"""`sweep --ray`: Ray tasks make the points, one bundle each; the dense model is sent once.
 
     driver: dense model, kept options --put once--> task on a worker: export in a folder of its own --> the bundle
 
@@ -31,7 +31,7 @@ Files = Mapping[str, npt.NDArray[np.uint8]]
 def made_by_workers(
     address: str, jobs: Sequence[PointJob], folder: Path, dense: Path, kept: SweepCache, *, exclusive: bool
 ) -> Iterator[MadePoint]:
-    """Have workers make the points; each bundle is in `folder` when its turn comes.
+    """Make the points on workers, and yield them in order; each bundle is in `folder` then.
 
     Args:
         address: of the cluster, or "local".
@@ -73,7 +73,7 @@ def made_by_workers(
 
 
 def _one_a_machine(ray: Any, jobs: Sequence[PointJob], begin: Any) -> Iterator[tuple[int, Any]]:
-    """Points as they get done, never two at a time on one machine; one that lost its machine goes to another."""
+    """Yield points as they finish, never two at a time on one machine; a lost machine's point goes to another."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     free = {node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]}
@@ -113,7 +113,7 @@ def _got(ray: Any, number: int, reference: Any) -> Any:
 
 
 def _made(job: PointJob, settings: Any, inputs: Files, found: Files) -> tuple[MadePoint, Files, dict[str, str]]:
-    """On a worker: the point, the files of its bundle, and what the worker is like."""
+    """Make a point on a worker; return it, the files of its bundle, and the worker's versions."""
     like = like_driver(settings)
     with ScratchFolder() as temporary:
         work, target = Path(temporary) / "work", Path(temporary) / "bundle"
@@ -126,7 +126,7 @@ def _made(job: PointJob, settings: Any, inputs: Files, found: Files) -> tuple[Ma
 
 
 def _with_whole_paths(job: PointJob) -> PointJob:
-    """The job with the data named as a worker finds them, whatever folder it runs in."""
+    """Return the job with absolute paths of its data, for workers in other folders."""
     whole = {}
     for key in ("calib", "data"):
         name, mark, choice = str(getattr(job.config, key) or "").partition("#")

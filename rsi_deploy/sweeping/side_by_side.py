@@ -1,7 +1,7 @@
-"""All points of a sweep in one run with the dense model, in turn: times of different minutes make no front.
+"""All points of a sweep are measured in one run with the dense model, in turn.
 
-Each point was measured against dense when it was made; a machine that was busy then and is quiet now makes a slow
-model look fast. Models that do not fit into memory together keep the times of their own runs.
+Times of different minutes cannot be compared: the load of the machine changes. Models that do not fit into memory
+together keep the times of their own runs.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from rsi_deploy.runtime.feeds.shapes import named_shapes, unsettled_inputs
 from rsi_deploy.runtime.machine import free_memory
 
 MEMORY_SHARE = 0.4
-"""Of the free memory, for the models' files; a session holds about as much again."""
+"""Largest share of the free memory for the files of the models; a session holds about as much again."""
 
 
 def side_by_side(document: Sweep, folder: Path, dense: Path, config: ExportConfig) -> Sweep:
-    """The sweep with times of one run, and `side_by_side` set; unchanged where that cannot be measured here.
+    """Return the sweep with times of one run and `side_by_side` set, or unchanged where that cannot be measured.
 
     Args:
         document: of a sweep whose points were all tried.
@@ -65,7 +65,7 @@ def side_by_side(document: Sweep, folder: Path, dense: Path, config: ExportConfi
 
 
 def _shapes(point: Path, dense: Path, config: ExportConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes that were typed, else those of the data that the points were made with, where any are left open."""
+    """Return the shapes of the settings; open ones are those of the data that the points were made with."""
     specs = model_inputs(dense)
     typed = named_shapes(config.input_shape)
     if not unsettled_inputs(specs, typed):

@@ -171,13 +171,13 @@ class Settings(pydantic.BaseModel, frozen=True, extra="forbid"):
         cls.panel = panel
 
     @classmethod
-    def of(cls, given: "Self | Mapping[str, Any] | None" = None, /, **changes: Any) -> Self:
-        """Make settings of given ones and of changes, which win.
+    def of(cls, start: "Self | Mapping[str, Any] | None" = None, /, **changes: Any) -> Self:
+        """Return settings made of a base and of changes, which win.
 
         Raises:
             UsageError: an unknown name, or a value that cannot be meant.
         """
-        base = {} if given is None else given.chosen() if isinstance(given, Settings) else dict(given)
+        base = {} if start is None else start.chosen() if isinstance(start, Settings) else dict(start)
         if any(name in changes for name in cls.exclusive):
             base = {name: value for name, value in base.items() if name not in cls.exclusive}
         values = {name: value for name, value in (base | changes).items() if value is not None or name in changes}
@@ -231,7 +231,7 @@ def flag_of(name: str | None) -> str:
 
 
 def option_of(field: pydantic.fields.FieldInfo) -> dict[str, Any]:
-    """Return what `setting` was told for the command line."""
+    """Return the `option` of a `setting`."""
     extra = field.json_schema_extra
     return dict(extra.get("option", {})) if isinstance(extra, dict) else {}  # type: ignore[arg-type]
 

@@ -7,8 +7,8 @@
     # Size
     rank = "25%"
 
-Keys are the names of the settings. Paths stay as they were given: relative ones start at the working directory, as on
-the command line. Options on the command line win over the recipe.
+Keys are the names of the settings. Paths stay as the user wrote them: relative ones start at the working directory, as
+on the command line. Options on the command line win over the recipe.
 """
 
 import json
