@@ -231,7 +231,7 @@ def flag_of(name: str | None) -> str:
 
 
 def option_of(field: pydantic.fields.FieldInfo) -> dict[str, Any]:
-    """Return the `option` of a `setting`."""
+    """Return what `setting` declares for the command line."""
     extra = field.json_schema_extra
     return dict(extra.get("option", {})) if isinstance(extra, dict) else {}  # type: ignore[arg-type]
 
