@@ -22,7 +22,7 @@ from rich.table import Table
 from bench import common, small
 from bench.common import Goal
 from rsi_deploy.benchmark.latency import bench
-from rsi_deploy.benchmark.loadgen import run_loadgen
+from rsi_deploy.benchmark.mlperf.loadgen import run_loadgen
 
 LIMIT = 0.05
 ROUNDS, QUICK_ROUNDS = 10, 2

@@ -5,7 +5,7 @@ import datetime
 import numpy as np
 from bench_documents import accuracy, environment
 
-from rsi_deploy.benchmark.loadgen import LoadGenResult
+from rsi_deploy.benchmark.mlperf.loadgen import LoadGenResult
 from rsi_deploy.benchmark.result import BenchDocument, BenchResult, VariantFile, VariantResult
 from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SessionStreams, SiteTime, Throughput
 from rsi_deploy.benchmark.statistics import quantiles, supported_percentiles, verdict

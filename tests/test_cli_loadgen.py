@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bench import small
-from rsi_deploy.benchmark import loadgen
+from rsi_deploy.benchmark.mlperf import loadgen
 from rsi_deploy.cli import run
 
 needs_loadgen = pytest.mark.skipif(

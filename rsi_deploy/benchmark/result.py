@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import BaseModel, Field
 
-from rsi_deploy.benchmark.loadgen import LoadGenResult
+from rsi_deploy.benchmark.mlperf.loadgen import LoadGenResult
 from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SessionStreams, Throughput
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.types import Interval

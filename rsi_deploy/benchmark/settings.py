@@ -30,7 +30,7 @@ class MatrixConfig(Settings, panel="Configurations"):
 
     batch: Counts = setting((1,), "Samples of a call.", option=FIRST)
     threads: Counts | None = setting(
-        None, "onnxruntime threads. [default: onnxruntime's choice]", option=FIRST | {"metavar": "1,2"}
+        None, "onnxruntime threads. (default: onnxruntime's choice)", option=FIRST | {"metavar": "1,2"}
     )
     input_shape: Texts = setting(
         (),
@@ -103,10 +103,10 @@ class LoadgenConfig(Settings, panel="MLPerf LoadGen"):
         option={"metavar": "SingleStream|MultiStream|Server|Offline"},
     )
     target_qps: float | None = setting(
-        None, "Server: queries a second. [default: half of what back-to-back calls reach]", gt=0
+        None, "Server: queries a second. (default: half of what back-to-back calls reach)", gt=0
     )
     target_latency: Milliseconds | None = setting(
-        None, "Server: 99 % of the queries within it. [default: ten calls' time, 10 ms or more]", gt=0
+        None, "Server: 99 % of the queries within it. (default: ten calls' time, 10 ms or more)", gt=0
     )
 
 
@@ -114,7 +114,7 @@ class GateConfig(Settings, panel="Gates"):
     """What a measurement is compared with; a gate that fails ends with exit 4."""
 
     baseline: FileName | None = setting(
-        None, "A stored --json result for the gates. [default: the first model]", option=FIRST
+        None, "A stored --json result for the gates. (default: the first model)", option=FIRST
     )
     max_slowdown: Percent | None = setting(None, "Gate: a slowdown that is shown to be larger.", option=FIRST)
     max_drop: float | None = setting(None, "Gate: top-1 lost on --data.", option=FIRST | {"metavar": "POINTS"}, ge=0)

@@ -146,7 +146,7 @@ def _precisions(text: str) -> Any:
 def _check_loadgen(request: "BenchRequest", settings: BenchConfig) -> None:
     """What LoadGen cannot do must not wait for the measurement."""
     if settings.loadgen:
-        from rsi_deploy.benchmark.loadgen import check_loadgen
+        from rsi_deploy.benchmark.mlperf.loadgen import check_loadgen
 
         for scenario in settings.loadgen:
             check_loadgen(scenario, request.settings()[0].batch, request.share())
@@ -156,7 +156,7 @@ def _with_loadgen(document: "BenchDocument", request: "BenchRequest", settings: 
     """MLPerf LoadGen's tests of every arm, in the first configuration."""
     if not settings.loadgen or (document.partial and any("interrupted" in note for note in document.notes)):
         return document
-    from rsi_deploy.benchmark.loadgen import run_loadgen
+    from rsi_deploy.benchmark.mlperf.loadgen import run_loadgen
 
     configuration = request.settings()[0]
     found = {

@@ -171,7 +171,7 @@ def help_of(field: FieldInfo) -> str:
     elif default not in (None, (), "") and not isinstance(default, bool):
         notes.insert(0, f"default: {quantity.to_text(default) if quantity else default}")
     words = option_of(field)["off"] if default is True else field.description
-    return f"{words} [{'; '.join(notes)}]" if notes else str(words)
+    return f"{words} ({'; '.join(notes)})" if notes else str(words)
 
 
 def _option(name: str, field: FieldInfo, panel: str) -> Callable[[F], F]:

@@ -11,7 +11,7 @@ class EngineConfig(Settings, panel="Engine"):
     """How the engine runs the model."""
 
     target: Literal["ort", "triton", "kserve", "ray-serve"] = setting(..., "The engine.", option=FIRST)
-    name: str | None = setting(None, "Name of the model in the engine. [default: the name of DIR]", option=FIRST)
+    name: str | None = setting(None, "Name of the model in the engine. (default: the name of DIR)", option=FIRST)
     feeds: FileName | None = setting(
         None, "An .npz with one array per input, to run the model on.", option=FIRST | {"metavar": "FILE.npz"}
     )
@@ -21,7 +21,7 @@ class EngineConfig(Settings, panel="Engine"):
     )
     instances: int = setting(1, "Copies of the model on each device.", ge=1)
     threads: int | None = setting(
-        None, "Threads inside one operator. [default: onnxruntime's, all cores]", option=FIRST, ge=1
+        None, "Threads inside one operator. (default: onnxruntime's, all cores)", option=FIRST, ge=1
     )
     device: Literal["cpu", "gpu"] = setting("cpu", "Device that runs the model.", option=FIRST)
     tensorrt: Literal["off", "fp32", "fp16"] = setting("off", "Run the model with TensorRT on the GPU.")

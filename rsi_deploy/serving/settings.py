@@ -23,8 +23,8 @@ class AddressConfig(Settings, panel="Address"):
 class WorkersConfig(Settings, panel="Workers"):
     """The worker processes and their batches."""
 
-    workers: int | None = setting(None, "Processes that run models. [default: 2; 1 on one core]", option=FIRST, ge=1)
-    threads: int | None = setting(None, "Threads of each worker. [default: the cores, shared out]", option=FIRST, ge=1)
+    workers: int | None = setting(None, "Processes that run models. (default: 2; 1 on one core)", option=FIRST, ge=1)
+    threads: int | None = setting(None, "Threads of each worker. (default: the cores, shared out)", option=FIRST, ge=1)
     provider: str = setting("cpu", "onnxruntime provider: cpu, cuda, ...", option=FIRST)
     max_batch: int = setting(16, "Most rows that are joined; 1 joins none.", option=FIRST, ge=1)
     batch_delay: SecondsOrOff = setting(0.002, "Longest time that a request waits for others.", option=FIRST)
@@ -66,9 +66,9 @@ class RayConfig(Settings, panel="Engine ray"):
         "own", "ray: a Ray Serve application, whose replicas grow with the load. [extra: ray]"
     )
     ray: str = setting(
-        "", "Address of a cluster. [default: local, on this machine]", option={"metavar": "ADDRESS|local"}
+        "", "Address of a cluster. (default: local, on this machine)", option={"metavar": "ADDRESS|local"}
     )
-    replicas: str = setting("", "The fewest and the most replicas. [default: 1-4]", option={"metavar": "1-4"})
+    replicas: str = setting("", "The fewest and the most replicas. (default: 1-4)", option={"metavar": "1-4"})
     write_config: str = setting(
         "", "Write the config for `serve deploy` instead of serving.", option={"metavar": "FILE"}
     )

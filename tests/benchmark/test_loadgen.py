@@ -6,9 +6,10 @@ import onnx
 import pytest
 from onnx import parser
 
-from rsi_deploy.benchmark import loadgen, loadgen_worker
-from rsi_deploy.benchmark.loadgen import parse_summary, run_loadgen
-from rsi_deploy.benchmark.loadgen_worker import LoadGenRequest
+from rsi_deploy.benchmark.mlperf import loadgen
+from rsi_deploy.benchmark.mlperf import worker as loadgen_worker
+from rsi_deploy.benchmark.mlperf.loadgen import parse_summary, run_loadgen
+from rsi_deploy.benchmark.mlperf.worker import LoadGenRequest
 from rsi_deploy.core.errors import ModelError, UsageError
 
 needs_loadgen = pytest.mark.skipif(

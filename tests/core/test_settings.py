@@ -220,6 +220,6 @@ def test_a_new_option_is_its_field_and_its_use(tmp_path):
     assert use.settings == NewConfig(sharpness=0.25, loud=True)
     assert "--sharpness" not in call("--help").output
     page = call("--help-all").output
-    assert "How sharp. [default: 0.5; at least 0; at most 1]" in page
+    assert "How sharp. (default: 0.5; at least 0; at most 1)" in page
     assert "--no-loud" in page
     assert "Make no noise." in page

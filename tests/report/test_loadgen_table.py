@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from rsi_deploy.benchmark.loadgen import LoadGenResult
+from rsi_deploy.benchmark.mlperf.loadgen import LoadGenResult
 from rsi_deploy.report.tables.loadgen import print_loadgen
 
 RESULT = LoadGenResult(

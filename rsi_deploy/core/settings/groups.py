@@ -137,7 +137,7 @@ class PictureConfig(Settings, panel="Pictures"):
     )
     layout: Literal["NCHW", "NHWC"] | None = setting(None, "Axes of the input.")
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = setting(None, "Filter of the resize.")
-    scale: float | None = setting(None, "Factor on 8-bit values. [default: 1/255]")
+    scale: float | None = setting(None, "Factor on 8-bit values. (default: 1/255)")
     input_dtype: Literal["float32", "float16", "float64"] | None = setting(None, "Type of the inputs.")
 
 
@@ -222,7 +222,7 @@ class RuntimeConfig(Settings, panel="Measuring"):
         "onnxruntime provider with options: cpu:threads=2,spinning=off, cuda:use_tf32=0, ...",
         option={"metavar": "NAME[:key=value,...]"},
     )
-    threads: int | None = setting(None, "onnxruntime threads. [default: onnxruntime's choice]", ge=1)
+    threads: int | None = setting(None, "onnxruntime threads. (default: onnxruntime's choice)", ge=1)
 
 
 class MeasureConfig(RuntimeConfig, panel="Measuring"):
@@ -245,7 +245,7 @@ class BundleConfig(GrowthConfig, panel="Bundle"):
     """What the bundle holds, and when it is refused."""
 
     opset: int | None = setting(
-        None, "Opset of the ONNX model. [default: an ONNX file's own; 23 with attention, else 20]"
+        None, "Opset of the ONNX model. (default: an ONNX file's own; 23 with attention, else 20)"
     )
     max_output_error: float | None = setting(None, "Gate: relative error of the outputs (exit 4).", ge=0)
     keep_dense: bool = setting(False, "Keep dense.onnx in the bundle.")

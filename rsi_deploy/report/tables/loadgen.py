@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.markup import escape
 
-from rsi_deploy.benchmark.loadgen import LoadGenResult
+from rsi_deploy.benchmark.mlperf.loadgen import LoadGenResult
 from rsi_deploy.report.table import Table
 from rsi_deploy.report.tables.terminal import print_table
 

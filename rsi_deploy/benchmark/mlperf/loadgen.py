@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel
 
-from rsi_deploy.benchmark.loadgen_worker import FEEDS, STREAMS, LoadGenRequest, Reply, Scenario
+from rsi_deploy.benchmark.mlperf.worker import FEEDS, STREAMS, LoadGenRequest, Reply, Scenario
 from rsi_deploy.core import errors
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.io.locks import ScratchFolder
@@ -246,7 +246,7 @@ def _worked(request: LoadGenRequest, folder: Path) -> Reply:
     """Run the worker and read its reply."""
     request_file, reply_file = folder / "request.json", folder / "reply.json"
     request_file.write_text(request.model_dump_json(), encoding="utf-8")
-    command = [sys.executable, "-m", "rsi_deploy.benchmark.loadgen_worker", str(request_file), str(reply_file)]
+    command = [sys.executable, "-m", "rsi_deploy.benchmark.mlperf.worker", str(request_file), str(reply_file)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if not reply_file.exists():
         last = (process.stderr.strip().splitlines() or ["it wrote nothing"])[-1]

@@ -1,6 +1,6 @@
 """Run one MLPerf LoadGen test of one model, in the process that `loadgen.run_loadgen` starts.
 
-    python -m rsi_deploy.benchmark.loadgen_worker REQUEST.json REPLY.json
+    python -m rsi_deploy.benchmark.mlperf.worker REQUEST.json REPLY.json
 
 LoadGen issues queries, this program answers each with bound calls (`binding`), and LoadGen writes the results to logs
 in the request's folder. A sample is one input of the model; a call answers `batch` samples.

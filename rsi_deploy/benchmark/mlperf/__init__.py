@@ -1,0 +1,1 @@
+"""MLPerf LoadGen as the clock of a benchmark, in a process of its own."""
