@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# From 1.29 on onnxruntime calls its maker as soon as it is initialized; told so before, it sends nothing.
+# From 1.29 on, onnxruntime sends telemetry when it is initialized, unless this variable is set before.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:

@@ -180,7 +180,7 @@ def test_the_goals_are_the_issues() -> None:
     assert judge(accuracy.judged(GOOD), check=True) == 0
     assert len(accuracy.judged(GOOD)) == 12
     assert accuracy.judged([dataclasses.replace(GOOD[0], arm="RSVD", lost=90)]) == [], "baselines promise nothing"
-    assert accuracy.judged([row("resnet20", 0.55, 80)]) == [], "no goal is told for this budget"
+    assert accuracy.judged([row("resnet20", 0.55, 80)]) == [], "this budget has no goal"
 
 
 @pytest.mark.parametrize("index", range(len(GOOD)))

@@ -94,9 +94,9 @@ def test_the_digits_are_the_same_tomorrow_and_say_what_another_thread_changes(tm
     first = export(tmp_path, "first", *DIGITS, *how, threads=1)
     assert unlike(first, export(tmp_path, "again", *DIGITS, *how, threads=1)) == []
     two = export(tmp_path, "two", *DIGITS, *how, threads=2)
-    told = [json.loads((folder / "report.json").read_text()) for folder in (first, two)]
-    assert [report["environment"]["torch_threads"] for report in told] == [1, 2]
-    assert [site["rank"] for site in told[0]["sites"]] == [site["rank"] for site in told[1]["sites"]]
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (first, two)]
+    assert [report["environment"]["torch_threads"] for report in reports] == [1, 2]
+    assert [site["rank"] for site in reports[0]["sites"]] == [site["rank"] for site in reports[1]["sites"]]
     assert distance(first / "model.onnx", two / "model.onnx", (32, 1, 8, 8)) <= 1e-5
 
 

@@ -29,7 +29,7 @@ from rsi_deploy.runtime.parity import EXPORTER_TOLERANCE, SURGERY_TOLERANCE, com
 from rsi_deploy.torch_models.model_source import load_source, source_of_module
 from rsi_deploy.torch_models.to_onnx import to_onnx
 
-# What torch's exporter cannot do, told by its own message. An entry that works is an error too: remove it then.
+# What torch's exporter cannot do, by its own message. An entry that works is an error too: remove it then.
 EXPORTER_FAILURES: dict[str, str] = {}
 
 # Products with a constant that stay whole at full rank, and why; all others must be split.
@@ -288,8 +288,8 @@ def exported(name, source, inputs, path):
         what = f"{name}: the exporter's own error (torch against dense ONNX)"
         compared = compare_outputs([expected], dense, what=what, tolerance=EXPORTER_TOLERANCE[4])
     except (ModelError, GateError) as error:
-        told = f"{error}\n{error.__cause__ or ''}"
-        if known and re.search(known, told):
+        message = f"{error}\n{error.__cause__ or ''}"
+        if known and re.search(known, message):
             pytest.xfail(f"the exporter's own failure: {known}")
         raise
     assert known is None, f"torch exports {name} now: remove it from EXPORTER_FAILURES"

@@ -151,8 +151,8 @@ def test_jointly_or_apart_is_decided_by_time(tmp_path, source, monkeypatch, apar
     assert pairs == [["model.onnx", "apart.onnx"], ["dense.onnx", "model.onnx"]]
     assert all(bool(site.joint) == stays for site in report.sites)
     assert ("q.right" in initializers(tmp_path / "b" / "model.onnx")) or not stays
-    (told,) = [note for note in report.notes if "may share a right factor" in note]
-    assert ("jointly" if stays else "apart:") in told
+    (note,) = [note for note in report.notes if "may share a right factor" in note]
+    assert ("jointly" if stays else "apart:") in note
     assert claims(tmp_path / "b", "broken") == set()
     assert not list((tmp_path / "b").glob("apart*"))
     pairs.clear()

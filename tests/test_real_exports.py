@@ -56,7 +56,7 @@ def bundles(tmp_path_factory):
 
 
 def weights_of(graph, outer=()):
-    """Name and number of weights of each node that multiplies by a constant, told from the protobuf alone.
+    """Name and number of weights of each node that multiplies by a constant, read from the protobuf alone.
 
     A value is constant where it is stored, or follows from constants alone; its size is known where it is stored.
     """
@@ -79,11 +79,11 @@ def weights_of(graph, outer=()):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_weight_bearing_node_has_one_record(bundles, name):
     _, report = bundles[name]
-    told = sorted(weights_of(onnx.load(FOLDER / name).graph))
-    assert len(told) == {"dtln": 3, "magika": 3, "silero_vad": 16, "ultralight_face": 52}[name.split("/")[0]]
-    assert sorted(node for site in report.sites for node in site.nodes) == [node for node, _ in told]
+    expected = sorted(weights_of(onnx.load(FOLDER / name).graph))
+    assert len(expected) == {"dtln": 3, "magika": 3, "silero_vad": 16, "ultralight_face": 52}[name.split("/")[0]]
+    assert sorted(node for site in report.sites for node in site.nodes) == [node for node, _ in expected]
     assert all((site.rank is None) == (site.reason != "split") for site in report.sites)
-    sizes = dict(told)
+    sizes = dict(expected)
     for site in report.split_sites:
         assert {sizes[node] for node in site.nodes} == {site.params_dense}
         assert site.params_compressed == site.groups * site.rank * (site.in_features + site.out_features)
@@ -131,7 +131,7 @@ def test_doctored_factors_are_found_by_verify(bundles, name, tmp_path):
     assert "files" in broken(verify(folder))
     report = bundles[name][1]
     report = report.model_copy(update={"files": {file: file_hash(folder / file) for file in report.files}})
-    (folder / "report.json").write_text(report.model_dump_json())  # who forges the hash too is told by the outputs
+    (folder / "report.json").write_text(report.model_dump_json())  # a forged hash shows in the outputs
     assert broken(verify(folder)) == (set() if "feeds" in MODELS[name] else {"outputs", "parity"})
 
 

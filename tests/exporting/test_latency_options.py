@@ -16,9 +16,9 @@ class Measured:
 
 @pytest.mark.parametrize("budget", [Budget(keep_latency=0.6), Budget(max_latency=6_000_000)], ids=str)
 def test_a_time_that_is_missed_is_said_and_one_that_is_kept_is_not(budget):
-    (told,) = missed_time(budget, Measured(8.0))
-    assert told.startswith(f"{budget} is MISSED")
-    assert "60.0 % were allowed" in told
+    (note,) = missed_time(budget, Measured(8.0))
+    assert note.startswith(f"{budget} is MISSED")
+    assert "60.0 % were allowed" in note
     assert missed_time(budget, Measured(5.0)) == []
     assert missed_time(budget, Measured(6.01)) == []  # within the interval: not shown
 

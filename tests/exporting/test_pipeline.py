@@ -228,10 +228,10 @@ def test_ready_inputs_go_with_a_model_that_tells_a_preprocessing(tmp_path, model
     steps = Preprocessing(mean=(0.5,), std=(0.5,))
     data = labelled(tmp_path / "d.npz", model)
     export(str(model), tmp_path / "a", rank=5, preprocessing=steps, **QUICK)
-    told = tmp_path / "told.onnx"
-    shutil.copy(tmp_path / "a" / "model.onnx", told)
+    again = tmp_path / "again.onnx"
+    shutil.copy(tmp_path / "a" / "model.onnx", again)
     with pytest.raises(ModelError, match="nothing to split: already split"):
-        export(str(told), tmp_path / "b", rank=3, **QUICK)
+        export(str(again), tmp_path / "b", rank=3, **QUICK)
     net = mlp()
     net.preprocessing = {"mean": (0.5,), "std": (0.5,)}
     report = export(net, tmp_path / "c", rank=5, data=data, **QUICK)

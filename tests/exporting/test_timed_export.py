@@ -47,10 +47,10 @@ def by_size(table):
         splits = []
         for split in cost.splits:
             speedup = out * into / (split.rank * (out + into))
-            told = {"nanoseconds": round(unit * split.rank * (out + into)), "speedup_interval": (speedup, speedup)}
-            splits.append(split.model_copy(update=told))
-        told = {"dense_nanoseconds": round(unit * out * into), "blocks": 30, "half_width": 0.01}
-        costs.append(cost.model_copy(update={**told, "splits": tuple(splits)}))
+            times = {"nanoseconds": round(unit * split.rank * (out + into)), "speedup_interval": (speedup, speedup)}
+            splits.append(split.model_copy(update=times))
+        times = {"dense_nanoseconds": round(unit * out * into), "blocks": 30, "half_width": 0.01}
+        costs.append(cost.model_copy(update={**times, "splits": tuple(splits)}))
     model = table.model.model_copy(update={"scale": 1.0})
     return table.model_copy(update={"costs": tuple(costs), "model": model})
 
@@ -71,7 +71,7 @@ def test_a_share_of_the_time_is_planned_measured_and_delivered(place, tmp_path):
     )
     assert report.settings.budget == "--keep-latency 60%"
     claims = {claim.name: claim for claim in verify(tmp_path / "b").claims}
-    assert claims["budget"].status in ("holds", "broken")  # told from the report's own measurement
+    assert claims["budget"].status in ("holds", "broken")  # from the report's own measurement
     assert "of" in claims["budget"].detail
 
 
@@ -151,10 +151,10 @@ def test_where_no_split_is_faster_the_dense_model_is_delivered_and_said(place, t
     report = export(place, "wide.onnx", tmp_path / "b", measure=measure, **options, **budget)
     assert not report.split_sites
     assert {site.reason for site in report.sites} == {FASTER}
-    told = [note for note in report.notes if "the DENSE model is delivered" in note]
-    assert len(told) == 1
-    assert "fc1: no split of it is measured faster" in told[0]
-    assert "--allow-slower" in told[0]
+    notes = [note for note in report.notes if "the DENSE model is delivered" in note]
+    assert len(notes) == 1
+    assert "fc1: no split of it is measured faster" in notes[0]
+    assert "--allow-slower" in notes[0]
     x = np.random.default_rng(0).standard_normal((3, 128)).astype(np.float32)
     delivered, dense = (run_onnx(tmp_path / "b" / name, x)[0] for name in ("model.onnx", "dense.onnx"))
     np.testing.assert_array_equal(delivered, dense)
@@ -208,9 +208,9 @@ def changed(place, folder, **conditions):
 def test_a_table_of_other_conditions_is_refused_and_says_what_differs(place, tmp_path, conditions, words):
     other = changed(place, tmp_path, **conditions)
     options = {"calib": place / "calib.npz", "keep_latency": 0.6, "cost": other}
-    with pytest.raises(UsageError, match=words) as told:
+    with pytest.raises(UsageError, match=words) as caught:
         export(place, "wide.onnx", tmp_path / "b", **options)
-    assert "--allow-cost-mismatch" in str(told.value)
+    assert "--allow-cost-mismatch" in str(caught.value)
     report = export(place, "wide.onnx", tmp_path / "b", allow_cost_mismatch=True, **options)
     assert report.latency is None
     assert any("measured nowhere: run rsi-deploy bench there" in note for note in report.notes)

@@ -17,7 +17,7 @@ from split_checks import error, full_rank, numbers, run
 
 from graph_passes import Factors, Split, split
 
-# A vector of the data cannot be told from a matrix in a function, which carries no shapes.
+# In a function, which carries no shapes, a vector of the data looks like a matrix.
 EXPECTED_SKIPS = ("weight is batched and the data's shape is unknown: infer shapes first",)
 SETTINGS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 

@@ -9,7 +9,7 @@ from graph_passes.split_markers import found_splits
 
 
 def split(path, form_and_rank, *, joint=False):
-    """Split every site as told, save, and read it back."""
+    """Split every site with these factors, save, and read it back."""
     model = ir.load(path)
 
     def source(site):

@@ -36,12 +36,12 @@ def by_name(result):
 @pytest.mark.parametrize("rank", ["25%", 4, "100%"])
 def test_it_tells_what_export_does(tmp_path, model, rank):
     options = {"rank": rank, "exclude": ["fc2"]}
-    told = [(s.name, s.rank, s.reason) for s in inspect(str(model), **options).sites]
+    shown = [(s.name, s.rank, s.reason) for s in inspect(str(model), **options).sites]
     if rank == "100%":
-        assert all(r is None for _, r, _ in told)
+        assert all(r is None for _, r, _ in shown)
         return
     done = export(str(model), tmp_path / "b", measure=False, **options).sites
-    assert told == [(s.name, s.rank, s.reason) for s in done]
+    assert shown == [(s.name, s.rank, s.reason) for s in done]
 
 
 def test_the_spectrum_is_that_of_an_svd(model):

@@ -42,7 +42,7 @@ class Device:
 
 def test_the_modules_load_neither_torch_nor_onnxruntime():
     runtime = ("feeds.inputs", "machine", "providers", "provider_spec", "sessions", "placement", "binding")
-    names = ["evaluation.accuracy", "data.sources", "data.preprocess", "benchmark.latency", "benchmark.loadgen"]
+    names = ["evaluation.accuracy", "data.sources", "data.preprocess", "benchmark.latency", "benchmark.mlperf.loadgen"]
     names += [f"runtime.{name}" for name in runtime]
     code = "import sys\n" + "\n".join(f"import rsi_deploy.{name}" for name in names)
     code += "\nprint({'torch', 'torchvision', 'onnxruntime', 'onnx', 'mlperf_loadgen'} & set(sys.modules))"
