@@ -31,7 +31,7 @@ import torch
 from bench import common
 from bench.common import Goal
 from rsi_deploy import cli, compress_
-from rsi_deploy.exporting import timed_export
+from rsi_deploy.exporting.timing import timed_export
 from rsi_deploy.runtime.machine import environment
 
 ROOT = Path(__file__).parent.parent

@@ -187,7 +187,7 @@ def accuracy(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
 
 def table_cost(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     """Measure the seconds of the first table with the defaults of `profile`, and of its reuse."""
-    from rsi_deploy.exporting.profile import Costing, fed_with
+    from rsi_deploy.exporting.timing.profile import Costing, fed_with
 
     dense = timed.dense_model(net, folder)
     feeds, costing = fed_with(dense, 1, 0, None, None), Costing(threads=effort.threads)

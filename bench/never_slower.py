@@ -4,7 +4,7 @@ Every net at batch 1 and 8, with 1 and 2 threads, at every tenth of the kept-par
 
     naive       the same ratio of full rank at every site that it makes smaller, in the usual form, as all tools do
     delivered   what `export --keep-params` does: only splits that a cost table shows faster, planned under the budget;
-                then `rsi_deploy.exporting.slowdown_rollback`: where the model is not shown faster as a whole,
+                then `rsi_deploy.exporting.timing.slowdown_rollback`: where the model is not shown faster as a whole,
                 splits are undone, the least useful first
 
 Both are then judged in a run of their own, interleaved with the dense model (`rsi_deploy.bench`). A budget that no

@@ -19,9 +19,9 @@ from rsi_deploy.calibration.activations import FittedSite, Replacement
 from rsi_deploy.core.sites import break_even_rank, site_name
 from rsi_deploy.core.types import Feeds
 from rsi_deploy.costing.cost_table import CostTable
-from rsi_deploy.exporting.profile import Costing, fed_with
-from rsi_deploy.exporting.slowdown_rollback import SlowdownRollback
-from rsi_deploy.exporting.slowdown_rollback import splits_of as left_of
+from rsi_deploy.exporting.timing.profile import Costing, fed_with
+from rsi_deploy.exporting.timing.slowdown_rollback import SlowdownRollback
+from rsi_deploy.exporting.timing.slowdown_rollback import splits_of as left_of
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.split import SplitModel, split_model
 from rsi_deploy.planning.decide import Planned

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rsi_deploy.evaluation.accuracy import AccuracyResult as AccuracyResult
     from rsi_deploy.evaluation.accuracy import evaluate as evaluate
     from rsi_deploy.exporting.api import export as export
-    from rsi_deploy.exporting.profile import profile as profile
+    from rsi_deploy.exporting.timing.profile import profile as profile
     from rsi_deploy.onnx_models.inspection import inspect as inspect
     from rsi_deploy.onnx_models.rewrite import rewrite as rewrite
     from rsi_deploy.packaging.packing import package as package
@@ -61,7 +61,7 @@ _HOMES = {
     "export": "exporting.api",
     "inspect": "onnx_models.inspection",
     "package": "packaging.packing",
-    "profile": "exporting.profile",
+    "profile": "exporting.timing.profile",
     "read_report": "report.schema",
     "rewrite": "onnx_models.rewrite",
     "serve": "serving.server",

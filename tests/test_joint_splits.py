@@ -212,7 +212,7 @@ def test_it_is_said_in_words(tmp_path, source, capsys):
     assert run(argv) == 0
     out = capsys.readouterr().out
     assert "split: jointly with k, v" in out
-    assert "jointly: one right factor for several sites" in out
+    assert "split jointly share one right factor" in out
     assert f"| k | MatMul | 32 x 32 | {RANK} | split: jointly with q, v |" in (tmp_path / "b" / "README.md").read_text()
     assert "Sites split jointly share one right factor" in (tmp_path / "b" / "README.md").read_text()
     print_sites(Console(), read_report(tmp_path / "b").sites, most=2)

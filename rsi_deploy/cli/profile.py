@@ -26,7 +26,7 @@ def profile(
     `export MODEL --cost FILE` then plans for this machine, here or anywhere else. For an ONNX file no torch is needed.
     """
     from rsi_deploy.data.picture_settings import preprocessing_of
-    from rsi_deploy.exporting.profile import profile as run_profile
+    from rsi_deploy.exporting.timing.profile import profile as run_profile
     from rsi_deploy.report.tables.costs import print_costs
 
     given = settings.keywords(without=PictureConfig) | {"precision": settings.precision / 100}

@@ -27,10 +27,10 @@ from rsi_deploy.exporting.inputs import (
     input_shapes,
 )
 from rsi_deploy.exporting.keywords import ExportKeywords
-from rsi_deploy.exporting.latency_options import Timed
-from rsi_deploy.exporting.profile import Costing
 from rsi_deploy.exporting.run import ExportRun
 from rsi_deploy.exporting.step_settings import StepSettings
+from rsi_deploy.exporting.timing.latency_options import Timed
+from rsi_deploy.exporting.timing.profile import Costing
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.planner import Filters
 from rsi_deploy.planning.request import RankRequest

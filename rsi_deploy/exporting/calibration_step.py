@@ -18,7 +18,7 @@ from rsi_deploy.evaluation.accuracy import evaluate
 from rsi_deploy.execution.result_store import ResultStore
 from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.results import DenseModel
-from rsi_deploy.exporting.timed_export import TimedExport
+from rsi_deploy.exporting.timing.timed_export import TimedExport
 from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams

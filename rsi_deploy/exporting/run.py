@@ -25,14 +25,14 @@ from rsi_deploy.exporting.check_step import verified
 from rsi_deploy.exporting.dense_step import dense_model
 from rsi_deploy.exporting.disk_space import check_space, states_space
 from rsi_deploy.exporting.inputs import Origin
-from rsi_deploy.exporting.latency_options import Timed, missed_time
-from rsi_deploy.exporting.profile import Costing
 from rsi_deploy.exporting.results import Delivered, DenseModel, dense_file
-from rsi_deploy.exporting.shared_factor_choice import stays_joint
-from rsi_deploy.exporting.slowdown_rollback import SlowdownRollback, splits_of
 from rsi_deploy.exporting.stage_clock import StageClock
 from rsi_deploy.exporting.step_settings import StepSettings
-from rsi_deploy.exporting.timed_export import TimedExport, timed_export
+from rsi_deploy.exporting.timing.latency_options import Timed, missed_time
+from rsi_deploy.exporting.timing.profile import Costing
+from rsi_deploy.exporting.timing.shared_factor_choice import stays_joint
+from rsi_deploy.exporting.timing.slowdown_rollback import SlowdownRollback, splits_of
+from rsi_deploy.exporting.timing.timed_export import TimedExport, timed_export
 from rsi_deploy.exporting.writer import Exported, write_files
 from rsi_deploy.io.bundle import atomic_folder, finished_results_folder
 from rsi_deploy.io.manifest import file_hash, fingerprint
@@ -44,8 +44,6 @@ from rsi_deploy.planning.planner import Filters
 from rsi_deploy.planning.settings import ExportSettings
 from rsi_deploy.report.schema import Report
 from rsi_deploy.runtime.shape_trace import uncounted_nodes
-
-FACTORIZE = "factorize, split, save"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +110,13 @@ class ExportRun:
                 with clock.stage("calibrate and plan"):
                     planned = calibrator.planned()
                 split = self._split(dense)
-                with clock.stage(FACTORIZE), self.job.executor(store, notes) as executor:
+                with clock.stage("factorize, split, save"), self.job.executor(store, notes) as executor:
                     result = split(dense.graph(), planned.planner, fitted=planned.fitted, executor=executor)
                 if not (calibrator.timing is not None and calibrator.timing.delivers_dense):
                     _refuse_nothing(result)
 
                 def compress(planned: Planned, **changed: Any) -> SplitModel:
-                    with clock.stage(FACTORIZE), self.job.executor(store, notes) as executor:
+                    with clock.stage("factorize, split, save"), self.job.executor(store, notes) as executor:
                         again = partial(split, **changed)
                         return again(dense.graph(), planned.planner, fitted=planned.fitted, executor=executor)
 

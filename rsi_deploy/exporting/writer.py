@@ -9,10 +9,10 @@ from rsi_deploy import __version__
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.settings.recipe import RECIPE
 from rsi_deploy.exporting.calibration_step import Calibrator
-from rsi_deploy.exporting.latency_options import timing_notes, timing_record
-from rsi_deploy.exporting.profile import Costing
 from rsi_deploy.exporting.results import Delivered, DenseModel, Verified, dense_file
 from rsi_deploy.exporting.step_settings import StepSettings
+from rsi_deploy.exporting.timing.latency_options import timing_notes, timing_record
+from rsi_deploy.exporting.timing.profile import Costing
 from rsi_deploy.io.manifest import file_hash, write_manifest
 from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.onnx_models.site_records import with_macs

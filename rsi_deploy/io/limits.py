@@ -39,7 +39,7 @@ def quoted_name(name: str) -> str:
     r"""Quote a name from a file: control and direction characters are escaped, long names lose their middle.
 
     Example:
-        >>> shown("fc\x1b[31m\u202e")
+        >>> quoted_name("fc\x1b[31m\u202e")
         "'fc\\x1b[31m\\u202e'"
     """
     if len(name) > _SHOWN:

@@ -90,5 +90,5 @@ def split_record(
     if errors is None:
         W, left, right = on_cpu(weight, *factors)
         errors = factor_errors(W, Factors(left, right), projected)
-        errors["reason"] = f"{reason}; errors measured on the CPU, for want of GPU memory"
+        errors["reason"] = f"{reason}; errors measured on the CPU, as the GPU's memory is too small"
     return record.model_copy(update=errors)

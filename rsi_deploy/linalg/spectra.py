@@ -22,7 +22,7 @@ def thin_spectrum(
 
     Example:
         >>> import torch
-        >>> thinned(torch.tensor([4.0, 2.0, 1.0]), full_rank=8, rank=2).values
+        >>> thin_spectrum(torch.tensor([4.0, 2.0, 1.0]), full_rank=8, rank=2).values
         (1.0, 0.5, 0.25)
     """
     mean = values.double().square().reshape(-1, values.shape[-1]).mean(dim=0).sqrt().cpu().numpy()

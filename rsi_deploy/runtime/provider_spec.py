@@ -43,7 +43,7 @@ class ProviderSpec:
     def __str__(self) -> str:
         """Return the spec as the user would type it, in short names.
 
-        >>> str(parse("CPU:threads=2"))
+        >>> str(parse_provider("CPU:threads=2"))
         'cpu:threads=2'
         """
         pairs = ",".join(f"{key}={value}" for key, value in {**self.session, **self.options}.items())
@@ -145,7 +145,7 @@ SESSION_OPTIONS: Mapping[str, SessionOption] = MappingProxyType(
 def parse_provider(provider: "str | ProviderSpec") -> ProviderSpec:
     """Parse `NAME[:key=value[,key=value...]]`.
 
-    >>> dict(parse("cpu:threads=2,spinning=false").session)
+    >>> dict(parse_provider("cpu:threads=2,spinning=false").session)
     {'threads': '2', 'spinning': 'off'}
 
     Raises:

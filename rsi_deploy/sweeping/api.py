@@ -32,7 +32,7 @@ from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.dense_size import dense_size
 from rsi_deploy.exporting.inputs import input_shapes
-from rsi_deploy.exporting.profile import write_dense
+from rsi_deploy.exporting.timing.profile import write_dense
 from rsi_deploy.io.atomic import OutputClaim, claim_output, write_text
 from rsi_deploy.io.bundle import check_target
 from rsi_deploy.io.locks import remove
@@ -88,7 +88,8 @@ def sweep(
     shares = shares_of(config)
     if config.ray is not None:
         check_ray(config.ray)
-    points = ExportConfig.of({name: getattr(config, name) for name in SweepConfig.model_fields if name in OF_A_POINT})
+    values = config.keywords() | config.spelled()
+    points = ExportConfig.of({name: value for name, value in values.items() if name in OF_A_POINT})
     plain, _ = input_shapes(config.input_shape)
     folder = Path(output)
     _check_folder(folder, force, (model, config.weights, config.checkpoint, config.calib, config.data))

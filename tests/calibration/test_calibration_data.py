@@ -111,9 +111,9 @@ def test_values_are_converted_to_the_models_types():
     ("arrays", "words"),
     [
         ({"ids": rows(9, 5, np.int64)}, "--calib: no array for the input mask; there are ids"),
-        ({"ids": rows(9, 5, np.int64), "mask": rows(8, 5, np.int64)}, "as many samples as the others, but got"),
+        ({"ids": rows(9, 5, np.int64), "mask": rows(8, 5, np.int64)}, "the same number of samples, but got"),
         ({"ids": rows(0, 5, np.int64), "mask": rows(0, 5, np.int64)}, "holds ids (0, 5), mask (0, 5); expected"),
-        ({"ids": np.int64(3), "mask": np.int64(3)}, "holds ids (), mask (); expected"),
+        ({"ids": np.int64(3), "mask": np.int64(3)}, "has ids (), mask (); expected"),
         (
             {"ids": rows(9, 5), "mask": rows(9, 5, np.int64)},
             "takes ids: int64 (N, 5), but the data are float32 (samples, 5)",
@@ -136,7 +136,7 @@ def test_arrays_that_do_not_fit(arrays, words):
         (rows(9, 5), [spec()], "--calib: the model takes input: float32 (N, 4), but the data are float32 (samples, 5)"),
         (rows(9, 4, np.int64), [spec()], "ready inputs the model's own type"),
         (np.zeros((9, 6, 6), np.uint8), [PICTURE], "8-bit pictures need a preprocessing"),
-        (np.where(np.arange(4) == 2, np.nan, rows()).astype(np.float32), [spec()], "the data for input hold NaN"),
+        (np.where(np.arange(4) == 2, np.nan, rows()).astype(np.float32), [spec()], "the data for input have NaN"),
         (
             rows(),
             [IDS, MASK],

@@ -283,7 +283,7 @@ def test_the_announced_tasks_are_those_that_run(tmp_path):
     assert {weight for key, _ in executor.run for weight in key[1:]} == set(executor.released)
 
 
-def test_rates_that_are_told_are_taken():
+def test_rates_that_are_set_are_used():
     mine = rates.Rates(full=1.0, onednn=1.0, half=2.0, double=3.0, eigen=4.0)
     threads = torch.get_num_threads()
     try:
@@ -293,5 +293,5 @@ def test_rates_that_are_told_are_taken():
         assert rates.rates(torch.device("cpu")) != mine
     finally:
         torch.set_num_threads(threads)
-        rates._told.clear()
+        rates._set_rates.clear()
     assert rates.rates(torch.device("cpu")) != mine

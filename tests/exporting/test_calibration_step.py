@@ -49,7 +49,7 @@ def test_a_conv_has_many_rows_a_sample(tmp_path):
 
 def test_what_is_out_of_reach_is_said(tmp_path):
     notes = remarks(*surveyed(branch_net(tmp_path / "m.onnx"), inputs(tmp_path / "x.npz", 16, count=200)))
-    assert notes == ["not calibrated: no, yes (it sits in a subgraph or function, where calibration cannot look)"]
+    assert notes == ["not calibrated: no, yes (it stands in a subgraph or function, which calibration cannot observe)"]
 
 
 def run(tmp_path, **options):
@@ -78,7 +78,7 @@ def test_what_needs_no_calibration_runs_none(tmp_path, monkeypatch):
 
 def test_candidates_are_not_left_behind(tmp_path):
     run(tmp_path, keep_params=0.5)
-    names = ["README.md", "manifest.json", "model.onnx", "plan.json", "report.html", "report.json"]
+    names = ["README.md", "manifest.json", "model.onnx", "plan.json", "recipe.toml", "report.html", "report.json"]
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == names
 
 

@@ -3,7 +3,7 @@
 import pytest
 from full_document import timed_arm
 
-from rsi_deploy.exporting.latency_options import missed_time
+from rsi_deploy.exporting.timing.latency_options import missed_time
 from rsi_deploy.planning.budget import Budget
 
 

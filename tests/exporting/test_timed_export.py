@@ -11,8 +11,8 @@ import rsi_deploy
 from rsi_deploy.cli import run
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.costing.cost_table import read_cost_table
-from rsi_deploy.exporting.slowdown_rollback import UNDONE
-from rsi_deploy.exporting.timed_export import as_now
+from rsi_deploy.exporting.timing.slowdown_rollback import UNDONE
+from rsi_deploy.exporting.timing.timed_export import as_now
 from rsi_deploy.planning.latency_search import FASTER
 from rsi_deploy.report.schema import read_report
 from rsi_deploy.verifying.api import verify
@@ -258,7 +258,7 @@ def test_an_unreachable_time_names_the_fastest_plan(place, tmp_path, capsys):
         (["--keep-latency", "0.6", "--no-bench"], "are measured: leave out --no-bench"),
         (["--keep-macs", "0.6", "--allow-cost-mismatch"], "add --cost, or leave it out"),
         (["--max-latency", "25"], "write --max-latency 25ms"),
-        (["--max-latency", "fast"], "must be a time such as 25ms"),
+        (["--max-latency", "fast"], "takes a time such as 25ms"),
         (["--keep-latency", "60"], "write --keep-latency 60%"),
         (["--keep-latency", "0.6", "--keep-macs", "0.5"], "exactly one of"),
         (["--keep-latency", "0.6", "--cost", "none.json"], "make one with rsi-deploy profile"),

@@ -91,7 +91,7 @@ def test_top_answers_of_ids(ending):
     np.savez("d.npz", x=X, labels=labels_of(60, 0))
     assert evaluate(path, "d.npz").top1 == 100
     np.savez("d.npz", x=X, labels=labels_of(60, 0) + 1)
-    with pytest.raises(UsageError, match=r"10 classes.*labels start at"):
+    with pytest.raises(UsageError, match=r"10 classes.*labels range from"):
         evaluate(path, "d.npz")
 
 

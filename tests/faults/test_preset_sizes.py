@@ -17,7 +17,7 @@ from rsi_deploy.core.errors import UsageError
 from rsi_deploy.data.model_pictures import preset_note
 from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.evaluation.accuracy import evaluate_all
-from rsi_deploy.exporting.profile import write_dense
+from rsi_deploy.exporting.timing.profile import write_dense
 
 SIDE, CLASSES = 8, 6
 RNG = np.random.default_rng(0)
@@ -109,7 +109,7 @@ def test_export_notes_and_stores_its_steps(here):
         report = export("m.onnx", f"b-{next(iter(data))}", **quick, **data)
         option = f"--{next(iter(data))}"
         assert noted(report.notes, "the preprocessing of m.onnx", "shorter side to 10")
-        assert noted(report.notes, f"{option}: every picture had the size of the model's input")
+        assert noted(report.notes, f"{option}: every picture already had the size")
         assert report.preprocessing == PRESET
     report = export("m.onnx", "b-off", **quick, data="d.npz", calib="c.npz", preprocessing=OFF)
     assert report.preprocessing == OFF.over(PRESET)
@@ -123,7 +123,7 @@ def test_sweep_has_the_options_and_one_note(here, capsys):
     assert cli.run([*common, "-o", "s"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "shorter side to 10" in text
-    assert "every picture had the size" in text
+    assert "every picture already had the size" in text
     assert cli.run([*common, "-o", "off", *NONE, "--json"]) == 0
     text = capsys.readouterr().out
     assert "shorter side" not in text

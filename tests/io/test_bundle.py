@@ -273,7 +273,7 @@ def test_success_replaces_the_old_bundle_whole(model, place, target):
     if target.exists():
         (target / "left over").write_text("from another time")
     assert run(arguments(model, target)) == 0
-    names = ["README.md", "manifest.json", "model.onnx", "plan.json", "report.html", "report.json"]
+    names = ["README.md", "manifest.json", "model.onnx", "plan.json", "recipe.toml", "report.html", "report.json"]
     assert list(tree(place)) == ["b", *(f"b/{name}" for name in names)]
     assert initializers(target / "model.onnx")["fc1.right"].shape == (SIZES[0], 4)
 

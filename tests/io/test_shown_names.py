@@ -80,7 +80,7 @@ def test_a_bundle_of_such_names(named, tmp_path):
     _, path = named
     report = rsi_deploy.export(str(path), output=tmp_path / "out", rank=4, measure=False)
     files = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
-    bundle = {"model.onnx", "report.json", "report.html", "README.md", "manifest.json", "plan.json"}
+    bundle = {"model.onnx", "report.json", "report.html", "README.md", "manifest.json", "plan.json", "recipe.toml"}
     assert files == {"m.onnx", *(f"out/{file}" for file in bundle)}
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

@@ -29,7 +29,7 @@ def machine(monkeypatch):
 
     def with_rates(times):
         made = rates.Rates(full=1e11, onednn=times * 1e11, half=1e11, double=5e10, eigen=1e-9)
-        monkeypatch.setitem(rates._told, ("cpu", torch.get_num_threads()), made)
+        monkeypatch.setitem(rates._set_rates, ("cpu", torch.get_num_threads()), made)
 
     return with_rates
 

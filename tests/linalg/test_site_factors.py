@@ -191,7 +191,7 @@ def test_too_little_gpu_memory_is_noted(of):
         again, record = factorize_site(weight, 40, solver, name="a", kind="Linear")
     assert memory.refused > memory.limit
     what = {"factors": "factorized", "errors": "errors measured"}[of]
-    assert record.reason == f"split; {what} on the CPU, for want of GPU memory"
+    assert record.reason == f"split; {what} on the CPU, as the GPU's memory is too small"
     assert torch.equal(again.left, factors.left)
     assert record.residual_interval == pytest.approx(expected.residual_interval, rel=1e-5)
     assert record.normalized_error == pytest.approx(expected.normalized_error, rel=1e-5)

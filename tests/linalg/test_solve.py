@@ -27,7 +27,7 @@ def error(weight, factors):
 @pytest.fixture
 def fast_half(monkeypatch):
     """A machine with fast bfloat16, whatever this one is, and for small products too."""
-    monkeypatch.setitem(rates._told, ("cpu", torch.get_num_threads()), FAST_HALF)
+    monkeypatch.setitem(rates._set_rates, ("cpu", torch.get_num_threads()), FAST_HALF)
     monkeypatch.setattr("rsi_deploy.linalg.solve.LEAST_LOW_FLOPS", {})
 
 
@@ -61,7 +61,7 @@ def test_no_block_outlives_its_use(shape):
 
 
 def test_bfloat16_is_for_products_that_gain_by_it(monkeypatch):
-    monkeypatch.setitem(rates._told, ("cpu", torch.get_num_threads()), FAST_HALF)
+    monkeypatch.setitem(rates._set_rates, ("cpu", torch.get_num_threads()), FAST_HALF)
     weight = weight_with(values("slow", 520), 700, 520).float()
 
     def same(rank):

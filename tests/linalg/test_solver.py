@@ -377,7 +377,7 @@ def test_a_rank_above_full_gives_exact_factors_with_a_note(method, rank):
 def test_weights_that_are_not_finite(method, value):
     weight = normal(12, 20)
     weight[3, 4] = weight[5, 6] = value
-    with pytest.raises(ValueError, match=r"site 'fc': the weight holds 2 NaN or infinite values of 240"):
+    with pytest.raises(ValueError, match=r"site 'fc': the weight has 2 NaN or infinite values of 240"):
         Solver(method=method)(weight, 4, site="fc")
 
 

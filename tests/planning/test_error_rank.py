@@ -63,7 +63,7 @@ def test_a_weight_of_nan_or_infinity_is_refused_by_name(text, bad):
     weight = weight_with(values("slow", 60), 60, 90).float()
     assert smallest_rank(weight, MaxError.parse("60%"), SOLVER, site="fc") is not None
     weight[3, 4] = bad
-    with pytest.raises(ValueError, match="site 'fc': the weight holds 1 NaN or infinite values of 5400; repair it"):
+    with pytest.raises(ValueError, match="site 'fc': the weight has 1 NaN or infinite values of 5400; repair it"):
         smallest_rank(weight, MaxError.parse(text), SOLVER, site="fc")
 
 

@@ -51,13 +51,13 @@ def test_a_point_is_what_an_export_of_its_share_would_be(place, done, tmp_path):
 
 
 def test_later_points_ask_no_gradients_again_and_are_fitted_the_same(place, done, tmp_path, monkeypatch):
-    asked, ask = [], onnx_streams.output_metrics
+    asked, ask = [], onnx_streams.output_sensitivities
 
     def counted(*args, **options):
         asked.append(1)
         return ask(*args, **options)
 
-    monkeypatch.setattr(onnx_streams, "output_metrics", counted)
+    monkeypatch.setattr(onnx_streams, "output_sensitivities", counted)
     swept(place, tmp_path / "s")
     assert len(asked) == 1
     alone = {"calib": place / "c.npz", "keep_macs": 0.4, "measure": False}

@@ -177,7 +177,7 @@ class Settings(pydantic.BaseModel, frozen=True, extra="forbid"):
         Raises:
             UsageError: an unknown name, or a value that cannot be meant.
         """
-        base = {} if start is None else start.chosen() if isinstance(start, Settings) else dict(start)
+        base = {} if start is None else start.spelled() if isinstance(start, Settings) else dict(start)
         if any(name in changes for name in cls.exclusive):
             base = {name: value for name, value in base.items() if name not in cls.exclusive}
         values = {name: value for name, value in (base | changes).items() if value is not None or name in changes}
@@ -198,6 +198,15 @@ class Settings(pydantic.BaseModel, frozen=True, extra="forbid"):
     def chosen(self) -> dict[str, Any]:
         """Return the values that were set, without defaults."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+    def spelled(self) -> dict[str, Any]:
+        """Return the values that were set, numbers with their units: `parse` may refuse a bare number."""
+        found = self.chosen()
+        for name, value in found.items():
+            quantity = quantity_of(type(self).model_fields[name])
+            if quantity is not None and isinstance(value, int | float):
+                found[name] = quantity.to_text(value)
+        return found
 
     def keywords(self, *, without: type["Settings"] | None = None) -> dict[str, Any]:
         """Return every value by name, but those that `without` knows, too."""

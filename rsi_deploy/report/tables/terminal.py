@@ -5,6 +5,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from rsi_deploy.core.text import on_terminal
 from rsi_deploy.report.table import Table
 
 WIDE = 120
@@ -27,18 +28,20 @@ def print_table(console: Console, table: Table, *, limit: int = 0) -> None:
     if not table.rows:
         return
     if table.caption:
-        console.print(Text(table.caption), style="bold")
+        console.print(Text(on_terminal(table.caption)), style="bold")
     if console.width < WIDE:
         table = table.without(table.details)
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for head, number in table.heads:
         text = head.replace(" ", "\n") if number and len(head) >= LONG_HEAD else head
-        drawn.add_column(Text(text), justify="right" if number else "left", no_wrap=number, overflow="fold")
+        drawn.add_column(
+            Text(on_terminal(text)), justify="right" if number else "left", no_wrap=number, overflow="fold"
+        )
     rows = table.rows[:limit] if limit else table.rows
     firsts = [row[0] for row in rows]
     grouped = len(set(firsts)) < len(firsts)
     for index, row in enumerate(rows):
-        cells = [Text(cell) for cell in row]
+        cells = [Text(on_terminal(cell)) for cell in row]
         if table.tones:
             cells[-1].stylize(STYLES[table.tones[index]])
         if index and firsts[index - 1] == row[0]:
@@ -53,4 +56,4 @@ def print_table(console: Console, table: Table, *, limit: int = 0) -> None:
 def print_notes(console: Console, notes: list[str]) -> None:
     """Print one line for each note."""
     for note in notes:
-        console.print(Text(f"note: {note}", style="yellow"))
+        console.print(Text(on_terminal(f"note: {note}"), style="yellow"))

@@ -120,6 +120,7 @@ def example_shape(spec: InputSpec, sizes: Sequence[Dim], batch: int) -> list[int
     """Suggest a shape for an input: 224 for pictures, 1 for caches, 128 for other open dimensions.
 
     Example:
+        >>> import numpy as np
         >>> ids = InputSpec(name="ids", dtype=np.dtype(np.int64), shape=("n", "s"))
         >>> example_shape(ids, (2, "s"), 2)
         [2, 128]

@@ -34,7 +34,7 @@ def describe_array(array: Array) -> str:
     """Describe the type and shape of an array.
 
     Example:
-        >>> described(np.array(["a", "bc"])), described(np.zeros((2, 3), np.float32))
+        >>> describe_array(np.array(["a", "bc"])), describe_array(np.zeros((2, 3), np.float32))
         ('string (2,)', 'float32 (2, 3)')
     """
     return f"{'string' if is_text(array.dtype) else array.dtype} {array.shape}"
@@ -49,7 +49,7 @@ def arrays_of_output(name: str, value: Value, keys: Sequence[Any] | None = None)
         keys: order of the columns of a sequence of maps; None takes the order of the first map.
 
     Example:
-        >>> arrays_of("p", [{"a": 0.25, "b": 0.75}, {"a": 0.5, "b": 0.5}])["p"].tolist()
+        >>> arrays_of_output("p", [{"a": 0.25, "b": 0.75}, {"a": 0.5, "b": 0.5}])["p"].tolist()
         [[0.25, 0.75], [0.5, 0.5]]
         >>> list(arrays_of("s", [np.zeros(1), np.zeros(2)])), arrays_of("o", None)
         (['s[0]', 's[1]'], {})

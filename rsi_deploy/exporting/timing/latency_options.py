@@ -6,9 +6,9 @@ from pathlib import Path
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.costing.cost_cache import conditions_here
-from rsi_deploy.exporting.profile import Costing
 from rsi_deploy.exporting.results import Delivered
-from rsi_deploy.exporting.timed_export import TimedExport
+from rsi_deploy.exporting.timing.profile import Costing
+from rsi_deploy.exporting.timing.timed_export import TimedExport
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.report.schema import TimingRecord

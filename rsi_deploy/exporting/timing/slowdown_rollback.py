@@ -18,7 +18,7 @@ from rsi_deploy.benchmark.variants import Runtime
 from rsi_deploy.core.types import Feeds
 from rsi_deploy.costing.cost_table import CostTable
 from rsi_deploy.costing.site_timing import TimedShape, time_sites
-from rsi_deploy.exporting.profile import Costing
+from rsi_deploy.exporting.timing.profile import Costing
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.decide import Planned
 from rsi_deploy.planning.planner import Decision, SitePlanner

@@ -15,7 +15,7 @@ from rsi_deploy.core.types import Feeds
 from rsi_deploy.costing.cost_cache import conditions_here
 from rsi_deploy.costing.cost_table import CostTable, PlanCheck, read_cost_table
 from rsi_deploy.costing.trial_plans import measured_plans, share_of
-from rsi_deploy.exporting.profile import Costing
+from rsi_deploy.exporting.timing.profile import Costing
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Decisions
 from rsi_deploy.planning.knapsack import SiteOptions
