@@ -116,7 +116,7 @@ def test_what_python_code_asks_for(here):
         rsi_deploy.serve([], http_port=0, grpc_port=None)
     with pytest.raises(UsageError, match="precision must be between 0 % and 100 %, but got 200 %"):
         rsi_deploy.bench(["m.onnx"], precision=2)
-    with pytest.raises(UsageError, match="always_split goes with a rank; leave it out with max_error"):
+    with pytest.raises(UsageError, match="always_split goes with a rank and without calib; leave it out"):
         rsi_deploy.compress_(mlp(), max_error="5%", always_split=True)
     with pytest.raises(UsageError, match="--always-split goes with --rank alone; leave it out with --max-error"):
         rsi_deploy.rewrite("m.onnx", "n.onnx", max_error="5%", always_split=True)

@@ -213,10 +213,11 @@ def test_it_is_said_in_words(tmp_path, source, capsys):
     out = capsys.readouterr().out
     assert "split: jointly with k, v" in out
     assert "split jointly share one right factor" in out
-    assert f"| k | MatMul | 32 x 32 | {RANK} | split: jointly with q, v |" in (tmp_path / "b" / "README.md").read_text()
+    row = next(line for line in (tmp_path / "b" / "README.md").read_text().splitlines() if line.startswith("| k |"))
+    assert "split: jointly with q, v" in row
     assert "Sites split jointly share one right factor" in (tmp_path / "b" / "README.md").read_text()
     print_sites(Console(), read_report(tmp_path / "b").sites, most=2)
-    assert "3 of 3 sites split (3 jointly); every one" in capsys.readouterr().out
+    assert "3 of 3 sites split (3 jointly)" in capsys.readouterr().out
     assert run([*argv, "--no-joint", "--force"]) == 0
     assert "joint" not in capsys.readouterr().out + (tmp_path / "b" / "README.md").read_text()
 

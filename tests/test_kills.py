@@ -19,7 +19,7 @@ from rsi_deploy.report.sweep_schema import read_sweep
 
 EXPORT = ["export", "in/m.onnx", "--rank", "25%", "--data", "in/d.npz", "-o", "out/b", "--no-bench", "--force"]
 SWEEP = ["sweep", "in/m.onnx", "--calib", "in/c.npz", "-o", "out/s", "--no-bench", "--allow-larger", "--points", "2"]
-BUNDLE = ["README.md", "manifest.json", "model.onnx", "plan.json", "report.html", "report.json"]
+BUNDLE = ["README.md", "manifest.json", "model.onnx", "plan.json", "recipe.toml", "report.html", "report.json"]
 KILLS = 5
 
 
@@ -104,7 +104,7 @@ def test_a_sweep_killed_at_any_moment_goes_on(place, runner):
         again = runner.run(SWEEP, place)
         assert again.code == 0, (at, again.said)
         there = sorted(path.name for path in (place / "out").rglob("*") if path.parent.name in ("out", "s"))
-        assert there == ["point-01", "point-02", "report.html", "s", "sweep.json"], at
+        assert there == ["point-01", "point-02", "recipe.toml", "report.html", "s", "sweep.json"], at
         for number, model in models.items():
             assert (place / "out" / "s" / f"point-{number:02d}" / "model.onnx").read_bytes() == model, at
         assert hashes(place / "in") == inputs

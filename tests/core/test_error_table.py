@@ -22,7 +22,6 @@ PASSED_ON = {
     "type(made.problem)": "by a point of a sweep",
     "type(error)": "with the model under the name that the user knows it by",
     "pb_utils.TritonModelException": "to Triton, which runs that file",
-    "click.MissingParameter": "by click, which names the option",
 }
 # Messages whose advice is in the text that they pass on; the first two files are about what a hostile file holds.
 NO_ADVICE_OF_THEIR_OWN = {

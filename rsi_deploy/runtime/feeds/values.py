@@ -51,7 +51,7 @@ def arrays_of_output(name: str, value: Value, keys: Sequence[Any] | None = None)
     Example:
         >>> arrays_of_output("p", [{"a": 0.25, "b": 0.75}, {"a": 0.5, "b": 0.5}])["p"].tolist()
         [[0.25, 0.75], [0.5, 0.5]]
-        >>> list(arrays_of("s", [np.zeros(1), np.zeros(2)])), arrays_of("o", None)
+        >>> list(arrays_of_output("s", [np.zeros(1), np.zeros(2)])), arrays_of_output("o", None)
         (['s[0]', 's[1]'], {})
     """
     if value is None:
