@@ -77,7 +77,7 @@ def measure(nodes: int) -> dict[str, float]:
     sites = len(gp.find_sites(model))
     found = time.process_time()
     left, right = np.ones((1, WIDTH, RANK), np.float32), np.ones((1, RANK, WIDTH), np.float32)
-    records = gp.split(model, lambda site: gp.Factors(left=left, right=right))
+    records = gp.split(model, lambda site: gp.SplitFactors(left=left, right=right))
     done = time.process_time()
     gc.callbacks.pop()
     if sites != nodes // 4 or sum(isinstance(record, gp.Split) for record in records) != sites:

@@ -14,7 +14,18 @@ from graph_passes.mac_counts import count_macs, why_not_counted
 from graph_passes.macs.executed_node import ExecutedNode, Macs, NotCounted
 from graph_passes.operators import PASSES, find_pass, multiplies_by_weights
 from graph_passes.parameters import count_parameters
-from graph_passes.records import Dense, Factors, FactorSource, Keep, Record, Site, Skip, Split, SplitResult, in_memory
+from graph_passes.records import (
+    Dense,
+    FactorSource,
+    Keep,
+    Record,
+    Site,
+    Skip,
+    Split,
+    SplitFactors,
+    SplitResult,
+    in_memory,
+)
 from graph_passes.response import Contraction, RowOrder
 from graph_passes.split_all import find_sites, joint_groups, split, split_by_site
 from graph_passes.split_pass import SplitPass, Splitter
@@ -26,7 +37,6 @@ __all__ = [
     "Dense",
     "ExecutedNode",
     "FactorSource",
-    "Factors",
     "Fold",
     "FoldBatchNormPass",
     "FoldResult",
@@ -39,6 +49,7 @@ __all__ = [
     "Site",
     "Skip",
     "Split",
+    "SplitFactors",
     "SplitPass",
     "SplitResult",
     "Splitter",

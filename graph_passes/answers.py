@@ -1,11 +1,11 @@
-"""Check the answer of a factor source: finite `Factors` in the form, shape and dtype of the site, or `Dense`."""
+"""Check the answer of a factor source: finite `SplitFactors` in the form, shape and dtype of the site, or `Dense`."""
 
 import numpy as np
 
-from graph_passes.records import Array, Dense, Factors, Site
+from graph_passes.records import Array, Dense, Site, SplitFactors
 
 
-def checked(answer: Factors | Dense | None, site: Site) -> Factors | Dense:
+def checked(answer: SplitFactors | Dense | None, site: Site) -> SplitFactors | Dense:
     """Return the answer.
 
     Raises:
@@ -14,7 +14,7 @@ def checked(answer: Factors | Dense | None, site: Site) -> Factors | Dense:
     if isinstance(answer, Dense):
         return answer
     where = f"{site.op_type} {site.node!r}, weight {site.weight!r}"
-    if not isinstance(answer, Factors):
+    if not isinstance(answer, SplitFactors):
         raise ValueError(f"{where}: expected Factors or Dense from the factor source, but got {answer!r}")
     groups, rank, (rows, columns) = site.groups, answer.rank, site.shape(answer.form)
     if answer.left.shape != (groups, rows, rank) or answer.right.shape != (groups, rank, columns):

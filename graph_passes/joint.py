@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from graph_passes.records import Array, Factors, Site, Skip
+from graph_passes.records import Array, Site, Skip, SplitFactors
 from graph_passes.survey import Found
 
 
@@ -54,9 +54,9 @@ def joint_site(members: Sequence[Found]) -> Site:
     )
 
 
-def cut(factors: Factors, members: Sequence[Found]) -> list[Factors]:
+def cut(factors: SplitFactors, members: Sequence[Found]) -> list[SplitFactors]:
     """Return the factors of each member: its rows of `left`, its part of the bias, and `right` as it is."""
     ends = np.cumsum([member.site.out_features for member in members])[:-1]
     lefts = np.split(factors.left, ends, axis=1)
     biases = [None] * len(members) if factors.bias is None else np.split(factors.bias, ends)
-    return [Factors(left=left, right=factors.right, bias=bias) for left, bias in zip(lefts, biases, strict=True)]
+    return [SplitFactors(left=left, right=factors.right, bias=bias) for left, bias in zip(lefts, biases, strict=True)]

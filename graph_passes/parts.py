@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from graph_passes.constants import OVERRIDABLE_IR_VERSION, add_constant
 from graph_passes.names import Names, name_of, stem
-from graph_passes.records import Array, Factors, Form, Keep
+from graph_passes.records import Array, Form, Keep, SplitFactors
 from graph_passes.survey import MARK, Found, WeightKey
 from graph_passes.weights import Weight
 
@@ -87,7 +87,7 @@ class Parts:
     """
 
     found: Found
-    factors: Factors
+    factors: SplitFactors
     store: Store
     joined: ir.Node | None = None
     transposed: bool = False

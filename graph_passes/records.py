@@ -131,7 +131,7 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Factors:
+class SplitFactors:
     """The two factors of one weight, in the dtype in which they are stored (that of `Site.load()`).
 
     Attributes:
@@ -177,9 +177,9 @@ class Factors:
         """The inner dimension."""
         return int(self.left.shape[-1])
 
-    def transposed(self) -> Factors:
+    def transposed(self) -> SplitFactors:
         """Return the factors of the transposed weight, `(left @ right)^T = right^T @ left^T`, without a bias."""
-        return Factors(left=self.right.swapaxes(1, 2), right=self.left.swapaxes(1, 2))
+        return SplitFactors(left=self.right.swapaxes(1, 2), right=self.left.swapaxes(1, 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +189,7 @@ class Dense:
     reason: str
 
 
-FactorSource: TypeAlias = Callable[[Site], Factors | Dense]
+FactorSource: TypeAlias = Callable[[Site], SplitFactors | Dense]
 
 Keep: TypeAlias = Callable[[Array, str], ir.TensorProtocol]
 """A function that stores a factor under a name: in memory, or in a file, which frees the memory."""

@@ -46,11 +46,11 @@ def split(
 
     Args:
         model: Changed in place. Its opset, its inputs (but see `overridable`) and its outputs stay.
-        factors: Returns `Factors` (in the stored dtype, of any rank) or `Dense` for a site.
+        factors: Returns `SplitFactors` (in the stored dtype, of any rank) or `Dense` for a site.
         keep: Stores each factor; by default in memory. One that writes to disk bounds the memory by one weight.
         overridable: Split weights that are graph inputs too, and drop those inputs. Always so before IR version 4,
             where every initializer must be an input.
-        joint: Call the source first with the joint site of each group of `joint_groups`. `Factors` split the whole
+        joint: Call the source first with the joint site of each group of `joint_groups`. `SplitFactors` split the whole
             group with one shared right factor; after `Dense` the source is called for each node.
 
     Returns:

@@ -27,7 +27,6 @@ from graph_passes.names import name_of
 from graph_passes.parts import Parts, Store
 from graph_passes.records import (
     Dense,
-    Factors,
     FactorSource,
     Form,
     Keep,
@@ -35,6 +34,7 @@ from graph_passes.records import (
     Site,
     Skip,
     Split,
+    SplitFactors,
     SplitResult,
     in_memory,
 )
@@ -202,7 +202,7 @@ class Splitter(Iterator[Site]):
         self._store = Store(model, keep, overridable=overridable)
         self._entries = deque(survey(model, passes, unsplit, overridable=overridable))
         self._heads = {members[0].node: members for members in (joint_members(self._entries) if joint else ())}
-        self._answer: Factors | Dense | None = None
+        self._answer: SplitFactors | Dense | None = None
         self._steps = self._split_all()
         self.records: list[Record] = []
 
@@ -214,7 +214,7 @@ class Splitter(Iterator[Site]):
         """Return the members of each joint site that has not been yielded yet."""
         return [tuple(member.site for member in members) for members in self._heads.values()]
 
-    def answer(self, factors: Factors | Dense) -> None:
+    def answer(self, factors: SplitFactors | Dense) -> None:
         """Set the factors of the current site, or the reason to leave it dense.
 
         The next step raises ValueError where the factors do not fit the site, have another dtype, or hold NaN.
@@ -224,7 +224,7 @@ class Splitter(Iterator[Site]):
     def __next__(self) -> Site:
         return next(self._steps)
 
-    def _answered(self, site: Site) -> Factors | Dense:
+    def _answered(self, site: Site) -> SplitFactors | Dense:
         """Return and drop the answer for a site."""
         answer, self._answer = self._answer, None
         return checked(answer, site)
@@ -270,7 +270,7 @@ class Splitter(Iterator[Site]):
 class _Answer(NamedTuple):
     """The source's answer for a weight, and whether the node of that site uses the stored matrix transposed."""
 
-    factors: Factors | Dense
+    factors: SplitFactors | Dense
     is_turned: bool | None
 
 
@@ -285,7 +285,7 @@ def _answered(found: Found, answer: _Answer, store: Store) -> Record:
 
 def _split_jointly(
     members: Sequence[Found],
-    factors: Factors,
+    factors: SplitFactors,
     names: tuple[str, ...],
     store: Store,
 ) -> dict[ir.Node, Record]:
@@ -304,7 +304,7 @@ def _split_jointly(
 
 def _split(
     found: Found,
-    factors: Factors,
+    factors: SplitFactors,
     store: Store,
     joined: ir.Node | None = None,
     *,

@@ -270,6 +270,17 @@ def test_it_is_typed(package):
     assert (ROOT / package / "py.typed").exists()
 
 
+def test_no_public_class_name_means_two_things():
+    names = [
+        node.name
+        for package in ("rsi_deploy", "graph_passes")
+        for file in modules(package)
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert [name for name in names if names.count(name) > 1] == []
+
+
 def test_only_the_command_line_prints():
     for file in modules("rsi_deploy"):
         if dotted(file) in ("report.tables.report",):

@@ -139,7 +139,7 @@ class TwoKernelProblem:
         return R
 
     def factors(self, rank: int, solver: Solver, *, site: str = "", steps: int = STEPS) -> tuple[Tensor, Tensor]:
-        """Return `left (groups, out * points, rank)` and `right (groups, rank, m)`, as in `graph_passes.Factors`."""
+        """Return `left (groups, out * points, rank)`, `right (groups, rank, m)`, as in `graph_passes.SplitFactors`."""
         right = self.start(rank, solver, site=site)
         left = self.left_for(right)
         for _ in range(steps - 1):

@@ -21,7 +21,7 @@ def write_zero_filled(dense: Path, target: Path, splits: Splits) -> None:
     """
     model = load_model(dense)
 
-    def source(site: gp.Site) -> gp.Factors | gp.Dense:
+    def source(site: gp.Site) -> gp.SplitFactors | gp.Dense:
         if site.members or site_name(site.weight) not in splits:
             return gp.Dense(reason="stays")
         planned, rank = splits[site_name(site.weight)]
@@ -29,7 +29,7 @@ def write_zero_filled(dense: Path, target: Path, splits: Splits) -> None:
         rows, columns = site.shape(form)
         dtype = site.load(form).dtype
         left, right = np.zeros((site.groups, rows, rank), dtype), np.zeros((site.groups, rank, columns), dtype)
-        return gp.Factors(left=left, right=right, form=form, bias=np.zeros(site.bias_size, dtype))
+        return gp.SplitFactors(left=left, right=right, form=form, bias=np.zeros(site.bias_size, dtype))
 
     gp.split(model, source)
     write_onnx(model, target)

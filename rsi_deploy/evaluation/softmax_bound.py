@@ -80,7 +80,7 @@ def find_head(model: ir.Model) -> Head | None:
     return None
 
 
-def softmax_bound(dense: Path, head: Head, factors: gp.Factors, batches: Iterable[Feeds]) -> SoftmaxBound:
+def softmax_bound(dense: Path, head: Head, factors: gp.SplitFactors, batches: Iterable[Feeds]) -> SoftmaxBound:
     """Measure the bound for `head` of the model at `dense` on evaluation inputs.
 
     Args:

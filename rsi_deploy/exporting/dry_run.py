@@ -10,7 +10,7 @@ from rsi_deploy.exporting.api import export_run
 from rsi_deploy.onnx_models.inspection import SiteView, inspect
 
 
-class PlannedSite(pydantic.BaseModel, frozen=True, extra="forbid"):
+class DryRunSite(pydantic.BaseModel, frozen=True, extra="forbid"):
     """A site of the model.
 
     Attributes:
@@ -37,7 +37,7 @@ class DryRun(pydantic.BaseModel, frozen=True, extra="forbid"):
     recipe: str
     rule: str
     factors: str
-    sites: tuple[PlannedSite, ...]
+    sites: tuple[DryRunSite, ...]
 
     def text(self) -> str:
         """Return the recipe, with the rest as comments: the text as a whole is a recipe."""
@@ -67,7 +67,7 @@ def dry_run(model: str | None, config: ExportConfig) -> DryRun:
     )
 
 
-def _sites(model: str, config: ExportConfig, rank: str, rule: str) -> tuple[PlannedSite, ...]:
+def _sites(model: str, config: ExportConfig, rank: str, rule: str) -> tuple[DryRunSite, ...]:
     """Return the sites; those of a .pt2 program are known only once it is exported."""
     if model.endswith(".pt2"):
         return ()
@@ -80,7 +80,7 @@ def _sites(model: str, config: ExportConfig, rank: str, rule: str) -> tuple[Plan
         spectra=False,
     )
     return tuple(
-        PlannedSite(name=site.name, shape=(site.out_features, site.in_features), decision=_decision(site, rank, rule))
+        DryRunSite(name=site.name, shape=(site.out_features, site.in_features), decision=_decision(site, rank, rule))
         for site in found.sites
     )
 

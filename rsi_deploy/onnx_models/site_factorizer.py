@@ -58,8 +58,10 @@ class SiteFactorizer:
     order: list[str]
     groups: dict[tuple[str, ...], tuple[gp.Site, ...]]
     records: dict[str, SiteRecord] = field(default_factory=dict)
-    kept: dict[str, gp.Factors] = field(default_factory=dict)
-    _waiting: dict[str, gp.Factors] = field(default_factory=dict)  # of members of a group that is not split jointly
+    kept: dict[str, gp.SplitFactors] = field(default_factory=dict)
+    _waiting: dict[str, gp.SplitFactors] = field(
+        default_factory=dict
+    )  # of members of a group that is not split jointly
     _remarks: dict[str, str] = field(default_factory=dict)  # why a member is not split jointly
 
     def tasks(self, sites: Iterable[gp.Site]) -> Iterator[Task]:
@@ -80,7 +82,7 @@ class SiteFactorizer:
             self._report(site_name(site.weight), site)
         return task
 
-    def finished(self, site: gp.Site, result: tuple[Factors, SiteRecord]) -> gp.Factors:
+    def finished(self, site: gp.Site, result: tuple[Factors, SiteRecord]) -> gp.SplitFactors:
         """Record the result of a site's task and return the factors for the graph."""
         factors, record = result
         decision = self._decision(site)
@@ -88,7 +90,7 @@ class SiteFactorizer:
         record = record.model_copy(update={"reason": f"{reason}{record.reason}"})
         return self._recorded(site, replace(_arrays(factors), form=site.form_of(decision.form)), record)
 
-    def without_task(self, site: gp.Site) -> gp.Factors | gp.Dense:
+    def without_task(self, site: gp.Site) -> gp.SplitFactors | gp.Dense:
         """Return the answer for a site without a task of its own: dense, fitted, or one of a group's."""
         if site.members:
             return self._jointly(site) or gp.Dense(reason="alone")
@@ -127,19 +129,19 @@ class SiteFactorizer:
     def _weight(self, site: gp.Site, form: AnyForm) -> dict[Hashable, Callable[[], torch.Tensor]]:
         return {weight_key(site, form): lambda: as_torch(site.load(form)).to(self.device)}
 
-    def _recorded(self, site: gp.Site, factors: gp.Factors, record: SiteRecord) -> gp.Factors:
+    def _recorded(self, site: gp.Site, factors: gp.SplitFactors, record: SiteRecord) -> gp.SplitFactors:
         """Keep the record, with the weight's own shape and the break-even rank of the form."""
         shape = {"out_features": site.out_features, "in_features": site.in_features}
         limit = break_even_rank(*site.shape(factors.form))
         self.records[site.weight] = record.model_copy(update={**shape, "break_even_rank": limit})
         return self._kept(site, factors)
 
-    def _kept(self, site: gp.Site, factors: gp.Factors) -> gp.Factors:
+    def _kept(self, site: gp.Site, factors: gp.SplitFactors) -> gp.SplitFactors:
         if site.weight in self.keep and not site.both_ways:  # else it is unknown which of its nodes is meant
             self.kept[site.weight] = factors
         return factors
 
-    def _jointly(self, site: gp.Site) -> gp.Factors | None:
+    def _jointly(self, site: gp.Site) -> gp.SplitFactors | None:
         """Factors for all members of a group; None where each has its own, which then wait for their turn."""
         members = self.groups.pop(site.members, ())
         if dense := [site_name(member.weight) for member in members if self._decision(member).rank is None]:
@@ -168,7 +170,7 @@ class SiteFactorizer:
         ends = np.cumsum([member.out_features for member in members])[:-1]
         for member, left, record in zip(members, np.split(factors.left, ends, axis=1), result[1], strict=True):
             self.records[member.weight] = record
-            self._kept(member, gp.Factors(left=left, right=factors.right))
+            self._kept(member, gp.SplitFactors(left=left, right=factors.right))
         return factors
 
     def _report(self, name: str, site: gp.Site) -> None:
@@ -197,15 +199,15 @@ def weight_key(site: gp.Site, form: AnyForm) -> Hashable:
     return site.weight, site.shape(form), site.form_of(form)
 
 
-def graph_factors(replacement: Replacement, site: gp.Site) -> gp.Factors:
+def graph_factors(replacement: Replacement, site: gp.Site) -> gp.SplitFactors:
     """Return a replacement in the dtype in which the graph stores the site."""
     dtype = getattr(torch, site.dtype)
     left, right = replacement.left, replacement.right
     if dtype.itemsize < 4:
         left, right = balanced(left, right)
     stored = [as_numpy(t.detach().cpu().to(dtype).contiguous()) for t in (left, right, replacement.bias.reshape(-1))]
-    return gp.Factors(left=stored[0], right=stored[1], form=replacement.form, bias=stored[2])
+    return gp.SplitFactors(left=stored[0], right=stored[1], form=replacement.form, bias=stored[2])
 
 
-def _arrays(factors: Factors) -> gp.Factors:
-    return gp.Factors(left=as_numpy(factors.left.cpu()), right=as_numpy(factors.right.cpu()))
+def _arrays(factors: Factors) -> gp.SplitFactors:
+    return gp.SplitFactors(left=as_numpy(factors.left.cpu()), right=as_numpy(factors.right.cpu()))

@@ -49,7 +49,7 @@ class SplitModel:
 
     sites: tuple[SiteRecord, ...]
     nodes: tuple[gp.Record, ...]
-    kept: Mapping[str, gp.Factors]
+    kept: Mapping[str, gp.SplitFactors]
     params: int
     biased: bool
 

@@ -214,7 +214,7 @@ def surgery_check(
     """
     model = load_model(dense) if graph is None else graph
 
-    def full_rank(site: gp.Site) -> gp.Factors | gp.Dense:
+    def full_rank(site: gp.Site) -> gp.SplitFactors | gp.Dense:
         is_split = site.members in joint if site.members else site.weight in weights
         form = weights.get(site.weight, site.forms[0])
         return rotated_identity(site, form, bias=bias) if is_split else gp.Dense(reason="not split")
@@ -235,16 +235,18 @@ def surgery_check(
     return compare_outputs(expected, outputs, what="surgery gate (full-rank split against dense)", tolerance=tolerance)
 
 
-def rotated_identity(site: gp.Site, form: gp.Form | Literal["first"] = "first", *, bias: bool = False) -> gp.Factors:
+def rotated_identity(
+    site: gp.Site, form: gp.Form | Literal["first"] = "first", *, bias: bool = False
+) -> gp.SplitFactors:
     """Return exact full-rank factors of a site's weight: `P` and `P^T W`, or `W P` and `P^T`, whichever is smaller."""
     weight = site.load(form)
     rows, columns = site.shape(form)
     eye = np.roll(np.eye(min(rows, columns), dtype=weight.dtype), 1, axis=0)[None].repeat(site.groups, axis=0)
     change = np.zeros(site.bias_size, weight.dtype) if bias and not site.both_ways else None
     if rows <= columns:  # eye @ x moves row i to row i+1
-        return gp.Factors(left=eye, right=_rolled(weight, 1, site.op_type), form=form, bias=change)
+        return gp.SplitFactors(left=eye, right=_rolled(weight, 1, site.op_type), form=form, bias=change)
     right = np.ascontiguousarray(eye.swapaxes(1, 2))
-    return gp.Factors(left=_rolled(weight, 2, site.op_type), right=right, form=form, bias=change)
+    return gp.SplitFactors(left=_rolled(weight, 2, site.op_type), right=right, form=form, bias=change)
 
 
 def _rolled(weight: Array, axis: int, op_type: str) -> Array:

@@ -52,7 +52,7 @@ WEIGHT_ARITHMETIC = {
 
 
 @dataclass(kw_only=True)
-class DenseModel:
+class ExportedModel:
     """The exported model in memory. Its weights share memory with the torch module."""
 
     model: ir.Model
@@ -61,7 +61,7 @@ class DenseModel:
     notes: list[str] = field(default_factory=list)
 
 
-def to_onnx(source: Source, *, opset: int | None = None) -> DenseModel:
+def to_onnx(source: Source, *, opset: int | None = None) -> ExportedModel:
     """Export a torch source to a clean `ir.Model`.
 
     Args:
@@ -106,7 +106,7 @@ def _untie(program: "torch.export.ExportedProgram") -> None:
             getattr(environment, "fake_tensor_cache", {}).clear()
 
 
-def _exported(source: Source, opset: int | None) -> DenseModel:
+def _exported(source: Source, opset: int | None) -> ExportedModel:
     notes: list[str] = []
     program = source.program
     if program is None:
@@ -122,7 +122,7 @@ def _exported(source: Source, opset: int | None) -> DenseModel:
         notes.append(f"the batch size is fixed at {model.graph.inputs[0].shape[0]}, as {source.name} was exported")  # type: ignore[index]
     _name_tied_weights_(model, program)
     clean_(model)
-    return DenseModel(model=model, opset=opset, dynamic_batch=dynamic, notes=notes)
+    return ExportedModel(model=model, opset=opset, dynamic_batch=dynamic, notes=notes)
 
 
 def clean_(model: ir.Model) -> None:

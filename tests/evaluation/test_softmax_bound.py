@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 def truncated(weight, rank):
     u, s, vt = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
     left, right = (u[:, :rank] * s[:rank])[None], vt[None, :rank]
-    return gp.Factors(left=left.astype(np.float32), right=right.astype(np.float32))
+    return gp.SplitFactors(left=left.astype(np.float32), right=right.astype(np.float32))
 
 
 def weight_of(path, name):

@@ -6,14 +6,14 @@ import numpy as np
 import onnx_ir as ir
 from split_checks import assert_sound, error, full_rank, numbers, run, splits
 
-from graph_passes import Factors, Record, Site, split
+from graph_passes import Record, Site, SplitFactors, split
 
 
 def delta_of(size: int) -> np.ndarray:
     return numbers(size, seed=42)
 
 
-def biased(site: Site) -> Factors:
+def biased(site: Site) -> SplitFactors:
     """Exact factors and a correction."""
     return full_rank(site, bias=delta_of(site.bias_size))
 

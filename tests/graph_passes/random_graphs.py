@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from split_checks import full_rank, numbers
 
-from graph_passes import Factors, Form, Site
+from graph_passes import Form, Site, SplitFactors
 from graph_passes.forms import conv_forms
 from graph_passes.records import AnyForm
 
@@ -33,7 +33,7 @@ class Case:
     forms: dict[str, Form]
     corrections: dict[str, np.ndarray]
 
-    def factors(self, site: Site) -> Factors:
+    def factors(self, site: Site) -> SplitFactors:
         """Exact ones in the form that was drawn, with the correction that was drawn."""
         form: AnyForm = self.forms.get(site.node, "first")
         correction = self.corrections.get(site.node)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import numpy_helper
 
-from graph_passes import Factors, Record, Site, Split, find_sites, split
+from graph_passes import Record, Site, Split, SplitFactors, find_sites, split
 from graph_passes.records import AnyForm
 
 
@@ -38,7 +38,7 @@ def orthogonal(size: int, seed: int = 0) -> np.ndarray:
     return np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))[0]
 
 
-def full_rank(site: Site, form: AnyForm = "first", bias: np.ndarray | None = None) -> Factors:
+def full_rank(site: Site, form: AnyForm = "first", bias: np.ndarray | None = None) -> SplitFactors:
     """Exact factors from a random orthogonal matrix: not symmetric, so a missing transpose shows."""
     weight = site.load(form)
     dense = weight.astype(np.float64)
@@ -49,17 +49,17 @@ def full_rank(site: Site, form: AnyForm = "first", bias: np.ndarray | None = Non
     else:
         left, right = dense @ q.swapaxes(1, 2), q
     bias = None if bias is None else bias.astype(weight.dtype)
-    return Factors(left=left.astype(weight.dtype), right=right.astype(weight.dtype), form=form, bias=bias)
+    return SplitFactors(left=left.astype(weight.dtype), right=right.astype(weight.dtype), form=form, bias=bias)
 
 
-def best_of_rank(rank: int, form: AnyForm = "first") -> Callable[[Site], Factors]:
+def best_of_rank(rank: int, form: AnyForm = "first") -> Callable[[Site], SplitFactors]:
     """The exact SVD, truncated."""
 
-    def source(site: Site) -> Factors:
+    def source(site: Site) -> SplitFactors:
         weight = site.load(form)
         u, s, vt = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
         left, right = u[..., :rank] * s[:, None, :rank], vt[:, :rank]
-        return Factors(left=left.astype(weight.dtype), right=right.astype(weight.dtype), form=form)
+        return SplitFactors(left=left.astype(weight.dtype), right=right.astype(weight.dtype), form=form)
 
     return source
 
@@ -113,7 +113,7 @@ def assert_sound(a_model: ir.Model) -> None:
 
 
 def assert_same_at_full_rank(
-    a_model: ir.Model, tolerance: float, source: Callable[[Site], Factors] = full_rank, **feeds: np.ndarray
+    a_model: ir.Model, tolerance: float, source: Callable[[Site], SplitFactors] = full_rank, **feeds: np.ndarray
 ) -> list[Record]:
     """Split everything with exact factors: same outputs, sound model. Returns the records."""
     names = [value.name for value in a_model.graph.outputs]

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from backend_cases import Case, cases
 from split_checks import full_rank
 
-from graph_passes import Factors, Record, Site, Split, split
+from graph_passes import Record, Site, Split, SplitFactors, split
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}  # of the norm; a few roundings
 
@@ -97,7 +97,7 @@ def test_every_case_that_onnxruntime_runs(capsys):
     assert caught == controls
 
 
-def sabotaged(site: Site) -> Factors:
+def sabotaged(site: Site) -> SplitFactors:
     """Factors of 1.1 times the weight."""
     factors = full_rank(site)
-    return Factors(left=(factors.left * 1.1).astype(factors.left.dtype), right=factors.right)
+    return SplitFactors(left=(factors.left * 1.1).astype(factors.left.dtype), right=factors.right)

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graph_passes import Factors
+from graph_passes import SplitFactors
 from graph_passes.constants import add_constant
 from graph_passes.parts import Parts, Store
 from graph_passes.records import in_memory
@@ -35,8 +35,10 @@ def test_a_correction_that_is_none_is_not_added(model):
     (found,) = survey(model, [SplitGemmPass])
     left, right = np.ones((1, 6, 2), np.float32), np.ones((1, 2, 4), np.float32)
     store = Store(model, in_memory, overridable=False)
-    with_one = Parts(found=found, factors=Factors(left=left, right=right, bias=np.ones(6, np.float32)), store=store)
+    with_one = Parts(
+        found=found, factors=SplitFactors(left=left, right=right, bias=np.ones(6, np.float32)), store=store
+    )
     np.testing.assert_array_equal(with_one.bias((6,), 2.0).const_value.numpy(), np.full(6, 2))
-    without = Parts(found=found, factors=Factors(left=left, right=right), store=store)
+    without = Parts(found=found, factors=SplitFactors(left=left, right=right), store=store)
     with pytest.raises(ValueError, match="has no bias correction"):
         without.bias((6,))

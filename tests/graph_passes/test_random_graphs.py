@@ -15,7 +15,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from random_graphs import Case, cases
 from split_checks import error, full_rank, numbers, run
 
-from graph_passes import Factors, Split, split
+from graph_passes import Split, SplitFactors, split
 
 # In a function, which carries no shapes, a vector of the data looks like a matrix.
 EXPECTED_SKIPS = ("weight is batched and the data's shape is unknown: infer shapes first",)
@@ -92,11 +92,11 @@ def test_many_random_graphs(case):
     check(case)
 
 
-def worse_left(factors: Factors) -> Factors:
+def worse_left(factors: SplitFactors) -> SplitFactors:
     return dataclasses.replace(factors, left=(factors.left * 1.01).astype(factors.left.dtype))
 
 
-def worse_bias(factors: Factors) -> Factors:
+def worse_bias(factors: SplitFactors) -> SplitFactors:
     if factors.bias is None:
         return factors
     return dataclasses.replace(factors, bias=(factors.bias * 1.1).astype(factors.left.dtype))

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from split_checks import error, full_rank
 
-from graph_passes import Factors, FoldBatchNormPass, Split, split
+from graph_passes import FoldBatchNormPass, Split, SplitFactors, split
 from graph_passes.operators import PASSES, UNSPLIT
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data" / "onnx"
@@ -74,7 +74,7 @@ def test_full_rank(name, fold):
 def test_wrong_factors_are_noticed(name):
     def sabotaged(site):
         factors = full_rank(site)
-        return Factors(left=-factors.left, right=factors.right)
+        return SplitFactors(left=-factors.left, right=factors.right)
 
     feeds, _ = GRAPHS[name]
     model = ir.load(FOLDER / name)

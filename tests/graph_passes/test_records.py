@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from graph_passes import Factors, Site
+from graph_passes import Site, SplitFactors
 
 
 def test_site_ranks():
@@ -29,22 +29,25 @@ def test_site_ranks():
 )
 def test_factors_that_do_not_fit(left, right):
     with pytest.raises(ValueError, match=r"expected left \(groups, out, rank\)") as caught:
-        Factors(left=np.ones(left), right=np.ones(right))
+        SplitFactors(left=np.ones(left), right=np.ones(right))
     assert str(left) in str(caught.value)
 
 
 def test_factors_of_two_dtypes_or_no_float():
     with pytest.raises(ValueError, match="got left float32 and right float64"):
-        Factors(left=np.ones((1, 6, 2), np.float32), right=np.ones((1, 2, 4)))
+        SplitFactors(left=np.ones((1, 6, 2), np.float32), right=np.ones((1, 2, 4)))
     with pytest.raises(ValueError, match="got left int64"):
-        Factors(left=np.ones((1, 6, 2), np.int64), right=np.ones((1, 2, 4), np.int64))
-    assert Factors(left=np.ones((1, 6, 2), ml_dtypes.bfloat16), right=np.ones((1, 2, 4), ml_dtypes.bfloat16)).rank == 2
+        SplitFactors(left=np.ones((1, 6, 2), np.int64), right=np.ones((1, 2, 4), np.int64))
+    assert (
+        SplitFactors(left=np.ones((1, 6, 2), ml_dtypes.bfloat16), right=np.ones((1, 2, 4), ml_dtypes.bfloat16)).rank
+        == 2
+    )
 
 
 def test_a_bias_that_does_not_fit_the_factors():
     left, right = np.ones((1, 6, 2), np.float32), np.ones((1, 2, 4), np.float32)
     for bias, came in ((np.ones((1, 6), np.float32), r"\(1, 6\) in float32"), (np.ones(6), r"\(6,\) in float64")):
         with pytest.raises(ValueError, match=f"expected a bias with one axis in float32, but got {came}"):
-            Factors(left=left, right=right, bias=bias)
-    assert Factors(left=left, right=right).bias is None
-    assert Factors(left=left, right=right).form == "first"
+            SplitFactors(left=left, right=right, bias=bias)
+    assert SplitFactors(left=left, right=right).bias is None
+    assert SplitFactors(left=left, right=right).form == "first"

@@ -20,7 +20,7 @@ from split_checks import (
     truncated,
 )
 
-from graph_passes import Dense, Factors, find_sites, split
+from graph_passes import Dense, SplitFactors, find_sites, split
 
 PLAIN = "y = MatMul(x, w)"
 
@@ -207,9 +207,11 @@ def test_nodes_inherit_metadata():
 @pytest.mark.parametrize("case", ["shape", "dtype", "nan", "none"])
 def test_wrong_answers_name_the_site(case):
     answers = {
-        "shape": lambda site: Factors(left=np.ones((1, 6, 2), np.float32), right=np.ones((1, 2, 4), np.float32)),
-        "dtype": lambda site: Factors(left=np.ones((1, 4, 2)), right=np.ones((1, 2, 6))),
-        "nan": lambda site: Factors(left=np.full((1, 4, 2), np.nan, np.float32), right=np.ones((1, 2, 6), np.float32)),
+        "shape": lambda site: SplitFactors(left=np.ones((1, 6, 2), np.float32), right=np.ones((1, 2, 4), np.float32)),
+        "dtype": lambda site: SplitFactors(left=np.ones((1, 4, 2)), right=np.ones((1, 2, 6))),
+        "nan": lambda site: SplitFactors(
+            left=np.full((1, 4, 2), np.nan, np.float32), right=np.ones((1, 2, 6), np.float32)
+        ),
         "none": lambda site: None,
     }
     messages = {

@@ -18,12 +18,12 @@ from split_checks import (
 )
 from test_split_conv import conv
 
-from graph_passes import Dense, Factors, find_sites, split
+from graph_passes import Dense, SplitFactors, find_sites, split
 
 FORMS = ("channel", "input", "separable")
 
 
-def folded(factors: Factors, kernel: list[int]) -> np.ndarray:
+def folded(factors: SplitFactors, kernel: list[int]) -> np.ndarray:
     """The Conv weight (out, in/groups, kh, kw) that the factors of a form stand for, by its definition."""
     left, right, (kh, kw) = factors.left.astype(np.float64), factors.right.astype(np.float64), kernel
     groups, _, rank = left.shape
@@ -102,7 +102,7 @@ def test_factors_meant_for_another_form_are_refused(form, other):
     expected = run(model, x=x)
     (site,) = find_sites(model)
     factors = full_rank(site, other)
-    labelled = Factors(left=factors.left, right=factors.right, form=form)
+    labelled = SplitFactors(left=factors.left, right=factors.right, form=form)
     if form == other:
         split(model, lambda site: labelled)
         assert error(run(model, x=x), expected) <= 1e-5
@@ -121,7 +121,7 @@ def test_two_rows_exchanged_are_noticed(form):
         factors = full_rank(site, form)
         left = factors.left.copy()
         left[:, [0, 1]] = left[:, [1, 0]]
-        return Factors(left=left, right=factors.right, form=form)
+        return SplitFactors(left=left, right=factors.right, form=form)
 
     split(model, wrong)
     assert error(run(model, x=x), expected) > 1e-2
@@ -135,7 +135,7 @@ def test_rows_ordered_otherwise_are_noticed():
     def with_wrong_rows(site):
         factors = full_rank(site, "separable")
         rows = factors.left.reshape(1, 3, 3, -1).swapaxes(1, 2).reshape(factors.left.shape)
-        return Factors(left=rows, right=factors.right, form="separable")
+        return SplitFactors(left=rows, right=factors.right, form="separable")
 
     split(model, with_wrong_rows)
     assert error(run(model, x=x), expected) > 1e-1
@@ -238,7 +238,7 @@ def test_a_form_that_the_site_cannot_take_is_refused():
     model, _ = conv(groups=1, into=2, out=3, kernel=[1, 3])
     before = ir.to_proto(model).SerializeToString()
     with pytest.raises(ValueError, match="Conv 'y', weight 'w': expected form channel or input, but got 'separable'"):
-        split(model, lambda site: Factors(left=np.ones((1, 9, 2)), right=np.ones((1, 2, 2)), form="separable"))
+        split(model, lambda site: SplitFactors(left=np.ones((1, 9, 2)), right=np.ones((1, 2, 2)), form="separable"))
     assert ir.to_proto(model).SerializeToString() == before
     split(model, lambda site: Dense(reason="kept"))
     assert ir.to_proto(model).SerializeToString() == before

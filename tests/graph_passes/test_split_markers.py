@@ -16,7 +16,7 @@ def split(path, form_and_rank, *, joint=False):
         form, rank = form_and_rank(site)
         rows, columns = site.shape(form)
         left, right = np.ones((site.groups, rows, rank)), np.ones((site.groups, rank, columns))
-        return gp.Factors(left=left.astype(site.dtype), right=right.astype(site.dtype), form=form)
+        return gp.SplitFactors(left=left.astype(site.dtype), right=right.astype(site.dtype), form=form)
 
     records = [r for r in gp.split(model, source, joint=joint) if isinstance(r, gp.Split)]
     ir.save(model, path)

@@ -15,7 +15,7 @@ from split_checks import (
     truncated,
 )
 
-from graph_passes import Factors, find_sites, split
+from graph_passes import SplitFactors, find_sites, split
 from graph_passes.split_matmul import SplitMatMulPass
 
 ON_THE_RIGHT = "y = MatMul(x, w)"
@@ -85,7 +85,7 @@ def test_comparison_rejects_wrong_models():
     def split_with(change):
         def source(site):
             factors = full_rank(site)
-            return Factors(**{"left": factors.left, "right": factors.right, **change(factors)})
+            return SplitFactors(**{"left": factors.left, "right": factors.right, **change(factors)})
 
         model = graph(ON_THE_RIGHT, signature="(float[N,4] x) => (float[N,4] y)", w=w)
         split(model, source)

@@ -172,7 +172,7 @@ def test_split_weights_are_split_as_in_the_whole(tmp_path, external):
 def test_a_weight_that_cannot_be_split_is_an_error_and_leaves_no_file(tmp_path):
     path = made(tmp_path, MLP)
     program = cut(onnx.load(path), ["h", "k", "y"])
-    factors = {"a_bias": gp.Factors(left=np.ones((1, 3, 1), np.float32), right=np.ones((1, 1, 8), np.float32))}
+    factors = {"a_bias": gp.SplitFactors(left=np.ones((1, 3, 1), np.float32), right=np.ones((1, 1, 8), np.float32))}
     with (
         pytest.raises(ModelError, match="a_bias"),
         Segment(program, path, program.model.graph.node, Taps(), ["y"], factors) as run,

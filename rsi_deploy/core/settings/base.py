@@ -183,7 +183,7 @@ class Settings(pydantic.BaseModel, frozen=True, extra="forbid"):
         values = {name: value for name, value in (base | changes).items() if value is not None or name in changes}
         for name in values:
             if name not in cls.model_fields:
-                near = difflib.get_close_matches(name, cls.model_fields, n=1)
+                near = difflib.get_close_matches(name, (*cls.model_fields, "model", "verb"), n=1)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(cls.model_fields)}"
                 raise UsageError(f"unknown setting {name!r}; {hint}")
         try:

@@ -172,7 +172,7 @@ class OnnxStreams:
         """
         if not self.sites:
             return
-        became: dict[str, gp.Factors] = {}  # factors of the wave before, by weight
+        became: dict[str, gp.SplitFactors] = {}  # factors of the wave before, by weight
         with LiveValues() as dense, LiveValues() as compressed:
             streams = TwoStreams(
                 self._program,
@@ -256,7 +256,7 @@ class OnnxStreams:
         made = {name for node in self._model.graph.node for name in node.output} - self._program.fixed
         return [value.name for value in self._model.graph.output if value.name in made]
 
-    def _outputs(self, factors: Mapping[str, gp.Factors]) -> Tensor:
+    def _outputs(self, factors: Mapping[str, gp.SplitFactors]) -> Tensor:
         """Return the first floating output on the check samples, with these weights split."""
         nodes = self._model.graph.node
         with Segment(self._program, self._path, nodes, Taps(), self._ends, factors, provider=self._provider) as run:

@@ -131,7 +131,7 @@ class Survey:
         yield from self._run(self._fed[1], fed.feeds(replacement), ends)
 
     def _behind(
-        self, site: Sequence[NodeProto], ends: set[str], factors: Mapping[str, gp.Factors] | None = None
+        self, site: Sequence[NodeProto], ends: set[str], factors: Mapping[str, gp.SplitFactors] | None = None
     ) -> Segment:
         """Return a model of a site's own nodes and all later waves."""
         later = self._program.waves[self._done :]

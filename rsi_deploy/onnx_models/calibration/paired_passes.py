@@ -83,7 +83,7 @@ class TwoStreams:
     def _batches(self) -> int:
         return len(self._begins) - 1
 
-    def advance(self, wave: Wave, became: Mapping[str, gp.Factors]) -> dict[str, SiteAccumulator]:
+    def advance(self, wave: Wave, became: Mapping[str, gp.SplitFactors]) -> dict[str, SiteAccumulator]:
         """Run one wave, with factors in the wave before it, and return the moments that its sites gather.
 
         Raises:

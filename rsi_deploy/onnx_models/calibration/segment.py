@@ -52,7 +52,7 @@ class Segment:
         nodes: Iterable[NodeProto],
         taps: Taps,
         alive: Iterable[str] = (),
-        factors: Mapping[str, gp.Factors] | None = None,
+        factors: Mapping[str, gp.SplitFactors] | None = None,
         *,
         provider: str = "cpu",
     ) -> None:
@@ -117,7 +117,7 @@ class Segment:
         model = load_model(self._path)
         factors = self._factors
 
-        def source(site: gp.Site) -> gp.Factors | gp.Dense:
+        def source(site: gp.Site) -> gp.SplitFactors | gp.Dense:
             return factors.get(site.weight) or gp.Dense(reason="not replaced yet")
 
         records = gp.split(model, source)
