@@ -69,7 +69,7 @@ class Candidate:
         return self.node.attributes.get_float("epsilon", 1e-5)
 
     def is_equal(self, other: Candidate) -> bool:
-        """Whether both have the same folded weight and bias."""
+        """Return whether both have the same folded weight and bias."""
         mine, others = self.constants, other.constants
         return (
             mine.weight.steps == others.weight.steps

@@ -21,7 +21,7 @@ from graph_passes.weights import Weight, resolve
 
 
 def is_absent(parts: Parts, index: int) -> bool:
-    """Whether an input is missing or zeros that are not stored, which is how the torch exporter writes no bias."""
+    """Return whether an input is missing or zeros that are not stored: so the torch exporter writes no bias."""
     node = parts.found.node
     value = node.inputs[index] if index < len(node.inputs) else None
     return value is None or (_constant(parts, value, ()) is None and is_zeros(value))

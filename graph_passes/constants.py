@@ -49,7 +49,7 @@ def stored_array(value: ir.Value | None) -> Array | None:
 
 
 def is_layout(node: ir.Node) -> bool:
-    """Whether a node changes only the layout or the dtype of its first operand."""
+    """Return whether a node changes only the layout or the dtype of its first operand."""
     return node.domain == "" and node.op_type in LAYOUT_OPS and len(node.inputs) > 0 and len(node.outputs) == 1
 
 
@@ -68,7 +68,7 @@ def layout_chain(value: ir.Value, operators: frozenset[str] = LAYOUT_OPS) -> tup
 
 
 def is_zeros(value: ir.Value) -> bool:
-    """Whether a value is zero whatever its shape, which is how the torch exporter writes no bias of a Conv.
+    """Return whether a value is zero whatever its shape, which is how the torch exporter writes no bias of a Conv.
 
     Constant 0 --> CastLike --> Expand --> value
     """

@@ -98,7 +98,7 @@ def operator_of(domain: str, op_type: str) -> Operator:
 
 
 def multiplies_by_weights(op_type: str) -> bool:
-    """Whether an operator multiplies by a weight, also one that a runtime has fused and named after it.
+    """Return whether an operator multiplies by a weight, also one that a runtime has fused and named after it.
 
     Examples:
         >>> [multiplies_by_weights(name) for name in ("Conv", "FusedConv", "LSTM", "Add", "Gather")]

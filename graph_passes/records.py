@@ -110,7 +110,7 @@ class Site:
 
     @property
     def plain(self) -> bool:
-        """Whether a caller can compute the response from the data and the weight; see `row_order`."""
+        """Return whether a caller can compute the response from the data and the weight; see `row_order`."""
         return self.row_order is not None
 
     @property

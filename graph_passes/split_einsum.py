@@ -202,7 +202,7 @@ class _Product:
         return {index: size for index, size in self.data_dims(value).items() if isinstance(size, int)}
 
     def begins_with_matmul(self, value: ir.Value | None) -> bool:
-        """Whether a MatMul sums over the columns: one letter, the last one of the data, of a size that is known."""
+        """Return whether a MatMul sums over the columns: one letter, the last of the data, of known size."""
         is_last = len(self.columns) == 1 and self.data.endswith(self.columns[0])
         return is_last and self.columns[0] in self.data_sizes(value)
 

@@ -127,7 +127,7 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
 
     @staticmethod
     def shares_right(found: Found) -> bool:
-        """Whether the first node is `MatMul(data, right^T)`, with data and weight of two axes as they are stored."""
+        """Return whether the first node is `MatMul(data, right^T)`, with data and weight of two axes as stored."""
         return False
 
     @staticmethod

@@ -67,7 +67,7 @@ class Found:
 
     @property
     def is_turned(self) -> bool | None:
-        """Whether the weight is the stored matrix transposed; None where it is no single matrix."""
+        """Return whether the weight is the stored matrix transposed; None where it is no single matrix."""
         return None if self.kernel or self.site.groups > 1 else self.weight.is_turned
 
     @property

@@ -62,7 +62,7 @@ class Weight:
 
     @property
     def is_overridable(self) -> bool:
-        """Whether a caller may feed another value: the initializer is a graph input too."""
+        """Return whether a caller may feed another value: the initializer is a graph input too."""
         return self.root.is_graph_input()
 
     def transposed(self, *perm: int) -> Weight:
@@ -96,7 +96,7 @@ class Weight:
 
     @property
     def is_turned(self) -> bool | None:
-        """Whether this is the stored matrix transposed, apart from axes of size 1; None where it is no such matrix."""
+        """Return whether this is the stored matrix transposed, apart from axes of size 1; None if it is no matrix."""
         sizes = [int(size) for size in self.tensor.shape.numpy()]
         if sum(size != 1 for size in sizes) != 2:
             return None

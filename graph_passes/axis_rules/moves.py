@@ -27,7 +27,7 @@ Map: TypeAlias = Sequence[Target]
 
 @dataclass(frozen=True, kw_only=True)
 class Moves:
-    """How the axes of inputs lie in one output.
+    """The positions of the inputs' axes in one output.
 
     Attributes:
         inputs: input index -> for each of its axes the axis of the output, or what the operator does along it. Inputs
@@ -160,7 +160,7 @@ def settled(call: NodeCall, place: BatchPlace, kind: int, shapes: tuple[Dims, ..
 
 
 def same_everywhere(arrays: Sequence[Array]) -> bool:
-    """Whether one number fills the arrays of all trial sizes."""
+    """Return whether one number fills the arrays of all trial sizes."""
     first = arrays[0].reshape(-1)[:1]
     return all(array.size and (array == first).all() for array in arrays)
 

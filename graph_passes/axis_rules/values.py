@@ -27,7 +27,7 @@ MOST_NUMBERS = 4096
 
 @dataclass(frozen=True)
 class BatchPlace:
-    """Where the samples of a value lie: one axis, laid out as `(outer, samples, inner)`."""
+    """The position of the samples in a value: one axis, laid out as `(outer, samples, inner)`."""
 
     axis: int
     outer: int = 1
@@ -35,7 +35,7 @@ class BatchPlace:
 
     @property
     def plain(self) -> bool:
-        """Whether the axis holds the samples and nothing else."""
+        """Return whether the axis holds the samples and nothing else."""
         return self.outer == self.inner == 1
 
 
@@ -78,7 +78,7 @@ class Value:
 
     @property
     def free(self) -> bool:
-        """Whether it is the same for every batch."""
+        """Return whether it is the same for every batch."""
         return self.place is None and not self.counted
 
 

@@ -34,7 +34,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether samples are independent."""
+        """Return whether samples are independent."""
         return not self.reason
 
 

@@ -54,7 +54,7 @@ class ExecutedNode:
         return math.prod(self.output)
 
     def flag(self, name: str) -> bool:
-        """Whether an integer attribute is there and not 0."""
+        """Return whether an integer attribute is there and not 0."""
         return bool(self.attributes.get(name, 0))
 
 

@@ -59,7 +59,7 @@ class GateReport(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed."""
+        """Return whether nothing failed."""
         return all(check.status != "failed" for check in self.checks)
 
     def enforce(self) -> None:

@@ -54,7 +54,7 @@ class MatrixConfig(Settings, panel="Configurations"):
 
 
 class TimeConfig(Settings, panel="Time"):
-    """How long it measures."""
+    """Settings of the duration of a measurement."""
 
     seconds: float = setting(
         10.0, "Most seconds for each configuration and each further measurement.", option=FIRST, gt=0
@@ -111,7 +111,7 @@ class LoadgenConfig(Settings, panel="MLPerf LoadGen"):
 
 
 class GateConfig(Settings, panel="Gates"):
-    """What a measurement is compared with; a gate that fails ends with exit 4."""
+    """Settings of the comparison with an earlier measurement; a gate that fails ends with exit 4."""
 
     baseline: FileName | None = setting(
         None, "A stored --json result for the gates. (default: the first model)", option=FIRST

@@ -72,7 +72,7 @@ class CalibrationData:
 
     @property
     def are_pictures(self) -> bool:
-        """Whether the samples are pictures, which are preprocessed."""
+        """Return whether the samples are pictures, which are preprocessed."""
         return self._feeding.dataset.kind == "images"
 
     def notes(self) -> list[str]:

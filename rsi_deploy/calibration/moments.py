@@ -48,7 +48,7 @@ class Moments:
 
     @property
     def varies(self) -> bool:
-        """Whether the inputs of any group vary by more than the rounding of their float32 values."""
+        """Return whether the inputs of any group vary by more than the rounding of their float32 values."""
         return bool(self._varying.any())
 
     @property
@@ -103,7 +103,7 @@ class Samples:
 
     @property
     def varies(self) -> bool:
-        """Whether the inputs of any group vary, as in `Moments`."""
+        """Return whether the inputs of any group vary, as in `Moments`."""
         return bool(self._varying.any())
 
     @property

@@ -34,7 +34,7 @@ def doctor(as_json: bool, errors: bool) -> None:
 @click.command()
 @click.argument("document", default="report", metavar="[report|VERB]")
 def schema(document: str) -> None:
-    """The JSON schema of report.json; with a VERB, of its settings, which are the keys of its recipes."""
+    """Print the JSON schema of report.json; with a VERB, of its settings, which are the keys of its recipes."""
     import json
 
     from rsi_deploy.core.settings.verbs import CONFIGS

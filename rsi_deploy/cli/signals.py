@@ -22,7 +22,7 @@ class EndedError(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """What a shell says of a command that the signal has ended."""
+        """Return the exit code that a shell reports for a command that the signal has ended."""
         return 128 + self.number
 
 

@@ -30,7 +30,9 @@ class Spectrum(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 
 class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """What was done at one site, and what it cost. Errors are those of the stored factors relative to the weight.
+    """The decision at one site, what was done, and what it cost.
+
+    Errors are those of the stored factors relative to the weight.
 
     Attributes:
         name: name of the weight without a final `.weight`.

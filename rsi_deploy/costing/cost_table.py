@@ -91,7 +91,7 @@ class SplitTime(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def is_faster(self) -> bool:
-        """Whether the split was shown to be faster than dense."""
+        """Return whether the split was shown to be faster than dense."""
         return direction(self.speedup_interval) > 0
 
     @property

@@ -32,7 +32,7 @@ class Task:
 
     @property
     def key(self) -> Hashable:
-        """What is computed of which weights; the other arguments follow from that within one run."""
+        """Return a key of the function and its weights; the other arguments follow from that within one run."""
         return self.compute.__name__, *self.weights
 
 

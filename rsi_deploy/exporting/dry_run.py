@@ -25,7 +25,7 @@ class DryRunSite(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 
 class DryRun(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """What an export would do.
+    """The plan of an export that is not run.
 
     Attributes:
         recipe: the request as recipe.toml would hold it.

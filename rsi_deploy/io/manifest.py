@@ -76,7 +76,7 @@ class ManifestCheck(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     @property
     def ok(self) -> bool:
-        """Whether nothing contradicts the manifest; also true without a manifest (see `present`)."""
+        """Return whether nothing contradicts the manifest; also true without a manifest (see `present`)."""
         return not (self.changed or self.missing or self.foreign)
 
     @property

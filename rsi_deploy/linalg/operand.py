@@ -79,7 +79,7 @@ class Operand:
 
     @property
     def tall(self) -> bool:
-        """Whether there are more rows than columns."""
+        """Return whether there are more rows than columns."""
         return self.weight.shape[0] > self.weight.shape[1]
 
     @property

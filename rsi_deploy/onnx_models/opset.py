@@ -35,7 +35,7 @@ _REMEDY = "leave out --opset to keep the file's, or give another"
 
 
 def convert_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
-    """The model in another opset of ONNX's own operators; weights are neither read nor copied.
+    """Return the model in another opset of ONNX's own operators; weights are neither read nor copied.
 
     The IR version rises to the one that came with the opset, where it is older. Operators of other domains stay as
     they are. Functions stay too, unless an operator in one of them means something else in the other opset: then all

@@ -37,7 +37,7 @@ LOCAL = LocalExecutor()
 
 @dataclass(frozen=True, kw_only=True)
 class SplitModel:
-    """What `split_model` did.
+    """The result of `split_model`.
 
     Attributes:
         sites: a record for every weight, in graph order.

@@ -8,7 +8,7 @@ FIRST: dict[str, Any] = {"first": True}
 
 
 class EngineConfig(Settings, panel="Engine"):
-    """How the engine runs the model."""
+    """Settings of the engine that runs the model."""
 
     target: Literal["ort", "triton", "kserve", "ray-serve"] = setting(..., "The engine.", option=FIRST)
     name: str | None = setting(None, "Name of the model in the engine. (default: the name of DIR)", option=FIRST)

@@ -139,7 +139,7 @@ class SitePlanner(Protocol):
 
     @property
     def always_split(self) -> bool:
-        """Whether sites are split even if nothing is saved."""
+        """Return whether sites are split even if nothing is saved."""
 
     def decide(self, name: str, out_features: int, in_features: int) -> Decision:
         """Decide one site with a weight of shape `(out, in)`."""

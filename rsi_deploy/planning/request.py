@@ -25,7 +25,7 @@ Unlabelled = str | Path | Dataset | Mapping[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class RankRequest:
-    """What decides the ranks (exactly one of five), and the data that factors are fitted to.
+    """The rule that decides the ranks (exactly one of five), and the data that factors are fitted to.
 
     Attributes:
         rank: one rank or ratio for every site; or one error, which each site meets with its smallest rank.
@@ -91,12 +91,12 @@ class RankRequest:
 
     @property
     def is_searched(self) -> bool:
-        """Whether a budget chooses the ranks."""
+        """Return whether a budget chooses the ranks."""
         return self.budget is not None or self.max_drop is not None
 
     @property
     def is_fitted(self) -> bool:
-        """Whether factors are fitted to calibration data."""
+        """Return whether factors are fitted to calibration data."""
         return self.calib is not None and self.factors == "response"
 
     @property

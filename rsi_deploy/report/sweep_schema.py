@@ -107,7 +107,7 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     @property
     def is_done(self) -> bool:
-        """Whether every point was tried."""
+        """Return whether every point was tried."""
         return len(self.points) == len(self.shares)
 
     def front(self, cost: Literal["time", "bytes", "macs"]) -> list[int]:

@@ -23,5 +23,5 @@ class VerifyResult(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     @property
     def ok(self) -> bool:
-        """Whether no claim is broken."""
+        """Return whether no claim is broken."""
         return all(claim.status != "broken" for claim in self.claims)

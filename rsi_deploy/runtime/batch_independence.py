@@ -89,7 +89,7 @@ def why_not_batchable(
 
 
 def why_not_batchable_on(model: str | Path, session: "InferenceSession", samples: Feeds) -> str:
-    """As `why_not_batchable`, with the user's samples.
+    """Return `why_not_batchable`, with the user's samples.
 
     Args:
         model: ONNX file.

@@ -26,7 +26,7 @@ class Diagnosis(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     @property
     def ok(self) -> bool:
-        """Whether no finding is a problem."""
+        """Return whether no finding is a problem."""
         return all(finding.level != "problem" for finding in self.findings)
 
 

@@ -24,7 +24,7 @@ _FLAG_PREFIXES = ("avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_"
 
 
 class Environment(BaseModel, frozen=True, extra="forbid"):
-    """What a timing depends on besides the model.
+    """The conditions of a timing besides the model.
 
     Attributes:
         python: version and implementation.

@@ -44,7 +44,7 @@ EXCLUDE = "find the site with --include and leave it out with --exclude"
 
 
 class OutputComparison(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """How far one model's outputs are from another's on the probe inputs.
+    """The distance of one model's outputs from another's on the probe inputs.
 
     Attributes:
         relative_l2: `||a - b||_2 / ||a||_2` of the worst output over finite values; where `a` is all zero, 0 if `b` is

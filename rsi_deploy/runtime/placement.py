@@ -21,7 +21,7 @@ from rsi_deploy.runtime.sessions import make_session, model_label, run_session
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Which provider ran which node in one run.
+    """The provider of each node in one run.
 
     Attributes:
         provider_nodes: provider -> number of distinct nodes it ran (after onnxruntime's fusions).

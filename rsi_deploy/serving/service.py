@@ -68,7 +68,7 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are accepted and a worker can answer them."""
+        """Return whether requests are accepted and a worker can answer them."""
         return not self.leaving and bool(self._pool.active)
 
     def find(self, name: str, version: str) -> ServedModel:

@@ -31,7 +31,7 @@ PERCENT_POINTS: dict[str, Any] = {"ge": 0, "le": 100}
 
 
 class SourceConfig(Settings, panel="Model"):
-    """How MODEL is loaded."""
+    """Settings of loading MODEL."""
 
     checkpoint: FileName | None = setting(None, "State dict for a factory: .safetensors or torch.save.", option=FIRST)
     weights: str = setting(
@@ -45,13 +45,13 @@ class SourceConfig(Settings, panel="Model"):
 
 
 class OnnxSourceConfig(Settings, panel="Model"):
-    """How an ONNX file is read."""
+    """Settings of reading an ONNX file."""
 
     assume_constant: bool = setting(False, "ONNX: weights that are also graph inputs are constants.")
 
 
 class RankConfig(Settings, panel="Size"):
-    """What decides the ranks: exactly one of the settings in `exclusive`."""
+    """The setting that decides the ranks: exactly one of those in `exclusive`."""
 
     exclusive = (
         "rank",
@@ -105,7 +105,7 @@ class SamplesConfig(Settings, panel="Calibration"):
 
 
 class CalibrationConfig(SamplesConfig, panel="Calibration"):
-    """How the data are used."""
+    """Settings of the use of calibration data."""
 
     factors: Literal["response", "weights"] = setting(
         "response", "With --calib: fit the factors to the data, or use the paper's plain method."
@@ -127,7 +127,7 @@ class DataConfig(Settings, panel="Evaluation"):
 
 
 class PictureConfig(Settings, panel="Pictures"):
-    """From 8-bit pictures to inputs. What is not set comes from the model."""
+    """Steps from 8-bit pictures to inputs. What is not set comes from the model."""
 
     mean: Numbers | None = setting(None, "Value per channel, subtracted from pixels in 0..1.")
     std: Numbers | None = setting(None, "Divisor per channel, after the mean.", option={"metavar": "S,S,S"})
@@ -142,14 +142,14 @@ class PictureConfig(Settings, panel="Pictures"):
 
 
 class SiteConfig(Settings, panel="Sites"):
-    """Which sites may be split."""
+    """Filters of the sites that may be split."""
 
     include: Texts = setting((), "Only these sites; repeatable.", option={"metavar": "GLOB"})
     exclude: Texts = setting((), "Sites that stay dense; repeatable.", option={"metavar": "GLOB"})
 
 
 class JointConfig(Settings, panel="Sites"):
-    """Whether sites share factors."""
+    """The setting for sites that share factors."""
 
     joint: bool = setting(
         True,
@@ -159,19 +159,19 @@ class JointConfig(Settings, panel="Sites"):
 
 
 class SplitConfig(JointConfig, panel="Sites"):
-    """How sites are split."""
+    """Settings of the split."""
 
     always_split: bool = setting(False, "Split also where nothing is saved, and never jointly (teaching, tests).")
 
 
 class SeedConfig(Settings, panel="Kernel"):
-    """What makes a run repeatable."""
+    """The random seed, which makes a run repeatable."""
 
     seed: int = setting(0, "Random seed for sketches, probe inputs and random weights.", ge=0)
 
 
 class SolverConfig(SeedConfig, panel="Kernel"):
-    """How the factors of a weight are computed, and where."""
+    """Settings of the solver: how the factors of a weight are computed, and where."""
 
     method: Literal["rsi", "rsvd", "svd"] = setting("rsi", "The paper's RSI, or a baseline.")
     power_iterations: Annotated[int, Field(ge=1)] | Literal["auto"] = setting(
@@ -195,7 +195,7 @@ class SolverConfig(SeedConfig, panel="Kernel"):
 
 
 class SpeedConfig(Settings, panel="Latency"):
-    """Whether splits must be faster, as measured."""
+    """Settings of the rule that splits must be measured faster."""
 
     cost_budget: Seconds = setting(240.0, "Time for a cost table that is measured.")
     allow_slower: bool = setting(
@@ -215,7 +215,7 @@ class CostConfig(SpeedConfig, panel="Latency"):
 
 
 class RuntimeConfig(Settings, panel="Measuring"):
-    """How onnxruntime runs the model."""
+    """Settings of onnxruntime."""
 
     provider: str = setting(
         "cpu",
@@ -226,7 +226,7 @@ class RuntimeConfig(Settings, panel="Measuring"):
 
 
 class MeasureConfig(RuntimeConfig, panel="Measuring"):
-    """How latency is measured."""
+    """Settings of the latency measurement."""
 
     measure: bool = setting(
         True, "Measure latency.", option=FIRST | {"flag": "--bench", "off": "Do not measure latency."}
@@ -236,13 +236,13 @@ class MeasureConfig(RuntimeConfig, panel="Measuring"):
 
 
 class GrowthConfig(Settings, panel="Bundle"):
-    """What is done with a model that is larger than the dense one."""
+    """The setting for a model that is larger than the dense one."""
 
     allow_larger: bool = setting(False, "Deliver the model even where it is larger than the dense one.")
 
 
 class BundleConfig(GrowthConfig, panel="Bundle"):
-    """What the bundle holds, and when it is refused."""
+    """Settings of the bundle: its content, and when it is refused."""
 
     opset: int | None = setting(
         None, "Opset of the ONNX model. (default: an ONNX file's own; 23 with attention, else 20)"

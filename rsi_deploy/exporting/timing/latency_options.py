@@ -47,12 +47,12 @@ class Timed:
 
     @property
     def is_in_time(self) -> bool:
-        """Whether the budget is a time."""
+        """Return whether the budget is a time."""
         return self.request.budget is not None and self.request.budget.cost == "nanoseconds"
 
     @property
     def needs_table(self) -> bool:
-        """Whether a cost table decides anything."""
+        """Return whether a cost table decides anything."""
         ruled = self.request.is_searched and self.measure and not self.allow_slower
         return self.cost is not None or self.is_in_time or ruled
 

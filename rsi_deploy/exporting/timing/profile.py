@@ -126,14 +126,14 @@ def fed_with(
     given: Mapping[str, npt.NDArray[Any]] | None,
     shapes: Mapping[str, Sequence[int]] | None,
 ) -> Feeds:
-    """What a model is timed on: as `bench` feeds it, so that a table's whole times are those of `bench`."""
+    """Return the inputs that a model is timed on: as `bench` feeds it, so that whole times are those of `bench`."""
     feeds, _ = make_feeds(model_inputs(dense), batch=0 if given else batch, seed=seed, given=given, shapes=shapes)
     return feeds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costing:
-    """How tables are made.
+    """Settings of cost tables.
 
     Attributes:
         provider: with options.
@@ -159,7 +159,7 @@ class Costing:
         progress: Progress | None = None,
         command: str | None = None,
     ) -> CostTable:
-        """The table of the dense model at `dense` on these inputs, from the cache or measured.
+        """Return the table of the dense model at `dense` on these inputs, from the cache or measured.
 
         Raises:
             UsageError: the provider is not here, or does not run the model.

@@ -47,7 +47,7 @@ class Without:
 
     @property
     def always_split(self) -> bool:
-        """Whether the planner splits where nothing is saved, too."""
+        """Return whether the planner splits where nothing is saved, too."""
         return self.planner.always_split
 
     def decide(self, name: str, out_features: int, in_features: int) -> Decision:
@@ -63,7 +63,7 @@ class Without:
 
 
 class Outcome(NamedTuple):
-    """What is delivered after the rollback.
+    """The model that is delivered after the rollback.
 
     Attributes:
         split: the model's split.

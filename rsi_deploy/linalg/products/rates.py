@@ -52,12 +52,12 @@ class Rates:
 
     @property
     def mixed(self) -> bool:
-        """Whether bfloat16 is clearly faster."""
+        """Return whether bfloat16 is clearly faster."""
         return self.half >= FASTER * self.single
 
     @property
     def by_onednn(self) -> bool:
-        """Whether oneDNN is clearly faster than `@` for float32."""
+        """Return whether oneDNN is clearly faster than `@` for float32."""
         return self.onednn >= CLEAR * self.full
 
     @property

@@ -106,7 +106,7 @@ class Survey:
         return gathered
 
     def has(self, r: Reached) -> bool:
-        """Whether the site is in the current wave."""
+        """Return whether the site is in the current wave."""
         return bool(self._done) and r.graph.output in {n.output[0] for n in self._program.waves[self._done - 1].sites}
 
     def outputs(self, r: Reached, replacement: Replacement, names: Iterable[str]) -> Iterator[tuple[Feeds, Feeds]]:

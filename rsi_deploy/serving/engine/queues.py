@@ -44,7 +44,7 @@ class QueuedRequest:
 
     @property
     def alone(self) -> bool:
-        """Whether it must not be joined with others."""
+        """Return whether it must not be joined with others."""
         return not isinstance(self.shapes[0], tuple)
 
 
