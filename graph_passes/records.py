@@ -145,7 +145,7 @@ class SplitFactors:
         ValueError: When they do not fit together.
 
     Examples:
-        >>> Factors(left=np.ones((1, 6, 2)), right=np.ones((1, 2, 4))).rank
+        >>> SplitFactors(left=np.ones((1, 6, 2)), right=np.ones((1, 2, 4))).rank
         2
     """
 
