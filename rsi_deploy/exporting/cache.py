@@ -31,7 +31,7 @@ class SweepCache:
     Attributes:
         folder: the folder.
         metrics: of the sites; None before any were found.
-        answers: float32, of the dense model on the first samples of the calibration data; None before it was asked.
+        answers: float32, of the dense model on the first samples of the calibration data; None before the first run.
     """
 
     folder: Path

@@ -249,7 +249,7 @@ class ExportRun:
         clock: StageClock,
         notes: list[str],
     ) -> Delivered:
-        """Measure the compressed model where that is asked for, and undo what makes it slow."""
+        """Measure the compressed model if requested, and undo what makes it slow."""
         timing, timed = calibrator.timing, self.timed
         must_be_faster = timed.measure and not self.job.settings.always_split and not timed.allow_slower
 

@@ -25,7 +25,7 @@ from rsi_deploy.planning.planner import Planner, RankSpec
 from rsi_deploy.torch_models.model_source import load_source
 from rsi_deploy.torch_models.module_sites import find_module_sites
 
-# A larger spectrum takes minutes on two cores, so inspect leaves it out unless it is asked for.
+# A larger spectrum takes minutes on two cores, so inspect leaves it out unless an option requests it.
 SPECTRUM_LIMIT = 2048
 
 Found = tuple[str, str, tuple[int, int], int, str, Callable[[], torch.Tensor] | None]

@@ -211,7 +211,7 @@ def _macs(path: Path, report: Report, given: Feeds | None) -> Claim:
 
 
 def _budget(report: Report) -> list[Claim]:
-    """Whether the reported numbers, each of which has its own check, keep what was asked for."""
+    """Return the claim that the reported numbers, each of which has its own check, keep the budget."""
     option, _, value = report.settings.budget.partition(" ")
     if option == "--max-drop" and report.accuracy is not None:
         before, after = report.accuracy.dense.top1, report.accuracy.compressed.top1
