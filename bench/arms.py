@@ -18,7 +18,9 @@ import onnx_ir as ir
 
 from bench.cases import Case
 from rsi_deploy.calibration.activations import CalibratedSite, FittedSite, ModelActivations
+from rsi_deploy.calibration.als import product_of
 from rsi_deploy.calibration.moments import Moments, Samples
+from rsi_deploy.calibration.reduced_rank_regression import response_error
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.io.onnx_file import write_external
@@ -132,14 +134,15 @@ def factors(
     if arm.fitted_to == "weight":
         return {}
     if not arm.planned:  # as published: no metric of the output, one ridge
-        calibration = replace(calibration, use_gradients=False, scarcity=0.0)
+        calibration = replace(calibration, use_gradients=False, cross_validate=False, scarcity=0.0)
     if arm.fitted_to == "sequence":
         return calibration.fit(streams, wanted)
     made: dict[str, FittedSite] = {}
 
     def visit(site: CalibratedSite, moments: Moments | Samples) -> None:
         if site.name in wanted and moments.varies:
-            replacement, error = calibration.replacement(site, moments, *wanted[site.name])
+            replacement = calibration.replacement(site, moments, *wanted[site.name])
+            error = response_error(product_of(site, replacement), moments)
             made[site.name] = FittedSite(replacement=replacement, response_error=error, seconds=0.0)
 
     streams.survey(visit)

@@ -1,6 +1,6 @@
 """Accumulate the moments of one site, with a buffer for small batches of rows and errors that name the site.
 
-    add (x, y) --> [ buffer of up to in_features / 2 rows, or `buffer_size` numbers ] --> MomentAccumulator
+    add (x, y) --> [ buffers of up to in_features / 2 rows, or `buffer_size` numbers ] --> MomentAccumulator, by fold
 
 Merging a batch into the moments costs `in_features^2` float64 operations however few rows it has, and a small site
 spends most of its time on call overhead. The buffer merges several small batches at once.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rsi_deploy.calibration.activations import CalibratedSite
-from rsi_deploy.calibration.moments import GRAM_LIMIT, MomentAccumulator, Moments, Samples
+from rsi_deploy.calibration.moments import GRAM_LIMIT, MomentAccumulator, Moments, Samples, fold_count
 from rsi_deploy.core.errors import ModelError
 
 BUFFER_SIZE = 2**19
@@ -28,26 +28,29 @@ class SiteAccumulator:
     def __init__(self, site: CalibratedSite, buffer_size: int = 0) -> None:
         self._name = site.name
         self._moments = MomentAccumulator(site.in_features)
+        self._folds = fold_count(site.in_features)
         limit = max(site.in_features // 2, buffer_size // (site.groups * site.in_features))
-        self._buffered_rows = 0 if site.in_features > GRAM_LIMIT else limit
-        self._buffer: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._buffered_rows = 0 if site.in_features > GRAM_LIMIT else limit // self._folds
+        self._buffers: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     @property
     def rows(self) -> int:
         """Number of rows added."""
-        return self._moments.rows + self._count
+        return self._moments.rows + sum(map(_rows, self._buffers.values()))
 
-    def add(self, x: Tensor, y: Tensor, counts: Tensor | None = None) -> None:
+    def add(self, x: Tensor, y: Tensor, counts: Tensor | None = None, *, fold: int = 0) -> None:
         """Add rows `x (groups, rows, in)` and `y (groups, rows, out)`, which must not change afterwards.
 
-        `counts (rows,)` are the weights of the rows; None for 1.
+        `counts (rows,)` are the weights of the rows; None for 1. `fold` is the number of their batch.
 
         Raises:
             ModelError: NaN or infinite values in these rows or in buffered ones.
         """
-        self._buffer.append((x, y, x.new_ones(x.shape[-2]) if counts is None else counts))
-        if self._count >= self._buffered_rows:
-            self._flush()
+        fold %= self._folds
+        buffer = self._buffers.setdefault(fold, [])
+        buffer.append((x, y, x.new_ones(x.shape[-2]) if counts is None else counts))
+        if _rows(buffer) >= self._buffered_rows:
+            self._flush(fold)
 
     def result(self) -> Moments | Samples | None:
         """Return the moments of all rows, or None without rows.
@@ -55,21 +58,19 @@ class SiteAccumulator:
         Raises:
             ModelError: NaN or infinite values in buffered rows.
         """
-        self._flush()
+        for fold in sorted(self._buffers):
+            self._flush(fold)
         return self._moments.result()
 
-    @property
-    def _count(self) -> int:
-        return sum(len(counts) for _, _, counts in self._buffer)
-
-    def _flush(self) -> None:
-        if not self._buffer:
-            return
-        xs, ys, counts = zip(*self._buffer, strict=True)
-        self._buffer.clear()
+    def _flush(self, fold: int) -> None:
+        xs, ys, counts = zip(*self._buffers.pop(fold), strict=True)
         try:
             x, y = (some[0] if len(some) == 1 else torch.cat(some, dim=-2) for some in (xs, ys))
-            self._moments.add(x, y, torch.cat(counts))
+            self._moments.add(x, y, torch.cat(counts), fold=fold)
         except ValueError as error:
             name = self._name
             raise ModelError(f"site {name!r}: {error} (type --exclude {name!r} to leave it dense)") from error
+
+
+def _rows(buffer: list[tuple[Tensor, Tensor, Tensor]]) -> int:
+    return sum(len(counts) for _, _, counts in buffer)

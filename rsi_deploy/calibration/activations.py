@@ -90,7 +90,8 @@ class FittedSite:
 
     Attributes:
         replacement: factors and bias.
-        response_error: relative response error of the replacement.
+        response_error: relative response error on the data that the replacement is fitted to.
+        held_out_error: the same on folds that are left out of the fit; None if the moments have no folds.
         seconds: duration of the fit.
         macs: multiply-accumulates per sample of the dense operation and of the split; None if unknown.
         spectrum: singular values of the response; None if they take long to compute.
@@ -99,6 +100,7 @@ class FittedSite:
     replacement: Replacement
     response_error: float
     seconds: float
+    held_out_error: float | None = None
     macs: tuple[int, int] | None = None
     spectrum: Spectrum | None = None
 

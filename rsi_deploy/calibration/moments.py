@@ -8,8 +8,13 @@
 Each batch is centred on its own mean, twice, and merged (Chan, Golub and LeVeque 1979), so a large mean costs no
 digits. For an input wider than `GRAM_LIMIT` the rows are kept instead of a Gram matrix: there are fewer rows than
 columns.
+
+Batches belong to folds in turn, and the moments of each fold are kept, so that anything that is fitted to some folds
+can be judged on the others without another pass over the data.
 """
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +27,9 @@ ROWS = 49_152
 """Largest number of rows per site, or 16 times its inputs if that is more."""
 WIDE_ROWS = 4096
 """Largest number of rows for a site whose rows are kept."""
+FOLDS = 4
+WIDE_FOLDS = 2
+"""Number of folds of an input wider than `_DOUBLE_LIMIT`, whose moments are large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +44,7 @@ class Moments:
         xx: `(groups, in, in)`, centred.
         yx: `(groups, out, in)`, centred.
         yy: total variance of y, `(groups,)`.
+        folds: moments of each fold, which add up to these; empty if they are unknown.
     """
 
     rows: int
@@ -45,6 +54,17 @@ class Moments:
     xx: Tensor
     yx: Tensor
     yy: Tensor
+    folds: "tuple[Moments, ...]" = ()
+
+    @classmethod
+    def of_folds(cls, folds: "Sequence[Moments]") -> "Moments":
+        """Return the moments of all folds together."""
+        total = functools.reduce(_merged, folds)
+        return replace(total, folds=tuple(folds) if len(folds) > 1 else ())
+
+    def without(self, fold: int) -> "Moments":
+        """Return the moments of all folds but one."""
+        return functools.reduce(_merged, [part for number, part in enumerate(self.folds) if number != fold])
 
     @property
     def varies(self) -> bool:
@@ -63,7 +83,8 @@ class Moments:
         varying = self._varying
         if varying.all():
             return self
-        return replace(self, yx=torch.where(varying[:, None, None], self.yx, weight.to(self.xx.dtype) @ self.xx))
+        yx = torch.where(varying[:, None, None], self.yx, weight.to(self.xx.dtype) @ self.xx)
+        return replace(self, yx=yx, folds=())
 
     @classmethod
     def dense(cls, inputs: "Moments", weight: Tensor) -> "Moments":
@@ -71,7 +92,8 @@ class Moments:
         W = weight.to(inputs.xx.dtype)
         yx = W @ inputs.xx
         mean_y = (W @ inputs.mean_x.to(W.dtype).unsqueeze(-1)).squeeze(-1)
-        return replace(inputs, mean_y=mean_y, yx=yx, yy=(yx * W).sum(dim=(-2, -1)))
+        folds = tuple(cls.dense(fold, weight) for fold in inputs.folds)
+        return replace(inputs, mean_y=mean_y, yx=yx, yy=(yx * W).sum(dim=(-2, -1)), folds=folds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +143,7 @@ class Samples:
 
 
 class MomentAccumulator:
-    """An accumulator of moments.
+    """An accumulator of moments, by fold.
 
     Args:
         in_features: columns of the weight, per group.
@@ -131,21 +153,23 @@ class MomentAccumulator:
     def __init__(self, in_features: int, *, limit: int = GRAM_LIMIT) -> None:
         self._wide = in_features > limit
         self._dtype = torch.float64 if in_features <= _DOUBLE_LIMIT else torch.float32
-        self._sum: Moments | None = None
+        self._folds = fold_count(in_features)
+        self._sums: dict[int, Moments] = {}
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     @property
     def rows(self) -> int:
         """Number of rows added."""
-        return sum(x.shape[-2] for x, _ in self._kept) + (self._sum.rows if self._sum else 0)
+        return sum(x.shape[-2] for x, _ in self._kept) + sum(moments.rows for moments in self._sums.values())
 
-    def add(self, x: Tensor, y: Tensor, counts: Tensor | None = None) -> None:
+    def add(self, x: Tensor, y: Tensor, counts: Tensor | None = None, *, fold: int = 0) -> None:
         """Add zero or more rows.
 
         Args:
             x: inputs `(groups, rows, in)`.
             y: responses `(groups, rows, out)`.
             counts: positive row weights `(rows,)`; None for 1. They have no effect on an input wider than the limit.
+            fold: any number, modulo the number of folds. An input wider than the limit has no folds.
 
         Raises:
             ValueError: NaN or infinite values, or shapes that do not fit together.
@@ -159,13 +183,13 @@ class MomentAccumulator:
                 raise ValueError(f"its {name} on the calibration data hold NaN or infinite values")
         if self._wide:
             self._kept.append((x.float(), y.float()))
-        else:
-            batch = _moments_of(
-                x.float(), y.float(), self._dtype, x.new_ones(x.shape[-2]) if counts is None else counts
-            )
-            if not torch.isfinite(batch.xx).all() or not torch.isfinite(batch.yy).all():
-                raise ValueError("its values on the calibration data are too large to be squared")
-            self._sum = _merged(self._sum, batch)
+            return
+        batch = _moments_of(x.float(), y.float(), self._dtype, x.new_ones(x.shape[-2]) if counts is None else counts)
+        if not torch.isfinite(batch.xx).all() or not torch.isfinite(batch.yy).all():
+            raise ValueError("its values on the calibration data are too large to be squared")
+        fold %= self._folds
+        before = self._sums.get(fold)
+        self._sums[fold] = batch if before is None else _merged(before, batch, in_place=True)
 
     def result(self) -> Moments | Samples | None:
         """Return the moments of all rows, or None without rows."""
@@ -173,7 +197,12 @@ class MomentAccumulator:
             return Samples(
                 x=torch.cat([x for x, _ in self._kept], dim=-2), y=torch.cat([y for _, y in self._kept], dim=-2)
             )
-        return self._sum
+        return Moments.of_folds([self._sums[fold] for fold in sorted(self._sums)]) if self._sums else None
+
+
+def fold_count(in_features: int) -> int:
+    """Return the number of folds of a site's moments."""
+    return FOLDS if in_features <= _DOUBLE_LIMIT else WIDE_FOLDS
 
 
 def row_limit(in_features: int) -> int:
@@ -221,18 +250,18 @@ def _above_rounding(variances: Tensor, means: Tensor) -> Tensor:
     return variances.sum(dim=-1) > rounding**2 * means.square().sum(dim=-1)
 
 
-def _merged(a: Moments | None, b: Moments) -> Moments:
-    if a is None:
-        return b
+def _merged(a: Moments, b: Moments, *, in_place: bool = False) -> Moments:
+    """Return the moments of the rows of both; `in_place` overwrites the matrices of `a`."""
     mass = a.mass + b.mass
     t, u = a.mass / mass, b.mass / mass
     dx, dy = b.mean_x - a.mean_x, b.mean_y - a.mean_y
+    xx, yx = (a.xx.mul_(t), a.yx.mul_(t)) if in_place else (a.xx * t, a.yx * t)
     return Moments(
         rows=a.rows + b.rows,
         mass=mass,
         mean_x=a.mean_x + u * dx,
         mean_y=a.mean_y + u * dy,
-        xx=a.xx.mul_(t).add_(b.xx, alpha=u).baddbmm_(dx[..., :, None], dx[..., None, :], alpha=t * u),
-        yx=a.yx.mul_(t).add_(b.yx, alpha=u).baddbmm_(dy[..., :, None], dx[..., None, :], alpha=t * u),
+        xx=xx.add_(b.xx, alpha=u).baddbmm_(dx[..., :, None], dx[..., None, :], alpha=t * u),
+        yx=yx.add_(b.yx, alpha=u).baddbmm_(dy[..., :, None], dx[..., None, :], alpha=t * u),
         yy=t * a.yy + u * b.yy + t * u * dy.square().sum(dim=-1),
     )

@@ -12,13 +12,23 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from graph_passes.forms import Form
 from rsi_deploy.calibration.activations import CalibratedSite, Distance, FittedSite, ModelActivations, Replacement
-from rsi_deploy.calibration.als import STEPS, TwoKernelProblem, two_kernel_problem
+from rsi_deploy.calibration.als import STEPS, TwoKernelProblem, product_of, two_kernel_problem
+from rsi_deploy.calibration.cross_validation import (
+    Trust,
+    has_folds,
+    held_out_curve,
+    held_out_error,
+    parted,
+    tried_ridges,
+    trust_of,
+)
 from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples
 from rsi_deploy.calibration.reduced_rank_regression import (
     EXACT_LIMIT,
@@ -41,9 +51,7 @@ GRID_POINTS = 10
 """Number of ranks that are tried for a form with alternating least squares."""
 
 SCARCITY = 1.0
-"""Extra ridge per input feature and row of data. Rows of a text are correlated, so they hold less information. For a
-sentence encoder with 14,000 rows a ridge of 0.1 did better on held-out texts than 0.01 and 0.3. This value gives that
-ridge to inputs of width 1,536, and almost none to images."""
+"""Extra ridge per input feature and row of data where there are no folds to choose it by."""
 
 NODE_BYTES = 1024
 """Largest number of bytes that one more node and its names add to a file."""
@@ -62,8 +70,9 @@ class Calibration:
     Attributes:
         solver: solver for the singular subspaces.
         ridge: ridge towards the weight, in mean input variances.
-        scarcity: extra ridge of the regression per input feature and row of data.
+        scarcity: extra ridge of the regression per input feature and row of data, where it is not cross-validated.
         use_gradients: weight response errors by the output sensitivity, if gradients give one.
+        cross_validate: choose ridges and judge ranks on folds that are left out, where the moments have folds.
         measure_losses: measure the effect of each site's error on the outputs; otherwise the loss is the squared
             response error.
         min_rank: smallest rank of a split.
@@ -76,6 +85,7 @@ class Calibration:
     ridge: float = RIDGE
     scarcity: float = SCARCITY
     use_gradients: bool = True
+    cross_validate: bool = True
     measure_losses: bool = True
     min_rank: int = 1
     rank_multiple: int = 1
@@ -115,26 +125,9 @@ class Calibration:
                 progress(site.name, len(made), len(plan))
             if self._declines(site, moments):
                 return None
-            started = time.perf_counter()
-            form, rank = plan[site.name]
-            spectra: list[Spectrum | None] = []
-            replacement, error = self.replacement(
-                site,
-                moments,
-                form,
-                rank,
-                sensitivity=sensitivities[site.name].directions if site.name in sensitivities else None,
-                scarcity=self.scarcity,
-                look=lambda response: spectra.append(_spectrum(response, rank)),
-            )
-            made[site.name] = FittedSite(
-                replacement=replacement,
-                response_error=error,
-                seconds=time.perf_counter() - started,
-                macs=(site.macs, site.split_macs(form, rank)) if site.macs else None,
-                spectrum=spectra[0] if spectra else None,
-            )
-            return replacement
+            sensitivity = sensitivities[site.name].directions if site.name in sensitivities else None
+            made[site.name] = self._fitted(site, moments, *plan[site.name], sensitivity)
+            return made[site.name].replacement
 
         activations.sequence(visit, counts)
         return made
@@ -147,11 +140,12 @@ class Calibration:
         rank: int,
         *,
         steps: int = STEPS,
+        ridge: float | None = None,
+        extra_ridge: float = 0.0,
         sensitivity: Tensor | None = None,
-        scarcity: float = 0.0,
         look: Callable[[Tensor], None] | None = None,
-    ) -> tuple[Replacement, float]:
-        """Return the factors of a site in a form and rank, and their response error.
+    ) -> Replacement:
+        """Return the factors of a site in a form and rank.
 
         Args:
             site: site to split.
@@ -159,17 +153,18 @@ class Calibration:
             form: form of the split.
             rank: rank of the split.
             steps: alternating steps, if the second node has a kernel.
+            ridge: ridge of the subspace, in mean input variances; None for that of the class.
+            extra_ridge: extra ridge of the regression.
             sensitivity: output sensitivity G; None for the identity.
-            scarcity: as in the class.
             look: function that is called with the matrix whose leading directions the factors keep.
 
         Raises:
             ModelError: the input is too wide to fit a form whose second node has a kernel.
         """
-        weight, extra_ridge = site.load(), scarcity * site.in_features / moments.rows
+        weight, ridge = site.load(), self.ridge if ridge is None else ridge
         if site.first_axes(form) == len(site.kernel):
             problem: ResponseProblem | TwoKernelProblem = response_problem(
-                weight, moments, ridge=self.ridge, extra_ridge=extra_ridge, sensitivity=sensitivity
+                weight, moments, ridge=ridge, extra_ridge=extra_ridge, sensitivity=sensitivity
             )
             left, right = problem.factors(rank, self.solver, site=site.name)
             product = left @ right
@@ -181,15 +176,47 @@ class Calibration:
                 )
             first = site.first_axes(form)
             problem = two_kernel_problem(
-                weight, moments, site.kernel, first, ridge=self.ridge + extra_ridge, sensitivity=sensitivity
+                weight, moments, site.kernel, first, ridge=ridge + extra_ridge, sensitivity=sensitivity
             )
             left, right = problem.factors(rank, self.solver, site=site.name, steps=steps)
             product = problem.product(left, right)
         if look is not None:
             look(problem.whitened)
         bias = moments.mean_y - (product @ moments.mean_x.unsqueeze(-1)).squeeze(-1)
-        replacement = Replacement(form, left.float(), right.float(), bias.float())
-        return replacement, response_error(product, moments)
+        return Replacement(form, left.float(), right.float(), bias.float())
+
+    def _fitted(
+        self, site: CalibratedSite, moments: Moments | Samples, form: Form, rank: int, sensitivity: Tensor | None
+    ) -> FittedSite:
+        """Fit a site; where its moments have folds, the ridges and the trust in the regression are cross-validated."""
+        started = time.perf_counter()
+        plain = site.first_axes(form) == len(site.kernel)
+        trust, ridge = Trust(extra_ridge=self.scarcity * site.in_features / moments.rows), self.ridge
+        validated = self._validates(moments)
+        if isinstance(moments, Moments) and validated:
+            weight = site.load()
+            trust = trust_of(weight, moments, rank if plain else site.out_features, sensitivity=sensitivity)
+            if plain and len(ridges := tried_ridges(moments)) > 1:
+                ridge = held_out_curve(weight, moments, ridges=ridges, sensitivity=sensitivity).ridges[rank]
+        spectra: list[Spectrum | None] = []
+
+        def fit(some: Moments | Samples, **more: Any) -> Replacement:
+            some = trust.applied(some, site.load()) if isinstance(some, Moments) else some
+            extra = {"ridge": ridge, "extra_ridge": trust.extra_ridge, "sensitivity": sensitivity}
+            return self.replacement(site, some, form, rank, **extra, **more)
+
+        replacement = fit(moments, look=lambda response: spectra.append(_spectrum(response, rank)))
+        held_out = None
+        if isinstance(moments, Moments) and validated:
+            held_out = held_out_error(lambda part: product_of(site, fit(part)), moments, folds=None if plain else 1)
+        return FittedSite(
+            replacement=replacement,
+            response_error=response_error(product_of(site, replacement), moments),
+            held_out_error=held_out,
+            seconds=time.perf_counter() - started,
+            macs=(site.macs, site.split_macs(form, rank)) if site.macs else None,
+            spectrum=spectra[0] if spectra else None,
+        )
 
     def _options_of(
         self,
@@ -248,17 +275,28 @@ class Calibration:
             if not ranks:
                 continue
             if plain:
-                curve = response_problem(weight, moments, ridge=self.ridge, sensitivity=sensitivity).errors()
+                curve = self._curve(weight, moments, sensitivity)
                 yield from (((form, rank), float(curve[rank])) for rank in ranks)
             elif isinstance(moments, Moments):
+                others, judged = next(parted(moments)) if self._validates(moments) else (moments, moments)
                 problem = two_kernel_problem(
-                    weight, moments, site.kernel, site.first_axes(form), ridge=self.ridge, sensitivity=sensitivity
+                    weight, others, site.kernel, site.first_axes(form), ridge=self.ridge, sensitivity=sensitivity
                 )
                 known = {}
                 for rank in ranks:
                     left, right = problem.factors(rank, self.solver, site=site.name, steps=2)
-                    known[rank] = dense_response_error(weight, problem.product(left, right), moments, sensitivity)
+                    known[rank] = dense_response_error(weight, problem.product(left, right), judged, sensitivity)
                 yield from (((form, rank), error) for rank, error in filled(known, self.rank_multiple).items())
+
+    def _curve(self, weight: Tensor, moments: Moments | Samples, sensitivity: Tensor | None) -> Tensor:
+        """Return the response error of the plain form at every rank, held out where the moments have folds."""
+        if not self._validates(moments):
+            return response_problem(weight, moments, ridge=self.ridge, sensitivity=sensitivity).errors()
+        ridges = tried_ridges(moments) if isinstance(moments, Moments) else (self.ridge,)
+        return held_out_curve(weight, moments, ridges=ridges, sensitivity=sensitivity).errors
+
+    def _validates(self, moments: Moments | Samples) -> bool:
+        return self.cross_validate and has_folds(moments)
 
     def _loss(
         self,
@@ -274,10 +312,11 @@ class Calibration:
         law = PowerLaw()
         for level in LEVELS:
             form, rank = min(errors, key=lambda key: abs(math.log(max(errors[key], 1e-12) / level)))
-            if law.knows(errors[form, rank]):
-                continue
-            replacement, _ = self.replacement(site, moments, form, rank, steps=2, sensitivity=sensitivity)
-            law.learn(errors[form, rank], activations.distance({site.name: replacement}))
+            replacement = self.replacement(site, moments, form, rank, steps=2, sensitivity=sensitivity)
+            # The distance is measured on data that the replacement is fitted to, and so is its error.
+            error = dense_response_error(site.load(), product_of(site, replacement), moments, sensitivity)
+            if not law.knows(error):
+                law.learn(error, activations.distance({site.name: replacement}))
         return law
 
 

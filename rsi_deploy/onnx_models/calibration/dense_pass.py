@@ -102,7 +102,7 @@ class Survey:
                     x = inputs_of(r, found[f"{r.tag}/rows"])
                     weight = weights.get(r.graph.output)
                     y = x.new_zeros(*x.shape[:-1], 0) if weight is None else x @ weight.mT
-                    gathered[r.graph.output].add(x, y)
+                    gathered[r.graph.output].add(x, y, fold=number)
         return gathered
 
     def has(self, r: Reached) -> bool:

@@ -124,7 +124,7 @@ class TwoStreams:
                     row_counts = self._counts.get(r.site.name)
                     begin = self._begins[number]
                     counts = None if row_counts is None else self._readings.counts(row_counts, r, batch, begin, index)
-                    gathered[r.graph.output].add(x, y, counts)
+                    gathered[r.graph.output].add(x, y, counts, fold=number)
                 self._dense.keep_only(number, {*wave.alive, *self._inputs})
                 self._compressed.keep_only(number, wave.alive)
         self._moved &= wave.alive

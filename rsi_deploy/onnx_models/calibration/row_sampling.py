@@ -201,6 +201,7 @@ def in_order(r: Reached, moments: Moments | Samples | None) -> Moments | Samples
         mean_x=moments.mean_x[:, order],
         xx=apart.permute(0, 2, 1, 4, 3).reshape(moments.xx.shape),
         yx=moments.yx[..., order],
+        folds=tuple(fold for part in moments.folds if isinstance(fold := in_order(r, part), Moments)),
     )
 
 

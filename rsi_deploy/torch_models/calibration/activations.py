@@ -207,7 +207,7 @@ class TorchActivations:
             for number, batch in enumerate(self._runs.batches()):
                 dense = DenseRun(layers, calls, self._added, self._choosing(number, batch), weights)
                 self._runs.run(batch, dense)
-                row_counts = BatchRowCounts(counts=counts, begin=begin, samples=samples_of(batch))
+                row_counts = BatchRowCounts(counts=counts, batch=number, begin=begin, samples=samples_of(batch))
                 compressed = CompressedRun(layers, dense.responses, self._added, accumulators, row_counts)
                 begin += samples_of(batch)
                 with overridden(forwards):

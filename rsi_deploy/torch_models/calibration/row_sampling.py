@@ -41,9 +41,10 @@ class Choosing:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRowCounts:
-    """The row weights of a batch with `samples` samples from sample `begin` on, by site."""
+    """The row weights of batch number `batch`, with `samples` samples from sample `begin` on, by site."""
 
     counts: Mapping[str, RowCounts]
+    batch: int
     begin: int
     samples: int
 
@@ -123,7 +124,7 @@ class SurveyRun(RowRun):
         for rows in layer.reader.pieces(layer.reader.held(x, choice), choice):
             wide = rows.shape[-1] > GRAM_LIMIT
             y = rows @ self._weights[call.site].mT if wide else rows[..., :0]
-            self._accumulators[call.site].add(rows, y)
+            self._accumulators[call.site].add(rows, y, fold=self._choosing.batch)
 
 
 class DenseRun(RowRun):
@@ -200,5 +201,5 @@ class CompressedRun(RowRun):
         for rows in layer.reader.pieces(held, response.choice):
             end = begin + rows.shape[-2]
             some = None if counts is None else counts[begin:end].to(rows.device)
-            self._accumulators[call.site].add(rows, y[..., begin:end, :], some)
+            self._accumulators[call.site].add(rows, y[..., begin:end, :], some, fold=self._row_counts.batch)
             begin = end
