@@ -1,0 +1,243 @@
+"""Judge what is fitted to calibration data on data that it was not fitted to, from the moments of each fold.
+
+    e = E|y - T x - b|^2 on a fold left out = tr(yy) - 2 <T, yx> + <T xx, T>     about the means of the other folds
+
+Folds part samples and never rows, because the rows of one image or text are correlated. With V = S^T W for an output
+sensitivity `G = S S^T`, all factors of the dense response are projections of V, so its errors at every rank follow from
+`V xx V^T` of each fold, `(out, out)`:
+
+    U_f = leading eigenvectors of V (xx + r I) V^T on the other folds
+    e(k) = sum over f of sum over j > k of u_j^T V xx_f V^T u_j
+
+The regression of a sequential fit, `M(l) = (yx + l W)(xx + l I)^-1`, has two degrees of trust: the ridge l towards the
+weight, and the share t of `W + t (M(l) - W)`. Both are chosen by e in the directions that the factors keep. For a given
+l, e is a quadratic function of t.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rsi_deploy.calibration.moments import Moments, Samples
+from rsi_deploy.calibration.reduced_rank_regression import (
+    RIDGE,
+    regularized_cholesky,
+    ridge_level,
+    sensitivity_root,
+)
+
+RIDGES = (RIDGE, 0.1, 1.0)
+"""Ridges of the subspace that are tried where rows are scarce, in mean input variances."""
+SCARCE_ROWS = 8
+"""Rows for every input below which rows are scarce."""
+EXTRA_RIDGES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Extra ridges of the regression towards the weight that are tried, in mean input variances."""
+EXTRA_RIDGES_WIDE = (0.0, 0.1, 1.0)
+_WIDE = 2048
+_SINGLE = 128
+"""Size above which matrices that only choose something are decomposed in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorCurve:
+    """The held-out response error of a site at every rank.
+
+    Attributes:
+        errors: relative errors at rank 0 to full rank, float64 `(full rank + 1,)`.
+        ridges: the ridge of the subspace that gives the least error at each rank.
+    """
+
+    errors: Tensor
+    ridges: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trust:
+    """How far a regression is trusted against the projection of the weight.
+
+    Attributes:
+        extra_ridge: extra ridge towards the weight, in mean input variances.
+        share: share of the regression, 0 (the projection alone) to 1.
+    """
+
+    extra_ridge: float = 0.0
+    share: float = 1.0
+
+    def applied(self, moments: Moments, weight: Tensor) -> Moments:
+        """Return the moments whose regression is the trusted one, for a weight `(groups, out, in)`; without folds."""
+        if self.share == 1.0:
+            return replace(moments, folds=())
+        plain = weight.to(moments.xx.dtype) @ moments.xx
+        return replace(moments, yx=torch.lerp(plain, moments.yx, self.share), folds=())
+
+
+def has_folds(moments: Moments | Samples) -> bool:
+    """Return whether these moments can be parted."""
+    return moments.rows > 1 if isinstance(moments, Samples) else len(moments.folds) > 1
+
+
+def parted(moments: Moments) -> Iterator[tuple[Moments, Moments]]:
+    """Yield the moments of all folds but one, and those of that fold about the means of the others."""
+    for number, fold in enumerate(moments.folds):
+        others = moments.without(number)
+        dx, dy = fold.mean_x - others.mean_x, fold.mean_y - others.mean_y
+        about = replace(
+            fold,
+            mean_x=others.mean_x,
+            mean_y=others.mean_y,
+            xx=fold.xx + dx[..., :, None] * dx[..., None, :],
+            yx=fold.yx + dy[..., :, None] * dx[..., None, :],
+            yy=fold.yy + dy.square().sum(dim=-1),
+        )
+        yield others, about
+
+
+def tried_ridges(moments: Moments) -> tuple[float, ...]:
+    """Return the ridges of the subspace that are worth trying: several where rows are scarce."""
+    return RIDGES if moments.rows < SCARCE_ROWS * moments.xx.shape[-1] else (RIDGE,)
+
+
+def held_out_curve(
+    weight: Tensor, moments: Moments | Samples, *, ridges: Sequence[float] = (RIDGE,), sensitivity: Tensor | None = None
+) -> ErrorCurve:
+    """Return the held-out errors of the projections of a dense response `y = W x`, weighted by an output sensitivity.
+
+    Args:
+        weight: W `(groups, out, in)`.
+        moments: moments of the site with at least two folds, or rows, whose halves are the folds. Only those of its
+            input are used.
+        ridges: ridges of the subspace, in mean input variances.
+        sensitivity: output sensitivity G `(groups, out, out)`; None for the identity.
+    """
+    V = weight.to(torch.float32 if isinstance(moments, Samples) else moments.xx.dtype)
+    if sensitivity is not None:
+        V = sensitivity_root(sensitivity).to(V).mT @ V
+    full = min(V.shape[-2:])
+    if V.shape[-2] > V.shape[-1]:
+        V = torch.linalg.qr(V, mode="r").R
+    if isinstance(moments, Samples):
+        folds = [_Response.of_rows(V, half) for half in moments.x.chunk(2, dim=-2)]
+        own, ridges = V.new_zeros(()), ridges[:1]  # the ridge would cost more than all else
+    else:
+        folds = [_Response.of(V, fold) for fold in moments.folds]
+        own = ridge_level(moments.xx.diagonal(dim1=-2, dim2=-1), 1.0)[..., None] * (V @ V.mT)
+    total = _Response.joined(folds)
+    tails = torch.zeros(len(ridges), full + 1, dtype=torch.float64)
+    for number, fold in enumerate(folds):
+        others = _Response.joined([part for n, part in enumerate(folds) if n != number])
+        judged = fold.about(others.mean)
+        grams = torch.stack([others.gram + ridge * own for ridge in ridges])
+        vectors = torch.linalg.eigh(grams.float() if full > _SINGLE else grams).eigenvectors.to(judged)
+        energy = ((judged @ vectors) * vectors).sum(dim=-2).clamp_min(0)  # (ridges, groups, full), ascending
+        sums = energy.sum(dim=1).cumsum(dim=-1).double().cpu()
+        tails[:, :-1] += fold.mass / total.mass * sums.flip(-1)
+    least, best = tails.min(dim=0)
+    variance = float(total.gram.diagonal(dim1=-2, dim2=-1).sum())
+    return ErrorCurve(errors=least / max(variance, 1e-300), ridges=tuple(ridges[n] for n in best.tolist()))
+
+
+def trust_of(weight: Tensor, moments: Moments, rank: int, *, sensitivity: Tensor | None = None) -> Trust:
+    """Choose the trust in the regression of a site by its held-out error in the directions that are kept.
+
+    Args:
+        weight: W `(groups, out, in)`.
+        moments: moments of a sequential fit with at least two folds.
+        rank: number of directions of the response that are kept.
+        sensitivity: output sensitivity G `(groups, out, out)`; None for the identity.
+    """
+    n = weight.shape[-1]
+    dtype = torch.float32 if n > _SINGLE else moments.xx.dtype
+    kept = _kept_directions(weight, moments, rank, sensitivity).to(dtype)
+    W = kept @ weight.to(dtype)
+    ridges = EXTRA_RIDGES if n <= _WIDE else EXTRA_RIDGES_WIDE
+    slopes, bends = [0.0] * len(ridges), [0.0] * len(ridges)
+    for others, fold in parted(moments):
+        judged = fold.xx.to(dtype)
+        rest = kept @ fold.yx.to(dtype) - W @ judged
+        xx = others.xx.to(dtype)
+        gap = kept @ others.yx.to(dtype) - W @ xx  # M - W = (yx - W xx)(xx + l I)^-1
+        variances = xx.diagonal(dim1=-2, dim2=-1)
+        for index, ridge in enumerate(ridges):
+            try:
+                root, _ = regularized_cholesky(xx, ridge_level(variances, RIDGE + ridge))
+            except ValueError:
+                continue
+            D = torch.cholesky_solve(gap.mT, root).mT
+            slopes[index] += fold.mass * float((D * rest).sum())
+            bends[index] += fold.mass * float(((D @ judged) * D).sum())
+    best, most = Trust(share=0.0), 0.0
+    for ridge, slope, bend in zip(ridges, slopes, bends, strict=True):
+        share = min(max(slope / bend, 0.0), 1.0) if bend > 0 else 0.0
+        gain = 2 * share * slope - share * share * bend
+        if gain > most:
+            best, most = Trust(extra_ridge=ridge, share=share), gain
+    return best
+
+
+def held_out_error(fit: Callable[[Moments], Tensor], moments: Moments, *, folds: int | None = None) -> float:
+    """Return the mean response error `E|y - T x - b|^2 / E|y|^2` on folds that the product T was not fitted to.
+
+    Args:
+        fit: function from moments without folds to the fitted product `(groups, out, in)`.
+        moments: moments of a site with at least two folds.
+        folds: number of folds that are left out, one after another; None for all.
+    """
+    error = variance = 0.0
+    for others, fold in itertools.islice(parted(moments), folds):
+        T = fit(others).to(fold.xx.dtype)
+        own = fold.yy.sum() - 2 * (T * fold.yx).sum() + ((T @ fold.xx) * T).sum()
+        error += fold.mass * max(float(own), 0.0)
+        variance += fold.mass * float(fold.yy.sum())
+    return error / max(variance, 1e-300)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Response:
+    """The moments of a response: `mass`, `mean (groups, n)`, and the centred `gram (groups, n, n)`."""
+
+    mass: float
+    mean: Tensor
+    gram: Tensor
+
+    @classmethod
+    def of(cls, V: Tensor, moments: Moments) -> "_Response":
+        mean = (V @ moments.mean_x.to(V.dtype).unsqueeze(-1)).squeeze(-1)
+        return cls(mass=moments.mass, mean=mean, gram=V @ moments.xx @ V.mT)
+
+    @classmethod
+    def of_rows(cls, V: Tensor, x: Tensor) -> "_Response":
+        z = x @ V.mT
+        mean = z.mean(dim=-2)
+        z -= mean.unsqueeze(-2)
+        return cls(mass=float(x.shape[-2]), mean=mean, gram=z.mT @ z / x.shape[-2])
+
+    @classmethod
+    def joined(cls, parts: "Sequence[_Response]") -> "_Response":
+        mass = sum(part.mass for part in parts)
+        mean = torch.stack([part.mass / mass * part.mean for part in parts]).sum(dim=0)
+        gram = torch.zeros_like(parts[0].gram)
+        for part in parts:
+            gram.add_(part.about(mean), alpha=part.mass / mass)
+        return cls(mass=mass, mean=mean, gram=gram)
+
+    def about(self, mean: Tensor) -> Tensor:
+        """Return the second moments about another mean."""
+        d = self.mean - mean
+        return self.gram + d[..., :, None] * d[..., None, :]
+
+
+def _kept_directions(weight: Tensor, moments: Moments, rank: int, sensitivity: Tensor | None) -> Tensor:
+    """Return `U^T S^T (groups, rank, out)` for the leading directions U of the response to the input."""
+    W = weight.to(moments.xx.dtype)
+    S = None if sensitivity is None else sensitivity_root(sensitivity).to(W).mT
+    if rank >= W.shape[-2]:
+        return torch.eye(W.shape[-2], dtype=W.dtype).expand(len(W), -1, -1) if S is None else S
+    V = W if S is None else S @ W
+    level = ridge_level(moments.xx.diagonal(dim1=-2, dim2=-1), RIDGE)[..., None]
+    gram = V @ moments.xx @ V.mT + level * (V @ V.mT)
+    vectors = torch.linalg.eigh(gram.float() if len(gram[0]) > _SINGLE else gram).eigenvectors.to(W)
+    kept = vectors[..., -rank:].mT
+    return kept if S is None else kept @ S
