@@ -21,6 +21,10 @@ def rows(count, in_features):
     return torch.randn(2, count, in_features, generator=generator), torch.randn(2, count, 3, generator=generator)
 
 
+def fields(accumulator):
+    return {name: v for name, v in vars(accumulator.result()).items() if name not in ("mass", "folds")}
+
+
 @pytest.mark.parametrize("in_features", [1, 8, 40])
 def test_few_rows_at_a_time_or_all_at_once(in_features):
     parts = [rows(count, in_features) for count in (1, 3, 0, 2, 30, 5)]
@@ -31,7 +35,7 @@ def test_few_rows_at_a_time_or_all_at_once(in_features):
         seen += x.shape[1]
         assert one.rows == seen, "rows that wait count"
     whole.add(*(torch.cat(some, dim=1) for some in zip(*parts, strict=True)))
-    found, expected = one.result(), {name: v for name, v in vars(whole.result()).items() if name != "mass"}
+    found, expected = one.result(), fields(whole)
     assert found.mass == seen
     flows.assert_moments(found, expected)
     with pytest.raises(AssertionError):
@@ -42,13 +46,14 @@ def test_small_batches_are_merged_in_one_product(monkeypatch):
     added = []
     add = MomentAccumulator.add
     monkeypatch.setattr(
-        MomentAccumulator, "add", lambda self, x, *more: added.append(x.shape[1]) or add(self, x, *more)
+        MomentAccumulator, "add", lambda self, x, *more, **by: added.append(x.shape[1]) or add(self, x, *more, **by)
     )
     one = SiteAccumulator(site(40))
     for _ in range(9):
-        one.add(*rows(6, 40))
-    assert added == [24, 24]
-    assert one.result().rows == sum(added) == 54
+        one.add(*rows(2, 40))
+    assert added == [6, 6, 6]
+    one.add(*rows(2, 40))
+    assert one.result().rows == sum(added) == 20
 
 
 def test_without_rows_the_result_is_none():
@@ -73,9 +78,35 @@ def test_row_weights_are_buffered_with_their_rows():
     for number in range(9):
         one.add(x[:, number : number + 1], y[:, number : number + 1], counts[number : number + 1])
     whole.add(x, y, counts)
-    expected = {name: v for name, v in vars(whole.result()).items() if name != "mass"}
+    expected = fields(whole)
     flows.assert_moments(one.result(), expected)
     plain = MomentAccumulator(40)
     plain.add(x, y)
     with pytest.raises(AssertionError):
         flows.assert_moments(plain.result(), expected)
+
+
+def test_batches_belong_to_folds_in_turn():
+    one = SiteAccumulator(site(8))
+    parts = [rows(count, 8) for count in (5, 6, 7, 8, 9, 10)]
+    for number, part in enumerate(parts):
+        one.add(*part, fold=number)
+    found = one.result()
+    assert [fold.rows for fold in found.folds] == [5 + 9, 6 + 10, 7, 8]
+    whole = MomentAccumulator(8)
+    whole.add(*(torch.cat(some, dim=1) for some in zip(*parts, strict=True)))
+    flows.assert_moments(found, fields(whole))
+    first = MomentAccumulator(8)
+    first.add(*(torch.cat(some, dim=1) for some in zip(parts[0], parts[4], strict=True)))
+    flows.assert_moments(found.folds[0], fields(first))
+    rest = MomentAccumulator(8)
+    rest.add(*(torch.cat(some, dim=1) for some in zip(*(parts[n] for n in (1, 2, 3, 5)), strict=True)))
+    flows.assert_moments(found.without(0), fields(rest))
+    with pytest.raises(AssertionError):
+        flows.assert_moments(found.without(1), fields(rest))
+
+
+def test_one_batch_has_no_folds():
+    one = SiteAccumulator(site(8))
+    one.add(*rows(5, 8), fold=3)
+    assert one.result().folds == ()

@@ -89,9 +89,11 @@ class OneSite:
 
     def distance(self, replacements):
         (replacement,) = replacements.values()
-        error = response_error(replacement.left @ replacement.right, self.moments)
-        self.asked.append(error)
-        return self.law(error)
+        self.asked.append(self.error(replacement))
+        return self.law(self.asked[-1])
+
+    def error(self, replacement):
+        return response_error(replacement.left @ replacement.right, self.moments)
 
     def sensitivities(self):
         return {}
@@ -159,7 +161,7 @@ def test_losses_are_weighted_by_the_output_sensitivity():
     calibration = Calibration(solver=SOLVER, measure_losses=False, ridge=1e-9)
     ((blind,), (listening,)) = calibration.options(plain), calibration.options(heard)
     for one, other in zip(blind.options[1:4], listening.options[1:4], strict=True):
-        replacement, _ = calibration.replacement(heard.site, heard.moments, other.form, other.rank, sensitivity=G)
+        replacement = calibration.replacement(heard.site, heard.moments, other.form, other.rank, sensitivity=G)
         lost = dense_response_error(weight, replacement.left @ replacement.right, heard.moments, G)
         assert other.loss == pytest.approx(lost**2, rel=1e-2)
         assert other.loss < 0.9 * one.loss
@@ -170,7 +172,9 @@ def test_without_measured_losses_the_loss_is_the_squared_error():
     calibration = Calibration(solver=SOLVER, measure_losses=False, ridge=1e-9)
     (site,) = calibration.options(activations)
     for option in site.options[1:]:
-        _, error = calibration.replacement(activations.site, activations.moments, option.form, option.rank)
+        error = activations.error(
+            calibration.replacement(activations.site, activations.moments, option.form, option.rank)
+        )
         assert option.loss == pytest.approx(error**2, rel=1e-3, abs=1e-12)
     assert activations.asked == []
 
@@ -185,7 +189,11 @@ def test_the_loss_is_the_measured_distance(power):
         (option, error)
         for option in site.options[1:]
         if min(activations.asked)
-        <= (error := calibration.replacement(activations.site, activations.moments, option.form, option.rank)[1])
+        <= (
+            error := activations.error(
+                calibration.replacement(activations.site, activations.moments, option.form, option.rank)
+            )
+        )
         <= max(activations.asked)
     ]
     assert inside
