@@ -239,5 +239,5 @@ def _kept_directions(weight: Tensor, moments: Moments, rank: int, sensitivity: T
     level = ridge_level(moments.xx.diagonal(dim1=-2, dim2=-1), RIDGE)[..., None]
     gram = V @ moments.xx @ V.mT + level * (V @ V.mT)
     vectors = torch.linalg.eigh(gram.float() if len(gram[0]) > _SINGLE else gram).eigenvectors.to(W)
-    kept = vectors[..., -rank:].mT
+    kept: Tensor = vectors[..., -rank:].mT
     return kept if S is None else kept @ S

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -200,10 +199,18 @@ class Calibration:
                 ridge = held_out_curve(weight, moments, ridges=ridges, sensitivity=sensitivity).ridges[rank]
         spectra: list[Spectrum | None] = []
 
-        def fit(some: Moments | Samples, **more: Any) -> Replacement:
+        def fit(some: Moments | Samples, look: Callable[[Tensor], None] | None = None) -> Replacement:
             some = trust.applied(some, site.load()) if isinstance(some, Moments) else some
-            extra = {"ridge": ridge, "extra_ridge": trust.extra_ridge, "sensitivity": sensitivity}
-            return self.replacement(site, some, form, rank, **extra, **more)
+            return self.replacement(
+                site,
+                some,
+                form,
+                rank,
+                ridge=ridge,
+                extra_ridge=trust.extra_ridge,
+                sensitivity=sensitivity,
+                look=look,
+            )
 
         replacement = fit(moments, look=lambda response: spectra.append(_spectrum(response, rank)))
         held_out = None
