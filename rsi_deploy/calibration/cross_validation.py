@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rsi_deploy.calibration.moments import Moments, Samples
+from rsi_deploy.calibration.moments import FOLDS, Moments, Samples
 from rsi_deploy.calibration.reduced_rank_regression import (
     RIDGE,
     regularized_cholesky,
@@ -33,12 +33,13 @@ RIDGES = (RIDGE, 0.1, 1.0)
 """Ridges of the subspace that are tried where rows are scarce, in mean input variances."""
 SCARCE_ROWS = 8
 """Rows for every input below which rows are scarce."""
-EXTRA_RIDGES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Extra ridges of the regression towards the weight that are tried, in mean input variances."""
-EXTRA_RIDGES_WIDE = (0.0, 0.1, 1.0)
-_WIDE = 2048
+EXTRA_RIDGES = (0.0, 0.1, 1.0)
+"""Extra ridges of the regression towards the weight that are tried, in mean input variances. The share of the
+regression makes up for a coarse grid."""
 _SINGLE = 128
-"""Size above which matrices that only choose something are decomposed in float32."""
+"""Size above which matrices that only choose or judge something are in float32."""
+_LARGE = 512
+"""Number of inputs or outputs above which two folds are left out instead of all, one after another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,28 +149,24 @@ def trust_of(weight: Tensor, moments: Moments, rank: int, *, sensitivity: Tensor
         rank: number of directions of the response that are kept.
         sensitivity: output sensitivity G `(groups, out, out)`; None for the identity.
     """
-    n = weight.shape[-1]
-    dtype = torch.float32 if n > _SINGLE else moments.xx.dtype
-    kept = _kept_directions(weight, moments, rank, sensitivity).to(dtype)
-    W = kept @ weight.to(dtype)
-    ridges = EXTRA_RIDGES if n <= _WIDE else EXTRA_RIDGES_WIDE
-    slopes, bends = [0.0] * len(ridges), [0.0] * len(ridges)
-    for others, fold in parted(moments):
-        judged = fold.xx.to(dtype)
-        rest = kept @ fold.yx.to(dtype) - W @ judged
-        xx = others.xx.to(dtype)
-        gap = kept @ others.yx.to(dtype) - W @ xx  # M - W = (yx - W xx)(xx + l I)^-1
+    kept = _kept_directions(weight, moments, rank, sensitivity)
+    slopes, bends = [0.0] * len(EXTRA_RIDGES), [0.0] * len(EXTRA_RIDGES)
+    for others, fold in judged_folds(moments):
+        P, xx = kept.to(others.xx), others.xx
+        W = P @ weight.to(xx.dtype)
+        rest = P @ fold.yx - W @ fold.xx
+        gap = P @ others.yx - W @ xx  # M - W = (yx - W xx)(xx + l I)^-1
         variances = xx.diagonal(dim1=-2, dim2=-1)
-        for index, ridge in enumerate(ridges):
+        for index, ridge in enumerate(EXTRA_RIDGES):
             try:
                 root, _ = regularized_cholesky(xx, ridge_level(variances, RIDGE + ridge))
             except ValueError:
                 continue
             D = torch.cholesky_solve(gap.mT, root).mT
             slopes[index] += fold.mass * float((D * rest).sum())
-            bends[index] += fold.mass * float(((D @ judged) * D).sum())
+            bends[index] += fold.mass * float(((D @ fold.xx) * D).sum())
     best, most = Trust(share=0.0), 0.0
-    for ridge, slope, bend in zip(ridges, slopes, bends, strict=True):
+    for ridge, slope, bend in zip(EXTRA_RIDGES, slopes, bends, strict=True):
         share = min(max(slope / bend, 0.0), 1.0) if bend > 0 else 0.0
         gain = 2 * share * slope - share * share * bend
         if gain > most:
@@ -177,21 +174,28 @@ def trust_of(weight: Tensor, moments: Moments, rank: int, *, sensitivity: Tensor
     return best
 
 
-def held_out_error(fit: Callable[[Moments], Tensor], moments: Moments, *, folds: int | None = None) -> float:
+def held_out_error(fit: Callable[[Moments], Tensor], moments: Moments, *, folds: int = FOLDS) -> float:
     """Return the mean response error `E|y - T x - b|^2 / E|y|^2` on folds that the product T was not fitted to.
 
     Args:
         fit: function from moments without folds to the fitted product `(groups, out, in)`.
         moments: moments of a site with at least two folds.
-        folds: number of folds that are left out, one after another; None for all.
+        folds: largest number of folds that are left out, one after another.
     """
     error = variance = 0.0
-    for others, fold in itertools.islice(parted(moments), folds):
+    for others, fold in itertools.islice(judged_folds(moments), folds):
         T = fit(others).to(fold.xx.dtype)
         own = fold.yy.sum() - 2 * (T * fold.yx).sum() + ((T @ fold.xx) * T).sum()
         error += fold.mass * max(float(own), 0.0)
         variance += fold.mass * float(fold.yy.sum())
     return error / max(variance, 1e-300)
+
+
+def judged_folds(moments: Moments) -> Iterator[tuple[Moments, Moments]]:
+    """Yield the parts of `parted` that suffice to choose and judge, of large matrices in float32."""
+    size = max(moments.yx.shape[-2:])
+    for part in itertools.islice(parted(moments), FOLDS if size <= _LARGE else 2):
+        yield part if size <= _SINGLE else (part[0].single(), part[1].single())
 
 
 @dataclass(frozen=True, kw_only=True)

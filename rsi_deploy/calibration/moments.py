@@ -66,6 +66,11 @@ class Moments:
         """Return the moments of all folds but one."""
         return functools.reduce(_merged, [part for number, part in enumerate(self.folds) if number != fold])
 
+    def single(self) -> "Moments":
+        """Return the moments in float32, without folds."""
+        means = {"mean_x": self.mean_x.float(), "mean_y": self.mean_y.float()}
+        return replace(self, xx=self.xx.float(), yx=self.yx.float(), yy=self.yy.float(), **means, folds=())
+
     @property
     def varies(self) -> bool:
         """Return whether the inputs of any group vary by more than the rounding of their float32 values."""

@@ -28,7 +28,7 @@ from rsi_deploy.calibration.cross_validation import (
     tried_ridges,
     trust_of,
 )
-from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples
+from rsi_deploy.calibration.moments import FOLDS, GRAM_LIMIT, Moments, Samples
 from rsi_deploy.calibration.reduced_rank_regression import (
     EXACT_LIMIT,
     RIDGE,
@@ -215,7 +215,7 @@ class Calibration:
         replacement = fit(moments, look=lambda response: spectra.append(_spectrum(response, rank)))
         held_out = None
         if isinstance(moments, Moments) and validated:
-            held_out = held_out_error(lambda part: product_of(site, fit(part)), moments, folds=None if plain else 1)
+            held_out = held_out_error(lambda part: product_of(site, fit(part)), moments, folds=FOLDS if plain else 1)
         return FittedSite(
             replacement=replacement,
             response_error=response_error(product_of(site, replacement), moments),
