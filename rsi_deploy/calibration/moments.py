@@ -68,8 +68,15 @@ class Moments:
 
     def single(self) -> "Moments":
         """Return the moments in float32, without folds."""
-        means = {"mean_x": self.mean_x.float(), "mean_y": self.mean_y.float()}
-        return replace(self, xx=self.xx.float(), yx=self.yx.float(), yy=self.yy.float(), **means, folds=())
+        return Moments(
+            rows=self.rows,
+            mass=self.mass,
+            mean_x=self.mean_x.float(),
+            mean_y=self.mean_y.float(),
+            xx=self.xx.float(),
+            yx=self.yx.float(),
+            yy=self.yy.float(),
+        )
 
     @property
     def varies(self) -> bool:

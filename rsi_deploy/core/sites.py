@@ -53,8 +53,10 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
         normalized_error_kind: "exact" if the spectrum is exact, "upper bound" if s_{rank+1} is bounded from below. All
             four are None for factors fitted to data, which need not be close to the weight.
         form: form of the split: "matmul", "gemm", "channel", "input", "separable"; None if dense or not recorded.
-        response_error: `E|y - y~|^2 / E|y|^2` on calibration data, centred, for factors fitted to them. Rows of a
-            product (tokens) are weighted, as in the fit, by the effect of their errors on the outputs.
+        response_error: `E|y - y~|^2 / E|y|^2`, centred, on the calibration data that the factors are fitted to. Rows of
+            a product (tokens) are weighted, as in the fit, by the effect of their errors on the outputs.
+        held_out_error: mean of the same on folds of these data that are left out of a fit, one after another; None
+            where the data have no folds.
         seconds: time of the factorization alone.
         route: route of the kernel: "direct", "chebyshev", "gram", "krylov", "exact"; "svd" for that method; None if
             factors were fitted to data. --route forces it.
@@ -87,6 +89,7 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
     normalized_error_kind: Literal["exact", "upper bound"] | None = None
     form: str | None = None
     response_error: float | None = None
+    held_out_error: float | None = None
     seconds: float | None = None
     route: str | None = None
     power_iterations: int | None = None

@@ -49,6 +49,7 @@ class _Fit(pydantic.BaseModel, extra="forbid"):
 
     form: Form
     response_error: float
+    held_out_error: float | None
     seconds: float
     macs: tuple[int, int] | None
     spectrum: Spectrum | None
@@ -140,6 +141,7 @@ class ResultStore:
             found[name] = FittedSite(
                 replacement=Replacement(fit.form, left, right, bias),
                 response_error=fit.response_error,
+                held_out_error=fit.held_out_error,
                 seconds=fit.seconds,
                 macs=fit.macs,
                 spectrum=fit.spectrum,
@@ -156,6 +158,7 @@ class ResultStore:
             fits[name] = _Fit(
                 form=fit.replacement.form,
                 response_error=fit.response_error,
+                held_out_error=fit.held_out_error,
                 seconds=fit.seconds,
                 macs=fit.macs,
                 spectrum=fit.spectrum,

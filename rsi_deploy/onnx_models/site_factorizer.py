@@ -110,7 +110,7 @@ class SiteFactorizer:
             reason=decision.reason,
             seconds=fit.seconds,
         )
-        update = {"response_error": fit.response_error, "spectrum": fit.spectrum}
+        update = {name: getattr(fit, name) for name in ("response_error", "held_out_error", "spectrum")}
         return self._recorded(site, factors, record.model_copy(update=update))
 
     def _decision(self, site: gp.Site) -> Decision:

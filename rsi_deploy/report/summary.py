@@ -19,7 +19,10 @@ Row = tuple[str, str, str, str]
 
 NORMALIZED = "Normalized error: spectral error divided by the smallest possible at this rank; 1.00 is optimal."
 
-RESPONSE = "Response error: share of the variance of a site's output that is lost, on calibration data."
+RESPONSE = (
+    "Response error: share of the variance of a site's output that is lost, on calibration samples left out of the fit. "
+    "In-sample: the same on the samples that its factors are fitted to."
+)
 LOSS = "Loss: estimated change of the model's outputs by the split of this site alone."
 JOINT = (
     "Sites split jointly share one right factor and the node that multiplies their input by it; its numbers and MACs "
@@ -126,7 +129,7 @@ def evidence_lines(report: "Report") -> list[str]:
 
 def site_table(sites: "Sequence[SiteRecord]") -> Table:
     """Return operation, shape, rank, size, errors and decision of each site; columns without values are left out."""
-    errors = ("#normalized error", "#spectral error", "#response error")
+    errors = ("#normalized error", "#spectral error", "#response error", "#in-sample")
     rows = [
         (
             s.name,
@@ -138,12 +141,13 @@ def site_table(sites: "Sequence[SiteRecord]") -> Table:
             normalized_error(s),
             "" if s.spectral_error is None else f"{s.spectral_error:.3f}",
             response_error(s),
+            in_sample_error(s),
             s.decision if s.reason == s.decision else f"{s.decision}: {s.reason}",
         )
         for s in sites
     ]
     columns = ("site", "operation", "#out x in", "#rank", "#kept", "#MACs kept", *errors, "decision")
-    table = Table(caption="Sites", columns=columns, rows=rows, details=("#kept", "#spectral error"))
+    table = Table(caption="Sites", columns=columns, rows=rows, details=("#kept", "#spectral error", "#in-sample"))
     return table.without_empty(("#MACs kept", *errors))
 
 
@@ -183,8 +187,16 @@ def normalized_error(site: "SiteRecord") -> str:
 
 
 def response_error(site: "SiteRecord") -> str:
-    """Return the response error in percent; "" if the factors were not fitted to data."""
-    return "" if site.response_error is None else f"{100 * site.response_error:.2g} %"
+    """Return the held-out response error in percent, or the in-sample one; "" for factors that fit no data."""
+    error = site.response_error if site.held_out_error is None else site.held_out_error
+    return "" if error is None else f"{100 * error:.2g} %"
+
+
+def in_sample_error(site: "SiteRecord") -> str:
+    """Return the in-sample response error in percent beside a held-out one; "" without."""
+    if site.held_out_error is None or site.response_error is None:
+        return ""
+    return f"{100 * site.response_error:.2g} %"
 
 
 def share(after: int, before: int) -> str:

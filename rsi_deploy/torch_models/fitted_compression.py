@@ -105,6 +105,7 @@ def _replace_(
             "form": replacement.form,
             "params_compressed": replacement.left.numel() + replacement.right.numel(),
             "response_error": fit.response_error,
+            "held_out_error": fit.held_out_error,
             "seconds": fit.seconds,
         }
     )

@@ -8,7 +8,7 @@ import numpy as np
 from rsi_deploy.core.sites import SiteRecord, Spectrum
 from rsi_deploy.report.pages.page import Picture, Section, bar_chart, block_of
 from rsi_deploy.report.pages.plots import Axis, Bar, Panel, Panels
-from rsi_deploy.report.summary import NORMALIZED, RESPONSE, normalized_error, response_error
+from rsi_deploy.report.summary import NORMALIZED, RESPONSE, in_sample_error, normalized_error, response_error
 from rsi_deploy.report.table import Table
 
 MOST = 48
@@ -90,14 +90,14 @@ def errors_section(sites: Sequence[SiteRecord]) -> Section:
         "responses",
         "Response error of each site",
         "A bar for each site fitted to data: the share of its output's variance that is lost.",
-        [_bar(s, s.response_error, response_error(s)) for s in shown],
+        [_bar(s, s.response_error if s.held_out_error is None else s.held_out_error, response_error(s)) for s in shown],
         "% of the output's variance lost",
     )
     response_table = Table(
         caption=of_all(shown, fitted, "Response errors on calibration data"),
-        columns=("site", "#rank", "#response error"),
-        rows=[(s.name, str(s.rank), response_error(s)) for s in shown],
-    )
+        columns=("site", "#rank", "#response error", "#in-sample"),
+        rows=[(s.name, str(s.rank), response_error(s), in_sample_error(s)) for s in shown],
+    ).without_empty(("#in-sample",))
     compared = [s for s in sites if s.spectral_error is not None]
     shown = largest(compared)
     spectral = bar_chart(
