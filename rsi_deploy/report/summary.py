@@ -20,7 +20,7 @@ Row = tuple[str, str, str, str]
 NORMALIZED = "Normalized error: spectral error divided by the smallest possible at this rank; 1.00 is optimal."
 
 RESPONSE = (
-    "Response error: share of the variance of a site's output that is lost, on calibration samples left out of the fit. "
+    "Response error: share of the variance of a site's output that is lost, on calibration data left out of the fit. "
     "In-sample: the same on the samples that its factors are fitted to."
 )
 LOSS = "Loss: estimated change of the model's outputs by the split of this site alone."
