@@ -386,7 +386,6 @@ def test_the_terminal_tells_forms_losses_and_the_certificate(here, capsys):
     export("net.onnx", "--rank", "25%", "--data", data, calib="calib.npz")
     out = capsys.readouterr().out
     assert "response" in out
-    assert "check part" in out
     assert "in-sample" in out
     assert "top-1 unchanged for at least " in out
     assert "normalized spectral error" not in out

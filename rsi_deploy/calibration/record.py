@@ -61,6 +61,12 @@ class OutputQuality(pydantic.BaseModel, frozen=True, extra="forbid"):
     data_fingerprint: str
 
     @property
+    def value(self) -> float | None:
+        """The agreement in percent, else the mean cosine, else the output error."""
+        values = (self.agreement, self.cosine, self.output_error)
+        return next((value for value in values if value is not None), None)
+
+    @property
     def is_broken(self) -> bool:
         """Return whether the compressed model answers otherwise than the dense one on most of the data."""
         if self.agreement is not None:
