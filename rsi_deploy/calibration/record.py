@@ -34,8 +34,8 @@ class OutputQuality(pydantic.BaseModel, frozen=True, extra="forbid"):
         cosine_interval, cosine_at_least: bootstrap over samples.
         worst_cosine: 1st percentile of the cosine.
         worst_cosine_interval: bootstrap over samples.
-        neighbours: percentage of each sample's 10 nearest neighbours among the samples that stay its neighbours, for
-            embeddings of at least 20 samples.
+        neighbours: percentage of each sample's 10 nearest neighbours that stay its neighbours, for embeddings. Both
+            parts of a record look for them among as many samples, at least 20.
         neighbours_interval: bootstrap over samples.
         confidence: mean largest probability of the dense model, for class scores.
         data_fingerprint: sha256 of the samples as they enter the model.
