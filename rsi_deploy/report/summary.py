@@ -10,6 +10,7 @@ from rsi_deploy.core.text import share_kept, size_change
 from rsi_deploy.report.table import Table, with_interval
 
 if TYPE_CHECKING:  # a machine that only measures has no torch
+    from rsi_deploy.calibration.record import CalibrationRecord, OutputQuality
     from rsi_deploy.core.sites import SiteRecord
     from rsi_deploy.onnx_models.inspection import SiteView
     from rsi_deploy.planning.settings import ExportSettings
@@ -38,6 +39,17 @@ CHECKS = {
 """Check of `Verification` -> what is compared."""
 
 
+QUALITY = (
+    ("agreement", "agreement", ".1f", " %", 1),
+    ("mean cosine", "cosine", ".4f", "", 1),
+    ("1st percentile of the cosine", "worst_cosine", ".4f", "", 1),
+    ("neighbours kept", "neighbours", ".1f", " %", 1),
+    ("output error", "output_error", ".2g", " %", 100),
+    ("KL divergence", "divergence", ".2g", "", 1),
+)
+"""Name, field of `OutputQuality`, format, unit and factor of each value."""
+
+
 # -- the whole model
 
 
@@ -47,6 +59,12 @@ def verdict(report: "Report") -> str:
     parts.append(report.latency.arms[1].verdict if report.latency else "latency not measured")
     if report.accuracy and report.accuracy.dense.top1 is not None and report.accuracy.compressed.top1 is not None:
         parts.append(f"top-1 {report.accuracy.compressed.top1 - report.accuracy.dense.top1:+.2f} points")
+    if c := report.calibration:
+        kept = f"{quality_words(c.quality)[0]} {'in-sample' if c.checked is None else 'on the check part'}"
+        if c.quality.is_broken:
+            parts[0] = f"the outputs are broken ({kept}); {parts[0]}"
+        elif report.accuracy is None:
+            parts.append(kept)
     return ", ".join(parts) + "."
 
 
@@ -104,22 +122,69 @@ def checks_table(report: "Report") -> Table:
 
 
 def evidence_lines(report: "Report") -> list[str]:
-    """Return the results of calibration and of the softmax bound, a line each."""
+    """Return what limits the quality on calibration data, and the softmax bound, a line each."""
     lines = []
-    if c := report.calibration:
-        checked = f", {c.checked:,} of them checked" if c.checked != c.samples else ""
-        ranks_alone = ", used for ranks alone" if report.settings.factors == "weights" else ""
-        found = [
-            "the dense outputs are all zero" if c.output_error is None else f"output error {100 * c.output_error:.2g} %"
-        ]
-        found += [] if c.divergence is None else [f"KL {c.divergence:.2g}"]
-        found += [] if c.agreement is None else [f"agreement {c.agreement:.1f} %"]
-        lines.append(f"calibration, {c.samples:,} samples{checked}{ranks_alone}: {', '.join(found)}")
+    if report.calibration is not None:
+        lines += quality_limits(report.calibration)
     if b := report.softmax_bound:
         lines.append(
             f"softmax bound, {site_name(b.site)} split alone: top-1 unchanged for at least "
             f"{b.guaranteed_unchanged:.1f} % of the samples, observed {b.observed_unchanged:.1f} % "
             f"({b.violations} violations)"
+        )
+    return lines
+
+
+def quality_table(report: "Report") -> Table:
+    """Return the quality of the outputs on the check part, with intervals, and in-sample; empty without calibration."""
+    c = report.calibration
+    caption = "Outputs on calibration data, compressed against dense"
+    if c is None:
+        return Table(caption=caption, columns=("",), rows=[])
+    checked = c.quality
+    name = "--calib-check" if c.is_separate else "check part"
+    columns = ("", f"#{name}", "#in-sample")
+    counts = ("samples", f"{checked.samples:,}", f"{c.in_sample.samples:,}")
+    table = Table(caption=caption, columns=columns, rows=[counts, *quality_rows(checked, c.in_sample)])
+    return table.without(columns[1:2]) if c.checked is None else table
+
+
+def quality_words(quality: "OutputQuality") -> list[str]:
+    """Return the values of a quality, each with its name, the most important one first."""
+    words = [f"{name} {value}" for name, _, value in quality_rows(quality, quality)]
+    return words or ["the dense outputs are all zero"]
+
+
+def quality_rows(checked: "OutputQuality", in_sample: "OutputQuality") -> list[tuple[str, str, str]]:
+    """Return (quantity, value with interval on the check part, value in-sample), the most important one first."""
+    rows = []
+    for name, field, form, unit, factor in QUALITY:
+        value, ends, inside = getattr(checked, field), getattr(checked, f"{field}_interval"), getattr(in_sample, field)
+        if value is None:
+            continue
+        scaled = None if ends is None else (factor * ends[0], factor * ends[1])
+        text = with_interval(f"{factor * value:{form}}{unit}", scaled, form)
+        rows.append((name, text, "" if inside is None else f"{factor * inside:{form}}{unit}"))
+    return rows
+
+
+def quality_limits(record: "CalibrationRecord") -> list[str]:
+    """Return what the quality on calibration data cannot show, a sentence each."""
+    lines = []
+    if record.quality.output_error is None:
+        lines.append("all outputs of the dense model are zero on the calibration data: nothing can be compared")
+    if record.checked is None:
+        lines.append("no check part: every calibration sample is in the fit, so the values are in-sample")
+    if record.needed is not None:
+        option = "--calib-check" if record.is_separate else "--calib"
+        lines.append(
+            f"too few samples for a verdict: the check part has {record.check_samples}; {option} with {record.needed} "
+            f"samples would do"
+        )
+    if record.quality.is_sure:
+        lines.append(
+            f"the dense model is {record.quality.confidence:.1%} sure of its answers on these samples, as models are "
+            f"on training samples; if they are, new samples keep less than stated: add --calib-check with new ones"
         )
     return lines
 

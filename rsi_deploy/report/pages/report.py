@@ -2,6 +2,7 @@
 
 import hashlib
 
+from rsi_deploy.calibration.record import CalibrationRecord
 from rsi_deploy.core.text import human_bytes, human_count, share_kept, size_change
 from rsi_deploy.report.bench_tables import machine_text, speed_tone
 from rsi_deploy.report.pages.environment import environment_section
@@ -11,7 +12,17 @@ from rsi_deploy.report.pages.page import Block, Page, Section, Tile, bar_chart, 
 from rsi_deploy.report.pages.plots import Bar
 from rsi_deploy.report.pages.sites import sections_of_sites
 from rsi_deploy.report.schema import Report, TimingRecord
-from rsi_deploy.report.summary import checks_table, comparison_table, evidence_lines, request_text, verdict
+from rsi_deploy.report.summary import (
+    checks_table,
+    comparison_table,
+    evidence_lines,
+    quality_limits,
+    quality_rows,
+    quality_table,
+    quality_words,
+    request_text,
+    verdict,
+)
 from rsi_deploy.report.table import Table, Tone
 
 
@@ -28,7 +39,11 @@ def report_page(report: Report, document: str) -> str:
 def page_of_report(report: Report, source: str = "") -> Page:
     """Return the page of a report; `source` is the sha256 of its document, or ""."""
     sections = [
-        Section(name="result", title="Dense against compressed", blocks=block_of(comparison_table(report))),
+        Section(
+            name="result",
+            title="Dense against compressed",
+            blocks=[*block_of(comparison_table(report)), *block_of(quality_table(report))],
+        ),
         *([latency_section(report.latency)] if report.latency else []),
         *sections_of_sites(report.sites),
         _checks(report),
@@ -110,13 +125,8 @@ def _accuracy(report: Report) -> Tile:
             change=f"{points:+.2f} points",
             tone=tone,
         )
-    if report.calibration and report.calibration.agreement is not None:
-        c = report.calibration
-        return Tile(
-            label="Same top-1 on calibration data",
-            after=f"{c.agreement:.1f} %",
-            change=f"of {c.checked:,} samples; accuracy was not measured (no --data)",
-        )
+    if report.calibration:
+        return _quality(report.calibration)
     v = report.verification.approximation
     if v is not None:
         return Tile(
@@ -128,8 +138,29 @@ def _accuracy(report: Report) -> Tile:
     return Tile(label="Accuracy", after="not measured", change="no --data", tone="missing")
 
 
+def _quality(record: CalibrationRecord) -> Tile:
+    """Return the tile of the quality of the outputs on the check part."""
+    checked, no_data = record.quality, "accuracy was not measured (no --data)"
+    rows = quality_rows(checked, record.in_sample)
+    if not rows:
+        return Tile(label="Outputs", after="all zero", change=no_data, tone="missing")
+    name, value, in_sample = rows[0]
+    value, _, ends = value.partition(" [")
+    interval = f"95 % interval [{ends}" if ends else "no interval"
+    inside = "" if record.checked is None else f"; {in_sample} in-sample"
+    return Tile(
+        label=f"{name[0].upper()}{name[1:]}, {record.part}",
+        after=value,
+        change=f"{interval}, {checked.samples:,} samples{inside}; {no_data}",
+        tone="bad" if checked.is_broken else "neutral",
+    )
+
+
 def _remarks(report: Report) -> list[str]:
-    remarks = []
+    remarks = [] if report.calibration is None else quality_limits(report.calibration)
+    if report.calibration is not None and report.calibration.quality.is_broken:
+        kept = quality_words(report.calibration.quality)[0]
+        remarks.insert(0, f"The outputs are broken: {kept}, {report.calibration.part}. Do not use this model.")
     if report.latency is not None:
         compressed = report.latency.arms[1]
         if speed_tone(compressed) == "bad":
