@@ -34,7 +34,7 @@ from rsi_deploy.exporting.dense_size import dense_size
 from rsi_deploy.exporting.inputs import input_shapes
 from rsi_deploy.exporting.timing.profile import write_dense
 from rsi_deploy.io.atomic import OutputClaim, claim_output, write_text
-from rsi_deploy.io.bundle import check_target
+from rsi_deploy.io.bundle import check_target, is_sweep
 from rsi_deploy.io.locks import remove
 from rsi_deploy.io.manifest import fingerprint
 from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
@@ -229,10 +229,9 @@ def _check_folder(folder: Path, force: bool, inputs: Sequence[object]) -> None:
     Raises:
         UsageError: which, and what to type.
     """
-    is_sweep = (folder / "sweep.json").is_file() or (folder / "work").is_dir()
-    if folder.is_dir() and any(folder.iterdir()) and not is_sweep and not force:
-        raise UsageError(f"{folder} is not empty and holds no sweep; choose another folder, or add --force")
     check_target(folder, force=True, inputs=inputs if force else ())
+    if folder.is_dir() and any(folder.iterdir()) and not is_sweep(folder) and not force:
+        raise UsageError(f"{folder} is not empty and holds no sweep; choose another folder, or add --force")
 
 
 def _write(document: Sweep, folder: Path) -> None:

@@ -12,6 +12,7 @@ from rsi_deploy.cli import run
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.exporting.run import ExportRun
+from rsi_deploy.io.manifest import write_manifest
 from rsi_deploy.onnx_models.calibration import activations as onnx_streams
 from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.report.pages.html import source_of
@@ -225,6 +226,9 @@ def test_another_sweep_is_not_gone_on_with(place, done, tmp_path):
             swept(place, done, **other)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="did not write it"):
+        swept(place, tmp_path / "full", force=True)
+    write_manifest(tmp_path / "full")  # now it is a bundle
     with pytest.raises(UsageError, match="holds no sweep"):
         swept(place, tmp_path / "full")
     assert (tmp_path / "full" / "mine.txt").exists()
