@@ -3,24 +3,34 @@
 output error   sum |z - z~|^2 / sum |z - E z|^2          of the first floating output, or of the scores before class ids
 divergence     mean KL(softmax z || softmax z~), nats    of class scores
 agreement      share of equal top-1 answers, percent     of class scores
+cosine         mean <z, z~> / (|z| |z~|)                 of embeddings: rows of unit norm
+neighbours     share of 10 nearest neighbours, percent   of embeddings
 """
 
 import hashlib
 import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from onnx import ModelProto
 
-from rsi_deploy.calibration.activations import output_distance
-from rsi_deploy.calibration.calibration_data import CalibrationData
-from rsi_deploy.calibration.record import CalibrationRecord
+from rsi_deploy.calibration.calibration_data import CalibrationData, SamplePart
+from rsi_deploy.calibration.record import CalibrationRecord, OutputQuality
 from rsi_deploy.core.errors import GateError, UsageError
+from rsi_deploy.core.types import Floats
 from rsi_deploy.evaluation.answer_outputs import with_readable_output
-from rsi_deploy.evaluation.scores import divergence
+from rsi_deploy.evaluation.intervals import (
+    mean_interval,
+    percentile_interval,
+    ratio_of_sums_interval,
+    share_at_least,
+    wilson_interval,
+)
+from rsi_deploy.evaluation.scores import are_scores, cosine, divergence, log_probabilities, neighbours_kept
 from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.runtime.feeds.values import Value, arrays_of_output
 from rsi_deploy.runtime.sessions import make_session, run_session
@@ -30,26 +40,42 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-CHECKED_SAMPLES = 512
-"""Number of samples after which no further batch is run."""
+MOST_BYTES = 512 * 2**20
+"""Bytes of the dense model's outputs after which no further batch is run."""
+NEIGHBOURS = 10
+ONE_SIDED = 90.0
+"""Level of the interval each of whose ends is a one-sided 95 % limit."""
 
 
-def output_agreement(
+@dataclass(frozen=True, kw_only=True)
+class PartOutputs:
+    """The dense model's outputs on a part of the data.
+
+    Attributes:
+        batches: float32 `(n, ...)` of each batch; samples along the first axis.
+        fingerprint: sha256 of the samples as they enter the model.
+    """
+
+    batches: tuple[Array, ...]
+    fingerprint: str
+
+
+def calibration_record(
     dense: Path,
     compressed: Path,
     data: CalibrationData,
     provider: str,
-    dense_outputs: Array | None = None,
+    known: Mapping[str, PartOutputs] | None = None,
     proto: ModelProto | None = None,
-) -> tuple[CalibrationRecord, Array]:
-    """Run both models on the first batches of `data` and compare their outputs.
+) -> tuple[CalibrationRecord, dict[str, PartOutputs]]:
+    """Compare the outputs of both models on the check part and on samples of the fit part.
 
     Args:
         dense: file of the dense model.
         compressed: file of the compressed model.
         data: calibration data.
         provider: execution provider of onnxruntime.
-        dense_outputs: float32 outputs of the dense model on the same batches; None to run it.
+        known: outputs of the dense model on the same data, as an earlier call returned them; None to run it.
         proto: the dense model, parsed; None reads it from its file.
 
     Returns:
@@ -59,40 +85,140 @@ def output_agreement(
         UsageError: data that do not fit, or a model without a floating output.
         GateError: NaN or infinity where the dense model has none.
     """
-    dense_session = _readable_session(dense, provider, proto) if dense_outputs is None else None
-    session = _readable_session(compressed, provider)
+    parts = {"in-sample": data.in_sample} | ({} if data.check is None else {"check": data.check})
+    outputs = dict(known or {})
+    for name, part in parts.items():
+        if name not in outputs:
+            outputs[name] = dense_outputs(dense, part, provider, proto)
+    quality = {name: output_quality(outputs[name], compressed, part, provider) for name, part in parts.items()}
+    record = CalibrationRecord(
+        samples=data.samples,
+        check_samples=0 if data.check is None else data.check.samples,
+        is_separate=data.is_separate,
+        needed=data.needed,
+        checked=quality.get("check"),
+        in_sample=quality["in-sample"],
+    )
+    return record, outputs
+
+
+def dense_outputs(dense: Path, part: SamplePart, provider: str, proto: ModelProto | None = None) -> PartOutputs:
+    """Run the dense model on a part of the data.
+
+    Args:
+        dense: file of the dense model.
+        part: samples.
+        provider: execution provider of onnxruntime.
+        proto: the dense model, parsed; None reads it from its file.
+
+    Raises:
+        UsageError: data that do not fit, or a model without a floating output.
+    """
+    session = _readable_session(dense, provider, proto)
     fingerprint = hashlib.sha256()
-    dense_batches: list[Array] = []
     batches: list[Array] = []
-    for feeds in data.feeds():
+    for feeds in part.feeds():
         for name in sorted(feeds):
             fingerprint.update(feeds[name].tobytes())
-        if dense_session is not None:
-            dense_batches.append(_output(run_session(dense_session, feeds, dense.name), dense_session))
-        batches.append(_output(run_session(session, feeds, compressed.name), session))
-        if sum(map(len, batches)) >= CHECKED_SAMPLES:
+        batches.append(_output(run_session(session, feeds, dense.name), session))
+        if sum(batch.nbytes for batch in batches) >= MOST_BYTES:
             break
-    if dense_outputs is None:
-        dense_outputs = np.concatenate(dense_batches)
-    return _compare(dense_outputs, np.concatenate(batches), data.samples, fingerprint.hexdigest()), dense_outputs
+    return PartOutputs(batches=tuple(batches), fingerprint=fingerprint.hexdigest())
 
 
-def _compare(z: Array, w: Array, samples: int, fingerprint: str) -> CalibrationRecord:
-    """Compare the dense model's outputs `z` with the compressed model's `w`."""
-    finite = np.isfinite(z)
-    if not np.isfinite(w[finite]).all():
-        raise GateError("the compressed model gives NaN or infinite outputs on the calibration data; export again")
-    z, w = np.where(finite, z, 0), np.where(finite, w, 0)
-    distance = output_distance(torch.from_numpy(z), torch.from_numpy(w))
-    is_scores = distance.kl is not None
-    return CalibrationRecord(
-        samples=samples,
-        checked=len(z),
-        output_error=distance.relative if math.isfinite(distance.relative) else None,
-        divergence=float(divergence(z, w).mean()) if is_scores else None,
-        agreement=100 * float((z.argmax(axis=1) == w.argmax(axis=1)).mean()) if is_scores else None,
-        data_fingerprint=fingerprint,
-    )
+def output_quality(dense: PartOutputs, compressed: Path, part: SamplePart, provider: str) -> OutputQuality:
+    """Run a compressed model on a part of the data, and compare its outputs with the dense model's.
+
+    Args:
+        dense: outputs of the dense model on `part` (`dense_outputs`).
+        compressed: file of the compressed model.
+        part: samples.
+        provider: execution provider of onnxruntime.
+
+    Raises:
+        UsageError: outputs of other shapes than the dense model's.
+        GateError: NaN or infinity where the dense model has none.
+    """
+    session = _readable_session(compressed, provider)
+    pairs = []
+    for z, feeds in zip(dense.batches, part.feeds(), strict=False):
+        w = _output(run_session(session, feeds, compressed.name), session)
+        if z.shape != w.shape:
+            raise UsageError(
+                f"the first floating output has the shape {z.shape} in the dense model and {w.shape} in the compressed "
+                f"one, so they cannot be compared; export the model without the steps that select among its answers, "
+                f"or leave out --calib"
+            )
+        finite = np.isfinite(z)
+        if not np.isfinite(w[finite]).all():
+            raise GateError("the compressed model gives NaN or infinite outputs on the calibration data; export again")
+        pairs.append((np.where(finite, z, 0), np.where(finite, w, 0)))
+    return _compared(pairs, dense.fingerprint)
+
+
+def _compared(pairs: list[tuple[Array, Array]], fingerprint: str) -> OutputQuality:
+    """Compare the dense model's outputs with the compressed model's, batch by batch."""
+    moved, unit = _moved(pairs)
+    several = len(moved) > 1
+    found: dict[str, Any] = {"samples": len(moved), "data_fingerprint": fingerprint}
+    relative = moved.sum() / unit.sum() if unit.any() else math.inf if moved.any() else 0.0
+    found["output_error"] = float(relative) if math.isfinite(relative) else None
+    if several and unit.any():
+        found["output_error_interval"] = ratio_of_sums_interval(moved, unit)
+        found["output_error_at_most"] = ratio_of_sums_interval(moved, unit, level=ONE_SIDED)[1]
+    is_matrix = len({z.shape[1:] for z, _ in pairs}) == 1 and pairs[0][0].ndim == 2
+    if is_matrix and pairs[0][0].shape[1] > 1:
+        z, w = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+        found |= _of_scores(z, w) if are_scores(z) else _of_embeddings(z, w)
+    return OutputQuality(**found)
+
+
+def _moved(pairs: list[tuple[Array, Array]]) -> tuple[Floats, Floats]:
+    """Return the squared distance of each sample's outputs, and the squared deviation from their mean, or squared norm.
+
+    The norm takes the place of the deviation if the outputs do not vary over samples, or have several shapes.
+    """
+    moved = np.concatenate([_squares(z.astype(np.float64) - w) for z, w in pairs])
+    size = np.concatenate([_squares(z.astype(np.float64)) for z, _ in pairs])
+    if len({z.shape[1:] for z, _ in pairs}) > 1:
+        return moved, size
+    mean = sum(z.sum(axis=0, dtype=np.float64) for z, _ in pairs) / len(moved)
+    spread = np.concatenate([_squares(z - mean) for z, _ in pairs])
+    return moved, spread if spread.sum() > 1e-12 * size.sum() else size
+
+
+def _squares(values: Floats) -> Floats:
+    """Return the sum of squares of each sample, float64 `(n,)`."""
+    return np.asarray(np.square(values).reshape(len(values), -1).sum(axis=1), np.float64)
+
+
+def _of_scores(z: Array, w: Array) -> dict[str, Any]:
+    """Return the fields of class scores `(N, classes)`."""
+    samples = len(z)
+    same = int((z.argmax(axis=1) == w.argmax(axis=1)).sum())
+    kl = divergence(z, w)
+    return {
+        "divergence": float(kl.mean()),
+        "divergence_interval": mean_interval(kl) if samples > 1 else None,
+        "agreement": 100 * same / samples,
+        "agreement_interval": wilson_interval(same, samples),
+        "agreement_at_least": share_at_least(same, samples),
+        "confidence": float(np.exp(log_probabilities(z).max(axis=1)).mean()),
+    }
+
+
+def _of_embeddings(z: Array, w: Array) -> dict[str, Any]:
+    """Return the fields of embeddings `(N, width)`."""
+    angles = cosine(z, w)
+    found: dict[str, Any] = {"cosine": float(angles.mean()), "worst_cosine": float(np.percentile(angles, 1))}
+    if len(z) > 1:
+        found["cosine_interval"] = mean_interval(angles)
+        found["cosine_at_least"] = mean_interval(angles, level=ONE_SIDED)[0]
+        found["worst_cosine_interval"] = percentile_interval(angles, 1)
+    if len(z) >= 2 * NEIGHBOURS:
+        kept = 100 * neighbours_kept(z, w, NEIGHBOURS)
+        found |= {"neighbours": float(kept.mean()), "neighbours_interval": mean_interval(kept)}
+    return found
 
 
 def _readable_session(model: Path, provider: str, proto: ModelProto | None = None) -> "InferenceSession":
@@ -106,7 +232,7 @@ def _readable_session(model: Path, provider: str, proto: ModelProto | None = Non
 
 def _output(outputs: list[Value], session: "InferenceSession") -> Array:
     """Return the first floating output, with samples along the first axis."""
-    arrays = (array for output in outputs for array in arrays_of_output("", output).values())
+    arrays: Iterator[Array] = (array for output in outputs for array in arrays_of_output("", output).values())
     found = next((a for a in arrays if a.dtype.kind == "f" and a.ndim and a.size), None)
     if found is None:
         gives = ", ".join(f"{value.name}: {value.type}" for value in session.get_outputs())

@@ -1,7 +1,8 @@
 """95 % confidence intervals of shares, means over samples, differences of two shares, and ratios.
 
-share        hits / n                      Wilson (1927)
+share        hits / n                      Wilson (1927); one-sided limit of Clopper and Pearson (1934)
 mean         mean over the samples         percentile bootstrap over the samples, 2,000 resamples
+ratio        sum a / sum b, percentile     likewise
 difference   (won - lost) / n              Bonett and Price (2012):
              d +- z sqrt((p + q - (p - q)^2) / (n + 2)),  p = (won + 1)/(n + 2),  q = (lost + 1)/(n + 2),  d = p - q
 ratio        a / b, independent            MOVER on logarithms (Zou and Donner 2008):
@@ -9,8 +10,10 @@ ratio        a / b, independent            MOVER on logarithms (Zou and Donner 2
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from rsi_deploy.core.types import Floats, Interval
 
@@ -40,19 +43,65 @@ def difference_interval(lost: int, won: int, samples: int) -> Interval:
     return max(-100.0, 100 * (p - q - half)), min(100.0, 100 * (p - q + half))
 
 
-def mean_interval(values: Floats, seed: int = 0) -> Interval:
-    """Return the 95 % bootstrap interval of the mean of `values (N,)`; the seed makes it repeatable.
+def share_at_least(hits: int, samples: int, level: float = 95.0) -> float:
+    """Return Clopper and Pearson's one-sided lower limit of a share in percent, at a level in percent.
+
+    It is the share at which `hits` or more would be found with a probability of 100 % - level.
+
+    >>> [round(share_at_least(hits, 100), 2) for hits in (0, 50, 99, 100)]
+    [0.0, 41.36, 95.34, 97.05]
+    """
+    if hits == 0:
+        return 0.0
+    counts = np.arange(hits, samples + 1)
+    ways = np.array([math.lgamma(samples + 1) - math.lgamma(k + 1) - math.lgamma(samples - k + 1) for k in counts])
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        share = (low + high) / 2
+        misses = (samples - counts) * math.log1p(-share)
+        probability = float(np.exp(ways + counts * math.log(share) + misses).sum())
+        low, high = (share, high) if probability < 1 - level / 100 else (low, share)
+    return 100 * low
+
+
+def mean_interval(values: Floats, seed: int = 0, level: float = 95.0) -> Interval:
+    """Return the bootstrap interval of the mean of `values (N,)`, at a level in percent; the seed makes it repeatable.
 
     Memory is bounded, as resamples are drawn a million indices at a time.
     """
-    rng = np.random.default_rng([seed, *b"mean"])
-    count = len(values)
+    means = [values[rows].mean(axis=1) for rows in _resamples(len(values), [seed, *b"mean"])]
+    return _middle(np.concatenate(means), level)
+
+
+def percentile_interval(values: Floats, percentile: float, seed: int = 0, level: float = 95.0) -> Interval:
+    """Return the bootstrap interval of a percentile of `values (N,)`; see `mean_interval`."""
+    found = [np.percentile(values[rows], percentile, axis=1) for rows in _resamples(len(values), [seed, *b"percent"])]
+    return _middle(np.concatenate(found), level)
+
+
+def ratio_of_sums_interval(above: Floats, below: Floats, seed: int = 0, level: float = 95.0) -> Interval:
+    """Return the bootstrap interval of `sum(above) / sum(below)`, both `(N,)` of the same samples; see `mean_interval`.
+
+    The ratio of a resample whose `below` are all 0 is 0.
+    """
+    ratios = []
+    for rows in _resamples(len(above), [seed, *b"ratio"]):
+        sums = below[rows].sum(axis=1)
+        ratios.append(np.divide(above[rows].sum(axis=1), sums, out=np.zeros(len(sums)), where=sums > 0))
+    return _middle(np.concatenate(ratios), level)
+
+
+def _resamples(count: int, seed: list[int]) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield resamples of the numbers below `count`, one a row, a million numbers at a time."""
+    rng = np.random.default_rng(seed)
     chunk = max(1, 1_000_000 // count)
-    means = [
-        values[rng.integers(0, count, (min(chunk, RESAMPLES - start), count))].mean(axis=1)
-        for start in range(0, RESAMPLES, chunk)
-    ]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    for start in range(0, RESAMPLES, chunk):
+        yield rng.integers(0, count, (min(chunk, RESAMPLES - start), count))
+
+
+def _middle(values: Floats, level: float) -> Interval:
+    """Return the ends of the middle `level` percent of the values."""
+    low, high = np.percentile(values, [50 - level / 2, 50 + level / 2])
     return float(low), float(high)
 
 

@@ -4,6 +4,7 @@ label rank     rank of the label among a sample's scores or class ids, 0 is the 
 divergence     KL(p_reference || p_model), p = softmax(scores), nats
 cosine         <y, y_ref> / (||y|| ||y_ref||)                     1 if both are zero, 0 if one is
 distance       ||y - y_ref|| / ||y_ref||                          0 if both are zero, 1 if only y_ref is
+neighbours     the samples of the largest cosine                  share of y_ref's that are y's too
 """
 
 import numpy as np
@@ -59,6 +60,27 @@ def relative_distance(reference: Array, values: Array) -> Floats:
     a, b = _rows(reference), _rows(values)
     norm, moved = np.linalg.norm(a, axis=1), np.linalg.norm(b - a, axis=1)
     return np.asarray(np.divide(moved, norm, out=(moved > 0).astype(np.float64), where=norm > 0))
+
+
+def neighbours_kept(reference: Array, values: Array, count: int) -> Floats:
+    """Return the share of each sample's `count` nearest neighbours by cosine that stay its neighbours, float64 `(N,)`.
+
+    Args:
+        reference: embeddings `(N, width)` that neighbours are found in.
+        values: embeddings `(N, width)` of the same samples.
+        count: number of neighbours, below N.
+    """
+    sets = [_neighbours(embeddings, count) for embeddings in (reference, values)]
+    return np.array([len(set(a) & set(b)) / count for a, b in zip(*sets, strict=True)])
+
+
+def _neighbours(embeddings: Array, count: int) -> npt.NDArray[np.int64]:
+    """Return the numbers of each row's nearest other rows by cosine, `(N, count)`."""
+    rows = _rows(embeddings)
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+    alike = rows @ rows.T
+    np.fill_diagonal(alike, -np.inf)
+    return np.asarray(np.argpartition(-alike, count - 1, axis=1)[:, :count], np.int64)
 
 
 def are_scores(reference: Array) -> bool:

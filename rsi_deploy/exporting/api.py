@@ -12,7 +12,7 @@ from typing import Unpack
 
 from torch import nn
 
-from rsi_deploy.calibration.calibration_data import check_source
+from rsi_deploy.calibration.calibration_data import CHECK_OPTION, check_source
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.settings.recipe import recipe_text
 from rsi_deploy.core.settings.verbs import ExportConfig
@@ -120,6 +120,7 @@ def export_run(
     )
     provider = str(parse_provider(config.provider))
     check_source(config.calib)
+    check_source(config.calib_check, CHECK_OPTION)
     filters = Filters(include=config.include, exclude=config.exclude)
     solver = Solver(
         method=config.method,
@@ -165,7 +166,16 @@ def export_run(
         max_output_error=config.max_output_error,
         keep_dense=config.keep_dense,
         allow_larger=config.allow_larger,
-        inputs=(config.weights, config.checkpoint, config.data, config.calib, config.feeds, config.plan, config.cost),
+        inputs=(
+            config.weights,
+            config.checkpoint,
+            config.data,
+            config.calib,
+            config.calib_check,
+            config.feeds,
+            config.plan,
+            config.cost,
+        ),
         command=command,
         recipe=recipe or recipe_text("export", model, config),
         kept=kept,

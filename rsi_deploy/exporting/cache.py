@@ -10,13 +10,11 @@ They hold for one key, a text that identifies model, data and settings (`key.txt
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
 
 from rsi_deploy.calibration.activations import OutputSensitivity
+from rsi_deploy.calibration.output_agreement import PartOutputs
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.evaluation.accuracy import AccuracyResult
 from rsi_deploy.io.atomic import write_text
@@ -31,12 +29,12 @@ class SweepCache:
     Attributes:
         folder: the folder.
         metrics: of the sites; None before any were found.
-        answers: float32, of the dense model on the first samples of the calibration data; None before the first run.
+        outputs: outputs of the dense model on each part of the calibration data; empty before the first run.
     """
 
     folder: Path
     sensitivities: Mapping[str, OutputSensitivity] | None = None
-    answers: npt.NDArray[Any] | None = None
+    outputs: dict[str, PartOutputs] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path, key: str) -> "SweepCache":

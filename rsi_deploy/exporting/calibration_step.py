@@ -79,6 +79,7 @@ class Calibrator:
     finished: ResultStore | None = None
     notes: list[str] = field(default_factory=list)
     _streams: OnnxStreams | None = field(default=None, init=False)
+    _data: CalibrationData | None = field(default=None, init=False)
 
     def planned(self) -> Planned:
         """Decide every site and fit the factors.
@@ -105,14 +106,24 @@ class Calibrator:
         return self._made(decisions)
 
     def data(self) -> CalibrationData:
-        """Open the calibration data.
+        """Return the calibration data, opened once.
 
         Raises:
-            UsageError: data that do not fit the model.
+            UsageError: data that do not fit the model, or check data that share samples with the fit part.
         """
         request, dense = self.request, self.dense
         assert request.calib is not None
-        return CalibrationData(request.calib, dense.inputs, dense.preprocessing, request.calib_size)
+        if self._data is None:
+            self._data = CalibrationData(
+                request.calib,
+                dense.inputs,
+                dense.preprocessing,
+                request.calib_size,
+                check_size=request.check_size,
+                check_source=request.calib_check,
+                seed=self.solver.seed,
+            )
+        return self._data
 
     def _calibrated(self, data: CalibrationData, decisions: Decisions | None) -> Planned:
         """Decide what no plan has decided, and fit."""
@@ -316,7 +327,7 @@ def remarks(streams: OnnxStreams, data: CalibrationData) -> list[str]:
     if scarce:
         site = min(scarce, key=lambda site: rows[site] / site.in_features)
         wanted = -(-ENOUGH_ROWS * site.in_features * data.samples // max(rows[site], 1))
-        there_are = f" (--calib-size; there are {data.available:,})" if data.available > data.samples else ""
+        there_are = f" (--calib-size; there are {data.available:,})" if data.has_more else ""
         found.append(
             f"{data.samples} calibration samples{there_are} give {len(scarce)} sites fewer than {ENOUGH_ROWS} rows an "
             f"input ({site.name}: {rows[site]} rows for {site.in_features}); about {wanted:,} samples would do"

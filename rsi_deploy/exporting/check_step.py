@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import graph_passes as gp
 from rsi_deploy.calibration.calibration_data import CalibrationData
-from rsi_deploy.calibration.output_agreement import output_agreement
+from rsi_deploy.calibration.output_agreement import calibration_record
 from rsi_deploy.core.progress import at_samples
 from rsi_deploy.data.feeding import Feeding
 from rsi_deploy.data.model_pictures import preset_note
@@ -57,12 +57,12 @@ def verified(
     if calibration is not None and dense.outputs is not None:
         with clock.stage("certificate"):
             data = calibration()
-            known = None if kept is None else kept.answers
-            agreement, answers = output_agreement(dense.path, dense.target, data, provider, known, dense.proto)
+            known = None if kept is None else kept.outputs
+            agreement, outputs = calibration_record(dense.path, dense.target, data, provider, known, dense.proto)
             notes += preset_note(dense.preprocessing, preset, dense.source.name) if data.are_pictures else []
             notes += data.notes()
             if kept is not None:
-                kept.answers = answers
+                kept.outputs = outputs
     macs = {}
     if dense.outputs is not None:
         with clock.stage("trace compressed"):

@@ -30,6 +30,8 @@ class ExportKeywords(TypedDict, total=False):
     rank_multiple: int
     calib: str | Path | Dataset | Mapping[str, npt.NDArray[Any]] | None
     calib_size: int
+    check_size: int | None
+    calib_check: str | Path | Dataset | Mapping[str, npt.NDArray[Any]] | None
     factors: Literal["response", "weights"]
     allow_shared_data: bool
     data: str | Path | Dataset | None

@@ -178,7 +178,9 @@ class ExportRun:
         more: list[object] = []
         if calib is not None:
             shapes = {name: array.shape for name, array in dense.feeds.items()}  # what MACs are counted on
-            more = [fingerprint(calib), self._settings(dense).model_dump_json(), job.provider, shapes]
+            request = self.timed.request
+            parts = [request.check_size, request.calib_check is not None]
+            more = [fingerprint(calib), *parts, self._settings(dense).model_dump_json(), job.provider, shapes]
         key = key_of(f"{dense.weights_hash} {file_hash(dense.path)}", job.device, *more)
         return ResultStore(folder=finished_results_folder(dense.folder), key=key)
 

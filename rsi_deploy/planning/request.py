@@ -34,7 +34,9 @@ class RankRequest:
         plan: form and rank of each site, read from `plan_name`.
         plan_name: name of the plan's file, for messages and the report.
         calib: unlabelled data; None factorizes by the weights alone.
-        calib_size: most samples of `calib`.
+        calib_size: most samples of `calib` that factors are fitted to.
+        check_size: number of samples of the check part; None for the usual number.
+        calib_check: separate data for the check part; None takes a part of `calib`.
         factors: "response" fits the factors to the data; "weights" is the paper's plain method, at the decided ranks.
         min_rank: smallest rank under a budget.
         rank_multiple: number that every rank under a budget is a multiple of.
@@ -51,6 +53,8 @@ class RankRequest:
     plan_name: str = ""
     calib: Unlabelled | None = None
     calib_size: int = 1024
+    check_size: int | None = None
+    calib_check: Unlabelled | None = None
     factors: Literal["response", "weights"] = "response"
     min_rank: int = 1
     rank_multiple: int = 1
@@ -69,6 +73,8 @@ class RankRequest:
         for option, value in (("--min-rank", self.min_rank), ("--rank-multiple", self.rank_multiple)):
             if value > 1 and not self.is_searched:
                 raise UsageError(f"{option} holds ranks that a budget chooses, but got {given[0]}; leave {option} out")
+        if self.calib_check is not None and self.calib is None:
+            raise UsageError("--calib-check goes with --calib: add --calib DATA, which factors are fitted to")
         if isinstance(self.rank, MaxError) and self.calib is not None:
             raise UsageError("--max-error judges factors of the weights alone: leave --calib out")
 

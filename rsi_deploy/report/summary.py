@@ -10,6 +10,7 @@ from rsi_deploy.core.text import share_kept, size_change
 from rsi_deploy.report.table import Table, with_interval
 
 if TYPE_CHECKING:  # a machine that only measures has no torch
+    from rsi_deploy.calibration.record import CalibrationRecord, OutputQuality
     from rsi_deploy.core.sites import SiteRecord
     from rsi_deploy.onnx_models.inspection import SiteView
     from rsi_deploy.planning.settings import ExportSettings
@@ -41,6 +42,9 @@ CHECKS = {
 def verdict(report: "Report") -> str:
     """Return the changes of size, time and accuracy in one sentence."""
     parts = [size_change(report.dense.bytes, report.compressed.bytes)]
+    if report.calibration is not None and report.calibration.quality.is_broken:
+        kept = quality_words(report.calibration.quality)[0]
+        parts.insert(0, f"the compressed model does not answer as the dense one does ({kept})")
     parts.append(report.latency.arms[1].verdict if report.latency else "latency not measured")
     if report.accuracy and report.accuracy.dense.top1 is not None and report.accuracy.compressed.top1 is not None:
         parts.append(f"top-1 {report.accuracy.compressed.top1 - report.accuracy.dense.top1:+.2f} points")
@@ -103,20 +107,66 @@ def checks_table(report: "Report") -> Table:
 def evidence_lines(report: "Report") -> list[str]:
     """Return the results of calibration and of the softmax bound, a line each."""
     lines = []
-    if c := report.calibration:
-        checked = f", {c.checked:,} of them checked" if c.checked != c.samples else ""
-        ranks_alone = ", used for ranks alone" if report.settings.factors == "weights" else ""
-        found = [
-            "the dense outputs are all zero" if c.output_error is None else f"output error {100 * c.output_error:.2g} %"
-        ]
-        found += [] if c.divergence is None else [f"KL {c.divergence:.2g}"]
-        found += [] if c.agreement is None else [f"agreement {c.agreement:.1f} %"]
-        lines.append(f"calibration, {c.samples:,} samples{checked}{ranks_alone}: {', '.join(found)}")
+    lines += quality_lines(report)
     if b := report.softmax_bound:
         lines.append(
             f"softmax bound, {site_name(b.site)} split alone: top-1 unchanged for at least "
             f"{b.guaranteed_unchanged:.1f} % of the samples, observed {b.observed_unchanged:.1f} % "
             f"({b.violations} violations)"
+        )
+    return lines
+
+
+def quality_lines(report: "Report") -> list[str]:
+    """Return the quality of the outputs on the check part, in-sample, and what limits both, a line each."""
+    c = report.calibration
+    if c is None:
+        return []
+    ranks_alone = ", for ranks alone" if report.settings.factors == "weights" else ""
+    lines = [f"in-sample, {c.in_sample.samples:,} of the {c.samples:,} samples of the fit{ranks_alone}: "]
+    lines[0] += ", ".join(quality_words(c.in_sample))
+    if c.checked is not None:
+        source = "--calib-check" if c.is_separate else "no part of the fit"
+        words = ", ".join(quality_words(c.checked, intervals=True))
+        lines.insert(0, f"check part, {c.checked.samples:,} samples, {source}: {words}")
+    return lines + quality_limits(c)
+
+
+def quality_words(quality: "OutputQuality", *, intervals: bool = False) -> list[str]:
+    """Return the values of a quality in words, most important first, with or without intervals."""
+    q = quality
+    values = [
+        ("agreement", q.agreement, q.agreement_interval, ".1f", " %", 1),
+        ("mean cosine", q.cosine, q.cosine_interval, ".4f", "", 1),
+        ("1st percentile of the cosine", q.worst_cosine, q.worst_cosine_interval, ".4f", "", 1),
+        ("neighbours kept", q.neighbours, q.neighbours_interval, ".1f", " %", 1),
+        ("output error", q.output_error, q.output_error_interval, ".2g", " %", 100),
+        ("KL", q.divergence, q.divergence_interval, ".2g", "", 1),
+    ]
+    words = []
+    for name, value, ends, form, unit, factor in values:
+        if value is not None:
+            both = None if ends is None or not intervals else (factor * ends[0], factor * ends[1])
+            words.append(with_interval(f"{name} {factor * value:{form}}{unit}", both, form))
+    return words if q.output_error is not None else [*words, "the dense outputs are all zero"]
+
+
+def quality_limits(record: "CalibrationRecord") -> list[str]:
+    """Return the sentences about what a quality cannot show."""
+    lines = []
+    if record.checked is None:
+        lines.append("no check part: every calibration sample is in the fit, so the values are in-sample")
+    if record.needed is not None:
+        option = "--calib-check" if record.is_separate else "--calib"
+        lines.append(
+            f"too few samples for a verdict: the check part has {record.check_samples}; {option} with {record.needed} "
+            f"samples would do"
+        )
+    if record.quality.is_sure:
+        lines.append(
+            f"the calibration samples look like training samples (the dense model is {record.quality.confidence:.1%} "
+            f"sure of its answers on average), so new samples keep less than stated; calibrate on other samples, or "
+            f"add --calib-check with new ones"
         )
     return lines
 

@@ -36,8 +36,9 @@ class SweepPoint(pydantic.BaseModel, frozen=True, extra="forbid"):
         speedup: speedup over the dense model in the same run.
         speedup_interval: its 99 % interval.
         top1: top-1 accuracy on the evaluation data in percent, or None.
-        agreement: equal top-1 answers on the calibration data in percent; None if outputs are not class scores.
-        output_error: relative squared distance of the outputs on the calibration data.
+        agreement: equal top-1 answers on the check part in percent; None if outputs are not class scores.
+        cosine: mean cosine of the outputs on the check part; None if they are not embeddings.
+        output_error: relative squared distance of the outputs on the check part.
         splits: number of split sites.
         seconds: wall time of the point.
     """
@@ -52,17 +53,17 @@ class SweepPoint(pydantic.BaseModel, frozen=True, extra="forbid"):
     speedup_interval: Interval | None = None
     top1: float | None = None
     agreement: float | None = None
+    cosine: float | None = None
     output_error: float | None = None
     splits: int = 0
     seconds: float = 0.0
 
     @property
     def quality(self) -> float | None:
-        """Top-1, else agreement, else the negative output error; more is better."""
-        if self.top1 is not None:
-            return self.top1
-        if self.agreement is not None:
-            return self.agreement
+        """Top-1, else agreement, else cosine, else the negative output error; more is better."""
+        for value in (self.top1, self.agreement, self.cosine):
+            if value is not None:
+                return value
         return None if self.output_error is None else -self.output_error
 
 
@@ -124,7 +125,7 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
 def point_of(number: int, share: float, folder: str, report: Report, seconds: float) -> SweepPoint:
     """Return the point of a sweep for a bundle."""
     arm = None if report.latency is None else report.latency.arms[1]
-    calibration = report.calibration
+    quality = None if report.calibration is None else report.calibration.quality
     return SweepPoint(
         number=number,
         share=share,
@@ -134,8 +135,9 @@ def point_of(number: int, share: float, folder: str, report: Report, seconds: fl
         speedup=None if arm is None else arm.speedup,
         speedup_interval=None if arm is None else arm.speedup_interval,
         top1=None if report.accuracy is None else report.accuracy.compressed.top1,
-        agreement=None if calibration is None else calibration.agreement,
-        output_error=None if calibration is None else calibration.output_error,
+        agreement=None if quality is None else quality.agreement,
+        cosine=None if quality is None else quality.cosine,
+        output_error=None if quality is None else quality.output_error,
         splits=len(report.split_sites),
         seconds=seconds,
     )

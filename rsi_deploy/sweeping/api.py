@@ -92,13 +92,15 @@ def sweep(
     points = ExportConfig.of({name: value for name, value in values.items() if name in OF_A_POINT})
     plain, _ = input_shapes(config.input_shape)
     folder = Path(output)
-    _check_folder(folder, force, (model, config.weights, config.checkpoint, config.calib, config.data))
+    _check_folder(
+        folder, force, (model, config.weights, config.checkpoint, config.calib, config.calib_check, config.data)
+    )
     with claim_output(folder) as claim:
         claim.new.mkdir()
         dense = claim.new / "dense.onnx"
         steps = preprocessing_of(config)
         name = write_dense(model, dense, config.weights, config.checkpoint, plain, config.seed, steps)
-        read = [fingerprint(config.calib), fingerprint(config.data)]
+        read = [fingerprint(data) for data in (config.calib, config.calib_check, config.data)]
         document = Sweep(
             tool=f"rsi-deploy {__version__}",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

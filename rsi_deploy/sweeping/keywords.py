@@ -17,6 +17,8 @@ class SweepKeywords(TypedDict, total=False):
     input_shape: str | Sequence[str] | Sequence[int]
     calib: str | Path
     calib_size: int
+    check_size: int | None
+    calib_check: str | Path | None
     data: str | Path | Dataset | None
     feeds: str | Path | Mapping[str, npt.NDArray[Any]] | None
     mean: str | Sequence[float] | None

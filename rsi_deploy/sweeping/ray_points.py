@@ -128,7 +128,7 @@ def _made(job: PointJob, settings: Any, inputs: Files, found: Files) -> tuple[Ma
 def _with_whole_paths(job: PointJob) -> PointJob:
     """Return the job with absolute paths of its data, for workers in other folders."""
     whole = {}
-    for key in ("calib", "data"):
+    for key in ("calib", "calib_check", "data"):
         name, mark, choice = str(getattr(job.config, key) or "").partition("#")
         if name and Path(name).exists():
             whole[key] = f"{Path(name).resolve()}{mark}{choice}"

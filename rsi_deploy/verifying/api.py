@@ -7,7 +7,7 @@
     budget       whether the reported size, time or drop of top-1 keeps the budget
     outputs      the compressed model on the seeded probe inputs
     parity       where dense.onnx was kept: approximation error against it
-    calibration  where it was kept, with --calib: output error, KL and agreement on the calibration data
+    calibration  where it was kept, with --calib: quality of the outputs on both parts of the calibration data
     accuracy     with --data: top-1 of the compressed model
     page         whether report.html was made from this report.json
 
@@ -25,8 +25,9 @@ import onnx_ir as ir
 
 from graph_passes import count_parameters
 from graph_passes.split_markers import FoundSplit, found_splits
-from rsi_deploy.calibration.calibration_data import CalibrationData, check_source
-from rsi_deploy.calibration.output_agreement import output_agreement
+from rsi_deploy.calibration.calibration_data import CHECK_OPTION, CalibrationData, check_source
+from rsi_deploy.calibration.output_agreement import calibration_record
+from rsi_deploy.calibration.record import CalibrationRecord
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.core.progress import at_samples, step
 from rsi_deploy.core.types import Feeds
@@ -50,12 +51,16 @@ from rsi_deploy.runtime.provider_spec import parse_provider
 from rsi_deploy.runtime.sessions import make_session, run_session
 from rsi_deploy.runtime.shape_trace import trace_run
 
+QUALITY = ("output_error", "divergence", "agreement", "cosine", "worst_cosine", "neighbours")
+"""Fields of `OutputQuality` that are computed again."""
+
 
 def verify(
     folder: str | Path,
     *,
     data: str | Path | None = None,
     calib: str | Path | None = None,
+    calib_check: str | Path | None = None,
     feeds: str | Path | Feeds | None = None,
     provider: str = "cpu",
 ) -> VerifyResult:
@@ -65,6 +70,7 @@ def verify(
         folder: a bundle, or what `package` made of one.
         data: evaluation data; its content must be the data of the report for the accuracy to be compared.
         calib: calibration data; likewise, for what the report says of the outputs on them.
+        calib_check: separate check data, where the report has any.
         feeds: the inputs that the export was given in place of random ones: an `.npz`, or input name -> array.
         provider: onnxruntime provider.
 
@@ -78,6 +84,7 @@ def verify(
         return VerifyResult(bundle=str(folder), claims=tuple(manifest))
     report = read_report(folder)
     check_source(calib)
+    check_source(calib_check, CHECK_OPTION)
     provider, dataset = str(parse_provider(provider)), None if data is None else open_undecided(data)
     given = read_feeds(feeds) if isinstance(feeds, str | Path) else feeds
     claims = [*manifest, _files(folder, report)]
@@ -88,7 +95,7 @@ def verify(
         claims += _attempt("budget", lambda: _budget(report))
         claims += _attempt("outputs", lambda: [_outputs(model, report, given, provider)])
         claims += _attempt("parity", lambda: [_parity(folder, report, given, provider)])
-        claims += _attempt("calibration", lambda: _calibration(folder, report, calib, provider))
+        claims += _attempt("calibration", lambda: _calibration(folder, report, calib, calib_check, provider))
         claims += _attempt("accuracy", lambda: [_accuracy(folder, report, dataset, provider)])
     claims.append(_page(folder))
     claims.append(_not_checked("latency", "times belong to their machine: run rsi-deploy bench"))
@@ -245,7 +252,10 @@ def _time_budget(report: Report, option: str, value: str) -> list[Claim]:
     return [_claim("budget", least <= share, detail)]
 
 
-def _calibration(folder: Path, report: Report, source: str | Path | None, provider: str) -> list[Claim]:
+def _calibration(
+    folder: Path, report: Report, source: str | Path | None, check: str | Path | None, provider: str
+) -> list[Claim]:
+    """Return the claims about the outputs on the calibration data."""
     claimed = report.calibration
     if claimed is None:
         return []
@@ -257,21 +267,41 @@ def _calibration(folder: Path, report: Report, source: str | Path | None, provid
             "dense.onnx is not in the bundle (export --keep-dense)" if source else "add --calib with the same data"
         )
         return [*claims, _not_checked("calibration", missing)]
+    if claimed.is_separate and check is None:
+        return [*claims, _not_checked("calibration", "add --calib-check with the same data")]
     data = CalibrationData(
-        source, model_inputs(folder / "dense.onnx"), report.preprocessing, report.settings.calib_size
+        source,
+        model_inputs(folder / "dense.onnx"),
+        report.preprocessing,
+        claimed.samples,
+        check_size=claimed.check_samples or None,
+        check_source=check if claimed.is_separate else None,
+        seed=report.settings.seed,
     )
-    now, _ = output_agreement(folder / "dense.onnx", folder / "model.onnx", data, provider)
-    if now.data_fingerprint != claimed.data_fingerprint or now.samples != claimed.samples:
+    now, _ = calibration_record(folder / "dense.onnx", folder / "model.onnx", data, provider)
+    if _identity(now) != _identity(claimed):
         return [*claims, _not_checked("calibration", "--calib is not the data of the report")]
-    pairs = [
-        (now.output_error, claimed.output_error),
-        (now.divergence, claimed.divergence),
-        (now.agreement, claimed.agreement),
-    ]
-    holds = all(_near(a, b) for a, b in pairs)
-    shown = ["none" if a is None else f"{a:.3g}" for pair in pairs for a in pair]
-    detail = "output error {}, KL {}, agreement {}; reported {}, {}, {}".format(*shown[::2], *shown[1::2])
-    return [*claims, _claim("calibration", holds, detail)]
+    parts = {"in-sample": (now.in_sample, claimed.in_sample)}
+    if now.checked is not None and claimed.checked is not None:
+        parts = {"check part": (now.checked, claimed.checked)} | parts
+    for part, (found, stated) in parts.items():
+        pairs = [(getattr(found, name), getattr(stated, name)) for name in QUALITY]
+        shown = ["none" if a is None else f"{a:.3g}" for pair in pairs for a in pair]
+        names = [name.replace("_", " ") for name in QUALITY]
+        both = [
+            f"{name} {a}, reported {b}"
+            for name, a, b in zip(names, shown[::2], shown[1::2], strict=True)
+            if (a, b) != ("none", "none")
+        ]
+        holds = all(_near(a, b) for a, b in pairs)
+        claims.append(_claim(f"calibration, {part}", holds, "; ".join(both)))
+    return claims
+
+
+def _identity(record: CalibrationRecord) -> tuple[object, ...]:
+    """Return what two records of the same samples share."""
+    checked = None if record.checked is None else record.checked.data_fingerprint
+    return record.samples, record.in_sample.data_fingerprint, record.check_samples, checked
 
 
 def _near(now: float | None, then: float | None) -> bool:

@@ -94,14 +94,24 @@ class RankConfig(Settings, panel="Size"):
 
 
 class SamplesConfig(Settings, panel="Calibration"):
-    """The unlabelled data that factors are fitted to."""
+    """The unlabelled data that factors are fitted to and checked on."""
 
     calib: DataSource = setting(
         None,
         f"Unlabelled calibration data. {DATA_HELP}",
         option=FIRST | {"keyword": f"str | Path | Dataset | {ARRAYS} | None"},
     )
-    calib_size: int = setting(1024, "Most calibration samples.", ge=1)
+    calib_size: int = setting(1024, "Most samples that factors are fitted to.", ge=1)
+    check_size: int | None = setting(
+        None,
+        "Samples that fit nothing and on which the outputs are compared. (default: a fifth, at least 64)",
+        ge=1,
+    )
+    calib_check: DataSource = setting(
+        None,
+        "Other unlabelled data to compare the outputs on; all of --calib is then fitted to.",
+        option={"keyword": f"str | Path | Dataset | {ARRAYS} | None"},
+    )
 
 
 class CalibrationConfig(SamplesConfig, panel="Calibration"):

@@ -61,7 +61,12 @@ class SweepConfig(
     calib: DataSource = setting(
         ..., f"Unlabelled calibration data. {DATA_HELP}", option=FIRST | {"keyword": "str | Path"}
     )
-    calib_size: int = setting(512, "Most calibration samples.", ge=1)
+    calib_size: int = setting(512, "Most samples that factors are fitted to.", ge=1)
+    calib_check: DataSource = setting(
+        None,
+        "Other unlabelled data to compare the outputs on; all of --calib is then fitted to.",
+        option={"keyword": "str | Path | None"},
+    )
     by: Literal["macs", "params", "latency"] = setting("macs", "What the shares are of.", option=FIRST)
     points: int = setting(12, "Number of models.", option=FIRST, ge=2)
     highest: Share = setting(0.95, "Share of the first model.", option=FIRST)
@@ -119,8 +124,9 @@ class VerifyConfig(Settings, panel="Claims"):
 
     data: DataSource = setting(None, "Evaluation data of the report: recomputes the accuracy.", option=FIRST)
     calib: DataSource = setting(
-        None, "Calibration data of the report: recomputes the errors and the agreement on them.", option=FIRST
+        None, "Calibration data of the report: recomputes the quality of the outputs on them.", option=FIRST
     )
+    calib_check: DataSource = setting(None, "The --calib-check of the export, where it had any.", option=FIRST)
     feeds: FileName | None = setting(
         None, "The --feeds of the export: recomputes outputs, parity and MACs.", option=FIRST | {"metavar": "FILE.npz"}
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 
+from rsi_deploy.calibration.record import CalibrationRecord
 from rsi_deploy.core.text import human_bytes, human_count, share_kept, size_change
 from rsi_deploy.report.bench_tables import machine_text, speed_tone
 from rsi_deploy.report.pages.environment import environment_section
@@ -11,7 +12,14 @@ from rsi_deploy.report.pages.page import Block, Page, Section, Tile, bar_chart, 
 from rsi_deploy.report.pages.plots import Bar
 from rsi_deploy.report.pages.sites import sections_of_sites
 from rsi_deploy.report.schema import Report, TimingRecord
-from rsi_deploy.report.summary import checks_table, comparison_table, evidence_lines, request_text, verdict
+from rsi_deploy.report.summary import (
+    checks_table,
+    comparison_table,
+    evidence_lines,
+    quality_words,
+    request_text,
+    verdict,
+)
 from rsi_deploy.report.table import Table, Tone
 
 
@@ -110,13 +118,8 @@ def _accuracy(report: Report) -> Tile:
             change=f"{points:+.2f} points",
             tone=tone,
         )
-    if report.calibration and report.calibration.agreement is not None:
-        c = report.calibration
-        return Tile(
-            label="Same top-1 on calibration data",
-            after=f"{c.agreement:.1f} %",
-            change=f"of {c.checked:,} samples; accuracy was not measured (no --data)",
-        )
+    if report.calibration:
+        return _quality(report.calibration)
     v = report.verification.approximation
     if v is not None:
         return Tile(
@@ -126,6 +129,19 @@ def _accuracy(report: Report) -> Tile:
             tone="missing",
         )
     return Tile(label="Accuracy", after="not measured", change="no --data", tone="missing")
+
+
+def _quality(record: CalibrationRecord) -> Tile:
+    """Return the tile of the quality of the outputs on the check part."""
+    q = record.quality
+    name, *more = quality_words(q)
+    in_sample = f"in-sample: {quality_words(record.in_sample)[0]}; " if record.checked is not None else ""
+    return Tile(
+        label=f"Outputs, {record.part} of {q.samples:,} samples",
+        after=name,
+        change=f"{', '.join(more)}; {in_sample}accuracy was not measured (no --data)",
+        tone="bad" if q.is_broken else "neutral",
+    )
 
 
 def _remarks(report: Report) -> list[str]:

@@ -58,8 +58,10 @@ def quality_name(sweep: Sweep) -> str:
     if any(point.top1 is not None for point in sweep.points):
         return "top-1 on the evaluation data, %"
     if any(point.agreement is not None for point in sweep.points):
-        return "equal top-1 answers on the calibration data, %"
-    return "negative output error on the calibration data"
+        return "equal top-1 answers on the check part of the calibration data, %"
+    if any(point.cosine is not None for point in sweep.points):
+        return "mean cosine on the check part of the calibration data"
+    return "negative output error on the check part of the calibration data"
 
 
 def times_name(sweep: Sweep) -> str:
