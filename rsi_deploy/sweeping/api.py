@@ -31,7 +31,6 @@ from rsi_deploy.data.picture_settings import picture_settings, preprocessing_of
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.dense_size import dense_size
-from rsi_deploy.exporting.inputs import input_shapes
 from rsi_deploy.exporting.timing.profile import write_dense
 from rsi_deploy.io.atomic import OutputClaim, claim_output, write_text
 from rsi_deploy.io.bundle import check_target, is_sweep
@@ -42,6 +41,7 @@ from rsi_deploy.io.onnx_file import model_hash
 from rsi_deploy.report.pages.sweep import sweep_page
 from rsi_deploy.report.schema import read_report
 from rsi_deploy.report.sweep_schema import Sweep, SweepPoint, point_of, read_sweep
+from rsi_deploy.runtime.feeds.shapes import input_shapes
 from rsi_deploy.runtime.machine import environment
 from rsi_deploy.runtime.ray_connection import check_ray
 from rsi_deploy.sweeping.keywords import SweepKeywords
