@@ -3,21 +3,23 @@
     planned    options of every site (sensitivities measured), the choice at half of the MACs, sequential factors
     uniform    sequential factors at `--rank 25%`
 
-passes     wall-clock seconds less those of factorizing, over the seconds of one pass of all calibration data through
-           the dense model by onnxruntime: same batches, same threads, some batches at every site, about six passes in
-           all, so that other work on the machine slows both
-factorize  seconds of work on the moments: spectra, forms at all ranks, and the factors
+passes     wall-clock seconds over the seconds of one pass of all calibration data through the dense model by
+           onnxruntime: same batches, same threads, some batches at every site, about six passes in all, so that other
+           work on the machine slows both
+factorize  seconds of work on the moments in them: spectra, forms at all ranks, and the factors
+limit      15 passes and 0.2 s a site
 memory     peak resident memory of a process that does nothing else. Its limit: that process before it starts (imports,
            calibration data, and what is left of calibrating a tiny net), the dense model's file, the moments of the
            largest site, and twice what running one batch through the dense model takes beyond its file, measured in
            another process
 
-The written models that an export measures its budget on are not part of it. Sensitivities are measured on 32 samples
-at least: fewer than 500 make planning dear in passes. So the time of "planned" is a goal only where as many samples are
-used as in `bench.accuracy`, which those of vgg19 (random weights, 32 random images) are not.
+The written models that an export measures its budget on are not part of it. Sensitivities and distances are measured
+on few samples, but not on fewer than there are: with fewer than 250 samples planning costs more passes. So the time of
+"planned" is a goal only where as many samples are used as in `bench.accuracy`, which those of vgg19 (random weights, 32
+random images) are not.
 
-Goals (`--check` exits 4 when one is missed):
-  1. at most 30 passes;
+Goals (`--check` exits 4 when one is missed; they are for two quiet cores):
+  1. time within its limit;
   2. peak memory within its limit.
 """
 
@@ -54,12 +56,12 @@ from rsi_deploy.planning.site_options import Calibration, Progress
 from rsi_deploy.runtime.machine import peak_memory
 from rsi_deploy.runtime.sessions import make_session, run_session
 
-NETS = ("resnet20", "resnet56", "minilm", "vgg19")
+NETS = ("resnet20", "resnet56", "cnn_cifar10", "minilm", *({"lite0"} & set(cases.NETS)), "vgg19")
 QUICK_NETS = ("cnn_cifar10",)
 ARMS = ("planned", "uniform")
 VGG_IMAGES = 32
 KEEP_MACS, RANK = 0.5, "25%"
-PASSES_LIMIT = 30.0
+PASSES_LIMIT, SITE_SECONDS = 15.0, 0.2
 UNIT_PASSES = 6
 
 
@@ -71,6 +73,7 @@ class Row:
     arm: str
     samples: int
     usual: bool
+    sites: int
     pass_seconds: float
     seconds: float
     factorization: float
@@ -82,8 +85,13 @@ class Row:
 
     @property
     def passes(self) -> float:
-        """Forward passes that the work took, factorizing apart."""
-        return (self.seconds - self.factorization) / self.pass_seconds
+        """Forward passes that take as long as the work."""
+        return self.seconds / self.pass_seconds
+
+    @property
+    def seconds_limit(self) -> float:
+        """The longest allowed time, in seconds."""
+        return PASSES_LIMIT * self.pass_seconds + SITE_SECONDS * self.sites
 
     @property
     def limit(self) -> int:
@@ -168,7 +176,12 @@ def timed(case: Case, arm: str) -> dict[str, float]:
     started = time.perf_counter()
     work(streams, calibration, case, arm, lambda name, index, count: forward(share))
     seconds = time.perf_counter() - started - forward.seconds
-    return {"pass_seconds": forward.pass_seconds, "seconds": seconds, "factorization": sum(calibration.spent)}
+    return {
+        "sites": len(streams.sites),
+        "pass_seconds": forward.pass_seconds,
+        "seconds": seconds,
+        "factorization": sum(calibration.spent),
+    }
 
 
 def remembered(case: Case, arm: str) -> dict[str, float]:
@@ -246,7 +259,8 @@ def measure(name: str, folder: Path) -> Iterator[Row]:
             net=name,
             arm=arm,
             samples=samples,
-            usual=samples == (cases.TEXTS if name == "minilm" else cases.IMAGES),
+            usual=name != "vgg19",
+            sites=int(facts["sites"]),
             model=file_bytes(path),
             pass_seconds=facts["pass_seconds"],
             seconds=facts["seconds"],
@@ -261,15 +275,15 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
     for row in rows:
         at = f"{row.net}, {row.arm}, {row.samples} samples"
         if row.usual or row.arm == "uniform":
-            said = f"{row.passes:.1f} of {PASSES_LIMIT:g} passes, and {row.factorization:.1f} s of factorizing"
-            found.append(Goal(name=f"time, {at}", held=row.passes <= PASSES_LIMIT, row=said))
+            said = f"{row.seconds:.1f} of {row.seconds_limit:.1f} s, {row.passes:.1f} passes"
+            found.append(Goal(name=f"time, {at}", held=row.seconds <= row.seconds_limit, row=said))
         said = f"{row.peak / 1e6:.0f} of {row.limit / 1e6:.0f} MB"
         found.append(Goal(name=f"memory, {at}", held=row.peak <= row.limit, row=said))
     return found
 
 
 COLUMNS = (
-    *("net", "way", "samples", "one pass, s", "all, s", "factorize, s", "passes"),
+    *("net", "way", "samples", "sites", "one pass, s", "all, s", "limit, s", "factorize, s", "passes"),
     *("peak, MB", "limit, MB", "before", "model", "moments", "a batch"),
 )
 
@@ -278,10 +292,10 @@ def markdown(rows: Sequence[Row]) -> str:
     """Return the rows as a Markdown table."""
     cells = []
     for row in rows:
-        seconds = [f"{value:.1f}" for value in (row.seconds, row.factorization, row.passes)]
+        seconds = [f"{value:.1f}" for value in (row.seconds, row.seconds_limit, row.factorization, row.passes)]
         sizes = (row.peak, row.limit, row.before, row.model, row.moments, row.batch)
         memory = [f"{value / 1e6:.0f}" for value in sizes]
-        cells.append([row.net, row.arm, str(row.samples), f"{row.pass_seconds:.2f}", *seconds, *memory])
+        cells.append([row.net, row.arm, str(row.samples), str(row.sites), f"{row.pass_seconds:.2f}", *seconds, *memory])
     return common.markdown_table(COLUMNS, cells)
 
 
@@ -305,7 +319,8 @@ def main(arguments: Sequence[str]) -> int:
     print(markdown(rows))
     judged = goals(rows)
     settings = {"quick": args.quick, "torch_threads": torch.get_num_threads(), "keep_macs": KEEP_MACS, "rank": RANK}
-    stored = [{**asdict(row), "passes": row.passes, "limit": row.limit} for row in rows]
+    derived = ("passes", "seconds_limit", "limit")
+    stored = [{**asdict(row), **{name: getattr(row, name) for name in derived}} for row in rows]
     document = common.document(
         "bench.calibration_cost", arguments, settings, rows=stored, goals=[asdict(goal) for goal in judged]
     )

@@ -277,8 +277,9 @@ def test_costs_beyond_the_goals_are_noticed() -> None:
         arm="planned",
         samples=1024,
         usual=True,
+        sites=20,
         pass_seconds=1.0,
-        seconds=35.0,
+        seconds=19.0,
         factorization=5.0,
         peak=160,
         before=100,
@@ -287,12 +288,12 @@ def test_costs_beyond_the_goals_are_noticed() -> None:
         batch=20,
     )
     assert judge(calibration_cost.goals([good]), check=True) == 0
-    assert good.passes == 30
-    for change in ({"factorization": 4.9}, {"seconds": 36.0}, {"pass_seconds": 0.9}, {"peak": 161}, {"batch": 19}):
+    assert good.passes == 19
+    for change in ({"sites": 19}, {"seconds": 19.1}, {"pass_seconds": 0.9}, {"peak": 161}, {"batch": 19}):
         assert judge(calibration_cost.goals([dataclasses.replace(good, **change)]), check=True) == 4, change
     few = dataclasses.replace(good, usual=False, seconds=900.0)
     assert [goal.name for goal in calibration_cost.goals([few])] == ["memory, resnet20, planned, 1024 samples"]
-    assert "| resnet20 | planned | 1024 | 1.00 | 35.0 | 5.0 | 30.0 |" in calibration_cost.markdown([good])
+    assert "| resnet20 | planned | 1024 | 20 | 1.00 | 19.0 | 19.0 | 5.0 | 19.0 |" in calibration_cost.markdown([good])
 
 
 def test_a_child_that_fails_is_one_line(tmp_path: Path) -> None:

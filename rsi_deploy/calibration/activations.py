@@ -188,13 +188,13 @@ class ModelActivations(Protocol):
 
 
 def distance_samples(samples: int) -> int:
-    """Return the number of samples for one distance: about a sixteenth, so that three distances per site stay cheap.
+    """Return the number of samples for one distance: about a sixteenth, so that a distance per site stays cheap.
 
     Examples:
         >>> [distance_samples(samples) for samples in (8, 300, 1024, 50_000)]
-        [32, 32, 64, 128]
+        [16, 18, 64, 128]
     """
-    return min(max(samples // 16, 32), 128)
+    return min(max(samples // 16, 16), 128)
 
 
 def output_distance(dense: Tensor, other: Tensor) -> Distance:

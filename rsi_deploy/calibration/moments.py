@@ -23,8 +23,8 @@ from torch import Tensor
 GRAM_LIMIT = 8192
 """Widest input whose Gram matrix is kept; for wider ones the rows are kept."""
 _DOUBLE_LIMIT = 2048
-ROWS = 49_152
-"""Largest number of rows per site, or 16 times its inputs if that is more."""
+ROWS = 16_384
+"""Largest number of rows per site, or 32 times its inputs if that is more."""
 WIDE_ROWS = 4096
 """Largest number of rows for a site whose rows are kept."""
 FOLDS = 4
@@ -219,7 +219,7 @@ def fold_count(in_features: int) -> int:
 
 def row_limit(in_features: int) -> int:
     """Return the largest number of rows that a site's moments are computed from."""
-    return WIDE_ROWS if in_features > GRAM_LIMIT else max(ROWS, 16 * in_features)
+    return WIDE_ROWS if in_features > GRAM_LIMIT else max(ROWS, 32 * in_features)
 
 
 def moment_bytes(in_features: int, out_features: int, groups: int, rows: int, *, limit: int = GRAM_LIMIT) -> int:

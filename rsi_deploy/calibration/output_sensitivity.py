@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 PROBES = 4
 """Largest number of random output directions per sample."""
 
-BACKWARDS = 512
+BACKWARDS = 256
 """Number of samples from which one direction per sample suffices: more samples help more than more directions."""
 
-SAMPLES = 1024
+SAMPLES = 256
 """Largest number of samples that get gradients, evenly spaced over the data, which may be sorted."""
 
 OUT_LIMIT = 4096

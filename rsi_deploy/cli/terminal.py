@@ -41,6 +41,7 @@ class _Bar:
 
     def __init__(self, bar: "Progress", task: "TaskID") -> None:
         self._bar, self._task = bar, task
+        self._series = (-1, 0)  # last piece and number of pieces
 
     def begin(self, name: str) -> None:
         """See `Listener`."""
@@ -51,7 +52,11 @@ class _Bar:
 
     def at(self, what: str, index: int, total: int) -> None:
         """See `Listener`."""
-        self._bar.update(self._task, description=_plain(what), completed=index + 1, total=total)
+        last, pieces = self._series
+        if index <= last or total != pieces:  # another count, with its own rate
+            self._bar.reset(self._task, total=total)
+        self._series = (index, total)
+        self._bar.update(self._task, description=_plain(what), completed=index, total=total)
 
 
 def _plain(name: str) -> str:
@@ -76,13 +81,22 @@ def progress_bar(unit: str = "sites", *, is_short: bool = False) -> Iterator[Cal
         if not is_short:
             lines.flush()
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:

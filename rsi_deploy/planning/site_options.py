@@ -4,7 +4,7 @@
     sequence  --> factors and bias of every site, fitted in the network whose earlier sites are already compressed
 
 A form and rank has a response error e at its site. Its effect on the model's outputs is measured: the site alone is
-replaced at three levels of e, and the distance of the outputs is interpolated between the levels by a power law. The
+replaced at two levels of e, and the distance of the outputs is interpolated between the levels by a power law. The
 loss of a site therefore rises steeply where its error destroys the outputs, and no site gets too low a rank.
 """
 
@@ -44,7 +44,7 @@ from rsi_deploy.linalg.spectra import thin_spectrum
 from rsi_deploy.planning.knapsack import Option, SiteOptions
 from rsi_deploy.planning.rank_grid import rank_grid
 
-LEVELS = (0.03, 0.15, 0.5)
+LEVELS = (0.05, 0.3)
 """Response errors at which the distance of the outputs is measured."""
 GRID_POINTS = 10
 """Number of ranks that are tried for a form with alternating least squares."""

@@ -455,7 +455,7 @@ def test_a_branch_among_some_sites_makes_up_for_what_another_has_lost(folder):
 
 @each_model
 def test_the_distance_is_that_of_the_really_compressed_model(folder, case):
-    setting = Setting(folder, case)
+    setting = Setting(folder, case, batches=2)
     streams = setting.streams()
     names = [site.name for site in streams.sites]
     for become in ({name: setting.replacement(name) for name in names}, {names[-1]: setting.replacement(names[-1])}):
@@ -544,13 +544,25 @@ def test_exact_replacements_are_at_no_distance(folder, case):
     assert streams.distance({site.name: setting.replacement(site.name, rank=1)}).relative > 1e-6
 
 
-def test_whole_batches_that_are_looked_at_are_not_run_twice(folder, monkeypatch):
-    setting = Setting(folder, "fixed batch")
-    rows, run = [], Segment.__call__
-    monkeypatch.setattr(Segment, "__call__", lambda self, feeds: rows.append(feeds) or run(self, feeds))
-    setting.streams().survey(lambda site, given: None)
-    waves = len(setting.waves())
-    assert len(rows) == 1 + waves * len(setting.batches), "one run tells the shapes"
+@each_model
+def test_the_data_run_once_where_all_moments_fit_into_memory(folder, case, monkeypatch):
+    setting = Setting(folder, case)
+    sessions, started = [], Segment._started
+    monkeypatch.setattr(Segment, "_started", lambda self, feeds: sessions.append(self) or started(self, feeds))
+    runs, run = [], Segment.__call__
+    monkeypatch.setattr(Segment, "__call__", lambda self, feeds: runs.append(self) or run(self, feeds))
+    shapes = len({tuple(array.shape for array in batch.values()) for batch in setting.batches})
+    together = surveyed(setting.streams())
+    assert len(sessions) == shapes + 1
+    assert len(runs) == shapes + len(setting.batches)
+    monkeypatch.setattr(Survey.groups, "__defaults__", (0,))
+    runs.clear()
+    apart = surveyed(setting.streams())
+    assert len(runs) == shapes + len([wave for wave in setting.waves() if wave]) * len(setting.batches)
+    assert list(apart) == list(together)
+    for name, given in apart.items():
+        torch.testing.assert_close(given.yx, together[name].yx)
+        torch.testing.assert_close(given.mean_x, together[name].mean_x)
 
 
 @pytest.mark.parametrize("case", ["fixed batch", "cnn", "several"])

@@ -1,6 +1,6 @@
 """Run calibration data through an ONNX graph in onnxruntime, stage by stage: `ModelActivations` of a file.
 
-    survey       the dense stream: alive values --wave--> alive values, rows x of every site of the wave
+    survey       the dense stream: alive values --waves--> alive values, rows x of every site of the waves
     sequence     the dense stream, and beside it the compressed one with its replaced sites: rows x^
     distance     from the current stage of a survey to the outputs, on some samples, with one site replaced
 
@@ -150,17 +150,17 @@ class OnnxStreams:
             survey.load(self._feeds(), self._checked)
             self._survey = survey
             try:
-                for wave in self._program.waves:
-                    if not wave.sites:
-                        break
-                    gathered = survey.advance(wave)
-                    for node in wave.sites:
-                        r = self._reached[node.output[0]]
-                        moments = self._result(r, gathered)
-                        if isinstance(moments, Moments):
-                            moments = Moments.dense(moments, r.weight())
-                        if moments is not None:
-                            visit(r.site, moments)
+                for group in survey.groups():
+                    gathered = survey.gather(group)
+                    for wave in group:
+                        survey.advance()
+                        for node in wave.sites:
+                            r = self._reached[node.output[0]]
+                            moments = self._result(r, gathered)
+                            if isinstance(moments, Moments):
+                                moments = Moments.dense(moments, r.weight())
+                            if moments is not None:
+                                visit(r.site, moments)
             finally:
                 self._survey = None
 

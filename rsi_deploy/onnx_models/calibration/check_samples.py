@@ -30,14 +30,12 @@ class CheckSamples:
         self._share = min(1.0, distance_samples(samples) / max(samples, 1))
         self._axes, self._fixed = axes, axes.fixed is not None
         self._parts = list[Feeds]()
-        self._whole: dict[int, Feeds] = {}  # whole batches, by number
-        self._seen = 0
         self._due = 0.0
         self._size = 0
 
     def clear(self) -> None:
         """Forget all batches."""
-        self._parts, self._whole, self._seen, self._due = [], {}, 0, 0.0
+        self._parts, self._due = [], 0.0
 
     def add(self, batch: Feeds) -> Feeds:
         """Choose the share of a batch, and return the batch."""
@@ -49,14 +47,7 @@ class CheckSamples:
             self._due -= take
             at = np.arange(take) * count // take
             self._parts.append(batch if take == count else self._axes.cut(batch, at))
-            if take == count:
-                self._whole[self._seen] = batch
-        self._seen += 1
         return batch
-
-    def number_of(self, batch: Feeds) -> int | None:
-        """Return the number of one of `batches` in the data; None where it is only a part of the data's batches."""
-        return next((number for number, whole in self._whole.items() if whole is batch), None)
 
     def batches(self) -> list[Feeds]:
         """Return the chosen samples in batches that are no larger than those of the data."""
