@@ -223,11 +223,11 @@ def row_limit(in_features: int) -> int:
 
 
 def moment_bytes(in_features: int, out_features: int, groups: int, rows: int, *, limit: int = GRAM_LIMIT) -> int:
-    """Return the bytes that the accumulated moments of one site take."""
+    """Return the bytes that the accumulated moments of one site take, in all folds."""
     if in_features > limit:
         return 4 * groups * rows * (in_features + out_features)
     width = 8 if in_features <= _DOUBLE_LIMIT else 4
-    return width * groups * in_features * (in_features + out_features)
+    return fold_count(in_features) * width * groups * in_features * (in_features + out_features)
 
 
 def _moments_of(x: Tensor, y: Tensor, dtype: torch.dtype, counts: Tensor) -> Moments:

@@ -36,7 +36,7 @@ from rsi_deploy.onnx_models.site_factorizer import graph_factors
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
-TOGETHER = 8 * 2**20
+TOGETHER = 32 * 2**20
 """Bytes of the moments that are gathered in one run of the data."""
 
 
