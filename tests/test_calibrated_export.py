@@ -294,6 +294,30 @@ def test_too_few_samples_are_said_with_how_many_would_do(here):
     assert report_of().notes == ()
 
 
+def test_a_model_that_only_its_fit_part_likes_is_not_praised(here, capsys):
+    """A wide head fitted to 24 samples of its own kind, checked on others."""
+    mlp_onnx("wide.onnx", sizes=(300, 10))
+    inputs("fit.npz", 300, count=24)
+    inputs("new.npz", 300, count=200, seed=5)
+    export("wide.onnx", "--rank", "3", "--calib-check", "new.npz", calib="fit.npz")
+    report = report_of()
+    assert report.calibration.checked.is_broken
+    assert report.calibration.in_sample.agreement > report.calibration.checked.agreement + 10
+    out = capsys.readouterr().out
+    assert "verdict: the outputs are broken" in out
+    assert (here / "b" / "README.md").read_text().count("the outputs are broken") == 1
+    assert "The outputs are broken" in (here / "b" / "report.html").read_text()
+    export("wide.onnx", "--rank", "3", calib="fit.npz", output="c")
+    assert report_of("c").calibration.needed == 128
+    out = capsys.readouterr().out
+    assert "too few samples for a verdict" in out
+    assert "128" in out
+    one = np.load("fit.npz")["x"][:1]
+    np.savez("one.npz", x=one)
+    export("wide.onnx", "--rank", "3", "--factors", "weights", calib="one.npz", output="d")
+    assert "no check part" in capsys.readouterr().out
+
+
 # -- requests that cannot be meant
 
 
@@ -319,6 +343,12 @@ def test_too_few_samples_are_said_with_how_many_would_do(here):
         ("--rank 4 --calib nan.npz", "--calib: the data for input have NaN; remove those samples"),
         ("--rank 4 --calib other.npz", "has the input input, but the data hold rows, columns; give data with"),
         ("--rank 4 --calib empty.npz", "has no samples"),
+        ("--rank 4 --calib-check c.npz", "--calib-check goes with --calib: add --calib DATA"),
+        ("--rank 4 --calib c.npz --calib-check nowhere.npz", "--calib-check: nowhere.npz does not exist"),
+        ("--rank 4 --calib c.npz --calib-check wide.npz", "--calib-check: the model takes input: float32 (batch, 12)"),
+        ("--rank 4 --calib c.npz --calib-check empty.npz", "--calib-check: "),
+        ("--rank 4 --calib c.npz --calib-check c.npz", "--calib-check and --calib share samples (200 of 200"),
+        ("--rank 4 --calib c.npz --check-size 0", "--check-size must be at least 1"),
         ("--rank 49 --calib c.npz", "--rank 49 is above the full rank of every site"),
         ("--rank 4 --calib c.npz --exclude nothing", "--exclude 'nothing' matches none of the 3 sites"),
         ("--keep-params 0.5 --calib c.npz --exclude nothing", "--exclude 'nothing' matches none of the 3 sites"),
@@ -386,7 +416,6 @@ def test_the_terminal_tells_forms_losses_and_the_certificate(here, capsys):
     export("net.onnx", "--rank", "25%", "--data", data, calib="calib.npz")
     out = capsys.readouterr().out
     assert "response" in out
-    assert "check part" in out
     assert "in-sample" in out
     assert "top-1 unchanged for at least " in out
     assert "normalized spectral error" not in out

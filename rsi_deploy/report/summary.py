@@ -142,7 +142,7 @@ def quality_table(report: "Report") -> Table:
     name = "--calib-check" if c.is_separate else "check part"
     columns = ("", f"#{name}", "#in-sample")
     counts = ("samples", f"{checked.samples:,}", f"{c.in_sample.samples:,}")
-    table = Table(caption=caption, columns=columns, rows=[*quality_rows(checked, c.in_sample), counts])
+    table = Table(caption=caption, columns=columns, rows=[counts, *quality_rows(checked, c.in_sample)])
     return table.without(columns[1:2]) if c.checked is None else table
 
 

@@ -145,11 +145,13 @@ def _quality(record: CalibrationRecord) -> Tile:
     if not rows:
         return Tile(label="Outputs", after="all zero", change=no_data, tone="missing")
     name, value, in_sample = rows[0]
+    value, _, ends = value.partition(" [")
+    interval = f"95 % interval [{ends}" if ends else "no interval"
     inside = "" if record.checked is None else f"; {in_sample} in-sample"
     return Tile(
         label=f"{name[0].upper()}{name[1:]}, {record.part}",
-        after=value.partition(" [")[0],
-        change=f"{value}, {checked.samples:,} samples{inside}; {no_data}",
+        after=value,
+        change=f"{interval}, {checked.samples:,} samples{inside}; {no_data}",
         tone="bad" if checked.is_broken else "neutral",
     )
 
