@@ -1,6 +1,7 @@
 """bench/truth: a report is compared with samples that nothing has seen, and a wrong statement is a miss."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +66,37 @@ def test_a_report_is_compared_with_the_test_samples(case: cases.Case) -> None:
     dense, outputs = (cases.outputs_of(path, {"input": images}).argmax(axis=1) for path in (same.path, compressed))
     assert found.test == pytest.approx(100 * (dense == outputs).mean())
     assert found.confidence != found.test_confidence
+
+
+class Encoder(nn.Module):
+    """A perceptron with unit embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 48), nn.Linear(48, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(self.second(torch.relu(self.first(x))), dim=-1)
+
+
+def test_embeddings_are_compared_by_their_cosine(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module, samples = Encoder().eval(), torch.randn(200, 24).numpy()
+    path = tmp_path / "encoder.onnx"
+    cases._write(source_of_module(module, (1, 24)), path)
+    (key,) = (value.name for value in cases.make_session(path).get_inputs())
+    untested = cases.untested(path, {key: samples[:150]})
+    (found,) = truth.measure(dataclasses.replace(untested, name="minilm", test={key: samples[150:]}), "new", [0.5])
+    dense, compressed = (
+        cases.outputs_of(model, {key: samples[150:]}) for model in (path, next(tmp_path.glob("*/model.onnx")))
+    )
+    assert found.measure == "cosine"
+    assert found.test == pytest.approx(float((dense * compressed).sum(axis=1).mean()), abs=1e-5)
+    assert found.interval is not None
+    assert found.reported is not None
+    assert -1 <= found.interval[0] <= found.reported <= found.interval[1] <= 1
+    assert found.confidence is found.test_confidence is None
 
 
 def test_a_refused_budget_is_a_row_without_values(case: cases.Case, monkeypatch: pytest.MonkeyPatch) -> None:
