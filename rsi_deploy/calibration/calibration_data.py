@@ -168,6 +168,10 @@ class CalibrationData:
         least = -(-LEAST_CHECK // unit) * unit
         return least if self.is_separate else 2 * least
 
+    def samples_for(self, fit: int) -> int:
+        """Return the number of samples of data whose fit part has `fit` samples."""
+        return fit if self.is_separate else fit + max(LEAST_CHECK, -(-fit // 4))
+
     @property
     def has_more(self) -> bool:
         """Return whether the data have samples that are in no part."""

@@ -7,10 +7,10 @@ from rsi_deploy.core.types import Interval
 BROKEN_AGREEMENT = 50.0
 BROKEN_COSINE = 0.5
 BROKEN_ERROR = 0.5
-SURE = 0.98
-"""Mean largest probability of the dense model from which on samples look like training samples.
+SURE = 0.985
+"""Mean largest probability of the dense model from which on samples may be training samples.
 
-Trained CIFAR-10 ResNets reach 0.99 on their training images and at most 0.97 on others.
+ResNet-20 and ResNet-56 reach 0.994 and 0.999 on their CIFAR-10 training images, 0.970 and 0.980 on test images.
 """
 
 

@@ -326,10 +326,10 @@ def remarks(streams: OnnxStreams, data: CalibrationData) -> list[str]:
     scarce = [site for site, count in rows.items() if count < ENOUGH_ROWS * site.in_features]
     if scarce:
         site = min(scarce, key=lambda site: rows[site] / site.in_features)
-        wanted = -(-ENOUGH_ROWS * site.in_features * data.samples // max(rows[site], 1))
+        wanted = data.samples_for(-(-ENOUGH_ROWS * site.in_features * data.samples // max(rows[site], 1)))
         there_are = f" (--calib-size; there are {data.available:,})" if data.has_more else ""
         found.append(
-            f"{data.samples} calibration samples{there_are} give {len(scarce)} sites fewer than {ENOUGH_ROWS} rows an "
+            f"{data.samples} samples of the fit{there_are} give {len(scarce)} sites fewer than {ENOUGH_ROWS} rows an "
             f"input ({site.name}: {rows[site]} rows for {site.in_features}); about {wanted:,} samples would do"
         )
     return found

@@ -164,9 +164,8 @@ def quality_limits(record: "CalibrationRecord") -> list[str]:
         )
     if record.quality.is_sure:
         lines.append(
-            f"the calibration samples look like training samples (the dense model is {record.quality.confidence:.1%} "
-            f"sure of its answers on average), so new samples keep less than stated; calibrate on other samples, or "
-            f"add --calib-check with new ones"
+            f"the dense model is {record.quality.confidence:.1%} sure of its answers on these samples, as models are "
+            f"on training samples; if they are, new samples keep less than stated: add --calib-check with new ones"
         )
     return lines
 

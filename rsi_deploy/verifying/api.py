@@ -27,7 +27,7 @@ from graph_passes import count_parameters
 from graph_passes.split_markers import FoundSplit, found_splits
 from rsi_deploy.calibration.calibration_data import CHECK_OPTION, CalibrationData, check_source
 from rsi_deploy.calibration.output_agreement import calibration_record
-from rsi_deploy.calibration.record import CalibrationRecord
+from rsi_deploy.calibration.record import CalibrationRecord, OutputQuality
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.core.progress import at_samples, step
 from rsi_deploy.core.types import Feeds
@@ -284,18 +284,20 @@ def _calibration(
     parts = {"in-sample": (now.in_sample, claimed.in_sample)}
     if now.checked is not None and claimed.checked is not None:
         parts = {"check part": (now.checked, claimed.checked)} | parts
-    for part, (found, stated) in parts.items():
-        pairs = [(getattr(found, name), getattr(stated, name)) for name in QUALITY]
-        shown = ["none" if a is None else f"{a:.3g}" for pair in pairs for a in pair]
-        names = [name.replace("_", " ") for name in QUALITY]
-        both = [
-            f"{name} {a}, reported {b}"
-            for name, a, b in zip(names, shown[::2], shown[1::2], strict=True)
-            if (a, b) != ("none", "none")
-        ]
-        holds = all(_near(a, b) for a, b in pairs)
-        claims.append(_claim(f"calibration, {part}", holds, "; ".join(both)))
-    return claims
+    compared = {part: _compared(*pair) for part, pair in parts.items()}
+    detail = "; ".join(f"{part}: {words}" for part, (_, words) in compared.items())
+    return [*claims, _claim("calibration", all(same for same, _ in compared.values()), detail)]
+
+
+def _compared(now: OutputQuality, then: OutputQuality) -> tuple[bool, str]:
+    """Return whether two qualities are equal but for rounding, and their values in words."""
+    pairs = {name: (getattr(now, name), getattr(then, name)) for name in QUALITY}
+    words = [
+        f"{name.replace('_', ' ')} {a:.3g}" + ("" if b is None or _near(a, b) else f" (reported {b:.3g})")
+        for name, (a, b) in pairs.items()
+        if a is not None
+    ]
+    return all(_near(a, b) for a, b in pairs.values()), ", ".join(words)
 
 
 def _identity(record: CalibrationRecord) -> tuple[object, ...]:

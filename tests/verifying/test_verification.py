@@ -206,12 +206,33 @@ def test_a_drop_that_is_not_kept_is_noticed(bundle):
         assert broken(bundle) == found
 
 
+@pytest.mark.parametrize("part", ["checked", "in_sample"])
 @pytest.mark.parametrize(("key", "factor"), [("output_error", 0.9), ("divergence", 0.9), ("agreement", 1.05)])
-def test_what_the_report_says_of_calibration_is_computed_again(forms, calibrated, key, factor):
-    edit_report(forms, lambda r: r["calibration"].update({key: r["calibration"][key] * factor}))
+def test_what_the_report_says_of_calibration_is_computed_again(forms, calibrated, part, key, factor):
+    def change(report):
+        quality = report["calibration"][part]
+        quality[key] *= factor
+
+    edit_report(forms, change)
     assert broken(forms, calib=calibrated / "c.npz") == {"calibration"}
     assert run(["verify", str(forms), "--calib", str(calibrated / "c.npz")]) == 4
     assert broken(forms) == set()  # without the data nobody can know
+
+
+def test_quality_on_separate_check_data_is_computed_again(tmp_path):
+    model = mlp_onnx(tmp_path / "m.onnx", sizes=(12, 48, 48, 10))
+    fit, check = inputs(tmp_path / "c.npz", 12, low_rank=5), inputs(tmp_path / "k.npz", 12, seed=9)
+    report = export(
+        str(model), tmp_path / "b", calib=fit, calib_check=check, rank="25%", measure=False, keep_dense=True
+    )
+    assert report.calibration.is_separate
+    assert broken(tmp_path / "b", calib=fit, calib_check=check) == set()
+
+    def status(**data):
+        return {c.name: c for c in verify(tmp_path / "b", **data).claims}["calibration"].status
+
+    assert status(calib=fit, calib_check=check) == "holds"
+    assert status(calib=fit) == status(calib=fit, calib_check=inputs(tmp_path / "o.npz", 12, seed=8)) == "not checked"
 
 
 def test_what_of_calibration_cannot_be_checked_is_said(forms, calibrated, tmp_path):
