@@ -9,7 +9,7 @@ Every point is planned, fitted and judged as it would be delivered. The losses t
 point. They are no measure of the answer: they add up what sites do alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,6 @@ STEPS = 8
 """Most models that are fitted."""
 CLOSE = 0.006
 """Difference of the shares of the answer and of the next smaller point at which the search ends."""
-FORESEEN = 0.05
-"""Foreseen loss of the first point; a point of a larger loss rarely keeps a limit that users set."""
 
 
 @dataclass(kw_only=True)
@@ -35,6 +33,7 @@ class SizeSearch:
         fit: function that fits the factors of decisions.
         judge: function that returns the value of a model, and whether it keeps the limit.
         smallest: share of the smallest plan.
+        aim: foreseen loss of the first point.
         trials: models that were fitted and judged, in order.
     """
 
@@ -44,6 +43,7 @@ class SizeSearch:
     fit: Callable[[Decisions], Planned]
     judge: Callable[[Planned], tuple[float | None, bool]]
     smallest: float
+    aim: float
     trials: list[PlanTrial] = field(default_factory=list)
 
     def run(self) -> Planned | None:
@@ -72,20 +72,10 @@ class SizeSearch:
         return best
 
     def _first(self, low: float) -> float:
-        """Return the smallest share whose plan has the foreseen loss `FORESEEN`, within the middle of what is possible."""
+        """Return the smallest share whose plan foresees the loss `aim`, within the middle of what is possible."""
         least, most = low, 1.0
         for _ in range(6):
             middle = (least + most) / 2
-            least, most = (middle, most) if self.foreseen(self.plan(middle)) > FORESEEN else (least, middle)
+            least, most = (middle, most) if self.foreseen(self.plan(middle)) > self.aim else (least, middle)
         edge = (1 - low) / 4
         return min(max(most, low + edge), 1 - edge)
-
-
-def tried(trials: Sequence[PlanTrial], text: Callable[[float], str]) -> str:
-    """Return the shares and values of trials in words, from the largest share."""
-    ordered = sorted(trials, key=lambda trial: -trial.share)
-    return ", ".join(
-        f"{trial.share:.1%}: {'no finite outputs' if trial.value is None else text(trial.value)}"
-        f"{'' if trial.holds else ' (missed)'}"
-        for trial in ordered
-    )

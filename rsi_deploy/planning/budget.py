@@ -116,7 +116,9 @@ class Budget:
             return Budget(max_size=math.floor(share * dense_total))
         if self.max_latency is not None:
             return Budget(max_latency=math.floor(share * dense_total))
-        return Budget(**{"keep_latency" if self.cost == "nanoseconds" else f"keep_{self.cost}": share})
+        if self.keep_latency is not None:
+            return Budget(keep_latency=share)
+        return Budget(keep_params=share) if self.keep_macs is None else Budget(keep_macs=share)
 
     def limit(self, dense_total: int, fixed: int, *, smallest: int = 0) -> int:
         """Return the limit for the sites: the budget of the whole model minus the fixed cost.

@@ -26,8 +26,10 @@ OPTIONS: dict[Measure, str] = {
 KINDS: dict[Measure, str] = {"agreement": "class scores", "cosine": "embeddings", "output_error": "any outputs"}
 DEFAULTS: dict[Measure, float] = {"agreement": 0.99, "cosine": 0.99, "output_error": 0.01}
 """Limits where no size is set."""
-ROOM = 1.5
-"""Wished check samples over those that suffice if all answers are equal. At 1.5 one answer in 450 may differ at 99 %."""
+ROOM = 2.2
+"""Least check samples over those that suffice if all answers are equal; two answers may then differ."""
+AMPLE = 4.0
+"""Check samples over those that suffice, where there are samples beyond the fit part; six answers may then differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +66,24 @@ class QualityBudget:
             return None
         return math.ceil(round(math.log(0.05) / math.log(self.limit), 9))
 
+    def wished(self, beyond: int) -> int | None:
+        """Return the wished number of check samples, with so many samples beyond the fit part; None for the usual one.
+
+        Examples:
+            >>> budget = QualityBudget(measure="agreement", limit=0.99)
+            >>> budget.wished(0), budget.wished(976), budget.wished(50_000)
+            (658, 976, 1196)
+        """
+        if self.needed is None:
+            return None
+        return max(math.ceil(ROOM * self.needed), min(beyond, math.ceil(AMPLE * self.needed)))
+
     @property
-    def wished(self) -> int | None:
-        """Wished number of check samples; None for the usual number."""
-        return None if self.needed is None else math.ceil(ROOM * self.needed)
+    def foreseen(self) -> float:
+        """A foreseen loss (relative output distance + KL divergence) that may be about right, to start a search at."""
+        if self.measure == "output_error":
+            return self.limit / 3
+        return (1 - self.limit) if self.measure == "cosine" else 3 * (1 - self.limit) ** 2
 
     def limit_of(self, quality: "OutputQuality") -> float | None:
         """Return the one-sided limit of the measure, as a fraction; None where there is none."""

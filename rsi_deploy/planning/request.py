@@ -129,16 +129,14 @@ class RankRequest:
         return self.quality is not None or self.max_drop is not None or self.needs_quality
 
     @property
+    def is_limited_by_error(self) -> bool:
+        """Return whether `--max-output-error` chooses the ranks, and is no gate."""
+        return self.quality is not None and self.quality.measure == "output_error"
+
+    @property
     def needs_quality(self) -> bool:
         """Return whether the kind of the outputs has to choose the limit, because nothing else decides the ranks."""
         return self.calib is not None and not self._given
-
-    @property
-    def wished_check(self) -> int | None:
-        """Wished number of check samples; None for the usual number."""
-        if self.check_size is not None or self.quality is None or self.calib_check is not None:
-            return self.check_size
-        return self.quality.wished
 
     @property
     def is_fitted(self) -> bool:

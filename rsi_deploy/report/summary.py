@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # a machine that only measures has no torch
     from rsi_deploy.calibration.record import CalibrationRecord, OutputQuality
     from rsi_deploy.core.sites import SiteRecord
     from rsi_deploy.onnx_models.inspection import SiteView
+    from rsi_deploy.planning.record import PlanRecord
     from rsi_deploy.planning.settings import ExportSettings
     from rsi_deploy.report.schema import Report
 
@@ -45,6 +46,8 @@ def verdict(report: "Report") -> str:
     if report.calibration is not None and report.calibration.quality.is_broken:
         kept = quality_words(report.calibration.quality)[0]
         parts.insert(0, f"the compressed model does not answer as the dense one does ({kept})")
+    if report.plan is not None and report.plan.delivers_dense:
+        parts.insert(0, f"the DENSE model is delivered: no compressed model that was tried keeps {report.plan.limit}")
     parts.append(report.latency.arms[1].verdict if report.latency else "latency not measured")
     if report.accuracy and report.accuracy.dense.top1 is not None and report.accuracy.compressed.top1 is not None:
         parts.append(f"top-1 {report.accuracy.compressed.top1 - report.accuracy.dense.top1:+.2f} points")
@@ -106,8 +109,7 @@ def checks_table(report: "Report") -> Table:
 
 def evidence_lines(report: "Report") -> list[str]:
     """Return the results of calibration and of the softmax bound, a line each."""
-    lines = []
-    lines += quality_lines(report)
+    lines = [*plan_lines(report), *quality_lines(report)]
     if b := report.softmax_bound:
         lines.append(
             f"softmax bound, {site_name(b.site)} split alone: top-1 unchanged for at least "
@@ -115,6 +117,50 @@ def evidence_lines(report: "Report") -> list[str]:
             f"({b.violations} violations)"
         )
     return lines
+
+
+def plan_lines(report: "Report") -> list[str]:
+    """Return what planning has foreseen and tried, a line each."""
+    plan = report.plan
+    if plan is None:
+        return []
+    lines = []
+    if plan.trials:
+        why = "no size was set, so this is the limit: " if plan.is_default else ""
+        goal = "fastest" if plan.is_fastest else "smallest"
+        what = "time" if plan.is_fastest else "parameters"
+        found = "none but the dense one" if plan.delivers_dense else f"the {goal} of {len(plan.trials)} that were tried"
+        lines.append(f"{why}{plan.limit}: {found}; at each share of the {what}: {_trials(plan)}")
+    if plan.foreseen is not None and plan.shown is not None:
+        worse = "" if plan.worse is None else f", {plan.worse:.2g} times as much"
+        lines.append(
+            f"the plan foresaw a loss of {plan.foreseen:.2g} (relative output distance and KL, site by site); the "
+            f"check part shows {plan.shown:.2g}{worse}"
+        )
+    if plan.given_back:
+        lines.append(
+            f"{', '.join(plan.given_back)}: dense again, because the check part showed that the split costs more than "
+            f"was foreseen; so the check part chose something, and its values are a little too good"
+        )
+    return lines
+
+
+def _trials(plan: "PlanRecord") -> str:
+    """Return the trials of a search in words, from the largest share; a lone value is a one-sided 95 % limit."""
+    option = plan.limit.split()[0]
+
+    def text(value: float) -> str:
+        if option == "--max-drop":
+            return f"{value:+.2f} points lost"
+        sign = "at most " if option == "--max-output-error" else "at least "
+        return f"{sign}{value:.4f}" if option == "--min-cosine" else f"{sign}{100 * value:.3g} %"
+
+    words = [
+        f"{trial.share:.1%} {'no finite outputs' if trial.value is None else text(trial.value)}"
+        f"{'' if trial.holds else ' (missed)'}"
+        for trial in sorted(plan.trials, key=lambda trial: -trial.share)
+    ]
+    return ", ".join(words)
 
 
 def quality_lines(report: "Report") -> list[str]:
