@@ -140,7 +140,7 @@ def test_fitted_factors_beat_plain_ones(here):
     export("m.onnx", "--rank", "25%", "--factors", "weights")
     plain = report_of()
     assert decided(fitted) == decided(plain)
-    assert fitted.calibration.output_error < 0.5 * plain.calibration.output_error
+    assert fitted.calibration.quality.output_error < 0.5 * plain.calibration.quality.output_error
     assert (fitted.settings.factors, plain.settings.factors) == ("response", "weights")
     assert all(site.response_error is not None and site.normalized_error is None for site in fitted.split_sites)
     assert all(site.response_error is None and site.normalized_error is not None for site in plain.split_sites)
@@ -156,7 +156,7 @@ def test_factors_of_the_weights_under_a_budget(here):
     assert report.compressed.params <= 0.5 * report.dense.params
     assert report.split_sites
     assert all(site.response_error is None for site in report.split_sites)
-    assert report.calibration.output_error > 0
+    assert report.calibration.quality.output_error > 0
 
 
 def test_the_same_command_gives_the_same_bytes_and_another_seed_others(here):
@@ -173,8 +173,8 @@ def test_a_text_model_with_two_inputs_and_a_mask(here, capsys):
     export("text.onnx", "--keep-params", "0.7", calib="texts.npz")
     report = report_of()
     assert [site.name for site in report.split_sites]
-    assert report.calibration.divergence is None  # unit vectors are no class scores
-    assert report.calibration.output_error < 0.5
+    assert report.calibration.quality.divergence is None  # unit vectors are no class scores
+    assert report.calibration.quality.output_error < 0.5
     capsys.readouterr()
     np.savez("half.npz", ids=np.load("texts.npz")["ids"])
     err = refused(capsys, 2, "text.onnx", "--keep-params", "0.7", calib="half.npz")
@@ -284,11 +284,38 @@ def test_too_few_samples_are_said_with_how_many_would_do(here):
     np.savez("few.npz", x=np.load("c.npz")["x"][:20])
     export("m.onnx", "--rank", "25%", calib="few.npz")
     (note,) = report_of().notes
-    assert "samples give 3 sites fewer than 4 rows an input (fc2: 20 rows for 48); about 192 samples would do" in note
+    assert (
+        "16 samples of the fit give 3 sites fewer than 4 rows an input (fc2: 16 rows for 48); about 256 samples" in note
+    )
     export("m.onnx", "--rank", "25%", "--calib-size", "20")
-    assert "20 calibration samples (--calib-size; there are 200) give" in report_of().notes[0]
-    export("m.onnx", "--rank", "25%")  # 200 of them
+    assert "20 samples of the fit (--calib-size; there are 200) give" in report_of().notes[0]
+    inputs("more.npz", 12, count=256)
+    export("m.onnx", "--rank", "25%", calib="more.npz")
     assert report_of().notes == ()
+
+
+def test_a_model_that_only_its_fit_part_likes_is_not_praised(here, capsys):
+    """A wide head fitted to 24 samples of its own kind, checked on others."""
+    mlp_onnx("wide.onnx", sizes=(300, 10))
+    inputs("fit.npz", 300, count=24)
+    inputs("new.npz", 300, count=200, seed=5)
+    export("wide.onnx", "--rank", "3", "--calib-check", "new.npz", calib="fit.npz")
+    report = report_of()
+    assert report.calibration.checked.is_broken
+    assert report.calibration.in_sample.agreement > report.calibration.checked.agreement + 10
+    out = capsys.readouterr().out
+    assert "verdict: the outputs are broken" in out
+    assert (here / "b" / "README.md").read_text().count("the outputs are broken") == 1
+    assert "The outputs are broken" in (here / "b" / "report.html").read_text()
+    export("wide.onnx", "--rank", "3", calib="fit.npz", output="c")
+    assert report_of("c").calibration.needed == 128
+    out = capsys.readouterr().out
+    assert "too few samples for a verdict" in out
+    assert "128" in out
+    one = np.load("fit.npz")["x"][:1]
+    np.savez("one.npz", x=one)
+    export("wide.onnx", "--rank", "3", "--factors", "weights", calib="one.npz", output="d")
+    assert "no check part" in capsys.readouterr().out
 
 
 # -- requests that cannot be meant
@@ -316,6 +343,12 @@ def test_too_few_samples_are_said_with_how_many_would_do(here):
         ("--rank 4 --calib nan.npz", "--calib: the data for input have NaN; remove those samples"),
         ("--rank 4 --calib other.npz", "has the input input, but the data hold rows, columns; give data with"),
         ("--rank 4 --calib empty.npz", "has no samples"),
+        ("--rank 4 --calib-check c.npz", "--calib-check goes with --calib: add --calib DATA"),
+        ("--rank 4 --calib c.npz --calib-check nowhere.npz", "--calib-check: nowhere.npz does not exist"),
+        ("--rank 4 --calib c.npz --calib-check wide.npz", "--calib-check: the model takes input: float32 (batch, 12)"),
+        ("--rank 4 --calib c.npz --calib-check empty.npz", "--calib-check: "),
+        ("--rank 4 --calib c.npz --calib-check c.npz", "--calib-check and --calib share samples (200 of 200"),
+        ("--rank 4 --calib c.npz --check-size 0", "--check-size must be at least 1"),
         ("--rank 49 --calib c.npz", "--rank 49 is above the full rank of every site"),
         ("--rank 4 --calib c.npz --exclude nothing", "--exclude 'nothing' matches none of the 3 sites"),
         ("--keep-params 0.5 --calib c.npz --exclude nothing", "--exclude 'nothing' matches none of the 3 sites"),
@@ -383,13 +416,14 @@ def test_the_terminal_tells_forms_losses_and_the_certificate(here, capsys):
     export("net.onnx", "--rank", "25%", "--data", data, calib="calib.npz")
     out = capsys.readouterr().out
     assert "response" in out
-    assert "calibration, 200 samples: output error " in out
+    assert "in-sample" in out
     assert "top-1 unchanged for at least " in out
     assert "normalized spectral error" not in out
     card = (here / "b" / "README.md").read_text()
     assert "rank 25%, fitted to calibration data, seed 0" in card
     assert "response" in card
-    assert "- calibration, 200 samples: output error " in card
+    assert "check part | in-sample |" in card
+    assert "| samples | 64 | 136 |" in card
     export("conv.onnx", "--keep-macs", "0.5", calib="images.npz")
     out = capsys.readouterr().out
     assert "Conv input" in out or "Conv separable" in out or "Conv channel" in out

@@ -90,7 +90,9 @@ def calibration_record(
     for name, part in parts.items():
         if name not in outputs:
             outputs[name] = dense_outputs(dense, part, provider, proto)
-    quality = {name: output_quality(outputs[name], compressed, part, provider) for name, part in parts.items()}
+    # Among more samples fewer neighbours stay: both parts look for them among as many.
+    pool = min(part.samples for part in parts.values())
+    quality = {name: output_quality(outputs[name], compressed, part, provider, pool) for name, part in parts.items()}
     record = CalibrationRecord(
         samples=data.samples,
         check_samples=0 if data.check is None else data.check.samples,
@@ -126,7 +128,9 @@ def dense_outputs(dense: Path, part: SamplePart, provider: str, proto: ModelProt
     return PartOutputs(batches=tuple(batches), fingerprint=fingerprint.hexdigest())
 
 
-def output_quality(dense: PartOutputs, compressed: Path, part: SamplePart, provider: str) -> OutputQuality:
+def output_quality(
+    dense: PartOutputs, compressed: Path, part: SamplePart, provider: str, pool: int | None = None
+) -> OutputQuality:
     """Run a compressed model on a part of the data, and compare its outputs with the dense model's.
 
     Args:
@@ -134,6 +138,7 @@ def output_quality(dense: PartOutputs, compressed: Path, part: SamplePart, provi
         compressed: file of the compressed model.
         part: samples.
         provider: execution provider of onnxruntime.
+        pool: number of samples, evenly spaced, among which neighbours are looked for; None for all.
 
     Raises:
         UsageError: outputs of other shapes than the dense model's.
@@ -153,10 +158,10 @@ def output_quality(dense: PartOutputs, compressed: Path, part: SamplePart, provi
         if not np.isfinite(w[finite]).all():
             raise GateError("the compressed model gives NaN or infinite outputs on the calibration data; export again")
         pairs.append((np.where(finite, z, 0), np.where(finite, w, 0)))
-    return _compared(pairs, dense.fingerprint)
+    return _compared(pairs, dense.fingerprint, pool)
 
 
-def _compared(pairs: list[tuple[Array, Array]], fingerprint: str) -> OutputQuality:
+def _compared(pairs: list[tuple[Array, Array]], fingerprint: str, pool: int | None) -> OutputQuality:
     """Compare the dense model's outputs with the compressed model's, batch by batch."""
     moved, unit = _moved(pairs)
     several = len(moved) > 1
@@ -169,7 +174,7 @@ def _compared(pairs: list[tuple[Array, Array]], fingerprint: str) -> OutputQuali
     measure = measure_of([z for z, _ in pairs])
     if measure != "output_error":
         z, w = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
-        found |= _of_scores(z, w) if measure == "agreement" else _of_embeddings(z, w)
+        found |= _of_scores(z, w) if measure == "agreement" else _of_embeddings(z, w, pool or len(z))
     return OutputQuality(**found)
 
 
@@ -215,16 +220,17 @@ def _of_scores(z: Array, w: Array) -> dict[str, Any]:
     }
 
 
-def _of_embeddings(z: Array, w: Array) -> dict[str, Any]:
-    """Return the fields of embeddings `(N, width)`."""
+def _of_embeddings(z: Array, w: Array, pool: int) -> dict[str, Any]:
+    """Return the fields of embeddings `(N, width)`; neighbours among `pool` of them, evenly spaced."""
     angles = cosine(z, w)
     found: dict[str, Any] = {"cosine": float(angles.mean()), "worst_cosine": float(np.percentile(angles, 1))}
     if len(z) > 1:
         found["cosine_interval"] = mean_interval(angles)
         found["cosine_at_least"] = mean_interval(angles, level=ONE_SIDED)[0]
         found["worst_cosine_interval"] = percentile_interval(angles, 1)
-    if len(z) >= 2 * NEIGHBOURS:
-        kept = 100 * neighbours_kept(z, w, NEIGHBOURS)
+    if (count := min(pool, len(z))) >= 2 * NEIGHBOURS:
+        rows = np.arange(count) * len(z) // count
+        kept = 100 * neighbours_kept(z[rows], w[rows], NEIGHBOURS)
         found |= {"neighbours": float(kept.mean()), "neighbours_interval": mean_interval(kept)}
     return found
 

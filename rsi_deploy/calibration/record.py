@@ -34,8 +34,8 @@ class OutputQuality(pydantic.BaseModel, frozen=True, extra="forbid"):
         cosine_interval, cosine_at_least: bootstrap over samples.
         worst_cosine: 1st percentile of the cosine.
         worst_cosine_interval: bootstrap over samples.
-        neighbours: percentage of each sample's 10 nearest neighbours among the samples that stay its neighbours, for
-            embeddings of at least 20 samples.
+        neighbours: percentage of each sample's 10 nearest neighbours that stay its neighbours, for embeddings. Both
+            parts of a record look for them among as many samples, at least 20.
         neighbours_interval: bootstrap over samples.
         confidence: mean largest probability of the dense model, for class scores.
         data_fingerprint: sha256 of the samples as they enter the model.
@@ -59,6 +59,12 @@ class OutputQuality(pydantic.BaseModel, frozen=True, extra="forbid"):
     neighbours_interval: Interval | None = None
     confidence: float | None = None
     data_fingerprint: str
+
+    @property
+    def value(self) -> float | None:
+        """The agreement in percent, else the mean cosine, else the output error."""
+        values = (self.agreement, self.cosine, self.output_error)
+        return next((value for value in values if value is not None), None)
 
     @property
     def is_broken(self) -> bool:

@@ -10,6 +10,7 @@ from rsi_deploy.report.summary import (
     checks_table,
     comparison_table,
     evidence_lines,
+    quality_table,
     request_text,
     site_notes,
     site_table,
@@ -26,6 +27,7 @@ def model_card(report: Report, model: Path) -> str:
         inputs = [f"- input `{in_markdown(str(spec))}`" for spec in specs or ()]
     except ModelError as error:  # an input that is no tensor
         specs, inputs = None, [f"- {in_markdown(str(error))}"]
+    quality = quality_table(report)
     shapes = ", ".join(map(str, report.probe_shapes.values()))
     lines = [
         f"# {in_markdown(report.source.model)}, compressed",
@@ -36,6 +38,7 @@ def model_card(report: Report, model: Path) -> str:
         f"**{verdict(report)}**",
         "",
         *comparison_table(report).markdown(),
+        *(["", f"{quality.caption}:", "", *quality.markdown()] if quality.rows else []),
         "",
         _measured_on(report),
         "",

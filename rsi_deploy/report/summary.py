@@ -37,20 +37,34 @@ CHECKS = {
 """Check of `Verification` -> what is compared."""
 
 
+QUALITY = (
+    ("agreement", "agreement", ".1f", " %", 1),
+    ("mean cosine", "cosine", ".4f", "", 1),
+    ("1st percentile of the cosine", "worst_cosine", ".4f", "", 1),
+    ("neighbours kept", "neighbours", ".1f", " %", 1),
+    ("output error", "output_error", ".2g", " %", 100),
+    ("KL divergence", "divergence", ".2g", "", 1),
+)
+"""Name, field of `OutputQuality`, format, unit and factor of each value."""
+
+
 # -- the whole model
 
 
 def verdict(report: "Report") -> str:
     """Return the changes of size, time and accuracy in one sentence."""
     parts = [size_change(report.dense.bytes, report.compressed.bytes)]
-    if report.calibration is not None and report.calibration.quality.is_broken:
-        kept = quality_words(report.calibration.quality)[0]
-        parts.insert(0, f"the compressed model does not answer as the dense one does ({kept})")
     if report.plan is not None and report.plan.delivers_dense:
         parts.insert(0, f"the DENSE model is delivered: no compressed model that was tried keeps {report.plan.limit}")
     parts.append(report.latency.arms[1].verdict if report.latency else "latency not measured")
     if report.accuracy and report.accuracy.dense.top1 is not None and report.accuracy.compressed.top1 is not None:
         parts.append(f"top-1 {report.accuracy.compressed.top1 - report.accuracy.dense.top1:+.2f} points")
+    if c := report.calibration:
+        kept = f"{quality_words(c.quality)[0]} {'in-sample' if c.checked is None else 'on the check part'}"
+        if c.quality.is_broken:
+            parts[0] = f"the outputs are broken ({kept}); {parts[0]}"
+        elif report.accuracy is None:
+            parts.append(kept)
     return ", ".join(parts) + "."
 
 
@@ -108,8 +122,10 @@ def checks_table(report: "Report") -> Table:
 
 
 def evidence_lines(report: "Report") -> list[str]:
-    """Return the results of calibration and of the softmax bound, a line each."""
-    lines = [*plan_lines(report), *quality_lines(report)]
+    """Return what planning has tried, what limits the quality on the data, and the softmax bound, a line each."""
+    lines = plan_lines(report)
+    if report.calibration is not None:
+        lines += quality_limits(report.calibration)
     if b := report.softmax_bound:
         lines.append(
             f"softmax bound, {site_name(b.site)} split alone: top-1 unchanged for at least "
@@ -163,43 +179,44 @@ def _trials(plan: "PlanRecord") -> str:
     return ", ".join(words)
 
 
-def quality_lines(report: "Report") -> list[str]:
-    """Return the quality of the outputs on the check part, in-sample, and what limits both, a line each."""
+def quality_table(report: "Report") -> Table:
+    """Return the quality of the outputs on the check part, with intervals, and in-sample; empty without calibration."""
     c = report.calibration
+    caption = "Outputs on calibration data, compressed against dense"
     if c is None:
-        return []
-    ranks_alone = ", for ranks alone" if report.settings.factors == "weights" else ""
-    lines = [f"in-sample, {c.in_sample.samples:,} of the {c.samples:,} samples of the fit{ranks_alone}: "]
-    lines[0] += ", ".join(quality_words(c.in_sample))
-    if c.checked is not None:
-        source = "--calib-check" if c.is_separate else "no part of the fit"
-        words = ", ".join(quality_words(c.checked, intervals=True))
-        lines.insert(0, f"check part, {c.checked.samples:,} samples, {source}: {words}")
-    return lines + quality_limits(c)
+        return Table(caption=caption, columns=("",), rows=[])
+    checked = c.quality
+    name = "--calib-check" if c.is_separate else "check part"
+    columns = ("", f"#{name}", "#in-sample")
+    counts = ("samples", f"{checked.samples:,}", f"{c.in_sample.samples:,}")
+    table = Table(caption=caption, columns=columns, rows=[counts, *quality_rows(checked, c.in_sample)])
+    return table.without(columns[1:2]) if c.checked is None else table
 
 
-def quality_words(quality: "OutputQuality", *, intervals: bool = False) -> list[str]:
-    """Return the values of a quality in words, most important first, with or without intervals."""
-    q = quality
-    values = [
-        ("agreement", q.agreement, q.agreement_interval, ".1f", " %", 1),
-        ("mean cosine", q.cosine, q.cosine_interval, ".4f", "", 1),
-        ("1st percentile of the cosine", q.worst_cosine, q.worst_cosine_interval, ".4f", "", 1),
-        ("neighbours kept", q.neighbours, q.neighbours_interval, ".1f", " %", 1),
-        ("output error", q.output_error, q.output_error_interval, ".2g", " %", 100),
-        ("KL", q.divergence, q.divergence_interval, ".2g", "", 1),
-    ]
-    words = []
-    for name, value, ends, form, unit, factor in values:
-        if value is not None:
-            both = None if ends is None or not intervals else (factor * ends[0], factor * ends[1])
-            words.append(with_interval(f"{name} {factor * value:{form}}{unit}", both, form))
-    return words if q.output_error is not None else [*words, "the dense outputs are all zero"]
+def quality_words(quality: "OutputQuality") -> list[str]:
+    """Return the values of a quality, each with its name, the most important one first."""
+    words = [f"{name} {value}" for name, _, value in quality_rows(quality, quality)]
+    return words or ["the dense outputs are all zero"]
+
+
+def quality_rows(checked: "OutputQuality", in_sample: "OutputQuality") -> list[tuple[str, str, str]]:
+    """Return (quantity, value with interval on the check part, value in-sample), the most important one first."""
+    rows = []
+    for name, field, form, unit, factor in QUALITY:
+        value, ends, inside = getattr(checked, field), getattr(checked, f"{field}_interval"), getattr(in_sample, field)
+        if value is None:
+            continue
+        scaled = None if ends is None else (factor * ends[0], factor * ends[1])
+        text = with_interval(f"{factor * value:{form}}{unit}", scaled, form)
+        rows.append((name, text, "" if inside is None else f"{factor * inside:{form}}{unit}"))
+    return rows
 
 
 def quality_limits(record: "CalibrationRecord") -> list[str]:
-    """Return the sentences about what a quality cannot show."""
+    """Return what the quality on calibration data cannot show, a sentence each."""
     lines = []
+    if record.quality.output_error is None:
+        lines.append("all outputs of the dense model are zero on the calibration data: nothing can be compared")
     if record.checked is None:
         lines.append("no check part: every calibration sample is in the fit, so the values are in-sample")
     if record.needed is not None:

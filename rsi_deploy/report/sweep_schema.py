@@ -39,6 +39,8 @@ class SweepPoint(pydantic.BaseModel, frozen=True, extra="forbid"):
         agreement: equal top-1 answers on the check part in percent; None if outputs are not class scores.
         cosine: mean cosine of the outputs on the check part; None if they are not embeddings.
         output_error: relative squared distance of the outputs on the check part.
+        in_sample: the first of these three that is not None, on samples of the fit part.
+        is_broken: whether the outputs are broken, as `OutputQuality.is_broken` says.
         splits: number of split sites.
         seconds: wall time of the point.
     """
@@ -55,6 +57,8 @@ class SweepPoint(pydantic.BaseModel, frozen=True, extra="forbid"):
     agreement: float | None = None
     cosine: float | None = None
     output_error: float | None = None
+    in_sample: float | None = None
+    is_broken: bool = False
     splits: int = 0
     seconds: float = 0.0
 
@@ -138,6 +142,8 @@ def point_of(number: int, share: float, folder: str, report: Report, seconds: fl
         agreement=None if quality is None else quality.agreement,
         cosine=None if quality is None else quality.cosine,
         output_error=None if quality is None else quality.output_error,
+        in_sample=None if report.calibration is None else report.calibration.in_sample.value,
+        is_broken=quality is not None and quality.is_broken,
         splits=len(report.split_sites),
         seconds=seconds,
     )

@@ -363,3 +363,18 @@ def test_a_digest_depends_on_the_values():
     assert both[1] != first[1], "another mask is another sample"
     data = CalibrationData({"input": rows(70)}, [spec()], None, 1000)
     assert len(data.digests()) == 70
+
+
+def test_samples_of_different_shapes_are_never_joined():
+    """Texts of two lengths, 32 of a length at a time."""
+
+    class Texts(ArrayData):
+        def batches(self, batch_size, preprocessing, limit=None):
+            for number, (values, labels) in enumerate(super().batches(batch_size, preprocessing, limit)):
+                yield values[:, : 2 + number % 2], labels
+
+    data = CalibrationData(Texts(rows(320)), [spec(shape=("N", "length"))], None, 1000)
+    batches = [feeds["input"] for feeds in data.feeds()]
+    assert {batch.shape[1] for batch in batches} == {2, 3}
+    assert sorted(int(value) for batch in batches for value in batch[:, 0]) == sorted(flat(numbers(data.fit)))
+    assert all(batch.shape[1] == 2 + int(batch[0, 0]) // 32 % 2 for batch in batches)

@@ -101,6 +101,10 @@ def test_embeddings_have_cosines_and_neighbours(tmp_path):
     assert quality.is_broken
     same = quality_of(model, model, data.check)
     assert (same.neighbours, same.is_broken) == (100, False)
+    record, _ = calibration_record(model, other, data, "cpu")
+    assert len(data.check.rows) < len(data.in_sample.rows)
+    assert abs(record.in_sample.neighbours - record.checked.neighbours) < 15, "both are among as many samples"
+    assert quality_of(model, other, data.in_sample).neighbours < record.in_sample.neighbours
     assert same.cosine == pytest.approx(1)
 
 

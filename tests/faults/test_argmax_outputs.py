@@ -126,8 +126,8 @@ def test_calibration_uses_the_scores(ending, capsys):
         path.name, "b", calib="c.npz", data="d.npz", keep_macs=0.6, measure=False, keep_dense=True, allow_larger=True
     )
     assert report.compressed.macs <= 0.6 * report.dense.macs
-    assert report.calibration.divergence is not None, "class scores were compared, not ids"
-    assert 0 < report.calibration.output_error < 1
+    assert report.calibration.quality.divergence is not None, "class scores were compared, not ids"
+    assert 0 < report.calibration.quality.output_error < 1
     assert report.accuracy.dense.top1 == 100
     model = onnxruntime.InferenceSession("b/model.onnx", providers=["CPUExecutionProvider"])
     names = [value.name for value in onnx.load(path).graph.output]
@@ -190,7 +190,7 @@ def test_scores_before_a_comparison_are_read(tmp_path, monkeypatch, capsys):
         )
         == 0
     )
-    assert 0 < json.loads(capsys.readouterr().out)["calibration"]["output_error"] < 1
+    assert 0 < json.loads(capsys.readouterr().out)["calibration"]["checked"]["output_error"] < 1
 
 
 def test_a_model_without_scores_is_refused(tmp_path, monkeypatch):

@@ -148,7 +148,7 @@ def test_a_misspelled_name_is_named_with_the_right_one(here):
 
 def test_regression_targets_do_not_prevent_calibration(here):
     np.savez("d.npz", x=X, y=Y[:, 0])
-    assert CalibrationData("d.npz", [spec("x", "n", 16)], None, 100).samples == 40
+    assert CalibrationData("d.npz", [spec("x", "n", 16)], None, 100).samples == 32
     with pytest.raises(UsageError, match=r"labels must be integers.*float32"):
         evaluate(model_of_one(here), "d.npz")
 
@@ -207,7 +207,7 @@ def test_every_form_of_an_input_without_a_batch_axis(here, given, wanted, expect
     np.testing.assert_array_equal(found[wanted.name], expected)
     np.testing.assert_array_equal(found["x"], X)
     data = CalibrationData("d.npz", specs, None, 100)
-    assert (data.samples, [data.axes.samples(feeds) for feeds in data.feeds()]) == (40, [32, 8])
+    assert (data.samples, [data.axes.samples(feeds) for feeds in data.feeds()]) == (32, [8, 8, 8, 8])
     assert len(data.digests()) == 40
     again = for_inputs(for_inputs(open_data("d.npz", specs=specs), specs), specs)
     np.testing.assert_array_equal(fed(again, specs)[wanted.name], expected)
@@ -265,7 +265,7 @@ def test_a_fixed_batch_with_a_scalar_before_the_samples(here):
     np.savez("d.npz", x=X[:30], k=np.float32(2), labels=LABELS[:30])
     assert evaluate("m.onnx", "d.npz").samples == 30
     data = CalibrationData("d.npz", model_inputs("m.onnx"), None, 100)
-    assert (data.batch, data.samples) == (8, 24)
+    assert (data.batch, data.samples, data.check.samples) == (8, 16, 8)
 
 
 def test_a_batch_that_is_not_the_first_axis(here):

@@ -248,8 +248,8 @@ def test_calibration_reads_the_scores_of_a_zipmap(tmp_path):
     path = classifier(tmp_path / "m.onnx", ["z", "b", "c"])
     np.savez(tmp_path / "c.npz", x=np.random.default_rng(4).standard_normal((32, 64)).astype(np.float32))
     report = export(str(path), tmp_path / "b", rank="25%", calib=tmp_path / "c.npz", measure=False)
-    assert report.calibration.checked == 32
-    assert report.calibration.agreement is not None
+    assert (report.calibration.samples, report.calibration.check_samples) == (26, 6)
+    assert report.calibration.quality.agreement is not None
 
 
 @pytest.mark.parametrize("make", [text_ids, bag_of_words, encoded_texts])

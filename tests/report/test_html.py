@@ -107,7 +107,12 @@ def test_the_page_has_the_numbers_of_the_report(bundle, report):
     responses = {row[0]: row[2] for row in page.table("Response errors")}
     assert responses == {s.name: f"{100 * s.response_error:.2g} %" for s in report.split_sites}
     assert f"{report.dense.bytes / report.compressed.bytes:.2f}x smaller" in page.words
-    assert "Calibration, 60 samples" in page.words
+    c = report.calibration
+    quality = {row[0]: row for row in page.table("Outputs on calibration data")}
+    assert quality["samples"][1:] == [str(c.check_samples), str(c.in_sample.samples)] == ["12", "48"]
+    assert quality["agreement"][1].startswith(f"{c.checked.agreement:.1f} % [")
+    assert quality["agreement"][2] == f"{c.in_sample.agreement:.1f} %"
+    assert "too few samples for a verdict: the check part has 12" in page.words.lower()
     assert [row[2] for row in page.table("Relative error")] == [
         "not measured",
         f"{report.verification.surgery.relative_l2:.1e}",

@@ -16,6 +16,9 @@ from rsi_deploy.report.summary import (
     checks_table,
     comparison_table,
     evidence_lines,
+    quality_limits,
+    quality_rows,
+    quality_table,
     quality_words,
     request_text,
     verdict,
@@ -36,7 +39,11 @@ def report_page(report: Report, document: str) -> str:
 def page_of_report(report: Report, source: str = "") -> Page:
     """Return the page of a report; `source` is the sha256 of its document, or ""."""
     sections = [
-        Section(name="result", title="Dense against compressed", blocks=block_of(comparison_table(report))),
+        Section(
+            name="result",
+            title="Dense against compressed",
+            blocks=[*block_of(comparison_table(report)), *block_of(quality_table(report))],
+        ),
         *([latency_section(report.latency)] if report.latency else []),
         *sections_of_sites(report.sites),
         _checks(report),
@@ -133,19 +140,27 @@ def _accuracy(report: Report) -> Tile:
 
 def _quality(record: CalibrationRecord) -> Tile:
     """Return the tile of the quality of the outputs on the check part."""
-    q = record.quality
-    name, *more = quality_words(q)
-    in_sample = f"in-sample: {quality_words(record.in_sample)[0]}; " if record.checked is not None else ""
+    checked, no_data = record.quality, "accuracy was not measured (no --data)"
+    rows = quality_rows(checked, record.in_sample)
+    if not rows:
+        return Tile(label="Outputs", after="all zero", change=no_data, tone="missing")
+    name, value, in_sample = rows[0]
+    value, _, ends = value.partition(" [")
+    interval = f"95 % interval [{ends}" if ends else "no interval"
+    inside = "" if record.checked is None else f"; {in_sample} in-sample"
     return Tile(
-        label=f"Outputs, {record.part} of {q.samples:,} samples",
-        after=name,
-        change=f"{', '.join(more)}; {in_sample}accuracy was not measured (no --data)",
-        tone="bad" if q.is_broken else "neutral",
+        label=f"{name[0].upper()}{name[1:]}, {record.part}",
+        after=value,
+        change=f"{interval}, {checked.samples:,} samples{inside}; {no_data}",
+        tone="bad" if checked.is_broken else "neutral",
     )
 
 
 def _remarks(report: Report) -> list[str]:
-    remarks = []
+    remarks = [] if report.calibration is None else quality_limits(report.calibration)
+    if report.calibration is not None and report.calibration.quality.is_broken:
+        kept = quality_words(report.calibration.quality)[0]
+        remarks.insert(0, f"The outputs are broken: {kept}, {report.calibration.part}. Do not use this model.")
     if report.latency is not None:
         compressed = report.latency.arms[1]
         if speed_tone(compressed) == "bad":

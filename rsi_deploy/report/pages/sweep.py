@@ -15,7 +15,18 @@ from rsi_deploy.report.table import Table, with_interval
 Cost = Literal["time", "bytes", "macs"]
 SHARES = {"macs": "MACs", "params": "parameters", "latency": "dense model's time"}
 TITLES: dict[Cost, str] = {"time": "share of the dense time", "bytes": "bytes of the model", "macs": "MACs a sample"}
-COLUMNS = ("point", "#share", "#parameters", "#MACs", "#bytes", "#ms", "speedup", "#quality", "on the front of")
+COLUMNS = (
+    "point",
+    "#share",
+    "#parameters",
+    "#MACs",
+    "#bytes",
+    "#ms",
+    "speedup",
+    "#quality",
+    "#in-sample",
+    "on the front of",
+)
 
 
 def sweep_page(sweep: Sweep, document: str) -> str:
@@ -79,7 +90,7 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
     rows = []
     for point in sweep.points:
         if point.size is None:
-            rows.append((str(point.number), f"{point.share:.0%}", *[""] * 6, point.problem))
+            rows.append((str(point.number), f"{point.share:.0%}", *[""] * 7, point.problem))
             continue
         on = ", ".join(cost for cost, numbers in fronts.items() if point.number in numbers)
         dense = sweep.dense
@@ -93,10 +104,19 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
                 "" if point.latency_ms is None else f"{point.latency_ms:.3g}",
                 _speedup(point),
                 "" if point.quality is None else f"{point.quality:.4g}",
-                on,
+                _in_sample(point),
+                "broken outputs" if point.is_broken else on,
             )
         )
     return rows
+
+
+def _in_sample(point: SweepPoint) -> str:
+    """Return the quality on samples of the fit part; "" where the quality is top-1 on evaluation data."""
+    if point.in_sample is None or point.top1 is not None:
+        return ""
+    is_error = point.agreement is None and point.cosine is None
+    return f"{-point.in_sample if is_error else point.in_sample:.4g}"
 
 
 def _section(sweep: Sweep, cost: Cost) -> Section | None:

@@ -10,6 +10,7 @@ from rsi_deploy.report.summary import (
     checks_table,
     comparison_table,
     evidence_lines,
+    quality_table,
     shape,
     site_notes,
     site_table,
@@ -33,6 +34,7 @@ def print_report(console: Console, report: "Report", *, most_sites: int = 30) ->
     """Print the sites, the comparison of dense and compressed model, the checks, the notes, and the verdict."""
     print_sites(console, report.sites, most=most_sites)
     print_table(console, comparison_table(report))
+    print_table(console, quality_table(report))
     checks = [f"{name} {error}" for name, _, error, *_ in checks_table(report).rows if error != "not measured"]
     if report.verification.approximation is not None:
         console.print(f"relative errors of the outputs: {', '.join(checks)}")
