@@ -507,6 +507,8 @@ class Calibrator:
             aim=DROP_AIM if request.quality is None else request.quality.foreseen,
         )
         best = search.run()
+        if best is not None and request.quality is not None and not request.fastest and self._is_larger(best):
+            best = None
         self.record = PlanRecord(
             limit=limit,
             is_default=request.is_default,
@@ -527,6 +529,11 @@ class Calibrator:
         foreseen = foreseen_loss(dict(best.planner.decisions), options)
         self.record = self.record.model_copy(update={"foreseen": foreseen, "shown": shown})
         return best
+
+    def _is_larger(self, made: Planned) -> bool:
+        """Return whether a model has a larger file than the user's."""
+        with self._candidate(made) as (path, _):
+            return file_bytes(path) > self.dense.size.bytes
 
     def _quality(self, made: Planned) -> tuple[float | None, bool]:
         """The one-sided limit of the quality on the check part, and whether it keeps the request's."""

@@ -55,7 +55,7 @@ def verdict(report: "Report") -> str:
     """Return the changes of size, time and accuracy in one sentence."""
     parts = [size_change(report.dense.bytes, report.compressed.bytes)]
     if report.plan is not None and report.plan.delivers_dense:
-        parts.insert(0, f"the DENSE model is delivered: no compressed model that was tried keeps {report.plan.limit}")
+        parts.insert(0, f"the DENSE model is delivered: no smaller one that was tried keeps {report.plan.limit}")
     parts.append(report.latency.arms[1].verdict if report.latency else "latency not measured")
     if report.accuracy and report.accuracy.dense.top1 is not None and report.accuracy.compressed.top1 is not None:
         parts.append(f"top-1 {report.accuracy.compressed.top1 - report.accuracy.dense.top1:+.2f} points")
