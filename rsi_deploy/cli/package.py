@@ -13,7 +13,7 @@ from rsi_deploy.packaging.settings import PackageConfig
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @settings_options(PackageConfig)
 @option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@option("--force", is_flag=True, help="Replace a folder that is there.")
+@option("--force", is_flag=True, help="Replace a package that is there.")
 @option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def package(folder: Path, output: Path, settings: PackageConfig, *, force: bool, as_json: bool) -> None:
     """Make of the bundle DIR what an engine serves: a folder with a README of the commands, and a manifest.

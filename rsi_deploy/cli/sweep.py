@@ -15,7 +15,7 @@ from rsi_deploy.core.settings.verbs import SweepConfig
 @model_argument(required=False)
 @settings_options(SweepConfig, recipe=True)
 @option("-o", "--output", unless="dry_run", type=click.Path(path_type=Path), help="Folder of the sweep.")
-@option("--force", is_flag=True, help="Start again in a folder that is not empty.")
+@option("--force", is_flag=True, help="Replace a sweep or bundle that is there.")
 @option("--dry-run", is_flag=True, help="Print the request as a recipe, and the shares; make nothing.")
 @option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @click.pass_context

@@ -24,7 +24,6 @@ from rsi_deploy.exporting.inputs import (
     device_named,
     evaluation_data,
     input_feeds,
-    input_shapes,
 )
 from rsi_deploy.exporting.keywords import ExportKeywords
 from rsi_deploy.exporting.run import ExportRun
@@ -36,6 +35,7 @@ from rsi_deploy.planning.planner import Filters
 from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.report.schema import Report
 from rsi_deploy.report.sweep_schema import deliver
+from rsi_deploy.runtime.feeds.shapes import input_shapes
 from rsi_deploy.runtime.provider_spec import parse_provider
 from rsi_deploy.runtime.ray_connection import check_ray
 

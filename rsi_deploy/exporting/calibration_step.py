@@ -125,8 +125,6 @@ class Calibrator:
             data = self.data()
             if dense.dataset is not None and not request.allow_shared_data:
                 refuse_shared(data, dense.dataset, dense.inputs, dense.preprocessing)
-            if request.quality is not None:
-                self._refuse_quality(request.quality, data)
             if request.is_fitted or request.is_searched:
                 return self._calibrated(data, decisions)
         if decisions is None:
@@ -146,6 +144,8 @@ class Calibrator:
             if request.quality is not None and request.check_size is None and request.calib_check is None:
                 wished = request.quality.wished(data.available - request.calib_size)
                 data = data if wished is None else self._opened(data.fit.feeding.dataset, wished)
+            if request.quality is not None:
+                self._refuse_quality(request.quality, data)
             self._data = data
         return self._data
 

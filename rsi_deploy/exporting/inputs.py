@@ -1,6 +1,5 @@
 """The settings of an export, made into what its steps take, or refused before any work."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.dataset import UndecidedData
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset, open_undecided
-from rsi_deploy.runtime.feeds.shapes import named_shapes
 from rsi_deploy.runtime.feeds.user_feeds import read_feeds
 from rsi_deploy.torch_models.model_source import Source, load_source, source_of_module
 
@@ -57,17 +55,6 @@ class Origin:
     def over(self, own: Preprocessing | None) -> Preprocessing | None:
         """Return the model's own preprocessing with the fields that were set."""
         return self.preprocessing.over(own) if self.preprocessing else own
-
-
-def input_shapes(texts: Sequence[str]) -> tuple[str | None, dict[str, tuple[int, ...]]]:
-    """Separate the one shape of a torch model's input from those by name.
-
-    Example:
-        >>> input_shapes(["1x3x32x32"]), input_shapes(["ids=1x128"])
-        (('1x3x32x32', {}), (None, {'ids': (1, 128)}))
-    """
-    plain = next((text for text in texts if "=" not in text), None)
-    return plain, dict(named_shapes([text for text in texts if "=" in text]))
 
 
 def input_feeds(feeds: str | Feeds | None) -> Feeds | None:

@@ -117,8 +117,11 @@ class ExportRun:
             check_space(folder)
         feeds = None if dense.outputs is None else self.job.timing_feeds(dense, self.bench_batch)
         store = self._result_store(dense)
-        calibrator = self._calibrator(dense, store, self._timing(dense, feeds, clock))
+        calibrator = self._calibrator(dense, store)
         with _names(dense.source.name, dense.path):
+            if self.timed.request.calib is not None:
+                calibrator.data()  # data that do not fit are refused before the cost table is measured
+            calibrator.timing = self._timing(dense, feeds, clock)
             with clock.stage("calibrate and plan"):
                 planned = calibrator.planned()
             split = self._split(dense)
@@ -193,7 +196,7 @@ class ExportRun:
                 "the model cannot be run on this machine, so nothing can be planned on --calib; add --rank"
             )
         request = self.timed.request
-        measure = self._calibrator(dense, None, None).measure()
+        measure = self._calibrator(dense, None).measure()
         quality = QualityBudget.default(measure)
         request = replace(request, quality=quality, is_default=True)
         step_text = f"no size is set: {quality}, the default for {KINDS[measure]}"
@@ -236,7 +239,7 @@ class ExportRun:
                 command=self.command,
             )
 
-    def _calibrator(self, dense: DenseModel, store: ResultStore | None, timing: TimedExport | None) -> Calibrator:
+    def _calibrator(self, dense: DenseModel, store: ResultStore | None) -> Calibrator:
         """What decides every site and fits the factors."""
         job, request, split = self.job, self.timed.request, self._split(dense)
 
@@ -253,7 +256,6 @@ class ExportRun:
             write=write,
             provider=job.provider,
             progress=job.progress,
-            timing=timing,
             kept=self.kept,
             outputs={} if self.kept is None else dict(self.kept.outputs),
             finished=store if store is not None and fingerprint(request.calib) else None,

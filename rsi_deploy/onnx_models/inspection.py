@@ -108,7 +108,8 @@ def inspect(
     """
     spec = RankSpec.parse(rank)
     planner = Planner(spec=spec, include=tuple(include), exclude=tuple(exclude))
-    shape = None if model.startswith("torchvision:") else (1,)  # no input is run
+    is_factory = ":" in model and not model.startswith("torchvision:") and not model.endswith((".onnx", ".pt2"))
+    shape = (1,) if is_factory else None  # no input is run
     source = load_source(
         model,
         weights=weights,

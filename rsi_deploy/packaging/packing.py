@@ -80,7 +80,7 @@ def package(
         replicas: fewest and most replicas, such as "1-4".
         cpus: CPUs of each replica.
         memory: kserve: memory of each replica, such as "2Gi".
-        force: whether to replace an existing folder that is not empty.
+        force: whether to replace a folder that rsi-deploy wrote.
 
     Raises:
         UsageError: an option is invalid, or the target does not have it.

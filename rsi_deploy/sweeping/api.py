@@ -31,10 +31,9 @@ from rsi_deploy.data.picture_settings import picture_settings, preprocessing_of
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.dense_size import dense_size
-from rsi_deploy.exporting.inputs import input_shapes
 from rsi_deploy.exporting.timing.profile import write_dense
 from rsi_deploy.io.atomic import OutputClaim, claim_output, write_text
-from rsi_deploy.io.bundle import check_target
+from rsi_deploy.io.bundle import check_target, is_sweep
 from rsi_deploy.io.locks import remove
 from rsi_deploy.io.manifest import fingerprint
 from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
@@ -42,6 +41,7 @@ from rsi_deploy.io.onnx_file import model_hash
 from rsi_deploy.report.pages.sweep import sweep_page
 from rsi_deploy.report.schema import read_report
 from rsi_deploy.report.sweep_schema import Sweep, SweepPoint, point_of, read_sweep
+from rsi_deploy.runtime.feeds.shapes import input_shapes
 from rsi_deploy.runtime.machine import environment
 from rsi_deploy.runtime.ray_connection import check_ray
 from rsi_deploy.sweeping.keywords import SweepKeywords
@@ -231,10 +231,9 @@ def _check_folder(folder: Path, force: bool, inputs: Sequence[object]) -> None:
     Raises:
         UsageError: which, and what to type.
     """
-    is_sweep = (folder / "sweep.json").is_file() or (folder / "work").is_dir()
-    if folder.is_dir() and any(folder.iterdir()) and not is_sweep and not force:
-        raise UsageError(f"{folder} is not empty and holds no sweep; choose another folder, or add --force")
     check_target(folder, force=True, inputs=inputs if force else ())
+    if folder.is_dir() and any(folder.iterdir()) and not is_sweep(folder) and not force:
+        raise UsageError(f"{folder} is not empty and holds no sweep; choose another folder, or add --force")
 
 
 def _write(document: Sweep, folder: Path) -> None:

@@ -15,7 +15,7 @@ from rsi_deploy.report.schema import read_report
 from rsi_deploy.report.sweep_schema import Sweep
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
 from rsi_deploy.runtime.feeds.inputs import model_inputs
-from rsi_deploy.runtime.feeds.shapes import named_shapes, unsettled_inputs
+from rsi_deploy.runtime.feeds.shapes import input_shapes, unsettled_inputs
 from rsi_deploy.runtime.machine import free_memory
 
 MEMORY_SHARE = 0.4
@@ -67,7 +67,7 @@ def side_by_side(document: Sweep, folder: Path, dense: Path, config: ExportConfi
 def _shapes(point: Path, dense: Path, config: ExportConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the settings; open ones are those of the data that the points were made with."""
     specs = model_inputs(dense)
-    typed = named_shapes(config.input_shape)
+    _, typed = input_shapes(config.input_shape)
     if not unsettled_inputs(specs, typed):
         return typed
     axes = BatchAxes.of({spec.name: spec.shape for spec in specs})

@@ -26,7 +26,7 @@ from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.io.checkpoint import load_checkpoint_
 from rsi_deploy.io.programs import read_program
 from rsi_deploy.linalg.solver import stream_seed
-from rsi_deploy.runtime.feeds.shapes import parse_shape
+from rsi_deploy.runtime.feeds.shapes import parse_shape, refuse_nameless
 from rsi_deploy.torch_models.computed_weights import folded
 
 
@@ -73,8 +73,11 @@ def load_source(
         source = _torchvision(model.removeprefix("torchvision:"), weights, checkpoint, shape, seed)
     elif model.endswith(".pt2"):
         source = _pt2(_existing(model))
+        if shape is not None:
+            raise UsageError(f"--input-shape: {model} has the shapes it was exported with; leave out --input-shape")
     elif model.endswith(".onnx"):
         path = _existing(model)
+        refuse_nameless(input_shape, path)
         source = Source(name=path.name, onnx=path)
     elif ":" in model and not Path(model).exists():
         source = _factory(model, checkpoint, shape, seed)

@@ -9,6 +9,7 @@ from rsi_deploy import export
 from rsi_deploy.calibration.calibration_data import CalibrationData
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.exporting import calibration_step as calibrating
+from rsi_deploy.exporting import run as exporting
 from rsi_deploy.exporting.calibration_step import listed, remarks
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.planning.site_options import Calibration
@@ -56,6 +57,16 @@ def run(tmp_path, **options):
     model = mlp_onnx(tmp_path / "m.onnx", sizes=(12, 48, 48, 10))
     data = inputs(tmp_path / "c.npz", 12, low_rank=5)
     return export(str(model), tmp_path / "b", calib=data, measure=False, force=True, **options)
+
+
+def test_data_that_do_not_fit_are_refused_before_the_cost_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "timed_export", lambda *a, **k: pytest.fail("a cost table was measured"))
+    model, wrong = mlp_onnx(tmp_path / "m.onnx", sizes=(12, 48, 48, 10)), inputs(tmp_path / "c.npz", 13)
+    with pytest.raises(UsageError, match="13"):
+        export(str(model), tmp_path / "b", calib=wrong, keep_macs=0.5)
+    right = inputs(tmp_path / "d.npz", 12)
+    with pytest.raises(pytest.fail.Exception):  # data that fit come to the table
+        export(str(model), tmp_path / "b", calib=right, keep_macs=0.5)
 
 
 def test_sites_are_fitted_once_however_often_a_budget_is_measured(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from rsi_deploy.io import atomic, locks
 from rsi_deploy.io.atomic import atomic_file, claim_output, exchange, write_text
 from rsi_deploy.io.bundle import atomic_folder, finished_results_folder
 from rsi_deploy.io.locks import ScratchFolder, deferred_signals, remove_if_stale
+from rsi_deploy.io.manifest import write_manifest
 
 
 def names(folder):
@@ -76,6 +77,7 @@ def _race(path, number, queue):
             with atomic_folder(path, force=True) as work:
                 (work / "who").write_text(str(number))
                 other += [names(work)] if names(work) != ["who"] else []
+                write_manifest(work)  # only folders of rsi-deploy are replaced
             won += 1
         except UsageError as error:
             other += [] if "is writing" in str(error) else [str(error)]
@@ -94,7 +96,7 @@ def test_processes_that_race_never_share_a_folder(tmp_path):
     assert [racer.exitcode for racer in racers] == [0, 0, 0]
     assert [count for count, _ in won] == [15, 15, 15]
     assert [other for _, other in won] == [[], [], []]
-    assert names(tmp_path) == ["b", "b/who"]
+    assert names(tmp_path) == ["b", "b/manifest.json", "b/who"]
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -134,10 +136,12 @@ def _looked_at(tmp_path):
     looker = context.Process(target=_look, args=(tmp_path / "b", stop, queue))
     with atomic_folder(tmp_path / "b") as work:
         (work / "x").write_text("whole")
+        write_manifest(work)
     looker.start()
     for _ in range(300):
         with atomic_folder(tmp_path / "b", force=True) as work:
             (work / "x").write_text("whole")
+            write_manifest(work)
     stop.set()
     seen = queue.get(timeout=60)
     looker.join()

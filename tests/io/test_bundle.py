@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from rsi_deploy.cli import run
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io import atomic, onnx_file
 from rsi_deploy.io.bundle import atomic_folder, check_target
+from rsi_deploy.io.manifest import write_manifest
 from rsi_deploy.io.onnx_file import file_bytes, weight_bytes, write_onnx
 from rsi_deploy.onnx_models import site_factorizer
 
@@ -21,6 +23,14 @@ from rsi_deploy.onnx_models import site_factorizer
 def tree(folder):
     """Every path under the folder, hidden ones too, with its content."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def old_bundle(folder):
+    """A folder that rsi-deploy wrote, with one file beside the manifest; its tree."""
+    folder.mkdir(parents=True)
+    (folder / "old").write_text("old")
+    write_manifest(folder)
+    return tree(folder.parent)
 
 
 @pytest.fixture
@@ -58,16 +68,16 @@ def test_an_error_leaves_nothing(place, error):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_keeps_what_was_there(place, error):
-    (place / "b").mkdir()
-    (place / "b" / "old").write_text("old")
+    before = old_bundle(place / "b")
     with pytest.raises(error), atomic_folder(place / "b", force=True) as work:
         (work / "x").write_text("1")
         raise error
-    assert tree(place) == {"b": None, "b/old": b"old"}
+    assert tree(place) == before
 
 
 def test_force_replaces_the_whole_folder(place):
-    (place / "b" / "deep").mkdir(parents=True)
+    old_bundle(place / "b")
+    (place / "b" / "deep").mkdir()
     (place / "b" / "deep" / "old").write_text("old")
     with atomic_folder(place / "b", force=True) as work:
         (work / "x").write_text("1")
@@ -77,8 +87,7 @@ def test_force_replaces_the_whole_folder(place):
 
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_rename_that_fails_brings_the_old_folder_back(place, monkeypatch, failing):
-    (place / "b").mkdir()
-    (place / "b" / "old").write_text("old")
+    before = old_bundle(place / "b")
     real, calls = os.rename, []
 
     def rename(a, b):
@@ -91,12 +100,11 @@ def test_a_rename_that_fails_brings_the_old_folder_back(place, monkeypatch, fail
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(OSError, match="broken disk"), atomic_folder(place / "b", force=True) as work:
         (work / "x").write_text("1")
-    assert tree(place) == {"b": None, "b/old": b"old"}
+    assert tree(place) == before
 
 
 def test_the_old_folder_is_never_deleted_where_it_cannot_come_back(place, monkeypatch):
-    (place / "b").mkdir()
-    (place / "b" / "old").write_text("old")
+    before = old_bundle(place / "b")
     real, calls = os.rename, []
 
     def rename(a, b):
@@ -113,7 +121,7 @@ def test_the_old_folder_is_never_deleted_where_it_cannot_come_back(place, monkey
     monkeypatch.undo()
     with pytest.raises(ValueError, match="later"), atomic_folder(place / "b", force=True):
         raise ValueError("later")
-    assert tree(place) == {"b": None, "b/old": b"old"}  # the next run has brought it back
+    assert tree(place) == before  # the next run has brought it back
 
 
 def test_an_empty_folder_is_taken_and_a_link_is_followed(place):
@@ -138,8 +146,7 @@ def test_a_folder_that_filled_up_meanwhile_is_not_replaced(place):
 
 def test_targets_that_are_refused(place):
     (place / "file").write_text("")
-    (place / "full").mkdir()
-    (place / "full" / "x").write_text("")
+    old_bundle(place / "full")
     for target, words in (
         (place / "file", "is a file; -o takes a folder"),
         (place / "full", "is not empty; choose another folder, or add --force"),
@@ -152,6 +159,42 @@ def test_targets_that_are_refused(place):
     check_target(place / "full", force=True)
     with pytest.raises(UsageError, match="is a file"):
         check_target(place / "file", force=True)
+
+
+def test_folders_of_others_are_never_replaced(place):
+    web_page = {"name": "a web page", "icons": []}
+    contents = {
+        "one": {"notes.txt": "mine"},
+        "two": {"manifest.json": json.dumps(web_page)},
+        "three": {"sweep.json": "{}", "notes.txt": "mine"},
+        "four": {"work/thesis.tex": "mine"},
+    }
+    for folder, files in contents.items():
+        for name, content in files.items():
+            (place / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / folder / name).write_text(content)
+        before = tree(place)
+        for force in (False, True):
+            with (
+                pytest.raises(UsageError, match="another folder for -o, or delete"),
+                atomic_folder(place / folder, force=force),
+            ):
+                pytest.fail("the files would be gone")
+        assert tree(place) == before
+
+
+def test_sweeps_are_replaced_even_if_interrupted_early(place):
+    for moment in range(3):
+        folder = place / str(moment)
+        (folder / "work").mkdir(parents=True)
+        if moment > 0:
+            (folder / "work" / "key.txt").write_text("key")
+            (folder / "point-01").mkdir()
+        if moment > 1:
+            (folder / "sweep.json").write_text('{\n "schema_version": 1,\n "tool": "rsi-deploy 0.1.0"}')
+        check_target(folder, force=True)
+        with pytest.raises(UsageError, match="add --force"):
+            check_target(folder, force=False)
 
 
 def test_a_target_whose_replacing_would_take_an_input_is_refused(place):
@@ -167,8 +210,7 @@ def test_a_target_whose_replacing_would_take_an_input_is_refused(place):
         check_target(place / "full" / "deep", force=True, inputs=(f"{place / 'full'}#split=test",))
     elsewhere = ("torchvision:vgg19", None, 3, "", place / "nowhere", place / "link.onnx")
     check_target(place / "new", force=True, inputs=elsewhere)
-    (place / "other").mkdir()
-    (place / "other" / "x").write_text("")
+    old_bundle(place / "other")
     check_target(place / "other", force=True, inputs=elsewhere)
 
 
@@ -193,7 +235,7 @@ def test_export_refuses_a_full_folder_before_it_loads_the_model(place, monkeypat
     (place / "b").mkdir()
     (place / "b" / "mine").write_text("mine")
     monkeypatch.setattr("rsi_deploy.exporting.inputs.load_source", lambda *a, **k: pytest.fail("the model was loaded"))
-    with pytest.raises(UsageError, match="--force"):
+    with pytest.raises(UsageError, match="is not empty"):
         export("m.onnx", place / "b", rank=4)
     assert tree(place) == {"b": None, "b/mine": b"mine"}
 

@@ -6,7 +6,7 @@ from models import mlp_bundle
 
 from rsi_deploy import UsageError, package
 from rsi_deploy.cli import cli, run
-from rsi_deploy.io.manifest import check_manifest
+from rsi_deploy.io.manifest import check_manifest, write_manifest
 from rsi_deploy.packaging.packing import DEFAULTS, USES, flag
 from rsi_deploy.packaging.settings import PackageConfig
 
@@ -42,9 +42,13 @@ def test_nothing_is_overwritten_without_force_and_nothing_partial_is_left(mlp, t
     (tmp_path / "p" / "mine").write_text("mine")
     words = ["package", str(mlp), "--target", target, "-o", str(tmp_path / "p")]
     words += ["--storage-uri", KSERVE["storage_uri"]] * (target == "kserve")
+    for force in ([], ["--force"]):
+        assert run([*words, *force]) == 2
+        assert f"delete {tmp_path / 'p'} yourself" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "p").iterdir()] == ["mine"]
+    write_manifest(tmp_path / "p")  # a package of another time
     assert run(words) == 2
-    assert "--force" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "p").iterdir()] == ["mine"]
+    assert "add --force" in capsys.readouterr().err
     assert run([*words, "--force"]) == 0
     assert not (tmp_path / "p" / "mine").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["p"]

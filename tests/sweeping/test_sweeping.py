@@ -4,14 +4,16 @@ import json
 
 import numpy as np
 import pytest
-from nets import SIZES, run_onnx
+from nets import SIZES, mlp_onnx, run_onnx
 from sweeps import filled, swept
 
 import rsi_deploy
 from rsi_deploy.cli import run
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.model_size import Size
+from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.exporting.run import ExportRun
+from rsi_deploy.io.manifest import write_manifest
 from rsi_deploy.onnx_models.calibration import activations as onnx_streams
 from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.report.pages.html import source_of
@@ -225,6 +227,9 @@ def test_another_sweep_is_not_gone_on_with(place, done, tmp_path):
             swept(place, done, **other)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="did not write it"):
+        swept(place, tmp_path / "full", force=True)
+    write_manifest(tmp_path / "full")  # now it is a bundle
     with pytest.raises(UsageError, match="holds no sweep"):
         swept(place, tmp_path / "full")
     assert (tmp_path / "full" / "mine.txt").exists()
@@ -282,3 +287,10 @@ def test_the_verb(place, tmp_path, capsys):
     assert run([*argv, "--points", "2"]) == 0  # done already: shown again
     assert "quality: equal top-1 answers" in capsys.readouterr().out
     assert run([*argv, "--points", "2", "--lowest", "0.99"]) == 2
+
+
+def test_the_shape_of_a_torch_model_is_no_fault_of_its_points(tmp_path):
+    dense = mlp_onnx(tmp_path / "m.onnx")  # its batch alone is open
+    for texts, shapes in (("1x12",), {}), (("input=1x12",), {"input": (1, 12)}):
+        config = ExportConfig.of(None, input_shape=texts)
+        assert side_by_side._shapes(tmp_path, dense, config) == shapes

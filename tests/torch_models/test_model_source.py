@@ -5,12 +5,14 @@ import urllib.error
 import pytest
 import torch
 import torchvision
+from nets import mlp_onnx
 from safetensors.torch import save_file
 from torch import nn
 
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.data.preprocess import Preprocessing
-from rsi_deploy.runtime.feeds.shapes import parse_shape
+from rsi_deploy.exporting.timing.profile import write_dense
+from rsi_deploy.runtime.feeds.shapes import input_shapes, parse_shape
 from rsi_deploy.torch_models.model_source import load_source, source_of_module
 
 SMALL = "torchvision:squeezenet1_1"  # 5 MB of weights
@@ -307,6 +309,22 @@ def test_a_file_of_another_kind_is_not_said_to_be_missing(tmp_path):
 
 
 # -- shapes, and modules at hand
+
+
+def test_a_shape_that_no_input_takes_is_refused(tmp_path):
+    path = mlp_onnx(tmp_path / "m.onnx")
+    with pytest.raises(UsageError, match="--input-shape input=1x12"):
+        load_source(str(path), input_shape="1x12")
+    assert load_source(str(path)).onnx == path
+    with pytest.raises(UsageError, match="--input-shape input=1x12"):
+        write_dense(str(path), tmp_path / "d.onnx", "DEFAULT", None, "1x12", 0)
+    model = nn.Sequential(nn.Linear(6, 4)).eval()
+    torch.export.save(torch.export.export(model, (torch.ones(2, 6),)), tmp_path / "p.pt2")
+    with pytest.raises(UsageError, match="leave out --input-shape"):
+        load_source(str(tmp_path / "p.pt2"), input_shape="1x6")
+    with pytest.raises(UsageError, match="one shape without a name, but got 1x6, 1x7"):
+        input_shapes(["1x6", "1x7"])
+    assert input_shapes(["1x6", "y=1x7"]) == ("1x6", {"y": (1, 7)})
 
 
 @pytest.mark.parametrize(

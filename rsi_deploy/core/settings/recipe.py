@@ -21,6 +21,8 @@ from rsi_deploy.core.settings.base import Settings, quantity_of
 
 RECIPE = "recipe.toml"
 """Name of the recipe in a bundle."""
+VERBS = ("export", "sweep")
+"""Verbs that take a recipe."""
 LARGEST = 1 << 20
 """Bytes of a recipe; written ones have some thousand."""
 
@@ -29,7 +31,7 @@ def read_recipe(path: str | Path, verb: str) -> dict[str, Any]:
     """Read the settings of a recipe, with "model" among them where it names one.
 
     Raises:
-        UsageError: no such file, no TOML, or a recipe of another verb.
+        UsageError: no such file, no TOML, a recipe of another verb, or a MODEL that is no text.
     """
     try:
         with Path(path).open("rb") as file:
@@ -44,8 +46,16 @@ def read_recipe(path: str | Path, verb: str) -> dict[str, Any]:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f'--recipe {path} is not TOML: {error}; write for example rank = "25%"') from None
     recipe_verb = found.pop("verb", verb)
+    if recipe_verb not in (verb, *VERBS):
+        raise UsageError(
+            f'--recipe {path}: verb must be {" or ".join(VERBS)}, but got {recipe_verb!r}; write verb = "{verb}"'
+        )
     if recipe_verb != verb:
         raise UsageError(f"--recipe {path} is for {recipe_verb}; type rsi-deploy {recipe_verb} --recipe {path}")
+    if not isinstance(model := found.get("model", ""), str):
+        raise UsageError(
+            f'--recipe {path}: model must be a text, but got {model!r}; write for example model = "net.onnx"'
+        )
     return {name.replace("-", "_"): value for name, value in found.items()}
 
 

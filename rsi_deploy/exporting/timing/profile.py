@@ -36,7 +36,7 @@ from rsi_deploy.io.onnx_file import model_hash, read_onnx, write_external
 from rsi_deploy.io.onnx_reader import load_model
 from rsi_deploy.runtime.batch_independence import count_samples
 from rsi_deploy.runtime.feeds.inputs import model_inputs
-from rsi_deploy.runtime.feeds.shapes import named_shapes
+from rsi_deploy.runtime.feeds.shapes import input_shapes, refuse_nameless
 from rsi_deploy.runtime.feeds.user_feeds import read_feeds
 from rsi_deploy.runtime.feeds.values import describe_array
 from rsi_deploy.runtime.shape_trace import trace_run
@@ -100,8 +100,7 @@ def profile(
     """
     target = None if output is None else _free(Path(output), force)
     seconds = parse_seconds(budget, "--budget")
-    texts = [input_shape] if isinstance(input_shape, str) else list(input_shape or ())
-    plain = next((text for text in texts if "=" not in text), None)
+    plain, shapes = input_shapes([input_shape] if isinstance(input_shape, str) else list(input_shape or ()))
     given = None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds)
     with ScratchFolder() as folder:
         dense = Path(folder) / "dense.onnx"
@@ -109,7 +108,6 @@ def profile(
             name = write_dense(
                 model, dense, weights, checkpoint, plain, seed, preprocessing, assume_constant=assume_constant
             )
-        shapes = named_shapes([text for text in texts if "=" in text])
         fed = fed_with(dense, batch, seed, given, shapes)
         costing = Costing(provider=provider, threads=threads, seconds=seconds, precision=precision, seed=seed)
         with step("cost table"):
@@ -283,6 +281,7 @@ def write_dense(
             raise UsageError(f"no such file: {model}; expected an .onnx file, or another MODEL")
         if checkpoint is not None or weights != "DEFAULT":
             raise UsageError("--checkpoint and --weights go with PyTorch models, not with an ONNX file; leave them out")
+        refuse_nameless(shape, path)
         graph, name = read_onnx(path, assume_constant=assume_constant), path.name
         own = Preprocessing.stored(graph.metadata_props)
     else:

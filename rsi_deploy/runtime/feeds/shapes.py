@@ -8,11 +8,12 @@ other, dynamic               from `input_shape`, directly or through a symbol wh
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.types import Shape
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes, Dim, is_batch_name
-from rsi_deploy.runtime.feeds.inputs import InputSpec, list_specs
+from rsi_deploy.runtime.feeds.inputs import InputSpec, list_specs, model_inputs
 
 
 def parse_shape(text: str | Shape | None) -> Shape | None:
@@ -50,6 +51,40 @@ def named_shapes(texts: Sequence[str]) -> dict[str, Shape]:
             raise UsageError(f"--input-shape takes NAME=1x128, with the input's name, but got {text!r}")
         shapes[name] = parse_shape(shape) or ()
     return shapes
+
+
+def input_shapes(texts: Sequence[str]) -> tuple[str | None, dict[str, Shape]]:
+    """Separate the one shape of a torch model's input from those by name.
+
+    Raises:
+        UsageError: several shapes without a name.
+
+    Example:
+        >>> input_shapes(["1x3x32x32"]), input_shapes(["ids=1x128"])
+        (('1x3x32x32', {}), (None, {'ids': (1, 128)}))
+    """
+    nameless = [text for text in texts if "=" not in text]
+    if len(nameless) > 1:
+        raise UsageError(
+            f"--input-shape takes one shape without a name, but got {', '.join(nameless)}",
+            hint="for an ONNX file, type NAME=1x128 for each input",
+        )
+    return next(iter(nameless), None), named_shapes([text for text in texts if "=" in text])
+
+
+def refuse_nameless(shape: str | Shape | None, model: Path) -> None:
+    """Refuse a shape without an input's name for an ONNX file.
+
+    Raises:
+        UsageError: the message names the inputs.
+    """
+    if shape is not None:
+        text = shape if isinstance(shape, str) else "x".join(map(str, shape))
+        specs = model_inputs(model)
+        raise UsageError(
+            f"--input-shape {text} names no input of {model.name}, which takes {list_specs(specs)}",
+            hint=f"type --input-shape {specs[0].name if specs else 'NAME'}={text}",
+        )
 
 
 def dynamic_batch_axes(specs: Sequence[InputSpec]) -> dict[str, int | None]:
