@@ -18,7 +18,7 @@ from rsi_deploy.calibration.output_agreement import PartOutputs, dense_outputs, 
 from rsi_deploy.calibration.record import CalibrationRecord, OutputQuality
 from rsi_deploy.core.errors import GateError, ModelError, UsageError
 from rsi_deploy.core.progress import at_samples
-from rsi_deploy.core.sites import site_name
+from rsi_deploy.core.sites import break_even_rank, site_name
 from rsi_deploy.evaluation.accuracy import evaluate
 from rsi_deploy.evaluation.intervals import share_at_least
 from rsi_deploy.execution.result_store import ResultStore
@@ -58,12 +58,15 @@ from rsi_deploy.planning.quality import KINDS, OPTIONS, Measure, QualityBudget
 from rsi_deploy.planning.record import PlanRecord
 from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.planning.site_options import Calibration
+from rsi_deploy.report.outlook import Outlook, PointOutlook, SiteOutlook
 from rsi_deploy.runtime.shape_trace import trace_run
 
 Progress = Callable[[str, int, int], None]
 
 NEAREST_STEPS = 4
 """Most models that are fitted to find the nearest budget that holds up."""
+SHARES = (0.9, 0.8, 0.7, 0.5)
+"""Shares of the parameters at which `inspect --calib` judges the whole model."""
 DROP_AIM = 0.05
 """Foreseen loss of the first model that is tried for a drop of the accuracy."""
 ENOUGH_ROWS = 4
@@ -169,7 +172,7 @@ class Calibrator:
                 f"calibration reaches no site: {listed(streams.unreachable) or 'the filters let none through'}"
                 f"; change --include or --exclude, or leave out --calib"
             )
-        calibration = Calibration(solver=self.solver, min_rank=request.min_rank, rank_multiple=request.rank_multiple)
+        calibration = self._calibration()
 
         def fit(decided: Decisions) -> Planned:
             return self._made(decided, streams, calibration)
@@ -190,6 +193,10 @@ class Calibrator:
                 made = self._smallest(options, streams, fit)
         self.notes.extend(remarks(streams, data))
         return made
+
+    def _calibration(self) -> Calibration:
+        request = self.request
+        return Calibration(solver=self.solver, min_rank=request.min_rank, rank_multiple=request.rank_multiple)
 
     @property
     def delivers_dense(self) -> bool:
@@ -235,6 +242,44 @@ class Calibrator:
                 f"{quality}: the check part has {samples:,} samples, too few to judge by; {option} with {data.needed} "
                 f"samples would do"
             )
+
+    def outlook(self) -> Outlook:
+        """Return what unseen data keep of every site at half of its parameters, and of the model at several sizes.
+
+        Raises:
+            UsageError: too few samples for a check part.
+            ModelError: calibration reaches no site.
+        """
+        data = self.data()
+        if data.check is None:
+            raise UsageError("--calib has a single sample, so none is left to check on; add more samples")
+        streams, calibration = self._streams_of(data), self._calibration()
+        options = self._options(calibration, streams)
+        half = {}
+        for site in streams.sites:
+            rank = int(break_even_rank(*site.shape(site.forms[0])) / 2)
+            if rank:
+                half[site.name] = Decision(rank=rank, reason="", form=site.forms[0])
+        fitted = self._made(half, streams, calibration).fitted
+        points = []
+        for share in SHARES:
+            try:
+                decisions = decide_by_budget(Budget(keep_params=share), options, self.dense.size, streams)
+            except ModelError:  # no plan is so small
+                continue
+            quality = self._check.quality(self._made(decisions, streams, calibration))
+            points.append(PointOutlook(share=share, quality=quality))
+        sites = tuple(
+            SiteOutlook(
+                name=name,
+                form=site.replacement.form,
+                rank=site.replacement.right.shape[-2],
+                held_out=getattr(site, "held_out_error", None),
+                in_sample=site.response_error,
+            )
+            for name, site in fitted.items()
+        )
+        return Outlook(samples=data.samples, check_samples=data.check.samples, sites=sites, points=tuple(points))
 
     def missed(self, found: CalibrationRecord | None) -> list[str]:
         """Return a note where the delivered model does not keep the quality: splits were undone after the search."""

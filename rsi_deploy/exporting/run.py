@@ -4,6 +4,7 @@ dense model --> cost table --> calibrate and plan --> factorize and split --> me
 """
 
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ from rsi_deploy.planning.decide import Planned, refuse_uncounted
 from rsi_deploy.planning.planner import Filters
 from rsi_deploy.planning.quality import KINDS, QualityBudget
 from rsi_deploy.planning.settings import ExportSettings
+from rsi_deploy.report.outlook import Outlook
 from rsi_deploy.report.schema import Report
 from rsi_deploy.runtime.shape_trace import uncounted_nodes
 
@@ -109,6 +111,18 @@ class ExportRun:
             if self.timed.request.needs_quality:
                 return self._with_default(dense)._written(folder, dense, clock, notes)
             return self._written(folder, dense, clock, notes)
+
+    def outlook(self) -> Outlook:
+        """Return what unseen data keep of the model; nothing is written.
+
+        Raises:
+            UsageError: a request that does not fit the model or the data.
+            ModelError: the model cannot be handled.
+        """
+        with explaining_broken_model(self.origin.model), tempfile.TemporaryDirectory(prefix="rsi-inspect-") as name:
+            dense = self._dense(Path(name), StageClock())
+            with _names(dense.source.name, dense.path), step("see what unseen data keep"):
+                return self._calibrator(dense, None).outlook()
 
     def _written(self, folder: Path, dense: DenseModel, clock: StageClock, notes: list[str]) -> Report:
         """Compress the dense model and write the files of the bundle into `folder`."""
