@@ -240,7 +240,7 @@ def test_plans_that_do_not_fit(here, capsys, sites, words):
 # -- sites that calibration cannot see
 
 
-@pytest.mark.parametrize("asked", [("--rank", "25%"), ("--keep-params", "0.8")])
+@pytest.mark.parametrize("asked", [("--rank", "25%"), ("--keep-params", "0.8", "--allow-broken")])
 def test_a_site_in_a_branch_stays_dense_and_it_is_said(here, capsys, asked):
     branch_net("branch.onnx")
     inputs("x.npz", 16)

@@ -167,7 +167,9 @@ class RankRequest:
         if self.max_drop is not None and data is None:
             raise UsageError("--max-drop is measured on labelled data: add --data DATA")
         if always_split and not isinstance(self.rank, RankSpec):
-            raise UsageError(f"--always-split goes with --rank alone, but got {self.decided_by}; leave it out")
+            raise UsageError(
+                f"--always-split goes with --rank alone, but got {(*self._given, 'none')[0]}; leave it out"
+            )
 
     def planner(self, filters: Filters, *, always_split: bool) -> Planner | None:
         """Return the planner of one rank or error for every site; None where a budget or a plan decides."""

@@ -65,8 +65,8 @@ class Outlook(pydantic.BaseModel, frozen=True, extra="forbid"):
         largest = max(self.points, key=lambda point: point.share)
         words = "no finite outputs" if largest.quality is None else quality_words(largest.quality)[0]
         return (
-            f"this model can hardly be compressed with these data: at {largest.share:.0%} of the parameters unseen data "
-            f"keep {words}"
+            f"this model can hardly be compressed with these data: at {largest.share:.0%} of the parameters unseen "
+            f"data keep {words}"
         )
 
 
