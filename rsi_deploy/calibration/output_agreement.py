@@ -9,10 +9,10 @@ neighbours     share of 10 nearest neighbours, percent   of embeddings
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -171,11 +171,19 @@ def _compared(pairs: list[tuple[Array, Array]], fingerprint: str, pool: int | No
     if several and unit.any():
         found["output_error_interval"] = ratio_of_sums_interval(moved, unit)
         found["output_error_at_most"] = ratio_of_sums_interval(moved, unit, level=ONE_SIDED)[1]
-    is_matrix = len({z.shape[1:] for z, _ in pairs}) == 1 and pairs[0][0].ndim == 2
-    if is_matrix and pairs[0][0].shape[1] > 1:
+    measure = measure_of([z for z, _ in pairs])
+    if measure != "output_error":
         z, w = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
-        found |= _of_scores(z, w) if are_scores(z) else _of_embeddings(z, w, pool or len(z))
+        found |= _of_scores(z, w) if measure == "agreement" else _of_embeddings(z, w, pool or len(z))
     return OutputQuality(**found)
+
+
+def measure_of(batches: Sequence[Array]) -> Literal["agreement", "cosine", "output_error"]:
+    """Return the field of `OutputQuality` that says most about outputs of this kind, given batch by batch."""
+    is_matrix = len({z.shape[1:] for z in batches}) == 1 and batches[0].ndim == 2
+    if not is_matrix or batches[0].shape[1] < 2:
+        return "output_error"
+    return "agreement" if are_scores(np.concatenate(batches)) else "cosine"
 
 
 def _moved(pairs: list[tuple[Array, Array]]) -> tuple[Floats, Floats]:

@@ -35,9 +35,9 @@ def export(
 ) -> None:
     """Compress MODEL and write a bundle: model.onnx, report.json, plan.json, recipe.toml, README.md.
 
-    How small: --rank, the same everywhere; --max-error, as small as each weight allows; or, with unlabelled data
-    (--calib), a budget for the whole model (--keep-params, --keep-macs, --max-size), or the smallest that keeps the
-    accuracy (--max-drop); or a --plan.
+    How small: with unlabelled data (--calib) alone, the smallest that answers as the dense one does, or that keeps a
+    quality (--min-agreement, --min-cosine, --max-output-error) or the accuracy (--max-drop); or a budget for the whole
+    model (--keep-params, --keep-macs, --max-size). Without data: --rank, the same everywhere; --max-error; or a --plan.
 
     MODEL is torchvision:NAME, package.module:factory (its code runs: name only code you trust), FILE.pt2 or FILE.onnx.
     The paper's own rounding of a ratio is not known to us; here it is ceil(ratio * min(out, in)).

@@ -163,7 +163,7 @@ def export_run(
         dataset=dataset,
         bench_batch=config.bench_batch,
         bench_seconds=config.bench_seconds,
-        max_output_error=config.max_output_error,
+        max_output_error=None if request.is_limited_by_error else config.max_output_error,
         keep_dense=config.keep_dense,
         allow_larger=config.allow_larger,
         inputs=(
@@ -177,6 +177,7 @@ def export_run(
             config.cost,
         ),
         command=command,
+        config=config,
         recipe=recipe or recipe_text("export", model, config),
         kept=kept,
     )

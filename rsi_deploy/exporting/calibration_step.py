@@ -3,21 +3,37 @@
 dense.onnx, data --> OnnxStreams --> options --> budget --> decisions --> fitted factors
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from graph_passes.forms import Form
 from rsi_deploy.calibration.activations import FittedSite
-from rsi_deploy.calibration.calibration_data import CalibrationData, refuse_shared
-from rsi_deploy.core.errors import GateError, ModelError
+from rsi_deploy.calibration.calibration_data import BATCH, CalibrationData, refuse_shared
+from rsi_deploy.calibration.output_agreement import PartOutputs, dense_outputs, measure_of
+from rsi_deploy.calibration.record import CalibrationRecord, OutputQuality
+from rsi_deploy.core.errors import GateError, ModelError, UsageError
 from rsi_deploy.core.progress import at_samples
-from rsi_deploy.core.sites import site_name
+from rsi_deploy.core.sites import break_even_rank, site_name
 from rsi_deploy.evaluation.accuracy import evaluate
+from rsi_deploy.evaluation.intervals import share_at_least
 from rsi_deploy.execution.result_store import ResultStore
 from rsi_deploy.exporting.cache import SweepCache
+from rsi_deploy.exporting.plan_check import (
+    OutputCheck,
+    at_fault,
+    foreseen_loss,
+    is_much_worse,
+    kept_dense,
+    loss_shown,
+    returned,
+)
 from rsi_deploy.exporting.results import DenseModel
+from rsi_deploy.exporting.size_search import SizeSearch
 from rsi_deploy.exporting.timing.timed_export import TimedExport
 from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.linalg.solver import Solver
@@ -32,17 +48,27 @@ from rsi_deploy.planning.decide import (
     decide_uniformly,
     decisions_of,
     planned_splits,
+    total_of,
     zero_filled,
 )
 from rsi_deploy.planning.knapsack import SiteOptions, smallest_cost
+from rsi_deploy.planning.latency_search import options_with_saving, priced, saving_of
 from rsi_deploy.planning.planner import Decision, Filters, FixedPlanner, Planner, SitePlanner
+from rsi_deploy.planning.quality import KINDS, OPTIONS, Measure, QualityBudget
+from rsi_deploy.planning.record import PlanRecord
 from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.planning.site_options import Calibration
+from rsi_deploy.report.outlook import Outlook, PointOutlook, SiteOutlook
 from rsi_deploy.runtime.shape_trace import trace_run
 
 Progress = Callable[[str, int, int], None]
 
-SEARCH_STEPS = 6
+NEAREST_STEPS = 4
+"""Most models that are fitted to find the nearest budget that holds up."""
+SHARES = (0.9, 0.8, 0.7, 0.5)
+"""Shares of the parameters at which `inspect --calib` judges the whole model."""
+DROP_AIM = 0.05
+"""Foreseen loss of the first model that is tried for a drop of the accuracy."""
 ENOUGH_ROWS = 4
 """Rows of calibration data for every input of a site below which the report warns."""
 
@@ -63,7 +89,9 @@ class Calibrator:
         timing: the times to plan with; None where they decide nothing.
         kept: what earlier exports of the same model and data have found; None without.
         finished: results of an interrupted run of this export; None without.
+        outputs: part of the calibration data -> outputs of the dense model, as far as they were computed.
         notes: notes on the data, for the report.
+        record: what was foreseen and tried; None where a rank or a plan decides.
     """
 
     request: RankRequest
@@ -77,7 +105,9 @@ class Calibrator:
     timing: TimedExport | None = None
     kept: SweepCache | None = None
     finished: ResultStore | None = None
+    outputs: dict[str, PartOutputs] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    record: PlanRecord | None = None
     _streams: OnnxStreams | None = field(default=None, init=False)
     _data: CalibrationData | None = field(default=None, init=False)
 
@@ -87,7 +117,7 @@ class Calibrator:
         Raises:
             UsageError: data, a plan or filters that do not fit the model.
             ModelError: NaN on the way, or a budget that no plan can meet.
-            GateError: no model keeps `max_drop`.
+            GateError: no model keeps `max_drop`, or the budget breaks the model.
         """
         request, dense, sites = self.request, self.dense, self.dense.sites
         if self.planner is not None:
@@ -111,19 +141,28 @@ class Calibrator:
         Raises:
             UsageError: data that do not fit the model, or check data that share samples with the fit part.
         """
-        request, dense = self.request, self.dense
-        assert request.calib is not None
         if self._data is None:
-            self._data = CalibrationData(
-                request.calib,
-                dense.inputs,
-                dense.preprocessing,
-                request.calib_size,
-                check_size=request.check_size,
-                check_source=request.calib_check,
-                seed=self.solver.seed,
-            )
+            request = self.request
+            data = self._opened(request.calib, request.check_size)
+            if request.quality is not None and request.check_size is None and request.calib_check is None:
+                wished = request.quality.wished(data.available - request.calib_size)
+                data = data if wished is None else self._opened(data.fit.feeding.dataset, wished)
+            if request.quality is not None:
+                self._refuse_quality(request.quality, data)
+            self._data = data
         return self._data
+
+    def _opened(self, source: Any, check_size: int | None) -> CalibrationData:
+        request, dense = self.request, self.dense
+        return CalibrationData(
+            source,
+            dense.inputs,
+            dense.preprocessing,
+            request.calib_size,
+            check_size=check_size,
+            check_source=request.calib_check,
+            seed=self.solver.seed,
+        )
 
     def _calibrated(self, data: CalibrationData, decisions: Decisions | None) -> Planned:
         """Decide what no plan has decided, and fit."""
@@ -133,7 +172,7 @@ class Calibrator:
                 f"calibration reaches no site: {listed(streams.unreachable) or 'the filters let none through'}"
                 f"; change --include or --exclude, or leave out --calib"
             )
-        calibration = Calibration(solver=self.solver, min_rank=request.min_rank, rank_multiple=request.rank_multiple)
+        calibration = self._calibration()
 
         def fit(decided: Decisions) -> Planned:
             return self._made(decided, streams, calibration)
@@ -149,11 +188,118 @@ class Calibrator:
             if (dense := self._nothing_faster(options, streams)) is not None:
                 made = self._made(dense)
             elif request.budget is not None:
-                made = fit(self._within(request.budget, options, streams))
+                made = self._checked(request.budget, options, streams, fit)
             else:
                 made = self._smallest(options, streams, fit)
         self.notes.extend(remarks(streams, data))
         return made
+
+    def _calibration(self) -> Calibration:
+        request = self.request
+        return Calibration(solver=self.solver, min_rank=request.min_rank, rank_multiple=request.rank_multiple)
+
+    @property
+    def delivers_dense(self) -> bool:
+        """Return whether the dense model is delivered, because no other is faster or keeps the limit."""
+        of_time = self.timing is not None and self.timing.delivers_dense
+        return of_time or (self.record is not None and self.record.delivers_dense)
+
+    def measure(self) -> Measure:
+        """Return the measure of quality that fits the model's outputs, from the first samples of the fit part."""
+        request, dense = self.request, self.dense
+        whole = CalibrationData(request.calib or {}, dense.inputs, dense.preprocessing, request.calib_size)
+        some = CalibrationData(
+            whole.fit.feeding.dataset, dense.inputs, dense.preprocessing, whole.axes.fixed or BATCH, check_size=0
+        )
+        return measure_of(dense_outputs(dense.path, some.fit, self.provider, dense.proto).batches)
+
+    def _refuse_quality(self, quality: QualityBudget, data: CalibrationData) -> None:
+        """Refuse a quality that the outputs do not have, or that the check part cannot show.
+
+        Raises:
+            UsageError: says what to type.
+        """
+        if quality.measure != "output_error" and (fits := self.measure()) != quality.measure:
+            also = "" if fits == "output_error" else " and --max-output-error"
+            raise UsageError(
+                f"{OPTIONS[quality.measure]} is for {KINDS[quality.measure]}, but this model's outputs are "
+                f"{'neither class scores nor embeddings' if fits == 'output_error' else KINDS[fits]}; "
+                f"type {OPTIONS[fits]}{also}".replace(f"{OPTIONS[fits]} and", f"{OPTIONS[fits]} or")
+            )
+        samples = 0 if data.check is None else data.check.samples
+        option = "--calib-check" if data.is_separate else "--calib"
+        if quality.measure == "agreement" and not quality.holds(highest := share_at_least(samples, samples) / 100):
+            needed = quality.needed
+            would_do = "no number of samples shows 100 %"
+            if needed is not None:
+                would_do = f"{option} with {needed if data.is_separate else 2 * needed:,} samples would do"
+            raise UsageError(
+                f"{quality}: the check part has {samples:,} samples, which can show {100 * highest:.1f} % at most; "
+                f"{would_do}, or --min-agreement {_floor(100 * highest)}%"
+            )
+        if data.needed is not None:
+            raise UsageError(
+                f"{quality}: the check part has {samples:,} samples, too few to judge by; {option} with {data.needed} "
+                f"samples would do"
+            )
+
+    def outlook(self) -> Outlook:
+        """Return what unseen data keep of every site at half of its parameters, and of the model at several sizes.
+
+        Raises:
+            UsageError: too few samples for a check part.
+            ModelError: calibration reaches no site.
+        """
+        data = self.data()
+        if data.check is None:
+            raise UsageError("--calib has a single sample, so none is left to check on; add more samples")
+        streams, calibration = self._streams_of(data), self._calibration()
+        options = self._options(calibration, streams)
+        half = {}
+        for site in streams.sites:
+            rank = int(break_even_rank(*site.shape(site.forms[0])) / 2)
+            if rank:
+                half[site.name] = Decision(rank=rank, reason="", form=site.forms[0])
+        fitted = self._made(half, streams, calibration).fitted
+        points = []
+        for share in SHARES:
+            try:
+                decisions = decide_by_budget(Budget(keep_params=share), options, self.dense.size, streams)
+            except ModelError:  # no plan is so small
+                continue
+            quality = self._check.quality(self._made(decisions, streams, calibration))
+            points.append(PointOutlook(share=share, quality=quality))
+        sites = tuple(
+            SiteOutlook(
+                name=name,
+                form=site.replacement.form,
+                rank=site.replacement.right.shape[-2],
+                held_out=getattr(site, "held_out_error", None),
+                in_sample=site.response_error,
+            )
+            for name, site in fitted.items()
+        )
+        return Outlook(samples=data.samples, check_samples=data.check.samples, sites=sites, points=tuple(points))
+
+    def missed(self, found: CalibrationRecord | None) -> list[str]:
+        """Return a note where the delivered model does not keep the quality: splits were undone after the search."""
+        quality = self.request.quality
+        if quality is None or found is None or self.delivers_dense or quality.holds(quality.limit_of(found.quality)):
+            return []
+        return [f"{quality} is MISSED by the finished model: splits were undone after planning; export again"]
+
+    @cached_property
+    def _check(self) -> OutputCheck:
+        """What judges candidates on the check part."""
+        dense = self.dense
+        return OutputCheck(
+            dense=dense.path,
+            proto=dense.proto,
+            data=self.data(),
+            provider=self.provider,
+            candidate=self._candidate,
+            outputs=self.outputs,
+        )
 
     def _streams_of(self, data: CalibrationData) -> OnnxStreams:
         """The model with the data; made once, for its sensitivities hold for every fit."""
@@ -270,33 +416,184 @@ class Calibrator:
 
         return measure
 
+    def _checked(
+        self,
+        budget: Budget,
+        options: Sequence[SiteOptions],
+        streams: OnnxStreams,
+        fit: Callable[[Decisions], Planned],
+    ) -> Planned:
+        """The model within a budget, compared with what its plan foresaw.
+
+        Raises:
+            GateError: the model is broken on the check part; names the nearest budget that holds up.
+        """
+        decisions = self._within(budget, options, streams)
+        made = fit(decisions)
+        if not self._check.is_possible:
+            self.record = PlanRecord(foreseen=foreseen_loss(decisions, options))
+            return made
+        foreseen, quality = foreseen_loss(decisions, options), self._check.quality(made)
+        shown, given_back = loss_shown(quality), tuple[str, ...]()
+        if is_much_worse(shown, foreseen):
+            guilty = at_fault(made, decisions, options, self._check)
+            if again := self._without(guilty, budget, options, streams):
+                names, others = again
+                other = fit(others)
+                if (less := loss_shown(better := self._check.quality(other))) < shown:
+                    made, quality, shown, given_back = other, better, less, names
+                    foreseen = foreseen_loss(others, options)
+        self.record = PlanRecord(
+            foreseen=foreseen, shown=shown if math.isfinite(shown) else None, given_back=given_back
+        )
+        if (quality is None or quality.is_broken) and not self.request.allow_broken:
+            raise GateError(self._broken(budget, options, streams, fit, quality))
+        return made
+
+    def _without(
+        self, names: Sequence[str], budget: Budget, options: Sequence[SiteOptions], streams: OnnxStreams
+    ) -> tuple[tuple[str, ...], Decisions] | None:
+        """Return the most helpful of these sites that can be dense within a budget, and the decisions without them."""
+        for count in range(len(names), 0, -1):
+            try:
+                decisions = self._within(budget, kept_dense(options, names[:count]), streams)
+            except ModelError:  # the budget cannot spare these splits
+                continue
+            return tuple(names[:count]), returned(decisions, names[:count])
+        return None
+
+    def _broken(
+        self,
+        budget: Budget,
+        options: Sequence[SiteOptions],
+        streams: OnnxStreams,
+        fit: Callable[[Decisions], Planned],
+        quality: OutputQuality | None,
+    ) -> str:
+        """Return the message for a broken model, with the nearest budget found by bisection that holds up."""
+        total = self._total(budget)
+        low, high, nearest = min(budget.total(total) / total, 1.0), 1.0, None
+        for _ in range(NEAREST_STEPS):
+            share = round((low + high) / 2, 3)
+            found = self._check.quality(fit(self._at(budget, share, total, options, streams)))
+            if found is None or found.is_broken:
+                low = share
+            else:
+                high, nearest = share, share
+        kept = "gives NaN or infinite outputs" if quality is None else f"keeps {_kept(quality)}"
+        remedy = (
+            f"type {budget.at(nearest, total)}, the nearest that was found to hold up, or less quality with "
+            f"--allow-broken"
+            if nearest is not None
+            else f"no budget up to {low:.0%} was found to hold up; leave sites dense (--exclude), give more samples, "
+            f"or add --allow-broken"
+        )
+        return f"{budget}: the compressed model is broken: it {kept} on the check part; {remedy}"
+
+    def _at(
+        self, budget: Budget, share: float, total: int, options: Sequence[SiteOptions], streams: OnnxStreams
+    ) -> Decisions:
+        """The decisions for a budget of the same kind; times are those of the table."""
+        if budget.cost != "nanoseconds":
+            return decide_by_budget(budget.at(share, total), options, self.dense.size, streams)
+        return self._in_time(share, options, streams)
+
+    def _total(self, budget: Budget) -> int:
+        """The cost of the dense model in the budget's unit."""
+        if budget.cost != "nanoseconds":
+            return total_of(budget, self.dense.size)
+        assert self.timing is not None
+        return self.timing.table.model.dense_nanoseconds
+
+    def _in_time(self, share: float, options: Sequence[SiteOptions], streams: OnnxStreams) -> Decisions:
+        """The decisions for a share of the dense model's time by the table."""
+        assert self.timing is not None
+        table = self.timing.table
+        choice = options_with_saving(priced(options, table), saving_of(share, table), table)
+        return decisions_of(choice, {site.name for site in options if len(site.options) > 1}, streams)
+
     def _smallest(
         self, options: Sequence[SiteOptions], streams: OnnxStreams, fit: Callable[[Decisions], Planned]
     ) -> Planned:
-        """The smallest model that keeps `max_drop`, by bisection on the share of parameters."""
+        """The smallest or fastest model that keeps `max_drop` or `quality`; the dense one where none keeps `quality`.
+
+        Raises:
+            ModelError: no rank of any site saves anything.
+            GateError: no model keeps `max_drop`.
+        """
+        request, size = self.request, self.dense.size
+        limit = f"--max-drop {request.max_drop:g}" if request.quality is None else str(request.quality)
+        if request.fastest:
+            assert self.timing is not None
+            table = self.timing.table
+            rated = priced(options, table)
+            saved = sum(site.options[0].nanoseconds for site in rated) - smallest_cost(rated, cost="nanoseconds")
+            smallest = 1 - table.model.scale * saved / table.model.dense_nanoseconds
+        else:
+            saved = sum(site.options[0].params for site in options) - smallest_cost(options, cost="params")
+            smallest = 1 - saved / size.params
+        if not saved:
+            raise ModelError(
+                f"{limit.split()[0]}: no rank of any site saves anything; let more sites be split (--include)"
+            )
+
+        def plan(share: float) -> Decisions:
+            if request.fastest:
+                return self._in_time(share, options, streams)
+            return decide_by_budget(Budget(keep_params=share), options, size, streams)
+
+        search = SizeSearch(
+            plan=plan,
+            foreseen=lambda decisions: foreseen_loss(decisions, options),
+            splits=lambda decisions: planned_splits(decisions, streams),
+            fit=fit,
+            judge=self._drop if request.quality is None else self._quality,
+            smallest=max(smallest, 0.0),
+            aim=DROP_AIM if request.quality is None else request.quality.foreseen,
+        )
+        best = search.run()
+        if best is not None and request.quality is not None and not request.fastest and self._is_larger(best):
+            best = None
+        self.record = PlanRecord(
+            limit=limit,
+            is_default=request.is_default,
+            is_fastest=request.fastest,
+            trials=tuple(search.trials),
+            delivers_dense=best is None,
+        )
+        if best is None and request.quality is None:
+            least = min(trial.value for trial in search.trials if trial.value is not None)
+            raise GateError(
+                f"{limit}: no compressed model keeps it; the least drop seen is {least:.2f} points; allow more, or "
+                f"give more calibration data"
+            )
+        if best is None:
+            return self._made({site.name: Decision(rank=None, reason=f"no split keeps {limit}") for site in options})
+        assert isinstance(best.planner, FixedPlanner)
+        shown = None if request.quality is None else loss_shown(self._check.quality(best))
+        foreseen = foreseen_loss(dict(best.planner.decisions), options)
+        self.record = self.record.model_copy(update={"foreseen": foreseen, "shown": shown})
+        return best
+
+    def _is_larger(self, made: Planned) -> bool:
+        """Return whether a model has a larger file than the user's."""
+        with self._candidate(made) as (path, _):
+            return file_bytes(path) > self.dense.size.bytes
+
+    def _quality(self, made: Planned) -> tuple[float | None, bool]:
+        """The one-sided limit of the quality on the check part, and whether it keeps the request's."""
+        wanted, found = self.request.quality, self._check.quality(made)
+        assert wanted is not None
+        limit = None if found is None else wanted.limit_of(found)
+        return limit, wanted.holds(limit)
+
+    def _drop(self, made: Planned) -> tuple[float | None, bool]:
+        """The drop of top-1 in points, and whether the request allows it."""
         assert self.request.max_drop is not None
         assert self.dense.accuracy is not None
         assert self.dense.accuracy.top1 is not None
-        total = self.dense.size.params
-        saved = sum(site.options[0].params for site in options) - smallest_cost(options, cost="params")
-        if not saved:
-            raise ModelError("--max-drop: no rank of any site saves anything; let more sites be split (--include)")
-        low, high, best, least = 1 - saved / total, 1.0, None, 100.0
-        for _ in range(SEARCH_STEPS):
-            share = (low + high) / 2
-            made = fit(decide_by_budget(Budget(keep_params=share), options, self.dense.size, streams))
-            drop = self.dense.accuracy.top1 - self._top1(made)
-            least = min(least, drop)
-            if drop <= self.request.max_drop:
-                high, best = share, made
-            else:
-                low = share
-        if best is None:
-            raise GateError(
-                f"--max-drop {self.request.max_drop:g}: no compressed model keeps it; the least drop seen is "
-                f"{least:.2f} points; allow more, or give more calibration data"
-            )
-        return best
+        drop = self.dense.accuracy.top1 - self._top1(made)
+        return drop, drop <= self.request.max_drop
 
     def _top1(self, made: Planned) -> float:
         dataset = self.dense.dataset
@@ -315,6 +612,25 @@ class Calibrator:
         finally:
             for file in (path, path.with_name(f"{path.name}.data")):
                 file.unlink(missing_ok=True)
+
+
+def _kept(quality: OutputQuality) -> str:
+    """Return the first value of a quality in words."""
+    if quality.agreement is not None:
+        return f"{quality.agreement:.1f} % of the answers"
+    if quality.cosine is not None:
+        return f"a mean cosine of {quality.cosine:.3f}"
+    return f"an output error of {100 * (quality.output_error or 0):.0f} %"
+
+
+def _floor(percent: float) -> str:
+    """Return a number of percent, rounded down to a tenth.
+
+    Example:
+        >>> _floor(95.42), _floor(98.0)
+        ('95.4', '98')
+    """
+    return f"{math.floor(10 * percent) / 10:g}"
 
 
 def remarks(streams: OnnxStreams, data: CalibrationData) -> list[str]:

@@ -4,14 +4,15 @@ from collections.abc import Callable
 
 import graph_passes as gp
 from rsi_deploy.calibration.calibration_data import CalibrationData
-from rsi_deploy.calibration.output_agreement import calibration_record
+from rsi_deploy.calibration.output_agreement import PartOutputs, calibration_record
+from rsi_deploy.calibration.record import OutputQuality
+from rsi_deploy.core.errors import GateError
 from rsi_deploy.core.progress import at_samples
 from rsi_deploy.data.feeding import Feeding
 from rsi_deploy.data.model_pictures import preset_note
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.evaluation.accuracy import evaluate
 from rsi_deploy.evaluation.softmax_bound import SoftmaxBound, softmax_bound
-from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.results import DenseModel, Verified
 from rsi_deploy.exporting.stage_clock import StageClock
 from rsi_deploy.onnx_models.split import SplitModel
@@ -31,7 +32,7 @@ def verified(
     max_output_error: float | None,
     preset: Preprocessing | None,
     calibration: Callable[[], CalibrationData] | None,
-    kept: SweepCache | None,
+    outputs: dict[str, PartOutputs],
 ) -> Verified:
     """Compare the compressed model with the dense one.
 
@@ -40,16 +41,17 @@ def verified(
         split: what the compressed model's split did.
         clock: times the stages.
         provider: onnxruntime provider.
-        max_output_error: gate on the approximation error; None only reports it.
+        max_output_error: gate on the error of the outputs, on the check part or else on probe inputs; or None.
         preset: the preprocessing fields that the user set.
         calibration: opens the calibration data; None without.
-        kept: what earlier exports of the same model and data have found; None without.
+        outputs: part of the calibration data -> outputs of the dense model, as far as they are known; more are added.
 
     Raises:
         GateError: a gate failed.
     """
     notes: list[str] = []
-    verification, probe = _outputs(dense, split, clock, max_output_error, notes)
+    is_checked = calibration is not None and dense.outputs is not None
+    verification, probe = _outputs(dense, split, clock, None if is_checked else max_output_error, notes)
     if dense.dataset is not None and dense.dataset.kind == "images":
         notes += preset_note(dense.preprocessing, preset, dense.source.name)
     accuracy, bound = _accuracy(dense, split, clock, provider, notes)
@@ -57,12 +59,11 @@ def verified(
     if calibration is not None and dense.outputs is not None:
         with clock.stage("certificate"):
             data = calibration()
-            known = None if kept is None else kept.outputs
-            agreement, outputs = calibration_record(dense.path, dense.target, data, provider, known, dense.proto)
+            agreement, found = calibration_record(dense.path, dense.target, data, provider, outputs, dense.proto)
+            outputs |= found
             notes += preset_note(dense.preprocessing, preset, dense.source.name) if data.are_pictures else []
             notes += data.notes()
-            if kept is not None:
-                kept.outputs = outputs
+        _gate(agreement.quality, max_output_error)
     macs = {}
     if dense.outputs is not None:
         with clock.stage("trace compressed"):
@@ -77,6 +78,20 @@ def verified(
         macs=macs,
         notes=tuple(notes),
     )
+
+
+def _gate(quality: OutputQuality, largest: float | None) -> None:
+    """Check that the output error on the check part is at most `largest`.
+
+    Raises:
+        GateError: it is larger.
+    """
+    found = quality.output_error if quality.output_error_at_most is None else quality.output_error_at_most
+    if largest is not None and found is not None and found > largest:
+        raise GateError(
+            f"--max-output-error {100 * largest:g}%: the output error on calibration data may be {100 * found:.3g} % "
+            f"(one-sided 95 % limit); allow more, or a larger model"
+        )
 
 
 def _outputs(

@@ -23,6 +23,10 @@ class ExportKeywords(TypedDict, total=False):
     max_size: str | int | None
     keep_latency: str | float | None
     max_latency: str | None
+    min_agreement: str | float | None
+    min_cosine: str | float | None
+    max_output_error: str | float | None
+    fastest: bool
     max_drop: float | None
     max_error: str | MaxError | None
     plan: str | Path | None
@@ -67,5 +71,5 @@ class ExportKeywords(TypedDict, total=False):
     bench_seconds: float
     allow_larger: bool
     opset: int | None
-    max_output_error: float | None
+    allow_broken: bool
     keep_dense: bool

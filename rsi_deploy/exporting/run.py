@@ -4,9 +4,10 @@ dense model --> cost table --> calibrate and plan --> factorize and split --> me
 """
 
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 from rsi_deploy import __version__
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.core.errors import ModelError, RsiDeployError
+from rsi_deploy.core.progress import step
+from rsi_deploy.core.settings.recipe import recipe_text
+from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.core.types import Array
 from rsi_deploy.data.sources import Dataset
 from rsi_deploy.execution import result_store
@@ -41,7 +45,9 @@ from rsi_deploy.io.onnx_file import file_bytes, refuse_growth
 from rsi_deploy.onnx_models.split import SplitModel, split_model
 from rsi_deploy.planning.decide import Planned, refuse_uncounted
 from rsi_deploy.planning.planner import Filters
+from rsi_deploy.planning.quality import KINDS, QualityBudget
 from rsi_deploy.planning.settings import ExportSettings
+from rsi_deploy.report.outlook import Outlook
 from rsi_deploy.report.schema import Report
 from rsi_deploy.runtime.shape_trace import uncounted_nodes
 
@@ -59,11 +65,12 @@ class ExportRun:
         dataset: labelled evaluation data; None without.
         bench_batch: samples of a timed run.
         bench_seconds: seconds for the measurement.
-        max_output_error: gate on the approximation error; None only reports it.
+        max_output_error: gate on the error of the outputs; None only reports it.
         keep_dense: keep the dense model in the bundle.
         allow_larger: deliver a compressed model that is larger than the dense one, too.
         inputs: files that the export reads, which the bundle must not replace.
         command: command line or call, for the report.
+        config: settings of the export.
         recipe: the request, as recipe.toml holds it.
         kept: what earlier exports of the same model, data and settings have found; None without.
     """
@@ -81,6 +88,7 @@ class ExportRun:
     allow_larger: bool
     inputs: tuple[object, ...]
     command: str
+    config: ExportConfig
     recipe: str
     kept: SweepCache | None
 
@@ -100,53 +108,73 @@ class ExportRun:
         clock, notes = StageClock(), list[str]()
         with self._folder(output, force=force) as folder:
             dense = self._dense(folder, clock)
-            refuse_uncounted(self.timed.request.budget, dense.size, uncounted_nodes(dense.uncounted))
-            if dense.outputs is not None:
-                check_space(folder)
-            feeds = None if dense.outputs is None else self.job.timing_feeds(dense, self.bench_batch)
-            store = self._result_store(dense)
-            calibrator = self._calibrator(dense, store)
-            with _names(dense.source.name, dense.path):
-                if self.timed.request.calib is not None:
-                    calibrator.data()  # data that do not fit are refused before the cost table is measured
-                calibrator.timing = self._timing(dense, feeds, clock)
-                with clock.stage("calibrate and plan"):
-                    planned = calibrator.planned()
-                split = self._split(dense)
+            if self.timed.request.needs_quality:
+                return self._with_default(dense)._written(folder, dense, clock, notes)
+            return self._written(folder, dense, clock, notes)
+
+    def outlook(self) -> Outlook:
+        """Return what unseen data keep of the model; nothing is written.
+
+        Raises:
+            UsageError: a request that does not fit the model or the data.
+            ModelError: the model cannot be handled.
+        """
+        with explaining_broken_model(self.origin.model), tempfile.TemporaryDirectory(prefix="rsi-inspect-") as name:
+            dense = self._dense(Path(name), StageClock())
+            with _names(dense.source.name, dense.path), step("see what unseen data keep"):
+                return self._calibrator(dense, None).outlook()
+
+    def _written(self, folder: Path, dense: DenseModel, clock: StageClock, notes: list[str]) -> Report:
+        """Compress the dense model and write the files of the bundle into `folder`."""
+        refuse_uncounted(self.timed.request.budget, dense.size, uncounted_nodes(dense.uncounted))
+        if dense.outputs is not None:
+            check_space(folder)
+        feeds = None if dense.outputs is None else self.job.timing_feeds(dense, self.bench_batch)
+        store = self._result_store(dense)
+        calibrator = self._calibrator(dense, store)
+        with _names(dense.source.name, dense.path):
+            if self.timed.request.calib is not None:
+                calibrator.data()  # data that do not fit are refused before the cost table is measured
+            calibrator.timing = self._timing(dense, feeds, clock)
+            with clock.stage("calibrate and plan"):
+                planned = calibrator.planned()
+            split = self._split(dense)
+            with clock.stage("factorize, split, save"), self.job.executor(store, notes) as executor:
+                result = split(dense.graph(), planned.planner, fitted=planned.fitted, executor=executor)
+            if not calibrator.delivers_dense:
+                _refuse_nothing(result)
+
+            def compress(planned: Planned, **changed: Any) -> SplitModel:
                 with clock.stage("factorize, split, save"), self.job.executor(store, notes) as executor:
-                    result = split(dense.graph(), planned.planner, fitted=planned.fitted, executor=executor)
-                if not (calibrator.timing is not None and calibrator.timing.delivers_dense):
-                    _refuse_nothing(result)
+                    again = partial(split, **changed)
+                    return again(dense.graph(), planned.planner, fitted=planned.fitted, executor=executor)
 
-                def compress(planned: Planned, **changed: Any) -> SplitModel:
-                    with clock.stage("factorize, split, save"), self.job.executor(store, notes) as executor:
-                        again = partial(split, **changed)
-                        return again(dense.graph(), planned.planner, fitted=planned.fitted, executor=executor)
-
-                delivered = self._delivered(dense, calibrator, planned, result, compress, feeds, clock, notes)
-            checked = verified(
-                dense,
-                delivered.split,
-                clock,
-                provider=self.job.provider,
-                max_output_error=self.max_output_error,
-                preset=self.origin.preprocessing,
-                calibration=None if self.timed.request.calib is None else calibrator.data,
-                kept=self.kept,
-            )
-            exported = Exported(
-                job=self.job,
-                settings=self._settings(dense),
-                dense=dense,
-                calibrator=calibrator,
-                delivered=delivered,
-                checked=checked,
-                stages=tuple(clock.stages),
-                notes=() if store is None else tuple(filter(None, [store.note()])),
-            )
-            report = exported.report(self.costing, self.command, self.recipe, keep_dense=self.keep_dense)
-            write_files(folder, report, dense.target)
-            return report
+            delivered = self._delivered(dense, calibrator, planned, result, compress, feeds, clock, notes)
+        checked = verified(
+            dense,
+            delivered.split,
+            clock,
+            provider=self.job.provider,
+            max_output_error=self.max_output_error,
+            preset=self.origin.preprocessing,
+            calibration=None if self.timed.request.calib is None else calibrator.data,
+            outputs=calibrator.outputs,
+        )
+        if self.kept is not None:
+            self.kept.outputs = calibrator.outputs
+        exported = Exported(
+            job=self.job,
+            settings=self._settings(dense),
+            dense=dense,
+            calibrator=calibrator,
+            delivered=delivered,
+            checked=checked,
+            stages=tuple(clock.stages),
+            notes=(*calibrator.missed(checked.agreement), *([] if store is None else filter(None, [store.note()]))),
+        )
+        report = exported.report(self.costing, self.command, self.recipe, keep_dense=self.keep_dense)
+        write_files(folder, report, dense.target)
+        return report
 
     @contextmanager
     def _folder(self, output: Path, *, force: bool) -> Iterator[Path]:
@@ -170,6 +198,28 @@ class ExportRun:
             kept.keep_accuracy(dense.accuracy)
         return dense
 
+    def _with_default(self, dense: DenseModel) -> "ExportRun":
+        """Return this export with the limit on quality that fits the model's outputs.
+
+        Raises:
+            UsageError: data that do not fit the model.
+            ModelError: the model cannot be run on this machine.
+        """
+        if dense.outputs is None:
+            raise ModelError(
+                "the model cannot be run on this machine, so nothing can be planned on --calib; add --rank"
+            )
+        request = self.timed.request
+        measure = self._calibrator(dense, None).measure()
+        quality = QualityBudget.default(measure)
+        request = replace(request, quality=quality, is_default=True)
+        step_text = f"no size is set: {quality}, the default for {KINDS[measure]}"
+        with step(step_text):
+            config = ExportConfig.of(self.config, **{quality.setting: quality.text(quality.limit)})
+        job = replace(self.job, settings=self.job.settings.model_copy(update={"budget": request.decided_by}))
+        recipe = recipe_text("export", self.origin.model, config)
+        return replace(self, timed=replace(self.timed, request=request), job=job, config=config, recipe=recipe)
+
     def _settings(self, dense: DenseModel) -> ExportSettings:
         return self.job.settings.model_copy(update={"opset": dense.opset})
 
@@ -182,7 +232,7 @@ class ExportRun:
         if calib is not None:
             shapes = {name: array.shape for name, array in dense.feeds.items()}  # what MACs are counted on
             request = self.timed.request
-            parts = [request.check_size, request.calib_check is not None]
+            parts = [request.check_size, str(request.quality), request.calib_check is not None]
             more = [fingerprint(calib), *parts, self._settings(dense).model_dump_json(), job.provider, shapes]
         key = key_of(f"{dense.weights_hash} {file_hash(dense.path)}", job.device, *more)
         return ResultStore(folder=finished_results_folder(dense.folder), key=key)
@@ -221,6 +271,7 @@ class ExportRun:
             provider=job.provider,
             progress=job.progress,
             kept=self.kept,
+            outputs={} if self.kept is None else dict(self.kept.outputs),
             finished=store if store is not None and fingerprint(request.calib) else None,
         )
 

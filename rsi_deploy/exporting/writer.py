@@ -69,6 +69,7 @@ class Exported:
             softmax_bound=checked.bound,
             accuracy=checked.accuracy,
             latency=delivered.latency,
+            plan=self.calibrator.record,
             timing=timing_record(self.calibrator.timing, delivered, costing),
             probe_shapes={name: array.shape for name, array in dense.feeds.items()},
             probe_given=job.given is not None,

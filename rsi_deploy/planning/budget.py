@@ -105,6 +105,21 @@ class Budget:
             return exact
         return math.floor(Fraction(repr(self._share)) * dense_total)
 
+    def at(self, share: float, dense_total: int) -> "Budget":
+        """Return the budget of the same kind for a share of the dense model's cost `dense_total`.
+
+        Example:
+            >>> str(Budget(max_size=500).at(0.75, 1000)), str(Budget(keep_macs=0.5).at(0.75, 1000))
+            ('--max-size 750B', '--keep-macs 75%')
+        """
+        if self.max_size is not None:
+            return Budget(max_size=math.floor(share * dense_total))
+        if self.max_latency is not None:
+            return Budget(max_latency=math.floor(share * dense_total))
+        if self.keep_latency is not None:
+            return Budget(keep_latency=share)
+        return Budget(keep_params=share) if self.keep_macs is None else Budget(keep_macs=share)
+
     def limit(self, dense_total: int, fixed: int, *, smallest: int = 0) -> int:
         """Return the limit for the sites: the budget of the whole model minus the fixed cost.
 

@@ -59,6 +59,7 @@ class Option:
         bytes: stored bytes.
         loss: loss of the model's outputs, finite and at least 0; 0 for dense.
         nanoseconds: time of one call by the cost table; 0 without a table.
+        error: response error that the loss was computed from; 0 for dense.
     """
 
     form: str
@@ -68,6 +69,7 @@ class Option:
     bytes: int
     loss: float
     nanoseconds: int = 0
+    error: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.form == "dense") != (self.rank is None) or (self.rank is not None and self.rank < 1):

@@ -15,22 +15,31 @@ from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.plan_file import Plan, read_plan
 from rsi_deploy.planning.planner import Filters, MaxError, Planner, RankSpec, rank_spec
+from rsi_deploy.planning.quality import DEFAULTS, KINDS, OPTIONS, Measure, QualityBudget
 from rsi_deploy.planning.settings import ExportSettings
 
 BUDGETS = ("keep_params", "keep_macs", "max_size", "keep_latency", "max_latency")
-UNDER_A_BUDGET = ("max_drop", "min_rank", "rank_multiple")
+UNDER_A_BUDGET = ("max_drop", "fastest", "allow_broken", "min_rank", "rank_multiple")
+SIZES = ("rank", "max_error", "max_drop", "plan", *BUDGETS)
+QUALITIES: dict[Measure, str] = {"agreement": "min_agreement", "cosine": "min_cosine"}
 
 Unlabelled = str | Path | Dataset | Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankRequest:
-    """The rule that decides the ranks (exactly one of five), and the data that factors are fitted to.
+    """The rule that decides the ranks, and the data that factors are fitted to.
+
+    With calibration data and no rule, a quality decides: the default one for the kind of the model's outputs.
 
     Attributes:
         rank: one rank or ratio for every site; or one error, which each site meets with its smallest rank.
         budget: limit on the whole model.
+        quality: limit on the quality of the outputs on the check part.
+        is_default: whether `quality` is the default one.
         max_drop: percentage points of top-1 that may be lost on evaluation data.
+        fastest: whether a limit on quality or accuracy is for the fastest model, not for the smallest.
+        allow_broken: whether a budget may break the model.
         plan: form and rank of each site, read from `plan_name`.
         plan_name: name of the plan's file, for messages and the report.
         calib: unlabelled data; None factorizes by the weights alone.
@@ -48,7 +57,11 @@ class RankRequest:
 
     rank: RankSpec | MaxError | None = None
     budget: Budget | None = None
+    quality: QualityBudget | None = None
+    is_default: bool = False
     max_drop: float | None = None
+    fastest: bool = False
+    allow_broken: bool = False
     plan: Plan | None = None
     plan_name: str = ""
     calib: Unlabelled | None = None
@@ -62,17 +75,26 @@ class RankRequest:
 
     def __post_init__(self) -> None:
         given = self._given
-        if len(given) != 1:
+        if len(given) != 1 and not self.needs_quality:
             raise UsageError(
                 f"give exactly one of --rank, --max-error, --keep-params, --keep-macs, --max-size, --keep-latency, "
-                f"--max-latency, --max-drop and --plan, but got {' and '.join(given) or 'none'}; type for example "
-                f"--rank 25%"
+                f"--max-latency, --min-agreement, --min-cosine, --max-drop and --plan, but got "
+                f"{' and '.join(given) or 'none'}; type for example --rank 25%, or add --calib DATA alone"
             )
         if self.is_searched and self.calib is None:
             raise UsageError(f"{given[0]} is planned on calibration data: add --calib DATA (unlabelled inputs)")
+        if self.fastest and not self.is_limited:
+            raise UsageError(
+                f"--fastest goes with --min-agreement, --min-cosine, --max-output-error or --max-drop, but got "
+                f"{given[0]}; leave --fastest out"
+            )
+        if self.allow_broken and self.budget is None:
+            raise UsageError("--allow-broken goes with a budget such as --keep-macs 50%; leave it out")
         for option, value in (("--min-rank", self.min_rank), ("--rank-multiple", self.rank_multiple)):
             if value > 1 and not self.is_searched:
                 raise UsageError(f"{option} holds ranks that a budget chooses, but got {given[0]}; leave {option} out")
+        if self.check_size is not None and self.calib is None:
+            raise UsageError("--check-size is a part of --calib: add --calib DATA, or leave --check-size out")
         if self.calib_check is not None and self.calib is None:
             raise UsageError("--calib-check goes with --calib: add --calib DATA, which factors are fitted to")
         if isinstance(self.rank, MaxError) and self.calib is not None:
@@ -88,6 +110,7 @@ class RankRequest:
         rank = None if config.rank == "auto" else config.rank
         limits = {name: getattr(config, name) for name in BUDGETS if getattr(config, name) is not None}
         return cls(
+            quality=_quality(config),
             rank=None if rank is None and config.max_error is None else rank_spec(rank, config.max_error),
             budget=Budget(**limits) if limits else None,
             plan=None if config.plan is None else read_plan(config.plan),
@@ -98,7 +121,22 @@ class RankRequest:
     @property
     def is_searched(self) -> bool:
         """Return whether a budget chooses the ranks."""
-        return self.budget is not None or self.max_drop is not None
+        return self.budget is not None or self.is_limited
+
+    @property
+    def is_limited(self) -> bool:
+        """Return whether a limit on quality or accuracy chooses the ranks."""
+        return self.quality is not None or self.max_drop is not None or self.needs_quality
+
+    @property
+    def is_limited_by_error(self) -> bool:
+        """Return whether `--max-output-error` chooses the ranks, and is no gate."""
+        return self.quality is not None and self.quality.measure == "output_error"
+
+    @property
+    def needs_quality(self) -> bool:
+        """Return whether the kind of the outputs has to choose the limit, because nothing else decides the ranks."""
+        return self.calib is not None and not self._given
 
     @property
     def is_fitted(self) -> bool:
@@ -108,8 +146,14 @@ class RankRequest:
     @property
     def decided_by(self) -> str:
         """The option that decides the ranks, as it is typed; "" for a rank."""
+        fastest = " --fastest" * self.fastest
         if self.max_drop is not None:
-            return f"--max-drop {self.max_drop:g}"
+            return f"--max-drop {self.max_drop:g}{fastest}"
+        if self.quality is not None:
+            return f"{self.quality}{fastest}"
+        if self.needs_quality:
+            found = [f"{QualityBudget.default(measure)} ({KINDS[measure]})" for measure in DEFAULTS]
+            return f"{', '.join(found[:-1])} or {found[-1]}{fastest}"
         if isinstance(self.rank, MaxError):
             return f"--max-error {self.rank}"
         return f"--plan {self.plan_name}" if self.plan is not None else str(self.budget or "")
@@ -123,7 +167,9 @@ class RankRequest:
         if self.max_drop is not None and data is None:
             raise UsageError("--max-drop is measured on labelled data: add --data DATA")
         if always_split and not isinstance(self.rank, RankSpec):
-            raise UsageError(f"--always-split goes with --rank alone, but got {self._given[0]}; leave it out")
+            raise UsageError(
+                f"--always-split goes with --rank alone, but got {(*self._given, 'none')[0]}; leave it out"
+            )
 
     def planner(self, filters: Filters, *, always_split: bool) -> Planner | None:
         """Return the planner of one rank or error for every site; None where a budget or a plan decides."""
@@ -164,5 +210,22 @@ class RankRequest:
             budget: self.budget,
             "--plan": self.plan,
             "--max-drop": self.max_drop,
+            "" if self.quality is None else OPTIONS[self.quality.measure]: self.quality,
         }
         return [option for option, value in given.items() if value is not None]
+
+
+def _quality(config: ExportConfig) -> QualityBudget | None:
+    """Return the limit on the quality of the outputs.
+
+    Raises:
+        UsageError: more than one rule.
+    """
+    found = [QualityBudget(measure=m, limit=value) for m, n in QUALITIES.items() if (value := getattr(config, n))]
+    if len(found) > 1:
+        raise UsageError(f"give one of {' and '.join(OPTIONS[each.measure] for each in found)}")
+    if found:
+        return found[0]
+    if config.max_output_error is None or any(getattr(config, name) not in (None, "auto") for name in SIZES):
+        return None
+    return QualityBudget(measure="output_error", limit=config.max_output_error)

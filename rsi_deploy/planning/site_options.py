@@ -250,6 +250,7 @@ class Calibration:
                     macs=site.split_macs(form, rank),
                     bytes=numbers * site.item_bytes + NODE_BYTES,
                     loss=loss(error),
+                    error=error,
                 )
             )
         return SiteOptions(name=site.name, options=(dense, *split))

@@ -20,6 +20,7 @@ from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.evaluation.accuracy import AccuracyResult
 from rsi_deploy.evaluation.softmax_bound import SoftmaxBound
 from rsi_deploy.io.manifest import check_inner_name
+from rsi_deploy.planning.record import PlanRecord
 from rsi_deploy.planning.settings import ExportSettings
 from rsi_deploy.report.json_files import read_json
 from rsi_deploy.runtime.feeds.values import as_numbers
@@ -147,6 +148,7 @@ class Report(_Record):
         softmax_bound: bound on changed answers, for a factorized classifier head with evaluation data.
         accuracy: accuracy on the evaluation data; None without such data.
         latency: latency of the dense and the compressed model, in this order; None with --no-bench.
+        plan: what planning has foreseen and tried; None where a rank or a plan decides.
         timing: decisions that depend on measured times; None without any (--no-bench, --always-split).
         probe_shapes: shapes of the probe inputs, which are made from the seed (`rsi_deploy.runtime.feeds.probe`).
         probe_given: whether the user gave the probe inputs (--feeds), so that they cannot be made again.
@@ -175,6 +177,7 @@ class Report(_Record):
     softmax_bound: SoftmaxBound | None
     accuracy: Accuracy | None
     latency: BenchResult | None
+    plan: PlanRecord | None = None
     timing: TimingRecord | None = None
     probe_shapes: dict[str, tuple[int, ...]]
     probe_given: bool

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # a machine that only measures has no torch
     from rsi_deploy.calibration.record import CalibrationRecord, OutputQuality
     from rsi_deploy.core.sites import SiteRecord
     from rsi_deploy.onnx_models.inspection import SiteView
+    from rsi_deploy.planning.record import PlanRecord
     from rsi_deploy.planning.settings import ExportSettings
     from rsi_deploy.report.schema import Report
 
@@ -56,6 +57,8 @@ QUALITY = (
 def verdict(report: "Report") -> str:
     """Return the changes of size, time and accuracy in one sentence."""
     parts = [size_change(report.dense.bytes, report.compressed.bytes)]
+    if report.plan is not None and report.plan.delivers_dense:
+        parts.insert(0, f"the DENSE model is delivered: no smaller one that was tried keeps {report.plan.limit}")
     parts.append(report.latency.arms[1].verdict if report.latency else "latency not measured")
     if report.accuracy and report.accuracy.dense.top1 is not None and report.accuracy.compressed.top1 is not None:
         parts.append(f"top-1 {report.accuracy.compressed.top1 - report.accuracy.dense.top1:+.2f} points")
@@ -122,8 +125,8 @@ def checks_table(report: "Report") -> Table:
 
 
 def evidence_lines(report: "Report") -> list[str]:
-    """Return what limits the quality on calibration data, and the softmax bound, a line each."""
-    lines = []
+    """Return what planning has tried, what limits the quality on the data, and the softmax bound, a line each."""
+    lines = plan_lines(report)
     if report.calibration is not None:
         lines += quality_limits(report.calibration)
     if b := report.softmax_bound:
@@ -133,6 +136,50 @@ def evidence_lines(report: "Report") -> list[str]:
             f"({b.violations} violations)"
         )
     return lines
+
+
+def plan_lines(report: "Report") -> list[str]:
+    """Return what planning has foreseen and tried, a line each."""
+    plan = report.plan
+    if plan is None:
+        return []
+    lines = []
+    if plan.trials:
+        why = "no size was set, so this is the limit: " if plan.is_default else ""
+        goal = "fastest" if plan.is_fastest else "smallest"
+        what = "time" if plan.is_fastest else "parameters"
+        found = "none but the dense one" if plan.delivers_dense else f"the {goal} of {len(plan.trials)} that were tried"
+        lines.append(f"{why}{plan.limit}: {found}; at each share of the {what}: {_trials(plan)}")
+    if plan.foreseen is not None and plan.shown is not None:
+        worse = "" if plan.worse is None else f", {plan.worse:.2g} times as much"
+        lines.append(
+            f"the plan foresaw a loss of {plan.foreseen:.2g} (relative output distance and KL, site by site); the "
+            f"check part shows {plan.shown:.2g}{worse}"
+        )
+    if plan.given_back:
+        lines.append(
+            f"{', '.join(plan.given_back)}: dense again, because the check part showed that the split costs more than "
+            f"was foreseen; so the check part chose something, and its values are a little too good"
+        )
+    return lines
+
+
+def _trials(plan: "PlanRecord") -> str:
+    """Return the trials of a search in words, from the largest share; a lone value is a one-sided 95 % limit."""
+    option = plan.limit.split()[0]
+
+    def text(value: float) -> str:
+        if option == "--max-drop":
+            return f"{value:+.2f} points lost"
+        sign = "at most " if option == "--max-output-error" else "at least "
+        return f"{sign}{value:.4f}" if option == "--min-cosine" else f"{sign}{100 * value:.3g} %"
+
+    words = [
+        f"{trial.share:.1%} {'no finite outputs' if trial.value is None else text(trial.value)}"
+        f"{'' if trial.holds else ' (missed)'}"
+        for trial in sorted(plan.trials, key=lambda trial: -trial.share)
+    ]
+    return ", ".join(words)
 
 
 def quality_table(report: "Report") -> Table:

@@ -89,7 +89,7 @@ def sweep(
     if config.ray is not None:
         check_ray(config.ray)
     values = config.keywords() | config.spelled()
-    points = ExportConfig.of({name: value for name, value in values.items() if name in OF_A_POINT})
+    points = ExportConfig.of({name: value for name, value in values.items() if name in OF_A_POINT}, allow_broken=True)
     plain, _ = input_shapes(config.input_shape)
     folder = Path(output)
     _check_folder(

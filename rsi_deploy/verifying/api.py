@@ -38,6 +38,7 @@ from rsi_deploy.io.manifest import MANIFEST, check_manifest, file_hash
 from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.io.onnx_reader import load_model
 from rsi_deploy.planning.budget import Budget
+from rsi_deploy.planning.quality import parse_quality
 from rsi_deploy.report.pages.html import source_of
 from rsi_deploy.report.schema import ProbeOutput, Report, read_report
 from rsi_deploy.report.verification import Claim, VerifyResult
@@ -224,10 +225,19 @@ def _budget(report: Report) -> list[Claim]:
         before, after = report.accuracy.dense.top1, report.accuracy.compressed.top1
         drop = (before or 0) - (after or 0)
         try:
-            holds = drop <= float(value)
+            holds = drop <= float(value.partition(" ")[0])
         except ValueError:
             return [_claim("budget", False, f"{option} {value!r} is no number of points")]
         return [_claim("budget", holds, f"{option} {value}: top-1 drops by {drop:.2f} points")]
+    if report.calibration is not None and (report.plan is None or not report.plan.delivers_dense):
+        try:
+            quality = parse_quality(option, value.partition(" ")[0])
+        except ValueError:
+            return [_claim("budget", False, f"{option} {value!r} is no number")]
+        if quality is not None:
+            limit = quality.limit_of(report.calibration.quality)
+            shown = "no limit is known" if limit is None else f"{quality.text(limit)} for sure"
+            return [_claim("budget", quality.holds(limit), f"{quality}: {shown}, on the check part")]
     if option in ("--keep-latency", "--max-latency"):
         return _time_budget(report, option, value)
     if option not in ("--keep-params", "--keep-macs", "--max-size"):

@@ -118,6 +118,16 @@ Percent = Annotated[
     Quantity("5%", "str | float", lambda value: f"{value:g}%"),
 ]
 """A number of percent."""
+OutputError = Annotated[
+    float,
+    _reader(
+        lambda value, option: (
+            parse_percent(value, option) / 100 if isinstance(value, str) and value.strip().endswith("%") else value
+        )
+    ),
+    Quantity("0.03|3%", "str | float", lambda value: f"{100 * value:.10g}%"),
+]
+"""A fraction of 0 or more."""
 Milliseconds = Annotated[
     float,
     _reader(lambda value, option: parse_nanoseconds(value, option) / 1e6 if _has_unit(value) else value),

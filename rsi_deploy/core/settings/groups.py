@@ -9,6 +9,7 @@ from rsi_deploy.core.settings.base import (
     FileName,
     Latency,
     Numbers,
+    OutputError,
     Pixels,
     Seconds,
     Settings,
@@ -51,7 +52,10 @@ class OnnxSourceConfig(Settings, panel="Model"):
 
 
 class RankConfig(Settings, panel="Size"):
-    """The setting that decides the ranks: exactly one of those in `exclusive`."""
+    """The setting that decides the ranks: one of those in `exclusive`, or `max_output_error`.
+
+    With calibration data and none of them, the quality of the outputs decides.
+    """
 
     exclusive = (
         "rank",
@@ -62,6 +66,8 @@ class RankConfig(Settings, panel="Size"):
         "keep_latency",
         "max_latency",
         "max_drop",
+        "min_agreement",
+        "min_cosine",
         "plan",
     )
 
@@ -77,6 +83,25 @@ class RankConfig(Settings, panel="Size"):
         None, "Budget: share of the dense model's time for a call.", option=FIRST | {"metavar": "0.6|60%"}
     )
     max_latency: Latency | None = setting(None, "Budget: time of a call, measured.", option=FIRST)
+    min_agreement: Share | None = setting(
+        None,
+        "The smallest model that gives this share of the dense model's answers, for sure; class scores, no labels.",
+        option=FIRST | {"metavar": "98%"},
+    )
+    min_cosine: Share | None = setting(
+        None,
+        "The smallest model whose embeddings have this mean cosine to the dense model's, for sure; no labels.",
+        option=FIRST | {"metavar": "0.98"},
+    )
+    max_output_error: OutputError | None = setting(
+        None,
+        "Largest relative error of the outputs: the smallest model that keeps it; with another size, a gate (exit 4).",
+        option=FIRST | {"metavar": "3%"},
+        ge=0,
+    )
+    fastest: bool = setting(
+        False, "Under a limit on the quality or accuracy: the fastest model, not the smallest.", option=FIRST
+    )
     max_drop: float | None = setting(
         None,
         "The smallest model that loses at most this many points of top-1 on --data.",
@@ -257,5 +282,7 @@ class BundleConfig(GrowthConfig, panel="Bundle"):
     opset: int | None = setting(
         None, "Opset of the ONNX model. (default: an ONNX file's own; 23 with attention, else 20)"
     )
-    max_output_error: float | None = setting(None, "Gate: relative error of the outputs (exit 4).", ge=0)
+    allow_broken: bool = setting(
+        False, "Deliver the model even where it no longer answers as the dense one does under a budget."
+    )
     keep_dense: bool = setting(False, "Keep dense.onnx in the bundle.")

@@ -94,7 +94,9 @@ class ProfileConfig(SourceConfig, OnnxSourceConfig, PictureConfig, RuntimeConfig
     fresh: bool = setting(False, "Measure also what the cache knows.")
 
 
-class InspectConfig(SourceConfig, OnnxSourceConfig, SiteConfig, JointConfig, SeedConfig, panel="Output"):
+class InspectConfig(
+    SourceConfig, OnnxSourceConfig, SamplesConfig, PictureConfig, SiteConfig, JointConfig, SeedConfig, panel="Output"
+):
     """The settings of `inspect`."""
 
     rank: Text = setting("25%", "Rank of the export that is described.", option=FIRST | {"metavar": "64|40%"})

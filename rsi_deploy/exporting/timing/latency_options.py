@@ -43,12 +43,13 @@ class Timed:
         if self.cost is not None and not self.request.is_searched:
             raise UsageError("--cost is planned with: give a budget, such as --keep-latency 60%, and --calib DATA")
         if self.is_in_time and not self.measure and not self.foreign:
-            raise UsageError("--keep-latency and --max-latency are measured: leave out --no-bench")
+            raise UsageError("--keep-latency, --max-latency and --fastest are measured: leave out --no-bench")
 
     @property
     def is_in_time(self) -> bool:
-        """Return whether the budget is a time."""
-        return self.request.budget is not None and self.request.budget.cost == "nanoseconds"
+        """Return whether times choose the ranks."""
+        of_budget = self.request.budget is not None and self.request.budget.cost == "nanoseconds"
+        return of_budget or self.request.fastest
 
     @property
     def needs_table(self) -> bool:

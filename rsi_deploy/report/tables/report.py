@@ -22,6 +22,7 @@ from rsi_deploy.report.tables.terminal import print_table
 if TYPE_CHECKING:  # a machine that only measures has no torch
     from rsi_deploy.core.sites import SiteRecord
     from rsi_deploy.onnx_models.inspection import Inspection, SiteView
+    from rsi_deploy.report.outlook import Outlook
     from rsi_deploy.report.schema import Report
     from rsi_deploy.report.verification import VerifyResult
     from rsi_deploy.runtime.doctor import Diagnosis
@@ -92,6 +93,15 @@ def print_inspection(console: Console, result: "Inspection") -> None:
     )
     for note in result.notes:
         console.print(f"note: {escape(note)}")
+
+
+def print_outlook(console: Console, outlook: "Outlook") -> None:
+    """Print what unseen data keep of every site and of the whole model."""
+    from rsi_deploy.report.outlook import point_outlook, site_outlook
+
+    print_table(console, site_outlook(outlook))
+    print_table(console, point_outlook(outlook))
+    console.print(f"verdict: {escape(outlook.verdict)}.", soft_wrap=True)
 
 
 def _prospect(site: "SiteView") -> str:
