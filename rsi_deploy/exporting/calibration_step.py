@@ -274,7 +274,7 @@ class Calibrator:
                 name=name,
                 form=site.replacement.form,
                 rank=site.replacement.right.shape[-2],
-                held_out=getattr(site, "held_out_error", None),
+                held_out=site.held_out_error,
                 in_sample=site.response_error,
             )
             for name, site in fitted.items()

@@ -138,7 +138,7 @@ def suspects(made: Planned, chosen: Mapping[str, Option]) -> list[str]:
         fitted = made.fitted.get(name)
         if fitted is None:
             return 1.0, chosen[name].loss
-        held_out = getattr(fitted, "held_out_error", None)
+        held_out = fitted.held_out_error
         found = fitted.response_error if held_out is None else held_out
         return found / max(chosen[name].error, 1e-6), chosen[name].loss
 
