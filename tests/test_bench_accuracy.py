@@ -188,13 +188,14 @@ GOOD = [
     row("cnn_cifar10", 0.3, 0.5),
     *(row("resnet20", keep, lost) for keep, lost in ((0.7, 0.6), (0.6, 1.5), (0.5, 3.0), (0.4, 8.0))),
     *(row("resnet56", keep, lost) for keep, lost in ((0.7, 0.3), (0.6, 0.8), (0.5, 1.8), (0.4, 4.5))),
+    *(row("lite0", keep, lost) for keep, lost in ((0.9, 0.3), (0.8, 7.8))),
     row("minilm", 0.5, 8.0, overlap=0.75),
 ]
 
 
 def test_the_goals_are_the_issues() -> None:
     assert judge(accuracy.judged(GOOD), check=True) == 0
-    assert len(accuracy.judged(GOOD)) == 12
+    assert len(accuracy.judged(GOOD)) == 14
     assert accuracy.judged([dataclasses.replace(GOOD[0], arm="RSVD", lost=90)]) == [], "baselines promise nothing"
     assert accuracy.judged([row("resnet20", 0.55, 80)]) == [], "this budget has no goal"
 
