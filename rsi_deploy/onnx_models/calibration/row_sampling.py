@@ -23,7 +23,7 @@ from torch import Tensor
 
 import graph_passes as gp
 from rsi_deploy.calibration.activations import RowCounts
-from rsi_deploy.calibration.moments import GRAM_LIMIT, Moments, Samples, row_limit
+from rsi_deploy.calibration.moments import GRAM_LIMIT, ROWS, Moments, Samples, row_limit
 from rsi_deploy.linalg.solver import stream_seed
 from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, row_sizes
 from rsi_deploy.onnx_models.calibration.rows import Taps, all_patches, chosen, output_size, patch_index
@@ -131,7 +131,7 @@ def _row_shape(r: Reached, shape: Sequence[int]) -> tuple[int, ...]:
 
 def survey_rows(in_features: int) -> int:
     """Return how many rows suffice for a choice of ranks: y = W x holds no noise."""
-    return min(row_limit(in_features), max(row_limit(in_features) // 3, 8 * in_features))
+    return min(row_limit(in_features), max(ROWS, 8 * in_features))
 
 
 def taps_of(
