@@ -43,7 +43,7 @@ from bench import cases, common
 from bench.cases import Case
 from bench.common import Goal
 from graph_passes.forms import Form
-from rsi_deploy.calibration.activations import CalibratedSite, Replacement
+from rsi_deploy.calibration.activations import CalibratedSite, FittedSite
 from rsi_deploy.calibration.moments import Moments, Samples, moment_bytes
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.io.onnx_file import file_bytes
@@ -105,12 +105,11 @@ class ClockedCalibration(Calibration):
 
     spent: list[float] = field(default_factory=list, compare=False)
 
-    def replacement(
-        self, site: CalibratedSite, moments: Moments | Samples, form: Form, rank: int, **more: Any
-    ) -> tuple[Replacement, float]:
-        """As `Calibration.replacement`."""
+    def _fitted(
+        self, site: CalibratedSite, moments: Moments | Samples, form: Form, rank: int, sensitivity: Tensor | None
+    ) -> FittedSite:
         with self._clocked():
-            return super().replacement(site, moments, form, rank, **more)
+            return super()._fitted(site, moments, form, rank, sensitivity)
 
     def _errors(
         self, site: CalibratedSite, moments: Moments | Samples, sensitivity: Tensor | None

@@ -174,8 +174,12 @@ def test_rounding_is_not_variance(limit):
 
 def test_moment_bytes_is_the_memory_taken():
     x, y = rows(3, 20, 6, 4)
-    found = gathered(x, y, [20])
-    assert moment_bytes(6, 4, 3, 20) == found.xx.nbytes + found.yx.nbytes
+    gathering = MomentAccumulator(6)
+    for fold in range(8):
+        gathering.add(x, y, fold=fold)
+    found = gathering.result()
+    assert moment_bytes(6, 4, 3, 160) == sum(fold.xx.nbytes + fold.yx.nbytes for fold in found.folds)
+    assert moment_bytes(6, 4, 3, 160) != found.xx.nbytes + found.yx.nbytes
     kept = gathered(x, y, [20], limit=5)
     assert moment_bytes(6, 4, 3, 20, limit=5) == kept.x.nbytes + kept.y.nbytes
 
