@@ -220,11 +220,11 @@ class Calibrator:
             UsageError: says what to type.
         """
         if quality.measure != "output_error" and (fits := self.measure()) != quality.measure:
-            also = "" if fits == "output_error" else " and --max-output-error"
+            found = KINDS[fits] if fits != "output_error" else "neither class scores nor embeddings"
+            fitting = " or ".join(dict.fromkeys((OPTIONS[fits], OPTIONS["output_error"])))
             raise UsageError(
-                f"{OPTIONS[quality.measure]} is for {KINDS[quality.measure]}, but this model's outputs are "
-                f"{'neither class scores nor embeddings' if fits == 'output_error' else KINDS[fits]}; "
-                f"type {OPTIONS[fits]}{also}".replace(f"{OPTIONS[fits]} and", f"{OPTIONS[fits]} or")
+                f"{OPTIONS[quality.measure]} is for {KINDS[quality.measure]}, but this model's outputs are {found}; "
+                f"type {fitting}"
             )
         samples = 0 if data.check is None else data.check.samples
         option = "--calib-check" if data.is_separate else "--calib"
@@ -447,7 +447,17 @@ class Calibrator:
             foreseen=foreseen, shown=shown if math.isfinite(shown) else None, given_back=given_back
         )
         if (quality is None or quality.is_broken) and not self.request.allow_broken:
-            raise GateError(self._broken(budget, options, streams, fit, quality))
+            kept = "gives NaN or infinite outputs" if quality is None else f"keeps {_kept(quality)}"
+            nearest = self._nearest(budget, options, streams, fit)
+            if nearest is None:
+                raise GateError(
+                    f"{budget}: the compressed model is broken: it {kept} on the check part, and no larger budget that "
+                    f"was tried holds up; leave sites dense (--exclude), give more samples, or add --allow-broken"
+                )
+            raise GateError(
+                f"{budget}: the compressed model is broken: it {kept} on the check part; type {nearest}, the nearest "
+                f"that was found to hold up, or add --allow-broken"
+            )
         return made
 
     def _without(
@@ -462,15 +472,14 @@ class Calibrator:
             return tuple(names[:count]), returned(decisions, names[:count])
         return None
 
-    def _broken(
+    def _nearest(
         self,
         budget: Budget,
         options: Sequence[SiteOptions],
         streams: OnnxStreams,
         fit: Callable[[Decisions], Planned],
-        quality: OutputQuality | None,
-    ) -> str:
-        """Return the message for a broken model, with the nearest budget found by bisection that holds up."""
+    ) -> Budget | None:
+        """Return the smallest larger budget that holds up, found by bisection; None if none does that is tried."""
         total = self._total(budget)
         low, high, nearest = min(budget.total(total) / total, 1.0), 1.0, None
         for _ in range(NEAREST_STEPS):
@@ -479,16 +488,8 @@ class Calibrator:
             if found is None or found.is_broken:
                 low = share
             else:
-                high, nearest = share, share
-        kept = "gives NaN or infinite outputs" if quality is None else f"keeps {_kept(quality)}"
-        remedy = (
-            f"type {budget.at(nearest, total)}, the nearest that was found to hold up, or less quality with "
-            f"--allow-broken"
-            if nearest is not None
-            else f"no budget up to {low:.0%} was found to hold up; leave sites dense (--exclude), give more samples, "
-            f"or add --allow-broken"
-        )
-        return f"{budget}: the compressed model is broken: it {kept} on the check part; {remedy}"
+                high, nearest = share, budget.at(share, total)
+        return nearest
 
     def _at(
         self, budget: Budget, share: float, total: int, options: Sequence[SiteOptions], streams: OnnxStreams
