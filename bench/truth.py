@@ -116,7 +116,7 @@ def measure(case: Case, data: Data, keeps: Sequence[float]) -> Iterator[Row]:
     rows = np.arange(case.size) * case.available // case.size
     calib = {name: array[rows] for name, array in case.pool.items()}
     for number, keep in enumerate(keeps):
-        config = ExportConfig.of(None, keep_macs=keep, calib=calib, measure=False, allow_larger=True)
+        config = ExportConfig.of(None, keep_macs=keep, calib=calib, measure=False, allow_larger=True, allow_broken=True)
         bundle, started = folder / f"{case.name} {data} {number}", time.perf_counter()
         kind: Literal["agreement", "cosine"] = "cosine" if case.name == "minilm" else "agreement"
         row = Row(net=case.name, keep=keep, data=data, measure=kind)

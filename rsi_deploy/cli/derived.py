@@ -154,7 +154,7 @@ def _settings(
             config.of({name: value for name, value in written.items() if name not in typed})
         except UsageError as fault:
             if str(fault) == str(error):
-                raise UsageError(f"--recipe {file}: {error}") from None
+                raise type(error)(f"--recipe {file}: {error}") from None
         raise
 
 
