@@ -24,8 +24,8 @@ from rsi_deploy.planning.knapsack import Option, SiteOptions
 from rsi_deploy.planning.planner import Decision, FixedPlanner
 
 FACTOR = 3.0
-"""Times by which the loss shown may exceed the one foreseen. The cnn_cifar10 and mlp_mnist of the benches show 0.4 to 0.8
-times what was foreseen."""
+"""Times by which the loss shown may exceed the one foreseen. The nets cnn_cifar10 and mlp_mnist of the benches show 0.4
+to 0.8 times what was foreseen."""
 FLOOR = 0.02
 """Loss shown below which nothing is given back. Small sums say little: ResNet-20 showed 29 times what was foreseen at a
 loss of 0.001."""
