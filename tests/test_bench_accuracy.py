@@ -268,7 +268,7 @@ def test_the_cost_of_calibration_is_measured_and_judged(case: cases.Case) -> Non
         assert 0 < seconds["factorization"] < seconds["seconds"]
     memory = calibration_cost.remembered(whole, "uniform")
     assert memory["peak"] >= memory["before"] > 0
-    assert memory["moments"] == 8 * 384 * (384 + 40)
+    assert memory["moments"] == 4 * 8 * 384 * (384 + 40)
     assert calibration_cost.one_batch(whole)["batch"] >= 32 * 4 * 4 * 4 * 4
 
 

@@ -202,6 +202,7 @@ def test_outputs_of_another_shape():
 
 def test_errors_without_source(monkeypatch):
     monkeypatch.setattr(error_table, "PACKAGES", ("absent",))
+    error_table.read_errors.cache_clear()
     with pytest.raises(ModelError, match="absent has no source to read the errors from; pip install rsi-deploy"):
         error_table.read_errors()
 

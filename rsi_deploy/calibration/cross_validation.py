@@ -131,7 +131,7 @@ def held_out_curve(
         others = _Response.joined([part for n, part in enumerate(folds) if n != number])
         judged = fold.about(others.mean)
         grams = torch.stack([others.gram + ridge * own for ridge in ridges])
-        vectors = torch.linalg.eigh(grams.float() if full > _SINGLE else grams).eigenvectors.to(judged)
+        vectors = torch.linalg.eigh(grams.float() if full > _LARGE else grams).eigenvectors.to(judged)
         energy = ((judged @ vectors) * vectors).sum(dim=-2).clamp_min(0)  # (ridges, groups, full), ascending
         sums = energy.sum(dim=1).cumsum(dim=-1).double().cpu()
         tails[:, :-1] += fold.mass / total.mass * sums.flip(-1)

@@ -33,6 +33,7 @@ MEANINGS = {
     "softmax bound": "bound what the factorized head does to the scores",
     "certificate": "compare both models on the calibration data",
     "trace compressed": "count the compressed model's MACs",
+    "see what unseen data keep": "fit every site and several sizes, and compare their outputs on the check part",
     "spectra": "compute the singular values of the weights",
     "side by side": "time the dense model and all points in one run",
 }

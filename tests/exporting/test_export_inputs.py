@@ -12,8 +12,8 @@ from rsi_deploy.exporting.inputs import (
     Origin,
     device_named,
     evaluation_data,
-    input_shapes,
 )
+from rsi_deploy.runtime.feeds.shapes import input_shapes
 
 TOLD = Preprocessing(mean=(0.25,), std=(2.0,))
 

@@ -143,7 +143,7 @@ def faulty(costs, errors):
     split = Option(form="gemm", rank=1, params=20, macs=20, bytes=80, loss=0.01, error=0.1)
     options = [SiteOptions(name=name, options=(dense, split)) for name in costs]
     decisions = {name: Decision(rank=1, reason="", form="gemm") for name in costs}
-    fitted = {name: SimpleNamespace(response_error=0.1 * error) for name, error in errors.items()}
+    fitted = {name: SimpleNamespace(response_error=0.05, held_out_error=0.1 * error) for name, error in errors.items()}
     made = Planned(planner=FixedPlanner(decisions=decisions), fitted=fitted)
     tried = []
 

@@ -105,7 +105,9 @@ def test_the_page_has_the_numbers_of_the_report(bundle, report):
         assert rows[s.name][3] == str(s.rank or "")
         assert rows[s.name][-1] == (s.decision if s.reason == s.decision else f"{s.decision}: {s.reason}")
     responses = {row[0]: row[2] for row in page.table("Response errors")}
-    assert responses == {s.name: f"{100 * s.response_error:.2g} %" for s in report.split_sites}
+    assert responses == {s.name: f"{100 * s.held_out_error:.2g} %" for s in report.split_sites}
+    fitted = {row[0]: row[3] for row in page.table("Response errors")}
+    assert fitted == {s.name: f"{100 * s.response_error:.2g} %" for s in report.split_sites}
     assert f"{report.dense.bytes / report.compressed.bytes:.2f}x smaller" in page.words
     c = report.calibration
     quality = {row[0]: row for row in page.table("Outputs on calibration data")}
