@@ -29,11 +29,12 @@ logger = logging.getLogger(__name__)
 PROBES = 4
 """Largest number of random output directions per sample."""
 
-BACKWARDS = 256
+BACKWARDS = 512
 """Number of samples from which one direction per sample suffices: more samples help more than more directions."""
 
-SAMPLES = 256
-"""Largest number of samples that get gradients, evenly spaced over the data, which may be sorted."""
+SAMPLES = 1024
+"""Largest number of samples that get gradients, evenly spaced over the data, which may be sorted. With 256, cnn_cifar10
+at 0.3 of its parameters had 1.4 times the KL divergence on images that no fit used."""
 
 OUT_LIMIT = 4096
 """Widest response with a sensitivity: the matrix root of a wider one would dominate the cost."""

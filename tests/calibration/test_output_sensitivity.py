@@ -65,7 +65,7 @@ def test_probes_do_not_depend_on_the_cuts():
     assert not torch.allclose(whole, other, rtol=1e-2)
 
 
-@pytest.mark.parametrize(("samples", "probes"), [(1, 4), (64, 4), (128, 2), (256, 1), (9999, 1)])
+@pytest.mark.parametrize(("samples", "probes"), [(1, 4), (128, 4), (256, 2), (512, 1), (9999, 1)])
 def test_more_samples_get_fewer_probes(samples, probes):
     y, asked = leaf(2, 3), []
     z = y * 1
@@ -82,7 +82,7 @@ def test_chosen_samples_are_spread_over_the_data(sizes):
         asked += [begin + int(i) for i in accumulator.choose(count)]
         begin += count
     assert len(asked) == output_sensitivity.SAMPLES
-    assert np.diff([-1, *asked, 3000]).max() <= 3000 / output_sensitivity.SAMPLES + 1
+    assert np.diff([-1, *asked, 3000]).max() <= 3
     assert asked == [int(i) for i in accumulator_of(3000).choose(3000)]
 
 
