@@ -583,10 +583,10 @@ class Calibrator:
 
     def _quality(self, made: Planned) -> tuple[float | None, bool]:
         """The one-sided limit of the quality on the check part, and whether it keeps the request's."""
-        wanted, found = self.request.quality, self._check.quality(made)
-        assert wanted is not None
-        limit = None if found is None else wanted.limit_of(found)
-        return limit, wanted.holds(limit)
+        budget, found = self.request.quality, self._check.quality(made)
+        assert budget is not None
+        limit = None if found is None else budget.limit_of(found)
+        return limit, budget.holds(limit)
 
     def _drop(self, made: Planned) -> tuple[float | None, bool]:
         """The drop of top-1 in points, and whether the request allows it."""
@@ -643,11 +643,11 @@ def remarks(streams: OnnxStreams, data: CalibrationData) -> list[str]:
     scarce = [site for site, count in rows.items() if count < ENOUGH_ROWS * site.in_features]
     if scarce:
         site = min(scarce, key=lambda site: rows[site] / site.in_features)
-        wanted = data.samples_for(-(-ENOUGH_ROWS * site.in_features * data.samples // max(rows[site], 1)))
+        enough = data.samples_for(-(-ENOUGH_ROWS * site.in_features * data.samples // max(rows[site], 1)))
         there_are = f" (--calib-size; there are {data.available:,})" if data.has_more else ""
         found.append(
             f"{data.samples} samples of the fit{there_are} give {len(scarce)} sites fewer than {ENOUGH_ROWS} rows an "
-            f"input ({site.name}: {rows[site]} rows for {site.in_features}); about {wanted:,} samples would do"
+            f"input ({site.name}: {rows[site]} rows for {site.in_features}); about {enough:,} samples would do"
         )
     return found
 
