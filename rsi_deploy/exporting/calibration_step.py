@@ -149,7 +149,7 @@ class Calibrator:
         """The model within the budget, or the smallest or fastest one that keeps a limit."""
         request, timing, options = self.request, self.timing, planner.options
         if timing is not None and timing.reasons and not any(len(site.options) > 1 for site in options):
-            timing.without_any(options, request.budget)
+            timing.deliver_dense(options, request.budget)
             choice = {site.name: site.options[0] for site in options}
             return unfitted(timing.explained(decisions_of(choice, (), self._streams)), self.filters)
         if request.budget is None:
@@ -183,8 +183,8 @@ class Calibrator:
             dense.path,
             self.data.feeds,
             self.data.samples,
-            wanted=lambda name: not self.filters.refusal(name),
-            # Of the products with weights alone, not of the attention that a node has beside.
+            may_split=lambda name: not self.filters.refusal(name),
+            # Without the attention in a node: no factorization changes its MACs.
             macs={node: count - dense.attention_macs.get(node, 0) for node, count in dense.macs.items()},
             provider=self.provider,
             seed=self.solver.seed,

@@ -66,7 +66,8 @@ class ExportRun:
         dataset: labelled evaluation data; None without.
         bench_batch: samples of a timed run.
         bench_seconds: seconds for the measurement.
-        max_output_error: gate on the error of the outputs; None only reports it.
+        max_output_error: gate on the error of the outputs: squared and relative to their variance on the check part, or
+            without calibration data the relative L2 error on the probe inputs; None only reports it.
         keep_dense: keep the dense model in the bundle.
         allow_larger: deliver a compressed model that is larger than the dense one, too.
         inputs: files that the export reads, which the bundle must not replace.

@@ -40,8 +40,8 @@ def opened_data(request: RankRequest, dense: DenseModel, seed: int, provider: st
     if quality is None:
         return data
     if request.check_size is None and request.calib_check is None:
-        wished = quality.wished(data.available - request.calib_size)
-        data = data if wished is None else opened(data.fit.feeding.dataset, wished)
+        check_size = quality.check_size(data.available - request.calib_size)
+        data = data if check_size is None else opened(data.fit.feeding.dataset, check_size)
     if quality.measure != "output_error" and (fits := fitting_measure(request, dense, provider)) != quality.measure:
         found = KINDS[fits] if fits != "output_error" else "neither class scores nor embeddings"
         fitting = " or ".join(dict.fromkeys((OPTIONS[fits], OPTIONS["output_error"])))

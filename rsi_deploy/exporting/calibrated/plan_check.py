@@ -51,8 +51,8 @@ def checked_model(budget: Budget, planner: CalibratedPlanner, *, allow_broken: b
     quality = check.quality(made)
     shown, given_back = loss_shown(quality), tuple[str, ...]()
     if is_much_worse(shown, foreseen):
-        guilty = at_fault(made, decisions, planner.options, check)
-        if again := _decided_without(guilty, budget, planner):
+        faulty = at_fault(made, decisions, planner.options, check)
+        if again := _decided_without(faulty, budget, planner):
             names, others = again
             other = planner.fit(others)
             if (less := loss_shown(better := check.quality(other))) < shown:
