@@ -61,13 +61,12 @@ def checked_model(budget: Budget, planner: CalibratedPlanner, *, allow_broken: b
     if (quality is None or quality.is_broken) and not allow_broken:
         kept = "gives NaN or infinite outputs" if quality is None else f"keeps {_kept(quality)}"
         nearest = _nearest(budget, planner)
-        advice = f"; type {nearest}, the nearest that was found to hold up, or add --allow-broken"
+        advice = f"; type {nearest}, the nearest that was found to hold up"
         if nearest is None:
-            advice = (
-                ", and no larger budget that was tried holds up; leave sites dense (--exclude), give more samples, or "
-                "add --allow-broken"
-            )
-        raise GateError(f"{budget}: the compressed model is broken: it {kept} on the check part{advice}")
+            advice = ", and no larger budget that was tried holds up; leave sites dense (--exclude), give more samples"
+        raise GateError(
+            f"{budget}: the compressed model is broken: it {kept} on the check part{advice}, or add --allow-broken"
+        )
     return made, PlanRecord(foreseen=foreseen, shown=shown if math.isfinite(shown) else None, given_back=given_back)
 
 
