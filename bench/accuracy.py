@@ -32,8 +32,7 @@ from typing import Any, ParamSpec, TypeVar
 from bench import cases, common
 from bench.arms import ARMS, PRODUCT, Arm, Unit, budget_of, factors, kept, planned, same_ratio, write
 from bench.cases import Case
-from bench.common import Goal
-from bench.models import UnavailableError
+from bench.common import Goal, UnavailableError
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.decide import Decisions
@@ -234,19 +233,8 @@ def main(arguments: Sequence[str]) -> int:
     if not runs:
         raise UsageError(f"no net could be loaded: {settings['left_out']}")
     settings["wall_seconds"] = time.perf_counter() - started
-    goals = judged(rows)
-    print(markdown(rows))
-    document = common.document(
-        "bench.accuracy",
-        arguments,
-        settings,
-        rows=[asdict(row) for row in rows],
-        runs=[asdict(run) for run in runs],
-        goals=[asdict(goal) for goal in goals],
-    )
-    common.write(args.json, document)
-    common.write(args.markdown, markdown(rows))
-    return common.judge(goals, args.check)
+    stored = {"rows": [asdict(row) for row in rows], "runs": [asdict(run) for run in runs]}
+    return common.finish("bench.accuracy", arguments, args, settings, markdown(rows), judged(rows), **stored)
 
 
 def _measured(

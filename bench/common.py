@@ -5,10 +5,11 @@ import datetime
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -17,6 +18,11 @@ from rsi_deploy.io.atomic import write_text
 from rsi_deploy.runtime.machine import environment
 
 GATE_EXIT = 4
+Row = TypeVar("Row")
+
+
+class UnavailableError(Exception):
+    """The error of a net that this machine does not have; the message says why in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,53 @@ def check_writable(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"the folder of {path} does not exist: make it first, mkdir -p {path.parent}")
+
+
+def measured_nets(names: Iterable[str], settings: dict[str, Any], measure: Callable[[str], Sequence[Row]]) -> list[Row]:
+    """Return the rows of all nets, and store in `settings` which were left out and the wall-clock seconds.
+
+    Raises:
+        UsageError: no net could be loaded.
+    """
+    started, rows = time.perf_counter(), list[Row]()
+    settings["left_out"] = {}
+    for name in names:
+        try:
+            rows += measure(name)
+        except UnavailableError as reason:
+            settings["left_out"][name] = str(reason)
+            progress(f"{name} is left out: {reason}")
+    if not rows:
+        raise UsageError(f"no net could be loaded: {settings['left_out']}")
+    settings["wall_seconds"] = time.perf_counter() - started
+    return rows
+
+
+def finish(
+    module: str,
+    arguments: Sequence[str],
+    args: argparse.Namespace,
+    settings: Mapping[str, Any],
+    table: str,
+    goals: Sequence[Goal],
+    **results: Any,
+) -> int:
+    """Print the table and the goals, store both with the results, and return the exit code.
+
+    Args:
+        module: module of the script.
+        arguments: its command line.
+        args: options of all scripts (`parser`).
+        settings: settings of the run.
+        table: all rows in Markdown.
+        goals: goals of the script.
+        results: rows to be stored.
+    """
+    print(table)
+    stored = document(module, arguments, settings, **results, goals=[asdict(goal) for goal in goals])
+    write(args.json, stored)
+    write(args.markdown, table)
+    return judge(goals, args.check)
 
 
 def document(module: str, arguments: Sequence[str], settings: Mapping[str, Any], **results: Any) -> dict[str, Any]:

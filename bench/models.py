@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.common import UnavailableError
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import ArrayData, ImageFolderData, open_data
@@ -43,10 +44,6 @@ DATA_ROOT = Path(__file__).resolve().parents[2] / "shared" / "data"
 BATCH = 500
 """Samples a batch: few enough for memory, enough that the time is not the interpreter's."""
 TEXTS = 256
-
-
-class UnavailableError(Exception):
-    """The error of a net that this machine does not have; the message says why in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,6 @@ from typing import Any
 from bench import cases, common
 from bench.cases import Case
 from bench.common import Goal
-from bench.models import UnavailableError
 from bench.truth import CIFAR, of_the_same_kind
 from rsi_deploy import export
 from rsi_deploy.core.errors import UsageError
@@ -168,38 +167,25 @@ def main(arguments: Sequence[str]) -> int:
     qualities = args.qualities or (QUICK_QUALITIES if args.quick else QUALITIES)
     if not all(0 < quality < 1 for quality in qualities):
         raise UsageError(f"--qualities lie in (0, 1), but got {qualities}")
-    started = time.perf_counter()
-    settings: dict[str, Any] = {"quick": args.quick, "qualities": list(qualities), "left_out": {}}
-    rows: list[Row] = []
-    for name in args.nets or (QUICK_NETS if args.quick else NETS):
-        with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
-            try:
-                case = cases.load(name, Path(folder))
-            except UnavailableError as reason:
-                settings["left_out"][name] = str(reason)
-                common.progress(f"{name} is left out: {reason}")
-                continue
-            case = of_the_same_kind(case) if name in CIFAR else case
-            if args.quick:
-                case = replace(case, pool={key: array[:400] for key, array in case.pool.items()})
-            for quality in qualities:
-                rows.append(measured(case, quality))
-                common.progress(f"{name} at {quality:g}: test {rows[-1].test:.4f} ({rows[-1].seconds:.0f} s)")
-    if not rows:
-        raise UsageError(f"no net could be loaded: {settings['left_out']}")
-    settings["wall_seconds"] = time.perf_counter() - started
-    goals = judged(rows)
-    print(markdown(rows))
-    document = common.document(
-        "bench.quality_budgets",
-        arguments,
-        settings,
-        rows=[asdict(row) | {"holds": row.holds, "is_tight": row.is_tight} for row in rows],
-        goals=[asdict(goal) for goal in goals],
-    )
-    common.write(args.json, document)
-    common.write(args.markdown, markdown(rows))
-    return common.judge(goals, args.check)
+    settings: dict[str, Any] = {"quick": args.quick, "qualities": list(qualities)}
+    names = args.nets or (QUICK_NETS if args.quick else NETS)
+    rows = common.measured_nets(names, settings, lambda name: _measured(name, qualities, quick=args.quick))
+    stored = [asdict(row) | {"holds": row.holds, "is_tight": row.is_tight} for row in rows]
+    return common.finish("bench.quality_budgets", arguments, args, settings, markdown(rows), judged(rows), rows=stored)
+
+
+def _measured(name: str, qualities: Sequence[float], *, quick: bool) -> list[Row]:
+    """Return the rows of one net."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
+        case = cases.load(name, Path(folder))
+        case = of_the_same_kind(case) if name in CIFAR else case
+        if quick:
+            case = replace(case, pool={key: array[:400] for key, array in case.pool.items()})
+        for quality in qualities:
+            rows.append(measured(case, quality))
+            common.progress(f"{name} at {quality:g}: test {rows[-1].test:.4f} ({rows[-1].seconds:.0f} s)")
+    return rows
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import numpy as np
 from bench import cases, common
 from bench.cases import Array, Case
 from bench.common import Goal
-from bench.models import UnavailableError
 from rsi_deploy.core.errors import RsiDeployError, UsageError
 from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.evaluation.intervals import mean_interval, wilson_interval
@@ -227,30 +226,11 @@ def main(arguments: Sequence[str]) -> int:
     keeps = args.keeps or (QUICK_KEEPS if args.quick else KEEPS)
     if not all(0 < keep < 1 for keep in keeps):
         raise UsageError(f"--keeps lie in (0, 1), but got {keeps}")
-    started = time.perf_counter()
-    settings: dict[str, Any] = {"quick": args.quick, "keeps": list(keeps), "left_out": {}}
-    rows: list[Row] = []
-    for name in args.nets or (QUICK_NETS if args.quick else NETS):
-        try:
-            rows += _measured(name, keeps, quick=args.quick)
-        except UnavailableError as reason:
-            settings["left_out"][name] = str(reason)
-            common.progress(f"{name} is left out: {reason}")
-    if not rows:
-        raise UsageError(f"no net could be loaded: {settings['left_out']}")
-    settings["wall_seconds"] = time.perf_counter() - started
-    goals = judged(rows)
-    print(markdown(rows))
-    document = common.document(
-        "bench.truth",
-        arguments,
-        settings,
-        rows=[asdict(row) | {"holds": row.holds} for row in rows],
-        goals=[asdict(goal) for goal in goals],
-    )
-    common.write(args.json, document)
-    common.write(args.markdown, markdown(rows))
-    return common.judge(goals, args.check)
+    settings: dict[str, Any] = {"quick": args.quick, "keeps": list(keeps)}
+    names = args.nets or (QUICK_NETS if args.quick else NETS)
+    rows = common.measured_nets(names, settings, lambda name: _measured(name, keeps, quick=args.quick))
+    stored = [asdict(row) | {"holds": row.holds} for row in rows]
+    return common.finish("bench.truth", arguments, args, settings, markdown(rows), judged(rows), rows=stored)
 
 
 def _measured(name: str, keeps: Sequence[float], *, quick: bool) -> list[Row]:

@@ -90,7 +90,7 @@ def calibration_record(
     for name, part in parts.items():
         if name not in outputs:
             outputs[name] = dense_outputs(dense, part, provider, proto)
-    # Among more samples fewer neighbours stay: both parts look for them among as many.
+    # Fewer nearest neighbours are kept among more samples, so both parts search among equally many.
     pool = min(part.samples for part in parts.values())
     quality = {name: output_quality(outputs[name], compressed, part, provider, pool) for name, part in parts.items()}
     record = CalibrationRecord(
@@ -179,7 +179,7 @@ def _compared(pairs: list[tuple[Array, Array]], fingerprint: str, pool: int | No
 
 
 def measure_of(batches: Sequence[Array]) -> Literal["agreement", "cosine", "output_error"]:
-    """Return the field of `OutputQuality` that says most about outputs of this kind, given batch by batch."""
+    """Return the field of `OutputQuality` that says most about these outputs, an array for each batch."""
     is_matrix = len({z.shape[1:] for z in batches}) == 1 and batches[0].ndim == 2
     if not is_matrix or batches[0].shape[1] < 2:
         return "output_error"

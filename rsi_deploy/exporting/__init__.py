@@ -1,1 +1,1 @@
-"""One export, step by step: what is given, the steps, what they find, and what is written."""
+"""One export, step by step: its inputs, its steps, their records, and the files that it writes."""

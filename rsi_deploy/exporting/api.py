@@ -144,7 +144,7 @@ def export_run(
             provider=provider,
             progress=progress,
             shapes=shapes,
-            given=input_feeds(config.feeds),
+            own_feeds=input_feeds(config.feeds),
             assume_constant=config.assume_constant,
             sources={"--calib": config.calib, "--data": dataset},
         ),

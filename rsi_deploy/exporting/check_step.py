@@ -1,7 +1,5 @@
 """The comparison of the compressed model with the dense one: outputs, accuracy, calibration data, MACs."""
 
-from collections.abc import Callable
-
 import graph_passes as gp
 from rsi_deploy.calibration.calibration_data import CalibrationData
 from rsi_deploy.calibration.output_agreement import PartOutputs, calibration_record
@@ -31,7 +29,7 @@ def verified(
     provider: str,
     max_output_error: float | None,
     preset: Preprocessing | None,
-    calibration: Callable[[], CalibrationData] | None,
+    data: CalibrationData | None,
     outputs: dict[str, PartOutputs],
 ) -> Verified:
     """Compare the compressed model with the dense one.
@@ -43,22 +41,21 @@ def verified(
         provider: onnxruntime provider.
         max_output_error: gate on the error of the outputs, on the check part or else on probe inputs; or None.
         preset: the preprocessing fields that the user set.
-        calibration: opens the calibration data; None without.
+        data: calibration data; None without.
         outputs: part of the calibration data -> outputs of the dense model, as far as they are known; more are added.
 
     Raises:
         GateError: a gate failed.
     """
     notes: list[str] = []
-    is_checked = calibration is not None and dense.outputs is not None
+    is_checked = data is not None and dense.outputs is not None
     verification, probe = _outputs(dense, split, clock, None if is_checked else max_output_error, notes)
     if dense.dataset is not None and dense.dataset.kind == "images":
         notes += preset_note(dense.preprocessing, preset, dense.source.name)
     accuracy, bound = _accuracy(dense, split, clock, provider, notes)
     agreement = None
-    if calibration is not None and dense.outputs is not None:
+    if data is not None and dense.outputs is not None:
         with clock.stage("certificate"):
-            data = calibration()
             agreement, found = calibration_record(dense.path, dense.target, data, provider, outputs, dense.proto)
             outputs |= found
             notes += preset_note(dense.preprocessing, preset, dense.source.name) if data.are_pictures else []

@@ -24,6 +24,7 @@ from rsi_deploy.execution import result_store
 from rsi_deploy.execution.executor import LocalExecutor
 from rsi_deploy.execution.result_store import ResultStore, key_of
 from rsi_deploy.exporting.cache import SweepCache
+from rsi_deploy.exporting.calibrated.data_checks import fitting_measure
 from rsi_deploy.exporting.calibration_step import Calibrator
 from rsi_deploy.exporting.check_step import verified
 from rsi_deploy.exporting.dense_step import dense_model
@@ -65,7 +66,8 @@ class ExportRun:
         dataset: labelled evaluation data; None without.
         bench_batch: samples of a timed run.
         bench_seconds: seconds for the measurement.
-        max_output_error: gate on the error of the outputs; None only reports it.
+        max_output_error: gate on the error of the outputs: squared and relative to their variance on the check part, or
+            without calibration data the relative L2 error on the probe inputs; None only reports it.
         keep_dense: keep the dense model in the bundle.
         allow_larger: deliver a compressed model that is larger than the dense one, too.
         inputs: files that the export reads, which the bundle must not replace.
@@ -133,8 +135,8 @@ class ExportRun:
         store = self._result_store(dense)
         calibrator = self._calibrator(dense, store)
         with _names(dense.source.name, dense.path):
-            if self.timed.request.calib is not None:
-                calibrator.data()  # data that do not fit are refused before the cost table is measured
+            # Data that do not fit are refused before the cost table is measured.
+            data = None if self.timed.request.calib is None else calibrator.data
             calibrator.timing = self._timing(dense, feeds, clock)
             with clock.stage("calibrate and plan"):
                 planned = calibrator.planned()
@@ -157,7 +159,7 @@ class ExportRun:
             provider=self.job.provider,
             max_output_error=self.max_output_error,
             preset=self.origin.preprocessing,
-            calibration=None if self.timed.request.calib is None else calibrator.data,
+            data=data,
             outputs=calibrator.outputs,
         )
         if self.kept is not None:
@@ -210,7 +212,7 @@ class ExportRun:
                 "the model cannot be run on this machine, so nothing can be planned on --calib; add --rank"
             )
         request = self.timed.request
-        measure = self._calibrator(dense, None).measure()
+        measure = fitting_measure(request, dense, self.job.provider)
         quality = QualityBudget.default(measure)
         request = replace(request, quality=quality, is_default=True)
         step_text = f"no size is set: {quality}, the default for {KINDS[measure]}"

@@ -47,7 +47,7 @@ class StepSettings:
         provider: onnxruntime provider.
         progress: called with (site, index, count) before each factorization.
         shapes: input name -> shape that the user chose.
-        given: input name -> array, in place of random probe inputs; None draws them.
+        own_feeds: arrays of the user by input name, in place of random probe inputs; None draws random ones.
         assume_constant: treat weights that are graph inputs too as constants.
         sources: option -> data; the first one gives the input shapes that the model leaves open.
         ray: address of a Ray cluster whose workers factorize; None factorizes in this process.
@@ -59,7 +59,7 @@ class StepSettings:
     provider: str
     progress: Progress | None
     shapes: Mapping[str, Sequence[int]]
-    given: Feeds | None
+    own_feeds: Feeds | None
     assume_constant: bool
     sources: Mapping[str, Any] = field(default_factory=dict)
     ray: str | None = None
@@ -71,9 +71,9 @@ class StepSettings:
             UsageError, ModelError: as for `probe_feeds`.
         """
         inputs = model_inputs(proto, path.name)
-        settled = self.given is not None or not unsettled_inputs(inputs, self.shapes)
+        settled = self.own_feeds is not None or not unsettled_inputs(inputs, self.shapes)
         examples = {} if settled else example_shapes(self.sources, inputs, preprocessing)
-        return Probe(probe_feeds(path, self.settings.seed, self.shapes, self.given, examples, inputs), examples)
+        return Probe(probe_feeds(path, self.settings.seed, self.shapes, self.own_feeds, examples, inputs), examples)
 
     @contextmanager
     def executor(self, store: ResultStore | None, notes: list[str]) -> Iterator[Executor]:
@@ -119,7 +119,7 @@ class StepSettings:
 
     def _fixed_feeds(self, dense: DenseModel) -> Feeds | None:
         """The probe inputs, where the user chose their shapes or arrays; else any batch will do."""
-        return dense.feeds if self.given is not None or self.shapes else None
+        return dense.feeds if self.own_feeds is not None or self.shapes else None
 
 
 def _timing_shapes(dense: DenseModel, batch: int) -> dict[str, tuple[int, ...]] | None:

@@ -35,14 +35,14 @@ class Budget:
     max_latency: int | None = None
 
     def __post_init__(self) -> None:
-        given = {
+        limits = {
             "--keep-params": self.keep_params,
             "--keep-macs": self.keep_macs,
             "--max-size": self.max_size,
             "--keep-latency": self.keep_latency,
             "--max-latency": self.max_latency,
         }
-        values = {option: value for option, value in given.items() if value is not None}
+        values = {option: value for option, value in limits.items() if value is not None}
         if len(values) != 1:
             came = " and ".join(values) or "none of them"
             raise UsageError(

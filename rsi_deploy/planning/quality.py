@@ -66,12 +66,15 @@ class QualityBudget:
             return None
         return math.ceil(round(math.log(0.05) / math.log(self.limit), 9))
 
-    def wished(self, beyond: int) -> int | None:
-        """Return the wished number of check samples, with so many samples beyond the fit part; None for the usual one.
+    def check_size(self, beyond: int) -> int | None:
+        """Return the number of check samples to take; None for the usual number.
+
+        Args:
+            beyond: number of samples beyond the fit part.
 
         Examples:
             >>> budget = QualityBudget(measure="agreement", limit=0.99)
-            >>> budget.wished(0), budget.wished(976), budget.wished(50_000)
+            >>> budget.check_size(0), budget.check_size(976), budget.check_size(50_000)
             (658, 976, 1196)
         """
         if self.needed is None:

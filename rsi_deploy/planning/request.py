@@ -74,25 +74,25 @@ class RankRequest:
     allow_shared_data: bool = False
 
     def __post_init__(self) -> None:
-        given = self._given
-        if len(given) != 1 and not self.needs_quality:
+        rules = self._rules
+        if len(rules) != 1 and not self.needs_quality:
             raise UsageError(
                 f"give exactly one of --rank, --max-error, --keep-params, --keep-macs, --max-size, --keep-latency, "
                 f"--max-latency, --min-agreement, --min-cosine, --max-drop and --plan, but got "
-                f"{' and '.join(given) or 'none'}; type for example --rank 25%, or add --calib DATA alone"
+                f"{' and '.join(rules) or 'none'}; type for example --rank 25%, or add --calib DATA alone"
             )
         if self.is_searched and self.calib is None:
-            raise UsageError(f"{given[0]} is planned on calibration data: add --calib DATA (unlabelled inputs)")
+            raise UsageError(f"{rules[0]} is planned on calibration data: add --calib DATA (unlabelled inputs)")
         if self.fastest and not self.is_limited:
             raise UsageError(
                 f"--fastest goes with --min-agreement, --min-cosine, --max-output-error or --max-drop, but got "
-                f"{given[0]}; leave --fastest out"
+                f"{rules[0]}; leave --fastest out"
             )
         if self.allow_broken and self.budget is None:
             raise UsageError("--allow-broken goes with a budget such as --keep-macs 50%; leave it out")
         for option, value in (("--min-rank", self.min_rank), ("--rank-multiple", self.rank_multiple)):
             if value > 1 and not self.is_searched:
-                raise UsageError(f"{option} holds ranks that a budget chooses, but got {given[0]}; leave {option} out")
+                raise UsageError(f"{option} holds ranks that a budget chooses, but got {rules[0]}; leave {option} out")
         if self.check_size is not None and self.calib is None:
             raise UsageError("--check-size is a part of --calib: add --calib DATA, or leave --check-size out")
         if self.calib_check is not None and self.calib is None:
@@ -136,7 +136,7 @@ class RankRequest:
     @property
     def needs_quality(self) -> bool:
         """Return whether the kind of the outputs has to choose the limit, because nothing else decides the ranks."""
-        return self.calib is not None and not self._given
+        return self.calib is not None and not self._rules
 
     @property
     def is_fitted(self) -> bool:
@@ -168,7 +168,7 @@ class RankRequest:
             raise UsageError("--max-drop is measured on labelled data: add --data DATA")
         if always_split and not isinstance(self.rank, RankSpec):
             raise UsageError(
-                f"--always-split goes with --rank alone, but got {(*self._given, 'none')[0]}; leave it out"
+                f"--always-split goes with --rank alone, but got {(*self._rules, 'none')[0]}; leave it out"
             )
 
     def planner(self, filters: Filters, *, always_split: bool) -> Planner | None:
@@ -202,17 +202,17 @@ class RankRequest:
         )
 
     @property
-    def _given(self) -> list[str]:
+    def _rules(self) -> list[str]:
         """The options that decide the ranks, as they are typed."""
         budget = "" if self.budget is None else str(self.budget).split()[0]
-        given = {
+        rules = {
             "--max-error" if isinstance(self.rank, MaxError) else "--rank": self.rank,
             budget: self.budget,
             "--plan": self.plan,
             "--max-drop": self.max_drop,
             "" if self.quality is None else OPTIONS[self.quality.measure]: self.quality,
         }
-        return [option for option, value in given.items() if value is not None]
+        return [option for option, value in rules.items() if value is not None]
 
 
 def _quality(config: ExportConfig) -> QualityBudget | None:

@@ -323,7 +323,7 @@ class Calibration:
             replacement = self.replacement(site, moments, form, rank, steps=2, sensitivity=sensitivity)
             # The distance is measured on data that the replacement is fitted to, and so is its error.
             error = dense_response_error(site.load(), product_of(site, replacement), moments, sensitivity)
-            if not law.knows(error):
+            if not law.has_near(error):
                 law.learn(error, activations.distance({site.name: replacement}))
         return law
 
@@ -356,7 +356,7 @@ class PowerLaw:
 
     points: dict[float, float] = field(default_factory=dict)
 
-    def knows(self, error: float) -> bool:
+    def has_near(self, error: float) -> bool:
         """Return whether a measured point is so near that another one would add nothing."""
         return any(abs(math.log(max(error, 1e-12) / known)) < 0.2 for known in self.points)
 

@@ -50,7 +50,7 @@ def compress_fitted_(
     sites = find_module_sites(module)
     filters.check([site.name for site in sites])
     batches, seed = _batches(calib), calibration.solver.seed
-    activations = TorchActivations(module, batches, wanted=lambda name: not filters.refusal(name), seed=seed)
+    activations = TorchActivations(module, batches, may_split=lambda name: not filters.refusal(name), seed=seed)
     if isinstance(limit, RankSpec):
         planner = Planner(spec=limit, include=filters.include, exclude=filters.exclude)
         decisions = decide_uniformly(planner, activations)

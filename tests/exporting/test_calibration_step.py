@@ -10,7 +10,7 @@ from rsi_deploy.calibration.calibration_data import CalibrationData
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.exporting import calibration_step as calibrating
 from rsi_deploy.exporting import run as exporting
-from rsi_deploy.exporting.calibration_step import listed, remarks
+from rsi_deploy.exporting.calibrated.data_checks import listed, remarks
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.runtime.feeds.inputs import model_inputs

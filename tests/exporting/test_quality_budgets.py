@@ -11,7 +11,7 @@ from nets import mlp_onnx, run_onnx
 from rsi_deploy import export
 from rsi_deploy.calibration import record
 from rsi_deploy.core.errors import GateError, UsageError
-from rsi_deploy.exporting.plan_check import at_fault, is_much_worse
+from rsi_deploy.exporting.calibrated.plan_check import at_fault, is_much_worse
 from rsi_deploy.planning.decide import Planned
 from rsi_deploy.planning.knapsack import Option, SiteOptions
 from rsi_deploy.planning.planner import Decision, FixedPlanner

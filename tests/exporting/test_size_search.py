@@ -2,7 +2,7 @@
 
 import pytest
 
-from rsi_deploy.exporting.size_search import CLOSE, STEPS, SizeSearch
+from rsi_deploy.exporting.calibrated.size_search import CLOSE, STEPS, SizeSearch
 
 
 def search(keeps, *, smallest=0.2, grain=1e-6, aim=0.05):

@@ -12,7 +12,7 @@ from rsi_deploy.cli import run
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.costing.cost_table import read_cost_table
 from rsi_deploy.exporting.timing.slowdown_rollback import UNDONE
-from rsi_deploy.exporting.timing.timed_export import as_now
+from rsi_deploy.exporting.timing.timed_export import rescaled
 from rsi_deploy.planning.latency_search import FASTER
 from rsi_deploy.report.schema import read_report
 from rsi_deploy.verifying.api import verify
@@ -228,7 +228,7 @@ def test_the_same_table_and_no_measuring_give_the_same_bytes(place, tmp_path):
 
 def test_a_stored_table_is_read_in_the_units_of_now(place):
     table = read_cost_table(place / "cost.json")
-    slower = as_now(table, 3 * table.model.dense_nanoseconds)
+    slower = rescaled(table, 3 * table.model.dense_nanoseconds)
     plan = {"fc2": ("gemm", 32)}
     assert slower.predicted(plan) == pytest.approx(table.predicted(plan))
     assert slower.model.dense_nanoseconds == 3 * table.model.dense_nanoseconds

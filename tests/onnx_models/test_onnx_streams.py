@@ -375,9 +375,9 @@ def test_live_values_on_disk_change_nothing(folder, monkeypatch):
         torch.testing.assert_close(given.yx, memory[name].yx)
 
 
-def test_wanted_sites_alone_are_looked_at(folder):
+def test_sites_that_may_not_be_split_are_not_observed(folder):
     setting = Setting(folder, "block")
-    streams = setting.streams(wanted=lambda name: name in ("wk", "out"))
+    streams = setting.streams(may_split=lambda name: name in ("wk", "out"))
     become = {name: setting.replacement(name) for name in ("wk", "out")}
     found = sequenced(streams, lambda site: become[site.name])
     assert list(found) == ["wk", "out"] == [site.name for site in streams.sites]
@@ -614,7 +614,7 @@ def test_sites_out_of_reach_have_a_reason(folder):
     assert "scaled" in streams.unreachable["scaled"]
     assert "first operand" in streams.unreachable["front"]
     assert list(surveyed(streams)) == list(sequenced(streams)) == ["a"]
-    some = OnnxStreams(path, lambda: iter([batch]), 4, wanted=lambda name: name == "twice")
+    some = OnnxStreams(path, lambda: iter([batch]), 4, may_split=lambda name: name == "twice")
     assert list(some.unreachable) == ["twice"]
     assert some.sites == ()
     assert sequenced(some) == {}

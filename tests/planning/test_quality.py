@@ -34,8 +34,8 @@ def test_so_many_samples_show_the_share_and_one_less_does_not(limit):
 def test_the_wished_samples_allow_two_other_answers():
     for limit in (0.9, 0.97, 0.99):
         budget = QualityBudget(measure="agreement", limit=limit)
-        assert share_at_least(budget.wished(0) - 2, budget.wished(0)) >= 100 * limit
-        assert budget.wished(10) == budget.wished(0) < budget.wished(10**6) <= 4 * budget.needed + 1
+        assert share_at_least(budget.check_size(0) - 2, budget.check_size(0)) >= 100 * limit
+        assert budget.check_size(10) == budget.check_size(0) < budget.check_size(10**6) <= 4 * budget.needed + 1
 
 
 @pytest.mark.parametrize(

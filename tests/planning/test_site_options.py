@@ -330,8 +330,8 @@ def test_a_power_law_goes_through_its_points():
     assert law(low / 10) == pytest.approx(law(low) / 10, rel=1e-6)
     assert law(high * 2) == pytest.approx(law(high) * 2**1.5, rel=1e-6)
     assert law(0) >= 0
-    assert law.knows(low * 1.1)
-    assert not law.knows(low * 1.5)
+    assert law.has_near(low * 1.1)
+    assert not law.has_near(low * 1.5)
 
 
 def test_distances_are_clipped():

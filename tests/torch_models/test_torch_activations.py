@@ -288,8 +288,8 @@ def test_wide_sites_keep_their_rows():
 def test_rows_stay_under_their_number_and_depend_on_the_seed_alone(case, rows):
     module, batches = conv_net(case)
     found, again, other = (
-        surveyed(activations_of(module, batches, rows=lambda _: rows, seed=seed, wanted=wanted))
-        for seed, wanted in ((0, lambda _: True), (0, lambda name: name == "0"), (1, lambda _: True))
+        surveyed(activations_of(module, batches, rows=lambda _: rows, seed=seed, may_split=may_split))
+        for seed, may_split in ((0, lambda _: True), (0, lambda name: name == "0"), (1, lambda _: True))
     )
     whole = dense_moments(module, "0", batches)
     assert 1 <= found["0"].rows <= max(rows, 3)  # one a batch at least
@@ -379,7 +379,7 @@ def test_sites_stand_in_execution_order_with_what_they_cost():
 def test_excluded_sites_are_ignored():
     module = mlp()
     module[2].weight.data[0, 0] = math.nan
-    activations = activations_of(module, batches_of(4, 6), wanted=lambda name: name == "0")
+    activations = activations_of(module, batches_of(4, 6), may_split=lambda name: name == "0")
     assert [site.name for site in activations.sites] == ["0"]
     assert list(surveyed(activations)) == list(sequenced(activations)) == ["0"]
 
@@ -817,7 +817,7 @@ def test_class_scores_alone_have_a_kl(make, scores):
 
 def test_samples_of_many_small_batches_are_run_together():
     module, data = mlp(), [(torch.randn(4, 6),) for _ in range(300)]
-    activations, seen = activations_of(module, lambda: iter(data), wanted=lambda name: name == "0"), []
+    activations, seen = activations_of(module, lambda: iter(data), may_split=lambda name: name == "0"), []
     module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     activations.distance({})
     found = torch.cat(seen[: len(seen) // 2])

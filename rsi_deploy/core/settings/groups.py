@@ -95,7 +95,8 @@ class RankConfig(Settings, panel="Size"):
     )
     max_output_error: OutputError | None = setting(
         None,
-        "Largest relative error of the outputs: the smallest model that keeps it; with another size, a gate (exit 4).",
+        "Largest error of the outputs: the smallest model that keeps it; with another size, a gate (exit 4). With "
+        "--calib: squared error over variance, on the check part. Without: relative L2 error on probe inputs.",
         option=FIRST | {"metavar": "3%"},
         ge=0,
     )

@@ -88,7 +88,7 @@ def profile(
         feeds: input name -> array, or an `.npz` of them, in place of random inputs; they tell the batch.
         preprocessing: as for `export`, which with the same one finds this table in the cache.
         assume_constant: as for `export`.
-        fresh: measure what the cache knows, too.
+        fresh: measure again what the cache has.
         force: replace `output`.
         seed: of random inputs and the order of turns.
         progress: called with (shape, index, count).
@@ -101,14 +101,14 @@ def profile(
     target = None if output is None else _free(Path(output), force)
     seconds = parse_seconds(budget, "--budget")
     plain, shapes = input_shapes([input_shape] if isinstance(input_shape, str) else list(input_shape or ()))
-    given = None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds)
+    own_feeds = None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds)
     with ScratchFolder() as folder:
         dense = Path(folder) / "dense.onnx"
         with step("load"):
             name = write_dense(
                 model, dense, weights, checkpoint, plain, seed, preprocessing, assume_constant=assume_constant
             )
-        fed = fed_with(dense, batch, seed, given, shapes)
+        fed = fed_with(dense, batch, seed, own_feeds, shapes)
         costing = Costing(provider=provider, threads=threads, seconds=seconds, precision=precision, seed=seed)
         with step("cost table"):
             table = costing.table(dense, fed, name=name, fresh=fresh, progress=progress, command=command)
@@ -121,11 +121,13 @@ def fed_with(
     dense: Path,
     batch: int,
     seed: int,
-    given: Mapping[str, npt.NDArray[Any]] | None,
+    own_feeds: Mapping[str, npt.NDArray[Any]] | None,
     shapes: Mapping[str, Sequence[int]] | None,
 ) -> Feeds:
     """Return the inputs that a model is timed on: as `bench` feeds it, so that whole times are those of `bench`."""
-    feeds, _ = make_feeds(model_inputs(dense), batch=0 if given else batch, seed=seed, given=given, shapes=shapes)
+    feeds, _ = make_feeds(
+        model_inputs(dense), batch=0 if own_feeds else batch, seed=seed, given=own_feeds, shapes=shapes
+    )
     return feeds
 
 

@@ -65,8 +65,8 @@ class TimedExport:
         kept, self.reasons = faster_only(options, self.table)
         return kept
 
-    def without_any(self, options: Sequence[SiteOptions], budget: Budget | None) -> None:
-        """Have the dense model delivered, with a remark, because no split of any site is faster.
+    def deliver_dense(self, options: Sequence[SiteOptions], budget: Budget | None) -> None:
+        """Deliver the dense model, with a remark, because no split of any site is faster.
 
         Budgets of parameters and MACs are a means to a faster model, and the dense one is the fastest here. Budgets of
         time and size are goals of their own, which the dense model misses.
@@ -100,12 +100,12 @@ class TimedExport:
             ModelError: no plan is fast enough; names the fastest.
         """
         if budget.max_latency is not None and not self.is_foreign:
-            self.table = as_now(self.table, self._dense_now())
-        landed = decide_by_time(budget, options, self.table, streams, None if self.is_foreign else self._check)
-        self.table = landed.table
-        self.checks += landed.checks
-        self.remarks += [landed.note] if landed.note else []
-        return landed.decisions
+            self.table = rescaled(self.table, self._dense_now())
+        found = decide_by_time(budget, options, self.table, streams, None if self.is_foreign else self._check)
+        self.table = found.table
+        self.checks += found.checks
+        self.remarks += [found.note] if found.note else []
+        return found.decisions
 
     def explained(self, decisions: Decisions) -> Decisions:
         """Return the decisions, with the reasons of sites that stay dense for lack of a faster split."""
@@ -129,7 +129,7 @@ class TimedExport:
         )
 
 
-def as_now(table: CostTable, dense_nanoseconds: int) -> CostTable:
+def rescaled(table: CostTable, dense_nanoseconds: int) -> CostTable:
     """Return the table scaled to the time that the dense model takes now; shares of its time stay."""
     factor = dense_nanoseconds / table.model.dense_nanoseconds
     update = {"dense_nanoseconds": dense_nanoseconds, "scale": table.model.scale * factor}

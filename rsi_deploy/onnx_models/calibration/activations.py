@@ -69,7 +69,7 @@ class OnnxStreams:
         path: the dense model, its large weights in a data file beside it; temporary models are written beside it.
         feeds: function that returns a fresh iterator over the calibration data, a batch of model inputs at a time.
         samples: number of samples in the data.
-        wanted: whether a site of this name may be split; the others stay dense and are not observed.
+        may_split: function from a site name to whether the site may be split; other sites are not observed.
         macs: multiply-accumulates a sample, by node name.
         provider: execution provider of onnxruntime.
         seed: random seed for the choice of rows and for the probes of sensitivities.
@@ -86,7 +86,7 @@ class OnnxStreams:
         feeds: Callable[[], Iterator[Feeds]],
         samples: int,
         *,
-        wanted: Callable[[str], bool] = lambda name: True,
+        may_split: Callable[[str], bool] = lambda name: True,
         macs: Mapping[str, int] | None = None,
         provider: str = "cpu",
         seed: int = 0,
@@ -111,7 +111,7 @@ class OnnxStreams:
         self._reached, self.unreachable = reach(
             self._model,
             found_sites(path) if sites is None else sites,
-            wanted=wanted,
+            may_split=may_split,
             macs=macs or {},
             compensate=compensate,
         )
@@ -132,8 +132,8 @@ class OnnxStreams:
     def only(self, names: Collection[str]) -> "OnnxStreams":
         """Return the same activations, with only these sites gathered and visited; the others run dense."""
         fewer = copy.copy(self)
-        wanted = {output for output, r in self._reached.items() if r.site.name in names}
-        fewer._program = thinned(self._program, wanted)
+        outputs = {output for output, r in self._reached.items() if r.site.name in names}
+        fewer._program = thinned(self._program, outputs)
         return fewer
 
     def survey(self, visit: Callable[[CalibratedSite, Moments | Samples], None]) -> None:

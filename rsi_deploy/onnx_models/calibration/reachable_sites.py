@@ -80,7 +80,7 @@ def reach(
     model: ModelProto,
     sites: Sequence[gp.Site],
     *,
-    wanted: Callable[[str], bool],
+    may_split: Callable[[str], bool],
     macs: Mapping[str, int],
     compensate: bool,
 ) -> tuple[dict[str, Reached], dict[str, str]]:
@@ -89,7 +89,7 @@ def reach(
     Args:
         model: the model without its external data.
         sites: all sites of the model.
-        wanted: whether to observe the site of this name.
+        may_split: function from a site name to whether the site may be split; other sites are left out.
         macs: multiply-accumulates a sample, by node name.
         compensate: find the values to which the outputs are added.
     """
@@ -100,7 +100,7 @@ def reach(
     unreachable: dict[str, str] = {}
     for site in sites:
         name = site_name(site.weight)
-        if not wanted(name):
+        if not may_split(name):
             continue
         if reason := _out_of_reach(site, uses[site.weight], made):
             unreachable[name] = reason

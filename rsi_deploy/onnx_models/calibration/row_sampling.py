@@ -88,13 +88,13 @@ class Readings:
         return np.random.default_rng(stream_seed(self._seed, f"{r.site.name}/{number}"))
 
     def _patches(
-        self, r: Reached, window: gp.Window, number: int, wanted: int, size: tuple[int, ...]
+        self, r: Reached, window: gp.Window, number: int, limit: int, size: tuple[int, ...]
     ) -> tuple[Array, Array, Array]:
         """Choose output positions of a Conv, and return them with `patch_index` of them."""
         count = math.prod(output_size(window, size))
-        if wanted >= count:
+        if limit >= count:
             return all_patches(window, size)
-        at = chosen(count, wanted, self._generator(r, number))
+        at = chosen(count, limit, self._generator(r, number))
         return (at, *patch_index(window, size, at))
 
     def counts(self, counts: RowCounts, r: Reached, batch: Feeds, begin: int, index: Feeds) -> Tensor | None:

@@ -101,12 +101,12 @@ class Taps:
         return output
 
 
-def chosen(count: int, wanted: int, generator: np.random.Generator, allowed: Array | None = None) -> Array:
-    """Choose `wanted` of the numbers below `count` (or of `allowed`), ascending int64; all where there are fewer."""
+def chosen(count: int, limit: int, generator: np.random.Generator, allowed: Array | None = None) -> Array:
+    """Choose `limit` of the numbers below `count` (or of `allowed`), ascending int64; all where there are fewer."""
     pool = np.arange(count) if allowed is None else allowed
-    if wanted >= len(pool):
+    if limit >= len(pool):
         return pool.astype(np.int64)
-    return np.sort(generator.choice(pool, wanted, replace=False)).astype(np.int64)
+    return np.sort(generator.choice(pool, limit, replace=False)).astype(np.int64)
 
 
 def output_size(window: gp.Window, size: Sequence[int]) -> tuple[int, ...]:

@@ -98,10 +98,10 @@ class Segment:
             graph.input.append(_value_info(name, array))
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.outputs)
         graph.node.extend(self._nodes)
-        wanted = set().union(*(reads(node) for node in self._nodes)) | set(self.outputs)
-        graph.initializer.extend(tensor for tensor in whole.graph.initializer if tensor.name in wanted)
+        read = set().union(*(reads(node) for node in self._nodes)) | set(self.outputs)
+        graph.initializer.extend(tensor for tensor in whole.graph.initializer if tensor.name in read)
         graph.initializer.extend(self._taps.constants)
-        graph.sparse_initializer.extend(s for s in whole.graph.sparse_initializer if s.values.name in wanted)
+        graph.sparse_initializer.extend(s for s in whole.graph.sparse_initializer if s.values.name in read)
         onnx.save(model, self._path)
         if self._factors:
             self._split()

@@ -53,13 +53,13 @@ def cut(model: ModelProto, sites: Iterable[str]) -> Program:
         model: a model in topological order; its weights may be on disk.
         sites: names of the first outputs of the nodes that are sites.
     """
-    wanted = set(sites)
+    site_outputs = set(sites)
     graph = model.graph
     fixed = {tensor.name for tensor in graph.initializer} | {s.values.name for s in graph.sparse_initializer} | {""}
     constants: dict[str, NodeProto] = {}
     rest: list[NodeProto] = []
     for node in graph.node:
-        if reads(node) <= fixed and node.op_type not in _RANDOM and node.output[0] not in wanted:
+        if reads(node) <= fixed and node.op_type not in _RANDOM and node.output[0] not in site_outputs:
             fixed |= set(node.output)
             constants |= dict.fromkeys(node.output, node)
         else:
@@ -67,7 +67,7 @@ def cut(model: ModelProto, sites: Iterable[str]) -> Program:
     waves = []
     ends = {value.name for value in graph.output}
     while rest:
-        nodes, here, later = _wave(rest, wanted)
+        nodes, here, later = _wave(rest, site_outputs)
         alive = ends.union(*(reads(node) for node in [*here, *later])) - fixed
         waves.append(Wave(nodes=tuple(nodes), sites=tuple(here), alive=frozenset(alive)))
         rest = later
@@ -109,14 +109,14 @@ def reads(node: NodeProto) -> set[str]:
 
 def needed_constants(program: Program, nodes: Iterable[NodeProto]) -> list[NodeProto]:
     """Return the nodes that compute, from constants, the values that these nodes read; in order."""
-    wanted: dict[int, NodeProto] = {}
+    found: dict[int, NodeProto] = {}
     stack = [name for node in nodes for name in reads(node)]
     while stack:
         node = program.constants.get(stack.pop())
-        if node is not None and id(node) not in wanted:
-            wanted[id(node)] = node
+        if node is not None and id(node) not in found:
+            found[id(node)] = node
             stack.extend(reads(node))
-    return [node for node in _in_order(program) if id(node) in wanted]
+    return [node for node in _in_order(program) if id(node) in found]
 
 
 _RANDOM = {"RandomNormal", "RandomUniform", "Multinomial", "Bernoulli"}
@@ -129,7 +129,7 @@ def _in_order(program: Program) -> list[NodeProto]:
     return list(seen.values())
 
 
-def _wave(rest: list[NodeProto], wanted: set[str]) -> tuple[list[NodeProto], list[NodeProto], list[NodeProto]]:
+def _wave(rest: list[NodeProto], sites: set[str]) -> tuple[list[NodeProto], list[NodeProto], list[NodeProto]]:
     nodes: list[NodeProto] = []
     here: list[NodeProto] = []
     later: list[NodeProto] = []
@@ -137,7 +137,7 @@ def _wave(rest: list[NodeProto], wanted: set[str]) -> tuple[list[NodeProto], lis
     for node in rest:
         if waiting & reads(node):
             later.append(node)
-        elif node.output[0] in wanted:
+        elif node.output[0] in sites:
             here.append(node)
         else:
             nodes.append(node)

@@ -52,7 +52,7 @@ class TorchActivations:
     Args:
         module: module in evaluation mode, on any device. BatchNorms behind Convs should be folded already.
         batches: function that returns a fresh iterator over the data, one tuple of positional arguments per call.
-        wanted: function from a site name to whether the site may be split; other sites are ignored.
+        may_split: function from a site name to whether the site may be split; other sites are ignored.
         rows: function from the number of inputs to the largest number of rows per site.
         seed: random seed for the choice of rows and for probes.
         stages: number of stages of a sequence; replacements take effect in later stages only.
@@ -70,7 +70,7 @@ class TorchActivations:
         module: nn.Module,
         batches: Callable[[], Iterable[Arguments]],
         *,
-        wanted: Callable[[str], bool] = lambda name: True,
+        may_split: Callable[[str], bool] = lambda name: True,
         rows: Callable[[int], int] = row_limit,
         seed: int = 0,
         stages: int = 16,
@@ -85,7 +85,7 @@ class TorchActivations:
         self._module, self._seed, self._memory = module, seed, memory
         self._attentions = attentions_of(module)
         self._runs = Runs(module, batches, mask)
-        found = [site for site in find_module_sites(module) if wanted(site.name)]
+        found = [site for site in find_module_sites(module) if may_split(site.name)]
         self.unreachable = {site.name: site.obstacle for site in found if site.obstacle}
         reachable = {site.name: site for site in found if not site.obstacle}
         self._layers = layers_of(module, reachable.values(), self._attentions)

@@ -7,21 +7,18 @@ Where far more is shown than foreseen, splits are given back one after another, 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from onnx import ModelProto
-
-from rsi_deploy.calibration.calibration_data import CalibrationData
-from rsi_deploy.calibration.output_agreement import PartOutputs, dense_outputs, output_quality
 from rsi_deploy.calibration.record import OutputQuality
-from rsi_deploy.core.errors import GateError
-from rsi_deploy.onnx_models.split import SplitModel
+from rsi_deploy.core.errors import GateError, ModelError
+from rsi_deploy.exporting.calibrated.candidates import Candidates, loss_shown
+from rsi_deploy.exporting.calibrated.planner import CalibratedPlanner
+from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Decisions, Planned
 from rsi_deploy.planning.knapsack import Option, SiteOptions
 from rsi_deploy.planning.planner import Decision, FixedPlanner
+from rsi_deploy.planning.record import PlanRecord
 
 FACTOR = 3.0
 """Times by which the loss shown may exceed the one foreseen. The nets cnn_cifar10 and mlp_mnist of the benches show 0.4
@@ -33,58 +30,44 @@ SUSPECTS = 8
 """Most sites that are given back on trial."""
 HELP = 0.1
 """Share of the loss shown that a site's return has to save."""
+NEAREST_STEPS = 4
+"""Most models that are fitted to find the nearest budget that holds up."""
 GIVEN_BACK = "given back: its split costs more on the check part than the plan counted with"
 
-Candidate = Callable[[Planned], AbstractContextManager[tuple[Path, SplitModel]]]
 
+def checked_model(budget: Budget, planner: CalibratedPlanner, *, allow_broken: bool) -> tuple[Planned, PlanRecord]:
+    """Return the model within a budget, and how the check part compares with what its plan foresaw.
 
-@dataclass(kw_only=True)
-class OutputCheck:
-    """The outputs of candidate models on the check part.
-
-    Attributes:
-        dense: the dense model's file.
-        proto: the dense model, parsed.
-        data: calibration data.
-        provider: onnxruntime provider.
-        candidate: function that writes a model to be judged, and deletes it.
-        outputs: part -> outputs of the dense model; more are added.
+    Raises:
+        ModelError: no plan can meet the budget.
+        GateError: the model is broken on the check part, and `allow_broken` is false; names the nearest budget that
+            holds up.
     """
-
-    dense: Path
-    proto: ModelProto
-    data: CalibrationData
-    provider: str
-    candidate: Candidate
-    outputs: dict[str, PartOutputs] = field(default_factory=dict)
-
-    @property
-    def is_possible(self) -> bool:
-        """Return whether the check part is large enough for a verdict."""
-        return self.data.check is not None and self.data.needed is None
-
-    def quality(self, made: Planned) -> OutputQuality | None:
-        """Return the quality of a model's outputs; None if they are not finite."""
-        part = self.data.check
-        assert part is not None
-        if "check" not in self.outputs:
-            self.outputs["check"] = dense_outputs(self.dense, part, self.provider, self.proto)
-        with self.candidate(made) as (path, _):
-            try:
-                return output_quality(self.outputs["check"], path, part, self.provider)
-            except GateError:
-                return None
-
-    def loss(self, made: Planned) -> float:
-        """Return the loss of a model; infinite where its outputs are not finite."""
-        return loss_shown(self.quality(made))
-
-
-def loss_shown(quality: OutputQuality | None) -> float:
-    """Return the relative output distance plus the KL divergence, as planning sums it; infinite without numbers."""
-    if quality is None:
-        return math.inf
-    return (quality.output_error or 0.0) + (quality.divergence or 0.0)
+    check = planner.candidates
+    decisions = planner.within(budget)
+    made, foreseen = planner.fit(decisions), foreseen_loss(decisions, planner.options)
+    if not check.can_be_judged:
+        return made, PlanRecord(foreseen=foreseen)
+    quality = check.quality(made)
+    shown, given_back = loss_shown(quality), tuple[str, ...]()
+    if is_much_worse(shown, foreseen):
+        faulty = at_fault(made, decisions, planner.options, check)
+        if again := _decided_without(faulty, budget, planner):
+            names, others = again
+            other = planner.fit(others)
+            if (less := loss_shown(better := check.quality(other))) < shown:
+                made, quality, shown, given_back = other, better, less, names
+                foreseen = foreseen_loss(others, planner.options)
+    if (quality is None or quality.is_broken) and not allow_broken:
+        kept = "gives NaN or infinite outputs" if quality is None else f"keeps {_kept(quality)}"
+        nearest = _nearest(budget, planner)
+        advice = f"; type {nearest}, the nearest that was found to hold up"
+        if nearest is None:
+            advice = ", and no larger budget that was tried holds up; leave sites dense (--exclude), give more samples"
+        raise GateError(
+            f"{budget}: the compressed model is broken: it {kept} on the check part{advice}, or add --allow-broken"
+        )
+    return made, PlanRecord(foreseen=foreseen, shown=shown if math.isfinite(shown) else None, given_back=given_back)
 
 
 def chosen_options(decisions: Decisions, options: Sequence[SiteOptions]) -> dict[str, Option]:
@@ -108,7 +91,7 @@ def is_much_worse(shown: float, foreseen: float) -> bool:
     return shown > FLOOR and shown > FACTOR * foreseen
 
 
-def at_fault(made: Planned, decisions: Decisions, options: Sequence[SiteOptions], check: OutputCheck) -> list[str]:
+def at_fault(made: Planned, decisions: Decisions, options: Sequence[SiteOptions], check: Candidates) -> list[str]:
     """Return the sites whose return to dense helps, the most helpful per parameter first.
 
     Args:
@@ -161,3 +144,39 @@ def returned(decisions: Decisions, names: Sequence[str]) -> Decisions:
 def kept_dense(options: Sequence[SiteOptions], names: Sequence[str]) -> list[SiteOptions]:
     """Return the options without the splits of some sites."""
     return [SiteOptions(name=s.name, options=s.options[:1]) if s.name in names else s for s in options]
+
+
+def _decided_without(
+    names: Sequence[str], budget: Budget, planner: CalibratedPlanner
+) -> tuple[tuple[str, ...], Decisions] | None:
+    """Return the most helpful of these sites that can be dense within a budget, and the decisions without them."""
+    for count in range(len(names), 0, -1):
+        try:
+            decisions = replace(planner, options=kept_dense(planner.options, names[:count])).within(budget)
+        except ModelError:  # the budget cannot spare these splits
+            continue
+        return tuple(names[:count]), returned(decisions, names[:count])
+    return None
+
+
+def _nearest(budget: Budget, planner: CalibratedPlanner) -> Budget | None:
+    """Return the smallest larger budget that holds up, found by bisection; None if none does that is tried."""
+    total = planner.total(budget)
+    low, high, nearest = min(budget.total(total) / total, 1.0), 1.0, None
+    for _ in range(NEAREST_STEPS):
+        share = round((low + high) / 2, 3)
+        found = planner.candidates.quality(planner.fit(planner.at(share, budget)))
+        if found is None or found.is_broken:
+            low = share
+        else:
+            high, nearest = share, budget.at(share, total)
+    return nearest
+
+
+def _kept(quality: OutputQuality) -> str:
+    """Return the first value of a quality in words."""
+    if quality.agreement is not None:
+        return f"{quality.agreement:.1f} % of the answers"
+    if quality.cosine is not None:
+        return f"a mean cosine of {quality.cosine:.3f}"
+    return f"an output error of {100 * (quality.output_error or 0):.0f} %"
