@@ -22,6 +22,7 @@ from rsi_deploy.evaluation.softmax_bound import SoftmaxBound
 from rsi_deploy.io.manifest import check_inner_name
 from rsi_deploy.planning.record import PlanRecord
 from rsi_deploy.planning.settings import ExportSettings
+from rsi_deploy.precision.record import PrecisionRecord
 from rsi_deploy.report.json_files import read_json
 from rsi_deploy.runtime.feeds.values import as_numbers
 from rsi_deploy.runtime.machine import Environment
@@ -149,6 +150,7 @@ class Report(_Record):
         accuracy: accuracy on the evaluation data; None without such data.
         latency: latency of the dense and the compressed model, in this order; None with --no-bench.
         plan: what planning has foreseen and tried; None where a rank or a plan decides.
+        precision: the choice of a precision, with what else was compared; None with --precision float32.
         timing: decisions that depend on measured times; None without any (--no-bench, --always-split).
         probe_shapes: shapes of the probe inputs, which are made from the seed (`rsi_deploy.runtime.feeds.probe`).
         probe_given: whether the user gave the probe inputs (--feeds), so that they cannot be made again.
@@ -178,6 +180,7 @@ class Report(_Record):
     accuracy: Accuracy | None
     latency: BenchResult | None
     plan: PlanRecord | None = None
+    precision: PrecisionRecord | None = None
     timing: TimingRecord | None = None
     probe_shapes: dict[str, tuple[int, ...]]
     probe_given: bool

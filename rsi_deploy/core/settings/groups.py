@@ -119,6 +119,16 @@ class RankConfig(Settings, panel="Size"):
     rank_multiple: int = setting(1, "Under a budget: ranks are multiples of this number.", ge=1)
 
 
+class PrecisionConfig(Settings, panel="Size"):
+    """The setting for numbers of fewer bits."""
+
+    precision: Literal["float32", "float16", "int8", "int4", "auto"] = setting(
+        "float32",
+        "Bits of weights and products; auto: rank and precision in one plan, never worse than onnxruntime's own.",
+        option=FIRST,
+    )
+
+
 class SamplesConfig(Settings, panel="Calibration"):
     """The unlabelled data that factors are fitted to and checked on."""
 

@@ -1,0 +1,237 @@
+"""Store int8 weights of a quantized model in four bits; onnxruntime unpacks them once, when it loads the model.
+
+    codes int4 --> Cast --> int8 weight                                       one scale a row
+    codes int4 --> Cast int32 --> Mul(multipliers) --> Reshape --> Cast --> int8 weight      a multiplier a block
+
+All inputs of these nodes are constants, so that onnxruntime folds them: the kernels are those of int8, and so are time
+and memory. Only the file is smaller.
+
+An embedding table is stored in blocks of a scale each, and stays so: GatherBlockQuantized unpacks the rows that it
+gathers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from rsi_deploy.precision.rounding import Rounded
+
+Array = npt.NDArray[Any]
+
+OPSET = 21
+"""First opset whose Cast knows int4."""
+IR_VERSION = 10
+BLOCKS = {4: 32, 8: 128}
+"""Bits of an embedding table -> numbers of a row that share a scale."""
+LEAST_BLOCK = 16
+
+
+def store_in_4_bits_(model: ModelProto, weights: Mapping[str, Rounded]) -> list[str]:
+    """Replace int8 initializers of a model that onnxruntime quantized by their 4-bit form.
+
+    Args:
+        model: quantized model of opset 21 or later; changed in place.
+        weights: name of the float initializer -> its 4-bit form.
+
+    Returns:
+        The names of the weights that the model holds as int8 per channel, and that were replaced.
+    """
+    known = {tensor.name: tensor for tensor in model.graph.initializer}
+    readers = {name: node for node in model.graph.node for name in node.input}
+    nodes: list[NodeProto] = []
+    replaced = []
+    for name, rounded in weights.items():
+        int8, scale = known.get(f"{name}_quantized"), known.get(f"{name}_scale")
+        if int8 is None or scale is None or int8.data_type != TensorProto.INT8:
+            continue
+        if tuple(scale.dims) != (len(rounded.scales),):
+            continue
+        scale.CopyFrom(numpy_helper.from_array(rounded.scales.numpy(), scale.name))
+        made, tensors = _unpacking(name, int8, rounded, _by_input(readers[int8.name]))
+        nodes += made
+        model.graph.initializer.remove(int8)
+        model.graph.initializer.extend(tensors)
+        replaced.append(name)
+    _prepend(model, nodes)
+    return replaced
+
+
+def _by_input(reader: NodeProto) -> bool:
+    """Return whether an int8 initializer is stored `(in, out)`, as a MatMul's, and not `(out, in)`."""
+    if reader.op_type != "DequantizeLinear":
+        return True
+    return next((attribute.i for attribute in reader.attribute if attribute.name == "axis"), 1) == 1
+
+
+def _unpacking(
+    name: str, int8: TensorProto, rounded: Rounded, by_input: bool
+) -> tuple[list[NodeProto], list[TensorProto]]:
+    """Return the nodes that make an int8 initializer, and their constants."""
+    dims = tuple(int8.dims)
+    codes, multipliers = rounded.codes.numpy(), rounded.multipliers.numpy()
+    (rows, columns), blocks = codes.shape, multipliers.shape[1]
+    if blocks == 1:
+        stored = codes.T if by_input else codes
+        packed = _int4(f"{name}_4bit", stored.reshape(dims))
+        return [helper.make_node("Cast", [packed.name], [int8.name], f"{name}_unpack", to=TensorProto.INT8)], [packed]
+    codes = codes.reshape(rows, blocks, columns // blocks)
+    multipliers = multipliers[:, :, None]
+    if by_input:
+        codes, multipliers = codes.transpose(1, 2, 0), multipliers.transpose(1, 2, 0)
+    tensors = [
+        _int4(f"{name}_4bit", codes),
+        _uint4(f"{name}_multipliers", multipliers),
+        numpy_helper.from_array(np.array(dims, np.int64), f"{name}_shape"),
+    ]
+    wide, times, product, flat = (f"{name}_{part}" for part in ("wide", "times", "product", "flat"))
+    return [
+        helper.make_node("Cast", [tensors[0].name], [wide], f"{name}_unpack", to=TensorProto.INT32),
+        helper.make_node("Cast", [tensors[1].name], [times], f"{name}_unpack_multipliers", to=TensorProto.INT32),
+        helper.make_node("Mul", [wide, times], [product], f"{name}_scale_blocks"),
+        helper.make_node("Reshape", [product, tensors[2].name], [flat], f"{name}_flatten"),
+        helper.make_node("Cast", [flat], [int8.name], f"{name}_narrow", to=TensorProto.INT8),
+    ], tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """An embedding table: a float initializer `(rows, width)` whose rows Gathers look up.
+
+    Attributes:
+        name: name of the initializer.
+        rows: number of rows.
+        width: numbers in a row.
+    """
+
+    name: str
+    rows: int
+    width: int
+
+
+LEAST_TABLE = 4096
+"""Numbers in a table below which nothing is won."""
+
+
+def tables(model: ModelProto) -> list[Table]:
+    """Return the embedding tables of a float model that nothing but Gathers of rows reads."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    outputs = {value.name for value in model.graph.output}
+    found = []
+    for tensor in model.graph.initializer:
+        is_matrix = tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and tensor.name not in outputs
+        users = readers.get(tensor.name, [])
+        if is_matrix and users and all(_gathers_rows(node, tensor.name) for node in users):
+            rows, width = tensor.dims
+            if rows * width >= LEAST_TABLE and width % LEAST_BLOCK == 0:
+                found.append(Table(name=tensor.name, rows=rows, width=width))
+    return found
+
+
+def store_table_(model: ModelProto, table: Table, values: Array, bits: int) -> None:
+    """Store an embedding table in four or eight bits, and let its Gathers unpack the rows that they look up.
+
+    Args:
+        model: changed in place.
+        table: the table.
+        values: float32 `(rows, width)`.
+        bits: 4 or 8.
+    """
+    codes, scales, zeros = table_codes(values, bits)
+    name = table.name
+    constants = [
+        numpy_helper.from_array(_pairs(codes) if bits == 4 else codes, f"{name}_{bits}bit"),
+        numpy_helper.from_array(scales, f"{name}_scales"),
+        numpy_helper.from_array(_pairs(zeros) if bits == 4 else zeros, f"{name}_zeros"),
+    ]
+    wide = f"{name}_scales_float32"
+    _prepend(model, [helper.make_node("Cast", [constants[1].name], [wide], f"{name}_widen", to=TensorProto.FLOAT)])
+    for node in model.graph.node:
+        if node.op_type == "Gather" and name in node.input:
+            inputs = [constants[0].name, node.input[1], wide, constants[2].name]
+            made = helper.make_node(
+                "GatherBlockQuantized",
+                inputs,
+                list(node.output),
+                node.name,
+                domain="com.microsoft",
+                bits=bits,
+                block_size=table_block(values.shape[1], bits),
+                gather_axis=0,
+                quantize_axis=1,
+            )
+            node.CopyFrom(made)
+    for tensor in list(model.graph.initializer):
+        if tensor.name == name:
+            model.graph.initializer.remove(tensor)
+    model.graph.initializer.extend(constants)
+    if all(entry.domain != "com.microsoft" for entry in model.opset_import):
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+def table_block(width: int, bits: int) -> int:
+    """Return the numbers of a row that share a scale."""
+    block = BLOCKS[bits]
+    while width % block:
+        block //= 2
+    return block
+
+
+def table_codes(values: Array, bits: int) -> tuple[Array, Array, Array]:
+    """Round a table to `(code - zero) * scale`.
+
+    Returns:
+        Codes uint8 `(rows, width)`, scales float16 and zeros uint8 `(rows, blocks)`.
+    """
+    rows, width = values.shape
+    blocks = values.reshape(rows, -1, table_block(width, bits)).astype(np.float32)
+    most = 2**bits - 1
+    low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
+    scales = np.maximum((high - low) / most, 1e-7).astype(np.float16)
+    step = scales.astype(np.float32)
+    zeros = np.clip(np.round(-low / step), 0, most)
+    codes = np.clip(np.round(blocks / step[..., None]) + zeros[..., None], 0, most)
+    return codes.reshape(rows, width).astype(np.uint8), scales, zeros.astype(np.uint8)
+
+
+def table_values(values: Array, bits: int) -> Array:
+    """Return a table as its rounded form reads, float32 `(rows, width)`."""
+    codes, scales, zeros = table_codes(values, bits)
+    blocks = codes.reshape(*scales.shape, -1).astype(np.float32) - zeros[..., None]
+    return (blocks * scales[..., None].astype(np.float32)).reshape(values.shape)
+
+
+def _gathers_rows(node: NodeProto, name: str) -> bool:
+    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+    return node.op_type == "Gather" and not node.domain and node.input[0] == name and axis == 0
+
+
+def _prepend(model: ModelProto, nodes: list[NodeProto]) -> None:
+    """Put nodes, whose inputs are constants, before all others."""
+    others = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *others])
+
+
+def _int4(name: str, values: Array) -> TensorProto:
+    packed = _pairs(values.reshape(1, -1).view(np.uint8) & 15)
+    return helper.make_tensor(name, TensorProto.INT4, values.shape, packed.tobytes(), raw=True)
+
+
+def _uint4(name: str, values: Array) -> TensorProto:
+    packed = _pairs(np.ascontiguousarray(values, np.uint8).reshape(1, -1))
+    return helper.make_tensor(name, TensorProto.UINT4, values.shape, packed.tobytes(), raw=True)
+
+
+def _pairs(values: Array) -> Array:
+    """Pack uint8 `(rows, n)` below 16 into bytes `(rows, ceil(n / 2))`, the first number in the low half."""
+    if values.shape[1] % 2:
+        values = np.pad(values, ((0, 0), (0, 1)))
+    packed = values[:, 0::2] | (values[:, 1::2] << 4)
+    return packed.astype(np.uint8)

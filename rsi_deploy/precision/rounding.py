@@ -1,0 +1,139 @@
+"""Round a weight to few bits so that its response on calibration data changes least.
+
+    W ~ s * m * k        k: 4-bit integers, -8 to 7       m: integers, one for a block of inputs       s: one for a row
+
+`m * k` fits into eight bits, so a kernel for int8 weights computes with it, while four bits a number are stored.
+
+The columns are rounded one after another, and each one's error is compensated by those that follow:
+
+    min |(W - Q) X|^2,   H = E[x x^T] = U^-1 U^-T:    w_j -> q_j,    W[:, j+1:] -= (w_j - q_j) / U_jj * U[j, j+1:]
+
+(Frantar et al., GPTQ, 2023; the steps are those of the optimal brain surgeon.)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BITS = 4
+LOWEST, HIGHEST = -8, 7
+LARGEST = 127 // 8
+"""Largest multiplier of a block: its product with -8 fits into int8."""
+DAMPING = 0.01
+"""Ridge of H, in mean input variances."""
+CLIPS = (1.0, 0.9, 0.8, 0.7)
+"""Shares of a row's or block's largest number that are tried as the end of the grid."""
+LAZY = 128
+"""Number of columns after which their errors are passed on to all that follow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """A weight `scales * multipliers * codes`.
+
+    Attributes:
+        codes: int8 `(out, in)`, from -8 to 7.
+        multipliers: int8 `(out, blocks)`, from 1 to 15; a single block of 1 where rows have one scale.
+        scales: float32 `(out,)`, positive.
+        block: number of inputs in a block.
+    """
+
+    codes: Tensor
+    multipliers: Tensor
+    scales: Tensor
+    block: int
+
+    def weight8(self) -> Tensor:
+        """Return the numbers in eight bits, int8 `(out, in)`."""
+        wide = self.multipliers.repeat_interleave(self.block, dim=1)[:, : self.codes.shape[1]]
+        return self.codes * wide
+
+    def weight(self) -> Tensor:
+        """Return the rounded weight, float32 `(out, in)`."""
+        return self.weight8().float() * self.scales[:, None]
+
+
+def rounded(weight: Tensor, second: Tensor | None = None, *, block: int | None = None) -> Rounded:
+    """Round a weight to four bits.
+
+    Args:
+        weight: W `(out, in)`, floating.
+        second: second moments of the inputs E[x x^T] `(in, in)`; None rounds every number to the nearest.
+        block: number of inputs with a multiplier of their own; None for one scale a row.
+
+    Raises:
+        ValueError: shapes that do not fit, or values that are not finite.
+    """
+    W = weight.double().clone()
+    rows, columns = W.shape
+    if second is not None and second.shape != (columns, columns):
+        raise ValueError(f"second moments {tuple(second.shape)} do not fit a weight {tuple(W.shape)}")
+    if not torch.isfinite(W).all():
+        raise ValueError("the weight holds NaN or infinite values")
+    block = min(block or columns, columns)
+    scales, ends = _row_scales(W, block)
+    root = None if second is None else _root(second.double())
+    codes = torch.zeros(rows, columns, dtype=torch.int8)
+    multipliers = torch.ones(rows, -(-columns // block), dtype=torch.int8)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        if ends is not None:
+            multipliers[:, start // block] = _multiplier(W[:, start:stop], scales)
+        step = scales * multipliers[:, start // block]
+        for begin in range(start, stop, LAZY):
+            end = min(begin + LAZY, stop)
+            if root is None:
+                codes[:, begin:end] = _nearest(W[:, begin:end], step[:, None])
+                continue
+            errors = torch.zeros(rows, end - begin, dtype=W.dtype)
+            for j in range(begin, end):
+                codes[:, j] = _nearest(W[:, j], step)
+                error = (W[:, j] - codes[:, j] * step) / root[j, j]
+                W[:, j:end] -= error[:, None] * root[j, j:end]
+                errors[:, j - begin] = error
+            W[:, end:] -= errors @ root[begin:end, end:]
+    return Rounded(codes=codes, multipliers=multipliers, scales=scales.float(), block=block)
+
+
+def _nearest(values: Tensor, step: Tensor) -> Tensor:
+    return (values / step).round().clamp(LOWEST, HIGHEST).to(torch.int8)
+
+
+def _row_scales(W: Tensor, block: int) -> tuple[Tensor, bool | None]:
+    """Return the scale of every row, and True where its blocks have multipliers of their own."""
+    largest = W.abs().amax(dim=1).clamp_min(1e-30)
+    if block < W.shape[1]:
+        return largest / (HIGHEST * LARGEST), True
+    return _least_error(W, largest / HIGHEST), None
+
+
+def _least_error(W: Tensor, step: Tensor) -> Tensor:
+    """Return the clipped steps `(rows,)` with the least rounding error."""
+    best, least = step, torch.full_like(step, torch.inf)
+    for clip in CLIPS:
+        tried = step * clip
+        error = (W - _nearest(W, tried[:, None]) * tried[:, None]).square().sum(dim=1)
+        best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+    return best
+
+
+def _multiplier(W: Tensor, scales: Tensor) -> Tensor:
+    """Return the integer multiplier `(rows,)` of a block with the least rounding error."""
+    usual = W.abs().amax(dim=1) / (HIGHEST * scales)
+    best, least = torch.ones(len(W), dtype=W.dtype), torch.full((len(W),), torch.inf, dtype=W.dtype)
+    for clip in CLIPS:
+        for tried in (torch.floor(clip * usual), torch.ceil(clip * usual)):
+            tried = tried.clamp(1, LARGEST)
+            step = (scales * tried)[:, None]
+            error = (W - _nearest(W, step) * step).square().sum(dim=1)
+            best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+    return best.to(torch.int8)
+
+
+def _root(second: Tensor) -> Tensor:
+    """Return U, upper triangular, with `(H + ridge)^-1 = U^T U`."""
+    variances = second.diagonal()
+    ridge = DAMPING * variances.mean().clamp_min(1e-30)
+    regular = second + torch.diag(ridge.expand(len(second)))
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(regular)), upper=True)
