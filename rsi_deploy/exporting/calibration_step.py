@@ -4,10 +4,11 @@ dense.onnx, data --> OnnxStreams --> options --> budget --> decisions --> fitted
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.calibration.calibration_data import CalibrationData, refuse_shared
 from rsi_deploy.calibration.output_agreement import PartOutputs
 from rsi_deploy.calibration.record import CalibrationRecord
@@ -108,6 +109,20 @@ class Calibrator:
         if self.data.check is None:
             raise UsageError("--calib has a single sample, so none is left to check on; add more samples")
         return outlook_of(self._planner().with_options())
+
+    def planner_for(self, bits_of: Callable[[CalibratedSite], tuple[int, ...]]) -> CalibratedPlanner:
+        """Return a planner with the options of every site in every number of bits that it may be stored in.
+
+        Raises:
+            UsageError: data or filters that do not fit the model.
+            ModelError: NaN on the way.
+        """
+        self.filters.check([site_name(site.weight) for site in self.dense.sites])
+        planner = self._planner()
+        calibration = replace(planner.calibration, bits_of=bits_of)
+        found = replace(planner, calibration=calibration, kept=None, finished=None).with_options()
+        self.notes.extend(remarks(self._streams, self.data))
+        return found
 
     def missed(self, found: CalibrationRecord | None) -> list[str]:
         """Return a note where the delivered model does not keep the quality: splits were undone after the search."""

@@ -22,6 +22,7 @@ from rsi_deploy.evaluation.accuracy import AccuracyResult
 from rsi_deploy.evaluation.softmax_bound import Head, SoftmaxBound
 from rsi_deploy.io.onnx_reader import graph_of
 from rsi_deploy.onnx_models.split import SplitModel
+from rsi_deploy.precision.record import PrecisionRecord
 from rsi_deploy.report.schema import Accuracy, ProbeOutput, Undone, Verification
 from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
 from rsi_deploy.runtime.feeds.values import Value
@@ -114,6 +115,7 @@ class Delivered:
         latency: measurement of both models; None where nothing is measured.
         undone: splits that were undone, for the model was not measured faster with them.
         verdict: what the measurement has led to; None where it decides nothing.
+        precision: the choice of a precision; None where the model stays in float32.
         notes: notes for the report.
     """
 
@@ -122,6 +124,7 @@ class Delivered:
     latency: BenchResult | None = None
     undone: tuple[Undone, ...] = ()
     verdict: str | None = None
+    precision: PrecisionRecord | None = None
     notes: tuple[str, ...] = ()
 
 

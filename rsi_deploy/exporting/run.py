@@ -5,7 +5,7 @@ dense model --> cost table --> calibrate and plan --> factorize and split --> me
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +30,7 @@ from rsi_deploy.exporting.check_step import verified
 from rsi_deploy.exporting.dense_step import dense_model
 from rsi_deploy.exporting.disk_space import check_space, states_space
 from rsi_deploy.exporting.inputs import Origin
+from rsi_deploy.exporting.lowered.step import PrecisionStep
 from rsi_deploy.exporting.results import Delivered, DenseModel, dense_file
 from rsi_deploy.exporting.stage_clock import StageClock
 from rsi_deploy.exporting.step_settings import StepSettings
@@ -137,21 +138,10 @@ class ExportRun:
         with _names(dense.source.name, dense.path):
             # Data that do not fit are refused before the cost table is measured.
             data = None if self.timed.request.calib is None else calibrator.data
-            calibrator.timing = self._timing(dense, feeds, clock)
-            with clock.stage("calibrate and plan"):
-                planned = calibrator.planned()
-            split = self._split(dense)
-            with clock.stage("factorize, split, save"), self.job.executor(store, notes) as executor:
-                result = split(dense.graph(), planned.planner, fitted=planned.fitted, executor=executor)
-            if not calibrator.delivers_dense:
-                _refuse_nothing(result)
-
-            def compress(planned: Planned, **changed: Any) -> SplitModel:
-                with clock.stage("factorize, split, save"), self.job.executor(store, notes) as executor:
-                    again = partial(split, **changed)
-                    return again(dense.graph(), planned.planner, fitted=planned.fitted, executor=executor)
-
-            delivered = self._delivered(dense, calibrator, planned, result, compress, feeds, clock, notes)
+            if self.config.precision != "float32":
+                delivered = self._lowered(dense, calibrator, feeds, clock)
+            else:
+                delivered = self._in_float(dense, calibrator, feeds, clock, store, notes)
         checked = verified(
             dense,
             delivered.split,
@@ -293,6 +283,60 @@ class ExportRun:
             progress=job.progress,
             keep=() if dense.head is None else (dense.head.weight,),
             device=job.device,
+        )
+
+    def _in_float(
+        self,
+        dense: DenseModel,
+        calibrator: Calibrator,
+        feeds: dict[str, Array] | None,
+        clock: StageClock,
+        store: ResultStore | None,
+        notes: list[str],
+    ) -> Delivered:
+        """Compress the dense model to a float model, and measure it."""
+        calibrator.timing = self._timing(dense, feeds, clock)
+        with clock.stage("calibrate and plan"):
+            planned = calibrator.planned()
+        split = self._split(dense)
+        with clock.stage("factorize, split, save"), self.job.executor(store, notes) as executor:
+            result = split(dense.graph(), planned.planner, fitted=planned.fitted, executor=executor)
+        if not calibrator.delivers_dense:
+            _refuse_nothing(result)
+
+        def compress(planned: Planned, **changed: Any) -> SplitModel:
+            with clock.stage("factorize, split, save"), self.job.executor(store, notes) as executor:
+                again = partial(split, **changed)
+                return again(dense.graph(), planned.planner, fitted=planned.fitted, executor=executor)
+
+        return self._delivered(dense, calibrator, planned, result, compress, feeds, clock, notes)
+
+    def _lowered(
+        self, dense: DenseModel, calibrator: Calibrator, feeds: dict[str, Array] | None, clock: StageClock
+    ) -> Delivered:
+        """Make models of several precisions, choose one, and move it to its place."""
+
+        def measure(paths: Sequence[Path]) -> BenchResult:
+            seconds = max(self.bench_seconds, len(paths))
+            return self.job.latency(dense, paths, self.bench_batch, seconds, self.costing.threads)
+
+        precision = PrecisionStep(
+            precision=self.config.precision,
+            dense=dense,
+            calibrator=calibrator,
+            write=calibrator.write,
+            measure=measure if self.timed.measure and feeds is not None else None,
+            provider=self.job.provider,
+            allow_slower=self.timed.allow_slower,
+        )
+        with clock.stage("plan and compare precisions"):
+            point, record, latency = precision.run()
+        return Delivered(
+            split=point.split or precision.unsplit(),
+            predicted=None,
+            latency=latency,
+            precision=record,
+            notes=tuple(precision.notes),
         )
 
     def _delivered(

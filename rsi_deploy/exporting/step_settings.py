@@ -101,7 +101,7 @@ class StepSettings:
     def latency(
         self, dense: DenseModel, paths: Sequence[Path], batch: int, seconds: float, threads: int | None
     ) -> BenchResult:
-        """Measure two models side by side: a reference, and the compressed one."""
+        """Measure models side by side, the dense one first; the second of two is the compressed one."""
         fixed = self._fixed_feeds(dense)
         result = bench(
             list(paths),
@@ -112,7 +112,7 @@ class StepSettings:
             threads=threads,
             seconds=seconds,
             seed=self.settings.seed,
-            labels=["dense", "compressed"],
+            labels=["dense", "compressed"] if len(paths) == 2 else ["dense", *(path.stem for path in paths[1:])],
         )
         arms = tuple(arm.model_copy(update={"model": Path(arm.model).name}) for arm in result.arms)
         return result.model_copy(update={"arms": arms})

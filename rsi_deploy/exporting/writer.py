@@ -70,6 +70,7 @@ class Exported:
             accuracy=checked.accuracy,
             latency=delivered.latency,
             plan=self.calibrator.record,
+            precision=delivered.precision,
             timing=timing_record(self.calibrator.timing, delivered, costing),
             probe_shapes={name: array.shape for name, array in dense.feeds.items()},
             probe_given=job.own_feeds is not None,

@@ -177,7 +177,11 @@ def zero_filled(site: CalibratedSite, form: Form, rank: int) -> FittedSite:
 
 def _decision(option: Option, has_splits: bool) -> Decision:
     if option.rank is not None:
-        return Decision(rank=option.rank, reason=f"loss {option.loss:.1g}", form=cast(Form, option.form))
+        return Decision(
+            rank=option.rank, reason=f"loss {option.loss:.1g}", form=cast(Form, option.form), bits=option.bits
+        )
+    if option.bits < 32:
+        return Decision(rank=None, reason=f"{option.bits} bits, loss {option.loss:.1g}", bits=option.bits)
     return Decision(rank=None, reason="worth its size" if has_splits else "no rank saves anything")
 
 

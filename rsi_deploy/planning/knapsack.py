@@ -60,6 +60,7 @@ class Option:
         loss: loss of the model's outputs, finite and at least 0; 0 for dense.
         nanoseconds: time of one call by the cost table; 0 without a table.
         error: response error that the loss was computed from; 0 for dense.
+        bits: bits in which each number is stored.
     """
 
     form: str
@@ -70,27 +71,33 @@ class Option:
     loss: float
     nanoseconds: int = 0
     error: float = 0.0
+    bits: int = 32
 
     def __post_init__(self) -> None:
         if (self.form == "dense") != (self.rank is None) or (self.rank is not None and self.rank < 1):
             raise ValueError(f"expected a rank of at least 1 for a split and None for dense, but got {self}")
         if min(self.params, self.macs, self.bytes, self.nanoseconds) < 0:
             raise ValueError(f"expected params, macs, bytes and nanoseconds of at least 0, but got {self}")
-        if not 0 <= self.loss < math.inf or (self.form == "dense" and self.loss != 0):
+        if not 0 <= self.loss < math.inf or (self.is_exact and self.loss != 0):
             raise ValueError(f"expected a finite loss of at least 0, and 0 for dense, but got {self}")
+
+    @property
+    def is_exact(self) -> bool:
+        """Return whether the option is the dense weight as it is."""
+        return self.form == "dense" and self.bits == 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteOptions:
-    """The options of one site. The first one is dense, and all others are splits."""
+    """The options of one site. The first one is the dense weight as it is; all others change it."""
 
     name: str
     options: tuple[Option, ...]
 
     def __post_init__(self) -> None:
-        if [option.form == "dense" for option in self.options] != [True] + [False] * (len(self.options) - 1):
-            forms = [option.form for option in self.options]
-            raise ValueError(f"site {self.name}: expected dense first and then splits, but got {forms}")
+        if [option.is_exact for option in self.options] != [True] + [False] * (len(self.options) - 1):
+            found = [(option.form, option.bits) for option in self.options]
+            raise ValueError(f"site {self.name}: expected dense first and then changes, but got {found}")
 
 
 def smallest_cost(sites: Sequence[SiteOptions], *, cost: Cost) -> int:

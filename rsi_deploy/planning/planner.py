@@ -127,11 +127,13 @@ class Decision:
         rank: rank of the split; None for dense.
         reason: reason for users.
         form: form of the split; "first" for the usual form of the operation.
+        bits: bits in which the weight, or both factors, are stored.
     """
 
     rank: int | None
     reason: str
     form: AnyForm = "first"
+    bits: int = 32
 
 
 class SitePlanner(Protocol):

@@ -11,7 +11,7 @@ loss of a site therefore rises steeply where its error destroys the outputs, and
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -37,6 +37,7 @@ from rsi_deploy.calibration.reduced_rank_regression import (
     response_error,
     response_problem,
 )
+from rsi_deploy.calibration.rounding import rounded_to_8_bits, rounded_weight, second_moments, stored_bytes
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import Spectrum, break_even_rank
 from rsi_deploy.linalg.solver import Solver, singular_values
@@ -77,6 +78,7 @@ class Calibration:
         min_rank: smallest rank of a split.
         rank_multiple: number that divides every rank.
         forms: forms that may be chosen.
+        bits_of: function that returns the bits in which a site's weight may be stored; 32 is as it is.
         declined: sites that stay dense because their inputs are constant, name -> reason; set by `options` and `fit`.
     """
 
@@ -89,6 +91,7 @@ class Calibration:
     min_rank: int = 1
     rank_multiple: int = 1
     forms: tuple[Form, ...] = ("matmul", "gemm", "channel", "input", "separable")
+    bits_of: Callable[[CalibratedSite], tuple[int, ...]] = lambda site: (32,)
     declined: dict[str, str] = field(default_factory=dict, init=False, compare=False)
 
     def options(self, activations: ModelActivations, progress: Progress | None = None) -> list[SiteOptions]:
@@ -238,22 +241,49 @@ class Calibration:
             return SiteOptions(name=site.name, options=(dense,))
         errors = dict(self._errors(site, moments, sensitivity))
         loss = self._loss(site, moments, errors, activations, sensitivity)
-        split = []
-        for (form, rank), error in errors.items():
-            # The corrected bias counts in full, because some dense sites have no bias.
-            numbers = site.split_params(form, rank) + site.groups * site.out_features
-            split.append(
-                Option(
-                    form=form,
-                    rank=rank,
-                    params=numbers,
-                    macs=site.split_macs(form, rank),
-                    bytes=numbers * site.item_bytes + NODE_BYTES,
-                    loss=loss(error),
-                    error=error,
+        changed = []
+        is_product, rows = not site.kernel, site.groups * site.out_features
+        for bits in self.bits_of(site):
+            rounding = self._rounding_error(site, moments, sensitivity, bits)
+            if bits < 32:
+                size = stored_bytes(params, rows, bits, is_product=is_product)
+                error = rounding
+                changed.append(replace(dense, bits=bits, bytes=size, loss=loss(error), error=error))
+            for (form, rank), error in errors.items():
+                # The corrected bias counts in full, because some dense sites have no bias.
+                numbers = site.split_params(form, rank) + rows
+                size = numbers * site.item_bytes
+                if bits < 32:
+                    size = stored_bytes(numbers - rows, rows + site.groups * rank, bits, is_product=is_product)
+                    size += rows * site.item_bytes
+                total = error + 2 * rounding  # of both factors
+                changed.append(
+                    Option(
+                        form=form,
+                        rank=rank,
+                        params=numbers,
+                        macs=site.split_macs(form, rank),
+                        bytes=size + NODE_BYTES,
+                        loss=loss(total),
+                        error=total,
+                        bits=bits,
+                    )
                 )
-            )
-        return SiteOptions(name=site.name, options=(dense, *split))
+        return SiteOptions(name=site.name, options=(dense, *changed))
+
+    def _rounding_error(
+        self, site: CalibratedSite, moments: Moments | Samples, sensitivity: Tensor | None, bits: int
+    ) -> float:
+        """Return the response error of the dense weight in so few bits, held out where the moments have folds."""
+        if bits == 32:
+            return 0.0
+        weight, judged = site.load().float(), moments
+        if bits == 8:
+            return dense_response_error(weight, rounded_to_8_bits(weight), moments, sensitivity)
+        if isinstance(moments, Moments) and self._validates(moments):
+            moments, judged = next(parted(moments))
+        fitted = rounded_weight(weight, second_moments(moments), is_product=not site.kernel)
+        return dense_response_error(weight, fitted.weight().reshape(weight.shape), judged, sensitivity)
 
     def _declines(self, site: CalibratedSite, moments: Moments | Samples) -> bool:
         if moments.varies:
@@ -315,8 +345,10 @@ class Calibration:
         sensitivity: Tensor | None,
     ) -> Callable[[float], float]:
         """Return the function from a response error of this site to its loss at the outputs."""
-        if not self.measure_losses or not errors:
+        if not self.measure_losses:
             return lambda error: error * error
+        if not errors:  # too small to split, so nothing was tried; few such sites are as sensitive as the outputs
+            return lambda error: error
         law = PowerLaw()
         for level in LEVELS:
             form, rank = min(errors, key=lambda key: abs(math.log(max(errors[key], 1e-12) / level)))

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from rsi_deploy.precision.rounding import Rounded
+from rsi_deploy.calibration.rounding import Rounded
 
 Array = npt.NDArray[Any]
 
@@ -50,6 +50,9 @@ def store_in_4_bits_(model: ModelProto, weights: Mapping[str, Rounded]) -> list[
             continue
         if tuple(scale.dims) != (len(rounded.scales),):
             continue
+        ratio = rounded.scales.numpy() / numpy_helper.to_array(scale)
+        if not _rescale_bias_(known, readers, readers[int8.name], ratio):
+            continue
         scale.CopyFrom(numpy_helper.from_array(rounded.scales.numpy(), scale.name))
         made, tensors = _unpacking(name, int8, rounded, _by_input(readers[int8.name]))
         nodes += made
@@ -58,6 +61,33 @@ def store_in_4_bits_(model: ModelProto, weights: Mapping[str, Rounded]) -> list[
         replaced.append(name)
     _prepend(model, nodes)
     return replaced
+
+
+def _rescale_bias_(
+    known: Mapping[str, TensorProto], readers: Mapping[str, NodeProto], reader: NodeProto, ratio: Array
+) -> bool:
+    """Round the int32 bias behind a weight again, for weight scales that are `ratio` times as large.
+
+    The scale of a bias is that of the input times that of the weight: onnxruntime fuses nothing else.
+
+    Returns:
+        Whether there is no bias, or it is one that could be changed.
+    """
+    product = readers.get(reader.output[0])
+    if reader.op_type != "DequantizeLinear" or product is None or len(product.input) < 3:
+        return True
+    bias = next((node for node in readers.values() if node.output[0] == product.input[2]), None)
+    if bias is None or bias.op_type != "DequantizeLinear" or any(name not in known for name in bias.input[:2]):
+        return True
+    codes, scale = known[bias.input[0]], known[bias.input[1]]
+    values = numpy_helper.to_array(codes) * numpy_helper.to_array(scale).astype(np.float64)
+    scales = np.broadcast_to(numpy_helper.to_array(scale) * ratio, values.shape).astype(np.float32)
+    again = np.round(values / scales)
+    if np.abs(again).max(initial=0) >= 2**31:
+        return False
+    codes.CopyFrom(numpy_helper.from_array(again.astype(np.int32), codes.name))
+    scale.CopyFrom(numpy_helper.from_array(scales, scale.name))
+    return True
 
 
 def _by_input(reader: NodeProto) -> bool:
@@ -183,6 +213,12 @@ def table_block(width: int, bits: int) -> int:
     return block
 
 
+def stored_table_bytes(table: Table, bits: int) -> int:
+    """Return the bytes of a table in so many bits, with its scales and zero points."""
+    blocks = table.rows * table.width // table_block(table.width, bits)
+    return table.rows * table.width * bits // 8 + blocks * 2 + blocks * bits // 8
+
+
 def table_codes(values: Array, bits: int) -> tuple[Array, Array, Array]:
     """Round a table to `(code - zero) * scale`.
 
@@ -204,7 +240,8 @@ def table_values(values: Array, bits: int) -> Array:
     """Return a table as its rounded form reads, float32 `(rows, width)`."""
     codes, scales, zeros = table_codes(values, bits)
     blocks = codes.reshape(*scales.shape, -1).astype(np.float32) - zeros[..., None]
-    return (blocks * scales[..., None].astype(np.float32)).reshape(values.shape)
+    rounded: Array = blocks * scales[..., None].astype(np.float32)
+    return np.asarray(rounded.reshape(values.shape))
 
 
 def _gathers_rows(node: NodeProto, name: str) -> bool:
@@ -234,4 +271,4 @@ def _pairs(values: Array) -> Array:
     if values.shape[1] % 2:
         values = np.pad(values, ((0, 0), (0, 1)))
     packed = values[:, 0::2] | (values[:, 1::2] << 4)
-    return packed.astype(np.uint8)
+    return np.asarray(packed, np.uint8)

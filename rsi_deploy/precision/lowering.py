@@ -6,6 +6,7 @@ The 4-bit weights are fitted to the inputs that they have in the float model (`r
 follow the bits of its site.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from onnx import ModelProto, numpy_helper
 import graph_passes as gp
 from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.calibration.moments import Moments, Samples
+from rsi_deploy.calibration.rounding import Rounded, rounded_weight, second_moments
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.io import onnx_file
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
@@ -28,14 +30,12 @@ from rsi_deploy.onnx_models.opset import convert_opset
 from rsi_deploy.precision.compact import compact_
 from rsi_deploy.precision.four_bit import IR_VERSION, OPSET, store_in_4_bits_, store_table_, tables
 from rsi_deploy.precision.quantizers import FeedsSource, quantize
-from rsi_deploy.precision.rounding import Rounded, rounded
 from rsi_deploy.precision.schemes import Scheme
 
 Array = npt.NDArray[Any]
 
-BLOCK = 16
-"""Inputs of a product that share a multiplier. A Conv's rows have one scale each."""
 SUFFIXES = ("/right", "/left")
+FACTOR = re.compile(r".+\.(right|left)(_\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Lowering:
         scheme: how the model is quantized.
         bits: name of a site -> 4 to store it in four bits, 32 to leave it as it is. Other sites are stored as the
             scheme stores them.
-        tables: name of an embedding table -> 4, 8 or 32 bits; the scheme decides others.
+        tables: name of an embedding table -> 4, 8 or 32 bits; others are stored in eight.
     """
 
     scheme: Scheme
@@ -136,13 +136,17 @@ def _prepared(source: Path, work: Path, lowering: Lowering) -> dict[str, tuple[t
     known = {tensor.name: tensor for tensor in proto.graph.initializer}
     changed = False
     for table in tables(proto):
-        bits = lowering.tables.get(table.name, 32)
+        bits = lowering.tables.get(table.name, 8)
         if bits < 32:
             store_table_(proto, table, numpy_helper.to_array(known[table.name]), bits)
             changed = True
-    for node in proto.graph.node:
+    factors = {name: name.replace(".", "_") for name in known if FACTOR.fullmatch(name)}
+    for tensor in proto.graph.initializer:
+        tensor.name = factors.get(tensor.name, tensor.name)
+    for node in proto.graph.node:  # factors of known names or marked nodes would not be found as sites
         changed = changed or bool(node.metadata_props)
-        del node.metadata_props[:]  # marked splits would not be found as sites
+        node.input[:] = [factors.get(name, name) for name in node.input]
+        del node.metadata_props[:]
     if changed:
         _write(proto, work)
     return marks
@@ -177,39 +181,9 @@ def _rounded_sites(path: Path, lowering: Lowering, data: CalibrationFeeds | None
     return found
 
 
-def second_moments(moments: Moments | Samples) -> torch.Tensor:
-    """Return E[x x^T] of a site's inputs, float64 `(groups, in, in)`."""
-    if isinstance(moments, Samples):
-        x = moments.x.double()
-        return x.mT @ x / x.shape[-2]
-    mean = moments.mean_x.double()
-    return moments.xx.double() + mean[:, :, None] * mean[:, None, :]
-
-
 def _site_rounded(site: gp.Site, second: torch.Tensor | None) -> Rounded:
     weight = torch.from_numpy(np.array(site.load(), np.float32))
-    return rounded_weight(weight, second, block=None if site.window is not None else BLOCK)
-
-
-def rounded_weight(weight: torch.Tensor, second: torch.Tensor | None, *, block: int | None) -> Rounded:
-    """Round a weight `(groups, out, in)` to four bits, group by group.
-
-    Args:
-        weight: float32 weight.
-        second: second moments `(groups, in, in)`; None rounds to the nearest.
-        block: inputs with a multiplier of their own, where it divides their number; None for one scale a row.
-    """
-    if block is not None and weight.shape[-1] % block:
-        block = None
-    parts = [
-        rounded(weight[group], None if second is None else second[group], block=block) for group in range(len(weight))
-    ]
-    return Rounded(
-        codes=torch.cat([part.codes for part in parts]),
-        multipliers=torch.cat([part.multipliers for part in parts]),
-        scales=torch.cat([part.scales for part in parts]),
-        block=parts[0].block,
-    )
+    return rounded_weight(weight, second, is_product=site.window is None)
 
 
 def _write(model: ModelProto, path: Path) -> None:

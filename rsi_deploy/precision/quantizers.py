@@ -149,8 +149,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def operators_of(names: Collection[str], proto: onnx.ModelProto) -> set[str]:
-    """Return the types of the nodes of these names."""
-    return {node.op_type for node in proto.graph.node if node.name in names}

@@ -1,13 +1,11 @@
 """Schemes: the ways in which onnxruntime computes a model with fewer bits."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["float32", "float16", "static int8", "dynamic int8", "int4 weights"]
 Ranges = Literal["minmax", "percentile", "entropy"]
 
-CONVOLUTIONS = frozenset({"Conv"})
 PRODUCTS = frozenset({"MatMul", "Gemm"})
 
 
@@ -46,17 +44,6 @@ def static(ranges: Ranges) -> Scheme:
     return Scheme(kind="static int8", ranges=ranges)
 
 
-def rivals(operators: Collection[str], *, provider: str, is_calibrated: bool) -> list[Scheme]:
-    """Return the schemes that onnxruntime offers for a dense model.
-
-    Args:
-        operators: types of the nodes with weights.
-        provider: "cpu", "cuda", ...
-        is_calibrated: whether there are data for static ranges.
-    """
-    found = [FLOAT16] if provider == "cuda" else []
-    if is_calibrated:
-        found.append(static("minmax"))
-    if PRODUCTS & set(operators):
-        found += [DYNAMIC, WEIGHTS4]
-    return found
+def is_int8(scheme: Scheme) -> bool:
+    """Return whether products are computed in int8."""
+    return scheme.kind in ("static int8", "dynamic int8")

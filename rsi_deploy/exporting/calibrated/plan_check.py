@@ -71,13 +71,14 @@ def checked_model(budget: Budget, planner: CalibratedPlanner, *, allow_broken: b
 
 
 def chosen_options(decisions: Decisions, options: Sequence[SiteOptions]) -> dict[str, Option]:
-    """Return the option of every split of these decisions."""
+    """Return the option of every site that these decisions change."""
     found = {}
     for site in options:
         decision = decisions[site.name]
-        if decision.rank is not None:
-            known = {(option.form, option.rank): option for option in site.options[1:]}
-            found[site.name] = known[decision.form, decision.rank]
+        if decision.rank is not None or decision.bits < 32:
+            known = {(option.form, option.rank, option.bits): option for option in site.options[1:]}
+            form = "dense" if decision.rank is None else decision.form
+            found[site.name] = known[form, decision.rank, decision.bits]
     return found
 
 

@@ -7,6 +7,7 @@ factors      from an interrupted run, or fitted now
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from graph_passes.forms import Form
 from rsi_deploy.calibration.activations import FittedSite
@@ -27,7 +28,7 @@ from rsi_deploy.planning.decide import (
     total_of,
     zero_filled,
 )
-from rsi_deploy.planning.knapsack import SiteOptions, smallest_cost
+from rsi_deploy.planning.knapsack import SiteOptions, choose, smallest_cost
 from rsi_deploy.planning.latency_search import options_with_saving, priced, saving_of
 from rsi_deploy.planning.planner import Decision, Filters, FixedPlanner
 from rsi_deploy.planning.site_options import Calibration
@@ -51,6 +52,8 @@ class CalibratedPlanner:
         kept: results of earlier exports of the same model and data; None without.
         finished: results of an interrupted run of this export; None without.
         options: options of every site; empty where no budget chooses among them.
+        unit: what the shares of `in_size` and `smallest` are of.
+        fixed_bytes: bytes of a model beside what its options count, for shares of bytes.
     """
 
     streams: OnnxStreams
@@ -63,6 +66,8 @@ class CalibratedPlanner:
     kept: SweepCache | None
     finished: ResultStore | None
     options: Sequence[SiteOptions] = ()
+    unit: Literal["params", "bytes"] = "params"
+    fixed_bytes: int = 0
 
     def with_options(self) -> "CalibratedPlanner":
         """Return this planner with the options of every site that may be chosen."""
@@ -117,8 +122,22 @@ class CalibratedPlanner:
         return self._by_budget(budget.at(share, self.total(budget)))
 
     def in_size(self, share: float) -> Decisions:
-        """Return the decisions for a share of the dense model's parameters."""
+        """Return the decisions for a share of the dense model's parameters or bytes."""
+        if self.unit == "bytes":
+            return self.in_bytes(int(share * self.candidates.dense.size.bytes))
         return self._by_budget(Budget(keep_params=share))
+
+    def in_bytes(self, size: int) -> Decisions:
+        """Return the decisions for a file of so many bytes, by the counted bytes of the options.
+
+        Raises:
+            ModelError: no plan is so small.
+        """
+        smallest = smallest_cost(self.options, cost="bytes")
+        if size - self.fixed_bytes < smallest:
+            raise Budget(max_size=size).unreachable(self.candidates.dense.size.bytes, self.fixed_bytes + smallest)
+        choice = choose(self.options, cost="bytes", limit=size - self.fixed_bytes)
+        return decisions_of(choice, {site.name for site in self.options if len(site.options) > 1}, self.streams)
 
     def in_time(self, share: float) -> Decisions:
         """Return the decisions for a share of the dense model's time by the cost table."""
@@ -136,6 +155,9 @@ class CalibratedPlanner:
 
     def smallest(self, *, fastest: bool) -> float:
         """Return the share of the smallest or fastest plan; 1.0 where no option of any site saves anything."""
+        if not fastest and self.unit == "bytes":
+            size = self.fixed_bytes + smallest_cost(self.options, cost="bytes")
+            return size / self.candidates.dense.size.bytes
         if not fastest:
             saved = sum(site.options[0].params for site in self.options) - smallest_cost(self.options, cost="params")
             return 1 - saved / self.candidates.dense.size.params

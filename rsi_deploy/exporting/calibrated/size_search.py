@@ -21,7 +21,7 @@ from rsi_deploy.exporting.calibrated.candidates import Candidates, loss_shown
 from rsi_deploy.exporting.calibrated.plan_check import foreseen_loss
 from rsi_deploy.exporting.calibrated.planner import CalibratedPlanner
 from rsi_deploy.io.onnx_file import file_bytes
-from rsi_deploy.planning.decide import Decisions, Planned, planned_splits
+from rsi_deploy.planning.decide import Decisions, Planned
 from rsi_deploy.planning.planner import FixedPlanner
 from rsi_deploy.planning.record import PlanRecord, PlanTrial
 from rsi_deploy.planning.request import RankRequest
@@ -41,7 +41,7 @@ class SizeSearch:
     Attributes:
         plan: function that plans for a share.
         foreseen: function that returns the foreseen loss of decisions.
-        splits: function that returns the splits of decisions, site name -> (form, rank).
+        splits: function that returns the changes of decisions, site name -> (form, rank, bits).
         fit: function that fits the factors of decisions.
         judge: function that returns the value of a model, and whether it keeps the limit.
         smallest: share of the smallest plan.
@@ -93,6 +93,11 @@ class SizeSearch:
         return min(max(most, low + edge), 1 - edge)
 
 
+def changes_of(decisions: Decisions) -> dict[str, Any]:
+    """Return site name -> (form, rank, bits) of every site that decisions change."""
+    return {n: (d.form, d.rank, d.bits) for n, d in decisions.items() if d.rank is not None or d.bits < 32}
+
+
 def searched_model(request: RankRequest, planner: CalibratedPlanner) -> tuple[Planned, PlanRecord]:
     """Return the smallest or fastest model that keeps the limit of a request, and what was tried.
 
@@ -110,7 +115,7 @@ def searched_model(request: RankRequest, planner: CalibratedPlanner) -> tuple[Pl
     search = SizeSearch(
         plan=planner.in_time if request.fastest else planner.in_size,
         foreseen=lambda decisions: foreseen_loss(decisions, planner.options),
-        splits=lambda decisions: planned_splits(decisions, planner.streams),
+        splits=changes_of,
         fit=planner.fit,
         judge=partial(_drop if quality is None else _quality, request, candidates),
         smallest=max(smallest, 0.0),

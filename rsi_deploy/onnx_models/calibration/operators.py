@@ -70,7 +70,13 @@ def _conv(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tenso
     _require(axes in (1, 2, 3) and a.get("auto_pad", b"NOTSET") == b"NOTSET", "Conv with auto_pad")
     strides, dilations = a.get("strides", [1] * axes), a.get("dilations", [1] * axes)
     conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
-    return conv(_padded(x, a, axes, 0.0), w, b, stride=strides, dilation=dilations, groups=a.get("group", 1))
+    pads = a.get("pads", [0] * 2 * axes)
+    begins = pads[:axes]
+    if begins != pads[axes:]:
+        x, begins = _padded(x, a, axes, 0.0), [0] * axes
+    if axes == 2:  # twice as fast on a CPU, forward and backward
+        x = x.contiguous(memory_format=torch.channels_last)
+    return conv(x, w, b, stride=strides, padding=begins, dilation=dilations, groups=a.get("group", 1))
 
 
 def _padded(x: Tensor, a: Attributes, axes: int, value: float) -> Tensor:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rsi_deploy.calibration.moments import Moments, Samples
+
 BITS = 4
 LOWEST, HIGHEST = -8, 7
 LARGEST = 127 // 8
@@ -24,6 +26,10 @@ DAMPING = 0.01
 """Ridge of H, in mean input variances."""
 CLIPS = (1.0, 0.9, 0.8, 0.7)
 """Shares of a row's or block's largest number that are tried as the end of the grid."""
+BLOCK = 16
+"""Inputs of a product that share a multiplier. A convolution's rows have one scale each."""
+ROW_BYTES = 9
+"""Bytes of a row's scales (of weight and bias) and zero point."""
 LAZY = 128
 """Number of columns after which their errors are passed on to all that follow."""
 
@@ -97,7 +103,8 @@ def rounded(weight: Tensor, second: Tensor | None = None, *, block: int | None =
 
 
 def _nearest(values: Tensor, step: Tensor) -> Tensor:
-    return (values / step).round().clamp(LOWEST, HIGHEST).to(torch.int8)
+    codes: Tensor = (values / step).round().clamp(LOWEST, HIGHEST)
+    return codes.to(torch.int8)
 
 
 def _row_scales(W: Tensor, block: int) -> tuple[Tensor, bool | None]:
@@ -136,4 +143,53 @@ def _root(second: Tensor) -> Tensor:
     variances = second.diagonal()
     ridge = DAMPING * variances.mean().clamp_min(1e-30)
     regular = second + torch.diag(ridge.expand(len(second)))
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(regular)), upper=True)
+    root: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(regular)), upper=True)
+    return root
+
+
+def second_moments(moments: Moments | Samples) -> Tensor:
+    """Return E[x x^T] of a site's inputs, float64 `(groups, in, in)`."""
+    if isinstance(moments, Samples):
+        x = moments.x.double()
+        return x.mT @ x / x.shape[-2]
+    mean = moments.mean_x.double()
+    return moments.xx.double() + mean[:, :, None] * mean[:, None, :]
+
+
+def rounded_weight(weight: Tensor, second: Tensor | None, *, is_product: bool) -> Rounded:
+    """Round a weight `(groups, out, in)` to four bits, group by group.
+
+    Args:
+        weight: float32 weight.
+        second: second moments `(groups, in, in)`; None rounds to the nearest.
+        is_product: whether blocks of inputs have multipliers of their own, where they divide the inputs.
+    """
+    block = BLOCK if is_product and weight.shape[-1] % BLOCK == 0 else None
+    parts = [
+        rounded(weight[group], None if second is None else second[group], block=block) for group in range(len(weight))
+    ]
+    return Rounded(
+        codes=torch.cat([part.codes for part in parts]),
+        multipliers=torch.cat([part.multipliers for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        block=parts[0].block,
+    )
+
+
+def rounded_to_8_bits(weight: Tensor) -> Tensor:
+    """Return a weight `(groups, out, in)` rounded to 255 steps a row, as onnxruntime stores it."""
+    step = weight.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / 127
+    return (weight / step).round() * step
+
+
+def stored_bytes(numbers: int, rows: int, bits: int, *, is_product: bool) -> int:
+    """Return the bytes that a weight takes in a file, with its scales.
+
+    Args:
+        numbers: numbers of the weight.
+        rows: its outputs.
+        bits: 8 or 4.
+        is_product: see `rounded_weight`.
+    """
+    multipliers = numbers / BLOCK / 2 if bits == BITS and is_product else 0
+    return round(numbers * bits / 8 + multipliers) + ROW_BYTES * rows

@@ -1,0 +1,1 @@
+"""Exports in low precision: make models of several precisions, and choose one."""

@@ -1,0 +1,161 @@
+"""Models that an export in low precision may deliver, and the rule that chooses one.
+
+    a size          the best outputs among models that are so small
+    a time          the best outputs among models that are so fast
+    a quality       the smallest model (or the fastest) that keeps it
+    MACs, a rank    the fastest model whose outputs are about as good as the best one's
+
+Outputs are compared on the check part by `loss_shown`. Losses that are nearly equal decide nothing: then the faster
+model wins, then the smaller one.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsi_deploy.benchmark.result import VariantResult
+from rsi_deploy.calibration.record import OutputQuality
+from rsi_deploy.exporting.calibrated.candidates import loss_shown
+from rsi_deploy.onnx_models.split import SplitModel
+from rsi_deploy.planning.decide import Planned
+from rsi_deploy.planning.quality import QualityBudget
+from rsi_deploy.planning.request import RankRequest
+from rsi_deploy.precision.record import PrecisionPoint
+from rsi_deploy.precision.schemes import Scheme
+
+NEAR_RATIO = 1.25
+"""Ratio of two losses up to which they are nearly equal, where the outputs decide."""
+CLOSE_RATIO, CLOSE_LOSS = 1.5, 0.005
+"""The same where the time decides: a ratio, and a loss to add."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Point:
+    """A model that may be delivered.
+
+    Attributes:
+        name: name for users.
+        scheme: how it is quantized.
+        is_rival: whether it is the dense model as onnxruntime's own tools quantize it.
+        path: its file; None where it could not be made.
+        bytes: bytes of its files.
+        quality: its outputs on the check part; None without any, or where they are not finite.
+        made: its decisions and factors; None for a rival.
+        split: record of its splits; None for a rival.
+        timing: its measurement beside the dense model; None where nothing was measured.
+        error: why it could not be made.
+    """
+
+    name: str
+    scheme: Scheme
+    is_rival: bool
+    path: Path | None
+    bytes: int = 0
+    quality: OutputQuality | None = None
+    made: Planned | None = None
+    split: SplitModel | None = None
+    timing: VariantResult | None = None
+    error: str = ""
+
+    @property
+    def loss(self) -> float:
+        """Loss of the outputs on the check part; 0 for the dense model."""
+        return 0.0 if self.scheme.kind == "float32" and self.is_rival else loss_shown(self.quality)
+
+    @property
+    def speedup(self) -> float:
+        """Time of the dense model over its own; 1 where nothing was measured."""
+        return 1.0 if self.timing is None or self.timing.speedup is None else self.timing.speedup
+
+    @property
+    def is_slower(self) -> bool:
+        """Return whether the model was measured slower than the dense one."""
+        return (
+            self.timing is not None and self.timing.speedup_interval is not None and self.timing.speedup_interval[1] < 1
+        )
+
+    def record(self, delivered: "Point", rule: "Rule") -> PrecisionPoint:
+        """Return the point as the report has it."""
+        return PrecisionPoint(
+            name=self.name,
+            scheme=self.scheme.name,
+            is_rival=self.is_rival,
+            is_delivered=self is delivered,
+            keeps_limit=rule.keeps(self),
+            bytes=self.bytes or None,
+            quality=self.quality,
+            speedup=None if self.timing is None else self.timing.speedup,
+            speedup_interval=None if self.timing is None else self.timing.speedup_interval,
+            error=self.error,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """The rule that chooses a point.
+
+    Attributes:
+        request: what decides the ranks.
+        dense_bytes: bytes of the user's model.
+        dense_ms: time of the dense model, in milliseconds; None where nothing was measured.
+        allow_slower: whether a model that was measured slower than the dense one may be delivered.
+    """
+
+    request: RankRequest
+    dense_bytes: int
+    dense_ms: float | None
+    allow_slower: bool
+
+    def keeps(self, point: Point) -> bool:
+        """Return whether a point keeps the budget or limit of the request."""
+        request = self.request
+        if point.error or not math.isfinite(point.loss):
+            return False
+        if request.quality is not None:
+            return point.loss == 0 or _holds(request.quality, point)
+        budget = request.budget
+        if budget is not None and budget.cost == "bytes":
+            return point.bytes <= budget.total(self.dense_bytes)
+        if budget is not None and budget.cost == "nanoseconds":
+            if self.dense_ms is None or point.timing is None:
+                return False
+            return point.timing.median_ms * 1e6 <= budget.total(round(1e6 * self.dense_ms))
+        return not point.is_rival
+
+    def chosen(self, points: Sequence[Point]) -> Point | None:
+        """Return the best point that keeps the limit; None where none does."""
+        able = [point for point in points if self.keeps(point)]
+        if not self.allow_slower:
+            able = [point for point in able if not point.is_slower] or able
+        if not able:
+            return None
+        if self.request.quality is not None or self.request.max_drop is not None:
+            if self.request.fastest:
+                return max(able, key=lambda point: (point.speedup, -point.bytes))
+            return min(able, key=lambda point: (point.bytes, -point.speedup))
+        least = min(point.loss for point in able)
+        if self.decides_by_outputs:
+            near = [point for point in able if point.loss <= NEAR_RATIO * least]
+        else:
+            near = [point for point in able if point.loss <= CLOSE_RATIO * least + CLOSE_LOSS]
+        return max(near, key=lambda point: (point.speedup, -point.bytes))
+
+    @property
+    def decides_by_outputs(self) -> bool:
+        """Return whether the best outputs win among the points that keep the limit."""
+        budget = self.request.budget
+        return budget is not None and budget.cost in ("bytes", "nanoseconds")
+
+    @property
+    def text(self) -> str:
+        """The rule in words."""
+        if self.request.quality is not None or self.request.max_drop is not None:
+            return "the fastest that keeps the limit" if self.request.fastest else "the smallest that keeps the limit"
+        if self.decides_by_outputs:
+            return f"the best outputs within {self.request.budget}"
+        return "the fastest whose outputs are about as good as the best one's"
+
+
+def _holds(quality: QualityBudget, point: Point) -> bool:
+    return point.quality is not None and quality.holds(quality.limit_of(point.quality))

@@ -1,0 +1,481 @@
+"""The precision step of an export: rank and precision in one plan, beside what onnxruntime offers for the dense model.
+
+dense model --> onnxruntime's schemes (the rivals) --> base schemes of this machine
+--> plan of ranks and bits in each base scheme --> fit, split, lower --> points
+points      --> outputs on the check part, one interleaved measurement --> rule --> the delivered model
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import onnx
+from onnx import numpy_helper
+
+from rsi_deploy.benchmark.result import BenchResult
+from rsi_deploy.calibration.activations import CalibratedSite
+from rsi_deploy.calibration.calibration_data import CalibrationData
+from rsi_deploy.calibration.output_agreement import dense_outputs, output_quality
+from rsi_deploy.calibration.record import OutputQuality
+from rsi_deploy.core.errors import GateError, ModelError, UsageError
+from rsi_deploy.core.progress import step
+from rsi_deploy.core.sites import site_name
+from rsi_deploy.exporting.calibrated.candidates import loss_shown
+from rsi_deploy.exporting.calibrated.planner import CalibratedPlanner
+from rsi_deploy.exporting.calibrated.size_search import searched_model
+from rsi_deploy.exporting.calibration_step import Calibrator
+from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, CLOSE_RATIO, Point, Rule
+from rsi_deploy.exporting.results import DenseModel
+from rsi_deploy.io.onnx_file import file_bytes
+from rsi_deploy.onnx_models.split import SplitModel
+from rsi_deploy.planning.budget import Budget
+from rsi_deploy.planning.decide import Decisions, Planned
+from rsi_deploy.planning.knapsack import Option, SiteOptions
+from rsi_deploy.planning.planner import Decision, FixedPlanner
+from rsi_deploy.precision.four_bit import Table, stored_table_bytes, table_values, tables
+from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
+from rsi_deploy.precision.quantizers import quantize
+from rsi_deploy.precision.record import PrecisionRecord
+from rsi_deploy.precision.schemes import (
+    DYNAMIC,
+    FLOAT16,
+    FLOAT32,
+    PRODUCTS,
+    WEIGHTS4,
+    Scheme,
+    is_int8,
+    static,
+)
+from rsi_deploy.runtime.provider_spec import parse_provider
+from rsi_deploy.runtime.providers import short_name
+
+TRIES = 3
+"""Most models that are fitted for a size: the counted bytes may be too few."""
+SHARES = (0.75, 0.5, 0.3)
+"""Shares of the MACs that are tried for a time."""
+MOST_BYTES = 1.3
+"""Bytes of an int8 model over those of the smallest one; a larger one leaves much of the net in float."""
+
+Write = Callable[[Planned, Path], SplitModel]
+Measure = Callable[[Sequence[Path]], BenchResult]
+
+
+@dataclass(kw_only=True)
+class PrecisionStep:
+    """Makes models of several precisions, and chooses one.
+
+    Attributes:
+        precision: value of `--precision`.
+        dense: the dense model.
+        calibrator: decides and fits sites.
+        write: writes a float model of decisions and factors.
+        measure: measures the dense model and others in one interleaved run; None where nothing is measured.
+        provider: onnxruntime provider.
+        allow_slower: whether a model that was measured slower than the dense one may be delivered.
+        notes: notes for the report.
+    """
+
+    precision: str
+    dense: DenseModel
+    calibrator: Calibrator
+    write: Write
+    measure: Measure | None
+    provider: str
+    allow_slower: bool
+    notes: list[str] = field(default_factory=list)
+
+    def run(self) -> tuple[Point, PrecisionRecord, BenchResult | None]:
+        """Return the chosen point, the record of the choice, and the measurement of the dense model beside it.
+
+        The point's file is the dense model's target.
+
+        Raises:
+            UsageError: a precision that needs data, or that the provider does not run.
+            ModelError: no model keeps the budget.
+            GateError: no model keeps the limit.
+        """
+        request = self.calibrator.request
+        if request.calib is None:
+            raise UsageError(f"--precision {self.precision} needs unlabelled data to choose and to check; add --calib")
+        points = [self._rival(FLOAT32), *self._rivals()]
+        bases = self._bases()
+        if not bases:
+            provider = short_name(parse_provider(self.provider).name)
+            raise UsageError(
+                f"--precision {self.precision}: {provider} runs no such precision of this model; type --precision "
+                f"float32 or auto"
+            )
+        for scheme in bases:
+            points += self._planned_points(scheme)
+        points, latency = self._measured(points)
+        rule = Rule(
+            request=request,
+            dense_bytes=self.dense.size.bytes,
+            dense_ms=None if latency is None else latency.arms[0].median_ms,
+            allow_slower=self.allow_slower,
+        )
+        chosen = rule.chosen([point for point in points if self._is_allowed(point)])
+        if chosen is None:
+            self._refuse(points, rule)
+        assert chosen is not None
+        assert chosen.path is not None
+        for suffix in ("", ".data"):
+            if (file := chosen.path.with_name(chosen.path.name + suffix)).exists():
+                file.replace(self.dense.target.with_name(self.dense.target.name + suffix))
+        decisions = {} if chosen.made is None else _decisions(chosen.made)
+        names = {table.name for table in self._tables}
+        record = PrecisionRecord(
+            request=self.precision,
+            scheme=chosen.scheme.name,
+            rule=rule.text,
+            points=tuple(point.record(chosen, rule) for point in points),
+            bits={n: d.bits for n, d in decisions.items() if n not in names and is_int8(chosen.scheme)},
+            tables={n: d.bits for n, d in decisions.items() if n in names and is_int8(chosen.scheme)},
+        )
+        if latency is not None and chosen.timing is not None:
+            latency = latency.model_copy(
+                update={"arms": (latency.arms[0], chosen.timing.model_copy(update={"label": "compressed"}))}
+            )
+        return chosen, record, latency
+
+    @cached_property
+    def _data(self) -> CalibrationData:
+        return self.calibrator.data
+
+    @cached_property
+    def _feeds(self) -> CalibrationFeeds:
+        data = self._data
+        return CalibrationFeeds(
+            feeds=data.feeds, samples=data.samples, provider=self.provider, seed=self.calibrator.solver.seed
+        )
+
+    @cached_property
+    def _folder(self) -> Path:
+        """Folder of the points' files, which is deleted with the other work."""
+        return self.dense.path.parent
+
+    @cached_property
+    def _operators(self) -> frozenset[str]:
+        return frozenset(site.op_type for site in self.dense.sites)
+
+    @cached_property
+    def _tables(self) -> list[Table]:
+        return tables(self.dense.proto)
+
+    # -- what onnxruntime offers ------------------------------------------------------------------------------------
+
+    def _rivals(self) -> Iterator[Point]:
+        """Yield the dense model as onnxruntime's own tools quantize it."""
+        schemes = [FLOAT16] if short_name(parse_provider(self.provider).name) == "cuda" else []
+        schemes.append(static("minmax"))
+        if PRODUCTS & self._operators:
+            schemes += [DYNAMIC, WEIGHTS4]
+        for scheme in schemes:
+            yield self._rival(scheme)
+
+    def _rival(self, scheme: Scheme) -> Point:
+        name = "dense" if scheme is FLOAT32 else f"onnxruntime's {scheme.name}"
+        if scheme is FLOAT32:
+            return Point(
+                name=name, scheme=scheme, is_rival=True, path=self.dense.path, bytes=file_bytes(self.dense.path)
+            )
+        path = self._path(f"rival-{scheme.kind.replace(' ', '-')}")
+        with step(f"make {name}"):
+            try:
+                quantize(self.dense.path, path, scheme, self._data.feeds)
+                quality = self._quality(path)
+            except (ModelError, UsageError) as error:
+                return Point(name=name, scheme=scheme, is_rival=True, path=None, error=str(error))
+        return Point(name=name, scheme=scheme, is_rival=True, path=path, bytes=file_bytes(path), quality=quality)
+
+    # -- ours -------------------------------------------------------------------------------------------------------
+
+    def _bases(self) -> list[Scheme]:
+        """The schemes that ranks are planned in."""
+        if self.precision == "float16":
+            return [FLOAT16]
+        best = self._best_int8()
+        found = [] if best is None else [best]
+        return [*found, FLOAT32] if self.precision == "auto" else found
+
+    def _best_int8(self) -> Scheme | None:
+        """The int8 scheme whose outputs are best, or a faster one whose outputs are about as good."""
+        tried = [static("minmax")]
+        if "Conv" in self._operators:
+            tried.append(static("percentile"))
+        if PRODUCTS & self._operators:
+            tried.append(DYNAMIC)
+        for scheme in tried:
+            path = self._path(f"base-{scheme.name.replace(' ', '-')}")
+            with step(f"try {scheme.name}"):
+                try:
+                    lower(self.dense.path, path, Lowering(scheme=scheme), self._feeds)
+                    quality = self._quality(path)
+                except ModelError as error:
+                    self.notes.append(str(error))
+                    continue
+            self._lowered_dense[scheme] = Point(
+                name=f"dense, {scheme.name}",
+                scheme=scheme,
+                is_rival=False,
+                path=path,
+                bytes=file_bytes(path),
+                quality=quality,
+            )
+        found = list(self._lowered_dense.values())
+        if not found:
+            return None
+        smallest = min(point.bytes for point in found)
+        found = [point for point in found if point.bytes <= MOST_BYTES * smallest]
+        least = min(point.loss for point in found)
+        near = [point for point in found if point.loss <= CLOSE_RATIO * least + CLOSE_LOSS]
+        if len(near) > 1 and len({point.scheme.kind for point in near}) > 1 and self.measure is not None:
+            near = [point for point in self._measured(near)[0] if point.loss <= CLOSE_RATIO * least + CLOSE_LOSS]
+            fastest = max(point.speedup for point in near)
+            near = [point for point in near if point.speedup >= 0.9 * fastest]
+        return min(near, key=lambda point: point.loss).scheme
+
+    _lowered_dense: dict[Scheme, Point] = field(default_factory=dict, init=False)
+
+    def _planned_points(self, scheme: Scheme) -> Iterator[Point]:
+        """Yield models with ranks and bits, planned for the request in a scheme."""
+        request, budget = self.calibrator.request, self.calibrator.request.budget
+        if scheme in self._lowered_dense:
+            base = self._lowered_dense[scheme]
+            yield replace(base, made=self._all_dense(8), split=self.unsplit())
+        if not (request.is_searched or budget is not None):
+            yield self._point(self.calibrator.planned(), scheme)
+            return
+        planner = self._planner(scheme)
+        try:
+            if budget is None:
+                made, _ = searched_model(request, planner)
+                if any(d.rank is not None or d.bits < 32 for d in _decisions(made).values()):
+                    yield self._point(made, scheme)
+            elif budget.cost == "bytes":
+                yield from self._of_size(budget, planner, scheme)
+            elif budget.cost == "nanoseconds":
+                for share in SHARES:
+                    decisions = self._of_macs(Budget(keep_macs=share), planner)
+                    yield self._point(planner.fit(decisions), scheme, f"{100 * share:g} % of the MACs, {scheme.name}")
+            else:
+                yield self._point(planner.fit(self._of_macs(budget, planner)), scheme)
+        except (ModelError, GateError) as error:
+            self.notes.append(f"{scheme.name}: {error}")
+
+    def _of_size(self, budget: Budget, planner: CalibratedPlanner, scheme: Scheme) -> Iterator[Point]:
+        """Yield the model within a size; its bytes are counted, and counted again where the file is larger."""
+        allowed, over = budget.total(self.dense.size.bytes), 0
+        for _ in range(TRIES):
+            point = self._point(planner.fit(planner.in_bytes(allowed - over)), scheme)
+            if point.bytes <= allowed:
+                yield point
+                return
+            over += point.bytes - allowed
+
+    def _of_macs(self, budget: Budget, planner: CalibratedPlanner) -> Decisions:
+        """Decide by MACs or parameters, which are counted on float models."""
+        plain = replace(planner, candidates=replace(planner.candidates, write=self.write))
+        return plain.within(budget)
+
+    def _planner(self, scheme: Scheme) -> CalibratedPlanner:
+        """The planner of a scheme: its bits, and models that are written in it."""
+        budget = self.calibrator.request.budget
+        whole = self._whole_planner
+        allowed: tuple[int, ...] = (32,)
+        if is_int8(scheme):
+            allowed = (4,) if self.precision == "int4" else (8,)
+            if self.precision == "auto" and (budget is None or budget.cost == "bytes"):
+                allowed = (8, 4)
+        options = [_in_bits(site, allowed) for site in whole.options]
+        if scheme.kind == "dynamic int8":
+            convolutions = {site.name for site in whole.streams.sites if site.kernel}
+            options = [
+                _in_bits(site, (32,)) if site.name in convolutions else new
+                for site, new in zip(whole.options, options, strict=True)
+            ]
+        if is_int8(scheme):
+            options += [_in_bits(site, allowed) for site in self._table_options]
+        planner = replace(
+            whole,
+            options=options,
+            candidates=replace(whole.candidates, write=lambda made, path: self._lowered(made, path, scheme)),
+        )
+        if not is_int8(scheme):
+            return planner
+        base = self._lowered_dense[scheme]
+        counted = sum(
+            next((o.bytes for o in site.options if o.form == "dense" and o.bits == 8), site.options[0].bytes)
+            for site in [*(s for s in whole.options), *self._table_options]
+        )
+        return replace(planner, unit="bytes", fixed_bytes=base.bytes - counted)
+
+    @cached_property
+    def _whole_planner(self) -> CalibratedPlanner:
+        """The planner with every site's options in all bits; surveyed once."""
+        return self.calibrator.planner_for(_bits_of if self.precision != "float16" else lambda site: (32,))
+
+    @cached_property
+    def _table_options(self) -> list[SiteOptions]:
+        """The embedding tables as sites: their loss is measured, one at a time."""
+        known = {tensor.name: tensor for tensor in self.dense.proto.graph.initializer}
+        found = []
+        for table in self._tables:
+            size = 4 * table.rows * table.width
+            whole = Option(form="dense", rank=None, params=size // 4, macs=0, bytes=size, loss=0.0)
+            options = [whole]
+            for bits in (8, 4):
+                values = table_values(numpy_helper.to_array(known[table.name], str(self.dense.path.parent)), bits)
+                model = onnx.load(str(self.dense.path))
+                for tensor in model.graph.initializer:
+                    if tensor.name == table.name:
+                        tensor.CopyFrom(numpy_helper.from_array(values, table.name))
+                path = self._path("table")
+                onnx.save(model, str(path))
+                loss = loss_shown(self._quality(path, "in-sample"))
+                path.unlink()
+                size = stored_table_bytes(table, bits)
+                options.append(replace(whole, bits=bits, bytes=size, loss=max(loss, 1e-12), error=loss))
+            found.append(SiteOptions(name=table.name, options=tuple(options)))
+        return found
+
+    def _all_dense(self, bits: int) -> Planned:
+        """All sites dense, in so many bits."""
+        names = [site_name(site.weight) for site in self.dense.sites] + [table.name for table in self._tables]
+        decisions = {name: Decision(rank=None, reason=f"{bits} bits", bits=bits) for name in names}
+        return Planned(planner=FixedPlanner(decisions=decisions, filters=self.calibrator.filters), fitted={})
+
+    # -- writing, judging, measuring --------------------------------------------------------------------------------
+
+    def _point(self, made: Planned, scheme: Scheme, name: str = "") -> Point:
+        path = self._path("point")
+        with step(f"write in {scheme.name}"):
+            split = self._lowered(made, path, scheme)
+            quality = self._quality(path)
+        ranks = any(site.rank for site in split.sites)
+        return Point(
+            name=name or f"{'low rank' if ranks else 'dense'}, {scheme.name}{self._bits_text(made, scheme)}",
+            scheme=scheme,
+            is_rival=False,
+            path=path,
+            bytes=file_bytes(path),
+            quality=quality,
+            made=made,
+            split=split,
+        )
+
+    def _bits_text(self, made: Planned, scheme: Scheme) -> str:
+        decided = [decision.bits for decision in _decisions(made).values()]
+        return f", {decided.count(4)} weights in 4 bits" if is_int8(scheme) and 4 in decided else ""
+
+    def unsplit(self) -> SplitModel:
+        """Return the record of the dense model, whose sites are not split."""
+        path = self._path("record")
+        try:
+            return self.write(self._all_dense(8), path)
+        finally:
+            _delete(path)
+
+    def _lowered(self, made: Planned, path: Path, scheme: Scheme) -> SplitModel:
+        """Write a model in a scheme; decisions that name no bits follow the precision."""
+        if scheme is FLOAT32:
+            return self.write(made, path)
+        work = path.with_name(f"{path.stem}-float.onnx")
+        try:
+            split = self.write(made, work)
+            lower(work, path, self._lowering(made, scheme), self._feeds)
+            return split
+        finally:
+            _delete(work)
+
+    def _lowering(self, made: Planned, scheme: Scheme) -> Lowering:
+        decisions = _decisions(made)
+        usual = 4 if self.precision == "int4" else 8
+        bits = {}
+        for site in self.dense.sites:
+            decision = decisions.get(site_name(site.weight))
+            decided = usual if decision is None or not self._decides_bits(decisions) else decision.bits
+            if decided != 8:
+                bits[site.node] = decided
+        chosen = {t.name: decisions[t.name].bits if t.name in decisions else usual for t in self._tables}
+        return Lowering(scheme=scheme, bits=bits, tables=chosen)
+
+    @staticmethod
+    def _decides_bits(decisions: Decisions) -> bool:
+        """Return whether decisions say anything of bits; those of a rank or a plan do not."""
+        return any(decision.bits < 32 for decision in decisions.values())
+
+    def _quality(self, path: Path, part: str = "check") -> OutputQuality | None:
+        """The quality of a model's outputs; None where they are not finite."""
+        data, outputs = self._data, self.calibrator.outputs
+        samples = data.check if part == "check" and data.check is not None else data.in_sample
+        if part not in outputs:
+            outputs[part] = dense_outputs(self.dense.path, samples, self.provider, self.dense.proto)
+        try:
+            return output_quality(outputs[part], path, samples, self.provider)
+        except GateError:
+            return None
+
+    def _measured(self, points: list[Point]) -> tuple[list[Point], BenchResult | None]:
+        """The points with their times, of one interleaved run."""
+        able = [point for point in points if point.path is not None and point.path != self.dense.path]
+        if self.measure is None or not able:
+            return points, None
+        with step(f"measure {len(able) + 1} models side by side"):
+            result = self.measure([self.dense.path, *(point.path for point in able if point.path is not None)])
+        timings = {id(point): arm for point, arm in zip(able, result.arms[1:], strict=True)}
+        return [replace(point, timing=timings.get(id(point))) for point in points], result
+
+    def _is_allowed(self, point: Point) -> bool:
+        """Return whether `--precision` lets a point be delivered."""
+        kinds = {
+            "auto": {"float32", "float16", "static int8", "dynamic int8", "int4 weights"},
+            "float16": {"float16"},
+            "int8": {"static int8", "dynamic int8"},
+            "int4": {"static int8", "dynamic int8", "int4 weights"},
+        }
+        return point.scheme.kind in kinds[self.precision] and point.path != self.dense.path
+
+    def _refuse(self, points: Sequence[Point], rule: Rule) -> None:
+        """Say which of the models comes nearest to the limit."""
+        request = self.calibrator.request
+        made = [point for point in points if point.path is not None and point.path != self.dense.path]
+        if request.budget is not None and request.budget.cost == "bytes":
+            raise request.budget.unreachable(self.dense.size.bytes, min(point.bytes for point in made))
+        if request.budget is not None and request.budget.cost == "nanoseconds" and rule.dense_ms is not None:
+            fastest = min(point.timing.median_ms for point in made if point.timing is not None)
+            raise request.budget.unreachable(round(1e6 * rule.dense_ms), round(1e6 * fastest))
+        limit = str(request.quality or request.budget or f"--precision {self.precision}")
+        raise GateError(
+            f"{limit}: no model of {len(made)} that were tried in --precision {self.precision} keeps it; allow more, "
+            f"or type --precision auto"
+        )
+
+    @cached_property
+    def _counter(self) -> Iterator[int]:
+        return iter(range(10_000))
+
+    def _path(self, stem: str) -> Path:
+        return self._folder / f"{stem}-{next(self._counter)}.onnx".replace("(", "").replace(")", "")
+
+
+def _bits_of(site: CalibratedSite) -> tuple[int, ...]:
+    """Return the bits that a site's weight may be stored in."""
+    if site.groups > 1 and not site.kernel:
+        return (32, 8)
+    return (32, 8, 4)
+
+
+def _in_bits(site: SiteOptions, allowed: tuple[int, ...]) -> SiteOptions:
+    """Return the options in these bits; the dense weight as it is stays."""
+    return SiteOptions(name=site.name, options=(site.options[0], *(o for o in site.options[1:] if o.bits in allowed)))
+
+
+def _decisions(made: Planned) -> Decisions:
+    return dict(made.planner.decisions) if isinstance(made.planner, FixedPlanner) else {}
+
+
+def _delete(path: Path) -> None:
+    for file in (path, path.with_name(f"{path.name}.data")):
+        file.unlink(missing_ok=True)
