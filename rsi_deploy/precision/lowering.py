@@ -6,6 +6,7 @@ The 4-bit weights are fitted to the inputs that they have in the float model (`r
 follow the bits of its site.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ Array = npt.NDArray[Any]
 BLOCK = 16
 """Inputs of a product that share a multiplier. A Conv's rows have one scale each."""
 SUFFIXES = ("/right", "/left")
+FACTOR = re.compile(r".+\.(right|left)(_\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,10 @@ class CalibrationFeeds:
     seed: int = 0
 
 
+RENAMES = ("_quant", "_MatMul_quant", "_MatMul", "_Q4")
+"""Suffixes that onnxruntime's quantizers append to the name of a node; they turn a Gemm into MatMul and Add."""
+
+
 def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds | None) -> dict[str, int]:
     """Write a model in low precision.
 
@@ -100,8 +106,10 @@ def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds
         quantize(work, target, lowering.scheme, None if data is None else data.feeds, kept_float)
         made = onnx.load(str(target))
         stored = store_in_4_bits_(made, {name: entry.rounded for name, entry in small.items()})
+        sources = {f"{name}{suffix}": name for suffix in RENAMES for name in marks} | {name: name for name in marks}
         for node in made.graph.node:
-            for entry in marks.get(node.name.removesuffix("_quant"), ()):
+            node.name = sources.get(node.name, node.name)
+            for entry in marks.get(node.name, ()):
                 node.metadata_props.add(key=entry[0], value=entry[1])
         compact_(made, frozenset(marks))
         _write(made, target)
@@ -140,9 +148,13 @@ def _prepared(source: Path, work: Path, lowering: Lowering) -> dict[str, tuple[t
         if bits < 32:
             store_table_(proto, table, numpy_helper.to_array(known[table.name]), bits)
             changed = True
-    for node in proto.graph.node:
+    factors = {name: name.replace(".", "_") for name in known if FACTOR.fullmatch(name)}
+    for tensor in proto.graph.initializer:
+        tensor.name = factors.get(tensor.name, tensor.name)
+    for node in proto.graph.node:  # factors of known names or marked nodes would not be found as sites
         changed = changed or bool(node.metadata_props)
-        del node.metadata_props[:]  # marked splits would not be found as sites
+        node.input[:] = [factors.get(name, name) for name in node.input]
+        del node.metadata_props[:]
     if changed:
         _write(proto, work)
     return marks
