@@ -1,16 +1,29 @@
 """Read the splits of a graph back from the marked nodes: the form and the rank of each.
 
-The pass of the second node's operator tells the form from the shapes of the two factors.
+The pass of the second node's operator tells the form from the shapes of the two factors. Quantized models are read too:
+
+    right --> QuantizeLinear, Cast, Mul, ... --> left        nodes that quantization puts between the two
+    int8 or int4 factor --> DequantizeLinear, Cast, ... --> operand
 """
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
+from graph_passes.constants import stored_array, stored_tensor
 from graph_passes.operators import find_pass
 from graph_passes.survey import MARK
 from graph_passes.weights import Weight, resolve
+
+QUANTIZED_NAME = "_quant"
+"""Suffix of the name of a node that onnxruntime quantizes for dynamic ranges."""
+BETWEEN = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Cast", "Mul", "Add"})
+"""Operators that quantization puts between the two nodes of a split."""
+UNPACKING = frozenset({"DequantizeLinear", "Cast", "Mul", "Reshape"})
+"""Operators that turn a stored int8 or int4 factor into an operand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +32,8 @@ class FoundSplit:
 
     Attributes:
         first: The node that holds `right`; joint splits share it.
-        form: Form of the split.
-        size: How many numbers `right` holds.
+        form: Form of the split; "matmul" for an integer product, which may come from a Gemm.
+        size: How many numbers `right` holds; 0 where its shape cannot be read.
         second_points: Points of the kernel that are in the second node; 1 for a product.
     """
 
@@ -39,11 +52,28 @@ def found_splits(model: ir.Model) -> dict[str, FoundSplit]:
     found = {}
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.metadata_props.get(MARK) == "left":
-            producers = (value.producer() for value in node.inputs if value is not None)
-            first = next((p for p in producers if p and p.metadata_props.get(MARK) == "right"), None)
+            first = _first_of(node)
             if first is not None:
-                found[(node.name or "").removesuffix("/left")] = _read(first, node)
+                name = (node.name or "").removesuffix(QUANTIZED_NAME)
+                found[name.removesuffix("/left")] = _read(first, node)
     return found
+
+
+def _first_of(second: ir.Node) -> ir.Node | None:
+    """Return the node of `right`: the nearest marked one before a node, with nothing but `BETWEEN` on the way."""
+    waiting, seen = deque([second]), {second}
+    while waiting:
+        for value in waiting.popleft().inputs:
+            producer = None if value is None else value.producer()
+            if producer is None or producer in seen:
+                continue
+            if MARK in producer.metadata_props:
+                if producer.metadata_props[MARK] == "right":
+                    return producer
+            elif producer.op_type in BETWEEN:
+                seen.add(producer)
+                waiting.append(producer)
+    return None
 
 
 def _read(first: ir.Node, second: ir.Node) -> FoundSplit:
@@ -55,8 +85,28 @@ def _read(first: ir.Node, second: ir.Node) -> FoundSplit:
 
 def _factor_shape(node: ir.Node) -> tuple[int, ...]:
     """Shape of the one factor among a node's inputs; it may stand behind layout operators. () where there is none."""
-    for value in node.inputs[:2]:
-        factor = resolve(value)
-        if isinstance(factor, Weight):
-            return factor.shape
-    return ()
+    if node.op_type == "MatMulNBits":  # the stored array is packed
+        return node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
+    return next(filter(None, map(_constant_shape, node.inputs[:2])), ())
+
+
+def _constant_shape(value: ir.Value | None) -> tuple[int, ...]:
+    """Return the shape of a stored constant behind layout operators or what unpacks it; () where it is none."""
+    factor = resolve(value)
+    if isinstance(factor, Weight):
+        return factor.shape
+    if value is None:
+        return ()
+    tensor, producer = stored_tensor(value), value.producer()
+    if tensor is not None:
+        return tuple(tensor.shape.numpy())
+    if producer is None or producer.domain != "" or producer.op_type not in UNPACKING:
+        return ()
+    shape = _constant_shape(producer.inputs[0])
+    if not shape or producer.op_type in ("DequantizeLinear", "Cast"):
+        return shape
+    if producer.op_type == "Mul":
+        times = _constant_shape(producer.inputs[1])
+        return np.broadcast_shapes(shape, times) if times else ()
+    target = stored_array(producer.inputs[1])
+    return () if target is None or math.prod(target) != math.prod(shape) else tuple(map(int, target))

@@ -76,6 +76,10 @@ class CalibrationFeeds:
     seed: int = 0
 
 
+RENAMES = ("_quant", "_MatMul_quant", "_MatMul", "_Q4")
+"""Suffixes that onnxruntime's quantizers append to the name of a node; they turn a Gemm into MatMul and Add."""
+
+
 def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds | None) -> dict[str, int]:
     """Write a model in low precision.
 
@@ -100,8 +104,10 @@ def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds
         quantize(work, target, lowering.scheme, None if data is None else data.feeds, kept_float)
         made = onnx.load(str(target))
         stored = store_in_4_bits_(made, {name: entry.rounded for name, entry in small.items()})
+        sources = {f"{name}{suffix}": name for suffix in RENAMES for name in marks} | {name: name for name in marks}
         for node in made.graph.node:
-            for entry in marks.get(node.name.removesuffix("_quant"), ()):
+            node.name = sources.get(node.name, node.name)
+            for entry in marks.get(node.name, ()):
                 node.metadata_props.add(key=entry[0], value=entry[1])
         compact_(made, frozenset(marks))
         _write(made, target)

@@ -85,7 +85,7 @@ def _run(
             target,
             per_channel=True,
             op_types_to_quantize=["MatMul", "Gemm", "Gather"],
-            nodes_to_exclude=excluded,
+            nodes_to_exclude=[*excluded, *(f"{name}_MatMul" for name in excluded)],  # the product of a Gemm
             weight_type=QuantType.QInt8,
         )
     elif scheme.kind == "int4 weights":

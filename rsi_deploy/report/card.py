@@ -10,6 +10,8 @@ from rsi_deploy.report.summary import (
     checks_table,
     comparison_table,
     evidence_lines,
+    points_table,
+    precision_lines,
     quality_table,
     request_text,
     site_notes,
@@ -27,7 +29,7 @@ def model_card(report: Report, model: Path) -> str:
         inputs = [f"- input `{in_markdown(str(spec))}`" for spec in specs or ()]
     except ModelError as error:  # an input that is no tensor
         specs, inputs = None, [f"- {in_markdown(str(error))}"]
-    quality = quality_table(report)
+    quality, points = quality_table(report), points_table(report)
     shapes = ", ".join(map(str, report.probe_shapes.values()))
     lines = [
         f"# {in_markdown(report.source.model)}, compressed",
@@ -39,6 +41,8 @@ def model_card(report: Report, model: Path) -> str:
         "",
         *comparison_table(report).markdown(),
         *(["", f"{quality.caption}:", "", *quality.markdown()] if quality.rows else []),
+        *(["", f"{points.caption}:", "", *points.markdown()] if points.rows else []),
+        *(text for line in precision_lines(report) for text in ("", f"{in_markdown(line[0].upper() + line[1:])}.")),
         "",
         _measured_on(report),
         "",
@@ -65,7 +69,7 @@ def model_card(report: Report, model: Path) -> str:
         "",
         "## Sites",
         "",
-        *site_table(report.sites).markdown(),
+        *site_table(report.sites, report.bits).markdown(),
         *(text for note in site_notes(report.sites) for text in ("", note)),
     ]
     if report.notes:

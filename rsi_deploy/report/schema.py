@@ -203,6 +203,11 @@ class Report(_Record):
         """Sites that were split."""
         return tuple(site for site in self.sites if site.decision == "split")
 
+    @property
+    def bits(self) -> dict[str, int]:
+        """Name of a site -> bits in which its weight is stored, where a choice of precision decided."""
+        return {} if self.precision is None else self.precision.bits
+
 
 def read_report(folder: str | Path) -> Report:
     """Return the report of the bundle in `folder`.

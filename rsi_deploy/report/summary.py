@@ -1,13 +1,16 @@
 """The tables and sentences of a report, for the terminal, the page and the model card."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rsi_deploy.benchmark.result import VariantResult
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.core.text import human_bytes as human_bytes
 from rsi_deploy.core.text import share_kept, size_change
-from rsi_deploy.report.table import Table, with_interval
+from rsi_deploy.report.table import Table, Tone, with_interval
 
 if TYPE_CHECKING:  # a machine that only measures has no torch
     from rsi_deploy.calibration.record import CalibrationRecord, OutputQuality
@@ -15,6 +18,7 @@ if TYPE_CHECKING:  # a machine that only measures has no torch
     from rsi_deploy.onnx_models.inspection import SiteView
     from rsi_deploy.planning.record import PlanRecord
     from rsi_deploy.planning.settings import ExportSettings
+    from rsi_deploy.precision.record import PrecisionPoint, PrecisionRecord
     from rsi_deploy.report.schema import Report
 
 Row = tuple[str, str, str, str]
@@ -40,15 +44,49 @@ CHECKS = {
 """Check of `Verification` -> what is compared."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """A value of `OutputQuality`, and how it is shown.
+
+    Attributes:
+        name: name for users.
+        field: name of the field.
+        form: format of the number.
+        unit: unit with a space before it, or "".
+        factor: factor from the field to the unit.
+    """
+
+    name: str
+    field: str
+    form: str
+    unit: str = ""
+    factor: float = 1
+
+    def text(self, quality: "OutputQuality", *, interval: bool = True) -> str:
+        """Return the value, and its interval if there is one; "" where the outputs do not have the value."""
+        value, ends = self.value(quality), self.interval(quality) if interval else None
+        return "" if value is None else with_interval(f"{value:{self.form}}{self.unit}", ends, self.form)
+
+    def value(self, quality: "OutputQuality") -> float | None:
+        """Return the value in its unit."""
+        value = getattr(quality, self.field)
+        return None if value is None else self.factor * value
+
+    def interval(self, quality: "OutputQuality") -> tuple[float, float] | None:
+        """Return the interval of the value in its unit."""
+        ends = getattr(quality, f"{self.field}_interval")
+        return None if ends is None else (self.factor * ends[0], self.factor * ends[1])
+
+
 QUALITY = (
-    ("agreement", "agreement", ".1f", " %", 1),
-    ("mean cosine", "cosine", ".4f", "", 1),
-    ("1st percentile of the cosine", "worst_cosine", ".4f", "", 1),
-    ("neighbours kept", "neighbours", ".1f", " %", 1),
-    ("output error", "output_error", ".2g", " %", 100),
-    ("KL divergence", "divergence", ".2g", "", 1),
+    Measure(name="agreement", field="agreement", form=".1f", unit=" %"),
+    Measure(name="mean cosine", field="cosine", form=".4f"),
+    Measure(name="1st percentile of the cosine", field="worst_cosine", form=".4f"),
+    Measure(name="neighbours kept", field="neighbours", form=".1f", unit=" %"),
+    Measure(name="output error", field="output_error", form=".2g", unit=" %", factor=100),
+    Measure(name="KL divergence", field="divergence", form=".2g"),
 )
-"""Name, field of `OutputQuality`, format, unit and factor of each value."""
+"""The values of an `OutputQuality`, the most important one first."""
 
 
 # -- the whole model
@@ -204,15 +242,11 @@ def quality_words(quality: "OutputQuality") -> list[str]:
 
 def quality_rows(checked: "OutputQuality", in_sample: "OutputQuality") -> list[tuple[str, str, str]]:
     """Return (quantity, value with interval on the check part, value in-sample), the most important one first."""
-    rows = []
-    for name, field, form, unit, factor in QUALITY:
-        value, ends, inside = getattr(checked, field), getattr(checked, f"{field}_interval"), getattr(in_sample, field)
-        if value is None:
-            continue
-        scaled = None if ends is None else (factor * ends[0], factor * ends[1])
-        text = with_interval(f"{factor * value:{form}}{unit}", scaled, form)
-        rows.append((name, text, "" if inside is None else f"{factor * inside:{form}}{unit}"))
-    return rows
+    return [
+        (measure.name, measure.text(checked), measure.text(in_sample, interval=False))
+        for measure in QUALITY
+        if measure.value(checked) is not None
+    ]
 
 
 def quality_limits(record: "CalibrationRecord") -> list[str]:
@@ -236,11 +270,75 @@ def quality_limits(record: "CalibrationRecord") -> list[str]:
     return lines
 
 
+# -- the choice of a precision
+
+
+def points_table(report: "Report") -> Table:
+    """Return size, quality and speed-up of every model that might be delivered; empty without a choice."""
+    record, caption = report.precision, "Models that were compared; intervals: 95 % for outputs, 99 % for speed-ups"
+    if record is None:
+        return Table(caption=caption, columns=("",), rows=[])
+    measure, rows, dense = point_measure(record), [], record.points[0].bytes
+    for number, point in enumerate(record.points, 1):
+        quality = "" if point.quality is None or measure is None else measure.text(point.quality)
+        speed = "" if point.speedup is None else with_interval(f"{point.speedup:.2f}x", point.speedup_interval)
+        size = "" if point.bytes is None else human_bytes(point.bytes)
+        kept = "" if point.bytes is None or dense is None else share(point.bytes, dense)
+        rows.append((f"{number}. {point.name}", size, kept, quality, speed, point_state(point)))
+    name = "quality" if measure is None else measure.name
+    columns = ("model", "#bytes", "#of dense", f"#{name}", "#speed-up", "result")
+    tones: list[Tone] = [
+        "good" if point.is_delivered else "bad" if point.error else "neutral" for point in record.points
+    ]
+    table = Table(caption=caption, columns=columns, rows=rows, details=("#of dense",), tones=tones)
+    return table.without_empty((f"#{name}", "#speed-up"))
+
+
+def point_state(point: "PrecisionPoint") -> str:
+    """Return whether a model is delivered, misses the limit, or could not be made."""
+    if point.error:
+        return point.error
+    return "delivered" if point.is_delivered else "" if point.keeps_limit else "misses the limit"
+
+
+def precision_lines(report: "Report") -> list[str]:
+    """Return what was delivered and why, and the bits of the weights, a line each."""
+    record = report.precision
+    if record is None:
+        return []
+    delivered = record.delivered
+    lines = [f"--precision {record.request} delivers {delivered.name}: {record.rule}"]
+    if delivered.is_rival and delivered.scheme == "float32":
+        lines.append("the dense model is delivered as it is")
+    elif delivered.is_rival:
+        lines.append(
+            f"the delivered model, {delivered.name}, is the dense model as onnxruntime's own tools quantize it: no "
+            "weight is split"
+        )
+    for what, bits in (("weights", record.bits), ("embedding tables", record.tables)):
+        if bits:
+            counts = [f"{count} in {width} bits" for width, count in sorted(Counter(bits.values()).items())]
+            lines.append(f"{what}: {', '.join(counts)}")
+    return lines
+
+
+def point_measure(record: "PrecisionRecord") -> Measure | None:
+    """Return the most important value that the outputs of the compared models have; None where they have none."""
+    qualities = [point.quality for point in record.points if point.quality is not None]
+    known = (measure for measure in QUALITY if any(measure.value(quality) is not None for quality in qualities))
+    return next(known, None)
+
+
 # -- sites
 
 
-def site_table(sites: "Sequence[SiteRecord]") -> Table:
-    """Return operation, shape, rank, size, errors and decision of each site; columns without values are left out."""
+def site_table(sites: "Sequence[SiteRecord]", bits: Mapping[str, int] = MappingProxyType({})) -> Table:
+    """Return operation, shape, rank, size, errors and decision of each site; columns without values are left out.
+
+    Args:
+        sites: the sites.
+        bits: name of a site or of its node -> bits in which its weight is stored, where they are known.
+    """
     errors = ("#normalized error", "#spectral error", "#response error", "#in-sample")
     rows = [
         (
@@ -248,6 +346,7 @@ def site_table(sites: "Sequence[SiteRecord]") -> Table:
             operation(s),
             shape(s),
             str(s.rank or ""),
+            next((str(bits[name]) for name in (s.name, *s.nodes) if name in bits), ""),
             share(s.params_compressed, s.params_dense),
             macs_kept(s),
             normalized_error(s),
@@ -258,9 +357,9 @@ def site_table(sites: "Sequence[SiteRecord]") -> Table:
         )
         for s in sites
     ]
-    columns = ("site", "operation", "#out x in", "#rank", "#kept", "#MACs kept", *errors, "decision")
+    columns = ("site", "operation", "#out x in", "#rank", "#bits", "#kept", "#MACs kept", *errors, "decision")
     table = Table(caption="Sites", columns=columns, rows=rows, details=("#kept", "#spectral error", "#in-sample"))
-    return table.without_empty(("#MACs kept", *errors))
+    return table.without_empty(("#bits", "#MACs kept", *errors))
 
 
 def site_notes(sites: "Sequence[SiteRecord]") -> list[str]:

@@ -21,6 +21,13 @@ PLOTS = {
     "curves": Curves(points=POINTS, x=Axis(title="x", scale="log"), y=LINEAR, series="ab", marks=POINTS[:1]),
     "steps": Curves(points=POINTS, x=LINEAR, y=LINEAR, series="ab", dots=False, steps=True),
     "dots": Dots(points=POINTS[:2], x=LINEAR, y=LINEAR, series="ab", front=POINTS[::2]),
+    "labels": Dots(
+        points=[Point(x=x, y=x, series="a", label=str(x)) for x in (1, 2, 4)],
+        x=Axis(title="x", ends=(0, 5)),
+        y=Axis(title="y", ends=(0, 5)),
+        series="ab",
+        rings=[Point(x=2, y=2, series="a")],
+    ),
     "spans": Spans(spans=[Span(label="l", median=1, interval=(0.9, 1.1), percentiles={"p90": 2})], axis=LINEAR),
     "panels": Panels(
         panels=[Panel(label=f"p{i}", points=[(1, 1), (50, 0.5), (100, 0.1)], cut=50) for i in range(4)],

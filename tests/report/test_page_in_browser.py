@@ -15,6 +15,7 @@ import pytest
 from full_document import full_document
 from nets import labelled, mlp_onnx
 from PIL import Image
+from precision_records import record
 
 from rsi_deploy import export
 from rsi_deploy.report.pages.bench import bench_page
@@ -34,6 +35,10 @@ const outside = [...page.querySelectorAll("body *")].filter(e => !e.closest(".sc
 const pictures = [...page.querySelectorAll("svg")];
 const letters = pictures.flatMap(p => [...p.querySelectorAll("text")]).filter(e => e.textContent.trim())
   .map(e => box(e));  // a logarithmic axis leaves some labels empty
+const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2
+  && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3;  // a box is a little larger than its letters
+const covered = pictures.map(p => [...p.querySelectorAll("text")].map(box)).flatMap(
+  all => all.flatMap((a, i) => all.slice(0, i).filter(b => meet(a, b)))).length;
 document.querySelector("#found").textContent = JSON.stringify({
   width: root.clientWidth, needed: root.scrollWidth, outside: outside.slice(0, 5),
   pictures: pictures.map(p => [box(p).width, box(p).height]),
@@ -41,6 +46,7 @@ document.querySelector("#found").textContent = JSON.stringify({
   smallest: Math.min(...letters.map(b => Math.min(b.width, b.height))),
   ground: getComputedStyle(page.body).backgroundColor, ink: getComputedStyle(page.body).color,
   bars: [...new Set([...page.querySelectorAll("svg path[fill='#0068a8']")].map(e => getComputedStyle(e).fill))],
+  covered: covered,
   framed: page.querySelectorAll("section").length,
 });
 """
@@ -68,6 +74,7 @@ def pages(tmp_path_factory):
     return {
         "report": (root / "b" / "report.html").read_text(encoding="utf-8"),
         "long": report_page(report.model_copy(update={"sites": sites, "command": "x" * 300}), "{}"),
+        "precision": report_page(report.model_copy(update={"precision": record()}), "{}"),
         "bench": bench_page(full_document()),
     }
 
@@ -102,7 +109,7 @@ def brightness(colour):
     return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
 
 
-@pytest.mark.parametrize("name", ["report", "long", "bench"])
+@pytest.mark.parametrize("name", ["report", "long", "precision", "bench"])
 @pytest.mark.parametrize("width", [360, 1200])
 def test_nothing_sticks_out(tmp_path, pages, name, width):
     found = measured(tmp_path, pages[name], width)
@@ -111,9 +118,16 @@ def test_nothing_sticks_out(tmp_path, pages, name, width):
     assert found["needed"] <= width, found["outside"]
     assert found["outside"] == []
     assert found["clipped"] == 0
+    assert found["covered"] == 0 or name != "precision", "labels overlap"
     assert len(found["pictures"]) >= 5
     assert all(0 < w <= 480 and h > 40 for w, h in found["pictures"])
     assert found["smallest"] >= 5  # px; the letter that is smallest
+
+
+def test_the_measurement_sees_labels_that_overlap(tmp_path, pages):
+    page = re.sub(r"(<text[^>]*>)3(</text>)", r"\g<1>3 covers others\2", pages["precision"])
+    assert page != pages["precision"]
+    assert measured(tmp_path, page, 360)["covered"] > 0
 
 
 def test_the_measurement_sees_what_sticks_out(tmp_path, pages):

@@ -44,7 +44,7 @@ def test_round_trip(bundle):
 
 def test_every_part_is_there(content):
     empty = {key for key, value in content.items() if value in (None, [], {}, "")}
-    assert empty == {"preprocessing", "notes", "calibration", "plan", "timing", "probe_fingerprint"}
+    assert empty == {"preprocessing", "notes", "calibration", "plan", "precision", "timing", "probe_fingerprint"}
     assert content["verification"].keys() == {"exporter", "surgery", "approximation"}
     assert {"cpu", "cores"} <= content["environment"].keys()
 
@@ -60,7 +60,8 @@ def test_the_json_schema_describes_reports(content):
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(content, schema)
     assert schema["properties"]["schema_version"]["const"] == 1
-    optional = {"schema_version", "plan", "timing", "recipe", "probe_fingerprint"}  # so that older reports can be read
+    # so that older reports can be read
+    optional = {"schema_version", "plan", "precision", "timing", "recipe", "probe_fingerprint"}
     assert set(schema["required"]) == set(content) - optional
 
 

@@ -8,6 +8,7 @@ this module only to draw: the engine takes 84 MB of disk, 100 MB of memory and a
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import vl_convert
@@ -24,7 +25,21 @@ LABEL = 27  # most characters of the label of a row
 ROW = 19  # height of a row
 PANEL = {"width": 98, "height": 64}
 
+FONT = 11  # of the label of a dot
+PLOT = (330.0, 180.0)
+"""Width and height of the area between the axes in pixels, about."""
+CHARACTER, LINE = 0.6 * FONT, 1.1 * FONT
+"""Width and height of a character in pixels, about."""
+DOT, RING, WHISKER = 11.0, 20.0, 3.0
+"""Widths of a dot, of a ring around it, and of the line of an interval, in pixels."""
+GAPS = (2.0, 8.0, 16.0, 26.0)
+"""Distances between a dot and its label that are tried, in pixels."""
+
+DIRECTIONS = ((1, 0), (0, 1), (-1, 0), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+"""Places of a label beside its dot, sideways and upwards, the best first."""
+
 Json = dict[str, Any]
+Box = tuple[float, float, float, float]  # left, right, bottom, top
 
 _PLAIN: Json = {"labelColor": TEXT.light, "labelFontSize": 12}
 _CONFIG: Json = {
@@ -138,6 +153,12 @@ def _dots(plot: Dots) -> Json:
         _layer(values, _WHISKER, {"y": y, "color": colour} | _between("x", "x_low", "x_high")),
         _layer(values, dot, {"x": x, "y": y} | seen),
     ]
+    if plot.rings:
+        ring = {"type": "point", "size": 260, "strokeWidth": 2, "opacity": 1, "color": TEXT.light}
+        layers.append(_layer(_points(plot.rings), ring, {"x": x, "y": y}))
+    if labels := placed_labels(plot.points, plot.x, plot.y, plot.rings):
+        text = {"type": "text", "color": TEXT.light, "fontSize": FONT}
+        layers.append(_layer(labels, text, {"x": x, "y": y, "text": {"field": "label"}}))
     return {"layer": layers, "height": HEIGHT}
 
 
@@ -284,3 +305,72 @@ def _shape(series: Sequence[str]) -> Json:
     shapes = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
     picked = [shapes[index % len(shapes)] for index in range(len(names))]
     return {"field": "series", "type": "nominal", "scale": {"domain": names, "range": picked}, "legend": None}
+
+
+# -- labels of dots
+
+
+def placed_labels(points: Sequence[Point], x: Axis, y: Axis, rings: Sequence[Point] = ()) -> list[dict[str, Any]]:
+    """Return text and place of the labels: `label`, and `x` and `y` of its centre in units of the axes.
+
+    Args:
+        points: the dots; not all need labels.
+        x: the horizontal axis.
+        y: the vertical axis.
+        rings: those of the dots that have a ring.
+
+    Raises:
+        ValueError: labels on an axis without fixed ends, or with a logarithmic one.
+    """
+    if not any(point.label for point in points):
+        return []
+    if x.ends is None or y.ends is None or "log" in (x.scale, y.scale):
+        raise ValueError("dots with labels need linear axes with fixed ends")
+    (left, right), (low, high) = x.ends, y.ends
+    across, up = PLOT[0] / ((right - left) or 1.0), PLOT[1] / ((high - low) or 1.0)
+    taken = []
+    for point in points:
+        size = RING if point in rings else DOT
+        taken.append(_box((point.x - left) * across, (point.y - low) * up, size, size))
+        if point.low is not None and point.high is not None:
+            centre = ((point.x - left) * across, ((point.low + point.high) / 2 - low) * up)
+            taken.append(_box(*centre, WHISKER, (point.high - point.low) * up))
+        if point.x_low is not None and point.x_high is not None:
+            centre = (((point.x_low + point.x_high) / 2 - left) * across, (point.y - low) * up)
+            taken.append(_box(*centre, (point.x_high - point.x_low) * across, WHISKER))
+    placed = []
+    for point in filter(lambda point: point.label, points):
+        dot = ((point.x - left) * across, (point.y - low) * up)
+        centre, box = _best(dot, RING if point in rings else DOT, len(point.label) * CHARACTER, taken)
+        taken.append(box)
+        placed.append({"label": plain(point.label), "x": left + centre[0] / across, "y": low + centre[1] / up})
+    return placed
+
+
+def _best(dot: tuple[float, float], size: float, width: float, taken: Sequence[Box]) -> tuple[tuple[float, float], Box]:
+    """Return the nearest place that overlaps least, and its box."""
+    places = []
+    for number, (gap, (sideways, upwards)) in enumerate(product(GAPS, DIRECTIONS)):
+        centre = (
+            dot[0] + sideways * (size / 2 + gap + width / 2),
+            dot[1] + upwards * (size / 2 + gap + LINE / 2),
+        )
+        box = _box(*centre, width, LINE)
+        covered = sum(_overlap(box, other) for other in taken) + _outside(box)
+        places.append((covered, number, centre, box))
+    _, _, centre, box = min(places)
+    return centre, box
+
+
+def _box(x: float, y: float, width: float, height: float) -> Box:
+    return x - width / 2, x + width / 2, y - height / 2, y + height / 2
+
+
+def _overlap(a: Box, b: Box) -> float:
+    """Return the area that two boxes share."""
+    return max(0.0, min(a[1], b[1]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[2], b[2]))
+
+
+def _outside(box: Box) -> float:
+    """Return the area of a box that is outside the axes."""
+    return _overlap(box, box) - _overlap(box, (0.0, PLOT[0], 0.0, PLOT[1]))

@@ -68,7 +68,10 @@ class Bars:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A point of a curve, or a dot, with intervals of y (`low`, `high`) and x; `note` is shown at the pointer."""
+    """A point of a curve, or a dot, with intervals of y (`low`, `high`) and x.
+
+    `note` is shown at the pointer; `label` is written beside a dot.
+    """
 
     x: float
     y: float
@@ -78,6 +81,7 @@ class Point:
     x_low: float | None = None
     x_high: float | None = None
     note: str = ""
+    label: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +108,17 @@ class Curves:
 
 @dataclass(frozen=True, kw_only=True)
 class Dots:
-    """Dots; those on the front are joined."""
+    """Dots; those on the front are joined, and those in `rings` have a ring around them.
+
+    Labels do not overlap where there is room; dots with labels need axes with fixed ends.
+    """
 
     points: Sequence[Point]
     x: Axis
     y: Axis
     series: Sequence[str]
     front: Sequence[Point] = ()
+    rings: Sequence[Point] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

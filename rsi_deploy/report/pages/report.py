@@ -10,6 +10,7 @@ from rsi_deploy.report.pages.html import render
 from rsi_deploy.report.pages.latency import latency_section
 from rsi_deploy.report.pages.page import Block, Page, Section, Tile, bar_chart, block_of
 from rsi_deploy.report.pages.plots import Bar
+from rsi_deploy.report.pages.precision import precision_section
 from rsi_deploy.report.pages.sites import sections_of_sites
 from rsi_deploy.report.schema import Report, TimingRecord
 from rsi_deploy.report.summary import (
@@ -44,8 +45,9 @@ def page_of_report(report: Report, source: str = "") -> Page:
             title="Dense against compressed",
             blocks=[*block_of(comparison_table(report)), *block_of(quality_table(report))],
         ),
+        *([precision_section(report)] if report.precision else []),
         *([latency_section(report.latency)] if report.latency else []),
-        *sections_of_sites(report.sites),
+        *sections_of_sites(report.sites, report.bits),
         _checks(report),
         _work(report),
         environment_section(report.environment),

@@ -1,7 +1,7 @@
 """The sections of a report page on sites: size, ranks, spectra, errors and decisions."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rsi_deploy.core.sites import SiteRecord
@@ -15,9 +15,10 @@ _FOLD = 16
 """Number of rows above which a table is folded."""
 
 
-def sections_of_sites(sites: Sequence[SiteRecord]) -> list[Section]:
-    """Return the sections that have something to show."""
-    sections = (_parameters(sites), _ranks(sites), spectra_section(sites), errors_section(sites), _decisions(sites))
+def sections_of_sites(sites: Sequence[SiteRecord], bits: Mapping[str, int]) -> list[Section]:
+    """Return the sections that have something to show; `bits` as for `site_table`."""
+    decisions = _decisions(sites, bits)
+    sections = (_parameters(sites), _ranks(sites), spectra_section(sites), errors_section(sites), decisions)
     return [section for section in sections if section.blocks]
 
 
@@ -65,7 +66,7 @@ def _ranks(sites: Sequence[SiteRecord]) -> Section:
     return Section(name="ranks", title="Ranks", blocks=block_of(table, picture), words=words)
 
 
-def _decisions(sites: Sequence[SiteRecord]) -> Section:
+def _decisions(sites: Sequence[SiteRecord], bits: Mapping[str, int]) -> Section:
     split = sum(bool(s.rank) for s in sites)
     reasons = Counter(s.reason for s in sites if not s.rank)
     words = [f"{split} of {len(sites)} sites are split, {len(sites) - split} stay dense."]
@@ -76,6 +77,6 @@ def _decisions(sites: Sequence[SiteRecord]) -> Section:
         rows.append(("other reasons", str(reasons.total() - sum(count for _, count in common))))
     blocks = block_of(Table(caption="Why sites stay dense", columns=("reason", "#sites"), rows=rows))
     if sites:
-        table = replace(site_table(sites), caption=f"Every site ({len(sites)})")
+        table = replace(site_table(sites, bits), caption=f"Every site ({len(sites)})")
         blocks.append(Block(table=table, folded=len(sites) > _FOLD))
     return Section(name="decisions", title="Decision for each site", blocks=blocks, words=words)

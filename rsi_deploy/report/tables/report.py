@@ -1,6 +1,8 @@
 """Results of `export`, `inspect`, `verify` and `doctor` on the terminal."""
 
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -10,6 +12,8 @@ from rsi_deploy.report.summary import (
     checks_table,
     comparison_table,
     evidence_lines,
+    points_table,
+    precision_lines,
     quality_table,
     shape,
     site_notes,
@@ -33,9 +37,12 @@ _RANKS = ("#break-even rank", "#rank 90 %", "#rank 99 %", "#stable rank")
 
 def print_report(console: Console, report: "Report", *, most_sites: int = 30) -> None:
     """Print the sites, the comparison of dense and compressed model, the checks, the notes, and the verdict."""
-    print_sites(console, report.sites, most=most_sites)
+    print_sites(console, report.sites, most=most_sites, bits=report.bits)
     print_table(console, comparison_table(report))
     print_table(console, quality_table(report))
+    print_table(console, points_table(report))
+    for line in precision_lines(report):
+        console.print(escape(line))
     checks = [f"{name} {error}" for name, _, error, *_ in checks_table(report).rows if error != "not measured"]
     if report.verification.approximation is not None:
         console.print(f"relative errors of the outputs: {', '.join(checks)}")
@@ -46,8 +53,10 @@ def print_report(console: Console, report: "Report", *, most_sites: int = 30) ->
     console.print(f"verdict: {escape(verdict(report))}", style="bold")
 
 
-def print_sites(console: Console, sites: "tuple[SiteRecord, ...]", *, most: int = 30) -> None:
-    """Print a row for each site, or a count for each reason if there are more than `most` sites."""
+def print_sites(
+    console: Console, sites: "tuple[SiteRecord, ...]", *, most: int = 30, bits: Mapping[str, int] = MappingProxyType({})
+) -> None:
+    """Print a row for each site, or a count for each reason if there are more than `most` sites; `bits` as known."""
     split = [s for s in sites if s.rank]
     if len(sites) > most:
         joint = sum(bool(s.joint) for s in split)
@@ -58,7 +67,7 @@ def print_sites(console: Console, sites: "tuple[SiteRecord, ...]", *, most: int 
         for reason, count in Counter(s.reason for s in sites if not s.rank).most_common(8):
             console.print(f"  dense {count:4d}  {escape(reason)}")
         return
-    print_table(console, site_table(sites))
+    print_table(console, site_table(sites, bits))
     for note in site_notes(sites):
         console.print(note, style="dim")
 
