@@ -33,6 +33,7 @@ from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Decisions, Planned
 from rsi_deploy.planning.knapsack import Option, SiteOptions
 from rsi_deploy.planning.planner import Decision, FixedPlanner
+from rsi_deploy.planning.record import PlanRecord
 from rsi_deploy.precision.four_bit import Table, stored_table_bytes, table_values, tables
 from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
 from rsi_deploy.precision.quantizers import quantize
@@ -84,6 +85,8 @@ class PrecisionStep:
     provider: str
     allow_slower: bool
     notes: list[str] = field(default_factory=list)
+    _lowered_dense: dict[Scheme, Point] = field(default_factory=dict, init=False)
+    _searches: dict[Scheme, PlanRecord] = field(default_factory=dict, init=False)
 
     def run(self) -> tuple[Point, PrecisionRecord, BenchResult | None]:
         """Return the chosen point, the record of the choice, and the measurement of the dense model beside it.
@@ -107,6 +110,12 @@ class PrecisionStep:
                 f"float32 or auto"
             )
         for scheme in bases:
+            if (
+                scheme is FLOAT32
+                and request.quality is not None
+                and any(map(self._keeps, (p for p in points if is_int8(p.scheme))))
+            ):
+                continue  # no float model is smaller
             points += self._planned_points(scheme)
         points, latency = self._measured(points)
         rule = Rule(
@@ -116,6 +125,9 @@ class PrecisionStep:
             allow_slower=self.allow_slower,
         )
         chosen = rule.chosen([point for point in points if self._is_allowed(point)])
+        if chosen is None and request.quality is not None:
+            chosen = replace(self._point(self._all_dense(32), FLOAT32, "dense"), is_rival=True)
+            points.append(chosen)
         if chosen is None:
             self._refuse(points, rule)
         assert chosen is not None
@@ -125,6 +137,10 @@ class PrecisionStep:
                 file.replace(self.dense.target.with_name(self.dense.target.name + suffix))
         decisions = {} if chosen.made is None else _decisions(chosen.made)
         names = {table.name for table in self._tables}
+        search = self._searches.get(chosen.scheme) or next(iter(self._searches.values()), None)
+        if search is not None:
+            search = search.model_copy(update={"delivers_dense": chosen.name == "dense"})
+        self.calibrator.record = search
         record = PrecisionRecord(
             request=self.precision,
             scheme=chosen.scheme.name,
@@ -236,12 +252,10 @@ class PrecisionStep:
             near = [point for point in near if point.speedup >= 0.9 * fastest]
         return min(near, key=lambda point: point.loss).scheme
 
-    _lowered_dense: dict[Scheme, Point] = field(default_factory=dict, init=False)
-
     def _planned_points(self, scheme: Scheme) -> Iterator[Point]:
         """Yield models with ranks and bits, planned for the request in a scheme."""
         request, budget = self.calibrator.request, self.calibrator.request.budget
-        if scheme in self._lowered_dense:
+        if scheme in self._lowered_dense and request.max_drop is None:  # which only the search judges
             base = self._lowered_dense[scheme]
             yield replace(base, made=self._all_dense(8), split=self.unsplit())
         if not (request.is_searched or budget is not None):
@@ -249,16 +263,16 @@ class PrecisionStep:
             return
         planner = self._planner(scheme)
         try:
-            if budget is None:
-                made, _ = searched_model(request, planner)
+            if request.fastest or (budget is not None and budget.cost == "nanoseconds"):
+                for share in SHARES:
+                    decisions = self._of_macs(Budget(keep_macs=share), planner)
+                    yield self._point(planner.fit(decisions), scheme, f"{100 * share:g} % of the MACs, {scheme.name}")
+            elif budget is None:
+                made, self._searches[scheme] = searched_model(request, planner)
                 if any(d.rank is not None or d.bits < 32 for d in _decisions(made).values()):
                     yield self._point(made, scheme)
             elif budget.cost == "bytes":
                 yield from self._of_size(budget, planner, scheme)
-            elif budget.cost == "nanoseconds":
-                for share in SHARES:
-                    decisions = self._of_macs(Budget(keep_macs=share), planner)
-                    yield self._point(planner.fit(decisions), scheme, f"{100 * share:g} % of the MACs, {scheme.name}")
             else:
                 yield self._point(planner.fit(self._of_macs(budget, planner)), scheme)
         except (ModelError, GateError) as error:
@@ -273,6 +287,8 @@ class PrecisionStep:
                 yield point
                 return
             over += point.bytes - allowed
+            if over >= allowed:
+                return
 
     def _of_macs(self, budget: Budget, planner: CalibratedPlanner) -> Decisions:
         """Decide by MACs or parameters, which are counted on float models."""
@@ -303,7 +319,8 @@ class PrecisionStep:
             candidates=replace(whole.candidates, write=lambda made, path: self._lowered(made, path, scheme)),
         )
         if not is_int8(scheme):
-            return planner
+            size = self.dense.size.bytes
+            return replace(planner, fixed_bytes=size - sum(site.options[0].bytes for site in options))
         base = self._lowered_dense[scheme]
         counted = sum(
             next((o.bytes for o in site.options if o.form == "dense" and o.bits == 8), site.options[0].bytes)
@@ -426,6 +443,11 @@ class PrecisionStep:
             result = self.measure([self.dense.path, *(point.path for point in able if point.path is not None)])
         timings = {id(point): arm for point, arm in zip(able, result.arms[1:], strict=True)}
         return [replace(point, timing=timings.get(id(point))) for point in points], result
+
+    def _keeps(self, point: Point) -> bool:
+        """Return whether the outputs of a point keep the quality of the request."""
+        quality = self.calibrator.request.quality
+        return quality is not None and point.quality is not None and quality.holds(quality.limit_of(point.quality))
 
     def _is_allowed(self, point: Point) -> bool:
         """Return whether `--precision` lets a point be delivered."""
