@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import click
 
 from rsi_deploy.benchmark.settings import BenchConfig
-from rsi_deploy.cli.bench_rivals import BenchRivals, bench_rivals, check_rivals
 from rsi_deploy.cli.derived import Verb, option, settings_options
 from rsi_deploy.cli.gating import requested_gates, show_comparison
 from rsi_deploy.cli.options import onnx_path
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from rsi_deploy.benchmark.result import BenchDocument
     from rsi_deploy.data.dataset import Dataset
     from rsi_deploy.data.preprocess import Preprocessing
+    from rsi_deploy.precision.bench_rivals import BenchRivals
 
 INTERRUPTED = 130
 
@@ -51,6 +51,7 @@ def bench(
     from rsi_deploy.benchmark.matrix import run_bench
     from rsi_deploy.data.picture_settings import preprocessing_of
     from rsi_deploy.evaluation.accuracy import check_data
+    from rsi_deploy.precision.bench_rivals import bench_rivals, check_rivals
 
     gates = requested_gates(settings, models=models)
     page = check_page(html)
@@ -95,7 +96,7 @@ def _request(
     paths: Sequence[Path],
     dataset: "Dataset | None",
     settings: BenchConfig,
-    rivals: BenchRivals,
+    rivals: "BenchRivals",
 ) -> "BenchRequest":
     """Return the request that the settings make; rivals follow the user's models."""
     from rsi_deploy.benchmark.request import BenchRequest, matrix_shapes

@@ -56,7 +56,7 @@ def sample_batches(
     """
     arm = Predictor(model, provider)
     dataset = for_inputs(dataset, arm.specs)
-    else_do = f"store ready inputs in the data, or leave out {option}"
+    else_do = f"store ready inputs in the data, or time it without {option}"
     steps, _ = picture_steps(dataset, [arm], preprocessing, else_do)
     is_empty = True
     for feeds, _ in Feeding(dataset, arm.specs, steps, option=option, model=str(model)).batches(batch, limit):

@@ -4,17 +4,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rsi_deploy.benchmark.result import BenchDocument
 from rsi_deploy.benchmark.settings import BenchConfig
 from rsi_deploy.core.errors import UsageError
-
-if TYPE_CHECKING:
-    from rsi_deploy.benchmark.result import BenchDocument
-    from rsi_deploy.core.types import Feeds
-    from rsi_deploy.data.preprocess import Preprocessing
-    from rsi_deploy.precision.quantizers import FeedsSource
-    from rsi_deploy.precision.rivals import Rival
+from rsi_deploy.core.types import Feeds
+from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.data.sources import open_data
+from rsi_deploy.evaluation.sample_feeds import sample_batches
+from rsi_deploy.io.locks import ScratchFolder
+from rsi_deploy.io.onnx_reader import read_proto
+from rsi_deploy.precision.quantizers import FeedsSource
+from rsi_deploy.precision.rivals import Rival, make_rivals, rival_schemes
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.provider_spec import parse_provider
+from rsi_deploy.runtime.providers import short_name
 
 BATCH, SAMPLES = 32, 512
 """Samples of a calibration batch, and most samples in all."""
@@ -29,7 +34,7 @@ class BenchRivals:
         notes: for each of the others, its name and onnxruntime's error.
     """
 
-    made: tuple["Rival", ...] = ()
+    made: tuple[Rival, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -42,7 +47,7 @@ class BenchRivals:
         """One label per file."""
         return tuple(rival.name for rival in self.made)
 
-    def shown_in(self, document: "BenchDocument") -> "BenchDocument":
+    def shown_in(self, document: BenchDocument) -> BenchDocument:
         """Return the document with the notes, and with names in place of temporary files."""
         names = {str(rival.path): rival.name for rival in self.made}
 
@@ -55,7 +60,7 @@ class BenchRivals:
 
 
 @contextmanager
-def bench_rivals(model: Path, settings: BenchConfig, steps: "Preprocessing | None") -> Iterator[BenchRivals]:
+def bench_rivals(model: Path, settings: BenchConfig, steps: Preprocessing | None) -> Iterator[BenchRivals]:
     """Make the rivals of a model in a temporary folder; none without `--rivals`.
 
     Raises:
@@ -65,12 +70,6 @@ def bench_rivals(model: Path, settings: BenchConfig, steps: "Preprocessing | Non
     if not settings.rivals:
         yield BenchRivals()
         return
-    from rsi_deploy.io.locks import ScratchFolder
-    from rsi_deploy.io.onnx_reader import read_proto
-    from rsi_deploy.precision.rivals import make_rivals, rival_schemes
-    from rsi_deploy.runtime.provider_spec import parse_provider
-    from rsi_deploy.runtime.providers import short_name
-
     feeds = None if settings.calib is None else _calibration(settings.calib, model, settings.provider, steps)
     operators = {node.op_type for node in read_proto(model).graph.node}
     schemes = rival_schemes(operators, short_name(parse_provider(settings.provider).name))
@@ -98,18 +97,14 @@ def check_rivals(model: Path, settings: BenchConfig) -> None:
             hint="put an .onnx file first",
         )
     if settings.max_slowdown is not None or settings.max_drop is not None:
-        raise UsageError("a gate checks every model, and rivals are not yours to gate; leave out --rivals")
+        raise UsageError("--max-slowdown and --max-drop check every model of a run; leave out --rivals")
 
 
-def _calibration(data: str, model: Path, provider: str, steps: "Preprocessing | None") -> "FeedsSource":
+def _calibration(data: str, model: Path, provider: str, steps: Preprocessing | None) -> FeedsSource:
     """Return a function that returns batches of the calibration data; data that do not fit are refused here."""
-    from rsi_deploy.data.sources import open_data
-    from rsi_deploy.evaluation.sample_feeds import sample_batches
-    from rsi_deploy.runtime.feeds.inputs import model_inputs
-
     dataset = open_data(data, specs=model_inputs(model), labelled=False)
 
-    def feeds() -> "Iterator[Feeds]":
+    def feeds() -> Iterator[Feeds]:
         return sample_batches(dataset, model, provider, BATCH, SAMPLES, preprocessing=steps, option="--calib")
 
     next(feeds())
