@@ -38,12 +38,12 @@ from rsi_deploy.precision.four_bit import Table, stored_table_bytes, table_value
 from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
 from rsi_deploy.precision.quantizers import quantize
 from rsi_deploy.precision.record import PrecisionRecord
+from rsi_deploy.precision.rivals import rival_name, rival_schemes
 from rsi_deploy.precision.schemes import (
     DYNAMIC,
     FLOAT16,
     FLOAT32,
     PRODUCTS,
-    WEIGHTS4,
     Scheme,
     is_int8,
     static,
@@ -183,15 +183,11 @@ class PrecisionStep:
 
     def _rivals(self) -> Iterator[Point]:
         """Yield the dense model as onnxruntime's own tools quantize it."""
-        schemes = [FLOAT16] if short_name(parse_provider(self.provider).name) == "cuda" else []
-        schemes.append(static("minmax"))
-        if PRODUCTS & self._operators:
-            schemes += [DYNAMIC, WEIGHTS4]
-        for scheme in schemes:
+        for scheme in rival_schemes(self._operators, short_name(parse_provider(self.provider).name)):
             yield self._rival(scheme)
 
     def _rival(self, scheme: Scheme) -> Point:
-        name = "dense" if scheme is FLOAT32 else f"onnxruntime's {scheme.name}"
+        name = "dense" if scheme is FLOAT32 else rival_name(scheme)
         if scheme is FLOAT32:
             return Point(
                 name=name, scheme=scheme, is_rival=True, path=self.dense.path, bytes=file_bytes(self.dense.path)
