@@ -54,7 +54,11 @@ from rsi_deploy.runtime.providers import short_name
 TRIES = 3
 """Most models that are fitted for a size: the counted bytes may be too few."""
 SHARES = (0.75, 0.5, 0.3)
-"""Shares of the MACs that are tried for a time."""
+"""Shares of the MACs that are tried for the fastest model of a quality."""
+TIMED = 4
+"""Models of a scheme that are fitted and measured for a time."""
+SPARE = 0.97
+"""Share of a time that a model may take in the search; the last measurement differs a little."""
 MOST_BYTES = 1.3
 """Bytes of an int8 model over those of the smallest one; a larger one leaves much of the net in float."""
 
@@ -259,7 +263,9 @@ class PrecisionStep:
             return
         planner = self._planner(scheme)
         try:
-            if request.fastest or (budget is not None and budget.cost == "nanoseconds"):
+            if budget is not None and budget.cost == "nanoseconds":
+                yield from self._of_time(budget, planner, scheme)
+            elif request.fastest:
                 for share in SHARES:
                     decisions = self._of_macs(Budget(keep_macs=share), planner)
                     yield self._point(planner.fit(decisions), scheme, f"{100 * share:g} % of the MACs, {scheme.name}")
@@ -285,6 +291,30 @@ class PrecisionStep:
             over += point.bytes - allowed
             if over >= allowed:
                 return
+
+    def _of_time(self, budget: Budget, planner: CalibratedPlanner, scheme: Scheme) -> Iterator[Point]:
+        """Yield models of several shares of the MACs, by bisection for the largest that is fast enough."""
+        if scheme in self._lowered_dense and self._is_fast(budget, self._lowered_dense[scheme]):
+            return
+        low, high = 0.0, 1.0
+        for _ in range(TIMED):
+            share = round((low + high) / 2, 3)
+            try:
+                decisions = self._of_macs(Budget(keep_macs=share), planner)
+            except ModelError:  # no plan has so few MACs
+                low = share
+                continue
+            point = self._point(planner.fit(decisions), scheme, f"{100 * share:g} % of the MACs, {scheme.name}")
+            yield point
+            low, high = (share, high) if self._is_fast(budget, point) else (low, share)
+
+    def _is_fast(self, budget: Budget, point: Point) -> bool:
+        """Return whether a point keeps a time, with something to spare for the last measurement."""
+        (timed,), latency = self._measured([point])
+        if latency is None or timed.timing is None:
+            return False
+        allowed = budget.total(round(1e6 * latency.arms[0].median_ms))
+        return 1e6 * timed.timing.median_ms <= SPARE * allowed
 
     def _of_macs(self, budget: Budget, planner: CalibratedPlanner) -> Decisions:
         """Decide by MACs or parameters, which are counted on float models."""
