@@ -34,7 +34,7 @@ def model_card(report: Report, model: Path) -> str:
     lines = [
         f"# {in_markdown(report.source.model)}, compressed",
         "",
-        f"Low-rank factorization ({request_text(report.settings)}) by {report.tool}. "
+        f"{_method(report)} ({request_text(report.settings)}) by {report.tool}. "
         f"{len(report.split_sites)} of {len(report.sites)} weights are split; nothing was retrained. ",
         "",
         f"**{verdict(report)}**",
@@ -75,6 +75,12 @@ def model_card(report: Report, model: Path) -> str:
     if report.notes:
         lines += ["", "## Notes", "", *(f"- {in_markdown(note)}" for note in report.notes)]
     return "\n".join(lines) + "\n"
+
+
+def _method(report: Report) -> str:
+    if report.precision is None:
+        return "Low-rank factorization"
+    return f"Low-rank factorization and {report.precision.scheme}" if report.split_sites else report.precision.scheme
 
 
 def _measured_on(report: Report) -> str:
