@@ -128,7 +128,7 @@ def _unpacking(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class EmbeddingTable:
     """An embedding table: a float initializer `(rows, width)` whose rows Gathers look up.
 
     Attributes:
@@ -146,7 +146,7 @@ LEAST_TABLE = 4096
 """Numbers in a table below which nothing is won."""
 
 
-def tables(model: ModelProto) -> list[Table]:
+def tables(model: ModelProto) -> list[EmbeddingTable]:
     """Return the embedding tables of a float model that nothing but Gathers of rows reads."""
     readers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
@@ -160,11 +160,11 @@ def tables(model: ModelProto) -> list[Table]:
         if is_matrix and users and all(_gathers_rows(node, tensor.name) for node in users):
             rows, width = tensor.dims
             if rows * width >= LEAST_TABLE and width % LEAST_BLOCK == 0:
-                found.append(Table(name=tensor.name, rows=rows, width=width))
+                found.append(EmbeddingTable(name=tensor.name, rows=rows, width=width))
     return found
 
 
-def store_table_(model: ModelProto, table: Table, values: Array, bits: int) -> None:
+def store_table_(model: ModelProto, table: EmbeddingTable, values: Array, bits: int) -> None:
     """Store an embedding table in four or eight bits, and let its Gathers unpack the rows that they look up.
 
     Args:
@@ -213,7 +213,7 @@ def table_block(width: int, bits: int) -> int:
     return block
 
 
-def stored_table_bytes(table: Table, bits: int) -> int:
+def stored_table_bytes(table: EmbeddingTable, bits: int) -> int:
     """Return the bytes of a table in so many bits, with its scales and zero points."""
     blocks = table.rows * table.width // table_block(table.width, bits)
     return table.rows * table.width * bits // 8 + blocks * 2 + blocks * bits // 8

@@ -24,6 +24,7 @@ from rsi_deploy.calibration.moments import Moments, Samples
 from rsi_deploy.calibration.rounding import Rounded, rounded_weight, second_moments
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.io import onnx_file
+from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.onnx_models.calibration.reachable_sites import found_sites
 from rsi_deploy.onnx_models.opset import convert_opset
@@ -102,7 +103,7 @@ def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds
         small = _rounded_sites(work, lowering, data) if lowering.uses_4_bits else {}
         kept_float = [node for node in marks if lowering.bits.get(_site_node(node)) == 32]
         quantize(work, target, lowering.scheme, None if data is None else data.feeds, kept_float)
-        made = onnx.load(str(target))
+        made = read_proto(target, with_data=True)
         stored = store_in_4_bits_(made, {name: entry.rounded for name, entry in small.items()})
         sources = {f"{name}{suffix}": name for suffix in RENAMES for name in marks} | {name: name for name in marks}
         for node in made.graph.node:
@@ -138,15 +139,15 @@ def _prepared(source: Path, work: Path, lowering: Lowering) -> dict[str, tuple[t
         model.ir_version = max(model.ir_version or IR_VERSION, IR_VERSION)
     onnx_file.write_onnx(model, work)
     marks = {str(node.name): tuple(node.metadata_props.items()) for node in model.graph.all_nodes()}
-    proto = onnx.load(str(work))
+    proto = read_proto(work, with_data=True)
     known = {tensor.name: tensor for tensor in proto.graph.initializer}
-    changed = False
+    factors = {name: name.replace(".", "_") for name in known if FACTOR.fullmatch(name)}
+    changed = bool(factors)
     for table in tables(proto):
         bits = lowering.tables.get(table.name, 8)
         if bits < 32:
             store_table_(proto, table, numpy_helper.to_array(known[table.name]), bits)
             changed = True
-    factors = {name: name.replace(".", "_") for name in known if FACTOR.fullmatch(name)}
     for tensor in proto.graph.initializer:
         tensor.name = factors.get(tensor.name, tensor.name)
     for node in proto.graph.node:  # factors of known names or marked nodes would not be found as sites

@@ -28,12 +28,13 @@ from rsi_deploy.exporting.calibration_step import Calibrator
 from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, CLOSE_RATIO, Point, Rule
 from rsi_deploy.exporting.results import DenseModel
 from rsi_deploy.io.onnx_file import file_bytes
+from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Decisions, Planned
 from rsi_deploy.planning.knapsack import Option, SiteOptions
 from rsi_deploy.planning.planner import Decision, FixedPlanner
-from rsi_deploy.precision.four_bit import Table, stored_table_bytes, table_values, tables
+from rsi_deploy.precision.four_bit import EmbeddingTable, stored_table_bytes, table_values, tables
 from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
 from rsi_deploy.precision.quantizers import quantize
 from rsi_deploy.precision.record import PrecisionRecord
@@ -160,7 +161,7 @@ class PrecisionStep:
         return frozenset(site.op_type for site in self.dense.sites)
 
     @cached_property
-    def _tables(self) -> list[Table]:
+    def _tables(self) -> list[EmbeddingTable]:
         return tables(self.dense.proto)
 
     # -- what onnxruntime offers ------------------------------------------------------------------------------------
@@ -327,7 +328,7 @@ class PrecisionStep:
             options = [whole]
             for bits in (8, 4):
                 values = table_values(numpy_helper.to_array(known[table.name], str(self.dense.path.parent)), bits)
-                model = onnx.load(str(self.dense.path))
+                model = read_proto(self.dense.path, with_data=True)
                 for tensor in model.graph.initializer:
                     if tensor.name == table.name:
                         tensor.CopyFrom(numpy_helper.from_array(values, table.name))
