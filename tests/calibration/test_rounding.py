@@ -1,4 +1,4 @@
-"""Rounding to four bits: codes and multipliers that int8 kernels can hold, and errors that calibration data make smaller."""
+"""Rounding to four bits: numbers that int8 kernels can hold, and response errors that calibration makes smaller."""
 
 import pytest
 import torch
