@@ -99,9 +99,9 @@ def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds
     """
     work = target.with_name(f"{target.name}.work.onnx")
     try:
-        marks = _prepared(source, work, lowering)
+        marks, kept_float = _prepared(source, work, lowering)
         small = _rounded_sites(work, lowering, data) if lowering.uses_4_bits else {}
-        kept_float = [node for node in marks if lowering.bits.get(_site_node(node)) == 32]
+        kept_float += [node for node in marks if lowering.bits.get(_site_node(node)) == 32]
         quantize(work, target, lowering.scheme, None if data is None else data.feeds, kept_float)
         made = read_proto(target, with_data=True)
         stored = store_in_4_bits_(made, {name: entry.rounded for name, entry in small.items()})
@@ -131,8 +131,12 @@ def _site_node(node: str) -> str:
     return node
 
 
-def _prepared(source: Path, work: Path, lowering: Lowering) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Write the float model with its tables lowered; return name of each node -> its metadata."""
+def _prepared(source: Path, work: Path, lowering: Lowering) -> tuple[dict[str, tuple[tuple[str, str], ...]], list[str]]:
+    """Write the float model with its tables lowered.
+
+    Returns:
+        Name of each node -> its metadata, and the names of the Gathers whose tables stay in float.
+    """
     model = onnx_file.read_onnx(source)
     if lowering.uses_4_bits and model.opset_imports.get("", OPSET) < OPSET:
         model = convert_opset(model, OPSET, source.name)
@@ -143,9 +147,12 @@ def _prepared(source: Path, work: Path, lowering: Lowering) -> dict[str, tuple[t
     known = {tensor.name: tensor for tensor in proto.graph.initializer}
     factors = {name: name.replace(".", "_") for name in known if FACTOR.fullmatch(name)}
     changed = bool(factors)
+    kept_float: list[str] = []
     for table in tables(proto):
         bits = lowering.tables.get(table.name, 8)
-        if bits < 32:
+        if bits == 32:
+            kept_float += [node.name for node in proto.graph.node if table.name in node.input]
+        else:
             store_table_(proto, table, numpy_helper.to_array(known[table.name]), bits)
             changed = True
     for tensor in proto.graph.initializer:
@@ -156,7 +163,7 @@ def _prepared(source: Path, work: Path, lowering: Lowering) -> dict[str, tuple[t
         del node.metadata_props[:]
     if changed:
         _write(proto, work)
-    return marks
+    return marks, kept_float
 
 
 def _rounded_sites(path: Path, lowering: Lowering, data: CalibrationFeeds | None) -> dict[str, _Entry]:
