@@ -291,7 +291,7 @@ def test_options_that_are_invalid(wrong, words):
 
 def test_sites_that_are_invalid():
     for options in ((), (split(1, 1),), (split(1, 1), dense(4)), (dense(4), dense(5))):
-        with pytest.raises(ValueError, match="site fc: expected dense first and then splits, but got"):
+        with pytest.raises(ValueError, match="site fc: expected dense first and then changes, but got"):
             SiteOptions(name="fc", options=options)
     with pytest.raises(ValueError, match="expected every site once, but got a twice"):
         choose([site("a", 3), site("b", 3), site("a", 3)], cost="params", limit=9)
