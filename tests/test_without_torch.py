@@ -19,7 +19,7 @@ def run(*arguments):
 
 def test_bench_runs(tmp_path):
     model = small.perceptron(tmp_path / "m.onnx", width=16, layers=2)
-    for more in ([], ["--json"]):
+    for more in ([], ["--json"], ["--rivals"]):
         done = run("bench", model, model, "--seconds", "0.1", "--input-shape", "x=1x16", *more)
         assert done.returncode == 0, done.stderr
         assert "difference" in done.stdout or "too few blocks" in done.stdout

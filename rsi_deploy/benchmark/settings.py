@@ -71,6 +71,17 @@ class AccuracyConfig(Settings, panel="Accuracy"):
     )
 
 
+class RivalsConfig(Settings, panel="Rivals"):
+    """Settings of onnxruntime's own quantization."""
+
+    rivals: bool = setting(
+        False,
+        "Also measure the first model in onnxruntime's own int8 and int4, on CUDA float16 too.",
+        option=FIRST,
+    )
+    calib: DataSource = setting(None, f"--rivals: unlabelled data for the ranges of static int8. {DATA_HELP}")
+
+
 class FurtherConfig(Settings, panel="Further measurements"):
     """Measurements beside the latency of a call, each in the first configuration."""
 
@@ -120,5 +131,14 @@ class GateConfig(Settings, panel="Gates"):
     max_drop: float | None = setting(None, "Gate: top-1 lost on --data.", option=FIRST | {"metavar": "POINTS"}, ge=0)
 
 
-class BenchConfig(MatrixConfig, TimeConfig, AccuracyConfig, PictureConfig, FurtherConfig, LoadgenConfig, GateConfig):
+class BenchConfig(
+    MatrixConfig,
+    TimeConfig,
+    AccuracyConfig,
+    PictureConfig,
+    RivalsConfig,
+    FurtherConfig,
+    LoadgenConfig,
+    GateConfig,
+):
     """The settings of `bench`."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rsi_deploy.benchmark.result import BenchDocument
     from rsi_deploy.data.dataset import Dataset
     from rsi_deploy.data.preprocess import Preprocessing
+    from rsi_deploy.precision.bench_rivals import BenchRivals
 
 INTERRUPTED = 130
 
@@ -50,27 +51,30 @@ def bench(
     from rsi_deploy.benchmark.matrix import run_bench
     from rsi_deploy.data.picture_settings import preprocessing_of
     from rsi_deploy.evaluation.accuracy import check_data
+    from rsi_deploy.precision.bench_rivals import bench_rivals, check_rivals
 
     gates = requested_gates(settings, models=models)
     page = check_page(html)
     paths = [onnx_path(model) for model in models]
     dataset = None if settings.data is None else _dataset(settings.data, paths[0])
     steps = preprocessing_of(settings)
-    if dataset is None and steps is not None:
+    if dataset is None and settings.calib is None and steps is not None:
         raise UsageError("--mean, --std, --resize, --crop and --layout are for the pictures of --data; add --data DATA")
+    check_rivals(paths[0], settings)
     if dataset is not None and (dataset.labels is not None or len(paths) > 1):
         # what is wrong must not wait for the measurement
         check_data(paths, dataset, preprocessing=steps, provider=settings.provider)
-    request = _request(models, paths, dataset, settings)
-    _check_loadgen(request, settings)
-    with progress_bar("%", is_short=True) as bar:
-        document = run_bench(
-            request,
-            command=context.find_root().obj or "",
-            progress=lambda name, share: bar(name, round(100 * share) - 1, 100),
-        )
-    document = _with_loadgen(document, request, settings)
-    document = _with_accuracy(document, request, dataset, steps)
+    with bench_rivals(paths[0], settings, steps) as rivals:
+        request = _request(models, paths, dataset, settings, rivals)
+        _check_loadgen(request, settings)
+        with progress_bar("%", is_short=True) as bar:
+            document = run_bench(
+                request,
+                command=context.find_root().obj or "",
+                progress=lambda name, share: bar(name, round(100 * share) - 1, 100),
+            )
+        document = _with_loadgen(document, request, settings)
+        document = rivals.shown_in(_with_accuracy(document, request, dataset, steps))
     write_page(document, page)
     _show(document, as_json=as_json)
     if gates is not None:
@@ -88,9 +92,13 @@ def _dataset(data: str, model: Path) -> "Dataset":
 
 
 def _request(
-    models: Sequence[str], paths: Sequence[Path], dataset: "Dataset | None", settings: BenchConfig
+    models: Sequence[str],
+    paths: Sequence[Path],
+    dataset: "Dataset | None",
+    settings: BenchConfig,
+    rivals: "BenchRivals",
 ) -> "BenchRequest":
-    """Return the request that the settings make."""
+    """Return the request that the settings make; rivals follow the user's models."""
     from rsi_deploy.benchmark.request import BenchRequest, matrix_shapes
     from rsi_deploy.benchmark.variants import short_names
     from rsi_deploy.runtime.pinning import parse_cores
@@ -98,8 +106,8 @@ def _request(
     shapes = matrix_shapes(settings.input_shape)
     same = ("provider", "allow_fallback", "seconds", "budget", "seed", "cold_start", "memory", "memory_limit")
     return BenchRequest(
-        models=tuple(paths),
-        labels=short_names(models),
+        models=(*paths, *rivals.paths),
+        labels=(*short_names(models), *rivals.labels),
         batches=settings.batch,
         shapes=shapes,
         threads=settings.threads or (None,),

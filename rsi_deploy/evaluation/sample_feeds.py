@@ -1,5 +1,6 @@
 """Use the first samples of evaluation data as the inputs for timing, in place of random ones."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from rsi_deploy.core.errors import UsageError
@@ -26,10 +27,40 @@ def sample_feeds(
     Raises:
         UsageError: The data do not fit the model's inputs.
     """
+    return next(sample_batches(dataset, model, provider, batch, batch, preprocessing=preprocessing))
+
+
+def sample_batches(
+    dataset: Dataset,
+    model: Path,
+    provider: str,
+    batch: int,
+    limit: int,
+    *,
+    preprocessing: Preprocessing | None = None,
+    option: str = "--data",
+) -> Iterator[Feeds]:
+    """Yield the first `limit` samples as the model's inputs, `batch` at a time.
+
+    Args:
+        dataset: data.
+        model: model with the inputs and the stored preprocessing.
+        provider: provider that can load the model.
+        batch: samples of a batch.
+        limit: most samples in all.
+        preprocessing: settings for pictures; unset fields come from the model.
+        option: command-line option of the data, for messages.
+
+    Raises:
+        UsageError: The data do not fit the model's inputs.
+    """
     arm = Predictor(model, provider)
     dataset = for_inputs(dataset, arm.specs)
-    else_do = "store ready inputs in the data, or time it without --data"
+    else_do = f"store ready inputs in the data, or time it without {option}"
     steps, _ = picture_steps(dataset, [arm], preprocessing, else_do)
-    for feeds, _ in Feeding(dataset, arm.specs, steps, model=str(model)).batches(batch, batch):
-        return feeds
-    raise UsageError(f"the data have no samples for {model}", hint="give other data, or leave out --data")
+    is_empty = True
+    for feeds, _ in Feeding(dataset, arm.specs, steps, option=option, model=str(model)).batches(batch, limit):
+        is_empty = False
+        yield feeds
+    if is_empty:
+        raise UsageError(f"the data have no samples for {model}", hint=f"give other data, or leave out {option}")

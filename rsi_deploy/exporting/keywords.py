@@ -32,7 +32,7 @@ class ExportKeywords(TypedDict, total=False):
     plan: str | Path | None
     min_rank: int
     rank_multiple: int
-    precision: Literal["float32", "float16", "int8", "int4", "auto"]
+    precision: Literal["float32", "float16", "int8", "int4", "auto"] | None
     calib: str | Path | Dataset | Mapping[str, npt.NDArray[Any]] | None
     calib_size: int
     check_size: int | None

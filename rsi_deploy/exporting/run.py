@@ -138,7 +138,7 @@ class ExportRun:
         with _names(dense.source.name, dense.path):
             # Data that do not fit are refused before the cost table is measured.
             data = None if self.timed.request.calib is None else calibrator.data
-            if self.config.precision != "float32":
+            if self.config.precision not in (None, "float32"):
                 delivered = self._lowered(dense, calibrator, feeds, clock)
             else:
                 delivered = self._in_float(dense, calibrator, feeds, clock, store, notes)
@@ -207,7 +207,11 @@ class ExportRun:
         request = replace(request, quality=quality, is_default=True)
         step_text = f"no size is set: {quality}, the default for {KINDS[measure]}"
         with step(step_text):
-            config = ExportConfig.of(self.config, **{quality.setting: quality.text(quality.limit)})
+            config = ExportConfig.of(
+                self.config,
+                precision=self.config.precision or "auto",
+                **{quality.setting: quality.text(quality.limit)},
+            )
         job = replace(self.job, settings=self.job.settings.model_copy(update={"budget": request.decided_by}))
         recipe = recipe_text("export", self.origin.model, config)
         return replace(self, timed=replace(self.timed, request=request), job=job, config=config, recipe=recipe)
@@ -225,6 +229,7 @@ class ExportRun:
             shapes = {name: array.shape for name, array in dense.feeds.items()}  # what MACs are counted on
             request = self.timed.request
             parts = [request.check_size, str(request.quality), request.calib_check is not None]
+            parts += [] if self.config.precision in (None, "float32") else [self.config.precision]
             more = [fingerprint(calib), *parts, self._settings(dense).model_dump_json(), job.provider, shapes]
         key = key_of(f"{dense.weights_hash} {file_hash(dense.path)}", job.device, *more)
         return ResultStore(folder=finished_results_folder(dense.folder), key=key)
@@ -321,7 +326,7 @@ class ExportRun:
             return self.job.latency(dense, paths, self.bench_batch, seconds, self.costing.threads)
 
         precision = PrecisionStep(
-            precision=self.config.precision,
+            precision=self.config.precision or "float32",
             dense=dense,
             calibrator=calibrator,
             write=calibrator.write,

@@ -54,7 +54,9 @@ def quantize(
     except (ModelError, UsageError):
         raise
     except Exception as error:  # onnxruntime's tools raise what they like
-        raise ModelError(f"onnxruntime cannot make {scheme.name} of {source.name}: {first_line(error)}") from error
+        raise ModelError(
+            f"onnxruntime cannot make {scheme.name} of {source.name}: {first_line(error)}; type another --precision"
+        ) from error
 
 
 def _run(

@@ -122,9 +122,10 @@ class RankConfig(Settings, panel="Size"):
 class PrecisionConfig(Settings, panel="Size"):
     """The setting for numbers of fewer bits."""
 
-    precision: Literal["float32", "float16", "int8", "int4", "auto"] = setting(
-        "float32",
-        "Bits of weights and products; auto: rank and precision in one plan, never worse than onnxruntime's own.",
+    precision: Literal["float32", "float16", "int8", "int4", "auto"] | None = setting(
+        None,
+        "Bits of weights and products. auto: rank and precision in one plan, compared with onnxruntime's own int8 and "
+        "int4. (default: float32; auto where --calib is set and no size)",
         option=FIRST,
     )
 

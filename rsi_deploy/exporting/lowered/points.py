@@ -19,7 +19,6 @@ from rsi_deploy.calibration.record import OutputQuality
 from rsi_deploy.exporting.calibrated.candidates import loss_shown
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.decide import Planned
-from rsi_deploy.planning.quality import QualityBudget
 from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.precision.record import PrecisionPoint
 from rsi_deploy.precision.schemes import Scheme
@@ -61,7 +60,12 @@ class Point:
     @property
     def loss(self) -> float:
         """Loss of the outputs on the check part; 0 for the dense model."""
-        return 0.0 if self.scheme.kind == "float32" and self.is_rival else loss_shown(self.quality)
+        return 0.0 if self.is_dense else loss_shown(self.quality)
+
+    @property
+    def is_dense(self) -> bool:
+        """Return whether this is the dense model as it is."""
+        return self.scheme.kind == "float32" and self.is_rival
 
     @property
     def speedup(self) -> float:
@@ -113,7 +117,9 @@ class Rule:
         if point.error or not math.isfinite(point.loss):
             return False
         if request.quality is not None:
-            return point.loss == 0 or _holds(request.quality, point)
+            if point.is_dense:
+                return True
+            return point.quality is not None and request.quality.holds(request.quality.limit_of(point.quality))
         budget = request.budget
         if budget is not None and budget.cost == "bytes":
             return point.bytes <= budget.total(self.dense_bytes)
@@ -155,7 +161,3 @@ class Rule:
         if self.decides_by_outputs:
             return f"the best outputs within {self.request.budget}"
         return "the fastest whose outputs are about as good as the best one's"
-
-
-def _holds(quality: QualityBudget, point: Point) -> bool:
-    return point.quality is not None and quality.holds(quality.limit_of(point.quality))

@@ -34,16 +34,17 @@ from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Decisions, Planned
 from rsi_deploy.planning.knapsack import Option, SiteOptions, smallest_cost
 from rsi_deploy.planning.planner import Decision, FixedPlanner
+from rsi_deploy.planning.record import PlanRecord
 from rsi_deploy.precision.four_bit import EmbeddingTable, stored_table_bytes, table_values, tables
 from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
 from rsi_deploy.precision.quantizers import quantize
 from rsi_deploy.precision.record import PrecisionRecord
+from rsi_deploy.precision.rivals import rival_name, rival_schemes
 from rsi_deploy.precision.schemes import (
     DYNAMIC,
     FLOAT16,
     FLOAT32,
     PRODUCTS,
-    WEIGHTS4,
     Scheme,
     is_int8,
     static,
@@ -54,7 +55,11 @@ from rsi_deploy.runtime.providers import short_name
 TRIES = 3
 """Most models that are fitted for a size: the counted bytes may be too few."""
 SHARES = (0.75, 0.5, 0.3)
-"""Shares of the MACs that are tried for a time."""
+"""Shares of the MACs that are tried for the fastest model of a quality."""
+TIMED = 4
+"""Models of a scheme that are fitted and measured for a time."""
+SPARE = 0.97
+"""Share of a time that a model may take in the search; the last measurement differs a little."""
 MOST_BYTES = 1.3
 """Bytes of an int8 model over those of the smallest one; a larger one leaves much of the net in float."""
 
@@ -85,6 +90,9 @@ class PrecisionStep:
     provider: str
     allow_slower: bool
     notes: list[str] = field(default_factory=list)
+    _lowered_dense: dict[Scheme, Point] = field(default_factory=dict, init=False)
+    _searches: dict[Scheme, PlanRecord] = field(default_factory=dict, init=False)
+    _smallest: list[int] = field(default_factory=list, init=False)
 
     def run(self) -> tuple[Point, PrecisionRecord, BenchResult | None]:
         """Return the chosen point, the record of the choice, and the measurement of the dense model beside it.
@@ -108,6 +116,12 @@ class PrecisionStep:
                 f"float32 or auto"
             )
         for scheme in bases:
+            if (
+                scheme is FLOAT32
+                and request.quality is not None
+                and any(map(self._keeps, (p for p in points if is_int8(p.scheme))))
+            ):
+                continue  # no float model is smaller
             points += self._planned_points(scheme)
         points, latency = self._measured(points)
         rule = Rule(
@@ -117,6 +131,9 @@ class PrecisionStep:
             allow_slower=self.allow_slower,
         )
         chosen = rule.chosen([point for point in points if self._is_allowed(point)])
+        if chosen is None and request.quality is not None:
+            chosen = replace(self._point(self._all_dense(32), FLOAT32, "dense"), is_rival=True)
+            points.append(chosen)
         if chosen is None:
             self._refuse(points, rule)
         assert chosen is not None
@@ -126,6 +143,10 @@ class PrecisionStep:
                 file.replace(self.dense.target.with_name(self.dense.target.name + suffix))
         stored = {} if chosen.made is None else self._stored_bits(chosen.made, chosen.scheme)
         names = {table.name for table in self._tables}
+        search = self._searches.get(chosen.scheme) or next(iter(self._searches.values()), None)
+        if search is not None:
+            search = search.model_copy(update={"delivers_dense": chosen.name == "dense"})
+        self.calibrator.record = search
         record = PrecisionRecord(
             request=self.precision,
             scheme=chosen.scheme.name,
@@ -168,15 +189,11 @@ class PrecisionStep:
 
     def _rivals(self) -> Iterator[Point]:
         """Yield the dense model as onnxruntime's own tools quantize it."""
-        schemes = [FLOAT16] if short_name(parse_provider(self.provider).name) == "cuda" else []
-        schemes.append(static("minmax"))
-        if PRODUCTS & self._operators:
-            schemes += [DYNAMIC, WEIGHTS4]
-        for scheme in schemes:
+        for scheme in rival_schemes(self._operators, short_name(parse_provider(self.provider).name)):
             yield self._rival(scheme)
 
     def _rival(self, scheme: Scheme) -> Point:
-        name = "dense" if scheme is FLOAT32 else f"onnxruntime's {scheme.name}"
+        name = "dense" if scheme is FLOAT32 else rival_name(scheme)
         if scheme is FLOAT32:
             return Point(
                 name=name, scheme=scheme, is_rival=True, path=self.dense.path, bytes=file_bytes(self.dense.path)
@@ -237,9 +254,6 @@ class PrecisionStep:
             near = [point for point in near if point.speedup >= 0.9 * fastest]
         return min(near, key=lambda point: point.loss).scheme
 
-    _lowered_dense: dict[Scheme, Point] = field(default_factory=dict, init=False)
-    _smallest: list[int] = field(default_factory=list, init=False)
-
     def _planned_points(self, scheme: Scheme) -> Iterator[Point]:
         """Yield models with ranks and bits, planned for the request in a scheme."""
         request, budget = self.calibrator.request, self.calibrator.request.budget
@@ -251,16 +265,18 @@ class PrecisionStep:
             return
         planner = self._planner(scheme)
         try:
-            if budget is None:
-                made, _ = searched_model(request, planner)
+            if budget is not None and budget.cost == "nanoseconds":
+                yield from self._of_time(budget, planner, scheme)
+            elif request.fastest:
+                for share in SHARES:
+                    decisions = self._of_macs(Budget(keep_macs=share), planner)
+                    yield self._point(planner.fit(decisions), scheme, f"{100 * share:g} % of the MACs, {scheme.name}")
+            elif budget is None:
+                made, self._searches[scheme] = searched_model(request, planner)
                 if any(d.rank is not None or d.bits < 32 for d in _decisions(made).values()):
                     yield self._point(made, scheme)
             elif budget.cost == "bytes":
                 yield from self._of_size(budget, planner, scheme)
-            elif budget.cost == "nanoseconds":
-                for share in SHARES:
-                    decisions = self._of_macs(Budget(keep_macs=share), planner)
-                    yield self._point(planner.fit(decisions), scheme, f"{100 * share:g} % of the MACs, {scheme.name}")
             else:
                 yield self._point(planner.fit(self._of_macs(budget, planner)), scheme)
         except (ModelError, GateError) as error:
@@ -268,9 +284,11 @@ class PrecisionStep:
 
     @property
     def _dense_may_keep(self) -> bool:
-        """Whether a model without splits may keep the limit of the request; one of MACs or ranks asks for splits."""
+        """Return whether a model without splits may keep the limit; MACs and ranks need splits, a drop a search."""
         request, budget = self.calibrator.request, self.calibrator.request.budget
-        return request.is_searched and (budget is None or budget.cost in ("bytes", "nanoseconds"))
+        if request.max_drop is not None or not request.is_searched:
+            return False
+        return budget is None or budget.cost in ("bytes", "nanoseconds")
 
     def _of_size(self, budget: Budget, planner: CalibratedPlanner, scheme: Scheme) -> Iterator[Point]:
         """Yield the model within a size; its bytes are counted, and counted again where the file is larger."""
@@ -283,6 +301,32 @@ class PrecisionStep:
                 yield point
                 return
             over += point.bytes - allowed
+            if over >= allowed:
+                return
+
+    def _of_time(self, budget: Budget, planner: CalibratedPlanner, scheme: Scheme) -> Iterator[Point]:
+        """Yield models of several shares of the MACs, by bisection for the largest that is fast enough."""
+        if scheme in self._lowered_dense and self._is_fast(budget, self._lowered_dense[scheme]):
+            return
+        low, high = 0.0, 1.0
+        for _ in range(TIMED):
+            share = round((low + high) / 2, 3)
+            try:
+                decisions = self._of_macs(Budget(keep_macs=share), planner)
+            except ModelError:  # no plan has so few MACs
+                low = share
+                continue
+            point = self._point(planner.fit(decisions), scheme, f"{100 * share:g} % of the MACs, {scheme.name}")
+            yield point
+            low, high = (share, high) if self._is_fast(budget, point) else (low, share)
+
+    def _is_fast(self, budget: Budget, point: Point) -> bool:
+        """Return whether a point keeps a time, with something to spare for the last measurement."""
+        (timed,), latency = self._measured([point])
+        if latency is None or timed.timing is None:
+            return False
+        allowed = budget.total(round(1e6 * latency.arms[0].median_ms))
+        return 1e6 * timed.timing.median_ms <= SPARE * allowed
 
     def _of_macs(self, budget: Budget, planner: CalibratedPlanner) -> Decisions:
         """Decide by MACs or parameters, which are counted on float models."""
@@ -313,7 +357,8 @@ class PrecisionStep:
             candidates=replace(whole.candidates, write=lambda made, path: self._lowered(made, path, scheme)),
         )
         if not is_int8(scheme):
-            return planner
+            size = self.dense.size.bytes
+            return replace(planner, fixed_bytes=size - sum(site.options[0].bytes for site in options))
         base = self._lowered_dense[scheme]
         counted = sum(
             next((o.bytes for o in site.options if o.form == "dense" and o.bits == 8), site.options[0].bytes)
@@ -439,6 +484,11 @@ class PrecisionStep:
             result = self.measure([self.dense.path, *(point.path for point in able if point.path is not None)])
         timings = {id(point): arm for point, arm in zip(able, result.arms[1:], strict=True)}
         return [replace(point, timing=timings.get(id(point))) for point in points], result
+
+    def _keeps(self, point: Point) -> bool:
+        """Return whether the outputs of a point keep the quality of the request."""
+        quality = self.calibrator.request.quality
+        return quality is not None and point.quality is not None and quality.holds(quality.limit_of(point.quality))
 
     def _is_allowed(self, point: Point) -> bool:
         """Return whether `--precision` lets a point be delivered."""
