@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from rsi_deploy.calibration.rounding import Rounded
+from rsi_deploy.io.onnx_checks.parts import all_graphs
 
 Array = npt.NDArray[Any]
 
@@ -174,7 +175,7 @@ LEAST_TABLE = 4096
 def tables(model: ModelProto) -> list[EmbeddingTable]:
     """Return the embedding tables of a float model that nothing but Gathers of rows reads."""
     readers = _readers(model)
-    others = {value.name for value in (*model.graph.input, *model.graph.output)} | _names_in_subgraphs(model.graph)
+    others = {value.name for value in (*model.graph.input, *model.graph.output)} | _names_in_subgraphs(model)
     found = []
     for tensor in model.graph.initializer:
         is_matrix = tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and tensor.name not in others
@@ -186,17 +187,11 @@ def tables(model: ModelProto) -> list[EmbeddingTable]:
     return found
 
 
-def _names_in_subgraphs(graph: GraphProto) -> set[str]:
+def _names_in_subgraphs(model: ModelProto) -> set[str]:
     """Return the names that nodes of subgraphs read, and that subgraphs return."""
-    found = set()
-    for subgraph in (graph for node in graph.node for attribute in node.attribute for graph in _graphs_of(attribute)):
-        found |= {name for node in subgraph.node for name in node.input} | {value.name for value in subgraph.output}
-        found |= _names_in_subgraphs(subgraph)
-    return found
-
-
-def _graphs_of(attribute: AttributeProto) -> list[GraphProto]:
-    return [attribute.g, *attribute.graphs] if attribute.HasField("g") else list(attribute.graphs)
+    inner = list(all_graphs(model))[1:]
+    read = {name for graph in inner for node in graph.node for name in node.input}
+    return read | {value.name for graph in inner for value in graph.output}
 
 
 def store_table_(model: ModelProto, table: EmbeddingTable, values: Array, bits: int) -> None:

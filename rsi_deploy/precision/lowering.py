@@ -24,6 +24,7 @@ from rsi_deploy.calibration.moments import Moments, Samples
 from rsi_deploy.calibration.rounding import Rounded, rounded_weight, second_moments
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.io import onnx_file
+from rsi_deploy.io.onnx_checks.parts import all_graphs
 from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.onnx_models.calibration.reachable_sites import found_sites
@@ -159,8 +160,9 @@ def _prepared(source: Path, work: Path, lowering: Lowering) -> tuple[dict[str, t
         tensor.name = factors.get(tensor.name, tensor.name)
     for node in proto.graph.node:  # factors of known names or marked nodes would not be found as sites
         changed = changed or bool(node.metadata_props)
-        node.input[:] = [factors.get(name, name) for name in node.input]
         del node.metadata_props[:]
+    for node in (node for graph in all_graphs(proto) for node in graph.node):
+        node.input[:] = [factors.get(name, name) for name in node.input]
     if changed:
         _write(proto, work)
     return marks, kept_float

@@ -57,6 +57,18 @@ def quantize(
         raise ModelError(
             f"onnxruntime cannot make {scheme.name} of {source.name}: {first_line(error)}; type another --precision"
         ) from error
+    _check(target, scheme, source)
+
+
+def _check(target: Path, scheme: Scheme, source: Path) -> None:
+    """Refuse a model that onnxruntime's tools broke: they put an If before what its branches read."""
+    try:
+        read_proto(target)
+    except ModelError as error:
+        target.unlink(missing_ok=True)
+        raise ModelError(
+            f"onnxruntime cannot make {scheme.name} of {source.name}: {first_line(error)}; type another --precision"
+        ) from error
 
 
 def _run(

@@ -6,12 +6,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from calibrated_nets import IMAGE, conv_net, inputs, saved, text_net, weight
+from calibrated_nets import IMAGE, branch_net, conv_net, inputs, saved, text_net, weight
 from onnx import TensorProto, helper, numpy_helper
 
 from rsi_deploy import export
 from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
-from rsi_deploy.precision.schemes import DYNAMIC, static
+from rsi_deploy.precision.schemes import DYNAMIC, FLOAT16, static
 
 STATIC = static("minmax")
 RANKS = {"conv1": ("separable", 7), "conv2": ("input", 6), "head": ("gemm", 4)}
@@ -169,3 +169,13 @@ def test_a_model_of_text_with_everything_in_four_bits(tmp_path):
     values = {"ids": np.arange(12).reshape(2, 6), "attention_mask": np.ones((2, 6), np.int64)}
     expected = run(source, values)
     assert np.linalg.norm(run(tmp_path / "q.onnx", values) - expected) < 0.3 * np.linalg.norm(expected)
+
+
+def test_splits_in_branches_are_read_by_their_new_names(tmp_path):
+    export(str(branch_net(tmp_path / "m.onnx")), tmp_path / "split", rank=4, measure=False)
+    split = tmp_path / "split" / "model.onnx"
+    lower(split, tmp_path / "q.onnx", Lowering(scheme=FLOAT16), None)
+    for sign in (1, -1):  # each takes another branch
+        x = {"input": sign * np.abs(np.random.default_rng(3).standard_normal((1, 16))).astype(np.float32)}
+        expected = run(split, x)
+        assert 0 < np.linalg.norm(run(tmp_path / "q.onnx", x) - expected) < 0.01 * np.linalg.norm(expected)

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from calibrated_nets import conv_net, saved, text_net, weight
+from calibrated_nets import branch_net, conv_net, saved, text_net, weight
 from onnx import TensorProto, helper
 
 from rsi_deploy.core.errors import ModelError, UsageError
@@ -155,6 +155,13 @@ def test_what_onnxruntime_refuses_is_named_in_its_words(tmp_path):
     wrong = {"other": IMAGES["input"]}
     with pytest.raises(ModelError, match=r"onnxruntime cannot make static int8 \(minmax\) of m\.onnx: .*input"):
         quantize(source, tmp_path / "q.onnx", static("minmax"), lambda: iter([wrong]))
+
+
+def test_a_model_that_onnxruntime_breaks_is_refused(tmp_path):
+    source = branch_net(tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"onnxruntime cannot make dynamic int8 of m\.onnx"):
+        quantize(source, tmp_path / "q.onnx", DYNAMIC)
+    assert not (tmp_path / "q.onnx").exists()
 
 
 def test_tools_say_nothing_on_the_terminal(tmp_path, capfd):
