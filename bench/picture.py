@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rsi_deploy.io.atomic import write_text
 from rsi_deploy.report.pages.charts import svg
-from rsi_deploy.report.pages.plots import Axis, Curves, Dots, Plot, Point
+from rsi_deploy.report.pages.plots import Axis, Curves, Dots, Plot, PlotPoint
 from rsi_deploy.report.pages.theme import ALL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,37 +33,37 @@ GROUND = ("#ffffff", "#12171d")
 ONE_RUN = re.compile(r"(?P<speed>[\d.]+)x \[(?P<low>[\d.]+), (?P<high>[\d.]+)\]")
 
 
-def accuracy_points() -> list[Point]:
+def accuracy_points() -> list[PlotPoint]:
     """Top-1 in percent against the share of parameters that is kept; intervals span the draws of calibration data."""
     points = []
     for name, file in PRODUCT.items():
         document = json.loads((RESULTS / file).read_text(encoding="utf-8"))
         (net,) = document["settings"]["nets"].values()
-        points.append(Point(x=100, y=net["dense"], series=name, note=f"{name}, dense: {net['dense']:.2f} %"))
+        points.append(PlotPoint(x=100, y=net["dense"], series=name, note=f"{name}, dense: {net['dense']:.2f} %"))
         points += _rows(document, name, "sensitivities")
     points += _rows(json.loads((RESULTS / WITHOUT_DATA).read_text(encoding="utf-8")), SVD, "exact SVD")
     return points
 
 
-def _rows(document: dict[str, list[dict[str, float]]], series: str, arm: str) -> Iterator[Point]:
+def _rows(document: dict[str, list[dict[str, float]]], series: str, arm: str) -> Iterator[PlotPoint]:
     for row in document["rows"]:
         if row["arm"] == arm:
             size, score = 100 * row["kept_params"], row["score"]
             kept = f"{size:.1f} % of the parameters and {100 * row['kept_macs']:.0f} % of the MACs"
             note = f"{series}: {score:.2f} % with {kept}"
-            yield Point(x=size, y=score, low=row["lowest"], high=row["highest"], series=series, note=note)
+            yield PlotPoint(x=size, y=score, low=row["lowest"], high=row["highest"], series=series, note=note)
 
 
-def sweep_points() -> list[Point]:
+def sweep_points() -> list[PlotPoint]:
     """Answers equal to the dense model's, in percent, against the time of a call in percent of the dense model's."""
-    points = [Point(x=100, y=100, series="dense", note="dense model")]
+    points = [PlotPoint(x=100, y=100, series="dense", note="dense model")]
     for line in (RESULTS / SWEEP).read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) < 2 or (found := ONE_RUN.fullmatch(cells[-2])) is None:
             continue
         time, low, high = 100 / float(found["speed"]), 100 / float(found["high"]), 100 / float(found["low"])
         note = f"{cells[1]} of the MACs as the budget: {time:.0f} % of the time, {cells[-1]} % equal answers"
-        points.append(Point(x=time, y=float(cells[-1]), x_low=low, x_high=high, series="compressed", note=note))
+        points.append(PlotPoint(x=time, y=float(cells[-1]), x_low=low, x_high=high, series="compressed", note=note))
     return points
 
 

@@ -112,7 +112,7 @@ def place(tmp_path_factory):
 
 
 def test_every_guide_that_samples_suffice_for_is_run():
-    guides = {"budget", "calibrate", "latency", "sweeps", "data", "providers", "benchmarking", "packaging"}
+    guides = {"budget", "calibrate", "latency", "sweeps", "data", "providers", "benchmarking", "packaging", "precision"}
     assert {page.stem for page in RUNNABLE} >= guides | {"quickstart", "reproducibility"}
 
 

@@ -11,7 +11,7 @@ The columns are rounded one after another, and each one's error is compensated b
 (Frantar et al., GPTQ, 2023; the steps are those of the optimal brain surgeon.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,8 @@ class Rounded:
 def rounded(weight: Tensor, second: Tensor | None = None, *, block: int | None = None) -> Rounded:
     """Round a weight to four bits.
 
+    A row keeps the nearest numbers where compensation makes its response error larger, which few inputs may.
+
     Args:
         weight: W `(out, in)`, floating.
         second: second moments of the inputs E[x x^T] `(in, in)`; None rounds every number to the nearest.
@@ -71,20 +73,40 @@ def rounded(weight: Tensor, second: Tensor | None = None, *, block: int | None =
     Raises:
         ValueError: shapes that do not fit, or values that are not finite.
     """
-    W = weight.double().clone()
-    rows, columns = W.shape
+    W = weight.double()
+    columns = W.shape[1]
     if second is not None and second.shape != (columns, columns):
         raise ValueError(f"second moments {tuple(second.shape)} do not fit a weight {tuple(W.shape)}")
     if not torch.isfinite(W).all():
         raise ValueError("the weight holds NaN or infinite values")
     block = min(block or columns, columns)
-    scales, ends = _row_scales(W, block)
-    root = None if second is None else _root(second.double())
+    nearest = _rounded(W, None, block)
+    if second is None:
+        return nearest
+    second = second.double()
+    if not torch.isfinite(second).all():
+        raise ValueError("the second moments hold NaN or infinite values")
+    fitted = _rounded(W, _root(second), block)
+    differences = (fitted.weight() - W, nearest.weight() - W)
+    errors = [((difference @ second) * difference).sum(dim=1) for difference in differences]
+    is_fitted = (errors[0] <= errors[1])[:, None]
+    return replace(
+        fitted,
+        codes=torch.where(is_fitted, fitted.codes, nearest.codes),
+        multipliers=torch.where(is_fitted, fitted.multipliers, nearest.multipliers),
+    )
+
+
+def _rounded(weight: Tensor, root: Tensor | None, block: int) -> Rounded:
+    """Round column by column; `root` compensates the errors."""
+    W = weight.clone()
+    rows, columns = W.shape
+    scales, has_multipliers = _row_scales(W, block)
     codes = torch.zeros(rows, columns, dtype=torch.int8)
     multipliers = torch.ones(rows, -(-columns // block), dtype=torch.int8)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        if ends is not None:
+        if has_multipliers:
             multipliers[:, start // block] = _multiplier(W[:, start:stop], scales)
         step = scales * multipliers[:, start // block]
         for begin in range(start, stop, LAZY):
@@ -107,12 +129,12 @@ def _nearest(values: Tensor, step: Tensor) -> Tensor:
     return codes.to(torch.int8)
 
 
-def _row_scales(W: Tensor, block: int) -> tuple[Tensor, bool | None]:
+def _row_scales(W: Tensor, block: int) -> tuple[Tensor, bool]:
     """Return the scale of every row, and True where its blocks have multipliers of their own."""
     largest = W.abs().amax(dim=1).clamp_min(1e-30)
     if block < W.shape[1]:
         return largest / (HIGHEST * LARGEST), True
-    return _least_error(W, largest / HIGHEST), None
+    return _least_error(W, largest / HIGHEST), False
 
 
 def _least_error(W: Tensor, step: Tensor) -> Tensor:

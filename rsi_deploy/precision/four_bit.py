@@ -10,15 +10,17 @@ An embedding table is stored in blocks of a scale each, and stays so: GatherBloc
 gathers.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from rsi_deploy.calibration.rounding import Rounded
+from rsi_deploy.io.onnx_checks.parts import all_graphs
 
 Array = npt.NDArray[Any]
 
@@ -41,7 +43,7 @@ def store_in_4_bits_(model: ModelProto, weights: Mapping[str, Rounded]) -> list[
         The names of the weights that the model holds as int8 per channel, and that were replaced.
     """
     known = {tensor.name: tensor for tensor in model.graph.initializer}
-    readers = {name: node for node in model.graph.node for name in node.input}
+    readers = _readers(model)
     nodes: list[NodeProto] = []
     replaced = []
     for name, rounded in weights.items():
@@ -50,11 +52,8 @@ def store_in_4_bits_(model: ModelProto, weights: Mapping[str, Rounded]) -> list[
             continue
         if tuple(scale.dims) != (len(rounded.scales),):
             continue
-        ratio = rounded.scales.numpy() / numpy_helper.to_array(scale)
-        if not _rescale_bias_(known, readers, readers[int8.name], ratio):
-            continue
-        scale.CopyFrom(numpy_helper.from_array(rounded.scales.numpy(), scale.name))
-        made, tensors = _unpacking(name, int8, rounded, _by_input(readers[int8.name]))
+        rounded = _with_biases_(rounded, scale, _biases(known, model, readers, int8.name))
+        made, tensors = _unpacking(name, int8, rounded, _by_input(readers[int8.name][0]))
         nodes += made
         model.graph.initializer.remove(int8)
         model.graph.initializer.extend(tensors)
@@ -63,31 +62,58 @@ def store_in_4_bits_(model: ModelProto, weights: Mapping[str, Rounded]) -> list[
     return replaced
 
 
-def _rescale_bias_(
-    known: Mapping[str, TensorProto], readers: Mapping[str, NodeProto], reader: NodeProto, ratio: Array
-) -> bool:
-    """Round the int32 bias behind a weight again, for weight scales that are `ratio` times as large.
+def _readers(model: ModelProto) -> dict[str, list[NodeProto]]:
+    """Return value name -> nodes that read it."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
+def _biases(
+    known: Mapping[str, TensorProto], model: ModelProto, readers: Mapping[str, list[NodeProto]], weight: str
+) -> list[tuple[TensorProto, TensorProto]]:
+    """Return the int32 bias and its scale of every product that an int8 weight enters as QDQ."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    products = [
+        product
+        for reader in readers[weight]
+        if reader.op_type == "DequantizeLinear"
+        for product in readers.get(reader.output[0], ())
+        if len(product.input) > 2
+    ]
+    biases = {product.input[2]: makers.get(product.input[2]) for product in products}
+    return [
+        (known[bias.input[0]], known[bias.input[1]])
+        for bias in biases.values()
+        if bias is not None and bias.op_type == "DequantizeLinear" and all(name in known for name in bias.input[:2])
+    ]
+
+
+def _with_biases_(rounded: Rounded, scale: TensorProto, biases: Sequence[tuple[TensorProto, TensorProto]]) -> Rounded:
+    """Store the scales of a rounded weight, and round the int32 biases behind it again.
 
     The scale of a bias is that of the input times that of the weight: onnxruntime fuses nothing else.
 
     Returns:
-        Whether there is no bias, or it is one that could be changed.
+        The rounded weight. Rows that are so small that the bias leaves int32 are zero, and keep onnxruntime's scale.
     """
-    product = readers.get(reader.output[0])
-    if reader.op_type != "DequantizeLinear" or product is None or len(product.input) < 3:
-        return True
-    bias = next((node for node in readers.values() if node.output[0] == product.input[2]), None)
-    if bias is None or bias.op_type != "DequantizeLinear" or any(name not in known for name in bias.input[:2]):
-        return True
-    codes, scale = known[bias.input[0]], known[bias.input[1]]
-    values = numpy_helper.to_array(codes) * numpy_helper.to_array(scale).astype(np.float64)
-    scales = np.broadcast_to(numpy_helper.to_array(scale) * ratio, values.shape).astype(np.float32)
-    again = np.round(values / scales)
-    if np.abs(again).max(initial=0) >= 2**31:
-        return False
-    codes.CopyFrom(numpy_helper.from_array(again.astype(np.int32), codes.name))
+    usual = numpy_helper.to_array(scale)
+    scales = rounded.scales.numpy().astype(np.float32)
+    values = [numpy_helper.to_array(codes) * numpy_helper.to_array(step).astype(np.float64) for codes, step in biases]
+    steps = [numpy_helper.to_array(step).astype(np.float64) for _, step in biases]
+    is_small = ~rounded.codes.numpy().any(axis=1)
+    for value, step in zip(values, steps, strict=True):
+        is_small |= np.abs(value) >= (2**31 - 1) * step * (scales / usual)
+    scales = np.where(is_small, usual, scales)
+    for (codes, stored), value, step in zip(biases, values, steps, strict=True):
+        again = np.broadcast_to(step * (scales / usual), value.shape).astype(np.float32)
+        codes.CopyFrom(numpy_helper.from_array(np.round(value / again).astype(np.int32), codes.name))
+        stored.CopyFrom(numpy_helper.from_array(again, stored.name))
     scale.CopyFrom(numpy_helper.from_array(scales, scale.name))
-    return True
+    kept = torch.from_numpy(~is_small)[:, None]
+    return replace(rounded, codes=rounded.codes * kept, scales=torch.from_numpy(scales))
 
 
 def _by_input(reader: NodeProto) -> bool:
@@ -128,7 +154,7 @@ def _unpacking(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class EmbeddingTable:
     """An embedding table: a float initializer `(rows, width)` whose rows Gathers look up.
 
     Attributes:
@@ -146,25 +172,29 @@ LEAST_TABLE = 4096
 """Numbers in a table below which nothing is won."""
 
 
-def tables(model: ModelProto) -> list[Table]:
+def tables(model: ModelProto) -> list[EmbeddingTable]:
     """Return the embedding tables of a float model that nothing but Gathers of rows reads."""
-    readers: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    outputs = {value.name for value in model.graph.output}
+    readers = _readers(model)
+    others = {value.name for value in (*model.graph.input, *model.graph.output)} | _names_in_subgraphs(model)
     found = []
     for tensor in model.graph.initializer:
-        is_matrix = tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and tensor.name not in outputs
+        is_matrix = tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and tensor.name not in others
         users = readers.get(tensor.name, [])
         if is_matrix and users and all(_gathers_rows(node, tensor.name) for node in users):
             rows, width = tensor.dims
             if rows * width >= LEAST_TABLE and width % LEAST_BLOCK == 0:
-                found.append(Table(name=tensor.name, rows=rows, width=width))
+                found.append(EmbeddingTable(name=tensor.name, rows=rows, width=width))
     return found
 
 
-def store_table_(model: ModelProto, table: Table, values: Array, bits: int) -> None:
+def _names_in_subgraphs(model: ModelProto) -> set[str]:
+    """Return the names that nodes of subgraphs read, and that subgraphs return."""
+    inner = list(all_graphs(model))[1:]
+    read = {name for graph in inner for node in graph.node for name in node.input}
+    return read | {value.name for graph in inner for value in graph.output}
+
+
+def store_table_(model: ModelProto, table: EmbeddingTable, values: Array, bits: int) -> None:
     """Store an embedding table in four or eight bits, and let its Gathers unpack the rows that they look up.
 
     Args:
@@ -213,10 +243,10 @@ def table_block(width: int, bits: int) -> int:
     return block
 
 
-def stored_table_bytes(table: Table, bits: int) -> int:
+def stored_table_bytes(table: EmbeddingTable, bits: int) -> int:
     """Return the bytes of a table in so many bits, with its scales and zero points."""
-    blocks = table.rows * table.width // table_block(table.width, bits)
-    return table.rows * table.width * bits // 8 + blocks * 2 + blocks * bits // 8
+    blocks = table.width // table_block(table.width, bits)
+    return table.rows * (table.width * bits // 8 + 2 * blocks + -(-blocks * bits // 8))
 
 
 def table_codes(values: Array, bits: int) -> tuple[Array, Array, Array]:

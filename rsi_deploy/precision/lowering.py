@@ -24,6 +24,8 @@ from rsi_deploy.calibration.moments import Moments, Samples
 from rsi_deploy.calibration.rounding import Rounded, rounded_weight, second_moments
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.io import onnx_file
+from rsi_deploy.io.onnx_checks.parts import all_graphs
+from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.onnx_models.calibration.reachable_sites import found_sites
 from rsi_deploy.onnx_models.opset import convert_opset
@@ -98,11 +100,11 @@ def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds
     """
     work = target.with_name(f"{target.name}.work.onnx")
     try:
-        marks = _prepared(source, work, lowering)
+        marks, kept_float = _prepared(source, work, lowering)
         small = _rounded_sites(work, lowering, data) if lowering.uses_4_bits else {}
-        kept_float = [node for node in marks if lowering.bits.get(_site_node(node)) == 32]
+        kept_float += [node for node in marks if lowering.bits.get(_site_node(node)) == 32]
         quantize(work, target, lowering.scheme, None if data is None else data.feeds, kept_float)
-        made = onnx.load(str(target))
+        made = read_proto(target, with_data=True)
         stored = store_in_4_bits_(made, {name: entry.rounded for name, entry in small.items()})
         sources = {f"{name}{suffix}": name for suffix in RENAMES for name in marks} | {name: name for name in marks}
         for node in made.graph.node:
@@ -130,32 +132,40 @@ def _site_node(node: str) -> str:
     return node
 
 
-def _prepared(source: Path, work: Path, lowering: Lowering) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Write the float model with its tables lowered; return name of each node -> its metadata."""
+def _prepared(source: Path, work: Path, lowering: Lowering) -> tuple[dict[str, tuple[tuple[str, str], ...]], list[str]]:
+    """Write the float model with its tables lowered.
+
+    Returns:
+        Name of each node -> its metadata, and the names of the Gathers whose tables stay in float.
+    """
     model = onnx_file.read_onnx(source)
     if lowering.uses_4_bits and model.opset_imports.get("", OPSET) < OPSET:
         model = convert_opset(model, OPSET, source.name)
         model.ir_version = max(model.ir_version or IR_VERSION, IR_VERSION)
     onnx_file.write_onnx(model, work)
     marks = {str(node.name): tuple(node.metadata_props.items()) for node in model.graph.all_nodes()}
-    proto = onnx.load(str(work))
+    proto = read_proto(work, with_data=True)
     known = {tensor.name: tensor for tensor in proto.graph.initializer}
-    changed = False
+    factors = {name: name.replace(".", "_") for name in known if FACTOR.fullmatch(name)}
+    changed = bool(factors)
+    kept_float: list[str] = []
     for table in tables(proto):
         bits = lowering.tables.get(table.name, 8)
-        if bits < 32:
+        if bits == 32:
+            kept_float += [node.name for node in proto.graph.node if table.name in node.input]
+        else:
             store_table_(proto, table, numpy_helper.to_array(known[table.name]), bits)
             changed = True
-    factors = {name: name.replace(".", "_") for name in known if FACTOR.fullmatch(name)}
     for tensor in proto.graph.initializer:
         tensor.name = factors.get(tensor.name, tensor.name)
     for node in proto.graph.node:  # factors of known names or marked nodes would not be found as sites
         changed = changed or bool(node.metadata_props)
-        node.input[:] = [factors.get(name, name) for name in node.input]
         del node.metadata_props[:]
+    for node in (node for graph in all_graphs(proto) for node in graph.node):
+        node.input[:] = [factors.get(name, name) for name in node.input]
     if changed:
         _write(proto, work)
-    return marks
+    return marks, kept_float
 
 
 def _rounded_sites(path: Path, lowering: Lowering, data: CalibrationFeeds | None) -> dict[str, _Entry]:

@@ -57,6 +57,18 @@ def quantize(
         raise ModelError(
             f"onnxruntime cannot make {scheme.name} of {source.name}: {first_line(error)}; type another --precision"
         ) from error
+    _check(target, scheme, source)
+
+
+def _check(target: Path, scheme: Scheme, source: Path) -> None:
+    """Refuse a model that onnxruntime's tools broke: they put an If before what its branches read."""
+    try:
+        read_proto(target)
+    except ModelError as error:
+        target.unlink(missing_ok=True)
+        raise ModelError(
+            f"onnxruntime cannot make {scheme.name} of {source.name}: {first_line(error)}; type another --precision"
+        ) from error
 
 
 def _run(
@@ -104,7 +116,7 @@ def _in_blocks(source: Path, target: Path, scheme: Scheme) -> None:
     config = DefaultWeightOnlyQuantConfig(
         block_size=scheme.block, accuracy_level=4, op_types_to_quantize=("MatMul", "Gather")
     )
-    quantizer = MatMulNBitsQuantizer(onnx.load(str(source)), algo_config=config)
+    quantizer = MatMulNBitsQuantizer(read_proto(source, with_data=True), algo_config=config)
     quantizer.process()
     quantizer.model.save_model_to_file(str(target))
 
@@ -130,7 +142,7 @@ def _of_opset(source: Path, folder: Path) -> Path:
     if opset >= LEAST_OPSET:
         return source
     try:
-        converted = onnx.version_converter.convert_version(onnx.load(str(source)), LEAST_OPSET)
+        converted = onnx.version_converter.convert_version(read_proto(source, with_data=True), LEAST_OPSET)
     except Exception as error:
         raise ModelError(
             f"{source.name} has opset {opset}, but quantization needs {LEAST_OPSET}, and onnx cannot convert it: "

@@ -291,7 +291,45 @@ def test_options_that_are_invalid(wrong, words):
 
 def test_sites_that_are_invalid():
     for options in ((), (split(1, 1),), (split(1, 1), dense(4)), (dense(4), dense(5))):
-        with pytest.raises(ValueError, match="site fc: expected dense first and then splits, but got"):
+        with pytest.raises(ValueError, match="site fc: expected dense first and then changes, but got"):
             SiteOptions(name="fc", options=options)
     with pytest.raises(ValueError, match="expected every site once, but got a twice"):
         choose([site("a", 3), site("b", 3), site("a", 3)], cost="params", limit=9)
+
+
+def in_bits(cost, loss, bits):
+    return Option(form="dense", rank=None, params=40, macs=40, bytes=cost, loss=loss, bits=bits)
+
+
+def test_a_dense_weight_of_fewer_bits_is_a_change_with_a_loss():
+    exact = dense(160)
+    one = SiteOptions(name="s", options=(exact, in_bits(40, 0.1, 8), in_bits(20, 0.5, 4)))
+    for limit, bits in ((160, 32), (159, 8), (40, 8), (39, 4), (20, 4)):
+        assert choose([one], cost="bytes", limit=limit)["s"].bits == bits
+    with pytest.raises(UnreachableLimitError):
+        choose([one], cost="bytes", limit=19)
+    assert smallest_cost([one], cost="bytes") == 20
+
+
+def test_bits_are_spent_where_they_prevent_most():
+    options = [(dense(160), in_bits(40, 0.0, 8), in_bits(20, loss, 4)) for loss in (0.1, 0.9)]
+    sites = [SiteOptions(name=name, options=drawn) for name, drawn in zip("ab", options, strict=True)]
+    chosen = choose(sites, cost="bytes", limit=60)
+    assert {name: option.bits for name, option in chosen.items()} == {"a": 4, "b": 8}
+
+
+@pytest.mark.parametrize(
+    ("bits", "loss", "is_allowed"), [(8, 0.1, True), (8, 0.0, True), (32, 0.0, True), (32, 0.1, False)]
+)
+def test_only_the_dense_weight_as_it_is_loses_nothing(bits, loss, is_allowed):
+    if is_allowed:
+        assert in_bits(40, loss, bits).is_exact == (bits == 32)
+        return
+    with pytest.raises(ValueError, match="0 for dense"):
+        in_bits(40, loss, bits)
+
+
+def test_the_first_option_is_the_weight_as_it_is():
+    for options in ((in_bits(40, 0.0, 8),), (dense(160), dense(160)), (dense(160), in_bits(40, 0, 8), dense(160))):
+        with pytest.raises(ValueError, match="expected dense first"):
+            SiteOptions(name="s", options=options)

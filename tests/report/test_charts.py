@@ -4,11 +4,11 @@ from xml.etree import ElementTree
 import pytest
 
 from rsi_deploy.report.pages.charts import svg
-from rsi_deploy.report.pages.plots import Axis, Bar, Bars, Curves, Dots, Panel, Panels, Point, Span, Spans
+from rsi_deploy.report.pages.plots import Axis, Bar, Bars, Curves, Dots, Panel, Panels, PlotPoint, Span, Spans
 from rsi_deploy.report.pages.theme import ALL, GRID, MUTED, SERIES, TEXT, WARN
 
 LINEAR = Axis(title="x", zero=True)
-POINTS = [Point(x=x, y=1 / x, low=0.9 / x, high=1.1 / x, series=s) for x in (1, 2, 4) for s in ("a", "b")]
+POINTS = [PlotPoint(x=x, y=1 / x, low=0.9 / x, high=1.1 / x, series=s) for x in (1, 2, 4) for s in ("a", "b")]
 PLOTS = {
     "bars": Bars(bars=[Bar(label="one", value=1), Bar(label="two", value=2)], axis=LINEAR, mark=(1.5, "here")),
     "groups": Bars(bars=[Bar(label="l", value=v, series=s) for s, v in (("a", 1), ("b", 2))], axis=LINEAR, series="ab"),
@@ -22,11 +22,11 @@ PLOTS = {
     "steps": Curves(points=POINTS, x=LINEAR, y=LINEAR, series="ab", dots=False, steps=True),
     "dots": Dots(points=POINTS[:2], x=LINEAR, y=LINEAR, series="ab", front=POINTS[::2]),
     "labels": Dots(
-        points=[Point(x=x, y=x, series="a", label=str(x)) for x in (1, 2, 4)],
+        points=[PlotPoint(x=x, y=x, series="a", label=str(x)) for x in (1, 2, 4)],
         x=Axis(title="x", ends=(0, 5)),
         y=Axis(title="y", ends=(0, 5)),
         series="ab",
-        rings=[Point(x=2, y=2, series="a")],
+        rings=[PlotPoint(x=2, y=2, series="a")],
     ),
     "spans": Spans(spans=[Span(label="l", median=1, interval=(0.9, 1.1), percentiles={"p90": 2})], axis=LINEAR),
     "panels": Panels(

@@ -14,7 +14,7 @@ from rich.console import Console
 from rsi_deploy import export
 from rsi_deploy.report.card import model_card
 from rsi_deploy.report.pages.charts import CHARACTER, LINE, PLOT, placed_labels
-from rsi_deploy.report.pages.plots import Axis, Point
+from rsi_deploy.report.pages.plots import Axis, PlotPoint
 from rsi_deploy.report.pages.precision import precision_section
 from rsi_deploy.report.pages.report import report_page
 from rsi_deploy.report.schema import read_report
@@ -193,7 +193,7 @@ def test_ten_labels_do_not_overlap(spread, seed):
     rng = np.random.default_rng(seed)
     places = 0.5 + spread * (rng.random((10, 2)) - 0.5)
     points = [
-        Point(
+        PlotPoint(
             x=float(x), y=float(90 + 10 * y), series="s", low=float(89 + 10 * y), high=float(91 + 10 * y), label=str(n)
         )
         for n, (x, y) in enumerate(places, 1)
@@ -207,6 +207,6 @@ def test_ten_labels_do_not_overlap(spread, seed):
 
 
 def test_dots_without_labels_get_none():
-    assert placed_labels([Point(x=0, y=1, series="s")], Axis(title="x"), Axis(title="y")) == []
+    assert placed_labels([PlotPoint(x=0, y=1, series="s")], Axis(title="x"), Axis(title="y")) == []
     with pytest.raises(ValueError, match="fixed ends"):
-        placed_labels([Point(x=0, y=1, series="s", label="1")], Axis(title="x"), Y)
+        placed_labels([PlotPoint(x=0, y=1, series="s", label="1")], Axis(title="x"), Y)

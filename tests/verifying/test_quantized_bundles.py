@@ -237,3 +237,12 @@ def test_a_delivered_rival_without_splits_holds(bundles, tmp_path):
     deliver(tmp_path / "b", Lowering(scheme=Scheme(kind="dynamic int8")), None)
     assert broken(tmp_path / "b") == set()
     assert statuses(tmp_path / "b")["MACs"] == "holds"
+
+
+@pytest.mark.parametrize(("scheme", "status"), [("float32", "holds"), ("dynamic int8", "not checked")])
+def test_parameters_are_counted_where_the_choice_was_a_float_model(bundles, tmp_path, scheme, status):
+    shutil.copytree(bundles / "images", tmp_path / "b")
+    point = PrecisionPoint(name=scheme, scheme=scheme, is_rival=False, is_delivered=True)
+    record = PrecisionRecord(request="auto", scheme=scheme, rule="smallest", points=(point,))
+    edit_report(tmp_path / "b", lambda content: content.update(precision=record.model_dump(mode="json")))
+    assert statuses(tmp_path / "b")["parameters"].replace("_", " ") == status

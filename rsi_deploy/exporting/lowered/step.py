@@ -28,13 +28,14 @@ from rsi_deploy.exporting.calibration_step import Calibrator
 from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, CLOSE_RATIO, Point, Rule
 from rsi_deploy.exporting.results import DenseModel
 from rsi_deploy.io.onnx_file import file_bytes
+from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Decisions, Planned
-from rsi_deploy.planning.knapsack import Option, SiteOptions
+from rsi_deploy.planning.knapsack import Option, SiteOptions, smallest_cost
 from rsi_deploy.planning.planner import Decision, FixedPlanner
 from rsi_deploy.planning.record import PlanRecord
-from rsi_deploy.precision.four_bit import Table, stored_table_bytes, table_values, tables
+from rsi_deploy.precision.four_bit import EmbeddingTable, stored_table_bytes, table_values, tables
 from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
 from rsi_deploy.precision.quantizers import quantize
 from rsi_deploy.precision.record import PrecisionRecord
@@ -91,6 +92,7 @@ class PrecisionStep:
     notes: list[str] = field(default_factory=list)
     _lowered_dense: dict[Scheme, Point] = field(default_factory=dict, init=False)
     _searches: dict[Scheme, PlanRecord] = field(default_factory=dict, init=False)
+    _smallest: list[int] = field(default_factory=list, init=False)
 
     def run(self) -> tuple[Point, PrecisionRecord, BenchResult | None]:
         """Return the chosen point, the record of the choice, and the measurement of the dense model beside it.
@@ -139,7 +141,7 @@ class PrecisionStep:
         for suffix in ("", ".data"):
             if (file := chosen.path.with_name(chosen.path.name + suffix)).exists():
                 file.replace(self.dense.target.with_name(self.dense.target.name + suffix))
-        decisions = {} if chosen.made is None else _decisions(chosen.made)
+        stored = {} if chosen.made is None else self._stored_bits(chosen.made, chosen.scheme)
         names = {table.name for table in self._tables}
         search = self._searches.get(chosen.scheme) or next(iter(self._searches.values()), None)
         if search is not None:
@@ -150,8 +152,8 @@ class PrecisionStep:
             scheme=chosen.scheme.name,
             rule=rule.text,
             points=tuple(point.record(chosen, rule) for point in points),
-            bits={n: d.bits for n, d in decisions.items() if n not in names and is_int8(chosen.scheme)},
-            tables={n: d.bits for n, d in decisions.items() if n in names and is_int8(chosen.scheme)},
+            bits={name: bits for name, bits in stored.items() if name not in names},
+            tables={name: bits for name, bits in stored.items() if name in names},
         )
         if latency is not None and chosen.timing is not None:
             latency = latency.model_copy(
@@ -180,7 +182,7 @@ class PrecisionStep:
         return frozenset(site.op_type for site in self.dense.sites)
 
     @cached_property
-    def _tables(self) -> list[Table]:
+    def _tables(self) -> list[EmbeddingTable]:
         return tables(self.dense.proto)
 
     # -- what onnxruntime offers ------------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ class PrecisionStep:
     def _planned_points(self, scheme: Scheme) -> Iterator[Point]:
         """Yield models with ranks and bits, planned for the request in a scheme."""
         request, budget = self.calibrator.request, self.calibrator.request.budget
-        if scheme in self._lowered_dense and request.max_drop is None:  # which only the search judges
+        if scheme in self._lowered_dense and self._dense_may_keep:
             base = self._lowered_dense[scheme]
             yield replace(base, made=self._all_dense(8), split=self.unsplit())
         if not (request.is_searched or budget is not None):
@@ -280,9 +282,19 @@ class PrecisionStep:
         except (ModelError, GateError) as error:
             self.notes.append(f"{scheme.name}: {error}")
 
+    @property
+    def _dense_may_keep(self) -> bool:
+        """Return whether a model without splits may keep the limit; MACs and ranks need splits, a drop a search."""
+        request, budget = self.calibrator.request, self.calibrator.request.budget
+        if request.max_drop is not None or not request.is_searched:
+            return False
+        return budget is None or budget.cost in ("bytes", "nanoseconds")
+
     def _of_size(self, budget: Budget, planner: CalibratedPlanner, scheme: Scheme) -> Iterator[Point]:
         """Yield the model within a size; its bytes are counted, and counted again where the file is larger."""
         allowed, over = budget.total(self.dense.size.bytes), 0
+        if is_int8(scheme):
+            self._smallest.append(planner.fixed_bytes + smallest_cost(planner.options, cost="bytes"))
         for _ in range(TRIES):
             point = self._point(planner.fit(planner.in_bytes(allowed - over)), scheme)
             if point.bytes <= allowed:
@@ -327,9 +339,9 @@ class PrecisionStep:
         whole = self._whole_planner
         allowed: tuple[int, ...] = (32,)
         if is_int8(scheme):
-            allowed = (4,) if self.precision == "int4" else (8,)
-            if self.precision == "auto" and (budget is None or budget.cost == "bytes"):
-                allowed = (8, 4)
+            allowed = (4,) if self.precision == "int4" else (8, 4) if self.precision == "auto" else (8,)
+            if self.calibrator.request.fastest or (budget is not None and budget.cost != "bytes"):
+                allowed = (32,)  # MACs and times choose ranks; all weights have the usual bits
         options = [_in_bits(site, allowed) for site in whole.options]
         if scheme.kind == "dynamic int8":
             convolutions = {site.name for site in whole.streams.sites if site.kernel}
@@ -337,7 +349,7 @@ class PrecisionStep:
                 _in_bits(site, (32,)) if site.name in convolutions else new
                 for site, new in zip(whole.options, options, strict=True)
             ]
-        if is_int8(scheme):
+        if is_int8(scheme) and allowed != (32,):
             options += [_in_bits(site, allowed) for site in self._table_options]
         planner = replace(
             whole,
@@ -370,7 +382,7 @@ class PrecisionStep:
             options = [whole]
             for bits in (8, 4):
                 values = table_values(numpy_helper.to_array(known[table.name], str(self.dense.path.parent)), bits)
-                model = onnx.load(str(self.dense.path))
+                model = read_proto(self.dense.path, with_data=True)
                 for tensor in model.graph.initializer:
                     if tensor.name == table.name:
                         tensor.CopyFrom(numpy_helper.from_array(values, table.name))
@@ -409,8 +421,8 @@ class PrecisionStep:
         )
 
     def _bits_text(self, made: Planned, scheme: Scheme) -> str:
-        decided = [decision.bits for decision in _decisions(made).values()]
-        return f", {decided.count(4)} weights in 4 bits" if is_int8(scheme) and 4 in decided else ""
+        stored = list(self._stored_bits(made, scheme).values())
+        return f", {stored.count(4)} weights in 4 bits" if 4 in stored else ""
 
     def unsplit(self) -> SplitModel:
         """Return the record of the dense model, whose sites are not split."""
@@ -433,21 +445,24 @@ class PrecisionStep:
             _delete(work)
 
     def _lowering(self, made: Planned, scheme: Scheme) -> Lowering:
-        decisions = _decisions(made)
-        usual = 4 if self.precision == "int4" else 8
-        bits = {}
-        for site in self.dense.sites:
-            decision = decisions.get(site_name(site.weight))
-            decided = usual if decision is None or not self._decides_bits(decisions) else decision.bits
-            if decided != 8:
-                bits[site.node] = decided
-        chosen = {t.name: decisions[t.name].bits if t.name in decisions else usual for t in self._tables}
-        return Lowering(scheme=scheme, bits=bits, tables=chosen)
+        if not is_int8(scheme):
+            return Lowering(scheme=scheme)
+        stored = self._stored_bits(made, scheme)
+        bits = {site.node: stored[site_name(site.weight)] for site in self.dense.sites}
+        return Lowering(scheme=scheme, bits=bits, tables={table.name: stored[table.name] for table in self._tables})
 
-    @staticmethod
-    def _decides_bits(decisions: Decisions) -> bool:
-        """Return whether decisions say anything of bits; those of a rank or a plan do not."""
-        return any(decision.bits < 32 for decision in decisions.values())
+    def _stored_bits(self, made: Planned, scheme: Scheme) -> dict[str, int]:
+        """Return name of each site and table -> bits that it is stored in; empty where the scheme is not int8."""
+        if not is_int8(scheme):
+            return {}
+        decisions, usual = _decisions(made), 4 if self.precision == "int4" else 8
+        if all(decision.bits == 32 for decision in decisions.values()):
+            decisions = {}  # those of ranks, MACs and plans say nothing of bits
+        names = [*(site_name(site.weight) for site in self.dense.sites), *(table.name for table in self._tables)]
+        stored = {name: decisions[name].bits if name in decisions else usual for name in names}
+        if scheme.kind == "dynamic int8":  # of products alone
+            stored |= {site_name(s.weight): 32 for s in self.dense.sites if s.op_type not in PRODUCTS}
+        return stored
 
     def _quality(self, path: Path, part: str = "check") -> OutputQuality | None:
         """The quality of a model's outputs; None where they are not finite."""
@@ -490,7 +505,8 @@ class PrecisionStep:
         request = self.calibrator.request
         made = [point for point in points if point.path is not None and point.path != self.dense.path]
         if request.budget is not None and request.budget.cost == "bytes":
-            raise request.budget.unreachable(self.dense.size.bytes, min(point.bytes for point in made))
+            smallest = min([*self._smallest, *(point.bytes for point in made)])
+            raise request.budget.unreachable(self.dense.size.bytes, smallest)
         if request.budget is not None and request.budget.cost == "nanoseconds" and rule.dense_ms is not None:
             fastest = min(point.timing.median_ms for point in made if point.timing is not None)
             raise request.budget.unreachable(round(1e6 * rule.dense_ms), round(1e6 * fastest))

@@ -7,7 +7,7 @@ from rsi_deploy.benchmark.result import BenchDocument, BenchResult, VariantResul
 from rsi_deploy.report.bench_tables import how_it_ran, latency_table
 from rsi_deploy.report.pages.latency import latency_blocks
 from rsi_deploy.report.pages.page import Block, Picture, Section, block_of
-from rsi_deploy.report.pages.plots import Axis, Curves, Dots, Point
+from rsi_deploy.report.pages.plots import Axis, Curves, Dots, PlotPoint
 from rsi_deploy.report.table import Table
 
 MOST = 6
@@ -51,7 +51,7 @@ def _scaling(cells: Sequence[BenchResult], number: int) -> Block:
     cells = sorted(cells, key=lambda cell: cell.batch)
     labels = [arm.label for arm in cells[0].arms]
     points = [
-        Point(
+        PlotPoint(
             x=cell.batch,
             y=arm.median_ms / cell.batch,
             low=arm.median_interval_ms[0] / cell.batch,
@@ -134,9 +134,9 @@ def pareto_section(document: BenchDocument) -> Section:
     return Section(name="pareto", title="Accuracy against latency", blocks=blocks, words=words)
 
 
-def _dot(arm: VariantResult, share: float, ends: tuple[float, float] | None) -> Point:
+def _dot(arm: VariantResult, share: float, ends: tuple[float, float] | None) -> PlotPoint:
     low, high = ends or (None, None)
-    return Point(
+    return PlotPoint(
         x=arm.median_ms,
         x_low=arm.median_interval_ms[0],
         x_high=arm.median_interval_ms[1],
@@ -148,13 +148,13 @@ def _dot(arm: VariantResult, share: float, ends: tuple[float, float] | None) -> 
     )
 
 
-def front_of(points: Sequence[Point]) -> list[Point]:
+def front_of(points: Sequence[PlotPoint]) -> list[PlotPoint]:
     """Return the points that no other one beats, sorted by x.
 
     One point beats another if its x is not larger, its y is not smaller, and one of the two differs.
 
     Example:
-        >>> fast, good, bad = (Point(x=x, y=y, series=s) for x, y, s in ((1, 90, "f"), (2, 95, "g"), (3, 94, "b")))
+        >>> fast, good, bad = (PlotPoint(x=x, y=y, series=s) for x, y, s in ((1, 90, "f"), (2, 95, "g"), (3, 94, "b")))
         >>> [point.series for point in front_of([bad, good, fast])]
         ['f', 'g']
     """

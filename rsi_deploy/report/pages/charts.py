@@ -14,7 +14,7 @@ from typing import Any
 import vl_convert
 
 from rsi_deploy.core.text import plain, shortened
-from rsi_deploy.report.pages.plots import Axis, Bar, Bars, Curves, Dots, Panels, Plot, Point, Spans
+from rsi_deploy.report.pages.plots import Axis, Bar, Bars, Curves, Dots, Panels, Plot, PlotPoint, Spans
 from rsi_deploy.report.pages.svg import tidied
 from rsi_deploy.report.pages.theme import GRID, MUTED, SERIES, TEXT, WARN
 
@@ -251,7 +251,7 @@ def _bar(bar: Bar, row: str, number: int) -> Json:
     return {"row": row, "value": bar.value, "series": plain(bar.series), "note": plain(note), "number": number}
 
 
-def _points(points: Sequence[Point]) -> list[Json]:
+def _points(points: Sequence[PlotPoint]) -> list[Json]:
     fields = ("x", "y", "low", "high", "x_low", "x_high")
     return [
         {name: getattr(point, name) for name in fields if getattr(point, name) is not None}
@@ -310,7 +310,9 @@ def _shape(series: Sequence[str]) -> Json:
 # -- labels of dots
 
 
-def placed_labels(points: Sequence[Point], x: Axis, y: Axis, rings: Sequence[Point] = ()) -> list[dict[str, Any]]:
+def placed_labels(
+    points: Sequence[PlotPoint], x: Axis, y: Axis, rings: Sequence[PlotPoint] = ()
+) -> list[dict[str, Any]]:
     """Return text and place of the labels: `label`, and `x` and `y` of its centre in units of the axes.
 
     Args:

@@ -8,7 +8,7 @@ import numpy as np
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.report.bench_tables import how_it_ran, latency_table
 from rsi_deploy.report.pages.page import Block, Picture, Section
-from rsi_deploy.report.pages.plots import Axis, Curves, Point, Span, Spans
+from rsi_deploy.report.pages.plots import Axis, Curves, PlotPoint, Span, Spans
 from rsi_deploy.report.table import Table
 
 BINS, DRAWN = 40, 95
@@ -66,7 +66,8 @@ def _distribution(result: BenchResult, name: str) -> Block | None:
         below = np.interp(edges, arm.quantiles_ms, np.arange(101))
         shares = [*np.diff(below), 0.0]
         points += [
-            Point(x=float(edge), y=float(share), series=arm.label) for edge, share in zip(edges, shares, strict=True)
+            PlotPoint(x=float(edge), y=float(share), series=arm.label)
+            for edge, share in zip(edges, shares, strict=True)
         ]
     picture = Picture(
         name=f"{name}-distribution",

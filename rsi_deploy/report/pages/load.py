@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rsi_deploy.benchmark.result import BenchDocument
 from rsi_deploy.report.bench_tables import bursts_table, streams_table, throughput_table
 from rsi_deploy.report.pages.page import Picture, Section, bar_chart, block_of
-from rsi_deploy.report.pages.plots import Axis, Bar, Curves, Point
+from rsi_deploy.report.pages.plots import Axis, Bar, Curves, PlotPoint
 from rsi_deploy.report.table import Table
 
 
@@ -29,7 +29,7 @@ def _bursts(document: BenchDocument) -> Section:
 
 def _throughput(document: BenchDocument) -> Section:
     points = [
-        Point(x=batch, y=rate, low=low, high=high, series=t.label, note=f"{t.label}, batch {batch}: {rate:.4g}/s")
+        PlotPoint(x=batch, y=rate, low=low, high=high, series=t.label, note=f"{t.label}, batch {batch}: {rate:.4g}/s")
         for t in document.throughput
         for batch, rate, (low, high) in zip(t.batches, t.per_second, t.per_second_intervals, strict=True)
     ]
@@ -42,7 +42,7 @@ def _throughput(document: BenchDocument) -> Section:
 
 def _streams(document: BenchDocument) -> Section:
     points = [
-        Point(
+        PlotPoint(
             x=s.streams,
             y=s.per_second,
             low=s.per_second_interval[0],
@@ -81,7 +81,7 @@ def _loadgen(document: BenchDocument) -> Section:
     return Section(name="loadgen", title="MLPerf LoadGen", blocks=block_of(table), words=words)
 
 
-def _rates(name: str, title: str, axis: str, points: Sequence[Point], labels: Sequence[str]) -> Picture:
+def _rates(name: str, title: str, axis: str, points: Sequence[PlotPoint], labels: Sequence[str]) -> Picture:
     return Picture(
         name=name,
         title=title,

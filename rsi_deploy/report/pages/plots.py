@@ -67,7 +67,7 @@ class Bars:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class PlotPoint:
     """A point of a curve, or a dot, with intervals of y (`low`, `high`) and x.
 
     `note` is shown at the pointer; `label` is written beside a dot.
@@ -97,13 +97,13 @@ class Curves:
         marks: additional marked points, such as a chosen rank.
     """
 
-    points: Sequence[Point]
+    points: Sequence[PlotPoint]
     x: Axis
     y: Axis
     series: Sequence[str]
     dots: bool = True
     steps: bool = False
-    marks: Sequence[Point] = ()
+    marks: Sequence[PlotPoint] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +113,12 @@ class Dots:
     Labels do not overlap where there is room; dots with labels need axes with fixed ends.
     """
 
-    points: Sequence[Point]
+    points: Sequence[PlotPoint]
     x: Axis
     y: Axis
     series: Sequence[str]
-    front: Sequence[Point] = ()
-    rings: Sequence[Point] = ()
+    front: Sequence[PlotPoint] = ()
+    rings: Sequence[PlotPoint] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from rsi_deploy.precision.record import PrecisionPoint
 from rsi_deploy.report.pages.page import Block, Picture, Section
-from rsi_deploy.report.pages.plots import Axis, Dots, Point
+from rsi_deploy.report.pages.plots import Axis, Dots, PlotPoint
 from rsi_deploy.report.schema import Report
 from rsi_deploy.report.summary import Measure, human_bytes, point_measure, points_table, precision_lines
 
@@ -66,7 +66,7 @@ def _dots(
         low, high = measure.interval(point.quality) or (None, None)
         x_low, x_high = at[1] or (None, None)
         size = "" if point.bytes is None else f", {human_bytes(point.bytes)}"
-        dot = Point(
+        dot = PlotPoint(
             x=at[0],
             y=value,
             series=DENSE if number == 1 else RIVAL if point.is_rival else OURS,

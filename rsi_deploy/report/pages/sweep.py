@@ -7,7 +7,7 @@ from rsi_deploy.core.text import human_bytes, human_count
 from rsi_deploy.report.pages.environment import environment_section
 from rsi_deploy.report.pages.html import render
 from rsi_deploy.report.pages.page import Block, Page, Picture, Section, Tile
-from rsi_deploy.report.pages.plots import Axis, Dots, Point
+from rsi_deploy.report.pages.plots import Axis, Dots, PlotPoint
 from rsi_deploy.report.summary import share
 from rsi_deploy.report.sweep_schema import Sweep, SweepPoint
 from rsi_deploy.report.table import Table, with_interval
@@ -139,7 +139,7 @@ def _section(sweep: Sweep, cost: Cost) -> Section | None:
     return Section(name=f"front-{cost}", title=f"Against {TITLES[cost]}", blocks=[Block(picture=picture)])
 
 
-def _place(point: SweepPoint, cost: Cost) -> Point | None:
+def _place(point: SweepPoint, cost: Cost) -> PlotPoint | None:
     if point.size is None or point.quality is None or (cost == "time" and point.speedup is None):
         return None
     x = {"time": 1 / (point.speedup or 1.0), "bytes": float(point.size.bytes), "macs": float(point.size.macs)}[cost]
@@ -149,7 +149,7 @@ def _place(point: SweepPoint, cost: Cost) -> Point | None:
         ends = (1 / high, 1 / low)  # type: ignore[assignment]
     price = human_count(point.size.macs) if cost == "macs" else f"{x:.3g}"
     note = f"point {point.number}: {price}, {point.quality:.4g}"
-    return Point(x=x, y=point.quality, series="points", x_low=ends[0], x_high=ends[1], note=note)
+    return PlotPoint(x=x, y=point.quality, series="points", x_low=ends[0], x_high=ends[1], note=note)
 
 
 def _speedup(point: SweepPoint) -> str:

@@ -1,0 +1,112 @@
+"""`export --precision` from end to end, on the digit network of the samples."""
+
+import re
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from calibrated_nets import IMAGE, conv_net, inputs
+
+from rsi_deploy import export, verify
+from rsi_deploy.core.errors import ModelError, UsageError
+
+MODEL = "samples.digits:cnn"
+WEIGHTS = {"checkpoint": "samples/digits_cnn.safetensors", "measure": False}
+CALIB = "samples/digits_calib.npz"
+SIZE = 150_000
+
+
+def made(folder, **options):
+    return export(MODEL, folder, **WEIGHTS, **{"calib": CALIB, "keep_dense": True} | options)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    return folder / "b", made(folder / "b", precision="auto", max_size=SIZE)
+
+
+def test_a_size_is_kept_and_the_bundle_verifies(small):
+    folder, report = small
+    assert (folder / "model.onnx").stat().st_size == report.compressed.bytes <= SIZE
+    claims = {claim.name: claim.status for claim in verify(folder).claims}
+    assert "broken" not in claims.values()
+    assert {claims[name] for name in ("budget", "bytes", "outputs", "sites", "ranks", "parity", "MACs")} == {"holds"}
+
+
+def test_every_model_is_listed_and_no_rival_is_better(small):
+    _, report = small
+    points = report.precision.points
+    chosen = report.precision.delivered
+    assert chosen.keeps_limit
+    assert chosen.bytes == report.compressed.bytes
+    assert {p.scheme for p in points if p.is_rival} >= {"float32", "static int8 (minmax)", "dynamic int8"}
+    assert all(p.keeps_limit == (p.bytes <= SIZE) for p in points)
+    losses = [p.quality.output_error for p in points if p.is_rival and p.keeps_limit]
+    assert all(loss >= chosen.quality.output_error / 1.25 for loss in losses)
+
+
+def test_the_model_answers_as_the_report_says(small):
+    folder, report = small
+    x = np.load("samples/digits_eval.npz")["images"].astype(np.float32).transpose(0, 3, 1, 2)
+    answers = []
+    for name in ("dense.onnx", "model.onnx"):
+        session = ort.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+        answers.append(session.run(None, {"input": (x / 255 - 0.305) / 0.376})[0].argmax(axis=1))
+    assert len(set(answers[0])) == 10
+    assert 100 * np.mean(answers[0] == answers[1]) >= report.precision.delivered.quality.agreement_at_least
+
+
+def test_the_same_command_writes_the_same_model(tmp_path):
+    source, data = conv_net(tmp_path / "m.onnx"), inputs(tmp_path / "c.npz", *IMAGE)
+    models = []
+    for name, size in (("a", 20_000), ("b", 20_000), ("c", 24_000)):
+        export(str(source), tmp_path / name, calib=data, precision="auto", max_size=size, measure=False)
+        models.append((tmp_path / name / "model.onnx").read_bytes())
+    assert models[0] == models[1] != models[2]
+    assert max(len(model) for model in models[:2]) <= 20_000
+
+
+def kinds_of(path):
+    """Names of the sites' nodes, and whether each one's weight is stored as a float."""
+    graph = onnx.load(path).graph
+    stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type in ("Gemm", "MatMul", "MatMulInteger")]
+    return {
+        re.sub(r"_MatMul$", "", node.name): stored.get(node.input[1]) == onnx.TensorProto.FLOAT for node in products
+    }
+
+
+def test_a_rank_is_kept_in_int8(tmp_path):
+    report = made(tmp_path / "b", precision="int8", rank="20%")
+    assert report.precision.delivered.name.startswith("low rank")
+    ranks = {site.name: site.rank for site in report.sites if site.rank}
+    assert ranks["classifier.fc1"] == 103
+    assert not any(kinds_of(tmp_path / "b" / "model.onnx").values())
+    assert "broken" not in {claim.status for claim in verify(tmp_path / "b").claims}
+
+
+def test_a_budget_of_macs_is_kept_and_every_product_is_int8(tmp_path):
+    report = made(tmp_path / "b", precision="int8", keep_macs=0.4)
+    assert report.compressed.macs <= 0.4 * report.dense.macs
+    assert report.precision.delivered.name.startswith("low rank")
+    kinds = kinds_of(tmp_path / "b" / "model.onnx")
+    assert len(kinds) >= 4
+    assert not any(kinds.values())
+    if report.precision.scheme == "dynamic int8":
+        assert {report.precision.bits[name] for name in ("features.conv1", "features.conv2")} == {32}
+    assert {report.precision.bits[name] for name in report.precision.bits if "classifier" in name} == {8}
+
+
+def test_a_precision_needs_data(tmp_path):
+    with pytest.raises(UsageError, match="--precision int8 .*--calib"):
+        made(tmp_path / "b", precision="int8", rank="50%", calib=None)
+
+
+def test_an_impossible_size_names_the_smallest_that_there_is(tmp_path):
+    with pytest.raises(ModelError, match=r"--max-size 5kB.*--max-size") as refused:
+        made(tmp_path / "b", precision="auto", max_size=5000)
+    nearest = float(re.search(r"type --max-size ([\d.]+)kB", str(refused.value)).group(1))
+    assert 5 < nearest < 100  # int8 of the dense model, without ranks, takes six times as much
+    assert not (tmp_path / "b").exists()
