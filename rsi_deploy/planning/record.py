@@ -1,5 +1,7 @@
 """The record of a plan in a report: what was foreseen, what the check part shows, and what a search has tried."""
 
+from typing import Literal
+
 import pydantic
 
 
@@ -7,7 +9,7 @@ class PlanTrial(pydantic.BaseModel, frozen=True, extra="forbid"):
     """A model that was fitted and judged during a search.
 
     Attributes:
-        share: share of the dense model's parameters, or of its time with `--fastest`.
+        share: share of the dense model, in the `unit` of the plan.
         value: what was compared with the limit: the one-sided limit on the check part as a fraction, or the drop of
             top-1 in points; None if the model gives no numbers.
         holds: whether it keeps the limit.
@@ -24,7 +26,8 @@ class PlanRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
     Attributes:
         limit: quality that was searched for, as it is typed, or "".
         is_default: whether the limit stands in for a size that was not set.
-        is_fastest: whether the search went for time, not for parameters.
+        is_fastest: whether the search went for time, not for size.
+        unit: what the shares of the trials are of.
         trials: models that were fitted and judged, in order.
         delivers_dense: whether the dense model is delivered, because no other one that was tried keeps the limit.
         foreseen: sum of the losses of the chosen options: relative output distance and KL divergence, site by site.
@@ -35,6 +38,7 @@ class PlanRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
     limit: str = ""
     is_default: bool = False
     is_fastest: bool = False
+    unit: Literal["parameters", "bytes", "time"] = "parameters"
     trials: tuple[PlanTrial, ...] = ()
     delivers_dense: bool = False
     foreseen: float | None = None

@@ -27,7 +27,7 @@ Array = npt.NDArray[Any]
 OPSET = 21
 """First opset whose Cast knows int4."""
 IR_VERSION = 10
-BLOCKS = {4: 32, 8: 128}
+BLOCKS = {4: 64, 8: 128}
 """Bits of an embedding table -> numbers of a row that share a scale."""
 LEAST_BLOCK = 16
 

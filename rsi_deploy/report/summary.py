@@ -185,9 +185,8 @@ def plan_lines(report: "Report") -> list[str]:
     if plan.trials:
         why = "no size was set, so this is the limit: " if plan.is_default else ""
         goal = "fastest" if plan.is_fastest else "smallest"
-        what = "time" if plan.is_fastest else "parameters"
         found = "none but the dense one" if plan.delivers_dense else f"the {goal} of {len(plan.trials)} that were tried"
-        lines.append(f"{why}{plan.limit}: {found}; at each share of the {what}: {_trials(plan)}")
+        lines.append(f"{why}{plan.limit}: {found}; at each share of the {plan.unit}: {_trials(plan)}")
     if plan.foreseen is not None and plan.shown is not None:
         worse = "" if plan.worse is None else f", {plan.worse:.2g} times as much"
         lines.append(

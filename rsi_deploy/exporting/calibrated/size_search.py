@@ -135,6 +135,7 @@ def searched_model(request: RankRequest, planner: CalibratedPlanner) -> tuple[Pl
         limit=limit,
         is_default=request.is_default,
         is_fastest=request.fastest,
+        unit="time" if request.fastest else "bytes" if planner.unit == "bytes" else "parameters",
         trials=tuple(search.trials),
         delivers_dense=best is None,
     )

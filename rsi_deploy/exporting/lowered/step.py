@@ -116,12 +116,8 @@ class PrecisionStep:
                 f"float32 or auto"
             )
         for scheme in bases:
-            if (
-                scheme is FLOAT32
-                and request.quality is not None
-                and any(map(self._keeps, (p for p in points if is_int8(p.scheme))))
-            ):
-                continue  # no float model is smaller
+            if scheme is FLOAT32 and self._needs_no_float(points):
+                continue
             points += self._planned_points(scheme)
         points, latency = self._measured(points)
         rule = Rule(
@@ -484,6 +480,17 @@ class PrecisionStep:
             result = self.measure([self.dense.path, *(point.path for point in able if point.path is not None)])
         timings = {id(point): arm for point, arm in zip(able, result.arms[1:], strict=True)}
         return [replace(point, timing=timings.get(id(point))) for point in points], result
+
+    def _needs_no_float(self, points: Sequence[Point]) -> bool:
+        """Return whether an int8 model keeps a quality, or a time with outputs that hardly change."""
+        request = self.calibrator.request
+        low = [point for point in points if is_int8(point.scheme)]
+        if request.quality is not None:
+            return any(map(self._keeps, low))
+        budget = request.budget
+        if budget is None or budget.cost != "nanoseconds":
+            return False
+        return any(point.loss <= CLOSE_LOSS and self._is_fast(budget, point) for point in low if not point.is_rival)
 
     def _keeps(self, point: Point) -> bool:
         """Return whether the outputs of a point keep the quality of the request."""
