@@ -14,6 +14,7 @@ from typing import Any
 
 from rsi_deploy import __version__
 from rsi_deploy.benchmark.result import BenchResult
+from rsi_deploy.calibration.calibration_data import CalibrationData
 from rsi_deploy.core.errors import ModelError, RsiDeployError
 from rsi_deploy.core.progress import step
 from rsi_deploy.core.settings.recipe import recipe_text
@@ -111,9 +112,19 @@ class ExportRun:
         clock, notes = StageClock(), list[str]()
         with self._folder(output, force=force) as folder:
             dense = self._dense(folder, clock)
-            if self.timed.request.needs_quality:
-                return self._with_default(dense)._written(folder, dense, clock, notes)
-            return self._written(folder, dense, clock, notes)
+            run = self._with_default(dense) if self.timed.request.needs_quality else self
+            request = run.timed.request
+            refuse_uncounted(request.budget, dense.size, uncounted_nodes(dense.uncounted))
+            if dense.outputs is not None:
+                check_space(folder)
+            store = run._result_store(dense)
+            calibrator = run._calibrator(dense, store)
+            compress = run._lowered if run.config.precision not in (None, "float32") else run._in_float
+            with _names(dense.source.name, dense.path):
+                # Data that do not fit are refused before the cost table is measured.
+                data = None if request.calib is None else calibrator.data
+                delivered = compress(dense, calibrator, clock, store, notes)
+            return run._written(folder, dense, calibrator, delivered, data, store, clock)
 
     def outlook(self) -> Outlook:
         """Return what unseen data keep of the model; nothing is written.
@@ -127,21 +138,17 @@ class ExportRun:
             with _names(dense.source.name, dense.path), step("see what unseen data keep"):
                 return self._calibrator(dense, None).outlook()
 
-    def _written(self, folder: Path, dense: DenseModel, clock: StageClock, notes: list[str]) -> Report:
-        """Compress the dense model and write the files of the bundle into `folder`."""
-        refuse_uncounted(self.timed.request.budget, dense.size, uncounted_nodes(dense.uncounted))
-        if dense.outputs is not None:
-            check_space(folder)
-        feeds = None if dense.outputs is None else self.job.timing_feeds(dense, self.bench_batch)
-        store = self._result_store(dense)
-        calibrator = self._calibrator(dense, store)
-        with _names(dense.source.name, dense.path):
-            # Data that do not fit are refused before the cost table is measured.
-            data = None if self.timed.request.calib is None else calibrator.data
-            if self.config.precision not in (None, "float32"):
-                delivered = self._lowered(dense, calibrator, feeds, clock)
-            else:
-                delivered = self._in_float(dense, calibrator, feeds, clock, store, notes)
+    def _written(
+        self,
+        folder: Path,
+        dense: DenseModel,
+        calibrator: Calibrator,
+        delivered: Delivered,
+        data: CalibrationData | None,
+        store: ResultStore | None,
+        clock: StageClock,
+    ) -> Report:
+        """Compare the compressed model with the dense one, and write the files of the bundle."""
         checked = verified(
             dense,
             delivered.split,
@@ -215,6 +222,10 @@ class ExportRun:
         job = replace(self.job, settings=self.job.settings.model_copy(update={"budget": request.decided_by}))
         recipe = recipe_text("export", self.origin.model, config)
         return replace(self, timed=replace(self.timed, request=request), job=job, config=config, recipe=recipe)
+
+    def _feeds(self, dense: DenseModel) -> dict[str, Array] | None:
+        """Inputs to time with; None where the model cannot be run."""
+        return None if dense.outputs is None else self.job.timing_feeds(dense, self.bench_batch)
 
     def _settings(self, dense: DenseModel) -> ExportSettings:
         return self.job.settings.model_copy(update={"opset": dense.opset})
@@ -294,12 +305,12 @@ class ExportRun:
         self,
         dense: DenseModel,
         calibrator: Calibrator,
-        feeds: dict[str, Array] | None,
         clock: StageClock,
         store: ResultStore | None,
         notes: list[str],
     ) -> Delivered:
         """Compress the dense model to a float model, and measure it."""
+        feeds = self._feeds(dense)
         calibrator.timing = self._timing(dense, feeds, clock)
         with clock.stage("calibrate and plan"):
             planned = calibrator.planned()
@@ -317,7 +328,12 @@ class ExportRun:
         return self._delivered(dense, calibrator, planned, result, compress, feeds, clock, notes)
 
     def _lowered(
-        self, dense: DenseModel, calibrator: Calibrator, feeds: dict[str, Array] | None, clock: StageClock
+        self,
+        dense: DenseModel,
+        calibrator: Calibrator,
+        clock: StageClock,
+        store: ResultStore | None,
+        notes: list[str],
     ) -> Delivered:
         """Make models of several precisions, choose one, and move it to its place."""
 
@@ -330,7 +346,7 @@ class ExportRun:
             dense=dense,
             calibrator=calibrator,
             write=calibrator.write,
-            measure=measure if self.timed.measure and feeds is not None else None,
+            measure=measure if self.timed.measure and dense.outputs is not None else None,
             provider=self.job.provider,
             allow_slower=self.timed.allow_slower,
         )
@@ -341,7 +357,7 @@ class ExportRun:
             predicted=None,
             latency=latency,
             precision=record,
-            notes=tuple(precision.notes),
+            notes=(*notes, *precision.notes),
         )
 
     def _delivered(
