@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rsi_deploy.benchmark.result import VariantResult
 from rsi_deploy.calibration.record import OutputQuality
-from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, NEAR_RATIO, Point, Rule
+from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, NEAR_LOSS, NEAR_RATIO, Point, Rule
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.quality import QualityBudget
 from rsi_deploy.planning.request import RankRequest
@@ -155,7 +155,7 @@ def dominating(points, chosen, ruled):
         and ruled.keeps(rival)
         and rival.bytes <= chosen.bytes
         and rival.speedup >= chosen.speedup
-        and rival.loss < chosen.loss / NEAR_RATIO
+        and NEAR_RATIO * rival.loss + NEAR_LOSS < chosen.loss
     ]
 
 

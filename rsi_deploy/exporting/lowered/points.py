@@ -23,8 +23,8 @@ from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.precision.record import PrecisionPoint
 from rsi_deploy.precision.schemes import Scheme
 
-NEAR_RATIO = 1.25
-"""Ratio of two losses up to which they are nearly equal, where the outputs decide."""
+NEAR_RATIO, NEAR_LOSS = 1.1, 0.003
+"""Ratio of two losses up to which they are nearly equal where the outputs decide, and a loss to add."""
 CLOSE_RATIO, CLOSE_LOSS = 1.5, 0.005
 """The same where the time decides: a ratio, and a loss to add."""
 
@@ -142,7 +142,7 @@ class Rule:
             return min(able, key=lambda point: (point.bytes, -point.speedup))
         least = min(point.loss for point in able)
         if self.decides_by_outputs:
-            near = [point for point in able if point.loss <= NEAR_RATIO * least]
+            near = [point for point in able if point.loss <= NEAR_RATIO * least + NEAR_LOSS]
         else:
             near = [point for point in able if point.loss <= CLOSE_RATIO * least + CLOSE_LOSS]
         return max(near, key=lambda point: (point.speedup, -point.bytes))

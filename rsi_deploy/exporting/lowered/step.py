@@ -54,6 +54,8 @@ from rsi_deploy.runtime.providers import short_name
 
 TRIES = 3
 """Most models that are fitted for a size: the counted bytes may be too few."""
+OUT_OF_REACH = 2**50
+"""Bytes of an option that no size has room for."""
 SHARES = (0.75, 0.5, 0.3)
 """Shares of the MACs that are tried for the fastest model of a quality."""
 TIMED = 4
@@ -539,8 +541,11 @@ def _bits_of(site: CalibratedSite) -> tuple[int, ...]:
 
 
 def _in_bits(site: SiteOptions, allowed: tuple[int, ...]) -> SiteOptions:
-    """Return the options in these bits; the dense weight as it is stays."""
-    return SiteOptions(name=site.name, options=(site.options[0], *(o for o in site.options[1:] if o.bits in allowed)))
+    """Return the options in these bits; the dense weight as it is stays first, out of reach where it is not one."""
+    exact, others = site.options[0], [option for option in site.options[1:] if option.bits in allowed]
+    if others and 32 not in allowed:
+        exact = replace(exact, bytes=OUT_OF_REACH)
+    return SiteOptions(name=site.name, options=(exact, *others))
 
 
 def _decisions(made: Planned) -> Decisions:
