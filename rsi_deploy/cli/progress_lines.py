@@ -24,6 +24,7 @@ MEANINGS = {
     "trace": "run the dense model on the probe inputs",
     "accuracy dense": "evaluate the dense model on the data",
     "cost table": "time the splits of every site shape on this machine",
+    "plan and compare precisions": "make models of several precisions, and judge and measure them side by side",
     "calibrate and plan": "measure what each site may lose, choose the ranks, fit the factors",
     "factorize, split, save": "factorize what is not fitted yet, and write the compressed model",
     "latency": "time the models side by side",

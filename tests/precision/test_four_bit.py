@@ -325,4 +325,4 @@ def test_rows_that_no_block_divides_and_small_tables_stay(tmp_path, rows, width)
 def test_bytes_of_a_table():
     table = EmbeddingTable(name="t", rows=10, width=128)
     assert stored_table_bytes(table, 8) == 1280 + 10 * 2 + 10
-    assert stored_table_bytes(table, 4) == 640 + 40 * 2 + 20
+    assert stored_table_bytes(table, 4) == 640 + 20 * 2 + 10
