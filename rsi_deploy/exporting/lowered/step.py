@@ -54,6 +54,8 @@ from rsi_deploy.runtime.providers import short_name
 
 TRIES = 3
 """Most models that are fitted for a size: the counted bytes may be too few."""
+SMALL = 0.5
+"""Share of the dense model's bytes below which an int8 model that keeps a quality is small enough."""
 OUT_OF_REACH = 2**50
 """Bytes of an option that no size has room for."""
 SHARES = (0.75, 0.5, 0.3)
@@ -340,6 +342,8 @@ class PrecisionStep:
             allowed = (4,) if self.precision == "int4" else (8, 4) if self.precision == "auto" else (8,)
             if self.calibrator.request.fastest or (budget is not None and budget.cost != "bytes"):
                 allowed = (32,)  # MACs and times choose ranks; all weights have the usual bits
+            elif budget is None and self.precision == "auto":
+                allowed = (32, 8, 4)  # a quality may need a few weights in float
         options = [_in_bits(site, allowed) for site in whole.options]
         if scheme.kind == "dynamic int8":
             convolutions = {site.name for site in whole.streams.sites if site.kernel}
@@ -488,7 +492,8 @@ class PrecisionStep:
         request = self.calibrator.request
         low = [point for point in points if is_int8(point.scheme)]
         if request.quality is not None:
-            return any(map(self._keeps, low))
+            small = SMALL * self.dense.size.bytes
+            return any(point.bytes <= small and self._keeps(point) for point in low)
         budget = request.budget
         if budget is None or budget.cost != "nanoseconds":
             return False
