@@ -349,6 +349,7 @@ class ExportRun:
             measure=measure if self.timed.measure and dense.outputs is not None else None,
             provider=self.job.provider,
             allow_slower=self.timed.allow_slower,
+            allow_larger=self.allow_larger,
         )
         with clock.stage("plan and compare precisions"):
             point, record, latency = precision.run()

@@ -109,6 +109,16 @@ def _untyped_initializers(model: ir.Model) -> Iterator[None]:
             value.type, value.shape = kind, shape
 
 
+def move_model(path: Path, target: Path) -> None:
+    """Move a model to its final name. A model with a data file is written again: it refers to that file by name."""
+    if path.with_name(f"{path.name}.data").exists():
+        write_external(read_onnx(path), target)
+        path.unlink()
+        path.with_name(f"{path.name}.data").unlink()
+    else:
+        path.replace(target)
+
+
 def release_weights_(model: ir.Model) -> None:
     """Drop the weights now; otherwise reference cycles and the exporter's caches keep them in memory."""
     for value in model.graph.initializers.values():

@@ -99,6 +99,11 @@ def test_a_budget_of_macs_is_kept_and_every_product_is_int8(tmp_path):
     assert {report.precision.bits[name] for name in report.precision.bits if "classifier" in name} == {8}
 
 
+def test_int4_delivers_four_bits(tmp_path):
+    report = made(tmp_path / "b", precision="int4", max_size=700_000)
+    assert {bits for name, bits in report.precision.bits.items() if "classifier" in name} == {4}
+
+
 def test_a_precision_needs_data(tmp_path):
     with pytest.raises(UsageError, match="--precision int8 .*--calib"):
         made(tmp_path / "b", precision="int8", rank="50%", calib=None)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from rsi_deploy.benchmark.result import VariantResult
 from rsi_deploy.calibration.record import OutputQuality
-from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, NEAR_LOSS, NEAR_RATIO, Point, Rule
+from rsi_deploy.core.errors import GateError
+from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, NEAR_LOSS, NEAR_RATIO, Point, Rule, refuse_broken
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.quality import QualityBudget
 from rsi_deploy.planning.request import RankRequest
@@ -74,7 +75,7 @@ CASES = {
     "the best outputs within a time": (TIME, [GOOD, point("worse", loss=0.02, speed=4.0)]),
     "too slow, though better": (TIME, [GOOD, point("slow", loss=0.001, speed=1.9)]),
     "not measured, though better": (TIME, [GOOD, point("unknown", loss=0.001, speed=None)]),
-    "larger is no fault within a time": (TIME, [point("good", size=4000), point("small", loss=0.02, size=10)]),
+    "larger is no fault within a time": (TIME, [point("good", size=900), point("small", loss=0.02, size=10)]),
     "the smallest that keeps a quality": (QUALITY, [GOOD, point("large", size=401, loss=0.001, speed=9.0)]),
     "smaller, but missing the quality": (QUALITY, [GOOD, point("small", size=100, agreement=97.9)]),
     "the fastest that keeps a quality": (FASTEST, [GOOD, point("small", size=100, loss=0.001, speed=1.9)]),
@@ -185,3 +186,23 @@ def test_the_order_of_the_models_decides_nothing(points, request_):
         for chosen in [rule(request_).chosen(order)]
     }
     assert len(facts) == 1
+
+
+def test_a_model_larger_than_the_users_needs_a_word():
+    large = point("large", size=DENSE_BYTES + 1)
+    assert rule(MACS).chosen([large]) is None
+    assert (
+        Rule(request=MACS, dense_bytes=DENSE_BYTES, dense_ms=None, allow_slower=False, allow_larger=True).chosen(
+            [large]
+        )
+        is large
+    )
+
+
+def test_a_broken_model_is_refused_and_one_that_holds_up_is_named():
+    broken, whole = point("broken", size=100, agreement=20.0), point("whole", size=300, agreement=90.0)
+    with pytest.raises(GateError, match=r"--max-size.*broken.*whole \(300 bytes\).*--allow-broken"):
+        refuse_broken(broken, SIZE.budget, [broken, whole])
+    with pytest.raises(GateError, match="--allow-broken"):
+        refuse_broken(point("nan", loss=None), SIZE.budget, [])
+    refuse_broken(whole, SIZE.budget, [broken, whole])

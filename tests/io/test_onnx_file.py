@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graph_passes import count_parameters
 from rsi_deploy.core.errors import ModelError
-from rsi_deploy.io.onnx_file import model_hash, read_onnx, weight_bytes, weights_hash
+from rsi_deploy.io.onnx_file import model_hash, move_model, read_onnx, weight_bytes, weights_hash, write_external
 
 
 def proto(*nodes, initializers=(), output="y"):
@@ -194,3 +194,20 @@ def test_every_node_has_a_name_of_its_own(tmp_path):
     names = [node.name for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)]
     assert sorted(names) == sorted(set(names))
     assert {"twice", "named", "named_1", "d", "y", "y_1"} <= set(names), "names that were its own stay"
+
+
+def test_a_moved_model_finds_its_data(good, tmp_path):
+    numbers = numpy_helper.from_array(np.random.default_rng(0).standard_normal((8, 999)).astype(np.float32), "w")
+    onnx.save(proto(matmul(), initializers=[numbers]), good)
+    write_external(read_onnx(good), tmp_path / "p.onnx")
+    before = weights_hash(read_onnx(tmp_path / "p.onnx"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "renamed.onnx").write_bytes((tmp_path / "p.onnx").read_bytes())
+    (tmp_path / "out" / "renamed.onnx.data").write_bytes((tmp_path / "p.onnx.data").read_bytes())
+    with pytest.raises(ModelError):  # files that are only renamed name data that are gone
+        weights_hash(read_onnx(tmp_path / "out" / "renamed.onnx"))
+    move_model(tmp_path / "p.onnx", tmp_path / "out" / "model.onnx")
+    assert weights_hash(read_onnx(tmp_path / "out" / "model.onnx")) == before
+    assert not list(tmp_path.glob("p.onnx*"))
+    move_model(good, tmp_path / "out" / "single.onnx")
+    assert weights_hash(read_onnx(tmp_path / "out" / "single.onnx")) == before

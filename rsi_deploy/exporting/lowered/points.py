@@ -16,8 +16,10 @@ from pathlib import Path
 
 from rsi_deploy.benchmark.result import VariantResult
 from rsi_deploy.calibration.record import OutputQuality
+from rsi_deploy.core.errors import GateError
 from rsi_deploy.exporting.calibrated.candidates import loss_shown
 from rsi_deploy.onnx_models.split import SplitModel
+from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Planned
 from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.precision.record import PrecisionPoint
@@ -104,17 +106,21 @@ class Rule:
         dense_bytes: bytes of the user's model.
         dense_ms: time of the dense model, in milliseconds; None where nothing was measured.
         allow_slower: whether a model that was measured slower than the dense one may be delivered.
+        allow_larger: whether a model that is larger than the user's may be delivered.
     """
 
     request: RankRequest
     dense_bytes: int
     dense_ms: float | None
     allow_slower: bool
+    allow_larger: bool = False
 
     def keeps(self, point: Point) -> bool:
         """Return whether a point keeps the budget or limit of the request."""
         request = self.request
         if point.error or not math.isfinite(point.loss):
+            return False
+        if point.bytes > self.dense_bytes and not (self.allow_larger or point.is_dense):
             return False
         if request.quality is not None:
             if point.is_dense:
@@ -161,3 +167,20 @@ class Rule:
         if self.decides_by_outputs:
             return f"the best outputs within {self.request.budget}"
         return "the fastest whose outputs are about as good as the best one's"
+
+
+def refuse_broken(chosen: Point, budget: Budget, points: Sequence[Point]) -> None:
+    """Refuse a model whose answers are no longer the dense one's.
+
+    Raises:
+        GateError: names the smallest model that was tried and holds up.
+    """
+    if chosen.is_dense or (chosen.quality is not None and not chosen.quality.is_broken):
+        return
+    whole = [p for p in points if not p.is_dense and p.quality is not None and not p.quality.is_broken]
+    smallest = min(whole, key=lambda point: point.bytes, default=None)
+    nearest = "" if smallest is None else f"; {smallest.name} ({smallest.bytes:,} bytes) holds up"
+    raise GateError(
+        f"{budget}: the best model, {chosen.name}, is broken on the check part{nearest}; allow more, or add "
+        f"--allow-broken"
+    )

@@ -10,11 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import onnx
-from onnx import numpy_helper
-
 from rsi_deploy.benchmark.result import BenchResult
-from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.calibration.calibration_data import CalibrationData
 from rsi_deploy.calibration.output_agreement import dense_outputs, output_quality
 from rsi_deploy.calibration.record import OutputQuality
@@ -25,17 +21,18 @@ from rsi_deploy.exporting.calibrated.candidates import loss_shown
 from rsi_deploy.exporting.calibrated.planner import CalibratedPlanner
 from rsi_deploy.exporting.calibrated.size_search import searched_model
 from rsi_deploy.exporting.calibration_step import Calibrator
-from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, CLOSE_RATIO, Point, Rule
+from rsi_deploy.exporting.lowered.bits import bits_of, in_bits, table_options
+from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, CLOSE_RATIO, Point, Rule, refuse_broken
 from rsi_deploy.exporting.results import DenseModel
+from rsi_deploy.io import onnx_file
 from rsi_deploy.io.onnx_file import file_bytes
-from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Decisions, Planned
-from rsi_deploy.planning.knapsack import Option, SiteOptions, smallest_cost
+from rsi_deploy.planning.knapsack import SiteOptions, smallest_cost
 from rsi_deploy.planning.planner import Decision, FixedPlanner
 from rsi_deploy.planning.record import PlanRecord
-from rsi_deploy.precision.four_bit import EmbeddingTable, stored_table_bytes, table_values, tables
+from rsi_deploy.precision.four_bit import EmbeddingTable, tables
 from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
 from rsi_deploy.precision.quantizers import quantize
 from rsi_deploy.precision.record import PrecisionRecord
@@ -56,8 +53,6 @@ TRIES = 3
 """Most models that are fitted for a size: the counted bytes may be too few."""
 SMALL = 0.5
 """Share of the dense model's bytes below which an int8 model that keeps a quality is small enough."""
-OUT_OF_REACH = 2**50
-"""Bytes of an option that no size has room for."""
 SHARES = (0.75, 0.5, 0.3)
 """Shares of the MACs that are tried for the fastest model of a quality."""
 TIMED = 4
@@ -83,6 +78,7 @@ class PrecisionStep:
         measure: measures the dense model and others in one interleaved run; None where nothing is measured.
         provider: onnxruntime provider.
         allow_slower: whether a model that was measured slower than the dense one may be delivered.
+        allow_larger: whether a model that is larger than the user's may be delivered.
         notes: notes for the report.
     """
 
@@ -93,6 +89,7 @@ class PrecisionStep:
     measure: Measure | None
     provider: str
     allow_slower: bool
+    allow_larger: bool
     notes: list[str] = field(default_factory=list)
     _lowered_dense: dict[Scheme, Point] = field(default_factory=dict, init=False)
     _searches: dict[Scheme, PlanRecord] = field(default_factory=dict, init=False)
@@ -129,18 +126,18 @@ class PrecisionStep:
             dense_bytes=self.dense.size.bytes,
             dense_ms=None if latency is None else latency.arms[0].median_ms,
             allow_slower=self.allow_slower,
+            allow_larger=self.allow_larger,
         )
         chosen = rule.chosen([point for point in points if self._is_allowed(point)])
         if chosen is None and request.quality is not None:
             chosen = replace(self._point(self._all_dense(32), FLOAT32, "dense"), is_rival=True)
             points.append(chosen)
         if chosen is None:
-            self._refuse(points, rule)
-        assert chosen is not None
+            raise self._refusal(points, rule)
+        if request.budget is not None and not request.allow_broken:
+            refuse_broken(chosen, request.budget, points)
         assert chosen.path is not None
-        for suffix in ("", ".data"):
-            if (file := chosen.path.with_name(chosen.path.name + suffix)).exists():
-                file.replace(self.dense.target.with_name(self.dense.target.name + suffix))
+        onnx_file.move_model(chosen.path, self.dense.target)
         stored = {} if chosen.made is None else self._stored_bits(chosen.made, chosen.scheme)
         names = {table.name for table in self._tables}
         search = self._searches.get(chosen.scheme) or next(iter(self._searches.values()), None)
@@ -258,8 +255,10 @@ class PrecisionStep:
         """Yield models with ranks and bits, planned for the request in a scheme."""
         request, budget = self.calibrator.request, self.calibrator.request.budget
         if scheme in self._lowered_dense and self._dense_may_keep:
-            base = self._lowered_dense[scheme]
-            yield replace(base, made=self._all_dense(8), split=self.unsplit())
+            if self.precision == "int4":
+                yield self._point(self._all_dense(4), scheme)
+            else:
+                yield replace(self._lowered_dense[scheme], made=self._all_dense(8), split=self.unsplit())
         if not (request.is_searched or budget is not None):
             yield self._point(self.calibrator.planned(), scheme)
             return
@@ -344,15 +343,15 @@ class PrecisionStep:
                 allowed = (32,)  # MACs and times choose ranks; all weights have the usual bits
             elif budget is None and self.precision == "auto":
                 allowed = (32, 8, 4)  # a quality may need a few weights in float
-        options = [_in_bits(site, allowed) for site in whole.options]
+        options = [in_bits(site, allowed) for site in whole.options]
         if scheme.kind == "dynamic int8":
             convolutions = {site.name for site in whole.streams.sites if site.kernel}
             options = [
-                _in_bits(site, (32,)) if site.name in convolutions else new
+                in_bits(site, (32,)) if site.name in convolutions else new
                 for site, new in zip(whole.options, options, strict=True)
             ]
         if is_int8(scheme) and allowed != (32,):
-            options += [_in_bits(site, allowed) for site in self._table_options]
+            options += [in_bits(site, allowed) for site in self._table_options]
         planner = replace(
             whole,
             options=options,
@@ -371,31 +370,14 @@ class PrecisionStep:
     @cached_property
     def _whole_planner(self) -> CalibratedPlanner:
         """The planner with every site's options in all bits; surveyed once."""
-        return self.calibrator.planner_for(_bits_of if self.precision != "float16" else lambda site: (32,))
+        return self.calibrator.planner_for(bits_of if self.precision != "float16" else lambda site: (32,))
 
     @cached_property
     def _table_options(self) -> list[SiteOptions]:
-        """The embedding tables as sites: their loss is measured, one at a time."""
-        known = {tensor.name: tensor for tensor in self.dense.proto.graph.initializer}
-        found = []
-        for table in self._tables:
-            size = 4 * table.rows * table.width
-            whole = Option(form="dense", rank=None, params=size // 4, macs=0, bytes=size, loss=0.0)
-            options = [whole]
-            for bits in (8, 4):
-                values = table_values(numpy_helper.to_array(known[table.name], str(self.dense.path.parent)), bits)
-                model = read_proto(self.dense.path, with_data=True)
-                for tensor in model.graph.initializer:
-                    if tensor.name == table.name:
-                        tensor.CopyFrom(numpy_helper.from_array(values, table.name))
-                path = self._path("table")
-                onnx.save(model, str(path))
-                loss = loss_shown(self._quality(path, "in-sample"))
-                path.unlink()
-                size = stored_table_bytes(table, bits)
-                options.append(replace(whole, bits=bits, bytes=size, loss=max(loss, 1e-12), error=loss))
-            found.append(SiteOptions(name=table.name, options=tuple(options)))
-        return found
+        """The embedding tables as sites."""
+        path = self._path("table")
+        loss_of = lambda: loss_shown(self._quality(path, "in-sample"))  # noqa: E731
+        return [table_options(table, self.dense, path, loss_of) for table in self._tables]
 
     def _all_dense(self, bits: int) -> Planned:
         """All sites dense, in so many bits."""
@@ -512,20 +494,22 @@ class PrecisionStep:
             "int8": {"static int8", "dynamic int8"},
             "int4": {"static int8", "dynamic int8", "int4 weights"},
         }
+        if self.precision == "int4" and point.is_rival and is_int8(point.scheme):
+            return False
         return point.scheme.kind in kinds[self.precision] and point.path != self.dense.path
 
-    def _refuse(self, points: Sequence[Point], rule: Rule) -> None:
-        """Say which of the models comes nearest to the limit."""
+    def _refusal(self, points: Sequence[Point], rule: Rule) -> ModelError | GateError:
+        """Return the error that says which of the models comes nearest to the limit."""
         request = self.calibrator.request
         made = [point for point in points if point.path is not None and point.path != self.dense.path]
         if request.budget is not None and request.budget.cost == "bytes":
             smallest = min([*self._smallest, *(point.bytes for point in made)])
-            raise request.budget.unreachable(self.dense.size.bytes, smallest)
+            return request.budget.unreachable(self.dense.size.bytes, smallest)
         if request.budget is not None and request.budget.cost == "nanoseconds" and rule.dense_ms is not None:
             fastest = min(point.timing.median_ms for point in made if point.timing is not None)
-            raise request.budget.unreachable(round(1e6 * rule.dense_ms), round(1e6 * fastest))
+            return request.budget.unreachable(round(1e6 * rule.dense_ms), round(1e6 * fastest))
         limit = str(request.quality or request.budget or f"--precision {self.precision}")
-        raise GateError(
+        return GateError(
             f"{limit}: no model of {len(made)} that were tried in --precision {self.precision} keeps it; allow more, "
             f"or type --precision auto"
         )
@@ -536,21 +520,6 @@ class PrecisionStep:
 
     def _path(self, stem: str) -> Path:
         return self._folder / f"{stem}-{next(self._counter)}.onnx".replace("(", "").replace(")", "")
-
-
-def _bits_of(site: CalibratedSite) -> tuple[int, ...]:
-    """Return the bits that a site's weight may be stored in."""
-    if site.groups > 1 and not site.kernel:
-        return (32, 8)
-    return (32, 8, 4)
-
-
-def _in_bits(site: SiteOptions, allowed: tuple[int, ...]) -> SiteOptions:
-    """Return the options in these bits; the dense weight as it is stays first, out of reach where it is not one."""
-    exact, others = site.options[0], [option for option in site.options[1:] if option.bits in allowed]
-    if others and 32 not in allowed:
-        exact = replace(exact, bytes=OUT_OF_REACH)
-    return SiteOptions(name=site.name, options=(exact, *others))
 
 
 def _decisions(made: Planned) -> Decisions:
