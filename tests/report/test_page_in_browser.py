@@ -38,8 +38,8 @@ const letters = pictures.flatMap(p => [...p.querySelectorAll("text")]).filter(e 
 const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2
   && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3;  // a box is a little larger than its letters
 const labels = p => [...p.querySelectorAll("text")].filter(e => e.textContent.trim());
-const covered = [...page.querySelectorAll("#precision svg")].map(labels).flatMap(all => all.flatMap((a, i) => all.slice(0, i)
-  .filter(b => meet(box(a), box(b))).map(b => `${a.textContent} on ${b.textContent}`)));
+const covered = [...page.querySelectorAll("#precision svg")].map(labels).flatMap(all => all.flatMap(
+  (a, i) => all.slice(0, i).filter(b => meet(box(a), box(b))).map(b => `${a.textContent} on ${b.textContent}`)));
 document.querySelector("#found").textContent = JSON.stringify({
   width: root.clientWidth, needed: root.scrollWidth, outside: outside.slice(0, 5),
   pictures: pictures.map(p => [box(p).width, box(p).height]),
