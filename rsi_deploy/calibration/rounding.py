@@ -3,7 +3,7 @@
     W ~ s * m * k        k: integers of few bits       m: integers, one for a block of inputs       s: one for a row
 
 `m * k` fits into eight bits, so a kernel for int8 weights computes with it, while few bits a number are stored: 4 (-8
-to 7), or 3.2 (-4 to 4, five numbers in two bytes; "3 bits").
+to 7), 3.2 (-4 to 4, five numbers in two bytes; "3 bits"), or 5.33 (-19 to 19, three in two bytes; "5 bits").
 
 The columns are rounded one after another, and each one's error is compensated by those that follow:
 
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from rsi_deploy.calibration.moments import Moments, Samples
 
-CODES = {8: (-127, 127), 4: (-8, 7), 3: (-4, 4)}
+CODES = {8: (-127, 127), 5: (-19, 19), 4: (-8, 7), 3: (-4, 4)}
 """Bits of a weight -> lowest and highest code."""
-STORED_BITS = {8: 8.0, 4: 4.0, 3: 16 / 5}
+STORED_BITS = {8: 8.0, 5: 16 / 3, 4: 4.0, 3: 16 / 5}
 """Bits of a weight -> bits that a code takes in a file."""
-LARGEST = 127 // 8
-"""Largest multiplier of a block: its product with -8 fits into int8."""
+LARGEST = {5: 127 // 19, 4: 127 // 8, 3: 15}
+"""Bits of a weight -> largest multiplier of a block: its product with a code fits into int8, and it into four bits."""
 DAMPING = 0.01
 """Ridge of H, in mean input variances."""
 CLIPS = (1.0, 0.9, 0.8, 0.7)
@@ -139,7 +139,7 @@ def _row_scales(W: Tensor, block: int, bits: int) -> tuple[Tensor, bool]:
     """Return the scale of every row, and True where its blocks have multipliers of their own."""
     largest, (_, highest) = W.abs().amax(dim=1).clamp_min(1e-30), CODES[bits]
     if block < W.shape[1]:
-        return largest / (highest * LARGEST), True
+        return largest / (highest * LARGEST[bits]), True
     return _least_error(W, largest / highest, bits), False
 
 
@@ -159,7 +159,7 @@ def _multiplier(W: Tensor, scales: Tensor, bits: int) -> Tensor:
     best, least = torch.ones(len(W), dtype=W.dtype), torch.full((len(W),), torch.inf, dtype=W.dtype)
     for clip in CLIPS:
         for tried in (torch.floor(clip * usual), torch.ceil(clip * usual)):
-            tried = tried.clamp(1, LARGEST)
+            tried = tried.clamp(1, LARGEST[bits])
             step = (scales * tried)[:, None]
             error = (W - _nearest(W, step, bits) * step).square().sum(dim=1)
             best, least = torch.where(error < least, tried, best), torch.minimum(error, least)

@@ -4,8 +4,7 @@
     int8 weight --> Cast --> Mul(scales) --> float weight                                  of a float kernel
 
 All inputs of these nodes are constants, so that onnxruntime folds them: kernels, time and memory are those of int8 or
-of float weights. Only the file is smaller. Codes of 4 bits are int4; five codes of 3 bits are the digits, in base 9, of
-a uint16.
+of float weights. Only the file is smaller. Codes of 4 bits are int4; those of 3 or 5 bits are the digits of a uint16.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +23,8 @@ Array = npt.NDArray[Any]
 OPSET = 21
 """First opset whose Cast knows int4."""
 IR_VERSION = 10
-DIGITS, BASE = 5, 9
-"""Codes of 3 bits in a uint16, and the number of their values."""
+DIGITS = {5: 3, 3: 5}
+"""Bits -> codes in a uint16, which are its digits."""
 
 
 def store_int8_weights_(model: ModelProto, weights: Mapping[str, Rounded]) -> list[str]:
@@ -195,12 +194,13 @@ class _Unpacking:
         if bits == 4:
             self.tensors.append(_int4(f"{self.name}_4bit", codes))
             return self.tensors[-1].name
-        lowest, _ = CODES[bits]
-        digits = np.pad(codes.reshape(-1).astype(np.int64) - lowest, (0, -codes.size % DIGITS))
-        places = BASE ** np.arange(DIGITS, dtype=np.int64)
-        packed = self._constant("3bit", (digits.reshape(-1, DIGITS) @ places).astype(np.uint16)[:, None])
+        (lowest, highest), count = CODES[bits], DIGITS[bits]
+        base = highest - lowest + 1
+        digits = np.pad(codes.reshape(-1).astype(np.int64) - lowest, (0, -codes.size % count))
+        places = base ** np.arange(count, dtype=np.int64)
+        packed = self._constant(f"{bits}bit", (digits.reshape(-1, count) @ places).astype(np.uint16)[:, None])
         shifted = self._node("Div", self._int32(packed), self._constant("places", places.astype(np.int32)))
-        digit = self._node("Mod", shifted, self._constant("base", np.array(BASE, np.int32)))
+        digit = self._node("Mod", shifted, self._constant("base", np.array(base, np.int32)))
         code = self._node("Sub", digit, self._constant("middle", np.array(-lowest, np.int32)))
         flat = self._node("Reshape", code, self._constant("flat", np.array([-1], np.int64)))
         ends = [self._constant(end, np.array([at], np.int64)) for end, at in (("first", 0), ("end", codes.size))]

@@ -47,7 +47,7 @@ class Lowering:
 
     Attributes:
         scheme: how the model is quantized.
-        bits: name of a site's node -> bits that its weight is stored in: 3, 4, 8, or 32 to leave it as it is. Others
+        bits: name of a site's node -> bits that its weight is stored in: 3, 4, 5, 8, or 32 to leave it as it is. Others
             are stored in eight.
         tables: name of an embedding table -> 4, 8 or 32 bits; others are stored in eight.
         in_float: names of the nodes of sites that are computed in float32, with weights in their bits. So are all sites

@@ -35,7 +35,7 @@ NETS = st.tuples(
     st.sampled_from([None, 3, 8, 16]),  # block
     st.integers(1, 6),  # rank of the inputs
     st.sampled_from([0.01, 0.3, 3.0]),  # noise
-    st.sampled_from([4, 3]),  # bits
+    st.sampled_from([5, 4, 3]),  # bits
 )
 
 
@@ -183,3 +183,4 @@ def test_bytes_of_a_stored_weight():
     assert stored_bytes(64 * 32, 64, 4, is_product=False) == 64 * 16 + 64 * ROW_BYTES
     assert stored_bytes(64 * 32, 64, 4, is_product=True) == 64 * 16 + 64 * 2 // 2 + 64 * ROW_BYTES
     assert stored_bytes(64 * 40, 64, 3, is_product=False) == 64 * 8 * 2 + 64 * ROW_BYTES
+    assert stored_bytes(64 * 30, 64, 5, is_product=False) == 64 * 10 * 2 + 64 * ROW_BYTES

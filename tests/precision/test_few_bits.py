@@ -139,7 +139,7 @@ def stored(path, scheme, block, target, write, bits=4):
     return source, plain, small, weights
 
 
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("bits", [5, 4, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_the_answers_are_those_of_the_int8_weights(tmp_path, case, bits):
     write, scheme, block = CASES[case]
@@ -164,7 +164,7 @@ def test_the_answers_are_those_of_the_int8_weights(tmp_path, case, bits):
     assert not np.array_equal(output, run(reference, values))
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("bits", [8, 5, 4, 3])
 @pytest.mark.parametrize("write", [conv_model, product_model])
 def test_float_products_have_the_rounded_weights(tmp_path, write, bits):
     source, names = write(tmp_path / "m.onnx")
@@ -187,7 +187,7 @@ def test_float_products_have_the_rounded_weights(tmp_path, write, bits):
     assert np.allclose(output, run(reference, values), rtol=1e-5, atol=1e-6)
     assert not np.allclose(output, run(onnx.load(source), values), rtol=1e-5, atol=1e-6)
     assert not operators & {"Cast", "Mul", "Div", "Mod", "Slice"}  # unpacked when the model is loaded
-    kinds = {8: TensorProto.INT8, 4: TensorProto.INT4, 3: TensorProto.UINT16}
+    kinds = {8: TensorProto.INT8, 5: TensorProto.UINT16, 4: TensorProto.INT4, 3: TensorProto.UINT16}
     assert [tensor.data_type for tensor in small.graph.initializer].count(kinds[bits]) == len(names)
 
 

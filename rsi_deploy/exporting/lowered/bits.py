@@ -21,7 +21,7 @@ def bits_of(site: CalibratedSite) -> tuple[int, ...]:
     """Return the bits that a site's weight may be stored in."""
     if site.groups > 1 and not site.kernel:
         return (32, 8)
-    return (32, 8, 4, 3)
+    return (32, 8, 5, 4, 3)
 
 
 def in_bits(site: SiteOptions, allowed: tuple[int, ...]) -> SiteOptions:

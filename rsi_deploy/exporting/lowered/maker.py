@@ -107,7 +107,7 @@ class PointMaker:
 
     def _bits_text(self, made: Planned, scheme: Scheme) -> str:
         stored = list(self.stored_bits(made, scheme).values())
-        counts = [f"{stored.count(bits)} weights in {bits} bits" for bits in (4, 3) if bits in stored]
+        counts = [f"{stored.count(bits)} weights in {bits} bits" for bits in (5, 4, 3) if bits in stored]
         return "".join(f", {count}" for count in counts)
 
     def all_dense(self, bits: int) -> Planned:

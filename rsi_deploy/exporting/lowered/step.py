@@ -393,7 +393,7 @@ class PrecisionStep:
         budget = self.request.budget
         if self.request.fastest or (budget is not None and budget.cost != "bytes"):
             return (32,)
-        return {"int8": (8,), "int4": (4,)}.get(self.precision, (8, 4, 3))
+        return {"int8": (8,), "int4": (4,)}.get(self.precision, (8, 5, 4, 3))
 
     @cached_property
     def _whole_planner(self) -> CalibratedPlanner:
