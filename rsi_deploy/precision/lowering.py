@@ -206,7 +206,7 @@ def _rounded_sites(path: Path, lowering: Lowering, data: CalibrationFeeds | None
         weight = torch.from_numpy(np.array(site.load(), np.float32))
         rounded = rounded_weight(weight, second, is_product=site.window is None, bits=bits)
         ranks = [rank for rank in [lowering.repairs.get(_site_node(site.node), 0)] if rank and second is not None]
-        made = repairs(weight[0], rounded, second[0], ranks, Solver(), site=name) if second is not None else []
+        made = repairs(weight[0], rounded.weight(), second[0], ranks, Solver(), site=name) if second is not None else []
         found[site.weight] = _Entry(site=site, rounded=rounded, repair=made[0] if made else None)
 
     def visit(calibrated: CalibratedSite, moments: Moments | Samples) -> None:
