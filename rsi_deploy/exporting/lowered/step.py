@@ -192,9 +192,8 @@ class PrecisionStep:
     def _rival(self, scheme: Scheme) -> Point:
         name = "dense" if scheme is FLOAT32 else rival_name(scheme)
         if scheme is FLOAT32:
-            return Point(
-                name=name, scheme=scheme, is_rival=True, path=self.dense.path, bytes=file_bytes(self.dense.path)
-            )
+            path = self.dense.reference
+            return Point(name=name, scheme=scheme, is_rival=True, path=path, bytes=file_bytes(path))
         path = self._path(f"rival-{scheme.kind.replace(' ', '-')}")
         with step(f"make {name}"):
             try:
@@ -453,7 +452,7 @@ class PrecisionStep:
         data, outputs = self._data, self.calibrator.outputs
         samples = data.check if part == "check" and data.check is not None else data.in_sample
         if part not in outputs:
-            outputs[part] = dense_outputs(self.dense.path, samples, self.provider, self.dense.proto)
+            outputs[part] = dense_outputs(self.dense.reference, samples, self.provider, self.dense.proto)
         try:
             return output_quality(outputs[part], path, samples, self.provider)
         except GateError:
@@ -461,11 +460,11 @@ class PrecisionStep:
 
     def _measured(self, points: list[Point]) -> tuple[list[Point], BenchResult | None]:
         """The points with their times, of one interleaved run."""
-        able = [point for point in points if point.path is not None and point.path != self.dense.path]
+        able = [point for point in points if point.path is not None and point.path != self.dense.reference]
         if self.measure is None or not able:
             return points, None
         with step(f"measure {len(able) + 1} models side by side"):
-            result = self.measure([self.dense.path, *(point.path for point in able if point.path is not None)])
+            result = self.measure([self.dense.reference, *(point.path for point in able if point.path is not None)])
         timings = {id(point): arm for point, arm in zip(able, result.arms[1:], strict=True)}
         return [replace(point, timing=timings.get(id(point))) for point in points], result
 
@@ -496,12 +495,12 @@ class PrecisionStep:
         }
         if self.precision == "int4" and point.is_rival and is_int8(point.scheme):
             return False
-        return point.scheme.kind in kinds[self.precision] and point.path != self.dense.path
+        return point.scheme.kind in kinds[self.precision] and point.path != self.dense.reference
 
     def _refusal(self, points: Sequence[Point], rule: Rule) -> ModelError | GateError:
         """Return the error that says which of the models comes nearest to the limit."""
         request = self.calibrator.request
-        made = [point for point in points if point.path is not None and point.path != self.dense.path]
+        made = [point for point in points if point.path is not None and point.path != self.dense.reference]
         if request.budget is not None and request.budget.cost == "bytes":
             smallest = min([*self._smallest, *(point.bytes for point in made)])
             return request.budget.unreachable(self.dense.size.bytes, smallest)
