@@ -30,6 +30,7 @@ from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.onnx_models.calibration.reachable_sites import found_sites
 from rsi_deploy.onnx_models.opset import convert_opset
 from rsi_deploy.precision.compact import compact_
+from rsi_deploy.precision.float_nodes import stay_float_
 from rsi_deploy.precision.four_bit import IR_VERSION, OPSET, store_in_4_bits_, store_table_, tables
 from rsi_deploy.precision.quantizers import FeedsSource, quantize
 from rsi_deploy.precision.schemes import Scheme
@@ -111,6 +112,7 @@ def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds
             node.name = sources.get(node.name, node.name)
             for entry in marks.get(node.name, ()):
                 node.metadata_props.add(key=entry[0], value=entry[1])
+        stay_float_(made, frozenset(kept_float))
         compact_(made, frozenset(marks))
         _write(made, target)
     finally:
