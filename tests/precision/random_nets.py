@@ -88,10 +88,12 @@ class Builder:
         if bias := self.bias(site, out):
             self.node("Add", [self.value, *bias])
 
-    def layer(self, make) -> None:
-        """A site, perhaps with what usually follows it."""
+    def layer(self, make, *, is_last: bool) -> None:
+        """A site, perhaps with what usually follows it; behind the last Relu of a small net almost all may be zero."""
         before = self.value, self.shape
         make()
+        if is_last:
+            return
         after = ["", "Relu", "Relu", "Sigmoid"] + (["Gelu"] if make == self.product else ["MaxPool"])
         operator = self.draw(st.sampled_from(after), "after")
         if operator == "MaxPool":
@@ -103,20 +105,21 @@ class Builder:
 
 
 def _pictures(build: Builder) -> None:
-    for _ in range(build.draw(st.integers(1, 3), "convolutions")):
-        build.layer(build.conv)
+    convolutions, products = build.draw(st.integers(1, 3), "convolutions"), build.draw(st.integers(0, 2), "products")
+    for left in reversed(range(convolutions)):
+        build.layer(build.conv, is_last=left + products == 0)
     if build.draw(st.booleans(), "mean"):
         build.node("GlobalAveragePool", [build.value])
         build.shape = (build.shape[0], 1, 1)
     build.node("Flatten", [build.value])
     build.shape = (int(np.prod(build.shape)),)
-    for _ in range(build.draw(st.integers(0, 2), "products")):
-        build.layer(build.product)
+    for left in reversed(range(products)):
+        build.layer(build.product, is_last=left == 0)
 
 
 def _tokens(build: Builder) -> None:
-    for _ in range(build.draw(st.integers(1, 3), "products")):
-        build.layer(build.product)
+    for left in reversed(range(build.draw(st.integers(1, 3), "products"))):
+        build.layer(build.product, is_last=left == 0)
     if build.draw(st.booleans(), "mean"):
         build.node("ReduceMean", [build.value, build.constant("axis", np.array([1]))], keepdims=0)
         build.shape = build.shape[1:]
