@@ -241,7 +241,7 @@ class ExportRun:
                 hint="type --precision float32" if self.config.requantize else "add --requantize, or leave it out",
             )
         if not dense.sites:
-            raise ModelError(f"{found}, and no float weight can be split", hint="add --requantize")
+            raise ModelError(f"{found}, and no float weight can be split", hint="type export --requantize")
 
     def _feeds(self, dense: DenseModel) -> dict[str, Array] | None:
         """Inputs to time with; None where the model cannot be run."""

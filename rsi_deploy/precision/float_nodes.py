@@ -1,11 +1,11 @@
 """Keep the weights that a plan leaves in float out of onnxruntime's reach in a model of static int8.
 
-    DequantizeLinear --> Conv(float weight)            onnxruntime rounds the weight to int8 as it loads the model
-    DequantizeLinear --> Clip --> Conv(float weight)   the weight stays as it is
+    DequantizeLinear --> Conv(float weight)             the weight is rounded as the model is loaded
+    DequantizeLinear --> Clip --> Conv(float weight)    the weight stays as it is
 
-Its `WeightBiasQuantization` does so, with one scale for all outputs, for every Conv, ConvTranspose and Gemm whose input
-is dequantized, also for a Gemm that it has made of a MatMul and an Add. The Clip has the range of the codes, so that it
-changes no number.
+onnxruntime's `WeightBiasQuantization` rounds it to int8, with one scale for all outputs; so it does with the Gemm that
+it makes of a MatMul and an Add. Some versions do so only where the output is quantized again. The Clip has the range of
+the codes, so that it changes no number.
 """
 
 from collections.abc import Collection
@@ -15,6 +15,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 ROUNDED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+"""Operators whose float weights may be rounded."""
 
 
 def stay_float_(model: ModelProto, names: Collection[str]) -> None:
@@ -32,15 +33,13 @@ def stay_float_(model: ModelProto, names: Collection[str]) -> None:
         if maker is not None and maker.op_type == "DequantizeLinear" and len(maker.input) > 2:
             scale, zero = (numpy_helper.to_array(stored[name]) for name in maker.input[1:3])
             limits = ml_dtypes.iinfo(zero.dtype)  # type: ignore[no-untyped-call]
-            ends = [np.float32((end - int(zero)) * scale) for end in (limits.min, limits.max)]
-            bounds = [
-                numpy_helper.from_array(end, f"{node.name}_{k}") for k, end in zip(("low", "high"), ends, strict=True)
-            ]
-            model.graph.initializer.extend(bounds)
-            inputs = [node.input[0], *(bound.name for bound in bounds)]
+            inputs = [node.input[0]]
+            for end, code in (("low", limits.min), ("high", limits.max)):
+                inputs.append(f"{node.name}_{end}")
+                bound = np.array((code - int(zero)) * scale, np.float32)
+                model.graph.initializer.append(numpy_helper.from_array(bound, inputs[-1]))
             nodes.append(helper.make_node("Clip", inputs, [f"{node.name}_input"], f"{node.name}_clip"))
             node.input[0] = f"{node.name}_input"
-        nodes.append(node)
-    nodes = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        nodes.append(NodeProto.FromString(node.SerializeToString()))
     del model.graph.node[:]
     model.graph.node.extend(nodes)

@@ -98,15 +98,15 @@ def test_requests_that_do_not_fit_say_what_to_type(tmp_path):
     refusals = [
         (plain, {"rank": 4, "requantize": True}, UsageError, "leave out --requantize"),
         (mlp(), {"rank": 4, "requantize": True}, UsageError, "leave out --requantize"),
-        (whole, {"rank": 4}, ModelError, "add --requantize"),
-        (whole, {"keep_macs": 0.5, "calib": calib}, ModelError, "add --requantize"),
+        (whole, {"rank": 4}, ModelError, "export --requantize"),
+        (whole, {"keep_macs": 0.5, "calib": calib}, ModelError, "export --requantize"),
         (part, {"keep_macs": 0.5, "calib": calib, "precision": "int8"}, UsageError, "add --requantize"),
         (blocks, {"rank": 4, "requantize": True}, ModelError, "--allow-larger"),
     ]
     for source, settings, error, remedy in refusals:
         with pytest.raises(error, match=remedy) as raised:
             export(str(source) if isinstance(source, Path) else source, tmp_path / "b", measure=False, **settings)
-        if error is ModelError and remedy == "add --requantize":
+        if error is ModelError and remedy == "export --requantize":
             assert "4 of its products" in str(raised.value)
         assert not (tmp_path / "b").exists()
 
