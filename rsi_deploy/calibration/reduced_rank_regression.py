@@ -164,17 +164,35 @@ def dense_response_error(
         moments: moments in the dense network.
         sensitivity: output sensitivity; None for the identity.
     """
-
-    def energy(T: Tensor) -> float:
-        T = T if sensitivity is None else sensitivity_root(sensitivity).to(T).mT @ T
-        if isinstance(moments, Samples):
-            x = moments.x - moments.x.mean(dim=-2, keepdim=True)
-            return float((x @ T.mT).square().sum())
-        return float(((T @ moments.xx) * T).sum())
-
     dtype = moments.x.dtype if isinstance(moments, Samples) else moments.xx.dtype
-    W = weight.to(dtype)
-    return max(energy(W - product.to(dtype)) / max(energy(W), 1e-300), 0.0)
+    W = _weighted(weight.to(dtype), sensitivity)
+    error = _energy(_weighted(weight.to(dtype) - product.to(dtype), sensitivity), moments)
+    return max(error / max(_energy(W, moments), 1e-300), 0.0)
+
+
+def noise_response_error(weight: Tensor, moments: Moments | Samples, sensitivity: Tensor | None = None) -> float:
+    """Return the response error in the dense network that white noise of variance 1 on the inputs causes.
+
+    Args:
+        weight: W `(groups, out, in)`.
+        moments: moments in the dense network.
+        sensitivity: output sensitivity; None for the identity.
+    """
+    dtype = moments.x.dtype if isinstance(moments, Samples) else moments.xx.dtype
+    W = _weighted(weight.to(dtype), sensitivity)
+    return float(W.square().sum()) / max(_energy(W, moments), 1e-300)
+
+
+def _weighted(T: Tensor, sensitivity: Tensor | None) -> Tensor:
+    return T if sensitivity is None else sensitivity_root(sensitivity).to(T).mT @ T
+
+
+def _energy(T: Tensor, moments: Moments | Samples) -> float:
+    """Return the mean energy of the responses `T x` of centred inputs."""
+    if isinstance(moments, Samples):
+        x = moments.x - moments.x.mean(dim=-2, keepdim=True)
+        return float((x @ T.mT).square().sum()) / x.shape[-2]
+    return float(((T @ moments.xx) * T).sum())
 
 
 def _from_samples(weight: Tensor, samples: Samples, ridge: float, extra_ridge: float) -> ResponseProblem:

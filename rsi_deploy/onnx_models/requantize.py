@@ -3,7 +3,7 @@
     QLinearConv, QLinearMatMul, QGemm, QLinearAdd, ...  -->  DequantizeLinear --> float operator --> QuantizeLinear
     DynamicQuantizeLinear --> MatMulInteger --> Cast --> Mul(scales)  -->  MatMul
     MatMulNBits, GatherBlockQuantized                   -->  MatMul, Gather
-    DequantizeLinear(codes of a weight)                 -->  float weight
+    DequantizeLinear, or Cast and Mul, of stored codes  -->  float weight
     QuantizeLinear --> Reshape, ... --> DequantizeLinear  -->  Reshape, ..., behind a Clip where the codes were a Relu
 
 What fits no pattern stays as it is, with the answers that it had.
@@ -55,7 +55,7 @@ SIMPLE = {
 MOVES = LAYOUT_OPS - {"Cast"} | {"DepthToSpace", "Expand", "Flatten", "Gather", "MaxPool", "Slice", "Tile"}
 """Operators that move or select numbers; a scale may be applied before them or after them."""
 
-UNPACKS = LAYOUT_OPS | {"Mul", "DequantizeLinear"}
+UNPACKS = LAYOUT_OPS | {"DequantizeLinear", "Div", "Mod", "Mul", "Slice", "Sub"}
 """Operators that unpack stored codes."""
 
 AVERAGES = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
@@ -96,6 +96,9 @@ def dequantize_(model: ir.Model) -> None:
     for node in list(model.graph.all_nodes()):
         if node.op_type == "DequantizeLinear" and node.graph is not None:
             work.remove(node)
+    for node in list(model.graph.all_nodes()):
+        if find_pass(node.domain, node.op_type) is not None:
+            work.fold_weights(node)
     RemoveUnusedNodesPass()(model)
 
 
@@ -127,14 +130,14 @@ def _is_quantized_product(node: ir.Node) -> bool:
 
 
 def _is_few_bits(value: ir.Value | None) -> bool:
-    """Return whether a value is a stored tensor of integers of at most 8 bits, perhaps behind its dequantization."""
+    """Return whether a value is a stored tensor of integers of at most 16 bits, perhaps behind its dequantization."""
     while value is not None and stored_tensor(value) is None:
         node = value.producer()
         if node is None or not node.inputs or node.op_type not in UNPACKS:
             return False
         value = node.inputs[0]
     tensor = None if value is None else stored_tensor(value)
-    return tensor is not None and tensor.dtype.is_integer() and tensor.dtype.bitwidth <= 8
+    return tensor is not None and tensor.dtype.is_integer() and tensor.dtype.bitwidth <= 16
 
 
 def _unpacked(codes: Array, bits: int, axis: int = -1) -> Array:
@@ -156,7 +159,6 @@ class _Dequantizer:
 
     model: ir.Model
     names: Names
-    _arrays: dict[ir.Value, Array | None] = field(default_factory=dict, init=False)
     _weights: dict[tuple[ir.Value | None, ...], ir.Value] = field(default_factory=dict, init=False)
     _clips: dict[ir.Node, ir.Value] = field(default_factory=dict, init=False)
 
@@ -335,19 +337,27 @@ class _Dequantizer:
             self._clips[maker].type = ir.TensorType(ir.DataType.from_numpy(scale.dtype))
         return self._clips[maker]
 
+    def fold_weights(self, node: ir.Node) -> None:
+        """Store the weights of a float product that other nodes than DequantizeLinear unpack."""
+        for value in node.inputs[:2]:
+            if value is None or stored_tensor(value) is not None or not _is_few_bits(value):
+                continue
+            if (array := self.array(value)) is not None and value.name is not None:
+                name, value.name = value.name, self.names.fresh_value(f"{value.name}/unpacked")
+                as_node = self.model.ir_version < OVERRIDABLE_IR_VERSION
+                replace_all_uses_with(value, add_constant(array, name, node, as_node=as_node))
+
     # -- values ---------------------------------------------------------------------------------------------------
 
     def array(self, value: ir.Value | None) -> Array | None:
         """Return a stored value, or one that is unpacked from stored ones; None for others."""
         if value is None or (value.is_graph_input() and self.model.ir_version >= OVERRIDABLE_IR_VERSION):
             return None
-        if value not in self._arrays:
-            tensor, node = stored_tensor(value), value.producer()
-            found = None if tensor is None else tensor.numpy()
-            if tensor is None and node is not None and node.op_type in UNPACKS:
-                found = self._evaluated(node, node.inputs)
-            self._arrays[value] = found
-        return self._arrays[value]
+        if (tensor := stored_tensor(value)) is not None:
+            array: Array = tensor.numpy()
+            return array
+        node = value.producer()
+        return None if node is None or node.op_type not in UNPACKS else self._evaluated(node, node.inputs)
 
     def _evaluated(self, node: ir.Node, inputs: Sequence[ir.Value | None]) -> Array | None:
         """Return what a node makes of these inputs, by onnx's own reference; None where one is unknown."""
@@ -366,7 +376,7 @@ class _Dequantizer:
     def _constant(self, array: Array, codes: ir.Value | None, before: ir.Node) -> ir.Value:
         """Add an initializer named after the codes that it comes from."""
         name = "" if codes is None else codes.name or ""
-        for suffix in ("_quantized", "_Q2", "_Q4", "_Q8", "_4bit", "_8bit"):
+        for suffix in ("_quantized", "_Q2", "_Q4", "_Q8", "_3bit", "_4bit", "_5bit", "_8bit", "_int8"):
             name = name.removesuffix(suffix)
         as_node = self.model.ir_version < OVERRIDABLE_IR_VERSION
         return add_constant(np.ascontiguousarray(array), self.names.fresh_value(name), before, as_node=as_node)

@@ -89,10 +89,17 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteOptions:
-    """The options of one site. The first one is the dense weight as it is; all others change it."""
+    """The options of one site. The first one is the dense weight as it is; all others change it.
+
+    Attributes:
+        name: name of the site.
+        options: its options.
+        noise: response error that white noise of variance 1 on its inputs causes; 0 where it is not known.
+    """
 
     name: str
     options: tuple[Option, ...]
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if [option.is_exact for option in self.options] != [True] + [False] * (len(self.options) - 1):

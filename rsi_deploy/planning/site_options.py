@@ -34,10 +34,11 @@ from rsi_deploy.calibration.reduced_rank_regression import (
     RIDGE,
     ResponseProblem,
     dense_response_error,
+    noise_response_error,
     response_error,
     response_problem,
 )
-from rsi_deploy.calibration.rounding import rounded_to_8_bits, rounded_weight, second_moments, stored_bytes
+from rsi_deploy.calibration.rounding import rounded_weight, second_moments, stored_bytes
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import Spectrum, break_even_rank
 from rsi_deploy.linalg.solver import Solver, singular_values
@@ -269,7 +270,8 @@ class Calibration:
                         bits=bits,
                     )
                 )
-        return SiteOptions(name=site.name, options=(dense, *changed))
+        noise = noise_response_error(site.load(), moments, sensitivity)
+        return SiteOptions(name=site.name, options=(dense, *changed), noise=noise)
 
     def _rounding_error(
         self, site: CalibratedSite, moments: Moments | Samples, sensitivity: Tensor | None, bits: int
@@ -278,11 +280,10 @@ class Calibration:
         if bits == 32:
             return 0.0
         weight, judged = site.load().float(), moments
-        if bits == 8:
-            return dense_response_error(weight, rounded_to_8_bits(weight), moments, sensitivity)
-        if isinstance(moments, Moments) and self._validates(moments):
+        if bits < 8 and isinstance(moments, Moments) and self._validates(moments):
             moments, judged = next(parted(moments))
-        fitted = rounded_weight(weight, second_moments(moments), is_product=not site.kernel)
+        second = second_moments(moments) if bits < 8 else None
+        fitted = rounded_weight(weight, second, is_product=not site.kernel, bits=bits)
         return dense_response_error(weight, fitted.weight().reshape(weight.shape), judged, sensitivity)
 
     def _declines(self, site: CalibratedSite, moments: Moments | Samples) -> bool:

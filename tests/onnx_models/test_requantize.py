@@ -11,7 +11,7 @@ from quantized_nets import IMAGES, NETS, PRODUCTS, answers, distance, quantized_
 from rsi_deploy.io.onnx_file import read_onnx, write_onnx
 from rsi_deploy.onnx_models.requantize import dequantize_, quantized_products, quantized_tables
 from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
-from rsi_deploy.precision.schemes import DYNAMIC, static
+from rsi_deploy.precision.schemes import DYNAMIC, FEW_BITS, static
 
 CASES = [
     *(("images", way) for way in ("QDQ", "QOperator", "dynamic", "dynamic uint8")),
@@ -60,8 +60,8 @@ def test_weights_are_near_the_float_ones_and_have_their_names(tmp_path, net, way
         assert 0 < np.abs(found - weight).max() <= step
 
 
-@pytest.mark.parametrize("scheme", [static("minmax"), DYNAMIC], ids=["static", "dynamic"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("scheme", [static("minmax"), DYNAMIC, FEW_BITS], ids=["static", "dynamic", "few bits"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 def test_our_own_models_become_float_again(tmp_path, scheme, bits):
     net = conv_net(tmp_path / "m.onnx")
     x = np.load(inputs(tmp_path / "c.npz", *IMAGE, count=32))["x"]

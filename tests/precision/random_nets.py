@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 import graph_passes as gp
 from graph_passes.forms import conv_forms
 from rsi_deploy.precision.lowering import Lowering
-from rsi_deploy.precision.schemes import DYNAMIC, static
+from rsi_deploy.precision.schemes import DYNAMIC, FEW_BITS, static
 
 SAMPLES = 8
 
@@ -171,8 +171,11 @@ def cases(draw) -> Case:
     graph = helper.make_graph(build.nodes, "g", [x], [y], stored)
     proto = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)])
     onnx.checker.check_model(proto, full_check=True)
-    bits = {site: draw(st.sampled_from([4, 8, 8, 32]), f"bits of {site}") for site in build.sites}
-    scheme = draw(st.sampled_from([static("minmax"), DYNAMIC]), "scheme")
+    bits = {site: draw(st.sampled_from([3, 4, 4, 5, 8, 8, 32]), f"bits of {site}") for site in build.sites}
+    scheme = draw(st.sampled_from([static("minmax"), static("minmax"), DYNAMIC, FEW_BITS]), "scheme")
+    in_float = frozenset(site for site in build.sites if draw(st.booleans(), f"{site} in float"))
     tables = {"table": draw(st.sampled_from([4, 8, 32]), "bits of the table")} if kind == "table" else {}
-    lowering = Lowering(scheme=scheme, bits={site: n for site, n in bits.items() if n != 8}, tables=tables)
+    lowering = Lowering(
+        scheme=scheme, bits={site: n for site, n in bits.items() if n != 8}, tables=tables, in_float=in_float
+    )
     return Case(_split(draw, proto), lowering, {"x": data})

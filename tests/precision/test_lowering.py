@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rsi_deploy import export
 from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
-from rsi_deploy.precision.schemes import DYNAMIC, FLOAT16, static
+from rsi_deploy.precision.schemes import DYNAMIC, FEW_BITS, FLOAT16, static
 
 STATIC = static("minmax")
 RANKS = {"conv1": ("separable", 7), "conv2": ("input", 6), "head": ("gemm", 4)}
@@ -63,8 +63,14 @@ def test_sites_of_a_dynamic_model_have_their_bits(images, tmp_path):
     source, _, _, x = images
     lower(source, tmp_path / "q.onnx", Lowering(scheme=DYNAMIC, bits={"head": 4}), None)
     kinds = {name.removesuffix("_MatMul"): kind for name, kind in weight_types(tmp_path / "q.onnx").items()}
-    assert kinds == {"conv1": "FLOAT", "conv2": "FLOAT", "grouped": "FLOAT", "head": "INT4"}
-    lower(source, tmp_path / "f.onnx", Lowering(scheme=DYNAMIC, bits={"head": 32}), None)
+    assert kinds == {
+        "conv1": "INT8",
+        "conv2": "INT8",
+        "grouped": "INT8",
+        "head": "INT4",
+    }  # float products of convolutions
+    all_sites = dict.fromkeys(("conv1", "conv2", "grouped", "head"), 32)
+    lower(source, tmp_path / "f.onnx", Lowering(scheme=DYNAMIC, bits=all_sites), None)
     assert np.array_equal(run(tmp_path / "f.onnx", {"input": x}), run(source, {"input": x}))
 
 
@@ -78,6 +84,29 @@ def test_both_factors_follow_the_bits_of_their_site(images, tmp_path, bits, kind
         "conv2/left": kind,
     }
     assert {k for name, k in kinds.items() if not name.startswith("conv2")} == {"INT8"}
+
+
+def test_a_site_with_float_products_has_its_bits(images, tmp_path):
+    source, _, data, x = images
+    bits, expected = {"conv2": 3, "head": 4, "conv1": 32}, run(source, {"input": x})
+    sites = frozenset(("conv1", "conv2", "grouped", "head"))
+    kinds = {"conv1": "FLOAT", "conv2": "UINT16", "grouped": "INT8", "head": "INT4"}
+    errors = {}
+    for name, scheme, in_float in (
+        ("few", FEW_BITS, ()),
+        ("static", STATIC, ()),
+        ("two", STATIC, ("conv2", "head")),
+        ("all", STATIC, sites),
+    ):
+        path = tmp_path / f"{name}.onnx"
+        found = lower(source, path, Lowering(scheme=scheme, bits=bits, in_float=frozenset(in_float)), data)
+        assert weight_types(path) == kinds
+        assert found.items() >= {"conv2": 3, "head": 4}.items()
+        errors[name] = np.linalg.norm(run(path, {"input": x}) - expected)
+    assert errors["few"] < errors["two"] < errors["static"]
+    quantized = [node.op_type for node in onnx.load(tmp_path / "few.onnx").graph.node]
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(quantized)
+    assert max(errors["few"], errors["all"]) < 2 * min(errors["few"], errors["all"])
 
 
 def test_names_and_marks_of_splits_stay(images, tmp_path):
@@ -215,3 +244,19 @@ def test_products_behind_a_table_are_computed_in_int8(tmp_path, bits):
     operators = [node.op_type for node in optimized(tmp_path / "q.onnx", tmp_path / "o.onnx").node]
     assert "QLinearMatMul" in operators
     assert "GatherBlockQuantized" in operators
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (4, 4)])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_products_of_one_input_or_output_are_unpacked(tmp_path, shape, bits):
+    """A weight of one row is its own transpose but for its shape."""
+    rng = np.random.default_rng(0)
+    weights = {"fc.weight": rng.standard_normal(shape).astype(np.float32)}
+    nodes = [helper.make_node("MatMul", ["x", "fc.weight"], ["y"], "fc")]
+    infos = {"x": (TensorProto.FLOAT, ["N", shape[0]])}, {"y": (TensorProto.FLOAT, ["N", shape[1]])}
+    source = saved(tmp_path / "m.onnx", nodes, weights, *infos, opset=21)
+    x = rng.standard_normal((4, shape[0])).astype(np.float32)
+    lower(source, tmp_path / "q.onnx", Lowering(scheme=FEW_BITS, bits={"fc": bits}), None)
+    expected = run(source, {"x": x})
+    error = np.linalg.norm(run(tmp_path / "q.onnx", {"x": x}) - expected) / np.linalg.norm(expected)
+    assert 0 <= error < {3: 0.4, 4: 0.2, 8: 0.02}[bits]
