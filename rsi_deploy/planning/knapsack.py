@@ -61,6 +61,7 @@ class Option:
         nanoseconds: time of one call by the cost table; 0 without a table.
         error: response error that the loss was computed from; 0 for dense.
         bits: bits in which each number is stored.
+        repair: rank of the repair of a dense weight in few bits; 0 for none.
     """
 
     form: str
@@ -72,6 +73,7 @@ class Option:
     nanoseconds: int = 0
     error: float = 0.0
     bits: int = 32
+    repair: int = 0
 
     def __post_init__(self) -> None:
         if (self.form == "dense") != (self.rank is None) or (self.rank is not None and self.rank < 1):

@@ -1,7 +1,7 @@
 """Store weights in few bits; onnxruntime unpacks them once, when it loads the model.
 
     codes --> Cast int32 --> Mul(multipliers) --> Reshape --> Cast --> int8 weight         of an int8 kernel
-    int8 weight --> Cast --> Mul(scales) --> float weight                                  of a float kernel
+    int8 weight --> Cast --> Mul(scales) (--> Add(left @ right)) --> float weight          of a float kernel
 
 All inputs of these nodes are constants, so that onnxruntime folds them: kernels, time and memory are those of int8 or
 of float weights. Only the file is smaller. Codes of 4 bits are int4; those of 3 or 5 bits are the digits of a uint16.
@@ -9,6 +9,7 @@ of float weights. Only the file is smaller. Codes of 4 bits are int4; those of 3
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from rsi_deploy.calibration.repair import Repair
 from rsi_deploy.calibration.rounding import CODES, Rounded
 
 Array = npt.NDArray[Any]
@@ -59,7 +61,10 @@ def store_int8_weights_(model: ModelProto, weights: Mapping[str, Rounded]) -> li
 
 
 def store_float_weights_(
-    model: ModelProto, weights: Mapping[str, Rounded], rows_of: Callable[[str], Array]
+    model: ModelProto,
+    weights: Mapping[str, Rounded],
+    rows_of: Callable[[str], Array],
+    repairs: Mapping[str, Repair] = MappingProxyType({}),
 ) -> list[str]:
     """Replace float32 initializers by few bits, whose products stay those of float32.
 
@@ -67,6 +72,7 @@ def store_float_weights_(
         model: of opset 21 or later, where a weight has fewer than 8 bits; changed in place.
         weights: name of the initializer -> its rounded form.
         rows_of: function from the name of an initializer to its numbers, `(..., out, in)`.
+        repairs: name of the initializer -> low-rank part to add.
 
     Returns:
         The names of the weights that were replaced. One that is neither stored as its rows nor transposed stays.
@@ -82,7 +88,7 @@ def store_float_weights_(
         if not is_rows and not np.array_equal(values, rows.T):
             continue
         parts = _Unpacking(name=tensor.name)
-        parts.float_weight(rounded, values.shape, not is_rows, tensor.name)
+        parts.float_weight(rounded, values.shape, not is_rows, tensor.name, repairs.get(tensor.name))
         nodes += parts.nodes
         model.graph.initializer.remove(tensor)
         model.graph.initializer.extend(parts.tensors)
@@ -160,13 +166,31 @@ class _Unpacking:
     nodes: list[NodeProto] = field(default_factory=list)
     tensors: list[TensorProto] = field(default_factory=list)
 
-    def float_weight(self, rounded: Rounded, dims: Sequence[int], by_input: bool, output: str) -> None:
+    def float_weight(
+        self, rounded: Rounded, dims: Sequence[int], by_input: bool, output: str, repair: Repair | None = None
+    ) -> None:
         """Make a float32 weight."""
-        self.int8_weight(rounded, dims, by_input, f"{self.name}_int8")
+        if repair is None:
+            self._scaled("", rounded, dims, by_input, output)
+            return
+        near = self._scaled("", rounded, dims, by_input)
+        sides = ("right", "left") if by_input else ("left", "right")
+        factors = [
+            self._scaled(f"_{side}", factor, factor.codes.shape[:: -1 if by_input else 1], by_input)
+            for side, factor in ((side, getattr(repair, side)) for side in sides)
+        ]
+        product = self._node("MatMul", *factors)
+        if len(dims) != 2:
+            product = self._node("Reshape", product, self._constant("dims", np.array(dims, np.int64)))
+        self._node("Add", near, product, output=output)
+
+    def _scaled(self, part: str, rounded: Rounded, dims: Sequence[int], by_input: bool, output: str = "") -> str:
+        """Make a float32 matrix of an int8 one and the scales of its rows."""
+        int8 = f"{self.name}{part}_int8"
+        self.int8_weight(rounded, dims, by_input, int8)
         shape = (1, -1) if by_input else (-1, *[1] * (len(dims) - 1))
-        scales = self._constant("row_scales", rounded.scales.numpy().astype(np.float32).reshape(shape))
-        wide = self._node("Cast", f"{self.name}_int8", to=TensorProto.FLOAT)
-        self._node("Mul", wide, scales, output=output)
+        scales = self._constant(f"{part}_row_scales", rounded.scales.numpy().astype(np.float32).reshape(shape))
+        return self._node("Mul", self._node("Cast", int8, to=TensorProto.FLOAT), scales, output=output)
 
     def int8_weight(self, rounded: Rounded, dims: Sequence[int], by_input: bool, output: str) -> None:
         """Make an int8 weight `multipliers * codes`."""

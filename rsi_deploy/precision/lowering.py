@@ -21,11 +21,13 @@ from onnx import ModelProto, numpy_helper
 import graph_passes as gp
 from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.calibration.moments import Moments, Samples
+from rsi_deploy.calibration.repair import Repair, repairs
 from rsi_deploy.calibration.rounding import Rounded, rounded_weight, second_moments
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.io import onnx_file
 from rsi_deploy.io.onnx_checks.parts import all_graphs
 from rsi_deploy.io.onnx_reader import read_proto
+from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.onnx_models.calibration.reachable_sites import found_sites
 from rsi_deploy.onnx_models.opset import convert_opset
@@ -53,12 +55,14 @@ class Lowering:
         tables: name of an embedding table -> 4, 8 or 32 bits; others are stored in eight.
         in_float: names of the nodes of sites that are computed in float32, with weights in their bits. So are all sites
             of "few bits, float32 products", and the convolutions of "dynamic int8".
+        repairs: name of the node of such a site, in fewer than eight bits -> rank of the repair of its weight.
     """
 
     scheme: Scheme
     bits: Mapping[str, int] = field(default_factory=dict)
     tables: Mapping[str, int] = field(default_factory=dict)
     in_float: frozenset[str] = frozenset()
+    repairs: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_packed(self) -> bool:
@@ -121,7 +125,8 @@ def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds
             quantize(work, target, lowering.scheme, None if data is None else data.feeds, kept_float)
             made = read_proto(target, with_data=True)
         small = {name: entry.rounded for name, entry in entries.items()}
-        stored = store_float_weights_(made, small, lambda name: np.asarray(entries[name].site.load()))
+        repaired = {name: entry.repair for name, entry in entries.items() if entry.repair is not None}
+        stored = store_float_weights_(made, small, lambda name: np.asarray(entries[name].site.load()), repaired)
         stored += store_int8_weights_(made, {name: rounded for name, rounded in small.items() if rounded.bits < 8})
         sources = {f"{name}{suffix}": name for suffix in RENAMES for name in marks} | {name: name for name in marks}
         for node in made.graph.node:
@@ -141,6 +146,7 @@ def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds
 class _Entry:
     site: gp.Site
     rounded: Rounded
+    repair: Repair | None
 
 
 def _site_node(node: str) -> str:
@@ -201,7 +207,9 @@ def _rounded_sites(path: Path, lowering: Lowering, data: CalibrationFeeds | None
         site, bits = sites[name]
         weight = torch.from_numpy(np.array(site.load(), np.float32))
         rounded = rounded_weight(weight, second, is_product=site.window is None, bits=bits)
-        found[site.weight] = _Entry(site=site, rounded=rounded)
+        ranks = [rank for rank in [lowering.repairs.get(_site_node(site.node), 0)] if rank and second is not None]
+        made = repairs(weight[0], rounded, second[0], ranks, Solver(), site=name) if second is not None else []
+        found[site.weight] = _Entry(site=site, rounded=rounded, repair=made[0] if made else None)
 
     def visit(calibrated: CalibratedSite, moments: Moments | Samples) -> None:
         keep(calibrated.name, second_moments(moments))

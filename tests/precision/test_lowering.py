@@ -109,6 +109,16 @@ def test_a_site_with_float_products_has_its_bits(images, tmp_path):
     assert max(errors["few"], errors["all"]) < 2 * min(errors["few"], errors["all"])
 
 
+def test_a_repair_brings_the_answers_nearer(images, tmp_path):
+    source, _, data, x = images
+    expected, bits = run(source, {"input": x}), dict.fromkeys(("conv1", "conv2", "head"), 3)
+    errors = []
+    for name, ranks in (("plain", {}), ("repaired", {"conv1": 4, "conv2": 8, "head": 2})):
+        lower(source, tmp_path / f"{name}.onnx", Lowering(scheme=FEW_BITS, bits=bits, repairs=ranks), data)
+        errors.append(np.linalg.norm(run(tmp_path / f"{name}.onnx", {"input": x}) - expected))
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_names_and_marks_of_splits_stay(images, tmp_path):
     _, split, data, _ = images
     lower(split, tmp_path / "q.onnx", Lowering(scheme=STATIC, bits={"conv1": 4}), data)

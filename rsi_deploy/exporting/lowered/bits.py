@@ -24,9 +24,10 @@ def bits_of(site: CalibratedSite) -> tuple[int, ...]:
     return (32, 8, 5, 4, 3)
 
 
-def in_bits(site: SiteOptions, allowed: tuple[int, ...]) -> SiteOptions:
+def in_bits(site: SiteOptions, allowed: tuple[int, ...], *, with_repairs: bool) -> SiteOptions:
     """Return the options in these bits; the dense weight as it is stays first, out of reach where it is not one."""
-    exact, others = site.options[0], [option for option in site.options[1:] if option.bits in allowed]
+    exact = site.options[0]
+    others = [o for o in site.options[1:] if o.bits in allowed and (with_repairs or not o.repair)]
     if others and 32 not in allowed:
         exact = replace(exact, bytes=OUT_OF_REACH)
     return SiteOptions(name=site.name, options=(exact, *others))

@@ -22,7 +22,7 @@ from rsi_deploy.precision.embedding_tables import EmbeddingTable, tables
 from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
 from rsi_deploy.precision.quantizers import quantize
 from rsi_deploy.precision.rivals import rival_name
-from rsi_deploy.precision.schemes import FLOAT32, Scheme, has_bits
+from rsi_deploy.precision.schemes import FEW_BITS, FLOAT32, Scheme, has_bits
 
 Write = Callable[[Planned, Path], SplitModel]
 Measure = Callable[[Sequence[Path]], BenchResult]
@@ -144,7 +144,14 @@ class PointMaker:
             bits={node: stored[name] for node, name in sites.items()},
             tables={table.name: stored[table.name] for table in self.tables},
             in_float=frozenset(node for node, name in sites.items() if name in base.in_float),
+            repairs=self._repairs(made, base.scheme),
         )
+
+    def _repairs(self, made: Planned, scheme: Scheme) -> dict[str, int]:
+        """Return name of a site's node -> rank of its repair, which is free where onnxruntime folds it."""
+        decisions = decisions_in(made) if scheme is FEW_BITS else {}
+        named = {site.node: decisions.get(site_name(site.weight)) for site in self.dense.sites}
+        return {node: decision.repair for node, decision in named.items() if decision is not None and decision.repair}
 
     def stored_bits(self, made: Planned, scheme: Scheme) -> dict[str, int]:
         """Return name of each site and table -> bits that it is stored in; empty where the scheme has none."""

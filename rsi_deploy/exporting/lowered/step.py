@@ -370,9 +370,8 @@ class PrecisionStep:
     def _planner(self, base: Base) -> CalibratedPlanner:
         """The planner of a base: its bits, and models that are written in it."""
         whole, allowed = self._whole_planner, self._planned_bits if has_bits(base.scheme) else (32,)
-        options = [in_bits(site, allowed) for site in whole.options]
-        if allowed != (32,):
-            options += [in_bits(site, allowed) for site in self._table_options]
+        sites = [*whole.options, *(self._table_options if allowed != (32,) else ())]
+        options = [in_bits(site, allowed, with_repairs=base.scheme is FEW_BITS) for site in sites]
         planner = replace(
             whole,
             options=options,
@@ -399,7 +398,9 @@ class PrecisionStep:
     def _whole_planner(self) -> CalibratedPlanner:
         """The planner with every site's options in all bits; surveyed once."""
         bits = {32} if self.precision == "float16" else {32, 8, *self._planned_bits}
-        return self.maker.calibrator.planner_for(lambda site: tuple(b for b in bits_of(site) if b in bits))
+        return self.maker.calibrator.planner_for(
+            lambda site: tuple(b for b in bits_of(site) if b in bits), with_repairs=FEW_BITS in self._dense
+        )
 
     @cached_property
     def _table_options(self) -> list[SiteOptions]:
