@@ -9,7 +9,7 @@
 What fits no pattern stays as it is, with the answers that it had.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,14 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.convenience import replace_all_uses_with
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from graph_passes.constants import LAYOUT_OPS, OVERRIDABLE_IR_VERSION, add_constant, layout_chain, stored_tensor
+from graph_passes.constants import (
+    LAYOUT_OPS,
+    OVERRIDABLE_IR_VERSION,
+    add_constant,
+    computed_constants,
+    layout_chain,
+    stored_tensor,
+)
 from graph_passes.names import Names, name_of
 from graph_passes.operators import find_pass
 from rsi_deploy.core.types import Array
@@ -55,7 +62,7 @@ SIMPLE = {
 MOVES = LAYOUT_OPS - {"Cast"} | {"DepthToSpace", "Expand", "Flatten", "Gather", "MaxPool", "Slice", "Tile"}
 """Operators that move or select numbers; a scale may be applied before them or after them."""
 
-UNPACKS = LAYOUT_OPS | {"DequantizeLinear", "Div", "Mod", "Mul", "Slice", "Sub"}
+UNPACKS = LAYOUT_OPS | {"Add", "DequantizeLinear", "Div", "MatMul", "Mod", "Mul", "Slice", "Sub"}
 """Operators that unpack stored codes."""
 
 AVERAGES = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
@@ -68,14 +75,16 @@ Operand = tuple[ir.Value | None, ir.Value | None, ir.Value | None]
 
 def quantized_products(model: ir.Model) -> list[str]:
     """Return the names of the nodes that multiply by a weight of few bits, or multiply two values of few bits."""
-    return [name_of(node) for node in _nodes(model) if _is_quantized_product(node)]
+    computed = _computed(model)
+    return [name_of(node) for node in _nodes(model) if _is_quantized_product(node, computed)]
 
 
 def quantized_tables(model: ir.Model) -> list[str]:
     """Return the names of the nodes that look up rows of a table of few bits."""
+    computed = _computed(model)
 
     def looks_up(node: ir.Node) -> bool:
-        return node.op_type == "Gather" and bool(node.inputs) and _is_few_bits(node.inputs[0])
+        return node.op_type == "Gather" and bool(node.inputs) and _is_few_bits(node.inputs[0], computed)
 
     return [name_of(node) for node in _nodes(model) if node.op_type == "GatherBlockQuantized" or looks_up(node)]
 
@@ -90,7 +99,7 @@ def dequantize_(model: ir.Model) -> None:
     Args:
         model: a quantized model; weights are read. Model functions stay as they are.
     """
-    work = _Dequantizer(model=model, names=Names(model))
+    work = _Dequantizer(model=model, names=Names(model), computed=_computed(model))
     for node in list(model.graph.all_nodes()):
         work.convert(node)
     for node in list(model.graph.all_nodes()):
@@ -107,6 +116,11 @@ def _nodes(model: ir.Model) -> Iterator[ir.Node]:
         yield from graph.all_nodes()
 
 
+def _computed(model: ir.Model) -> set[ir.Value]:
+    """Return the values that are computed from stored ones alone."""
+    return computed_constants(_nodes(model))
+
+
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """Return the node that makes a value, if it is of this type."""
     node = None if value is None else value.producer()
@@ -120,24 +134,27 @@ def _only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
     return readers[0] if is_alone else None
 
 
-def _is_quantized_product(node: ir.Node) -> bool:
+def _is_quantized_product(node: ir.Node, computed: Collection[ir.Value]) -> bool:
     if node.op_type in PRODUCTS:
         return True
-    if find_pass(node.domain, node.op_type) is None:
+    if find_pass(node.domain, node.op_type) is None or node.outputs[0] in computed:
         return False
     roots = [layout_chain(value)[0] for value in node.inputs[:2] if value is not None]
-    return any(map(_is_few_bits, roots)) or all(_producer(root, "DequantizeLinear") for root in roots)
+    return any(_is_few_bits(root, computed) for root in roots) or all(
+        _producer(root, "DequantizeLinear") for root in roots
+    )
 
 
-def _is_few_bits(value: ir.Value | None) -> bool:
-    """Return whether a value is a stored tensor of integers of at most 16 bits, perhaps behind its dequantization."""
-    while value is not None and stored_tensor(value) is None:
-        node = value.producer()
-        if node is None or not node.inputs or node.op_type not in UNPACKS:
-            return False
-        value = node.inputs[0]
-    tensor = None if value is None else stored_tensor(value)
-    return tensor is not None and tensor.dtype.is_integer() and tensor.dtype.bitwidth <= 16
+def _is_few_bits(value: ir.Value | None, computed: Collection[ir.Value]) -> bool:
+    """Return whether a value is a stored tensor of integers of at most 16 bits, or one that is unpacked from such."""
+    if value is None:
+        return False
+    if (tensor := stored_tensor(value)) is not None:
+        return tensor.dtype.is_integer() and tensor.dtype.bitwidth <= 16
+    node = value.producer() if value in computed else None
+    if node is None or node.op_type not in UNPACKS:
+        return False
+    return any(_is_few_bits(operand, computed) for operand in node.inputs)
 
 
 def _unpacked(codes: Array, bits: int, axis: int = -1) -> Array:
@@ -155,10 +172,12 @@ class _Dequantizer:
     Attributes:
         model: the model.
         names: its names.
+        computed: values that are computed from stored ones alone.
     """
 
     model: ir.Model
     names: Names
+    computed: Collection[ir.Value]
     _weights: dict[tuple[ir.Value | None, ...], ir.Value] = field(default_factory=dict, init=False)
     _clips: dict[ir.Node, ir.Value] = field(default_factory=dict, init=False)
 
@@ -340,7 +359,7 @@ class _Dequantizer:
     def fold_weights(self, node: ir.Node) -> None:
         """Store the weights of a float product that other nodes than DequantizeLinear unpack."""
         for value in node.inputs[:2]:
-            if value is None or stored_tensor(value) is not None or not _is_few_bits(value):
+            if value is None or stored_tensor(value) is not None or not _is_few_bits(value, self.computed):
                 continue
             if (array := self.array(value)) is not None and value.name is not None:
                 name, value.name = value.name, self.names.fresh_value(f"{value.name}/unpacked")
@@ -356,7 +375,7 @@ class _Dequantizer:
         if (tensor := stored_tensor(value)) is not None:
             array: Array = tensor.numpy()
             return array
-        node = value.producer()
+        node = value.producer() if value in self.computed else None
         return None if node is None or node.op_type not in UNPACKS else self._evaluated(node, node.inputs)
 
     def _evaluated(self, node: ir.Node, inputs: Sequence[ir.Value | None]) -> Array | None:
