@@ -33,6 +33,8 @@ BLOCK = 16
 """Inputs of a product that share a multiplier. A convolution's rows have one scale each."""
 ROW_BYTES = 9
 """Bytes of a row's scales (of weight and bias) and zero point."""
+NODE_BYTES = {8: 0, 5: 400, 4: 120, 3: 400}
+"""Bits of a weight -> bytes of the nodes and constants that unpack it, about."""
 LAZY = 128
 """Number of columns after which their errors are passed on to all that follow."""
 
@@ -222,4 +224,4 @@ def stored_bytes(numbers: int, rows: int, bits: int, *, is_product: bool) -> int
         is_product: see `rounded_weight`.
     """
     multipliers = numbers / BLOCK / 2 if bits < 8 and is_product else 0
-    return round(numbers * STORED_BITS[bits] / 8 + multipliers) + ROW_BYTES * rows
+    return round(numbers * STORED_BITS[bits] / 8 + multipliers) + ROW_BYTES * rows + NODE_BYTES[bits]

@@ -44,6 +44,7 @@ class PrecisionRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
         points: all models that were compared, the dense float32 one first.
         bits: name of a site -> bits in which its weight is stored, where the plan decided.
         tables: name of an embedding table -> bits in which it is stored, where the plan decided.
+        operators: operator -> number of nodes that onnxruntime runs of the delivered model, after its optimizations.
     """
 
     request: str
@@ -52,6 +53,7 @@ class PrecisionRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
     points: tuple[PrecisionPoint, ...]
     bits: dict[str, int] = {}
     tables: dict[str, int] = {}
+    operators: dict[str, int] = {}
 
     @property
     def delivered(self) -> PrecisionPoint:

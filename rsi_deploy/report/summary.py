@@ -318,7 +318,24 @@ def precision_lines(report: "Report") -> list[str]:
         if bits:
             counts = [f"{count} in {width} bits" for width, count in sorted(Counter(bits.values()).items())]
             lines.append(f"{what}: {', '.join(counts)}")
+    if record.operators:
+        lines.append(f"onnxruntime runs {_operators_text(record.operators)}")
     return lines
+
+
+CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+"""Operators that turn numbers into codes or back, and cost time of their own."""
+
+
+def _operators_text(operators: Mapping[str, int]) -> str:
+    """Return how many products run as which operator, and how many conversions between types remain."""
+    from graph_passes import multiplies_by_weights  # loads onnx
+
+    products = [f"{count} {name}" for name, count in operators.items() if multiplies_by_weights(name)]
+    conversions = [f"{operators[name]} {name}" for name in CONVERSIONS if name in operators]
+    others = sum(operators.values()) - sum(int(text.split()[0]) for text in (*products, *conversions))
+    between = ", ".join(conversions) or "no conversion between types"
+    return f"{', '.join(products) or 'no product'}; {between}; {others} other nodes"
 
 
 def point_measure(record: "PrecisionRecord") -> Measure | None:

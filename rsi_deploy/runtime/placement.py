@@ -7,6 +7,7 @@ arithmetic that onnxruntime keeps on the CPU is only recorded.
 """
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,14 @@ class Placement:
         memcpy_nodes: copies between device and host that onnxruntime inserted; also counted in `provider_nodes`.
         nodes: name of the executed node -> provider.
         ops: name of the executed node -> op type.
+        op_counts: op type -> number of distinct nodes of it; nodes without a name count, too.
     """
 
     provider_nodes: dict[str, int]
     memcpy_nodes: int
     nodes: dict[str, str]
     ops: dict[str, str] = field(default_factory=dict)
+    op_counts: dict[str, int] = field(default_factory=dict)
 
     def elsewhere(self, provider: str) -> dict[str, str]:
         """Return the nodes with most of the work that ran on another provider, with that provider."""
@@ -136,4 +139,5 @@ def parse_profile(events: list[dict[str, Any]]) -> Placement:
         memcpy_nodes=sum(op.startswith("Memcpy") for _, op in seen.values()),
         nodes={node: provider for (node, _), (provider, _) in seen.items()},
         ops={node: op for (node, _), (_, op) in seen.items()},
+        op_counts=dict(sorted(Counter(op for _, op in seen.values()).items())),
     )

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from rsi_deploy.calibration.rounding import (
     BLOCK,
     CODES,
+    NODE_BYTES,
     ROW_BYTES,
     rounded,
     rounded_weight,
@@ -179,8 +180,8 @@ def test_eight_bits_are_255_steps_a_row():
 
 
 def test_bytes_of_a_stored_weight():
-    assert stored_bytes(64 * 32, 64, 8, is_product=True) == 64 * 32 + 64 * ROW_BYTES
-    assert stored_bytes(64 * 32, 64, 4, is_product=False) == 64 * 16 + 64 * ROW_BYTES
-    assert stored_bytes(64 * 32, 64, 4, is_product=True) == 64 * 16 + 64 * 2 // 2 + 64 * ROW_BYTES
-    assert stored_bytes(64 * 40, 64, 3, is_product=False) == 64 * 8 * 2 + 64 * ROW_BYTES
-    assert stored_bytes(64 * 30, 64, 5, is_product=False) == 64 * 10 * 2 + 64 * ROW_BYTES
+    assert stored_bytes(64 * 32, 64, 8, is_product=True) == 64 * 32 + 64 * ROW_BYTES + NODE_BYTES[8]
+    assert stored_bytes(64 * 32, 64, 4, is_product=False) == 64 * 16 + 64 * ROW_BYTES + NODE_BYTES[4]
+    assert stored_bytes(64 * 32, 64, 4, is_product=True) == 64 * 16 + 64 * 2 // 2 + 64 * ROW_BYTES + NODE_BYTES[4]
+    assert stored_bytes(64 * 40, 64, 3, is_product=False) == 64 * 8 * 2 + 64 * ROW_BYTES + NODE_BYTES[3]
+    assert stored_bytes(64 * 30, 64, 5, is_product=False) == 64 * 10 * 2 + 64 * ROW_BYTES + NODE_BYTES[5]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from graph_passes import Site
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.core.errors import GateError, ModelError, UsageError
 from rsi_deploy.core.progress import step
@@ -42,6 +43,7 @@ from rsi_deploy.precision.schemes import (
     is_int8,
     static,
 )
+from rsi_deploy.runtime.placement import node_placement
 from rsi_deploy.runtime.provider_spec import parse_provider
 from rsi_deploy.runtime.providers import short_name
 
@@ -147,11 +149,15 @@ class PrecisionStep:
 
     @cached_property
     def _operators(self) -> frozenset[str]:
-        return frozenset(site.op_type for site in self.maker.dense.sites)
+        return frozenset(site.op_type for site in self._sites)
+
+    @property
+    def _sites(self) -> Sequence[Site]:
+        return self.maker.dense.sites
 
     def _record(self, chosen: Point, points: Sequence[Point], rule: Rule) -> PrecisionRecord:
         stored = {} if chosen.made is None else self.maker.stored_bits(chosen.made, chosen.scheme)
-        tables = {table.name for table in self.maker.tables}
+        tables, dense = {table.name for table in self.maker.tables}, self.maker.dense
         return PrecisionRecord(
             request=self.precision,
             scheme=chosen.scheme.name,
@@ -159,6 +165,7 @@ class PrecisionStep:
             points=tuple(point.record(chosen, rule) for point in points),
             bits={name: bits for name, bits in stored.items() if name not in tables},
             tables={name: bits for name, bits in stored.items() if name in tables},
+            operators=node_placement(dense.target, self.maker.provider, dense.feeds).op_counts,
         )
 
     # -- bases ------------------------------------------------------------------------------------------------------
@@ -179,7 +186,7 @@ class PrecisionStep:
         tried = [static("minmax")]
         if "Conv" in self._operators:
             tried.append(static("percentile"))
-        if PRODUCTS & self._operators:
+        if self._multiplies_mostly:
             tried.append(DYNAMIC)
         found = [point for point in map(self._lower_dense, tried) if point is not None]
         if not found:
@@ -193,6 +200,12 @@ class PrecisionStep:
             fastest = max(point.speedup for point in near)
             near = [point for point in near if point.speedup >= 0.9 * fastest]
         return min(near, key=lambda point: point.loss).scheme
+
+    @property
+    def _multiplies_mostly(self) -> bool:
+        """Return whether most MACs are those of products: dynamic int8 leaves convolutions in float32."""
+        macs = {site.node: (site.op_type in PRODUCTS, self.maker.dense.macs.get(site.node, 0)) for site in self._sites}
+        return 2 * sum(count for is_product, count in macs.values() if is_product) > sum(c for _, c in macs.values())
 
     def _lower_dense(self, scheme: Scheme) -> Point | None:
         """The dense model in a scheme, with weights in eight bits; None where it cannot be made."""
@@ -258,6 +271,7 @@ class PrecisionStep:
             if over >= allowed:
                 return
         else:
+            self.notes.append(f"{base.name}: no plan of {TRIES} keeps {budget}; the nearest has {point.bytes:,} bytes")
             return
         yield point
         if is_int8(base.scheme) and self.precision == "auto" and point.made is not None:
