@@ -19,6 +19,7 @@ With an output sensitivity `G = S S^T`, the error is `E e^T G e` instead of `E e
 M is the same, and the rank goes to the directions of y that move the outputs most.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -164,17 +165,26 @@ def dense_response_error(
         moments: moments in the dense network.
         sensitivity: output sensitivity; None for the identity.
     """
+    return dense_errors(weight, moments, sensitivity)(product)
+
+
+def dense_errors(
+    weight: Tensor, moments: Moments | Samples, sensitivity: Tensor | None = None
+) -> Callable[[Tensor], float]:
+    """Return the function from a new weight to its `dense_response_error`."""
+    dtype = moments.x.dtype if isinstance(moments, Samples) else moments.xx.dtype
+    root = None if sensitivity is None else sensitivity_root(sensitivity).to(dtype)
+    W = weight.to(dtype)
 
     def energy(T: Tensor) -> float:
-        T = T if sensitivity is None else sensitivity_root(sensitivity).to(T).mT @ T
+        T = T if root is None else root.mT @ T
         if isinstance(moments, Samples):
             x = moments.x - moments.x.mean(dim=-2, keepdim=True)
             return float((x @ T.mT).square().sum())
         return float(((T @ moments.xx) * T).sum())
 
-    dtype = moments.x.dtype if isinstance(moments, Samples) else moments.xx.dtype
-    W = weight.to(dtype)
-    return max(energy(W - product.to(dtype)) / max(energy(W), 1e-300), 0.0)
+    size = max(energy(W), 1e-300)
+    return lambda product: max(energy(W - product.to(dtype)) / size, 0.0)
 
 
 def _from_samples(weight: Tensor, samples: Samples, ridge: float, extra_ridge: float) -> ResponseProblem:

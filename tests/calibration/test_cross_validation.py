@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from rsi_deploy.calibration.cross_validation import (
+    DenseResponse,
     Trust,
     has_folds,
-    held_out_curve,
     held_out_error,
     parted,
     trust_of,
@@ -50,7 +50,7 @@ def test_the_curve_is_that_of_projections_judged_on_rows_left_out(sensitive, sha
     x, W = randn(1, 40, n) * 0.7 ** torch.arange(n) + 3, randn(1, out, n, seed=1)
     moments, parts = folded(x, x @ W.mT)
     G = torch.diag_embed(torch.linspace(0.1, 4, out)).unsqueeze(0) if sensitive else None
-    found = held_out_curve(W, moments, sensitivity=G).errors
+    found = DenseResponse(W, moments, G).held_out_curve().errors
     for rank in (1, 3, 5):
         lost = total = 0.0
         for (x_fit, y_fit), (x_out, y_out) in one_by_one(parts):
@@ -77,13 +77,13 @@ def test_more_outputs_than_rows_look_good_in_sample_only():
     y = fresh @ W.mT
     true = float(((y - fresh @ (left @ right).float().mT) ** 2).sum() / y.square().sum())
     assert float(problem.errors()[rank]) < 0.3 * true, "in sample the site looks far better than it is"
-    assert float(held_out_curve(W, moments).errors[rank]) == pytest.approx(true, rel=0.35)
+    assert float(DenseResponse(W, moments).held_out_curve().errors[rank]) == pytest.approx(true, rel=0.35)
 
 
 def test_halves_of_rows_judge_wide_inputs():
     x, y, W = rows(400)
-    by_rows = held_out_curve(W, Samples(x=x, y=y)).errors
-    by_moments = held_out_curve(W, folded(x, y, 2)[0], ridges=(1e-9,)).errors
+    by_rows = DenseResponse(W, Samples(x=x, y=y)).held_out_curve().errors
+    by_moments = DenseResponse(W, folded(x, y, 2)[0]).held_out_curve((1e-9,)).errors
     assert has_folds(Samples(x=x, y=y))
     torch.testing.assert_close(by_rows, by_moments, rtol=1e-2, atol=1e-5)
 
@@ -140,7 +140,8 @@ def test_the_share_mixes_the_regression_with_the_weight(share):
 
 def test_scarce_rows_prefer_a_larger_ridge():
     W, x = randn(1, 30, 40, seed=1), randn(1, 24, 40)
-    scarce = held_out_curve(W, folded(x, x @ W.mT)[0], ridges=(RIDGE, 1.0))
+    response = DenseResponse(W, folded(x, x @ W.mT)[0])
+    scarce = response.held_out_curve((RIDGE, 1.0))
     assert min(scarce.ridges[5:20]) == 1.0
-    one = held_out_curve(W, folded(x, x @ W.mT)[0], ridges=(RIDGE,))
+    one = response.held_out_curve((RIDGE,))
     assert (scarce.errors <= one.errors + 1e-12).all()

@@ -126,7 +126,8 @@ def test_more_than_the_bound_is_refused():
         accumulator_of(4, memory=3 * 3 * 4 - 1)
 
 
-def test_sums_are_updated_in_place():
+def test_sums_are_updated_in_place(monkeypatch):
+    monkeypatch.setattr(output_sensitivity, "ROWS_AT_ONCE", 1)
     accumulator = accumulator_of(4)
     places, sizes = [], []
     for begin in (0, 2):

@@ -140,7 +140,10 @@ def _pad(a: Attributes, x: Tensor, pads: Tensor, value: Tensor | None = None, ax
 
 
 def _clipped(a: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    return x if low is None and high is None else torch.clamp(x, low, high)
+    least, most = (limit if limit is None or limit.requires_grad else limit.item() for limit in (low, high))
+    if isinstance(least, float) and isinstance(most, float) and least <= most:
+        return F.hardtanh(x, least, most)  # its gradients take a tenth of the time
+    return x if least is None and most is None else torch.clamp(x, least, most)
 
 
 def _turned(a: Attributes, x: Tensor) -> Tensor:

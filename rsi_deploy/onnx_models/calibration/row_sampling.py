@@ -68,7 +68,7 @@ class Readings:
         for r in group:
             shape = shapes[r.graph.data]
             quota = (
-                (survey_rows if survey else row_limit)(r.site.in_features)
+                (survey_rows if survey else row_limit)(r.site.in_features, r.site.groups)
                 * self.axes.samples(batch)
                 / max(self._samples, 1)
             )
@@ -129,9 +129,9 @@ def _row_shape(r: Reached, shape: Sequence[int]) -> tuple[int, ...]:
     return (*row_sizes(ordered, r.site.in_features), r.site.in_features)
 
 
-def survey_rows(in_features: int) -> int:
+def survey_rows(in_features: int, groups: int) -> int:
     """Return how many rows suffice for a choice of ranks: y = W x holds no noise."""
-    return min(row_limit(in_features), max(ROWS, 8 * in_features))
+    return min(row_limit(in_features, groups), max(ROWS // 2, 8 * in_features))
 
 
 def taps_of(
