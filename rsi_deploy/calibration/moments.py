@@ -24,9 +24,9 @@ GRAM_LIMIT = 8192
 """Widest input whose Gram matrix is kept; for wider ones the rows are kept."""
 _DOUBLE_LIMIT = 2048
 ROWS = 16_384
-"""Largest number of rows per site, of all groups together, or 32 times its inputs a group if that is more."""
-GROUP_ROWS = 1024
-"""Number of rows that every group may have: a depthwise convolution has few inputs and hundreds of groups."""
+"""Largest number of rows per site, of all its groups together, or 32 times its inputs if that is more."""
+GROUP_ROWS = 16
+"""Rows per input that every group may have: a depthwise convolution has few inputs and hundreds of groups."""
 WIDE_ROWS = 4096
 """Largest number of rows for a site whose rows are kept."""
 FOLDS = 4
@@ -223,7 +223,9 @@ def fold_count(in_features: int) -> int:
 
 def row_limit(in_features: int, groups: int = 1) -> int:
     """Return the largest number of rows, per group, that a site's moments are computed from."""
-    return WIDE_ROWS if in_features > GRAM_LIMIT else max(ROWS // groups, GROUP_ROWS, 32 * in_features)
+    return (
+        WIDE_ROWS if in_features > GRAM_LIMIT else max(max(ROWS, 32 * in_features) // groups, GROUP_ROWS * in_features)
+    )
 
 
 def moment_bytes(in_features: int, out_features: int, groups: int, rows: int, *, limit: int = GRAM_LIMIT) -> int:

@@ -12,7 +12,7 @@ from rsi_deploy.calibration.cross_validation import (
     trust_of,
 )
 from rsi_deploy.calibration.moments import MomentAccumulator, Moments, Samples
-from rsi_deploy.calibration.reduced_rank_regression import RIDGE, response_problem
+from rsi_deploy.calibration.reduced_rank_regression import RIDGE, dense_response_error, response_problem
 from rsi_deploy.linalg.solver import Solver
 
 OUT, IN = 9, 12
@@ -64,6 +64,24 @@ def test_the_curve_is_that_of_projections_judged_on_rows_left_out(sensitive, sha
         assert float(found[rank]) == pytest.approx(lost / total, rel=1e-2)  # the ridge is that of all rows
         assert float(found[rank]) != pytest.approx(lost / total * 1.1, rel=1e-2)
     assert float(found[-1]) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("sensitive", [False, True])
+@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT)])
+def test_a_projection_has_the_error_that_it_is_said_to_have(sensitive, shape):
+    out, n = shape
+    x, W = randn(1, 60, n) * 0.7 ** torch.arange(n) + 3, randn(1, out, n, seed=1)
+    moments, _ = folded(x, x @ W.mT)
+    G = torch.diag_embed(torch.linspace(0.1, 4, out)).unsqueeze(0) if sensitive else None
+    for given in (moments, Samples(x=x, y=x @ W.mT)):
+        response = DenseResponse(W, given, G)
+        for rank in (1, 4):
+            left, right = response.projection(rank)
+            assert (left.shape, right.shape) == ((1, out, rank), (1, rank, n))
+            found = dense_response_error(W, left @ right, moments, G)
+            assert float(response.errors[rank]) == pytest.approx(found, rel=1e-3)
+            assert float(response.errors[rank]) != pytest.approx(float(response.errors[rank + 1]), rel=0.1)
+        assert float(response.errors[-1]) == pytest.approx(0, abs=1e-6)
 
 
 def test_more_outputs_than_rows_look_good_in_sample_only():

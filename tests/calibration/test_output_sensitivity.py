@@ -165,6 +165,13 @@ def test_a_wide_site_has_no_sensitivity(monkeypatch, caplog):
     assert set(accumulator.result()) == {"b"}
 
 
+def test_one_feature_has_no_sensitivity():
+    accumulator = accumulator_of(2, site("a", out=1), site("b"))
+    y, z = leaf(2, 1), leaf(2, 3)
+    accumulator.add_gradients(y * 2 + z, [("a", y), ("b", z)], range(2))
+    assert set(accumulator.result()) == {"b"}  # its weight would be 1
+
+
 def test_gradients_that_are_zero_or_not_finite_give_no_sensitivity():
     accumulator = accumulator_of(2, site("a"), site("b"), site("c"))
     a, b, c = leaf(2, 3), leaf(2, 3), leaf(2, 3)

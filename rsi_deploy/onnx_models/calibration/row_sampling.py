@@ -165,7 +165,7 @@ def inputs_of(r: Reached, rows: Array) -> Tensor:
     """Return gathered data as `(groups, rows, in)`; a Conv's columns are sorted by point and channel."""
     groups, points = r.site.groups, math.prod(r.site.kernel)
     x = torch.from_numpy(rows).reshape(len(rows), points, groups, rows.shape[1] // (points * groups))
-    x = x.movedim(2, 0).reshape(groups, len(rows), -1)
+    x = x.movedim(2, 0).reshape(groups, len(rows), -1).contiguous()
     return x[..., _by_channel(r)] if _wide(r) else x
 
 
