@@ -177,14 +177,31 @@ def dense_errors(
     W = weight.to(dtype)
 
     def energy(T: Tensor) -> float:
-        T = T if root is None else root.mT @ T
-        if isinstance(moments, Samples):
-            x = moments.x - moments.x.mean(dim=-2, keepdim=True)
-            return float((x @ T.mT).square().sum())
-        return float(((T @ moments.xx) * T).sum())
+        return _energy(T if root is None else root.mT @ T, moments)
 
     size = max(energy(W), 1e-300)
     return lambda product: max(energy(W - product.to(dtype)) / size, 0.0)
+
+
+def noise_response_error(weight: Tensor, moments: Moments | Samples, sensitivity: Tensor | None = None) -> float:
+    """Return the response error in the dense network that white noise of variance 1 on the inputs causes.
+
+    Args:
+        weight: W `(groups, out, in)`.
+        moments: moments in the dense network.
+        sensitivity: output sensitivity; None for the identity.
+    """
+    W = weight.to(moments.x.dtype if isinstance(moments, Samples) else moments.xx.dtype)
+    W = W if sensitivity is None else sensitivity_root(sensitivity).to(W).mT @ W
+    return float(W.square().sum()) / max(_energy(W, moments), 1e-300)
+
+
+def _energy(T: Tensor, moments: Moments | Samples) -> float:
+    """Return the mean energy of the responses `T x` of centred inputs."""
+    if isinstance(moments, Samples):
+        x = moments.x - moments.x.mean(dim=-2, keepdim=True)
+        return float((x @ T.mT).square().sum()) / x.shape[-2]
+    return float(((T @ moments.xx) * T).sum())
 
 
 def _from_samples(weight: Tensor, samples: Samples, ridge: float, extra_ridge: float) -> ResponseProblem:

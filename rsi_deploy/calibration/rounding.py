@@ -1,8 +1,9 @@
 """Round a weight to few bits so that its response on calibration data changes least.
 
-    W ~ s * m * k        k: 4-bit integers, -8 to 7       m: integers, one for a block of inputs       s: one for a row
+    W ~ s * m * k        k: integers of few bits       m: integers, one for a block of inputs       s: one for a row
 
-`m * k` fits into eight bits, so a kernel for int8 weights computes with it, while four bits a number are stored.
+`m * k` fits into eight bits, so a kernel for int8 weights computes with it, while few bits a number are stored: 4 (-8
+to 7), 3.2 (-4 to 4, five numbers in two bytes; "3 bits"), or 5.33 (-19 to 19, three in two bytes; "5 bits").
 
 The columns are rounded one after another, and each one's error is compensated by those that follow:
 
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from rsi_deploy.calibration.moments import Moments, Samples
 
-BITS = 4
-LOWEST, HIGHEST = -8, 7
-LARGEST = 127 // 8
-"""Largest multiplier of a block: its product with -8 fits into int8."""
+CODES = {8: (-127, 127), 5: (-19, 19), 4: (-8, 7), 3: (-4, 4)}
+"""Bits of a weight -> lowest and highest code."""
+STORED_BITS = {8: 8.0, 5: 16 / 3, 4: 4.0, 3: 16 / 5}
+"""Bits of a weight -> bits that a code takes in a file."""
+LARGEST = {5: 127 // 19, 4: 127 // 8, 3: 15}
+"""Bits of a weight -> largest multiplier of a block: its product with a code fits into int8, and it into four bits."""
 DAMPING = 0.01
 """Ridge of H, in mean input variances."""
 CLIPS = (1.0, 0.9, 0.8, 0.7)
@@ -39,16 +42,18 @@ class Rounded:
     """A weight `scales * multipliers * codes`.
 
     Attributes:
-        codes: int8 `(out, in)`, from -8 to 7.
+        codes: int8 `(out, in)`, in the range of `CODES`.
         multipliers: int8 `(out, blocks)`, from 1 to 15; a single block of 1 where rows have one scale.
         scales: float32 `(out,)`, positive.
         block: number of inputs in a block.
+        bits: key of `CODES`.
     """
 
     codes: Tensor
     multipliers: Tensor
     scales: Tensor
     block: int
+    bits: int = 4
 
     def weight8(self) -> Tensor:
         """Return the numbers in eight bits, int8 `(out, in)`."""
@@ -60,8 +65,8 @@ class Rounded:
         return self.weight8().float() * self.scales[:, None]
 
 
-def rounded(weight: Tensor, second: Tensor | None = None, *, block: int | None = None) -> Rounded:
-    """Round a weight to four bits.
+def rounded(weight: Tensor, second: Tensor | None = None, *, block: int | None = None, bits: int = 4) -> Rounded:
+    """Round a weight to few bits.
 
     A row keeps the nearest numbers where compensation makes its response error larger, which few inputs may.
 
@@ -69,6 +74,7 @@ def rounded(weight: Tensor, second: Tensor | None = None, *, block: int | None =
         weight: W `(out, in)`, floating.
         second: second moments of the inputs E[x x^T] `(in, in)`; None rounds every number to the nearest.
         block: number of inputs with a multiplier of their own; None for one scale a row.
+        bits: key of `CODES`.
 
     Raises:
         ValueError: shapes that do not fit, or values that are not finite.
@@ -80,13 +86,13 @@ def rounded(weight: Tensor, second: Tensor | None = None, *, block: int | None =
     if not torch.isfinite(W).all():
         raise ValueError("the weight holds NaN or infinite values")
     block = min(block or columns, columns)
-    nearest = _rounded(W, None, block)
+    nearest = _rounded(W, None, block, bits)
     if second is None:
         return nearest
     second = second.double()
     if not torch.isfinite(second).all():
         raise ValueError("the second moments hold NaN or infinite values")
-    fitted = _rounded(W, _root(second), block)
+    fitted = _rounded(W, _root(second), block, bits)
     differences = (fitted.weight() - W, nearest.weight() - W)
     errors = [((difference @ second) * difference).sum(dim=1) for difference in differences]
     is_fitted = (errors[0] <= errors[1])[:, None]
@@ -97,65 +103,65 @@ def rounded(weight: Tensor, second: Tensor | None = None, *, block: int | None =
     )
 
 
-def _rounded(weight: Tensor, root: Tensor | None, block: int) -> Rounded:
+def _rounded(weight: Tensor, root: Tensor | None, block: int, bits: int) -> Rounded:
     """Round column by column; `root` compensates the errors."""
     W = weight.clone()
     rows, columns = W.shape
-    scales, has_multipliers = _row_scales(W, block)
+    scales, has_multipliers = _row_scales(W, block, bits)
     codes = torch.zeros(rows, columns, dtype=torch.int8)
     multipliers = torch.ones(rows, -(-columns // block), dtype=torch.int8)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         if has_multipliers:
-            multipliers[:, start // block] = _multiplier(W[:, start:stop], scales)
+            multipliers[:, start // block] = _multiplier(W[:, start:stop], scales, bits)
         step = scales * multipliers[:, start // block]
         for begin in range(start, stop, LAZY):
             end = min(begin + LAZY, stop)
             if root is None:
-                codes[:, begin:end] = _nearest(W[:, begin:end], step[:, None])
+                codes[:, begin:end] = _nearest(W[:, begin:end], step[:, None], bits)
                 continue
             errors = torch.zeros(rows, end - begin, dtype=W.dtype)
             for j in range(begin, end):
-                codes[:, j] = _nearest(W[:, j], step)
+                codes[:, j] = _nearest(W[:, j], step, bits)
                 error = (W[:, j] - codes[:, j] * step) / root[j, j]
                 W[:, j:end] -= error[:, None] * root[j, j:end]
                 errors[:, j - begin] = error
             W[:, end:] -= errors @ root[begin:end, end:]
-    return Rounded(codes=codes, multipliers=multipliers, scales=scales.float(), block=block)
+    return Rounded(codes=codes, multipliers=multipliers, scales=scales.float(), block=block, bits=bits)
 
 
-def _nearest(values: Tensor, step: Tensor) -> Tensor:
-    codes: Tensor = (values / step).round().clamp(LOWEST, HIGHEST)
+def _nearest(values: Tensor, step: Tensor, bits: int) -> Tensor:
+    codes: Tensor = (values / step).round().clamp(*CODES[bits])
     return codes.to(torch.int8)
 
 
-def _row_scales(W: Tensor, block: int) -> tuple[Tensor, bool]:
+def _row_scales(W: Tensor, block: int, bits: int) -> tuple[Tensor, bool]:
     """Return the scale of every row, and True where its blocks have multipliers of their own."""
-    largest = W.abs().amax(dim=1).clamp_min(1e-30)
+    largest, (_, highest) = W.abs().amax(dim=1).clamp_min(1e-30), CODES[bits]
     if block < W.shape[1]:
-        return largest / (HIGHEST * LARGEST), True
-    return _least_error(W, largest / HIGHEST), False
+        return largest / (highest * LARGEST[bits]), True
+    return _least_error(W, largest / highest, bits), False
 
 
-def _least_error(W: Tensor, step: Tensor) -> Tensor:
+def _least_error(W: Tensor, step: Tensor, bits: int) -> Tensor:
     """Return the clipped steps `(rows,)` with the least rounding error."""
     best, least = step, torch.full_like(step, torch.inf)
     for clip in CLIPS:
         tried = step * clip
-        error = (W - _nearest(W, tried[:, None]) * tried[:, None]).square().sum(dim=1)
+        error = (W - _nearest(W, tried[:, None], bits) * tried[:, None]).square().sum(dim=1)
         best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
     return best
 
 
-def _multiplier(W: Tensor, scales: Tensor) -> Tensor:
+def _multiplier(W: Tensor, scales: Tensor, bits: int) -> Tensor:
     """Return the integer multiplier `(rows,)` of a block with the least rounding error."""
-    usual = W.abs().amax(dim=1) / (HIGHEST * scales)
+    usual = W.abs().amax(dim=1) / (CODES[bits][1] * scales)
     best, least = torch.ones(len(W), dtype=W.dtype), torch.full((len(W),), torch.inf, dtype=W.dtype)
     for clip in CLIPS:
         for tried in (torch.floor(clip * usual), torch.ceil(clip * usual)):
-            tried = tried.clamp(1, LARGEST)
+            tried = tried.clamp(1, LARGEST[bits])
             step = (scales * tried)[:, None]
-            error = (W - _nearest(W, step) * step).square().sum(dim=1)
+            error = (W - _nearest(W, step, bits) * step).square().sum(dim=1)
             best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
     return best.to(torch.int8)
 
@@ -178,30 +184,32 @@ def second_moments(moments: Moments | Samples) -> Tensor:
     return moments.xx.double() + mean[:, :, None] * mean[:, None, :]
 
 
-def rounded_weight(weight: Tensor, second: Tensor | None, *, is_product: bool) -> Rounded:
-    """Round a weight `(groups, out, in)` to four bits, group by group.
+def rounded_weight(weight: Tensor, second: Tensor | None, *, is_product: bool, bits: int = 4) -> Rounded:
+    """Round a weight `(groups, out, in)` to few bits, group by group; eight bits are rounded to the nearest.
 
     Args:
         weight: float32 weight.
         second: second moments `(groups, in, in)`; None rounds to the nearest.
         is_product: whether blocks of inputs have multipliers of their own, where they divide the inputs.
+        bits: key of `CODES`.
     """
+    if bits == 8:
+        rows = weight.reshape(-1, weight.shape[-1])
+        scales = rows.abs().amax(dim=1).clamp_min(1e-30) / CODES[8][1]
+        ones = torch.ones(len(rows), 1, dtype=torch.int8)
+        codes = _nearest(rows, scales[:, None], 8)
+        return Rounded(codes=codes, multipliers=ones, scales=scales, block=rows.shape[1], bits=8)
     block = BLOCK if is_product and weight.shape[-1] % BLOCK == 0 else None
     parts = [
-        rounded(weight[group], None if second is None else second[group], block=block) for group in range(len(weight))
+        rounded(weight[group], None if second is None else second[group], block=block, bits=bits)
+        for group in range(len(weight))
     ]
-    return Rounded(
+    return replace(
+        parts[0],
         codes=torch.cat([part.codes for part in parts]),
         multipliers=torch.cat([part.multipliers for part in parts]),
         scales=torch.cat([part.scales for part in parts]),
-        block=parts[0].block,
     )
-
-
-def rounded_to_8_bits(weight: Tensor) -> Tensor:
-    """Return a weight `(groups, out, in)` rounded to 255 steps a row, as onnxruntime stores it."""
-    step = weight.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / 127
-    return (weight / step).round() * step
 
 
 def stored_bytes(numbers: int, rows: int, bits: int, *, is_product: bool) -> int:
@@ -210,8 +218,8 @@ def stored_bytes(numbers: int, rows: int, bits: int, *, is_product: bool) -> int
     Args:
         numbers: numbers of the weight.
         rows: its outputs.
-        bits: 8 or 4.
+        bits: key of `CODES`.
         is_product: see `rounded_weight`.
     """
-    multipliers = numbers / BLOCK / 2 if bits == BITS and is_product else 0
-    return round(numbers * bits / 8 + multipliers) + ROW_BYTES * rows
+    multipliers = numbers / BLOCK / 2 if bits < 8 and is_product else 0
+    return round(numbers * STORED_BITS[bits] / 8 + multipliers) + ROW_BYTES * rows

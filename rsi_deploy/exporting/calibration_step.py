@@ -110,7 +110,9 @@ class Calibrator:
             raise UsageError("--calib has a single sample, so none is left to check on; add more samples")
         return outlook_of(self._planner().with_options())
 
-    def planner_for(self, bits_of: Callable[[CalibratedSite], tuple[int, ...]]) -> CalibratedPlanner:
+    def planner_for(
+        self, bits_of: Callable[[CalibratedSite], tuple[int, ...]], *, with_repairs: bool
+    ) -> CalibratedPlanner:
         """Return a planner with the options of every site in every number of bits that it may be stored in.
 
         Raises:
@@ -119,7 +121,7 @@ class Calibrator:
         """
         self.filters.check([site_name(site.weight) for site in self.dense.sites])
         planner = self._planner()
-        calibration = replace(planner.calibration, bits_of=bits_of)
+        calibration = replace(planner.calibration, bits_of=bits_of, with_repairs=with_repairs)
         found = replace(planner, calibration=calibration, kept=None, finished=None).with_options()
         self.notes.extend(remarks(self._streams, self.data))
         return found

@@ -31,6 +31,7 @@ from rsi_deploy.exporting.check_step import verified
 from rsi_deploy.exporting.dense_step import dense_model
 from rsi_deploy.exporting.disk_space import check_space, states_space
 from rsi_deploy.exporting.inputs import Origin
+from rsi_deploy.exporting.lowered.maker import PointMaker
 from rsi_deploy.exporting.lowered.step import PrecisionStep
 from rsi_deploy.exporting.results import Delivered, DenseModel, dense_file
 from rsi_deploy.exporting.stage_clock import StageClock
@@ -343,11 +344,14 @@ class ExportRun:
 
         precision = PrecisionStep(
             precision=self.config.precision or "float32",
-            dense=dense,
-            calibrator=calibrator,
-            write=calibrator.write,
-            measure=measure if self.timed.measure and dense.outputs is not None else None,
-            provider=self.job.provider,
+            maker=PointMaker(
+                dense=dense,
+                calibrator=calibrator,
+                write=calibrator.write,
+                measure=measure if self.timed.measure and dense.outputs is not None else None,
+                provider=self.job.provider,
+                usual_bits=4 if self.config.precision == "int4" else 8,
+            ),
             allow_slower=self.timed.allow_slower,
             allow_larger=self.allow_larger,
         )

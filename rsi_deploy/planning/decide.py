@@ -181,7 +181,9 @@ def _decision(option: Option, has_splits: bool) -> Decision:
             rank=option.rank, reason=f"loss {option.loss:.1g}", form=cast(Form, option.form), bits=option.bits
         )
     if option.bits < 32:
-        return Decision(rank=None, reason=f"{option.bits} bits, loss {option.loss:.1g}", bits=option.bits)
+        repaired = f" repaired with rank {option.repair}" if option.repair else ""
+        reason = f"{option.bits} bits{repaired}, loss {option.loss:.1g}"
+        return Decision(rank=None, reason=reason, bits=option.bits, repair=option.repair)
     return Decision(rank=None, reason="worth its size" if has_splits else "no rank saves anything")
 
 

@@ -61,6 +61,7 @@ class Option:
         nanoseconds: time of one call by the cost table; 0 without a table.
         error: response error that the loss was computed from; 0 for dense.
         bits: bits in which each number is stored.
+        repair: rank of the repair of a dense weight in few bits; 0 for none.
     """
 
     form: str
@@ -72,6 +73,7 @@ class Option:
     nanoseconds: int = 0
     error: float = 0.0
     bits: int = 32
+    repair: int = 0
 
     def __post_init__(self) -> None:
         if (self.form == "dense") != (self.rank is None) or (self.rank is not None and self.rank < 1):
@@ -89,10 +91,17 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteOptions:
-    """The options of one site. The first one is the dense weight as it is; all others change it."""
+    """The options of one site. The first one is the dense weight as it is; all others change it.
+
+    Attributes:
+        name: name of the site.
+        options: its options.
+        noise: response error that white noise of variance 1 on its inputs causes; 0 where it is not known.
+    """
 
     name: str
     options: tuple[Option, ...]
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if [option.is_exact for option in self.options] != [True] + [False] * (len(self.options) - 1):

@@ -128,12 +128,14 @@ class Decision:
         reason: reason for users.
         form: form of the split; "first" for the usual form of the operation.
         bits: bits in which the weight, or both factors, are stored.
+        repair: rank of the repair of a rounded weight; 0 for none.
     """
 
     rank: int | None
     reason: str
     form: AnyForm = "first"
     bits: int = 32
+    repair: int = 0
 
 
 class SitePlanner(Protocol):

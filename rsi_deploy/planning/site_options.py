@@ -36,10 +36,12 @@ from rsi_deploy.calibration.reduced_rank_regression import (
     ResponseProblem,
     dense_errors,
     dense_response_error,
+    noise_response_error,
     response_error,
     response_problem,
 )
-from rsi_deploy.calibration.rounding import rounded_to_8_bits, rounded_weight, second_moments, stored_bytes
+from rsi_deploy.calibration.repair import repair_bytes, repair_ranks, repairs
+from rsi_deploy.calibration.rounding import rounded_weight, second_moments, stored_bytes
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import Spectrum, break_even_rank
 from rsi_deploy.linalg.solver import Solver, singular_values
@@ -83,6 +85,7 @@ class Calibration:
         rank_multiple: number that divides every rank.
         forms: forms that may be chosen.
         bits_of: function that returns the bits in which a site's weight may be stored; 32 is as it is.
+        with_repairs: whether weights in few bits may have a low-rank repair.
         declined: sites that stay dense because their inputs are constant, name -> reason; set by `options` and `fit`.
     """
 
@@ -96,6 +99,7 @@ class Calibration:
     rank_multiple: int = 1
     forms: tuple[Form, ...] = ("matmul", "gemm", "channel", "input", "separable")
     bits_of: Callable[[CalibratedSite], tuple[int, ...]] = lambda site: (32,)
+    with_repairs: bool = False
     declined: dict[str, str] = field(default_factory=dict, init=False, compare=False)
 
     def options(self, activations: ModelActivations, progress: Progress | None = None) -> list[SiteOptions]:
@@ -247,11 +251,12 @@ class Calibration:
         changed = []
         is_product, rows = not site.kernel, site.groups * site.out_features
         for bits in self.bits_of(site):
-            rounding = self._rounding_error(site, moments, sensitivity, bits)
-            if bits < 32:
+            roundings = self._rounding_errors(site, moments, sensitivity, bits)
+            rounding = roundings[0]
+            for repair, error in roundings.items() if bits < 32 else ():
                 size = stored_bytes(params, rows, bits, is_product=is_product)
-                error = rounding
-                changed.append(replace(dense, bits=bits, bytes=size, loss=loss(error), error=error))
+                size += repair_bytes(repair, rows, site.in_features) if repair else 0
+                changed.append(replace(dense, bits=bits, repair=repair, bytes=size, loss=loss(error), error=error))
             for (form, rank), error in errors.items():
                 # The corrected bias counts in full, because some dense sites have no bias.
                 numbers = site.split_params(form, rank) + rows
@@ -272,21 +277,30 @@ class Calibration:
                         bits=bits,
                     )
                 )
-        return SiteOptions(name=site.name, options=(dense, *changed))
+        noise = noise_response_error(site.load(), moments, sensitivity)
+        return SiteOptions(name=site.name, options=(dense, *changed), noise=noise)
 
-    def _rounding_error(
+    def _rounding_errors(
         self, site: CalibratedSite, moments: Moments | Samples, sensitivity: Tensor | None, bits: int
-    ) -> float:
-        """Return the response error of the dense weight in so few bits, held out where the moments have folds."""
+    ) -> dict[int, float]:
+        """Return rank of a repair (0: none) -> response error of the dense weight in so few bits.
+
+        It is held out where the moments have folds.
+        """
         if bits == 32:
-            return 0.0
+            return {0: 0.0}
         weight, judged = site.load().float(), moments
-        if bits == 8:
-            return dense_response_error(weight, rounded_to_8_bits(weight), moments, sensitivity)
-        if isinstance(moments, Moments) and self._validates(moments):
+        if bits < 8 and isinstance(moments, Moments) and self._validates(moments):
             moments, judged = next(parted(moments))
-        fitted = rounded_weight(weight, second_moments(moments), is_product=not site.kernel)
-        return dense_response_error(weight, fitted.weight().reshape(weight.shape), judged, sensitivity)
+        second = second_moments(moments) if bits < 8 else None
+        fitted = rounded_weight(weight, second, is_product=not site.kernel, bits=bits)
+        near = fitted.weight().reshape(weight.shape)
+        errors = {0: dense_response_error(weight, near, judged, sensitivity)}
+        if self.with_repairs and second is not None and site.groups == 1:
+            ranks = repair_ranks(*weight.shape[1:])
+            for made in repairs(weight[0], fitted, second[0], ranks, self.solver, site=site.name):
+                errors[made.rank] = dense_response_error(weight, near + made.product(), judged, sensitivity)
+        return errors
 
     def _declines(self, site: CalibratedSite, moments: Moments | Samples) -> bool:
         if moments.varies:

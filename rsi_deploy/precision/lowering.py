@@ -1,9 +1,9 @@
-"""Lower a float model: quantize it by a scheme, store some weights in four bits, and shorten the file.
+"""Lower a float model: quantize it by a scheme, store weights in few bits, and shorten the file.
 
-    float model --> embedding tables --> onnxruntime's quantizer --> 4-bit weights --> short names --> file
+    float model --> embedding tables --> onnxruntime's quantizer --> weights in few bits --> short names --> file
 
-The 4-bit weights are fitted to the inputs that they have in the float model (`rounding`). Both factors of a split
-follow the bits of its site.
+Weights of fewer than eight bits are fitted to the inputs that they have in the float model (`rounding`). Both factors
+of a split follow the bits of its site.
 """
 
 import re
@@ -21,18 +21,21 @@ from onnx import ModelProto, numpy_helper
 import graph_passes as gp
 from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.calibration.moments import Moments, Samples
+from rsi_deploy.calibration.repair import Repair, repairs
 from rsi_deploy.calibration.rounding import Rounded, rounded_weight, second_moments
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.io import onnx_file
 from rsi_deploy.io.onnx_checks.parts import all_graphs
 from rsi_deploy.io.onnx_reader import read_proto
+from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.onnx_models.calibration.reachable_sites import found_sites
 from rsi_deploy.onnx_models.opset import convert_opset
 from rsi_deploy.precision.compact import compact_
-from rsi_deploy.precision.four_bit import IR_VERSION, OPSET, store_in_4_bits_, store_table_, tables
+from rsi_deploy.precision.embedding_tables import store_table_, tables
+from rsi_deploy.precision.few_bits import IR_VERSION, OPSET, store_float_weights_, store_int8_weights_
 from rsi_deploy.precision.quantizers import FeedsSource, quantize
-from rsi_deploy.precision.schemes import Scheme
+from rsi_deploy.precision.schemes import DYNAMIC, FEW_BITS, PRODUCTS, Scheme
 
 Array = npt.NDArray[Any]
 
@@ -46,19 +49,30 @@ class Lowering:
 
     Attributes:
         scheme: how the model is quantized.
-        bits: name of a site -> 4 to store it in four bits, 32 to leave it as it is. Other sites are stored as the
-            scheme stores them.
+        bits: name of a site's node -> bits that its weight is stored in: 3, 4, 5, 8, or 32 to leave it as it is. Others
+            are stored in eight.
         tables: name of an embedding table -> 4, 8 or 32 bits; others are stored in eight.
+        in_float: names of the nodes of sites that are computed in float32, with weights in their bits. So are all sites
+            of "few bits, float32 products", and the convolutions of "dynamic int8".
+        repairs: name of the node of such a site, in fewer than eight bits -> rank of the repair of its weight.
     """
 
     scheme: Scheme
     bits: Mapping[str, int] = field(default_factory=dict)
     tables: Mapping[str, int] = field(default_factory=dict)
+    in_float: frozenset[str] = frozenset()
+    repairs: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def uses_4_bits(self) -> bool:
-        """Return whether a site is stored in four bits."""
-        return 4 in self.bits.values()
+    def is_packed(self) -> bool:
+        """Return whether a site is stored in fewer than eight bits."""
+        return any(bits < 8 for bits in self.bits.values())
+
+    def computes_in_float(self, site: gp.Site) -> bool:
+        """Return whether the products of a site are those of float32."""
+        if self.scheme is FEW_BITS or _site_node(site.node) in self.in_float:
+            return True
+        return self.scheme is DYNAMIC and site.op_type not in PRODUCTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +106,7 @@ def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds
         data: calibration data; None where neither static ranges nor 4-bit weights need any.
 
     Returns:
-        Name of each weight's node -> bits it is stored in, for those in four bits.
+        Name of the node of each weight that is stored in few bits by nodes that unpack it -> its bits.
 
     Raises:
         UsageError: static ranges without data.
@@ -101,11 +115,18 @@ def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds
     work = target.with_name(f"{target.name}.work.onnx")
     try:
         marks, kept_float = _prepared(source, work, lowering)
-        small = _rounded_sites(work, lowering, data) if lowering.uses_4_bits else {}
-        kept_float += [node for node in marks if lowering.bits.get(_site_node(node)) == 32]
-        quantize(work, target, lowering.scheme, None if data is None else data.feeds, kept_float)
-        made = read_proto(target, with_data=True)
-        stored = store_in_4_bits_(made, {name: entry.rounded for name, entry in small.items()})
+        entries = _rounded_sites(work, lowering, data)
+        if lowering.scheme is FEW_BITS:
+            made = read_proto(work, with_data=True)
+        else:
+            kept_float += [node for node in marks if lowering.bits.get(_site_node(node)) == 32]
+            kept_float += [node for node in marks if _site_node(node) in lowering.in_float]
+            quantize(work, target, lowering.scheme, None if data is None else data.feeds, kept_float)
+            made = read_proto(target, with_data=True)
+        small = {name: entry.rounded for name, entry in entries.items()}
+        repaired = {name: entry.repair for name, entry in entries.items() if entry.repair is not None}
+        stored = store_float_weights_(made, small, lambda name: np.asarray(entries[name].site.load()), repaired)
+        stored += store_int8_weights_(made, {name: rounded for name, rounded in small.items() if rounded.bits < 8})
         sources = {f"{name}{suffix}": name for suffix in RENAMES for name in marks} | {name: name for name in marks}
         for node in made.graph.node:
             node.name = sources.get(node.name, node.name)
@@ -116,13 +137,14 @@ def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds
     finally:
         for path in (work, work.with_name(f"{work.name}.data")):
             path.unlink(missing_ok=True)
-    return {small[name].node: 4 for name in stored}
+    return {entries[name].site.node: entries[name].rounded.bits for name in stored}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    node: str
+    site: gp.Site
     rounded: Rounded
+    repair: Repair | None
 
 
 def _site_node(node: str) -> str:
@@ -139,7 +161,7 @@ def _prepared(source: Path, work: Path, lowering: Lowering) -> tuple[dict[str, t
         Name of each node -> its metadata, and the names of the Gathers whose tables stay in float.
     """
     model = onnx_file.read_onnx(source)
-    if lowering.uses_4_bits and model.opset_imports.get("", OPSET) < OPSET:
+    if lowering.is_packed and model.opset_imports.get("", OPSET) < OPSET:
         model = convert_opset(model, OPSET, source.name)
         model.ir_version = max(model.ir_version or IR_VERSION, IR_VERSION)
     onnx_file.write_onnx(model, work)
@@ -169,37 +191,42 @@ def _prepared(source: Path, work: Path, lowering: Lowering) -> tuple[dict[str, t
 
 
 def _rounded_sites(path: Path, lowering: Lowering, data: CalibrationFeeds | None) -> dict[str, _Entry]:
-    """Round the weights that are stored in four bits, each fitted to its inputs where there are data."""
-    sites = {site_name(s.weight): s for s in found_sites(path) if lowering.bits.get(_site_node(s.node)) == 4}
-    sites = {name: s for name, s in sites.items() if s.op_type in ("Conv", "MatMul", "Gemm") and not s.both_ways}
+    """Round the weights that nodes will unpack; those of fewer than eight bits are fitted to the data."""
     found: dict[str, _Entry] = {}
+    sites: dict[str, tuple[gp.Site, int]] = {}
+    for site in found_sites(path):
+        bits = lowering.bits.get(_site_node(site.node), 8)
+        if bits == 32 or site.both_ways or not (bits < 8 or lowering.computes_in_float(site)):
+            continue
+        if bits == 8 or site.op_type in ("Conv", "MatMul", "Gemm"):
+            sites[site_name(site.weight)] = (site, bits)
 
-    def keep(site: gp.Site, second: torch.Tensor | None) -> None:
-        found[site.weight] = _Entry(node=site.node, rounded=_site_rounded(site, second))
+    def keep(name: str, second: torch.Tensor | None) -> None:
+        site, bits = sites[name]
+        weight = torch.from_numpy(np.array(site.load(), np.float32))
+        rounded = rounded_weight(weight, second, is_product=site.window is None, bits=bits)
+        ranks = [rank for rank in [lowering.repairs.get(_site_node(site.node), 0)] if rank and second is not None]
+        made = repairs(weight[0], rounded, second[0], ranks, Solver(), site=name) if second is not None else []
+        found[site.weight] = _Entry(site=site, rounded=rounded, repair=made[0] if made else None)
 
     def visit(calibrated: CalibratedSite, moments: Moments | Samples) -> None:
-        keep(sites[calibrated.name], second_moments(moments))
+        keep(calibrated.name, second_moments(moments))
 
-    if data is not None:
+    if data is not None and any(bits < 8 for _, bits in sites.values()):
         streams = OnnxStreams(
             path,
             data.feeds,
             data.samples,
-            may_split=sites.__contains__,
+            may_split=lambda name: name in sites and sites[name][1] < 8,
             provider=data.provider,
             seed=data.seed,
             before_ids=True,
         )
         streams.survey(visit)
-    for site in sites.values():
+    for name, (site, _) in sites.items():
         if site.weight not in found:
-            keep(site, None)
+            keep(name, None)
     return found
-
-
-def _site_rounded(site: gp.Site, second: torch.Tensor | None) -> Rounded:
-    weight = torch.from_numpy(np.array(site.load(), np.float32))
-    return rounded_weight(weight, second, is_product=site.window is None)
 
 
 def _write(model: ModelProto, path: Path) -> None:

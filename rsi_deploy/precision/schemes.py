@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["float32", "float16", "static int8", "dynamic int8", "int4 weights"]
+Kind = Literal["float32", "float16", "static int8", "dynamic int8", "int4 weights", "few bits, float32 products"]
 Ranges = Literal["minmax", "percentile", "entropy"]
 
 PRODUCTS = frozenset({"MatMul", "Gemm"})
@@ -16,7 +16,8 @@ class Scheme:
     Attributes:
         kind: "float32" as it is; "float16"; "static int8": uint8 activations of calibrated ranges, int8 weights per
             channel, as QDQ; "dynamic int8": products with activations whose range is found at run time, float
-            convolutions, int8 embedding tables; "int4 weights": onnxruntime's MatMulNBits.
+            convolutions, int8 embedding tables; "int4 weights": onnxruntime's MatMulNBits; "few bits, float32
+            products": weights in few bits that onnxruntime unpacks when it loads the model.
         ranges: how static ranges follow from the calibration data; None for other kinds.
         block: number of inputs that share a scale in "int4 weights".
     """
@@ -36,12 +37,18 @@ class Scheme:
 FLOAT32 = Scheme(kind="float32")
 FLOAT16 = Scheme(kind="float16")
 DYNAMIC = Scheme(kind="dynamic int8")
+FEW_BITS = Scheme(kind="few bits, float32 products")
 WEIGHTS4 = Scheme(kind="int4 weights")
 
 
 def static(ranges: Ranges) -> Scheme:
     """Return static int8 with these ranges."""
     return Scheme(kind="static int8", ranges=ranges)
+
+
+def has_bits(scheme: Scheme) -> bool:
+    """Return whether the weights of a scheme have bits of their own, site by site."""
+    return is_int8(scheme) or scheme is FEW_BITS
 
 
 def is_int8(scheme: Scheme) -> bool:

@@ -10,6 +10,7 @@ from rsi_deploy.calibration.reduced_rank_regression import (
     RIDGE,
     dense_response_error,
     leading_left_vectors,
+    noise_response_error,
     regularized_cholesky,
     response_error,
     response_problem,
@@ -322,6 +323,21 @@ def test_weighted_errors_are_those_of_the_factors(limit):
         plain = dense_response_error(W, left @ right, moments)
         assert plain == pytest.approx(response_error(left @ right, moments), rel=1e-3)
         assert plain > 1.2 * expected
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("limit", [10**6, 2], ids=["moments", "samples"])
+def test_white_noise_on_the_inputs_makes_the_foreseen_error(limit, weighted):
+    x = correlated(2, 200, 12)
+    W, sensitivity = randn(2, 6, 12, seed=3), steep(2, 6) if weighted else None
+    moments = gathered(x, x @ W.mT, limit)
+    S = torch.eye(6).double() if sensitivity is None else sensitivity_root(sensitivity).double()
+    noise = torch.randn(2, 60_000, 12, generator=torch.Generator().manual_seed(5)).double()
+    response = (x - x.mean(1, keepdim=True)).double() @ W.double().mT @ S
+    made = (noise @ W.double().mT @ S).square().mean(1).sum() / response.square().mean(1).sum()
+    assert noise_response_error(W, moments, sensitivity) == pytest.approx(float(made), rel=2e-2)
+    others = noise_response_error(W * torch.tensor([3.0] + 11 * [1.0]), moments, sensitivity)
+    assert others != pytest.approx(float(made), rel=2e-2)
 
 
 @pytest.mark.parametrize("limit", [10**6, 2], ids=["moments", "samples"])

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from rsi_deploy.calibration.rounding import (
     BLOCK,
+    CODES,
     ROW_BYTES,
     rounded,
-    rounded_to_8_bits,
     rounded_weight,
     stored_bytes,
 )
@@ -35,24 +35,27 @@ NETS = st.tuples(
     st.sampled_from([None, 3, 8, 16]),  # block
     st.integers(1, 6),  # rank of the inputs
     st.sampled_from([0.01, 0.3, 3.0]),  # noise
+    st.sampled_from([5, 4, 3]),  # bits
 )
 
 
 def drawn(net):
-    seed, rows, columns, block, rank, noise = net
+    seed, rows, columns, block, rank, noise, bits = net
     generator = torch.Generator().manual_seed(seed)
     gains = 10 ** (4 * torch.rand(rows, 1, generator=generator) - 2)
-    return gains * torch.randn(rows, columns, generator=generator), correlated(generator, columns, rank, noise), block
+    weight = gains * torch.randn(rows, columns, generator=generator)
+    return weight, correlated(generator, columns, rank, noise), {"block": block, "bits": bits}
 
 
 @settings(max_examples=60, deadline=None)
 @given(NETS)
 def test_numbers_fit_where_they_are_stored(net):
-    weight, second, block = drawn(net)
-    for found in (rounded(weight, block=block), rounded(weight, second, block=block)):
+    weight, second, form = drawn(net)
+    lowest, highest = CODES[form["bits"]]
+    for found in (rounded(weight, **form), rounded(weight, second, **form)):
         assert (found.codes.dtype, found.codes.shape) == (torch.int8, weight.shape)
-        assert found.codes.min() >= -8
-        assert found.codes.max() <= 7
+        assert found.codes.min() >= lowest
+        assert found.codes.max() <= highest
         assert found.multipliers.shape == (len(weight), -(-weight.shape[1] // found.block))
         assert found.multipliers.min() >= 1
         assert found.multipliers.max() <= 15
@@ -66,8 +69,8 @@ def test_numbers_fit_where_they_are_stored(net):
 @settings(max_examples=60, deadline=None)
 @given(NETS)
 def test_the_response_is_no_worse_than_that_of_the_nearest_numbers(net):
-    weight, second, block = drawn(net)
-    nearest, fitted = rounded(weight, block=block), rounded(weight, second, block=block)
+    weight, second, form = drawn(net)
+    nearest, fitted = rounded(weight, **form), rounded(weight, second, **form)
     errors = [response_error(weight, found.weight(), second) for found in (fitted, nearest)]
     assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
 
@@ -168,14 +171,16 @@ def test_blocks_are_for_products_whose_inputs_they_divide(columns, is_product, b
 
 def test_eight_bits_are_255_steps_a_row():
     weight = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0))
-    found = rounded_to_8_bits(weight)
+    found = rounded_weight(weight, None, is_product=True, bits=8).weight().reshape(weight.shape)
     steps = weight.abs().amax(dim=-1, keepdim=True) / 127
     assert ((found - weight).abs() <= 0.5001 * steps).all()
     assert torch.allclose((found / steps).round(), found / steps, atol=1e-3)
-    assert not rounded_to_8_bits(torch.zeros(1, 2, 4)).any()
+    assert not rounded_weight(torch.zeros(1, 2, 4), None, is_product=True, bits=8).codes.any()
 
 
 def test_bytes_of_a_stored_weight():
     assert stored_bytes(64 * 32, 64, 8, is_product=True) == 64 * 32 + 64 * ROW_BYTES
     assert stored_bytes(64 * 32, 64, 4, is_product=False) == 64 * 16 + 64 * ROW_BYTES
     assert stored_bytes(64 * 32, 64, 4, is_product=True) == 64 * 16 + 64 * 2 // 2 + 64 * ROW_BYTES
+    assert stored_bytes(64 * 40, 64, 3, is_product=False) == 64 * 8 * 2 + 64 * ROW_BYTES
+    assert stored_bytes(64 * 30, 64, 5, is_product=False) == 64 * 10 * 2 + 64 * ROW_BYTES

@@ -94,14 +94,22 @@ def test_a_budget_of_macs_is_kept_and_every_product_is_int8(tmp_path):
     kinds = kinds_of(tmp_path / "b" / "model.onnx")
     assert len(kinds) >= 4
     assert not any(kinds.values())
-    if report.precision.scheme == "dynamic int8":
-        assert {report.precision.bits[name] for name in ("features.conv1", "features.conv2")} == {32}
-    assert {report.precision.bits[name] for name in report.precision.bits if "classifier" in name} == {8}
+    assert set(report.precision.bits.values()) == {8}
 
 
 def test_int4_delivers_four_bits(tmp_path):
     report = made(tmp_path / "b", precision="int4", max_size=700_000)
     assert {bits for name, bits in report.precision.bits.items() if "classifier" in name} == {4}
+
+
+def test_a_quality_is_kept_with_few_bits_everywhere(tmp_path):
+    report = made(tmp_path / "b", min_agreement=0.95, precision="auto")
+    chosen = report.precision.delivered
+    assert chosen.quality.agreement_at_least >= 95
+    assert chosen.bytes < 0.3 * report.dense.bytes
+    assert max(report.precision.bits.values()) <= 8
+    assert {point.scheme for point in report.precision.points} >= {"few bits, float32 products"}
+    assert "broken" not in {claim.status for claim in verify(tmp_path / "b").claims}
 
 
 def test_a_precision_needs_data(tmp_path):

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rsi_deploy import export
 from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
-from rsi_deploy.precision.schemes import DYNAMIC, FLOAT16, static
+from rsi_deploy.precision.schemes import DYNAMIC, FEW_BITS, FLOAT16, static
 
 STATIC = static("minmax")
 RANKS = {"conv1": ("separable", 7), "conv2": ("input", 6), "head": ("gemm", 4)}
@@ -63,8 +63,14 @@ def test_sites_of_a_dynamic_model_have_their_bits(images, tmp_path):
     source, _, _, x = images
     lower(source, tmp_path / "q.onnx", Lowering(scheme=DYNAMIC, bits={"head": 4}), None)
     kinds = {name.removesuffix("_MatMul"): kind for name, kind in weight_types(tmp_path / "q.onnx").items()}
-    assert kinds == {"conv1": "FLOAT", "conv2": "FLOAT", "grouped": "FLOAT", "head": "INT4"}
-    lower(source, tmp_path / "f.onnx", Lowering(scheme=DYNAMIC, bits={"head": 32}), None)
+    assert kinds == {
+        "conv1": "INT8",
+        "conv2": "INT8",
+        "grouped": "INT8",
+        "head": "INT4",
+    }  # float products of convolutions
+    all_sites = dict.fromkeys(("conv1", "conv2", "grouped", "head"), 32)
+    lower(source, tmp_path / "f.onnx", Lowering(scheme=DYNAMIC, bits=all_sites), None)
     assert np.array_equal(run(tmp_path / "f.onnx", {"input": x}), run(source, {"input": x}))
 
 
@@ -78,6 +84,39 @@ def test_both_factors_follow_the_bits_of_their_site(images, tmp_path, bits, kind
         "conv2/left": kind,
     }
     assert {k for name, k in kinds.items() if not name.startswith("conv2")} == {"INT8"}
+
+
+def test_a_site_with_float_products_has_its_bits(images, tmp_path):
+    source, _, data, x = images
+    bits, expected = {"conv2": 3, "head": 4, "conv1": 32}, run(source, {"input": x})
+    sites = frozenset(("conv1", "conv2", "grouped", "head"))
+    kinds = {"conv1": "FLOAT", "conv2": "UINT16", "grouped": "INT8", "head": "INT4"}
+    errors = {}
+    for name, scheme, in_float in (
+        ("few", FEW_BITS, ()),
+        ("static", STATIC, ()),
+        ("two", STATIC, ("conv2", "head")),
+        ("all", STATIC, sites),
+    ):
+        path = tmp_path / f"{name}.onnx"
+        found = lower(source, path, Lowering(scheme=scheme, bits=bits, in_float=frozenset(in_float)), data)
+        assert weight_types(path) == kinds
+        assert found.items() >= {"conv2": 3, "head": 4}.items()
+        errors[name] = np.linalg.norm(run(path, {"input": x}) - expected)
+    assert errors["few"] < errors["two"] < errors["static"]
+    quantized = [node.op_type for node in onnx.load(tmp_path / "few.onnx").graph.node]
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(quantized)
+    assert max(errors["few"], errors["all"]) < 2 * min(errors["few"], errors["all"])
+
+
+def test_a_repair_brings_the_answers_nearer(images, tmp_path):
+    source, _, data, x = images
+    expected, bits = run(source, {"input": x}), dict.fromkeys(("conv1", "conv2", "head"), 3)
+    errors = []
+    for name, ranks in (("plain", {}), ("repaired", {"conv1": 4, "conv2": 8, "head": 2})):
+        lower(source, tmp_path / f"{name}.onnx", Lowering(scheme=FEW_BITS, bits=bits, repairs=ranks), data)
+        errors.append(np.linalg.norm(run(tmp_path / f"{name}.onnx", {"input": x}) - expected))
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_names_and_marks_of_splits_stay(images, tmp_path):

@@ -76,9 +76,9 @@ def chosen_options(decisions: Decisions, options: Sequence[SiteOptions]) -> dict
     for site in options:
         decision = decisions[site.name]
         if decision.rank is not None or decision.bits < 32:
-            known = {(option.form, option.rank, option.bits): option for option in site.options[1:]}
+            known = {(option.form, option.rank, option.bits, option.repair): option for option in site.options[1:]}
             form = "dense" if decision.rank is None else decision.form
-            found[site.name] = known[form, decision.rank, decision.bits]
+            found[site.name] = known[form, decision.rank, decision.bits, decision.repair]
     return found
 
 

@@ -94,8 +94,9 @@ class SizeSearch:
 
 
 def changes_of(decisions: Decisions) -> dict[str, Any]:
-    """Return site name -> (form, rank, bits) of every site that decisions change."""
-    return {n: (d.form, d.rank, d.bits) for n, d in decisions.items() if d.rank is not None or d.bits < 32}
+    """Return site name -> (form, rank, bits, rank of a repair) of every site that decisions change."""
+    changed = {name: d for name, d in decisions.items() if d.rank is not None or d.bits < 32}
+    return {name: (d.form, d.rank, d.bits, d.repair) for name, d in changed.items()}
 
 
 def searched_model(request: RankRequest, planner: CalibratedPlanner) -> tuple[Planned, PlanRecord]:

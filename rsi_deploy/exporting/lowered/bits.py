@@ -11,7 +11,7 @@ from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.exporting.results import DenseModel
 from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.planning.knapsack import Option, SiteOptions
-from rsi_deploy.precision.four_bit import EmbeddingTable, stored_table_bytes, table_values
+from rsi_deploy.precision.embedding_tables import EmbeddingTable, stored_table_bytes, table_values
 
 OUT_OF_REACH = 2**50
 """Bytes of an option that no size has room for."""
@@ -21,12 +21,13 @@ def bits_of(site: CalibratedSite) -> tuple[int, ...]:
     """Return the bits that a site's weight may be stored in."""
     if site.groups > 1 and not site.kernel:
         return (32, 8)
-    return (32, 8, 4)
+    return (32, 8, 5, 4, 3)
 
 
-def in_bits(site: SiteOptions, allowed: tuple[int, ...]) -> SiteOptions:
+def in_bits(site: SiteOptions, allowed: tuple[int, ...], *, with_repairs: bool) -> SiteOptions:
     """Return the options in these bits; the dense weight as it is stays first, out of reach where it is not one."""
-    exact, others = site.options[0], [option for option in site.options[1:] if option.bits in allowed]
+    exact = site.options[0]
+    others = [o for o in site.options[1:] if o.bits in allowed and (with_repairs or not o.repair)]
     if others and 32 not in allowed:
         exact = replace(exact, bytes=OUT_OF_REACH)
     return SiteOptions(name=site.name, options=(exact, *others))

@@ -2,7 +2,7 @@
 
     a size          the best outputs among models that are so small
     a time          the best outputs among models that are so fast
-    a quality       the smallest model (or the fastest) that keeps it
+    a quality       the smallest model that keeps it, or a faster one that is hardly larger (or the fastest)
     MACs, a rank    the fastest model whose outputs are about as good as the best one's
 
 Outputs are compared on the check part by `loss_shown`. Losses that are nearly equal decide nothing: then the faster
@@ -25,7 +25,9 @@ from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.precision.record import PrecisionPoint
 from rsi_deploy.precision.schemes import Scheme
 
-NEAR_RATIO, NEAR_LOSS = 1.1, 0.003
+NEAR_BYTES = 1.1
+"""Ratio of two sizes up to which the faster model wins where a quality is kept."""
+NEAR_RATIO, NEAR_LOSS = 1.1, 0.005
 """Ratio of two losses up to which they are nearly equal where the outputs decide, and a loss to add."""
 CLOSE_RATIO, CLOSE_LOSS = 1.5, 0.005
 """The same where the time decides: a ratio, and a loss to add."""
@@ -145,7 +147,9 @@ class Rule:
         if self.request.quality is not None or self.request.max_drop is not None:
             if self.request.fastest:
                 return max(able, key=lambda point: (point.speedup, -point.bytes))
-            return min(able, key=lambda point: (point.bytes, -point.speedup))
+            smallest = min(point.bytes for point in able)
+            near = [point for point in able if point.bytes <= NEAR_BYTES * smallest]
+            return max(near, key=lambda point: (point.speedup, -point.bytes))
         least = min(point.loss for point in able)
         if self.decides_by_outputs:
             near = [point for point in able if point.loss <= NEAR_RATIO * least + NEAR_LOSS]
@@ -163,7 +167,9 @@ class Rule:
     def text(self) -> str:
         """The rule in words."""
         if self.request.quality is not None or self.request.max_drop is not None:
-            return "the fastest that keeps the limit" if self.request.fastest else "the smallest that keeps the limit"
+            if self.request.fastest:
+                return "the fastest that keeps the limit"
+            return f"the fastest that keeps the limit within {100 * NEAR_BYTES - 100:.0f} % of the smallest one's bytes"
         if self.decides_by_outputs:
             return f"the best outputs within {self.request.budget}"
         return "the fastest whose outputs are about as good as the best one's"

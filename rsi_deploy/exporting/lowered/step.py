@@ -1,48 +1,44 @@
 """The precision step of an export: rank and precision in one plan, beside what onnxruntime offers for the dense model.
 
-dense model --> onnxruntime's schemes (the rivals) --> base schemes of this machine
---> plan of ranks and bits in each base scheme --> fit, split, lower --> points
+dense model --> onnxruntime's schemes (the rivals) --> bases: int8 products, float32 products of few bits
+--> plan of ranks and bits in each base --> fit, split, lower --> points
+points      --> sites whose inputs cost most when they are rounded go back to float32 --> more points
 points      --> outputs on the check part, one interleaved measurement --> rule --> the delivered model
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 from rsi_deploy.benchmark.result import BenchResult
-from rsi_deploy.calibration.calibration_data import CalibrationData
-from rsi_deploy.calibration.output_agreement import dense_outputs, output_quality
-from rsi_deploy.calibration.record import OutputQuality
 from rsi_deploy.core.errors import GateError, ModelError, UsageError
 from rsi_deploy.core.progress import step
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.exporting.calibrated.candidates import loss_shown
+from rsi_deploy.exporting.calibrated.plan_check import foreseen_loss
 from rsi_deploy.exporting.calibrated.planner import CalibratedPlanner
 from rsi_deploy.exporting.calibrated.size_search import searched_model
-from rsi_deploy.exporting.calibration_step import Calibrator
+from rsi_deploy.exporting.lowered.activation_losses import activation_losses, activation_steps
 from rsi_deploy.exporting.lowered.bits import bits_of, in_bits, table_options
+from rsi_deploy.exporting.lowered.maker import Base, PointMaker, decisions_in
 from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, CLOSE_RATIO, Point, Rule, refuse_broken
-from rsi_deploy.exporting.results import DenseModel
 from rsi_deploy.io import onnx_file
-from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.budget import Budget
-from rsi_deploy.planning.decide import Decisions, Planned
+from rsi_deploy.planning.decide import Decisions
 from rsi_deploy.planning.knapsack import SiteOptions, smallest_cost
-from rsi_deploy.planning.planner import Decision, FixedPlanner
 from rsi_deploy.planning.record import PlanRecord
-from rsi_deploy.precision.four_bit import EmbeddingTable, tables
-from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
-from rsi_deploy.precision.quantizers import quantize
+from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.precision.record import PrecisionRecord
-from rsi_deploy.precision.rivals import rival_name, rival_schemes
+from rsi_deploy.precision.rivals import rival_schemes
 from rsi_deploy.precision.schemes import (
     DYNAMIC,
+    FEW_BITS,
     FLOAT16,
     FLOAT32,
     PRODUCTS,
     Scheme,
+    has_bits,
     is_int8,
     static,
 )
@@ -51,19 +47,18 @@ from rsi_deploy.runtime.providers import short_name
 
 TRIES = 3
 """Most models that are fitted for a size: the counted bytes may be too few."""
-SMALL = 0.5
-"""Share of the dense model's bytes below which an int8 model that keeps a quality is small enough."""
 SHARES = (0.75, 0.5, 0.3)
 """Shares of the MACs that are tried for the fastest model of a quality."""
 TIMED = 4
-"""Models of a scheme that are fitted and measured for a time."""
+"""Models of a base that are fitted and measured for a time."""
 SPARE = 0.97
 """Share of a time that a model may take in the search; the last measurement differs a little."""
 MOST_BYTES = 1.3
 """Bytes of an int8 model over those of the smallest one; a larger one leaves much of the net in float."""
-
-Write = Callable[[Planned, Path], SplitModel]
-Measure = Callable[[Sequence[Path]], BenchResult]
+ROUNDING_SHARE = 0.5
+"""Loss of rounded inputs over that of the weights, which sites in float32 bring down to this."""
+HALVINGS = 4
+"""Most models that are written to find how many sites need float32."""
 
 
 @dataclass(kw_only=True)
@@ -72,26 +67,18 @@ class PrecisionStep:
 
     Attributes:
         precision: value of `--precision`.
-        dense: the dense model.
-        calibrator: decides and fits sites.
-        write: writes a float model of decisions and factors.
-        measure: measures the dense model and others in one interleaved run; None where nothing is measured.
-        provider: onnxruntime provider.
+        maker: makes the models.
         allow_slower: whether a model that was measured slower than the dense one may be delivered.
         allow_larger: whether a model that is larger than the user's may be delivered.
         notes: notes for the report.
     """
 
     precision: str
-    dense: DenseModel
-    calibrator: Calibrator
-    write: Write
-    measure: Measure | None
-    provider: str
+    maker: PointMaker
     allow_slower: bool
     allow_larger: bool
     notes: list[str] = field(default_factory=list)
-    _lowered_dense: dict[Scheme, Point] = field(default_factory=dict, init=False)
+    _dense: dict[Scheme, Point] = field(default_factory=dict, init=False)
     _searches: dict[Scheme, PlanRecord] = field(default_factory=dict, init=False)
     _smallest: list[int] = field(default_factory=list, init=False)
 
@@ -105,114 +92,87 @@ class PrecisionStep:
             ModelError: no model keeps the budget.
             GateError: no model keeps the limit.
         """
-        request = self.calibrator.request
+        request, dense = self.request, self.maker.dense
         if request.calib is None:
             raise UsageError(f"--precision {self.precision} needs unlabelled data to choose and to check; add --calib")
-        points = [self._rival(FLOAT32), *self._rivals()]
+        provider = short_name(parse_provider(self.maker.provider).name)
+        rivals = rival_schemes(self._operators, provider)
+        points = [self.maker.rival(scheme) for scheme in (FLOAT32, *rivals)]
         bases = self._bases()
         if not bases:
-            provider = short_name(parse_provider(self.provider).name)
             raise UsageError(
                 f"--precision {self.precision}: {provider} runs no such precision of this model; type --precision "
                 f"float32 or auto"
             )
-        for scheme in bases:
-            if scheme is FLOAT32 and self._needs_no_float(points):
+        for base in bases:
+            if len(bases) > 1 and base.scheme is FEW_BITS and self._needs_no_float(points):
                 continue
-            points += self._planned_points(scheme)
-        points, latency = self._measured(points)
+            points += self._planned_points(base)
+        points, latency = self.maker.measured(points)
         rule = Rule(
             request=request,
-            dense_bytes=self.dense.size.bytes,
+            dense_bytes=dense.size.bytes,
             dense_ms=None if latency is None else latency.arms[0].median_ms,
             allow_slower=self.allow_slower,
             allow_larger=self.allow_larger,
         )
         chosen = rule.chosen([point for point in points if self._is_allowed(point)])
         if chosen is None and request.quality is not None:
-            chosen = replace(self._point(self._all_dense(32), FLOAT32, "dense"), is_rival=True)
+            made = self.maker.point(self.maker.all_dense(32), Base(scheme=FLOAT32))
+            chosen = replace(made, name="dense", is_rival=True)
             points.append(chosen)
         if chosen is None:
             raise self._refusal(points, rule)
         if request.budget is not None and not request.allow_broken:
             refuse_broken(chosen, request.budget, points)
         assert chosen.path is not None
-        onnx_file.move_model(chosen.path, self.dense.target)
-        stored = {} if chosen.made is None else self._stored_bits(chosen.made, chosen.scheme)
-        names = {table.name for table in self._tables}
+        onnx_file.move_model(chosen.path, dense.target)
         search = self._searches.get(chosen.scheme) or next(iter(self._searches.values()), None)
         if search is not None:
             search = search.model_copy(update={"delivers_dense": chosen.name == "dense"})
-        self.calibrator.record = search
-        record = PrecisionRecord(
+        self.maker.calibrator.record = search
+        if latency is not None and chosen.timing is not None:
+            timing = chosen.timing.model_copy(update={"label": "compressed"})
+            latency = latency.model_copy(update={"arms": (latency.arms[0], timing)})
+        return chosen, self._record(chosen, points, rule), latency
+
+    def unsplit(self) -> SplitModel:
+        """Return the record of the dense model, whose sites are not split."""
+        return self.maker.unsplit()
+
+    @property
+    def request(self) -> RankRequest:
+        """What decides the ranks."""
+        return self.maker.calibrator.request
+
+    @cached_property
+    def _operators(self) -> frozenset[str]:
+        return frozenset(site.op_type for site in self.maker.dense.sites)
+
+    def _record(self, chosen: Point, points: Sequence[Point], rule: Rule) -> PrecisionRecord:
+        stored = {} if chosen.made is None else self.maker.stored_bits(chosen.made, chosen.scheme)
+        tables = {table.name for table in self.maker.tables}
+        return PrecisionRecord(
             request=self.precision,
             scheme=chosen.scheme.name,
             rule=rule.text,
             points=tuple(point.record(chosen, rule) for point in points),
-            bits={name: bits for name, bits in stored.items() if name not in names},
-            tables={name: bits for name, bits in stored.items() if name in names},
-        )
-        if latency is not None and chosen.timing is not None:
-            latency = latency.model_copy(
-                update={"arms": (latency.arms[0], chosen.timing.model_copy(update={"label": "compressed"}))}
-            )
-        return chosen, record, latency
-
-    @cached_property
-    def _data(self) -> CalibrationData:
-        return self.calibrator.data
-
-    @cached_property
-    def _feeds(self) -> CalibrationFeeds:
-        data = self._data
-        return CalibrationFeeds(
-            feeds=data.feeds, samples=data.samples, provider=self.provider, seed=self.calibrator.solver.seed
+            bits={name: bits for name, bits in stored.items() if name not in tables},
+            tables={name: bits for name, bits in stored.items() if name in tables},
         )
 
-    @cached_property
-    def _folder(self) -> Path:
-        """Folder of the points' files, which is deleted with the other work."""
-        return self.dense.path.parent
+    # -- bases ------------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _operators(self) -> frozenset[str]:
-        return frozenset(site.op_type for site in self.dense.sites)
-
-    @cached_property
-    def _tables(self) -> list[EmbeddingTable]:
-        return tables(self.dense.proto)
-
-    # -- what onnxruntime offers ------------------------------------------------------------------------------------
-
-    def _rivals(self) -> Iterator[Point]:
-        """Yield the dense model as onnxruntime's own tools quantize it."""
-        for scheme in rival_schemes(self._operators, short_name(parse_provider(self.provider).name)):
-            yield self._rival(scheme)
-
-    def _rival(self, scheme: Scheme) -> Point:
-        name = "dense" if scheme is FLOAT32 else rival_name(scheme)
-        if scheme is FLOAT32:
-            return Point(
-                name=name, scheme=scheme, is_rival=True, path=self.dense.path, bytes=file_bytes(self.dense.path)
-            )
-        path = self._path(f"rival-{scheme.kind.replace(' ', '-')}")
-        with step(f"make {name}"):
-            try:
-                quantize(self.dense.path, path, scheme, self._data.feeds)
-                quality = self._quality(path)
-            except (ModelError, UsageError) as error:
-                return Point(name=name, scheme=scheme, is_rival=True, path=None, error=str(error))
-        return Point(name=name, scheme=scheme, is_rival=True, path=path, bytes=file_bytes(path), quality=quality)
-
-    # -- ours -------------------------------------------------------------------------------------------------------
-
-    def _bases(self) -> list[Scheme]:
-        """The schemes that ranks are planned in."""
+    def _bases(self) -> list[Base]:
+        """The schemes that ranks and bits are planned in."""
         if self.precision == "float16":
-            return [FLOAT16]
+            return [Base(scheme=FLOAT16)]
         best = self._best_int8()
-        found = [] if best is None else [best]
-        return [*found, FLOAT32] if self.precision == "auto" else found
+        schemes = [] if best is None else [best]
+        if self.precision in ("auto", "int4"):
+            self._lower_dense(FEW_BITS)
+            schemes.append(FEW_BITS)
+        return [Base(scheme=scheme) for scheme in schemes]
 
     def _best_int8(self) -> Scheme | None:
         """The int8 scheme whose outputs are best, or a faster one whose outputs are about as good."""
@@ -221,93 +181,115 @@ class PrecisionStep:
             tried.append(static("percentile"))
         if PRODUCTS & self._operators:
             tried.append(DYNAMIC)
-        for scheme in tried:
-            path = self._path(f"base-{scheme.name.replace(' ', '-')}")
-            with step(f"try {scheme.name}"):
-                try:
-                    lower(self.dense.path, path, Lowering(scheme=scheme), self._feeds)
-                    quality = self._quality(path)
-                except ModelError as error:
-                    self.notes.append(str(error))
-                    continue
-            self._lowered_dense[scheme] = Point(
-                name=f"dense, {scheme.name}",
-                scheme=scheme,
-                is_rival=False,
-                path=path,
-                bytes=file_bytes(path),
-                quality=quality,
-            )
-        found = list(self._lowered_dense.values())
+        found = [point for point in map(self._lower_dense, tried) if point is not None]
         if not found:
             return None
         smallest = min(point.bytes for point in found)
         found = [point for point in found if point.bytes <= MOST_BYTES * smallest]
         least = min(point.loss for point in found)
         near = [point for point in found if point.loss <= CLOSE_RATIO * least + CLOSE_LOSS]
-        if len(near) > 1 and len({point.scheme.kind for point in near}) > 1 and self.measure is not None:
-            near = [point for point in self._measured(near)[0] if point.loss <= CLOSE_RATIO * least + CLOSE_LOSS]
+        if len(near) > 1 and len({point.scheme.kind for point in near}) > 1 and self.maker.measure is not None:
+            near = [point for point in self.maker.measured(near)[0] if point.loss <= CLOSE_RATIO * least + CLOSE_LOSS]
             fastest = max(point.speedup for point in near)
             near = [point for point in near if point.speedup >= 0.9 * fastest]
         return min(near, key=lambda point: point.loss).scheme
 
-    def _planned_points(self, scheme: Scheme) -> Iterator[Point]:
-        """Yield models with ranks and bits, planned for the request in a scheme."""
-        request, budget = self.calibrator.request, self.calibrator.request.budget
-        if scheme in self._lowered_dense and self._dense_may_keep:
-            if self.precision == "int4":
-                yield self._point(self._all_dense(4), scheme)
-            else:
-                yield replace(self._lowered_dense[scheme], made=self._all_dense(8), split=self.unsplit())
+    def _lower_dense(self, scheme: Scheme) -> Point | None:
+        """The dense model in a scheme, with weights in eight bits; None where it cannot be made."""
+        with step(f"try {scheme.name}"):
+            try:
+                self._dense[scheme] = self._eight_bits(Base(scheme=scheme))
+            except ModelError as error:
+                self.notes.append(str(error))
+        return self._dense.get(scheme)
+
+    def _eight_bits(self, base: Base) -> Point:
+        return self.maker.point(self.maker.all_dense(8), base)
+
+    # -- points -----------------------------------------------------------------------------------------------------
+
+    def _planned_points(self, base: Base) -> Iterator[Point]:
+        """Yield models with ranks and bits, planned for the request in a base."""
+        request, budget, maker = self.request, self.request.budget, self.maker
+        if base.scheme in self._dense and self._dense_may_keep:
+            yield maker.point(maker.all_dense(4), base) if self.precision == "int4" else self._dense[base.scheme]
         if not (request.is_searched or budget is not None):
-            yield self._point(self.calibrator.planned(), scheme)
+            yield maker.point(maker.calibrator.planned(), base)
             return
-        planner = self._planner(scheme)
         try:
             if budget is not None and budget.cost == "nanoseconds":
-                yield from self._of_time(budget, planner, scheme)
+                yield from self._of_time(budget, base)
             elif request.fastest:
                 for share in SHARES:
+                    planner = self._planner(base)
                     decisions = self._of_macs(Budget(keep_macs=share), planner)
-                    yield self._point(planner.fit(decisions), scheme, f"{100 * share:g} % of the MACs, {scheme.name}")
+                    yield maker.point(planner.fit(decisions), base, f"{100 * share:g} % of the MACs")
             elif budget is None:
-                made, self._searches[scheme] = searched_model(request, planner)
-                if any(d.rank is not None or d.bits < 32 for d in _decisions(made).values()):
-                    yield self._point(made, scheme)
+                yield from self._of_quality(base)
             elif budget.cost == "bytes":
-                yield from self._of_size(budget, planner, scheme)
+                yield from self._of_size(budget, base)
             else:
-                yield self._point(planner.fit(self._of_macs(budget, planner)), scheme)
+                planner = self._planner(base)
+                yield maker.point(planner.fit(self._of_macs(budget, planner)), base)
         except (ModelError, GateError) as error:
-            self.notes.append(f"{scheme.name}: {error}")
+            self.notes.append(f"{base.name}: {error}")
 
     @property
     def _dense_may_keep(self) -> bool:
         """Return whether a model without splits may keep the limit; MACs and ranks need splits, a drop a search."""
-        request, budget = self.calibrator.request, self.calibrator.request.budget
+        request, budget = self.request, self.request.budget
         if request.max_drop is not None or not request.is_searched:
             return False
         return budget is None or budget.cost in ("bytes", "nanoseconds")
 
-    def _of_size(self, budget: Budget, planner: CalibratedPlanner, scheme: Scheme) -> Iterator[Point]:
-        """Yield the model within a size; its bytes are counted, and counted again where the file is larger."""
-        allowed, over = budget.total(self.dense.size.bytes), 0
-        if is_int8(scheme):
+    def _of_size(self, budget: Budget, base: Base) -> Iterator[Point]:
+        """Yield the model within a size, and the same one with some or all sites in float32.
+
+        Its bytes are counted, and counted again where the file is larger.
+        """
+        planner, allowed, over = self._planner(base), budget.total(self.maker.dense.size.bytes), 0
+        if has_bits(base.scheme):
             self._smallest.append(planner.fixed_bytes + smallest_cost(planner.options, cost="bytes"))
         for _ in range(TRIES):
-            point = self._point(planner.fit(planner.in_bytes(allowed - over)), scheme)
+            point = self.maker.point(planner.fit(planner.in_bytes(allowed - over)), base)
             if point.bytes <= allowed:
-                yield point
-                return
+                break
             over += point.bytes - allowed
             if over >= allowed:
                 return
-
-    def _of_time(self, budget: Budget, planner: CalibratedPlanner, scheme: Scheme) -> Iterator[Point]:
-        """Yield models of several shares of the MACs, by bisection for the largest that is fast enough."""
-        if scheme in self._lowered_dense and self._is_fast(budget, self._lowered_dense[scheme]):
+        else:
             return
-        low, high = 0.0, 1.0
+        yield point
+        if is_int8(base.scheme) and self.precision == "auto" and point.made is not None:
+            most = ROUNDING_SHARE * foreseen_loss(decisions_in(point.made), planner.options)
+            count = self._floats_above(most)
+            if 0 < count < len(self._sensitive):
+                yield self.maker.point(point.made, self._with_floats(base, count))
+
+    def _of_quality(self, base: Base) -> Iterator[Point]:
+        """Yield the smallest model that keeps a limit; of int8, with as few sites in float32 as eight bits need."""
+        if is_int8(base.scheme) and self.precision == "auto" and self.request.quality is not None:
+            mixed = self._fewest_floats(base)
+            if mixed is None:
+                self.notes.append(f"{base.name}: rounded activations do not keep {self.request.quality}")
+                return
+            if mixed.in_float:
+                yield self._eight_bits(mixed)
+            base = mixed
+        made, self._searches[base.scheme] = searched_model(self.request, self._planner(base))
+        if any(d.rank is not None or d.bits < 32 for d in decisions_in(made).values()):
+            yield self.maker.point(made, base)
+
+    def _of_time(self, budget: Budget, base: Base) -> Iterator[Point]:
+        """Yield models of several shares of the MACs, by bisection for the largest that is fast enough.
+
+        Where the dense model is fast enough in int8, it has time for some sites in float32 instead.
+        """
+        if base.scheme in self._dense and self._is_fast(budget, self._dense[base.scheme]):
+            if is_int8(base.scheme) and self.precision == "auto":
+                yield from self._floats_in_time(budget, base)
+            return
+        planner, low, high = self._planner(base), 0.0, 1.0
         for _ in range(TIMED):
             share = round((low + high) / 2, 3)
             try:
@@ -315,196 +297,155 @@ class PrecisionStep:
             except ModelError:  # no plan has so few MACs
                 low = share
                 continue
-            point = self._point(planner.fit(decisions), scheme, f"{100 * share:g} % of the MACs, {scheme.name}")
+            point = self.maker.point(planner.fit(decisions), base, f"{100 * share:g} % of the MACs")
             yield point
             low, high = (share, high) if self._is_fast(budget, point) else (low, share)
 
     def _is_fast(self, budget: Budget, point: Point) -> bool:
         """Return whether a point keeps a time, with something to spare for the last measurement."""
-        (timed,), latency = self._measured([point])
+        (timed,), latency = self.maker.measured([point])
         if latency is None or timed.timing is None:
             return False
         allowed = budget.total(round(1e6 * latency.arms[0].median_ms))
         return 1e6 * timed.timing.median_ms <= SPARE * allowed
 
+    # -- sites in float32 -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _sensitive(self) -> list[tuple[str, float]]:
+        """Name of each site and the loss of its rounded inputs, the largest first."""
+        ranged = next((point for scheme, point in self._dense.items() if scheme.kind == "static int8"), None)
+        if ranged is None or ranged.path is None:
+            return []
+        names = {site.node: site_name(site.weight) for site in self.maker.dense.sites}
+        steps = {names[node]: size for node, size in activation_steps(ranged.path).items() if node in names}
+        losses = activation_losses(self._whole_planner.options, steps)
+        return sorted(losses.items(), key=lambda item: (-item[1], item[0]))
+
+    def _with_floats(self, base: Base, count: int) -> Base:
+        return replace(base, in_float=frozenset(name for name, _ in self._sensitive[:count]))
+
+    def _floats_above(self, most: float) -> int:
+        """Return the fewest sites in float32 that leave a loss of at most `most` to the others."""
+        rest, count = sum(loss for _, loss in self._sensitive), 0
+        while count < len(self._sensitive) and rest > most:
+            rest -= self._sensitive[count][1]
+            count += 1
+        return count
+
+    def _fewest_floats(self, base: Base) -> Base | None:
+        """The base with the fewest sites in float32 that keeps the quality in eight bits; None where none does."""
+        if self._keeps(self._dense[base.scheme]):
+            return base
+        low, high, found = 0, len(self._sensitive), None
+        for _ in range(HALVINGS):
+            middle = (low + high) // 2
+            if middle == low:
+                break
+            mixed = self._with_floats(base, middle)
+            if self._keeps(self._eight_bits(mixed)):
+                high, found = middle, mixed
+            else:
+                low = middle
+        return found
+
+    def _floats_in_time(self, budget: Budget, base: Base) -> Iterator[Point]:
+        """Yield int8 models of the dense net with as many sites in float32 as the time allows."""
+        low, high = 0, len(self._sensitive)
+        for _ in range(HALVINGS):
+            middle = (low + high) // 2
+            if middle == low:
+                break
+            point = self._eight_bits(self._with_floats(base, middle))
+            yield point
+            low, high = (middle, high) if self._is_fast(budget, point) else (low, middle)
+
+    # -- planners ---------------------------------------------------------------------------------------------------
+
     def _of_macs(self, budget: Budget, planner: CalibratedPlanner) -> Decisions:
         """Decide by MACs or parameters, which are counted on float models."""
-        plain = replace(planner, candidates=replace(planner.candidates, write=self.write))
+        plain = replace(planner, candidates=replace(planner.candidates, write=self.maker.write))
         return plain.within(budget)
 
-    def _planner(self, scheme: Scheme) -> CalibratedPlanner:
-        """The planner of a scheme: its bits, and models that are written in it."""
-        budget = self.calibrator.request.budget
-        whole = self._whole_planner
-        allowed: tuple[int, ...] = (32,)
-        if is_int8(scheme):
-            allowed = (4,) if self.precision == "int4" else (8, 4) if self.precision == "auto" else (8,)
-            if self.calibrator.request.fastest or (budget is not None and budget.cost != "bytes"):
-                allowed = (32,)  # MACs and times choose ranks; all weights have the usual bits
-            elif budget is None and self.precision == "auto":
-                allowed = (32, 8, 4)  # a quality may need a few weights in float
-        options = [in_bits(site, allowed) for site in whole.options]
-        if scheme.kind == "dynamic int8":
-            convolutions = {site.name for site in whole.streams.sites if site.kernel}
-            options = [
-                in_bits(site, (32,)) if site.name in convolutions else new
-                for site, new in zip(whole.options, options, strict=True)
-            ]
-        if is_int8(scheme) and allowed != (32,):
-            options += [in_bits(site, allowed) for site in self._table_options]
+    def _planner(self, base: Base) -> CalibratedPlanner:
+        """The planner of a base: its bits, and models that are written in it."""
+        whole, allowed = self._whole_planner, self._planned_bits if has_bits(base.scheme) else (32,)
+        sites = [*whole.options, *(self._table_options if allowed != (32,) else ())]
+        options = [in_bits(site, allowed, with_repairs=base.scheme is FEW_BITS) for site in sites]
         planner = replace(
             whole,
             options=options,
-            candidates=replace(whole.candidates, write=lambda made, path: self._lowered(made, path, scheme)),
+            candidates=replace(whole.candidates, write=lambda made, path: self.maker.lowered(made, path, base)),
         )
-        if not is_int8(scheme):
-            size = self.dense.size.bytes
+        if base.scheme not in self._dense:
+            size = self.maker.dense.size.bytes
             return replace(planner, fixed_bytes=size - sum(site.options[0].bytes for site in options))
-        base = self._lowered_dense[scheme]
         counted = sum(
             next((o.bytes for o in site.options if o.form == "dense" and o.bits == 8), site.options[0].bytes)
-            for site in [*(s for s in whole.options), *self._table_options]
+            for site in [*whole.options, *self._table_options]
         )
-        return replace(planner, unit="bytes", fixed_bytes=base.bytes - counted)
+        return replace(planner, unit="bytes", fixed_bytes=self._dense[base.scheme].bytes - counted)
+
+    @property
+    def _planned_bits(self) -> tuple[int, ...]:
+        """The bits that the plan chooses among; MACs and times choose ranks, and all weights have the usual bits."""
+        budget = self.request.budget
+        if self.request.fastest or (budget is not None and budget.cost != "bytes"):
+            return (32,)
+        return {"int8": (8,), "int4": (4,)}.get(self.precision, (8, 5, 4, 3))
 
     @cached_property
     def _whole_planner(self) -> CalibratedPlanner:
         """The planner with every site's options in all bits; surveyed once."""
-        return self.calibrator.planner_for(bits_of if self.precision != "float16" else lambda site: (32,))
+        bits = {32} if self.precision == "float16" else {32, 8, *self._planned_bits}
+        return self.maker.calibrator.planner_for(
+            lambda site: tuple(b for b in bits_of(site) if b in bits), with_repairs=FEW_BITS in self._dense
+        )
 
     @cached_property
     def _table_options(self) -> list[SiteOptions]:
         """The embedding tables as sites."""
-        path = self._path("table")
-        loss_of = lambda: loss_shown(self._quality(path, "in-sample"))  # noqa: E731
-        return [table_options(table, self.dense, path, loss_of) for table in self._tables]
+        path = self.maker.path("table")
+        loss_of = lambda: loss_shown(self.maker.quality(path, "in-sample"))  # noqa: E731
+        return [table_options(table, self.maker.dense, path, loss_of) for table in self.maker.tables]
 
-    def _all_dense(self, bits: int) -> Planned:
-        """All sites dense, in so many bits."""
-        names = [site_name(site.weight) for site in self.dense.sites] + [table.name for table in self._tables]
-        decisions = {name: Decision(rank=None, reason=f"{bits} bits", bits=bits) for name in names}
-        return Planned(planner=FixedPlanner(decisions=decisions, filters=self.calibrator.filters), fitted={})
-
-    # -- writing, judging, measuring --------------------------------------------------------------------------------
-
-    def _point(self, made: Planned, scheme: Scheme, name: str = "") -> Point:
-        path = self._path("point")
-        with step(f"write in {scheme.name}"):
-            split = self._lowered(made, path, scheme)
-            quality = self._quality(path)
-        ranks = any(site.rank for site in split.sites)
-        return Point(
-            name=name or f"{'low rank' if ranks else 'dense'}, {scheme.name}{self._bits_text(made, scheme)}",
-            scheme=scheme,
-            is_rival=False,
-            path=path,
-            bytes=file_bytes(path),
-            quality=quality,
-            made=made,
-            split=split,
-        )
-
-    def _bits_text(self, made: Planned, scheme: Scheme) -> str:
-        stored = list(self._stored_bits(made, scheme).values())
-        return f", {stored.count(4)} weights in 4 bits" if 4 in stored else ""
-
-    def unsplit(self) -> SplitModel:
-        """Return the record of the dense model, whose sites are not split."""
-        path = self._path("record")
-        try:
-            return self.write(self._all_dense(8), path)
-        finally:
-            _delete(path)
-
-    def _lowered(self, made: Planned, path: Path, scheme: Scheme) -> SplitModel:
-        """Write a model in a scheme; decisions that name no bits follow the precision."""
-        if scheme is FLOAT32:
-            return self.write(made, path)
-        work = path.with_name(f"{path.stem}-float.onnx")
-        try:
-            split = self.write(made, work)
-            lower(work, path, self._lowering(made, scheme), self._feeds)
-            return split
-        finally:
-            _delete(work)
-
-    def _lowering(self, made: Planned, scheme: Scheme) -> Lowering:
-        if not is_int8(scheme):
-            return Lowering(scheme=scheme)
-        stored = self._stored_bits(made, scheme)
-        bits = {site.node: stored[site_name(site.weight)] for site in self.dense.sites}
-        return Lowering(scheme=scheme, bits=bits, tables={table.name: stored[table.name] for table in self._tables})
-
-    def _stored_bits(self, made: Planned, scheme: Scheme) -> dict[str, int]:
-        """Return name of each site and table -> bits that it is stored in; empty where the scheme is not int8."""
-        if not is_int8(scheme):
-            return {}
-        decisions, usual = _decisions(made), 4 if self.precision == "int4" else 8
-        if all(decision.bits == 32 for decision in decisions.values()):
-            decisions = {}  # those of ranks, MACs and plans say nothing of bits
-        names = [*(site_name(site.weight) for site in self.dense.sites), *(table.name for table in self._tables)]
-        stored = {name: decisions[name].bits if name in decisions else usual for name in names}
-        if scheme.kind == "dynamic int8":  # of products alone
-            stored |= {site_name(s.weight): 32 for s in self.dense.sites if s.op_type not in PRODUCTS}
-        return stored
-
-    def _quality(self, path: Path, part: str = "check") -> OutputQuality | None:
-        """The quality of a model's outputs; None where they are not finite."""
-        data, outputs = self._data, self.calibrator.outputs
-        samples = data.check if part == "check" and data.check is not None else data.in_sample
-        if part not in outputs:
-            outputs[part] = dense_outputs(self.dense.path, samples, self.provider, self.dense.proto)
-        try:
-            return output_quality(outputs[part], path, samples, self.provider)
-        except GateError:
-            return None
-
-    def _measured(self, points: list[Point]) -> tuple[list[Point], BenchResult | None]:
-        """The points with their times, of one interleaved run."""
-        able = [point for point in points if point.path is not None and point.path != self.dense.path]
-        if self.measure is None or not able:
-            return points, None
-        with step(f"measure {len(able) + 1} models side by side"):
-            result = self.measure([self.dense.path, *(point.path for point in able if point.path is not None)])
-        timings = {id(point): arm for point, arm in zip(able, result.arms[1:], strict=True)}
-        return [replace(point, timing=timings.get(id(point))) for point in points], result
+    # -- choice -----------------------------------------------------------------------------------------------------
 
     def _needs_no_float(self, points: Sequence[Point]) -> bool:
-        """Return whether an int8 model keeps a quality, or a time with outputs that hardly change."""
-        request = self.calibrator.request
-        low = [point for point in points if is_int8(point.scheme)]
-        if request.quality is not None:
-            small = SMALL * self.dense.size.bytes
-            return any(point.bytes <= small and self._keeps(point) for point in low)
-        budget = request.budget
-        if budget is None or budget.cost != "nanoseconds":
-            return False
-        return any(point.loss <= CLOSE_LOSS and self._is_fast(budget, point) for point in low if not point.is_rival)
+        """Return whether models of int8 products answer the request, so that float32 products need not be planned."""
+        low = [point for point in points if is_int8(point.scheme) and not point.is_rival and not point.error]
+        budget = self.request.budget
+        if budget is not None and budget.cost == "nanoseconds":
+            return any(point.loss <= CLOSE_LOSS and self._is_fast(budget, point) for point in low)
+        if self.request.fastest:
+            return any(self._keeps(point) for point in low)
+        return False
 
     def _keeps(self, point: Point) -> bool:
         """Return whether the outputs of a point keep the quality of the request."""
-        quality = self.calibrator.request.quality
+        quality = self.request.quality
         return quality is not None and point.quality is not None and quality.holds(quality.limit_of(point.quality))
 
     def _is_allowed(self, point: Point) -> bool:
         """Return whether `--precision` lets a point be delivered."""
+        few = FEW_BITS.kind
         kinds = {
-            "auto": {"float32", "float16", "static int8", "dynamic int8", "int4 weights"},
+            "auto": {"float32", "float16", "static int8", "dynamic int8", "int4 weights", few},
             "float16": {"float16"},
             "int8": {"static int8", "dynamic int8"},
-            "int4": {"static int8", "dynamic int8", "int4 weights"},
+            "int4": {"static int8", "dynamic int8", "int4 weights", few},
         }
         if self.precision == "int4" and point.is_rival and is_int8(point.scheme):
             return False
-        return point.scheme.kind in kinds[self.precision] and point.path != self.dense.path
+        return point.scheme.kind in kinds[self.precision] and point.path != self.maker.dense.path
 
     def _refusal(self, points: Sequence[Point], rule: Rule) -> ModelError | GateError:
         """Return the error that says which of the models comes nearest to the limit."""
-        request = self.calibrator.request
-        made = [point for point in points if point.path is not None and point.path != self.dense.path]
+        request, dense = self.request, self.maker.dense
+        made = [point for point in points if point.path is not None and point.path != dense.path]
         if request.budget is not None and request.budget.cost == "bytes":
             smallest = min([*self._smallest, *(point.bytes for point in made)])
-            return request.budget.unreachable(self.dense.size.bytes, smallest)
+            return request.budget.unreachable(dense.size.bytes, smallest)
         if request.budget is not None and request.budget.cost == "nanoseconds" and rule.dense_ms is not None:
             fastest = min(point.timing.median_ms for point in made if point.timing is not None)
             return request.budget.unreachable(round(1e6 * rule.dense_ms), round(1e6 * fastest))
@@ -513,19 +454,3 @@ class PrecisionStep:
             f"{limit}: no model of {len(made)} that were tried in --precision {self.precision} keeps it; allow more, "
             f"or type --precision auto"
         )
-
-    @cached_property
-    def _counter(self) -> Iterator[int]:
-        return iter(range(10_000))
-
-    def _path(self, stem: str) -> Path:
-        return self._folder / f"{stem}-{next(self._counter)}.onnx".replace("(", "").replace(")", "")
-
-
-def _decisions(made: Planned) -> Decisions:
-    return dict(made.planner.decisions) if isinstance(made.planner, FixedPlanner) else {}
-
-
-def _delete(path: Path) -> None:
-    for file in (path, path.with_name(f"{path.name}.data")):
-        file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""4-bit storage: onnxruntime computes with exactly the int8 weights that the codes stand for, in its int8 kernels."""
+"""Weights in few bits: onnxruntime computes with exactly the numbers that the codes stand for, in its own kernels."""
 
 import numpy as np
 import onnx
@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from rsi_deploy.calibration.rounding import rounded
-from rsi_deploy.precision.four_bit import (
+from rsi_deploy.calibration.repair import repairs
+from rsi_deploy.calibration.rounding import CODES, rounded
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.precision.embedding_tables import (
     EmbeddingTable,
-    store_in_4_bits_,
     store_table_,
     stored_table_bytes,
     table_block,
@@ -21,10 +22,10 @@ from rsi_deploy.precision.four_bit import (
     table_values,
     tables,
 )
+from rsi_deploy.precision.few_bits import IR_VERSION, OPSET, store_float_weights_, store_int8_weights_
 from rsi_deploy.precision.quantizers import quantize
 from rsi_deploy.precision.schemes import DYNAMIC, static
 
-OPSET = 21
 STATIC = static("minmax")
 
 
@@ -129,21 +130,22 @@ CASES = {
 FUSED = {"static int8": {"QLinearConv", "QGemm", "QLinearMatMul"}, "dynamic int8": {"DynamicQuantizeMatMul"}}
 
 
-def stored(path, scheme, block, target, write):
-    """A quantized model, and the same one with weights in four bits."""
+def stored(path, scheme, block, target, write, bits=4):
+    """A quantized model, and the same one with weights in few bits."""
     source, names = write(path)
     quantize(source, target, scheme, lambda: iter([feeds(source)]))
     plain, small = onnx.load(target), onnx.load(target)
-    weights = {name: rounded(out_first(source, name), block=block) for name in names}
-    assert sorted(store_in_4_bits_(small, weights)) == sorted(names)
+    weights = {name: rounded(out_first(source, name), block=block, bits=bits) for name in names}
+    assert sorted(store_int8_weights_(small, weights)) == sorted(names)
     onnx.checker.check_model(small, full_check=True)
     return source, plain, small, weights
 
 
+@pytest.mark.parametrize("bits", [5, 4, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_the_answers_are_those_of_the_int8_weights(tmp_path, case):
+def test_the_answers_are_those_of_the_int8_weights(tmp_path, case, bits):
     write, scheme, block = CASES[case]
-    source, plain, small, weights = stored(tmp_path / "m.onnx", scheme, block, tmp_path / "q.onnx", write)
+    source, plain, small, weights = stored(tmp_path / "m.onnx", scheme, block, tmp_path / "q.onnx", write, bits)
     reference = onnx.ModelProto()
     reference.CopyFrom(plain)
     for name, found in weights.items():
@@ -159,9 +161,60 @@ def test_the_answers_are_those_of_the_int8_weights(tmp_path, case):
     assert "Cast" not in operators - usual
     assert not operators & {"Conv", "Gemm", "MatMul", "MatMulInteger"}
     one = next(iter(weights))  # one wrong code is seen
-    weights[one].codes[0, 0] += 1 if weights[one].codes[0, 0] < 7 else -1
+    weights[one].codes[0, 0] += 1 if weights[one].codes[0, 0] < CODES[bits][1] else -1
     by_hand(reference, one, weights[one])
     assert not np.array_equal(output, run(reference, values))
+
+
+@pytest.mark.parametrize("is_repaired", [False, True])
+@pytest.mark.parametrize("bits", [8, 5, 4, 3])
+@pytest.mark.parametrize("write", [conv_model, product_model])
+def test_float_products_have_the_rounded_weights(tmp_path, write, bits, is_repaired):
+    source, names = write(tmp_path / "m.onnx")
+    block = 16 if write is product_model and bits < 8 else None
+    weights = {name: rounded(out_first(source, name), block=block, bits=bits) for name in names}
+    small, reference = onnx.load(source), onnx.load(source)
+    small.ir_version = IR_VERSION
+    small.opset_import[0].version = OPSET
+    rows = {name: out_first(source, name).numpy() for name in names}
+    made = {}
+    for name in names if is_repaired else ():
+        second = torch.eye(rows[name].shape[1]).double()
+        (made[name],) = repairs(torch.from_numpy(rows[name]), weights[name], second, [2], Solver())
+    assert sorted(store_float_weights_(small, weights, rows.__getitem__, made)) == sorted(names)
+    onnx.checker.check_model(small, full_check=True)
+    for tensor in reference.graph.initializer:
+        if tensor.name in names:
+            values = weights[tensor.name].weight().numpy()
+            values = values + (made[tensor.name].product().numpy() if is_repaired else 0)
+            is_rows = np.array_equal(numpy_helper.to_array(tensor).reshape(-1), rows[tensor.name].reshape(-1))
+            values = (values if is_rows else values.T).reshape(tuple(tensor.dims))
+            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
+    values = feeds(source)
+    output, operators = run(small, values, tmp_path)
+    assert np.allclose(output, run(reference, values), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(output, run(onnx.load(source), values), rtol=1e-5, atol=1e-6)
+    usual = run(onnx.load(source), values, tmp_path)[1]
+    assert not (operators - usual) & {
+        "Cast",
+        "Mul",
+        "Div",
+        "Mod",
+        "Slice",
+        "MatMul",
+        "Add",
+    }  # unpacked when the model is loaded
+    kinds = {8: TensorProto.INT8, 5: TensorProto.UINT16, 4: TensorProto.INT4, 3: TensorProto.UINT16}
+    assert [tensor.data_type for tensor in small.graph.initializer].count(kinds[bits]) >= len(names)
+
+
+def test_a_weight_of_another_layout_stays(tmp_path):
+    source, names = product_model(tmp_path / "m.onnx")
+    model = onnx.load(source)
+    weights = {name: rounded(out_first(source, name), bits=8) for name in names}
+    before = model.SerializeToString(deterministic=True)
+    assert store_float_weights_(model, weights, lambda name: out_first(source, name).numpy()[::-1]) == []
+    assert model.SerializeToString(deterministic=True) == before
 
 
 @pytest.mark.parametrize("write", [conv_model, product_model])
@@ -223,7 +276,7 @@ def test_weights_of_other_shapes_or_names_are_left_alone(tmp_path):
     model = onnx.load(tmp_path / "q.onnx")
     before = model.SerializeToString(deterministic=True)
     wrong = rounded(torch.ones(7, 32))
-    assert store_in_4_bits_(model, {"grow.weight": wrong, "unknown": wrong}) == []
+    assert store_int8_weights_(model, {"grow.weight": wrong, "unknown": wrong}) == []
     assert model.SerializeToString(deterministic=True) == before
 
 

@@ -1,0 +1,217 @@
+"""Write models in low precision, compare their outputs with the dense model's, and measure them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from rsi_deploy.benchmark.result import BenchResult
+from rsi_deploy.calibration.output_agreement import dense_outputs, output_quality
+from rsi_deploy.calibration.record import OutputQuality
+from rsi_deploy.core.errors import GateError, ModelError, UsageError
+from rsi_deploy.core.progress import step
+from rsi_deploy.core.sites import site_name
+from rsi_deploy.exporting.calibration_step import Calibrator
+from rsi_deploy.exporting.lowered.points import Point
+from rsi_deploy.exporting.results import DenseModel
+from rsi_deploy.io.onnx_file import file_bytes
+from rsi_deploy.onnx_models.split import SplitModel
+from rsi_deploy.planning.decide import Decisions, Planned
+from rsi_deploy.planning.planner import Decision, FixedPlanner
+from rsi_deploy.precision.embedding_tables import EmbeddingTable, tables
+from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
+from rsi_deploy.precision.quantizers import quantize
+from rsi_deploy.precision.rivals import rival_name
+from rsi_deploy.precision.schemes import FEW_BITS, FLOAT32, Scheme, has_bits
+
+Write = Callable[[Planned, Path], SplitModel]
+Measure = Callable[[Sequence[Path]], BenchResult]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A scheme that ranks and bits are planned in.
+
+    Attributes:
+        scheme: the scheme.
+        in_float: names of sites that are computed in float32 all the same.
+    """
+
+    scheme: Scheme
+    in_float: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """The base in words."""
+        count = len(self.in_float)
+        sites = f", {count} {'site' if count == 1 else 'sites'} in float32" if count else ""
+        return f"{self.scheme.name}{sites}"
+
+
+@dataclass(kw_only=True)
+class PointMaker:
+    """Makes points.
+
+    Attributes:
+        dense: the dense model.
+        calibrator: the calibration of the export.
+        write: writes a float model of decisions and factors.
+        measure: measures the dense model and others in one interleaved run; None where nothing is measured.
+        provider: onnxruntime provider.
+        usual_bits: bits of weights where decisions name none.
+    """
+
+    dense: DenseModel
+    calibrator: Calibrator
+    write: Write
+    measure: Measure | None
+    provider: str
+    usual_bits: int
+
+    def rival(self, scheme: Scheme) -> Point:
+        """Return the dense model as onnxruntime's own tools quantize it."""
+        if scheme is FLOAT32:
+            return Point(
+                name="dense", scheme=scheme, is_rival=True, path=self.dense.path, bytes=file_bytes(self.dense.path)
+            )
+        name, path = rival_name(scheme), self.path(f"rival-{scheme.kind.replace(' ', '-')}")
+        with step(f"make {name}"):
+            try:
+                quantize(self.dense.path, path, scheme, self.calibrator.data.feeds)
+                quality = self.quality(path)
+            except (ModelError, UsageError) as error:
+                return Point(name=name, scheme=scheme, is_rival=True, path=None, error=str(error))
+        return Point(name=name, scheme=scheme, is_rival=True, path=path, bytes=file_bytes(path), quality=quality)
+
+    def point(self, made: Planned, base: Base, name: str = "") -> Point:
+        """Write and judge the model of decisions and factors.
+
+        Raises:
+            ModelError: onnxruntime cannot quantize the model.
+        """
+        path = self.path("point")
+        with step(f"write in {base.name}"):
+            split = self.lowered(made, path, base)
+            quality = self.quality(path)
+        ranks = any(site.rank for site in split.sites)
+        return Point(
+            name=f"{name or ('low rank' if ranks else 'dense')}, {base.name}{self._bits_text(made, base.scheme)}",
+            scheme=base.scheme,
+            is_rival=False,
+            path=path,
+            bytes=file_bytes(path),
+            quality=quality,
+            made=made,
+            split=split,
+        )
+
+    def _bits_text(self, made: Planned, scheme: Scheme) -> str:
+        stored = list(self.stored_bits(made, scheme).values())
+        counts = [f"{stored.count(bits)} weights in {bits} bits" for bits in (5, 4, 3) if bits in stored]
+        return "".join(f", {count}" for count in counts)
+
+    def all_dense(self, bits: int) -> Planned:
+        """Return all sites dense, in so many bits."""
+        decisions = {name: Decision(rank=None, reason=f"{bits} bits", bits=bits) for name in self._names}
+        return Planned(planner=FixedPlanner(decisions=decisions, filters=self.calibrator.filters), fitted={})
+
+    def unsplit(self) -> SplitModel:
+        """Return the record of the dense model, whose sites are not split."""
+        path = self.path("record")
+        try:
+            return self.write(self.all_dense(8), path)
+        finally:
+            _delete(path)
+
+    def lowered(self, made: Planned, path: Path, base: Base) -> SplitModel:
+        """Write a model; decisions that name no bits follow the precision."""
+        if base.scheme is FLOAT32:
+            return self.write(made, path)
+        work = path.with_name(f"{path.stem}-float.onnx")
+        try:
+            split = self.write(made, work)
+            lower(work, path, self._lowering(made, base), self._feeds)
+            return split
+        finally:
+            _delete(work)
+
+    def _lowering(self, made: Planned, base: Base) -> Lowering:
+        if not has_bits(base.scheme):
+            return Lowering(scheme=base.scheme)
+        stored = self.stored_bits(made, base.scheme)
+        sites = {site.node: site_name(site.weight) for site in self.dense.sites}
+        return Lowering(
+            scheme=base.scheme,
+            bits={node: stored[name] for node, name in sites.items()},
+            tables={table.name: stored[table.name] for table in self.tables},
+            in_float=frozenset(node for node, name in sites.items() if name in base.in_float),
+            repairs=self._repairs(made, base.scheme),
+        )
+
+    def _repairs(self, made: Planned, scheme: Scheme) -> dict[str, int]:
+        """Return name of a site's node -> rank of its repair, which is free where onnxruntime folds it."""
+        decisions = decisions_in(made) if scheme is FEW_BITS else {}
+        named = {site.node: decisions.get(site_name(site.weight)) for site in self.dense.sites}
+        return {node: decision.repair for node, decision in named.items() if decision is not None and decision.repair}
+
+    def stored_bits(self, made: Planned, scheme: Scheme) -> dict[str, int]:
+        """Return name of each site and table -> bits that it is stored in; empty where the scheme has none."""
+        if not has_bits(scheme):
+            return {}
+        decisions = decisions_in(made)
+        if all(decision.bits == 32 for decision in decisions.values()):
+            decisions = {}  # those of ranks, MACs and plans say nothing of bits
+        return {name: decisions[name].bits if name in decisions else self.usual_bits for name in self._names}
+
+    def quality(self, path: Path, part: str = "check") -> OutputQuality | None:
+        """Return the quality of a model's outputs; None where they are not finite."""
+        data, outputs = self.calibrator.data, self.calibrator.outputs
+        samples = data.check if part == "check" and data.check is not None else data.in_sample
+        if part not in outputs:
+            outputs[part] = dense_outputs(self.dense.path, samples, self.provider, self.dense.proto)
+        try:
+            return output_quality(outputs[part], path, samples, self.provider)
+        except GateError:
+            return None
+
+    def measured(self, points: Sequence[Point]) -> tuple[list[Point], BenchResult | None]:
+        """Return the points with their times, of one interleaved run."""
+        able = [point for point in points if point.path is not None and point.path != self.dense.path]
+        if self.measure is None or not able:
+            return list(points), None
+        with step(f"measure {len(able) + 1} models side by side"):
+            result = self.measure([self.dense.path, *(point.path for point in able if point.path is not None)])
+        timings = {id(point): arm for point, arm in zip(able, result.arms[1:], strict=True)}
+        return [replace(point, timing=timings.get(id(point))) for point in points], result
+
+    @cached_property
+    def tables(self) -> list[EmbeddingTable]:
+        """The embedding tables of the dense model."""
+        return tables(self.dense.proto)
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [*(site_name(site.weight) for site in self.dense.sites), *(table.name for table in self.tables)]
+
+    @cached_property
+    def _feeds(self) -> CalibrationFeeds:
+        data, seed = self.calibrator.data, self.calibrator.solver.seed
+        return CalibrationFeeds(feeds=data.feeds, samples=data.samples, provider=self.provider, seed=seed)
+
+    @cached_property
+    def _counter(self) -> Iterator[int]:
+        return iter(range(10_000))
+
+    def path(self, stem: str) -> Path:
+        """Return a new path beside the dense model, whose folder is deleted with the other work."""
+        return self.dense.path.parent / f"{stem}-{next(self._counter)}.onnx".replace("(", "").replace(")", "")
+
+
+def decisions_in(made: Planned) -> Decisions:
+    """Return the decisions of a plan; empty where one rank decides."""
+    return dict(made.planner.decisions) if isinstance(made.planner, FixedPlanner) else {}
+
+
+def _delete(path: Path) -> None:
+    for file in (path, path.with_name(f"{path.name}.data")):
+        file.unlink(missing_ok=True)
