@@ -111,8 +111,8 @@ class DenseResponse:
     """
 
     def __init__(self, weight: Tensor, moments: Moments | Samples, sensitivity: Tensor | None = None) -> None:
-        is_single = isinstance(moments, Samples) or max(weight.shape[-2:]) > _LARGE
-        V = weight.to(torch.float32 if is_single else moments.xx.dtype)
+        is_double = isinstance(moments, Moments) and max(weight.shape[-2:]) <= _LARGE
+        V = weight.to(torch.float64 if is_double else torch.float32)
         self._root = None if sensitivity is None else sensitivity_root(sensitivity).to(V)
         V = V if self._root is None else self._root.mT @ V
         self._basis: Tensor | None = None  # orthonormal `(groups, out, in)`, where there are more outputs than inputs

@@ -302,7 +302,7 @@ def test_large_inputs_run_in_parts(folder, monkeypatch):
 
 def test_a_quota_of_rows_is_kept_and_chosen_by_the_seed(folder, monkeypatch):
     monkeypatch.setattr("rsi_deploy.onnx_models.calibration.row_sampling.row_limit", lambda *shape: 60)
-    monkeypatch.setattr("rsi_deploy.onnx_models.calibration.row_sampling.ROWS", 40)
+    monkeypatch.setattr("rsi_deploy.onnx_models.calibration.row_sampling.ROWS", 20)
     setting = Setting(folder, "cnn")
     rows = {name: given.rows for name, given in surveyed(setting.streams()).items()}
     assert rows["c1"] == 60  # 4 positions each of 15 samples

@@ -108,7 +108,7 @@ class OnnxStreams:
         self._rows: dict[str, int] = {}
         self._samples, self._seed = samples, seed
         axes = axes_of(self._model)
-        self._feeds = lambda: _in_parts(feeds(), axes)
+        self._feeds = functools.partial(_in_parts, feeds, axes)
         self._checked = CheckSamples(axes, samples)
         self._survey: Survey | None = None
         self._sensitivities = functools.cache(
@@ -284,9 +284,9 @@ def _fixed_batch(model: ModelProto) -> int:
     return max((dim[0].dim_value for dim in dims if dim), default=0)
 
 
-def _in_parts(batches: Iterable[Feeds], axes: BatchAxes) -> Iterator[Feeds]:
+def _in_parts(feeds: Callable[[], Iterable[Feeds]], axes: BatchAxes) -> Iterator[Feeds]:
     """Yield the batches in parts of at most `INPUT_BYTES`; batches of fixed size stay whole."""
-    for batch in batches:
+    for batch in feeds():
         count, size = axes.samples(batch), sum(array.nbytes for array in batch.values())
         step = count if axes.fixed is not None else max(1, count * INPUT_BYTES // max(size, 1))
         for begin in range(0, count, step):

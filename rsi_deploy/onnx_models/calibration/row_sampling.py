@@ -131,7 +131,7 @@ def _row_shape(r: Reached, shape: Sequence[int]) -> tuple[int, ...]:
 
 def survey_rows(in_features: int, groups: int) -> int:
     """Return how many rows suffice for a choice of ranks: y = W x holds no noise."""
-    return min(row_limit(in_features, groups), max(ROWS // 2, 8 * in_features))
+    return min(row_limit(in_features, groups), max(ROWS, 8 * in_features))
 
 
 def taps_of(
