@@ -22,8 +22,8 @@ QUANTIZED_NAME = "_quant"
 """Suffix of the name of a node that onnxruntime quantizes for dynamic ranges."""
 BETWEEN = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Cast", "Mul", "Add"})
 """Operators that quantization puts between the two nodes of a split."""
-UNPACKING = frozenset({"DequantizeLinear", "Cast", "Mul", "Reshape"})
-"""Operators that turn a stored int8 or int4 factor into an operand."""
+UNPACKING = frozenset({"DequantizeLinear", "Cast", "Mul", "Add", "Sub", "Div", "Mod", "Slice", "Reshape"})
+"""Operators that turn a stored factor of few bits into an operand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +103,10 @@ def _constant_shape(value: ir.Value | None) -> tuple[int, ...]:
     if producer is None or producer.domain != "" or producer.op_type not in UNPACKING:
         return ()
     shape = _constant_shape(producer.inputs[0])
-    if not shape or producer.op_type in ("DequantizeLinear", "Cast"):
-        return shape
+    if not shape or producer.op_type not in ("Mul", "Reshape"):
+        return shape  # what else unpacks changes no shape, or stands before a Reshape
     if producer.op_type == "Mul":
         times = _constant_shape(producer.inputs[1])
         return np.broadcast_shapes(shape, times) if times else ()
     target = stored_array(producer.inputs[1])
-    return () if target is None or math.prod(target) != math.prod(shape) else tuple(map(int, target))
+    return () if target is None else tuple(map(int, target))

@@ -53,13 +53,13 @@ def repair_bytes(rank: int, rows: int, columns: int) -> int:
 
 
 def repairs(
-    weight: Tensor, rounded: Rounded, second: Tensor, ranks: list[int], solver: Solver, *, site: str = ""
+    weight: Tensor, near: Tensor, second: Tensor, ranks: list[int], solver: Solver, *, site: str = ""
 ) -> list[Repair]:
     """Return a repair of each rank.
 
     Args:
         weight: W `(out, in)`.
-        rounded: its rounded form.
+        near: its rounded numbers, `(out, in)`.
         second: second moments of the inputs E[x x^T] `(in, in)`.
         ranks: ranks of the repairs, rising.
         solver: computes the subspace of a weight with many rows.
@@ -68,7 +68,7 @@ def repairs(
     if not ranks:
         return []
     second = second.double()
-    lost = weight.double() - rounded.weight().double()
+    lost = weight.double() - near.double()
     level = ridge_level(second.diagonal()[None], DAMPING)
     root, _ = regularized_cholesky(second[None], level)
     left = leading_left_vectors(lost @ root, ranks[-1], solver, site=site)[0]

@@ -146,6 +146,7 @@ def export_run(
             shapes=shapes,
             own_feeds=input_feeds(config.feeds),
             assume_constant=config.assume_constant,
+            requantize=config.requantize,
             sources={"--calib": config.calib, "--data": dataset},
         ),
         origin=Origin(

@@ -56,7 +56,7 @@ def verified(
     agreement = None
     if data is not None and dense.outputs is not None:
         with clock.stage("certificate"):
-            agreement, found = calibration_record(dense.path, dense.target, data, provider, outputs, dense.proto)
+            agreement, found = calibration_record(dense.reference, dense.target, data, provider, outputs, dense.proto)
             outputs |= found
             notes += preset_note(dense.preprocessing, preset, dense.source.name) if data.are_pictures else []
             notes += data.notes()
@@ -95,7 +95,7 @@ def _outputs(
     dense: DenseModel, split: SplitModel, clock: StageClock, max_output_error: float | None, notes: list[str]
 ) -> tuple[Verification, tuple[ProbeOutput, ...]]:
     """The gates on the outputs of a full-rank split and of the compressed model, and the latter's outputs."""
-    if dense.outputs is None:
+    if dense.outputs is None or dense.expected is None:
         return Verification(exporter=None, surgery=None, approximation=None), ()
     nodes = [node for node in split.nodes if isinstance(node, gp.Split)]
     weights: dict[str, gp.Form] = {node.weight: node.form for node in reversed(nodes)}  # form of its first node
@@ -110,7 +110,7 @@ def _outputs(
         names = [output.name for output in session.get_outputs()]
         del session
         approximation = compare_outputs(
-            dense.outputs,
+            dense.expected,
             outputs,
             what="approximation gate (compressed against dense, --max-output-error)",
             tolerance=max_output_error,
@@ -131,7 +131,12 @@ def _accuracy(
     steps = dense.preprocessing if dataset.kind == "images" else None
     with clock.stage("accuracy compressed"):
         after = evaluate(
-            dense.target, dataset, preprocessing=steps, provider=provider, reference=dense.path, progress=at_samples
+            dense.target,
+            dataset,
+            preprocessing=steps,
+            provider=provider,
+            reference=dense.reference,
+            progress=at_samples,
         )
     accuracy = Accuracy(dense=before, compressed=after)
     factors = None if dense.head is None else split.kept.get(dense.head.weight)

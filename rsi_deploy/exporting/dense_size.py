@@ -12,16 +12,18 @@ from rsi_deploy.io.onnx_file import bytes_in_one_file, bytes_with_external_files
 from rsi_deploy.io.onnx_reader import load_model
 
 
-def dense_size(source: Path | None, dense: Path) -> Size:
+def dense_size(source: Path | None, dense: Path, *, requantized: bool = False) -> Size:
     """Return bytes and parameters of the dense model; its MACs are 0.
 
     Args:
         source: the user's ONNX file; None for a torch model.
         dense: dense model that was made of it.
+        requantized: whether the dense model has float weights for those of few bits: its parameters count then.
 
     Raises:
         ModelError: a file cannot be read.
     """
     if source is None:
         return Size(bytes=bytes_in_one_file(dense), params=count_parameters(load_model(dense)), macs=0)
-    return Size(bytes=bytes_with_external_files(source), params=count_parameters(load_model(source)), macs=0)
+    counted = load_model(dense if requantized else source)
+    return Size(bytes=bytes_with_external_files(source), params=count_parameters(counted), macs=0)

@@ -17,7 +17,7 @@ from onnx import ModelProto
 
 import graph_passes as gp
 from rsi_deploy.core.arrays import as_torch
-from rsi_deploy.core.errors import ModelError, RsiDeployError
+from rsi_deploy.core.errors import ModelError, RsiDeployError, UsageError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.progress import at_samples
 from rsi_deploy.data.dataset import for_inputs
@@ -42,6 +42,7 @@ from rsi_deploy.io.onnx_file import (
 )
 from rsi_deploy.io.onnx_reader import read_proto, with_small_data
 from rsi_deploy.onnx_models.opset import check_conversion, convert_opset
+from rsi_deploy.onnx_models.requantize import dequantize_, quantized_products, quantized_tables
 from rsi_deploy.runtime.batch_independence import count_samples
 from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.parity import (
@@ -67,6 +68,7 @@ class _Written(NamedTuple):
     exporter: OutputComparison | None
     probe: Probe | None
     notes: list[str]
+    reference: Path
 
 
 def dense_model(
@@ -106,13 +108,14 @@ def dense_model(
     with clock.stage("read dense"):
         graph = new_graph(proto, path)
         digest, random = weights_hash(graph), random_nodes(graph)
+        quantized = tuple(quantized_products(graph))
         sites = [entry for entry in gp.find_sites(graph) if isinstance(entry, gp.Site)]
         head = None if dataset is None else find_head(graph)
         size = known_size
         if size is None and source.onnx is None:
             size = Size(bytes=bytes_in_one_file(path, proto), params=gp.count_parameters(graph), macs=0)
         elif size is None:
-            size = dense_size(source.onnx, path)
+            size = dense_size(source.onnx, path, requantized=settings.requantize)
     with clock.stage("trace"):
         probe, trace, batch = written.probe or Probe({}, {}), None, 1
         try:
@@ -126,12 +129,18 @@ def dense_model(
             check_repeatable(path, probe.feeds, source.name, trace.outputs)
             notes += _about_trace(trace, random)
             batch = count_samples(_with_small_data(proto, path), probe.feeds)
+    outputs = expected = None if trace is None else trace.outputs
+    if outputs is not None and (quantized or written.reference != path):  # fused operators of codes round otherwise
+        expected = run_session(make_session(written.reference), probe.feeds, source.name)
+    if outputs is not None and expected is not None and written.reference != path:
+        change = compare_outputs(expected, outputs, what="the float model", tolerance=None).relative_l2
+        notes.append(f"on the probe inputs, the float model differs from {source.name} by {change:.2g}, relative")
     counts = {} if trace is None else trace.macs
     macs = {node: count // batch for node, count in counts.items()}
     accuracy = known_accuracy
     if dataset is not None and known_accuracy is None:  # before all long work: data that do not fit must fail now
         with clock.stage("accuracy dense"):
-            accuracy = _accuracy(path, dataset, written.preprocessing, settings.provider, source.name)
+            accuracy = _accuracy(written.reference, dataset, written.preprocessing, settings.provider, source.name)
     return DenseModel(
         source=source,
         folder=folder,
@@ -140,12 +149,15 @@ def dense_model(
         sites=sites,
         head=head,
         preprocessing=written.preprocessing,
+        reference=written.reference,
+        quantized=quantized,
         exporter=written.exporter,
         weights_hash=digest,
         size=size if trace is None else size.model_copy(update={"macs": sum(macs.values())}),
         feeds=probe.feeds,
         examples=probe.examples,
-        outputs=None if trace is None else trace.outputs,
+        outputs=outputs,
+        expected=expected,
         batch=batch,
         macs=macs,
         attention_macs={} if trace is None else {node: n // batch for node, n in trace.attention_macs.items()},
@@ -166,22 +178,45 @@ def _from_onnx(settings: StepSettings, origin: Origin, source: Source, path: Pat
         before = model.opset_imports.get("", 0)
         if origin.opset is not None:
             model = convert_opset(model, origin.opset, source.name)
+        reference = source.onnx if settings.requantize else path
+        if settings.requantize:
+            notes.append(_requantized_(model, source.name))
         gp.FoldBatchNormPass()(model)
         proto = _write(model, path, preprocessing)
     probe = exporter = None
-    if origin.opset not in (None, before):
+    if origin.opset not in (None, before) and not settings.requantize:
         with clock.stage("verify opset"):
             try:
                 probe = settings.probe(path, proto, preprocessing)
             except ModelError:  # an input that cannot be fed: the trace reports it
-                return _Written(proto, preprocessing, None, None, notes)
+                return _Written(proto, preprocessing, None, None, notes, reference)
             with explain_random_models(path, probe.feeds, source.name):
                 exporter = check_conversion(source.onnx, path, (before, origin.opset or 0), probe.feeds)
-    return _Written(proto, preprocessing, exporter, probe, notes)
+    return _Written(proto, preprocessing, exporter, probe, notes, reference)
+
+
+def _requantized_(model: ir.Model, name: str) -> str:
+    """Turn the weights of a quantized model into float weights, and return a note.
+
+    Raises:
+        UsageError: it has no weights of few bits.
+    """
+    before, tables = quantized_products(model), quantized_tables(model)
+    if not before and not tables:
+        raise UsageError(f"{name} has no weights of few bits", hint="leave out --requantize")
+    dequantize_(model)
+    left = [*quantized_products(model), *quantized_tables(model)]
+    stay = f"; {len(left)} stay as they are: {', '.join(left[:3])}{', ...' * (len(left) > 3)}" if left else ""
+    return (
+        f"{name} is quantized: its {len(before)} products and {len(tables)} tables of few bits were turned into float"
+        f"{stay}. The compressed model is compared with {name} as it is"
+    )
 
 
 def _from_torch(settings: StepSettings, origin: Origin, source: Source, path: Path, clock: StageClock) -> _Written:
     """Export a torch model, compare the result with it, and release it."""
+    if settings.requantize:
+        raise UsageError(f"{source.name} is no ONNX file", hint="leave out --requantize")
     preprocessing = origin.over(source.preprocessing)
     with clock.stage("export dense"):
         exported = to_onnx(source, opset=origin.opset)
@@ -199,7 +234,7 @@ def _from_torch(settings: StepSettings, origin: Origin, source: Source, path: Pa
     with explain_random_models(path, probe.feeds, source.name):
         what = "exporter gate (torch against dense ONNX)"
         exporter = compare_outputs(expected, outputs, what=what, tolerance=tolerance)
-    return _Written(proto, preprocessing, exporter, probe, notes)
+    return _Written(proto, preprocessing, exporter, probe, notes, path)
 
 
 def _write(model: ir.Model, path: Path, preprocessing: Preprocessing | None) -> ModelProto:

@@ -17,6 +17,7 @@ class ExportKeywords(TypedDict, total=False):
     weights: str
     input_shape: str | Sequence[str] | Sequence[int]
     assume_constant: bool
+    requantize: bool
     rank: str | int | RankSpec | None
     keep_macs: str | float | None
     keep_params: str | float | None

@@ -45,12 +45,16 @@ class DenseModel:
         sites: its sites; each reads its own weight.
         head: the classifier head, for its softmax bound; None without one, or without evaluation data.
         preprocessing: from 8-bit pictures to inputs.
+        reference: file that the compressed model is compared with: this model's, or the quantized file that its
+            weights were dequantized from.
+        quantized: nodes that multiply by weights of few bits.
         exporter: comparison with the source, where the dense model was converted from it.
         weights_hash: sha256 of all weights.
         size: the model's size as the user has it.
         feeds: probe inputs.
         examples: input name -> shape with one sample in the user's data, where the model leaves shapes open.
         outputs: outputs on the probe inputs; None where the model could not be run.
+        expected: outputs of `reference` on them.
         batch: samples in the probe inputs.
         macs: node name -> MACs a sample.
         attention_macs: the part of `macs` that no factorization changes.
@@ -67,12 +71,15 @@ class DenseModel:
     sites: Sequence[gp.Site]
     head: Head | None
     preprocessing: Preprocessing | None
+    reference: Path
+    quantized: tuple[str, ...]
     exporter: OutputComparison | None
     weights_hash: str
     size: Size
     feeds: Feeds
     examples: Mapping[str, tuple[int, ...]]
     outputs: list[Value] | None
+    expected: list[Value] | None
     batch: int
     macs: Mapping[str, int]
     attention_macs: Mapping[str, int]

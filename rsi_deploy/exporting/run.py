@@ -15,7 +15,7 @@ from typing import Any
 from rsi_deploy import __version__
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.calibration.calibration_data import CalibrationData
-from rsi_deploy.core.errors import ModelError, RsiDeployError
+from rsi_deploy.core.errors import ModelError, RsiDeployError, UsageError
 from rsi_deploy.core.progress import step
 from rsi_deploy.core.settings.recipe import recipe_text
 from rsi_deploy.core.settings.verbs import ExportConfig
@@ -113,6 +113,7 @@ class ExportRun:
         clock, notes = StageClock(), list[str]()
         with self._folder(output, force=force) as folder:
             dense = self._dense(folder, clock)
+            self._refuse_quantized(dense)
             run = self._with_default(dense) if self.timed.request.needs_quality else self
             request = run.timed.request
             refuse_uncounted(request.budget, dense.size, uncounted_nodes(dense.uncounted))
@@ -217,12 +218,31 @@ class ExportRun:
         with step(step_text):
             config = ExportConfig.of(
                 self.config,
-                precision=self.config.precision or "auto",
+                precision=self.config.precision or ("float32" if dense.quantized else "auto"),
                 **{quality.setting: quality.text(quality.limit)},
             )
         job = replace(self.job, settings=self.job.settings.model_copy(update={"budget": request.decided_by}))
         recipe = recipe_text("export", self.origin.model, config)
         return replace(self, timed=replace(self.timed, request=request), job=job, config=config, recipe=recipe)
+
+    def _refuse_quantized(self, dense: DenseModel) -> None:
+        """Refuse a quantized model without any float weight, or together with a precision.
+
+        Raises:
+            UsageError: a precision for a model that has one.
+            ModelError: no weight of the model is float.
+        """
+        count, name = len(dense.quantized), dense.source.name
+        if not count:
+            return
+        found = f"{name} is quantized already: {count} of its products use weights of few bits"
+        if self.config.precision not in (None, "float32"):
+            raise UsageError(
+                f"{found}, but --precision {self.config.precision} plans for float weights",
+                hint="type --precision float32" if self.config.requantize else "add --requantize, or leave it out",
+            )
+        if not dense.sites:
+            raise ModelError(f"{found}, and no float weight can be split", hint="type export --requantize")
 
     def _feeds(self, dense: DenseModel) -> dict[str, Array] | None:
         """Inputs to time with; None where the model cannot be run."""
@@ -422,7 +442,7 @@ class ExportRun:
     def _refuse_growth(self, dense: DenseModel, split: SplitModel) -> None:
         """Refuse a split model that is larger than the user's, unless the user allows it."""
         is_allowed = self.allow_larger or self.job.settings.always_split
-        if not is_allowed and any(site.rank for site in split.sites):
+        if not is_allowed and (self.config.requantize or any(site.rank for site in split.sites)):
             refuse_growth(file_bytes(dense.target), dense.size.bytes, dense.source.name)
 
 

@@ -49,6 +49,7 @@ class StepSettings:
         shapes: input name -> shape that the user chose.
         own_feeds: arrays of the user by input name, in place of random probe inputs; None draws random ones.
         assume_constant: treat weights that are graph inputs too as constants.
+        requantize: turn the weights of a quantized ONNX file into float weights first.
         sources: option -> data; the first one gives the input shapes that the model leaves open.
         ray: address of a Ray cluster whose workers factorize; None factorizes in this process.
     """
@@ -61,6 +62,7 @@ class StepSettings:
     shapes: Mapping[str, Sequence[int]]
     own_feeds: Feeds | None
     assume_constant: bool
+    requantize: bool
     sources: Mapping[str, Any] = field(default_factory=dict)
     ray: str | None = None
 
@@ -104,7 +106,7 @@ class StepSettings:
         """Measure models side by side, the dense one first; the second of two is the compressed one."""
         fixed = self._fixed_feeds(dense)
         result = bench(
-            list(paths),
+            [dense.reference if path == dense.path else path for path in paths],
             batch=batch,
             feeds=fixed,
             input_shape=None if fixed else _timing_shapes(dense, batch),

@@ -9,12 +9,12 @@ from rsi_deploy import __version__
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.settings.recipe import RECIPE
 from rsi_deploy.exporting.calibration_step import Calibrator
-from rsi_deploy.exporting.results import Delivered, DenseModel, Verified, dense_file
+from rsi_deploy.exporting.results import Delivered, DenseModel, Verified
 from rsi_deploy.exporting.step_settings import StepSettings
 from rsi_deploy.exporting.timing.latency_options import timing_notes, timing_record
 from rsi_deploy.exporting.timing.profile import Costing
 from rsi_deploy.io.manifest import file_hash, write_manifest
-from rsi_deploy.io.onnx_file import file_bytes
+from rsi_deploy.io.onnx_file import file_bytes, read_onnx, write_onnx
 from rsi_deploy.onnx_models.site_records import with_macs
 from rsi_deploy.planning.plan_file import write_plan
 from rsi_deploy.planning.settings import ExportSettings
@@ -76,7 +76,7 @@ class Exported:
             probe_given=job.own_feeds is not None,
             probe_fingerprint=None if job.own_feeds is None else feeds_fingerprint(job.own_feeds),
             probe=checked.probe,
-            files=_finish(dense.folder, keep_dense=keep_dense),
+            files=_finish(dense, keep_dense=keep_dense),
             stages=self.stages,
             peak_memory=peak_memory(),
             environment=environment(),
@@ -108,10 +108,12 @@ def write_files(folder: Path, report: Report, model: Path) -> None:
     write_manifest(folder)
 
 
-def _finish(folder: Path, *, keep_dense: bool) -> dict[str, str]:
+def _finish(dense: DenseModel, *, keep_dense: bool) -> dict[str, str]:
     """Delete what does not belong to the bundle, and hash the model files that stay."""
-    work = dense_file(folder).parent
-    if keep_dense:
+    folder, work = dense.folder, dense.path.parent
+    if keep_dense and dense.reference != dense.path:
+        write_onnx(read_onnx(dense.reference), folder / dense.path.name)
+    elif keep_dense:
         for path in work.glob("dense.onnx*"):
             path.rename(folder / path.name)
     shutil.rmtree(work)

@@ -20,6 +20,7 @@ from rsi_deploy.core.sites import break_even_rank, site_name
 from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import read_onnx
 from rsi_deploy.linalg.solver import singular_values
+from rsi_deploy.onnx_models.requantize import quantized_products
 from rsi_deploy.onnx_models.split import joint_groups
 from rsi_deploy.planning.planner import Planner, RankSpec
 from rsi_deploy.torch_models.model_source import load_source
@@ -63,11 +64,20 @@ class SiteView(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 
 class Inspection(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """All sites of a model at one `--rank`."""
+    """All sites of a model at one `--rank`.
+
+    Attributes:
+        model: name of the model.
+        rank: value of `--rank`.
+        sites: its sites.
+        quantized_products: number of nodes that multiply by weights of few bits already.
+        notes: notes for users.
+    """
 
     model: str
     rank: str
     sites: tuple[SiteView, ...]
+    quantized_products: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -118,10 +128,11 @@ def inspect(
         seed=seed,
     )
     together: list[tuple[str, ...]] = []
+    quantized: list[str] = []
     if source.onnx is not None:
         graph = read_onnx(source.onnx, assume_constant=assume_constant)
         gp.FoldBatchNormPass()(graph)
-        found = _graph_sites(graph)
+        found, quantized = _graph_sites(graph), quantized_products(graph)
         if joint:
             together = [tuple(site_name(site.weight) for site in members) for members in joint_groups(graph)]
     elif source.module is not None:
@@ -153,11 +164,22 @@ def inspect(
             )
         )
     planner.check([(v.name, v.out_features, v.in_features) for v in views if v.out_features])
+    if quantized:
+        notes.append(
+            f"{len(quantized)} products are in low precision already: they stay as they are, or become float first "
+            f"with export --requantize"
+        )
     if skipped:
         notes.append(
             f"no spectrum of {skipped} sites with min(out, in) above {spectrum_limit}: --spectrum-limit raises it"
         )
-    return Inspection(model=source.name, rank=str(spec), sites=_grouped(views, together), notes=tuple(notes))
+    return Inspection(
+        model=source.name,
+        rank=str(spec),
+        sites=_grouped(views, together),
+        quantized_products=len(quantized),
+        notes=tuple(notes),
+    )
 
 
 def _in_turn(found: Sequence[Found]) -> Iterator[Found]:

@@ -298,7 +298,7 @@ class Calibration:
         errors = {0: dense_response_error(weight, near, judged, sensitivity)}
         if self.with_repairs and second is not None and site.groups == 1:
             ranks = repair_ranks(*weight.shape[1:])
-            for made in repairs(weight[0], fitted, second[0], ranks, self.solver, site=site.name):
+            for made in repairs(weight[0], near[0], second[0], ranks, self.solver, site=site.name):
                 errors[made.rank] = dense_response_error(weight, near + made.product(), judged, sensitivity)
         return errors
 

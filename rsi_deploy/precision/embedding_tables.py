@@ -91,6 +91,10 @@ def store_table_(model: ModelProto, table: EmbeddingTable, values: Array, bits: 
                 quantize_axis=1,
             )
             node.CopyFrom(made)
+            if node.output[0] not in {value.name for value in (*model.graph.value_info, *model.graph.output)}:
+                # Without a type, onnxruntime's quantizer takes what follows for no float product.
+                known = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)
+                model.graph.value_info.append(known)
     for tensor in list(model.graph.initializer):
         if tensor.name == name:
             model.graph.initializer.remove(tensor)

@@ -84,7 +84,7 @@ def store_float_weights_(
             continue
         rounded, values = weights[tensor.name], numpy_helper.to_array(tensor)
         rows = rows_of(tensor.name).reshape(rounded.codes.shape)
-        is_rows = rows.size == values.size and np.array_equal(values.reshape(rows.shape), rows)
+        is_rows = values.shape[0] == len(rows) and np.array_equal(values.reshape(rows.shape), rows)
         if not is_rows and not np.array_equal(values, rows.T):
             continue
         parts = _Unpacking(name=tensor.name)

@@ -34,6 +34,7 @@ from rsi_deploy.onnx_models.opset import convert_opset
 from rsi_deploy.precision.compact import compact_
 from rsi_deploy.precision.embedding_tables import store_table_, tables
 from rsi_deploy.precision.few_bits import IR_VERSION, OPSET, store_float_weights_, store_int8_weights_
+from rsi_deploy.precision.float_nodes import stay_float_
 from rsi_deploy.precision.quantizers import FeedsSource, quantize
 from rsi_deploy.precision.schemes import DYNAMIC, FEW_BITS, PRODUCTS, Scheme
 
@@ -132,6 +133,7 @@ def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds
             node.name = sources.get(node.name, node.name)
             for entry in marks.get(node.name, ()):
                 node.metadata_props.add(key=entry[0], value=entry[1])
+        stay_float_(made, frozenset(kept_float))
         compact_(made, frozenset(marks))
         _write(made, target)
     finally:
@@ -206,7 +208,7 @@ def _rounded_sites(path: Path, lowering: Lowering, data: CalibrationFeeds | None
         weight = torch.from_numpy(np.array(site.load(), np.float32))
         rounded = rounded_weight(weight, second, is_product=site.window is None, bits=bits)
         ranks = [rank for rank in [lowering.repairs.get(_site_node(site.node), 0)] if rank and second is not None]
-        made = repairs(weight[0], rounded, second[0], ranks, Solver(), site=name) if second is not None else []
+        made = repairs(weight[0], rounded.weight(), second[0], ranks, Solver(), site=name) if second is not None else []
         found[site.weight] = _Entry(site=site, rounded=rounded, repair=made[0] if made else None)
 
     def visit(calibrated: CalibratedSite, moments: Moments | Samples) -> None:

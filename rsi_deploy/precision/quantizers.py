@@ -85,7 +85,7 @@ def _run(
         quantize_static(
             source,
             target,
-            _Reader(feeds, BATCHES[scheme.ranges]),
+            _Reader(feeds, BATCHES[scheme.ranges], of_one_shape=scheme.ranges != "minmax"),
             per_channel=True,
             op_types_to_quantize=operators,
             nodes_to_exclude=excluded,
@@ -122,14 +122,21 @@ def _in_blocks(source: Path, target: Path, scheme: Scheme) -> None:
 
 
 class _Reader:
-    """Calibration batches, as onnxruntime's tools read them."""
+    """Calibration batches, as onnxruntime's tools read them: its histograms take no batch of another shape."""
 
-    def __init__(self, feeds: FeedsSource, most: int) -> None:
+    def __init__(self, feeds: FeedsSource, most: int, *, of_one_shape: bool) -> None:
         self._batches = islice(feeds(), most)
+        self._of_one_shape = of_one_shape
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def get_next(self) -> dict[str, Any] | None:
         """Return the next batch; None at the end."""
-        return next((dict(batch) for batch in self._batches), None)
+        for batch in self._batches:
+            shapes = {name: array.shape for name, array in batch.items()}
+            self._shapes = self._shapes or shapes
+            if shapes == self._shapes or not self._of_one_shape:
+                return dict(batch)
+        return None
 
     def set_range(self, start_index: int, end_index: int) -> None:
         """Accept a range, which one pass over few batches does not need."""

@@ -180,7 +180,7 @@ def test_float_products_have_the_rounded_weights(tmp_path, write, bits, is_repai
     made = {}
     for name in names if is_repaired else ():
         second = torch.eye(rows[name].shape[1]).double()
-        (made[name],) = repairs(torch.from_numpy(rows[name]), weights[name], second, [2], Solver())
+        (made[name],) = repairs(torch.from_numpy(rows[name]), weights[name].weight(), second, [2], Solver())
     assert sorted(store_float_weights_(small, weights, rows.__getitem__, made)) == sorted(names)
     onnx.checker.check_model(small, full_check=True)
     for tensor in reference.graph.initializer:

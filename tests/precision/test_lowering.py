@@ -218,3 +218,55 @@ def test_splits_in_branches_are_read_by_their_new_names(tmp_path):
         x = {"input": sign * np.abs(np.random.default_rng(3).standard_normal((1, 16))).astype(np.float32)}
         expected = run(split, x)
         assert 0 < np.linalg.norm(run(tmp_path / "q.onnx", x) - expected) < 0.01 * np.linalg.norm(expected)
+
+
+def optimized(path, target):
+    """The model as onnxruntime runs it."""
+    options = ort.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 4, str(target)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnx.load(target).graph
+
+
+def test_weights_that_stay_float_are_multiplied_as_float(images, tmp_path, monkeypatch):
+    """onnxruntime rounds float weights behind a DequantizeLinear as it loads a model; a Clip in front prevents it."""
+    source, _, data, _ = images
+    weight_of = {t.name: numpy_helper.to_array(t) for t in onnx.load(source).graph.initializer}["conv2.weight"]
+
+    def runs_float():
+        lower(source, tmp_path / "q.onnx", Lowering(scheme=STATIC, bits={"conv2": 32}), data)
+        stored = map(numpy_helper.to_array, optimized(tmp_path / "q.onnx", tmp_path / "o.onnx").initializer)
+        return any(np.array_equal(array, weight_of) for array in stored)
+
+    assert runs_float()
+    monkeypatch.setattr("rsi_deploy.precision.lowering.stay_float_", lambda model, names: None)
+    assert not runs_float()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_behind_a_table_are_computed_in_int8(tmp_path, bits):
+    """Without the type of the rows, onnxruntime's quantizer takes the product behind them for none of float."""
+    source = table_net(tmp_path / "m.onnx")
+    ids = {"ids": np.arange(0, 400, 7)}
+    data = CalibrationFeeds(feeds=lambda: iter([ids]), samples=len(ids["ids"]))
+    lower(source, tmp_path / "q.onnx", Lowering(scheme=STATIC, tables={"table": bits}), data)
+    operators = [node.op_type for node in optimized(tmp_path / "q.onnx", tmp_path / "o.onnx").node]
+    assert "QLinearMatMul" in operators
+    assert "GatherBlockQuantized" in operators
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (4, 4)])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_products_of_one_input_or_output_are_unpacked(tmp_path, shape, bits):
+    """A weight of one row is its own transpose but for its shape."""
+    rng = np.random.default_rng(0)
+    weights = {"fc.weight": rng.standard_normal(shape).astype(np.float32)}
+    nodes = [helper.make_node("MatMul", ["x", "fc.weight"], ["y"], "fc")]
+    infos = {"x": (TensorProto.FLOAT, ["N", shape[0]])}, {"y": (TensorProto.FLOAT, ["N", shape[1]])}
+    source = saved(tmp_path / "m.onnx", nodes, weights, *infos, opset=21)
+    x = rng.standard_normal((4, shape[0])).astype(np.float32)
+    lower(source, tmp_path / "q.onnx", Lowering(scheme=FEW_BITS, bits={"fc": bits}), None)
+    expected = run(source, {"x": x})
+    error = np.linalg.norm(run(tmp_path / "q.onnx", {"x": x}) - expected) / np.linalg.norm(expected)
+    assert 0 <= error < {3: 0.4, 4: 0.2, 8: 0.02}[bits]

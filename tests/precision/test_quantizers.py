@@ -169,3 +169,10 @@ def test_tools_say_nothing_on_the_terminal(tmp_path, capfd):
     for scheme in (static("percentile"), DYNAMIC):
         quantize(source, tmp_path / "q.onnx", scheme, lambda: iter([IMAGES]))
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("ranges", ["percentile", "entropy"])
+def test_a_last_batch_of_another_size_is_left_out_of_histograms(tmp_path, ranges):
+    batches = [{"input": array} for array in (IMAGES["input"], IMAGES["input"][:3])]
+    quantize(conv_net(tmp_path / "m.onnx"), tmp_path / "q.onnx", static(ranges), lambda: iter(batches))
+    assert (tmp_path / "q.onnx").is_file()

@@ -12,7 +12,7 @@ from rsi_deploy import export, verify
 from rsi_deploy.io.onnx_file import file_bytes, file_hash
 from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
 from rsi_deploy.precision.record import PrecisionPoint, PrecisionRecord
-from rsi_deploy.precision.schemes import DYNAMIC, FLOAT16, WEIGHTS4, Scheme, static
+from rsi_deploy.precision.schemes import DYNAMIC, FEW_BITS, FLOAT16, WEIGHTS4, Scheme, static
 from rsi_deploy.report.schema import ProbeOutput, read_report
 from rsi_deploy.runtime.feeds.probe import probe_feeds
 from rsi_deploy.runtime.feeds.values import arrays_of_outputs
@@ -26,6 +26,9 @@ STATIC = static("minmax")
 CASES = {
     "static": ("images", STATIC, {}),
     "static with int4": ("images", STATIC, dict.fromkeys(FORMS, 4)),
+    "static with few bits": ("images", STATIC, dict(zip(FORMS, (3, 5, 4, 3), strict=True))),
+    "few bits": ("images", FEW_BITS, dict(zip(FORMS, (3, 5, 4, 8), strict=True))),
+    "products of few bits": ("texts", FEW_BITS, dict(zip(PRODUCTS, (5, 3), strict=True))),
     "dynamic": ("images", DYNAMIC, {}),
     "dynamic products": ("texts", DYNAMIC, {}),
     "dynamic products with int4": ("texts", DYNAMIC, dict.fromkeys(PRODUCTS, 4)),

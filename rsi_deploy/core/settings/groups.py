@@ -51,6 +51,16 @@ class OnnxSourceConfig(Settings, panel="Model"):
     assume_constant: bool = setting(False, "ONNX: weights that are also graph inputs are constants.")
 
 
+class RequantizeConfig(Settings, panel="Model"):
+    """The setting for an ONNX file that is quantized already."""
+
+    requantize: bool = setting(
+        False,
+        "ONNX: the file is quantized already. Turn its weights back into float first, and decide about them as about "
+        "any; it is compared with the file as it is.",
+    )
+
+
 class RankConfig(Settings, panel="Size"):
     """The setting that decides the ranks: one of those in `exclusive`, or `max_output_error`.
 

@@ -17,6 +17,7 @@ from rsi_deploy.core.settings.groups import (
     PictureConfig,
     PrecisionConfig,
     RankConfig,
+    RequantizeConfig,
     RuntimeConfig,
     SamplesConfig,
     SeedConfig,
@@ -31,6 +32,7 @@ from rsi_deploy.core.settings.groups import (
 class ExportConfig(
     SourceConfig,
     OnnxSourceConfig,
+    RequantizeConfig,
     RankConfig,
     PrecisionConfig,
     CalibrationConfig,

@@ -53,7 +53,7 @@ class Candidates:
         part = self.data.check
         assert part is not None
         if "check" not in self.outputs:
-            self.outputs["check"] = dense_outputs(self.dense.path, part, self.provider, self.dense.proto)
+            self.outputs["check"] = dense_outputs(self.dense.reference, part, self.provider, self.dense.proto)
         with self.written(made) as (path, _):
             try:
                 return output_quality(self.outputs["check"], path, part, self.provider)

@@ -59,7 +59,7 @@ def fitting_measure(request: RankRequest, dense: DenseModel, provider: str) -> M
     some = CalibrationData(
         whole.fit.feeding.dataset, dense.inputs, dense.preprocessing, whole.axes.fixed or BATCH, check_size=0
     )
-    return measure_of(dense_outputs(dense.path, some.fit, provider, dense.proto).batches)
+    return measure_of(dense_outputs(dense.reference, some.fit, provider, dense.proto).batches)
 
 
 def _refuse_small_check(quality: QualityBudget, data: CalibrationData) -> None:

@@ -71,9 +71,8 @@ class PointMaker:
     def rival(self, scheme: Scheme) -> Point:
         """Return the dense model as onnxruntime's own tools quantize it."""
         if scheme is FLOAT32:
-            return Point(
-                name="dense", scheme=scheme, is_rival=True, path=self.dense.path, bytes=file_bytes(self.dense.path)
-            )
+            path = self.dense.reference
+            return Point(name="dense", scheme=scheme, is_rival=True, path=path, bytes=file_bytes(path))
         name, path = rival_name(scheme), self.path(f"rival-{scheme.kind.replace(' ', '-')}")
         with step(f"make {name}"):
             try:
@@ -168,7 +167,7 @@ class PointMaker:
         data, outputs = self.calibrator.data, self.calibrator.outputs
         samples = data.check if part == "check" and data.check is not None else data.in_sample
         if part not in outputs:
-            outputs[part] = dense_outputs(self.dense.path, samples, self.provider, self.dense.proto)
+            outputs[part] = dense_outputs(self.dense.reference, samples, self.provider, self.dense.proto)
         try:
             return output_quality(outputs[part], path, samples, self.provider)
         except GateError:
@@ -176,11 +175,11 @@ class PointMaker:
 
     def measured(self, points: Sequence[Point]) -> tuple[list[Point], BenchResult | None]:
         """Return the points with their times, of one interleaved run."""
-        able = [point for point in points if point.path is not None and point.path != self.dense.path]
+        able = [point for point in points if point.path is not None and point.path != self.dense.reference]
         if self.measure is None or not able:
             return list(points), None
         with step(f"measure {len(able) + 1} models side by side"):
-            result = self.measure([self.dense.path, *(point.path for point in able if point.path is not None)])
+            result = self.measure([self.dense.reference, *(point.path for point in able if point.path is not None)])
         timings = {id(point): arm for point, arm in zip(able, result.arms[1:], strict=True)}
         return [replace(point, timing=timings.get(id(point))) for point in points], result
 

@@ -437,12 +437,12 @@ class PrecisionStep:
         }
         if self.precision == "int4" and point.is_rival and is_int8(point.scheme):
             return False
-        return point.scheme.kind in kinds[self.precision] and point.path != self.maker.dense.path
+        return point.scheme.kind in kinds[self.precision] and point.path != self.maker.dense.reference
 
     def _refusal(self, points: Sequence[Point], rule: Rule) -> ModelError | GateError:
         """Return the error that says which of the models comes nearest to the limit."""
         request, dense = self.request, self.maker.dense
-        made = [point for point in points if point.path is not None and point.path != dense.path]
+        made = [point for point in points if point.path is not None and point.path != dense.reference]
         if request.budget is not None and request.budget.cost == "bytes":
             smallest = min([*self._smallest, *(point.bytes for point in made)])
             return request.budget.unreachable(dense.size.bytes, smallest)
