@@ -1,6 +1,6 @@
 """Accumulate the moments of one site, with a buffer for small batches of rows and errors that name the site.
 
-    add (x, y) --> [ buffers of up to in_features / 2 rows, or `buffer_size` numbers ] --> MomentAccumulator, by fold
+    add (x, y) --> [ buffers of up to in_features rows, or `buffer_size` numbers ] --> MomentAccumulator, by fold
 
 Merging a batch into the moments costs `in_features^2` float64 operations however few rows it has, and a small site
 spends most of its time on call overhead. The buffer merges several small batches at once.
@@ -29,7 +29,7 @@ class SiteAccumulator:
         self._name = site.name
         self._moments = MomentAccumulator(site.in_features)
         self._folds = fold_count(site.in_features)
-        limit = max(site.in_features // 2, buffer_size // (site.groups * site.in_features))
+        limit = max(site.in_features, buffer_size // (site.groups * site.in_features))
         self._buffered_rows = 0 if site.in_features > GRAM_LIMIT else limit // self._folds
         self._buffers: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
 

@@ -138,12 +138,20 @@ class TwoKernelProblem:
             direction = residual + size / before.clamp_min(tiny) * direction
         return R
 
-    def factors(self, rank: int, solver: Solver, *, site: str = "", steps: int = STEPS) -> tuple[Tensor, Tensor]:
+    def factors(
+        self,
+        rank: int,
+        solver: Solver,
+        *,
+        site: str = "",
+        steps: int = STEPS,
+        gradient_steps: int = GRADIENT_STEPS,
+    ) -> tuple[Tensor, Tensor]:
         """Return `left (groups, out * points, rank)`, `right (groups, rank, m)`, as in `graph_passes.SplitFactors`."""
         right = self.start(rank, solver, site=site)
         left = self.left_for(right)
         for _ in range(steps - 1):
-            right = self.right_for(left, right)
+            right = self.right_for(left, right, gradient_steps)
             left = self.left_for(right)
         groups, out, points, _ = left.shape
         if self.outer is not None:

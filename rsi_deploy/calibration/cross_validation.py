@@ -14,6 +14,7 @@ weight, and the share t of `W + t (M(l) - W)`. Both are chosen by e in the direc
 l, e is a quadratic function of t.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,10 +37,9 @@ SCARCE_ROWS = 8
 EXTRA_RIDGES = (0.0, 0.1, 1.0)
 """Extra ridges of the regression towards the weight that are tried, in mean input variances. The share of the
 regression makes up for a coarse grid."""
-_SINGLE = 128
-"""Size above which matrices that only choose or judge something are in float32."""
-_LARGE = 512
-"""Number of inputs or outputs above which two folds are left out instead of all, one after another."""
+_LARGE = 128
+"""Number of inputs or outputs above which matrices that only choose or judge are in float32, and two folds are left out
+instead of all, one after another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,43 +101,89 @@ def tried_ridges(moments: Moments) -> tuple[float, ...]:
     return RIDGES if moments.rows < SCARCE_ROWS * moments.xx.shape[-1] else (RIDGE,)
 
 
-def held_out_curve(
-    weight: Tensor, moments: Moments | Samples, *, ridges: Sequence[float] = (RIDGE,), sensitivity: Tensor | None = None
-) -> ErrorCurve:
-    """Return the held-out errors of the projections of a dense response `y = W x`, weighted by an output sensitivity.
+class DenseResponse:
+    """The response `S^T W x` of a site to its input, for an output sensitivity `S S^T`, and its leading directions.
 
     Args:
         weight: W `(groups, out, in)`.
-        moments: moments of the site with at least two folds, or rows, whose halves are the folds. Only those of its
-            input are used.
-        ridges: ridges of the subspace, in mean input variances.
+        moments: moments of the site, or rows, whose halves are the folds. Only those of its input are used.
         sensitivity: output sensitivity G `(groups, out, out)`; None for the identity.
     """
-    V = weight.to(torch.float32 if isinstance(moments, Samples) else moments.xx.dtype)
-    if sensitivity is not None:
-        V = sensitivity_root(sensitivity).to(V).mT @ V
-    full = min(V.shape[-2:])
-    if V.shape[-2] > V.shape[-1]:
-        V = torch.linalg.qr(V, mode="r").R
-    if isinstance(moments, Samples):
-        folds = [_Response.of_rows(V, half) for half in moments.x.chunk(2, dim=-2)]
-        own, ridges = V.new_zeros(()), ridges[:1]  # the ridge would cost more than all else
-    else:
-        folds = [_Response.of(V, fold) for fold in moments.folds]
-        own = ridge_level(moments.xx.diagonal(dim1=-2, dim2=-1), 1.0)[..., None] * (V @ V.mT)
-    total = _Response.joined(folds)
-    tails = torch.zeros(len(ridges), full + 1, dtype=torch.float64)
-    for number, fold in enumerate(folds):
-        others = _Response.joined([part for n, part in enumerate(folds) if n != number])
-        judged = fold.about(others.mean)
-        grams = torch.stack([others.gram + ridge * own for ridge in ridges])
-        vectors = torch.linalg.eigh(grams.float() if full > _LARGE else grams).eigenvectors.to(judged)
-        energy = ((judged @ vectors) * vectors).sum(dim=-2).clamp_min(0)  # (ridges, groups, full), ascending
-        sums = energy.sum(dim=1).cumsum(dim=-1).double().cpu()
-        tails[:, :-1] += fold.mass / total.mass * sums.flip(-1)
-    least, best = tails.min(dim=0)
-    variance = float(total.gram.diagonal(dim1=-2, dim2=-1).sum())
-    return ErrorCurve(errors=least / max(variance, 1e-300), ridges=tuple(ridges[n] for n in best.tolist()))
+
+    def __init__(self, weight: Tensor, moments: Moments | Samples, sensitivity: Tensor | None = None) -> None:
+        is_double = isinstance(moments, Moments) and max(weight.shape[-2:]) <= _LARGE
+        V = weight.to(torch.float64 if is_double else torch.float32)
+        self._root = None if sensitivity is None else sensitivity_root(sensitivity).to(V)
+        V = V if self._root is None else self._root.mT @ V
+        self._basis: Tensor | None = None  # orthonormal `(groups, out, in)`, where there are more outputs than inputs
+        if V.shape[-2] > V.shape[-1]:
+            self._basis, V = torch.linalg.qr(V)
+        self._V, self._moments = V, moments
+
+    def held_out_curve(self, ridges: Sequence[float] = (RIDGE,)) -> ErrorCurve:
+        """Return the held-out errors of the projections of a dense response `y = W x`; at least two folds are needed.
+
+        Args:
+            ridges: ridges of the subspace, in mean input variances. Those of rows are not used.
+        """
+        if isinstance(self._moments, Samples):
+            ridges = ridges[:1]
+        judged = self._folds if len(self._V[0]) <= _LARGE else self._folds[:2]
+        tails = torch.zeros(len(ridges), len(self._V[0]) + 1, dtype=torch.float64)
+        for number, fold in enumerate(judged):
+            others = _Response.joined([part for n, part in enumerate(self._folds) if n != number])
+            gram = fold.about(others.mean)
+            for index, ridge in enumerate(ridges):
+                tails[index] += fold.mass * _tails(gram, self._vectors(others.gram, ridge))
+        least, best = (tails / sum(fold.mass for fold in judged)).min(dim=0)
+        variance = float(self._total.gram.diagonal(dim1=-2, dim2=-1).sum())
+        return ErrorCurve(errors=least / max(variance, 1e-300), ridges=tuple(ridges[n] for n in best.tolist()))
+
+    @functools.cached_property
+    def errors(self) -> Tensor:
+        """The errors of `projection` on the data, relative, at rank 0 to full rank: float64 `(full rank + 1,)`."""
+        tails = _tails(self._total.gram, self._leading)
+        return tails / tails[0].clamp_min(1e-300)
+
+    def projection(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return `left (groups, out, rank)` and `right (groups, rank, in)` that keep the leading directions."""
+        left, right = self._directions(rank), self._leading[..., -rank:].mT @ self._V
+        return left if self._root is None else torch.linalg.solve_triangular(self._root.mT, left, upper=True), right
+
+    def kept(self, rank: int) -> Tensor:
+        """Return `U^T S^T (groups, rank, out)` for the leading directions U; S^T at full rank."""
+        groups, out = len(self._V), self._V.shape[-2] if self._basis is None else self._basis.shape[-2]
+        if rank < out:
+            U = self._directions(rank)
+            return U.mT if self._root is None else (self._root @ U).mT
+        return torch.eye(out).expand(groups, -1, -1) if self._root is None else self._root.mT
+
+    def _directions(self, rank: int) -> Tensor:
+        U = self._leading[..., -rank:]
+        return U if self._basis is None else self._basis @ U
+
+    @functools.cached_property
+    def _leading(self) -> Tensor:
+        return self._vectors(self._total.gram, RIDGE)
+
+    @functools.cached_property
+    def _folds(self) -> "list[_Response]":
+        if isinstance(self._moments, Samples):
+            return [_Response.of_rows(self._V, half) for half in self._moments.x.chunk(2, dim=-2)]
+        return [_Response.of(self._V, fold) for fold in self._moments.folds]
+
+    @functools.cached_property
+    def _total(self) -> "_Response":
+        moments = self._moments
+        return _Response.joined(self._folds) if isinstance(moments, Samples) else _Response.of(self._V, moments)
+
+    def _vectors(self, gram: Tensor, ridge: float) -> Tensor:
+        """Return the directions of a response `(groups, n, n)` in ascending order; rows need no ridge."""
+        if isinstance(self._moments, Moments):
+            level = ridge_level(self._moments.xx.diagonal(dim1=-2, dim2=-1), ridge).to(gram)
+            gram = gram + level[..., None] * (self._V @ self._V.mT)
+        vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+        return vectors
 
 
 def trust_of(weight: Tensor, moments: Moments, rank: int, *, sensitivity: Tensor | None = None) -> Trust:
@@ -149,7 +195,7 @@ def trust_of(weight: Tensor, moments: Moments, rank: int, *, sensitivity: Tensor
         rank: number of directions of the response that are kept.
         sensitivity: output sensitivity G `(groups, out, out)`; None for the identity.
     """
-    kept = _kept_directions(weight, moments, rank, sensitivity)
+    kept = DenseResponse(weight, moments, sensitivity).kept(rank)
     slopes, bends = [0.0] * len(EXTRA_RIDGES), [0.0] * len(EXTRA_RIDGES)
     for others, fold in judged_folds(moments):
         P, xx = kept.to(others.xx), others.xx
@@ -193,9 +239,9 @@ def held_out_error(fit: Callable[[Moments], Tensor], moments: Moments, *, folds:
 
 def judged_folds(moments: Moments) -> Iterator[tuple[Moments, Moments]]:
     """Yield the parts of `parted` that suffice to choose and judge, of large matrices in float32."""
-    size = max(moments.yx.shape[-2:])
-    for part in itertools.islice(parted(moments), FOLDS if size <= _LARGE else 2):
-        yield part if size <= _SINGLE else (part[0].single(), part[1].single())
+    if max(moments.yx.shape[-2:]) <= _LARGE:
+        return parted(moments)
+    return itertools.islice(parted(replace(moments, folds=tuple(fold.single() for fold in moments.folds))), 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +255,7 @@ class _Response:
     @classmethod
     def of(cls, V: Tensor, moments: Moments) -> "_Response":
         mean = (V @ moments.mean_x.to(V.dtype).unsqueeze(-1)).squeeze(-1)
-        return cls(mass=moments.mass, mean=mean, gram=V @ moments.xx @ V.mT)
+        return cls(mass=moments.mass, mean=mean, gram=V @ moments.xx.to(V.dtype) @ V.mT)
 
     @classmethod
     def of_rows(cls, V: Tensor, x: Tensor) -> "_Response":
@@ -233,15 +279,7 @@ class _Response:
         return self.gram + d[..., :, None] * d[..., None, :]
 
 
-def _kept_directions(weight: Tensor, moments: Moments, rank: int, sensitivity: Tensor | None) -> Tensor:
-    """Return `U^T S^T (groups, rank, out)` for the leading directions U of the response to the input."""
-    W = weight.to(moments.xx.dtype)
-    S = None if sensitivity is None else sensitivity_root(sensitivity).to(W).mT
-    if rank >= W.shape[-2]:
-        return torch.eye(W.shape[-2], dtype=W.dtype).expand(len(W), -1, -1) if S is None else S
-    V = W if S is None else S @ W
-    level = ridge_level(moments.xx.diagonal(dim1=-2, dim2=-1), RIDGE)[..., None]
-    gram = V @ moments.xx @ V.mT + level * (V @ V.mT)
-    vectors = torch.linalg.eigh(gram.float() if len(gram[0]) > _SINGLE else gram).eigenvectors.to(W)
-    kept: Tensor = vectors[..., -rank:].mT
-    return kept if S is None else kept @ S
+def _tails(gram: Tensor, vectors: Tensor) -> Tensor:
+    """Return what projections to the last 0, 1, ... of the vectors leave of a response, float64 `(n + 1,)`."""
+    energy = ((gram @ vectors) * vectors).sum(dim=-2).clamp_min(0).sum(dim=0).double().cpu()
+    return torch.cat([energy.new_zeros(1), energy.cumsum(dim=0)]).flip(0)

@@ -24,7 +24,9 @@ GRAM_LIMIT = 8192
 """Widest input whose Gram matrix is kept; for wider ones the rows are kept."""
 _DOUBLE_LIMIT = 2048
 ROWS = 16_384
-"""Largest number of rows per site, or 32 times its inputs if that is more."""
+"""Largest number of rows per site, of all its groups together, or 32 times its inputs if that is more."""
+GROUP_ROWS = 16
+"""Rows per input that every group may have: a depthwise convolution has few inputs and hundreds of groups."""
 WIDE_ROWS = 4096
 """Largest number of rows for a site whose rows are kept."""
 FOLDS = 4
@@ -100,12 +102,14 @@ class Moments:
 
     @classmethod
     def dense(cls, inputs: "Moments", weight: Tensor) -> "Moments":
-        """Return the moments in the dense network, where `y = W x` follows from the moments of the inputs alone."""
+        """Return the moments in the dense network, where `y = W x` follows from the moments of the inputs alone.
+
+        Those of the folds stay moments of the inputs.
+        """
         W = weight.to(inputs.xx.dtype)
         yx = W @ inputs.xx
         mean_y = (W @ inputs.mean_x.to(W.dtype).unsqueeze(-1)).squeeze(-1)
-        folds = tuple(cls.dense(fold, weight) for fold in inputs.folds)
-        return replace(inputs, mean_y=mean_y, yx=yx, yy=(yx * W).sum(dim=(-2, -1)), folds=folds)
+        return replace(inputs, mean_y=mean_y, yx=yx, yy=(yx * W).sum(dim=(-2, -1)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,9 +221,11 @@ def fold_count(in_features: int) -> int:
     return FOLDS if in_features <= _DOUBLE_LIMIT else WIDE_FOLDS
 
 
-def row_limit(in_features: int) -> int:
-    """Return the largest number of rows that a site's moments are computed from."""
-    return WIDE_ROWS if in_features > GRAM_LIMIT else max(ROWS, 32 * in_features)
+def row_limit(in_features: int, groups: int = 1) -> int:
+    """Return the largest number of rows, per group, that a site's moments are computed from."""
+    return (
+        WIDE_ROWS if in_features > GRAM_LIMIT else max(max(ROWS, 32 * in_features) // groups, GROUP_ROWS * in_features)
+    )
 
 
 def moment_bytes(in_features: int, out_features: int, groups: int, rows: int, *, limit: int = GRAM_LIMIT) -> int:

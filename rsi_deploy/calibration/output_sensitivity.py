@@ -39,6 +39,9 @@ at 0.3 of its parameters had 1.4 times the KL divergence on images that no fit u
 POSITIONS = 1024
 """Largest number of positions of a convolution's response that count for a sample, evenly spaced."""
 
+ROWS_AT_ONCE = 512
+"""Rows of a site that are added to its sensitivity together: a product of few rows takes as long as one of many."""
+
 OUT_LIMIT = 4096
 """Widest response with a sensitivity: the matrix root of a wider one would dominate the cost."""
 
@@ -86,8 +89,9 @@ class SensitivityAccumulator:
     """
 
     def __init__(self, sites: Mapping[str, CalibratedSite], samples: int, *, seed: int, memory: int = MEMORY) -> None:
-        self.sites = {name: site for name, site in sites.items() if site.out_features <= OUT_LIMIT}
-        for name in sites.keys() - self.sites.keys():
+        # One feature has no directions to compare.
+        self.sites = {name: site for name, site in sites.items() if 1 < site.out_features <= OUT_LIMIT}
+        for name in (name for name, site in sites.items() if site.out_features > OUT_LIMIT):
             logger.info(
                 "site %r is fitted without output sensitivity: its response has over %d features", name, OUT_LIMIT
             )
@@ -95,6 +99,7 @@ class SensitivityAccumulator:
         probes = min(PROBES, max(1, BACKWARDS // max(samples, 1)))
         self._generators = [np.random.default_rng(stream_seed(seed, f"probe/{n}")) for n in range(probes)]
         self._sums: dict[str, Tensor] = {}
+        self._waiting: dict[str, list[Tensor]] = {}
         self._energy: dict[str, dict[int, Tensor]] = {}  # site -> sample -> mean square gradient of its rows
         self._left, self._cut = memory, 2
         self.reserve(sum(4 * site.groups * site.out_features**2 for site in self.sites.values()))
@@ -187,10 +192,16 @@ class SensitivityAccumulator:
                 if gradient is not None:
                     rows = gradient_rows(gradient.detach(), self.sites[name])
                     rows = rows[:, :: max(1, rows.shape[1] // (POSITIONS * max(len(samples), 1)))]
-                    if name not in self._sums:
-                        self._sums[name] = rows.new_zeros(len(rows), rows.shape[-1], rows.shape[-1])
-                    self._sums[name].baddbmm_(rows.mT, rows)  # in place, against fragmented memory
+                    self._waiting.setdefault(name, []).append(rows.clone())
+                    if sum(part.shape[1] for part in self._waiting[name]) >= ROWS_AT_ONCE:
+                        self._add_waiting(name)
                     self._add_row_energy(name, gradient.detach(), samples)
+
+    def _add_waiting(self, name: str) -> None:
+        rows = torch.cat(self._waiting.pop(name), dim=1)
+        if name not in self._sums:
+            self._sums[name] = rows.new_zeros(len(rows), rows.shape[-1], rows.shape[-1])
+        self._sums[name].baddbmm_(rows.mT, rows)  # in place, against fragmented memory
 
     def _add_row_energy(self, name: str, gradient: Tensor, samples: Sequence[int]) -> None:
         """Add the mean squared gradient of each row of a matrix product."""
@@ -207,6 +218,8 @@ class SensitivityAccumulator:
 
     def result(self) -> dict[str, OutputSensitivity]:
         """Return the sensitivities by name, without sites whose gradients are not finite or all zero."""
+        for name in [*self._waiting]:
+            self._add_waiting(name)
         traces = {name: float(G.diagonal(dim1=-2, dim2=-1).sum()) for name, G in self._sums.items()}
         for name, trace in traces.items():
             if not np.isfinite(trace):

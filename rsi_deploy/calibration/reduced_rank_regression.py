@@ -19,6 +19,7 @@ With an output sensitivity `G = S S^T`, the error is `E e^T G e` instead of `E e
 M is the same, and the rank goes to the directions of y that move the outputs most.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -164,10 +165,22 @@ def dense_response_error(
         moments: moments in the dense network.
         sensitivity: output sensitivity; None for the identity.
     """
+    return dense_errors(weight, moments, sensitivity)(product)
+
+
+def dense_errors(
+    weight: Tensor, moments: Moments | Samples, sensitivity: Tensor | None = None
+) -> Callable[[Tensor], float]:
+    """Return the function from a new weight to its `dense_response_error`."""
     dtype = moments.x.dtype if isinstance(moments, Samples) else moments.xx.dtype
-    W = _weighted(weight.to(dtype), sensitivity)
-    error = _energy(_weighted(weight.to(dtype) - product.to(dtype), sensitivity), moments)
-    return max(error / max(_energy(W, moments), 1e-300), 0.0)
+    root = None if sensitivity is None else sensitivity_root(sensitivity).to(dtype)
+    W = weight.to(dtype)
+
+    def energy(T: Tensor) -> float:
+        return _energy(T if root is None else root.mT @ T, moments)
+
+    size = max(energy(W), 1e-300)
+    return lambda product: max(energy(W - product.to(dtype)) / size, 0.0)
 
 
 def noise_response_error(weight: Tensor, moments: Moments | Samples, sensitivity: Tensor | None = None) -> float:
@@ -178,13 +191,9 @@ def noise_response_error(weight: Tensor, moments: Moments | Samples, sensitivity
         moments: moments in the dense network.
         sensitivity: output sensitivity; None for the identity.
     """
-    dtype = moments.x.dtype if isinstance(moments, Samples) else moments.xx.dtype
-    W = _weighted(weight.to(dtype), sensitivity)
+    W = weight.to(moments.x.dtype if isinstance(moments, Samples) else moments.xx.dtype)
+    W = W if sensitivity is None else sensitivity_root(sensitivity).to(W).mT @ W
     return float(W.square().sum()) / max(_energy(W, moments), 1e-300)
-
-
-def _weighted(T: Tensor, sensitivity: Tensor | None) -> Tensor:
-    return T if sensitivity is None else sensitivity_root(sensitivity).to(T).mT @ T
 
 
 def _energy(T: Tensor, moments: Moments | Samples) -> float:

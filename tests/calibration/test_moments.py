@@ -6,6 +6,7 @@ import torch
 from rsi_deploy.calibration import moments as module
 from rsi_deploy.calibration.moments import (
     GRAM_LIMIT,
+    GROUP_ROWS,
     WIDE_ROWS,
     MomentAccumulator,
     Moments,
@@ -187,6 +188,7 @@ def test_moment_bytes_is_the_memory_taken():
 def test_wide_sites_get_few_rows():
     assert row_limit(GRAM_LIMIT + 1) == WIDE_ROWS
     assert row_limit(GRAM_LIMIT) >= 16 * GRAM_LIMIT
+    assert row_limit(9, groups=1000) == 9 * GROUP_ROWS < row_limit(9, groups=2) < row_limit(9)
     assert moment_bytes(25_088, 4096, 1, row_limit(25_088)) < 2**29
 
 

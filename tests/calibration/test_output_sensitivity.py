@@ -126,7 +126,8 @@ def test_more_than_the_bound_is_refused():
         accumulator_of(4, memory=3 * 3 * 4 - 1)
 
 
-def test_sums_are_updated_in_place():
+def test_sums_are_updated_in_place(monkeypatch):
+    monkeypatch.setattr(output_sensitivity, "ROWS_AT_ONCE", 1)
     accumulator = accumulator_of(4)
     places, sizes = [], []
     for begin in (0, 2):
@@ -162,6 +163,13 @@ def test_a_wide_site_has_no_sensitivity(monkeypatch, caplog):
     a, b = leaf(2, 3), leaf(2, 2)
     accumulator.add_gradients(a.sum(dim=1) + b.sum(dim=1), [("a", a), ("b", b)], range(2))
     assert set(accumulator.result()) == {"b"}
+
+
+def test_one_feature_has_no_sensitivity():
+    accumulator = accumulator_of(2, site("a", out=1), site("b"))
+    y, z = leaf(2, 1), leaf(2, 3)
+    accumulator.add_gradients(y * 2 + z, [("a", y), ("b", z)], range(2))
+    assert set(accumulator.result()) == {"b"}  # its weight would be 1
 
 
 def test_gradients_that_are_zero_or_not_finite_give_no_sensitivity():

@@ -286,8 +286,22 @@ def test_wide_sites_keep_their_rows(folder, monkeypatch):
         torch.testing.assert_close((b.mT @ a / x.shape[1]).double(), expected["yx"], rtol=1e-3, atol=1e-4)
 
 
+def test_large_inputs_run_in_parts(folder, monkeypatch):
+    setting = Setting(folder, "cnn")
+    whole = surveyed(setting.streams())
+    batch = next(iter(setting.streams()._feeds()))
+    size = sum(array.nbytes for array in batch.values())
+    monkeypatch.setattr("rsi_deploy.onnx_models.calibration.activations.INPUT_BYTES", size // 2)
+    streams = setting.streams()
+    parts = list(streams._feeds())
+    assert all(sum(array.nbytes for array in part.values()) <= size // 2 for part in parts)
+    assert len(parts) > len(setting.batches)
+    for name, found in surveyed(streams).items():  # every row is read, so the cuts change the folds alone
+        torch.testing.assert_close(found.xx, whole[name].xx, rtol=1e-4, atol=1e-5)
+
+
 def test_a_quota_of_rows_is_kept_and_chosen_by_the_seed(folder, monkeypatch):
-    monkeypatch.setattr("rsi_deploy.onnx_models.calibration.row_sampling.row_limit", lambda width: 60)
+    monkeypatch.setattr("rsi_deploy.onnx_models.calibration.row_sampling.row_limit", lambda *shape: 60)
     monkeypatch.setattr("rsi_deploy.onnx_models.calibration.row_sampling.ROWS", 20)
     setting = Setting(folder, "cnn")
     rows = {name: given.rows for name, given in surveyed(setting.streams()).items()}

@@ -19,6 +19,7 @@ CASES = {
     "AveragePool": (IMAGE, "AveragePool<kernel_shape = [3, 2], strides = [2, 1]>(x)"),
     "Cast": (X, "Cast<to = 7>(x)"),
     "Clip": (f"{X}, float y", "Clip(x, , y)"),
+    "Clip on both sides": (f"{X}, float y = {{-0.3}}, float z = {{0.4}}", "Clip(x, y, z)"),
     "Concat": (f"{X}, {Y}", "Concat<axis = -2>(x, y)"),
     "Conv": (
         "float[2, 4, 7, 8] x, float[6, 2, 3, 2] y, float[6] z",

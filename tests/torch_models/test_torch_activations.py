@@ -31,7 +31,7 @@ def _seed():
 # -- brute force
 
 
-def everything(_):
+def everything(*shape):
     """As many rows as there are."""
     return 10**9
 
@@ -288,7 +288,7 @@ def test_wide_sites_keep_their_rows():
 def test_rows_stay_under_their_number_and_depend_on_the_seed_alone(case, rows):
     module, batches = conv_net(case)
     found, again, other = (
-        surveyed(activations_of(module, batches, rows=lambda _: rows, seed=seed, may_split=may_split))
+        surveyed(activations_of(module, batches, rows=lambda *_: rows, seed=seed, may_split=may_split))
         for seed, may_split in ((0, lambda _: True), (0, lambda name: name == "0"), (1, lambda _: True))
     )
     whole = dense_moments(module, "0", batches)
@@ -312,7 +312,7 @@ def test_other_rows_are_taken_of_every_batch_and_call(calls, count):
             return [self.fc(x) for _ in range(calls)]
 
     x = torch.randn(1, 50, 6)
-    found = surveyed(activations_of(Again().eval(), lambda: iter([(x,)] * count), rows=lambda _: 8))["fc"]
+    found = surveyed(activations_of(Again().eval(), lambda: iter([(x,)] * count), rows=lambda *_: 8))["fc"]
     assert found.rows == 8
     assert torch.linalg.matrix_rank(found.xx[0], rtol=1e-6) == 6  # one row four times would leave 3 at most
 
@@ -320,7 +320,7 @@ def test_other_rows_are_taken_of_every_batch_and_call(calls, count):
 def test_rows_of_a_part_are_an_honest_part():
     module = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)).eval()
     data = [(torch.randn(8, 3, 16, 16),) for _ in range(4)]
-    found = surveyed(TorchActivations(module, lambda: iter(data), rows=lambda _: 4000))["0"]
+    found = surveyed(TorchActivations(module, lambda: iter(data), rows=lambda *_: 4000))["0"]
     whole = dense_moments(module, "0", lambda: iter(data))
     assert found.rows == 4 * 8 * 125
     assert (found.xx[0] - whole.xx[0]).norm() < 0.2 * whole.xx[0].norm()
@@ -444,7 +444,7 @@ def test_rows_of_both_networks_are_at_the_same_positions():
     module, batches = mlp(), batches_of(2, 30, 6)
     full = replacement_of(module, "0", rank=6, bias=0.0)
     found = sequenced(
-        activations_of(module, batches, rows=lambda _: 60), lambda site, _: full if site.name == "0" else None
+        activations_of(module, batches, rows=lambda *_: 60), lambda site, _: full if site.name == "0" else None
     )["2"]
     assert found.rows == 60
     torch.testing.assert_close(found.yx, weight_of(module[2]).double() @ found.xx, rtol=1e-3, atol=1e-4)
@@ -494,7 +494,7 @@ def test_padding_gives_no_rows(left, kind):
         for name, moments in found.items():
             assert_moments(moments, dense_moments(module, name, lambda: iter(kept)))
             assert_other_moments(moments, dense_moments(module, name, batches))
-    part = surveyed(activations_of(module, lambda: iter(data), mask=1, rows=lambda _: 6))["up"]
+    part = surveyed(activations_of(module, lambda: iter(data), mask=1, rows=lambda *_: 6))["up"]
     assert part.rows == 6
     for wrong in ({"mask": 0}, {"mask": 7}, {"mask": None} if left else {"mask": 0}):
         assert surveyed(activations_of(module, lambda: iter(data), **wrong))["up"].rows == 27

@@ -49,6 +49,7 @@ from rsi_deploy.onnx_models.calibration.rows import Taps
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.onnx_models.calibration.stages import cut, thinned
 from rsi_deploy.onnx_models.site_factorizer import graph_factors
+from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
 from rsi_deploy.runtime.feeds.values import arrays_of_output
 from rsi_deploy.runtime.provider_spec import parse_provider
 from rsi_deploy.runtime.providers import short_name
@@ -58,6 +59,9 @@ Feeds = Mapping[str, Array]
 Visit = Callable[[CalibratedSite, Moments | Samples], Replacement | None]
 
 NEVER = "never executed on the calibration data"
+INPUT_BYTES = 2 * 2**20
+"""Bytes of inputs in a run. Values of larger runs leave the caches and take memory: pictures of 224 x 224 took twice as
+long in runs of 32 as in runs of 4."""
 SMALL_WORK = 20_000_000
 """MACs of a run below which one thread is as fast as several, which synchronize at every operator."""
 
@@ -96,14 +100,16 @@ class OnnxStreams:
         proto: ModelProto | None = None,
         sites: Sequence[gp.Site] | None = None,
     ) -> None:
-        self._path, self._feeds = path, feeds
+        self._path = path
         proto = proto or read_proto(path)
         self._model = with_readable_output(proto) if before_ids else proto
         self._provider = _for_work(provider, _fixed_batch(self._model) * sum((macs or {}).values()))
         self._dense_outputs: Tensor | None = None
         self._rows: dict[str, int] = {}
         self._samples, self._seed = samples, seed
-        self._checked = CheckSamples(axes_of(self._model), samples)
+        axes = axes_of(self._model)
+        self._feeds = functools.partial(_in_parts, feeds, axes)
+        self._checked = CheckSamples(axes, samples)
         self._survey: Survey | None = None
         self._sensitivities = functools.cache(
             self._computed_sensitivities if sensitivities is None else lambda: sensitivities
@@ -276,6 +282,15 @@ def _fixed_batch(model: ModelProto) -> int:
     weights = {tensor.name for tensor in model.graph.initializer}
     dims = (value.type.tensor_type.shape.dim[:1] for value in model.graph.input if value.name not in weights)
     return max((dim[0].dim_value for dim in dims if dim), default=0)
+
+
+def _in_parts(feeds: Callable[[], Iterable[Feeds]], axes: BatchAxes) -> Iterator[Feeds]:
+    """Yield the batches in parts of at most `INPUT_BYTES`; batches of fixed size stay whole."""
+    for batch in feeds():
+        count, size = axes.samples(batch), sum(array.nbytes for array in batch.values())
+        step = count if axes.fixed is not None else max(1, count * INPUT_BYTES // max(size, 1))
+        for begin in range(0, count, step):
+            yield batch if step >= count else axes.cut(batch, slice(begin, begin + step))
 
 
 def _stacked(outputs: Iterable[tuple[Feeds, Feeds]], names: Sequence[str]) -> Tensor:

@@ -196,4 +196,4 @@ class Survey:
 def _gathered_bytes(r: Reached) -> int:
     """Return the bytes that the moments of a site take in a survey, which gathers no responses."""
     wide = r.site.out_features if r.site.in_features > GRAM_LIMIT else 0
-    return moment_bytes(r.site.in_features, wide, r.site.groups, row_limit(r.site.in_features))
+    return moment_bytes(r.site.in_features, wide, r.site.groups, row_limit(r.site.in_features, r.site.groups))

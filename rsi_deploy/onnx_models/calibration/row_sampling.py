@@ -68,7 +68,7 @@ class Readings:
         for r in group:
             shape = shapes[r.graph.data]
             quota = (
-                (survey_rows if survey else row_limit)(r.site.in_features)
+                (survey_rows if survey else row_limit)(r.site.in_features, r.site.groups)
                 * self.axes.samples(batch)
                 / max(self._samples, 1)
             )
@@ -129,9 +129,9 @@ def _row_shape(r: Reached, shape: Sequence[int]) -> tuple[int, ...]:
     return (*row_sizes(ordered, r.site.in_features), r.site.in_features)
 
 
-def survey_rows(in_features: int) -> int:
+def survey_rows(in_features: int, groups: int) -> int:
     """Return how many rows suffice for a choice of ranks: y = W x holds no noise."""
-    return min(row_limit(in_features), max(ROWS, 8 * in_features))
+    return min(row_limit(in_features, groups), max(ROWS, 8 * in_features))
 
 
 def taps_of(
@@ -165,7 +165,7 @@ def inputs_of(r: Reached, rows: Array) -> Tensor:
     """Return gathered data as `(groups, rows, in)`; a Conv's columns are sorted by point and channel."""
     groups, points = r.site.groups, math.prod(r.site.kernel)
     x = torch.from_numpy(rows).reshape(len(rows), points, groups, rows.shape[1] // (points * groups))
-    x = x.movedim(2, 0).reshape(groups, len(rows), -1)
+    x = x.movedim(2, 0).reshape(groups, len(rows), -1).contiguous()
     return x[..., _by_channel(r)] if _wide(r) else x
 
 

@@ -71,7 +71,7 @@ class TorchActivations:
         batches: Callable[[], Iterable[Arguments]],
         *,
         may_split: Callable[[str], bool] = lambda name: True,
-        rows: Callable[[int], int] = row_limit,
+        rows: Callable[[int, int], int] = row_limit,
         seed: int = 0,
         stages: int = 16,
         mask: int | None = None,
@@ -101,7 +101,7 @@ class TorchActivations:
         self._calls = {name: [LayerCall(name, number) for number in range(trace.calls[name])] for name in trace.inputs}
         self._added = trace.summands if compensate else set()
         self._quotas = {
-            name: max(1, rows(site.in_features) // (self._runs.count * trace.calls[name]))
+            name: max(1, rows(site.in_features, site.groups) // (self._runs.count * trace.calls[name]))
             for name, site in self._sites.items()
         }
         self._dense: tuple[list[Arguments], Tensor] | None = None
