@@ -265,9 +265,9 @@ class ExportRun:
     def _target_notes(self) -> list[str]:
         if self.config.target is None:
             return []
-        provider = short_name(parse_provider(self.job.provider).name)
-        other = f"; outputs and times are those of {provider}" if provider != self.config.target else ""
-        return [f"--target {self.config.target}: the model has no operator that this provider refuses{other}"]
+        target, provider = self.config.target, short_name(parse_provider(self.job.provider).name)
+        other = f"; outputs and times are those of {provider}" if provider != target else ""
+        return [f"--target {target}: the model has no operator that this provider is known to refuse{other}"]
 
     def _feeds(self, dense: DenseModel) -> dict[str, Array] | None:
         """Inputs to time with; None where the model cannot be run."""

@@ -141,8 +141,8 @@ class Target:
                 fixed = ",".join(str(size or 1) for size in shape)
                 raise UsageError(
                     f"--target {self.name} takes fixed shapes alone, but input {value!r} of {name} has a dynamic one",
-                    hint=f"type python -m onnxruntime.tools.make_dynamic_shape_fixed {file} fixed.onnx --input_name "
-                    f"{value} --input_shape {fixed}, and export fixed.onnx",
+                    hint="export fixed.onnx instead, which this writes: python -m onnxruntime.tools."
+                    f"make_dynamic_shape_fixed {file} fixed.onnx --input_name {value} --input_shape {fixed}",
                 )
 
 
