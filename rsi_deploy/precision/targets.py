@@ -137,12 +137,13 @@ class Target:
         }
         for value, shape in shapes.items():
             if not all(shape):
-                file = name if name.endswith(".onnx") else "dense.onnx (written with --keep-dense and without --target)"
+                where = "" if name.endswith(".onnx") else " of the dense.onnx of an export with --keep-dense"
                 fixed = ",".join(str(size or 1) for size in shape)
                 raise UsageError(
                     f"--target {self.name} takes fixed shapes alone, but input {value!r} of {name} has a dynamic one",
-                    hint="export fixed.onnx instead, which this writes: python -m onnxruntime.tools."
-                    f"make_dynamic_shape_fixed {file} fixed.onnx --input_name {value} --input_shape {fixed}",
+                    hint=f"export fixed.onnx instead, which this writes{where}: python -m onnxruntime.tools."
+                    f"make_dynamic_shape_fixed {'dense.onnx' if where else name} fixed.onnx --input_name {value} "
+                    f"--input_shape {fixed}",
                 )
 
 
