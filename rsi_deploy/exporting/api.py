@@ -33,6 +33,7 @@ from rsi_deploy.exporting.timing.profile import Costing
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.planner import Filters
 from rsi_deploy.planning.request import RankRequest
+from rsi_deploy.precision.targets import target_named
 from rsi_deploy.report.schema import Report
 from rsi_deploy.report.sweep_schema import deliver
 from rsi_deploy.runtime.feeds.shapes import input_shapes
@@ -108,7 +109,9 @@ def export_run(
     Raises:
         UsageError: says what to type.
     """
-    request = RankRequest.of(config)
+    target = target_named(config.target)
+    target.check_precision(config.precision)
+    request = RankRequest.of(config).with_least_rank(target.least_rank)
     request.check_against(data=config.data, always_split=config.always_split)
     _check_ray(config.ray, request, config.device)
     timed = Timed(

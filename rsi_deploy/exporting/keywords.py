@@ -34,6 +34,7 @@ class ExportKeywords(TypedDict, total=False):
     min_rank: int
     rank_multiple: int
     precision: Literal["float32", "float16", "int8", "int4", "auto"] | None
+    target: Literal["cpu", "cuda", "tensorrt", "openvino", "qnn"] | None
     calib: str | Path | Dataset | Mapping[str, npt.NDArray[Any]] | None
     calib_size: int
     check_size: int | None

@@ -46,13 +46,17 @@ from rsi_deploy.io.bundle import atomic_folder, finished_results_folder
 from rsi_deploy.io.manifest import file_hash, fingerprint
 from rsi_deploy.io.onnx_checks.broken_models import explaining_broken_model
 from rsi_deploy.io.onnx_file import file_bytes, refuse_growth
+from rsi_deploy.io.onnx_reader import read_graph
 from rsi_deploy.onnx_models.split import SplitModel, split_model
 from rsi_deploy.planning.decide import Planned, refuse_uncounted
 from rsi_deploy.planning.planner import Filters
 from rsi_deploy.planning.quality import KINDS, QualityBudget
 from rsi_deploy.planning.settings import ExportSettings
+from rsi_deploy.precision.targets import target_named
 from rsi_deploy.report.outlook import Outlook
 from rsi_deploy.report.schema import Report
+from rsi_deploy.runtime.provider_spec import parse_provider
+from rsi_deploy.runtime.providers import short_name
 from rsi_deploy.runtime.shape_trace import uncounted_nodes
 
 
@@ -114,6 +118,8 @@ class ExportRun:
         with self._folder(output, force=force) as folder:
             dense = self._dense(folder, clock)
             self._refuse_quantized(dense)
+            with _names(dense.source.name, dense.path):
+                self._check_target(dense.path, dense)
             run = self._with_default(dense) if self.timed.request.needs_quality else self
             request = run.timed.request
             refuse_uncounted(request.budget, dense.size, uncounted_nodes(dense.uncounted))
@@ -151,6 +157,7 @@ class ExportRun:
         clock: StageClock,
     ) -> Report:
         """Compare the compressed model with the dense one, and write the files of the bundle."""
+        self._check_target(dense.target, dense)
         checked = verified(
             dense,
             delivered.split,
@@ -171,7 +178,11 @@ class ExportRun:
             delivered=delivered,
             checked=checked,
             stages=tuple(clock.stages),
-            notes=(*calibrator.missed(checked.agreement), *([] if store is None else filter(None, [store.note()]))),
+            notes=(
+                *calibrator.missed(checked.agreement),
+                *([] if store is None else filter(None, [store.note()])),
+                *self._target_notes(),
+            ),
         )
         report = exported.report(self.costing, self.command, self.recipe, keep_dense=self.keep_dense)
         write_files(folder, report, dense.target)
@@ -243,6 +254,20 @@ class ExportRun:
             )
         if not dense.sites:
             raise ModelError(f"{found}, and no float weight can be split", hint="type export --requantize")
+
+    def _check_target(self, path: Path, dense: DenseModel) -> None:
+        """Refuse a model that `--target` does not run."""
+        if self.config.target is not None:
+            target, model = target_named(self.config.target), read_graph(path)
+            target.check_shapes(model, dense.source.name)
+            target.check_model(model)
+
+    def _target_notes(self) -> list[str]:
+        if self.config.target is None:
+            return []
+        target, provider = self.config.target, short_name(parse_provider(self.job.provider).name)
+        other = f"; outputs and times are those of {provider}" if provider != target else ""
+        return [f"--target {target}: the model has no operator that this provider is known to refuse{other}"]
 
     def _feeds(self, dense: DenseModel) -> dict[str, Array] | None:
         """Inputs to time with; None where the model cannot be run."""
@@ -371,6 +396,7 @@ class ExportRun:
                 measure=measure if self.timed.measure and dense.outputs is not None else None,
                 provider=self.job.provider,
                 usual_bits=4 if self.config.precision == "int4" else 8,
+                target=target_named(self.config.target),
             ),
             allow_slower=self.timed.allow_slower,
             allow_larger=self.allow_larger,

@@ -1,7 +1,7 @@
 """The request for ranks and calibration. A contradiction is refused before any work."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +117,13 @@ class RankRequest:
             plan_name="" if config.plan is None else Path(config.plan).name,
             **{name: getattr(config, name) for name in (*CalibrationConfig.model_fields, *UNDER_A_BUDGET)},
         )
+
+    def with_least_rank(self, rank: int) -> "RankRequest":
+        """Return the request with this smallest rank, which also divides ranks where the request names no number."""
+        if rank == 1 or not self.is_searched:
+            return self
+        multiple = rank if self.rank_multiple == 1 else self.rank_multiple
+        return replace(self, min_rank=max(rank, self.min_rank), rank_multiple=multiple)
 
     @property
     def is_searched(self) -> bool:

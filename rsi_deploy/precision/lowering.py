@@ -52,7 +52,8 @@ class Lowering:
         scheme: how the model is quantized.
         bits: name of a site's node -> bits that its weight is stored in: 3, 4, 5, 8, or 32 to leave it as it is. Others
             are stored in eight.
-        tables: name of an embedding table -> 4, 8 or 32 bits; others are stored in eight.
+        tables: name of an embedding table -> 4, 8 or 32 bits; others are stored in `table_bits`.
+        table_bits: 8, or 32 to leave embedding tables in float.
         in_float: names of the nodes of sites that are computed in float32, with weights in their bits. So are all sites
             of "few bits, float32 products", and the convolutions of "dynamic int8".
         repairs: name of the node of such a site, in fewer than eight bits -> rank of the repair of its weight.
@@ -61,6 +62,7 @@ class Lowering:
     scheme: Scheme
     bits: Mapping[str, int] = field(default_factory=dict)
     tables: Mapping[str, int] = field(default_factory=dict)
+    table_bits: int = 8
     in_float: frozenset[str] = frozenset()
     repairs: Mapping[str, int] = field(default_factory=dict)
 
@@ -174,7 +176,7 @@ def _prepared(source: Path, work: Path, lowering: Lowering) -> tuple[dict[str, t
     changed = bool(factors)
     kept_float: list[str] = []
     for table in tables(proto):
-        bits = lowering.tables.get(table.name, 8)
+        bits = lowering.tables.get(table.name, lowering.table_bits)
         if bits == 32:
             kept_float += [node.name for node in proto.graph.node if table.name in node.input]
         else:

@@ -15,7 +15,7 @@ import onnx
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.io.limits import first_line
 from rsi_deploy.io.onnx_reader import read_proto
-from rsi_deploy.precision.schemes import Scheme
+from rsi_deploy.precision.schemes import PRODUCTS, Scheme
 from rsi_deploy.runtime.float16 import float16_file
 
 Feeds = Mapping[str, npt.NDArray[Any]]
@@ -82,6 +82,12 @@ def _run(
         assert scheme.ranges is not None
         assert feeds is not None
         methods = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
+        options: dict[str, Any] = {}
+        if scheme.is_symmetric:
+            options |= {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
+        if scheme.uint8_products:
+            weights = _product_weights(read_proto(source))
+            options["TensorQuantOverrides"] = {name: [{"quant_type": QuantType.QUInt8}] for name in weights}
         quantize_static(
             source,
             target,
@@ -89,9 +95,10 @@ def _run(
             per_channel=True,
             op_types_to_quantize=operators,
             nodes_to_exclude=excluded,
-            activation_type=QuantType.QUInt8,
+            activation_type=QuantType.QInt8 if scheme.is_symmetric else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod[methods[scheme.ranges]],
+            extra_options=options,
         )
     elif scheme.kind == "dynamic int8":
         quantize_dynamic(
@@ -108,6 +115,12 @@ def _run(
         float16_file(source, folder).replace(target)
     else:
         raise ValueError(f"{scheme.name} is no quantization")
+
+
+def _product_weights(model: onnx.ModelProto) -> set[str]:
+    """Return the names of the initializers that products read as weights."""
+    known = {tensor.name for tensor in model.graph.initializer}
+    return {name for node in model.graph.node if node.op_type in PRODUCTS for name in node.input[:2] if name in known}
 
 
 def _in_blocks(source: Path, target: Path, scheme: Scheme) -> None:

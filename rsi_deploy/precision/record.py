@@ -39,6 +39,7 @@ class PrecisionRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     Attributes:
         request: value of `--precision`.
+        target: value of `--target`; "" without one.
         scheme: name of the delivered model's `Scheme`.
         rule: why the delivered model was chosen, in words.
         points: all models that were compared, the dense float32 one first.
@@ -48,6 +49,7 @@ class PrecisionRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
     """
 
     request: str
+    target: str = ""
     scheme: str
     rule: str
     points: tuple[PrecisionPoint, ...]

@@ -6,22 +6,24 @@ from pathlib import Path
 
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.precision.quantizers import FeedsSource, quantize
-from rsi_deploy.precision.schemes import DYNAMIC, FLOAT16, PRODUCTS, WEIGHTS4, Scheme, static
+from rsi_deploy.precision.schemes import DYNAMIC, FLOAT16, PRODUCTS, WEIGHTS4, Scheme
+from rsi_deploy.precision.targets import ANY, Target
 from rsi_deploy.runtime.sessions import make_session
 
 
-def rival_schemes(operators: Collection[str], provider: str) -> list[Scheme]:
+def rival_schemes(operators: Collection[str], provider: str, target: Target = ANY) -> list[Scheme]:
     """Return the schemes that onnxruntime offers for a model.
 
     Args:
         operators: types of the operators that have weights.
-        provider: short name of the execution provider. float16 pays on CUDA alone.
+        provider: short name of the execution provider. float16 pays on CUDA and on some targets.
+        target: provider that will run the model; limits the schemes.
     """
-    schemes = [FLOAT16] if provider == "cuda" else []
-    schemes.append(static("minmax"))
+    schemes = [FLOAT16] if provider == "cuda" or target.pays_float16 else []
+    schemes.append(target.static("minmax"))
     if PRODUCTS & set(operators):
         schemes += [DYNAMIC, WEIGHTS4]
-    return schemes
+    return [scheme for scheme in schemes if scheme.kind in target.kinds]
 
 
 def rival_name(scheme: Scheme) -> str:

@@ -20,17 +20,22 @@ class Scheme:
             products": weights in few bits that onnxruntime unpacks when it loads the model.
         ranges: how static ranges follow from the calibration data; None for other kinds.
         block: number of inputs that share a scale in "int4 weights".
+        is_symmetric: whether static activations are int8 with the zero point 0, and biases stay in float.
+        uint8_products: whether static weights of products are uint8 with one scale for the whole weight.
     """
 
     kind: Kind
     ranges: Ranges | None = None
     block: int = 32
+    is_symmetric: bool = False
+    uint8_products: bool = False
 
     @property
     def name(self) -> str:
         """The scheme in words."""
         if self.ranges is not None:
-            return f"{self.kind} ({self.ranges})"
+            more = f"{', symmetric' * self.is_symmetric}{', uint8 products' * self.uint8_products}"
+            return f"{self.kind} ({self.ranges}{more})"
         return f"{self.kind} (block {self.block})" if self.kind == "int4 weights" else self.kind
 
 

@@ -306,7 +306,8 @@ def precision_lines(report: "Report") -> list[str]:
     if record is None:
         return []
     delivered = record.delivered
-    lines = [f"--precision {record.request} delivers {delivered.name}: {record.rule}"]
+    target = f" for {record.target}" if record.target else ""
+    lines = [f"--precision {record.request} delivers {delivered.name}{target}: {record.rule}"]
     if delivered.is_rival and delivered.scheme == "float32":
         lines.append("the dense model is delivered as it is")
     elif delivered.is_rival:

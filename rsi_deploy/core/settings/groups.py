@@ -140,6 +140,16 @@ class PrecisionConfig(Settings, panel="Size"):
     )
 
 
+class TargetConfig(Settings, panel="Size"):
+    """The setting for the provider that will run the model."""
+
+    target: Literal["cpu", "cuda", "tensorrt", "openvino", "qnn"] | None = setting(
+        None,
+        "onnxruntime provider that will run the model: plan what it runs, and refuse operators that it does not run. "
+        "(default: any)",
+    )
+
+
 class SamplesConfig(Settings, panel="Calibration"):
     """The unlabelled data that factors are fitted to and checked on."""
 

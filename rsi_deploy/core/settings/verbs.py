@@ -26,6 +26,7 @@ from rsi_deploy.core.settings.groups import (
     SourceConfig,
     SpeedConfig,
     SplitConfig,
+    TargetConfig,
 )
 
 
@@ -35,6 +36,7 @@ class ExportConfig(
     RequantizeConfig,
     RankConfig,
     PrecisionConfig,
+    TargetConfig,
     CalibrationConfig,
     DataConfig,
     PictureConfig,

@@ -15,6 +15,7 @@ from rsi_deploy.exporting.calibration_step import Calibrator
 from rsi_deploy.exporting.lowered.points import Point
 from rsi_deploy.exporting.results import DenseModel
 from rsi_deploy.io.onnx_file import file_bytes
+from rsi_deploy.io.onnx_reader import read_graph
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.decide import Decisions, Planned
 from rsi_deploy.planning.planner import Decision, FixedPlanner
@@ -23,6 +24,7 @@ from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
 from rsi_deploy.precision.quantizers import quantize
 from rsi_deploy.precision.rivals import rival_name
 from rsi_deploy.precision.schemes import FEW_BITS, FLOAT32, Scheme, has_bits
+from rsi_deploy.precision.targets import ANY, Target
 
 Write = Callable[[Planned, Path], SplitModel]
 Measure = Callable[[Sequence[Path]], BenchResult]
@@ -59,6 +61,7 @@ class PointMaker:
         measure: measures the dense model and others in one interleaved run; None where nothing is measured.
         provider: onnxruntime provider.
         usual_bits: bits of weights where decisions name none.
+        target: provider that will run the model.
     """
 
     dense: DenseModel
@@ -67,6 +70,7 @@ class PointMaker:
     measure: Measure | None
     provider: str
     usual_bits: int
+    target: Target = ANY
 
     def rival(self, scheme: Scheme) -> Point:
         """Return the dense model as onnxruntime's own tools quantize it."""
@@ -77,6 +81,7 @@ class PointMaker:
         with step(f"make {name}"):
             try:
                 quantize(self.dense.path, path, scheme, self.calibrator.data.feeds)
+                self.target.check_model(read_graph(path))
                 quality = self.quality(path)
             except (ModelError, UsageError) as error:
                 return Point(name=name, scheme=scheme, is_rival=True, path=None, error=str(error))
@@ -86,11 +91,12 @@ class PointMaker:
         """Write and judge the model of decisions and factors.
 
         Raises:
-            ModelError: onnxruntime cannot quantize the model.
+            ModelError: onnxruntime cannot quantize the model, or the target does not run it.
         """
         path = self.path("point")
         with step(f"write in {base.name}"):
             split = self.lowered(made, path, base)
+            self.target.check_model(read_graph(path))
             quality = self.quality(path)
         ranks = any(site.rank for site in split.sites)
         return Point(
@@ -136,13 +142,14 @@ class PointMaker:
 
     def _lowering(self, made: Planned, base: Base) -> Lowering:
         if not has_bits(base.scheme):
-            return Lowering(scheme=base.scheme)
+            return Lowering(scheme=base.scheme, table_bits=self._table_bits)
         stored = self.stored_bits(made, base.scheme)
         sites = {site.node: site_name(site.weight) for site in self.dense.sites}
         return Lowering(
             scheme=base.scheme,
             bits={node: stored[name] for node, name in sites.items()},
             tables={table.name: stored[table.name] for table in self.tables},
+            table_bits=self._table_bits,
             in_float=frozenset(node for node, name in sites.items() if name in base.in_float),
             repairs=self._repairs(made, base.scheme),
         )
@@ -185,8 +192,12 @@ class PointMaker:
 
     @cached_property
     def tables(self) -> list[EmbeddingTable]:
-        """The embedding tables of the dense model."""
-        return tables(self.dense.proto)
+        """The embedding tables of the dense model, where the target runs what unpacks them."""
+        return tables(self.dense.proto) if self._table_bits == 8 else []
+
+    @property
+    def _table_bits(self) -> int:
+        return 8 if self.target.runs("GatherBlockQuantized") else 32
 
     @cached_property
     def _names(self) -> list[str]:

@@ -41,7 +41,6 @@ from rsi_deploy.precision.schemes import (
     Scheme,
     has_bits,
     is_int8,
-    static,
 )
 from rsi_deploy.runtime.placement import node_placement
 from rsi_deploy.runtime.provider_spec import parse_provider
@@ -98,7 +97,7 @@ class PrecisionStep:
         if request.calib is None:
             raise UsageError(f"--precision {self.precision} needs unlabelled data to choose and to check; add --calib")
         provider = short_name(parse_provider(self.maker.provider).name)
-        rivals = rival_schemes(self._operators, provider)
+        rivals = rival_schemes(self._operators, provider, self.maker.target)
         points = [self.maker.rival(scheme) for scheme in (FLOAT32, *rivals)]
         bases = self._bases()
         if not bases:
@@ -160,6 +159,7 @@ class PrecisionStep:
         tables, dense = {table.name for table in self.maker.tables}, self.maker.dense
         return PrecisionRecord(
             request=self.precision,
+            target=self.maker.target.name,
             scheme=chosen.scheme.name,
             rule=rule.text,
             points=tuple(point.record(chosen, rule) for point in points),
@@ -183,10 +183,11 @@ class PrecisionStep:
 
     def _best_int8(self) -> Scheme | None:
         """The int8 scheme whose outputs are best, or a faster one whose outputs are about as good."""
-        tried = [static("minmax")]
+        target = self.maker.target
+        tried = [target.static("minmax")]
         if "Conv" in self._operators:
-            tried.append(static("percentile"))
-        if self._multiplies_mostly:
+            tried.append(target.static("percentile"))
+        if self._multiplies_mostly and DYNAMIC.kind in target.kinds:
             tried.append(DYNAMIC)
         found = [point for point in map(self._lower_dense, tried) if point is not None]
         if not found:
@@ -384,6 +385,8 @@ class PrecisionStep:
     def _planner(self, base: Base) -> CalibratedPlanner:
         """The planner of a base: its bits, and models that are written in it."""
         whole, allowed = self._whole_planner, self._planned_bits if has_bits(base.scheme) else (32,)
+        if base.scheme.uint8_products:
+            allowed = tuple(bits for bits in allowed if bits >= 8)
         sites = [*whole.options, *(self._table_options if allowed != (32,) else ())]
         options = [in_bits(site, allowed, with_repairs=base.scheme is FEW_BITS) for site in sites]
         planner = replace(
