@@ -43,7 +43,7 @@ from bench.cases import Case
 from bench.common import Goal
 from graph_passes.forms import Form
 from rsi_deploy.calibration.activations import CalibratedSite, FittedSite
-from rsi_deploy.calibration.cross_validation import DenseResponse
+from rsi_deploy.calibration.cross_validation import ResponseCurves
 from rsi_deploy.calibration.moments import Moments, Samples, moment_bytes
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.io.onnx_file import file_bytes
@@ -112,7 +112,7 @@ class ClockedCalibration(Calibration):
             return super()._fitted(site, moments, form, rank, sensitivity)
 
     def _errors(
-        self, site: CalibratedSite, moments: Moments | Samples, response: DenseResponse, sensitivity: Tensor | None
+        self, site: CalibratedSite, moments: Moments | Samples, response: ResponseCurves, sensitivity: Tensor | None
     ) -> Iterator[tuple[tuple[Form, int], float]]:
         with self._clocked():
             found = list(super()._errors(site, moments, response, sensitivity))

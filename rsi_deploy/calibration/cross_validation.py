@@ -101,7 +101,7 @@ def tried_ridges(moments: Moments) -> tuple[float, ...]:
     return RIDGES if moments.rows < SCARCE_ROWS * moments.xx.shape[-1] else (RIDGE,)
 
 
-class DenseResponse:
+class ResponseCurves:
     """The response `S^T W x` of a site to its input, for an output sensitivity `S S^T`, and its leading directions.
 
     Args:
@@ -195,7 +195,7 @@ def trust_of(weight: Tensor, moments: Moments, rank: int, *, sensitivity: Tensor
         rank: number of directions of the response that are kept.
         sensitivity: output sensitivity G `(groups, out, out)`; None for the identity.
     """
-    kept = DenseResponse(weight, moments, sensitivity).kept(rank)
+    kept = ResponseCurves(weight, moments, sensitivity).kept(rank)
     slopes, bends = [0.0] * len(EXTRA_RIDGES), [0.0] * len(EXTRA_RIDGES)
     for others, fold in judged_folds(moments):
         P, xx = kept.to(others.xx), others.xx

@@ -20,7 +20,7 @@ from graph_passes.forms import Form
 from rsi_deploy.calibration.activations import CalibratedSite, Distance, FittedSite, ModelActivations, Replacement
 from rsi_deploy.calibration.als import TwoKernelProblem, product_of, two_kernel_problem
 from rsi_deploy.calibration.cross_validation import (
-    DenseResponse,
+    ResponseCurves,
     Trust,
     has_folds,
     held_out_error,
@@ -205,7 +205,7 @@ class Calibration:
             weight = site.load()
             trust = trust_of(weight, moments, rank if plain else site.out_features, sensitivity=sensitivity)
             if plain and len(ridges := tried_ridges(moments)) > 1:
-                ridge = DenseResponse(weight, moments, sensitivity).held_out_curve(ridges).ridges[rank]
+                ridge = ResponseCurves(weight, moments, sensitivity).held_out_curve(ridges).ridges[rank]
         spectra: list[Spectrum | None] = []
 
         def fit(some: Moments | Samples, look: Callable[[Tensor], None] | None = None) -> Replacement:
@@ -245,7 +245,7 @@ class Calibration:
         dense = Option(form="dense", rank=None, params=params, macs=site.macs, bytes=params * site.item_bytes, loss=0.0)
         if self._declines(site, moments):
             return SiteOptions(name=site.name, options=(dense,))
-        response = DenseResponse(site.load(), moments, sensitivity)
+        response = ResponseCurves(site.load(), moments, sensitivity)
         errors = dict(self._errors(site, moments, response, sensitivity))
         loss = self._loss(site, moments, response, activations, has_splits=bool(errors))
         changed = []
@@ -310,7 +310,7 @@ class Calibration:
         return site.name in self.declined
 
     def _errors(
-        self, site: CalibratedSite, moments: Moments | Samples, response: DenseResponse, sensitivity: Tensor | None
+        self, site: CalibratedSite, moments: Moments | Samples, response: ResponseCurves, sensitivity: Tensor | None
     ) -> Iterator[tuple[tuple[Form, int], float]]:
         """Yield ((form, rank), weighted response error) of every option below break-even."""
         weight = site.load()
@@ -352,7 +352,7 @@ class Calibration:
                 yield from (((form, rank), error) for rank, error in filled(known, self.rank_multiple).items())
 
     def _curve(
-        self, site: CalibratedSite, moments: Moments | Samples, response: DenseResponse, sensitivity: Tensor | None
+        self, site: CalibratedSite, moments: Moments | Samples, response: ResponseCurves, sensitivity: Tensor | None
     ) -> Tensor:
         """Return the response error of the plain form at every rank, held out where the moments have folds."""
         if not self._validates(moments):
@@ -367,7 +367,7 @@ class Calibration:
         self,
         site: CalibratedSite,
         moments: Moments | Samples,
-        response: DenseResponse,
+        response: ResponseCurves,
         activations: ModelActivations,
         *,
         has_splits: bool,

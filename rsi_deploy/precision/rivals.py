@@ -7,11 +7,11 @@ from pathlib import Path
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.precision.quantizers import FeedsSource, quantize
 from rsi_deploy.precision.schemes import DYNAMIC, FLOAT16, PRODUCTS, WEIGHTS4, Scheme
-from rsi_deploy.precision.targets import ANY, Target
+from rsi_deploy.precision.targets import ANY, ProviderTarget
 from rsi_deploy.runtime.sessions import make_session
 
 
-def rival_schemes(operators: Collection[str], provider: str, target: Target = ANY) -> list[Scheme]:
+def rival_schemes(operators: Collection[str], provider: str, target: ProviderTarget = ANY) -> list[Scheme]:
     """Return the schemes that onnxruntime offers for a model.
 
     Args:

@@ -41,7 +41,7 @@ _INTEGER = _operators("ConvInteger DynamicQuantizeLinear QLinearConv QLinearMatM
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class ProviderTarget:
     """An execution provider that will run the model.
 
     Attributes:
@@ -147,7 +147,7 @@ class Target:
                 )
 
 
-def target_named(name: str | None) -> Target:
+def target_named(name: str | None) -> ProviderTarget:
     """Return the target of a value of `--target`; without one, any provider."""
     return next((target for target in TARGETS if target.name == name), ANY)
 
@@ -189,11 +189,11 @@ def _hint(operator: str) -> str:
     return "type another --target, or leave it out"
 
 
-ANY = Target(name="")
+ANY = ProviderTarget(name="")
 TARGETS = (
-    Target(name="cpu"),
-    Target(name="cuda", kinds=ANY.kinds - {"dynamic int8"}, refused=_INTEGER, pays_float16=True),
-    Target(
+    ProviderTarget(name="cpu"),
+    ProviderTarget(name="cuda", kinds=ANY.kinds - {"dynamic int8"}, refused=_INTEGER, pays_float16=True),
+    ProviderTarget(
         name="tensorrt",
         kinds=_FLOAT | {"static int8"},
         refused=_INTEGER
@@ -210,7 +210,7 @@ TARGETS = (
         is_symmetric=True,
         least_rank=16,
     ),
-    Target(
+    ProviderTarget(
         name="openvino",
         refused=_operators(
             "Bernoulli DeformConv Det ImageDecoder LpPool MaxUnpool MelWeightMatrix Optional OptionalGetElement "
@@ -224,7 +224,7 @@ TARGETS = (
         ),
         pays_float16=True,
     ),
-    Target(
+    ProviderTarget(
         name="qnn",
         kinds=_FLOAT | {"static int8"},
         precisions=("float32", "float16", "int8", "auto"),

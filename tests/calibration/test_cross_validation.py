@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rsi_deploy.calibration.cross_validation import (
-    DenseResponse,
+    ResponseCurves,
     Trust,
     has_folds,
     held_out_error,
@@ -50,7 +50,7 @@ def test_the_curve_is_that_of_projections_judged_on_rows_left_out(sensitive, sha
     x, W = randn(1, 40, n) * 0.7 ** torch.arange(n) + 3, randn(1, out, n, seed=1)
     moments, parts = folded(x, x @ W.mT)
     G = torch.diag_embed(torch.linspace(0.1, 4, out)).unsqueeze(0) if sensitive else None
-    found = DenseResponse(W, moments, G).held_out_curve().errors
+    found = ResponseCurves(W, moments, G).held_out_curve().errors
     for rank in (1, 3, 5):
         lost = total = 0.0
         for (x_fit, y_fit), (x_out, y_out) in one_by_one(parts):
@@ -74,7 +74,7 @@ def test_a_projection_has_the_error_that_it_is_said_to_have(sensitive, shape):
     moments, _ = folded(x, x @ W.mT)
     G = torch.diag_embed(torch.linspace(0.1, 4, out)).unsqueeze(0) if sensitive else None
     for given in (moments, Samples(x=x, y=x @ W.mT)):
-        response = DenseResponse(W, given, G)
+        response = ResponseCurves(W, given, G)
         for rank in (1, 4):
             left, right = response.projection(rank)
             assert (left.shape, right.shape) == ((1, out, rank), (1, rank, n))
@@ -95,13 +95,13 @@ def test_more_outputs_than_rows_look_good_in_sample_only():
     y = fresh @ W.mT
     true = float(((y - fresh @ (left @ right).float().mT) ** 2).sum() / y.square().sum())
     assert float(problem.errors()[rank]) < 0.3 * true, "in sample the site looks far better than it is"
-    assert float(DenseResponse(W, moments).held_out_curve().errors[rank]) == pytest.approx(true, rel=0.35)
+    assert float(ResponseCurves(W, moments).held_out_curve().errors[rank]) == pytest.approx(true, rel=0.35)
 
 
 def test_halves_of_rows_judge_wide_inputs():
     x, y, W = rows(400)
-    by_rows = DenseResponse(W, Samples(x=x, y=y)).held_out_curve().errors
-    by_moments = DenseResponse(W, folded(x, y, 2)[0]).held_out_curve((1e-9,)).errors
+    by_rows = ResponseCurves(W, Samples(x=x, y=y)).held_out_curve().errors
+    by_moments = ResponseCurves(W, folded(x, y, 2)[0]).held_out_curve((1e-9,)).errors
     assert has_folds(Samples(x=x, y=y))
     torch.testing.assert_close(by_rows, by_moments, rtol=1e-2, atol=1e-5)
 
@@ -158,7 +158,7 @@ def test_the_share_mixes_the_regression_with_the_weight(share):
 
 def test_scarce_rows_prefer_a_larger_ridge():
     W, x = randn(1, 30, 40, seed=1), randn(1, 24, 40)
-    response = DenseResponse(W, folded(x, x @ W.mT)[0])
+    response = ResponseCurves(W, folded(x, x @ W.mT)[0])
     scarce = response.held_out_curve((RIDGE, 1.0))
     assert min(scarce.ridges[5:20]) == 1.0
     one = response.held_out_curve((RIDGE,))

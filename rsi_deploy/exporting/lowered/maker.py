@@ -24,7 +24,7 @@ from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
 from rsi_deploy.precision.quantizers import quantize
 from rsi_deploy.precision.rivals import rival_name
 from rsi_deploy.precision.schemes import FEW_BITS, FLOAT32, Scheme, has_bits
-from rsi_deploy.precision.targets import ANY, Target
+from rsi_deploy.precision.targets import ANY, ProviderTarget
 
 Write = Callable[[Planned, Path], SplitModel]
 Measure = Callable[[Sequence[Path]], BenchResult]
@@ -70,7 +70,7 @@ class PointMaker:
     measure: Measure | None
     provider: str
     usual_bits: int
-    target: Target = ANY
+    target: ProviderTarget = ANY
 
     def rival(self, scheme: Scheme) -> Point:
         """Return the dense model as onnxruntime's own tools quantize it."""

@@ -109,6 +109,9 @@ class PrecisionStep:
             if len(bases) > 1 and base.scheme is FEW_BITS and self._needs_no_float(points):
                 continue
             points += self._planned_points(base)
+        small = [point for point in points if point.bytes < dense.size.bytes]
+        if self.precision == "auto" and request.quality is not None and not any(map(self._keeps, small)):
+            points += self._planned_points(Base(scheme=FLOAT32))  # ranks alone
         points, latency = self.maker.measured(points)
         rule = Rule(
             request=request,
