@@ -38,8 +38,8 @@ EXTRA_RIDGES = (0.0, 0.1, 1.0)
 """Extra ridges of the regression towards the weight that are tried, in mean input variances. The share of the
 regression makes up for a coarse grid."""
 _LARGE = 128
-"""Number of inputs or outputs above which matrices that only choose or judge are in float32, and two folds are left out
-instead of all, one after another."""
+"""Number of inputs or outputs above which two folds are left out to choose or judge, instead of all, one after another.
+(In float32 a plan would depend on the number of threads.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +111,7 @@ class ResponseCurves:
     """
 
     def __init__(self, weight: Tensor, moments: Moments | Samples, sensitivity: Tensor | None = None) -> None:
-        is_double = isinstance(moments, Moments) and max(weight.shape[-2:]) <= _LARGE
-        V = weight.to(torch.float64 if is_double else torch.float32)
+        V = weight.to(torch.float64 if isinstance(moments, Moments) else torch.float32)
         self._root = None if sensitivity is None else sensitivity_root(sensitivity).to(V)
         V = V if self._root is None else self._root.mT @ V
         self._basis: Tensor | None = None  # orthonormal `(groups, out, in)`, where there are more outputs than inputs
@@ -238,10 +237,10 @@ def held_out_error(fit: Callable[[Moments], Tensor], moments: Moments, *, folds:
 
 
 def judged_folds(moments: Moments) -> Iterator[tuple[Moments, Moments]]:
-    """Yield the parts of `parted` that suffice to choose and judge, of large matrices in float32."""
+    """Yield the parts of `parted` that suffice to choose and judge: two of large matrices."""
     if max(moments.yx.shape[-2:]) <= _LARGE:
         return parted(moments)
-    return itertools.islice(parted(replace(moments, folds=tuple(fold.single() for fold in moments.folds))), 2)
+    return itertools.islice(parted(moments), 2)
 
 
 @dataclass(frozen=True, kw_only=True)
