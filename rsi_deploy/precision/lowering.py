@@ -209,9 +209,10 @@ def _rounded_sites(path: Path, lowering: Lowering, data: CalibrationFeeds | None
         site, bits = sites[name]
         weight = torch.from_numpy(np.array(site.load(), np.float32))
         rounded = rounded_weight(weight, second, is_product=site.window is None, bits=bits)
-        ranks = [rank for rank in [lowering.repairs.get(_site_node(site.node), 0)] if rank and second is not None]
-        made = repairs(weight[0], rounded.weight(), second[0], ranks, Solver(), site=name) if second is not None else []
-        found[site.weight] = _Entry(site=site, rounded=rounded, repair=made[0] if made else None)
+        rank, repair = lowering.repairs.get(_site_node(site.node), 0), None
+        if rank and second is not None:
+            (repair,) = repairs(weight[0], rounded.weight(), second[0], [rank], Solver(), site=name)
+        found[site.weight] = _Entry(site=site, rounded=rounded, repair=repair)
 
     def visit(calibrated: CalibratedSite, moments: Moments | Samples) -> None:
         keep(calibrated.name, second_moments(moments))

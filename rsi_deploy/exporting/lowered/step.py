@@ -463,11 +463,12 @@ class PrecisionStep:
         """Return the error that says which of the models comes nearest to the limit."""
         request, dense = self.request, self.maker.dense
         made = [point for point in points if point.path is not None and point.path != dense.reference]
-        if request.budget is not None and request.budget.cost == "bytes":
+        if made and request.budget is not None and request.budget.cost == "bytes":
             smallest = min([*self._smallest, *(point.bytes for point in made)])
             return request.budget.unreachable(dense.size.bytes, smallest)
-        if request.budget is not None and request.budget.cost == "nanoseconds" and rule.dense_ms is not None:
-            fastest = min(point.timing.median_ms for point in made if point.timing is not None)
+        times = [point.timing.median_ms for point in made if point.timing is not None]
+        if times and request.budget is not None and request.budget.cost == "nanoseconds" and rule.dense_ms is not None:
+            fastest = min(times)
             return request.budget.unreachable(round(1e6 * rule.dense_ms), round(1e6 * fastest))
         limit = str(request.quality or request.budget or f"--precision {self.precision}")
         return GateError(
