@@ -94,21 +94,35 @@ class TwoKernelProblem:
         """All left singular vectors of the start, leading first: one decomposition serves every rank."""
         return leading_left_vectors(self.whitened, self.target.shape[-2], Solver())
 
-    def left_for(self, right: Tensor) -> Tensor:
-        """Return the best `left (groups, out, points, rank)` for fixed `right`."""
+    def normal(self, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the normal equations of the response on what `right` makes at all points.
+
+        Returns:
+            Its moments `(groups, points * rank, points * rank)`, and those of the response and it, `(groups, out,
+            points * rank)`.
+        """
+        gram, cross = self._normal(right)
+        return gram, self._unweighted(cross)
+
+    def _normal(self, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Return those of `S^T y`."""
         groups, out, points, _ = self.yx.shape
         rank = right.shape[-2]
         half = self._flat @ right.mT  # (groups, points * points * m, rank)
         gram = half.reshape(groups, points * points, -1, rank).mT @ right.mT.unsqueeze(1)
         gram = gram.reshape(groups, points, points, rank, rank).transpose(2, 3)
         gram = gram.reshape(groups, points * rank, points * rank)
-        gram = (gram + gram.mT) / 2
+        cross = (self.yx @ right.mT.unsqueeze(1)).reshape(groups, out, points * rank)
+        return (gram + gram.mT) / 2, cross
+
+    def left_for(self, right: Tensor) -> Tensor:
+        """Return the best `left (groups, out, points, rank)` for fixed `right`."""
+        gram, cross = self._normal(right)
         # The rows of `right` may be linearly dependent. The shift must stay small beside its shortest row.
         shift = torch.finfo(gram.dtype).eps ** 0.75 * gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True)
         gram.diagonal(dim1=-2, dim2=-1).add_(shift.clamp_min(torch.finfo(gram.dtype).tiny))
-        cross = (self.yx @ right.mT.unsqueeze(1)).reshape(groups, out, points * rank)
         solved = torch.cholesky_solve(cross.mT, torch.linalg.cholesky(gram)).mT
-        return solved.reshape(groups, out, points, rank)
+        return solved.reshape(*self.yx.shape[:3], right.shape[-2])
 
     def right_for(self, left: Tensor, right: Tensor, steps: int = GRADIENT_STEPS) -> Tensor:
         """Improve `right (groups, rank, m)` for fixed `left` by conjugate gradients."""
@@ -154,10 +168,11 @@ class TwoKernelProblem:
             right = self.right_for(left, right, gradient_steps)
             left = self.left_for(right)
         groups, out, points, _ = left.shape
-        if self.outer is not None:
-            flat = left.reshape(groups, out, points * rank)
-            left = torch.linalg.solve_triangular(self.outer.mT, flat, upper=True)
-        return left.reshape(groups, out * points, rank), right
+        return self._unweighted(left.flatten(2)).reshape(groups, out * points, rank), right
+
+    def _unweighted(self, rows: Tensor) -> Tensor:
+        """Return S^-T times the rows, which turns those of `S^T y` into those of y."""
+        return rows if self.outer is None else torch.linalg.solve_triangular(self.outer.mT, rows, upper=True)
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the Conv weight that two factors make up, `(groups, out, in * prod(kernel))` in channel order."""

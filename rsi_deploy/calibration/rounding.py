@@ -9,7 +9,8 @@ The columns are rounded one after another, and each one's error is compensated b
 
     min |(W - Q) X|^2,   H = E[x x^T] = U^-1 U^-T:    w_j -> q_j,    W[:, j+1:] -= (w_j - q_j) / U_jj * U[j, j+1:]
 
-(Frantar et al., GPTQ, 2023; the steps are those of the optimal brain surgeon.)
+(Frantar et al., GPTQ, 2023; the steps are those of the optimal brain surgeon.) Rows that lie on such a grid already
+stay as they are.
 """
 
 from dataclasses import dataclass, replace
@@ -27,8 +28,10 @@ LARGEST = {5: 127 // 19, 4: 127 // 8, 3: 15}
 """Bits of a weight -> largest multiplier of a block: its product with a code fits into int8, and it into four bits."""
 DAMPING = 0.01
 """Ridge of H, in mean input variances."""
+SAME = 1e-4
+"""Distance from whole numbers below which a row lies on a grid, in steps."""
 CLIPS = (1.0, 0.9, 0.8, 0.7)
-"""Shares of a row's or block's largest number that are tried as the end of the grid."""
+"""Shares of a row's largest number that are tried as the end of the grid."""
 BLOCK = 16
 """Inputs of a product that share a multiplier. A convolution's rows have one scale each."""
 ROW_BYTES = 9
@@ -88,12 +91,14 @@ def rounded(weight: Tensor, second: Tensor | None = None, *, block: int | None =
     if not torch.isfinite(W).all():
         raise ValueError("the weight holds NaN or infinite values")
     block = min(block or columns, columns)
-    nearest = _rounded(W, None, block, bits)
+    nearest = _with_kept_rows(_rounded(W, None, block, bits), W)
     if second is None:
         return nearest
     second = second.double()
     if not torch.isfinite(second).all():
         raise ValueError("the second moments hold NaN or infinite values")
+    if bool(((nearest.weight() - W).abs() < SAME * nearest.scales[:, None]).all()):
+        return nearest
     fitted = _rounded(W, _root(second), block, bits)
     differences = (fitted.weight() - W, nearest.weight() - W)
     errors = [((difference @ second) * difference).sum(dim=1) for difference in differences]
@@ -102,14 +107,17 @@ def rounded(weight: Tensor, second: Tensor | None = None, *, block: int | None =
         fitted,
         codes=torch.where(is_fitted, fitted.codes, nearest.codes),
         multipliers=torch.where(is_fitted, fitted.multipliers, nearest.multipliers),
+        scales=torch.where(is_fitted[:, 0], fitted.scales, nearest.scales),
     )
 
 
-def _rounded(weight: Tensor, root: Tensor | None, block: int, bits: int) -> Rounded:
-    """Round column by column; `root` compensates the errors."""
+def _rounded(
+    weight: Tensor, root: Tensor | None, block: int, bits: int, steps: tuple[Tensor, bool] | None = None
+) -> Rounded:
+    """Round column by column; `root` compensates the errors, `steps` replace `_row_scales`."""
     W = weight.clone()
     rows, columns = W.shape
-    scales, has_multipliers = _row_scales(W, block, bits)
+    scales, has_multipliers = steps or _row_scales(W, block, bits)
     codes = torch.zeros(rows, columns, dtype=torch.int8)
     multipliers = torch.ones(rows, -(-columns // block), dtype=torch.int8)
     for start in range(0, columns, block):
@@ -145,6 +153,27 @@ def _row_scales(W: Tensor, block: int, bits: int) -> tuple[Tensor, bool]:
     return _least_error(W, largest / highest, bits), False
 
 
+def _with_kept_rows(near: Rounded, W: Tensor) -> Rounded:
+    """Return the rounding with the rows that lie on a grid of these bits as they are."""
+    has_multipliers = near.block < W.shape[1]
+    lowest, highest = CODES[8 if has_multipliers else near.bits]
+    largest, steps = W.abs().amax(dim=1).clamp_min(1e-30), torch.zeros(len(W), dtype=W.dtype)
+    for count in range(max(-lowest, highest), 0, -1):
+        rows = torch.arange(len(W))
+        for part in (W[:, :BLOCK], W):  # the first columns rule out nearly all rows
+            units = part[rows] * (count / largest[rows])[:, None]
+            rows = rows[((units - units.round().clamp(lowest, highest)).abs() < SAME).all(dim=1)]
+        steps[rows] = largest[rows] / count
+    rows = steps.nonzero()[:, 0]
+    if not len(rows):
+        return near
+    same = _rounded(W[rows], None, near.block, near.bits, (steps[rows], has_multipliers))
+    is_same = ((same.weight() - W[rows]).abs() < SAME * steps[rows, None]).all(dim=1)
+    for name in ("codes", "multipliers", "scales"):
+        getattr(near, name)[rows[is_same]] = getattr(same, name)[is_same]
+    return near
+
+
 def _least_error(W: Tensor, step: Tensor, bits: int) -> Tensor:
     """Return the clipped steps `(rows,)` with the least rounding error."""
     best, least = step, torch.full_like(step, torch.inf)
@@ -157,14 +186,11 @@ def _least_error(W: Tensor, step: Tensor, bits: int) -> Tensor:
 
 def _multiplier(W: Tensor, scales: Tensor, bits: int) -> Tensor:
     """Return the integer multiplier `(rows,)` of a block with the least rounding error."""
-    usual = W.abs().amax(dim=1) / (CODES[bits][1] * scales)
     best, least = torch.ones(len(W), dtype=W.dtype), torch.full((len(W),), torch.inf, dtype=W.dtype)
-    for clip in CLIPS:
-        for tried in (torch.floor(clip * usual), torch.ceil(clip * usual)):
-            tried = tried.clamp(1, LARGEST[bits])
-            step = (scales * tried)[:, None]
-            error = (W - _nearest(W, step, bits) * step).square().sum(dim=1)
-            best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+    for tried in range(1, LARGEST[bits] + 1):
+        step = (scales * tried)[:, None]
+        error = (W - _nearest(W, step, bits) * step).square().sum(dim=1)
+        best, least = torch.where(error < least, float(tried), best), torch.minimum(error, least)
     return best.to(torch.int8)
 
 
@@ -177,11 +203,14 @@ def _root(second: Tensor) -> Tensor:
     return root
 
 
-def second_moments(moments: Moments | Samples) -> Tensor:
-    """Return E[x x^T] of a site's inputs, float64 `(groups, in, in)`."""
+def second_moments(moments: Moments | Samples, *, centred: bool = False) -> Tensor:
+    """Return E[x x^T] of a site's inputs, about their mean if `centred`, float64 `(groups, in, in)`."""
     if isinstance(moments, Samples):
         x = moments.x.double()
+        x = x - x.mean(dim=-2, keepdim=True) if centred else x
         return x.mT @ x / x.shape[-2]
+    if centred:
+        return moments.xx.double()
     mean = moments.mean_x.double()
     return moments.xx.double() + mean[:, :, None] * mean[:, None, :]
 

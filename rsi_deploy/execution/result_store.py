@@ -130,7 +130,7 @@ class ResultStore:
         """Return the stored fit of these splits and the reasons of sites that it left out; None without one.
 
         Args:
-            wanted: site name -> (form, rank).
+            wanted: site name -> (form, rank, bits).
         """
         stored, tensors = self._read(_stored_fit_key(wanted))
         if stored is None or stored.fits is None:

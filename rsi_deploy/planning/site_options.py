@@ -12,6 +12,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 from torch import Tensor
@@ -41,6 +43,7 @@ from rsi_deploy.calibration.reduced_rank_regression import (
     response_problem,
 )
 from rsi_deploy.calibration.repair import repair_bytes, repair_ranks, repairs
+from rsi_deploy.calibration.rounded_factors import normal_equations, rounded_factors
 from rsi_deploy.calibration.rounding import rounded_weight, second_moments, stored_bytes
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import Spectrum, break_even_rank
@@ -118,10 +121,15 @@ class Calibration:
         return [found[site.name] for site in sites if site.name in found]
 
     def fit(
-        self, activations: ModelActivations, plan: Mapping[str, tuple[Form, int]], progress: Progress | None = None
+        self,
+        activations: ModelActivations,
+        plan: Mapping[str, tuple[Form, int]],
+        progress: Progress | None = None,
+        bits: Mapping[str, int] = MappingProxyType({}),
     ) -> dict[str, FittedSite]:
         """Fit the sites in `plan`, name -> (form, rank), in the network whose earlier sites are already replaced.
 
+        The factors of sites in fewer than eight `bits` are rounded, and so are what the later sites are fitted to.
         Sites with constant inputs are skipped and recorded in `declined`.
         """
         made: dict[str, FittedSite] = {}
@@ -136,7 +144,7 @@ class Calibration:
             if self._declines(site, moments):
                 return None
             sensitivity = sensitivities[site.name].directions if site.name in sensitivities else None
-            made[site.name] = self._fitted(site, moments, *plan[site.name], sensitivity)
+            made[site.name] = self._fitted(site, moments, *plan[site.name], sensitivity, bits.get(site.name, 32))
             return made[site.name].replacement
 
         activations.sequence(visit, counts)
@@ -153,6 +161,7 @@ class Calibration:
         extra_ridge: float = 0.0,
         sensitivity: Tensor | None = None,
         look: Callable[[Tensor], None] | None = None,
+        bits: int = 32,
     ) -> Replacement:
         """Return the factors of a site in a form and rank.
 
@@ -165,6 +174,7 @@ class Calibration:
             extra_ridge: extra ridge of the regression.
             sensitivity: output sensitivity G; None for the identity.
             look: function that is called with the matrix whose leading directions the factors keep.
+            bits: bits that both factors are stored in; those of fewer than eight are rounded.
 
         Raises:
             ModelError: the input is too wide to fit a form whose second node has a kernel.
@@ -175,6 +185,10 @@ class Calibration:
                 weight, moments, ridge=ridge, extra_ridge=extra_ridge, sensitivity=sensitivity
             )
             left, right = problem.factors(rank, self.solver, site=site.name)
+            if bits < 8:
+                second = second_moments(moments, centred=True)
+                normal = partial(normal_equations, weight, moments, ridge=ridge + extra_ridge)
+                left, right = rounded_factors(left, right, second, normal, is_product=not site.kernel, bits=bits)
             product = left @ right
         else:
             if isinstance(moments, Samples):
@@ -187,6 +201,9 @@ class Calibration:
                 weight, moments, site.kernel, first, ridge=ridge + extra_ridge, sensitivity=sensitivity
             )
             left, right = problem.factors(rank, self.solver, site=site.name)
+            if bits < 8:
+                second = problem.root @ problem.root.mT
+                left, right = rounded_factors(left, right, second, problem.normal, is_product=False, bits=bits)
             product = problem.product(left, right)
         if look is not None:
             look(problem.whitened)
@@ -194,7 +211,13 @@ class Calibration:
         return Replacement(form, left.float(), right.float(), bias.float())
 
     def _fitted(
-        self, site: CalibratedSite, moments: Moments | Samples, form: Form, rank: int, sensitivity: Tensor | None
+        self,
+        site: CalibratedSite,
+        moments: Moments | Samples,
+        form: Form,
+        rank: int,
+        sensitivity: Tensor | None,
+        bits: int,
     ) -> FittedSite:
         """Fit a site; where its moments have folds, the ridges and the trust in the regression are cross-validated."""
         started = time.perf_counter()
@@ -219,6 +242,7 @@ class Calibration:
                 extra_ridge=trust.extra_ridge,
                 sensitivity=sensitivity,
                 look=look,
+                bits=bits,
             )
 
         replacement = fit(moments, look=lambda response: spectra.append(_spectrum(response, rank)))
@@ -264,7 +288,7 @@ class Calibration:
                 if bits < 32:
                     size = stored_bytes(numbers - rows, rows + site.groups * rank, bits, is_product=is_product)
                     size += rows * site.item_bytes
-                total = error + 2 * rounding  # of both factors
+                total = error + 2 * rounding  # of both factors: in the median of sites 1.2 to 2.2 times
                 changed.append(
                     Option(
                         form=form,

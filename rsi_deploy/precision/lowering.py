@@ -3,7 +3,7 @@
     float model --> embedding tables --> onnxruntime's quantizer --> weights in few bits --> short names --> file
 
 Weights of fewer than eight bits are fitted to the inputs that they have in the float model (`rounding`). Both factors
-of a split follow the bits of its site.
+of a split follow the bits of its site; those that were rounded in their fit stay as they are.
 """
 
 import re

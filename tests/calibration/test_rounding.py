@@ -76,6 +76,22 @@ def test_the_response_is_no_worse_than_that_of_the_nearest_numbers(net):
     assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(NETS, st.booleans())
+def test_numbers_on_a_grid_stay_as_they_are(net, fitted):
+    weight, second, form = drawn(net)
+    found = rounded(weight, second, **form).weight()
+    again = rounded(found, second.flip(0, 1) if fitted else None, **form).weight()
+    assert torch.allclose(again, found, rtol=1e-6, atol=0)
+
+
+def test_a_number_beside_the_grid_is_rounded():
+    weight = rounded(torch.randn(6, 32, generator=torch.Generator().manual_seed(0))).weight()
+    weight[2, 3] += 0.3 * weight[2].abs().max() / 7
+    changed = (rounded(weight).weight() - weight).abs().amax(dim=1) > 1e-5
+    assert changed.tolist() == [number == 2 for number in range(6)]
+
+
 @pytest.mark.parametrize("block", [None, 16])
 def test_correlated_inputs_make_the_response_error_several_times_smaller(block):
     generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,8 @@ from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.planning import site_options as calibrated
 from rsi_deploy.planning.site_options import CONSTANT, FARTHEST, LEVELS, Calibration, PowerLaw
+from rsi_deploy.precision.lowering import Lowering, lower
+from rsi_deploy.precision.schemes import FEW_BITS
 from tests import flows
 
 SOLVER = Solver(power_iterations=6)
@@ -244,6 +246,27 @@ def test_fitted_sites_have_the_reported_error(net, tmp_path, form):
         assert found.macs == (1000, {s.name: s for s in activations.sites}[name].split_macs(*plan[name]))
         assert found.seconds > 0
     assert fitted["fc"].response_error > 1e-6
+
+
+@pytest.mark.parametrize("bits", [5, 4, 3])
+@pytest.mark.parametrize("form", ["channel", "input", "separable"])
+def test_lowering_stores_the_numbers_that_were_fitted(net, tmp_path, form, bits):
+    plan, x = {"c1": (form, 3), "c2": (form, 4), "fc": ("matmul", 3)}, {"x": net.x}
+    fitted = Calibration(solver=SOLVER).fit(net.activations(), plan, None, dict.fromkeys(plan, bits))
+    unrounded = Calibration(solver=SOLVER).fit(net.activations(), plan)
+    moved = []
+    for number, fits in enumerate((fitted, unrounded)):
+        done = {name: fit.replacement for name, fit in fits.items()}
+        split = flows.really_split(net.path, tmp_path / f"split{number}.onnx", done)
+        target = tmp_path / f"lowered{number}.onnx"
+        sites = {**dict.fromkeys(plan, bits), "head": 32}
+        nodes = {site.node: sites[name] for name, site in flows.graph_sites(net.path).items()}
+        stored = lower(split, target, Lowering(scheme=FEW_BITS, bits=nodes), None)
+        assert set(stored.values()) == {bits}
+        assert len(stored) == 6
+        expected, found = flows.outputs(split, x)[0], flows.outputs(target, x)[0]
+        moved.append(np.abs(found - expected).max() / np.abs(expected).max())
+    assert moved[0] < 1e-4 < moved[1]
 
 
 def test_fitting_in_sequence_beats_fitting_alone(net, tmp_path):

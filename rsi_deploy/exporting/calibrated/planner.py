@@ -83,7 +83,7 @@ class CalibratedPlanner:
         fitted = {}
         if self.is_fitted:
             splits = planned_splits(decisions, self.streams)
-            fitted = self._factors(splits)
+            fitted = self._factors(splits, {name: decisions[name].bits for name in splits})
             idle = splits.keys() - fitted.keys()
             decisions |= dict.fromkeys(idle, Decision(rank=None, reason="never executed on the calibration data"))
         declined = self.calibration.declined
@@ -180,14 +180,15 @@ class CalibratedPlanner:
             kept.keep_options(options, self.calibration.declined)
         return options
 
-    def _factors(self, splits: Mapping[str, tuple[Form, int]]) -> dict[str, FittedSite]:
-        """Factors of these splits: of an interrupted run, or fitted now."""
-        if self.finished is not None and (known := self.finished.fitted(splits)) is not None:
+    def _factors(self, splits: Mapping[str, tuple[Form, int]], bits: Mapping[str, int]) -> dict[str, FittedSite]:
+        """Factors of these splits in these bits: of an interrupted run, or fitted now."""
+        wanted = {name: (*split, bits[name]) for name, split in splits.items()}
+        if self.finished is not None and (known := self.finished.fitted(wanted)) is not None:
             self.calibration.declined.update(known[1])
             return known[0]
-        fitted = self.calibration.fit(self.streams.only(splits), splits, self.progress)
+        fitted = self.calibration.fit(self.streams.only(splits), splits, self.progress, bits)
         if self.finished is not None:
-            self.finished.keep_fitted(splits, fitted, self.calibration.declined)
+            self.finished.keep_fitted(wanted, fitted, self.calibration.declined)
         if self.kept is not None:
             self.kept.sensitivities = self.streams.sensitivities()
         return fitted
