@@ -243,6 +243,7 @@ class ExportRun:
     def _may_plan_bits(self, request: RankRequest, dense: DenseModel) -> bool:
         """Return whether a quality or a size in bytes decides, and no other setting needs a float model."""
         of_bytes = request.budget is not None and request.budget.cost == "bytes"
+        of_bytes |= request.plan is not None and request.plan.has_bits
         can_run = dense.outputs is not None and not dense.quantized
         settings_of_float = self.config.ray is not None or self.timed.cost is not None or not request.is_fitted
         return can_run and (of_bytes or request.quality is not None) and not settings_of_float
@@ -367,6 +368,10 @@ class ExportRun:
         notes: list[str],
     ) -> Delivered:
         """Compress the dense model to a float model, and measure it."""
+        if (plan := self.timed.request.plan) is not None and plan.has_bits:
+            notes.append(
+                "the plan's bits of weights are left out: they need --calib, and another --precision than float32"
+            )
         feeds = self._feeds(dense)
         calibrator.timing = self._timing(dense, feeds, clock)
         with clock.stage("calibrate and plan"):

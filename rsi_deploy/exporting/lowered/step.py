@@ -157,6 +157,8 @@ class PrecisionStep:
 
     def _record(self, chosen: Point, points: Sequence[Point], rule: Rule) -> PrecisionRecord:
         stored = {} if chosen.made is None else self.maker.stored_bits(chosen.made, chosen.scheme)
+        decisions = {} if chosen.made is None else decisions_in(chosen.made)
+        repairs = {name: d.repair for name, d in decisions.items() if d.repair and chosen.scheme is FEW_BITS}
         tables, dense = {table.name for table in self.maker.tables}, self.maker.dense
         return PrecisionRecord(
             request=self.precision,
@@ -166,6 +168,8 @@ class PrecisionStep:
             points=tuple(point.record(chosen, rule) for point in points),
             bits={name: bits for name, bits in stored.items() if name not in tables},
             tables={name: bits for name, bits in stored.items() if name in tables},
+            in_float=tuple(sorted(chosen.in_float)),
+            repairs=repairs,
             operators=node_placement(dense.target, self.maker.provider, dense.feeds).op_counts,
         )
 
@@ -175,12 +179,27 @@ class PrecisionStep:
         """The schemes that ranks and bits are planned in."""
         if self.precision == "float16":
             return [Base(scheme=FLOAT16)]
+        if (plan := self.request.plan) is not None and plan.scheme is not None:
+            in_float = frozenset(name for name, site in plan.sites.items() if site.products is not None)
+            return [Base(scheme=self._scheme_named(plan.scheme), in_float=in_float)]
         best = self._best_int8()
         schemes = [] if best is None else [best]
         if self.precision in ("auto", "int4"):
             self._lower_dense(FEW_BITS)
             schemes.append(FEW_BITS)
         return [Base(scheme=scheme) for scheme in schemes]
+
+    def _scheme_named(self, name: str) -> Scheme:
+        """Return the scheme of a plan."""
+        target = self.maker.target
+        known = [target.static("minmax"), target.static("percentile"), DYNAMIC, FEW_BITS, FLOAT16]
+        for scheme in known:
+            if scheme.name == name:
+                return scheme
+        raise UsageError(
+            f'{self.request.plan_name}: "scheme" is {name!r}; write {", ".join(repr(s.name) for s in known)}, or '
+            f"remove it"
+        )
 
     def _best_int8(self) -> Scheme | None:
         """The int8 scheme whose outputs are best, or a faster one whose outputs are about as good."""
