@@ -3,15 +3,17 @@
     options.json     the options of every site: cost and loss of each form and rank, from one calibration
     accuracy.json    accuracy of the dense model
     size.json        size of the dense model as the user has it
+    made-N.onnx      the dense model in a precision
     in memory        effect of every site's errors on the outputs, by gradients; the dense model's outputs on the data
 
 They hold for one key, a text that identifies model, data and settings (`key.txt`). Results of another key are deleted.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rsi_deploy.calibration.activations import OutputSensitivity
 from rsi_deploy.calibration.output_agreement import PartOutputs
@@ -19,6 +21,7 @@ from rsi_deploy.core.model_size import Size
 from rsi_deploy.evaluation.accuracy import AccuracyResult
 from rsi_deploy.io.atomic import write_text
 from rsi_deploy.io.documents import read_document
+from rsi_deploy.io.onnx_file import move_model
 from rsi_deploy.planning.knapsack import Option, SiteOptions
 
 
@@ -28,13 +31,15 @@ class SweepCache:
 
     Attributes:
         folder: the folder.
-        metrics: of the sites; None before any were found.
+        sensitivities: effect of every site's errors on the outputs; None before any were found.
         outputs: outputs of the dense model on each part of the calibration data; empty before the first run.
+        points: the dense model in each precision that was tried, and as onnxruntime quantizes it.
     """
 
     folder: Path
     sensitivities: Mapping[str, OutputSensitivity] | None = None
     outputs: dict[str, PartOutputs] = field(default_factory=dict)
+    points: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path, key: str) -> "SweepCache":
@@ -54,7 +59,7 @@ class SweepCache:
             return None
         stored = json.loads(path.read_text(encoding="utf-8"))
         sites = [
-            SiteOptions(name=site["name"], options=tuple(Option(**option) for option in site["options"]))
+            SiteOptions(**site | {"options": tuple(Option(**option) for option in site["options"])})
             for site in stored["sites"]
         ]
         return sites, dict(stored["declined"])
@@ -62,6 +67,21 @@ class SweepCache:
     def keep_options(self, sites: Sequence[SiteOptions], declined: Mapping[str, str]) -> None:
         """Keep the sites' options and the reasons of declined sites."""
         self._write("options.json", json.dumps({"sites": [asdict(s) for s in sites], "declined": dict(declined)}))
+
+    def point(self, key: str, make: Callable[[], Any]) -> Any:
+        """Return the `Point` of a key; the first time it is made, and its file is kept."""
+        if key not in self.points:
+            made = make()
+            if made.path is not None:
+                path = self.folder / f"made-{len(self.points)}.onnx"
+                move_model(made.path, path)
+                made = replace(made, path=path)
+            self.points[key] = made
+        return self.points[key]
+
+    def rivals(self) -> dict[str, Path]:
+        """Return name -> file of each model that onnxruntime's own tools have quantized."""
+        return {point.name: point.path for point in self.points.values() if point.is_rival and point.path is not None}
 
     def accuracy(self) -> AccuracyResult | None:
         """Return the dense model's accuracy; None where it is not kept."""

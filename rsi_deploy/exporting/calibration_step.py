@@ -122,7 +122,7 @@ class Calibrator:
         self.filters.check([site_name(site.weight) for site in self.dense.sites])
         planner = self._planner()
         calibration = replace(planner.calibration, bits_of=bits_of, with_repairs=with_repairs)
-        found = replace(planner, calibration=calibration, kept=None, finished=None).with_options()
+        found = replace(planner, calibration=calibration, finished=None).with_options()
         self.notes.extend(remarks(self._streams, self.data))
         return found
 

@@ -51,6 +51,7 @@ from rsi_deploy.onnx_models.split import SplitModel, split_model
 from rsi_deploy.planning.decide import Planned, refuse_uncounted
 from rsi_deploy.planning.planner import Filters
 from rsi_deploy.planning.quality import KINDS, QualityBudget
+from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.planning.settings import ExportSettings
 from rsi_deploy.precision.targets import target_named
 from rsi_deploy.report.outlook import Outlook
@@ -120,7 +121,7 @@ class ExportRun:
             self._refuse_quantized(dense)
             with _names(dense.source.name, dense.path):
                 self._check_target(dense.path, dense)
-            run = self._with_default(dense) if self.timed.request.needs_quality else self
+            run = self._with_defaults(dense)
             request = run.timed.request
             refuse_uncounted(request.budget, dense.size, uncounted_nodes(dense.uncounted))
             if dense.outputs is not None:
@@ -210,31 +211,42 @@ class ExportRun:
             kept.keep_accuracy(dense.accuracy)
         return dense
 
-    def _with_default(self, dense: DenseModel) -> "ExportRun":
-        """Return this export with the limit on quality that fits the model's outputs.
+    def _with_defaults(self, dense: DenseModel) -> "ExportRun":
+        """Return this export with the limit on quality that fits the model's outputs, where no size is set.
+
+        The precision is `auto` where a quality or a size in bytes decides.
 
         Raises:
             UsageError: data that do not fit the model.
             ModelError: the model cannot be run on this machine.
         """
-        if dense.outputs is None:
-            raise ModelError(
-                "the model cannot be run on this machine, so nothing can be planned on --calib; add --rank"
-            )
-        request = self.timed.request
-        measure = fitting_measure(request, dense, self.job.provider)
-        quality = QualityBudget.default(measure)
-        request = replace(request, quality=quality, is_default=True)
-        step_text = f"no size is set: {quality}, the default for {KINDS[measure]}"
-        with step(step_text):
-            config = ExportConfig.of(
-                self.config,
-                precision=self.config.precision or ("float32" if dense.quantized else "auto"),
-                **{quality.setting: quality.text(quality.limit)},
-            )
+        request, changed = self.timed.request, dict[str, Any]()
+        if request.needs_quality:
+            if dense.outputs is None:
+                raise ModelError(
+                    "the model cannot be run on this machine, so nothing can be planned on --calib; add --rank"
+                )
+            measure = fitting_measure(request, dense, self.job.provider)
+            quality = QualityBudget.default(measure)
+            request = replace(request, quality=quality, is_default=True)
+            with step(f"no size is set: {quality}, the default for {KINDS[measure]}"):
+                changed[quality.setting] = quality.text(quality.limit)
+        if self.config.precision is None and self._may_plan_bits(request, dense):
+            changed["precision"] = "auto"
+        if not changed:
+            return self
+        config = ExportConfig.of(self.config, **changed)
         job = replace(self.job, settings=self.job.settings.model_copy(update={"budget": request.decided_by}))
         recipe = recipe_text("export", self.origin.model, config)
         return replace(self, timed=replace(self.timed, request=request), job=job, config=config, recipe=recipe)
+
+    def _may_plan_bits(self, request: RankRequest, dense: DenseModel) -> bool:
+        """Return whether a quality or a size in bytes decides, and no other setting needs a float model."""
+        of_bytes = request.budget is not None and request.budget.cost == "bytes"
+        of_bytes |= request.plan is not None and request.plan.has_bits
+        can_run = dense.outputs is not None and not dense.quantized
+        settings_of_float = self.config.ray is not None or self.timed.cost is not None or not request.is_fitted
+        return can_run and (of_bytes or request.quality is not None) and not settings_of_float
 
     def _refuse_quantized(self, dense: DenseModel) -> None:
         """Refuse a quantized model without any float weight, or together with a precision.
@@ -356,6 +368,10 @@ class ExportRun:
         notes: list[str],
     ) -> Delivered:
         """Compress the dense model to a float model, and measure it."""
+        if (plan := self.timed.request.plan) is not None and plan.has_bits:
+            notes.append(
+                "the plan's bits of weights are left out: they need --calib, and another --precision than float32"
+            )
         feeds = self._feeds(dense)
         calibrator.timing = self._timing(dense, feeds, clock)
         with clock.stage("calibrate and plan"):
@@ -397,6 +413,7 @@ class ExportRun:
                 provider=self.job.provider,
                 usual_bits=4 if self.config.precision == "int4" else 8,
                 target=target_named(self.config.target),
+                kept=self.kept,
             ),
             allow_slower=self.timed.allow_slower,
             allow_larger=self.allow_larger,

@@ -5,6 +5,7 @@ Every file is read through the checks of `rsi_deploy.io.onnx_reader`.
 
 import contextlib
 import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,12 +110,21 @@ def _untyped_initializers(model: ir.Model) -> Iterator[None]:
             value.type, value.shape = kind, shape
 
 
-def move_model(path: Path, target: Path) -> None:
-    """Move a model to its final name. A model with a data file is written again: it refers to that file by name."""
+def copy_model(path: Path, target: Path) -> None:
+    """Copy a model to another name. A model with a data file is written again: it refers to that file by name."""
     if path.with_name(f"{path.name}.data").exists():
         write_external(read_onnx(path), target)
+    else:
+        shutil.copyfile(path, target)
+
+
+def move_model(path: Path, target: Path) -> None:
+    """Move a model to another name, as `copy_model` copies it."""
+    data = path.with_name(f"{path.name}.data")
+    if data.exists():
+        copy_model(path, target)
         path.unlink()
-        path.with_name(f"{path.name}.data").unlink()
+        data.unlink()
     else:
         path.replace(target)
 

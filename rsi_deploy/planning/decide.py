@@ -143,14 +143,14 @@ def decide_by_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> De
         site_name(site.weight): {form: min(site.shape(form)) for form in site.forms} for site in reversed([*sites])
     }  # reversed, so that the first node that uses a weight wins, as in the report
     filters.check(list(possible))
-    decisions = {}
+    decisions = {name: Decision(rank=None, reason="as the plan says", bits=bits) for name, bits in plan.tables.items()}
     for name, site in check_plan(plan, possible.items()).items():
-        refusal = filters.refusal(name)
+        refusal, bits, repair = filters.refusal(name), site.bits or 32, site.repair or 0
         if refusal or site.form == "dense":
-            decisions[name] = Decision(rank=None, reason=refusal or site.reason)
+            decisions[name] = Decision(rank=None, reason=refusal or site.reason, bits=bits, repair=repair)
         else:
             reason = plan.sites[name].reason or "split"
-            decisions[name] = Decision(rank=site.rank, reason=reason, form=site.form)
+            decisions[name] = Decision(rank=site.rank, reason=reason, form=site.form, bits=bits, repair=repair)
     return decisions
 
 

@@ -1,4 +1,4 @@
-"""plan.json: the form and rank of every site, written by a planner and editable by hand.
+"""plan.json: the form, rank and bits of every site, written by a planner and editable by hand.
 
 {
   "schema_version": 1,
@@ -6,8 +6,10 @@
   "source_hash": "3f1c...",                                   optional: hash of the model's weights
   "sites": {
     "features.3": {"form": "channel", "rank": 24},            "reason" may be added
-    "classifier": {"form": "dense", "reason": "excluded by --exclude classifier"}
-  }
+    "classifier": {"form": "dense", "reason": "excluded by --exclude classifier", "bits": 8}
+  },
+  "scheme": "static int8 (minmax)",                           with a precision: how onnxruntime computes the model
+  "tables": {"word_embeddings": 4}                            bits of embedding tables
 }
 """
 
@@ -36,11 +38,17 @@ class PlannedSite(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
     Attributes:
         form: "dense", or the form of the split.
         rank: rank of the split, at least 1; None for dense.
+        bits: bits in which the weight, or both factors, are stored; None for float32.
+        repair: rank of the low-rank repair of a weight in few bits; None for none.
+        products: "float32" for a site that a model in int8 computes in float32; None otherwise.
         reason: reason for users.
     """
 
     form: PlannedForm
     rank: int | None = pydantic.Field(default=None, ge=1)
+    bits: Literal[3, 4, 5, 8] | None = None
+    repair: int | None = pydantic.Field(default=None, ge=1)
+    products: Literal["float32"] | None = None
     reason: str = ""
 
     @pydantic.model_validator(mode="after")
@@ -60,12 +68,21 @@ class Plan(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
         tool: name and version of the program that wrote the file.
         source_hash: sha256 of the model's weights, as in report.json; None if unknown.
         sites: plans by site name; sites without one stay dense.
+        scheme: name of the way in which onnxruntime computes the model; None if an export chooses it.
+        tables: bits of embedding tables by name.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     tool: str
     source_hash: str | None = None
     sites: dict[str, PlannedSite]
+    scheme: str | None = None
+    tables: dict[str, Literal[4, 8]] = {}
+
+    @property
+    def has_bits(self) -> bool:
+        """Return whether the plan is of a model in low precision."""
+        return self.scheme is not None or any(site.bits is not None for site in self.sites.values())
 
 
 def write_plan(path: str | Path, plan: Plan) -> None:
@@ -80,6 +97,8 @@ def write_plan(path: str | Path, plan: Plan) -> None:
     for site in document["sites"].values():
         if not site["reason"]:
             del site["reason"]
+    if not document["tables"]:
+        del document["tables"]
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     try:
         write_text(path, text)

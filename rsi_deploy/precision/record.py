@@ -45,6 +45,8 @@ class PrecisionRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
         points: all models that were compared, the dense float32 one first.
         bits: name of a site -> bits in which its weight is stored, where the plan decided.
         tables: name of an embedding table -> bits in which it is stored, where the plan decided.
+        in_float: names of sites that the delivered model computes in float32 all the same.
+        repairs: name of a site -> rank of the low-rank repair of its weight.
         operators: operator -> number of nodes that onnxruntime runs of the delivered model, after its optimizations.
     """
 
@@ -55,6 +57,8 @@ class PrecisionRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
     points: tuple[PrecisionPoint, ...]
     bits: dict[str, int] = {}
     tables: dict[str, int] = {}
+    in_float: tuple[str, ...] = ()
+    repairs: dict[str, int] = {}
     operators: dict[str, int] = {}
 
     @property

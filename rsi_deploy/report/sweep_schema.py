@@ -7,10 +7,12 @@ DIR/point-NN/      the bundle of a point
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
+from rsi_deploy.benchmark.result import VariantResult
+from rsi_deploy.calibration.record import OutputQuality
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.types import Interval
@@ -20,16 +22,17 @@ from rsi_deploy.report.json_files import read_json
 from rsi_deploy.report.schema import Report, read_report
 from rsi_deploy.runtime.machine import Environment
 
-By = Literal["macs", "params", "latency"]
+By = Literal["macs", "params", "latency", "size"]
 
 
 class SweepPoint(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """A point of a sweep: the model at one size.
+    """A point of a sweep: the model at one size. Or a rival: the dense model as onnxruntime's own tools quantize it.
 
     Attributes:
-        number: number of the point, from 1.
-        share: requested share of the dense model.
-        folder: folder of its bundle; "" if no plan reaches the share.
+        number: number of the point, from 1; 0 for a rival.
+        share: requested share of the dense model; for a rival that of its bytes.
+        folder: folder of its bundle; "" for a rival, and if no plan reaches the share.
+        precision: name of the model among those that were compared; "" if ranks alone were planned.
         problem: reason why there is no bundle, or "".
         size: size of the model.
         latency_ms: median time of a call, if it was measured.
@@ -48,6 +51,7 @@ class SweepPoint(pydantic.BaseModel, frozen=True, extra="forbid"):
     number: int
     share: float
     folder: Annotated[str, pydantic.AfterValidator(lambda name: name and check_inner_name(name))] = ""
+    precision: str = ""
     problem: str = ""
     size: Size | None = None
     latency_ms: float | None = None
@@ -88,6 +92,7 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
         dense: size of the dense model.
         dense_top1: top-1 accuracy of the dense model on the evaluation data in percent.
         points: finished points, in order.
+        rivals: the dense model in each of onnxruntime's own precisions, if the points have a precision.
         side_by_side: whether all times were measured in one run; else each point was measured when it was made.
         environment: machine and versions.
         notes: notes that the reports of all points have.
@@ -106,6 +111,7 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
     dense: Size | None = None
     dense_top1: float | None = None
     points: tuple[SweepPoint, ...] = ()
+    rivals: tuple[SweepPoint, ...] = ()
     side_by_side: bool = False
     environment: Environment
     notes: tuple[str, ...] = ()
@@ -115,38 +121,67 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
         """Return whether every point was tried."""
         return len(self.points) == len(self.shares)
 
-    def front(self, cost: Literal["time", "bytes", "macs"]) -> list[int]:
-        """Return the numbers of the points that no other beats in quality and cost, cheapest first."""
-        found = [(price, -(p.quality or 0.0), p.number) for p in self.points if (price := _price(p, cost)) is not None]
-        front, best = [], float("inf")
-        for _, loss, number in sorted(found):
-            if loss < best:
-                front.append(number)
-                best = loss
+    def front(self, cost: Literal["time", "bytes", "macs"]) -> list[SweepPoint]:
+        """Return the points, rivals included, that no other beats in quality and cost, cheapest first.
+
+        A rival has no accuracy on evaluation data, so it is on no front where the points have one.
+        """
+        able = [*self.points, *(() if self.dense_top1 is not None else self.rivals)]
+        found = [(price, p) for p in able if (price := _price(p, cost)) is not None]
+        front, best = [], float("-inf")
+        for _, point in sorted(found, key=lambda pair: (pair[0], -(pair[1].quality or 0.0), pair[1].number)):
+            if (quality := point.quality or 0.0) > best:
+                front.append(point)
+                best = quality
         return front
 
 
 def point_of(number: int, share: float, folder: str, report: Report, seconds: float) -> SweepPoint:
     """Return the point of a sweep for a bundle."""
-    arm = None if report.latency is None else report.latency.arms[1]
     quality = None if report.calibration is None else report.calibration.quality
     return SweepPoint(
         number=number,
         share=share,
         folder=folder,
+        precision="" if report.precision is None else report.precision.delivered.name,
         size=report.compressed,
-        latency_ms=None if arm is None else arm.median_ms,
-        speedup=None if arm is None else arm.speedup,
-        speedup_interval=None if arm is None else arm.speedup_interval,
+        **({} if report.latency is None else times_of(report.latency.arms[1])),
         top1=None if report.accuracy is None else report.accuracy.compressed.top1,
-        agreement=None if quality is None else quality.agreement,
-        cosine=None if quality is None else quality.cosine,
-        output_error=None if quality is None else quality.output_error,
+        **_qualities(quality),
         in_sample=None if report.calibration is None else report.calibration.in_sample.value,
-        is_broken=quality is not None and quality.is_broken,
         splits=len(report.split_sites),
         seconds=seconds,
     )
+
+
+def rivals_of(report: Report) -> tuple[SweepPoint, ...]:
+    """Return the rivals that a bundle's model was compared with."""
+    found = () if report.precision is None else report.precision.points[1:]  # the first one is the dense model
+    return tuple(
+        SweepPoint(
+            number=0,
+            share=rival.bytes / report.dense.bytes,
+            precision=rival.name,
+            size=report.dense.model_copy(update={"bytes": rival.bytes}),
+            speedup=rival.speedup,
+            speedup_interval=rival.speedup_interval,
+            **_qualities(rival.quality),
+        )
+        for rival in found
+        if rival.is_rival and rival.bytes is not None
+    )
+
+
+def times_of(arm: VariantResult) -> dict[str, Any]:
+    """Return the times of a point that was measured beside the dense model, as fields of `SweepPoint`."""
+    return {"latency_ms": arm.median_ms, "speedup": arm.speedup, "speedup_interval": arm.speedup_interval}
+
+
+def _qualities(quality: OutputQuality | None) -> dict[str, Any]:
+    if quality is None:
+        return {}
+    names = ("agreement", "cosine", "output_error", "is_broken")
+    return {name: getattr(quality, name) for name in names}
 
 
 def read_sweep(folder: str | Path) -> Sweep:

@@ -40,7 +40,7 @@ from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import model_hash
 from rsi_deploy.report.pages.sweep import sweep_page
 from rsi_deploy.report.schema import read_report
-from rsi_deploy.report.sweep_schema import Sweep, SweepPoint, point_of, read_sweep
+from rsi_deploy.report.sweep_schema import Sweep, SweepPoint, point_of, read_sweep, rivals_of
 from rsi_deploy.runtime.feeds.shapes import input_shapes
 from rsi_deploy.runtime.machine import environment
 from rsi_deploy.runtime.ray_connection import check_ray
@@ -51,7 +51,7 @@ from rsi_deploy.sweeping.side_by_side import side_by_side
 
 Progress = Callable[[str, int, int], None]
 
-KEYWORDS = {"macs": "keep_macs", "params": "keep_params", "latency": "keep_latency"}
+KEYWORDS = {"macs": "keep_macs", "params": "keep_params", "latency": "keep_latency", "size": "max_size"}
 OF_A_POINT = ExportConfig.model_fields.keys() - {"checkpoint", "weights", "ray"}
 """Settings that a point's export shares with its sweep; the dense model is written once, and workers know no others."""
 
@@ -118,15 +118,18 @@ def sweep(
             claim.set_aside()
         begun = _begun(document, folder)
         jobs = [
-            _job(number, share, model, config, points, f"{begun.command} (point {number})")
+            _job(number, share, size, model, config, points, f"{begun.command} (point {number})")
             for number, share in enumerate(shares, start=1)
         ]
         return _resumed(begun, claim, jobs[len(begun.points) :], points, size, ray=config.ray, progress=progress)
 
 
-def _job(number: int, share: float, model: object, config: SweepConfig, points: ExportConfig, command: str) -> PointJob:
-    """Return the job of a point; its recipe starts from the user's model."""
-    point = ExportConfig.of(points, **{KEYWORDS[config.by]: share})
+def _job(
+    number: int, share: float, size: Size, model: object, config: SweepConfig, points: ExportConfig, command: str
+) -> PointJob:
+    """Return the job of a point; its recipe starts from the user's model, whose size is `size`."""
+    limit = int(share * size.bytes) if config.by == "size" else share
+    point = ExportConfig.of(points, **{KEYWORDS[config.by]: limit})
     source = {name: getattr(config, name) for name in SourceConfig.model_fields}
     whole = ExportConfig.of(point, **source)
     named = tuple(text for text in config.input_shape if "=" in text)
@@ -162,7 +165,7 @@ def _resumed(
         _write(document, folder)
     if points.measure and ray is None and not document.side_by_side:
         with step("side by side"):
-            document = side_by_side(document, folder, work / "dense.onnx", points)
+            document = side_by_side(document, folder, work / "dense.onnx", kept.rivals(), points)
         _write(document, folder)
     shutil.rmtree(work)
     return document
@@ -193,7 +196,8 @@ def _with_point(document: Sweep, number: int, made: MadePoint, folder: Path) -> 
     point = point_of(number, share, place(number), report, made.seconds)
     top1 = None if report.accuracy is None else report.accuracy.dense.top1
     shared = [note for note in report.notes if document.dense is None or note in document.notes]
-    made_so_far = {"points": (*document.points, point), "notes": tuple(shared)}
+    rivals = document.rivals or rivals_of(report)
+    made_so_far = {"points": (*document.points, point), "notes": tuple(shared), "rivals": rivals}
     return document.model_copy(update=made_so_far | {"dense": report.dense, "dense_top1": top1})
 
 
@@ -204,7 +208,7 @@ def _in_words_of_sweep(problem: str) -> str:
         >>> _in_words_of_sweep("no plan can meet --keep-macs 30% (9 of 30); type --keep-macs 40% or more, or add sites")
         'no plan can meet 30% of the macs (9 of 30); add sites'
     """
-    problem = re.sub(r"type --keep-\w+ \S+ or more, or ", "", problem)
+    problem = re.sub(r"type --(keep-\w+|max-size) \S+ or more, or ", "", problem)
     return re.sub(r"--keep-(\w+) (\S+%)", r"\2 of the \1", problem)
 
 

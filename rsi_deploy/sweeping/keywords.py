@@ -15,6 +15,8 @@ class SweepKeywords(TypedDict, total=False):
     checkpoint: str | Path | None
     weights: str
     input_shape: str | Sequence[str] | Sequence[int]
+    precision: Literal["float32", "float16", "int8", "int4", "auto"] | None
+    target: Literal["cpu", "cuda", "tensorrt", "openvino", "qnn"] | None
     calib: str | Path
     calib_size: int
     check_size: int | None
@@ -40,7 +42,7 @@ class SweepKeywords(TypedDict, total=False):
     bench_batch: int
     bench_seconds: float
     allow_larger: bool
-    by: Literal["macs", "params", "latency"]
+    by: Literal["macs", "params", "latency", "size"]
     points: int
     highest: str | float
     lowest: str | float

@@ -4,7 +4,7 @@ Times of different minutes cannot be compared: the load of the machine changes. 
 together keep the times of their own runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rsi_deploy.benchmark.latency import bench
@@ -12,7 +12,7 @@ from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.report.schema import read_report
-from rsi_deploy.report.sweep_schema import Sweep
+from rsi_deploy.report.sweep_schema import Sweep, SweepPoint, times_of
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
 from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.feeds.shapes import input_shapes, unsettled_inputs
@@ -22,17 +22,19 @@ MEMORY_SHARE = 0.4
 """Largest share of the free memory for the files of the models; a session holds about as much again."""
 
 
-def side_by_side(document: Sweep, folder: Path, dense: Path, config: ExportConfig) -> Sweep:
+def side_by_side(document: Sweep, folder: Path, dense: Path, rivals: Mapping[str, Path], config: ExportConfig) -> Sweep:
     """Return the sweep with times of one run and `side_by_side` set, or unchanged where that cannot be measured.
 
     Args:
         document: of a sweep whose points were all tried.
         folder: of the sweep.
         dense: the dense model.
+        rivals: name -> file of a rival.
         config: settings of the points' exports.
     """
     made = [point for point in document.points if point.folder]
-    files = [folder / point.folder / "model.onnx" for point in made]
+    models = {point.folder: folder / point.folder / "model.onnx" for point in made} | dict(rivals)
+    files = list(models.values())
     if not made or not _fit([dense, *files]):
         return document
     try:
@@ -44,24 +46,19 @@ def side_by_side(document: Sweep, folder: Path, dense: Path, config: ExportConfi
             threads=config.threads,
             seconds=config.bench_seconds * (len(files) + 1) / 2,
             seed=config.seed,
-            labels=["dense", *(point.folder for point in made)],
+            labels=["dense", *models],
         )
     except ModelError:
         return document
-    arms = dict(zip((point.number for point in made), result.arms[1:], strict=True))
-    points = tuple(
-        point
-        if (arm := arms.get(point.number)) is None
-        else point.model_copy(
-            update={
-                "latency_ms": arm.median_ms,
-                "speedup": arm.speedup,
-                "speedup_interval": arm.speedup_interval,
-            }
-        )
-        for point in document.points
-    )
-    return document.model_copy(update={"points": points, "side_by_side": True})
+    arms = dict(zip(models, result.arms[1:], strict=True))
+
+    def timed(point: SweepPoint, label: str) -> SweepPoint:
+        arm = arms.get(label)
+        return point if arm is None else point.model_copy(update=times_of(arm))
+
+    points = tuple(timed(point, point.folder) for point in document.points)
+    others = tuple(timed(rival, rival.precision) for rival in document.rivals)
+    return document.model_copy(update={"points": points, "rivals": others, "side_by_side": True})
 
 
 def _shapes(point: Path, dense: Path, config: ExportConfig) -> dict[str, tuple[int, ...]]:

@@ -74,7 +74,7 @@ def test_sites_are_fitted_once_however_often_a_budget_is_measured(tmp_path, monk
     monkeypatch.setattr(
         Calibration, "fit", lambda self, streams, plan, *a: (fits.append(plan), real(self, streams, plan, *a))[1]
     )
-    report = run(tmp_path, max_size=9000)
+    report = run(tmp_path, max_size=9000, precision="float32")
     assert len(fits) == 1
     assert {name: rank for name, (_, rank) in fits[0].items()} == {s.name: s.rank for s in report.split_sites}
 

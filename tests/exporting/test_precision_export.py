@@ -1,5 +1,6 @@
 """`export --precision` from end to end, on the digit network of the samples."""
 
+import json
 import re
 
 import numpy as np
@@ -123,3 +124,35 @@ def test_an_impossible_size_names_the_smallest_that_there_is(tmp_path):
     nearest = float(re.search(r"type --max-size ([\d.]+)kB", str(refused.value)).group(1))
     assert 5 < nearest < 100  # int8 of the dense model, without ranks, takes six times as much
     assert not (tmp_path / "b").exists()
+
+
+def test_a_plan_makes_the_model_again_and_its_edits_count(small, tmp_path):
+    folder, report = small
+    assert report.precision.scheme != "float32"
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["scheme"] == report.precision.scheme
+    again = made(tmp_path / "again", plan=folder / "plan.json")
+    assert again.precision.bits == report.precision.bits
+    assert weights(tmp_path / "again/model.onnx") == weights(folder / "model.onnx")
+    name = next(name for name, site in plan["sites"].items() if site.get("bits") == 8)
+    plan["sites"][name]["bits"] = 4
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    edited = made(tmp_path / "edited", plan=tmp_path / "plan.json")
+    assert edited.precision.bits == report.precision.bits | {name: 4}
+    assert edited.compressed.bytes < report.compressed.bytes
+    plan["scheme"] = "int7"
+    (tmp_path / "wrong.json").write_text(json.dumps(plan))
+    with pytest.raises(UsageError, match=r"wrong\.json.*int7.*static int8"):
+        made(tmp_path / "wrong", plan=tmp_path / "wrong.json")
+
+
+def test_a_plan_in_float32_has_the_ranks_alone(small, tmp_path):
+    folder, report = small
+    plain = made(tmp_path / "b", plan=folder / "plan.json", precision="float32")
+    assert plain.precision is None
+    assert {s.name: s.rank for s in plain.sites} == {s.name: s.rank for s in report.sites}
+    assert any("bits" in note for note in plain.notes)
+
+
+def weights(path):
+    return {tensor.name: tensor.SerializeToString() for tensor in onnx.load(path).graph.initializer}

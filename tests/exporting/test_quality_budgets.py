@@ -51,11 +51,13 @@ def test_with_calibration_data_alone_99_percent_of_the_answers_stay(tmp_path):
 
 
 def test_less_quality_gives_a_smaller_model_and_verify_checks_the_limit(tmp_path):
-    small = classifier(tmp_path, min_agreement="90%", keep_dense=True)
+    small = classifier(tmp_path, min_agreement="90%", keep_dense=True, precision="float32")
     assert small.calibration.checked.agreement_at_least >= 90
     (claim,) = (claim for claim in verify(tmp_path / "b").claims if claim.name == "budget")
     assert claim.status == "holds"
-    assert classifier(tmp_path, min_agreement="99%").compressed.params > small.compressed.params
+    large = classifier(tmp_path, min_agreement="99%", precision="float32")
+    assert large.compressed.params > small.compressed.params
+    assert classifier(tmp_path, min_agreement="90%").compressed.bytes < small.compressed.bytes  # bits are chosen, too
 
 
 def test_embeddings_keep_their_cosine(tmp_path):
@@ -65,7 +67,7 @@ def test_embeddings_keep_their_cosine(tmp_path):
     assert report.calibration.checked.cosine_at_least >= 0.99
     assert report.precision.request == "auto"
     assert report.compressed.bytes < report.dense.bytes / 2
-    report = export(str(model), tmp_path / "f", calib=data, measure=False, min_cosine=0.99)
+    report = export(str(model), tmp_path / "f", calib=data, measure=False, min_cosine=0.99, precision="float32")
     assert report.plan.delivers_dense, "any split makes so small a file larger"
     smaller = export(str(model), tmp_path / "s", calib=data, min_cosine=0.5, measure=False)
     assert smaller.calibration.checked.cosine_at_least >= 0.5

@@ -152,7 +152,10 @@ def test_another_version(tmp_path, version, came):
 @pytest.mark.parametrize(
     ("site", "words"),
     [
-        ({"form": "gemm", "rank": 4, "power": 2}, "site 'fc', 'power': unknown key; known keys are form, rank, reason"),
+        (
+            {"form": "gemm", "rank": 4, "power": 2},
+            "site 'fc', 'power': unknown key; known keys are form, rank, bits, repair, products, reason",
+        ),
         ({"form": "gemm"}, 'site \'fc\': form "gemm" needs a rank; add "rank": N with N of at least 1'),
         ({"form": "gemm", "rank": None}, "site 'fc': form \"gemm\" needs a rank"),
         ({"form": "gemm", "rank": 0}, "site 'fc', 'rank': input should be greater than or equal to 1, but got 0"),

@@ -1,5 +1,6 @@
 """Sweeps: one calibration for all points, gone on with after an interruption, and every point a bundle."""
 
+import html
 import json
 
 import numpy as np
@@ -273,8 +274,38 @@ def test_fronts_hold_what_nothing_beats(done):
     base = read_sweep(done)
     points = (point(1, 90, 95.0, 1.1), point(2, 70, 95.5, 1.05), point(3, 50, 90.0, 2.0), point(4, 60, 89.0, 1.9))
     made = Sweep.model_validate(base.model_dump() | {"points": [p.model_dump() for p in points]})
-    assert made.front("macs") == [3, 2]
-    assert made.front("time") == [3, 1, 2]
+    assert [p.number for p in made.front("macs")] == [3, 2]
+    assert [p.number for p in made.front("time")] == [3, 1, 2]
+
+
+def test_a_rival_is_on_the_front_where_it_is_better(done):
+    def point(number, count, agreement):
+        size = Size(bytes=count, params=count, macs=count)
+        return SweepPoint(number=number, share=0.5, precision=f"model {number}", size=size, agreement=agreement)
+
+    def front(rival):
+        base, points = read_sweep(done), (point(1, 90, 99.0), point(2, 50, 90.0))
+        found = base.model_copy(update={"points": points, "rivals": (rival,), "dense_top1": None}).front("bytes")
+        return [point.number for point in found]
+
+    assert front(point(0, 40, 95.0)) == [0, 1]
+    assert front(point(0, 60, 85.0)) == [2, 1]
+
+
+@pytest.mark.filterwarnings("ignore:.*tensor")
+def test_a_sweep_of_bytes_chooses_bits_and_shows_rivals(place, tmp_path):
+    made = swept(place, tmp_path / "s", by="size", points=2, highest=0.8, lowest=0.5)
+    assert all(point.size.bytes <= point.share * made.dense.bytes for point in made.points)
+    reports = [rsi_deploy.read_report(tmp_path / "s" / f"point-0{number}") for number in (1, 2)]
+    rivals = [point for point in reports[0].precision.points if point.is_rival and point.name != "dense"]
+    assert [rival.precision for rival in made.rivals] == [rival.name for rival in rivals]
+    assert [rival.size.bytes for rival in made.rivals] == [rival.bytes for rival in rivals]
+    page = html.unescape((tmp_path / "s" / "report.html").read_text())
+    assert all(rival.precision in page for rival in made.rivals)
+    alone = {"calib": place / "c.npz", "calib_size": 512, "max_size": int(0.5 * made.dense.bytes), "measure": False}
+    rsi_deploy.export(str(place / "m.onnx"), tmp_path / "b", **alone)
+    model, apart = (folder / "model.onnx" for folder in (tmp_path / "s" / "point-02", tmp_path / "b"))
+    assert model.read_bytes() == apart.read_bytes(), "what the first point has found changes nothing"
 
 
 def test_the_verb(place, tmp_path, capsys):

@@ -52,6 +52,8 @@ class ExportConfig(
 
 class SweepConfig(
     SourceConfig,
+    PrecisionConfig,
+    TargetConfig,
     SamplesConfig,
     DataConfig,
     PictureConfig,
@@ -73,7 +75,9 @@ class SweepConfig(
         "Other unlabelled data to compare the outputs on; all of --calib is then fitted to.",
         option={"keyword": "str | Path | None"},
     )
-    by: Literal["macs", "params", "latency"] = setting("macs", "What the shares are of.", option=FIRST)
+    by: Literal["macs", "params", "latency", "size"] = setting(
+        "macs", "What the shares are of; size: bytes of the file.", option=FIRST
+    )
     points: int = setting(12, "Number of models.", option=FIRST, ge=2)
     highest: Share = setting(0.95, "Share of the first model.", option=FIRST)
     lowest: Share = setting(0.3, "Share of the last model.", option=FIRST)

@@ -11,10 +11,11 @@ from rsi_deploy.calibration.record import OutputQuality
 from rsi_deploy.core.errors import GateError, ModelError, UsageError
 from rsi_deploy.core.progress import step
 from rsi_deploy.core.sites import site_name
+from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.calibration_step import Calibrator
 from rsi_deploy.exporting.lowered.points import Point
 from rsi_deploy.exporting.results import DenseModel
-from rsi_deploy.io.onnx_file import file_bytes
+from rsi_deploy.io.onnx_file import copy_model, file_bytes, move_model
 from rsi_deploy.io.onnx_reader import read_graph
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.decide import Decisions, Planned
@@ -62,6 +63,7 @@ class PointMaker:
         provider: onnxruntime provider.
         usual_bits: bits of weights where decisions name none.
         target: provider that will run the model.
+        kept: what earlier exports of the same model and data have made; None without.
     """
 
     dense: DenseModel
@@ -71,12 +73,31 @@ class PointMaker:
     provider: str
     usual_bits: int
     target: ProviderTarget = ANY
+    kept: SweepCache | None = None
 
     def rival(self, scheme: Scheme) -> Point:
         """Return the dense model as onnxruntime's own tools quantize it."""
         if scheme is FLOAT32:
             path = self.dense.reference
             return Point(name="dense", scheme=scheme, is_rival=True, path=path, bytes=file_bytes(path))
+        return self._once(f"rival, {scheme.name}", lambda: self._rival(scheme))
+
+    def eight_bits(self, base: Base) -> Point:
+        """Return the dense model in a base, with weights in eight bits.
+
+        Raises:
+            ModelError: as `point`.
+        """
+        key = f"{base.scheme.name}, {sorted(base.in_float)}"
+        return self._once(key, lambda: self.point(self.all_dense(8), base))
+
+    def _once(self, key: str, make: Callable[[], Point]) -> Point:
+        if self.kept is None:
+            return make()
+        made: Point = self.kept.point(key, make)
+        return made
+
+    def _rival(self, scheme: Scheme) -> Point:
         name, path = rival_name(scheme), self.path(f"rival-{scheme.kind.replace(' ', '-')}")
         with step(f"make {name}"):
             try:
@@ -107,6 +128,7 @@ class PointMaker:
             bytes=file_bytes(path),
             quality=quality,
             made=made,
+            in_float=base.in_float,
             split=split,
         )
 
@@ -114,6 +136,16 @@ class PointMaker:
         stored = list(self.stored_bits(made, scheme).values())
         counts = [f"{stored.count(bits)} weights in {bits} bits" for bits in (5, 4, 3) if bits in stored]
         return "".join(f", {count}" for count in counts)
+
+    def deliver(self, point: Point) -> None:
+        """Put the point's file in the place of the export's model."""
+        assert point.path is not None
+        if self.kept is None or point.path.parent != self.kept.folder:
+            move_model(point.path, self.dense.target)
+        elif point.made is None:
+            copy_model(point.path, self.dense.target)
+        else:  # written again, with the settings of this export in its metadata
+            self.lowered(point.made, self.dense.target, Base(scheme=point.scheme, in_float=point.in_float))
 
     def all_dense(self, bits: int) -> Planned:
         """Return all sites dense, in so many bits."""

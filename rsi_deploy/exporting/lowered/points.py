@@ -45,6 +45,7 @@ class Point:
         bytes: bytes of its files.
         quality: its outputs on the check part; None without any, or where they are not finite.
         made: its decisions and factors; None for a rival.
+        in_float: names of its sites that are computed in float32 all the same.
         split: record of its splits; None for a rival.
         timing: its measurement beside the dense model; None where nothing was measured.
         error: why it could not be made.
@@ -57,6 +58,7 @@ class Point:
     bytes: int = 0
     quality: OutputQuality | None = None
     made: Planned | None = None
+    in_float: frozenset[str] = frozenset()
     split: SplitModel | None = None
     timing: VariantResult | None = None
     error: str = ""

@@ -23,7 +23,6 @@ from rsi_deploy.exporting.lowered.activation_losses import activation_losses, ac
 from rsi_deploy.exporting.lowered.bits import bits_of, in_bits, table_options
 from rsi_deploy.exporting.lowered.maker import Base, PointMaker, decisions_in
 from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, CLOSE_RATIO, Point, Rule, refuse_broken
-from rsi_deploy.io import onnx_file
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Decisions
@@ -129,8 +128,7 @@ class PrecisionStep:
             raise self._refusal(points, rule)
         if request.budget is not None and not request.allow_broken:
             refuse_broken(chosen, request.budget, points)
-        assert chosen.path is not None
-        onnx_file.move_model(chosen.path, dense.target)
+        self.maker.deliver(chosen)
         search = self._searches.get(chosen.scheme) or next(iter(self._searches.values()), None)
         if search is not None:
             search = search.model_copy(update={"delivers_dense": chosen.name == "dense"})
@@ -159,6 +157,8 @@ class PrecisionStep:
 
     def _record(self, chosen: Point, points: Sequence[Point], rule: Rule) -> PrecisionRecord:
         stored = {} if chosen.made is None else self.maker.stored_bits(chosen.made, chosen.scheme)
+        decisions = {} if chosen.made is None else decisions_in(chosen.made)
+        repairs = {name: d.repair for name, d in decisions.items() if d.repair and chosen.scheme is FEW_BITS}
         tables, dense = {table.name for table in self.maker.tables}, self.maker.dense
         return PrecisionRecord(
             request=self.precision,
@@ -168,6 +168,8 @@ class PrecisionStep:
             points=tuple(point.record(chosen, rule) for point in points),
             bits={name: bits for name, bits in stored.items() if name not in tables},
             tables={name: bits for name, bits in stored.items() if name in tables},
+            in_float=tuple(sorted(chosen.in_float)),
+            repairs=repairs,
             operators=node_placement(dense.target, self.maker.provider, dense.feeds).op_counts,
         )
 
@@ -177,12 +179,27 @@ class PrecisionStep:
         """The schemes that ranks and bits are planned in."""
         if self.precision == "float16":
             return [Base(scheme=FLOAT16)]
+        if (plan := self.request.plan) is not None and plan.scheme is not None:
+            in_float = frozenset(name for name, site in plan.sites.items() if site.products is not None)
+            return [Base(scheme=self._scheme_named(plan.scheme), in_float=in_float)]
         best = self._best_int8()
         schemes = [] if best is None else [best]
         if self.precision in ("auto", "int4"):
             self._lower_dense(FEW_BITS)
             schemes.append(FEW_BITS)
         return [Base(scheme=scheme) for scheme in schemes]
+
+    def _scheme_named(self, name: str) -> Scheme:
+        """Return the scheme of a plan."""
+        target = self.maker.target
+        known = [target.static("minmax"), target.static("percentile"), DYNAMIC, FEW_BITS, FLOAT16]
+        for scheme in known:
+            if scheme.name == name:
+                return scheme
+        raise UsageError(
+            f'{self.request.plan_name}: "scheme" is {name!r}; write {", ".join(repr(s.name) for s in known)}, or '
+            f"remove it"
+        )
 
     def _best_int8(self) -> Scheme | None:
         """The int8 scheme whose outputs are best, or a faster one whose outputs are about as good."""
@@ -215,13 +232,10 @@ class PrecisionStep:
         """The dense model in a scheme, with weights in eight bits; None where it cannot be made."""
         with step(f"try {scheme.name}"):
             try:
-                self._dense[scheme] = self._eight_bits(Base(scheme=scheme))
+                self._dense[scheme] = self.maker.eight_bits(Base(scheme=scheme))
             except ModelError as error:
                 self.notes.append(str(error))
         return self._dense.get(scheme)
-
-    def _eight_bits(self, base: Base) -> Point:
-        return self.maker.point(self.maker.all_dense(8), base)
 
     # -- points -----------------------------------------------------------------------------------------------------
 
@@ -292,7 +306,7 @@ class PrecisionStep:
                 self.notes.append(f"{base.name}: rounded activations do not keep {self.request.quality}")
                 return
             if mixed.in_float:
-                yield self._eight_bits(mixed)
+                yield self.maker.eight_bits(mixed)
             base = mixed
         made, self._searches[base.scheme] = searched_model(self.request, self._planner(base))
         if any(d.rank is not None or d.bits < 32 for d in decisions_in(made).values()):
@@ -361,7 +375,7 @@ class PrecisionStep:
             if middle == low:
                 break
             mixed = self._with_floats(base, middle)
-            if self._keeps(self._eight_bits(mixed)):
+            if self._keeps(self.maker.eight_bits(mixed)):
                 high, found = middle, mixed
             else:
                 low = middle
@@ -374,7 +388,7 @@ class PrecisionStep:
             middle = (low + high) // 2
             if middle == low:
                 break
-            point = self._eight_bits(self._with_floats(base, middle))
+            point = self.maker.eight_bits(self._with_floats(base, middle))
             yield point
             low, high = (middle, high) if self._is_fast(budget, point) else (low, middle)
 

@@ -13,10 +13,11 @@ from rsi_deploy.report.sweep_schema import Sweep, SweepPoint
 from rsi_deploy.report.table import Table, with_interval
 
 Cost = Literal["time", "bytes", "macs"]
-SHARES = {"macs": "MACs", "params": "parameters", "latency": "dense model's time"}
+SHARES = {"macs": "MACs", "params": "parameters", "latency": "dense model's time", "size": "dense model's bytes"}
 TITLES: dict[Cost, str] = {"time": "share of the dense time", "bytes": "bytes of the model", "macs": "MACs a sample"}
 COLUMNS = (
     "point",
+    "model",
     "#share",
     "#parameters",
     "#MACs",
@@ -85,18 +86,20 @@ def times_name(sweep: Sweep) -> str:
 
 
 def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
-    """Return a row for each point, with the columns `COLUMNS`."""
-    fronts: dict[Cost, list[int]] = {cost: sweep.front(cost) for cost in TITLES}
+    """Return a row for each point and rival, with the columns `COLUMNS`."""
+    fronts: dict[Cost, list[SweepPoint]] = {cost: sweep.front(cost) for cost in TITLES}
     rows = []
-    for point in sweep.points:
+    for point in (*sweep.points, *sweep.rivals):
+        number, name = str(point.number) if point.number else "rival", point.precision or "low rank"
         if point.size is None:
-            rows.append((str(point.number), f"{point.share:.0%}", *[""] * 7, point.problem))
+            rows.append((number, "", f"{point.share:.0%}", *[""] * 7, point.problem))
             continue
-        on = ", ".join(cost for cost, numbers in fronts.items() if point.number in numbers)
+        on = ", ".join(cost for cost, front in fronts.items() if point in front)
         dense = sweep.dense
         rows.append(
             (
-                str(point.number),
+                number,
+                name,
                 f"{point.share:.0%}",
                 share(point.size.params, dense.params if dense else 0),
                 share(point.size.macs, dense.macs if dense else 0),
@@ -120,19 +123,20 @@ def _in_sample(point: SweepPoint) -> str:
 
 
 def _section(sweep: Sweep, cost: Cost) -> Section | None:
-    places = {p.number: place for p in sweep.points if (place := _place(p, cost)) is not None}
+    shown = [*sweep.points, *(sweep.rivals if sweep.dense_top1 is None else ())]
+    places = [place for point in shown if (place := _place(point, cost)) is not None]
     if not places:
         return None
-    front = [places[number] for number in sweep.front(cost)]
+    front = [place for point in sweep.front(cost) if (place := _place(point, cost)) is not None]
     picture = Picture(
         name=f"front-{cost}",
         title=f"Quality over {TITLES[cost]}",
         description=f"A dot for each point: {quality_name(sweep)} over {TITLES[cost]}; the front is joined.",
         plot=Dots(
-            points=list(places.values()),
+            points=places,
             x=Axis(title=TITLES[cost], form="~s" if cost != "time" else ".2f"),
             y=Axis(title=quality_name(sweep).partition(" on ")[0], form=".4~g"),
-            series=["points"],
+            series=["points", *(["onnxruntime's own"] if len(shown) > len(sweep.points) else [])],
             front=front,
         ),
     )
@@ -148,8 +152,10 @@ def _place(point: SweepPoint, cost: Cost) -> PlotPoint | None:
         low, high = point.speedup_interval
         ends = (1 / high, 1 / low)  # type: ignore[assignment]
     price = human_count(point.size.macs) if cost == "macs" else f"{x:.3g}"
-    note = f"point {point.number}: {price}, {point.quality:.4g}"
-    return PlotPoint(x=x, y=point.quality, series="points", x_low=ends[0], x_high=ends[1], note=note)
+    name = f"point {point.number}" if point.number else point.precision
+    note = f"{name}: {price}, {point.quality:.4g}"
+    series = "points" if point.number else "onnxruntime's own"
+    return PlotPoint(x=x, y=point.quality, series=series, x_low=ends[0], x_high=ends[1], note=note)
 
 
 def _speedup(point: SweepPoint) -> str:
