@@ -57,6 +57,8 @@ MOST_BYTES = 1.3
 """Bytes of an int8 model over those of the smallest one; a larger one leaves much of the net in float."""
 ROUNDING_SHARE = 0.5
 """Loss of rounded inputs over that of the weights, which sites in float32 bring down to this."""
+TABLE_SAMPLES = 64
+"""Samples on which the loss of a rounded embedding table is measured."""
 HALVINGS = 4
 """Most models that are written to find how many sites need float32."""
 
@@ -440,7 +442,7 @@ class PrecisionStep:
     def _table_options(self) -> list[SiteOptions]:
         """The embedding tables as sites."""
         path = self.maker.path("table")
-        loss_of = lambda: loss_shown(self.maker.quality(path, "in-sample"))  # noqa: E731
+        loss_of = lambda: loss_shown(self.maker.quality(path, "in-sample", TABLE_SAMPLES))  # noqa: E731
         return [table_options(table, self.maker.dense, path, loss_of) for table in self.maker.tables]
 
     # -- choice -----------------------------------------------------------------------------------------------------
