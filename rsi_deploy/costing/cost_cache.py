@@ -1,4 +1,5 @@
-"""A disk cache of cost tables and their parts, by the conditions of their times: hardware, software, provider, threads.
+"""A disk cache of cost tables and their parts, by the conditions of their times: hardware, software, provider, threads,
+scheme.
 
     CACHE/costs/<conditions>/site-<signature>.json     one shape, shared by all models that have it
                              table-<model, inputs>.json  one model
@@ -31,8 +32,13 @@ NOISY_FOR = 3600.0
 """Seconds for which noisy times are used."""
 
 
-def conditions_here(provider: str, threads: int | None) -> Conditions:
+def conditions_here(provider: str, threads: int | None, scheme: str = "float32") -> Conditions:
     """Return the conditions of times that are measured in this process.
+
+    Args:
+        provider: execution provider with its options.
+        threads: threads inside one operator; None for onnxruntime's default.
+        scheme: precision of the products.
 
     Raises:
         UsageError: the provider is not available.
@@ -46,6 +52,7 @@ def conditions_here(provider: str, threads: int | None) -> Conditions:
         onnxruntime=onnxruntime_distributions(),
         provider=str(parse_provider(provider)),
         threads=threads,
+        scheme=scheme,
     )
 
 

@@ -17,10 +17,10 @@ import bisect
 import datetime
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import pydantic
-from pydantic import BaseModel, PositiveInt, model_validator
+from pydantic import BaseModel, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
 from rsi_deploy.core.errors import ModelError, UsageError
@@ -47,6 +47,7 @@ class Conditions(BaseModel, frozen=True, extra="forbid"):
         onnxruntime: distribution -> version.
         provider: execution provider with its options, as on the command line.
         threads: threads inside one operator; None for onnxruntime's default.
+        scheme: precision of the products, as `rsi_deploy.precision.schemes.Scheme.name` has it.
     """
 
     cpu: str
@@ -56,6 +57,13 @@ class Conditions(BaseModel, frozen=True, extra="forbid"):
     onnxruntime: dict[str, str]
     provider: str
     threads: int | None
+    scheme: str = "float32"
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the scheme of float32: documents and cache folders of float32 are the same as without schemes."""
+        fields: dict[str, Any] = serialize(self)
+        return {name: value for name, value in fields.items() if (name, value) != ("scheme", "float32")}
 
     def differences(self, other: "Conditions") -> list[str]:
         """Describe the differences; the value of this object comes first."""

@@ -10,7 +10,7 @@ the processor's cache. Sites with the same small model have the same `signature`
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 import graph_passes as gp
+from rsi_deploy.core.types import Feeds
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
+Lower = Callable[[bytes, Feeds], bytes]
 Inputs = Mapping[str, Sequence[tuple[str, Shape]]]
 """Name of a node -> (onnxruntime's name of the type, shape) of its inputs; see
 `rsi_deploy.runtime.shape_trace.ShapeTrace`."""
@@ -49,6 +51,8 @@ class Piece:
         opsets: domain -> version.
         ir_version: IR version of the model.
         signature: text that is equal for sites with the same small model.
+        lower: function of a small model and its inputs that returns the model to time in low precision; None to time
+            it as it is.
     """
 
     site: gp.Site
@@ -58,6 +62,7 @@ class Piece:
     opsets: Mapping[str, int]
     ir_version: int
     signature: str
+    lower: Lower | None = None
 
     @property
     def numbers(self) -> int:
@@ -83,7 +88,10 @@ class Piece:
             records = gp.split(made, lambda site: _factors(site, form, rank))
             if sum(isinstance(record, gp.Split) for record in records) < self.copies:
                 raise ValueError(f"site {self.site.weight}: form {form} at rank {rank} does not split its small model")
-        return bytes(ir.to_proto(made).SerializeToString())
+        proto = ir.to_proto(made)
+        del proto.graph.value_info[:]  # onnxruntime's quantizers transpose weights, and leave their old shapes there
+        model = bytes(proto.SerializeToString())
+        return model if self.lower is None else self.lower(model, self.inputs())
 
 
 def pieces(model: ir.Model, inputs: Inputs, macs: Mapping[str, int]) -> Iterator[tuple[gp.Site, Piece | str]]:

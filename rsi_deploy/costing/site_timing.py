@@ -33,7 +33,7 @@ TURN_MS = 1.5
 PLANNED_BLOCKS = 1.5 * MIN_BLOCKS
 """Number of blocks that the time of a shape must allow; fewer than `MIN_BLOCKS` show nothing."""
 SESSION_SECONDS = 0.01
-"""Approximate time to create a session of any size."""
+"""Approximate time to create a session of any size; a small model in low precision takes as long as the dense one."""
 RATE, BANDWIDTH = 30e9, 8e9
 """Rough MACs and bytes per second, to divide the time before anything is measured."""
 
@@ -94,7 +94,8 @@ class TimedShape:
         """
         for splits in (self.splits, *self.coarser):
             shape = replace(self, splits=splits)
-            session = making * self.share_of(splits) + SESSION_SECONDS * len(splits)
+            each = SESSION_SECONDS if self.piece.lower is None else making
+            session = making * self.share_of(splits) + each * len(splits)
             if session + PLANNED_BLOCKS * shape.block_seconds(call_ms) <= seconds and shape.bytes <= GROUP_BYTES:
                 return shape
         return replace(self, splits=(self.splits, *self.coarser)[-1])

@@ -8,7 +8,7 @@ or a quarter of the dense time.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,8 @@ from rsi_deploy.benchmark.result import BenchResult, VariantResult
 from rsi_deploy.core.types import Feeds
 from rsi_deploy.costing.cost_table import CostTable, ModelTime, PlanCheck, SiteCost
 from rsi_deploy.costing.zero_filled import Splits, write_zero_filled
+
+LowerFile = Callable[[Path, Path], object]
 
 SHARES = (0.5, 0.25)
 PRECISION = 0.02
@@ -38,9 +40,12 @@ def trial_plans(costs: Mapping[str, SiteCost]) -> list[dict[str, tuple[str, int]
     return plans
 
 
-def with_model_time(table: CostTable, dense: Path, feeds: Feeds, plans: Sequence[Splits], seconds: float) -> CostTable:
+def with_model_time(
+    table: CostTable, dense: Path, feeds: Feeds, plans: Sequence[Splits], seconds: float, lower: LowerFile | None = None
+) -> CostTable:
     """Measure the dense model and these plans, and return the table with its time and scale."""
-    result = measured_plans(dense, feeds, plans, table.conditions.provider, table.conditions.threads, seconds)
+    conditions = table.conditions
+    result = measured_plans(dense, feeds, plans, conditions.provider, conditions.threads, seconds, lower)
     nanoseconds = round(1e6 * result.arms[0].median_ms)
     model = table.model.model_copy(update={"dense_nanoseconds": nanoseconds, "scale": 1.0})
     savings = [table.saving(plan) / nanoseconds for plan in plans]
@@ -67,16 +72,37 @@ def fitted_scale(savings: Sequence[float], shares: Sequence[float]) -> float:
 
 
 def measured_plans(
-    dense: Path, feeds: Feeds, plans: Sequence[Splits], provider: str, threads: int | None, seconds: float
+    dense: Path,
+    feeds: Feeds,
+    plans: Sequence[Splits],
+    provider: str,
+    threads: int | None,
+    seconds: float,
+    lower: LowerFile | None = None,
 ) -> BenchResult:
-    """Measure the dense model and zero-filled models of these plans, interleaved."""
+    """Measure the dense model and zero-filled models of these plans, interleaved.
+
+    Args:
+        dense: the dense model's file.
+        feeds: inputs to measure with.
+        plans: splits of each model.
+        provider: execution provider.
+        threads: threads inside one operator.
+        seconds: most time of the measurement.
+        lower: function that writes the model at a path in low precision to another path; None measures in float32.
+    """
     with tempfile.TemporaryDirectory(prefix=".trial-", dir=dense.parent) as folder:
         models = [Path(folder) / f"trial{number}.onnx" for number in range(len(plans))]
         for path, plan in zip(models, plans, strict=True):
             write_zero_filled(dense, path, plan)
         labels = ["dense", *(path.stem for path in models)]
+        models = [dense, *models]
+        if lower is not None:
+            sources, models = models, [Path(folder) / f"low{number}.onnx" for number in range(len(models))]
+            for source, target in zip(sources, models, strict=True):
+                lower(source, target)
         return bench(
-            [dense, *models],
+            models,
             feeds=feeds,
             provider=provider,
             threads=threads,

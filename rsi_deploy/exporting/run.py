@@ -20,6 +20,7 @@ from rsi_deploy.core.progress import step
 from rsi_deploy.core.settings.recipe import recipe_text
 from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.core.types import Array
+from rsi_deploy.costing.cost_table import read_cost_table
 from rsi_deploy.data.sources import Dataset
 from rsi_deploy.execution import result_store
 from rsi_deploy.execution.executor import LocalExecutor
@@ -53,12 +54,16 @@ from rsi_deploy.planning.planner import Filters
 from rsi_deploy.planning.quality import KINDS, QualityBudget
 from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.planning.settings import ExportSettings
+from rsi_deploy.precision.schemes import Scheme
 from rsi_deploy.precision.targets import target_named
 from rsi_deploy.report.outlook import Outlook
 from rsi_deploy.report.schema import Report
 from rsi_deploy.runtime.provider_spec import parse_provider
 from rsi_deploy.runtime.providers import short_name
 from rsi_deploy.runtime.shape_trace import uncounted_nodes
+
+LOWERED_SECONDS = 30.0
+"""Most time for the cost table of a scheme, of which an export in low precision may need two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,16 +313,36 @@ class ExportRun:
         if not self.timed.needs_table or feeds is None:
             return None
         with clock.stage("cost table"):
-            return timed_export(
-                dense.path,
-                feeds,
-                self.costing,
-                cost=self.timed.cost,
-                foreign=self.timed.foreign,
-                must_be_faster=not self.timed.allow_slower,
-                name=dense.source.name,
-                command=self.command,
-            )
+            return self._timed_export(dense, feeds, self.costing, self.timed.cost)
+
+    def _timing_in(self, scheme: Scheme, dense: DenseModel) -> TimedExport:
+        """The times to plan with in a scheme, of `--cost` if it has them.
+
+        Raises:
+            ModelError: the model cannot be run on this machine.
+        """
+        feeds, cost = self._feeds(dense), self.timed.cost
+        if feeds is None:
+            raise ModelError("the model cannot be run on this machine, so that nothing is timed")
+        costing = replace(self.costing, scheme=scheme, seconds=min(self.costing.seconds, LOWERED_SECONDS))
+        if cost is not None and read_cost_table(cost).conditions.scheme != scheme.name:
+            cost = None
+        with step(f"cost table of {scheme.name}"):
+            return self._timed_export(dense, feeds, costing, cost)
+
+    def _timed_export(
+        self, dense: DenseModel, feeds: dict[str, Array], costing: Costing, cost: str | Path | None
+    ) -> TimedExport:
+        return timed_export(
+            dense.path,
+            feeds,
+            costing,
+            cost=cost,
+            foreign=self.timed.foreign,
+            must_be_faster=not self.timed.allow_slower,
+            name=dense.source.name,
+            command=self.command,
+        )
 
     def _calibrator(self, dense: DenseModel, store: ResultStore | None) -> Calibrator:
         """What decides every site and fits the factors."""
@@ -415,6 +440,7 @@ class ExportRun:
                 target=target_named(self.config.target),
                 kept=self.kept,
             ),
+            times=partial(self._timing_in, dense=dense),
             allow_slower=self.timed.allow_slower,
             allow_larger=self.allow_larger,
         )

@@ -100,6 +100,22 @@ class QualityBudget:
             return False
         return limit <= self.limit if self.measure == "output_error" else limit >= self.limit
 
+    def excess(self, limit: float | None) -> float:
+        """Return the logarithm of a model's loss over the largest allowed one, from its one-sided limit.
+
+        It is on the scale of foreseen losses, with which the share of other answers rises as a square root.
+
+        Example:
+            >>> round(QualityBudget(measure="cosine", limit=0.99).excess(0.9), 3)
+            2.303
+        """
+        if limit is None:
+            return math.log(1000)
+        if self.measure == "output_error":
+            return math.log(max(limit, 1e-9) / max(self.limit, 1e-9))
+        ratio = math.log(max(1 - limit, 1e-9) / max(1 - self.limit, 1e-9))
+        return ratio if self.measure == "cosine" else 2 * ratio
+
     def text(self, value: float) -> str:
         """Return a value of the measure as it is typed."""
         return f"{value:.4g}" if self.measure == "cosine" else share_text(float(f"{value:.4g}"))

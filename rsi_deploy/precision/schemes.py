@@ -1,6 +1,6 @@
 """Schemes: the ways in which onnxruntime computes a model with fewer bits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["float32", "float16", "static int8", "dynamic int8", "int4 weights", "few bits, float32 products"]
@@ -49,6 +49,13 @@ WEIGHTS4 = Scheme(kind="int4 weights")
 def static(ranges: Ranges) -> Scheme:
     """Return static int8 with these ranges."""
     return Scheme(kind="static int8", ranges=ranges)
+
+
+def timed_scheme(scheme: Scheme) -> Scheme:
+    """Return the scheme whose times a scheme has: few bits are unpacked before the first call, and any ranges do."""
+    if scheme is FEW_BITS:
+        return FLOAT32
+    return scheme if scheme.ranges is None else replace(scheme, ranges="minmax")
 
 
 def has_bits(scheme: Scheme) -> bool:

@@ -139,6 +139,17 @@ def test_a_table_is_read_back_as_it_was_written(tmp_path):
         read_cost_table(tmp_path / "bad.json")
 
 
+def test_documents_of_float32_need_no_scheme_and_others_keep_theirs(tmp_path):
+    made = table(a=cost())
+    assert "scheme" not in made.model_dump_json()
+    other = made.model_copy(update={"conditions": HERE.model_copy(update={"scheme": "dynamic int8"})})
+    for number, each in enumerate((made, other)):
+        (tmp_path / f"{number}.json").write_text(each.model_dump_json())
+    read = [read_cost_table(tmp_path / f"{number}.json").conditions for number in range(2)]
+    assert [conditions.scheme for conditions in read] == ["float32", "dynamic int8"]
+    assert read[0].differences(read[1]) == ["scheme float32 against dynamic int8"]
+
+
 def test_differences_of_conditions_are_told():
     other = HERE.model_copy(update={"cpu": "another", "onnxruntime": {"onnxruntime": "1.3"}})
     assert HERE.differences(HERE) == []
@@ -155,6 +166,7 @@ def test_the_cache_is_of_its_conditions_alone(tmp_path, monkeypatch):
     cache.keep([entry])
     assert cache.costs(["one", "two"]) == {"one": entry}
     assert CostCache.of(conditions_here("cpu", 2)).costs(["one"]) == {}
+    assert CostCache.of(conditions_here("cpu", 1, "dynamic int8")).costs(["one"]) == {}
     cache.keep_table("key", table(a=entry))
     assert cache.table("key") == table(a=entry).model_copy(update={"created": cache.table("key").created})
     for path in cache.folder.glob("*.json"):

@@ -50,9 +50,11 @@ def test_a_torch_model_and_its_onnx_file_have_the_same_shapes(tmp_path, fresh_ca
     assert here.sites == there.sites
 
 
-def test_no_torch_is_needed_for_an_onnx_file(tmp_path):
+@pytest.mark.parametrize("scheme", ["float32", "static-int8"])
+def test_no_torch_is_needed_for_an_onnx_file(tmp_path, scheme):
     model = mlp_onnx(tmp_path / "m.onnx", sizes=SIZES)
-    done = run("profile", model, "-o", tmp_path / "cost.json", "--budget", "1s", "--threads", "1", "--json")
+    argv = ("profile", model, "-o", tmp_path / "cost.json", "--budget", "1s", "--threads", "1", "--json")
+    done = run(*argv, "--scheme", scheme)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["sites"].keys() == {"fc1", "fc2", "fc3", "head"}
 
@@ -79,5 +81,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path, capsys):
         assert cli(argv) == 2
         assert words in capsys.readouterr().err
     assert (tmp_path / "c.json").read_text() == "mine"
+    with pytest.raises(UsageError, match="int7.*static-int8"):
+        rsi_deploy.profile(str(model), scheme="int7")
     with pytest.raises(UsageError, match="go with PyTorch models"):
         rsi_deploy.profile(str(model), checkpoint="x")

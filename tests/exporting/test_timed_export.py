@@ -1,8 +1,10 @@
 """Exports that time decides: never slower than dense, planned by tables, and honest where nothing is faster."""
 
+import contextlib
 import json
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from nets import mlp_onnx, run_onnx
@@ -11,8 +13,10 @@ import rsi_deploy
 from rsi_deploy.cli import run
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.costing.cost_table import read_cost_table
+from rsi_deploy.exporting.lowered.maker import PointMaker, decisions_in
+from rsi_deploy.exporting.timing.profile import SCHEMES, Costing
 from rsi_deploy.exporting.timing.slowdown_rollback import UNDONE
-from rsi_deploy.exporting.timing.timed_export import rescaled
+from rsi_deploy.exporting.timing.timed_export import TimedExport, rescaled
 from rsi_deploy.planning.latency_search import FASTER
 from rsi_deploy.report.schema import read_report
 from rsi_deploy.verifying.api import verify
@@ -298,3 +302,85 @@ def test_the_report_is_read_back(place, tmp_path):
     assert timing.source == "the finished model alone"
     assert timing.conditions.onnxruntime["onnxruntime"] == onnxruntime.__version__
     assert json.loads((tmp_path / "b" / "report.json").read_text())["timing"]["undone"]
+
+
+def in_int8(place, slow=()):
+    """A table of static int8 that is made up by sizes; sites in `slow` are slower at any rank."""
+    made = by_size(rsi_deploy.profile(str(place / "wide.onnx"), budget=3, threads=1, scheme="static-int8"))
+    late = {made.sites[name] for name in slow}
+    costs = [
+        cost.model_copy(
+            update={"splits": tuple(s.model_copy(update={**SLOWER, "nanoseconds": 10**9}) for s in cost.splits)}
+        )
+        if cost.signature in late
+        else cost
+        for cost in made.costs
+    ]
+    return made.model_copy(update={"costs": tuple(costs)})
+
+
+@pytest.mark.parametrize("slow", [(), ("fc2",)], ids=["fc2 is faster", "fc2 is slower"])
+@pytest.mark.parametrize(
+    "request_", [{"keep_latency": 0.001}, {"fastest": True, "max_output_error": 0.99}], ids=lambda r: next(iter(r))
+)
+def test_in_int8_only_sites_are_split_that_its_table_shows_faster(place, tmp_path, monkeypatch, slow, request_):
+    planned, point = [], PointMaker.point
+
+    def noted(maker, made, *rest):
+        planned.append({name for name, d in decisions_in(made).items() if d.rank is not None})
+        return point(maker, made, *rest)
+
+    monkeypatch.setattr(PointMaker, "point", noted)
+    table = in_int8(place, slow)
+    monkeypatch.setattr(Costing, "table", lambda *_, **__: table)
+    x = np.load(place / "calib.npz")["x"]
+    np.savez(tmp_path / "calib.npz", x=np.concatenate([x, x[:, ::-1]]))
+    options = {"calib": tmp_path / "calib.npz", "precision": "int8"}
+    with contextlib.suppress(rsi_deploy.ModelError):  # no model is so fast
+        export(place, "wide.onnx", tmp_path / "b", **options, **request_)
+    split = set().union(*planned)
+    assert "fc1" in split
+    assert ("fc2" in split) is (not slow)
+
+
+def test_a_table_holds_for_its_scheme_alone(place, tmp_path):
+    (tmp_path / "int8.json").write_text(in_int8(place).model_dump_json())
+    for foreign in (False, True):
+        with pytest.raises(UsageError, match="static int8"):
+            options = {"keep_latency": 0.6, "cost": tmp_path / "int8.json", "allow_cost_mismatch": foreign}
+            export(place, "wide.onnx", tmp_path / "b", calib=place / "calib.npz", precision="float32", **options)
+
+
+def test_tables_of_schemes_are_cached_apart(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("RSI_DEPLOY_CACHE", str(tmp_path))
+    schemes = ("float32", "static-int8", "dynamic-int8")
+    made = [rsi_deploy.profile(str(place / "tiny.onnx"), budget=1, threads=1, scheme=scheme) for scheme in schemes]
+    again = [rsi_deploy.profile(str(place / "tiny.onnx"), budget=1, threads=1, scheme=scheme) for scheme in schemes]
+    assert made == again
+    assert len({str(table.conditions) for table in made}) == 3
+    assert len({len({cost.signature for cost in table.costs}) for table in made}) == 1
+
+
+@pytest.mark.parametrize(("scheme", "node"), [("static-int8", "QuantizeLinear"), ("dynamic-int8", "MatMulInteger")])
+def test_sites_are_timed_in_the_scheme(place, scheme, node):
+    dense = place / "wide.onnx"
+    name = onnxruntime.InferenceSession(dense).get_inputs()[0].name
+    feeds = {name: np.zeros((2, 128), np.float32)}
+    plain, lowered = (Costing(scheme=SCHEMES[s]).pieces(dense, feeds)[0]["fc2"] for s in ("float32", scheme))
+    assert plain.signature == lowered.signature
+    for form, rank in ((None, 0), (lowered.site.forms[0], 8)):
+        graphs = [onnx.load_from_string(piece.model(form, rank)).graph for piece in (plain, lowered)]
+        floats, lows = ({n.op_type for n in graph.node} for graph in graphs)
+        assert node in lows - floats
+        weights = [{t.data_type for t in graph.initializer if len(t.dims) == 2} for graph in graphs]
+        assert weights == [{onnx.TensorProto.FLOAT}, {onnx.TensorProto.INT8}]
+
+
+def test_a_measured_model_corrects_what_the_table_predicts(place):
+    table = read_cost_table(place / "cost.json")
+    rank = next(s for s in table.by_site()["fc2"].splits if s.rank == 32)
+    splits = {"fc2": (rank.form, rank.rank)}
+    timing = TimedExport(table=table, source="", is_foreign=False, must_be_faster=True, dense=place, feeds={})
+    assert table.predicted(splits) < 0.9
+    timing.correct(splits, 0.9)
+    assert timing.table.predicted(splits) == pytest.approx(0.9)

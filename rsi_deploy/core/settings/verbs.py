@@ -96,6 +96,9 @@ class ProfileConfig(SourceConfig, OnnxSourceConfig, PictureConfig, RuntimeConfig
     batch: int = setting(1, "Samples of a call.", option=FIRST, ge=1)
     budget: Seconds = setting(240.0, "Time for the whole table.", option=FIRST)
     precision: float = setting(5.0, "Half width, in percent, at which an interval is narrow enough.", gt=0, lt=100)
+    scheme: Literal["float32", "static-int8", "dynamic-int8"] = setting(
+        "float32", "Precision of the timed models; onnxruntime's quantizers make int8 from the inputs of the timing."
+    )
     feeds: FileName | None = setting(
         None,
         "An .npz with one array per input, to time with in place of random inputs; it sets the batch.",

@@ -1,4 +1,4 @@
-"""Find the smallest or fastest model that keeps a limit, by bisection on its share of the dense model.
+"""Find the smallest or fastest model that keeps a limit, by a search over its share of the dense model.
 
     1.00  the dense model keeps every limit
     0.74  keeps it: the answer
@@ -6,9 +6,11 @@
     0.31  the smallest that any plan comes to
 
 Every point is planned, fitted and judged as it would be delivered. The losses that the planner foresees give the first
-point. They are no measure of the answer: they add up what sites do alone.
+point, and the next one by the ratio of the loss that was shown. They are no measure of the answer: they add up what
+sites do alone. Between a point that keeps the limit and one that does not, the logarithm of the loss is interpolated.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +32,8 @@ STEPS = 8
 """Most models that are fitted."""
 CLOSE = 0.006
 """Difference of the shares of the answer and of the next smaller point at which the search ends."""
+SLOW = 0.5
+"""Largest part that a useful point leaves of the difference."""
 DROP_AIM = 0.05
 """Foreseen loss of the first model that is tried for a drop of the accuracy."""
 
@@ -44,6 +48,7 @@ class SizeSearch:
         splits: function that returns the changes of decisions, site name -> (form, rank, bits).
         fit: function that fits the factors of decisions.
         judge: function that returns the value of a model, and whether it keeps the limit.
+        excess: function that returns the logarithm of the loss over the largest allowed one, from a value.
         smallest: share of the smallest plan.
         aim: foreseen loss of the first point.
         trials: models that were fitted and judged, in order.
@@ -54,6 +59,7 @@ class SizeSearch:
     splits: Callable[[Decisions], Mapping[str, Any]]
     fit: Callable[[Decisions], Planned]
     judge: Callable[[Planned], tuple[float | None, bool]]
+    excess: Callable[[float | None], float]
     smallest: float
     aim: float
     trials: list[PlanTrial] = field(default_factory=list)
@@ -61,36 +67,70 @@ class SizeSearch:
     def run(self) -> Planned | None:
         """Return the model of the smallest share that keeps the limit; None if none does that was tried."""
         low, high, best = self.smallest, 1.0, None
-        seen: dict[frozenset[Any], tuple[Planned | None, bool]] = {}
-        share = self._first(low)
+        seen: dict[frozenset[Any], tuple[Planned | None, float | None, bool]] = {}
+        excesses: dict[float, float] = {}
+        edge = (1 - low) / 4
+        share, width = min(max(self._foreseeing(self.aim, low, 1.0), low + edge), 1 - edge), high - low
         while len(self.trials) < STEPS and high - low > CLOSE:
             decisions = self.plan(share)
             key = frozenset(self.splits(decisions).items())
             if not key:  # the plan is the dense model
-                made, holds = None, True
+                made, value, holds = None, None, True
             elif key in seen:
-                made, holds = seen[key]
+                made, value, holds = seen[key]
             else:
                 fitted = self.fit(decisions)
                 value, holds = self.judge(fitted)
                 self.trials.append(PlanTrial(share=share, value=value, holds=holds))
                 made = fitted
-                seen = {k: (m if m is best else None, h) for k, (m, h) in seen.items()} | {key: (made, holds)}
+                seen = {k: (m if m is best else None, v, h) for k, (m, v, h) in seen.items()}
+                seen[key] = (made, value, holds)
+            if key:
+                excesses[share] = self.excess(value)
             if holds:
                 high, best = share, made if made is not None else best
             else:
                 low = share
-            share = (low + high) / 2
+            is_slow, width = high - low > SLOW * width, high - low
+            share = self._next(low, high, excesses, is_slow=is_slow)
         return best
 
-    def _first(self, low: float) -> float:
-        """Return the smallest share whose plan foresees the loss `aim`, within the middle of what is possible."""
-        least, most = low, 1.0
-        for _ in range(6):
-            middle = (least + most) / 2
-            least, most = (middle, most) if self.foreseen(self.plan(middle)) > self.aim else (least, middle)
-        edge = (1 - low) / 4
-        return min(max(most, low + edge), 1 - edge)
+    def _next(self, low: float, high: float, excesses: Mapping[float, float], *, is_slow: bool) -> float:
+        """Return the share to try next, between `low`, which misses the limit, and `high`, which keeps it.
+
+        The excess is taken as linear in the logarithm of the foreseen loss, through the nearest points.
+
+        Args:
+            low: largest share that misses the limit.
+            high: smallest share that keeps it.
+            excesses: excess at the shares that were tried.
+            is_slow: whether the last point hardly narrowed the search, so that the middle is better.
+        """
+        found, half = (low + high) / 2, CLOSE / 2
+        if excesses and not is_slow:
+            nearest = sorted(excesses, key=lambda share: abs(excesses[share]))
+            first, *others = (low, high) if {low, high} <= excesses.keys() else nearest[:2]
+            slope, loss = 1.0, self._foreseen_at(first)
+            if others and (run := math.log(loss / self._foreseen_at(others[0]))):
+                slope = min(max((excesses[first] - excesses[others[0]]) / run, 0.3), 4.0)
+            found = self._foreseeing(loss * math.exp(-excesses[first] / slope), low, high)
+            # Beside a point that was tried, a step over the limit closes the search.
+            if found - low < CLOSE and low in excesses:
+                found += half
+            elif high - found < CLOSE and high in excesses:
+                found -= half
+        near = min(0.9 * CLOSE, (high - low) / 2)
+        return min(max(found, low + near), high - near)
+
+    def _foreseen_at(self, share: float) -> float:
+        return max(self.foreseen(self.plan(share)), 1e-12)
+
+    def _foreseeing(self, aim: float, low: float, high: float) -> float:
+        """Return the smallest share between two others whose plan foresees at most the loss `aim`."""
+        for _ in range(8):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.foreseen(self.plan(middle)) > aim else (low, middle)
+        return high
 
 
 def changes_of(decisions: Decisions) -> dict[str, Any]:
@@ -119,6 +159,7 @@ def searched_model(request: RankRequest, planner: CalibratedPlanner) -> tuple[Pl
         splits=changes_of,
         fit=planner.fit,
         judge=partial(_drop if quality is None else _quality, request, candidates),
+        excess=partial(_excess_drop, request) if quality is None else quality.excess,
         smallest=max(smallest, 0.0),
         aim=DROP_AIM if quality is None else quality.foreseen,
     )
@@ -168,3 +209,8 @@ def _drop(request: RankRequest, candidates: Candidates, made: Planned) -> tuple[
         found = evaluate(path, dense.dataset, preprocessing=steps, provider=provider, progress=at_samples)
     drop = dense.accuracy.top1 - (found.top1 or 0.0)
     return drop, drop <= request.max_drop
+
+
+def _excess_drop(request: RankRequest, drop: float | None) -> float:
+    """Return the logarithm of a drop over the largest allowed one."""
+    return math.log(max(drop or 0.0, 0.01) / max(request.max_drop or 0.0, 0.01))

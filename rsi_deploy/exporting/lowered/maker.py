@@ -1,5 +1,7 @@
 """Write models in low precision, compare their outputs with the dense model's, and measure them."""
 
+import bisect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -201,14 +203,24 @@ class PointMaker:
             decisions = {}  # those of ranks, MACs and plans say nothing of bits
         return {name: decisions[name].bits if name in decisions else self.usual_bits for name in self._names}
 
-    def quality(self, path: Path, part: str = "check") -> OutputQuality | None:
-        """Return the quality of a model's outputs; None where they are not finite."""
+    def quality(self, path: Path, part: str = "check", most: int | None = None) -> OutputQuality | None:
+        """Return the quality of a model's outputs; None where they are not finite.
+
+        Args:
+            path: file of the model.
+            part: "check" or "in-sample".
+            most: number of samples that are enough; None for all of the part.
+        """
         data, outputs = self.calibrator.data, self.calibrator.outputs
         samples = data.check if part == "check" and data.check is not None else data.in_sample
         if part not in outputs:
             outputs[part] = dense_outputs(self.dense.reference, samples, self.provider, self.dense.proto)
+        known = outputs[part]
+        if most is not None:
+            counts = list(itertools.accumulate(len(batch) for batch in known.batches))
+            known = replace(known, batches=known.batches[: 1 + bisect.bisect_left(counts, most)])
         try:
-            return output_quality(outputs[part], path, samples, self.provider)
+            return output_quality(known, path, samples, self.provider)
         except GateError:
             return None
 

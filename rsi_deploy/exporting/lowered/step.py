@@ -6,7 +6,8 @@ points      --> sites whose inputs cost most when they are rounded go back to fl
 points      --> outputs on the check part, one interleaved measurement --> rule --> the delivered model
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -15,6 +16,7 @@ from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.core.errors import GateError, ModelError, UsageError
 from rsi_deploy.core.progress import step
 from rsi_deploy.core.sites import site_name
+from rsi_deploy.costing.zero_filled import Splits
 from rsi_deploy.exporting.calibrated.candidates import loss_shown
 from rsi_deploy.exporting.calibrated.plan_check import foreseen_loss
 from rsi_deploy.exporting.calibrated.planner import CalibratedPlanner
@@ -23,9 +25,10 @@ from rsi_deploy.exporting.lowered.activation_losses import activation_losses, ac
 from rsi_deploy.exporting.lowered.bits import bits_of, in_bits, table_options
 from rsi_deploy.exporting.lowered.maker import Base, PointMaker, decisions_in
 from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, CLOSE_RATIO, Point, Rule, refuse_broken
+from rsi_deploy.exporting.timing.timed_export import TimedExport
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.budget import Budget
-from rsi_deploy.planning.decide import Decisions
+from rsi_deploy.planning.decide import Decisions, planned_splits
 from rsi_deploy.planning.knapsack import SiteOptions, smallest_cost
 from rsi_deploy.planning.record import PlanRecord
 from rsi_deploy.planning.request import RankRequest
@@ -40,6 +43,7 @@ from rsi_deploy.precision.schemes import (
     Scheme,
     has_bits,
     is_int8,
+    timed_scheme,
 )
 from rsi_deploy.runtime.placement import node_placement
 from rsi_deploy.runtime.provider_spec import parse_provider
@@ -47,16 +51,20 @@ from rsi_deploy.runtime.providers import short_name
 
 TRIES = 3
 """Most models that are fitted for a size: the counted bytes may be too few."""
-SHARES = (0.75, 0.5, 0.3)
-"""Shares of the MACs that are tried for the fastest model of a quality."""
+SAVINGS = (0.4, 0.7, 1.0)
+"""Shares of the largest saving of time that are tried for the fastest model of a quality."""
 TIMED = 4
 """Models of a base that are fitted and measured for a time."""
+NEAR_TIME = 0.93
+"""Share of the time of a plan from which on its model is not much faster than needed."""
 SPARE = 0.97
 """Share of a time that a model may take in the search; the last measurement differs a little."""
 MOST_BYTES = 1.3
 """Bytes of an int8 model over those of the smallest one; a larger one leaves much of the net in float."""
 ROUNDING_SHARE = 0.5
 """Loss of rounded inputs over that of the weights, which sites in float32 bring down to this."""
+TABLE_SAMPLES = 64
+"""Samples on which the loss of a rounded embedding table is measured."""
 HALVINGS = 4
 """Most models that are written to find how many sites need float32."""
 
@@ -68,6 +76,7 @@ class PrecisionStep:
     Attributes:
         precision: value of `--precision`.
         maker: makes the models.
+        times: returns the measured times of sites in a scheme.
         allow_slower: whether a model that was measured slower than the dense one may be delivered.
         allow_larger: whether a model that is larger than the user's may be delivered.
         notes: notes for the report.
@@ -75,6 +84,7 @@ class PrecisionStep:
 
     precision: str
     maker: PointMaker
+    times: Callable[[Scheme], TimedExport]
     allow_slower: bool
     allow_larger: bool
     notes: list[str] = field(default_factory=list)
@@ -251,10 +261,7 @@ class PrecisionStep:
             if budget is not None and budget.cost == "nanoseconds":
                 yield from self._of_time(budget, base)
             elif request.fastest:
-                for share in SHARES:
-                    planner = self._planner(base)
-                    decisions = self._of_macs(Budget(keep_macs=share), planner)
-                    yield maker.point(planner.fit(decisions), base, f"{100 * share:g} % of the MACs")
+                yield from self._of_savings(base)
             elif budget is None:
                 yield from self._of_quality(base)
             elif budget.cost == "bytes":
@@ -313,33 +320,66 @@ class PrecisionStep:
             yield self.maker.point(made, base)
 
     def _of_time(self, budget: Budget, base: Base) -> Iterator[Point]:
-        """Yield models of several shares of the MACs, by bisection for the largest that is fast enough.
+        """Yield models whose splits save the time that is missing, by the times of sites and of the models before.
 
-        Where the dense model is fast enough in int8, it has time for some sites in float32 instead.
+        Where the dense model is fast enough in a base of int8, it has time for some sites in float32 instead.
         """
-        if base.scheme in self._dense and self._is_fast(budget, self._dense[base.scheme]):
+        dense = self._dense.get(base.scheme) or self._lower_dense(base.scheme)
+        over = math.inf if dense is None else self._over(budget, dense)
+        if over <= SPARE:
             if is_int8(base.scheme) and self.precision == "auto":
                 yield from self._floats_in_time(budget, base)
             return
-        planner, low, high = self._planner(base), 0.0, 1.0
-        for _ in range(TIMED):
-            share = round((low + high) / 2, 3)
-            try:
-                decisions = self._of_macs(Budget(keep_macs=share), planner)
-            except ModelError:  # no plan has so few MACs
-                low = share
-                continue
-            point = self.maker.point(planner.fit(decisions), base, f"{100 * share:g} % of the MACs")
+        if not math.isfinite(over):
+            return
+        planner, timing = self._timed_planner(base)
+        tried: list[Splits] = []
+        share, allowed = math.inf, SPARE / over
+        while len(tried) < TIMED and not NEAR_TIME * allowed <= share <= allowed:
+            point = self._point_in_time(planner, base, allowed, tried)
+            if point is None:
+                return
             yield point
-            low, high = (share, high) if self._is_fast(budget, point) else (low, share)
+            share = self._over(budget, point) / over
+            timing.correct(tried[-1], share)
+
+    def _of_savings(self, base: Base) -> Iterator[Point]:
+        """Yield models whose splits save shares of the time that splits can save at most."""
+        planner, _ = self._timed_planner(base)
+        most = 1 - planner.smallest(fastest=True)
+        tried: list[Splits] = []
+        for part in SAVINGS:
+            point = self._point_in_time(planner, base, 1 - part * most, tried)
+            if point is not None:
+                yield point
+
+    def _point_in_time(self, planner: CalibratedPlanner, base: Base, share: float, tried: list[Splits]) -> Point | None:
+        """The model for a share of the time of the base without splits; None without splits or if it was tried."""
+        decisions = planner.in_time(share)
+        splits = planned_splits(decisions, planner.streams)
+        if not splits or splits in tried:
+            return None
+        tried.append(splits)
+        return self.maker.point(planner.fit(decisions), base, f"{len(splits)} of {len(self._sites)} sites split")
+
+    def _timed_planner(self, base: Base) -> tuple[CalibratedPlanner, TimedExport]:
+        """The planner of a base with the splits that are faster in it, and their times."""
+        timing, planner = self.times(timed_scheme(base.scheme)), self._planner(base)
+        options = timing.narrowed(planner.options)
+        if not any(len(site.options) > 1 for site in options):
+            raise ModelError(f"no split of any of {len(options)} sites is measured faster")
+        return replace(planner, options=options, timing=timing), timing
 
     def _is_fast(self, budget: Budget, point: Point) -> bool:
         """Return whether a point keeps a time, with something to spare for the last measurement."""
+        return self._over(budget, point) <= SPARE
+
+    def _over(self, budget: Budget, point: Point) -> float:
+        """Return the time of a point over the allowed time; infinity where nothing is measured."""
         (timed,), latency = self.maker.measured([point])
         if latency is None or timed.timing is None:
-            return False
-        allowed = budget.total(round(1e6 * latency.arms[0].median_ms))
-        return 1e6 * timed.timing.median_ms <= SPARE * allowed
+            return math.inf
+        return 1e6 * timed.timing.median_ms / budget.total(round(1e6 * latency.arms[0].median_ms))
 
     # -- sites in float32 -------------------------------------------------------------------------------------------
 
@@ -440,7 +480,7 @@ class PrecisionStep:
     def _table_options(self) -> list[SiteOptions]:
         """The embedding tables as sites."""
         path = self.maker.path("table")
-        loss_of = lambda: loss_shown(self.maker.quality(path, "in-sample"))  # noqa: E731
+        loss_of = lambda: loss_shown(self.maker.quality(path, "in-sample", TABLE_SAMPLES))  # noqa: E731
         return [table_options(table, self.maker.dense, path, loss_of) for table in self.maker.tables]
 
     # -- choice -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.core.errors import UsageError
-from rsi_deploy.costing.cost_cache import conditions_here
 from rsi_deploy.exporting.results import Delivered
 from rsi_deploy.exporting.timing.profile import Costing
 from rsi_deploy.exporting.timing.timed_export import TimedExport
@@ -65,7 +64,7 @@ def timing_record(timing: TimedExport | None, delivered: Delivered, costing: Cos
     table = None if timing is None else timing.table
     return TimingRecord(
         source="the finished model alone" if timing is None else timing.source,
-        conditions=conditions_here(costing.provider, costing.threads) if table is None else table.conditions,
+        conditions=costing.conditions if table is None else table.conditions,
         rule="faster" if timing is None or timing.must_be_faster else "none",
         table_seconds=0.0 if timing is None else timing.seconds,
         dense_ns=0 if table is None else table.model.dense_nanoseconds,

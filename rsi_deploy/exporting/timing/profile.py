@@ -9,7 +9,8 @@ import datetime
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from rsi_deploy.core.sites import site_name
 from rsi_deploy.core.types import Feeds
 from rsi_deploy.core.units import parse_seconds
 from rsi_deploy.costing.cost_cache import CostCache, conditions_here
-from rsi_deploy.costing.cost_table import NOISY, CostTable, ModelTime, SiteCost
+from rsi_deploy.costing.cost_table import NOISY, Conditions, CostTable, ModelTime, SiteCost
 from rsi_deploy.costing.site_models import Piece, pieces
 from rsi_deploy.costing.site_timing import TimedShape, shapes_of, time_sites
 from rsi_deploy.costing.trial_plans import trial_plans, with_model_time
@@ -34,6 +35,8 @@ from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import model_hash, read_onnx, write_external
 from rsi_deploy.io.onnx_reader import load_model
+from rsi_deploy.precision.quantizers import quantize
+from rsi_deploy.precision.schemes import DYNAMIC, FLOAT32, Scheme, static
 from rsi_deploy.runtime.batch_independence import count_samples
 from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.feeds.shapes import input_shapes, refuse_nameless
@@ -48,6 +51,8 @@ BUDGET = 240.0
 PRECISION = 0.05
 MODEL_SHARE = 0.2
 """Of the time, for the whole model."""
+SCHEMES = {"float32": FLOAT32, "static-int8": static("minmax"), "dynamic-int8": DYNAMIC}
+"""Value of `--scheme` -> scheme."""
 
 
 @explains_broken_models
@@ -60,6 +65,7 @@ def profile(
     threads: int | None = None,
     budget: str | float = BUDGET,
     precision: float = PRECISION,
+    scheme: str = "float32",
     weights: str = "DEFAULT",
     checkpoint: str | Path | None = None,
     input_shape: str | Sequence[str] | None = None,
@@ -82,6 +88,7 @@ def profile(
         threads: inside one operator; None is onnxruntime's default.
         budget: of time: seconds, or `"240s"`.
         precision: relative half width of the speedups' intervals that is narrow enough.
+        scheme: precision of the products: "float32", "static-int8" or "dynamic-int8".
         weights: torchvision's.
         checkpoint: a factory's.
         input_shape: as for `export`.
@@ -99,6 +106,8 @@ def profile(
         ModelError: the model cannot be run.
     """
     target = None if output is None else _free(Path(output), force)
+    if scheme not in SCHEMES:
+        raise UsageError(f"scheme {scheme!r} is unknown; type one of {', '.join(SCHEMES)}")
     seconds = parse_seconds(budget, "--budget")
     plain, shapes = input_shapes([input_shape] if isinstance(input_shape, str) else list(input_shape or ()))
     own_feeds = None if feeds is None else read_feeds(feeds) if isinstance(feeds, str | Path) else dict(feeds)
@@ -109,7 +118,14 @@ def profile(
                 model, dense, weights, checkpoint, plain, seed, preprocessing, assume_constant=assume_constant
             )
         fed = fed_with(dense, batch, seed, own_feeds, shapes)
-        costing = Costing(provider=provider, threads=threads, seconds=seconds, precision=precision, seed=seed)
+        costing = Costing(
+            provider=provider,
+            threads=threads,
+            seconds=seconds,
+            precision=precision,
+            seed=seed,
+            scheme=SCHEMES[scheme],
+        )
         with step("cost table"):
             table = costing.table(dense, fed, name=name, fresh=fresh, progress=progress, command=command)
     if target is not None:
@@ -141,6 +157,7 @@ class Costing:
         seconds: for a table.
         precision: relative half width of the intervals that is narrow enough.
         seed: of the order of turns.
+        scheme: precision that the small models and the whole model are timed in.
     """
 
     provider: str = "cpu"
@@ -148,6 +165,12 @@ class Costing:
     seconds: float = BUDGET
     precision: float = PRECISION
     seed: int = 0
+    scheme: Scheme = FLOAT32
+
+    @property
+    def conditions(self) -> Conditions:
+        """The conditions of times that are measured here."""
+        return conditions_here(self.provider, self.threads, self.scheme.name)
 
     def table(
         self,
@@ -166,7 +189,7 @@ class Costing:
             ModelError: the model cannot be run.
         """
         started = time.monotonic()
-        conditions = conditions_here(self.provider, self.threads)
+        conditions = self.conditions
         cache = CostCache.of(conditions)
         inputs = {key: describe_array(array) for key, array in feeds.items()}
         digest = model_hash(dense)
@@ -209,7 +232,8 @@ class Costing:
 
     def _with_model(self, table: CostTable, dense: Path, feeds: Feeds) -> CostTable:
         plans = trial_plans(table.by_site())
-        return with_model_time(table, dense, feeds, plans, max(self.seconds * MODEL_SHARE, 1.0))
+        lower = None if self.scheme is FLOAT32 else partial(quantize, scheme=self.scheme, feeds=lambda: iter([feeds]))
+        return with_model_time(table, dense, feeds, plans, max(self.seconds * MODEL_SHARE, 1.0), lower)
 
     def pieces(self, dense: Path, feeds: Feeds) -> tuple[dict[str, Piece], dict[str, str]]:
         """Site name -> its piece, and site name -> why it has none."""
@@ -226,8 +250,16 @@ class Costing:
             elif isinstance(piece, str):
                 untimed[name] = piece
             else:
-                found[name] = piece
+                found[name] = piece if self.scheme is FLOAT32 else replace(piece, lower=self._lowered)
         return found, untimed
+
+    def _lowered(self, model: bytes, feeds: Feeds) -> bytes:
+        """Return a small model in the scheme."""
+        with ScratchFolder() as folder:
+            source, target = Path(folder) / "site.onnx", Path(folder) / "lowered.onnx"
+            source.write_bytes(model)
+            quantize(source, target, self.scheme, lambda: iter([feeds]))
+            return target.read_bytes()
 
 
 def _notes(costs: Mapping[str, SiteCost], precision: float) -> list[str]:

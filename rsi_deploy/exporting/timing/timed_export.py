@@ -12,14 +12,13 @@ from pathlib import Path
 from rsi_deploy.calibration.activations import ModelActivations
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.types import Feeds
-from rsi_deploy.costing.cost_cache import conditions_here
 from rsi_deploy.costing.cost_table import CostTable, PlanCheck, read_cost_table
 from rsi_deploy.costing.trial_plans import measured_plans, share_of
 from rsi_deploy.exporting.timing.profile import Costing
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Decisions
 from rsi_deploy.planning.knapsack import SiteOptions
-from rsi_deploy.planning.latency_search import decide_by_time, faster_only
+from rsi_deploy.planning.latency_search import corrected, decide_by_time, faster_only
 from rsi_deploy.planning.planner import Decision
 from rsi_deploy.runtime.feeds.values import describe_array
 from rsi_deploy.runtime.providers import resolve_provider
@@ -112,6 +111,13 @@ class TimedExport:
         late = {name: why for name, why in self.reasons.items() if decisions[name].rank is None}
         return decisions | {name: Decision(rank=None, reason=why) for name, why in late.items()}
 
+    def correct(self, splits: Mapping[str, tuple[str, int]], share: float) -> None:
+        """Correct the table by the share of the dense model's time that a model with these splits was measured at."""
+        scale, predicted = self.table.model.scale, self.table.predicted(splits)
+        check = PlanCheck(scale=scale, predicted=predicted, measured=share, measured_interval=(share, share))
+        self.table = corrected(self.table, splits, check)
+        self.checks.append(check)
+
     def _dense_now(self) -> int:
         """Nanoseconds of a call of the dense model, measured now: the machine may have changed since the table."""
         conditions = self.table.conditions
@@ -183,7 +189,12 @@ def timed_export(
 def _from_file(cost: str | Path, costing: Costing, *, foreign: bool) -> tuple[CostTable, bool]:
     """The table, and whether it is of another machine."""
     table = read_cost_table(cost)
-    differences = table.conditions.differences(conditions_here(costing.provider, costing.threads))
+    differences = table.conditions.differences(costing.conditions)
+    if table.conditions.scheme != costing.scheme.name:
+        raise UsageError(
+            f"--cost {cost} has times of {table.conditions.scheme}, but this export plans in {costing.scheme.name}",
+            hint="leave out --cost, or make a table with rsi-deploy profile --scheme",
+        )
     if differences and not foreign:
         raise UsageError(
             f"--cost {cost} holds for another machine or setting: {'; '.join(differences)}{_absent(table)}. Make one "

@@ -18,9 +18,10 @@ def print_costs(console: Console, costs: CostTable) -> None:
     print_table(
         console, Table(caption="", columns=COLUMNS, rows=[_row(cost, uses[cost.signature]) for cost in costs.costs])
     )
-    model = costs.model
+    model, scheme = costs.model, costs.conditions.scheme
+    kind = "" if scheme == "float32" else f" in {scheme}"
     lines = [
-        f"the whole dense model: {model.dense_nanoseconds / 1e6:.3g} ms at batch {model.batch}; splits save "
+        f"the whole dense model{kind}: {model.dense_nanoseconds / 1e6:.3g} ms at batch {model.batch}; splits save "
         f"{model.scale:.2f} times as much in it as in the single sites"
     ]
     lines += [
