@@ -38,6 +38,8 @@ ROW_BYTES = 9
 """Bytes of a row's scales (of weight and bias) and zero point."""
 NODE_BYTES = {8: 0, 5: 400, 4: 120, 3: 400}
 """Bits of a weight -> bytes of the nodes and constants that unpack it, about."""
+MOST_KEPT = 1 << 30
+"""Largest number of bytes of the second moments that are kept."""
 LAZY = 128
 """Number of columns after which their errors are passed on to all that follow."""
 
@@ -213,6 +215,13 @@ def second_moments(moments: Moments | Samples, *, centred: bool = False) -> Tens
         return moments.xx.double()
     mean = moments.mean_x.double()
     return moments.xx.double() + mean[:, :, None] * mean[:, None, :]
+
+
+def keep_second_moments_(known: dict[str, Tensor], name: str, moments: Moments | Samples) -> None:
+    """Add a site's second moments to `known` in float32, unless all together would take more than `MOST_KEPT`."""
+    second_bytes = 4 * moments.mean_x.shape[0] * moments.mean_x.shape[1] ** 2
+    if sum(tensor.nbytes for tensor in known.values()) + second_bytes <= MOST_KEPT:
+        known[name] = second_moments(moments).float()
 
 
 def rounded_weight(weight: Tensor, second: Tensor | None, *, is_product: bool, bits: int = 4) -> Rounded:

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rsi_deploy.calibration.activations import OutputSensitivity
 from rsi_deploy.calibration.output_agreement import PartOutputs
 from rsi_deploy.core.model_size import Size
@@ -33,12 +35,14 @@ class SweepCache:
         folder: the folder.
         sensitivities: effect of every site's errors on the outputs; None before any were found.
         outputs: outputs of the dense model on each part of the calibration data; empty before the first run.
+        inputs: second moments of the sites' inputs in the dense model; empty before the first run.
         points: the dense model in each precision that was tried, and as onnxruntime quantizes it.
     """
 
     folder: Path
     sensitivities: Mapping[str, OutputSensitivity] | None = None
     outputs: dict[str, PartOutputs] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
     points: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

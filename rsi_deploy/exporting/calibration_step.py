@@ -3,15 +3,18 @@
 dense.onnx, data --> OnnxStreams --> options --> budget --> decisions --> fitted factors
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+
+from torch import Tensor
 
 from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.calibration.calibration_data import CalibrationData, refuse_shared
 from rsi_deploy.calibration.output_agreement import PartOutputs
 from rsi_deploy.calibration.record import CalibrationRecord
+from rsi_deploy.calibration.rounding import keep_second_moments_
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.execution.result_store import ResultStore
@@ -52,6 +55,7 @@ class Calibrator:
         kept: results of earlier exports of the same model and data; None without.
         finished: results of an interrupted run of this export; None without.
         outputs: part of the calibration data -> outputs of the dense model, as far as they were computed.
+        inputs: second moments of the sites' inputs in the dense model, as far as they were computed.
         notes: notes on the data, for the report.
         record: what was foreseen and tried; None where a rank or a plan decides.
     """
@@ -68,6 +72,7 @@ class Calibrator:
     kept: SweepCache | None = None
     finished: ResultStore | None = None
     outputs: dict[str, PartOutputs] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     record: PlanRecord | None = None
 
@@ -121,10 +126,16 @@ class Calibrator:
         """
         self.filters.check([site_name(site.weight) for site in self.dense.sites])
         planner = self._planner()
-        calibration = replace(planner.calibration, bits_of=bits_of, with_repairs=with_repairs)
+        calibration = replace(planner.calibration, bits_of=bits_of, with_repairs=with_repairs, inputs=self.inputs)
         found = replace(planner, calibration=calibration, finished=None).with_options()
         self.notes.extend(remarks(self._streams, self.data))
         return found
+
+    def input_moments(self) -> Mapping[str, Tensor]:
+        """Return site name -> second moments of its inputs in the dense model, float32 `(groups, in, in)`."""
+        if not self.inputs:
+            self._streams.survey(lambda site, moments: keep_second_moments_(self.inputs, site.name, moments))
+        return self.inputs
 
     def missed(self, found: CalibrationRecord | None) -> list[str]:
         """Return a note where the delivered model does not keep the quality: splits were undone after the search."""

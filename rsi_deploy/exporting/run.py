@@ -363,6 +363,7 @@ class ExportRun:
             progress=job.progress,
             kept=self.kept,
             outputs={} if self.kept is None else dict(self.kept.outputs),
+            inputs={} if self.kept is None else self.kept.inputs,
             finished=store if store is not None and fingerprint(request.calib) else None,
         )
 

@@ -44,7 +44,7 @@ from rsi_deploy.calibration.reduced_rank_regression import (
 )
 from rsi_deploy.calibration.repair import repair_bytes, repair_ranks, repairs
 from rsi_deploy.calibration.rounded_factors import normal_equations, rounded_factors
-from rsi_deploy.calibration.rounding import rounded_weight, second_moments, stored_bytes
+from rsi_deploy.calibration.rounding import keep_second_moments_, rounded_weight, second_moments, stored_bytes
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import Spectrum, break_even_rank
 from rsi_deploy.linalg.solver import Solver, singular_values
@@ -89,6 +89,7 @@ class Calibration:
         forms: forms that may be chosen.
         bits_of: function that returns the bits in which a site's weight may be stored; 32 is as it is.
         with_repairs: whether weights in few bits may have a low-rank repair.
+        inputs: second moments of sites that may be stored in fewer than eight bits, by name; `options` adds them.
         declined: sites that stay dense because their inputs are constant, name -> reason; set by `options` and `fit`.
     """
 
@@ -103,6 +104,7 @@ class Calibration:
     forms: tuple[Form, ...] = ("matmul", "gemm", "channel", "input", "separable")
     bits_of: Callable[[CalibratedSite], tuple[int, ...]] = lambda site: (32,)
     with_repairs: bool = False
+    inputs: dict[str, Tensor] | None = None
     declined: dict[str, str] = field(default_factory=dict, init=False, compare=False)
 
     def options(self, activations: ModelActivations, progress: Progress | None = None) -> list[SiteOptions]:
@@ -115,6 +117,8 @@ class Calibration:
             if progress:
                 progress(site.name, len(found), len(sites))
             sensitivity = sensitivities[site.name].directions if site.name in sensitivities else None
+            if self.inputs is not None and any(bits < 8 for bits in self.bits_of(site)):
+                keep_second_moments_(self.inputs, site.name, moments)
             found[site.name] = self._options_of(site, moments, activations, sensitivity)
 
         activations.survey(visit)

@@ -87,12 +87,15 @@ class CalibrationFeeds:
         samples: number of samples.
         provider: onnxruntime provider.
         seed: random seed for the choice of rows.
+        inputs: second moments of inputs by name of the weight, where they are known; those of other weights are found
+            by a run of the model.
     """
 
     feeds: FeedsSource
     samples: int
     provider: str = "cpu"
     seed: int = 0
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 RENAMES = ("_quant", "_MatMul_quant", "_MatMul", "_Q4")
@@ -149,6 +152,13 @@ class _Entry:
     site: gp.Site
     rounded: Rounded
     repair: Repair | None
+
+    @property
+    def is_exact(self) -> bool:
+        """Return whether rounding changed nothing, because the weight was rounded in its fit."""
+        weight = torch.from_numpy(np.array(self.site.load(), np.float32)).reshape(self.rounded.codes.shape)
+        step = self.rounded.scales.max()
+        return bool((self.rounded.weight() - weight).abs().max() <= 1e-3 * step)
 
 
 def _site_node(node: str) -> str:
@@ -217,21 +227,28 @@ def _rounded_sites(path: Path, lowering: Lowering, data: CalibrationFeeds | None
     def visit(calibrated: CalibratedSite, moments: Moments | Samples) -> None:
         keep(calibrated.name, second_moments(moments))
 
-    if data is not None and any(bits < 8 for _, bits in sites.values()):
+    inputs = {} if data is None else data.inputs
+    for name in sites.keys() & inputs.keys():
+        keep(name, inputs[name].double())
+    for name in sites.keys() - inputs.keys():
+        keep(name, None)
+    unknown = {
+        name
+        for name, (site, bits) in sites.items()
+        if bits < 8 and name not in inputs and not found[site.weight].is_exact
+    }
+    if data is not None and unknown:
         streams = OnnxStreams(
             path,
             data.feeds,
             data.samples,
-            may_split=lambda name: name in sites and sites[name][1] < 8,
+            may_split=lambda name: name in unknown,
             provider=data.provider,
             seed=data.seed,
             before_ids=True,
         )
         streams.survey(visit)
-    for name, (site, _) in sites.items():
-        if site.weight not in found:
-            keep(name, None)
-    return found
+    return {site.weight: found[site.weight] for site, _ in sites.values()}
 
 
 def _write(model: ModelProto, path: Path) -> None:

@@ -169,7 +169,9 @@ class PointMaker:
         work = path.with_name(f"{path.stem}-float.onnx")
         try:
             split = self.write(made, work)
-            lower(work, path, self._lowering(made, base), self._feeds)
+            lowering = self._lowering(made, base)
+            inputs = self.calibrator.input_moments() if lowering.is_packed else {}
+            lower(work, path, lowering, replace(self._feeds, inputs=inputs))
             return split
         finally:
             _delete(work)
