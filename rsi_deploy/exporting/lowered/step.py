@@ -24,7 +24,7 @@ from rsi_deploy.exporting.calibrated.size_search import searched_model
 from rsi_deploy.exporting.lowered.activation_losses import activation_losses, activation_steps
 from rsi_deploy.exporting.lowered.bits import bits_of, in_bits, table_options
 from rsi_deploy.exporting.lowered.maker import Base, PointMaker, decisions_in
-from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, CLOSE_RATIO, Point, Rule, refuse_broken
+from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, CLOSE_RATIO, NEAR_BYTES, Point, Rule, refuse_broken
 from rsi_deploy.exporting.timing.timed_export import TimedExport
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.budget import Budget
@@ -118,7 +118,7 @@ class PrecisionStep:
             if len(bases) > 1 and base.scheme is FEW_BITS and self._needs_no_float(points):
                 continue
             points += self._planned_points(base)
-        small = [point for point in points if point.bytes < dense.size.bytes]
+        small = [point for point in points if NEAR_BYTES * point.bytes < dense.size.bytes]
         if self.precision == "auto" and request.quality is not None and not any(map(self._keeps, small)):
             points += self._planned_points(Base(scheme=FLOAT32))  # ranks alone
         points, latency = self.maker.measured(points)
@@ -442,6 +442,8 @@ class PrecisionStep:
     def _planner(self, base: Base) -> CalibratedPlanner:
         """The planner of a base: its bits, and models that are written in it."""
         whole, allowed = self._whole_planner, self._planned_bits if has_bits(base.scheme) else (32,)
+        if base.scheme is FEW_BITS and self.precision == "auto" and allowed != (32,):
+            allowed = (32, *allowed)
         if base.scheme.uint8_products:
             allowed = tuple(bits for bits in allowed if bits >= 8)
         sites = [*whole.options, *(self._table_options if allowed != (32,) else ())]
