@@ -136,8 +136,8 @@ def lower(source: Path, target: Path, lowering: Lowering, data: CalibrationFeeds
         sources = {f"{name}{suffix}": name for suffix in RENAMES for name in marks} | {name: name for name in marks}
         for node in made.graph.node:
             node.name = sources.get(node.name, node.name)
-            for entry in marks.get(node.name, ()):
-                node.metadata_props.add(key=entry[0], value=entry[1])
+            for key, value in marks.get(node.name, ()):
+                node.metadata_props.add(key=key, value=value)
         stay_float_(made, frozenset(kept_float))
         compact_(made, frozenset(marks))
         _write(made, target)
