@@ -15,7 +15,7 @@ from torch import nn
 from rsi_deploy import export, inspect, read_report, rewrite, verify
 from rsi_deploy.cli import run
 from rsi_deploy.core.errors import GateError
-from rsi_deploy.exporting import step_settings as stages
+from rsi_deploy.exporting.timing import model_times as stages
 from rsi_deploy.io import onnx_file
 from rsi_deploy.report.tables.report import print_sites
 from rsi_deploy.runtime.feeds.inputs import model_inputs

@@ -28,7 +28,7 @@ from rsi_deploy.exporting.inputs import (
 from rsi_deploy.exporting.keywords import ExportKeywords
 from rsi_deploy.exporting.run import ExportRun
 from rsi_deploy.exporting.step_settings import StepSettings
-from rsi_deploy.exporting.timing.latency_options import Timed
+from rsi_deploy.exporting.timing.latency_options import check_time_settings
 from rsi_deploy.exporting.timing.profile import Costing
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.planner import Filters
@@ -114,13 +114,7 @@ def export_run(
     request = RankRequest.of(config).with_least_rank(target.least_rank)
     request.check_against(data=config.data, always_split=config.always_split)
     _check_ray(config.ray, request, config.device)
-    timed = Timed(
-        request=request,
-        cost=config.cost,
-        foreign=config.allow_cost_mismatch,
-        allow_slower=config.allow_slower,
-        measure=config.measure,
-    )
+    check_time_settings(request, config)
     provider = str(parse_provider(config.provider))
     check_source(config.calib)
     check_source(config.calib_check, CHECK_OPTION)
@@ -161,25 +155,11 @@ def export_run(
             preprocessing=preprocessing,
             opset=config.opset,
         ),
-        timed=timed,
+        request=request,
         costing=Costing(provider=provider, threads=config.threads, seconds=config.cost_budget, seed=config.seed),
         filters=filters,
         dataset=dataset,
-        bench_batch=config.bench_batch,
-        bench_seconds=config.bench_seconds,
         max_output_error=None if request.is_limited_by_error else config.max_output_error,
-        keep_dense=config.keep_dense,
-        allow_larger=config.allow_larger,
-        inputs=(
-            config.weights,
-            config.checkpoint,
-            config.data,
-            config.calib,
-            config.calib_check,
-            config.feeds,
-            config.plan,
-            config.cost,
-        ),
         command=command,
         config=config,
         recipe=recipe or recipe_text("export", model, config),

@@ -56,7 +56,7 @@ def dry_run(model: str | None, config: ExportConfig) -> DryRun:
     if model is None:
         raise UsageError("export takes a MODEL, or --from-sweep DIR --point N")
     run = export_run(model, config)
-    request = run.timed.request
+    request = run.request
     rank = run.job.settings.rank
     rule = request.decided_by or f"--rank {rank}"
     return DryRun(

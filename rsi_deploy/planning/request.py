@@ -136,6 +136,11 @@ class RankRequest:
         return self.quality is not None or self.max_drop is not None or self.needs_quality
 
     @property
+    def is_in_time(self) -> bool:
+        """Return whether times choose the ranks."""
+        return self.fastest or (self.budget is not None and self.budget.cost == "nanoseconds")
+
+    @property
     def is_limited_by_error(self) -> bool:
         """Return whether `--max-output-error` chooses the ranks, and is no gate."""
         return self.quality is not None and self.quality.measure == "output_error"

@@ -9,8 +9,8 @@ from rsi_deploy import export
 from rsi_deploy.calibration.calibration_data import CalibrationData
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.exporting import calibration_step as calibrating
-from rsi_deploy.exporting import run as exporting
 from rsi_deploy.exporting.calibrated.data_checks import listed, remarks
+from rsi_deploy.exporting.timing import model_times
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.runtime.feeds.inputs import model_inputs
@@ -60,7 +60,7 @@ def run(tmp_path, **options):
 
 
 def test_data_that_do_not_fit_are_refused_before_the_cost_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "timed_export", lambda *a, **k: pytest.fail("a cost table was measured"))
+    monkeypatch.setattr(model_times, "timed_export", lambda *a, **k: pytest.fail("a cost table was measured"))
     model, wrong = mlp_onnx(tmp_path / "m.onnx", sizes=(12, 48, 48, 10)), inputs(tmp_path / "c.npz", 13)
     with pytest.raises(UsageError, match="13"):
         export(str(model), tmp_path / "b", calib=wrong, keep_macs=0.5)

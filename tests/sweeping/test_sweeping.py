@@ -134,7 +134,7 @@ def test_an_interrupted_sweep_goes_on_and_calibrates_no_second_time(place, tmp_p
     surveyed, options_of = [], Calibration.options
 
     def interrupted(run, output, **options):
-        calls.append(run.timed.request.budget.keep_macs)
+        calls.append(run.request.budget.keep_macs)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return made(run, output, **options)

@@ -2,8 +2,9 @@
 
 import bisect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,24 +14,23 @@ from rsi_deploy.calibration.record import OutputQuality
 from rsi_deploy.core.errors import GateError, ModelError, UsageError
 from rsi_deploy.core.progress import step
 from rsi_deploy.core.sites import site_name
-from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.calibration_step import Calibrator
 from rsi_deploy.exporting.lowered.points import Point
 from rsi_deploy.exporting.results import DenseModel
+from rsi_deploy.exporting.timing.model_times import ModelTimes
 from rsi_deploy.io.onnx_file import copy_model, file_bytes, move_model
 from rsi_deploy.io.onnx_reader import read_graph
 from rsi_deploy.onnx_models.split import SplitModel
+from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Decisions, Planned
 from rsi_deploy.planning.planner import Decision, FixedPlanner
+from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.precision.embedding_tables import EmbeddingTable, tables
 from rsi_deploy.precision.lowering import CalibrationFeeds, Lowering, lower
 from rsi_deploy.precision.quantizers import quantize
 from rsi_deploy.precision.rivals import rival_name
 from rsi_deploy.precision.schemes import FEW_BITS, FLOAT32, Scheme, has_bits
-from rsi_deploy.precision.targets import ANY, ProviderTarget
-
-Write = Callable[[Planned, Path], SplitModel]
-Measure = Callable[[Sequence[Path]], BenchResult]
+from rsi_deploy.precision.targets import ProviderTarget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,24 +58,28 @@ class PointMaker:
     """Makes points.
 
     Attributes:
-        dense: the dense model.
-        calibrator: the calibration of the export.
-        write: writes a float model of decisions and factors.
-        measure: measures the dense model and others in one interleaved run; None where nothing is measured.
-        provider: onnxruntime provider.
-        usual_bits: bits of weights where decisions name none.
+        calibrator: the calibration of the export, which writes float models of decisions and factors.
+        times: measures models and sites.
+        precision: value of `--precision`.
         target: provider that will run the model.
-        kept: what earlier exports of the same model and data have made; None without.
+        notes: notes for the report on models that cannot be made.
     """
 
-    dense: DenseModel
     calibrator: Calibrator
-    write: Write
-    measure: Measure | None
-    provider: str
-    usual_bits: int
-    target: ProviderTarget = ANY
-    kept: SweepCache | None = None
+    times: ModelTimes
+    precision: str
+    target: ProviderTarget
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def dense(self) -> DenseModel:
+        """The dense model."""
+        return self.calibrator.dense
+
+    @property
+    def request(self) -> RankRequest:
+        """What decides the ranks."""
+        return self.calibrator.request
 
     def rival(self, scheme: Scheme) -> Point:
         """Return the dense model as onnxruntime's own tools quantize it."""
@@ -94,9 +98,9 @@ class PointMaker:
         return self._once(key, lambda: self.point(self.all_dense(8), base))
 
     def _once(self, key: str, make: Callable[[], Point]) -> Point:
-        if self.kept is None:
+        if self.calibrator.kept is None:
             return make()
-        made: Point = self.kept.point(key, make)
+        made: Point = self.calibrator.kept.point(key, make)
         return made
 
     def _rival(self, scheme: Scheme) -> Point:
@@ -142,7 +146,8 @@ class PointMaker:
     def deliver(self, point: Point) -> None:
         """Put the point's file in the place of the export's model."""
         assert point.path is not None
-        if self.kept is None or point.path.parent != self.kept.folder:
+        kept = self.calibrator.kept
+        if kept is None or point.path.parent != kept.folder:
             move_model(point.path, self.dense.target)
         elif point.made is None:
             copy_model(point.path, self.dense.target)
@@ -158,17 +163,17 @@ class PointMaker:
         """Return the record of the dense model, whose sites are not split."""
         path = self.path("record")
         try:
-            return self.write(self.all_dense(8), path)
+            return self.calibrator.write(self.all_dense(8), path)
         finally:
             _delete(path)
 
     def lowered(self, made: Planned, path: Path, base: Base) -> SplitModel:
         """Write a model; decisions that name no bits follow the precision."""
         if base.scheme is FLOAT32:
-            return self.write(made, path)
+            return self.calibrator.write(made, path)
         work = path.with_name(f"{path.stem}-float.onnx")
         try:
-            split = self.write(made, work)
+            split = self.calibrator.write(made, work)
             lowering = self._lowering(made, base)
             inputs = self.calibrator.input_moments() if lowering.is_packed else {}
             lower(work, path, lowering, replace(self._feeds, inputs=inputs))
@@ -203,7 +208,8 @@ class PointMaker:
         decisions = decisions_in(made)
         if all(decision.bits == 32 for decision in decisions.values()):
             decisions = {}  # those of ranks, MACs and plans say nothing of bits
-        return {name: decisions[name].bits if name in decisions else self.usual_bits for name in self._names}
+        usual = 4 if self.precision == "int4" else 8
+        return {name: decisions[name].bits if name in decisions else usual for name in self._names}
 
     def quality(self, path: Path, part: str = "check", most: int | None = None) -> OutputQuality | None:
         """Return the quality of a model's outputs; None where they are not finite.
@@ -216,25 +222,33 @@ class PointMaker:
         data, outputs = self.calibrator.data, self.calibrator.outputs
         samples = data.check if part == "check" and data.check is not None else data.in_sample
         if part not in outputs:
-            outputs[part] = dense_outputs(self.dense.reference, samples, self.provider, self.dense.proto)
+            outputs[part] = dense_outputs(self.dense.reference, samples, self.calibrator.provider, self.dense.proto)
         known = outputs[part]
         if most is not None:
             counts = list(itertools.accumulate(len(batch) for batch in known.batches))
             known = replace(known, batches=known.batches[: 1 + bisect.bisect_left(counts, most)])
         try:
-            return output_quality(known, path, samples, self.provider)
+            return output_quality(known, path, samples, self.calibrator.provider)
         except GateError:
             return None
 
     def measured(self, points: Sequence[Point]) -> tuple[list[Point], BenchResult | None]:
         """Return the points with their times, of one interleaved run."""
         able = [point for point in points if point.path is not None and point.path != self.dense.reference]
-        if self.measure is None or not able:
+        if not able or not self.times.is_measured:
             return list(points), None
-        with step(f"measure {len(able) + 1} models side by side"):
-            result = self.measure([self.dense.reference, *(point.path for point in able if point.path is not None)])
+        paths = [self.dense.reference, *(point.path for point in able if point.path is not None)]
+        with step(f"measure {len(paths)} models side by side"):
+            result = self.times.latency(paths, least=len(paths))
         timings = {id(point): arm for point, arm in zip(able, result.arms[1:], strict=True)}
         return [replace(point, timing=timings.get(id(point))) for point in points], result
+
+    def time_over(self, budget: Budget, point: Point) -> float:
+        """Return the time of a point over the allowed time; infinity where nothing is measured."""
+        (timed,), latency = self.measured([point])
+        if latency is None or timed.timing is None:
+            return math.inf
+        return 1e6 * timed.timing.median_ms / budget.total(round(1e6 * latency.arms[0].median_ms))
 
     @cached_property
     def tables(self) -> list[EmbeddingTable]:
@@ -252,7 +266,7 @@ class PointMaker:
     @cached_property
     def _feeds(self) -> CalibrationFeeds:
         data, seed = self.calibrator.data, self.calibrator.solver.seed
-        return CalibrationFeeds(feeds=data.feeds, samples=data.samples, provider=self.provider, seed=seed)
+        return CalibrationFeeds(feeds=data.feeds, samples=data.samples, provider=self.calibrator.provider, seed=seed)
 
     @cached_property
     def _counter(self) -> Iterator[int]:

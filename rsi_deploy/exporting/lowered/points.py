@@ -21,6 +21,7 @@ from rsi_deploy.exporting.calibrated.candidates import loss_shown
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import Planned
+from rsi_deploy.planning.quality import QualityBudget
 from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.precision.record import PrecisionPoint
 from rsi_deploy.precision.schemes import Scheme
@@ -85,6 +86,10 @@ class Point:
             self.timing is not None and self.timing.speedup_interval is not None and self.timing.speedup_interval[1] < 1
         )
 
+    def keeps(self, quality: QualityBudget | None) -> bool:
+        """Return whether the outputs keep a quality."""
+        return quality is not None and self.quality is not None and quality.holds(quality.limit_of(self.quality))
+
     def record(self, delivered: "Point", rule: "Rule") -> PrecisionPoint:
         """Return the point as the report has it."""
         return PrecisionPoint(
@@ -127,9 +132,7 @@ class Rule:
         if point.bytes > self.dense_bytes and not (self.allow_larger or point.is_dense):
             return False
         if request.quality is not None:
-            if point.is_dense:
-                return True
-            return point.quality is not None and request.quality.holds(request.quality.limit_of(point.quality))
+            return point.is_dense or point.keeps(request.quality)
         budget = request.budget
         if budget is not None and budget.cost == "bytes":
             return point.bytes <= budget.total(self.dense_bytes)

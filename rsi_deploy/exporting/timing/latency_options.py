@@ -1,10 +1,8 @@
 """The part that time has in an export: requests that contradict themselves, and the report's record of it."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.exporting.results import Delivered
 from rsi_deploy.exporting.timing.profile import Costing
 from rsi_deploy.exporting.timing.timed_export import TimedExport
@@ -13,48 +11,26 @@ from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.report.schema import TimingRecord
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timed:
-    """The part that time has in an export.
-
-    Attributes:
-        request: what decides the ranks.
-        cost: file of a cost table.
-        foreign: accept a table of another machine.
-        allow_slower: splits need not be faster.
-        measure: whether times are measured here.
+def check_time_settings(request: RankRequest, config: ExportConfig) -> None:
+    """Refuse settings of time that contradict each other.
 
     Raises:
-        UsageError: options that contradict each other.
+        UsageError: says what to type.
     """
+    if config.allow_cost_mismatch and config.cost is None:
+        raise UsageError(
+            "--allow-cost-mismatch says that --cost FILE is of another machine: add --cost, or leave it out"
+        )
+    if config.cost is not None and not request.is_searched:
+        raise UsageError("--cost is planned with: give a budget, such as --keep-latency 60%, and --calib DATA")
+    if request.is_in_time and not config.measure and not config.allow_cost_mismatch:
+        raise UsageError("--keep-latency, --max-latency and --fastest are measured: leave out --no-bench")
 
-    request: RankRequest
-    cost: str | Path | None
-    foreign: bool
-    allow_slower: bool
-    measure: bool
 
-    def __post_init__(self) -> None:
-        if self.foreign and self.cost is None:
-            raise UsageError(
-                "--allow-cost-mismatch says that --cost FILE is of another machine: add --cost, or leave it out"
-            )
-        if self.cost is not None and not self.request.is_searched:
-            raise UsageError("--cost is planned with: give a budget, such as --keep-latency 60%, and --calib DATA")
-        if self.is_in_time and not self.measure and not self.foreign:
-            raise UsageError("--keep-latency, --max-latency and --fastest are measured: leave out --no-bench")
-
-    @property
-    def is_in_time(self) -> bool:
-        """Return whether times choose the ranks."""
-        of_budget = self.request.budget is not None and self.request.budget.cost == "nanoseconds"
-        return of_budget or self.request.fastest
-
-    @property
-    def needs_table(self) -> bool:
-        """Return whether a cost table decides anything."""
-        ruled = self.request.is_searched and self.measure and not self.allow_slower
-        return self.cost is not None or self.is_in_time or ruled
+def needs_table(request: RankRequest, config: ExportConfig) -> bool:
+    """Return whether a cost table decides anything."""
+    is_ruled = request.is_searched and config.measure and not config.allow_slower
+    return config.cost is not None or request.is_in_time or is_ruled
 
 
 def timing_record(timing: TimedExport | None, delivered: Delivered, costing: Costing) -> TimingRecord | None:
