@@ -31,13 +31,14 @@ def with_default_quality(request: RankRequest, dense: DenseModel, provider: str)
 def default_settings(request: RankRequest, config: ExportConfig, dense: DenseModel) -> dict[str, str]:
     """Return the settings that a default quality adds to those of the user, and the precision `auto`.
 
-    The precision is `auto` where a quality or a size in bytes decides, and no other setting needs a float model.
+    The precision is `auto` where a quality, a size in bytes or a time decides, and no other setting needs a float model.
     """
     changed = dict[str, str]()
     quality, budget, plan = request.quality, request.budget, request.plan
     if request.is_default and quality is not None:
         changed[quality.setting] = quality.text(quality.limit)
-    has_bits = (budget is not None and budget.cost == "bytes") or (plan is not None and plan.has_bits)
+    of_costs = budget is not None and budget.cost in ("bytes", "nanoseconds")
+    has_bits = of_costs or (plan is not None and plan.has_bits)
     can_run = dense.outputs is not None and not dense.quantized
     needs_float = config.ray is not None or config.cost is not None or not request.is_fitted
     if config.precision is None and can_run and (has_bits or quality is not None) and not needs_float:

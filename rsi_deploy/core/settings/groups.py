@@ -135,7 +135,7 @@ class PrecisionConfig(Settings, panel="Size"):
     precision: Literal["float32", "float16", "int8", "int4", "auto"] | None = setting(
         None,
         "Bits of weights and products. auto: rank and precision in one plan, compared with onnxruntime's own int8 and "
-        "int4. (default: auto where a quality or a size in bytes is planned on --calib; else float32)",
+        "int4. (default: auto where a quality, a size in bytes or a time is planned on --calib; else float32)",
         option=FIRST,
     )
 

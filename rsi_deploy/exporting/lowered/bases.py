@@ -68,7 +68,7 @@ class Bases:
         tried = [target.static("minmax")]
         if any(site.op_type == "Conv" for site in self.maker.dense.sites):
             tried.append(target.static("percentile"))
-        if self._multiplies_mostly and DYNAMIC.kind in target.kinds:
+        if self._has_mostly_products and DYNAMIC.kind in target.kinds:
             tried.append(DYNAMIC)
         found = [point for point in map(self.dense_in, tried) if point is not None]
         if not found:
@@ -84,8 +84,9 @@ class Bases:
         return min(near, key=lambda point: point.loss).scheme
 
     @property
-    def _multiplies_mostly(self) -> bool:
-        """Whether most MACs are those of products: dynamic int8 leaves convolutions in float32."""
-        dense = self.maker.dense
-        macs = {site.node: (site.op_type in PRODUCTS, dense.macs.get(site.node, 0)) for site in dense.sites}
-        return 2 * sum(count for is_product, count in macs.values() if is_product) > sum(c for _, c in macs.values())
+    def _has_mostly_products(self) -> bool:
+        """Whether most MACs or numbers are those of products: dynamic int8 leaves convolutions in float32."""
+        sites, macs = self.maker.dense.sites, self.maker.dense.macs
+        costs = [(macs.get(site.node, 0), site.out_features * site.in_features) for site in sites]
+        of_products = [cost for cost, site in zip(costs, sites, strict=True) if site.op_type in PRODUCTS]
+        return any(2 * sum(cost[i] for cost in of_products) > sum(cost[i] for cost in costs) for i in (0, 1))
