@@ -31,7 +31,7 @@ def with_default_quality(request: RankRequest, dense: DenseModel, provider: str)
 def default_settings(request: RankRequest, config: ExportConfig, dense: DenseModel) -> dict[str, str]:
     """Return the settings that a default quality adds to those of the user, and the precision `auto`.
 
-    The precision is `auto` where a quality, a size in bytes or a time decides, and no other setting needs a float model.
+    The precision is `auto` where a quality, a size in bytes or a time decides and no setting needs a float model.
     """
     changed = dict[str, str]()
     quality, budget, plan = request.quality, request.budget, request.plan
