@@ -62,7 +62,8 @@ class BasePlanners:
         timing, planner = self.maker.times.of_sites_in(timed_scheme(base.scheme)), self.planner(base)
         options = timing.narrowed(planner.options)
         if not any(len(site.options) > 1 for site in options):
-            raise ModelError(f"no split of any of {len(options)} sites is measured faster")
+            hint = "let more sites be split (--include), or add --allow-slower"
+            raise ModelError(f"no split of any of {len(options)} sites is measured faster", hint=hint)
         return replace(planner, options=options, timing=timing), timing
 
     @cached_property

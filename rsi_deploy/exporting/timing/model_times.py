@@ -100,7 +100,8 @@ class ModelTimes:
 
     def _of_sites(self, costing: Costing, cost: str | Path | None) -> TimedExport:
         if self.feeds is None:
-            raise ModelError("the model cannot be run on this machine, so that nothing is timed")
+            hint = "type a budget that needs no times, such as --max-size 50%"
+            raise ModelError("the model cannot be run on this machine, so that nothing is timed", hint=hint)
         return timed_export(
             self.dense.path,
             self.feeds,
