@@ -16,6 +16,7 @@ from rsi_deploy.calibration.calibration_data import CHECK_OPTION, check_source
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.settings.recipe import recipe_text
 from rsi_deploy.core.settings.verbs import ExportConfig
+from rsi_deploy.costing.cost_table import read_cost_table
 from rsi_deploy.data.picture_settings import picture_settings, preprocessing_of
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.exporting.cache import SweepCache
@@ -116,6 +117,8 @@ def export_run(
     _check_ray(config.ray, request, config.device)
     check_time_settings(request, config)
     provider = str(parse_provider(config.provider))
+    if config.cost is not None:
+        read_cost_table(config.cost)
     check_source(config.calib)
     check_source(config.calib_check, CHECK_OPTION)
     filters = Filters(include=config.include, exclude=config.exclude)

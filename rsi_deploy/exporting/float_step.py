@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rsi_deploy.benchmark.result import BenchResult
-from rsi_deploy.core.errors import ModelError
+from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.execution.result_store import ResultStore
 from rsi_deploy.exporting.calibration_step import Calibrator
@@ -55,9 +55,10 @@ class FloatStep:
         """
         calibrator, request, times, dense = self.calibrator, self.calibrator.request, self.times, self.times.dense
         if (plan := request.plan) is not None and plan.has_bits:
-            self.notes.append(
-                "the plan's bits of weights are left out: they need --calib, and another --precision than float32"
-            )
+            need = "they need --calib, and no --precision but auto"
+            if not any(site.rank for site in plan.sites.values()):
+                raise UsageError(f"{request.plan_name} has bits of weights and no rank: {need}")
+            self.notes.append(f"the plan's bits of weights are left out: {need}")
         feeds = times.feeds
         if needs_table(request, self.config) and feeds is not None:
             with self.clock.stage("cost table"):

@@ -11,7 +11,7 @@ ONE_WAY = (FLOAT32.name, WEIGHTS4.name)
 def plan_of(report: Report) -> Plan:
     """Return form, rank and bits of every site as a plan, which can be edited and used for another export.
 
-    Only dense sites have a reason: the reason of a split would be wrong after an edit.
+    Only sites that stay as they are have a reason: another one would be wrong after an edit.
     """
     record = report.precision
     bits, repairs = ({}, {}) if record is None else (record.bits, record.repairs)
@@ -23,7 +23,7 @@ def plan_of(report: Report) -> Plan:
                 "bits": None if bits.get(site.name) == 32 else bits.get(site.name),
                 "repair": repairs.get(site.name),
                 "products": "float32" if record is not None and site.name in record.in_float else None,
-                "reason": "" if site.rank else site.reason,
+                "reason": "" if site.rank or bits.get(site.name, 32) < 32 else site.reason,
             }
         )
         for site in report.sites

@@ -144,6 +144,12 @@ def test_a_plan_makes_the_model_again_and_its_edits_count(small, tmp_path):
     (tmp_path / "wrong.json").write_text(json.dumps(plan))
     with pytest.raises(UsageError, match=r"wrong\.json.*int7.*static int8"):
         made(tmp_path / "wrong", plan=tmp_path / "wrong.json")
+    plan |= {"scheme": report.precision.scheme, "tables": {"emb": 8}}
+    (tmp_path / "wrong.json").write_text(json.dumps(plan))
+    with pytest.raises(UsageError, match=r"wrong\.json.*'emb'"):
+        made(tmp_path / "wrong", plan=tmp_path / "wrong.json")
+    with pytest.raises(UsageError, match="--precision int4"):
+        made(tmp_path / "wrong", plan=folder / "plan.json", precision="int4")
 
 
 def test_a_plan_in_float32_has_the_ranks_alone(small, tmp_path):
@@ -152,6 +158,13 @@ def test_a_plan_in_float32_has_the_ranks_alone(small, tmp_path):
     assert plain.precision is None
     assert {s.name: s.rank for s in plain.sites} == {s.name: s.rank for s in report.sites}
     assert any("bits" in note for note in plain.notes)
+    plan = json.loads((folder / "plan.json").read_text())
+    for site in plan["sites"].values():
+        site["form"] = "dense"
+        site.pop("rank", None)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UsageError, match="--calib"):
+        made(tmp_path / "c", plan=tmp_path / "plan.json", calib=None)
 
 
 def weights(path):

@@ -18,6 +18,7 @@ from rsi_deploy.io.manifest import write_manifest
 from rsi_deploy.onnx_models.calibration import activations as onnx_streams
 from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.report.pages.html import source_of
+from rsi_deploy.report.pages.sweep import COLUMNS, sweep_rows
 from rsi_deploy.report.sweep_schema import Sweep, SweepPoint, deliver, read_sweep
 from rsi_deploy.sweeping import side_by_side
 from rsi_deploy.verifying.api import verify
@@ -300,6 +301,11 @@ def test_a_sweep_of_bytes_chooses_bits_and_shows_rivals(place, tmp_path):
     rivals = [point for point in reports[0].precision.points if point.is_rival and point.name != "dense"]
     assert [rival.precision for rival in made.rivals] == [rival.name for rival in rivals]
     assert [rival.size.bytes for rival in made.rivals] == [rival.bytes for rival in rivals]
+    dense, *_, rival = sweep_rows(made)
+    quality = COLUMNS.index("#quality")
+    assert dense[0] == "dense"
+    assert float(dense[quality]) == pytest.approx(made.dense_top1, abs=0.01)
+    assert rival[quality] == "", "agreement is no top-1"
     page = html.unescape((tmp_path / "s" / "report.html").read_text())
     assert all(rival.precision in page for rival in made.rivals)
     alone = {"calib": place / "c.npz", "calib_size": 512, "max_size": int(0.5 * made.dense.bytes), "measure": False}

@@ -6,6 +6,7 @@ from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.progress import step
 from rsi_deploy.exporting.lowered.maker import Base, PointMaker
 from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, CLOSE_RATIO, Point
+from rsi_deploy.planning.plan_file import Plan
 from rsi_deploy.precision.schemes import DYNAMIC, FEW_BITS, FLOAT16, PRODUCTS, Scheme
 
 MOST_BYTES = 1.3
@@ -30,10 +31,12 @@ class Bases:
         Raises:
             UsageError: the plan names an unknown scheme.
         """
-        precision = self.maker.precision
+        precision, plan = self.maker.precision, self.maker.request.plan
+        if plan is not None and plan.has_bits:
+            self._check_bits(plan)
         if precision == "float16":
             return [Base(scheme=FLOAT16)]
-        if (plan := self.maker.request.plan) is not None and plan.scheme is not None:
+        if plan is not None and plan.scheme is not None:
             in_float = frozenset(name for name, site in plan.sites.items() if site.products is not None)
             return [Base(scheme=self._scheme_named(plan.scheme), in_float=in_float)]
         best = self._best_int8()
@@ -52,6 +55,17 @@ class Bases:
                 except ModelError as error:
                     self.maker.notes.append(str(error))
         return self.dense.get(scheme)
+
+    def _check_bits(self, plan: Plan) -> None:
+        """Refuse a precision beside the plan's own, and tables that the model does not have."""
+        precision, plan_name = self.maker.precision, self.maker.request.plan_name
+        if precision != "auto":
+            raise UsageError(f"{plan_name} has bits of its own, but got --precision {precision}; leave --precision out")
+        known = {table.name for table in self.maker.tables}
+        if unknown := sorted(plan.tables.keys() - known):
+            raise UsageError(
+                f"{plan_name}: table {unknown[0]!r} is not in the model; known are {', '.join(sorted(known)) or 'none'}"
+            )
 
     def _scheme_named(self, name: str) -> Scheme:
         """Return the scheme of a plan."""

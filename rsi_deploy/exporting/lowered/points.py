@@ -30,6 +30,8 @@ NEAR_BYTES = 1.1
 """Ratio of two sizes up to which the faster model wins where a quality is kept."""
 NEAR_RATIO, NEAR_LOSS = 1.1, 0.005
 """Ratio of two losses up to which they are nearly equal where the outputs decide, and a loss to add."""
+SLOWER = 0.98
+"""Speed-up below which a model counts as slower; differences of a percent change from run to run."""
 CLOSE_RATIO, CLOSE_LOSS = 1.5, 0.005
 """The same where the time decides: a ratio, and a loss to add."""
 
@@ -81,10 +83,9 @@ class Point:
 
     @property
     def is_slower(self) -> bool:
-        """Return whether the model was measured slower than the dense one."""
-        return (
-            self.timing is not None and self.timing.speedup_interval is not None and self.timing.speedup_interval[1] < 1
-        )
+        """Return whether the model was measured slower than the dense one, by more than a measurement is precise."""
+        interval = None if self.timing is None else self.timing.speedup_interval
+        return interval is not None and interval[1] < SLOWER
 
     def keeps(self, quality: QualityBudget | None) -> bool:
         """Return whether the outputs keep a quality."""
@@ -97,7 +98,7 @@ class Point:
             scheme=self.scheme.name,
             is_rival=self.is_rival,
             is_delivered=self is delivered,
-            keeps_limit=rule.keeps(self),
+            keeps_limit=rule.keeps(self) if rule.has_limit else not self.error,
             bytes=self.bytes or None,
             quality=self.quality,
             speedup=None if self.timing is None else self.timing.speedup,
@@ -123,6 +124,12 @@ class Rule:
     dense_ms: float | None
     allow_slower: bool
     allow_larger: bool = False
+
+    @property
+    def has_limit(self) -> bool:
+        """Return whether the request has a limit that the dense model and its quantizations may keep."""
+        request = self.request
+        return self.decides_by_outputs or request.quality is not None or request.max_drop is not None
 
     def keeps(self, point: Point) -> bool:
         """Return whether a point keeps the budget or limit of the request."""
@@ -174,9 +181,10 @@ class Rule:
         if self.request.quality is not None or self.request.max_drop is not None:
             if self.request.fastest:
                 return "the fastest that keeps the limit"
-            return f"the fastest that keeps the limit within {100 * NEAR_BYTES - 100:.0f} % of the smallest one's bytes"
+            near = f"{100 * NEAR_BYTES - 100:.0f} % of its bytes"
+            return f"the smallest that keeps the limit and is not slower than dense, or the fastest within {near}"
         if self.decides_by_outputs:
-            return f"the best outputs within {self.request.budget}"
+            return f"the fastest whose outputs are about the best within {self.request.budget}"
         return "the fastest whose outputs are about as good as the best one's"
 
 

@@ -193,7 +193,7 @@ def _from_file(cost: str | Path, costing: Costing, *, foreign: bool) -> tuple[Co
     if table.conditions.scheme != costing.scheme.name:
         raise UsageError(
             f"--cost {cost} has times of {table.conditions.scheme}, but this export plans in {costing.scheme.name}",
-            hint="leave out --cost, or make a table with rsi-deploy profile --scheme",
+            hint=f"{'add --precision auto or ' if costing.scheme.name == 'float32' else ''}leave out --cost",
         )
     if differences and not foreign:
         raise UsageError(

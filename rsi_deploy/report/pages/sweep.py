@@ -89,6 +89,10 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
     """Return a row for each point and rival, with the columns `COLUMNS`."""
     fronts: dict[Cost, list[SweepPoint]] = {cost: sweep.front(cost) for cost in TITLES}
     rows = []
+    if sweep.dense is not None:
+        top1 = "" if sweep.dense_top1 is None else f"{sweep.dense_top1:.4g}"
+        size = human_bytes(sweep.dense.bytes)
+        rows.append(("dense", "", "100%", "100.0%", "100.0%", size, *[""] * 2, top1, "", ""))
     for point in (*sweep.points, *sweep.rivals):
         number, name = str(point.number) if point.number else "rival", point.precision or "low rank"
         if point.size is None:
@@ -106,12 +110,18 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
                 human_bytes(point.size.bytes),
                 "" if point.latency_ms is None else f"{point.latency_ms:.3g}",
                 _speedup(point),
-                "" if point.quality is None else f"{point.quality:.4g}",
+                _quality(sweep, point),
                 _in_sample(point),
                 "broken outputs" if point.is_broken else on,
             )
         )
     return rows
+
+
+def _quality(sweep: Sweep, point: SweepPoint) -> str:
+    """Return the quality; "" for a rival where that of the points is top-1 on evaluation data."""
+    is_other = point.top1 is None and sweep.dense_top1 is not None
+    return "" if point.quality is None or is_other else f"{point.quality:.4g}"
 
 
 def _in_sample(point: SweepPoint) -> str:
