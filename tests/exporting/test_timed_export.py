@@ -266,6 +266,7 @@ def test_an_unreachable_time_names_the_fastest_plan(place, tmp_path, capsys):
         (["--keep-latency", "60"], "write --keep-latency 60%"),
         (["--keep-latency", "0.6", "--keep-macs", "0.5"], "exactly one of"),
         (["--keep-latency", "0.6", "--cost", "none.json"], "make one with rsi-deploy profile"),
+        (["--keep-latency", "0.6", "--precision", "int8", "--cost", "none.json"], "make one with rsi-deploy profile"),
     ],
 )
 def test_what_cannot_be_meant(place, tmp_path, capsys, argv, words):
