@@ -140,8 +140,8 @@ class PointMaker:
 
     def _bits_text(self, made: Planned, scheme: Scheme) -> str:
         stored = list(self.stored_bits(made, scheme).values())
-        counts = [f"{stored.count(bits)} weights in {bits} bits" for bits in (5, 4, 3) if bits in stored]
-        return "".join(f", {count}" for count in counts)
+        counts = {bits: stored.count(bits) for bits in (5, 4, 3) if bits in stored}
+        return "".join(f", {n} {'weight' if n == 1 else 'weights'} in {bits} bits" for bits, n in counts.items())
 
     def deliver(self, point: Point) -> None:
         """Put the point's file in the place of the export's model."""
