@@ -106,10 +106,16 @@ class ClockedCalibration(Calibration):
     spent: list[float] = field(default_factory=list, compare=False)
 
     def _fitted(
-        self, site: CalibratedSite, moments: Moments | Samples, form: Form, rank: int, sensitivity: Tensor | None
+        self,
+        site: CalibratedSite,
+        moments: Moments | Samples,
+        form: Form,
+        rank: int,
+        sensitivity: Tensor | None,
+        bits: int,
     ) -> FittedSite:
         with self._clocked():
-            return super()._fitted(site, moments, form, rank, sensitivity)
+            return super()._fitted(site, moments, form, rank, sensitivity, bits)
 
     def _errors(
         self, site: CalibratedSite, moments: Moments | Samples, response: ResponseCurves, sensitivity: Tensor | None

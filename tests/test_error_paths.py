@@ -106,8 +106,8 @@ def test_what_data_can_get_wrong(here, capsys):
 
 
 def test_what_python_code_asks_for(here):
-    with pytest.raises(UsageError, match="--by must be .*, but got 'size'"):
-        rsi_deploy.sweep("m.onnx", "s", calib="d.npz", by="size")
+    with pytest.raises(UsageError, match="--by must be .*, but got 'weight'"):
+        rsi_deploy.sweep("m.onnx", "s", calib="d.npz", by="weight")
     with pytest.raises(UsageError, match="calib holds no batches; type for example"):
         rsi_deploy.compress_(mlp(), keep_macs=0.5, calib=[])
     with pytest.raises(UsageError, match="max_batch, latency_bound, max_body and max_json must be more than 0"):

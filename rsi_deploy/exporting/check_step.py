@@ -12,7 +12,7 @@ from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.evaluation.accuracy import evaluate
 from rsi_deploy.evaluation.softmax_bound import SoftmaxBound, softmax_bound
 from rsi_deploy.exporting.results import DenseModel, Verified
-from rsi_deploy.exporting.stage_clock import StageClock
+from rsi_deploy.exporting.timing.stage_clock import StageClock
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.report.schema import Accuracy, ProbeOutput, Verification
 from rsi_deploy.runtime.feeds.values import arrays_of_outputs

@@ -29,8 +29,8 @@ from rsi_deploy.evaluation.softmax_bound import find_head
 from rsi_deploy.exporting.dense_size import dense_size
 from rsi_deploy.exporting.inputs import Origin
 from rsi_deploy.exporting.results import DenseModel, dense_file, new_graph
-from rsi_deploy.exporting.stage_clock import StageClock
 from rsi_deploy.exporting.step_settings import Probe, StepSettings
+from rsi_deploy.exporting.timing.stage_clock import StageClock
 from rsi_deploy.io.onnx_file import (
     bytes_in_one_file,
     name_nodes_,

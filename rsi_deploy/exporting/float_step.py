@@ -12,11 +12,11 @@ from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.execution.result_store import ResultStore
 from rsi_deploy.exporting.calibration_step import Calibrator
 from rsi_deploy.exporting.results import Delivered
-from rsi_deploy.exporting.stage_clock import StageClock
 from rsi_deploy.exporting.timing.latency_options import missed_time, needs_table
 from rsi_deploy.exporting.timing.model_times import ModelTimes
 from rsi_deploy.exporting.timing.shared_factor_choice import stays_joint
 from rsi_deploy.exporting.timing.slowdown_rollback import SlowdownRollback, splits_of
+from rsi_deploy.exporting.timing.stage_clock import StageClock
 from rsi_deploy.io.onnx_file import file_bytes, refuse_growth
 from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.planning.decide import Planned
@@ -55,10 +55,11 @@ class FloatStep:
         """
         calibrator, request, times, dense = self.calibrator, self.calibrator.request, self.times, self.times.dense
         if (plan := request.plan) is not None and plan.has_bits:
-            need = "they need --calib, and no --precision but auto"
             if not any(site.rank for site in plan.sites.values()):
-                raise UsageError(f"{request.plan_name} has bits of weights and no rank: {need}")
-            self.notes.append(f"the plan's bits of weights are left out: {need}")
+                raise UsageError(
+                    f"{request.plan_name} has bits of weights and no rank; add --calib, and no --precision but auto"
+                )
+            self.notes.append("the plan's bits of weights are left out: add --calib, and no --precision but auto")
         feeds = times.feeds
         if needs_table(request, self.config) and feeds is not None:
             with self.clock.stage("cost table"):

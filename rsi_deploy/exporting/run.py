@@ -34,10 +34,10 @@ from rsi_deploy.exporting.lowered.step import PrecisionStep
 from rsi_deploy.exporting.model_checks import check_target, refuse_quantized, target_notes
 from rsi_deploy.exporting.request_defaults import default_settings, with_default_quality
 from rsi_deploy.exporting.results import Delivered, DenseModel, dense_file
-from rsi_deploy.exporting.stage_clock import StageClock
 from rsi_deploy.exporting.step_settings import StepSettings
 from rsi_deploy.exporting.timing.model_times import ModelTimes
 from rsi_deploy.exporting.timing.profile import Costing
+from rsi_deploy.exporting.timing.stage_clock import StageClock
 from rsi_deploy.exporting.writer import Exported, write_files
 from rsi_deploy.io.bundle import atomic_folder, finished_results_folder
 from rsi_deploy.io.manifest import file_hash, fingerprint

@@ -17,7 +17,7 @@ from rsi_deploy.exporting.lowered.maker import Base, PointMaker, decisions_in
 from rsi_deploy.exporting.lowered.points import NEAR_BYTES, Point, Rule, refuse_broken
 from rsi_deploy.exporting.lowered.requested_points import RequestedPoints
 from rsi_deploy.exporting.results import Delivered
-from rsi_deploy.exporting.stage_clock import StageClock
+from rsi_deploy.exporting.timing.stage_clock import StageClock
 from rsi_deploy.planning.record import PlanRecord
 from rsi_deploy.precision.record import PrecisionRecord
 from rsi_deploy.precision.rivals import rival_schemes
