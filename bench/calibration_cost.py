@@ -33,18 +33,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bench import cases, common
 from bench.cases import Case
 from bench.common import Goal
 from graph_passes.forms import Form
-from rsi_deploy.calibration.activations import CalibratedSite, FittedSite
-from rsi_deploy.calibration.cross_validation import ResponseCurves
-from rsi_deploy.calibration.moments import Moments, Samples, moment_bytes
+from rsi_deploy.calibration.activations import FittedSite
+from rsi_deploy.calibration.moments import moment_bytes
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.linalg.solver import Solver
@@ -105,23 +104,13 @@ class ClockedCalibration(Calibration):
 
     spent: list[float] = field(default_factory=list, compare=False)
 
-    def _fitted(
-        self,
-        site: CalibratedSite,
-        moments: Moments | Samples,
-        form: Form,
-        rank: int,
-        sensitivity: Tensor | None,
-        bits: int,
-    ) -> FittedSite:
+    def _fitted(self, *args: Any, **kwargs: Any) -> FittedSite:
         with self._clocked():
-            return super()._fitted(site, moments, form, rank, sensitivity, bits)
+            return super()._fitted(*args, **kwargs)
 
-    def _errors(
-        self, site: CalibratedSite, moments: Moments | Samples, response: ResponseCurves, sensitivity: Tensor | None
-    ) -> Iterator[tuple[tuple[Form, int], float]]:
+    def _errors(self, *args: Any, **kwargs: Any) -> Iterator[tuple[tuple[Form, int], float]]:
         with self._clocked():
-            found = list(super()._errors(site, moments, response, sensitivity))
+            found = list(super()._errors(*args, **kwargs))
         yield from found
 
     @contextmanager
