@@ -92,7 +92,7 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
     if sweep.dense is not None:
         top1 = "" if sweep.dense_top1 is None else f"{sweep.dense_top1:.4g}"
         size = human_bytes(sweep.dense.bytes)
-        rows.append(("dense", "", "100%", "100.0%", "100.0%", size, *[""] * 2, top1, "", ""))
+        rows.append(("dense", "", "100%", "100.0 %", "100.0 %", size, *[""] * 2, top1, "", ""))
     for point in (*sweep.points, *sweep.rivals):
         number, name = str(point.number) if point.number else "rival", point.precision or "low rank"
         if point.size is None:
