@@ -24,6 +24,7 @@ from graph_passes.records import (
     Split,
     SplitFactors,
     SplitResult,
+    drawn_factors,
     in_memory,
 )
 from graph_passes.response import Contraction, RowOrder
@@ -56,6 +57,7 @@ __all__ = [
     "Window",
     "count_macs",
     "count_parameters",
+    "drawn_factors",
     "find_pass",
     "find_sites",
     "in_memory",

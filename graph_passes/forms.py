@@ -6,6 +6,9 @@
     separable   kh, 1        1, kw         (out, kw), (in, kh)
 
 "matmul" and "gemm" are the forms of the products, which have no kernel: (out), (in).
+
+"pivoted" is the usual form of a product or of a Conv ("channel") in fewer numbers: the first node computes `rank` of
+the outputs themselves, the pivots, and the second one the others from them (`graph_passes.pivoted`).
 """
 
 import math
@@ -15,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
-Form: TypeAlias = Literal["matmul", "gemm", "channel", "input", "separable"]
+Form: TypeAlias = Literal["matmul", "gemm", "channel", "input", "separable", "pivoted"]
 
 
 def conv_forms(kernel: Sequence[int]) -> tuple[Form, ...]:
@@ -28,6 +31,31 @@ def conv_forms(kernel: Sequence[int]) -> tuple[Form, ...]:
     if math.prod(kernel) == 1:
         return ("channel",)
     return ("channel", "input", "separable") if len(kernel) == 2 and min(kernel) > 1 else ("channel", "input")
+
+
+def split_numbers(form: str, rows: int, columns: int, rank: int) -> int:
+    """Return how many numbers the two factors of one group hold.
+
+    Examples:
+        >>> split_numbers("gemm", 8, 6, 4), split_numbers("pivoted", 8, 6, 4)
+        (56, 40)
+    """
+    return rank * (rows + columns - (rank if form == "pivoted" else 0))
+
+
+def break_even_rank(form: str, rows: int, columns: int) -> float:
+    """Return the rank from which on the factors hold at least as many numbers as the matrix.
+
+    Examples:
+        >>> break_even_rank("gemm", 8, 8), break_even_rank("pivoted", 8, 6)
+        (4.0, 6.0)
+    """
+    return float(min(rows, columns)) if form == "pivoted" else rows * columns / (rows + columns)
+
+
+def largest_rank(form: str, rows: int, columns: int) -> int:
+    """Return the largest rank of a split; the second node of a pivoted one computes at least one output."""
+    return min(rows - 1, columns) if form == "pivoted" else min(rows, columns)
 
 
 def first_axes(form: Form, axes: int) -> range:

@@ -171,6 +171,13 @@ class Parts:
         value = self.store.made(self.found.key, ("bias", old.root, old.steps, shape, scale), make)
         return self._as_seen(value, np.broadcast_shapes(old.shape, shape), old)
 
+    def constant(self, array: Array, kind: str) -> ir.Value:
+        """Return a new constant as a node input: a bias in the dtype of the weight, or integers."""
+        if not np.issubdtype(array.dtype, np.floating):
+            return self._beside_weight(array, kind)
+        value = self._beside_weight(array.astype(self.factors.left.dtype), kind)
+        return self._as_seen(value, array.shape, self.found.weight)
+
     def _scaled_bias(self, shape: tuple[int, ...], scale: float) -> Array:
         if self.factors.bias is None:
             raise ValueError(f"{self.found.site.node!r} has no bias correction")

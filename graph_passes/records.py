@@ -138,6 +138,7 @@ class SplitFactors:
         left: `(groups, rows, rank)`, with the rows and columns of `Site.shape(form)`.
         right: `(groups, rank, columns)`.
         form: Form of the matrix that they factorize, `Site.load(form)`.
+        pivots: `(groups, rank)`, rows of `left` that are those of the identity, in order; needed by the form "pivoted".
         bias: `(Site.bias_size,)`, groups (of a batched product: batch entries) outermost. It is added to the output of
             every node that shares the weight, before an activation or the attention; None adds nothing.
 
@@ -153,6 +154,7 @@ class SplitFactors:
     right: Array
     form: AnyForm = "first"
     bias: Array | None = None
+    pivots: Array | None = None
 
     def __post_init__(self) -> None:
         left, right = self.left, self.right
@@ -172,6 +174,14 @@ class SplitFactors:
                 f"expected a bias with one axis in {left.dtype}, but got {self.bias.shape} in {self.bias.dtype}"
             )
 
+        if (self.pivots is None) == (self.form == "pivoted"):
+            raise ValueError(f"expected pivots with the form 'pivoted' and with no other one, but got {self.form!r}")
+        if self.pivots is not None and not (
+            self.pivots.shape == (left.shape[0], self.rank)
+            and (np.take_along_axis(left, self.pivots[..., None], axis=1) == np.eye(self.rank)).all()
+        ):
+            raise ValueError(f"expected the rows of left at pivots ({left.shape[0]}, {self.rank}) to be the identity")
+
     @property
     def rank(self) -> int:
         """The inner dimension."""
@@ -187,6 +197,24 @@ class Dense:
     """The answer of a factor source that leaves a site dense, with the reason."""
 
     reason: str
+
+
+def drawn_factors(site: Site, form: Form, rank: int, draw: Callable[[tuple[int, ...]], Array]) -> SplitFactors:
+    """Return factors and a bias of the size of a split, for a model whose time matters and not its numbers.
+
+    Args:
+        site: The site.
+        form: Form of the split.
+        rank: Rank of the split.
+        draw: Returns numbers of a shape, in the stored dtype.
+    """
+    rows, columns = site.shape(form)
+    left, right = draw((site.groups, rows, rank)), draw((site.groups, rank, columns))
+    pivots = None
+    if form == "pivoted":  # the last rows, so that the order of the outputs changes
+        pivots = np.arange(rows - rank, rows)[None].repeat(site.groups, axis=0)
+        left[:, rows - rank :] = np.eye(rank)
+    return SplitFactors(left=left, right=right, form=form, bias=draw((site.bias_size,)), pivots=pivots)
 
 
 FactorSource: TypeAlias = Callable[[Site], SplitFactors | Dense]
@@ -212,7 +240,8 @@ class Split:
         in_features: Columns of the weight in its form (per group).
         groups: Number of matrices in the weight.
         rank: Inner dimension (per group).
-        form: "matmul" (Attention too), "gemm", "channel", "input" or "separable" (Conv), or "input" (ConvTranspose).
+        form: "matmul" (Attention too), "gemm", "channel", "input" or "separable" (Conv), "input" (ConvTranspose), or
+            "pivoted" (MatMul, Gemm, Conv).
         first_node: Name of the new node that multiplies by `right`.
         second_node: Name of the new node that multiplies by `left`.
         joint: Names of all weights that share `right` and the first node in a joint split; else empty.

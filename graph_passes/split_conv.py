@@ -33,6 +33,7 @@ from graph_passes.axis_rules.products import windowed
 from graph_passes.forms import Form, conv_forms, first_axes
 from graph_passes.macs.convolutions import conv
 from graph_passes.parts import Parts
+from graph_passes.pivoted import has_constant_bias
 from graph_passes.response import Contraction, RowOrder
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
@@ -48,9 +49,15 @@ class SplitConvPass(SplitPass):
     op_type = "Conv"
     form = "channel"
     operands = (1,)
+    bias_is_input = True
     contraction: ClassVar[Contraction | None] = Contraction.CONV
     macs = staticmethod(conv)
     axis_rule = staticmethod(partial(windowed, channels=CHANNELS))
+
+    @staticmethod
+    def can_pivot(node: ir.Node, operand: int, weight: Weight) -> bool:
+        """Accept a bias that is missing or constant."""
+        return has_constant_bias(node, weight.shape[0] * weight.shape[1])
 
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:
@@ -86,7 +93,7 @@ class SplitConvPass(SplitPass):
     def rewrite(found: Found, parts: Parts) -> ir.Node:
         """Split the spatial attributes by axes; the second node keeps the bias."""
         node, site, rank = found.node, found.site, parts.factors.rank
-        out_channels, in_channels, *kernel = found.shape
+        out_channels, (_, in_channels, *kernel) = site.groups * site.out_features, found.shape
         first_of = first_axes(parts.form, len(kernel))
         second_of = range(len(first_of), len(kernel))
         first_kernel = [size if axis in first_of else 1 for axis, size in enumerate(kernel)]

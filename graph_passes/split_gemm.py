@@ -26,6 +26,7 @@ from graph_passes.axis_rules.products import gemm as gemm_moves
 from graph_passes.bias import add_to_input, is_absent
 from graph_passes.macs.products import gemm
 from graph_passes.parts import Parts, resized
+from graph_passes.pivoted import has_constant_bias
 from graph_passes.response import Contraction, RowOrder
 from graph_passes.split_pass import SplitPass
 from graph_passes.survey import Found
@@ -40,9 +41,16 @@ class SplitGemmPass(SplitPass):
     op_type = "Gemm"
     form = "gemm"
     operands = (1, 0)
+    bias_is_input = True
     contraction: ClassVar[Contraction | None] = Contraction.GEMM
     macs = staticmethod(gemm)
     axis_rule = staticmethod(gemm_moves)
+
+    @staticmethod
+    def can_pivot(node: ir.Node, operand: int, weight: Weight) -> bool:
+        """Accept what can be calibrated, with a bias that is missing or constant."""
+        is_plain = SplitGemmPass.row_order(node, operand, weight) is not None
+        return is_plain and node.attributes.get_float("beta", 1.0) == 1.0 and has_constant_bias(node, weight.shape[1])
 
     @staticmethod
     def canonical(node: ir.Node, operand: int, weight: Weight) -> Weight | NoWeight:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from graph_passes.constants import stored_array, stored_tensor
 from graph_passes.operators import find_pass
+from graph_passes.pivoted import CONCAT
 from graph_passes.survey import MARK
 from graph_passes.weights import Weight, resolve
 
@@ -80,7 +81,21 @@ def _read(first: ir.Node, second: ir.Node) -> FoundSplit:
     right, left = _factor_shape(first), _factor_shape(second)
     splitter = find_pass(second.domain, second.op_type)
     form, points = ("matmul", 1) if splitter is None else splitter.read_form(right, left)
+    form = "pivoted" if _is_pivoted(second) else form
     return FoundSplit(first=first, form=form, size=math.prod(right) if right else 0, second_points=points)
+
+
+def _is_pivoted(second: ir.Node) -> bool:
+    """Return whether the outputs of a node are joined with the pivots."""
+    waiting, seen = [second], {second}
+    while waiting:
+        for user, _ in waiting.pop().outputs[0].uses():
+            if user.metadata_props.get(MARK) == CONCAT:
+                return True
+            if user.op_type in BETWEEN and user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return False
 
 
 def _factor_shape(node: ir.Node) -> tuple[int, ...]:

@@ -66,6 +66,11 @@ class SplitMatMulPass(SplitPass):
         return RowOrder() if operand == 1 and weight.shape[0] == 1 else None
 
     @staticmethod
+    def can_pivot(node: ir.Node, operand: int, weight: Weight) -> bool:
+        """Accept one matrix, on the right."""
+        return operand == 1 and weight.shape[0] == 1
+
+    @staticmethod
     def shares_right(found: Found) -> bool:
         """Accept one matrix, on the right."""
         return found.operand == 1 and len(found.shape) == 2

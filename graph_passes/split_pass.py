@@ -25,6 +25,7 @@ from graph_passes.joint import cut, joint_members, joint_site
 from graph_passes.macs.executed_node import ExecutedNode, Macs
 from graph_passes.names import name_of
 from graph_passes.parts import Parts, Store
+from graph_passes.pivoted import rewrite_pivoted
 from graph_passes.records import (
     Dense,
     FactorSource,
@@ -62,6 +63,7 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
         form: Form of the split.
         operands: Inputs that may hold the weight, the likeliest first.
         linear: Whether the output is the response plus a bias, with no activation or attention behind.
+        bias_is_input: Whether the third input is a bias.
         contraction: Arithmetic of the operator for gradients; None where gradients do not pass it.
     """
 
@@ -70,6 +72,7 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
     form: ClassVar[Form]
     operands: ClassVar[tuple[int, ...]]
     linear: ClassVar[bool] = True
+    bias_is_input: ClassVar[bool] = False
     contraction: ClassVar[Contraction | None] = None
 
     def __init__(self, factors: FactorSource, *, overridable: bool = False) -> None:
@@ -124,6 +127,11 @@ class SplitPass(ir.passes.InPlacePass, abc.ABC):
         A site can be calibrated where its response is `data @ weight^T`, or, with a window, an ordinary convolution.
         """
         return None
+
+    @staticmethod
+    def can_pivot(node: ir.Node, operand: int, weight: Weight) -> bool:
+        """Return whether a node can take the pivoted form; asked of operators whose output is the response."""
+        return False
 
     @staticmethod
     def shares_right(found: Found) -> bool:
@@ -319,12 +327,15 @@ def _split(
     if factors.bias is not None and isinstance(bias_shape, NoWeight):
         return skipped(found, bias_shape.reason)
     parts = Parts(found=found, factors=factors, store=store, joined=joined, transposed=transposed)
-    form = parts.form
-    first = splitter.rewrite(found, parts)
-    if factors.bias is not None and not isinstance(bias_shape, NoWeight):
-        splitter.add_bias(parts, bias_shape)
-    node.name = store.names.fresh_node(f"{site.node}/left")
-    node.metadata_props[MARK] = "left"
+    form, second = parts.form, node
+    if form == "pivoted":
+        first, second = rewrite_pivoted(parts)
+    else:
+        first = splitter.rewrite(found, parts)
+        if factors.bias is not None and not isinstance(bias_shape, NoWeight):
+            splitter.add_bias(parts, bias_shape)
+    second.name = store.names.fresh_node(f"{site.node}/left")
+    second.metadata_props[MARK] = "left"
     remove_unused(dense, overridable=True)  # overridable weights are split only on the user's request
     rows, columns = site.shape(form)
     return Split(
@@ -337,5 +348,5 @@ def _split(
         rank=factors.rank,
         form=form,
         first_node=name_of(first),
-        second_node=name_of(node),
+        second_node=name_of(second),
     )

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 MARK = "rsi_deploy.split"
 OLDEST_OPSET = 6
+PIVOTED_OPSET = 11
+"""Before, Concat and Gather did not count axes from the end."""
 
 Unsplit: TypeAlias = Mapping[tuple[str, str], tuple[int, ...]]  # (domain, op_type) -> inputs that may hold a weight
 WeightKey: TypeAlias = tuple[ir.Value, Hashable]
@@ -118,7 +120,10 @@ def survey(
         }
     )
     turned = {(entry.weight.root, entry.is_turned) for entry in found.values()}
-    return [_judged(entry, reasons, turned) for entry in entries]
+    judged = (_judged(entry, reasons, turned) for entry in entries)
+    return [
+        _with_pivoted_form(entry) if opset >= PIVOTED_OPSET and isinstance(entry, Found) else entry for entry in judged
+    ]
 
 
 def _way(found: Found, *, reshape: bool) -> Hashable:
@@ -136,6 +141,15 @@ def _judged(
         return skipped(entry, reasons[entry.node])
     both_ways = all((entry.weight.root, way) in turned for way in (False, True))
     return replace(entry, site=replace(entry.site, both_ways=True)) if both_ways else entry
+
+
+def _with_pivoted_form(found: Found) -> Found:
+    """Add the pivoted form where the node can take it."""
+    site = found.site
+    takes = found.splitter.linear and not site.both_ways and site.out_features > 1
+    if not takes or not found.splitter.can_pivot(found.node, found.operand, found.weight):
+        return found
+    return replace(found, site=replace(site, forms=(*site.forms, "pivoted")))
 
 
 def _in_scope(

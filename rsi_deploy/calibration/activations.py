@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from graph_passes.forms import Form
+from graph_passes.forms import Form, split_numbers
 from rsi_deploy.calibration.moments import Moments, Samples
 from rsi_deploy.core.sites import Spectrum
 
@@ -62,8 +62,7 @@ class CalibratedSite:
 
     def split_params(self, form: Form, rank: int) -> int:
         """Return the number of parameters in the two factors."""
-        rows, columns = self.shape(form)
-        return self.groups * rank * (rows + columns)
+        return self.groups * split_numbers(form, *self.shape(form), rank)
 
     def split_macs(self, form: Form, rank: int) -> int:
         """Return the multiply-accumulates of the two nodes per sample.
@@ -72,7 +71,8 @@ class CalibratedSite:
         """
         rows, columns = self.shape(form)
         denser = math.prod(self.strides[self.first_axes(form) :])
-        return round(self.macs * rank * (rows + columns * denser) / (self.out_features * self.in_features))
+        numbers = split_numbers(form, rows, columns * denser, rank)
+        return round(self.macs * numbers / (self.out_features * self.in_features))
 
 
 class Replacement(NamedTuple):

@@ -39,7 +39,7 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
         kind: the operation, for example "Linear", "Conv2d", "Gemm" or "MatMul".
         out_features, in_features: shape of the weight matrix `(out, in)`; per group if `groups > 1`.
         groups: groups of a grouped Conv, else 1.
-        break_even_rank: `out*in/(out+in)`; a split at or above this rank saves nothing.
+        break_even_rank: `out*in/(out+in)`, `min(out, in)` if pivoted; a split at or above this rank saves nothing.
         rank: rank of the split; None for a dense site.
         decision: "split" or "dense".
         reason: why, in words.
@@ -52,7 +52,8 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
         normalized_error: `||W - left right||_2 / s_{rank+1}`; 1.0 is optimal.
         normalized_error_kind: "exact" if the spectrum is exact, "upper bound" if s_{rank+1} is bounded from below. All
             four are None for factors fitted to data, which need not be close to the weight.
-        form: form of the split: "matmul", "gemm", "channel", "input", "separable"; None if dense or not recorded.
+        form: form of the split: "matmul", "gemm", "channel", "input", "separable", "pivoted"; None if dense or not
+            recorded.
         response_error: `E|y - y~|^2 / E|y|^2`, centred, on the calibration data that the factors are fitted to. Rows of
             a product (tokens) are weighted, as in the fit, by the effect of their errors on the outputs.
         held_out_error: mean of the same on folds of these data that are left out of a fit, one after another; None

@@ -278,10 +278,7 @@ def _weight(value: ir.Value, number: int, rng: np.random.Generator, zero_size: i
 def _factors(site: gp.Site, form: gp.Form, rank: int) -> gp.SplitFactors:
     """Return random factors, with a change of the bias as fitted ones have."""
     rng = np.random.default_rng(1)
-    rows, columns = site.shape(form)
-    sizes = ((site.groups, rows, rank), (site.groups, rank, columns), (site.bias_size,))
-    left, right, bias = (_drawn(rng, size, site.dtype) for size in sizes)
-    return gp.SplitFactors(left=left, right=right, form=form, bias=bias)
+    return gp.drawn_factors(site, form, rank, lambda shape: _drawn(rng, shape, site.dtype))
 
 
 def _drawn(rng: np.random.Generator, shape: Shape, dtype: str) -> Array:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 import graph_passes as gp
+from graph_passes.forms import break_even_rank, split_numbers
 from rsi_deploy.benchmark.blocks import Cell, run_cells
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, compare
 from rsi_deploy.benchmark.timing import time_calls
@@ -82,7 +83,8 @@ class TimedShape:
     def share_of(self, splits: Splits) -> float:
         """Return the parameters of all these splits over those of the weight."""
         site = self.piece.site
-        return sum(site.groups * rank * sum(site.shape(form)) for form, rank in splits) / self.piece.numbers
+        numbers = sum(split_numbers(form, *site.shape(form), rank) for form, rank in splits)
+        return site.groups * numbers / self.piece.numbers
 
     def affordable(self, seconds: float, call_ms: float, making: float) -> "TimedShape":
         """Return the shape with the finest grid that fits into a time and into memory, or with the coarsest grid.
@@ -111,6 +113,7 @@ def grid_of(site: gp.Site, growths: Mapping[int, float] = GROWTH) -> Splits:
     for form in site.forms:
         rows, columns = site.shape(form)
         limit = site.out_features * site.in_features / (rows + columns)
+        limit = break_even_rank(form, rows, columns) if form == "pivoted" else limit
         largest = min(int(np.ceil(limit)) - 1, rows, columns)
         found += [(form, rank) for rank in timing_ranks(max(largest, 0), growths)]
     return tuple(found)

@@ -26,10 +26,7 @@ def write_zero_filled(dense: Path, target: Path, splits: Splits) -> None:
             return gp.Dense(reason="stays")
         planned, rank = splits[site_name(site.weight)]
         form = site.forms[0] if planned == "first" else next(form for form in site.forms if form == planned)
-        rows, columns = site.shape(form)
-        dtype = site.load(form).dtype
-        left, right = np.zeros((site.groups, rows, rank), dtype), np.zeros((site.groups, rank, columns), dtype)
-        return gp.SplitFactors(left=left, right=right, form=form, bias=np.zeros(site.bias_size, dtype))
+        return gp.drawn_factors(site, form, rank, lambda shape: np.zeros(shape, site.load(form).dtype))
 
     gp.split(model, source)
     write_onnx(model, target)

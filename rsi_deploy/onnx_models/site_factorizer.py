@@ -17,10 +17,12 @@ import numpy as np
 import torch
 
 import graph_passes as gp
+from graph_passes.forms import break_even_rank, split_numbers
 from rsi_deploy.calibration.activations import FittedSite, Replacement
 from rsi_deploy.core.arrays import as_numpy, as_torch
-from rsi_deploy.core.sites import SiteRecord, break_even_rank, site_name, unmeasured_record
+from rsi_deploy.core.sites import SiteRecord, site_name, unmeasured_record
 from rsi_deploy.execution.executor import Executor, Task
+from rsi_deploy.linalg.pivoting import pivoted
 from rsi_deploy.linalg.site_factors import factorize_site
 from rsi_deploy.linalg.solver import Factors, Solver, balanced
 from rsi_deploy.planning.planner import Decision, SitePlanner
@@ -88,7 +90,7 @@ class SiteFactorizer:
         decision = self._decision(site)
         reason = self._remarks.get(site.weight, decision.reason)
         record = record.model_copy(update={"reason": f"{reason}{record.reason}"})
-        return self._recorded(site, replace(_arrays(factors), form=site.form_of(decision.form)), record)
+        return self._recorded(site, _arrays(factors, site.form_of(decision.form)), record)
 
     def without_task(self, site: gp.Site) -> gp.SplitFactors | gp.Dense:
         """Return the answer for a site without a task of its own: dense, fitted, or one of a group's."""
@@ -106,7 +108,7 @@ class SiteFactorizer:
             site.op_type,
             (site.groups, site.out_features, site.in_features),
             factors.rank,
-            factors.left.size + factors.right.size,
+            site.groups * split_numbers(factors.form, *site.shape(factors.form), factors.rank),
             reason=decision.reason,
             seconds=fit.seconds,
         )
@@ -130,10 +132,16 @@ class SiteFactorizer:
         return {weight_key(site, form): lambda: as_torch(site.load(form)).to(self.device)}
 
     def _recorded(self, site: gp.Site, factors: gp.SplitFactors, record: SiteRecord) -> gp.SplitFactors:
-        """Keep the record, with the weight's own shape and the break-even rank of the form."""
-        shape = {"out_features": site.out_features, "in_features": site.in_features}
-        limit = break_even_rank(*site.shape(factors.form))
-        self.records[site.weight] = record.model_copy(update={**shape, "break_even_rank": limit})
+        """Keep the record, with the weight's own shape, and the numbers and the break-even rank of the form."""
+        rows, columns = site.shape(factors.form)
+        self.records[site.weight] = record.model_copy(
+            update={
+                "out_features": site.out_features,
+                "in_features": site.in_features,
+                "params_compressed": site.groups * split_numbers(factors.form, rows, columns, factors.rank),
+                "break_even_rank": break_even_rank(factors.form, rows, columns),
+            }
+        )
         return self._kept(site, factors)
 
     def _kept(self, site: gp.Site, factors: gp.SplitFactors) -> gp.SplitFactors:
@@ -166,7 +174,7 @@ class SiteFactorizer:
             self._remark(members, "it costs no less for the same errors")
             self._waiting |= {member.weight: factors for member, factors in zip(members, alone, strict=True)}
             return None
-        factors = _arrays(result[0])
+        factors = _arrays(result[0], site.forms[0])
         ends = np.cumsum([member.out_features for member in members])[:-1]
         for member, left, record in zip(members, np.split(factors.left, ends, axis=1), result[1], strict=True):
             self.records[member.weight] = record
@@ -203,11 +211,17 @@ def graph_factors(replacement: Replacement, site: gp.Site) -> gp.SplitFactors:
     """Return a replacement in the dtype in which the graph stores the site."""
     dtype = getattr(torch, site.dtype)
     left, right = replacement.left, replacement.right
-    if dtype.itemsize < 4:
+    if dtype.itemsize < 4 and replacement.form != "pivoted":
         left, right = balanced(left, right)
-    stored = [as_numpy(t.detach().cpu().to(dtype).contiguous()) for t in (left, right, replacement.bias.reshape(-1))]
-    return gp.SplitFactors(left=stored[0], right=stored[1], form=replacement.form, bias=stored[2])
+    factors = _arrays(Factors(left.detach(), right.detach()), replacement.form, dtype)
+    return replace(factors, bias=as_numpy(replacement.bias.detach().cpu().reshape(-1).to(dtype).contiguous()))
 
 
-def _arrays(factors: Factors) -> gp.SplitFactors:
-    return gp.SplitFactors(left=as_numpy(factors.left.cpu()), right=as_numpy(factors.right.cpu()))
+def _arrays(factors: Factors, form: gp.Form, dtype: torch.dtype | None = None) -> gp.SplitFactors:
+    """Return factors for the graph in a form, in their own dtype or another one."""
+    pivots = None
+    if form == "pivoted":
+        *factors_, rows = pivoted(*factors)
+        factors, pivots = Factors(*factors_), as_numpy(rows.cpu())
+    left, right = (as_numpy(t.cpu().to(dtype or t.dtype).contiguous()) for t in factors)
+    return gp.SplitFactors(left=left, right=right, form=form, pivots=pivots)

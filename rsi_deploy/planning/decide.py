@@ -14,7 +14,7 @@ from typing import cast
 import torch
 
 import graph_passes as gp
-from graph_passes.forms import Form
+from graph_passes.forms import Form, largest_rank
 from rsi_deploy.calibration.activations import CalibratedSite, FittedSite, ModelActivations, Replacement
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.model_size import Size
@@ -140,7 +140,8 @@ def decide_by_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> De
         UsageError: the plan does not fit the model, or a glob matches nothing.
     """
     possible: dict[str, dict[str, int]] = {
-        site_name(site.weight): {form: min(site.shape(form)) for form in site.forms} for site in reversed([*sites])
+        site_name(site.weight): {form: largest_rank(form, *site.shape(form)) for form in site.forms}
+        for site in reversed([*sites])
     }  # reversed, so that the first node that uses a weight wins, as in the report
     filters.check(list(possible))
     decisions = {name: Decision(rank=None, reason="as the plan says", bits=bits) for name, bits in plan.tables.items()}

@@ -52,7 +52,7 @@ class Option:
     """One choice for a site.
 
     Attributes:
-        form: "dense", or the form of a split: "matmul", "gemm", "channel", "input", "separable".
+        form: "dense", or the form of a split: "matmul", "gemm", "channel", "input", "separable", "pivoted".
         rank: rank of the split; None for dense.
         params: number of parameters of the weight or of both factors.
         macs: multiply-accumulates per sample.

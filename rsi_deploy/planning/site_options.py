@@ -18,7 +18,7 @@ from types import MappingProxyType
 import numpy as np
 from torch import Tensor
 
-from graph_passes.forms import Form
+from graph_passes.forms import Form, break_even_rank
 from rsi_deploy.calibration.activations import CalibratedSite, Distance, FittedSite, ModelActivations, Replacement
 from rsi_deploy.calibration.als import TwoKernelProblem, product_of, two_kernel_problem
 from rsi_deploy.calibration.cross_validation import (
@@ -46,7 +46,7 @@ from rsi_deploy.calibration.repair import repair_bytes, repair_ranks, repairs
 from rsi_deploy.calibration.rounded_factors import normal_equations, rounded_factors
 from rsi_deploy.calibration.rounding import keep_second_moments_, rounded_weight, second_moments, stored_bytes
 from rsi_deploy.core.errors import ModelError
-from rsi_deploy.core.sites import Spectrum, break_even_rank
+from rsi_deploy.core.sites import Spectrum
 from rsi_deploy.linalg.solver import Solver, singular_values
 from rsi_deploy.linalg.spectra import thin_spectrum
 from rsi_deploy.planning.knapsack import Option, SiteOptions
@@ -101,7 +101,7 @@ class Calibration:
     measure_losses: bool = True
     min_rank: int = 1
     rank_multiple: int = 1
-    forms: tuple[Form, ...] = ("matmul", "gemm", "channel", "input", "separable")
+    forms: tuple[Form, ...] = ("matmul", "gemm", "channel", "input", "separable", "pivoted")
     bits_of: Callable[[CalibratedSite], tuple[int, ...]] = lambda site: (32,)
     with_repairs: bool = False
     inputs: dict[str, Tensor] | None = None
@@ -286,6 +286,8 @@ class Calibration:
                 size += repair_bytes(repair, rows, site.in_features) if repair else 0
                 changed.append(replace(dense, bits=bits, repair=repair, bytes=size, loss=loss(error), error=error))
             for (form, rank), error in errors.items():
+                if form == "pivoted" and bits < 8:  # few bits are rounded in a rotated rank space, which has no pivots
+                    continue
                 # The corrected bias counts in full, because some dense sites have no bias.
                 numbers = site.split_params(form, rank) + rows
                 size = numbers * site.item_bytes
@@ -341,16 +343,17 @@ class Calibration:
         self, site: CalibratedSite, moments: Moments | Samples, response: ResponseCurves, sensitivity: Tensor | None
     ) -> Iterator[tuple[tuple[Form, int], float]]:
         """Yield ((form, rank), weighted response error) of every option below break-even."""
-        weight = site.load()
+        weight, curve = site.load(), None
         for form in site.forms:
             if form not in self.forms:
                 continue
             rows, columns = site.shape(form)
-            limit = site.out_features * site.in_features / (rows + columns)
             plain = site.first_axes(form) == len(site.kernel)
             ranks = rank_grid(
                 min(rows, columns),
-                min(limit, break_even_rank(rows, columns)) if plain else limit,
+                break_even_rank(form, rows, columns)
+                if plain
+                else site.out_features * site.in_features / (rows + columns),
                 min_rank=self.min_rank,
                 multiple=self.rank_multiple,
                 points=None if plain else GRID_POINTS,
@@ -358,7 +361,7 @@ class Calibration:
             if not ranks:
                 continue
             if plain:
-                curve = self._curve(site, moments, response, sensitivity)
+                curve = self._curve(site, moments, response, sensitivity) if curve is None else curve
                 yield from (((form, rank), float(curve[rank])) for rank in ranks)
             elif isinstance(moments, Moments):
                 others, judged = next(judged_folds(moments)) if self._validates(moments) else (moments, moments)

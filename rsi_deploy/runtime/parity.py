@@ -238,13 +238,19 @@ def surgery_check(
 def rotated_identity(
     site: gp.Site, form: gp.Form | Literal["first"] = "first", *, bias: bool = False
 ) -> gp.SplitFactors:
-    """Return exact full-rank factors of a site's weight: `P` and `P^T W`, or `W P` and `P^T`, whichever is smaller."""
+    """Return exact full-rank factors of a site's weight: `P` and `P^T W`, or `W P` and `P^T`, whichever is smaller.
+
+    The pivoted form always takes `P` and `P^T W`.
+    """
     weight = site.load(form)
     rows, columns = site.shape(form)
-    eye = np.roll(np.eye(min(rows, columns), dtype=weight.dtype), 1, axis=0)[None].repeat(site.groups, axis=0)
+    size = rows if form == "pivoted" else min(rows, columns)
+    eye = np.roll(np.eye(size, dtype=weight.dtype), 1, axis=0)[None].repeat(site.groups, axis=0)
     change = np.zeros(site.bias_size, weight.dtype) if bias and not site.both_ways else None
-    if rows <= columns:  # eye @ x moves row i to row i+1
-        return gp.SplitFactors(left=eye, right=_rolled(weight, 1, site.op_type), form=form, bias=change)
+    if size == rows:  # eye @ x moves row i to row i+1
+        pivots = np.roll(np.arange(rows), -1)[None].repeat(site.groups, axis=0) if form == "pivoted" else None
+        right = _rolled(weight, 1, site.op_type)
+        return gp.SplitFactors(left=eye, right=right, form=form, bias=change, pivots=pivots)
     right = np.ascontiguousarray(eye.swapaxes(1, 2))
     return gp.SplitFactors(left=_rolled(weight, 2, site.op_type), right=right, form=form, bias=change)
 

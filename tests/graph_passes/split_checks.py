@@ -42,6 +42,8 @@ def full_rank(site: Site, form: AnyForm = "first", bias: np.ndarray | None = Non
     """Exact factors from a random orthogonal matrix: not symmetric, so a missing transpose shows."""
     weight = site.load(form)
     dense = weight.astype(np.float64)
+    if form == "pivoted":
+        return pivoted_full_rank(dense, bias, weight.dtype)
     groups, rows, columns = dense.shape
     q = np.stack([orthogonal(min(rows, columns), seed) for seed in range(groups)])
     if rows <= columns:
@@ -50,6 +52,35 @@ def full_rank(site: Site, form: AnyForm = "first", bias: np.ndarray | None = Non
         left, right = dense @ q.swapaxes(1, 2), q
     bias = None if bias is None else bias.astype(weight.dtype)
     return SplitFactors(left=left.astype(weight.dtype), right=right.astype(weight.dtype), form=form, bias=bias)
+
+
+def pivoted_full_rank(dense: np.ndarray, bias: np.ndarray | None, dtype: np.dtype) -> SplitFactors:
+    """Exact factors with pivots in a mixed order: all rows, or as many as there are columns."""
+    _, rows, columns = dense.shape
+    rank = min(rows, columns)
+    made = []
+    for group, matrix in enumerate(dense):
+        pivots = pivot_rows(matrix, rank)[np.random.default_rng(group).permutation(rank)]
+        left = np.linalg.lstsq(matrix[pivots].T, matrix.T, rcond=None)[0].T if rows > rank else np.zeros((rows, rank))
+        left[pivots] = np.eye(rank)
+        made.append((left, matrix[pivots], pivots))
+    left, right, pivots = (np.stack(each) for each in zip(*made, strict=True))
+    bias = None if bias is None else bias.astype(dtype)
+    return SplitFactors(left=left.astype(dtype), right=right.astype(dtype), form="pivoted", bias=bias, pivots=pivots)
+
+
+def pivot_rows(matrix: np.ndarray, rank: int) -> np.ndarray:
+    """Rows of large volume, found one after another."""
+    if rank == len(matrix):
+        return np.arange(rank)
+    left, rows = matrix.copy(), []
+    for _ in range(rank):
+        rows.append(int((left**2).sum(axis=1).argmax()))
+        unit = left[rows[-1]] / max(np.linalg.norm(left[rows[-1]]), 1e-30)
+        left = left - np.outer(left @ unit, unit)
+        left[rows] = 0
+    free = [row for row in range(len(matrix)) if row not in rows]
+    return np.array(list(dict.fromkeys(rows)) + free)[:rank]
 
 
 def best_of_rank(rank: int, form: AnyForm = "first") -> Callable[[Site], SplitFactors]:

@@ -34,6 +34,7 @@ def test_public_names():
         "Window",
         "count_macs",
         "count_parameters",
+        "drawn_factors",
         "find_pass",
         "find_sites",
         "in_memory",

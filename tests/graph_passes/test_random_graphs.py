@@ -15,7 +15,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from random_graphs import Case, cases
 from split_checks import error, full_rank, numbers, run
 
-from graph_passes import Split, SplitFactors, split
+from graph_passes import FactorSource, Split, SplitFactors, split
 
 # In a function, which carries no shapes, a vector of the data looks like a matrix.
 EXPECTED_SKIPS = ("weight is batched and the data's shape is unknown: infer shapes first",)
@@ -58,15 +58,16 @@ def runs_here(proto: onnx.ModelProto) -> bool:
     return not turns_what_stays() or not any(stays(node) for holder in holders for node in every_node(holder))
 
 
-def check(case: Case) -> None:
+def check(case: Case, factors: FactorSource | None = None) -> None:
     proto = case.proto
     assume(runs_here(proto))
     onnx.checker.check_model(proto, full_check=True)
     model, x = ir.from_proto(proto), numbers(*case.data, seed=7)
     expected = run(ir.from_proto(case.reference), x=x)
     signature = [(v.name, v.dtype, v.shape) for v in model.graph.outputs]
-    records = split(model, case.factors, overridable=True)
-    assert all(r.form == case.forms.get(r.node, r.form) for r in records if isinstance(r, Split))
+    records = split(model, factors or case.factors, overridable=True)
+    if factors is None:
+        assert all(r.form == case.forms.get(r.node, r.form) for r in records if isinstance(r, Split))
     assert all(isinstance(r, Split) or (r.reason in EXPECTED_SKIPS and model.functions) for r in records), records
     rewritten = ir.to_proto(model)
     onnx.checker.check_model(rewritten, full_check=True)

@@ -117,12 +117,14 @@ def test_options_are_every_rank_that_saves_something(net):
         assert dense.params == site.load().numel()
         assert dense.bytes == 4 * dense.params
         for option in split:
-            rows, columns = site.shape(option.form)
-            assert option.rank * (rows + columns) < dense.params / site.groups
+            assert site.split_params(option.form, option.rank) < dense.params
             assert option.params == site.split_params(option.form, option.rank) + site.groups * site.out_features
             assert 0 <= option.loss < math.inf
         usual = [option.rank for option in split if option.form == site.forms[0]]
         assert usual == list(range(1, math.ceil(break_even_rank(*site.shape(site.forms[0])))))
+        if "pivoted" in site.forms:
+            pivoted = [option.rank for option in split if option.form == "pivoted"]
+            assert pivoted == list(range(1, min(site.shape("pivoted"))))
         assert {option.form for option in split} == set(site.forms)
 
 
