@@ -128,6 +128,7 @@ class _Fold:
         order: The indices of the Gather.
         values: What is known of the values behind it; permuted ones have a place.
         uses: Uses of operands that must be permuted and are not: they must be constant.
+        sizes: Symbol, or value and axis -> the number of its stand-in size.
     """
 
     model: ir.Model
@@ -166,7 +167,7 @@ class _Fold:
             self._consumers(output)
             return
         pending = [(self.positions[node], node) for node in self._consumers(output)]
-        heapq.heapify(pending)  # positions differ, so nodes are never compared
+        heapq.heapify(pending)  # a position has one node, so nodes are never compared
         done = -1
         while pending:
             position, node = heapq.heappop(pending)
@@ -308,6 +309,8 @@ class _Fold:
         size = place.outer * place.inner * self.order.size
         if place.axis != POSITIONS and (place.axis >= len(weight.shape) or weight.shape[place.axis] != size):
             raise MixesError(f"{node.op_type} {name_of(node)!r} does not fit {weight.name!r} of shape {weight.shape}")
+        if place.axis == POSITIONS and not np.isin(weight.numpy(), np.arange(-size, size)).all():
+            raise MixesError(f"{node.op_type} {name_of(node)!r} looks up others than the {size} channels")
         return weight
 
 

@@ -11,6 +11,7 @@ as a batch does: `axis_rules` says where. The rules here add operators that read
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeAlias
 
 from graph_passes.axis_rules.moves import MICROSOFT, Moves
@@ -69,9 +70,16 @@ def shapes_of(call: NodeCall) -> list[tuple[int, Dims | None]]:
 def _moves(call: NodeCall) -> Sequence[Moves | Value]:
     """Return how every output of a node moves axes."""
     rule = AXIS_RULES.get(operator_of(call.node.domain, call.node.op_type))
-    if rule is None:
+    if rule is None or call.node.domain not in (
+        "",
+        "ai.onnx",
+        MICROSOFT,
+    ):  # others hold numbers of channels in attributes
         raise call.mixes("is an unknown operator")
-    moves = rule(call)
+    try:
+        moves = rule(call)
+    except MixesError as error:  # its text is about batches
+        raise call.mixes("does not treat all entries of the permuted axis alike") from error
     return [moves] * len(call.node.output) if isinstance(moves, Moves) else moves
 
 
@@ -181,6 +189,13 @@ def _conv_transpose(call: NodeCall, index: int, place: BatchPlace) -> Effect | N
     return Effect(needs={0: place, 1: replace(place, axis=0)})
 
 
+def _projection(call: NodeCall, index: int, place: BatchPlace, *, columns: int) -> Effect | None:
+    """Permute the axis `columns` of the packed weight in input 1, which multiplies the features of input 0."""
+    if index != 0 or place.axis != 2:
+        return None
+    return Effect(needs={0: place, 1: replace(place, axis=columns)})
+
+
 def _gather(call: NodeCall, index: int, place: BatchPlace) -> Effect | None:
     """Look up the permuted positions."""
     if index != 0 or call.axis(call.rank(0), default=0) != place.axis:
@@ -188,23 +203,25 @@ def _gather(call: NodeCall, index: int, place: BatchPlace) -> Effect | None:
     return Effect(needs={0: place, 1: replace(place, axis=POSITIONS)})
 
 
-_FAMILIES: Iterable[tuple[Rule, str, str]] = (
-    (_product, "", "MatMul Gemm"),
-    (_product, MICROSOFT, "FusedMatMul FusedGemm GemmFastGelu"),
-    (_conv, "", "Conv"),
-    (_conv, MICROSOFT, "FusedConv"),
-    (_conv_transpose, "", "ConvTranspose"),
-    (_reduction, "", "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd"),
-    (_reduction, "", "ReduceSum ReduceSumSquare"),
-    (_symmetric, "", "Softmax LogSoftmax LpNormalization MeanVarianceNormalization"),
-    (_norm_of_channels, "", "BatchNormalization InstanceNormalization"),
-    (_norm_of_last, "", "LayerNormalization RMSNormalization SimplifiedLayerNormalization"),
-    (_norm_of_last, MICROSOFT, "SkipLayerNormalization SkipSimplifiedLayerNormalization"),
-    (_gather, "", "Gather"),
-    (_shape, "", "Shape Size"),
+_FAMILIES: Iterable[tuple[str, str, Rule]] = (
+    ("MatMul Gemm", "", _product),
+    ("FusedMatMul FusedGemm GemmFastGelu", MICROSOFT, _product),
+    ("Conv", "", _conv),
+    ("FusedConv", MICROSOFT, _conv),
+    ("ConvTranspose", "", _conv_transpose),
+    ("ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd", "", _reduction),
+    ("ReduceSum ReduceSumSquare", "", _reduction),
+    ("Softmax LogSoftmax LpNormalization MeanVarianceNormalization", "", _symmetric),
+    ("BatchNormalization InstanceNormalization", "", _norm_of_channels),
+    ("LayerNormalization RMSNormalization SimplifiedLayerNormalization", "", _norm_of_last),
+    ("SkipLayerNormalization SkipSimplifiedLayerNormalization", MICROSOFT, _norm_of_last),
+    ("LSTM GRU RNN", "", partial(_projection, columns=2)),
+    ("Attention", MICROSOFT, partial(_projection, columns=0)),
+    ("Gather", "", _gather),
+    ("Shape Size", "", _shape),
 )
 
 RULES: Mapping[tuple[str, str], Rule] = {
-    (domain, name): rule for rule, domain, names in _FAMILIES for name in names.split()
+    (domain, name): rule for names, domain, rule in _FAMILIES for name in names.split()
 }
 """(domain, operator) -> its rule; the other operators let a permutation pass as they let a batch pass."""
