@@ -174,7 +174,14 @@ class _Fold:
             if position == done:
                 continue
             done = position
-            for value in self._follow(node):
+            try:
+                permuted = self._follow(node)
+            except MixesError:
+                raise
+            except Exception as error:  # any exception of a malformed node: nothing is changed
+                what = f"{node.op_type} {name_of(node)!r}"
+                raise MixesError(f"{what} cannot be followed: {type(error).__name__}") from error
+            for value in permuted:
                 for consumer in self._consumers(value):
                     if self.positions[consumer] <= position:
                         raise MixesError("the nodes of the graph are not in topological order")
@@ -220,7 +227,10 @@ class _Fold:
         """Note what a node needs; return its permuted outputs."""
         call = self._call(node)
         places = {at: value.place for at, value in enumerate(call.inputs) if value is not None and value.place}
-        effect = self._effect(node, call, min(places))
+        holds_graph = any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
+        if node.op_identifier() in self.model.functions or holds_graph:
+            raise call.mixes("is a function or holds a subgraph")
+        effect = effect_of(call, min(places))
         for index, place in effect.needs.items():
             if index not in places:
                 self.uses[node, index] = place
@@ -228,17 +238,6 @@ class _Fold:
             raise call.mixes("brings values together whose channels are permuted otherwise")
         self._note_outputs(node, call, effect)
         return [node.outputs[at] for at in effect.outputs]
-
-    def _effect(self, node: ir.Node, call: NodeCall, index: int) -> Effect:
-        holds_graph = any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
-        if node.op_identifier() in self.model.functions or holds_graph:
-            raise call.mixes("is a function or holds a subgraph")
-        try:
-            return effect_of(call, index)
-        except MixesError:
-            raise
-        except Exception as error:  # any exception of a malformed node: it is not changed
-            raise call.mixes(f"cannot be followed: {type(error).__name__}") from error
 
     def _note_outputs(self, node: ir.Node, call: NodeCall, effect: Effect) -> None:
         """Keep the shapes of all outputs, as ONNX infers them or as the model declares them."""

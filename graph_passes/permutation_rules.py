@@ -70,11 +70,7 @@ def shapes_of(call: NodeCall) -> list[tuple[int, Dims | None]]:
 def _moves(call: NodeCall) -> Sequence[Moves | Value]:
     """Return how every output of a node moves axes."""
     rule = AXIS_RULES.get(operator_of(call.node.domain, call.node.op_type))
-    if rule is None or call.node.domain not in (
-        "",
-        "ai.onnx",
-        MICROSOFT,
-    ):  # others hold numbers of channels in attributes
+    if rule is None or call.node.domain == "ai.onnx.ml":  # which has numbers of channels in attributes
         raise call.mixes("is an unknown operator")
     try:
         moves = rule(call)

@@ -336,6 +336,14 @@ def test_a_function_is_refused():
     assert len(gathers(model)) == 1
 
 
+def test_a_malformed_node_is_a_reason():
+    model = permuted("g = Gather<axis=1>(x, p)  h = Transpose<perm=[1,0]>(g)  y = MatMul(b, h)", b=numbers(4, 6))
+    node = next(node for node in model.graph if node.op_type == "Transpose")
+    node.attributes["perm"] = ir.AttrFloat32s("perm", [0.5])
+    (skip,) = FoldPermutationsPass()(model).kept
+    assert "Transpose" in skip.reason
+
+
 def test_equal_numbers_may_be_shared():
     body = "g = Gather<axis=1>(x, p)  h = Mul(g, c)  m = MatMul(h, b)  k = Mul(x, c)  n = MatMul(k, b2)  y = Add(m, n)"
     model = permuted(body, c=np.full(6, 2, np.float32), b2=numbers(6, 4, seed=1), **B)
