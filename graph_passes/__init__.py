@@ -9,6 +9,7 @@ numpy, onnx and onnx_ir only. Nothing here computes a factor.
 
 from graph_passes.collector import paused_collector
 from graph_passes.fold_batch_norm import Fold, FoldBatchNormPass, FoldResult
+from graph_passes.fold_permutations import FoldPermutationsPass, FoldPermutationsResult
 from graph_passes.forms import Form
 from graph_passes.mac_counts import count_macs, why_not_counted
 from graph_passes.macs.executed_node import ExecutedNode, Macs, NotCounted
@@ -40,6 +41,8 @@ __all__ = [
     "FactorSource",
     "Fold",
     "FoldBatchNormPass",
+    "FoldPermutationsPass",
+    "FoldPermutationsResult",
     "FoldResult",
     "Form",
     "Keep",

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from graph_passes.split_pass import SplitPass
 
 MARK = "rsi_deploy.split"
+PERMUTATION = "permutation"
+"""The mark of a Gather that restores the order of channels behind a pivoted split."""
 OLDEST_OPSET = 6
 PIVOTED_OPSET = 11
 """Before, Concat and Gather did not count axes from the end."""

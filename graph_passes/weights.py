@@ -120,6 +120,15 @@ class Weight:
             array = array.transpose(arguments) if kind == "transpose" else array.reshape(arguments)
         return array
 
+    def as_stored(self, array: Array) -> Array:
+        """Return an array of `shape` in the layout of the stored tensor."""
+        shapes: list[tuple[int, ...]] = [tuple(self.tensor.shape.numpy())]
+        for kind, arguments in self.steps:
+            shapes.append(tuple(shapes[-1][axis] for axis in arguments) if kind == "transpose" else arguments)
+        for (kind, arguments), shape in zip(self.steps[::-1], shapes[-2::-1], strict=True):
+            array = array.transpose(np.argsort(arguments)) if kind == "transpose" else array.reshape(shape)
+        return array
+
 
 def resolve(value: ir.Value | None) -> Weight | NoWeight | None:
     """Return the weight behind an operand, a refusal for other stored constants, or None for all other operands."""

@@ -9,6 +9,7 @@ Offsets are aligned to 64 bytes, or to a page for large tensors, so that a runti
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +17,7 @@ from typing import Self
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.fold_permutations import lazily
 from rsi_deploy.core.types import Array
 
 ALIGNMENT, PAGE, LARGE = 64, 65536, 1 << 20
@@ -43,6 +45,15 @@ class DataFile:
         tensor = ir.tensor(array, name=name)
         return tensor if tensor.nbytes < SMALL else self._written(tensor, array)
 
+    def replace(self, tensor: ir.TensorProtocol, array: Callable[[], Array]) -> ir.TensorProtocol:
+        """Return a tensor with the numbers of `array`, of the same shape and dtype; overwrite `tensor` in this file."""
+        if not isinstance(tensor, ir.ExternalTensor) or not self._holds(tensor):
+            return lazily(tensor, array)
+        new = ir.Tensor(np.ascontiguousarray(array()), dtype=tensor.dtype)
+        self._write(new, new.numpy(), tensor.offset or 0)
+        tensor.release()  # the old numbers are mapped
+        return tensor
+
     def store_initializers_(self, model: ir.Model) -> None:
         """Move every initializer into this file (small ones into the model), so that no other file is needed."""
         for graph in model.graphs():
@@ -62,7 +73,20 @@ class DataFile:
 
     def _written(self, tensor: ir.TensorProtocol, array: Array) -> ir.ExternalTensor:
         unit = PAGE if tensor.nbytes >= LARGE else ALIGNMENT
-        offset = -(-self._file.tell() // unit) * unit
+        offset = -(-self._file.seek(0, os.SEEK_END) // unit) * unit
+        self._write(tensor, array, offset)
+        return ir.ExternalTensor(
+            location=self.path.name,
+            offset=offset,
+            length=tensor.nbytes,
+            dtype=tensor.dtype,
+            shape=ir.Shape(list(array.shape)),
+            name=tensor.name or "",
+            base_dir=os.fspath(self.path.parent),
+        )
+
+    def _write(self, tensor: ir.TensorProtocol, array: Array, offset: int) -> None:
+        """Write the array, or the packed bytes of the tensor."""
         self._file.seek(offset)
         if tensor.dtype.bitwidth < 8:
             self._file.write(tensor.tobytes())  # packed
@@ -74,12 +98,3 @@ class DataFile:
             if not rows.ndim:
                 self._file.write(array.tobytes())
         self._file.flush()
-        return ir.ExternalTensor(
-            location=self.path.name,
-            offset=offset,
-            length=tensor.nbytes,
-            dtype=tensor.dtype,
-            shape=ir.Shape(list(array.shape)),
-            name=tensor.name or "",
-            base_dir=os.fspath(self.path.parent),
-        )

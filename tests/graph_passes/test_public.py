@@ -17,6 +17,8 @@ def test_public_names():
         "FactorSource",
         "Fold",
         "FoldBatchNormPass",
+        "FoldPermutationsPass",
+        "FoldPermutationsResult",
         "FoldResult",
         "Form",
         "Keep",

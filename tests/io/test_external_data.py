@@ -59,3 +59,20 @@ def test_a_model_with_stored_initializers_runs_without_other_files(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "out" / "m.onnx")
     x = np.ones((2, 300), np.float32)
     np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight + 1, rtol=1e-4, atol=1e-4)
+
+
+def test_a_replaced_tensor_takes_the_bytes_of_the_old_one(tmp_path):
+    first, second = (np.arange(start, start + 600, dtype=np.float32).reshape(20, 30) for start in (0, 1000))
+    with DataFile(tmp_path / "d") as data:
+        old, other = data.append(first, "a"), data.append(second, "b")
+        size = (tmp_path / "d").stat().st_size
+        np.testing.assert_array_equal(old.numpy(), first)  # maps the file
+        new = data.replace(old, lambda: old.numpy()[::-1].copy())
+        third = data.append(first, "c")
+        np.testing.assert_array_equal(new.numpy(), first[::-1])
+        np.testing.assert_array_equal(other.numpy(), second)
+        np.testing.assert_array_equal(third.numpy(), first)
+        assert third.offset >= size
+        in_memory = data.replace(ir.Tensor(first, name="e"), lambda: second)
+        np.testing.assert_array_equal(in_memory.numpy(), second)
+        assert in_memory.name == "e"
