@@ -8,6 +8,7 @@
 
 Rank `r` needs `r (rows + columns - r)` numbers; the plain split of the same product needs `r (rows + columns)`.
 The node that was there computes the other outputs. With as many pivots as rows there are none, and no such node.
+`graph_passes.fold_permutations` moves the order of the outputs into what reads Y, where it can.
 """
 
 from collections.abc import Sequence
@@ -21,11 +22,11 @@ from graph_passes.cleanup import remove_unused
 from graph_passes.constants import is_zeros
 from graph_passes.parts import Parts, resized
 from graph_passes.records import Array
-from graph_passes.survey import MARK
+from graph_passes.survey import MARK, PERMUTATION
 from graph_passes.weights import NoWeight, Weight, resolve
 
-CONCAT, PERMUTATION = "concat", "permutation"
-"""Marks of the node that joins the outputs, and of the Gather that puts them in order."""
+CONCAT = "concat"
+"""Mark of the node that joins the outputs."""
 
 
 def has_constant_bias(node: ir.Node, size: int) -> bool:

@@ -119,6 +119,8 @@ def split_model(
                 splitter.answer(factorizer.finished(site, executor.result(task)))
                 executor.release(*task.weights)
             del site, task
+        if any(isinstance(record, gp.Split) and record.form == "pivoted" for record in splitter.records):
+            gp.FoldPermutationsPass(**({"replace": data.replace} if data else {}))(model)
         if data:
             data.store_initializers_(model)
     result = SplitModel(

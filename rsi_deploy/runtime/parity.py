@@ -225,6 +225,7 @@ def surgery_check(
             path.with_name(f"{path.name}.data")
         ) as data:  # as large as the dense model, so kept out of memory
             gp.split(model, full_rank, keep=data.append, joint=bool(joint))
+            gp.FoldPermutationsPass(replace=data.replace)(model)
             data.store_initializers_(model)
         ir.save(model, path)
         release_weights_(model)
