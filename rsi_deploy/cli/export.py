@@ -7,6 +7,7 @@ import click
 from rsi_deploy.cli.derived import Verb, option, settings_options
 from rsi_deploy.cli.options import model_argument
 from rsi_deploy.cli.terminal import console, progress_bar
+from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.settings.verbs import ExportConfig
 
 
@@ -47,6 +48,8 @@ def export(
     from rsi_deploy.report.tables.report import print_report
 
     if dry_run:
+        if from_sweep is not None:
+            raise UsageError("--from-sweep copies a model that is made already: leave out --dry-run")
         outlook = run_dry(model, settings)
         click.echo(outlook.model_dump_json(indent=2) if as_json else outlook.text(), nl=as_json)
         return

@@ -98,7 +98,10 @@ def test_a_point_is_delivered(done, tmp_path):
     report = deliver(done, 2, tmp_path / "b")
     assert (tmp_path / "b" / "model.onnx").read_bytes() == (done / "point-02" / "model.onnx").read_bytes()
     assert report == rsi_deploy.read_report(tmp_path / "b")
-    assert run(["export", "--from-sweep", str(done), "--point", "2", "-o", str(tmp_path / "c")]) == 0
+    argv = ["export", "--from-sweep", str(done), "--point", "2", "--json", "-o", str(tmp_path / "c")]
+    assert run(argv) == 0
+    assert run(argv) == 2
+    assert run([*argv, "--force"]) == 0
     with pytest.raises(UsageError, match="is not empty"):
         deliver(done, 2, tmp_path / "b")
 
@@ -121,6 +124,9 @@ def test_a_point_that_was_tampered_with_is_not_delivered(place, tmp_path):
         (["m.onnx", "--from-sweep", "S", "--point", "1"], "leave out MODEL"),
         (["--from-sweep", "nowhere", "--point", "1"], "is no sweep"),
         (["--rank", "4"], "export takes a MODEL"),
+        (["--from-sweep", "S", "--point", "2", "--keep-macs", "0.5"], "--keep-macs cannot change; leave"),
+        (["--from-sweep", "S", "--point", "2", "--no-bench"], "--no-bench cannot"),
+        (["--from-sweep", "S", "--point", "2", "--dry-run"], "leave out --dry-run"),
     ],
 )
 def test_what_cannot_be_delivered(done, tmp_path, monkeypatch, capsys, argv, words):
