@@ -15,13 +15,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 
 from rsi_deploy import __version__
-from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.errors import RsiDeployError, UsageError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.progress import step
 from rsi_deploy.core.settings.groups import SourceConfig
@@ -121,7 +122,8 @@ def sweep(
             _job(number, share, size, model, config, points, f"{begun.command} (point {number})")
             for number, share in enumerate(shares, start=1)
         ]
-        return _resumed(begun, claim, jobs[len(begun.points) :], points, size, ray=config.ray, progress=progress)
+        with _noting_what_is_kept(claim.target, len(shares), force=force):
+            return _resumed(begun, claim, jobs[len(begun.points) :], points, size, ray=config.ray, progress=progress)
 
 
 def _job(
@@ -169,6 +171,23 @@ def _resumed(
         _write(document, folder)
     shutil.rmtree(work)
     return document
+
+
+@contextmanager
+def _noting_what_is_kept(folder: Path, count: int, *, force: bool) -> Iterator[None]:
+    """Add to an interrupt, or to any other error that ends the sweep early, what is kept and how to continue."""
+    try:
+        yield
+    except RsiDeployError:
+        raise
+    except BaseException as error:
+        done = len(read_sweep(folder).points) if (folder / "sweep.json").is_file() else 0
+        calibration = " and the calibration" * (folder / "work" / "options.json").is_file()
+        error.add_note(
+            f"{folder} keeps {done} of {count} points{calibration}: run the same command{' without --force' * force} "
+            f"to continue, rm -r {folder} to drop them"
+        )
+        raise
 
 
 def _made(

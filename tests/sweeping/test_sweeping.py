@@ -165,6 +165,29 @@ def test_an_interrupted_sweep_goes_on_and_calibrates_no_second_time(place, tmp_p
     assert len(surveyed) == 1
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_an_interrupt_says_what_is_kept_and_how_to_go_on(place, tmp_path, monkeypatch, capsys, force):
+    made, calls = ExportRun.write_bundle, []
+
+    def interrupted(run, output, **options):
+        calls.append(output)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return made(run, output, **options)
+
+    monkeypatch.setattr(ExportRun, "write_bundle", interrupted)
+    argv = ["sweep", str(place / "m.onnx"), "--calib", str(place / "c.npz"), "-o", str(tmp_path / "s"), "--no-bench"]
+    argv += ["--points", "3", "--highest", "0.9", "--lowest", "0.4"]
+    assert run([*argv, *force]) == 130
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 's'} keeps 1 of 3 points and the calibration" in said
+    assert "nothing partial" not in said
+    assert ("without --force" in said) is bool(force)
+    before = (tmp_path / "s" / "point-01" / "model.onnx").stat().st_mtime_ns
+    assert run(argv) == 0
+    assert (tmp_path / "s" / "point-01" / "model.onnx").stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize("fits", [True, False])
 def test_times_of_all_points_are_of_one_run(place, tmp_path, monkeypatch, fits):
     """A point's report has its own minute's time; the sweep's are measured together where memory lets it."""
