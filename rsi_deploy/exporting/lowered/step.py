@@ -55,7 +55,7 @@ class PrecisionStep:
         """Return the chosen model, in the place of the export's model, with the record of the choice.
 
         Raises:
-            UsageError: a precision that needs data, or that the provider does not run.
+            UsageError: a precision that needs data, or that the provider does not run; a cost table that does not fit.
             ModelError: no model keeps the budget.
             GateError: no model keeps the limit.
         """
@@ -65,6 +65,7 @@ class PrecisionStep:
                 raise UsageError(
                     f"--precision {maker.precision} needs unlabelled data to choose and to check; add --calib"
                 )
+            maker.times.check_cost()
             points, latency = maker.measured(self._points())
             rule = Rule(
                 request=maker.request,

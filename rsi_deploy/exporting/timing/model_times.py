@@ -14,9 +14,9 @@ from rsi_deploy.core.types import Array, Feeds
 from rsi_deploy.costing.cost_table import read_cost_table
 from rsi_deploy.exporting.results import DenseModel
 from rsi_deploy.exporting.step_settings import StepSettings
-from rsi_deploy.exporting.timing.profile import Costing
-from rsi_deploy.exporting.timing.timed_export import TimedExport, timed_export
-from rsi_deploy.precision.schemes import Scheme
+from rsi_deploy.exporting.timing.profile import SCHEMES, Costing
+from rsi_deploy.exporting.timing.timed_export import TimedExport, read_fitting_table, timed_export
+from rsi_deploy.precision.schemes import FLOAT32, Scheme
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
 
 LOWERED_SECONDS = 30.0
@@ -76,6 +76,20 @@ class ModelTimes:
         )
         arms = tuple(arm.model_copy(update={"model": Path(arm.model).name}) for arm in result.arms)
         return result.model_copy(update={"arms": arms})
+
+    def check_cost(self) -> None:
+        """Refuse a `--cost` table of another model or machine, also where the plan needs no times of its scheme.
+
+        Raises:
+            UsageError: names the differences.
+        """
+        cost, feeds = self.config.cost, self.feeds
+        if cost is None or feeds is None:
+            return
+        name = read_cost_table(cost).conditions.scheme
+        scheme = next((known for known in SCHEMES.values() if known.name == name), FLOAT32)
+        costing = replace(self.costing, scheme=scheme)
+        read_fitting_table(cost, costing, self.dense.path, feeds, foreign=self.config.allow_cost_mismatch)
 
     def of_sites(self) -> TimedExport:
         """Return the times of sites in float32, of `--cost` if it is set.

@@ -172,8 +172,7 @@ def timed_export(
     if cost is None:
         table, source, elsewhere = costing.table(dense, feeds, name=name, command=command), "measured here", False
     else:
-        table, elsewhere = _from_file(cost, costing, foreign=foreign)
-        table = _of_this_model(table, dense, feeds, costing, cost)
+        table, elsewhere = read_fitting_table(cost, costing, dense, feeds, foreign=foreign)
         source = f"--cost {Path(cost).name}"
     return TimedExport(
         table=table,
@@ -186,8 +185,14 @@ def timed_export(
     )
 
 
-def _from_file(cost: str | Path, costing: Costing, *, foreign: bool) -> tuple[CostTable, bool]:
-    """The table, and whether it is of another machine."""
+def read_fitting_table(
+    cost: str | Path, costing: Costing, dense: Path, feeds: Feeds, *, foreign: bool
+) -> tuple[CostTable, bool]:
+    """Return the table of a file with this model's sites, and whether it is of another machine.
+
+    Raises:
+        UsageError: as `timed_export`.
+    """
     table = read_cost_table(cost)
     differences = table.conditions.differences(costing.conditions)
     if table.conditions.scheme != costing.scheme.name:
@@ -201,7 +206,7 @@ def _from_file(cost: str | Path, costing: Costing, *, foreign: bool) -> tuple[Co
             f"here (rsi-deploy profile), give the same --provider and --threads, or add --allow-cost-mismatch to plan "
             f"for that machine: nothing is measured here then"
         )
-    return table, bool(differences)
+    return _of_this_model(table, dense, feeds, costing, cost), bool(differences)
 
 
 def _absent(table: CostTable) -> str:
