@@ -17,6 +17,7 @@ from rsi_deploy.io.limits import first_line
 from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.precision.schemes import PRODUCTS, Scheme
 from rsi_deploy.runtime.float16 import float16_file
+from rsi_deploy.runtime.sessions import tools_log_errors_only
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 FeedsSource = Callable[[], Iterator[Feeds]]
@@ -179,7 +180,7 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), tools_log_errors_only():
             yield
     finally:
         logging.disable(before)
