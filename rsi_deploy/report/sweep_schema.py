@@ -121,13 +121,15 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
         """Return whether every point was tried."""
         return len(self.points) == len(self.shares)
 
-    def front(self, cost: Literal["time", "bytes", "macs"]) -> list[SweepPoint]:
-        """Return the points, rivals included, that no other beats in quality and cost, cheapest first.
+    @property
+    def comparable(self) -> list[SweepPoint]:
+        """Points and rivals whose qualities measure the same: with evaluation data, those that have a top-1."""
+        found = (*self.points, *self.rivals)
+        return [point for point in found if self.dense_top1 is None or point.top1 is not None]
 
-        A rival has no accuracy on evaluation data, so it is on no front where the points have one.
-        """
-        able = [*self.points, *(() if self.dense_top1 is not None else self.rivals)]
-        found = [(price, p) for p in able if (price := _price(p, cost)) is not None]
+    def front(self, cost: Literal["time", "bytes", "macs"]) -> list[SweepPoint]:
+        """Return the points, rivals included, that no other beats in quality and cost, cheapest first."""
+        found = [(price, p) for p in self.comparable if (price := _price(p, cost)) is not None]
         front, best = [], float("-inf")
         for _, point in sorted(found, key=lambda pair: (pair[0], -(pair[1].quality or 0.0), pair[1].number)):
             if (quality := point.quality or 0.0) > best:

@@ -48,6 +48,7 @@ from rsi_deploy.runtime.ray_connection import check_ray
 from rsi_deploy.sweeping.keywords import SweepKeywords
 from rsi_deploy.sweeping.making import MadePoint, PointJob, place
 from rsi_deploy.sweeping.ray_points import made_by_workers
+from rsi_deploy.sweeping.rival_accuracy import with_rival_accuracy
 from rsi_deploy.sweeping.side_by_side import side_by_side
 
 Progress = Callable[[str, int, int], None]
@@ -164,6 +165,7 @@ def _resumed(
         with step(f"point {job.number} of {len(shares)}, {shares[job.number - 1]:.0%} of {document.by}"):
             made = next(results)
         document = _with_point(document, job.number, made, folder)
+        document = with_rival_accuracy(document, work / "dense.onnx", kept.rivals(), points)
         _write(document, folder)
     if points.measure and ray is None and not document.side_by_side:
         with step("side by side"):

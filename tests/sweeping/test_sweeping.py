@@ -17,6 +17,8 @@ from rsi_deploy.exporting.run import ExportRun
 from rsi_deploy.io.manifest import write_manifest
 from rsi_deploy.onnx_models.calibration import activations as onnx_streams
 from rsi_deploy.planning.site_options import Calibration
+from rsi_deploy.precision.quantizers import quantize
+from rsi_deploy.precision.schemes import DYNAMIC
 from rsi_deploy.report.pages.html import source_of
 from rsi_deploy.report.pages.sweep import COLUMNS, sweep_rows
 from rsi_deploy.report.sweep_schema import Sweep, SweepPoint, deliver, read_sweep
@@ -322,6 +324,12 @@ def test_a_rival_is_on_the_front_where_it_is_better(done):
     assert front(point(0, 60, 85.0)) == [2, 1]
 
 
+def replace_top1(sweep, name, top1):
+    """The sweep with another top-1 of a rival."""
+    rivals = [r.model_copy(update={"top1": top1}) if r.precision == name else r for r in sweep.rivals]
+    return sweep.model_copy(update={"rivals": tuple(rivals)})
+
+
 @pytest.mark.filterwarnings("ignore:.*tensor")
 def test_a_sweep_of_bytes_chooses_bits_and_shows_rivals(place, tmp_path):
     made = swept(place, tmp_path / "s", by="size", points=2, highest=0.8, lowest=0.5)
@@ -330,11 +338,20 @@ def test_a_sweep_of_bytes_chooses_bits_and_shows_rivals(place, tmp_path):
     rivals = [point for point in reports[0].precision.points if point.is_rival and point.name != "dense"]
     assert [rival.precision for rival in made.rivals] == [rival.name for rival in rivals]
     assert [rival.size.bytes for rival in made.rivals] == [rival.bytes for rival in rivals]
-    dense, *_, rival = sweep_rows(made)
+    dense, *rows = sweep_rows(made)
     quality = COLUMNS.index("#quality")
     assert dense[0] == "dense"
     assert float(dense[quality]) == pytest.approx(made.dense_top1, abs=0.01)
-    assert rival[quality] == "", "agreement is no top-1"
+    quantize(place / "m.onnx", tmp_path / "q.onnx", DYNAMIC)
+    data = np.load(place / "d.npz")
+    right = run_onnx(tmp_path / "q.onnx", data["x"])[0].argmax(1) == data["labels"]
+    (rival,) = (rival for rival in made.rivals if "dynamic int8" in rival.precision)
+    assert rival.top1 == pytest.approx(100 * right.mean())
+    assert rival.top1 != pytest.approx(rival.agreement), "agreement is no top-1"
+    shown = [float(row[quality]) for row in rows if row[1] == rival.precision]
+    assert shown == [pytest.approx(rival.top1, abs=0.01)] * len(shown) != []
+    others = replace_top1(made, rival.precision, None)
+    assert rival.precision not in [point.precision for point in others.comparable]
     page = html.unescape((tmp_path / "s" / "report.html").read_text())
     assert all(rival.precision in page for rival in made.rivals)
     alone = {"calib": place / "c.npz", "calib_size": 512, "max_size": int(0.5 * made.dense.bytes), "measure": False}

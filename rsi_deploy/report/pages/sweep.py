@@ -15,6 +15,7 @@ from rsi_deploy.report.table import Table, with_interval
 Cost = Literal["time", "bytes", "macs"]
 SHARES = {"macs": "MACs", "params": "parameters", "latency": "dense model's time", "size": "dense model's bytes"}
 TITLES: dict[Cost, str] = {"time": "share of the dense time", "bytes": "bytes of the model", "macs": "MACs a sample"}
+SERIES = ("points", "onnxruntime's own")
 COLUMNS = (
     "point",
     "model",
@@ -119,7 +120,7 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
 
 
 def _quality(sweep: Sweep, point: SweepPoint) -> str:
-    """Return the quality; "" for a rival where that of the points is top-1 on evaluation data."""
+    """Return the quality; "" for a rival without top-1 where the points have one."""
     is_other = point.top1 is None and sweep.dense_top1 is not None
     return "" if point.quality is None or is_other else f"{point.quality:.4g}"
 
@@ -133,8 +134,7 @@ def _in_sample(point: SweepPoint) -> str:
 
 
 def _section(sweep: Sweep, cost: Cost) -> Section | None:
-    shown = [*sweep.points, *(sweep.rivals if sweep.dense_top1 is None else ())]
-    places = [place for point in shown if (place := _place(point, cost)) is not None]
+    places = [place for point in sweep.comparable if (place := _place(point, cost)) is not None]
     if not places:
         return None
     front = [place for point in sweep.front(cost) if (place := _place(point, cost)) is not None]
@@ -146,7 +146,7 @@ def _section(sweep: Sweep, cost: Cost) -> Section | None:
             points=places,
             x=Axis(title=TITLES[cost], form="~s" if cost != "time" else ".2f"),
             y=Axis(title=quality_name(sweep).partition(" on ")[0], form=".4~g"),
-            series=["points", *(["onnxruntime's own"] if len(shown) > len(sweep.points) else [])],
+            series=[series for series in SERIES if any(place.series == series for place in places)],
             front=front,
         ),
     )
@@ -164,8 +164,9 @@ def _place(point: SweepPoint, cost: Cost) -> PlotPoint | None:
     price = human_count(point.size.macs) if cost == "macs" else f"{x:.3g}"
     name = f"point {point.number}" if point.number else point.precision
     note = f"{name}: {price}, {point.quality:.4g}"
-    series = "points" if point.number else "onnxruntime's own"
-    return PlotPoint(x=x, y=point.quality, series=series, x_low=ends[0], x_high=ends[1], note=note)
+    return PlotPoint(
+        x=x, y=point.quality, series=SERIES[0 if point.number else 1], x_low=ends[0], x_high=ends[1], note=note
+    )
 
 
 def _speedup(point: SweepPoint) -> str:
