@@ -122,10 +122,19 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
         return len(self.points) == len(self.shares)
 
     @property
+    def shown(self) -> list[SweepPoint]:
+        """The points, and the rivals that no point delivers: each model once."""
+        delivered = {point.precision for point in self.points}
+        return [*self.points, *(rival for rival in self.rivals if rival.precision not in delivered)]
+
+    @property
     def comparable(self) -> list[SweepPoint]:
         """Points and rivals whose qualities measure the same: with evaluation data, those that have a top-1."""
-        found = (*self.points, *self.rivals)
-        return [point for point in found if self.dense_top1 is None or point.top1 is not None]
+        return [point for point in self.shown if self.dense_top1 is None or point.top1 is not None]
+
+    def is_rival(self, point: SweepPoint) -> bool:
+        """Return whether a point is a rival, or delivers one."""
+        return point.precision in {rival.precision for rival in self.rivals}
 
     def front(self, cost: Literal["time", "bytes", "macs"]) -> list[SweepPoint]:
         """Return the points, rivals included, that no other beats in quality and cost, cheapest first."""

@@ -20,7 +20,7 @@ from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.precision.quantizers import quantize
 from rsi_deploy.precision.schemes import DYNAMIC
 from rsi_deploy.report.pages.html import source_of
-from rsi_deploy.report.pages.sweep import COLUMNS, sweep_rows
+from rsi_deploy.report.pages.sweep import COLUMNS, sweep_page, sweep_rows
 from rsi_deploy.report.sweep_schema import Sweep, SweepPoint, deliver, read_sweep
 from rsi_deploy.sweeping import side_by_side
 from rsi_deploy.verifying.api import verify
@@ -322,6 +322,21 @@ def test_a_rival_is_on_the_front_where_it_is_better(done):
 
     assert front(point(0, 40, 95.0)) == [0, 1]
     assert front(point(0, 60, 85.0)) == [2, 1]
+
+
+def test_a_rival_that_points_deliver_is_shown_once(done):
+    def point(number, name):
+        size = Size(bytes=50, params=50, macs=50)
+        return SweepPoint(number=number, share=0.5, precision=name, size=size, agreement=95.0)
+
+    theirs, other = "onnxruntime's dynamic int8", "onnxruntime's static int8 (minmax)"
+    update = {"points": (point(1, "low rank"), point(2, theirs)), "rivals": (point(0, theirs), point(0, other))}
+    sweep = read_sweep(done).model_copy(update={**update, "dense_top1": None})
+    rows = {row[1]: row[0] for row in sweep_rows(sweep)[1:]}
+    assert len(sweep_rows(sweep)) == 1 + 3
+    assert rows == {"low rank": "1", theirs: "2, rival", other: "rival"}
+    assert "point 2, rival" in sweep_page(sweep, "")
+    assert len(sweep.comparable) == 3
 
 
 def replace_top1(sweep, name, top1):

@@ -87,15 +87,15 @@ def times_name(sweep: Sweep) -> str:
 
 
 def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
-    """Return a row for each point and rival, with the columns `COLUMNS`."""
+    """Return a row for each point and rival, with the columns `COLUMNS`; a rival that a point delivers has one row."""
     fronts: dict[Cost, list[SweepPoint]] = {cost: sweep.front(cost) for cost in TITLES}
     rows = []
     if sweep.dense is not None:
         top1 = "" if sweep.dense_top1 is None else f"{sweep.dense_top1:.4g}"
         size = human_bytes(sweep.dense.bytes)
         rows.append(("dense", "", "100%", "100.0 %", "100.0 %", size, *[""] * 2, top1, "", ""))
-    for point in (*sweep.points, *sweep.rivals):
-        number, name = str(point.number) if point.number else "rival", point.precision or "low rank"
+    for point in sweep.shown:
+        number, name = _label(sweep, point), point.precision or "low rank"
         if point.size is None:
             rows.append((number, "", f"{point.share:.0%}", *[""] * 7, point.problem))
             continue
@@ -119,6 +119,12 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
     return rows
 
 
+def _label(sweep: Sweep, point: SweepPoint) -> str:
+    """Return "3", "rival", or "3, rival" for a point that delivers a rival."""
+    parts = [str(point.number)] * bool(point.number) + ["rival"] * sweep.is_rival(point)
+    return ", ".join(parts)
+
+
 def _quality(sweep: Sweep, point: SweepPoint) -> str:
     """Return the quality; "" for a rival without top-1 where the points have one."""
     is_other = point.top1 is None and sweep.dense_top1 is not None
@@ -134,10 +140,10 @@ def _in_sample(point: SweepPoint) -> str:
 
 
 def _section(sweep: Sweep, cost: Cost) -> Section | None:
-    places = [place for point in sweep.comparable if (place := _place(point, cost)) is not None]
+    places = [place for point in sweep.comparable if (place := _place(sweep, point, cost)) is not None]
     if not places:
         return None
-    front = [place for point in sweep.front(cost) if (place := _place(point, cost)) is not None]
+    front = [place for point in sweep.front(cost) if (place := _place(sweep, point, cost)) is not None]
     picture = Picture(
         name=f"front-{cost}",
         title=f"Quality over {TITLES[cost]}",
@@ -153,7 +159,7 @@ def _section(sweep: Sweep, cost: Cost) -> Section | None:
     return Section(name=f"front-{cost}", title=f"Against {TITLES[cost]}", blocks=[Block(picture=picture)])
 
 
-def _place(point: SweepPoint, cost: Cost) -> PlotPoint | None:
+def _place(sweep: Sweep, point: SweepPoint, cost: Cost) -> PlotPoint | None:
     if point.size is None or point.quality is None or (cost == "time" and point.speedup is None):
         return None
     x = {"time": 1 / (point.speedup or 1.0), "bytes": float(point.size.bytes), "macs": float(point.size.macs)}[cost]
@@ -162,7 +168,7 @@ def _place(point: SweepPoint, cost: Cost) -> PlotPoint | None:
         low, high = point.speedup_interval
         ends = (1 / high, 1 / low)  # type: ignore[assignment]
     price = human_count(point.size.macs) if cost == "macs" else f"{x:.3g}"
-    name = f"point {point.number}" if point.number else point.precision
+    name = f"point {_label(sweep, point)}" if point.number else point.precision
     note = f"{name}: {price}, {point.quality:.4g}"
     return PlotPoint(
         x=x, y=point.quality, series=SERIES[0 if point.number else 1], x_low=ends[0], x_high=ends[1], note=note
