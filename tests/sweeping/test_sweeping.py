@@ -75,6 +75,14 @@ def test_later_points_ask_no_gradients_again_and_are_fitted_the_same(place, done
     assert not np.allclose(other, apart, rtol=1e-3)
 
 
+def test_a_sweep_is_verified_by_its_points(done, capsys):
+    assert run(["verify", str(done)]) == 2
+    said = capsys.readouterr().err
+    point = said.strip().rpartition("rsi-deploy verify ")[2]
+    assert point == str(done / "point-01")
+    assert run(["verify", point]) == 0
+
+
 def test_recipes_make_a_point_and_the_sweep_again(place, done, tmp_path, capsys):
     again = ["export", "--recipe", str(done / "point-02" / "recipe.toml"), "-o", str(tmp_path / "b")]
     assert run(again) == 0
