@@ -36,9 +36,10 @@ def export(
 ) -> None:
     """Compress MODEL and write a bundle: model.onnx, report.json, plan.json, recipe.toml, README.md.
 
-    How small: with unlabelled data (--calib) alone, the smallest that answers as the dense one does, or that keeps a
-    quality (--min-agreement, --min-cosine, --max-output-error) or the accuracy (--max-drop); or a budget for the whole
-    model (--keep-params, --keep-macs, --max-size). Without data: --rank, the same everywhere; --max-error; or a --plan.
+    How small: with unlabelled data (--calib) alone, the smallest model that answers as the dense one does, or a faster
+    one that is at most a tenth larger; likewise for a quality (--min-agreement, --min-cosine, --max-output-error) or
+    the accuracy (--max-drop). Or a budget for the whole model (--keep-params, --keep-macs, --max-size). Without data:
+    --rank, the same everywhere; --max-error; or a --plan.
 
     MODEL is torchvision:NAME, package.module:factory (its code runs: name only code you trust), FILE.pt2 or FILE.onnx.
     The paper's own rounding of a ratio is not known to us; here it is ceil(ratio * min(out, in)).

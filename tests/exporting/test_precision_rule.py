@@ -1,6 +1,7 @@
 """The rule that chooses a model among precisions, on made-up models."""
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,24 @@ from hypothesis import strategies as st
 
 from rsi_deploy.benchmark.result import VariantResult
 from rsi_deploy.calibration.record import OutputQuality
+from rsi_deploy.cli.export import export
 from rsi_deploy.core.errors import GateError
-from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, NEAR_LOSS, NEAR_RATIO, Point, Rule, refuse_broken
+from rsi_deploy.exporting.lowered.points import (
+    CLOSE_LOSS,
+    NEAR_BYTES,
+    NEAR_LOSS,
+    NEAR_RATIO,
+    Point,
+    Rule,
+    refuse_broken,
+)
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.quality import QualityBudget
 from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.precision.schemes import FLOAT32, static
 
 DENSE_BYTES, DENSE_MS = 1000, 10.0
+ROOT = Path(__file__).parents[2]
 SIZE = RankRequest(calib="c", budget=Budget(max_size=500))
 TIME = RankRequest(calib="c", budget=Budget(keep_latency=0.5))
 MACS = RankRequest(calib="c", budget=Budget(keep_macs=0.5))
@@ -188,6 +199,14 @@ def test_the_order_of_the_models_decides_nothing(points, request_):
         for chosen in [rule(request_).chosen(order)]
     }
     assert len(facts) == 1
+
+
+def test_help_and_guides_say_which_model_a_quality_gets():
+    """As the rule does: neither the smallest in any case, nor the fastest of all."""
+    assert pytest.approx(1.1) == NEAR_BYTES, "a tenth larger, as the texts say"
+    guides = [(ROOT / "docs" / "guides" / f"{name}.md").read_text(encoding="utf-8") for name in ("budget", "precision")]
+    for text in (export.help, *guides):
+        assert re.search(r"smallest.{,200}or a faster one (that is )?at most a tenth larger", " ".join(text.split()))
 
 
 def test_a_model_larger_than_the_users_needs_a_word():
