@@ -3,6 +3,7 @@
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from rsi_deploy.exporting.lowered.points import (
     Rule,
     refuse_broken,
 )
+from rsi_deploy.exporting.lowered.step import PrecisionStep
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.quality import QualityBudget
 from rsi_deploy.planning.request import RankRequest
@@ -130,6 +132,22 @@ def test_nothing_is_chosen_where_nothing_keeps_the_limit(request_):
 
 def test_without_a_measurement_no_model_keeps_a_time():
     assert rule(TIME, dense_ms=None).chosen([GOOD]) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_longer"), [(1.9, 2.1, True), (1.9, 1.8, True), (1.5, 2.1, False), (2.1, 1.5, False)]
+)
+def test_a_time_missed_by_little_is_decided_by_a_longer_measurement(first, second, is_longer):
+    def measured(points, runs=1):
+        speed = first if runs == 1 else second
+        return [point(p.name, speed=speed) for p in points], SimpleNamespace(arms=[SimpleNamespace(median_ms=DENSE_MS)])
+
+    dense = SimpleNamespace(size=SimpleNamespace(bytes=DENSE_BYTES), reference=Path("dense.onnx"))
+    maker = SimpleNamespace(measured=measured, request=TIME, dense=dense, precision="int8")
+    step = PrecisionStep(maker=maker, clock=None, config=SimpleNamespace(allow_slower=False, allow_larger=False))
+    (found,), _, ruled = step._measured([GOOD])
+    assert found.speedup == (second if is_longer else first)
+    assert ruled.keeps(found) is (found.speedup >= 2), "without slack"
 
 
 def test_the_dense_model_keeps_every_quality():

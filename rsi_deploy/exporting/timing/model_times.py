@@ -56,12 +56,13 @@ class ModelTimes:
         """Whether models are measured on this machine."""
         return self.config.measure and self.dense.outputs is not None
 
-    def latency(self, paths: Sequence[Path], least: float = 0.0) -> BenchResult:
+    def latency(self, paths: Sequence[Path], least: float = 0.0, runs: int = 1) -> BenchResult:
         """Measure models side by side, the dense one first; the second of two is the compressed one.
 
         Args:
             paths: files of the models.
             least: fewest seconds for the measurement.
+            runs: factor on its seconds.
         """
         result = bench(
             [self.dense.reference if path == self.dense.path else path for path in paths],
@@ -70,7 +71,7 @@ class ModelTimes:
             input_shape=self._shapes,
             provider=self.job.provider,
             threads=self.costing.threads,
-            seconds=max(self.config.bench_seconds, least),
+            seconds=runs * max(self.config.bench_seconds, least),
             seed=self.job.settings.seed,
             labels=["dense", "compressed"] if len(paths) == 2 else ["dense", *(path.stem for path in paths[1:])],
         )

@@ -7,6 +7,7 @@ a budget       a table that is measured here, or comes from the cache
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rsi_deploy.calibration.activations import ModelActivations
@@ -25,6 +26,8 @@ from rsi_deploy.runtime.providers import resolve_provider
 
 CHECK_SECONDS = 15.0
 """Seconds to measure a plan; on a quiet machine the result is precise much sooner."""
+LONG_CHECK_SECONDS = 45.0
+"""Seconds to measure the fastest plan once more, before a budget that it has missed by little is refused."""
 
 
 @dataclass(kw_only=True)
@@ -100,7 +103,11 @@ class TimedExport:
         """
         if budget.max_latency is not None and not self.is_foreign:
             self.table = rescaled(self.table, self._dense_now())
-        found = decide_by_time(budget, options, self.table, streams, None if self.is_foreign else self._check)
+        check, long_check = partial(self._check, CHECK_SECONDS), partial(self._check, LONG_CHECK_SECONDS)
+        if self.is_foreign:
+            found = decide_by_time(budget, options, self.table, streams, None)
+        else:
+            found = decide_by_time(budget, options, self.table, streams, check, long_check)
         self.table = found.table
         self.checks += found.checks
         self.remarks += [found.note] if found.note else []
@@ -124,11 +131,9 @@ class TimedExport:
         result = measured_plans(self.dense, self.feeds, [], conditions.provider, conditions.threads, CHECK_SECONDS / 2)
         return round(1e6 * result.arms[0].median_ms)
 
-    def _check(self, splits: Mapping[str, tuple[str, int]], table: CostTable) -> PlanCheck:
+    def _check(self, seconds: float, splits: Mapping[str, tuple[str, int]], table: CostTable) -> PlanCheck:
         conditions = table.conditions
-        result = measured_plans(
-            self.dense, self.feeds, [splits], conditions.provider, conditions.threads, CHECK_SECONDS
-        )
+        result = measured_plans(self.dense, self.feeds, [splits], conditions.provider, conditions.threads, seconds)
         share, ends = share_of(result.arms[1])
         return PlanCheck(
             scale=table.model.scale, predicted=table.predicted(splits), measured=share, measured_interval=ends
