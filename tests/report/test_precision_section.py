@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rsi_deploy import export
 from rsi_deploy.report.card import model_card
-from rsi_deploy.report.pages.charts import CHARACTER, LINE, PLOT, placed_labels
+from rsi_deploy.report.pages.charts import CHARACTER, LINE, NARROW, placed_labels
 from rsi_deploy.report.pages.plots import Axis, PlotPoint
 from rsi_deploy.report.pages.precision import precision_section
 from rsi_deploy.report.pages.report import report_page
@@ -178,7 +178,9 @@ X, Y = Axis(title="x", ends=(0.0, 1.0)), Axis(title="y", ends=(90.0, 100.0))
 
 def overlaps(labels):
     """Return the pairs of labels, by number, whose boxes share an area."""
-    boxes = [(at["x"] * PLOT[0], (at["y"] - 90) / 10 * PLOT[1], len(at["label"]) * CHARACTER) for at in labels]
+    boxes = [
+        (at["x"] * NARROW.area[0], (at["y"] - 90) / 10 * NARROW.area[1], len(at["label"]) * CHARACTER) for at in labels
+    ]
     return [
         (i, j)
         for i, (x, y, width) in enumerate(boxes)
