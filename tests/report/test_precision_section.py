@@ -1,5 +1,6 @@
 """What reports show of a choice of precision: on the terminal, on the card and on the page."""
 
+import html
 import io
 import re
 from xml.etree import ElementTree
@@ -55,6 +56,17 @@ def terminal(report):
     file = io.StringIO()
     print_report(Console(file=file, width=170, highlight=False), report)
     return file.getvalue()
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+def test_errors_of_the_outputs_name_their_inputs(plain, model, is_given):
+    report = plain.model_copy(update={"probe_given": is_given, "accuracy": None, "calibration": None})
+    right, wrong = "on the inputs of --feeds", "on random inputs"
+    if not is_given:
+        right, wrong = wrong, right
+    for text in (terminal(report), html.unescape(report_page(report, "{}")), model_card(report, model)):
+        assert right in text
+        assert wrong not in text
 
 
 def shown(report, model):
