@@ -7,8 +7,9 @@ import html
 import json
 from typing import Any
 
-from rsi_deploy.cli.derived import flag, help_of
+from rsi_deploy.cli.derived import help_of
 from rsi_deploy.core.error_table import read_errors
+from rsi_deploy.core.settings.base import option_name
 from rsi_deploy.core.settings.verbs import CONFIGS
 from rsi_deploy.report.schema import Report
 
@@ -49,9 +50,9 @@ def settings() -> str:
     parts = []
     for verb, config in CONFIGS.items():
         rows = [
-            [f"`{name}`", panel, f"`{flag(name, config.model_fields[name])}`", help_of(config.model_fields[name])]
+            [f"`{name}`", panel, f"`{option_name(name, field)}`", help_of(field)]
             for panel, names in config.panels().items()
-            for name in names
+            for name, field in ((name, config.model_fields[name]) for name in names)
         ]
         parts.append(f"### Settings of {verb}\n\n{_table(['setting', 'group', 'option', 'meaning'], rows)}")
     return "\n\n".join(parts)

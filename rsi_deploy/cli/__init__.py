@@ -63,9 +63,9 @@ def run(argv: list[str] | None = None) -> int:
         error.show()
         return 2
     except (click.Abort, KeyboardInterrupt) as error:
-        return _fail(_noted(f"interrupted; {WHOLE}", error.__cause__ or error), 130)
+        return _fail(f"interrupted; {_left_by(error.__cause__ or error)}", 130)
     except EndedError as error:
-        return _fail(_noted(f"ended by {error}; {WHOLE}", error), error.exit_code)
+        return _fail(f"ended by {error}; {_left_by(error)}", error.exit_code)
     except RsiDeployError as error:
         return _fail(str(error), error.exit_code)
     except OSError as error:
@@ -96,6 +96,11 @@ class _Guarded(logging.Formatter):
 
 for verb in (export, sweep, profile, inspect, bench, evaluate_verb, package, verify, serve, doctor, schema):
     cli.add_command(verb)
+
+
+def _left_by(error: BaseException) -> str:
+    """What a command that was ended has left, as noted of the error on its way."""
+    return "; ".join(getattr(error, "__notes__", [])) or WHOLE
 
 
 def _noted(words: str, error: BaseException) -> str:

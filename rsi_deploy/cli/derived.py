@@ -172,18 +172,6 @@ def _panel(config: type[Settings], name: str) -> str:
     return next(panel for panel, names in config.panels().items() if name in names)
 
 
-def flag(name: str, field: FieldInfo) -> str:
-    """Return the option of a field: of an on/off pair the one that changes something.
-
-    Example:
-        >>> from rsi_deploy.core.settings.verbs import ExportConfig
-        >>> flag("measure", ExportConfig.model_fields["measure"])
-        '--no-bench'
-    """
-    plain = str(option_of(field).get("flag", flag_of(name)))
-    return f"--no-{plain.removeprefix('--')}" if field.default is True else plain
-
-
 def help_of(field: FieldInfo) -> str:
     """Return the help of a field's option, with its default and its bounds."""
     quantity, default = quantity_of(field), field.default

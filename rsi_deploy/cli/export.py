@@ -7,6 +7,7 @@ import click
 from rsi_deploy.cli.derived import Verb, option, settings_options
 from rsi_deploy.cli.options import model_argument
 from rsi_deploy.cli.terminal import console, progress_bar
+from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.settings.verbs import ExportConfig
 
 
@@ -35,9 +36,10 @@ def export(
 ) -> None:
     """Compress MODEL and write a bundle: model.onnx, report.json, plan.json, recipe.toml, README.md.
 
-    How small: with unlabelled data (--calib) alone, the smallest that answers as the dense one does, or that keeps a
-    quality (--min-agreement, --min-cosine, --max-output-error) or the accuracy (--max-drop); or a budget for the whole
-    model (--keep-params, --keep-macs, --max-size). Without data: --rank, the same everywhere; --max-error; or a --plan.
+    How small: with unlabelled data (--calib) alone, the smallest model that answers as the dense one does, or a faster
+    one that is at most a tenth larger; likewise for a quality (--min-agreement, --min-cosine, --max-output-error) or
+    the accuracy (--max-drop). Or a budget for the whole model (--keep-params, --keep-macs, --max-size). Without data:
+    --rank, the same everywhere; --max-error; or a --plan.
 
     MODEL is torchvision:NAME, package.module:factory (its code runs: name only code you trust), FILE.pt2 or FILE.onnx.
     The paper's own rounding of a ratio is not known to us; here it is ceil(ratio * min(out, in)).
@@ -47,6 +49,8 @@ def export(
     from rsi_deploy.report.tables.report import print_report
 
     if dry_run:
+        if from_sweep is not None:
+            raise UsageError("--from-sweep copies a model that is made already: leave out --dry-run")
         outlook = run_dry(model, settings)
         click.echo(outlook.model_dump_json(indent=2) if as_json else outlook.text(), nl=as_json)
         return

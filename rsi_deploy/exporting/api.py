@@ -14,6 +14,7 @@ from torch import nn
 
 from rsi_deploy.calibration.calibration_data import CHECK_OPTION, check_source
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.settings.base import option_name
 from rsi_deploy.core.settings.recipe import recipe_text
 from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.costing.cost_table import read_cost_table
@@ -70,7 +71,8 @@ def export(
         force: replace a bundle that is there.
         progress: function that is called with (site, index, count) before each factorization.
         command: command line for the report; by default the name of the Python call.
-        from_sweep: folder of a sweep, one point of which is delivered; nothing is computed, and `model` is None.
+        from_sweep: folder of a sweep, one point of which is delivered; nothing is computed, so `model` is None, and
+            settings are refused.
         point: number of that point.
         settings: fields of `ExportConfig` by name; they win over `config`.
 
@@ -79,11 +81,11 @@ def export(
         ModelError: the model cannot be handled (exit 3).
         GateError: a verification gate failed (exit 4).
     """
+    config = ExportConfig.of(config, **settings, **picture_settings(preprocessing))
     if from_sweep is not None or point is not None:
-        return _of_sweep(model, from_sweep, point, output, force=force)
+        return _of_sweep(model, from_sweep, point, output, config, force=force)
     if model is None:
         raise UsageError("export takes a MODEL, or --from-sweep DIR --point N")
-    config = ExportConfig.of(config, **settings, **picture_settings(preprocessing))
     run = export_run(model, config, progress=progress, command=command or "rsi_deploy.export(...)")
     return run.write_bundle(Path(output), force=force)
 
@@ -184,11 +186,24 @@ def _check_ray(ray: str | None, request: RankRequest, device: str) -> None:
 
 
 def _of_sweep(
-    model: object, folder: str | Path | None, point: int | None, output: str | Path, *, force: bool
+    model: object,
+    folder: str | Path | None,
+    point: int | None,
+    output: str | Path,
+    config: ExportConfig,
+    *,
+    force: bool,
 ) -> Report:
     """A point of a sweep, delivered."""
     if folder is None or point is None:
         raise UsageError("--from-sweep DIR and --point N go together")
     if model is not None:
         raise UsageError("--from-sweep delivers a model that is made already: leave out MODEL")
+    fields = ExportConfig.model_fields
+    changed = [option_name(n, fields[n]) for n, value in config.chosen().items() if value != fields[n].default]
+    if changed:
+        raise UsageError(
+            f"--from-sweep delivers a model that is made already, which {', '.join(changed)} cannot change",
+            hint="leave such options out, or type rsi-deploy export MODEL without --from-sweep",
+        )
     return deliver(folder, point, output, force=force)

@@ -18,7 +18,7 @@ from rsi_deploy.core.errors import ModelError
 from rsi_deploy.packaging.result import tensor_lines
 from rsi_deploy.packaging.servable import Servable
 from rsi_deploy.runtime.parity import EXPORTER_TOLERANCE, compare_outputs, tolerance_for
-from rsi_deploy.runtime.sessions import make_session, run_session
+from rsi_deploy.runtime.sessions import make_session, run_session, tools_log_errors_only
 
 Platform = Literal["arm", "amd64"]
 
@@ -54,7 +54,7 @@ def _converted(folder: Path, model: Servable, platform: Platform) -> Path:
     printed = io.StringIO()
     logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)  # it logs at INFO
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), tools_log_errors_only():
             convert_onnx_models_to_ort(
                 model.model, folder, optimization_styles=[OptimizationStyle.Fixed], target_platform=platform
             )

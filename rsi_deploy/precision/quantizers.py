@@ -12,11 +12,13 @@ from typing import Any
 import numpy.typing as npt
 import onnx
 
+from graph_passes.constants import OVERRIDABLE_IR_VERSION
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.io.limits import first_line
 from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.precision.schemes import PRODUCTS, Scheme
 from rsi_deploy.runtime.float16 import float16_file
+from rsi_deploy.runtime.sessions import tools_log_errors_only
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 FeedsSource = Callable[[], Iterator[Feeds]]
@@ -156,18 +158,29 @@ class _Reader:
 
 
 def _of_opset(source: Path, folder: Path) -> Path:
-    """Return a file of the model with an opset that has scales per channel."""
+    """Return a file of the model with an opset that has scales per channel, and initializers that are no inputs.
+
+    onnxruntime's tools add initializers without inputs, which a model before IR version 4 must not have.
+    """
     proto = read_proto(source)
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 1)
-    if opset >= LEAST_OPSET:
+    if opset >= LEAST_OPSET and proto.ir_version >= OVERRIDABLE_IR_VERSION:
         return source
+    converted = read_proto(source, with_data=True)
     try:
-        converted = onnx.version_converter.convert_version(read_proto(source, with_data=True), LEAST_OPSET)
+        if opset < LEAST_OPSET:
+            converted = onnx.version_converter.convert_version(converted, LEAST_OPSET)
     except Exception as error:
         raise ModelError(
             f"{source.name} has opset {opset}, but quantization needs {LEAST_OPSET}, and onnx cannot convert it: "
             f"{first_line(error)}; type --opset 17 or --precision float32"
         ) from error
+    if converted.ir_version < OVERRIDABLE_IR_VERSION:
+        known = {tensor.name for tensor in converted.graph.initializer}
+        inputs = [value for value in converted.graph.input if value.name not in known]
+        del converted.graph.input[:]
+        converted.graph.input.extend(inputs)
+        converted.ir_version = OVERRIDABLE_IR_VERSION
     path = folder / "converted.onnx"
     onnx.save(converted, str(path))
     return path
@@ -179,7 +192,7 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), tools_log_errors_only():
             yield
     finally:
         logging.disable(before)

@@ -12,6 +12,7 @@ from rsi_deploy.report.summary import (
     evidence_lines,
     points_table,
     precision_lines,
+    probe_inputs,
     quality_table,
     request_text,
     site_notes,
@@ -97,7 +98,8 @@ def _measured_on(report: Report) -> str:
 
 def _verification(report: Report) -> list[str]:
     rows = [row for row in checks_table(report).rows if row[2] != "not measured"]
-    lines = [f"- {name} ({compared}): relative error {error}" for name, compared, error, *_ in rows]
+    inputs = probe_inputs(report)
+    lines = [f"- {name} ({compared}): relative error {error} on {inputs}" for name, compared, error, *_ in rows]
     if report.verification.approximation is None:
         lines.append("- the compressed model was not run: onnxruntime cannot run it on this machine")
     return lines + [f"- {line}" for line in evidence_lines(report)]

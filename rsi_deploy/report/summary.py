@@ -39,7 +39,7 @@ JOINT = (
 CHECKS = {
     "exporter": "the source against the dense ONNX model",
     "surgery": "a full-rank split against the dense model; only rounding may differ",
-    "approximation": "the compressed against the dense model, on probe inputs",
+    "approximation": "the compressed against the dense model",
 }
 """Check of `Verification` -> what is compared."""
 
@@ -142,6 +142,11 @@ def comparison_rows(report: "Report") -> list[Row]:
     return rows
 
 
+def probe_inputs(report: "Report") -> str:
+    """Return which inputs the checks of the export compare outputs on: they are not calibration data."""
+    return "the inputs of --feeds" if report.probe_given else "random inputs"
+
+
 def checks_table(report: "Report") -> Table:
     """Return the relative error of the outputs in each check of the export."""
     rows = []
@@ -156,7 +161,7 @@ def checks_table(report: "Report") -> Table:
         error = f"{found.relative_l2:.1e}" if found.relative_l2 < 1e-3 else f"{found.relative_l2:.3f}"
         rows.append((name, compared, error, tolerance, result))
     return Table(
-        caption="Relative error of the outputs",
+        caption=f"Relative error of the outputs on {probe_inputs(report)}",
         columns=("check", "compared", "#error", "#tolerance", "result"),
         rows=rows,
     )

@@ -121,13 +121,24 @@ class Sweep(pydantic.BaseModel, frozen=True, extra="forbid"):
         """Return whether every point was tried."""
         return len(self.points) == len(self.shares)
 
-    def front(self, cost: Literal["time", "bytes", "macs"]) -> list[SweepPoint]:
-        """Return the points, rivals included, that no other beats in quality and cost, cheapest first.
+    @property
+    def shown(self) -> list[SweepPoint]:
+        """The points, and the rivals that no point delivers: each model once."""
+        delivered = {point.precision for point in self.points}
+        return [*self.points, *(rival for rival in self.rivals if rival.precision not in delivered)]
 
-        A rival has no accuracy on evaluation data, so it is on no front where the points have one.
-        """
-        able = [*self.points, *(() if self.dense_top1 is not None else self.rivals)]
-        found = [(price, p) for p in able if (price := _price(p, cost)) is not None]
+    @property
+    def comparable(self) -> list[SweepPoint]:
+        """Points and rivals whose qualities measure the same: with evaluation data, those that have a top-1."""
+        return [point for point in self.shown if self.dense_top1 is None or point.top1 is not None]
+
+    def is_rival(self, point: SweepPoint) -> bool:
+        """Return whether a point is a rival, or delivers one."""
+        return point.precision in {rival.precision for rival in self.rivals}
+
+    def front(self, cost: Literal["time", "bytes", "macs"]) -> list[SweepPoint]:
+        """Return the points, rivals included, that no other beats in quality and cost, cheapest first."""
+        found = [(price, p) for p in self.comparable if (price := _price(p, cost)) is not None]
         front, best = [], float("-inf")
         for _, point in sorted(found, key=lambda pair: (pair[0], -(pair[1].quality or 0.0), pair[1].number)):
             if (quality := point.quality or 0.0) > best:

@@ -9,7 +9,8 @@ import functools
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 Optimize = Literal["all", "layout", "extended", "basic", "disabled"]
 
+ERRORS, WARNINGS = 3, 2
+"""Severities of onnxruntime's log; a model whose initializers are also inputs gets one warning for each of them."""
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 CUDA_FAMILY = ("cuda", "tensorrt", "nvtensorrtrtx")
 """Short names of the providers that keep tensors in CUDA memory."""
@@ -88,7 +91,7 @@ def make_session(
     if threads is not None and spec.session.get("threads", str(threads)) != str(threads):
         raise UsageError(f"{threads} threads and --provider {spec} contradict each other", hint="give one of them")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only; a model whose initializers are also inputs warns once for each
+    options.log_severity_level = ERRORS
     options.intra_op_num_threads = threads or 0  # 0 is onnxruntime's default
     SESSION_OPTIONS["optimization"].set_(options, optimize)
     if not prepack:
@@ -119,6 +122,18 @@ def make_session(
         raise unknown_option(spec.name, unknown[0], tuple(sorted(listed)))
     _check_denormals(spec)
     return session
+
+
+@contextmanager
+def tools_log_errors_only() -> Iterator[None]:
+    """Keep the warnings of sessions that onnxruntime's own tools make off stderr; afterwards its default holds."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(ERRORS)
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(WARNINGS)
 
 
 def flushes_denormals() -> bool:

@@ -15,13 +15,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 
 from rsi_deploy import __version__
-from rsi_deploy.core.errors import UsageError
+from rsi_deploy.core.errors import RsiDeployError, UsageError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.progress import step
 from rsi_deploy.core.settings.groups import SourceConfig
@@ -47,6 +48,7 @@ from rsi_deploy.runtime.ray_connection import check_ray
 from rsi_deploy.sweeping.keywords import SweepKeywords
 from rsi_deploy.sweeping.making import MadePoint, PointJob, place
 from rsi_deploy.sweeping.ray_points import made_by_workers
+from rsi_deploy.sweeping.rival_accuracy import with_rival_accuracy
 from rsi_deploy.sweeping.side_by_side import side_by_side
 
 Progress = Callable[[str, int, int], None]
@@ -121,7 +123,8 @@ def sweep(
             _job(number, share, size, model, config, points, f"{begun.command} (point {number})")
             for number, share in enumerate(shares, start=1)
         ]
-        return _resumed(begun, claim, jobs[len(begun.points) :], points, size, ray=config.ray, progress=progress)
+        with _noting_what_is_kept(claim.target, len(shares), force=force):
+            return _resumed(begun, claim, jobs[len(begun.points) :], points, size, ray=config.ray, progress=progress)
 
 
 def _job(
@@ -162,6 +165,7 @@ def _resumed(
         with step(f"point {job.number} of {len(shares)}, {shares[job.number - 1]:.0%} of {document.by}"):
             made = next(results)
         document = _with_point(document, job.number, made, folder)
+        document = with_rival_accuracy(document, work / "dense.onnx", kept.rivals(), points)
         _write(document, folder)
     if points.measure and ray is None and not document.side_by_side:
         with step("side by side"):
@@ -169,6 +173,23 @@ def _resumed(
         _write(document, folder)
     shutil.rmtree(work)
     return document
+
+
+@contextmanager
+def _noting_what_is_kept(folder: Path, count: int, *, force: bool) -> Iterator[None]:
+    """Add to an interrupt, or to any other error that ends the sweep early, what is kept and how to continue."""
+    try:
+        yield
+    except RsiDeployError:
+        raise
+    except BaseException as error:
+        done = len(read_sweep(folder).points) if (folder / "sweep.json").is_file() else 0
+        calibration = " and the calibration" * (folder / "work" / "options.json").is_file()
+        error.add_note(
+            f"{folder} keeps {done} of {count} points{calibration}: run the same command{' without --force' * force} "
+            f"to continue, rm -r {folder} to drop them"
+        )
+        raise
 
 
 def _made(

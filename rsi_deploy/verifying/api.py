@@ -28,12 +28,13 @@ from graph_passes.split_markers import FoundSplit, found_splits
 from rsi_deploy.calibration.calibration_data import CHECK_OPTION, CalibrationData, check_source
 from rsi_deploy.calibration.output_agreement import calibration_record
 from rsi_deploy.calibration.record import CalibrationRecord, OutputQuality
-from rsi_deploy.core.errors import RsiDeployError
+from rsi_deploy.core.errors import RsiDeployError, UsageError
 from rsi_deploy.core.progress import at_samples, step
 from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.dataset import for_inputs
 from rsi_deploy.data.sources import Dataset, open_undecided
 from rsi_deploy.evaluation.accuracy import evaluate
+from rsi_deploy.io.bundle import is_sweep
 from rsi_deploy.io.manifest import MANIFEST, check_manifest, file_hash
 from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.io.onnx_reader import load_model
@@ -82,6 +83,7 @@ def verify(
         ModelError: a report of another schema.
     """
     folder = Path(folder)
+    _refuse_sweep(folder)
     manifest = _attempt("manifest", lambda: [_manifest(folder)])
     if not (folder / "report.json").is_file() and (folder / MANIFEST).is_file():
         return VerifyResult(bundle=str(folder), claims=tuple(manifest))
@@ -103,6 +105,14 @@ def verify(
     claims.append(_page(folder))
     claims.append(_not_checked("latency", "times belong to their machine: run rsi-deploy bench"))
     return VerifyResult(bundle=str(folder), claims=tuple(claims))
+
+
+def _refuse_sweep(folder: Path) -> None:
+    """Refuse the folder of a sweep, whose points are the bundles."""
+    if is_sweep(folder):
+        point = next(iter(sorted(path.parent for path in folder.glob("point-*/report.json"))), None)
+        hint = "finish it with the command that began it" if point is None else f"type rsi-deploy verify {point}"
+        raise UsageError(f"{folder} is a sweep; verify takes one of its points, which are bundles", hint=hint)
 
 
 def _attempt(name: str, check) -> list[Claim]:  # type: ignore[no-untyped-def]

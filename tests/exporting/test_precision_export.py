@@ -48,6 +48,16 @@ def test_every_model_is_listed_and_no_rival_is_better(small):
     assert all(loss >= chosen.quality.output_error / 1.25 for loss in losses)
 
 
+def test_a_float16_model_for_the_cpu_says_what_computes_it(small, tmp_path):
+    report = made(tmp_path / "b", precision="float16", keep_macs=0.7)
+    (note,) = [note for note in report.notes if "float16" in note]
+    assert "float32" in note
+    assert "CPU" in note
+    assert "Cast" in report.precision.operators, "as the note says"
+    assert note in (tmp_path / "b" / "README.md").read_text()
+    assert not any("float16" in note for note in small[1].notes)
+
+
 def test_the_model_answers_as_the_report_says(small):
     folder, report = small
     x = np.load("samples/digits_eval.npz")["images"].astype(np.float32).transpose(0, 3, 1, 2)

@@ -1,7 +1,9 @@
 """The rule that chooses a model among precisions, on made-up models."""
 
 import itertools
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -9,14 +11,25 @@ from hypothesis import strategies as st
 
 from rsi_deploy.benchmark.result import VariantResult
 from rsi_deploy.calibration.record import OutputQuality
+from rsi_deploy.cli.export import export
 from rsi_deploy.core.errors import GateError
-from rsi_deploy.exporting.lowered.points import CLOSE_LOSS, NEAR_LOSS, NEAR_RATIO, Point, Rule, refuse_broken
+from rsi_deploy.exporting.lowered.points import (
+    CLOSE_LOSS,
+    NEAR_BYTES,
+    NEAR_LOSS,
+    NEAR_RATIO,
+    Point,
+    Rule,
+    refuse_broken,
+)
+from rsi_deploy.exporting.lowered.step import PrecisionStep
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.quality import QualityBudget
 from rsi_deploy.planning.request import RankRequest
 from rsi_deploy.precision.schemes import FLOAT32, static
 
 DENSE_BYTES, DENSE_MS = 1000, 10.0
+ROOT = Path(__file__).parents[2]
 SIZE = RankRequest(calib="c", budget=Budget(max_size=500))
 TIME = RankRequest(calib="c", budget=Budget(keep_latency=0.5))
 MACS = RankRequest(calib="c", budget=Budget(keep_macs=0.5))
@@ -121,6 +134,22 @@ def test_without_a_measurement_no_model_keeps_a_time():
     assert rule(TIME, dense_ms=None).chosen([GOOD]) is None
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "is_longer"), [(1.9, 2.1, True), (1.9, 1.8, True), (1.5, 2.1, False), (2.1, 1.5, False)]
+)
+def test_a_time_missed_by_little_is_decided_by_a_longer_measurement(first, second, is_longer):
+    def measured(points, runs=1):
+        speed = first if runs == 1 else second
+        return [point(p.name, speed=speed) for p in points], SimpleNamespace(arms=[SimpleNamespace(median_ms=DENSE_MS)])
+
+    dense = SimpleNamespace(size=SimpleNamespace(bytes=DENSE_BYTES), reference=Path("dense.onnx"))
+    maker = SimpleNamespace(measured=measured, request=TIME, dense=dense, precision="int8")
+    step = PrecisionStep(maker=maker, clock=None, config=SimpleNamespace(allow_slower=False, allow_larger=False))
+    (found,), _, ruled = step._measured([GOOD])
+    assert found.speedup == (second if is_longer else first)
+    assert ruled.keeps(found) is (found.speedup >= 2), "without slack"
+
+
 def test_the_dense_model_keeps_every_quality():
     dense = Point(name="dense", scheme=FLOAT32, is_rival=True, path=Path("d.onnx"), bytes=DENSE_BYTES)
     assert dense.loss == 0
@@ -188,6 +217,14 @@ def test_the_order_of_the_models_decides_nothing(points, request_):
         for chosen in [rule(request_).chosen(order)]
     }
     assert len(facts) == 1
+
+
+def test_help_and_guides_say_which_model_a_quality_gets():
+    """As the rule does: neither the smallest in any case, nor the fastest of all."""
+    assert pytest.approx(1.1) == NEAR_BYTES, "a tenth larger, as the texts say"
+    guides = [(ROOT / "docs" / "guides" / f"{name}.md").read_text(encoding="utf-8") for name in ("budget", "precision")]
+    for text in (export.help, *guides):
+        assert re.search(r"smallest.{,200}or a faster one (that is )?at most a tenth larger", " ".join(text.split()))
 
 
 def test_a_model_larger_than_the_users_needs_a_word():

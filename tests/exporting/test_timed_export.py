@@ -352,6 +352,19 @@ def test_a_table_holds_for_its_scheme_alone(place, tmp_path):
             export(place, "wide.onnx", tmp_path / "b", calib=place / "calib.npz", precision="float32", **options)
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_table_of_another_net_or_machine_is_refused_in_every_precision(place, tmp_path, precision):
+    table = in_int8(place) if precision == "int8" else read_cost_table(place / "cost.json")
+    costs = [cost.model_copy(update={"signature": f"other {cost.signature}"}) for cost in table.costs]
+    conditions = table.conditions.model_copy(update={"cpu": "Another CPU"})
+    wrong = {"knows no site shape": {"costs": tuple(costs)}, "cpu Another CPU against": {"conditions": conditions}}
+    for words, update in wrong.items():
+        (tmp_path / "cost.json").write_text(table.model_copy(update=update).model_dump_json())
+        options = {"keep_latency": 1.0, "cost": tmp_path / "cost.json", "precision": precision}  # int8 needs no times
+        with pytest.raises(UsageError, match=words):
+            export(place, "wide.onnx", tmp_path / "b", calib=place / "calib.npz", **options)
+
+
 def test_tables_of_schemes_are_cached_apart(place, tmp_path, monkeypatch):
     monkeypatch.setenv("RSI_DEPLOY_CACHE", str(tmp_path))
     schemes = ("float32", "static-int8", "dynamic-int8")

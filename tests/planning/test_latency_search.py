@@ -142,6 +142,32 @@ def test_a_budget_is_refused_only_after_the_fastest_plan_is_measured():
     assert splits_of(landed) == dict.fromkeys(NAMES, ("gemm", 1))
 
 
+class Fixed(Machine):
+    """A machine that measures the same share for every model."""
+
+    def share(self, splits):
+        return self.factor
+
+
+def test_a_budget_that_is_missed_by_little_is_decided_by_a_longer_measurement():
+    request = Budget(keep_latency=0.7), OPTIONS, cost_table(), STREAMS
+    landed = decide_by_time(*request, Fixed(0.75), Fixed(0.65))
+    assert splits_of(landed)
+    assert landed.checks[-1].measured == 0.65
+    with pytest.raises(ModelError, match=r"\(72 %\)"):
+        decide_by_time(*request, Fixed(0.75), Fixed(0.72))
+    with pytest.raises(ModelError, match=r"\(75 %\)"):
+        decide_by_time(*request, Fixed(0.75))
+
+
+def test_a_budget_that_is_far_away_or_kept_is_measured_no_longer():
+    request, longer = (Budget(keep_latency=0.7), OPTIONS, cost_table(), STREAMS), Fixed(0.6)
+    with pytest.raises(ModelError, match=r"\(90 %\)"):
+        decide_by_time(*request, Fixed(0.9), longer)
+    decide_by_time(*request, Machine(), longer)
+    assert longer.measured == []
+
+
 def test_the_site_of_largest_loss_keeps_the_largest_rank():
     landed = decide_by_time(Budget(keep_latency=0.7), OPTIONS, cost_table(), STREAMS, Machine())
     kept = [landed.decisions[name].rank or FULL + 1 for name in NAMES]

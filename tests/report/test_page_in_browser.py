@@ -32,7 +32,9 @@ const page = frame.contentDocument, root = page.documentElement;
 const box = e => e.getBoundingClientRect();
 const outside = [...page.querySelectorAll("body *")].filter(e => !e.closest(".scroll, .hidden, .skip, svg, details"))
   .filter(e => box(e).right > root.clientWidth + 0.5 || box(e).left < -0.5).map(e => e.tagName + "." + e.className);
-const pictures = [...page.querySelectorAll("svg")];
+const seen = e => box(e).width > 0;  // of the narrow and the wide drawing of a picture, one is
+const pictures = [...page.querySelectorAll("svg")].filter(seen);
+const share = e => box(e).width / box(e.closest(".block")).width;
 const letters = pictures.flatMap(p => [...p.querySelectorAll("text")]).filter(e => e.textContent.trim())
   .map(e => box(e));  // a logarithmic axis leaves some labels empty
 const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2
@@ -43,6 +45,7 @@ const covered = [...page.querySelectorAll("#precision svg")].map(labels).flatMap
 document.querySelector("#found").textContent = JSON.stringify({
   width: root.clientWidth, needed: root.scrollWidth, outside: outside.slice(0, 5),
   pictures: pictures.map(p => [box(p).width, box(p).height]),
+  alone: pictures.filter(p => !p.closest(".both")).map(share),
   clipped: letters.filter(b => b.right > root.clientWidth || b.left < 0).length,
   smallest: Math.min(...letters.map(b => Math.min(b.width, b.height))),
   ground: getComputedStyle(page.body).backgroundColor, ink: getComputedStyle(page.body).color,
@@ -121,7 +124,9 @@ def test_nothing_sticks_out(tmp_path, pages, name, width):
     assert found["clipped"] == 0
     assert found["covered"] == []
     assert len(found["pictures"]) >= 5
-    assert all(0 < w <= 480 and h > 40 for w, h in found["pictures"])
+    assert all(0 < w <= max(480, width - 100) and h > 40 for w, h in found["pictures"])
+    assert found["alone"] != []
+    assert all(share >= 0.98 for share in found["alone"]), "they take the width of the content"
     assert found["smallest"] >= 5  # px; the letter that is smallest
 
 

@@ -1,5 +1,6 @@
 """What reports show of a choice of precision: on the terminal, on the card and on the page."""
 
+import html
 import io
 import re
 from xml.etree import ElementTree
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from rsi_deploy import export
 from rsi_deploy.report.card import model_card
-from rsi_deploy.report.pages.charts import CHARACTER, LINE, PLOT, placed_labels
+from rsi_deploy.report.pages.charts import CHARACTER, LINE, NARROW, placed_labels
 from rsi_deploy.report.pages.plots import Axis, PlotPoint
 from rsi_deploy.report.pages.precision import precision_section
 from rsi_deploy.report.pages.report import report_page
@@ -55,6 +56,17 @@ def terminal(report):
     file = io.StringIO()
     print_report(Console(file=file, width=170, highlight=False), report)
     return file.getvalue()
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+def test_errors_of_the_outputs_name_their_inputs(plain, model, is_given):
+    report = plain.model_copy(update={"probe_given": is_given, "accuracy": None, "calibration": None})
+    right, wrong = "on the inputs of --feeds", "on random inputs"
+    if not is_given:
+        right, wrong = wrong, right
+    for text in (terminal(report), html.unescape(report_page(report, "{}")), model_card(report, model)):
+        assert right in text
+        assert wrong not in text
 
 
 def shown(report, model):
@@ -178,7 +190,9 @@ X, Y = Axis(title="x", ends=(0.0, 1.0)), Axis(title="y", ends=(90.0, 100.0))
 
 def overlaps(labels):
     """Return the pairs of labels, by number, whose boxes share an area."""
-    boxes = [(at["x"] * PLOT[0], (at["y"] - 90) / 10 * PLOT[1], len(at["label"]) * CHARACTER) for at in labels]
+    boxes = [
+        (at["x"] * NARROW.area[0], (at["y"] - 90) / 10 * NARROW.area[1], len(at["label"]) * CHARACTER) for at in labels
+    ]
     return [
         (i, j)
         for i, (x, y, width) in enumerate(boxes)

@@ -17,8 +17,10 @@ from rsi_deploy.exporting.run import ExportRun
 from rsi_deploy.io.manifest import write_manifest
 from rsi_deploy.onnx_models.calibration import activations as onnx_streams
 from rsi_deploy.planning.site_options import Calibration
+from rsi_deploy.precision.quantizers import quantize
+from rsi_deploy.precision.schemes import DYNAMIC
 from rsi_deploy.report.pages.html import source_of
-from rsi_deploy.report.pages.sweep import COLUMNS, sweep_rows
+from rsi_deploy.report.pages.sweep import COLUMNS, sweep_page, sweep_rows
 from rsi_deploy.report.sweep_schema import Sweep, SweepPoint, deliver, read_sweep
 from rsi_deploy.sweeping import side_by_side
 from rsi_deploy.verifying.api import verify
@@ -73,6 +75,14 @@ def test_later_points_ask_no_gradients_again_and_are_fitted_the_same(place, done
     assert not np.allclose(other, apart, rtol=1e-3)
 
 
+def test_a_sweep_is_verified_by_its_points(done, capsys):
+    assert run(["verify", str(done)]) == 2
+    said = capsys.readouterr().err
+    point = said.strip().rpartition("rsi-deploy verify ")[2]
+    assert point == str(done / "point-01")
+    assert run(["verify", point]) == 0
+
+
 def test_recipes_make_a_point_and_the_sweep_again(place, done, tmp_path, capsys):
     again = ["export", "--recipe", str(done / "point-02" / "recipe.toml"), "-o", str(tmp_path / "b")]
     assert run(again) == 0
@@ -98,7 +108,10 @@ def test_a_point_is_delivered(done, tmp_path):
     report = deliver(done, 2, tmp_path / "b")
     assert (tmp_path / "b" / "model.onnx").read_bytes() == (done / "point-02" / "model.onnx").read_bytes()
     assert report == rsi_deploy.read_report(tmp_path / "b")
-    assert run(["export", "--from-sweep", str(done), "--point", "2", "-o", str(tmp_path / "c")]) == 0
+    argv = ["export", "--from-sweep", str(done), "--point", "2", "--json", "-o", str(tmp_path / "c")]
+    assert run(argv) == 0
+    assert run(argv) == 2
+    assert run([*argv, "--force"]) == 0
     with pytest.raises(UsageError, match="is not empty"):
         deliver(done, 2, tmp_path / "b")
 
@@ -121,6 +134,9 @@ def test_a_point_that_was_tampered_with_is_not_delivered(place, tmp_path):
         (["m.onnx", "--from-sweep", "S", "--point", "1"], "leave out MODEL"),
         (["--from-sweep", "nowhere", "--point", "1"], "is no sweep"),
         (["--rank", "4"], "export takes a MODEL"),
+        (["--from-sweep", "S", "--point", "2", "--keep-macs", "0.5"], "--keep-macs cannot change; leave"),
+        (["--from-sweep", "S", "--point", "2", "--no-bench"], "--no-bench cannot"),
+        (["--from-sweep", "S", "--point", "2", "--dry-run"], "leave out --dry-run"),
     ],
 )
 def test_what_cannot_be_delivered(done, tmp_path, monkeypatch, capsys, argv, words):
@@ -157,6 +173,29 @@ def test_an_interrupted_sweep_goes_on_and_calibrates_no_second_time(place, tmp_p
     assert len(whole.points) == 3
     assert (tmp_path / "s" / "point-01" / "model.onnx").stat().st_mtime_ns == before
     assert len(surveyed) == 1
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_an_interrupt_says_what_is_kept_and_how_to_go_on(place, tmp_path, monkeypatch, capsys, force):
+    made, calls = ExportRun.write_bundle, []
+
+    def interrupted(run, output, **options):
+        calls.append(output)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return made(run, output, **options)
+
+    monkeypatch.setattr(ExportRun, "write_bundle", interrupted)
+    argv = ["sweep", str(place / "m.onnx"), "--calib", str(place / "c.npz"), "-o", str(tmp_path / "s"), "--no-bench"]
+    argv += ["--points", "3", "--highest", "0.9", "--lowest", "0.4"]
+    assert run([*argv, *force]) == 130
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 's'} keeps 1 of 3 points and the calibration" in said
+    assert "nothing partial" not in said
+    assert ("without --force" in said) is bool(force)
+    before = (tmp_path / "s" / "point-01" / "model.onnx").stat().st_mtime_ns
+    assert run(argv) == 0
+    assert (tmp_path / "s" / "point-01" / "model.onnx").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -293,6 +332,27 @@ def test_a_rival_is_on_the_front_where_it_is_better(done):
     assert front(point(0, 60, 85.0)) == [2, 1]
 
 
+def test_a_rival_that_points_deliver_is_shown_once(done):
+    def point(number, name):
+        size = Size(bytes=50, params=50, macs=50)
+        return SweepPoint(number=number, share=0.5, precision=name, size=size, agreement=95.0)
+
+    theirs, other = "onnxruntime's dynamic int8", "onnxruntime's static int8 (minmax)"
+    update = {"points": (point(1, "low rank"), point(2, theirs)), "rivals": (point(0, theirs), point(0, other))}
+    sweep = read_sweep(done).model_copy(update={**update, "dense_top1": None})
+    rows = {row[1]: row[0] for row in sweep_rows(sweep)[1:]}
+    assert len(sweep_rows(sweep)) == 1 + 3
+    assert rows == {"low rank": "1", theirs: "2, rival", other: "rival"}
+    assert "point 2, rival" in sweep_page(sweep, "")
+    assert len(sweep.comparable) == 3
+
+
+def replace_top1(sweep, name, top1):
+    """The sweep with another top-1 of a rival."""
+    rivals = [r.model_copy(update={"top1": top1}) if r.precision == name else r for r in sweep.rivals]
+    return sweep.model_copy(update={"rivals": tuple(rivals)})
+
+
 @pytest.mark.filterwarnings("ignore:.*tensor")
 def test_a_sweep_of_bytes_chooses_bits_and_shows_rivals(place, tmp_path):
     made = swept(place, tmp_path / "s", by="size", points=2, highest=0.8, lowest=0.5)
@@ -301,11 +361,20 @@ def test_a_sweep_of_bytes_chooses_bits_and_shows_rivals(place, tmp_path):
     rivals = [point for point in reports[0].precision.points if point.is_rival and point.name != "dense"]
     assert [rival.precision for rival in made.rivals] == [rival.name for rival in rivals]
     assert [rival.size.bytes for rival in made.rivals] == [rival.bytes for rival in rivals]
-    dense, *_, rival = sweep_rows(made)
+    dense, *rows = sweep_rows(made)
     quality = COLUMNS.index("#quality")
     assert dense[0] == "dense"
     assert float(dense[quality]) == pytest.approx(made.dense_top1, abs=0.01)
-    assert rival[quality] == "", "agreement is no top-1"
+    quantize(place / "m.onnx", tmp_path / "q.onnx", DYNAMIC)
+    data = np.load(place / "d.npz")
+    right = run_onnx(tmp_path / "q.onnx", data["x"])[0].argmax(1) == data["labels"]
+    (rival,) = (rival for rival in made.rivals if "dynamic int8" in rival.precision)
+    assert rival.top1 == pytest.approx(100 * right.mean())
+    assert rival.top1 != pytest.approx(rival.agreement), "agreement is no top-1"
+    shown = [float(row[quality]) for row in rows if row[1] == rival.precision]
+    assert shown == [pytest.approx(rival.top1, abs=0.01)] * len(shown) != []
+    others = replace_top1(made, rival.precision, None)
+    assert rival.precision not in [point.precision for point in others.comparable]
     page = html.unescape((tmp_path / "s" / "report.html").read_text())
     assert all(rival.precision in page for rival in made.rivals)
     alone = {"calib": place / "c.npz", "calib_size": 512, "max_size": int(0.5 * made.dense.bytes), "measure": False}

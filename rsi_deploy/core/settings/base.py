@@ -249,6 +249,18 @@ def flag_of(name: str | None) -> str:
     return "--" + (name or "").replace("_", "-")
 
 
+def option_name(name: str, field: pydantic.fields.FieldInfo) -> str:
+    """Return the option that changes a setting: of an on/off pair the one that is not the default.
+
+    Example:
+        >>> from rsi_deploy.core.settings.verbs import ExportConfig
+        >>> option_name("measure", ExportConfig.model_fields["measure"])
+        '--no-bench'
+    """
+    plain = str(option_of(field).get("flag", flag_of(name)))
+    return f"--no-{plain.removeprefix('--')}" if field.default is True else plain
+
+
 def option_of(field: pydantic.fields.FieldInfo) -> dict[str, Any]:
     """Return what `setting` declares for the command line."""
     extra = field.json_schema_extra

@@ -232,14 +232,14 @@ class PointMaker:
         except GateError:
             return None
 
-    def measured(self, points: Sequence[Point]) -> tuple[list[Point], BenchResult | None]:
-        """Return the points with their times, of one interleaved run."""
+    def measured(self, points: Sequence[Point], *, runs: int = 1) -> tuple[list[Point], BenchResult | None]:
+        """Return the points with their times, of one interleaved run that may take as long as so many runs."""
         able = [point for point in points if point.path is not None and point.path != self.dense.reference]
         if not able or not self.times.is_measured:
             return list(points), None
         paths = [self.dense.reference, *(point.path for point in able if point.path is not None)]
         with step(f"measure {len(paths)} models side by side"):
-            result = self.times.latency(paths, least=len(paths))
+            result = self.times.latency(paths, least=len(paths), runs=runs)
         timings = {id(point): arm for point, arm in zip(able, result.arms[1:], strict=True)}
         return [replace(point, timing=timings.get(id(point))) for point in points], result
 

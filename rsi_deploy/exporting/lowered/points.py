@@ -117,6 +117,7 @@ class Rule:
         dense_ms: time of the dense model, in milliseconds; None where nothing was measured.
         allow_slower: whether a model that was measured slower than the dense one may be delivered.
         allow_larger: whether a model that is larger than the user's may be delivered.
+        slack: factor on the time of a budget.
     """
 
     request: RankRequest
@@ -124,6 +125,7 @@ class Rule:
     dense_ms: float | None
     allow_slower: bool
     allow_larger: bool = False
+    slack: float = 1.0
 
     @property
     def has_limit(self) -> bool:
@@ -146,7 +148,7 @@ class Rule:
         if budget is not None and budget.cost == "nanoseconds":
             if self.dense_ms is None or point.timing is None:
                 return False
-            return point.timing.median_ms * 1e6 <= budget.total(round(1e6 * self.dense_ms))
+            return point.timing.median_ms * 1e6 <= self.slack * budget.total(round(1e6 * self.dense_ms))
         return not point.is_rival
 
     def chosen(self, points: Sequence[Point]) -> Point | None:

@@ -14,9 +14,9 @@ from rsi_deploy.core.types import Array, Feeds
 from rsi_deploy.costing.cost_table import read_cost_table
 from rsi_deploy.exporting.results import DenseModel
 from rsi_deploy.exporting.step_settings import StepSettings
-from rsi_deploy.exporting.timing.profile import Costing
-from rsi_deploy.exporting.timing.timed_export import TimedExport, timed_export
-from rsi_deploy.precision.schemes import Scheme
+from rsi_deploy.exporting.timing.profile import SCHEMES, Costing
+from rsi_deploy.exporting.timing.timed_export import TimedExport, read_fitting_table, timed_export
+from rsi_deploy.precision.schemes import FLOAT32, Scheme
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
 
 LOWERED_SECONDS = 30.0
@@ -56,12 +56,13 @@ class ModelTimes:
         """Whether models are measured on this machine."""
         return self.config.measure and self.dense.outputs is not None
 
-    def latency(self, paths: Sequence[Path], least: float = 0.0) -> BenchResult:
+    def latency(self, paths: Sequence[Path], least: float = 0.0, runs: int = 1) -> BenchResult:
         """Measure models side by side, the dense one first; the second of two is the compressed one.
 
         Args:
             paths: files of the models.
             least: fewest seconds for the measurement.
+            runs: factor on its seconds.
         """
         result = bench(
             [self.dense.reference if path == self.dense.path else path for path in paths],
@@ -70,12 +71,26 @@ class ModelTimes:
             input_shape=self._shapes,
             provider=self.job.provider,
             threads=self.costing.threads,
-            seconds=max(self.config.bench_seconds, least),
+            seconds=runs * max(self.config.bench_seconds, least),
             seed=self.job.settings.seed,
             labels=["dense", "compressed"] if len(paths) == 2 else ["dense", *(path.stem for path in paths[1:])],
         )
         arms = tuple(arm.model_copy(update={"model": Path(arm.model).name}) for arm in result.arms)
         return result.model_copy(update={"arms": arms})
+
+    def check_cost(self) -> None:
+        """Refuse a `--cost` table of another model or machine, also where the plan needs no times of its scheme.
+
+        Raises:
+            UsageError: names the differences.
+        """
+        cost, feeds = self.config.cost, self.feeds
+        if cost is None or feeds is None:
+            return
+        name = read_cost_table(cost).conditions.scheme
+        scheme = next((known for known in SCHEMES.values() if known.name == name), FLOAT32)
+        costing = replace(self.costing, scheme=scheme)
+        read_fitting_table(cost, costing, self.dense.path, feeds, foreign=self.config.allow_cost_mismatch)
 
     def of_sites(self) -> TimedExport:
         """Return the times of sites in float32, of `--cost` if it is set.

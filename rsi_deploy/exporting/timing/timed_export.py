@@ -7,6 +7,7 @@ a budget       a table that is measured here, or comes from the cache
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rsi_deploy.calibration.activations import ModelActivations
@@ -25,6 +26,8 @@ from rsi_deploy.runtime.providers import resolve_provider
 
 CHECK_SECONDS = 15.0
 """Seconds to measure a plan; on a quiet machine the result is precise much sooner."""
+LONG_CHECK_SECONDS = 45.0
+"""Seconds to measure the fastest plan once more, before a budget that it has missed by little is refused."""
 
 
 @dataclass(kw_only=True)
@@ -100,7 +103,11 @@ class TimedExport:
         """
         if budget.max_latency is not None and not self.is_foreign:
             self.table = rescaled(self.table, self._dense_now())
-        found = decide_by_time(budget, options, self.table, streams, None if self.is_foreign else self._check)
+        check, long_check = partial(self._check, CHECK_SECONDS), partial(self._check, LONG_CHECK_SECONDS)
+        if self.is_foreign:
+            found = decide_by_time(budget, options, self.table, streams, None)
+        else:
+            found = decide_by_time(budget, options, self.table, streams, check, long_check)
         self.table = found.table
         self.checks += found.checks
         self.remarks += [found.note] if found.note else []
@@ -124,11 +131,9 @@ class TimedExport:
         result = measured_plans(self.dense, self.feeds, [], conditions.provider, conditions.threads, CHECK_SECONDS / 2)
         return round(1e6 * result.arms[0].median_ms)
 
-    def _check(self, splits: Mapping[str, tuple[str, int]], table: CostTable) -> PlanCheck:
+    def _check(self, seconds: float, splits: Mapping[str, tuple[str, int]], table: CostTable) -> PlanCheck:
         conditions = table.conditions
-        result = measured_plans(
-            self.dense, self.feeds, [splits], conditions.provider, conditions.threads, CHECK_SECONDS
-        )
+        result = measured_plans(self.dense, self.feeds, [splits], conditions.provider, conditions.threads, seconds)
         share, ends = share_of(result.arms[1])
         return PlanCheck(
             scale=table.model.scale, predicted=table.predicted(splits), measured=share, measured_interval=ends
@@ -172,8 +177,7 @@ def timed_export(
     if cost is None:
         table, source, elsewhere = costing.table(dense, feeds, name=name, command=command), "measured here", False
     else:
-        table, elsewhere = _from_file(cost, costing, foreign=foreign)
-        table = _of_this_model(table, dense, feeds, costing, cost)
+        table, elsewhere = read_fitting_table(cost, costing, dense, feeds, foreign=foreign)
         source = f"--cost {Path(cost).name}"
     return TimedExport(
         table=table,
@@ -186,8 +190,14 @@ def timed_export(
     )
 
 
-def _from_file(cost: str | Path, costing: Costing, *, foreign: bool) -> tuple[CostTable, bool]:
-    """The table, and whether it is of another machine."""
+def read_fitting_table(
+    cost: str | Path, costing: Costing, dense: Path, feeds: Feeds, *, foreign: bool
+) -> tuple[CostTable, bool]:
+    """Return the table of a file with this model's sites, and whether it is of another machine.
+
+    Raises:
+        UsageError: as `timed_export`.
+    """
     table = read_cost_table(cost)
     differences = table.conditions.differences(costing.conditions)
     if table.conditions.scheme != costing.scheme.name:
@@ -201,7 +211,7 @@ def _from_file(cost: str | Path, costing: Costing, *, foreign: bool) -> tuple[Co
             f"here (rsi-deploy profile), give the same --provider and --threads, or add --allow-cost-mismatch to plan "
             f"for that machine: nothing is measured here then"
         )
-    return table, bool(differences)
+    return _of_this_model(table, dense, feeds, costing, cost), bool(differences)
 
 
 def _absent(table: CostTable) -> str:

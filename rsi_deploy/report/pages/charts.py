@@ -8,6 +8,7 @@ this module only to draw: the engine takes 84 MB of disk, 100 MB of memory and a
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -19,21 +20,40 @@ from rsi_deploy.report.pages.svg import tidied
 from rsi_deploy.report.pages.theme import GRID, MUTED, SERIES, TEXT, WARN
 
 VEGA_LITE = "6.4"
-WIDTH = 400  # of a whole picture; pages scale it between the width of a phone and 1.2 times this
-HEIGHT = 230  # of a picture with two axes
 LABEL = 27  # most characters of the label of a row
 ROW = 19  # height of a row
-PANEL = {"width": 98, "height": 64}
+PANEL_AXIS, PANEL_GAP = 64, 14  # width of the vertical axis, and of the gap between two panels
 
 FONT = 11  # of the label of a dot
-PLOT = (330.0, 180.0)
-"""Width and height of the area between the axes in pixels, about."""
 CHARACTER, LINE = 0.6 * FONT, 1.1 * FONT
 """Width and height of a character in pixels, about."""
 DOT, RING, WHISKER = 11.0, 20.0, 3.0
 """Widths of a dot, of a ring around it, and of the line of an interval, in pixels."""
 GAPS = (2.0, 8.0, 16.0, 26.0)
 """Distances between a dot and its label that are tried, in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canvas:
+    """The sizes of a picture, in pixels.
+
+    Attributes:
+        width: width of the whole picture.
+        height: height of a picture with two axes.
+        area: width and height of the area between the axes, about.
+        columns: most panels side by side.
+    """
+
+    width: int
+    height: int
+    area: tuple[float, float]
+    columns: int
+
+
+NARROW = Canvas(width=400, height=230, area=(330.0, 180.0), columns=3)
+"""For phones, and beside a table; pages scale it up to 1.2 times this."""
+WIDE = Canvas(width=1046, height=330, area=(960.0, 280.0), columns=7)
+"""For the whole content of a page on a desktop."""
 
 DIRECTIONS = ((1, 0), (0, 1), (-1, 0), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 """Places of a label beside its dot, sideways and upwards, the best first."""
@@ -62,7 +82,7 @@ _CONFIG: Json = {
 }
 
 
-def svg(plot: Plot, *, name: str, title: str, description: str) -> str:
+def svg(plot: Plot, *, name: str, title: str, description: str, canvas: Canvas = NARROW) -> str:
     """Return a picture as one `<svg>` element for a page.
 
     Args:
@@ -70,22 +90,23 @@ def svg(plot: Plot, *, name: str, title: str, description: str) -> str:
         name: prefix of all ids.
         title: title in a few words.
         description: description for screen readers.
+        canvas: its sizes.
     """
     kinds = {Bars: _bars, Curves: _curves, Dots: _dots, Spans: _spans, Panels: _panels}
     specification: Json = {
         # Vega measures text in a narrower font than some devices have: leave room for a tenth more.
         "padding": {"left": 14, "right": 10, "top": 2, "bottom": 2},
         "config": _CONFIG,
-        **kinds[type(plot)](plot),  # type: ignore[operator]
+        **kinds[type(plot)](plot, canvas),  # type: ignore[operator]
     }
     if not isinstance(plot, Panels):  # the width of `Panels` is that of each panel
         fit = "fit-x" if isinstance(plot, Bars | Spans) else "fit"
-        specification |= {"width": WIDTH, "autosize": {"type": fit, "contains": "padding"}}
+        specification |= {"width": canvas.width, "autosize": {"type": fit, "contains": "padding"}}
     drawn = vl_convert.vegalite_to_svg(specification, vl_version=VEGA_LITE)
-    return tidied(drawn, name, plain(title), plain(description))
+    return tidied(drawn, name, plain(title), plain(description), is_wide=canvas is WIDE)
 
 
-def _bars(plot: Bars) -> Json:
+def _bars(plot: Bars, _: Canvas) -> Json:
     labels = _labels(list(dict.fromkeys(bar.label for bar in plot.bars)))
     order = [plain(name) for name in plot.series]
     encoding = {
@@ -119,7 +140,7 @@ def _bars(plot: Bars) -> Json:
     return {"layer": layers, "height": {"step": ROW if alone else 11}}  # a bar in a group is thinner
 
 
-def _curves(plot: Curves) -> Json:
+def _curves(plot: Curves, canvas: Canvas) -> Json:
     values, colour = _points(plot.points), _colour(plot.series)
     place = {"x": _at("x", plot.x), "y": _at("y", plot.y) | {"stack": None}}
     shape = "step-after" if plot.steps else "linear"
@@ -138,10 +159,10 @@ def _curves(plot: Curves) -> Json:
     if plot.marks:
         ring = {"type": "point", "size": 80, "strokeWidth": 2, "opacity": 1}
         layers.append(_layer(_points(plot.marks), ring, place | {"color": colour, "description": _NOTE}))
-    return {"layer": layers, "height": HEIGHT}
+    return {"layer": layers, "height": canvas.height}
 
 
-def _dots(plot: Dots) -> Json:
+def _dots(plot: Dots, canvas: Canvas) -> Json:
     values, colour = _points(plot.points), _colour(plot.series)
     x, y = _at("x", plot.x), _at("y", plot.y)
     line = {"type": "line", "interpolate": "step-after", "strokeDash": [4, 3], "color": MUTED.light}
@@ -156,13 +177,13 @@ def _dots(plot: Dots) -> Json:
     if plot.rings:
         ring = {"type": "point", "size": 260, "strokeWidth": 2, "opacity": 1, "color": TEXT.light}
         layers.append(_layer(_points(plot.rings), ring, {"x": x, "y": y}))
-    if labels := placed_labels(plot.points, plot.x, plot.y, plot.rings):
+    if labels := placed_labels(plot.points, plot.x, plot.y, plot.rings, canvas.area):
         text = {"type": "text", "color": TEXT.light, "fontSize": FONT}
         layers.append(_layer(labels, text, {"x": x, "y": y, "text": {"field": "label"}}))
-    return {"layer": layers, "height": HEIGHT}
+    return {"layer": layers, "height": canvas.height}
 
 
-def _spans(plot: Spans) -> Json:
+def _spans(plot: Spans, _: Canvas) -> Json:
     labels = _labels([span.label for span in plot.spans])
     lines, ticks = [], []
     for span in plot.spans:
@@ -192,7 +213,7 @@ def _spans(plot: Spans) -> Json:
     return {"layer": layers, "height": {"step": 44}}
 
 
-def _panels(plot: Panels) -> Json:
+def _panels(plot: Panels, canvas: Canvas) -> Json:
     labels = _labels([panel.label for panel in plot.panels], 16)
     floor = plot.y.ends[0] if plot.y.ends else 0
     values: list[Json] = []
@@ -220,13 +241,15 @@ def _panels(plot: Panels) -> Json:
             "encoding": {"x": {"field": "cut", "type": "quantitative"}, "description": _NOTE},
         },
     ]
+    columns = min(canvas.columns, len(plot.panels))
+    width = (canvas.width - PANEL_AXIS) // columns - PANEL_GAP
     header = {"labelExpr": _AFTER_NUMBER, "labelFontSize": 11, "labelColor": TEXT.light, "labelPadding": 3}
     return {
         "data": {"values": values},
         "facet": {"field": "panel", "type": "nominal", "header": header | {"title": None}},
-        "columns": 3,
-        "spacing": {"row": 12, "column": 14},
-        "spec": {"layer": layers, **PANEL},
+        "columns": columns,
+        "spacing": {"row": 12, "column": PANEL_GAP},
+        "spec": {"layer": layers, "width": width, "height": min(round(0.65 * width), 130)},
     }
 
 
@@ -311,7 +334,11 @@ def _shape(series: Sequence[str]) -> Json:
 
 
 def placed_labels(
-    points: Sequence[PlotPoint], x: Axis, y: Axis, rings: Sequence[PlotPoint] = ()
+    points: Sequence[PlotPoint],
+    x: Axis,
+    y: Axis,
+    rings: Sequence[PlotPoint] = (),
+    area: tuple[float, float] = NARROW.area,
 ) -> list[dict[str, Any]]:
     """Return text and place of the labels: `label`, and `x` and `y` of its centre in units of the axes.
 
@@ -320,6 +347,7 @@ def placed_labels(
         x: the horizontal axis.
         y: the vertical axis.
         rings: those of the dots that have a ring.
+        area: width and height of the area between the axes, in pixels.
 
     Raises:
         ValueError: labels on an axis without fixed ends, or with a logarithmic one.
@@ -329,7 +357,7 @@ def placed_labels(
     if x.ends is None or y.ends is None or "log" in (x.scale, y.scale):
         raise ValueError("dots with labels need linear axes with fixed ends")
     (left, right), (low, high) = x.ends, y.ends
-    across, up = PLOT[0] / ((right - left) or 1.0), PLOT[1] / ((high - low) or 1.0)
+    across, up = area[0] / ((right - left) or 1.0), area[1] / ((high - low) or 1.0)
     taken = []
     for point in points:
         size = RING if point in rings else DOT
@@ -343,13 +371,15 @@ def placed_labels(
     placed = []
     for point in filter(lambda point: point.label, points):
         dot = ((point.x - left) * across, (point.y - low) * up)
-        centre, box = _best(dot, RING if point in rings else DOT, len(point.label) * CHARACTER, taken)
+        centre, box = _best(dot, RING if point in rings else DOT, len(point.label) * CHARACTER, taken, area)
         taken.append(box)
         placed.append({"label": plain(point.label), "x": left + centre[0] / across, "y": low + centre[1] / up})
     return placed
 
 
-def _best(dot: tuple[float, float], size: float, width: float, taken: Sequence[Box]) -> tuple[tuple[float, float], Box]:
+def _best(
+    dot: tuple[float, float], size: float, width: float, taken: Sequence[Box], area: tuple[float, float]
+) -> tuple[tuple[float, float], Box]:
     """Return the nearest place that overlaps least, and its box."""
     places = []
     for number, (gap, (sideways, upwards)) in enumerate(product(GAPS, DIRECTIONS)):
@@ -358,7 +388,7 @@ def _best(dot: tuple[float, float], size: float, width: float, taken: Sequence[B
             dot[1] + upwards * (size / 2 + gap + LINE / 2),
         )
         box = _box(*centre, width, LINE)
-        covered = sum(_overlap(box, other) for other in taken) + _outside(box)
+        covered = sum(_overlap(box, other) for other in taken) + _outside(box, area)
         places.append((covered, number, centre, box))
     _, _, centre, box = min(places)
     return centre, box
@@ -373,6 +403,6 @@ def _overlap(a: Box, b: Box) -> float:
     return max(0.0, min(a[1], b[1]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[2], b[2]))
 
 
-def _outside(box: Box) -> float:
-    """Return the area of a box that is outside the axes."""
-    return _overlap(box, box) - _overlap(box, (0.0, PLOT[0], 0.0, PLOT[1]))
+def _outside(box: Box, area: tuple[float, float]) -> float:
+    """Return how much of a box is outside the area between the axes."""
+    return _overlap(box, box) - _overlap(box, (0.0, area[0], 0.0, area[1]))

@@ -42,8 +42,8 @@ def render(page: Page) -> str:
 
     draw, problem = _drawing()
 
-    def picture(of: Picture) -> Any:
-        return markupsafe.Markup(draw(of)) if draw else None
+    def picture(of: Picture, *, is_wide: bool = False) -> Any:
+        return markupsafe.Markup(draw(of, is_wide)) if draw else None
 
     remarks = [*page.remarks, *([_NO_PICTURES.format(problem)] if problem else [])]
     return _template().render(
@@ -78,14 +78,19 @@ def _template() -> "jinja2.Template":
     return environment.get_template("page.html.jinja")
 
 
-def _drawing() -> tuple[Callable[[Picture], str] | None, str]:
-    """Return the function that draws a picture, or None and the reason."""
+def _drawing() -> tuple[Callable[[Picture, bool], str] | None, str]:
+    """Return the function that draws a picture, narrow or wide, or None and the reason."""
     try:
-        from rsi_deploy.report.pages.charts import svg
+        from rsi_deploy.report.pages.charts import NARROW, WIDE, svg
     except ImportError as error:
         _log.warning("report.html has no pictures: %s", error)
         return None, str(error)
-    return lambda p: svg(p.plot, name=p.name, title=p.title, description=p.description), ""
+
+    def draw(of: Picture, is_wide: bool) -> str:
+        name, canvas = (f"{of.name}-wide", WIDE) if is_wide else (of.name, NARROW)
+        return svg(of.plot, name=name, title=of.title, description=of.description, canvas=canvas)
+
+    return draw, ""
 
 
 def _without_controls(value: Any) -> Any:

@@ -41,7 +41,8 @@ def bar_chart(
 class Block:
     """A picture with its table beside it, or below it if it is `wide`; either may be missing.
 
-    A `folded` table is hidden until the reader opens it.
+    A `folded` table is below it, hidden until the reader opens it. On a desktop, a picture without a table beside it
+    takes the width of the content.
     """
 
     words: Sequence[str] = ()

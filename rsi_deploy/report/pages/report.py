@@ -17,6 +17,7 @@ from rsi_deploy.report.summary import (
     checks_table,
     comparison_table,
     evidence_lines,
+    probe_inputs,
     quality_limits,
     quality_rows,
     quality_table,
@@ -134,7 +135,7 @@ def _accuracy(report: Report) -> Tile:
         return Tile(
             label="Accuracy",
             after="not measured",
-            change=f"no --data; relative error of the outputs on probe inputs: {v.relative_l2:.3f}",
+            change=f"no --data; relative error of the outputs on {probe_inputs(report)}: {v.relative_l2:.3f}",
             tone="missing",
         )
     return Tile(label="Accuracy", after="not measured", change="no --data", tone="missing")

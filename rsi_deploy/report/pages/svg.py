@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 _SVG = "{http://www.w3.org/2000/svg}"
 
 
-def tidied(text: str, name: str, title: str, description: str) -> str:
+def tidied(text: str, name: str, title: str, description: str, *, is_wide: bool = False) -> str:
     """Return the SVG for a page.
 
     Args:
@@ -19,6 +19,7 @@ def tidied(text: str, name: str, title: str, description: str) -> str:
         name: prefix of all its ids.
         title: title for screen readers.
         description: description for screen readers.
+        is_wide: whether it is for the whole width of a page on a desktop.
     """
     root = ElementTree.fromstring(re.sub(r"(?<=[\"#(])(clip|gradient_?)(?=\d+[\")])", rf"{name}-\1", text))
     _prune(root)
@@ -27,7 +28,7 @@ def tidied(text: str, name: str, title: str, description: str) -> str:
         "viewBox": f"0 0 {width} {height}",
         "role": "img",
         "aria-labelledby": f"{name}-title {name}-desc",
-        "class": "picture",
+        "class": "picture wide" if is_wide else "picture",
     }
     for tag, content in (("desc", description), ("title", title)):
         element = ElementTree.Element(f"{_SVG}{tag}", {"id": f"{name}-{tag}"})

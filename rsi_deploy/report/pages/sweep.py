@@ -15,6 +15,7 @@ from rsi_deploy.report.table import Table, with_interval
 Cost = Literal["time", "bytes", "macs"]
 SHARES = {"macs": "MACs", "params": "parameters", "latency": "dense model's time", "size": "dense model's bytes"}
 TITLES: dict[Cost, str] = {"time": "share of the dense time", "bytes": "bytes of the model", "macs": "MACs a sample"}
+SERIES = ("points", "onnxruntime's own")
 COLUMNS = (
     "point",
     "model",
@@ -86,15 +87,15 @@ def times_name(sweep: Sweep) -> str:
 
 
 def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
-    """Return a row for each point and rival, with the columns `COLUMNS`."""
+    """Return a row for each point and rival, with the columns `COLUMNS`; a rival that a point delivers has one row."""
     fronts: dict[Cost, list[SweepPoint]] = {cost: sweep.front(cost) for cost in TITLES}
     rows = []
     if sweep.dense is not None:
         top1 = "" if sweep.dense_top1 is None else f"{sweep.dense_top1:.4g}"
         size = human_bytes(sweep.dense.bytes)
         rows.append(("dense", "", "100%", "100.0 %", "100.0 %", size, *[""] * 2, top1, "", ""))
-    for point in (*sweep.points, *sweep.rivals):
-        number, name = str(point.number) if point.number else "rival", point.precision or "low rank"
+    for point in sweep.shown:
+        number, name = _label(sweep, point), point.precision or "low rank"
         if point.size is None:
             rows.append((number, "", f"{point.share:.0%}", *[""] * 7, point.problem))
             continue
@@ -118,8 +119,14 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
     return rows
 
 
+def _label(sweep: Sweep, point: SweepPoint) -> str:
+    """Return "3", "rival", or "3, rival" for a point that delivers a rival."""
+    parts = [str(point.number)] * bool(point.number) + ["rival"] * sweep.is_rival(point)
+    return ", ".join(parts)
+
+
 def _quality(sweep: Sweep, point: SweepPoint) -> str:
-    """Return the quality; "" for a rival where that of the points is top-1 on evaluation data."""
+    """Return the quality; "" for a rival without top-1 where the points have one."""
     is_other = point.top1 is None and sweep.dense_top1 is not None
     return "" if point.quality is None or is_other else f"{point.quality:.4g}"
 
@@ -133,11 +140,10 @@ def _in_sample(point: SweepPoint) -> str:
 
 
 def _section(sweep: Sweep, cost: Cost) -> Section | None:
-    shown = [*sweep.points, *(sweep.rivals if sweep.dense_top1 is None else ())]
-    places = [place for point in shown if (place := _place(point, cost)) is not None]
+    places = [place for point in sweep.comparable if (place := _place(sweep, point, cost)) is not None]
     if not places:
         return None
-    front = [place for point in sweep.front(cost) if (place := _place(point, cost)) is not None]
+    front = [place for point in sweep.front(cost) if (place := _place(sweep, point, cost)) is not None]
     picture = Picture(
         name=f"front-{cost}",
         title=f"Quality over {TITLES[cost]}",
@@ -146,14 +152,14 @@ def _section(sweep: Sweep, cost: Cost) -> Section | None:
             points=places,
             x=Axis(title=TITLES[cost], form="~s" if cost != "time" else ".2f"),
             y=Axis(title=quality_name(sweep).partition(" on ")[0], form=".4~g"),
-            series=["points", *(["onnxruntime's own"] if len(shown) > len(sweep.points) else [])],
+            series=[series for series in SERIES if any(place.series == series for place in places)],
             front=front,
         ),
     )
     return Section(name=f"front-{cost}", title=f"Against {TITLES[cost]}", blocks=[Block(picture=picture)])
 
 
-def _place(point: SweepPoint, cost: Cost) -> PlotPoint | None:
+def _place(sweep: Sweep, point: SweepPoint, cost: Cost) -> PlotPoint | None:
     if point.size is None or point.quality is None or (cost == "time" and point.speedup is None):
         return None
     x = {"time": 1 / (point.speedup or 1.0), "bytes": float(point.size.bytes), "macs": float(point.size.macs)}[cost]
@@ -162,10 +168,11 @@ def _place(point: SweepPoint, cost: Cost) -> PlotPoint | None:
         low, high = point.speedup_interval
         ends = (1 / high, 1 / low)  # type: ignore[assignment]
     price = human_count(point.size.macs) if cost == "macs" else f"{x:.3g}"
-    name = f"point {point.number}" if point.number else point.precision
+    name = f"point {_label(sweep, point)}" if point.number else point.precision
     note = f"{name}: {price}, {point.quality:.4g}"
-    series = "points" if point.number else "onnxruntime's own"
-    return PlotPoint(x=x, y=point.quality, series=series, x_low=ends[0], x_high=ends[1], note=note)
+    return PlotPoint(
+        x=x, y=point.quality, series=SERIES[0 if point.number else 1], x_low=ends[0], x_high=ends[1], note=note
+    )
 
 
 def _speedup(point: SweepPoint) -> str:

@@ -14,6 +14,7 @@ from rsi_deploy.report.summary import (
     evidence_lines,
     points_table,
     precision_lines,
+    probe_inputs,
     quality_table,
     shape,
     site_notes,
@@ -45,7 +46,7 @@ def print_report(console: Console, report: "Report", *, most_sites: int = 30) ->
         console.print(escape(line))
     checks = [f"{name} {error}" for name, _, error, *_ in checks_table(report).rows if error != "not measured"]
     if report.verification.approximation is not None:
-        console.print(f"relative errors of the outputs: {', '.join(checks)}")
+        console.print(f"relative errors of the outputs on {probe_inputs(report)}: {', '.join(checks)}")
     for line in evidence_lines(report):
         console.print(escape(line))
     for note in [*report.notes, *(report.latency.notes if report.latency else ())]:
