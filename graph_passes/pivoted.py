@@ -11,7 +11,6 @@ The node that was there computes the other outputs. With as many pivots as rows 
 `graph_passes.fold_permutations` moves the order of the outputs into what reads Y, where it can.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -62,16 +61,15 @@ def rewrite_pivoted(parts: Parts) -> tuple[ir.Node, ir.Node]:
         parts: The node and its factors, with their pivots.
 
     Returns:
-        The node that computes the pivots, and the one that computes the other outputs (the Gather if there are none).
+        The node that computes the pivots, and the one that computes the other outputs (the last one if there are none).
     """
     found, factors = parts.found, parts.factors
     node, site, splitter, pivots = found.node, found.site, found.splitter, factors.pivots
     assert pivots is not None
-    order = pivot_order(pivots, site.out_features)
-    others = order[:, factors.rank :]
+    others = pivot_order(pivots, site.out_features)[:, factors.rank :]
     rest = np.take_along_axis(factors.left, others[..., None], axis=1)
     bias_shape, bias = splitter.bias_shape(found), _bias_of(parts) if splitter.bias_is_input else None
-    gather = _ordered(parts, order)
+    output = _taken_output(parts, others.shape[1])
 
     # A product without outputs is invalid, so one output is made for it here, and its node dropped below.
     shown = rest if others.size else np.zeros((site.groups, 1, factors.rank), rest.dtype)
@@ -86,16 +84,60 @@ def rewrite_pivoted(parts: Parts) -> tuple[ir.Node, ir.Node]:
             _set_bias(node, np.take_along_axis(bias, others, axis=1) - carried, parts)
         else:
             node.resize_inputs(2)
-    _join(parts, [first.outputs[0], node.outputs[0]] if others.size else [first.outputs[0]], gather)
+    last = _joined(parts, pivots, others, [first.outputs[0], node.outputs[0]][: 1 + bool(others.size)], output)
     if factors.bias is not None and not splitter.bias_is_input and not isinstance(bias_shape, NoWeight):
-        splitter.add_bias(replace(parts, found=replace(found, node=gather)), bias_shape)
+        splitter.add_bias(replace(parts, found=replace(found, node=last)), bias_shape)
     if others.size:
         return first, node
     left = node.inputs[found.operand]
     if node.graph is not None:
         node.graph.remove(node, safe=True)
     remove_unused(left)
-    return first, gather
+    return first, last
+
+
+def _taken_output(parts: Parts, rows: int) -> ir.Value:
+    """Take the output away from the node, which gets one of so many rows a group; return it for a later node."""
+    output = parts.found.node.outputs[0]
+    shape = None if output.shape is None else output.shape.copy()
+    value = ir.Value(name=output.name, shape=shape, type=output.type, doc_string=output.doc_string)
+    value.metadata_props.update(output.metadata_props)
+    output.replace_all_uses_with(value, replace_graph_outputs=True)
+    output.name = parts.store.names.fresh_value(f"{value.name}/left")
+    output.shape = resized(output, _axis(parts), max(parts.found.site.groups * rows, 1))
+    return value
+
+
+def _joined(parts: Parts, pivots: Array, others: Array, values: list[ir.Value], output: ir.Value) -> ir.Node:
+    """Join the values and put them in order, behind the node; return the last new node, which makes the output."""
+    found, names = parts.found, parts.store.names
+    node, axis = found.node, ir.AttrInt64("axis", _axis(parts))
+    rows = found.site.out_features
+    parted = [(np.arange(len(each))[:, None] * rows + each).reshape(-1) for each in (pivots, others)]
+    if others.size and others[0, 0] == 0:  # so that pivots that are the last rows need no other order
+        parted, values = parted[::-1], values[::-1]
+    order = np.concatenate(parted)
+    natural = np.array_equal(order, np.arange(len(order)))
+    joined = output
+    if not natural:
+        joined = ir.Value(name=names.fresh_value(f"{output.name}/concat"), type=output.type)
+        joined.shape = None if output.shape is None else output.shape.copy()
+    name = names.fresh_node(f"{found.site.node}/concat")
+    marks = {**node.metadata_props, MARK: CONCAT}
+    concat = ir.Node("", "Concat", values, [axis], outputs=[joined], name=name, metadata_props=marks)
+    node.append(concat)
+    if natural:
+        return concat
+    indices = parts.constant(np.argsort(order).astype(np.int32), "order")
+    name = names.fresh_node(f"{found.site.node}/order")
+    marks = {**node.metadata_props, MARK: PERMUTATION}
+    gather = ir.Node("", "Gather", (joined, indices), [axis], outputs=[output], name=name, metadata_props=marks)
+    concat.append(gather)
+    return gather
+
+
+def _axis(parts: Parts) -> int:
+    return -1 if parts.found.site.window is None else 1
 
 
 def _bias_of(parts: Parts) -> Array | None:
@@ -118,58 +160,3 @@ def _set_bias(node: ir.Node, bias: Array, parts: Parts) -> None:
     old = node.inputs[2]
     node.replace_input_with(2, parts.constant(bias.reshape(-1), "bias"))
     remove_unused(old, overridable=True)
-
-
-def _ordered(parts: Parts, order: Array) -> ir.Node:
-    """Put a Gather behind the node, which takes over its output; return the Gather, with the node's output as data."""
-    found, names = parts.found, parts.store.names
-    node, (groups, rows), rank = found.node, order.shape, parts.factors.rank
-    # The channels come as the pivots of all groups, then the other outputs of all groups.
-    place = np.empty((groups, rows), np.int32)
-    at = np.concatenate(
-        [np.arange(groups * rank).reshape(groups, -1), np.arange(groups * rank, groups * rows).reshape(groups, -1)],
-        axis=1,
-    )
-    np.put_along_axis(place, order, at.astype(np.int32), axis=1)
-    output, axis = node.outputs[0], _axis(parts)
-    value = ir.Value(name=output.name, shape=output.shape, type=output.type, doc_string=output.doc_string)
-    value.metadata_props.update(output.metadata_props)
-    output.replace_all_uses_with(value, replace_graph_outputs=True)
-    output.name, output.shape = (
-        names.fresh_value(f"{value.name}/left"),
-        None if value.shape is None else value.shape.copy(),
-    )
-    output.shape = resized(output, axis, groups * (rows - rank) or 1)
-    gather = ir.Node(
-        "",
-        "Gather",
-        (output, parts.constant(place.reshape(-1), "order")),
-        [ir.AttrInt64("axis", axis)],
-        outputs=[value],
-        name=names.fresh_node(f"{found.site.node}/order"),
-        metadata_props={**node.metadata_props, MARK: PERMUTATION},
-    )
-    node.append(gather)
-    return gather
-
-
-def _join(parts: Parts, values: Sequence[ir.Value], gather: ir.Node) -> None:
-    """Let a Gather read these values, one behind the other."""
-    names, (output,) = parts.store.names, gather.outputs
-    joined = ir.Value(name=names.fresh_value(f"{output.name}/concat"), type=output.type)
-    joined.shape = None if output.shape is None else output.shape.copy()
-    concat = ir.Node(
-        "",
-        "Concat",
-        values,
-        [ir.AttrInt64("axis", _axis(parts))],
-        outputs=[joined],
-        name=names.fresh_node(f"{parts.found.site.node}/concat"),
-        metadata_props={**gather.metadata_props, MARK: CONCAT},
-    )
-    gather.prepend(concat)
-    gather.replace_input_with(0, joined)
-
-
-def _axis(parts: Parts) -> int:
-    return -1 if parts.found.site.window is None else 1

@@ -22,7 +22,7 @@ from rsi_deploy.calibration.activations import FittedSite, Replacement
 from rsi_deploy.core.arrays import as_numpy, as_torch
 from rsi_deploy.core.sites import SiteRecord, site_name, unmeasured_record
 from rsi_deploy.execution.executor import Executor, Task
-from rsi_deploy.linalg.pivoting import pivoted
+from rsi_deploy.linalg.pivoting import RUN_BOUND, pivoted
 from rsi_deploy.linalg.site_factors import factorize_site
 from rsi_deploy.linalg.solver import Factors, Solver, balanced
 from rsi_deploy.planning.planner import Decision, SitePlanner
@@ -221,7 +221,8 @@ def _arrays(factors: Factors, form: gp.Form, dtype: torch.dtype | None = None) -
     """Return factors for the graph in a form, in their own dtype or another one."""
     pivots = None
     if form == "pivoted":
-        *factors_, rows = pivoted(*factors)
+        bound = RUN_BOUND if (dtype or factors.left.dtype).itemsize >= 4 else 0.0
+        *factors_, rows = pivoted(*factors, run_bound=bound)
         factors, pivots = Factors(*factors_), as_numpy(rows.cpu())
     left, right = (as_numpy(t.cpu().to(dtype or t.dtype).contiguous()) for t in factors)
     return gp.SplitFactors(left=left, right=right, form=form, pivots=pivots)
