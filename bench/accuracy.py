@@ -33,6 +33,7 @@ from bench import cases, common
 from bench.arms import ARMS, PRODUCT, Arm, Unit, budget_of, factors, kept, planned, same_ratio, write
 from bench.cases import Case
 from bench.common import Goal, UnavailableError
+from graph_passes.forms import Form
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.decide import Decisions
@@ -97,13 +98,21 @@ class Row:
     overlap: float | None
 
 
-def measure(case: Case, unit: Unit, keeps: Sequence[float], draws: int, *, arms: Sequence[Arm] = ARMS) -> Iterator[Run]:
+def measure(
+    case: Case,
+    unit: Unit,
+    keeps: Sequence[float],
+    draws: int,
+    *,
+    arms: Sequence[Arm] = ARMS,
+    forms: tuple[Form, ...] = Calibration.forms,
+) -> Iterator[Run]:
     """Compress and score a net by every arm, at every budget and on every draw; baselines on the first one alone."""
     dense = case.measured(case.path)
     ratios: dict[float, Decisions] = {}
     for draw in range(draws):
         streams = case.streams(draw)
-        calibration = Calibration(solver=Solver(seed=draw))
+        calibration = Calibration(solver=Solver(seed=draw), forms=forms)
         options, seconds = _timed(calibration.options, streams)
         common.progress(f"{case.name}: draw {draw}: options, {seconds:.0f} s")
         for keep in keeps:

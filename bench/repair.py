@@ -7,6 +7,9 @@ Every product of a net is rounded in four ways, fitted to three folds of the cal
     fitted      our four bits: each error is compensated by the inputs that follow; a multiplier for 16 inputs
     both        fitted with the low-rank part
 
+Of SmolLM2's 210 linear layers (`bench.language_model`), every fifth is rounded. Its weights had four bits in blocks of
+32 inputs before; float32 arithmetic has unpacked them.
+
 The goal (`--check` exits 4 when it is missed): `repaired`, or what the export uses in its place, loses at most half of
 int4's response error, mean over sites, for at most 15 % more bytes.
 """
@@ -21,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import cases, common
+from bench import cases, common, language_model
 from bench.common import Goal
+from bench.language_model import LanguageModel
 from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.calibration.cross_validation import has_folds, parted
 from rsi_deploy.calibration.moments import Moments, Samples
@@ -31,10 +35,12 @@ from rsi_deploy.calibration.repair import repair_bytes, repairs
 from rsi_deploy.calibration.rounding import CODES, rounded_weight, second_moments, stored_bytes
 from rsi_deploy.linalg.solver import Solver
 
-NETS = ("minilm", "resnet20", "resnet56", "cnn_cifar10")
+NETS = ("minilm", "resnet20", "resnet56", "cnn_cifar10", "smollm2")
 BLOCK, SCALE_BYTES = 128, 4
 MOST = 0.15
 """Largest growth in bytes."""
+EVERY, WINDOWS = 5, 24
+"""SmolLM2: one layer in so many is measured, on so many windows of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +153,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _measured(name: str) -> list[Row]:
+    if name == "smollm2":
+        return language_rows(language_model.smollm2(), EVERY, WINDOWS)
     found: list[Row] = []
 
     def visit(site: CalibratedSite, moments: Moments | Samples) -> None:
@@ -157,6 +165,28 @@ def _measured(name: str) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
         cases.load(name, Path(folder)).streams(0).survey(visit)
     return found
+
+
+def language_rows(model: LanguageModel, every: int, count: int) -> list[Row]:
+    """Return the rows of one linear layer in `every` of a language model, from `count` windows of calibration text."""
+    layers = model.linears()
+    measured_ones = dict(list(layers.items())[::every])
+    common.progress(f"smollm2: {len(measured_ones)} of {len(layers)} linear layers, every {every}th")
+    moments = language_model.input_moments(model.module, model.calibration[:count], list(measured_ones))
+    rows = []
+    for name, layer in measured_ones.items():
+        site = CalibratedSite(
+            name=name,
+            kind="Linear",
+            groups=1,
+            out_features=layer.out_features,
+            in_features=layer.in_features,
+            forms=("gemm",),
+            load=lambda layer=layer: layer.weight[None],
+        )
+        rows.append(measured("smollm2", site, moments[name]))
+        common.progress(f"smollm2: {name}")
+    return [row for row in rows if row is not None]
 
 
 if __name__ == "__main__":

@@ -5,12 +5,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
 from bench import accuracy, arms, calibration_cost, cases, models, texts
 from bench.common import judge
+from graph_passes.forms import Form
+from graph_passes.split_markers import found_splits
 from rsi_deploy.core.errors import ModelError, RsiDeployError, UsageError
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.budget import Budget
@@ -130,6 +133,16 @@ def test_every_arm_keeps_the_budget(case: cases.Case, unit: arms.Unit, keep: flo
     assert all(keep - 0.2 < run.kept <= keep for run in runs), "measured on the written model"
     if unit == "MACs":
         assert all(run.kept == run.kept_macs for run in runs)
+
+
+@pytest.mark.parametrize(("forms", "is_pivoted"), [(("matmul", "gemm", "channel"), False), (("pivoted",), True)])
+def test_only_the_forms_under_comparison_are_planned(
+    case: cases.Case, forms: tuple[Form, ...], is_pivoted: bool
+) -> None:
+    (run,) = accuracy.measure(case, "parameters", [0.5], 1, arms=[arms.PRODUCT], forms=forms)
+    splits = found_splits(ir.load(case.path.with_name("candidate.onnx")))
+    assert run.kept <= 0.5
+    assert {split.form == "pivoted" for split in splits.values()} == {is_pivoted}
 
 
 def test_one_ratio_is_the_largest_that_fits(case: cases.Case) -> None:
