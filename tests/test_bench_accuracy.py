@@ -18,7 +18,7 @@ from rsi_deploy.core.errors import ModelError, RsiDeployError, UsageError
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import planned_splits
-from rsi_deploy.planning.site_options import Calibration
+from rsi_deploy.planning.site_options import PLAIN_FORMS, Calibration
 from rsi_deploy.torch_models.model_source import source_of_module
 
 PROSE = "This is a paragraph of plain prose which is long enough to be counted, since it goes on, and on, and on"
@@ -135,7 +135,7 @@ def test_every_arm_keeps_the_budget(case: cases.Case, unit: arms.Unit, keep: flo
         assert all(run.kept == run.kept_macs for run in runs)
 
 
-@pytest.mark.parametrize(("forms", "is_pivoted"), [(("matmul", "gemm", "channel"), False), (("pivoted",), True)])
+@pytest.mark.parametrize(("forms", "is_pivoted"), [(PLAIN_FORMS, False), (("pivoted",), True)])
 def test_only_the_forms_under_comparison_are_planned(
     case: cases.Case, forms: tuple[Form, ...], is_pivoted: bool
 ) -> None:
