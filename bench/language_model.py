@@ -8,7 +8,7 @@ windows of `TOKENS` tokens, which do not overlap.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,14 +91,14 @@ def input_moments(module: nn.Module, text: Tensor, names: Sequence[str]) -> dict
     Args:
         module: the language model.
         text: token ids `(windows, tokens)`.
-        names: layers. Those that read the same tensor share their moments.
+        names: linear layers of its blocks. Those that read the same tensor share their moments.
     """
     sums: dict[str, MomentAccumulator] = {}
     leader: dict[str, str] = {}
     seen: tuple[object, str] = (None, "")
     window = 0
 
-    def visitor(name: str, width: int):
+    def visitor(name: str, width: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def visit(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             nonlocal seen
             (x,) = inputs
@@ -110,8 +110,8 @@ def input_moments(module: nn.Module, text: Tensor, names: Sequence[str]) -> dict
 
         return visit
 
-    layers = {name: module.get_submodule(name) for name in names}
-    hooks = [layer.register_forward_pre_hook(visitor(name, layer.in_features)) for name, layer in layers.items()]
+    layers = block_linears(module)
+    hooks = [layers[name].register_forward_pre_hook(visitor(name, layers[name].in_features)) for name in names]
     try:
         with torch.inference_mode():
             for window, ids in enumerate(text):  # noqa: B007
