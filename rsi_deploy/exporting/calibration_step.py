@@ -34,7 +34,7 @@ from rsi_deploy.planning.decide import Decisions, Planned, decide_by_plan, decid
 from rsi_deploy.planning.planner import Filters, Planner, SitePlanner
 from rsi_deploy.planning.record import PlanRecord
 from rsi_deploy.planning.request import RankRequest
-from rsi_deploy.planning.site_options import Calibration
+from rsi_deploy.planning.site_options import FORMS, PLAIN_FORMS, Calibration
 from rsi_deploy.report.outlook import Outlook
 
 
@@ -126,7 +126,9 @@ class Calibrator:
         """
         self.filters.check([site_name(site.weight) for site in self.dense.sites])
         planner = self._planner()
-        calibration = replace(planner.calibration, bits_of=bits_of, with_repairs=with_repairs, inputs=self.inputs)
+        calibration = replace(
+            planner.calibration, bits_of=bits_of, with_repairs=with_repairs, inputs=self.inputs, forms=PLAIN_FORMS
+        )
         found = replace(planner, calibration=calibration, finished=None).with_options()
         self.notes.extend(remarks(self._streams, self.data))
         return found
@@ -191,7 +193,12 @@ class Calibrator:
         request = self.request
         return CalibratedPlanner(
             streams=self._streams,
-            calibration=Calibration(solver=self.solver, min_rank=request.min_rank, rank_multiple=request.rank_multiple),
+            calibration=Calibration(
+                solver=self.solver,
+                min_rank=request.min_rank,
+                rank_multiple=request.rank_multiple,
+                forms=FORMS if request.pivoted else PLAIN_FORMS,
+            ),
             candidates=Candidates(
                 dense=self.dense, data=self.data, provider=self.provider, write=self.write, outputs=self.outputs
             ),

@@ -52,6 +52,8 @@ from rsi_deploy.linalg.spectra import thin_spectrum
 from rsi_deploy.planning.knapsack import Option, SiteOptions
 from rsi_deploy.planning.rank_grid import rank_grid
 
+PLAIN_FORMS: tuple[Form, ...] = ("matmul", "gemm", "channel", "input", "separable")
+FORMS: tuple[Form, ...] = (*PLAIN_FORMS, "pivoted")
 LEVELS = (0.05, 0.3)
 """Response errors at which the distance of the outputs is measured."""
 GRID_POINTS = 8
@@ -101,7 +103,7 @@ class Calibration:
     measure_losses: bool = True
     min_rank: int = 1
     rank_multiple: int = 1
-    forms: tuple[Form, ...] = ("matmul", "gemm", "channel", "input", "separable", "pivoted")
+    forms: tuple[Form, ...] = FORMS
     bits_of: Callable[[CalibratedSite], tuple[int, ...]] = lambda site: (32,)
     with_repairs: bool = False
     inputs: dict[str, Tensor] | None = None
@@ -286,8 +288,6 @@ class Calibration:
                 size += repair_bytes(repair, rows, site.in_features) if repair else 0
                 changed.append(replace(dense, bits=bits, repair=repair, bytes=size, loss=loss(error), error=error))
             for (form, rank), error in errors.items():
-                if form == "pivoted" and bits < 8:  # few bits are rounded in a rotated rank space, which has no pivots
-                    continue
                 # The corrected bias counts in full, because some dense sites have no bias.
                 numbers = site.split_params(form, rank) + rows
                 size = numbers * site.item_bytes

@@ -82,7 +82,7 @@ def _shown(settings: Settings, name: str) -> Any:
 
 
 def _line(name: str, value: Any) -> list[str]:
-    if value is None or value == []:
+    if value is None or (isinstance(value, list) and not value):
         return []
     text = _toml(value)
     return [f"{name} = {text}" if text else f"# {name} was an object in memory: name a file here"]
