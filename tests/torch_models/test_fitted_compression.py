@@ -13,7 +13,7 @@ from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.planner import Filters
-from rsi_deploy.planning.site_options import Calibration
+from rsi_deploy.planning.site_options import PLAIN_FORMS, Calibration
 from rsi_deploy.torch_models.compress import compress_
 from rsi_deploy.torch_models.fitted_compression import compress_fitted_
 from rsi_deploy.torch_models.layers import PivotedConv, PivotedLinear
@@ -93,7 +93,7 @@ def mlp():
 def test_within_a_budget_the_pivoted_form_loses_less(make, net):
     dense, calib = net if make == "net" else make(), [(data(256, 1),)]
     plain, low = copy.deepcopy(dense), copy.deepcopy(dense)
-    calibration = Calibration(solver=Solver(), forms=("matmul", "channel", "input", "separable"))
+    calibration = Calibration(solver=Solver(), forms=PLAIN_FORMS)
     compress_fitted_(plain, calib, Budget.parse(keep_params=0.5), Filters(), calibration, None)
     records = compress_(low, calib=calib, keep_params=0.5)
     test = data(256, 77)
