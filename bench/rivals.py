@@ -321,12 +321,13 @@ def main(arguments: Sequence[str]) -> int:
     options = common.parser(__doc__ or "", "bench.rivals")
     options.add_argument("--nets", nargs="+", choices=NETS, help="only these (default: all)")
     options.add_argument("--budgets", nargs="+", choices=("bytes", "time"), default=("bytes", "time"))
+    options.add_argument("--shares", nargs="+", type=float, help="only these shares of the budgets (default: all)")
     options.add_argument("--float32", action="store_true", help="also export low rank alone")
     args = options.parse_args(arguments)
     common.check_writable(args.json, args.markdown)
     shares: dict[Budget, Sequence[float]] = {
-        "bytes": QUICK_BYTES if args.quick else BYTES,
-        "time": QUICK_TIMES if args.quick else TIMES,
+        "bytes": args.shares or (QUICK_BYTES if args.quick else BYTES),
+        "time": args.shares or (QUICK_TIMES if args.quick else TIMES),
     }
     precisions: tuple[Precision, ...] = ("auto", "float32") if args.float32 else ("auto",)
     cells: list[Cell] = [(p, budget, keep) for p in precisions for budget in args.budgets for keep in shares[budget]]

@@ -67,8 +67,8 @@ def _in_a_run(left: Tensor, right: Tensor, bound: float) -> tuple[Tensor, Tensor
         largest = float(coefficients.abs().max())
         if not singular and largest <= bound:
             coefficients[pivots] = torch.eye(rank, dtype=left.dtype, device=left.device)
-            found.append((largest, start, (coefficients, left[pivots] @ right, pivots)))
-    return min(found)[2] if found else None
+            found.append((largest, (coefficients, left[pivots] @ right, pivots)))
+    return min(found, key=lambda each: each[0])[1] if found else None
 
 
 def _pivoted(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:

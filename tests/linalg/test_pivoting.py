@@ -83,3 +83,9 @@ def test_the_dtype_stays_and_a_wrong_pivot_shows():
     assert made.left.dtype == made.right.dtype == torch.float32
     assert distance(left, right, made) < 1e-5
     assert distance(left, right, made._replace(right=made.right.flip(1))) > 0.1
+
+
+def test_the_identity_is_a_run_at_both_ends():
+    eye = torch.eye(6, dtype=torch.float64)[None]
+    made = pivoted(eye, torch.randn(1, 6, 4, dtype=torch.float64), run_bound=RUN_BOUND)
+    assert torch.equal(made.left, eye)
