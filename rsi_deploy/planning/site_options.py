@@ -67,6 +67,11 @@ SCARCITY = 1.0
 NODE_BYTES = 1024
 """Largest number of bytes that one more node and its names add to a file."""
 
+PIVOT_BYTES = 4
+"""Bytes of an output's place in the order of a pivoted split."""
+LEAST_SAVING = 0.1
+"""Smallest share of a weight's numbers that a pivoted split saves. Less is not worth its nodes' time."""
+
 CONSTANT = "its inputs do not vary on the calibration data"
 FARTHEST = 1e9
 """Upper limit of a distance, also for outputs that are not finite."""
@@ -294,6 +299,10 @@ class Calibration:
                 if bits < 32:
                     size = stored_bytes(numbers - rows, rows + site.groups * rank, bits, is_product=is_product)
                     size += rows * site.item_bytes
+                if form == "pivoted":
+                    size += NODE_BYTES + PIVOT_BYTES * rows
+                    if numbers > (1 - LEAST_SAVING) * params or size + NODE_BYTES >= dense.bytes:
+                        continue
                 total = error + 2 * rounding  # of both factors: in the median of sites 1.2 to 2.2 times
                 changed.append(
                     Option(
