@@ -18,7 +18,7 @@ from types import MappingProxyType
 import numpy as np
 from torch import Tensor
 
-from graph_passes.forms import Form, break_even_rank
+from graph_passes.forms import Form, rank_limit
 from rsi_deploy.calibration.activations import CalibratedSite, Distance, FittedSite, ModelActivations, Replacement
 from rsi_deploy.calibration.als import TwoKernelProblem, product_of, two_kernel_problem
 from rsi_deploy.calibration.cross_validation import (
@@ -69,8 +69,6 @@ NODE_BYTES = 1024
 
 PIVOT_BYTES = 4
 """Bytes of an output's place in the order of a pivoted split."""
-LEAST_SAVING = 0.1
-"""Smallest share of a weight's numbers that a pivoted split saves. Less is not worth its nodes' time."""
 
 CONSTANT = "its inputs do not vary on the calibration data"
 FARTHEST = 1e9
@@ -301,7 +299,7 @@ class Calibration:
                     size += rows * site.item_bytes
                 if form == "pivoted":
                     size += NODE_BYTES + PIVOT_BYTES * rows
-                    if numbers > (1 - LEAST_SAVING) * params or size + NODE_BYTES >= dense.bytes:
+                    if size + NODE_BYTES >= dense.bytes:
                         continue
                 total = error + 2 * rounding  # of both factors: in the median of sites 1.2 to 2.2 times
                 changed.append(
@@ -360,9 +358,7 @@ class Calibration:
             plain = site.first_axes(form) == len(site.kernel)
             ranks = rank_grid(
                 min(rows, columns),
-                break_even_rank(form, rows, columns)
-                if plain
-                else site.out_features * site.in_features / (rows + columns),
+                rank_limit(form, rows, columns) if plain else site.out_features * site.in_features / (rows + columns),
                 min_rank=self.min_rank,
                 multiple=self.rank_multiple,
                 points=None if plain else GRID_POINTS,
