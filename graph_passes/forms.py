@@ -20,6 +20,9 @@ import numpy.typing as npt
 Array: TypeAlias = npt.NDArray[Any]
 Form: TypeAlias = Literal["matmul", "gemm", "channel", "input", "separable", "pivoted"]
 
+LEAST_SAVING = 0.1
+"""Smallest share of the numbers that a pivoted split is to save."""
+
 
 def conv_forms(kernel: Sequence[int]) -> tuple[Form, ...]:
     """Return the forms of a Conv that differ from each other, the usual one first.
@@ -51,6 +54,21 @@ def break_even_rank(form: str, rows: int, columns: int) -> float:
         (4.0, 6.0)
     """
     return float(min(rows, columns)) if form == "pivoted" else rows * columns / (rows + columns)
+
+
+def rank_limit(form: str, rows: int, columns: int) -> float:
+    """Return the rank from which on a split is not worth its nodes: the break-even rank, or a pivoted one's saving.
+
+    A pivoted split saves at least a tenth of the numbers below it.
+
+    Examples:
+        >>> rank_limit("gemm", 8, 8), round(rank_limit("pivoted", 100, 100), 1)
+        (4.0, 68.4)
+    """
+    if form != "pivoted":
+        return break_even_rank(form, rows, columns)
+    total = rows + columns
+    return (total - math.sqrt(total * total - 4 * (1 - LEAST_SAVING) * rows * columns)) / 2
 
 
 def largest_rank(form: str, rows: int, columns: int) -> int:

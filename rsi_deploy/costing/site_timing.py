@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 import graph_passes as gp
-from graph_passes.forms import break_even_rank, split_numbers
+from graph_passes.forms import rank_limit, split_numbers
 from rsi_deploy.benchmark.blocks import Cell, run_cells
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, compare
 from rsi_deploy.benchmark.timing import time_calls
@@ -113,7 +113,7 @@ def grid_of(site: gp.Site, growths: Mapping[int, float] = GROWTH) -> Splits:
     for form in site.forms:
         rows, columns = site.shape(form)
         limit = site.out_features * site.in_features / (rows + columns)
-        limit = break_even_rank(form, rows, columns) if form == "pivoted" else limit
+        limit = rank_limit(form, rows, columns) if form == "pivoted" else limit
         largest = min(int(np.ceil(limit)) - 1, rows, columns)
         found += [(form, rank) for rank in timing_ranks(max(largest, 0), growths)]
     return tuple(found)

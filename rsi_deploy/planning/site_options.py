@@ -18,7 +18,7 @@ from types import MappingProxyType
 import numpy as np
 from torch import Tensor
 
-from graph_passes.forms import Form, break_even_rank
+from graph_passes.forms import Form, rank_limit
 from rsi_deploy.calibration.activations import CalibratedSite, Distance, FittedSite, ModelActivations, Replacement
 from rsi_deploy.calibration.als import TwoKernelProblem, product_of, two_kernel_problem
 from rsi_deploy.calibration.cross_validation import (
@@ -66,6 +66,9 @@ SCARCITY = 1.0
 
 NODE_BYTES = 1024
 """Largest number of bytes that one more node and its names add to a file."""
+
+PIVOT_BYTES = 4
+"""Bytes of an output's place in the order of a pivoted split."""
 
 CONSTANT = "its inputs do not vary on the calibration data"
 FARTHEST = 1e9
@@ -294,6 +297,10 @@ class Calibration:
                 if bits < 32:
                     size = stored_bytes(numbers - rows, rows + site.groups * rank, bits, is_product=is_product)
                     size += rows * site.item_bytes
+                if form == "pivoted":
+                    size += NODE_BYTES + PIVOT_BYTES * rows
+                    if size + NODE_BYTES >= dense.bytes:
+                        continue
                 total = error + 2 * rounding  # of both factors: in the median of sites 1.2 to 2.2 times
                 changed.append(
                     Option(
@@ -351,9 +358,7 @@ class Calibration:
             plain = site.first_axes(form) == len(site.kernel)
             ranks = rank_grid(
                 min(rows, columns),
-                break_even_rank(form, rows, columns)
-                if plain
-                else site.out_features * site.in_features / (rows + columns),
+                rank_limit(form, rows, columns) if plain else site.out_features * site.in_features / (rows + columns),
                 min_rank=self.min_rank,
                 multiple=self.rank_multiple,
                 points=None if plain else GRID_POINTS,

@@ -55,7 +55,8 @@ def compress_(
 
     A weight that is computed (weight_norm, spectral_norm, pruning) is factorized as its value in evaluation mode. Its
     computation is removed together with the layer; without `calib` it stays if the layer stays dense. Every layer gets
-    its own factors: right factors that several layers share (`export(..., joint=True)`) exist in ONNX only.
+    its own factors: right factors that several layers share (`export(..., joint=True)`) exist in ONNX only. A budget
+    chooses among all forms of a split, among them the pivoted one; with a rank, every layer has its usual form.
 
     Args:
         module: any torch module. In evaluation mode, BatchNorms behind convolutions are folded; `calib` requires it.

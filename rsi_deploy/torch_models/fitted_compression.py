@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
+from graph_passes.forms import break_even_rank, split_numbers
 from rsi_deploy.calibration.activations import FittedSite
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.model_size import Size
@@ -96,14 +97,16 @@ def _replace_(
         known = site.obstacle or calibration.declined.get(site.name) or filters.refusal(site.name)
         return record.model_copy(update={"reason": known or (decision.reason if decision else "not calibrated")})
     replace_site_(module, site, fit.replacement)
-    replacement = fit.replacement
+    form, left, right, _ = fit.replacement
+    _, rows, rank = left.shape
     return record.model_copy(
         update={
             "decision": "split",
             "reason": decision.reason if decision else "split",
-            "rank": replacement.left.shape[-1],
-            "form": replacement.form,
-            "params_compressed": replacement.left.numel() + replacement.right.numel(),
+            "rank": rank,
+            "form": form,
+            "params_compressed": site.groups * split_numbers(form, rows, right.shape[-1], rank),
+            "break_even_rank": break_even_rank(form, rows, right.shape[-1]),
             "response_error": fit.response_error,
             "held_out_error": fit.held_out_error,
             "seconds": fit.seconds,

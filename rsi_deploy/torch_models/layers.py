@@ -4,6 +4,9 @@
     LowRankConv     right: conv to `rank` channels per group; left: conv to `out`, with the bias. The form assigns the
                     axes of the kernel (with their stride, padding and dilation) to the two:
                     channel: k x k, 1 x 1    input: 1 x 1, k x k    separable: k x 1, 1 x k
+    PivotedLinear   right computes `rank` of the outputs, the pivots, and left computes the others from them: the same
+    PivotedConv     product in `rank * rank` fewer numbers per group. Outputs are reordered unless the pivots are the
+                    first or the last rows
 
 Each layer has a `weight` (the product `left @ right`), because some models read it outside of `forward`, for example
 torchvision's Swin. Such a use is correct but not low-rank.
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graph_passes.forms import Form, first_axes
+from rsi_deploy.linalg.pivoting import PivotedFactors
 from rsi_deploy.linalg.solver import Factors
 
 Geometry = tuple[tuple[int, ...], str | tuple[int, ...], tuple[int, ...]]
@@ -74,8 +78,8 @@ class LowRankConv(nn.Module):
         self.form, self.kernel_size = form, conv.kernel_size
         axes = first_axes(form, len(conv.kernel_size))
         first, second = conv.kernel_size[: len(axes)], conv.kernel_size[len(axes) :]
-        left = factors.left.reshape(conv.out_channels, *second, self.rank).movedim(-1, 1)
-        self.left = _parameter(left.reshape(conv.out_channels, self.rank, *(1 for _ in first), *second))
+        left = factors.left.reshape(-1, *second, self.rank).movedim(-1, 1)
+        self.left = _parameter(left.reshape(*left.shape[:2], *(1 for _ in first), *second))
         self.right = _parameter(factors.right.reshape(self.groups * self.rank, -1, *first, *(1 for _ in second)))
         self.bias = changed_bias(conv.bias, bias_change)
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
@@ -92,16 +96,21 @@ class LowRankConv(nn.Module):
         left = self.left.reshape(self.groups, -1, self.rank, points)
         right = self.right.reshape(self.groups, self.rank, channels, -1)
         product = torch.einsum("gors,grif->goifs", left, right)
-        return product.reshape(self.out_channels, channels, *self.kernel_size)
+        return product.reshape(-1, channels, *self.kernel_size)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """Map `(N, in, *spatial)` to `(N, out, *spatial')`."""
+        return self._convolve_left(self._convolve_right(input), self.bias)
+
+    def _convolve_right(self, input: Tensor) -> Tensor:  # noqa: A002
         if self.padding_mode != "zeros":  # pad first, for any form; the convolutions then do not pad
             input = F.pad(input, self._edges, mode=self.padding_mode)  # noqa: A001
         stride, padding, dilation = self._first
-        hidden = self._convolve(input, self.right, None, stride, padding, dilation, self.groups)
+        return self._convolve(input, self.right, None, stride, padding, dilation, self.groups)
+
+    def _convolve_left(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
         stride, padding, dilation = self._second
-        return self._convolve(hidden, self.left, self.bias, stride, padding, dilation, self.groups)
+        return self._convolve(hidden, self.left, bias, stride, padding, dilation, self.groups)
 
     def extra_repr(self) -> str:
         """Return the description in `repr(module)`."""
@@ -109,6 +118,112 @@ class LowRankConv(nn.Module):
             f"{self.in_channels}, {self.out_channels}, rank={self.rank}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, groups={self.groups}" + ("" if self.form == "channel" else f", form={self.form}")
         )
+
+
+class PivotOrder(nn.Module):
+    """The order of the outputs of a pivoted layer. A state dict holds the pivots; the rest is computed from them.
+
+    Args:
+        pivots: int64 `(groups, rank)`, the rows of each group that are pivots.
+        rows: rows of each group.
+    """
+
+    pivots: Tensor
+    others: Tensor
+    index: Tensor | None
+
+    def __init__(self, pivots: Tensor, rows: int) -> None:
+        super().__init__()
+        self.rows = len(pivots) * rows
+        start = torch.arange(len(pivots), device=pivots.device)[:, None] * rows
+        self.register_buffer("pivots", (start + pivots).reshape(-1))
+        self.register_buffer("others", None, persistent=False)
+        self.register_buffer("index", None, persistent=False)
+        self.arrange_()
+        self.register_load_state_dict_post_hook(_arrange_)  # type: ignore[no-untyped-call]
+
+    def arrange_(self) -> None:
+        """Compute the other rows and the index; pivots that are the first or last rows need no index."""
+        is_other = torch.ones(self.rows, dtype=torch.bool, device=self.pivots.device)
+        is_other[self.pivots] = False
+        self.others = is_other.nonzero().reshape(-1)
+        self.others_first = bool(is_other[0])
+        places = torch.cat((self.others, self.pivots) if self.others_first else (self.pivots, self.others))
+        self.index = None if bool((places.diff() > 0).all()) else places.argsort()
+
+    def join(self, pivots: Tensor, others: Tensor, dim: int) -> Tensor:
+        """Return the values of all rows in their order from those of the pivots and of the other rows."""
+        joined = torch.cat((others, pivots) if self.others_first else (pivots, others), dim)
+        return joined if self.index is None else joined.index_select(dim, self.index)
+
+
+def _arrange_(order: PivotOrder, _keys: object) -> None:
+    order.arrange_()
+
+
+class PivotedLinear(LowRankLinear):
+    """A `LowRankLinear` whose first product computes `rank` of the outputs, and the second one the others from them.
+
+    Args:
+        factors: `left (1, out, rank)`, whose rows at `pivots (1, rank)` are the identity, and `right (1, rank, in)`.
+        bias: `(out,)` or None.
+
+    Raises:
+        ValueError: the rows of `left` at the pivots are not the identity, or there are no other rows.
+    """
+
+    def __init__(self, factors: PivotedFactors, bias: Tensor | None) -> None:
+        order, left = _other_rows(factors)
+        super().__init__(Factors(left[0], factors.right[0]), bias)
+        self.order, self.out_features = order, order.rows
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the equivalent dense layer, `(out, in)`."""
+        return self.order.join(self.right, super().weight, 0)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+        """Map `(..., in)` to `(..., out)`."""
+        pivots = F.linear(input, self.right)
+        if self.bias is None:
+            return self.order.join(pivots, F.linear(pivots, self.left), -1)
+        own = self.bias[self.order.pivots].to(pivots.dtype)
+        return self.order.join(pivots + own, F.linear(pivots, self.left, self.bias[self.order.others]), -1)
+
+
+class PivotedConv(LowRankConv):
+    """A `LowRankConv` of the form "channel" whose first convolution computes `rank` of each group's outputs.
+
+    Args:
+        conv: dense layer, whose geometry, padding mode and bias are kept.
+        factors: `left (groups, out/groups, rank)`, whose rows at `pivots (groups, rank)` are the identity, and
+            `right (groups, rank, in/groups * prod(kernel))`.
+        bias_change: change of the bias, `(out,)`; None to keep the same parameter.
+
+    Raises:
+        ValueError: the rows of `left` at the pivots are not the identity, or there are no other rows.
+    """
+
+    def __init__(
+        self, conv: "nn.modules.conv._ConvNd", factors: PivotedFactors, *, bias_change: Tensor | None = None
+    ) -> None:
+        order, left = _other_rows(factors)
+        super().__init__(conv, Factors(left, factors.right), "pivoted", bias_change=bias_change)
+        self.order = order
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the equivalent dense convolution, `(out, in/groups, *kernel)`."""
+        return self.order.join(self.right, super().weight, 0)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+        """Map `(N, in, *spatial)` to `(N, out, *spatial')`."""
+        pivots, axes = self._convolve_right(input), len(self.kernel_size)
+        if self.bias is None:
+            return self.order.join(pivots, self._convolve_left(pivots, None), -1 - axes)
+        own = self.bias[self.order.pivots].to(pivots.dtype).reshape(-1, *[1] * axes)
+        others = self._convolve_left(pivots, self.bias[self.order.others])
+        return self.order.join(pivots + own, others, -1 - axes)
 
 
 class OpenMultiheadAttention(nn.Module):
@@ -135,8 +250,9 @@ class OpenMultiheadAttention(nn.Module):
 
     def _take_in_proj_(self, dense: nn.MultiheadAttention) -> None:
         weight, bias = dense.in_proj_weight, dense.in_proj_bias
-        self.in_proj = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        self.in_proj.weight, self.in_proj.bias = weight, bias
+        in_proj = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        in_proj.weight, in_proj.bias = weight, bias
+        self.in_proj: nn.Linear | PivotedLinear = in_proj
 
     def forward(
         self,
@@ -227,6 +343,37 @@ class LowRankMultiheadAttention(OpenMultiheadAttention):
         )
 
 
+class PivotedMultiheadAttention(OpenMultiheadAttention):
+    """An `OpenMultiheadAttention` whose packed input projection is a `PivotedLinear`.
+
+    If query, key and value are not one tensor, it multiplies by the product of the factors, which is not low-rank.
+
+    Args:
+        dense: module to replace.
+        in_proj: factors of the packed weight, `left (1, 3*embed, rank)` and `right (1, rank, embed)`.
+        bias_change: change of the bias of the input projection, `(3*embed,)`; None to keep the same parameter.
+    """
+
+    def __init__(
+        self, dense: nn.MultiheadAttention, in_proj: PivotedFactors, *, bias_change: Tensor | None = None
+    ) -> None:
+        super().__init__(dense)
+        self.in_proj = PivotedLinear(in_proj, changed_bias(dense.in_proj_bias, bias_change))
+
+    def _take_in_proj_(self, dense: nn.MultiheadAttention) -> None:
+        """Do nothing: the dense projection is not kept."""
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """The weight of the equivalent dense projection, `(3*embed, embed)`."""
+        return self.in_proj.weight
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """The bias of the projection, `(3*embed,)`."""
+        return self.in_proj.bias
+
+
 def changed_bias(bias: Tensor | None, change: Tensor | None) -> nn.Parameter | None:
     """Return `bias + change`. Either may be None; without a change, the same parameter is returned."""
     if change is None:
@@ -234,6 +381,16 @@ def changed_bias(bias: Tensor | None, change: Tensor | None) -> nn.Parameter | N
     if bias is None:
         return _parameter(change)
     return nn.Parameter((bias + change).detach().to(bias.dtype), requires_grad=bias.requires_grad)
+
+
+def _other_rows(factors: PivotedFactors) -> tuple[PivotOrder, Tensor]:
+    """Return the order of the rows, and the rows of `left` that are no pivots, `(groups, rows - rank, rank)`."""
+    groups, rows, rank = factors.left.shape
+    order, flat = PivotOrder(factors.pivots, rows), factors.left.reshape(-1, rank)
+    identity = torch.eye(rank).to(flat).repeat(groups, 1)
+    if rank == rows or not torch.equal(flat[order.pivots], identity):
+        raise ValueError(f"expected the identity at {rank} of {rows} rows of left, and other rows beside them")
+    return order, flat[order.others].reshape(groups, -1, rank)
 
 
 def _geometry(conv: "nn.modules.conv._ConvNd", axes: range) -> Geometry:

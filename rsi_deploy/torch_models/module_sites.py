@@ -3,6 +3,8 @@
 nn.Linear, transformers' Conv1D      -> LowRankLinear
 nn.Conv1d / 2d / 3d (with groups)    -> LowRankConv
 nn.MultiheadAttention, packed        -> LowRankMultiheadAttention (in_proj), LowRankLinear (out_proj)
+
+In the form "pivoted", PivotedLinear, PivotedConv and PivotedMultiheadAttention take their place.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +16,20 @@ from graph_passes.forms import Form, conv_forms
 from rsi_deploy.calibration.activations import Replacement
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.sites import site_name
+from rsi_deploy.linalg.pivoting import RUN_BOUND, PivotedFactors, pivoted
 from rsi_deploy.linalg.solver import Factors, balanced
 from rsi_deploy.torch_models.computed_weights import computed_tensors, fold_computed_, value_of
-from rsi_deploy.torch_models.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention, changed_bias
+from rsi_deploy.torch_models.layers import (
+    LowRankConv,
+    LowRankLinear,
+    LowRankMultiheadAttention,
+    PivotedConv,
+    PivotedLinear,
+    PivotedMultiheadAttention,
+    changed_bias,
+)
 
-FACTOR_KEYS = {"left", "right", "in_proj_left", "in_proj_right"}
+FACTOR_KEYS = {"left", "right", "in_proj_left", "in_proj_right", "in_proj.left", "in_proj.right"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +72,8 @@ class ModuleSite:
     @property
     def forms(self) -> tuple[Form, ...]:
         """The forms that a split can take, the usual one first."""
-        return conv_forms(self.kernel) if self.kernel else ("matmul",)
+        usual: tuple[Form, ...] = conv_forms(self.kernel) if self.kernel else ("matmul",)
+        return (*usual, "pivoted") if self.shape[0] > 1 else usual
 
     def matrix(self) -> Tensor:
         """Return the weight as `(groups, out, in)`, a view if possible."""
@@ -125,7 +137,7 @@ def replace_site_(module: nn.Module, site: ModuleSite, replacement: Replacement)
         if layer not in new:
             fold_computed_(layer)
             new[layer] = low_rank_layer(layer, replacement)
-            for key in FACTOR_KEYS & new[layer]._parameters.keys():
+            for key in _factors_of(new[layer]):
                 new[layer].get_parameter(key).requires_grad_(site.parameter.requires_grad)
     for path, layer in zip(site.paths, layers, strict=True):
         module.set_submodule(path, new[layer])
@@ -145,10 +157,15 @@ def low_rank_layer(layer: nn.Module, replacement: Replacement) -> nn.Module:
     weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
     assert isinstance(weight, Tensor)
     left, right = replacement.left, replacement.right
+    change = replacement.bias.reshape(-1).to(weight) if replacement.bias.any() else None
+    if replacement.form == "pivoted":
+        bound = RUN_BOUND if weight.dtype.itemsize >= 4 else 0.0
+        left, right, pivots = pivoted(left.detach(), right.detach(), run_bound=bound)
+        found = PivotedFactors(left.to(weight), right.to(weight), pivots.to(weight.device))
+        return _pivoted_layer(layer, found, change).train(layer.training)
     if weight.dtype.itemsize < 4 and left.dtype != weight.dtype:
         left, right = balanced(left, right)
     factors = Factors(left.to(weight), right.to(weight))
-    change = replacement.bias.reshape(-1).to(weight) if replacement.bias.any() else None
     new: nn.Module
     if isinstance(layer, nn.modules.conv._ConvNd):
         new = LowRankConv(layer, factors, replacement.form, bias_change=change)
@@ -159,6 +176,16 @@ def low_rank_layer(layer: nn.Module, replacement: Replacement) -> nn.Module:
         assert bias is None or isinstance(bias, Tensor)
         new = LowRankLinear(Factors(factors.left[0], factors.right[0]), changed_bias(bias, change))
     return new.train(layer.training)
+
+
+def _pivoted_layer(layer: nn.Module, factors: PivotedFactors, change: Tensor | None) -> nn.Module:
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return PivotedConv(layer, factors, bias_change=change)
+    if isinstance(layer, nn.MultiheadAttention):
+        return PivotedMultiheadAttention(layer, factors, bias_change=change)
+    bias = layer.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return PivotedLinear(factors, changed_bias(bias, change))
 
 
 def _computed_parameters(layer: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -236,8 +263,13 @@ def _leave_fused_path_(module: nn.Module) -> None:
 
 def _tie_(layers: Sequence[nn.Module]) -> None:
     for other in layers[1:]:
-        for key in FACTOR_KEYS & layers[0]._parameters.keys() & other._parameters.keys():
-            other._parameters[key] = layers[0]._parameters[key]
+        for key in _factors_of(layers[0]) & _factors_of(other):
+            path, _, name = key.rpartition(".")
+            other.get_submodule(path)._parameters[name] = layers[0].get_parameter(key)
+
+
+def _factors_of(layer: nn.Module) -> set[str]:
+    return FACTOR_KEYS & {name for name, _ in layer.named_parameters()}
 
 
 def _join(path: str, key: str) -> str:

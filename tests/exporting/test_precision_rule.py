@@ -150,6 +150,23 @@ def test_a_time_missed_by_little_is_decided_by_a_longer_measurement(first, secon
     assert ruled.keeps(found) is (found.speedup >= 2), "without slack"
 
 
+@pytest.mark.parametrize(("speed", "is_longer"), [(1.95, True), (1.85, False), (2.1, False)])
+def test_a_better_model_that_may_keep_the_time_is_measured_for_longer(speed, is_longer):
+    runs_made = []
+
+    def measured(points, runs=1):
+        runs_made.append(runs)
+        made = [point("bad", loss=0.5, speed=3.0), point("better", loss=0.01, speed=speed if runs == 1 else 2.05)]
+        return made, SimpleNamespace(arms=[SimpleNamespace(median_ms=DENSE_MS)])
+
+    dense = SimpleNamespace(size=SimpleNamespace(bytes=DENSE_BYTES), reference=Path("dense.onnx"))
+    maker = SimpleNamespace(measured=measured, request=TIME, dense=dense, precision="int8")
+    step = PrecisionStep(maker=maker, clock=None, config=SimpleNamespace(allow_slower=False, allow_larger=False))
+    found, _, ruled = step._measured([GOOD])
+    assert len(runs_made) == 1 + is_longer
+    assert ruled.chosen(found).name == ("bad" if speed == 1.85 else "better")
+
+
 def test_the_dense_model_keeps_every_quality():
     dense = Point(name="dense", scheme=FLOAT32, is_rival=True, path=Path("d.onnx"), bytes=DENSE_BYTES)
     assert dense.loss == 0

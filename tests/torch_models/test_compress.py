@@ -13,7 +13,12 @@ from rsi_deploy.calibration.activations import Replacement
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.linalg.solver import Solver, normalized_error
 from rsi_deploy.torch_models.compress import compress_
-from rsi_deploy.torch_models.layers import LowRankConv, LowRankLinear, LowRankMultiheadAttention
+from rsi_deploy.torch_models.layers import (
+    LowRankConv,
+    LowRankLinear,
+    LowRankMultiheadAttention,
+    OpenMultiheadAttention,
+)
 from rsi_deploy.torch_models.module_sites import find_module_sites, replace_site_
 
 
@@ -194,7 +199,7 @@ def parameter_count(model):
 
 
 def factor_layers(model):
-    kinds = (LowRankLinear, LowRankConv, LowRankMultiheadAttention)
+    kinds = (LowRankLinear, LowRankConv, OpenMultiheadAttention)
     return {path: m for path, m in model.named_modules() if isinstance(m, kinds)}
 
 
@@ -319,6 +324,30 @@ def test_a_replacement_is_stored_balanced_in_the_weights_dtype(dtype):
     expected = 10 * wanted.left[0] @ wanted.right[0]
     assert (model.fc1.left.float() @ model.fc1.right.float() - expected).norm() < 0.02 * expected.norm()
     assert (2 * model.fc1.left.float() @ model.fc1.right.float() - expected).norm() > 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pivoted_factors_of_few_bits_have_small_entries_and_keep_the_product(dtype):
+    model = Mlp().to(dtype)
+    (site, *_) = find_module_sites(model)
+    wanted = replacement(site, "pivoted", torch.float32)
+    wanted.left[0, :2] *= 1e-2  # as pivots, these rows would leave large entries for the others
+    replace_site_(model, site, wanted)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert float(model.fc1.left.detach().abs().max()) <= 2
+    expected, found = wanted.left[0] @ wanted.right[0], model.fc1.weight.detach().float()
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert (found - expected).norm() < tolerance * expected.norm()
+    assert (found.roll(1, 0) - expected).norm() > tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_frozen_pivoted_factors_stay_frozen(gradients):
+    model = Attention().requires_grad_(gradients)
+    for site in find_module_sites(model):
+        replace_site_(model, site, replacement(site, "pivoted", torch.float32))
+    assert {p.requires_grad for p in model.parameters()} == {gradients}
+    assert find_module_sites(model) == []
 
 
 def test_a_frozen_site_stays_frozen_and_the_root_is_refused():

@@ -2,13 +2,24 @@
 
 import copy
 
+import onnx_ir
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from graph_passes import find_sites
 from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.linalg.solver import Solver
+from rsi_deploy.planning.budget import Budget
+from rsi_deploy.planning.planner import Filters
+from rsi_deploy.planning.site_options import PLAIN_FORMS, Calibration
 from rsi_deploy.torch_models.compress import compress_
+from rsi_deploy.torch_models.fitted_compression import compress_fitted_
+from rsi_deploy.torch_models.layers import PivotedConv, PivotedLinear
+from rsi_deploy.torch_models.model_source import Source
+from rsi_deploy.torch_models.to_onnx import to_onnx
+from tests.nets import run_onnx
 
 
 class Net(nn.Module):
@@ -72,6 +83,58 @@ def test_a_budget_is_kept_and_used(net, share):
             assert net.get_submodule(record.name).right.shape[0] == record.rank
 
 
+def mlp():
+    torch.manual_seed(0)
+    layers = nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 20)
+    return nn.Sequential(nn.Flatten(), *layers).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", [mlp, "net"])
+def test_within_a_budget_the_pivoted_form_loses_less(make, net):
+    dense, calib = net if make == "net" else make(), [(data(256, 1),)]
+    plain, low = copy.deepcopy(dense), copy.deepcopy(dense)
+    calibration = Calibration(solver=Solver(), forms=PLAIN_FORMS)
+    compress_fitted_(plain, calib, Budget.parse(keep_params=0.5), Filters(), calibration, None)
+    records = compress_(low, calib=calib, keep_params=0.5)
+    test = data(256, 77)
+    assert 0.0 < error(low, dense, test) < 0.9 * error(plain, dense, test)
+    assert any(record.form == "pivoted" for record in records)
+    for record in records:
+        layer = low.get_submodule(record.name)
+        assert sum(p.numel() for name, p in layer.named_parameters() if name != "bias") == record.params_compressed
+        if record.form == "pivoted":
+            assert isinstance(layer, (PivotedConv, PivotedLinear))
+            assert record.break_even_rank == min(record.out_features, record.in_features)
+
+
+def test_a_rank_keeps_the_usual_form(net):
+    records = compress_(net, calib=[(data(128, 1),)], rank=3)
+    assert {record.form for record in records if record.rank} == {"channel", "matmul"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pivoted_layers_are_exported_and_not_split_again(net, tmp_path):
+    records = compress_(net, calib=[(data(256, 1),)], keep_params=0.5)
+    pivoted = {record.name: record for record in records if record.form == "pivoted"}
+    exported = to_onnx(Source(name="net", module=net, example_inputs=(data(2, 3),)))
+    assert exported.dynamic_batch
+    named = {value.name: value for value in exported.model.graph.initializers.values()}
+    for name, record in pivoted.items():
+        assert (
+            sum(named[f"{name}.{factor}"].const_value.size for factor in ("left", "right")) == record.params_compressed
+        )
+    entries = {entry.weight: entry for entry in find_sites(exported.model)}
+    for name in pivoted:
+        for factor in ("left", "right"):
+            assert "already low-rank" in entries[f"{name}.{factor}"].reason
+    onnx_ir.save(exported.model, tmp_path / "net.onnx")
+    x = data(5, 4)
+    (found,) = run_onnx(tmp_path / "net.onnx", {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), net(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(torch.from_numpy(found), net(x.flip(0)), rtol=1e-4, atol=1e-4)
+
+
 def test_filters_apply_and_give_reasons(net):
     records = {r.name: r for r in compress_(net, calib=[(data(128, 1),)], rank="25%", exclude=["head"])}
     assert records["head"].decision == "dense"
@@ -107,7 +170,7 @@ def test_a_budget_of_macs_counts_what_the_filters_leave_dense():
         for record in compress_(net, calib=[(torch.randn(256, 32),)], keep_macs=0.75, exclude=["1"])
         if record.rank
     ]
-    assert 0.9 * 0.5 <= record.rank * 64 / (32 * 32) <= 0.5
+    assert 0.9 * 0.5 <= record.params_compressed / (32 * 32) <= 0.5
 
 
 def test_a_budget_of_macs_is_refused_where_a_layer_is_not_counted():

@@ -1,4 +1,6 @@
 import copy
+import math
+import pickle
 
 import onnx
 import pytest
@@ -6,12 +8,16 @@ import torch
 from torch import nn
 
 from graph_passes.forms import unfold, unfolded_shape
+from rsi_deploy.linalg.pivoting import PivotedFactors, pivoted
 from rsi_deploy.linalg.solver import Factors
 from rsi_deploy.torch_models.layers import (
     LowRankConv,
     LowRankLinear,
     LowRankMultiheadAttention,
     OpenMultiheadAttention,
+    PivotedConv,
+    PivotedLinear,
+    PivotedMultiheadAttention,
     changed_bias,
 )
 from tests.nets import run_onnx
@@ -205,6 +211,130 @@ def test_conv_forms_are_two_convs_in_onnx_with_the_same_numbers(case, form, tmp_
         torch.testing.assert_close(torch.from_numpy(found), low(x.flip(-1)).detach(), rtol=1e-4, atol=1e-4)
 
 
+# -- pivoted
+
+PLACES = {"first": [0, 1, 2], "last": [7, 8, 9], "scattered": [5, 0, 8], "first in another order": [1, 0, 2]}
+
+
+def pivoted_at(pivots, rows=10, columns=6):
+    """Factors of one group whose left one has the rows of the identity at `pivots`."""
+    left = normal(1, rows, len(pivots))
+    left[0, pivots] = torch.eye(len(pivots), dtype=left.dtype)
+    return PivotedFactors(left, normal(1, len(pivots), columns), torch.tensor([pivots]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("places", PLACES)
+def test_a_pivoted_linear_equals_the_plain_one_of_its_factors(places, bias):
+    factors, own = pivoted_at(PLACES[places]), normal(10) if bias else None
+    plain, low = LowRankLinear(Factors(factors.left[0], factors.right[0]), own), PivotedLinear(factors, own)
+    assert_equal(low.weight, plain.weight)
+    assert (low.order.index is None) == (places in ("first", "last"))
+    assert sum(p.numel() for p in low.parameters()) == RANK * (10 + 6 - RANK) + 10 * bias
+    for shape in ((6,), (4, 6), (2, 3, 4, 6), (0, 6)):
+        x = normal(*shape)
+        assert_equal(low(x), plain(x))
+    x = normal(4, 6)
+    low.order.pivots = low.order.pivots.roll(1)
+    low.order.arrange_()
+    with pytest.raises(AssertionError):
+        assert_equal(low(x), plain(x))
+
+
+def test_pivots_elsewhere_are_refused():
+    factors = pivoted_at([5, 0, 8])
+    for wrong in ([0, 5, 8], [5, 0, 7]):
+        with pytest.raises(ValueError, match="identity"):
+            PivotedLinear(factors._replace(pivots=torch.tensor([wrong])), None)
+    with pytest.raises(ValueError, match="other rows"):
+        PivotedLinear(pivoted_at([0, 1, 2], rows=3), None)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same.")
+@pytest.mark.parametrize("case", CONVS)
+def test_a_pivoted_conv_equals_the_plain_one_of_its_factors(case):
+    kind, options = CONVS[case]
+    conv = kind(4, 8, **options).double()
+    rows, columns = 8 // conv.groups, conv.weight[0].numel()
+    rank = min(2, rows - 1)
+    factors = pivoted(normal(conv.groups, rows, rank), normal(conv.groups, rank, columns))
+    change = normal(8)
+    plain = LowRankConv(conv, Factors(factors.left, factors.right), bias_change=change)
+    low = PivotedConv(conv, factors, bias_change=change)
+    assert low.left.numel() + low.right.numel() == conv.groups * rank * (rows + columns - rank)
+    assert_equal(low.weight, plain.weight)
+    x = normal(2, 4, *([9] * (conv.weight.ndim - 2)))
+    assert_equal(low(x), plain(x))
+    assert_equal(low(x[0]), plain(x[0]))
+    low(x).square().sum().backward()
+    assert_factors_learn(low, ("left", "right", "bias"))
+    without = PivotedConv(conv, factors)
+    assert without.bias is conv.bias
+    assert_equal(without(x), LowRankConv(conv, Factors(factors.left, factors.right))(x))
+    low.order.pivots = low.order.pivots.flip(0)
+    if len(low.order.pivots) > 1:
+        with pytest.raises(AssertionError):
+            assert_equal(low(x), plain(x))
+
+
+def test_a_state_dict_brings_its_pivots_along():
+    layers = {places: PivotedLinear(pivoted_at(at), normal(10)) for places, at in PLACES.items()}
+    x = normal(4, 6)
+    for source in layers.values():
+        for target in map(copy.deepcopy, layers.values()):
+            if target.left is not source.left:
+                target.load_state_dict(source.state_dict())
+            assert torch.equal(target(x), source(x))
+            again = pickle.loads(pickle.dumps(target))
+            assert torch.equal(again(x), source(x))
+    first, last = copy.deepcopy(layers["first"]), layers["last"]
+    first.load_state_dict({**last.state_dict(), "order.pivots": first.order.pivots})
+    assert not torch.allclose(first(x), last(x))
+
+
+def test_a_training_step_keeps_the_pivots_and_changes_the_parameters():
+    low = PivotedLinear(pivoted_at([5, 0, 8]), normal(10))
+    before = copy.deepcopy(low.state_dict())
+    low(normal(4, 6)).square().sum().backward()
+    torch.optim.SGD(low.parameters(), lr=0.1).step()
+    changed = {key for key, value in low.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"left", "right", "bias"}
+
+
+def test_a_pivoted_layer_computes_in_the_dtype_of_autocast():
+    low = PivotedLinear(pivoted_at([5, 0, 8]), normal(10)).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert low(torch.randn(4, 6)).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("places", ["last", "scattered"])
+@pytest.mark.parametrize("groups", [None, 1, 2], ids=["linear", "conv", "grouped conv"])
+def test_pivoted_layers_are_two_products_and_a_concat_in_onnx(groups, places, tmp_path):
+    if groups is None:
+        low, x = PivotedLinear(pivoted_at(PLACES[places]), normal(10)), torch.randn(2, 6)
+    else:
+        parts = [pivoted_at(PLACES[places], columns=36 // groups) for _ in range(groups)]
+        factors = PivotedFactors(*(torch.cat(each) for each in zip(*parts, strict=True)))
+        low = PivotedConv(nn.Conv2d(4, 10 * groups, 3, groups=groups, padding=1), factors)
+        x = torch.randn(2, 4, 9, 9)
+    low.float().eval()
+    torch.onnx.export(low, (x,), tmp_path / "low.onnx", dynamo=True, verbose=False)
+    graph = onnx.load(tmp_path / "low.onnx").graph
+    ops = [node.op_type for node in graph.node]
+    assert ops.count("Gemm" if groups is None else "Conv") == 2
+    assert ops.count("Concat") == 1
+    assert ops.count("Gather") == (groups == 2 or places == "scattered")
+    numbers = sum(
+        math.prod(i.dims) for i in graph.initializer if len(i.dims) > 1 and i.data_type == onnx.TensorProto.FLOAT
+    )
+    assert sum(p.numel() for p in (low.left, low.right)) <= numbers < low.weight.numel()
+    (found,) = run_onnx(tmp_path / "low.onnx", {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), low(x).detach(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(torch.from_numpy(found), low(x.flip(-1)).detach(), rtol=1e-4, atol=1e-4)
+
+
 # -- biases
 
 
@@ -377,6 +507,24 @@ def test_attention_with_another_bias(bias):
     arguments = inputs(True, cross=False)
     with pytest.raises(AssertionError):
         assert_equal(low(*arguments)[0], plain(*arguments)[0])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_pivoted_attention_equals_the_plain_one_of_its_factors(cross, bias):
+    _, dense = attention(bias=bias, batch_first=True)
+    factors = pivoted(normal(1, 3 * EMBED, RANK), normal(1, RANK, EMBED))
+    low = PivotedMultiheadAttention(dense, factors).eval()
+    plain = LowRankMultiheadAttention(dense, Factors(factors.left[0], factors.right[0])).eval()
+    assert_equal(low.in_proj_weight, plain.in_proj_weight)
+    assert low.in_proj_bias is plain.in_proj_bias
+    assert sum(p.numel() for p in plain.parameters()) - sum(p.numel() for p in low.parameters()) == RANK**2
+    arguments = inputs(True, cross)
+    assert_equal(low(*arguments)[0], plain(*arguments)[0])
+    with pytest.raises(AssertionError):
+        assert_equal(low(*(2 * t for t in arguments))[0], plain(*arguments)[0])
+    low(*arguments)[0].square().sum().backward()
+    assert_factors_learn(low, ("in_proj.left", "in_proj.right"))
 
 
 def test_attention_rejects_wrong_factors():

@@ -151,6 +151,14 @@ class Rule:
             return point.timing.median_ms * 1e6 <= self.slack * budget.total(round(1e6 * self.dense_ms))
         return not point.is_rival
 
+    def may_keep(self, point: Point) -> bool:
+        """Return whether a point keeps a budget of time at the fast end of its speed-up's interval."""
+        budget, interval = self.request.budget, None if point.timing is None else point.timing.speedup_interval
+        if budget is None or self.dense_ms is None or interval is None:
+            return False
+        total = round(1e6 * self.dense_ms)
+        return total / interval[1] <= budget.total(total)
+
     def chosen(self, points: Sequence[Point]) -> Point | None:
         """Return the best point that keeps the limit; None where none does."""
         able = [point for point in points if self.keeps(point)]

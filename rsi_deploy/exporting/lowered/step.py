@@ -117,12 +117,17 @@ class PrecisionStep:
         return points
 
     def _measured(self, points: Sequence[Point]) -> tuple[list[Point], BenchResult | None, Rule]:
-        """Return the points with their times, and the rule; a time that is missed by little is measured for longer."""
+        """Return the points with their times, and the rule.
+
+        All are measured again for longer where the time of a better one is missed by little, or where none keeps it.
+        """
         measured, latency = self.maker.measured(points)
         rule = self._rule(latency)
         budget, allowed = self.maker.request.budget, [point for point in measured if self._is_allowed(point)]
-        near = replace(rule, slack=NEAR_MISS)
-        if budget is None or budget.cost != "nanoseconds" or rule.chosen(allowed) or not near.chosen(allowed):
+        if budget is None or budget.cost != "nanoseconds":
+            return measured, latency, rule
+        best, near = rule.chosen(allowed), replace(rule, slack=NEAR_MISS).chosen(allowed)
+        if near is None or near is best or (best is not None and not rule.may_keep(near)):
             return measured, latency, rule
         measured, latency = self.maker.measured(points, runs=LONGER)
         return measured, latency, self._rule(latency)
