@@ -211,7 +211,7 @@ def drawn_factors(site: Site, form: Form, rank: int, draw: Callable[[tuple[int, 
     rows, columns = site.shape(form)
     left, right = draw((site.groups, rows, rank)), draw((site.groups, rank, columns))
     pivots = None
-    if form == "pivoted":  # the last rows, so that the order of the outputs changes
+    if form == "pivoted":  # the last rows: pivots in a run, which is what most exports have, need no Gather
         pivots = np.arange(rows - rank, rows)[None].repeat(site.groups, axis=0)
         left[:, rows - rank :] = np.eye(rank)
     return SplitFactors(left=left, right=right, form=form, bias=draw((site.bias_size,)), pivots=pivots)
