@@ -13,7 +13,6 @@ that is delivered was measured within the budget.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rsi_deploy.calibration.activations import ModelActivations
 from rsi_deploy.core.errors import ModelError
@@ -37,8 +36,6 @@ NEAR_MISS = 1.25
 """Share of the budget up to which the fastest model is measured once more, for longer, before the budget is refused."""
 VAGUE = 0.1
 """Relative half width of a measured interval above which a note warns about noise."""
-PLAIN_SLACK = 1.05
-"""Largest time of a pivoted split over that of a plain one of no more MACs; smaller differences are noise."""
 FASTER = "no split of it is measured faster"
 NOISY = "too noisy to tell whether a split is faster"
 
@@ -73,25 +70,6 @@ def faster_only(options: Sequence[SiteOptions], table: CostTable) -> tuple[list[
             reasons[site.name] = _why_dense(site, cost, table)
         kept.append(SiteOptions(name=site.name, options=(site.options[0], *splits)))
     return kept, reasons
-
-
-def as_fast_as_plain(options: Sequence[SiteOptions], table: CostTable) -> list[SiteOptions]:
-    """Drop the pivoted splits that take longer than the largest plain split of no more MACs, by the table's times."""
-    result = []
-    for site, timed in zip(options, priced(options, table), strict=True):
-        times = {(option.form, option.rank): option.nanoseconds for option in timed.options}
-        plain = [o for o in site.options[1:] if o.form != "pivoted" and (o.form, o.rank) in times]
-
-        def is_kept(option: Option, times: dict[Any, int] = times, plain: Sequence[Option] = plain) -> bool:
-            time = times.get((option.form, option.rank))
-            smaller = [other for other in plain if other.macs <= option.macs]
-            if option.form != "pivoted" or time is None or not smaller:
-                return True
-            nearest = max(smaller, key=lambda other: other.macs)
-            return time <= PLAIN_SLACK * times[nearest.form, nearest.rank]
-
-        result.append(SiteOptions(name=site.name, options=tuple(filter(is_kept, site.options))))
-    return result
 
 
 def priced(options: Sequence[SiteOptions], table: CostTable) -> list[SiteOptions]:

@@ -12,7 +12,6 @@ from rsi_deploy.planning.knapsack import Option, SiteOptions
 from rsi_deploy.planning.latency_search import (
     FASTER,
     NOISY,
-    as_fast_as_plain,
     decide_by_time,
     faster_only,
     options_with_saving,
@@ -252,28 +251,3 @@ def test_prices_come_from_the_table_and_savings_use_its_scale():
         assert 0.8 < table.predicted(splits) <= 0.9
     everything = options_with_saving(priced(OPTIONS, table), 5.0, table)
     assert {option.rank for option in everything.values()} == {1}
-
-
-@pytest.mark.parametrize(("factor", "is_kept"), [(0.9, True), (1.03, True), (1.3, False)])
-def test_pivots_must_be_as_fast_as_a_plain_split_of_no_more_macs(factor, is_kept):
-    table = cost_table()
-    (cost,) = table.costs
-    # A pivoted split of rank 2 r has as many MACs as a plain one of rank r, and `factor` times its time.
-    pivots = tuple(
-        split.model_copy(
-            update={"form": "pivoted", "rank": 2 * split.rank, "nanoseconds": int(factor * split.nanoseconds)}
-        )
-        for split in cost.splits
-        if split.rank in (8, 16)
-    )
-    table = table.model_copy(update={"costs": (cost.model_copy(update={"splits": (*cost.splits, *pivots)}),)})
-    plain = site_options("a", ranks=[8, 16])
-    made = [
-        Option(form="pivoted", rank=2 * r, params=100 * r, macs=100 * r, bytes=100 * r, loss=0.5 / r) for r in (8, 16)
-    ]
-    site = SiteOptions(name="a", options=(*plain.options, *made))
-    (kept,) = as_fast_as_plain([site], table)
-    assert [option for option in kept.options if option.form != "pivoted"] == list(plain.options)
-    assert (made[0] in kept.options) is (made[1] in kept.options) is is_kept
-    (untimed,) = as_fast_as_plain([SiteOptions(name="d", options=site.options)], table)
-    assert untimed.options == site.options

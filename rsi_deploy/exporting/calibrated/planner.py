@@ -29,7 +29,7 @@ from rsi_deploy.planning.decide import (
     zero_filled,
 )
 from rsi_deploy.planning.knapsack import SiteOptions, choose, smallest_cost
-from rsi_deploy.planning.latency_search import as_fast_as_plain, options_with_saving, priced, saving_of
+from rsi_deploy.planning.latency_search import options_with_saving, priced, saving_of
 from rsi_deploy.planning.planner import Decision, Filters, FixedPlanner
 from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.runtime.shape_trace import trace_run
@@ -122,10 +122,12 @@ class CalibratedPlanner:
         return self._for(budget)._by_budget(budget.at(share, self.total(budget)))
 
     def _for(self, budget: Budget) -> "CalibratedPlanner":
-        """Return the planner of a budget. MACs stand for time: a pivoted split must then be as fast as a plain one."""
+        """Return the planner of a budget. MACs stand for time, and at equal MACs plain splits are the faster ones."""
         if budget.cost != "macs" or self.timing is None or not self.timing.must_be_faster:
             return self
-        return replace(self, options=as_fast_as_plain(self.options, self.timing.table))
+        plain = [tuple(option for option in site.options if option.form != "pivoted") for site in self.options]
+        kept = [replace(site, options=options) for site, options in zip(self.options, plain, strict=True)]
+        return replace(self, options=kept)
 
     def in_size(self, share: float) -> Decisions:
         """Return the decisions for a share of the dense model's parameters or bytes."""
