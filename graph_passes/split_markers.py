@@ -14,9 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.constants import stored_array, stored_tensor
+from graph_passes.marks import CONCAT, MARK
 from graph_passes.operators import find_pass
-from graph_passes.pivoted import CONCAT
-from graph_passes.survey import MARK
 from graph_passes.weights import Weight, resolve
 
 QUANTIZED_NAME = "_quant"
