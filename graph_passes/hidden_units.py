@@ -276,8 +276,8 @@ class _Walk:
     def _finish(self, data: ir.Value) -> None:
         """Check that nothing else reads the units or their constants, and note the latter."""
         found, behind = self.found, self._between | {self.reader}
-        if not found.count or self.columns % found.count:
-            raise NoUnitsError("no product makes its units")
+        if found.count < 2 or self.columns % found.count:
+            raise NoUnitsError("no product makes its inputs one by one")
         found.run = self.columns // found.count
         if found.run > 1 and all(flat for _, flat in self._axes.values()):
             raise NoUnitsError("no product makes its units one by one")

@@ -225,7 +225,7 @@ def surgery_check(
             path.with_name(f"{path.name}.data")
         ) as data:  # as large as the dense model, so kept out of memory
             gp.split(model, full_rank, keep=data.append, joint=bool(joint))
-            gp.FoldPermutationsPass(replace=data.replace)(model)
+            gp.fold_splits(model, replace=data.replace)
             data.store_initializers_(model)
         ir.save(model, path)
         release_weights_(model)
@@ -247,6 +247,11 @@ def rotated_identity(
     rows, columns = site.shape(form)
     size = rows if form == "pivoted" else min(rows, columns)
     eye = np.roll(np.eye(size, dtype=weight.dtype), 1, axis=0)[None].repeat(site.groups, axis=0)
+    if site.units is not None and form == "units":  # all units in another order
+        order = np.roll(np.arange(columns), site.units.run)
+        right, bias_change = np.eye(columns, dtype=weight.dtype)[order], np.zeros(site.bias_size, weight.dtype)
+        left = np.ascontiguousarray(weight[..., order])
+        return gp.SplitFactors(left=left, right=right[None], form=form, bias=bias_change if bias else None)
     change = np.zeros(site.bias_size, weight.dtype) if bias and not site.both_ways else None
     if size == rows:  # eye @ x moves row i to row i+1
         pivots = np.roll(np.arange(rows), -1)[None].repeat(site.groups, axis=0) if form == "pivoted" else None

@@ -6,7 +6,7 @@ data --> [ site ] --> output --> (Add a constant) --> Add --> ...
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,4 +171,6 @@ def _stream_site(site: gp.Site, macs: Mapping[str, int]) -> CalibratedSite:
         macs=macs.get(site.node, 0),
         item_bytes=np.dtype(site.dtype).itemsize if site.dtype != "bfloat16" else 2,
         load=lambda: as_torch(site.load()),
+        units=None if site.units is None else replace(site.units, makers=tuple(map(site_name, site.units.makers))),
+        unit_macs=0 if site.units is None else sum(macs.get(node, 0) for node in site.units.nodes),
     )
