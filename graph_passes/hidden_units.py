@@ -75,20 +75,17 @@ class HiddenUnits:
     constants: dict[_Use, tuple[Weight, Axis]] = field(default_factory=dict)
     reshapes: list[ir.Node] = field(default_factory=list)
 
-    @property
-    def numbers(self) -> int:
-        """How many numbers the constants hold for each unit."""
-        return sum(weight.tensor.size for weight, _ in self.constants.values()) // self.count
-
     def facts(self) -> Units:
         """Return what a planner needs to know."""
-        weights = [self.constants[node, 1][0].name for node in self.makers]
+        weights = [self.constants[node, 1][0] for node in self.makers]
+        numbers = sum(weight.tensor.size for weight, _ in self.constants.values()) // self.count
         return Units(
             count=self.count,
             run=self.run,
-            makers=tuple(weights),
+            makers=tuple(weight.name for weight in weights),
             nodes=tuple(map(name_of, (*self.makers, *self.depthwise))),
-            numbers=self.numbers,
+            numbers=numbers,
+            beside=numbers - sum(weight.tensor.size for weight in weights) // self.count,
         )
 
     def keep_(self, kept: Array) -> None:

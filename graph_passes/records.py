@@ -38,8 +38,9 @@ class Units:
         count: Number of units.
         run: Columns of the node's weight for each unit, in the form "units".
         makers: Names of the weights of the products that make them.
-        nodes: Names of the nodes that work on each of them: the products, and depthwise Convs.
-        numbers: How many numbers those nodes and the ones between hold for each unit.
+        nodes: Names of the nodes that work on each of them: the products, then depthwise Convs.
+        numbers: How many numbers all nodes up to this one hold for each unit.
+        beside: The same without the weights of the products.
     """
 
     count: int
@@ -47,6 +48,7 @@ class Units:
     makers: tuple[str, ...]
     nodes: tuple[str, ...]
     numbers: int
+    beside: int
 
 
 @dataclass(frozen=True, kw_only=True)

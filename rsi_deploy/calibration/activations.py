@@ -39,7 +39,7 @@ class CalibratedSite:
         item_bytes: bytes of one stored number.
         load: function that reads the weight `(groups, out, in)` in any floating dtype.
         units: hidden units that it reads, with the names of the sites that make them; None without any.
-        unit_macs: multiply-accumulates per sample of the nodes that work on the units before it.
+        unit_macs: multiply-accumulates per sample of the nodes between those sites and this one.
     """
 
     name: str
@@ -66,12 +66,12 @@ class CalibratedSite:
         return {"input": 0, "units": 0, "separable": 1}.get(form, len(self.kernel))
 
     def split_params(self, form: Form, rank: int) -> int:
-        """Return the number of parameters in the two factors, less those that go with hidden units."""
+        """Return the number of parameters in the two factors, less those between that go with hidden units."""
         numbers = self.groups * split_numbers(form, *self.shape(form), rank)
-        return numbers - self._units_gone(form, rank) * (self.units.numbers if self.units else 0)
+        return numbers - self._units_gone(form, rank) * (self.units.beside if self.units else 0)
 
     def split_macs(self, form: Form, rank: int) -> int:
-        """Return the multiply-accumulates of the two nodes per sample, less those that go with hidden units.
+        """Return the multiply-accumulates of the two nodes per sample, less those between that go with hidden units.
 
         The second node strides along its own kernel axes, so the first node computes every position along them.
         """

@@ -75,6 +75,10 @@ class Piece:
         """The signature, with that of the group."""
         return self.signature if self.group is None else f"{self.signature} | {self.group.signature}"
 
+    def lowered(self, lower: Lower) -> "Piece":
+        """Return the piece, to be timed in low precision."""
+        return replace(self, lower=lower, group=None if self.group is None else self.group.lowered(lower))
+
     @property
     def forms(self) -> tuple[gp.Form, ...]:
         """The forms that are timed with these nodes."""
@@ -324,7 +328,7 @@ def _size(site: gp.Site) -> int:
 
 def _factors(site: gp.Site, form: gp.Form, rank: int) -> gp.SplitFactors | gp.Dense:
     """Return random factors, with a change of the bias as fitted ones have; other sites, which make units, stay."""
-    if form not in site.forms:
+    if form == "units" and site.units is None:
         return gp.Dense(reason="it makes units")
     rng = np.random.default_rng(1)
     return gp.drawn_factors(site, form, rank, lambda shape: _drawn(rng, shape, site.dtype))

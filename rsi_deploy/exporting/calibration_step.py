@@ -35,7 +35,7 @@ from rsi_deploy.planning.decide import Decisions, Planned, decide_by_plan, decid
 from rsi_deploy.planning.planner import Filters, Planner, SitePlanner
 from rsi_deploy.planning.record import PlanRecord
 from rsi_deploy.planning.request import RankRequest
-from rsi_deploy.planning.site_options import FORMS, PLAIN_FORMS, Calibration
+from rsi_deploy.planning.site_options import FORMS, LOW_FORMS, Calibration
 from rsi_deploy.report.outlook import Outlook
 
 
@@ -130,7 +130,7 @@ class Calibrator:
         self.filters.check([site_name(site.weight) for site in self.dense.sites])
         planner = self._planner()
         calibration = replace(
-            planner.calibration, bits_of=bits_of, with_repairs=with_repairs, inputs=self.inputs, forms=PLAIN_FORMS
+            planner.calibration, bits_of=bits_of, with_repairs=with_repairs, inputs=self.inputs, forms=self._forms
         )
         found = replace(planner, calibration=calibration, finished=None).with_options()
         self.notes.extend(remarks(self._streams, self.data))
@@ -216,9 +216,8 @@ class Calibrator:
     @property
     def _forms(self) -> tuple[Form, ...]:
         """The forms that a budget may choose. Hidden units are kept by fitted factors alone."""
-        if not self.request.all_forms:
-            return PLAIN_FORMS
-        return FORMS if self.request.is_fitted else tuple(form for form in FORMS if form != "units")
+        forms = FORMS if self.request.pivoted else LOW_FORMS
+        return forms if self.request.is_fitted else tuple(form for form in forms if form != "units")
 
     @cached_property
     def _streams(self) -> OnnxStreams:

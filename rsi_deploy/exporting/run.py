@@ -231,7 +231,7 @@ class ExportRun:
             return again(dense.graph(), planned.planner, fitted=planned.fitted, executor=LocalExecutor())
 
         return Calibrator(
-            request=replace(request, all_forms=self.config.precision in (None, "float32")),
+            request=replace(request, pivoted=self.config.precision in (None, "float32")),
             dense=dense,
             planner=request.planner(self.filters, always_split=job.settings.always_split),
             filters=self.filters,

@@ -20,7 +20,7 @@ from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.planning.budget import Budget
-from rsi_deploy.planning.knapsack import Option, SiteOptions, choose, smallest_cost
+from rsi_deploy.planning.knapsack import Option, SiteOptions, choose, smallest_cost, total_cost
 from rsi_deploy.planning.plan_file import Plan, check_plan
 from rsi_deploy.planning.planner import Decision, Filters, Planner, SitePlanner
 
@@ -75,7 +75,7 @@ def decide_by_budget(
     for _ in range(TRIES):
         room = allowed - fixed - offset
         choice = choose(options, cost=budget.cost, limit=max(room, smallest))
-        estimate = fixed + sum(getattr(option, budget.cost) for option in choice.values())
+        estimate = fixed + total_cost(options, choice, cost=budget.cost)
         decisions = decisions_of(choice, splittable, activations)
         cost = estimate if measure is None else measure(decisions)
         if cost <= allowed:

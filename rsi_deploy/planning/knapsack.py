@@ -21,7 +21,7 @@ The changes in 3 depend on the step and not on the limit, so a larger limit neve
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -56,15 +56,17 @@ class Option:
     Attributes:
         form: "dense", or the form of a split: "matmul", "gemm", "channel", "input", "separable", "pivoted", "units".
         rank: rank of the split; None for dense.
-        params: number of parameters of the weight or of both factors. In the form "units" all costs are less what the
-            sites that make the units save, which may be more.
+        params: number of parameters of the weight or of both factors. In the form "units", costs are less what goes
+            with the units besides the sites that make them, which may be more.
         macs: multiply-accumulates per sample.
         bytes: stored bytes.
         loss: loss of the model's outputs, finite and at least 0; 0 for dense.
-        nanoseconds: time of one call by the cost table; 0 without a table.
+        nanoseconds: time of one call by the cost table; 0 without a table. In the form "units" it is less what the
+            sites that make the units save.
         error: response error that the loss was computed from; 0 for dense.
         bits: bits in which each number is stored.
         repair: rank of the repair of a dense weight in few bits; 0 for none.
+        share: share of the hidden units that is kept; 1 in other forms.
     """
 
     form: str
@@ -77,6 +79,7 @@ class Option:
     error: float = 0.0
     bits: int = 32
     repair: int = 0
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.form == "dense") != (self.rank is None) or (self.rank is not None and self.rank < 1):
@@ -100,7 +103,8 @@ class SiteOptions:
         name: name of the site.
         options: its options.
         noise: response error that white noise of variance 1 on its inputs causes; 0 where it is not known.
-        makers: sites that make its hidden units: they are dense if it has the form "units". Each belongs to one site.
+        makers: sites that make its hidden units: they have no split if it has the form "units". Each belongs to one
+            site.
     """
 
     name: str
@@ -117,6 +121,11 @@ class SiteOptions:
 def smallest_cost(sites: Sequence[SiteOptions], *, cost: Cost) -> int:
     """Return the smallest total cost of any choice."""
     return sum(min(point.cost for point in _points(group, cost)) for group in _groups(sites))
+
+
+def total_cost(sites: Sequence[SiteOptions], choice: Mapping[str, Option], *, cost: Cost) -> int:
+    """Return the total cost of a choice, an option for each site by name."""
+    return sum(_cost_of([choice[site.name] for site in group], cost) for group in _groups(sites))
 
 
 def choose(sites: Sequence[SiteOptions], *, cost: Cost, limit: int) -> dict[str, Option]:
@@ -186,8 +195,7 @@ def _groups(sites: Sequence[SiteOptions]) -> list[tuple[SiteOptions, ...]]:
 def _points(group: Sequence[SiteOptions], cost: Cost) -> list[_Point]:
     """Return the joint choices: of several sites, those on the hull of their sum, and all with hidden units."""
     alone = [
-        [_Point(getattr(o, cost), o.loss, (n,)) for n, o in enumerate(site.options) if o.form != "units"]
-        for site in group
+        [_Point(getattr(o, cost), o.loss, (n,)) for n, o in enumerate(s.options) if o.form != "units"] for s in group
     ]
     if len(group) == 1:
         return alone[0]
@@ -199,11 +207,23 @@ def _points(group: Sequence[SiteOptions], cost: Cost) -> list[_Point]:
         at[which] += 1
         points.append(_joined(hulls, at))
     reader, *makers = group
-    fixed = sum(getattr(maker.options[0], cost) for maker in makers)
-    zeros = (0,) * len(makers)
-    units = [(n, o) for n, o in enumerate(reader.options) if o.form == "units"]
-    dense = _Point(getattr(reader.options[0], cost) + fixed, 0.0, (0, *zeros))
-    return [dense, *points, *(_Point(getattr(o, cost) + fixed, o.loss, (n, *zeros)) for n, o in units)]
+    allowed = [[n for n, o in enumerate(reader.options) if o.form == "units"]]
+    for maker, known in zip(makers, alone[1:], strict=True):
+        dense = [point for point in known if maker.options[point.picks[0]].form == "dense"]
+        allowed.append([n for (n,) in _Frontier.of(dense).picks])
+    for picks in [(0,) * len(group), *itertools.product(*allowed)]:
+        options = [site.options[n] for site, n in zip(group, picks, strict=True)]
+        points.append(_Point(_cost_of(options, cost), sum(option.loss for option in options), picks))
+    return points
+
+
+def _cost_of(options: Sequence[Option], cost: Cost) -> int:
+    """Return the cost of the options of a group; those behind the first make its hidden units."""
+    reader, *makers = options
+    total = sum(getattr(option, cost) for option in makers)
+    if cost != "nanoseconds" and reader.share < 1:
+        total = round(reader.share * total)
+    return int(getattr(reader, cost) + total)
 
 
 def _joined(frontiers: "Sequence[_Frontier]", places: Sequence[int]) -> _Point:

@@ -50,8 +50,8 @@ class RankRequest:
         min_rank: smallest rank under a budget.
         rank_multiple: number that every rank under a budget is a multiple of.
         allow_shared_data: whether calibration samples may be evaluation samples too.
-        all_forms: whether a budget may choose the pivoted form and hidden units. In eight bits and fewer the pivoted
-            form loses more than it saves, because its second node multiplies what the first one has rounded.
+        pivoted: whether a budget may choose the pivoted form. In eight bits and fewer it loses more than it saves,
+            because its second node multiplies what the first one has rounded.
 
     Raises:
         UsageError: says what to type.
@@ -74,7 +74,7 @@ class RankRequest:
     min_rank: int = 1
     rank_multiple: int = 1
     allow_shared_data: bool = False
-    all_forms: bool = True
+    pivoted: bool = True
 
     def __post_init__(self) -> None:
         rules = self._rules

@@ -54,7 +54,9 @@ from rsi_deploy.planning.losses import PowerLaw, filled
 from rsi_deploy.planning.rank_grid import rank_grid
 
 PLAIN_FORMS: tuple[Form, ...] = ("matmul", "gemm", "channel", "input", "separable")
-FORMS: tuple[Form, ...] = (*PLAIN_FORMS, "pivoted", "units")
+LOW_FORMS: tuple[Form, ...] = (*PLAIN_FORMS, "units")
+"""Forms of weights in few bits: a pivoted split multiplies what was rounded once more."""
+FORMS: tuple[Form, ...] = (*LOW_FORMS, "pivoted")
 LEVELS = (0.05, 0.3)
 """Response errors at which the distance of the outputs is measured."""
 GRID_POINTS = 8
@@ -318,19 +320,19 @@ class Calibration:
                 size += repair_bytes(repair, rows, site.in_features) if repair else 0
                 changed.append(replace(dense, bits=bits, repair=repair, bytes=size, loss=loss(error), error=error))
             for (form, rank), error in errors.items():
-                if form == "units" and bits < 32:
-                    continue
                 # The corrected bias counts in full, because some dense sites have no bias.
                 numbers = site.split_params(form, rank) + rows
                 size = numbers * site.item_bytes
                 if bits < 32:
-                    size = stored_bytes(numbers - rows, rows + site.groups * rank, bits, is_product=is_product)
+                    scales = rows + (0 if form == "units" else site.groups * rank)
+                    size = stored_bytes(numbers - rows, scales, bits, is_product=is_product)
                     size += rows * site.item_bytes
                 if form == "pivoted":
                     size += NODE_BYTES + PIVOT_BYTES * rows
                     if size + NODE_BYTES >= dense.bytes:
                         continue
-                total = error + 2 * rounding  # of both factors: in the median of sites 1.2 to 2.2 times
+                # Of both factors: in the median of sites 1.2 to 2.2 times.
+                total = error + (1 if form == "units" else 2) * rounding
                 changed.append(
                     Option(
                         form=form,
@@ -341,6 +343,7 @@ class Calibration:
                         loss=loss(total),
                         error=total,
                         bits=bits,
+                        share=rank / (site.units.count * site.units.run) if form == "units" and site.units else 1.0,
                     )
                 )
         noise = noise_response_error(site.load(), moments, sensitivity)

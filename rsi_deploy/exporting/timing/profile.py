@@ -9,7 +9,7 @@ import datetime
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -251,7 +251,7 @@ class Costing:
             elif isinstance(piece, str):
                 untimed[name] = piece
             else:
-                found[name] = piece if self.scheme is FLOAT32 else replace(piece, lower=self._lowered, group=None)
+                found[name] = piece if self.scheme is FLOAT32 else piece.lowered(self._lowered)
         return found, untimed
 
     def _lowered(self, model: bytes, feeds: Feeds) -> bytes:
