@@ -129,7 +129,7 @@ def _piece(model: ir.Model, site: gp.Site, node: ir.Node, inputs: Inputs, macs: 
                 continue
             makers = _constant(value)
             if makers is None:
-                feeds[value.name or ""] = (_DTYPES.get(kind, kind), shape)
+                feeds[value.name or ""] = (_dtype(value, kind), shape)
             else:
                 chain += [maker for maker in makers if maker not in chain]
         chain.append(member)
@@ -142,6 +142,13 @@ def _piece(model: ir.Model, site: gp.Site, node: ir.Node, inputs: Inputs, macs: 
         ir_version=model.ir_version,
         signature=_signature(site, chain, feeds),
     )
+
+
+def _dtype(value: ir.Value, kind: str) -> str:
+    """Return the model's dtype of a value. `kind` is what ran: a CPU computes float16 convolutions in float32."""
+    if value.dtype is not None and value.dtype.is_floating_point():
+        return value.dtype.numpy().name
+    return _DTYPES.get(kind, kind)
 
 
 def _followers(node: ir.Node, inputs: Inputs) -> Iterator[ir.Node]:
