@@ -114,7 +114,7 @@ def steps_of(provider: str, nets: Sequence[str]) -> Iterator[Step]:
     ):
         for net in nets if is_cuda or own == provider else ():
             arguments = ("--nets", net, "--provider", own, "--precision", precision, "--tenths", "7", "--threads", "2")
-            arguments += ("--seconds", "1", "--table", "6", "--dense", DENSE)
+            arguments += ("--seconds", "1", "--table", "12", "--dense", DENSE)
             yield Step(
                 name=f"never_slower {net} {what}", arguments=("bench.never_slower", *arguments, *RESULT), limit=60
             )

@@ -10,7 +10,9 @@ numpy, onnx and onnx_ir only. Nothing here computes a factor.
 from graph_passes.collector import paused_collector
 from graph_passes.fold_batch_norm import Fold, FoldBatchNormPass, FoldResult
 from graph_passes.fold_permutations import FoldPermutationsPass, FoldPermutationsResult
+from graph_passes.fold_splits import fold_splits
 from graph_passes.forms import Form
+from graph_passes.hidden_units import FoldUnitsPass, FoldUnitsResult
 from graph_passes.mac_counts import count_macs, why_not_counted
 from graph_passes.macs.executed_node import ExecutedNode, Macs, NotCounted
 from graph_passes.operators import PASSES, find_pass, multiplies_by_weights
@@ -25,6 +27,7 @@ from graph_passes.records import (
     Split,
     SplitFactors,
     SplitResult,
+    Units,
     drawn_factors,
     in_memory,
 )
@@ -44,6 +47,8 @@ __all__ = [
     "FoldPermutationsPass",
     "FoldPermutationsResult",
     "FoldResult",
+    "FoldUnitsPass",
+    "FoldUnitsResult",
     "Form",
     "Keep",
     "Macs",
@@ -57,12 +62,14 @@ __all__ = [
     "SplitPass",
     "SplitResult",
     "Splitter",
+    "Units",
     "Window",
     "count_macs",
     "count_parameters",
     "drawn_factors",
     "find_pass",
     "find_sites",
+    "fold_splits",
     "in_memory",
     "joint_groups",
     "multiplies_by_weights",

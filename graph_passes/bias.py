@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from graph_passes.cleanup import other_consumers, remove_unused
 from graph_passes.constants import is_zeros
+from graph_passes.marks import MARK
 from graph_passes.parts import Parts
-from graph_passes.survey import MARK
 from graph_passes.weights import Weight, resolve
 
 

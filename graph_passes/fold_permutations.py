@@ -22,12 +22,12 @@ import onnx_ir as ir
 
 from graph_passes.axis_rules.values import MOST_NUMBERS, BatchPlace, MixesError, NodeCall, Value
 from graph_passes.cleanup import other_consumers, remove_unused
-from graph_passes.constants import OVERRIDABLE_IR_VERSION, stored_array, stored_tensor
+from graph_passes.constants import OVERRIDABLE_IR_VERSION, stored_array
+from graph_passes.marks import MARK, PERMUTATION
 from graph_passes.names import name_of
 from graph_passes.permutation_rules import POSITIONS, Effect, effect_of, shapes_of
 from graph_passes.records import Array, Skip
-from graph_passes.survey import MARK, PERMUTATION
-from graph_passes.weights import Weight, resolve
+from graph_passes.weights import Weight, constant_of
 
 Replace: TypeAlias = Callable[[ir.TensorProtocol, Callable[[], Array]], ir.TensorProtocol]
 """(tensor, function that computes the new array of its shape and dtype) -> the tensor that takes its place."""
@@ -267,7 +267,7 @@ class _Fold:
 
     def _declared(self, value: ir.Value) -> Value:
         """Return what the model says of a value."""
-        if (weight := _weight(value)) is not None:
+        if (weight := constant_of(value)) is not None:
             data = stored_array(value) if weight.tensor.size <= MOST_NUMBERS else None
             return Value(kind=int(weight.dtype), shapes=(weight.shape,), data=None if data is None else (data,))
         kind = int(value.dtype or ir.DataType.FLOAT)
@@ -299,7 +299,7 @@ class _Fold:
             MixesError: It is not a constant, or a caller may feed another one.
         """
         value = node.inputs[index]
-        weight = None if value is None else _weight(value)
+        weight = None if value is None else constant_of(value)
         if value is None or weight is None:
             name = "" if value is None else value.name
             raise MixesError(f"{node.op_type} {name_of(node)!r} needs {name!r} in the order of the Gather")
@@ -315,14 +315,6 @@ class _Fold:
 
 def _is_permutation(node: ir.Node) -> bool:
     return node.op_type == "Gather" and node.domain == "" and node.metadata_props.get(MARK) == PERMUTATION
-
-
-def _weight(value: ir.Value) -> Weight | None:
-    """Return the constant behind an operand, of any dtype where no layout operator stands between; None without one."""
-    weight, tensor = resolve(value), stored_tensor(value)
-    if isinstance(weight, Weight) or tensor is None:
-        return weight if isinstance(weight, Weight) else None
-    return Weight(root=value, tensor=tensor, shape=tuple(tensor.shape.numpy()), dtype=tensor.dtype)
 
 
 def _set_constant(weight: Weight, tensor: ir.TensorProtocol) -> None:

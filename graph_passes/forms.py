@@ -9,6 +9,9 @@
 
 "pivoted" is the usual form of a product or of a Conv ("channel") in fewer numbers: the first node computes `rank` of
 the outputs themselves, the pivots, and the second one the others from them (`graph_passes.pivoted`).
+
+"units" keeps `rank` of the inputs that other nodes make, and removes the others (`graph_passes.hidden_units`). Its
+matrix is that of "input"; the first node selects inputs, and goes.
 """
 
 import math
@@ -18,7 +21,7 @@ from typing import Any, Literal, TypeAlias
 import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
-Form: TypeAlias = Literal["matmul", "gemm", "channel", "input", "separable", "pivoted"]
+Form: TypeAlias = Literal["matmul", "gemm", "channel", "input", "separable", "pivoted", "units"]
 
 LEAST_SAVING = 0.1
 """Smallest share of the numbers that a pivoted split is to save."""
@@ -37,13 +40,13 @@ def conv_forms(kernel: Sequence[int]) -> tuple[Form, ...]:
 
 
 def split_numbers(form: str, rows: int, columns: int, rank: int) -> int:
-    """Return how many numbers the two factors of one group hold.
+    """Return how many numbers the two factors of one group hold; without the selection of units, which goes.
 
     Examples:
         >>> split_numbers("gemm", 8, 6, 4), split_numbers("pivoted", 8, 6, 4)
         (56, 40)
     """
-    return rank * (rows + columns - (rank if form == "pivoted" else 0))
+    return rank * rows if form == "units" else rank * (rows + columns - (rank if form == "pivoted" else 0))
 
 
 def break_even_rank(form: str, rows: int, columns: int) -> float:
@@ -53,6 +56,8 @@ def break_even_rank(form: str, rows: int, columns: int) -> float:
         >>> break_even_rank("gemm", 8, 8), break_even_rank("pivoted", 8, 6)
         (4.0, 6.0)
     """
+    if form == "units":
+        return float(columns)
     return float(min(rows, columns)) if form == "pivoted" else rows * columns / (rows + columns)
 
 
@@ -72,13 +77,15 @@ def rank_limit(form: str, rows: int, columns: int) -> float:
 
 
 def largest_rank(form: str, rows: int, columns: int) -> int:
-    """Return the largest rank of a split; the second node of a pivoted one computes at least one output."""
+    """Return the largest rank of a split. The second node of a pivoted one computes at least one output."""
+    if form == "units":
+        return columns
     return min(rows - 1, columns) if form == "pivoted" else min(rows, columns)
 
 
 def first_axes(form: Form, axes: int) -> range:
     """Return the spatial axes of a Conv that belong to the first node; the others belong to the second."""
-    return range({"input": 0, "separable": 1}.get(form, axes))
+    return range({"input": 0, "units": 0, "separable": 1}.get(form, axes))
 
 
 def unfolded_shape(out_channels: int, in_channels: int, kernel: Sequence[int], form: Form) -> tuple[int, int]:

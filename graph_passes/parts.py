@@ -14,9 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.constants import OVERRIDABLE_IR_VERSION, add_constant
+from graph_passes.marks import MARK
 from graph_passes.names import Names, name_of, stem
 from graph_passes.records import Array, Form, Keep, SplitFactors
-from graph_passes.survey import MARK, Found, WeightKey
+from graph_passes.survey import Found, WeightKey
 from graph_passes.weights import Weight
 
 Side: TypeAlias = Literal["left", "right"]

@@ -19,13 +19,10 @@ import onnx_ir as ir
 from graph_passes.bias import is_absent
 from graph_passes.cleanup import remove_unused
 from graph_passes.constants import is_zeros
+from graph_passes.marks import CONCAT, MARK, PERMUTATION
 from graph_passes.parts import Parts, resized
 from graph_passes.records import Array
-from graph_passes.survey import MARK, PERMUTATION
 from graph_passes.weights import NoWeight, Weight, resolve
-
-CONCAT = "concat"
-"""Mark of the node that joins the outputs."""
 
 
 def has_constant_bias(node: ir.Node, size: int) -> bool:

@@ -31,6 +31,27 @@ _FLOAT_DTYPES = tuple(np.dtype(t) for t in (np.float16, np.float32, np.float64, 
 
 
 @dataclass(frozen=True, kw_only=True)
+class Units:
+    """The hidden units that a node reads: `graph_passes.hidden_units`.
+
+    Attributes:
+        count: Number of units.
+        run: Columns of the node's weight for each unit, in the form "units".
+        makers: Names of the weights of the products that make them.
+        nodes: Names of the nodes that work on each of them: the products, then depthwise Convs.
+        numbers: How many numbers all nodes up to this one hold for each unit.
+        beside: The same without the weights of the products.
+    """
+
+    count: int
+    run: int
+    makers: tuple[str, ...]
+    nodes: tuple[str, ...]
+    numbers: int
+    beside: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site:
     """One node that could be split.
 
@@ -54,6 +75,7 @@ class Site:
         linear: Whether the output is the response plus a bias, with no activation or attention behind.
         window: How a convolution moves over the data; None for products.
         both_ways: Whether other nodes use the weight transposed.
+        units: The hidden units that it reads; needed by the form "units".
     """
 
     node: str
@@ -73,6 +95,7 @@ class Site:
     linear: bool = True
     window: Window | None = None
     both_ways: bool = False
+    units: Units | None = None
 
     def load(self, form: AnyForm = "first") -> Array:
         """Return the weight, `(groups, *shape(form))` in its stored dtype.
@@ -211,6 +234,8 @@ def drawn_factors(site: Site, form: Form, rank: int, draw: Callable[[tuple[int, 
     rows, columns = site.shape(form)
     left, right = draw((site.groups, rows, rank)), draw((site.groups, rank, columns))
     pivots = None
+    if form == "units":
+        right[:] = np.eye(rank, columns)
     if form == "pivoted":  # the last rows: pivots in a run, which is what most exports have, need no Gather
         pivots = np.arange(rows - rank, rows)[None].repeat(site.groups, axis=0)
         left[:, rows - rank :] = np.eye(rank)
@@ -241,7 +266,7 @@ class Split:
         groups: Number of matrices in the weight.
         rank: Inner dimension (per group).
         form: "matmul" (Attention too), "gemm", "channel", "input" or "separable" (Conv), "input" (ConvTranspose), or
-            "pivoted" (MatMul, Gemm, Conv).
+            "pivoted" or "units" (MatMul, Gemm, Conv).
         first_node: Name of the new node that multiplies by `right`.
         second_node: Name of the new node that multiplies by `left`.
         joint: Names of all weights that share `right` and the first node in a joint split; else empty.

@@ -14,9 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.constants import stored_array, stored_tensor
+from graph_passes.marks import CONCAT, MARK, UNITS
 from graph_passes.operators import find_pass
-from graph_passes.pivoted import CONCAT
-from graph_passes.survey import MARK
 from graph_passes.weights import Weight, resolve
 
 QUANTIZED_NAME = "_quant"
@@ -36,27 +35,33 @@ class FoundSplit:
         form: Form of the split; "matmul" for an integer product, which may come from a Gemm.
         size: How many numbers `right` holds; 0 where its shape cannot be read.
         second_points: Points of the kernel that are in the second node; 1 for a product.
+        kept: Inputs that a split in the form "units" keeps; 0 for other forms.
     """
 
     first: ir.Node
     form: str
     size: int
     second_points: int
+    kept: int = 0
 
     def rank(self, groups: int, in_features: int) -> float:
         """Return the rank: `right` holds `groups * rank * in_features` numbers."""
-        return self.size * self.second_points / (groups * in_features)
+        return self.kept or self.size * self.second_points / (groups * in_features)
 
 
 def found_splits(model: ir.Model) -> dict[str, FoundSplit]:
     """Return the split of every dense node that was split, by the node's name."""
     found = {}
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.metadata_props.get(MARK) == "left":
-            first = _first_of(node)
-            if first is not None:
-                name = (node.name or "").removesuffix(QUANTIZED_NAME)
-                found[name.removesuffix("/left")] = _read(first, node)
+        mark = node.metadata_props.get(MARK)
+        if mark == UNITS:
+            split: FoundSplit | None = _read_units(node)
+        else:
+            first = _first_of(node) if mark == "left" else None
+            split = None if first is None else _read(first, node)
+        if split is not None:
+            name = (node.name or "").removesuffix(QUANTIZED_NAME)
+            found[name.removesuffix("/left")] = split
     return found
 
 
@@ -83,6 +88,13 @@ def _read(first: ir.Node, second: ir.Node) -> FoundSplit:
     form, points = ("matmul", 1) if splitter is None else splitter.read_form(right, left)
     form = "pivoted" if _is_pivoted(second) else form
     return FoundSplit(first=first, form=form, size=math.prod(right) if right else 0, second_points=points)
+
+
+def _read_units(node: ir.Node) -> FoundSplit:
+    """Read a split in the form "units", which has one node."""
+    left = _factor_shape(node)
+    columns = left[1 if "Conv" in node.op_type else 0] if len(left) > 1 else 0
+    return FoundSplit(first=node, form="units", size=math.prod(left), second_points=1, kept=columns)
 
 
 def _is_pivoted(second: ir.Node) -> bool:

@@ -23,6 +23,7 @@ from graph_passes.bias import add_to_input
 from graph_passes.cleanup import freeze_shapes, remove_unused
 from graph_passes.joint import cut, joint_members, joint_site
 from graph_passes.macs.executed_node import ExecutedNode, Macs
+from graph_passes.marks import MARK, SELECTION, UNITS
 from graph_passes.names import name_of
 from graph_passes.parts import Parts, Store
 from graph_passes.pivoted import rewrite_pivoted
@@ -40,7 +41,7 @@ from graph_passes.records import (
     in_memory,
 )
 from graph_passes.response import Contraction, RowOrder
-from graph_passes.survey import MARK, Found, Unsplit, WeightKey, skipped, survey
+from graph_passes.survey import Found, Unsplit, WeightKey, skipped, survey
 from graph_passes.weights import NoWeight, Weight
 from graph_passes.window import Window
 
@@ -335,7 +336,9 @@ def _split(
         if factors.bias is not None and not isinstance(bias_shape, NoWeight):
             splitter.add_bias(parts, bias_shape)
     second.name = store.names.fresh_node(f"{site.node}/left")
-    second.metadata_props[MARK] = "left"
+    second.metadata_props[MARK] = UNITS if form == "units" else "left"
+    if form == "units":
+        first.metadata_props[MARK] = SELECTION
     remove_unused(dense, overridable=True)  # overridable weights are split only on the user's request
     rows, columns = site.shape(form)
     return Split(

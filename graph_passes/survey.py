@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import onnx_ir as ir
 
+from graph_passes.cleanup import other_consumers
 from graph_passes.constants import (
     INTEGER_CONSTANT_OPSET,
     OVERRIDABLE_IR_VERSION,
@@ -22,6 +23,8 @@ from graph_passes.constants import (
     constant_arguments,
     layout_chain,
 )
+from graph_passes.hidden_units import READERS, NoUnitsError, hidden_units
+from graph_passes.marks import MARK
 from graph_passes.names import name_of
 from graph_passes.records import Site, Skip
 from graph_passes.sharing import low_rank_pairs, shared_with_others, used_in_other_ways
@@ -30,9 +33,6 @@ from graph_passes.weights import NoWeight, Weight, refuse_computed, resolve
 if TYPE_CHECKING:
     from graph_passes.split_pass import SplitPass
 
-MARK = "rsi_deploy.split"
-PERMUTATION = "permutation"
-"""The mark of a Gather that restores the order of channels behind a pivoted split."""
 OLDEST_OPSET = 6
 PIVOTED_OPSET = 11
 """Before, Concat and Gather did not count axes from the end."""
@@ -122,9 +122,11 @@ def survey(
         }
     )
     turned = {(entry.weight.root, entry.is_turned) for entry in found.values()}
-    judged = (_judged(entry, reasons, turned) for entry in entries)
+    judged = [_judged(entry, reasons, turned) for entry in entries]
+    if opset < PIVOTED_OPSET:
+        return judged
     return [
-        _with_pivoted_form(entry) if opset >= PIVOTED_OPSET and isinstance(entry, Found) else entry for entry in judged
+        _with_units(_with_pivoted_form(entry), overridable) if isinstance(entry, Found) else entry for entry in judged
     ]
 
 
@@ -152,6 +154,22 @@ def _with_pivoted_form(found: Found) -> Found:
     if not takes or not found.splitter.can_pivot(found.node, found.operand, found.weight):
         return found
     return replace(found, site=replace(site, forms=(*site.forms, "pivoted")))
+
+
+def _with_units(found: Found, overridable: bool) -> Found:
+    """Add the form "units" where the node reads hidden units."""
+    site, splitter = found.site, found.splitter
+    is_plain = site.plain and site.linear and site.groups == 1 and splitter.domain == "" and found.operand == 1
+    if not is_plain or site.nested or site.both_ways or splitter.op_type not in READERS:
+        return found
+    if [use for use in other_consumers(found.weight.root) if use[0] is not found.node]:
+        return found
+    columns = site.in_features // (1 if site.window is None else math.prod(site.window.kernel))
+    try:
+        units = hidden_units(found.node, columns, overridable=overridable)
+    except NoUnitsError:
+        return found
+    return replace(found, site=replace(site, forms=(*site.forms, "units"), units=units.facts()))
 
 
 def _in_scope(

@@ -155,6 +155,16 @@ def resolve(value: ir.Value | None) -> Weight | NoWeight | None:
     return weight
 
 
+def constant_of(value: ir.Value | None) -> Weight | None:
+    """Return the constant behind an operand, of any dtype where no layout operator stands between; None without one."""
+    if value is None:
+        return None
+    weight, tensor = resolve(value), stored_tensor(value)
+    if isinstance(weight, Weight) or tensor is None:
+        return weight if isinstance(weight, Weight) else None
+    return Weight(root=value, tensor=tensor, shape=tuple(tensor.shape.numpy()), dtype=tensor.dtype)
+
+
 def refuse_computed(value: ir.Value) -> NoWeight:
     """Return the refusal of an operand that is computed from constants but not stored."""
     root, _ = layout_chain(value)

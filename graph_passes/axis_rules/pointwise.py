@@ -27,13 +27,19 @@ def elementwise(call: NodeCall, operands: list[int]) -> Moves:
     )
 
 
-@rule(
+_ONNX = (
     "Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast Ceil Celu "
     "Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish Identity IsInf IsNaN "
     "LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu Shrink "
     "Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Where Xor"
 )
-@rule("BiasGelu BiasAdd FastGelu Gelu QuickGelu", MICROSOFT)
+_OTHERS = "BiasGelu BiasAdd FastGelu Gelu QuickGelu"
+ELEMENTWISE = frozenset({*(("", name) for name in _ONNX.split()), *((MICROSOFT, name) for name in _OTHERS.split())})
+"""(domain, operator) of the operators whose operands broadcast against each other."""
+
+
+@rule(_ONNX)
+@rule(_OTHERS, MICROSOFT)
 def _elementwise(call: NodeCall) -> Moves:
     if call.attribute("broadcast", 0):
         raise call.mixes("broadcasts as before opset 7, which is not followed")

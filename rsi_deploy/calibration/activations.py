@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from graph_passes.forms import Form, split_numbers
+from graph_passes.records import Units
 from rsi_deploy.calibration.moments import Moments, Samples
 from rsi_deploy.core.sites import Spectrum
 
@@ -37,6 +38,8 @@ class CalibratedSite:
         macs: multiply-accumulates of the dense operation per sample; 0 if unknown.
         item_bytes: bytes of one stored number.
         load: function that reads the weight `(groups, out, in)` in any floating dtype.
+        units: hidden units that it reads, with the names of the sites that make them; None without any.
+        unit_macs: multiply-accumulates per sample of the nodes between those sites and this one.
     """
 
     name: str
@@ -50,6 +53,8 @@ class CalibratedSite:
     macs: int = 0
     item_bytes: int = 4
     load: Callable[[], Tensor]
+    units: Units | None = None
+    unit_macs: int = 0
 
     def shape(self, form: Form) -> tuple[int, int]:
         """Return the rows of `left` and the columns of `right` in this form, per group."""
@@ -58,21 +63,27 @@ class CalibratedSite:
 
     def first_axes(self, form: Form) -> int:
         """Return the number of kernel axes that belong to the first node."""
-        return {"input": 0, "separable": 1}.get(form, len(self.kernel))
+        return {"input": 0, "units": 0, "separable": 1}.get(form, len(self.kernel))
 
     def split_params(self, form: Form, rank: int) -> int:
-        """Return the number of parameters in the two factors."""
-        return self.groups * split_numbers(form, *self.shape(form), rank)
+        """Return the number of parameters in the two factors, less those between that go with hidden units."""
+        numbers = self.groups * split_numbers(form, *self.shape(form), rank)
+        return numbers - self._units_gone(form, rank) * (self.units.beside if self.units else 0)
 
     def split_macs(self, form: Form, rank: int) -> int:
-        """Return the multiply-accumulates of the two nodes per sample.
+        """Return the multiply-accumulates of the two nodes per sample, less those between that go with hidden units.
 
         The second node strides along its own kernel axes, so the first node computes every position along them.
         """
         rows, columns = self.shape(form)
         denser = math.prod(self.strides[self.first_axes(form) :])
         numbers = split_numbers(form, rows, columns * denser, rank)
-        return round(self.macs * numbers / (self.out_features * self.in_features))
+        macs = round(self.macs * numbers / (self.out_features * self.in_features))
+        gone = self._units_gone(form, rank)
+        return macs - (round(self.unit_macs * gone / self.units.count) if self.units and gone else 0)
+
+    def _units_gone(self, form: Form, rank: int) -> int:
+        return self.units.count - rank // self.units.run if form == "units" and self.units else 0
 
 
 class Replacement(NamedTuple):

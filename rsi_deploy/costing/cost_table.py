@@ -81,18 +81,21 @@ class SplitTime(BaseModel, frozen=True, extra="forbid"):
     Attributes:
         form: form of the split.
         rank: rank of the split.
-        nanoseconds: median time of a call.
-        speedup_interval: 99 % interval of the dense time over this time.
+        nanoseconds: median time of a call; of the form "units" less what the nodes that make the units save, which
+            may be more.
+        speedup_interval: 99 % interval of the dense time over this time; of the form "units" with those nodes.
     """
 
     form: str
     rank: PositiveInt
-    nanoseconds: PositiveInt
+    nanoseconds: int
     speedup_interval: Interval
 
     @model_validator(mode="after")
-    def _ends_in_order(self) -> Self:
+    def _are_times(self) -> Self:
         low, high = self.speedup_interval
+        if self.nanoseconds < 1 and self.form != "units":
+            raise ValueError(f"nanoseconds must be above 0, but are {self.nanoseconds}")
         if not 0 < low <= high:
             raise ValueError(f"speedup_interval must be two numbers above 0 in order, but is {low:g}, {high:g}")
         return self
@@ -133,6 +136,23 @@ class SiteCost(BaseModel, frozen=True, extra="forbid"):
             if ranks != sorted(set(ranks)):
                 raise ValueError(f"the ranks of form {form} must rise, but are {ranks[:20]}")
         return self
+
+    def with_units(self, group: "SiteCost", signature: str) -> "SiteCost":
+        """Return these times with those of the form "units", of the site together with the nodes that make its units.
+
+        Args:
+            group: times of all these nodes.
+            signature: signature of the site and of the group.
+        """
+        made = [
+            s.model_copy(update={"nanoseconds": self.dense_nanoseconds - group.dense_nanoseconds + s.nanoseconds})
+            for s in group.splits
+        ]
+        blocks = min(self.blocks, group.blocks) if self.splits else group.blocks
+        widths = [cost.half_width for cost in (self, group)]
+        width = None if None in widths else max(w for w in widths if w is not None)
+        update = {"signature": signature, "blocks": blocks, "half_width": width, "splits": (*self.splits, *made)}
+        return self.model_copy(update=update)
 
     def nanoseconds(self, form: str, rank: int) -> int | None:
         """Return the time of a split, measured or interpolated; None outside the timed ranks of its form."""

@@ -11,7 +11,7 @@ the processor's cache. Sites with the same small model have the same `signature`
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 import graph_passes as gp
+from graph_passes.forms import split_numbers
+from graph_passes.hidden_units import hidden_units
 from rsi_deploy.core.types import Feeds
 
 Array = npt.NDArray[Any]
@@ -53,6 +55,8 @@ class Piece:
         signature: text that is equal for sites with the same small model.
         lower: function of a small model and its inputs that returns the model to time in low precision; None to time
             it as it is.
+        makes_units: whether the nodes that make the site's hidden units are among the nodes.
+        group: the piece with those nodes, for the form "units"; None for a site without hidden units.
     """
 
     site: gp.Site
@@ -63,11 +67,35 @@ class Piece:
     ir_version: int
     signature: str
     lower: Lower | None = None
+    makes_units: bool = False
+    group: "Piece | None" = None
+
+    @property
+    def key(self) -> str:
+        """The signature, with that of the group."""
+        return self.signature if self.group is None else f"{self.signature} | {self.group.signature}"
+
+    def lowered(self, lower: Lower) -> "Piece":
+        """Return the piece, to be timed in low precision."""
+        return replace(self, lower=lower, group=None if self.group is None else self.group.lowered(lower))
+
+    @property
+    def forms(self) -> tuple[gp.Form, ...]:
+        """The forms that are timed with these nodes."""
+        return ("units",) if self.makes_units else tuple(form for form in self.site.forms if form != "units")
 
     @property
     def numbers(self) -> int:
-        """The number of parameters of the weight."""
-        return self.site.groups * self.site.out_features * self.site.in_features
+        """The number of parameters of the weight, and of the nodes that make its units."""
+        units = self.site.units if self.makes_units else None
+        makers = 0 if units is None else units.count * units.numbers
+        return _size(self.site) + makers
+
+    def numbers_of(self, form: gp.Form, rank: int) -> int:
+        """Return how many parameters are left in a form."""
+        units = self.site.units if self.makes_units else None
+        makers = 0 if units is None else rank // units.run * units.numbers
+        return self.site.groups * split_numbers(form, *self.site.shape(form), rank) + makers
 
     @property
     def copies(self) -> int:
@@ -83,9 +111,11 @@ class Piece:
 
     def model(self, form: gp.Form | None = None, rank: int = 0) -> bytes:
         """Return the serialized small model, dense or split in a form at a rank."""
-        made = _copied(self, 0 if form is None else self.numbers)
+        made = _copied(self, 0 if form is None else _size(self.site))
         if form is not None:
             records = gp.split(made, lambda site: _factors(site, form, rank))
+            if form == "units":
+                gp.fold_splits(made)
             if sum(isinstance(record, gp.Split) for record in records) < self.copies:
                 raise ValueError(f"site {self.site.weight}: form {form} at rank {rank} does not split its small model")
         proto = ir.to_proto(made)
@@ -116,9 +146,22 @@ def pieces(model: ir.Model, inputs: Inputs, macs: Mapping[str, int]) -> Iterator
 
 
 def _piece(model: ir.Model, site: gp.Site, node: ir.Node, inputs: Inputs, macs: int) -> Piece | str:
+    own = _cut_out(model, site, [node, *_followers(node, inputs)], inputs, macs)
+    if site.units is None or isinstance(own, str):
+        return own
+    columns = site.in_features // (1 if site.window is None else math.prod(site.window.kernel))
+    between = {value.producer() for value in hidden_units(node, columns, overridable=True).values}
+    members = [*(other for other in model.graph if other in between), *own.nodes[own.nodes.index(node) :]]
+    if any((other.name or other.outputs[0].name) not in inputs for other in members):
+        return own
+    group = _cut_out(model, site, members, inputs, macs)
+    return own if isinstance(group, str) else replace(own, group=replace(group, makes_units=True))
+
+
+def _cut_out(model: ir.Model, site: gp.Site, members: Sequence[ir.Node], inputs: Inputs, macs: int) -> Piece | str:
     chain: list[ir.Node] = []
     feeds: dict[str, tuple[str, Shape]] = {}
-    for member in [node, *_followers(node, inputs)]:
+    for member in members:
         present = [value for value in member.inputs if value is not None]
         typed = inputs[member.name or member.outputs[0].name or ""]
         if len(typed) != len(present):
@@ -147,7 +190,7 @@ def _piece(model: ir.Model, site: gp.Site, node: ir.Node, inputs: Inputs, macs: 
 def _dtype(value: ir.Value, kind: str) -> str:
     """Return the model's dtype of a value. `kind` is what ran: a CPU computes float16 convolutions in float32."""
     if value.dtype is not None and value.dtype.is_floating_point():
-        return value.dtype.numpy().name
+        return _dtype_name(value.dtype)
     return _DTYPES.get(kind, kind)
 
 
@@ -247,7 +290,7 @@ def _copied(piece: Piece, zero_size: int) -> ir.Model:
                 node.op_type,
                 [None if v is None else entries.get(v.name or "") or known[v] for v in node.inputs],
                 list(node.attributes.values()),
-                outputs=[ir.Value(name=f"{v.name}.{number}") for v in node.outputs],
+                outputs=[ir.Value(name=f"{v.name}.{number}", shape=_copy(v.shape)) for v in node.outputs],
                 name=f"{node.name or node.outputs[0].name}.{number}",
             )
             nodes.append(made)
@@ -282,8 +325,18 @@ def _weight(value: ir.Value, number: int, rng: np.random.Generator, zero_size: i
     return ir.Value(name=name, type=ir.TensorType(stored.dtype), shape=ir.Shape(shape), const_value=tensor)
 
 
-def _factors(site: gp.Site, form: gp.Form, rank: int) -> gp.SplitFactors:
-    """Return random factors, with a change of the bias as fitted ones have."""
+def _copy(shape: ir.Shape | None) -> ir.Shape | None:
+    return None if shape is None else shape.copy()
+
+
+def _size(site: gp.Site) -> int:
+    return site.groups * site.out_features * site.in_features
+
+
+def _factors(site: gp.Site, form: gp.Form, rank: int) -> gp.SplitFactors | gp.Dense:
+    """Return random factors, with a change of the bias as fitted ones have; other sites, which make units, stay."""
+    if form == "units" and site.units is None:
+        return gp.Dense(reason="it makes units")
     rng = np.random.default_rng(1)
     return gp.drawn_factors(site, form, rank, lambda shape: _drawn(rng, shape, site.dtype))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 import graph_passes as gp
-from graph_passes.forms import rank_limit, split_numbers
+from graph_passes.forms import rank_limit
 from rsi_deploy.benchmark.blocks import Cell, run_cells
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, compare
 from rsi_deploy.benchmark.timing import time_calls
@@ -82,9 +82,7 @@ class TimedShape:
 
     def share_of(self, splits: Splits) -> float:
         """Return the parameters of all these splits over those of the weight."""
-        site = self.piece.site
-        numbers = sum(split_numbers(form, *site.shape(form), rank) for form, rank in splits)
-        return site.groups * numbers / self.piece.numbers
+        return sum(self.piece.numbers_of(form, rank) for form, rank in splits) / self.piece.numbers
 
     def affordable(self, seconds: float, call_ms: float, making: float) -> "TimedShape":
         """Return the shape with the finest grid that fits into a time and into memory, or with the coarsest grid.
@@ -107,10 +105,15 @@ class TimedShape:
         return (2 * call_ms * (1 + self.share_of(self.splits)) + TURN_MS * len(self.splits)) / 1e3
 
 
-def grid_of(site: gp.Site, growths: Mapping[int, float] = GROWTH) -> Splits:
+def grid_of(piece: Piece, growths: Mapping[int, float] = GROWTH) -> Splits:
     """Return every (form, rank) to time at a site; all have fewer parameters than the weight."""
-    found = []
-    for form in site.forms:
+    found: list[tuple[gp.Form, int]] = []
+    site = piece.site
+    for form in piece.forms:
+        if form == "units" and site.units is not None:
+            counts = timing_ranks(site.units.count - 1, growths)
+            found += [(form, count * site.units.run) for count in counts]
+            continue
         rows, columns = site.shape(form)
         limit = site.out_features * site.in_features / (rows + columns)
         limit = rank_limit(form, rows, columns) if form == "pivoted" else limit
@@ -231,8 +234,8 @@ def _cost(shape: TimedShape, cell: Cell, seed: int) -> SiteCost:
 def shapes_of(found: Mapping[str, Piece]) -> dict[str, TimedShape]:
     """Return signature -> shape to time, without shapes that no rank makes smaller."""
     shapes: dict[str, TimedShape] = {}
-    for piece in found.values():
-        splits, *coarser = (grid_of(piece.site, growths) for growths in DETAILS)
+    for piece in (each for own in found.values() for each in (own, own.group) if each is not None):
+        splits, *coarser = (grid_of(piece, growths) for growths in DETAILS)
         if splits and piece.signature not in shapes:
             shapes[piece.signature] = TimedShape(piece=piece, splits=splits, coarser=tuple(coarser))
     return shapes

@@ -26,12 +26,15 @@ PRECISION = 0.02
 
 
 def trial_plans(costs: Mapping[str, SiteCost]) -> list[dict[str, tuple[str, int]]]:
-    """Return the trial plans, without duplicates and without the dense model."""
+    """Return the trial plans, without duplicates and without the dense model.
+
+    They have no hidden units: those would change the sites before them too.
+    """
     plans: list[dict[str, tuple[str, int]]] = []
     for share in SHARES:
         plan = {}
         for name, cost in costs.items():
-            faster = [split for split in cost.splits if cost.is_faster(split.form, split.rank)]
+            faster = [s for s in cost.splits if s.form != "units" and cost.is_faster(s.form, s.rank)]
             if faster:
                 best = min(faster, key=lambda split: abs(split.nanoseconds - share * cost.dense_nanoseconds))
                 plan[name] = (best.form, best.rank)

@@ -29,6 +29,6 @@ def write_zero_filled(dense: Path, target: Path, splits: Splits) -> None:
         return gp.drawn_factors(site, form, rank, lambda shape: np.zeros(shape, site.load(form).dtype))
 
     gp.split(model, source)
-    gp.FoldPermutationsPass()(model)
+    gp.fold_splits(model)
     write_onnx(model, target)
     release_weights_(model)

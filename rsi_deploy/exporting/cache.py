@@ -63,7 +63,10 @@ class SweepCache:
             return None
         stored = json.loads(path.read_text(encoding="utf-8"))
         sites = [
-            SiteOptions(**site | {"options": tuple(Option(**option) for option in site["options"])})
+            SiteOptions(
+                **site
+                | {"options": tuple(Option(**option) for option in site["options"]), "makers": tuple(site["makers"])}
+            )
             for site in stored["sites"]
         ]
         return sites, dict(stored["declined"])

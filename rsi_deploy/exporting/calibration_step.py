@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from graph_passes.forms import Form
 from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.calibration.calibration_data import CalibrationData, refuse_shared
 from rsi_deploy.calibration.output_agreement import PartOutputs
@@ -30,11 +31,11 @@ from rsi_deploy.exporting.timing.timed_export import TimedExport
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.onnx_models.split import SplitModel
-from rsi_deploy.planning.decide import Decisions, Planned, decide_by_plan, decide_uniformly, decisions_of
+from rsi_deploy.planning.decide import Decisions, Planned, decide_by_plan, decide_uniformly, decisions_of, refuse_units
 from rsi_deploy.planning.planner import Filters, Planner, SitePlanner
 from rsi_deploy.planning.record import PlanRecord
 from rsi_deploy.planning.request import RankRequest
-from rsi_deploy.planning.site_options import FORMS, PLAIN_FORMS, Calibration
+from rsi_deploy.planning.site_options import FORMS, LOW_FORMS, Calibration
 from rsi_deploy.report.outlook import Outlook
 
 
@@ -89,6 +90,8 @@ class Calibrator:
             self.planner.check([(site_name(s.weight), s.out_features, s.in_features) for s in sites])
         self.filters.check([site_name(site.weight) for site in sites])
         decisions = None if request.plan is None else decide_by_plan(request.plan, sites, self.filters)
+        if decisions is not None and not request.is_fitted:
+            refuse_units(decisions)
         if request.calib is not None:
             if dense.dataset is not None and not request.allow_shared_data:
                 refuse_shared(self.data, dense.dataset, dense.inputs, dense.preprocessing)
@@ -127,7 +130,7 @@ class Calibrator:
         self.filters.check([site_name(site.weight) for site in self.dense.sites])
         planner = self._planner()
         calibration = replace(
-            planner.calibration, bits_of=bits_of, with_repairs=with_repairs, inputs=self.inputs, forms=PLAIN_FORMS
+            planner.calibration, bits_of=bits_of, with_repairs=with_repairs, inputs=self.inputs, forms=self._forms
         )
         found = replace(planner, calibration=calibration, finished=None).with_options()
         self.notes.extend(remarks(self._streams, self.data))
@@ -197,7 +200,7 @@ class Calibrator:
                 solver=self.solver,
                 min_rank=request.min_rank,
                 rank_multiple=request.rank_multiple,
-                forms=FORMS if request.pivoted else PLAIN_FORMS,
+                forms=self._forms,
             ),
             candidates=Candidates(
                 dense=self.dense, data=self.data, provider=self.provider, write=self.write, outputs=self.outputs
@@ -209,6 +212,12 @@ class Calibrator:
             kept=self.kept,
             finished=self.finished,
         )
+
+    @property
+    def _forms(self) -> tuple[Form, ...]:
+        """The forms that a budget may choose. Hidden units are kept by fitted factors alone."""
+        forms = FORMS if self.request.pivoted else LOW_FORMS
+        return forms if self.request.is_fitted else tuple(form for form in forms if form != "units")
 
     @cached_property
     def _streams(self) -> OnnxStreams:

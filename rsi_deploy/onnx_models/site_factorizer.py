@@ -211,7 +211,7 @@ def graph_factors(replacement: Replacement, site: gp.Site) -> gp.SplitFactors:
     """Return a replacement in the dtype in which the graph stores the site."""
     dtype = getattr(torch, site.dtype)
     left, right = replacement.left, replacement.right
-    if dtype.itemsize < 4 and replacement.form != "pivoted":
+    if dtype.itemsize < 4 and replacement.form not in ("pivoted", "units"):
         left, right = balanced(left, right)
     factors = _arrays(Factors(left.detach(), right.detach()), replacement.form, dtype)
     return replace(factors, bias=as_numpy(replacement.bias.detach().cpu().reshape(-1).to(dtype).contiguous()))

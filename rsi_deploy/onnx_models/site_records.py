@@ -37,6 +37,32 @@ def records_by_weight(nodes: Iterable[gp.Record], splits: Mapping[str, SiteRecor
     return result
 
 
+def with_fewer_units(
+    sites: Iterable[SiteRecord], nodes: Iterable[gp.Record], units: Mapping[str, gp.Units]
+) -> list[SiteRecord]:
+    """Return the records with what is left of sites that make hidden units of which another one keeps some.
+
+    Args:
+        sites: records of the weights.
+        nodes: records of the nodes.
+        units: weight name -> the hidden units that it reads.
+    """
+    left: dict[str, tuple[int, int, str]] = {}  # node name -> units kept, all units, who reads them
+    for node in nodes:
+        if isinstance(node, gp.Split) and node.form == "units":
+            read = units[node.weight]
+            left |= dict.fromkeys(read.nodes, (node.rank // read.run, read.count, site_name(node.weight)))
+    result = []
+    for site in sites:
+        if (found := next((left[node] for node in site.nodes if node in left), None)) is not None:
+            kept, count, reader = found
+            reason = f"makes {kept} of its {count} hidden units, as {reader} reads no others"
+            update = {"params_compressed": site.params_dense * kept // count, "reason": reason}
+            site = site.model_copy(update=update)
+        result.append(site)
+    return result
+
+
 def with_macs(
     sites: Iterable[SiteRecord], nodes: Iterable[gp.Record], before: Mapping[str, int], after: Mapping[str, int]
 ) -> list[SiteRecord]:
@@ -56,6 +82,8 @@ def with_macs(
     for site in sites:
         dense = sum(before.get(node, 0) for node in site.nodes) or None
         compressed = dense
+        if dense is not None and site.rank is None and site.params_compressed < site.params_dense:
+            compressed = sum(after.get(node, 0) for node in site.nodes)
         if dense is not None and site.rank is not None:
             pairs = [splits[node] for node in site.nodes if node in splits]
             new = {name for pair in pairs for name in (pair.first_node, pair.second_node)} - counted

@@ -26,7 +26,7 @@ from rsi_deploy.io import onnx_file
 from rsi_deploy.io.external_data import DataFile
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.site_factorizer import SiteFactorizer, weight_key
-from rsi_deploy.onnx_models.site_records import records_by_weight
+from rsi_deploy.onnx_models.site_records import records_by_weight, with_fewer_units
 from rsi_deploy.planning.error_rank import smallest_rank
 from rsi_deploy.planning.planner import MaxError, Planner, SitePlanner
 
@@ -111,6 +111,7 @@ def split_model(
             groups=_unshared(splitter.groups(), found),
         )
         executor.announce(factorizer.tasks(sites))
+        units = {site.weight: site.units for site in sites if site.units is not None}
         del found, sites  # a site holds its dense weight; from here on each is freed as soon as it is split
         for site in splitter:
             if (task := factorizer.started(site)) is None:
@@ -119,12 +120,12 @@ def split_model(
                 splitter.answer(factorizer.finished(site, executor.result(task)))
                 executor.release(*task.weights)
             del site, task
-        if any(isinstance(record, gp.Split) and record.form == "pivoted" for record in splitter.records):
-            gp.FoldPermutationsPass(**({"replace": data.replace} if data else {}))(model)
+        if any(isinstance(record, gp.Split) and record.form in ("pivoted", "units") for record in splitter.records):
+            gp.fold_splits(model, **({"replace": data.replace} if data else {}))
         if data:
             data.store_initializers_(model)
     result = SplitModel(
-        sites=tuple(records_by_weight(splitter.records, factorizer.records)),
+        sites=tuple(with_fewer_units(records_by_weight(splitter.records, factorizer.records), splitter.records, units)),
         nodes=tuple(splitter.records),
         kept=factorizer.kept,
         params=gp.count_parameters(model),

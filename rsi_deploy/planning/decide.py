@@ -16,11 +16,11 @@ import torch
 import graph_passes as gp
 from graph_passes.forms import Form, largest_rank
 from rsi_deploy.calibration.activations import CalibratedSite, FittedSite, ModelActivations, Replacement
-from rsi_deploy.core.errors import ModelError
+from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.model_size import Size
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.planning.budget import Budget
-from rsi_deploy.planning.knapsack import Option, SiteOptions, choose, smallest_cost
+from rsi_deploy.planning.knapsack import Option, SiteOptions, choose, smallest_cost, total_cost
 from rsi_deploy.planning.plan_file import Plan, check_plan
 from rsi_deploy.planning.planner import Decision, Filters, Planner, SitePlanner
 
@@ -75,7 +75,7 @@ def decide_by_budget(
     for _ in range(TRIES):
         room = allowed - fixed - offset
         choice = choose(options, cost=budget.cost, limit=max(room, smallest))
-        estimate = fixed + sum(getattr(option, budget.cost) for option in choice.values())
+        estimate = fixed + total_cost(options, choice, cost=budget.cost)
         decisions = decisions_of(choice, splittable, activations)
         cost = estimate if measure is None else measure(decisions)
         if cost <= allowed:
@@ -139,9 +139,10 @@ def decide_by_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> De
     Raises:
         UsageError: the plan does not fit the model, or a glob matches nothing.
     """
+    sites = list(sites)
     possible: dict[str, dict[str, int]] = {
         site_name(site.weight): {form: largest_rank(form, *site.shape(form)) for form in site.forms}
-        for site in reversed([*sites])
+        for site in reversed(sites)
     }  # reversed, so that the first node that uses a weight wins, as in the report
     filters.check(list(possible))
     decisions = {name: Decision(rank=None, reason="as the plan says", bits=bits) for name, bits in plan.tables.items()}
@@ -152,7 +153,44 @@ def decide_by_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> De
         else:
             reason = plan.sites[name].reason or "split"
             decisions[name] = Decision(rank=site.rank, reason=reason, form=site.form, bits=bits, repair=repair)
+    for site_ in sites:
+        _check_units(site_, decisions)
     return decisions
+
+
+def refuse_units(decisions: Decisions) -> None:
+    """Refuse hidden units without calibration data, which they are chosen by.
+
+    Raises:
+        UsageError: names the site.
+    """
+    for name, decision in decisions.items():
+        if decision.form == "units":
+            raise UsageError(
+                f"the plan keeps hidden units at site {name!r}, which are chosen by data: add --calib DATA (with "
+                f"--factors response), or write another form"
+            )
+
+
+def _check_units(site: gp.Site, decisions: Decisions) -> None:
+    """Refuse a plan that keeps parts of a unit, or splits what makes the units."""
+    name = site_name(site.weight)
+    decision = decisions.get(name)
+    if decision is None or decision.form != "units" or decision.rank is None or site.units is None:
+        return
+    run = site.units.run
+    if decision.rank % run:
+        near = max(run, decision.rank // run * run)
+        raise UsageError(
+            f"the plan does not fit the model: site {name!r} has {run} inputs for each hidden unit; "
+            f'write "rank": {near} or another multiple of {run}'
+        )
+    for maker in map(site_name, site.units.makers):
+        if maker in decisions and decisions[maker].rank is not None:
+            raise UsageError(
+                f"the plan does not fit the model: site {name!r} keeps some of the hidden units that {maker!r} makes, "
+                f'which is split; write "form": "dense" for {maker!r}, or another form for {name!r}'
+            )
 
 
 def planned_splits(decisions: Mapping[str, Decision], activations: ModelActivations) -> dict[str, tuple[Form, int]]:
@@ -170,7 +208,7 @@ def zero_filled(site: CalibratedSite, form: Form, rank: int) -> FittedSite:
     replacement = Replacement(
         form,
         torch.zeros(site.groups, rows, rank),
-        torch.zeros(site.groups, rank, columns),
+        torch.eye(rank, columns)[None] if form == "units" else torch.zeros(site.groups, rank, columns),
         torch.zeros(site.groups, site.out_features),
     )
     return FittedSite(replacement=replacement, response_error=0.0, seconds=0.0)

@@ -4,6 +4,8 @@
 
 1. *Frontiers.* Options that another one beats in cost and loss are dropped. The loss of the remaining options of a site
    falls as their cost rises. Their lower convex hull is a chain of steps with a slope: loss saved per unit of cost.
+   A site that reads hidden units and the sites that make them have one frontier: the hull of the sums of their options,
+   and the options that change them together.
 2. *Lagrangian sweep.* Starting from the cheapest options, the hull steps are taken in the order of falling slope. After
    each step the choice is optimal for its own cost. The sweep stops before the first step that does not fit. By
    duality no choice within the limit is better by more than the loss of that step.
@@ -19,9 +21,9 @@ The changes in 3 depend on the step and not on the limit, so a larger limit neve
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -52,16 +54,19 @@ class Option:
     """One choice for a site.
 
     Attributes:
-        form: "dense", or the form of a split: "matmul", "gemm", "channel", "input", "separable", "pivoted".
+        form: "dense", or the form of a split: "matmul", "gemm", "channel", "input", "separable", "pivoted", "units".
         rank: rank of the split; None for dense.
-        params: number of parameters of the weight or of both factors.
+        params: number of parameters of the weight or of both factors. In the form "units", costs are less what goes
+            with the units besides the sites that make them, which may be more.
         macs: multiply-accumulates per sample.
         bytes: stored bytes.
         loss: loss of the model's outputs, finite and at least 0; 0 for dense.
-        nanoseconds: time of one call by the cost table; 0 without a table.
+        nanoseconds: time of one call by the cost table; 0 without a table. In the form "units" it is less what the
+            sites that make the units save.
         error: response error that the loss was computed from; 0 for dense.
         bits: bits in which each number is stored.
         repair: rank of the repair of a dense weight in few bits; 0 for none.
+        share: share of the hidden units that is kept; 1 in other forms.
     """
 
     form: str
@@ -74,11 +79,12 @@ class Option:
     error: float = 0.0
     bits: int = 32
     repair: int = 0
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.form == "dense") != (self.rank is None) or (self.rank is not None and self.rank < 1):
             raise ValueError(f"expected a rank of at least 1 for a split and None for dense, but got {self}")
-        if min(self.params, self.macs, self.bytes, self.nanoseconds) < 0:
+        if min(self.params, self.macs, self.bytes, self.nanoseconds) < 0 and self.form != "units":
             raise ValueError(f"expected params, macs, bytes and nanoseconds of at least 0, but got {self}")
         if not 0 <= self.loss < math.inf or (self.is_exact and self.loss != 0):
             raise ValueError(f"expected a finite loss of at least 0, and 0 for dense, but got {self}")
@@ -97,11 +103,14 @@ class SiteOptions:
         name: name of the site.
         options: its options.
         noise: response error that white noise of variance 1 on its inputs causes; 0 where it is not known.
+        makers: sites that make its hidden units: they have no split if it has the form "units". Each belongs to one
+            site.
     """
 
     name: str
     options: tuple[Option, ...]
     noise: float = 0.0
+    makers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if [option.is_exact for option in self.options] != [True] + [False] * (len(self.options) - 1):
@@ -111,7 +120,12 @@ class SiteOptions:
 
 def smallest_cost(sites: Sequence[SiteOptions], *, cost: Cost) -> int:
     """Return the smallest total cost of any choice."""
-    return sum(min(getattr(option, cost) for option in site.options) for site in sites)
+    return sum(min(point.cost for point in _points(group, cost)) for group in _groups(sites))
+
+
+def total_cost(sites: Sequence[SiteOptions], choice: Mapping[str, Option], *, cost: Cost) -> int:
+    """Return the total cost of a choice, an option for each site by name."""
+    return sum(_cost_of([choice[site.name] for site in group], cost) for group in _groups(sites))
 
 
 def choose(sites: Sequence[SiteOptions], *, cost: Cost, limit: int) -> dict[str, Option]:
@@ -132,7 +146,7 @@ def choose(sites: Sequence[SiteOptions], *, cost: Cost, limit: int) -> dict[str,
 
     Raises:
         UnreachableLimitError: no choice is within the limit.
-        ValueError: two sites have the same name.
+        ValueError: two sites have the same name, or the sites that make hidden units are missing or shared.
 
     Example:
         >>> dense = Option(form="dense", rank=None, params=100, macs=100, bytes=400, loss=0.0)
@@ -150,31 +164,108 @@ def choose(sites: Sequence[SiteOptions], *, cost: Cost, limit: int) -> dict[str,
     smallest = smallest_cost(sites, cost=cost)
     if smallest > limit:
         raise UnreachableLimitError(limit, smallest)
-    frontiers = [_Frontier.of(site.options, cost) for site in ordered]
+    groups = _groups(ordered)
+    frontiers = [_Frontier.of(_points(group, cost)) for group in groups]
     chosen = _solve(frontiers, limit - smallest)
     picks = {
-        site.name: site.options[frontier.options[at]]
-        for site, frontier, at in zip(ordered, frontiers, chosen, strict=True)
+        site.name: site.options[index]
+        for group, frontier, at in zip(groups, frontiers, chosen, strict=True)
+        for site, index in zip(group, frontier.picks[at], strict=True)
     }
     return {site.name: picks[site.name] for site in sites}
 
 
+class _Point(NamedTuple):
+    """A joint choice for a group of sites, which names an option of each."""
+
+    cost: int
+    loss: float
+    picks: tuple[int, ...]
+
+
+def _groups(sites: Sequence[SiteOptions]) -> list[tuple[SiteOptions, ...]]:
+    """Return each site alone, or in front of the sites that make its hidden units."""
+    known = {site.name: site for site in sites}
+    makers = [name for site in sites for name in site.makers]
+    if len(set(makers)) < len(makers) or any(name not in known or known[name].makers for name in makers):
+        raise ValueError(f"expected sites that make hidden units once, beside the sites that read them: {makers}")
+    return [(site, *(known[name] for name in site.makers)) for site in sites if site.name not in makers]
+
+
+def _points(group: Sequence[SiteOptions], cost: Cost) -> list[_Point]:
+    """Return the joint choices: of several sites, those on the hull of their sum, and all with hidden units."""
+    alone = [
+        [_Point(getattr(o, cost), o.loss, (n,)) for n, o in enumerate(s.options) if o.form != "units"] for s in group
+    ]
+    if len(group) == 1:
+        return alone[0]
+    hulls = [(frontier := _Frontier.of(points)).only(frontier.hull()) for points in alone]
+    steps = sorted((-hull.slope(at, at + 1), which) for which, hull in enumerate(hulls) for at in hull.steps)
+    at = [0] * len(hulls)
+    points = [_joined(hulls, at)]
+    for _, which in steps:
+        at[which] += 1
+        points.append(_joined(hulls, at))
+    reader, *makers = group
+    allowed = [[n for n, o in enumerate(reader.options) if o.form == "units"]]
+    for maker, known in zip(makers, alone[1:], strict=True):
+        dense = [point for point in known if maker.options[point.picks[0]].form == "dense"]
+        allowed.append([n for (n,) in _Frontier.of(dense).picks])
+    for picks in [(0,) * len(group), *itertools.product(*allowed)]:
+        options = [site.options[n] for site, n in zip(group, picks, strict=True)]
+        points.append(_Point(_cost_of(options, cost), sum(option.loss for option in options), picks))
+    return points
+
+
+def _cost_of(options: Sequence[Option], cost: Cost) -> int:
+    """Return the cost of the options of a group; those behind the first make its hidden units."""
+    reader, *makers = options
+    total = sum(getattr(option, cost) for option in makers)
+    if cost != "nanoseconds" and reader.share < 1:
+        total = round(reader.share * total)
+    return int(getattr(reader, cost) + total)
+
+
+def _joined(frontiers: "Sequence[_Frontier]", places: Sequence[int]) -> _Point:
+    at = list(zip(frontiers, places, strict=True))
+    picks = tuple(pick for frontier, place in at for pick in frontier.picks[place])
+    return _Point(sum(f.costs[p] for f, p in at), sum(f.losses[p] for f, p in at), picks)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Frontier:
-    """The options of a site that no other one beats: costs rise and losses fall strictly. Places index these lists."""
+    """The choices for a group that no other one beats: costs rise and losses fall strictly. Places index these lists.
 
-    options: list[int]  # indices into the site's options
+    Attributes:
+        picks: index of the option of every site of the group.
+        costs: costs.
+        losses: losses.
+    """
+
+    picks: list[tuple[int, ...]]
     costs: list[int]
     losses: list[float]
 
     @classmethod
-    def of(cls, options: Sequence[Option], cost: Cost) -> "_Frontier":
-        points = sorted((getattr(option, cost), option.loss, index) for index, option in enumerate(options))
-        kept: list[tuple[int, float, int]] = []
-        for point in points:
-            if not kept or point[1] < kept[-1][1]:
+    def of(cls, points: Sequence[_Point]) -> "_Frontier":
+        kept: list[_Point] = []
+        for point in sorted(points):
+            if not kept or point.loss < kept[-1].loss:
                 kept.append(point)
-        return cls(options=[i for _, _, i in kept], costs=[c for c, _, _ in kept], losses=[x for _, x, _ in kept])
+        return cls(picks=[p.picks for p in kept], costs=[p.cost for p in kept], losses=[p.loss for p in kept])
+
+    def only(self, places: Sequence[int]) -> "_Frontier":
+        """Return the frontier of these places."""
+        return _Frontier(
+            picks=[self.picks[p] for p in places],
+            costs=[self.costs[p] for p in places],
+            losses=[self.losses[p] for p in places],
+        )
+
+    @property
+    def steps(self) -> range:
+        """The places from which a step leads to the next one."""
+        return range(len(self.costs) - 1)
 
     def hull(self) -> list[int]:
         """Return the places on the lower convex hull from the cheapest on, including points on its edges."""

@@ -68,7 +68,7 @@ def faster_only(options: Sequence[SiteOptions], table: CostTable) -> tuple[list[
         splits = [o for o in site.options[1:] if cost is not None and _is_faster(cost, o)]
         if len(site.options) > 1 and not splits:
             reasons[site.name] = _why_dense(site, cost, table)
-        kept.append(SiteOptions(name=site.name, options=(site.options[0], *splits)))
+        kept.append(replace(site, options=(site.options[0], *splits)))
     return kept, reasons
 
 
@@ -78,14 +78,14 @@ def priced(options: Sequence[SiteOptions], table: CostTable) -> list[SiteOptions
     for site in options:
         cost = costs.get(site.name)
         if cost is None:
-            result.append(SiteOptions(name=site.name, options=site.options[:1]))
+            result.append(replace(site, options=site.options[:1]))
             continue
         priced = [replace(site.options[0], nanoseconds=cost.dense_nanoseconds)]
         for option in site.options[1:]:
             time = cost.nanoseconds(option.form, option.rank or 0)
             if time is not None:
                 priced.append(replace(option, nanoseconds=time))
-        result.append(SiteOptions(name=site.name, options=tuple(priced)))
+        result.append(replace(site, options=tuple(priced)))
     return result
 
 

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 
-import numpy as np
 from torch import Tensor
 
 from graph_passes.forms import Form, rank_limit
-from rsi_deploy.calibration.activations import CalibratedSite, Distance, FittedSite, ModelActivations, Replacement
+from rsi_deploy.calibration.activations import CalibratedSite, FittedSite, ModelActivations, Replacement
 from rsi_deploy.calibration.als import TwoKernelProblem, product_of, two_kernel_problem
 from rsi_deploy.calibration.cross_validation import (
     ResponseCurves,
@@ -45,15 +44,19 @@ from rsi_deploy.calibration.reduced_rank_regression import (
 from rsi_deploy.calibration.repair import repair_bytes, repair_ranks, repairs
 from rsi_deploy.calibration.rounded_factors import normal_equations, rounded_factors
 from rsi_deploy.calibration.rounding import keep_second_moments_, rounded_weight, second_moments, stored_bytes
+from rsi_deploy.calibration.unit_selection import eliminated, unit_counts, unit_factors, unit_readers
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import Spectrum
 from rsi_deploy.linalg.solver import Solver, singular_values
 from rsi_deploy.linalg.spectra import thin_spectrum
 from rsi_deploy.planning.knapsack import Option, SiteOptions
+from rsi_deploy.planning.losses import PowerLaw, filled
 from rsi_deploy.planning.rank_grid import rank_grid
 
 PLAIN_FORMS: tuple[Form, ...] = ("matmul", "gemm", "channel", "input", "separable")
-FORMS: tuple[Form, ...] = (*PLAIN_FORMS, "pivoted")
+LOW_FORMS: tuple[Form, ...] = (*PLAIN_FORMS, "units")
+"""Forms of weights in few bits: a pivoted split multiplies what was rounded once more."""
+FORMS: tuple[Form, ...] = (*LOW_FORMS, "pivoted")
 LEVELS = (0.05, 0.3)
 """Response errors at which the distance of the outputs is measured."""
 GRID_POINTS = 8
@@ -71,9 +74,6 @@ PIVOT_BYTES = 4
 """Bytes of an output's place in the order of a pivoted split."""
 
 CONSTANT = "its inputs do not vary on the calibration data"
-FARTHEST = 1e9
-"""Upper limit of a distance, also for outputs that are not finite."""
-
 Progress = Callable[[str, int, int], None]
 
 
@@ -116,6 +116,7 @@ class Calibration:
         """Return the options of every reachable site, dense first."""
         found: dict[str, SiteOptions] = {}
         sites = activations.sites
+        readers = unit_readers(sites) if "units" in self.forms else {}
         sensitivities = activations.sensitivities() if self.use_gradients else {}
 
         def visit(site: CalibratedSite, moments: Moments | Samples) -> None:
@@ -124,10 +125,12 @@ class Calibration:
             sensitivity = sensitivities[site.name].directions if site.name in sensitivities else None
             if self.inputs is not None and any(bits < 8 for bits in self.bits_of(site)):
                 keep_second_moments_(self.inputs, site.name, moments)
-            found[site.name] = self._options_of(site, moments, activations, sensitivity)
+            own = site if site.name in readers else replace(site, units=None)
+            found[site.name] = self._options_of(own, moments, activations, sensitivity)
 
         activations.survey(visit)
-        return [found[site.name] for site in sites if site.name in found]
+        kept = [found[site.name] for site in sites if site.name in found]
+        return [_tied(site, readers.get(site.name, ()), found) for site in kept]
 
     def fit(
         self,
@@ -189,7 +192,9 @@ class Calibration:
             ModelError: the input is too wide to fit a form whose second node has a kernel.
         """
         weight, ridge = site.load(), self.ridge if ridge is None else ridge
-        if site.first_axes(form) == len(site.kernel):
+        if form == "units":
+            left, right, product = self._with_units(site, weight, moments, rank, ridge + extra_ridge, sensitivity)
+        elif site.first_axes(form) == len(site.kernel):
             problem: ResponseProblem | TwoKernelProblem = response_problem(
                 weight, moments, ridge=ridge, extra_ridge=extra_ridge, sensitivity=sensitivity
             )
@@ -214,10 +219,34 @@ class Calibration:
                 second = problem.root @ problem.root.mT
                 left, right = rounded_factors(left, right, second, problem.normal, is_product=False, bits=bits)
             product = problem.product(left, right)
-        if look is not None:
+        if look is not None and form != "units":
             look(problem.whitened)
         bias = moments.mean_y - (product @ moments.mean_x.unsqueeze(-1)).squeeze(-1)
         return Replacement(form, left.float(), right.float(), bias.float())
+
+    def _with_units(
+        self,
+        site: CalibratedSite,
+        weight: Tensor,
+        moments: Moments | Samples,
+        rank: int,
+        ridge: float,
+        sensitivity: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the factors of a site that keeps some of its hidden units, and their product."""
+        units = site.units
+        if units is None or isinstance(moments, Samples):
+            raise ModelError(
+                f"site {site.name!r}: form 'units' is fitted to at most {GRAM_LIMIT} inputs; plan it as "
+                f"{site.forms[0]!r}"
+            )
+        best = response_problem(weight, moments, ridge=ridge).target[0]
+        G = None if sensitivity is None else sensitivity[0]
+        kept, fitted = next(
+            eliminated(best, moments.xx[0], units.count, [rank // units.run], ridge=ridge, sensitivity=G)
+        )
+        left, right = unit_factors(kept, fitted, units.count, math.prod(site.kernel))
+        return left, right, fitted[None]
 
     def _fitted(
         self,
@@ -230,7 +259,7 @@ class Calibration:
     ) -> FittedSite:
         """Fit a site; where its moments have folds, the ridges and the trust in the regression are cross-validated."""
         started = time.perf_counter()
-        plain = site.first_axes(form) == len(site.kernel)
+        plain = form != "units" and site.first_axes(form) == len(site.kernel)
         trust, ridge = Trust(extra_ridge=self.scarcity * site.in_features / moments.rows), self.ridge
         validated = self._validates(moments)
         if isinstance(moments, Moments) and validated:
@@ -295,13 +324,15 @@ class Calibration:
                 numbers = site.split_params(form, rank) + rows
                 size = numbers * site.item_bytes
                 if bits < 32:
-                    size = stored_bytes(numbers - rows, rows + site.groups * rank, bits, is_product=is_product)
+                    scales = rows + (0 if form == "units" else site.groups * rank)
+                    size = stored_bytes(numbers - rows, scales, bits, is_product=is_product)
                     size += rows * site.item_bytes
                 if form == "pivoted":
                     size += NODE_BYTES + PIVOT_BYTES * rows
                     if size + NODE_BYTES >= dense.bytes:
                         continue
-                total = error + 2 * rounding  # of both factors: in the median of sites 1.2 to 2.2 times
+                # Of both factors: in the median of sites 1.2 to 2.2 times.
+                total = error + (1 if form == "units" else 2) * rounding
                 changed.append(
                     Option(
                         form=form,
@@ -312,6 +343,7 @@ class Calibration:
                         loss=loss(total),
                         error=total,
                         bits=bits,
+                        share=rank / (site.units.count * site.units.run) if form == "units" and site.units else 1.0,
                     )
                 )
         noise = noise_response_error(site.load(), moments, sensitivity)
@@ -354,6 +386,9 @@ class Calibration:
         for form in site.forms:
             if form not in self.forms:
                 continue
+            if form == "units":
+                yield from self._unit_errors(site, weight, moments, sensitivity)
+                continue
             rows, columns = site.shape(form)
             plain = site.first_axes(form) == len(site.kernel)
             ranks = rank_grid(
@@ -386,6 +421,19 @@ class Calibration:
                     )
                     known[rank] = error_of(problem.product(*factors))
                 yield from (((form, rank), error) for rank, error in filled(known, self.rank_multiple).items())
+
+    def _unit_errors(
+        self, site: CalibratedSite, weight: Tensor, moments: Moments | Samples, sensitivity: Tensor | None
+    ) -> Iterator[tuple[tuple[Form, int], float]]:
+        units = site.units
+        if units is None or isinstance(moments, Samples):
+            return
+        others, judged = next(judged_folds(moments)) if self._validates(moments) else (moments, moments)
+        error_of, G = dense_errors(weight, judged, sensitivity), None if sensitivity is None else sensitivity[0]
+        counts = unit_counts(units.count, self.rank_multiple)
+        counts = [count for count in counts if count * units.run >= self.min_rank]
+        for kept, fitted in eliminated(weight[0], others.xx[0], units.count, counts, ridge=self.ridge, sensitivity=G):
+            yield ("units", len(kept) * units.run), error_of(fitted[None])
 
     def _curve(
         self, site: CalibratedSite, moments: Moments | Samples, response: ResponseCurves, sensitivity: Tensor | None
@@ -430,49 +478,15 @@ class Calibration:
         return law
 
 
+def _tied(site: SiteOptions, makers: tuple[str, ...], found: Mapping[str, SiteOptions]) -> SiteOptions:
+    """Return a site's options with the sites that make its hidden units, or without units where one is missing."""
+    plain = tuple(option for option in site.options if option.form != "units")
+    if len(plain) == len(site.options) or not all(name in found for name in makers):
+        return replace(site, options=plain)
+    return replace(site, makers=makers)
+
+
 def _spectrum(response: Tensor, rank: int) -> Spectrum | None:
     """Return the singular values of the response, or None if they take long to compute."""
     full = min(response.shape[-2:])
     return thin_spectrum(singular_values(response), full, rank, of="response") if full <= EXACT_LIMIT else None
-
-
-def filled(known: Mapping[int, float], multiple: int) -> dict[int, float]:
-    """Interpolate errors to all ranks, linearly in their logarithms.
-
-    Example:
-        >>> {rank: round(error, 6) for rank, error in filled({2: 0.16, 6: 0.01}, 2).items()}
-        {2: 0.16, 4: 0.04, 6: 0.01}
-    """
-    ranks = sorted(known)
-    every = range(ranks[0], ranks[-1] + 1, multiple)
-    logs = np.interp(every, ranks, [math.log(max(known[rank], 1e-30)) for rank in ranks])
-    return {rank: known.get(rank, float(math.exp(log))) for rank, log in zip(every, logs, strict=True)}
-
-
-@dataclass
-class PowerLaw:
-    """The loss as a function of the response error, interpolated linearly in logarithms between measured points.
-
-    Below the first point it is proportional to the error; beyond the last one it rises with its 1.5th power.
-    """
-
-    points: dict[float, float] = field(default_factory=dict)
-
-    def has_near(self, error: float) -> bool:
-        """Return whether a measured point is so near that another one would add nothing."""
-        return any(abs(math.log(max(error, 1e-12) / known)) < 0.2 for known in self.points)
-
-    def learn(self, error: float, distance: Distance) -> None:
-        """Add a measured point: the relative distance of the outputs plus their KL divergence, if there is one."""
-        self.points[max(error, 1e-12)] = min(max(distance.relative + (distance.kl or 0.0), 1e-9), FARTHEST)
-
-    def __call__(self, error: float) -> float:
-        """Return the loss of a response error."""
-        known = sorted(self.points)
-        x = math.log(max(error, 1e-12))
-        xs, ys = [math.log(e) for e in known], [math.log(self.points[e]) for e in known]
-        if x <= xs[0]:
-            return math.exp(ys[0] + x - xs[0])
-        if x >= xs[-1]:
-            return math.exp(ys[-1] + 1.5 * (x - xs[-1]))
-        return math.exp(float(np.interp(x, xs, ys)))

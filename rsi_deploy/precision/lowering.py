@@ -228,14 +228,17 @@ def _rounded_sites(path: Path, lowering: Lowering, data: CalibrationFeeds | None
         keep(calibrated.name, second_moments(moments))
 
     inputs = {} if data is None else data.inputs
-    for name in sites.keys() & inputs.keys():
-        keep(name, inputs[name].double())
-    for name in sites.keys() - inputs.keys():
-        keep(name, None)
+    known = {  # other inputs are those of hidden units that are gone
+        name: inputs[name].double()
+        for name, (site, _) in sites.items()
+        if name in inputs and inputs[name].shape[-1] == site.in_features
+    }
+    for name in sites:
+        keep(name, known.get(name))
     unknown = {
         name
         for name, (site, bits) in sites.items()
-        if bits < 8 and name not in inputs and not found[site.weight].is_exact
+        if bits < 8 and name not in known and not found[site.weight].is_exact
     }
     if data is not None and unknown:
         streams = OnnxStreams(

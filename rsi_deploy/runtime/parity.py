@@ -259,7 +259,7 @@ def _outputs_of_split(
         path = Path(folder) / "split.onnx"
         with DataFile(path.with_name(f"{path.name}.data")) as data:
             gp.split(model, factors, keep=data.append, joint=is_joint)
-            gp.FoldPermutationsPass(replace=data.replace)(model)
+            gp.fold_splits(model, replace=data.replace)
             data.store_initializers_(model)
         ir.save(model, path)
         release_weights_(model)
@@ -275,6 +275,11 @@ def rotated_identity(site: gp.Site, form: AnyForm = "first", *, bias: bool = Fal
     rows, columns = site.shape(form)
     size = min(rows, columns)
     eye = np.roll(np.eye(size, dtype=weight.dtype), 1, axis=0)[None].repeat(site.groups, axis=0)
+    if site.units is not None and form == "units":  # all units in another order
+        order = np.roll(np.arange(columns), site.units.run)
+        right, bias_change = np.eye(columns, dtype=weight.dtype)[order], np.zeros(site.bias_size, weight.dtype)
+        left = np.ascontiguousarray(weight[..., order])
+        return gp.SplitFactors(left=left, right=right[None], form=form, bias=bias_change if bias else None)
     change = np.zeros(site.bias_size, weight.dtype) if bias and not site.both_ways else None
     if size == rows:  # eye @ x moves row i to row i+1
         return gp.SplitFactors(left=eye, right=_rolled(weight, 1, site.op_type), form=form, bias=change)

@@ -119,7 +119,7 @@ def test_every_small_model_runs_and_its_splits_give_outputs_of_the_same_shapes(t
             assert len(dense) == piece.copies
             assert all(np.isfinite(y).all() and np.ptp(y) > 0 for y in dense)
             assert not np.allclose(dense[0], dense[-1]) or piece.copies == 1  # each copy has its own weight
-            for form, rank in grid_of(piece.site):
+            for form, rank in grid_of(piece):
                 for before, after in zip(dense, make_session(piece.model(form, rank)).run(None, feeds), strict=True):
                     assert before.shape == after.shape
 
@@ -132,7 +132,7 @@ def test_a_split_that_is_none_is_refused(tmp_path):
 
 def test_ranks_that_save_nothing_are_not_timed(tmp_path):
     _, found = cut(CONVS, tmp_path)
-    for form, rank in grid_of(found["a"].site):
+    for form, rank in grid_of(found["a"]):
         rows, columns = found["a"].site.shape(form)
         assert rank * (rows + columns) < 8 * 72
 

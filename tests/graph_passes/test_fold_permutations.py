@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from split_checks import error, numbers, ops, run
 
 from graph_passes import FoldPermutationsPass, fold_permutations
-from graph_passes.survey import MARK, PERMUTATION
+from graph_passes.marks import MARK, PERMUTATION
 
 ORDER = np.array([3, 0, 4, 1, 5, 2])  # no involution: the wrong direction is another order
 ROWS = "(float[N,6] x) => (float[N,A] y)"

@@ -15,7 +15,8 @@ from rsi_deploy.core.sites import break_even_rank
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.planning import site_options as calibrated
-from rsi_deploy.planning.site_options import CONSTANT, FARTHEST, LEVELS, Calibration, PowerLaw
+from rsi_deploy.planning.losses import FARTHEST, PowerLaw
+from rsi_deploy.planning.site_options import CONSTANT, LEVELS, Calibration
 from rsi_deploy.precision.lowering import Lowering, lower
 from rsi_deploy.precision.schemes import FEW_BITS
 from tests import flows

@@ -9,8 +9,7 @@ from onnx import helper, numpy_helper
 
 import graph_passes as gp
 from graph_passes import fold_permutations, split_conv, split_gemm, split_matmul
-from graph_passes.pivoted import CONCAT
-from graph_passes.survey import MARK, PERMUTATION
+from graph_passes.marks import CONCAT, MARK, PERMUTATION
 from rsi_deploy.core.errors import GateError
 from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.feeds.random_feeds import random_feeds

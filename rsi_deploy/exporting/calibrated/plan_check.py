@@ -144,7 +144,7 @@ def returned(decisions: Decisions, names: Sequence[str]) -> Decisions:
 
 def kept_dense(options: Sequence[SiteOptions], names: Sequence[str]) -> list[SiteOptions]:
     """Return the options without the splits of some sites."""
-    return [SiteOptions(name=s.name, options=s.options[:1]) if s.name in names else s for s in options]
+    return [replace(s, options=s.options[:1]) if s.name in names else s for s in options]
 
 
 def _decided_without(

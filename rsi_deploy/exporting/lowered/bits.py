@@ -30,7 +30,7 @@ def in_bits(site: SiteOptions, allowed: tuple[int, ...], *, with_repairs: bool) 
     others = [o for o in site.options[1:] if o.bits in allowed and (with_repairs or not o.repair)]
     if others and 32 not in allowed:
         exact = replace(exact, bytes=OUT_OF_REACH)
-    return SiteOptions(name=site.name, options=(exact, *others))
+    return replace(site, options=(exact, *others))
 
 
 def table_options(table: EmbeddingTable, dense: DenseModel, path: Path, loss_of: Callable[[], float]) -> SiteOptions:

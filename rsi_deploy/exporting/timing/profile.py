@@ -8,8 +8,8 @@ For an ONNX file no torch is loaded: an edge box needs none.
 import datetime
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,7 @@ class Costing:
         made = self._timed(missing, left, progress)
         cache.keep(made)
         costs |= {cost.signature: cost for cost in made}
+        by_key = costs_by_key(found.values(), costs)
         table = CostTable(
             tool=f"rsi-deploy {__version__}",
             created=datetime.datetime.now(datetime.UTC),
@@ -212,9 +213,9 @@ class Costing:
             model=ModelTime(
                 name=name, hash=digest, batch=count_samples(dense, feeds), inputs=inputs, dense_nanoseconds=1
             ),
-            sites={site: piece.signature for site, piece in found.items() if piece.signature in costs},
+            sites={site: piece.key for site, piece in found.items() if piece.key in by_key},
             untimed=untimed,
-            costs=tuple(costs[signature] for signature in shapes if signature in costs),
+            costs=tuple(by_key.values()),
             seconds=0.0,
             precision=self.precision,
             notes=tuple(_notes(costs, self.precision)),
@@ -250,7 +251,7 @@ class Costing:
             elif isinstance(piece, str):
                 untimed[name] = piece
             else:
-                found[name] = piece if self.scheme is FLOAT32 else replace(piece, lower=self._lowered)
+                found[name] = piece if self.scheme is FLOAT32 else piece.lowered(self._lowered)
         return found, untimed
 
     def _lowered(self, model: bytes, feeds: Feeds) -> bytes:
@@ -260,6 +261,25 @@ class Costing:
             source.write_bytes(model)
             quantize(source, target, self.scheme, lambda: iter([feeds]))
             return target.read_bytes()
+
+
+def costs_by_key(pieces: Iterable[Piece], costs: Mapping[str, SiteCost]) -> dict[str, SiteCost]:
+    """Return key of a piece -> its times, with those of its hidden units.
+
+    Args:
+        pieces: pieces of sites.
+        costs: times by signature.
+    """
+    found: dict[str, SiteCost] = {}
+    for piece in pieces:
+        cost = costs.get(piece.signature)
+        if cost is None or piece.key in found:
+            continue
+        if piece.group is None:
+            found[piece.key] = cost
+        elif piece.group.signature in costs:
+            found[piece.key] = cost.with_units(costs[piece.group.signature], piece.key)
+    return found
 
 
 def _notes(costs: Mapping[str, SiteCost], precision: float) -> list[str]:

@@ -17,6 +17,7 @@ from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
 from rsi_deploy.benchmark.variants import Runtime
 from rsi_deploy.core.types import Feeds
 from rsi_deploy.costing.cost_table import CostTable
+from rsi_deploy.costing.site_models import Piece
 from rsi_deploy.costing.site_timing import TimedShape, time_sites
 from rsi_deploy.exporting.timing.profile import Costing
 from rsi_deploy.onnx_models.split import SplitModel
@@ -144,7 +145,7 @@ class SlowdownRollback:
         shapes: dict[tuple[str, str, int], TimedShape] = {}
         for name, (form, rank) in splits.items():
             if name in found:
-                piece = found[name]
+                piece = _piece_for(found[name], form)
                 own = next(known for known in piece.site.forms if known == form)
                 shapes[(piece.signature, form, rank)] = TimedShape(piece=piece, splits=((own, rank),))
         runtime = Runtime(provider=self.costing.provider, threads=self.costing.threads)
@@ -155,9 +156,14 @@ class SlowdownRollback:
             shown = cost.blocks >= MIN_BLOCKS and split.is_faster
             savings[key] = cost.dense_nanoseconds - split.nanoseconds if shown else 0
         return {
-            name: savings[found[name].signature, form, rank] if name in found else 0
+            name: savings[_piece_for(found[name], form).signature, form, rank] if name in found else 0
             for name, (form, rank) in splits.items()
         }
+
+
+def _piece_for(piece: Piece, form: str) -> Piece:
+    """Return the piece in which a form is timed."""
+    return piece.group if form == "units" and piece.group is not None else piece
 
 
 def is_faster(latency: BenchResult) -> bool:

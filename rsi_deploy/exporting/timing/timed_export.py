@@ -234,7 +234,7 @@ def _of_this_model(table: CostTable, dense: Path, feeds: Feeds, costing: Costing
         )
     found, untimed = costing.pieces(dense, feeds)
     known = {entry.signature for entry in table.costs}
-    sites = {name: piece.signature for name, piece in found.items() if piece.signature in known}
+    sites = {name: piece.key for name, piece in found.items() if piece.key in known}
     if not sites:
         raise UsageError(
             f"--cost {cost} knows no site shape of this model: it was made for {table.model.name}"

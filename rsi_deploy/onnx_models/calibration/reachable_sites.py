@@ -6,7 +6,7 @@ data --> [ site ] --> output --> (Add a constant) --> Add --> ...
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,11 @@ def _out_of_reach(site: gp.Site, uses: int, made: set[str]) -> str:
     return "" if site.plain else "its data are transposed or scaled, or the weight is the first operand"
 
 
+def _macs_between(units: gp.Units | None, macs: Mapping[str, int]) -> int:
+    """Return the multiply-accumulates of the nodes between those that make hidden units and the one that reads them."""
+    return 0 if units is None else sum(macs.get(node, 0) for node in units.nodes[len(units.makers) :])
+
+
 def _stream_site(site: gp.Site, macs: Mapping[str, int]) -> CalibratedSite:
     window = site.window
     return CalibratedSite(
@@ -171,4 +176,6 @@ def _stream_site(site: gp.Site, macs: Mapping[str, int]) -> CalibratedSite:
         macs=macs.get(site.node, 0),
         item_bytes=np.dtype(site.dtype).itemsize if site.dtype != "bfloat16" else 2,
         load=lambda: as_torch(site.load()),
+        units=None if site.units is None else replace(site.units, makers=tuple(map(site_name, site.units.makers))),
+        unit_macs=_macs_between(site.units, macs),
     )

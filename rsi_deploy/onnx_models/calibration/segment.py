@@ -7,6 +7,7 @@ The model is written beside the dense one, so that both share a data file, and i
 
 import uuid
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,11 @@ class Segment:
         factors = self._factors
 
         def source(site: gp.Site) -> gp.SplitFactors | gp.Dense:
-            return factors.get(site.weight) or gp.Dense(reason="not replaced yet")
+            own = factors.get(site.weight)
+            if own is None:
+                return gp.Dense(reason="not replaced yet")
+            # The nodes that make hidden units may stand in another segment, so the selection stays a node.
+            return replace(own, form="input" if "input" in site.forms else "first") if own.form == "units" else own
 
         records = gp.split(model, source)
         if missed := factors.keys() - {record.weight for record in records if isinstance(record, gp.Split)}:

@@ -1,0 +1,434 @@
+"""Hidden units: the entries of the axis over which a product sums, where other products make each of them alone.
+
+    x --> op W, b --> activation --> op V, c --> y              unit i: row i of W and b, column i of V
+
+Everything between works entry by entry: activations, gates (two products that are multiplied), depthwise Convs,
+pooling, BatchNormalization, Flatten. Nothing else reads the values between. So a unit that V does not read can go: the
+products become smaller, and no node is added. A split of V in the form "units" says which units stay:
+
+    a --> op right --> op left --> y       right (kept, units): rows of the identity       left: V, fitted to them
+
+`FoldUnitsPass` removes its first node, and with it the other units.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias, cast
+
+import numpy as np
+import onnx_ir as ir
+
+from graph_passes.axis_rules.pointwise import ELEMENTWISE
+from graph_passes.cleanup import other_consumers, remove_unused
+from graph_passes.constants import OVERRIDABLE_IR_VERSION, add_constant, is_layout, stored_array
+from graph_passes.marks import MARK, SELECTION
+from graph_passes.names import name_of
+from graph_passes.records import Array, Skip, Units
+from graph_passes.weights import Weight, constant_of
+
+READERS = ("MatMul", "Gemm", "Conv")
+"""Operators that read units, and that make them."""
+POOLS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"})
+REDUCTIONS = frozenset({"ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"})
+MOST_NODES = 64
+"""Largest number of nodes between two products."""
+
+_Use: TypeAlias = tuple[ir.Node, int]
+
+
+class NoUnitsError(Exception):
+    """Says why a product has no hidden units."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The axis of a value or constant that holds the units, each `run` entries long."""
+
+    number: int
+    run: int = 1
+
+    def entries(self, kept: Array) -> Array:
+        """Return the places of the kept units' entries along the axis."""
+        return (kept[:, None] * self.run + np.arange(self.run)).reshape(-1)
+
+
+@dataclass(kw_only=True)
+class HiddenUnits:
+    """The hidden units that a product reads.
+
+    Attributes:
+        count: Number of units.
+        run: Columns of the product's weight for each unit: more than one behind a Flatten.
+        makers: The products that make them.
+        depthwise: The depthwise Convs between.
+        values: The values that hold them.
+        constants: Uses of constants with entries for each unit -> the constant and its stored axis.
+        reshapes: Reshapes to a fixed number of entries.
+    """
+
+    count: int = 0
+    run: int = 1
+    makers: list[ir.Node] = field(default_factory=list)
+    depthwise: list[ir.Node] = field(default_factory=list)
+    values: dict[ir.Value, Axis] = field(default_factory=dict)
+    constants: dict[_Use, tuple[Weight, Axis]] = field(default_factory=dict)
+    reshapes: list[ir.Node] = field(default_factory=list)
+
+    def facts(self) -> Units:
+        """Return what a planner needs to know."""
+        weights = [self.constants[node, 1][0] for node in self.makers]
+        numbers = sum(weight.tensor.size for weight, _ in self.constants.values()) // self.count
+        return Units(
+            count=self.count,
+            run=self.run,
+            makers=tuple(weight.name for weight in weights),
+            nodes=tuple(map(name_of, (*self.makers, *self.depthwise))),
+            numbers=numbers,
+            beside=numbers - sum(weight.tensor.size for weight in weights) // self.count,
+        )
+
+    def keep_(self, kept: Array) -> None:
+        """Remove all other units from the graph.
+
+        Args:
+            kept: Numbers of the units that stay, in their new order.
+        """
+        for weight, axis in {weight.root: (weight, axis) for weight, axis in self.constants.values()}.values():
+            _set_constant(weight, _taken(weight.tensor, axis, kept))
+        for node in self.depthwise:
+            node.attributes["group"] = ir.AttrInt64("group", len(kept))
+        for value, axis in self.values.items():
+            _resize(value, axis, len(kept))
+        for node in self.reshapes:
+            old = node.inputs[1]
+            sizes = np.array([*_sizes(node)[:-1], len(kept) * self.run], np.int64)
+            name = f"{node.outputs[0].name}/sizes"
+            node.replace_input_with(1, add_constant(sizes, name, node, as_node=True))
+            remove_unused(old)
+
+
+def hidden_units(reader: ir.Node, columns: int, *, overridable: bool = False) -> HiddenUnits:
+    """Return the hidden units that a product reads at its first input.
+
+    Args:
+        reader: MatMul, Gemm or Conv.
+        columns: Entries of the axis over which it sums.
+        overridable: Treat initializers that are graph inputs too as constants.
+
+    Raises:
+        NoUnitsError: It has none.
+    """
+    walk = _Walk(reader=reader, columns=columns, overridable=overridable)
+    walk.run()
+    return walk.found
+
+
+@dataclass(kw_only=True)
+class _Walk:
+    """The way back from a product to those that make its units."""
+
+    reader: ir.Node
+    columns: int
+    overridable: bool
+    found: HiddenUnits = field(default_factory=HiddenUnits)
+    _between: set[ir.Node] = field(default_factory=set)
+    _pending: list[tuple[ir.Value, int, bool]] = field(default_factory=list)
+    _axes: dict[ir.Value, tuple[int, bool]] = field(default_factory=dict)
+    _uses: dict[_Use, tuple[int, bool]] = field(default_factory=dict)
+    """Constants that may hold units -> the axis, counted from the end, and whether behind a Flatten."""
+
+    def run(self) -> None:
+        data = self.reader.inputs[0]
+        if data is None:
+            raise NoUnitsError("it has no data")
+        self._back(data, 1 if self.reader.op_type == "Conv" else _rank(data) - 1, flat=True)
+        while self._pending:
+            value, axis, flat = self._pending.pop()
+            self._step(value, axis, flat=flat)
+        self._finish(data)
+
+    def _back(self, value: ir.Value | None, axis: int, *, flat: bool) -> None:
+        """Look at a value next; `flat` if every unit may have more than one entry there."""
+        if value is None or axis < 0:
+            raise NoUnitsError("a value between does not hold the units")
+        if value in self._axes:
+            if self._axes[value] != (axis, flat):
+                raise NoUnitsError(f"{value.name!r} holds the units along two axes")
+            return
+        if len(self._axes) > MOST_NODES:
+            raise NoUnitsError("too many nodes stand before it")
+        if value.is_graph_output() or value.is_graph_input():
+            raise NoUnitsError(f"{value.name!r} is an input or output of the graph")
+        self._axes[value] = axis, flat
+        self._pending.append((value, axis, flat))
+
+    def _step(self, value: ir.Value, axis: int, *, flat: bool) -> None:
+        """Go from a value to what its node reads."""
+        node = value.producer()
+        if node is None or node.graph is not self.reader.graph or len([v for v in node.outputs if v.name]) != 1:
+            raise NoUnitsError(f"{value.name!r} is not made by one node beside it")
+        operator, data = node.op_type, node.inputs[0] if node.inputs else None
+        is_onnx = node.domain in ("", "ai.onnx")
+        if is_onnx and operator in READERS and self._is_made(node, axis):
+            return
+        self._between.add(node)
+        if is_onnx and operator == "Conv":
+            self._depthwise(node, axis)
+        elif is_onnx and operator == "BatchNormalization" and axis == 1:
+            for index in range(1, 5):
+                self._constant(node, index, 0, flat=flat)
+            self._back(data, axis, flat=flat)
+        elif ("" if is_onnx else node.domain, operator) in ELEMENTWISE:
+            for index, operand in enumerate(node.inputs):
+                if operand is None:
+                    continue
+                if constant_of(operand) is not None:
+                    self._uses[node, index] = axis - _rank(value), flat
+                else:
+                    self._back(operand, axis - _rank(value) + _rank(operand), flat=flat)
+        elif is_onnx and (self._is_pool(node, axis) or (operator == "Dropout" and len(node.inputs) < 3)):
+            self._back(data, axis, flat=flat)
+        elif is_onnx and operator in REDUCTIONS:
+            self._back(data, self._before_reduction(node, axis), flat=flat)
+        elif is_onnx and operator == "Transpose":
+            self._back(data, node.attributes.get_ints("perm", tuple(reversed(range(_rank(value)))))[axis], flat=flat)
+        elif is_onnx and operator in ("Flatten", "Reshape") and flat and axis == 1 == _rank(value) - 1:
+            self._flattened(node)
+        else:
+            raise NoUnitsError(f"{operator} {name_of(node)!r} stands between")
+
+    def _is_pool(self, node: ir.Node, axis: int) -> bool:
+        return node.op_type in POOLS and axis == 1 and _rank(node.outputs[0]) > 2
+
+    def _is_made(self, node: ir.Node, axis: int) -> bool:
+        """Note a product that makes the units; return whether it is one."""
+        weight = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
+        if weight is None or (node.op_type == "Conv" and node.attributes.get_int("group", 1) != 1):
+            return False
+        if node.op_type != "Conv" and len(weight.shape) != 2:
+            return False
+        is_turned = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
+        rows = 0 if node.op_type == "Conv" or is_turned else 1
+        place = 1 if node.op_type == "Conv" else _rank(node.outputs[0]) - 1
+        if axis != place or self.found.count not in (0, weight.shape[rows]):
+            raise NoUnitsError(f"{node.op_type} {name_of(node)!r} does not make one unit in each row")
+        self.found.count = weight.shape[rows]
+        self.found.makers.append(node)
+        self._constant(node, 1, rows, flat=False)
+        self._constant(node, 2, 0 if node.op_type == "Conv" else -1, flat=False)
+        return True
+
+    def _depthwise(self, node: ir.Node, axis: int) -> None:
+        weight = constant_of(node.inputs[1])
+        if weight is None or axis != 1 or weight.shape[:2] != (node.attributes.get_int("group", 1), 1):
+            raise NoUnitsError(f"Conv {name_of(node)!r} stands between")
+        self.found.depthwise.append(node)
+        for index in (1, 2):
+            self._constant(node, index, 0, flat=False)
+        self._back(node.inputs[0], 1, flat=False)
+
+    def _constant(self, node: ir.Node, index: int, axis: int, *, flat: bool) -> None:
+        """Note an operand that must be constant or missing; `axis` may count from the end."""
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is None:
+            return
+        weight = constant_of(value)
+        if weight is None:
+            raise NoUnitsError(f"{value.name!r} is no constant")
+        self._uses[node, index] = axis - len(weight.shape) if axis >= 0 else axis, flat
+
+    def _before_reduction(self, node: ir.Node, axis: int) -> int:
+        """Return the axis of the units before a reduction over other axes."""
+        data = node.inputs[0]
+        axes = stored_array(node.inputs[1]) if len(node.inputs) > 1 else None
+        axes = np.array(node.attributes.get_ints("axes", ())) if axes is None else axes
+        if data is None or not axes.size:
+            raise NoUnitsError(f"{node.op_type} {name_of(node)!r} reduces every axis")
+        reduced = {int(each) % _rank(data) for each in axes}
+        left = [each for each in range(_rank(data)) if each not in reduced]
+        before = axis if node.attributes.get_int("keepdims", 1) else left[axis]
+        if before in reduced:
+            raise NoUnitsError(f"{node.op_type} {name_of(node)!r} joins the units")
+        return before
+
+    def _flattened(self, node: ir.Node) -> None:
+        """Go behind a Flatten, or a Reshape that does the same."""
+        data = node.inputs[0]
+        entries = None if data is None or data.shape is None else tuple(data.shape)[1:]
+        if entries is None or not all(isinstance(each, int) for each in entries):
+            raise NoUnitsError(f"{node.op_type} {name_of(node)!r} flattens unknown sizes")
+        if math.prod(cast(tuple[int, ...], entries)) != self.columns:
+            raise NoUnitsError(f"{node.op_type} {name_of(node)!r} does not keep samples apart")
+        if node.op_type == "Flatten" and node.attributes.get_int("axis", 1) != 1:
+            raise NoUnitsError(f"Flatten {name_of(node)!r} does not keep samples apart")
+        if node.op_type == "Reshape":
+            sizes = _sizes(node)
+            if len(sizes) != 2:
+                raise NoUnitsError(f"Reshape {name_of(node)!r} has computed sizes")
+            if sizes[1] != -1:
+                self.found.reshapes.append(node)
+        self._back(data, 1, flat=False)
+
+    def _finish(self, data: ir.Value) -> None:
+        """Check that nothing else reads the units or their constants, and note the latter."""
+        found, behind = self.found, self._between | {self.reader}
+        if found.count < 2 or self.columns % found.count:
+            raise NoUnitsError("no product makes its inputs one by one")
+        found.run = self.columns // found.count
+        if found.run > 1 and all(flat for _, flat in self._axes.values()):
+            raise NoUnitsError("no product makes its units one by one")
+        is_flat = found.run > 1
+        for value, (axis, flat) in self._axes.items():
+            for user, index in value.uses():
+                if user not in behind or (user is self.reader and (index or value is not data)):
+                    raise NoUnitsError(f"{user.op_type} {name_of(user)!r} reads {value.name!r} too")
+            found.values[value] = Axis(axis, found.run if flat and is_flat else 1)
+        for (node, index), (axis, flat) in self._uses.items():
+            run = found.run if flat and is_flat else 1
+            weight = constant_of(node.inputs[index])
+            if weight is None or len(weight.shape) < -axis or weight.shape[axis] == 1:
+                continue
+            place = _stored_axis(weight, axis % len(weight.shape))
+            if weight.shape[axis] != found.count * run or place is None:
+                raise NoUnitsError(f"{weight.name!r} of shape {weight.shape} does not fit {found.count} units")
+            found.constants[node, index] = weight, Axis(place, run)
+        self._refuse_shared()
+
+    def _refuse_shared(self) -> None:
+        constants = self.found.constants
+        for weight, axis in constants.values():
+            if weight.is_overridable and not self.overridable:
+                raise NoUnitsError(f"{weight.name!r} is a graph input too")
+            for user, index in other_consumers(weight.root):
+                other = None if user is None else constants.get((user, index))
+                if other is None or (other[1], other[0].steps) != (axis, weight.steps):
+                    raise NoUnitsError(f"{weight.name!r} has other users")
+
+
+@dataclass
+class FoldUnitsResult(ir.passes.PassResult):
+    """A pass result with the names of the nodes that are gone, and a record for every one that stays."""
+
+    folded: tuple[str, ...] = ()
+    kept: tuple[Skip, ...] = ()
+
+
+class FoldUnitsPass(ir.passes.InPlacePass):
+    """Removes the nodes that select hidden units (marked "selection"), and the units that they leave out.
+
+    A node stays where its units cannot be removed, for example because another node reads them. The model is right
+    then too, but not faster. Weights in external files are not read: their rows are chosen when the model is saved.
+
+    Args:
+        overridable: Treat initializers that are graph inputs too as constants; always so before IR version 4.
+    """
+
+    def __init__(self, *, overridable: bool = False) -> None:
+        super().__init__()
+        self._overridable = overridable
+
+    def call(self, model: ir.Model) -> FoldUnitsResult:
+        """Remove wherever it is possible, in graph order."""
+        overridable = self._overridable or model.ir_version < OVERRIDABLE_IR_VERSION
+        folded: list[str] = []
+        stay: list[Skip] = []
+        for node in [node for node in model.graph.all_nodes() if node.metadata_props.get(MARK) == SELECTION]:
+            name, operator = name_of(node), node.op_type
+            try:
+                _fold(node, overridable=overridable)
+            except NoUnitsError as reason:
+                stay.append(Skip(node=name, op_type=operator, reason=str(reason)))
+            else:
+                folded.append(name)
+        return FoldUnitsResult(model, bool(folded), tuple(folded), tuple(stay))
+
+    def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> FoldUnitsResult:
+        """Run the pass; the result names the nodes."""
+        return cast(FoldUnitsResult, super().__call__(model_or_result))
+
+
+def _fold(node: ir.Node, *, overridable: bool) -> None:
+    """Let a node's readers read its data, without the units that it leaves out."""
+    data, right = node.inputs[:2]
+    weight = constant_of(right)
+    if data is None or weight is None or node.graph is None:
+        raise NoUnitsError("it has no data or no weight")
+    selection = weight.numpy()
+    selection = selection.reshape(selection.shape[:2]) if node.op_type == "Conv" else selection.T  # (kept, columns)
+    places = selection.argmax(axis=1)
+    if not np.array_equal(selection, np.eye(selection.shape[1], dtype=selection.dtype)[places]):
+        raise NoUnitsError("its weight selects no inputs")
+    found = hidden_units(node, selection.shape[1], overridable=overridable)
+    blocks = places.reshape(-1, found.run) if places.size % found.run == 0 else places[:, None]
+    kept = blocks[:, 0] // found.run
+    if not np.array_equal(Axis(0, found.run).entries(kept), places):
+        raise NoUnitsError("it selects a part of a unit")
+    found.keep_(kept)
+    node.outputs[0].replace_all_uses_with(data)
+    node.graph.remove(node, safe=True)
+    remove_unused(right, overridable=True)
+
+
+def _rank(value: ir.Value) -> int:
+    if value.shape is None:
+        raise NoUnitsError(f"the shape of {value.name!r} is unknown: infer shapes first")
+    return len(value.shape)
+
+
+def _sizes(node: ir.Node) -> list[int]:
+    """Return the constant sizes of a Reshape; [] where they are computed."""
+    sizes = stored_array(node.inputs[1])
+    return [] if sizes is None else [int(size) for size in sizes.reshape(-1)]
+
+
+def _stored_axis(weight: Weight, axis: int) -> int | None:
+    """Return the axis of the stored tensor, None behind a Reshape."""
+    for kind, arguments in reversed(weight.steps):
+        if kind != "transpose":
+            return None
+        axis = arguments[axis]
+    return axis
+
+
+def _taken(tensor: ir.TensorProtocol, axis: Axis, kept: Array) -> ir.TensorProtocol:
+    """Return a tensor with the entries of the kept units alone; computed when it is saved if it lies in a file."""
+    entries = axis.entries(kept)
+    dims = [int(size) for size in tensor.shape.numpy()]
+    dims[axis.number] = len(entries)
+
+    def made() -> ir.TensorProtocol:
+        array = np.ascontiguousarray(tensor.numpy().take(entries, axis.number))
+        return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
+
+    is_in_file = isinstance(tensor, ir.ExternalTensor | ir.LazyTensor)
+    return ir.LazyTensor(made, tensor.dtype, ir.Shape(dims), name=tensor.name) if is_in_file else made()
+
+
+def _set_constant(weight: Weight, tensor: ir.TensorProtocol) -> None:
+    """Give a constant other numbers, of another shape, and forget the shapes of what layout operators make of it."""
+    root = weight.root
+    producer = root.producer()
+    if producer is not None:
+        producer.attributes.clear()
+        producer.attributes.add(ir.AttrTensor("value", tensor))
+    if producer is None or root.const_value is not None:
+        root.const_value = tensor
+    root.shape = ir.Shape(tensor.shape.numpy())
+    for value in _laid_out(root):
+        value.shape = None
+
+
+def _laid_out(root: ir.Value) -> Iterator[ir.Value]:
+    """Yield what layout operators make of a constant."""
+    for user, index in root.uses():
+        if index == 0 and is_layout(user):
+            yield user.outputs[0]
+            yield from _laid_out(user.outputs[0])
+
+
+def _resize(value: ir.Value, axis: Axis, kept: int) -> None:
+    assert value.shape is not None
+    dims = list(value.shape)
+    dims[axis.number] = kept * axis.run
+    value.shape = ir.Shape(dims)
