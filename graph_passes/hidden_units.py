@@ -42,7 +42,7 @@ class NoUnitsError(Exception):
 
 
 @dataclass(frozen=True)
-class Axis:
+class UnitAxis:
     """The axis of a value or constant that holds the units, each `run` entries long."""
 
     number: int
@@ -71,8 +71,8 @@ class HiddenUnits:
     run: int = 1
     makers: list[ir.Node] = field(default_factory=list)
     depthwise: list[ir.Node] = field(default_factory=list)
-    values: dict[ir.Value, Axis] = field(default_factory=dict)
-    constants: dict[_Use, tuple[Weight, Axis]] = field(default_factory=dict)
+    values: dict[ir.Value, UnitAxis] = field(default_factory=dict)
+    constants: dict[_Use, tuple[Weight, UnitAxis]] = field(default_factory=dict)
     reshapes: list[ir.Node] = field(default_factory=list)
 
     def facts(self) -> Units:
@@ -283,7 +283,7 @@ class _Walk:
             for user, index in value.uses():
                 if user not in behind or (user is self.reader and (index or value is not data)):
                     raise NoUnitsError(f"{user.op_type} {name_of(user)!r} reads {value.name!r} too")
-            found.values[value] = Axis(axis, found.run if flat and is_flat else 1)
+            found.values[value] = UnitAxis(axis, found.run if flat and is_flat else 1)
         for (node, index), (axis, flat) in self._uses.items():
             run = found.run if flat and is_flat else 1
             weight = constant_of(node.inputs[index])
@@ -292,7 +292,7 @@ class _Walk:
             place = _stored_axis(weight, axis % len(weight.shape))
             if weight.shape[axis] != found.count * run or place is None:
                 raise NoUnitsError(f"{weight.name!r} of shape {weight.shape} does not fit {found.count} units")
-            found.constants[node, index] = weight, Axis(place, run)
+            found.constants[node, index] = weight, UnitAxis(place, run)
         self._refuse_shared()
 
     def _refuse_shared(self) -> None:
@@ -362,7 +362,7 @@ def _fold(node: ir.Node, *, overridable: bool) -> None:
     found = hidden_units(node, selection.shape[1], overridable=overridable)
     blocks = places.reshape(-1, found.run) if places.size % found.run == 0 else places[:, None]
     kept = blocks[:, 0] // found.run
-    if not np.array_equal(Axis(0, found.run).entries(kept), places):
+    if not np.array_equal(UnitAxis(0, found.run).entries(kept), places):
         raise NoUnitsError("it selects a part of a unit")
     found.keep_(kept)
     node.outputs[0].replace_all_uses_with(data)
@@ -391,7 +391,7 @@ def _stored_axis(weight: Weight, axis: int) -> int | None:
     return axis
 
 
-def _taken(tensor: ir.TensorProtocol, axis: Axis, kept: Array) -> ir.TensorProtocol:
+def _taken(tensor: ir.TensorProtocol, axis: UnitAxis, kept: Array) -> ir.TensorProtocol:
     """Return a tensor with the entries of the kept units alone; computed when it is saved if it lies in a file."""
     entries = axis.entries(kept)
     dims = [int(size) for size in tensor.shape.numpy()]
@@ -427,7 +427,7 @@ def _laid_out(root: ir.Value) -> Iterator[ir.Value]:
             yield from _laid_out(user.outputs[0])
 
 
-def _resize(value: ir.Value, axis: Axis, kept: int) -> None:
+def _resize(value: ir.Value, axis: UnitAxis, kept: int) -> None:
     assert value.shape is not None
     dims = list(value.shape)
     dims[axis.number] = kept * axis.run

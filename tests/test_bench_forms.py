@@ -78,7 +78,9 @@ def test_variants_have_about_the_same_macs() -> None:
         name: rng.standard_normal(shape).astype(np.float32)
         for name, shape in {"a": (256, 256), "u": (256, 1024), "v": (1024, 256)}.items()
     }
-    text = "g (float[N,256] x) => (float[N,256] y) { h = MatMul(x, a)  i = MatMul(h, u)  j = Relu(i)  y = MatMul(j, v) }"
+    text = (
+        "g (float[N,256] x) => (float[N,256] y) { h = MatMul(x, a)  i = MatMul(h, u)  j = Relu(i)  y = MatMul(j, v) }"
+    )
     proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
     proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
     proto = onnx.shape_inference.infer_shapes(proto)

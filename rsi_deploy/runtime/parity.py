@@ -201,8 +201,9 @@ def surgery_check(
 ) -> OutputComparison:
     """Split the `weights` of the model at `dense` at full rank and compare the outputs with `expected`.
 
-    There, pivoted splits are plain ones. If there are any, a model with low-rank pivoted splits is compared with one
-    whose splits are plain and have the same factors.
+    There, pivoted splits are plain ones, and all hidden units are kept, in another order. If there are any of either
+    form, a model with low-rank pivoted splits and half of the units is compared with one whose splits are plain and
+    have the same factors.
 
     Args:
         dense: dense ONNX model.
@@ -220,15 +221,18 @@ def surgery_check(
         GateError: The outputs differ by more than rounding, which is a defect of the surgery.
     """
     forms: dict[str, AnyForm] = {name: "first" if form == "pivoted" else form for name, form in weights.items()}
-    pivoted = [name for name, form in weights.items() if form == "pivoted"]
+    folded = [name for name, form in weights.items() if form in ("pivoted", "units")]
 
     def full_rank(site: gp.Site) -> gp.SplitFactors:
         return rotated_identity(site, forms.get(site.weight, "first"), bias=bias)
 
-    def low_rank(site: gp.Site, form: AnyForm) -> gp.SplitFactors:
-        if site.weight not in pivoted or "pivoted" not in site.forms:
+    def low_rank(site: gp.Site, *, is_plain: bool) -> gp.SplitFactors:
+        form = weights.get(site.weight)
+        if form not in site.forms or site.weight not in folded:
             return full_rank(site)
-        return drawn_pivots(site, form, pivoted.index(site.weight), bias=bias)
+        if form == "units":
+            return half_of_units(site, is_plain=is_plain, bias=bias)
+        return drawn_pivots(site, "first" if is_plain else "pivoted", folded.index(site.weight), bias=bias)
 
     def run(factors: Callable[[gp.Site], gp.SplitFactors], what: str) -> list[Value]:
         def answer(site: gp.Site) -> gp.SplitFactors | gp.Dense:
@@ -243,11 +247,11 @@ def surgery_check(
         return compare_outputs(first, second, what=f"surgery gate ({what})", tolerance=tolerance)
 
     result = compare(expected, run(full_rank, "the full-rank split"), "full-rank split against dense")
-    if not pivoted:
+    if not folded:
         return result
-    plain = run(lambda site: low_rank(site, "first"), "the plain split")
-    outputs = run(lambda site: low_rank(site, "pivoted"), "the pivoted split")
-    again = compare(plain, outputs, "pivoted split against a plain one of the same factors")
+    plain = run(lambda site: low_rank(site, is_plain=True), "the plain split")
+    outputs = run(lambda site: low_rank(site, is_plain=False), "the folded split")
+    again = compare(plain, outputs, "folded split against a plain one of the same factors")
     return max(result, again, key=lambda each: each.relative_l2)
 
 
@@ -313,6 +317,25 @@ def drawn_pivots(site: gp.Site, form: AnyForm, index: int, *, bias: bool = False
         bias=np.resize(right[:, 0], site.bias_size) if bias else None,
         pivots=pivots if form == "pivoted" else None,
     )
+
+
+def half_of_units(site: gp.Site, *, is_plain: bool, bias: bool = False) -> gp.SplitFactors:
+    """Return factors that keep every other hidden unit of a site, the later half first.
+
+    Args:
+        site: a site that reads hidden units.
+        is_plain: whether the form is one that leaves a node for the selection.
+        bias: whether the factors come with a bias, which is not zero.
+    """
+    assert site.units is not None
+    form: AnyForm = "units" if not is_plain else "input" if "input" in site.forms else "first"
+    weight, run = site.load("units"), site.units.run
+    units = np.arange(0, site.units.count, 2)
+    places = (np.roll(units, len(units) // 2)[:, None] * run + np.arange(run)).reshape(-1)
+    left = np.ascontiguousarray(weight[..., places])
+    right = np.eye(weight.shape[-1], dtype=weight.dtype)[places]
+    change = np.resize(left[0, :, 0], site.bias_size) if bias else None
+    return gp.SplitFactors(left=left, right=right[None], form=form, bias=change)
 
 
 def _rolled(weight: Array, axis: int, op_type: str) -> Array:

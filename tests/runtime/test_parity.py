@@ -8,7 +8,7 @@ from nets import initializers, mlp_onnx, run_onnx
 from onnx import helper, numpy_helper
 
 import graph_passes as gp
-from graph_passes import fold_permutations, split_conv, split_gemm, split_matmul
+from graph_passes import fold_permutations, hidden_units, split_conv, split_gemm, split_matmul
 from graph_passes.marks import CONCAT, MARK, PERMUTATION
 from rsi_deploy.core.errors import GateError
 from rsi_deploy.runtime.feeds.inputs import model_inputs
@@ -330,7 +330,7 @@ def test_faults_of_the_pivoted_form_fail(tmp_path, monkeypatch, op, shape, group
             fault(model)
 
     monkeypatch.setattr(gp, "split", sabotaged)
-    with pytest.raises(GateError, match="^surgery gate .pivoted split"):
+    with pytest.raises(GateError, match="^surgery gate .folded split"):
         check_pivoted(saved(tmp_path, graph_of(op, shape, groups=groups)), "w")
 
 
@@ -353,5 +353,47 @@ def test_a_permutation_that_is_folded_the_wrong_way_fails(tmp_path, monkeypatch)
         return permuted(dataclasses.replace(self, order=np.argsort(self.order)))
 
     monkeypatch.setattr(fold_permutations._Permuted, "__call__", sabotaged)
-    with pytest.raises(GateError, match="^surgery gate .pivoted split"):
+    with pytest.raises(GateError, match="^surgery gate .folded split"):
         check_pivoted(path, "fc1.weight", "fc2.weight")
+
+
+# -- hidden units, whose removal the full-rank check sees as a change of their order only
+
+
+def unit_net(tmp_path):
+    proto = onnx.load(mlp_onnx(tmp_path / "dense.onnx", sizes=(12, 16, 14, 10)))
+    return saved(tmp_path, onnx.shape_inference.infer_shapes(proto))
+
+
+def check_units(path, *names, bias=True):
+    feeds = random_feeds(model_inputs(path), 2, 0)
+    return surgery_check(path, dict.fromkeys(names, "units"), feeds, run_onnx(path, feeds), bias=bias)
+
+
+def test_good_surgery_of_hidden_units_passes(tmp_path):
+    path = unit_net(tmp_path)
+    result = check_units(path, "fc2.weight", "fc3.weight")
+    assert result.relative_l2 <= result.tolerance
+
+
+@pytest.mark.parametrize("fault", ["other units", "no bias", "another order"])
+def test_faults_in_the_removal_of_units_fail(tmp_path, monkeypatch, fault):
+    path, keep = unit_net(tmp_path), hidden_units.HiddenUnits.keep_
+
+    def sabotaged(self, kept):
+        if fault == "no bias":  # the maker's bias stays as long as before, cut at its end
+            taken = hidden_units._taken
+            monkeypatch.setattr(
+                hidden_units,
+                "_taken",
+                lambda tensor, axis, kept: taken(
+                    tensor, axis, np.arange(len(kept)) if tensor.shape.rank() == 1 else kept
+                ),
+            )
+        half = len(kept) < self.count
+        wrong = {"other units": self.count - 1 - kept, "another order": kept[::-1]}.get(fault, kept)
+        keep(self, wrong if half else kept)
+
+    monkeypatch.setattr(hidden_units.HiddenUnits, "keep_", sabotaged)
+    with pytest.raises(GateError, match="^surgery gate"):
+        check_units(path, "fc2.weight")
