@@ -18,7 +18,7 @@ from rsi_deploy.core.settings.base import (
     Texts,
     setting,
 )
-from rsi_deploy.core.settings.groups import DATA_HELP, PictureConfig
+from rsi_deploy.core.settings.groups import DATA_HELP, PictureConfig, TextConfig
 
 FIRST: dict[str, Any] = {"first": True}
 Scenario = Literal["SingleStream", "MultiStream", "Server", "Offline"]
@@ -135,6 +135,7 @@ class BenchConfig(
     MatrixConfig,
     TimeConfig,
     AccuracyConfig,
+    TextConfig,
     PictureConfig,
     RivalsConfig,
     FurtherConfig,

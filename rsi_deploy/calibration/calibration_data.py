@@ -8,6 +8,7 @@ from input name to array. Labels are ignored.
     fit part    0 1   3 4 5 6   8 9 ...        dealt to four folds, neighbours to different ones
 
 So both parts and all folds see every class of data that are sorted by class.
+Of text, whole documents go to either part.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from rsi_deploy.data.dataset import Inputs, concatenate_inputs, row_count, selec
 from rsi_deploy.data.feeding import Feeding, errors_for_option
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset, NamedData, check_exists, open_data
+from rsi_deploy.data.text_data import TextRows
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
 from rsi_deploy.runtime.feeds.inputs import InputSpec
 
@@ -130,24 +132,31 @@ class CalibrationData:
         self.available = len(feeding.dataset)
         self.is_separate = check_source is not None
         unit = self.axes.fixed or 1
-        fit, check = part_sizes(self.available, size, 0 if self.is_separate else check_size, unit)
+        rng, check_size = np.random.default_rng([seed, *b"check"]), 0 if self.is_separate else check_size
+        if isinstance(feeding.dataset, TextRows):
+            rows, chosen = document_parts(feeding.dataset, size, check_size, unit, rng)
+            read = self.available
+        else:
+            fit, check = part_sizes(self.available, size, check_size, unit)
+            read = fit + check
+            chosen = _one_of_each(read, check, rng)
+            rows = np.setdiff1d(np.arange(read), chosen)
+        fit, check = len(rows), len(chosen)
         if fit < 1:
             raise _too_few(OPTION, min(size, self.available), unit)
-        self._read = fit + check
-        chosen = _one_of_each(self._read, check, np.random.default_rng([seed, *b"check"]))
-        rows = np.setdiff1d(np.arange(self._read), chosen)
+        self._used = fit + check
         batch = self.axes.fixed or min(BATCH, max(1, fit // FOLDS))
         large = self.axes.fixed or BATCH
-        self.fit = SamplePart(feeding=feeding, limit=self._read, rows=rows, batch=batch, folds=FOLDS, seed=seed)
+        self.fit = SamplePart(feeding=feeding, limit=read, rows=rows, batch=batch, folds=FOLDS, seed=seed)
         some = min(fit, max(IN_SAMPLE // unit, 1) * unit)
         spaced = rows[np.arange(some) * fit // some]
-        self.in_sample = SamplePart(feeding=feeding, limit=self._read, rows=spaced, batch=large)
+        self.in_sample = SamplePart(feeding=feeding, limit=read, rows=spaced, batch=large)
         self.check: SamplePart | None = None
         if check_source is not None:
             self.check = _separate(check_source, specs, preprocessing, check_size or MOST_CHECK)
             self._refuse_repeated(self.check)
         elif check:
-            self.check = SamplePart(feeding=feeding, limit=self._read, rows=chosen, batch=large)
+            self.check = SamplePart(feeding=feeding, limit=read, rows=chosen, batch=large)
 
     @property
     def samples(self) -> int:
@@ -175,7 +184,7 @@ class CalibrationData:
     @property
     def has_more(self) -> bool:
         """Return whether the data have samples that are in no part."""
-        return self.available > self._read
+        return self.available > self._used
 
     def feeds(self) -> Iterator[dict[str, Array]]:
         """Yield the batches of the fit part; batch number b belongs to fold b % 4."""
@@ -229,6 +238,43 @@ def part_sizes(available: int, size: int, check_size: int | None = None, unit: i
         check_size = max(1, available // 5) if few else max(LEAST_CHECK, min(available, size + -(-size // 4)) // 5)
     check = min(-(-check_size // unit), available // 2 // unit) * unit
     return min(size, available - check) // unit * unit, check
+
+
+def document_parts(
+    text: TextRows, size: int, check_size: int | None, unit: int, rng: np.random.Generator
+) -> tuple[Rows, Rows]:
+    """Return the rows of text of the fit part and of the check part, ascending; no document has rows in both.
+
+    Documents are drawn for the check part until it is large enough, but never more than half of all rows. The fit part
+    has evenly spaced rows of the other documents.
+
+    Args:
+        text: rows of text.
+        size: largest number of rows of the fit part; `text.most_tokens` may allow fewer.
+        check_size: number of rows of the check part, at most; None for the usual one, 0 for none.
+        unit: number that the sizes of both parts are multiples of.
+        rng: draws the documents.
+    """
+    if text.most_tokens is not None:
+        size = min(size, max(int(text.most_tokens / text.tokens.mean()), unit))
+    _, wanted = part_sizes(len(text), size, check_size, unit)
+    numbers, counts = np.unique(text.documents, return_counts=True)
+    taken, drawn = 0, []
+    for place in rng.permutation(len(numbers)):
+        if taken < wanted and taken + counts[place] <= len(text) // 2:
+            drawn.append(numbers[place])
+            taken += counts[place]
+    is_check = np.isin(text.documents, drawn)
+    check, fit = np.flatnonzero(is_check), np.flatnonzero(~is_check)
+    fitted = _evenly(fit, min(size, len(fit)) // unit * unit)
+    while text.most_tokens is not None and len(fitted) > unit and text.tokens[fitted].sum() > text.most_tokens:
+        fitted = _evenly(fit, len(fitted) - unit)
+    return fitted, _evenly(check, min(wanted, len(check)) // unit * unit)
+
+
+def _evenly(rows: Rows, count: int) -> Rows:
+    """Return evenly spaced ones of the rows."""
+    return rows[np.arange(count, dtype=np.int64) * len(rows) // max(count, 1)]
 
 
 def example_shapes(

@@ -56,7 +56,7 @@ def bench(
     gates = requested_gates(settings, models=models)
     page = check_page(html)
     paths = [onnx_path(model) for model in models]
-    dataset = None if settings.data is None else _dataset(settings.data, paths[0])
+    dataset = None if settings.data is None else _dataset(settings, models[0], paths[0])
     steps = preprocessing_of(settings)
     if dataset is None and settings.calib is None and steps is not None:
         raise UsageError("--mean, --std, --resize, --crop and --layout are for the pictures of --data; add --data DATA")
@@ -83,12 +83,17 @@ def bench(
         context.exit(INTERRUPTED)
 
 
-def _dataset(data: str, model: Path) -> "Dataset":
+def _dataset(settings: BenchConfig, model: str, path: Path) -> "Dataset":
     """The data for the first model's inputs."""
     from rsi_deploy.data.sources import open_data
+    from rsi_deploy.data.text_data import TextOptions, with_text
     from rsi_deploy.runtime.feeds.inputs import model_inputs
 
-    return open_data(data, specs=() if model.suffix == ".ort" else model_inputs(model))
+    data: Any = with_text(settings.data, TextOptions.of(settings), model)
+    if isinstance(data, str):
+        return open_data(data, specs=() if path.suffix == ".ort" else model_inputs(path))
+    opened: Dataset = data
+    return opened
 
 
 def _request(

@@ -19,6 +19,7 @@ def evaluate_verb(model: str, settings: EvalConfig, *, as_json: bool) -> None:
     outputs, and whether as many answers are right (McNemar's exact test).
     """
     from rsi_deploy.data.picture_settings import preprocessing_of
+    from rsi_deploy.data.text_data import TextOptions, with_text
     from rsi_deploy.evaluation.accuracy import evaluate_all
     from rsi_deploy.report.tables.accuracy import print_accuracies
 
@@ -28,7 +29,7 @@ def evaluate_verb(model: str, settings: EvalConfig, *, as_json: bool) -> None:
     with progress_bar("samples", is_short=True) as progress:
         results = evaluate_all(
             paths,
-            settings.data,
+            with_text(settings.data, TextOptions.of(settings), model),
             preprocessing=preprocessing_of(settings),
             provider=settings.provider,
             batch_size=settings.batch,

@@ -8,7 +8,7 @@ import click
 from rsi_deploy.cli.derived import Verb, option, settings_options
 from rsi_deploy.cli.options import model_argument
 from rsi_deploy.cli.terminal import console, progress_bar
-from rsi_deploy.core.settings.groups import PictureConfig, SamplesConfig
+from rsi_deploy.core.settings.groups import PictureConfig, SamplesConfig, TextSamplesConfig
 from rsi_deploy.core.settings.verbs import ExportConfig, InspectConfig
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def inspect(model: str, settings: InspectConfig, *, as_json: bool) -> None:
     from rsi_deploy.onnx_models.inspection import inspect as run_inspect
     from rsi_deploy.report.tables.report import print_inspection, print_outlook
 
-    data = (*SamplesConfig.model_fields, *PictureConfig.model_fields)
+    data = (*SamplesConfig.model_fields, *TextSamplesConfig.model_fields, *PictureConfig.model_fields)
     with progress_bar(is_short=settings.calib is None):
         result = run_inspect(model, **{name: v for name, v in settings.keywords().items() if name not in data})
         outlook = None if settings.calib is None else _outlook(model, settings)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.io.model_folder import model_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 EARLY_BYTES = 64 << 20
@@ -20,7 +21,9 @@ def model_argument(*, required: bool = True) -> Callable[[F], F]:
 
 def _checked(context: click.Context, parameter: click.Parameter, model: str | None) -> str | None:
     """Refuse a small ONNX file that claims what cannot be, before torch takes time and memory."""
-    path = Path(model or "")
+    if model is None:
+        return None
+    path = Path(str(model_file(model)))
     if path.suffix == ".onnx" and path.is_file() and path.stat().st_size <= EARLY_BYTES:
         from rsi_deploy.io.onnx_reader import check_file
 
@@ -29,14 +32,12 @@ def _checked(context: click.Context, parameter: click.Parameter, model: str | No
 
 
 def onnx_path(text: str) -> Path:
-    """Return an ONNX file, or the one in a bundle.
+    """Return an ONNX file, or the one in a folder.
 
     Raises:
         UsageError: neither is there.
     """
-    path = Path(text)
-    if path.is_dir() and (path / "model.onnx").is_file():
-        return path / "model.onnx"
+    path = Path(str(model_file(text)))
     if not path.is_file():
-        raise UsageError(f"no such model: {text}; expected an .onnx file or a bundle's folder")
+        raise UsageError(f"no such model: {text}; expected an .onnx file, or a folder such as a bundle")
     return path

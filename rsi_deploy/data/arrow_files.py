@@ -34,6 +34,7 @@ class ArrowTable:
         pictures: columns of `{bytes, path}` structs.
         binary: columns of bytes.
         numeric: columns of numbers, or lists of them.
+        texts: columns of text.
         files: files of the table.
         folder: folder of the first file.
     """
@@ -54,6 +55,7 @@ class ArrowTable:
         self.pictures = tuple(name for name, kind in types.items() if is_picture(kind) and not _is_binary(kind))
         self.binary = tuple(name for name, kind in types.items() if _is_binary(kind))
         self.numeric = tuple(name for name, kind in types.items() if _is_numeric(kind))
+        self.texts = tuple(name for name, kind in types.items() if _is_text(kind))
         self.classes = _class_names(schemas[0].metadata)
         self._rows = [self._row_count(file) for file in self.files]
         if sum(self._rows) > MOST_ROWS:
@@ -196,6 +198,12 @@ def _is_binary(kind: Any) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _is_list(kind: Any) -> bool:

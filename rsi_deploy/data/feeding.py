@@ -75,7 +75,8 @@ class Feeding:
 
     def notes(self) -> list[str]:
         """Return notes on the samples read so far."""
-        return [] if self._pictures is None else self._pictures.notes(self._option)
+        own = [f"{self._option}: {note}" for note in getattr(self.dataset, "notes", ())]
+        return own if self._pictures is None else [*own, *self._pictures.notes(self._option)]
 
     def to_feeds(self, inputs: Inputs) -> dict[str, Array]:
         """Convert a batch to the feeds of this model.

@@ -7,19 +7,22 @@ so the peak memory is about that of exporting alone.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
 from torch import nn
 
-from rsi_deploy.calibration.calibration_data import CHECK_OPTION, check_source
+from rsi_deploy.calibration.calibration_data import CHECK_OPTION, OPTION, check_source
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.settings.base import option_name
 from rsi_deploy.core.settings.recipe import recipe_text
 from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.costing.cost_table import read_cost_table
+from rsi_deploy.data.feeding import errors_for_option
 from rsi_deploy.data.picture_settings import picture_settings, preprocessing_of
 from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.data.text_data import TextOptions, with_text
 from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.inputs import (
     Origin,
@@ -32,6 +35,7 @@ from rsi_deploy.exporting.run import ExportRun
 from rsi_deploy.exporting.step_settings import StepSettings
 from rsi_deploy.exporting.timing.latency_options import check_time_settings
 from rsi_deploy.exporting.timing.profile import Costing
+from rsi_deploy.io.model_folder import folder_of
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.planner import Filters
 from rsi_deploy.planning.request import RankRequest
@@ -64,7 +68,8 @@ def export(
     and in a recipe are one request, which the bundle's recipe.toml holds.
 
     Args:
-        model: `torchvision:NAME`, `package.module:factory`, `FILE.pt2`, `FILE.onnx`, or a torch module.
+        model: `torchvision:NAME`, `package.module:factory`, `FILE.pt2`, `FILE.onnx`, the folder of an ONNX model, or a
+            torch module.
         output: folder to make.
         config: settings of the export.
         preprocessing: steps from 8-bit pictures to inputs, in place of the settings `mean`, `std`, `resize`, ...
@@ -98,6 +103,7 @@ def export_run(
     command: str = "",
     recipe: str = "",
     kept: SweepCache | None = None,
+    original: str | None = None,
 ) -> ExportRun:
     """Prepare an export: read what the settings name, and refuse what contradicts itself, before any work.
 
@@ -108,6 +114,7 @@ def export_run(
         command: command line for the report.
         recipe: recipe for the bundle, where it is not that of `model` and `config`.
         kept: cache of what earlier exports of the same model, data and settings have found (for `sweep`).
+        original: path of the user's MODEL, if `model` is a copy of it (for `sweep`).
 
     Raises:
         UsageError: says what to type.
@@ -123,6 +130,7 @@ def export_run(
         read_cost_table(config.cost)
     check_source(config.calib)
     check_source(config.calib_check, CHECK_OPTION)
+    request = _with_text(request, config, model, folder_of(original))
     filters = Filters(include=config.include, exclude=config.exclude)
     solver = Solver(
         method=config.method,
@@ -149,7 +157,7 @@ def export_run(
             own_feeds=input_feeds(config.feeds),
             assume_constant=config.assume_constant,
             requantize=config.requantize,
-            sources={"--calib": config.calib, "--data": dataset},
+            sources={"--calib": request.calib, "--data": dataset},
         ),
         origin=Origin(
             model=model,
@@ -159,6 +167,7 @@ def export_run(
             seed=config.seed,
             preprocessing=preprocessing,
             opset=config.opset,
+            folder=Path(original) if original is not None and Path(original).is_dir() else None,
         ),
         request=request,
         costing=Costing(provider=provider, threads=config.threads, seconds=config.cost_budget, seed=config.seed),
@@ -170,6 +179,15 @@ def export_run(
         recipe=recipe or recipe_text("export", model, config),
         kept=kept,
     )
+
+
+def _with_text(request: RankRequest, config: ExportConfig, model: str | nn.Module, folder: Path | None) -> RankRequest:
+    """Return the request with its calibration data opened where they are text."""
+    options = TextOptions.of(config)
+    with errors_for_option(OPTION):
+        calib = with_text(request.calib, options, model, folder)
+    with errors_for_option(CHECK_OPTION):
+        return replace(request, calib=calib, calib_check=with_text(request.calib_check, options, model, folder))
 
 
 def _check_ray(ray: str | None, request: RankRequest, device: str) -> None:

@@ -11,6 +11,7 @@ from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.dataset import UndecidedData
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset, open_undecided
+from rsi_deploy.data.text_files import SUFFIXES as TEXT_SUFFIXES
 from rsi_deploy.runtime.feeds.user_feeds import read_feeds
 from rsi_deploy.torch_models.model_source import Source, load_source, source_of_module
 
@@ -29,6 +30,7 @@ class Origin:
         seed: random seed for random weights.
         preprocessing: fields that replace the model's own.
         opset: opset of the dense model; None is the exporter's, or an ONNX file's own.
+        folder: folder of the user's model, if `model` is a copy of it; None if `model` is the user's own.
     """
 
     model: str | nn.Module
@@ -38,6 +40,7 @@ class Origin:
     seed: int
     preprocessing: Preprocessing | None
     opset: int | None
+    folder: Path | None = None
 
     def load(self) -> Source:
         """Load the model.
@@ -48,9 +51,11 @@ class Origin:
         """
         if not isinstance(self.model, str):
             return source_of_module(self.model, self.shape, self.seed)
-        return load_source(
+        source = load_source(
             self.model, weights=self.weights, checkpoint=self.checkpoint, input_shape=self.shape, seed=self.seed
         )
+        source.folder = self.folder or source.folder
+        return source
 
     def over(self, own: Preprocessing | None) -> Preprocessing | None:
         """Return the model's own preprocessing with the fields that were set."""
@@ -68,6 +73,10 @@ def evaluation_data(data: str | Path | Dataset | None, preprocessing: Preprocess
     Raises:
         UsageError: no labels, or ready inputs together with a preprocessing.
     """
+    if isinstance(data, str | Path) and Path(data).suffix in TEXT_SUFFIXES:
+        raise UsageError(
+            f"--data {data} is text, which has no labels; give it as --calib, or to eval with a --reference"
+        )
     dataset = open_undecided(data) if isinstance(data, str | Path) else data
     if dataset is None or isinstance(dataset, UndecidedData):
         return dataset  # the model's inputs decide

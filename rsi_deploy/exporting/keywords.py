@@ -41,6 +41,9 @@ class ExportKeywords(TypedDict, total=False):
     calib_check: str | Path | Dataset | Mapping[str, npt.NDArray[Any]] | None
     factors: Literal["response", "weights"]
     allow_shared_data: bool
+    column: str | None
+    sequence_length: int | None
+    calib_tokens: int
     data: str | Path | Dataset | None
     feeds: str | Path | Mapping[str, npt.NDArray[Any]] | None
     mean: str | Sequence[float] | None

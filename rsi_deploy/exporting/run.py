@@ -19,6 +19,7 @@ from rsi_deploy.core.progress import step
 from rsi_deploy.core.settings.recipe import recipe_text
 from rsi_deploy.core.settings.verbs import ExportConfig
 from rsi_deploy.data.sources import Dataset
+from rsi_deploy.data.text_data import data_fingerprint
 from rsi_deploy.execution import result_store
 from rsi_deploy.execution.executor import LocalExecutor
 from rsi_deploy.execution.result_store import ResultStore, key_of
@@ -40,7 +41,8 @@ from rsi_deploy.exporting.timing.profile import Costing
 from rsi_deploy.exporting.timing.stage_clock import StageClock
 from rsi_deploy.exporting.writer import Exported, write_files
 from rsi_deploy.io.bundle import atomic_folder, finished_results_folder
-from rsi_deploy.io.manifest import file_hash, fingerprint
+from rsi_deploy.io.manifest import file_hash
+from rsi_deploy.io.model_folder import copy_beside
 from rsi_deploy.io.onnx_checks.broken_models import explaining_broken_model
 from rsi_deploy.onnx_models.split import SplitModel, split_model
 from rsi_deploy.planning.decide import Planned, refuse_uncounted
@@ -151,6 +153,7 @@ class ExportRun:
         )
         if self.kept is not None:
             self.kept.outputs = calibrator.outputs
+        beside = [] if dense.source.folder is None else copy_beside(dense.source.folder, folder)
         exported = Exported(
             job=self.job,
             settings=self._settings(dense),
@@ -163,6 +166,7 @@ class ExportRun:
                 *calibrator.missed(checked.agreement),
                 *([] if store is None else filter(None, [store.note()])),
                 *target_notes(self.config.target, self.job.provider),
+                *beside,
             ),
         )
         report = exported.report(self.costing, self.command, self.recipe, keep_dense=self.config.keep_dense)
@@ -218,7 +222,7 @@ class ExportRun:
             request = self.request
             parts = [request.check_size, str(request.quality), request.calib_check is not None]
             parts += [] if self.config.precision in (None, "float32") else [self.config.precision]
-            more = [fingerprint(calib), *parts, self._settings(dense).model_dump_json(), job.provider, shapes]
+            more = [data_fingerprint(calib), *parts, self._settings(dense).model_dump_json(), job.provider, shapes]
         key = key_of(f"{dense.weights_hash} {file_hash(dense.path)}", job.device, *more)
         return ResultStore(folder=finished_results_folder(dense.folder), key=key)
 
@@ -242,7 +246,7 @@ class ExportRun:
             kept=self.kept,
             outputs={} if self.kept is None else dict(self.kept.outputs),
             inputs={} if self.kept is None else self.kept.inputs,
-            finished=store if store is not None and fingerprint(request.calib) else None,
+            finished=store if store is not None and data_fingerprint(request.calib) else None,
         )
 
     def _split(self, dense: DenseModel) -> "partial[SplitModel]":

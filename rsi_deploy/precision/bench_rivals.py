@@ -12,6 +12,7 @@ from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import open_data
+from rsi_deploy.data.text_data import TextOptions, with_text
 from rsi_deploy.evaluation.sample_feeds import sample_batches
 from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.io.onnx_reader import read_proto
@@ -70,7 +71,7 @@ def bench_rivals(model: Path, settings: BenchConfig, steps: Preprocessing | None
     if not settings.rivals:
         yield BenchRivals()
         return
-    feeds = None if settings.calib is None else _calibration(settings.calib, model, settings.provider, steps)
+    feeds = None if settings.calib is None else _calibration(settings, model, steps)
     operators = {node.op_type for node in read_proto(model).graph.node}
     schemes = rival_schemes(operators, short_name(parse_provider(settings.provider).name))
     with ScratchFolder() as folder:
@@ -100,9 +101,10 @@ def check_rivals(model: Path, settings: BenchConfig) -> None:
         raise UsageError("--max-slowdown and --max-drop check every model of a run; leave out --rivals")
 
 
-def _calibration(data: str, model: Path, provider: str, steps: Preprocessing | None) -> FeedsSource:
+def _calibration(settings: BenchConfig, model: Path, steps: Preprocessing | None) -> FeedsSource:
     """Return a function that returns batches of the calibration data; data that do not fit are refused here."""
-    dataset = open_data(data, specs=model_inputs(model), labelled=False)
+    data, provider = with_text(settings.calib, TextOptions.of(settings), model), settings.provider
+    dataset = open_data(data, specs=model_inputs(model), labelled=False) if isinstance(data, str) else data
 
     def feeds() -> Iterator[Feeds]:
         return sample_batches(dataset, model, provider, BATCH, SAMPLES, preprocessing=steps, option="--calib")

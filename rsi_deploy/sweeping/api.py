@@ -30,6 +30,7 @@ from rsi_deploy.core.settings.recipe import RECIPE, recipe_text
 from rsi_deploy.core.settings.verbs import ExportConfig, SweepConfig
 from rsi_deploy.data.picture_settings import picture_settings, preprocessing_of
 from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.data.tokenizer import TOKENIZER
 from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.dense_size import dense_size
 from rsi_deploy.exporting.timing.profile import write_dense
@@ -37,6 +38,7 @@ from rsi_deploy.io.atomic import OutputClaim, claim_output, write_text
 from rsi_deploy.io.bundle import check_target, is_sweep
 from rsi_deploy.io.locks import remove
 from rsi_deploy.io.manifest import fingerprint
+from rsi_deploy.io.model_folder import folder_of, model_file
 from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import model_hash
 from rsi_deploy.report.pages.sweep import sweep_page
@@ -102,7 +104,8 @@ def sweep(
         dense = claim.new / "dense.onnx"
         steps = preprocessing_of(config)
         name = write_dense(model, dense, config.weights, config.checkpoint, plain, config.seed, steps)
-        read = [fingerprint(data) for data in (config.calib, config.calib_check, config.data)]
+        tokenizer = None if (place := folder_of(model)) is None else place / TOKENIZER
+        read = [fingerprint(data) for data in (config.calib, config.calib_check, config.data, tokenizer)]
         document = Sweep(
             tool=f"rsi-deploy {__version__}",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -115,7 +118,8 @@ def sweep(
             shares=shares,
             environment=environment(),
         )
-        size = dense_size(Path(model) if isinstance(model, str) and model.endswith(".onnx") else None, dense)
+        file = model_file(model)
+        size = dense_size(Path(file) if isinstance(file, str) and file.endswith(".onnx") else None, dense)
         if force and folder.exists():
             claim.set_aside()
         begun = _begun(document, folder)
@@ -137,7 +141,13 @@ def _job(
     whole = ExportConfig.of(point, **source)
     named = tuple(text for text in config.input_shape if "=" in text)
     recipe = recipe_text("export", model, whole)
-    return PointJob(number=number, config=ExportConfig.of(point, input_shape=named), command=command, recipe=recipe)
+    return PointJob(
+        number=number,
+        config=ExportConfig.of(point, input_shape=named),
+        command=command,
+        recipe=recipe,
+        original=str(Path(model).resolve()) if isinstance(model, str) and Path(model).exists() else None,
+    )
 
 
 def _resumed(

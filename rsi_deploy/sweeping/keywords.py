@@ -21,6 +21,9 @@ class SweepKeywords(TypedDict, total=False):
     calib_size: int
     check_size: int | None
     calib_check: str | Path | None
+    column: str | None
+    sequence_length: int | None
+    calib_tokens: int
     data: str | Path | Dataset | None
     feeds: str | Path | Mapping[str, npt.NDArray[Any]] | None
     mean: str | Sequence[float] | None

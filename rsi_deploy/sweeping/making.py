@@ -32,12 +32,14 @@ class PointJob:
         config: settings of its export.
         command: command line for its report.
         recipe: recipe that makes its bundle again from the user's model.
+        original: absolute path of the user's model; None if it is no path.
     """
 
     number: int
     config: ExportConfig
     command: str
     recipe: str
+    original: str | None
 
     def made_in(self, folder: Path, dense: Path, kept: SweepCache) -> MadePoint:
         """Make the bundle `folder` of the model at `dense`.
@@ -49,7 +51,9 @@ class PointJob:
         started = time.monotonic()
         problem = None
         try:
-            run = export_run(str(dense), self.config, command=self.command, recipe=self.recipe, kept=kept)
+            run = export_run(
+                str(dense), self.config, command=self.command, recipe=self.recipe, kept=kept, original=self.original
+            )
             run.write_bundle(folder, force=True)
         except ModelError as error:
             problem = error

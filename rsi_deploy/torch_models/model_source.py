@@ -4,6 +4,7 @@ torchvision:NAME             with --weights DEFAULT | none | FILE
 package.module:factory       with --checkpoint FILE; the factory is executed, so it must be trusted code
 model.pt2                    a torch.export program
 model.onnx                   an ONNX file
+FOLDER                       the folder of an ONNX model; see `rsi_deploy.io.model_folder`
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.io.checkpoint import load_checkpoint_
+from rsi_deploy.io.model_folder import find_model
 from rsi_deploy.io.programs import read_program
 from rsi_deploy.linalg.solver import stream_seed
 from rsi_deploy.runtime.feeds.shapes import parse_shape, refuse_nameless
@@ -35,13 +37,15 @@ class Source:
     """A loaded model and its example inputs.
 
     Exactly one of `module`, `program` and `onnx` is set. `example_inputs` have a batch of 2, because exporters take a
-    batch of 1 for a constant; those of a program are the ones that it was exported with.
+    batch of 1 for a constant; those of a program are the ones that it was exported with. `folder` is the folder that
+    MODEL is, whose other files go along into a bundle.
     """
 
     name: str
     module: nn.Module | None = None
     program: "torch.export.ExportedProgram | None" = None
     onnx: Path | None = None
+    folder: Path | None = None
     example_inputs: tuple[Any, ...] = ()
     preprocessing: Preprocessing | None = None
     notes: list[str] = field(default_factory=list)
@@ -71,6 +75,10 @@ def load_source(
     shape = _torch_shape(input_shape)
     if model.startswith("torchvision:"):
         source = _torchvision(model.removeprefix("torchvision:"), weights, checkpoint, shape, seed)
+    elif Path(model).is_dir():
+        path = find_model(Path(model))
+        refuse_nameless(input_shape, path)
+        source = Source(name=Path(model).resolve().name, onnx=path, folder=Path(model))
     elif model.endswith(".pt2"):
         source = _pt2(_existing(model))
         if shape is not None:
@@ -83,7 +91,7 @@ def load_source(
         source = _factory(model, checkpoint, shape, seed)
     else:
         raise UsageError(
-            f"MODEL {model!r} is none of torchvision:NAME, package.module:factory, FILE.pt2, FILE.onnx"
+            f"MODEL {model!r} is none of torchvision:NAME, package.module:factory, FILE.pt2, FILE.onnx, FOLDER"
             + ("" if Path(model).exists() else " (and no such file exists)")
         )
     if source.module is None and checkpoint is not None:

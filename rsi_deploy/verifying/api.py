@@ -15,6 +15,7 @@ A folder that `package` wrote has no report of its own: only its manifest is ver
 Claims that cannot be computed again here (latency is the machine's; the dense model may be gone) are listed as such.
 """
 
+import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ from rsi_deploy.core.progress import at_samples, step
 from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.dataset import for_inputs
 from rsi_deploy.data.sources import Dataset, open_undecided
+from rsi_deploy.data.text_data import TextOptions, with_text
 from rsi_deploy.evaluation.accuracy import evaluate
 from rsi_deploy.io.bundle import is_sweep
 from rsi_deploy.io.manifest import MANIFEST, check_manifest, file_hash
@@ -302,6 +304,7 @@ def _calibration(
         return [*claims, _not_checked("calibration", missing)]
     if claimed.is_separate and check is None:
         return [*claims, _not_checked("calibration", "add --calib-check with the same data")]
+    source, check = (with_text(data, _text_options(report), folder) for data in (source, check))
     data = CalibrationData(
         source,
         model_inputs(folder / "dense.onnx"),
@@ -320,6 +323,17 @@ def _calibration(
     compared = {part: _compared(*pair) for part, pair in parts.items()}
     detail = "; ".join(f"{part}: {words}" for part, (_, words) in compared.items())
     return [*claims, _claim("calibration", all(same for same, _ in compared.values()), detail)]
+
+
+def _text_options(report: Report) -> TextOptions:
+    """Return how the export made rows of text, as its recipe has it."""
+    try:
+        recipe = tomllib.loads(report.recipe)
+    except tomllib.TOMLDecodeError:
+        return TextOptions()
+    return TextOptions(
+        column=recipe.get("column"), sequence_length=recipe.get("sequence_length"), tokens=recipe.get("calib_tokens")
+    )
 
 
 def _compared(now: OutputQuality, then: OutputQuality) -> tuple[bool, str]:

@@ -25,8 +25,8 @@ FIRST: dict[str, Any] = {"first": True}
 DATA_KEYWORD = "str | Path | Dataset | None"
 ARRAYS = "Mapping[str, npt.NDArray[Any]]"
 DATA_HELP = (
-    "An .npz, .parquet or .arrow file, a folder of class folders or of a saved Hugging Face data set, or "
-    "package.module:function (its code runs)."
+    "An .npz, .parquet or .arrow file, a folder of class folders or of a saved Hugging Face data set, text (.txt, "
+    ".jsonl, .parquet) for a MODEL with a tokenizer, or package.module:function (its code runs)."
 )
 PERCENT_POINTS: dict[str, Any] = {"ge": 0, "le": 100}
 
@@ -169,6 +169,26 @@ class SamplesConfig(Settings, panel="Calibration"):
         "Other unlabelled data to compare the outputs on; all of --calib is then fitted to.",
         option={"keyword": f"str | Path | Dataset | {ARRAYS} | None"},
     )
+
+
+class TextConfig(Settings, panel="Text"):
+    """Settings of data that are text."""
+
+    column: str | None = setting(
+        None, "Field or column with the text, of .jsonl and .parquet. (default: text)", option={"metavar": "NAME"}
+    )
+    sequence_length: int | None = setting(
+        None,
+        "Most tokens of a text, or tokens of a window of a decoder. (default: the model's own; at most 128 for "
+        "encoders, 1024 for decoders)",
+        ge=2,
+    )
+
+
+class TextSamplesConfig(TextConfig, panel="Text"):
+    """Settings of calibration data that are text."""
+
+    calib_tokens: int = setting(131_072, "Text: most tokens that factors are fitted to.", ge=1)
 
 
 class CalibrationConfig(SamplesConfig, panel="Calibration"):

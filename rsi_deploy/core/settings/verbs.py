@@ -27,6 +27,8 @@ from rsi_deploy.core.settings.groups import (
     SpeedConfig,
     SplitConfig,
     TargetConfig,
+    TextConfig,
+    TextSamplesConfig,
 )
 
 
@@ -38,6 +40,7 @@ class ExportConfig(
     PrecisionConfig,
     TargetConfig,
     CalibrationConfig,
+    TextSamplesConfig,
     DataConfig,
     PictureConfig,
     SiteConfig,
@@ -55,6 +58,7 @@ class SweepConfig(
     PrecisionConfig,
     TargetConfig,
     SamplesConfig,
+    TextSamplesConfig,
     DataConfig,
     PictureConfig,
     SiteConfig,
@@ -108,7 +112,15 @@ class ProfileConfig(SourceConfig, OnnxSourceConfig, PictureConfig, RuntimeConfig
 
 
 class InspectConfig(
-    SourceConfig, OnnxSourceConfig, SamplesConfig, PictureConfig, SiteConfig, JointConfig, SeedConfig, panel="Output"
+    SourceConfig,
+    OnnxSourceConfig,
+    SamplesConfig,
+    TextSamplesConfig,
+    PictureConfig,
+    SiteConfig,
+    JointConfig,
+    SeedConfig,
+    panel="Output",
 ):
     """The settings of `inspect`."""
 
@@ -119,7 +131,7 @@ class InspectConfig(
     spectrum_limit: int = setting(2048, "Largest min(out, in) of a weight whose spectrum is computed.", ge=1)
 
 
-class EvalConfig(PictureConfig, panel="Evaluation"):
+class EvalConfig(TextConfig, PictureConfig, panel="Evaluation"):
     """The settings of `eval`."""
 
     data: DataSource = setting(..., f"Evaluation data. {DATA_HELP}", option=FIRST)

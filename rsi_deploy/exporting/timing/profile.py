@@ -32,6 +32,7 @@ from rsi_deploy.costing.trial_plans import trial_plans, with_model_time
 from rsi_deploy.data.preprocess import METADATA_KEY, Preprocessing
 from rsi_deploy.io.atomic import write_text
 from rsi_deploy.io.locks import ScratchFolder
+from rsi_deploy.io.model_folder import model_file
 from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import model_hash, read_onnx, write_external
 from rsi_deploy.io.onnx_reader import load_model
@@ -329,14 +330,16 @@ def write_dense(
         UsageError: no such model, or options that do not belong to it.
         ModelError: it cannot be read or exported.
     """
-    if isinstance(model, str) and model.endswith(".onnx"):
-        path = Path(model)
+    file = model_file(model)
+    if isinstance(file, str) and file.endswith(".onnx"):
+        path = Path(file)
         if not path.is_file():
             raise UsageError(f"no such file: {model}; expected an .onnx file, or another MODEL")
         if checkpoint is not None or weights != "DEFAULT":
             raise UsageError("--checkpoint and --weights go with PyTorch models, not with an ONNX file; leave them out")
         refuse_nameless(shape, path)
-        graph, name = read_onnx(path, assume_constant=assume_constant), path.name
+        graph = read_onnx(path, assume_constant=assume_constant)
+        name = path.name if file == model else Path(model).resolve().name
         own = Preprocessing.stored(graph.metadata_props)
     else:
         from rsi_deploy.torch_models.model_source import load_source, source_of_module

@@ -13,6 +13,7 @@ import onnx
 
 from rsi_deploy.core.errors import ModelError, RsiDeployError
 from rsi_deploy.io.limits import first_line
+from rsi_deploy.io.model_folder import model_file
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -38,7 +39,7 @@ def explaining_broken_model(model: object) -> Iterator[None]:
     except (RsiDeployError, OSError, MemoryError):
         raise
     except Exception as error:
-        path = Path(model) if isinstance(model, str | Path) else None
+        path = _path(model)
         against = checker_error(path) if path is not None and path.suffix == ".onnx" and path.is_file() else None
         if path is None or against is None:
             raise
@@ -47,6 +48,14 @@ def explaining_broken_model(model: object) -> Iterator[None]:
             f"{first_line(error)})",
             hint="export the model again",
         ) from error
+
+
+def _path(model: object) -> Path | None:
+    """Return the file of a model, also of one that is a folder."""
+    try:
+        return Path(str(model_file(str(model)))) if isinstance(model, str | Path) else None
+    except RsiDeployError:
+        return None
 
 
 def explains_broken_models(verb: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
