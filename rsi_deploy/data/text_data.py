@@ -127,7 +127,7 @@ class TextSource:
         ids = next((spec for spec in specs if spec.name in ID_INPUTS), None)
         unknown = [name for name in names if name not in INPUTS]
         if ids is None or unknown or len(ids.shape) != 2:
-            problem = f"and also takes {_few(unknown)}" if unknown else f"has the inputs {', '.join(names)}"
+            problem = f"also takes {_few(unknown)}" if unknown else f"has the inputs {', '.join(names)}"
             raise UsageError(
                 f"data: {self._path} is text, which gives input_ids, attention_mask, token_type_ids and position_ids, "
                 f"but the model {problem}",

@@ -236,7 +236,7 @@ def _open_axes_error(unsettled: Sequence[InputSpec], sizes: Mapping[str, Sequenc
     return UsageError(
         f"input {spec} leaves {('axis' if len(places) == 1 else 'axes')} {' and '.join(map(str, places))} open",
         hint=f"give its whole shape: {' '.join(f'--input-shape {example}' for example in examples)} (with your own "
-        f"size for {names}), or data that have it",
+        f"size for {names}), or data that have it (--feeds FILE.npz, one array for each input)",
     )
 
 

@@ -1,0 +1,91 @@
+"""Tiny folders of models that read text: an ONNX encoder or decoder beside a tokenizer of whole words."""
+
+import json
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+WORDS = [f"w{number}" for number in range(60)]
+WIDTH = 12
+ROWS = len(WORDS) + 4
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def write_tokenizer(folder, words=WORDS):
+    """Write tokenizer.json, which knows padding, the unknown word, two special tokens and these words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    numbers = {word: number for number, word in enumerate([*special, *words])}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+    tokenizer.enable_padding(length=50)  # a file's own settings of padding must not count
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def model(inputs=INPUTS, length="tokens", rows=ROWS):
+    """Return an ONNX model: a table, two products with a GELU, and a mean over the tokens that the mask shows."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "table": rng.standard_normal((rows, WIDTH)),
+        "up": rng.standard_normal((WIDTH, 2 * WIDTH)),
+        "down": rng.standard_normal((2 * WIDTH, WIDTH)) / 4,
+    }
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["x"]),
+        helper.make_node("MatMul", ["x", "up"], ["u"]),
+        helper.make_node("Relu", ["u"], ["r"]),
+        helper.make_node("MatMul", ["r", "down"], ["d"]),
+    ]
+    last = "d"
+    if "attention_mask" in inputs:
+        nodes += [
+            helper.make_node("Cast", ["attention_mask"], ["m"], to=TensorProto.FLOAT),
+            helper.make_node("Unsqueeze", ["m", "axis"], ["m3"]),
+            helper.make_node("Mul", ["d", "m3"], ["shown"]),
+        ]
+        last = "shown"
+    for name in inputs[2:]:
+        nodes += [
+            helper.make_node("Cast", [name], [f"{name}_f"], to=TensorProto.FLOAT),
+            helper.make_node("Unsqueeze", [f"{name}_f", "axis"], [f"{name}_3"]),
+            helper.make_node("Add", [last, f"{name}_3"], [f"{name}_sum"]),
+        ]
+        last = f"{name}_sum"
+    nodes.append(helper.make_node("ReduceMean", [last, "one"], ["y"], keepdims=0))
+    tensors = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
+    tensors += [numpy_helper.from_array(np.array([2]), "axis"), numpy_helper.from_array(np.array([1]), "one")]
+    values = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", length]) for name in inputs]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", WIDTH])
+    graph = helper.make_graph(nodes, "texts", values, [output], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def write_folder(folder, where="onnx/model.onnx", config=None, external=False, **how):
+    """Write a model's folder as optimum does: the model, config.json and tokenizer.json; return the folder."""
+    path = folder / where
+    path.parent.mkdir(parents=True, exist_ok=True)
+    how_saved = (
+        {"save_as_external_data": True, "location": f"{path.name}_data", "size_threshold": 0} if external else {}
+    )
+    onnx.save(model(**how), path, **how_saved)
+    found = {"architectures": ["BertModel"], "max_position_embeddings": 24} | (config or {})
+    (folder / "config.json").write_text(json.dumps(found))
+    write_tokenizer(folder)
+    return folder
+
+
+def write_text(path, documents=40, texts=4, seed=0):
+    """Write documents of short texts, parted by blank lines; the first word of each text names its document."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for document in range(documents):
+        for _ in range(texts):
+            words = rng.choice(WORDS[40:], rng.integers(1, 12))
+            lines.append(" ".join([WORDS[document % 40], *words]))
+        lines.append("")
+    path.write_text("\n".join(lines))
+    return path
