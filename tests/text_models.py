@@ -69,7 +69,7 @@ def write_folder(folder, where="onnx/model.onnx", config=None, external=False, *
     path = folder / where
     path.parent.mkdir(parents=True, exist_ok=True)
     how_saved = (
-        {"save_as_external_data": True, "location": f"{path.name}_data", "size_threshold": 0} if external else {}
+        {"save_as_external_data": True, "location": f"{path.name}_data", "size_threshold": 100} if external else {}
     )
     onnx.save(model(**how), path, **how_saved)
     found = {"architectures": ["BertModel"], "max_position_embeddings": 24} | (config or {})

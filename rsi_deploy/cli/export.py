@@ -41,7 +41,8 @@ def export(
     the accuracy (--max-drop). Or a budget for the whole model (--keep-params, --keep-macs, --max-size). Without data:
     --rank, the same everywhere; --max-error; or a --plan.
 
-    MODEL is torchvision:NAME, package.module:factory (its code runs: name only code you trust), FILE.pt2 or FILE.onnx.
+    MODEL is torchvision:NAME, package.module:factory (its code runs: name only code you trust), FILE.pt2, FILE.onnx or
+    the FOLDER of an ONNX model, whose tokenizer and configurations go along into the bundle.
     The paper's own rounding of a ratio is not known to us; here it is ceil(ratio * min(out, in)).
     """
     from rsi_deploy.exporting.api import export as run_export

@@ -14,7 +14,7 @@ from rsi_deploy.benchmark.settings import BenchConfig
 from rsi_deploy.cli.derived import Verb, settings_options
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.settings.base import Settings, setting
-from rsi_deploy.core.settings.groups import PictureConfig, SamplesConfig
+from rsi_deploy.core.settings.groups import PictureConfig, SamplesConfig, TextSamplesConfig
 from rsi_deploy.core.settings.recipe import read_recipe, recipe_text
 from rsi_deploy.core.settings.verbs import ExportConfig, InspectConfig, ProfileConfig, VerifyConfig
 from rsi_deploy.packaging.settings import PackageConfig
@@ -83,7 +83,11 @@ def test_settings_of_bench():
     ("config", "function", "others"),
     [
         (ProfileConfig, rsi_deploy.profile, {"precision", *PictureConfig.model_fields}),
-        (InspectConfig, rsi_deploy.inspect, {*SamplesConfig.model_fields, *PictureConfig.model_fields}),
+        (
+            InspectConfig,
+            rsi_deploy.inspect,
+            {*SamplesConfig.model_fields, *TextSamplesConfig.model_fields, *PictureConfig.model_fields},
+        ),
         (VerifyConfig, rsi_deploy.verify, set()),
         (PackageConfig, rsi_deploy.package, {"target"}),
         (ServeConfig, rsi_deploy.serve, {"api_key_file", "workers", "threads", "canary_share", "max_body", "max_json"}),
