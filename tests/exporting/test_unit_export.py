@@ -11,6 +11,8 @@ from torch import nn
 
 from rsi_deploy import export, verify
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.io import onnx_file
+from rsi_deploy.runtime.sessions import make_session
 
 QUICK = {"measure": False, "input_shape": (1, 24)}
 IMAGES = {"measure": False, "input_shape": (1, 3, 8, 8)}
@@ -174,3 +176,17 @@ def test_the_plan_of_a_bundle_makes_it_again_where_other_weights_stand_beside_th
     (tmp_path / "plan.json").write_text(json.dumps(again))
     with pytest.raises(UsageError, match="'no such weight' is not in the model"):
         export(path, tmp_path / "c", plan=tmp_path / "plan.json", measure=False)
+
+
+def test_a_large_model_keeps_its_weights_in_a_file(tmp_path, plans, data, monkeypatch):
+    plan = plans("rows", down={"form": "units", "rank": 20})
+    more = {"plan": plan, "calib": data / "rows.npz", "precision": "float32"}
+    small = export(Block().eval(), tmp_path / "a", **more, **QUICK)
+    monkeypatch.setattr(onnx_file, "INLINE_LIMIT", 1)
+    large = export(Block().eval(), tmp_path / "b", **more, **QUICK)
+    assert verify(tmp_path / "b").ok
+    assert large.compressed.params == small.compressed.params
+    x = {"input": np.random.default_rng(3).standard_normal((2, 24)).astype(np.float32)}
+    first, second = (make_session(tmp_path / name / "model.onnx").run(None, x)[0] for name in "ab")
+    assert np.abs(first - second).max() < 1e-5
+    assert large.compressed.bytes < large.dense.bytes + 20_000  # nothing of the dense weights is left in the file
