@@ -19,7 +19,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 import graph_passes as gp
-from graph_passes.forms import split_numbers
+from graph_passes.forms import FOLDED, split_numbers
+from graph_passes.head_values import head_values
 from graph_passes.hidden_units import hidden_units
 from rsi_deploy.core.types import Feeds
 
@@ -56,7 +57,7 @@ class Piece:
         lower: function of a small model and its inputs that returns the model to time in low precision; None to time
             it as it is.
         makes_units: whether the nodes that make the site's hidden units are among the nodes.
-        group: the piece with those nodes, for the form "units"; None for a site without hidden units.
+        group: the piece with those nodes, for the forms "units" and "heads"; None for a site without hidden units.
     """
 
     site: gp.Site
@@ -82,7 +83,7 @@ class Piece:
     @property
     def forms(self) -> tuple[gp.Form, ...]:
         """The forms that are timed with these nodes."""
-        return ("units",) if self.makes_units else tuple(form for form in self.site.forms if form != "units")
+        return tuple(form for form in self.site.forms if (form in FOLDED) == self.makes_units)
 
     @property
     def numbers(self) -> int:
@@ -114,7 +115,7 @@ class Piece:
         made = _copied(self, 0 if form is None else _size(self.site))
         if form is not None:
             records = gp.split(made, lambda site: _factors(site, form, rank))
-            if form == "units":
+            if form in FOLDED:
                 gp.fold_splits(made)
             if sum(isinstance(record, gp.Split) for record in records) < self.copies:
                 raise ValueError(f"site {self.site.weight}: form {form} at rank {rank} does not split its small model")
@@ -150,7 +151,8 @@ def _piece(model: ir.Model, site: gp.Site, node: ir.Node, inputs: Inputs, macs: 
     if site.units is None or isinstance(own, str):
         return own
     columns = site.in_features // (1 if site.window is None else math.prod(site.window.kernel))
-    between = {value.producer() for value in hidden_units(node, columns, overridable=True).values}
+    find = hidden_units if site.units.form == "units" else head_values
+    between = {value.producer() for value in find(node, columns, overridable=True).values}
     members = [*(other for other in model.graph if other in between), *own.nodes[own.nodes.index(node) :]]
     if any((other.name or other.outputs[0].name) not in inputs for other in members):
         return own
@@ -328,7 +330,7 @@ def _size(site: gp.Site) -> int:
 
 def _factors(site: gp.Site, form: gp.Form, rank: int) -> gp.SplitFactors | gp.Dense:
     """Return random factors, with a change of the bias as fitted ones have; other sites, which make units, stay."""
-    if form == "units" and site.units is None:
+    if form in FOLDED and site.units is None:
         return gp.Dense(reason="it makes units")
     rng = np.random.default_rng(1)
     return gp.drawn_factors(site, form, rank, lambda shape: _drawn(rng, shape, site.dtype))

@@ -20,6 +20,7 @@ import pydantic
 
 import graph_passes as gp
 from graph_passes.constants import stored_array
+from graph_passes.forms import FOLDED
 from rsi_deploy.core.errors import GateError, ModelError
 from rsi_deploy.core.types import Array, Feeds, Floats
 from rsi_deploy.io.external_data import DataFile
@@ -247,8 +248,8 @@ def rotated_identity(
     rows, columns = site.shape(form)
     size = rows if form == "pivoted" else min(rows, columns)
     eye = np.roll(np.eye(size, dtype=weight.dtype), 1, axis=0)[None].repeat(site.groups, axis=0)
-    if site.units is not None and form == "units":  # all units in another order
-        order = np.roll(np.arange(columns), site.units.run)
+    if site.units is not None and form in FOLDED:  # all units in another order
+        order = _rotated_units(site.units)
         right, bias_change = np.eye(columns, dtype=weight.dtype)[order], np.zeros(site.bias_size, weight.dtype)
         left = np.ascontiguousarray(weight[..., order])
         return gp.SplitFactors(left=left, right=right[None], form=form, bias=bias_change if bias else None)
@@ -259,6 +260,15 @@ def rotated_identity(
         return gp.SplitFactors(left=eye, right=right, form=form, bias=change, pivots=pivots)
     right = np.ascontiguousarray(eye.swapaxes(1, 2))
     return gp.SplitFactors(left=_rolled(weight, 2, site.op_type), right=right, form=form, bias=change)
+
+
+def _rotated_units(units: gp.Units) -> Array:
+    """Return the inputs with all units in another order; in the form "heads", another one in every head."""
+    places = np.arange(units.count * units.run)
+    if units.form == "units":
+        return np.roll(places, units.run)
+    heads = places.reshape(units.run, units.count)
+    return np.concatenate([np.roll(own, 1 + number % (units.count - 1)) for number, own in enumerate(heads)])
 
 
 def _rolled(weight: Array, axis: int, op_type: str) -> Array:
