@@ -119,7 +119,7 @@ class _Path:
         ((node, index),) = attentions
         self.units.between = [node]
         if (heads := _heads_of_rows(node)) > 0:
-            return self.columns // heads
+            return self.columns // heads if self.columns % heads == 0 else 0
         value = node.inputs[index]
         size = None if value is None or value.shape is None or not value.shape else value.shape[-1]
         if not isinstance(size, int):
@@ -197,10 +197,12 @@ class _Path:
         if any(at >= len(axes) for at in copied):
             raise NoUnitsError(f"Reshape {name_of(node)!r} does not fit its input")
         target = [_size(axes[at]) if at in copied else size for at, size in enumerate(sizes)]
+        factors = [factor for axis in axes for factor in axis]
         if -1 in target:
-            known = math.prod(size for size in target if size != -1)
-            target[target.index(-1)] = math.prod(map(_size, axes)) // max(known, 1)
-        made = _regrouped([factor for axis in axes for factor in axis], target)
+            known = max(math.prod(size for size in target if size != -1), 1)
+            factors = _divisible(factors, known)
+            target[target.index(-1)] = _size(factors) // known
+        made = _regrouped(factors, target)
         if any(made[at] != axes[at] for at in copied):
             raise NoUnitsError(f"Reshape {name_of(node)!r} copies another size")
         (at,) = [at for at, axis in enumerate(made) if any(factor.label == "number" for factor in axis)]
@@ -285,6 +287,16 @@ def _rank_is(value: ir.Value | None, rank: int) -> bool:
 
 def _size(axis: Sequence[_Factor]) -> int:
     return math.prod(factor.size for factor in axis)
+
+
+def _divisible(factors: Sequence[_Factor], size: int) -> list[_Factor]:
+    """Return the factors with another stand-in for a symbol, so that `size` divides their product."""
+    missing = size // math.gcd(size, _size(factors))
+    made = list(factors)
+    open_ = [at for at, f in enumerate(made) if f.label == "" and any(f.size % each == 0 for each in _SYMBOL_SIZES)]
+    if missing > 1 and open_:
+        made[open_[0]] = _Factor("", made[open_[0]].size * missing)
+    return made
 
 
 def _regrouped(factors: Sequence[_Factor], sizes: Sequence[int]) -> _Axes:

@@ -45,7 +45,7 @@ class Units:
         beside: The same without the weights of the products.
     """
 
-    form: Form
+    form: Form = "units"
     count: int
     run: int
     makers: tuple[str, ...]

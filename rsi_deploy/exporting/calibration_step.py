@@ -31,7 +31,7 @@ from rsi_deploy.exporting.timing.timed_export import TimedExport
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.onnx_models.split import SplitModel
-from rsi_deploy.planning.decide import Decisions, Planned, decide_by_plan, decide_uniformly, decisions_of, refuse_folded
+from rsi_deploy.planning.decide import Decisions, Planned, decide_by_plan, decide_uniformly, decisions_of, refuse_units
 from rsi_deploy.planning.planner import Filters, Planner, SitePlanner
 from rsi_deploy.planning.record import PlanRecord
 from rsi_deploy.planning.request import RankRequest
@@ -91,7 +91,7 @@ class Calibrator:
         self.filters.check([site_name(site.weight) for site in sites])
         decisions = None if request.plan is None else decide_by_plan(request.plan, sites, self.filters)
         if decisions is not None and not request.is_fitted:
-            refuse_folded(decisions)
+            refuse_units(decisions)
         if request.calib is not None:
             if dense.dataset is not None and not request.allow_shared_data:
                 refuse_shared(self.data, dense.dataset, dense.inputs, dense.preprocessing)

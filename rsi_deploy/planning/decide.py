@@ -158,7 +158,7 @@ def decide_by_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> De
     return decisions
 
 
-def refuse_folded(decisions: Decisions) -> None:
+def refuse_units(decisions: Decisions) -> None:
     """Refuse forms that need calibration data, where there are none.
 
     Raises:
