@@ -18,7 +18,17 @@ from typing import NamedTuple, TypeAlias
 
 import onnx_ir as ir
 
-from graph_passes.hidden_units import MOST_NODES, Axis, HiddenUnits, NoUnitsError, rank_of, sizes_of, stored_axis
+from graph_passes.constants import stored_array
+from graph_passes.hidden_units import (
+    MOST_NODES,
+    Axis,
+    HiddenUnits,
+    NoUnitsError,
+    rank_of,
+    size_pieces,
+    sizes_of,
+    stored_axis,
+)
 from graph_passes.names import name_of
 from graph_passes.weights import constant_of
 
@@ -190,9 +200,7 @@ class _Path:
 
     def _reshaped(self, node: ir.Node, axes: _Axes) -> _Axes:
         """Return the axes behind a Reshape, and note the size that falls with the numbers of a head."""
-        sizes = sizes_of(node)
-        if not sizes:
-            raise NoUnitsError(f"Reshape {name_of(node)!r} has computed sizes")
+        sizes = self._sizes(node)
         copied = [] if node.attributes.get_int("allowzero", 0) else [at for at, size in enumerate(sizes) if size == 0]
         if any(at >= len(axes) for at in copied):
             raise NoUnitsError(f"Reshape {name_of(node)!r} does not fit its input")
@@ -209,6 +217,19 @@ class _Path:
         if sizes[at] > 0:
             self.units.reshapes[node] = Axis(at, _size(made[at]) // self.units.count)
         return made
+
+    def _sizes(self, node: ir.Node) -> list[int]:
+        """Return the sizes of a Reshape, with stand-ins for computed ones."""
+        sizes: list[int] = []
+        for value, array in size_pieces(node):
+            if array is None:
+                origin = _dimension(value) or (node.outputs[0], len(sizes))
+                sizes.append(_size(self._axis(*origin)))
+            else:
+                sizes += [int(size) for size in array]
+        if not sizes:
+            raise NoUnitsError(f"Reshape {name_of(node)!r} has computed sizes")
+        return sizes
 
     def _behind_attention(self, node: ir.Node, axes: _Axes) -> _Axes:
         """Return the axes behind the product of the probabilities, or the fused attention, with the values."""
@@ -230,6 +251,24 @@ class _Path:
             for at in range(rank - 2)
         ]
         return *batch, self._axis(queries, -2), number
+
+
+def _dimension(size: ir.Value | None) -> tuple[ir.Value, int] | None:
+    """Return the value and the axis whose size is computed; None where it is computed otherwise."""
+    node = None if size is None else size.producer()
+    data = None if node is None or not node.inputs else node.inputs[0]
+    if node is None or data is None or node.domain != "":
+        return None
+    if node.op_type in ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"):
+        return _dimension(data)
+    if node.op_type == "Shape" and data.shape is not None:
+        start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(data.shape))
+        return (data, start) if range(*slice(start, end).indices(len(data.shape)))[1:] == range(0) else None
+    shape = data.producer()
+    index = stored_array(node.inputs[1]) if node.op_type == "Gather" else None
+    if shape is None or shape.op_type != "Shape" or index is None or index.size != 1 or "start" in shape.attributes:
+        return None
+    return None if shape.inputs[0] is None else (shape.inputs[0], int(index.reshape(-1)[0]))
 
 
 def _operand(node: ir.Node) -> int | None:

@@ -108,11 +108,7 @@ class HiddenUnits:
         for value, axis in self.values.items():
             _resize(value, axis, kept)
         for node, axis in self.reshapes.items():
-            old, sizes = node.inputs[1], sizes_of(node)
-            sizes[axis.number] = kept * axis.run
-            name = f"{node.outputs[0].name}/sizes"
-            node.replace_input_with(1, add_constant(np.array(sizes, np.int64), name, node, as_node=True))
-            remove_unused(old)
+            _set_size(node, axis.number, kept * axis.run)
 
     def refuse_shared(self, *, overridable: bool) -> None:
         """Check that nothing else reads the constants.
@@ -337,6 +333,42 @@ def sizes_of(node: ir.Node) -> list[int]:
     """Return the constant sizes of a Reshape; [] where they are computed."""
     sizes = stored_array(node.inputs[1])
     return [] if sizes is None else [int(size) for size in sizes.reshape(-1)]
+
+
+def size_pieces(node: ir.Node) -> list[tuple[ir.Value, Array | None]]:
+    """Return the parts of a Reshape's sizes, in order, each with its numbers, or None for a single computed size.
+
+    They are one constant, or a Concat. [] for sizes that are computed otherwise.
+    """
+    sizes = node.inputs[1]
+    concat = None if sizes is None else sizes.producer()
+    if sizes is None or (array := stored_array(sizes)) is not None:
+        return [] if sizes is None or array is None else [(sizes, array.reshape(-1))]
+    if concat is None or concat.op_type != "Concat" or concat.domain != "":
+        return []
+    parts = [(value, stored_array(value)) for value in concat.inputs if value is not None]
+    is_known = [array is not None or (value.shape is not None and tuple(value.shape) == (1,)) for value, array in parts]
+    return parts if all(is_known) else []
+
+
+def _set_size(node: ir.Node, place: int, size: int) -> None:
+    """Give a Reshape another constant size."""
+    old, values, at = node.inputs[1], [], 0
+    name = f"{node.outputs[0].name}/sizes"
+    for value, array in size_pieces(node):
+        length = 1 if array is None else len(array)
+        if array is not None and at <= place < at + length:
+            array = array.astype(np.int64)
+            array[place - at] = size
+            value = add_constant(array, name, node, as_node=True)
+        values.append(value)
+        at += length
+    if len(values) > 1:
+        joined = ir.Value(name=f"{name}/concat", shape=ir.Shape([at]), type=ir.TensorType(ir.DataType.INT64))
+        node.prepend(ir.Node("", "Concat", values, [ir.AttrInt64("axis", 0)], outputs=[joined], name=joined.name))
+        values = [joined]
+    node.replace_input_with(1, values[0])
+    remove_unused(old)
 
 
 def stored_axis(weight: Weight, axis: int) -> int | None:

@@ -153,11 +153,23 @@ def _piece(model: ir.Model, site: gp.Site, node: ir.Node, inputs: Inputs, macs: 
     columns = site.in_features // (1 if site.window is None else math.prod(site.window.kernel))
     find = hidden_units if site.units.form == "units" else head_values
     between = {value.producer() for value in find(node, columns, overridable=True).values}
+    between |= {maker for other in between for maker in _size_makers(other)}
     members = [*(other for other in model.graph if other in between), *own.nodes[own.nodes.index(node) :]]
     if any((other.name or other.outputs[0].name) not in inputs for other in members):
         return own
     group = _cut_out(model, site, members, inputs, macs)
     return own if isinstance(group, str) else replace(own, group=replace(group, makes_units=True))
+
+
+def _size_makers(node: ir.Node | None) -> Iterator[ir.Node]:
+    """Yield the nodes that compute the sizes of a Reshape from the shapes of other values."""
+    pending = [node.inputs[1]] if node is not None and node.op_type == "Reshape" else []
+    while pending:
+        value = pending.pop()
+        maker = None if value is None or _constant(value) is not None else value.producer()
+        if maker is not None:
+            yield maker
+            pending += maker.inputs if maker.op_type != "Shape" else ()
 
 
 def _cut_out(model: ir.Model, site: gp.Site, members: Sequence[ir.Node], inputs: Inputs, macs: int) -> Piece | str:
@@ -269,6 +281,7 @@ def _copied(piece: Piece, zero_size: int) -> ir.Model:
         name: ir.Value(name=name, type=ir.TensorType(_word(dtype)), shape=ir.Shape(shape))
         for name, (dtype, shape) in piece.feeds.items()
     }
+    sizes = _symbol_sizes(piece)
     nodes: list[ir.Node] = []
     weights: list[ir.Value] = []
     outputs: list[ir.Value] = []
@@ -285,7 +298,7 @@ def _copied(piece: Piece, zero_size: int) -> ir.Model:
                 node.op_type,
                 [None if v is None else entries.get(v.name or "") or known[v] for v in node.inputs],
                 list(node.attributes.values()),
-                outputs=[ir.Value(name=f"{v.name}.{number}", shape=_copy(v.shape)) for v in node.outputs],
+                outputs=[ir.Value(name=f"{v.name}.{number}", shape=_sized(v.shape, sizes)) for v in node.outputs],
                 name=f"{node.name or node.outputs[0].name}.{number}",
             )
             nodes.append(made)
@@ -320,8 +333,21 @@ def _weight(value: ir.Value, number: int, rng: np.random.Generator, zero_size: i
     return ir.Value(name=name, type=ir.TensorType(stored.dtype), shape=ir.Shape(shape), const_value=tensor)
 
 
-def _copy(shape: ir.Shape | None) -> ir.Shape | None:
-    return None if shape is None else shape.copy()
+def _symbol_sizes(piece: Piece) -> dict[str | None, int]:
+    """Return symbol -> size, as the shapes of the external values are known."""
+    return {
+        dim.value: size
+        for node in piece.nodes
+        for value in node.inputs
+        if value is not None and value.shape is not None and value.name in piece.feeds
+        for dim, size in zip(value.shape, piece.feeds[value.name][1], strict=False)
+        if not isinstance(dim, int) and dim.value is not None
+    }
+
+
+def _sized(shape: ir.Shape | None, sizes: Mapping[str | None, int]) -> ir.Shape | None:
+    """Return a copy of a shape with numbers in place of symbols, where they are known."""
+    return None if shape is None else ir.Shape([d if isinstance(d, int) else sizes.get(d.value, d) for d in shape])
 
 
 def _size(site: gp.Site) -> int:

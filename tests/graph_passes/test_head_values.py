@@ -40,6 +40,21 @@ BODIES = {
         f"{VALUES}  m = MatMul(p, v)  {JOIN}  y = MatMul(k, o)",
         W | {"s": np.array([0, 0, 3, -1]), "z": np.array([0, 0, -1])},
     ),
+    "computed sizes": (
+        TOKENS,
+        "e = Shape<start = 0, end = 1>(x)  f = Shape<start = 1, end = 2>(x)  s = Concat<axis = 0>(e, f, open, four)"
+        f"  {VALUES}  m = MatMul(p, v)  z = Concat<axis = 0>(e, f, twelve)  {JOIN}  y = MatMul(k, o)",
+        W | {"open": np.array([-1]), "four": np.array([4]), "twelve": np.array([12])},
+    ),
+    "gathered sizes": (
+        TOKENS,
+        "e = Shape(x)  f = Gather(e, zero)  g2 = Gather(e, one)  f1 = Unsqueeze(f, zeros)  f2 = Unsqueeze(g2, zeros)"
+        "  s = Concat<axis = 0>(f1, f2, apart)"
+        f"  {VALUES}  m = MatMul(p, v)  z = Concat<axis = 0>(f1, f2, open)  {JOIN}  y = MatMul(k, o)",
+        W
+        | {"open": np.array([-1]), "apart": np.array([3, 4]), "zeros": np.array([0])}
+        | {"zero": np.array(0), "one": np.array(1)},
+    ),
     "batch and heads in one axis": (
         "(float[7,N,5] x, float[M,7,7] p) => (float[R,A] y)",
         "h = MatMul(x, w)  g = Add(b, h)  i = Reshape(g, s)  v = Transpose<perm = [1, 0, 2]>(i)  m = MatMul(p, v)"
@@ -130,6 +145,12 @@ REFUSED = {
         FUSED.replace(") =>", ", float[N,3,2,4] d, float[N,3,2,4] e) =>"),
         f"{VALUES}  m, n, l = Attention(q, r, v, , d, e)  {JOIN}  y = MatMul(k, o)",
         W | APART | BACK,
+    ),
+    "sizes of unknown origin": (
+        TOKENS.replace(" p)", " p, int64[1] e)"),
+        f"f = Mul(e, e)  s = Concat<axis = 0>(f, three, four)  {VALUES.replace('[0, 2, 1, 3]', '[1, 0, 2]')}"
+        f"  m = MatMul(p, v)  {JOIN.replace('[0, 2, 1, 3]', '[1, 0, 2]')}  y = MatMul(k, o)",
+        W | BACK | {"three": np.array([3]), "four": np.array([4])},
     ),
     "odd heads": (
         "(float[N,7,5] x, float[N,7,10] q, float[N,7,10] r) => (float[N,S,A] y)",
