@@ -138,7 +138,7 @@ def load(name: str, folder: Path, *, size: int | None = None, limit: int | None 
     shape: Any = module.input_shape
     steps: Any = module.preprocessing
     path = folder / f"{name}.onnx"
-    _write(source_of_module(module, shape), path)
+    write_dense(source_of_module(module, shape), path)
     (key,) = (value.name for value in make_session(path).get_inputs())
     if name == "mlp_mnist":
         images, labels = _images(models.mnist_test(), steps)
@@ -163,7 +163,7 @@ def load(name: str, folder: Path, *, size: int | None = None, limit: int | None 
 
 def _encoder(folder: Path, size: int, limit: int | None) -> Case:
     path = folder / "minilm.onnx"
-    _write(source_of_module(models.minilm(TOKENS)), path)
+    write_dense(source_of_module(models.minilm(TOKENS)), path)
     found = texts.harvest()
     test, rest = texts.parted(found, TEST_TEXTS)
     judged = [test[index] for index in _spaced(len(test), limit)]
@@ -183,7 +183,7 @@ def _encoder(folder: Path, size: int, limit: int | None) -> Case:
 def untrained(name: str, folder: Path, shape: tuple[int, ...]) -> Case:
     """Return a net of torchvision with random weights and random calibration images `shape`, without test data."""
     path = folder / f"{name}.onnx"
-    _write(load_source(f"torchvision:{name}", weights="none"), path)
+    write_dense(load_source(f"torchvision:{name}", weights="none"), path)
     (key,) = (value.name for value in make_session(path).get_inputs())
     return untested(path, {key: np.random.default_rng(0).standard_normal(shape, dtype=np.float32)})
 
@@ -196,7 +196,7 @@ def tiny(folder: Path) -> Case:
     path = folder / "tiny.onnx"
     if not path.exists():
         module = nn.Sequential(nn.Conv2d(4, 24, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(384, 40)).eval()
-        _write(source_of_module(module, (1, 4, 4, 4)), path)
+        write_dense(source_of_module(module, (1, 4, 4, 4)), path)
     (key,) = (value.name for value in make_session(path).get_inputs())
     return untested(path, {key: np.random.default_rng(0).standard_normal((64, 4, 4, 4), dtype=np.float32)})
 
@@ -238,9 +238,9 @@ def neighbour_overlap(embeddings: Array, reference: Array, count: int = NEIGHBOU
     return float(np.mean([len(set(one) & set(other)) / count for one, other in pairs]))
 
 
-def _write(source: Source, path: Path) -> None:
-    """The dense ONNX model that an export of the source would compress."""
-    model = to_onnx(source).model
+def write_dense(source: Source, path: Path, opset: int | None = None) -> None:
+    """Write the dense ONNX model that an export of the source would compress."""
+    model = to_onnx(source, opset=opset).model
     gp.FoldBatchNormPass()(model)
     write_external(model, path)
 

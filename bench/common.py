@@ -18,6 +18,8 @@ from rsi_deploy.io.atomic import write_text
 from rsi_deploy.runtime.machine import environment
 
 GATE_EXIT = 4
+NO_NET = "no net could be loaded"
+"""Begin of the error where a machine has none of the nets."""
 Row = TypeVar("Row")
 
 
@@ -92,7 +94,7 @@ def measured_nets(names: Iterable[str], settings: dict[str, Any], measure: Calla
             settings["left_out"][name] = str(reason)
             progress(f"{name} is left out: {reason}")
     if not rows:
-        raise UsageError(f"no net could be loaded: {settings['left_out']}")
+        raise UsageError(f"{NO_NET}: {settings['left_out']}")
     settings["wall_seconds"] = time.perf_counter() - started
     return rows
 

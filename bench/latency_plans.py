@@ -29,7 +29,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bench import cases, common, models, timed
+from bench import cases, common, models, timed, untrained
 from bench.common import Goal
 from bench.timed import Setting, Splits
 from rsi_deploy.core.errors import ModelError
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def landing(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     """Measure where `--keep-latency 0.6` lands, in a run of its own."""
-    here = timed.setting(net, timed.dense_model(net, folder), 1, effort.threads, effort.table)
+    here = timed.setting(net, untrained.written(net, folder), 1, effort.threads, effort.table)
     options, _ = faster_only(here.options(), here.table)
     try:
         landed = decide_by_time(
@@ -124,7 +124,7 @@ def landing(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
 
 def prediction(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     """Predict and measure plans for several shares of the time; shares that no plan reaches are left out."""
-    here = timed.setting(net, timed.dense_model(net, folder), 1, effort.threads, effort.table)
+    here = timed.setting(net, untrained.written(net, folder), 1, effort.threads, effort.table)
     options = priced(faster_only(here.options(), here.table)[0], here.table)
     rows = []
     for share in PREDICTED_AT:
@@ -139,7 +139,7 @@ def prediction(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
 
 def gemm(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     """The speed-up at half of the MACs."""
-    here = timed.setting(net, timed.dense_model(net, folder), GEMM_BATCH, effort.threads, effort.table)
+    here = timed.setting(net, untrained.written(net, folder), GEMM_BATCH, effort.threads, effort.table)
     options, _ = faster_only(here.options(), here.table)
     fixed = here.total_macs - sum(site.options[0].macs for site in options)
     smallest = fixed + sum(min(option.macs for option in site.options) for site in options)
@@ -189,7 +189,7 @@ def table_cost(net: str, folder: Path, effort: Effort) -> list[dict[str, Any]]:
     """Measure the seconds of the first table with the defaults of `profile`, and of its reuse."""
     from rsi_deploy.exporting.timing.profile import Costing, fed_with
 
-    dense = timed.dense_model(net, folder)
+    dense = untrained.written(net, folder)
     feeds, costing = fed_with(dense, 1, 0, None, None), Costing(threads=effort.threads)
     started = time.perf_counter()
     made = costing.table(dense, feeds, name=net, fresh=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bench import common, models, timed
+from bench import common, models, timed, untrained
 from bench.common import Goal
 from bench.timed import Setting, Splits
 from rsi_deploy.benchmark.result import VariantResult
@@ -29,8 +29,10 @@ from rsi_deploy.costing.zero_filled import write_zero_filled
 from rsi_deploy.planning.knapsack import SiteOptions, UnreachableLimitError, choose
 from rsi_deploy.planning.latency_search import faster_only
 from rsi_deploy.planning.planner import Planner, RankSpec
+from rsi_deploy.runtime.float16 import float16_file
 
 BATCHES, THREADS = (1, 8), (1, 2)
+PRECISIONS = ("float32", "float16")
 TENTHS = tuple(tenth / 10 for tenth in range(9, 0, -1))
 QUICK_NETS, QUICK_TENTHS = ("cnn_cifar10",), (0.5, 0.2)
 
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     options.add_argument("--threads", nargs="+", type=int, default=THREADS)
     options.add_argument("--provider", default="cpu", help="of onnxruntime, with options [default: cpu]")
+    options.add_argument("--precision", choices=PRECISIONS, default="float32", help="of all models [default: float32]")
+    options.add_argument("--dense", type=Path, metavar="FOLDER", help="folder of dense models: see bench.untrained")
     options.add_argument("--tenths", nargs="+", type=int, help="budgets, such as 5 2 [default: 9 to 1]")
     options.add_argument("--seconds", type=float, default=4.0, help="per measurement [default: 4]")
     options.add_argument("--table", type=float, default=120.0, help="seconds for a cost table [default: 120]")
@@ -53,11 +57,12 @@ def main(arguments: Sequence[str]) -> int:
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
     settings = {"nets": nets, "batches": batches, "threads": threads, "seconds": seconds, "table": table}
-    settings["provider"] = args.provider
+    settings |= {"provider": args.provider, "precision": args.precision}
     for net in nets:
         with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
             try:
-                dense = timed.dense_model(net, Path(folder))
+                dense = untrained.written(net, args.dense or Path(folder))
+                dense = float16_file(dense, Path(folder)) if args.precision == "float16" else dense
             except models.UnavailableError as reason:
                 skipped[net] = str(reason)
                 continue

@@ -2,7 +2,7 @@
 
 Every net is exported at 6 budgets of bytes and 4 of time (shares of the dense file, and of its time for a call of one
 sample). The rivals are made once per net from the same calibration data: static int8 (minmax ranges, uint8
-activations, int8 weights per channel), dynamic int8 per channel and int4 (MatMulNBits, block 32). float16 is for CUDA.
+activations, int8 weights per channel), dynamic int8 per channel and int4 (MatMulNBits, block 32); float16 on CUDA.
 
     answers   top-1 against the labels on test samples, which no export reads; for the sentence encoder the cosine to
               the dense embeddings, and the share of common nearest neighbours beside it
@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,7 @@ from rsi_deploy.exporting.api import export_run
 from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.precision.rivals import Rival, make_rivals, rival_schemes
+from rsi_deploy.runtime.providers import short_name_of_user
 
 NETS = ("resnet20", "resnet56", "cnn_cifar10", "lite0", "minilm")
 BYTES = (0.5, 0.3, 0.25, 0.2, 0.15, 0.12)
@@ -178,6 +180,7 @@ class Net:
         seconds: seconds of the interleaved run for each of its models.
         bench_seconds: seconds of the measurement in each export.
         failed: name of a rival -> onnxruntime's error.
+        provider: execution provider of the measurements and of the exports.
     """
 
     case: Case
@@ -185,6 +188,7 @@ class Net:
     seconds: float
     bench_seconds: float
     failed: dict[str, str]
+    provider: str = "cpu"
 
     def measured(self, cells: Sequence[Cell]) -> tuple[list[Row], list[Model]]:
         """Export at every budget, judge all models, and return the rows and the rivals."""
@@ -206,8 +210,9 @@ class Net:
     def _rivals(self) -> Iterator[Rival]:
         operators = {node.op_type for node in onnx.load(str(self.case.path), load_external_data=False).graph.node}
         folder = self.case.path.parent
-        schemes = rival_schemes(operators, "cpu")
-        for rival in make_rivals(self.case.path, folder, schemes, lambda: cases.batches(self.calib, cases.BATCH)):
+        schemes = rival_schemes(operators, short_name_of_user(self.provider))
+        batches = partial(cases.batches, self.calib, cases.BATCH)
+        for rival in make_rivals(self.case.path, folder, schemes, batches, self.provider):
             if rival.error:
                 self.failed[rival.name] = rival.error
             yield rival
@@ -217,7 +222,14 @@ class Net:
         precision, budget, keep = cell
         case, started = self.case, time.perf_counter()
         limit = {"max_size": int(keep * dense.bytes)} if budget == "bytes" else {"keep_latency": keep}
-        config = ExportConfig.of(None, calib=self.calib, precision=precision, bench_seconds=self.bench_seconds, **limit)
+        config = ExportConfig.of(
+            None,
+            calib=self.calib,
+            precision=precision,
+            bench_seconds=self.bench_seconds,
+            provider=self.provider,
+            **limit,
+        )
         row = Row(
             net=case.name,
             precision=precision,
@@ -261,7 +273,8 @@ class Net:
         first = {name: array[:1] for name, array in self.calib.items()}
         names = ["dense", *files]
         models = [self.case.path, *files.values()]
-        result = latency.bench(models, labels=names, feeds=first, seconds=self.seconds * len(models))
+        seconds = self.seconds * len(models)
+        result = latency.bench(models, labels=names, feeds=first, seconds=seconds, provider=self.provider)
         found = {
             arm.label: {"speedup": arm.speedup, "speedup_interval": arm.speedup_interval} for arm in result.arms[1:]
         }
@@ -322,6 +335,7 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("--nets", nargs="+", choices=NETS, help="only these (default: all)")
     options.add_argument("--budgets", nargs="+", choices=("bytes", "time"), default=("bytes", "time"))
     options.add_argument("--shares", nargs="+", type=float, help="only these shares of the budgets (default: all)")
+    options.add_argument("--provider", default="cpu", help="of onnxruntime, with options [default: cpu]")
     options.add_argument("--float32", action="store_true", help="also export low rank alone")
     args = options.parse_args(arguments)
     common.check_writable(args.json, args.markdown)
@@ -332,11 +346,12 @@ def main(arguments: Sequence[str]) -> int:
     precisions: tuple[Precision, ...] = ("auto", "float32") if args.float32 else ("auto",)
     cells: list[Cell] = [(p, budget, keep) for p in precisions for budget in args.budgets for keep in shares[budget]]
     settings: dict[str, Any] = {"quick": args.quick, "budgets": list(args.budgets), "failed_rivals": {}}
+    settings["provider"] = args.provider
     rivals: dict[str, list[Model]] = {}
 
     def measure(name: str) -> list[Row]:
         failed = settings["failed_rivals"].setdefault(name, {})
-        rows, rivals[name] = _measured(name, cells, failed, quick=args.quick)
+        rows, rivals[name] = _measured(name, cells, failed, args.provider, quick=args.quick)
         return rows
 
     names = args.nets or (QUICK_NETS if args.quick else NETS)
@@ -356,7 +371,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _measured(
-    name: str, cells: Sequence[Cell], failed: dict[str, str], *, quick: bool
+    name: str, cells: Sequence[Cell], failed: dict[str, str], provider: str, *, quick: bool
 ) -> tuple[list[Row], list[Model]]:
     """Return the rows and the rivals of one net."""
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
@@ -370,6 +385,7 @@ def _measured(
             seconds=QUICK_SECONDS if quick else SECONDS,
             bench_seconds=2.0 if quick else 10.0,
             failed=failed,
+            provider=provider,
         )
         return net.measured(cells)
 

@@ -1,6 +1,6 @@
 """How much faster does the compressed model run than the dense one, on this machine's providers?
 
-Torchvision models with random weights (speed does not depend on their values) and a sentence encoder are exported at
+Models with random weights (speed does not depend on their values), torchvision's and transformers, are exported at
 `--rank 25%`; dense and compressed run interleaved in shuffled blocks in one process (`rsi_deploy.bench`), at batch 1
 and 8. The factor is dense over compressed median time with its bootstrap interval; slowdowns are shown as they are.
 
@@ -14,30 +14,32 @@ a provider does not load (OpenVINO 2025.4 knows no Attention) is exported again 
 Goal (`--check` exits 4 when it is missed): VGG19 at 25 %, batch 8, CPU provider, is at least 2.5 times faster.
 """
 
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from bench import common, models
+from bench import common, models, untrained
 from bench.common import Goal
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.exporting.api import export
+from rsi_deploy.runtime.float16 import float16_file
 from rsi_deploy.runtime.providers import resolve_provider
 
 MODELS = ("vgg19", "vit_b_32", "resnet50", "mobilenet_v2", "minilm", "resnet18", "convnext_tiny")
 QUICK_MODELS = ("mobilenet_v2", "minilm")
 PROVIDERS = ("cpu", "openvino", "cuda")
+PRECISIONS = ("float32", "float16")
 OPENVINO = Path(".venv-openvino/bin/python")
 BATCHES = (1, 8)
 RANK = "25%"
-TOKENS = 64
 OLDER_OPSET = 20
 PATIENCE = 8.0
 """Times `--seconds` that a row may take where those give too few blocks for a verdict: slow models, a busy machine."""
@@ -46,8 +48,12 @@ GOAL_MODEL, GOAL_BATCH, GOAL_SPEEDUP = "vgg19", 8, 2.5
 
 def main(arguments: Sequence[str]) -> int:
     options = common.parser(__doc__ or "", "bench.speedup")
-    options.add_argument("--models", nargs="+", metavar="NAME", help="torchvision models, or minilm")
+    options.add_argument("--models", nargs="+", metavar="NAME", help="of bench.untrained")
     options.add_argument("--providers", nargs="+", default=PROVIDERS, metavar="NAME[:key=value]", help="[default: all]")
+    options.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS[:1], help="[default: float32]"
+    )
+    options.add_argument("--dense", type=Path, metavar="FOLDER", help="folder of dense models: see bench.untrained")
     options.add_argument("--seconds", type=float, default=30.0, help="per row [default: 30]")
     args = options.parse_args(arguments)
     common.check_writable(args.json, args.markdown)
@@ -57,42 +63,51 @@ def main(arguments: Sequence[str]) -> int:
         common.progress(f"quick: {', '.join(names)}, {seconds:g} s a row")
     pythons, skipped = environments(args.providers)
     rows: list[dict[str, Any]] = []
+    settings = {"rank": RANK, "models": names, "batches": BATCHES, "seconds": seconds, "tokens": untrained.TOKENS}
+
+    def store() -> None:
+        document = common.document("bench.speedup", arguments, settings, rows=rows, skipped=skipped)
+        common.write(args.json, document)
+        common.write(args.markdown, markdown(rows, skipped, document))
+
     for name in names:
         try:
-            rows += model_rows(name, pythons, seconds)
+            for found in model_rows(name, pythons, seconds, args.precisions, args.dense):
+                rows.append(found)
+                store()  # a long run that is stopped leaves what it has
         except models.UnavailableError as reason:
             skipped[name] = str(reason)
-        settings = {"rank": RANK, "models": names, "batches": BATCHES, "seconds": seconds, "tokens": TOKENS}
-        document = common.document("bench.speedup", arguments, settings, rows=rows, skipped=skipped)
-        common.write(args.json, document)  # after every model: a long run that is stopped leaves what it has
-        common.write(args.markdown, markdown(rows, skipped, document))
+    store()
     common.console().print(table(rows))
     for name, reason in skipped.items():
         common.console().print(f"skipped: {name}: {reason}", soft_wrap=True)
     return common.judge(goals(rows), args.check)
 
 
-def model_rows(name: str, pythons: Mapping[str, str], seconds: float) -> list[dict[str, Any]]:
-    """Export one model and measure it on every provider at every batch.
+def model_rows(
+    name: str,
+    pythons: Mapping[str, str],
+    seconds: float,
+    precisions: Sequence[str] = PRECISIONS[:1],
+    dense: Path | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Export one model and measure it on every provider at every batch in every precision.
 
     Raises:
         UnavailableError: this machine does not have the model.
     """
-    rows = []
     common.progress(f"{name}: exporting")
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
-        bundle, older = Path(folder) / name, Path(folder) / "older"
-        report = exported(name, bundle)
-        for provider, python in pythons.items():
-            for batch in BATCHES:
-                common.progress(f"{name}: {provider}, batch {batch}")
-                result = measured(python, bundle, provider, batch, seconds)
-                if "cannot load it" in result.get("error", ""):
-                    if not older.exists():
-                        exported(name, older, OLDER_OPSET)
-                    result = measured(python, older, provider, batch, seconds) | {"opset": OLDER_OPSET}
-                rows.append(row(name, provider, batch, report, result))
-    return rows
+        bundle, older = Path(folder) / "bundle", Path(folder) / "older"
+        report = exported(name, bundle, dense)
+        for precision, (provider, python), batch in itertools.product(precisions, pythons.items(), BATCHES):
+            common.progress(f"{name}: {provider}, {precision}, batch {batch}")
+            result = measured(python, bundle, provider, batch, seconds, precision)
+            if "cannot load it" in result.get("error", ""):
+                if not older.exists():
+                    exported(name, older, opset=OLDER_OPSET)
+                result = measured(python, older, provider, batch, seconds, precision) | {"opset": OLDER_OPSET}
+            yield row(name, provider, batch, report, result) | {"precision": precision}
 
 
 def environments(providers: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -112,17 +127,23 @@ def environments(providers: Sequence[str]) -> tuple[dict[str, str], dict[str, st
     return pythons, skipped
 
 
-def exported(name: str, bundle: Path, opset: int | None = None) -> Any:
-    """The report of a bundle with `dense.onnx` and `model.onnx`."""
-    source = models.minilm(TOKENS) if name == "minilm" else f"torchvision:{name}"
-    return export(source, bundle, rank=RANK, weights="none", measure=False, keep_dense=True, opset=opset)
+def exported(name: str, bundle: Path, dense: Path | None = None, opset: int | None = None) -> Any:
+    """The report of a bundle with `dense.onnx` and `model.onnx`; `dense` is a folder that may hold the dense model."""
+    source = untrained.written(name, dense or bundle.parent, opset)
+    return export(str(source), bundle, rank=RANK, measure=False, keep_dense=True)
 
 
-def measured(python: str, bundle: Path, provider: str, batch: int, seconds: float) -> dict[str, Any]:
+def measured(
+    python: str, bundle: Path, provider: str, batch: int, seconds: float, precision: str = "float32"
+) -> dict[str, Any]:
     """The `BenchResult` of one row, from a process of its own; {"error": ...} where the provider refuses."""
-    command = [python, "-m", "bench.provider_row", str(bundle / "dense.onnx"), str(bundle / "model.onnx")]
-    command += ["--provider", provider, "--batch", str(batch), "--seconds", str(seconds), "--tokens", str(TOKENS)]
-    command += ["--patience", str(PATIENCE * seconds)]
+    files = [bundle / "dense.onnx", bundle / "model.onnx"]
+    try:
+        files = files if precision == "float32" else [_half(file) for file in files]
+    except ModelError as error:
+        return {"error": str(error).replace(f"{bundle}/", "")}
+    command = [python, "-m", "bench.provider_row", *map(str, files), "--provider", provider, "--batch", str(batch)]
+    command += ["--seconds", str(seconds), "--tokens", str(untrained.TOKENS), "--patience", str(PATIENCE * seconds)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
@@ -131,6 +152,12 @@ def measured(python: str, bundle: Path, provider: str, batch: int, seconds: floa
         return {"error": last.replace(f"{bundle}/", "")}
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def _half(file: Path) -> Path:
+    """Return the float16 variant of a file, which is written once."""
+    half = file.with_name(f"{file.stem}.float16.onnx")
+    return half if half.exists() else float16_file(file, file.parent)
 
 
 def row(name: str, provider: str, batch: int, report: Any, result: dict[str, Any]) -> dict[str, Any]:
@@ -170,15 +197,27 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
         )
         for r in rows
         if (r["model"], r["batch"], r["provider"]) == (GOAL_MODEL, GOAL_BATCH, "cpu")
+        and r.get("precision", "float32") == "float32"
     ]
 
 
-COLUMNS = ("model", "provider", "batch", "opset", "kept params", "kept MACs", "dense ms", "compressed ms", "verdict")
+COLUMNS = (
+    "model",
+    "provider",
+    "precision",
+    "batch",
+    "opset",
+    "kept params",
+    "kept MACs",
+    "dense ms",
+    "compressed ms",
+    "verdict",
+)
 
 
 def _cells(r: dict[str, Any]) -> list[str]:
     kept = [f"{r['kept_params']:.1%}", f"{r['kept_macs']:.1%}"]
-    what = [r["model"], r["provider"], str(r["batch"]), str(r["opset"]), *kept]
+    what = [r["model"], r["provider"], r.get("precision", "float32"), str(r["batch"]), str(r["opset"]), *kept]
     if "error" in r:
         return [*what, "", "", r["error"]]
     return [*what, f"{r['dense_ms']:.2f}", f"{r['compressed_ms']:.2f}", r["verdict"]]

@@ -1,4 +1,4 @@
-"""Shared parts of the latency benchmarks: dense models on disk, their cost tables, and plans for time alone.
+"""Shared parts of the latency benchmarks: cost tables of dense models, and plans for time alone.
 
 Factors are zeros (`rsi_deploy.costing.zero_filled`): values change no time. Without calibration, a plan's loss is the
 squared share of full rank that a site loses, which spreads the cuts over all sites.
@@ -12,7 +12,6 @@ import onnx_ir as ir
 import torch
 
 import graph_passes as gp
-from bench import cases, models
 from rsi_deploy.benchmark.latency import bench
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.calibration.activations import FittedSite, Replacement
@@ -30,23 +29,10 @@ from rsi_deploy.planning.planner import Decision, FixedPlanner, SitePlanner
 from rsi_deploy.runtime.shape_trace import trace_run
 
 TORCHVISION = ("mobilenet_v2", "resnet50", "vit_b_32", "vgg19", "convnext_tiny")
-SMALL = ("cnn_cifar10", "resnet20", "resnet56", "minilm")
-NETS = (*SMALL, *TORCHVISION)
+NETS = ("cnn_cifar10", "resnet20", "resnet56", "minilm", *TORCHVISION)
+"""Nets of a usual run; every one of `bench.untrained` can be named."""
 
 Splits = dict[str, tuple[str, int]]
-
-
-def dense_model(name: str, folder: Path) -> Path:
-    """The dense ONNX model of a net: trained weights for the small ones, random ones for torchvision's.
-
-    Raises:
-        UnavailableError: its weights or packages are not on this machine.
-    """
-    if name in TORCHVISION:
-        return cases.untrained(name, folder, (2, 3, 224, 224)).path
-    if name not in SMALL:
-        raise models.UnavailableError(f"no net of that name; there are {', '.join(NETS)}")
-    return cases.load(name, folder, size=64, limit=64).path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,9 @@ import onnx_ir as ir
 from graph_passes.constants import stored_array
 from graph_passes.hidden_units import (
     MOST_NODES,
-    Axis,
     HiddenUnits,
     NoUnitsError,
+    UnitAxis,
     rank_of,
     size_pieces,
     sizes_of,
@@ -145,14 +145,16 @@ class _Path:
         place = None if weight is None or not weight.shape else stored_axis(weight, axis % len(weight.shape))
         if weight is None or place is None or weight.shape[axis] != self.columns:
             raise NoUnitsError(f"{value.name!r} has no number for each value of a head")
-        self.units.constants[node, index] = weight, Axis(place, self.units.run)
+        self.units.constants[node, index] = weight, UnitAxis(place, self.units.run)
 
     def _note(self, value: ir.Value, axes: _Axes) -> None:
         """Note the axis along which a value holds the numbers of a head."""
         holding = [at for at, axis in enumerate(axes) if any(factor.label == "number" for factor in axis)]
         if len(holding) != 1 or (value.shape is not None and len(value.shape) != len(axes)):
             raise NoUnitsError(f"the axes of {value.name!r} are not known")
-        self.units.values[value] = Axis(holding[0], math.prod(f.size for f in axes[holding[0]] if f.label != "number"))
+        self.units.values[value] = UnitAxis(
+            holding[0], math.prod(f.size for f in axes[holding[0]] if f.label != "number")
+        )
 
     def _axis(self, value: ir.Value | None, at: int) -> tuple[_Factor, ...]:
         """Return an axis of a value that holds none of the values."""
@@ -215,7 +217,7 @@ class _Path:
             raise NoUnitsError(f"Reshape {name_of(node)!r} copies another size")
         (at,) = [at for at, axis in enumerate(made) if any(factor.label == "number" for factor in axis)]
         if sizes[at] > 0:
-            self.units.reshapes[node] = Axis(at, _size(made[at]) // self.units.count)
+            self.units.reshapes[node] = UnitAxis(at, _size(made[at]) // self.units.count)
         return made
 
     def _sizes(self, node: ir.Node) -> list[int]:

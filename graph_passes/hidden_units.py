@@ -43,7 +43,7 @@ class NoUnitsError(Exception):
 
 
 @dataclass(frozen=True)
-class Axis:
+class UnitAxis:
     """The axis of a value or constant that holds the units, each `run` entries long."""
 
     number: int
@@ -74,9 +74,9 @@ class HiddenUnits:
     run: int = 1
     makers: list[ir.Node] = field(default_factory=list)
     between: list[ir.Node] = field(default_factory=list)
-    values: dict[ir.Value, Axis] = field(default_factory=dict)
-    constants: dict[_Use, tuple[Weight, Axis]] = field(default_factory=dict)
-    reshapes: dict[ir.Node, Axis] = field(default_factory=dict)
+    values: dict[ir.Value, UnitAxis] = field(default_factory=dict)
+    constants: dict[_Use, tuple[Weight, UnitAxis]] = field(default_factory=dict)
+    reshapes: dict[ir.Node, UnitAxis] = field(default_factory=dict)
 
     def facts(self) -> Units:
         """Return what a planner needs to know."""
@@ -287,7 +287,7 @@ class _Walk:
             if len(sizes) != 2:
                 raise NoUnitsError(f"Reshape {name_of(node)!r} has computed sizes")
             if sizes[1] != -1:
-                self.found.reshapes[node] = Axis(1)
+                self.found.reshapes[node] = UnitAxis(1)
         self._back(data, 1, flat=False)
 
     def _finish(self, data: ir.Value) -> None:
@@ -303,7 +303,7 @@ class _Walk:
             for user, index in value.uses():
                 if user not in behind or (user is self.reader and (index or value is not data)):
                     raise NoUnitsError(f"{user.op_type} {name_of(user)!r} reads {value.name!r} too")
-            found.values[value] = Axis(axis, found.run if flat and is_flat else 1)
+            found.values[value] = UnitAxis(axis, found.run if flat and is_flat else 1)
         for (node, index), (axis, flat) in self._uses.items():
             run = found.run if flat and is_flat else 1
             weight = constant_of(node.inputs[index])
@@ -312,8 +312,8 @@ class _Walk:
             place = stored_axis(weight, axis % len(weight.shape))
             if weight.shape[axis] != found.count * run or place is None:
                 raise NoUnitsError(f"{weight.name!r} of shape {weight.shape} does not fit {found.count} units")
-            found.constants[node, index] = weight, Axis(place, run)
-        found.reshapes = dict.fromkeys(found.reshapes, Axis(1, found.run))
+            found.constants[node, index] = weight, UnitAxis(place, run)
+        found.reshapes = dict.fromkeys(found.reshapes, UnitAxis(1, found.run))
         found.refuse_shared(overridable=self.overridable)
 
 
@@ -380,7 +380,7 @@ def stored_axis(weight: Weight, axis: int) -> int | None:
     return axis
 
 
-_Make: TypeAlias = Callable[[Array, Axis], Array]
+_Make: TypeAlias = Callable[[Array, UnitAxis], Array]
 
 
 def _selected(right: Array, run: int) -> _Make:
@@ -389,7 +389,7 @@ def _selected(right: Array, run: int) -> _Make:
     if not np.array_equal(right, np.eye(right.shape[1], dtype=right.dtype)[places]):
         raise NoUnitsError("its weight selects no inputs")
     kept = places[::run] // run
-    if not np.array_equal(Axis(0, run).entries(kept), places):
+    if not np.array_equal(UnitAxis(0, run).entries(kept), places):
         raise NoUnitsError("it selects a part of a unit")
     return lambda array, axis: array.take(axis.entries(kept), axis.number)
 
@@ -403,7 +403,7 @@ def _multiplied(right: Array, heads: int) -> _Make:
     if np.count_nonzero(own) < np.count_nonzero(right):
         raise NoUnitsError("its weight mixes heads")
 
-    def make(array: Array, axis: Axis) -> Array:
+    def make(array: Array, axis: UnitAxis) -> Array:
         front = np.moveaxis(array, axis.number, 0)
         made = own @ front.astype(np.float64).reshape(heads, own.shape[2], -1)
         return np.moveaxis(made.reshape(-1, *front.shape[1:]), 0, axis.number).astype(array.dtype)
@@ -411,7 +411,7 @@ def _multiplied(right: Array, heads: int) -> _Make:
     return make
 
 
-def _made(tensor: ir.TensorProtocol, axis: Axis, kept: int, make: _Make) -> ir.TensorProtocol:
+def _made(tensor: ir.TensorProtocol, axis: UnitAxis, kept: int, make: _Make) -> ir.TensorProtocol:
     """Return a tensor with the entries of fewer units; computed when it is saved if it lies in a file."""
     dims = [int(size) for size in tensor.shape.numpy()]
     dims[axis.number] = kept * axis.run
@@ -445,7 +445,7 @@ def _laid_out(root: ir.Value) -> Iterator[ir.Value]:
             yield from _laid_out(user.outputs[0])
 
 
-def _resize(value: ir.Value, axis: Axis, kept: int) -> None:
+def _resize(value: ir.Value, axis: UnitAxis, kept: int) -> None:
     assert value.shape is not None
     dims = list(value.shape)
     dims[axis.number] = kept * axis.run

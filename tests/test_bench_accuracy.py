@@ -35,7 +35,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> cases.Case:
         images = torch.randn(160, 4, 4, 4)
         labels = module(images[64:]).argmax(dim=1).numpy()
     path = tmp_path_factory.mktemp("case") / "small.onnx"
-    cases._write(source_of_module(module, (1, 4, 4, 4)), path)
+    cases.write_dense(source_of_module(module, (1, 4, 4, 4)), path)
     (key,) = (value.name for value in cases.make_session(path).get_inputs())
     return cases.Case(
         name="small",

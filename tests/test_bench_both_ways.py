@@ -26,7 +26,7 @@ def small() -> nn.Module:
 def case(tmp_path: Path) -> cases.Case:
     images = np.random.default_rng(0).standard_normal((200, 3, 4, 4), dtype=np.float32)
     path = tmp_path / "small.onnx"
-    cases._write(source_of_module(small(), (1, 3, 4, 4)), path)
+    cases.write_dense(source_of_module(small(), (1, 3, 4, 4)), path)
     (key,) = (value.name for value in cases.make_session(path).get_inputs())
     with torch.no_grad():
         labels = small()(torch.from_numpy(images)).argmax(dim=1).numpy()

@@ -128,7 +128,7 @@ def test_providers_that_are_not_here_are_skipped_with_the_reason(monkeypatch, tm
 def test_what_does_not_load_is_exported_again_at_an_older_opset(monkeypatch):
     exports = []
 
-    def exported(name, bundle, opset=None):
+    def exported(name, bundle, dense=None, opset=None):
         bundle.mkdir()
         exports.append(opset)
         return Report

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import onnx_ir as ir
 import pytest
 
-from bench import latency_plans, never_slower, timed
+from bench import latency_plans, never_slower, timed, untrained
 from bench.never_slower import naive_splits, summary
 from graph_passes import count_parameters
 from graph_passes.split_markers import found_splits
@@ -17,10 +17,7 @@ from rsi_deploy.runtime.shape_trace import trace_run
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("timed")
-    try:
-        dense = timed.dense_model("cnn_cifar10", folder)
-    except timed.models.UnavailableError as reason:
-        pytest.skip(str(reason))
+    dense = untrained.written("cnn_cifar10", folder)
     return timed.setting("cnn_cifar10", dense, 2, 1, 3.0)
 
 

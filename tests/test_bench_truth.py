@@ -27,7 +27,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> cases.Case:
         images = torch.randn(IMAGES, 4, 4, 4)
         labels = module(images).argmax(dim=1).numpy()
     path = tmp_path_factory.mktemp("case") / "small.onnx"
-    cases._write(source_of_module(module, (1, 4, 4, 4)), path)
+    cases.write_dense(source_of_module(module, (1, 4, 4, 4)), path)
     return dataclasses.replace(
         cases.untested(path, {"input": images.numpy()}), test={"input": images.numpy()}, reference=labels
     )
@@ -84,7 +84,7 @@ def test_embeddings_are_compared_by_their_cosine(tmp_path: Path) -> None:
         torch.manual_seed(0)
         module, samples = Encoder().eval(), torch.randn(200, 24).numpy()
     path = tmp_path / "encoder.onnx"
-    cases._write(source_of_module(module, (1, 24)), path)
+    cases.write_dense(source_of_module(module, (1, 24)), path)
     (key,) = (value.name for value in cases.make_session(path).get_inputs())
     untested = cases.untested(path, {key: samples[:150]})
     (found,) = truth.measure(dataclasses.replace(untested, name="minilm", test={key: samples[150:]}), "new", [0.5])

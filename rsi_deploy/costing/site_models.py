@@ -186,7 +186,7 @@ def _cut_out(model: ir.Model, site: gp.Site, members: Sequence[ir.Node], inputs:
                 continue
             makers = _constant(value)
             if makers is None:
-                feeds[value.name or ""] = (_DTYPES.get(kind, kind), shape)
+                feeds[value.name or ""] = (_dtype(value, kind), shape)
             else:
                 chain += [maker for maker in makers if maker not in chain]
         chain.append(member)
@@ -199,6 +199,13 @@ def _cut_out(model: ir.Model, site: gp.Site, members: Sequence[ir.Node], inputs:
         ir_version=model.ir_version,
         signature=_signature(site, chain, feeds),
     )
+
+
+def _dtype(value: ir.Value, kind: str) -> str:
+    """Return the model's dtype of a value. `kind` is what ran: a CPU computes float16 convolutions in float32."""
+    if value.dtype is not None and value.dtype.is_floating_point():
+        return _dtype_name(value.dtype)
+    return _DTYPES.get(kind, kind)
 
 
 def _followers(node: ir.Node, inputs: Inputs) -> Iterator[ir.Node]:

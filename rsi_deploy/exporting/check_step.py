@@ -102,7 +102,7 @@ def _outputs(
     joint = {node.joint for node in nodes if node.joint}
     with clock.stage("verify surgery"), explain_random_models(dense.path, dense.feeds, "the dense model"):
         surgery = surgery_check(
-            dense.path, weights, dense.feeds, dense.outputs, joint=joint, bias=split.biased, graph=dense.graph()
+            dense.path, weights, dense.feeds, dense.outputs, joint=joint, bias=split.biased, graph=dense.graph
         )
     with clock.stage("verify approximation"):
         session = make_session(dense.target)

@@ -38,7 +38,7 @@ JOINT = (
 
 CHECKS = {
     "exporter": "the source against the dense ONNX model",
-    "surgery": "a full-rank split against the dense model; only rounding may differ",
+    "surgery": "a full-rank split against the dense model, pivoted splits against plain ones; only rounding may differ",
     "approximation": "the compressed against the dense model",
 }
 """Check of `Verification` -> what is compared."""

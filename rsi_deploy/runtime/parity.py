@@ -5,14 +5,14 @@
     approximation  dense ONNX   against compressed       caused by the rank: reported, and limited only on request
 
 The surgery check splits the same nodes with full-rank factors: a rotated identity `P` and `P^T W`. The product is
-exactly `W`, and since `P` is not symmetric, a forgotten transpose changes the outputs.
+exactly `W`, and since `P` is not symmetric, a forgotten transpose changes the outputs. The pivoted form has all its
+nodes only below full rank, so it is compared with the plain form of the same low-rank factors.
 """
 
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +21,7 @@ import pydantic
 import graph_passes as gp
 from graph_passes.constants import stored_array
 from graph_passes.forms import FOLDED
+from graph_passes.records import AnyForm
 from rsi_deploy.core.errors import GateError, ModelError
 from rsi_deploy.core.types import Array, Feeds, Floats
 from rsi_deploy.io.external_data import DataFile
@@ -197,9 +198,13 @@ def surgery_check(
     *,
     joint: Collection[tuple[str, ...]] = (),
     bias: bool = False,
-    graph: ir.Model | None = None,
+    graph: Callable[[], ir.Model] | None = None,
 ) -> OutputComparison:
     """Split the `weights` of the model at `dense` at full rank and compare the outputs with `expected`.
+
+    There, pivoted splits are plain ones, and all hidden units and values of heads are kept, in another order. If there
+    are any of these forms, a model with low-rank pivoted splits, half of the units and half of the values is compared
+    with one whose splits are plain and have the same factors.
 
     Args:
         dense: dense ONNX model.
@@ -207,46 +212,73 @@ def surgery_check(
         feeds: probe inputs.
         expected: outputs of the dense model.
         joint: groups of those weights that share one right factor.
-        bias: whether every split also changes its bias (by zero).
-        graph: the dense model's graph, which is used up; None reads it from the file.
+        bias: whether every split also changes its bias (at full rank by zero).
+        graph: returns a graph of the dense model to change; None reads it from the file.
+
+    Returns:
+        The worse of the two comparisons.
 
     Raises:
         GateError: The outputs differ by more than rounding, which is a defect of the surgery.
     """
-    model = load_model(dense) if graph is None else graph
+    forms: dict[str, AnyForm] = {name: "first" if form == "pivoted" else form for name, form in weights.items()}
+    folded = [name for name, form in weights.items() if form in {"pivoted", *FOLDED}]
 
-    def full_rank(site: gp.Site) -> gp.SplitFactors | gp.Dense:
-        is_split = site.members in joint if site.members else site.weight in weights
-        form = weights.get(site.weight, site.forms[0])
-        return rotated_identity(site, form, bias=bias) if is_split else gp.Dense(reason="not split")
+    def full_rank(site: gp.Site) -> gp.SplitFactors:
+        return rotated_identity(site, forms.get(site.weight, "first"), bias=bias)
 
-    with tempfile.TemporaryDirectory(prefix=".surgery-", dir=dense.parent) as folder:
-        path = Path(folder) / "full_rank.onnx"
-        with DataFile(
-            path.with_name(f"{path.name}.data")
-        ) as data:  # as large as the dense model, so kept out of memory
-            gp.split(model, full_rank, keep=data.append, joint=bool(joint))
+    def low_rank(site: gp.Site, *, is_plain: bool) -> gp.SplitFactors:
+        form = weights.get(site.weight)
+        if form not in site.forms or site.weight not in folded:
+            return full_rank(site)
+        if form in FOLDED:
+            return half_of_units(site, is_plain=is_plain, bias=bias)
+        return drawn_pivots(site, "first" if is_plain else "pivoted", folded.index(site.weight), bias=bias)
+
+    def run(factors: Callable[[gp.Site], gp.SplitFactors], what: str) -> list[Value]:
+        def answer(site: gp.Site) -> gp.SplitFactors | gp.Dense:
+            is_split = site.members in joint if site.members else site.weight in weights
+            return factors(site) if is_split else gp.Dense(reason="not split")
+
+        model = load_model(dense) if graph is None else graph()
+        return _outputs_of_split(model, answer, dense.parent, feeds, what, is_joint=bool(joint))
+
+    def compare(first: Sequence[Value], second: Sequence[Value], what: str) -> OutputComparison:
+        tolerance = tolerance_for(expected, SURGERY_TOLERANCE)
+        return compare_outputs(first, second, what=f"surgery gate ({what})", tolerance=tolerance)
+
+    result = compare(expected, run(full_rank, "the full-rank split"), "full-rank split against dense")
+    if not folded:
+        return result
+    plain = run(lambda site: low_rank(site, is_plain=True), "the plain split")
+    outputs = run(lambda site: low_rank(site, is_plain=False), "the folded split")
+    again = compare(plain, outputs, "folded split against a plain one of the same factors")
+    return max(result, again, key=lambda each: each.relative_l2)
+
+
+def _outputs_of_split(
+    model: ir.Model, factors: gp.FactorSource, parent: Path, feeds: Feeds, what: str, *, is_joint: bool
+) -> list[Value]:
+    """Split a model and return its outputs. Its weights stay out of memory, in a temporary folder in `parent`."""
+    with tempfile.TemporaryDirectory(prefix=".surgery-", dir=parent) as folder:
+        path = Path(folder) / "split.onnx"
+        with DataFile(path.with_name(f"{path.name}.data")) as data:
+            gp.split(model, factors, keep=data.append, joint=is_joint)
             gp.fold_splits(model, replace=data.replace)
             data.store_initializers_(model)
         ir.save(model, path)
         release_weights_(model)
         session = make_session(path, optimize="disabled", prepack=False)
-        outputs = run_session(session, feeds, "the full-rank split")
+        outputs = run_session(session, feeds, what)
         del session
-    tolerance = tolerance_for(expected, SURGERY_TOLERANCE)
-    return compare_outputs(expected, outputs, what="surgery gate (full-rank split against dense)", tolerance=tolerance)
+    return outputs
 
 
-def rotated_identity(
-    site: gp.Site, form: gp.Form | Literal["first"] = "first", *, bias: bool = False
-) -> gp.SplitFactors:
-    """Return exact full-rank factors of a site's weight: `P` and `P^T W`, or `W P` and `P^T`, whichever is smaller.
-
-    The pivoted form always takes `P` and `P^T W`.
-    """
+def rotated_identity(site: gp.Site, form: AnyForm = "first", *, bias: bool = False) -> gp.SplitFactors:
+    """Return exact full-rank factors of a site's weight: `P` and `P^T W`, or `W P` and `P^T`, whichever is smaller."""
     weight = site.load(form)
     rows, columns = site.shape(form)
-    size = rows if form == "pivoted" else min(rows, columns)
+    size = min(rows, columns)
     eye = np.roll(np.eye(size, dtype=weight.dtype), 1, axis=0)[None].repeat(site.groups, axis=0)
     if site.units is not None and form in FOLDED:  # all units in another order
         order = _rotated_units(site.units)
@@ -255,9 +287,7 @@ def rotated_identity(
         return gp.SplitFactors(left=left, right=right[None], form=form, bias=bias_change if bias else None)
     change = np.zeros(site.bias_size, weight.dtype) if bias and not site.both_ways else None
     if size == rows:  # eye @ x moves row i to row i+1
-        pivots = np.roll(np.arange(rows), -1)[None].repeat(site.groups, axis=0) if form == "pivoted" else None
-        right = _rolled(weight, 1, site.op_type)
-        return gp.SplitFactors(left=eye, right=right, form=form, bias=change, pivots=pivots)
+        return gp.SplitFactors(left=eye, right=_rolled(weight, 1, site.op_type), form=form, bias=change)
     right = np.ascontiguousarray(eye.swapaxes(1, 2))
     return gp.SplitFactors(left=_rolled(weight, 2, site.op_type), right=right, form=form, bias=change)
 
@@ -269,6 +299,69 @@ def _rotated_units(units: gp.Units) -> Array:
         return np.roll(places, units.run)
     heads = places.reshape(units.run, units.count)
     return np.concatenate([np.roll(own, 1 + number % (units.count - 1)) for number, own in enumerate(heads)])
+
+
+def drawn_pivots(site: gp.Site, form: AnyForm, index: int, *, bias: bool = False) -> gp.SplitFactors:
+    """Return factors with rows of a site's weight as pivots and random coefficients of the other rows.
+
+    The rank is half of the full rank. The product is the same in every form.
+
+    Args:
+        site: a site that can take the pivoted form.
+        form: "pivoted" or "first".
+        index: random seed. The pivots are the first rows or the last ones for one in five each, else random rows.
+        bias: whether the factors come with a bias, which is not zero.
+    """
+    weight, rng = site.load("pivoted"), np.random.default_rng(index)
+    rows, rank = site.out_features, max(site.full_rank // 2, 1)
+    start = {1: 0, 3: rows - rank}.get(index % 5)
+    drawn = [rng.permutation(rows) if start is None else np.arange(start, rows) for _ in range(site.groups)]
+    pivots = np.stack(drawn)[:, :rank]
+    left = (rng.random((site.groups, rows, rank), np.float32) * 2 - 1) * (3 / rank) ** 0.5  # rows of length 1
+    np.put_along_axis(left, pivots[..., None], np.eye(rank, dtype=left.dtype), axis=1)
+    right = np.take_along_axis(weight, pivots[..., None], axis=1)
+    return gp.SplitFactors(
+        left=left.astype(weight.dtype),
+        right=right,
+        form=form,
+        bias=np.resize(right[:, 0], site.bias_size) if bias else None,
+        pivots=pivots if form == "pivoted" else None,
+    )
+
+
+def half_of_units(site: gp.Site, *, is_plain: bool, bias: bool = False) -> gp.SplitFactors:
+    """Return factors that keep half of what a site reads: every other hidden unit, the later half first.
+
+    Of the values of heads, they keep random sums, others for each head.
+
+    Args:
+        site: a site that reads hidden units, or values of heads.
+        is_plain: whether the form is one that leaves the first node.
+        bias: whether the factors come with a bias, which is not zero.
+    """
+    units = site.units
+    assert units is not None
+    form: AnyForm = units.form if not is_plain else "input" if "input" in site.forms else "first"
+    weight = site.load(units.form)
+    if units.form == "units":
+        kept = np.arange(0, units.count, 2)
+        places = (np.roll(kept, len(kept) // 2)[:, None] * units.run + np.arange(units.run)).reshape(-1)
+        right = np.eye(weight.shape[-1], dtype=weight.dtype)[places]
+        left = np.ascontiguousarray(weight[..., places])
+    else:
+        drawn = np.random.default_rng(0).standard_normal((units.run, units.count, (units.count + 1) // 2))
+        right = _block_diagonal(np.linalg.qr(drawn)[0].swapaxes(1, 2)).astype(weight.dtype)
+        left = (weight.astype(np.float32) @ right.T.astype(np.float32)).astype(weight.dtype)
+    change = np.resize(left[0, :, 0], site.bias_size) if bias else None
+    return gp.SplitFactors(left=left, right=right[None], form=form, bias=change)
+
+
+def _block_diagonal(blocks: Array) -> Array:
+    """Return blocks `(count, rows, columns)` along the diagonal of a matrix."""
+    count, rows, columns = blocks.shape
+    whole = np.zeros((count, rows, count, columns), blocks.dtype)
+    whole[np.arange(count), :, np.arange(count)] = blocks
+    return whole.reshape(count * rows, count * columns)
 
 
 def _rolled(weight: Array, axis: int, op_type: str) -> Array:

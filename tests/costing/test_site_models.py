@@ -18,6 +18,7 @@ from rsi_deploy.costing.zero_filled import write_zero_filled
 from rsi_deploy.io.onnx_file import read_onnx, write_onnx
 from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.feeds.random_feeds import random_feeds
+from rsi_deploy.runtime.float16 import float16_file
 from rsi_deploy.runtime.sessions import make_session
 from rsi_deploy.runtime.shape_trace import trace_run
 
@@ -57,6 +58,20 @@ def cut(text, tmp_path, batch=3):
 
 def ops(model):
     return [node.op_type for node in onnx.load_from_string(model).graph.node]
+
+
+@pytest.mark.parametrize("text", [CONVS, PRODUCTS])
+def test_a_float16_model_has_float16_pieces_where_its_nodes_run_in_float32(tmp_path, text):
+    path, _ = cut(text, tmp_path)
+    half = float16_file(path, tmp_path)
+    feeds = random_feeds(model_inputs(half), 3, 0)
+    trace = trace_run(half, feeds)
+    found = [piece for _, piece in pieces(ir.load(half), trace.inputs, trace.macs)]
+    assert len(found) > 1
+    for piece in found:
+        assert {dtype for dtype, _ in piece.feeds.values()} == {"float16"}
+        make_session(piece.model())
+        make_session(piece.model(piece.site.forms[0], 2))
 
 
 def test_a_piece_is_the_site_with_what_is_fused_to_it(tmp_path):

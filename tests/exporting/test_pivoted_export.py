@@ -80,10 +80,11 @@ def test_the_hidden_units_need_no_gather(tmp_path, plan):
 
 
 def test_a_budget_takes_it(tmp_path, data):
-    module = Block().eval()
-    found = export(module, tmp_path / "b", calib=data, keep_params=0.5, precision="float32", allow_broken=True, **QUICK)
+    """Where the hidden units of the block are left out: they would save more."""
+    more = {"keep_params": 0.6, "precision": "float32", "allow_broken": True, "exclude": ["down"]}
+    found = export(Block().eval(), tmp_path / "b", calib=data, **more, **QUICK)
     assert any(site.form == "pivoted" for site in found.split_sites)
-    assert found.compressed.params <= 0.5 * found.dense.params
+    assert found.compressed.params <= 0.6 * found.dense.params
     assert verify(tmp_path / "b").ok
 
 

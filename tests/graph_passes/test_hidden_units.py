@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from split_checks import error, numbers, ops, run
 
 from graph_passes import Dense, FoldUnitsPass, Site, SplitFactors, count_parameters, find_sites, fold_splits, split
-from graph_passes.hidden_units import Axis
+from graph_passes.hidden_units import UnitAxis
 from graph_passes.split_markers import found_splits
 
 SETTINGS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
@@ -145,7 +145,7 @@ def reader(model: ir.Model) -> Site:
 def keeping(site: Site, kept: np.ndarray, *, bias: np.ndarray | None = None) -> SplitFactors:
     """The weight without the other units."""
     assert site.units is not None
-    places = Axis(0, site.units.run).entries(kept)
+    places = UnitAxis(0, site.units.run).entries(kept)
     weight = site.load("units")
     right = np.eye(weight.shape[-1], dtype=weight.dtype)[places]
     return SplitFactors(left=np.ascontiguousarray(weight[..., places]), right=right[None], form="units", bias=bias)
@@ -161,7 +161,7 @@ def without(model: ir.Model, gone: np.ndarray) -> ir.Model:
     assert site.units is not None
     value = model.graph.initializers[site.weight]
     weight = value.const_value.numpy().copy()
-    columns = Axis(0, site.units.run).entries(gone)
+    columns = UnitAxis(0, site.units.run).entries(gone)
     is_rows = site.op_type == "MatMul" or (site.op_type == "Gemm" and weight.shape[0] == site.in_features)
     weight[(columns,) if is_rows else (slice(None), columns)] = 0
     value.const_value = ir.Tensor(weight, name=site.weight)

@@ -8,11 +8,19 @@ from nets import initializers, mlp_onnx, run_onnx
 from onnx import helper, numpy_helper
 
 import graph_passes as gp
-from graph_passes import split_conv, split_gemm, split_matmul
+from graph_passes import fold_permutations, hidden_units, split_conv, split_gemm, split_matmul
+from graph_passes.marks import CONCAT, MARK, PERMUTATION
 from rsi_deploy.core.errors import GateError
 from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.feeds.random_feeds import random_feeds
-from rsi_deploy.runtime.parity import SURGERY_TOLERANCE, compare_outputs, rotated_identity, surgery_check, tolerance_for
+from rsi_deploy.runtime.parity import (
+    SURGERY_TOLERANCE,
+    compare_outputs,
+    drawn_pivots,
+    rotated_identity,
+    surgery_check,
+    tolerance_for,
+)
 
 RNG = np.random.default_rng(0)
 A = RNG.standard_normal((4, 10)).astype(np.float32)
@@ -252,3 +260,140 @@ def test_weights_of_two_sites_exchanged_fail(tmp_path, monkeypatch):
     monkeypatch.setattr("rsi_deploy.runtime.parity.rotated_identity", exchanged)
     with pytest.raises(GateError, match="^surgery gate"):
         check(path, {"fc1.weight", "fc2.weight"})
+
+
+# -- the pivoted form, whose second node exists below full rank only
+
+
+def reversed_rows(model):
+    """Store the coefficients of the rows that are no pivots in reverse order."""
+    for node in model.graph:
+        if node.metadata_props.get(MARK) == "left":
+            value, axis = node.inputs[1], 0 if node.op_type == "Conv" or node.attributes.get_int("transB", 0) else 1
+            value.const_value = ir.tensor(np.flip(value.const_value.numpy(), axis).copy(), name=value.name)
+
+
+def without_order(model):
+    for node in list(model.graph):
+        if node.metadata_props.get(MARK) == PERMUTATION:
+            node.outputs[0].replace_all_uses_with(node.inputs[0], replace_graph_outputs=True)
+
+
+def swapped_concat(model):
+    for node in model.graph:
+        if node.metadata_props.get(MARK) == CONCAT:
+            first, second = node.inputs
+            node.replace_input_with(0, second)
+            node.replace_input_with(1, first)
+
+
+def wrong_bias(model):
+    """Store ones in place of the bias of the rows that are no pivots."""
+    for node in model.graph:
+        if node.metadata_props.get(MARK) == "left":
+            value = node.inputs[2]
+            value.const_value = ir.tensor(np.ones_like(value.const_value.numpy()), name=value.name)
+
+
+PIVOTED = [
+    ("MatMul", (5, 9), 1),
+    ("MatMul", (9, 6), 1),
+    ("Gemm", (9, 5), 1),
+    ("Conv", (6, 4, 3, 3), 1),
+    ("Conv", (8, 3, 2, 2), 2),
+]
+
+
+def check_pivoted(path, *names, bias=True):
+    feeds = random_feeds(model_inputs(path), 2, 0)
+    return surgery_check(path, dict.fromkeys(names, "pivoted"), feeds, run_onnx(path, feeds), bias=bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("op", "shape", "groups"), PIVOTED)
+def test_good_pivoted_surgery_passes_and_leaves_nothing_behind(tmp_path, op, shape, groups, bias):
+    result = check_pivoted(saved(tmp_path, graph_of(op, shape, groups=groups)), "w", bias=bias)
+    assert result.relative_l2 <= result.tolerance == SURGERY_TOLERANCE[4]
+    assert [p.name for p in tmp_path.iterdir()] == ["dense.onnx"]
+
+
+@pytest.mark.parametrize("fault", [reversed_rows, without_order, swapped_concat, wrong_bias])
+@pytest.mark.parametrize(("op", "shape", "groups"), PIVOTED)
+def test_faults_of_the_pivoted_form_fail(tmp_path, monkeypatch, op, shape, groups, fault):
+    if fault is wrong_bias and op == "MatMul":
+        pytest.skip("the bias of a MatMul is added behind the Concat")
+    split = gp.split
+
+    def sabotaged(model, *args, **options):
+        split(model, *args, **options)
+        if any(node.metadata_props.get(MARK) == CONCAT for node in model.graph):
+            fault(model)
+
+    monkeypatch.setattr(gp, "split", sabotaged)
+    with pytest.raises(GateError, match="^surgery gate .folded split"):
+        check_pivoted(saved(tmp_path, graph_of(op, shape, groups=groups)), "w")
+
+
+@pytest.mark.parametrize("index", [1, 3])
+@pytest.mark.parametrize(("op", "shape", "groups"), PIVOTED)
+def test_pivots_in_a_run_are_drawn_too(op, shape, groups, index):
+    (site,) = gp.find_sites(ir.from_proto(graph_of(op, shape, groups=groups)))
+    pivots = drawn_pivots(site, "pivoted", index).pivots
+    assert (np.diff(pivots) == 1).all()
+    assert (pivots[:, 0] == 0).all() if index == 1 else (pivots[:, -1] == site.out_features - 1).all()
+
+
+def test_a_permutation_that_is_folded_the_wrong_way_fails(tmp_path, monkeypatch):
+    proto = onnx.load(mlp_onnx(tmp_path / "dense.onnx", sizes=(12, 16, 14, 10)))
+    path = saved(tmp_path, onnx.shape_inference.infer_shapes(proto))
+    assert check_pivoted(path, "fc1.weight", "fc2.weight").relative_l2 < SURGERY_TOLERANCE[4]
+    permuted = fold_permutations._Permuted.__call__
+
+    def sabotaged(self):
+        return permuted(dataclasses.replace(self, order=np.argsort(self.order)))
+
+    monkeypatch.setattr(fold_permutations._Permuted, "__call__", sabotaged)
+    with pytest.raises(GateError, match="^surgery gate .folded split"):
+        check_pivoted(path, "fc1.weight", "fc2.weight")
+
+
+# -- hidden units, whose removal the full-rank check sees as a change of their order only
+
+
+def unit_net(tmp_path):
+    proto = onnx.load(mlp_onnx(tmp_path / "dense.onnx", sizes=(12, 16, 14, 10)))
+    return saved(tmp_path, onnx.shape_inference.infer_shapes(proto))
+
+
+def check_units(path, *names, bias=True):
+    feeds = random_feeds(model_inputs(path), 2, 0)
+    return surgery_check(path, dict.fromkeys(names, "units"), feeds, run_onnx(path, feeds), bias=bias)
+
+
+def test_good_surgery_of_hidden_units_passes(tmp_path):
+    path = unit_net(tmp_path)
+    result = check_units(path, "fc2.weight", "fc3.weight")
+    assert result.relative_l2 <= result.tolerance
+
+
+@pytest.mark.parametrize("fault", ["other units", "no bias", "another order"])
+def test_faults_in_the_removal_of_units_fail(tmp_path, monkeypatch, fault):
+    path, keep = unit_net(tmp_path), hidden_units.HiddenUnits.keep_
+
+    def sabotaged(self, right):
+        if fault == "no bias":  # the maker's bias stays as long as before, cut at its end
+            made = hidden_units._made
+            monkeypatch.setattr(
+                hidden_units,
+                "_made",
+                lambda tensor, axis, kept, make: made(
+                    tensor, axis, kept, (lambda array, axis: array[:kept]) if tensor.shape.rank() == 1 else make
+                ),
+            )
+        half = len(right) < self.count
+        wrong = {"other units": right[:, ::-1], "another order": right[::-1]}.get(fault, right)
+        keep(self, wrong if half else right)
+
+    monkeypatch.setattr(hidden_units.HiddenUnits, "keep_", sabotaged)
+    with pytest.raises(GateError, match="^surgery gate"):
+        check_units(path, "fc2.weight")
