@@ -346,8 +346,8 @@ def _symbol_sizes(piece: Piece) -> dict[str | None, int]:
         dim.value: size
         for node in piece.nodes
         for value in node.inputs
-        if value is not None and value.shape is not None and value.name in piece.feeds
-        for dim, size in zip(value.shape, piece.feeds[value.name][1], strict=False)
+        if value is not None and value.shape is not None and (value.name or "") in piece.feeds
+        for dim, size in zip(value.shape, piece.feeds[value.name or ""][1], strict=False)
         if not isinstance(dim, int) and dim.value is not None
     }
 

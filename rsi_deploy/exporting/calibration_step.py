@@ -228,8 +228,9 @@ class Calibrator:
             self.data.feeds,
             self.data.samples,
             may_split=lambda name: not self.filters.refusal(name),
-            # Without the attention in a node: no factorization changes its MACs.
-            macs={node: count - dense.attention_macs.get(node, 0) for node, count in dense.macs.items()},
+            macs={
+                node: _macs_of_weights(count, dense.attention_macs.get(node, 0)) for node, count in dense.macs.items()
+            },
             provider=self.provider,
             seed=self.solver.seed,
             before_ids=True,
@@ -237,3 +238,11 @@ class Calibrator:
             proto=dense.proto,
             sites=dense.sites,
         )
+
+
+def _macs_of_weights(count: int, attention: int) -> int:
+    """Return the MACs of a node that factorization may change: without the attention beside its weights.
+
+    Of an attention without weights half is left, the product with the values, which the form "heads" makes smaller.
+    """
+    return count - attention or attention // 2
