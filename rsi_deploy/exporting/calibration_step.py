@@ -89,7 +89,7 @@ class Calibrator:
         if self.planner is not None:
             self.planner.check([(site_name(s.weight), s.out_features, s.in_features) for s in sites])
         self.filters.check([site_name(site.weight) for site in sites])
-        decisions = None if request.plan is None else decide_by_plan(request.plan, sites, self.filters)
+        decisions = None if request.plan is None else decide_by_plan(request.plan, sites, self.filters, dense.unsplit)
         if decisions is not None and not request.is_fitted:
             refuse_units(decisions)
         if request.calib is not None:

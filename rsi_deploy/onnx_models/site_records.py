@@ -16,7 +16,7 @@ def records_by_weight(nodes: Iterable[gp.Record], splits: Mapping[str, SiteRecor
     """
     users: dict[str, list[gp.Record]] = {}
     for node in nodes:
-        users.setdefault(node.weight or f"node {node.node}", []).append(node)
+        users.setdefault(_key(node), []).append(node)
     result = []
     for weight, group in users.items():
         names, first = tuple(node.node for node in group), group[0]
@@ -36,6 +36,15 @@ def records_by_weight(nodes: Iterable[gp.Record], splits: Mapping[str, SiteRecor
             )
         )
     return result
+
+
+def record_name(node: gp.Record) -> str:
+    """Return the name of the record of a node's weight."""
+    return site_name(_key(node))
+
+
+def _key(node: gp.Record) -> str:
+    return node.weight or f"node {node.node}"
 
 
 def with_fewer_units(

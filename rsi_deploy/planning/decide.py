@@ -133,8 +133,14 @@ def refuse_uncounted(budget: Budget | None, dense: Size, uncounted: str) -> None
     total_of(budget, dense)
 
 
-def decide_by_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> Decisions:
+def decide_by_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters, unsplit: Collection[str] = ()) -> Decisions:
     """Check a plan against the model's sites and return its decisions. Sites that the filters exclude stay dense.
+
+    Args:
+        plan: the plan.
+        sites: the model's sites.
+        filters: sites that may be split.
+        unsplit: names of weights that are no sites; a plan may list them as dense.
 
     Raises:
         UsageError: the plan does not fit the model, or a glob matches nothing.
@@ -145,8 +151,11 @@ def decide_by_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> De
         for site in reversed(sites)
     }  # reversed, so that the first node that uses a weight wins, as in the report
     filters.check(list(possible))
+    others: dict[str, dict[str, int]] = {name: {} for name in unsplit if name not in possible}
     decisions = {name: Decision(rank=None, reason="as the plan says", bits=bits) for name, bits in plan.tables.items()}
-    for name, site in check_plan(plan, possible.items()).items():
+    for name, site in check_plan(plan, (possible | others).items()).items():
+        if name in others:
+            continue
         refusal, bits, repair = filters.refusal(name), site.bits or 32, site.repair or 0
         if refusal or site.form == "dense":
             decisions[name] = Decision(rank=None, reason=refusal or site.reason, bits=bits, repair=repair)

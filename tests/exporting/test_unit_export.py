@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from calibrated_nets import text_net
 from torch import nn
 
 from rsi_deploy import export, verify
@@ -158,3 +159,18 @@ def test_units_in_few_bits(tmp_path, plans, data, precision):
     assert verify(tmp_path / "b").ok
     assert {site.form for site in report.split_sites} == {"units"}
     assert report.calibration.quality.output_error < 0.5
+
+
+def test_the_plan_of_a_bundle_makes_it_again_where_other_weights_stand_beside_the_sites(tmp_path):
+    """The embedding table of the net is in the plan, and is no site."""
+    path = str(text_net(tmp_path / "net.onnx"))
+    export(path, tmp_path / "a", rank="25%", measure=False)
+    sites = json.loads((tmp_path / "a" / "plan.json").read_text())["sites"]
+    assert {site["form"] for site in sites.values()} >= {"dense", "matmul"}
+    export(path, tmp_path / "b", plan=tmp_path / "a" / "plan.json", measure=False)
+    assert json.loads((tmp_path / "b" / "plan.json").read_text())["sites"].keys() == sites.keys()
+    again = json.loads((tmp_path / "a" / "plan.json").read_text())
+    again["sites"]["no such weight"] = {"form": "dense"}
+    (tmp_path / "plan.json").write_text(json.dumps(again))
+    with pytest.raises(UsageError, match="'no such weight' is not in the model"):
+        export(path, tmp_path / "c", plan=tmp_path / "plan.json", measure=False)
