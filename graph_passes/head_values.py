@@ -59,7 +59,10 @@ def head_values(reader: ir.Node, columns: int, *, overridable: bool = False) -> 
     Raises:
         NoUnitsError: It does not read the values of attention heads.
     """
-    return _Path(reader=reader, columns=columns).found(overridable=overridable)
+    try:
+        return _Path(reader=reader, columns=columns).found(overridable=overridable)
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:  # of a malformed node
+        raise NoUnitsError("a node before it does not fit its inputs") from error
 
 
 @dataclass(kw_only=True)
@@ -149,12 +152,10 @@ class _Path:
 
     def _note(self, value: ir.Value, axes: _Axes) -> None:
         """Note the axis along which a value holds the numbers of a head."""
-        holding = [at for at, axis in enumerate(axes) if any(factor.label == "number" for factor in axis)]
-        if len(holding) != 1 or (value.shape is not None and len(value.shape) != len(axes)):
-            raise NoUnitsError(f"the axes of {value.name!r} are not known")
-        self.units.values[value] = UnitAxis(
-            holding[0], math.prod(f.size for f in axes[holding[0]] if f.label != "number")
-        )
+        (at,) = [at for at, axis in enumerate(axes) if any(factor.label == "number" for factor in axis)]
+        if rank_of(value) != len(axes):
+            raise NoUnitsError(f"{value.name!r} has another number of axes than its node makes")
+        self.units.values[value] = UnitAxis(at, _size(axes[at]) // self.units.count)
 
     def _axis(self, value: ir.Value | None, at: int) -> tuple[_Factor, ...]:
         """Return an axis of a value that holds none of the values."""
@@ -162,10 +163,8 @@ class _Path:
             raise NoUnitsError("the shape of a value is unknown: infer shapes first")
         size = value.shape[at]
         if not isinstance(size, int):
-            number = self._symbols.setdefault(size.value or (value, at % len(value.shape)), len(self._symbols))
-            if number >= len(_SYMBOL_SIZES):
-                raise NoUnitsError("too many sizes are symbols")
-            size = _SYMBOL_SIZES[number]
+            symbol = size.value or (value, at % len(value.shape))
+            size = _SYMBOL_SIZES[self._symbols.setdefault(symbol, len(self._symbols))]
         return (_Factor("", size),) if size != 1 else ()
 
     def _behind(self, node: ir.Node, index: int, axes: _Axes) -> _Axes:
@@ -204,8 +203,6 @@ class _Path:
         """Return the axes behind a Reshape, and note the size that falls with the numbers of a head."""
         sizes = self._sizes(node)
         copied = [] if node.attributes.get_int("allowzero", 0) else [at for at, size in enumerate(sizes) if size == 0]
-        if any(at >= len(axes) for at in copied):
-            raise NoUnitsError(f"Reshape {name_of(node)!r} does not fit its input")
         target = [_size(axes[at]) if at in copied else size for at, size in enumerate(sizes)]
         factors = [factor for axis in axes for factor in axis]
         if -1 in target:

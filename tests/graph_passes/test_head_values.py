@@ -25,19 +25,20 @@ APART, BACK = {"s": np.array([0, 0, 3, 4])}, {"z": np.array([0, 0, 12])}
 TOKENS = "(float[N,S,5] x, float[N,3,S,S] p) => (float[N,S,A] y)"
 VALUES = "h = MatMul(x, w)  g = Add(h, b)  i = Reshape(g, s)  v = Transpose<perm = [0, 2, 1, 3]>(i)"
 JOIN = "j = Transpose<perm = [0, 2, 1, 3]>(m)  k = Reshape(j, z)"
+PLAIN = f"{VALUES}  m = MatMul(p, v)  {JOIN}  y = MatMul(k, o)"
 FUSED = "(float[N,7,5] x, float[N,3,7,4] q, float[N,3,7,4] r) => (float[N,S,A] y)"
 ROWS = "(float[N,7,5] x, float[N,7,12] q, float[N,7,12] r) => (float[N,S,A] y)"
 
 BODIES = {
-    "plain": (TOKENS, f"{VALUES}  m = MatMul(p, v)  {JOIN}  y = MatMul(k, o)", W | APART | BACK),
+    "plain": (TOKENS, PLAIN, W | APART | BACK),
     "fixed positions": (
         TOKENS.replace("S,5", "7,5").replace("S,S", "7,7"),
-        f"{VALUES}  m = MatMul(p, v)  {JOIN}  y = MatMul(k, o)",
+        PLAIN,
         W | {"s": np.array([-1, 7, 3, 4]), "z": np.array([-1, 7, 12])},
     ),
     "last size open": (
         TOKENS,
-        f"{VALUES}  m = MatMul(p, v)  {JOIN}  y = MatMul(k, o)",
+        PLAIN,
         W | {"s": np.array([0, 0, 3, -1]), "z": np.array([0, 0, -1])},
     ),
     "computed sizes": (
@@ -75,7 +76,7 @@ BODIES = {
     ),
     "the same for all heads": (
         TOKENS.replace("float[N,3,S,S] p", "float[S,S] p"),
-        f"{VALUES}  m = MatMul(p, v)  {JOIN}  y = MatMul(k, o)",
+        PLAIN,
         W | APART | BACK,
     ),
     "fused": (FUSED, f"{VALUES}  m = Attention(q, r, v)  {JOIN}  y = MatMul(k, o)", W | APART | BACK),
@@ -123,7 +124,7 @@ REFUSED = {
     ),
     "an output between": (
         TOKENS.replace("y)", "y, float[N,H,S,D] v)"),
-        f"{VALUES}  m = MatMul(p, v)  {JOIN}  y = MatMul(k, o)",
+        PLAIN,
         W | APART | BACK,
     ),
     "a bias of heads apart": (
@@ -133,7 +134,7 @@ REFUSED = {
     ),
     "one number for all": (
         TOKENS,
-        f"{VALUES}  m = MatMul(p, v)  {JOIN}  y = MatMul(k, o)",
+        PLAIN,
         W | APART | BACK | {"b": numbers(1)},
     ),
     "shared heads of values": (
@@ -147,10 +148,64 @@ REFUSED = {
         W | APART | BACK,
     ),
     "sizes of unknown origin": (
-        TOKENS.replace(" p)", " p, int64[1] e)"),
-        f"f = Mul(e, e)  s = Concat<axis = 0>(f, three, four)  {VALUES.replace('[0, 2, 1, 3]', '[1, 0, 2]')}"
-        f"  m = MatMul(p, v)  {JOIN.replace('[0, 2, 1, 3]', '[1, 0, 2]')}  y = MatMul(k, o)",
-        W | BACK | {"three": np.array([3]), "four": np.array([4])},
+        TOKENS.replace(" p)", " p, int64[4] s)"),
+        PLAIN,
+        W | BACK,
+    ),
+    "two rows of values in one": (
+        TOKENS.replace("S,5", "7,5").replace("S,S", "14,14"),
+        PLAIN,
+        W | BACK | {"s": np.array([-1, 14, 3, 4]), "w": numbers(5, 24), "b": numbers(24)},
+    ),
+    "a chain without end": (
+        TOKENS,
+        f"{VALUES}  m = MatMul(p, v)  {JOIN.replace('(m)', '(c70)')}  c0 = Identity(m)  "
+        + "  ".join(f"c{n + 1} = Identity(c{n})" for n in range(70))
+        + "  y = MatMul(k, o)",
+        W | APART | BACK,
+    ),
+    "computed axes": (
+        TOKENS.replace(" p)", " p, int64[1] f)"),
+        f"{VALUES}  u = Unsqueeze(v, f)  n = Squeeze(u, f)  m = MatMul(p, n)  {JOIN}  y = MatMul(k, o)",
+        W | APART | BACK,
+    ),
+    "positions squeezed": (
+        TOKENS,
+        f"{VALUES}  u = Squeeze(v, two)  m = MatMul(p, u)  {JOIN}  y = MatMul(k, o)",
+        W | APART | BACK | {"two": np.array([2])},
+    ),
+    "a copied size of another axis": (
+        "(float[3,S,5] x, float[1,3,S,S] p) => (float[N,S,A] y)",
+        f"{VALUES}  l = Reshape(v, c)  m = MatMul(p, l)  {JOIN}  y = MatMul(k, o)",
+        W | APART | BACK | {"c": np.array([1, 0, -1, 0])},
+    ),
+    "sizes that do not fit": (
+        TOKENS,
+        PLAIN,
+        W | APART | {"z": np.array([0, 0, 3])},
+    ),
+    "a copied size that is not there": (
+        TOKENS,
+        PLAIN,
+        W | APART | {"z": np.array([-1, 12, 1, 1, 0])},
+    ),
+    "other axes than declared": (TOKENS, PLAIN, W | APART | BACK),
+    "rows turned": (
+        "(float[N,12,5] x, float[N,12,12] q, float[N,12,12] r) => (float[N,S,A] y)",
+        "h = MatMul(x, w)  v = Transpose<perm = [0, 2, 1]>(h)"
+        "  k = Attention<q_num_heads = 3, kv_num_heads = 3>(q, r, v)  y = MatMul(k, o)",
+        W,
+    ),
+    "queries of unknown shape": (ROWS, BODIES["fused rows"][1], W),
+    "other heads of queries": (
+        FUSED.replace("[N,3,", "[N,6,"),
+        f"{VALUES}  m = Attention(q, r, v)  {JOIN}  y = MatMul(k, o)",
+        W | APART | BACK,
+    ),
+    "numbers for positions": (
+        TOKENS.replace("S,5", "4,5").replace("S,S", "4,4"),
+        f"{VALUES.replace('[0, 2, 1, 3]', '[0, 2, 3, 1]')}  m = MatMul(p, v)  {JOIN}  y = MatMul(k, o)",
+        W | {"s": np.array([0, 0, 3, 4])} | BACK,
     ),
     "odd heads": (
         "(float[N,7,5] x, float[N,7,10] q, float[N,7,10] r) => (float[N,S,A] y)",
@@ -173,7 +228,18 @@ def built(signature: str, body: str, constants: dict[str, np.ndarray]) -> ir.Mod
 
 
 def case(name: str) -> ir.Model:
-    return built(*(BODIES | REFUSED)[name])
+    model = built(*(BODIES | REFUSED)[name])
+    values = {value.name: value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None}
+    declared = {
+        "other axes than declared": ("j", ir.Shape([2, 5, 12])),
+        "queries of unknown shape": ("q", None),
+        "sizes that do not fit": ("k", ir.Shape([2, 5, 12])),
+        "computed axes": ("n", ir.Shape([2, 3, 5, 4])),
+        "sizes of unknown origin": ("v", ir.Shape([2, 3, 5, 4])),
+    }
+    if name in declared:
+        values[declared[name][0]].shape = declared[name][1]
+    return model
 
 
 def feeds(model: ir.Model, sizes: dict[str, int] | None = None) -> dict[str, np.ndarray]:
