@@ -11,8 +11,8 @@ from graph_passes.collector import paused_collector
 from graph_passes.fold_batch_norm import Fold, FoldBatchNormPass, FoldResult
 from graph_passes.fold_permutations import FoldPermutationsPass, FoldPermutationsResult
 from graph_passes.fold_splits import fold_splits
+from graph_passes.fold_units import FoldUnitsPass, FoldUnitsResult
 from graph_passes.forms import Form
-from graph_passes.hidden_units import FoldUnitsPass, FoldUnitsResult
 from graph_passes.mac_counts import count_macs, why_not_counted
 from graph_passes.macs.executed_node import ExecutedNode, Macs, NotCounted
 from graph_passes.operators import PASSES, find_pass, multiplies_by_weights

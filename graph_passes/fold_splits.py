@@ -1,13 +1,13 @@
-"""Fold what forms of a split leave in a graph into the weights around: selections of hidden units, permutations."""
+"""Fold what forms of a split leave in a graph into the weights around: selections, bases of heads, permutations."""
 
 import onnx_ir as ir
 
 from graph_passes.fold_permutations import FoldPermutationsPass, Replace, lazily
-from graph_passes.hidden_units import FoldUnitsPass
+from graph_passes.fold_units import FoldUnitsPass
 
 
 def fold_splits(model: ir.Model, *, replace: Replace = lazily) -> None:
-    """Remove hidden units that no split keeps, and the Gathers of pivoted splits, in place, where the graph allows it.
+    """Remove what no split keeps of units and heads, and the Gathers of pivoted splits, in place, where it can be done.
 
     Args:
         model: A model whose sites are split.

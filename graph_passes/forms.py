@@ -11,18 +11,22 @@
 the outputs themselves, the pivots, and the second one the others from them (`graph_passes.pivoted`).
 
 "units" keeps `rank` of the inputs that other nodes make, and removes the others (`graph_passes.hidden_units`). Its
-matrix is that of "input"; the first node selects inputs, and goes.
+matrix is that of "input"; the first node selects inputs, and goes. "heads" takes fewer numbers from each attention head
+(`graph_passes.head_values`): the first node has a block for every head, and is multiplied into what makes the values.
 """
 
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
-Form: TypeAlias = Literal["matmul", "gemm", "channel", "input", "separable", "pivoted", "units"]
+Form: TypeAlias = Literal["matmul", "gemm", "channel", "input", "separable", "pivoted", "units", "heads"]
 
+FOLDED: frozenset[str] = frozenset({"units", "heads"})
+"""Forms whose first node is folded into the nodes before it, which become smaller."""
 LEAST_SAVING = 0.1
 """Smallest share of the numbers that a pivoted split is to save."""
 
@@ -40,13 +44,13 @@ def conv_forms(kernel: Sequence[int]) -> tuple[Form, ...]:
 
 
 def split_numbers(form: str, rows: int, columns: int, rank: int) -> int:
-    """Return how many numbers the two factors of one group hold; without the selection of units, which goes.
+    """Return how many numbers the two factors of one group hold; without a first node that is folded.
 
     Examples:
         >>> split_numbers("gemm", 8, 6, 4), split_numbers("pivoted", 8, 6, 4)
         (56, 40)
     """
-    return rank * rows if form == "units" else rank * (rows + columns - (rank if form == "pivoted" else 0))
+    return rank * rows if form in FOLDED else rank * (rows + columns - (rank if form == "pivoted" else 0))
 
 
 def break_even_rank(form: str, rows: int, columns: int) -> float:
@@ -56,7 +60,7 @@ def break_even_rank(form: str, rows: int, columns: int) -> float:
         >>> break_even_rank("gemm", 8, 8), break_even_rank("pivoted", 8, 6)
         (4.0, 6.0)
     """
-    if form == "units":
+    if form in FOLDED:
         return float(columns)
     return float(min(rows, columns)) if form == "pivoted" else rows * columns / (rows + columns)
 
@@ -78,9 +82,28 @@ def rank_limit(form: str, rows: int, columns: int) -> float:
 
 def largest_rank(form: str, rows: int, columns: int) -> int:
     """Return the largest rank of a split. The second node of a pivoted one computes at least one output."""
-    if form == "units":
+    if form in FOLDED:
         return columns
     return min(rows - 1, columns) if form == "pivoted" else min(rows, columns)
+
+
+def kept_columns(form: str, rank: int, columns: int, run: int) -> Array:
+    """Return the places of the first hidden units, or of the first numbers of every head: a selection of no data.
+
+    Args:
+        form: "units" or "heads".
+        rank: Number of inputs that are left.
+        columns: Number of inputs.
+        run: Inputs of each unit, or number of heads.
+
+    Examples:
+        >>> kept_columns("units", 2, 6, 1), kept_columns("heads", 4, 6, 2)
+        (array([0, 1]), array([0, 1, 3, 4]))
+    """
+    heads = run if form == "heads" else 1
+    starts = np.arange(heads)[:, None] * (columns // heads)
+    places: Array = (starts + np.arange(rank // heads)).reshape(-1)
+    return places
 
 
 def first_axes(form: Form, axes: int) -> range:

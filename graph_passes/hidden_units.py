@@ -8,11 +8,12 @@ products become smaller, and no node is added. A split of V in the form "units" 
 
     a --> op right --> op left --> y       right (kept, units): rows of the identity       left: V, fitted to them
 
-`FoldUnitsPass` removes its first node, and with it the other units.
+`FoldUnitsPass` removes its first node, and with it the other units. `graph_passes.head_values` finds the numbers of
+attention heads in the same way.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias, cast
 
@@ -21,10 +22,10 @@ import onnx_ir as ir
 
 from graph_passes.axis_rules.pointwise import ELEMENTWISE
 from graph_passes.cleanup import other_consumers, remove_unused
-from graph_passes.constants import OVERRIDABLE_IR_VERSION, add_constant, is_layout, stored_array
-from graph_passes.marks import MARK, SELECTION
+from graph_passes.constants import add_constant, is_layout, stored_array
+from graph_passes.forms import Form
 from graph_passes.names import name_of
-from graph_passes.records import Array, Skip, Units
+from graph_passes.records import Array, Units
 from graph_passes.weights import Weight, constant_of
 
 READERS = ("MatMul", "Gemm", "Conv")
@@ -38,7 +39,7 @@ _Use: TypeAlias = tuple[ir.Node, int]
 
 
 class NoUnitsError(Exception):
-    """Says why a product has no hidden units."""
+    """Says why a product reads nothing that could be removed before it."""
 
 
 @dataclass(frozen=True)
@@ -58,54 +59,73 @@ class HiddenUnits:
     """The hidden units that a product reads.
 
     Attributes:
+        form: Form of the splits that remove some: in the form "heads", unit i is number i of every head.
         count: Number of units.
-        run: Columns of the product's weight for each unit: more than one behind a Flatten.
+        run: Columns of the product's weight for each unit: more than one behind a Flatten, or with more than one head.
         makers: The products that make them.
-        depthwise: The depthwise Convs between.
+        between: The other nodes that multiply and accumulate for each of them: depthwise Convs, or the attention.
         values: The values that hold them.
         constants: Uses of constants with entries for each unit -> the constant and its stored axis.
-        reshapes: Reshapes to a fixed number of entries.
+        reshapes: Reshapes to a fixed number of entries -> the axis.
     """
 
+    form: Form = "units"
     count: int = 0
     run: int = 1
     makers: list[ir.Node] = field(default_factory=list)
-    depthwise: list[ir.Node] = field(default_factory=list)
+    between: list[ir.Node] = field(default_factory=list)
     values: dict[ir.Value, UnitAxis] = field(default_factory=dict)
     constants: dict[_Use, tuple[Weight, UnitAxis]] = field(default_factory=dict)
-    reshapes: list[ir.Node] = field(default_factory=list)
+    reshapes: dict[ir.Node, UnitAxis] = field(default_factory=dict)
 
     def facts(self) -> Units:
         """Return what a planner needs to know."""
         weights = [self.constants[node, 1][0] for node in self.makers]
         numbers = sum(weight.tensor.size for weight, _ in self.constants.values()) // self.count
         return Units(
+            form=self.form,
             count=self.count,
             run=self.run,
             makers=tuple(weight.name for weight in weights),
-            nodes=tuple(map(name_of, (*self.makers, *self.depthwise))),
+            nodes=tuple(map(name_of, (*self.makers, *self.between))),
             numbers=numbers,
             beside=numbers - sum(weight.tensor.size for weight in weights) // self.count,
         )
 
-    def keep_(self, kept: Array) -> None:
-        """Remove all other units from the graph.
+    def keep_(self, right: Array) -> None:
+        """Let the nodes make only what `right (rank, columns)` takes of the units.
+
+        Raises:
+            NoUnitsError: The nodes cannot make it: it takes a part of a unit, or mixes heads.
+        """
+        make = _selected(right, self.run) if self.form == "units" else _multiplied(right, self.run)
+        kept = len(right) // self.run
+        for weight, axis in {weight.root: (weight, axis) for weight, axis in self.constants.values()}.values():
+            _set_constant(weight, _made(weight.tensor, axis, kept, make))
+        for node in self.between:
+            if node.op_type == "Conv":
+                node.attributes["group"] = ir.AttrInt64("group", kept)
+        for value, axis in self.values.items():
+            _resize(value, axis, kept)
+        for node, axis in self.reshapes.items():
+            _set_size(node, axis.number, kept * axis.run)
+
+    def refuse_shared(self, *, overridable: bool) -> None:
+        """Check that nothing else reads the constants.
 
         Args:
-            kept: Numbers of the units that stay, in their new order.
+            overridable: Treat initializers that are graph inputs too as constants.
+
+        Raises:
+            NoUnitsError: Something does.
         """
-        for weight, axis in {weight.root: (weight, axis) for weight, axis in self.constants.values()}.values():
-            _set_constant(weight, _taken(weight.tensor, axis, kept))
-        for node in self.depthwise:
-            node.attributes["group"] = ir.AttrInt64("group", len(kept))
-        for value, axis in self.values.items():
-            _resize(value, axis, len(kept))
-        for node in self.reshapes:
-            old = node.inputs[1]
-            sizes = np.array([*_sizes(node)[:-1], len(kept) * self.run], np.int64)
-            name = f"{node.outputs[0].name}/sizes"
-            node.replace_input_with(1, add_constant(sizes, name, node, as_node=True))
-            remove_unused(old)
+        for weight, axis in self.constants.values():
+            if weight.is_overridable and not overridable:
+                raise NoUnitsError(f"{weight.name!r} is a graph input too")
+            for user, index in other_consumers(weight.root):
+                other = None if user is None else self.constants.get((user, index))
+                if other is None or (other[1], other[0].steps) != (axis, weight.steps):
+                    raise NoUnitsError(f"{weight.name!r} has other users")
 
 
 def hidden_units(reader: ir.Node, columns: int, *, overridable: bool = False) -> HiddenUnits:
@@ -142,7 +162,7 @@ class _Walk:
         data = self.reader.inputs[0]
         if data is None:
             raise NoUnitsError("it has no data")
-        self._back(data, 1 if self.reader.op_type == "Conv" else _rank(data) - 1, flat=True)
+        self._back(data, 1 if self.reader.op_type == "Conv" else rank_of(data) - 1, flat=True)
         while self._pending:
             value, axis, flat = self._pending.pop()
             self._step(value, axis, flat=flat)
@@ -184,22 +204,22 @@ class _Walk:
                 if operand is None:
                     continue
                 if constant_of(operand) is not None:
-                    self._uses[node, index] = axis - _rank(value), flat
+                    self._uses[node, index] = axis - rank_of(value), flat
                 else:
-                    self._back(operand, axis - _rank(value) + _rank(operand), flat=flat)
+                    self._back(operand, axis - rank_of(value) + rank_of(operand), flat=flat)
         elif is_onnx and (self._is_pool(node, axis) or (operator == "Dropout" and len(node.inputs) < 3)):
             self._back(data, axis, flat=flat)
         elif is_onnx and operator in REDUCTIONS:
             self._back(data, self._before_reduction(node, axis), flat=flat)
         elif is_onnx and operator == "Transpose":
-            self._back(data, node.attributes.get_ints("perm", tuple(reversed(range(_rank(value)))))[axis], flat=flat)
-        elif is_onnx and operator in ("Flatten", "Reshape") and flat and axis == 1 == _rank(value) - 1:
+            self._back(data, node.attributes.get_ints("perm", tuple(reversed(range(rank_of(value)))))[axis], flat=flat)
+        elif is_onnx and operator in ("Flatten", "Reshape") and flat and axis == 1 == rank_of(value) - 1:
             self._flattened(node)
         else:
             raise NoUnitsError(f"{operator} {name_of(node)!r} stands between")
 
     def _is_pool(self, node: ir.Node, axis: int) -> bool:
-        return node.op_type in POOLS and axis == 1 and _rank(node.outputs[0]) > 2
+        return node.op_type in POOLS and axis == 1 and rank_of(node.outputs[0]) > 2
 
     def _is_made(self, node: ir.Node, axis: int) -> bool:
         """Note a product that makes the units; return whether it is one."""
@@ -210,7 +230,7 @@ class _Walk:
             return False
         is_turned = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
         rows = 0 if node.op_type == "Conv" or is_turned else 1
-        place = 1 if node.op_type == "Conv" else _rank(node.outputs[0]) - 1
+        place = 1 if node.op_type == "Conv" else rank_of(node.outputs[0]) - 1
         if axis != place or self.found.count not in (0, weight.shape[rows]):
             raise NoUnitsError(f"{node.op_type} {name_of(node)!r} does not make one unit in each row")
         self.found.count = weight.shape[rows]
@@ -223,7 +243,7 @@ class _Walk:
         weight = constant_of(node.inputs[1])
         if weight is None or axis != 1 or weight.shape[:2] != (node.attributes.get_int("group", 1), 1):
             raise NoUnitsError(f"Conv {name_of(node)!r} stands between")
-        self.found.depthwise.append(node)
+        self.found.between.append(node)
         for index in (1, 2):
             self._constant(node, index, 0, flat=False)
         self._back(node.inputs[0], 1, flat=False)
@@ -245,8 +265,8 @@ class _Walk:
         axes = np.array(node.attributes.get_ints("axes", ())) if axes is None else axes
         if data is None or not axes.size:
             raise NoUnitsError(f"{node.op_type} {name_of(node)!r} reduces every axis")
-        reduced = {int(each) % _rank(data) for each in axes}
-        left = [each for each in range(_rank(data)) if each not in reduced]
+        reduced = {int(each) % rank_of(data) for each in axes}
+        left = [each for each in range(rank_of(data)) if each not in reduced]
         before = axis if node.attributes.get_int("keepdims", 1) else left[axis]
         if before in reduced:
             raise NoUnitsError(f"{node.op_type} {name_of(node)!r} joins the units")
@@ -263,11 +283,11 @@ class _Walk:
         if node.op_type == "Flatten" and node.attributes.get_int("axis", 1) != 1:
             raise NoUnitsError(f"Flatten {name_of(node)!r} does not keep samples apart")
         if node.op_type == "Reshape":
-            sizes = _sizes(node)
+            sizes = sizes_of(node)
             if len(sizes) != 2:
                 raise NoUnitsError(f"Reshape {name_of(node)!r} has computed sizes")
             if sizes[1] != -1:
-                self.found.reshapes.append(node)
+                self.found.reshapes[node] = UnitAxis(1)
         self._back(data, 1, flat=False)
 
     def _finish(self, data: ir.Value) -> None:
@@ -289,100 +309,69 @@ class _Walk:
             weight = constant_of(node.inputs[index])
             if weight is None or len(weight.shape) < -axis or weight.shape[axis] == 1:
                 continue
-            place = _stored_axis(weight, axis % len(weight.shape))
+            place = stored_axis(weight, axis % len(weight.shape))
             if weight.shape[axis] != found.count * run or place is None:
                 raise NoUnitsError(f"{weight.name!r} of shape {weight.shape} does not fit {found.count} units")
             found.constants[node, index] = weight, UnitAxis(place, run)
-        self._refuse_shared()
-
-    def _refuse_shared(self) -> None:
-        constants = self.found.constants
-        for weight, axis in constants.values():
-            if weight.is_overridable and not self.overridable:
-                raise NoUnitsError(f"{weight.name!r} is a graph input too")
-            for user, index in other_consumers(weight.root):
-                other = None if user is None else constants.get((user, index))
-                if other is None or (other[1], other[0].steps) != (axis, weight.steps):
-                    raise NoUnitsError(f"{weight.name!r} has other users")
+        found.reshapes = dict.fromkeys(found.reshapes, UnitAxis(1, found.run))
+        found.refuse_shared(overridable=self.overridable)
 
 
-@dataclass
-class FoldUnitsResult(ir.passes.PassResult):
-    """A pass result with the names of the nodes that are gone, and a record for every one that stays."""
+def rank_of(value: ir.Value | None) -> int:
+    """Return the number of axes of a value.
 
-    folded: tuple[str, ...] = ()
-    kept: tuple[Skip, ...] = ()
-
-
-class FoldUnitsPass(ir.passes.InPlacePass):
-    """Removes the nodes that select hidden units (marked "selection"), and the units that they leave out.
-
-    A node stays where its units cannot be removed, for example because another node reads them. The model is right
-    then too, but not faster. Weights in external files are not read: their rows are chosen when the model is saved.
-
-    Args:
-        overridable: Treat initializers that are graph inputs too as constants; always so before IR version 4.
+    Raises:
+        NoUnitsError: It is not known.
     """
-
-    def __init__(self, *, overridable: bool = False) -> None:
-        super().__init__()
-        self._overridable = overridable
-
-    def call(self, model: ir.Model) -> FoldUnitsResult:
-        """Remove wherever it is possible, in graph order."""
-        overridable = self._overridable or model.ir_version < OVERRIDABLE_IR_VERSION
-        folded: list[str] = []
-        stay: list[Skip] = []
-        for node in [node for node in model.graph.all_nodes() if node.metadata_props.get(MARK) == SELECTION]:
-            name, operator = name_of(node), node.op_type
-            try:
-                _fold(node, overridable=overridable)
-            except NoUnitsError as reason:
-                stay.append(Skip(node=name, op_type=operator, reason=str(reason)))
-            else:
-                folded.append(name)
-        return FoldUnitsResult(model, bool(folded), tuple(folded), tuple(stay))
-
-    def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> FoldUnitsResult:
-        """Run the pass; the result names the nodes."""
-        return cast(FoldUnitsResult, super().__call__(model_or_result))
-
-
-def _fold(node: ir.Node, *, overridable: bool) -> None:
-    """Let a node's readers read its data, without the units that it leaves out."""
-    data, right = node.inputs[:2]
-    weight = constant_of(right)
-    if data is None or weight is None or node.graph is None:
-        raise NoUnitsError("it has no data or no weight")
-    selection = weight.numpy()
-    selection = selection.reshape(selection.shape[:2]) if node.op_type == "Conv" else selection.T  # (kept, columns)
-    places = selection.argmax(axis=1)
-    if not np.array_equal(selection, np.eye(selection.shape[1], dtype=selection.dtype)[places]):
-        raise NoUnitsError("its weight selects no inputs")
-    found = hidden_units(node, selection.shape[1], overridable=overridable)
-    blocks = places.reshape(-1, found.run) if places.size % found.run == 0 else places[:, None]
-    kept = blocks[:, 0] // found.run
-    if not np.array_equal(UnitAxis(0, found.run).entries(kept), places):
-        raise NoUnitsError("it selects a part of a unit")
-    found.keep_(kept)
-    node.outputs[0].replace_all_uses_with(data)
-    node.graph.remove(node, safe=True)
-    remove_unused(right, overridable=True)
-
-
-def _rank(value: ir.Value) -> int:
-    if value.shape is None:
-        raise NoUnitsError(f"the shape of {value.name!r} is unknown: infer shapes first")
+    if value is None or value.shape is None:
+        name = "a value" if value is None else repr(value.name)
+        raise NoUnitsError(f"the shape of {name} is unknown: infer shapes first")
     return len(value.shape)
 
 
-def _sizes(node: ir.Node) -> list[int]:
+def sizes_of(node: ir.Node) -> list[int]:
     """Return the constant sizes of a Reshape; [] where they are computed."""
     sizes = stored_array(node.inputs[1])
     return [] if sizes is None else [int(size) for size in sizes.reshape(-1)]
 
 
-def _stored_axis(weight: Weight, axis: int) -> int | None:
+def size_pieces(node: ir.Node) -> list[tuple[ir.Value, Array | None]]:
+    """Return the parts of a Reshape's sizes, in order, each with its numbers, or None for a single computed size.
+
+    They are one constant, or a Concat. [] for sizes that are computed otherwise.
+    """
+    sizes = node.inputs[1]
+    concat = None if sizes is None else sizes.producer()
+    if sizes is None or (array := stored_array(sizes)) is not None:
+        return [] if sizes is None or array is None else [(sizes, array.reshape(-1))]
+    if concat is None or concat.op_type != "Concat" or concat.domain != "":
+        return []
+    parts = [(value, stored_array(value)) for value in concat.inputs if value is not None]
+    is_known = [array is not None or (value.shape is not None and tuple(value.shape) == (1,)) for value, array in parts]
+    return parts if all(is_known) else []
+
+
+def _set_size(node: ir.Node, place: int, size: int) -> None:
+    """Give a Reshape another constant size."""
+    old, values, at = node.inputs[1], [], 0
+    name = f"{node.outputs[0].name}/sizes"
+    for value, array in size_pieces(node):
+        length = 1 if array is None else len(array)
+        if array is not None and at <= place < at + length:
+            array = array.astype(np.int64)
+            array[place - at] = size
+            value = add_constant(array, name, node, as_node=True)
+        values.append(value)
+        at += length
+    if len(values) > 1:
+        joined = ir.Value(name=f"{name}/concat", shape=ir.Shape([at]), type=ir.TensorType(ir.DataType.INT64))
+        node.prepend(ir.Node("", "Concat", values, [ir.AttrInt64("axis", 0)], outputs=[joined], name=joined.name))
+        values = [joined]
+    node.replace_input_with(1, values[0])
+    remove_unused(old)
+
+
+def stored_axis(weight: Weight, axis: int) -> int | None:
     """Return the axis of the stored tensor, None behind a Reshape."""
     for kind, arguments in reversed(weight.steps):
         if kind != "transpose":
@@ -391,15 +380,44 @@ def _stored_axis(weight: Weight, axis: int) -> int | None:
     return axis
 
 
-def _taken(tensor: ir.TensorProtocol, axis: UnitAxis, kept: Array) -> ir.TensorProtocol:
-    """Return a tensor with the entries of the kept units alone; computed when it is saved if it lies in a file."""
-    entries = axis.entries(kept)
+_Make: TypeAlias = Callable[[Array, UnitAxis], Array]
+
+
+def _selected(right: Array, run: int) -> _Make:
+    """Return the function that takes the entries of the units that a selection keeps."""
+    places = right.argmax(axis=1)
+    if not np.array_equal(right, np.eye(right.shape[1], dtype=right.dtype)[places]):
+        raise NoUnitsError("its weight selects no inputs")
+    kept = places[::run] // run
+    if not np.array_equal(UnitAxis(0, run).entries(kept), places):
+        raise NoUnitsError("it selects a part of a unit")
+    return lambda array, axis: array.take(axis.entries(kept), axis.number)
+
+
+def _multiplied(right: Array, heads: int) -> _Make:
+    """Return the function that multiplies the numbers of each head, in neighbouring entries, by its block."""
+    if len(right) % heads:
+        raise NoUnitsError("it does not take the same number from every head")
+    blocks = right.astype(np.float64).reshape(heads, len(right) // heads, heads, -1)
+    own = blocks[np.arange(heads), :, np.arange(heads)]  # (heads, kept, count)
+    if np.count_nonzero(own) < np.count_nonzero(right):
+        raise NoUnitsError("its weight mixes heads")
+
+    def make(array: Array, axis: UnitAxis) -> Array:
+        front = np.moveaxis(array, axis.number, 0)
+        made = own @ front.astype(np.float64).reshape(heads, own.shape[2], -1)
+        return np.moveaxis(made.reshape(-1, *front.shape[1:]), 0, axis.number).astype(array.dtype)
+
+    return make
+
+
+def _made(tensor: ir.TensorProtocol, axis: UnitAxis, kept: int, make: _Make) -> ir.TensorProtocol:
+    """Return a tensor with the entries of fewer units; computed when it is saved if it lies in a file."""
     dims = [int(size) for size in tensor.shape.numpy()]
-    dims[axis.number] = len(entries)
+    dims[axis.number] = kept * axis.run
 
     def made() -> ir.TensorProtocol:
-        array = np.ascontiguousarray(tensor.numpy().take(entries, axis.number))
-        return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
+        return ir.Tensor(np.ascontiguousarray(make(tensor.numpy(), axis)), dtype=tensor.dtype, name=tensor.name)
 
     is_in_file = isinstance(tensor, ir.ExternalTensor | ir.LazyTensor)
     return ir.LazyTensor(made, tensor.dtype, ir.Shape(dims), name=tensor.name) if is_in_file else made()

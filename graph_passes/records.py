@@ -18,9 +18,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.forms import FOLDED, kept_columns, unfold, unfolded_shape
 from graph_passes.forms import Array as Array
 from graph_passes.forms import Form as Form
-from graph_passes.forms import unfold, unfolded_shape
 from graph_passes.response import RowOrder
 from graph_passes.window import Window
 
@@ -32,17 +32,20 @@ _FLOAT_DTYPES = tuple(np.dtype(t) for t in (np.float16, np.float32, np.float64, 
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """The hidden units that a node reads: `graph_passes.hidden_units`.
+    """The hidden units that a node reads, or the values of attention heads.
 
     Attributes:
+        form: Form of the splits that remove some: "units" (`graph_passes.hidden_units`), or "heads"
+            (`graph_passes.head_values`), where a unit is number i of every head.
         count: Number of units.
-        run: Columns of the node's weight for each unit, in the form "units".
+        run: Columns of the node's weight for each unit; in the form "heads" the number of heads.
         makers: Names of the weights of the products that make them.
-        nodes: Names of the nodes that work on each of them: the products, then depthwise Convs.
+        nodes: Names of the nodes that work on each of them: the products, then depthwise Convs, or the attention.
         numbers: How many numbers all nodes up to this one hold for each unit.
         beside: The same without the weights of the products.
     """
 
+    form: Form = "units"
     count: int
     run: int
     makers: tuple[str, ...]
@@ -75,7 +78,7 @@ class Site:
         linear: Whether the output is the response plus a bias, with no activation or attention behind.
         window: How a convolution moves over the data; None for products.
         both_ways: Whether other nodes use the weight transposed.
-        units: The hidden units that it reads; needed by the form "units".
+        units: The hidden units that it reads; needed by the forms "units" and "heads".
     """
 
     node: str
@@ -234,8 +237,8 @@ def drawn_factors(site: Site, form: Form, rank: int, draw: Callable[[tuple[int, 
     rows, columns = site.shape(form)
     left, right = draw((site.groups, rows, rank)), draw((site.groups, rank, columns))
     pivots = None
-    if form == "units":
-        right[:] = np.eye(rank, columns)
+    if site.units is not None and form in FOLDED:
+        right[:] = np.eye(columns)[kept_columns(form, rank, columns, site.units.run)]
     if form == "pivoted":  # the last rows: pivots in a run, which is what most exports have, need no Gather
         pivots = np.arange(rows - rank, rows)[None].repeat(site.groups, axis=0)
         left[:, rows - rank :] = np.eye(rank)
@@ -266,7 +269,7 @@ class Split:
         groups: Number of matrices in the weight.
         rank: Inner dimension (per group).
         form: "matmul" (Attention too), "gemm", "channel", "input" or "separable" (Conv), "input" (ConvTranspose), or
-            "pivoted" or "units" (MatMul, Gemm, Conv).
+            "pivoted" or "units" (MatMul, Gemm, Conv), or "heads" (MatMul, Gemm).
         first_node: Name of the new node that multiplies by `right`.
         second_node: Name of the new node that multiplies by `left`.
         joint: Names of all weights that share `right` and the first node in a joint split; else empty.

@@ -14,7 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.constants import stored_array, stored_tensor
-from graph_passes.marks import CONCAT, MARK, UNITS
+from graph_passes.forms import FOLDED
+from graph_passes.marks import CONCAT, MARK
 from graph_passes.operators import find_pass
 from graph_passes.weights import Weight, resolve
 
@@ -35,7 +36,7 @@ class FoundSplit:
         form: Form of the split; "matmul" for an integer product, which may come from a Gemm.
         size: How many numbers `right` holds; 0 where its shape cannot be read.
         second_points: Points of the kernel that are in the second node; 1 for a product.
-        kept: Inputs that a split in the form "units" keeps; 0 for other forms.
+        kept: Inputs that are left in a split in the form "units" or "heads"; 0 for other forms.
     """
 
     first: ir.Node
@@ -54,8 +55,8 @@ def found_splits(model: ir.Model) -> dict[str, FoundSplit]:
     found = {}
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         mark = node.metadata_props.get(MARK)
-        if mark == UNITS:
-            split: FoundSplit | None = _read_units(node)
+        if mark in FOLDED:
+            split: FoundSplit | None = _read_folded(node, mark)
         else:
             first = _first_of(node) if mark == "left" else None
             split = None if first is None else _read(first, node)
@@ -90,11 +91,11 @@ def _read(first: ir.Node, second: ir.Node) -> FoundSplit:
     return FoundSplit(first=first, form=form, size=math.prod(right) if right else 0, second_points=points)
 
 
-def _read_units(node: ir.Node) -> FoundSplit:
-    """Read a split in the form "units", which has one node."""
+def _read_folded(node: ir.Node, form: str) -> FoundSplit:
+    """Read a split in the form "units" or "heads", which has one node."""
     left = _factor_shape(node)
     columns = left[1 if "Conv" in node.op_type else 0] if len(left) > 1 else 0
-    return FoundSplit(first=node, form="units", size=math.prod(left), second_points=1, kept=columns)
+    return FoundSplit(first=node, form=form, size=math.prod(left), second_points=1, kept=columns)
 
 
 def _is_pivoted(second: ir.Node) -> bool:

@@ -21,9 +21,10 @@ from graph_passes.axis_rules.moves import Moves
 from graph_passes.axis_rules.values import NodeCall, Value
 from graph_passes.bias import add_to_input
 from graph_passes.cleanup import freeze_shapes, remove_unused
+from graph_passes.forms import FOLDED
 from graph_passes.joint import cut, joint_members, joint_site
 from graph_passes.macs.executed_node import ExecutedNode, Macs
-from graph_passes.marks import MARK, SELECTION, UNITS
+from graph_passes.marks import BASES, MARK, SELECTION
 from graph_passes.names import name_of
 from graph_passes.parts import Parts, Store
 from graph_passes.pivoted import rewrite_pivoted
@@ -336,9 +337,9 @@ def _split(
         if factors.bias is not None and not isinstance(bias_shape, NoWeight):
             splitter.add_bias(parts, bias_shape)
     second.name = store.names.fresh_node(f"{site.node}/left")
-    second.metadata_props[MARK] = UNITS if form == "units" else "left"
-    if form == "units":
-        first.metadata_props[MARK] = SELECTION
+    second.metadata_props[MARK] = form if form in FOLDED else "left"
+    if form in FOLDED:
+        first.metadata_props[MARK] = SELECTION if form == "units" else BASES
     remove_unused(dense, overridable=True)  # overridable weights are split only on the user's request
     rows, columns = site.shape(form)
     return Split(

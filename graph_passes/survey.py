@@ -23,6 +23,7 @@ from graph_passes.constants import (
     constant_arguments,
     layout_chain,
 )
+from graph_passes.head_values import head_values
 from graph_passes.hidden_units import READERS, NoUnitsError, hidden_units
 from graph_passes.marks import MARK
 from graph_passes.names import name_of
@@ -157,7 +158,7 @@ def _with_pivoted_form(found: Found) -> Found:
 
 
 def _with_units(found: Found, overridable: bool) -> Found:
-    """Add the form "units" where the node reads hidden units."""
+    """Add the form "units" or "heads" where the node reads hidden units or values of attention heads."""
     site, splitter = found.site, found.splitter
     is_plain = site.plain and site.linear and site.groups == 1 and splitter.domain == "" and found.operand == 1
     if not is_plain or site.nested or site.both_ways or splitter.op_type not in READERS:
@@ -165,11 +166,13 @@ def _with_units(found: Found, overridable: bool) -> Found:
     if [use for use in other_consumers(found.weight.root) if use[0] is not found.node]:
         return found
     columns = site.in_features // (1 if site.window is None else math.prod(site.window.kernel))
-    try:
-        units = hidden_units(found.node, columns, overridable=overridable)
-    except NoUnitsError:
-        return found
-    return replace(found, site=replace(site, forms=(*site.forms, "units"), units=units.facts()))
+    for find in (hidden_units, head_values)[: 1 if site.window is not None else 2]:
+        try:
+            units = find(found.node, columns, overridable=overridable).facts()
+        except NoUnitsError:
+            continue
+        return replace(found, site=replace(site, forms=(*site.forms, units.form), units=units))
+    return found
 
 
 def _in_scope(

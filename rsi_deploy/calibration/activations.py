@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from graph_passes.forms import Form, split_numbers
+from graph_passes.forms import first_axes as graph_first_axes
 from graph_passes.records import Units
 from rsi_deploy.calibration.moments import Moments, Samples
 from rsi_deploy.core.sites import Spectrum
@@ -63,7 +64,7 @@ class CalibratedSite:
 
     def first_axes(self, form: Form) -> int:
         """Return the number of kernel axes that belong to the first node."""
-        return {"input": 0, "units": 0, "separable": 1}.get(form, len(self.kernel))
+        return len(graph_first_axes(form, len(self.kernel)))
 
     def split_params(self, form: Form, rank: int) -> int:
         """Return the number of parameters in the two factors, less those between that go with hidden units."""
@@ -83,7 +84,7 @@ class CalibratedSite:
         return macs - (round(self.unit_macs * gone / self.units.count) if self.units and gone else 0)
 
     def _units_gone(self, form: Form, rank: int) -> int:
-        return self.units.count - rank // self.units.run if form == "units" and self.units else 0
+        return self.units.count - rank // self.units.run if self.units and form == self.units.form else 0
 
 
 class Replacement(NamedTuple):

@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 import pydantic
 from pydantic import BaseModel, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from graph_passes.forms import FOLDED
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.types import Interval
@@ -81,9 +82,9 @@ class SplitTime(BaseModel, frozen=True, extra="forbid"):
     Attributes:
         form: form of the split.
         rank: rank of the split.
-        nanoseconds: median time of a call; of the form "units" less what the nodes that make the units save, which
-            may be more.
-        speedup_interval: 99 % interval of the dense time over this time; of the form "units" with those nodes.
+        nanoseconds: median time of a call; of the forms "units" and "heads" less what the nodes before save, which may
+            be more.
+        speedup_interval: 99 % interval of the dense time over this time; of those forms with these nodes.
     """
 
     form: str
@@ -94,7 +95,7 @@ class SplitTime(BaseModel, frozen=True, extra="forbid"):
     @model_validator(mode="after")
     def _are_times(self) -> Self:
         low, high = self.speedup_interval
-        if self.nanoseconds < 1 and self.form != "units":
+        if self.nanoseconds < 1 and self.form not in FOLDED:
             raise ValueError(f"nanoseconds must be above 0, but are {self.nanoseconds}")
         if not 0 < low <= high:
             raise ValueError(f"speedup_interval must be two numbers above 0 in order, but is {low:g}, {high:g}")

@@ -19,7 +19,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 import graph_passes as gp
-from graph_passes.forms import split_numbers
+from graph_passes.forms import FOLDED, split_numbers
+from graph_passes.head_values import head_values
 from graph_passes.hidden_units import hidden_units
 from rsi_deploy.core.types import Feeds
 
@@ -56,7 +57,7 @@ class Piece:
         lower: function of a small model and its inputs that returns the model to time in low precision; None to time
             it as it is.
         makes_units: whether the nodes that make the site's hidden units are among the nodes.
-        group: the piece with those nodes, for the form "units"; None for a site without hidden units.
+        group: the piece with those nodes, for the forms "units" and "heads"; None for a site without hidden units.
     """
 
     site: gp.Site
@@ -82,7 +83,7 @@ class Piece:
     @property
     def forms(self) -> tuple[gp.Form, ...]:
         """The forms that are timed with these nodes."""
-        return ("units",) if self.makes_units else tuple(form for form in self.site.forms if form != "units")
+        return tuple(form for form in self.site.forms if (form in FOLDED) == self.makes_units)
 
     @property
     def numbers(self) -> int:
@@ -114,7 +115,7 @@ class Piece:
         made = _copied(self, 0 if form is None else _size(self.site))
         if form is not None:
             records = gp.split(made, lambda site: _factors(site, form, rank))
-            if form == "units":
+            if form in FOLDED:
                 gp.fold_splits(made)
             if sum(isinstance(record, gp.Split) for record in records) < self.copies:
                 raise ValueError(f"site {self.site.weight}: form {form} at rank {rank} does not split its small model")
@@ -150,12 +151,25 @@ def _piece(model: ir.Model, site: gp.Site, node: ir.Node, inputs: Inputs, macs: 
     if site.units is None or isinstance(own, str):
         return own
     columns = site.in_features // (1 if site.window is None else math.prod(site.window.kernel))
-    between = {value.producer() for value in hidden_units(node, columns, overridable=True).values}
+    find = hidden_units if site.units.form == "units" else head_values
+    between = {value.producer() for value in find(node, columns, overridable=True).values}
+    between |= {maker for other in between for maker in _size_makers(other)}
     members = [*(other for other in model.graph if other in between), *own.nodes[own.nodes.index(node) :]]
     if any((other.name or other.outputs[0].name) not in inputs for other in members):
         return own
     group = _cut_out(model, site, members, inputs, macs)
     return own if isinstance(group, str) else replace(own, group=replace(group, makes_units=True))
+
+
+def _size_makers(node: ir.Node | None) -> Iterator[ir.Node]:
+    """Yield the nodes that compute the sizes of a Reshape from the shapes of other values."""
+    pending = [node.inputs[1]] if node is not None and node.op_type == "Reshape" else []
+    while pending:
+        value = pending.pop()
+        maker = None if value is None or _constant(value) is not None else value.producer()
+        if maker is not None:
+            yield maker
+            pending += maker.inputs if maker.op_type != "Shape" else ()
 
 
 def _cut_out(model: ir.Model, site: gp.Site, members: Sequence[ir.Node], inputs: Inputs, macs: int) -> Piece | str:
@@ -274,6 +288,7 @@ def _copied(piece: Piece, zero_size: int) -> ir.Model:
         name: ir.Value(name=name, type=ir.TensorType(_word(dtype)), shape=ir.Shape(shape))
         for name, (dtype, shape) in piece.feeds.items()
     }
+    sizes = _symbol_sizes(piece)
     nodes: list[ir.Node] = []
     weights: list[ir.Value] = []
     outputs: list[ir.Value] = []
@@ -290,7 +305,7 @@ def _copied(piece: Piece, zero_size: int) -> ir.Model:
                 node.op_type,
                 [None if v is None else entries.get(v.name or "") or known[v] for v in node.inputs],
                 list(node.attributes.values()),
-                outputs=[ir.Value(name=f"{v.name}.{number}", shape=_copy(v.shape)) for v in node.outputs],
+                outputs=[ir.Value(name=f"{v.name}.{number}", shape=_sized(v.shape, sizes)) for v in node.outputs],
                 name=f"{node.name or node.outputs[0].name}.{number}",
             )
             nodes.append(made)
@@ -325,8 +340,21 @@ def _weight(value: ir.Value, number: int, rng: np.random.Generator, zero_size: i
     return ir.Value(name=name, type=ir.TensorType(stored.dtype), shape=ir.Shape(shape), const_value=tensor)
 
 
-def _copy(shape: ir.Shape | None) -> ir.Shape | None:
-    return None if shape is None else shape.copy()
+def _symbol_sizes(piece: Piece) -> dict[str | None, int]:
+    """Return symbol -> size, as the shapes of the external values are known."""
+    return {
+        dim.value: size
+        for node in piece.nodes
+        for value in node.inputs
+        if value is not None and value.shape is not None and (value.name or "") in piece.feeds
+        for dim, size in zip(value.shape, piece.feeds[value.name or ""][1], strict=False)
+        if not isinstance(dim, int) and dim.value is not None
+    }
+
+
+def _sized(shape: ir.Shape | None, sizes: Mapping[str | None, int]) -> ir.Shape | None:
+    """Return a copy of a shape with numbers in place of symbols, where they are known."""
+    return None if shape is None else ir.Shape([d if isinstance(d, int) else sizes.get(d.value, d) for d in shape])
 
 
 def _size(site: gp.Site) -> int:
@@ -335,7 +363,7 @@ def _size(site: gp.Site) -> int:
 
 def _factors(site: gp.Site, form: gp.Form, rank: int) -> gp.SplitFactors | gp.Dense:
     """Return random factors, with a change of the bias as fitted ones have; other sites, which make units, stay."""
-    if form == "units" and site.units is None:
+    if form in FOLDED and site.units is None:
         return gp.Dense(reason="it makes units")
     rng = np.random.default_rng(1)
     return gp.drawn_factors(site, form, rank, lambda shape: _drawn(rng, shape, site.dtype))

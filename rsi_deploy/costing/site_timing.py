@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 import graph_passes as gp
-from graph_passes.forms import rank_limit
+from graph_passes.forms import FOLDED, rank_limit
 from rsi_deploy.benchmark.blocks import Cell, run_cells
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, compare
 from rsi_deploy.benchmark.timing import time_calls
@@ -110,7 +110,7 @@ def grid_of(piece: Piece, growths: Mapping[int, float] = GROWTH) -> Splits:
     found: list[tuple[gp.Form, int]] = []
     site = piece.site
     for form in piece.forms:
-        if form == "units" and site.units is not None:
+        if form in FOLDED and site.units is not None:
             counts = timing_ranks(site.units.count - 1, growths)
             found += [(form, count * site.units.run) for count in counts]
             continue

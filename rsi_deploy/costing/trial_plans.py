@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from graph_passes.forms import FOLDED
 from rsi_deploy.benchmark.latency import bench
 from rsi_deploy.benchmark.result import BenchResult, VariantResult
 from rsi_deploy.core.types import Feeds
@@ -28,13 +29,13 @@ PRECISION = 0.02
 def trial_plans(costs: Mapping[str, SiteCost]) -> list[dict[str, tuple[str, int]]]:
     """Return the trial plans, without duplicates and without the dense model.
 
-    They have no hidden units: those would change the sites before them too.
+    They have no folded forms: those would change the sites before them too.
     """
     plans: list[dict[str, tuple[str, int]]] = []
     for share in SHARES:
         plan = {}
         for name, cost in costs.items():
-            faster = [s for s in cost.splits if s.form != "units" and cost.is_faster(s.form, s.rank)]
+            faster = [s for s in cost.splits if s.form not in FOLDED and cost.is_faster(s.form, s.rank)]
             if faster:
                 best = min(faster, key=lambda split: abs(split.nanoseconds - share * cost.dense_nanoseconds))
                 plan[name] = (best.form, best.rank)

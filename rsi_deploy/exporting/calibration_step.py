@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from graph_passes.forms import Form
+from graph_passes.forms import FOLDED, Form
 from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.calibration.calibration_data import CalibrationData, refuse_shared
 from rsi_deploy.calibration.output_agreement import PartOutputs
@@ -89,7 +89,7 @@ class Calibrator:
         if self.planner is not None:
             self.planner.check([(site_name(s.weight), s.out_features, s.in_features) for s in sites])
         self.filters.check([site_name(site.weight) for site in sites])
-        decisions = None if request.plan is None else decide_by_plan(request.plan, sites, self.filters)
+        decisions = None if request.plan is None else decide_by_plan(request.plan, sites, self.filters, dense.unsplit)
         if decisions is not None and not request.is_fitted:
             refuse_units(decisions)
         if request.calib is not None:
@@ -215,9 +215,9 @@ class Calibrator:
 
     @property
     def _forms(self) -> tuple[Form, ...]:
-        """The forms that a budget may choose. Hidden units are kept by fitted factors alone."""
+        """The forms that a budget may choose. Folded ones need fitted factors."""
         forms = FORMS if self.request.pivoted else LOW_FORMS
-        return forms if self.request.is_fitted else tuple(form for form in forms if form != "units")
+        return forms if self.request.is_fitted else tuple(form for form in forms if form not in FOLDED)
 
     @cached_property
     def _streams(self) -> OnnxStreams:
@@ -228,8 +228,9 @@ class Calibrator:
             self.data.feeds,
             self.data.samples,
             may_split=lambda name: not self.filters.refusal(name),
-            # Without the attention in a node: no factorization changes its MACs.
-            macs={node: count - dense.attention_macs.get(node, 0) for node, count in dense.macs.items()},
+            macs={
+                node: _macs_of_weights(count, dense.attention_macs.get(node, 0)) for node, count in dense.macs.items()
+            },
             provider=self.provider,
             seed=self.solver.seed,
             before_ids=True,
@@ -237,3 +238,11 @@ class Calibrator:
             proto=dense.proto,
             sites=dense.sites,
         )
+
+
+def _macs_of_weights(count: int, attention: int) -> int:
+    """Return the MACs of a node that factorization may change: without the attention beside its weights.
+
+    Of an attention without weights half is left, the product with the values, which the form "heads" makes smaller.
+    """
+    return count - attention or attention // 2

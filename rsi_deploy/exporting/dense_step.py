@@ -43,6 +43,7 @@ from rsi_deploy.io.onnx_file import (
 from rsi_deploy.io.onnx_reader import read_proto, with_small_data
 from rsi_deploy.onnx_models.opset import check_conversion, convert_opset
 from rsi_deploy.onnx_models.requantize import dequantize_, quantized_products, quantized_tables
+from rsi_deploy.onnx_models.site_records import record_name
 from rsi_deploy.runtime.batch_independence import count_samples
 from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.parity import (
@@ -109,7 +110,9 @@ def dense_model(
         graph = new_graph(proto, path)
         digest, random = weights_hash(graph), random_nodes(graph)
         quantized = tuple(quantized_products(graph))
-        sites = [entry for entry in gp.find_sites(graph) if isinstance(entry, gp.Site)]
+        entries = gp.find_sites(graph)
+        sites = [entry for entry in entries if isinstance(entry, gp.Site)]
+        unsplit = tuple(record_name(entry) for entry in entries if isinstance(entry, gp.Skip))
         head = None if dataset is None else find_head(graph)
         size = known_size
         if size is None and source.onnx is None:
@@ -147,6 +150,7 @@ def dense_model(
         proto=proto,
         opset=graph.opset_imports.get("", 0),
         sites=sites,
+        unsplit=unsplit,
         head=head,
         preprocessing=written.preprocessing,
         reference=written.reference,

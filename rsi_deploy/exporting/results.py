@@ -43,6 +43,7 @@ class DenseModel:
         proto: the parsed file.
         opset: opset of ONNX's own operators.
         sites: its sites; each reads its own weight.
+        unsplit: names of weights that are no sites, as the report has them.
         head: the classifier head, for its softmax bound; None without one, or without evaluation data.
         preprocessing: from 8-bit pictures to inputs.
         reference: file that the compressed model is compared with: this model's, or the quantized file that its
@@ -69,6 +70,7 @@ class DenseModel:
     proto: ModelProto
     opset: int
     sites: Sequence[gp.Site]
+    unsplit: tuple[str, ...]
     head: Head | None
     preprocessing: Preprocessing | None
     reference: Path

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import graph_passes as gp
-from graph_passes.forms import break_even_rank, split_numbers
+from graph_passes.forms import FOLDED, break_even_rank, split_numbers
 from rsi_deploy.calibration.activations import FittedSite, Replacement
 from rsi_deploy.core.arrays import as_numpy, as_torch
 from rsi_deploy.core.sites import SiteRecord, site_name, unmeasured_record
@@ -211,7 +211,7 @@ def graph_factors(replacement: Replacement, site: gp.Site) -> gp.SplitFactors:
     """Return a replacement in the dtype in which the graph stores the site."""
     dtype = getattr(torch, site.dtype)
     left, right = replacement.left, replacement.right
-    if dtype.itemsize < 4 and replacement.form not in ("pivoted", "units"):
+    if dtype.itemsize < 4 and replacement.form not in {"pivoted", *FOLDED}:
         left, right = balanced(left, right)
     factors = _arrays(Factors(left.detach(), right.detach()), replacement.form, dtype)
     return replace(factors, bias=as_numpy(replacement.bias.detach().cpu().reshape(-1).to(dtype).contiguous()))

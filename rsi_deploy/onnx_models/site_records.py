@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 import graph_passes as gp
+from graph_passes.forms import FOLDED
 from rsi_deploy.core.sites import SiteRecord, dense_record, site_name
 
 
@@ -15,7 +16,7 @@ def records_by_weight(nodes: Iterable[gp.Record], splits: Mapping[str, SiteRecor
     """
     users: dict[str, list[gp.Record]] = {}
     for node in nodes:
-        users.setdefault(node.weight or f"node {node.node}", []).append(node)
+        users.setdefault(_key(node), []).append(node)
     result = []
     for weight, group in users.items():
         names, first = tuple(node.node for node in group), group[0]
@@ -37,26 +38,36 @@ def records_by_weight(nodes: Iterable[gp.Record], splits: Mapping[str, SiteRecor
     return result
 
 
+def record_name(node: gp.Record) -> str:
+    """Return the name of the record of a node's weight."""
+    return site_name(_key(node))
+
+
+def _key(node: gp.Record) -> str:
+    return node.weight or f"node {node.node}"
+
+
 def with_fewer_units(
     sites: Iterable[SiteRecord], nodes: Iterable[gp.Record], units: Mapping[str, gp.Units]
 ) -> list[SiteRecord]:
-    """Return the records with what is left of sites that make hidden units of which another one keeps some.
+    """Return the records with what is left of sites that make hidden units, or values of heads, for another one.
 
     Args:
         sites: records of the weights.
         nodes: records of the nodes.
-        units: weight name -> the hidden units that it reads.
+        units: weight name -> what it reads.
     """
-    left: dict[str, tuple[int, int, str]] = {}  # node name -> units kept, all units, who reads them
+    left: dict[str, tuple[int, int, str]] = {}  # node name -> units kept, all units, why
     for node in nodes:
-        if isinstance(node, gp.Split) and node.form == "units":
-            read = units[node.weight]
-            left |= dict.fromkeys(read.nodes, (node.rank // read.run, read.count, site_name(node.weight)))
+        if isinstance(node, gp.Split) and node.form in FOLDED:
+            read, reader = units[node.weight], site_name(node.weight)
+            kept, what = node.rank // read.run, "hidden units" if node.form == "units" else "numbers of each head"
+            reason = f"makes {kept} of its {read.count} {what}, as {reader} reads no others"
+            left |= dict.fromkeys(read.nodes, (kept, read.count, reason))
     result = []
     for site in sites:
         if (found := next((left[node] for node in site.nodes if node in left), None)) is not None:
-            kept, count, reader = found
-            reason = f"makes {kept} of its {count} hidden units, as {reader} reads no others"
+            kept, count, reason = found
             update = {"params_compressed": site.params_dense * kept // count, "reason": reason}
             site = site.model_copy(update=update)
         result.append(site)

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 
 import graph_passes as gp
+from graph_passes.forms import FOLDED
 from rsi_deploy.calibration.activations import FittedSite
 from rsi_deploy.core.arrays import as_torch
 from rsi_deploy.core.errors import ModelError
@@ -120,7 +121,7 @@ def split_model(
                 splitter.answer(factorizer.finished(site, executor.result(task)))
                 executor.release(*task.weights)
             del site, task
-        if any(isinstance(record, gp.Split) and record.form in ("pivoted", "units") for record in splitter.records):
+        if any(isinstance(record, gp.Split) and record.form in {"pivoted", *FOLDED} for record in splitter.records):
             gp.fold_splits(model, **({"replace": data.replace} if data else {}))
         if data:
             data.store_initializers_(model)

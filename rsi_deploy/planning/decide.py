@@ -14,7 +14,7 @@ from typing import cast
 import torch
 
 import graph_passes as gp
-from graph_passes.forms import Form, largest_rank
+from graph_passes.forms import FOLDED, Form, kept_columns, largest_rank
 from rsi_deploy.calibration.activations import CalibratedSite, FittedSite, ModelActivations, Replacement
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.model_size import Size
@@ -133,8 +133,14 @@ def refuse_uncounted(budget: Budget | None, dense: Size, uncounted: str) -> None
     total_of(budget, dense)
 
 
-def decide_by_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> Decisions:
+def decide_by_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters, unsplit: Collection[str] = ()) -> Decisions:
     """Check a plan against the model's sites and return its decisions. Sites that the filters exclude stay dense.
+
+    Args:
+        plan: the plan.
+        sites: the model's sites.
+        filters: sites that may be split.
+        unsplit: names of weights that are no sites; a plan may list them as dense.
 
     Raises:
         UsageError: the plan does not fit the model, or a glob matches nothing.
@@ -145,8 +151,11 @@ def decide_by_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> De
         for site in reversed(sites)
     }  # reversed, so that the first node that uses a weight wins, as in the report
     filters.check(list(possible))
+    others: dict[str, dict[str, int]] = {name: {} for name in unsplit if name not in possible}
     decisions = {name: Decision(rank=None, reason="as the plan says", bits=bits) for name, bits in plan.tables.items()}
-    for name, site in check_plan(plan, possible.items()).items():
+    for name, site in check_plan(plan, (possible | others).items()).items():
+        if name in others:
+            continue
         refusal, bits, repair = filters.refusal(name), site.bits or 32, site.repair or 0
         if refusal or site.form == "dense":
             decisions[name] = Decision(rank=None, reason=refusal or site.reason, bits=bits, repair=repair)
@@ -159,36 +168,38 @@ def decide_by_plan(plan: Plan, sites: Iterable[gp.Site], filters: Filters) -> De
 
 
 def refuse_units(decisions: Decisions) -> None:
-    """Refuse hidden units without calibration data, which they are chosen by.
+    """Refuse forms that need calibration data, where there are none.
 
     Raises:
         UsageError: names the site.
     """
     for name, decision in decisions.items():
-        if decision.form == "units":
+        if decision.form in FOLDED:
             raise UsageError(
-                f"the plan keeps hidden units at site {name!r}, which are chosen by data: add --calib DATA (with "
-                f"--factors response), or write another form"
+                f"the plan has the form {decision.form!r} at site {name!r}, which is fitted to data: add --calib DATA "
+                f"(with --factors response), or write another form"
             )
 
 
 def _check_units(site: gp.Site, decisions: Decisions) -> None:
-    """Refuse a plan that keeps parts of a unit, or splits what makes the units."""
+    """Refuse a plan that keeps a part of a unit, or splits what makes the units."""
     name = site_name(site.weight)
     decision = decisions.get(name)
-    if decision is None or decision.form != "units" or decision.rank is None or site.units is None:
+    if decision is None or decision.form not in FOLDED or decision.rank is None or site.units is None:
         return
-    run = site.units.run
+    run, in_heads = site.units.run, site.units.form == "heads"
     if decision.rank % run:
         near = max(run, decision.rank // run * run)
         raise UsageError(
-            f"the plan does not fit the model: site {name!r} has {run} inputs for each hidden unit; "
+            f"the plan does not fit the model: site {name!r} has {run} "
+            f"{'heads, which all keep as many inputs' if in_heads else 'inputs for each hidden unit'}; "
             f'write "rank": {near} or another multiple of {run}'
         )
     for maker in map(site_name, site.units.makers):
         if maker in decisions and decisions[maker].rank is not None:
             raise UsageError(
-                f"the plan does not fit the model: site {name!r} keeps some of the hidden units that {maker!r} makes, "
+                f"the plan does not fit the model: site {name!r} keeps some of the "
+                f"{'values of heads' if in_heads else 'hidden units'} that {maker!r} makes, "
                 f'which is split; write "form": "dense" for {maker!r}, or another form for {name!r}'
             )
 
@@ -205,10 +216,13 @@ def planned_splits(decisions: Mapping[str, Decision], activations: ModelActivati
 def zero_filled(site: CalibratedSite, form: Form, rank: int) -> FittedSite:
     """Return zero factors of the size of a split, to measure a candidate model before factors are fitted."""
     rows, columns = site.shape(form)
+    right = torch.zeros(site.groups, rank, columns)
+    if site.units is not None and form in FOLDED:
+        right[:] = torch.eye(columns)[kept_columns(form, rank, columns, site.units.run)]
     replacement = Replacement(
         form,
         torch.zeros(site.groups, rows, rank),
-        torch.eye(rank, columns)[None] if form == "units" else torch.zeros(site.groups, rank, columns),
+        right,
         torch.zeros(site.groups, site.out_features),
     )
     return FittedSite(replacement=replacement, response_error=0.0, seconds=0.0)

@@ -28,6 +28,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from graph_passes.forms import FOLDED
+
 Cost: TypeAlias = Literal["params", "macs", "bytes", "nanoseconds"]
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -54,19 +56,20 @@ class Option:
     """One choice for a site.
 
     Attributes:
-        form: "dense", or the form of a split: "matmul", "gemm", "channel", "input", "separable", "pivoted", "units".
+        form: "dense", or the form of a split: "matmul", "gemm", "channel", "input", "separable", "pivoted", "units",
+            "heads".
         rank: rank of the split; None for dense.
-        params: number of parameters of the weight or of both factors. In the form "units", costs are less what goes
+        params: number of parameters of the weight or of both factors. In the last two, costs are less what goes
             with the units besides the sites that make them, which may be more.
         macs: multiply-accumulates per sample.
         bytes: stored bytes.
         loss: loss of the model's outputs, finite and at least 0; 0 for dense.
-        nanoseconds: time of one call by the cost table; 0 without a table. In the form "units" it is less what the
+        nanoseconds: time of one call by the cost table; 0 without a table. In folded forms it is less what the
             sites that make the units save.
         error: response error that the loss was computed from; 0 for dense.
         bits: bits in which each number is stored.
         repair: rank of the repair of a dense weight in few bits; 0 for none.
-        share: share of the hidden units that is kept; 1 in other forms.
+        share: share of the hidden units that is kept; 1 in forms that are not folded.
     """
 
     form: str
@@ -84,7 +87,7 @@ class Option:
     def __post_init__(self) -> None:
         if (self.form == "dense") != (self.rank is None) or (self.rank is not None and self.rank < 1):
             raise ValueError(f"expected a rank of at least 1 for a split and None for dense, but got {self}")
-        if min(self.params, self.macs, self.bytes, self.nanoseconds) < 0 and self.form != "units":
+        if min(self.params, self.macs, self.bytes, self.nanoseconds) < 0 and self.form not in FOLDED:
             raise ValueError(f"expected params, macs, bytes and nanoseconds of at least 0, but got {self}")
         if not 0 <= self.loss < math.inf or (self.is_exact and self.loss != 0):
             raise ValueError(f"expected a finite loss of at least 0, and 0 for dense, but got {self}")
@@ -103,7 +106,7 @@ class SiteOptions:
         name: name of the site.
         options: its options.
         noise: response error that white noise of variance 1 on its inputs causes; 0 where it is not known.
-        makers: sites that make its hidden units: they have no split if it has the form "units". Each belongs to one
+        makers: sites that make its hidden units: they have no split if it has a folded form. Each belongs to one
             site.
     """
 
@@ -195,7 +198,7 @@ def _groups(sites: Sequence[SiteOptions]) -> list[tuple[SiteOptions, ...]]:
 def _points(group: Sequence[SiteOptions], cost: Cost) -> list[_Point]:
     """Return the joint choices: of several sites, those on the hull of their sum, and all with hidden units."""
     alone = [
-        [_Point(getattr(o, cost), o.loss, (n,)) for n, o in enumerate(s.options) if o.form != "units"] for s in group
+        [_Point(getattr(o, cost), o.loss, (n,)) for n, o in enumerate(s.options) if o.form not in FOLDED] for s in group
     ]
     if len(group) == 1:
         return alone[0]
@@ -207,7 +210,7 @@ def _points(group: Sequence[SiteOptions], cost: Cost) -> list[_Point]:
         at[which] += 1
         points.append(_joined(hulls, at))
     reader, *makers = group
-    allowed = [[n for n, o in enumerate(reader.options) if o.form == "units"]]
+    allowed = [[n for n, o in enumerate(reader.options) if o.form in FOLDED]]
     for maker, known in zip(makers, alone[1:], strict=True):
         dense = [point for point in known if maker.options[point.picks[0]].form == "dense"]
         allowed.append([n for (n,) in _Frontier.of(dense).picks])

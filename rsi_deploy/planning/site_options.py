@@ -10,14 +10,15 @@ loss of a site therefore rises steeply where its error destroys the outputs, and
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 
 from torch import Tensor
 
-from graph_passes.forms import Form, rank_limit
+from graph_passes.forms import FOLDED, Form, rank_limit
+from graph_passes.records import Units
 from rsi_deploy.calibration.activations import CalibratedSite, FittedSite, ModelActivations, Replacement
 from rsi_deploy.calibration.als import TwoKernelProblem, product_of, two_kernel_problem
 from rsi_deploy.calibration.cross_validation import (
@@ -30,6 +31,7 @@ from rsi_deploy.calibration.cross_validation import (
     tried_ridges,
     trust_of,
 )
+from rsi_deploy.calibration.head_bases import head_counts, head_factors
 from rsi_deploy.calibration.moments import FOLDS, GRAM_LIMIT, Moments, Samples
 from rsi_deploy.calibration.reduced_rank_regression import (
     EXACT_LIMIT,
@@ -54,7 +56,7 @@ from rsi_deploy.planning.losses import PowerLaw, filled
 from rsi_deploy.planning.rank_grid import rank_grid
 
 PLAIN_FORMS: tuple[Form, ...] = ("matmul", "gemm", "channel", "input", "separable")
-LOW_FORMS: tuple[Form, ...] = (*PLAIN_FORMS, "units")
+LOW_FORMS: tuple[Form, ...] = (*PLAIN_FORMS, "units", "heads")
 """Forms of weights in few bits: a pivoted split multiplies what was rounded once more."""
 FORMS: tuple[Form, ...] = (*LOW_FORMS, "pivoted")
 LEVELS = (0.05, 0.3)
@@ -116,7 +118,7 @@ class Calibration:
         """Return the options of every reachable site, dense first."""
         found: dict[str, SiteOptions] = {}
         sites = activations.sites
-        readers = unit_readers(sites) if "units" in self.forms else {}
+        readers = unit_readers([site for site in sites if site.units is None or site.units.form in self.forms])
         sensitivities = activations.sensitivities() if self.use_gradients else {}
 
         def visit(site: CalibratedSite, moments: Moments | Samples) -> None:
@@ -192,8 +194,8 @@ class Calibration:
             ModelError: the input is too wide to fit a form whose second node has a kernel.
         """
         weight, ridge = site.load(), self.ridge if ridge is None else ridge
-        if form == "units":
-            left, right, product = self._with_units(site, weight, moments, rank, ridge + extra_ridge, sensitivity)
+        if form in FOLDED:
+            left, right, product = self._folded(site, weight, moments, rank, ridge + extra_ridge, sensitivity)
         elif site.first_axes(form) == len(site.kernel):
             problem: ResponseProblem | TwoKernelProblem = response_problem(
                 weight, moments, ridge=ridge, extra_ridge=extra_ridge, sensitivity=sensitivity
@@ -219,12 +221,12 @@ class Calibration:
                 second = problem.root @ problem.root.mT
                 left, right = rounded_factors(left, right, second, problem.normal, is_product=False, bits=bits)
             product = problem.product(left, right)
-        if look is not None and form != "units":
+        if look is not None and form not in FOLDED:
             look(problem.whitened)
         bias = moments.mean_y - (product @ moments.mean_x.unsqueeze(-1)).squeeze(-1)
         return Replacement(form, left.float(), right.float(), bias.float())
 
-    def _with_units(
+    def _folded(
         self,
         site: CalibratedSite,
         weight: Tensor,
@@ -233,20 +235,24 @@ class Calibration:
         ridge: float,
         sensitivity: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the factors of a site that keeps some of its hidden units, and their product."""
+        """Return the factors of a site that reads fewer hidden units or values of heads, and their product."""
         units = site.units
         if units is None or isinstance(moments, Samples):
             raise ModelError(
-                f"site {site.name!r}: form 'units' is fitted to at most {GRAM_LIMIT} inputs; plan it as "
+                f"site {site.name!r}: forms 'units' and 'heads' are fitted to at most {GRAM_LIMIT} inputs; plan it as "
                 f"{site.forms[0]!r}"
             )
         best = response_problem(weight, moments, ridge=ridge).target[0]
-        G = None if sensitivity is None else sensitivity[0]
-        kept, fitted = next(
-            eliminated(best, moments.xx[0], units.count, [rank // units.run], ridge=ridge, sensitivity=G)
+        fits = _folded_fits(
+            units,
+            best,
+            moments.xx[0],
+            [rank // units.run],
+            math.prod(site.kernel),
+            ridge=ridge,
+            sensitivity=sensitivity,
         )
-        left, right = unit_factors(kept, fitted, units.count, math.prod(site.kernel))
-        return left, right, fitted[None]
+        return next(fits)
 
     def _fitted(
         self,
@@ -259,7 +265,7 @@ class Calibration:
     ) -> FittedSite:
         """Fit a site; where its moments have folds, the ridges and the trust in the regression are cross-validated."""
         started = time.perf_counter()
-        plain = form != "units" and site.first_axes(form) == len(site.kernel)
+        plain = form not in FOLDED and site.first_axes(form) == len(site.kernel)
         trust, ridge = Trust(extra_ridge=self.scarcity * site.in_features / moments.rows), self.ridge
         validated = self._validates(moments)
         if isinstance(moments, Moments) and validated:
@@ -324,7 +330,7 @@ class Calibration:
                 numbers = site.split_params(form, rank) + rows
                 size = numbers * site.item_bytes
                 if bits < 32:
-                    scales = rows + (0 if form == "units" else site.groups * rank)
+                    scales = rows + (0 if form in FOLDED else site.groups * rank)
                     size = stored_bytes(numbers - rows, scales, bits, is_product=is_product)
                     size += rows * site.item_bytes
                 if form == "pivoted":
@@ -332,7 +338,7 @@ class Calibration:
                     if size + NODE_BYTES >= dense.bytes:
                         continue
                 # Of both factors: in the median of sites 1.2 to 2.2 times.
-                total = error + (1 if form == "units" else 2) * rounding
+                total = error + (1 if form in FOLDED else 2) * rounding
                 changed.append(
                     Option(
                         form=form,
@@ -343,7 +349,7 @@ class Calibration:
                         loss=loss(total),
                         error=total,
                         bits=bits,
-                        share=rank / (site.units.count * site.units.run) if form == "units" and site.units else 1.0,
+                        share=rank / (site.units.count * site.units.run) if form in FOLDED and site.units else 1.0,
                     )
                 )
         noise = noise_response_error(site.load(), moments, sensitivity)
@@ -386,7 +392,7 @@ class Calibration:
         for form in site.forms:
             if form not in self.forms:
                 continue
-            if form == "units":
+            if form in FOLDED:
                 yield from self._unit_errors(site, weight, moments, sensitivity)
                 continue
             rows, columns = site.shape(form)
@@ -429,11 +435,17 @@ class Calibration:
         if units is None or isinstance(moments, Samples):
             return
         others, judged = next(judged_folds(moments)) if self._validates(moments) else (moments, moments)
-        error_of, G = dense_errors(weight, judged, sensitivity), None if sensitivity is None else sensitivity[0]
-        counts = unit_counts(units.count, self.rank_multiple)
+        error_of = dense_errors(weight, judged, sensitivity)
+        if units.form == "heads":
+            counts = head_counts(units.count, units.run, self.rank_multiple)
+        else:
+            counts = unit_counts(units.count, self.rank_multiple)
         counts = [count for count in counts if count * units.run >= self.min_rank]
-        for kept, fitted in eliminated(weight[0], others.xx[0], units.count, counts, ridge=self.ridge, sensitivity=G):
-            yield ("units", len(kept) * units.run), error_of(fitted[None])
+        fits = _folded_fits(
+            units, weight[0], others.xx[0], counts, math.prod(site.kernel), ridge=self.ridge, sensitivity=sensitivity
+        )
+        for count, (*_, product) in zip(counts, fits, strict=True):
+            yield (units.form, count * units.run), error_of(product)
 
     def _curve(
         self, site: CalibratedSite, moments: Moments | Samples, response: ResponseCurves, sensitivity: Tensor | None
@@ -478,9 +490,29 @@ class Calibration:
         return law
 
 
+def _folded_fits(
+    units: Units,
+    weight: Tensor,
+    xx: Tensor,
+    counts: Sequence[int],
+    points: int,
+    *,
+    ridge: float,
+    sensitivity: Tensor | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield left, right and weight of a site for each number of units, in falling order."""
+    G = None if sensitivity is None else sensitivity[0]
+    if units.form == "heads":
+        for left, right in head_factors(weight, xx, units.run, counts, ridge=ridge, sensitivity=G):
+            yield left[None], right[None], (left @ right)[None]
+    else:
+        for kept, fitted in eliminated(weight, xx, units.count, counts, ridge=ridge, sensitivity=G):
+            yield *unit_factors(kept, fitted, units.count, points), fitted[None]
+
+
 def _tied(site: SiteOptions, makers: tuple[str, ...], found: Mapping[str, SiteOptions]) -> SiteOptions:
     """Return a site's options with the sites that make its hidden units, or without units where one is missing."""
-    plain = tuple(option for option in site.options if option.form != "units")
+    plain = tuple(option for option in site.options if option.form not in FOLDED)
     if len(plain) == len(site.options) or not all(name in found for name in makers):
         return replace(site, options=plain)
     return replace(site, makers=makers)

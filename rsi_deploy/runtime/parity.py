@@ -20,6 +20,7 @@ import pydantic
 
 import graph_passes as gp
 from graph_passes.constants import stored_array
+from graph_passes.forms import FOLDED
 from graph_passes.records import AnyForm
 from rsi_deploy.core.errors import GateError, ModelError
 from rsi_deploy.core.types import Array, Feeds, Floats
@@ -201,9 +202,9 @@ def surgery_check(
 ) -> OutputComparison:
     """Split the `weights` of the model at `dense` at full rank and compare the outputs with `expected`.
 
-    There, pivoted splits are plain ones, and all hidden units are kept, in another order. If there are any of either
-    form, a model with low-rank pivoted splits and half of the units is compared with one whose splits are plain and
-    have the same factors.
+    There, pivoted splits are plain ones, and all hidden units and values of heads are kept, in another order. If there
+    are any of these forms, a model with low-rank pivoted splits, half of the units and half of the values is compared
+    with one whose splits are plain and have the same factors.
 
     Args:
         dense: dense ONNX model.
@@ -221,7 +222,7 @@ def surgery_check(
         GateError: The outputs differ by more than rounding, which is a defect of the surgery.
     """
     forms: dict[str, AnyForm] = {name: "first" if form == "pivoted" else form for name, form in weights.items()}
-    folded = [name for name, form in weights.items() if form in ("pivoted", "units")]
+    folded = [name for name, form in weights.items() if form in {"pivoted", *FOLDED}]
 
     def full_rank(site: gp.Site) -> gp.SplitFactors:
         return rotated_identity(site, forms.get(site.weight, "first"), bias=bias)
@@ -230,7 +231,7 @@ def surgery_check(
         form = weights.get(site.weight)
         if form not in site.forms or site.weight not in folded:
             return full_rank(site)
-        if form == "units":
+        if form in FOLDED:
             return half_of_units(site, is_plain=is_plain, bias=bias)
         return drawn_pivots(site, "first" if is_plain else "pivoted", folded.index(site.weight), bias=bias)
 
@@ -279,8 +280,8 @@ def rotated_identity(site: gp.Site, form: AnyForm = "first", *, bias: bool = Fal
     rows, columns = site.shape(form)
     size = min(rows, columns)
     eye = np.roll(np.eye(size, dtype=weight.dtype), 1, axis=0)[None].repeat(site.groups, axis=0)
-    if site.units is not None and form == "units":  # all units in another order
-        order = np.roll(np.arange(columns), site.units.run)
+    if site.units is not None and form in FOLDED:  # all units in another order
+        order = _rotated_units(site.units)
         right, bias_change = np.eye(columns, dtype=weight.dtype)[order], np.zeros(site.bias_size, weight.dtype)
         left = np.ascontiguousarray(weight[..., order])
         return gp.SplitFactors(left=left, right=right[None], form=form, bias=bias_change if bias else None)
@@ -289,6 +290,15 @@ def rotated_identity(site: gp.Site, form: AnyForm = "first", *, bias: bool = Fal
         return gp.SplitFactors(left=eye, right=_rolled(weight, 1, site.op_type), form=form, bias=change)
     right = np.ascontiguousarray(eye.swapaxes(1, 2))
     return gp.SplitFactors(left=_rolled(weight, 2, site.op_type), right=right, form=form, bias=change)
+
+
+def _rotated_units(units: gp.Units) -> Array:
+    """Return the inputs with all units in another order; in the form "heads", another one in every head."""
+    places = np.arange(units.count * units.run)
+    if units.form == "units":
+        return np.roll(places, units.run)
+    heads = places.reshape(units.run, units.count)
+    return np.concatenate([np.roll(own, 1 + number % (units.count - 1)) for number, own in enumerate(heads)])
 
 
 def drawn_pivots(site: gp.Site, form: AnyForm, index: int, *, bias: bool = False) -> gp.SplitFactors:
@@ -320,22 +330,38 @@ def drawn_pivots(site: gp.Site, form: AnyForm, index: int, *, bias: bool = False
 
 
 def half_of_units(site: gp.Site, *, is_plain: bool, bias: bool = False) -> gp.SplitFactors:
-    """Return factors that keep every other hidden unit of a site, the later half first.
+    """Return factors that keep half of what a site reads: every other hidden unit, the later half first.
+
+    Of the values of heads, they keep random sums, others for each head.
 
     Args:
-        site: a site that reads hidden units.
-        is_plain: whether the form is one that leaves a node for the selection.
+        site: a site that reads hidden units, or values of heads.
+        is_plain: whether the form is one that leaves the first node.
         bias: whether the factors come with a bias, which is not zero.
     """
-    assert site.units is not None
-    form: AnyForm = "units" if not is_plain else "input" if "input" in site.forms else "first"
-    weight, run = site.load("units"), site.units.run
-    units = np.arange(0, site.units.count, 2)
-    places = (np.roll(units, len(units) // 2)[:, None] * run + np.arange(run)).reshape(-1)
-    left = np.ascontiguousarray(weight[..., places])
-    right = np.eye(weight.shape[-1], dtype=weight.dtype)[places]
+    units = site.units
+    assert units is not None
+    form: AnyForm = units.form if not is_plain else "input" if "input" in site.forms else "first"
+    weight = site.load(units.form)
+    if units.form == "units":
+        kept = np.arange(0, units.count, 2)
+        places = (np.roll(kept, len(kept) // 2)[:, None] * units.run + np.arange(units.run)).reshape(-1)
+        right = np.eye(weight.shape[-1], dtype=weight.dtype)[places]
+        left = np.ascontiguousarray(weight[..., places])
+    else:
+        drawn = np.random.default_rng(0).standard_normal((units.run, units.count, (units.count + 1) // 2))
+        right = _block_diagonal(np.linalg.qr(drawn)[0].swapaxes(1, 2)).astype(weight.dtype)
+        left = (weight.astype(np.float32) @ right.T.astype(np.float32)).astype(weight.dtype)
     change = np.resize(left[0, :, 0], site.bias_size) if bias else None
     return gp.SplitFactors(left=left, right=right[None], form=form, bias=change)
+
+
+def _block_diagonal(blocks: Array) -> Array:
+    """Return blocks `(count, rows, columns)` along the diagonal of a matrix."""
+    count, rows, columns = blocks.shape
+    whole = np.zeros((count, rows, count, columns), blocks.dtype)
+    whole[np.arange(count), :, np.arange(count)] = blocks
+    return whole.reshape(count * rows, count * columns)
 
 
 def _rolled(weight: Array, axis: int, op_type: str) -> Array:

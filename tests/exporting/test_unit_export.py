@@ -6,10 +6,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from calibrated_nets import text_net
 from torch import nn
 
 from rsi_deploy import export, verify
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.io import onnx_file
+from rsi_deploy.runtime.sessions import make_session
 
 QUICK = {"measure": False, "input_shape": (1, 24)}
 IMAGES = {"measure": False, "input_shape": (1, 3, 8, 8)}
@@ -158,3 +161,32 @@ def test_units_in_few_bits(tmp_path, plans, data, precision):
     assert verify(tmp_path / "b").ok
     assert {site.form for site in report.split_sites} == {"units"}
     assert report.calibration.quality.output_error < 0.5
+
+
+def test_the_plan_of_a_bundle_makes_it_again_where_other_weights_stand_beside_the_sites(tmp_path):
+    """The embedding table of the net is in the plan, and is no site."""
+    path = str(text_net(tmp_path / "net.onnx"))
+    export(path, tmp_path / "a", rank="25%", measure=False)
+    sites = json.loads((tmp_path / "a" / "plan.json").read_text())["sites"]
+    assert {site["form"] for site in sites.values()} >= {"dense", "matmul"}
+    export(path, tmp_path / "b", plan=tmp_path / "a" / "plan.json", measure=False)
+    assert json.loads((tmp_path / "b" / "plan.json").read_text())["sites"].keys() == sites.keys()
+    again = json.loads((tmp_path / "a" / "plan.json").read_text())
+    again["sites"]["no such weight"] = {"form": "dense"}
+    (tmp_path / "plan.json").write_text(json.dumps(again))
+    with pytest.raises(UsageError, match="'no such weight' is not in the model"):
+        export(path, tmp_path / "c", plan=tmp_path / "plan.json", measure=False)
+
+
+def test_a_large_model_keeps_its_weights_in_a_file(tmp_path, plans, data, monkeypatch):
+    plan = plans("rows", down={"form": "units", "rank": 20})
+    more = {"plan": plan, "calib": data / "rows.npz", "precision": "float32"}
+    small = export(Block().eval(), tmp_path / "a", **more, **QUICK)
+    monkeypatch.setattr(onnx_file, "INLINE_LIMIT", 1)
+    large = export(Block().eval(), tmp_path / "b", **more, **QUICK)
+    assert verify(tmp_path / "b").ok
+    assert large.compressed.params == small.compressed.params
+    x = {"input": np.random.default_rng(3).standard_normal((2, 24)).astype(np.float32)}
+    first, second = (make_session(tmp_path / name / "model.onnx").run(None, x)[0] for name in "ab")
+    assert np.abs(first - second).max() < 1e-5
+    assert large.compressed.bytes < large.dense.bytes + 20_000  # nothing of the dense weights is left in the file

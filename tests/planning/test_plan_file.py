@@ -5,7 +5,7 @@ import typing
 
 import pydantic
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graph_passes.forms
@@ -67,6 +67,7 @@ SPLIT = st.builds(
 DENSE = st.builds(PlannedSite, form=st.just("dense"), reason=st.text())
 
 
+@settings(deadline=None)
 @given(
     st.builds(Plan, tool=st.text(), source_hash=st.none() | st.text(), sites=st.dictionaries(st.text(), SPLIT | DENSE))
 )

@@ -380,19 +380,19 @@ def test_good_surgery_of_hidden_units_passes(tmp_path):
 def test_faults_in_the_removal_of_units_fail(tmp_path, monkeypatch, fault):
     path, keep = unit_net(tmp_path), hidden_units.HiddenUnits.keep_
 
-    def sabotaged(self, kept):
+    def sabotaged(self, right):
         if fault == "no bias":  # the maker's bias stays as long as before, cut at its end
-            taken = hidden_units._taken
+            made = hidden_units._made
             monkeypatch.setattr(
                 hidden_units,
-                "_taken",
-                lambda tensor, axis, kept: taken(
-                    tensor, axis, np.arange(len(kept)) if tensor.shape.rank() == 1 else kept
+                "_made",
+                lambda tensor, axis, kept, make: made(
+                    tensor, axis, kept, (lambda array, axis: array[:kept]) if tensor.shape.rank() == 1 else make
                 ),
             )
-        half = len(kept) < self.count
-        wrong = {"other units": self.count - 1 - kept, "another order": kept[::-1]}.get(fault, kept)
-        keep(self, wrong if half else kept)
+        half = len(right) < self.count
+        wrong = {"other units": right[:, ::-1], "another order": right[::-1]}.get(fault, right)
+        keep(self, wrong if half else right)
 
     monkeypatch.setattr(hidden_units.HiddenUnits, "keep_", sabotaged)
     with pytest.raises(GateError, match="^surgery gate"):

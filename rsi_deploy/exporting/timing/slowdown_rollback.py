@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from graph_passes.forms import FOLDED
 from rsi_deploy.benchmark.result import BenchResult
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
 from rsi_deploy.benchmark.variants import Runtime
@@ -163,7 +164,7 @@ class SlowdownRollback:
 
 def _piece_for(piece: Piece, form: str) -> Piece:
     """Return the piece in which a form is timed."""
-    return piece.group if form == "units" and piece.group is not None else piece
+    return piece.group if form in FOLDED and piece.group is not None else piece
 
 
 def is_faster(latency: BenchResult) -> bool:

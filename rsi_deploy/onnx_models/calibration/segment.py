@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx import ModelProto, NodeProto, helper
 
 import graph_passes as gp
+from graph_passes.forms import FOLDED
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.io.onnx_reader import load_model
 from rsi_deploy.onnx_models.calibration.rows import Taps
@@ -122,8 +123,8 @@ class Segment:
             own = factors.get(site.weight)
             if own is None:
                 return gp.Dense(reason="not replaced yet")
-            # The nodes that make hidden units may stand in another segment, so the selection stays a node.
-            return replace(own, form="input" if "input" in site.forms else "first") if own.form == "units" else own
+            # The nodes before may stand in another segment, so the first node is not folded into them.
+            return replace(own, form="input" if "input" in site.forms else "first") if own.form in FOLDED else own
 
         records = gp.split(model, source)
         if missed := factors.keys() - {record.weight for record in records if isinstance(record, gp.Split)}:
