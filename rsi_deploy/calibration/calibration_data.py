@@ -132,12 +132,12 @@ class CalibrationData:
         self.available = len(feeding.dataset)
         self.is_separate = check_source is not None
         unit = self.axes.fixed or 1
-        rng, check_size = np.random.default_rng([seed, *b"check"]), 0 if self.is_separate else check_size
+        rng, wanted = np.random.default_rng([seed, *b"check"]), 0 if self.is_separate else check_size
         if isinstance(feeding.dataset, TextRows):
-            rows, chosen = document_parts(feeding.dataset, size, check_size, unit, rng)
+            rows, chosen = document_parts(feeding.dataset, size, wanted, unit, rng)
             read = self.available
         else:
-            fit, check = part_sizes(self.available, size, check_size, unit)
+            fit, check = part_sizes(self.available, size, wanted, unit)
             read = fit + check
             chosen = _one_of_each(read, check, rng)
             rows = np.setdiff1d(np.arange(read), chosen)

@@ -29,7 +29,7 @@ from graph_passes.split_markers import FoundSplit, found_splits
 from rsi_deploy.calibration.calibration_data import CHECK_OPTION, CalibrationData, check_source
 from rsi_deploy.calibration.output_agreement import calibration_record
 from rsi_deploy.calibration.record import CalibrationRecord, OutputQuality
-from rsi_deploy.core.errors import RsiDeployError, UsageError
+from rsi_deploy.core.errors import ModelError, RsiDeployError, UsageError
 from rsi_deploy.core.progress import at_samples, step
 from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.dataset import for_inputs
@@ -176,7 +176,7 @@ def _graph(path: Path, report: Report) -> list[Claim]:
         checked = _claim("graph", True, f"onnx.checker passes, opset {model.opset_imports.get('')}")
     except Exception as error:  # protobuf, checker and shape inference have no common base
         problem = f"onnx.checker: {str(error).strip().splitlines()[0]}"
-        if not problem.startswith(UNKNOWN_OPERATOR):
+        if not problem.startswith(UNKNOWN_OPERATOR) or not _loads(path):
             return [_claim("graph", False, problem)]
         checked = _not_checked("graph", f"{problem}: an operator of onnxruntime alone")
     found, claimed = found_splits(model), {node for site in report.split_sites for node in site.nodes}
@@ -195,6 +195,15 @@ def _graph(path: Path, report: Report) -> list[Claim]:
     claims.append(_claim("bytes", size == report.compressed.bytes, f"{size:,}, reported {report.compressed.bytes:,}"))
     claims.append(_ranks(found, report))
     return claims
+
+
+def _loads(path: Path) -> bool:
+    """Return whether onnxruntime loads a model."""
+    try:
+        make_session(path)
+    except ModelError:
+        return False
+    return True
 
 
 def _parameters(model: ir.Model, report: Report) -> Claim:

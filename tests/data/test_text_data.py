@@ -221,3 +221,14 @@ def test_calibration_data_of_text(tmp_path, folder):
         for options in ({}, {"sequence_length": 8})
     }
     assert len(fingerprints) == 2
+
+
+def test_text_of_its_own_for_the_check_part(tmp_path, folder):
+    specs = model_inputs(text_models.model())
+    text, other = (text_models.write_text(tmp_path / f"{seed}.txt", seed=seed) for seed in (0, 1))
+    sources = [with_text(str(path), TextOptions(), str(folder)) for path in (text, other)]
+    data = CalibrationData(sources[0], specs, None, 1000, check_source=sources[1], check_size=20)
+    assert data.samples == 160
+    assert data.check.samples == 20
+    with pytest.raises(UsageError, match="share"):
+        CalibrationData(sources[0], specs, None, 1000, check_source=sources[0])
