@@ -26,8 +26,15 @@ def write_tokenizer(folder, words=WORDS):
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def model(inputs=INPUTS, length="tokens", rows=ROWS):
-    """Return an ONNX model: a table, two products with a GELU, and a mean over the tokens that the mask shows."""
+def model(inputs=INPUTS, length="tokens", rows=ROWS, norm=False):
+    """Return an ONNX model: a table, two products with a ReLU, and a mean over the tokens that the mask shows.
+
+    Args:
+        inputs: names of the inputs, token ids first.
+        length: number of tokens; a text leaves it open.
+        rows: rows of the table.
+        norm: put a normalization between that onnxruntime knows and ONNX does not.
+    """
     rng = np.random.default_rng(0)
     weights = {
         "table": rng.standard_normal((rows, WIDTH)),
@@ -36,7 +43,8 @@ def model(inputs=INPUTS, length="tokens", rows=ROWS):
     }
     nodes = [
         helper.make_node("Gather", ["table", "input_ids"], ["x"]),
-        helper.make_node("MatMul", ["x", "up"], ["u"]),
+        *([helper.make_node("SimplifiedLayerNormalization", ["x", "scale"], ["n"])] if norm else []),
+        helper.make_node("MatMul", ["n" if norm else "x", "up"], ["u"]),
         helper.make_node("Relu", ["u"], ["r"]),
         helper.make_node("MatMul", ["r", "down"], ["d"]),
     ]
@@ -58,6 +66,7 @@ def model(inputs=INPUTS, length="tokens", rows=ROWS):
     nodes.append(helper.make_node("ReduceMean", [last, "one"], ["y"], keepdims=0))
     tensors = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
     tensors += [numpy_helper.from_array(np.array([2]), "axis"), numpy_helper.from_array(np.array([1]), "one")]
+    tensors += [numpy_helper.from_array(np.ones(WIDTH, np.float32), "scale")] if norm else []
     values = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", length]) for name in inputs]
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", WIDTH])
     graph = helper.make_graph(nodes, "texts", values, [output], tensors)

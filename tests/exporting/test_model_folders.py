@@ -77,6 +77,15 @@ def test_verify_knows_the_files_and_the_text(folder, bundle, tmp_path):
         (bundle / "tokenizer.json").write_bytes(tokenizer)
 
 
+def test_operators_of_onnxruntime_alone_are_no_fault(folder, tmp_path):
+    text_models.write_folder(tmp_path / "decoder", norm=True)
+    export(str(tmp_path / "decoder"), tmp_path / "b", calib=folder / "text.txt", **FITTED)
+    found = statuses(verify(tmp_path / "b"))
+    assert found["graph"] == "not checked"
+    assert found["ranks"] == "holds"
+    assert "broken" not in found.values()
+
+
 def test_a_bundle_is_a_model_again(folder, tmp_path):
     one = {"rank": "30%", "input_shape": "input_ids=1x8", **QUICK}
     export(str(folder / "encoder"), tmp_path / "first", exclude="down", **one)
