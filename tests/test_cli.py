@@ -408,7 +408,7 @@ def export_of(*argv, rank="25%"):
         (["frobnicate"], "No such command 'frobnicate'"),
         (["eval", "m.onnx"], "Missing option '--data'"),
         (["eval", "nowhere", "--data", "d.npz"], "no such model: nowhere"),
-        (["eval", "full", "--data", "d.npz"], "expected an .onnx file or a bundle's folder"),
+        (["eval", "full", "--data", "d.npz"], "no ONNX file in full"),
         (["eval", "m.onnx", "--data", "unlabelled.npz"], "nothing to compare the answers with"),
         (["eval", "m.onnx", "--data", "range.npz"], "the labels range from 0 to 10"),
         (["bench", "m.onnx", "--batch", "0"], "--batch takes numbers of 1 or more"),

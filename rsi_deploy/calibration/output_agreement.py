@@ -22,6 +22,7 @@ from rsi_deploy.calibration.calibration_data import CalibrationData, SamplePart
 from rsi_deploy.calibration.record import CalibrationRecord, OutputQuality
 from rsi_deploy.core.errors import GateError, UsageError
 from rsi_deploy.core.types import Floats
+from rsi_deploy.evaluation.accumulator import shown_positions
 from rsi_deploy.evaluation.answer_outputs import with_readable_output
 from rsi_deploy.evaluation.intervals import (
     mean_interval,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 Array = npt.NDArray[Any]
+_Pair = tuple[Array, Array, Array]
+"""Outputs of the dense and of the compressed model, 0 at padding, and whether a position is no padding."""
 
 MOST_BYTES = 512 * 2**20
 """Bytes of the dense model's outputs after which no further batch is run."""
@@ -157,11 +160,12 @@ def output_quality(
         finite = np.isfinite(z)
         if not np.isfinite(w[finite]).all():
             raise GateError("the compressed model gives NaN or infinite outputs on the calibration data; export again")
-        pairs.append((np.where(finite, z, 0), np.where(finite, w, 0)))
+        shown = shown_positions(z, feeds)
+        pairs.append((np.where(finite & shown, z, 0), np.where(finite & shown, w, 0), shown))
     return _compared(pairs, dense.fingerprint, pool)
 
 
-def _compared(pairs: list[tuple[Array, Array]], fingerprint: str, pool: int | None) -> OutputQuality:
+def _compared(pairs: list[_Pair], fingerprint: str, pool: int | None) -> OutputQuality:
     """Compare the dense model's outputs with the compressed model's, batch by batch."""
     moved, unit = _moved(pairs)
     several = len(moved) > 1
@@ -171,9 +175,9 @@ def _compared(pairs: list[tuple[Array, Array]], fingerprint: str, pool: int | No
     if several and unit.any():
         found["output_error_interval"] = ratio_of_sums_interval(moved, unit)
         found["output_error_at_most"] = ratio_of_sums_interval(moved, unit, level=ONE_SIDED)[1]
-    measure = measure_of([z for z, _ in pairs])
+    measure = measure_of([z for z, _, _ in pairs])
     if measure != "output_error":
-        z, w = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+        z, w, _ = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
         found |= _of_scores(z, w) if measure == "agreement" else _of_embeddings(z, w, pool or len(z))
     return OutputQuality(**found)
 
@@ -186,17 +190,19 @@ def measure_of(batches: Sequence[Array]) -> Literal["agreement", "cosine", "outp
     return "agreement" if are_scores(np.concatenate(batches)) else "cosine"
 
 
-def _moved(pairs: list[tuple[Array, Array]]) -> tuple[Floats, Floats]:
+def _moved(pairs: list[_Pair]) -> tuple[Floats, Floats]:
     """Return the squared distance of each sample's outputs, and the squared deviation from their mean, or squared norm.
 
+    Positions of padding count in neither.
     The norm takes the place of the deviation if the outputs do not vary over samples, or have several shapes.
     """
-    moved = np.concatenate([_squares(z.astype(np.float64) - w) for z, w in pairs])
-    size = np.concatenate([_squares(z.astype(np.float64)) for z, _ in pairs])
-    if len({z.shape[1:] for z, _ in pairs}) > 1:
+    moved = np.concatenate([_squares(z.astype(np.float64) - w) for z, w, _ in pairs])
+    size = np.concatenate([_squares(z.astype(np.float64)) for z, _, _ in pairs])
+    if len({z.shape[1:] for z, _, _ in pairs}) > 1:
         return moved, size
-    mean = sum(z.sum(axis=0, dtype=np.float64) for z, _ in pairs) / len(moved)
-    spread = np.concatenate([_squares(z - mean) for z, _ in pairs])
+    count = np.maximum(sum(shown.sum(axis=0) for _, _, shown in pairs), 1)
+    mean = sum(z.sum(axis=0, dtype=np.float64) for z, _, _ in pairs) / count
+    spread = np.concatenate([_squares((z - mean) * shown) for z, _, shown in pairs])
     return moved, spread if spread.sum() > 1e-12 * size.sum() else size
 
 

@@ -325,15 +325,24 @@ def _paired_outputs(
     reference: Mapping[str, Array], outputs: Mapping[str, Array], feeds: Mapping[str, Array]
 ) -> dict[str, tuple[Array, Array]]:
     """Return the reference's and the model's array of each output, with zeros at masked positions."""
-    masks = [a for name, a in feeds.items() if "mask" in name.lower() and a.ndim == 2 and a.dtype.kind in "iub"]
     found = {}
     for (name, ours), theirs in zip(outputs.items(), reference.values(), strict=True):
-        fitting = [mask for mask in masks if ours.ndim > 2 and ours.shape[:2] == mask.shape]
-        keep: Array | int = 1
-        if fitting:
-            keep = (fitting[0] != 0).reshape(fitting[0].shape + (1,) * (ours.ndim - 2))
+        keep = shown_positions(ours, feeds)
         found[name] = (theirs * keep, ours * keep)
     return found
+
+
+def shown_positions(output: Array, feeds: Mapping[str, Array]) -> Array:
+    """Return which positions of an output `(n, L, ...)` are no padding, bool, with sizes that broadcast to the output.
+
+    Padding is what an input with `mask` in its name marks by 0.
+    """
+    masks = [a for name, a in feeds.items() if "mask" in name.lower() and a.ndim == 2 and a.dtype.kind in "iub"]
+    fitting = next((mask for mask in masks if output.ndim > 2 and output.shape[:2] == mask.shape), None)
+    if fitting is None:
+        return np.ones((len(output), *[1] * (output.ndim - 1)) if output.ndim else (), bool)
+    shown: Array = (fitting != 0).reshape(*fitting.shape, *[1] * (output.ndim - 2))
+    return shown
 
 
 def _share(name: str, hits: int, count: int) -> dict[str, Any]:

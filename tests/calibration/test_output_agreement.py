@@ -6,9 +6,10 @@ from calibrated_nets import inputs, saved, text_net, texts
 from nets import initializers, mlp_onnx, run_onnx
 
 from rsi_deploy.calibration.calibration_data import CalibrationData
-from rsi_deploy.calibration.output_agreement import calibration_record, dense_outputs, output_quality
+from rsi_deploy.calibration.output_agreement import _moved, calibration_record, dense_outputs, output_quality
 from rsi_deploy.calibration.record import OutputQuality
 from rsi_deploy.core.errors import GateError, UsageError
+from rsi_deploy.evaluation.accumulator import shown_positions
 from rsi_deploy.evaluation.scores import divergence
 from rsi_deploy.runtime.feeds.inputs import model_inputs
 
@@ -205,3 +206,21 @@ def test_a_model_without_a_floating_output(tmp_path):
     data = data_for(path, inputs(tmp_path / "x.npz", 12, count=4))
     with pytest.raises(UsageError, match="no floating output to compare"):
         quality_of(path, path, data.check)
+
+
+def test_padding_does_not_count():
+    """What a model gives at positions that the mask hides is no error, and no variance either."""
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((40, 6, 5)).astype(np.float32)
+    mask = (np.arange(6) < rng.integers(2, 7, (40, 1))).astype(np.int64)
+    w = z + 0.1 * rng.standard_normal(z.shape).astype(np.float32)
+    wild = np.where(mask[..., None] == 1, w, 100)
+    errors = []
+    for feeds in ({"attention_mask": mask}, {}):
+        shown = shown_positions(z, feeds)
+        moved, spread = _moved([(z * shown, wild * shown, shown)])
+        errors.append(moved.sum() / spread.sum())
+    rows, others = z[mask == 1], w[mask == 1]
+    by_hand = np.square(others - rows).sum() / np.square(rows - rows.mean(0)).sum()
+    assert errors[0] == pytest.approx(by_hand, rel=0.1)
+    assert errors[1] > 1000 * errors[0]

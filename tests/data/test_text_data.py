@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import text_models
 
 from rsi_deploy.calibration.calibration_data import CalibrationData, document_parts
 from rsi_deploy.core.errors import UsageError
@@ -11,7 +12,6 @@ from rsi_deploy.data.text_data import TextOptions, TextRows, TextSource, is_text
 from rsi_deploy.data.text_files import read_texts
 from rsi_deploy.data.tokenizer import Row, embedding_rows
 from rsi_deploy.runtime.feeds.inputs import model_inputs
-from tests import text_models
 
 pytest.importorskip("tokenizers", reason="needs rsi-deploy[text]")
 

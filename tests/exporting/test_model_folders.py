@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import text_models
 
 from rsi_deploy import export, sweep, verify
 from rsi_deploy.cli import run
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io import onnx_file
 from rsi_deploy.runtime.sessions import make_session, run_session
-from tests import text_models
 
 pytest.importorskip("tokenizers", reason="needs rsi-deploy[text]")
 
