@@ -10,6 +10,8 @@ from torch import nn
 
 from rsi_deploy import export, verify
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.io import onnx_file
+from rsi_deploy.runtime.sessions import make_session
 
 QUICK = {"measure": False, "input_shape": (1, 6, 48), "precision": "float32"}
 HEADS, SIZE = 3, 16
@@ -132,3 +134,21 @@ def test_heads_in_few_bits(tmp_path, written, data, precision):
     assert verify(tmp_path / "b").ok
     assert {site.form for site in report.split_sites} == {"heads"}
     assert report.calibration.quality.output_error < 0.5
+
+
+def test_a_large_model_keeps_its_weights_in_a_file(bundle, tmp_path, data, monkeypatch):
+    monkeypatch.setattr(onnx_file, "INLINE_LIMIT", 1)
+    large = export(Block().eval(), tmp_path / "b", plan=bundle / "plan.json", calib=data, **QUICK)
+    assert verify(tmp_path / "b").ok
+    x = {"x": np.random.default_rng(3).standard_normal((2, 6, 48)).astype(np.float32)}
+    sessions = [make_session(folder / "model.onnx") for folder in (bundle, tmp_path / "b")]
+    first, second = (session.run(None, {session.get_inputs()[0].name: x["x"]})[0] for session in sessions)
+    assert np.abs(first - second).max() < 1e-5
+    assert large.compressed.params == sum(array.size for array in stored(bundle / "model.onnx"))
+    assert large.compressed.bytes < large.dense.bytes + 20_000  # nothing of the dense weights is left in the file
+
+
+def stored(path):
+    """Return the floating-point arrays of a model."""
+    arrays = map(onnx.numpy_helper.to_array, onnx.load(path).graph.initializer)
+    return [array for array in arrays if array.dtype.kind == "f"]
