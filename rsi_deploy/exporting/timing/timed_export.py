@@ -234,7 +234,8 @@ def _of_this_model(table: CostTable, dense: Path, feeds: Feeds, costing: Costing
         )
     found, untimed = costing.pieces(dense, feeds)
     known = {entry.signature for entry in table.costs}
-    sites = {name: piece.key for name, piece in found.items() if piece.key in known}
+    keys = ((name, key) for name, piece in found.items() for key in (piece.signature, piece.key))
+    sites = {name: key for name, key in keys if key in known}  # older tables have no times of hidden units
     if not sites:
         raise UsageError(
             f"--cost {cost} knows no site shape of this model: it was made for {table.model.name}"
