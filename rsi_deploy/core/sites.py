@@ -100,6 +100,17 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
     joint: tuple[str, ...] = ()
     spectrum: Spectrum | None = None
 
+    @property
+    def outcome(self) -> Literal["split", "smaller", "dense"]:
+        """Return what became of the weight; "smaller" if it makes fewer units or values than before."""
+        is_smaller = self.decision == "dense" and self.params_compressed < self.params_dense
+        return "smaller" if is_smaller else self.decision
+
+    @property
+    def kind_of_reason(self) -> str:
+        """Return the reason of a site without a split; the same for all that make less."""
+        return "makes fewer hidden units or values of heads" if self.outcome == "smaller" else self.reason
+
     @pydantic.model_validator(mode="after")
     def _a_split_has_sizes(self) -> "SiteRecord":
         if self.decision == "split" and min(self.out_features, self.in_features, self.groups) < 1:

@@ -60,7 +60,7 @@ def find_model(folder: Path) -> Path:
     names = ", ".join(path.relative_to(folder).as_posix() for path in found)
     raise UsageError(
         f"{folder} holds several ONNX files, and no configuration names one: {names}",
-        hint=f"name one {MODEL}, or type its file, such as {found[0]} (no other file goes into the bundle then)",
+        hint=f"type the file, such as {found[0]} (nothing else goes into the bundle then), or move the others away",
     )
 
 

@@ -173,12 +173,13 @@ def refuse_units(decisions: Decisions) -> None:
     Raises:
         UsageError: names the site.
     """
-    for name, decision in decisions.items():
-        if decision.form in FOLDED:
-            raise UsageError(
-                f"the plan has the form {decision.form!r} at site {name!r}, which is fitted to data: add --calib DATA "
-                f"(with --factors response), or write another form"
-            )
+    found = [name for name, decision in decisions.items() if decision.form in FOLDED]
+    if found:
+        names = ", ".join(map(repr, found[:3])) + ", ..." * (len(found) > 3)
+        raise UsageError(
+            f"the plan has the form {decisions[found[0]].form!r} at site {names}, which is fitted to data: add --calib "
+            f"DATA (and leave out --factors weights), or write another form"
+        )
 
 
 def _check_units(site: gp.Site, decisions: Decisions) -> None:
@@ -188,6 +189,11 @@ def _check_units(site: gp.Site, decisions: Decisions) -> None:
     if decision is None or decision.form not in FOLDED or decision.rank is None or site.units is None:
         return
     run, in_heads = site.units.run, site.units.form == "heads"
+    if decision.rank >= run * site.units.count:
+        raise UsageError(
+            f"the plan does not fit the model: site {name!r} has {decision.rank} inputs, and as "
+            f'"{decision.form}" with that rank it would keep all; write "form": "dense", or a smaller rank'
+        )
     if decision.rank % run:
         near = max(run, decision.rank // run * run)
         raise UsageError(

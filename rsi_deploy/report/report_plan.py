@@ -23,7 +23,7 @@ def plan_of(report: Report) -> Plan:
                 "bits": None if bits.get(site.name) == 32 else bits.get(site.name),
                 "repair": repairs.get(site.name),
                 "products": "float32" if record is not None and site.name in record.in_float else None,
-                "reason": "" if site.rank or bits.get(site.name, 32) < 32 else site.reason,
+                "reason": "" if site.outcome != "dense" or bits.get(site.name, 32) < 32 else site.reason,
             }
         )
         for site in report.sites

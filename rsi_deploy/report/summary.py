@@ -375,7 +375,7 @@ def site_table(sites: "Sequence[SiteRecord]", bits: Mapping[str, int] = MappingP
             "" if s.spectral_error is None else f"{s.spectral_error:.3f}",
             response_error(s),
             in_sample_error(s),
-            s.decision if s.reason == s.decision else f"{s.decision}: {s.reason}",
+            s.outcome if s.reason == s.outcome else f"{s.outcome}: {s.reason}",
         )
         for s in sites
     ]

@@ -133,6 +133,7 @@ def test_channels_in_front_of_a_flatten_and_of_a_conv(tmp_path, plans, data):
         ("rows", {"down": {"form": "units", "rank": 20}}, None, "--calib"),
         ("rows", {"up": {"form": "units", "rank": 20}}, "rows.npz", "\"up\"|'up'"),
         ("rows", {"down": {"form": "units", "rank": 49}}, "rows.npz", "up to rank 48"),
+        ("rows", {"down": {"form": "units", "rank": 48}}, "rows.npz", "keep all"),
         ("rows", {"down": {"form": "units", "rank": 20}, "up": {"form": "gemm", "rank": 5}}, "rows.npz", "'up'"),
         ("images", {"head": {"form": "units", "rank": 100}}, "images.npz", '"rank": 96'),
     ],
@@ -190,3 +191,17 @@ def test_a_large_model_keeps_its_weights_in_a_file(tmp_path, plans, data, monkey
     first, second = (make_session(tmp_path / name / "model.onnx").run(None, x)[0] for name in "ab")
     assert np.abs(first - second).max() < 1e-5
     assert large.compressed.bytes < large.dense.bytes + 20_000  # nothing of the dense weights is left in the file
+
+
+def test_a_site_that_makes_fewer_units_is_neither_split_nor_dense(tmp_path, plans, data):
+    plan = plans("rows", down={"form": "units", "rank": 20})
+    more = {"calib": data / "rows.npz", "precision": "float32"}
+    report = export(Block().eval(), tmp_path / "a", plan=plan, **more, **QUICK)
+    assert {site.name: site.outcome for site in report.sites} == {"up": "smaller", "down": "split", "head": "dense"}
+    text = json.loads((tmp_path / "a" / "plan.json").read_text())
+    text["sites"]["down"] = {"form": "gemm", "rank": 6}  # the reader alone is edited
+    (tmp_path / "plan.json").write_text(json.dumps(text))
+    again = export(Block().eval(), tmp_path / "b", plan=tmp_path / "plan.json", **more, **QUICK)
+    (up,) = [site for site in again.sites if site.name == "up"]
+    assert (up.outcome, up.params_compressed) == ("dense", up.params_dense)
+    assert "units" not in up.reason

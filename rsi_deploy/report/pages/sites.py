@@ -62,20 +62,24 @@ def _ranks(sites: Sequence[SiteRecord]) -> Section:
         columns=("site", "#out x in", "#rank", "#break-even", "#share"),
         rows=[(s.name, shape(s), str(s.rank), f"{s.break_even_rank:.1f}", f"{percent:.0f} %") for s, percent in shown],
     )
-    words = ["At its break-even rank, out*in/(out+in), a split holds as many numbers as the dense weight."]
+    words = [
+        "At its break-even rank a split holds as many numbers as the dense weight: out*in/(out+in), or min(out, in) in "
+        "the pivoted form, or all inputs in the forms units and heads."
+    ]
     return Section(name="ranks", title="Ranks", blocks=block_of(table, picture), words=words)
 
 
 def _decisions(sites: Sequence[SiteRecord], bits: Mapping[str, int]) -> Section:
-    split = sum(bool(s.rank) for s in sites)
-    reasons = Counter(s.reason for s in sites if not s.rank)
-    words = [f"{split} of {len(sites)} sites are split, {len(sites) - split} stay dense."]
+    outcomes = Counter(s.outcome for s in sites)
+    reasons = Counter(s.kind_of_reason for s in sites if not s.rank)
+    smaller = f"{outcomes['smaller']} make fewer hidden units or values of heads, " if outcomes["smaller"] else ""
+    words = [f"{outcomes['split']} of {len(sites)} sites are split, {smaller}{outcomes['dense']} stay dense."]
     words += site_notes(sites)
     common = reasons.most_common(12)
     rows = [(reason, str(count)) for reason, count in common]
     if len(reasons) > len(common):
         rows.append(("other reasons", str(reasons.total() - sum(count for _, count in common))))
-    blocks = block_of(Table(caption="Why sites stay dense", columns=("reason", "#sites"), rows=rows))
+    blocks = block_of(Table(caption="Why sites are not split", columns=("reason", "#sites"), rows=rows))
     if sites:
         table = replace(site_table(sites, bits), caption=f"Every site ({len(sites)})")
         blocks.append(Block(table=table, folded=len(sites) > _FOLD))

@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # a machine that only measures has no torch
     from rsi_deploy.runtime.doctor import Diagnosis
 
 
+MOST_REASONS = 8
+"""Largest number of reasons of sites that a terminal lists."""
 _RANKS = ("#break-even rank", "#rank 90 %", "#rank 99 %", "#stable rank")
 
 
@@ -65,8 +67,12 @@ def print_sites(
             f"{len(split)} of {len(sites)} sites split{f' ({joint} jointly)' * bool(joint)}; report.json and README.md "
             "list all of them"
         )
-        for reason, count in Counter(s.reason for s in sites if not s.rank).most_common(8):
-            console.print(f"  dense {count:4d}  {escape(reason)}")
+        reasons = Counter((s.outcome, s.kind_of_reason) for s in sites if not s.rank)
+        for (outcome, reason), count in reasons.most_common(MOST_REASONS):
+            console.print(f"  {outcome:7s} {count:4d}  {escape(reason)}")
+        if len(reasons) > MOST_REASONS:
+            others = sum(count for _, count in reasons.most_common()[MOST_REASONS:])
+            console.print(f"  others  {others:4d}  for {len(reasons) - MOST_REASONS} other reasons")
         return
     print_table(console, site_table(sites, bits))
     for note in site_notes(sites):
