@@ -40,7 +40,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 import graph_passes as gp
-from bench import accuracy, cases, common, language_model, timed
+from bench import accuracy, cases, common, language_model, untrained
 from bench.arms import PRODUCT, Unit
 from bench.common import Goal
 from bench.language_model import LanguageModel
@@ -275,7 +275,7 @@ def measured_units(net: str, seconds: float, threads: int | None) -> list[Row]:
         UnavailableError: the net is not on this machine.
     """
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
-        dense = timed.dense_model(net, Path(folder))
+        dense = untrained.written(net, Path(folder))
         paths = {"dense": dense}
         for name, splits in unit_plans(load_model(dense), UNITS_KEEP).items():
             paths[name] = Path(folder) / f"{name}.onnx"

@@ -299,7 +299,7 @@ def require_existing(path: Path) -> Path:
     if not path.exists():
         raise UsageError(
             f"data: {path} does not exist",
-            hint="expected an .npz, .parquet, .arrow, .txt or .jsonl file, a folder of class folders or of a saved Hugging "
-            "Face data set, or package.module:function",
+            hint="expected an .npz, .parquet, .arrow, .txt or .jsonl file, a folder of class folders or of a saved "
+            "Hugging Face data set, or package.module:function",
         )
     return path
