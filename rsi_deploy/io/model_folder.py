@@ -70,7 +70,7 @@ def model_file(model: Model) -> Model | str:
     Raises:
         UsageError: As `find_model`.
     """
-    return str(find_model(Path(model))) if isinstance(model, str) and Path(model).is_dir() else model
+    return str(find_model(Path(model))) if isinstance(model, str) and model and Path(model).is_dir() else model
 
 
 def folder_of(model: object) -> Path | None:

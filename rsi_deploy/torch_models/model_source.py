@@ -75,7 +75,7 @@ def load_source(
     shape = _torch_shape(input_shape)
     if model.startswith("torchvision:"):
         source = _torchvision(model.removeprefix("torchvision:"), weights, checkpoint, shape, seed)
-    elif Path(model).is_dir():
+    elif model and Path(model).is_dir():
         path = find_model(Path(model))
         refuse_nameless(input_shape, path)
         source = Source(name=Path(model).resolve().name, onnx=path, folder=Path(model))
