@@ -26,6 +26,7 @@ from rsi_deploy.onnx_models.split import SplitModel, split_model
 from rsi_deploy.planning.decide import Planned
 from rsi_deploy.planning.knapsack import Option, SiteOptions
 from rsi_deploy.planning.planner import Decision, FixedPlanner, SitePlanner
+from rsi_deploy.planning.site_options import PLAIN_FORMS
 from rsi_deploy.runtime.shape_trace import trace_run
 
 TORCHVISION = ("mobilenet_v2", "resnet50", "vit_b_32", "vgg19", "convnext_tiny")
@@ -65,14 +66,14 @@ class Setting:
         return self.table.conditions.threads or 0
 
     def options(self) -> list[SiteOptions]:
-        """Every site's options; see the module for their loss."""
+        """Every site's options in the plain forms; see the module for their loss."""
         return [self._options(name, site) for name, site in self.sites.items()]
 
     def _options(self, name: str, site: gp.Site) -> SiteOptions:
         numbers, macs = site.groups * site.out_features * site.in_features, self.macs[name]
         dense = Option(form="dense", rank=None, params=numbers, macs=macs, bytes=4 * numbers, loss=0.0)
         splits = []
-        for form in site.forms:
+        for form in (form for form in site.forms if form in PLAIN_FORMS):
             rows, columns = site.shape(form)
             strides = site.window.strides if site.window else ()
             denser = {"input": 0, "separable": 1}.get(form, len(strides))

@@ -5,7 +5,7 @@ Mul(constant, constant) --> value        computed: one walk in graph order finds
 f(x, constant) { ... argument ... }      an argument for which some call has a constant
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -46,6 +46,48 @@ def stored_array(value: ir.Value | None) -> Array | None:
     """Return the array of a small constant (axes, a shape, statistics); None for other values."""
     tensor = None if value is None or value.is_graph_input() else stored_tensor(value)
     return None if tensor is None else tensor.numpy()
+
+
+def lazily(
+    tensor: ir.TensorProtocol, array: Callable[[], Array], shape: Sequence[int] | None = None
+) -> ir.TensorProtocol:
+    """Return a tensor in the place of another one: in memory, or computed when it is saved if that lies in a file.
+
+    Args:
+        tensor: The old tensor, of the same dtype.
+        array: Returns the new numbers.
+        shape: Their shape; None for that of the old tensor.
+    """
+
+    def made() -> ir.TensorProtocol:
+        return ir.Tensor(np.ascontiguousarray(array()), dtype=tensor.dtype, name=tensor.name)
+
+    dims = ir.Shape(tensor.shape.numpy() if shape is None else shape)
+    is_in_file = isinstance(tensor, ir.ExternalTensor | ir.LazyTensor)
+    return ir.LazyTensor(made, tensor.dtype, dims, name=tensor.name) if is_in_file else made()
+
+
+def set_constant(root: ir.Value, tensor: ir.TensorProtocol) -> None:
+    """Give a constant other numbers; with another shape, forget the shapes of what layout operators make of it."""
+    producer = root.producer()
+    if producer is not None:
+        producer.attributes.clear()
+        producer.attributes.add(ir.AttrTensor("value", tensor))
+    if producer is None or root.const_value is not None:
+        root.const_value = tensor
+    if root.shape is not None and list(root.shape) == list(tensor.shape.numpy()):
+        return
+    root.shape = ir.Shape(tensor.shape.numpy())
+    for value in _laid_out(root):
+        value.shape = None
+
+
+def _laid_out(root: ir.Value) -> Iterator[ir.Value]:
+    """Yield what layout operators make of a constant."""
+    for user, index in root.uses():
+        if index == 0 and is_layout(user):
+            yield user.outputs[0]
+            yield from _laid_out(user.outputs[0])
 
 
 def is_layout(node: ir.Node) -> bool:

@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from graph_passes.axis_rules.values import MOST_NUMBERS, BatchPlace, MixesError, NodeCall, Value
 from graph_passes.cleanup import other_consumers, remove_unused
-from graph_passes.constants import OVERRIDABLE_IR_VERSION, stored_array
+from graph_passes.constants import OVERRIDABLE_IR_VERSION, lazily, set_constant, stored_array
 from graph_passes.marks import MARK, PERMUTATION
 from graph_passes.names import name_of
 from graph_passes.permutation_rules import POSITIONS, Effect, effect_of, shapes_of
@@ -36,17 +36,6 @@ _OPEN_SIZES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063,
 """Sizes that stand for symbols, such as the batch: no size of a model is a multiple of one by chance."""
 
 _Use: TypeAlias = tuple[ir.Node, int]
-
-
-def lazily(tensor: ir.TensorProtocol, array: Callable[[], Array]) -> ir.TensorProtocol:
-    """Return the new tensor: in memory, or computed when it is saved where the old one lies in a file."""
-
-    def made() -> ir.TensorProtocol:
-        return ir.Tensor(np.ascontiguousarray(array()), dtype=tensor.dtype, name=tensor.name)
-
-    shape = ir.Shape(tensor.shape.numpy())
-    is_in_file = isinstance(tensor, ir.ExternalTensor | ir.LazyTensor)
-    return ir.LazyTensor(made, tensor.dtype, shape, name=tensor.name) if is_in_file else made()
 
 
 @dataclass
@@ -89,7 +78,7 @@ class FoldPermutationsPass(ir.passes.InPlacePass):
                 kept.append(Skip(node=name_of(gather), op_type=gather.op_type, reason=str(reason)))
                 continue
             for weight, place in constants:
-                _set_constant(weight, self._replace(weight.tensor, _Permuted(weight, place, fold.order)))
+                set_constant(weight.root, self._replace(weight.tensor, _Permuted(weight, place, fold.order)))
             _remove(gather)
             folded.append(name_of(gather))
         return FoldPermutationsResult(model, bool(folded), tuple(folded), tuple(kept))
@@ -315,18 +304,6 @@ class _Fold:
 
 def _is_permutation(node: ir.Node) -> bool:
     return node.op_type == "Gather" and node.domain == "" and node.metadata_props.get(MARK) == PERMUTATION
-
-
-def _set_constant(weight: Weight, tensor: ir.TensorProtocol) -> None:
-    """Give a constant new numbers under its name."""
-    producer = weight.root.producer()
-    if producer is None:
-        weight.root.const_value = tensor
-        return
-    producer.attributes.clear()
-    producer.attributes.add(ir.AttrTensor("value", tensor))
-    if weight.root.const_value is not None:
-        weight.root.const_value = tensor
 
 
 def _remove(gather: ir.Node) -> None:

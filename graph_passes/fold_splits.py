@@ -2,7 +2,8 @@
 
 import onnx_ir as ir
 
-from graph_passes.fold_permutations import FoldPermutationsPass, Replace, lazily
+from graph_passes.constants import lazily
+from graph_passes.fold_permutations import FoldPermutationsPass, Replace
 from graph_passes.fold_units import FoldUnitsPass
 
 

@@ -13,7 +13,7 @@ attention heads in the same way.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias, cast
 
@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from graph_passes.axis_rules.pointwise import ELEMENTWISE
 from graph_passes.cleanup import other_consumers, remove_unused
-from graph_passes.constants import add_constant, is_layout, stored_array
+from graph_passes.constants import add_constant, lazily, set_constant, stored_array
 from graph_passes.forms import Form
 from graph_passes.names import name_of
 from graph_passes.records import Array, Units
@@ -101,7 +101,7 @@ class HiddenUnits:
         make = _selected(right, self.run) if self.form == "units" else _multiplied(right, self.run)
         kept = len(right) // self.run
         for weight, axis in {weight.root: (weight, axis) for weight, axis in self.constants.values()}.values():
-            _set_constant(weight, _made(weight.tensor, axis, kept, make))
+            set_constant(weight.root, _made(weight.tensor, axis, kept, make))
         for node in self.between:
             if node.op_type == "Conv":
                 node.attributes["group"] = ir.AttrInt64("group", kept)
@@ -415,34 +415,7 @@ def _made(tensor: ir.TensorProtocol, axis: UnitAxis, kept: int, make: _Make) -> 
     """Return a tensor with the entries of fewer units; computed when it is saved if it lies in a file."""
     dims = [int(size) for size in tensor.shape.numpy()]
     dims[axis.number] = kept * axis.run
-
-    def made() -> ir.TensorProtocol:
-        return ir.Tensor(np.ascontiguousarray(make(tensor.numpy(), axis)), dtype=tensor.dtype, name=tensor.name)
-
-    is_in_file = isinstance(tensor, ir.ExternalTensor | ir.LazyTensor)
-    return ir.LazyTensor(made, tensor.dtype, ir.Shape(dims), name=tensor.name) if is_in_file else made()
-
-
-def _set_constant(weight: Weight, tensor: ir.TensorProtocol) -> None:
-    """Give a constant other numbers, of another shape, and forget the shapes of what layout operators make of it."""
-    root = weight.root
-    producer = root.producer()
-    if producer is not None:
-        producer.attributes.clear()
-        producer.attributes.add(ir.AttrTensor("value", tensor))
-    if producer is None or root.const_value is not None:
-        root.const_value = tensor
-    root.shape = ir.Shape(tensor.shape.numpy())
-    for value in _laid_out(root):
-        value.shape = None
-
-
-def _laid_out(root: ir.Value) -> Iterator[ir.Value]:
-    """Yield what layout operators make of a constant."""
-    for user, index in root.uses():
-        if index == 0 and is_layout(user):
-            yield user.outputs[0]
-            yield from _laid_out(user.outputs[0])
+    return lazily(tensor, lambda: make(tensor.numpy(), axis), dims)
 
 
 def _resize(value: ir.Value, axis: UnitAxis, kept: int) -> None:

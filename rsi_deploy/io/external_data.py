@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.fold_permutations import lazily
+from graph_passes.constants import lazily
 from rsi_deploy.core.types import Array
 
 ALIGNMENT, PAGE, LARGE = 64, 65536, 1 << 20
