@@ -41,6 +41,18 @@ class Attend(nn.Module):
         return x + self.attention(h, h, h, need_weights=False)[0]
 
 
+class ResidualMLP(nn.Module):
+    """An MLP of 48 hidden units, which may change their order, beside a residual stream, which may not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.up, self.down, self.head = nn.Linear(24, 48), nn.Linear(48, 24), nn.Linear(24, 12)
+
+    def forward(self, x):
+        return self.head(x + self.down(torch.nn.functional.gelu(self.up(x))))
+
+
 def seeded(make, seed=0):
     """Return `make()` with this seed in evaluation mode, with random BatchNorms and no bias of zeros."""
     with torch.random.fork_rng(devices=[]):

@@ -5,26 +5,13 @@ import json
 import numpy as np
 import onnx
 import pytest
-import torch
-from torch import nn
+from nets import ResidualMLP
 
 from rsi_deploy import export, read_report, verify
 from rsi_deploy.core.errors import UsageError
 
 SHAPE = (1, 24)
 QUICK = {"measure": False, "input_shape": SHAPE}
-
-
-class Block(nn.Module):
-    """An MLP whose hidden units may change their order, and whose residual stream may not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.up, self.down, self.head = nn.Linear(24, 48), nn.Linear(48, 24), nn.Linear(24, 12)
-
-    def forward(self, x):
-        return self.head(x + self.down(torch.nn.functional.gelu(self.up(x))))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +27,7 @@ def data(tmp_path_factory):
 def plan(tmp_path_factory):
     """A plan with the pivoted form at two sites, made from that of an export."""
     root = tmp_path_factory.mktemp("plan")
-    export(Block().eval(), root / "first", rank="50%", **QUICK)
+    export(ResidualMLP().eval(), root / "first", rank="50%", **QUICK)
     text = json.loads((root / "first" / "plan.json").read_text())
     text["sites"]["up"] = {"form": "pivoted", "rank": 20}
     text["sites"]["down"] = {"form": "pivoted", "rank": 16}
@@ -52,7 +39,7 @@ def plan(tmp_path_factory):
 @pytest.mark.parametrize("calib", [False, True])
 def test_a_plan_with_pivots_makes_a_bundle_that_verifies(tmp_path, plan, data, calib):
     more = {"calib": data, "precision": "float32"} if calib else {}
-    report = export(Block().eval(), tmp_path / "b", plan=plan, **more, **QUICK)
+    report = export(ResidualMLP().eval(), tmp_path / "b", plan=plan, **more, **QUICK)
     sites = {site.name: site for site in report.sites}
     assert {name: (site.form, site.rank) for name, site in sites.items()} == {
         "up": ("pivoted", 20),
@@ -72,7 +59,7 @@ def test_a_plan_with_pivots_makes_a_bundle_that_verifies(tmp_path, plan, data, c
 
 
 def test_the_hidden_units_need_no_gather(tmp_path, plan):
-    export(Block().eval(), tmp_path / "b", plan=plan, precision="float32", **QUICK)
+    export(ResidualMLP().eval(), tmp_path / "b", plan=plan, precision="float32", **QUICK)
     model = onnx.load(tmp_path / "b" / "model.onnx")
     orders = [node.name for node in model.graph.node if node.op_type == "Gather"]
     assert all("up" not in name for name in orders)
@@ -82,7 +69,7 @@ def test_the_hidden_units_need_no_gather(tmp_path, plan):
 def test_a_budget_takes_it(tmp_path, data):
     """Where the hidden units of the block are left out: they would save more."""
     more = {"keep_params": 0.6, "precision": "float32", "allow_broken": True, "exclude": ["down"]}
-    found = export(Block().eval(), tmp_path / "b", calib=data, **more, **QUICK)
+    found = export(ResidualMLP().eval(), tmp_path / "b", calib=data, **more, **QUICK)
     assert any(site.form == "pivoted" for site in found.split_sites)
     assert found.compressed.params <= 0.6 * found.dense.params
     assert verify(tmp_path / "b").ok
@@ -93,13 +80,13 @@ def test_a_plan_for_a_site_that_cannot_take_it(tmp_path, plan):
     text["sites"]["up"] = {"form": "pivoted", "rank": 25}
     (tmp_path / "plan.json").write_text(json.dumps(text))
     with pytest.raises(UsageError, match='"pivoted" up to rank 24'):
-        export(Block().eval(), tmp_path / "b", plan=tmp_path / "plan.json", **QUICK)
+        export(ResidualMLP().eval(), tmp_path / "b", plan=tmp_path / "plan.json", **QUICK)
     assert not (tmp_path / "b").exists()
 
 
 def test_low_precision_beside_it(tmp_path, data):
     report = export(
-        Block().eval(), tmp_path / "b", calib=data, keep_params=0.5, precision="int8", allow_broken=True, **QUICK
+        ResidualMLP().eval(), tmp_path / "b", calib=data, keep_params=0.5, precision="int8", allow_broken=True, **QUICK
     )
     assert verify(tmp_path / "b").ok
     assert read_report(tmp_path / "b").precision is not None

@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from calibrated_nets import text_net
+from nets import ResidualMLP
 from torch import nn
 
 from rsi_deploy import export, verify
@@ -16,18 +17,6 @@ from rsi_deploy.runtime.sessions import make_session
 
 QUICK = {"measure": False, "input_shape": (1, 24)}
 IMAGES = {"measure": False, "input_shape": (1, 3, 8, 8)}
-
-
-class Block(nn.Module):
-    """An MLP of 48 hidden units beside a residual stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.up, self.down, self.head = nn.Linear(24, 48), nn.Linear(48, 24), nn.Linear(24, 12)
-
-    def forward(self, x):
-        return self.head(x + self.down(torch.nn.functional.gelu(self.up(x))))
 
 
 class Images(nn.Module):
@@ -56,7 +45,7 @@ def plans(tmp_path_factory):
     """Return a function that writes a plan for a module, with other entries for some sites."""
     root = tmp_path_factory.mktemp("plans")
     known = {}
-    for name, module, options in (("rows", Block(), QUICK), ("images", Images(), IMAGES)):
+    for name, module, options in (("rows", ResidualMLP(), QUICK), ("images", Images(), IMAGES)):
         export(module.eval(), root / name, rank="50%", **options)
         known[name] = json.loads((root / name / "plan.json").read_text())
 
@@ -72,7 +61,9 @@ def plans(tmp_path_factory):
 
 def test_a_plan_keeps_units_and_the_bundle_verifies(tmp_path, plans, data):
     plan = plans("rows", down={"form": "units", "rank": 20})
-    report = export(Block().eval(), tmp_path / "b", plan=plan, calib=data / "rows.npz", precision="float32", **QUICK)
+    report = export(
+        ResidualMLP().eval(), tmp_path / "b", plan=plan, calib=data / "rows.npz", precision="float32", **QUICK
+    )
     sites = {site.name: site for site in report.sites}
     assert (sites["down"].form, sites["down"].rank, sites["down"].params_compressed) == ("units", 20, 20 * 24)
     assert sites["down"].macs_compressed == 20 * 24
@@ -88,7 +79,7 @@ def test_a_plan_keeps_units_and_the_bundle_verifies(tmp_path, plans, data):
 
 def test_a_false_report_of_units_does_not_verify(tmp_path, plans, data):
     plan = plans("rows", down={"form": "units", "rank": 20})
-    export(Block().eval(), tmp_path / "b", plan=plan, calib=data / "rows.npz", precision="float32", **QUICK)
+    export(ResidualMLP().eval(), tmp_path / "b", plan=plan, calib=data / "rows.npz", precision="float32", **QUICK)
     path = tmp_path / "b" / "report.json"
     path.write_text(path.read_text().replace('"rank": 20', '"rank": 21').replace('"rank":20', '"rank":21'))
     result = verify(tmp_path / "b")
@@ -103,7 +94,7 @@ def test_the_fit_makes_the_kept_units_stand_for_the_others(tmp_path, plans, data
         "splits": {"up": {"form": "gemm", "rank": 6}, "down": {"form": "gemm", "rank": 6}},
     }.items():
         report = export(
-            Block().eval(),
+            ResidualMLP().eval(),
             tmp_path / name,
             plan=plans("rows", **sites),
             calib=data / "rows.npz",
@@ -139,7 +130,7 @@ def test_channels_in_front_of_a_flatten_and_of_a_conv(tmp_path, plans, data):
     ],
 )
 def test_plans_that_do_not_fit(tmp_path, plans, data, net, sites, calib, words):
-    module, options = (Block(), QUICK) if net == "rows" else (Images(), IMAGES)
+    module, options = (ResidualMLP(), QUICK) if net == "rows" else (Images(), IMAGES)
     more = {} if calib is None else {"calib": data / calib}
     with pytest.raises(UsageError, match=words):
         export(module.eval(), tmp_path / "b", plan=plans(net, **sites), precision="float32", **more, **options)
@@ -157,7 +148,9 @@ def test_a_budget_takes_units_and_counts_both_sides(tmp_path, data):
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_units_in_few_bits(tmp_path, plans, data, precision):
     plan = plans("rows", down={"form": "units", "rank": 32})
-    report = export(Block().eval(), tmp_path / "b", plan=plan, calib=data / "rows.npz", precision=precision, **QUICK)
+    report = export(
+        ResidualMLP().eval(), tmp_path / "b", plan=plan, calib=data / "rows.npz", precision=precision, **QUICK
+    )
     assert report.precision is not None
     assert verify(tmp_path / "b").ok
     assert {site.form for site in report.split_sites} == {"units"}
@@ -182,9 +175,9 @@ def test_the_plan_of_a_bundle_makes_it_again_where_other_weights_stand_beside_th
 def test_a_large_model_keeps_its_weights_in_a_file(tmp_path, plans, data, monkeypatch):
     plan = plans("rows", down={"form": "units", "rank": 20})
     more = {"plan": plan, "calib": data / "rows.npz", "precision": "float32"}
-    small = export(Block().eval(), tmp_path / "a", **more, **QUICK)
+    small = export(ResidualMLP().eval(), tmp_path / "a", **more, **QUICK)
     monkeypatch.setattr(onnx_file, "INLINE_LIMIT", 1)
-    large = export(Block().eval(), tmp_path / "b", **more, **QUICK)
+    large = export(ResidualMLP().eval(), tmp_path / "b", **more, **QUICK)
     assert verify(tmp_path / "b").ok
     assert large.compressed.params == small.compressed.params
     x = {"input": np.random.default_rng(3).standard_normal((2, 24)).astype(np.float32)}
@@ -196,12 +189,12 @@ def test_a_large_model_keeps_its_weights_in_a_file(tmp_path, plans, data, monkey
 def test_a_site_that_makes_fewer_units_is_neither_split_nor_dense(tmp_path, plans, data):
     plan = plans("rows", down={"form": "units", "rank": 20})
     more = {"calib": data / "rows.npz", "precision": "float32"}
-    report = export(Block().eval(), tmp_path / "a", plan=plan, **more, **QUICK)
+    report = export(ResidualMLP().eval(), tmp_path / "a", plan=plan, **more, **QUICK)
     assert {site.name: site.outcome for site in report.sites} == {"up": "smaller", "down": "split", "head": "dense"}
     text = json.loads((tmp_path / "a" / "plan.json").read_text())
     text["sites"]["down"] = {"form": "gemm", "rank": 6}  # the reader alone is edited
     (tmp_path / "plan.json").write_text(json.dumps(text))
-    again = export(Block().eval(), tmp_path / "b", plan=tmp_path / "plan.json", **more, **QUICK)
+    again = export(ResidualMLP().eval(), tmp_path / "b", plan=tmp_path / "plan.json", **more, **QUICK)
     (up,) = [site for site in again.sites if site.name == "up"]
     assert (up.outcome, up.params_compressed) == ("dense", up.params_dense)
     assert "units" not in up.reason
