@@ -15,9 +15,7 @@ from torch import Tensor
 
 import graph_passes as gp
 from rsi_deploy.calibration.output_sensitivity import NoSensitivityError
-
-Attributes = Mapping[str, Any]
-Operator = Callable[..., Tensor | Sequence[Tensor]]
+from rsi_deploy.onnx_models.calibration.fused_operators import FUSED, Attributes, Operator, require
 
 FIRST_OPSET = 13
 
@@ -32,8 +30,9 @@ def operator(node: NodeProto) -> Callable[..., Sequence[Tensor]]:
     known: Operator | None = None
     if splitter is not None and splitter.contraction is not None:
         known = _CONTRACTIONS[splitter.contraction]
-    elif node.domain in ("", "ai.onnx"):
-        known = _OPERATORS.get(node.op_type)
+    else:
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        known = FUSED.get((domain, node.op_type)) or (None if domain else _OPERATORS.get(node.op_type))
     if known is None:
         raise NoSensitivityError(f"gradients do not pass {node.op_type} (node {node.name!r})")
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -42,7 +41,7 @@ def operator(node: NodeProto) -> Callable[..., Sequence[Tensor]]:
     def call(*inputs: Tensor | None) -> Sequence[Tensor]:
         made = known(attributes, *inputs)
         made = [made] if isinstance(made, Tensor) else made
-        _require(len(made) >= count, f"a second output of {node.op_type} (node {node.name!r})")
+        require(len(made) >= count, f"a second output of {node.op_type} (node {node.name!r})")
         return made
 
     return call
@@ -52,22 +51,9 @@ def _ints(value: Tensor) -> list[int]:
     return [int(n) for n in value.reshape(-1)]
 
 
-def _require(held: bool, what: str) -> None:
-    if not held:
-        raise NoSensitivityError(f"gradients do not pass {what}")
-
-
-def _attention(a: Attributes, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *more: Any) -> Tensor:
-    plain = q.ndim == 4 and not a.get("softcap") and not any(t is not None for t in more) and k.shape[1] == q.shape[1]
-    _require(plain, "Attention with groups, softcap, a cache or 3-D inputs")
-    causal = bool(a.get("is_causal", 0))
-    _require(mask is None or not causal, "Attention that is causal and masked")
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=a.get("scale"))
-
-
 def _conv(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     axes = w.ndim - 2
-    _require(axes in (1, 2, 3) and a.get("auto_pad", b"NOTSET") == b"NOTSET", "Conv with auto_pad")
+    require(axes in (1, 2, 3) and a.get("auto_pad", b"NOTSET") == b"NOTSET", "Conv with auto_pad")
     strides, dilations = a.get("strides", [1] * axes), a.get("dilations", [1] * axes)
     conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
     pads = a.get("pads", [0] * 2 * axes)
@@ -88,7 +74,7 @@ def _pool(a: Attributes, x: Tensor, pool: Callable[..., Tensor], value: float) -
     axes = x.ndim - 2
     plain = axes == 2 and not a.get("ceil_mode") and a.get("auto_pad", b"NOTSET") == b"NOTSET"
     plain = plain and set(a.get("dilations", [1])) == {1}
-    _require(plain and (value != 0 or not any(a.get("pads", [])) or bool(a.get("count_include_pad"))), "a pool")
+    require(plain and (value != 0 or not any(a.get("pads", [])) or bool(a.get("count_include_pad"))), "a pool")
     return pool(_padded(x, a, axes, value), a["kernel_shape"], a.get("strides", [1] * axes))
 
 
@@ -98,16 +84,9 @@ def _gemm(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tenso
     return y if b is None else y + float(a.get("beta", 1.0)) * b
 
 
-def _normalized(a: Attributes, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    axis = a.get("axis", -1) % x.ndim
-    shape = x.shape[axis:]
-    scale = scale.expand(shape)
-    return F.layer_norm(x, shape, scale, None if bias is None else bias.expand(shape), a.get("epsilon", 1e-5))
-
-
 def _reduced(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
-        _require(not a.get("noop_with_empty_axes"), "a reduction of no axes")
+        require(not a.get("noop_with_empty_axes"), "a reduction of no axes")
         over = a.get("axes") or (_ints(axes) if axes is not None else None) or list(range(x.ndim))
         return reduce(x, dim=over, keepdim=bool(a.get("keepdims", 1)))
 
@@ -127,7 +106,7 @@ def _sliced(a: Attributes, x: Tensor, starts: Tensor, ends: Tensor, axes: Any = 
     first, last = _ints(starts), _ints(ends)
     over = range(len(first)) if axes is None else _ints(axes)
     by = [1] * len(first) if steps is None else _ints(steps)
-    _require(min(by) > 0, "Slice with a negative step")
+    require(min(by) > 0, "Slice with a negative step")
     at = [slice(None)] * x.ndim
     for axis, begin, end, step in zip(over, first, last, by, strict=True):
         at[axis] = slice(begin, end, step)
@@ -135,7 +114,7 @@ def _sliced(a: Attributes, x: Tensor, starts: Tensor, ends: Tensor, axes: Any = 
 
 
 def _pad(a: Attributes, x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
-    _require(a.get("mode", b"constant") == b"constant" and axes is None, "Pad with a mode or axes")
+    require(a.get("mode", b"constant") == b"constant" and axes is None, "Pad with a mode or axes")
     return _padded(x, {"pads": _ints(pads)}, x.ndim, 0.0 if value is None else float(value))
 
 
@@ -161,7 +140,7 @@ def _cast(a: Attributes, x: Tensor) -> Tensor:
     if to in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE):
         return x.float()
     kinds = {TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32, TensorProto.BOOL: torch.bool}
-    _require(to in kinds, f"Cast to {TensorProto.DataType.Name(to)}")
+    require(to in kinds, f"Cast to {TensorProto.DataType.Name(to)}")
     return x.to(kinds[to])
 
 
@@ -189,7 +168,7 @@ def _unsqueezed(a: Attributes, x: Tensor, axes: Tensor) -> Tensor:
 def _split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> Sequence[Tensor]:
     axis = a.get("axis", 0)
     count = a.get("num_outputs", 0)
-    _require(sizes is not None or bool(count), "Split without sizes")
+    require(sizes is not None or bool(count), "Split without sizes")
     chunk = -(-x.shape[axis] // max(count, 1))
     each = _ints(sizes) if sizes is not None else [chunk] * (count - 1) + [x.shape[axis] - chunk * (count - 1)]
     return [x.narrow(axis, sum(each[:i]), size) for i, size in enumerate(each)]
@@ -204,7 +183,6 @@ _CONTRACTIONS: Mapping[gp.Contraction, Operator] = {
 
 _OPERATORS: dict[str, Operator] = {
     "Add": lambda a, x, y: x + y,
-    "Attention": _attention,
     "AveragePool": lambda a, x: _pool(a, x, F.avg_pool2d, 0.0),
     "Cast": _cast,
     "Clip": _clipped,
@@ -221,7 +199,6 @@ _OPERATORS: dict[str, Operator] = {
     "HardSigmoid": lambda a, x: (a.get("alpha", 0.2) * x + a.get("beta", 0.5)).clamp(0, 1),
     "HardSwish": lambda a, x: F.hardswish(x),
     "Identity": lambda a, x: x,
-    "LayerNormalization": _normalized,
     "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
     "LogSoftmax": lambda a, x: x.log_softmax(dim=a.get("axis", -1)),
     "MaxPool": lambda a, x: _pool(a, x, F.max_pool2d, -torch.inf),
