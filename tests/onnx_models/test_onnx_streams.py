@@ -19,6 +19,7 @@ from rsi_deploy.onnx_models.calibration import dense_pass as onnx_survey
 from rsi_deploy.onnx_models.calibration import row_sampling as onnx_readings
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.onnx_models.calibration.dense_pass import Survey
+from rsi_deploy.onnx_models.calibration.reachable_sites import added_to
 from rsi_deploy.onnx_models.calibration.row_sampling import padding_mask
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.onnx_models.calibration.stages import cut
@@ -727,3 +728,15 @@ def test_weights_behind_a_transpose(folder):
     become = {"w": setting.replacement("w")}
     found = sequenced(setting.streams(), lambda site: become.get(site.name))
     flows.assert_moments(found["b"], setting.expected("b", setting.values(), setting.values(become)), tolerance=1e-3)
+
+
+@pytest.mark.parametrize(
+    "add",
+    ["Add(x, h)", "com.microsoft.SkipSimplifiedLayerNormalization(x, h, g)", "Mul(x, h)"],
+    ids=lambda add: add[:9],
+)
+def test_a_residual_stream_is_found_where_it_is_added(add):
+    model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>
+        g (float[N, 4] x) => (float[N, 4] y) <float[4] g = {{1, 1, 1, 1}}, float[4, 4] w = {{{", ".join("1" * 16)}}}> {{
+        h = MatMul(x, w)  y = {add} }}""")
+    assert added_to(model) == ({} if "Mul(x" in add else {"h": "x"})

@@ -126,9 +126,9 @@ def added_to(model: ModelProto) -> dict[str, str]:
         end = value
         for _ in range(2):
             users = readers.get(end, [])
-            if len(users) != 1 or users[0].op_type != "Add" or users[0].domain or end in ends:
+            if len(users) != 1 or (users[0].domain, users[0].op_type) not in _ADDITIONS or end in ends:
                 break
-            others = [name for name in users[0].input if name != end]
+            others = [name for name in users[0].input[:2] if name != end]
             if len(others) != 1:  # to itself
                 break
             if others[0] not in fixed:
@@ -136,6 +136,14 @@ def added_to(model: ModelProto) -> dict[str, str]:
                 break
             end = users[0].output[0]
     return found
+
+
+_ADDITIONS = {
+    ("", "Add"),
+    ("com.microsoft", "SkipLayerNormalization"),
+    ("com.microsoft", "SkipSimplifiedLayerNormalization"),
+}
+"""Operators that add their first two inputs."""
 
 
 def _readers(nodes: Iterable[NodeProto]) -> dict[str, list[NodeProto]]:
