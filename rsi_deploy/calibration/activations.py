@@ -161,10 +161,12 @@ class OutputSensitivity:
     Attributes:
         directions: G `(groups, out, out)`, float32, of any scale: an error e costs `e^T G e`.
         rows: relative cost of the same error at each row; None if all rows cost the same.
+        in_nats: G is that of a language model: `e^T G e / 2` is the KL divergence a token that errors e cause.
     """
 
     directions: Tensor
     rows: RowCounts | None
+    in_nats: bool = False
 
 
 class ModelActivations(Protocol):

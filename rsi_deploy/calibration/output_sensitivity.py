@@ -8,6 +8,10 @@ To first order an error e of the response moves the output by `|J e|^2`, whose m
 `e^T G e` for `G = E[J^T J] = E[g g^T]`. This is the output-side factor of K-FAC (Martens and Grosse 2015, section 3)
 with the identity in the output space in place of the Fisher matrix of a likelihood.
 
+Of a language model the output holds scores of the next token. Its probes are those of the Fisher matrix: u is the
+gradient of the log likelihood of a token that is drawn from the scores. Then G is in nats: errors e of independent
+positions change the distribution of a token by a KL divergence of `E[e^T G e] / 2`, to second order.
+
 ONNX graphs and torch modules share this accumulator: the same samples get the same probes, however they are cut into
 batches. Batches are cut to bound the memory. A site has no sensitivity if no gradient reaches it or memory is short.
 """
@@ -42,6 +46,12 @@ POSITIONS = 1024
 ROWS_AT_ONCE = 512
 """Rows of a site that are added to its sensitivity together: a product of few rows takes as long as one of many."""
 
+TOKENS = 8192
+"""Largest number of tokens of a language model that get gradients."""
+
+LEAST_VOCABULARY = 4096
+"""Smallest last axis of an output `(samples, tokens, scores)` that counts as scores of the next token."""
+
 OUT_LIMIT = 4096
 """Widest response with a sensitivity: the matrix root of a wider one would dominate the cost."""
 
@@ -71,6 +81,16 @@ def sensitivities_or_empty(compute: Callable[[], dict[str, OutputSensitivity]]) 
     return {}
 
 
+def are_token_scores(shape: Sequence[object]) -> bool:
+    """Return whether an output of this shape holds scores of the next token.
+
+    Examples:
+        >>> are_token_scores((2, 128, 49152)), are_token_scores((2, 128, 384)), are_token_scores((2, 49152))
+        (True, False, False)
+    """
+    return len(shape) == 3 and isinstance(shape[2], int) and shape[2] >= LEAST_VOCABULARY
+
+
 class SensitivityAccumulator:
     """An accumulator of output sensitivities, fed with the samples in order, in pieces of any size.
 
@@ -79,6 +99,7 @@ class SensitivityAccumulator:
         samples: number of samples in the data.
         seed: random seed of the probes.
         memory: bound in bytes, see `MEMORY`.
+        most: largest number of samples that get gradients.
 
     Attributes:
         sites: sites that can have a sensitivity.
@@ -88,14 +109,23 @@ class SensitivityAccumulator:
         NoSensitivityError: the sensitivities alone exceed the memory.
     """
 
-    def __init__(self, sites: Mapping[str, CalibratedSite], samples: int, *, seed: int, memory: int = MEMORY) -> None:
+    def __init__(
+        self,
+        sites: Mapping[str, CalibratedSite],
+        samples: int,
+        *,
+        seed: int,
+        memory: int = MEMORY,
+        most: int = SAMPLES,
+    ) -> None:
         # One feature has no directions to compare.
         self.sites = {name: site for name, site in sites.items() if 1 < site.out_features <= OUT_LIMIT}
         for name in (name for name, site in sites.items() if site.out_features > OUT_LIMIT):
             logger.info(
                 "site %r is fitted without output sensitivity: its response has over %d features", name, OUT_LIMIT
             )
-        self._samples, self.seen = samples, 0
+        self._samples, self._most, self.seen = samples, min(most, samples), 0
+        self._tokens = 0  # tokens whose scores were probed, once for each probe
         probes = min(PROBES, max(1, BACKWARDS // max(samples, 1)))
         self._generators = [np.random.default_rng(stream_seed(seed, f"probe/{n}")) for n in range(probes)]
         self._sums: dict[str, Tensor] = {}
@@ -116,10 +146,9 @@ class SensitivityAccumulator:
 
     def choose(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Return which of the next `count` samples get gradients."""
-        share = min(SAMPLES, self._samples)
         number = self.seen + np.arange(count + 1)
         self.seen += count
-        return np.flatnonzero(np.diff(number * share // max(self._samples, 1)))
+        return np.flatnonzero(np.diff(number * self._most // max(self._samples, 1)))
 
     def pieces(self, count: int) -> Iterator[slice]:
         """Cut a batch of `count` samples into pieces that fit into memory, judged by the pieces before."""
@@ -169,6 +198,8 @@ class SensitivityAccumulator:
         z: Tensor,
         taps: Sequence[tuple[str, Tensor]],
         samples: Sequence[int],
+        *,
+        are_scores: bool = False,
     ) -> None:
         """Add gradients of an output with respect to the responses of sites.
 
@@ -176,6 +207,7 @@ class SensitivityAccumulator:
             z: output `(N, ...)`.
             taps: site name and response y of every call of a site.
             samples: indices of these samples in the data.
+            are_scores: the last axis of z holds scores of the next token.
 
         Raises:
             NoSensitivityError: no gradient reaches any site.
@@ -183,9 +215,14 @@ class SensitivityAccumulator:
         values = [y for name, y in taps if name in self.sites]
         if not values or not z.requires_grad:
             raise NoSensitivityError("no gradient passes from the output to a site")
-        for number, generator in enumerate(self._generators):
-            u = torch.from_numpy(generator.standard_normal(z.shape, dtype=np.float32)).to(z)
-            last = number == len(self._generators) - 1
+        generators = self._generators[:1] if are_scores else self._generators  # every token has a probe of its own
+        for number, generator in enumerate(generators):
+            if are_scores:
+                u = _fisher_probe(z.detach(), generator)
+                self._tokens += u.shape[:-1].numel()
+            else:
+                u = torch.from_numpy(generator.standard_normal(z.shape, dtype=np.float32)).to(z)
+            last = number == len(generators) - 1
             gradients = torch.autograd.grad((z * u).sum(), values, retain_graph=not last, allow_unused=True)
             names = (name for name, _ in taps if name in self.sites)
             for name, gradient in zip(names, gradients, strict=True):
@@ -211,7 +248,7 @@ class SensitivityAccumulator:
         energy = gradient.float().square().mean(dim=-1).reshape(len(samples), rows).cpu()
         so_far = self._energy.setdefault(name, {})
         if not so_far:
-            self.reserve(4 * min(SAMPLES, self._samples) * rows)
+            self.reserve(4 * self._most * rows)
         for sample, more in zip(samples, energy, strict=True):
             before = so_far.get(sample)
             so_far[sample] = more if before is None or before.shape != more.shape else before + more
@@ -225,7 +262,11 @@ class SensitivityAccumulator:
             if not np.isfinite(trace):
                 logger.info("site %r is fitted without output sensitivity: its gradients are not finite", name)
         return {
-            name: OutputSensitivity(directions=G, rows=counts_of(self._energy.get(name, {})))
+            name: OutputSensitivity(
+                directions=G / self._tokens if self._tokens else G,
+                rows=counts_of(self._energy.get(name, {})),
+                in_nats=bool(self._tokens),
+            )
             for name, G in self._sums.items()
             if np.isfinite(traces[name]) and traces[name] > 0
         }
@@ -238,6 +279,14 @@ def counts_of(energy: Mapping[int, Tensor]) -> RowCounts | None:
         return None
     size = float(positive.mean())
     return RowCounts(by_sample={n: COUNT_FLOOR + (1 - COUNT_FLOOR) / size * rows for n, rows in energy.items()})
+
+
+def _fisher_probe(scores: Tensor, generator: np.random.Generator) -> Tensor:
+    """Return the gradient of the log likelihood of tokens that are drawn from scores `(..., vocabulary)`."""
+    probe = torch.softmax(scores.float(), dim=-1)
+    below = torch.from_numpy(generator.random((*scores.shape[:-1], 1), dtype=np.float32)).to(probe)
+    drawn = torch.searchsorted(probe.cumsum(dim=-1), below).clamp_max(scores.shape[-1] - 1)
+    return probe.neg_().scatter_add_(-1, drawn, torch.ones_like(below)).to(scores)
 
 
 def gradient_rows(gradient: Tensor, site: CalibratedSite) -> Tensor:

@@ -5,7 +5,8 @@
 
 A form and rank has a response error e at its site. Its effect on the model's outputs is measured: the site alone is
 replaced at two levels of e, and the distance of the outputs is interpolated between the levels by a power law. The
-loss of a site therefore rises steeply where its error destroys the outputs, and no site gets too low a rank.
+loss of a site therefore rises steeply where its error destroys the outputs, and no site gets too low a rank. Of a
+language model the loss is the KL divergence a token that follows from the output sensitivity, without a run.
 """
 
 import math
@@ -15,11 +16,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from graph_passes.forms import FOLDED, Form, rank_limit
 from graph_passes.records import Units
-from rsi_deploy.calibration.activations import CalibratedSite, FittedSite, ModelActivations, Replacement
+from rsi_deploy.calibration.activations import (
+    CalibratedSite,
+    FittedSite,
+    ModelActivations,
+    OutputSensitivity,
+    Replacement,
+)
 from rsi_deploy.calibration.als import TwoKernelProblem, product_of, two_kernel_problem
 from rsi_deploy.calibration.cross_validation import (
     ResponseCurves,
@@ -42,6 +50,7 @@ from rsi_deploy.calibration.reduced_rank_regression import (
     noise_response_error,
     response_error,
     response_problem,
+    sensitivity_root,
 )
 from rsi_deploy.calibration.repair import repair_bytes, repair_ranks, repairs
 from rsi_deploy.calibration.rounded_factors import normal_equations, rounded_factors
@@ -124,7 +133,7 @@ class Calibration:
         def visit(site: CalibratedSite, moments: Moments | Samples) -> None:
             if progress:
                 progress(site.name, len(found), len(sites))
-            sensitivity = sensitivities[site.name].directions if site.name in sensitivities else None
+            sensitivity = sensitivities.get(site.name)
             if self.inputs is not None and any(bits < 8 for bits in self.bits_of(site)):
                 keep_second_moments_(self.inputs, site.name, moments)
             own = site if site.name in readers else replace(site, units=None)
@@ -307,15 +316,19 @@ class Calibration:
         site: CalibratedSite,
         moments: Moments | Samples,
         activations: ModelActivations,
-        sensitivity: Tensor | None,
+        effect: OutputSensitivity | None,
     ) -> SiteOptions:
+        sensitivity = None if effect is None else effect.directions
         params = site.groups * site.out_features * site.in_features
         dense = Option(form="dense", rank=None, params=params, macs=site.macs, bytes=params * site.item_bytes, loss=0.0)
         if self._declines(site, moments):
             return SiteOptions(name=site.name, options=(dense,))
         response = ResponseCurves(site.load(), moments, sensitivity)
         errors = dict(self._errors(site, moments, response, sensitivity))
-        loss = self._loss(site, moments, response, activations, has_splits=bool(errors))
+        if self.measure_losses and effect is not None and effect.in_nats and isinstance(moments, Moments):
+            loss = _divergence_of(site.load(), moments, effect.directions)
+        else:
+            loss = self._loss(site, moments, response, activations, has_splits=bool(errors))
         changed = []
         is_product, rows = not site.kernel, site.groups * site.out_features
         for bits in self.bits_of(site):
@@ -488,6 +501,21 @@ class Calibration:
                 replacement = Replacement(site.forms[0], left.float(), right.float(), bias.float())
                 law.learn(error, activations.distance({site.name: replacement}))
         return law
+
+
+def _divergence_of(weight: Tensor, moments: Moments, directions: Tensor) -> Callable[[float], float]:
+    """Return the function from a response error to the KL divergence a token that it causes, in nats, as far as the
+    sensitivity foresees: it is mixed with the identity, see `sensitivity_root`.
+
+    Args:
+        weight: W `(groups, out, in)`.
+        moments: moments of the site in the dense network.
+        directions: output sensitivity in nats, `(groups, out, out)`.
+    """
+    scale = directions.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    SW = sensitivity_root(directions).mT @ weight.to(torch.float64)
+    whole = float((scale * (SW @ moments.xx.to(SW.dtype) * SW).sum(dim=(-2, -1)).to(scale)).sum()) / 2
+    return lambda error: whole * error
 
 
 def _folded_fits(

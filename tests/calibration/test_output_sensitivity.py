@@ -56,6 +56,25 @@ def test_it_is_the_gram_matrix_of_the_jacobian():
     assert float((G - control).norm() / control.norm()) > 0.3
 
 
+def test_of_a_language_model_it_is_the_divergence_that_errors_cause():
+    generator = torch.Generator().manual_seed(5)
+    V = torch.randn(40, 3, generator=generator)
+    y = torch.randn(4000, 3, generator=generator).requires_grad_()
+    accumulator = accumulator_of(4000)
+    with accumulator.bounded_gradients(4000):
+        z = y @ V.T
+    accumulator.add_gradients(z, [("a", y)], range(4000), are_scores=True)
+    found = accumulator.result()["a"]
+    e = 0.02 * torch.randn(4000, 3, generator=generator) * torch.tensor([1.0, 0.2, 3.0])
+    p, q = ((y.detach() + change) @ V.T for change in (torch.zeros(1), e))
+    divergence = torch.nn.functional.kl_div(q.log_softmax(1), p.log_softmax(1), reduction="batchmean", log_target=True)
+    predicted = float((e @ found.directions[0] * e).sum(dim=1).mean()) / 2
+    assert found.in_nats
+    assert predicted == pytest.approx(float(divergence), rel=0.1)
+    plain = linear(accumulator_of(4000), y, V) / 4000
+    assert float((e @ plain * e).sum(dim=1).mean()) / 2 > 3 * float(divergence)
+
+
 def test_probes_do_not_depend_on_the_cuts():
     V = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     y = leaf(20, 3)

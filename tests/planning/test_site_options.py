@@ -9,7 +9,7 @@ import torch
 
 from rsi_deploy.calibration.activations import CalibratedSite, Distance, OutputSensitivity
 from rsi_deploy.calibration.moments import MomentAccumulator
-from rsi_deploy.calibration.reduced_rank_regression import dense_response_error, response_error
+from rsi_deploy.calibration.reduced_rank_regression import dense_response_error, response_error, sensitivity_root
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.sites import break_even_rank
 from rsi_deploy.linalg.solver import Solver
@@ -171,6 +171,24 @@ def test_losses_are_weighted_by_the_output_sensitivity():
         lost = dense_response_error(weight, replacement.left @ replacement.right, heard.moments, G)
         assert other.loss == pytest.approx(lost**2, rel=1e-2)
         assert other.loss < 0.9 * one.loss
+
+
+def test_of_a_language_model_the_loss_is_the_divergence_without_a_run():
+    weight, x = randn(1, 20, 12, seed=1), fading()
+    activations = OneSite(x, weight)
+    root = randn(20, 20, seed=4)
+    G = (root @ root.mT)[None]
+    activations.sensitivities = lambda: {"one": OutputSensitivity(directions=G, rows=None, in_nats=True)}
+    calibration = Calibration(solver=SOLVER, ridge=1e-9)
+    (site,) = calibration.options(activations)
+    assert activations.asked == []
+    for option in site.options[1:6]:
+        made = calibration.replacement(activations.site, activations.moments, option.form, option.rank, sensitivity=G)
+        lost = (weight - made.left @ made.right)[0].double()
+        damped = sensitivity_root(G)[0] @ sensitivity_root(G)[0].mT * G[0].diagonal().double().mean()
+        divergence = float((damped @ lost @ activations.moments.xx[0].double() * lost).sum()) / 2
+        assert option.loss == pytest.approx(divergence, rel=0.01)
+        assert option.loss != pytest.approx(option.error, rel=0.15)
 
 
 def test_without_measured_losses_the_loss_is_the_squared_error():

@@ -44,7 +44,7 @@ from rsi_deploy.onnx_models.calibration.dense_pass import Survey
 from rsi_deploy.onnx_models.calibration.gradients import output_sensitivities
 from rsi_deploy.onnx_models.calibration.paired_passes import TwoStreams
 from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, found_sites, reach
-from rsi_deploy.onnx_models.calibration.row_sampling import Readings, axes_of, in_order, padding_mask
+from rsi_deploy.onnx_models.calibration.row_sampling import Readings, axes_of, in_order, padding_mask, token_count
 from rsi_deploy.onnx_models.calibration.rows import Taps
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.onnx_models.calibration.stages import cut, thinned
@@ -59,6 +59,8 @@ Feeds = Mapping[str, Array]
 Visit = Callable[[CalibratedSite, Moments | Samples], Replacement | None]
 
 NEVER = "never executed on the calibration data"
+ID_BYTES = 512
+"""Bytes that a whole number in an input counts for: it may be the id of a token, which becomes a vector."""
 INPUT_BYTES = 2 * 2**20
 """Bytes of inputs in a run. Values of larger runs leave the caches and take memory: pictures of 224 x 224 took twice as
 long in runs of 32 as in runs of 4."""
@@ -153,7 +155,7 @@ class OnnxStreams:
         with Survey(self._program, self._path, self._reached, self._readings, provider=self._provider) as survey:
             self._checked.clear()
             self._dense_outputs = None
-            survey.load(self._feeds(), self._checked)
+            survey.load(self._surveyed(), self._checked)
             self._survey = survey
             try:
                 for group in survey.groups():
@@ -246,6 +248,15 @@ class OnnxStreams:
             )
         )
 
+    def _surveyed(self) -> Iterator[Feeds]:
+        """Yield the batches of a survey: all, or of much text evenly spaced ones."""
+        due = 0.0
+        for batch in self._feeds():
+            due += self._readings.survey_share(batch)
+            if due >= 1 - 1e-9:
+                due -= 1
+                yield batch
+
     def _in_order(self) -> Iterator[Reached]:
         return (self._reached[node.output[0]] for wave in self._program.waves for node in wave.sites)
 
@@ -287,7 +298,8 @@ def _fixed_batch(model: ModelProto) -> int:
 def _in_parts(feeds: Callable[[], Iterable[Feeds]], axes: BatchAxes) -> Iterator[Feeds]:
     """Yield the batches in parts of at most `INPUT_BYTES`; batches of fixed size stay whole."""
     for batch in feeds():
-        count, size = axes.samples(batch), sum(array.nbytes for array in batch.values())
+        count = axes.samples(batch)
+        size = max(sum(array.nbytes for array in batch.values()), ID_BYTES * token_count(batch))
         step = count if axes.fixed is not None else max(1, count * INPUT_BYTES // max(size, 1))
         for begin in range(0, count, step):
             yield batch if step >= count else axes.cut(batch, slice(begin, begin + step))

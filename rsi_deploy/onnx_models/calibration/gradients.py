@@ -19,7 +19,13 @@ from onnx import NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
 from rsi_deploy.calibration.activations import OutputSensitivity
-from rsi_deploy.calibration.output_sensitivity import NoSensitivityError, SensitivityAccumulator
+from rsi_deploy.calibration.output_sensitivity import (
+    SAMPLES,
+    TOKENS,
+    NoSensitivityError,
+    SensitivityAccumulator,
+    are_token_scores,
+)
 from rsi_deploy.core.arrays import as_torch
 from rsi_deploy.core.progress import at
 from rsi_deploy.onnx_models.calibration.operators import FIRST_OPSET, operator
@@ -32,6 +38,9 @@ from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
+
+WINDOW = 256
+"""Tokens of a text that get gradients: the first ones, because values kept for long texts take much memory."""
 
 FLOATING = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 
@@ -67,18 +76,25 @@ def output_sensitivities(
     known = {name for node in behind for name in node.output}
     ahead = [node for node in nodes if node.output[0] not in known]
     outputs = program.model.graph.output
-    end = next((v.name for v in outputs if v.name in known and v.type.tensor_type.elem_type in FLOATING), None)
-    if end is None:
+    last = next((v for v in outputs if v.name in known and v.type.tensor_type.elem_type in FLOATING), None)
+    if last is None:
         raise NoSensitivityError("no floating output depends on a site")
-    accumulator = SensitivityAccumulator({r.site.name: r.site for r in reached.values()}, samples, seed=seed)
-    replay = _Replay(_ancestors(behind, end), reached, end)
+    are_scores = are_token_scores([dim.dim_value or None for dim in last.type.tensor_type.shape.dim])
+    accumulator = SensitivityAccumulator(
+        {r.site.name: r.site for r in reached.values()},
+        samples,
+        seed=seed,
+        most=TOKENS // WINDOW if are_scores else SAMPLES,
+    )
+    replay = _Replay(_ancestors(behind, last.name), reached, last.name)
     weights = _weights(program, path, replay.reads, accumulator)
     own = [*needed_constants(program, replay.nodes), *ahead]
     axes = axes_of(program.model)
     with Segment(program, path, own, Taps(), replay.reads, provider=provider) as run:
         for batch in batches:
             at("gradients of the output", accumulator.seen, samples)
-            for piece, numbers in _pieces(batch, accumulator, axes):
+            for whole, numbers in _pieces(batch, accumulator, axes):
+                piece = _first_tokens(whole) if are_scores else whole
                 values = {name: _tensor(piece[name]) for name in replay.reads & piece.keys()}
                 if run.outputs:
                     values |= {name: _tensor(value) for name, value in run(piece).items()}
@@ -87,7 +103,7 @@ def output_sensitivities(
                     mask = padding_mask(piece)
                     if mask is not None and z.ndim > 2 and z.shape[:2] == mask.shape:
                         z = z[torch.from_numpy(mask)]
-                accumulator.add_gradients(z, taps, numbers)
+                accumulator.add_gradients(z, taps, numbers, are_scores=are_scores)
     return accumulator.result()
 
 
@@ -160,6 +176,14 @@ def _tensor(value: Any) -> Tensor:
     """Return a tensor, float32 where it is floating."""
     tensor = as_torch(np.array(value))
     return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _first_tokens(batch: Feeds) -> Feeds:
+    """Return the first tokens of texts: the inputs `(samples, tokens)` of whole numbers are cut."""
+    return {
+        name: array[:, :WINDOW] if array.ndim == 2 and array.dtype.kind in "iu" else array
+        for name, array in batch.items()
+    }
 
 
 def _pieces(batch: Feeds, accumulator: SensitivityAccumulator, axes: BatchAxes) -> Iterator[tuple[Feeds, list[int]]]:

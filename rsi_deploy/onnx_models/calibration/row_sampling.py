@@ -24,6 +24,7 @@ from torch import Tensor
 import graph_passes as gp
 from rsi_deploy.calibration.activations import RowCounts
 from rsi_deploy.calibration.moments import GRAM_LIMIT, ROWS, Moments, Samples, row_limit
+from rsi_deploy.calibration.output_sensitivity import are_token_scores
 from rsi_deploy.linalg.solver import stream_seed
 from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, row_sizes
 from rsi_deploy.onnx_models.calibration.rows import Taps, all_patches, chosen, output_size, patch_index
@@ -35,6 +36,10 @@ from rsi_deploy.runtime.feeds.inputs import dim_of
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+SURVEY_TOKENS = 32_768
+"""Tokens that the ranks of a language model are chosen on: more than the rows of all but very wide sites."""
 
 
 class Readings:
@@ -59,6 +64,8 @@ class Readings:
         self._reached = list(reached)
         self._samples, self._seed = samples, seed
         self.axes = axes_of(program.model)
+        ends = (value.type.tensor_type.shape.dim for value in program.model.graph.output)
+        self._is_language_model = any(are_token_scores([dim.dim_value or None for dim in dims]) for dims in ends)
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Shapes] = {}
 
     def index(self, group: Iterable[Reached], batch: Feeds, number: int, *, survey: bool = False) -> dict[str, Array]:
@@ -67,10 +74,9 @@ class Readings:
         feeds: dict[str, Array] = {}
         for r in group:
             shape = shapes[r.graph.data]
+            rows = (survey_rows if survey else row_limit)(r.site.in_features, r.site.groups)
             quota = (
-                (survey_rows if survey else row_limit)(r.site.in_features, r.site.groups)
-                * self.axes.samples(batch)
-                / max(self._samples, 1)
+                rows * self.axes.samples(batch) / max(self._samples, 1) / (self.survey_share(batch) if survey else 1)
             )
             if r.graph.window is not None:
                 at, where, inside = self._patches(
@@ -83,6 +89,13 @@ class Readings:
                 feeds[f"{r.tag}/index"] = at
             feeds[f"{r.tag}/response/index"] = feeds[f"{r.tag}/beside/index"] = at
         return feeds
+
+    def survey_share(self, batch: Feeds) -> float:
+        """Return the share of the data that a survey runs: below 1 for much text of a language model."""
+        if not self._is_language_model:
+            return 1.0
+        tokens = token_count(batch) / max(self.axes.samples(batch), 1) * self._samples
+        return min(1.0, SURVEY_TOKENS / max(tokens, 1.0))
 
     def _generator(self, r: Reached, number: int) -> np.random.Generator:
         return np.random.default_rng(stream_seed(self._seed, f"{r.site.name}/{number}"))
@@ -127,6 +140,11 @@ def _row_shape(r: Reached, shape: Sequence[int]) -> tuple[int, ...]:
     """Return the shape `(*rows, in)` of a product's data of this shape."""
     ordered = [shape[axis] for axis in r.order.data or range(len(shape))]
     return (*row_sizes(ordered, r.site.in_features), r.site.in_features)
+
+
+def token_count(batch: Feeds) -> int:
+    """Return the most numbers in an input `(samples, tokens)` of whole numbers; 0 without one."""
+    return max((a.size for a in batch.values() if a.ndim == 2 and a.dtype.kind in "iu"), default=0)
 
 
 def survey_rows(in_features: int, groups: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rsi_deploy.calibration.activations import CalibratedSite, OutputSensitivity
-from rsi_deploy.calibration.output_sensitivity import SensitivityAccumulator
+from rsi_deploy.calibration.output_sensitivity import SensitivityAccumulator, are_token_scores
 from rsi_deploy.torch_models.calibration.calls import Layer
 from rsi_deploy.torch_models.calibration.runs import Arguments, Runs, aligned, samples_of
 
@@ -42,7 +42,7 @@ def output_sensitivities(
                 taps: Taps = []
                 with accumulator.bounded_gradients(samples_of(piece), module.parameters()):
                     z = runs.output(piece, _tapped(layers, taps))
-                accumulator.add_gradients(z, taps, numbers)
+                accumulator.add_gradients(z, taps, numbers, are_scores=are_token_scores(z.shape))
     return accumulator.result()
 
 
