@@ -740,3 +740,60 @@ def test_a_residual_stream_is_found_where_it_is_added(add):
         g (float[N, 4] x) => (float[N, 4] y) <float[4] g = {{1, 1, 1, 1}}, float[4, 4] w = {{{", ".join("1" * 16)}}}> {{
         h = MatMul(x, w)  y = {add} }}""")
     assert added_to(model) == ({} if "Mul(x" in add else {"h": "x"})
+
+
+class Words:
+    """A language model: token ids --> vectors --> a site --> scores of 4,096 tokens."""
+
+    def __init__(self, folder, samples=64, tokens=1024):
+        rng = np.random.default_rng(3)
+        weights = {
+            "embed": rng.standard_normal((4096, 8)),
+            "w": rng.standard_normal((8, 8)),
+            "head": rng.random((8, 4096)),
+        }
+        self.model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 23]>
+            g (int64[N, T] ids) => (float[N, T, 4096] scores) {
+            x = Gather(embed, ids)  y = MatMul(x, w)  h = Tanh(y)  scores = MatMul(h, head) }""")
+        self.model.graph.initializer.extend(
+            onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()
+        )
+        self.path = folder / "words.onnx"
+        onnx.save(self.model, self.path)
+        self.ids = rng.integers(0, 4096, (samples, tokens))
+
+    def streams(self, ids=None):
+        ids = self.ids if ids is None else ids
+        self.runs = []
+
+        def feeds():
+            for begin in range(0, len(ids), 8):
+                self.runs.append(begin)
+                yield {"ids": ids[begin : begin + 8]}
+
+        return OnnxStreams(self.path, feeds, len(ids), may_split=lambda name: name == "w")
+
+
+def test_the_gradients_of_a_text_are_those_of_its_first_tokens(folder):
+    words = Words(folder, samples=4, tokens=300)
+    found = words.streams().sensitivities()["w"]
+    assert found.in_nats
+    for begin, is_same in ((256, True), (200, False)):
+        other = words.ids.copy()
+        other[:, begin:] = 1
+        again = words.streams(other).sensitivities()["w"].directions
+        assert torch.equal(found.directions, again) == is_same
+
+
+def test_a_survey_runs_a_part_of_much_text_and_reads_as_many_rows(folder):
+    words = Words(folder)
+    streams, ran = words.streams(), []
+    whole = Survey.gather
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Survey, "gather", lambda self, group: (ran.append(self._batches), whole(self, group))[1])
+        streams.survey(lambda site, moments: None)
+    assert ran == [8]  # of 16 parts with 4,096 tokens
+    assert streams.rows_of("w") == onnx_readings.survey_rows(8, 1)
+    sequenced(streams, lambda site: None)
+    assert streams.rows_of("w") == moments.row_limit(8)
