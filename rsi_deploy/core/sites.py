@@ -145,6 +145,20 @@ def dense_record(
     )
 
 
+def smaller_record(site: SiteRecord, kept: int, count: int, what: str, reader: str) -> SiteRecord:
+    """Return the record of a site that makes fewer units, or values of heads, for another one.
+
+    Args:
+        site: record of the dense site.
+        kept: number of units that stay.
+        count: number of units.
+        what: what they are, in words.
+        reader: name of the site that reads them.
+    """
+    reason = f"makes {kept} of its {count} {what}, as {reader} reads no others"
+    return site.model_copy(update={"params_compressed": site.params_dense * kept // count, "reason": reason})
+
+
 def unmeasured_record(
     name: str,
     kind: str,

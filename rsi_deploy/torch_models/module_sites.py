@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from graph_passes.forms import Form, conv_forms
+from graph_passes.forms import FOLDED, Form, conv_forms
 from rsi_deploy.calibration.activations import Replacement
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.sites import site_name
@@ -163,7 +163,7 @@ def low_rank_layer(layer: nn.Module, replacement: Replacement) -> nn.Module:
         left, right, pivots = pivoted(left.detach(), right.detach(), run_bound=bound)
         found = PivotedFactors(left.to(weight), right.to(weight), pivots.to(weight.device))
         return _pivoted_layer(layer, found, change).train(layer.training)
-    if weight.dtype.itemsize < 4 and left.dtype != weight.dtype:
+    if weight.dtype.itemsize < 4 and left.dtype != weight.dtype and replacement.form not in FOLDED:
         left, right = balanced(left, right)
     factors = Factors(left.to(weight), right.to(weight))
     new: nn.Module
@@ -215,7 +215,7 @@ def _weights_of(layer: nn.Module) -> list[tuple[str, str, int, str]]:
     if isinstance(layer, nn.Linear):
         custom = type(layer).forward is not nn.Linear.forward
         return [("weight", "Linear", 1, f"{kind} has a forward of its own" if custom else "")]
-    if _is_transformers_conv1d(layer):
+    if is_transformers_conv1d(layer):
         return [("weight", "Conv1D", 1, "")]
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         return [("weight", kind, 1, "ConvTranspose is not split")]
@@ -246,7 +246,8 @@ def _splittable(module: nn.Module, parameter_path: str) -> bool:
     return any(k == key and not obstacle for k, _, _, obstacle in _weights_of(module.get_submodule(path)))
 
 
-def _is_transformers_conv1d(layer: nn.Module) -> bool:
+def is_transformers_conv1d(layer: nn.Module) -> bool:
+    """Return whether a layer is the Conv1D of transformers, a Linear whose weight is stored as `(in, out)`."""
     return type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers.")
 
 

@@ -78,6 +78,44 @@ def to_onnx(source: Source, *, opset: int | None = None) -> ExportedModel:
         _forget_traces()
 
 
+def to_graph(module: torch.nn.Module, inputs: tuple[Any, ...]) -> ir.Model:
+    """Export a module to a graph for a survey: every tensor has its torch name, and no weight is folded into another.
+
+    Sizes are those of the inputs. Weights have their torch layout, apart from axes of size 1, and share its memory.
+
+    Args:
+        module: module in evaluation mode; not changed.
+        inputs: its positional arguments.
+
+    Raises:
+        Exception: torch cannot export it. This is any exception, because tracing runs the module's own code.
+    """
+    from onnxscript import optimizer
+
+    try:
+        with _quiet():
+            program = torch.export.export(module, inputs)
+        model = _converted(Source(name=type(module).__name__, example_inputs=inputs), program, ATTENTION_OPSET)
+        _untie(program)
+    finally:
+        _forget_traces()
+    _name_tied_weights_(model, program)
+    names = _weight_names_after_folding(model)
+    own = {*program.state_dict, *program.constants}
+
+    def keeps_layout(node: ir.Node) -> bool | None:
+        reads_own = any(value is not None and value.name in own for value in node.inputs)
+        return False if reads_own and node.op_type not in ("Reshape", "Squeeze", "Unsqueeze") else None
+
+    ir.passes.common.InlinePass()(model)
+    optimizer.fold_constants(model, should_fold=keeps_layout)
+    ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    ir.passes.common.ShapeInferencePass()(model)
+    _restore_names_(model, names)
+    return model
+
+
 def _forget_traces() -> None:
     """Clear torch's global caches, which keep every symbolic shape environment alive.
 
