@@ -86,7 +86,8 @@ def keep_units_(module: nn.Module, found: ModuleUnits, replacement: Replacement)
     assert old is not None
     if not is_transformers_conv1d(layer):
         left = left.reshape(len(old), -1, left.shape[-1])  # (out, points, kept)
-    layer._parameters["weight"] = nn.Parameter(left.mT.reshape(old.shape).to(old), requires_grad=old.requires_grad)
+    weight = left.mT.reshape(old.shape).to(old).contiguous()  # strides of a Conv's weight would pass to its output
+    layer._parameters["weight"] = nn.Parameter(weight, requires_grad=old.requires_grad)
     change = replacement.bias.reshape(-1).to(old) if replacement.bias.any() else None
     layer._parameters["bias"] = changed_bias(bias, change)
 
