@@ -22,6 +22,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
 
 from graph_passes import FoldBatchNormPass
 from graph_passes.constants import computed_constants
@@ -82,6 +83,7 @@ def to_graph(module: torch.nn.Module, inputs: tuple[Any, ...]) -> ir.Model:
     """Export a module to a graph for a survey: every tensor has its torch name, and no weight is folded into another.
 
     Sizes are those of the inputs. Weights have their torch layout, apart from axes of size 1, and share its memory.
+    Outputs that are no tensors, such as the cache of a language model, are left out.
 
     Args:
         module: module in evaluation mode; not changed.
@@ -94,7 +96,7 @@ def to_graph(module: torch.nn.Module, inputs: tuple[Any, ...]) -> ir.Model:
 
     try:
         with _quiet():
-            program = torch.export.export(module, inputs)
+            program = torch.export.export(_TensorsOf(module), inputs)
         model = _converted(Source(name=type(module).__name__, example_inputs=inputs), program, ATTENTION_OPSET)
         _untie(program)
     finally:
@@ -113,7 +115,21 @@ def to_graph(module: torch.nn.Module, inputs: tuple[Any, ...]) -> ir.Model:
     ir.passes.common.RemoveUnusedNodesPass()(model)
     ir.passes.common.ShapeInferencePass()(model)
     _restore_names_(model, names)
+    for name, value in list(model.graph.initializers.items()):
+        value.name = name.removeprefix("module.")
     return model
+
+
+class _TensorsOf(torch.nn.Module):
+    """A module without its outputs that are no tensors."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> list[torch.Tensor]:
+        """Return the tensors among the outputs."""
+        return [leaf for leaf in pytree.tree_leaves(self.module(*inputs)) if isinstance(leaf, torch.Tensor)]
 
 
 def _forget_traces() -> None:
