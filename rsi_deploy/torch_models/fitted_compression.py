@@ -1,6 +1,7 @@
 """Compression with calibration data: low-rank layers fitted to the activations of a module, in place.
 
     fold BatchNorms --> TorchActivations(module, data) --> ranks or a budget --> fitted factors --> low-rank layers
+                        hidden units, for a budget                                                  smaller layers
 
 The planner, factors and forms are those of `export`; hooks take the place of the ONNX graph. Use it for fine-tuning in
 PyTorch, or for modules that cannot be exported.

@@ -215,7 +215,7 @@ def _weights_of(layer: nn.Module) -> list[tuple[str, str, int, str]]:
     if isinstance(layer, nn.Linear):
         custom = type(layer).forward is not nn.Linear.forward
         return [("weight", "Linear", 1, f"{kind} has a forward of its own" if custom else "")]
-    if is_transformers_conv1d(layer):
+    if _is_transformers_conv1d(layer):
         return [("weight", "Conv1D", 1, "")]
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         return [("weight", kind, 1, "ConvTranspose is not split")]
@@ -246,8 +246,7 @@ def _splittable(module: nn.Module, parameter_path: str) -> bool:
     return any(k == key and not obstacle for k, _, _, obstacle in _weights_of(module.get_submodule(path)))
 
 
-def is_transformers_conv1d(layer: nn.Module) -> bool:
-    """Return whether a layer is the Conv1D of transformers, a Linear whose weight is stored as `(in, out)`."""
+def _is_transformers_conv1d(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers.")
 
 

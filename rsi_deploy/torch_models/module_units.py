@@ -27,12 +27,9 @@ from graph_passes.weights import Weight
 from rsi_deploy.calibration.activations import Replacement
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.torch_models.layers import changed_bias
-from rsi_deploy.torch_models.module_sites import is_transformers_conv1d
 from rsi_deploy.torch_models.to_onnx import to_graph
 
 logger = logging.getLogger(__name__)
-
-_Layers = nn.Linear | nn.modules.conv._ConvNd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +81,7 @@ def keep_units_(module: nn.Module, found: ModuleUnits, replacement: Replacement)
     layer, left = module.get_submodule(found.reader), replacement.left[0]
     old, bias = layer._parameters["weight"], layer._parameters["bias"]
     assert old is not None
-    if not is_transformers_conv1d(layer):
-        left = left.reshape(len(old), -1, left.shape[-1])  # (out, points, kept)
+    left = left.reshape(len(old), -1, left.shape[-1])  # (out, points, kept)
     weight = left.mT.reshape(old.shape).to(old).contiguous()  # strides of a Conv's weight would pass to its output
     layer._parameters["weight"] = nn.Parameter(weight, requires_grad=old.requires_grad)
     change = replacement.bias.reshape(-1).to(old) if replacement.bias.any() else None
@@ -104,7 +100,7 @@ def _units_of(module: nn.Module, model: ir.Model, macs: Mapping[str, int]) -> It
         reader = site_name(site.weight)
         cuts, numbers = {}, Counter[str]()
         try:
-            if not is_transformers_conv1d(layer := module.get_submodule(reader)) and not isinstance(layer, _Layers):
+            if not isinstance(layer := module.get_submodule(reader), nn.Linear | nn.modules.conv._ConvNd):
                 raise _DoubtError(f"it is a {type(layer).__name__}")
             for weight, axis in found.constants.values():
                 if weight.name in tensors:
@@ -135,7 +131,7 @@ def _units_of(module: nn.Module, model: ir.Model, macs: Mapping[str, int]) -> It
             reader=reader,
             units=units,
             macs=sum(macs.get(site_name(name), 0) for name in between),
-            cuts=cuts | {site.weight: UnitAxis(0 if is_transformers_conv1d(layer) else 1, site.units.run)},
+            cuts=cuts | {site.weight: UnitAxis(1, site.units.run)},
         )
 
 
@@ -231,9 +227,6 @@ def _set_sizes_(layer: nn.Module) -> None:
         layer.num_features = next(len(t) for t in (layer.running_mean, layer.weight) if t is not None)
     elif isinstance(layer, nn.PReLU):
         layer.num_parameters = layer.weight.numel()
-    elif is_transformers_conv1d(layer):
-        assert isinstance(layer.weight, Tensor)
-        layer.nx, layer.nf = layer.weight.shape  # type: ignore[assignment]
 
 
 @contextmanager

@@ -159,8 +159,7 @@ def test_fewer_units_compute_what_the_same_split_of_the_exported_model_computes(
     assert max(gp.count_parameters(exported.model), numbers(module)) < numbers(original)
 
 
-@pytest.mark.parametrize("redundant", ["twins", "unread"])
-@pytest.mark.parametrize("case", ["gate", "inverted", "pictures"])
+@pytest.mark.parametrize(("case", "redundant"), [("gate", "unread"), ("inverted", "twins"), ("pictures", "twins")])
 def test_units_that_say_nothing_new_go_without_a_loss(case, redundant):
     make, shape, expected = CASES[case]
     module, x = seeded(make), data(shape, 600)
@@ -189,8 +188,9 @@ def test_units_that_say_nothing_new_go_without_a_loss(case, redundant):
     assert losses[1] > 5e-3  # two less, and something is lost
 
 
-@pytest.mark.parametrize("cost", ["keep_macs", "keep_params"])
-@pytest.mark.parametrize("case", ["mlp", "inverted", "encoder"])
+@pytest.mark.parametrize(
+    ("case", "cost"), [("mlp", "keep_macs"), ("inverted", "keep_params"), ("encoder", "keep_params")]
+)
 def test_a_budget_is_kept_by_smaller_layers_of_the_same_kind(case, cost):
     make, shape, expected = CASES[case]
     module, x = seeded(make), data(shape)
@@ -219,7 +219,7 @@ def test_a_budget_is_kept_by_smaller_layers_of_the_same_kind(case, cost):
     assert list(module.get_submodule(reader).weight.shape)[1] == kept * run
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["gate", "inverted", "encoder"])
 def test_the_result_can_be_copied_pickled_trained_and_exported(case, tmp_path):
     make, shape, _ = CASES[case]
     module, x = seeded(make), data(shape)
