@@ -52,8 +52,8 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
         normalized_error: `||W - left right||_2 / s_{rank+1}`; 1.0 is optimal.
         normalized_error_kind: "exact" if the spectrum is exact, "upper bound" if s_{rank+1} is bounded from below. All
             four are None for factors fitted to data, which need not be close to the weight.
-        form: form of the split: "matmul", "gemm", "channel", "input", "separable", "pivoted"; None if dense or not
-            recorded.
+        form: form of the split: "matmul", "gemm", "channel", "input", "separable", "pivoted", "units", "heads"; None if
+            dense or not recorded.
         response_error: `E|y - y~|^2 / E|y|^2`, centred, on the calibration data that the factors are fitted to. Rows of
             a product (tokens) are weighted, as in the fit, by the effect of their errors on the outputs.
         held_out_error: mean of the same on folds of these data that are left out of a fit, one after another; None

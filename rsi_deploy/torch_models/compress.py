@@ -56,10 +56,11 @@ def compress_(
 
     A weight that is computed (weight_norm, spectral_norm, pruning) is factorized as its value in evaluation mode. Its
     computation is removed together with the layer; without `calib` it stays if the layer stays dense. Every layer gets
-    its own factors: right factors that several layers share (`export(..., joint=True)`) exist in ONNX only. With a rank,
-    every layer has its usual form. A budget chooses among all forms but "heads": the pivoted one too, and hidden units,
-    which make several layers smaller and keep their types. Units are found by exporting the module with samples of the
-    first batch; a module that cannot be exported, or whose code has a fixed number of units, keeps them.
+    its own factors: right factors that several layers share (`export(..., joint=True)`) exist in ONNX only.
+
+    With a rank, every layer has its usual form. A budget chooses among all forms but "heads": the pivoted one too, and
+    hidden units, which make several layers smaller and keep their types. Units are found by exporting the module with
+    samples of the first batch; a module that cannot be exported, or whose code has a fixed number of units, keeps them.
 
     Args:
         module: any torch module. In evaluation mode, BatchNorms behind convolutions are folded; `calib` requires it.

@@ -14,6 +14,7 @@ from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.planner import Filters
 from rsi_deploy.planning.site_options import Calibration
+from rsi_deploy.torch_models import module_units
 from rsi_deploy.torch_models.calibration.activations import TorchActivations
 from rsi_deploy.torch_models.compress import compress_
 from rsi_deploy.torch_models.fitted_compression import compress_fitted_
@@ -318,6 +319,14 @@ def test_units_that_cannot_go_are_left_alone_and_other_forms_compress(make, shap
     assert not {record.name for record in records if record.form == "units"} - left
     assert {record.form for record in records} - {None, "units"}
     module(x)
+
+
+@pytest.mark.parametrize(("make", "shape", "more"), [(Viewed, IMAGES, "head"), (Counted, ROWS, "down")])
+def test_only_the_trial_shows_that_the_code_wants_all_units(make, shape, more, monkeypatch):
+    module, x = seeded(make), data(shape, 2)
+    known = find_module_units(module, (x,))
+    monkeypatch.setattr(module_units, "_answers_alike", lambda *_: True)
+    assert find_module_units(module, (x,)).keys() - known.keys() == {more}
 
 
 @pytest.mark.parametrize(("exclude", "outcome"), [((), "smaller"), (("up",), "dense")])
