@@ -52,8 +52,8 @@ class SiteRecord(pydantic.BaseModel, frozen=True, extra="forbid"):
         normalized_error: `||W - left right||_2 / s_{rank+1}`; 1.0 is optimal.
         normalized_error_kind: "exact" if the spectrum is exact, "upper bound" if s_{rank+1} is bounded from below. All
             four are None for factors fitted to data, which need not be close to the weight.
-        form: form of the split: "matmul", "gemm", "channel", "input", "separable", "pivoted"; None if dense or not
-            recorded.
+        form: form of the split: "matmul", "gemm", "channel", "input", "separable", "pivoted", "units", "heads"; None if
+            dense or not recorded.
         response_error: `E|y - y~|^2 / E|y|^2`, centred, on the calibration data that the factors are fitted to. Rows of
             a product (tokens) are weighted, as in the fit, by the effect of their errors on the outputs.
         held_out_error: mean of the same on folds of these data that are left out of a fit, one after another; None
@@ -143,6 +143,20 @@ def dense_record(
         params_compressed=params,
         nodes=nodes,
     )
+
+
+def smaller_record(site: SiteRecord, kept: int, count: int, what: str, reader: str) -> SiteRecord:
+    """Return the record of a site that makes fewer units, or values of heads, for another one.
+
+    Args:
+        site: record of the dense site.
+        kept: number of units that stay.
+        count: number of units.
+        what: what they are, in words.
+        reader: name of the site that reads them.
+    """
+    reason = f"makes {kept} of its {count} {what}, as {reader} reads no others"
+    return site.model_copy(update={"params_compressed": site.params_dense * kept // count, "reason": reason})
 
 
 def unmeasured_record(

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import graph_passes as gp
 from graph_passes.forms import FOLDED
-from rsi_deploy.core.sites import SiteRecord, dense_record, site_name
+from rsi_deploy.core.sites import SiteRecord, dense_record, site_name, smaller_record
 
 
 def records_by_weight(nodes: Iterable[gp.Record], splits: Mapping[str, SiteRecord]) -> list[SiteRecord]:
@@ -57,21 +57,13 @@ def with_fewer_units(
         nodes: records of the nodes.
         units: weight name -> what it reads.
     """
-    left: dict[str, tuple[int, int, str]] = {}  # node name -> units kept, all units, why
+    left: dict[str, tuple[int, int, str, str]] = {}  # node name -> units kept, all units, what they are, their reader
     for node in nodes:
         if isinstance(node, gp.Split) and node.form in FOLDED:
-            read, reader = units[node.weight], site_name(node.weight)
-            kept, what = node.rank // read.run, "hidden units" if node.form == "units" else "numbers of each head"
-            reason = f"makes {kept} of its {read.count} {what}, as {reader} reads no others"
-            left |= dict.fromkeys(read.nodes, (kept, read.count, reason))
-    result = []
-    for site in sites:
-        if (found := next((left[node] for node in site.nodes if node in left), None)) is not None:
-            kept, count, reason = found
-            update = {"params_compressed": site.params_dense * kept // count, "reason": reason}
-            site = site.model_copy(update=update)
-        result.append(site)
-    return result
+            read, what = units[node.weight], "hidden units" if node.form == "units" else "numbers of each head"
+            left |= dict.fromkeys(read.nodes, (node.rank // read.run, read.count, what, site_name(node.weight)))
+    found = ((site, next((left[node] for node in site.nodes if node in left), None)) for site in sites)
+    return [site if facts is None else smaller_record(site, *facts) for site, facts in found]
 
 
 def with_macs(

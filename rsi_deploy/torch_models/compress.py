@@ -3,9 +3,10 @@
     compress_(module, rank)                         factors of the weights alone
     compress_(module, keep_macs=0.5, calib=data)    factors fitted to calibration data (`fitted_compression`)
 
-The result is an ordinary trainable module. Without calibration data, its factors are those of exporting the dense model
-and splitting it in ONNX, because they depend only on the weight, the name and the seed of a site. Shared right factors
-exist in ONNX only, because only the graph shows which weights multiply the same input; `joint=False` turns them off.
+The result is an ordinary trainable module. Under a budget, layers may also make fewer hidden units (`module_units`).
+Without calibration data, its factors are those of exporting the dense model and splitting it in ONNX, because they
+depend only on the weight, the name and the seed of a site. Right factors that several layers share exist in ONNX only
+(`joint=False` turns them off), and so do fewer numbers for each attention head.
 """
 
 import dataclasses
@@ -55,8 +56,11 @@ def compress_(
 
     A weight that is computed (weight_norm, spectral_norm, pruning) is factorized as its value in evaluation mode. Its
     computation is removed together with the layer; without `calib` it stays if the layer stays dense. Every layer gets
-    its own factors: right factors that several layers share (`export(..., joint=True)`) exist in ONNX only. A budget
-    chooses among all forms of a split, among them the pivoted one; with a rank, every layer has its usual form.
+    its own factors: right factors that several layers share (`export(..., joint=True)`) exist in ONNX only.
+
+    With a rank, every layer has its usual form. A budget chooses among all forms but "heads": the pivoted one too, and
+    hidden units, which make several layers smaller and keep their types. Units are found by exporting the module with
+    samples of the first batch; a module that cannot be exported, or whose code has a fixed number of units, keeps them.
 
     Args:
         module: any torch module. In evaluation mode, BatchNorms behind convolutions are folded; `calib` requires it.
@@ -82,7 +86,8 @@ def compress_(
         progress: function that is called with the name, index and number of sites before each factorization.
 
     Returns:
-        One record per site in the order of the module tree, with the response errors of fitted sites.
+        One record per site in the order of the module tree, with the response errors of fitted sites. The layer that
+        reads fewer hidden units is split in the form "units"; those that make them are "smaller".
 
     Raises:
         UsageError: arguments that contradict each other or do not fit the module, or a module that is itself the layer

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from graph_passes.forms import Form, conv_forms
+from graph_passes.forms import FOLDED, Form, conv_forms
 from rsi_deploy.calibration.activations import Replacement
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.sites import site_name
@@ -163,7 +163,7 @@ def low_rank_layer(layer: nn.Module, replacement: Replacement) -> nn.Module:
         left, right, pivots = pivoted(left.detach(), right.detach(), run_bound=bound)
         found = PivotedFactors(left.to(weight), right.to(weight), pivots.to(weight.device))
         return _pivoted_layer(layer, found, change).train(layer.training)
-    if weight.dtype.itemsize < 4 and left.dtype != weight.dtype:
+    if weight.dtype.itemsize < 4 and left.dtype != weight.dtype and replacement.form not in FOLDED:
         left, right = balanced(left, right)
     factors = Factors(left.to(weight), right.to(weight))
     new: nn.Module

@@ -22,6 +22,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
 
 from graph_passes import FoldBatchNormPass
 from graph_passes.constants import computed_constants
@@ -76,6 +77,59 @@ def to_onnx(source: Source, *, opset: int | None = None) -> ExportedModel:
         return _exported(source, opset)
     finally:
         _forget_traces()
+
+
+def to_graph(module: torch.nn.Module, inputs: tuple[Any, ...]) -> ir.Model:
+    """Export a module to a graph for a survey: every tensor has its torch name, and no weight is folded into another.
+
+    Sizes are those of the inputs. Weights have their torch layout, apart from axes of size 1, and share its memory.
+    Outputs that are no tensors, such as the cache of a language model, are left out.
+
+    Args:
+        module: module in evaluation mode; not changed.
+        inputs: its positional arguments.
+
+    Raises:
+        Exception: torch cannot export it. This is any exception, because tracing runs the module's own code.
+    """
+    from onnxscript import optimizer
+
+    try:
+        with _quiet():
+            program = torch.export.export(_TensorsOf(module), inputs)
+        model = _converted(Source(name=type(module).__name__, example_inputs=inputs), program, ATTENTION_OPSET)
+        _untie(program)
+    finally:
+        _forget_traces()
+    _name_tied_weights_(model, program)
+    names = _weight_names_after_folding(model)
+    own = {*program.state_dict, *program.constants}
+
+    def keeps_layout(node: ir.Node) -> bool | None:
+        reads_own = any(value is not None and value.name in own for value in node.inputs)
+        return False if reads_own and node.op_type not in ("Reshape", "Squeeze", "Unsqueeze") else None
+
+    ir.passes.common.InlinePass()(model)
+    optimizer.fold_constants(model, should_fold=keeps_layout)
+    ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    ir.passes.common.ShapeInferencePass()(model)
+    _restore_names_(model, names)
+    for name, value in list(model.graph.initializers.items()):
+        value.name = name.removeprefix("module.")
+    return model
+
+
+class _TensorsOf(torch.nn.Module):
+    """A module without its outputs that are no tensors."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> list[torch.Tensor]:
+        """Return the tensors among the outputs."""
+        return [leaf for leaf in pytree.tree_leaves(self.module(*inputs)) if isinstance(leaf, torch.Tensor)]
 
 
 def _forget_traces() -> None:

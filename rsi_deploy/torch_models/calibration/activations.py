@@ -9,6 +9,7 @@ Replaced layers have another `forward` during a run only; the module itself does
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from rsi_deploy.torch_models.calibration.row_sampling import (
 from rsi_deploy.torch_models.calibration.runs import Arguments, Runs, samples_of, stacked
 from rsi_deploy.torch_models.calibration.trace import BatchTrace, attentions_of, layers_of, staged
 from rsi_deploy.torch_models.module_sites import ModuleSite, find_module_sites, low_rank_layer
+from rsi_deploy.torch_models.module_units import ModuleUnits
 
 Forwards = Mapping[nn.Module, Callable[..., Any]]
 
@@ -60,6 +62,7 @@ class TorchActivations:
             at the end by its shape and values. Padding gives no rows for a product over `(N, L, ...)`.
         compensate: whether a branch is fitted to correct the errors of the residual stream that it is added to.
         memory: bytes of moments that a survey keeps at a time; one site may exceed it.
+        units: hidden units, by the name of the site that reads them.
 
     Raises:
         UsageError: a module in training mode, or data that are empty or do not fit it.
@@ -77,6 +80,7 @@ class TorchActivations:
         mask: int | None = None,
         compensate: bool = True,
         memory: int = MOMENT_LIMIT,
+        units: Mapping[str, ModuleUnits] = MappingProxyType({}),
     ) -> None:
         if module.training:
             raise UsageError("calibration needs the module in evaluation mode: call module.eval() first")
@@ -95,7 +99,8 @@ class TorchActivations:
         self.unreachable |= {name: _why_never(site) for name, site in reachable.items() if name not in trace.inputs}
         samples = samples_of(self._runs.first)
         self._sites = {
-            name: _calibrated_site(reachable[name], module, trace.rows[name] / samples) for name in trace.inputs
+            name: _calibrated_site(reachable[name], module, trace.rows[name] / samples, units.get(name))
+            for name in trace.inputs
         }
         self._stages = staged(trace.inputs, stages)
         self._calls = {name: [LayerCall(name, number) for number in range(trace.calls[name])] for name in trace.inputs}
@@ -106,6 +111,11 @@ class TorchActivations:
         }
         self._dense: tuple[list[Arguments], Tensor] | None = None
         self._sensitivities: Mapping[str, OutputSensitivity] | None = None
+
+    @property
+    def first(self) -> Arguments:
+        """The first batch, on the device of the module."""
+        return self._runs.first
 
     @property
     def sites(self) -> tuple[CalibratedSite, ...]:
@@ -257,7 +267,7 @@ class TorchActivations:
         }
 
 
-def _calibrated_site(site: ModuleSite, module: nn.Module, rows: float) -> CalibratedSite:
+def _calibrated_site(site: ModuleSite, module: nn.Module, rows: float, units: ModuleUnits | None) -> CalibratedSite:
     out_features, in_features = site.shape
     layer = module.get_submodule(site.paths[0])
     return CalibratedSite(
@@ -268,10 +278,12 @@ def _calibrated_site(site: ModuleSite, module: nn.Module, rows: float) -> Calibr
         in_features=in_features,
         kernel=site.kernel,
         strides=layer.stride if isinstance(layer, nn.modules.conv._ConvNd) else (),
-        forms=site.forms,
+        forms=site.forms if units is None else (*site.forms, units.units.form),
         macs=round(rows * site.parameter.numel()),
         item_bytes=site.parameter.dtype.itemsize,
         load=site.matrix,
+        units=None if units is None else units.units,
+        unit_macs=0 if units is None else units.macs,
     )
 
 

@@ -100,7 +100,7 @@ class Runs:
         parts, seen = [], 0
         for number, batch in enumerate(self.batches()):
             if number % max(1, self.count // samples) == 0 and seen < samples:
-                parts.append(_part(batch, math.ceil(samples / self.count)))
+                parts.append(part(batch, math.ceil(samples / self.count)))
                 seen += samples_of(parts[-1])
         batches, outputs = _merged(parts, samples_of(self.first)), []
         for batch in batches:
@@ -138,7 +138,7 @@ def stacked(outputs: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(outputs))
 
 
-def _part(batch: Arguments, count: int) -> Arguments:
+def part(batch: Arguments, count: int) -> Arguments:
     """Return `count` evenly spaced samples of an aligned batch, or the whole batch if it is not aligned."""
     size = samples_of(batch)
     if count >= size or not aligned(batch):
