@@ -18,8 +18,9 @@ from torch import Tensor
 from rsi_deploy.calibration.activations import CalibratedSite
 from rsi_deploy.calibration.reduced_rank_regression import regularized_cholesky, ridge_level, sensitivity_root
 
-STEPS = 64
-"""One of so many units that are left goes at a time."""
+STEPS, LARGE_STEPS = 64, 24
+"""One of so many units that are left goes at a time; the second where more than 512 inputs are left."""
+_LARGE = 512
 MOST_OPTIONS = 16
 """Largest number of unit counts that are tried for a site."""
 
@@ -56,24 +57,27 @@ def eliminated(
         The kept units in ascending order, int64 `(kept,)`, and the refitted weight `(out, columns)` in the dtype of
         `xx`, which is zero in the columns of the others.
     """
-    W, run = weight.to(xx.dtype), weight.shape[-1] // count
+    run = weight.shape[-1] // count
     root = None if sensitivity is None else sensitivity_root(sensitivity).to(xx.dtype)
+    V = weight.to(xx.dtype) if root is None else root.mT @ weight.to(xx.dtype)
     level = ridge_level(xx.diagonal()[None], ridge)
     H = torch.cholesky_inverse(regularized_cholesky(xx[None], level)[0][0])
     left = torch.arange(count, device=xx.device)
     columns = torch.arange(run, device=xx.device)
     for size in kept:
         while len(left) > size:
-            number = min(max(1, len(left) // STEPS), len(left) - size)
-            cheapest = _added_errors(W, H, len(left), root).argsort(stable=True)
+            steps = STEPS if len(H) <= _LARGE else LARGE_STEPS
+            number = min(max(1, len(left) // steps), len(left) - size)
+            cheapest = _added_errors(V, H, len(left)).argsort(stable=True)
             gone, stay = cheapest[:number], cheapest[number:].sort().values
             d, s = ((units[:, None] * run + columns).reshape(-1) for units in (gone, stay))
             solved = torch.linalg.solve(H[d][:, d], H[d][:, s])
-            W, H = W[:, s] - W[:, d] @ solved, H[s][:, s] - H[s][:, d] @ solved
+            V, H = V[:, s] - V[:, d] @ solved, H[s][:, s] - H[s][:, d] @ solved
             H = (H + H.mT) / 2
             left = left[stay]
-        whole = W.new_zeros(weight.shape)
-        whole[:, (left[:, None] * run + columns).reshape(-1)] = W
+        whole = V.new_zeros(weight.shape)
+        kept_columns = (left[:, None] * run + columns).reshape(-1)
+        whole[:, kept_columns] = V if root is None else torch.linalg.solve_triangular(root.mT, V, upper=True)
         yield left, whole
 
 
@@ -115,10 +119,9 @@ def unit_readers(sites: Sequence[CalibratedSite]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _added_errors(W: Tensor, H: Tensor, count: int, root: Tensor | None) -> Tensor:
-    """Return what removing each unit alone adds to the error, `(count,)`."""
-    V = W if root is None else root.mT @ W
-    run = W.shape[-1] // count
+def _added_errors(V: Tensor, H: Tensor, count: int) -> Tensor:
+    """Return what removing each unit alone adds to the error of `V x`, `(count,)`."""
+    run = V.shape[-1] // count
     if run == 1:
         return V.square().sum(dim=0) / H.diagonal()
     blocks = H.reshape(count, run, count, run).diagonal(dim1=0, dim2=2).movedim(-1, 0)

@@ -30,7 +30,7 @@ from rsi_deploy.core.arrays import as_torch
 from rsi_deploy.core.progress import at
 from rsi_deploy.onnx_models.calibration.operators import FIRST_OPSET, operator
 from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, row_sizes
-from rsi_deploy.onnx_models.calibration.row_sampling import axes_of, padding_mask
+from rsi_deploy.onnx_models.calibration.row_sampling import axes_of, first_tokens, padding_mask
 from rsi_deploy.onnx_models.calibration.rows import Taps
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.onnx_models.calibration.stages import Program, needed_constants, reads
@@ -94,7 +94,7 @@ def output_sensitivities(
         for batch in batches:
             at("gradients of the output", accumulator.seen, samples)
             for whole, numbers in _pieces(batch, accumulator, axes):
-                piece = _first_tokens(whole) if are_scores else whole
+                piece = first_tokens(whole, WINDOW) if are_scores else whole
                 values = {name: _tensor(piece[name]) for name in replay.reads & piece.keys()}
                 if run.outputs:
                     values |= {name: _tensor(value) for name, value in run(piece).items()}
@@ -176,14 +176,6 @@ def _tensor(value: Any) -> Tensor:
     """Return a tensor, float32 where it is floating."""
     tensor = as_torch(np.array(value))
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _first_tokens(batch: Feeds) -> Feeds:
-    """Return the first tokens of texts: the inputs `(samples, tokens)` of whole numbers are cut."""
-    return {
-        name: array[:, :WINDOW] if array.ndim == 2 and array.dtype.kind in "iu" else array
-        for name, array in batch.items()
-    }
 
 
 def _pieces(batch: Feeds, accumulator: SensitivityAccumulator, axes: BatchAxes) -> Iterator[tuple[Feeds, list[int]]]:
