@@ -46,7 +46,7 @@ POSITIONS = 1024
 ROWS_AT_ONCE = 512
 """Rows of a site that are added to its sensitivity together: a product of few rows takes as long as one of many."""
 
-TOKENS = 8192
+TOKENS = 4096
 """Largest number of tokens of a language model that get gradients."""
 
 LEAST_VOCABULARY = 4096
