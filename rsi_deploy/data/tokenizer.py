@@ -16,10 +16,9 @@ from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io.documents import read_document
 from rsi_deploy.io.model_folder import find_model, folder_of, is_decoder, read_config
 from rsi_deploy.io.onnx_reader import read_proto
+from rsi_deploy.runtime.feeds.caches import ID_INPUTS
 
 TOKENIZER = "tokenizer.json"
-ID_INPUTS = ("input_ids", "input_word_ids")
-"""Names of the input with the token ids."""
 DEFAULT_LENGTH = {False: 128, True: 1024}
 """Whether the model is a decoder -> largest default number of tokens of a row."""
 CHUNK = 256
@@ -157,7 +156,8 @@ def embedding_rows(proto: ModelProto) -> int | None:
     for node in proto.graph.node:
         first = node.input[0] if node.input else ""
         if node.op_type in _PASS_ON and first in sizes:
-            sizes[node.output[0]] = sizes[first]
+            turned = node.op_type == "Transpose"  # a tied table: the weight of the head
+            sizes[node.output[0]] = sizes[first][::-1] if turned else sizes[first]
         elif node.op_type in _PASS_ON and first in ids:
             ids.add(node.output[0])
         elif node.op_type in ("Gather", "GatherBlockQuantized") and node.input[1] in ids and first in sizes:
