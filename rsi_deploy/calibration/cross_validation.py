@@ -40,6 +40,8 @@ regression makes up for a coarse grid."""
 _LARGE = 128
 """Number of inputs or outputs above which two folds are left out to choose or judge, instead of all, one after another.
 (In float32 a plan would depend on the number of threads.)"""
+_HUGE = 512
+"""Number of inputs or outputs above which one fold is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,11 @@ def parted(moments: Moments) -> Iterator[tuple[Moments, Moments]]:
 
 def tried_ridges(moments: Moments) -> tuple[float, ...]:
     """Return the ridges of the subspace that are worth trying: several where rows are scarce."""
-    return RIDGES if moments.rows < SCARCE_ROWS * moments.xx.shape[-1] else (RIDGE,)
+    return RIDGES if _is_scarce(moments) else (RIDGE,)
+
+
+def _is_scarce(moments: Moments) -> bool:
+    return moments.rows < SCARCE_ROWS * moments.xx.shape[-1]
 
 
 class ResponseCurves:
@@ -127,7 +133,7 @@ class ResponseCurves:
         """
         if isinstance(self._moments, Samples):
             ridges = ridges[:1]
-        judged = self._folds if len(self._V[0]) <= _LARGE else self._folds[:2]
+        judged = self._folds[: _judged_count(len(self._V[0]))]
         tails = torch.zeros(len(ridges), len(self._V[0]) + 1, dtype=torch.float64)
         for number, fold in enumerate(judged):
             others = _Response.joined([part for n, part in enumerate(self._folds) if n != number])
@@ -195,14 +201,15 @@ def trust_of(weight: Tensor, moments: Moments, rank: int, *, sensitivity: Tensor
         sensitivity: output sensitivity G `(groups, out, out)`; None for the identity.
     """
     kept = ResponseCurves(weight, moments, sensitivity).kept(rank)
-    slopes, bends = [0.0] * len(EXTRA_RIDGES), [0.0] * len(EXTRA_RIDGES)
+    ridges = EXTRA_RIDGES if _is_scarce(moments) else EXTRA_RIDGES[:1]
+    slopes, bends = [0.0] * len(ridges), [0.0] * len(ridges)
     for others, fold in judged_folds(moments):
         P, xx = kept.to(others.xx), others.xx
         W = P @ weight.to(xx.dtype)
         rest = P @ fold.yx - W @ fold.xx
         gap = P @ others.yx - W @ xx  # M - W = (yx - W xx)(xx + l I)^-1
         variances = xx.diagonal(dim1=-2, dim2=-1)
-        for index, ridge in enumerate(EXTRA_RIDGES):
+        for index, ridge in enumerate(ridges):
             try:
                 root, _ = regularized_cholesky(xx, ridge_level(variances, RIDGE + ridge))
             except ValueError:
@@ -211,7 +218,7 @@ def trust_of(weight: Tensor, moments: Moments, rank: int, *, sensitivity: Tensor
             slopes[index] += fold.mass * float((D * rest).sum())
             bends[index] += fold.mass * float(((D @ fold.xx) * D).sum())
     best, most = Trust(share=0.0), 0.0
-    for ridge, slope, bend in zip(EXTRA_RIDGES, slopes, bends, strict=True):
+    for ridge, slope, bend in zip(ridges, slopes, bends, strict=True):
         share = min(max(slope / bend, 0.0), 1.0) if bend > 0 else 0.0
         gain = 2 * share * slope - share * share * bend
         if gain > most:
@@ -237,10 +244,13 @@ def held_out_error(fit: Callable[[Moments], Tensor], moments: Moments, *, folds:
 
 
 def judged_folds(moments: Moments) -> Iterator[tuple[Moments, Moments]]:
-    """Yield the parts of `parted` that suffice to choose and judge: two of large matrices."""
-    if max(moments.yx.shape[-2:]) <= _LARGE:
-        return parted(moments)
-    return itertools.islice(parted(moments), 2)
+    """Yield the parts of `parted` that suffice to choose and judge."""
+    return itertools.islice(parted(moments), _judged_count(max(moments.yx.shape[-2:])))
+
+
+def _judged_count(size: int) -> int:
+    """Return the number of folds that are left out, one after another, for matrices of this size."""
+    return FOLDS if size <= _LARGE else 2 if size <= _HUGE else 1
 
 
 @dataclass(frozen=True, kw_only=True)
