@@ -157,6 +157,7 @@ class TextSource:
             names=tuple(names),
             notes=("; ".join([about, *notes]),),
             most_tokens=self._options.tokens,
+            is_decoder=self._tokenizer.is_decoder,
         )
 
 
@@ -172,6 +173,7 @@ class TextRows:
         names: inputs of the model.
         notes: notes for the report.
         most_tokens: most tokens that factors are fitted to; None for no limit.
+        is_decoder: whether the model continues texts, and rows are windows.
     """
 
     rows: Sequence[Row]
@@ -181,6 +183,7 @@ class TextRows:
     names: tuple[str, ...]
     notes: tuple[str, ...]
     most_tokens: int | None
+    is_decoder: bool = False
     labels: Labels | None = None
     classes: tuple[str, ...] = ()
     default: str = ""
@@ -193,6 +196,11 @@ class TextRows:
     def columns(self) -> tuple[str, ...]:
         """Names of the inputs."""
         return self.names
+
+    @property
+    def ids(self) -> str:
+        """Name of the input with the token ids."""
+        return next(name for name in self.names if name in ID_INPUTS)
 
     @property
     def tokens(self) -> Labels:

@@ -67,7 +67,10 @@ class Predictor:
         names = [
             name for name in runs[0] if all(name in run for run in runs)
         ]  # a sequence may have more elements in one run
-        found = {name: np.concatenate([run[name] for run in runs])[:count] for name in names}
+        found = {
+            name: (np.concatenate([run[name] for run in runs]) if len(runs) > 1 else runs[0][name])[:count]
+            for name in names
+        }
         if not found:
             gives = ", ".join(f"{output.name}: {output.type}" for output in self._session.get_outputs())
             raise ModelError(
@@ -76,6 +79,12 @@ class Predictor:
                 hint="give a model that has one",
             )
         return found
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the first floating output has three axes, as the scores `(n, t, vocabulary)` of a decoder."""
+        found = (o.shape for o in self._session.get_outputs() if o.type in ("tensor(float)", "tensor(float16)"))
+        return len(next(found, None) or ()) == 3
 
     @property
     def column_classes(self) -> ColumnClasses | None:

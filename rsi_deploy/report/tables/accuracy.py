@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.markup import escape
 
-from rsi_deploy.report.bench_tables import NamedResults, accuracy_table, value_table
+from rsi_deploy.report.bench_tables import NamedResults, accuracy_table, text_table, value_table
 from rsi_deploy.report.tables.terminal import print_notes, print_table
 
 _SENTENCES = ("#samples", "paired test")
@@ -20,11 +20,15 @@ def print_accuracies(console: Console, results: NamedResults, *, reference: str 
     """
     if any(result.kind == "classes" for _, result in results):
         print_table(console, accuracy_table(results).without(_SENTENCES).transposed())
+    print_table(console, text_table(results).transposed())
     print_table(console, value_table(results))
     first = results[0][1]
     provider = first.provider.removesuffix("ExecutionProvider").lower()
     against = f", compared with {reference}" if reference else ""
-    console.print(escape(f"{first.samples:,} samples, {provider}{against}"), style="dim")
+    counted = f"{first.samples:,} samples"
+    if first.text is not None:
+        counted = f"{first.text.tokens:,} tokens of {first.samples:,} windows, {first.text.documents:,} documents"
+    console.print(escape(f"{counted}, {provider}{against}"), style="dim")
     for name, result in results:
         if result.paired is not None:
             change, (low, high) = result.paired.change, result.paired.change_interval

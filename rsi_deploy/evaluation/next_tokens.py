@@ -1,0 +1,274 @@
+"""How well decoders continue texts: the probability of each next token, alone and compared with a reference.
+
+surprisal     -log p(token i+1 | tokens 0..i), p = softmax(logits)                             (nats)
+perplexity    exp(sum of surprisals / tokens)
+ratio         perplexity / perplexity of the reference on the same tokens
+divergence    mean over tokens of KL(p_reference || p_model)                                    (nats)
+agreement     share of tokens where both find the same token most probable                      (percent)
+
+Each window of a text predicts its tokens but the first; padding neither predicts nor is predicted. Intervals (95 %) are
+bootstrapped over documents, because the tokens of one document are alike. The softmax is computed a few positions at a
+time, and the sums in float64.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel
+
+from rsi_deploy.core.errors import ModelError, UsageError
+from rsi_deploy.core.types import Array, Floats, Interval
+from rsi_deploy.data.dataset import Labels
+from rsi_deploy.evaluation.accumulator import Batch, shown_positions
+from rsi_deploy.evaluation.intervals import ratio_of_sums_interval
+
+POSITIONS = 8
+"""Positions whose softmax is computed at once."""
+
+
+class TextQuality(BaseModel, frozen=True, extra="forbid"):
+    """How well a decoder continues texts; 95 % intervals over documents, None for a single document.
+
+    Attributes:
+        tokens: number of predicted tokens.
+        documents: number of documents.
+        perplexity: perplexity of the next token.
+        perplexity_interval: interval of `perplexity`.
+        ratio: perplexity divided by the reference's; None without a reference.
+        ratio_interval: interval of `ratio`, paired by documents.
+    """
+
+    tokens: int
+    documents: int
+    perplexity: float
+    perplexity_interval: Interval | None = None
+    ratio: float | None = None
+    ratio_interval: Interval | None = None
+
+
+def surprisals(logits: Array, tokens: npt.NDArray[Any]) -> Floats:
+    """Return the surprisal of every token but the first, in nats, float64 `(n, t - 1)`.
+
+    Args:
+        logits: scores of the next token at each position, `(n, t, vocabulary)`.
+        tokens: token ids, `(n, t)`, within the vocabulary.
+    """
+    found = np.empty((len(tokens), tokens.shape[1] - 1))
+    for row, (scores, ids) in enumerate(zip(logits, tokens, strict=True)):
+        for at in _chunks(len(ids) - 1):
+            found[row, at] = _log_sums(scores[at]) - scores[at][np.arange(len(ids))[at] - at.start, ids[1:][at]]
+    return found
+
+
+def divergences(reference: Array, logits: Array) -> Floats:
+    """Return KL(p_reference || p_logits) at each position in nats, at least 0, float64 `(n, t)`.
+
+    Args:
+        reference: logits of the reference, `(n, t, vocabulary)`.
+        logits: logits of a model, of the same shape.
+    """
+    found = np.empty(logits.shape[:2])
+    for row, pair in enumerate(zip(reference, logits, strict=True)):
+        for at in _chunks(logits.shape[1]):
+            x, y = (scores[at].astype(np.float32, copy=False) for scores in pair)
+            shifted = np.exp(x - x.max(axis=1, keepdims=True))
+            total = shifted.sum(axis=1, dtype=np.float64)
+            moved = (shifted * (x - y)).sum(axis=1, dtype=np.float64) / total
+            found[row, at] = moved - _log_sums(x) + _log_sums(y)
+    return np.maximum(found, 0.0)
+
+
+def predicted(logits: Array, feeds: Mapping[str, Array]) -> npt.NDArray[np.bool_]:
+    """Return which tokens but the first are predicted: they and the position before are no padding, `(n, t - 1)`."""
+    shown = np.broadcast_to(shown_positions(logits, feeds), (*logits.shape[:2], 1))[..., 0]
+    return np.asarray(shown[:, :-1] & shown[:, 1:], np.bool_)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSums:
+    """Sums over the predicted tokens of each window.
+
+    Attributes:
+        documents: number of each window's document, `(n,)`.
+        tokens: number of predicted tokens, `(n,)`.
+        surprisal: sum of surprisals in nats, `(n,)`.
+        divergence: sum of KL divergences from the reference in nats, `(n,)`; empty for the reference.
+        same: number of tokens where both find the same token most probable, `(n,)`; empty for the reference.
+        vocabulary: number of tokens that the model knows.
+    """
+
+    documents: Labels
+    tokens: Floats
+    surprisal: Floats
+    divergence: Floats
+    same: Floats
+    vocabulary: int
+
+    @property
+    def samples(self) -> int:
+        """Number of windows."""
+        return len(self.tokens)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["TokenSums"]) -> "TokenSums":
+        """Concatenate the sums of batches."""
+        names = ("documents", "tokens", "surprisal", "divergence", "same")
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return cls(**joined, vocabulary=parts[0].vocabulary)
+
+    def by_document(self) -> "TokenSums":
+        """Return the sums of each document."""
+        numbers, place = np.unique(self.documents, return_inverse=True)
+
+        def summed(values: Floats) -> Floats:
+            return np.asarray(np.bincount(place, weights=values), np.float64) if len(values) else values
+
+        return TokenSums(
+            documents=numbers,
+            tokens=summed(self.tokens),
+            surprisal=summed(self.surprisal),
+            divergence=summed(self.divergence),
+            same=summed(self.same),
+            vocabulary=self.vocabulary,
+        )
+
+    def statistics(self, reference: "TokenSums | None") -> dict[str, Any]:
+        """Return means and intervals by the names in `AccuracyResult`; `reference` is None for itself."""
+        own = self.by_document()
+        perplexity, ends = own.perplexity()
+        found: dict[str, Any] = {"samples": self.samples, "classes": self.vocabulary}
+        found |= dict.fromkeys(("top1", "top1_interval", "top5", "agreement", "divergence"))
+        ratio = ratio_ends = None
+        if reference is not None:
+            ratio, ratio_ends = own.ratio(reference.by_document())
+            found["divergence"], found["divergence_interval"] = mean_over(own.divergence, own.tokens)
+            found["agreement"], found["agreement_interval"] = mean_over(100 * own.same, own.tokens)
+        found["text"] = TextQuality(
+            tokens=int(own.tokens.sum()),
+            documents=own.samples,
+            perplexity=perplexity,
+            perplexity_interval=ends,
+            ratio=ratio,
+            ratio_interval=ratio_ends,
+        )
+        return found
+
+    def perplexity(self) -> tuple[float, Interval | None]:
+        """Return the perplexity and its interval over the rows."""
+        return _exponential(mean_over(self.surprisal, self.tokens))
+
+    def ratio(self, reference: "TokenSums", level: float = 95.0) -> tuple[float, Interval | None]:
+        """Return the perplexity over the reference's on the same rows, and its interval at a level in percent."""
+        return _exponential(mean_over(self.surprisal - reference.surprisal, self.tokens, level))
+
+
+def mean_over(sums: Floats, tokens: Floats, level: float = 95.0) -> tuple[float, Interval | None]:
+    """Return the mean over all tokens, and its bootstrap interval over the rows; None for a single row.
+
+    Args:
+        sums: sum over the tokens of each row, `(n,)`.
+        tokens: number of tokens of each row, `(n,)`.
+        level: level of the interval in percent.
+    """
+    ends = ratio_of_sums_interval(sums, tokens, level=level) if len(tokens) > 1 else None
+    return float(sums.sum() / tokens.sum()), ends
+
+
+class TokenScorer:
+    """Scores the logits of several decoders, the first of which is the reference; see `accumulator.Scorer`.
+
+    Args:
+        names: names of the models.
+        ids: input with the token ids.
+        documents: document of each window, in the order in which they are scored.
+    """
+
+    kind: Literal["tokens"] = "tokens"
+
+    def __init__(self, names: Sequence[str], ids: str, documents: Labels) -> None:
+        self._names, self._ids, self._documents = list(names), ids, documents
+        self._scored = 0
+
+    def check(self, batch: Batch) -> None:
+        """Check on the first batch that the models have the same vocabulary.
+
+        Raises:
+            UsageError: A model's logits have another shape than the reference's.
+        """
+        shapes = [first_logits(outputs).shape for outputs in batch]
+        for name, shape in zip(self._names[1:], shapes[1:], strict=True):
+            if shape != shapes[0]:
+                raise UsageError(
+                    f"{name} gives logits {shape}, but the reference {self._names[0]} {shapes[0]}",
+                    hint="give the model that it was made from",
+                )
+
+    def score(self, batch: Batch, labels: Labels | None, feeds: Mapping[str, Array]) -> tuple[TokenSums, ...]:
+        """Return the sums of one batch for each model.
+
+        Raises:
+            ModelError: Logits are not finite, or the text has tokens that the model does not know.
+        """
+        ids = feeds[self._ids]
+        documents = self._documents[self._scored : self._scored + len(ids)]
+        self._scored += len(ids)
+        found = []
+        for place, (name, outputs) in enumerate(zip(self._names, batch, strict=True)):
+            logits = first_logits(outputs)
+            check_logits(name, logits, ids)
+            keep = predicted(logits, feeds)
+            kl = same = np.empty((0, 0))
+            if place:
+                theirs, ours = first_logits(batch[0])[:, :-1], logits[:, :-1]
+                kl, same = keep * divergences(theirs, ours), keep & (theirs.argmax(axis=2) == ours.argmax(axis=2))
+            found.append(
+                TokenSums(
+                    documents=documents,
+                    tokens=keep.sum(axis=1, dtype=np.float64),
+                    surprisal=(keep * surprisals(logits, ids)).sum(axis=1),
+                    divergence=kl.sum(axis=1),
+                    same=same.sum(axis=1, dtype=np.float64),
+                    vocabulary=logits.shape[2],
+                )
+            )
+        return tuple(found)
+
+
+def first_logits(outputs: Mapping[str, Array]) -> Array:
+    """Return the first output of three axes, `(n, t, vocabulary)`."""
+    return next(array for array in outputs.values() if array.ndim == 3 and array.dtype.kind == "f")
+
+
+def check_logits(name: str, logits: Array, ids: Array) -> None:
+    """Check that logits are finite and have a score for every token of the text.
+
+    Raises:
+        ModelError: They are not.
+    """
+    if logits.shape[:2] != ids.shape or ids.max() >= logits.shape[2]:
+        raise ModelError(
+            f"{name}: its logits {logits.shape} do not fit token ids of the shape {ids.shape} up to {ids.max()}",
+            hint="give the model's own tokenizer.json, or compare values: --outputs values --reference DENSE",
+        )
+    if not np.isfinite(logits).all():
+        raise ModelError(f"{name}: its logits have NaN or infinite values", hint="the model or its inputs are invalid")
+
+
+def _chunks(count: int) -> list[slice]:
+    return [slice(start, min(start + POSITIONS, count)) for start in range(0, count, POSITIONS)]
+
+
+def _log_sums(scores: Array) -> Floats:
+    """Return log(sum(exp(scores))) of each row, float64 `(n,)`."""
+    values = scores.astype(np.float32, copy=False)
+    most = values.max(axis=1, keepdims=True)
+    return np.asarray(np.log(np.exp(values - most).sum(axis=1, dtype=np.float64)) + most[:, 0], np.float64)
+
+
+def _exponential(mean: tuple[float, Interval | None]) -> tuple[float, Interval | None]:
+    """Return the exponential of a mean and of its interval; of surprisals beyond 700 nats, that of 700."""
+    value, ends = np.exp(np.minimum(mean[0], 700)), mean[1]
+    return float(value), None if ends is None else tuple(float(np.exp(min(end, 700))) for end in ends)  # type: ignore[return-value]
