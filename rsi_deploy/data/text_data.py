@@ -19,14 +19,13 @@ from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.types import Array
 from rsi_deploy.data.dataset import Batch, Dataset, Kind, Labels, Steps, checked_columns, row_batches
 from rsi_deploy.data.text_files import COLUMN, SUFFIXES, Document, Texts, is_table, read_texts, text_columns
-from rsi_deploy.data.tokenizer import ID_INPUTS, TOKENIZER, FolderTokenizer, Row
+from rsi_deploy.data.tokenizer import TOKENIZER, FolderTokenizer, Row
 from rsi_deploy.io.manifest import fingerprint
 from rsi_deploy.io.model_folder import folder_of
-from rsi_deploy.runtime.feeds.inputs import InputSpec
+from rsi_deploy.runtime.feeds.caches import ID_INPUTS, MASK_INPUTS, POSITION_INPUTS, Caches, is_cache
+from rsi_deploy.runtime.feeds.inputs import InputSpec, list_specs
 
-MASK_INPUTS = ("attention_mask", "input_mask")
 TYPE_INPUTS = ("token_type_ids", "segment_ids", "input_type_ids")
-POSITION_INPUTS = ("position_ids",)
 INPUTS = (*ID_INPUTS, *MASK_INPUTS, *TYPE_INPUTS, *POSITION_INPUTS)
 
 
@@ -123,22 +122,24 @@ class TextSource:
         return digest.hexdigest()
 
     def _rows(self, specs: Sequence[InputSpec]) -> "TextRows":
-        names = [spec.name for spec in specs]
+        names, caches = [spec.name for spec in specs], Caches.of(specs)
         ids = next((spec for spec in specs if spec.name in ID_INPUTS), None)
-        unknown = [name for name in names if name not in INPUTS]
+        unknown = [] if caches else [spec for spec in specs if spec.name not in INPUTS]
         if ids is None or unknown or len(ids.shape) != 2:
             problem = f"also takes {_few(unknown)}" if unknown else f"has the inputs {', '.join(names)}"
+            known = "caches past_key_values.N.key and .value (batch, heads, past, width)"
             raise UsageError(
-                f"data: {self._path} is text, which gives input_ids, attention_mask, token_type_ids and position_ids, "
-                f"but the model {problem}",
-                hint="give an .npz with one array for each input, caches (past_key_values) too, as --calib and --feeds",
+                f"data: {self._path} is text, which gives input_ids, attention_mask, token_type_ids, position_ids"
+                f"{f' and {known}' if any(is_cache(name) for name in names) else ''}, but the model {problem}",
+                hint="give an .npz with one array for each input, caches too, as --calib and --feeds",
             )
         fixed = ids.shape[1] if isinstance(ids.shape[1], int) else None
         length = self._tokenizer.length(fixed, self._options.sequence_length)
         has_mask = any(name in MASK_INPUTS for name in names)
-        make = _windows if self._tokenizer.is_decoder else _rows_of_texts
+        is_decoder = self._tokenizer.is_decoder or caches is not None
+        make = _windows if is_decoder else _rows_of_texts
         rows, documents, notes = make(self._texts.documents, self._tokenizer, length)
-        if not self._tokenizer.is_decoder and not has_mask:
+        if not is_decoder and not has_mask:
             rows, documents, notes = _without_short(rows, documents, notes, length)
         if not rows:
             raise UsageError(
@@ -155,6 +156,7 @@ class TextSource:
             width=width,
             pad=self._tokenizer.pad,
             names=tuple(names),
+            caches=caches,
             notes=("; ".join([about, *notes]),),
             most_tokens=self._options.tokens,
             is_decoder=self._tokenizer.is_decoder,
@@ -171,6 +173,7 @@ class TextRows:
         width: number of tokens of a padded row.
         pad: token id of padding.
         names: inputs of the model.
+        caches: its caches, which are fed empty; None without any.
         notes: notes for the report.
         most_tokens: most tokens that factors are fitted to; None for no limit.
         is_decoder: whether the model continues texts, and rows are windows.
@@ -184,6 +187,7 @@ class TextRows:
     notes: tuple[str, ...]
     most_tokens: int | None
     is_decoder: bool = False
+    caches: Caches | None = None
     labels: Labels | None = None
     classes: tuple[str, ...] = ()
     default: str = ""
@@ -226,7 +230,9 @@ class TextRows:
             yield {name: self._input(name, rows) for name in self.names}, None
 
     def _input(self, name: str, rows: Sequence[Row]) -> Array:
-        """Return one input `(n, width)`, int64."""
+        """Return one input `(n, width)`, int64; a cache as `(n, ...)` in its own type."""
+        if self.caches is not None and (empty := self.caches.empty_rows(name, len(rows))) is not None:
+            return empty
         if name in POSITION_INPUTS:
             return np.tile(np.arange(self.width, dtype=np.int64), (len(rows), 1))
         values = np.full((len(rows), self.width), self.pad if name in ID_INPUTS else 0, np.int64)
@@ -279,5 +285,5 @@ def _windows(documents: Sequence[Document], tokenizer: FolderTokenizer, length: 
     return windows, numbers, [f"{left:,} tokens at the ends of documents fill no window"] if left else []
 
 
-def _few(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}"
+def _few(specs: Sequence[InputSpec]) -> str:
+    return f"{list_specs(specs[:2])}{f' and {len(specs) - 2} more' * (len(specs) > 2)}"

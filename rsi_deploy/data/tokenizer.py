@@ -16,10 +16,9 @@ from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io.documents import read_document
 from rsi_deploy.io.model_folder import find_model, folder_of, is_decoder, read_config
 from rsi_deploy.io.onnx_reader import read_proto
+from rsi_deploy.runtime.feeds.caches import ID_INPUTS
 
 TOKENIZER = "tokenizer.json"
-ID_INPUTS = ("input_ids", "input_word_ids")
-"""Names of the input with the token ids."""
 DEFAULT_LENGTH = {False: 128, True: 1024}
 """Whether the model is a decoder -> largest default number of tokens of a row."""
 CHUNK = 256

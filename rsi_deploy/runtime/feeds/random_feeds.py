@@ -11,6 +11,7 @@ import numpy as np
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.types import Array, Shape
 from rsi_deploy.io.limits import GENERATED_NUMBERS, quoted_name
+from rsi_deploy.runtime.feeds.caches import Caches
 from rsi_deploy.runtime.feeds.inputs import InputSpec
 from rsi_deploy.runtime.feeds.shapes import concrete_shapes
 from rsi_deploy.runtime.feeds.values import is_text
@@ -26,7 +27,8 @@ def random_feeds(
 ) -> dict[str, Array]:
     """Draw inputs: standard normal floats, integers 0 or 1 (valid indices of any table), random booleans.
 
-    Integer inputs whose name contains "mask" are all ones, so that nothing is masked.
+    Integer inputs whose name contains "mask" are all ones, so that nothing is masked. A decoder with caches gets a few
+    tokens after an empty past where `input_shape` says nothing else (see `rsi_deploy.runtime.feeds.caches`).
 
     Args:
         specs: inputs of the model.
@@ -42,8 +44,12 @@ def random_feeds(
         UsageError: `input_shape` has an unknown name or a shape that does not fit, a dynamic dimension has no size, or
             no input can have this batch size.
     """
-    shapes = concrete_shapes(specs, batch, dict(input_shape or {}), shapes_settle_batch=shapes_settle_batch)
-    return {spec.name: _draw(spec, shapes[spec.name], seed) for spec in specs}
+    known, caches = dict(input_shape or {}), Caches.of(specs)
+    if caches is not None:
+        known = caches.shapes(batch, known) | known
+    shapes = concrete_shapes(specs, batch, known, shapes_settle_batch=shapes_settle_batch)
+    found = {spec.name: _draw(spec, shapes[spec.name], seed) for spec in specs}
+    return found if caches is None else {**found, **caches.places(shapes)}
 
 
 def _draw(spec: InputSpec, shape: Shape, seed: int) -> Array:
