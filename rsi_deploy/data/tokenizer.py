@@ -156,7 +156,8 @@ def embedding_rows(proto: ModelProto) -> int | None:
     for node in proto.graph.node:
         first = node.input[0] if node.input else ""
         if node.op_type in _PASS_ON and first in sizes:
-            sizes[node.output[0]] = sizes[first]
+            turned = node.op_type == "Transpose"  # a tied table: the weight of the head
+            sizes[node.output[0]] = sizes[first][::-1] if turned else sizes[first]
         elif node.op_type in _PASS_ON and first in ids:
             ids.add(node.output[0])
         elif node.op_type in ("Gather", "GatherBlockQuantized") and node.input[1] in ids and first in sizes:

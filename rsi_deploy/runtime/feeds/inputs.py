@@ -1,7 +1,7 @@
 """The inputs of a model: names, types and shapes, read from an ONNX file or a session."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.types import Shape
 from rsi_deploy.runtime.feeds.batch_axes import Dim, has_shape
+from rsi_deploy.runtime.feeds.cache_widths import cache_widths
 from rsi_deploy.runtime.feeds.values import TEXT, is_text
 
 # onnxruntime's type names that differ from numpy's
@@ -48,6 +49,8 @@ def list_specs(specs: Sequence[InputSpec]) -> str:
 def model_inputs(model: Any, name: str = "") -> list[InputSpec]:
     """Return the inputs that must be fed: those without an initializer. An optional tensor counts as a tensor.
 
+    Caches have a fixed width wherever the graph shows it, even if their last dimension is open.
+
     Args:
         model: an `onnxruntime.InferenceSession`, an `onnx.ModelProto`, or the path of an ONNX file.
         name: model name for messages; "" takes the file's.
@@ -57,13 +60,37 @@ def model_inputs(model: Any, name: str = "") -> list[InputSpec]:
     """
     if hasattr(model, "get_inputs"):
         what = f"{name}: input" if name else "input"
-        return [_spec_of_runtime(what, value, value.type.removeprefix("optional(")) for value in model.get_inputs()]
+        specs = [_spec_of_runtime(what, value, value.type.removeprefix("optional(")) for value in model.get_inputs()]
+        path = getattr(model, "_model_path", None)  # onnxruntime tells no widths
+        if path is None or Path(path).suffix != ".onnx" or not any(map(_is_open_cache, specs)):
+            return specs
+        return _with_widths(specs, _read(path))
     if isinstance(model, str | Path):
-        from rsi_deploy.io.onnx_reader import read_proto
+        name, model = name or Path(model).name, _read(model)
+    return _with_widths(_inputs_of_proto(model, f"{name}: input" if name else "input"), model)
 
-        name = name or Path(model).name
-        model = read_proto(model)
-    return _inputs_of_proto(model, f"{name}: input" if name else "input")
+
+def _read(path: str | Path) -> Any:
+    from rsi_deploy.io.onnx_reader import read_proto
+
+    return read_proto(path)
+
+
+def _is_open_cache(spec: InputSpec) -> bool:
+    return spec.name.startswith("past") and len(spec.shape) > 3 and not isinstance(spec.shape[-1], int)
+
+
+def _with_widths(specs: list[InputSpec], proto: Any) -> list[InputSpec]:
+    """Settle the widths of caches."""
+    if not any(map(_is_open_cache, specs)):
+        return specs
+    widths = cache_widths(proto)
+    return [
+        replace(spec, shape=(*spec.shape[:-1], widths[spec.name]))
+        if _is_open_cache(spec) and spec.name in widths
+        else spec
+        for spec in specs
+    ]
 
 
 def model_outputs(session: Any, name: str) -> list[InputSpec]:
