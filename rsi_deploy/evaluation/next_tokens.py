@@ -88,6 +88,54 @@ def predicted(logits: Array, feeds: Mapping[str, Array]) -> npt.NDArray[np.bool_
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenAnswers:
+    """What a decoder says of the next tokens of some windows, without its logits.
+
+    Attributes:
+        kept: which tokens but the first are predicted, `(n, t - 1)`.
+        surprisal: surprisal of each in nats, `(n, t - 1)`.
+        best: most probable token in the place of each, `(n, t - 1)`.
+        vocabulary: number of tokens that the model knows.
+    """
+
+    kept: npt.NDArray[np.bool_]
+    surprisal: Floats
+    best: npt.NDArray[np.int64]
+    vocabulary: int
+
+    @classmethod
+    def of(cls, logits: Array, ids: str, feeds: Mapping[str, Array]) -> "TokenAnswers":
+        """Return the answers of logits `(n, t, vocabulary)`; `ids` names the input with the token ids."""
+        return cls(
+            kept=predicted(logits, feeds),
+            surprisal=surprisals(logits, feeds[ids]),
+            best=logits[:, :-1].argmax(axis=2),
+            vocabulary=logits.shape[2],
+        )
+
+    def sums(
+        self, documents: Labels, reference: "TokenAnswers | None" = None, divergence: Floats | None = None
+    ) -> "TokenSums":
+        """Return the sums over the tokens of each window.
+
+        Args:
+            documents: number of each window's document, `(n,)`.
+            reference: answers of the reference to the same windows; None for itself.
+            divergence: KL divergence from the reference in the place of each token, `(n, t - 1)`; None if not known.
+        """
+        nothing = np.empty(0)
+        same = None if reference is None else self.kept & (self.best == reference.best)
+        return TokenSums(
+            documents=documents,
+            tokens=self.kept.sum(axis=1, dtype=np.float64),
+            surprisal=(self.kept * self.surprisal).sum(axis=1),
+            divergence=nothing if divergence is None else (self.kept * divergence).sum(axis=1),
+            same=nothing if same is None else same.sum(axis=1, dtype=np.float64),
+            vocabulary=self.vocabulary,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenSums:
     """Sums over the predicted tokens of each window.
 
@@ -95,7 +143,7 @@ class TokenSums:
         documents: number of each window's document, `(n,)`.
         tokens: number of predicted tokens, `(n,)`.
         surprisal: sum of surprisals in nats, `(n,)`.
-        divergence: sum of KL divergences from the reference in nats, `(n,)`; empty for the reference.
+        divergence: sum of KL divergences from the reference in nats, `(n,)`; empty for the reference, or if not known.
         same: number of tokens where both find the same token most probable, `(n,)`; empty for the reference.
         vocabulary: number of tokens that the model knows.
     """
@@ -121,19 +169,9 @@ class TokenSums:
 
     def by_document(self) -> "TokenSums":
         """Return the sums of each document."""
-        numbers, place = np.unique(self.documents, return_inverse=True)
-
-        def summed(values: Floats) -> Floats:
-            return np.asarray(np.bincount(place, weights=values), np.float64) if len(values) else values
-
-        return TokenSums(
-            documents=numbers,
-            tokens=summed(self.tokens),
-            surprisal=summed(self.surprisal),
-            divergence=summed(self.divergence),
-            same=summed(self.same),
-            vocabulary=self.vocabulary,
-        )
+        names = ("tokens", "surprisal", "divergence", "same")
+        sums = {name: summed(self.documents, getattr(self, name)) for name in names}
+        return TokenSums(documents=np.unique(self.documents), vocabulary=self.vocabulary, **sums)
 
     def statistics(self, reference: "TokenSums | None") -> dict[str, Any]:
         """Return means and intervals by the names in `AccuracyResult`; `reference` is None for itself."""
@@ -163,6 +201,12 @@ class TokenSums:
     def ratio(self, reference: "TokenSums", level: float = 95.0) -> tuple[float, Interval | None]:
         """Return the perplexity over the reference's on the same rows, and its interval at a level in percent."""
         return _exponential(mean_over(self.surprisal - reference.surprisal, self.tokens, level))
+
+
+def summed(documents: Labels, values: Floats) -> Floats:
+    """Return the sum of the values `(n,)` of each document, `(documents,)` in ascending order; of none, none."""
+    place = np.unique(documents, return_inverse=True)[1]
+    return np.asarray(np.bincount(place, weights=values), np.float64) if len(values) else values
 
 
 def mean_over(sums: Floats, tokens: Floats, level: float = 95.0) -> tuple[float, Interval | None]:
@@ -215,26 +259,13 @@ class TokenScorer:
         ids = feeds[self._ids]
         documents = self._documents[self._scored : self._scored + len(ids)]
         self._scored += len(ids)
-        found = []
-        for place, (name, outputs) in enumerate(zip(self._names, batch, strict=True)):
-            logits = first_logits(outputs)
+        arrays = [first_logits(outputs) for outputs in batch]
+        for name, logits in zip(self._names, arrays, strict=True):
             check_logits(name, logits, ids)
-            keep = predicted(logits, feeds)
-            kl = same = np.empty((0, 0))
-            if place:
-                theirs, ours = first_logits(batch[0])[:, :-1], logits[:, :-1]
-                kl, same = keep * divergences(theirs, ours), keep & (theirs.argmax(axis=2) == ours.argmax(axis=2))
-            found.append(
-                TokenSums(
-                    documents=documents,
-                    tokens=keep.sum(axis=1, dtype=np.float64),
-                    surprisal=(keep * surprisals(logits, ids)).sum(axis=1),
-                    divergence=kl.sum(axis=1),
-                    same=same.sum(axis=1, dtype=np.float64),
-                    vocabulary=logits.shape[2],
-                )
-            )
-        return tuple(found)
+        dense, *others = (TokenAnswers.of(logits, self._ids, feeds) for logits in arrays)
+        apart = [divergences(arrays[0][:, :-1], logits[:, :-1]) for logits in arrays[1:]]
+        found = [own.sums(documents, dense, kl) for own, kl in zip(others, apart, strict=True)]
+        return (dense.sums(documents), *found)
 
 
 def first_logits(outputs: Mapping[str, Array]) -> Array:
