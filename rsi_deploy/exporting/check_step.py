@@ -17,7 +17,8 @@ from rsi_deploy.onnx_models.split import SplitModel
 from rsi_deploy.report.schema import Accuracy, ProbeOutput, Verification
 from rsi_deploy.runtime.feeds.values import arrays_of_outputs
 from rsi_deploy.runtime.parity import compare_outputs, explain_random_models, surgery_check
-from rsi_deploy.runtime.sessions import make_session, run_session
+from rsi_deploy.runtime.probe_runs import probe_names, run_probe
+from rsi_deploy.runtime.sessions import make_session
 from rsi_deploy.runtime.shape_trace import trace_run
 
 
@@ -106,8 +107,8 @@ def _outputs(
         )
     with clock.stage("verify approximation"):
         session = make_session(dense.target)
-        outputs = run_session(session, dense.feeds, dense.target.name)
-        names = [output.name for output in session.get_outputs()]
+        outputs = run_probe(session, dense.feeds, dense.target.name)
+        names = probe_names(session, outputs)
         del session
         approximation = compare_outputs(
             dense.expected,

@@ -55,6 +55,7 @@ from rsi_deploy.runtime.parity import (
     random_nodes,
     tolerance_for,
 )
+from rsi_deploy.runtime.probe_runs import run_probe
 from rsi_deploy.runtime.sessions import make_session, run_session
 from rsi_deploy.runtime.shape_trace import ShapeTrace, trace_run, uncounted_nodes, unknown_operators
 from rsi_deploy.torch_models.model_source import Source
@@ -134,7 +135,7 @@ def dense_model(
             batch = count_samples(_with_small_data(proto, path), probe.feeds)
     outputs = expected = None if trace is None else trace.outputs
     if outputs is not None and (quantized or written.reference != path):  # fused operators of codes round otherwise
-        expected = run_session(make_session(written.reference), probe.feeds, source.name)
+        expected = run_probe(make_session(written.reference), probe.feeds, source.name)
     if outputs is not None and expected is not None and written.reference != path:
         change = compare_outputs(expected, outputs, what="the float model", tolerance=None).relative_l2
         notes.append(f"on the probe inputs, the float model differs from {source.name} by {change:.2g}, relative")

@@ -17,6 +17,7 @@ from rsi_deploy.execution.ray_executor import ray_executor
 from rsi_deploy.execution.result_store import ResultStore, StoringExecutor
 from rsi_deploy.linalg.solver import Solver
 from rsi_deploy.planning.settings import ExportSettings
+from rsi_deploy.runtime.feeds.caches import Caches
 from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.feeds.probe import probe_feeds
 from rsi_deploy.runtime.feeds.shapes import unsettled_inputs
@@ -71,7 +72,8 @@ class StepSettings:
         inputs = model_inputs(proto, path.name)
         settled = self.own_feeds is not None or not unsettled_inputs(inputs, self.shapes)
         examples = {} if settled else example_shapes(self.sources, inputs, preprocessing)
-        return Probe(probe_feeds(path, self.settings.seed, self.shapes, self.own_feeds, examples, inputs), examples)
+        sizes = {} if Caches.of(inputs) else examples  # few tokens prove a decoder: each has a score of every token
+        return Probe(probe_feeds(path, self.settings.seed, self.shapes, self.own_feeds, sizes, inputs), examples)
 
     @contextmanager
     def executor(self, store: ResultStore | None, notes: list[str]) -> Iterator[Executor]:

@@ -27,7 +27,8 @@ from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.io.onnx_checks.broken_models import checker_error
 from rsi_deploy.io.onnx_maps import map_types, remove_map_types_, restore_map_types_, store_map_types_
 from rsi_deploy.runtime.parity import EXPORTER_TOLERANCE, OutputComparison, compare_outputs, tolerance_for
-from rsi_deploy.runtime.sessions import make_session, run_session
+from rsi_deploy.runtime.probe_runs import run_probe
+from rsi_deploy.runtime.sessions import make_session
 
 # Up to so many numbers, constants go through the converter: it reads axes, shapes and scales, and never a weight.
 STUB_NUMBERS = 1024
@@ -110,7 +111,7 @@ def check_conversion(
 
 
 def _outputs(path: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-    return run_session(make_session(path, optimize="disabled", prepack=False), feeds, path.name)
+    return run_probe(make_session(path, optimize="disabled", prepack=False), feeds, path.name)
 
 
 def _changes(node: ir.Node, before: int, after: int) -> bool:

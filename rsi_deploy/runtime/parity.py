@@ -28,7 +28,8 @@ from rsi_deploy.io.external_data import DataFile
 from rsi_deploy.io.onnx_file import release_weights_
 from rsi_deploy.io.onnx_reader import load_model
 from rsi_deploy.runtime.feeds.values import Value, arrays_of_output, is_text
-from rsi_deploy.runtime.sessions import make_session, run_session
+from rsi_deploy.runtime.probe_runs import run_probe
+from rsi_deploy.runtime.sessions import make_session
 
 # Relative L2 by the width of the narrowest floating output: the most that rounding alone causes in a deep network.
 EXPORTER_TOLERANCE = {2: 3e-2, 4: 1e-4, 8: 1e-6}
@@ -120,7 +121,7 @@ def check_repeatable(model: Path, feeds: Feeds, name: str, expected: Sequence[Va
         ModelError: The outputs differ by more than rounding.
     """
     session = make_session(model, optimize="disabled", prepack=False)
-    _check_equal(model, name, expected, run_session(session, feeds, name))
+    _check_equal(model, name, expected, run_probe(session, feeds, name))
 
 
 @contextmanager
@@ -134,7 +135,7 @@ def explain_random_models(model: Path, feeds: Feeds, name: str) -> Iterator[None
         yield
     except GateError:
         session = make_session(model, optimize="disabled", prepack=False)
-        _check_equal(model, name, *(run_session(session, feeds, name) for _ in range(2)))
+        _check_equal(model, name, *(run_probe(session, feeds, name) for _ in range(2)))
         raise
 
 
@@ -269,7 +270,7 @@ def _outputs_of_split(
         ir.save(model, path)
         release_weights_(model)
         session = make_session(path, optimize="disabled", prepack=False)
-        outputs = run_session(session, feeds, what)
+        outputs = run_probe(session, feeds, what)
         del session
     return outputs
 

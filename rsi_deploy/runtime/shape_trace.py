@@ -17,6 +17,7 @@ from rsi_deploy.core.types import Array, Feeds, Shape
 from rsi_deploy.io.locks import ScratchFolder
 from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.runtime.node_index import NodeCandidate, NodeIndex
+from rsi_deploy.runtime.probe_runs import decode_step
 from rsi_deploy.runtime.profile_events import NodeEvent, node_events, read_events
 from rsi_deploy.runtime.sessions import make_session, run_session
 
@@ -44,7 +45,7 @@ class ShapeTrace:
     """The result of a run. Counts are for the whole batch, by the node's name in the model.
 
     Attributes:
-        outputs: outputs of the model, in order.
+        outputs: outputs of the model, in order; those of a decode step follow (see `probe_runs.run_probe`).
         macs: MACs of every node that has some.
         attention_macs: the part of them in scores and mixture of a fused attention, which factorization cannot change.
         uncounted: nodes whose MACs are not known.
@@ -79,6 +80,7 @@ def trace_run(model: Path, feeds: Feeds, proto: ModelProto | None = None) -> Sha
         )
         outputs = run_session(session, feeds, model.name)
         events = read_events(session.end_profiling())
+        outputs += decode_step(session, feeds, outputs, model.name)
     macs: dict[str, int] = {}
     attention: dict[str, int] = {}
     uncounted: dict[str, UncountedNode] = {}

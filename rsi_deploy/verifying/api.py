@@ -51,8 +51,9 @@ from rsi_deploy.runtime.feeds.probe import feeds_fingerprint, probe_feeds
 from rsi_deploy.runtime.feeds.user_feeds import read_feeds
 from rsi_deploy.runtime.feeds.values import arrays_of_outputs
 from rsi_deploy.runtime.parity import compare_outputs
+from rsi_deploy.runtime.probe_runs import probe_names, run_probe
 from rsi_deploy.runtime.provider_spec import parse_provider
-from rsi_deploy.runtime.sessions import make_session, run_session
+from rsi_deploy.runtime.sessions import make_session
 from rsi_deploy.runtime.shape_trace import trace_run
 
 QUALITY = (
@@ -383,8 +384,8 @@ def _outputs(path: Path, report: Report, given: Feeds | None, provider: str) -> 
     if isinstance(feeds, str):
         return _not_checked("outputs", feeds)
     session = make_session(path, provider)
-    arrays = run_session(session, feeds, path.name)
-    names = [output.name for output in session.get_outputs()]
+    arrays = run_probe(session, feeds, path.name)
+    names = probe_names(session, arrays)
     now = [ProbeOutput.of(name, array) for name, array in arrays_of_outputs(names, arrays).items()]
     worst = max((_distance(a, b) for a, b in zip(report.probe, now, strict=False)), default=0.0)
     same = [p.name for p in now] == [p.name for p in report.probe] and worst <= 1e-3
@@ -410,8 +411,8 @@ def _parity(folder: Path, report: Report, given: Feeds | None, provider: str) ->
     feeds = _probe(dense, report, given)
     if isinstance(feeds, str):
         return _not_checked("parity", feeds)
-    a = run_session(make_session(dense, provider), feeds, dense.name)
-    b = run_session(make_session(folder / "model.onnx", provider), feeds, "model.onnx")
+    a = run_probe(make_session(dense, provider), feeds, dense.name)
+    b = run_probe(make_session(folder / "model.onnx", provider), feeds, "model.onnx")
     now, reported = compare_outputs(a, b, what="parity", remedy="export again").relative_l2, then.relative_l2
     holds = abs(now - reported) <= 1e-3 * max(reported, 1e-3)
     return _claim("parity", holds, f"approximation error {now:.4f}, reported {reported:.4f}")
