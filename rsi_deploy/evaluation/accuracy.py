@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel
 
 from rsi_deploy.core.errors import UsageError
@@ -41,7 +42,7 @@ from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset, open_data
 from rsi_deploy.data.text_data import TextRows
 from rsi_deploy.evaluation.accumulator import OutputKind, Scorer, ValueDistance
-from rsi_deploy.evaluation.next_tokens import TextQuality, TokenScorer
+from rsi_deploy.evaluation.next_tokens import STEPS, TextQuality, TokenScorer, prompts_of
 from rsi_deploy.evaluation.paired_test import PairedTest
 from rsi_deploy.evaluation.predictor import Predictor
 from rsi_deploy.evaluation.zipmap_columns import class_numbers
@@ -174,7 +175,7 @@ def evaluate_all(
     total = len(dataset) if limit is None else min(limit, len(dataset))
     batches: list[tuple[Any, ...]] = []
     size = arms[-1].batch or (1 if scorer.kind == "tokens" else batch_size)
-    done, partial = 0, False
+    done, partial, generated = 0, False, None
     try:
         for inputs, labels in run.feeding.inputs(size, limit):
             fed = [own.to_feeds(inputs) for own in run.feedings]
@@ -186,11 +187,16 @@ def evaluate_all(
             done += batches[-1][0].samples
             if progress is not None:
                 progress(done, total)
+        generated = run.greedy_tokens(limit)
     except KeyboardInterrupt:
         if not batches:
             raise
         partial = True
     whole = [type(own[0]).concatenate(own) for own in zip(*batches, strict=True)]
+    found = [result.statistics(whole[0] if place else None) for place, result in enumerate(whole)]
+    if generated is not None:
+        for own, tokens in zip(found[1:], generated[1:], strict=True):
+            own["text"] = own["text"].with_greedy(generated[0], tokens)
     fingerprint = dataset.fingerprint()
     return [
         AccuracyResult(
@@ -200,9 +206,9 @@ def evaluate_all(
             preprocessing=None if run.steps is None else run.steps.describe(),
             data_fingerprint=fingerprint,
             notes=(*run.notes, *run.feeding.notes()),
-            **result.statistics(whole[0] if place else None),
+            **statistics,
         )
-        for place, (arm, result) in enumerate(zip(arms, whole, strict=True))
+        for arm, statistics in zip(arms, found, strict=True)
     ]
 
 
@@ -259,6 +265,17 @@ class _Run:
         if not isinstance(text, TextRows) or not text.is_decoder:
             return None
         return text if all(arm.has_logits for arm in self.arms) else None
+
+    def greedy_tokens(self, limit: int | None) -> list[npt.NDArray[np.int64]] | None:
+        """Return what each of several decoders generates after the beginnings of some documents; None if one cannot."""
+        text = self.dataset
+        if self.scorer.kind != "tokens" or not isinstance(text, TextRows) or len(self.arms) < 2:
+            return None
+        prompts = prompts_of(text, spaced_rows(len(text), 1, limit))
+        if not len(prompts):
+            return None
+        found = [tokens for arm in self.arms if (tokens := arm.greedy(prompts, STEPS)) is not None]
+        return found if len(found) == len(self.arms) else None
 
     def class_numbers(self, labels: Labels | None) -> Labels | None:
         """Return the score columns that the labels stand for."""

@@ -5,6 +5,7 @@ perplexity    exp(sum of surprisals / tokens)
 ratio         perplexity / perplexity of the reference on the same tokens
 divergence    mean over tokens of KL(p_reference || p_model)                                    (nats)
 agreement     share of tokens where both find the same token most probable                      (percent)
+greedy        share of equal tokens in 64 steps of greedy generation by both, place by place    (percent)
 
 Each window of a text predicts its tokens but the first; padding neither predicts nor is predicted. Intervals (95 %) are
 bootstrapped over documents, because the tokens of one document are alike. The softmax is computed a few positions at a
@@ -21,10 +22,13 @@ from pydantic import BaseModel
 
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.types import Array, Floats, Interval
-from rsi_deploy.data.dataset import Labels
+from rsi_deploy.data.dataset import Labels, spaced_rows
+from rsi_deploy.data.text_data import TextRows
 from rsi_deploy.evaluation.accumulator import Batch, shown_positions
-from rsi_deploy.evaluation.intervals import ratio_of_sums_interval
+from rsi_deploy.evaluation.intervals import mean_interval, ratio_of_sums_interval
 
+PROMPTS, PROMPT_TOKENS, STEPS = 16, 32, 64
+"""Greedy generation: most prompts, tokens of each, and tokens that are generated."""
 POSITIONS = 8
 """Positions whose softmax is computed at once."""
 
@@ -39,6 +43,10 @@ class TextQuality(BaseModel, frozen=True, extra="forbid"):
         perplexity_interval: interval of `perplexity`.
         ratio: perplexity divided by the reference's; None without a reference.
         ratio_interval: interval of `ratio`, paired by documents.
+        prompts: number of prompts that both models continued; 0 if a model takes no caches, or windows are shorter than
+            a prompt and its continuation.
+        greedy: percentage of the 64 greedy tokens after each prompt that equal the reference's at the same place.
+        greedy_interval: interval of `greedy`, over prompts.
     """
 
     tokens: int
@@ -47,6 +55,32 @@ class TextQuality(BaseModel, frozen=True, extra="forbid"):
     perplexity_interval: Interval | None = None
     ratio: float | None = None
     ratio_interval: Interval | None = None
+    prompts: int = 0
+    greedy: float | None = None
+    greedy_interval: Interval | None = None
+
+    def with_greedy(self, reference: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> "TextQuality":
+        """Return this quality with the share of equal greedy tokens, both `(prompts, steps)`."""
+        shares = 100 * (reference == tokens).mean(axis=1)
+        ends = mean_interval(shares) if len(shares) > 1 else None
+        found = {"prompts": len(shares), "greedy": float(shares.mean()), "greedy_interval": ends}
+        return self.model_copy(update=found)
+
+
+def prompts_of(text: TextRows, rows: Labels) -> npt.NDArray[np.int64]:
+    """Return the first tokens of a window of each of some documents, int64 `(prompts, tokens)`.
+
+    No prompts if windows are too short: the model may not take more tokens than a window has.
+
+    Args:
+        text: windows.
+        rows: numbers of the windows that may be chosen.
+    """
+    if text.width < PROMPT_TOKENS + STEPS:
+        return np.empty((0, PROMPT_TOKENS), np.int64)
+    firsts = rows[np.unique(text.documents[rows], return_index=True)[1]]
+    chosen = firsts[spaced_rows(len(firsts), 1, PROMPTS)]
+    return np.stack([text.rows[row].ids[:PROMPT_TOKENS] for row in chosen]).astype(np.int64)
 
 
 def surprisals(logits: Array, tokens: npt.NDArray[Any]) -> Floats:

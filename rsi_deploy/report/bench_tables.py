@@ -261,7 +261,7 @@ def text_table(results: NamedResults) -> Table:
 
     return Table(
         caption="Next tokens of the text, with 95 % intervals over documents",
-        columns=("model", "#perplexity", "#of reference's", "#same token", "#KL a token, nats"),
+        columns=("model", "#perplexity", "#of reference's", "#same token", "#KL a token, nats", "#same greedy tokens"),
         rows=[
             (
                 name,
@@ -269,6 +269,7 @@ def text_table(results: NamedResults) -> Table:
                 number(r.text.ratio, r.text.ratio_interval, ".4f"),
                 number(r.agreement, r.agreement_interval, ".2f", " %"),
                 number(r.divergence, r.divergence_interval, ".4f"),
+                number(r.text.greedy, r.text.greedy_interval, ".1f", " %"),
             )
             for name, r in results
             if r.text is not None
