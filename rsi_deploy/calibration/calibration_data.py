@@ -147,8 +147,8 @@ class CalibrationData:
         if fit < 1:
             raise _too_few(OPTION, min(size, self.available), unit)
         self._used = fit + check
-        batch = self.axes.fixed or min(BATCH, max(1, fit // FOLDS))
-        large = self.axes.fixed or BATCH
+        large = _largest_batch(feeding)
+        batch = self.axes.fixed or min(large, max(1, fit // FOLDS))
         self.fit = SamplePart(feeding=feeding, limit=read, rows=rows, batch=batch, folds=FOLDS, seed=seed)
         most = IN_SAMPLE
         if isinstance(feeding.dataset, TextRows):
@@ -370,8 +370,13 @@ def _separate(source: Source, specs: Sequence[InputSpec], steps: Preprocessing |
     if samples < 1:
         raise _too_few(CHECK_OPTION, min(size, available), unit)
     return SamplePart(
-        feeding=feeding, limit=samples, rows=np.arange(samples, dtype=np.int64), batch=feeding.axes.fixed or BATCH
+        feeding=feeding, limit=samples, rows=np.arange(samples, dtype=np.int64), batch=_largest_batch(feeding)
     )
+
+
+def _largest_batch(feeding: Feeding) -> int:
+    """Return the model's fixed number of samples of a batch, or the most samples that one may have."""
+    return feeding.axes.fixed or min(BATCH, getattr(feeding.dataset, "most_rows", None) or BATCH)
 
 
 def _too_few(option: str, samples: int, unit: int) -> UsageError:

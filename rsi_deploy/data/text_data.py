@@ -26,6 +26,8 @@ from rsi_deploy.runtime.feeds.caches import ID_INPUTS, MASK_INPUTS, POSITION_INP
 from rsi_deploy.runtime.feeds.inputs import InputSpec, list_specs
 
 TYPE_INPUTS = ("token_type_ids", "segment_ids", "input_type_ids")
+BATCH_TOKENS = 1024
+"""Tokens of a decoder in a batch for fitting: its outputs have a score of every known token for each of them."""
 INPUTS = (*ID_INPUTS, *MASK_INPUTS, *TYPE_INPUTS, *POSITION_INPUTS)
 
 
@@ -157,6 +159,7 @@ class TextSource:
             pad=self._tokenizer.pad,
             names=tuple(names),
             caches=caches,
+            most_rows=max(1, BATCH_TOKENS // length) if is_decoder else None,
             notes=("; ".join([about, *notes]),),
             most_tokens=self._options.tokens,
             is_decoder=self._tokenizer.is_decoder,
@@ -174,6 +177,7 @@ class TextRows:
         pad: token id of padding.
         names: inputs of the model.
         caches: its caches, which are fed empty; None without any.
+        most_rows: most rows of a batch for fitting; None for no limit.
         notes: notes for the report.
         most_tokens: most tokens that factors are fitted to; None for no limit.
         is_decoder: whether the model continues texts, and rows are windows.
@@ -188,6 +192,7 @@ class TextRows:
     most_tokens: int | None
     is_decoder: bool = False
     caches: Caches | None = None
+    most_rows: int | None = None
     labels: Labels | None = None
     classes: tuple[str, ...] = ()
     default: str = ""
