@@ -22,7 +22,7 @@ from onnx import ModelProto
 from rsi_deploy.calibration.calibration_data import CalibrationData, SamplePart
 from rsi_deploy.calibration.record import CalibrationRecord, OutputQuality
 from rsi_deploy.core.errors import GateError, UsageError
-from rsi_deploy.core.types import Feeds, Floats
+from rsi_deploy.core.types import Floats
 from rsi_deploy.data.dataset import spaced_rows
 from rsi_deploy.data.text_data import TextRows
 from rsi_deploy.evaluation.accumulator import shown_positions
@@ -139,7 +139,7 @@ def dense_outputs(dense: Path, part: SamplePart, provider: str, proto: ModelProt
     batches: list[Array] = []
     tokens: list[TokenAnswers] = []
     text = _continued(part)
-    for feeds in _calls(part):
+    for feeds in part.feeds():
         for name in sorted(feeds):
             fingerprint.update(feeds[name].tobytes())
         output = _output(run_session(session, feeds, dense.name), session)
@@ -172,7 +172,7 @@ def output_quality(
     pairs = []
     tokens: list[TokenAnswers] = []
     text = _continued(part)
-    for z, feeds in zip(dense.batches, _calls(part), strict=False):
+    for z, feeds in zip(dense.batches, part.feeds(), strict=False):
         w = _output(run_session(session, feeds, compressed.name), session)
         shown = shown_positions(w, feeds)
         if dense.tokens and text is not None:
@@ -204,16 +204,6 @@ def _continued(part: SamplePart) -> TextRows | None:
     """Return the text of a part whose model continues it; None for other data."""
     text = part.feeding.dataset
     return text if isinstance(text, TextRows) and text.is_decoder else None
-
-
-def _calls(part: SamplePart) -> Iterator[Feeds]:
-    """Yield the batches of a part; single windows of text for a decoder, whose logits are large."""
-    axes = part.feeding.axes
-    for feeds in part.feeds():
-        if _continued(part) is None or axes.fixed is not None:
-            yield feeds
-        else:
-            yield from (axes.cut(feeds, slice(row, row + 1)) for row in range(axes.samples(feeds)))
 
 
 def _positions(logits: Array, part: SamplePart) -> npt.NDArray[np.int64]:

@@ -117,7 +117,7 @@ def evaluate(
         preprocessing: settings for pictures; unset fields come from the model's metadata.
         provider: short or full name, for the model and the reference.
         batch_size: samples per run. A model with a fixed batch uses that; copies fill up the last batch. A decoder
-            takes one window of text a run, because its logits are large.
+            takes at most `TextRows.most_rows` windows of text a run, because its logits are large.
         reference: another ONNX file, which runs on the same samples.
         outputs: "classes" or "values" states what the outputs are; "auto" decides by labels and output shapes.
         limit: largest number of samples, evenly spaced over the data.
@@ -174,7 +174,7 @@ def evaluate_all(
     dataset, arms, scorer = run.dataset, run.arms, run.scorer
     total = len(dataset) if limit is None else min(limit, len(dataset))
     batches: list[tuple[Any, ...]] = []
-    size = arms[-1].batch or (1 if scorer.kind == "tokens" else batch_size)
+    size = arms[-1].batch or min(batch_size, getattr(dataset, "most_rows", None) or batch_size)
     done, partial, generated = 0, False, None
     try:
         for inputs, labels in run.feeding.inputs(size, limit):

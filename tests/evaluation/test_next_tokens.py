@@ -6,13 +6,17 @@ import numpy as np
 import onnx
 import pytest
 import text_models
+import tiny_decoder
 from click.testing import CliRunner
 
 from rsi_deploy.cli import cli
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.data.text_data import TextOptions, with_text
 from rsi_deploy.evaluation.accuracy import evaluate, evaluate_all
-from rsi_deploy.evaluation.next_tokens import TokenScorer, TokenSums, divergences, predicted, surprisals
+from rsi_deploy.evaluation.greedy import greedy_tokens
+from rsi_deploy.evaluation.next_tokens import TokenScorer, TokenSums, divergences, predicted, prompts_of, surprisals
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.sessions import make_session
 
 RNG = np.random.default_rng(0)
 IDS = RNG.integers(0, 50, (2, 21))
@@ -187,6 +191,50 @@ def test_a_fixed_batch_gives_the_same(tmp_path, text):
     expected, found = (eval_text(folder, text, limit=11) for folder in (dense, fixed))
     assert found.text.tokens == expected.text.tokens
     assert found.text.perplexity == pytest.approx(expected.text.perplexity, rel=1e-6)
+
+
+# -- greedy tokens
+
+
+@pytest.fixture(scope="module")
+def generators(tmp_path_factory):
+    """A folder of two decoders with caches, and a text of documents of several windows."""
+    folder = tmp_path_factory.mktemp("generators")
+    for name, seed in (("dense", 0), ("other", 1)):
+        tiny_decoder.write_folder(folder / name, seed=seed)
+    text_models.write_own_text(folder / "t.txt", text_models.decoder(**text_models.decoder_weights()), 20, 300)
+    return folder
+
+
+def test_equal_greedy_tokens_are_counted_place_by_place(generators):
+    dense, other = generators / "dense", generators / "other"
+    same = eval_text(dense, generators / "t.txt", reference=dense)
+    assert (same.text.prompts, same.text.greedy, same.text.greedy_interval) == (16, 100, (100, 100))
+    found = eval_text(other, generators / "t.txt", reference=dense)
+    text = with_text(str(generators / "t.txt"), TextOptions(), str(dense)).for_inputs(
+        model_inputs(dense / "model.onnx")
+    )
+    prompts = prompts_of(text, np.arange(len(text)))
+    assert prompts.shape == (16, 32)
+    assert len({tuple(prompt) for prompt in prompts}) == 16
+    first, second = (greedy_tokens(make_session(folder / "model.onnx"), prompts, 64) for folder in (dense, other))
+    assert found.text.greedy == pytest.approx(100 * (first == second).mean())
+    assert found.text.greedy < 50
+    low, high = found.text.greedy_interval
+    assert low <= found.text.greedy <= high
+    assert eval_text(dense, generators / "t.txt").text.prompts == 0, "nothing to compare with"
+
+
+def test_few_documents_give_few_prompts_and_short_windows_none(generators):
+    dense = generators / "dense"
+    few = eval_text(dense, generators / "t.txt", reference=dense, limit=3)
+    assert few.text.prompts == few.text.documents == 3
+    data = with_text(str(generators / "t.txt"), TextOptions(sequence_length=95), str(dense))
+    short = evaluate_all([dense / "model.onnx"] * 2, data, limit=3)[-1]
+    assert (short.text.prompts, short.text.greedy) == (0, None)
+
+
+# -- what is refused
 
 
 def test_another_vocabulary_is_refused(tmp_path, text):

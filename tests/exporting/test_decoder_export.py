@@ -32,7 +32,14 @@ def bundle(folder):
     """A bundle that was fitted to text, with the dense model."""
     text, target = text_models.write_text(folder.parent / "t.txt"), folder.parent / "bundle"
     export(
-        str(folder), target, calib=str(text), sequence_length=8, calib_size=32, rank="50%", keep_dense=True, measure=False
+        str(folder),
+        target,
+        calib=str(text),
+        sequence_length=8,
+        calib_size=32,
+        rank="50%",
+        keep_dense=True,
+        measure=False,
     )
     return target
 
