@@ -261,7 +261,14 @@ def text_table(results: NamedResults) -> Table:
 
     return Table(
         caption="Next tokens of the text, with 95 % intervals over documents",
-        columns=("model", "#perplexity", "#of reference's", "#same token", "#KL a token, nats", "#same greedy tokens"),
+        columns=(
+            "model",
+            "#perplexity",
+            "#times the reference's",
+            "#same token",
+            "#KL a token, nats",
+            "#same greedy tokens",
+        ),
         rows=[
             (
                 name,
