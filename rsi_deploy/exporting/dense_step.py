@@ -45,6 +45,7 @@ from rsi_deploy.onnx_models.opset import check_conversion, convert_opset
 from rsi_deploy.onnx_models.requantize import dequantize_, quantized_products, quantized_tables
 from rsi_deploy.onnx_models.site_records import record_name
 from rsi_deploy.runtime.batch_independence import count_samples
+from rsi_deploy.runtime.feeds.caches import is_cache
 from rsi_deploy.runtime.feeds.inputs import model_inputs
 from rsi_deploy.runtime.parity import (
     EXPORTER_TOLERANCE,
@@ -186,6 +187,7 @@ def _from_onnx(settings: StepSettings, origin: Origin, source: Source, path: Pat
         reference = source.onnx if settings.requantize else path
         if settings.requantize:
             notes.append(_requantized_(model, source.name))
+        _settle_widths_(model, source.onnx)
         gp.FoldBatchNormPass()(model)
         proto = _write(model, path, preprocessing)
     probe = exporter = None
@@ -198,6 +200,22 @@ def _from_onnx(settings: StepSettings, origin: Origin, source: Source, path: Pat
             with explain_random_models(path, probe.feeds, source.name):
                 exporter = check_conversion(source.onnx, path, (before, origin.opset or 0), probe.feeds)
     return _Written(proto, preprocessing, exporter, probe, notes, reference)
+
+
+def _settle_widths_(model: ir.Model, path: Path) -> None:
+    """Fix the widths of caches that the file leaves open, so that they are known in every model made of this one."""
+    outer = [*model.graph.inputs, *model.graph.outputs]
+    named = {
+        value.name: str(value.shape[-1]) for value in outer if value.shape and not isinstance(value.shape[-1], int)
+    }
+    if not any(is_cache(name or "") for name in named):
+        return
+    specs = {spec.name: spec.shape[-1] for spec in model_inputs(path) if is_cache(spec.name) and spec.name in named}
+    widths = {named[name]: width for name, width in specs.items() if isinstance(width, int)}
+    for value in outer:
+        width = specs.get(value.name or "", widths.get(named.get(value.name, "")))
+        if isinstance(width, int) and value.shape is not None:
+            value.shape = ir.Shape([*value.shape[:-1], width])
 
 
 def _requantized_(model: ir.Model, name: str) -> str:
