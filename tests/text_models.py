@@ -12,16 +12,17 @@ ROWS = len(WORDS) + 4
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def write_tokenizer(folder, words=WORDS):
-    """Write tokenizer.json, which knows padding, the unknown word, two special tokens and these words."""
+def write_tokenizer(folder, words=WORDS, ends=True):
+    """Write tokenizer.json, which knows padding, the unknown word, two special tokens (`ends`) and these words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     numbers = {word: number for number, word in enumerate([*special, *words])}
     tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    ends = [("[CLS]", 2), ("[SEP]", 3)]
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+    if ends:
+        tokens = [("[CLS]", 2), ("[SEP]", 3)]
+        tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=tokens)
     tokenizer.enable_padding(length=50)  # a file's own settings of padding must not count
     tokenizer.save(str(folder / "tokenizer.json"))
 
@@ -97,4 +98,72 @@ def write_text(path, documents=40, texts=4, seed=0):
             lines.append(" ".join([WORDS[document % 40], *words]))
         lines.append("")
     path.write_text("\n".join(lines))
+    return path
+
+
+def decoder(table, *, up=None, down=None, head=None):
+    """Return an ONNX decoder without memory: logits of the next token from the last one.
+
+    Args:
+        table: rows of the tokens, `(rows, width)`; the logits themselves without `up`, `down` and `head`.
+        up, down: weights of a residual MLP, `(width, hidden)` and `(hidden, width)`.
+        head: weight that makes logits, `(width, rows)`.
+    """
+    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["x" if up is not None else "logits"])]
+    if up is not None:
+        nodes += [
+            helper.make_node("MatMul", ["x", "up"], ["u"]),
+            helper.make_node("Relu", ["u"], ["r"]),
+            helper.make_node("MatMul", ["r", "down"], ["d"]),
+            helper.make_node("Add", ["x", "d"], ["s"]),
+            helper.make_node("MatMul", ["s", "head"], ["logits"]),
+        ]
+    weights = {"table": table, "up": up, "down": down, "head": head}
+    tensors = [numpy_helper.from_array(w.astype(np.float32), name) for name, w in weights.items() if w is not None]
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "tokens"])
+    rows = (table if head is None else head).shape[1]
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "tokens", rows])
+    graph = helper.make_graph(nodes, "decoder", [ids], [logits], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def decoder_weights(width=24, hidden=48, rank=6, seed=0):
+    """Return weights of a decoder whose products have few large singular values, and whose tokens are predictable."""
+    rng = np.random.default_rng(seed)
+
+    def weight(*shape):
+        low = rng.standard_normal((shape[0], rank)) @ rng.standard_normal((rank, shape[1])) / rank**0.5
+        return (low + 0.1 * rng.standard_normal(shape)) / shape[0] ** 0.5
+
+    weights = {"table": rng.standard_normal((ROWS, width)), "up": weight(width, hidden), "down": weight(hidden, width)}
+    return weights | {"head": 2 * weight(width, ROWS)}
+
+
+def write_decoder(folder, proto=None, length=16):
+    """Write the folder of a decoder that reads windows of so many tokens; return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx.save(decoder(**decoder_weights()) if proto is None else proto, folder / "model.onnx")
+    found = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": length}
+    (folder / "config.json").write_text(json.dumps(found))
+    write_tokenizer(folder, ends=False)
+    return folder
+
+
+def write_own_text(path, proto, documents=40, tokens=100, seed=0):
+    """Write documents that a decoder without memory draws itself, so that it predicts them as well as possible."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    logits = session.run(None, {"input_ids": np.arange(ROWS)[None]})[0][0].astype(np.float64)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    odds[:, :4] = 0  # special tokens, which no word stands for
+    odds /= odds.sum(axis=1, keepdims=True)
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(documents):
+        ids = [int(rng.integers(4, ROWS))]
+        while len(ids) < tokens:
+            ids.append(int(rng.choice(ROWS, p=odds[ids[-1]])))
+        lines.append(" ".join(WORDS[number - 4] for number in ids))
+    path.write_text("\n".join(lines) + "\n")
     return path

@@ -43,6 +43,8 @@ MOST_CHECK = 2048
 """Most samples of separate check data, where `check_size` is None."""
 IN_SAMPLE = 512
 """Most samples of the fit part that outputs are compared on."""
+IN_SAMPLE_TOKENS = 1 << 16
+"""Most tokens of text, likewise."""
 OPTION = "--calib"
 CHECK_OPTION = "--calib-check"
 
@@ -107,7 +109,7 @@ class CalibrationData:
         available: number of samples in the data.
         fit: the fit part, in four folds. If the model has a fixed batch size, each part has whole batches.
         check: the check part; None where there is a single sample or batch.
-        in_sample: at most 512 samples of the fit part, evenly spaced.
+        in_sample: at most 512 samples of the fit part, or 65,536 tokens of a text, evenly spaced.
         is_separate: whether the check part has data of its own.
         axes: batch axes of the model's inputs.
 
@@ -148,7 +150,10 @@ class CalibrationData:
         large = _largest_batch(feeding)
         batch = self.axes.fixed or min(large, max(1, fit // FOLDS))
         self.fit = SamplePart(feeding=feeding, limit=read, rows=rows, batch=batch, folds=FOLDS, seed=seed)
-        some = min(fit, max(IN_SAMPLE // unit, 1) * unit)
+        most = IN_SAMPLE
+        if isinstance(feeding.dataset, TextRows):
+            most = min(most, int(IN_SAMPLE_TOKENS / feeding.dataset.tokens.mean()))
+        some = min(fit, max(most // unit, 1) * unit)
         spaced = rows[np.arange(some) * fit // some]
         self.in_sample = SamplePart(feeding=feeding, limit=read, rows=spaced, batch=large)
         self.check: SamplePart | None = None

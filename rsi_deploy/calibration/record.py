@@ -7,6 +7,8 @@ from rsi_deploy.core.types import Interval
 BROKEN_AGREEMENT = 50.0
 BROKEN_COSINE = 0.5
 BROKEN_ERROR = 0.5
+BROKEN_PERPLEXITY = 10.0
+"""Times the dense model's perplexity."""
 SURE = 0.985
 """Mean largest probability of the dense model from which on samples may be training samples.
 
@@ -38,6 +40,13 @@ class OutputQuality(pydantic.BaseModel, frozen=True, extra="forbid"):
             parts of a record look for them among as many samples, at least 20.
         neighbours_interval: bootstrap over samples.
         confidence: mean largest probability of the dense model, for class scores.
+        tokens: number of predicted tokens, for decoders. The samples are then windows of text, agreement counts tokens
+            and has intervals over documents, and the divergence and the output error are those of some positions.
+        perplexity: perplexity of the compressed model, for decoders.
+        perplexity_interval: bootstrap over documents.
+        perplexity_at_most: perplexity of the dense model times `perplexity_ratio_at_most`.
+        perplexity_ratio: perplexity over that of the dense model, for decoders.
+        perplexity_ratio_interval, perplexity_ratio_at_most: bootstrap over documents.
         data_fingerprint: sha256 of the samples as they enter the model.
     """
 
@@ -58,6 +67,13 @@ class OutputQuality(pydantic.BaseModel, frozen=True, extra="forbid"):
     neighbours: float | None = None
     neighbours_interval: Interval | None = None
     confidence: float | None = None
+    tokens: int | None = None
+    perplexity: float | None = None
+    perplexity_interval: Interval | None = None
+    perplexity_at_most: float | None = None
+    perplexity_ratio: float | None = None
+    perplexity_ratio_interval: Interval | None = None
+    perplexity_ratio_at_most: float | None = None
     data_fingerprint: str
 
     @property
@@ -69,6 +85,8 @@ class OutputQuality(pydantic.BaseModel, frozen=True, extra="forbid"):
     @property
     def is_broken(self) -> bool:
         """Return whether the compressed model answers otherwise than the dense one on most of the data."""
+        if self.perplexity_ratio is not None:
+            return self.perplexity_ratio > BROKEN_PERPLEXITY
         if self.agreement is not None:
             return (self.agreement_interval or (0, self.agreement))[1] < BROKEN_AGREEMENT
         if self.cosine is not None:

@@ -15,8 +15,8 @@ from rsi_deploy.core.settings.verbs import EvalConfig
 def evaluate_verb(model: str, settings: EvalConfig, *, as_json: bool) -> None:
     """Accuracy of an ONNX model; the preprocessing stored in it is used unless options say otherwise.
 
-    With labels: top-1 and top-5. With a --reference: agreement and KL of class scores, cosine and distance of other
-    outputs, and whether as many answers are right (McNemar's exact test).
+    With labels: top-1 and top-5. Of a decoder on text: perplexity. With a --reference: agreement and KL of class scores
+    or next tokens, cosine and distance of other outputs, and whether as many answers are right (McNemar's exact test).
     """
     from rsi_deploy.data.picture_settings import preprocessing_of
     from rsi_deploy.data.text_data import TextOptions, with_text

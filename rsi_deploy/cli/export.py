@@ -37,9 +37,9 @@ def export(
     """Compress MODEL and write a bundle: model.onnx, report.json, plan.json, recipe.toml, README.md.
 
     How small: with unlabelled data (--calib) alone, the smallest model that answers as the dense one does, or a faster
-    one that is at most a tenth larger; likewise for a quality (--min-agreement, --min-cosine, --max-output-error) or
-    the accuracy (--max-drop). Or a budget for the whole model (--keep-params, --keep-macs, --max-size). Without data:
-    --rank, the same everywhere; --max-error; or a --plan.
+    one that is at most a tenth larger; likewise for a quality (--max-perplexity, --min-agreement, --min-cosine,
+    --max-output-error) or the accuracy (--max-drop). Or a budget for the whole model (--keep-params, --keep-macs,
+    --max-size). Without data: --rank, the same everywhere; --max-error; or a --plan.
 
     MODEL is torchvision:NAME, package.module:factory (its code runs: name only code you trust), FILE.pt2, FILE.onnx or
     the FOLDER of an ONNX model, whose tokenizer and configurations go along into the bundle.

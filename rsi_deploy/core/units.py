@@ -69,6 +69,26 @@ def parse_percent(text: str, option: str) -> float:
     return value
 
 
+def parse_perplexity(text: str | float, option: str) -> str:
+    """Read a limit on the perplexity: `+5%` over another model's, or `25`; return its shortest spelling.
+
+    Raises:
+        UsageError: anything else, with the spelling to use; `5%` could be meant as a share of the perplexity.
+
+    Examples:
+        >>> parse_perplexity("+5.0%", "--max-perplexity"), parse_perplexity(25, "--max-perplexity")
+        ('+5%', '25')
+    """
+    text = str(text).strip()
+    number = re.fullmatch(rf"(\+?)({_NUMBER})\s*(%?)", text)
+    if not number or bool(number[1]) != bool(number[3]):
+        hint = f"write {option} +{text}" if number and number[3] else f"write {option} +5%, or {option} 25"
+        raise UsageError(f"{option} takes a rise such as +5%, or a perplexity such as 25, but got {text!r}", hint=hint)
+    if not number[3] and float(number[2]) < 1:
+        raise UsageError(f"{option}: no perplexity is below 1, but got {text!r}", hint=f"write {option} +5%")
+    return f"{number[1]}{float(number[2]):.10g}{number[3]}"
+
+
 def parse_size(text: str | int, option: str) -> int:
     """Read a number of bytes; part of a byte is dropped.
 

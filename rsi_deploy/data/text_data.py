@@ -162,6 +162,7 @@ class TextSource:
             most_rows=max(1, BATCH_TOKENS // length) if is_decoder else None,
             notes=("; ".join([about, *notes]),),
             most_tokens=self._options.tokens,
+            is_decoder=self._tokenizer.is_decoder,
         )
 
 
@@ -179,6 +180,7 @@ class TextRows:
         most_rows: most rows of a batch for fitting; None for no limit.
         notes: notes for the report.
         most_tokens: most tokens that factors are fitted to; None for no limit.
+        is_decoder: whether the model continues texts, and rows are windows.
     """
 
     rows: Sequence[Row]
@@ -188,6 +190,7 @@ class TextRows:
     names: tuple[str, ...]
     notes: tuple[str, ...]
     most_tokens: int | None
+    is_decoder: bool = False
     caches: Caches | None = None
     most_rows: int | None = None
     labels: Labels | None = None
@@ -202,6 +205,11 @@ class TextRows:
     def columns(self) -> tuple[str, ...]:
         """Names of the inputs."""
         return self.names
+
+    @property
+    def ids(self) -> str:
+        """Name of the input with the token ids."""
+        return next(name for name in self.names if name in ID_INPUTS)
 
     @property
     def tokens(self) -> Labels:

@@ -14,6 +14,9 @@
     cosine       mean cosine to the reference's outputs, sample by sample                         (bootstrapped)
     distance     mean of ||y - y_ref|| / ||y_ref||                                                (bootstrapped)
 
+    next tokens: logits `(n, t, vocabulary)` of a decoder on the windows of a text (`rsi_deploy.evaluation.next_tokens`)
+    perplexity   exp(mean surprisal), its ratio to the reference's, and agreement and divergence a token
+
 With labels, outputs are class scores. Without labels they are class scores if the reference's first floating output
 looks like them (`scores.are_scores`); cosine and distance are then reported too. Equal scores rank by class number, as
 in argmax. Pictures are preprocessed with the user's settings; unset fields come from the settings stored in the model.
@@ -24,19 +27,22 @@ numbers per sample.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel
 
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.core.types import Feeds, Interval
-from rsi_deploy.data.dataset import LABEL_NAMES, Labels, for_inputs
+from rsi_deploy.data.dataset import LABEL_NAMES, Labels, for_inputs, spaced_rows
 from rsi_deploy.data.feeding import Feeding, errors_for_option
 from rsi_deploy.data.model_pictures import preset_note
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.data.sources import Dataset, open_data
-from rsi_deploy.evaluation.accumulator import OutputKind, SampleResults, Scorer, ValueDistance
+from rsi_deploy.data.text_data import TextRows
+from rsi_deploy.evaluation.accumulator import OutputKind, Scorer, ValueDistance
+from rsi_deploy.evaluation.next_tokens import STEPS, TextQuality, TokenScorer, prompts_of
 from rsi_deploy.evaluation.paired_test import PairedTest
 from rsi_deploy.evaluation.predictor import Predictor
 from rsi_deploy.evaluation.zipmap_columns import class_numbers
@@ -49,19 +55,20 @@ class AccuracyResult(BaseModel, frozen=True, extra="forbid"):
     """Results on `samples` samples; shares in percent, 95 % intervals.
 
     Attributes:
-        samples: number of samples.
-        classes: number of class scores; 0 if the outputs are not class scores.
+        samples: number of samples; of a decoder, windows of text.
+        classes: number of class scores, or tokens of a decoder's vocabulary; 0 for other outputs.
         top1: top-1 accuracy; None without labels.
         top1_interval: interval of `top1`.
         top5: top-5 accuracy; None without labels or below six classes.
         top5_interval: interval of `top5`.
-        agreement: agreement with the reference's top-1 answers; None without a reference.
+        agreement: agreement with the reference's top-1 answers, of a decoder its next tokens; None without a reference.
         agreement_interval: interval of `agreement`.
-        divergence: mean KL divergence from the reference in nats; None without a reference.
+        divergence: mean KL divergence from the reference in nats, of a decoder a token; None without a reference.
         divergence_interval: interval of `divergence`.
         paired: comparison of right answers with the reference's; None without labels or reference.
         values: distance of each output from the reference's, if outputs are compared as values.
-        kind: whether the outputs are class scores.
+        text: how well a decoder continues texts; None for other models.
+        kind: what the outputs are.
         partial: whether the run was interrupted; `samples` are then the first of the data.
         provider: full name of the provider that ran the model.
         preprocessing: description of the preprocessing; None if the data were ready inputs.
@@ -81,7 +88,8 @@ class AccuracyResult(BaseModel, frozen=True, extra="forbid"):
     divergence_interval: Interval | None = None
     paired: PairedTest | None = None
     values: tuple[ValueDistance, ...] = ()
-    kind: Literal["classes", "values"] = "classes"
+    text: TextQuality | None = None
+    kind: Literal["classes", "values", "tokens"] = "classes"
     partial: bool = False
     provider: str
     preprocessing: str | None
@@ -108,7 +116,8 @@ def evaluate(
         data: opened data set, or its name (see `rsi_deploy.data.sources`).
         preprocessing: settings for pictures; unset fields come from the model's metadata.
         provider: short or full name, for the model and the reference.
-        batch_size: samples per run. A model with a fixed batch uses that; copies fill up the last batch.
+        batch_size: samples per run. A model with a fixed batch uses that; copies fill up the last batch. A decoder
+            takes at most `TextRows.most_rows` windows of text a run, because its logits are large.
         reference: another ONNX file, which runs on the same samples.
         outputs: "classes" or "values" states what the outputs are; "auto" decides by labels and output shapes.
         limit: largest number of samples, evenly spaced over the data.
@@ -161,13 +170,14 @@ def evaluate_all(
     Raises:
         UsageError, ModelError, KeyboardInterrupt: As in `evaluate`.
     """
-    run = _Run(models, data, preprocessing, provider, outputs)
+    run = _Run(models, data, preprocessing, provider, outputs, limit)
     dataset, arms, scorer = run.dataset, run.arms, run.scorer
     total = len(dataset) if limit is None else min(limit, len(dataset))
-    batches: list[tuple[SampleResults, ...]] = []
-    done, partial = 0, False
+    batches: list[tuple[Any, ...]] = []
+    size = arms[-1].batch or min(batch_size, getattr(dataset, "most_rows", None) or batch_size)
+    done, partial, generated = 0, False, None
     try:
-        for inputs, labels in run.feeding.inputs(arms[-1].batch or batch_size, limit):
+        for inputs, labels in run.feeding.inputs(size, limit):
             fed = [own.to_feeds(inputs) for own in run.feedings]
             batch = [arm.outputs(feeds) for arm, feeds in zip(arms, fed, strict=True)]
             if not batches:
@@ -177,11 +187,16 @@ def evaluate_all(
             done += batches[-1][0].samples
             if progress is not None:
                 progress(done, total)
+        generated = run.greedy_tokens(limit)
     except KeyboardInterrupt:
         if not batches:
             raise
         partial = True
-    whole = [SampleResults.concatenate(own) for own in zip(*batches, strict=True)]
+    whole = [type(own[0]).concatenate(own) for own in zip(*batches, strict=True)]
+    found = [result.statistics(whole[0] if place else None) for place, result in enumerate(whole)]
+    if generated is not None:
+        for own, tokens in zip(found[1:], generated[1:], strict=True):
+            own["text"] = own["text"].with_greedy(generated[0], tokens)
     fingerprint = dataset.fingerprint()
     return [
         AccuracyResult(
@@ -191,9 +206,9 @@ def evaluate_all(
             preprocessing=None if run.steps is None else run.steps.describe(),
             data_fingerprint=fingerprint,
             notes=(*run.notes, *run.feeding.notes()),
-            **result.statistics(whole[0] if place else None),
+            **statistics,
         )
-        for place, (arm, result) in enumerate(zip(arms, whole, strict=True))
+        for arm, statistics in zip(arms, found, strict=True)
     ]
 
 
@@ -224,10 +239,12 @@ class _Run:
         preprocessing: Preprocessing | None,
         provider: str,
         outputs: OutputKind,
+        limit: int | None = None,
     ):
         self.arms = [Predictor(model, provider) for model in models]
         self.dataset = _opened(data, self.arms[-1])
-        if self.dataset.labels is None and len(models) == 1:
+        text = None if outputs != "auto" else self._continued_text()
+        if self.dataset.labels is None and len(models) == 1 and text is None:
             raise UsageError(
                 "the data have no labels and there is no reference: nothing to compare the answers with",
                 hint=f"give labels{_taken_labels(self.arms[-1])}, or a second model (eval: --reference DENSE.onnx)",
@@ -236,7 +253,29 @@ class _Run:
         self.feeding = Feeding(self.dataset, self.arms[-1].specs, self.steps, model=self.arms[-1].name)
         self.feedings = [Feeding(self.feeding.dataset, arm.specs, self.steps, model=arm.name) for arm in self.arms]
         names, classes = [arm.name for arm in self.arms], getattr(self.dataset, "classes", ())
+        self.scorer: Scorer | TokenScorer
+        if text is not None:
+            self.scorer = TokenScorer(names, text.ids, text.documents[spaced_rows(len(text), 1, limit)])
+            return
         self.scorer = Scorer(names, self.class_numbers(self.dataset.labels), classes, outputs, self.arms[-1].ids)
+
+    def _continued_text(self) -> TextRows | None:
+        """Return the windows of text that the models continue; None if they are no decoders with logits."""
+        text = self.dataset
+        if not isinstance(text, TextRows) or not text.is_decoder:
+            return None
+        return text if all(arm.has_logits for arm in self.arms) else None
+
+    def greedy_tokens(self, limit: int | None) -> list[npt.NDArray[np.int64]] | None:
+        """Return what each of several decoders generates after the beginnings of some documents; None if one cannot."""
+        text = self.dataset
+        if self.scorer.kind != "tokens" or not isinstance(text, TextRows) or len(self.arms) < 2:
+            return None
+        prompts = prompts_of(text, spaced_rows(len(text), 1, limit))
+        if not len(prompts):
+            return None
+        found = [tokens for arm in self.arms if (tokens := arm.greedy(prompts, STEPS)) is not None]
+        return found if len(found) == len(self.arms) else None
 
     def class_numbers(self, labels: Labels | None) -> Labels | None:
         """Return the score columns that the labels stand for."""

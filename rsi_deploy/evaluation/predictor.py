@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.types import Array, Feeds
 from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.evaluation.greedy import greedy_tokens
 from rsi_deploy.evaluation.zipmap_columns import ColumnClasses, zipmap_columns
 from rsi_deploy.runtime import providers
 from rsi_deploy.runtime.feeds.batch_axes import BatchAxes
+from rsi_deploy.runtime.feeds.caches import Caches
 from rsi_deploy.runtime.feeds.inputs import InputSpec, model_inputs
 from rsi_deploy.runtime.feeds.values import arrays_of_output
 from rsi_deploy.runtime.placement import proven_placement
@@ -67,7 +70,10 @@ class Predictor:
         names = [
             name for name in runs[0] if all(name in run for run in runs)
         ]  # a sequence may have more elements in one run
-        found = {name: np.concatenate([run[name] for run in runs])[:count] for name in names}
+        found = {
+            name: (np.concatenate([run[name] for run in runs]) if len(runs) > 1 else runs[0][name])[:count]
+            for name in names
+        }
         if not found:
             gives = ", ".join(f"{output.name}: {output.type}" for output in self._session.get_outputs())
             raise ModelError(
@@ -76,6 +82,19 @@ class Predictor:
                 hint="give a model that has one",
             )
         return found
+
+    def greedy(self, prompts: npt.NDArray[np.int64], steps: int) -> npt.NDArray[np.int64] | None:
+        """Return the tokens that a decoder generates after prompts `(n, tokens)`; None if it takes no caches."""
+        caches = Caches.of(self.specs)
+        if caches is None or caches.presents(self._names) is None or self.batch is not None:
+            return None
+        return greedy_tokens(self._session, prompts, steps, self.name)
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the first floating output has three axes, as the scores `(n, t, vocabulary)` of a decoder."""
+        found = (o.shape for o in self._session.get_outputs() if o.type in ("tensor(float)", "tensor(float16)"))
+        return len(next(found, None) or ()) == 3
 
     @property
     def column_classes(self) -> ColumnClasses | None:

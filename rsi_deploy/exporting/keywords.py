@@ -24,6 +24,7 @@ class ExportKeywords(TypedDict, total=False):
     max_size: str | int | None
     keep_latency: str | float | None
     max_latency: str | None
+    max_perplexity: str | float | None
     min_agreement: str | float | None
     min_cosine: str | float | None
     max_output_error: str | float | None

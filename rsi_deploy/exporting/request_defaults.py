@@ -5,7 +5,7 @@ from dataclasses import replace
 from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.progress import step
 from rsi_deploy.core.settings.verbs import ExportConfig
-from rsi_deploy.exporting.calibrated.data_checks import fitting_measure
+from rsi_deploy.exporting.calibrated.data_checks import fitting_measures
 from rsi_deploy.exporting.results import DenseModel
 from rsi_deploy.planning.quality import KINDS, QualityBudget
 from rsi_deploy.planning.request import RankRequest
@@ -22,7 +22,7 @@ def with_default_quality(request: RankRequest, dense: DenseModel, provider: str)
         return request
     if dense.outputs is None:
         raise ModelError("the model cannot be run on this machine, so nothing can be planned on --calib; add --rank")
-    measure = fitting_measure(request, dense, provider)
+    measure = fitting_measures(request, dense, provider)[0]
     quality = QualityBudget.default(measure)
     with step(f"no size is set: {quality}, the default for {KINDS[measure]}"):
         return replace(request, quality=quality, is_default=True)

@@ -81,15 +81,15 @@ class RankRequest:
         if len(rules) != 1 and not self.needs_quality:
             raise UsageError(
                 f"give exactly one of --rank, --max-error, --keep-params, --keep-macs, --max-size, --keep-latency, "
-                f"--max-latency, --min-agreement, --min-cosine, --max-drop and --plan, but got "
+                f"--max-latency, --max-perplexity, --min-agreement, --min-cosine, --max-drop and --plan, but got "
                 f"{' and '.join(rules) or 'none'}; type for example --rank 25%, or add --calib DATA alone"
             )
         if self.is_searched and self.calib is None:
             raise UsageError(f"{rules[0]} is planned on calibration data: add --calib DATA (unlabelled inputs)")
         if self.fastest and not self.is_limited:
             raise UsageError(
-                f"--fastest goes with --min-agreement, --min-cosine, --max-output-error or --max-drop, but got "
-                f"{rules[0]}; leave --fastest out"
+                f"--fastest goes with --max-perplexity, --min-agreement, --min-cosine, --max-output-error or "
+                f"--max-drop, but got {rules[0]}; leave --fastest out"
             )
         if self.allow_broken and self.budget is None:
             raise UsageError("--allow-broken goes with a budget such as --keep-macs 50%; leave it out")
@@ -237,6 +237,8 @@ def _quality(config: ExportConfig) -> QualityBudget | None:
         UsageError: more than one rule.
     """
     found = [QualityBudget(measure=m, limit=value) for m, n in QUALITIES.items() if (value := getattr(config, n))]
+    if config.max_perplexity is not None:
+        found.append(QualityBudget.of_perplexity(config.max_perplexity))
     if len(found) > 1:
         raise UsageError(f"give one of {' and '.join(OPTIONS[each.measure] for each in found)}")
     if found:

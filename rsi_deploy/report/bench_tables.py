@@ -6,6 +6,7 @@ from rsi_deploy.benchmark.result import BenchResult, VariantResult
 from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SessionStreams, Throughput
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
 from rsi_deploy.core.text import human_bytes
+from rsi_deploy.core.types import Interval
 from rsi_deploy.evaluation.accuracy import AccuracyResult
 from rsi_deploy.report.table import Table, Tone, range_text, with_interval
 from rsi_deploy.runtime.machine import Environment
@@ -228,7 +229,7 @@ NamedResults = Sequence[tuple[str, AccuracyResult]]
 
 
 def accuracy_table(results: NamedResults) -> Table:
-    """Return the accuracy of each model, with 95 % intervals."""
+    """Return the accuracy of each model, with 95 % intervals; that of decoders is in `text_table`."""
 
     def percent(value: float | None, ends: tuple[float, float] | None) -> str:
         return "" if value is None else with_interval(f"{value:.2f} %", ends)
@@ -247,6 +248,38 @@ def accuracy_table(results: NamedResults) -> Table:
                 "" if r.paired is None else r.paired.verdict,
             )
             for name, r in results
+            if r.text is None
+        ],
+    ).without_empty()
+
+
+def text_table(results: NamedResults) -> Table:
+    """Return how well decoders continue texts, with 95 % intervals over documents."""
+
+    def number(value: float | None, ends: Interval | None, form: str, unit: str = "") -> str:
+        return "" if value is None else with_interval(f"{value:{form}}{unit}", ends, form)
+
+    return Table(
+        caption="Next tokens of the text, with 95 % intervals over documents",
+        columns=(
+            "model",
+            "#perplexity",
+            "#times the reference's",
+            "#same token",
+            "#KL a token, nats",
+            "#same greedy tokens",
+        ),
+        rows=[
+            (
+                name,
+                number(r.text.perplexity, r.text.perplexity_interval, ",.2f"),
+                number(r.text.ratio, r.text.ratio_interval, ".4f"),
+                number(r.agreement, r.agreement_interval, ".2f", " %"),
+                number(r.divergence, r.divergence_interval, ".4f"),
+                number(r.text.greedy, r.text.greedy_interval, ".1f", " %"),
+            )
+            for name, r in results
+            if r.text is not None
         ],
     ).without_empty()
 

@@ -99,7 +99,7 @@ def point_outlook(outlook: Outlook) -> Table:
 
 
 def _budget(quality: OutputQuality) -> QualityBudget:
-    measures = ("agreement", "cosine", "output_error")
+    measures = ("perplexity_ratio", "agreement", "cosine", "output_error")
     return QualityBudget.default(next(m for m in measures if m in DEFAULTS and getattr(quality, m) is not None))
 
 
@@ -117,4 +117,6 @@ def _limit(quality: OutputQuality | None) -> str:
     assert quality is not None
     budget = _budget(quality)
     words = {"agreement": "an agreement of", "cosine": "a mean cosine of", "output_error": "an output error of at most"}
+    if budget.measure == "perplexity_ratio":
+        return f"a perplexity of at most {budget.text(budget.limit)}"
     return f"{words[budget.measure]} {budget.text(budget.limit)}"

@@ -10,6 +10,7 @@ from rsi_deploy.benchmark.result import VariantResult
 from rsi_deploy.core.sites import site_name
 from rsi_deploy.core.text import human_bytes as human_bytes
 from rsi_deploy.core.text import share_kept, size_change
+from rsi_deploy.planning.quality import OPTIONS, parse_quality
 from rsi_deploy.report.table import Table, Tone, with_interval
 
 if TYPE_CHECKING:  # a machine that only measures has no torch
@@ -79,6 +80,8 @@ class Measure:
 
 
 QUALITY = (
+    Measure(name="perplexity, times dense's", field="perplexity_ratio", form=".4f"),
+    Measure(name="perplexity", field="perplexity", form=",.2f"),
     Measure(name="agreement", field="agreement", form=".1f", unit=" %"),
     Measure(name="mean cosine", field="cosine", form=".4f"),
     Measure(name="1st percentile of the cosine", field="worst_cosine", form=".4f"),
@@ -213,6 +216,8 @@ def _trials(plan: "PlanRecord") -> str:
     def text(value: float) -> str:
         if option == "--max-drop":
             return f"{value:+.2f} points lost"
+        if option == OPTIONS["perplexity"] and (budget := parse_quality(*plan.limit.split()[:2])) is not None:
+            return f"at most {budget.text(value)}"
         sign = "at most " if option == "--max-output-error" else "at least "
         return f"{sign}{value:.4f}" if option == "--min-cosine" else f"{sign}{100 * value:.3g} %"
 

@@ -56,7 +56,10 @@ from rsi_deploy.runtime.provider_spec import parse_provider
 from rsi_deploy.runtime.sessions import make_session
 from rsi_deploy.runtime.shape_trace import trace_run
 
-QUALITY = ("output_error", "divergence", "agreement", "cosine", "worst_cosine", "neighbours")
+QUALITY = (
+    *("output_error", "divergence", "agreement", "cosine", "worst_cosine", "neighbours"),
+    *("perplexity", "perplexity_ratio"),
+)
 """Fields of `OutputQuality` that are computed again."""
 UNKNOWN_OPERATOR = "onnx.checker: No Op registered for"
 """Beginning of a message of the checker about an operator that onnxruntime knows and ONNX does not."""

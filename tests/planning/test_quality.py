@@ -24,6 +24,20 @@ def test_the_limit_counts_and_not_the_value():
     assert not QualityBudget(measure="cosine", limit=0.1).holds(None)
 
 
+def test_a_perplexity_must_stay_below_its_limit_for_sure():
+    quality = OutputQuality(
+        samples=64, output_error=0.1, perplexity=20.0, perplexity_at_most=21.0, perplexity_ratio=1.02,
+        perplexity_ratio_at_most=1.07, data_fingerprint="",
+    )  # fmt: skip
+    for good, bad in (("+7%", "+6%"), ("21", "20.5")):
+        for text, holds in ((good, True), (bad, False)):
+            budget = QualityBudget.of_perplexity(text)
+            assert budget.holds(budget.limit_of(quality)) is holds
+            assert (budget.excess(budget.limit_of(quality)) > 0) is not holds
+    assert QualityBudget.of_perplexity("+0%").excess(1.01) > 5
+    assert not QualityBudget.of_perplexity("25").holds(None)
+
+
 @pytest.mark.parametrize("limit", [0.5, 0.9, 0.97, 0.99, 0.995])
 def test_so_many_samples_show_the_share_and_one_less_does_not(limit):
     needed = QualityBudget(measure="agreement", limit=limit).needed
@@ -45,6 +59,9 @@ def test_the_wished_samples_allow_two_other_answers():
         ({"min_agreement": 0.985, "fastest": True}, "--min-agreement 98.5% --fastest"),
         ({"min_cosine": 0.98}, "--min-cosine 0.98"),
         ({"min_cosine": "98%"}, "--min-cosine 0.98"),
+        ({"max_perplexity": "+5%"}, "--max-perplexity +5%"),
+        ({"max_perplexity": "+0.50%", "fastest": True}, "--max-perplexity +0.5% --fastest"),
+        ({"max_perplexity": 25}, "--max-perplexity 25"),
         ({"max_output_error": "3%"}, "--max-output-error 3%"),
         ({"max_output_error": 0.03}, "--max-output-error 3%"),
         ({"min_agreement": 0.98, "max_output_error": 0.03}, "--min-agreement 98%"),
@@ -78,8 +95,14 @@ def test_calibration_data_alone_let_the_outputs_choose():
         ({"min_agreement": 0.9, "keep_macs": 0.5}, "but got --keep-macs and --min-agreement"),
         ({"min_agreement": "0%"}, "--min-agreement"),
         ({"min_agreement": 98}, "write --min-agreement 98%"),
+        ({"max_perplexity": "+5%", "min_agreement": 0.9}, "--max-perplexity"),
+        ({"max_perplexity": "+5%", "keep_macs": 0.5}, "but got --keep-macs and --max-perplexity"),
+        ({"max_perplexity": "5%"}, "write --max-perplexity +5%"),
+        ({"max_perplexity": "+5"}, "write --max-perplexity +5%"),
+        ({"max_perplexity": "-5%"}, "write --max-perplexity +5%"),
+        ({"max_perplexity": "0.5"}, "no perplexity is below 1"),
         ({"max_output_error": -1}, "--max-output-error must be at least 0"),
-        ({"keep_macs": 0.5, "fastest": True}, "--fastest goes with --min-agreement"),
+        ({"keep_macs": 0.5, "fastest": True}, "--fastest goes with --max-perplexity, --min-agreement"),
         ({"min_agreement": 0.9, "allow_broken": True}, "--allow-broken goes with a budget"),
         ({"rank": 4, "allow_broken": True}, "--allow-broken goes with a budget"),
     ],

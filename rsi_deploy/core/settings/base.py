@@ -19,6 +19,7 @@ from rsi_deploy.core.units import (
     duration_text,
     parse_nanoseconds,
     parse_percent,
+    parse_perplexity,
     parse_seconds,
     parse_share,
     parse_size,
@@ -128,6 +129,8 @@ OutputError = Annotated[
     Quantity("0.03|3%", "str | float", lambda value: f"{100 * value:.10g}%"),
 ]
 """A fraction of 0 or more."""
+Perplexity = Annotated[str, _reader(parse_perplexity), Quantity("+5%|25", "str | float")]
+"""A share by which the perplexity may rise, or the largest perplexity, as text."""
 Milliseconds = Annotated[
     float,
     _reader(lambda value, option: parse_nanoseconds(value, option) / 1e6 if _has_unit(value) else value),

@@ -10,6 +10,7 @@ from rsi_deploy.core.settings.base import (
     Latency,
     Numbers,
     OutputError,
+    Perplexity,
     Pixels,
     Seconds,
     Settings,
@@ -76,6 +77,7 @@ class RankConfig(Settings, panel="Size"):
         "keep_latency",
         "max_latency",
         "max_drop",
+        "max_perplexity",
         "min_agreement",
         "min_cosine",
         "plan",
@@ -93,9 +95,15 @@ class RankConfig(Settings, panel="Size"):
         None, "Budget: share of the dense model's time for a call.", option=FIRST | {"metavar": "0.6|60%"}
     )
     max_latency: Latency | None = setting(None, "Budget: time of a call, measured.", option=FIRST)
+    max_perplexity: Perplexity | None = setting(
+        None,
+        "Decoders: the smallest model whose perplexity rises by at most this share, or is at most this, for sure.",
+        option=FIRST,
+    )
     min_agreement: Share | None = setting(
         None,
-        "The smallest model that gives this share of the dense model's answers, for sure; class scores, no labels.",
+        "The smallest model that gives this share of the dense model's answers, for sure; class scores, or next tokens "
+        "of decoders; no labels.",
         option=FIRST | {"metavar": "98%"},
     )
     min_cosine: Share | None = setting(

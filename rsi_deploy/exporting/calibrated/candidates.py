@@ -48,15 +48,22 @@ class Candidates:
             for file in (path, path.with_name(f"{path.name}.data")):
                 file.unlink(missing_ok=True)
 
-    def quality(self, made: Planned) -> OutputQuality | None:
-        """Return the quality of a model's outputs; None if they are not finite."""
+    @property
+    def dense_outputs(self) -> PartOutputs:
+        """Outputs of the dense model on the check part."""
         part = self.data.check
         assert part is not None
         if "check" not in self.outputs:
             self.outputs["check"] = dense_outputs(self.dense.reference, part, self.provider, self.dense.proto)
+        return self.outputs["check"]
+
+    def quality(self, made: Planned) -> OutputQuality | None:
+        """Return the quality of a model's outputs; None if they are not finite."""
+        part = self.data.check
+        assert part is not None
         with self.written(made) as (path, _):
             try:
-                return output_quality(self.outputs["check"], path, part, self.provider)
+                return output_quality(self.dense_outputs, path, part, self.provider)
             except GateError:
                 return None
 
@@ -69,4 +76,5 @@ def loss_shown(quality: OutputQuality | None) -> float:
     """Return the relative output distance plus the KL divergence, as planning sums it; infinite without numbers."""
     if quality is None:
         return math.inf
-    return (quality.output_error or 0.0) + (quality.divergence or 0.0)
+    is_planned = quality.perplexity_ratio is None  # plans foresee no divergence of a decoder's tokens
+    return (quality.output_error or 0.0) + ((is_planned and quality.divergence) or 0.0)

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rsi_deploy.calibration.calibration_data import BATCH, CalibrationData
-from rsi_deploy.calibration.output_agreement import dense_outputs, measure_of
+from rsi_deploy.calibration.output_agreement import dense_outputs, measures_of
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.data.text_data import TextRows
 from rsi_deploy.evaluation.intervals import share_at_least
 from rsi_deploy.exporting.results import DenseModel
 from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
@@ -39,12 +40,15 @@ def opened_data(request: RankRequest, dense: DenseModel, seed: int, provider: st
     data, quality = opened(request.calib, request.check_size), request.quality
     if quality is None:
         return data
-    if request.check_size is None and request.calib_check is None:
+    if request.check_size is None and request.calib_check is None and not _are_windows(data):
         check_size = quality.check_size(data.available - request.calib_size)
         data = data if check_size is None else opened(data.fit.feeding.dataset, check_size)
-    if quality.measure != "output_error" and (fits := fitting_measure(request, dense, provider)) != quality.measure:
-        found = KINDS[fits] if fits != "output_error" else "neither class scores nor embeddings"
-        fitting = " or ".join(dict.fromkeys((OPTIONS[fits], OPTIONS["output_error"])))
+    fits: tuple[Measure, ...] = ("output_error",)
+    if quality.measure != "output_error":
+        fits = fitting_measures(request, dense, provider)
+    if quality.measure not in fits:
+        found = KINDS[fits[0]] if fits[0] != "output_error" else "neither class scores nor embeddings"
+        fitting = " or ".join(dict.fromkeys(OPTIONS[measure] for measure in fits))
         raise UsageError(
             f"{OPTIONS[quality.measure]} is for {KINDS[quality.measure]}, but this model's outputs are {found}; "
             f"type {fitting}"
@@ -53,20 +57,26 @@ def opened_data(request: RankRequest, dense: DenseModel, seed: int, provider: st
     return data
 
 
-def fitting_measure(request: RankRequest, dense: DenseModel, provider: str) -> Measure:
-    """Return the measure of quality that fits the model's outputs, from the first samples of the fit part."""
+def fitting_measures(request: RankRequest, dense: DenseModel, provider: str) -> tuple[Measure, ...]:
+    """Return the measures of quality that the model's outputs have, the best first, from some of the fit part."""
     whole = CalibrationData(request.calib or {}, dense.inputs, dense.preprocessing, request.calib_size)
-    some = CalibrationData(
-        whole.fit.feeding.dataset, dense.inputs, dense.preprocessing, whole.axes.fixed or BATCH, check_size=0
-    )
-    return measure_of(dense_outputs(dense.reference, some.fit, provider, dense.proto).batches)
+    count = whole.axes.fixed or (1 if _are_windows(whole) else BATCH)
+    some = CalibrationData(whole.fit.feeding.dataset, dense.inputs, dense.preprocessing, count, check_size=0)
+    return measures_of(dense_outputs(dense.reference, some.fit, provider, dense.proto))
+
+
+def _are_windows(data: CalibrationData) -> bool:
+    """Return whether the samples are windows of text, each of which predicts many tokens."""
+    text = data.fit.feeding.dataset
+    return isinstance(text, TextRows) and text.is_decoder
 
 
 def _refuse_small_check(quality: QualityBudget, data: CalibrationData) -> None:
     """Refuse a quality that the check part has too few samples to show."""
     samples = 0 if data.check is None else data.check.samples
     option = "--calib-check" if data.is_separate else "--calib"
-    if quality.measure == "agreement" and not quality.holds(highest := share_at_least(samples, samples) / 100):
+    is_share = quality.measure == "agreement" and not _are_windows(data)
+    if is_share and not quality.holds(highest := share_at_least(samples, samples) / 100):
         needed = quality.needed
         would_do = "no number of samples shows 100 %"
         if needed is not None:

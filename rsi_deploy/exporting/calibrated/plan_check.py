@@ -176,6 +176,8 @@ def _nearest(budget: Budget, planner: CalibratedPlanner) -> Budget | None:
 
 def _kept(quality: OutputQuality) -> str:
     """Return the first value of a quality in words."""
+    if quality.perplexity_ratio is not None:
+        return f"{quality.perplexity_ratio:.1f} times the perplexity"
     if quality.agreement is not None:
         return f"{quality.agreement:.1f} % of the answers"
     if quality.cosine is not None:

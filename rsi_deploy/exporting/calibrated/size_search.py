@@ -25,6 +25,7 @@ from rsi_deploy.exporting.calibrated.planner import CalibratedPlanner
 from rsi_deploy.io.onnx_file import file_bytes
 from rsi_deploy.planning.decide import Decisions, Planned
 from rsi_deploy.planning.planner import FixedPlanner
+from rsi_deploy.planning.quality import QualityBudget
 from rsi_deploy.planning.record import PlanRecord, PlanTrial
 from rsi_deploy.planning.request import RankRequest
 
@@ -146,10 +147,12 @@ def searched_model(request: RankRequest, planner: CalibratedPlanner) -> tuple[Pl
 
     Raises:
         ModelError: no rank of any site saves anything.
-        GateError: no model keeps `max_drop`.
+        GateError: no model keeps `max_drop`, or the dense model does not keep a largest perplexity.
     """
     quality, candidates = request.quality, planner.candidates
     limit = f"--max-drop {request.max_drop:g}" if quality is None else str(quality)
+    if quality is not None and quality.measure == "perplexity":
+        _refuse_dense(quality, candidates.dense_outputs.perplexity)
     smallest = planner.smallest(fastest=request.fastest)
     if smallest >= 1:
         raise ModelError(f"{limit.split()[0]}: no rank of any site saves anything; let more sites be split (--include)")
@@ -187,6 +190,15 @@ def searched_model(request: RankRequest, planner: CalibratedPlanner) -> tuple[Pl
     foreseen = foreseen_loss(dict(best.planner.decisions), planner.options)
     shown = None if quality is None else loss_shown(candidates.quality(best))
     return best, record.model_copy(update={"foreseen": foreseen, "shown": shown})
+
+
+def _refuse_dense(quality: QualityBudget, perplexity: float) -> None:
+    """Refuse a largest perplexity that the dense model does not keep."""
+    if perplexity > quality.limit:
+        raise GateError(
+            f"{quality}: the dense model has a perplexity of {perplexity:.4g} on the check part",
+            hint="type a larger one, or a rise over it: --max-perplexity +5%",
+        )
 
 
 def _quality(request: RankRequest, candidates: Candidates, made: Planned) -> tuple[float | None, bool]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rsi_deploy.benchmark.result import BenchDocument, VariantFile
 from rsi_deploy.core.text import human_bytes
-from rsi_deploy.report.bench_tables import accuracy_table, cell_notes, machine_text, speed_tone, value_table
+from rsi_deploy.report.bench_tables import accuracy_table, cell_notes, machine_text, speed_tone, text_table, value_table
 from rsi_deploy.report.pages.cells import distributions_section, pareto_section, results_section, scaling_section
 from rsi_deploy.report.pages.costs import cost_sections
 from rsi_deploy.report.pages.environment import environment_section
@@ -129,7 +129,7 @@ def _remarks(document: BenchDocument) -> list[str]:
 
 def _accuracy(document: BenchDocument) -> Section:
     results = list(document.accuracy.items())
-    blocks = [*block_of(accuracy_table(results)), *block_of(value_table(results))]
+    blocks = [*block_of(accuracy_table(results)), *block_of(text_table(results)), *block_of(value_table(results))]
     return Section(name="accuracy", title="Accuracy", blocks=blocks)
 
 

@@ -80,7 +80,9 @@ def _dots(
         dots.append(dot)
         if point.is_delivered:
             rings.append(dot)
-    better = "lower is better" if measure.field in ("output_error", "divergence") else ""
+    better = (
+        "lower is better" if measure.field in ("output_error", "divergence", "perplexity_ratio", "perplexity") else ""
+    )
     title = ", ".join(filter(None, [measure.name, measure.unit.strip(), better]))
     return Dots(
         points=dots,
