@@ -39,8 +39,8 @@ Feeds = Mapping[str, Array]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-SURVEY_TOKENS = 32_768
-"""Tokens that the ranks of a language model are chosen on: more than the rows of all but very wide sites."""
+SURVEY_TOKENS = ROWS
+"""Tokens that the ranks of a language model are chosen on: as many as `survey_rows` of all but very wide sites."""
 
 
 class Readings:
