@@ -1,4 +1,4 @@
-"""`bench --prompt --generate`: phases and verdicts on a clock that is made up, tiny models of onnxruntime-genai, bad input."""
+"""`bench --prompt --generate`: phases and verdicts on a clock that is made up, tiny models, bad input."""
 
 import io
 import json

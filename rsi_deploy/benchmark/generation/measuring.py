@@ -38,11 +38,11 @@ from rsi_deploy.runtime.placement import Placement
 PHASES: Mapping[Phase, slice] = {"first token": slice(0, 1), "next token": slice(1, None)}
 """Phase -> its tokens among those of a generation."""
 METHOD = (
-    "models interleaved in shuffled blocks in one process, one generation each through onnxruntime-genai, greedily and past "
-    "tokens that end a text; first token: append_tokens and the first generate_next_token; next token: each further "
-    "generate_next_token; making the generator is not timed; garbage collector off; clock time.perf_counter_ns; "
-    "bootstrap over paired blocks, runs of neighbours together: 99 % intervals for speedups, 95 % for medians; a "
-    "difference is claimed if the whole interval is beyond 1 %"
+    "models interleaved in shuffled blocks in one process, one generation each through onnxruntime-genai, greedily and "
+    "past tokens that end a text; first token: append_tokens and the first generate_next_token; next token: each "
+    "further generate_next_token; making the generator is not timed; garbage collector off; clock "
+    "time.perf_counter_ns; bootstrap over paired blocks, runs of neighbours together: 99 % intervals for speedups, "
+    "95 % for medians; a difference is claimed if the whole interval is beyond 1 %"
 )
 
 
