@@ -300,10 +300,29 @@ def test_a_memory_limit_says_who_fits(generating, capsys):
 
 
 @needs_genai
-def test_nothing_is_sent(generating, tmp_path):
+def test_a_bundle_is_such_a_folder(generating, tmp_path, capsys):
+    ids = np.ones((2, 8), np.int64)
+    names = [f"past_key_values.{layer}.{kind}" for layer in range(2) for kind in ("key", "value")]
+    caches = {name: np.zeros((2, 1, 0, 16), np.float32) for name in names}
+    np.savez(tmp_path / "feeds.npz", input_ids=ids, attention_mask=np.ones_like(ids), **caches)
+    words = ["--rank", "50%", "--always-split", "--no-bench", "--feeds", tmp_path / "feeds.npz"]
+    assert run(["export", str(generating), *map(str, words), "-o", str(tmp_path / "bundle")]) == 0
+    capsys.readouterr()
+    assert bench(generating, tmp_path / "bundle", "--prompt", 9, "--generate", 3, "--seconds", 0.1, "--json") == 0
+    speeds = json.loads(capsys.readouterr().out)["generation"]
+    assert [found["label"].rpartition("/")[2] for found in speeds] == ["onnx", "bundle"]
+    assert all(found["decode_per_second"] > 0 for found in speeds)
+
+
+@needs_genai
+def test_nothing_is_sent(generating, tmp_path, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):  # where onnxruntime-genai keeps a number of the device for its telemetry
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
     code = "import sys; from rsi_deploy.cli import run; sys.exit(run(sys.argv[1:]))"
     words = ["bench", str(generating), "--prompt", "9", "--generate", "2", "--seconds", "0.1"]
     done, attempts, unrouted = blocked(tmp_path, code, *words)
     assert done.returncode == 0, done.stderr
     assert attempts == []
     assert unrouted == 0
+    assert not list((tmp_path / "home").rglob("*deviceid*"))

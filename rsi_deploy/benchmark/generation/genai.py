@@ -164,7 +164,8 @@ def genai_library() -> Any:
         raise UsageError(
             f"--prompt and --generate need the package {PACKAGE}: {error}", hint="type: pip install 'rsi-deploy[genai]'"
         ) from error
-    getattr(onnxruntime_genai, "disable_telemetry_events", lambda: None)()  # versions before 0.14 send nothing
+    if hasattr(onnxruntime_genai, "disable_telemetry_events"):
+        onnxruntime_genai.disable_telemetry_events()  # rsi_deploy/__init__.py did so by a variable that it reads
     return onnxruntime_genai
 
 

@@ -30,7 +30,8 @@ def print_document(console: Console, document: BenchDocument) -> None:
     """Print everything of a run but accuracy and LoadGen."""
     if document.generation:
         print_table(console, generation_table(document))
-        console.print(escape(how_it_ran(document.cells[0])), style="dim")
+        both = document.cells[0].model_copy(update={"phase": "call"})  # what is said holds for both phases
+        console.print(escape(how_it_ran(both)), style="dim")
         print_notes(console, cell_notes(document.cells))
     else:
         print_cells(console, document.cells)
