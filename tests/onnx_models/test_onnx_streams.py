@@ -795,5 +795,9 @@ def test_a_survey_runs_a_part_of_much_text_and_reads_as_many_rows(folder):
         streams.survey(lambda site, moments: None)
     assert ran == [4]  # of 16 parts with 4,096 tokens
     assert streams.rows_of("w") == onnx_readings.survey_rows(8, 1)
+    assert streams.run_share == 0.25
     sequenced(streams, lambda site: None)
     assert streams.rows_of("w") == moments.row_limit(8)
+    few = Words(folder, samples=4).streams()
+    sequenced(few, lambda site: None)
+    assert few.run_share == 1
