@@ -51,7 +51,8 @@ from rsi_deploy.onnx_models.calibration.activations import OnnxStreams
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import decide_by_budget, decide_uniformly, planned_splits
 from rsi_deploy.planning.planner import Planner, RankSpec
-from rsi_deploy.planning.site_options import Calibration, Progress
+from rsi_deploy.planning.site_fits import Progress
+from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.runtime.machine import peak_memory
 from rsi_deploy.runtime.sessions import make_session, run_session
 

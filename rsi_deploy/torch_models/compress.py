@@ -24,7 +24,8 @@ from rsi_deploy.linalg.solver import Method, PowerIterations, Route, Solver
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.error_rank import smallest_rank
 from rsi_deploy.planning.planner import Filters, MaxError, Planner, RankSpec, rank_spec
-from rsi_deploy.planning.site_options import Calibration, Progress
+from rsi_deploy.planning.site_fits import Progress
+from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.torch_models.computed_weights import fold_computed_
 from rsi_deploy.torch_models.fitted_compression import Batches, compress_fitted_
 from rsi_deploy.torch_models.fold_batch_norm import batch_norms_behind_convs, fold_batch_norm_

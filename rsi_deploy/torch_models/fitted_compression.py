@@ -19,7 +19,8 @@ from rsi_deploy.core.sites import SiteRecord, dense_record, smaller_record
 from rsi_deploy.planning.budget import Budget
 from rsi_deploy.planning.decide import decide_by_budget, decide_uniformly, planned_splits, refuse_uncounted
 from rsi_deploy.planning.planner import Decision, Filters, Planner, RankSpec
-from rsi_deploy.planning.site_options import Calibration, Progress
+from rsi_deploy.planning.site_fits import Progress
+from rsi_deploy.planning.site_options import Calibration
 from rsi_deploy.torch_models.calibration.activations import NEVER, TorchActivations
 from rsi_deploy.torch_models.calibration.runs import part
 from rsi_deploy.torch_models.computed_weights import fold_computed_
