@@ -14,11 +14,10 @@ from onnx import ModelProto
 
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io.documents import read_document
-from rsi_deploy.io.model_folder import find_model, folder_of, is_decoder, read_config
+from rsi_deploy.io.model_folder import TOKENIZER, find_model, folder_of, is_decoder, read_config
 from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.runtime.feeds.caches import ID_INPUTS
 
-TOKENIZER = "tokenizer.json"
 DEFAULT_LENGTH = {False: 128, True: 1024}
 """Whether the model is a decoder -> largest default number of tokens of a row."""
 CHUNK = 256
@@ -82,7 +81,7 @@ class FolderTokenizer:
                 "AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)), or give arrays (.npz) for the inputs",
             )
         document = read_document(place / TOKENIZER)
-        found = _loaded(document, place)
+        found = load_tokenizer(document, place)
         path = find_model(Path(str(model))) if Path(str(model)).is_dir() else Path(str(model))
         rows = None if path.suffix != ".onnx" else embedding_rows(read_proto(path))
         rows = read_config(place).get("vocab_size") if rows is None else rows
@@ -129,7 +128,7 @@ class FolderTokenizer:
         Raises:
             UsageError: The tokenizer fails.
         """
-        tokenizer = _loaded(self.document, self.folder)
+        tokenizer = load_tokenizer(self.document, self.folder)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         if most is not None:
@@ -165,7 +164,12 @@ def embedding_rows(proto: ModelProto) -> int | None:
     return None
 
 
-def _loaded(document: str, folder: Path) -> Any:
+def load_tokenizer(document: str, folder: Path) -> Any:
+    """Return the `tokenizers.Tokenizer` in the text of a tokenizer.json.
+
+    Raises:
+        UsageError: The package tokenizers is not installed, or does not read it.
+    """
     try:
         from tokenizers import Tokenizer
     except ImportError as error:

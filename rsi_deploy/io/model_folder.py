@@ -23,6 +23,7 @@ from rsi_deploy.io.system_files import is_system_file
 
 MODEL = "model.onnx"
 GENAI = "genai_config.json"
+TOKENIZER = "tokenizer.json"
 WRITTEN = {
     *(MODEL, f"{MODEL}.data", "dense.onnx", "dense.onnx.data"),
     *("report.json", "report.html", "plan.json", "recipe.toml", "README.md", "manifest.json"),

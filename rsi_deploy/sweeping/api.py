@@ -30,7 +30,7 @@ from rsi_deploy.core.settings.recipe import RECIPE, recipe_text
 from rsi_deploy.core.settings.verbs import ExportConfig, SweepConfig
 from rsi_deploy.data.picture_settings import picture_settings, preprocessing_of
 from rsi_deploy.data.preprocess import Preprocessing
-from rsi_deploy.data.tokenizer import TOKENIZER
+from rsi_deploy.io.model_folder import TOKENIZER
 from rsi_deploy.exporting.cache import SweepCache
 from rsi_deploy.exporting.dense_size import dense_size
 from rsi_deploy.exporting.timing.profile import write_dense

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rsi_deploy.benchmark.generation.genai import GenaiFolder, Prompt, genai_library
+from rsi_deploy.benchmark.generation.genai import Prompt
+from rsi_deploy.runtime.genai import GenaiFolder, genai_library
 from rsi_deploy.benchmark.settings import GENERATE, PROMPT, BenchConfig
 from rsi_deploy.benchmark.variants import short_names
 from rsi_deploy.core.errors import UsageError
