@@ -118,21 +118,27 @@ class FolderTokenizer:
         default = DEFAULT_LENGTH[self.is_decoder]
         return chosen or min(default, self.longest or default)
 
-    def rows(self, texts: Sequence[str], most: int | None) -> Iterator[Row]:
-        """Yield the tokens of every text, the tokenizer's special ones among them.
-
-        Args:
-            texts: texts.
-            most: most tokens of a text, the rest of which is cut off; None cuts none.
-
-        Raises:
-            UsageError: The tokenizer fails.
-        """
+    def ready(self, most: int | None) -> Any:
+        """Return the `tokenizers.Tokenizer`, which cuts texts at `most` tokens; None cuts none."""
         tokenizer = load_tokenizer(self.document, self.folder)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         if most is not None:
             tokenizer.enable_truncation(most)
+        return tokenizer
+
+    def rows(self, texts: Sequence[str], most: int | None, ready: Any = None) -> Iterator[Row]:
+        """Yield the tokens of every text, the tokenizer's special ones among them.
+
+        Args:
+            texts: texts.
+            most: most tokens of a text, the rest of which is cut off; None cuts none.
+            ready: result of `ready(most)`, to use it again.
+
+        Raises:
+            UsageError: The tokenizer fails.
+        """
+        tokenizer = self.ready(most) if ready is None else ready
         for start in range(0, len(texts), CHUNK):
             try:
                 found = tokenizer.encode_batch(list(texts[start : start + CHUNK]))
