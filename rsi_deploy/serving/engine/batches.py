@@ -98,7 +98,7 @@ class Batcher:
             feeds: checked inputs.
             alone: whether the request must not be joined with others.
             background: whether it runs only when nothing else waits (a shadow's request), without a deadline.
-            generation: text to generate by a decoder, without feeds; its pieces are delivered, and there are no outputs.
+            generation: text to generate, without feeds; its pieces are delivered, and there are no outputs.
 
         Raises:
             Refusal: 429 or 503 as described in the module; 400, onnxruntime could not run these inputs.

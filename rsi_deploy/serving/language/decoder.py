@@ -1,6 +1,6 @@
 """A decoder in a worker's memory: onnxruntime-genai generates one sequence at a time.
 
-    prompt or messages --genai's tokenizer, chat template--> token ids --genai--> a token --> its text --> a piece
+prompt or messages --genai's tokenizer, chat template--> token ids --genai--> a token --> its text --> a piece
 """
 
 from collections.abc import Iterator

@@ -67,9 +67,7 @@ class Encoder:
             )
         outputs = [spec.name for spec in signature.outputs if len(spec.shape) == 3 and spec.dtype.kind == "f"]
         if not outputs:
-            raise ModelError(
-                f"{folder} has no output (batch, tokens, width)", hint="export the encoder without a head"
-            )
+            raise ModelError(f"{folder} has no output (batch, tokens, width)", hint="export the encoder without a head")
         pooling, normalize = _modules(folder)
         tokenizer = FolderTokenizer.of_model(folder, "an input of /v1/embeddings")
         widths = [spec.shape[1] for spec in signature.inputs if isinstance(spec.shape[1], int)]
@@ -136,7 +134,7 @@ def _modules(folder: Path) -> tuple[str, bool]:
             f"{folder}/modules.json has the module {', '.join(unknown)}", hint="embeddings know pooling and Normalize"
         )
     if read_config(folder, "config_sentence_transformers.json").get("default_prompt_name"):
-        raise ModelError(f"{folder} puts a prompt before each text", hint="remove default_prompt_name and send it along")
+        raise ModelError(f"{folder} puts a prompt before each text", hint="remove default_prompt_name there")
     config = read_config(folder, f"{kinds.get('Pooling', '1_Pooling')}/config.json")
     older = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     named = [older.get(name, name) for name, value in config.items() if name.startswith("pooling_mode_") and value]
