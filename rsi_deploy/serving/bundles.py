@@ -63,7 +63,9 @@ def open_bundle(path: Path) -> Bundle:
     if path.is_file():
         return Bundle(path=path, model=path, stamps=before)
     if not path.exists():
-        raise UsageError(f"{path} does not exist; serve takes a bundle (rsi-deploy export -o DIR) or an .onnx file")
+        raise UsageError(
+            f"{path} does not exist; serve takes a bundle (rsi-deploy export -o DIR), an .onnx file or a folder"
+        )
     if not (path / "report.json").is_file():
         if (kind := _kind(path)) != "tensors" and not (path / MANIFEST).is_file():
             return Bundle(path=path, model=find_model(path), stamps=before, kind=kind)

@@ -179,7 +179,7 @@ def _prompt(value: Any) -> str | tuple[int, ...]:
         value = value[0]
     if isinstance(value, str):
         return _text(value, "prompt")
-    if isinstance(value, list) and all(type(token) is int for token in value):
+    if isinstance(value, list) and all(type(token) is int and 0 <= token < 1 << 31 for token in value):
         return tuple(value)
     if isinstance(value, list) and all(isinstance(one, str | list) for one in value):
         raise Refusal(400, f"prompt has {len(value)} prompts, but one sequence is generated at a time; send one each")
