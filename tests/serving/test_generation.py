@@ -1,11 +1,12 @@
 """OpenAI's completions by the real server: tiny random Llamas against onnxruntime-genai in this process."""
 
+import asyncio
+import contextlib
 import http.client
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -17,9 +18,16 @@ from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.packaging.packing import package
 from rsi_deploy.serving.bundles import open_bundle
 from rsi_deploy.serving.catalog import read_catalog
+from rsi_deploy.serving.engine.batches import Batcher, BatchLimits
+from rsi_deploy.serving.engine.pool import Pool
+from rsi_deploy.serving.engine.queues import Cost
 from rsi_deploy.serving.language.decoder import Decoder
-from rsi_deploy.serving.language.generation import GenerationRequest, StopSearch
+from rsi_deploy.serving.language.generation import Generation, GenerationRequest, StopSearch
+from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.ray.app import read_settings
+from rsi_deploy.serving.service import Service
+from rsi_deploy.serving.transports.common import Record
+from rsi_deploy.serving.transports.openai_answers import EventStream
 
 pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 pytestmark = needs_genai
@@ -282,62 +290,126 @@ def test_a_folder_without_a_template(llama, tmp_path):
         next(decoder.generate(GenerationRequest(messages='[{"role": "user", "content": "a"}]')))
 
 
-def open_stream(server, **body):
-    """Return a connection whose stream has begun, and its response."""
-    connection = http.client.HTTPConnection(server.http, timeout=30)
-    sent = {"model": "llama", "prompt": PROMPT, "max_tokens": 200, "stream": True, **body}
-    connection.request("POST", "/v1/completions", json.dumps(sent))
-    response = connection.getresponse()
-    assert response.status == 200
-    response.readline()
-    return connection, response
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory):
-    """A server of two models that need some ms a token, with one worker and a short wait."""
-    folder = tmp_path_factory.mktemp("slow")
-    llama = write_generating(folder, layers=48, chat_template=TEMPLATE)
-    arguments = (f"llama={llama}", "--workers", "1", "--threads", "1", "--generation-wait", "0.3")
-    with Server(*arguments, log=folder / "log", ports=(0, None)) as running:
-        yield running
-
-
-def test_a_client_that_goes_stops_the_generation(slow):
-    before = slow.metric("rsi_generated_tokens_total")
-    connection, response = open_stream(slow, prompt=[5, 6, 7])
-    response.close()
-    connection.close()
-    until(lambda: slow.metric("rsi_requests_total", status="499") == 1)
-    until(lambda: slow.metric("rsi_generated_tokens_total") > before)
-    assert slow.metric("rsi_generated_tokens_total") - before < 150
-    assert completed(slow, max_tokens=3)[1] == "length"
-
-
-def test_a_client_that_does_not_wait_for_a_whole_answer(slow):
-    gone = slow.metric("rsi_requests_total", status="400")
-    connection = http.client.HTTPConnection(slow.http, timeout=30)
-    connection.request("POST", "/v1/completions", json.dumps({"model": "llama", "prompt": PROMPT, "max_tokens": 200}))
-    until(lambda: slow.metric("rsi_first_token_seconds_count") >= 1)
-    time.sleep(0.05)
-    connection.close()
-    until(lambda: slow.metric("rsi_requests_total", status="400") == gone + 1)
-    assert completed(slow, max_tokens=3)[1] == "length"
-
-
-def test_who_waits_too_long_is_refused(slow):
-    """The worker is stopped, so that the first answer takes as long as the test wants."""
-    (pid,) = slow.info["workers"]
-    connection, response = open_stream(slow)
+@contextlib.contextmanager
+def stopped(server):
+    """Stop the worker, so that an answer takes as long as the test wants."""
+    (pid,) = server.info["workers"]
     os.kill(pid, signal.SIGSTOP)
     try:
-        status, answer = post(slow, "/v1/completions", prompt="a")
-        assert (status, answer["error"]["type"]) in ((503, "server_error"), (429, "rate_limit_error"))
-        assert "0.3 s" in answer["error"]["message"]
+        yield
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert response.read().endswith(b"data: [DONE]\n\n")
-    connection.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_is_noted_at_once(server, stream):
+    status = "499" if stream else "400"
+    before = server.metric("rsi_requests_total", status=status)
+    connection = http.client.HTTPConnection(server.http, timeout=30)
+    sent = {"model": "llama", "prompt": PROMPT, "max_tokens": 200, "stream": stream}
+    if not stream:
+        with stopped(server):
+            connection.request("POST", "/v1/completions", json.dumps(sent))
+            connection.close()
+            until(lambda: server.metric("rsi_requests_total", status=status) == before + 1)
+    else:
+        for _ in range(50):  # a short text may be complete before the worker is stopped
+            connection.request("POST", "/v1/completions", json.dumps(sent))
+            response = connection.getresponse()
+            with stopped(server):
+                response.close()
+                connection.close()
+                time.sleep(0.05)
+            if server.metric("rsi_requests_total", status=status) == before + 1:
+                break
+        assert server.metric("rsi_requests_total", status=status) == before + 1
+    assert completed(server, max_tokens=3)[1] == "length"
+
+
+def test_a_stop_reaches_the_worker_and_a_death_the_client(llama):
+    """The event loop runs in this process, so nothing happens between two awaits."""
+
+    async def run():
+        service = Service(read_catalog([f"m={llama}"]), BatchLimits(), workers=1, threads=1, provider="cpu")
+        await service.start()
+        try:
+            served, ends = service.generator("m", ""), []
+            request = GenerationRequest(prompt=PROMPT, temperature=0, max_tokens=100)
+            (worker,) = service._pool.active
+            generate, wanted = worker.generate, []
+
+            async def counted(key, request, on_piece, timeout):
+                return await generate(key, request, lambda piece: wanted.append(on_piece(piece)) or wanted[-1], timeout)
+
+            worker.generate = counted
+            gone = service.generate(served, request, ends.append)
+            first = await anext(gone)
+            await gone.aclose()
+            while worker.busy:
+                await asyncio.sleep(0.005)
+            assert (first.tokens, wanted[-1], len(wanted) < 10, ends) == (1, False, True, [])
+
+            cut = service.generate(served, request, ends.append)
+            await anext(cut)
+            os.kill(worker.pid, signal.SIGKILL)
+            with pytest.raises(Refusal, match="died while it generated") as refused:
+                [piece async for piece in cut]
+            assert refused.value.status == 503
+
+            pieces = [piece async for piece in service.generate(served, request, ends.append)]
+            assert "".join(piece.text for piece in pieces) == greedy(llama, PROMPT, 100)[0]
+            assert (len(ends), service._pool.restarts) == (1, 1)
+        finally:
+            await service.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(0.0, 503), (100.0, 429)])
+def test_who_would_wait_too_long_is_refused(seconds, status):
+    async def run():
+        batcher = Batcher(BatchLimits(generation_wait=0.1, latency_bound=50.0), lambda *_: None)
+        batcher.pool = Pool(1, "cpu", 1, batcher.pump)  # its worker is never started
+        batcher._costs["m"] = Cost(mean=seconds, batches=1)
+
+        def ask():
+            generation = Generation(request=GenerationRequest(prompt="a"), on_piece=print)
+            return asyncio.create_task(batcher.run("m", {}, alone=True, generation=generation))
+
+        first, second = ask(), ask()
+        found = await asyncio.gather(first, second, return_exceptions=True)
+        assert [error.status for error in found] == [503, status]
+        assert all("0.1 s" in error.message for error in found)
+
+    asyncio.run(run())
+
+
+def test_an_error_in_a_stream_is_an_event():
+    async def events():
+        yield b"data: {}\n\n"
+        raise Refusal(503, "the worker died")
+
+    async def pieces():
+        yield None
+
+    async def run():
+        sent, notes = [], []
+        record = Record(protocol="http", method="POST /v1/completions", client="")
+
+        async def send(message):
+            sent.append(message.get("body", b""))
+
+        async def receive():
+            await asyncio.sleep(60)
+
+        await EventStream(events(), pieces(), record, notes.append)({"type": "http"}, receive, send)
+        return b"".join(sent), notes
+
+    text, (record,) = asyncio.run(run())
+    first, last, _ = text.decode().split("\n\n")
+    assert first == "data: {}"
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+    assert (record.status, record.error) == (503, "the worker died")
 
 
 def test_two_clients_get_their_own_answers(server, llama):
@@ -350,16 +422,6 @@ def test_two_clients_get_their_own_answers(server, llama):
     found = run_threads(2, client)
     assert found == [[want[0]] * 3, [want[1]] * 3]
     assert want[0] != want[1]
-
-
-def test_a_worker_that_dies_ends_the_stream_with_an_error(llama, tmp_path):
-    with Server(f"llama={llama}", "--workers", "1", log=tmp_path / "log", ports=(0, None)) as server:
-        (pid,) = server.info["workers"]
-        os.kill(pid, signal.SIGSTOP)  # it has read nothing: the request is run again by the next worker
-        killer = [sys.executable, "-c", f"import os, time; time.sleep(0.3); os.kill({pid}, 9)"]
-        with subprocess.Popen(killer):
-            assert completed(server, max_tokens=4)[1] == "length"
-        assert server.metric("rsi_worker_restarts") == 1
 
 
 def test_metrics_and_log_count_tokens(server):

@@ -273,16 +273,16 @@ class Batcher:
     def _retry(self, batch: list[QueuedRequest], *, count_attempt: bool) -> None:
         """Requeue the requests of a dead worker at the front; fail those for which it is the second dead worker."""
         for job in reversed(batch):
-            if not count_attempt:
+            is_started = job.generation is not None and job.generation.started
+            if not count_attempt and not is_started:
                 self._queues.push(job, first=True)
                 continue
             if job.future.done():
                 continue
-            is_started = job.generation is not None and job.generation.started
             if job.attempts or is_started:
-                text = "the worker died while it generated this text; send the request again"
-                if not is_started:
-                    text = "the worker died twice while it had this request; it is not tried again"
+                text = "the worker died twice while it had this request; it is not tried again"
+                if is_started:
+                    text = "the worker died while it generated this text; send the request again"
                 job.future.set_exception(Refusal(503, text))
                 continue
             job.attempts += 1
