@@ -11,8 +11,10 @@ import sys
 import time
 
 import pytest
-from generating_models import CONTEXT, needs_genai, write_generating
+from generating_models import CONTEXT, changed, needs_genai, write_generating
 from served import Server, linear, run_threads
+
+pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.packaging.packing import package
@@ -29,7 +31,6 @@ from rsi_deploy.serving.service import Service
 from rsi_deploy.serving.transports.common import Record
 from rsi_deploy.serving.transports.openai_answers import EventStream
 
-pytest.importorskip("tritonclient.http", reason="needs the extra serve: pip install 'rsi-deploy[serve]'")
 pytestmark = needs_genai
 
 TEMPLATE = (
@@ -182,8 +183,6 @@ def test_sampling_follows_the_seed(server, llama):
 
 def test_the_end_of_a_text_is_no_text(llama, tmp_path):
     """The third token of the greedy answer becomes the one that ends texts."""
-    from generating_models import changed
-
     decoder = Decoder(open_bundle(llama))
     request = GenerationRequest(prompt=PROMPT, temperature=0, max_tokens=30)
     pieces = list(decoder.generate(request))
@@ -305,6 +304,10 @@ def stopped(server):
 def test_a_client_that_goes_is_noted_at_once(server, stream):
     status = "499" if stream else "400"
     before = server.metric("rsi_requests_total", status=status)
+
+    def answers():
+        return server.metric("rsi_requests_total", status="499") + server.metric("rsi_requests_total", model="llama")
+
     connection = http.client.HTTPConnection(server.http, timeout=30)
     sent = {"model": "llama", "prompt": PROMPT, "max_tokens": 200, "stream": stream}
     if not stream:
@@ -314,12 +317,13 @@ def test_a_client_that_goes_is_noted_at_once(server, stream):
             until(lambda: server.metric("rsi_requests_total", status=status) == before + 1)
     else:
         for _ in range(50):  # a short text may be complete before the worker is stopped
+            done = answers()
             connection.request("POST", "/v1/completions", json.dumps(sent))
             response = connection.getresponse()
             with stopped(server):
                 response.close()
                 connection.close()
-                time.sleep(0.05)
+                until(lambda done=done: answers() > done)
             if server.metric("rsi_requests_total", status=status) == before + 1:
                 break
         assert server.metric("rsi_requests_total", status=status) == before + 1
@@ -447,11 +451,9 @@ def test_what_is_not_offered_for_decoders(llama, tmp_path):
     for target in ("triton", "kserve", "ray-serve"):
         with pytest.raises(UsageError, match=r"/v1/completions"):
             package(llama, tmp_path / "out", target=target)
+    decoder = json.loads((llama / "genai_config.json").read_text())["model"]["decoder"]
+    decoder["session_options"]["provider_options"] = [{"cuda": {}}]
     with pytest.raises(ModelError, match="--provider cuda"):
-        from generating_models import changed
-
-        decoder = json.loads((llama / "genai_config.json").read_text())["model"]["decoder"]
-        decoder["session_options"]["provider_options"] = [{"cuda": {}}]
         Decoder(open_bundle(changed(llama, tmp_path / "cuda", decoder=decoder)))
 
 

@@ -44,10 +44,10 @@ class Decoder:
     def __init__(self, bundle: Bundle, provider: str = "cpu", *, threads: int = 1):
         self._name, self._genai = str(bundle.path), genai_library()
         self._folder = folder = GenaiFolder.read(self._name)
-        if parse_provider(provider).name != folder.provider:
+        if short_name(parse_provider(provider).name) != (made_for := short_name(folder.provider)):
             raise ModelError(
-                f"{self._name} is made for {short_name(folder.provider)}, but --provider is {provider}",
-                hint=f"type --provider {short_name(folder.provider)}, or make the folder for the other one",
+                f"{self._name} is made for {made_for}, but --provider is {provider}",
+                hint=f"type --provider {made_for}, or make the folder for the other one",
             )
         self._model = folder.load(threads, spin_between_runs=False)
         try:
