@@ -263,7 +263,7 @@ class SensitivityAccumulator:
                 logger.info("site %r is fitted without output sensitivity: its gradients are not finite", name)
         return {
             name: OutputSensitivity(
-                directions=G / self._tokens if self._tokens else G,
+                directions=G.div_(self._tokens or 1),  # in place: all together take much memory
                 rows=counts_of(self._energy.get(name, {})),
                 in_nats=bool(self._tokens),
             )

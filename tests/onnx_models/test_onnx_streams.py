@@ -793,7 +793,11 @@ def test_a_survey_runs_a_part_of_much_text_and_reads_as_many_rows(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Survey, "gather", lambda self, group: (ran.append(self._batches), whole(self, group))[1])
         streams.survey(lambda site, moments: None)
-    assert ran == [8]  # of 16 parts with 4,096 tokens
+    assert ran == [4]  # of 16 parts with 4,096 tokens
     assert streams.rows_of("w") == onnx_readings.survey_rows(8, 1)
+    assert streams.run_share == 0.25
     sequenced(streams, lambda site: None)
     assert streams.rows_of("w") == moments.row_limit(8)
+    few = Words(folder, samples=4).streams()
+    sequenced(few, lambda site: None)
+    assert few.run_share == 1

@@ -107,6 +107,11 @@ def remarks(streams: OnnxStreams, data: CalibrationData) -> list[str]:
     found = []
     if streams.unreachable:
         found.append(f"not calibrated: {listed(streams.unreachable)}")
+    if streams.run_share < 1:
+        found.append(
+            f"factors are fitted to {round(streams.run_share * data.samples):,} of the {data.samples:,} samples, "
+            "evenly spaced: they hold as many tokens as the widest site has rows"
+        )
     rows = {site: count for site in streams.sites if (count := streams.rows_of(site.name))}
     scarce = [site for site, count in rows.items() if count < ENOUGH_ROWS * site.in_features]
     if scarce:

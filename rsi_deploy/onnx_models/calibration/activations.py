@@ -108,6 +108,7 @@ class OnnxStreams:
         self._provider = _for_work(provider, _fixed_batch(self._model) * sum((macs or {}).values()))
         self._dense_outputs: Tensor | None = None
         self._rows: dict[str, int] = {}
+        self._run_share = 1.0
         self._samples, self._seed = samples, seed
         axes = axes_of(self._model)
         self._feeds = functools.partial(_in_parts, feeds, axes)
@@ -137,6 +138,11 @@ class OnnxStreams:
         """Return the number of rows in the moments of a site; 0 before there are any."""
         return self._rows.get(name, 0)
 
+    @property
+    def run_share(self) -> float:
+        """Share of the data that the last pass ran: below 1 for text with more tokens than any site has rows."""
+        return self._run_share
+
     def only(self, names: Collection[str]) -> "OnnxStreams":
         """Return the same activations, with only these sites gathered and visited; the others run dense."""
         fewer = copy.copy(self)
@@ -155,7 +161,7 @@ class OnnxStreams:
         with Survey(self._program, self._path, self._reached, self._readings, provider=self._provider) as survey:
             self._checked.clear()
             self._dense_outputs = None
-            survey.load(self._surveyed(), self._checked)
+            survey.load(self._chosen(survey=True), self._checked)
             self._survey = survey
             try:
                 for group in survey.groups():
@@ -192,7 +198,9 @@ class OnnxStreams:
                 provider=self._provider,
                 counts=counts or {},
             )
-            streams.load(self._feeds())
+            streams.load(self._chosen())
+            if self._run_share < 1:
+                streams.forget_counts()
             for wave in self._program.waves:
                 if not wave.sites:
                     break
@@ -248,11 +256,13 @@ class OnnxStreams:
             )
         )
 
-    def _surveyed(self) -> Iterator[Feeds]:
-        """Yield the batches of a survey: all, or of much text evenly spaced ones."""
-        due = 0.0
+    def _chosen(self, *, survey: bool = False) -> Iterator[Feeds]:
+        """Yield all batches, or of much text evenly spaced ones."""
+        due, self._run_share = 0.0, 1.0
         for batch in self._feeds():
-            due += self._readings.survey_share(batch)
+            share = self._readings.share(batch, survey=survey)
+            self._run_share = min(self._run_share, share)
+            due += share
             if due >= 1 - 1e-9:
                 due -= 1
                 yield batch

@@ -79,6 +79,10 @@ class TwoStreams:
             self._alone |= self._readings.alone(batch)
             self._begins.append(self._begins[-1] + self._readings.axes.samples(batch))
 
+    def forget_counts(self) -> None:
+        """Let all rows weigh the same: the weights are those of samples by number, and some samples do not run."""
+        self._counts = {}
+
     @property
     def _batches(self) -> int:
         return len(self._begins) - 1

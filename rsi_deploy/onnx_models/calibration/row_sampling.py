@@ -39,10 +39,6 @@ Feeds = Mapping[str, Array]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-SURVEY_TOKENS = 32_768
-"""Tokens that the ranks of a language model are chosen on: more than the rows of all but very wide sites."""
-
-
 class Readings:
     """Reads the rows of the sites of a program.
 
@@ -76,9 +72,8 @@ class Readings:
         for r in group:
             shape = shapes[r.graph.data]
             rows = (survey_rows if survey else row_limit)(r.site.in_features, r.site.groups)
-            quota = (
-                rows * self.axes.samples(batch) / max(self._samples, 1) / (self.survey_share(batch) if survey else 1)
-            )
+            ran = max(self._samples, 1) * self.share(batch, survey=survey)
+            quota = rows * self.axes.samples(batch) / ran
             if r.graph.window is not None:
                 at, where, inside = self._patches(
                     r, r.graph.window, number, _whole(quota / max(shape[0], 1)), shape[2:]
@@ -91,12 +86,14 @@ class Readings:
             feeds[f"{r.tag}/response/index"] = feeds[f"{r.tag}/beside/index"] = at
         return feeds
 
-    def survey_share(self, batch: Feeds) -> float:
-        """Return the share of the data that a survey runs: below 1 for much text of a language model."""
+    def share(self, batch: Feeds, *, survey: bool = False) -> float:
+        """Return the share of the data that runs: below 1 for text with more tokens than any site has rows."""
         if not self._is_language_model:
             return 1.0
+        rows = survey_rows if survey else row_limit
+        enough = max((rows(r.site.in_features, r.site.groups) for r in self._reached), default=0)
         tokens = token_count(batch) / max(self.axes.samples(batch), 1) * self._samples
-        return min(1.0, SURVEY_TOKENS / max(tokens, 1.0))
+        return min(1.0, enough / max(tokens, 1.0))
 
     def _generator(self, r: Reached, number: int) -> np.random.Generator:
         return np.random.default_rng(stream_seed(self._seed, f"{r.site.name}/{number}"))
