@@ -14,7 +14,7 @@ from rsi_deploy.serving.engine.batches import Batcher, BatchLimits
 from rsi_deploy.serving.engine.pool import Pool
 from rsi_deploy.serving.engine.worker import Loaded
 from rsi_deploy.serving.language.encoder import Encoder, Vectors
-from rsi_deploy.serving.language.generation import Generation, GenerationRequest, Piece
+from rsi_deploy.serving.language.generation import PendingText, TextPiece, TextRequest
 from rsi_deploy.serving.metrics import Metrics
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.requests import InferRequest, InferResponse, RunResult
@@ -162,8 +162,8 @@ class Service:
         return served
 
     async def generate(
-        self, served: ServedModel, request: GenerationRequest, on_end: Callable[[RunResult], None]
-    ) -> AsyncGenerator[Piece]:
+        self, served: ServedModel, request: TextRequest, on_end: Callable[[RunResult], None]
+    ) -> AsyncGenerator[TextPiece]:
         """Yield the pieces of generated text; the generation stops when the generator is closed.
 
         Args:
@@ -176,8 +176,8 @@ class Service:
         """
         self._check_accepting()
         arrived, last = time.perf_counter(), None
-        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
-        generation = Generation(request=request, on_piece=pieces.put_nowait)
+        pieces: asyncio.Queue[TextPiece | None] = asyncio.Queue()
+        generation = PendingText(request=request, on_piece=pieces.put_nowait)
 
         def ended(task: asyncio.Task[RunResult]) -> None:
             pieces.put_nowait(None)

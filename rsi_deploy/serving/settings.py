@@ -33,7 +33,7 @@ class WorkersConfig(Settings, panel="Workers"):
     )
 
 
-class GenerationConfig(Settings, panel="Language models"):
+class TextLimitsConfig(Settings, panel="Language models"):
     """Limits on generated text."""
 
     max_tokens: int = setting(1024, "Most tokens that a request may generate.", ge=1)
@@ -83,5 +83,5 @@ class RayConfig(Settings, panel="Engine ray"):
     )
 
 
-class ServeConfig(AddressConfig, WorkersConfig, GenerationConfig, RolloutConfig, LimitsConfig, RayConfig):
+class ServeConfig(AddressConfig, WorkersConfig, TextLimitsConfig, RolloutConfig, LimitsConfig, RayConfig):
     """The settings of `serve`."""

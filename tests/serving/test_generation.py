@@ -24,7 +24,7 @@ from rsi_deploy.serving.engine.batches import Batcher, BatchLimits
 from rsi_deploy.serving.engine.pool import Pool
 from rsi_deploy.serving.engine.queues import Cost
 from rsi_deploy.serving.language.decoder import Decoder
-from rsi_deploy.serving.language.generation import Generation, GenerationRequest, StopSearch
+from rsi_deploy.serving.language.generation import PendingText, StopSearch, TextRequest
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.ray.app import read_settings
 from rsi_deploy.serving.service import Service
@@ -184,7 +184,7 @@ def test_sampling_follows_the_seed(server, llama):
 def test_the_end_of_a_text_is_no_text(llama, tmp_path):
     """The third token of the greedy answer becomes the one that ends texts."""
     decoder = Decoder(open_bundle(llama))
-    request = GenerationRequest(prompt=PROMPT, temperature=0, max_tokens=30)
+    request = TextRequest(prompt=PROMPT, temperature=0, max_tokens=30)
     pieces = list(decoder.generate(request))
     ids = [int(token) for token in decoder._tokenizer.encode(PROMPT)]
     import onnxruntime_genai as genai
@@ -284,9 +284,9 @@ def test_a_folder_without_a_template(llama, tmp_path):
     shutil.copytree(llama, tmp_path / "plain")
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     decoder = Decoder(open_bundle(tmp_path / "plain"))
-    assert list(decoder.generate(GenerationRequest(prompt="a", max_tokens=2)))[-1].finish
+    assert list(decoder.generate(TextRequest(prompt="a", max_tokens=2)))[-1].finish
     with pytest.raises(ModelError, match="/v1/completions"):
-        next(decoder.generate(GenerationRequest(messages='[{"role": "user", "content": "a"}]')))
+        next(decoder.generate(TextRequest(messages='[{"role": "user", "content": "a"}]')))
 
 
 @contextlib.contextmanager
@@ -338,7 +338,7 @@ def test_a_stop_reaches_the_worker_and_a_death_the_client(llama):
         await service.start()
         try:
             served, ends = service.generator("m", ""), []
-            request = GenerationRequest(prompt=PROMPT, temperature=0, max_tokens=100)
+            request = TextRequest(prompt=PROMPT, temperature=0, max_tokens=100)
             (worker,) = service._pool.active
             generate, wanted = worker.generate, []
 
@@ -377,7 +377,7 @@ def test_who_would_wait_too_long_is_refused(seconds, status):
         batcher._costs["m"] = Cost(mean=seconds, batches=1)
 
         def ask():
-            generation = Generation(request=GenerationRequest(prompt="a"), on_piece=print)
+            generation = PendingText(request=TextRequest(prompt="a"), on_piece=print)
             return asyncio.create_task(batcher.run("m", {}, alone=True, generation=generation))
 
         first, second = ask(), ask()

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from rsi_deploy.serving.engine.pool import Pool, Worker, WorkerDied
 from rsi_deploy.serving.engine.queues import Cost, Queue, QueuedRequest, QueueKey, Queues
-from rsi_deploy.serving.language.generation import Generation, Piece
+from rsi_deploy.serving.language.generation import PendingText, TextPiece
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.requests import RunResult
 from rsi_deploy.serving.protocol.signature import Feeds, Outputs, rows
@@ -89,7 +89,7 @@ class Batcher:
         return self._queues.waiting
 
     async def run(
-        self, key: str, feeds: Feeds, *, alone: bool, background: bool = False, generation: Generation | None = None
+        self, key: str, feeds: Feeds, *, alone: bool, background: bool = False, generation: PendingText | None = None
     ) -> RunResult:
         """Return the outputs of one request.
 
@@ -259,7 +259,7 @@ class Batcher:
         if generation is None:
             return await worker.run(job.key, [job.feeds for job in batch], self._limits.run_timeout)
 
-        def wanted(piece: Piece) -> bool:
+        def wanted(piece: TextPiece) -> bool:
             if not job.future.done():
                 generation.deliver(piece)
             return not job.future.done()  # it is cancelled if the client has gone

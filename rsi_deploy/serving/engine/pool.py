@@ -21,7 +21,7 @@ from rsi_deploy.core.errors import GateError, ModelError, RsiDeployError, UsageE
 from rsi_deploy.serving.bundles import Bundle
 from rsi_deploy.serving.engine.frames import receive_frame_async, send_frame_async
 from rsi_deploy.serving.engine.worker import COMMAND, Loaded, LoadRequest, NotLoaded
-from rsi_deploy.serving.language.generation import GenerationRequest, Piece
+from rsi_deploy.serving.language.generation import TextPiece, TextRequest
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Worker:
         return answer
 
     async def generate(
-        self, key: str, request: GenerationRequest, wanted: Callable[[Piece], bool], timeout: float
+        self, key: str, request: TextRequest, wanted: Callable[[TextPiece], bool], timeout: float
     ) -> tuple[list[Any], float]:
         """Generate text; return its last piece or the error message in a list, and the seconds.
 
@@ -110,7 +110,7 @@ class Worker:
             WorkerDied: it ended before, or was killed because a piece took longer than `timeout`.
         """
         reply = await self._send((key, request), timeout)
-        while isinstance(reply, Piece):
+        while isinstance(reply, TextPiece):
             reply = await self._send(wanted(reply), timeout)
         answer: tuple[list[Any], float] = reply
         return answer

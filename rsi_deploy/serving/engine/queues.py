@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from rsi_deploy.serving.language.generation import Generation
+from rsi_deploy.serving.language.generation import PendingText
 from rsi_deploy.serving.protocol.requests import RunResult
 from rsi_deploy.serving.protocol.signature import Feeds
 
@@ -43,7 +43,7 @@ class QueuedRequest:
     future: "asyncio.Future[RunResult]"
     attempts: int = 0
     bytes: int = 0
-    generation: Generation | None = None
+    generation: PendingText | None = None
 
     @property
     def alone(self) -> bool:

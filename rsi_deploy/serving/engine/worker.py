@@ -2,8 +2,8 @@
 
     first frame in    LoadRequest              out   key -> Loaded or NotLoaded
     then              (key, [feeds, ...])      out   ([outputs or an error message, ...], seconds)
-    or                (key, GenerationRequest) out   a Piece for each token
-                      whether to go on               ... and at last ([Piece or an error message], seconds)
+    or                (key, TextRequest) out   a TextPiece for each token
+                      whether to go on               ... and at last ([TextPiece or an error message], seconds)
 
 If a batch fails, its requests are run one by one, so that only the faulty ones fail.
 """
@@ -19,7 +19,7 @@ from rsi_deploy.serving.bundles import Bundle
 from rsi_deploy.serving.engine.frames import receive_frame, send_frame
 from rsi_deploy.serving.engine.model import LoadedModel
 from rsi_deploy.serving.language.decoder import Decoder
-from rsi_deploy.serving.language.generation import GenerationRequest, Piece
+from rsi_deploy.serving.language.generation import TextPiece, TextRequest
 from rsi_deploy.serving.protocol.signature import Feeds, Outputs, Signature
 
 COMMAND = (
@@ -89,7 +89,7 @@ def answer(model: LoadedModel, requests: Sequence[Feeds]) -> list[Outputs | str]
     return [answer(model, [feeds])[0] for feeds in requests]
 
 
-def _generate(sock: socket.socket, model: Decoder, request: GenerationRequest) -> Piece | str:
+def _generate(sock: socket.socket, model: Decoder, request: TextRequest) -> TextPiece | str:
     """Send all pieces but the last one, which is returned, or the error message."""
     try:
         pieces = model.generate(request)

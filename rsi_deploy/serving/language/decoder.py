@@ -14,7 +14,7 @@ from rsi_deploy.runtime.genai import PACKAGE, GenaiFolder, genai_library, genai_
 from rsi_deploy.runtime.provider_spec import parse_provider
 from rsi_deploy.runtime.providers import short_name
 from rsi_deploy.serving.bundles import Bundle, stamps
-from rsi_deploy.serving.language.generation import GenerationRequest, Piece, StopSearch
+from rsi_deploy.serving.language.generation import StopSearch, TextPiece, TextRequest
 from rsi_deploy.serving.protocol.signature import Signature
 
 Tokens = npt.NDArray[np.int32]
@@ -61,7 +61,7 @@ class Decoder:
         if stamps(bundle.path) != bundle.stamps:
             raise GateError(f"{bundle.path} has been replaced since it was checked; start again when it is complete")
 
-    def generate(self, request: GenerationRequest) -> Iterator[Piece]:
+    def generate(self, request: TextRequest) -> Iterator[TextPiece]:
         """Yield a piece after each token; the last one has a reason why the answer ends.
 
         Raises:
@@ -81,7 +81,7 @@ class Decoder:
         except RuntimeError as error:  # of genai
             raise ModelError(f"{PACKAGE} fails while it generates: {error}") from error
 
-    def _pieces(self, request: GenerationRequest, prompt: Tokens, most: int) -> Iterator[Piece]:
+    def _pieces(self, request: TextRequest, prompt: Tokens, most: int) -> Iterator[TextPiece]:
         parameters = self._genai.GeneratorParams(self._model)
         parameters.set_search_options(
             max_length=len(prompt) + most, num_beams=1, num_return_sequences=1, **_sampling(request)
@@ -98,11 +98,11 @@ class Decoder:
             if is_last and not is_stopped:
                 text += search.held
             finish: Any = "stop" if is_end or is_stopped else "length" if is_last else ""
-            yield Piece(text=text, prompt_tokens=len(prompt), tokens=count, finish=finish)
+            yield TextPiece(text=text, prompt_tokens=len(prompt), tokens=count, finish=finish)
             if finish:
                 return
 
-    def _prompt(self, request: GenerationRequest) -> Tokens:
+    def _prompt(self, request: TextRequest) -> Tokens:
         """Return the token ids `(tokens,)` of the prompt."""
         prompt = request.prompt
         if request.messages:
@@ -126,7 +126,7 @@ class Decoder:
         return tokens.astype(np.int32)
 
 
-def _sampling(request: GenerationRequest) -> dict[str, Any]:
+def _sampling(request: TextRequest) -> dict[str, Any]:
     """Return the search options of genai."""
     if request.temperature == 0:
         return {"do_sample": False}

@@ -8,7 +8,7 @@ Finish = Literal["", "stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
+class TextRequest:
     """What to generate.
 
     Attributes:
@@ -38,7 +38,7 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class TextPiece:
     """A part of an answer, sent after each token.
 
     Attributes:
@@ -56,7 +56,7 @@ class Piece:
 
 
 @dataclass(kw_only=True, eq=False)
-class Generation:
+class PendingText:
     """A request on its way through the queue to a worker.
 
     Attributes:
@@ -65,11 +65,11 @@ class Generation:
         started: whether a piece has been delivered: the answer cannot be started again.
     """
 
-    request: GenerationRequest
-    on_piece: Callable[[Piece], None]
+    request: TextRequest
+    on_piece: Callable[[TextPiece], None]
     started: bool = False
 
-    def deliver(self, piece: Piece) -> None:
+    def deliver(self, piece: TextPiece) -> None:
         """Pass a piece on."""
         self.started = True
         self.on_piece(piece)

@@ -11,7 +11,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from rsi_deploy.serving.catalog import ServedModel
-from rsi_deploy.serving.language.generation import Piece
+from rsi_deploy.serving.language.generation import TextPiece
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.transports.common import Record
 from rsi_deploy.serving.transports.openai_body import ChatBody, GenerationBody
@@ -40,18 +40,18 @@ class AnswerForm:
             "system_fingerprint": served.key,
         }
 
-    def whole(self, pieces: list[Piece]) -> dict[str, Any]:
+    def whole(self, pieces: list[TextPiece]) -> dict[str, Any]:
         """Return the answer in one document."""
         text, last = "".join(piece.text for piece in pieces), pieces[-1]
         shown = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
         choice = {"index": 0, **shown, "logprobs": None, "finish_reason": last.finish}
         return {**self._common, "choices": [choice], "usage": _usage(last)}
 
-    async def events(self, first: Piece, pieces: AsyncIterator[Piece], *, usage: bool) -> AsyncIterator[bytes]:
+    async def events(self, first: TextPiece, pieces: AsyncIterator[TextPiece], *, usage: bool) -> AsyncIterator[bytes]:
         """Yield the answer as server-sent events."""
         if self._chat:
             yield self._event({"role": "assistant", "content": ""})
-        piece: Piece | None = first
+        piece: TextPiece | None = first
         while piece is not None:
             last = piece
             if last.text or (last.finish and not self._chat):
@@ -90,7 +90,7 @@ class EventStream:
     def __init__(
         self,
         events: AsyncIterator[bytes],
-        pieces: AsyncGenerator[Piece],
+        pieces: AsyncGenerator[TextPiece],
         record: Record,
         note: Callable[[Record], None],
     ):
@@ -132,7 +132,7 @@ def error_document(refusal: Refusal) -> dict[str, Any]:
     return {"error": {"message": refusal.message, "type": kind, "param": None, "code": None}}
 
 
-def _usage(last: Piece) -> dict[str, int]:
+def _usage(last: TextPiece) -> dict[str, int]:
     counts = {"prompt_tokens": last.prompt_tokens, "completion_tokens": last.tokens}
     return {**counts, "total_tokens": last.prompt_tokens + last.tokens}
 

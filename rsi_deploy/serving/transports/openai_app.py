@@ -21,7 +21,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from rsi_deploy.serving.catalog import ServedModel
-from rsi_deploy.serving.language.generation import Piece
+from rsi_deploy.serving.language.generation import TextPiece
 from rsi_deploy.serving.protocol.requests import InferResponse, RunResult
 from rsi_deploy.serving.service import Service
 from rsi_deploy.serving.transports.common import Access, Record
@@ -104,7 +104,7 @@ class OpenAi:
         return EventStream(form.events(first, pieces, usage=usage), pieces, record, self._note)
 
 
-async def _collect(pieces: AsyncIterator[Piece]) -> list[Piece]:
+async def _collect(pieces: AsyncIterator[TextPiece]) -> list[TextPiece]:
     return [piece async for piece in pieces]
 
 

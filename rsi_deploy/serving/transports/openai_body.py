@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import orjson
 import pydantic
 
-from rsi_deploy.serving.language.generation import GenerationRequest
+from rsi_deploy.serving.language.generation import TextRequest
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.tensors import short_repr
 
@@ -71,7 +71,7 @@ class GenerationBody(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    def request(self, *, most: int) -> GenerationRequest:
+    def request(self, *, most: int) -> TextRequest:
         """Return what to generate, at most `most` tokens.
 
         Raises:
@@ -79,9 +79,9 @@ class GenerationBody(_Body):
         """
         raise NotImplementedError
 
-    def _request(self, most: int, default: int, **prompt: Any) -> GenerationRequest:
+    def _request(self, most: int, default: int, **prompt: Any) -> TextRequest:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return GenerationRequest(
+        return TextRequest(
             max_tokens=min(self.max_tokens or default, most),
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=self.top_p or 1.0,
@@ -97,7 +97,7 @@ class CompletionBody(GenerationBody):
 
     prompt: Any
 
-    def request(self, *, most: int) -> GenerationRequest:
+    def request(self, *, most: int) -> TextRequest:
         """Return what to generate; see `GenerationBody`."""
         return self._request(most, DEFAULT_TOKENS, prompt=_prompt(self.prompt))
 
@@ -108,7 +108,7 @@ class ChatBody(GenerationBody):
     messages: Any
     max_completion_tokens: Count | None = None
 
-    def request(self, *, most: int) -> GenerationRequest:
+    def request(self, *, most: int) -> TextRequest:
         """Return what to generate; see `GenerationBody`."""
         return self._request(most, self.max_completion_tokens or most, messages=_messages(self.messages))
 
