@@ -79,7 +79,9 @@ class Decoder:
         try:
             yield from self._pieces(request, prompt, most)
         except RuntimeError as error:  # of genai
-            raise ModelError(f"{PACKAGE} fails while it generates: {error}") from error
+            raise ModelError(
+                f"{PACKAGE} fails while it generates: {error}", hint="send a shorter prompt, or make the folder again"
+            ) from error
 
     def _pieces(self, request: TextRequest, prompt: Tokens, most: int) -> Iterator[TextPiece]:
         parameters = self._genai.GeneratorParams(self._model)
@@ -116,7 +118,7 @@ class Decoder:
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         tokens = np.asarray(ids, np.int64)
         if not len(tokens):
-            raise ModelError("the prompt is empty", hint="send at least one token")
+            raise ModelError("the model cannot continue an empty prompt", hint="send at least one token")
         if tokens.min() < 0 or tokens.max() >= self._folder.vocabulary:
             raise ModelError(
                 f"the prompt has the token ids {tokens.min()} to {tokens.max()}, but the model knows 0 to "

@@ -16,16 +16,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import orjson
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from rsi_deploy.serving.catalog import ServedModel
 from rsi_deploy.serving.language.generation import TextPiece
+from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.requests import InferResponse, RunResult
 from rsi_deploy.serving.service import Service
 from rsi_deploy.serving.transports.common import Access, Record
-from rsi_deploy.serving.transports.openai_answers import AnswerForm, EventStream
+from rsi_deploy.serving.transports.openai_answers import GONE, AnswerForm, EventStream
 from rsi_deploy.serving.transports.openai_body import (
     ChatBody,
     CompletionBody,
@@ -112,13 +112,13 @@ async def _unless_gone(request: HttpRequest, work: Coroutine[Any, Any, Value]) -
     """Return the result of `work`, which is cancelled when the client closes its connection.
 
     Raises:
-        ClientDisconnect: the client has gone.
+        Refusal: 499, the client has gone.
     """
     working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientDisconnect
+            raise Refusal(GONE, "the client has gone")
         return working.result()
     finally:
         for task in (working, leaving):

@@ -4,6 +4,7 @@ A field that this server does not have is accepted if its value asks for nothing
 refused by its name otherwise.
 """
 
+import abc
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -71,13 +72,13 @@ class GenerationBody(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
+    @abc.abstractmethod
     def request(self, *, most: int) -> TextRequest:
         """Return what to generate, at most `most` tokens.
 
         Raises:
             Refusal: 400, with what is wrong.
         """
-        raise NotImplementedError
 
     def _request(self, most: int, default: int, **prompt: Any) -> TextRequest:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
