@@ -17,14 +17,47 @@ has_genai = importlib.util.find_spec("onnxruntime_genai") is not None
 needs_genai = pytest.mark.skipif(not has_genai, reason="pip install onnxruntime-genai")
 
 
-def write_generating(folder, layers=2, seed=0):
-    """Write `folder`/hf as transformers does and `folder`/onnx as the builder does; return the latter."""
+def write_bytes_tokenizer(folder):
+    """Write tokenizer.json of byte pairs, which genai reads (it does not read one of whole words); return its size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<unk>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog and the other dog"] * 3, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer.get_vocab_size()
+
+
+def write_generating(folder, layers=2, seed=0, chat_template=None):
+    """Write `folder`/hf as transformers does and `folder`/onnx as the builder does; return the latter.
+
+    Args:
+        folder: an existing folder.
+        layers: number of layers.
+        seed: random seed of the weights.
+        chat_template: template in Jinja, for a tokenizer that genai reads; None writes a tokenizer of whole words.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     source, target = folder / "hf", folder / "onnx"
+    source.mkdir()
+    if chat_template is None:
+        write_tokenizer(source)
+        rows, names = ROWS, {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    else:
+        rows = write_bytes_tokenizer(source)
+        names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "chat_template": chat_template}
+    names["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (source / "tokenizer_config.json").write_text(json.dumps(names))
     config = LlamaConfig(
-        vocab_size=ROWS,
+        vocab_size=rows,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=layers,
@@ -37,9 +70,6 @@ def write_generating(folder, layers=2, seed=0):
     )
     torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(source)
-    write_tokenizer(source)
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]"}
-    (source / "tokenizer_config.json").write_text(json.dumps(names))
     words = ["builder", "-i", source, "-o", target, "-p", "fp32", "-e", "cpu", "-c", folder / "cache"]
     silent = io.StringIO()
     with (

@@ -69,12 +69,13 @@ def _generation(request: dict[str, Any]) -> None:
     before = time.perf_counter_ns()
     import numpy as np
 
-    from rsi_deploy.benchmark.generation.genai import GenaiFolder, genai_library
+    from rsi_deploy.benchmark.generation.genai import GenaiModel
+    from rsi_deploy.runtime.genai import GenaiFolder, genai_library
 
     genai_library()
     _report({"phase": "import", "ms": (time.perf_counter_ns() - before) / 1e6, "started_ns": STARTED_NS})
     before = time.perf_counter_ns()
-    model = GenaiFolder.read(request["folder"]).load(request["threads"])
+    model = GenaiModel.load(GenaiFolder.read(request["folder"]), request["threads"])
     _report({"phase": "load", "ms": (time.perf_counter_ns() - before) / 1e6})
     times = model.generate(np.asarray(request["prompt"], np.int32), request["generate"]).tolist()
     _report({"phase": "run", "ms": times[0], "calls_ms": times})

@@ -1,4 +1,4 @@
-"""`rsi-deploy serve`: bundles behind the Open Inference Protocol."""
+"""`rsi-deploy serve`: bundles behind the Open Inference Protocol and OpenAI's."""
 
 import dataclasses
 import json
@@ -27,6 +27,10 @@ def serve(models: tuple[str, ...], settings: ServeConfig, *, as_json: bool) -> N
 
     PATH is a bundle, an .onnx file, or a folder of numbered bundles, which are versions of one model. A bundle whose
     files are not what it claims is not served. Needs the extra: pip install 'rsi-deploy[serve,cpu]'.
+
+    A folder of onnxruntime-genai, or a bundle of one, answers /v1/completions and /v1/chat/completions as OpenAI does
+    (pip install 'rsi-deploy[serve,cpu,genai]'); one of an encoder with its tokenizer.json answers /v1/embeddings
+    (pip install 'rsi-deploy[serve,cpu,text]').
 
     With --engine ray (pip install 'rsi-deploy[serve,ray,cpu]') each replica is such a server with one worker process
     and takes --threads CPUs of its node, 1 by default. Ray Serve listens for gRPC on every address, so there is none
@@ -76,6 +80,7 @@ def _tell(listening: "Listening", as_json: bool) -> None:
         click.echo(json.dumps(dataclasses.asdict(listening)))
         return
     for name, versions in listening.models.items():
-        click.echo(f"{name}, version {', '.join(versions)}: http://{listening.http}/v2/models/{name}/infer")
+        path = listening.paths.get(name, f"/v2/models/{name}/infer")
+        click.echo(f"{name}, version {', '.join(versions)}: http://{listening.http}{path}")
     if listening.grpc:
         click.echo(f"gRPC: {listening.grpc}")

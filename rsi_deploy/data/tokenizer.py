@@ -14,11 +14,10 @@ from onnx import ModelProto
 
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io.documents import read_document
-from rsi_deploy.io.model_folder import find_model, folder_of, is_decoder, read_config
+from rsi_deploy.io.model_folder import TOKENIZER, find_model, folder_of, is_decoder, read_config
 from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.runtime.feeds.caches import ID_INPUTS
 
-TOKENIZER = "tokenizer.json"
 DEFAULT_LENGTH = {False: 128, True: 1024}
 """Whether the model is a decoder -> largest default number of tokens of a row."""
 CHUNK = 256
@@ -82,7 +81,7 @@ class FolderTokenizer:
                 "AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)), or give arrays (.npz) for the inputs",
             )
         document = read_document(place / TOKENIZER)
-        found = _loaded(document, place)
+        found = load_tokenizer(document, place)
         path = find_model(Path(str(model))) if Path(str(model)).is_dir() else Path(str(model))
         rows = None if path.suffix != ".onnx" else embedding_rows(read_proto(path))
         rows = read_config(place).get("vocab_size") if rows is None else rows
@@ -119,21 +118,27 @@ class FolderTokenizer:
         default = DEFAULT_LENGTH[self.is_decoder]
         return chosen or min(default, self.longest or default)
 
-    def rows(self, texts: Sequence[str], most: int | None) -> Iterator[Row]:
+    def ready(self, most: int | None) -> Any:
+        """Return the `tokenizers.Tokenizer`, which cuts texts at `most` tokens; None cuts none."""
+        tokenizer = load_tokenizer(self.document, self.folder)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        if most is not None:
+            tokenizer.enable_truncation(most)
+        return tokenizer
+
+    def rows(self, texts: Sequence[str], most: int | None, ready: Any = None) -> Iterator[Row]:
         """Yield the tokens of every text, the tokenizer's special ones among them.
 
         Args:
             texts: texts.
             most: most tokens of a text, the rest of which is cut off; None cuts none.
+            ready: result of `ready(most)`, to use it again.
 
         Raises:
             UsageError: The tokenizer fails.
         """
-        tokenizer = _loaded(self.document, self.folder)
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        if most is not None:
-            tokenizer.enable_truncation(most)
+        tokenizer = self.ready(most) if ready is None else ready
         for start in range(0, len(texts), CHUNK):
             try:
                 found = tokenizer.encode_batch(list(texts[start : start + CHUNK]))
@@ -165,7 +170,12 @@ def embedding_rows(proto: ModelProto) -> int | None:
     return None
 
 
-def _loaded(document: str, folder: Path) -> Any:
+def load_tokenizer(document: str, folder: Path) -> Any:
+    """Return the `tokenizers.Tokenizer` in the text of a tokenizer.json.
+
+    Raises:
+        UsageError: The package tokenizers is not installed, or does not read it.
+    """
     try:
         from tokenizers import Tokenizer
     except ImportError as error:

@@ -23,6 +23,7 @@ from rsi_deploy.io.system_files import is_system_file
 
 MODEL = "model.onnx"
 GENAI = "genai_config.json"
+TOKENIZER = "tokenizer.json"
 WRITTEN = {
     *(MODEL, f"{MODEL}.data", "dense.onnx", "dense.onnx.data"),
     *("report.json", "report.html", "plan.json", "recipe.toml", "README.md", "manifest.json"),
@@ -209,12 +210,21 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return _json(folder / name) if (folder / name).is_file() else {}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Any:
+    """Return a document of a folder.
+
+    Raises:
+        ModelError: It is no JSON.
+    """
     try:
         with path.open("rb") as file:  # tokenizer_config.json has numbers that `read_document` refuses
-            found = json.loads(file.read(DOCUMENT_BYTES))
+            return json.loads(file.read(DOCUMENT_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}", hint="copy the whole folder again") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found = read_json(path)
     if not isinstance(found, dict):
         raise ModelError(f"{path} must hold a JSON object", hint="copy the whole folder again")
     return found

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io.bundle import atomic_folder, check_target
 from rsi_deploy.io.manifest import MANIFEST, write_manifest
+from rsi_deploy.io.model_folder import GENAI
 from rsi_deploy.packaging.kserve import KserveSettings, check_label, write_kserve
 from rsi_deploy.packaging.ort_format import Platform, write_ort
 from rsi_deploy.packaging.ray_serve import RaySettings, write_ray_serve
@@ -88,6 +89,11 @@ def package(
         GateError: the bundle does not match its manifest, or the outputs of the package differ from the bundle's.
     """
     _check_options(target, {key for key, value in locals().items() if key in DEFAULTS and value != DEFAULTS[key]})
+    if target != "ort" and (Path(folder) / GENAI).is_file():
+        raise UsageError(
+            f"{folder} is a decoder of onnxruntime-genai, for which --target {target} is not offered",
+            hint="type rsi-deploy serve FOLDER, which answers /v1/completions and /v1/chat/completions",
+        )
     name = _name(name, Path(folder), target)
     check_target(Path(output), force=force, inputs=(folder, dense, feeds))
     triton = TritonSettings(

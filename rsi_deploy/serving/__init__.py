@@ -1,9 +1,11 @@
-"""A server for compressed models on one machine: the Open Inference Protocol v2 over HTTP and gRPC.
+"""A server for compressed models on one machine: the Open Inference Protocol v2 over HTTP and gRPC, OpenAI's over HTTP.
 
     client --HTTP or gRPC--> front process: decode, check, route, batch --frames over a socket--> worker processes
-                                                                                                    onnxruntime
+                                                                                                    onnxruntime,
+                                                                                                    onnxruntime-genai
 
 - `bundles` and `catalog` find and check the models. `protocol` decodes requests and encodes answers.
+- `language` generates text with decoders and makes embeddings with encoders.
 - `engine` holds the worker processes and the batches in front of them.
 - `service` is what both `transports` call; `front` owns the sockets.
 - `ray` runs the same service as a Ray Serve application (`--engine ray`). Ray Serve then owns the sockets, and each

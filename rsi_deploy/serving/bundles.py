@@ -3,6 +3,8 @@
     DIR/model.onnx [model.onnx.data]  a bundle: every file that report.json lists must have its sha256, and where there
                                       is a manifest.json, every file of the folder must match it
     FILE.onnx [FILE.onnx.data]        a plain model, served without a check
+    DIR/genai_config.json             a decoder: a bundle, or a folder of onnxruntime-genai, served without a check
+    DIR/tokenizer.json                an encoder: a bundle, or a folder of optimum-onnx, served without a check
 
 `stamps` changes when a file is replaced. It reads no contents, so it can be called every second.
 """
@@ -11,14 +13,19 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rsi_deploy.core.errors import GateError, UsageError
 from rsi_deploy.data.preprocess import Preprocessing
-from rsi_deploy.io.manifest import check_manifest, file_hash
+from rsi_deploy.io.manifest import MANIFEST, check_manifest, file_hash
+from rsi_deploy.io.model_folder import GENAI, TOKENIZER, find_model, is_decoder
 from rsi_deploy.report.bundle_facts import read_bundle_facts
 
 Stamp = tuple[str, int, int, int]
 """Name, inode, size in bytes and modification time in ns of a file."""
+
+Kind = Literal["tensors", "encoder", "decoder"]
+"""What goes in and out: tensors; tensors, or texts and their embeddings; texts and their continuations."""
 
 WATCHED = ("report.json", "manifest.json")
 
@@ -33,6 +40,7 @@ class Bundle:
         stamps: stamps of its files at the time of the check.
         preprocessing: steps from 8-bit pictures to inputs, if report.json has them.
         probe_shapes: input shapes that the model is known to run on, batch axis first.
+        kind: what goes in and out.
     """
 
     path: Path
@@ -40,13 +48,14 @@ class Bundle:
     stamps: tuple[Stamp, ...]
     preprocessing: Preprocessing | None = None
     probe_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    kind: Kind = "tensors"
 
 
 def open_bundle(path: Path) -> Bundle:
     """Open the bundle or ONNX file at `path` and check every hash that it lists.
 
     Raises:
-        UsageError: `path` does not exist or cannot be served.
+        UsageError: `path` does not exist or cannot be served, or several of its files may be meant.
         ModelError: report.json has another schema.
         GateError: files are missing or changed.
     """
@@ -54,8 +63,12 @@ def open_bundle(path: Path) -> Bundle:
     if path.is_file():
         return Bundle(path=path, model=path, stamps=before)
     if not path.exists():
-        raise UsageError(f"{path} does not exist; serve takes a bundle (rsi-deploy export -o DIR) or an .onnx file")
+        raise UsageError(
+            f"{path} does not exist; serve takes a bundle (rsi-deploy export -o DIR), an .onnx file or a folder"
+        )
     if not (path / "report.json").is_file():
+        if (kind := _kind(path)) != "tensors" and not (path / MANIFEST).is_file():
+            return Bundle(path=path, model=find_model(path), stamps=before, kind=kind)
         raise UsageError(f"{path} is no bundle: it has no report.json; to serve a plain model, type its FILE.onnx")
     facts = read_bundle_facts(path)
     hash_once = functools.cache(file_hash)  # report and manifest list the same files
@@ -71,7 +84,14 @@ def open_bundle(path: Path) -> Bundle:
         stamps=before,
         preprocessing=facts.preprocessing,
         probe_shapes=facts.probe_shapes,
+        kind=_kind(path),
     )
+
+
+def _kind(folder: Path) -> Kind:
+    if (folder / GENAI).is_file():
+        return "decoder"
+    return "encoder" if (folder / TOKENIZER).is_file() and not is_decoder(folder) else "tensors"
 
 
 def file_problems(folder: Path, listed: Mapping[str, str], hash_of: Callable[[Path], str] = file_hash) -> list[str]:
@@ -93,8 +113,13 @@ def file_problems(folder: Path, listed: Mapping[str, str], hash_of: Callable[[Pa
 
 
 def stamps(path: Path) -> tuple[Stamp, ...]:
-    """Return the stamps of the model's files, report.json and manifest.json; those that do not exist are left out."""
-    if path.is_dir():
+    """Return the stamps of the model's files, report.json and manifest.json; those that do not exist are left out.
+
+    A folder that is no bundle has those of all its files, and of the files in its folder `onnx`.
+    """
+    if path.is_dir() and not (path / "report.json").is_file():
+        names = sorted(name for name in (*path.glob("*"), *path.glob("onnx/*")) if name.is_file())
+    elif path.is_dir():
         names = [path / name for name in ("model.onnx", "model.onnx.data", *WATCHED)]
     else:
         names = [path, path.with_name(f"{path.name}.data")]

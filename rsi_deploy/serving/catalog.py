@@ -41,6 +41,11 @@ class ServedModel:
     generation: int = 0
 
     @property
+    def is_decoder(self) -> bool:
+        """Whether it generates text; it answers no other requests."""
+        return self.bundle.kind == "decoder"
+
+    @property
     def key(self) -> str:
         """Identifier of these files among all that are or were served."""
         return f"{self.name}:{self.version}#{self.generation}"
@@ -160,6 +165,8 @@ def read_catalog(models: Sequence[str], *, canary: str = "", canary_share: float
     if shadow:
         route = _candidate(routes, shadow, "--shadow")
         route.shadow = max(route.versions, key=int)
+        if route.versions[route.shadow].is_decoder:
+            raise UsageError("--shadow compares outputs, which decoders do not give; leave it out, or type --canary")
     return routes
 
 

@@ -21,6 +21,8 @@ from rsi_deploy.serving.watching import watch
 NOT_READY_SECONDS = 0.3
 """Seconds between "not ready" and refusing requests, for clients on open connections to see it."""
 KEEP_ALIVE_SECONDS = 75
+PATHS = {"encoder": "/v1/embeddings", "decoder": "/v1/chat/completions"}
+"""Kind of a bundle -> path of OpenAI's protocol that answers most requests to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class Listening:
         models: name -> versions.
         workers: process ids of the workers; empty with `--engine ray`.
         refused: "NAME, version N" -> why it is not served.
+        paths: name -> path of HTTP that answers its requests; without one, the Open Inference Protocol's.
     """
 
     http: str
@@ -40,6 +43,7 @@ class Listening:
     models: dict[str, list[str]]
     workers: list[int]
     refused: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +94,12 @@ class Front:
             await asyncio.sleep(0.005)
         host, port = self.listener.getsockname()[:2]
         models = {name: sorted(route.versions, key=int) for name, route in self.service.routes.items()}
+        kinds = {name: route.versions[route.main].bundle.kind for name, route in self.service.routes.items()}
+        paths = {name: PATHS[kind] for name, kind in kinds.items() if kind in PATHS}
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         refused = {label: str(error) for label, error in self.service.routes.refused.items()}
         pids = self.service.worker_pids()
-        on_ready(Listening(http=address, grpc=self.grpc, models=models, workers=pids, refused=refused))
+        on_ready(Listening(http=address, grpc=self.grpc, models=models, paths=paths, workers=pids, refused=refused))
         await _first(serving, stop.wait())
         if watcher is not None:
             watcher.cancel()

@@ -5,6 +5,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from rsi_deploy.serving.shadow import Shadow
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -24,6 +25,15 @@ class Metrics:
         self._rows = Histogram("rsi_batch_rows", "Rows of a batch", version, buckets=_ROWS, registry=registry)
         self._joined = Counter("rsi_batched_requests", "Requests in batches", version, registry=registry)
         self._ran = Counter("rsi_batch_seconds", "Run time of batches", version, registry=registry)
+        self._prompt_tokens = Counter("rsi_prompt_tokens", "Tokens of texts that came", version, registry=registry)
+        self._tokens = Counter("rsi_generated_tokens", "Tokens generated", version, registry=registry)
+        self._first = Histogram(
+            "rsi_first_token_seconds",
+            "Time from decoded to first token",
+            version,
+            buckets=_FIRST,
+            registry=registry,
+        )
         self._reloads = Counter("rsi_reloads", "Replaced bundles, by outcome", ("outcome",), registry=registry)
         self._waiting = Gauge("rsi_waiting_requests", "Requests that wait for a worker", registry=registry)
         self._workers = Gauge("rsi_workers", "Workers that take requests", registry=registry)
@@ -50,6 +60,15 @@ class Metrics:
         self._rows.labels(model, version).observe(rows)
         self._joined.labels(model, version).inc(requests)
         self._ran.labels(model, version).inc(seconds)
+
+    def note_tokens(self, model: str, version: str, *, prompt: int, generated: int = 0) -> None:
+        """Count the tokens of one request."""
+        self._prompt_tokens.labels(model, version).inc(prompt)
+        self._tokens.labels(model, version).inc(generated)
+
+    def note_first_token(self, model: str, version: str, seconds: float) -> None:
+        """Count the time to the first token of one answer."""
+        self._first.labels(model, version).observe(seconds)
 
     def note_reload(self, outcome: str) -> None:
         """Count one reload; the outcome is "done" or "refused"."""

@@ -48,6 +48,8 @@ def serve(
     max_batch: int = 16,
     batch_delay: float = 0.002,
     latency_bound: float = 2.0,
+    max_tokens: int = 1024,
+    generation_wait: float = 60.0,
     canary: str = "",
     canary_share: float = 0.0,
     shadow: str = "",
@@ -79,6 +81,8 @@ def serve(
         max_batch: most rows of a batch of several requests; 1 joins none.
         batch_delay: seconds that a request waits for others while a worker is idle.
         latency_bound: seconds within which a request must be answered; one that would take longer is refused with 429.
+        max_tokens: most tokens that a request may generate.
+        generation_wait: seconds that a request to generate text waits for a worker; then it is refused.
         canary: `[NAME=]PATH` of a model that answers a share of the requests.
         canary_share: share of the canary, 0 to 1.
         shadow: `[NAME=]PATH` of a model that is compared with the one that answers.
@@ -99,8 +103,10 @@ def serve(
         ModelError: no model can be loaded.
         GateError: the files of a bundle are missing or changed.
     """
-    if min(max_batch, latency_bound, max_body, max_json) <= 0:
-        raise UsageError("max_batch, latency_bound, max_body and max_json must be more than 0")
+    positive = {"max_batch": max_batch, "latency_bound": latency_bound, "max_body": max_body, "max_json": max_json}
+    positive |= {"max_tokens": max_tokens, "generation_wait": generation_wait}
+    if min(positive.values()) <= 0:
+        raise UsageError(f"{', '.join(positive)} must be more than 0")
     check_engine(engine, ray, replicas, write_config, workers, provider, access_log)
     if engine == "ray" and grpc and host not in EVERY_ADDRESS:
         raise UsageError(f"--engine ray: {RAY_GRPC}; type --no-grpc, or --host 0.0.0.0 with an API key")
@@ -140,12 +146,14 @@ def serve(
         if grpc:
             grpc_port = free_port(host, grpc_port, "--grpc-port")
         routes = read_catalog(models, canary=canary, canary_share=canary_share, shadow=shadow)
-        limits = BatchLimits(max_batch=max_batch, batch_delay=batch_delay, latency_bound=latency_bound)
+        limits = BatchLimits(
+            max_batch=max_batch, batch_delay=batch_delay, latency_bound=latency_bound, generation_wait=generation_wait
+        )
         log = AccessLog(_log_stream(access_log, stack))
         stack.callback(log.close)
         front = Front(
             service=Service(routes, limits, workers=workers, threads=threads, provider=provider),
-            access=Access(api_key=api_key, max_body=max_body, max_json=max_json),
+            access=Access(api_key=api_key, max_body=max_body, max_json=max_json, max_tokens=max_tokens),
             log=log,
             listener=listener,
             grpc=f"{bracketed(host)}:{grpc_port}" if grpc else "",

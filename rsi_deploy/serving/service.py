@@ -2,14 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.serving.catalog import Catalog, Route, ServedModel, all_versions, reopened
 from rsi_deploy.serving.engine.batches import Batcher, BatchLimits
 from rsi_deploy.serving.engine.pool import Pool
 from rsi_deploy.serving.engine.worker import Loaded
+from rsi_deploy.serving.language.encoder import Encoder, Vectors
+from rsi_deploy.serving.language.generation import PendingText, TextPiece, TextRequest
 from rsi_deploy.serving.metrics import Metrics
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.requests import InferRequest, InferResponse, RunResult
@@ -17,6 +22,12 @@ from rsi_deploy.serving.protocol.signature import Outputs, Signature, metadata
 from rsi_deploy.serving.shadow import Shadow
 
 logger = logging.getLogger(__name__)
+
+NOT_TENSORS = (
+    "{} generates text: send it to /v1/completions or /v1/chat/completions; "
+    "the Open Inference Protocol is not offered for decoders"
+)
+"""Message for requests of tensors to a decoder."""
 
 
 class Service:
@@ -46,6 +57,8 @@ class Service:
         self._labels: dict[str, tuple[str, str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.shadows: dict[str, Shadow] = {}
+        self._limits = limits
+        self._encoders: dict[str, Encoder | str] = {}
 
     async def start(self) -> None:
         """Load every model on every worker, and remove the models that cannot be loaded.
@@ -59,7 +72,7 @@ class Service:
         self.routes.check_not_empty()
         self.shadows = {name: Shadow(r.main, r.shadow) for name, r in self.routes.items() if r.shadow}
         for served in all_versions(self.routes):
-            if why := self._loaded[served.key].alone:
+            if (why := self._loaded[served.key].alone) and not served.is_decoder:
                 logger.warning("%s %s: requests are not batched: %s", served.name, served.version, why)
 
     async def close(self) -> None:
@@ -81,14 +94,20 @@ class Service:
         return route.pick(version or route.main)
 
     def signature(self, served: ServedModel) -> Signature:
-        """Return the inputs and outputs of a model."""
+        """Return the inputs and outputs of a model.
+
+        Raises:
+            Refusal: 400, it generates text.
+        """
+        if served.is_decoder:
+            raise Refusal(400, NOT_TENSORS.format(served.name))
         return self._loaded[served.key].signature
 
     def metadata(self, name: str, version: str) -> dict[str, Any]:
         """Return the protocol's metadata of a model.
 
         Raises:
-            Refusal: 404, there is no such model or version.
+            Refusal: 404, there is no such model or version; 400, it generates text.
         """
         signature = self.signature(self.find(name, version))
         return {
@@ -116,16 +135,11 @@ class Service:
         Raises:
             Refusal: the request is not answered; with the reason.
         """
-        route = self._route(name)
-        served = route.pick(version)
-        loaded = self._loaded[served.key]
-        loaded.signature.check(request.feeds, name)
-        loaded.signature.check_outputs(tuple(request.outputs), name)
-        if not self.accepting:
-            raise Refusal(503, "the server is shutting down; try another one", retry_after=1)
-        ran = await self._batcher.run(served.key, request.feeds, alone=bool(loaded.alone))
-        if route.shadow and not version and served.version == route.main:
-            self._shadow(route, request, ran)
+        served = self._route(name).pick(version)
+        signature = self.signature(served)
+        signature.check(request.feeds, name)
+        signature.check_outputs(tuple(request.outputs), name)
+        ran = await self._run(served, request, compared=not version)
         requested = tuple(request.outputs) or tuple(ran.outputs)
         return InferResponse(
             name=name,
@@ -135,6 +149,82 @@ class Service:
             ran=ran.ran,
             rows=ran.rows,
         )
+
+    def generator(self, name: str, version: str) -> ServedModel:
+        """Return the decoder that generates the text of a request.
+
+        Raises:
+            Refusal: 404, there is no such model or version; 400, it is no decoder.
+        """
+        served = self._route(name).pick(version)
+        if not served.is_decoder:
+            raise Refusal(400, f"{name} generates no text: it is no folder of onnxruntime-genai (genai_config.json)")
+        return served
+
+    async def generate(
+        self, served: ServedModel, request: TextRequest, on_end: Callable[[RunResult], None]
+    ) -> AsyncGenerator[TextPiece]:
+        """Yield the pieces of generated text; the generation stops when the generator is closed.
+
+        Args:
+            served: a decoder.
+            request: what to generate.
+            on_end: called with the times when the text is complete.
+
+        Raises:
+            Refusal: the request is not answered, or not to its end; with the reason.
+        """
+        self._check_accepting()
+        arrived, last = time.perf_counter(), None
+        pieces: asyncio.Queue[TextPiece | None] = asyncio.Queue()
+        generation = PendingText(request=request, on_piece=pieces.put_nowait)
+
+        def ended(task: asyncio.Task[RunResult]) -> None:
+            pieces.put_nowait(None)
+            if not task.cancelled():
+                task.exception()  # retrieved, should nobody wait for it any more
+
+        running = asyncio.create_task(self._batcher.run(served.key, {}, alone=True, generation=generation))
+        running.add_done_callback(ended)
+        try:
+            while (piece := await pieces.get()) is not None:
+                if last is None:
+                    self.metrics.note_first_token(served.name, served.version, time.perf_counter() - arrived)
+                last = piece
+                yield piece
+            on_end(await running)
+        finally:
+            running.cancel()
+            if last is not None:
+                counts = {"prompt": last.prompt_tokens, "generated": last.tokens}
+                self.metrics.note_tokens(served.name, served.version, **counts)
+
+    async def embed(self, name: str, version: str, texts: Sequence[str]) -> tuple[Vectors, int, InferResponse]:
+        """Return the embeddings `(texts, width)`, the number of tokens, and the times without outputs.
+
+        Raises:
+            Refusal: the request is not answered; with the reason.
+        """
+        served = self._route(name).pick(version)
+        encoder = await self._encoder(served)
+        rows = await asyncio.to_thread(encoder.rows, texts)
+        size = min(encoder.rows_at_once or self._limits.max_batch, self._limits.max_batch)
+        order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))  # little padding
+        found: dict[int, Any] = {}
+        waited = ran = 0.0
+        for start in range(0, len(order), size):
+            numbers = order[start : start + size]
+            chosen = [rows[number] for number in numbers]
+            request = InferRequest(feeds=encoder.feeds(chosen), outputs={})
+            result = await self._run(served, request, compared=not version)
+            found |= zip(numbers, encoder.vectors(chosen, result.outputs), strict=True)
+            waited, ran = waited + result.waited, ran + result.ran
+        tokens = sum(len(row.ids) for row in rows)
+        self.metrics.note_tokens(name, served.version, prompt=tokens)
+        answer = InferResponse(
+            name=name, version=served.version, outputs={}, waited=waited, ran=ran, rows=min(size, len(rows))
+        )
+        return np.stack([found[number] for number in range(len(rows))]), tokens, answer
 
     async def reload(self, changed: Mapping[str, ServedModel]) -> None:
         """Load replaced files and serve them once all models are loaded.
@@ -182,6 +272,39 @@ class Service:
         self._loaded |= loaded
         self._labels |= {served.key: (served.name, served.version) for served in models}
         return refused
+
+    async def _run(self, served: ServedModel, request: InferRequest, *, compared: bool) -> RunResult:
+        """Run a model on checked inputs; a shadow runs them as well if the request is `compared`."""
+        self._check_accepting()
+        ran = await self._batcher.run(served.key, request.feeds, alone=bool(self._loaded[served.key].alone))
+        route = self.routes[served.name]
+        if route.shadow and compared and served.version == route.main:
+            self._shadow(route, request, ran)
+        return ran
+
+    def _check_accepting(self) -> None:
+        if not self.accepting:
+            raise Refusal(503, "the server is shutting down; try another one", retry_after=1)
+
+    async def _encoder(self, served: ServedModel) -> Encoder:
+        """Return the tokenizer and pooling of a model, read at the first request.
+
+        Raises:
+            Refusal: 400, it gives no embeddings; with the reason.
+        """
+        if served.bundle.kind != "encoder":
+            raise Refusal(400, f"{served.name} gives no embeddings: it is no folder of an encoder with tokenizer.json")
+        if served.key not in self._encoders:
+            try:
+                found = await asyncio.to_thread(Encoder.of_folder, served.bundle.path, self.signature(served))
+            except RsiDeployError as error:
+                self._encoders[served.key] = f"{served.name} gives no embeddings: {error}"
+            else:
+                self._encoders[served.key] = found
+        encoder = self._encoders[served.key]
+        if isinstance(encoder, str):
+            raise Refusal(400, encoder)
+        return encoder
 
     def _route(self, name: str) -> Route:
         if name not in self.routes:

@@ -33,6 +33,15 @@ class WorkersConfig(Settings, panel="Workers"):
     )
 
 
+class TextLimitsConfig(Settings, panel="Language models"):
+    """Limits on generated text."""
+
+    max_tokens: int = setting(1024, "Most tokens that a request may generate.", ge=1)
+    generation_wait: Seconds = setting(
+        60.0, "Longest time that a request to generate text waits for a worker; then it is refused."
+    )
+
+
 class RolloutConfig(Settings, panel="Rollout"):
     """Canary and shadow, and the reload of replaced bundles."""
 
@@ -74,5 +83,5 @@ class RayConfig(Settings, panel="Engine ray"):
     )
 
 
-class ServeConfig(AddressConfig, WorkersConfig, RolloutConfig, LimitsConfig, RayConfig):
+class ServeConfig(AddressConfig, WorkersConfig, TextLimitsConfig, RolloutConfig, LimitsConfig, RayConfig):
     """The settings of `serve`."""

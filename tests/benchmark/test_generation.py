@@ -16,13 +16,14 @@ from bench import small
 from rsi_deploy.benchmark.ci_gate import check_gates
 from rsi_deploy.benchmark.compare import compare_documents
 from rsi_deploy.benchmark.generation import measuring
-from rsi_deploy.benchmark.generation.genai import GenaiFolder
+from rsi_deploy.benchmark.generation.genai import GenaiModel
 from rsi_deploy.benchmark.generation.request import GenerationRequest, generation_request, random_prompt
 from rsi_deploy.benchmark.settings import BenchConfig
 from rsi_deploy.cli import run
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.report.pages.bench import bench_page
 from rsi_deploy.report.tables.bench import print_document
+from rsi_deploy.runtime.genai import GenaiFolder
 
 
 def folder_of(path, **facts):
@@ -51,7 +52,7 @@ def measured(tmp_path, monkeypatch):
                 now[0] += found.sum() / 1e3
                 return found
 
-        monkeypatch.setattr(GenaiFolder, "load", lambda folder, threads: Model(folder))
+        monkeypatch.setattr(GenaiModel, "load", lambda folder, threads: Model(folder))
         folders = []
         for label in labels:
             (tmp_path / label).mkdir(exist_ok=True)
@@ -227,9 +228,9 @@ def test_a_token_that_ends_a_text_ends_no_generation(generating, tmp_path):
     generator.append_tokens(prompt)
     generator.generate_next_token()
     ends = changed(generating, tmp_path / "ends", eos_token_id=int(generator.get_sequence(0)[-1]))
-    assert GenaiFolder.read(str(ends)).load().generate(prompt, 30).shape == (30,)
+    assert GenaiModel.load(GenaiFolder.read(str(ends)), None).generate(prompt, 30).shape == (30,)
     with pytest.raises(ModelError, match="context_length"):
-        GenaiFolder.read(str(ends)).load().generate(prompt, CONTEXT)
+        GenaiModel.load(GenaiFolder.read(str(ends)), None).generate(prompt, CONTEXT)
 
 
 @needs_genai

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rsi_deploy.benchmark.blocks import Cell, Progress, run_cells
+from rsi_deploy.benchmark.generation.genai import GenaiModel
 from rsi_deploy.benchmark.generation.request import GenerationRequest
 from rsi_deploy.benchmark.latency import (
     PARTIAL_BLOCKS,
@@ -132,7 +133,7 @@ def _measured(request: GenerationRequest, progress: Progress | None) -> list[Ben
     for folder, label in zip(request.folders, request.labels, strict=True):
         if progress is not None:
             progress(f"loading {label}", 0.0)
-        variant = _variant(request, folder.load(request.threads), label, folder.file)
+        variant = _variant(request, GenaiModel.load(folder, request.threads), label, folder.file)
         variant.warm_up(WARM_SHARE * request.seconds / len(request.folders))
         cell.variants.append(variant)
     interrupted = run_cells(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rsi_deploy.benchmark.generation.genai import GenaiFolder, Prompt, genai_library
+from rsi_deploy.benchmark.generation.genai import Prompt
 from rsi_deploy.benchmark.settings import GENERATE, PROMPT, BenchConfig
 from rsi_deploy.benchmark.variants import short_names
 from rsi_deploy.core.errors import UsageError
@@ -15,6 +15,7 @@ from rsi_deploy.core.settings.base import flag_of
 from rsi_deploy.data.text_data import TextOptions, is_text
 from rsi_deploy.data.text_files import COLUMN, read_texts
 from rsi_deploy.data.tokenizer import FolderTokenizer
+from rsi_deploy.runtime.genai import GenaiFolder, genai_library
 from rsi_deploy.runtime.pinning import parse_cores
 
 TAKEN = {

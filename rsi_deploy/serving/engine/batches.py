@@ -8,6 +8,9 @@
                request has waited too long to be answered within the bound
     retried    once, if the worker died while it had the request; then 503
 
+Generated text has no bound, as its length is not known. It is refused with 429 or 503 if it would wait, or has waited,
+longer than `generation_wait` for a worker. It is not retried once a part of it has been sent.
+
 The run time of a row is a running mean over the batches of its model. Promises add twice the mean deviation, as TCP
 does for round trip times.
 """
@@ -21,9 +24,10 @@ from dataclasses import dataclass
 
 from rsi_deploy.serving.engine.pool import Pool, Worker, WorkerDied
 from rsi_deploy.serving.engine.queues import Cost, Queue, QueuedRequest, QueueKey, Queues
+from rsi_deploy.serving.language.generation import PendingText, TextPiece
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.requests import RunResult
-from rsi_deploy.serving.protocol.signature import Feeds, rows
+from rsi_deploy.serving.protocol.signature import Feeds, Outputs, rows
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +48,16 @@ class BatchLimits:
         batch_delay: seconds that a request waits for others while a worker is idle.
         latency_bound: seconds within which a request must be answered.
         run_timeout: seconds after which a worker counts as hung and is killed.
+        generation_wait: seconds within which a worker must begin to generate text.
+        token_timeout: seconds without a token after which a worker counts as hung; the first one has the prompt's time.
     """
 
     max_batch: int = 16
     batch_delay: float = 0.002
     latency_bound: float = 2.0
     run_timeout: float = 60.0
+    generation_wait: float = 60.0
+    token_timeout: float = 600.0
 
 
 class Batcher:
@@ -80,7 +88,9 @@ class Batcher:
         """Number of requests that wait for a worker."""
         return self._queues.waiting
 
-    async def run(self, key: str, feeds: Feeds, *, alone: bool, background: bool = False) -> RunResult:
+    async def run(
+        self, key: str, feeds: Feeds, *, alone: bool, background: bool = False, generation: PendingText | None = None
+    ) -> RunResult:
         """Return the outputs of one request.
 
         Args:
@@ -88,13 +98,16 @@ class Batcher:
             feeds: checked inputs.
             alone: whether the request must not be joined with others.
             background: whether it runs only when nothing else waits (a shadow's request), without a deadline.
+            generation: text to generate, without feeds; its pieces are delivered, and there are no outputs.
 
         Raises:
             Refusal: 429 or 503 as described in the module; 400, onnxruntime could not run these inputs.
         """
-        size = sum(array.nbytes for array in feeds.values())
-        count = rows(feeds)
-        self._admit(key, count, size, background)
+        size = sum(array.nbytes for array in feeds.values()) if generation is None else generation.request.size
+        count = rows(feeds) if generation is None else 1
+        bound = self._limits.latency_bound if generation is None else self._limits.generation_wait
+        own = self._run_seconds(key, count) if generation is None else 0.0
+        self._admit(size, bound, own, background=background)
         shapes = (object(),) if alone else tuple((name, a.shape[1:]) for name, a in sorted(feeds.items()))
         now = time.monotonic()
         job = QueuedRequest(
@@ -103,10 +116,11 @@ class Batcher:
             rows=count,
             shapes=shapes,
             arrived=now,
-            deadline=math.inf if background else now + self._limits.latency_bound,
+            deadline=math.inf if background else now + bound,
             background=background,
             future=asyncio.get_running_loop().create_future(),
             bytes=size,
+            generation=generation,
         )
         self._queues.push(job)
         if not background:
@@ -128,7 +142,8 @@ class Batcher:
         self.pool.retire(lambda worker: any(job.key in worker.keys - self.pool.keys for job in self._queues.heads()))
         self._set_timer(now)
 
-    def _admit(self, key: str, count: int, size: int, background: bool) -> None:
+    def _admit(self, size: int, bound: float, own: float, *, background: bool) -> None:
+        """Refuse a request of `size` bytes that would not be answered, `own` seconds after its start, in the bound."""
         if background:
             if self._queues.background >= MAX_BACKGROUND:
                 raise Refusal(429, "too many shadow requests wait")
@@ -138,9 +153,7 @@ class Batcher:
         now, workers = time.monotonic(), max(len(self.pool.active), 1)
         ahead = sum(max(end - now, 0.0) for end in self._ends.values())
         ahead += self._queues.seconds_ahead(self._costs)
-        own = self._row_seconds(key) * max(count, self._max_rows(key))
         expected = ahead / workers + own
-        bound = self._limits.latency_bound
         if ahead and expected > bound:
             text = f"the answer would take {expected:.2f} s, more than the bound of {bound:g} s; try again later"
             raise Refusal(429, text, retry_after=max(expected - bound, 1.0))
@@ -148,10 +161,15 @@ class Batcher:
     def _row_seconds(self, key: str) -> float:
         return self._costs[key].upper_estimate if key in self._costs else 0.0
 
+    def _run_seconds(self, key: str, count: int) -> float:
+        """Return the expected run time of a request of `count` rows, in a full batch."""
+        return self._row_seconds(key) * max(count, self._max_rows(key))
+
     def _latest_start(self, job: QueuedRequest) -> float:
         """Return the time by which a request must start; its own run counts as half of the bound at most."""
-        own = self._row_seconds(job.key) * max(job.rows, self._max_rows(job.key))
-        return job.deadline - min(own, self._limits.latency_bound / 2)
+        if job.generation is not None:
+            return job.deadline
+        return job.deadline - min(self._run_seconds(job.key, job.rows), self._limits.latency_bound / 2)
 
     def _max_rows(self, key: str) -> int:
         """Return the most rows of a batch: as many as run in a quarter of the bound, at most `max_batch`."""
@@ -164,7 +182,9 @@ class Batcher:
             while queue.jobs and (queue.head.future.done() or self._latest_start(queue.head) < now):
                 job = self._queues.pop(queue_key)
                 if not job.future.done():
-                    text = f"no worker was free within the bound of {self._limits.latency_bound:g} s; try again later"
+                    limits = self._limits
+                    bound = limits.latency_bound if job.generation is None else limits.generation_wait
+                    text = f"no worker was free within the bound of {bound:g} s; try again later"
                     job.future.set_exception(Refusal(503, text, retry_after=1))
 
     def _next_batch(self, worker: Worker, now: float) -> list[QueuedRequest]:
@@ -206,7 +226,7 @@ class Batcher:
     async def _run(self, worker: Worker, batch: list[QueuedRequest], count: int) -> None:
         key, start = batch[0].key, time.monotonic()
         try:
-            answers, seconds = await worker.run(key, [job.feeds for job in batch], self._limits.run_timeout)
+            answers, seconds = await self._answers(worker, batch)
         except WorkerDied as death:
             self._retry(batch, count_attempt=death.had_request)
         except Exception:
@@ -221,7 +241,8 @@ class Batcher:
                 if job.future.done():
                     continue
                 if isinstance(outputs, str):
-                    job.future.set_exception(Refusal(400, f"the model could not run these inputs: {outputs}"))
+                    what = "the model could not run these inputs: " if job.generation is None else ""
+                    job.future.set_exception(Refusal(400, f"{what}{outputs}"))
                     continue
                 waited = start - job.arrived
                 job.future.set_result(
@@ -232,16 +253,36 @@ class Batcher:
             self._ends.pop(worker, None)
             self.pump()
 
+    async def _answers(self, worker: Worker, batch: list[QueuedRequest]) -> tuple[list[Outputs | str], float]:
+        """Return outputs or an error message for each request, and the seconds; text is delivered piece by piece."""
+        job, generation = batch[0], batch[0].generation
+        if generation is None:
+            return await worker.run(job.key, [job.feeds for job in batch], self._limits.run_timeout)
+
+        def wanted(piece: TextPiece) -> bool:
+            if not job.future.done():
+                generation.deliver(piece)
+            return not job.future.done()  # it is cancelled if the client has gone
+
+        (last,), seconds = await worker.generate(job.key, generation.request, wanted, self._limits.token_timeout)
+        if isinstance(last, str):
+            return [last], seconds
+        wanted(last)
+        return [{}], seconds
+
     def _retry(self, batch: list[QueuedRequest], *, count_attempt: bool) -> None:
         """Requeue the requests of a dead worker at the front; fail those for which it is the second dead worker."""
         for job in reversed(batch):
-            if not count_attempt:
+            is_started = job.generation is not None and job.generation.started
+            if not count_attempt and not is_started:
                 self._queues.push(job, first=True)
                 continue
             if job.future.done():
                 continue
-            if job.attempts:
+            if job.attempts or is_started:
                 text = "the worker died twice while it had this request; it is not tried again"
+                if is_started:
+                    text = "the worker died while it generated this text; send the request again"
                 job.future.set_exception(Refusal(503, text))
                 continue
             job.attempts += 1

@@ -21,6 +21,7 @@ from rsi_deploy.core.errors import GateError, ModelError, RsiDeployError, UsageE
 from rsi_deploy.serving.bundles import Bundle
 from rsi_deploy.serving.engine.frames import receive_frame_async, send_frame_async
 from rsi_deploy.serving.engine.worker import COMMAND, Loaded, LoadRequest, NotLoaded
+from rsi_deploy.serving.language.generation import TextPiece, TextRequest
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,26 @@ class Worker:
             WorkerDied: it ended before, or was killed because it took longer than `timeout`.
         """
         answer: tuple[list[Any], float] = await self._send((key, list(requests)), timeout)
+        return answer
+
+    async def generate(
+        self, key: str, request: TextRequest, wanted: Callable[[TextPiece], bool], timeout: float
+    ) -> tuple[list[Any], float]:
+        """Generate text; return its last piece or the error message in a list, and the seconds.
+
+        Args:
+            key: key of the model.
+            request: what to generate.
+            wanted: called with each piece but the last; returns whether to go on.
+            timeout: seconds without a piece after which the worker counts as hung.
+
+        Raises:
+            WorkerDied: it ended before, or was killed because a piece took longer than `timeout`.
+        """
+        reply = await self._send((key, request), timeout)
+        while isinstance(reply, TextPiece):
+            reply = await self._send(wanted(reply), timeout)
+        answer: tuple[list[Any], float] = reply
         return answer
 
     def close(self) -> None:

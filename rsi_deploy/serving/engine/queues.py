@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from rsi_deploy.serving.language.generation import PendingText
 from rsi_deploy.serving.protocol.requests import RunResult
 from rsi_deploy.serving.protocol.signature import Feeds
 
@@ -29,6 +30,7 @@ class QueuedRequest:
         future: future of its outputs.
         attempts: number of workers that died while they had it.
         bytes: size of its inputs.
+        generation: the text to generate; it has no feeds then.
     """
 
     key: str
@@ -41,6 +43,7 @@ class QueuedRequest:
     future: "asyncio.Future[RunResult]"
     attempts: int = 0
     bytes: int = 0
+    generation: PendingText | None = None
 
     @property
     def alone(self) -> bool:

@@ -2,6 +2,8 @@
 
     first frame in    LoadRequest              out   key -> Loaded or NotLoaded
     then              (key, [feeds, ...])      out   ([outputs or an error message, ...], seconds)
+    or                (key, TextRequest) out   a TextPiece for each token
+                      whether to go on               ... and at last ([TextPiece or an error message], seconds)
 
 If a batch fails, its requests are run one by one, so that only the faulty ones fail.
 """
@@ -16,6 +18,8 @@ from rsi_deploy.core.errors import RsiDeployError
 from rsi_deploy.serving.bundles import Bundle
 from rsi_deploy.serving.engine.frames import receive_frame, send_frame
 from rsi_deploy.serving.engine.model import LoadedModel
+from rsi_deploy.serving.language.decoder import Decoder
+from rsi_deploy.serving.language.generation import TextPiece, TextRequest
 from rsi_deploy.serving.protocol.signature import Feeds, Outputs, Signature
 
 COMMAND = (
@@ -68,7 +72,8 @@ def main(descriptor: int) -> None:
         while True:
             key, requests = receive_frame(sock)
             start = time.perf_counter()
-            answers = answer(models[key], requests)
+            model = models[key]
+            answers = [_generate(sock, model, requests)] if isinstance(model, Decoder) else answer(model, requests)
             send_frame(sock, (answers, time.perf_counter() - start))
     except (EOFError, OSError):
         return
@@ -84,17 +89,37 @@ def answer(model: LoadedModel, requests: Sequence[Feeds]) -> list[Outputs | str]
     return [answer(model, [feeds])[0] for feeds in requests]
 
 
-def _load(sock: socket.socket) -> dict[str, LoadedModel]:
+def _generate(sock: socket.socket, model: Decoder, request: TextRequest) -> TextPiece | str:
+    """Send all pieces but the last one, which is returned, or the error message."""
+    try:
+        pieces = model.generate(request)
+        piece = next(pieces)
+        while not piece.finish:
+            send_frame(sock, piece)
+            following = next(pieces)  # while the front process passes the piece on
+            if not receive_frame(sock):
+                return piece
+            piece = following
+        return piece
+    except RsiDeployError as error:
+        return str(error)
+
+
+def _load(sock: socket.socket) -> dict[str, LoadedModel | Decoder]:
     request: LoadRequest = receive_frame(sock)
-    models: dict[str, LoadedModel] = {}
+    models: dict[str, LoadedModel | Decoder] = {}
     results: dict[str, Loaded | NotLoaded] = {}
     for key, bundle in request.bundles.items():
         try:
-            tried = key in request.try_batches
-            model = LoadedModel(bundle, request.provider, threads=request.threads, try_batches=tried)
-            models[key] = model
+            model = models[key] = _model(bundle, request, try_batches=key in request.try_batches)
             results[key] = Loaded(signature=model.signature, alone=model.alone)
         except RsiDeployError as error:
             results[key] = NotLoaded(message=str(error), exit_code=error.exit_code)
     send_frame(sock, results)
     return models
+
+
+def _model(bundle: Bundle, request: LoadRequest, *, try_batches: bool) -> LoadedModel | Decoder:
+    if bundle.kind == "decoder":
+        return Decoder(bundle, request.provider, threads=request.threads)
+    return LoadedModel(bundle, request.provider, threads=request.threads, try_batches=try_batches)

@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 from rsi_deploy.core.errors import RsiDeployError, UsageError
 from rsi_deploy.serving import KEY_VARIABLE
 from rsi_deploy.serving.access_log import AccessLog
-from rsi_deploy.serving.catalog import Catalog, read_catalog
+from rsi_deploy.serving.catalog import Catalog, all_versions, read_catalog
 from rsi_deploy.serving.engine.batches import MAX_WAITING, BatchLimits
 from rsi_deploy.serving.ray.grpc import METHODS
 from rsi_deploy.serving.replica_counts import Board, ReplicaCounts, joined_metrics
@@ -91,7 +91,10 @@ class RayAppSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
         Raises:
             UsageError, ModelError, GateError: as `read_catalog`.
         """
-        return read_catalog(self.models, canary=self.canary, canary_share=self.canary_share, shadow=self.shadow)
+        found = read_catalog(self.models, canary=self.canary, canary_share=self.canary_share, shadow=self.shadow)
+        if names := sorted({served.name for served in all_versions(found) if served.is_decoder}):
+            raise UsageError(f"--engine ray serves no decoders, such as {', '.join(names)}; leave out --engine ray")
+        return found
 
 
 def read_settings(args: Mapping[str, Any]) -> RayAppSettings:

@@ -20,11 +20,13 @@ class Access:
         api_key: key that every request but health must have; "" requires none.
         max_body: most bytes of a request.
         max_json: most bytes of JSON in a request.
+        max_tokens: most tokens that a request may generate.
     """
 
     api_key: str = ""
     max_body: int = 64 << 20
     max_json: int = 8 << 20
+    max_tokens: int = 1024
 
     def check_key(self, authorization: str, api_key: str) -> None:
         """Check the key of a request.

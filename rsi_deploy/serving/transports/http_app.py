@@ -6,6 +6,7 @@
     POST /v2/repository/index                       names, versions and states, in Triton's form
     GET  /v2/models/NAME/shadow                     comparison with the shadow
     GET  /metrics                                   Prometheus
+    /v1/...                                         OpenAI's protocol, see `openai_app`
 
 A refused request gets `{"error": "..."}` with a status of 4xx or 503.
 """
@@ -13,7 +14,7 @@ A refused request gets `{"error": "..."}` with a status of 4xx or 503.
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -33,10 +34,11 @@ from rsi_deploy.serving.protocol.requests import InferRequest
 from rsi_deploy.serving.service import Service
 from rsi_deploy.serving.transports import http_body
 from rsi_deploy.serving.transports.common import Access, Record
+from rsi_deploy.serving.transports.openai_answers import EventStream, error_document
+from rsi_deploy.serving.transports.openai_app import PREFIX, Handler, OpenAi
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[HttpRequest, Record], Awaitable[Response]]
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 
 JSON, BINARY = "application/json", "application/octet-stream"
@@ -77,6 +79,8 @@ class _Http:
             self._route("POST", "/v2/repository/index", self._index),
             self._route("GET", "/metrics", self._metrics),
         ]
+        openai = OpenAi(self._service, self._access, self._body, self._note)
+        routes += [self._route(method, path, handler) for method, path, handler in openai.handlers()]
         return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_path}, lifespan=lifespan)
 
     def _route(self, method: str, path: str, handler: Handler, *, open_to_all: bool = False) -> Route:
@@ -96,19 +100,24 @@ class _Http:
             response = await handler(request, record)
         except Refusal as refusal:
             record.error = refusal.message
-            response = _error(refusal)
+            response = _error(refusal, request.url.path)
         except ClientDisconnect:
             record.error = "the client has gone"
-            response = _error(Refusal(400, record.error))
+            response = _error(Refusal(400, record.error), request.url.path)
         except Exception:
             logger.exception("%s", record.method)
             record.error = "the server failed; its log says why"
-            response = _error(Refusal(500, record.error))
-        record.status, record.bytes_out = response.status_code, len(response.body)
+            response = _error(Refusal(500, record.error), request.url.path)
+        record.status = response.status_code
         if self._service.leaving:
             response.headers["connection"] = "close"
-        record.note(self._service, self._log)
+        if not isinstance(response, EventStream):  # which is noted at its end
+            record.bytes_out = len(response.body)
+            self._note(record)
         return response
+
+    def _note(self, record: Record) -> None:
+        record.note(self._service, self._log)
 
     async def _infer(self, request: HttpRequest, record: Record) -> Response:
         body = await self._body(request, record)
@@ -193,13 +202,15 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(value), status, media_type=JSON)
 
 
-def _error(refusal: Refusal) -> Response:
+def _error(refusal: Refusal, path: str) -> Response:
     headers = {"retry-after": str(math.ceil(refusal.retry_after))} if refusal.retry_after else None
     # The message may repeat invalid text of the client (lone surrogates), which orjson refuses.
     message = refusal.message.encode("utf-8", "replace").decode()
-    return Response(orjson.dumps({"error": message}), refusal.status, headers, media_type=JSON)
+    document = error_document(Refusal(refusal.status, message)) if path.startswith(PREFIX) else {"error": message}
+    return Response(orjson.dumps(document), refusal.status, headers, media_type=JSON)
 
 
 async def _no_such_path(request: HttpRequest, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
-    return _error(Refusal(status, f"{request.method} {request.url.path[:200]} is not part of the protocol"))
+    path = request.url.path
+    return _error(Refusal(status, f"{request.method} {path[:200]} is not part of the protocol"), path)

@@ -1,0 +1,1 @@
+"""Models that read text: decoders that generate through onnxruntime-genai, and encoders that give embeddings."""
