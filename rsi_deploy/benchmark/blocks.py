@@ -70,9 +70,13 @@ class Cell:
         """Return whether the cell has too few blocks or seconds to be precise."""
         return self.blocks < ENOUGH_BLOCKS or self.seconds < least_seconds
 
+    def widest(self, seed: int) -> float:
+        """Return the relative half width of the widest interval; infinite without enough blocks."""
+        return half_width(self.medians(), seed) if self.blocks else float("inf")
+
     def look(self, precision: float, least_seconds: float, seed: int) -> None:
         """Update the width of the intervals, and schedule the next look."""
-        self.width = half_width(self.medians(), seed)
+        self.width = self.widest(seed)
         self.precise = self.width <= precision and not self.is_new(least_seconds)
         self.look_at = self.blocks + self.blocks // 2
 
@@ -111,7 +115,7 @@ def run_cells(
             cell.look(precision, least, seed)
     except KeyboardInterrupt:
         for cell in cells:
-            cell.width = half_width(cell.medians(), seed) if cell.blocks else cell.width
+            cell.width = cell.widest(seed)
         return True
     finally:
         if collecting:

@@ -127,10 +127,10 @@ def cell_result(
     """Return the result of a measured cell."""
     import onnxruntime
 
-    stopped: Stopped = "precise" if cell.precise else "interrupted" if interrupted else "time"
+    stopped = reason_of_end(cell, interrupted=interrupted)
     provider = providers.resolve_provider(runtime.provider)
     return BenchResult(
-        arms=tuple(_summary(cell, index, seed) for index in range(len(cell.variants))),
+        arms=tuple(variant_result(cell, index, seed) for index in range(len(cell.variants))),
         provider=provider,
         provider_options=cell.variants[0].settings,
         threads=runtime.threads,
@@ -150,7 +150,8 @@ def cell_result(
     )
 
 
-def _summary(cell: Cell, index: int, seed: int) -> VariantResult:
+def variant_result(cell: Cell, index: int, seed: int) -> VariantResult:
+    """Return the times of one variant of a measured cell, compared with those of the first."""
     variant, blocks = cell.variants[index], cell.medians()
     times = np.concatenate(variant.visits[: cell.blocks])
     median, ends = median_interval(blocks[index], seed)
@@ -177,9 +178,28 @@ def _summary(cell: Cell, index: int, seed: int) -> VariantResult:
     )
 
 
+def reason_of_end(cell: Cell, *, interrupted: bool) -> Stopped:
+    """Return why the measurement of a cell ended."""
+    return "precise" if cell.precise else "interrupted" if interrupted else "time"
+
+
 def _notes(
     cell: Cell, specs: Sequence[InputSpec], batch: int, provider: str, stopped: Stopped, precision: float
 ) -> list[str]:
+    notes = time_notes(cell, stopped, precision) + numeric_notes(cell.variants[0].settings, provider)
+    firsts = [spec.shape[0] for spec in specs if spec.shape]
+    if firsts and all(isinstance(dim, int) and dim != batch for dim in firsts):
+        notes.append("the batch is fixed in the model; see the shapes of the inputs")
+    for variant in cell.variants:
+        notes += variant_notes(variant)
+        elsewhere = sum(count for name, count in variant.placement.provider_nodes.items() if name != provider)
+        if elsewhere:
+            notes.append(f"{variant.label}: {elsewhere} nodes ran on other providers than {provider}")
+    return notes
+
+
+def time_notes(cell: Cell, stopped: Stopped, precision: float) -> list[str]:
+    """Return notes on a cell that was interrupted, or had too little time."""
     notes = []
     if stopped == "interrupted":
         notes.append("interrupted: the result holds the blocks until then")
@@ -195,16 +215,11 @@ def _notes(
             f"the precision of {100 * precision:g} % was not reached: the widest interval is "
             f"+-{100 * cell.width:.1f} %; it would take about {_time(needed)}, it got {_time(cell.seconds)}"
         )
-    notes += numeric_notes(cell.variants[0].settings, provider)
-    firsts = [spec.shape[0] for spec in specs if spec.shape]
-    if firsts and all(isinstance(dim, int) and dim != batch for dim in firsts):
-        notes.append("the batch is fixed in the model; see the shapes of the inputs")
-    for variant in cell.variants:
-        notes += _variant_notes(variant, provider)
     return notes
 
 
-def _variant_notes(variant: Variant, provider: str) -> list[str]:
+def variant_notes(variant: Variant) -> list[str]:
+    """Return notes on times that had not settled, and on calls that wait."""
     notes = []
     if not variant.warm:
         notes.append(f"{variant.label}: times had not settled after {variant.warmup_calls} warm-up calls")
@@ -213,9 +228,6 @@ def _variant_notes(variant: Variant, provider: str) -> list[str]:
             f"{variant.label}: half of its calls take at least {waits:.1f} times as long as the fastest: they wait for "
             f"cores that others use, or its threads for each other; use a quieter machine or fewer threads"
         )
-    elsewhere = sum(count for name, count in variant.placement.provider_nodes.items() if name != provider)
-    if elsewhere:
-        notes.append(f"{variant.label}: {elsewhere} nodes ran on other providers than {provider}")
     return notes
 
 

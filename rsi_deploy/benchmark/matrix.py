@@ -8,7 +8,7 @@ other sessions are closed. Ctrl-C ends the run and keeps the measurements so far
 import datetime
 import importlib.metadata
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,25 +72,37 @@ def run_bench(request: BenchRequest, *, command: str = "", progress: Progress | 
         opened = []  # closes the other sessions before the separate measurements
         sections: dict[str, Any] = {}
         if not interrupted:
-            with _keep_on_interrupt(notes):
+            with keep_on_interrupt(notes):
                 for name, section in _separate(request, first):
                     sections[name] = section
                     if progress is not None:
                         progress(name.replace("_", " "), 1.0)
     if len(cells) < len(settings):
         notes.append(f"interrupted: {len(settings) - len(cells)} of {len(settings)} configurations were not measured")
-    notes += [f"{m.label} does not fit: {m.detail}" for m in sections.get("memory", ()) if m.fits is False]
+    return bench_document(cells, sections, notes, command=command, environment=machine, arms=files)
+
+
+def bench_document(
+    cells: Sequence[BenchResult], sections: Mapping[str, Any], notes: Sequence[str], **facts: Any
+) -> BenchDocument:
+    """Return the document of a run that has just ended.
+
+    Args:
+        cells: results by configuration.
+        sections: name of a field of the document -> separate measurements.
+        notes: notes on the whole run.
+        facts: `command`, `environment` and `arms` of the document.
+    """
+    notes = [*notes, *(f"{m.label} does not fit: {m.detail}" for m in sections.get("memory", ()) if m.fits is False)]
     return BenchDocument(
         tool=f"rsi-deploy {importlib.metadata.version('rsi-deploy')}",
         created=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
-        command=command,
-        environment=machine,
         load_after=load_average(),
-        arms=files,
         cells=tuple(cells),
         **sections,
+        **facts,
         notes=tuple(notes),
-        partial=interrupted or any("interrupted" in note for note in notes) or any(cell.partial for cell in cells),
+        partial=any("interrupted" in note for note in notes) or any(cell.partial for cell in cells),
     )
 
 
@@ -238,7 +250,7 @@ def _throughput(request: BenchRequest, first: Opened) -> Any:
 
 
 @contextmanager
-def _keep_on_interrupt(notes: list[str]) -> Iterator[None]:
+def keep_on_interrupt(notes: list[str]) -> Iterator[None]:
     """Keep earlier measurements if the user interrupts a separate one."""
     try:
         yield

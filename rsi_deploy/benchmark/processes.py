@@ -119,7 +119,48 @@ def measure_memory(
         UsageError, ModelError: a worker without a limit failed.
     """
     with _requests(models, feeds, runtime, calls=MEMORY_CALLS) as requests:
-        run = [run_worker(request, limit) for request in requests]
+        return memory_of(requests, models, labels, limit)
+
+
+def generation_memory(
+    folders: Sequence[Path],
+    labels: Sequence[str],
+    prompt: Sequence[int],
+    generate: int,
+    threads: int | None,
+    *,
+    limit: int | None = None,
+) -> tuple[Memory, ...]:
+    """Measure the resident memory of each model of onnxruntime-genai, with the peak during one generation.
+
+    Args:
+        folders: folders of the models.
+        labels: one label per model.
+        prompt: token ids.
+        generate: number of tokens to generate.
+        threads: threads inside one operator; None for the folder's.
+        limit: as in `measure_memory`.
+
+    Raises:
+        UsageError, ModelError: a worker without a limit failed.
+    """
+    same = {"prompt": list(prompt), "generate": generate, "threads": threads}
+    with ScratchFolder() as scratch:
+        requests = [Path(scratch) / f"{index}.json" for index in range(len(folders))]
+        for request, folder in zip(requests, folders, strict=True):
+            request.write_text(json.dumps({"folder": str(folder), **same}), encoding="utf-8")
+        return memory_of(requests, folders, labels, limit)
+
+
+def memory_of(
+    requests: Sequence[Path], models: Sequence[Path], labels: Sequence[str], limit: int | None
+) -> tuple[Memory, ...]:
+    """Run one worker for each request, and return what memory it takes.
+
+    Raises:
+        UsageError, ModelError: a worker without a limit failed.
+    """
+    run = [run_worker(request, limit) for request in requests]
     for one, model in zip(run, models, strict=True):
         if one.error and limit is None:
             _raise(one, model)

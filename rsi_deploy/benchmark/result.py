@@ -17,7 +17,7 @@ import pydantic
 from pydantic import BaseModel, Field
 
 from rsi_deploy.benchmark.mlperf.loadgen import LoadGenResult
-from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SessionStreams, Throughput
+from rsi_deploy.benchmark.sections import Bursts, ColdStart, Generation, Memory, Profile, SessionStreams, Throughput
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.types import Interval
 from rsi_deploy.evaluation.accuracy import AccuracyResult
@@ -28,6 +28,7 @@ SCHEMA_VERSION: Literal[1] = 1
 
 Stopped = Literal["precise", "time", "interrupted"]
 Precision = Literal["stored", "float16"]
+Phase = Literal["call", "first token", "next token"]
 
 
 class VariantResult(BaseModel, frozen=True, extra="forbid"):
@@ -96,6 +97,8 @@ class BenchResult(BaseModel, frozen=True, extra="forbid"):
         asked_precision: requested relative half width of the intervals.
         reached_precision: relative half width of the widest interval; None with too few blocks.
         partial: whether the measurement was interrupted or has too few blocks for a verdict.
+        phase: what is timed: a `call` of the model; or of a generation, the `first token` with its prompt, or each
+            `next token`.
         onnxruntime: version of onnxruntime.
         method: description of the measurement.
         notes: notes for users.
@@ -115,6 +118,7 @@ class BenchResult(BaseModel, frozen=True, extra="forbid"):
     asked_precision: float = 0.02
     reached_precision: float | None = None
     partial: bool
+    phase: Phase = "call"
     onnxruntime: str
     method: str
     notes: tuple[str, ...]
@@ -122,7 +126,7 @@ class BenchResult(BaseModel, frozen=True, extra="forbid"):
     @property
     def name(self) -> str:
         """The name of the configuration, such as "batch 8, 2 threads"."""
-        parts = [f"batch {self.batch}"]
+        parts = [f"batch {self.batch}" if self.phase == "call" else self.phase]
         if self.threads is not None:
             parts.append(f"{self.threads} thread{'s' * (self.threads > 1)}")
         if self.precision != "stored":
@@ -162,6 +166,7 @@ class BenchDocument(BaseModel, frozen=True, extra="forbid"):
         cells: results by configuration.
         cold_start: cold starts by model; () if not requested, as for the following fields.
         memory: memory by model.
+        generation: speed of generating text by model.
         bursts: bursts by model.
         streams: streams by model and number of streams.
         throughput: throughput by model.
@@ -182,6 +187,7 @@ class BenchDocument(BaseModel, frozen=True, extra="forbid"):
     cells: Annotated[tuple[BenchResult, ...], Field(min_length=1)]
     cold_start: tuple[ColdStart, ...] = ()
     memory: tuple[Memory, ...] = ()
+    generation: tuple[Generation, ...] = ()
     bursts: tuple[Bursts, ...] = ()
     streams: tuple[SessionStreams, ...] = ()
     throughput: tuple[Throughput, ...] = ()

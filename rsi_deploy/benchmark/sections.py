@@ -68,6 +68,30 @@ class Memory(LatencySection):
     detail: str
 
 
+class Generation(LatencySection):
+    """The speed of a model that generates text; the ratios to the first model are in the cells of these phases.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        generated_tokens: tokens of one generation, the first one among them.
+        first_token_ms: time of the prompt and the first token.
+        first_token_interval_ms: its interval.
+        prefill_per_second: tokens of the prompt a second, within that time.
+        prefill_per_second_interval: its interval.
+        decode_per_second: tokens a second after the first.
+        decode_per_second_interval: its interval.
+    """
+
+    prompt_tokens: int
+    generated_tokens: int
+    first_token_ms: float
+    first_token_interval_ms: Interval
+    prefill_per_second: float
+    prefill_per_second_interval: Interval
+    decode_per_second: float
+    decode_per_second_interval: Interval
+
+
 class Bursts(LatencySection):
     """The times of calls in bursts after an idle gap, when caches are cold and workers asleep.
 

@@ -22,6 +22,8 @@ from rsi_deploy.core.settings.groups import DATA_HELP, PictureConfig, TextConfig
 
 FIRST: dict[str, Any] = {"first": True}
 Scenario = Literal["SingleStream", "MultiStream", "Server", "Offline"]
+PROMPT, GENERATE = 128, 64
+"""Default numbers of tokens of a prompt, and after it."""
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
 
 
@@ -61,6 +63,21 @@ class TimeConfig(Settings, panel="Time"):
     )
     budget: Seconds | None = setting(None, "Time in all, spent where the intervals are widest.", option=FIRST)
     precision: Percent = setting(2.0, "Half width at which an interval is narrow enough.")
+
+
+class GenerationConfig(Settings, panel="Generation"):
+    """Settings of models that generate text."""
+
+    prompt: int | None = setting(
+        None,
+        "Time folders of onnxruntime-genai that generate text: tokens of the prompt, random ones or those of --data "
+        f"text. First token, prefill, decode, memory. [extra: genai] (default with --generate: {PROMPT})",
+        option=FIRST,
+        ge=1,
+    )
+    generate: int | None = setting(
+        None, f"Tokens to generate after the prompt. (default with --prompt: {GENERATE})", option=FIRST, ge=2
+    )
 
 
 class AccuracyConfig(Settings, panel="Accuracy"):
@@ -134,6 +151,7 @@ class GateConfig(Settings, panel="Gates"):
 class BenchConfig(
     MatrixConfig,
     TimeConfig,
+    GenerationConfig,
     AccuracyConfig,
     TextConfig,
     PictureConfig,

@@ -6,6 +6,8 @@ Every phase ends with one JSON line on stdout, so that the results of earlier ph
     load      the session is created
     run       the calls are finished
 
+A request with a prompt is about a model of onnxruntime-genai; its calls are the tokens of one generation.
+
 Only the standard library is imported before the first reading of the clock. Other modules of this package are imported
 between the phases, outside of their times.
 """
@@ -24,7 +26,7 @@ def main(path: str) -> None:
     with open(path, encoding="utf-8") as file:
         request = json.load(file)
     try:
-        _phases(request)
+        (_generation if "prompt" in request else _phases)(request)
     except Exception as error:  # the parent raises or records it
         _report({"error": str(error) or type(error).__name__, "kind": type(error).__name__})
     sys.stdout.flush()
@@ -60,6 +62,21 @@ def _phases(request: dict[str, Any]) -> None:
         before = time.perf_counter_ns()
         session.run(None, feeds)
         times.append((time.perf_counter_ns() - before) / 1e6)
+    _report({"phase": "run", "ms": times[0], "calls_ms": times})
+
+
+def _generation(request: dict[str, Any]) -> None:
+    before = time.perf_counter_ns()
+    import numpy as np
+
+    from rsi_deploy.benchmark.generation.genai import GenaiFolder, genai_library
+
+    genai_library()
+    _report({"phase": "import", "ms": (time.perf_counter_ns() - before) / 1e6, "started_ns": STARTED_NS})
+    before = time.perf_counter_ns()
+    model = GenaiFolder.read(request["folder"]).load(request["threads"])
+    _report({"phase": "load", "ms": (time.perf_counter_ns() - before) / 1e6})
+    times = model.generate(np.asarray(request["prompt"], np.int32), request["generate"]).tolist()
     _report({"phase": "run", "ms": times[0], "calls_ms": times})
 
 

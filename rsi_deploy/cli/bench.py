@@ -8,7 +8,7 @@ import click
 
 from rsi_deploy.benchmark.settings import BenchConfig
 from rsi_deploy.cli.derived import Verb, option, settings_options
-from rsi_deploy.cli.gating import requested_gates, show_comparison
+from rsi_deploy.cli.gating import Gates, requested_gates, show_comparison
 from rsi_deploy.cli.options import onnx_path
 from rsi_deploy.cli.page import check_page, write_page
 from rsi_deploy.cli.terminal import console, progress_bar
@@ -43,11 +43,45 @@ def bench(
 ) -> None:
     """Latency of ONNX models side by side, interleaved in one process; with --data also accuracy.
 
+    --prompt and --generate time models of onnxruntime-genai that generate text.
+
     The first model is what the others are compared with. Ctrl-C ends the run and shows what was measured.
     """
     if compare:
         show_comparison(models, as_json=as_json)
         return
+    if settings.prompt is not None or settings.generate is not None:
+        document = _generation(context, models, settings, html, as_json=as_json)
+    else:
+        document = _calls(context, models, settings, html, as_json=as_json)
+    if any("interrupted" in note for note in (*document.notes, *(n for c in document.cells for n in c.notes))):
+        context.exit(INTERRUPTED)
+
+
+def _generation(
+    context: click.Context, models: Sequence[str], settings: BenchConfig, html: str | None, *, as_json: bool
+) -> "BenchDocument":
+    """Measure models of onnxruntime-genai that generate text."""
+    from rsi_deploy.benchmark.generation.measuring import run_generation
+    from rsi_deploy.benchmark.generation.request import generation_request
+
+    request = generation_request(models, settings)
+    gates = requested_gates(settings, models=models)
+    page = check_page(html)
+    with progress_bar("%", is_short=True) as bar:
+        document = run_generation(
+            request,
+            command=context.find_root().obj or "",
+            progress=lambda name, share: bar(name, round(100 * share) - 1, 100),
+        )
+    _deliver(document, gates, page, as_json=as_json)
+    return document
+
+
+def _calls(
+    context: click.Context, models: Sequence[str], settings: BenchConfig, html: str | None, *, as_json: bool
+) -> "BenchDocument":
+    """Measure calls of ONNX models, and what else was requested."""
     from rsi_deploy.benchmark.matrix import run_bench
     from rsi_deploy.data.picture_settings import preprocessing_of
     from rsi_deploy.evaluation.accuracy import check_data
@@ -75,12 +109,16 @@ def bench(
             )
         document = _with_loadgen(document, request, settings)
         document = rivals.shown_in(_with_accuracy(document, request, dataset, steps))
+    _deliver(document, gates, page, as_json=as_json)
+    return document
+
+
+def _deliver(document: "BenchDocument", gates: Gates | None, page: "Path | None", *, as_json: bool) -> None:
+    """Write the page, show the document and enforce the gates."""
     write_page(document, page)
     _show(document, as_json=as_json)
     if gates is not None:
         gates.enforce(document, as_json=as_json)
-    if any("interrupted" in note for note in (*document.notes, *(n for c in document.cells for n in c.notes))):
-        context.exit(INTERRUPTED)
 
 
 def _dataset(settings: BenchConfig, model: str, path: Path) -> "Dataset":

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rsi_deploy.benchmark.result import BenchResult, VariantResult
+from rsi_deploy.benchmark.result import BenchDocument, BenchResult, VariantResult
 from rsi_deploy.benchmark.sections import Bursts, ColdStart, Memory, Profile, SessionStreams, Throughput
 from rsi_deploy.benchmark.statistics import MIN_BLOCKS, direction
 from rsi_deploy.core.text import human_bytes
@@ -13,6 +13,7 @@ from rsi_deploy.runtime.machine import Environment
 
 PERCENTILES = ("p90", "p99", "p99.9")
 INTERVAL = "#95\u00a0% interval"
+PHASES = ("first token, prefill", "next tokens, decode")
 AGAINST = "against the first model"
 _TONES: dict[int, Tone] = {1: "good", 0: "neutral", -1: "bad"}
 
@@ -74,7 +75,7 @@ def how_it_ran(result: BenchResult) -> str:
     pinned = f", pinned to cores {', '.join(map(str, result.pinned))}" if result.pinned else ""
     return (
         f"{result.provider}{options}, {result.name}{pinned}, onnxruntime {result.onnxruntime}, measured for "
-        f"{result.seconds:.1f} s in {result.arms[0].blocks} blocks{' (partial)' * result.partial}; {_nodes(result)}."
+        f"{result.seconds:.1f} s in {result.arms[0].blocks} blocks{' (partial)' * result.partial}{_nodes(result)}."
     )
 
 
@@ -93,9 +94,34 @@ def machine_text(environment: Environment) -> str:
 
 
 def _nodes(result: BenchResult) -> str:
-    return "; ".join(
-        f"{arm.label}: " + ", ".join(f"{count} nodes on {name}" for name, count in arm.provider_nodes.items())
+    return "".join(
+        f"; {arm.label}: " + ", ".join(f"{count} nodes on {name}" for name, count in arm.provider_nodes.items())
         for arm in result.arms
+        if arm.provider_nodes
+    )
+
+
+def generation_table(document: BenchDocument) -> Table:
+    """Return two rows for each model that generates text: the first token with its prompt, and the next tokens."""
+    rows: list[tuple[str, ...]] = []
+    tones: list[Tone] = []
+    caption = ""
+    for speeds, *arms in zip(document.generation, *(cell.arms for cell in document.cells), strict=True):
+        caption = f"Generation: a prompt of {speeds.prompt_tokens} tokens, {speeds.generated_tokens} generated; medians"
+        prefill = _rate_with(speeds.prefill_per_second, speeds.prefill_per_second_interval)
+        decode = _rate_with(speeds.decode_per_second, speeds.decode_per_second_interval)
+        for arm, phase, per_second in zip(arms, PHASES, (prefill, decode), strict=True):
+            words = "" if arm.speedup is None else arm.verdict
+            rows.append(
+                (arm.label, phase, f"{arm.median_ms:.3f}", range_text(arm.median_interval_ms), per_second, words)
+            )
+            tones.append(speed_tone(arm))
+    return Table(
+        caption=caption,
+        columns=("model", "phase", "#ms", INTERVAL, "#tokens/s", AGAINST),
+        rows=rows,
+        details=(INTERVAL,),
+        tones=tones,
     )
 
 

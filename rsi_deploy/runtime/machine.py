@@ -16,7 +16,9 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 from pydantic import BaseModel
 
-PACKAGES = ("torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "numpy")
+PACKAGES = ("torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "numpy", "onnxruntime-genai")
+
+_APART = ("onnxruntime-ep-", "onnxruntime-extensions", "onnxruntime-genai")
 
 # Instruction sets that decide which kernels run, in Linux's spelling (x86, then ARM).
 _FLAGS = ("avx2", "fma", "avx_vnni", "neon", "asimd", "asimddp", "asimdhp", "sve", "sve2", "i8mm", "bf16")
@@ -90,7 +92,7 @@ def onnxruntime_distributions() -> dict[str, str]:
     """Return the installed distributions of onnxruntime and their versions.
 
     `onnxruntime`, `onnxruntime-gpu`, `onnxruntime-openvino`... all install the folder `onnxruntime` and overwrite each
-    other; plug-ins (`onnxruntime-ep-*`) and extensions do not, and are left out.
+    other; plug-ins (`onnxruntime-ep-*`), extensions and onnxruntime-genai do not, and are left out.
     """
     return dict(_onnxruntime_distributions())
 
@@ -100,7 +102,7 @@ def _onnxruntime_distributions() -> dict[str, str]:
     found = {}
     for distribution in importlib.metadata.distributions():  # reads every package's metadata: 0.1 s
         name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
-        if name.startswith("onnxruntime") and not name.startswith(("onnxruntime-ep-", "onnxruntime-extensions")):
+        if name.startswith("onnxruntime") and not name.startswith(_APART):
             found[name] = distribution.version
     return dict(sorted(found.items()))
 

@@ -46,7 +46,8 @@ def test_every_onnxruntime_distribution_is_listed_and_no_plug_in(monkeypatch):
         def __init__(self, name):
             self.metadata = {"Name": name}
 
-    names = ["numpy", "onnxruntime_gpu", "onnxruntime", "onnxruntime-ep-openvino", "onnxruntime-extensions", "onnx"]
+    names = ["numpy", "onnxruntime_gpu", "onnxruntime", "onnxruntime-ep-openvino", "onnxruntime-extensions"]
+    names.append("onnxruntime-genai")
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: map(Distribution, names))
     monkeypatch.setattr(machine, "_onnxruntime_distributions", machine._onnxruntime_distributions.__wrapped__)
     assert list(machine.onnxruntime_distributions()) == ["onnxruntime", "onnxruntime-gpu"]

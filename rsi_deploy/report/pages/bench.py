@@ -59,7 +59,7 @@ def _with_short_labels(document: BenchDocument) -> BenchDocument:
     def renamed(records: Iterable[Any]) -> tuple[Any, ...]:
         return tuple(r.model_copy(update={"label": short.get(r.label, r.label)}) for r in records)
 
-    sections = ("arms", "cold_start", "memory", "bursts", "streams", "throughput", "profile")
+    sections = ("arms", "cold_start", "memory", "generation", "bursts", "streams", "throughput", "profile")
     update: dict[str, Any] = {name: renamed(getattr(document, name)) for name in sections}
     update["cells"] = tuple(cell.model_copy(update={"arms": renamed(cell.arms)}) for cell in document.cells)
     for name in ("accuracy", "loadgen"):

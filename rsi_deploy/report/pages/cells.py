@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from rsi_deploy.benchmark.result import BenchDocument, BenchResult, VariantResult
-from rsi_deploy.report.bench_tables import how_it_ran, latency_table
+from rsi_deploy.report.bench_tables import generation_table, how_it_ran, latency_table
 from rsi_deploy.report.pages.latency import latency_blocks
 from rsi_deploy.report.pages.page import Block, Picture, Section, block_of
 from rsi_deploy.report.pages.plots import Axis, Curves, Dots, PlotPoint
@@ -17,7 +17,8 @@ MOST = 6
 def results_section(document: BenchDocument) -> Section:
     """Return the section with every configuration and model in one table."""
     table = latency_table(document.cells, "Medians, milliseconds a call, with 95 % intervals")
-    return Section(name="verdicts", title="Results", blocks=block_of(table))
+    blocks = [*(block_of(generation_table(document)) if document.generation else []), *block_of(table)]
+    return Section(name="verdicts", title="Results", blocks=blocks)
 
 
 def distributions_section(document: BenchDocument) -> Section:

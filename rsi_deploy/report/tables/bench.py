@@ -10,6 +10,7 @@ from rsi_deploy.report.bench_tables import (
     bursts_table,
     cell_notes,
     cold_start_table,
+    generation_table,
     how_it_ran,
     latency_table,
     machine_text,
@@ -27,7 +28,13 @@ MOST_ROWS = 15
 
 def print_document(console: Console, document: BenchDocument) -> None:
     """Print everything of a run but accuracy and LoadGen."""
-    print_cells(console, document.cells)
+    if document.generation:
+        print_table(console, generation_table(document))
+        both = document.cells[0].model_copy(update={"phase": "call"})  # what is said holds for both phases
+        console.print(escape(how_it_ran(both)), style="dim")
+        print_notes(console, cell_notes(document.cells))
+    else:
+        print_cells(console, document.cells)
     for table in (
         memory_table(document.memory).without_empty(),
         cold_start_table(document.cold_start),

@@ -1,0 +1,1 @@
+"""Models that generate text: time to the first token, prefill and decode, through onnxruntime-genai."""
