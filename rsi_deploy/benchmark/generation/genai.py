@@ -16,7 +16,9 @@ from rsi_deploy.benchmark.timing import time_calls
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.types import Floats
 from rsi_deploy.data.tokenizer import TOKENIZER
-from rsi_deploy.io.model_folder import GENAI, find_model, read_config
+from rsi_deploy.io.folders.config import GENAI, read_config
+from rsi_deploy.io.folders.conversion import onnx_folder
+from rsi_deploy.io.model_folder import find_model
 from rsi_deploy.io.onnx_reader import check_file
 
 PACKAGE = "onnxruntime-genai"
@@ -53,7 +55,7 @@ class GenaiFolder:
             UsageError: It is no folder of onnxruntime-genai.
             ModelError: The configuration has no vocabulary, or is no JSON object.
         """
-        path = Path(text)
+        path = onnx_folder(Path(text))
         if not (path / GENAI).is_file():
             raise UsageError(
                 f"--prompt and --generate take folders of onnxruntime-genai, but {text} has no {GENAI}",
