@@ -40,16 +40,23 @@ def write_generating(folder, layers=2, seed=0):
     write_tokenizer(source)
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]"}
     (source / "tokenizer_config.json").write_text(json.dumps(names))
-    words = ["builder", "-i", source, "-o", target, "-p", "fp32", "-e", "cpu", "-c", folder / "cache"]
+    run_here(
+        "onnxruntime_genai.models.builder",
+        ["-i", str(source), "-o", str(target), "-p", "fp32", "-e", "cpu", "-c", str(folder / "cache")],
+    )
+    return target
+
+
+def run_here(module, arguments):
+    """Run a module as a program in this process, offline and silent: importing torch and transformers takes seconds."""
     silent = io.StringIO()
     with (
-        mock.patch.object(sys, "argv", [str(word) for word in words]),
+        mock.patch.object(sys, "argv", [module, *arguments]),
         mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}),
         contextlib.redirect_stdout(silent),
         contextlib.redirect_stderr(silent),
     ):
-        runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
-    return target
+        runpy.run_module(module, run_name="__main__")
 
 
 def changed(folder, target, **model):

@@ -4,8 +4,8 @@
                               genai_config.json                 of decoders
                               ...                               all that lies beside the weights
 
-Decoders become ONNX by onnxruntime-genai's builder, encoders by `rsi_deploy.torch_models.encoder_program`. Both run in
-a process of their own, offline, on links to the folder's weights and documents; no code of the folder is among them.
+Decoders become ONNX by onnxruntime-genai's builder, encoders by torch's exporter: `PROGRAM` runs them in a process of
+its own, offline, on links to the folder's weights and documents; no code of the folder is among them.
 The key names the folder's files with sizes and times, and the versions of the packages. The least recently used
 conversions are removed while all exceed `KEPT_BYTES`, but none that was used within `SAFE_SECONDS`.
 """
@@ -43,7 +43,7 @@ KEPT_BYTES = 32 << 30
 SAFE_SECONDS = 24 * 3600.0
 """A conversion that was used within this time may be in use still."""
 PACKAGES = ("torch", "transformers", "onnxruntime-genai", "onnxscript")
-BUILDER, ENCODER = "onnxruntime_genai.models.builder", "rsi_deploy.torch_models.encoder_program"
+PROGRAM = "rsi_deploy.torch_models.transformers_program"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
 
 
@@ -107,12 +107,8 @@ def _convert(folder: Path, source: Path, target: Path) -> None:
     (source / CONFIG).unlink()
     (source / CONFIG).write_text(json.dumps(config | {"dtype": "float32"}), encoding="utf-8")
     target.mkdir()
-    module, arguments = ENCODER, [str(source), str(target)]
-    if is_decoder(folder):
-        work = str(source.parent / "work")
-        module, arguments = BUILDER, ["-i", str(source), "-o", str(target), "-p", "fp32", "-e", "cpu", "-c", work]
     log = source.parent / "log.txt"
-    status = run_program(module, arguments, log)
+    status = run_program(PROGRAM, ["decoder" if is_decoder(folder) else "encoder", str(source), str(target)], log)
     if status or not (target / MODEL).is_file():
         raise unsupported(folder, _last_line(log).replace(str(source), str(folder)) or f"it ended with {status}")
     for name in files_beside(folder):

@@ -1,12 +1,20 @@
-"""python -m rsi_deploy.torch_models.encoder_program FOLDER TARGET: make an ONNX model of an encoder of transformers.
+"""python -m rsi_deploy.torch_models.transformers_program KIND FOLDER TARGET: make an ONNX model of one of transformers.
 
-The class is the one that config.json names, so a classifier keeps its head; AutoModel where it names none. Inputs are
-`input_ids`, `attention_mask`, and `token_type_ids` where the model has several types, int64 `(batch, tokens)`. Outputs
-are those of the class: `last_hidden_state` and `pooler_output`, `logits`, and so on. `rsi_deploy.io.folders.conversion`
-runs this program; transformers runs none of the folder's own code.
+Run by `rsi_deploy.io.folders.conversion`; none of the folder's own code runs.
+
+    decoder   by onnxruntime-genai's builder, in float32, with caches that grow
+    encoder   by torch's exporter
+
+An encoder's class is the one that config.json names, so a classifier keeps its head; AutoModel where it names none. Its
+inputs are `input_ids`, `attention_mask`, and `token_type_ids` where it has several types, int64 `(batch,
+sequence_length)`; its outputs those of the class: `last_hidden_state` and `pooler_output`, `logits`, and so on.
+
+Either is compared with transformers before it counts: the builder makes some architectures wrongly (OLMo in 0.18).
 """
 
+import gc
 import inspect
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,33 +24,79 @@ import torch
 from torch import Tensor, nn
 
 from rsi_deploy.core.errors import ModelError
+from rsi_deploy.core.types import Array
+from rsi_deploy.io.folders.config import MODEL
 from rsi_deploy.io.folders.transformers_folder import TOKENIZERS
 from rsi_deploy.io.onnx_file import write_onnx
-from rsi_deploy.runtime.sessions import make_session
+from rsi_deploy.runtime.feeds.caches import Caches
+from rsi_deploy.runtime.feeds.inputs import model_inputs
+from rsi_deploy.runtime.feeds.values import Value
+from rsi_deploy.runtime.sessions import make_session, run_session
 from rsi_deploy.torch_models.model_source import Source, no_torch_logs
 from rsi_deploy.torch_models.to_onnx import rename_axis_, to_onnx
 
+BUILDER = "onnxruntime_genai.models.builder"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 SHAPES = ((2, 12), (3, 7), (1, 1))
-"""Rows and tokens of the example, and of the batches on which the ONNX model is compared with torch."""
+"""Rows and tokens of the example, and of the batches on which an ONNX encoder is compared with torch."""
 LARGEST_ERROR = 1e-3
 """Largest difference from torch, relative to the largest value of an output."""
 
 
-def main(source: str, target: str) -> None:
-    """Write `target`/model.onnx, and tokenizer.json where the folder's tokenizer has another format.
+def main(kind: str, source: str, target: str) -> None:
+    """Write `target`/model.onnx and what belongs to it.
+
+    Args:
+        kind: "decoder" or "encoder".
+        source: folder of transformers.
+        target: folder, which exists.
 
     Raises:
-        ModelError: The class is unknown, takes no tokens, or cannot be exported.
+        ModelError: The model cannot be converted, or the ONNX model differs from it.
     """
-    folder = Path(source)
-    encoder = Encoder(_loaded(folder))
-    write_onnx(encoder.exported(), Path(target) / "model.onnx")
-    encoder.check(Path(target) / "model.onnx")
-    if not (folder / "tokenizer.json").is_file() and any((folder / name).is_file() for name in TOKENIZERS):
+    (convert_decoder if kind == "decoder" else convert_encoder)(Path(source), Path(target))
+
+
+def convert_decoder(source: Path, target: Path) -> None:
+    """Run the builder, and compare the logits of a prefill and of a decode step.
+
+    Raises:
+        ModelError: They differ. The builder raises anything.
+    """
+    words = ["-i", source, "-o", target, "-p", "fp32", "-e", "cpu", "-c", target.parent / "work"]
+    sys.argv = [BUILDER, *map(str, words), "--extra_options", "windowed_kv_cache=false"]
+    runpy.run_module(BUILDER, run_name="__main__")
+    gc.collect()  # the builder's weights
+    session = make_session(target / MODEL)
+    names = [output.name for output in session.get_outputs()]
+    caches = Caches.of(model_inputs(session, MODEL))
+    if caches is None or caches.presents(names) is None:
+        return  # of a layout that is not known, which export names
+    model = _loaded(source)
+    tokens = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        right = model(tokens).logits.numpy()
+    del model
+    feeds = caches.prefill(tokens[:, :-1].numpy())
+    prefill: dict[str, Value] = dict(zip(names, run_session(session, feeds, MODEL), strict=True))
+    last = run_session(session, caches.decode(feeds, prefill, tokens[:, -1:].numpy()), MODEL)
+    made: Array = np.concatenate([prefill["logits"], dict(zip(names, last, strict=True))["logits"]], axis=1)
+    _compare("the logits", made, right)
+
+
+def convert_encoder(source: Path, target: Path) -> None:
+    """Export an encoder, and write tokenizer.json where the folder's tokenizer has another format.
+
+    Raises:
+        ModelError: The class is unknown, takes no tokens, or cannot be exported, or the outputs differ.
+    """
+    encoder = Encoder(_loaded(source))
+    write_onnx(encoder.exported(), target / MODEL)
+    encoder.check(target / MODEL)
+    if not (source / "tokenizer.json").is_file() and any((source / name).is_file() for name in TOKENIZERS):
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(target)
+        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(target)
 
 
 class Encoder(nn.Module):
@@ -86,7 +140,7 @@ class Encoder(nn.Module):
             program = torch.export.export(self, inputs, dynamic_shapes=(axes,))
         source = Source(name=type(self.model).__name__, program=program, example_inputs=inputs)
         model = to_onnx(source).model
-        rename_axis_(model, 1, "tokens")
+        rename_axis_(model, 1, "sequence_length")
         for value, name in zip(model.graph.inputs, self.inputs, strict=True):
             value.name = name
         for value, name in zip(model.graph.outputs, self.outputs, strict=True):
@@ -108,13 +162,7 @@ class Encoder(nn.Module):
             with torch.no_grad():
                 expected = [value.numpy() for value in self(*inputs)]
             for name, got, right in zip(self.outputs, made, expected, strict=True):
-                if got.shape != right.shape or not np.allclose(
-                    got, right, rtol=0, atol=LARGEST_ERROR * np.abs(right).max()
-                ):
-                    raise ModelError(
-                        f"{name} of the ONNX model differs from torch's for {shape[0]} x {shape[1]} tokens",
-                        hint="export the model to ONNX yourself",
-                    )
+                _compare(f"{name} of {shape[0]} x {shape[1]} tokens", got, right)
 
 
 def _loaded(folder: Path) -> Any:
@@ -127,6 +175,16 @@ def _loaded(folder: Path) -> Any:
     if kind is None:
         raise ModelError(f"transformers has no class {name}", hint="export the model to ONNX yourself")
     return kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+
+
+def _compare(name: str, made: Array, right: Array) -> None:
+    """Refuse an output of the ONNX model that is not transformers'."""
+    error = np.abs(made - right).max() / np.abs(right).max() if made.shape == right.shape else np.inf
+    if not error <= LARGEST_ERROR:
+        raise ModelError(
+            f"{name} of the ONNX model differ from transformers' by {error:.2g} of the largest, but should by at most "
+            f"{LARGEST_ERROR:g}"
+        )
 
 
 if __name__ == "__main__":
