@@ -29,7 +29,10 @@ DECODERS = {
 }
 ENCODERS = {
     "Bert": ("BertModel", ENCODER),
-    "DistilBert": ("DistilBertModel", {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4}),
+    "DistilBert": (
+        "DistilBertModel",
+        {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "initializer_range": 0.2},
+    ),
     "Roberta": ("RobertaForSequenceClassification", ENCODER | {"num_labels": 5, "type_vocab_size": 1}),
     "Electra": ("ElectraModel", ENCODER | {"embedding_size": 32}),
 }

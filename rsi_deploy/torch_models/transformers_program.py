@@ -166,7 +166,7 @@ class Encoder(nn.Module):
 
 
 def _loaded(folder: Path) -> Any:
-    """Return the model of a folder in float32."""
+    """Return the model of a folder in the type that its configuration names: float32, as `conversion` writes it."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -174,7 +174,7 @@ def _loaded(folder: Path) -> Any:
     kind = getattr(transformers, name, None)
     if kind is None:
         raise ModelError(f"transformers has no class {name}", hint="export the model to ONNX yourself")
-    return kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    return kind.from_pretrained(folder, local_files_only=True).eval()
 
 
 def _compare(name: str, made: Array, right: Array) -> None:

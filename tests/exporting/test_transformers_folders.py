@@ -229,11 +229,12 @@ def test_what_cannot_be_one_model_is_refused_before_any_work(kind, values, words
     assert in_process == []
 
 
+@needs_genai
 def test_code_that_transformers_has_itself_is_not_refused(tmp_path, in_process):
     """Many folders name their old code; transformers' own is taken, and theirs does not run."""
-    folder = write_folder(tmp_path / "m", made("Bert"))
+    folder = write_folder(tmp_path / "m", made("Llama"))
     (folder / "m.py").write_text("raise SystemExit('this code ran')")
-    change_config(folder, auto_map={"AutoModel": "m.Mine"})
+    change_config(folder, auto_map={"AutoConfig": "m.Mine", "AutoModelForCausalLM": "m.Mine"})
     assert find_model(folder).name == "model.onnx"
     assert (onnx_folder(folder) / "m.py").is_file()  # it lies beside the model, as it did
 

@@ -49,12 +49,9 @@ def test_the_file_is_found(tmp_path, names, documents, found):
         (["readme.txt"], {}, ("no ONNX file",)),
         (["a.onnx", "b.onnx"], {"genai_config": genai(decoder="a.onnx", encoder="b.onnx")}, ("a.onnx", "b.onnx")),
         (["model.onnx"], {"genai_config": genai(decoder="absent.onnx")}, ("absent.onnx", "genai_config.json")),
-        (
-            ["model.safetensors"],
-            {"config": {"architectures": ["LlamaForCausalLM"]}},
-            ("onnxruntime_genai.models.builder",),
-        ),
-        (["model.safetensors"], {"config": {"architectures": ["BertModel"]}}, ("optimum-cli",)),
+        (["config.json"], {"config": {"architectures": ["BertModel"]}}, ("model.safetensors",)),
+        (["pytorch_model.bin"], {"config": {"architectures": ["BertModel"]}}, ("pickles", "optimum-cli")),
+        (["model.safetensors"], {}, ("no ONNX file",)),
     ],
 )
 def test_what_cannot_be_meant_says_what_to_type(tmp_path, names, documents, words):

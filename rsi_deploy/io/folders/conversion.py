@@ -63,9 +63,9 @@ def onnx_folder(folder: Path) -> Path:
         with step("convert"), claim_output(target) as claim:
             _convert(folder, claim.place / "source", claim.new)
             claim.deliver()
+        _remove_old(place, target.parent)
     with contextlib.suppress(OSError):
         os.utime(target.parent)  # it was used now
-    _remove_old(place, target.parent)
     return target
 
 
