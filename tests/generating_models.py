@@ -26,7 +26,7 @@ def write_generating(folder, layers=2, seed=0):
     config = LlamaConfig(
         vocab_size=ROWS,
         hidden_size=32,
-        intermediate_size=64,
+        intermediate_size=96,  # the builder takes a layer of as many outputs as tokens for the head
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,

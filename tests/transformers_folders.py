@@ -13,6 +13,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "nu
 GROUPED = SMALL | {"num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2}
 WIDE = GROUPED | {"head_dim": 16}
 ENCODER = SMALL | {"max_position_embeddings": 64, "initializer_range": 0.2}
+DISTILLED = {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "initializer_range": 0.2}
 GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
 OPT = {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64}
 

@@ -113,7 +113,7 @@ class Encoder(nn.Module):
         types = getattr(model.config, "type_vocab_size", 0) or 0
         self.inputs = [name for name in INPUTS if name in taken and (name != "token_type_ids" or types > 1)]
         if "input_ids" not in self.inputs:
-            raise ModelError(f"{type(model).__name__} takes no input_ids", hint="export it to ONNX yourself")
+            raise ModelError(f"{type(model).__name__} takes no input_ids", hint="a model that reads text was expected")
         with torch.no_grad():
             found = model(**dict(zip(self.inputs, self.example(*SHAPES[0]), strict=True)), return_dict=True)
         self.outputs = [name for name, value in found.items() if isinstance(value, Tensor)]
@@ -173,7 +173,7 @@ def _loaded(folder: Path) -> Any:
     name = next(iter(config.architectures or ()), "AutoModel")
     kind = getattr(transformers, name, None)
     if kind is None:
-        raise ModelError(f"transformers has no class {name}", hint="export the model to ONNX yourself")
+        raise ModelError(f"transformers has no class {name}", hint="correct architectures in config.json")
     return kind.from_pretrained(folder, local_files_only=True).eval()
 
 
@@ -182,8 +182,8 @@ def _compare(name: str, made: Array, right: Array) -> None:
     error = np.abs(made - right).max() / np.abs(right).max() if made.shape == right.shape else np.inf
     if not error <= LARGEST_ERROR:
         raise ModelError(
-            f"{name} of the ONNX model differ from transformers' by {error:.2g} of the largest, but should by at most "
-            f"{LARGEST_ERROR:g}"
+            f"{name} of the ONNX model differ from transformers' by {error:.2g} of the largest",
+            hint=f"at most {LARGEST_ERROR:g} was expected",
         )
 
 

@@ -59,8 +59,7 @@ class GenaiFolder:
         if not (path / GENAI).is_file():
             raise UsageError(
                 f"--prompt and --generate take folders of onnxruntime-genai, but {text} has no {GENAI}",
-                hint="make one of a folder of transformers: "
-                "python -m onnxruntime_genai.models.builder -i FOLDER -o ONNX_FOLDER -p fp32 -e cpu",
+                hint="type a folder of onnxruntime-genai's builder, or a decoder's of transformers (safetensors)",
             )
         model = _object(read_config(path, GENAI).get("model"))
         session = _object(_object(model.get("decoder")).get("session_options"))

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from rsi_deploy import __version__
 from rsi_deploy.core.cache_folder import cache_folder
+from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.progress import at, step
 from rsi_deploy.io.atomic import claim_output
 from rsi_deploy.io.folders.beside import files_beside
@@ -110,7 +111,8 @@ def _convert(folder: Path, source: Path, target: Path) -> None:
     log = source.parent / "log.txt"
     status = run_program(PROGRAM, ["decoder" if is_decoder(folder) else "encoder", str(source), str(target)], log)
     if status or not (target / MODEL).is_file():
-        raise unsupported(folder, _last_line(log).replace(str(source), str(folder)) or f"it ended with {status}")
+        killed = f"the converter was killed by signal {-status}, which is mostly for want of memory"
+        raise unsupported(folder, killed if status < 0 else _last_line(log).replace(str(source), str(folder)))
     for name in files_beside(folder):
         if not (target / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +122,8 @@ def _convert(folder: Path, source: Path, target: Path) -> None:
 def _last_line(log: Path) -> str:
     """Return what a program said last."""
     lines = log.read_text(encoding="utf-8", errors="replace")[-20_000:].replace("\r", "\n").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return last.removeprefix(f"{ModelError.__module__}.{ModelError.__name__}: ")
 
 
 def _key(folder: Path) -> str:
