@@ -239,7 +239,7 @@ def test_code_that_transformers_has_itself_is_not_refused(tmp_path, in_process):
     assert (onnx_folder(folder) / "m.py").is_file()  # it lies beside the model, as it did
 
 
-def test_folders_that_lack_something_say_what(tmp_path, in_process):
+def test_folders_that_lack_something_say_what(tmp_path, in_process, monkeypatch):
     model = made("Llama")
     with pytest.raises(UsageError, match=r"no tokenizer.*tokenizer\.json"):
         find_model(write_folder(tmp_path / "plain", model, tokenizer=False))
@@ -258,6 +258,9 @@ def test_folders_that_lack_something_say_what(tmp_path, in_process):
     broken = write_folder(tmp_path / "broken", made("Bert"))
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(ModelError, match="[Ss]afe[Tt]ensor"):
+        find_model(broken)
+    monkeypatch.setenv("RSI_DEPLOY_CACHE", str(text))
+    with pytest.raises(UsageError, match="set RSI_DEPLOY_CACHE"):
         find_model(broken)
     escaping = write_folder(tmp_path / "escaping", model, max_shard_size="100KB")
     index = escaping / "model.safetensors.index.json"

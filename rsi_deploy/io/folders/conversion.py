@@ -24,7 +24,7 @@ from pathlib import Path
 
 from rsi_deploy import __version__
 from rsi_deploy.core.cache_folder import cache_folder
-from rsi_deploy.core.errors import ModelError
+from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.core.progress import at, step
 from rsi_deploy.io.atomic import claim_output
 from rsi_deploy.io.folders.beside import files_beside
@@ -52,7 +52,8 @@ def onnx_folder(folder: Path) -> Path:
     """Return the folder itself, or the ONNX folder that a folder of transformers becomes.
 
     Raises:
-        UsageError: The folder cannot be converted as it is; see `check_transformers`.
+        UsageError: The folder cannot be converted as it is (see `check_transformers`), the cache folder cannot be
+            written, or another run converts the same folder now.
         ModelError: Conversion failed; the message has the converter's own words.
     """
     if not is_transformers(folder):
@@ -61,6 +62,13 @@ def onnx_folder(folder: Path) -> Path:
     place = cache_folder() / "models"
     target = place / _key(folder) / folder.resolve().name
     if not target.is_dir():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"the ONNX folder of {folder} cannot be kept in the cache folder: {error}",
+                hint="set RSI_DEPLOY_CACHE to a folder that can be written",
+            ) from error
         with step("convert"), claim_output(target) as claim:
             _convert(folder, claim.place / "source", claim.new)
             claim.deliver()
