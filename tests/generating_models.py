@@ -59,7 +59,7 @@ def write_generating(folder, layers=2, seed=0, chat_template=None):
     config = LlamaConfig(
         vocab_size=rows,
         hidden_size=32,
-        intermediate_size=64,
+        intermediate_size=96,  # the builder takes a layer of as many outputs as tokens for the head
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -70,16 +70,23 @@ def write_generating(folder, layers=2, seed=0, chat_template=None):
     )
     torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(source)
-    words = ["builder", "-i", source, "-o", target, "-p", "fp32", "-e", "cpu", "-c", folder / "cache"]
+    run_here(
+        "onnxruntime_genai.models.builder",
+        ["-i", str(source), "-o", str(target), "-p", "fp32", "-e", "cpu", "-c", str(folder / "cache")],
+    )
+    return target
+
+
+def run_here(module, arguments):
+    """Run a module as a program in this process, offline and silent: importing torch and transformers takes seconds."""
     silent = io.StringIO()
     with (
-        mock.patch.object(sys, "argv", [str(word) for word in words]),
+        mock.patch.object(sys, "argv", [module, *arguments]),
         mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}),
         contextlib.redirect_stdout(silent),
         contextlib.redirect_stderr(silent),
     ):
-        runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
-    return target
+        runpy.run_module(module, run_name="__main__")
 
 
 def changed(folder, target, **model):

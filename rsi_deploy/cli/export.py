@@ -42,7 +42,7 @@ def export(
     --max-size). Without data: --rank, the same everywhere; --max-error; or a --plan.
 
     MODEL is torchvision:NAME, package.module:factory (its code runs: name only code you trust), FILE.pt2, FILE.onnx or
-    the FOLDER of an ONNX model, whose tokenizer and configurations go along into the bundle.
+    the FOLDER of a model in ONNX or of transformers, whose tokenizer and configurations go along into the bundle.
     The paper's own rounding of a ratio is not known to us; here it is ceil(ratio * min(out, in)).
     """
     from rsi_deploy.exporting.api import export as run_export

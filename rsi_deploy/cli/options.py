@@ -6,7 +6,9 @@ from typing import Any, TypeVar
 
 import click
 
+from rsi_deploy.cli.terminal import progress_bar
 from rsi_deploy.core.errors import UsageError
+from rsi_deploy.io.folders.transformers_folder import check_transformers, is_transformers
 from rsi_deploy.io.model_folder import model_file
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,6 +25,9 @@ def _checked(context: click.Context, parameter: click.Parameter, model: str | No
     """Refuse a small ONNX file that claims what cannot be, before torch takes time and memory."""
     if model is None:
         return None
+    if Path(model).is_dir() and is_transformers(Path(model)):
+        check_transformers(Path(model))  # it is converted later, when all options are known to be right
+        return model
     path = Path(str(model_file(model)))
     if path.suffix == ".onnx" and path.is_file() and path.stat().st_size <= EARLY_BYTES:
         from rsi_deploy.io.onnx_reader import check_file
@@ -37,7 +42,8 @@ def onnx_path(text: str) -> Path:
     Raises:
         UsageError: neither is there.
     """
-    path = Path(str(model_file(text)))
+    with progress_bar("files", is_short=True):
+        path = Path(str(model_file(text)))
     if not path.is_file():
         raise UsageError(f"no such model: {text}; expected an .onnx file, or a folder such as a bundle")
     return path

@@ -16,6 +16,7 @@ EVERY = 60.0
 
 MEANINGS = {
     "load": "load the model",
+    "convert": "make an ONNX folder of a folder of transformers, which the cache folder keeps",
     "read": "read the ONNX file and fold its BatchNorms",
     "export dense": "make the dense ONNX model from torch",
     "verify opset": "compare the model in its new opset with the file",

@@ -20,8 +20,9 @@ from rsi_deploy.core.types import Array
 from rsi_deploy.data.dataset import Batch, Dataset, Kind, Labels, Steps, checked_columns, row_batches
 from rsi_deploy.data.text_files import COLUMN, SUFFIXES, Document, Texts, is_table, read_texts, text_columns
 from rsi_deploy.data.tokenizer import FolderTokenizer, Row
+from rsi_deploy.io.folders.config import TOKENIZER
 from rsi_deploy.io.manifest import fingerprint
-from rsi_deploy.io.model_folder import TOKENIZER, folder_of
+from rsi_deploy.io.model_folder import folder_of
 from rsi_deploy.runtime.feeds.caches import ID_INPUTS, MASK_INPUTS, POSITION_INPUTS, Caches, is_cache
 from rsi_deploy.runtime.feeds.inputs import InputSpec, list_specs
 

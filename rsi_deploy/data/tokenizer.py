@@ -14,7 +14,8 @@ from onnx import ModelProto
 
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io.documents import read_document
-from rsi_deploy.io.model_folder import TOKENIZER, find_model, folder_of, is_decoder, read_config
+from rsi_deploy.io.folders.config import TOKENIZER, is_decoder, read_config
+from rsi_deploy.io.model_folder import find_model, folder_of
 from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.runtime.feeds.caches import ID_INPUTS
 

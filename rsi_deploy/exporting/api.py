@@ -167,7 +167,7 @@ def export_run(
             seed=config.seed,
             preprocessing=preprocessing,
             opset=config.opset,
-            folder=Path(original) if original is not None and Path(original).is_dir() else None,
+            folder=folder_of(original) if original is not None and Path(original).is_dir() else None,
         ),
         request=request,
         costing=Costing(provider=provider, threads=config.threads, seconds=config.cost_budget, seed=config.seed),

@@ -41,8 +41,8 @@ from rsi_deploy.exporting.timing.profile import Costing
 from rsi_deploy.exporting.timing.stage_clock import StageClock
 from rsi_deploy.exporting.writer import Exported, write_files
 from rsi_deploy.io.bundle import atomic_folder, finished_results_folder
+from rsi_deploy.io.folders.beside import copy_beside
 from rsi_deploy.io.manifest import file_hash
-from rsi_deploy.io.model_folder import copy_beside
 from rsi_deploy.io.onnx_checks.broken_models import explaining_broken_model
 from rsi_deploy.onnx_models.split import SplitModel, split_model
 from rsi_deploy.planning.decide import Planned, refuse_uncounted

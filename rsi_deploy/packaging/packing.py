@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io.bundle import atomic_folder, check_target
+from rsi_deploy.io.folders.config import GENAI
 from rsi_deploy.io.manifest import MANIFEST, write_manifest
-from rsi_deploy.io.model_folder import GENAI
 from rsi_deploy.packaging.kserve import KserveSettings, check_label, write_kserve
 from rsi_deploy.packaging.ort_format import Platform, write_ort
 from rsi_deploy.packaging.ray_serve import RaySettings, write_ray_serve

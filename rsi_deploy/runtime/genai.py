@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.io.model_folder import GENAI, TOKENIZER, find_model, read_config
+from rsi_deploy.io.folders.config import GENAI, TOKENIZER, read_config
+from rsi_deploy.io.folders.conversion import onnx_folder
+from rsi_deploy.io.model_folder import find_model
 from rsi_deploy.io.onnx_reader import check_file
 
 PACKAGE = "onnxruntime-genai"
@@ -46,12 +48,11 @@ class GenaiFolder:
             UsageError: It is no folder of onnxruntime-genai.
             ModelError: The configuration has no vocabulary, or is no JSON object.
         """
-        path = Path(text)
+        path = onnx_folder(Path(text))
         if not (path / GENAI).is_file():
             raise UsageError(
                 f"{text} is no folder of onnxruntime-genai: it has no {GENAI}",
-                hint="make one of a folder of transformers: "
-                "python -m onnxruntime_genai.models.builder -i FOLDER -o ONNX_FOLDER -p fp32 -e cpu",
+                hint="type a folder of onnxruntime-genai's builder, or a decoder's of transformers (safetensors)",
             )
         model = _object(read_config(path, GENAI).get("model"))
         session = _object(_object(model.get("decoder")).get("session_options"))

@@ -17,8 +17,9 @@ from typing import Literal
 
 from rsi_deploy.core.errors import GateError, UsageError
 from rsi_deploy.data.preprocess import Preprocessing
+from rsi_deploy.io.folders.config import GENAI, TOKENIZER, is_decoder
 from rsi_deploy.io.manifest import MANIFEST, check_manifest, file_hash
-from rsi_deploy.io.model_folder import GENAI, TOKENIZER, find_model, is_decoder
+from rsi_deploy.io.model_folder import find_model
 from rsi_deploy.report.bundle_facts import read_bundle_facts
 
 Stamp = tuple[str, int, int, int]

@@ -35,9 +35,10 @@ from rsi_deploy.exporting.dense_size import dense_size
 from rsi_deploy.exporting.timing.profile import write_dense
 from rsi_deploy.io.atomic import OutputClaim, claim_output, write_text
 from rsi_deploy.io.bundle import check_target, is_sweep
+from rsi_deploy.io.folders.config import TOKENIZER
 from rsi_deploy.io.locks import remove
 from rsi_deploy.io.manifest import fingerprint
-from rsi_deploy.io.model_folder import TOKENIZER, folder_of, model_file
+from rsi_deploy.io.model_folder import folder_of, model_file
 from rsi_deploy.io.onnx_checks.broken_models import explains_broken_models
 from rsi_deploy.io.onnx_file import model_hash
 from rsi_deploy.report.pages.sweep import sweep_page

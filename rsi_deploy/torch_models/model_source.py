@@ -4,7 +4,7 @@ torchvision:NAME             with --weights DEFAULT | none | FILE
 package.module:factory       with --checkpoint FILE; the factory is executed, so it must be trusted code
 model.pt2                    a torch.export program
 model.onnx                   an ONNX file
-FOLDER                       the folder of an ONNX model; see `rsi_deploy.io.model_folder`
+FOLDER                       the folder of a model; see `rsi_deploy.io.model_folder`
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.data.preprocess import Preprocessing
 from rsi_deploy.io.checkpoint import load_checkpoint_
+from rsi_deploy.io.folders.conversion import onnx_folder
 from rsi_deploy.io.model_folder import find_model
 from rsi_deploy.io.programs import read_program
 from rsi_deploy.linalg.solver import stream_seed
@@ -76,9 +77,10 @@ def load_source(
     if model.startswith("torchvision:"):
         source = _torchvision(model.removeprefix("torchvision:"), weights, checkpoint, shape, seed)
     elif model and Path(model).is_dir():
-        path = find_model(Path(model))
+        folder = onnx_folder(Path(model))
+        path = find_model(folder)
         refuse_nameless(input_shape, path)
-        source = Source(name=Path(model).resolve().name, onnx=path, folder=Path(model))
+        source = Source(name=Path(model).resolve().name, onnx=path, folder=folder)
     elif model.endswith(".pt2"):
         source = _pt2(_existing(model))
         if shape is not None:

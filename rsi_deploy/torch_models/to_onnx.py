@@ -261,13 +261,13 @@ def _converted(source: Source, program: "torch.export.ExportedProgram", opset: i
     outputs = model.graph.outputs
     for i, value in enumerate(outputs):
         value.name = "output" if len(outputs) == 1 else f"output_{i}"
-    _rename_batch_(model)
+    rename_axis_(model, 0, "batch")
     return model
 
 
-def _rename_batch_(model: ir.Model) -> None:
-    """Rename the anonymous batch symbol of the exporter (`s77`) to "batch"."""
-    first = next((v.shape[0] for v in model.graph.inputs if v.shape), None)
+def rename_axis_(model: ir.Model, axis: int, name: str) -> None:
+    """Rename the anonymous symbol of the exporter (`s77`) for an axis of the first input, everywhere."""
+    first = next((v.shape[axis] for v in model.graph.inputs if v.shape and len(v.shape) > axis), None)
     symbol = first.value if isinstance(first, ir.SymbolicDim) else None
     if not symbol:
         return
@@ -277,11 +277,11 @@ def _rename_batch_(model: ir.Model) -> None:
     for value in values:
         if value.shape is None or value.shape.frozen:
             continue
-        for axis, dim in enumerate(value.shape):
+        for place, dim in enumerate(value.shape):
             if isinstance(dim, ir.SymbolicDim) and dim.value == symbol:
-                value.shape[axis] = "batch"
+                value.shape[place] = name
             elif isinstance(dim, ir.SymbolicDim) and dim.value and symbol in dim.value:
-                value.shape[axis] = dim.value.replace(symbol, "batch")
+                value.shape[place] = dim.value.replace(symbol, name)
 
 
 def _name_tied_weights_(model: ir.Model, program: "torch.export.ExportedProgram") -> None:

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from rsi_deploy.core.errors import ModelError, UsageError
-from rsi_deploy.io.model_folder import copy_beside, find_model, folder_of, model_file
+from rsi_deploy.io.folders.beside import copy_beside
+from rsi_deploy.io.model_folder import find_model, folder_of, model_file
 
 
 def fill(folder, *names, **documents):
@@ -48,12 +49,9 @@ def test_the_file_is_found(tmp_path, names, documents, found):
         (["readme.txt"], {}, ("no ONNX file",)),
         (["a.onnx", "b.onnx"], {"genai_config": genai(decoder="a.onnx", encoder="b.onnx")}, ("a.onnx", "b.onnx")),
         (["model.onnx"], {"genai_config": genai(decoder="absent.onnx")}, ("absent.onnx", "genai_config.json")),
-        (
-            ["model.safetensors"],
-            {"config": {"architectures": ["LlamaForCausalLM"]}},
-            ("onnxruntime_genai.models.builder",),
-        ),
-        (["model.safetensors"], {"config": {"architectures": ["BertModel"]}}, ("optimum-cli",)),
+        (["config.json"], {"config": {"architectures": ["BertModel"]}}, ("model.safetensors",)),
+        (["pytorch_model.bin"], {"config": {"architectures": ["BertModel"]}}, ("pickles", "optimum-cli")),
+        (["model.safetensors"], {}, ("no ONNX file",)),
     ],
 )
 def test_what_cannot_be_meant_says_what_to_type(tmp_path, names, documents, words):
@@ -117,6 +115,6 @@ def test_links_may_not_leave_the_folder(tmp_path):
 
 def test_a_folder_of_large_files_is_refused(tmp_path, monkeypatch):
     folder = fill(tmp_path / "model", "model.onnx", "dataset.csv")
-    monkeypatch.setattr("rsi_deploy.io.model_folder.MOST_BYTES", 5)
-    with pytest.raises(UsageError, match=r"model\.onnx"):
+    monkeypatch.setattr("rsi_deploy.io.folders.beside.MOST_BYTES", 5)
+    with pytest.raises(UsageError, match="ONNX file"):
         copy_beside(folder, tmp_path / "target")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 
 PROJECT = "rsi-deploy"
-EXTRAS = ("cpu", "data", "genai", "loadgen", "ray", "serve", "test")
+EXTRAS = ("cpu", "data", "genai", "hf", "loadgen", "ray", "serve", "test")
 
 # SPDX names in lower case, and below spellings of old metadata.
 ALLOWED = {

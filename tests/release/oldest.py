@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = ("cpu", "data", "genai", "loadgen", "serve", "test")
+EXTRAS = ("cpu", "data", "genai", "hf", "loadgen", "serve", "test")
 BOUND = re.compile(r"(?P<name>[\w.-]+)(?P<extras>\[[\w,]+\])?>=(?P<version>[\d.]+)(?P<marker>\s*;.*)?")
 HEADER = "# The oldest versions of pyproject.toml; made by python -m tests.release.oldest, tried by make oldest."
 

@@ -18,7 +18,7 @@ from rsi_deploy.core.errors import ModelError
 from rsi_deploy.core.types import Feeds
 from rsi_deploy.data.text_data import INPUTS, TextRows
 from rsi_deploy.data.tokenizer import FolderTokenizer, Row
-from rsi_deploy.io.model_folder import read_config, read_json
+from rsi_deploy.io.folders.config import read_config, read_json
 from rsi_deploy.runtime.feeds.caches import ID_INPUTS, MASK_INPUTS
 from rsi_deploy.serving.protocol.signature import Outputs, Signature
 
