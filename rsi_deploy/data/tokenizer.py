@@ -6,18 +6,19 @@ Needs the package tokenizers (`rsi-deploy[text]`).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto
 
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io.documents import read_document
 from rsi_deploy.io.folders.config import TOKENIZER, is_decoder, read_config
 from rsi_deploy.io.model_folder import find_model, folder_of
-from rsi_deploy.io.onnx_reader import read_proto
 from rsi_deploy.runtime.feeds.caches import ID_INPUTS
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 DEFAULT_LENGTH = {False: 128, True: 1024}
 """Whether the model is a decoder -> largest default number of tokens of a row."""
@@ -84,6 +85,8 @@ class FolderTokenizer:
         document = read_document(place / TOKENIZER)
         found = load_tokenizer(document, place)
         path = find_model(Path(str(model))) if Path(str(model)).is_dir() else Path(str(model))
+        from rsi_deploy.io.onnx_reader import read_proto  # loads onnx
+
         rows = None if path.suffix != ".onnx" else embedding_rows(read_proto(path))
         rows = read_config(place).get("vocab_size") if rows is None else rows
         if isinstance(rows, int) and (known := found.get_vocab_size()) > rows:
@@ -151,7 +154,7 @@ class FolderTokenizer:
                 yield Row(np.asarray(row.ids, np.int32), np.asarray(row.type_ids, np.int32), bool(row.overflowing))
 
 
-def embedding_rows(proto: ModelProto) -> int | None:
+def embedding_rows(proto: "ModelProto") -> int | None:
     """Return the number of rows of the table that the token ids choose from; None if no node chooses by them.
 
     Args:

@@ -99,8 +99,8 @@ def compress_(
     Examples:
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
         >>> records = compress_(net, keep_params=0.8, calib=[(torch.randn(256, 64),)])
-        >>> [record.decision for record in records]
-        ['split', 'dense']
+        >>> [record.outcome for record in records]
+        ['dense', 'smaller']
     """
     given = {"rank": rank, "max_error": max_error, "keep_params": keep_params, "keep_macs": keep_macs}
     names = [name for name, value in given.items() if value is not None]

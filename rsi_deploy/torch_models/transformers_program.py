@@ -90,7 +90,7 @@ def convert_encoder(source: Path, target: Path) -> None:
     Raises:
         ModelError: The class is unknown, takes no tokens, or cannot be exported, or the outputs differ.
     """
-    encoder = Encoder(_loaded(source))
+    encoder = TracedEncoder(_loaded(source))
     write_onnx(encoder.exported(), target / MODEL)
     encoder.check(target / MODEL)
     if not (source / "tokenizer.json").is_file() and any((source / name).is_file() for name in TOKENIZERS):
@@ -99,7 +99,7 @@ def convert_encoder(source: Path, target: Path) -> None:
         AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(target)
 
 
-class Encoder(nn.Module):
+class TracedEncoder(nn.Module):
     """A model of transformers with positional inputs and a tuple of named outputs.
 
     Args:

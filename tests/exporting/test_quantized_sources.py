@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from calibrated_nets import IMAGE, conv_net, inputs
+from int8_products import needs_exact_int8
 from nets import mlp
 from onnx import numpy_helper
 from quantized_nets import IMAGES, TEXTS, answers, distance, quantized_net
@@ -58,6 +59,7 @@ def test_calibration_reaches_the_float_part(tmp_path):
     assert "broken" not in statuses(tmp_path / "b").values()
 
 
+@needs_exact_int8
 @pytest.mark.parametrize(("net", "way"), [("images", "QDQ"), ("images", "dynamic"), ("texts", "blocks")])
 def test_the_comparison_is_with_the_file_as_it_is(tmp_path, net, way):
     batch = IMAGES if net == "images" else TEXTS

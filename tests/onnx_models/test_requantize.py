@@ -5,6 +5,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from calibrated_nets import IMAGE, conv_net, inputs, saved, text_net
+from int8_products import needs_exact_int8
 from onnx import TensorProto, helper, numpy_helper
 from quantized_nets import IMAGES, NETS, PRODUCTS, answers, distance, quantized_net
 
@@ -29,6 +30,7 @@ def dequantized(source, target):
     return model
 
 
+@needs_exact_int8
 @pytest.mark.parametrize(("net", "way"), CASES)
 def test_answers_stay(tmp_path, net, way):
     batch = NETS[net][1]
@@ -60,6 +62,7 @@ def test_weights_are_near_the_float_ones_and_have_their_names(tmp_path, net, way
         assert 0 < np.abs(found - weight).max() <= step
 
 
+@needs_exact_int8
 @pytest.mark.parametrize("scheme", [static("minmax"), DYNAMIC, FEW_BITS], ids=["static", "dynamic", "few bits"])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_our_own_models_become_float_again(tmp_path, scheme, bits):
@@ -91,6 +94,7 @@ def test_tables_in_blocks_become_float(tmp_path):
         assert not np.allclose(answers(net, ids), expected, atol=1e-6)
 
 
+@needs_exact_int8
 def test_a_relu_that_the_codes_were_comes_back(tmp_path):
     source = quantized_net(tmp_path / "q.onnx")
     assert not [n for n in onnx.load(source).graph.node if n.op_type == "Relu"]

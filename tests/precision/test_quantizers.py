@@ -5,6 +5,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from calibrated_nets import branch_net, conv_net, saved, text_net, weight
+from int8_products import needs_exact_int8
 from onnx import TensorProto, helper
 
 from rsi_deploy.core.errors import ModelError, UsageError
@@ -29,6 +30,7 @@ def relative(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
+@needs_exact_int8
 @pytest.mark.parametrize(
     ("scheme", "operator", "error"),
     [
@@ -76,6 +78,7 @@ def test_ranges_are_found_on_few_batches(tmp_path, ranges):
     assert len(taken) == BATCHES[ranges]
 
 
+@needs_exact_int8
 def test_ranges_come_from_the_data(tmp_path):
     source, errors = conv_net(tmp_path / "m.onnx"), []
     for gain in (1.0, 0.1):
@@ -96,6 +99,7 @@ def old_model(path, opset):
     return saved(path, nodes, {"w": weight(rng, 16, 3, 3, 3)}, *infos, opset=opset)
 
 
+@needs_exact_int8
 def test_an_old_opset_is_converted(tmp_path):
     source = old_model(tmp_path / "m.onnx", 12)
     quantize(source, tmp_path / "q.onnx", static("minmax"), lambda: iter([IMAGES]))
@@ -106,6 +110,7 @@ def test_an_old_opset_is_converted(tmp_path):
     assert relative(run(tmp_path / "q.onnx", IMAGES), run(source, IMAGES)) < 0.05
 
 
+@needs_exact_int8
 @pytest.mark.parametrize("make", [conv_net, lambda path: old_model(path, 8)], ids=["a new opset", "an old opset"])
 @pytest.mark.parametrize("scheme", [static("minmax"), DYNAMIC], ids=lambda scheme: scheme.kind)
 def test_a_model_whose_initializers_had_to_be_inputs_stays_valid(tmp_path, make, scheme):
