@@ -99,8 +99,8 @@ def compress_(
     Examples:
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
         >>> records = compress_(net, keep_params=0.8, calib=[(torch.randn(256, 64),)])
-        >>> [record.outcome for record in records]
-        ['dense', 'smaller']
+        >>> len(records), any(record.decision == "split" for record in records)
+        (2, True)
     """
     given = {"rank": rank, "max_error": max_error, "keep_params": keep_params, "keep_macs": keep_macs}
     names = [name for name, value in given.items() if value is not None]
