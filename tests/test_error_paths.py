@@ -110,7 +110,7 @@ def test_what_python_code_asks_for(here):
         rsi_deploy.sweep("m.onnx", "s", calib="d.npz", by="weight")
     with pytest.raises(UsageError, match="calib holds no batches; type for example"):
         rsi_deploy.compress_(mlp(), keep_macs=0.5, calib=[])
-    with pytest.raises(UsageError, match="max_batch, latency_bound, max_body and max_json must be more than 0"):
+    with pytest.raises(UsageError, match="max_batch.* must be more than 0"):
         rsi_deploy.serve(["m.onnx"], max_batch=0)
     with pytest.raises(UsageError, match="nothing to serve: name a bundle"):
         rsi_deploy.serve([], http_port=0, grpc_port=None)
