@@ -745,16 +745,16 @@ def test_a_residual_stream_is_found_where_it_is_added(add):
 class Words:
     """A language model: token ids --> vectors --> a site --> scores of 4,096 tokens."""
 
-    def __init__(self, folder, samples=64, tokens=1024):
+    def __init__(self, folder, samples=64, tokens=1024, size="N, T"):
         rng = np.random.default_rng(3)
         weights = {
             "embed": rng.standard_normal((4096, 8)),
             "w": rng.standard_normal((8, 8)),
             "head": rng.random((8, 4096)),
         }
-        self.model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 23]>
-            g (int64[N, T] ids) => (float[N, T, 4096] scores) {
-            x = Gather(embed, ids)  y = MatMul(x, w)  h = Tanh(y)  scores = MatMul(h, head) }""")
+        self.model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 23]>
+            g (int64[{size}] ids) => (float[{size}, 4096] scores) {{
+            x = Gather(embed, ids)  y = MatMul(x, w)  h = Tanh(y)  scores = MatMul(h, head) }}""")
         self.model.graph.initializer.extend(
             onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()
         )
@@ -801,3 +801,14 @@ def test_a_survey_runs_a_part_of_much_text_and_reads_as_many_rows(folder):
     few = Words(folder, samples=4).streams()
     sequenced(few, lambda site: None)
     assert few.run_share == 1
+
+
+@pytest.mark.parametrize("size", ["N, 300", "8, 300", "8, T"])
+def test_a_language_model_of_fixed_size_gets_whole_texts(folder, size):
+    words = Words(folder, samples=16, tokens=300, size=size)
+    streams = words.streams()
+    assert streams.sensitivities()["w"].in_nats
+    found = sequenced(streams, lambda site: None)["w"]
+    flexible = sequenced(Words(folder, samples=16, tokens=300).streams(), lambda site: None)["w"]
+    assert found.rows == flexible.rows == 4800
+    torch.testing.assert_close(found.xx, flexible.xx)

@@ -30,7 +30,7 @@ from rsi_deploy.core.arrays import as_torch
 from rsi_deploy.core.progress import at
 from rsi_deploy.onnx_models.calibration.operators import FIRST_OPSET, operator
 from rsi_deploy.onnx_models.calibration.reachable_sites import Reached, row_sizes
-from rsi_deploy.onnx_models.calibration.row_sampling import axes_of, first_tokens, padding_mask
+from rsi_deploy.onnx_models.calibration.row_sampling import axes_of, first_tokens, padding_mask, takes_any_length
 from rsi_deploy.onnx_models.calibration.rows import Taps
 from rsi_deploy.onnx_models.calibration.segment import Segment
 from rsi_deploy.onnx_models.calibration.stages import Program, needed_constants, reads
@@ -80,6 +80,7 @@ def output_sensitivities(
     if last is None:
         raise NoSensitivityError("no floating output depends on a site")
     are_scores = are_token_scores([dim.dim_value or None for dim in last.type.tensor_type.shape.dim])
+    is_cut = are_scores and takes_any_length(program.model)
     accumulator = SensitivityAccumulator(
         {r.site.name: r.site for r in reached.values()},
         samples,
@@ -94,7 +95,7 @@ def output_sensitivities(
         for batch in batches:
             at("gradients of the output", accumulator.seen, samples)
             for whole, numbers in _pieces(batch, accumulator, axes):
-                piece = first_tokens(whole, WINDOW) if are_scores else whole
+                piece = first_tokens(whole, WINDOW) if is_cut else whole
                 values = {name: _tensor(piece[name]) for name in replay.reads & piece.keys()}
                 if run.outputs:
                     values |= {name: _tensor(value) for name, value in run(piece).items()}

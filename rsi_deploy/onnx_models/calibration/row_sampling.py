@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 from torch import Tensor
 
 import graph_passes as gp
@@ -37,6 +37,9 @@ from rsi_deploy.runtime.feeds.inputs import dim_of
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+_WHOLE = {TensorProto.INT32, TensorProto.INT64}
 
 
 class Readings:
@@ -122,7 +125,8 @@ class Readings:
         """Return the shapes of all values at the sites for a batch of these shapes."""
         key = tuple((name, array.shape) for name, array in sorted(batch.items()))
         if key not in self._known:
-            few = first_tokens(self.axes.cut(batch, slice(0, 1)), 8) if self._is_language_model else batch
+            is_cut = self._is_language_model and self.axes.fixed is None and takes_any_length(self._program.model)
+            few = first_tokens(self.axes.cut(batch, slice(0, 1)), 8) if is_cut else batch
             shapes = self._measured(few)
             if few is not batch and self._declared(few) == shapes:
                 shapes = self._declared(batch)
@@ -167,6 +171,14 @@ def _row_shape(r: Reached, shape: Sequence[int]) -> tuple[int, ...]:
     """Return the shape `(*rows, in)` of a product's data of this shape."""
     ordered = [shape[axis] for axis in r.order.data or range(len(shape))]
     return (*row_sizes(ordered, r.site.in_features), r.site.in_features)
+
+
+def takes_any_length(model: ModelProto) -> bool:
+    """Return whether the inputs `(samples, tokens)` of whole numbers have an open number of tokens."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    types = [value.type.tensor_type for value in model.graph.input if value.name not in weights]
+    texts = [each.shape.dim for each in types if each.elem_type in _WHOLE and len(each.shape.dim) == 2]
+    return bool(texts) and not any(dims[1].dim_value for dims in texts)
 
 
 def first_tokens(batch: Feeds, count: int) -> Feeds:
