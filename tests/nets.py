@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from onnx import helper, numpy_helper
 from torch import nn
@@ -159,3 +160,19 @@ def run_onnx(path, feeds):
     if not isinstance(feeds, dict):
         feeds = {session.get_inputs()[0].name: np.asarray(feeds)}
     return session.run(None, feeds)
+
+
+def random_llama(width: int) -> nn.Module:
+    """A Llama of two blocks with random weights and 64 tokens; skips the test without transformers."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)

@@ -17,24 +17,14 @@ from bench.common import UnavailableError, judge
 from bench.forms import Row
 from graph_passes.forms import largest_rank, split_numbers
 from rsi_deploy.runtime.sessions import make_session
+from tests.nets import random_llama
 
 
 @pytest.fixture
 def model() -> language_model.LanguageModel:
     """A language model of two blocks with random weights."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-        text = torch.randint(64, (6, 96))
+    module = random_llama(128)
+    text = torch.randint(64, (6, 96), generator=torch.Generator().manual_seed(0))
     return language_model.LanguageModel(module=module, calibration=text[:4], test=text[4:])
 
 

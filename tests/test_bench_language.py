@@ -7,6 +7,7 @@ from bench import language
 from bench.common import judge
 from bench.language import Row
 from bench.language_model import LanguageModel, perplexity
+from tests.nets import random_llama
 
 REMOVED = 0.4
 
@@ -14,19 +15,8 @@ REMOVED = 0.4
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
     """A language model of two blocks with weights of falling singular values, on text with a few frequent tokens."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-        text = (torch.rand(10, 96) ** 4 * 64).long()
+    module = random_llama(64)
+    text = (torch.rand(10, 96, generator=torch.Generator().manual_seed(0)) ** 4 * 64).long()
     module.model.embed_tokens.weight.mul_(torch.linspace(0.2, 4, 64)[:, None])
     module.lm_head.weight.mul_(8)
     return LanguageModel(module=module, calibration=text[:6], test=text[6:])

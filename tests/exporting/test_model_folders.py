@@ -7,7 +7,6 @@ import pytest
 import text_models
 
 from rsi_deploy import export, sweep, verify
-from rsi_deploy.cli import run
 from rsi_deploy.core.errors import UsageError
 from rsi_deploy.io import onnx_file
 from rsi_deploy.runtime.sessions import make_session, run_session
@@ -37,17 +36,6 @@ def bundle(folder):
 
 def statuses(result):
     return {claim.name: claim.status for claim in result.claims}
-
-
-@pytest.fixture
-def ran(capsys):
-    """Run a command line that must succeed, and return its output."""
-
-    def command(*args):
-        assert run([str(arg) for arg in args]) == 0, capsys.readouterr()
-        return capsys.readouterr().out
-
-    return command
 
 
 def test_the_bundle_is_a_drop_in(folder, bundle):

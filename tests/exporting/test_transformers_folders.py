@@ -11,7 +11,6 @@ import text_models
 from generating_models import has_genai, needs_genai
 from transformers_folders import DECODERS, ENCODERS, NOT_TAKEN, ROWS, change_config, in_process, made, write_folder
 
-from rsi_deploy.cli import run
 from rsi_deploy.core.cache_folder import cache_folder
 from rsi_deploy.core.errors import ModelError, UsageError
 from rsi_deploy.evaluation.greedy import greedy_tokens
@@ -31,17 +30,6 @@ __all__ = ["in_process"]
 STEPS, LIMIT = 16, 1e-3
 FULL = {"rank": "100%", "always_split": True, "keep_dense": True, "measure": False}
 PROMPTS = np.random.default_rng(0).integers(4, ROWS, (2, 9))
-
-
-@pytest.fixture
-def ran(capsys):
-    """Run a command line that must succeed, and return its output."""
-
-    def command(*args):
-        assert run([str(arg) for arg in args]) == 0, capsys.readouterr()
-        return capsys.readouterr().out
-
-    return command
 
 
 def error(made_values, right):

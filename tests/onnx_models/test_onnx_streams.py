@@ -754,7 +754,10 @@ class Words:
         }
         self.model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 23]>
             g (int64[{size}] ids) => (float[{size}, 4096] scores) {{
-            x = Gather(embed, ids)  y = MatMul(x, w)  h = Tanh(y)  scores = MatMul(h, head) }}""")
+            e = Gather(embed, ids)  x = Reshape(e, sizes)  y = MatMul(x, w)  h = Tanh(y)
+            scores = MatMul(h, head) }}""")
+        sizes = [int(each) if each.isdigit() else 0 for each in size.split(", ")]
+        self.model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([*sizes, 8]), "sizes"))
         self.model.graph.initializer.extend(
             onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()
         )

@@ -41,7 +41,7 @@ def decode(body: bytes, header_length: str | None, *, max_json: int) -> InferReq
     size = len(body) if header_length is None else _length(header_length, len(body))
     if size > max_json:
         raise Refusal(413, f"{size} bytes of JSON are more than {max_json}; send tensors as binary data")
-    document = _document(body[:size])
+    document = json_object(body[:size])
     rest = memoryview(body)[size:]
     feeds: dict[str, Array] = {}
     for entry in _entries(document, "inputs"):
@@ -105,7 +105,12 @@ def _length(text: str, available: int) -> int:
     return int(text)
 
 
-def _document(text: bytes) -> dict[str, Any]:
+def json_object(text: bytes) -> dict[str, Any]:
+    """Return the JSON object that a body holds.
+
+    Raises:
+        Refusal: 400, it is none.
+    """
     try:
         document = orjson.loads(text)
     except orjson.JSONDecodeError as error:

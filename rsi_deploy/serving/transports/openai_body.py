@@ -14,6 +14,7 @@ import pydantic
 from rsi_deploy.serving.language.generation import TextRequest
 from rsi_deploy.serving.protocol.refusal import Refusal
 from rsi_deploy.serving.protocol.tensors import short_repr
+from rsi_deploy.serving.transports.http_body import json_object
 
 MAX_TEXTS = 2048
 """Most texts of a request for embeddings."""
@@ -148,12 +149,7 @@ def decode(kind: type[Body], body: bytes, *, max_json: int) -> Body:
     """
     if len(body) > max_json:
         raise Refusal(413, f"{len(body)} bytes of JSON are more than {max_json}, the most that a request may have")
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise Refusal(400, f"the body is no JSON: {str(error)[:160]}") from None
-    if not isinstance(document, dict):
-        raise Refusal(400, f"the body must be a JSON object, but got {short_repr(document)}")
+    document = json_object(body)
     try:
         return kind.model_validate(_supported(document))
     except pydantic.ValidationError as error:
